@@ -1,0 +1,1204 @@
+#!/usr/bin/env python3
+"""pkgproxy: a caching HTTP proxy for package managers, in one file.
+
+It stands between a fleet of machines and the mirrors that they install from, and downloads each
+package once.  Start it with ``python3 pkgproxy.py -r packages/``, tell the clients
+``http_proxy=http://this-host:9999/``, and that is all.  It stores what package managers fetch, never
+serves wrong bytes, and never refuses what it could have passed on.  It is no general web cache, no
+load balancer, no TLS interceptor and no mirror generator.
+
+One request's way through the house::
+
+    client ──> Door      ProxyHandler: bytes → Request (parsed by Rules)
+                 │
+               Proxy     respond(request)
+                 │         stored = Store.lookup(key)
+                 │         decide(request, stored, config, now)              (Rules)
+                 ├─ SERVE ─────── the file itself: preconditions, ranges
+                 ├─ PASS ──────── Origin.fetch, bytes copied through, nothing kept
+                 └─ FETCH, VALIDATE
+                       Barrier.join(key)
+                         ├─ leader    look again → Origin.fetch → Store.receive → a thread fills
+                         └─ follower  wait for the leader's head
+                       both read the growing partial from byte 0, or from their range
+                 │
+    client <── Door      Reply → bytes
+
+The floors, top to bottom; each uses only what stands above it, and a test holds us to that:
+
+    1 Words     Config, Request, Head, Reply, Outcome, Decision, errors, limits
+    2 Rules     pure functions: targets, keys, names, fields, freshness, ranges … decide()
+    3 Store     stored responses on disk
+    4 Barrier   who is fetching what: one Flight per cache key
+    5 Origin    one forward request, and the pool of connections to origins
+    6 Proxy     the only one that knows 3, 4 and 5
+    7 Pages     the proxy's own pages
+    8 Door      sockets in, sockets out
+    9 Porch     options, signals, main
+
+What always holds.  Code and tests cite these by number.
+
+ 1. A file under the visible cache tree is complete: counted, flushed to disk, then renamed.  It is
+    never written again, only replaced by rename or removed.
+ 2. At most one flight per cache key, in all processes that share a root; only its leader writes
+    its partial.
+ 3. A flight ends exactly once, and is gone from the barrier before its waiters wake.  Land, then
+    tell: rename, leave the barrier, then announce the last bytes.  Whoever received a whole
+    representation with a declared length finds it stored.
+ 4. After winning leadership, look again in the store.
+ 5. No lock is held across network or disk; no two locks are held together; every lock's line says
+    what it guards.
+ 6. A local failure (disk full, no permission, root removed, bad metadata) costs the cache, never
+    the reply.
+ 7. After the first byte of a reply, the only honest error is closing the connection; a body shorter
+    than declared is never ended cleanly.
+ 8. The incoming Request is never modified; hop-by-hop fields go before any are added.
+ 9. No request can name a path outside the root, a bookkeeping name, or another key's file.
+10. Every wait has a deadline, after which the waiter goes to the origin alone.
+11. Nothing is deleted that pkgproxy did not store itself.
+12. Clients are decoupled: no client's speed, fault or departure changes what another client gets.
+
+Words follow RFC 9110 (semantics), 9111 (caching), 9112 (HTTP/1.1) and 9211 (Cache-Status).
+"""
+from __future__ import annotations
+
+import argparse
+import calendar
+import contextlib
+import dataclasses
+import enum
+import errno
+import hashlib
+import http.client
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import socketserver
+import stat
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterable, Iterator
+from email.utils import formatdate
+from typing import Any, Callable, Protocol, Union
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there the barrier ends at the process
+    fcntl = None  # type: ignore[assignment]
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("pkgproxy")
+
+
+# ---------------------------------------------------------------------------------------------
+# 1 Words
+# ---------------------------------------------------------------------------------------------
+
+Fields = tuple[tuple[str, str], ...]  # in the order of the wire; names compare without case
+
+# Limits, with their reasons.
+MAX_LINE = 16 * 1024  # request line, status line, one field: RFC 9112 §3 asks for 8,000; CDNs sign long
+MAX_HEAD = 64 * 1024  # a whole head: as much as Apache lets one grow (100 fields of 8 KiB) in practice
+MAX_FIELDS = 200  # lines in a head: Apache allows 100, Go's http2 about 250
+MAX_RANGES = 512  # in one request: librepo asks for 256 at most and halves on refusal
+MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for the original
+CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that moves them
+SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
+
+# Times, all in seconds.
+CONNECT_TIMEOUT = 10.0  # to one address: pacman drops a server that says nothing for 10 s
+ORIGIN_TIMEOUT = 30.0  # of silence from an origin: dnf gives up after 30 s under 1,000 B/s
+HEAD_WAIT = 45.0  # a follower's wait for its leader's head: connecting and waiting, and some
+FLIGHT_WAIT = 60.0  # a follower's wait for one more byte of a partial
+IDLE_TIMEOUT = 60.0  # of a client between two requests: apt thinks for long between two .debs
+CLIENT_TIMEOUT = 60.0  # of a client that neither reads nor writes in the middle of a message
+POOL_IDLE = 30.0  # an origin's connection waits this long for its next request (nginx closes at 75)
+POOL_SIZE = 8  # idle connections kept to one origin
+GRACE = 8.0  # running replies get this long after SIGTERM; systemd and docker kill after 10
+DAY = 86400.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the options say.  The options table of floor 9 takes its defaults from here."""
+
+    addrs: tuple[str, ...] = (":9999",)
+    root: str = "."
+    filters_file: str = ""
+    allow: tuple[str, ...] = ("loopback", "private")
+    heuristics: bool = True
+    filters: tuple[re.Pattern[str], ...] = ()  # parsed from filters_file, at start and on SIGHUP
+    pseudonym: str = "pkgproxy"  # our name in Via and Cache-Status (RFC 9110 §7.6.3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where a request goes (RFC 9110 §7.1), userinfo and fragment dropped."""
+
+    scheme: str
+    host: str  # lower case; an IPv6 address without its brackets
+    port: int
+    path: str  # path and query, as the client wrote them, never empty
+
+    @property
+    def authority(self) -> str:
+        """``host[:port]`` as it goes into Host and into names; the default port is left out."""
+        host = "[%s]" % self.host if ":" in self.host else self.host
+        default = 443 if self.scheme == "https" else 80
+        return host if self.port == default else "%s:%d" % (host, self.port)
+
+    @property
+    def uri(self) -> str:
+        """The target in absolute-form."""
+        return "%s://%s%s" % (self.scheme, self.authority, self.path)
+
+
+class Readable(Protocol):
+    """What a request's body, an origin's response and a file have in common."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return up to ``size`` bytes, b"" at the end."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One request, as it came in.  Never modified (invariant 8)."""
+
+    method: str
+    uri: str  # the request target as received: what filters search and the log shows
+    target: Target
+    fields: Fields
+    version: tuple[int, int] = (1, 1)
+    body: Readable | None = None
+    length: int | None = 0  # of the body; None: chunked
+    client: str = "127.0.0.1"
+    received: float = 0.0  # clock time
+    key: str = ""  # cache key (RFC 9111 §2)
+    own: bool = False  # for our own pages
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """Status and fields of a response, live or stored.  Times are clock seconds."""
+
+    status: int
+    reason: str
+    fields: Fields
+    key: str = ""  # requested: what it is stored under
+    final: str = ""  # the target that answered, after redirects
+    vary: Fields = ()  # the request's fields that Vary names (RFC 9111 §4.1)
+    requested: float = 0.0  # when the request for it, or its last validation, was sent
+    received: float = 0.0  # when it, or its last validation, arrived
+    size: int = -1  # of the body it describes
+    mtime_ns: int = 0  # of the body it describes: with size, the body's name (DESIGN §4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A part of an open file, for the kernel to send: ``stop`` is exclusive."""
+
+    file: io.BufferedIOBase | io.RawIOBase
+    start: int
+    stop: int
+
+
+UNKNOWN = 2**62  # the stop of a span that ends where the body ends
+Span = Union[bytes, "tuple[int, int]"]  # literal bytes, or [start, stop) of a representation
+
+
+class Body(Protocol):
+    """A reply's body.  Whoever holds it closes it; close() may be called again."""
+
+    length: int | None  # bytes; None: known only at its end
+
+    def parts(self) -> Iterator[bytes | Slice]:
+        """Yield the body in order; raise OSError or Failure where it cannot be completed."""
+        ...
+
+    def close(self) -> None:
+        """Release files and connections."""
+        ...
+
+
+class Outcome(enum.Enum):
+    """How a request was answered.  Log, counters, Cache-Status and pages share these words."""
+
+    HIT = "hit"  # from the file, nobody asked
+    VALIDATED = "validated"  # from the file, after the origin said 304
+    STALE = "stale"  # from the file, because the origin cannot be asked
+    COLLAPSED = "collapsed"  # from another client's download
+    MISS = "miss"  # downloaded, and being stored
+    UPDATED = "updated"  # stored before, but the origin has a new one, being stored
+    RELAYED = "relayed"  # from the origin, not kept: the answer may not be, or the disk refused
+    BYPASS = "bypass"  # from the origin, not kept: a filter or the method says so
+    OWN = "own"  # a page of ours
+    REFUSED = "refused"  # the request's fault, or not allowed
+    FAILED = "failed"  # the origin's fault
+
+
+class Action(enum.Enum):
+    """What decide() orders."""
+
+    SERVE = "serve"
+    VALIDATE = "validate"
+    FETCH = "fetch"
+    PASS = "pass"
+    REFUSE = "refuse"
+
+
+class NameClass(enum.Enum):
+    """What a file's name says about its life (see the decision table in the README)."""
+
+    CONTENT = "content-named"
+    PACKAGE = "package"
+    INDEX = "index"
+    OTHER = "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What to do with a request, and why: ``forward`` is the reason in Cache-Status' words."""
+
+    action: Action
+    name_class: NameClass
+    forward: str = ""  # RFC 9211 §2.2: uri-miss, vary-miss, stale, request, bypass, method
+    ttl: int | None = None  # seconds of freshness left, where that is known
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheStatus:
+    """One member of the Cache-Status field (RFC 9211)."""
+
+    outcome: Outcome
+    forward: str = ""
+    forward_status: int = 0
+    stored: bool = False
+    ttl: int | None = None
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What the Door sends.  ``counted``: its body bytes come from the cache."""
+
+    head: Head
+    body: Body
+    cache_status: CacheStatus
+    counted: bool = False
+
+
+class Failure(Exception):
+    """A request that cannot be satisfied; ``status`` and the sentence go to the client."""
+
+    status = 500
+    outcome = Outcome.REFUSED
+
+    def __init__(self, sentence: str, status: int = 0) -> None:
+        super().__init__(sentence)
+        self.status = status or self.status
+
+
+class BadRequest(Failure):
+    """The client's message breaks RFC 9112 (400, 414, 431 …): the connection is closed."""
+
+    status = 400
+
+
+class OriginFailure(Failure):
+    """The origin refused the connection, or answered what is no HTTP (502)."""
+
+    status = 502
+    outcome = Outcome.FAILED
+
+
+class OriginTimeout(OriginFailure):
+    """The origin did not answer in time (504)."""
+
+    status = 504
+
+
+class Truncated(OriginFailure):
+    """The origin's body ended before its declared length."""
+
+
+class LocalFailure(Exception):
+    """The cache cannot be used; the reply must not suffer (invariant 6)."""
+
+
+# ---------------------------------------------------------------------------------------------
+# 2 Rules: pure functions, no clock, no disk, no socket
+# ---------------------------------------------------------------------------------------------
+
+# Fields (RFC 9110 §5) ------------------------------------------------------------------------
+
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 §5.6.2
+_TOKEN = re.compile(TOKEN)
+_FIELD_LINE = re.compile(r"(%s):[ \t]*((?:[^\x00-\x08\x0a-\x1f\x7f]*[^\x00-\x20\x7f])?)[ \t]*" % TOKEN)
+_DIRECTIVE = re.compile(r'"(?:[^"\\]|\\.)*"|(%s)(?:[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^\s,]*)))?' % TOKEN)
+
+# RFC 9110 §7.6.1, and what older software sends; Connection adds names of its own.
+HOP_BY_HOP = frozenset(
+    ("connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization",
+     "proxy-authentication-info", "te", "trailer", "transfer-encoding", "upgrade"))
+
+
+def values(fields: Fields, name: str) -> list[str]:
+    """Every value of a field, in order.
+
+    >>> values((("Via", "1.1 a"), ("via", "1.1 b")), "Via")
+    ['1.1 a', '1.1 b']
+    """
+    name = name.lower()
+    return [text for field, text in fields if field.lower() == name]
+
+
+def value(fields: Fields, name: str) -> str | None:
+    """The first value of a field, or None: absent is not empty."""
+    found = values(fields, name)
+    return found[0] if found else None
+
+
+def members(fields: Fields, name: str) -> list[str]:
+    """The members of a list-valued field without quoted strings, in lower case (RFC 9110 §5.6.1)."""
+    parts = ",".join(values(fields, name)).lower().split(",")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def without(fields: Fields, names: Iterable[str]) -> Fields:
+    """The fields whose names (lower case) are not among ``names``."""
+    drop = frozenset(names)
+    return tuple((name, text) for name, text in fields if name.lower() not in drop)
+
+
+def end_to_end(fields: Fields) -> Fields:
+    """The fields that a proxy passes on: RFC 9110 §7.6.1.  Content-Length is the framing's."""
+    return without(fields, HOP_BY_HOP.union(members(fields, "Connection"), ("content-length",)))
+
+
+def parse_fields(lines: list[str]) -> Fields:
+    """Parse field lines without their CRLF (RFC 9112 §5); ValueError says what is wrong.
+
+    >>> parse_fields(["Host: a", "X:  b c "])
+    (('Host', 'a'), ('X', 'b c'))
+    """
+    if len(lines) > MAX_FIELDS:
+        raise ValueError("more than %d fields" % MAX_FIELDS)
+    fields = []
+    for line in lines:
+        match = _FIELD_LINE.fullmatch(line)
+        if not match:
+            raise ValueError("no field line: %.60r" % line)
+        fields.append((match[1], match[2]))
+    return tuple(fields)
+
+
+def seconds(text: str | None) -> int:
+    """delta-seconds (RFC 9111 §1.2.2): what is none counts as 0, what is huge as 2**31.
+
+    >>> [seconds(text) for text in ("60", "-1", None, "9" * 30, "1.5")]
+    [60, 0, 0, 2147483648, 0]
+    """
+    if text is None or not (text.isascii() and text.isdigit()):
+        return 0
+    return min(int(text[:12]), 2**31)
+
+
+def directives(fields: Fields, name: str = "Cache-Control") -> dict[str, str | None]:
+    """Parse Cache-Control (RFC 9111 §5.2); of a repeated directive the smaller argument counts.
+
+    >>> directives((("Cache-Control", 'max-age=5, private="a, b"'), ("cache-control", "MAX-AGE=3")))
+    {'max-age': '3', 'private': 'a, b'}
+    """
+    found: dict[str, str | None] = {}
+    for match in _DIRECTIVE.finditer(",".join(values(fields, name))):
+        if match[1] is None:
+            continue  # a quoted string on its own
+        key = match[1].lower()
+        argument = match[2] if match[2] is not None else match[3]
+        if key not in found or (argument or "0").isdigit() and seconds(argument) < seconds(found[key]):
+            found[key] = argument
+    return found
+
+
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_DATES = tuple(
+    re.compile(pattern, re.I)
+    for pattern in (
+        r"\w{3}, (?P<d>\d{2}) (?P<m>\w{3}) (?P<y>\d{4}) (?P<t>\d\d:\d\d:\d\d) GMT",  # IMF-fixdate
+        r"\w{6,9}, (?P<d>\d{2})-(?P<m>\w{3})-(?P<y>\d{2}) (?P<t>\d\d:\d\d:\d\d) GMT",  # RFC 850
+        r"\w{3} (?P<m>\w{3}) (?P<d>[ \d]\d) (?P<t>\d\d:\d\d:\d\d) (?P<y>\d{4})"))  # asctime
+
+
+def parse_date(text: str | None) -> float | None:
+    """An HTTP-date in any of its three formats (RFC 9110 §5.6.7) as clock seconds, else None.
+
+    >>> [parse_date(text) for text in ("Sun, 06 Nov 1994 08:49:37 GMT",
+    ...     "Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994", "0")]
+    [784111777.0, 784111777.0, 784111777.0, None]
+    """
+    for pattern in _DATES:
+        match = pattern.fullmatch(text or "")
+        if not match or match["m"].lower() not in _MONTHS:
+            continue
+        year = int(match["y"])
+        year += 0 if year > 99 else 2000 if year < 70 else 1900
+        hour, minute, second = (int(part) for part in match["t"].split(":"))
+        day, month = int(match["d"]), _MONTHS.index(match["m"].lower()) + 1
+        if not (1 <= day <= 31 and hour < 24 and minute < 60 and second <= 60):
+            return None
+        return float(calendar.timegm((year, month, day, hour, minute, second)))
+    return None
+
+
+def http_date(clock: float) -> str:
+    """An IMF-fixdate (RFC 9110 §5.6.7)."""
+    return formatdate(clock, usegmt=True)
+
+
+# Messages (RFC 9112) -------------------------------------------------------------------------
+
+
+def parse_request_line(line: str) -> tuple[str, str, tuple[int, int]]:
+    """Method, target and version of a request line without its CRLF (RFC 9112 §3).
+
+    >>> parse_request_line("GET http://a/b HTTP/1.1")
+    ('GET', 'http://a/b', (1, 1))
+    """
+    parts = line.split(" ")
+    if len(parts) != 3 or not _TOKEN.fullmatch(parts[0]) or not parts[1]:
+        raise BadRequest("The request line is not 'METHOD target HTTP/1.1'.")
+    if re.search(r"[\x00-\x20\x7f]", parts[1]):
+        raise BadRequest("The request target holds a control character.")
+    match = re.fullmatch(r"HTTP/(\d)\.(\d)", parts[2])
+    if not match:
+        raise BadRequest("The request line does not end in an HTTP version.")
+    if match[1] != "1":
+        raise BadRequest("HTTP/%s.%s is not spoken here; use HTTP/1.1." % (match[1], match[2]), 505)
+    return parts[0], parts[1], (1, min(int(match[2]), 1))
+
+
+def parse_status_line(line: str) -> tuple[tuple[int, int], int, str]:
+    """Version, status and reason of a status line without its CRLF (RFC 9112 §4); or ValueError.
+
+    >>> parse_status_line("HTTP/1.1 200 OK")
+    ((1, 1), 200, 'OK')
+    """
+    match = re.fullmatch(r"HTTP/1\.(\d) ([1-5]\d\d)(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?", line)
+    if not match:
+        raise ValueError("no HTTP/1 status line: %.60r" % line)
+    return (1, min(int(match[1]), 1)), int(match[2]), match[3] or ""
+
+
+def content_length(fields: Fields) -> int | None:
+    """The one Content-Length (RFC 9112 §6.2), None without; ValueError where they are in doubt."""
+    found = {part.strip() for text in values(fields, "Content-Length") for part in text.split(",")}
+    if not found:
+        return None
+    text = found.pop()
+    if found or not (text.isascii() and text.isdigit()) or len(text) > 18:
+        raise ValueError("Content-Length in doubt")
+    return int(text)
+
+
+def is_chunked(fields: Fields) -> bool:
+    """Whether the body is chunked (RFC 9112 §6.1); ValueError for a coding that we don't speak."""
+    codings = members(fields, "Transfer-Encoding")
+    if not codings and value(fields, "Transfer-Encoding") is None:
+        return False
+    if codings != ["chunked"]:
+        raise ValueError("Transfer-Encoding other than chunked")
+    return True
+
+
+def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
+    """The length of a request's body, None if chunked (RFC 9112 §6.3); BadRequest where in doubt."""
+    try:
+        length, chunked = content_length(fields), is_chunked(fields)
+    except ValueError as error:
+        raise BadRequest("The body's framing is not clear: %s." % error) from None
+    if chunked and (length is not None or version < (1, 1)):
+        raise BadRequest("The body's framing is not clear: both Content-Length and Transfer-Encoding.")
+    return None if chunked else length or 0
+
+
+# Targets and cache keys (RFC 9110 §7.1, RFC 3986) ----------------------------------------------
+
+_HOST = re.compile(r"(?!\.)(?!.*\.\.)[a-z0-9._-]{1,253}")
+_UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
+_ODD = re.compile(r"[^A-Za-z0-9\-._~!$&'()*+,;=:@/?%\[\]]")  # what RFC 3986 has no place for
+_PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
+
+
+def split_authority(authority: str, default_port: int) -> tuple[str, int]:
+    """Host and port of ``[userinfo@]host[:port]``; BadRequest where it is none."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::(\d{0,5}))?", authority.rpartition("@")[2])
+    if not match:
+        raise BadRequest("'%.80s' is no host and port." % authority)
+    host, port = match[1].lower(), int(match[2] or default_port)
+    if host.startswith("["):
+        try:
+            host = ipaddress.IPv6Address(host[1:-1]).compressed
+        except ValueError:
+            raise BadRequest("'%.80s' is no IPv6 address." % host) from None
+    elif not _HOST.fullmatch(host):
+        raise BadRequest("'%.80s' is no host name." % host)
+    if not 0 < port < 65536:
+        raise BadRequest("%d is no port." % port)
+    return host, port
+
+
+def _percent(match: re.Match[str]) -> str:
+    return "".join("%%%02X" % byte for byte in match[0].encode("latin-1", "replace"))
+
+
+def parse_target(uri: str) -> Target:
+    """An absolute-form target (RFC 9112 §3.2.2); userinfo and fragment are dropped.
+
+    >>> parse_target("HTTP://me:pw@Example.org:80?q#f")
+    Target(scheme='http', host='example.org', port=80, path='/?q')
+    """
+    match = re.fullmatch(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", uri, re.I)
+    if not match:
+        raise BadRequest("'%.80s' is no http or https URL." % uri)
+    scheme = match[1].lower()
+    host, port = split_authority(match[2], 443 if scheme == "https" else 80)
+    path = _ODD.sub(_percent, match[3])
+    return Target(scheme, host, port, path if path.startswith("/") else "/" + path)
+
+
+def request_target(method: str, uri: str, version: tuple[int, int], fields: Fields) -> Target | None:
+    """Where a request goes (RFC 9112 §3.2, §3.3); None: it is for our own pages."""
+    hosts = values(fields, "Host")
+    if len(hosts) > 1 or not hosts and version >= (1, 1):
+        raise BadRequest("The request has no Host field, or several.")
+    if method == "CONNECT":
+        raise Failure("CONNECT is not spoken here; set this proxy for http only.", 501)
+    if uri == "*" or uri.startswith("/"):
+        return None
+    return parse_target(uri)
+
+
+def _normal(text: str, keep: frozenset[str]) -> str:
+    """Percent-encoding without choice: decoded where in ``keep``, in capitals elsewhere."""
+
+    def one(match: re.Match[str]) -> str:
+        char = chr(int(match[1], 16))
+        return char if char in keep else match[0].upper()
+
+    return _PERCENT.sub(one, text)
+
+
+def _without_dots(path: str) -> str:
+    """Remove dot segments (RFC 3986 §5.2.4)."""
+    kept: list[str] = []
+    segments = path.split("/")[1:]
+    for segment in segments:
+        if segment == "..":
+            del kept[-1:]
+        elif segment != ".":
+            kept.append(segment)
+    if segments[-1] in (".", ".."):
+        kept.append("")
+    return "/" + "/".join(kept)
+
+
+def cache_key(target: Target) -> str:
+    """The primary cache key (RFC 9111 §2), after safe normalisation (RFC 3986 §6.2.2).
+
+    In a path ``%2B`` is ``+`` (apt sends one, others the other); in a query it is not.
+
+    >>> cache_key(parse_target("http://A:80/x/../b%2b%7e%2fc?q=%2b"))
+    'http://a/b+~%2Fc?q=%2B'
+    """
+    path, mark, query = target.path.partition("?")
+    path = _without_dots(_normal(path, _UNRESERVED | {"+"}))
+    return "%s://%s%s%s%s" % (target.scheme, target.authority, path, mark, _normal(query, _UNRESERVED))
+
+
+def _file_name(segment: str, windows: bool) -> str:
+    if not segment or segment == "?":
+        return "^" + segment.replace("?", "^3F" if windows else "?")
+    if windows:
+        segment = re.sub(r'[<>:"|?*\\]|[. ]$', lambda match: "^%02X" % ord(match[0]), segment)
+        if re.match(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)", segment, re.I):
+            segment = "^%02X%s" % (ord(segment[0]), segment[1:])
+    return segment
+
+
+def file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
+    """Where a cache key's body may lie, relative to the root: its natural name and its hashed one.
+
+    A caret stands in no URL, so it marks what a file system can't hold as it is: ``^`` is an empty
+    segment, ``^2F`` a slash in a query.  The natural name is None where it would be too long; the
+    hashed one also serves where the natural one is taken (a URL that is both file and folder).
+    No two keys share a name.
+
+    >>> file_names("http://a/b/metalink?x=/y")[0]
+    'a/b/metalink?x=^2Fy'
+    """
+    scheme, _, rest = key.partition("://")
+    authority, _, path = rest.partition("/")
+    path, mark, query = path.partition("?")
+    segments = path.split("/")
+    segments[-1] += mark + query.replace("/", "^2F")
+    folder = _file_name(authority if scheme == "http" else scheme + "^" + authority, windows)
+    names = [_file_name(segment, windows) for segment in segments]
+    digest = hashlib.sha256(key.encode("ascii", "replace")).hexdigest()
+    held = max(map(len, names)) <= 240 and sum(map(len, names)) <= 1000 and len(names) <= 100
+    natural = "/".join([folder, *names]) if held else None
+    return natural, "%s/^%s" % (folder, digest)
+
+
+# Name classes (index and package names of every package manager) -----------------------------
+
+_CONTENT = re.compile(
+    r"/by-hash/[^/]+/[0-9a-f]{32,128}$"  # apt
+    r"|/repodata/[0-9a-f]{32,128}-[^/]+$"  # rpm-md
+    r"|\.diff/(?!Index)[^/]+$"  # apt's pdiffs
+    r"|/objects/[0-9a-f]{2}/[0-9a-f]{62}\.(?!commitmeta)[a-z.]+$"  # ostree
+    r"|/deltas/[\w+-]{2}/[^/]+/(?:superblock|\d+)$|/summaries/[0-9a-f]{64}[.-][^/]+$"  # flatpak
+    r"|/[a-z]{1,2}/[0-9a-f]{64}(?:-[0-9a-f]{64})?(?:\.gz)?$"  # freebsd-update
+    r"|/All/Hashed/[^/]+$"  # FreeBSD pkg
+    r"|/nar/(?:\w+/)?[0-9a-z]{52}\.nar(?:\.\w+)?$"  # Nix
+    r"|/(?:blobs|manifests)/sha256:[0-9a-f]{64}$"  # OCI, Homebrew's bottles
+    r"|/packages/[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{60}/[^/]+$"  # PyPI
+    r"|/core/guids/[0-9a-f]{64}/.*$")  # Amazon Linux
+
+_MOVING = re.compile(r"/(?:current|latest|latest-stable|snapshots|rawhide|nightly|[^/]+-SNAPSHOT)/", re.I)
+
+_SIGNATURE = re.compile(r"\.(?:sig2?|asc|gpg|sign|signature|minisig|md5|rmd160|sha(?:1|256|512)(?:sum)?)$")
+
+_INDEX = re.compile(
+    r"(?:/dists/(?!.*\.u?deb$).*"  # apt; some repositories keep their pool below dists/
+    r"|/(?:In)?Release|/(?:Packages|Sources)(?:\.\w+)?|/(?:Translation|Contents|Components|Commands)-[^/]*"
+    r"|/meta-release[^/]*|/ls-lR[^/]*|/[^/]*(?:MD5|SHA\d+)(?:SUMS?)?|/project/trace/.*|/indices/.*"
+    r"|/repodata/[^/]*|/(?:metalink|mirrorlist)|/mirror\.list|/\.?(?:treeinfo|discinfo)|/COMPOSE_ID"
+    r"|/RPM-GPG-KEY[^/]*|/[^/]+\.(?:repo|flatpakrepo|metalink|meta4|mirrorlist|key|commitmeta|narinfo)"
+    r"|/media\.1/.*|/boot/[^/]+/.*|/content|/repoindex\.xml|/repomd\.xml|/directory\.yast|/CHECKSUMS[^/]*|/ARCHIVES\.gz"
+    r"|/license\.tar\.gz|/control\.xml|/add_on_products[^/]*|/part\.info|/geoip|/media_info/.*"
+    r"|/[^/]+\.(?:db|files)(?:\.tar(?:\.\w+)?)?|/[^/]+\.abs\.tar\.gz|/last(?:update|sync)"  # pacman
+    r"|/APKINDEX[^/]*|/(?i:packages)\.adb|/latest-releases\.yaml"  # apk
+    r"|/Packages\.manifest|/sha256sums|/[^/]+\.buildinfo"  # opkg
+    r"|/[^/]+-(?:repodata|stagedata)"  # xbps
+    r"|/layout\.conf|/(?:portage|gentoo)-latest[^/]*|/latest-[^/]+\.txt|/timestamp\.\w+"  # portage
+    r"|/ChangeLog\.txt|/(?:PACKAGES|FILELIST)\.TXT|/MANIFEST\.bz2|/GPG-KEY"  # slackpkg
+    r"|/eopkg-index\.xml[^/]*|/latest|/nix-cache-info|/nixexprs\.tar\.\w+"
+    r"|/(?:meta|packagesite|data|filesite|digests|pkg)\.(?:conf|pkg|txz|tzst|tbz)|/(?:latest|pub)\.ssl"
+    r"|/index\.txt|/pkg_summary\.\w+|/SHA512\.\w+|/pkg-vulnerabilities[^/]*"  # OpenBSD, pkgsrc
+    r"|/summary(?:\.idx)?|/config|/refs/heads/.*|/delta-indexes/.*"  # ostree
+    r"|/versions|/names|/info/[^/]+|/(?:latest_|prerelease_)?specs\.4\.8(?:\.gz)?"  # RubyGems
+    r"|/config\.json|/maven-metadata\.xml|/archetype-catalog\.xml|/@v/list|/@latest"
+    r"|/(?:current_)?repodata[^/]*|/notices\.json"  # conda
+    r"|/0[12](?:packages\.details|mailrc)\.txt\.gz|/PACKAGES(?:\.\w+)?|/texlive\.tlpdb[^/]*"
+    r"|/setup\.(?:ini|xz|zst|bz2)|/repo(?:\.info)?|/base/(?:pkg|src)list[^/]*)$")
+
+_PACKAGE = re.compile(
+    r"/([^/]+?)\.(?:u?deb|ddeb|dsc|debdelta|jigdo|template|d?rpm|apk|ipk|xbps|eopkg|hpkg|pkg|conda|whl|gem"
+    r"|crate|snap|jar|war|pom|module|t(?:gz|xz|bz2?|lz)|pkg\.tar(?:\.\w+)?|gpkg\.tar"
+    r"|(?:orig[\w.-]*\.|debian\.)?(?:tar|diff)\.(?:gz|xz|bz2|zst|lzo?|lz4|lzma|lrz|Z))")
+_PLATFORM = re.compile(
+    r"x86[-_]64|x86|i[3-6]86|amd64|arm64|armv\d\w*|aarch64|ppc64\w*|mips64\w*|riscv64|(?:linux|osx|win)-?(?:32|64)",
+    re.I)
+_VERSION = re.compile(r"[-_~@+.]v?\d")
+_VERSIONLESS = re.compile(r"[/_.-](?:latest|current|nightly|daily)[_.-][^/]*$", re.I)
+_GO_MODULE = re.compile(r"/@v/v\d[^/]*\.(?:info|mod|zip)")
+
+
+def classify(key: str) -> NameClass:
+    """The class of the name that a cache key holds; a signature has that of what it signs.
+
+    >>> [classify("http://a" + path).value for path in ("/dists/x/by-hash/SHA256/" + "0" * 64,
+    ...     "/pool/c/curl_7.88.1-10_amd64.deb", "/core.db.sig", "/jenkins_amd64.deb")]
+    ['content-named', 'package', 'index', 'other']
+    """
+    path = "/" + key.partition("://")[2].partition("/")[2].partition("?")[0]
+    path = urllib.parse.unquote(path, "latin-1")
+    while True:
+        if _CONTENT.search(path):
+            return NameClass.CONTENT
+        if _MOVING.search(path):
+            return NameClass.INDEX
+        signed = _SIGNATURE.sub("", path)
+        if signed == path:
+            break
+        path = signed
+    if _INDEX.search(path):
+        return NameClass.INDEX
+    package = _PACKAGE.fullmatch(path, path.rfind("/"))
+    versioned = package and _VERSION.search(_PLATFORM.sub("", package[1]))
+    if versioned and not _VERSIONLESS.search(path) or _GO_MODULE.search(path):
+        return NameClass.PACKAGE
+    return NameClass.OTHER
+
+
+# Who may come in, what is never kept ----------------------------------------------------------
+
+NETWORKS = {
+    "loopback": ("127.0.0.0/8", "::1/128"),
+    # RFC 1918, 6598 (carrier-grade NAT, VPNs), 3927; RFC 4193 and link-local for IPv6
+    "private": ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16",
+                "fc00::/7", "fe80::/10"),
+    "all": ("0.0.0.0/0", "::/0"),
+}
+
+
+def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """The networks behind set names and CIDR texts; ValueError names the bad one."""
+    return [ipaddress.ip_network(text) for name in names for text in NETWORKS.get(name, (name,))]
+
+
+def may_come_in(address: str, allow: Iterable[str]) -> bool:
+    """Whether a client's address is in the allowed networks.
+
+    >>> [may_come_in(a, ("private",)) for a in ("::ffff:10.0.0.1", "fe80::1%eth0", "8.8.8.8")]
+    [True, True, False]
+    """
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return any(ip.version == network.version and ip in network for network in parse_networks(allow))
+
+
+def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
+    """The regular expressions of a filters file, one a line, and a sentence for each bad line."""
+    filters, complaints = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        try:
+            filters.append(re.compile(line))
+        except re.error as error:
+            complaints.append("line %d is no regular expression, skipped: %s: %s" % (number, line, error))
+    return filters, complaints
+
+
+# Freshness (RFC 9111 §4.2) ------------------------------------------------------------------
+
+
+def freshness_lifetime(fields: Fields) -> int | None:
+    """Explicit freshness lifetime in a shared cache, in seconds; None where the origin gives none.
+
+    >>> freshness_lifetime((("Cache-Control", "max-age=60, s-maxage=5"),))
+    5
+    """
+    control = directives(fields)
+    for name in ("s-maxage", "max-age"):
+        if name in control:
+            return seconds(control[name])
+    expires = value(fields, "Expires")
+    if expires is None:
+        return None
+    end, start = parse_date(expires), parse_date(value(fields, "Date"))
+    if end is None or start is None:
+        return 0  # §5.3: an invalid Expires, "0" above all, is in the past
+    return max(0, int(end - start))
+
+
+def validators(head: Head) -> Fields:
+    """The preconditions that ask whether a stored response is still right (RFC 9111 §4.3.1)."""
+    tag, date = value(head.fields, "ETag"), value(head.fields, "Last-Modified")
+    return ((("If-None-Match", tag),) if tag else ()) + ((("If-Modified-Since", date),) if date else ())
+
+
+def heuristic_lifetime(head: Head, config: Config) -> int:
+    """Seconds that a response of no known class and freshness is used for (RFC 9111 §4.2.2)."""
+    html = (value(head.fields, "Content-Type") or "").lower().startswith(("text/html", "application/xhtml"))
+    if not config.heuristics or validators(head) or html or "?" in head.key or head.key.endswith("/"):
+        return 0
+    return int(DAY)
+
+
+def current_age(head: Head, now: float) -> int:
+    """Age of a stored response in seconds (RFC 9111 §4.2.3); a clock set back makes it no younger."""
+    stated = parse_date(value(head.fields, "Date"))
+    apparent = 0.0 if stated is None else max(0.0, head.received - stated)
+    corrected = seconds(value(head.fields, "Age")) + max(0.0, head.received - head.requested)
+    return int(max(apparent, corrected) + max(0.0, now - head.received))
+
+
+def freshened(stored: Head, answer: Head) -> Head:
+    """A stored head brought up to date by a 304 (RFC 9111 §3.2, §4.3.4)."""
+    kept = ("content-length", "content-encoding", "content-type", "content-range", "set-cookie")
+    new = without(end_to_end(answer.fields), kept)
+    fields = without(stored.fields, (name.lower() for name, _ in new)) + new
+    return dataclasses.replace(stored, fields=fields, requested=answer.requested, received=answer.received)
+
+
+def _weak(tag: str) -> str:
+    return tag[2:] if tag.startswith("W/") else tag
+
+
+def confirms(stored: Head, answer: Head) -> bool:
+    """Whether a 304 speaks of the stored response (RFC 9111 §4.3.4): another ETag speaks of another."""
+    tag = value(answer.fields, "ETag")
+    return tag is None or _weak(tag) == _weak(value(stored.fields, "ETag") or tag)
+
+
+# What may be stored, what may be used (RFC 9111 §3, §4) --------------------------------------
+
+
+def media_type(head: Head) -> str:
+    """The media type without parameters, in lower case."""
+    return (value(head.fields, "Content-Type") or "").partition(";")[0].strip().lower()
+
+
+def not_storable(request: Request, head: Head, config: Config) -> str:
+    """Why a response may not be stored (RFC 9111 §3), or "" where it may."""
+    control, name_class = directives(head.fields), classify(request.key)
+    shared = (value(request.fields, "Authorization") is None
+              or bool({"public", "s-maxage", "must-revalidate"} & set(control)))
+    fixed = name_class in (NameClass.CONTENT, NameClass.PACKAGE)
+    lifetime = freshness_lifetime(head.fields)
+    of_use = validators(head) or (heuristic_lifetime(head, config) if lifetime is None else lifetime)
+    reasons = (
+        (request.method != "GET" or head.status != 200, "not a 200 to a GET"),
+        ("no-store" in directives(request.fields), "no-store"),
+        ("no-store" in control and "must-understand" not in control, "no-store"),
+        ("private" in control, "private"),
+        ("*" in members(head.fields, "Vary"), "Vary: *"),
+        (not shared, "Authorization"),
+        (fixed and "text/html" in media_type(head), "text/html for a package"),
+        (name_class is NameClass.OTHER and not of_use, "neither fresh nor validated"))
+    return next((reason for applies, reason in reasons if applies), "")
+
+
+def selecting_fields(request: Request, head: Head) -> Fields:
+    """The request's fields that Vary names (RFC 9111 §4.1).  We choose Accept-Encoding ourselves."""
+    names = [name for name in members(head.fields, "Vary") if name != "accept-encoding"]
+    return tuple((name, ", ".join(values(request.fields, name))) for name in sorted(set(names)))
+
+
+def _decide_stored(request: Request, control: dict[str, str | None], stored: Head | None,
+                   name_class: NameClass, config: Config, now: float) -> Decision:
+    if stored is None:
+        return Decision(Action.FETCH, name_class, "uri-miss")
+    if selecting_fields(request, stored) != stored.vary:
+        return Decision(Action.FETCH, name_class, "vary-miss")
+    no_cache = "no-cache" in control or not control and "no-cache" in members(request.fields, "Pragma")
+    if no_cache or name_class is not NameClass.CONTENT and control.get("max-age") == "0":
+        return Decision(Action.VALIDATE, name_class, "request")
+    if name_class in (NameClass.CONTENT, NameClass.PACKAGE):
+        return Decision(Action.SERVE, name_class)
+    lifetime = freshness_lifetime(stored.fields)
+    ttl = (heuristic_lifetime(stored, config) if lifetime is None else lifetime) - current_age(stored, now)
+    if name_class is NameClass.INDEX or ttl <= 0 or "no-cache" in directives(stored.fields):
+        return Decision(Action.VALIDATE, name_class, "stale", ttl)
+    return Decision(Action.SERVE, name_class, ttl=ttl)
+
+
+def decide(request: Request, stored: Head | None, config: Config, now: float) -> Decision:
+    """The decision table: what to do with a request, given what is stored for it."""
+    name_class = classify(request.key)
+    if any(pattern.search(request.uri) for pattern in config.filters):
+        return Decision(Action.PASS, name_class, "bypass")
+    if request.method not in ("GET", "HEAD"):
+        return Decision(Action.PASS, name_class, "method")
+    control = directives(request.fields)
+    decision = _decide_stored(request, control, stored, name_class, config, now)
+    if decision.action is not Action.SERVE and "only-if-cached" in control:
+        return dataclasses.replace(decision, action=Action.REFUSE)
+    if decision.action is Action.FETCH and (request.method == "HEAD" or "no-store" in control):
+        return dataclasses.replace(decision, action=Action.PASS)
+    return decision
+
+
+def may_be_stale(name_class: NameClass, stored: Head) -> bool:
+    """Whether a stored response may answer where its origin can't be asked (RFC 9111 §4.2.4).
+
+    Packages and indexes always may: their clients check signatures and dates themselves, and an old
+    index that works beats an error.  For other names the origin's word counts.
+    """
+    if name_class is not NameClass.OTHER:
+        return True
+    strict = {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"}
+    return not strict & set(directives(stored.fields))
+
+
+# Preconditions and ranges (RFC 9110 §13, §14) -------------------------------------------------
+
+
+_TAG = re.compile(r'(?:W/)?"[^"]*"')
+
+
+def _tag_among(tag: str | None, lists: list[str], strong: bool) -> bool:
+    """Compare entity tags (RFC 9110 §8.8.3.2)."""
+    listed = ",".join(lists)
+    if listed.strip() == "*":
+        return True
+    if tag is None or strong and tag.startswith("W/"):
+        return False
+    found = _TAG.findall(listed)
+    return tag in found if strong else _weak(tag) in map(_weak, found)
+
+
+def evaluate(request: Request, head: Head) -> int:
+    """The status that the preconditions give, in the order of RFC 9110 §13.2.2: 200, 304 or 412."""
+    tag, modified = value(head.fields, "ETag"), parse_date(value(head.fields, "Last-Modified"))
+    match, none_match = values(request.fields, "If-Match"), values(request.fields, "If-None-Match")
+    unmodified_since = parse_date(value(request.fields, "If-Unmodified-Since"))
+    modified_since = parse_date(value(request.fields, "If-Modified-Since"))
+    if match:
+        if not _tag_among(tag, match, strong=True):
+            return 412
+    elif unmodified_since is not None and modified is not None and modified > unmodified_since:
+        return 412
+    if none_match:
+        return 304 if _tag_among(tag, none_match, strong=False) else 200
+    unmodified = modified_since is not None and modified is not None and modified <= modified_since
+    return 304 if unmodified else 200
+
+
+def parse_range(text: str, size: int) -> list[tuple[int, int]] | None:
+    """Byte ranges as [start, stop) (RFC 9110 §14.1.2): None to be ignored, [] unsatisfiable.
+
+    A set that asks for more bytes than there are is an attack or a dumb client, and ignored.
+
+    >>> [parse_range("bytes=" + text, 10) for text in ("0-3", "8-99", "-3", "5-", "10-", "3-1", "0-0,-1")]
+    [[(0, 4)], [(8, 10)], [(7, 10)], [(5, 10)], [], None, [(0, 1), (9, 10)]]
+    """
+    unit, _, listed = text.partition("=")
+    specs = [spec.strip(" \t") for spec in listed.split(",") if spec.strip(" \t")]
+    if unit.strip().lower() != "bytes" or not 0 < len(specs) <= MAX_RANGES:
+        return None
+    ranges = []
+    for spec in specs:
+        match = re.fullmatch(r"(\d{0,18})-(\d{0,18})", spec, re.A)
+        if not match or spec == "-" or match[1] and match[2] and int(match[2]) < int(match[1]):
+            return None
+        start = int(match[1]) if match[1] else max(0, size - int(match[2]))
+        stop = min(size, int(match[2]) + 1) if match[1] and match[2] else size
+        if start < stop:
+            ranges.append((start, stop))
+    if sum(stop - start for start, stop in ranges) > size:
+        return None
+    return ranges
+
+
+def requested_ranges(request: Request, head: Head, size: int) -> list[tuple[int, int]] | None:
+    """The ranges to send of a representation, after If-Range (RFC 9110 §13.1.5); None: all of it."""
+    text = value(request.fields, "Range")
+    if text is None or request.method != "GET":
+        return None
+    condition = value(request.fields, "If-Range")
+    if condition is not None:
+        tag, date = value(head.fields, "ETag"), value(head.fields, "Last-Modified")
+        strong = tag is not None and not tag.startswith("W/") and condition == tag
+        if not strong and (date is None or condition != date):
+            return None  # apt sends our Last-Modified back byte for byte
+    return parse_range(text, size)
+
+
+def early_range(request: Request, size_limit: int) -> bool:
+    """Whether a request for a range is worth a whole download: open or long, from near the start."""
+    ranges = parse_range(value(request.fields, "Range") or "", 2**60)
+    if not ranges or len(ranges) > 1:
+        return ranges is None
+    start, stop = ranges[0]
+    return start <= size_limit and stop - start >= size_limit
+
+
+# Replies --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What of a representation goes to the client: a head, and the spans of its body."""
+
+    head: Head
+    spans: tuple[Span, ...]
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of the body, None where that is unknown."""
+        if any(span[1] == UNKNOWN for span in self.spans if isinstance(span, tuple)):
+            return None
+        return sum(len(span) if isinstance(span, bytes) else span[1] - span[0] for span in self.spans)
+
+
+def _partial_content(head: Head, size: int, ranges: list[tuple[int, int]], boundary: str) -> Selection:
+    """206, single or multipart/byteranges (RFC 9110 §15.3.7)."""
+    labels = ["bytes %d-%d/%d" % (start, stop - 1, size) for start, stop in ranges]
+    fields = without(head.fields, ("content-range",))
+    if len(ranges) == 1:
+        fields += (("Content-Range", labels[0]),)
+        return Selection(dataclasses.replace(head, status=206, reason="Partial Content", fields=fields),
+                         (ranges[0],))
+    kind = value(head.fields, "Content-Type") or "application/octet-stream"
+    spans: list[Span] = []
+    for span, label in zip(ranges, labels):
+        lines = "\r\n--%s\r\nContent-Type: %s\r\nContent-Range: %s\r\n\r\n" % (boundary, kind, label)
+        spans += [lines.encode("latin-1"), span]
+    spans.append(("\r\n--%s--\r\n" % boundary).encode("latin-1"))
+    fields = without(fields, ("content-type",))
+    fields += (("Content-Type", "multipart/byteranges; boundary=" + boundary),)
+    return Selection(dataclasses.replace(head, status=206, reason="Partial Content", fields=fields),
+                     tuple(spans))
+
+
+def error_head(status: int) -> Head:
+    """The head of an answer of our own."""
+    return Head(status, http.client.responses.get(status, "Error"),
+                (("Content-Type", "text/plain; charset=utf-8"),))
+
+
+def select_response(request: Request, head: Head, size: int | None, boundary: str) -> Selection:
+    """Apply preconditions and ranges to a representation of ``size`` bytes.
+
+    Where the size is not known yet (None), ranges are ignored: that is always allowed.
+    """
+    status = evaluate(request, head)
+    if status == 304:
+        names = ("content-type", "content-length", "content-encoding", "content-range")
+        return Selection(dataclasses.replace(head, status=304, reason="Not Modified",
+                                             fields=without(head.fields, names)), ())
+    if status == 412:
+        return Selection(error_head(412), (b"The representation is another than the request's condition.\n",))
+    ranges = None if size is None else requested_ranges(request, head, size)
+    if ranges is None or size is None:
+        return Selection(head, ((0, UNKNOWN if size is None else size),))
+    if not ranges:
+        unsatisfied = error_head(416)
+        fields = unsatisfied.fields + (("Content-Range", "bytes */%d" % size),)
+        text = b"The representation has %d bytes; none of them was asked for.\n" % size
+        return Selection(dataclasses.replace(unsatisfied, fields=fields), (text,))
+    return _partial_content(head, size, ranges, boundary)
+
+
+def redirect_target(head: Head, target: Target) -> Target | None:
+    """Where a redirect leads, if it is one to follow (RFC 9110 §15.4); None to relay it.
+
+    Not followed: from https down to http, and one that only adds a slash (the client must learn it).
+    """
+    location = value(head.fields, "Location")
+    if head.status not in (301, 302, 303, 307, 308) or not location:
+        return None
+    try:
+        onward = parse_target(urllib.parse.urljoin(target.uri, location))
+    except (BadRequest, ValueError):
+        return None
+    if target.scheme == "https" and onward.scheme != "https" or onward.uri == target.uri + "/":
+        return None
+    return onward
+
+
+def via(fields: Fields, version: tuple[int, int], config: Config) -> str:
+    """The Via field with us added (RFC 9110 §7.6.3)."""
+    return ", ".join([*values(fields, "Via"), "%d.%d %s" % (*version, config.pseudonym)])
+
+
+def forward_fields(request: Request, config: Config, identity: bool) -> Fields:
+    """The fields of a request to an origin (RFC 9110 §7.6): end-to-end ones, Host, Via.
+
+    ``identity``: the answer may be stored, so ask for no coding, no range, no precondition.
+    """
+    own = ["host", "via"]
+    if identity:
+        own += ["accept-encoding", "range", "if-range", "if-match", "if-none-match", "if-modified-since",
+                "if-unmodified-since"]
+    fields = (("Host", request.target.authority),) + without(end_to_end(request.fields), own)
+    if identity:
+        fields += (("Accept-Encoding", "identity"),)
+    elif request.length is None:
+        fields += (("Transfer-Encoding", "chunked"),)
+    elif request.length or value(request.fields, "Content-Length") is not None:
+        fields += (("Content-Length", str(request.length)),)
+    return fields + (("Via", via(request.fields, request.version, config)),)
+
+
+def is_loop(request: Request, config: Config) -> bool:
+    """Whether a request has passed through us before (RFC 9110 §7.6.3)."""
+    return any(member.split()[1:2] == [config.pseudonym.lower()] for member in members(request.fields, "Via"))
+
+
+def cache_status_field(status: CacheStatus) -> str:
+    """One member of Cache-Status (RFC 9211).
+
+    >>> cache_status_field(CacheStatus(Outcome.MISS, "uri-miss", stored=True))
+    'pkgproxy; fwd=uri-miss; stored'
+    """
+    parts = ["pkgproxy"]
+    if status.outcome is Outcome.HIT or status.outcome is Outcome.STALE and not status.forward:
+        parts.append("hit")
+    elif status.forward:
+        parts.append("fwd=" + status.forward)
+    if status.forward_status:
+        parts.append("fwd-status=%d" % status.forward_status)
+    parts += ["stored"] if status.stored else []
+    parts += ["collapsed"] if status.outcome is Outcome.COLLAPSED else []
+    parts += ["ttl=%d" % status.ttl] if status.ttl is not None else []
+    parts += ['detail="%s"' % re.sub(r'[^ !#-\[\]-~]', "", status.detail)] if status.detail else []
+    return "; ".join(parts)
+
+
+def render_head(head: Head, fields: Fields) -> bytes:
+    """Status line and fields, with the empty line (RFC 9112 §2.1)."""
+    lines = ["HTTP/1.1 %d %s" % (head.status, head.reason)] + ["%s: %s" % field for field in fields]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
+
+
+class Framing(enum.Enum):
+    """How the end of a reply's body is told (RFC 9112 §6.3)."""
+
+    NONE = "none"  # there is no body
+    LENGTH = "length"
+    CHUNKED = "chunked"
+    CLOSE = "close"
+
+
+def reply_framing(request: Request, head: Head, length: int | None) -> Framing:
+    """The framing of a reply whose body has ``length`` bytes, None where that is not known."""
+    if head.status in (204, 304) or head.status < 200:
+        return Framing.NONE
+    if length is not None:
+        return Framing.LENGTH
+    return Framing.CHUNKED if request.version >= (1, 1) else Framing.CLOSE
+
+
+def wants_open(request: Request) -> bool:
+    """Whether a client wants its connection to stay open (RFC 9112 §9.3)."""
+    options = members(request.fields, "Connection") + members(request.fields, "Proxy-Connection")
+    return "close" not in options and (request.version >= (1, 1) or "keep-alive" in options)
+
+
+def sent_head(reply: Reply, request: Request, framing: Framing, close: bool, config: Config,
+              now: float) -> bytes:
+    """The head of a reply as it leaves: with framing, Via, Cache-Status and Date."""
+    head, length = reply.head, reply.body.length
+    status = [*values(head.fields, "Cache-Status"), cache_status_field(reply.cache_status)]
+    fields = without(head.fields, ("via", "cache-status"))
+    fields += (("Via", via(head.fields, (1, 1), config)), ("Cache-Status", ", ".join(status)))
+    if value(fields, "Date") is None:
+        fields += (("Date", http_date(now)),)  # RFC 9110 §6.6.1
+    if framing is Framing.CHUNKED:
+        fields += (("Transfer-Encoding", "chunked"),)
+    elif framing is Framing.LENGTH:
+        fields += (("Content-Length", str(length)),)
+    if close or request.version < (1, 1):
+        fields += (("Connection", "close" if close else "keep-alive"),)
+    return render_head(head, fields)
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Text from outside, safe for a log and a terminal."""
+    return _CONTROL.sub(lambda match: "\\x%02x" % ord(match[0]), text)

@@ -1,0 +1,830 @@
+#!/usr/bin/env python3
+"""Tests of pkgproxy, in the order of its floors.  Run: python3 test_pkgproxy.py
+
+Everything binds to 127.0.0.1 port 0 and leaves nothing behind.  What needs a tool that is absent
+skips and says so.  Gates instead of sleeps: a gate that is not opened in time fails its test.
+"""
+import ast
+import contextlib
+import doctest
+import hashlib
+import http.client
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import zlib
+from pathlib import Path
+from unittest import mock
+
+import pkgproxy
+from pkgproxy import (
+    Action,
+    BadRequest,
+    CacheStatus,
+    Config,
+    Head,
+    NameClass,
+    OriginFailure,
+    OriginTimeout,
+    Outcome,
+    Request,
+    Target,
+    Truncated,
+)
+
+HERE = Path(__file__).resolve().parent
+SOURCE = (HERE / "pkgproxy.py").read_text(encoding="utf-8")
+README = HERE / "README.md"
+PATIENCE = 10.0  # seconds until a wait counts as hanging
+DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
+CLOCK = 784111777.0  # the same
+
+
+def load_tests(loader, tests, pattern):
+    """The doctests of the module come first."""
+    return unittest.TestSuite([doctest.DocTestSuite(pkgproxy), tests])
+
+
+# ---------------------------------------------------------------------------------------------
+# Scaffolding: gates, a scripted origin, clients, a proxy in this process
+# ---------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """An event that somebody must open in time."""
+
+    def __init__(self):
+        self._event = threading.Event()
+
+    def open(self):
+        self._event.set()
+
+    def pass_through(self):
+        if not self._event.wait(PATIENCE):
+            raise AssertionError("a gate was not opened in time")
+
+
+def until(predicate, what="what was waited for"):
+    """Wait until something outside our hands is so."""
+    deadline = time.monotonic() + PATIENCE
+    while not predicate():
+        if time.monotonic() > deadline:
+            raise AssertionError("%s did not happen in time" % what)
+        time.sleep(0.002)
+
+
+class Page:
+    """What a scripted origin answers under one path: as a mirror would, or as told.
+
+    ``steps``: instead of a well-behaved answer, these bytes and gates in turn, then the connection
+    is closed.
+    """
+
+    modified = DATE
+    steps = None
+    length = True  # whether it is declared
+    chunked = False
+    gate = None  # after the first bytes
+    first = 0
+    ranges = True
+
+    def __init__(self, body=b"", status=200, fields=(), **more):
+        self.body, self.status, self.fields = body, status, list(fields)
+        self.etag = '"%s"' % hashlib.sha256(body).hexdigest()[:16]
+        for name, setting in more.items():
+            setattr(self, name, setting)
+
+
+class Origin:
+    """A scripted origin on loopback.  It speaks HTTP by itself, so that it can also speak it badly."""
+
+    def __init__(self):
+        self.pages = {}
+        self.log = []  # (method, target, {field: value}, body)
+        self.sent = 0  # body bytes
+        self.connections = 0
+        self._lock = threading.Lock()
+        self._open = set()
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port = self._socket.getsockname()[1]
+        self._threads = []
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
+
+    def url(self, path):
+        return "http://127.0.0.1:%d%s" % (self.port, path)
+
+    def asked(self, path=None):
+        """The methods asked, for one path or all."""
+        return [row[0] for row in list(self.log) if path in (None, row[1])]
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._accepting.join(PATIENCE)
+        self.drop()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+
+    def drop(self):
+        """Close every open connection."""
+        with self._lock:
+            connections = list(self._open)
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self):
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with self._lock:
+                self._open.add(connection)
+                self.connections += 1
+            thread = threading.Thread(target=self._serve, args=(connection,))
+            thread.start()
+            self._threads.append(thread)
+
+    def _serve(self, connection):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError, ValueError), connection.makefile("rb") as file:
+            while self._answer(connection, file):
+                pass
+        with self._lock:
+            self._open.discard(connection)
+        connection.close()
+
+    def _answer(self, connection, file):
+        line = file.readline().decode("latin-1").split()
+        if not line:
+            return False
+        fields = {}
+        for raw in iter(file.readline, b"\r\n"):
+            if not raw:
+                return False
+            name, _, text = raw.decode("latin-1").partition(":")
+            fields[name.lower()] = text.strip()
+        body = self._read_body(file, fields)
+        if len(body) < int(fields.get("content-length", 0)):
+            return False
+        self.log.append((line[0], line[1], fields, body))
+        page = self._page(line[1])
+        if page.steps is None:
+            return self._behave(connection, line[0], fields, page)
+        for step in page.steps:
+            if isinstance(step, Gate):
+                step.pass_through()
+            else:
+                connection.sendall(step)
+        return False
+
+    def _page(self, target):
+        page = self.pages.get(target) or self.pages.get(target.partition("?")[0])
+        if isinstance(page, list):  # one after another, the last for ever
+            return page.pop(0) if len(page) > 1 else page[0]
+        return page or Page(b"not here\n", 404, etag="", modified="")
+
+    def _read_body(self, file, fields):
+        if fields.get("transfer-encoding") == "chunked":
+            body = b""
+            while True:
+                size = int(file.readline(), 16)
+                body += file.read(size)
+                file.readline()
+                if not size:
+                    return body
+        return file.read(int(fields.get("content-length", 0)))
+
+    def _behave(self, connection, method, fields, page):
+        """Answer like a mirror: conditions, single ranges."""
+        status, body, head = page.status, page.body, list(page.fields)
+        head += [("ETag", page.etag)] if page.etag else []
+        head += [("Last-Modified", page.modified)] if page.modified else []
+        tag, since = fields.get("if-none-match"), fields.get("if-modified-since")
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", fields.get("range", ""))
+        if status == 200 and (tag and tag == page.etag or not tag and since and since == page.modified):
+            status, body = 304, b""
+        elif status == 200 and match and page.ranges and fields.get("if-range", page.etag) in (
+                page.etag, page.modified):
+            start, stop = int(match[1]), int(match[2] or len(body) - 1) + 1
+            head.append(("Content-Range", "bytes %d-%d/%d" % (start, min(stop, len(body)) - 1, len(body))))
+            status, body = 206, body[start:stop]
+        lines = ["HTTP/1.1 %d Whatever" % status] + ["%s: %s" % pair for pair in head]
+        if page.chunked:
+            lines.append("Transfer-Encoding: chunked")
+        elif page.length and status != 304:
+            lines.append("Content-Length: %d" % len(body))
+        connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        if method != "HEAD" and status != 304:
+            self._send_body(connection, body, page)
+        return page.length or page.chunked or method == "HEAD"
+
+    def _send_body(self, connection, body, page):
+        pieces = [body[:page.first], body[page.first:]] if page.gate else [body]
+        for number, piece in enumerate(pieces):
+            if number:
+                page.gate.pass_through()
+            for at in range(0, len(piece), 1 << 20):
+                part = piece[at:at + (1 << 20)]
+                connection.sendall(b"%x\r\n%s\r\n" % (len(part), part) if page.chunked else part)
+                with self._lock:
+                    self.sent += len(part)
+        if page.chunked:
+            connection.sendall(b"0\r\n\r\n")
+
+
+class Answer:
+    """What a client got."""
+
+    def __init__(self, response):
+        self.status, self.reason, self.fields = response.status, response.reason, response.getheaders()
+        self.body = response.read()
+
+    def __getitem__(self, name):
+        found = [text for field, text in self.fields if field.lower() == name.lower()]
+        return ", ".join(found) if found else None
+
+
+class ProxyCase(unittest.TestCase):
+    """A scripted origin, an empty root and a proxy in this process."""
+
+    config = Config(addrs=(), pseudonym="tested")
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        self.root = os.path.join(self.folder, "root")
+        os.mkdir(self.root)
+        self.threads = threading.active_count()
+        self.addCleanup(self._no_threads_left)
+        self.origin = Origin()
+        self.addCleanup(self.origin.close)
+        self.start()
+
+    def start(self, config=None):
+        """Start a proxy over the root; an earlier one of this test is stopped."""
+        if hasattr(self, "server"):
+            self.stop()
+        else:
+            self.addCleanup(self.stop)
+        self.proxy = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))
+        self.server = pkgproxy.ProxyServer(("127.0.0.1", 0), self.proxy, itertools.cycle(range(1, 1000)))
+        self.address = self.server.server_address
+        self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self._serving.start()
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self._serving.join(PATIENCE)
+        self.settle()
+        self.proxy.close()
+
+    def settle(self):
+        """Wait until no reply and no flight is under way."""
+        until(lambda: not self.server.replies_running and not self.proxy._barrier.count(), "the end of replies")
+
+    def _no_threads_left(self):
+        until(lambda: threading.active_count() <= self.threads, "the end of all threads")
+
+    @contextlib.contextmanager
+    def connection(self):
+        connection = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def ask(self, path, method="GET", body=None, **fields):
+        """Ask the proxy for a page of the origin, in absolute-form."""
+        url = path if path.startswith("http") else self.origin.url(path)
+        with self.connection() as connection:
+            fields = {name.replace("_", "-"): text for name, text in fields.items()}
+            connection.request(method, url, body, {"Connection": "close", **fields})
+            return Answer(connection.getresponse())
+
+    def own(self, path):
+        with self.connection() as connection:
+            connection.request("GET", path, headers={"Connection": "close"})
+            return Answer(connection.getresponse())
+
+    def raw(self, data, until_closed=True):
+        """Send bytes, return all that comes until the proxy closes."""
+        with socket.create_connection(self.address, PATIENCE) as connection:
+            connection.sendall(data)
+            if until_closed:
+                return b"".join(iter(lambda: connection.recv(65536), b""))
+            return connection.recv(65536)
+
+    def outcome(self, answer):
+        return answer["Cache-Status"]
+
+    def counters(self):
+        self.settle()
+        return self.proxy.counters.snapshot()
+
+    def files(self):
+        """The visible tree: {name below the root: bytes}."""
+        return {str(path.relative_to(self.root)): path.read_bytes() for path in Path(self.root).rglob("*")
+                if path.is_file() and pkgproxy.BOOKS not in path.parts}
+
+    def place(self, name):
+        return "127.0.0.1:%d/%s" % (self.origin.port, name)
+
+
+def request(uri="http://a/x", method="GET", received=CLOCK, **fields):
+    """A Request as the Door would make it."""
+    pairs = (("Host", "a"),) + tuple((name.replace("_", "-"), text) for name, text in fields.items())
+    target = pkgproxy.parse_target(uri)
+    return Request(method, uri, target, pairs, received=received, key=pkgproxy.cache_key(target))
+
+
+def stored(uri="http://a/x", received=CLOCK, vary=(), size=10, **fields):
+    """A stored Head."""
+    pairs = tuple((name.replace("_", "-"), text) for name, text in fields.items())
+    return Head(200, "OK", pairs, key=pkgproxy.cache_key(pkgproxy.parse_target(uri)), vary=vary,
+                requested=received, received=received, size=size)
+
+
+# ---------------------------------------------------------------------------------------------
+# 2 Rules
+# ---------------------------------------------------------------------------------------------
+
+
+class MessageRulesTest(unittest.TestCase):
+    """RFC 9112: request lines, fields, framing."""
+
+    def test_request_lines(self):
+        for line, expected in (
+                ("GET http://a/ HTTP/1.1", ("GET", "http://a/", (1, 1))),
+                ("GET http://a/ HTTP/1.0", ("GET", "http://a/", (1, 0))),
+                ("M-SEARCH * HTTP/1.1", ("M-SEARCH", "*", (1, 1))),
+                ("GET http://a/ HTTP/1.9", ("GET", "http://a/", (1, 1))),
+                ("GET http://a/", 400), ("GET  http://a/ HTTP/1.1", 400), ("GET http://a/ HTTP/1.1 ", 400),
+                ("GET http://a/ b HTTP/1.1", 400), ("GET http://a/\x00 HTTP/1.1", 400), ("", 400),
+                (" GET http://a/ HTTP/1.1", 400), ("G@T http://a/ HTTP/1.1", 400),
+                ("GET http://a/ HTTP/1.x", 400), ("GET http://a/ http/1.1", 400),
+                ("GET http://a/ HTTP/2.0", 505)):
+            with self.subTest(line=line):
+                if isinstance(expected, tuple):
+                    self.assertEqual(pkgproxy.parse_request_line(line), expected)
+                else:
+                    with self.assertRaises(BadRequest) as caught:
+                        pkgproxy.parse_request_line(line)
+                    self.assertEqual(caught.exception.status, expected)
+
+    def test_field_lines(self):
+        for line, expected in (
+                ("A: b", ("A", "b")), ("A:b", ("A", "b")), ("A: \t b c \t", ("A", "b c")), ("A:", ("A", "")),
+                ("A: b:c", ("A", "b:c")), ("A: \xe4", ("A", "\xe4")),
+                ("A : b", None), (" A: b", None), ("A", None), (": b", None), ("A: b\rX: c", None),
+                ("A: b\x00", None), ("A: b\x0b", None), ("A B: c", None), ("A: b\n", None), ("", None)):
+            with self.subTest(line=line):
+                if expected:
+                    self.assertEqual(pkgproxy.parse_fields([line]), (expected,))
+                else:
+                    self.assertRaises(ValueError, pkgproxy.parse_fields, [line])
+        self.assertRaises(ValueError, pkgproxy.parse_fields, ["A: b"] * (pkgproxy.MAX_FIELDS + 1))
+
+    def test_framing_of_a_request_is_certain_or_refused(self):
+        for fields, expected in (
+                ((), 0), ((("Content-Length", "5"),), 5), ((("Content-Length", "5"), ("content-length", "5")), 5),
+                ((("Transfer-Encoding", "chunked"),), None), ((("Transfer-Encoding", "Chunked"),), None),
+                ((("Content-Length", "5"), ("Content-Length", "6")), 400), ((("Content-Length", "5, 6"),), 400),
+                ((("Content-Length", "+5"),), 400), ((("Content-Length", "-1"),), 400),
+                ((("Content-Length", ""),), 400), ((("Content-Length", "1_0"),), 400),
+                ((("Content-Length", "\xb2"),), 400), ((("Content-Length", "9" * 30),), 400),
+                ((("Content-Length", "5"), ("Transfer-Encoding", "chunked")), 400),
+                ((("Transfer-Encoding", "gzip, chunked"),), 400), ((("Transfer-Encoding", "identity"),), 400),
+                ((("Transfer-Encoding", "chunked"), ("Transfer-Encoding", "chunked")), 400),
+                ((("Transfer-Encoding", ""),), 400)):
+            with self.subTest(fields=fields):
+                if expected == 400:
+                    self.assertRaises(BadRequest, pkgproxy.request_framing, (1, 1), fields)
+                else:
+                    self.assertEqual(pkgproxy.request_framing((1, 1), fields), expected)
+        self.assertRaises(BadRequest, pkgproxy.request_framing, (1, 0), (("Transfer-Encoding", "chunked"),))
+
+    def test_hop_by_hop_fields_go_and_the_rest_stays_in_order(self):
+        fields = (("A", "1"), ("Connection", "close, X-Hop"), ("x-hop", "2"), ("B", "3"), ("Keep-Alive", "4"),
+                  ("TE", "trailers"), ("Proxy-Authorization", "secret"), ("Upgrade", "h2c"), ("a", "5"))
+        self.assertEqual(pkgproxy.end_to_end(fields), (("A", "1"), ("B", "3"), ("a", "5")))
+
+    def test_forwarding_does_not_touch_the_request_and_adds_after_it_removes(self):
+        asked = request("http://u:p@a:8080/x", Connection="Via", Via="1.0 b", Accept_Encoding="gzip", Range="bytes=1-")
+        before = asked.fields
+        fields = pkgproxy.forward_fields(asked, Config(pseudonym="me"), identity=True)
+        self.assertEqual(asked.fields, before)
+        self.assertEqual(fields, (("Host", "a:8080"), ("Accept-Encoding", "identity"), ("Via", "1.0 b, 1.1 me")))
+
+    def test_a_loop_is_seen_in_via(self):
+        for via, expected in (("1.1 me", True), ("1.1 a, HTTP/1.1 me (x)", True), ("1.1 you", False), ("me", False)):
+            with self.subTest(via=via):
+                self.assertEqual(pkgproxy.is_loop(request(Via=via), Config(pseudonym="me")), expected)
+
+    def test_framing_of_a_reply(self):
+        F = pkgproxy.Framing
+        for version, status, length, expected in (
+                ((1, 1), 200, 5, F.LENGTH), ((1, 1), 200, 0, F.LENGTH), ((1, 1), 200, None, F.CHUNKED),
+                ((1, 0), 200, None, F.CLOSE), ((1, 1), 304, 5, F.NONE), ((1, 1), 204, None, F.NONE)):
+            asked = Request("GET", "/", Target("http", "a", 80, "/"), (), version)
+            self.assertIs(pkgproxy.reply_framing(asked, Head(status, "", ()), length), expected)
+
+    def test_cache_status_says_what_happened(self):
+        for status, expected in (
+                (CacheStatus(Outcome.HIT), "pkgproxy; hit"),
+                (CacheStatus(Outcome.HIT, ttl=30), "pkgproxy; hit; ttl=30"),
+                (CacheStatus(Outcome.VALIDATED, "stale", 304), "pkgproxy; fwd=stale; fwd-status=304"),
+                (CacheStatus(Outcome.COLLAPSED, "uri-miss"), "pkgproxy; fwd=uri-miss; collapsed"),
+                (CacheStatus(Outcome.STALE, "stale", detail='o"\\\n'), 'pkgproxy; fwd=stale; detail="o"'),
+                (CacheStatus(Outcome.BYPASS, "bypass", 200), "pkgproxy; fwd=bypass; fwd-status=200")):
+            self.assertEqual(pkgproxy.cache_status_field(status), expected)
+
+
+class NameRulesTest(unittest.TestCase):
+    """Targets, cache keys, file names, name classes."""
+
+    def test_targets(self):
+        for uri, expected in (
+                ("http://a", ("http", "a", 80, "/")), ("HTTP://A.B:81/x", ("http", "a.b", 81, "/x")),
+                ("http://u:p@a/x#y", ("http", "a", 80, "/x")), ("http://[::1]:80/", ("http", "::1", 80, "/")),
+                ("http://a?q", ("http", "a", 80, "/?q")), ("https://a/", ("https", "a", 443, "/")),
+                ("http://a:/x", ("http", "a", 80, "/x")), ("http://a/\xe4 ", ("http", "a", 80, "/%E4%20")),
+                ("ftp://a/", None), ("a:80", None), ("http://", None), ("http://a:99999/", None),
+                ("http://a:0/", None), ("http://.pkgproxy/x", None), ("http://../x", None), ("http://a..b/", None),
+                ("http://[::1/", None), ("http://[zz]/", None), ("http://a b/", None), ("http://a\\b/", None),
+                ("http://a:80:80/", None), ("http://%2e%2e/", None), ("http://[::1]x/", None)):
+            with self.subTest(uri=uri):
+                if expected:
+                    self.assertEqual(pkgproxy.parse_target(uri), Target(*expected))
+                else:
+                    self.assertRaises(BadRequest, pkgproxy.parse_target, uri)
+
+    def test_a_cache_key_has_one_form(self):
+        for uri, key in (
+                ("http://A/x", "http://a/x"), ("http://a:80/x", "http://a/x"), ("https://a:443/x", "https://a/x"),
+                ("http://a:443/x", "http://a:443/x"), ("http://a/%7efoo", "http://a/~foo"),
+                ("http://a/c%2b%2b", "http://a/c++"), ("http://a/@x%2fy", "http://a/@x%2Fy"),
+                ("http://a/x?a=%2b+b", "http://a/x?a=%2B+b"), ("http://a/./b/../c", "http://a/c"),
+                ("http://a/../../x", "http://a/x"), ("http://a/%2e%2E/x", "http://a/x"),
+                ("http://a/b/..", "http://a/"), ("http://a/b/.", "http://a/b/"), ("http://a//b", "http://a//b"),
+                ("http://a/x?", "http://a/x?"), ("http://a/x?../..", "http://a/x?../.."),
+                ("http://a/%", "http://a/%"), ("http://a/%zz%00", "http://a/%zz%00")):
+            with self.subTest(uri=uri):
+                self.assertEqual(pkgproxy.cache_key(pkgproxy.parse_target(uri)), key)
+
+    HOSTILE = ("http://a/../../etc/passwd", "http://a/%2e%2e/%2e%2e/x", "http://a/..%2f..%2fx", "http://a/%00",
+               "http://a/..\\..\\x", "http://a/..%5c..%5cx", "http://a/.pkgproxy/x", "http://a//etc/passwd",
+               "http://a/x/../../.pkgproxy/heads/a", "http://a/?../../x", "http://a/x?/../../y", "http://a/" + "x" * 999,
+               "http://a/" + "x/" * 300, "http://a/^2F", "http://a/~", "http://a/%2F", "http://a/.", "http://a/..",
+               "http://a/...", "http://a/a^head", "http://a/" + "%00" * 300)
+
+    def test_no_key_leaves_its_hosts_folder(self):
+        for uri in self.HOSTILE:
+            for windows in (False, True):
+                for name in pkgproxy.file_names(pkgproxy.cache_key(pkgproxy.parse_target(uri)), windows):
+                    if name is None:
+                        continue
+                    with self.subTest(uri=uri[:40], name=name[:80]):
+                        parts = name.split("/")
+                        self.assertEqual(parts[0], "a")
+                        self.assertGreater(len(parts), 1)
+                        self.assertFalse({"", ".", ".."} & set(parts))
+                        self.assertRegex(name, r"\A[!-~]+\Z")
+                        self.assertNotIn("\\", name)
+                        self.assertLess(max(map(len, parts)), 245)
+                        self.assertFalse(name.endswith("^head"))
+
+    def test_no_two_keys_share_a_name(self):
+        keys = ["http://a/x", "https://a/x", "http://a:443/x", "http://a/x/", "http://a/x?", "http://a/x?/", "http://a//x",
+                "http://a/x//", "http://a/x?%2F", "http://a/x?%5E", "http://a/x%3F", "http://a/", "http://a/?",
+                "http://a/%5E", "http://a/X", "http://a/x/y", "http://a/x%2Fy", "http://a/x?y", "http://a/x?y/",
+                "http://a/x?y%2F", "http://https/a/x", "http://a/con", "http://a/x.", "http://a/x:y", "http://a/x%3Ay"]
+        for windows in (False, True):
+            names = [name for key in keys for name in pkgproxy.file_names(key, windows)]
+            self.assertEqual(len(names), len(set(names)))
+
+    def test_names_are_the_origins_where_they_can_be(self):
+        for key, name in (
+                ("http://a/debian/pool/c/c++_1.0-1_amd64.deb", "a/debian/pool/c/c++_1.0-1_amd64.deb"),
+                ("http://a:8080/FreeBSD:14:amd64/x.pkg", "a:8080/FreeBSD:14:amd64/x.pkg"),
+                ("http://a/metalink?repo=f-42&arch=x", "a/metalink?repo=f-42&arch=x"),
+                ("https://a/x", "https^a/x"), ("http://a/", "a/^"), ("http://a/x//y", "a/x/^/y"),
+                ("http://a/" + "x" * 250, None)):
+            self.assertEqual(pkgproxy.file_names(key)[0], name)
+        self.assertEqual(pkgproxy.file_names("http://a:8080/con/x:y?z.", True)[0], "a^3A8080/^63on/x^3Ay^3Fz^2E")
+
+    HEX = "0123456789abcdef" * 4
+    CLASSES = {
+        NameClass.CONTENT: [
+            "/debian/dists/sid/main/binary-amd64/by-hash/SHA256/" + HEX, "/d/by-hash/MD5Sum/" + HEX[:32],
+            "/f/repodata/%s-primary.xml.gz" % HEX, "/f/repodata/%s-other.sqlite.bz2" % HEX[:40],
+            "/debian/dists/sid/main/binary-amd64/Packages.diff/2026-01-01-1401.20.gz",
+            "/repo/objects/ab/%s.filez" % HEX[:62], "/repo/summaries/%s.gz" % HEX, "/repo/summaries/%s.idx.sig" % HEX,
+            "/repo/deltas/Bw/abc-def/superblock", "/14.1-RELEASE/amd64/f/%s.gz" % HEX,
+            "/14.1-RELEASE/amd64/bp/%s-%s" % (HEX, HEX), "/nar/%s.nar.xz" % ("a1" * 26),
+            "/FreeBSD:14:amd64/latest/All/Hashed/curl-8.9.1~abcdef.pkg",
+            "/v2/homebrew/core/curl/blobs/sha256:" + HEX, "/packages/ab/cd/%s/x-1.0-py3-none-any.whl" % HEX[:60]],
+        NameClass.INDEX: [
+            "/debian/dists/sid/InRelease", "/d/dists/sid/Release", "/d/dists/sid/Release.gpg", "/Release", "/Packages.gz",
+            "/d/dists/sid/main/binary-amd64/Packages.xz", "/d/dists/sid/main/source/Sources", "/d/dists/sid/Contents-amd64.gz",
+            "/d/dists/sid/main/i18n/Translation-en.bz2", "/d/dists/sid/main/dep11/icons-64x64.tar.gz",
+            "/d/dists/sid/main/dep11/Components-amd64.yml.gz", "/d/dists/sid/main/binary-amd64/Packages.diff/Index",
+            "/meta-release-lts", "/SHA256SUMS", "/SHA256SUMS.sign", "/ls-lR.gz", "/d/project/trace/ftp-master",
+            "/f/repodata/repomd.xml", "/f/repodata/repomd.xml.asc", "/f/repodata/repomd.xml.key", "/f/repodata/primary.xml.gz",
+            "/metalink", "/mirrorlist", "/f/.treeinfo", "/x/mirror.list", "/x/google.repo", "/RPM-GPG-KEY-fedora",
+            "/media.1/media", "/content", "/content.asc", "/boot/x86_64/linux", "/x/license.tar.gz",
+            "/core/os/x86_64/core.db", "/core/os/x86_64/core.db.sig", "/core/os/x86_64/core.files", "/x/core.db.tar.gz.sig",
+            "/lastupdate", "/alpine/v3.20/main/x86_64/APKINDEX.tar.gz", "/x/Packages.adb", "/x/packages.adb",
+            "/alpine/latest-stable/main/x86_64/curl-8.9.1-r1.apk", "/x/Packages.sig", "/x/Packages.manifest", "/x/sha256sums.asc",
+            "/snapshots/targets/x86/64/packages/curl_8.7.1-1_x86_64.ipk", "/current/x86_64-repodata",
+            "/current/curl-8.9.1_1.x86_64.xbps", "/distfiles/layout.conf", "/snapshots/portage-latest.tar.xz",
+            "/releases/amd64/autobuilds/latest-stage3.txt", "/slackware64-15.0/ChangeLog.txt", "/x/CHECKSUMS.md5.asc",
+            "/repo/polaris/eopkg-index.xml.xz", "/repo/polaris/eopkg-index.xml.xz.sha1sum", "/nix-cache-info",
+            "/0c1m2.narinfo", "/FreeBSD:14:amd64/quarterly/meta.conf", "/FreeBSD:14:amd64/quarterly/packagesite.pkg",
+            "/FreeBSD:14:amd64/quarterly/data.pkg", "/14.1-RELEASE/amd64/latest.ssl", "/pub/OpenBSD/7.5/amd64/SHA256.sig",
+            "/pub/OpenBSD/7.5/amd64/index.txt", "/All/pkg_summary.zst", "/repo/summary", "/repo/summary.sig",
+            "/repo/summary.idx", "/repo/config", "/repo/refs/heads/app/x", "/repo/objects/ab/%s.commitmeta" % HEX[:62],
+            "/versions", "/info/rack", "/latest_specs.4.8.gz", "/maven2/g/a/maven-metadata.xml.sha1",
+            "/m2/g/a/1.0-SNAPSHOT/a-1.0-2026.jar", "/linux-64/repodata.json.zst", "/linux-64/current_repodata.json",
+            "/m/@v/list", "/m/@latest", "/modules/02packages.details.txt.gz", "/src/contrib/PACKAGES.rds",
+            "/tlpkg/texlive.tlpdb.sha512.asc", "/x86_64/setup.zst.sig", "/rawhide/Packages/c/curl-8.9-1.fc43.x86_64.rpm"],
+        NameClass.PACKAGE: [
+            "/debian/pool/main/c/curl/curl_7.88.1-10_amd64.deb", "/d/pool/x_1.0.orig.tar.xz", "/d/pool/x_1.0.orig.tar.xz.asc",
+            "/d/pool/x_1.0-1.debian.tar.xz", "/d/pool/x_1.0-1.diff.gz", "/d/pool/x_1.0-1.dsc", "/d/pool/x_1%2b2_all.udeb",
+            "/linux/debian/dists/bookworm/pool/stable/amd64/docker-ce_27.0.3-1~debian.12_amd64.deb",
+            "/f/Packages/c/curl-8.9-1.fc42.x86_64.rpm", "/f/drpms/a-1_2.drpm", "/x/curl-8.9.1-1-x86_64.pkg.tar.zst",
+            "/x/curl-8.9.1-1-x86_64.pkg.tar.zst.sig", "/alpine/v3.20/main/x86_64/curl-8.9.1-r1.apk",
+            "/x/base/usteer-2025.05.31~1.apk", "/x/curl_8.7.1-1_x86_64.ipk", "/void/curl-8.9.1_1.x86_64.xbps.sig2",
+            "/distfiles/8a/curl-8.9.1.tar.xz", "/x/curl-7.79.1-x86_64-1.txz", "/x/c/curl-8.9.1-120-1-x86_64.eopkg",
+            "/FreeBSD:14:amd64/quarterly/All/curl-8.9.1.pkg", "/pub/OpenBSD/7.5/packages/amd64/curl-8.6.0.tgz",
+            "/gems/rack-3.0.0.gem", "/crates/serde/serde-1.0.0.crate", "/maven2/g/a/1.0/a-1.0.jar",
+            "/maven2/g/a/1.0/a-1.0.jar.sha1", "/linux-64/curl-8.9.1-h123_0.conda", "/m/@v/v1.2.3.zip", "/m/@v/v1.2.3.mod",
+            "/x/-/x-1.2.3.tgz"],
+        NameClass.OTHER: [
+            "/", "/x", "/teams-for-linux_amd64.deb", "/google-chrome-stable_current_amd64.deb", "/jenkins.deb",
+            "/x_x86_64.rpm", "/foo-latest.tar.gz", "/index.html", "/simple/rack/", "/pub/OpenBSD/7.5/packages/amd64/",
+            "/x/photo-1.jpg", "/archive/7zip_amd64.deb"],
+    }
+
+    def test_name_classes(self):
+        for expected, paths in self.CLASSES.items():
+            for path in paths:
+                with self.subTest(path=path):
+                    self.assertIs(pkgproxy.classify("http://mirror.example.org" + path), expected)
+
+    def test_a_query_does_not_make_the_class(self):
+        self.assertIs(pkgproxy.classify("http://a/metalink?repo=curl-1.0.rpm"), NameClass.INDEX)
+        self.assertIs(pkgproxy.classify("http://a/x?file=/curl_1.0_all.deb"), NameClass.OTHER)
+
+    def test_filters_are_searched_and_bad_lines_are_told(self):
+        filters, complaints = pkgproxy.parse_filters("# a comment\n\n /nightly/ \n([\n\\.iso$\n")
+        self.assertEqual([f.pattern for f in filters], ["/nightly/", r"\.iso$"])
+        self.assertEqual(len(complaints), 1)
+        self.assertIn("line 4", complaints[0])
+
+    def test_who_may_come_in(self):
+        for address, allow, expected in (
+                ("127.0.0.1", ("loopback",), True), ("::1", ("loopback",), True), ("10.1.2.3", ("loopback",), False),
+                ("192.168.1.1", ("private",), True), ("172.16.0.1", ("private",), True), ("172.32.0.1", ("private",), False),
+                ("100.64.0.1", ("private",), True), ("fd00::1", ("private",), True), ("fe80::1%eth0", ("private",), True),
+                ("::ffff:192.168.1.1", ("private",), True), ("::ffff:8.8.8.8", ("private",), False),
+                ("2001:db8::1", ("private",), False), ("2001:db8::1", ("all",), True), ("8.8.8.8", ("all",), True),
+                ("203.0.113.9", ("203.0.113.0/24",), True), ("nonsense", ("all",), False)):
+            with self.subTest(address=address, allow=allow):
+                self.assertEqual(pkgproxy.may_come_in(address, allow), expected)
+        self.assertRaises(ValueError, pkgproxy.parse_networks, ["lan"])
+
+    def test_text_from_outside_is_harmless_in_a_log(self):
+        self.assertEqual(pkgproxy.printable("a\x1b[31m\r\n\x9bb"), r"a\x1b[31m\x0d\x0a\x9bb")
+
+
+class CacheRulesTest(unittest.TestCase):
+    """RFC 9111, and the decision table."""
+
+    def decide(self, asked, head, now=CLOCK, config=None):
+        decision = pkgproxy.decide(asked, head, config or Config(), now)
+        return decision.action, decision.forward
+
+    def test_the_decision_table(self):
+        package, index, content, other = (
+            "http://a/x_1.0_all.deb", "http://a/InRelease", "http://a/by-hash/SHA256/" + "0" * 64, "http://a/x")
+        serve, fetch = (Action.SERVE, ""), (Action.FETCH, "uri-miss")
+        ask_again, asked_to = (Action.VALIDATE, "stale"), (Action.VALIDATE, "request")
+        for uri, fields, head, expected in (
+                (package, {}, None, fetch), (index, {}, None, fetch), (other, {}, None, fetch),
+                (package, {}, {}, serve), (content, {}, {}, serve), (index, {}, {}, ask_again),
+                # An origin's max-age says nothing of a package's or an index's life.
+                (package, {}, {"Cache_Control": "max-age=0"}, serve),
+                (index, {}, {"Cache_Control": "max-age=9999"}, ask_again),
+                # RFC 9111 §5.2.1.4, §5.4: the client's no-cache validates; max-age=0 too, but by-hash knows better.
+                (package, {"Cache_Control": "no-cache"}, {}, asked_to), (content, {"Cache_Control": "no-cache"}, {}, asked_to),
+                (package, {"Cache_Control": "max-age=0"}, {}, asked_to), (content, {"Cache_Control": "max-age=0"}, {}, serve),
+                (package, {"Pragma": "no-cache"}, {}, asked_to),
+                (package, {"Pragma": "no-cache", "Cache_Control": "max-age=5"}, {}, serve),
+                # RFC 9111 §4.2: for other names the origin's freshness rules.
+                (other, {}, {"Cache_Control": "max-age=60"}, serve), (other, {}, {"Cache_Control": "max-age=0"}, ask_again),
+                (other, {}, {"Cache_Control": "max-age=60, no-cache"}, ask_again),
+                (other, {}, {"Cache_Control": "s-maxage=0, max-age=60"}, ask_again),
+                (other, {}, {"Expires": "0"}, ask_again), (other, {}, {"ETag": '"x"'}, ask_again),
+                (other, {}, {"Last_Modified": DATE}, ask_again), (other, {}, {}, serve),
+                (other, {}, {"Content_Type": "text/html"}, ask_again), ("http://a/x?y", {}, {}, ask_again),
+                ("http://a/x/", {}, {}, ask_again),
+                (package, {"Cache_Control": "only-if-cached"}, None, (Action.REFUSE, "uri-miss")),
+                (package, {"Cache_Control": "only-if-cached"}, {}, serve),
+                (package, {"Cache_Control": "no-store"}, None, (Action.PASS, "uri-miss"))):
+            with self.subTest(uri=uri, fields=fields, head=head):
+                head = None if head is None else stored(uri, **head)
+                self.assertEqual(self.decide(request(uri, **fields), head), expected)
+
+    def test_without_heuristics_what_has_no_freshness_is_asked_again(self):
+        self.assertEqual(self.decide(request(), stored(), config=Config(heuristics=False)), (Action.VALIDATE, "stale"))
+
+    def test_heuristic_freshness_ends_after_a_day(self):
+        self.assertEqual(self.decide(request(), stored(), CLOCK + 86399)[0], Action.SERVE)
+        self.assertEqual(self.decide(request(), stored(), CLOCK + 86400)[0], Action.VALIDATE)
+
+    def test_filters_and_methods_bypass(self):
+        filtered = Config(filters=tuple(pkgproxy.parse_filters(r"x_1\.0")[0]))
+        self.assertEqual(self.decide(request("http://a/x_1.0_all.deb"), stored(), config=filtered), (Action.PASS, "bypass"))
+        for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH", "PROPFIND"):
+            self.assertEqual(self.decide(request(method=method), stored()), (Action.PASS, "method"))
+
+    def test_head_is_never_stored(self):
+        self.assertEqual(self.decide(request(method="HEAD"), None), (Action.PASS, "uri-miss"))
+        self.assertEqual(self.decide(request("http://a/x_1.0_all.deb", "HEAD"), stored()), (Action.SERVE, ""))
+
+    def test_a_vary_that_does_not_match_is_a_miss(self):
+        head = stored(vary=(("accept", "text/html"),), Vary="Accept", Cache_Control="max-age=60")
+        self.assertEqual(self.decide(request(Accept="text/html"), head)[0], Action.SERVE)
+        self.assertEqual(self.decide(request(Accept="application/json"), head), (Action.FETCH, "vary-miss"))
+        self.assertEqual(self.decide(request(), head), (Action.FETCH, "vary-miss"))
+
+    def test_what_may_be_stored(self):
+        package, other = "http://a/x_1.0_all.deb", "http://a/x"
+        for uri, fields, head, reason in (
+                (package, {}, {}, ""), ("http://a/InRelease", {}, {"Cache_Control": "no-cache"}, ""),
+                (package, {}, {"Cache_Control": "no-store"}, "no-store"), (package, {}, {"Cache_Control": "private"}, "private"),
+                (package, {}, {"Cache_Control": 'private="x"'}, "private"), (package, {}, {"Vary": "*"}, "Vary: *"),
+                (package, {}, {"Cache_Control": "no-store, must-understand"}, ""),
+                (package, {"Cache_Control": "no-store"}, {}, "no-store"), (package, {"Authorization": "x"}, {}, "Authorization"),
+                (package, {"Authorization": "x"}, {"Cache_Control": "public"}, ""),
+                (package, {"Authorization": "x"}, {"Cache_Control": "s-maxage=5"}, ""),
+                (package, {}, {"Content_Type": "Text/HTML; charset=x"}, "text/html for a package"),
+                (other, {}, {"Content_Type": "text/html", "ETag": '"x"'}, ""),
+                (other, {}, {"Cache_Control": "max-age=0"}, "neither fresh nor validated"),
+                (other, {}, {"Cache_Control": "max-age=0", "ETag": '"x"'}, ""), (other, {}, {}, ""),
+                ("http://a/x?y", {}, {}, "neither fresh nor validated")):
+            with self.subTest(uri=uri, fields=fields, head=head):
+                self.assertEqual(pkgproxy.not_storable(request(uri, **fields), stored(uri, **head), Config()), reason)
+        for method, status in (("HEAD", 200), ("POST", 200), ("GET", 206), ("GET", 404), ("GET", 203), ("GET", 302)):
+            head = pkgproxy.dataclasses.replace(stored(package), status=status)
+            self.assertTrue(pkgproxy.not_storable(request(package, method), head, Config()))
+
+    def test_freshness_lifetime(self):
+        for fields, expected in (
+                ({}, None), ({"Cache_Control": "max-age=60"}, 60), ({"Cache_Control": 'max-age="60"'}, 60),
+                ({"Cache_Control": "max-age=60, max-age=5"}, 5), ({"Cache_Control": "max-age=x"}, 0),
+                ({"Cache_Control": "max-age"}, 0), ({"Cache_Control": "max-age=-1"}, 0), ({"Cache_Control": "a=max-age=5"}, None),
+                ({"Cache_Control": 'x="max-age=5"'}, None), ({"Cache_Control": "MAX-AGE=60"}, 60),
+                ({"Cache_Control": "max-age=" + "9" * 40}, 2**31), ({"Expires": DATE, "Date": DATE}, 0),
+                ({"Expires": "Sun, 06 Nov 1994 08:50:37 GMT", "Date": DATE}, 60), ({"Expires": "0", "Date": DATE}, 0),
+                ({"Expires": "Sun, 06 Nov 1994 08:50:37 GMT", "Date": DATE, "Cache_Control": "max-age=5"}, 5)):
+            with self.subTest(fields=fields):
+                self.assertEqual(pkgproxy.freshness_lifetime(stored(**fields).fields), expected)
+
+    def test_age(self):
+        for fields, requested, received, now, expected in (
+                ({}, 0, 0, 0, 0), ({}, 0, 0, 9, 9), ({"Age": "5"}, 0, 0, 9, 14), ({"Age": "x"}, 0, 0, 9, 9),
+                ({}, 0, 3, 9, 9), ({"Date": DATE}, 0, 0, 5, 5), ({}, 0, 0, -99, 0),
+                ({"Date": "Sun, 06 Nov 1994 08:49:07 GMT"}, 0, 0, 5, 35), ({"Date": "Sun, 06 Nov 1994 09:49:37 GMT"}, 0, 0, 5, 5)):
+            with self.subTest(fields=fields, now=now):
+                head = pkgproxy.dataclasses.replace(stored(**fields), requested=CLOCK + requested, received=CLOCK + received)
+                self.assertEqual(pkgproxy.current_age(head, CLOCK + now), expected)
+
+    def test_dates(self):
+        for text, expected in ((DATE, CLOCK), ("sun, 06 nov 1994 08:49:37 gmt", CLOCK), ("Sun, 6 Nov 1994 08:49:37 GMT", None),
+                               ("Sun, 06 Nov 1994 08:49:37 +0100", None), ("Sun, 06 Nov 1994 25:49:37 GMT", None),
+                               ("Sun, 06 Foo 1994 08:49:37 GMT", None), ("Sun, 00 Nov 1994 08:49:37 GMT", None),
+                               ("", None), (None, None), ("-1", None), ("Sunday, 06-Nov-94 08:49:37 GMT", CLOCK)):
+            with self.subTest(text=text):
+                self.assertEqual(pkgproxy.parse_date(text), expected)
+
+    def test_a_304_freshens_a_head(self):
+        head = stored(ETag='"x"', Content_Type="a/b", X="old", Expires="0")
+        answer = stored(received=CLOCK + 9, ETag='"x"', Content_Type="text/html", Content_Length="0", X="new", Connection="Y", Y="1")
+        new = pkgproxy.freshened(head, answer)
+        self.assertEqual(dict(new.fields), {"ETag": '"x"', "Content-Type": "a/b", "X": "new", "Expires": "0"})
+        self.assertEqual((new.received, new.key, new.size), (CLOCK + 9, head.key, head.size))
+
+    def test_a_304_with_another_tag_confirms_nothing(self):
+        for tag, answer, expected in (('"x"', '"x"', True), ('"x"', '"y"', False), ('"x"', None, True), ('W/"x"', '"x"', True)):
+            head = stored(ETag=answer) if answer else stored()
+            self.assertEqual(pkgproxy.confirms(stored(ETag=tag), head), expected)
+
+    def test_redirects_to_follow(self):
+        here = Target("http", "a", 80, "/x/y")
+        secure = Target("https", "a", 443, "/x/y")
+        for target, status, location, expected in (
+                (here, 302, "http://b/z", "http://b/z"), (here, 301, "z", "http://a/x/z"), (here, 307, "//b/z", "http://b/z"),
+                (here, 308, "https://a/x/y", "https://a/x/y"), (secure, 302, "http://a/x/y", None), (here, 301, "http://a/x/y/", None),
+                (here, 302, None, None), (here, 200, "z", None), (here, 302, "ftp://b/z", None), (here, 302, "http://[", None),
+                (here, 304, "z", None), (secure, 302, "https://b/z", "https://b/z")):
+            with self.subTest(status=status, location=location):
+                head = Head(status, "", (("Location", location),) if location else ())
+                onward = pkgproxy.redirect_target(head, target)
+                self.assertEqual(onward.uri if onward else None, expected)
+
+
+class SelectRulesTest(unittest.TestCase):
+    """RFC 9110 §13 and §14: preconditions and ranges."""
+
+    def test_preconditions_in_their_order(self):
+        before, after = "Sun, 06 Nov 1994 08:49:36 GMT", "Sun, 06 Nov 1994 08:49:38 GMT"
+        for fields, expected in (
+                ({}, 200), ({"If_None_Match": '"x"'}, 304), ({"If_None_Match": 'W/"x"'}, 304), ({"If_None_Match": '"y"'}, 200),
+                ({"If_None_Match": '"y", "x"'}, 304), ({"If_None_Match": "*"}, 304), ({"If_None_Match": "x"}, 200),
+                ({"If_Modified_Since": DATE}, 304), ({"If_Modified_Since": after}, 304), ({"If_Modified_Since": before}, 200),
+                ({"If_Modified_Since": "yesterday"}, 200), ({"If_None_Match": '"y"', "If_Modified_Since": after}, 200),
+                ({"If_Match": '"x"'}, 200), ({"If_Match": 'W/"x"'}, 412), ({"If_Match": '"y"'}, 412), ({"If_Match": "*"}, 200),
+                ({"If_Unmodified_Since": DATE}, 200), ({"If_Unmodified_Since": before}, 412),
+                ({"If_Match": '"x"', "If_Unmodified_Since": before}, 200), ({"If_Match": '"y"', "If_None_Match": '"x"'}, 412),
+                ({"If_Match": '"x"', "If_None_Match": '"x"'}, 304)):
+            with self.subTest(fields=fields):
+                head = stored(ETag='"x"', Last_Modified=DATE)
+                self.assertEqual(pkgproxy.evaluate(request(**fields), head), expected)
+        self.assertEqual(pkgproxy.evaluate(request(If_Modified_Since=DATE), stored()), 200)
+
+    def test_ranges(self):
+        for text, expected in (
+                ("bytes=0-0", [(0, 1)]), ("bytes=0-9", [(0, 10)]), ("bytes=0-10", [(0, 10)]), ("bytes=9-", [(9, 10)]),
+                ("bytes=-1", [(9, 10)]), ("bytes=-99", [(0, 10)]), ("bytes=-0", []), ("bytes=10-", []), ("bytes=99-100", []),
+                ("bytes=10-,0-0", [(0, 1)]), ("BYTES=0-0", [(0, 1)]), ("bytes= 0-0 , 2-2", [(0, 1), (2, 3)]),
+                ("bytes=5-4", None), ("bytes=a-b", None), ("bytes=", None), ("bytes", None), ("bytes=-", None), ("items=0-0", None),
+                ("bytes=0-0-0", None), ("bytes=0-5,0-5", None), ("bytes=" + "0-0," * 600, None), ("bytes=\xb2-", None)):
+            with self.subTest(text=text[:30]):
+                self.assertEqual(pkgproxy.parse_range(text, 10), expected)
+
+    def test_if_range_wants_the_same_bytes(self):
+        for condition, etag, expected in (
+                ('"x"', '"x"', [(0, 5)]), ('"y"', '"x"', None), ('W/"x"', 'W/"x"', None), (DATE, '"x"', [(0, 5)]),
+                ("Sun, 06 Nov 1994 08:49:38 GMT", '"x"', None)):
+            with self.subTest(condition=condition):
+                asked = request(Range="bytes=0-4", If_Range=condition)
+                head = stored(ETag=etag, Last_Modified=DATE)
+                self.assertEqual(pkgproxy.requested_ranges(asked, head, 10), expected)
+
+    def select(self, size=10, **fields):
+        head = stored(ETag='"x"', Last_Modified=DATE, Content_Type="a/b")
+        return pkgproxy.select_response(request(**fields), head, size, "SEP")
+
+    def test_one_range_is_a_206_with_its_place(self):
+        selection = self.select(Range="bytes=2-4")
+        self.assertEqual((selection.head.status, selection.spans, selection.length), (206, ((2, 5),), 3))
+        self.assertEqual(pkgproxy.value(selection.head.fields, "Content-Range"), "bytes 2-4/10")
+
+    def test_several_ranges_are_multipart(self):
+        selection = self.select(Range="bytes=0-0,-2")
+        self.assertEqual(pkgproxy.value(selection.head.fields, "Content-Type"), "multipart/byteranges; boundary=SEP")
+        body = b"".join(span if isinstance(span, bytes) else b"0123456789"[slice(*span)] for span in selection.spans)
+        self.assertEqual(body, b"\r\n--SEP\r\nContent-Type: a/b\r\nContent-Range: bytes 0-0/10\r\n\r\n0"
+                               b"\r\n--SEP\r\nContent-Type: a/b\r\nContent-Range: bytes 8-9/10\r\n\r\n89\r\n--SEP--\r\n")
+        self.assertEqual(selection.length, len(body))
+
+    def test_a_range_past_the_end_is_a_416_with_the_size(self):
+        selection = self.select(Range="bytes=10-")
+        self.assertEqual(selection.head.status, 416)
+        self.assertEqual(pkgproxy.value(selection.head.fields, "Content-Range"), "bytes */10")
+
+    def test_an_unknown_size_ignores_ranges(self):
+        selection = self.select(size=None, Range="bytes=2-4")
+        self.assertEqual((selection.head.status, selection.length), (200, None))
+
+    def test_a_304_keeps_the_validators_and_drops_the_body(self):
+        selection = self.select(If_None_Match='"x"')
+        self.assertEqual((selection.head.status, selection.spans), (304, ()))
+        self.assertEqual(dict(selection.head.fields), {"ETag": '"x"', "Last-Modified": DATE})
+
+    def test_ranges_worth_a_whole_download(self):
+        for text, expected in (("bytes=0-", True), ("bytes=500-", True), ("bytes=0-4999", True), ("bytes=0-9", False),
+                               ("bytes=5000-", False), ("bytes=-5", False), ("bytes=0-0,9-", False), ("nonsense", True)):
+            self.assertEqual(pkgproxy.early_range(request(Range=text), 1000), expected, text)
+
+
+if __name__ == "__main__":
+    logging.getLogger("pkgproxy").setLevel(logging.CRITICAL)
+    unittest.main()
