@@ -1202,3 +1202,308 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 def printable(text: str) -> str:
     """Text from outside, safe for a log and a terminal."""
     return _CONTROL.sub(lambda match: "\\x%02x" % ord(match[0]), text)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3 Store: stored responses on disk
+# ---------------------------------------------------------------------------------------------
+
+BOOKS = ".pkgproxy"  # the bookkeeping folder below the root: heads and partials
+_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_REGULAR = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _FLAGS  # O_NONBLOCK: a FIFO would hang open()
+_WRITABLE = os.O_RDWR | os.O_CREAT | _FLAGS
+_NAME_REFUSED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+_MAX_HEAD_FILE = 8 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A stored response: an open body, and the head that describes just this body."""
+
+    file: io.FileIO  # whoever holds the Stored closes it
+    head: Head  # size and mtime_ns are the open body's
+    name: str  # below the root
+    described: bool  # False: no head on disk, only what the file itself tells
+
+    def close(self) -> None:
+        """Close the body."""
+        self.file.close()
+
+
+class Partial:
+    """An incomplete response (RFC 9111 §3.3): written by one, read by many while it grows.
+
+    It ends once, in commit() or discard(); its descriptor lives until its last user releases it.
+    """
+
+    def __init__(self, store: Store, head: Head, path: str, file: io.FileIO) -> None:
+        self.head = head  # of the live response, as it will be stored
+        self.path = path
+        self.size = 0  # bytes written
+        self._store = store
+        self._file = file
+        self._lock = threading.Lock()  # guards _users
+        self._users = 1  # the writer, and whoever reads
+
+    def write(self, data: bytes) -> int:
+        """Append all of ``data``; OSError (disk full …) comes through."""
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left):]
+        self.size += len(data)
+        return len(data)
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        """Up to ``size`` bytes from ``offset``, without moving anybody's position."""
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), size, offset)
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def commit(self) -> Head:
+        """Flush to disk, then give the body its place and its head (invariant 1); or LocalFailure."""
+        try:
+            os.fsync(self._file.fileno())
+            return self._store.place(self)
+        except OSError as error:
+            self.discard()
+            raise LocalFailure("cannot store %s: %s" % (self.head.key, error.strerror or error)) from error
+
+    def discard(self) -> None:
+        """Forget the file; whoever reads it reads on."""
+        with contextlib.suppress(OSError, ValueError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
+                os.unlink(self.path)
+
+    def acquire(self) -> bool:
+        """One user more; False if it is closed already."""
+        with self._lock:
+            self._users += 1 if self._users else 0
+            return self._users > 0
+
+    def release(self) -> None:
+        """One user less; the last closes the file."""
+        with self._lock:
+            self._users -= 1
+            last = self._users == 0
+        if last:
+            self._file.close()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o644)  # whatever the umask: nobody else writes
+
+
+def make_folder(path: str) -> None:
+    """Make a folder and those above it, for us alone to write; OSError."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another thread was quicker, or it is a file
+            os.mkdir(folder, 0o755)
+
+
+def _close(stored: Stored | None) -> None:
+    if stored is not None:
+        stored.close()
+
+
+def _lead(path: str) -> io.FileIO:
+    """Open a partial and lock it against other processes (invariant 2); OSError where one leads."""
+    for _ in range(3):
+        file = io.FileIO(os.open(path, _WRITABLE, 0o644), "r+b")
+        try:
+            if fcntl is not None:
+                # flock, not lockf: that one is lost when any descriptor of the file is closed.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                    file.truncate(0)
+                    return file
+        except OSError:
+            file.close()
+            raise
+        file.close()  # it was renamed or removed between open and lock
+    raise OSError(errno.EAGAIN, "another process keeps taking it", path)
+
+
+def _rename(path: str, place: str) -> None:
+    try:
+        os.replace(path, place)
+    except PermissionError:
+        if os.name != "nt":
+            raise
+        # Windows renames no open file, and every reply from a partial holds it open.
+        shutil.copy2(path, place + "^new")
+        os.replace(place + "^new", place)
+
+
+def _describes(head: Head, info: os.stat_result) -> bool:
+    """Whether a head names this body.  Where a copy lost the fraction of the time, its second counts."""
+    if head.size != info.st_size:
+        return False
+    same = head.mtime_ns == info.st_mtime_ns
+    return same or info.st_mtime_ns % 10**9 == 0 and head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
+
+
+def _bare_head(key: str, info: os.stat_result) -> Head:
+    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", http_date(info.st_mtime)))
+    return Head(200, "OK", fields, key, key, received=info.st_mtime, requested=info.st_mtime,
+                size=info.st_size, mtime_ns=info.st_mtime_ns)
+
+
+def _head_from(row: dict[str, Any]) -> Head:
+    """A head from its JSON; ValueError, TypeError or KeyError where somebody damaged it."""
+    for name in ("fields", "vary"):
+        row[name] = tuple((str(field), str(text)) for field, text in row[name])
+    head = Head(**row)
+    if not all(_FIELD_LINE.fullmatch("%s: %s" % field) for field in head.fields):
+        raise ValueError("a damaged field")
+    if not (head.status == 200 and isinstance(head.size, int) and isinstance(head.mtime_ns, int)):
+        raise ValueError("a damaged head")
+    return head
+
+
+class Store:
+    """Stored responses below ``root``.  The file system is the truth; there is no index.
+
+    For the caller: lookup, receive, freshen, forget.  For Partial: place.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(root)
+        self._books = os.path.join(self.root, BOOKS)
+
+    def lookup(self, key: str) -> Stored | None:
+        """The stored response for a cache key, opened; None where there is none that may be used.
+
+        A body that no head describes is used if its name says what it is (content-named, package):
+        people copy and rsync such files, and may lose the bookkeeping folder.  A body that
+        contradicts its head was changed by hand and is not used.
+        """
+        bare = None
+        for name in file_names(key, os.name == "nt"):
+            file = self._open(name)
+            if file is None or name is None:
+                continue
+            heads = self._read_heads(name)
+            info = os.fstat(file.fileno())
+            for head in heads:
+                if head.key == key and _describes(head, info):
+                    _close(bare)
+                    return Stored(file, dataclasses.replace(head, mtime_ns=info.st_mtime_ns), name, True)
+            if heads or bare or classify(key) not in (NameClass.CONTENT, NameClass.PACKAGE):
+                file.close()
+            else:
+                bare = Stored(file, _bare_head(key, info), name, False)
+        return bare
+
+    def receive(self, head: Head, length: int | None) -> Partial:
+        """Begin to store a response of ``length`` bytes (None: unknown); or LocalFailure."""
+        folder = os.path.join(self._books, "partials")
+        path = os.path.join(folder, hashlib.sha256(head.key.encode()).hexdigest())
+        try:
+            make_folder(folder)
+            if shutil.disk_usage(folder).free <= (length or 0):
+                raise OSError(errno.ENOSPC, "not enough free space for %d bytes" % (length or 0))
+            file = _lead(path)
+        except OSError as error:
+            raise LocalFailure("cannot store %s: %s" % (head.key, error.strerror or error)) from error
+        return Partial(self, head, path, file)
+
+    def place(self, partial: Partial) -> Head:
+        """Rename a complete body to its natural name, or where that is taken to its hashed one.
+
+        The head goes first, into a file that keeps the previous body's head beside the new one's, so
+        that at each moment the visible body has a head that describes it, and a reader between the
+        two steps, or a crash, mixes nothing.
+        """
+        modified = parse_date(value(partial.head.fields, "Last-Modified"))
+        if modified is None or not 0 <= modified < 2**33:
+            modified = partial.head.received
+        # People see the origin's second; the fraction tells two bodies of one second apart.
+        mtime_ns = int(modified) * 10**9 + time.time_ns() // 1000 % 10**6 * 1000
+        os.utime(partial.path, ns=(time.time_ns(), mtime_ns))
+        info = os.stat(partial.path)  # file systems keep times more or less fine
+        head = dataclasses.replace(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
+        natural, hashed = file_names(head.key, os.name == "nt")
+        if natural is None or not self._put(partial.path, natural, head):
+            self._put(partial.path, hashed, head)
+        else:
+            self._remove(hashed, head.key)
+        return head
+
+    def freshen(self, stored: Stored, head: Head) -> None:
+        """Keep a head that a validation has brought up to date; a failure costs only that."""
+        head = dataclasses.replace(head, size=stored.head.size, mtime_ns=stored.head.mtime_ns)
+        with contextlib.suppress(OSError):
+            self._write_heads(stored.name, [head])
+
+    def forget(self, key: str) -> None:
+        """Remove a stored response, if it is ours (invariant 11)."""
+        for name in file_names(key, os.name == "nt"):
+            if name is not None:
+                self._remove(name, key)
+
+    def found(self) -> list[str]:
+        """The hosts that are stored; OSError where the root cannot be read."""
+        with os.scandir(self.root) as entries:
+            return sorted(entry.name for entry in entries if entry.name != BOOKS and entry.is_dir())
+
+    def _open(self, name: str | None) -> io.FileIO | None:
+        if name is None:
+            return None
+        try:
+            descriptor = os.open(os.path.join(self.root, name), _REGULAR)
+        except (OSError, ValueError):
+            return None
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return io.FileIO(descriptor, "rb")
+        os.close(descriptor)  # a folder, a FIFO: litter in the place of a body
+        return None
+
+    def _put(self, path: str, name: str, head: Head) -> bool:
+        """Give a body this name; False where the name is taken or the file system refuses it."""
+        place = os.path.join(self.root, name)
+        ours = [old for old in self._read_heads(name) if old.key == head.key]
+        if os.path.lexists(place) and not ours:
+            return False
+        try:
+            self._write_heads(name, [head, *ours[:1]])
+            try:
+                make_folder(os.path.dirname(place))
+                _rename(path, place)
+            except FileNotFoundError:  # a cleaning rm -rf came between the two
+                make_folder(os.path.dirname(place))
+                _rename(path, place)
+        except OSError as error:
+            if error.errno in _NAME_REFUSED:
+                return False
+            raise
+        return True
+
+    def _remove(self, name: str, key: str) -> None:
+        if any(head.key == key for head in self._read_heads(name)):
+            for path in (os.path.join(self.root, name), self._head_path(name)):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+    def _head_path(self, name: str) -> str:
+        return os.path.join(self._books, "heads", name + "^head")
+
+    def _read_heads(self, name: str) -> list[Head]:
+        try:
+            with open(self._head_path(name), "rb") as file:
+                return [_head_from(row) for row in json.loads(file.read(_MAX_HEAD_FILE))]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return []
+
+    def _write_heads(self, name: str, heads: list[Head]) -> None:
+        path = self._head_path(name)
+        make_folder(os.path.dirname(path))
+        with open(path + "^new", "w", encoding="utf-8", opener=_private) as file:
+            json.dump([dataclasses.asdict(head) for head in heads], file)
+        os.replace(path + "^new", path)

@@ -825,6 +825,191 @@ class SelectRulesTest(unittest.TestCase):
             self.assertEqual(pkgproxy.early_range(request(Range=text), 1000), expected, text)
 
 
+# ---------------------------------------------------------------------------------------------
+# 3 Store
+# ---------------------------------------------------------------------------------------------
+
+
+class StoreTest(unittest.TestCase):
+    """Stored responses on disk."""
+
+    PACKAGE, INDEX = "http://a/pool/x_1.0_all.deb", "http://a/dists/x/InRelease"
+
+    def setUp(self):
+        self.root = tempfile.mkdtemp(prefix="pkgproxy-test-")
+        self.addCleanup(shutil.rmtree, self.root, ignore_errors=True)
+        self.store = pkgproxy.Store(self.root)
+
+    def put(self, key, body, **fields):
+        pairs = tuple((name.replace("_", "-"), text) for name, text in fields.items())
+        head = Head(200, "OK", pairs, key=key, requested=CLOCK, received=CLOCK)
+        partial = self.store.receive(head, len(body))
+        partial.write(body)
+        try:
+            return partial.commit()
+        finally:
+            partial.release()
+
+    def get(self, key):
+        found = self.store.lookup(key)
+        if found is None:
+            return None
+        with contextlib.closing(found):
+            return found.file.read()
+
+    def path(self, name):
+        return os.path.join(self.root, name)
+
+    def write(self, name, data):
+        os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+        Path(self.path(name)).write_bytes(data)
+
+    def test_what_is_stored_is_found_with_its_head(self):
+        self.put(self.PACKAGE, b"body", Last_Modified=DATE, ETag='"x"', X="1")
+        found = self.store.lookup(self.PACKAGE)
+        with contextlib.closing(found):
+            self.assertEqual(found.file.read(), b"body")
+            self.assertEqual(found.head.fields, (("Last-Modified", DATE), ("ETag", '"x"'), ("X", "1")))
+            self.assertTrue(found.described)
+        self.assertEqual(int(os.stat(self.path("a/pool/x_1.0_all.deb")).st_mtime), CLOCK)
+        self.assertIsNone(self.get("https://a/pool/x_1.0_all.deb"))
+
+    def test_nobody_else_may_write_stored_files(self):
+        old = os.umask(0)
+        self.addCleanup(os.umask, old)
+        self.put(self.PACKAGE, b"body")
+        for path in Path(self.root).rglob("*"):
+            self.assertEqual(path.stat().st_mode & 0o022, 0, path)
+
+    def test_a_partial_is_not_in_the_visible_tree(self):
+        partial = self.store.receive(Head(200, "OK", (), key=self.PACKAGE), 4)
+        partial.write(b"bo")
+        self.assertIsNone(self.get(self.PACKAGE))
+        self.assertEqual(os.listdir(self.root), [pkgproxy.BOOKS])
+        partial.discard()
+        partial.release()
+        self.assertEqual(os.listdir(self.path(pkgproxy.BOOKS + "/partials")), [])
+
+    def test_a_body_changed_by_hand_is_not_served_as_the_original(self):
+        for change in (b"bodies", b"bod", b"", b"hand"):
+            with self.subTest(change=change):
+                self.put(self.PACKAGE, b"body", Last_Modified=DATE)
+                Path(self.path("a/pool/x_1.0_all.deb")).write_bytes(change)
+                self.assertIsNone(self.get(self.PACKAGE))
+                self.put(self.PACKAGE, b"again")
+                self.assertEqual(self.get(self.PACKAGE), b"again")
+
+    def test_a_new_body_with_an_old_head_mixes_nothing(self):
+        self.put(self.INDEX, b"old one", Last_Modified=DATE, ETag='"old"')
+        kept = Path(self.path(".pkgproxy/heads/a/dists/x/InRelease^head")).read_bytes()
+        self.put(self.INDEX, b"new one", Last_Modified=DATE, ETag='"new"')
+        Path(self.path(".pkgproxy/heads/a/dists/x/InRelease^head")).write_bytes(kept)
+        self.assertIsNone(self.get(self.INDEX), "same size, same second: the fraction tells them apart")
+
+    def test_between_the_two_steps_of_a_replacement_the_old_body_keeps_its_head(self):
+        self.put(self.INDEX, b"old one", ETag='"old"')
+        with mock.patch.object(pkgproxy, "_rename", side_effect=OSError(5, "crash")):
+            self.assertRaises(pkgproxy.LocalFailure, self.put, self.INDEX, b"new one", ETag='"new"')
+        found = self.store.lookup(self.INDEX)
+        with contextlib.closing(found):
+            self.assertEqual((found.file.read(), dict(found.head.fields)["ETag"]), (b"old one", '"old"'))
+
+    def test_a_package_without_head_is_served_an_index_is_not(self):
+        self.put(self.PACKAGE, b"body", Last_Modified=DATE)
+        self.put(self.INDEX, b"index")
+        shutil.rmtree(self.path(pkgproxy.BOOKS))
+        found = self.store.lookup(self.PACKAGE)
+        with contextlib.closing(found):
+            self.assertEqual(found.file.read(), b"body")
+            self.assertEqual(dict(found.head.fields)["Last-Modified"], DATE)
+            self.assertFalse(found.described)
+        self.assertIsNone(self.get(self.INDEX))
+
+    def test_damaged_heads_are_no_heads(self):
+        name = ".pkgproxy/heads/a/pool/x_1.0_all.deb^head"
+        for damage in (b"", b"[", b"[1]", b"[{}]", b"{}", b"null", b"\xff\xfe", b"[" * 9999,
+                       b'[{"status": 200, "reason": "OK", "fields": [["A", "b\\r\\nC: d"]], "vary": []}]'):
+            with self.subTest(damage=damage[:20]):
+                self.put(self.PACKAGE, b"body", Last_Modified=DATE)
+                self.write(name, damage)
+                self.assertEqual(self.get(self.PACKAGE), b"body")
+                shutil.rmtree(self.root)
+
+    def test_a_url_that_is_both_file_and_folder_is_stored_twice(self):
+        keys = ["http://a/simple/x_1.0.deb", "http://a/simple/x_1.0.deb/", "http://a/simple/x_1.0.deb/y_1.0.deb",
+                "http://a/simple/x_1.0.deb/y_1.0.deb/z_1.0.deb", "http://a/simple"]
+        for order in (keys, keys[::-1]):
+            for key in order:
+                self.put(key, key.encode())
+            for key in order:
+                self.assertEqual(self.get(key), key.encode())
+            shutil.rmtree(self.root)
+
+    def test_names_that_a_file_system_refuses_are_stored_all_the_same(self):
+        for key in ("http://a/" + "x" * 255, "http://a/" + "x" * 3000, "http://a/" + "x/" * 2500 + "y",
+                    "http://a/?" + "q/" * 200):
+            self.put(key, key.encode())
+            self.assertEqual(self.get(key), key.encode())
+
+    def test_files_that_are_not_ours_are_neither_replaced_nor_removed(self):
+        self.write("a/dists/x/InRelease", b"somebody's")
+        self.put(self.INDEX, b"origin's")
+        self.assertEqual(Path(self.path("a/dists/x/InRelease")).read_bytes(), b"somebody's")
+        self.assertEqual(self.get(self.INDEX), b"origin's")
+        self.store.forget(self.INDEX)
+        self.assertIsNone(self.get(self.INDEX))
+        self.assertEqual(Path(self.path("a/dists/x/InRelease")).read_bytes(), b"somebody's")
+
+    def test_litter_in_the_place_of_a_file_does_no_harm(self):
+        place = self.path("a/pool/x_1.0_all.deb")
+        os.makedirs(os.path.dirname(place))
+        for litter in (lambda: os.mkdir(place), lambda: os.mkfifo(place), lambda: os.symlink("nowhere", place),
+                       lambda: os.symlink(place, place)):
+            litter()
+            self.assertIsNone(self.get(self.PACKAGE))
+            self.put(self.PACKAGE, b"body")
+            self.assertEqual(self.get(self.PACKAGE), b"body")
+            self.store.forget(self.PACKAGE)
+            os.rmdir(place) if os.path.isdir(place) else os.unlink(place)
+
+    def test_another_process_that_writes_the_same_partial_keeps_us_out(self):
+        head = Head(200, "OK", (), key=self.PACKAGE)
+        partial = self.store.receive(head, 1)
+        code = ("import pkgproxy, sys\ntry: pkgproxy.Store(sys.argv[1]).receive(pkgproxy.Head(200, 'OK', (), key=sys.argv[2]), 1)"
+                "\nexcept pkgproxy.LocalFailure: print('kept out')")
+        ran = subprocess.run([sys.executable, "-c", code, self.root, self.PACKAGE], cwd=HERE, capture_output=True, timeout=60)
+        partial.discard()
+        partial.release()
+        self.assertEqual(ran.stdout.strip(), b"kept out", ran.stderr)
+
+    def test_too_little_space_is_a_local_failure_before_the_first_byte(self):
+        self.assertRaises(pkgproxy.LocalFailure, self.store.receive, Head(200, "OK", (), key=self.PACKAGE), 2**60)
+
+    def test_a_cleaning_in_the_middle_is_survived(self):
+        partial = self.store.receive(Head(200, "OK", (), key=self.PACKAGE), 4)
+        partial.write(b"bo")
+        shutil.rmtree(self.root)
+        partial.write(b"dy")
+        self.assertEqual(partial.read_at(9, 0), b"body")
+        self.assertRaises(pkgproxy.LocalFailure, partial.commit)
+        partial.release()
+        self.put(self.PACKAGE, b"body")
+        self.assertEqual(self.get(self.PACKAGE), b"body")
+
+    def test_where_open_files_cannot_be_renamed_they_are_copied(self):
+        real = os.replace
+
+        def refuse(source, target):
+            if "partials" in source:
+                raise PermissionError(13, "in use")
+            real(source, target)
+
+        with mock.patch.object(os, "name", "nt"), mock.patch.object(os, "replace", refuse), \
+                mock.patch.object(pkgproxy.os.path, "abspath", str):
+            self.put(self.PACKAGE, b"body", Last_Modified=DATE)
+        self.assertEqual(self.get(self.PACKAGE), b"body")
+
+
 if __name__ == "__main__":
     logging.getLogger("pkgproxy").setLevel(logging.CRITICAL)
     unittest.main()
