@@ -1507,3 +1507,107 @@ class Store:
         with open(path + "^new", "w", encoding="utf-8", opener=_private) as file:
             json.dump([dataclasses.asdict(head) for head in heads], file)
         os.replace(path + "^new", path)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4 Barrier: who is fetching what
+# ---------------------------------------------------------------------------------------------
+
+
+class Landing(enum.Enum):
+    """How a flight ended, for those who waited for it."""
+
+    STORED = "stored"  # look in the store
+    WHOLE = "whole"  # all bytes have arrived, but the disk did not take them
+    STALE = "stale"  # the origin cannot be asked, but the store has an answer
+    ALONE = "alone"  # the answer is not for sharing: ask the origin yourself
+    FAILED = "failed"  # the error is yours too
+
+
+class Flight:
+    """One fetch under way.  Its leader publishes a partial and ends it; followers wait on it.
+
+    All waits end: when something happens, or at their deadline with Landing.ALONE (invariant 10).
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._changed = threading.Condition()  # guards all below
+        self._partial: Partial | None = None
+        self._length: int | None = None  # declared
+        self._received = 0  # bytes that may be read
+        self._landing: Landing | None = None
+        self._error: Exception | None = None
+
+    def publish(self, partial: Partial, length: int | None) -> None:
+        """The head has arrived: followers may read."""
+        with self._changed:
+            self._partial, self._length = partial, length
+            self._changed.notify_all()
+
+    def advance(self, received: int) -> None:
+        """So many bytes may be read."""
+        with self._changed:
+            self._received = received
+            self._changed.notify_all()
+
+    def end(self, landing: Landing, error: Exception | None = None, received: int | None = None) -> None:
+        """Announce the end, and with it the last bytes (invariant 3).  Only the first call counts."""
+        with self._changed:
+            if self._landing is None:
+                self._landing, self._error = landing, error
+                self._received = self._received if received is None else received
+                self._changed.notify_all()
+
+    def wait_for_head(self, timeout: float) -> tuple[Partial | None, int | None, Landing | None]:
+        """Partial (acquired) and declared length; or how the flight ended without one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._partial or self._landing, timeout)
+            partial, length, landing, error = self._partial, self._length, self._landing, self._error
+        if landing is Landing.FAILED and error:
+            raise error
+        if partial and partial.acquire():
+            return partial, length, None
+        return None, None, landing or Landing.ALONE
+
+    def wait_beyond(self, offset: int, timeout: float) -> int:
+        """Bytes that may be read, more than ``offset`` unless it ended whole; or the flight's error."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._received > offset or self._landing, timeout)
+            if self._received > offset or self._landing in (Landing.STORED, Landing.WHOLE):
+                return self._received
+            error = self._error
+        raise error or OriginTimeout("The download did not go on within %d s." % timeout)
+
+
+class Barrier:
+    """At most one flight per cache key (invariant 2)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _flights
+        self._flights: dict[str, Flight] = {}
+
+    def join(self, key: str) -> tuple[Flight, bool]:
+        """The flight for a key, and whether the caller leads it (and must leave and end it)."""
+        with self._lock:
+            flight = self._flights.get(key)
+            if flight is not None:
+                return flight, False
+            flight = self._flights[key] = Flight(key)
+            return flight, True
+
+    def leave(self, flight: Flight) -> None:
+        """Take a flight off, before its end is announced (invariant 3)."""
+        with self._lock:
+            if self._flights.get(flight.key) is flight:
+                del self._flights[flight.key]
+
+    def flying(self, key: str) -> bool:
+        """Whether a key is being fetched."""
+        with self._lock:
+            return key in self._flights
+
+    def count(self) -> int:
+        """Flights under way."""
+        with self._lock:
+            return len(self._flights)

@@ -1010,6 +1010,56 @@ class StoreTest(unittest.TestCase):
         self.assertEqual(self.get(self.PACKAGE), b"body")
 
 
+# ---------------------------------------------------------------------------------------------
+# 4 Barrier
+# ---------------------------------------------------------------------------------------------
+
+
+class BarrierTest(unittest.TestCase):
+    """Flights."""
+
+    def test_one_leads_the_others_follow_until_it_leaves(self):
+        barrier = pkgproxy.Barrier()
+        flight, leader = barrier.join("k")
+        self.assertTrue(leader)
+        self.assertEqual(barrier.join("k"), (flight, False))
+        self.assertTrue(barrier.join("other")[1])
+        barrier.leave(flight)
+        self.assertTrue(barrier.join("k")[1])
+
+    def test_many_at_once_find_one_leader(self):
+        barrier, leaders, start = pkgproxy.Barrier(), [], threading.Barrier(16)
+
+        def join():
+            start.wait()
+            leaders.append(barrier.join("k")[1])
+
+        threads = [threading.Thread(target=join) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(leaders.count(True), 1)
+
+    def test_a_flight_ends_once(self):
+        flight = pkgproxy.Flight("k")
+        flight.end(pkgproxy.Landing.STORED, received=5)
+        flight.end(pkgproxy.Landing.FAILED, OriginFailure("late"))
+        self.assertEqual(flight.wait_for_head(1), (None, None, pkgproxy.Landing.STORED))
+        self.assertEqual(flight.wait_beyond(5, 1), 5)
+
+    def test_waits_have_deadlines(self):
+        flight = pkgproxy.Flight("k")
+        self.assertEqual(flight.wait_for_head(0.01), (None, None, pkgproxy.Landing.ALONE))
+        self.assertRaises(OriginTimeout, flight.wait_beyond, 0, 0.01)
+
+    def test_a_failure_is_everybodys(self):
+        flight = pkgproxy.Flight("k")
+        flight.end(pkgproxy.Landing.FAILED, OriginFailure("gone"))
+        self.assertRaises(OriginFailure, flight.wait_for_head, 1)
+        self.assertRaises(OriginFailure, flight.wait_beyond, 0, 1)
+
+
 if __name__ == "__main__":
     logging.getLogger("pkgproxy").setLevel(logging.CRITICAL)
     unittest.main()
