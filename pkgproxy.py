@@ -1611,3 +1611,308 @@ class Barrier:
         """Flights under way."""
         with self._lock:
             return len(self._flights)
+
+
+# ---------------------------------------------------------------------------------------------
+# 5 Origin: one forward request
+# ---------------------------------------------------------------------------------------------
+
+
+def read_lines(file: io.BufferedIOBase) -> list[str]:
+    """The lines of a head without their CRLF, up to the empty one (RFC 9112 §2.1).
+
+    [] at the end of the stream before the first byte; ValueError for a head that is cut off, too
+    large, or whose lines end in anything but CRLF.
+    """
+    lines: list[str] = []
+    total = 0
+    while True:
+        line = file.readline(MAX_LINE + 2)
+        total += len(line)
+        if not line and not lines:
+            return []
+        if not line.endswith(b"\r\n"):
+            raise ValueError("a line longer than %d bytes" % MAX_LINE if len(line) > MAX_LINE else
+                             "a head that is cut off" if not line.endswith(b"\n") else "a line without CR")
+        if total > MAX_HEAD:
+            raise ValueError("a head of more than %d bytes" % MAX_HEAD)
+        if line == b"\r\n":
+            return lines or [""]
+        lines.append(line[:-2].decode("latin-1"))
+
+
+class OriginResponse(http.client.HTTPResponse):
+    """http.client's response with a strict head.
+
+    http.client takes a head that is cut off for an empty 200, any 1xx but 100 for the final answer,
+    lets bare LF pass, and leaves the conflict of two lengths to chance.
+    """
+
+    pairs: Fields = ()  # the fields, in the order of the wire
+
+    def begin(self, **_limits: Any) -> None:
+        """Read the final head; ValueError or http.client.RemoteDisconnected."""
+        while True:
+            lines = read_lines(self.fp)
+            if not lines:
+                raise http.client.RemoteDisconnected("closed before an answer")
+            version, status, reason = parse_status_line(lines[0])
+            fields = parse_fields(lines[1:])
+            if status >= 200:
+                break
+            if status == 101:
+                raise ValueError("101 without being asked")
+        self.status = self.code = status
+        self.version, self.reason, self.pairs = version[0] * 10 + version[1], reason, fields
+        self.headers = self.msg = http.client.HTTPMessage()
+        self._frame(version, fields)
+
+    def _frame(self, version: tuple[int, int], fields: Fields) -> None:
+        """Where the body ends (RFC 9112 §6.3)."""
+        self.chunked = is_chunked(fields)
+        self.chunk_left = None
+        self.length = None if self.chunked else content_length(fields)
+        options = members(fields, "Connection")
+        self.will_close = "close" in options or version < (1, 1) and "keep-alive" not in options
+        if self._method == "HEAD" or self.status in (204, 304):  # type: ignore[attr-defined]
+            self.length, self.chunked = 0, False
+        elif not self.chunked and self.length is None:
+            self.will_close = True
+
+
+def select_readable(sock: socket.socket, timeout: float) -> bool:
+    """Whether a socket has bytes or its end to read; poll where there is one: select stops at 1024."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+    return bool(select.select([sock], [], [], timeout)[0])
+
+
+class Connection(http.client.HTTPConnection):
+    """A connection to an origin."""
+
+    response_class = OriginResponse
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target.host, target.port, timeout=CONNECT_TIMEOUT)
+        self.place = (target.scheme, target.host, target.port)
+        self.idle_since = 0.0  # monotonic
+
+    def connect(self) -> None:
+        """Open the connection, with TLS where the scheme asks for it."""
+        self.sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.place[0] == "https":
+            import ssl  # 4 MB and 20 ms that few need
+
+            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+        self.sock.settimeout(ORIGIN_TIMEOUT)
+
+    def is_quiet(self) -> bool:
+        """Whether the origin has neither closed it nor sent what nobody asked for."""
+        if self.sock is None:
+            return False
+        try:
+            return not select_readable(self.sock, 0)
+        except (OSError, ValueError):
+            return False
+
+
+class Pool:
+    """Idle connections to origins."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _idle
+        self._idle: dict[tuple[str, str, int], list[Connection]] = {}
+
+    def take(self, target: Target, now: float) -> Connection | None:
+        """A connection that seems alive, the last used first."""
+        place = (target.scheme, target.host, target.port)
+        while True:
+            with self._lock:
+                idle = self._idle.get(place)
+                connection = idle.pop() if idle else None
+                if not idle:
+                    self._idle.pop(place, None)
+            if connection is None:
+                return None
+            if now - connection.idle_since < POOL_IDLE and connection.is_quiet():
+                return connection
+            connection.close()
+
+    def give(self, connection: Connection, now: float) -> None:
+        """Keep a connection for the next request; close those that have waited too long."""
+        connection.idle_since = now
+        with self._lock:
+            idle = self._idle.setdefault(connection.place, [])
+            idle.append(connection)
+            surplus = idle[:-POOL_SIZE]
+            del idle[:-POOL_SIZE]
+            for place, waiting in list(self._idle.items()):
+                surplus += [other for other in waiting if now - other.idle_since > POOL_IDLE]
+                waiting[:] = [other for other in waiting if now - other.idle_since <= POOL_IDLE]
+                if not waiting:
+                    del self._idle[place]
+        for other in surplus:
+            other.close()
+
+    def close(self) -> None:
+        """Close them all."""
+        with self._lock:
+            idle = [connection for waiting in self._idle.values() for connection in waiting]
+            self._idle.clear()
+        for connection in idle:
+            connection.close()
+
+
+class Response:
+    """An answer of an origin: its head, and its body counted (DESIGN §3, the traps behind 1 and 7)."""
+
+    def __init__(self, head: Head, raw: OriginResponse, give_back: Callable[[bool], None],
+                 count: Callable[[int], None]) -> None:
+        self.head = head
+        # Bytes; None: unknown.  http.client forgets it as it reads.
+        self.length: int | None = None if raw.chunked else raw.length
+        self.proven = raw.chunked or raw.length is not None  # whether the end will be known as such
+        self._raw = raw
+        self._left = self.length
+        self._give_back = give_back  # called once: True if the connection may be used again
+        self._count = count  # told of each piece's bytes
+        self._open = True
+
+    def read(self, size: int = CHUNK) -> bytes:
+        """Up to ``size`` body bytes as they come, b"" at the end; OriginFailure where it breaks off."""
+        if not self._open or self._left == 0:
+            self.close()
+            return b""
+        try:
+            data = self._raw.read1(size)
+        except (socket.timeout, TimeoutError):
+            raise OriginTimeout("The origin went silent for %d s." % ORIGIN_TIMEOUT) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise Truncated("The origin broke off: %s." % error) from None
+        if not data and self._left:
+            raise Truncated("The origin closed the connection %d bytes early." % self._left)
+        self._left = None if self._left is None else self._left - len(data)
+        self._count(len(data))
+        if not data or self._left == 0:
+            self._end(reusable=not self._raw.will_close)
+        return data
+
+    def close(self) -> None:
+        """Release the connection; one with unread bytes is closed."""
+        self._end(reusable=self._left == 0 and not self._raw.will_close)
+
+    def _end(self, reusable: bool) -> None:
+        if self._open:
+            self._open = False
+            self._give_back(reusable)
+
+
+def _keep(first: Response | None, response: Response) -> Response:
+    """The first of the redirects on the way; the others are closed."""
+    if first is None:
+        return response
+    response.close()
+    return first
+
+
+def _may_repeat(method: str, body: Readable | None) -> bool:
+    return body is None and method in ("GET", "HEAD", "OPTIONS")
+
+
+def send_body(connection: Connection, body: Readable, length: int | None) -> None:
+    """Send a request's body, framed anew if it is chunked (RFC 9112 §7.1)."""
+    while True:
+        data = body.read(CHUNK)
+        if length is None:
+            connection.send(b"%x\r\n%s\r\n" % (len(data), data))
+        elif data:
+            connection.send(data)
+        if not data:
+            return
+
+
+class Origin:
+    """Sends requests to origins, over pooled connections."""
+
+    def __init__(self, count: Callable[[int], None]) -> None:
+        self._pool = Pool()
+        self._count = count  # told of the body bytes that arrive
+
+    def fetch(self, method: str, target: Target, fields: Fields, body: Readable | None = None,
+              length: int | None = 0, follow: bool = False) -> Response:
+        """Send a request and read the answer's head; OriginFailure or OriginTimeout.
+
+        ``follow``: go after redirects, up to MAX_REDIRECTS, but not to HTML: there the redirect
+        itself is the answer, so that people see where a captive portal sends them.
+        """
+        first: Response | None = None
+        response = self._ask(method, target, fields, body, length)
+        for _ in range(MAX_REDIRECTS):
+            onward = redirect_target(response.head, target) if follow else None
+            if onward is None:
+                break
+            first = _keep(first, response)
+            if onward.host != target.host:
+                fields = without(fields, ("authorization", "cookie"))
+            fields = (("Host", onward.authority),) + without(fields, ("host",))
+            target = onward
+            response = self._ask(method, target, fields, body, length)
+        if first is not None and "text/html" in media_type(response.head):
+            return _keep(first, response)
+        if first is not None:
+            first.close()
+        if follow and redirect_target(response.head, target):
+            response.close()
+            raise OriginFailure("%s redirects more than %d times." % (target.authority, MAX_REDIRECTS))
+        return response
+
+    def _ask(self, method: str, target: Target, fields: Fields, body: Readable | None,
+             length: int | None) -> Response:
+        """One request.  A pooled connection that the origin has closed meanwhile costs a silent second
+        try, where the request may be repeated (RFC 9112 §9.3.1)."""
+        fresh = Connection(target)
+        pooled = self._pool.take(target, time.monotonic()) if _may_repeat(method, body) else None
+        try:
+            if pooled is not None:
+                with contextlib.suppress(ConnectionError):  # http.client.RemoteDisconnected is one
+                    return self._exchange(pooled, method, target, fields, None, 0)
+            return self._exchange(fresh, method, target, fields, body, length)
+        except (socket.timeout, TimeoutError):
+            raise OriginTimeout("%s did not answer in time." % target.authority) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise OriginFailure("%s cannot be asked: %s." % (target.authority, what)) from None
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._pool.close()
+
+    def _exchange(self, connection: Connection, method: str, target: Target, fields: Fields,
+                  body: Readable | None, length: int | None) -> Response:
+        requested = time.time()
+        try:
+            connection.putrequest(method, target.path, skip_host=True, skip_accept_encoding=True)
+            for name, text in fields:
+                connection.putheader(name, text.encode("latin-1"))
+            connection.endheaders()
+            if body is not None:
+                send_body(connection, body, length)
+            raw = connection.getresponse()
+        except BaseException:
+            connection.close()
+            raise
+        assert isinstance(raw, OriginResponse)  # noqa: S101 (for the type checker)
+
+        def give_back(reusable: bool) -> None:
+            raw.close()
+            if reusable:
+                self._pool.give(connection, time.monotonic())
+            else:
+                connection.close()
+
+        head = Head(raw.status, raw.reason, raw.pairs, final=target.uri, requested=requested,
+                    received=time.time())
+        return Response(head, raw, give_back, self._count)

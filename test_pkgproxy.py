@@ -1060,6 +1060,137 @@ class BarrierTest(unittest.TestCase):
         self.assertRaises(OriginFailure, flight.wait_beyond, 0, 1)
 
 
+# ---------------------------------------------------------------------------------------------
+# 5 Origin
+# ---------------------------------------------------------------------------------------------
+
+
+class OriginTest(unittest.TestCase):
+    """Forward requests, against an origin that also answers badly."""
+
+    def setUp(self):
+        self.origin = Origin()
+        self.addCleanup(self.origin.close)
+        self.counted = []
+        self.client = pkgproxy.Origin(self.counted.append)
+        self.addCleanup(self.client.close)
+
+    def fetch(self, path="/x", method="GET", **more):
+        target = pkgproxy.parse_target(self.origin.url(path))
+        return self.client.fetch(method, target, (("Host", target.authority),), **more)
+
+    def read(self, *args, **more):
+        response = self.fetch(*args, **more)
+        with contextlib.closing(response):
+            return b"".join(iter(lambda: response.read(7), b""))
+
+    def test_connections_are_kept_and_used_again(self):
+        self.origin.pages.update({"/x": Page(b"x" * 99), "/c": Page(b"y" * 99, chunked=True)})
+        for _ in range(3):
+            self.assertEqual(self.read("/x"), b"x" * 99)
+            self.assertEqual(self.read("/c"), b"y" * 99)
+            self.fetch("/x", "HEAD").close()
+        self.assertEqual(self.origin.connections, 1)
+        self.assertEqual(sum(self.counted), 6 * 99)
+
+    def test_a_response_left_unread_does_not_pollute_the_next(self):
+        self.origin.pages["/x"] = Page(b"x" * 99)
+        self.fetch().close()
+        self.assertEqual(self.read(), b"x" * 99)
+
+    def test_a_kept_connection_that_the_origin_closed_costs_a_silent_second_try(self):
+        self.origin.pages["/x"] = Page(b"x")
+        self.assertEqual(self.read(), b"x")
+        self.origin.drop()
+        until(lambda: not self.origin._open)
+        self.assertEqual(self.read(), b"x")
+        # The same when it closes only as the request arrives.
+        with mock.patch.object(pkgproxy.Connection, "is_quiet", return_value=True):
+            self.origin.drop()
+            until(lambda: not self.origin._open)
+            self.assertEqual(self.read(), b"x")
+
+    def test_a_short_body_is_truncated_not_complete(self):
+        for steps, got in (([b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"], b"short"),
+                           ([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n"], b"short"),
+                           ([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nshort"], b"short"),
+                           ([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nshort"], b"")):
+            with self.subTest(steps=steps):
+                self.origin.pages["/x"] = Page(steps=steps)
+                response, data = self.fetch(), b""
+                with contextlib.closing(response), self.assertRaises(Truncated):
+                    while True:
+                        data += response.read(100)
+                self.assertEqual(data, got)
+
+    def test_early_hints_are_not_the_answer(self):
+        self.origin.pages["/x"] = Page(steps=[b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+                                              b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"])
+        self.assertEqual(self.read(), b"ok")
+
+    def test_garbage_is_a_502(self):
+        ok = b"HTTP/1.1 200 OK\r\n"
+        for answer in (b"", b"\r\n\r\n", b"garbage\r\n\r\n", b"HTTP/1.1 200 OK", ok, ok + b"A: b\r\n", ok + b"A : b\r\n\r\n",
+                       ok + b" A: b\r\n\r\n", ok + b"A\r\n\r\n", b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
+                       b"HTTP/2.0 200 OK\r\n\r\n", b"HTTP/1.1 20 OK\r\n\r\n", b"HTTP/1.1 999 OK\r\n\r\n", b"ICY 200 OK\r\n\r\n",
+                       ok + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nx", ok + b"Content-Length: x\r\n\r\nx",
+                       ok + b"Transfer-Encoding: gzip\r\n\r\nx", ok + b"A: b\rC: d\r\n\r\n", ok + b"A: \x00\r\n\r\n",
+                       b"HTTP/1.1 101 Switching Protocols\r\n\r\n", ok + b"A: " + b"x" * 70000 + b"\r\n\r\n",
+                       ok + b"A: b\r\n" * 9999 + b"\r\n"):
+            with self.subTest(answer=answer[:60]):
+                self.origin.pages["/x"] = Page(steps=[answer])
+                with self.assertRaises(OriginFailure) as caught:
+                    self.fetch()
+                self.assertEqual(caught.exception.status, 502)
+
+    def test_nobody_there_is_a_502_with_the_reason(self):
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        with self.assertRaisesRegex(OriginFailure, "refused"):
+            self.client.fetch("GET", Target("http", "127.0.0.1", port, "/"), ())
+
+    def test_silence_is_a_504(self):
+        gate = Gate()
+        self.addCleanup(gate.open)
+        self.origin.pages["/x"] = Page(steps=[gate])
+        with mock.patch.object(pkgproxy, "ORIGIN_TIMEOUT", 0.05), self.assertRaises(OriginTimeout) as caught:
+            self.fetch()
+        self.assertEqual(caught.exception.status, 504)
+
+    def test_a_body_without_declared_end_is_read_but_not_proven(self):
+        self.origin.pages["/x"] = Page(steps=[b"HTTP/1.1 200 OK\r\n\r\nbody"])
+        response = self.fetch()
+        with contextlib.closing(response):
+            self.assertFalse(response.proven)
+            self.assertEqual(b"".join(iter(lambda: response.read(100), b"")), b"body")
+
+    def test_redirects_are_followed_within_reason(self):
+        self.origin.pages.update({
+            "/x": Page(status=302, fields=[("Location", "/y")]), "/y": Page(b"there"),
+            "/loop": Page(status=302, fields=[("Location", "/loop")]),
+            "/portal": Page(status=302, fields=[("Location", "/login")]),
+            "/login": Page(b"pay", fields=[("Content-Type", "text/html")])})
+        response = self.fetch("/x", follow=True)
+        with contextlib.closing(response):
+            self.assertEqual((response.read(100), response.head.final), (b"there", self.origin.url("/y")))
+        self.assertRaisesRegex(OriginFailure, "more than 10", self.fetch, "/loop", follow=True)
+        response = self.fetch("/portal", follow=True)
+        response.close()
+        self.assertEqual(response.head.status, 302)
+        response = self.fetch("/x")
+        response.close()
+        self.assertEqual(response.head.status, 302)
+
+    def test_credentials_do_not_follow_to_another_host(self):
+        self.origin.pages.update({"/x": Page(status=302, fields=[("Location", self.origin.url("/y").replace("127.0.0.1", "localhost"))]),
+                                  "/y": Page(b"there")})
+        target = pkgproxy.parse_target(self.origin.url("/x"))
+        with contextlib.suppress(OriginFailure):  # where localhost is ::1 only
+            self.client.fetch("GET", target, (("Host", "h"), ("Authorization", "a"), ("Cookie", "c")), follow=True).close()
+            self.assertFalse({"authorization", "cookie"} & set(self.origin.log[-1][2]))
+            self.assertTrue(self.origin.log[-1][2]["host"].startswith("localhost"))
+
+
 if __name__ == "__main__":
     logging.getLogger("pkgproxy").setLevel(logging.CRITICAL)
     unittest.main()
