@@ -1916,3 +1916,749 @@ class Origin:
         head = Head(raw.status, raw.reason, raw.pairs, final=target.uri, requested=requested,
                     received=time.time())
         return Response(head, raw, give_back, self._count)
+
+
+# ---------------------------------------------------------------------------------------------
+# 6 Proxy: the only floor that knows Store, Barrier and Origin
+# ---------------------------------------------------------------------------------------------
+
+UNAVAILABLE = (500, 502, 503, 504)  # an origin's words for "not now": stale beats them
+EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
+
+
+class Counters:
+    """What was answered, and how.  statsCacheBytes + statsDownBytes are the original's names.
+
+    ``down`` counts body bytes that arrived from origins; ``cache`` body bytes sent that no origin
+    had to send for it: hits, validated and stale ones, and downloads that others had begun.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below
+        self._down = 0
+        self._cache = 0
+        self._outcomes = dict.fromkeys(Outcome, 0)
+
+    def add_down(self, count: int) -> None:
+        """Body bytes from an origin."""
+        with self._lock:
+            self._down += count
+
+    def add_cache(self, count: int) -> None:
+        """Body bytes from the cache."""
+        with self._lock:
+            self._cache += count
+
+    def add(self, outcome: Outcome) -> None:
+        """One answer."""
+        with self._lock:
+            self._outcomes[outcome] += 1
+
+    def snapshot(self) -> dict[str, Any]:
+        """All of them at one moment."""
+        with self._lock:
+            return {"statsCacheBytes": self._cache, "statsDownBytes": self._down,
+                    "statsRequests": sum(self._outcomes.values()),
+                    "statsOutcomes": {outcome.value: n for outcome, n in self._outcomes.items()}}
+
+
+class BytesBody:
+    """A body that is at hand."""
+
+    def __init__(self, data: bytes) -> None:
+        self.length: int | None = len(data)
+        self._data = data
+
+    def parts(self) -> Iterator[bytes | Slice]:
+        """Yield it."""
+        yield self._data
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class FileBody:
+    """Spans of a stored body."""
+
+    def __init__(self, stored: Stored, selection: Selection) -> None:
+        self.length = selection.length
+        self._stored = stored
+        self._spans = selection.spans
+
+    def parts(self) -> Iterator[bytes | Slice]:
+        """Yield literal bytes and slices of the file."""
+        for span in self._spans:
+            yield span if isinstance(span, bytes) else Slice(self._stored.file, *span)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stored.close()
+
+
+class TrailBody:
+    """Spans of a partial, as it grows: what every client of a flight reads, its first included."""
+
+    def __init__(self, flight: Flight, partial: Partial, selection: Selection) -> None:
+        self.length = selection.length
+        self._flight = flight
+        self._partial: Partial | None = partial  # acquired
+        self._spans = selection.spans
+
+    def parts(self) -> Iterator[bytes | Slice]:
+        """Yield bytes when they have arrived; the flight's error where they won't."""
+        for span in self._spans:
+            if isinstance(span, bytes):
+                yield span
+            else:
+                yield from self._trail(*span)
+
+    def _trail(self, offset: int, stop: int) -> Iterator[bytes]:
+        while offset < stop and self._partial is not None:
+            received = min(stop, self._flight.wait_beyond(offset, FLIGHT_WAIT))
+            if received <= offset:
+                return  # landed whole, and its length was not known before
+            data = self._partial.read_at(min(CHUNK, received - offset), offset)
+            if not data:
+                raise OSError(errno.EIO, "the partial was cut")
+            offset += len(data)
+            yield data
+
+    def close(self) -> None:
+        """Let go of the partial."""
+        if self._partial is not None:
+            self._partial.release()
+            self._partial = None
+
+
+class LiveBody:
+    """An origin's body, passed through."""
+
+    def __init__(self, response: Response, head_only: bool) -> None:
+        self.length = content_length(response.head.fields) if head_only else response.length
+        self._response = response
+
+    def parts(self) -> Iterator[bytes | Slice]:
+        """Yield it as it comes."""
+        while True:
+            data = self._response.read(CHUNK)
+            if not data:
+                return
+            yield data
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self._response.close()
+
+
+class Tee:
+    """The disk writer: what arrives goes into the partial, then to those who wait for it.
+
+    The last promised bytes are held back until the body has landed (invariant 3).
+    """
+
+    def __init__(self, partial: Partial, flight: Flight, length: int | None) -> None:
+        self._partial = partial
+        self._flight = flight
+        self._length = length
+
+    def write(self, data: bytes) -> int:
+        """Store, then tell."""
+        self._partial.write(data)
+        if self._partial.size != self._length:
+            self._flight.advance(self._partial.size)
+        return len(data)
+
+
+def from_store(request: Request, stored: Stored, status: CacheStatus, now: float) -> Reply:
+    """A reply from a stored body: preconditions, ranges, Age (RFC 9111 §5.1)."""
+    fields = without(stored.head.fields, ("accept-ranges", "age"))
+    fields += (("Accept-Ranges", "bytes"), ("Age", str(current_age(stored.head, now))))
+    head = dataclasses.replace(stored.head, fields=fields)
+    selection = select_response(request, head, stored.head.size, secrets.token_hex(12))
+    return Reply(selection.head, FileBody(stored, selection), status, counted=True)
+
+
+def from_partial(request: Request, head: Head, partial: Partial, length: int | None, flight: Flight,
+                 status: CacheStatus) -> Reply:
+    """A reply from a partial (acquired) while it grows, with ``head`` as its own."""
+    fields = without(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
+    selection = select_response(request, dataclasses.replace(head, fields=fields), length,
+                                secrets.token_hex(12))
+    counted = status.outcome is Outcome.COLLAPSED
+    return Reply(selection.head, TrailBody(flight, partial, selection), status, counted)
+
+
+def from_origin(request: Request, response: Response, decision: Decision, detail: str = "") -> Reply:
+    """A reply that passes an origin's answer through, and keeps nothing."""
+    head = dataclasses.replace(response.head, fields=end_to_end(response.head.fields))
+    outcome = Outcome.BYPASS if decision.forward in ("bypass", "method") else Outcome.RELAYED
+    status = CacheStatus(outcome, decision.forward, head.status, detail=detail)
+    return Reply(head, LiveBody(response, request.method == "HEAD"), status)
+
+
+class Leader:
+    """Makes the fetches that others may share.  For the caller: lead, which returns how the flight
+    ended, or None where a thread is still filling and will end it."""
+
+    def __init__(self, store: Store, barrier: Barrier, origin: Origin) -> None:
+        self._store = store
+        self._barrier = barrier
+        self._origin = origin
+
+    def lead(self, request: Request, flight: Flight, config: Config) -> tuple[Reply, Landing | None]:
+        """The leader's own reply to a GET or HEAD; Failure where the origin has none."""
+        stored = self._store.lookup(request.key)  # invariant 4
+        decision = decide(request, stored.head if stored else None, config, time.time())
+        if stored is None:
+            return self._ask(request, decision, flight, config)
+        if decision.action is Action.SERVE:
+            status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
+            return from_store(request, stored, status, time.time()), Landing.STORED
+        try:
+            return self._validate(request, decision, flight, stored, config)
+        except BaseException:
+            stored.close()
+            raise
+
+    def _ask(self, request: Request, decision: Decision, flight: Flight,
+             config: Config) -> tuple[Reply, Landing | None]:
+        response = self._fetch(request, decision, config)
+        return self._take(request, response, decision, flight, config)
+
+    def _fetch(self, request: Request, decision: Decision, config: Config,
+               conditions: Fields = ()) -> Response:
+        fields = forward_fields(request, config, identity=True) + conditions
+        follow = decision.name_class is not NameClass.OTHER
+        return self._origin.fetch("GET", request.target, fields, follow=follow)
+
+    def _validate(self, request: Request, decision: Decision, flight: Flight, stored: Stored,
+                  config: Config) -> tuple[Reply, Landing | None]:
+        """Ask whether a stored response is still right (RFC 9111 §4.3)."""
+        usable = decision.forward != "vary-miss"
+        conditions = validators(stored.head) if usable and stored.described else ()
+        spare = usable and may_be_stale(decision.name_class, stored.head)
+        try:
+            response = self._fetch(request, decision, config, conditions)
+        except OriginFailure as error:
+            if spare:
+                return self._stale(request, decision, stored, str(error))
+            raise
+        if response.head.status in UNAVAILABLE and spare:
+            response.close()
+            return self._stale(request, decision, stored, "the origin says %d" % response.head.status)
+        if response.head.status == 304 and conditions:
+            response.close()
+            if confirms(stored.head, response.head):
+                return self._confirmed(request, decision, stored, response.head)
+            response = self._fetch(request, decision, config)
+        stored.close()
+        return self._take(request, response, decision, flight, config)
+
+    def _confirmed(self, request: Request, decision: Decision, stored: Stored,
+                   answer: Head) -> tuple[Reply, Landing | None]:
+        head = freshened(stored.head, answer)
+        self._store.freshen(stored, head)
+        status = CacheStatus(Outcome.VALIDATED, decision.forward, 304)
+        reply = from_store(request, dataclasses.replace(stored, head=head), status, time.time())
+        return reply, Landing.STORED
+
+    def _stale(self, request: Request, decision: Decision, stored: Stored,
+               reason: str) -> tuple[Reply, Landing | None]:
+        log.warning("%s is served stale: %s", request.key, reason)
+        status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
+        return from_store(request, stored, status, time.time()), Landing.STALE
+
+    def _take(self, request: Request, response: Response, decision: Decision, flight: Flight,
+              config: Config) -> tuple[Reply, Landing | None]:
+        """Store an answer while it goes to the client, or relay it where it can't be stored."""
+        live = response.head
+        reason = not_storable(dataclasses.replace(request, method="GET"), live, config)
+        reason = reason or ("" if response.proven else "no declared length")
+        fields = without(end_to_end(live.fields), ("set-cookie",))
+        head = dataclasses.replace(live, key=request.key, fields=fields, vary=selecting_fields(request, live))
+        try:
+            if not reason:
+                partial = self._store.receive(head, response.length)
+                return self._begin(request, response, partial, decision, flight), None
+        except LocalFailure as error:
+            log.warning("%s; it is passed on all the same", error)
+            reason = "local failure"
+        return from_origin(request, response, decision, reason), Landing.ALONE
+
+    def _begin(self, request: Request, response: Response, partial: Partial, decision: Decision,
+               flight: Flight) -> Reply:
+        """Start the thread that fills a partial, and reply from it like any follower."""
+        partial.acquire()
+        outcome = Outcome.UPDATED if decision.action is Action.VALIDATE else Outcome.MISS
+        status = CacheStatus(outcome, decision.forward, response.head.status, stored=True)
+        # What the others won't get: Set-Cookie.
+        live = dataclasses.replace(partial.head, fields=end_to_end(response.head.fields))
+        reply = from_partial(request, live, partial, response.length, flight, status)
+        filler = threading.Thread(target=self._fill, args=(response, partial, flight), daemon=True)
+        try:
+            filler.start()
+        except RuntimeError as error:
+            reply.body.close()
+            partial.discard()
+            partial.release()
+            raise LocalFailure("cannot store %s: %s" % (request.key, error)) from None
+        flight.publish(partial, response.length)
+        return reply
+
+    def _fill(self, response: Response, partial: Partial, flight: Flight) -> None:
+        """Download into a partial, the only writer of one.  Land, then tell (invariant 3)."""
+        landing, failure = Landing.FAILED, None
+        try:
+            shutil.copyfileobj(response, Tee(partial, flight, response.length), CHUNK)
+            landing = Landing.WHOLE
+            partial.commit()
+            landing = Landing.STORED
+        except LocalFailure as error:
+            log.warning("%s; it was passed on all the same", error)
+        except (OriginFailure, OSError) as error:
+            log.warning("%s was not stored: %s", partial.head.key, error)
+            failure = error
+            partial.discard()
+        finally:
+            self._barrier.leave(flight)
+            flight.end(landing, failure, partial.size)
+            partial.release()
+            response.close()
+
+
+class Proxy:
+    """Answers requests.  For the caller: respond, and the counters."""
+
+    def __init__(self, config: Config, store: Store) -> None:
+        self.config = config  # replaced as a whole when the filters are read again
+        self.counters = Counters()
+        self._store = store
+        self._barrier = Barrier()
+        self._origin = Origin(self.counters.add_down)
+        self._leader = Leader(store, self._barrier, self._origin)
+
+    def respond(self, request: Request) -> Reply:
+        """The reply to a request; Failure where there is none to be had."""
+        config = self.config
+        if is_loop(request, config):
+            raise Failure("The request has come through this proxy before: its target leads back here.", 508)
+        stored = self._store.lookup(request.key)
+        decision = decide(request, stored.head if stored else None, config, time.time())
+        if decision.action is Action.SERVE and stored is not None:
+            return from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl), time.time())
+        _close(stored)
+        if decision.action is Action.REFUSE:
+            raise Failure("No stored response fits, and the request allows no other (only-if-cached).", 504)
+        if decision.action is Action.PASS or self._passes_range(request, decision):
+            return self._pass(request, decision, config)
+        return self._join(request, decision, config)
+
+    def close(self) -> None:
+        """Close what is idle."""
+        self._origin.close()
+
+    def _passes_range(self, request: Request, decision: Decision) -> bool:
+        """Whether a range is too far or too short to download a whole file for it (DESIGN §6.5)."""
+        fetch = decision.action is Action.FETCH and value(request.fields, "Range") is not None
+        return fetch and not self._barrier.flying(request.key) and not early_range(request, EARLY)
+
+    def _pass(self, request: Request, decision: Decision, config: Config, detail: str = "") -> Reply:
+        """Ask the origin for this client alone; a method that changes things invalidates (RFC 9111 §4.4)."""
+        fields = forward_fields(request, config, identity=False)
+        follow = (decision.forward not in ("bypass", "method")
+                  and decision.name_class is not NameClass.OTHER)
+        response = self._origin.fetch(request.method, request.target, fields, request.body, request.length,
+                                      follow)
+        if request.method not in ("GET", "HEAD", "OPTIONS", "TRACE") and response.head.status < 400:
+            self._store.forget(request.key)
+        return from_origin(request, response, decision, detail)
+
+    def _join(self, request: Request, decision: Decision, config: Config) -> Reply:
+        flight, leader = self._barrier.join(request.key)
+        if not leader:
+            return self._follow(request, decision, flight, config)
+        landing: Landing | None = Landing.FAILED
+        failure: Exception | None = None
+        try:
+            reply, landing = self._leader.lead(request, flight, config)
+            return reply
+        except Failure as error:
+            failure = error
+            raise
+        finally:
+            if landing is not None:
+                self._barrier.leave(flight)
+                flight.end(landing, failure)
+
+    def _follow(self, request: Request, decision: Decision, flight: Flight, config: Config) -> Reply:
+        """Share another client's fetch; go alone where it can't be shared (invariant 10)."""
+        partial, length, landing = flight.wait_for_head(HEAD_WAIT)
+        if partial is not None:
+            if selecting_fields(request, partial.head) == partial.head.vary:
+                status = CacheStatus(Outcome.COLLAPSED, decision.forward)
+                return from_partial(request, partial.head, partial, length, flight, status)
+            partial.release()
+        stored = self._store.lookup(request.key) if landing in (Landing.STORED, Landing.STALE) else None
+        if stored is None:
+            return self._pass(request, decision, config, "not collapsed")
+        outcome = Outcome.STALE if landing is Landing.STALE else Outcome.COLLAPSED
+        return from_store(request, stored, CacheStatus(outcome, decision.forward), time.time())
+
+
+# ---------------------------------------------------------------------------------------------
+# 7 Pages: the proxy's own pages
+# ---------------------------------------------------------------------------------------------
+
+WELCOME = """pkgproxy %s: a caching HTTP proxy for package managers.
+
+Set this as your HTTP proxy, for example:
+
+  apt       echo 'Acquire::http::Proxy "http://%s";' > /etc/apt/apt.conf.d/01proxy
+  others    export http_proxy=http://%s
+
+Counters are at http://%s/debug/vars
+"""
+
+
+def own_page(path: str, authority: str, snapshot: Callable[[], dict[str, Any]]) -> tuple[str, bytes] | None:
+    """Media type and text of one of our own pages, None where there is none of that name.
+
+    ``authority``: how the client reached us, host[:port].
+    """
+    path = path.partition("?")[0]
+    if path == "/debug/vars":
+        return "application/json; charset=utf-8", (json.dumps(snapshot(), indent=1) + "\n").encode()
+    if path == "/":
+        text = WELCOME % (__version__, authority, authority, authority)
+        return "text/plain; charset=utf-8", text.encode()
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# 8 Door: sockets in, sockets out
+# ---------------------------------------------------------------------------------------------
+
+
+class LengthBody:
+    """A request's body of a declared length."""
+
+    def __init__(self, file: io.BufferedIOBase, length: int) -> None:
+        self._file = file
+        self.left = length
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Up to ``size`` bytes as they come; BadRequest where the client stops early."""
+        data = self._file.read1(min(self.left, CHUNK if size < 0 else size)) if self.left else b""
+        if self.left and not data:
+            raise BadRequest("The body ended %d bytes early." % self.left)
+        self.left -= len(data)
+        return data
+
+
+class ChunkedBody:
+    """A chunked request body (RFC 9112 §7.1); trailers are dropped."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self._file = file
+        self._chunk: LengthBody | None = None
+        self.left = 1  # 0 after the last chunk
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Up to ``size`` bytes of one chunk, b"" after the last; BadRequest where framing breaks."""
+        if self._chunk is None and self.left:
+            self._next()
+        if self._chunk is None:
+            return b""
+        data = self._chunk.read(size)
+        if not self._chunk.left:
+            self._chunk = None
+            if self._file.readline(3) != b"\r\n":
+                raise BadRequest("A chunk does not end where it says.")
+        return data
+
+    def _next(self) -> None:
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n", self._file.readline(MAX_LINE))
+        if not match:
+            raise BadRequest("A chunk's size is not clear.")
+        if int(match[1], 16):
+            self._chunk = LengthBody(self._file, int(match[1], 16))
+            return
+        self.left = 0
+        try:
+            read_lines(self._file)
+        except ValueError as error:
+            raise BadRequest("The trailers are not clear: %s." % error) from None
+
+
+class ContinueBody:
+    """A body that its client sends only when told to (RFC 9110 §10.1.1)."""
+
+    def __init__(self, body: LengthBody | ChunkedBody, connection: socket.socket) -> None:
+        self._body = body
+        self._connection: socket.socket | None = connection
+
+    @property
+    def left(self) -> int:
+        """Bytes to come, or for a chunked body whether there are any."""
+        return self._body.left
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Ask for the body before its first byte."""
+        if self._connection is not None:
+            self._connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._connection = None
+        return self._body.read(size)
+
+
+def read_slice(part: Slice) -> bytes:
+    """The bytes of a small slice; OSError where the file has become shorter."""
+    part.file.seek(part.start)
+    data = part.file.read(part.stop - part.start) or b""
+    if len(data) != part.stop - part.start:
+        raise OSError(errno.EIO, "the stored body was cut")
+    return data
+
+
+def failure_reply(failure: Failure) -> Reply:
+    """An error of ours, as one plain sentence."""
+    return Reply(error_head(failure.status), BytesBody((str(failure) + "\n").encode()),
+                 CacheStatus(failure.outcome, detail=str(failure)))
+
+
+class ProxyHandler(http.server.BaseHTTPRequestHandler):
+    """One client connection: bytes to Request, Reply to bytes.  It decides nothing."""
+
+    server: ProxyServer
+    timeout = CLIENT_TIMEOUT
+    disable_nagle_algorithm = True  # with it, a head and a body sent apart cost 40 ms each
+    rbufsize = 64 * 1024
+
+    def handle(self) -> None:
+        """Answer requests until the connection closes (RFC 9112 §9.3)."""
+        self._sent = 0  # body bytes of the current reply
+        self.began = False  # whether a byte of the current reply has left
+        with contextlib.suppress(ConnectionError, socket.timeout, TimeoutError):
+            while self._answer_one():
+                pass
+
+    def _answer_one(self) -> bool:
+        """One request and its reply; whether the connection stays open."""
+        request: Request | None = None
+        try:
+            request = self._read_request()
+            if request is None:
+                return False
+            with self.server.replying():
+                return self._answer(request)
+        except Failure as failure:
+            return self._refuse(request, failure)
+
+    def _answer(self, request: Request) -> bool:
+        started, self._sent, self.began = time.monotonic(), 0, False
+        try:
+            reply = self.server.reply_to(request)
+        except Failure as failure:
+            reply = failure_reply(failure)
+        try:
+            return self._send(request, reply)
+        except Failure as failure:
+            if self.began:
+                return False  # the only honest error is closing the connection (invariant 7)
+            reply.body.close()
+            reply = failure_reply(failure)
+            return self._send(request, reply)
+        finally:
+            reply.body.close()
+            self.server.note(request, reply, self._sent, time.monotonic() - started)
+
+    def _refuse(self, request: Request | None, failure: Failure) -> bool:
+        reply = failure_reply(failure)
+        request = request or Request("GET", "?", Target("", "", 0, "/"), (), client=self.client_address[0])
+        self._sent = 0
+        with contextlib.suppress(OSError):
+            self._send(request, reply, close=True)
+            # Unread bytes would turn our close into a reset, which may overtake the answer.
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1.0)
+            self.rfile.read1(MAX_HEAD)
+        self.server.note(request, reply, self._sent, 0.0)
+        return False
+
+    # Reading
+
+    def _read_request(self) -> Request | None:
+        """The next request; None where the client has gone or is idle; BadRequest."""
+        try:
+            lines = read_lines(self.rfile)
+            if lines == [""]:  # an empty line before the request line (RFC 9112 §2.2)
+                lines = read_lines(self.rfile)
+        except ValueError as error:
+            status = 431 if "more than" in str(error) else 414 if "longer" in str(error) else 400
+            raise BadRequest("The head is not clear: %s." % error, status) from None
+        if not lines:
+            return None
+        method, uri, version = parse_request_line(lines[0])
+        try:
+            fields = parse_fields(lines[1:])
+        except ValueError as error:
+            status = 431 if "more than" in str(error) else 400
+            raise BadRequest("A field is not clear: %s." % error, status) from None
+        length = request_framing(version, fields)
+        target = request_target(method, uri, version, fields)
+        return Request(method, uri, target or Target("", "", 0, uri), fields, version,
+                       self._body(length, fields), length, self.client_address[0], time.time(),
+                       cache_key(target) if target else "", own=target is None)
+
+    def _body(self, length: int | None, fields: Fields) -> Readable | None:
+        if length == 0:
+            return None
+        body = ChunkedBody(self.rfile) if length is None else LengthBody(self.rfile, length)
+        return ContinueBody(body, self.connection) if members(fields, "Expect") == ["100-continue"] else body
+
+    # Writing
+
+    def _send(self, request: Request, reply: Reply, close: bool = False) -> bool:
+        """Send a reply; whether the connection stays open.  Failure only before the first byte."""
+        framing = reply_framing(request, reply.head, reply.body.length)
+        unread = bool(getattr(request.body, "left", 0))
+        close = close or unread or framing is Framing.CLOSE or not wants_open(request)
+        head = sent_head(reply, request, framing, close, self.server.proxy.config, time.time())
+        if request.method == "HEAD" or framing is Framing.NONE:
+            self._write(head)
+            return not close
+        try:
+            self._write_body(head, reply.body, framing)
+        except Exception:
+            if framing is Framing.CLOSE and self.began:
+                # A plain close would pass for the end (invariant 7): reset the connection.
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.rfile.close()
+                self.connection.close()
+            raise
+        return not close
+
+    def _write_body(self, head: bytes, body: Body, framing: Framing) -> None:
+        """Head and first bytes leave in one segment where the body is small."""
+        waiting = head
+        for part in body.parts():
+            if isinstance(part, Slice) and part.stop - part.start > SMALL:
+                self._write(waiting)
+                waiting = b""
+                self._send_file(part)
+                continue
+            data = read_slice(part) if isinstance(part, Slice) else part
+            waiting += b"%x\r\n%s\r\n" % (len(data), data) if framing is Framing.CHUNKED and data else data
+            self._sent += len(data)
+            if len(waiting) > SMALL or isinstance(body, (TrailBody, LiveBody)):
+                self._write(waiting)
+                waiting = b""
+        self._write(waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""))
+
+    def _write(self, data: bytes) -> None:
+        """sendall counts its time-out over all bytes; a slow client deserves it for each step."""
+        left = memoryview(data)
+        while left:
+            left = left[self.connection.send(left):]
+            self.began = True
+
+    def _send_file(self, part: Slice) -> None:
+        """Let the kernel send it; OSError where the file has become shorter."""
+        self.began = True
+        try:
+            count = self.connection.sendfile(part.file, part.start, part.stop - part.start)
+        finally:
+            self._sent += max(0, part.file.tell() - part.start)
+        if count != part.stop - part.start:
+            raise OSError(errno.EIO, "the stored body was cut")
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """http.server's own log lines: the server's note() has said it all."""
+
+
+def address_family(host: str) -> tuple[socket.AddressFamily, bool]:
+    """The family to listen with, and whether one socket serves both (an empty host, where we can)."""
+    if not host and socket.has_dualstack_ipv6():
+        return socket.AF_INET6, True
+    return (socket.AF_INET6 if ":" in host else socket.AF_INET), False
+
+
+class ProxyServer(http.server.ThreadingHTTPServer):
+    """Listens on one address; a thread a connection."""
+
+    daemon_threads = True
+    request_queue_size = 256  # a fleet that wakes up by cron comes all at once
+
+    def __init__(self, address: tuple[str, int], proxy: Proxy, log_ids: Iterator[int]) -> None:
+        self.proxy = proxy
+        self._ids = log_ids
+        self._lock = threading.Lock()  # guards _replying
+        self._replying = 0
+        self.address_family, self._both = address_family(address[0])
+        super().__init__(address, ProxyHandler)
+
+    def server_bind(self) -> None:
+        """Bind, for IPv4 as well where the address is empty; without http.server's slow name look-up."""
+        if self._both:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+
+    @property
+    def authority(self) -> str:
+        """host:port that it listens on."""
+        host, port = str(self.server_address[0]), self.server_address[1]
+        shown = "[%s]" % host if ":" in host else host
+        return "%s:%d" % ("" if ipaddress.ip_address(host).is_unspecified else shown, port)
+
+    @property
+    def replies_running(self) -> int:
+        """Replies under way."""
+        with self._lock:
+            return self._replying
+
+    @contextlib.contextmanager
+    def replying(self) -> Iterator[None]:
+        """Count a reply under way, so that SIGTERM can wait for it."""
+        with self._lock:
+            self._replying += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._replying -= 1
+
+    def reply_to(self, request: Request) -> Reply:
+        """Our own page, or the proxy's reply; Failure."""
+        config = self.proxy.config
+        if not may_come_in(request.client, config.allow):
+            raise Failure("%s may not use this proxy; its operator can add --allow." % request.client, 403)
+        if not request.own:
+            return self.proxy.respond(request)
+        if request.method not in ("GET", "HEAD"):
+            raise Failure("Our own pages are for GET and HEAD.", 405)
+        authority = value(request.fields, "Host") or self.authority
+        page = own_page(request.uri, authority, self.snapshot)
+        if page is None:
+            raise Failure("There is no such page here. To fetch through this proxy, set http_proxy=http://%s/"
+                          % authority, 404)
+        head = Head(200, "OK", (("Content-Type", page[0]), ("Cache-Control", "no-store"),
+                                ("X-Content-Type-Options", "nosniff")))
+        return Reply(head, BytesBody(page[1]), CacheStatus(Outcome.OWN))
+
+    def snapshot(self) -> dict[str, Any]:
+        """The counters, with the command line as Go's expvar has it."""
+        return {"cmdline": sys.argv, **self.proxy.counters.snapshot()}
+
+    def note(self, request: Request, reply: Reply, sent: int, took: float) -> None:
+        """Count and log one answer."""
+        outcome = reply.cache_status.outcome
+        self.proxy.counters.add(outcome)
+        if reply.counted and reply.head.status in (200, 206):
+            self.proxy.counters.add_cache(sent)
+        detail = reply.cache_status.detail
+        log.info("[%3d] %s %s %s %d %d bytes %.3f s %s%s", next(self._ids), request.client, request.method,
+                 printable(request.uri), reply.head.status, sent, took, outcome.value,
+                 " (%s)" % printable(detail) if detail else "")
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        """A bug, or no thread for a connection: say so, go on."""
+        log.error("A connection from %s failed.", client_address, exc_info=True)

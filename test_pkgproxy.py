@@ -1191,6 +1191,677 @@ class OriginTest(unittest.TestCase):
             self.assertTrue(self.origin.log[-1][2]["host"].startswith("localhost"))
 
 
+# ---------------------------------------------------------------------------------------------
+# 6 Proxy
+# ---------------------------------------------------------------------------------------------
+
+
+class MissAndHitTest(ProxyCase):
+    """The main job."""
+
+    BODY = bytes(range(256)) * 4000
+
+    def setUp(self):
+        super().setUp()
+        self.origin.pages["/x_1.0_all.deb"] = Page(self.BODY, fields=[("Content-Type", "application/x"), ("X-Two", "1"),
+                                                                      ("X-Two", "2"), ("Set-Cookie", "a=b")])
+
+    def test_a_miss_then_a_hit(self):
+        miss, hit = self.ask("/x_1.0_all.deb"), self.ask("/x_1.0_all.deb")
+        self.assertEqual((miss.status, miss.body), (200, self.BODY))
+        self.assertEqual((hit.status, hit.body), (200, self.BODY))
+        self.assertIn("fwd=uri-miss; fwd-status=200; stored", miss["Cache-Status"])
+        self.assertEqual(hit["Cache-Status"], "pkgproxy; hit")
+        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.files(), {self.place("x_1.0_all.deb"): self.BODY})
+        self.assertEqual(self.counters()["statsDownBytes"], len(self.BODY))
+        self.assertEqual(self.counters()["statsCacheBytes"], len(self.BODY))
+
+    def test_both_have_the_origins_fields_in_order(self):
+        for answer in (self.ask("/x_1.0_all.deb"), self.ask("/x_1.0_all.deb")):
+            self.assertEqual((answer["Content-Type"], answer["Last-Modified"]), ("application/x", DATE))
+            self.assertEqual([text for name, text in answer.fields if name == "X-Two"], ["1", "2"])
+            self.assertTrue(answer["ETag"])
+            self.assertEqual(answer["Content-Length"], str(len(self.BODY)))
+            self.assertEqual(answer["Via"], "1.1 tested")
+            self.assertTrue(answer["Date"])
+        self.assertIsNone(answer["Set-Cookie"], "a cookie is for one client only")
+
+    def test_a_hit_survives_a_restart_and_the_origins_end(self):
+        self.ask("/x_1.0_all.deb")
+        self.origin.close()
+        self.start()
+        self.assertEqual(self.ask("/x_1.0_all.deb").body, self.BODY)
+
+    def test_ranges_of_a_hit_are_exact(self):
+        self.ask("/x_1.0_all.deb")
+        size = len(self.BODY)
+        for text, start, stop in (("0-0", 0, 1), ("1000-2000", 1000, 2001), ("-500", size - 500, size), ("5-", 5, size),
+                                  ("%d-9999999" % (size - 1), size - 1, size), ("0-%d" % (size - 1), 0, size)):
+            with self.subTest(range=text):
+                answer = self.ask("/x_1.0_all.deb", Range="bytes=" + text)
+                self.assertEqual((answer.status, answer.body), (206, self.BODY[start:stop]))
+                self.assertEqual(answer["Content-Range"], "bytes %d-%d/%d" % (start, stop - 1, size))
+        answer = self.ask("/x_1.0_all.deb", Range="bytes=%d-" % size)
+        self.assertEqual((answer.status, answer["Content-Range"]), (416, "bytes */%d" % size))
+        self.assertEqual(self.origin.asked(), ["GET"])
+
+    def test_if_range_with_a_changed_file_sends_it_whole(self):
+        tag = self.ask("/x_1.0_all.deb")["ETag"]
+        self.assertEqual(self.ask("/x_1.0_all.deb", Range="bytes=0-1", If_Range=tag).status, 206)
+        self.assertEqual(self.ask("/x_1.0_all.deb", Range="bytes=0-1", If_Range=DATE).status, 206)
+        self.assertEqual(self.ask("/x_1.0_all.deb", Range="bytes=0-1", If_Range='"old"').body, self.BODY)
+
+    def test_several_ranges_come_as_multipart(self):
+        self.ask("/x_1.0_all.deb")
+        answer = self.ask("/x_1.0_all.deb", Range="bytes=0-9,100-109")
+        self.assertEqual(answer.status, 206)
+        self.assertIn("multipart/byteranges", answer["Content-Type"])
+        self.assertEqual(answer.body.count(b"Content-Range: bytes "), 2)
+        self.assertIn(b"\r\n\r\n" + self.BODY[100:110] + b"\r\n--", answer.body)
+
+    def test_conditional_requests_are_answered_from_the_file(self):
+        tag = self.ask("/x_1.0_all.deb")["ETag"]
+        self.assertEqual(self.ask("/x_1.0_all.deb", If_None_Match=tag).status, 304)
+        self.assertEqual(self.ask("/x_1.0_all.deb", If_Modified_Since=DATE).status, 304)
+        self.assertEqual(self.origin.asked(), ["GET"])
+
+    def test_a_conditional_request_on_a_miss_fills_the_cache(self):
+        answer = self.ask("/x_1.0_all.deb", If_Modified_Since=DATE)
+        self.assertEqual(answer.status, 304)
+        self.settle()
+        self.assertEqual(self.files(), {self.place("x_1.0_all.deb"): self.BODY})
+
+    def test_head_does_not_poison_get(self):
+        for _ in range(2):
+            answer = self.ask("/x_1.0_all.deb", "HEAD")
+            self.assertEqual((answer.status, answer.body, answer["Content-Length"]), (200, b"", str(len(self.BODY))))
+        self.assertEqual(self.files(), {})
+        self.assertEqual(self.ask("/x_1.0_all.deb").body, self.BODY)
+        answer = self.ask("/x_1.0_all.deb", "HEAD")
+        self.assertEqual((answer["Content-Length"], answer["Cache-Status"]), (str(len(self.BODY)), "pkgproxy; hit"))
+        self.assertEqual(self.origin.asked(), ["HEAD", "HEAD", "GET"])
+
+    def test_cleaning_with_rm_at_any_time(self):
+        self.ask("/x_1.0_all.deb")
+        shutil.rmtree(os.path.join(self.root, os.listdir(self.root)[0]))
+        shutil.rmtree(self.root)
+        for _ in range(2):
+            self.assertEqual(self.ask("/x_1.0_all.deb").body, self.BODY)
+        self.assertEqual(self.origin.asked(), ["GET", "GET"])
+        self.settle()
+        self.assertEqual(self.ask("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
+
+    def test_the_counters_are_exact_to_the_byte(self):
+        self.origin.pages["/InRelease"] = Page(b"i" * 1000)
+        size = len(self.BODY)
+        for what, fields, method, path, down, cache in (
+                ("miss", {}, "GET", "/x_1.0_all.deb", size, 0), ("hit", {}, "GET", "/x_1.0_all.deb", 0, size),
+                ("range", {"Range": "bytes=5-9"}, "GET", "/x_1.0_all.deb", 0, 5),
+                ("head", {}, "HEAD", "/x_1.0_all.deb", 0, 0), ("304", {"If_Modified_Since": DATE}, "GET", "/x_1.0_all.deb", 0, 0),
+                ("416", {"Range": "bytes=99999999-"}, "GET", "/x_1.0_all.deb", 0, 0),
+                ("412", {"If_Match": '"y"'}, "GET", "/x_1.0_all.deb", 0, 0),
+                ("index", {}, "GET", "/InRelease", 1000, 0), ("confirmed", {}, "GET", "/InRelease", 0, 1000),
+                ("404", {}, "GET", "/nothing", len(b"not here\n"), 0), ("passed head", {}, "HEAD", "/nothing", 0, 0)):
+            with self.subTest(what=what):
+                before = self.counters()
+                self.ask(path, method, **fields)
+                after = self.counters()
+                self.assertEqual((after["statsDownBytes"] - before["statsDownBytes"],
+                                  after["statsCacheBytes"] - before["statsCacheBytes"]), (down, cache))
+
+    def test_a_chunked_body_is_stored_and_served_with_its_length(self):
+        self.origin.pages["/y_1.0_all.deb"] = Page(self.BODY, chunked=True)
+        self.assertEqual(self.ask("/y_1.0_all.deb").body, self.BODY)
+        answer = self.ask("/y_1.0_all.deb")
+        self.assertEqual((answer.body, answer["Content-Length"]), (self.BODY, str(len(self.BODY))))
+        self.assertEqual(self.counters()["statsDownBytes"], len(self.BODY))
+
+    def test_an_empty_file_is_stored(self):
+        self.origin.pages["/e_1.0_all.deb"] = Page(b"")
+        for _ in range(2):
+            self.assertEqual((self.ask("/e_1.0_all.deb").body, self.ask("/e_1.0_all.deb").status), (b"", 200))
+        self.assertEqual(self.origin.asked(), ["GET"])
+
+    def test_same_path_on_two_hosts_is_two_files(self):
+        other = Origin()
+        self.addCleanup(other.close)
+        other.pages["/x_1.0_all.deb"] = Page(b"another")
+        self.ask("/x_1.0_all.deb")
+        self.assertEqual(self.ask(other.url("/x_1.0_all.deb")).body, b"another")
+        self.assertEqual(self.ask("/x_1.0_all.deb").body, self.BODY)
+
+    def test_the_query_is_part_of_the_name(self):
+        self.origin.pages.update({"/metalink?a=1": Page(b"one"), "/metalink?a=2": Page(b"two")})
+        for _ in range(2):
+            self.assertEqual(self.ask("/metalink?a=1").body + self.ask("/metalink?a=2").body, b"onetwo")
+
+    def test_hostile_targets_stay_inside_and_are_answered(self):
+        for uri in NameRulesTest.HOSTILE:
+            with self.subTest(uri=uri[:40]):
+                path = uri[len("http://a"):]
+                self.origin.pages[path] = Page(b"hostile")
+                answer = self.raw(b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.url(path).encode())
+                self.assertIn(answer[9:12], (b"200", b"404"))
+        self.settle()
+        self.assertEqual(os.listdir(self.folder), ["root"])
+        self.assertLessEqual(set(os.listdir(self.root)), {"127.0.0.1:%d" % self.origin.port, pkgproxy.BOOKS})
+        self.assertLessEqual(set(os.listdir(os.path.join(self.root, pkgproxy.BOOKS))), {"heads", "partials"})
+
+
+class TogetherTest(ProxyCase):
+    """The barrier: two clients of one file at once."""
+
+    SIZE = 8 << 20
+
+    def setUp(self):
+        super().setUp()
+        self.gate = Gate()
+        self.addCleanup(self.gate.open)
+        self.body = os.urandom(1 << 20) * 8
+        self.origin.pages["/x_1.0_all.deb"] = Page(self.body, gate=self.gate, first=1 << 20)
+
+    def begin(self, connection, **fields):
+        connection.request("GET", self.origin.url("/x_1.0_all.deb"), headers=fields)
+        return connection.getresponse()
+
+    def test_a_second_client_streams_from_the_first_ones_download(self):
+        with self.connection() as one, self.connection() as two:
+            first, second = self.begin(one), self.begin(two)
+            self.assertEqual(first.read(1 << 20), self.body[:1 << 20])
+            self.assertEqual(second.read(1 << 20), self.body[:1 << 20])
+            self.gate.open()
+            self.assertEqual(first.read(), self.body[1 << 20:])
+            self.assertEqual(second.read(), self.body[1 << 20:])
+            self.assertIn("collapsed", second.getheader("Cache-Status"))
+        self.assertEqual(self.origin.asked(), ["GET"])
+        counters = self.counters()
+        self.assertEqual((counters["statsDownBytes"], counters["statsCacheBytes"]), (self.SIZE, self.SIZE))
+
+    def test_a_range_is_served_from_the_growing_partial(self):
+        with self.connection() as one, self.connection() as two:
+            self.begin(one).read(10)
+            second = self.begin(two, Range="bytes=100-199")
+            self.assertEqual((second.status, second.read()), (206, self.body[100:200]))
+            self.gate.open()
+        self.settle()
+        self.assertEqual(self.origin.asked(), ["GET"])
+
+    def test_a_slow_first_client_holds_nobody_back(self):
+        self.gate.open()
+        with self.connection() as one, self.connection() as two:
+            one.connect()
+            one.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            self.begin(one).read(10)
+            self.assertEqual(self.begin(two).read(), self.body)
+        self.assertEqual(self.ask("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
+
+    def test_the_download_outlives_its_client(self):
+        with self.connection() as one:
+            self.begin(one).read(10)
+        self.gate.open()
+        self.settle()
+        self.assertEqual(self.ask("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
+        self.assertEqual(self.origin.asked(), ["GET"])
+
+    def test_whoever_received_a_whole_body_finds_it_stored(self):
+        self.gate.open()
+        for number in range(20):
+            path = "/y_%d_all.deb" % number
+            self.origin.pages[path] = Page(b"y" * 1000)
+            with self.connection() as one:
+                one.request("GET", self.origin.url(path))
+                one.getresponse().read()
+                self.assertIn(self.place(path[1:]), self.files())
+
+    def test_a_truncated_body_is_neither_stored_nor_passed_off_as_whole(self):
+        for answer in (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort",
+                       b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n"):
+            with self.subTest(answer=answer):
+                gate = Gate()
+                self.origin.pages["/t_1.0_all.deb"] = Page(steps=[answer, gate])
+                with self.connection() as one, self.connection() as two:
+                    responses = []
+                    for connection in (one, two):
+                        connection.request("GET", self.origin.url("/t_1.0_all.deb"))
+                        responses.append(connection.getresponse())
+                        self.assertEqual(responses[-1].read(5), b"short")
+                    gate.open()
+                    for response in responses:
+                        with self.assertRaises(http.client.IncompleteRead):
+                            response.read()
+                self.settle()
+                self.assertEqual(self.files(), {})
+                self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS, "partials")), [])
+
+    def test_an_http_1_0_client_sees_a_truncated_body_as_a_reset(self):
+        gate = Gate()
+        self.origin.pages["/t_1.0_all.deb"] = Page(
+            steps=[b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n", gate])
+        with socket.create_connection(self.address, PATIENCE) as connection:
+            connection.sendall(b"GET %s HTTP/1.0\r\n\r\n" % self.origin.url("/t_1.0_all.deb").encode())
+            data = b""
+            while not data.endswith(b"short"):
+                data += connection.recv(100)
+            gate.open()
+            self.assertRaises(ConnectionResetError, connection.recv, 100)
+
+    def test_an_answer_that_is_not_for_sharing_is_fetched_by_each(self):
+        gate = Gate()
+        self.origin.pages["/s_1.0_all.deb"] = Page(
+            steps=[gate, b"HTTP/1.1 200 OK\r\nCache-Control: private\r\nContent-Length: 2\r\n\r\nmy"])
+        answers = []
+        threads = [threading.Thread(target=lambda: answers.append(self.ask("/s_1.0_all.deb").body)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        until(lambda: self.origin.asked("/s_1.0_all.deb"))
+        gate.open()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual(answers, [b"my"] * 3)
+        self.assertEqual(self.files(), {})
+
+    def test_a_dead_origin_fails_all_who_wait_at_once(self):
+        gate = Gate()
+        self.origin.pages["/d_1.0_all.deb"] = Page(steps=[gate])
+        answers = []
+        threads = [threading.Thread(target=lambda: answers.append(self.ask("/d_1.0_all.deb").status)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        until(lambda: self.server.replies_running == 3)
+        gate.open()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual(answers, [502] * 3)
+
+    def test_twenty_clients_of_one_large_file(self):
+        """50 MB once from the origin; each client's first byte before the tenth part is sent."""
+        block, count = os.urandom(1000), 50_000
+        body, gate, started = block * count, Gate(), threading.Semaphore(0)
+        self.origin.pages["/l_1.0_all.deb"] = Page(body, gate=gate, first=len(body) // 20)
+        results = []
+
+        def client():
+            with self.connection() as connection:
+                connection.request("GET", self.origin.url("/l_1.0_all.deb"))
+                response = connection.getresponse()
+                checksum, size = zlib.crc32(response.read(1)), 1
+                started.release()
+                while True:
+                    data = response.read(1 << 20)
+                    if not data:
+                        break
+                    checksum, size = zlib.crc32(data, checksum), size + len(data)
+                results.append((checksum, size))
+
+        threads = [threading.Thread(target=client) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            self.assertTrue(started.acquire(timeout=PATIENCE), "a first byte came too late")
+        self.assertLess(self.origin.sent, len(body) // 10)
+        gate.open()
+        for thread in threads:
+            thread.join(30)
+        self.assertEqual(results, [(zlib.crc32(body), len(body))] * 20)
+        self.assertEqual((self.origin.asked("/l_1.0_all.deb"), self.origin.sent), (["GET"], len(body)))
+
+
+class IndexTest(ProxyCase):
+    """Indexes: revalidated on each request; stale beats nothing."""
+
+    def setUp(self):
+        super().setUp()
+        self.origin.pages["/InRelease"] = Page(b"generation 1")
+
+    def test_an_index_is_asked_for_each_time_and_sent_from_the_file_on_304(self):
+        self.ask("/InRelease")
+        answer = self.ask("/InRelease")
+        self.assertEqual((answer.body, answer["Cache-Status"]), (b"generation 1", "pkgproxy; fwd=stale; fwd-status=304"))
+        self.assertEqual(self.origin.log[-1][2]["if-none-match"], self.origin.pages["/InRelease"].etag)
+        self.assertEqual(self.origin.log[-1][2]["if-modified-since"], DATE)
+
+    def test_a_new_index_is_seen_at_once(self):
+        self.ask("/InRelease")
+        self.origin.pages["/InRelease"] = Page(b"generation 2")
+        self.assertEqual(self.ask("/InRelease").body, b"generation 2")
+        self.assertEqual(self.files()[self.place("InRelease")], b"generation 2")
+
+    def test_a_mirror_without_validators_is_asked_whole_each_time(self):
+        self.origin.pages["/InRelease"] = Page(b"generation 1", etag="", modified="")
+        self.ask("/InRelease")
+        self.origin.pages["/InRelease"] = Page(b"generation 2", etag="", modified="")
+        self.assertEqual(self.ask("/InRelease").body, b"generation 2")
+
+    def test_a_clients_own_condition_is_answered_after_asking(self):
+        tag = self.ask("/InRelease")["ETag"]
+        self.assertEqual(self.ask("/InRelease", If_None_Match=tag).status, 304)
+        self.origin.pages["/InRelease"] = Page(b"generation 2")
+        self.assertEqual(self.ask("/InRelease", If_None_Match=tag).body, b"generation 2")
+        self.assertEqual(self.origin.asked(), ["GET"] * 3)
+
+    def test_head_of_an_index_asks_too(self):
+        self.ask("/InRelease")
+        self.origin.pages["/InRelease"] = Page(b"generation 22")
+        self.assertEqual(self.ask("/InRelease", "HEAD")["Content-Length"], "13")
+        self.assertEqual(self.ask("/InRelease").body, b"generation 22")
+
+    def test_an_origin_that_cannot_be_asked_leaves_the_stored_one(self):
+        self.ask("/InRelease")
+        for page in (Page(b"down", 503), Page(b"down", 502), Page(steps=[b""])):
+            self.origin.pages["/InRelease"] = page
+            answer = self.ask("/InRelease")
+            self.assertEqual((answer.status, answer.body), (200, b"generation 1"))
+            self.assertIn("detail=", answer["Cache-Status"])
+        self.origin.close()
+        self.assertEqual(self.ask("/InRelease").body, b"generation 1")
+        self.assertEqual(self.counters()["statsOutcomes"]["stale"], 4)
+
+    def test_a_404_is_the_origins_word(self):
+        self.ask("/InRelease")
+        self.origin.pages["/InRelease"] = Page(b"gone", 404)
+        self.assertEqual(self.ask("/InRelease").status, 404)
+
+    def test_a_304_of_another_generation_fetches_the_index_anew(self):
+        self.ask("/InRelease")
+        self.origin.pages["/InRelease"] = [Page(steps=[b'HTTP/1.1 304 Not Modified\r\nETag: "other"\r\n\r\n']), Page(b"new")]
+        self.assertEqual(self.ask("/InRelease").body, b"new")
+
+
+class PassTest(ProxyCase):
+    """What is passed through, and what is not kept."""
+
+    def test_nothing_but_a_complete_200_is_stored(self):
+        for status in (203, 204, 301, 302, 400, 403, 404, 410, 500, 503):
+            with self.subTest(status=status):
+                self.origin.pages["/n_%d.deb" % status] = Page(b"" if status == 204 else b"text", status)
+                self.assertEqual(self.ask("/n_%d.deb" % status).status, status)
+        self.assertEqual(self.files(), {})
+
+    def test_other_methods_pass_with_their_bodies(self):
+        self.origin.pages["/api"] = Page(b"done", fields=[("X", "y")])
+        for method in ("POST", "PUT", "DELETE", "PATCH", "PROPFIND"):
+            answer = self.ask("/api", method, b"a body")
+            self.assertEqual((answer.status, answer.body, answer["X"]), (200, b"done", "y"))
+            self.assertEqual((self.origin.log[-1][0], self.origin.log[-1][3]), (method, b"a body"))
+        self.ask("/api", "POST", iter([b"chunk", b"ed"]))
+        self.assertEqual(self.origin.log[-1][3], b"chunked")
+        self.ask("/api", "OPTIONS")
+        self.assertEqual(self.origin.log[-1][0], "OPTIONS")
+        self.assertEqual(self.files(), {})
+
+    def test_a_method_that_changes_things_invalidates(self):
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"old")
+        self.ask("/x_1.0_all.deb")
+        self.ask("/x_1.0_all.deb", "DELETE")
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"new")
+        self.assertEqual(self.ask("/x_1.0_all.deb").body, b"new")
+
+    def test_filters_keep_matching_uris_out_of_the_cache(self):
+        filters, _ = pkgproxy.parse_filters(r"127\.0\.0\.1:\d+/.*_1\.0_")
+        self.start(Config(filters=tuple(filters)))
+        self.origin.pages.update({"/x_1.0_all.deb": Page(b"x"), "/x_2.0_all.deb": Page(b"x")})
+        for _ in range(2):
+            self.assertIn("fwd=bypass", self.ask("/x_1.0_all.deb")["Cache-Status"])
+            self.ask("/x_2.0_all.deb")
+        self.assertEqual(list(self.files()), [self.place("x_2.0_all.deb")])
+        self.assertEqual(len(self.origin.asked("/x_1.0_all.deb")), 2)
+
+    def test_a_captive_portals_page_is_not_a_package(self):
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"pay here", fields=[("Content-Type", "text/html")])
+        self.assertEqual(self.ask("/x_1.0_all.deb").body, b"pay here")
+        self.assertEqual(self.files(), {})
+
+    def test_a_body_without_declared_end_is_passed_not_kept(self):
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1000, length=False)
+        self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x" * 1000)
+        self.assertEqual(self.files(), {})
+
+    def test_redirects_are_stored_under_what_was_asked(self):
+        self.origin.pages.update({"/x_1.0_all.deb": Page(status=302, fields=[("Location", "/cdn?signature=1")]),
+                                  "/cdn?signature=1": Page(b"x"), "/other": Page(status=302, fields=[("Location", "/y")])})
+        for _ in range(2):
+            self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x")
+        self.assertEqual(list(self.files()), [self.place("x_1.0_all.deb")])
+        self.assertEqual((self.ask("/other").status, self.ask("/other")["Location"]), (302, "/y"))
+
+    def test_an_early_range_downloads_the_file_a_far_one_does_not(self):
+        body = os.urandom(4 << 20)
+        self.origin.pages.update({"/x_1.0_all.deb": Page(body), "/y_1.0_all.deb": Page(body)})
+        answer = self.ask("/x_1.0_all.deb", Range="bytes=1000-")
+        self.assertEqual((answer.status, answer.body), (206, body[1000:]))
+        answer = self.ask("/y_1.0_all.deb", Range="bytes=3000000-3000009")
+        self.assertEqual((answer.status, answer.body), (206, body[3000000:3000010]))
+        self.settle()
+        self.assertEqual(list(self.files()), [self.place("x_1.0_all.deb")])
+
+    def test_a_loop_is_cut(self):
+        self.assertEqual(self.ask("/x", Via="1.1 tested").status, 508)
+
+    def test_an_origin_that_is_not_there_is_a_502_in_one_sentence(self):
+        self.origin.close()
+        answer = self.ask("/x_1.0_all.deb")
+        self.assertEqual((answer.status, answer["Content-Type"]), (502, "text/plain; charset=utf-8"))
+        self.assertRegex(answer.body, rb"\A127.0.0.1:\d+ cannot be asked: .*refused.*\.\n\Z")
+        self.assertTrue(answer["Via"] and answer["Cache-Status"])
+
+    def test_userinfo_is_not_sent_on(self):
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"x")
+        self.ask("http://me:secret@127.0.0.1:%d/x_1.0_all.deb" % self.origin.port, Authorization="Basic eA==")
+        self.assertEqual(self.origin.log[-1][1], "/x_1.0_all.deb")
+        self.assertEqual(self.origin.log[-1][2]["authorization"], "Basic eA==")
+        self.assertEqual(self.files(), {})
+
+
+class LocalFailureTest(ProxyCase):
+    """Invariant 6: a local failure costs the cache, never the reply."""
+
+    def setUp(self):
+        super().setUp()
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 100_000)
+
+    def check(self):
+        with self.assertLogs("pkgproxy", "WARNING") as caught:
+            answer = self.ask("/x_1.0_all.deb")
+            self.settle()
+        self.assertEqual((answer.status, answer.body), (200, b"x" * 100_000))
+        self.assertEqual(len(caught.output), 1, "one warning")
+        self.assertEqual(self.files(), {})
+
+    def test_a_root_that_cannot_be_written(self):
+        for error in (PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")):
+            with mock.patch.object(pkgproxy, "make_folder", side_effect=error):
+                self.check()
+
+    def test_a_root_that_became_a_file(self):
+        shutil.rmtree(self.root)
+        Path(self.root).write_bytes(b"")
+        self.check()
+
+    def test_a_disk_that_is_full_at_the_start(self):
+        with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10)):
+            self.check()
+
+    def test_a_disk_that_fails_at_the_end(self):
+        for name in ("fsync", "replace"):
+            with mock.patch.object(pkgproxy.os, name, side_effect=OSError(28, "No space left on device")):
+                self.check()
+
+    def test_no_thread_to_fill(self):
+        real = threading.Thread.start
+
+        def refuse(thread):
+            if thread._target and thread._target.__name__ == "_fill":
+                raise RuntimeError("can't start new thread")
+            real(thread)
+
+        with mock.patch.object(threading.Thread, "start", refuse):
+            self.check()
+
+    def test_a_stored_file_that_cannot_be_read(self):
+        self.ask("/x_1.0_all.deb")
+        with mock.patch.object(pkgproxy.os, "open", side_effect=PermissionError(13, "no")):
+            self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x" * 100_000)
+
+
+# ---------------------------------------------------------------------------------------------
+# 7 Pages, 8 Door
+# ---------------------------------------------------------------------------------------------
+
+
+class PagesTest(ProxyCase):
+    """/debug/vars and the greeting."""
+
+    def test_debug_vars_is_what_the_originals_scripts_read(self):
+        answer = self.own("/debug/vars")
+        self.assertEqual((answer.status, answer["Content-Type"]), (200, "application/json; charset=utf-8"))
+        found = json.loads(answer.body)
+        self.assertEqual((found["statsCacheBytes"], found["statsDownBytes"]), (0, 0))
+        self.assertEqual(found["cmdline"], sys.argv)
+        self.assertEqual(set(found["statsOutcomes"]), {outcome.value for outcome in Outcome})
+
+    def test_the_outcomes_add_up_to_the_requests(self):
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"x")
+        for path in ("/x_1.0_all.deb", "/x_1.0_all.deb", "/nothing"):
+            self.ask(path)
+        self.own("/nothing")
+        counters = self.counters()
+        self.assertEqual(counters["statsRequests"], 4)
+        self.assertEqual({name: n for name, n in counters["statsOutcomes"].items() if n},
+                         {"miss": 1, "hit": 1, "relayed": 1, "refused": 1})
+
+    def test_the_greeting_names_the_address_by_which_it_was_reached(self):
+        self.assertIn(b"http_proxy=http://127.0.0.1:%d" % self.address[1], self.own("/").body)
+
+    def test_other_pages_are_a_404_that_helps(self):
+        answer = self.own("/debian/x")
+        self.assertEqual(answer.status, 404)
+        self.assertIn(b"http_proxy", answer.body)
+
+
+class DoorTest(ProxyCase):
+    """Bytes in, bytes out."""
+
+    def setUp(self):
+        super().setUp()
+        self.origin.pages.update({"/x_%d.deb" % n: Page(b"%d" % n * 100) for n in range(10)})
+
+    def line(self, path, version=b"1.1", more=b""):
+        return b"GET %s HTTP/%s\r\nHost: a\r\n%s\r\n" % (self.origin.url(path).encode(), version, more)
+
+    def test_connections_stay_open(self):
+        with self.connection() as connection:
+            connection.connect()
+            first = connection.sock
+            for n in [*range(10), *range(10)]:
+                connection.request("GET", self.origin.url("/x_%d.deb" % n))
+                self.assertEqual(connection.getresponse().read(), b"%d" % n * 100)
+            self.assertIs(connection.sock, first)
+
+    def test_ten_pipelined_requests_are_answered_in_order(self):
+        data = b"".join(self.line("/x_%d.deb" % n) for n in range(9)) + self.line("/x_9.deb", more=b"Connection: close\r\n")
+        for _ in range(2):
+            answers = self.raw(data).split(b"HTTP/1.1 200 Whatever\r\n")[1:]
+            self.assertEqual([answer[-100:] for answer in answers], [b"%d" % n * 100 for n in range(10)])
+
+    def test_a_head_in_many_pieces(self):
+        with socket.create_connection(self.address, PATIENCE) as connection:
+            for byte in self.line("/x_1.deb", more=b"Connection: close\r\n"):
+                connection.sendall(bytes([byte]))
+            self.assertTrue(b"".join(iter(lambda: connection.recv(999), b"")).endswith(b"1" * 100))
+
+    def test_http_1_0(self):
+        for _ in range(2):
+            answer = self.raw(self.line("/x_1.deb", b"1.0"))
+            self.assertIn(b"\r\nConnection: close\r\n", answer)
+            self.assertTrue(answer.endswith(b"1" * 100))
+        self.origin.pages["/c_1.0.deb"] = Page(b"c" * 100, chunked=True)
+        answer = self.raw(self.line("/c_1.0.deb", b"1.0"))
+        self.assertNotIn(b"chunked", answer)
+        self.assertTrue(answer.endswith(b"\r\n\r\n" + b"c" * 100))
+
+    def test_an_http_1_0_client_may_keep_its_connection(self):
+        with socket.create_connection(self.address, PATIENCE) as connection:
+            for _ in range(2):
+                connection.sendall(self.line("/x_1.deb", b"1.0", b"Connection: keep-alive\r\n"))
+                data = b""
+                while not data.endswith(b"1" * 100):
+                    data += connection.recv(999)
+                self.assertIn(b"\r\nConnection: keep-alive\r\n", data)
+
+    def test_head_and_small_body_leave_together(self):
+        self.ask("/x_1.deb")
+        with socket.create_connection(self.address, PATIENCE) as connection:
+            connection.sendall(self.line("/x_1.deb"))
+            self.assertTrue(connection.recv(65536).endswith(b"1" * 100))
+
+    def test_what_is_ambiguous_is_refused_and_the_connection_closed(self):
+        url = self.origin.url("/x_1.deb").encode()
+        good = b"GET " + url + b" HTTP/1.1\r\nHost: a\r\n"
+        post = b"POST " + url + b" HTTP/1.1\r\nHost: a\r\n"
+        for data, status in (
+                (b"GET " + url + b"\r\n\r\n", 400), (b"\x16\x03\x01\x02\x00\r\n\r\n", 400), (good + b"A : b\r\n\r\n", 400),
+                (good + b" folded\r\n\r\n", 400), (good + b"A: b\rC: d\r\n\r\n", 400), (good + b"A: \x00\r\n\r\n", 400),
+                (good + b"Host: b\r\n\r\n", 400), (b"GET " + url + b" HTTP/1.1\r\n\r\n", 400), (good + b"A: b\n\r\n", 400),
+                (post + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nxy", 400),
+                (post + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+                (post + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n", 400), (post + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n\r\n", 400),
+                (post + b"Transfer-Encoding: chunked\r\n\r\n1\r\nxy\r\n0\r\n\r\n", 400),
+                (post + b"Transfer-Encoding: xchunked\r\n\r\n", 400),
+                (b"GET " + url + b" HTTP/2.0\r\nHost: a\r\n\r\n", 505), (b"GET /" + b"x" * 20000 + b" HTTP/1.1\r\n\r\n", 414),
+                (good + b"A: b\r\n" * 500 + b"\r\n", 431), (good + (b"A: %s\r\n" % (b"x" * 9000)) * 9 + b"\r\n", 431),
+                (b"GET ftp://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 400), (b"GET http://a:b/ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+                (b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n", 501)):
+            with self.subTest(data=data[:80]):
+                answer = self.raw(data + good + b"\r\n")
+                self.assertEqual(answer[:12], b"HTTP/1.1 %d" % status)
+                self.assertEqual(len(re.findall(rb"(?m)^HTTP/1\.1 ", answer)), 1)
+                self.assertIn(b"\r\nConnection: close\r\n", answer)
+        self.assertFalse([row for row in self.origin.log if row[0] == "GET"])
+
+    def test_expect_100_continue(self):
+        with socket.create_connection(self.address, PATIENCE) as connection:
+            connection.sendall(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nExpect: 100-continue\r\n"
+                               b"Connection: close\r\n\r\n" % self.origin.url("/x_1.deb").encode())
+            self.assertEqual(connection.recv(999), b"HTTP/1.1 100 Continue\r\n\r\n")
+            connection.sendall(b"body")
+            self.assertIn(b" 200 ", b"".join(iter(lambda: connection.recv(999), b"")))
+        self.assertEqual(self.origin.log[-1][3], b"body")
+
+    def test_a_body_that_ends_early_is_not_sent_on_as_whole(self):
+        with socket.create_connection(self.address, PATIENCE) as connection:
+            connection.sendall(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nshort" % self.origin.url("/x_1.deb").encode())
+            connection.shutdown(socket.SHUT_WR)
+            self.assertEqual(connection.recv(12), b"HTTP/1.1 400")
+        self.assertEqual(self.origin.log, [])
+
+    def test_who_may_not_come_in_gets_a_403(self):
+        self.start(Config(allow=("203.0.113.0/24",)))
+        answer = self.ask("/x_1.deb")
+        self.assertEqual(answer.status, 403)
+        self.assertIn(b"--allow", answer.body)
+        self.assertEqual(self.origin.log, [])
+
+    def test_a_client_that_hangs_up_is_no_traceback(self):
+        self.origin.pages["/big_1.0.deb"] = Page(os.urandom(8 << 20))
+        with mock.patch.object(self.server, "handle_error") as failed:
+            for _ in range(2):
+                with socket.create_connection(self.address, PATIENCE) as connection:
+                    connection.sendall(self.line("/big_1.0.deb"))
+                    connection.recv(10)
+                self.settle()
+        failed.assert_not_called()
+
+    def test_every_request_is_one_line_in_the_log(self):
+        with self.assertLogs("pkgproxy", "INFO") as caught:
+            self.ask("/x_1.deb")
+            self.ask("/x_1.deb")
+            self.settle()
+        lines = [record.getMessage() for record in caught.records]
+        self.assertRegex(lines[0], r"\A\[  1\] 127\.0\.0\.1 GET http://127\.0\.0\.1:\d+/x_1\.deb 200 100 bytes \d\.\d\d\d s miss\Z")
+        self.assertRegex(lines[1], r"\A\[  2\] .* 200 100 bytes .* hit\Z")
+
+
 if __name__ == "__main__":
     logging.getLogger("pkgproxy").setLevel(logging.CRITICAL)
     unittest.main()
