@@ -2662,3 +2662,183 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """A bug, or no thread for a connection: say so, go on."""
         log.error("A connection from %s failed.", client_address, exc_info=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# 9 Porch: options, signals, main
+# ---------------------------------------------------------------------------------------------
+
+DEFAULTS = Config()
+
+# flags, argparse's words
+OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (("-a", "--addr"), {"action": "append", "metavar": "ADDR",
+                        "help": "listen here: :9999, 192.168.0.1:9999, [::1]:9999; may be repeated "
+                                "(default: %s)" % DEFAULTS.addrs[0]}),
+    (("-r", "--root"), {"metavar": "DIR", "default": DEFAULTS.root,
+                        "help": "cache root, made if missing (default: the current folder)"}),
+    (("-f", "--filters"), {"metavar": "FILE", "default": DEFAULTS.filters_file,
+                           "help": "regular expressions, one a line; a request URI in which one is found is "
+                                   "never cached"}),
+    (("--allow",), {"action": "append", "metavar": "NET",
+                    "help": "who may connect: loopback, private, all, or a network such as 203.0.113.0/24; "
+                            "may be repeated (default: %s)" % " and ".join(DEFAULTS.allow)}),
+    (("--no-heuristics",), {"action": "store_false", "dest": "heuristics",
+                            "help": "ask again on each request for what no one says how long to keep "
+                                    "(default: keep it for a day)"}),
+    (("-v", "--verbose"), {"action": "count", "default": 0, "help": "log more"}),
+    (("-q", "--quiet"), {"action": "count", "default": 0,
+                         "help": "log no requests; twice: nothing but errors"}),
+    (("-V", "--version"), {"action": "version", "version": "pkgproxy " + __version__}),
+)
+
+
+class Unusable(Exception):
+    """An option's value, or the machine, does not let us start: one clear line, then exit."""
+
+    def __init__(self, sentence: str, code: int = 1) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+def parse_addr(text: str) -> tuple[str, int]:
+    """Host and port to listen on; the host is empty for all.  ValueError says what is allowed.
+
+    >>> parse_addr("[::1]:9999"), parse_addr(":9999")
+    (('::1', 9999), ('', 9999))
+    """
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]]*)):(\d{1,5})", text)
+    if not match or int(match[3]) > 65535:
+        raise ValueError("'%s' is no address; write :9999, 192.168.0.1:9999 or [::1]:9999" % text)
+    return match[1] or match[2] or "", int(match[3])
+
+
+def parse_options(arguments: list[str]) -> tuple[Config, int]:
+    """The configuration, and the log level; exits with 2 and one line where an option is bad."""
+    parser = argparse.ArgumentParser(
+        prog="pkgproxy.py", description="A caching HTTP proxy for package managers.",
+        epilog="Clients only set http_proxy=http://this-host:9999/. Clean the cache with rm, at any time.")
+    for flags, words in OPTIONS:
+        parser.add_argument(*flags, **words)
+    options = parser.parse_args(arguments)
+    addrs, allow = tuple(options.addr or DEFAULTS.addrs), tuple(options.allow or DEFAULTS.allow)
+    try:
+        for addr in addrs:
+            parse_addr(addr)
+        parse_networks(allow)
+    except ValueError as error:
+        parser.error(str(error))
+    level = logging.INFO + 10 * options.quiet - 10 * options.verbose
+    config = Config(addrs, options.root, options.filters, allow, options.heuristics,
+                    pseudonym="pkgproxy-" + secrets.token_hex(4))
+    return config, max(logging.DEBUG, min(level, logging.ERROR))
+
+
+def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
+    """Read a filters file; OSError or UnicodeDecodeError.  Bad lines are reported and skipped."""
+    with open(path, encoding="utf-8") as file:
+        filters, complaints = parse_filters(file.read())
+    for complaint in complaints:
+        log.warning("%s: %s", path, complaint)
+    log.info("Parsed %d filters from %s", len(filters), path)
+    return tuple(filters)
+
+
+def open_root(root: str) -> Store:
+    """The store below ``root``, made if it is missing; Unusable where it is no folder to read."""
+    store = Store(root)
+    try:
+        make_folder(store.root)
+        hosts = store.found()
+    except OSError as error:
+        raise Unusable("The cache root %s cannot be used: %s." % (store.root, error.strerror)) from None
+    log.info("Cache root at %s (%s)", store.root, "%d hosts" % len(hosts) if hosts else "empty")
+    if not os.access(store.root, os.W_OK):
+        log.warning("The cache root cannot be written: requests are passed on, nothing is kept")
+    return store
+
+
+def open_servers(config: Config, proxy: Proxy) -> list[ProxyServer]:
+    """A listening server for each address; Unusable where one is taken or not ours."""
+    ids = itertools.cycle(range(1, 1000))
+    servers = []
+    for addr in config.addrs:
+        try:
+            servers.append(ProxyServer(parse_addr(addr), proxy, ids))
+        except (OSError, OverflowError) as error:
+            for server in servers:
+                server.server_close()
+            reason = getattr(error, "strerror", None) or error
+            raise Unusable("Cannot listen on %s: %s." % (addr, reason)) from None
+        log.info("Starting proxy server at %s", servers[-1].authority)
+    return servers
+
+
+def reload_filters(proxy: Proxy) -> None:
+    """Read the filters file again; a bad one keeps the old filters."""
+    config = proxy.config
+    if config.filters_file:
+        try:
+            proxy.config = dataclasses.replace(config, filters=load_filters(config.filters_file))
+        except (OSError, UnicodeDecodeError) as error:
+            log.error("%s cannot be read, the old filters stay: %s", config.filters_file, error)
+
+
+def heed_signals(proxy: Proxy) -> threading.Event:
+    """SIGTERM and SIGINT set the event, SIGHUP reads the filters again."""
+    stop = threading.Event()
+    for name in ("SIGTERM", "SIGINT"):
+        signal.signal(getattr(signal, name), lambda *_: stop.set())
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: reload_filters(proxy))
+    return stop
+
+
+def serve(servers: list[ProxyServer], proxy: Proxy, stop: threading.Event) -> None:
+    """Serve until ``stop`` is set; running replies get GRACE seconds."""
+    for server in servers:
+        threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
+    while not stop.wait(1.0):  # Windows delivers signals between waits only
+        pass
+    log.info("Stopping")
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+    deadline = time.monotonic() + GRACE
+    while any(server.replies_running for server in servers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    proxy.close()
+
+
+def run(config: Config) -> None:
+    """Start, serve, stop; Unusable."""
+    store = open_root(config.root)
+    if config.filters_file:
+        try:
+            config = dataclasses.replace(config, filters=load_filters(config.filters_file))
+        except (OSError, UnicodeDecodeError) as error:
+            raise Unusable("The filters file %s cannot be read: %s." % (
+                config.filters_file, getattr(error, "strerror", None) or error)) from None
+    else:
+        log.info("No filters file given")
+    proxy = Proxy(config, store)
+    stop = heed_signals(proxy)
+    serve(open_servers(config, proxy), proxy, stop)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    config, level = parse_options(sys.argv[1:] if arguments is None else arguments)
+    stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
+    logging.raiseExceptions = False  # a full log device harms nothing
+    logging.basicConfig(level=level, format=stamp + "%(message)s", datefmt="%Y/%m/%d %H:%M:%S")
+    try:
+        run(config)
+    except Unusable as problem:
+        sys.stderr.write("pkgproxy: %s\n" % problem)
+        return problem.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -361,6 +361,77 @@ def stored(uri="http://a/x", received=CLOCK, vary=(), size=10, **fields):
 
 
 # ---------------------------------------------------------------------------------------------
+# The house
+# ---------------------------------------------------------------------------------------------
+
+
+class HouseTest(unittest.TestCase):
+    """Structure, promises and budgets."""
+
+    FORWARD = {("Partial", "Store"), ("ProxyHandler", "ProxyServer")}  # annotations
+
+    def setUp(self):
+        self.tree = ast.parse(SOURCE)
+        self.lines = SOURCE.splitlines()
+
+    def _floors(self):
+        starts = [at for at, line in enumerate(self.lines, 1) if re.match(r"# [1-9] \w", line)]
+        return dict(zip(range(1, 10), zip(starts, [*starts[1:], len(self.lines) + 1])))
+
+    def _code_lines(self):
+        docs = set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                docs.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        return {at for at, line in enumerate(self.lines, 1)
+                if line.strip() and not line.lstrip().startswith("#") and at not in docs}
+
+    def test_each_name_is_used_only_below_its_definition(self):
+        rooms = {node.name: node for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        wrong = {(name, use.id) for name, room in rooms.items() for use in ast.walk(room)
+                 if isinstance(use, ast.Name) and use.id in rooms and rooms[use.id].lineno > room.lineno}
+        self.assertEqual(wrong, self.FORWARD)
+
+    def test_store_and_barrier_do_not_know_each_other(self):
+        floors = self._floors()
+        for floor, foreign in ((3, r"\b(Barrier|Flight)\b"), (4, r"\b(Store|Stored|lookup)\b"),
+                               (5, r"\b(Store|Barrier|Flight|Partial)\b")):
+            text = "\n".join(self.lines[floors[floor][0]:floors[floor][1] - 2])
+            self.assertIsNone(re.search(foreign, text), "floor %d" % floor)
+
+    def test_rules_are_pure(self):
+        start, stop = self._floors()[2]
+        rules = [node for node in self.tree.body if start <= node.lineno < stop]
+        names = {use.id for node in rules for use in ast.walk(node) if isinstance(use, ast.Name)}
+        self.assertEqual(names & {"time", "os", "open", "socket", "log", "threading", "random", "print"}, set())
+        selves = [node.name for node in rules if isinstance(node, ast.ClassDef)]
+        self.assertEqual(selves, ["Selection", "Framing"], "words of the rules, without behaviour")
+
+    @unittest.skipIf(sys.version_info < (3, 10), "sys.stdlib_module_names came with 3.10")
+    def test_imports_are_the_standard_librarys(self):
+        modules = {alias.name.partition(".")[0] for node in ast.walk(self.tree)
+                   if isinstance(node, ast.Import) for alias in node.names}
+        modules |= {node.module.partition(".")[0] for node in ast.walk(self.tree)
+                    if isinstance(node, ast.ImportFrom)}
+        self.assertEqual(modules - set(sys.stdlib_module_names) - {"__future__"}, set())
+
+    def test_sizes_stay_liveable(self):
+        code = self._code_lines()
+        self.assertLessEqual(len(code), 3000)
+        for node in ast.walk(self.tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                limit = 40 if isinstance(node, ast.FunctionDef) else 150
+                size = len(code & set(range(node.lineno, node.end_lineno + 1)))
+                self.assertLessEqual(size, limit, node.name)
+
+    def test_every_public_name_says_what_it_is(self):
+        silent = [node.name for node in ast.walk(self.tree)
+                  if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+                  and not ast.get_docstring(node)]
+        self.assertEqual([name for name in silent if name not in ("one", "give_back")], [])
+
+
+# ---------------------------------------------------------------------------------------------
 # 2 Rules
 # ---------------------------------------------------------------------------------------------
 
@@ -1860,6 +1931,182 @@ class DoorTest(ProxyCase):
         lines = [record.getMessage() for record in caught.records]
         self.assertRegex(lines[0], r"\A\[  1\] 127\.0\.0\.1 GET http://127\.0\.0\.1:\d+/x_1\.deb 200 100 bytes \d\.\d\d\d s miss\Z")
         self.assertRegex(lines[1], r"\A\[  2\] .* 200 100 bytes .* hit\Z")
+
+
+# ---------------------------------------------------------------------------------------------
+# 9 Porch
+# ---------------------------------------------------------------------------------------------
+
+
+class PorchTest(unittest.TestCase):
+    """The command line, as a real process."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def start(self, *arguments, address="127.0.0.1:0"):
+        process = subprocess.Popen([sys.executable, str(HERE / "pkgproxy.py"), "-a", address, *arguments], cwd=self.folder,
+                                   stderr=subprocess.PIPE, text=True)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.wait, PATIENCE)
+        self.addCleanup(process.kill)
+        lines = []
+        for line in process.stderr:
+            lines.append(line.rstrip("\n"))
+            if "Starting" in line:
+                return process, lines
+        raise AssertionError("it did not start: %s" % lines)
+
+    def run_to_end(self, *arguments, env=None):
+        return subprocess.run([sys.executable, str(HERE / "pkgproxy.py"), *arguments], cwd=self.folder, capture_output=True,
+                              text=True, timeout=60, env=env)
+
+    def test_it_says_what_it_found_serves_and_stops(self):
+        process, lines = self.start("-r", "packages/")
+        stamp = r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d "
+        self.assertEqual(len(lines), 3)
+        self.assertRegex(lines[0], r"\A%sCache root at %s/packages \(empty\)\Z" % (stamp, re.escape(os.path.realpath(self.folder))))
+        self.assertRegex(lines[1], r"\A%sNo filters file given\Z" % stamp)
+        self.assertRegex(lines[2], r"\A%sStarting proxy server at 127\.0\.0\.1:\d+\Z" % stamp)
+        port = int(lines[2].rpartition(":")[2])
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
+            connection.request("GET", "/debug/vars")
+            self.assertEqual(json.loads(connection.getresponse().read())["statsDownBytes"], 0)
+        for ending in (signal.SIGTERM,):
+            process.send_signal(ending)
+            self.assertEqual(process.wait(PATIENCE), 0)
+        self.assertTrue(os.path.isdir(os.path.join(self.folder, "packages")))
+
+    def test_ctrl_c_stops_it_too(self):
+        process, _ = self.start()
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_a_running_reply_is_finished_first(self):
+        origin, gate = Origin(), Gate()
+        self.addCleanup(origin.close)
+        self.addCleanup(gate.open)
+        origin.pages["/x_1.0.deb"] = Page(b"x" * 1000, gate=gate, first=500)
+        process, lines = self.start()
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", int(lines[2].rpartition(":")[2]), timeout=PATIENCE)) as one:
+            one.request("GET", origin.url("/x_1.0.deb"))
+            response = one.getresponse()
+            self.assertEqual(response.read(10), b"x" * 10)
+            process.send_signal(signal.SIGTERM)
+            until(lambda: "Stopping" in process.stderr.readline())
+            gate.open()
+            self.assertEqual(response.read(), b"x" * 990)
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_sighup_reads_the_filters_again(self):
+        path = os.path.join(self.folder, "filters.txt")
+        Path(path).write_text("a\nb\n")
+        process, lines = self.start("-f", path)
+        self.assertIn("Parsed 2 filters", lines[1])
+        for text, expected in (("a\n(\n", "line 2 is no regular expression"), (None, "Parsed 1 filters")):
+            if text:
+                Path(path).write_text(text)
+                process.send_signal(signal.SIGHUP)
+            self.assertIn(expected, process.stderr.readline())
+        os.unlink(path)
+        process.send_signal(signal.SIGHUP)
+        self.assertIn("the old filters stay", process.stderr.readline())
+
+    def test_it_listens_on_both_protocols(self):
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            self.skipTest("no IPv6 on this machine")
+        process, lines = self.start(address=":0")
+        port = int(lines[2].rpartition(":")[2])
+        self.assertTrue(lines[2].endswith(" :%d" % port))
+        for host in ("127.0.0.1", "::1"):
+            with contextlib.closing(http.client.HTTPConnection(host, port, timeout=PATIENCE)) as connection:
+                connection.request("GET", "/")
+                self.assertEqual(connection.getresponse().status, 200)
+
+    def test_several_addresses(self):
+        process, lines = self.start("-a", "127.0.0.1:0")
+        self.assertIn("Starting proxy server at 127.0.0.1:", process.stderr.readline())
+
+    def test_what_cannot_work_is_one_clear_line(self):
+        Path(self.folder, "file").write_text("")
+        Path(self.folder, "binary").write_bytes(b"\xff\xfe\x00")
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            for arguments, code, expected in (
+                    (["-a", "127.0.0.1:%d" % taken.getsockname()[1]], 1, "in use"), (["-r", "file"], 1, "cache root"),
+                    (["-f", "missing"], 1, "No such file"), (["-f", "binary"], 1, "cannot be read"),
+                    (["-f", "."], 1, "directory"), (["-a", "9999"], 2, "write :9999"), (["-a", ":x"], 2, "write :9999"),
+                    (["-a", ":70000"], 2, "write :9999"), (["-a", "nowhere.invalid:0"], 1, "Cannot listen"),
+                    (["--allow", "lan"], 2, "lan"), (["--unknown"], 2, "unknown")):
+                with self.subTest(arguments=arguments):
+                    ran = self.run_to_end("-a", "127.0.0.1:0", *arguments)
+                    self.assertEqual(ran.returncode, code, ran.stderr)
+                    last = ran.stderr.splitlines()[-1]
+                    self.assertRegex(last, r"\Apkgproxy(\.py)?: ")
+                    self.assertIn(expected, last)
+                    self.assertNotIn("Traceback", ran.stderr)
+
+    def test_version_and_help(self):
+        self.assertEqual(self.run_to_end("--version").stdout, "pkgproxy %s\n" % pkgproxy.__version__)
+        self.assertLessEqual(len(self.run_to_end("--help").stdout.splitlines()), 48, "two screens")
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full on this machine")
+    def test_a_full_log_device_harms_nothing(self):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        with open("/dev/full", "wb") as full:
+            process = subprocess.Popen([sys.executable, str(HERE / "pkgproxy.py"), "-a", "127.0.0.1:%d" % port], stderr=full, cwd=self.folder)
+        self.addCleanup(process.wait, PATIENCE)
+        self.addCleanup(process.kill)
+
+        def answers():
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
+                connection.sendall(b"GET /debug/vars HTTP/1.0\r\n\r\n")
+                return connection.recv(12) == b"HTTP/1.1 200"
+
+        until(answers)
+
+
+@unittest.skipUnless(README.exists(), "no README.md beside the test file")
+class ReadmeTest(unittest.TestCase):
+    """What the README promises."""
+
+    def setUp(self):
+        self.text = README.read_text(encoding="utf-8")
+
+    def test_it_quotes_the_help(self):
+        """The layout is 3.13's; every version's options are compared."""
+        ran = subprocess.run([sys.executable, str(HERE / "pkgproxy.py"), "--help"], capture_output=True, text=True, timeout=60,
+                             env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"})
+        quoted = re.search(r"```text\n(usage: .*?)```", self.text, re.S)[1]
+        words = [re.findall(r"-{1,2}[a-z][\w-]*", text) for text in (ran.stdout, quoted)]
+        self.assertEqual(set(words[0]), set(words[1]))
+        if sys.version_info[:2] == (3, 13):
+            self.assertEqual(ran.stdout, quoted)
+
+    def test_it_names_every_outcome(self):
+        for outcome in Outcome:
+            self.assertIn("`%s`" % outcome.value, self.text)
+
+    def test_the_filters_example_matches_indexes_and_no_packages(self):
+        filters, complaints = pkgproxy.parse_filters((HERE / "filters.example.txt").read_text(encoding="utf-8"))
+        self.assertEqual(complaints, [])
+        self.assertTrue(filters)
+        for expected in (NameClass.PACKAGE, NameClass.CONTENT):
+            for path in NameRulesTest.CLASSES[expected]:
+                uri = "http://mirror.example.org" + path
+                self.assertFalse([f.pattern for f in filters if f.search(uri)], uri)
+        for path in ("/debian/dists/sid/InRelease", "/f/repodata/repomd.xml", "/core/os/x86_64/core.db", "/x86_64/APKINDEX.tar.gz",
+                     "/debian/dists/sid/Contents-amd64.gz", "/debian/dists/sid/main/binary-amd64/Packages.xz"):
+            self.assertTrue(any(f.search("http://mirror.example.org" + path) for f in filters), path)
+
+    @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
+    def test_the_unit_is_sound(self):
+        ran = subprocess.run(["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(HERE / "pkgproxy.service")],
+                             capture_output=True, text=True, timeout=60)
+        self.assertEqual((ran.returncode, ran.stderr), (0, ""))
 
 
 if __name__ == "__main__":
