@@ -2797,7 +2797,7 @@ def heed_signals(proxy: Proxy) -> threading.Event:
 def serve(servers: list[ProxyServer], proxy: Proxy, stop: threading.Event) -> None:
     """Serve until ``stop`` is set; running replies get GRACE seconds."""
     for server in servers:
-        threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     while not stop.wait(1.0):  # Windows delivers signals between waits only
         pass
     log.info("Stopping")

@@ -4,27 +4,41 @@
 Everything binds to 127.0.0.1 port 0 and leaves nothing behind.  What needs a tool that is absent
 skips and says so.  Gates instead of sleeps: a gate that is not opened in time fails its test.
 """
+from __future__ import annotations
+
 import ast
+import base64
 import contextlib
 import doctest
+import email.utils
+import gzip
 import hashlib
 import http.client
+import http.server
+import io
 import itertools
 import json
 import logging
+import lzma
 import os
+import random
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 import unittest
+import urllib.error
+import urllib.parse
+import urllib.request
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import pkgproxy
@@ -2107,6 +2121,1286 @@ class ReadmeTest(unittest.TestCase):
         ran = subprocess.run(["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(HERE / "pkgproxy.service")],
                              capture_output=True, text=True, timeout=60)
         self.assertEqual((ran.returncode, ran.stderr), (0, ""))
+
+
+# ---------------------------------------------------------------------------------------------
+# Real clients
+#
+# Each test builds a small repository in a temporary folder, serves it on loopback, and lets a
+# real client fetch from it through a real pkgproxy process.  Nothing of the machine's own package
+# manager is read or written: every client has a scratch root.  RealAptTest alone leaves this
+# machine, and goes to the Debian mirror that its apt is configured with.
+# ---------------------------------------------------------------------------------------------
+
+CLIENT_TIMEOUT = 60  # seconds: no client run here takes five
+DAY = 86400
+
+# What every repository here holds: name, version, bytes of payload. The names and versions are
+# those that get escaped, or not, in a different way by every client.
+PACKAGES = (
+    ("hello", "1.0", 2_000), ("libhello++", "2.0~rc1+b1", 3_000), ("hello-doc", "1.0", 20_000),
+    ("python3-hello", "1.0.1", 5_000), ("hello.js", "3.2", 1_000), ("gtk+hello", "3.24", 10_000),
+    ("hello-data", "1.0", 300_000), ("hello-font", "2024.10", 150_000), ("r-hello", "4.4", 700),
+    ("hello-l10n", "1.0", 40_000), ("hello-common", "1.0", 100), ("hello-dev", "1.0", 4_000),
+)
+NAMES = [name for name, _, _ in PACKAGES]
+
+
+# --- The harness: an origin, a proxy, and clients that are run with a deadline -------------------
+
+class Asked:
+    """One request that an origin was asked, noted before the first byte of its answer leaves."""
+
+    def __init__(self, method, path, fields):
+        self.method, self.path, self.fields = method, urllib.parse.unquote(path), fields
+        self.status = 0
+        self.sent = 0  # body bytes handed to the connection
+
+    def __repr__(self):
+        return f"{self.method} {self.path} {self.status} {self.sent}"
+
+
+class OriginHandler(http.server.BaseHTTPRequestHandler):
+    """Files with all that RFC 9110 says about validators, preconditions and ranges."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    timeout = 30
+    server: OriginServer
+
+    def log_message(self, *_):
+        """Stay silent: the log is a list."""
+
+    def do_GET(self):
+        self.asked = Asked(self.command, self.path.partition("?")[0], self.headers)
+        self.server.log.append(self.asked)
+        file = self.server.folder / self.asked.path.lstrip("/")
+        if not file.is_file():
+            return self.answer(404, {"Content-Type": "text/plain"}, b"There is no such file.\n")
+        about, body = file.stat(), file.read_bytes()
+        fields = {"Content-Type": "application/octet-stream"}
+        if not self.server.validators:
+            return self.answer(200, fields, body)
+        fields.update({
+            "ETag": f'"{about.st_mtime_ns:x}-{about.st_size:x}"', "Accept-Ranges": "bytes",
+            "Last-Modified": email.utils.formatdate(int(about.st_mtime), usegmt=True)})
+        if self.not_modified(fields, int(about.st_mtime)):
+            return self.answer(304, fields, b"")
+        ranges = self.ranges(fields, len(body))
+        if ranges is None:
+            return self.answer(200, fields, body)
+        return self.answer_ranges(fields, body, ranges)
+
+    do_HEAD = do_GET
+
+    def not_modified(self, fields, modified):
+        if "If-None-Match" in self.headers:
+            return fields["ETag"] in self.headers["If-None-Match"]
+        since = email.utils.parsedate_to_datetime(self.headers.get("If-Modified-Since", EPOCH))
+        return modified <= since.timestamp()
+
+    def ranges(self, fields, size):
+        """The satisfiable ranges that are asked for, or None where the whole file is."""
+        asked = re.fullmatch(r"bytes=([-0-9, ]+)", self.headers.get("Range", ""))
+        condition = self.headers.get("If-Range", fields["ETag"])
+        if not asked or condition not in (fields["ETag"], fields["Last-Modified"]):
+            return None
+        found = []
+        for first, last in re.findall(r"(\d*)-(\d*)", asked[1]):
+            begin = int(first) if first else max(0, size - int(last))
+            end = min(size, int(last) + 1) if first and last else size
+            found += [(begin, end)] if begin < end else []
+        return found
+
+    def answer_ranges(self, fields, body, ranges):
+        size = len(body)
+        if not ranges:
+            return self.answer(416, {"Content-Range": f"bytes */{size}"}, b"")
+        if len(ranges) == 1:
+            begin, end = ranges[0]
+            fields["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
+            return self.answer(206, fields, body[begin:end])
+        fields["Content-Type"] = "multipart/byteranges; boundary=PART"
+        parts = [b"\r\n--PART\r\nContent-Type: application/octet-stream\r\nContent-Range: bytes "
+                 b"%d-%d/%d\r\n\r\n%b" % (begin, end - 1, size, body[begin:end])
+                 for begin, end in ranges]
+        return self.answer(206, fields, b"".join(parts) + b"\r\n--PART--\r\n")
+
+    def answer(self, status, fields, body):
+        self.asked.status = status
+        self.send_response(status)
+        for name, value in fields.items():
+            self.send_header(name, value)
+        if status != 304:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        breaks = self.server.breaks.get(self.asked.path)
+        if breaks:
+            body, self.close_connection = body[:breaks.pop(0)], True
+        self.asked.sent = len(body)
+        self.wfile.write(body)
+
+
+EPOCH = "Thu, 01 Jan 1970 00:00:00 GMT"
+
+
+class OriginServer(http.server.ThreadingHTTPServer):
+    """A server whose connections can be cut, as those of a machine that goes down are."""
+
+    daemon_threads = False  # so that server_close() waits for the handlers
+    request_queue_size = 64
+
+    def __init__(self, address, served):
+        self.folder, self.log, self.breaks = served.folder, served.log, served.breaks
+        self.validators = served.validators
+        self.connections = []
+        super().__init__(address, OriginHandler)
+
+    def get_request(self):
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that left is none of our faults
+            super().handle_error(request, client_address)
+
+
+class Served:
+    """A folder on 127.0.0.1, served as a mirror would; `log` is what it was asked."""
+
+    def __init__(self, folder, validators=True):
+        self.folder, self.validators = Path(folder), validators
+        self.log = []
+        self.breaks = {}  # path: after how many bytes each next answer breaks off
+        self.port = 0
+        self.server = None
+        self.start()
+
+    @property
+    def name(self):
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def url(self):
+        return f"http://{self.name}"
+
+    def start(self):
+        self.server = OriginServer(("127.0.0.1", self.port), self)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self):
+        if not self.server:
+            return
+        self.server.shutdown()
+        for connection in self.server.connections:
+            with contextlib.suppress(OSError):  # closed long ago
+                connection.shutdown(socket.SHUT_RDWR)
+        self.server.server_close()
+        self.server = None
+
+    def asked(self, part=""):
+        """What was asked for with `part` in its path."""
+        return [asked for asked in self.log if part in asked.path]
+
+    def bodies(self, part=""):
+        """The paths with `part` in them of which bytes were sent, sorted."""
+        return sorted(asked.path for asked in self.asked(part)
+                      if asked.sent and asked.status in (200, 206))
+
+
+class ProxyProcess:
+    """pkgproxy in a process of its own, as its users run it."""
+
+    def __init__(self, root, options, environment):
+        command = [sys.executable, str(HERE / "pkgproxy.py"), "-a", "127.0.0.1:0", "-r", str(root), *options]
+        self.lines: list[str] = []
+        self.url = ""
+        self.started = threading.Event()
+        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                        encoding="utf-8", errors="replace")
+        assert self.process.stderr
+        self.stderr = self.process.stderr
+        self.reader = threading.Thread(target=self.read_log, daemon=True)
+        self.reader.start()
+
+    def read_log(self):
+        for line in self.stderr:
+            self.lines.append(line)
+            address = re.search(r"Starting proxy server at (\S+:\d+)", line)
+            if address and not self.url:
+                self.url = f"http://{address[1]}"
+                self.started.set()
+        self.started.set()  # it ended, perhaps without having begun
+
+    def log(self):
+        return "".join(self.lines)
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+        finally:
+            self.reader.join(10)
+            self.stderr.close()
+
+
+class ClientCase(unittest.TestCase):
+    """A temporary folder, origins and proxies that go away with the test, and runs of clients."""
+
+    needs: tuple[str, ...] = ()  # the commands without which the whole class is skipped
+    needs_root = False
+
+    @classmethod
+    def setUpClass(cls):
+        for command in cls.needs:
+            if not shutil.which(command):
+                raise unittest.SkipTest(f"{command} is not installed")
+        if cls.needs_root and os.geteuid() != 0:
+            raise unittest.SkipTest(f"{cls.needs[0]} does its work for root only")
+
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="pkgproxy-test-")).resolve()
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        self.root = self.folder / "root"
+        self.proxies = []
+
+    def environment(self, **more):
+        """An environment in which no proxy, home or locale of this machine counts."""
+        path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+        return {"PATH": path, "HOME": str(self.folder), "LC_ALL": "C.UTF-8", **more}
+
+    def start_proxy(self, *options):
+        proxy = ProxyProcess(self.root, options, self.environment())
+        self.proxies.append(proxy)
+        self.addCleanup(self.stop_proxy, proxy)
+        if not proxy.started.wait(20) or not proxy.url:
+            self.fail(f"pkgproxy did not start:\n{proxy.log()}")
+        return proxy.url
+
+    def stop_proxy(self, proxy):
+        proxy.stop()
+        self.assertNotIn("Traceback", proxy.log())
+
+    def serve(self, folder, validators=True):
+        served = Served(folder, validators)
+        self.addCleanup(served.stop)
+        return served
+
+    def run_client(self, *command, accept="0", **environment):
+        """Run a client to its end; its output, or a failure that tells the whole story.
+
+        `accept` names the exit statuses that are no failure.
+        """
+        code, output = run(command, self.environment(**environment))
+        if code not in accept.split():
+            logs = "".join(proxy.log() for proxy in self.proxies)
+            self.fail(f"{' '.join(map(str, command))}\nended with {code}:\n{output}\n"
+                      f"and pkgproxy said:\n{logs[-8000:]}")
+        return output
+
+    def counters(self, proxy_url):
+        with urllib.request.urlopen(f"{proxy_url}/debug/vars", timeout=10) as reply:
+            return json.load(reply)
+
+    def stored(self, origin):
+        """The visible cache tree of an origin: the files' bytes by their path."""
+        top = self.root / origin.name
+        return {f"/{file.relative_to(top)}": file.read_bytes()
+                for file in top.rglob("*") if file.is_file()}
+
+
+def run(command, environment, timeout=CLIENT_TIMEOUT):
+    """Exit status and output of a command that gets, with all its children, a deadline."""
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen([str(word) for word in command], env=environment,
+                                   cwd=environment["HOME"], stdin=subprocess.DEVNULL,
+                                   stdout=output, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
+        try:
+            code = str(process.wait(timeout))
+        except subprocess.TimeoutExpired:
+            code = "no end in time"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        return code, output.read().decode("utf-8", "replace")
+
+
+def checked(*command, environment=None, data=None):
+    """The standard output of a tool that a repository is built with."""
+    done = subprocess.run([str(word) for word in command], env=environment, input=data,
+                          capture_output=True, timeout=CLIENT_TIMEOUT)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr.decode('utf-8', 'replace')}")
+    return done.stdout
+
+
+# --- The repositories ----------------------------------------------------------------------------
+
+def noise(name, size):
+    """The same incompressible bytes for the same name, on every run."""
+    return random.Random(name).randbytes(size)
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def tar_gz(members):
+    """A gzipped tar of the given files, by name."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(data), 0o644
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+class Signer:
+    """A throw-away key in a keyring of its own: a folder that nobody else may read."""
+
+    def __init__(self, folder):
+        self.environment = {**os.environ, "GNUPGHOME": str(folder)}
+        self.gpg("--passphrase", "", "--quick-generate-key", "Nobody", "ed25519", "sign", "never")
+        self.public = self.gpg("--export")
+
+    def gpg(self, *arguments, data=None):
+        return checked("gpg", "--batch", "--quiet", *arguments, data=data,
+                       environment=self.environment)
+
+    def close(self):
+        checked("gpgconf", "--kill", "gpg-agent", environment=self.environment)
+
+
+class Repository:
+    """A folder to be served. `add` prepares a package, `publish` makes all of them visible."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.packages = {}  # name: the path below the folder of its latest version
+
+    def write(self, path, data):
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+
+    def add_all(self, packages=PACKAGES):
+        for name, version, size in packages:
+            self.add(name, version, size)
+
+    def add(self, name, version, size):
+        raise NotImplementedError
+
+    def publish(self, date):
+        raise NotImplementedError
+
+    def stamp(self, date, *paths):
+        """Give files their date on the mirror, which becomes their Last-Modified."""
+        for path in paths:
+            os.utime(self.folder / path, (date, date))
+
+    def digests(self, names=None):
+        """The digests of the latest packages, as Client.digests tells those that arrived."""
+        paths = [path for name, path in self.packages.items() if names is None or name in names]
+        return sorted(sha256((self.folder / path).read_bytes()) for path in paths)
+
+
+class AptRepository(Repository):
+    """A signed Debian repository: suite stable, component main, amd64."""
+
+    INDEX = "dists/stable/main/binary-amd64"
+
+    def __init__(self, folder, signer):
+        super().__init__(folder)
+        self.signer = signer
+        self.paragraphs = {}  # name: its latest version's paragraph in Packages
+        self.fresh = []  # paths written since the last publication
+        self.write("key.gpg", signer.public)
+
+    def write(self, path, data):
+        super().write(path, data)
+        self.fresh.append(path)
+
+    def add(self, name, version, size):
+        path = f"pool/main/{name[0]}/{name}/{name}_{version.split(':')[-1]}_all.deb"
+        control = (f"Package: {name}\nVersion: {version}\nArchitecture: all\nSection: misc\n"
+                   f"Maintainer: Nobody <nobody@example.org>\nPriority: optional\n"
+                   f"Description: {name} for a test\n")
+        deb = ar({"debian-binary": b"2.0\n",
+                  "control.tar.gz": tar_gz({"./control": control.encode()}),
+                  "data.tar.gz": tar_gz({f"./usr/share/{name}/data": noise(name, size)})})
+        self.write(path, deb)
+        self.packages[name] = path
+        self.paragraphs[name] = (f"{control}Filename: {path}\nSize: {len(deb)}\n"
+                                 f"SHA256: {sha256(deb)}\n")
+
+    def publish(self, date):
+        plain = "\n".join(self.paragraphs.values()).encode()
+        indexes = {"Packages": plain, "Packages.gz": gzip.compress(plain, mtime=date),
+                   "Packages.xz": lzma.compress(plain)}
+        lines = []
+        for name, data in indexes.items():
+            self.write(f"{self.INDEX}/{name}", data)
+            self.write(f"{self.INDEX}/by-hash/SHA256/{sha256(data)}", data)
+            lines.append(f" {sha256(data)} {len(data)} main/binary-amd64/{name}\n")
+        release = (f"Origin: Test\nSuite: stable\nCodename: stable\nArchitectures: amd64\n"
+                   f"Components: main\nAcquire-By-Hash: yes\nSHA256:\n{''.join(lines)}"
+                   f"Date: {email.utils.formatdate(date, usegmt=True)}\n").encode()
+        self.write("dists/stable/Release", release)
+        self.write("dists/stable/InRelease", self.signer.gpg("--clearsign", data=release))
+        self.write("dists/stable/Release.gpg",
+                   self.signer.gpg("--armor", "--detach-sign", data=release))
+        self.stamp(date, *self.fresh)
+        self.fresh.clear()
+
+    def source(self, url):
+        """The line for sources.list."""
+        return f"deb [arch=amd64 signed-by={self.folder}/key.gpg] {url} stable main"
+
+
+def ar(members):
+    """An ar archive, which is what a .deb is."""
+    parts = [b"!<arch>\n"]
+    for name, data in members.items():
+        parts.append(f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode())
+        parts.append(data + b"\n" * (len(data) % 2))
+    return b"".join(parts)
+
+
+class PacmanRepository(Repository):
+    """A pacman repository called core. Versions have an epoch: the names have a colon in them."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.descriptions = {}  # name: its folder's name in core.db, and its description there
+
+    def add(self, name, version, size):
+        version = f"1:{version}-1"
+        path = f"core/os/x86_64/{name}-{version}-any.pkg.tar.gz"
+        info = (f"pkgname = {name}\npkgver = {version}\npkgdesc = {name} for a test\n"
+                f"builddate = 1\npackager = Nobody\nsize = {size}\narch = any\n").encode()
+        package = tar_gz({".PKGINFO": info, f"usr/share/{name}/data": noise(name, size)})
+        self.write(path, package)
+        self.packages[name] = path
+        fields = {"FILENAME": Path(path).name, "NAME": name, "VERSION": version, "ARCH": "any",
+                  "CSIZE": len(package), "ISIZE": size, "SHA256SUM": sha256(package),
+                  "DESC": f"{name} for a test", "BUILDDATE": 1, "PACKAGER": "Nobody"}
+        text = "".join(f"%{key}%\n{value}\n\n" for key, value in fields.items())
+        self.descriptions[name] = (f"{name}-{version}", text.encode())
+
+    def publish(self, date):
+        database = {f"{folder}/desc": text for folder, text in self.descriptions.values()}
+        self.write("core/os/x86_64/core.db", tar_gz(database))
+        self.stamp(date, "core/os/x86_64/core.db", *self.packages.values())
+
+
+class RpmRepository(Repository):
+    """An rpm-md repository with a signed repomd.xml."""
+
+    built: dict[str, bytes] = {}  # path: the bytes of each package built so far
+
+    def __init__(self, folder, signer):
+        super().__init__(folder)
+        self.signer = signer
+        self.date = 0  # of the last publication
+        self.pending = []
+        self.build = self.folder.with_name(self.folder.name + "-build")
+
+    def add(self, name, version, size):
+        path = self.packages[name] = f"Packages/{name}-{version}-1.noarch.rpm"
+        if path in self.built:
+            self.write(path, self.built[path])
+            return
+        self.pending.append((name, version))
+        data = self.build / "files/usr/share" / name / "data"
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.write_bytes(noise(name, size))
+
+    def publish(self, date):
+        self.date = date
+        if self.pending:
+            self.build_pending()
+        checked("createrepo_c", "--quiet", "--retain-old-md=5", "--general-compress-type=gz",
+                "--no-database", f"--revision={date}", "--set-timestamp-to-revision",
+                self.folder, environment=self.environment())
+        index = self.folder / "repodata/repomd.xml"
+        self.write("repodata/repomd.xml.asc",
+                   self.signer.gpg("--armor", "--detach-sign", data=index.read_bytes()))
+        self.write("repodata/repomd.xml.key", self.signer.gpg("--armor", "--export"))
+        self.stamp(date, "repodata/repomd.xml", "repodata/repomd.xml.asc",
+                   "repodata/repomd.xml.key", *self.packages.values())
+
+    def build_pending(self):
+        """One run of rpmbuild makes all pending packages, as subpackages of one source."""
+        spec = ["Name: batch\nVersion: 1\nRelease: 1\nSummary: A batch\nLicense: none\n"
+                "BuildArch: noarch\n%description\n%install\n"
+                f"mkdir -p %{{buildroot}}\ncp -r {self.build}/files/. %{{buildroot}}\n"]
+        for name, version in self.pending:
+            spec.append(f"%package -n {name}\nVersion: {version}\nSummary: {name} for a test\n"
+                        f"%description -n {name}\n%files -n {name}\n/usr/share/{name}/data\n")
+        (self.build / "batch.spec").write_text("".join(spec))
+        macros = {"_topdir": self.build, "_rpmdir": self.folder / "Packages",
+                  "_rpmfilename": "%%{NAME}-%%{VERSION}-%%{RELEASE}.%%{ARCH}.rpm",
+                  "_binary_payload": "w1.gzdio", "__os_install_post": "%{nil}",
+                  "_dbpath": self.build / "db"}
+        defines = [word for name, value in macros.items()
+                   for word in ("--define", f"{name} {value}")]
+        checked("rpmbuild", "-bb", "--quiet", *defines, self.build / "batch.spec",
+                environment=self.environment())
+        shutil.rmtree(self.build)
+        self.pending.clear()
+        for path in self.packages.values():
+            self.built[path] = (self.folder / path).read_bytes()
+
+    def environment(self):
+        return {**os.environ, "HOME": str(self.build), "LC_ALL": "C.UTF-8"}
+
+    def write_metalink(self, *urls):
+        """A metalink of today's repomd.xml, the first of the mirrors preferred."""
+        index = (self.folder / "repodata/repomd.xml").read_bytes()
+        places = "".join(
+            f'<url protocol="http" type="http" preference="{100 - rank}">'
+            f"{url}/repodata/repomd.xml</url>" for rank, url in enumerate(urls))
+        self.write("metalink", (
+            '<?xml version="1.0" encoding="utf-8"?>'
+            '<metalink version="3.0" xmlns="http://www.metalinker.org/" xmlns:mm0='
+            '"http://fedorahosted.org/mirrormanager"><files><file name="repomd.xml">'
+            f"<mm0:timestamp>{self.date}</mm0:timestamp><size>{len(index)}</size>"
+            f'<verification><hash type="sha256">{sha256(index)}</hash></verification>'
+            f"<resources>{places}</resources></file></files></metalink>").encode())
+
+
+# --- The clients: each one machine with nothing on it ---------------------------------------------
+
+class Client:
+    """A package manager in a scratch root. `fetch` refreshes the indexes and downloads."""
+
+    packages = ""  # where downloaded packages lie, and how they are named, as a pattern
+
+    def __init__(self, case, folder, proxy_url, source):
+        self.case, self.folder = case, case.folder / folder
+        self.proxy_url, self.source = proxy_url, source
+        self.folder.mkdir(parents=True)
+        self.configure()
+
+    def configure(self):
+        raise NotImplementedError
+
+    def fetch(self, *names, options=()):
+        raise NotImplementedError
+
+    def write(self, path, text):
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    def digests(self):
+        """The digests of the packages that arrived."""
+        return sorted(sha256(file.read_bytes()) for file in self.folder.glob(self.packages))
+
+
+class AptClient(Client):
+    """apt-get; APT_CONFIG is read before the machine's configuration, and points away from it."""
+
+    packages = "var/cache/apt/archives/*.deb"
+    architecture = "amd64"
+
+    def configure(self):
+        self.write("etc/apt/sources.list", f"{self.source}\n")
+        self.write("var/lib/dpkg/status", "")
+        for folder in ("etc/apt/apt.conf.d", "etc/apt/preferences.d", "var/lib/apt/lists/partial",
+                       "var/cache/apt/archives/partial"):
+            (self.folder / folder).mkdir(parents=True)
+        self.write("apt.conf", (
+            f'Dir "{self.folder}/";\nDir::State::status "{self.folder}/var/lib/dpkg/status";\n'
+            f'Dir::Etc::trustedparts "/etc/apt/trusted.gpg.d/";\n'
+            f'APT::Architecture "{self.architecture}";\n'
+            f'APT::Architectures "{self.architecture}";\nAPT::Sandbox::User "root";\n'
+            f'Acquire::http::Proxy "{self.proxy_url}";\nAcquire::Languages "none";\n'
+            'Acquire::Check-Valid-Until "false";\nAcquire::Check-Date "false";\n'
+            'Acquire::Retries "0";\n'))
+
+    def apt_get(self, *words, options=()):
+        settings = [word for option in options for word in ("-o", option)]
+        return self.case.run_client("apt-get", "-q", *settings, *words,
+                                    APT_CONFIG=str(self.folder / "apt.conf"))
+
+    def update(self, options=()):
+        """`apt-get update`, which ends with 0 even if it had to warn; here it may not warn."""
+        output = self.apt_get("update", options=options)
+        self.case.assertNotRegex(output, r"(?m)^[WE]:")
+
+    def download(self, *names, options=()):
+        self.apt_get("install", "--download-only", "--yes", "--no-install-recommends", *names,
+                     options=options)
+
+    def fetch(self, *names, options=()):
+        self.update(options)
+        self.download(*names, options=options)
+
+
+class PacmanClient(Client):
+
+    """pacman, which takes its proxy from the environment."""
+
+    packages = "cache/*.pkg.tar.gz"
+
+    def configure(self):
+        (self.folder / "db").mkdir()
+        self.write_settings()
+
+    def write_settings(self, level="Never"):
+        self.write("pacman.conf", (
+            f"[options]\nArchitecture = x86_64\nSigLevel = {level}\nParallelDownloads = 5\n"
+            f"[core]\nServer = {self.source}/core/os/x86_64\n"))
+
+    def pacman(self, *words):
+        return self.case.run_client(
+            "pacman", *words, "--noconfirm", "--noprogressbar", "--root", self.folder,
+            "--dbpath", self.folder / "db", "--cachedir", self.folder / "cache",
+            "--config", self.folder / "pacman.conf", "--logfile", self.folder / "log",
+            "--gpgdir", self.folder / "gpg", http_proxy=self.proxy_url)
+
+    def fetch(self, *names, options=()):
+        self.pacman("-Sy", *options)
+        self.pacman("-Sw", *names)
+
+
+class DnfClient(Client):
+    """dnf, whose proxy is a line of its repository's file."""
+
+    packages = "down/*.rpm"
+
+    def configure(self):
+        self.write("dnf.conf", "[main]\n")
+        (self.folder / "log").mkdir()
+        self.point_to(f"baseurl={self.source}")
+
+    def point_to(self, place, signed=False):
+        """Say where the repository is, and whether its index must be signed."""
+        self.write("repos/test.repo", (
+            f"[test]\nname=test\n{place}\nproxy={self.proxy_url}\ngpgcheck=0\n"
+            f"repo_gpgcheck={int(signed)}\ngpgkey={self.source}/repodata/repomd.xml.key\n"
+            "metadata_expire=0\nretries=1\n"))
+
+    def dnf(self, *words):
+        places = {"reposdir": "repos", "cachedir": "cache", "persistdir": "state",
+                  "logdir": "log", "varsdir": "vars"}
+        return self.case.run_client(
+            "dnf", "--config", self.folder / "dnf.conf", "--installroot", self.folder / "system",
+            "--releasever=1", "--forcearch=x86_64", "--noplugins", "--assumeyes", "--quiet",
+            *(f"--setopt={name}={self.folder / place}" for name, place in places.items()), *words)
+
+    def fetch(self, *names, options=()):
+        self.dnf("install", "--downloadonly", f"--downloaddir={self.folder}/down", "--refresh",
+                 *options, *names)
+
+
+class ZypperClient(Client):
+    """zypper, which takes its proxy from the environment.
+
+    Its library knows one place for cookies, /var/lib/YaST2/cookies: an empty jar is all that any
+    of these tests leaves on the machine.
+    """
+
+    packages = "var/cache/zypp/packages/test/**/*.rpm"
+
+    def configure(self):
+        self.write("etc/zypp/repos.d/test.repo", (
+            f"[test]\nname=test\nenabled=1\nautorefresh=1\nbaseurl={self.source}\n"
+            "type=rpm-md\ngpgcheck=0\nkeeppackages=1\n"))
+        self.write("zypp.conf", "[main]\nrepo.refresh.delay = 0\n")
+
+    def zypper(self, *words):
+        return self.case.run_client(
+            "zypper", "--root", self.folder, "--non-interactive", "--no-gpg-checks", *words,
+            http_proxy=self.proxy_url, ZYPP_LOCKFILE_ROOT=str(self.folder),
+            ZYPP_CONF=str(self.folder / "zypp.conf"),
+            ZYPP_LOGFILE=str(self.folder / "zypper.log"))
+
+    def fetch(self, *names, options=()):
+        self.zypper("download", *options, *names)  # autorefresh=1: it looks at repomd.xml first
+
+
+# --- The tests -----------------------------------------------------------------------------------
+
+if TYPE_CHECKING:
+    Mixin = ClientCase
+else:
+    Mixin = object  # so that unittest finds the tests in the classes below alone
+
+
+class Occasions(Mixin):
+    """What every package manager must live through. A mixin: each manager brings its client."""
+
+    make_client: type[Client]
+    update = ("hello", "2.0", 2_500)  # the version that is published in between
+    package = ""  # a part of the path of each package, and of no index
+    content_named = "\n"  # a part of the path of each index that is named by its content
+    revalidated: list[str] = []  # the indexes that a second machine makes the proxy ask for again
+
+    def setUp(self):
+        super().setUp()
+        self.long_ago = int(time.time()) - 9 * DAY
+        self.repository = self.make_repository()
+        self.repository.add_all()
+        self.repository.publish(self.long_ago)
+        self.origin = self.serve(self.repository.folder)
+        self.proxy_url = self.start_proxy()
+
+    def make_repository(self):
+        raise NotImplementedError
+
+    def source(self):
+        return self.origin.url
+
+    def machine(self, name):
+        return self.make_client(self, name, self.proxy_url, self.source())
+
+    def publish_an_update(self):
+        self.repository.add(*self.update)
+        self.repository.publish(self.long_ago + DAY)
+
+    def fill_the_cache(self, **more):
+        """Let a first machine fetch everything, and begin a new page in the origin's log."""
+        self.machine("first").fetch(*NAMES, **more)
+        self.origin.log.clear()
+
+    def check_all_arrived(self, machine):
+        self.assertEqual(machine.digests(), self.repository.digests())
+
+    def test_cold_every_package_arrives_and_is_stored_under_its_own_name(self):
+        machine = self.machine("first")
+        machine.fetch(*NAMES)
+        self.check_all_arrived(machine)
+        paths = sorted(f"/{path}" for path in self.repository.packages.values())
+        self.assertEqual(self.origin.bodies(self.package), paths, "each is asked for once")
+        stored = self.stored(self.origin)
+        for path in paths:
+            self.assertEqual(stored[path], (self.repository.folder / path[1:]).read_bytes())
+
+    def test_warm_a_second_machine_gets_no_body_byte_from_the_origin(self):
+        self.fill_the_cache()
+        machine = self.machine("second")
+        machine.fetch(*NAMES)
+        self.check_all_arrived(machine)
+        self.assertEqual(self.origin.asked(self.package), [])
+        self.assertEqual(self.origin.asked(self.content_named), [])
+        self.assertEqual(self.origin.bodies(), [])
+        self.assertEqual(sorted({asked.path for asked in self.origin.log}), self.revalidated)
+
+    def test_updated_a_version_published_in_between_is_seen_at_once(self):
+        first = self.machine("first")
+        first.fetch(*NAMES)
+        self.publish_an_update()
+        self.origin.log.clear()
+        second = self.machine("second")
+        second.fetch(*NAMES)
+        self.check_all_arrived(second)
+        new = [f"/{self.repository.packages['hello']}"]
+        self.assertEqual(self.origin.bodies(self.package), new)
+        first.fetch("hello")
+        self.assertIn(self.repository.digests(["hello"])[0], first.digests())
+        self.assertEqual(self.origin.bodies(self.package), new, "the second fetched it for both")
+
+    def test_stopped_a_second_machine_gets_everything_without_the_origin(self):
+        self.fill_the_cache()
+        self.origin.stop()
+        machine = self.machine("second")
+        machine.fetch(*NAMES)
+        self.check_all_arrived(machine)
+
+
+class SignedCase(ClientCase):
+    """Tests whose repositories are signed, all with one key."""
+
+    signer: Signer
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        folder = tempfile.mkdtemp(prefix="gpg-")
+        cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
+        cls.signer = Signer(folder)
+        cls.addClassCleanup(cls.signer.close)
+
+
+class AptTest(Occasions, SignedCase):
+    """apt-get update and apt-get install --download-only, against a signed repository."""
+
+    needs = ("apt-get", "gpg")
+    make_client = AptClient
+    package = "/pool/"
+    content_named = "/by-hash/"
+    revalidated = ["/dists/stable/InRelease"]
+
+    INDEX = f"/{AptRepository.INDEX}/Packages.xz"
+
+    def make_repository(self):
+        return AptRepository(self.folder / "repository", self.signer)
+
+    def source(self):
+        return self.repository.source(self.origin.url)
+
+    def test_with_by_hash_forced_only_the_release_file_is_asked_for_by_name(self):
+        force = ["Acquire::By-Hash=force"]
+        self.machine("first").update(force)
+        self.origin.log.clear()
+        self.machine("second").update(force)
+        self.assertEqual([(asked.path, asked.status) for asked in self.origin.log],
+                         [("/dists/stable/InRelease", 304)])
+
+    def test_without_by_hash_the_index_is_revalidated_and_never_outlives_its_release_file(self):
+        off = ["Acquire::By-Hash=no"]
+        self.machine("first").update(off)
+        self.origin.log.clear()
+        self.machine("second").update(off)
+        self.assertEqual([(asked.path, asked.status) for asked in self.origin.log],
+                         [("/dists/stable/InRelease", 304), (self.INDEX, 304)])
+        self.publish_an_update()
+        for name in ("third", "fourth"):
+            machine = self.machine(name)
+            machine.fetch("hello", options=off)
+            self.assertEqual(machine.digests(), self.repository.digests(["hello"]))
+            self.origin.stop()  # the fourth has to do without it
+
+    def test_no_cache_asks_the_origin_again_for_everything_and_moves_nothing(self):
+        no_cache = ["Acquire::http::No-Cache=true"]
+        self.fill_the_cache()
+        for name in ("second", "third"):
+            machine = self.machine(name)
+            machine.fetch(*NAMES, options=no_cache)
+            self.check_all_arrived(machine)
+            self.origin.stop()  # the third has to do without it
+        self.assertEqual({asked.status for asked in self.origin.log}, {304})
+        self.assertEqual(len(self.origin.asked("/pool/")), len(NAMES))
+
+    def test_no_store_passes_everything_and_stores_nothing(self):
+        machine = self.machine("first")
+        machine.fetch(*NAMES, options=["Acquire::http::No-Store=true"])
+        self.check_all_arrived(machine)
+        self.assertEqual([path for path in self.stored(self.origin) if "/pool/" in path], [])
+
+    def test_a_second_update_of_one_machine_is_a_hit_for_apt(self):
+        machine = self.machine("first")
+        machine.update()
+        self.origin.log.clear()
+        self.assertRegex(machine.apt_get("update"), r"(?m)^Hit:1 .* InRelease$")
+        self.assertEqual([asked.status for asked in self.origin.log], [304])
+
+    def test_a_partial_package_is_completed_from_the_cache(self):
+        self.fill_the_cache()
+        machine = self.machine("second")
+        machine.update()
+        whole = self.repository.folder / self.repository.packages["hello-data"]
+        part = machine.folder / "var/cache/apt/archives/partial" / whole.name
+        part.write_bytes(whole.read_bytes()[:100_000])
+        os.utime(part, (self.long_ago, self.long_ago))
+        before = self.counters(self.proxy_url)["statsCacheBytes"]
+        machine.download("hello-data")
+        moved = self.counters(self.proxy_url)["statsCacheBytes"] - before
+        self.assertEqual(machine.digests(), self.repository.digests(["hello-data"]))
+        self.assertEqual(moved, whole.stat().st_size - 100_000, "only the rest was sent")
+
+    def test_two_machines_at_once_cost_the_origin_one_download(self):
+        machines = [self.machine("first"), self.machine("second")]
+        for failure in at_once(*(lambda each=each: each.fetch(*NAMES) for each in machines)):
+            raise failure
+        for machine in machines:
+            self.check_all_arrived(machine)
+        self.assertEqual(len(self.origin.bodies("/pool/")), len(NAMES))
+        self.assertEqual(len(self.origin.bodies("/by-hash/")), 1)
+
+
+def at_once(*jobs):
+    """Run jobs in threads of their own, and return what they raised."""
+    raised = []
+
+    def guarded(job):
+        try:
+            job()
+        except BaseException as failure:  # noqa: BLE001, an AssertionError has to reach the main thread
+            raised.append(failure)
+
+    threads = [threading.Thread(target=guarded, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+class PlainMirrorTest(SignedCase):
+    """apt and a mirror without ETag, Last-Modified and ranges."""
+
+    needs = ("apt-get", "gpg")
+
+    def test_the_packages_of_these_tests_are_packages(self):
+        repository = AptRepository(self.folder / "repository", self.signer)
+        repository.add_all()
+        file = repository.folder / repository.packages["libhello++"]
+        self.assertIn(b"Package: libhello++", checked("dpkg-deb", "--info", file))
+
+    def test_warm_only_the_release_file_is_fetched_again(self):
+        repository = AptRepository(self.folder / "repository", self.signer)
+        repository.add_all()
+        repository.publish(int(time.time()) - 9 * DAY)
+        origin = self.serve(repository.folder, validators=False)
+        proxy_url = self.start_proxy()
+        AptClient(self, "first", proxy_url, repository.source(origin.url)).fetch(*NAMES)
+        origin.log.clear()
+        machine = AptClient(self, "second", proxy_url, repository.source(origin.url))
+        machine.fetch(*NAMES)
+        self.assertEqual(machine.digests(), repository.digests())
+        self.assertEqual([asked.path for asked in origin.log], ["/dists/stable/InRelease"])
+
+
+class RealAptTest(ClientCase):
+    """One suite, and a dozen small packages, of the mirror this machine's apt is configured with.
+
+    Nobody sees that mirror's log: what it was asked is told by pkgproxy's counters, which the
+    hermetic tests have shown to be true, and by the cache tree.
+    """
+
+    needs = ("apt-get", "dpkg")
+
+    def setUp(self):
+        super().setUp()
+        sources = machine_sources()
+        if not sources:
+            self.skipTest("this machine's apt is configured with no http source")
+        self.url, self.suite, keyring = sources[0]
+        try:
+            request = urllib.request.Request(f"{self.url}/dists/{self.suite}/InRelease",
+                                             method="HEAD")
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            opener.open(request, timeout=10).close()
+        except urllib.error.HTTPError as answer:
+            answer.close()  # it does answer, and that is all we want to know
+        except (OSError, http.client.HTTPException) as failure:
+            self.skipTest(f"the configured mirror does not answer: {failure}")
+        signed = f" signed-by={keyring}" if keyring else ""
+        architecture = checked("dpkg", "--print-architecture").decode().strip()
+        self.source = f"deb [arch={architecture}{signed}] {self.url} {self.suite} main"
+        self.proxy_url = self.start_proxy()
+
+    def machine(self, name):
+        return AptClient(self, name, self.proxy_url, self.source)
+
+    def down_bytes(self):
+        return self.counters(self.proxy_url)["statsDownBytes"]
+
+    def test_cold_then_warm_costs_the_mirror_at_most_the_release_file(self):
+        no_diffs = ["Acquire::PDiffs=false"]
+        first = self.machine("first")
+        first.update(no_diffs)
+        names = small_packages(first.folder / "var/lib/apt/lists")
+        self.assertEqual(len(names), 12)
+        first.download(*names)
+        debs = {sha256(file.read_bytes()): file for file in first.folder.glob(first.packages)}
+        self.assertEqual(len(debs), 12)
+        cold = self.down_bytes()
+        self.assertGreaterEqual(cold, sum(file.stat().st_size for file in debs.values()))
+        stored = (self.root / urllib.parse.urlsplit(self.url).netloc).rglob("*.deb")
+        self.assertEqual({sha256(file.read_bytes()) for file in stored}, set(debs))
+
+        second = self.machine("second")
+        second.update(no_diffs)
+        second.download(*names)
+        self.assertEqual(second.digests(), sorted(debs))
+        release, = (second.folder / "var/lib/apt/lists").glob("*_InRelease")
+        self.assertIn(self.down_bytes() - cold, (0, release.stat().st_size))
+
+
+def machine_sources():
+    """URI, suite and keyring ("" for the common ones) of each http source of main, as configured.
+
+    Security and update suites come last: the first one has the most packages.
+    """
+    found = []
+    places = Path("/etc/apt/sources.list.d")
+    for file in sorted(places.glob("*.sources")):
+        for stanza in re.split(r"\n\s*\n", file.read_text()):
+            fields = dict(re.findall(r"(?m)^([\w-]+):[ \t]*(.*)$", stanza))
+            if "main" in fields.get("Components", "").split() and fields.get("Enabled") != "no":
+                found += [(url, suite, fields.get("Signed-By", ""))
+                          for url in fields.get("URIs", "").split()
+                          for suite in fields.get("Suites", "").split()]
+    for file in [Path("/etc/apt/sources.list"), *sorted(places.glob("*.list"))]:
+        text = file.read_text() if file.is_file() else ""
+        for options, url, suite, components in re.findall(
+                r"(?m)^deb[ \t]+(?:\[(.*?)\][ \t]+)?(\S+)[ \t]+(\S+)[ \t]+(.*)$", text):
+            keyring = re.search(r"signed-by=(\S+)", options)
+            if "main" in components.split():
+                found.append((url, suite, keyring[1] if keyring else ""))
+    found = [(url.rstrip("/"), suite, keyring if keyring.startswith("/") else "")
+             for url, suite, keyring in found if url.startswith("http://")]
+    return sorted(found, key=lambda source: "-" in source[1])
+
+
+def small_packages(lists, count=12):
+    """The names of some packages of 5 to 40 kB that depend on nothing."""
+    index, = lists.glob("*_Packages")
+    names = []
+    for paragraph in index.read_text(encoding="utf-8").split("\n\n"):
+        fields = dict(re.findall(r"(?m)^([\w-]+): (.*)$", paragraph))
+        alone = not {"Depends", "Pre-Depends", "Conflicts", "Breaks"} & set(fields)
+        if alone and 5_000 < int(fields.get("Size", 0)) < 40_000:
+            names.append(fields["Package"])
+        if len(names) == count:
+            break
+    return names
+
+
+class PacmanTest(Occasions, ClientCase):
+    """pacman -Sy and pacman -Sw."""
+
+    needs = ("pacman",)
+    needs_root = True
+    make_client = PacmanClient
+    package = ".pkg.tar.gz"
+    revalidated = ["/core/os/x86_64/core.db"]
+
+    def make_repository(self):
+        return PacmanRepository(self.folder / "repository")
+
+    def test_a_signature_that_does_not_exist_is_404_at_once_and_never_stored(self):
+        for name in ("first", "second", "third"):
+            machine = self.machine(name)
+            machine.write_settings("Optional TrustAll")
+            machine.fetch(*NAMES)
+            self.check_all_arrived(machine)
+            if name == "second":
+                self.origin.stop()  # the third is told 502, and takes that as well
+        signatures = self.origin.asked("/core.db.sig")
+        self.assertEqual([asked.status for asked in signatures], [404, 404])
+        self.assertEqual([path for path in self.stored(self.origin) if path.endswith(".sig")], [])
+
+    def test_a_database_that_did_not_change_moves_no_byte_to_pacman_either(self):
+        machine = self.machine("first")
+        machine.pacman("-Sy")
+        before = self.counters(self.proxy_url)
+        machine.pacman("-Sy")
+        after = self.counters(self.proxy_url)
+        self.assertEqual([asked.status for asked in self.origin.log], [200, 304])
+        for counter in ("statsCacheBytes", "statsDownBytes"):
+            self.assertEqual(after[counter], before[counter])
+
+
+class RpmOccasions(Occasions):
+    """What dnf and zypper have in common."""
+
+    package = ".rpm"
+    content_named = "-primary.xml"
+
+    signer: Signer
+
+    def make_repository(self):
+        return RpmRepository(self.folder / "repository", self.signer)
+
+
+class DnfTest(RpmOccasions, SignedCase):
+    """dnf makecache and dnf install --downloadonly."""
+
+    needs = ("dnf", "rpmbuild", "createrepo_c", "gpg")
+    needs_root = True
+    make_client = DnfClient
+    revalidated = ["/repodata/repomd.xml"]
+
+    def test_a_signed_index_and_its_signature_are_always_of_one_generation(self):
+        place = f"baseurl={self.origin.url}"
+        first, second = self.machine("first"), self.machine("second")
+        first.point_to(place, signed=True)
+        second.point_to(place, signed=True)
+        first.dnf("makecache", "--refresh")
+        self.publish_an_update()
+        for machine in (first, second):
+            machine.fetch("hello")
+            self.assertEqual(machine.digests(), self.repository.digests(["hello"]))
+            self.origin.stop()  # the second has to do without it
+
+    def test_a_metalink_leads_past_a_dead_mirror(self):
+        dead = self.serve(self.repository.folder)
+        dead.stop()
+        self.repository.write_metalink(dead.url, self.origin.url)
+        machine = self.machine("first")
+        machine.point_to(f"metalink={self.origin.url}/metalink?repo=test&arch=x86_64")
+        machine.fetch(*NAMES)
+        self.check_all_arrived(machine)
+
+    def test_a_mirror_list_is_asked_for_again_each_time(self):
+        self.repository.write("mirrorlist", f"{self.origin.url}\n".encode())
+        machine = self.machine("first")
+        machine.point_to(f"mirrorlist={self.origin.url}/mirrorlist")
+        machine.fetch("hello")
+        other = self.serve(self.repository.folder)
+        self.repository.write("mirrorlist", f"{other.url}\n".encode())
+        second = self.machine("second")
+        second.point_to(f"mirrorlist={self.origin.url}/mirrorlist")
+        second.fetch("hello")
+        self.assertEqual(len(other.bodies(".rpm")), 1)
+
+
+class ZypperTest(RpmOccasions, SignedCase):
+    """zypper refresh and zypper download."""
+
+    needs = ("zypper", "rpmbuild", "createrepo_c", "gpg")
+    needs_root = True
+    make_client = ZypperClient
+    revalidated = ["/media.1/media", "/repodata/repomd.xml", "/repodata/repomd.xml.asc",
+                   "/repodata/repomd.xml.key"]
+
+    def test_refresh_and_install_download_only_work_as_download_does(self):
+        machine = self.machine("first")
+        machine.zypper("refresh")
+        machine.zypper("install", "--download-only", *NAMES)
+        self.check_all_arrived(machine)
+
+
+class DownloadTest(ClientCase):
+    """Downloads that break off and go on, and downloads in pieces."""
+
+    SIZE = 3_000_000
+
+    def setUp(self):
+        super().setUp()
+        self.data = noise("download", self.SIZE)
+        (self.folder / "origin").mkdir()
+        (self.folder / "origin/thing_1.0_all.deb").write_bytes(self.data)
+        self.origin = self.serve(self.folder / "origin")
+        self.proxy_url = self.start_proxy()
+        self.url = f"{self.origin.url}/thing_1.0_all.deb"
+        self.file = self.folder / "got.deb"
+
+    def need(self, command):
+        if not shutil.which(command):
+            self.skipTest(f"{command} is not installed")
+
+    def curl(self, *options, **more):
+        self.need("curl")
+        return self.run_client("curl", "--silent", "--show-error", "--fail", "--proxy",
+                               self.proxy_url, "--output", self.file, *options, self.url, **more)
+
+    def wget(self, *options):
+        self.need("wget")
+        return self.run_client("wget", "--tries=2", "--waitretry=0", "--timeout=20",
+                               f"--output-document={self.file}", *options, self.url,
+                               http_proxy=self.proxy_url)
+
+    def check_whole(self):
+        self.assertEqual(self.file.stat().st_size, self.SIZE)
+        self.assertEqual(sha256(self.file.read_bytes()), sha256(self.data))
+
+    def begin(self):
+        """What a client has that lost its connection after a million bytes."""
+        self.file.write_bytes(self.data[:1_000_000])
+
+    def test_curl_completes_a_broken_download_cold_and_from_the_cache(self):
+        self.begin()
+        self.curl("--continue-at", "-")
+        self.check_whole()
+        self.file.unlink()
+        self.curl()
+        self.origin.log.clear()
+        self.begin()
+        self.curl("--continue-at", "-")
+        self.check_whole()
+        self.assertEqual(self.origin.log, [])
+
+    def test_wget_completes_a_broken_download_cold_and_from_the_cache(self):
+        self.begin()
+        self.wget("--continue")
+        self.check_whole()
+        self.file.unlink()
+        self.wget()
+        self.origin.log.clear()
+        self.begin()
+        self.wget("--continue")
+        self.check_whole()
+        self.assertEqual(self.origin.log, [])
+        self.assertIn("already fully retrieved", self.wget("--continue"))  # it is told 416
+        self.check_whole()
+
+    def test_curl_gets_all_of_a_file_whose_origin_breaks_off_in_the_middle(self):
+        self.origin.breaks["/thing_1.0_all.deb"] = [1_500_000]
+        self.curl("--continue-at", "-", accept="0 18")  # 18: the transfer was cut short
+        if self.file.stat().st_size < self.SIZE:
+            self.curl("--continue-at", "-")
+        self.check_whole()
+
+    def test_curl_sees_a_failure_where_the_origin_never_sends_the_whole(self):
+        self.origin.breaks["/thing_1.0_all.deb"] = [1_500_000] + [0] * 50
+        self.curl(accept="18 22 56")  # cut short, an error status, or reset: never 0
+        self.assertEqual(self.stored(self.origin), {})
+
+    def test_aria2_with_several_connections_costs_the_origin_one_download(self):
+        self.need("aria2c")
+        for name in ("cold", "warm"):
+            with self.subTest(name):
+                self.file = self.folder / name
+                self.run_client(
+                    "aria2c", "--quiet", "--no-conf", f"--all-proxy={self.proxy_url}",
+                    "--max-connection-per-server=4", "--split=4", "--min-split-size=1M",
+                    "--piece-length=1M", "--file-allocation=none",
+                    f"--dir={self.folder}", f"--out={name}", self.url)
+                self.check_whole()
+                self.assertEqual(sum(asked.sent for asked in self.origin.log), self.SIZE)
+
+
+class ZchunkTest(ClientCase):
+    """zckdl, which asks for the chunks that changed, in many ranges at once. Debian's dnf does
+    not: its librepo and createrepo_c are built without zchunk."""
+
+    needs = ("zck", "zckdl", "curl")
+
+    def setUp(self):
+        super().setUp()
+        chunks = [b"<package>" + base64.b64encode(noise(f"chunk {number}", 4_000))
+                  for number in range(40)]
+        self.old = self.zchunk("old", chunks)
+        for number in (3, 9, 15, 21, 27, 33):
+            chunks[number] = chunks[number].replace(b"A", b"B")
+        self.new = self.zchunk("new", chunks)
+        name = f"{sha256(self.new.read_bytes())}-primary.xml.zck"
+        (self.folder / "origin/repodata").mkdir(parents=True)
+        shutil.copy(self.new, self.folder / "origin/repodata" / name)
+        self.origin = self.serve(self.folder / "origin")
+        self.proxy_url = self.start_proxy()
+        self.url = f"{self.origin.url}/repodata/{name}"
+        self.got = self.folder / name
+
+    def zchunk(self, name, chunks):
+        file = self.folder / name
+        file.write_bytes(b"".join(chunks))
+        checked("zck", "--manual-chunk", "--split=<package>", f"--output={file}.zck", file)
+        return Path(f"{file}.zck")
+
+    def download(self):
+        """Download the new file, with the old one at hand; the cache bytes that it took."""
+        before = self.counters(self.proxy_url)["statsCacheBytes"]
+        self.run_client("zckdl", "--source", self.old, self.url, http_proxy=self.proxy_url)
+        self.assertEqual(sha256(self.got.read_bytes()), sha256(self.new.read_bytes()))
+        return self.counters(self.proxy_url)["statsCacheBytes"] - before
+
+    def test_cold_the_changed_chunks_arrive(self):
+        self.download()
+
+    def test_warm_the_changed_chunks_come_from_the_cache_and_alone(self):
+        self.run_client("curl", "--silent", "--fail", "--proxy", self.proxy_url, "--output",
+                        self.folder / "whole", self.url)
+        self.origin.log.clear()
+        self.assertLess(self.download(), self.new.stat().st_size // 2)
+        self.assertEqual(self.origin.log, [])
 
 
 if __name__ == "__main__":
