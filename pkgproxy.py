@@ -68,6 +68,7 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import functools
 import hashlib
 import http.client
 import http.server
@@ -76,6 +77,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -124,7 +126,12 @@ CONNECT_TIMEOUT = 10.0  # to one address: pacman drops a server that says nothin
 ORIGIN_TIMEOUT = 30.0  # of silence from an origin: dnf gives up after 30 s under 1,000 B/s
 HEAD_WAIT = 45.0  # a follower's wait for its leader's head: connecting and waiting, and some
 FLIGHT_WAIT = 60.0  # a follower's wait for one more byte of a partial
+LAND_WAIT = 900.0  # and for a complete one to reach the disk: 10 GB at 12 MB/s
+VALIDATE_WAIT = 6.0  # for an origin, where a stored response can answer: pacman gives up after 10 s
+TROUBLE = 30.0  # an origin that could not be asked is not waited for again, where a stored one can answer
 IDLE_TIMEOUT = 60.0  # of a client between two requests: apt thinks for long between two .debs
+REQUEST_WAIT = 30.0  # for a whole request head once it has begun (Apache gives 40 s, nginx 60)
+LINGER = 2.0  # reading what a client still sends after our last answer
 CLIENT_TIMEOUT = 60.0  # of a client that neither reads nor writes in the middle of a message
 POOL_IDLE = 30.0  # an origin's connection waits this long for its next request (nginx closes at 75)
 POOL_SIZE = 8  # idle connections kept to one origin
@@ -137,8 +144,8 @@ class Config:
     """What the options say.  The options table of floor 9 takes its defaults from here."""
 
     addrs: tuple[str, ...] = (":9999",)
-    root: str = "."
-    filters_file: str = ""
+    root: str | None = None  # None: the current folder, which may hold anything
+    filters_file: str | None = None
     allow: tuple[str, ...] = ("loopback", "private")
     heuristics: bool = True
     filters: tuple[re.Pattern[str], ...] = ()  # parsed from filters_file, at start and on SIGHUP
@@ -187,6 +194,7 @@ class Request:
     body: Readable | None = None
     length: int | None = 0  # of the body; None: chunked
     client: str = "127.0.0.1"
+    local: str = ""  # our address by which the client reached us
     received: float = 0.0  # clock time
     key: str = ""  # cache key (RFC 9111 §2)
     own: bool = False  # for our own pages
@@ -271,6 +279,32 @@ class NameClass(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class Policy:
+    """Where a name's class overrules what the origin says of a response."""
+
+    lifetime: float | None  # seconds it is fresh; None: the origin's word (RFC 9111 §4.2)
+    refresh: float | None  # seconds since its last validation, after which a hit starts another behind it
+    heeds_max_age: bool  # whether a client's max-age leads to a validation
+    redirects: bool  # followed inside, and the file stored under the requested name
+    html: bool  # whether text/html can be what was asked for
+    always_stale: bool  # may answer stale whatever the origin says, where that can't be asked
+
+
+# A mirror's max-age knows nothing of packages: this is the one place where its word doesn't count.
+POLICIES = {
+    # A name that holds a digest of its content, or as good as one, never means anything else.
+    NameClass.CONTENT: Policy(math.inf, None, heeds_max_age=False, redirects=True, html=False,
+                              always_stale=True),
+    # A package's name and version mean one file, but for those that are uploaded again.
+    NameClass.PACKAGE: Policy(math.inf, DAY, heeds_max_age=True, redirects=True, html=False,
+                              always_stale=True),
+    # An index must be right now, and fit its neighbours; its clients check its signature and date.
+    NameClass.INDEX: Policy(0, None, heeds_max_age=True, redirects=True, html=True, always_stale=True),
+    NameClass.OTHER: Policy(None, None, heeds_max_age=True, redirects=False, html=True, always_stale=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Decision:
     """What to do with a request, and why: ``forward`` is the reason in Cache-Status' words."""
 
@@ -278,6 +312,12 @@ class Decision:
     name_class: NameClass
     forward: str = ""  # RFC 9211 §2.2: uri-miss, vary-miss, stale, request, bypass, method
     ttl: int | None = None  # seconds of freshness left, where that is known
+    refresh: bool = False  # serve, and validate in the background
+
+    @property
+    def policy(self) -> Policy:
+        """What the name's class overrules."""
+        return POLICIES[self.name_class]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,12 +334,13 @@ class CacheStatus:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What the Door sends.  ``counted``: its body bytes come from the cache."""
+    """What the Door sends."""
 
     head: Head
     body: Body
     cache_status: CacheStatus
-    counted: bool = False
+    counted: bool = False  # its body bytes come from the cache
+    overhead: int = 0  # bytes of the body that are no representation's: multipart lines
 
 
 class Failure(Exception):
@@ -339,6 +380,10 @@ class Truncated(OriginFailure):
 class LocalFailure(Exception):
     """The cache cannot be used; the reply must not suffer (invariant 6)."""
 
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error.strerror or str(error))
+        self.code = error.errno
+
 
 # ---------------------------------------------------------------------------------------------
 # 2 Rules: pure functions, no clock, no disk, no socket
@@ -346,10 +391,13 @@ class LocalFailure(Exception):
 
 # Fields (RFC 9110 §5) ------------------------------------------------------------------------
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 §5.6.2
 _TOKEN = re.compile(TOKEN)
-_FIELD_LINE = re.compile(r"(%s):[ \t]*((?:[^\x00-\x08\x0a-\x1f\x7f]*[^\x00-\x20\x7f])?)[ \t]*" % TOKEN)
-_DIRECTIVE = re.compile(r'"(?:[^"\\]|\\.)*"|(%s)(?:[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^\s,]*)))?' % TOKEN)
+_NO_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # no field value holds these (RFC 9110 §5.5)
+# A quoted string that never ends goes to the end, lest it is searched for again and again.
+_DIRECTIVE = re.compile(
+    r'"(?:[^"\\]|\\.)*(?:"|\\?$)|(%s)(?:[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)(?:"|\\?$)|([^\s,]*)))?' % TOKEN)
 
 # RFC 9110 §7.6.1, and what older software sends; Connection adds names of its own.
 HOP_BY_HOP = frozenset(
@@ -400,10 +448,10 @@ def parse_fields(lines: list[str]) -> Fields:
         raise ValueError("more than %d fields" % MAX_FIELDS)
     fields = []
     for line in lines:
-        match = _FIELD_LINE.fullmatch(line)
-        if not match:
+        name, colon, text = line.partition(":")
+        if not (colon and _TOKEN.fullmatch(name)) or _NO_TEXT.search(text):
             raise ValueError("no field line: %.60r" % line)
-        fields.append((match[1], match[2]))
+        fields.append((name, text.strip(" \t")))
     return tuple(fields)
 
 
@@ -525,6 +573,18 @@ def is_chunked(fields: Fields) -> bool:
     return True
 
 
+def parse_chunk_size(line: bytes) -> int:
+    """The size in a chunk's first line, with its CRLF (RFC 9112 §7.1); ValueError.
+
+    >>> parse_chunk_size(b"1f;name=value\\r\\n")
+    31
+    """
+    match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n", line)
+    if not match:
+        raise ValueError("no chunk size: %.20r" % line)
+    return int(match[1], 16)
+
+
 def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
     """The length of a request's body, None if chunked (RFC 9112 §6.3); BadRequest where in doubt."""
     try:
@@ -566,33 +626,6 @@ def _percent(match: re.Match[str]) -> str:
     return "".join("%%%02X" % byte for byte in match[0].encode("latin-1", "replace"))
 
 
-def parse_target(uri: str) -> Target:
-    """An absolute-form target (RFC 9112 §3.2.2); userinfo and fragment are dropped.
-
-    >>> parse_target("HTTP://me:pw@Example.org:80?q#f")
-    Target(scheme='http', host='example.org', port=80, path='/?q')
-    """
-    match = re.fullmatch(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", uri, re.I)
-    if not match:
-        raise BadRequest("'%.80s' is no http or https URL." % uri)
-    scheme = match[1].lower()
-    host, port = split_authority(match[2], 443 if scheme == "https" else 80)
-    path = _ODD.sub(_percent, match[3])
-    return Target(scheme, host, port, path if path.startswith("/") else "/" + path)
-
-
-def request_target(method: str, uri: str, version: tuple[int, int], fields: Fields) -> Target | None:
-    """Where a request goes (RFC 9112 §3.2, §3.3); None: it is for our own pages."""
-    hosts = values(fields, "Host")
-    if len(hosts) > 1 or not hosts and version >= (1, 1):
-        raise BadRequest("The request has no Host field, or several.")
-    if method == "CONNECT":
-        raise Failure("CONNECT is not spoken here; set this proxy for http only.", 501)
-    if uri == "*" or uri.startswith("/"):
-        return None
-    return parse_target(uri)
-
-
 def _normal(text: str, keep: frozenset[str]) -> str:
     """Percent-encoding without choice: decoded where in ``keep``, in capitals elsewhere."""
 
@@ -615,6 +648,35 @@ def _without_dots(path: str) -> str:
     if segments[-1] in (".", ".."):
         kept.append("")
     return "/" + "/".join(kept)
+
+
+def parse_target(uri: str) -> Target:
+    """An absolute-form target (RFC 9112 §3.2.2); userinfo and fragment are dropped.
+
+    >>> parse_target("HTTP://me:pw@Example.org:80?q#f")
+    Target(scheme='http', host='example.org', port=80, path='/?q')
+    """
+    match = re.fullmatch(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", uri, re.I)
+    if not match:
+        raise BadRequest("'%.80s' is no http or https URL." % uri)
+    scheme = match[1].lower()
+    host, port = split_authority(match[2], 443 if scheme == "https" else 80)
+    path, mark, query = _ODD.sub(_percent, match[3]).partition("?")
+    # What the origin is asked for is what the cache key says: without dot segments (RFC 3986 §6.2.2).
+    path = _without_dots(_normal(path if path.startswith("/") else "/" + path, _UNRESERVED))
+    return Target(scheme, host, port, path + mark + query)
+
+
+def request_target(method: str, uri: str, version: tuple[int, int], fields: Fields) -> Target | None:
+    """Where a request goes (RFC 9112 §3.2, §3.3); None: it is for our own pages."""
+    hosts = values(fields, "Host")
+    if len(hosts) > 1 or not hosts and version >= (1, 1):
+        raise BadRequest("The request has no Host field, or several.")
+    if method == "CONNECT":
+        raise Failure("CONNECT is not spoken here; set this proxy for http only.", 501)
+    if uri == "*" or uri.startswith("/"):
+        return None
+    return parse_target(uri)
 
 
 def cache_key(target: Target) -> str:
@@ -657,11 +719,27 @@ def file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
     segments = path.split("/")
     segments[-1] += mark + query.replace("/", "^2F")
     folder = _file_name(authority if scheme == "http" else scheme + "^" + authority, windows)
+    if len(folder) > 200:
+        folder = "^" + hashlib.sha256(folder.encode()).hexdigest()
     names = [_file_name(segment, windows) for segment in segments]
     digest = hashlib.sha256(key.encode("ascii", "replace")).hexdigest()
     held = max(map(len, names)) <= 240 and sum(map(len, names)) <= 1000 and len(names) <= 100
     natural = "/".join([folder, *names]) if held else None
     return natural, "%s/^%s" % (folder, digest)
+
+
+def parse_request(lines: list[str]) -> Request:
+    """A request from the lines of its head, its body still to come (RFC 9112); BadRequest, Failure."""
+    method, uri, version = parse_request_line(lines[0])
+    try:
+        fields = parse_fields(lines[1:])
+    except ValueError as error:
+        status = 431 if "more than" in str(error) else 400
+        raise BadRequest("A field is not clear: %s." % error, status) from None
+    length = request_framing(version, fields)
+    target = request_target(method, uri, version, fields)
+    return Request(method, uri, target or Target("", "", 0, uri), fields, version, length=length,
+                   key=cache_key(target) if target else "", own=target is None)
 
 
 # Name classes (index and package names of every package manager) -----------------------------
@@ -728,15 +806,14 @@ def classify(key: str) -> NameClass:
     """
     path = "/" + key.partition("://")[2].partition("/")[2].partition("?")[0]
     path = urllib.parse.unquote(path, "latin-1")
-    while True:
+    if _CONTROL.search(path):
+        return NameClass.OTHER
+    for _ in range(3):  # the signature of a checksum of a name
         if _CONTENT.search(path):
             return NameClass.CONTENT
         if _MOVING.search(path):
             return NameClass.INDEX
-        signed = _SIGNATURE.sub("", path)
-        if signed == path:
-            break
-        path = signed
+        path = _SIGNATURE.sub("", path)
     if _INDEX.search(path):
         return NameClass.INDEX
     package = _PACKAGE.fullmatch(path, path.rfind("/"))
@@ -762,6 +839,11 @@ def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddre
     return [ipaddress.ip_network(text) for name in names for text in NETWORKS.get(name, (name,))]
 
 
+def plain_address(text: str) -> str:
+    """An address without its disguise as IPv6: what a dual-stack socket calls ::ffff:10.0.0.1."""
+    return text[len("::ffff:"):] if text.startswith("::ffff:") and "." in text else text
+
+
 def may_come_in(address: str, allow: Iterable[str]) -> bool:
     """Whether a client's address is in the allowed networks.
 
@@ -772,7 +854,7 @@ def may_come_in(address: str, allow: Iterable[str]) -> bool:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
-    ip = getattr(ip, "ipv4_mapped", None) or ip
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # however it is written
     return any(ip.version == network.version and ip in network for network in parse_networks(allow))
 
 
@@ -785,7 +867,7 @@ def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
             continue
         try:
             filters.append(re.compile(line))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             complaints.append("line %d is no regular expression, skipped: %s: %s" % (number, line, error))
     return filters, complaints
 
@@ -793,23 +875,21 @@ def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
 # Freshness (RFC 9111 §4.2) ------------------------------------------------------------------
 
 
-def freshness_lifetime(fields: Fields) -> int | None:
+def freshness_lifetime(head: Head) -> int | None:
     """Explicit freshness lifetime in a shared cache, in seconds; None where the origin gives none.
 
-    >>> freshness_lifetime((("Cache-Control", "max-age=60, s-maxage=5"),))
+    >>> freshness_lifetime(Head(200, "", (("Cache-Control", "max-age=60, s-maxage=5"),)))
     5
     """
-    control = directives(fields)
+    control = directives(head.fields)
     for name in ("s-maxage", "max-age"):
         if name in control:
             return seconds(control[name])
-    expires = value(fields, "Expires")
-    if expires is None:
+    if value(head.fields, "Expires") is None:
         return None
-    end, start = parse_date(expires), parse_date(value(fields, "Date"))
-    if end is None or start is None:
-        return 0  # §5.3: an invalid Expires, "0" above all, is in the past
-    return max(0, int(end - start))
+    end, start = parse_date(value(head.fields, "Expires")), parse_date(value(head.fields, "Date"))
+    # §5.3: an invalid Expires, "0" above all, is in the past.  RFC 9110 §6.6.1: without a Date, ours.
+    return 0 if end is None else max(0, int(end - (head.received if start is None else start)))
 
 
 def validators(head: Head) -> Fields:
@@ -830,15 +910,19 @@ def current_age(head: Head, now: float) -> int:
     """Age of a stored response in seconds (RFC 9111 §4.2.3); a clock set back makes it no younger."""
     stated = parse_date(value(head.fields, "Date"))
     apparent = 0.0 if stated is None else max(0.0, head.received - stated)
-    corrected = seconds(value(head.fields, "Age")) + max(0.0, head.received - head.requested)
+    ages = values(head.fields, "Age") or ["0"]
+    # What is no age, or two, tells of a cache that can't be trusted: as old as can be (§5.1).
+    age = seconds(ages[0]) if len(ages) == 1 and ages[0].isdigit() else 2**31
+    corrected = age + max(0.0, head.received - head.requested)
     return int(max(apparent, corrected) + max(0.0, now - head.received))
 
 
 def freshened(stored: Head, answer: Head) -> Head:
     """A stored head brought up to date by a 304 (RFC 9111 §3.2, §4.3.4)."""
-    kept = ("content-length", "content-encoding", "content-type", "content-range", "set-cookie")
+    kept = ("content-length", "content-encoding", "content-range", "content-md5", "etag", "set-cookie")
     new = without(end_to_end(answer.fields), kept)
-    fields = without(stored.fields, (name.lower() for name, _ in new)) + new
+    # The 304's Age counts, or that it has none (§4.2.3).
+    fields = without(stored.fields, ["age", *(name.lower() for name, _ in new)]) + new
     return dataclasses.replace(stored, fields=fields, requested=answer.requested, received=answer.received)
 
 
@@ -852,6 +936,35 @@ def confirms(stored: Head, answer: Head) -> bool:
     return tag is None or _weak(tag) == _weak(value(stored.fields, "ETag") or tag)
 
 
+def strong_validator(head: Head) -> str | None:
+    """What a range may be asked for with (RFC 9110 §8.8): an ETag that isn't weak, or a Last-Modified
+    that was at least a minute old (§8.8.2.2)."""
+    tag, date = value(head.fields, "ETag"), value(head.fields, "Last-Modified")
+    if tag is not None:
+        return None if tag.startswith("W/") else tag
+    modified = parse_date(date)
+    sent = parse_date(value(head.fields, "Date")) or head.received
+    return date if modified is not None and sent - modified >= 60 else None
+
+
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
+
+
+def is_rest(answer: Head, head: Head, size: int | None, offset: int) -> bool:
+    """Whether an answer is the rest, from ``offset``, of the representation of ``size`` bytes that ``head``
+    belongs to.  Bytes of two generations are never spliced."""
+    for name in ("ETag", "Last-Modified"):
+        if value(answer.fields, name) not in (value(head.fields, name), None if offset else ""):
+            return False
+    if not offset:
+        return answer.status == 200 and size is not None and content_length(answer.fields) == size
+    match = _CONTENT_RANGE.fullmatch(value(answer.fields, "Content-Range") or "")
+    if answer.status != 206 or not match:
+        return False
+    start, stop, total = int(match[1]), int(match[2]) + 1, int(match[3])
+    return start == offset and stop == total and size in (None, total)
+
+
 # What may be stored, what may be used (RFC 9111 §3, §4) --------------------------------------
 
 
@@ -862,11 +975,10 @@ def media_type(head: Head) -> str:
 
 def not_storable(request: Request, head: Head, config: Config) -> str:
     """Why a response may not be stored (RFC 9111 §3), or "" where it may."""
-    control, name_class = directives(head.fields), classify(request.key)
+    control, policy = directives(head.fields), POLICIES[classify(request.key)]
     shared = (value(request.fields, "Authorization") is None
               or bool({"public", "s-maxage", "must-revalidate"} & set(control)))
-    fixed = name_class in (NameClass.CONTENT, NameClass.PACKAGE)
-    lifetime = freshness_lifetime(head.fields)
+    lifetime = freshness_lifetime(head) if policy.lifetime is None else 1
     of_use = validators(head) or (heuristic_lifetime(head, config) if lifetime is None else lifetime)
     reasons = (
         (request.method != "GET" or head.status != 200, "not a 200 to a GET"),
@@ -875,33 +987,51 @@ def not_storable(request: Request, head: Head, config: Config) -> str:
         ("private" in control, "private"),
         ("*" in members(head.fields, "Vary"), "Vary: *"),
         (not shared, "Authorization"),
-        (fixed and "text/html" in media_type(head), "text/html for a package"),
-        (name_class is NameClass.OTHER and not of_use, "neither fresh nor validated"))
+        (not policy.html and "text/html" in media_type(head), "text/html for a package"),
+        (not of_use, "neither fresh nor validated"))
     return next((reason for applies, reason in reasons if applies), "")
 
 
 def selecting_fields(request: Request, head: Head) -> Fields:
     """The request's fields that Vary names (RFC 9111 §4.1).  We choose Accept-Encoding ourselves."""
     names = [name for name in members(head.fields, "Vary") if name != "accept-encoding"]
-    return tuple((name, ", ".join(values(request.fields, name))) for name in sorted(set(names)))
+    return tuple((name, ", ".join(part.strip() for text in values(request.fields, name)
+                                  for part in text.split(","))) for name in sorted(set(names)))
 
 
-def _decide_stored(request: Request, control: dict[str, str | None], stored: Head | None,
+def _asks_anew(control: dict[str, str | None], policy: Policy, age: int, ttl: float) -> bool:
+    """Whether the client's directives want the origin asked (RFC 9111 §5.2.1)."""
+    too_old = policy.heeds_max_age and "max-age" in control and age >= seconds(control["max-age"])
+    too_short = "min-fresh" in control and ttl < seconds(control["min-fresh"])
+    return "no-cache" in control or too_old or too_short
+
+
+def _bears_stale(control: dict[str, str | None], stored: Head, ttl: float) -> bool:
+    """Whether client or origin allow a stale answer without asking first (RFC 9111 §5.2.1.2, RFC 5861 §3)."""
+    told = directives(stored.fields)
+    if {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(told):
+        return False
+    patience = seconds(control["max-stale"] or str(2**31)) if "max-stale" in control else 0
+    return -ttl < max(patience, seconds(told.get("stale-while-revalidate")))
+
+
+def _decide_stored(request: Request, control: dict[str, str | None], stored: Head,
                    name_class: NameClass, config: Config, now: float) -> Decision:
-    if stored is None:
-        return Decision(Action.FETCH, name_class, "uri-miss")
-    if selecting_fields(request, stored) != stored.vary:
-        return Decision(Action.FETCH, name_class, "vary-miss")
-    no_cache = "no-cache" in control or not control and "no-cache" in members(request.fields, "Pragma")
-    if no_cache or name_class is not NameClass.CONTENT and control.get("max-age") == "0":
-        return Decision(Action.VALIDATE, name_class, "request")
-    if name_class in (NameClass.CONTENT, NameClass.PACKAGE):
-        return Decision(Action.SERVE, name_class)
-    lifetime = freshness_lifetime(stored.fields)
-    ttl = (heuristic_lifetime(stored, config) if lifetime is None else lifetime) - current_age(stored, now)
-    if name_class is NameClass.INDEX or ttl <= 0 or "no-cache" in directives(stored.fields):
-        return Decision(Action.VALIDATE, name_class, "stale", ttl)
-    return Decision(Action.SERVE, name_class, ttl=ttl)
+    policy, age = POLICIES[name_class], current_age(stored, now)
+    lifetime: float | None = freshness_lifetime(stored) if policy.lifetime is None else policy.lifetime
+    ttl = (heuristic_lifetime(stored, config) if lifetime is None else lifetime) - age
+    known = None if math.isinf(ttl) else int(ttl)
+    if not control and "no-cache" in members(request.fields, "Pragma"):  # §5.4
+        control = {"no-cache": None}
+    if _asks_anew(control, policy, age, ttl):
+        return Decision(Action.VALIDATE, name_class, "request", known)
+    if policy.lifetime is not None and ttl > 0:
+        due = policy.refresh is not None and now - stored.received > policy.refresh
+        return Decision(Action.SERVE, name_class, refresh=due)
+    fresh = ttl > 0 and "no-cache" not in directives(stored.fields)
+    if fresh or policy.lifetime is None and _bears_stale(control, stored, ttl):
+        return Decision(Action.SERVE, name_class, ttl=known, refresh=not fresh)
+    return Decision(Action.VALIDATE, name_class, "stale", known)
 
 
 def decide(request: Request, stored: Head | None, config: Config, now: float) -> Decision:
@@ -912,7 +1042,12 @@ def decide(request: Request, stored: Head | None, config: Config, now: float) ->
     if request.method not in ("GET", "HEAD"):
         return Decision(Action.PASS, name_class, "method")
     control = directives(request.fields)
-    decision = _decide_stored(request, control, stored, name_class, config, now)
+    if stored is None:
+        decision = Decision(Action.FETCH, name_class, "uri-miss")
+    elif selecting_fields(request, stored) != stored.vary:
+        decision = Decision(Action.FETCH, name_class, "vary-miss")
+    else:
+        decision = _decide_stored(request, control, stored, name_class, config, now)
     if decision.action is not Action.SERVE and "only-if-cached" in control:
         return dataclasses.replace(decision, action=Action.REFUSE)
     if decision.action is Action.FETCH and (request.method == "HEAD" or "no-store" in control):
@@ -920,16 +1055,29 @@ def decide(request: Request, stored: Head | None, config: Config, now: float) ->
     return decision
 
 
-def may_be_stale(name_class: NameClass, stored: Head) -> bool:
-    """Whether a stored response may answer where its origin can't be asked (RFC 9111 §4.2.4).
+def may_be_stale(decision: Decision, stored: Head) -> bool:
+    """Whether a stored response may answer where its origin can't be asked (RFC 9111 §4.2.4)."""
+    strict = {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(directives(stored.fields))
+    return decision.forward != "vary-miss" and (decision.policy.always_stale or not strict)
 
-    Packages and indexes always may: their clients check signatures and dates themselves, and an old
-    index that works beats an error.  For other names the origin's word counts.
-    """
-    if name_class is not NameClass.OTHER:
-        return True
-    strict = {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"}
-    return not strict & set(directives(stored.fields))
+
+def invalidated_keys(request: Request, answer: Head) -> list[str]:
+    """What a method that changes things makes invalid: its target, and what the answer's Location and
+    Content-Location name at the same origin (RFC 9111 §4.4)."""
+    if request.method in ("GET", "HEAD", "OPTIONS", "TRACE") or answer.status >= 400:
+        return []
+    keys = [request.key]
+    for name in ("Location", "Content-Location"):
+        with contextlib.suppress(BadRequest, ValueError):
+            target = parse_target(urllib.parse.urljoin(request.target.uri, value(answer.fields, name) or ""))
+            if (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
+                keys.append(cache_key(target))
+    return keys
+
+
+def companions(key: str) -> list[str]:
+    """The detached signatures of an index, which must be of its generation."""
+    return [key + suffix for suffix in (".asc", ".sig", ".gpg", ".key")] if "?" not in key else []
 
 
 # Preconditions and ranges (RFC 9110 §13, §14) -------------------------------------------------
@@ -1024,6 +1172,11 @@ class Selection:
 
     head: Head
     spans: tuple[Span, ...]
+
+    @property
+    def overhead(self) -> int:
+        """Bytes of the body that are not the representation's."""
+        return sum(len(span) for span in self.spans if isinstance(span, bytes))
 
     @property
     def length(self) -> int | None:
@@ -1196,9 +1349,6 @@ def sent_head(reply: Reply, request: Request, framing: Framing, close: bool, con
     return render_head(head, fields)
 
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
-
 def printable(text: str) -> str:
     """Text from outside, safe for a log and a terminal."""
     return _CONTROL.sub(lambda match: "\\x%02x" % ord(match[0]), text)
@@ -1210,10 +1360,11 @@ def printable(text: str) -> str:
 
 BOOKS = ".pkgproxy"  # the bookkeeping folder below the root: heads and partials
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-_REGULAR = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _FLAGS  # O_NONBLOCK: a FIFO would hang open()
+# O_NONBLOCK: a FIFO would hang open().  O_NOFOLLOW: bodies are no links, least of all out of the root.
+_REGULAR = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | _FLAGS
 _WRITABLE = os.O_RDWR | os.O_CREAT | _FLAGS
 _NAME_REFUSED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
-_MAX_HEAD_FILE = 8 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
+_MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1236,8 +1387,9 @@ class Partial:
     It ends once, in commit() or discard(); its descriptor lives until its last user releases it.
     """
 
-    def __init__(self, store: Store, head: Head, path: str, file: io.FileIO) -> None:
+    def __init__(self, store: Store, head: Head, length: int | None, path: str, file: io.FileIO) -> None:
         self.head = head  # of the live response, as it will be stored
+        self.length = length  # declared
         self.path = path
         self.size = 0  # bytes written
         self._store = store
@@ -1265,10 +1417,12 @@ class Partial:
         """Flush to disk, then give the body its place and its head (invariant 1); or LocalFailure."""
         try:
             os.fsync(self._file.fileno())
+            if not os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
+                raise OSError(errno.ENOENT, "somebody removed the partial")
             return self._store.place(self)
         except OSError as error:
             self.discard()
-            raise LocalFailure("cannot store %s: %s" % (self.head.key, error.strerror or error)) from error
+            raise LocalFailure(error) from error
 
     def discard(self) -> None:
         """Forget the file; whoever reads it reads on."""
@@ -1358,11 +1512,13 @@ def _bare_head(key: str, info: os.stat_result) -> Head:
 def _head_from(row: dict[str, Any]) -> Head:
     """A head from its JSON; ValueError, TypeError or KeyError where somebody damaged it."""
     for name in ("fields", "vary"):
-        row[name] = tuple((str(field), str(text)) for field, text in row[name])
+        row[name] = tuple((field, text) for field, text in row[name])
+        parse_fields(["%s: %s" % pair for pair in row[name]])
     head = Head(**row)
-    if not all(_FIELD_LINE.fullmatch("%s: %s" % field) for field in head.fields):
-        raise ValueError("a damaged field")
-    if not (head.status == 200 and isinstance(head.size, int) and isinstance(head.mtime_ns, int)):
+    texts = (head.reason, head.key, head.final)
+    numbers = (head.requested, head.received, head.size, head.mtime_ns)
+    if not (head.status == 200 and all(isinstance(text, str) and not _CONTROL.search(text) for text in texts)
+            and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)):
         raise ValueError("a damaged head")
     return head
 
@@ -1373,16 +1529,17 @@ class Store:
     For the caller: lookup, receive, freshen, forget.  For Partial: place.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, trust_bare: bool = True) -> None:
         self.root = os.path.abspath(root)
         self._books = os.path.join(self.root, BOOKS)
+        self._trust_bare = trust_bare  # whether the root is ours alone, so that a bare body is one of ours
 
     def lookup(self, key: str) -> Stored | None:
         """The stored response for a cache key, opened; None where there is none that may be used.
 
         A body that no head describes is used if its name says what it is (content-named, package):
-        people copy and rsync such files, and may lose the bookkeeping folder.  A body that
-        contradicts its head was changed by hand and is not used.
+        people copy and rsync such files, and may lose the bookkeeping folder; but not where the root
+        may hold anything (trust_bare).  A body that contradicts its head was changed by hand.
         """
         bare = None
         for name in file_names(key, os.name == "nt"):
@@ -1395,10 +1552,11 @@ class Store:
                 if head.key == key and _describes(head, info):
                     _close(bare)
                     return Stored(file, dataclasses.replace(head, mtime_ns=info.st_mtime_ns), name, True)
-            if heads or bare or classify(key) not in (NameClass.CONTENT, NameClass.PACKAGE):
-                file.close()
-            else:
+            fixed = classify(key) in (NameClass.CONTENT, NameClass.PACKAGE)
+            if self._trust_bare and fixed and not heads and not bare:
                 bare = Stored(file, _bare_head(key, info), name, False)
+            else:
+                file.close()
         return bare
 
     def receive(self, head: Head, length: int | None) -> Partial:
@@ -1411,8 +1569,8 @@ class Store:
                 raise OSError(errno.ENOSPC, "not enough free space for %d bytes" % (length or 0))
             file = _lead(path)
         except OSError as error:
-            raise LocalFailure("cannot store %s: %s" % (head.key, error.strerror or error)) from error
-        return Partial(self, head, path, file)
+            raise LocalFailure(error) from error
+        return Partial(self, head, length, path, file)
 
     def place(self, partial: Partial) -> Head:
         """Rename a complete body to its natural name, or where that is taken to its hashed one.
@@ -1430,10 +1588,10 @@ class Store:
         info = os.stat(partial.path)  # file systems keep times more or less fine
         head = dataclasses.replace(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
         natural, hashed = file_names(head.key, os.name == "nt")
-        if natural is None or not self._put(partial.path, natural, head):
-            self._put(partial.path, hashed, head)
-        else:
+        if natural is not None and self._put(partial.path, natural, head, self._ours(natural, head.key)):
             self._remove(hashed, head.key)
+        elif not self._put(partial.path, hashed, head, True):  # nobody else has files of that name
+            raise OSError(errno.EEXIST, "something else has its name")
         return head
 
     def freshen(self, stored: Stored, head: Head) -> None:
@@ -1451,7 +1609,8 @@ class Store:
     def found(self) -> list[str]:
         """The hosts that are stored; OSError where the root cannot be read."""
         with os.scandir(self.root) as entries:
-            return sorted(entry.name for entry in entries if entry.name != BOOKS and entry.is_dir())
+            folders = [entry.name for entry in entries if entry.name != BOOKS and entry.is_dir()]
+        return sorted(name for name in folders if os.path.isdir(self._head_path(name)[:-len("^head")]))
 
     def _open(self, name: str | None) -> io.FileIO | None:
         if name is None:
@@ -1465,14 +1624,28 @@ class Store:
         os.close(descriptor)  # a folder, a FIFO: litter in the place of a body
         return None
 
-    def _put(self, path: str, name: str, head: Head) -> bool:
-        """Give a body this name; False where the name is taken or the file system refuses it."""
-        place = os.path.join(self.root, name)
-        ours = [old for old in self._read_heads(name) if old.key == head.key]
-        if os.path.lexists(place) and not ours:
-            return False
+    def _described(self, name: str, key: str) -> Head | None:
+        """The head of the body that has this name, if we stored it for this key."""
         try:
-            self._write_heads(name, [head, *ours[:1]])
+            info = os.lstat(os.path.join(self.root, name))
+        except OSError:
+            return None
+        heads = self._read_heads(name)
+        return next((head for head in heads if head.key == key and _describes(head, info)), None)
+
+    def _ours(self, name: str, key: str) -> bool:
+        """Whether a name is free, or its body is one that we stored (invariant 11)."""
+        taken = os.path.lexists(os.path.join(self.root, name))
+        return not taken or self._described(name, key) is not None
+
+    def _put(self, path: str, name: str, head: Head, ours: bool) -> bool:
+        """Give a body this name; False where the name is taken or the file system refuses it."""
+        if not ours:
+            return False
+        place = os.path.join(self.root, name)
+        old = self._described(name, head.key)
+        try:
+            self._write_heads(name, [head, old] if old else [head])
             try:
                 make_folder(os.path.dirname(place))
                 _rename(path, place)
@@ -1486,7 +1659,7 @@ class Store:
         return True
 
     def _remove(self, name: str, key: str) -> None:
-        if any(head.key == key for head in self._read_heads(name)):
+        if self._ours(name, key):
             for path in (os.path.join(self.root, name), self._head_path(name)):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
@@ -1498,14 +1671,14 @@ class Store:
         try:
             with open(self._head_path(name), "rb") as file:
                 return [_head_from(row) for row in json.loads(file.read(_MAX_HEAD_FILE))]
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             return []
 
     def _write_heads(self, name: str, heads: list[Head]) -> None:
         path = self._head_path(name)
         make_folder(os.path.dirname(path))
         with open(path + "^new", "w", encoding="utf-8", opener=_private) as file:
-            json.dump([dataclasses.asdict(head) for head in heads], file)
+            json.dump([dataclasses.asdict(head) for head in heads], file, ensure_ascii=False)
         os.replace(path + "^new", path)
 
 
@@ -1518,6 +1691,7 @@ class Landing(enum.Enum):
     """How a flight ended, for those who waited for it."""
 
     STORED = "stored"  # look in the store
+    AGAIN = "again"  # nobody was asked: decide anew
     WHOLE = "whole"  # all bytes have arrived, but the disk did not take them
     STALE = "stale"  # the origin cannot be asked, but the store has an answer
     ALONE = "alone"  # the answer is not for sharing: ask the origin yourself
@@ -1534,15 +1708,16 @@ class Flight:
         self.key = key
         self._changed = threading.Condition()  # guards all below
         self._partial: Partial | None = None
-        self._length: int | None = None  # declared
         self._received = 0  # bytes that may be read
+        self._complete = False  # all bytes are here, and go to the disk
+        self._spoiled = False  # its body must not be stored
         self._landing: Landing | None = None
         self._error: Exception | None = None
 
-    def publish(self, partial: Partial, length: int | None) -> None:
+    def publish(self, partial: Partial) -> None:
         """The head has arrived: followers may read."""
         with self._changed:
-            self._partial, self._length = partial, length
+            self._partial = partial
             self._changed.notify_all()
 
     def advance(self, received: int) -> None:
@@ -1550,6 +1725,17 @@ class Flight:
         with self._changed:
             self._received = received
             self._changed.notify_all()
+
+    def complete(self) -> bool:
+        """All bytes have arrived; whether they may be stored.  Waits from now on are for the disk."""
+        with self._changed:
+            self._complete = True
+            return not self._spoiled
+
+    def spoil(self) -> None:
+        """What is on its way is no longer right: give it to those who wait, but don't store it."""
+        with self._changed:
+            self._spoiled = True
 
     def end(self, landing: Landing, error: Exception | None = None, received: int | None = None) -> None:
         """Announce the end, and with it the last bytes (invariant 3).  Only the first call counts."""
@@ -1559,21 +1745,23 @@ class Flight:
                 self._received = self._received if received is None else received
                 self._changed.notify_all()
 
-    def wait_for_head(self, timeout: float) -> tuple[Partial | None, int | None, Landing | None]:
-        """Partial (acquired) and declared length; or how the flight ended without one."""
+    def wait_for_head(self, timeout: float) -> tuple[Partial | None, Landing]:
+        """A partial (acquired); or how the flight ended without one."""
         with self._changed:
             self._changed.wait_for(lambda: self._partial or self._landing, timeout)
-            partial, length, landing, error = self._partial, self._length, self._landing, self._error
+            partial, landing, error = self._partial, self._landing, self._error
         if landing is Landing.FAILED and error:
             raise error
         if partial and partial.acquire():
-            return partial, length, None
-        return None, None, landing or Landing.ALONE
+            return partial, Landing.STORED
+        return None, landing or Landing.ALONE
 
     def wait_beyond(self, offset: int, timeout: float) -> int:
         """Bytes that may be read, more than ``offset`` unless it ended whole; or the flight's error."""
         with self._changed:
             self._changed.wait_for(lambda: self._received > offset or self._landing, timeout)
+            if self._complete:  # a slow disk is no fault of the origin's
+                self._changed.wait_for(lambda: self._received > offset or self._landing, LAND_WAIT)
             if self._received > offset or self._landing in (Landing.STORED, Landing.WHOLE):
                 return self._received
             error = self._error
@@ -1602,6 +1790,13 @@ class Barrier:
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
 
+    def spoil(self, key: str) -> None:
+        """Let no flight of now store its body, and nobody join it any more."""
+        with self._lock:
+            flight = self._flights.pop(key, None)
+        if flight is not None:
+            flight.spoil()
+
     def flying(self, key: str) -> bool:
         """Whether a key is being fetched."""
         with self._lock:
@@ -1618,7 +1813,42 @@ class Barrier:
 # ---------------------------------------------------------------------------------------------
 
 
-def read_lines(file: io.BufferedIOBase) -> list[str]:
+class TimedFile(io.RawIOBase):
+    """The bytes of a socket, up to a deadline: a drip of single bytes must not hold a thread for ever."""
+
+    def __init__(self, sock: socket.socket, patience: float) -> None:
+        super().__init__()
+        self._sock = sock
+        self._file = sock.makefile("rb", buffering=0)
+        self._patience = patience  # seconds of silence
+        self._deadline: float | None = None  # monotonic
+
+    def set_deadline(self, seconds_left: float | None) -> None:
+        """From now on all reads together may take so long; None: each alone."""
+        self._deadline = None if seconds_left is None else time.monotonic() + seconds_left
+        if seconds_left is None:
+            self._sock.settimeout(self._patience)
+
+    def readable(self) -> bool:
+        """It is there to be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Read what comes; socket.timeout."""
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise socket.timeout("timed out")
+            self._sock.settimeout(min(left, self._patience))
+        return self._file.readinto(buffer)
+
+    def close(self) -> None:
+        """Close it, not the socket."""
+        self._file.close()
+        super().close()
+
+
+def read_lines(file: io.BufferedIOBase, limit: int = MAX_HEAD) -> list[str]:
     """The lines of a head without their CRLF, up to the empty one (RFC 9112 §2.1).
 
     [] at the end of the stream before the first byte; ValueError for a head that is cut off, too
@@ -1634,11 +1864,36 @@ def read_lines(file: io.BufferedIOBase) -> list[str]:
         if not line.endswith(b"\r\n"):
             raise ValueError("a line longer than %d bytes" % MAX_LINE if len(line) > MAX_LINE else
                              "a head that is cut off" if not line.endswith(b"\n") else "a line without CR")
-        if total > MAX_HEAD:
-            raise ValueError("a head of more than %d bytes" % MAX_HEAD)
+        if total > limit:
+            raise ValueError("a head of more than %d bytes" % limit)
         if line == b"\r\n":
             return lines or [""]
         lines.append(line[:-2].decode("latin-1"))
+
+
+class ChunkReader:
+    """A chunked body (RFC 9112 §7.1); trailers are dropped.  http.client's own lets bad sizes pass."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self._file = file
+        self._left = 0  # bytes of the current chunk
+        self.ended = False
+
+    def read(self, size: int) -> bytes:
+        """Up to ``size`` bytes of one chunk, b"" after the last; ValueError where the framing breaks."""
+        if not self._left and not self.ended:
+            self._left = parse_chunk_size(self._file.readline(MAX_LINE))
+            if not self._left:
+                if read_lines(self._file, CHUNK) == []:
+                    raise ValueError("a body cut off before its end")
+                self.ended = True
+        data = self._file.read1(min(size, self._left)) if self._left else b""
+        if self._left and not data:
+            raise ValueError("a chunk cut off")
+        self._left -= len(data)
+        if data and not self._left and self._file.read(2) != b"\r\n":
+            raise ValueError("a chunk that does not end where it says")
+        return data
 
 
 class OriginResponse(http.client.HTTPResponse):
@@ -1650,8 +1905,20 @@ class OriginResponse(http.client.HTTPResponse):
 
     pairs: Fields = ()  # the fields, in the order of the wire
 
+    def __init__(self, sock: socket.socket, *arguments: Any, **more: Any) -> None:
+        super().__init__(sock, *arguments, **more)
+        self.fp.close()
+        self.patience = sock.gettimeout() or ORIGIN_TIMEOUT  # seconds until the whole head is there
+        self._timed = TimedFile(sock, ORIGIN_TIMEOUT)
+        self.fp = io.BufferedReader(self._timed, 64 * 1024)
+
     def begin(self, **_limits: Any) -> None:
-        """Read the final head; ValueError or http.client.RemoteDisconnected."""
+        """Read the final head, within the socket's time-out; ValueError or http.client.RemoteDisconnected."""
+        self._timed.set_deadline(self.patience)
+        self._read_head()
+        self._timed.set_deadline(None)
+
+    def _read_head(self) -> None:
         while True:
             lines = read_lines(self.fp)
             if not lines:
@@ -1678,6 +1945,9 @@ class OriginResponse(http.client.HTTPResponse):
             self.length, self.chunked = 0, False
         elif not self.chunked and self.length is None:
             self.will_close = True
+        declared = "content-length" in (name.lower() for name, _ in fields) or is_chunked(fields)
+        if declared and self.length == 0 and value(fields, "Content-Length") != "0":
+            self.will_close = True  # an answer without body that declares one: who knows what follows
 
 
 def select_readable(sock: socket.socket, timeout: float) -> bool:
@@ -1694,20 +1964,19 @@ class Connection(http.client.HTTPConnection):
 
     response_class = OriginResponse
 
-    def __init__(self, target: Target) -> None:
-        super().__init__(target.host, target.port, timeout=CONNECT_TIMEOUT)
+    def __init__(self, target: Target, patience: float) -> None:
+        super().__init__(target.host, target.port, timeout=min(CONNECT_TIMEOUT, patience))
         self.place = (target.scheme, target.host, target.port)
         self.idle_since = 0.0  # monotonic
 
     def connect(self) -> None:
         """Open the connection, with TLS where the scheme asks for it."""
-        self.sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
+        self.sock = socket.create_connection((self.host, self.port), self.timeout)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.place[0] == "https":
             import ssl  # 4 MB and 20 ms that few need
 
             self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
-        self.sock.settimeout(ORIGIN_TIMEOUT)
 
     def is_quiet(self) -> bool:
         """Whether the origin has neither closed it nor sent what nobody asked for."""
@@ -1776,6 +2045,7 @@ class Response:
         self.length: int | None = None if raw.chunked else raw.length
         self.proven = raw.chunked or raw.length is not None  # whether the end will be known as such
         self._raw = raw
+        self._chunks = ChunkReader(raw.fp) if raw.chunked else None
         self._left = self.length
         self._give_back = give_back  # called once: True if the connection may be used again
         self._count = count  # told of each piece's bytes
@@ -1787,7 +2057,7 @@ class Response:
             self.close()
             return b""
         try:
-            data = self._raw.read1(size)
+            data = self._chunks.read(size) if self._chunks else self._raw.fp.read1(self._most(size))
         except (socket.timeout, TimeoutError):
             raise OriginTimeout("The origin went silent for %d s." % ORIGIN_TIMEOUT) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -1799,6 +2069,9 @@ class Response:
         if not data or self._left == 0:
             self._end(reusable=not self._raw.will_close)
         return data
+
+    def _most(self, size: int) -> int:
+        return size if self._left is None else min(size, self._left)
 
     def close(self) -> None:
         """Release the connection; one with unread bytes is closed."""
@@ -1818,8 +2091,32 @@ def _keep(first: Response | None, response: Response) -> Response:
     return first
 
 
-def _may_repeat(method: str, body: Readable | None) -> bool:
-    return body is None and method in ("GET", "HEAD", "OPTIONS")
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """One request to an origin."""
+
+    method: str
+    target: Target
+    fields: Fields
+    body: Readable | None = None
+    length: int | None = 0  # of the body; None: chunked
+    follow: bool = False  # redirects, but not to HTML
+    patience: float = ORIGIN_TIMEOUT  # seconds to wait for a connection, and again for a head
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it may be sent twice (RFC 9110 §9.2.2), and whether it still can be."""
+        return self.body is None and self.method in ("GET", "HEAD", "OPTIONS")
+
+
+def rest_request(forward: Forward, head: Head, offset: int) -> Forward:
+    """Ask for the rest of a representation, which may be no other (RFC 9110 §13.1.5, §14.2); OriginFailure
+    where it has no strong validator to say so."""
+    validator = strong_validator(head)
+    if offset and validator is None:
+        raise OriginFailure("The download cannot be resumed: the origin sent no strong validator.")
+    more = (("Range", "bytes=%d-" % offset), ("If-Range", validator or "")) if offset else ()
+    return dataclasses.replace(forward, fields=without(forward.fields, ("range", "if-range")) + more)
 
 
 def send_body(connection: Connection, body: Readable, length: int | None) -> None:
@@ -1841,65 +2138,78 @@ class Origin:
         self._pool = Pool()
         self._count = count  # told of the body bytes that arrive
 
-    def fetch(self, method: str, target: Target, fields: Fields, body: Readable | None = None,
-              length: int | None = 0, follow: bool = False) -> Response:
+    def fetch(self, forward: Forward) -> Response:
         """Send a request and read the answer's head; OriginFailure or OriginTimeout.
 
-        ``follow``: go after redirects, up to MAX_REDIRECTS, but not to HTML: there the redirect
-        itself is the answer, so that people see where a captive portal sends them.
+        Where a redirect leads to HTML, the redirect itself is the answer: people shall see where a
+        captive portal sends them.
         """
         first: Response | None = None
-        response = self._ask(method, target, fields, body, length)
-        for _ in range(MAX_REDIRECTS):
-            onward = redirect_target(response.head, target) if follow else None
-            if onward is None:
-                break
-            first = _keep(first, response)
-            if onward.host != target.host:
-                fields = without(fields, ("authorization", "cookie"))
-            fields = (("Host", onward.authority),) + without(fields, ("host",))
-            target = onward
-            response = self._ask(method, target, fields, body, length)
-        if first is not None and "text/html" in media_type(response.head):
-            return _keep(first, response)
-        if first is not None:
-            first.close()
-        if follow and redirect_target(response.head, target):
-            response.close()
-            raise OriginFailure("%s redirects more than %d times." % (target.authority, MAX_REDIRECTS))
-        return response
+        try:
+            for _ in range(MAX_REDIRECTS + 1):
+                response = self._ask(forward)
+                onward = redirect_target(response.head, forward.target) if forward.follow else None
+                if onward is None:
+                    if first is None or "text/html" not in media_type(response.head):
+                        return response
+                    response.close()
+                    portal, first = first, None
+                    return portal
+                first = _keep(first, response)
+                fields = forward.fields
+                if onward.host != forward.target.host:
+                    fields = without(fields, ("authorization", "cookie"))
+                fields = (("Host", onward.authority),) + without(fields, ("host",))
+                forward = dataclasses.replace(forward, target=onward, fields=fields)
+        finally:
+            if first is not None:
+                first.close()
+        raise OriginFailure("%s redirects more than %d times." % (forward.target.authority, MAX_REDIRECTS))
 
-    def _ask(self, method: str, target: Target, fields: Fields, body: Readable | None,
-             length: int | None) -> Response:
-        """One request.  A pooled connection that the origin has closed meanwhile costs a silent second
-        try, where the request may be repeated (RFC 9112 §9.3.1)."""
-        fresh = Connection(target)
-        pooled = self._pool.take(target, time.monotonic()) if _may_repeat(method, body) else None
+    def _ask(self, forward: Forward) -> Response:
+        """One request.  A pooled connection that the origin has closed meanwhile, or polluted, costs a
+        silent second try, where the request may be repeated (RFC 9112 §9.3.1)."""
+        authority = forward.target.authority
+        pooled = self._pool.take(forward.target, time.monotonic()) if forward.repeatable else None
         try:
             if pooled is not None:
-                with contextlib.suppress(ConnectionError):  # http.client.RemoteDisconnected is one
-                    return self._exchange(pooled, method, target, fields, None, 0)
-            return self._exchange(fresh, method, target, fields, body, length)
+                with contextlib.suppress(ConnectionError, ValueError):  # RemoteDisconnected is one
+                    return self._exchange(pooled, forward)
+            return self._exchange(Connection(forward.target, forward.patience), forward)
         except (socket.timeout, TimeoutError):
-            raise OriginTimeout("%s did not answer in time." % target.authority) from None
+            raise OriginTimeout("%s did not answer in time." % authority) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise OriginFailure("%s cannot be asked: %s." % (target.authority, what)) from None
+            raise OriginFailure("%s cannot be asked: %s." % (authority, what)) from None
+
+    def fetch_rest(self, forward: Forward, head: Head, size: int | None, offset: int) -> Response:
+        """The rest, from ``offset``, of the representation that ``head`` belongs to; OriginFailure where
+        what comes is another."""
+        response = self.fetch(rest_request(forward, head, offset))
+        if not is_rest(response.head, head, size, offset):
+            response.close()
+            raise OriginFailure("The download cannot be resumed: the origin has another file now.")
+        return response
 
     def close(self) -> None:
         """Close idle connections."""
         self._pool.close()
 
-    def _exchange(self, connection: Connection, method: str, target: Target, fields: Fields,
-                  body: Readable | None, length: int | None) -> Response:
+    def _exchange(self, connection: Connection, forward: Forward) -> Response:
         requested = time.time()
         try:
-            connection.putrequest(method, target.path, skip_host=True, skip_accept_encoding=True)
-            for name, text in fields:
+            if connection.sock is None:
+                connection.connect()
+            connection.sock.settimeout(forward.patience)
+            connection.putrequest(forward.method, forward.target.path, skip_host=True,
+                                  skip_accept_encoding=True)
+            for name, text in forward.fields:
                 connection.putheader(name, text.encode("latin-1"))
             connection.endheaders()
-            if body is not None:
-                send_body(connection, body, length)
+            if forward.body is not None:
+                # An origin that refuses the body half-way (413, say) has answered before it closes.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    send_body(connection, forward.body, forward.length)
             raw = connection.getresponse()
         except BaseException:
             connection.close()
@@ -1908,12 +2218,13 @@ class Origin:
 
         def give_back(reusable: bool) -> None:
             raw.close()
-            if reusable:
+            # Some answer HEAD with a body, which may come too late to be seen.
+            if reusable and forward.method != "HEAD":
                 self._pool.give(connection, time.monotonic())
             else:
                 connection.close()
 
-        head = Head(raw.status, raw.reason, raw.pairs, final=target.uri, requested=requested,
+        head = Head(raw.status, raw.reason, raw.pairs, final=forward.target.uri, requested=requested,
                     received=time.time())
         return Response(head, raw, give_back, self._count)
 
@@ -1923,6 +2234,7 @@ class Origin:
 # ---------------------------------------------------------------------------------------------
 
 UNAVAILABLE = (500, 502, 503, 504)  # an origin's words for "not now": stale beats them
+MAX_REFRESHERS = 4  # validations at one time that no client waits for
 EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
 
 
@@ -1998,11 +2310,13 @@ class FileBody:
 class TrailBody:
     """Spans of a partial, as it grows: what every client of a flight reads, its first included."""
 
-    def __init__(self, flight: Flight, partial: Partial, selection: Selection) -> None:
+    def __init__(self, flight: Flight, partial: Partial, selection: Selection,
+                 rest: Callable[[Head, int | None, int], Response]) -> None:
         self.length = selection.length
         self._flight = flight
         self._partial: Partial | None = partial  # acquired
         self._spans = selection.spans
+        self._rest = rest  # asks the origin for what the disk did not take
 
     def parts(self) -> Iterator[bytes | Slice]:
         """Yield bytes when they have arrived; the flight's error where they won't."""
@@ -2013,15 +2327,31 @@ class TrailBody:
                 yield from self._trail(*span)
 
     def _trail(self, offset: int, stop: int) -> Iterator[bytes]:
-        while offset < stop and self._partial is not None:
-            received = min(stop, self._flight.wait_beyond(offset, FLIGHT_WAIT))
-            if received <= offset:
-                return  # landed whole, and its length was not known before
-            data = self._partial.read_at(min(CHUNK, received - offset), offset)
-            if not data:
-                raise OSError(errno.EIO, "the partial was cut")
+        partial = self._partial
+        while offset < stop and partial is not None:
+            try:
+                received = min(stop, self._flight.wait_beyond(offset, FLIGHT_WAIT))
+                if received <= offset:
+                    return  # landed whole, and its length was not known before
+                data = partial.read_at(min(CHUNK, received - offset), offset)
+                if not data:
+                    raise LocalFailure(OSError(errno.EIO, "the partial was cut"))
+            except (LocalFailure, OSError):
+                yield from self._beyond(partial, offset, stop)
+                return
             offset += len(data)
             yield data
+
+    def _beyond(self, partial: Partial, offset: int, stop: int) -> Iterator[bytes]:
+        """The disk failed: this client goes on from its own offset, straight from the origin."""
+        response = self._rest(partial.head, partial.length, offset)
+        with contextlib.closing(response):
+            while offset < stop:
+                data = response.read(min(CHUNK, stop - offset))
+                if not data:
+                    return
+                offset += len(data)
+                yield data
 
     def close(self) -> None:
         """Let go of the partial."""
@@ -2056,17 +2386,71 @@ class Tee:
     The last promised bytes are held back until the body has landed (invariant 3).
     """
 
-    def __init__(self, partial: Partial, flight: Flight, length: int | None) -> None:
+    def __init__(self, partial: Partial, flight: Flight) -> None:
         self._partial = partial
         self._flight = flight
-        self._length = length
 
     def write(self, data: bytes) -> int:
-        """Store, then tell."""
-        self._partial.write(data)
-        if self._partial.size != self._length:
+        """Store, then tell; LocalFailure."""
+        try:
+            self._partial.write(data)
+        except OSError as error:
+            raise LocalFailure(error) from error
+        if self._partial.size != self._partial.length:
             self._flight.advance(self._partial.size)
         return len(data)
+
+
+def _place(target: Target) -> tuple[str, str, int]:
+    return target.scheme, target.host, target.port
+
+
+class Troubles:
+    """What went wrong a short while ago, so that nobody waits for it, or reads of it, again and again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _origins and _disk
+        self._origins: dict[tuple[str, str, int], tuple[float, str]] = {}
+        self._disk: int | None = None  # the error number that was complained about
+
+    def origin(self, target: Target) -> str | None:
+        """Why an origin is not to be waited for now; None if it is."""
+        with self._lock:
+            until, reason = self._origins.get(_place(target), (0.0, ""))
+        return reason if time.monotonic() < until else None
+
+    def origin_failed(self, target: Target, reason: str) -> None:
+        """An origin could not be asked."""
+        now = time.monotonic()
+        with self._lock:
+            for place in [place for place, (until, _) in self._origins.items() if until <= now]:
+                del self._origins[place]
+            self._origins[_place(target)] = (now + TROUBLE, reason)
+        log.warning("%s For %d s, what is stored is served stale.", reason, TROUBLE)
+
+    def origin_answered(self, target: Target) -> None:
+        """An origin is well again."""
+        with self._lock:
+            self._origins.pop(_place(target), None)
+
+    def disk_failed(self, failure: LocalFailure) -> str:
+        """Complain, once for each kind of failure, and tell the reason for Cache-Status."""
+        if failure.code == errno.EAGAIN:
+            return "another instance is storing it"
+        with self._lock:
+            known, self._disk = self._disk == failure.code, failure.code
+        remedy = {errno.ENOSPC: " Free some space.", errno.EACCES: " Let this user write the cache root.",
+                  errno.EROFS: " Mount the cache root for writing."}.get(failure.code or 0, "")
+        log.log(logging.DEBUG if known else logging.WARNING,
+                "Nothing can be stored: %s. Requests are passed on all the same.%s", failure, remedy)
+        return "not stored: %s" % failure
+
+    def disk_works(self) -> None:
+        """Something was stored."""
+        with self._lock:
+            again, self._disk = self._disk is not None, None
+        if again:
+            log.warning("The cache can be written again.")
 
 
 def from_store(request: Request, stored: Stored, status: CacheStatus, now: float) -> Reply:
@@ -2075,17 +2459,17 @@ def from_store(request: Request, stored: Stored, status: CacheStatus, now: float
     fields += (("Accept-Ranges", "bytes"), ("Age", str(current_age(stored.head, now))))
     head = dataclasses.replace(stored.head, fields=fields)
     selection = select_response(request, head, stored.head.size, secrets.token_hex(12))
-    return Reply(selection.head, FileBody(stored, selection), status, counted=True)
+    return Reply(selection.head, FileBody(stored, selection), status, True, selection.overhead)
 
 
-def from_partial(request: Request, head: Head, partial: Partial, length: int | None, flight: Flight,
-                 status: CacheStatus) -> Reply:
+def from_partial(request: Request, head: Head, flight: Flight, partial: Partial, status: CacheStatus,
+                 rest: Callable[[Head, int | None, int], Response]) -> Reply:
     """A reply from a partial (acquired) while it grows, with ``head`` as its own."""
     fields = without(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
-    selection = select_response(request, dataclasses.replace(head, fields=fields), length,
+    selection = select_response(request, dataclasses.replace(head, fields=fields), partial.length,
                                 secrets.token_hex(12))
-    counted = status.outcome is Outcome.COLLAPSED
-    return Reply(selection.head, TrailBody(flight, partial, selection), status, counted)
+    body = TrailBody(flight, partial, selection, rest)
+    return Reply(selection.head, body, status, status.outcome is Outcome.COLLAPSED, selection.overhead)
 
 
 def from_origin(request: Request, response: Response, decision: Decision, detail: str = "") -> Reply:
@@ -2096,63 +2480,104 @@ def from_origin(request: Request, response: Response, decision: Decision, detail
     return Reply(head, LiveBody(response, request.method == "HEAD"), status)
 
 
+def whole_forward(request: Request, decision: Decision, config: Config,
+                  patience: float = ORIGIN_TIMEOUT) -> Forward:
+    """The request for a whole representation that may be stored, whatever part the client asked for."""
+    fields = forward_fields(request, config, identity=True)
+    return Forward("GET", request.target, fields, follow=decision.policy.redirects, patience=patience)
+
+
+def rest_fetcher(origin: Origin, request: Request, decision: Decision,
+                 config: Config) -> Callable[[Head, int | None, int], Response]:
+    """How a client gets the rest of a representation that the disk did not take."""
+    return functools.partial(origin.fetch_rest, whole_forward(request, decision, config))
+
+
 class Leader:
     """Makes the fetches that others may share.  For the caller: lead, which returns how the flight
     ended, or None where a thread is still filling and will end it."""
 
-    def __init__(self, store: Store, barrier: Barrier, origin: Origin) -> None:
+    def __init__(self, store: Store, barrier: Barrier, origin: Origin,
+                 updated: Callable[[str], None]) -> None:
         self._store = store
         self._barrier = barrier
         self._origin = origin
+        self._updated = updated  # told of the cache key of which a new generation has been stored
+        self.troubles = Troubles()
 
     def lead(self, request: Request, flight: Flight, config: Config) -> tuple[Reply, Landing | None]:
         """The leader's own reply to a GET or HEAD; Failure where the origin has none."""
         stored = self._store.lookup(request.key)  # invariant 4
         decision = decide(request, stored.head if stored else None, config, time.time())
         if stored is None:
-            return self._ask(request, decision, flight, config)
+            response = self._fetch(whole_forward(request, decision, config))
+            return self._take(request, response, decision, flight, config)
         if decision.action is Action.SERVE:
             status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
-            return from_store(request, stored, status, time.time()), Landing.STORED
+            return from_store(request, stored, status, time.time()), Landing.AGAIN
         try:
             return self._validate(request, decision, flight, stored, config)
         except BaseException:
             stored.close()
             raise
 
-    def _ask(self, request: Request, decision: Decision, flight: Flight,
-             config: Config) -> tuple[Reply, Landing | None]:
-        response = self._fetch(request, decision, config)
-        return self._take(request, response, decision, flight, config)
-
-    def _fetch(self, request: Request, decision: Decision, config: Config,
-               conditions: Fields = ()) -> Response:
-        fields = forward_fields(request, config, identity=True) + conditions
-        follow = decision.name_class is not NameClass.OTHER
-        return self._origin.fetch("GET", request.target, fields, follow=follow)
+    def _fetch(self, forward: Forward) -> Response:
+        """Ask for a whole representation; what is no answer to that is a failure of the origin."""
+        response = self._origin.fetch(forward)
+        conditional = any(name.startswith("If-") for name, _ in forward.fields)
+        if response.head.status in (206, 416) or response.head.status == 304 and not conditional:
+            response.close()
+            raise OriginFailure("%s answered %d to a plain request." % (
+                forward.target.authority, response.head.status))
+        self.troubles.origin_answered(forward.target)
+        return response
 
     def _validate(self, request: Request, decision: Decision, flight: Flight, stored: Stored,
                   config: Config) -> tuple[Reply, Landing | None]:
-        """Ask whether a stored response is still right (RFC 9111 §4.3)."""
-        usable = decision.forward != "vary-miss"
-        conditions = validators(stored.head) if usable and stored.described else ()
-        spare = usable and may_be_stale(decision.name_class, stored.head)
+        """Ask whether a stored response is still right (RFC 9111 §4.3); stale beats nothing."""
+        spare = may_be_stale(decision, stored.head)
+        trouble = self.troubles.origin(request.target) if spare else None
+        if trouble:
+            return self._stale(request, decision, stored, trouble)
         try:
-            response = self._fetch(request, decision, config, conditions)
+            answer = self._ask_again(request, decision, stored, config, spare)
         except OriginFailure as error:
-            if spare:
-                return self._stale(request, decision, stored, str(error))
-            raise
-        if response.head.status in UNAVAILABLE and spare:
-            response.close()
-            return self._stale(request, decision, stored, "the origin says %d" % response.head.status)
-        if response.head.status == 304 and conditions:
+            if not spare:
+                raise
+            self.troubles.origin_failed(request.target, str(error))
+            return self._stale(request, decision, stored, str(error))
+        if isinstance(answer, Head):
+            return self._confirmed(request, decision, stored, answer)
+        stored.close()
+        return self._take(request, answer, decision, flight, config)
+
+    def _ask_again(self, request: Request, decision: Decision, stored: Stored, config: Config,
+                   spare: bool) -> Head | Response:
+        """A head that confirms what is stored, or the response to store instead; OriginFailure."""
+        forward = whole_forward(request, decision, config, VALIDATE_WAIT if spare else ORIGIN_TIMEOUT)
+        if not stored.described:
+            adopted = self._adopt(forward, stored)
+            return adopted or self._fetch(forward)
+        conditions = validators(stored.head) if decision.forward != "vary-miss" else ()
+        response = self._fetch(dataclasses.replace(forward, fields=forward.fields + conditions))
+        if response.head.status == 304:
             response.close()
             if confirms(stored.head, response.head):
-                return self._confirmed(request, decision, stored, response.head)
-            response = self._fetch(request, decision, config)
-        stored.close()
-        return self._take(request, response, decision, flight, config)
+                return response.head
+            response = self._fetch(forward)
+        if response.head.status in UNAVAILABLE and spare:
+            response.close()
+            raise OriginFailure("%s answers %d." % (request.target.authority, response.head.status))
+        return response
+
+    def _adopt(self, forward: Forward, stored: Stored) -> Head | None:
+        """The origin's head for a body that has none, if by size and date it is the same file."""
+        response = self._origin.fetch(dataclasses.replace(forward, method="HEAD"))
+        response.close()
+        head, size = response.head, content_length(response.head.fields)
+        modified = parse_date(value(head.fields, "Last-Modified"))
+        same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
+        return head if head.status == 200 and same else None
 
     def _confirmed(self, request: Request, decision: Decision, stored: Stored,
                    answer: Head) -> tuple[Reply, Landing | None]:
@@ -2164,13 +2589,20 @@ class Leader:
 
     def _stale(self, request: Request, decision: Decision, stored: Stored,
                reason: str) -> tuple[Reply, Landing | None]:
-        log.warning("%s is served stale: %s", request.key, reason)
         status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
         return from_store(request, stored, status, time.time()), Landing.STALE
 
     def _take(self, request: Request, response: Response, decision: Decision, flight: Flight,
               config: Config) -> tuple[Reply, Landing | None]:
         """Store an answer while it goes to the client, or relay it where it can't be stored."""
+        try:
+            return self._store_or_relay(request, response, decision, flight, config)
+        except BaseException:
+            response.close()
+            raise
+
+    def _store_or_relay(self, request: Request, response: Response, decision: Decision, flight: Flight,
+                        config: Config) -> tuple[Reply, Landing | None]:
         live = response.head
         reason = not_storable(dataclasses.replace(request, method="GET"), live, config)
         reason = reason or ("" if response.proven else "no declared length")
@@ -2179,43 +2611,50 @@ class Leader:
         try:
             if not reason:
                 partial = self._store.receive(head, response.length)
-                return self._begin(request, response, partial, decision, flight), None
-        except LocalFailure as error:
-            log.warning("%s; it is passed on all the same", error)
-            reason = "local failure"
+                return self._begin(request, response, partial, decision, flight, config), None
+        except LocalFailure as failure:
+            reason = self.troubles.disk_failed(failure)
         return from_origin(request, response, decision, reason), Landing.ALONE
 
     def _begin(self, request: Request, response: Response, partial: Partial, decision: Decision,
-               flight: Flight) -> Reply:
+               flight: Flight, config: Config) -> Reply:
         """Start the thread that fills a partial, and reply from it like any follower."""
         partial.acquire()
         outcome = Outcome.UPDATED if decision.action is Action.VALIDATE else Outcome.MISS
         status = CacheStatus(outcome, decision.forward, response.head.status, stored=True)
         # What the others won't get: Set-Cookie.
         live = dataclasses.replace(partial.head, fields=end_to_end(response.head.fields))
-        reply = from_partial(request, live, partial, response.length, flight, status)
-        filler = threading.Thread(target=self._fill, args=(response, partial, flight), daemon=True)
+        rest = rest_fetcher(self._origin, request, decision, config)
+        reply = from_partial(request, live, flight, partial, status, rest)
+        filler = threading.Thread(target=self._fill, args=(response, partial, flight, outcome), daemon=True)
         try:
             filler.start()
         except RuntimeError as error:
             reply.body.close()
             partial.discard()
             partial.release()
-            raise LocalFailure("cannot store %s: %s" % (request.key, error)) from None
-        flight.publish(partial, response.length)
+            raise LocalFailure(OSError(errno.ENOMEM, str(error))) from None
+        flight.publish(partial)
         return reply
 
-    def _fill(self, response: Response, partial: Partial, flight: Flight) -> None:
+    def _fill(self, response: Response, partial: Partial, flight: Flight, outcome: Outcome) -> None:
         """Download into a partial, the only writer of one.  Land, then tell (invariant 3)."""
-        landing, failure = Landing.FAILED, None
+        landing = Landing.FAILED
+        failure: Exception | None = None
         try:
-            shutil.copyfileobj(response, Tee(partial, flight, response.length), CHUNK)
+            shutil.copyfileobj(response, Tee(partial, flight), CHUNK)
             landing = Landing.WHOLE
-            partial.commit()
-            landing = Landing.STORED
+            if flight.complete():
+                partial.commit()
+                landing = Landing.STORED
+                self.troubles.disk_works()
+            else:
+                partial.discard()
         except LocalFailure as error:
-            log.warning("%s; it was passed on all the same", error)
-        except (OriginFailure, OSError) as error:
+            self.troubles.disk_failed(error)
+            landing, failure = Landing.WHOLE if landing is Landing.WHOLE else Landing.ALONE, error
+            partial.discard()
+        except OriginFailure as error:
             log.warning("%s was not stored: %s", partial.head.key, error)
             failure = error
             partial.discard()
@@ -2224,6 +2663,8 @@ class Leader:
             flight.end(landing, failure, partial.size)
             partial.release()
             response.close()
+        if landing is Landing.STORED and outcome is Outcome.UPDATED:
+            self._updated(partial.head.key)
 
 
 class Proxy:
@@ -2235,7 +2676,8 @@ class Proxy:
         self._store = store
         self._barrier = Barrier()
         self._origin = Origin(self.counters.add_down)
-        self._leader = Leader(store, self._barrier, self._origin)
+        self._leader = Leader(store, self._barrier, self._origin, self._refresh_companions)
+        self._refreshers = threading.BoundedSemaphore(MAX_REFRESHERS)
 
     def respond(self, request: Request) -> Reply:
         """The reply to a request; Failure where there is none to be had."""
@@ -2245,6 +2687,8 @@ class Proxy:
         stored = self._store.lookup(request.key)
         decision = decide(request, stored.head if stored else None, config, time.time())
         if decision.action is Action.SERVE and stored is not None:
+            if decision.refresh:
+                self._refresh(request.key)
             return from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl), time.time())
         _close(stored)
         if decision.action is Action.REFUSE:
@@ -2265,25 +2709,25 @@ class Proxy:
     def _pass(self, request: Request, decision: Decision, config: Config, detail: str = "") -> Reply:
         """Ask the origin for this client alone; a method that changes things invalidates (RFC 9111 §4.4)."""
         fields = forward_fields(request, config, identity=False)
-        follow = (decision.forward not in ("bypass", "method")
-                  and decision.name_class is not NameClass.OTHER)
-        response = self._origin.fetch(request.method, request.target, fields, request.body, request.length,
-                                      follow)
-        if request.method not in ("GET", "HEAD", "OPTIONS", "TRACE") and response.head.status < 400:
-            self._store.forget(request.key)
+        follow = decision.forward not in ("bypass", "method") and decision.policy.redirects
+        response = self._origin.fetch(Forward(request.method, request.target, fields, request.body,
+                                              request.length, follow))
+        for key in invalidated_keys(request, response.head):
+            self._store.forget(key)
+            self._barrier.spoil(key)
         return from_origin(request, response, decision, detail)
 
     def _join(self, request: Request, decision: Decision, config: Config) -> Reply:
         flight, leader = self._barrier.join(request.key)
         if not leader:
             return self._follow(request, decision, flight, config)
-        landing: Landing | None = Landing.FAILED
+        landing: Landing | None = Landing.ALONE
         failure: Exception | None = None
         try:
             reply, landing = self._leader.lead(request, flight, config)
             return reply
         except Failure as error:
-            failure = error
+            landing, failure = Landing.FAILED, error
             raise
         finally:
             if landing is not None:
@@ -2292,17 +2736,52 @@ class Proxy:
 
     def _follow(self, request: Request, decision: Decision, flight: Flight, config: Config) -> Reply:
         """Share another client's fetch; go alone where it can't be shared (invariant 10)."""
-        partial, length, landing = flight.wait_for_head(HEAD_WAIT)
+        partial, landing = flight.wait_for_head(HEAD_WAIT)
         if partial is not None:
             if selecting_fields(request, partial.head) == partial.head.vary:
                 status = CacheStatus(Outcome.COLLAPSED, decision.forward)
-                return from_partial(request, partial.head, partial, length, flight, status)
+                rest = rest_fetcher(self._origin, request, decision, config)
+                return from_partial(request, partial.head, flight, partial, status, rest)
             partial.release()
+        elif landing is Landing.AGAIN:
+            return self.respond(request)
         stored = self._store.lookup(request.key) if landing in (Landing.STORED, Landing.STALE) else None
-        if stored is None:
+        if stored is None or selecting_fields(request, stored.head) != stored.head.vary:
+            _close(stored)
             return self._pass(request, decision, config, "not collapsed")
         outcome = Outcome.STALE if landing is Landing.STALE else Outcome.COLLAPSED
         return from_store(request, stored, CacheStatus(outcome, decision.forward), time.time())
+
+    # Validations that no client waits for
+
+    def _refresh(self, key: str) -> None:
+        """Validate a stored response in the background; not at all where there is too much of that."""
+        if self._barrier.flying(key) or not self._refreshers.acquire(blocking=False):
+            return
+        try:
+            threading.Thread(target=self._refresh_now, args=(key,), daemon=True).start()
+        except RuntimeError:
+            self._refreshers.release()
+
+    def _refresh_now(self, key: str) -> None:
+        target = parse_target(key)
+        fields = (("Host", target.authority), ("Cache-Control", "no-cache"))
+        request = Request("GET", key, target, fields, received=time.time(), key=key)
+        try:
+            self.respond(request).body.close()
+        except Failure as failure:
+            log.debug("%s was not validated: %s", key, failure)
+        finally:
+            self._refreshers.release()
+
+    def _refresh_companions(self, key: str) -> None:
+        """A new generation of an index is here: let its stored signatures be of the same."""
+        if classify(key) is NameClass.INDEX:
+            for other in companions(key):
+                stored = self._store.lookup(other)
+                if stored is not None:
+                    stored.close()
+                    self._refresh(other)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2339,70 +2818,48 @@ def own_page(path: str, authority: str, snapshot: Callable[[], dict[str, Any]]) 
 # ---------------------------------------------------------------------------------------------
 
 
-class LengthBody:
-    """A request's body of a declared length."""
+class RequestBody:
+    """A request's body: ``length`` bytes, or chunked where that is None."""
 
-    def __init__(self, file: io.BufferedIOBase, length: int) -> None:
+    def __init__(self, file: io.BufferedIOBase, length: int | None) -> None:
         self._file = file
-        self.left = length
+        self._left = length or 0
+        self._chunks = ChunkReader(file) if length is None else None
 
-    def read(self, size: int = -1, /) -> bytes:
-        """Up to ``size`` bytes as they come; BadRequest where the client stops early."""
-        data = self._file.read1(min(self.left, CHUNK if size < 0 else size)) if self.left else b""
-        if self.left and not data:
-            raise BadRequest("The body ended %d bytes early." % self.left)
-        self.left -= len(data)
-        return data
+    @property
+    def unread(self) -> bool:
+        """Whether there is more to come."""
+        return not self._chunks.ended if self._chunks else self._left > 0
 
-
-class ChunkedBody:
-    """A chunked request body (RFC 9112 §7.1); trailers are dropped."""
-
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        self._file = file
-        self._chunk: LengthBody | None = None
-        self.left = 1  # 0 after the last chunk
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Up to ``size`` bytes of one chunk, b"" after the last; BadRequest where framing breaks."""
-        if self._chunk is None and self.left:
-            self._next()
-        if self._chunk is None:
-            return b""
-        data = self._chunk.read(size)
-        if not self._chunk.left:
-            self._chunk = None
-            if self._file.readline(3) != b"\r\n":
-                raise BadRequest("A chunk does not end where it says.")
-        return data
-
-    def _next(self) -> None:
-        match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n", self._file.readline(MAX_LINE))
-        if not match:
-            raise BadRequest("A chunk's size is not clear.")
-        if int(match[1], 16):
-            self._chunk = LengthBody(self._file, int(match[1], 16))
-            return
-        self.left = 0
+    def read(self, size: int = CHUNK, /) -> bytes:
+        """Up to ``size`` bytes as they come; BadRequest where the client stops early, or for too long."""
         try:
-            read_lines(self._file)
-        except ValueError as error:
-            raise BadRequest("The trailers are not clear: %s." % error) from None
+            if self._chunks:
+                return self._chunks.read(size)
+            data = self._file.read1(min(self._left, size)) if self._left else b""
+        except (socket.timeout, TimeoutError):
+            raise BadRequest("The body did not come within %d s." % CLIENT_TIMEOUT, 408) from None
+        except (OSError, ValueError) as error:
+            raise BadRequest("The body's framing is not clear: %s." % error) from None
+        if self._left and not data:
+            raise BadRequest("The body ended %d bytes early." % self._left)
+        self._left -= len(data)
+        return data
 
 
 class ContinueBody:
     """A body that its client sends only when told to (RFC 9110 §10.1.1)."""
 
-    def __init__(self, body: LengthBody | ChunkedBody, connection: socket.socket) -> None:
+    def __init__(self, body: RequestBody, connection: socket.socket) -> None:
         self._body = body
         self._connection: socket.socket | None = connection
 
     @property
-    def left(self) -> int:
-        """Bytes to come, or for a chunked body whether there are any."""
-        return self._body.left
+    def unread(self) -> bool:
+        """Whether there is more to come."""
+        return self._body.unread
 
-    def read(self, size: int = -1, /) -> bytes:
+    def read(self, size: int = CHUNK, /) -> bytes:
         """Ask for the body before its first byte."""
         if self._connection is not None:
             self._connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -2415,7 +2872,7 @@ def read_slice(part: Slice) -> bytes:
     part.file.seek(part.start)
     data = part.file.read(part.stop - part.start) or b""
     if len(data) != part.stop - part.start:
-        raise OSError(errno.EIO, "the stored body was cut")
+        raise ConnectionAbortedError(errno.EIO, "the stored body was cut")
     return data
 
 
@@ -2431,63 +2888,84 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     server: ProxyServer
     timeout = CLIENT_TIMEOUT
     disable_nagle_algorithm = True  # with it, a head and a body sent apart cost 40 ms each
-    rbufsize = 64 * 1024
+
+    def setup(self) -> None:
+        """Prepare the connection."""
+        super().setup()
+        self.rfile.close()
+        self._timed = TimedFile(self.connection, CLIENT_TIMEOUT)
+        self.rfile = self._head = io.BufferedReader(self._timed, 64 * 1024)
+        self._line = ""  # the current request's first
+        self._sent = 0  # body bytes of the current reply that have left
+        self._began = False  # whether a byte of the current reply has left
 
     def handle(self) -> None:
         """Answer requests until the connection closes (RFC 9112 §9.3)."""
-        self._sent = 0  # body bytes of the current reply
-        self.began = False  # whether a byte of the current reply has left
         with contextlib.suppress(ConnectionError, socket.timeout, TimeoutError):
             while self._answer_one():
                 pass
 
     def _answer_one(self) -> bool:
         """One request and its reply; whether the connection stays open."""
-        request: Request | None = None
+        self._line, self._sent, self._began = "?", 0, False
         try:
             request = self._read_request()
-            if request is None:
-                return False
-            with self.server.replying():
-                return self._answer(request)
         except Failure as failure:
-            return self._refuse(request, failure)
+            method, _, uri = self._line.partition(" ")
+            request = Request(method, uri.rpartition(" ")[0] or uri, Target("", "", 0, "/"), (),
+                              client=plain_address(self.client_address[0]))
+            return self._answer(request, failure_reply(failure), close=True)
+        if request is None:
+            return False
+        with self.server.replying():
+            return self._answer(request, self._reply_to(request))
 
-    def _answer(self, request: Request) -> bool:
-        started, self._sent, self.began = time.monotonic(), 0, False
+    def _reply_to(self, request: Request) -> Reply:
+        """The server's reply; an error where there is none.  The one place where a bug becomes a 500."""
         try:
-            reply = self.server.reply_to(request)
+            return self.server.reply_to(request)
         except Failure as failure:
-            reply = failure_reply(failure)
+            return failure_reply(failure)
+        except Exception:
+            log.exception("%s %s failed: this is a bug", request.method, printable(request.uri))
+            return failure_reply(Failure("This proxy failed; its log says how.", 500))
+
+    def _answer(self, request: Request, reply: Reply, close: bool = False) -> bool:
+        """Send a reply, or, if that fails before its first byte, an error; then note it."""
+        started, whole, open_after = request.received or time.time(), False, False
         try:
-            return self._send(request, reply)
-        except Failure as failure:
-            if self.began:
-                return False  # the only honest error is closing the connection (invariant 7)
-            reply.body.close()
-            reply = failure_reply(failure)
-            return self._send(request, reply)
+            try:
+                open_after = self._send(request, reply, close)
+            except Failure as failure:
+                if self._began:
+                    return False  # the only honest error is closing the connection (invariant 7)
+                reply.body.close()
+                reply = failure_reply(failure)
+                open_after = self._send(request, reply, close)
+            whole = True
+            if not open_after:
+                self._linger()
+            return open_after
         finally:
             reply.body.close()
-            self.server.note(request, reply, self._sent, time.monotonic() - started)
+            self.server.note(request, reply, self._sent, time.time() - started, whole)
 
-    def _refuse(self, request: Request | None, failure: Failure) -> bool:
-        reply = failure_reply(failure)
-        request = request or Request("GET", "?", Target("", "", 0, "/"), (), client=self.client_address[0])
-        self._sent = 0
+    def _linger(self) -> None:
+        """Unread bytes would turn our close into a reset, which may overtake the answer."""
         with contextlib.suppress(OSError):
-            self._send(request, reply, close=True)
-            # Unread bytes would turn our close into a reset, which may overtake the answer.
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(1.0)
-            self.rfile.read1(MAX_HEAD)
-        self.server.note(request, reply, self._sent, 0.0)
-        return False
+            self._timed.set_deadline(LINGER)
+            while self.rfile.read1(CHUNK):
+                pass
 
     # Reading
 
     def _read_request(self) -> Request | None:
         """The next request; None where the client has gone or is idle; BadRequest."""
+        self._timed.set_deadline(IDLE_TIMEOUT)
+        if not self._head.peek(1):
+            return None
+        self._timed.set_deadline(REQUEST_WAIT)
         try:
             lines = read_lines(self.rfile)
             if lines == [""]:  # an empty line before the request line (RFC 9112 §2.2)
@@ -2495,32 +2973,28 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             status = 431 if "more than" in str(error) else 414 if "longer" in str(error) else 400
             raise BadRequest("The head is not clear: %s." % error, status) from None
+        except (socket.timeout, TimeoutError):
+            raise BadRequest("The head did not come within %d s." % REQUEST_WAIT, 408) from None
+        self._timed.set_deadline(None)
         if not lines:
             return None
-        method, uri, version = parse_request_line(lines[0])
-        try:
-            fields = parse_fields(lines[1:])
-        except ValueError as error:
-            status = 431 if "more than" in str(error) else 400
-            raise BadRequest("A field is not clear: %s." % error, status) from None
-        length = request_framing(version, fields)
-        target = request_target(method, uri, version, fields)
-        return Request(method, uri, target or Target("", "", 0, uri), fields, version,
-                       self._body(length, fields), length, self.client_address[0], time.time(),
-                       cache_key(target) if target else "", own=target is None)
-
-    def _body(self, length: int | None, fields: Fields) -> Readable | None:
-        if length == 0:
-            return None
-        body = ChunkedBody(self.rfile) if length is None else LengthBody(self.rfile, length)
-        return ContinueBody(body, self.connection) if members(fields, "Expect") == ["100-continue"] else body
+        self._line = lines[0][:200]
+        request = parse_request(lines)
+        body: RequestBody | ContinueBody | None = None
+        if request.length != 0:
+            body = RequestBody(self.rfile, request.length)
+            if members(request.fields, "Expect") == ["100-continue"]:
+                body = ContinueBody(body, self.connection)
+        return dataclasses.replace(
+            request, body=body, received=time.time(), client=plain_address(self.client_address[0]),
+            local=plain_address(self.connection.getsockname()[0]))
 
     # Writing
 
-    def _send(self, request: Request, reply: Reply, close: bool = False) -> bool:
-        """Send a reply; whether the connection stays open.  Failure only before the first byte."""
+    def _send(self, request: Request, reply: Reply, close: bool) -> bool:
+        """Send a reply; whether the connection stays open.  Failure where the body can't be completed."""
         framing = reply_framing(request, reply.head, reply.body.length)
-        unread = bool(getattr(request.body, "left", 0))
+        unread = getattr(request.body, "unread", False)
         close = close or unread or framing is Framing.CLOSE or not wants_open(request)
         head = sent_head(reply, request, framing, close, self.server.proxy.config, time.time())
         if request.method == "HEAD" or framing is Framing.NONE:
@@ -2529,7 +3003,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         try:
             self._write_body(head, reply.body, framing)
         except Exception:
-            if framing is Framing.CLOSE and self.began:
+            if framing is Framing.CLOSE and self._began:
                 # A plain close would pass for the end (invariant 7): reset the connection.
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.rfile.close()
@@ -2539,37 +3013,39 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _write_body(self, head: bytes, body: Body, framing: Framing) -> None:
         """Head and first bytes leave in one segment where the body is small."""
-        waiting = head
+        waiting, count = head, 0
         for part in body.parts():
             if isinstance(part, Slice) and part.stop - part.start > SMALL:
-                self._write(waiting)
-                waiting = b""
+                self._write(waiting, count)
+                waiting, count = b"", 0
                 self._send_file(part)
                 continue
             data = read_slice(part) if isinstance(part, Slice) else part
             waiting += b"%x\r\n%s\r\n" % (len(data), data) if framing is Framing.CHUNKED and data else data
-            self._sent += len(data)
+            count += len(data)
             if len(waiting) > SMALL or isinstance(body, (TrailBody, LiveBody)):
-                self._write(waiting)
-                waiting = b""
-        self._write(waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""))
+                self._write(waiting, count)
+                waiting, count = b"", 0
+        self._write(waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
 
-    def _write(self, data: bytes) -> None:
-        """sendall counts its time-out over all bytes; a slow client deserves it for each step."""
+    def _write(self, data: bytes, count: int = 0) -> None:
+        """Send bytes, ``count`` of them the body's.  sendall counts its time-out over all bytes; a slow
+        client deserves it for each step."""
         left = memoryview(data)
         while left:
             left = left[self.connection.send(left):]
-            self.began = True
+            self._began = True
+        self._sent += count
 
     def _send_file(self, part: Slice) -> None:
         """Let the kernel send it; OSError where the file has become shorter."""
-        self.began = True
+        self._began = True
         try:
             count = self.connection.sendfile(part.file, part.start, part.stop - part.start)
         finally:
             self._sent += max(0, part.file.tell() - part.start)
         if count != part.stop - part.start:
-            raise OSError(errno.EIO, "the stored body was cut")
+            raise ConnectionAbortedError(errno.EIO, "the stored body was cut")
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """http.server's own log lines: the server's note() has said it all."""
@@ -2629,7 +3105,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def reply_to(self, request: Request) -> Reply:
         """Our own page, or the proxy's reply; Failure."""
         config = self.proxy.config
-        if not may_come_in(request.client, config.allow):
+        if request.client != request.local and not may_come_in(request.client, config.allow):
             raise Failure("%s may not use this proxy; its operator can add --allow." % request.client, 403)
         if not request.own:
             return self.proxy.respond(request)
@@ -2648,16 +3124,17 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """The counters, with the command line as Go's expvar has it."""
         return {"cmdline": sys.argv, **self.proxy.counters.snapshot()}
 
-    def note(self, request: Request, reply: Reply, sent: int, took: float) -> None:
+    def note(self, request: Request, reply: Reply, sent: int, took: float, whole: bool) -> None:
         """Count and log one answer."""
         outcome = reply.cache_status.outcome
         self.proxy.counters.add(outcome)
         if reply.counted and reply.head.status in (200, 206):
-            self.proxy.counters.add_cache(sent)
+            self.proxy.counters.add_cache(max(0, sent - reply.overhead))
         detail = reply.cache_status.detail
-        log.info("[%3d] %s %s %s %d %d bytes %.3f s %s%s", next(self._ids), request.client, request.method,
-                 printable(request.uri), reply.head.status, sent, took, outcome.value,
-                 " (%s)" % printable(detail) if detail else "")
+        log.info("[%3d] %s %s %s %d %d bytes %.3f s %s%s%s", next(self._ids), request.client,
+                 printable(request.method), printable(request.uri), reply.head.status, sent, max(0.0, took),
+                 outcome.value, " (%s)" % printable(detail) if detail else "",
+                 "" if whole else ", broken off")
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """A bug, or no thread for a connection: say so, go on."""
@@ -2675,9 +3152,9 @@ OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("-a", "--addr"), {"action": "append", "metavar": "ADDR",
                         "help": "listen here: :9999, 192.168.0.1:9999, [::1]:9999; may be repeated "
                                 "(default: %s)" % DEFAULTS.addrs[0]}),
-    (("-r", "--root"), {"metavar": "DIR", "default": DEFAULTS.root,
+    (("-r", "--root"), {"metavar": "DIR",
                         "help": "cache root, made if missing (default: the current folder)"}),
-    (("-f", "--filters"), {"metavar": "FILE", "default": DEFAULTS.filters_file,
+    (("-f", "--filters"), {"metavar": "FILE",
                            "help": "regular expressions, one a line; a request URI in which one is found is "
                                    "never cached"}),
     (("--allow",), {"action": "append", "metavar": "NET",
@@ -2721,6 +3198,8 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
     for flags, words in OPTIONS:
         parser.add_argument(*flags, **words)
     options = parser.parse_args(arguments)
+    if options.root == "" or options.filters == "":
+        parser.error("-r and -f want a name, not nothing")
     addrs, allow = tuple(options.addr or DEFAULTS.addrs), tuple(options.allow or DEFAULTS.allow)
     try:
         for addr in addrs:
@@ -2736,7 +3215,7 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
 
 def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
     """Read a filters file; OSError or UnicodeDecodeError.  Bad lines are reported and skipped."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         filters, complaints = parse_filters(file.read())
     for complaint in complaints:
         log.warning("%s: %s", path, complaint)
@@ -2744,15 +3223,17 @@ def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
     return tuple(filters)
 
 
-def open_root(root: str) -> Store:
+def open_root(root: str | None) -> Store:
     """The store below ``root``, made if it is missing; Unusable where it is no folder to read."""
-    store = Store(root)
+    store = Store(root or ".", trust_bare=root is not None)
     try:
         make_folder(store.root)
         hosts = store.found()
     except OSError as error:
-        raise Unusable("The cache root %s cannot be used: %s." % (store.root, error.strerror)) from None
-    log.info("Cache root at %s (%s)", store.root, "%d hosts" % len(hosts) if hosts else "empty")
+        raise Unusable("The cache root %s cannot be used: %s. Name another folder with -r." % (
+            store.root, error.strerror)) from None
+    found = "holds %d host%s" % (len(hosts), "s" if len(hosts) > 1 else "") if hosts else "nothing stored yet"
+    log.info("Cache root at %s (%s)", store.root, found)
     if not os.access(store.root, os.W_OK):
         log.warning("The cache root cannot be written: requests are passed on, nothing is kept")
     return store
@@ -2769,7 +3250,7 @@ def open_servers(config: Config, proxy: Proxy) -> list[ProxyServer]:
             for server in servers:
                 server.server_close()
             reason = getattr(error, "strerror", None) or error
-            raise Unusable("Cannot listen on %s: %s." % (addr, reason)) from None
+            raise Unusable("Cannot listen on %s: %s. Name another with -a." % (addr, reason)) from None
         log.info("Starting proxy server at %s", servers[-1].authority)
     return servers
 
@@ -2781,7 +3262,8 @@ def reload_filters(proxy: Proxy) -> None:
         try:
             proxy.config = dataclasses.replace(config, filters=load_filters(config.filters_file))
         except (OSError, UnicodeDecodeError) as error:
-            log.error("%s cannot be read, the old filters stay: %s", config.filters_file, error)
+            log.error("The filters file %s cannot be read: %s; the old filters stay", config.filters_file,
+                      getattr(error, "strerror", None) or error)
 
 
 def heed_signals(proxy: Proxy) -> threading.Event:
@@ -2826,10 +3308,18 @@ def run(config: Config) -> None:
     serve(open_servers(config, proxy), proxy, stop)
 
 
+def is_journal(stream: str) -> bool:
+    """Whether stderr is the journal that systemd names in $JOURNAL_STREAM, which stamps the time itself."""
+    with contextlib.suppress(OSError, ValueError):
+        info = os.fstat(2)
+        return stream == "%d:%d" % (info.st_dev, info.st_ino)
+    return False
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     config, level = parse_options(sys.argv[1:] if arguments is None else arguments)
-    stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
+    stamp = "" if is_journal(os.environ.get("JOURNAL_STREAM", "")) else "%(asctime)s "
     logging.raiseExceptions = False  # a full log device harms nothing
     logging.basicConfig(level=level, format=stamp + "%(message)s", datefmt="%Y/%m/%d %H:%M:%S")
     try:
