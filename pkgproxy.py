@@ -125,9 +125,10 @@ SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
 CONNECT_TIMEOUT = 10.0  # to one address: pacman drops a server that says nothing for 10 s
 ORIGIN_TIMEOUT = 30.0  # of silence from an origin: dnf gives up after 30 s under 1,000 B/s
 HEAD_WAIT = 45.0  # a follower's wait for its leader's head: connecting and waiting, and some
-FLIGHT_WAIT = 60.0  # a follower's wait for one more byte of a partial
+FLIGHT_WAIT = 90.0  # a follower's wait for one more byte of a partial: a stall, and a resumption
 LAND_WAIT = 900.0  # and for a complete one to reach the disk: 10 GB at 12 MB/s
 VALIDATE_WAIT = 6.0  # for an origin, where a stored response can answer: pacman gives up after 10 s
+RESUME_PAUSES = (0.1, 0.3, 1.0, 2.0, 4.0)  # before each new try to go on with a download that broke off
 TROUBLE = 30.0  # an origin that could not be asked is not waited for again, where a stored one can answer
 IDLE_TIMEOUT = 60.0  # of a client between two requests: apt thinks for long between two .debs
 REQUEST_WAIT = 30.0  # for a whole request head once it has begun (Apache gives 40 s, nginx 60)
@@ -375,6 +376,10 @@ class OriginTimeout(OriginFailure):
 
 class Truncated(OriginFailure):
     """The origin's body ended before its declared length."""
+
+
+class Changed(OriginFailure):
+    """The origin has another file now: what has begun cannot be resumed."""
 
 
 class LocalFailure(Exception):
@@ -940,7 +945,7 @@ def strong_validator(head: Head) -> str | None:
     """What a range may be asked for with (RFC 9110 §8.8): an ETag that isn't weak, or a Last-Modified
     that was at least a minute old (§8.8.2.2)."""
     tag, date = value(head.fields, "ETag"), value(head.fields, "Last-Modified")
-    if tag is not None:
+    if tag:
         return None if tag.startswith("W/") else tag
     modified = parse_date(date)
     sent = parse_date(value(head.fields, "Date")) or head.received
@@ -954,8 +959,9 @@ def is_rest(answer: Head, head: Head, size: int | None, offset: int) -> bool:
     """Whether an answer is the rest, from ``offset``, of the representation of ``size`` bytes that ``head``
     belongs to.  Bytes of two generations are never spliced."""
     for name in ("ETag", "Last-Modified"):
-        if value(answer.fields, name) not in (value(head.fields, name), None if offset else ""):
-            return False
+        mine, theirs = value(head.fields, name), value(answer.fields, name)
+        if mine != theirs and not (offset and None in (mine, theirs)):
+            return False  # to If-Range, an origin may answer with fewer fields (§15.3.7), or with more
     if not offset:
         return answer.status == 200 and size is not None and content_length(answer.fields) == size
     match = _CONTENT_RANGE.fullmatch(value(answer.fields, "Content-Range") or "")
@@ -1364,6 +1370,7 @@ _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _REGULAR = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | _FLAGS
 _WRITABLE = os.O_RDWR | os.O_CREAT | _FLAGS
 _NAME_REFUSED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+RESUME_WORTH = 256 * 1024  # bytes: a smaller download is begun anew, and costs no head of its own
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
 
 
@@ -1391,7 +1398,7 @@ class Partial:
         self.head = head  # of the live response, as it will be stored
         self.length = length  # declared
         self.path = path
-        self.size = 0  # bytes written
+        self.size = file.tell()  # bytes written
         self._store = store
         self._file = file
         self._lock = threading.Lock()  # guards _users
@@ -1416,6 +1423,8 @@ class Partial:
     def commit(self) -> Head:
         """Flush to disk, then give the body its place and its head (invariant 1); or LocalFailure."""
         try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path + "^head")
             os.fsync(self._file.fileno())
             if not os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
                 raise OSError(errno.ENOENT, "somebody removed the partial")
@@ -1424,8 +1433,19 @@ class Partial:
             self.discard()
             raise LocalFailure(error) from error
 
+    def keep(self) -> None:
+        """Leave it for a later request to go on with (DESIGN §6.7), where it can be told what it is of."""
+        if self.size < RESUME_WORTH or strong_validator(self.head) is None:
+            self.discard()
+
+    def retract(self) -> None:
+        """Remove what was committed, because it was spoiled in that very moment."""
+        self._store.forget(self.head.key)
+
     def discard(self) -> None:
         """Forget the file; whoever reads it reads on."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path + "^head")
         with contextlib.suppress(OSError, ValueError):
             if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
                 os.unlink(self.path)
@@ -1465,8 +1485,9 @@ def _close(stored: Stored | None) -> None:
         stored.close()
 
 
-def _lead(path: str) -> io.FileIO:
-    """Open a partial and lock it against other processes (invariant 2); OSError where one leads."""
+def _lead(path: str, offset: int) -> io.FileIO:
+    """Open a partial of ``offset`` bytes and lock it against other processes (invariant 2); OSError where
+    one leads."""
     for _ in range(3):
         file = io.FileIO(os.open(path, _WRITABLE, 0o644), "r+b")
         try:
@@ -1475,7 +1496,10 @@ def _lead(path: str) -> io.FileIO:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                    file.truncate(0)
+                    if os.fstat(file.fileno()).st_size < offset:
+                        raise OSError(errno.ESTALE, "the partial was cut")
+                    file.truncate(offset)
+                    file.seek(offset)
                     return file
         except OSError:
             file.close()
@@ -1523,6 +1547,23 @@ def _head_from(row: dict[str, Any]) -> Head:
     return head
 
 
+def _read_heads(path: str) -> list[Head]:
+    """The heads in a head file; none where it is missing or damaged."""
+    try:
+        with open(path, "rb") as file:
+            return [_head_from(row) for row in json.loads(file.read(_MAX_HEAD_FILE))]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return []
+
+
+def _write_heads(path: str, heads: list[Head]) -> None:
+    """Replace a head file; OSError."""
+    make_folder(os.path.dirname(path))
+    with open(path + "^new", "w", encoding="utf-8", opener=_private) as file:
+        json.dump([dataclasses.asdict(head) for head in heads], file, ensure_ascii=False)
+    os.replace(path + "^new", path)
+
+
 class Store:
     """Stored responses below ``root``.  The file system is the truth; there is no index.
 
@@ -1546,7 +1587,7 @@ class Store:
             file = self._open(name)
             if file is None or name is None:
                 continue
-            heads = self._read_heads(name)
+            heads = _read_heads(self._head_path(name))
             info = os.fstat(file.fileno())
             for head in heads:
                 if head.key == key and _describes(head, info):
@@ -1559,18 +1600,37 @@ class Store:
                 file.close()
         return bare
 
-    def receive(self, head: Head, length: int | None) -> Partial:
-        """Begin to store a response of ``length`` bytes (None: unknown); or LocalFailure."""
-        folder = os.path.join(self._books, "partials")
-        path = os.path.join(folder, hashlib.sha256(head.key.encode()).hexdigest())
+    def receive(self, head: Head, length: int | None, offset: int = 0) -> Partial:
+        """Begin to store a response of ``length`` bytes (None: unknown), or go on at ``offset`` with a
+        left-over one; LocalFailure."""
+        path = self._partial_path(head.key)
+        missing = (length or 0) - offset
         try:
-            make_folder(folder)
-            if shutil.disk_usage(folder).free <= (length or 0):
-                raise OSError(errno.ENOSPC, "not enough free space for %d bytes" % (length or 0))
-            file = _lead(path)
+            make_folder(os.path.dirname(path))
+            if shutil.disk_usage(os.path.dirname(path)).free <= missing:
+                raise OSError(errno.ENOSPC, "not enough free space for %d bytes" % missing)
+            file = _lead(path, offset)
         except OSError as error:
             raise LocalFailure(error) from error
+        if not offset and missing >= RESUME_WORTH and strong_validator(head) is not None:
+            # Should we be killed, this tells the next one what the partial is of.
+            with contextlib.suppress(OSError):
+                _write_heads(path + "^head", [dataclasses.replace(head, size=length or -1)])
         return Partial(self, head, length, path, file)
+
+    def leftover(self, key: str) -> tuple[Head, int] | None:
+        """The head of a partial that a crash or a dead origin left, its size the whole length (-1 unknown),
+        and how many bytes there are."""
+        path = self._partial_path(key)
+        try:
+            offset = os.stat(path).st_size
+            head, = _read_heads(path + "^head")
+        except (OSError, ValueError):
+            return None
+        return (head, offset) if head.key == key and offset else None
+
+    def _partial_path(self, key: str) -> str:
+        return os.path.join(self._books, "partials", hashlib.sha256(key.encode()).hexdigest())
 
     def place(self, partial: Partial) -> Head:
         """Rename a complete body to its natural name, or where that is taken to its hashed one.
@@ -1598,7 +1658,7 @@ class Store:
         """Keep a head that a validation has brought up to date; a failure costs only that."""
         head = dataclasses.replace(head, size=stored.head.size, mtime_ns=stored.head.mtime_ns)
         with contextlib.suppress(OSError):
-            self._write_heads(stored.name, [head])
+            _write_heads(self._head_path(stored.name), [head])
 
     def forget(self, key: str) -> None:
         """Remove a stored response, if it is ours (invariant 11)."""
@@ -1630,7 +1690,7 @@ class Store:
             info = os.lstat(os.path.join(self.root, name))
         except OSError:
             return None
-        heads = self._read_heads(name)
+        heads = _read_heads(self._head_path(name))
         return next((head for head in heads if head.key == key and _describes(head, info)), None)
 
     def _ours(self, name: str, key: str) -> bool:
@@ -1645,7 +1705,7 @@ class Store:
         place = os.path.join(self.root, name)
         old = self._described(name, head.key)
         try:
-            self._write_heads(name, [head, old] if old else [head])
+            _write_heads(self._head_path(name), [head, old] if old else [head])
             try:
                 make_folder(os.path.dirname(place))
                 _rename(path, place)
@@ -1666,20 +1726,6 @@ class Store:
 
     def _head_path(self, name: str) -> str:
         return os.path.join(self._books, "heads", name + "^head")
-
-    def _read_heads(self, name: str) -> list[Head]:
-        try:
-            with open(self._head_path(name), "rb") as file:
-                return [_head_from(row) for row in json.loads(file.read(_MAX_HEAD_FILE))]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            return []
-
-    def _write_heads(self, name: str, heads: list[Head]) -> None:
-        path = self._head_path(name)
-        make_folder(os.path.dirname(path))
-        with open(path + "^new", "w", encoding="utf-8", opener=_private) as file:
-            json.dump([dataclasses.asdict(head) for head in heads], file, ensure_ascii=False)
-        os.replace(path + "^new", path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1718,6 +1764,7 @@ class Flight:
         """The head has arrived: followers may read."""
         with self._changed:
             self._partial = partial
+            self._received = max(self._received, partial.size if partial.size != partial.length else 0)
             self._changed.notify_all()
 
     def advance(self, received: int) -> None:
@@ -2114,7 +2161,7 @@ def rest_request(forward: Forward, head: Head, offset: int) -> Forward:
     where it has no strong validator to say so."""
     validator = strong_validator(head)
     if offset and validator is None:
-        raise OriginFailure("The download cannot be resumed: the origin sent no strong validator.")
+        raise Changed("The download cannot be resumed: the origin sent no strong validator.")
     more = (("Range", "bytes=%d-" % offset), ("If-Range", validator or "")) if offset else ()
     return dataclasses.replace(forward, fields=without(forward.fields, ("range", "if-range")) + more)
 
@@ -2188,7 +2235,7 @@ class Origin:
         response = self.fetch(rest_request(forward, head, offset))
         if not is_rest(response.head, head, size, offset):
             response.close()
-            raise OriginFailure("The download cannot be resumed: the origin has another file now.")
+            raise Changed("The download cannot be resumed: the origin has another file now.")
         return response
 
     def close(self) -> None:
@@ -2487,6 +2534,100 @@ def whole_forward(request: Request, decision: Decision, config: Config,
     return Forward("GET", request.target, fields, follow=decision.policy.redirects, patience=patience)
 
 
+@dataclasses.dataclass(frozen=True)
+class Download:
+    """One flight's way from its origin to the disk."""
+
+    response: Response
+    partial: Partial
+    flight: Flight
+    forward: Forward  # asks for the whole again
+    outcome: Outcome
+
+
+class Filler:
+    """Downloads into partials, the only writer of each, in threads of their own: a download belongs to the
+    cache, and goes on when its clients leave.  For the caller: start."""
+
+    def __init__(self, barrier: Barrier, origin: Origin, troubles: Troubles,
+                 updated: Callable[[str], None]) -> None:
+        self._barrier = barrier
+        self._origin = origin
+        self._troubles = troubles
+        self._updated = updated  # told of the cache key of which a new generation has been stored
+
+    def start(self, download: Download, reply: Reply) -> None:
+        """Begin to fill; LocalFailure, with partial and ``reply`` closed, where there is no thread for it."""
+        partial = download.partial
+        filler = threading.Thread(target=self._fill, args=(download,), daemon=True)
+        try:
+            filler.start()
+        except RuntimeError as error:
+            reply.body.close()
+            partial.discard()
+            partial.release()
+            raise LocalFailure(OSError(errno.ENOMEM, str(error))) from None
+        download.flight.publish(partial)
+
+    def _fill(self, download: Download) -> None:
+        """Land, then tell (invariant 3)."""
+        partial, flight = download.partial, download.flight
+        landing = Landing.FAILED
+        failure: Exception | None = None
+        try:
+            self._download(download)
+            landing = Landing.WHOLE
+            if flight.complete():
+                partial.commit()
+                landing = Landing.STORED
+                self._troubles.disk_works()
+                if not flight.complete():
+                    partial.retract()
+            else:
+                partial.discard()
+        except LocalFailure as error:
+            self._troubles.disk_failed(error)
+            landing, failure = Landing.WHOLE if landing is Landing.WHOLE else Landing.ALONE, error
+            partial.discard()
+        except OriginFailure as error:
+            log.warning("%s was not stored: %s", partial.head.key, error)
+            failure = error
+            partial.keep()
+        finally:
+            self._barrier.leave(flight)
+            flight.end(landing, failure, partial.size)
+            partial.release()
+        if landing is Landing.STORED and download.outcome is Outcome.UPDATED:
+            self._updated(partial.head.key)
+
+    def _download(self, download: Download) -> None:
+        """All bytes, over as many connections as it takes; OriginFailure, LocalFailure."""
+        response, partial, pauses, begun = download.response, download.partial, list(RESUME_PAUSES), 0
+        while True:
+            try:
+                with contextlib.closing(response):
+                    shutil.copyfileobj(response, Tee(partial, download.flight), CHUNK)
+                return
+            except OriginFailure as failure:
+                if partial.size >= begun + EARLY:
+                    pauses = list(RESUME_PAUSES)  # it does get on
+                begun = partial.size
+                response = self._resume(download, pauses, failure)
+
+    def _resume(self, download: Download, pauses: list[float], failure: OriginFailure) -> Response:
+        """Go on where a download broke off (DESIGN §6.4); the failure where that can't be."""
+        partial = download.partial
+        while pauses and strong_validator(partial.head) is not None:
+            time.sleep(pauses.pop(0))
+            try:
+                return self._origin.fetch_rest(download.forward, partial.head, partial.length, partial.size)
+            except Changed:
+                break
+            except OriginFailure as error:
+                failure = error
+        raise failure
+
+
 def rest_fetcher(origin: Origin, request: Request, decision: Decision,
                  config: Config) -> Callable[[Head, int | None, int], Response]:
     """How a client gets the rest of a representation that the disk did not take."""
@@ -2500,18 +2641,16 @@ class Leader:
     def __init__(self, store: Store, barrier: Barrier, origin: Origin,
                  updated: Callable[[str], None]) -> None:
         self._store = store
-        self._barrier = barrier
         self._origin = origin
-        self._updated = updated  # told of the cache key of which a new generation has been stored
         self.troubles = Troubles()
+        self._filler = Filler(barrier, origin, self.troubles, updated)
 
     def lead(self, request: Request, flight: Flight, config: Config) -> tuple[Reply, Landing | None]:
         """The leader's own reply to a GET or HEAD; Failure where the origin has none."""
         stored = self._store.lookup(request.key)  # invariant 4
         decision = decide(request, stored.head if stored else None, config, time.time())
         if stored is None:
-            response = self._fetch(whole_forward(request, decision, config))
-            return self._take(request, response, decision, flight, config)
+            return self._fetch_anew(request, decision, flight, config)
         if decision.action is Action.SERVE:
             status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
             return from_store(request, stored, status, time.time()), Landing.AGAIN
@@ -2520,6 +2659,18 @@ class Leader:
         except BaseException:
             stored.close()
             raise
+
+    def _fetch_anew(self, request: Request, decision: Decision, flight: Flight,
+                    config: Config) -> tuple[Reply, Landing | None]:
+        """Fetch what is not stored, from where a left-over partial ends if there is one."""
+        forward = whole_forward(request, decision, config)
+        begun = self._store.leftover(request.key)
+        if begun is not None and selecting_fields(request, begun[0]) == begun[0].vary:
+            size = None if begun[0].size < 0 else begun[0].size
+            with contextlib.suppress(OriginFailure):
+                response = self._origin.fetch_rest(forward, begun[0], size, begun[1])
+                return self._take(request, response, decision, flight, config, begun)
+        return self._take(request, self._fetch(forward), decision, flight, config)
 
     def _fetch(self, forward: Forward) -> Response:
         """Ask for a whole representation; what is no answer to that is a failure of the origin."""
@@ -2593,78 +2744,38 @@ class Leader:
         return from_store(request, stored, status, time.time()), Landing.STALE
 
     def _take(self, request: Request, response: Response, decision: Decision, flight: Flight,
-              config: Config) -> tuple[Reply, Landing | None]:
-        """Store an answer while it goes to the client, or relay it where it can't be stored."""
+              config: Config, begun: tuple[Head, int] | None = None) -> tuple[Reply, Landing | None]:
+        """Store an answer while it goes to the client, or relay it where it can't be stored.  It may be the
+        rest of what was ``begun``, a head and an offset."""
+        offset = begun[1] if begun else 0
+        live = begun[0] if begun else dataclasses.replace(
+            response.head, key=request.key, vary=selecting_fields(request, response.head))
+        reason = not_storable(dataclasses.replace(request, method="GET"), live, config)
+        reason = reason or ("" if response.proven else "no declared length")
+        head = dataclasses.replace(live, fields=without(end_to_end(live.fields), ("set-cookie",)))
+        length = response.length if response.length is None else response.length + offset
+        forward = whole_forward(request, decision, config)
         try:
-            return self._store_or_relay(request, response, decision, flight, config)
+            if not reason:
+                partial = self._store.receive(head, length, offset)
+                outcome = Outcome.UPDATED if decision.action is Action.VALIDATE else Outcome.MISS
+                status = CacheStatus(outcome, decision.forward, response.head.status, stored=True)
+                # What the others won't get: Set-Cookie.
+                own = dataclasses.replace(head, fields=end_to_end(live.fields))
+                partial.acquire()
+                reply = from_partial(request, own, flight, partial, status,
+                                     functools.partial(self._origin.fetch_rest, forward))
+                self._filler.start(Download(response, partial, flight, forward, outcome), reply)
+                return reply, None
+        except LocalFailure as failure:
+            reason = self.troubles.disk_failed(failure)
         except BaseException:
             response.close()
             raise
-
-    def _store_or_relay(self, request: Request, response: Response, decision: Decision, flight: Flight,
-                        config: Config) -> tuple[Reply, Landing | None]:
-        live = response.head
-        reason = not_storable(dataclasses.replace(request, method="GET"), live, config)
-        reason = reason or ("" if response.proven else "no declared length")
-        fields = without(end_to_end(live.fields), ("set-cookie",))
-        head = dataclasses.replace(live, key=request.key, fields=fields, vary=selecting_fields(request, live))
-        try:
-            if not reason:
-                partial = self._store.receive(head, response.length)
-                return self._begin(request, response, partial, decision, flight, config), None
-        except LocalFailure as failure:
-            reason = self.troubles.disk_failed(failure)
-        return from_origin(request, response, decision, reason), Landing.ALONE
-
-    def _begin(self, request: Request, response: Response, partial: Partial, decision: Decision,
-               flight: Flight, config: Config) -> Reply:
-        """Start the thread that fills a partial, and reply from it like any follower."""
-        partial.acquire()
-        outcome = Outcome.UPDATED if decision.action is Action.VALIDATE else Outcome.MISS
-        status = CacheStatus(outcome, decision.forward, response.head.status, stored=True)
-        # What the others won't get: Set-Cookie.
-        live = dataclasses.replace(partial.head, fields=end_to_end(response.head.fields))
-        rest = rest_fetcher(self._origin, request, decision, config)
-        reply = from_partial(request, live, flight, partial, status, rest)
-        filler = threading.Thread(target=self._fill, args=(response, partial, flight, outcome), daemon=True)
-        try:
-            filler.start()
-        except RuntimeError as error:
-            reply.body.close()
-            partial.discard()
-            partial.release()
-            raise LocalFailure(OSError(errno.ENOMEM, str(error))) from None
-        flight.publish(partial)
-        return reply
-
-    def _fill(self, response: Response, partial: Partial, flight: Flight, outcome: Outcome) -> None:
-        """Download into a partial, the only writer of one.  Land, then tell (invariant 3)."""
-        landing = Landing.FAILED
-        failure: Exception | None = None
-        try:
-            shutil.copyfileobj(response, Tee(partial, flight), CHUNK)
-            landing = Landing.WHOLE
-            if flight.complete():
-                partial.commit()
-                landing = Landing.STORED
-                self.troubles.disk_works()
-            else:
-                partial.discard()
-        except LocalFailure as error:
-            self.troubles.disk_failed(error)
-            landing, failure = Landing.WHOLE if landing is Landing.WHOLE else Landing.ALONE, error
-            partial.discard()
-        except OriginFailure as error:
-            log.warning("%s was not stored: %s", partial.head.key, error)
-            failure = error
-            partial.discard()
-        finally:
-            self._barrier.leave(flight)
-            flight.end(landing, failure, partial.size)
-            partial.release()
+        if begun is not None:
             response.close()
-        if landing is Landing.STORED and outcome is Outcome.UPDATED:
-            self._updated(partial.head.key)
+            response = self._fetch(forward)
+        return from_origin(request, response, decision, reason), Landing.ALONE
 
 
 class Proxy:
@@ -2713,8 +2824,8 @@ class Proxy:
         response = self._origin.fetch(Forward(request.method, request.target, fields, request.body,
                                               request.length, follow))
         for key in invalidated_keys(request, response.head):
+            self._barrier.spoil(key)  # before: what lands between the two is retracted
             self._store.forget(key)
-            self._barrier.spoil(key)
         return from_origin(request, response, decision, detail)
 
     def _join(self, request: Request, decision: Decision, config: Config) -> Reply:

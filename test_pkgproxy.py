@@ -2326,6 +2326,110 @@ class DiskTest(ProxyCase):
         self.assertEqual([record for record in caught.records if record.levelno > logging.INFO], [])
 
 
+class ResumeTest(ProxyCase):
+    """An origin that breaks off is asked for the rest; the clients notice nothing."""
+
+    def setUp(self):
+        super().setUp()
+        self.body = os.urandom(1 << 20)
+        self.path = "/x_1.0_all.deb"
+        pauses = mock.patch.object(pkgproxy, "RESUME_PAUSES", (0.0, 0.0, 0.0))
+        pauses.start()
+        self.addCleanup(pauses.stop)
+
+    def broken(self, count, body=None, tag='"x"', start=0, extra=b""):
+        """A page that breaks off after ``count`` bytes, from ``start``."""
+        body = self.body if body is None else body
+        status = b"200 OK" if not start else b"206 Partial Content\r\nContent-Range: bytes %d-%d/%d" % (start, len(body) - 1, len(body))
+        head = b"HTTP/1.1 %s\r\nContent-Length: %d\r\nETag: %s\r\n%s\r\n" % (status, len(body) - start, tag.encode(), extra)
+        return Page(steps=[head + body[start:start + count]])
+
+    def test_a_download_goes_on_where_it_broke_off(self):
+        self.origin.pages[self.path] = [self.broken(300_000), self.broken(300_000, start=300_000), Page(self.body, etag='"x"')]
+        answer = self.ask(self.path)
+        self.assertEqual(answer.body, self.body)
+        self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=300000-", "bytes=600000-"])
+        self.assertEqual([row[2].get("if-range") for row in self.origin.log], [None, '"x"', '"x"'])
+        self.assertEqual(self.files(), {self.place("x_1.0_all.deb"): self.body})
+        self.assertEqual(self.counters()["statsDownBytes"], len(self.body))
+
+    def test_a_chunked_download_goes_on_too(self):
+        self.origin.pages[self.path] = [
+            Page(steps=[b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nETag: "x"\r\n\r\n%x\r\n' % 500_000 + self.body[:400_000]]),
+            Page(self.body, etag='"x"')]
+        self.assertEqual(self.ask(self.path).body, self.body)
+
+    def test_odd_answers_never_splice_two_generations(self):
+        other = os.urandom(1 << 20)
+        for odd in (Page(other, etag='"y"'), Page(other, etag='"x"', ranges=False), self.broken(9, start=200_000), self.broken(9, other[:-1], start=300_000),
+                    self.broken(1 << 20, start=300_000, tag='"y"'), Page(b"gone", 404), Page(b"", 416), Page(steps=[b"garbage"])):
+            self.origin.pages[self.path] = [self.broken(300_000), odd]
+            with self.connection() as one:
+                one.request("GET", self.origin.url(self.path))
+                with self.assertRaises(http.client.IncompleteRead) as caught:
+                    one.getresponse().read()
+                self.assertEqual(caught.exception.partial, self.body[:300_000])
+            self.settle()
+            self.assertEqual(self.files(), {})
+            shutil.rmtree(self.root)
+
+    def test_without_a_strong_validator_nothing_is_resumed(self):
+        for tag in ('W/"x"', ""):
+            self.origin.pages[self.path] = [self.broken(300_000, tag=tag), Page(self.body, etag=tag)]
+            with self.connection() as one:
+                one.request("GET", self.origin.url(self.path))
+                self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
+            self.settle()
+        self.assertNotIn("range", [name for row in self.origin.log for name in row[2]])
+
+    def test_an_origin_that_comes_back_later_is_asked_for_the_rest_only(self):
+        self.origin.pages[self.path] = [self.broken(300_000), Page(b"no", 503)]
+        with self.connection() as one:
+            one.request("GET", self.origin.url(self.path))
+            self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
+        self.settle()
+        self.origin.pages[self.path] = Page(self.body, etag='"x"', fields=[("X", "y")])
+        self.start()
+        answer = self.ask(self.path)
+        self.assertEqual((answer.status, answer.body), (200, self.body))
+        self.assertEqual(self.origin.log[-1][2]["range"], "bytes=300000-")
+        self.settle()
+        self.assertEqual(self.ask(self.path)["Cache-Status"], "pkgproxy; hit")
+        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS, "partials")), [])
+
+    def test_a_leftover_of_another_generation_is_begun_anew(self):
+        self.test_an_origin_that_comes_back_later_is_asked_for_the_rest_only()
+        shutil.rmtree(self.root)
+        self.origin.pages[self.path] = [self.broken(300_000), Page(b"no", 503)]
+        with self.connection() as one:
+            one.request("GET", self.origin.url(self.path))
+            self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
+        self.settle()
+        other = os.urandom(1 << 20)
+        self.origin.pages[self.path] = Page(other)
+        self.assertEqual(self.ask(self.path).body, other)
+        self.assertEqual(self.files(), {self.place("x_1.0_all.deb"): other})
+
+    def test_kill_9_in_the_middle_loses_no_byte(self):
+        gate = Gate()
+        self.addCleanup(gate.open)
+        self.origin.pages[self.path] = Page(self.body, gate=gate, first=600_000)
+        process = subprocess.Popen([sys.executable, str(HERE / "pkgproxy.py"), "-a", "127.0.0.1:0", "-r", self.root],
+                                   stderr=subprocess.PIPE, text=True)
+        with contextlib.closing(process.stderr) as lines:
+            port = int(next(line for line in lines if "Starting" in line).rpartition(":")[2])
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as one:
+                one.request("GET", self.origin.url(self.path))
+                self.assertEqual(one.getresponse().read(600_000), self.body[:600_000])
+            process.kill()
+            process.wait(PATIENCE)
+        self.assertEqual(self.files(), {})
+        gate.open()
+        self.origin.pages[self.path] = Page(self.body)
+        self.assertEqual(self.ask(self.path).body, self.body)
+        self.assertEqual(self.origin.log[-1][2]["range"], "bytes=600000-")
+
+
 class BugTest(ProxyCase):
     """The house survives its own faults."""
 
@@ -3932,14 +4036,16 @@ class DownloadTest(ClientCase):
         self.assertIn("already fully retrieved", self.wget("--continue"))  # it is told 416
         self.check_whole()
 
-    def test_curl_gets_all_of_a_file_whose_origin_breaks_off_in_the_middle(self):
-        self.origin.breaks["/thing_1.0_all.deb"] = [1_500_000]
-        self.curl("--continue-at", "-", accept="0 18")  # 18: the transfer was cut short
-        if self.file.stat().st_size < self.SIZE:
-            self.curl("--continue-at", "-")
+    def test_curl_notices_nothing_of_an_origin_that_breaks_off_in_the_middle(self):
+        self.origin.breaks["/thing_1.0_all.deb"] = [1_500_000, 500_000]
+        self.curl()
         self.check_whole()
+        self.assertEqual(sum(asked.sent for asked in self.origin.log), self.SIZE)
 
     def test_curl_sees_a_failure_where_the_origin_never_sends_the_whole(self):
+        self.origin.stop()
+        self.origin.validators = False  # else it would be asked for the rest, again and again
+        self.origin.start()
         self.origin.breaks["/thing_1.0_all.deb"] = [1_500_000] + [0] * 50
         self.curl(accept="18 22 56")  # cut short, an error status, or reset: never 0
         self.assertEqual(self.stored(self.origin), {})
