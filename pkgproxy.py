@@ -100,6 +100,12 @@ try:
     import fcntl
 except ImportError:  # Windows has no flock: there the barrier ends at the process
     fcntl = None  # type: ignore[assignment]
+try:
+    import resource as _resource
+except ImportError:  # nor limits on descriptors
+    resource: Any = None
+else:
+    resource = _resource
 
 __version__ = "1.0.0"
 
@@ -117,6 +123,7 @@ MAX_LINE = 16 * 1024  # request line, status line, one field: RFC 9112 §3 asks 
 MAX_HEAD = 64 * 1024  # a whole head: as much as Apache lets one grow (100 fields of 8 KiB) in practice
 MAX_FIELDS = 200  # lines in a head: Apache allows 100, Go's http2 about 250
 MAX_RANGES = 512  # in one request: librepo asks for 256 at most and halves on refusal
+MAX_CONNECTIONS = 4000  # of clients, and fewer where descriptors are few: a thread each
 MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for the original
 CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that moves them
 SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
@@ -138,6 +145,8 @@ POOL_IDLE = 30.0  # an origin's connection waits this long for its next request 
 POOL_SIZE = 8  # idle connections kept to one origin
 GRACE = 8.0  # running replies get this long after SIGTERM; systemd and docker kill after 10
 DAY = 86400.0
+SWEEP_EVERY = 300.0  # between two looks at the disk
+RECENT = 60.0  # what was used so lately is not swept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +158,11 @@ class Config:
     filters_file: str | None = None
     allow: tuple[str, ...] = ("loopback", "private")
     heuristics: bool = True
+    offline: bool = False
+    max_size: int | None = None  # bytes of stored bodies; None: no limit but min_free
+    min_free: int | None = None  # bytes left on the file system; None: 5 %, at most 10 GB
+    max_orphans: int = 8  # downloads that go on when their last client has left
+    max_age: float | None = None  # seconds since a stored response was last used
     filters: tuple[re.Pattern[str], ...] = ()  # parsed from filters_file, at start and on SIGHUP
     pseudonym: str = "pkgproxy"  # our name in Via and Cache-Status (RFC 9110 §7.6.3)
 
@@ -228,6 +242,16 @@ class Slice:
 
 UNKNOWN = 2**62  # the stop of a span that ends where the body ends
 Span = Union[bytes, "tuple[int, int]"]  # literal bytes, or [start, stop) of a representation
+
+
+@dataclasses.dataclass(frozen=True)
+class Swept:
+    """What a sweep found and did."""
+
+    files: int  # stored responses found
+    size: int  # their bytes
+    removed: int
+    freed: int  # bytes
 
 
 class Body(Protocol):
@@ -379,7 +403,7 @@ class Truncated(OriginFailure):
 
 
 class Changed(OriginFailure):
-    """The origin has another file now: what has begun cannot be resumed."""
+    """What has begun cannot be, or is not to be, gone on with: the origin has another file now, say."""
 
 
 class LocalFailure(Exception):
@@ -877,6 +901,34 @@ def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
     return filters, complaints
 
 
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 500M, 20G or 1.5T; ValueError says what is allowed.
+
+    >>> parse_size("1.5k"), parse_size("20G")
+    (1536, 21474836480)
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([BKMGT]?)(?:I?B)?", text.strip().upper())
+    if not match:
+        raise ValueError("'%s' is no size; write 500M, 20G or 1.5T" % text)
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_span(text: str) -> float:
+    """Seconds of a time such as 90m, 12h, 30d or 8w; ValueError says what is allowed.
+
+    >>> parse_span("30d")
+    2592000.0
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhdw])", text.strip().lower())
+    if not match:
+        raise ValueError("'%s' is no time; write 90m, 12h, 30d or 8w" % text)
+    return float(match[1]) * _SPANS[match[2]]
+
+
 # Freshness (RFC 9111 §4.2) ------------------------------------------------------------------
 
 
@@ -1043,6 +1095,10 @@ def _decide_stored(request: Request, control: dict[str, str | None], stored: Hea
 def decide(request: Request, stored: Head | None, config: Config, now: float) -> Decision:
     """The decision table: what to do with a request, given what is stored for it."""
     name_class = classify(request.key)
+    if config.offline:
+        usable = stored is not None and selecting_fields(request, stored) == stored.vary
+        usable = usable and request.method in ("GET", "HEAD")
+        return Decision(Action.SERVE if usable else Action.REFUSE, name_class, "" if usable else "uri-miss")
     if any(pattern.search(request.uri) for pattern in config.filters):
         return Decision(Action.PASS, name_class, "bypass")
     if request.method not in ("GET", "HEAD"):
@@ -1450,6 +1506,11 @@ class Partial:
             if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
                 os.unlink(self.path)
 
+    def has_readers(self) -> bool:
+        """Whether anybody but the writer uses it."""
+        with self._lock:
+            return self._users > 1
+
     def acquire(self) -> bool:
         """One user more; False if it is closed already."""
         with self._lock:
@@ -1506,6 +1567,13 @@ def _lead(path: str, offset: int) -> io.FileIO:
             raise
         file.close()  # it was renamed or removed between open and lock
     raise OSError(errno.EAGAIN, "another process keeps taking it", path)
+
+
+def _remove_old(path: str, before: float) -> None:
+    """Remove a file of our books that nobody has written since ``before``."""
+    with contextlib.suppress(OSError):
+        if os.lstat(path).st_mtime < before:
+            os.unlink(path)
 
 
 def _rename(path: str, place: str) -> None:
@@ -1567,12 +1635,15 @@ def _write_heads(path: str, heads: list[Head]) -> None:
 class Store:
     """Stored responses below ``root``.  The file system is the truth; there is no index.
 
-    For the caller: lookup, receive, freshen, forget.  For Partial: place.
+    For the caller: lookup, receive, leftover, freshen, forget.  For Partial: place.  For Janitor: the rest.
     """
 
-    def __init__(self, root: str, trust_bare: bool = True) -> None:
+    def __init__(self, root: str, trust_bare: bool = True, min_free: int | None = None) -> None:
         self.root = os.path.abspath(root)
-        self._books = os.path.join(self.root, BOOKS)
+        self._min_free = min_free  # bytes
+        self._lock = threading.Lock()  # guards _used
+        self._used: dict[str, float] = {}  # by name: clock time of the last use since the last sweep
+        self.books = os.path.join(self.root, BOOKS)
         self._trust_bare = trust_bare  # whether the root is ours alone, so that a bare body is one of ours
 
     def lookup(self, key: str) -> Stored | None:
@@ -1587,11 +1658,13 @@ class Store:
             file = self._open(name)
             if file is None or name is None:
                 continue
-            heads = _read_heads(self._head_path(name))
+            heads = _read_heads(self.head_path(name))
             info = os.fstat(file.fileno())
             for head in heads:
                 if head.key == key and _describes(head, info):
                     _close(bare)
+                    with self._lock:
+                        self._used[name] = time.time()
                     return Stored(file, dataclasses.replace(head, mtime_ns=info.st_mtime_ns), name, True)
             fixed = classify(key) in (NameClass.CONTENT, NameClass.PACKAGE)
             if self._trust_bare and fixed and not heads and not bare:
@@ -1607,7 +1680,7 @@ class Store:
         missing = (length or 0) - offset
         try:
             make_folder(os.path.dirname(path))
-            if shutil.disk_usage(os.path.dirname(path)).free <= missing:
+            if self.free_space() <= missing:
                 raise OSError(errno.ENOSPC, "not enough free space for %d bytes" % missing)
             file = _lead(path, offset)
         except OSError as error:
@@ -1630,7 +1703,7 @@ class Store:
         return (head, offset) if head.key == key and offset else None
 
     def _partial_path(self, key: str) -> str:
-        return os.path.join(self._books, "partials", hashlib.sha256(key.encode()).hexdigest())
+        return os.path.join(self.books, "partials", hashlib.sha256(key.encode()).hexdigest())
 
     def place(self, partial: Partial) -> Head:
         """Rename a complete body to its natural name, or where that is taken to its hashed one.
@@ -1649,7 +1722,7 @@ class Store:
         head = dataclasses.replace(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
         natural, hashed = file_names(head.key, os.name == "nt")
         if natural is not None and self._put(partial.path, natural, head, self._ours(natural, head.key)):
-            self._remove(hashed, head.key)
+            self.remove(hashed, head.key)
         elif not self._put(partial.path, hashed, head, True):  # nobody else has files of that name
             raise OSError(errno.EEXIST, "something else has its name")
         return head
@@ -1658,19 +1731,31 @@ class Store:
         """Keep a head that a validation has brought up to date; a failure costs only that."""
         head = dataclasses.replace(head, size=stored.head.size, mtime_ns=stored.head.mtime_ns)
         with contextlib.suppress(OSError):
-            _write_heads(self._head_path(stored.name), [head])
+            _write_heads(self.head_path(stored.name), [head])
 
     def forget(self, key: str) -> None:
         """Remove a stored response, if it is ours (invariant 11)."""
         for name in file_names(key, os.name == "nt"):
             if name is not None:
-                self._remove(name, key)
+                self.remove(name, key)
+
+    def take_uses(self) -> dict[str, float]:
+        """The clock time of each name's last use since this was asked last: so a hit costs no write."""
+        with self._lock:
+            used, self._used = self._used, {}
+        return used
+
+    def free_space(self) -> int:
+        """Bytes that may be used: what is free, less the reserve; OSError."""
+        usage = shutil.disk_usage(self.root)
+        reserve = min(usage.total // 20, 10 * 10**9) if self._min_free is None else self._min_free
+        return usage.free - reserve
 
     def found(self) -> list[str]:
         """The hosts that are stored; OSError where the root cannot be read."""
         with os.scandir(self.root) as entries:
             folders = [entry.name for entry in entries if entry.name != BOOKS and entry.is_dir()]
-        return sorted(name for name in folders if os.path.isdir(self._head_path(name)[:-len("^head")]))
+        return sorted(name for name in folders if os.path.isdir(self.head_path(name)[:-len("^head")]))
 
     def _open(self, name: str | None) -> io.FileIO | None:
         if name is None:
@@ -1684,28 +1769,28 @@ class Store:
         os.close(descriptor)  # a folder, a FIFO: litter in the place of a body
         return None
 
-    def _described(self, name: str, key: str) -> Head | None:
+    def described(self, name: str, key: str) -> Head | None:
         """The head of the body that has this name, if we stored it for this key."""
         try:
             info = os.lstat(os.path.join(self.root, name))
         except OSError:
             return None
-        heads = _read_heads(self._head_path(name))
+        heads = _read_heads(self.head_path(name))
         return next((head for head in heads if head.key == key and _describes(head, info)), None)
 
     def _ours(self, name: str, key: str) -> bool:
         """Whether a name is free, or its body is one that we stored (invariant 11)."""
         taken = os.path.lexists(os.path.join(self.root, name))
-        return not taken or self._described(name, key) is not None
+        return not taken or self.described(name, key) is not None
 
     def _put(self, path: str, name: str, head: Head, ours: bool) -> bool:
         """Give a body this name; False where the name is taken or the file system refuses it."""
         if not ours:
             return False
         place = os.path.join(self.root, name)
-        old = self._described(name, head.key)
+        old = self.described(name, head.key)
         try:
-            _write_heads(self._head_path(name), [head, old] if old else [head])
+            _write_heads(self.head_path(name), [head, old] if old else [head])
             try:
                 make_folder(os.path.dirname(place))
                 _rename(path, place)
@@ -1718,14 +1803,75 @@ class Store:
             raise
         return True
 
-    def _remove(self, name: str, key: str) -> None:
+    def remove(self, name: str, key: str) -> None:
+        """Remove a stored response, if it is ours (invariant 11)."""
         if self._ours(name, key):
-            for path in (os.path.join(self.root, name), self._head_path(name)):
+            for path in (os.path.join(self.root, name), self.head_path(name)):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
 
-    def _head_path(self, name: str) -> str:
-        return os.path.join(self._books, "heads", name + "^head")
+    def head_path(self, name: str) -> str:
+        """Where the head file of a name lies."""
+        return os.path.join(self.books, "heads", name + "^head")
+
+
+class Janitor:
+    """Keeps a store within its bounds.  For the caller: sweep."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def sweep(self, config: Config, now: float) -> Swept:
+        """Remove what has not been used for too long, and as much as is too much: least recently used
+        first, indexes last, never what pkgproxy did not store; OSError where the root can't be read."""
+        used = self._store.take_uses()
+        self._sweep_partials(now)
+        stored = sorted(self._stored_now(used, now))
+        total, removed, freed = sum(size for _, _, size, _ in stored), 0, 0
+        excess = max(total - config.max_size if config.max_size is not None else 0, -self._store.free_space())
+        for _, last, size, name in stored:
+            expired = config.max_age is not None and now - last > config.max_age
+            if (expired or freed < excess) and now - last > RECENT and self._evict(name):
+                removed, freed = removed + 1, freed + size
+        return Swept(len(stored), total, removed, freed)
+
+    def _stored_now(self, used: dict[str, float], now: float) -> Iterator[tuple[bool, float, int, str]]:
+        """Whether it is an index, last use, size and name of each stored response, from one walk."""
+        top = os.path.join(self._store.books, "heads")
+        for folder, _, files in os.walk(top):
+            for file in files:
+                path = os.path.join(folder, file)
+                name = os.path.relpath(path, top)[:-len("^head")].replace(os.sep, "/")
+                try:
+                    info = os.lstat(os.path.join(self._store.root, name))
+                except OSError:
+                    _remove_old(path, now - DAY)  # its body was removed by hand
+                    continue
+                if file.endswith("^head") and stat.S_ISREG(info.st_mode):
+                    if name in used:  # remembered here, so that a hit costs no write
+                        with contextlib.suppress(OSError):
+                            os.utime(os.path.join(self._store.root, name),
+                                     ns=(int(used[name] * 10**9), info.st_mtime_ns))
+                    last = max(used.get(name, 0.0), info.st_atime)
+                    yield classify("http://" + name) is NameClass.INDEX, last, info.st_size, name
+
+    def _evict(self, name: str) -> bool:
+        key = next((head.key for head in _read_heads(self._store.head_path(name))), "")
+        if self._store.described(name, key) is None:
+            return False
+        self._store.remove(name, key)
+        for top, path in ((self._store.root, name), (os.path.join(self._store.books, "heads"), name)):
+            with contextlib.suppress(OSError):  # up to the first folder that is not empty
+                while os.path.dirname(path):
+                    path = os.path.dirname(path)
+                    os.rmdir(os.path.join(top, path))
+        return True
+
+    def _sweep_partials(self, now: float) -> None:
+        """Remove what crashes left and nobody has gone on with for a day."""
+        with contextlib.suppress(OSError), os.scandir(os.path.join(self._store.books, "partials")) as entries:
+            for entry in entries:
+                _remove_old(entry.path, now - DAY)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2427,18 +2573,45 @@ class LiveBody:
         self._response.close()
 
 
+class Orphans:
+    """Downloads that nobody reads any more: so many go on, the oldest; a newer one stops."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()  # guards _orphans
+        self._orphans: set[int] = set()
+
+    def may_go_on(self, partial: Partial) -> bool:
+        """Whether a download shall go on."""
+        read = partial.has_readers()
+        with self._lock:
+            if read:
+                self._orphans.discard(id(partial))
+            elif len(self._orphans) < self._most:
+                self._orphans.add(id(partial))
+            return read or id(partial) in self._orphans
+
+    def forget(self, partial: Partial) -> None:
+        """A download has ended."""
+        with self._lock:
+            self._orphans.discard(id(partial))
+
+
 class Tee:
     """The disk writer: what arrives goes into the partial, then to those who wait for it.
 
     The last promised bytes are held back until the body has landed (invariant 3).
     """
 
-    def __init__(self, partial: Partial, flight: Flight) -> None:
+    def __init__(self, partial: Partial, flight: Flight, orphans: Orphans) -> None:
         self._partial = partial
         self._flight = flight
+        self._orphans = orphans
 
     def write(self, data: bytes) -> int:
-        """Store, then tell; LocalFailure."""
+        """Store, then tell; LocalFailure, or Changed where nobody wants it any more."""
+        if not self._orphans.may_go_on(self._partial):
+            raise Changed("Its clients have left, and more downloads without any go on already.")
         try:
             self._partial.write(data)
         except OSError as error:
@@ -2455,7 +2628,8 @@ def _place(target: Target) -> tuple[str, str, int]:
 class Troubles:
     """What went wrong a short while ago, so that nobody waits for it, or reads of it, again and again."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_full_disk: Callable[[], None]) -> None:
+        self._on_full_disk = on_full_disk
         self._lock = threading.Lock()  # guards _origins and _disk
         self._origins: dict[tuple[str, str, int], tuple[float, str]] = {}
         self._disk: int | None = None  # the error number that was complained about
@@ -2486,6 +2660,8 @@ class Troubles:
             return "another instance is storing it"
         with self._lock:
             known, self._disk = self._disk == failure.code, failure.code
+        if failure.code == errno.ENOSPC:
+            self._on_full_disk()
         remedy = {errno.ENOSPC: " Free some space.", errno.EACCES: " Let this user write the cache root.",
                   errno.EROFS: " Mount the cache root for writing."}.get(failure.code or 0, "")
         log.log(logging.DEBUG if known else logging.WARNING,
@@ -2549,11 +2725,12 @@ class Filler:
     """Downloads into partials, the only writer of each, in threads of their own: a download belongs to the
     cache, and goes on when its clients leave.  For the caller: start."""
 
-    def __init__(self, barrier: Barrier, origin: Origin, troubles: Troubles,
+    def __init__(self, barrier: Barrier, origin: Origin, troubles: Troubles, orphans: Orphans,
                  updated: Callable[[str], None]) -> None:
         self._barrier = barrier
         self._origin = origin
         self._troubles = troubles
+        self._orphans = orphans
         self._updated = updated  # told of the cache key of which a new generation has been stored
 
     def start(self, download: Download, reply: Reply) -> None:
@@ -2577,14 +2754,7 @@ class Filler:
         try:
             self._download(download)
             landing = Landing.WHOLE
-            if flight.complete():
-                partial.commit()
-                landing = Landing.STORED
-                self._troubles.disk_works()
-                if not flight.complete():
-                    partial.retract()
-            else:
-                partial.discard()
+            landing = self._land(partial, flight)
         except LocalFailure as error:
             self._troubles.disk_failed(error)
             landing, failure = Landing.WHOLE if landing is Landing.WHOLE else Landing.ALONE, error
@@ -2596,9 +2766,21 @@ class Filler:
         finally:
             self._barrier.leave(flight)
             flight.end(landing, failure, partial.size)
+            self._orphans.forget(partial)
             partial.release()
         if landing is Landing.STORED and download.outcome is Outcome.UPDATED:
             self._updated(partial.head.key)
+
+    def _land(self, partial: Partial, flight: Flight) -> Landing:
+        """Store what is complete, unless something has made it invalid meanwhile; LocalFailure."""
+        if not flight.complete():
+            partial.discard()
+            return Landing.WHOLE
+        partial.commit()
+        self._troubles.disk_works()
+        if not flight.complete():
+            partial.retract()
+        return Landing.STORED
 
     def _download(self, download: Download) -> None:
         """All bytes, over as many connections as it takes; OriginFailure, LocalFailure."""
@@ -2606,8 +2788,10 @@ class Filler:
         while True:
             try:
                 with contextlib.closing(response):
-                    shutil.copyfileobj(response, Tee(partial, download.flight), CHUNK)
+                    shutil.copyfileobj(response, Tee(partial, download.flight, self._orphans), CHUNK)
                 return
+            except Changed:
+                raise
             except OriginFailure as failure:
                 if partial.size >= begun + EARLY:
                     pauses = list(RESUME_PAUSES)  # it does get on
@@ -2638,12 +2822,11 @@ class Leader:
     """Makes the fetches that others may share.  For the caller: lead, which returns how the flight
     ended, or None where a thread is still filling and will end it."""
 
-    def __init__(self, store: Store, barrier: Barrier, origin: Origin,
-                 updated: Callable[[str], None]) -> None:
+    def __init__(self, store: Store, origin: Origin, troubles: Troubles, filler: Filler) -> None:
         self._store = store
         self._origin = origin
-        self.troubles = Troubles()
-        self._filler = Filler(barrier, origin, self.troubles, updated)
+        self._troubles = troubles
+        self._filler = filler
 
     def lead(self, request: Request, flight: Flight, config: Config) -> tuple[Reply, Landing | None]:
         """The leader's own reply to a GET or HEAD; Failure where the origin has none."""
@@ -2680,14 +2863,14 @@ class Leader:
             response.close()
             raise OriginFailure("%s answered %d to a plain request." % (
                 forward.target.authority, response.head.status))
-        self.troubles.origin_answered(forward.target)
+        self._troubles.origin_answered(forward.target)
         return response
 
     def _validate(self, request: Request, decision: Decision, flight: Flight, stored: Stored,
                   config: Config) -> tuple[Reply, Landing | None]:
         """Ask whether a stored response is still right (RFC 9111 §4.3); stale beats nothing."""
         spare = may_be_stale(decision, stored.head)
-        trouble = self.troubles.origin(request.target) if spare else None
+        trouble = self._troubles.origin(request.target) if spare else None
         if trouble:
             return self._stale(request, decision, stored, trouble)
         try:
@@ -2695,7 +2878,7 @@ class Leader:
         except OriginFailure as error:
             if not spare:
                 raise
-            self.troubles.origin_failed(request.target, str(error))
+            self._troubles.origin_failed(request.target, str(error))
             return self._stale(request, decision, stored, str(error))
         if isinstance(answer, Head):
             return self._confirmed(request, decision, stored, answer)
@@ -2750,12 +2933,12 @@ class Leader:
         offset = begun[1] if begun else 0
         live = begun[0] if begun else dataclasses.replace(
             response.head, key=request.key, vary=selecting_fields(request, response.head))
-        reason = not_storable(dataclasses.replace(request, method="GET"), live, config)
-        reason = reason or ("" if response.proven else "no declared length")
         head = dataclasses.replace(live, fields=without(end_to_end(live.fields), ("set-cookie",)))
         length = response.length if response.length is None else response.length + offset
         forward = whole_forward(request, decision, config)
         try:
+            reason = not_storable(dataclasses.replace(request, method="GET"), live, config)
+            reason = reason or ("" if response.proven else "no declared length")
             if not reason:
                 partial = self._store.receive(head, length, offset)
                 outcome = Outcome.UPDATED if decision.action is Action.VALIDATE else Outcome.MISS
@@ -2768,7 +2951,7 @@ class Leader:
                 self._filler.start(Download(response, partial, flight, forward, outcome), reply)
                 return reply, None
         except LocalFailure as failure:
-            reason = self.troubles.disk_failed(failure)
+            reason = self._troubles.disk_failed(failure)
         except BaseException:
             response.close()
             raise
@@ -2776,6 +2959,42 @@ class Leader:
             response.close()
             response = self._fetch(forward)
         return from_origin(request, response, decision, reason), Landing.ALONE
+
+
+class Sweeper:
+    """Keeps the cache within its bounds, in a thread of its own.  For the caller: start, wake, stop."""
+
+    def __init__(self, store: Store) -> None:
+        self._janitor = Janitor(store)
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+
+    def start(self, config: Config) -> None:
+        """Sweep now, and again and again."""
+        threading.Thread(target=self._run, args=(config,), daemon=True).start()
+
+    def wake(self) -> None:
+        """Sweep soon: the disk is full."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """No more."""
+        self._stop.set()
+        self._wake.set()
+
+    def _run(self, config: Config) -> None:
+        while True:
+            self._wake.clear()
+            if self._stop.is_set():
+                return
+            try:
+                swept = self._janitor.sweep(config, time.time())
+                if swept.removed:
+                    log.info("Swept %d of %d stored files, %d of %d MB", swept.removed, swept.files,
+                             swept.freed // 10**6, swept.size // 10**6)
+            except OSError as error:
+                log.debug("The cache cannot be swept: %s", error)
+            self._wake.wait(SWEEP_EVERY)
 
 
 class Proxy:
@@ -2787,7 +3006,11 @@ class Proxy:
         self._store = store
         self._barrier = Barrier()
         self._origin = Origin(self.counters.add_down)
-        self._leader = Leader(store, self._barrier, self._origin, self._refresh_companions)
+        self.sweeper = Sweeper(store)
+        troubles = Troubles(self.sweeper.wake)
+        filler = Filler(self._barrier, self._origin, troubles, Orphans(config.max_orphans),
+                        self._refresh_companions)
+        self._leader = Leader(store, self._origin, troubles, filler)
         self._refreshers = threading.BoundedSemaphore(MAX_REFRESHERS)
 
     def respond(self, request: Request) -> Reply:
@@ -2803,13 +3026,15 @@ class Proxy:
             return from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl), time.time())
         _close(stored)
         if decision.action is Action.REFUSE:
-            raise Failure("No stored response fits, and the request allows no other (only-if-cached).", 504)
+            reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
+            raise Failure("No stored response fits, and %s." % reason, 504)
         if decision.action is Action.PASS or self._passes_range(request, decision):
             return self._pass(request, decision, config)
         return self._join(request, decision, config)
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close what is idle, end what goes on in the background."""
+        self.sweeper.stop()
         self._origin.close()
 
     def _passes_range(self, request: Request, decision: Decision) -> bool:
@@ -3074,8 +3299,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _read_request(self) -> Request | None:
         """The next request; None where the client has gone or is idle; BadRequest."""
         self._timed.set_deadline(IDLE_TIMEOUT)
-        if not self._head.peek(1):
-            return None
+        with self.server.room.idling(self.connection):
+            if not self._head.peek(1):
+                return None
         self._timed.set_deadline(REQUEST_WAIT)
         try:
             lines = read_lines(self.rfile)
@@ -3169,14 +3395,63 @@ def address_family(host: str) -> tuple[socket.AddressFamily, bool]:
     return (socket.AF_INET6 if ":" in host else socket.AF_INET), False
 
 
+class Room:
+    """A bound on connections: each takes a thread and up to four descriptors.  When there is no room, the
+    one that has been idle longest makes place for the next; where none is, the next waits."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._changed = threading.Condition()  # guards all below
+        self._count = 0
+        self._idle: dict[socket.socket, None] = {}  # the longest first
+        self._closing = False
+
+    def enter(self) -> None:
+        """Wait for room for one connection more."""
+        with self._changed:
+            while self._count >= self._most and not self._closing:
+                victim = next(iter(self._idle), None)
+                if victim is not None:
+                    del self._idle[victim]
+                    with contextlib.suppress(OSError):
+                        victim.shutdown(socket.SHUT_RDWR)
+                self._changed.wait(1.0)
+            self._count += 1
+
+    def leave(self) -> None:
+        """A connection has ended."""
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def idling(self, connection: socket.socket) -> Iterator[None]:
+        """While a connection waits for its next request."""
+        with self._changed:
+            self._idle[connection] = None
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._idle.pop(connection, None)
+
+
 class ProxyServer(http.server.ThreadingHTTPServer):
     """Listens on one address; a thread a connection."""
 
     daemon_threads = True
     request_queue_size = 256  # a fleet that wakes up by cron comes all at once
 
-    def __init__(self, address: tuple[str, int], proxy: Proxy, log_ids: Iterator[int]) -> None:
+    def __init__(self, address: tuple[str, int], proxy: Proxy, log_ids: Iterator[int],
+                 room: Room | None = None) -> None:
         self.proxy = proxy
+        self.room = room or Room(MAX_CONNECTIONS)
         self._ids = log_ids
         self._lock = threading.Lock()  # guards _replying
         self._replying = 0
@@ -3188,6 +3463,27 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if self._both:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection, once there is room for it; don't spin where descriptors are out."""
+        self.room.enter()
+        try:
+            return super().get_request()
+        except OSError as error:
+            self.room.leave()
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                time.sleep(0.1)
+            raise
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        super().shutdown_request(request)
+        self.room.leave()
+
+    def shutdown(self) -> None:
+        """Stop accepting."""
+        self.room.close()
+        super().shutdown()
 
     @property
     def authority(self) -> str:
@@ -3271,6 +3567,16 @@ OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--allow",), {"action": "append", "metavar": "NET",
                     "help": "who may connect: loopback, private, all, or a network such as 203.0.113.0/24; "
                             "may be repeated (default: %s)" % " and ".join(DEFAULTS.allow)}),
+    (("--max-size",), {"metavar": "SIZE", "help": "keep what is stored below, say, 20G: what was used least "
+                                                  "recently goes first (default: no limit)"}),
+    (("--min-free",), {"metavar": "SIZE", "help": "leave so much of the file system free (default: 5 %% of it, "
+                                                  "at most 10 GB)"}),
+    (("--max-age",), {"metavar": "TIME",
+                      "help": "remove what nobody has used for, say, 90d (default: keep it)"}),
+    (("--max-orphans",), {"metavar": "N", "type": int, "default": DEFAULTS.max_orphans,
+                          "help": "so many downloads go on when their last client has left (default: %d)"
+                                  % DEFAULTS.max_orphans}),
+    (("--offline",), {"action": "store_true", "help": "never ask an origin: stored responses only"}),
     (("--no-heuristics",), {"action": "store_false", "dest": "heuristics",
                             "help": "ask again on each request for what no one says how long to keep "
                                     "(default: keep it for a day)"}),
@@ -3316,11 +3622,14 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
         for addr in addrs:
             parse_addr(addr)
         parse_networks(allow)
+        config = Config(addrs, options.root, options.filters, allow, options.heuristics, options.offline,
+                        None if options.max_size is None else parse_size(options.max_size),
+                        None if options.min_free is None else parse_size(options.min_free),
+                        max_age=None if options.max_age is None else parse_span(options.max_age),
+                        max_orphans=options.max_orphans, pseudonym="pkgproxy-" + secrets.token_hex(4))
     except ValueError as error:
         parser.error(str(error))
     level = logging.INFO + 10 * options.quiet - 10 * options.verbose
-    config = Config(addrs, options.root, options.filters, allow, options.heuristics,
-                    pseudonym="pkgproxy-" + secrets.token_hex(4))
     return config, max(logging.DEBUG, min(level, logging.ERROR))
 
 
@@ -3334,9 +3643,9 @@ def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
     return tuple(filters)
 
 
-def open_root(root: str | None) -> Store:
-    """The store below ``root``, made if it is missing; Unusable where it is no folder to read."""
-    store = Store(root or ".", trust_bare=root is not None)
+def open_root(config: Config) -> Store:
+    """The store below the root, made if it is missing; Unusable where it is no folder to read."""
+    store = Store(config.root or ".", config.root is not None, config.min_free)
     try:
         make_folder(store.root)
         hosts = store.found()
@@ -3350,13 +3659,24 @@ def open_root(root: str | None) -> Store:
     return store
 
 
+def make_room() -> Room:
+    """Room for as many connections as the descriptors allow, of which each may take four."""
+    if resource is None:
+        return Room(MAX_CONNECTIONS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return Room(max(4, min(MAX_CONNECTIONS, (soft - 40) // 4 if soft > 0 else MAX_CONNECTIONS)))
+
+
 def open_servers(config: Config, proxy: Proxy) -> list[ProxyServer]:
     """A listening server for each address; Unusable where one is taken or not ours."""
-    ids = itertools.cycle(range(1, 1000))
+    ids, room = itertools.cycle(range(1, 1000)), make_room()
     servers = []
     for addr in config.addrs:
         try:
-            servers.append(ProxyServer(parse_addr(addr), proxy, ids))
+            servers.append(ProxyServer(parse_addr(addr), proxy, ids, room))
         except (OSError, OverflowError) as error:
             for server in servers:
                 server.server_close()
@@ -3405,7 +3725,7 @@ def serve(servers: list[ProxyServer], proxy: Proxy, stop: threading.Event) -> No
 
 def run(config: Config) -> None:
     """Start, serve, stop; Unusable."""
-    store = open_root(config.root)
+    store = open_root(config)
     if config.filters_file:
         try:
             config = dataclasses.replace(config, filters=load_filters(config.filters_file))
@@ -3416,6 +3736,7 @@ def run(config: Config) -> None:
         log.info("No filters file given")
     proxy = Proxy(config, store)
     stop = heed_signals(proxy)
+    proxy.sweeper.start(config)
     serve(open_servers(config, proxy), proxy, stop)
 
 

@@ -1959,7 +1959,7 @@ class LocalFailureTest(ProxyCase):
         self.check()
 
     def test_a_disk_that_is_full_at_the_start(self):
-        with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10)):
+        with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)):
             self.check()
 
     def test_a_disk_that_fails_at_the_end(self):
@@ -2298,7 +2298,7 @@ class DiskTest(ProxyCase):
             self.assertEqual(data + response.read(), self.body)
 
     def test_one_warning_for_many_requests_with_the_remedy(self):
-        full = mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10))
+        full = mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000))
         with full, self.assertLogs("pkgproxy", "WARNING") as caught:
             for number in range(3):
                 self.origin.pages["/y_%d_all.deb" % number] = Page(b"y" * 100)
