@@ -82,6 +82,7 @@ import os
 import re
 import secrets
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -129,6 +130,7 @@ CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that mov
 SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
 
 # Times, all in seconds.
+NEXT_ADDRESS = 0.25  # a try of another address of the same name: RFC 8305 §8 recommends it
 CONNECT_TIMEOUT = 10.0  # to one address: pacman drops a server that says nothing for 10 s
 ORIGIN_TIMEOUT = 30.0  # of silence from an origin: dnf gives up after 30 s under 1,000 B/s
 HEAD_WAIT = 45.0  # a follower's wait for its leader's head: connecting and waiting, and some
@@ -2152,6 +2154,53 @@ def select_readable(sock: socket.socket, timeout: float) -> bool:
     return bool(select.select([sock], [], [], timeout)[0])
 
 
+def resolve(host: str, port: int) -> list[tuple[Any, ...]]:
+    """The addresses of a name, the families in turn (RFC 8305 §4); OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    first = [address for address in found if address[0] == found[0][0]]
+    other = [address for address in found if address[0] != found[0][0]]
+    pairs = itertools.zip_longest(first, other)
+    return [address for pair in pairs for address in pair if address is not None]
+
+
+def _detached(sock: Any, patience: float) -> socket.socket:
+    """The same connection in a socket of its own, which outlives the tries."""
+    own = socket.socket(sock.family, sock.type, sock.proto, sock.detach())
+    own.settimeout(patience)
+    return own
+
+
+def connect_any(host: str, port: int, patience: float) -> socket.socket:
+    """A connection to whichever address of a name answers first: a new one is tried every NEXT_ADDRESS
+    seconds, and at once when one refuses (RFC 8305 §5); OSError, socket.timeout."""
+    waiting, deadline = resolve(host, port), time.monotonic() + patience
+    failure: OSError = socket.timeout("timed out")
+    with selectors.DefaultSelector() as tries, contextlib.ExitStack() as others:
+        while waiting or tries.get_map():
+            if waiting:
+                family, kind, protocol, _, address = waiting.pop(0)
+                try:
+                    sock = others.enter_context(socket.socket(family, kind, protocol))
+                    sock.setblocking(False)
+                    code = sock.connect_ex(address)
+                    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+                        raise OSError(code, os.strerror(code))
+                    tries.register(sock, selectors.EVENT_WRITE)
+                except OSError as error:  # a family that this machine does not speak
+                    failure = error
+                    continue
+            left = deadline - time.monotonic()
+            for key, _ in tries.select(max(0.0, min(left, NEXT_ADDRESS) if waiting else left)):
+                tries.unregister(key.fileobj)
+                code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # type: ignore[union-attr]
+                if not code:
+                    return _detached(key.fileobj, patience)
+                failure = OSError(code, os.strerror(code))
+            if time.monotonic() >= deadline:
+                raise socket.timeout("timed out")
+    raise failure
+
+
 class Connection(http.client.HTTPConnection):
     """A connection to an origin."""
 
@@ -2164,7 +2213,7 @@ class Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         """Open the connection, with TLS where the scheme asks for it."""
-        self.sock = socket.create_connection((self.host, self.port), self.timeout)
+        self.sock = connect_any(self.host, self.port, self.timeout)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.place[0] == "https":
             import ssl  # 4 MB and 20 ms that few need
