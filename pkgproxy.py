@@ -260,6 +260,7 @@ class Body(Protocol):
     """A reply's body.  Whoever holds it closes it; close() may be called again."""
 
     length: int | None  # bytes; None: known only at its end
+    uncached: int  # bytes so far that did not come from the cache: an origin's, and multipart lines
 
     def parts(self) -> Iterator[bytes | Slice]:
         """Yield the body in order; raise OSError or Failure where it cannot be completed."""
@@ -359,17 +360,6 @@ class CacheStatus:
     detail: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """What the Door sends."""
-
-    head: Head
-    body: Body
-    cache_status: CacheStatus
-    counted: bool = False  # its body bytes come from the cache
-    overhead: int = 0  # bytes of the body that are no representation's: multipart lines
-
-
 class Failure(Exception):
     """A request that cannot be satisfied; ``status`` and the sentence go to the client."""
 
@@ -379,6 +369,17 @@ class Failure(Exception):
     def __init__(self, sentence: str, status: int = 0) -> None:
         super().__init__(sentence)
         self.status = status or self.status
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What the Door sends."""
+
+    head: Head
+    body: Body
+    cache_status: CacheStatus
+    counted: bool = False  # its body bytes come from the cache
+    instead: Callable[[Failure], Reply] | None = None  # if the body fails before its first byte
 
 
 class BadRequest(Failure):
@@ -392,6 +393,10 @@ class OriginFailure(Failure):
 
     status = 502
     outcome = Outcome.FAILED
+
+    def __init__(self, sentence: str, target: Target | None = None) -> None:
+        super().__init__(sentence)
+        self.target = target  # which of the origins on the way failed; None: the one that was asked
 
 
 class OriginTimeout(OriginFailure):
@@ -990,20 +995,12 @@ def _weak(tag: str) -> str:
 
 
 def confirms(stored: Head, answer: Head) -> bool:
-    """Whether a 304 speaks of the stored response (RFC 9111 §4.3.4): another ETag speaks of another."""
-    tag = value(answer.fields, "ETag")
-    return tag is None or _weak(tag) == _weak(value(stored.fields, "ETag") or tag)
-
-
-def strong_validator(head: Head) -> str | None:
-    """What a range may be asked for with (RFC 9110 §8.8): an ETag that isn't weak, or a Last-Modified
-    that was at least a minute old (§8.8.2.2)."""
-    tag, date = value(head.fields, "ETag"), value(head.fields, "Last-Modified")
-    if tag:
-        return None if tag.startswith("W/") else tag
-    modified = parse_date(date)
-    sent = parse_date(value(head.fields, "Date")) or head.received
-    return date if modified is not None and sent - modified >= 60 else None
+    """Whether a 304 speaks of the stored response (RFC 9111 §4.3.4).  With another ETag, or another date, it
+    speaks of another: a mirror that compares dates says 304 to a captive portal's page of today, too."""
+    tag, date = value(answer.fields, "ETag"), value(answer.fields, "Last-Modified")
+    mine = value(stored.fields, "ETag")
+    same_tag = tag is None or mine is not None and _weak(tag) == _weak(mine)
+    return same_tag and date in (None, value(stored.fields, "Last-Modified") or date)
 
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
@@ -1022,7 +1019,23 @@ def is_rest(answer: Head, head: Head, size: int | None, offset: int) -> bool:
     if answer.status != 206 or not match:
         return False
     start, stop, total = int(match[1]), int(match[2]) + 1, int(match[3])
+    if content_length(answer.fields) not in (None, stop - start):
+        return False
     return start == offset and stop == total and size in (None, total)
+
+
+def strong_date(head: Head) -> str | None:
+    """A Last-Modified that was at least a minute old, and so names one content (RFC 9110 §8.8.2.2)."""
+    date = value(head.fields, "Last-Modified")
+    modified = parse_date(date)
+    sent = parse_date(value(head.fields, "Date")) or head.received
+    return date if modified is not None and sent - modified >= 60 else None
+
+
+def strong_validator(head: Head) -> str | None:
+    """What a range may be asked for with: an ETag that isn't weak, or a strong date (RFC 9110 §8.8)."""
+    tag = value(head.fields, "ETag")
+    return strong_date(head) if not tag else None if tag.startswith("W/") else tag
 
 
 # What may be stored, what may be used (RFC 9111 §3, §4) --------------------------------------
@@ -1083,7 +1096,9 @@ def _decide_stored(request: Request, control: dict[str, str | None], stored: Hea
     known = None if math.isinf(ttl) else int(ttl)
     if not control and "no-cache" in members(request.fields, "Pragma"):  # §5.4
         control = {"no-cache": None}
-    if _asks_anew(control, policy, age, ttl):
+    # §4.3.2: these two conditions are for the origin to decide.
+    strict = any(value(request.fields, name) is not None for name in ("If-Match", "If-Unmodified-Since"))
+    if strict or _asks_anew(control, policy, age, ttl):
         return Decision(Action.VALIDATE, name_class, "request", known)
     if policy.lifetime is not None and ttl > 0:
         due = policy.refresh is not None and now - stored.received > policy.refresh
@@ -1139,9 +1154,10 @@ def invalidated_keys(request: Request, answer: Head) -> list[str]:
     return keys
 
 
-def companions(key: str) -> list[str]:
+def companions(target: Target) -> list[Target]:
     """The detached signatures of an index, which must be of its generation."""
-    return [key + suffix for suffix in (".asc", ".sig", ".gpg", ".key")] if "?" not in key else []
+    suffixes = (".asc", ".sig", ".gpg", ".key") if "?" not in target.path else ()
+    return [dataclasses.replace(target, path=target.path + suffix) for suffix in suffixes]
 
 
 # Preconditions and ranges (RFC 9110 §13, §14) -------------------------------------------------
@@ -1210,11 +1226,8 @@ def requested_ranges(request: Request, head: Head, size: int) -> list[tuple[int,
     if text is None or request.method != "GET":
         return None
     condition = value(request.fields, "If-Range")
-    if condition is not None:
-        tag, date = value(head.fields, "ETag"), value(head.fields, "Last-Modified")
-        strong = tag is not None and not tag.startswith("W/") and condition == tag
-        if not strong and (date is None or condition != date):
-            return None  # apt sends our Last-Modified back byte for byte
+    if condition is not None and condition not in (strong_validator(head), strong_date(head)):
+        return None  # apt sends our Last-Modified back byte for byte
     return parse_range(text, size)
 
 
@@ -1319,6 +1332,12 @@ def redirect_target(head: Head, target: Target) -> Target | None:
 def via(fields: Fields, version: tuple[int, int], config: Config) -> str:
     """The Via field with us added (RFC 9110 §7.6.3)."""
     return ", ".join([*values(fields, "Via"), "%d.%d %s" % (*version, config.pseudonym)])
+
+
+def same_site(target: Target, onward: Target) -> bool:
+    """Whether a redirect stays where it was, so that credentials may go along; http may become https."""
+    ports = (target.port, onward.port)
+    return target.host == onward.host and (ports[0] == ports[1] or ports == (80, 443))
 
 
 def forward_fields(request: Request, config: Config, identity: bool) -> Fields:
@@ -1733,6 +1752,8 @@ class Store:
         """Keep a head that a validation has brought up to date; a failure costs only that."""
         head = dataclasses.replace(head, size=stored.head.size, mtime_ns=stored.head.mtime_ns)
         with contextlib.suppress(OSError):
+            if not _describes(head, os.lstat(os.path.join(self.root, stored.name))):
+                return  # another instance has stored a newer body meanwhile
             _write_heads(self.head_path(stored.name), [head])
 
     def forget(self, key: str) -> None:
@@ -2213,7 +2234,7 @@ class Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         """Open the connection, with TLS where the scheme asks for it."""
-        self.sock = connect_any(self.host, self.port, self.timeout)
+        self.sock = connect_any(self.host, self.port, self.timeout or CONNECT_TIMEOUT)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.place[0] == "https":
             import ssl  # 4 MB and 20 ms that few need
@@ -2343,7 +2364,17 @@ class Forward:
     body: Readable | None = None
     length: int | None = 0  # of the body; None: chunked
     follow: bool = False  # redirects, but not to HTML
-    patience: float = ORIGIN_TIMEOUT  # seconds to wait for a connection, and again for a head
+    deadline: float | None = None  # monotonic: by then a head, or a time-out; None: ORIGIN_TIMEOUT a step
+
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for the next step; socket.timeout where there are none left."""
+        if self.deadline is None:
+            return ORIGIN_TIMEOUT
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        return left
 
     @property
     def repeatable(self) -> bool:
@@ -2392,14 +2423,15 @@ class Origin:
                 response = self._ask(forward)
                 onward = redirect_target(response.head, forward.target) if forward.follow else None
                 if onward is None:
-                    if first is None or "text/html" not in media_type(response.head):
+                    portal_page = response.head.status < 300 and "text/html" in media_type(response.head)
+                    if first is None or not portal_page:
                         return response
                     response.close()
                     portal, first = first, None
                     return portal
                 first = _keep(first, response)
                 fields = forward.fields
-                if onward.host != forward.target.host:
+                if not same_site(forward.target, onward):
                     fields = without(fields, ("authorization", "cookie"))
                 fields = (("Host", onward.authority),) + without(fields, ("host",))
                 forward = dataclasses.replace(forward, target=onward, fields=fields)
@@ -2419,10 +2451,10 @@ class Origin:
                     return self._exchange(pooled, forward)
             return self._exchange(Connection(forward.target, forward.patience), forward)
         except (socket.timeout, TimeoutError):
-            raise OriginTimeout("%s did not answer in time." % authority) from None
+            raise OriginTimeout("%s did not answer in time." % authority, forward.target) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise OriginFailure("%s cannot be asked: %s." % (authority, what)) from None
+            raise OriginFailure("%s cannot be asked: %s." % (authority, what), forward.target) from None
 
     def fetch_rest(self, forward: Forward, head: Head, size: int | None, offset: int) -> Response:
         """The rest, from ``offset``, of the representation that ``head`` belongs to; OriginFailure where
@@ -2466,8 +2498,11 @@ class Origin:
             else:
                 connection.close()
 
-        head = Head(raw.status, raw.reason, raw.pairs, final=forward.target.uri, requested=requested,
-                    received=time.time())
+        received, fields = time.time(), raw.pairs
+        if value(fields, "Date") is None:
+            fields += (("Date", http_date(received)),)  # RFC 9110 §6.6.1
+        head = Head(raw.status, raw.reason, fields, final=forward.target.uri, requested=requested,
+                    received=received)
         return Response(head, raw, give_back, self._count)
 
 
@@ -2476,6 +2511,8 @@ class Origin:
 # ---------------------------------------------------------------------------------------------
 
 UNAVAILABLE = (500, 502, 503, 504)  # an origin's words for "not now": stale beats them
+REFRESH_PAUSE = 3600.0  # seconds between two validations of one response in the background
+MAX_ATTEMPTS = 10_000  # of them remembered
 MAX_REFRESHERS = 4  # validations at one time that no client waits for
 EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
 
@@ -2521,6 +2558,7 @@ class BytesBody:
 
     def __init__(self, data: bytes) -> None:
         self.length: int | None = len(data)
+        self.uncached = 0
         self._data = data
 
     def parts(self) -> Iterator[bytes | Slice]:
@@ -2536,6 +2574,7 @@ class FileBody:
 
     def __init__(self, stored: Stored, selection: Selection) -> None:
         self.length = selection.length
+        self.uncached = selection.overhead
         self._stored = stored
         self._spans = selection.spans
 
@@ -2555,10 +2594,13 @@ class TrailBody:
     def __init__(self, flight: Flight, partial: Partial, selection: Selection,
                  rest: Callable[[Head, int | None, int], Response]) -> None:
         self.length = selection.length
+        self.uncached = selection.overhead
+        self.patience = FLIGHT_WAIT  # seconds until the first byte
         self._flight = flight
         self._partial: Partial | None = partial  # acquired
         self._spans = selection.spans
         self._rest = rest  # asks the origin for what the disk did not take
+        self._begun = False  # whether a byte of the representation has been yielded
 
     def parts(self) -> Iterator[bytes | Slice]:
         """Yield bytes when they have arrived; the flight's error where they won't."""
@@ -2572,7 +2614,7 @@ class TrailBody:
         partial = self._partial
         while offset < stop and partial is not None:
             try:
-                received = min(stop, self._flight.wait_beyond(offset, FLIGHT_WAIT))
+                received = min(stop, self._flight.wait_beyond(offset, self.patience))
                 if received <= offset:
                     return  # landed whole, and its length was not known before
                 data = partial.read_at(min(CHUNK, received - offset), offset)
@@ -2582,17 +2624,24 @@ class TrailBody:
                 yield from self._beyond(partial, offset, stop)
                 return
             offset += len(data)
+            self.patience = FLIGHT_WAIT
+            self._begun = True
             yield data
 
     def _beyond(self, partial: Partial, offset: int, stop: int) -> Iterator[bytes]:
         """The disk failed: this client goes on from its own offset, straight from the origin."""
-        response = self._rest(partial.head, partial.length, offset)
-        with contextlib.closing(response):
+        if self._begun and strong_validator(partial.head) is None:
+            raise Changed("The download cannot be resumed: the origin sent no strong validator.")
+        with contextlib.closing(self._rest(partial.head, partial.length, offset)) as response:
             while offset < stop:
                 data = response.read(min(CHUNK, stop - offset))
+                if not data and stop != UNKNOWN:
+                    raise Truncated("The origin sent less than the rest.")
                 if not data:
                     return
                 offset += len(data)
+                self.uncached += len(data)
+                self._begun = True
                 yield data
 
     def close(self) -> None:
@@ -2607,6 +2656,7 @@ class LiveBody:
 
     def __init__(self, response: Response, head_only: bool) -> None:
         self.length = content_length(response.head.fields) if head_only else response.length
+        self.uncached = 0
         self._response = response
 
     def parts(self) -> Iterator[bytes | Slice]:
@@ -2670,8 +2720,8 @@ class Tee:
         return len(data)
 
 
-def _place(target: Target) -> tuple[str, str, int]:
-    return target.scheme, target.host, target.port
+def _place(target: Target) -> str:
+    return "%s://%s" % (target.scheme, target.authority)
 
 
 class Troubles:
@@ -2680,28 +2730,34 @@ class Troubles:
     def __init__(self, on_full_disk: Callable[[], None]) -> None:
         self._on_full_disk = on_full_disk
         self._lock = threading.Lock()  # guards _origins and _disk
-        self._origins: dict[tuple[str, str, int], tuple[float, str]] = {}
+        self._origins: dict[str, tuple[float, str]] = {}  # by scheme and authority, or by cache key
         self._disk: int | None = None  # the error number that was complained about
 
-    def origin(self, target: Target) -> str | None:
-        """Why an origin is not to be waited for now; None if it is."""
-        with self._lock:
-            until, reason = self._origins.get(_place(target), (0.0, ""))
-        return reason if time.monotonic() < until else None
-
-    def origin_failed(self, target: Target, reason: str) -> None:
-        """An origin could not be asked."""
+    def origin(self, request: Request) -> str | None:
+        """Why the origin of a request is not to be waited for now; None if it is."""
         now = time.monotonic()
         with self._lock:
-            for place in [place for place, (until, _) in self._origins.items() if until <= now]:
-                del self._origins[place]
-            self._origins[_place(target)] = (now + TROUBLE, reason)
-        log.warning("%s For %d s, what is stored is served stale.", reason, TROUBLE)
+            known = [self._origins.get(name) for name in (_place(request.target), request.key)]
+        return next((reason for until, reason in filter(None, known) if now < until), None)
 
-    def origin_answered(self, target: Target) -> None:
+    def origin_failed(self, request: Request, failure: OriginFailure) -> None:
+        """An origin could not be asked, or, behind a redirect, just one file of it."""
+        own = failure.target is None or _place(failure.target) == _place(request.target)
+        now = time.monotonic()
+        with self._lock:
+            for name in [name for name, (until, _) in self._origins.items() if until <= now]:
+                del self._origins[name]
+            name = _place(request.target) if own else request.key
+            known = name in self._origins
+            self._origins[name] = (now + TROUBLE, str(failure))
+        log.log(logging.DEBUG if known else logging.WARNING,
+                "%s For %d s, what is stored is served stale.", failure, TROUBLE)
+
+    def origin_answered(self, request: Request) -> None:
         """An origin is well again."""
         with self._lock:
-            self._origins.pop(_place(target), None)
+            for name in (_place(request.target), request.key):
+                self._origins.pop(name, None)
 
     def disk_failed(self, failure: LocalFailure) -> str:
         """Complain, once for each kind of failure, and tell the reason for Cache-Status."""
@@ -2731,7 +2787,7 @@ def from_store(request: Request, stored: Stored, status: CacheStatus, now: float
     fields += (("Accept-Ranges", "bytes"), ("Age", str(current_age(stored.head, now))))
     head = dataclasses.replace(stored.head, fields=fields)
     selection = select_response(request, head, stored.head.size, secrets.token_hex(12))
-    return Reply(selection.head, FileBody(stored, selection), status, True, selection.overhead)
+    return Reply(selection.head, FileBody(stored, selection), status, True)
 
 
 def from_partial(request: Request, head: Head, flight: Flight, partial: Partial, status: CacheStatus,
@@ -2741,7 +2797,7 @@ def from_partial(request: Request, head: Head, flight: Flight, partial: Partial,
     selection = select_response(request, dataclasses.replace(head, fields=fields), partial.length,
                                 secrets.token_hex(12))
     body = TrailBody(flight, partial, selection, rest)
-    return Reply(selection.head, body, status, status.outcome is Outcome.COLLAPSED, selection.overhead)
+    return Reply(selection.head, body, status, status.outcome is Outcome.COLLAPSED)
 
 
 def from_origin(request: Request, response: Response, decision: Decision, detail: str = "") -> Reply:
@@ -2753,10 +2809,10 @@ def from_origin(request: Request, response: Response, decision: Decision, detail
 
 
 def whole_forward(request: Request, decision: Decision, config: Config,
-                  patience: float = ORIGIN_TIMEOUT) -> Forward:
+                  deadline: float | None = None) -> Forward:
     """The request for a whole representation that may be stored, whatever part the client asked for."""
     fields = forward_fields(request, config, identity=True)
-    return Forward("GET", request.target, fields, follow=decision.policy.redirects, patience=patience)
+    return Forward("GET", request.target, fields, follow=decision.policy.redirects, deadline=deadline)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2775,12 +2831,12 @@ class Filler:
     cache, and goes on when its clients leave.  For the caller: start."""
 
     def __init__(self, barrier: Barrier, origin: Origin, troubles: Troubles, orphans: Orphans,
-                 updated: Callable[[str], None]) -> None:
+                 updated: Callable[[Target], None]) -> None:
         self._barrier = barrier
         self._origin = origin
         self._troubles = troubles
         self._orphans = orphans
-        self._updated = updated  # told of the cache key of which a new generation has been stored
+        self._updated = updated  # told of what has been stored in a new generation
 
     def start(self, download: Download, reply: Reply) -> None:
         """Begin to fill; LocalFailure, with partial and ``reply`` closed, where there is no thread for it."""
@@ -2818,7 +2874,7 @@ class Filler:
             self._orphans.forget(partial)
             partial.release()
         if landing is Landing.STORED and download.outcome is Outcome.UPDATED:
-            self._updated(partial.head.key)
+            self._updated(download.forward.target)
 
     def _land(self, partial: Partial, flight: Flight) -> Landing:
         """Store what is complete, unless something has made it invalid meanwhile; LocalFailure."""
@@ -2912,14 +2968,13 @@ class Leader:
             response.close()
             raise OriginFailure("%s answered %d to a plain request." % (
                 forward.target.authority, response.head.status))
-        self._troubles.origin_answered(forward.target)
         return response
 
     def _validate(self, request: Request, decision: Decision, flight: Flight, stored: Stored,
                   config: Config) -> tuple[Reply, Landing | None]:
         """Ask whether a stored response is still right (RFC 9111 §4.3); stale beats nothing."""
         spare = may_be_stale(decision, stored.head)
-        trouble = self._troubles.origin(request.target) if spare else None
+        trouble = self._troubles.origin(request) if spare else None
         if trouble:
             return self._stale(request, decision, stored, trouble)
         try:
@@ -2927,9 +2982,10 @@ class Leader:
         except OriginFailure as error:
             if not spare:
                 raise
-            self._troubles.origin_failed(request.target, str(error))
+            self._troubles.origin_failed(request, error)
             return self._stale(request, decision, stored, str(error))
         if isinstance(answer, Head):
+            self._troubles.origin_answered(request)
             return self._confirmed(request, decision, stored, answer)
         stored.close()
         return self._take(request, answer, decision, flight, config)
@@ -2937,34 +2993,40 @@ class Leader:
     def _ask_again(self, request: Request, decision: Decision, stored: Stored, config: Config,
                    spare: bool) -> Head | Response:
         """A head that confirms what is stored, or the response to store instead; OriginFailure."""
-        forward = whole_forward(request, decision, config, VALIDATE_WAIT if spare else ORIGIN_TIMEOUT)
+        deadline = time.monotonic() + VALIDATE_WAIT if spare else None
+        forward = whole_forward(request, decision, config, deadline)
         if not stored.described:
-            adopted = self._adopt(forward, stored)
+            adopted = self._adopt(request, forward, stored, config)
             return adopted or self._fetch(forward)
         conditions = validators(stored.head) if decision.forward != "vary-miss" else ()
         response = self._fetch(dataclasses.replace(forward, fields=forward.fields + conditions))
         if response.head.status == 304:
             response.close()
             if confirms(stored.head, response.head):
-                return response.head
+                return freshened(stored.head, response.head)
             response = self._fetch(forward)
         if response.head.status in UNAVAILABLE and spare:
             response.close()
-            raise OriginFailure("%s answers %d." % (request.target.authority, response.head.status))
+            final = parse_target(response.head.final)
+            raise OriginFailure("%s answers %d." % (final.authority, response.head.status), final)
         return response
 
-    def _adopt(self, forward: Forward, stored: Stored) -> Head | None:
+    def _adopt(self, request: Request, forward: Forward, stored: Stored, config: Config) -> Head | None:
         """The origin's head for a body that has none, if by size and date it is the same file."""
         response = self._origin.fetch(dataclasses.replace(forward, method="HEAD"))
         response.close()
         head, size = response.head, content_length(response.head.fields)
         modified = parse_date(value(head.fields, "Last-Modified"))
         same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
-        return head if head.status == 200 and same else None
+        if not same or not_storable(dataclasses.replace(request, method="GET"), head, config):
+            return None
+        return dataclasses.replace(stored.head, fields=without(end_to_end(head.fields), ("set-cookie",)),
+                                   final=head.final, requested=head.requested, received=head.received)
 
     def _confirmed(self, request: Request, decision: Decision, stored: Stored,
-                   answer: Head) -> tuple[Reply, Landing | None]:
-        head = freshened(stored.head, answer)
+                   head: Head) -> tuple[Reply, Landing | None]:
+        """Serve what the origin says is still right, under the head that this makes."""
+        head = dataclasses.replace(head, vary=selecting_fields(request, head))
         self._store.freshen(stored, head)
         status = CacheStatus(Outcome.VALIDATED, decision.forward, 304)
         reply = from_store(request, dataclasses.replace(stored, head=head), status, time.time())
@@ -2980,6 +3042,8 @@ class Leader:
         """Store an answer while it goes to the client, or relay it where it can't be stored.  It may be the
         rest of what was ``begun``, a head and an offset."""
         offset = begun[1] if begun else 0
+        if response.head.status < 500:
+            self._troubles.origin_answered(request)
         live = begun[0] if begun else dataclasses.replace(
             response.head, key=request.key, vary=selecting_fields(request, response.head))
         head = dataclasses.replace(live, fields=without(end_to_end(live.fields), ("set-cookie",)))
@@ -3008,6 +3072,29 @@ class Leader:
             response.close()
             response = self._fetch(forward)
         return from_origin(request, response, decision, reason), Landing.ALONE
+
+
+class Attempts:
+    """When which stored response was last validated in the background, whatever came of it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _last
+        self._last: dict[str, float] = {}  # by cache key: monotonic
+
+    def due(self, key: str, now: float) -> bool:
+        """Whether it is time for an attempt, which counts as made."""
+        with self._lock:
+            if now - self._last.get(key, -math.inf) < REFRESH_PAUSE:
+                return False
+            if len(self._last) >= MAX_ATTEMPTS:
+                self._last.clear()  # costs some attempts more, no memory
+            self._last[key] = now
+            return True
+
+    def forget(self, key: str) -> None:
+        """There is a reason to try again."""
+        with self._lock:
+            self._last.pop(key, None)
 
 
 class Sweeper:
@@ -3056,11 +3143,12 @@ class Proxy:
         self._barrier = Barrier()
         self._origin = Origin(self.counters.add_down)
         self.sweeper = Sweeper(store)
-        troubles = Troubles(self.sweeper.wake)
-        filler = Filler(self._barrier, self._origin, troubles, Orphans(config.max_orphans),
+        self._troubles = Troubles(self.sweeper.wake)
+        filler = Filler(self._barrier, self._origin, self._troubles, Orphans(config.max_orphans),
                         self._refresh_companions)
-        self._leader = Leader(store, self._origin, troubles, filler)
+        self._leader = Leader(store, self._origin, self._troubles, filler)
         self._refreshers = threading.BoundedSemaphore(MAX_REFRESHERS)
+        self._attempts = Attempts()
 
     def respond(self, request: Request) -> Reply:
         """The reply to a request; Failure where there is none to be had."""
@@ -3071,7 +3159,7 @@ class Proxy:
         decision = decide(request, stored.head if stored else None, config, time.time())
         if decision.action is Action.SERVE and stored is not None:
             if decision.refresh:
-                self._refresh(request.key)
+                self._refresh(request.target, request.key, stored.head.vary)
             return from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl), time.time())
         _close(stored)
         if decision.action is Action.REFUSE:
@@ -3105,12 +3193,15 @@ class Proxy:
     def _join(self, request: Request, decision: Decision, config: Config) -> Reply:
         flight, leader = self._barrier.join(request.key)
         if not leader:
-            return self._follow(request, decision, flight, config)
+            try:
+                return self._with_spare(request, decision, self._follow(request, decision, flight, config))
+            except OriginFailure as error:
+                return self._spare(request, decision, error)
         landing: Landing | None = Landing.ALONE
         failure: Exception | None = None
         try:
             reply, landing = self._leader.lead(request, flight, config)
-            return reply
+            return self._with_spare(request, decision, reply)
         except Failure as error:
             landing, failure = Landing.FAILED, error
             raise
@@ -3118,6 +3209,25 @@ class Proxy:
             if landing is not None:
                 self._barrier.leave(flight)
                 flight.end(landing, failure)
+
+    def _with_spare(self, request: Request, decision: Decision, reply: Reply) -> Reply:
+        """Where a stored response can answer, a new one that does not begin to come is not waited for."""
+        body = reply.body
+        if decision.action is not Action.VALIDATE or not isinstance(body, TrailBody):
+            return reply
+        body.patience = VALIDATE_WAIT
+        return dataclasses.replace(reply, instead=functools.partial(self._spare, request, decision))
+
+    def _spare(self, request: Request, decision: Decision, failure: Failure) -> Reply:
+        """The stored response in place of a failure; the failure where there is none that may."""
+        stored = self._store.lookup(request.key) if decision.action is Action.VALIDATE else None
+        if stored is None or not may_be_stale(decision, stored.head):
+            _close(stored)
+            raise failure
+        if isinstance(failure, OriginFailure):
+            self._troubles.origin_failed(request, failure)
+        status = CacheStatus(Outcome.STALE, decision.forward, detail=str(failure))
+        return from_store(request, stored, status, time.time())
 
     def _follow(self, request: Request, decision: Decision, flight: Flight, config: Config) -> Reply:
         """Share another client's fetch; go alone where it can't be shared (invariant 10)."""
@@ -3139,34 +3249,39 @@ class Proxy:
 
     # Validations that no client waits for
 
-    def _refresh(self, key: str) -> None:
-        """Validate a stored response in the background; not at all where there is too much of that."""
-        if self._barrier.flying(key) or not self._refreshers.acquire(blocking=False):
+    def _refresh(self, target: Target, key: str, vary: Fields) -> None:
+        """Validate a stored response in the background; not at all where there is too much of that, or has
+        been for this one lately."""
+        if not self._attempts.due(key, time.monotonic()) or self._barrier.flying(key):
             return
+        if not self._refreshers.acquire(blocking=False):
+            return
+        fields = (("Host", target.authority), ("Cache-Control", "no-cache")) + vary
+        request = Request("GET", target.uri, target, fields, received=time.time(), key=key)
         try:
-            threading.Thread(target=self._refresh_now, args=(key,), daemon=True).start()
+            threading.Thread(target=self._refresh_now, args=(request,), daemon=True).start()
         except RuntimeError:
             self._refreshers.release()
 
-    def _refresh_now(self, key: str) -> None:
-        target = parse_target(key)
-        fields = (("Host", target.authority), ("Cache-Control", "no-cache"))
-        request = Request("GET", key, target, fields, received=time.time(), key=key)
+    def _refresh_now(self, request: Request) -> None:
         try:
-            self.respond(request).body.close()
-        except Failure as failure:
-            log.debug("%s was not validated: %s", key, failure)
+            with contextlib.closing(self.respond(request).body) as body:
+                for _ in body.parts():  # to its end, so that so many downloads go on at one time
+                    pass
+        except (Failure, OSError) as failure:
+            log.debug("%s was not validated: %s", request.key, failure)
         finally:
             self._refreshers.release()
 
-    def _refresh_companions(self, key: str) -> None:
+    def _refresh_companions(self, target: Target) -> None:
         """A new generation of an index is here: let its stored signatures be of the same."""
-        if classify(key) is NameClass.INDEX:
-            for other in companions(key):
-                stored = self._store.lookup(other)
+        if classify(cache_key(target)) is NameClass.INDEX:
+            for other in companions(target):
+                stored = self._store.lookup(cache_key(other))
                 if stored is not None:
                     stored.close()
-                    self._refresh(other)
+                    self._attempts.forget(cache_key(other))
+                    self._refresh(other, cache_key(other), stored.head.vary)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3325,7 +3440,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 if self._began:
                     return False  # the only honest error is closing the connection (invariant 7)
                 reply.body.close()
-                reply = failure_reply(failure)
+                reply = self._instead(reply, failure)
                 open_after = self._send(request, reply, close)
             whole = True
             if not open_after:
@@ -3334,6 +3449,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         finally:
             reply.body.close()
             self.server.note(request, reply, self._sent, time.time() - started, whole)
+
+    def _instead(self, reply: Reply, failure: Failure) -> Reply:
+        """What goes to the client where a reply failed before its first byte."""
+        try:
+            return reply.instead(failure) if reply.instead else failure_reply(failure)
+        except Failure as error:
+            return failure_reply(error)
 
     def _linger(self) -> None:
         """Unread bytes would turn our close into a reset, which may overtake the answer."""
@@ -3399,8 +3521,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _write_body(self, head: bytes, body: Body, framing: Framing) -> None:
         """Head and first bytes leave in one segment where the body is small."""
-        waiting, count = head, 0
+        waiting, count, total = head, 0, 0
         for part in body.parts():
+            total += part.stop - part.start if isinstance(part, Slice) else len(part)
+            if body.length is not None and total > body.length:
+                raise ConnectionAbortedError(errno.EIO, "the body is longer than declared")
             if isinstance(part, Slice) and part.stop - part.start > SMALL:
                 self._write(waiting, count)
                 waiting, count = b"", 0
@@ -3412,6 +3537,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if len(waiting) > SMALL or isinstance(body, (TrailBody, LiveBody)):
                 self._write(waiting, count)
                 waiting, count = b"", 0
+        if body.length not in (None, total):
+            raise ConnectionAbortedError(errno.EIO, "the body is shorter than declared")
         self._write(waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
 
     def _write(self, data: bytes, count: int = 0) -> None:
@@ -3585,7 +3712,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         outcome = reply.cache_status.outcome
         self.proxy.counters.add(outcome)
         if reply.counted and reply.head.status in (200, 206):
-            self.proxy.counters.add_cache(max(0, sent - reply.overhead))
+            self.proxy.counters.add_cache(max(0, sent - reply.body.uncached))
         detail = reply.cache_status.detail
         log.info("[%3d] %s %s %s %d %d bytes %.3f s %s%s%s", next(self._ids), request.client,
                  printable(request.method), printable(request.uri), reply.head.status, sent, max(0.0, took),
@@ -3618,8 +3745,8 @@ OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
                             "may be repeated (default: %s)" % " and ".join(DEFAULTS.allow)}),
     (("--max-size",), {"metavar": "SIZE", "help": "keep what is stored below, say, 20G: what was used least "
                                                   "recently goes first (default: no limit)"}),
-    (("--min-free",), {"metavar": "SIZE", "help": "leave so much of the file system free (default: 5 %% of it, "
-                                                  "at most 10 GB)"}),
+    (("--min-free",), {"metavar": "SIZE", "help": "leave so much of the file system free (default: 5 %% of "
+                                                  "it, at most 10 GB)"}),
     (("--max-age",), {"metavar": "TIME",
                       "help": "remove what nobody has used for, say, 90d (default: keep it)"}),
     (("--max-orphans",), {"metavar": "N", "type": int, "default": DEFAULTS.max_orphans,
