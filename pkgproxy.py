@@ -1704,6 +1704,9 @@ class Store:
             if self.free_space() <= missing:
                 raise OSError(errno.ENOSPC, "not enough free space for %d bytes" % missing)
             file = _lead(path, offset)
+            if not offset:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path + "^head")  # that of what lay here before
         except OSError as error:
             raise LocalFailure(error) from error
         if not offset and missing >= RESUME_WORTH and strong_validator(head) is not None:
@@ -3244,8 +3247,10 @@ class Proxy:
         if stored is None or selecting_fields(request, stored.head) != stored.head.vary:
             _close(stored)
             return self._pass(request, decision, config, "not collapsed")
-        outcome = Outcome.STALE if landing is Landing.STALE else Outcome.COLLAPSED
-        return from_store(request, stored, CacheStatus(outcome, decision.forward), time.time())
+        status = CacheStatus(Outcome.COLLAPSED, decision.forward)
+        if landing is Landing.STALE:
+            status = CacheStatus(Outcome.STALE, decision.forward, detail="the origin cannot be asked")
+        return from_store(request, stored, status, time.time())
 
     # Validations that no client waits for
 
