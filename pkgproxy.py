@@ -119,6 +119,8 @@ log = logging.getLogger("pkgproxy")
 
 Fields = tuple[tuple[str, str], ...]  # in the order of the wire; names compare without case
 
+UNAVAILABLE = (500, 502, 503, 504)  # an origin's words for "not now": stale beats them
+
 # Limits, with their reasons.
 MAX_LINE = 16 * 1024  # request line, status line, one field: RFC 9112 §3 asks for 8,000; CDNs sign long
 MAX_HEAD = 64 * 1024  # a whole head: as much as Apache lets one grow (100 fields of 8 KiB) in practice
@@ -145,6 +147,7 @@ LINGER = 2.0  # reading what a client still sends after our last answer
 CLIENT_TIMEOUT = 60.0  # of a client that neither reads nor writes in the middle of a message
 POOL_IDLE = 30.0  # an origin's connection waits this long for its next request (nginx closes at 75)
 POOL_SIZE = 8  # idle connections kept to one origin
+POOL_TOTAL = 24  # and to all: each is a descriptor
 GRACE = 8.0  # running replies get this long after SIGTERM; systemd and docker kill after 10
 DAY = 86400.0
 SWEEP_EVERY = 300.0  # between two looks at the disk
@@ -1009,10 +1012,11 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 def is_rest(answer: Head, head: Head, size: int | None, offset: int) -> bool:
     """Whether an answer is the rest, from ``offset``, of the representation of ``size`` bytes that ``head``
     belongs to.  Bytes of two generations are never spliced."""
-    for name in ("ETag", "Last-Modified"):
-        mine, theirs = value(head.fields, name), value(answer.fields, name)
-        if mine != theirs and not (offset and None in (mine, theirs)):
-            return False  # to If-Range, an origin may answer with fewer fields (§15.3.7), or with more
+    mine, theirs = (value(each.fields, "Last-Modified") for each in (head, answer))
+    if value(head.fields, "ETag") != value(answer.fields, "ETag"):
+        return False  # §15.3.7: a 206 has the ETag that the 200 had
+    if mine != theirs and not (offset and None in (mine, theirs)):
+        return False  # but it may leave out the date, which If-Range has compared
     if not offset:
         return answer.status == 200 and size is not None and content_length(answer.fields) == size
     match = _CONTENT_RANGE.fullmatch(value(answer.fields, "Content-Range") or "")
@@ -1138,6 +1142,12 @@ def may_be_stale(decision: Decision, stored: Head) -> bool:
     """Whether a stored response may answer where its origin can't be asked (RFC 9111 §4.2.4)."""
     strict = {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(directives(stored.fields))
     return decision.forward != "vary-miss" and (decision.policy.always_stale or not strict)
+
+
+def is_outdated(decision: Decision, answer: Head) -> bool:
+    """Whether an answer tells that the stored response is wrong; a captive portal's page does not."""
+    portal = not decision.policy.html and "text/html" in media_type(answer)
+    return decision.action is Action.VALIDATE and answer.status == 200 and not portal
 
 
 def invalidated_keys(request: Request, answer: Head) -> list[str]:
@@ -1516,7 +1526,7 @@ class Partial:
             self.discard()
 
     def retract(self) -> None:
-        """Remove what was committed, because it was spoiled in that very moment."""
+        """Remove what is stored under its key: it is no longer right."""
         self._store.forget(self.head.key)
 
     def discard(self) -> None:
@@ -1626,6 +1636,8 @@ def _head_from(row: dict[str, Any]) -> Head:
     """A head from its JSON; ValueError, TypeError or KeyError where somebody damaged it."""
     for name in ("fields", "vary"):
         row[name] = tuple((field, text) for field, text in row[name])
+        if not all(isinstance(part, str) for pair in row[name] for part in pair):
+            raise ValueError("a damaged field")
         parse_fields(["%s: %s" % pair for pair in row[name]])
     head = Head(**row)
     texts = (head.reason, head.key, head.final)
@@ -1707,6 +1719,9 @@ class Store:
             if not offset:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path + "^head")  # that of what lay here before
+            elif [known.fields for known in _read_heads(path + "^head")] != [head.fields]:
+                file.close()
+                raise OSError(errno.EAGAIN, "another process has begun it anew")
         except OSError as error:
             raise LocalFailure(error) from error
         if not offset and missing >= RESUME_WORTH and strong_validator(head) is not None:
@@ -1870,8 +1885,10 @@ class Janitor:
                 name = os.path.relpath(path, top)[:-len("^head")].replace(os.sep, "/")
                 try:
                     info = os.lstat(os.path.join(self._store.root, name))
-                except OSError:
+                except (FileNotFoundError, NotADirectoryError):
                     _remove_old(path, now - DAY)  # its body was removed by hand
+                    continue
+                except OSError:
                     continue
                 if file.endswith("^head") and stat.S_ISREG(info.st_mode):
                     if name in used:  # remembered here, so that a hit costs no write
@@ -2284,6 +2301,9 @@ class Pool:
             idle.append(connection)
             surplus = idle[:-POOL_SIZE]
             del idle[:-POOL_SIZE]
+            if sum(map(len, self._idle.values())) > POOL_TOTAL:
+                oldest = min(self._idle.values(), key=lambda waiting: waiting[0].idle_since)
+                surplus.append(oldest.pop(0))
             for place, waiting in list(self._idle.items()):
                 surplus += [other for other in waiting if now - other.idle_since > POOL_IDLE]
                 waiting[:] = [other for other in waiting if now - other.idle_since <= POOL_IDLE]
@@ -2463,6 +2483,9 @@ class Origin:
         """The rest, from ``offset``, of the representation that ``head`` belongs to; OriginFailure where
         what comes is another."""
         response = self.fetch(rest_request(forward, head, offset))
+        if response.head.status in (*UNAVAILABLE, 429):
+            response.close()
+            raise OriginFailure("%s answers %d." % (forward.target.authority, response.head.status))
         if not is_rest(response.head, head, size, offset):
             response.close()
             raise Changed("The download cannot be resumed: the origin has another file now.")
@@ -2513,7 +2536,6 @@ class Origin:
 # 6 Proxy: the only floor that knows Store, Barrier and Origin
 # ---------------------------------------------------------------------------------------------
 
-UNAVAILABLE = (500, 502, 503, 504)  # an origin's words for "not now": stale beats them
 REFRESH_PAUSE = 3600.0  # seconds between two validations of one response in the background
 MAX_ATTEMPTS = 10_000  # of them remembered
 MAX_REFRESHERS = 4  # validations at one time that no client waits for
@@ -2705,14 +2727,14 @@ class Tee:
     The last promised bytes are held back until the body has landed (invariant 3).
     """
 
-    def __init__(self, partial: Partial, flight: Flight, orphans: Orphans) -> None:
+    def __init__(self, partial: Partial, flight: Flight, may_go_on: Callable[[], bool]) -> None:
         self._partial = partial
         self._flight = flight
-        self._orphans = orphans
+        self._may_go_on = may_go_on
 
     def write(self, data: bytes) -> int:
         """Store, then tell; LocalFailure, or Changed where nobody wants it any more."""
-        if not self._orphans.may_go_on(self._partial):
+        if not self._may_go_on():
             raise Changed("Its clients have left, and more downloads without any go on already.")
         try:
             self._partial.write(data)
@@ -2867,6 +2889,8 @@ class Filler:
             self._troubles.disk_failed(error)
             landing, failure = Landing.WHOLE if landing is Landing.WHOLE else Landing.ALONE, error
             partial.discard()
+            if download.outcome is Outcome.UPDATED:
+                partial.retract()  # the old one is known to be wrong
         except OriginFailure as error:
             log.warning("%s was not stored: %s", partial.head.key, error)
             failure = error
@@ -2893,10 +2917,11 @@ class Filler:
     def _download(self, download: Download) -> None:
         """All bytes, over as many connections as it takes; OriginFailure, LocalFailure."""
         response, partial, pauses, begun = download.response, download.partial, list(RESUME_PAUSES), 0
+        tee = Tee(partial, download.flight, functools.partial(self._may_go_on, download))
         while True:
             try:
                 with contextlib.closing(response):
-                    shutil.copyfileobj(response, Tee(partial, download.flight, self._orphans), CHUNK)
+                    shutil.copyfileobj(response, tee, CHUNK)
                 return
             except Changed:
                 raise
@@ -2905,6 +2930,12 @@ class Filler:
                     pauses = list(RESUME_PAUSES)  # it does get on
                 begun = partial.size
                 response = self._resume(download, pauses, failure)
+
+    def _may_go_on(self, download: Download) -> bool:
+        if self._orphans.may_go_on(download.partial):
+            return True
+        self._barrier.leave(download.flight)  # nobody joins it any more; who just has is not let down
+        return download.partial.has_readers()
 
     def _resume(self, download: Download, pauses: list[float], failure: OriginFailure) -> Response:
         """Go on where a download broke off (DESIGN §6.4); the failure where that can't be."""
@@ -2958,7 +2989,7 @@ class Leader:
         begun = self._store.leftover(request.key)
         if begun is not None and selecting_fields(request, begun[0]) == begun[0].vary:
             size = None if begun[0].size < 0 else begun[0].size
-            with contextlib.suppress(OriginFailure):
+            with contextlib.suppress(Changed):
                 response = self._origin.fetch_rest(forward, begun[0], size, begun[1])
                 return self._take(request, response, decision, flight, config, begun)
         return self._take(request, self._fetch(forward), decision, flight, config)
@@ -3071,6 +3102,8 @@ class Leader:
         except BaseException:
             response.close()
             raise
+        if is_outdated(decision, response.head):
+            self._store.forget(request.key)  # what is stored is known to be wrong, and can't be replaced
         if begun is not None:
             response.close()
             response = self._fetch(forward)
@@ -3403,6 +3436,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._line = ""  # the current request's first
         self._sent = 0  # body bytes of the current reply that have left
         self._began = False  # whether a byte of the current reply has left
+        self._answered = False  # whether a request has been answered
 
     def handle(self) -> None:
         """Answer requests until the connection closes (RFC 9112 §9.3)."""
@@ -3423,7 +3457,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if request is None:
             return False
         with self.server.replying():
-            return self._answer(request, self._reply_to(request))
+            self._answered = self._answer(request, self._reply_to(request))
+        return self._answered
 
     def _reply_to(self, request: Request) -> Reply:
         """The server's reply; an error where there is none.  The one place where a bug becomes a 500."""
@@ -3474,8 +3509,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _read_request(self) -> Request | None:
         """The next request; None where the client has gone or is idle; BadRequest."""
-        self._timed.set_deadline(IDLE_TIMEOUT)
-        with self.server.room.idling(self.connection):
+        self._timed.set_deadline(IDLE_TIMEOUT if self._answered else REQUEST_WAIT)
+        # Only a client that has had an answer takes it well that an idle connection is closed.
+        idle = self.server.room.idling(self.connection) if self._answered else contextlib.nullcontext()
+        with idle:
             if not self._head.peek(1):
                 return None
         self._timed.set_deadline(REQUEST_WAIT)
@@ -3591,7 +3628,7 @@ class Room:
         """Wait for room for one connection more."""
         with self._changed:
             while self._count >= self._most and not self._closing:
-                victim = next(iter(self._idle), None)
+                victim = next((sock for sock in self._idle if not select_readable(sock, 0)), None)
                 if victim is not None:
                     del self._idle[victim]
                     with contextlib.suppress(OSError):

@@ -794,11 +794,11 @@ class CacheRulesTest(unittest.TestCase):
     def test_the_rest_of_a_representation_is_known_by_validator_and_place(self):
         head = stored(ETag='"x"', Last_Modified=DATE)
         for offset, status, fields, expected in (
-                (4, 206, {"ETag": '"x"', "Content_Range": "bytes 4-9/10"}, True), (4, 206, {"Content_Range": "bytes 4-9/10"}, True),
-                (4, 206, {"ETag": '"y"', "Content_Range": "bytes 4-9/10"}, False), (4, 206, {"Content_Range": "bytes 4-9/11"}, False),
-                (4, 206, {"Content_Range": "bytes 3-9/10"}, False), (4, 206, {"Content_Range": "bytes 4-8/10"}, False),
-                (4, 206, {"Content_Range": "bytes 4-9/10", "Content_Length": "3"}, False),
-                (4, 206, {"Content_Range": "bytes 4-9/10", "Content_Length": "6"}, True), (4, 206, {"Content_Range": "bytes 4-9/*"}, False), (4, 206, {}, False), (4, 200, {"ETag": '"x"'}, False),
+                (4, 206, {"ETag": '"x"', "Content_Range": "bytes 4-9/10"}, True), (4, 206, {"Content_Range": "bytes 4-9/10"}, False),
+                (4, 206, {"ETag": '"y"', "Content_Range": "bytes 4-9/10"}, False), (4, 206, {"ETag": '"x"', "Content_Range": "bytes 4-9/11"}, False),
+                (4, 206, {"ETag": '"x"', "Content_Range": "bytes 3-9/10"}, False), (4, 206, {"ETag": '"x"', "Content_Range": "bytes 4-8/10"}, False),
+                (4, 206, {"ETag": '"x"', "Content_Range": "bytes 4-9/10", "Content_Length": "3"}, False),
+                (4, 206, {"ETag": '"x"', "Content_Range": "bytes 4-9/10", "Content_Length": "6"}, True), (4, 206, {"Content_Range": "bytes 4-9/*"}, False), (4, 206, {}, False), (4, 200, {"ETag": '"x"'}, False),
                 (4, 206, {"Last_Modified": "Sun, 06 Nov 1994 08:49:38 GMT", "Content_Range": "bytes 4-9/10"}, False),
                 (0, 200, {"ETag": '"x"', "Last_Modified": DATE, "Content_Length": "10"}, True),
                 (0, 200, {"ETag": '"y"', "Last_Modified": DATE, "Content_Length": "10"}, False),
@@ -807,6 +807,12 @@ class CacheRulesTest(unittest.TestCase):
             with self.subTest(offset=offset, status=status, fields=fields):
                 answer = pkgproxy.dataclasses.replace(stored(**fields), status=status)
                 self.assertEqual(pkgproxy.is_rest(answer, head, 10, offset), expected)
+
+        dated = stored(Last_Modified=DATE)
+        for fields, expected in (({"Last_Modified": DATE}, True), ({}, True), ({"ETag": '"new"'}, False),
+                                 ({"Last_Modified": "Sun, 06 Nov 1994 08:49:38 GMT"}, False)):
+            answer = pkgproxy.dataclasses.replace(stored(Content_Range="bytes 4-9/10", **fields), status=206)
+            self.assertEqual(pkgproxy.is_rest(answer, dated, 10, 4), expected, fields)
 
     def test_strong_validators(self):
         later = "Sun, 06 Nov 1994 08:50:37 GMT"
@@ -1532,6 +1538,18 @@ class OriginTest(unittest.TestCase):
             for connection in list(self.origin._open):
                 connection.sendall(b"<html>garbage")
             self.assertEqual(self.read(), b"x")
+
+    def test_idle_connections_are_bounded_over_all_origins(self):
+        with mock.patch.object(pkgproxy, "POOL_TOTAL", 2):
+            others = [Origin() for _ in range(4)]
+            for other in others:
+                self.addCleanup(other.close)
+                other.pages["/x"] = Page(b"x")
+                target = pkgproxy.parse_target(other.url("/x"))
+                response = self.client.fetch(pkgproxy.Forward("GET", target, (("Host", "a"),)))
+                response.read(9)
+                response.close()
+            until(lambda: sum(len(other._open) for other in others) == 2)
 
     def test_no_connection_is_used_again_after_head(self):
         self.origin.pages["/x"] = Page(b"x")
@@ -2558,6 +2576,26 @@ class DiskTest(ProxyCase):
         with self.fail_after(300_000):
             self.assertEqual(self.ask(self.path, Range="bytes=1000-").body, self.body[1000:])
 
+    def test_an_index_that_changed_and_cannot_be_stored_is_not_served_from_the_file_any_more(self):
+        self.origin.pages["/InRelease"] = Page(b"old")
+        for full in (mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)), self.fail_after(0)):
+            self.origin.pages["/InRelease"] = Page(b"old")
+            self.ask("/InRelease")
+            self.settle()
+            self.origin.pages["/InRelease"] = Page(b"new")
+            with full:
+                self.assertEqual(self.ask("/InRelease").body, b"new")
+                self.settle()
+            self.origin.pages["/InRelease"] = Page(b"no", 503)
+            self.assertEqual(self.ask("/InRelease").status, 503)
+
+    def test_a_portal_does_not_cost_a_stored_package(self):
+        self.origin.pages[self.path] = Page(b"package")
+        self.ask(self.path)
+        self.origin.pages[self.path] = Page(b"pay", fields=[("Content-Type", "text/html")])
+        self.assertEqual(self.ask(self.path, Cache_Control="no-cache").body, b"pay")
+        self.assertEqual(self.ask(self.path).body, b"package")
+
     def test_what_cannot_be_resumed_honestly_is_cut(self):
         gate = Gate()
         self.origin.pages[self.path] = [Page(self.body, gate=gate, first=300_000), Page(os.urandom(1 << 20))]
@@ -2692,6 +2730,37 @@ class ResumeTest(ProxyCase):
             self.settle()
         self.assertNotIn("range", [name for row in self.origin.log for name in row[2]])
 
+    def test_a_503_on_the_way_is_waited_out(self):
+        self.origin.pages[self.path] = [self.broken(300_000), Page(b"no", 503), Page(b"no", 429), Page(self.body, etag='"x"')]
+        self.assertEqual(self.ask(self.path).body, self.body)
+
+    def test_a_leftover_is_told_by_its_head_under_the_lock(self):
+        store, other = pkgproxy.Store(self.root), pkgproxy.Store(self.root)
+        one, two = (Head(200, "OK", (("ETag", tag),), key="http://a/x", received=CLOCK) for tag in ('"1"', '"2"'))
+        partial = store.receive(one, 1 << 20)
+        partial.write(b"1" * 400_000)
+        partial.keep()
+        partial.release()
+        head, offset = store.leftover("http://a/x")
+        partial = other.receive(two, 1 << 20)
+        partial.write(b"2" * 500_000)
+        partial.keep()
+        partial.release()
+        self.assertRaises(pkgproxy.LocalFailure, store.receive, head, 1 << 20, offset)
+
+    def test_a_silent_origin_is_not_asked_twice_for_the_sake_of_a_leftover(self):
+        self.origin.pages[self.path] = [self.broken(300_000), Page(b"no", 503)]
+        with self.connection() as one:
+            one.request("GET", self.origin.url(self.path))
+            self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
+        self.settle()
+        gate, asked = Gate(), len(self.origin.log)
+        self.addCleanup(gate.open)
+        self.origin.pages[self.path] = Page(steps=[gate])
+        with mock.patch.object(pkgproxy, "ORIGIN_TIMEOUT", 0.1):
+            self.assertEqual(self.ask(self.path).status, 504)
+        self.assertEqual(len(self.origin.log), asked + 1)
+
     def test_an_origin_that_comes_back_later_is_asked_for_the_rest_only(self):
         self.origin.pages[self.path] = [self.broken(300_000), Page(b"no", 503)]
         with self.connection() as one:
@@ -2757,14 +2826,14 @@ class OrphanTest(ProxyCase):
         self.start(Config(max_orphans=0, pseudonym="tested"))
         body, gate = os.urandom(1 << 20), Gate()
         self.origin.pages["/x_1_all.deb"] = Page(body, gate=gate, first=400_000)
-        with mock.patch.object(pkgproxy.Orphans, "may_go_on", lambda orphans, partial: partial.size < 400_000):
+        with mock.patch.object(pkgproxy.Partial, "has_readers", lambda partial: partial.size < 400_000):
             with self.connection() as one:
                 one.request("GET", self.origin.url("/x_1_all.deb"))
                 one.getresponse().read(400_000)
             gate.open()
             self.settle()
         self.assertEqual(self.files(), {})
-        with mock.patch.object(pkgproxy.Orphans, "may_go_on", return_value=True):
+        with mock.patch.object(pkgproxy.Partial, "has_readers", return_value=True):
             self.assertEqual(self.ask("/x_1_all.deb").body, body)
         self.assertEqual(self.origin.log[-1][2]["range"], "bytes=400000-")
 
