@@ -311,8 +311,9 @@ class ProxyCase(unittest.TestCase):
         self.proxy.close()
 
     def settle(self):
-        """Wait until no reply and no flight is under way."""
-        until(lambda: not self.server.replies_running and not self.proxy._barrier.count(), "the end of replies")
+        """Wait until no reply, no flight and no validation in the background is under way."""
+        until(lambda: not self.server.replies_running and not self.proxy._barrier.count()
+              and self.proxy._refreshers._value == pkgproxy.MAX_REFRESHERS, "the end of replies")
 
     def _no_threads_left(self):
         until(lambda: threading.active_count() <= self.threads, "the end of all threads")
