@@ -1350,6 +1350,11 @@ def same_site(target: Target, onward: Target) -> bool:
     return target.host == onward.host and (ports[0] == ports[1] or ports == (80, 443))
 
 
+def kept_fields(fields: Fields) -> Fields:
+    """What is stored of a response's fields: a cookie is for one client only."""
+    return without(end_to_end(fields), ("set-cookie",))
+
+
 def forward_fields(request: Request, config: Config, identity: bool) -> Fields:
     """The fields of a request to an origin (RFC 9110 §7.6): end-to-end ones, Host, Via.
 
@@ -1507,7 +1512,7 @@ class Partial:
             file.seek(offset)
             return file.read(size)
 
-    def commit(self) -> Head:
+    def commit(self) -> None:
         """Flush to disk, then give the body its place and its head (invariant 1); or LocalFailure."""
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -1515,7 +1520,7 @@ class Partial:
             os.fsync(self._file.fileno())
             if not os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
                 raise OSError(errno.ENOENT, "somebody removed the partial")
-            return self._store.place(self)
+            self._store.place(self)
         except OSError as error:
             self.discard()
             raise LocalFailure(error) from error
@@ -1665,6 +1670,11 @@ def _write_heads(path: str, heads: list[Head]) -> None:
     os.replace(path + "^new", path)
 
 
+def _names(key: str) -> list[str]:
+    """Where a cache key's body may lie, the place to prefer first, the hashed one last."""
+    return [name for name in file_names(key, os.name == "nt") if name is not None]
+
+
 class Store:
     """Stored responses below ``root``.  The file system is the truth; there is no index.
 
@@ -1687,9 +1697,9 @@ class Store:
         may hold anything (trust_bare).  A body that contradicts its head was changed by hand.
         """
         bare = None
-        for name in file_names(key, os.name == "nt"):
+        for name in _names(key):
             file = self._open(name)
-            if file is None or name is None:
+            if file is None:
                 continue
             heads = _read_heads(self.head_path(name))
             info = os.fstat(file.fileno())
@@ -1716,12 +1726,11 @@ class Store:
             if self.free_space() <= missing:
                 raise OSError(errno.ENOSPC, "not enough free space for %d bytes" % missing)
             file = _lead(path, offset)
-            if not offset:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path + "^head")  # that of what lay here before
-            elif [known.fields for known in _read_heads(path + "^head")] != [head.fields]:
+            try:
+                self._check_leftover(path + "^head", head, offset)
+            except OSError:
                 file.close()
-                raise OSError(errno.EAGAIN, "another process has begun it anew")
+                raise
         except OSError as error:
             raise LocalFailure(error) from error
         if not offset and missing >= RESUME_WORTH and strong_validator(head) is not None:
@@ -1729,6 +1738,15 @@ class Store:
             with contextlib.suppress(OSError):
                 _write_heads(path + "^head", [dataclasses.replace(head, size=length or -1)])
         return Partial(self, head, length, path, file)
+
+    def _check_leftover(self, path: str, head: Head, offset: int) -> None:
+        """Under the partial's lock: the head file is still that of what is gone on with, or it is removed,
+        because it is that of what lay here before; OSError."""
+        if offset and [known.fields for known in _read_heads(path)] != [head.fields]:
+            raise OSError(errno.EAGAIN, "another process has begun it anew")
+        if not offset:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
     def leftover(self, key: str) -> tuple[Head, int] | None:
         """The head of a partial that a crash or a dead origin left, its size the whole length (-1 unknown),
@@ -1744,8 +1762,8 @@ class Store:
     def _partial_path(self, key: str) -> str:
         return os.path.join(self.books, "partials", hashlib.sha256(key.encode()).hexdigest())
 
-    def place(self, partial: Partial) -> Head:
-        """Rename a complete body to its natural name, or where that is taken to its hashed one.
+    def place(self, partial: Partial) -> None:
+        """Rename a complete body to its natural name, or where that is taken to its hashed one; OSError.
 
         The head goes first, into a file that keeps the previous body's head beside the new one's, so
         that at each moment the visible body has a head that describes it, and a reader between the
@@ -1759,12 +1777,15 @@ class Store:
         os.utime(partial.path, ns=(time.time_ns(), mtime_ns))
         info = os.stat(partial.path)  # file systems keep times more or less fine
         head = dataclasses.replace(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
-        natural, hashed = file_names(head.key, os.name == "nt")
-        if natural is not None and self._put(partial.path, natural, head, self._ours(natural, head.key)):
-            self.remove(hashed, head.key)
-        elif not self._put(partial.path, hashed, head, True):  # nobody else has files of that name
+        *natural, hashed = _names(head.key)
+        for name in natural:
+            old = self.described(name, head.key)
+            free = old is not None or not os.path.lexists(os.path.join(self.root, name))
+            if free and self._put(partial.path, name, head, old):  # else it is somebody's (invariant 11)
+                self.remove(hashed, head.key)
+                return
+        if not self._put(partial.path, hashed, head, self.described(hashed, head.key)):
             raise OSError(errno.EEXIST, "something else has its name")
-        return head
 
     def freshen(self, stored: Stored, head: Head) -> None:
         """Keep a head that a validation has brought up to date; a failure costs only that."""
@@ -1776,9 +1797,8 @@ class Store:
 
     def forget(self, key: str) -> None:
         """Remove a stored response, if it is ours (invariant 11)."""
-        for name in file_names(key, os.name == "nt"):
-            if name is not None:
-                self.remove(name, key)
+        for name in _names(key):
+            self.remove(name, key)
 
     def take_uses(self) -> dict[str, float]:
         """The clock time of each name's last use since this was asked last: so a hit costs no write."""
@@ -1798,9 +1818,7 @@ class Store:
             folders = [entry.name for entry in entries if entry.name != BOOKS and entry.is_dir()]
         return sorted(name for name in folders if os.path.isdir(self.head_path(name)[:-len("^head")]))
 
-    def _open(self, name: str | None) -> io.FileIO | None:
-        if name is None:
-            return None
+    def _open(self, name: str) -> io.FileIO | None:
         try:
             descriptor = os.open(os.path.join(self.root, name), _REGULAR)
         except (OSError, ValueError):
@@ -1810,26 +1828,18 @@ class Store:
         os.close(descriptor)  # a folder, a FIFO: litter in the place of a body
         return None
 
-    def described(self, name: str, key: str) -> Head | None:
-        """The head of the body that has this name, if we stored it for this key."""
+    def described(self, name: str, key: str | None) -> Head | None:
+        """The head of the body that has this name, if we stored it for this key (None: for any)."""
         try:
             info = os.lstat(os.path.join(self.root, name))
         except OSError:
             return None
         heads = _read_heads(self.head_path(name))
-        return next((head for head in heads if head.key == key and _describes(head, info)), None)
+        return next((head for head in heads if key in (None, head.key) and _describes(head, info)), None)
 
-    def _ours(self, name: str, key: str) -> bool:
-        """Whether a name is free, or its body is one that we stored (invariant 11)."""
-        taken = os.path.lexists(os.path.join(self.root, name))
-        return not taken or self.described(name, key) is not None
-
-    def _put(self, path: str, name: str, head: Head, ours: bool) -> bool:
-        """Give a body this name; False where the name is taken or the file system refuses it."""
-        if not ours:
-            return False
+    def _put(self, path: str, name: str, head: Head, old: Head | None) -> bool:
+        """Give a body a name, in place of what ``old`` describes; False where the file system refuses it."""
         place = os.path.join(self.root, name)
-        old = self.described(name, head.key)
         try:
             _write_heads(self.head_path(name), [head, old] if old else [head])
             try:
@@ -1844,12 +1854,15 @@ class Store:
             raise
         return True
 
-    def remove(self, name: str, key: str) -> None:
-        """Remove a stored response, if it is ours (invariant 11)."""
-        if self._ours(name, key):
+    def remove(self, name: str, key: str | None = None) -> bool:
+        """Remove a stored response, if it is ours (invariant 11), and for this key; or a head without a body.
+        Whether there was one."""
+        ours = self.described(name, key) is not None
+        if ours or not os.path.lexists(os.path.join(self.root, name)):
             for path in (os.path.join(self.root, name), self.head_path(name)):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
+        return ours
 
     def head_path(self, name: str) -> str:
         """Where the head file of a name lies."""
@@ -1899,10 +1912,8 @@ class Janitor:
                     yield classify("http://" + name) is NameClass.INDEX, last, info.st_size, name
 
     def _evict(self, name: str) -> bool:
-        key = next((head.key for head in _read_heads(self._store.head_path(name))), "")
-        if self._store.described(name, key) is None:
+        if not self._store.remove(name):
             return False
-        self._store.remove(name, key)
         for top, path in ((self._store.root, name), (os.path.join(self._store.books, "heads"), name)):
             with contextlib.suppress(OSError):  # up to the first folder that is not empty
                 while os.path.dirname(path):
@@ -2951,12 +2962,6 @@ class Filler:
         raise failure
 
 
-def rest_fetcher(origin: Origin, request: Request, decision: Decision,
-                 config: Config) -> Callable[[Head, int | None, int], Response]:
-    """How a client gets the rest of a representation that the disk did not take."""
-    return functools.partial(origin.fetch_rest, whole_forward(request, decision, config))
-
-
 class Leader:
     """Makes the fetches that others may share.  For the caller: lead, which returns how the flight
     ended, or None where a thread is still filling and will end it."""
@@ -3054,8 +3059,8 @@ class Leader:
         same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
         if not same or not_storable(dataclasses.replace(request, method="GET"), head, config):
             return None
-        return dataclasses.replace(stored.head, fields=without(end_to_end(head.fields), ("set-cookie",)),
-                                   final=head.final, requested=head.requested, received=head.received)
+        return dataclasses.replace(stored.head, fields=kept_fields(head.fields), final=head.final,
+                                   requested=head.requested, received=head.received)
 
     def _confirmed(self, request: Request, decision: Decision, stored: Stored,
                    head: Head) -> tuple[Reply, Landing | None]:
@@ -3080,7 +3085,7 @@ class Leader:
             self._troubles.origin_answered(request)
         live = begun[0] if begun else dataclasses.replace(
             response.head, key=request.key, vary=selecting_fields(request, response.head))
-        head = dataclasses.replace(live, fields=without(end_to_end(live.fields), ("set-cookie",)))
+        head = dataclasses.replace(live, fields=kept_fields(live.fields))
         length = response.length if response.length is None else response.length + offset
         forward = whole_forward(request, decision, config)
         try:
@@ -3271,7 +3276,7 @@ class Proxy:
         if partial is not None:
             if selecting_fields(request, partial.head) == partial.head.vary:
                 status = CacheStatus(Outcome.COLLAPSED, decision.forward)
-                rest = rest_fetcher(self._origin, request, decision, config)
+                rest = functools.partial(self._origin.fetch_rest, whole_forward(request, decision, config))
                 return from_partial(request, partial.head, flight, partial, status, rest)
             partial.release()
         elif landing is Landing.AGAIN:
