@@ -67,9 +67,58 @@ DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
 CLOCK = 784111777.0  # the same
 
 
+class Record(unittest.TestResult):
+    """What happened to the tests of one thread, to be told later."""
+
+    def __init__(self):
+        super().__init__()
+        self.events = []
+
+    def replay(self, result):
+        for name, details in self.events:
+            getattr(result, name)(*details)
+
+
+def recorded(name):
+    def method(record, *details):
+        record.events.append((name, details))
+    return method
+
+
+for event in ("startTest", "stopTest", "addSuccess", "addError", "addFailure", "addSkip", "addSubTest"):
+    setattr(Record, event, recorded(event))
+
+
+class Abreast(unittest.TestSuite):
+    """Classes of tests that have nothing in common but this machine, a few at a time."""
+
+    def run(self, result, debug=False):
+        waiting, lock = list(self), threading.Lock()
+
+        def work():
+            while True:
+                with lock:
+                    if not waiting:
+                        return
+                    suite = waiting.pop(0)
+                record = Record()
+                suite.run(record)
+                with lock:
+                    record.replay(result)
+
+        workers = [threading.Thread(target=work) for _ in range(3)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return result
+
+
 def load_tests(loader, tests, pattern):
-    """The doctests of the module come first."""
-    return unittest.TestSuite([doctest.DocTestSuite(pkgproxy), tests])
+    """The doctests of the module come first, what runs real clients in processes of their own last."""
+    here = [suite for suite in tests if not any(isinstance(test, ClientCase) for test in suite)]
+    clients = [suite for suite in tests if any(isinstance(test, ClientCase) for test in suite)]
+    return unittest.TestSuite([doctest.DocTestSuite(pkgproxy), *here, Abreast(clients)])
 
 
 # ---------------------------------------------------------------------------------------------
