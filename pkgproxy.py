@@ -79,6 +79,7 @@ import json
 import logging
 import math
 import os
+import queue
 import re
 import secrets
 import select
@@ -133,19 +134,24 @@ SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
 
 # Times, all in seconds.
 NEXT_ADDRESS = 0.25  # a try of another address of the same name: RFC 8305 §8 recommends it
-CONNECT_TIMEOUT = 10.0  # to one address: pacman drops a server that says nothing for 10 s
+LOOKUP_WAIT = 20.0  # for the addresses of a name: a resolver asks a dead name server for 5 to 10 s
+CONNECT_TIMEOUT = 10.0  # to all addresses of a name: pacman drops a server that says nothing for 10 s
 ORIGIN_TIMEOUT = 30.0  # of silence from an origin: dnf gives up after 30 s under 1,000 B/s
-HEAD_WAIT = 45.0  # a follower's wait for its leader's head: connecting and waiting, and some
-FLIGHT_WAIT = 90.0  # a follower's wait for one more byte of a partial: a stall, and a resumption
+ANSWER_WAIT = 40.0  # for the head of an answer, redirects and all: who waits is told within 45 s
+RESUME_WAIT = 10.0  # the same for the rest of a download: all tries fit into a stalled client's 90 s
+HEAD_WAIT = 45.0  # a follower's wait for its leader's head: what that may take, and some
+FLIGHT_WAIT = 45.0  # a follower's wait for one more byte of a partial: a stall, and a resumption
 LAND_WAIT = 900.0  # and for a complete one to reach the disk: 10 GB at 12 MB/s
-VALIDATE_WAIT = 6.0  # for an origin, where a stored response can answer: pacman gives up after 10 s
+VALIDATE_WAIT = 9.0  # for an origin, where a stored response can answer: pacman gives up after 10 s
 RESUME_PAUSES = (0.1, 0.3, 1.0, 2.0, 4.0)  # before each new try to go on with a download that broke off
 TROUBLE = 30.0  # an origin that could not be asked is not waited for again, where a stored one can answer
 IDLE_TIMEOUT = 60.0  # of a client between two requests: apt thinks for long between two .debs
 REQUEST_WAIT = 30.0  # for a whole request head once it has begun (Apache gives 40 s, nginx 60)
 LINGER = 2.0  # reading what a client still sends after our last answer
 CLIENT_TIMEOUT = 60.0  # of a client that neither reads nor writes in the middle of a message
-POOL_IDLE = 30.0  # an origin's connection waits this long for its next request (nginx closes at 75)
+POOL_IDLE = 15.0  # an origin's connection waits this long for its next request (nginx closes at 75)
+TIDY_EVERY = 5.0  # between two looks at what waits too long
+LAME = 300.0  # an address that failed is tried after the others of its name
 POOL_SIZE = 8  # idle connections kept to one origin
 POOL_TOTAL = 24  # and to all: each is a descriptor
 GRACE = 8.0  # running replies get this long after SIGTERM; systemd and docker kill after 10
@@ -234,6 +240,7 @@ class Head:
     received: float = 0.0  # when it, or its last validation, arrived
     size: int = -1  # of the body it describes
     mtime_ns: int = 0  # of the body it describes: with size, the body's name (DESIGN §4)
+    boot: str = ""  # of the machine, where its body may not have reached the disk yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -974,12 +981,13 @@ def heuristic_lifetime(head: Head, config: Config) -> int:
 
 
 def current_age(head: Head, now: float) -> int:
-    """Age of a stored response in seconds (RFC 9111 §4.2.3); a clock set back makes it no younger."""
+    """Age of a stored response in seconds (RFC 9111 §4.2.3).  Received in the future: nobody knows how old
+    it is, so it is as old as can be; but clocks of several machines differ by a little."""
     stated = parse_date(value(head.fields, "Date"))
     apparent = 0.0 if stated is None else max(0.0, head.received - stated)
     ages = values(head.fields, "Age") or ["0"]
     # What is no age, or two, tells of a cache that can't be trusted: as old as can be (§5.1).
-    age = seconds(ages[0]) if len(ages) == 1 and ages[0].isdigit() else 2**31
+    age = seconds(ages[0]) if len(ages) == 1 and ages[0].isdigit() and head.received - now < 60 else 2**31
     corrected = age + max(0.0, head.received - head.requested)
     return int(max(apparent, corrected) + max(0.0, now - head.received))
 
@@ -1105,7 +1113,7 @@ def _decide_stored(request: Request, control: dict[str, str | None], stored: Hea
     if strict or _asks_anew(control, policy, age, ttl):
         return Decision(Action.VALIDATE, name_class, "request", known)
     if policy.lifetime is not None and ttl > 0:
-        due = policy.refresh is not None and now - stored.received > policy.refresh
+        due = policy.refresh is not None and abs(now - stored.received) > policy.refresh  # clocks jump
         return Decision(Action.SERVE, name_class, refresh=due)
     fresh = ttl > 0 and "no-cache" not in directives(stored.fields)
     if fresh or policy.lifetime is None and _bears_stale(control, stored, ttl):
@@ -1515,11 +1523,11 @@ class Partial:
     def commit(self) -> None:
         """Flush to disk, then give the body its place and its head (invariant 1); or LocalFailure."""
         try:
+            os.fsync(self._file.fileno())
+            if not self._is_there():
+                raise OSError(errno.ENOENT, "somebody removed the partial")
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path + "^head")
-            os.fsync(self._file.fileno())
-            if not os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
-                raise OSError(errno.ENOENT, "somebody removed the partial")
             self._store.place(self)
         except OSError as error:
             self.discard()
@@ -1527,7 +1535,12 @@ class Partial:
 
     def keep(self) -> None:
         """Leave it for a later request to go on with (DESIGN §6.7), where it can be told what it is of."""
-        if self.size < RESUME_WORTH or strong_validator(self.head) is None:
+        try:
+            if self.size < RESUME_WORTH or strong_validator(self.head) is None or not self._is_there():
+                raise OSError("not worth it")
+            os.fsync(self._file.fileno())
+            self._store.describe(self, boot="")
+        except OSError:
             self.discard()
 
     def retract(self) -> None:
@@ -1536,11 +1549,14 @@ class Partial:
 
     def discard(self) -> None:
         """Forget the file; whoever reads it reads on."""
-        with contextlib.suppress(OSError):
-            os.unlink(self.path + "^head")
         with contextlib.suppress(OSError, ValueError):
-            if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
+            if self._is_there():
                 os.unlink(self.path)
+                os.unlink(self.path + "^head")
+
+    def _is_there(self) -> bool:
+        """Whether the file that has its name is still the one that is open; OSError where there is none."""
+        return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
 
     def has_readers(self) -> bool:
         """Whether anybody but the writer uses it."""
@@ -1670,6 +1686,14 @@ def _write_heads(path: str, heads: list[Head]) -> None:
     os.replace(path + "^new", path)
 
 
+def boot_id() -> str:
+    """A name of this start of the machine.  Where the system tells none, one of this process: then what a
+    crash left is not trusted, whatever crashed."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+    return secrets.token_hex(16)
+
+
 def _names(key: str) -> list[str]:
     """Where a cache key's body may lie, the place to prefer first, the hashed one last."""
     return [name for name in file_names(key, os.name == "nt") if name is not None]
@@ -1683,6 +1707,7 @@ class Store:
 
     def __init__(self, root: str, trust_bare: bool = True, min_free: int | None = None) -> None:
         self.root = os.path.abspath(root)
+        self._boot = boot_id()
         self._min_free = min_free  # bytes
         self._lock = threading.Lock()  # guards _used
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last sweep
@@ -1733,11 +1758,18 @@ class Store:
                 raise
         except OSError as error:
             raise LocalFailure(error) from error
-        if not offset and missing >= RESUME_WORTH and strong_validator(head) is not None:
+        partial = Partial(self, head, length, path, file)
+        if missing >= RESUME_WORTH and strong_validator(head) is not None:
             # Should we be killed, this tells the next one what the partial is of.
             with contextlib.suppress(OSError):
-                _write_heads(path + "^head", [dataclasses.replace(head, size=length or -1)])
-        return Partial(self, head, length, path, file)
+                self.describe(partial, self._boot)
+        return partial
+
+    def describe(self, partial: Partial, boot: str) -> None:
+        """Write down what a partial is of, and in which ``boot`` it is being written, "" once that is on
+        the disk: after a power cut a file may be longer than what has reached the disk of it; OSError."""
+        _write_heads(partial.path + "^head", [
+            dataclasses.replace(partial.head, size=partial.length or -1, boot=boot)])
 
     def _check_leftover(self, path: str, head: Head, offset: int) -> None:
         """Under the partial's lock: the head file is still that of what is gone on with, or it is removed,
@@ -1757,7 +1789,8 @@ class Store:
             head, = _read_heads(path + "^head")
         except (OSError, ValueError):
             return None
-        return (head, offset) if head.key == key and offset else None
+        usable = head.key == key and offset and head.boot in ("", self._boot)
+        return (dataclasses.replace(head, boot=""), offset) if usable else None
 
     def _partial_path(self, key: str) -> str:
         return os.path.join(self.books, "partials", hashlib.sha256(key.encode()).hexdigest())
@@ -1840,18 +1873,17 @@ class Store:
     def _put(self, path: str, name: str, head: Head, old: Head | None) -> bool:
         """Give a body a name, in place of what ``old`` describes; False where the file system refuses it."""
         place = os.path.join(self.root, name)
-        try:
-            _write_heads(self.head_path(name), [head, old] if old else [head])
+        for last in (False, True):
             try:
+                _write_heads(self.head_path(name), [head, old] if old else [head])
                 make_folder(os.path.dirname(place))
                 _rename(path, place)
-            except FileNotFoundError:  # a cleaning rm -rf came between the two
-                make_folder(os.path.dirname(place))
-                _rename(path, place)
-        except OSError as error:
-            if error.errno in _NAME_REFUSED:
-                return False
-            raise
+                break
+            except OSError as error:
+                if error.errno in _NAME_REFUSED:
+                    return False
+                if last or error.errno != errno.ENOENT:  # a cleaning rm -rf came between two steps
+                    raise
         return True
 
     def remove(self, name: str, key: str | None = None) -> bool:
@@ -1880,17 +1912,21 @@ class Janitor:
         first, indexes last, never what pkgproxy did not store; OSError where the root can't be read."""
         used = self._store.take_uses()
         self._sweep_partials(now)
-        stored = sorted(self._stored_now(used, now))
-        total, removed, freed = sum(size for _, _, size, _ in stored), 0, 0
+        stored = list(self._stored_now(used, now))
+        total, removed, freed = sum(size for _, size, _ in stored), 0, 0
         excess = max(total - config.max_size if config.max_size is not None else 0, -self._store.free_space())
-        for _, last, size, name in stored:
+        if excess <= 0 and config.max_age is None:
+            return Swept(len(stored), total, 0, 0)  # all is well, and the order costs nobody a moment
+        stored.sort(key=lambda row: (classify("http://" + row[2]) is NameClass.INDEX, row[0]))
+        for last, size, name in stored:
             expired = config.max_age is not None and now - last > config.max_age
-            if (expired or freed < excess) and now - last > RECENT and self._evict(name):
+            unused = abs(now - last) > RECENT  # in the future: by a clock that has been put right since
+            if (expired or freed < excess) and unused and self._evict(name):
                 removed, freed = removed + 1, freed + size
         return Swept(len(stored), total, removed, freed)
 
-    def _stored_now(self, used: dict[str, float], now: float) -> Iterator[tuple[bool, float, int, str]]:
-        """Whether it is an index, last use, size and name of each stored response, from one walk."""
+    def _stored_now(self, used: dict[str, float], now: float) -> Iterator[tuple[float, int, str]]:
+        """Last use, size and name of each stored response, from one walk."""
         top = os.path.join(self._store.books, "heads")
         for folder, _, files in os.walk(top):
             for file in files:
@@ -1909,7 +1945,7 @@ class Janitor:
                             os.utime(os.path.join(self._store.root, name),
                                      ns=(int(used[name] * 10**9), info.st_mtime_ns))
                     last = max(used.get(name, 0.0), info.st_atime)
-                    yield classify("http://" + name) is NameClass.INDEX, last, info.st_size, name
+                    yield last, info.st_size, name
 
     def _evict(self, name: str) -> bool:
         if not self._store.remove(name):
@@ -2004,7 +2040,8 @@ class Flight:
         return None, landing or Landing.ALONE
 
     def wait_beyond(self, offset: int, timeout: float) -> int:
-        """Bytes that may be read, more than ``offset`` unless it ended whole; or the flight's error."""
+        """Bytes that may be read, more than ``offset`` unless it ended whole; the flight's error; or
+        LocalFailure where it stands still."""
         with self._changed:
             self._changed.wait_for(lambda: self._received > offset or self._landing, timeout)
             if self._complete:  # a slow disk is no fault of the origin's
@@ -2012,7 +2049,7 @@ class Flight:
             if self._received > offset or self._landing in (Landing.STORED, Landing.WHOLE):
                 return self._received
             error = self._error
-        raise error or OriginTimeout("The download did not go on within %d s." % timeout)
+        raise error or LocalFailure(OSError(errno.ETIMEDOUT, "the download stands still"))
 
 
 class Barrier:
@@ -2222,10 +2259,74 @@ def _detached(sock: Any, patience: float) -> socket.socket:
     return own
 
 
-def connect_any(host: str, port: int, patience: float) -> socket.socket:
-    """A connection to whichever address of a name answers first: a new one is tried every NEXT_ADDRESS
-    seconds, and at once when one refuses (RFC 8305 §5); OSError, socket.timeout."""
-    waiting, deadline = resolve(host, port), time.monotonic() + patience
+class Lookup:
+    """One question to the name servers, in a thread of its own: getaddrinfo knows no deadline."""
+
+    def __init__(self, host: str, port: int, done: Callable[[], None]) -> None:
+        self._place = (host, port)
+        self._done = done  # told of the end
+        self._ended = threading.Event()
+        self._found: list[tuple[Any, ...]] = []
+        self._failure: Exception | None = None
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._found = resolve(*self._place)
+        except (OSError, UnicodeError) as error:
+            self._failure = error
+        finally:
+            self._done()
+            self._ended.set()
+
+    def result(self, patience: float) -> list[tuple[Any, ...]]:
+        """The addresses; OSError, UnicodeError, socket.timeout."""
+        if not self._ended.wait(patience):
+            raise socket.timeout("the name servers say nothing")
+        if self._failure is not None:
+            raise self._failure
+        return list(self._found)
+
+
+class Addresses:
+    """The addresses of origins, and which of them failed lately.  For the caller: find, failed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below
+        self._lookups: dict[tuple[str, int], Lookup] = {}  # under way: one a name, however many wait
+        self._lame: dict[str, float] = {}  # by address: monotonic time of its last failure
+
+    def find(self, host: str, port: int, patience: float) -> list[tuple[Any, ...]]:
+        """The addresses of a name, those that failed lately last; OSError, UnicodeError, socket.timeout."""
+        if ":" in host or host.replace(".", "").isdigit():
+            found = resolve(host, port)  # it is an address, nobody has to be asked
+        else:
+            with self._lock:
+                lookup = self._lookups.get((host, port))
+                if lookup is None:
+                    lookup = Lookup(host, port, functools.partial(self._looked_up, host, port))
+                    self._lookups[host, port] = lookup
+            found = lookup.result(patience)
+        with self._lock:
+            return sorted(found, key=lambda address: self._lame.get(address[4][0], 0.0))
+
+    def failed(self, address: str) -> None:
+        """An address refused, broke off or said nothing."""
+        now = time.monotonic()
+        with self._lock:
+            for lame in [lame for lame, when in self._lame.items() if now - when > LAME]:
+                del self._lame[lame]
+            self._lame[address] = now
+
+    def _looked_up(self, host: str, port: int) -> None:
+        with self._lock:
+            self._lookups.pop((host, port), None)
+
+
+def connect_any(addresses: list[tuple[Any, ...]], patience: float) -> socket.socket:
+    """A connection to whichever address answers first: a new one is tried every NEXT_ADDRESS seconds, and
+    at once when one refuses (RFC 8305 §5); OSError, socket.timeout."""
+    waiting, deadline = list(addresses), time.monotonic() + patience
     failure: OSError = socket.timeout("timed out")
     with selectors.DefaultSelector() as tries, contextlib.ExitStack() as others:
         while waiting or tries.get_map():
@@ -2258,14 +2359,21 @@ class Connection(http.client.HTTPConnection):
 
     response_class = OriginResponse
 
-    def __init__(self, target: Target, patience: float) -> None:
-        super().__init__(target.host, target.port, timeout=min(CONNECT_TIMEOUT, patience))
+    def __init__(self, target: Target, addresses: Addresses, within: Callable[[float], float]) -> None:
+        super().__init__(target.host, target.port)
         self.place = (target.scheme, target.host, target.port)
+        self.peer = ""  # the address that it is connected to
         self.idle_since = 0.0  # monotonic
+        self._addresses = addresses
+        self._within = within  # Forward.within
 
     def connect(self) -> None:
         """Open the connection, with TLS where the scheme asks for it."""
-        self.sock = connect_any(self.host, self.port, self.timeout or CONNECT_TIMEOUT)
+        found = self._addresses.find(self.host, self.port, self._within(LOOKUP_WAIT))
+        self.sock = connect_any(found, self._within(CONNECT_TIMEOUT))
+        self.peer = self.sock.getpeername()[0]
+        for slower in itertools.takewhile(lambda address: address[4][0] != self.peer, found):
+            self._addresses.failed(slower[4][0])
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.place[0] == "https":
             import ssl  # 4 MB and 20 ms that few need
@@ -2305,7 +2413,7 @@ class Pool:
             connection.close()
 
     def give(self, connection: Connection, now: float) -> None:
-        """Keep a connection for the next request; close those that have waited too long."""
+        """Keep a connection for the next request; close the oldest where there are too many."""
         connection.idle_since = now
         with self._lock:
             idle = self._idle.setdefault(connection.place, [])
@@ -2315,9 +2423,19 @@ class Pool:
             if sum(map(len, self._idle.values())) > POOL_TOTAL:
                 oldest = min(self._idle.values(), key=lambda waiting: waiting[0].idle_since)
                 surplus.append(oldest.pop(0))
+                if not oldest:
+                    del self._idle[next(place for place, waiting in self._idle.items() if waiting is oldest)]
+        for other in surplus:
+            other.close()
+
+    def tidy(self, now: float) -> None:
+        """Close what has waited too long, and what its origin has closed."""
+        surplus = []
+        with self._lock:
             for place, waiting in list(self._idle.items()):
-                surplus += [other for other in waiting if now - other.idle_since > POOL_IDLE]
-                waiting[:] = [other for other in waiting if now - other.idle_since <= POOL_IDLE]
+                surplus += [other for other in waiting
+                            if now - other.idle_since > POOL_IDLE or not other.is_quiet()]
+                waiting[:] = [other for other in waiting if other not in surplus]
                 if not waiting:
                     del self._idle[place]
         for other in surplus:
@@ -2336,7 +2454,7 @@ class Response:
     """An answer of an origin: its head, and its body counted (DESIGN §3, the traps behind 1 and 7)."""
 
     def __init__(self, head: Head, raw: OriginResponse, give_back: Callable[[bool], None],
-                 count: Callable[[int], None]) -> None:
+                 count: Callable[[int], None], broke_off: Callable[[], None]) -> None:
         self.head = head
         # Bytes; None: unknown.  http.client forgets it as it reads.
         self.length: int | None = None if raw.chunked else raw.length
@@ -2346,6 +2464,7 @@ class Response:
         self._left = self.length
         self._give_back = give_back  # called once: True if the connection may be used again
         self._count = count  # told of each piece's bytes
+        self._broke_off = broke_off
         self._open = True
 
     def read(self, size: int = CHUNK) -> bytes:
@@ -2354,21 +2473,27 @@ class Response:
             self.close()
             return b""
         try:
-            data = self._chunks.read(size) if self._chunks else self._raw.fp.read1(self._most(size))
-        except (socket.timeout, TimeoutError):
-            raise OriginTimeout("The origin went silent for %d s." % ORIGIN_TIMEOUT) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Truncated("The origin broke off: %s." % error) from None
-        if not data and self._left:
-            raise Truncated("The origin closed the connection %d bytes early." % self._left)
+            data = self._read(size)
+        except OriginFailure:
+            self._broke_off()
+            raise
         self._left = None if self._left is None else self._left - len(data)
         self._count(len(data))
         if not data or self._left == 0:
             self._end(reusable=not self._raw.will_close)
         return data
 
-    def _most(self, size: int) -> int:
-        return size if self._left is None else min(size, self._left)
+    def _read(self, size: int) -> bytes:
+        most = size if self._left is None else min(size, self._left)
+        try:
+            data = self._chunks.read(size) if self._chunks else self._raw.fp.read1(most)
+        except (socket.timeout, TimeoutError):
+            raise OriginTimeout("The origin went silent for %d s." % ORIGIN_TIMEOUT) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise Truncated("The origin broke off: %s." % error) from None
+        if not data and self._left:
+            raise Truncated("The origin closed the connection %d bytes early." % self._left)
+        return data
 
     def close(self) -> None:
         """Release the connection; one with unread bytes is closed."""
@@ -2398,17 +2523,16 @@ class Forward:
     body: Readable | None = None
     length: int | None = 0  # of the body; None: chunked
     follow: bool = False  # redirects, but not to HTML
-    deadline: float | None = None  # monotonic: by then a head, or a time-out; None: ORIGIN_TIMEOUT a step
+    deadline: float | None = None  # monotonic: by then a head, or a time-out; None: each step has its own
 
-    @property
-    def patience(self) -> float:
-        """Seconds to wait for the next step; socket.timeout where there are none left."""
+    def within(self, most: float) -> float:
+        """Seconds for a step that may take ``most``; socket.timeout where there are none left."""
         if self.deadline is None:
-            return ORIGIN_TIMEOUT
+            return most
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise socket.timeout("timed out")
-        return left
+        return min(left, most)
 
     @property
     def repeatable(self) -> bool:
@@ -2443,7 +2567,9 @@ class Origin:
 
     def __init__(self, count: Callable[[int], None]) -> None:
         self._pool = Pool()
+        self._addresses = Addresses()
         self._count = count  # told of the body bytes that arrive
+        self._tidied = 0.0  # monotonic
 
     def fetch(self, forward: Forward) -> Response:
         """Send a request and read the answer's head; OriginFailure or OriginTimeout.
@@ -2451,6 +2577,8 @@ class Origin:
         Where a redirect leads to HTML, the redirect itself is the answer: people shall see where a
         captive portal sends them.
         """
+        if forward.deadline is None and forward.repeatable:
+            forward = dataclasses.replace(forward, deadline=time.monotonic() + ANSWER_WAIT)
         first: Response | None = None
         try:
             for _ in range(MAX_REDIRECTS + 1):
@@ -2479,14 +2607,18 @@ class Origin:
         silent second try, where the request may be repeated (RFC 9112 §9.3.1)."""
         authority = forward.target.authority
         pooled = self._pool.take(forward.target, time.monotonic()) if forward.repeatable else None
+        connection = Connection(forward.target, self._addresses, forward.within)
         try:
             if pooled is not None:
                 with contextlib.suppress(ConnectionError, ValueError):  # RemoteDisconnected is one
                     return self._exchange(pooled, forward)
-            return self._exchange(Connection(forward.target, forward.patience), forward)
-        except (socket.timeout, TimeoutError):
-            raise OriginTimeout("%s did not answer in time." % authority, forward.target) from None
+            return self._exchange(connection, forward)
+        except (socket.timeout, TimeoutError) as error:
+            self._addresses.failed(connection.peer)
+            why = ": %s" % error if str(error) not in ("", "timed out") else ""
+            raise OriginTimeout("%s did not answer in time%s." % (authority, why), forward.target) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
+            self._addresses.failed(connection.peer)
             what = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise OriginFailure("%s cannot be asked: %s." % (authority, what), forward.target) from None
 
@@ -2497,10 +2629,17 @@ class Origin:
         if response.head.status in (*UNAVAILABLE, 429):
             response.close()
             raise OriginFailure("%s answers %d." % (forward.target.authority, response.head.status))
-        if not is_rest(response.head, head, size, offset):
+        if not is_rest(response.head, head, size, offset) or not response.proven:
             response.close()
             raise Changed("The download cannot be resumed: the origin has another file now.")
         return response
+
+    def tidy(self) -> None:
+        """Close connections that have been idle for too long."""
+        now = time.monotonic()
+        if now - self._tidied > TIDY_EVERY:
+            self._tidied = now
+            self._pool.tidy(now)
 
     def close(self) -> None:
         """Close idle connections."""
@@ -2511,7 +2650,7 @@ class Origin:
         try:
             if connection.sock is None:
                 connection.connect()
-            connection.sock.settimeout(forward.patience)
+            connection.sock.settimeout(forward.within(ORIGIN_TIMEOUT))
             connection.putrequest(forward.method, forward.target.path, skip_host=True,
                                   skip_accept_encoding=True)
             for name, text in forward.fields:
@@ -2540,7 +2679,8 @@ class Origin:
             fields += (("Date", http_date(received)),)  # RFC 9110 §6.6.1
         head = Head(raw.status, raw.reason, fields, final=forward.target.uri, requested=requested,
                     received=received)
-        return Response(head, raw, give_back, self._count)
+        broke_off = functools.partial(self._addresses.failed, connection.peer)
+        return Response(head, raw, give_back, self._count, broke_off)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2631,7 +2771,7 @@ class TrailBody:
                  rest: Callable[[Head, int | None, int], Response]) -> None:
         self.length = selection.length
         self.uncached = selection.overhead
-        self.patience = FLIGHT_WAIT  # seconds until the first byte
+        self.first_byte: float | None = None  # monotonic: by then, or a failure; None: as any other
         self._flight = flight
         self._partial: Partial | None = partial  # acquired
         self._spans = selection.spans
@@ -2650,22 +2790,28 @@ class TrailBody:
         partial = self._partial
         while offset < stop and partial is not None:
             try:
-                received = min(stop, self._flight.wait_beyond(offset, self.patience))
+                received = min(stop, self._flight.wait_beyond(offset, self._patience()))
                 if received <= offset:
                     return  # landed whole, and its length was not known before
                 data = partial.read_at(min(CHUNK, received - offset), offset)
                 if not data:
                     raise LocalFailure(OSError(errno.EIO, "the partial was cut"))
-            except (LocalFailure, OSError):
+            except (LocalFailure, OSError) as failure:
+                if self.first_byte is not None and getattr(failure, "code", 0) == errno.ETIMEDOUT:
+                    raise OriginTimeout("The first byte did not come in time.") from None
                 yield from self._beyond(partial, offset, stop)
                 return
             offset += len(data)
-            self.patience = FLIGHT_WAIT
+            self.first_byte = None
             self._begun = True
             yield data
 
+    def _patience(self) -> float:
+        return FLIGHT_WAIT if self.first_byte is None else max(0.0, self.first_byte - time.monotonic())
+
     def _beyond(self, partial: Partial, offset: int, stop: int) -> Iterator[bytes]:
-        """The disk failed: this client goes on from its own offset, straight from the origin."""
+        """The disk failed, or the download stands still (invariant 10): this client goes on from its own
+        offset, straight from the origin."""
         if self._begun and strong_validator(partial.head) is None:
             raise Changed("The download cannot be resumed: the origin sent no strong validator.")
         with contextlib.closing(self._rest(partial.head, partial.length, offset)) as response:
@@ -2747,6 +2893,8 @@ class Tee:
         """Store, then tell; LocalFailure, or Changed where nobody wants it any more."""
         if not self._may_go_on():
             raise Changed("Its clients have left, and more downloads without any go on already.")
+        if self._partial.length is not None and self._partial.size + len(data) > self._partial.length:
+            raise Changed("The origin sends more than it has declared.")
         try:
             self._partial.write(data)
         except OSError as error:
@@ -2933,7 +3081,9 @@ class Filler:
             try:
                 with contextlib.closing(response):
                     shutil.copyfileobj(response, tee, CHUNK)
-                return
+                if partial.length in (None, partial.size):
+                    return
+                raise Truncated("The origin sent less than the rest.")
             except Changed:
                 raise
             except OriginFailure as failure:
@@ -2951,10 +3101,11 @@ class Filler:
     def _resume(self, download: Download, pauses: list[float], failure: OriginFailure) -> Response:
         """Go on where a download broke off (DESIGN §6.4); the failure where that can't be."""
         partial = download.partial
-        while pauses and strong_validator(partial.head) is not None:
+        while pauses and (strong_validator(partial.head) is not None or not partial.size):
             time.sleep(pauses.pop(0))
+            forward = dataclasses.replace(download.forward, deadline=time.monotonic() + RESUME_WAIT)
             try:
-                return self._origin.fetch_rest(download.forward, partial.head, partial.length, partial.size)
+                return self._origin.fetch_rest(forward, partial.head, partial.length, partial.size)
             except Changed:
                 break
             except OriginFailure as error:
@@ -3171,6 +3322,8 @@ class Sweeper:
                              swept.freed // 10**6, swept.size // 10**6)
             except OSError as error:
                 log.debug("The cache cannot be swept: %s", error)
+            except Exception:
+                log.exception("Sweeping the cache failed: this is a bug")
             self._wake.wait(SWEEP_EVERY)
 
 
@@ -3210,6 +3363,10 @@ class Proxy:
             return self._pass(request, decision, config)
         return self._join(request, decision, config)
 
+    def tidy(self) -> None:
+        """Close what has been idle for too long; costs nothing where it was done a moment ago."""
+        self._origin.tidy()
+
     def close(self) -> None:
         """Close what is idle, end what goes on in the background."""
         self.sweeper.stop()
@@ -3233,16 +3390,18 @@ class Proxy:
 
     def _join(self, request: Request, decision: Decision, config: Config) -> Reply:
         flight, leader = self._barrier.join(request.key)
+        deadline = time.monotonic() + VALIDATE_WAIT
         if not leader:
             try:
-                return self._with_spare(request, decision, self._follow(request, decision, flight, config))
+                reply = self._follow(request, decision, flight, config)
+                return self._with_spare(request, decision, reply, deadline)
             except OriginFailure as error:
                 return self._spare(request, decision, error)
         landing: Landing | None = Landing.ALONE
         failure: Exception | None = None
         try:
             reply, landing = self._leader.lead(request, flight, config)
-            return self._with_spare(request, decision, reply)
+            return self._with_spare(request, decision, reply, deadline)
         except Failure as error:
             landing, failure = Landing.FAILED, error
             raise
@@ -3251,12 +3410,12 @@ class Proxy:
                 self._barrier.leave(flight)
                 flight.end(landing, failure)
 
-    def _with_spare(self, request: Request, decision: Decision, reply: Reply) -> Reply:
+    def _with_spare(self, request: Request, decision: Decision, reply: Reply, deadline: float) -> Reply:
         """Where a stored response can answer, a new one that does not begin to come is not waited for."""
         body = reply.body
         if decision.action is not Action.VALIDATE or not isinstance(body, TrailBody):
             return reply
-        body.patience = VALIDATE_WAIT
+        body.first_byte = max(deadline, time.monotonic() + 1)  # what is on its way may take a second
         return dataclasses.replace(reply, instead=functools.partial(self._spare, request, decision))
 
     def _spare(self, request: Request, decision: Decision, failure: Failure) -> Reply:
@@ -3438,9 +3597,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.rfile.close()
         self._timed = TimedFile(self.connection, CLIENT_TIMEOUT)
         self.rfile = self._head = io.BufferedReader(self._timed, 64 * 1024)
-        self._line = ""  # the current request's first
-        self._sent = 0  # body bytes of the current reply that have left
-        self._began = False  # whether a byte of the current reply has left
         self._answered = False  # whether a request has been answered
 
     def handle(self) -> None:
@@ -3451,7 +3607,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _answer_one(self) -> bool:
         """One request and its reply; whether the connection stays open."""
-        self._line, self._sent, self._began = "?", 0, False
+        self._line = "?"  # the request's first
+        self._sent = 0  # body bytes of the reply that have left
+        self._began = False  # whether any byte of it has left
+        self._started = time.monotonic()
         try:
             request = self._read_request()
         except Failure as failure:
@@ -3461,6 +3620,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return self._answer(request, failure_reply(failure), close=True)
         if request is None:
             return False
+        self._started = time.monotonic()
         with self.server.replying():
             self._answered = self._answer(request, self._reply_to(request))
         return self._answered
@@ -3477,7 +3637,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, request: Request, reply: Reply, close: bool = False) -> bool:
         """Send a reply, or, if that fails before its first byte, an error; then note it."""
-        started, whole, open_after = request.received or time.time(), False, False
+        whole, open_after = False, False
         try:
             try:
                 open_after = self._send(request, reply, close)
@@ -3493,7 +3653,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return open_after
         finally:
             reply.body.close()
-            self.server.note(request, reply, self._sent, time.time() - started, whole)
+            self.server.note(request, reply, self._sent, time.monotonic() - self._started, whole)
 
     def _instead(self, reply: Reply, failure: Failure) -> Reply:
         """What goes to the client where a reply failed before its first byte."""
@@ -3698,6 +3858,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 time.sleep(0.1)
             raise
 
+    def service_actions(self) -> None:
+        """Called in the pauses of accepting."""
+        self.proxy.tidy()
+
     def shutdown_request(self, request: Any) -> None:
         """Close a connection."""
         super().shutdown_request(request)
@@ -3762,7 +3926,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.proxy.counters.add_cache(max(0, sent - reply.body.uncached))
         detail = reply.cache_status.detail
         log.info("[%3d] %s %s %s %d %d bytes %.3f s %s%s%s", next(self._ids), request.client,
-                 printable(request.method), printable(request.uri), reply.head.status, sent, max(0.0, took),
+                 printable(request.method), printable(request.uri), reply.head.status, sent, took,
                  outcome.value, " (%s)" % printable(detail) if detail else "",
                  "" if whole else ", broken off")
 
@@ -3920,22 +4084,30 @@ def reload_filters(proxy: Proxy) -> None:
                       getattr(error, "strerror", None) or error)
 
 
-def heed_signals(proxy: Proxy) -> threading.Event:
-    """SIGTERM and SIGINT set the event, SIGHUP reads the filters again."""
-    stop = threading.Event()
-    for name in ("SIGTERM", "SIGINT"):
-        signal.signal(getattr(signal, name), lambda *_: stop.set())
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda *_: reload_filters(proxy))
-    return stop
+def heed_signals() -> queue.SimpleQueue[str]:
+    """From now on the names of the signals that we heed come out of this queue.  A handler may interrupt
+    anything: a SimpleQueue bears that, an Event or the log does not."""
+    heard: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), lambda *_, name=name: heard.put(name))
+    return heard
 
 
-def serve(servers: list[ProxyServer], proxy: Proxy, stop: threading.Event) -> None:
-    """Serve until ``stop`` is set; running replies get GRACE seconds."""
+def wait_for_end(proxy: Proxy, heard: queue.SimpleQueue[str]) -> None:
+    """Until SIGTERM or SIGINT; SIGHUP reads the filters again."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            if heard.get(timeout=1.0) != "SIGHUP":  # Windows delivers signals between waits only
+                return
+            reload_filters(proxy)
+
+
+def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str]) -> None:
+    """Serve until a signal ends it; running replies get GRACE seconds."""
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    while not stop.wait(1.0):  # Windows delivers signals between waits only
-        pass
+    wait_for_end(proxy, heard)
     log.info("Stopping")
     for server in servers:
         server.shutdown()
@@ -3958,9 +4130,9 @@ def run(config: Config) -> None:
     else:
         log.info("No filters file given")
     proxy = Proxy(config, store)
-    stop = heed_signals(proxy)
+    heard = heed_signals()
     proxy.sweeper.start(config)
-    serve(open_servers(config, proxy), proxy, stop)
+    serve(open_servers(config, proxy), proxy, heard)
 
 
 def is_journal(stream: str) -> bool:
