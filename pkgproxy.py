@@ -128,6 +128,7 @@ MAX_HEAD = 64 * 1024  # a whole head: as much as Apache lets one grow (100 field
 MAX_FIELDS = 200  # lines in a head: Apache allows 100, Go's http2 about 250
 MAX_RANGES = 512  # in one request: librepo asks for 256 at most and halves on refusal
 MAX_CONNECTIONS = 4000  # of clients, and fewer where descriptors are few: a thread each
+MAX_LOG_LINES = 10_000  # that wait to be written; what is more is lost
 MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for the original
 CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that moves them
 SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
@@ -149,6 +150,11 @@ IDLE_TIMEOUT = 60.0  # of a client between two requests: apt thinks for long bet
 REQUEST_WAIT = 30.0  # for a whole request head once it has begun (Apache gives 40 s, nginx 60)
 LINGER = 2.0  # reading what a client still sends after our last answer
 CLIENT_TIMEOUT = 60.0  # of a client that neither reads nor writes in the middle of a message
+BODY_RATE = 1000  # bytes a second that a request's body must reach in the long run, as dnf asks of a mirror
+CONTINUE_WAIT = 1.0  # for an origin's word on Expect: 100-continue; then the body is sent all the same
+HALF_HEAD = 1.0  # a request head that takes longer makes place for another client, where there is no room
+TUNNEL_IDLE = 300.0  # a tunnel through which nothing moves is closed
+REFUSAL_PAUSE = 60.0  # between two log lines that tell of one refused client
 POOL_IDLE = 15.0  # an origin's connection waits this long for its next request (nginx closes at 75)
 TIDY_EVERY = 5.0  # between two looks at what waits too long
 LAME = 300.0  # an address that failed is tried after the others of its name
@@ -157,6 +163,7 @@ POOL_TOTAL = 24  # and to all: each is a descriptor
 GRACE = 8.0  # running replies get this long after SIGTERM; systemd and docker kill after 10
 DAY = 86400.0
 SWEEP_EVERY = 300.0  # between two looks at the disk
+SWEEP_PAUSE = 10.0  # at least, however often the disk is full
 RECENT = 60.0  # what was used so lately is not swept
 
 
@@ -168,6 +175,7 @@ class Config:
     root: str | None = None  # None: the current folder, which may hold anything
     filters_file: str | None = None
     allow: tuple[str, ...] = ("loopback", "private")
+    connect_ports: tuple[int, ...] = (443,)  # that CONNECT may lead to
     heuristics: bool = True
     offline: bool = False
     max_size: int | None = None  # bytes of stored bodies; None: no limit but min_free
@@ -224,6 +232,11 @@ class Request:
     received: float = 0.0  # clock time
     key: str = ""  # cache key (RFC 9111 §2)
     own: bool = False  # for our own pages
+
+    @property
+    def near(self) -> bool:
+        """Whether the client is on this host."""
+        return self.client in (self.local, "::1") or self.client.startswith("127.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,6 +305,7 @@ class Outcome(enum.Enum):
     UPDATED = "updated"  # stored before, but the origin has a new one, being stored
     RELAYED = "relayed"  # from the origin, not kept: the answer may not be, or the disk refused
     BYPASS = "bypass"  # from the origin, not kept: a filter or the method says so
+    TUNNEL = "tunnel"  # bytes both ways, unseen (CONNECT)
     OWN = "own"  # a page of ours
     REFUSED = "refused"  # the request's fault, or not allowed
     FAILED = "failed"  # the origin's fault
@@ -389,7 +403,14 @@ class Reply:
     body: Body
     cache_status: CacheStatus
     counted: bool = False  # its body bytes come from the cache
-    instead: Callable[[Failure], Reply] | None = None  # if the body fails before its first byte
+    instead: Callable[[Exception], Reply] | None = None  # if the body fails before its first byte
+    failure: Failure | None = None  # that it tells of
+
+
+class NotAllowed(Failure):
+    """The client may not come in (403)."""
+
+    status = 403
 
 
 class BadRequest(Failure):
@@ -421,6 +442,10 @@ class Truncated(OriginFailure):
 
 class Changed(OriginFailure):
     """What has begun cannot be, or is not to be, gone on with: the origin has another file now, say."""
+
+
+class Abandoned(Changed):
+    """Nobody waits for a download any more, and others without a client go on already."""
 
 
 class LocalFailure(Exception):
@@ -637,6 +662,8 @@ def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
         length, chunked = content_length(fields), is_chunked(fields)
     except ValueError as error:
         raise BadRequest("The body's framing is not clear: %s." % error) from None
+    if len(values(fields, "Content-Length")) > 1:
+        raise BadRequest("The body's framing is not clear: more than one Content-Length.")
     if chunked and (length is not None or version < (1, 1)):
         raise BadRequest("The body's framing is not clear: both Content-Length and Transfer-Encoding.")
     return None if chunked else length or 0
@@ -718,10 +745,16 @@ def request_target(method: str, uri: str, version: tuple[int, int], fields: Fiel
     hosts = values(fields, "Host")
     if len(hosts) > 1 or not hosts and version >= (1, 1):
         raise BadRequest("The request has no Host field, or several.")
+    if hosts and hosts[0]:
+        split_authority(hosts[0], 80)  # some send userinfo there too
     if method == "CONNECT":
-        raise Failure("CONNECT is not spoken here; set this proxy for http only.", 501)
-    if uri == "*" or uri.startswith("/"):
+        if "@" in uri or not re.search(r":\d+$", uri):
+            raise BadRequest("CONNECT wants host:port.")
+        return Target("https", *split_authority(uri, 443), "")
+    if uri == "*" and method == "OPTIONS" or uri.startswith("/"):
         return None
+    if method == "OPTIONS" and re.fullmatch(r"https?://[^/?#]+", uri, re.I):  # RFC 9112 §3.2.4
+        return dataclasses.replace(parse_target(uri), path="*")
     return parse_target(uri)
 
 
@@ -784,8 +817,11 @@ def parse_request(lines: list[str]) -> Request:
         raise BadRequest("A field is not clear: %s." % error, status) from None
     length = request_framing(version, fields)
     target = request_target(method, uri, version, fields)
-    return Request(method, uri, target or Target("", "", 0, uri), fields, version, length=length,
-                   key=cache_key(target) if target else "", own=target is None)
+    if method == "CONNECT" and (length != 0 or value(fields, "Content-Length") is not None):
+        raise BadRequest("CONNECT has no body.")
+    key = cache_key(target) if target and target.path not in ("", "*") else ""
+    return Request(method, uri, target or Target("", "", 0, uri), fields, version, length=length, key=key,
+                   own=target is None)
 
 
 # Name classes (index and package names of every package manager) -----------------------------
@@ -904,6 +940,60 @@ def may_come_in(address: str, allow: Iterable[str]) -> bool:
     return any(ip.version == network.version and ip in network for network in parse_networks(allow))
 
 
+def parse_ports(text: str) -> tuple[int, ...]:
+    """Ports from a list such as 443,8443, or none; ValueError says what is allowed.
+
+    >>> parse_ports("443,8443"), parse_ports("none")
+    ((443, 8443), ())
+    """
+    if text == "none":
+        return ()
+    ports = text.split(",")
+    if not all(port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536 for port in ports):
+        raise ValueError("'%s' is no list of ports; write 443,8443 or none" % text)
+    return tuple(int(port) for port in ports)
+
+
+# IPv6 addresses that stand for an IPv4 one, and how far to the right that is written in bits:
+# mapped and compatible (RFC 4291 §2.5.5), NAT64 (RFC 6052, 8215), 6to4 (RFC 3056)
+_EMBEDDED = tuple((ipaddress.IPv6Network(network), shift) for network, shift in (
+    ("::ffff:0:0/96", 0), ("::/96", 0), ("64:ff9b::/96", 0), ("64:ff9b:1::/48", 0), ("2002::/16", 80)))
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an address, not a name."""
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
+def is_guarded(address: str) -> bool:
+    """Whether an address is of this host or its link alone, and not for clients from elsewhere: loopback,
+    link-local (cloud metadata), unspecified, multicast, broadcast, in whatever disguise.
+
+    >>> [is_guarded(a) for a in ("127.9.9.9", "::ffff:169.254.169.254", "2002:7f00:1::", "10.0.0.1")]
+    [True, True, True, False]
+    """
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        own = ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip.is_multicast or ip.is_site_local
+        inner = [ipaddress.IPv4Address(int(ip) >> shift & 0xFFFFFFFF) for network, shift in _EMBEDDED
+                 if ip in network]
+        inner += ip.teredo or ()
+        return own or any(is_guarded(str(other)) for other in inner)
+    zero = int(ip) >> 24 == 0 or int(ip) == 0xFFFFFFFF  # this network (RFC 1122 §3.2.1.3), broadcast
+    return zero or ip.is_loopback or ip.is_link_local or ip.is_multicast
+
+
+def is_guarded_name(host: str) -> bool:
+    """Whether a host is guarded whatever its name servers say: an address, or localhost (RFC 6761 §6.3)."""
+    if is_address(host):
+        return is_guarded(host)
+    name = host.rstrip(".")
+    return name == "localhost" or name.endswith(".localhost")
+
+
 def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
     """The regular expressions of a filters file, one a line, and a sentence for each bad line."""
     filters, complaints = [], []
@@ -1020,13 +1110,16 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 def is_rest(answer: Head, head: Head, size: int | None, offset: int) -> bool:
     """Whether an answer is the rest, from ``offset``, of the representation of ``size`` bytes that ``head``
     belongs to.  Bytes of two generations are never spliced."""
-    mine, theirs = (value(each.fields, "Last-Modified") for each in (head, answer))
-    if value(head.fields, "ETag") != value(answer.fields, "ETag"):
-        return False  # §15.3.7: a 206 has the ETag that the 200 had
-    if mine != theirs and not (offset and None in (mine, theirs)):
-        return False  # but it may leave out the date, which If-Range has compared
+    both = head.fields, answer.fields
+    mine, theirs = (value(fields, "Last-Modified") for fields in both)
+    coding, their_coding = (value(fields, "Content-Encoding") for fields in both)
+    same = value(head.fields, "ETag") == value(answer.fields, "ETag")  # §15.3.7: a 206 has that of the 200
+    # It may leave out the date, which If-Range has compared, and the coding.
+    same = same and (mine == theirs or bool(offset) and None in (mine, theirs))
+    if not same or their_coding not in ((coding, None) if offset else (coding,)):
+        return False
     if not offset:
-        return answer.status == 200 and size is not None and content_length(answer.fields) == size
+        return answer.status == 200 and (size is None or content_length(answer.fields) == size)
     match = _CONTENT_RANGE.fullmatch(value(answer.fields, "Content-Range") or "")
     if answer.status != 206 or not match:
         return False
@@ -1034,6 +1127,12 @@ def is_rest(answer: Head, head: Head, size: int | None, offset: int) -> bool:
     if content_length(answer.fields) not in (None, stop - start):
         return False
     return start == offset and stop == total and size in (None, total)
+
+
+def total_size(answer: Head) -> int | None:
+    """The size of the whole representation that a 206 is a part of (RFC 9110 §14.4), None for others."""
+    match = _CONTENT_RANGE.fullmatch(value(answer.fields, "Content-Range") or "")
+    return int(match[3]) if match and answer.status == 206 else None
 
 
 def strong_date(head: Head) -> str | None:
@@ -1301,10 +1400,17 @@ def _partial_content(head: Head, size: int, ranges: list[tuple[int, int]], bound
                      tuple(spans))
 
 
+def own_head(status: int, media: str = "text/plain; charset=utf-8", more: Fields = ()) -> Head:
+    """The head of an answer of our own: nothing in it is run, guessed at, or kept."""
+    return Head(status, http.client.responses.get(status, "Error"), (
+        ("Content-Type", media), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
+        ("Content-Security-Policy", "default-src 'none'"), *more))
+
+
 def error_head(status: int) -> Head:
-    """The head of an answer of our own."""
-    return Head(status, http.client.responses.get(status, "Error"),
-                (("Content-Type", "text/plain; charset=utf-8"),))
+    """The head of an error of our own, with what its client shall know (RFC 9110 §10.2.1, §10.2.3)."""
+    more = {405: (("Allow", "GET, HEAD, OPTIONS"),), 503: (("Retry-After", "5"),)}
+    return own_head(status, more=more.get(status, ()))
 
 
 def select_response(request: Request, head: Head, size: int | None, boundary: str) -> Selection:
@@ -1363,6 +1469,12 @@ def kept_fields(fields: Fields) -> Fields:
     return without(end_to_end(fields), ("set-cookie",))
 
 
+def max_forwards(request: Request) -> int | None:
+    """How many proxies a TRACE or OPTIONS may still pass (RFC 9110 §7.6.2); None: as many as it likes."""
+    text = value(request.fields, "Max-Forwards")
+    return seconds(text) if text is not None and request.method in ("TRACE", "OPTIONS") else None
+
+
 def forward_fields(request: Request, config: Config, identity: bool) -> Fields:
     """The fields of a request to an origin (RFC 9110 §7.6): end-to-end ones, Host, Via.
 
@@ -1372,7 +1484,12 @@ def forward_fields(request: Request, config: Config, identity: bool) -> Fields:
     if identity:
         own += ["accept-encoding", "range", "if-range", "if-match", "if-none-match", "if-modified-since",
                 "if-unmodified-since"]
+    hops = max_forwards(request)
+    if hops is not None:
+        own.append("max-forwards")
     fields = (("Host", request.target.authority),) + without(end_to_end(request.fields), own)
+    if hops is not None:
+        fields += (("Max-Forwards", str(hops - 1)),)
     if identity:
         fields += (("Accept-Encoding", "identity"),)
     elif request.length is None:
@@ -1468,7 +1585,7 @@ BOOKS = ".pkgproxy"  # the bookkeeping folder below the root: heads and partials
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 # O_NONBLOCK: a FIFO would hang open().  O_NOFOLLOW: bodies are no links, least of all out of the root.
 _REGULAR = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | _FLAGS
-_WRITABLE = os.O_RDWR | os.O_CREAT | _FLAGS
+_WRITABLE = os.O_RDWR | os.O_CREAT | _REGULAR
 _NAME_REFUSED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 RESUME_WORTH = 256 * 1024  # bytes: a smaller download is begun anew, and costs no head of its own
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
@@ -1579,7 +1696,8 @@ class Partial:
 
 
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o644)  # whatever the umask: nobody else writes
+    """For open(): whatever the umask, nobody else writes; and what is no file makes nobody wait."""
+    return os.open(path, flags | _REGULAR, 0o644)
 
 
 def make_folder(path: str) -> None:
@@ -1619,6 +1737,13 @@ def _lead(path: str, offset: int) -> io.FileIO:
             raise
         file.close()  # it was renamed or removed between open and lock
     raise OSError(errno.EAGAIN, "another process keeps taking it", path)
+
+
+def _remember_use(path: str, last: float) -> None:
+    """Write the time of a file's last use into its inode, not into that of one which replaces it now."""
+    with contextlib.suppress(OSError), open(path, "rb", opener=_private) as file:
+        target = file.fileno() if os.utime in os.supports_fd else path
+        os.utime(target, ns=(int(last * 10**9), os.fstat(file.fileno()).st_mtime_ns))
 
 
 def _remove_old(path: str, before: float) -> None:
@@ -1672,7 +1797,9 @@ def _head_from(row: dict[str, Any]) -> Head:
 def _read_heads(path: str) -> list[Head]:
     """The heads in a head file; none where it is missing or damaged."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_private) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return []  # a FIFO, say
             return [_head_from(row) for row in json.loads(file.read(_MAX_HEAD_FILE))]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return []
@@ -1941,9 +2068,7 @@ class Janitor:
                     continue
                 if file.endswith("^head") and stat.S_ISREG(info.st_mode):
                     if name in used:  # remembered here, so that a hit costs no write
-                        with contextlib.suppress(OSError):
-                            os.utime(os.path.join(self._store.root, name),
-                                     ns=(int(used[name] * 10**9), info.st_mtime_ns))
+                        _remember_use(os.path.join(self._store.root, name), used[name])
                     last = max(used.get(name, 0.0), info.st_atime)
                     yield last, info.st_size, name
 
@@ -2221,6 +2346,8 @@ class OriginResponse(http.client.HTTPResponse):
     def _frame(self, version: tuple[int, int], fields: Fields) -> None:
         """Where the body ends (RFC 9112 §6.3)."""
         self.chunked = is_chunked(fields)
+        if self.chunked and value(fields, "Content-Length") is not None:
+            raise ValueError("both Content-Length and Transfer-Encoding")
         self.chunk_left = None
         self.length = None if self.chunked else content_length(fields)
         options = members(fields, "Connection")
@@ -2268,7 +2395,10 @@ class Lookup:
         self._ended = threading.Event()
         self._found: list[tuple[Any, ...]] = []
         self._failure: Exception | None = None
-        threading.Thread(target=self._run, daemon=True).start()
+        try:
+            threading.Thread(target=self._run, daemon=True).start()
+        except RuntimeError as error:
+            raise OSError(errno.ENOMEM, "no thread to look it up: %s" % error) from None
 
     def _run(self) -> None:
         try:
@@ -2298,8 +2428,8 @@ class Addresses:
 
     def find(self, host: str, port: int, patience: float) -> list[tuple[Any, ...]]:
         """The addresses of a name, those that failed lately last; OSError, UnicodeError, socket.timeout."""
-        if ":" in host or host.replace(".", "").isdigit():
-            found = resolve(host, port)  # it is an address, nobody has to be asked
+        if is_address(host):
+            found = resolve(host, port)  # nobody has to be asked
         else:
             with self._lock:
                 lookup = self._lookups.get((host, port))
@@ -2354,28 +2484,107 @@ def connect_any(addresses: list[tuple[Any, ...]], patience: float) -> socket.soc
     raise failure
 
 
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """One request to an origin."""
+
+    method: str
+    target: Target
+    fields: Fields
+    body: Readable | None = None
+    length: int | None = 0  # of the body; None: chunked
+    near: bool = False  # for a client on this host, which may reach what only this host may
+    follow: bool = False  # redirects, but not to HTML
+    deadline: float | None = None  # monotonic: by then a head, or a time-out; None: each step has its own
+
+    def within(self, most: float) -> float:
+        """Seconds for a step that may take ``most``; socket.timeout where there are none left."""
+        if self.deadline is None:
+            return most
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        return min(left, most)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it may be sent twice (RFC 9110 §9.2.2), and whether it still can be."""
+        return self.body is None and self.method in ("GET", "HEAD", "OPTIONS")
+
+
+def is_own_address(family: int, address: tuple[Any, ...]) -> bool:
+    """Whether an address is one of this machine's: then packets to it would come from it.  None is sent."""
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return bool(probe.getsockname()[0] == address[0])
+    return False
+
+
+class Guard:
+    """Which addresses may be connected to.  For the caller: pass_by, and ports."""
+
+    def __init__(self) -> None:
+        self.ports: set[int] = set()  # that we listen on
+
+    def pass_by(self, found: list[tuple[Any, ...]], forward: Forward) -> list[tuple[Any, ...]]:
+        """Those of the addresses that a request may go to; Failure where there are none.
+
+        The address that is looked at is the one connected to: a name has no second chance to change.
+        """
+        passed = [address for address in found if not self._reason(address, forward)]
+        if found and not passed:
+            status, reason = next(filter(None, (self._reason(address, forward) for address in found)))
+            raise Failure("%s %s." % (forward.target.authority, reason), status)
+        return passed
+
+    def _reason(self, found: tuple[Any, ...], forward: Forward) -> tuple[int, str] | None:
+        family, address = found[0], found[4]
+        if forward.near and address[1] not in self.ports:
+            return None
+        if not is_own_address(family, address):
+            guarded = not forward.near and is_guarded(address[0])
+            return (403, "is an address that only the proxy's own host may reach") if guarded else None
+        if address[1] in self.ports:
+            return 508, "leads back to this proxy"
+        return None if forward.near else (403, "is the proxy's own host, which only it itself may reach")
+
+
+Place = tuple[str, str, int, bool]  # what connections may stand in for each other
+
+
+def place_of(forward: Forward) -> Place:
+    """Scheme, host, port, and whether the connection may lead where only this host may go."""
+    return forward.target.scheme, forward.target.host, forward.target.port, forward.near
+
+
 class Connection(http.client.HTTPConnection):
     """A connection to an origin."""
 
     response_class = OriginResponse
 
-    def __init__(self, target: Target, addresses: Addresses, within: Callable[[float], float]) -> None:
-        super().__init__(target.host, target.port)
-        self.place = (target.scheme, target.host, target.port)
+    def __init__(self, forward: Forward, addresses: Addresses, guard: Guard) -> None:
+        super().__init__(forward.target.host, forward.target.port)
+        self.place = place_of(forward)
         self.peer = ""  # the address that it is connected to
         self.idle_since = 0.0  # monotonic
+        self._forward = forward
         self._addresses = addresses
-        self._within = within  # Forward.within
+        self._guard = guard
 
-    def connect(self) -> None:
-        """Open the connection, with TLS where the scheme asks for it."""
-        found = self._addresses.find(self.host, self.port, self._within(LOOKUP_WAIT))
-        self.sock = connect_any(found, self._within(CONNECT_TIMEOUT))
+    def dial(self) -> None:
+        """Open the connection, without TLS; OSError, Failure."""
+        found = self._addresses.find(self.host, self.port, self._forward.within(LOOKUP_WAIT))
+        found = self._guard.pass_by(found, self._forward)
+        self.sock = connect_any(found, self._forward.within(CONNECT_TIMEOUT))
         self.peer = self.sock.getpeername()[0]
         for slower in itertools.takewhile(lambda address: address[4][0] != self.peer, found):
             self._addresses.failed(slower[4][0])
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.place[0] == "https":
+
+    def connect(self) -> None:
+        """Open the connection, with TLS where the scheme asks for it; OSError, Failure."""
+        self.dial()
+        if self._forward.target.scheme == "https":
             import ssl  # 4 MB and 20 ms that few need
 
             self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
@@ -2395,11 +2604,10 @@ class Pool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _idle
-        self._idle: dict[tuple[str, str, int], list[Connection]] = {}
+        self._idle: dict[Place, list[Connection]] = {}
 
-    def take(self, target: Target, now: float) -> Connection | None:
+    def take(self, place: Place, now: float) -> Connection | None:
         """A connection that seems alive, the last used first."""
-        place = (target.scheme, target.host, target.port)
         while True:
             with self._lock:
                 idle = self._idle.get(place)
@@ -2480,13 +2688,18 @@ class Response:
         self._left = None if self._left is None else self._left - len(data)
         self._count(len(data))
         if not data or self._left == 0:
-            self._end(reusable=not self._raw.will_close)
+            self._end(self._is_reusable())
         return data
+
+    def expect(self, count: int) -> None:
+        """The body is known to have so many bytes, however it is framed."""
+        self.length = self._left = count
+        self.proven = True
 
     def _read(self, size: int) -> bytes:
         most = size if self._left is None else min(size, self._left)
         try:
-            data = self._chunks.read(size) if self._chunks else self._raw.fp.read1(most)
+            data = self._chunks.read(most) if self._chunks else self._raw.fp.read1(most)
         except (socket.timeout, TimeoutError):
             raise OriginTimeout("The origin went silent for %d s." % ORIGIN_TIMEOUT) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -2497,7 +2710,10 @@ class Response:
 
     def close(self) -> None:
         """Release the connection; one with unread bytes is closed."""
-        self._end(reusable=self._left == 0 and not self._raw.will_close)
+        self._end(self._left == 0 and self._is_reusable())
+
+    def _is_reusable(self) -> bool:
+        return not self._raw.will_close and (self._chunks is None or self._chunks.ended)
 
     def _end(self, reusable: bool) -> None:
         if self._open:
@@ -2511,33 +2727,6 @@ def _keep(first: Response | None, response: Response) -> Response:
         return response
     response.close()
     return first
-
-
-@dataclasses.dataclass(frozen=True)
-class Forward:
-    """One request to an origin."""
-
-    method: str
-    target: Target
-    fields: Fields
-    body: Readable | None = None
-    length: int | None = 0  # of the body; None: chunked
-    follow: bool = False  # redirects, but not to HTML
-    deadline: float | None = None  # monotonic: by then a head, or a time-out; None: each step has its own
-
-    def within(self, most: float) -> float:
-        """Seconds for a step that may take ``most``; socket.timeout where there are none left."""
-        if self.deadline is None:
-            return most
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        return min(left, most)
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether it may be sent twice (RFC 9110 §9.2.2), and whether it still can be."""
-        return self.body is None and self.method in ("GET", "HEAD", "OPTIONS")
 
 
 def rest_request(forward: Forward, head: Head, offset: int) -> Forward:
@@ -2562,12 +2751,22 @@ def send_body(connection: Connection, body: Readable, length: int | None) -> Non
             return
 
 
+def refuses_body(sock: socket.socket, forward: Forward) -> bool:
+    """Whether the origin of a request with Expect: 100-continue answers it without its body (RFC 9110
+    §10.1.1).  One that says nothing may not know the field: it gets the body after a moment."""
+    if members(forward.fields, "Expect") != ["100-continue"] or not select_readable(sock, CONTINUE_WAIT):
+        return False
+    status = sock.recv(len("HTTP/1.1 1"), socket.MSG_PEEK)[9:]
+    return status not in (b"1", b"")
+
+
 class Origin:
     """Sends requests to origins, over pooled connections."""
 
     def __init__(self, count: Callable[[int], None]) -> None:
         self._pool = Pool()
         self._addresses = Addresses()
+        self.guard = Guard()
         self._count = count  # told of the body bytes that arrive
         self._tidied = 0.0  # monotonic
 
@@ -2605,22 +2804,36 @@ class Origin:
     def _ask(self, forward: Forward) -> Response:
         """One request.  A pooled connection that the origin has closed meanwhile, or polluted, costs a
         silent second try, where the request may be repeated (RFC 9112 §9.3.1)."""
-        authority = forward.target.authority
-        pooled = self._pool.take(forward.target, time.monotonic()) if forward.repeatable else None
-        connection = Connection(forward.target, self._addresses, forward.within)
-        try:
+        pooled = self._pool.take(place_of(forward), time.monotonic()) if forward.repeatable else None
+        connection = Connection(forward, self._addresses, self.guard)
+        with self._told(connection, forward.target):
             if pooled is not None:
                 with contextlib.suppress(ConnectionError, ValueError):  # RemoteDisconnected is one
                     return self._exchange(pooled, forward)
             return self._exchange(connection, forward)
+
+    def dial(self, target: Target, near: bool) -> socket.socket:
+        """A bare connection, for a tunnel; OriginFailure, Failure."""
+        forward = Forward("CONNECT", target, (), near=near, deadline=time.monotonic() + ANSWER_WAIT)
+        connection = Connection(forward, self._addresses, self.guard)
+        with self._told(connection, target):
+            connection.dial()
+        assert isinstance(connection.sock, socket.socket)  # noqa: S101 (for the type checker)
+        return connection.sock
+
+    @contextlib.contextmanager
+    def _told(self, connection: Connection, target: Target) -> Iterator[None]:
+        """Failures to ask become words for the client: 504 timed out, 502 all else."""
+        try:
+            yield
         except (socket.timeout, TimeoutError) as error:
             self._addresses.failed(connection.peer)
             why = ": %s" % error if str(error) not in ("", "timed out") else ""
-            raise OriginTimeout("%s did not answer in time%s." % (authority, why), forward.target) from None
+            raise OriginTimeout("%s did not answer in time%s." % (target.authority, why), target) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._addresses.failed(connection.peer)
             what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise OriginFailure("%s cannot be asked: %s." % (authority, what), forward.target) from None
+            raise OriginFailure("%s cannot be asked: %s." % (target.authority, what), target) from None
 
     def fetch_rest(self, forward: Forward, head: Head, size: int | None, offset: int) -> Response:
         """The rest, from ``offset``, of the representation that ``head`` belongs to; OriginFailure where
@@ -2629,9 +2842,12 @@ class Origin:
         if response.head.status in (*UNAVAILABLE, 429):
             response.close()
             raise OriginFailure("%s answers %d." % (forward.target.authority, response.head.status))
-        if not is_rest(response.head, head, size, offset) or not response.proven:
+        if not is_rest(response.head, head, size, offset):
             response.close()
             raise Changed("The download cannot be resumed: the origin has another file now.")
+        total = size if size is not None else total_size(response.head)
+        if total is not None:
+            response.expect(total - offset)
         return response
 
     def tidy(self) -> None:
@@ -2656,7 +2872,7 @@ class Origin:
             for name, text in forward.fields:
                 connection.putheader(name, text.encode("latin-1"))
             connection.endheaders()
-            if forward.body is not None:
+            if forward.body is not None and not refuses_body(connection.sock, forward):
                 # An origin that refuses the body half-way (413, say) has answered before it closes.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     send_body(connection, forward.body, forward.length)
@@ -2668,8 +2884,9 @@ class Origin:
 
         def give_back(reusable: bool) -> None:
             raw.close()
-            # Some answer HEAD with a body, which may come too late to be seen.
-            if reusable and forward.method != "HEAD":
+            # Some answer HEAD with a body, which may come too late to be seen; and a body that was not
+            # asked for may be waited for all the same.
+            if reusable and forward.method != "HEAD" and forward.body is None:
                 self._pool.give(connection, time.monotonic())
             else:
                 connection.close()
@@ -2704,6 +2921,7 @@ class Counters:
         self._lock = threading.Lock()  # guards all below
         self._down = 0
         self._cache = 0
+        self._tunnel = 0
         self._outcomes = dict.fromkeys(Outcome, 0)
 
     def add_down(self, count: int) -> None:
@@ -2716,6 +2934,11 @@ class Counters:
         with self._lock:
             self._cache += count
 
+    def add_tunnel(self, count: int) -> None:
+        """Bytes through tunnels, both ways together."""
+        with self._lock:
+            self._tunnel += count
+
     def add(self, outcome: Outcome) -> None:
         """One answer."""
         with self._lock:
@@ -2725,6 +2948,7 @@ class Counters:
         """All of them at one moment."""
         with self._lock:
             return {"statsCacheBytes": self._cache, "statsDownBytes": self._down,
+                    "statsTunnelBytes": self._tunnel,
                     "statsRequests": sum(self._outcomes.values()),
                     "statsOutcomes": {outcome.value: n for outcome, n in self._outcomes.items()}}
 
@@ -2811,9 +3035,26 @@ class TrailBody:
 
     def _beyond(self, partial: Partial, offset: int, stop: int) -> Iterator[bytes]:
         """The disk failed, or the download stands still (invariant 10): this client goes on from its own
-        offset, straight from the origin."""
+        offset, straight from the origin, over as many connections as it takes."""
         if self._begun and strong_validator(partial.head) is None:
             raise Changed("The download cannot be resumed: the origin sent no strong validator.")
+        pauses = list(RESUME_PAUSES)
+        while True:
+            try:
+                for data in self._alone(partial, offset, stop):
+                    offset += len(data)
+                    self.uncached += len(data)
+                    self._begun = True
+                    yield data
+                return
+            except Changed:
+                raise
+            except OriginFailure:
+                if not pauses or self._begun and strong_validator(partial.head) is None:
+                    raise
+            time.sleep(pauses.pop(0))
+
+    def _alone(self, partial: Partial, offset: int, stop: int) -> Iterator[bytes]:
         with contextlib.closing(self._rest(partial.head, partial.length, offset)) as response:
             while offset < stop:
                 data = response.read(min(CHUNK, stop - offset))
@@ -2822,8 +3063,6 @@ class TrailBody:
                 if not data:
                     return
                 offset += len(data)
-                self.uncached += len(data)
-                self._begun = True
                 yield data
 
     def close(self) -> None:
@@ -2890,9 +3129,9 @@ class Tee:
         self._may_go_on = may_go_on
 
     def write(self, data: bytes) -> int:
-        """Store, then tell; LocalFailure, or Changed where nobody wants it any more."""
+        """Store, then tell; LocalFailure, Changed, or Abandoned where nobody wants it any more."""
         if not self._may_go_on():
-            raise Changed("Its clients have left, and more downloads without any go on already.")
+            raise Abandoned("Its clients have left, and more downloads without any go on already.")
         if self._partial.length is not None and self._partial.size + len(data) > self._partial.length:
             raise Changed("The origin sends more than it has declared.")
         try:
@@ -2992,11 +3231,24 @@ def from_origin(request: Request, response: Response, decision: Decision, detail
     return Reply(head, LiveBody(response, request.method == "HEAD"), status)
 
 
+def last_stop(request: Request) -> Reply:
+    """Our own answer to a TRACE or OPTIONS that may go no further (RFC 9110 §7.6.2, §9.3.7, §9.3.8)."""
+    if request.method == "OPTIONS":
+        methods = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE, CONNECT"
+        return Reply(own_head(200, more=(("Allow", methods),)), BytesBody(b""), CacheStatus(Outcome.OWN))
+    fields = without(request.fields, ("authorization", "cookie", "proxy-authorization"))
+    lines = ["%s %s HTTP/%d.%d" % (request.method, request.uri, *request.version)]
+    lines += ["%s: %s" % field for field in fields]
+    text = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    return Reply(own_head(200, "message/http"), BytesBody(text), CacheStatus(Outcome.OWN))
+
+
 def whole_forward(request: Request, decision: Decision, config: Config,
                   deadline: float | None = None) -> Forward:
     """The request for a whole representation that may be stored, whatever part the client asked for."""
     fields = forward_fields(request, config, identity=True)
-    return Forward("GET", request.target, fields, follow=decision.policy.redirects, deadline=deadline)
+    return Forward("GET", request.target, fields, near=request.near, follow=decision.policy.redirects,
+                   deadline=deadline)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3015,7 +3267,7 @@ class Filler:
     cache, and goes on when its clients leave.  For the caller: start."""
 
     def __init__(self, barrier: Barrier, origin: Origin, troubles: Troubles, orphans: Orphans,
-                 updated: Callable[[Target], None]) -> None:
+                 updated: Callable[[Forward], None]) -> None:
         self._barrier = barrier
         self._origin = origin
         self._troubles = troubles
@@ -3052,7 +3304,10 @@ class Filler:
                 partial.retract()  # the old one is known to be wrong
         except OriginFailure as error:
             log.warning("%s was not stored: %s", partial.head.key, error)
-            failure = error
+            if isinstance(error, Abandoned):
+                landing = Landing.ALONE  # for whoever joined at the last moment
+            else:
+                failure = error
             partial.keep()
         finally:
             self._barrier.leave(flight)
@@ -3060,7 +3315,7 @@ class Filler:
             self._orphans.forget(partial)
             partial.release()
         if landing is Landing.STORED and download.outcome is Outcome.UPDATED:
-            self._updated(download.forward.target)
+            self._updated(download.forward)
 
     def _land(self, partial: Partial, flight: Flight) -> Landing:
         """Store what is complete, unless something has made it invalid meanwhile; LocalFailure."""
@@ -3312,9 +3567,9 @@ class Sweeper:
 
     def _run(self, config: Config) -> None:
         while True:
-            self._wake.clear()
             if self._stop.is_set():
                 return
+            self._wake.clear()
             try:
                 swept = self._janitor.sweep(config, time.time())
                 if swept.removed:
@@ -3324,7 +3579,16 @@ class Sweeper:
                 log.debug("The cache cannot be swept: %s", error)
             except Exception:
                 log.exception("Sweeping the cache failed: this is a bug")
+            self._stop.wait(SWEEP_PAUSE)  # a disk that is full again and again is no reason to sweep more
             self._wake.wait(SWEEP_EVERY)
+
+
+def check_way(request: Request, config: Config) -> None:
+    """Failure where a request has come in a circle, or may not go where it wants."""
+    if is_loop(request, config):
+        raise Failure("The request has come through this proxy before: its target leads back here.", 508)
+    if not request.near and is_guarded_name(request.target.host):
+        raise Failure("Only the proxy's own host may reach %s through it." % request.target.host, 403)
 
 
 class Proxy:
@@ -3347,14 +3611,16 @@ class Proxy:
     def respond(self, request: Request) -> Reply:
         """The reply to a request; Failure where there is none to be had."""
         config = self.config
-        if is_loop(request, config):
-            raise Failure("The request has come through this proxy before: its target leads back here.", 508)
+        check_way(request, config)
+        if max_forwards(request) == 0:
+            return last_stop(request)
         stored = self._store.lookup(request.key)
         decision = decide(request, stored.head if stored else None, config, time.time())
         if decision.action is Action.SERVE and stored is not None:
             if decision.refresh:
-                self._refresh(request.target, request.key, stored.head.vary)
-            return from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl), time.time())
+                self._refresh(request.target, request.key, stored.head.vary, request.near)
+            reply = from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl), time.time())
+            return dataclasses.replace(reply, instead=functools.partial(self._unread, request, decision))
         _close(stored)
         if decision.action is Action.REFUSE:
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
@@ -3362,6 +3628,20 @@ class Proxy:
         if decision.action is Action.PASS or self._passes_range(request, decision):
             return self._pass(request, decision, config)
         return self._join(request, decision, config)
+
+    def listens_on(self, port: int) -> None:
+        """What leads back to this port of ours is a loop."""
+        self._origin.guard.ports.add(port)
+
+    def dial(self, request: Request) -> socket.socket:
+        """The connection that a CONNECT asks for; Failure."""
+        check_way(request, self.config)
+        if self.config.offline:
+            raise Failure("This proxy is offline.", 504)
+        if request.target.port not in self.config.connect_ports:
+            raise Failure("CONNECT may not lead to port %d; the operator can add --connect-ports. What is "
+                          "fetched with http:// needs none, and is cached." % request.target.port, 403)
+        return self._origin.dial(request.target, request.near)
 
     def tidy(self) -> None:
         """Close what has been idle for too long; costs nothing where it was done a moment ago."""
@@ -3382,7 +3662,7 @@ class Proxy:
         fields = forward_fields(request, config, identity=False)
         follow = decision.forward not in ("bypass", "method") and decision.policy.redirects
         response = self._origin.fetch(Forward(request.method, request.target, fields, request.body,
-                                              request.length, follow))
+                                              request.length, request.near, follow))
         for key in invalidated_keys(request, response.head):
             self._barrier.spoil(key)  # before: what lands between the two is retracted
             self._store.forget(key)
@@ -3418,7 +3698,12 @@ class Proxy:
         body.first_byte = max(deadline, time.monotonic() + 1)  # what is on its way may take a second
         return dataclasses.replace(reply, instead=functools.partial(self._spare, request, decision))
 
-    def _spare(self, request: Request, decision: Decision, failure: Failure) -> Reply:
+    def _unread(self, request: Request, decision: Decision, failure: Exception) -> Reply:
+        """What is stored cannot be read: the origin's answer instead (invariant 6)."""
+        log.warning("The stored file of %s cannot be read: %s", printable(request.uri), failure)
+        return self._pass(request, decision, self.config, "not read: %s" % failure)
+
+    def _spare(self, request: Request, decision: Decision, failure: Exception) -> Reply:
         """The stored response in place of a failure; the failure where there is none that may."""
         stored = self._store.lookup(request.key) if decision.action is Action.VALIDATE else None
         if stored is None or not may_be_stale(decision, stored.head):
@@ -3451,7 +3736,7 @@ class Proxy:
 
     # Validations that no client waits for
 
-    def _refresh(self, target: Target, key: str, vary: Fields) -> None:
+    def _refresh(self, target: Target, key: str, vary: Fields, near: bool) -> None:
         """Validate a stored response in the background; not at all where there is too much of that, or has
         been for this one lately."""
         if not self._attempts.due(key, time.monotonic()) or self._barrier.flying(key):
@@ -3459,7 +3744,8 @@ class Proxy:
         if not self._refreshers.acquire(blocking=False):
             return
         fields = (("Host", target.authority), ("Cache-Control", "no-cache")) + vary
-        request = Request("GET", target.uri, target, fields, received=time.time(), key=key)
+        request = Request("GET", target.uri, target, fields, received=time.time(), key=key,
+                          client="127.0.0.1" if near else "elsewhere")
         try:
             threading.Thread(target=self._refresh_now, args=(request,), daemon=True).start()
         except RuntimeError:
@@ -3475,15 +3761,15 @@ class Proxy:
         finally:
             self._refreshers.release()
 
-    def _refresh_companions(self, target: Target) -> None:
+    def _refresh_companions(self, forward: Forward) -> None:
         """A new generation of an index is here: let its stored signatures be of the same."""
-        if classify(cache_key(target)) is NameClass.INDEX:
-            for other in companions(target):
+        if classify(cache_key(forward.target)) is NameClass.INDEX:
+            for other in companions(forward.target):
                 stored = self._store.lookup(cache_key(other))
                 if stored is not None:
                     stored.close()
                     self._attempts.forget(cache_key(other))
-                    self._refresh(other, cache_key(other), stored.head.vary)
+                    self._refresh(other, cache_key(other), stored.head.vary, forward.near)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3523,8 +3809,10 @@ def own_page(path: str, authority: str, snapshot: Callable[[], dict[str, Any]]) 
 class RequestBody:
     """A request's body: ``length`` bytes, or chunked where that is None."""
 
-    def __init__(self, file: io.BufferedIOBase, length: int | None) -> None:
+    def __init__(self, file: io.BufferedIOBase, length: int | None, timed: TimedFile) -> None:
         self._file = file
+        self._timed = timed
+        self._until = time.monotonic() + CLIENT_TIMEOUT  # and later with each byte
         self._left = length or 0
         self._chunks = ChunkReader(file) if length is None else None
 
@@ -3536,16 +3824,20 @@ class RequestBody:
     def read(self, size: int = CHUNK, /) -> bytes:
         """Up to ``size`` bytes as they come; BadRequest where the client stops early, or for too long."""
         try:
+            self._timed.set_deadline(self._until - time.monotonic())
             if self._chunks:
-                return self._chunks.read(size)
-            data = self._file.read1(min(self._left, size)) if self._left else b""
+                data = self._chunks.read(size)
+            else:
+                data = self._file.read1(min(self._left, size)) if self._left else b""
+            self._timed.set_deadline(None)
         except (socket.timeout, TimeoutError):
-            raise BadRequest("The body did not come within %d s." % CLIENT_TIMEOUT, 408) from None
+            raise BadRequest("The body did not come in time.", 408) from None
         except (OSError, ValueError) as error:
             raise BadRequest("The body's framing is not clear: %s." % error) from None
         if self._left and not data:
             raise BadRequest("The body ended %d bytes early." % self._left)
-        self._left -= len(data)
+        self._left -= 0 if self._chunks else len(data)
+        self._until += len(data) / BODY_RATE
         return data
 
 
@@ -3570,18 +3862,268 @@ class ContinueBody:
 
 
 def read_slice(part: Slice) -> bytes:
-    """The bytes of a small slice; OSError where the file has become shorter."""
-    part.file.seek(part.start)
-    data = part.file.read(part.stop - part.start) or b""
+    """The bytes of a small slice; LocalFailure where the disk fails, or the file has become shorter."""
+    try:
+        part.file.seek(part.start)
+        data = part.file.read(part.stop - part.start) or b""
+    except OSError as error:
+        raise LocalFailure(error) from None
     if len(data) != part.stop - part.start:
-        raise ConnectionAbortedError(errno.EIO, "the stored body was cut")
+        raise LocalFailure(OSError(errno.EIO, "the stored body was cut"))
     return data
 
 
 def failure_reply(failure: Failure) -> Reply:
     """An error of ours, as one plain sentence."""
     return Reply(error_head(failure.status), BytesBody((str(failure) + "\n").encode()),
-                 CacheStatus(failure.outcome, detail=str(failure)))
+                 CacheStatus(failure.outcome, detail=str(failure)), failure=failure)
+
+
+class Way:
+    """One direction of a tunnel."""
+
+    def __init__(self, source: socket.socket, sink: socket.socket, early: bytes = b"") -> None:
+        self.count = 0  # bytes that have gone through
+        self.ended = False  # the source has no more, and the sink knows
+        self._source = source
+        self._sink = sink
+        self._waiting = bytearray(early)
+        self._open = True  # whether more may come
+
+    def wants(self, sock: socket.socket) -> int:
+        """What it waits for at a socket, in selectors' words."""
+        read = sock is self._source and self._open and len(self._waiting) < SMALL
+        write = sock is self._sink and self._waiting
+        return (selectors.EVENT_READ if read else 0) | (selectors.EVENT_WRITE if write else 0)
+
+    def move(self, ready: dict[Any, int]) -> None:
+        """Move what can be moved, the end included (a half-close); OSError."""
+        if ready.get(self._source, 0) & self.wants(self._source) & selectors.EVENT_READ:
+            data = self._source.recv(SMALL)
+            self._open = bool(data)
+            self._waiting += data
+        if ready.get(self._sink, 0) & self.wants(self._sink) & selectors.EVENT_WRITE:
+            sent = self._sink.send(self._waiting)
+            del self._waiting[:sent]
+            self.count += sent
+        if not self._open and not self._waiting and not self.ended:
+            self.ended = True
+            self._sink.shutdown(socket.SHUT_WR)
+
+
+def tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> int:
+    """Bytes both ways, until both ends have closed, one breaks, or nothing has moved for TUNNEL_IDLE.  The
+    number of them; ``early`` has come from the client already."""
+    ways = (Way(client, origin, early), Way(origin, client))
+    with contextlib.suppress(OSError), selectors.DefaultSelector() as selector:
+        for sock in (client, origin):
+            sock.setblocking(False)
+            selector.register(sock, selectors.EVENT_READ)
+        while not all(way.ended for way in ways):
+            for sock in (client, origin):
+                wanted = ways[0].wants(sock) | ways[1].wants(sock)
+                if sock in selector.get_map():
+                    selector.unregister(sock)
+                if wanted:
+                    selector.register(sock, wanted)
+            ready = {key.fileobj: events for key, events in selector.select(TUNNEL_IDLE)}
+            if not ready:
+                break
+            for way in ways:
+                way.move(ready)
+    return sum(way.count for way in ways)
+
+
+@dataclasses.dataclass(frozen=True)
+class Visitor:
+    """A connection that has been accepted."""
+
+    connection: socket.socket
+    address: Any  # as accept() tells it
+    begin: Callable[[Visitor], None]
+
+    @property
+    def host(self) -> str:
+        """The client's address."""
+        return str(self.address[0])
+
+
+class Room:
+    """A bound on connections: each takes a thread and up to four descriptors.
+
+    When there is no room, the one that has been idle longest makes place for the next, then the one that
+    has taken longest over its request head; where none is, the next waits.  One client has no more than
+    half of it: what it opens beyond is parked, without a thread.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._changed = threading.Condition()  # guards all below
+        self._count = 0
+        self._visitors: dict[socket.socket, Visitor] = {}
+        self._hosts: dict[str, int] = {}  # connections by client
+        # Those that wait for a request: whether it is the first or has begun, and since when (monotonic).
+        self._waiting: dict[socket.socket, tuple[bool, float]] = {}
+        self._parked: list[Visitor] = []
+        self._closing = False
+
+    def enter(self) -> bool:
+        """Take room for one connection more; False where there is none after a short wait."""
+        with self._changed:
+            if self._count >= self.most and not self._closing:
+                self._shed()
+                self._changed.wait(HALF_HEAD / 2)
+            free = self._count < self.most or self._closing
+            self._count += free
+            return free
+
+    def give_up(self) -> None:
+        """Nobody came in."""
+        with self._changed:
+            self._count -= 1
+
+    def admit(self, visitor: Visitor) -> bool:
+        """Serve a visitor, or park him; False where even that is too much."""
+        with self._changed:
+            admitted = self._hosts.get(visitor.host, 0) < self._share()
+            if admitted:
+                self._take(visitor)
+            elif len(self._parked) < self.most:
+                self._shed(visitor.host)
+                self._count -= 1
+                self._parked.append(visitor)
+            else:
+                return False
+        if admitted:
+            visitor.begin(visitor)
+        return True
+
+    def leave(self, connection: socket.socket) -> None:
+        """A connection has ended: serve the next that was parked."""
+        with self._changed:
+            self._count -= 1
+            visitor = self._visitors.pop(connection, None)
+            if visitor is not None:
+                self._hosts[visitor.host] -= 1
+                if not self._hosts[visitor.host]:
+                    del self._hosts[visitor.host]
+            following = next((each for each in self._parked
+                              if self._hosts.get(each.host, 0) < self._share()), None)
+            if following is not None and self._count < self.most:
+                self._parked.remove(following)
+                self._count += 1
+                self._take(following)
+            else:
+                following = None
+            self._changed.notify_all()
+        if following is not None:
+            following.begin(following)
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        with self._changed:
+            self._closing = True
+            parked, self._parked = self._parked, []
+            self._changed.notify_all()
+        for visitor in parked:
+            visitor.connection.close()
+
+    def _share(self) -> int:
+        return max(4, self.most // 2)
+
+    def _take(self, visitor: Visitor) -> None:
+        self._visitors[visitor.connection] = visitor
+        self._hosts[visitor.host] = self._hosts.get(visitor.host, 0) + 1
+
+    def _shed(self, host: str | None = None) -> None:
+        """Close the connection (of one client) that can be spared best, if there is one."""
+        now = time.monotonic()
+        spare = [(kind, since, sock) for sock, (kind, since) in self._waiting.items()
+                 if (not kind or now - since > HALF_HEAD)
+                 and (host is None or sock in self._visitors and self._visitors[sock].host == host)]
+        for _, _, sock in sorted(spare, key=lambda row: row[:2]):
+            if not select_readable(sock, 0):
+                del self._waiting[sock]
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+                return
+
+    @contextlib.contextmanager
+    def waiting(self, connection: socket.socket, idle: bool) -> Iterator[None]:
+        """While a connection waits for its next request, or for the rest of its head."""
+        with self._changed:
+            self._waiting[connection] = (not idle, time.monotonic())
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waiting.pop(connection, None)
+
+
+class RequestReader:
+    """Reads one client's requests.  For the caller: next, early, linger."""
+
+    def __init__(self, connection: socket.socket, client: str, room: Room) -> None:
+        self.line = "?"  # the last request's first
+        self._connection = connection
+        self._client = client
+        self._room = room
+        self._timed = TimedFile(connection, CLIENT_TIMEOUT)
+        self.file = io.BufferedReader(self._timed, 64 * 1024)
+
+    def next(self, answered: bool) -> Request | None:
+        """The next request; None where the client has gone or is idle; BadRequest.
+
+        ``answered``: whether there has been one before.  Only a client that has had an answer takes it well
+        that an idle connection is closed.
+        """
+        self.line = "?"
+        self._timed.set_deadline(IDLE_TIMEOUT if answered else REQUEST_WAIT)
+        with self._room.waiting(self._connection, answered):
+            if not self.file.peek(1):
+                return None
+        self._timed.set_deadline(REQUEST_WAIT)
+        lines = self._read_head()
+        self._timed.set_deadline(None)
+        if not lines:
+            return None
+        self.line = lines[0][:200]
+        request = parse_request(lines)
+        body: RequestBody | ContinueBody | None = None
+        if request.length != 0:
+            body = RequestBody(self.file, request.length, self._timed)
+            if members(request.fields, "Expect") == ["100-continue"] and request.version >= (1, 1):
+                body = ContinueBody(body, self._connection)
+        return dataclasses.replace(request, body=body, received=time.time(), client=self._client,
+                                   local=plain_address(self._connection.getsockname()[0]))
+
+    def _read_head(self) -> list[str]:
+        try:
+            with self._room.waiting(self._connection, False):
+                lines = read_lines(self.file)
+                if lines == [""]:  # an empty line before the request line (RFC 9112 §2.2)
+                    lines = read_lines(self.file)
+                return lines
+        except ValueError as error:
+            status = 431 if "more than" in str(error) else 414 if "longer" in str(error) else 400
+            raise BadRequest("The head is not clear: %s." % error, status) from None
+        except (socket.timeout, TimeoutError):
+            raise BadRequest("The head did not come within %d s." % REQUEST_WAIT, 408) from None
+
+    def early(self) -> bytes:
+        """What has come already of what follows."""
+        self._timed.set_deadline(0.0)
+        with contextlib.suppress(socket.timeout):
+            return self.file.peek(1)
+        return b""
+
+    def linger(self) -> None:
+        """Unread bytes would turn our close into a reset, which may overtake the answer."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_WR)
+            self._timed.set_deadline(LINGER)
+            while self.file.read1(CHUNK):
+                pass
 
 
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
@@ -3595,8 +4137,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Prepare the connection."""
         super().setup()
         self.rfile.close()
-        self._timed = TimedFile(self.connection, CLIENT_TIMEOUT)
-        self.rfile = self._head = io.BufferedReader(self._timed, 64 * 1024)
+        self._client = plain_address(self.client_address[0])
+        self._reader = RequestReader(self.connection, self._client, self.server.room)
+        self.rfile = self._reader.file
         self._answered = False  # whether a request has been answered
 
     def handle(self) -> None:
@@ -3607,23 +4150,36 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _answer_one(self) -> bool:
         """One request and its reply; whether the connection stays open."""
-        self._line = "?"  # the request's first
         self._sent = 0  # body bytes of the reply that have left
         self._began = False  # whether any byte of it has left
         self._started = time.monotonic()
         try:
-            request = self._read_request()
+            request = self._reader.next(self._answered)
         except Failure as failure:
-            method, _, uri = self._line.partition(" ")
+            method, _, uri = self._reader.line.partition(" ")
             request = Request(method, uri.rpartition(" ")[0] or uri, Target("", "", 0, "/"), (),
-                              client=plain_address(self.client_address[0]))
+                              client=self._client)
             return self._answer(request, failure_reply(failure), close=True)
         if request is None:
             return False
         self._started = time.monotonic()
         with self.server.replying():
+            if request.method == "CONNECT":
+                return self._connect(request)
             self._answered = self._answer(request, self._reply_to(request))
         return self._answered
+
+    def _connect(self, request: Request) -> bool:
+        """Serve a tunnel to its end; False: nothing follows it."""
+        try:
+            with self.server.tunnelling(request) as origin:
+                established = Head(200, "Connection established", ())
+                self._write(render_head(established, (("Via", via((), (1, 1), self.server.proxy.config)),)))
+                count = tunnel(self.connection, origin, self._reader.early())
+                self.server.note_tunnel(request, established, count, time.monotonic() - self._started)
+        except Failure as failure:
+            return self._answer(request, failure_reply(failure), close=True)
+        return False
 
     def _reply_to(self, request: Request) -> Reply:
         """The server's reply; an error where there is none.  The one place where a bug becomes a 500."""
@@ -3641,7 +4197,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         try:
             try:
                 open_after = self._send(request, reply, close)
-            except Failure as failure:
+            except (Failure, LocalFailure) as failure:
                 if self._began:
                     return False  # the only honest error is closing the connection (invariant 7)
                 reply.body.close()
@@ -3649,60 +4205,20 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 open_after = self._send(request, reply, close)
             whole = True
             if not open_after:
-                self._linger()
+                self._reader.linger()
             return open_after
         finally:
             reply.body.close()
             self.server.note(request, reply, self._sent, time.monotonic() - self._started, whole)
 
-    def _instead(self, reply: Reply, failure: Failure) -> Reply:
+    def _instead(self, reply: Reply, failure: Failure | LocalFailure) -> Reply:
         """What goes to the client where a reply failed before its first byte."""
         try:
-            return reply.instead(failure) if reply.instead else failure_reply(failure)
+            if reply.instead:
+                return reply.instead(failure)
         except Failure as error:
-            return failure_reply(error)
-
-    def _linger(self) -> None:
-        """Unread bytes would turn our close into a reset, which may overtake the answer."""
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            self._timed.set_deadline(LINGER)
-            while self.rfile.read1(CHUNK):
-                pass
-
-    # Reading
-
-    def _read_request(self) -> Request | None:
-        """The next request; None where the client has gone or is idle; BadRequest."""
-        self._timed.set_deadline(IDLE_TIMEOUT if self._answered else REQUEST_WAIT)
-        # Only a client that has had an answer takes it well that an idle connection is closed.
-        idle = self.server.room.idling(self.connection) if self._answered else contextlib.nullcontext()
-        with idle:
-            if not self._head.peek(1):
-                return None
-        self._timed.set_deadline(REQUEST_WAIT)
-        try:
-            lines = read_lines(self.rfile)
-            if lines == [""]:  # an empty line before the request line (RFC 9112 §2.2)
-                lines = read_lines(self.rfile)
-        except ValueError as error:
-            status = 431 if "more than" in str(error) else 414 if "longer" in str(error) else 400
-            raise BadRequest("The head is not clear: %s." % error, status) from None
-        except (socket.timeout, TimeoutError):
-            raise BadRequest("The head did not come within %d s." % REQUEST_WAIT, 408) from None
-        self._timed.set_deadline(None)
-        if not lines:
-            return None
-        self._line = lines[0][:200]
-        request = parse_request(lines)
-        body: RequestBody | ContinueBody | None = None
-        if request.length != 0:
-            body = RequestBody(self.rfile, request.length)
-            if members(request.fields, "Expect") == ["100-continue"]:
-                body = ContinueBody(body, self.connection)
-        return dataclasses.replace(
-            request, body=body, received=time.time(), client=plain_address(self.client_address[0]),
-            local=plain_address(self.connection.getsockname()[0]))
+            failure = error
+        return failure_reply(failure if isinstance(failure, Failure) else Failure(str(failure), 500))
 
     # Writing
 
@@ -3734,6 +4250,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if body.length is not None and total > body.length:
                 raise ConnectionAbortedError(errno.EIO, "the body is longer than declared")
             if isinstance(part, Slice) and part.stop - part.start > SMALL:
+                read_slice(Slice(part.file, part.start, part.start + 1))  # before the head has left
                 self._write(waiting, count)
                 waiting, count = b"", 0
                 self._send_file(part)
@@ -3778,51 +4295,23 @@ def address_family(host: str) -> tuple[socket.AddressFamily, bool]:
     return (socket.AF_INET6 if ":" in host else socket.AF_INET), False
 
 
-class Room:
-    """A bound on connections: each takes a thread and up to four descriptors.  When there is no room, the
-    one that has been idle longest makes place for the next; where none is, the next waits."""
+class Refusals:
+    """Who was refused lately, so that the log tells of each client once in a while."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._changed = threading.Condition()  # guards all below
-        self._count = 0
-        self._idle: dict[socket.socket, None] = {}  # the longest first
-        self._closing = False
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _told
+        self._told: dict[str, float] = {}  # by address: monotonic
 
-    def enter(self) -> None:
-        """Wait for room for one connection more."""
-        with self._changed:
-            while self._count >= self._most and not self._closing:
-                victim = next((sock for sock in self._idle if not select_readable(sock, 0)), None)
-                if victim is not None:
-                    del self._idle[victim]
-                    with contextlib.suppress(OSError):
-                        victim.shutdown(socket.SHUT_RDWR)
-                self._changed.wait(1.0)
-            self._count += 1
-
-    def leave(self) -> None:
-        """A connection has ended."""
-        with self._changed:
-            self._count -= 1
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Nobody waits any more."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def idling(self, connection: socket.socket) -> Iterator[None]:
-        """While a connection waits for its next request."""
-        with self._changed:
-            self._idle[connection] = None
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._idle.pop(connection, None)
+    def is_news(self, address: str) -> bool:
+        """Whether the log shall tell of it."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._told.get(address, -REFUSAL_PAUSE) < REFUSAL_PAUSE:
+                return False
+            if len(self._told) >= MAX_ATTEMPTS:
+                self._told.clear()  # costs some lines more, no memory
+            self._told[address] = now
+            return True
 
 
 class ProxyServer(http.server.ThreadingHTTPServer):
@@ -3836,10 +4325,13 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.proxy = proxy
         self.room = room or Room(MAX_CONNECTIONS)
         self._ids = log_ids
+        self._refusals = Refusals()
+        self._tunnels = threading.BoundedSemaphore(max(2, self.room.most // 2))
         self._lock = threading.Lock()  # guards _replying
         self._replying = 0
         self.address_family, self._both = address_family(address[0])
         super().__init__(address, ProxyHandler)
+        proxy.listens_on(self.server_address[1])
 
     def server_bind(self) -> None:
         """Bind, for IPv4 as well where the address is empty; without http.server's slow name look-up."""
@@ -3849,11 +4341,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection, once there is room for it; don't spin where descriptors are out."""
-        self.room.enter()
+        while not self.room.enter():
+            self.service_actions()  # what is idle may hold the descriptors that are wanted
         try:
             return super().get_request()
         except OSError as error:
-            self.room.leave()
+            self.room.give_up()
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 time.sleep(0.1)
             raise
@@ -3862,10 +4355,28 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """Called in the pauses of accepting."""
         self.proxy.tidy()
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread of its own; turn it away where its client has far too many."""
+        if self.room.admit(Visitor(request, client_address, self._serve)):
+            return
+        client = plain_address(client_address[0])
+        reply = failure_reply(Failure("%s has too many connections open." % client, 503))
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(render_head(reply.head, (*reply.head.fields, ("Connection", "close"))))
+        self.shutdown_request(request)
+
+    def _serve(self, visitor: Visitor) -> None:
+        try:
+            super().process_request(visitor.connection, visitor.address)
+        except RuntimeError:  # no thread for it
+            self.handle_error(visitor.connection, visitor.address)
+            self.shutdown_request(visitor.connection)
+
     def shutdown_request(self, request: Any) -> None:
         """Close a connection."""
         super().shutdown_request(request)
-        self.room.leave()
+        self.room.leave(request)
 
     def shutdown(self) -> None:
         """Stop accepting."""
@@ -3896,13 +4407,30 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             with self._lock:
                 self._replying -= 1
 
+    def check_client(self, request: Request) -> None:
+        """Failure where a client may not come in."""
+        if request.client != request.local and not may_come_in(request.client, self.proxy.config.allow):
+            raise NotAllowed("%s may not use this proxy; its operator can add --allow." % request.client)
+
+    @contextlib.contextmanager
+    def tunnelling(self, request: Request) -> Iterator[socket.socket]:
+        """The connection that a CONNECT asks for, while its tunnel lasts; Failure."""
+        self.check_client(request)
+        if not self._tunnels.acquire(blocking=False):
+            raise Failure("Too many tunnels are open.", 503)
+        try:
+            with self.proxy.dial(request) as origin:
+                yield origin
+        finally:
+            self._tunnels.release()
+
     def reply_to(self, request: Request) -> Reply:
         """Our own page, or the proxy's reply; Failure."""
-        config = self.proxy.config
-        if request.client != request.local and not may_come_in(request.client, config.allow):
-            raise Failure("%s may not use this proxy; its operator can add --allow." % request.client, 403)
+        self.check_client(request)
         if not request.own:
             return self.proxy.respond(request)
+        if request.method == "OPTIONS":
+            return last_stop(request)
         if request.method not in ("GET", "HEAD"):
             raise Failure("Our own pages are for GET and HEAD.", 405)
         authority = value(request.fields, "Host") or self.authority
@@ -3910,9 +4438,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if page is None:
             raise Failure("There is no such page here. To fetch through this proxy, set http_proxy=http://%s/"
                           % authority, 404)
-        head = Head(200, "OK", (("Content-Type", page[0]), ("Cache-Control", "no-store"),
-                                ("X-Content-Type-Options", "nosniff")))
-        return Reply(head, BytesBody(page[1]), CacheStatus(Outcome.OWN))
+        return Reply(own_head(200, page[0]), BytesBody(page[1]), CacheStatus(Outcome.OWN))
 
     def snapshot(self) -> dict[str, Any]:
         """The counters, with the command line as Go's expvar has it."""
@@ -3925,10 +4451,17 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if reply.counted and reply.head.status in (200, 206):
             self.proxy.counters.add_cache(max(0, sent - reply.body.uncached))
         detail = reply.cache_status.detail
+        if isinstance(reply.failure, NotAllowed) and not self._refusals.is_news(request.client):
+            return
         log.info("[%3d] %s %s %s %d %d bytes %.3f s %s%s%s", next(self._ids), request.client,
                  printable(request.method), printable(request.uri), reply.head.status, sent, took,
                  outcome.value, " (%s)" % printable(detail) if detail else "",
                  "" if whole else ", broken off")
+
+    def note_tunnel(self, request: Request, head: Head, count: int, took: float) -> None:
+        """Count and log one tunnel."""
+        self.proxy.counters.add_tunnel(count)
+        self.note(request, Reply(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), count, took, True)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """A bug, or no thread for a connection: say so, go on."""
@@ -3954,6 +4487,8 @@ OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--allow",), {"action": "append", "metavar": "NET",
                     "help": "who may connect: loopback, private, all, or a network such as 203.0.113.0/24; "
                             "may be repeated (default: %s)" % " and ".join(DEFAULTS.allow)}),
+    (("--connect-ports",), {"metavar": "PORTS",
+                            "help": "where CONNECT may lead to: a list of ports, or none (default: 443)"}),
     (("--max-size",), {"metavar": "SIZE", "help": "keep what is stored below, say, 20G: what was used least "
                                                   "recently goes first (default: no limit)"}),
     (("--min-free",), {"metavar": "SIZE", "help": "leave so much of the file system free (default: 5 %% of "
@@ -4009,7 +4544,9 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
         for addr in addrs:
             parse_addr(addr)
         parse_networks(allow)
-        config = Config(addrs, options.root, options.filters, allow, options.heuristics, options.offline,
+        config = Config(addrs, options.root, options.filters, allow,
+                        DEFAULTS.connect_ports if options.connect_ports is None
+                        else parse_ports(options.connect_ports), options.heuristics, options.offline,
                         None if options.max_size is None else parse_size(options.max_size),
                         None if options.min_free is None else parse_size(options.min_free),
                         max_age=None if options.max_age is None else parse_span(options.max_age),
@@ -4047,14 +4584,14 @@ def open_root(config: Config) -> Store:
 
 
 def make_room() -> Room:
-    """Room for as many connections as the descriptors allow, of which each may take four."""
+    """Room for as many connections as the descriptors allow: each may take four, and one more is parked."""
     if resource is None:
         return Room(MAX_CONNECTIONS)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return Room(max(4, min(MAX_CONNECTIONS, (soft - 40) // 4 if soft > 0 else MAX_CONNECTIONS)))
+    return Room(max(4, min(MAX_CONNECTIONS, (soft - 40) // 5 if soft > 0 else MAX_CONNECTIONS)))
 
 
 def open_servers(config: Config, proxy: Proxy) -> list[ProxyServer]:
@@ -4129,10 +4666,42 @@ def run(config: Config) -> None:
                 config.filters_file, getattr(error, "strerror", None) or error)) from None
     else:
         log.info("No filters file given")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        log.warning("Running as root: an account without privileges is enough, and safer")
+    log.info("Clients may come from: %s", ", ".join(config.allow))
     proxy = Proxy(config, store)
     heard = heed_signals()
     proxy.sweeper.start(config)
     serve(open_servers(config, proxy), proxy, heard)
+
+
+class LogWriter(logging.Handler):
+    """Writes the log in a thread of its own: where nobody reads it any more (a stopped pager, a stuck log
+    driver), lines are lost, and nobody waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.Queue[bytes] = queue.Queue(MAX_LOG_LINES)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Put a line into the queue, or drop it."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
+
+    def flush(self) -> None:
+        """Wait for what is in the queue, but not for long."""
+        deadline = time.monotonic() + 1.0
+        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def _run(self) -> None:
+        while True:
+            line = self._lines.get()
+            with contextlib.suppress(OSError):  # a full log device harms nothing
+                while line:
+                    line = line[os.write(2, line):]
+            self._lines.task_done()
 
 
 def is_journal(stream: str) -> bool:
@@ -4147,11 +4716,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     config, level = parse_options(sys.argv[1:] if arguments is None else arguments)
     stamp = "" if is_journal(os.environ.get("JOURNAL_STREAM", "")) else "%(asctime)s "
-    logging.raiseExceptions = False  # a full log device harms nothing
-    logging.basicConfig(level=level, format=stamp + "%(message)s", datefmt="%Y/%m/%d %H:%M:%S")
+    logging.basicConfig(level=level, format=stamp + "%(message)s", datefmt="%Y/%m/%d %H:%M:%S",
+                        handlers=[LogWriter()])
     try:
         run(config)
     except Unusable as problem:
+        logging.shutdown()  # what was said before stands before
         sys.stderr.write("pkgproxy: %s\n" % problem)
         return problem.code
     return 0
