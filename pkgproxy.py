@@ -2271,7 +2271,8 @@ def read_lines(file: io.BufferedIOBase, limit: int = MAX_HEAD) -> list[str]:
         if not line and not lines:
             return []
         if not line.endswith(b"\r\n"):
-            raise ValueError("a line longer than %d bytes" % MAX_LINE if len(line) > MAX_LINE else
+            raise ValueError("%s longer than %d bytes" % ("a field" if lines else "a first line", MAX_LINE)
+                             if len(line) > MAX_LINE else
                              "a head that is cut off" if not line.endswith(b"\n") else "a line without CR")
         if total > limit:
             raise ValueError("a head of more than %d bytes" % limit)
@@ -2514,6 +2515,8 @@ class Forward:
 
 def is_own_address(family: int, address: tuple[Any, ...]) -> bool:
     """Whether an address is one of this machine's: then packets to it would come from it.  None is sent."""
+    if ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
+        return True
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)
         return bool(probe.getsockname()[0] == address[0])
@@ -4105,7 +4108,8 @@ class RequestReader:
                     lines = read_lines(self.file)
                 return lines
         except ValueError as error:
-            status = 431 if "more than" in str(error) else 414 if "longer" in str(error) else 400
+            status = next((status for words, status in (
+                ("more than", 431), ("a field longer", 431), ("longer", 414)) if words in str(error)), 400)
             raise BadRequest("The head is not clear: %s." % error, status) from None
         except (socket.timeout, TimeoutError):
             raise BadRequest("The head did not come within %d s." % REQUEST_WAIT, 408) from None
@@ -4204,8 +4208,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 reply = self._instead(reply, failure)
                 open_after = self._send(request, reply, close)
             whole = True
-            if not open_after:
-                self._reader.linger()
+            if not open_after and (close or wants_open(request) or getattr(request.body, "unread", False)):
+                self._reader.linger()  # the client may still be sending
             return open_after
         finally:
             reply.body.close()

@@ -29,6 +29,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -3654,6 +3655,19 @@ class BoundsTest(ProxyCase):
             self.assertLess(process.status("VmRSS") - self.before[2], 40_000)
         self.check_back(process)
 
+    def test_500_slow_clients_hold_up_nobody(self):
+        process = self.start_process()
+        self.origin.pages["/x_1_all.deb"] = Page(b"x")
+        with contextlib.ExitStack() as stack:
+            slow = [stack.enter_context(socket.create_connection(self.address, PATIENCE)) for _ in range(500)]
+            for round_ in b"GET h":
+                for one in slow:
+                    one.send(bytes([round_]))
+                began = time.monotonic()
+                self.assertEqual(self.ask("/x_1_all.deb").body, b"x")
+                self.assertLess(time.monotonic() - began, 5)
+        self.check_back(process)
+
     def test_memory_grows_neither_with_files_nor_with_their_size(self):
         process = self.start_process()
         with self.connection() as one:
@@ -3894,33 +3908,8 @@ class DoorTest(ProxyCase):
             connection.sendall(self.line("/x_1.deb"))
             self.assertTrue(connection.recv(65536).endswith(b"1" * 100))
 
-    def test_what_is_ambiguous_is_refused_and_the_connection_closed(self):
-        url = self.origin.url("/x_1.deb").encode()
-        good = b"GET " + url + b" HTTP/1.1\r\nHost: a\r\n"
-        post = b"POST " + url + b" HTTP/1.1\r\nHost: a\r\n"
-        for data, status in (
-                (b"GET " + url + b"\r\n\r\n", 400), (b"\x16\x03\x01\x02\x00\r\n\r\n", 400), (good + b"A : b\r\n\r\n", 400),
-                (good + b" folded\r\n\r\n", 400), (good + b"A: b\rC: d\r\n\r\n", 400), (good + b"A: \x00\r\n\r\n", 400),
-                (good + b"Host: b\r\n\r\n", 400), (b"GET " + url + b" HTTP/1.1\r\n\r\n", 400), (good + b"A: b\n\r\n", 400),
-                (post + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nxy", 400),
-                (post + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-                (post + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n", 400), (post + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n\r\n", 400),
-                (post + b"Transfer-Encoding: chunked\r\n\r\n1\r\nxy\r\n0\r\n\r\n", 400),
-                (post + b"Transfer-Encoding: xchunked\r\n\r\n", 400),
-                (post + b"Transfer-Encoding: chunked\r\n\r\n0\r\nbad\n", 400), (post + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\n", 400),
-                (b"GET " + url + b" HTTP/2.0\r\nHost: a\r\n\r\n", 505), (b"GET /" + b"x" * 20000 + b" HTTP/1.1\r\n\r\n", 414),
-                (good + b"A: b\r\n" * 500 + b"\r\n", 431), (good + (b"A: %s\r\n" % (b"x" * 9000)) * 9 + b"\r\n", 431),
-                (b"GET ftp://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 400), (b"GET http://a:b/ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
-                (b"CONNECT a:22 HTTP/1.1\r\nHost: a\r\n\r\n", 403)):
-            with self.subTest(data=data[:80]):
-                answer = self.raw(data + good + b"\r\n")
-                self.assertEqual(answer[:12], b"HTTP/1.1 %d" % status)
-                self.assertEqual(len(re.findall(rb"(?m)^HTTP/1\.1 ", answer)), 1)
-                self.assertIn(b"\r\nConnection: close\r\n", answer)
-        self.assertFalse([row for row in self.origin.log if row[0] == "GET"])
-
     def test_expect_100_continue(self):
-        with socket.create_connection(self.address, PATIENCE) as connection:
+        with mock.patch.object(pkgproxy, "CONTINUE_WAIT", 0.05), socket.create_connection(self.address, PATIENCE) as connection:
             connection.sendall(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nExpect: 100-continue\r\n"
                                b"Connection: close\r\n\r\n" % self.origin.url("/x_1.deb").encode())
             self.assertEqual(connection.recv(999), b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -4019,6 +4008,597 @@ class DoorTest(ProxyCase):
         lines = [record.getMessage() for record in caught.records]
         self.assertRegex(lines[0], r"\A\[  1\] 127\.0\.0\.1 GET http://127\.0\.0\.1:\d+/x_1\.deb 200 100 bytes \d\.\d\d\d s miss\Z")
         self.assertRegex(lines[1], r"\A\[  2\] .* 200 100 bytes .* hit\Z")
+
+
+class StrictDoorTest(ProxyCase):
+    """RFC 9112 to the letter: what is ambiguous is refused, and nothing of it is passed on."""
+
+    URL = b"http://origin.test/x_1.0.deb"
+    GOOD = b"GET " + URL + b" HTTP/1.1\r\nHost: a\r\n"
+    POST = b"POST " + URL + b" HTTP/1.1\r\nHost: a\r\n"
+    CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+
+    REQUESTS = (  # bytes, status, section of RFC 9112 where no other is named
+        (b"GET " + URL + b"\r\n\r\n", 400, "3: HTTP/0.9"),
+        (b"GET  " + URL + b" HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3"),
+        (b"GET " + URL + b"  HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3"),
+        (b"GET\t" + URL + b"\tHTTP/1.1\r\nHost: a\r\n\r\n", 400, "3"),
+        (b" " + GOOD + b"\r\n", 400, "3"),
+        (b"GET " + URL + b" HTTP/1.1 \r\nHost: a\r\n\r\n", 400, "3"),
+        (b"GET " + URL + b" HTTP/1.1 x\r\nHost: a\r\n\r\n", 400, "3"),
+        (b"GET " + URL + b" http/1.1\r\nHost: a\r\n\r\n", 400, "2.3"),
+        (b"GET " + URL + b" HTTP/11\r\nHost: a\r\n\r\n", 400, "2.3"),
+        (b"GET " + URL + b" HTTP/1.10\r\nHost: a\r\n\r\n", 400, "2.3"),
+        (b"GET " + URL + b" HTTP/1,1\r\nHost: a\r\n\r\n", 400, "2.3"),
+        (b"GET " + URL + b" HTTP/2.0\r\nHost: a\r\n\r\n", 505, "2.3"),
+        (b"GET " + URL + b" HTTP/0.9\r\nHost: a\r\n\r\n", 505, "2.3"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "9113 3.4"),
+        (b"G(T " + URL + b" HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3.1"),
+        (b"GET\x00 " + URL + b" HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3.1"),
+        (b"GET\r\n\r\n", 400, "3"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, "3: a TLS hello"),
+        (b"\r\n\r\n" + GOOD + b"\r\n", 400, "2.2: one empty line is enough"),
+        (b"GET http://a/\x01 HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3.2"),
+        (b"GET http://a/\x7f HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3.2"),
+        (b"GET ftp://a/x HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3.2.2"),
+        (b"GET http:///x HTTP/1.1\r\nHost: a\r\n\r\n", 400, "9110 4.2.1: no host"),
+        (b"GET http:/a/x HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3.2.2"),
+        (b"GET http://a:b/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3986 3.2.3"),
+        (b"GET http://a:0/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3986 3.2.3"),
+        (b"GET http://a:65536/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3986 3.2.3"),
+        (b"GET http://a:-1/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3986 3.2.3"),
+        (b"GET http://[::1/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3986 3.2.2"),
+        (b"GET http://[zz]/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3986 3.2.2"),
+        (b"GET http://a..b/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3986 3.2.2"),
+        (b"GET http://a\\b/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3986 3.2.2"),
+        (b"GET http://a%00b/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3986 3.2.2"),
+        (b"GET origin.test:80 HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3.2.3: for CONNECT only"),
+        (b"GET * HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3.2.4: for OPTIONS only"),
+        (b"CONNECT http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3.2.3"),
+        (b"CONNECT a HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3.2.3"),
+        (b"CONNECT a: HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3.2.3"),
+        (b"CONNECT a:443/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3.2.3"),
+        (b"CONNECT me@a:443 HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3.2.3"),
+        (b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n", 400, "9110 9.3.6"),
+        (b"CONNECT a:22 HTTP/1.1\r\nHost: a\r\n\r\n", 403, "9110 9.3.6"),
+        (b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414, "3"),
+        (GOOD[:-2] + b"\n\r\n", 400, "2.2: bare LF"),
+        (GOOD + b"A : b\r\n\r\n", 400, "5.1"),
+        (b"GET " + URL + b" HTTP/1.1\r\n Host: a\r\n\r\n", 400, "2.2: white space before the first field"),
+        (GOOD + b"A: b\r\n folded\r\n\r\n", 400, "5.2"),
+        (GOOD + b"A: b\r\n\tfolded\r\n\r\n", 400, "5.2"),
+        (GOOD + b"A: b\rC: d\r\n\r\n", 400, "2.2: bare CR"),
+        (GOOD + b"A: \x00\r\n\r\n", 400, "9110 5.5"),
+        (GOOD + b"A: \x0b\r\n\r\n", 400, "9110 5.5"),
+        (GOOD + b"A: \x7f\r\n\r\n", 400, "9110 5.5"),
+        (GOOD + b"A: b\n\r\n", 400, "2.2"),
+        (GOOD + b"no colon\r\n\r\n", 400, "5"),
+        (GOOD + b": b\r\n\r\n", 400, "9110 5.1"),
+        (GOOD + b"A(b): c\r\n\r\n", 400, "9110 5.1"),
+        (GOOD + b"A\xe4: c\r\n\r\n", 400, "9110 5.1"),
+        (GOOD + b"Host: b\r\n\r\n", 400, "3.2"),
+        (b"GET " + URL + b" HTTP/1.1\r\n\r\n", 400, "3.2"),
+        (b"GET " + URL + b" HTTP/1.1\r\nHost: a b\r\n\r\n", 400, "3.2"),
+        (b"GET " + URL + b" HTTP/1.1\r\nHost: a/b\r\n\r\n", 400, "3.2"),
+        (b"GET " + URL + b" HTTP/1.1\r\nHost: [::1\r\n\r\n", 400, "3.2"),
+        (GOOD + b"A: b\r\n" * 500 + b"\r\n", 431, "6585 5"),
+        (GOOD + (b"A: %s\r\n" % (b"x" * 9000)) * 9 + b"\r\n", 431, "6585 5"),
+        (GOOD + b"A: " + b"x" * 20_000 + b"\r\n\r\n", 431, "6585 5"),
+        (POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nxy", 400, "6.3"),
+        (POST + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\nx", 400, "6.3"),
+        (POST + b"Content-Length: 1, 2\r\n\r\nxy", 400, "6.3"),
+        (POST + b"Content-Length: +1\r\n\r\nx", 400, "6.2"),
+        (POST + b"Content-Length: -1\r\n\r\n", 400, "6.2"),
+        (POST + b"Content-Length: 0x1\r\n\r\nx", 400, "6.2"),
+        (POST + b"Content-Length: 1 1\r\n\r\nx", 400, "6.2"),
+        (POST + b"Content-Length: 1.0\r\n\r\nx", 400, "6.2"),
+        (POST + b"Content-Length:\r\n\r\n", 400, "6.2"),
+        (POST + b"Content-Length: \xb2\r\n\r\nxy", 400, "6.2"),
+        (POST + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n", 400, "6.2"),
+        (POST + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, "6.1"),
+        (POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n", 400, "6.1"),
+        (POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 400, "6.1"),
+        (POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400, "6.1"),
+        (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n", 400, "6.1"),
+        (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 400, "6.1"),
+        (POST + b"Transfer-Encoding: identity\r\n\r\n", 400, "6.1"),
+        (POST + b"Transfer-Encoding:\r\n\r\n", 400, "6.1"),
+        (POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n", 400, "5.1"),
+        (POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n", 400, "9110 5.5"),
+        (POST + b'Transfer-Encoding: "chunked"\r\n\r\n0\r\n\r\n', 400, "6.1"),
+        (POST.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, "6.1"),
+        (CHUNKED + b"zz\r\n", 400, "7.1"), (CHUNKED + b"-1\r\n", 400, "7.1"), (CHUNKED + b"+1\r\nx\r\n0\r\n\r\n", 400, "7.1"),
+        (CHUNKED + b"0x1\r\nx\r\n0\r\n\r\n", 400, "7.1"), (CHUNKED + b" 1\r\nx\r\n0\r\n\r\n", 400, "7.1"),
+        (CHUNKED + b"\r\nx\r\n0\r\n\r\n", 400, "7.1"), (CHUNKED + b"1" * 17 + b"\r\nx", 400, "7.1"),
+        (CHUNKED + b"1\nx\r\n0\r\n\r\n", 400, "7.1"), (CHUNKED + b"1\r\nxy\r\n0\r\n\r\n", 400, "7.1"),
+        (CHUNKED + b"1\r\nx\n0\r\n\r\n", 400, "7.1"), (CHUNKED + b"1;a=\x0d\x0b\r\nx\r\n0\r\n\r\n", 400, "7.1.1"),
+        (CHUNKED + b"0\r\nbad\n", 400, "7.1.2"), (CHUNKED + b"0\r\n\n", 400, "7.1.2"),
+    )
+
+    ANSWERS = (  # bytes, what the client gets: a status, or "cut"; section of RFC 9112 where no other is named
+        (b"garbage\r\n\r\n", 502, "4"), (b"", 502, "9.5"), (b"<html>HTTP/0.9</html>", 502, "4"),
+        (b"HTTP/2 200 OK\r\n\r\n", 502, "4"), (b"HTTP/1.1 99 No\r\n\r\n", 502, "9110 15"),
+        (b"HTTP/1.1 600 No\r\n\r\n", 502, "9110 15"), (b"HTTP/1.1 20 No\r\n\r\n", 502, "4"),
+        (b"HTTP/1.1 2000 No\r\n\r\n", 502, "4"), (b"HTTP/1.1  200 OK\r\n\r\n", 502, "4"),
+        (b"HTTP/1.1 200\tOK\r\n\r\n", 502, "4"), (b"http/1.1 200 OK\r\n\r\n", 502, "2.3"),
+        (b"HTTP/1.1 200 O\x00K\r\n\r\n", 502, "4"), (b"HTTP/1.1 200 OK\rX: y\r\n\r\n", 502, "2.2"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n", 502, "8: cut off"), (b"HTTP/1.1 200 OK\nContent-Length: 4\n\nbody", 502, "2.2"),
+        (b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n", 502, "5"), (b"HTTP/1.1 200 OK\r\nA : b\r\n\r\n", 502, "5.1"),
+        (b"HTTP/1.1 200 OK\r\nA: b\r\n c\r\n\r\n", 502, "5.2"), (b"HTTP/1.1 200 OK\r\nA: \x00\r\n\r\n", 502, "9110 5.5"),
+        (b"HTTP/1.1 200 OK\r\nLocation: /a\rSet-Cookie: b\r\n\r\n", 502, "11.1"), (b"HTTP/1.1 200 OK\r\n: b\r\n\r\n", 502, "5"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nbody", 502, "6.3"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4, 5\r\n\r\nbody", 502, "6.3"), (b"HTTP/1.1 200 OK\r\nContent-Length: -4\r\n\r\nbody", 502, "6.3"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: four\r\n\r\nbody", 502, "6.3"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n", 502, "6.3"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nbody", 502, "6.1"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 502, "6.1"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\nbody", 502, "6.1"),
+        (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 300 + b"\r\n", 502, "9110 5.4"),
+        (b"HTTP/1.1 200 OK\r\n" + (b"A: %s\r\n" % (b"x" * 9000)) * 9 + b"\r\n", 502, "9110 5.4"),
+        (b"HTTP/1.1 200 OK\r\nA: " + b"x" * 20_000 + b"\r\n\r\n", 502, "9110 5.4"),
+        (b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n", 502, "9110 7.8: nobody asked"), (b"HTTP/1.1 100 Continue\r\n\r\n", 502, "9110 15.2"),
+        (b"HTTP/1.1 304 Not Modified\r\n\r\n", 502, "9110 15.4.5: nobody asked"),
+        (b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 0-3/9\r\nContent-Length: 4\r\n\r\nbody", 502, "9110 15.3.7: nobody asked"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 502, "7.1"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-4\r\nbody", 502, "7.1"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\nbody\r\n0\r\n\r\n", 502, "7.1"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\nzz\r\n", "cut", "7.1"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n", "cut", "8"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n", "cut", "8"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nbody", "cut", "8"),
+    )
+
+    def test_malformed_requests(self):
+        self.origin.pages["/x_1.0.deb"] = Page(b"x")
+        url = self.origin.url("/x_1.0.deb").encode()
+        self.assertGreater(len(self.REQUESTS), 80)
+        for data, status, section in self.REQUESTS:
+            with self.subTest(data=data[:90], section=section):
+                answer = self.raw((data + self.GOOD + b"\r\n").replace(self.URL, url))
+                self.assertEqual(answer[:12], b"HTTP/1.1 %d" % status)
+                self.assertEqual(len(re.findall(rb"(?m)^HTTP/1\.1 ", answer)), 1, "and nothing after it")
+                self.assertIn(b"\r\nConnection: close\r\n", answer)
+        self.settle()
+        self.assertEqual(self.origin.log, [], "nothing of it is passed on")
+
+    def test_malformed_answers(self):
+        self.addCleanup(mock.patch.stopall)
+        mock.patch.object(pkgproxy, "RESUME_PAUSES", ()).start()
+        for number, (data, expected, section) in enumerate(self.ANSWERS):
+            with self.subTest(data=data[:90], section=section):
+                path = "/x_%d.0.deb" % number
+                self.origin.pages[path] = Page(steps=[data])
+                try:
+                    answer = self.ask(path)
+                    got = answer.status
+                    self.assertRegex(answer.body, rb"\A[^\n]+\.\n\Z", "one sentence")
+                except http.client.IncompleteRead as error:
+                    got = "cut"
+                    self.assertTrue(b"body".startswith(error.partial))
+                self.assertEqual(got, expected)
+        self.settle()
+        self.assertEqual(self.files(), {}, "nothing of it is stored")
+        self.assertEqual(self.origin.connections, len(self.origin.log), "no connection is used again")
+
+    def test_odd_requests_that_are_none_the_less_clear(self):
+        self.origin.pages.update({"/x_1.0.deb": Page(b"x" * 50), "/": Page(b"root")})
+        url, close = self.origin.url("/x_1.0.deb").encode(), b"Connection: close\r\n"
+        post = b"POST %s HTTP/1.1\r\nHost: a\r\n%s" % (url, close)
+        for data, body in (
+                (b"\r\nGET %s HTTP/1.1\r\nHost: a\r\n%s\r\n" % (url, close), b""),
+                (b"GET %s HTTP/1.1\r\nHost: other.test:99\r\n%s\r\n" % (url, close), b""),
+                (b"GET %s HTTP/1.1\r\nHost:\r\n%s\r\n" % (url, close), b""),
+                (b"GET %s HTTP/1.1\r\nhost:a  \t\r\nX: \xe4\t\xf6\r\n%s\r\n" % (url, close), b""),
+                (b"GET %s HTTP/1.0\r\n\r\n" % url, b""), (b"GET %s HTTP/1.9\r\nHost: a\r\n%s\r\n" % (url, close), b""),
+                (b"GET HTTP%s HTTP/1.1\r\nHost: a\r\n%s\r\n" % (url[4:], close), b""),
+                (b"GET %s HTTP/1.1\r\nHost: a\r\n%s\r\n" % (url.replace(b"//", b"//me:secret@"), close), b""),
+                (b"GET %s#top HTTP/1.1\r\nHost: a\r\n%s\r\n" % (url, close), b""),
+                (b"GET %s HTTP/1.1\r\nHost: a\r\nUpgrade: h2c\r\nTE: trailers, deflate\r\nConnection: Upgrade, TE, X-Private, close\r\n"
+                 b"X-Private: y\r\n\r\n" % url, b""),
+                (post + b"Content-Length: 4\r\n\r\nbody", b"body"), (post + b"Content-Length: 0\r\n\r\n", b""),
+                (post + b"Transfer-Encoding: chunked\r\n\r\n2;a=b;c\r\nbo\r\n02\r\ndy\r\n0\r\nTrailer: x\r\n\r\n", b"body"),
+                (post + b"Transfer-Encoding: Chunked\r\n\r\n0\r\n\r\n", b"")):
+            with self.subTest(data=data):
+                self.assertIn(b"x" * 50, self.raw(data))
+                method, target, fields, received = self.origin.log[-1]
+                self.assertEqual((target, received), ("/x_1.0.deb", body))
+                self.assertEqual(fields["host"], "127.0.0.1:%d" % self.origin.port)
+                self.assertEqual({"upgrade", "te", "connection", "x-private", "proxy-connection", "trailer"} & set(fields), set())
+
+    def test_an_origin_that_is_odd_but_clear(self):
+        body = b"Content-Length: 4\r\n\r\nbody"
+        for number, data in enumerate((
+                b"HTTP/1.1 200\r\n" + body, b"HTTP/1.1 200 \r\n" + body, b"HTTP/1.1 200 \xe4\xf6\r\n" + body, b"HTTP/1.0 200 OK\r\n" + body,
+                b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\n" + body,
+                b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n" + body,
+                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4;x=y\r\nbody\r\n0\r\nTrailer: x\r\n\r\n")):
+            with self.subTest(data=data):
+                self.origin.pages["/y_%d.0.deb" % number] = Page(steps=[data])
+                answer = self.ask("/y_%d.0.deb" % number)
+                self.assertEqual((answer.status, answer.body, answer["Trailer"]), (200, b"body", None))
+
+    def test_expect_is_the_origins_to_answer(self):
+        url = self.origin.url("/x").encode()
+        data = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n" % url
+        # One that refuses gets no body, and the client is not asked for it.
+        self.origin._answer = lambda connection, file: connection.sendall(b"HTTP/1.1 417 No\r\nContent-Length: 0\r\n\r\n")
+        self.assertEqual(self.raw(data)[:12], b"HTTP/1.1 417")
+        # One that says nothing gets it after a moment; one that agrees, at once.
+        for wait in (0.05, PATIENCE):
+            def agree(connection, file, wait=wait):
+                head = b"".join(iter(file.readline, b"\r\n"))
+                if wait == PATIENCE:
+                    connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n" + (file.read(4) if b"100-continue" in head else b"lost"))
+
+            self.origin._answer = agree
+            with mock.patch.object(pkgproxy, "CONTINUE_WAIT", wait), socket.create_connection(self.address, PATIENCE) as one:
+                one.sendall(data)
+                self.assertEqual(one.recv(99), b"HTTP/1.1 100 Continue\r\n\r\n")
+                one.sendall(b"body")
+                self.assertTrue(b"".join(iter(lambda: one.recv(999), b"")).endswith(b"\r\n\r\nbody"))
+
+    def test_max_forwards_counts_down(self):
+        """RFC 9110 §7.6.2, §9.3.7, §9.3.8."""
+        self.origin.pages.update({"/x": Page(b"x"), "*": Page(b"all")})
+        answer = self.ask("/x", "TRACE", Max_Forwards="0", Authorization="secret", X="y")
+        self.assertEqual((answer.status, answer["Content-Type"]), (200, "message/http"))
+        self.assertTrue(answer.body.startswith(b"TRACE http://127.0.0.1:%d/x HTTP/1.1\r\n" % self.origin.port))
+        self.assertIn(b"\r\nX: y\r\n", answer.body)
+        self.assertNotIn(b"secret", answer.body)
+        answer = self.ask("/x", "OPTIONS", Max_Forwards="0")
+        self.assertEqual((answer.status, answer.body), (200, b""))
+        self.assertIn("GET, HEAD", answer["Allow"])
+        self.assertIn(b"\r\nAllow: GET, HEAD", self.raw(b"OPTIONS * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"))
+        self.assertEqual(self.origin.log, [])
+        for method, sent, passed in (("OPTIONS", "7", "6"), ("TRACE", "1", "0"), ("GET", "0", "0"), ("OPTIONS", None, None)):
+            self.ask("/x", method, **({"Max_Forwards": sent} if sent else {}))
+            self.assertEqual(self.origin.log[-1][2].get("max-forwards"), passed)
+        self.raw(b"OPTIONS http://127.0.0.1:%d HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.port)
+        self.assertEqual(self.origin.log[-1][:2], ("OPTIONS", "*"))
+
+    def test_our_own_answers_run_nothing_and_change_nothing(self):
+        for method, path, status in (("GET", "/", 200), ("HEAD", "/debug/vars", 200), ("POST", "/", 405), ("DELETE", "/debug/vars", 405),
+                                     ("GET", "/nothing", 404), ("OPTIONS", "/", 200)):
+            answer = Answer(self.own_answer(method, path))
+            self.assertEqual(answer.status, status)
+            self.assertEqual((answer["Content-Security-Policy"], answer["X-Content-Type-Options"], answer["Access-Control-Allow-Origin"]),
+                             ("default-src 'none'", "nosniff", None))
+            self.assertEqual(bool(answer["Allow"]), status == 405 or method == "OPTIONS")
+
+    def own_answer(self, method, path):
+        connection = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
+        self.addCleanup(connection.close)
+        connection.request(method, path, headers={"Connection": "close"})
+        return connection.getresponse()
+
+    def test_what_comes_from_outside_is_harmless_in_the_log(self):
+        with self.assertLogs("pkgproxy", "INFO") as caught:
+            self.raw(b"GET http://a/\x1b[31m HTTP/1.1\r\nHost: a\r\n\r\n")
+            self.raw(b"G\x9bT http://a/ HTTP/1.1\r\nHost: a\r\n\r\n")
+            until(lambda: len(caught.records) == 2)
+        for record in caught.records:
+            self.assertTrue(record.getMessage().isprintable(), record.getMessage())
+
+
+class FuzzTest(ProxyCase):
+    """Random bytes, from a seed: PKGPROXY_CHAOS_SEED gives another course."""
+
+    SEEDS = (b"GET http://a.test/pool/x_1.0_all.deb HTTP/1.1\r\nHost: a.test\r\nRange: bytes=0-9\r\nCache-Control: max-age=0\r\n\r\n",
+             b"POST http://a.test:8080/x?y=%2f HTTP/1.1\r\nHost: a.test\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\nbody",
+             b"PUT http://[::1]:80/../%2e HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: chunked\r\n\r\n4;a=b\r\nbody\r\n0\r\nX: y\r\n\r\n",
+             b"CONNECT a.test:443 HTTP/1.1\r\nHost: a.test:443\r\nProxy-Authorization: Basic x\r\n\r\n",
+             b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 0-3/9\r\nContent-Length: 4\r\nETag: \"x\"\r\nVary: a, b\r\n\r\nbody")
+    PIECES = (b"\r\n", b"\n", b"\r", b" ", b"\t", b"\x00", b":", b",", b";", b"\xff", b"%", b"0", b"-1", b"..", b"//", b"@", b"Content-Length: 5\r\n",
+              b"Transfer-Encoding: chunked\r\n", b"Host: b\r\n", b"\"", b"\\", b"=")
+
+    def mutants(self, count):
+        chance = random.Random("fuzz " + os.environ.get("PKGPROXY_CHAOS_SEED", "1"))
+        for _ in range(count):
+            data = bytearray(chance.choice(self.SEEDS))
+            for _ in range(chance.randrange(1, 5)):
+                at = chance.randrange(len(data) + 1)
+                kind = chance.randrange(4)
+                if kind == 0:
+                    del data[at:at + chance.randrange(1, 9)]
+                elif kind == 1:
+                    data[at:at] = chance.choice(self.PIECES)
+                elif kind == 2 and at < len(data):
+                    data[at] = chance.randrange(256)
+                else:
+                    data[at:at] = data[:chance.randrange(40)]
+            yield bytes(data)
+
+    def test_the_parsers_accept_or_refuse_and_nothing_else(self):
+        self.accepted = 0
+        for data in self.mutants(6000):
+            file = io.BytesIO(data)
+            with contextlib.suppress(pkgproxy.Failure, ValueError):
+                lines = pkgproxy.read_lines(file)
+                if lines and lines[0].startswith("HTTP/"):
+                    self.check_answer(lines)
+                elif lines:
+                    self.check_request(lines, file)
+        self.assertGreater(self.accepted, 500)
+
+    def check_answer(self, lines):
+        pkgproxy.parse_status_line(lines[0])
+        head = Head(206, "", pkgproxy.parse_fields(lines[1:]))
+        pkgproxy.is_rest(head, head, None, 1)
+        pkgproxy.content_length(head.fields)
+
+    def check_request(self, lines, file):
+        asked = pkgproxy.parse_request(lines)
+        self.accepted += 1
+        if asked.length is None:
+            reader = pkgproxy.ChunkReader(file)
+            while reader.read(9):
+                pass
+        for name, text in pkgproxy.forward_fields(asked, Config(), False):
+            self.assertNotRegex(name + text, "[\r\n\0]")
+        self.assertNotRegex(asked.target.path, "[\\s\0]")
+        if asked.key:
+            for name in pkgproxy.file_names(asked.key):
+                self.assertFalse(name and ({"..", ".", "", pkgproxy.BOOKS} & set(name.split("/"))), name)
+            pkgproxy.decide(asked, None, Config(), CLOCK)
+
+    def test_the_door_answers_or_closes_and_goes_on(self):
+        with self.assertNoBug(), mock.patch.object(pkgproxy, "resolve", side_effect=OSError("no such name")), mock.patch.object(
+                pkgproxy, "CLIENT_TIMEOUT", 0.05), mock.patch.object(pkgproxy, "REQUEST_WAIT", 0.05):
+            for data in self.mutants(250):
+                with contextlib.suppress(ConnectionError), socket.create_connection(self.address, PATIENCE) as one:
+                    one.sendall(data)
+                    one.shutdown(socket.SHUT_WR)
+                    answer = b"".join(iter(lambda: one.recv(65536), b""))
+                    self.assertRegex(answer[:13], rb"\A(?:HTTP/1\.1 [1-5]\d\d |\Z)", data)
+            self.settle()
+        self.assertEqual(self.own("/debug/vars").status, 200)
+
+    @contextlib.contextmanager
+    def assertNoBug(self):
+        with mock.patch.object(pkgproxy.log, "exception") as bug, mock.patch.object(self.server, "handle_error") as failed:
+            yield
+        bug.assert_not_called()
+        failed.assert_not_called()
+
+
+class AccessTest(ProxyCase):
+    """Who may come in, and where they may go."""
+
+    def far(self):
+        """From now on every client is on another machine."""
+        patcher = mock.patch.object(pkgproxy.Request, "near", False)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
+    def test_what_only_this_host_may_reach(self):
+        for address, guarded in (
+                ("127.0.0.1", True), ("127.255.0.1", True), ("0.0.0.0", True), ("0.1.2.3", True), ("169.254.169.254", True), ("224.0.0.1", True),
+                ("255.255.255.255", True), ("::1", True), ("::", True), ("fe80::1", True), ("fe80::1%eth0", True), ("fec0::1", True), ("ff02::1", True),
+                ("::ffff:127.0.0.1", True), ("::ffff:7f00:1", True), ("::127.0.0.1", True), ("64:ff9b::7f00:1", True), ("64:ff9b:1::a9fe:a9fe", True),
+                ("2002:7f00:1::", True), ("2002:a9fe:a9fe::1", True), ("2001:0:7f00:1::", True),
+                ("10.0.0.1", False), ("192.168.1.1", False), ("8.8.8.8", False), ("2001:db8::1", False), ("fd00::1", False), ("::ffff:8.8.8.8", False),
+                ("2002:808:808::", False), ("64:ff9b::808:808", False)):
+            with self.subTest(address=address):
+                self.assertEqual(pkgproxy.is_guarded(address), guarded)
+        for name, guarded in (("localhost", True), ("LOCALHOST".lower() + ".", True), ("a.localhost", True), ("localhost.example", False), ("127.0.0.1", True)):
+            self.assertEqual(pkgproxy.is_guarded_name(name), guarded)
+
+    def test_a_client_from_elsewhere_reaches_nothing_of_this_host(self):
+        self.origin.pages["/x"] = Page(b"secret", fields=[("Cache-Control", "max-age=99")])
+        self.assertEqual(self.ask("/x").body, b"secret", "from here it may be reached")
+        port, asked = self.origin.port, len(self.origin.log)
+        self.far()
+        self.start(Config(addrs=(), connect_ports=(port,)))
+        names = ("127.0.0.1", "localhost", "2130706433", "0x7f000001", "127.1", "017700000001", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]", "[::]",
+                 "[::ffff:7f00:1]", "[64:ff9b::7f00:1]", "127.0.0.1.", "rebound.test")
+        real = socket.getaddrinfo
+
+        def lead(host, *arguments, **more):
+            return real("127.0.0.1" if host == "rebound.test" else host, *arguments, **more)
+
+        with mock.patch.object(socket, "getaddrinfo", lead):
+            for name in names:
+                for request_line in ("GET http://%s:%d/x" % (name, port), "POST http://%s:%d/x" % (name, port), "CONNECT %s:%d" % (name, port)):
+                    with self.subTest(request_line=request_line):
+                        answer = self.raw(b"%s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % request_line.encode())
+                        self.assertRegex(answer[:13], rb"HTTP/1\.1 (403|502) ")
+                        self.assertNotIn(b"secret", answer)
+        self.assertEqual(len(self.origin.log), asked)
+
+    def test_a_kept_connection_of_this_host_is_not_lent_to_others(self):
+        self.origin.pages["/x"] = Page(b"x")
+        target = Target("http", "mirror.test", self.origin.port, "/x")
+        place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
+        with mock.patch.object(socket, "getaddrinfo", return_value=place):
+            response = self.proxy._origin.fetch(forward("GET", target, (("Host", "a"),)))
+            response.read()
+            response.close()
+            with self.assertRaises(pkgproxy.Failure) as caught:
+                self.proxy._origin.fetch(pkgproxy.Forward("GET", target, (("Host", "a"),)))
+        self.assertEqual(caught.exception.status, 403)
+
+    def test_of_several_addresses_only_those_that_may_be_reached_are_tried(self):
+        guard, tcp = pkgproxy.Guard(), (socket.AF_INET, socket.SOCK_STREAM, 0, "")
+        good, bad = (*tcp, ("192.0.2.1", 80)), (*tcp, ("127.0.0.1", 80))
+        far = pkgproxy.Forward("GET", Target("http", "a", 80, "/"), ())
+        self.assertEqual(guard.pass_by([bad, good], far), [good])
+        self.assertEqual(guard.pass_by([bad, good], pkgproxy.dataclasses.replace(far, near=True)), [bad, good])
+        self.assertRaises(pkgproxy.Failure, guard.pass_by, [bad], far)
+
+    def test_what_leads_back_to_us_is_a_508(self):
+        port = self.address[1]
+        for url in ("http://127.0.0.1:%d/debug/vars" % port, "http://localhost:%d/" % port, "http://127.0.0.9:%d/x_1.0.deb" % port):
+            answer = self.ask(url)
+            self.assertEqual((answer.status, answer.reason), (508, "Loop Detected"))
+            self.assertIn(b"leads back to this proxy", answer.body)
+
+    def test_refused_clients_are_told_of_once(self):
+        self.start(Config(allow=("203.0.113.0/24",)))
+        with self.assertLogs("pkgproxy", "INFO") as caught, socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as one:
+            for _ in range(5):
+                one.sendall(b"GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n")
+                self.assertEqual(one.recv(999)[:12], b"HTTP/1.1 403")
+            one.close()
+            self.settle()
+        self.assertEqual(len(caught.records), 1)
+        self.assertEqual(self.counters()["statsOutcomes"]["refused"], 5)
+
+    def test_connect_ports(self):
+        self.assertEqual([pkgproxy.parse_ports(text) for text in ("none", "443", "443,8443")], [(), (443,), (443, 8443)])
+        for text in ("", "x", "0", "70000", "443,", "443 8443", "-1"):
+            self.assertRaises(ValueError, pkgproxy.parse_ports, text)
+        answer = self.raw(b"CONNECT a.test:8443 HTTP/1.1\r\nHost: a.test\r\n\r\n")
+        self.assertIn(b"CONNECT may not lead to port 8443; the operator can add --connect-ports. What is fetched with http:// needs none", answer)
+
+
+class TunnelTest(ProxyCase):
+    """CONNECT: bytes both ways."""
+
+    def setUp(self):
+        super().setUp()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(self.listener.close)
+        self.listener.settimeout(PATIENCE)
+        self.port = self.listener.getsockname()[1]
+        self.start(Config(addrs=(), connect_ports=(self.port,)))
+
+    def open(self, early=b""):
+        """Both ends of a tunnel."""
+        client = socket.create_connection(self.address, PATIENCE)
+        self.addCleanup(client.close)
+        client.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port + early)
+        server, _ = self.listener.accept()
+        self.addCleanup(server.close)
+        server.settimeout(PATIENCE)
+        self.assertTrue(client.recv(999).startswith(b"HTTP/1.1 200 "))
+        return client, server
+
+    def test_bytes_go_both_ways_with_half_close_and_are_counted(self):
+        client, server = self.open(early=b"hello")
+        self.assertEqual(server.recv(99), b"hello")
+        client.sendall(b"more")
+        client.shutdown(socket.SHUT_WR)
+        self.assertEqual(b"".join(iter(lambda: server.recv(99), b"")), b"more")
+        server.sendall(b"answer")
+        server.close()
+        self.assertEqual(b"".join(iter(lambda: client.recv(99), b"")), b"answer")
+        counters = self.counters()
+        self.assertEqual((counters["statsTunnelBytes"], counters["statsOutcomes"]["tunnel"]), (15, 1))
+        self.assertEqual((counters["statsDownBytes"], counters["statsCacheBytes"]), (0, 0))
+
+    def test_both_ends_may_send_much_at_once(self):
+        client, server = self.open()
+        data = os.urandom(8 << 20)
+        received = {}
+
+        def send(sock):
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+
+        def receive(name, sock):
+            received[name] = b"".join(iter(lambda: sock.recv(1 << 20), b""))
+
+        threads = [threading.Thread(target=send, args=(sock,)) for sock in (client, server)]
+        threads += [threading.Thread(target=receive, args=item) for item in (("client", client), ("server", server))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual([received[name] == data for name in ("client", "server")], [True, True])
+
+    def test_a_tunnel_through_which_nothing_moves_is_closed(self):
+        with mock.patch.object(pkgproxy, "TUNNEL_IDLE", 0.1):
+            client, server = self.open()
+            self.assertEqual((client.recv(9), server.recv(9)), (b"", b""))
+        self.settle()
+
+    def test_either_end_may_vanish(self):
+        for end in (0, 1):
+            ends = self.open()
+            ends[end].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            ends[end].close()
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(ends[1 - end].recv(9), b"")
+        self.settle()
+
+    def test_failures_are_told_in_a_sentence(self):
+        self.listener.close()
+        answer = self.raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
+        self.assertRegex(answer, rb"(?s)\AHTTP/1\.1 502 .*\r\n\r\n127\.0\.0\.1:\d+ cannot be asked: Connection refused\.\n\Z")
+        self.start(Config(addrs=(), connect_ports=()))
+        self.assertIn(b" 403 ", self.raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port))
+        self.start(Config(addrs=(), offline=True))
+        self.assertIn(b" 504 ", self.raw(b"CONNECT 127.0.0.1:443 HTTP/1.1\r\nHost: a\r\n\r\n"))
+
+    def test_no_more_than_so_many_tunnels_at_once(self):
+        self.server._tunnels = threading.BoundedSemaphore(1)
+        self.open()
+        answer = self.raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
+        self.assertIn(b"HTTP/1.1 503 ", answer)
+        self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
+
+
+class CrowdTest(ProxyCase):
+    """No client starves another."""
+
+    def setUp(self):
+        super().setUp()
+        self.origin.pages["/x_1.0.deb"] = Page(b"x")
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(lambda: self.stack.close())
+
+    def visit(self, address="127.0.0.1", data=b""):
+        one = self.stack.enter_context(socket.create_connection(self.address, PATIENCE, (address, 0)))
+        one.sendall(data)
+        return one
+
+    def get(self, address="127.0.0.1"):
+        one = self.visit(address, b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % self.origin.url("/x_1.0.deb").encode())
+        return one.recv(12)
+
+    def test_half_a_head_makes_place_where_there_is_no_room(self):
+        self.server.room.most = 4
+        with mock.patch.object(pkgproxy, "HALF_HEAD", 0.05):
+            for _ in range(12):
+                self.visit(data=b"GET http")
+            self.assertEqual(self.get(), b"HTTP/1.1 200")
+
+    def test_one_client_has_half_the_room_and_the_others_are_served(self):
+        self.server.room.most = 8
+        gate = Gate()
+        self.addCleanup(gate.open)
+        self.origin.pages["/slow_1.0.deb"] = Page(b"slow", gate=gate, first=1)
+        line = b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.url("/slow_1.0.deb").encode()
+        greedy = [self.visit(data=line) for _ in range(10)]
+        until(lambda: len(self.server.room._parked) == 6)
+        self.assertEqual(self.get("127.0.0.2"), b"HTTP/1.1 200")
+        gate.open()
+        for one in greedy:
+            self.assertTrue(b"".join(iter(lambda: one.recv(999), b"")).endswith(b"slow"))  # noqa: B023
+
+    def test_a_client_with_far_too_many_connections_is_told_so(self):
+        self.server.room.most = 4
+        gate = Gate()
+        self.addCleanup(gate.open)
+        self.origin.pages["/slow_1.0.deb"] = Page(b"slow", gate=gate, first=1)
+        self.server.room._share = lambda: 1
+        line = b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % self.origin.url("/slow_1.0.deb").encode()
+        for _ in range(5):
+            self.visit(data=line)
+        until(lambda: len(self.server.room._parked) == 4)
+        one = self.visit()
+        answer = b"".join(iter(lambda: one.recv(999), b""))
+        self.assertEqual(answer[:12], b"HTTP/1.1 503")
+        self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
+
+    def test_a_body_that_drips_is_cut_off(self):
+        with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.1):
+            one = self.visit(data=b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n" % self.origin.url("/x_1.0.deb").encode())
+            with contextlib.suppress(OSError):
+                while not select.select([one], [], [], 0.02)[0]:
+                    one.sendall(b"x")
+            self.assertEqual(one.recv(12), b"HTTP/1.1 408")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4167,8 +4747,8 @@ class PorchTest(unittest.TestCase):
     def test_a_log_that_nobody_reads_holds_nobody_up(self):
         process, lines = self.start()
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", int(lines[2].rpartition(":")[2]), timeout=PATIENCE)) as one:
-            for _ in range(1500):  # lines of 100 bytes: more than a pipe of 64 KB holds
-                one.request("GET", "/debug/vars")
+            for _ in range(40):  # lines of 8,000 bytes: more than a pipe of 64 KB holds
+                one.request("GET", "/debug/vars?" + "x" * 8000)
                 self.assertEqual(one.getresponse().read(1), b"{")
                 one.close()
         process.send_signal(signal.SIGTERM)
@@ -4379,8 +4959,8 @@ class OriginServer(http.server.ThreadingHTTPServer):
 class Served:
     """A folder on 127.0.0.1, served as a mirror would; `log` is what it was asked."""
 
-    def __init__(self, folder, validators=True):
-        self.folder, self.validators = Path(folder), validators
+    def __init__(self, folder, validators=True, context=None):
+        self.folder, self.validators, self.context = Path(folder), validators, context
         self.log = []
         self.breaks = {}  # path: after how many bytes each next answer breaks off
         self.port = 0
@@ -4398,6 +4978,8 @@ class Served:
     def start(self):
         self.server = OriginServer(("127.0.0.1", self.port), self)
         self.port = self.server.server_address[1]
+        if self.context:
+            self.server.socket = self.context.wrap_socket(self.server.socket, server_side=True)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self):
@@ -5132,6 +5714,120 @@ class PlainMirrorTest(SignedCase):
         machine.fetch(*NAMES)
         self.assertEqual(machine.digests(), repository.digests())
         self.assertEqual([asked.path for asked in origin.log], ["/dists/stable/InRelease"])
+
+
+class HttpsTest(SignedCase):
+    """https through CONNECT, to a server with a throw-away certificate: it works, and is not cached."""
+
+    needs = ("apt-get", "gpg", "openssl", "curl")
+
+    def setUp(self):
+        super().setUp()
+        self.certificate, key = self.folder / "certificate.pem", self.folder / "key.pem"
+        checked("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+                "-keyout", str(key), "-out", str(self.certificate))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate, key)
+        self.repository = AptRepository(self.folder / "repository", self.signer)
+        self.repository.add_all()
+        self.repository.publish(int(time.time()) - 9 * DAY)
+        self.origin = Served(self.repository.folder, context=context)
+        self.addCleanup(self.origin.stop)
+        self.url = f"https://localhost:{self.origin.port}"
+
+    def test_apt_and_curl_work_and_the_bytes_are_counted(self):
+        proxy_url = self.start_proxy("--connect-ports", "443,%d" % self.origin.port)
+        machine = AptClient(self, "machine", proxy_url, self.repository.source(self.url))
+        machine.fetch(*NAMES, options=(f"Acquire::https::Proxy={proxy_url}", f"Acquire::https::CaInfo={self.certificate}"))
+        self.assertEqual(machine.digests(), self.repository.digests())
+        release = self.folder / "InRelease"
+        self.run_client("curl", "--silent", "--show-error", "--fail", "--proxy", proxy_url, "--cacert", self.certificate,
+                        "--output", release, f"{self.url}/dists/stable/InRelease")
+        self.assertEqual(release.read_bytes(), (self.repository.folder / "dists/stable/InRelease").read_bytes())
+        self.assertEqual(sorted(path.name for path in self.root.iterdir()), [])
+        until(lambda: self.counters(proxy_url)["statsOutcomes"]["tunnel"] >= 2)
+        self.assertGreater(self.counters(proxy_url)["statsTunnelBytes"], release.stat().st_size)
+
+    def test_a_port_that_is_not_open_is_told_to_the_user(self):
+        proxy_url = self.start_proxy()
+        output = self.run_client("curl", "--silent", "--show-error", "--proxy", proxy_url, self.url, accept="56")
+        self.assertIn("403", output)
+
+
+@unittest.skipUnless(shutil.which("ip") and hasattr(os, "geteuid") and os.geteuid() == 0, "no network namespaces for this user")
+class StrangersTest(ClientCase):
+    """A client on another machine, which is a network namespace with an address of its own."""
+
+    HERE, THERE = "198.18.77.1", "198.18.77.2"
+
+    SERVER = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(302 if self.path.startswith("/to/") else 200)
+        self.send_header("Location", "http://" + self.path[4:])
+        self.send_header("Content-Length", "5")
+        self.end_headers()
+        self.wfile.write(b"there")
+http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
+"""
+
+    def setUp(self):
+        super().setUp()
+        self.name = f"pkgproxy-{os.getpid()}"
+        device = f"pkp{os.getpid()}"[:14]
+        try:
+            checked("ip", "netns", "add", self.name)
+            self.addCleanup(checked, "ip", "netns", "delete", self.name)
+            checked("ip", "link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", self.name)
+            checked("ip", "address", "add", f"{self.HERE}/30", "dev", device)
+            checked("ip", "link", "set", device, "up")
+            for words in (("address", "add", f"{self.THERE}/30", "dev", "eth0"), ("link", "set", "eth0", "up"), ("link", "set", "lo", "up")):
+                checked("ip", "-n", self.name, *words)
+        except RuntimeError as failure:
+            self.skipTest(f"no network namespaces here: {failure}")
+        self.there = subprocess.Popen(["ip", "netns", "exec", self.name, sys.executable, "-c", self.SERVER, self.THERE],
+                                      stderr=subprocess.DEVNULL)
+        self.addCleanup(self.there.wait)
+        self.addCleanup(self.there.kill)
+        until(self.listens)
+
+    def listens(self):
+        with contextlib.suppress(OSError), socket.create_connection((self.THERE, 8080), 1):
+            return True
+        return False
+
+    def ask(self, url, tunnel=False):
+        """What curl in the other machine gets: the status."""
+        words = ["curl", "--silent", "--output", "/dev/null", "--write-out", "%{http_connect}" if tunnel else "%{http_code}", "--noproxy", "",
+                 "--proxy", self.proxy_url] + ["--proxytunnel"] * tunnel
+        return self.run_client("ip", "netns", "exec", self.name, *words, url, accept="0 56")
+
+    def test_a_stranger_reaches_other_machines_and_nothing_of_ours(self):
+        origin = Origin()
+        self.addCleanup(origin.close)
+        origin.pages["/x"] = Page(b"secret")
+        proxy = ProxyProcess(self.root, ("-a", f"{self.HERE}:0", "--allow", "198.18.0.0/15", "--connect-ports", f"443,8080,{origin.port}"),
+                             self.environment())
+        self.addCleanup(proxy.stop)
+        until(lambda: proxy.log().count("Starting") == 2)
+        port = int(re.findall(r"Starting proxy server at \S+:(\d+)", proxy.log())[1])
+        self.proxy_url = f"http://{self.HERE}:{port}"
+        with socket.create_server((self.HERE, 0)) as service:  # of this machine, on the address that all see
+            other = service.getsockname()[1]
+            for url, status in (
+                    (f"http://{self.THERE}:8080/x", "200"), (f"http://127.0.0.1:{origin.port}/x", "403"), (f"http://localhost:{origin.port}/x", "403"),
+                    (f"http://{self.HERE}:{other}/", "403"), ("http://169.254.169.254/latest/meta-data/", "403"),
+                    (f"http://{self.THERE}:8080/to/127.0.0.1:{origin.port}/x_1.0.deb", "403"), (f"{self.proxy_url}/x_1.0.deb", "508"),
+                    (f"http://{self.THERE}:8080/to/{self.HERE}:{other}/x_1.0.deb", "403")):
+                with self.subTest(url=url):
+                    self.assertEqual(self.ask(url), status)
+            for place, status in ((f"{self.THERE}:8080", "200"), (f"127.0.0.1:{origin.port}", "403"), (f"{self.HERE}:{port}", "403"),
+                                  (f"{self.HERE}:443", "403"), ("[::1]:443", "403")):
+                with self.subTest(place=place):
+                    self.assertEqual(self.ask(f"http://{place}/x", tunnel=True), status)
+        self.assertEqual(origin.log, [])
 
 
 class RealAptTest(ClientCase):
