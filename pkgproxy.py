@@ -128,6 +128,7 @@ MAX_HEAD = 64 * 1024  # a whole head: as much as Apache lets one grow (100 field
 MAX_FIELDS = 200  # lines in a head: Apache allows 100, Go's http2 about 250
 MAX_RANGES = 512  # in one request: librepo asks for 256 at most and halves on refusal
 MAX_CONNECTIONS = 4000  # of clients, and fewer where descriptors are few: a thread each
+REMEMBERED = 1000  # results of a pure function that a hit needs again and again
 MAX_LOG_LINES = 10_000  # that wait to be written; what is more is lost
 MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for the original
 CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that moves them
@@ -156,6 +157,7 @@ HALF_HEAD = 1.0  # a request head that takes longer makes place for another clie
 TUNNEL_IDLE = 300.0  # a tunnel through which nothing moves is closed
 REFUSAL_PAUSE = 60.0  # between two log lines that tell of one refused client
 POOL_IDLE = 15.0  # an origin's connection waits this long for its next request (nginx closes at 75)
+LOG_PAUSE = 0.02  # a log line waits so long for others, that they are written together
 TIDY_EVERY = 5.0  # between two looks at what waits too long
 LAME = 300.0  # an address that failed is tried after the others of its name
 POOL_SIZE = 8  # idle connections kept to one origin
@@ -563,6 +565,7 @@ _DATES = tuple(
         r"\w{3} (?P<m>\w{3}) (?P<d>[ \d]\d) (?P<t>\d\d:\d\d:\d\d) (?P<y>\d{4})"))  # asctime
 
 
+@functools.lru_cache(REMEMBERED)
 def parse_date(text: str | None) -> float | None:
     """An HTTP-date in any of its three formats (RFC 9110 §5.6.7) as clock seconds, else None.
 
@@ -723,6 +726,7 @@ def _without_dots(path: str) -> str:
     return "/" + "/".join(kept)
 
 
+@functools.lru_cache(REMEMBERED)
 def parse_target(uri: str) -> Target:
     """An absolute-form target (RFC 9112 §3.2.2); userinfo and fragment are dropped.
 
@@ -758,6 +762,7 @@ def request_target(method: str, uri: str, version: tuple[int, int], fields: Fiel
     return parse_target(uri)
 
 
+@functools.lru_cache(REMEMBERED)
 def cache_key(target: Target) -> str:
     """The primary cache key (RFC 9111 §2), after safe normalisation (RFC 3986 §6.2.2).
 
@@ -781,6 +786,7 @@ def _file_name(segment: str, windows: bool) -> str:
     return segment
 
 
+@functools.lru_cache(REMEMBERED)
 def file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
     """Where a cache key's body may lie, relative to the root: its natural name and its hashed one.
 
@@ -879,6 +885,7 @@ _VERSIONLESS = re.compile(r"[/_.-](?:latest|current|nightly|daily)[_.-][^/]*$", 
 _GO_MODULE = re.compile(r"/@v/v\d[^/]*\.(?:info|mod|zip)")
 
 
+@functools.lru_cache(REMEMBERED)
 def classify(key: str) -> NameClass:
     """The class of the name that a cache key holds; a signature has that of what it signs.
 
@@ -1794,15 +1801,22 @@ def _head_from(row: dict[str, Any]) -> Head:
     return head
 
 
-def _read_heads(path: str) -> list[Head]:
-    """The heads in a head file; none where it is missing or damaged."""
+@functools.lru_cache(REMEMBERED)
+def _parsed_heads(path: str, *_identity: int) -> tuple[Head, ...]:
+    """The heads in a head file of this identity, which is only ever replaced; OSError, ValueError …"""
+    with open(path, "rb", opener=_private) as file:
+        return tuple(_head_from(row) for row in json.loads(file.read(_MAX_HEAD_FILE)))
+
+
+def _read_heads(path: str) -> tuple[Head, ...]:
+    """The heads in a head file; none where it is missing, damaged or no file (a FIFO, say)."""
     try:
-        with open(path, "rb", opener=_private) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return []  # a FIFO, say
-            return [_head_from(row) for row in json.loads(file.read(_MAX_HEAD_FILE))]
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):
+            return ()
+        return _parsed_heads(path, info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        return []
+        return ()
 
 
 def _write_heads(path: str, heads: list[Head]) -> None:
@@ -1860,7 +1874,9 @@ class Store:
                     _close(bare)
                     with self._lock:
                         self._used[name] = time.time()
-                    return Stored(file, dataclasses.replace(head, mtime_ns=info.st_mtime_ns), name, True)
+                    if head.mtime_ns != info.st_mtime_ns:
+                        head = dataclasses.replace(head, mtime_ns=info.st_mtime_ns)
+                    return Stored(file, head, name, True)
             fixed = classify(key) in (NameClass.CONTENT, NameClass.PACKAGE)
             if self._trust_bare and fixed and not heads and not bare:
                 bare = Stored(file, _bare_head(key, info), name, False)
@@ -3207,13 +3223,14 @@ class Troubles:
             log.warning("The cache can be written again.")
 
 
-def from_store(request: Request, stored: Stored, status: CacheStatus, now: float) -> Reply:
+def from_store(request: Request, stored: Stored, status: CacheStatus, now: float,
+               instead: Callable[[Exception], Reply] | None = None) -> Reply:
     """A reply from a stored body: preconditions, ranges, Age (RFC 9111 §5.1)."""
     fields = without(stored.head.fields, ("accept-ranges", "age"))
     fields += (("Accept-Ranges", "bytes"), ("Age", str(current_age(stored.head, now))))
     head = dataclasses.replace(stored.head, fields=fields)
     selection = select_response(request, head, stored.head.size, secrets.token_hex(12))
-    return Reply(selection.head, FileBody(stored, selection), status, True)
+    return Reply(selection.head, FileBody(stored, selection), status, True, instead)
 
 
 def from_partial(request: Request, head: Head, flight: Flight, partial: Partial, status: CacheStatus,
@@ -3622,8 +3639,8 @@ class Proxy:
         if decision.action is Action.SERVE and stored is not None:
             if decision.refresh:
                 self._refresh(request.target, request.key, stored.head.vary, request.near)
-            reply = from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl), time.time())
-            return dataclasses.replace(reply, instead=functools.partial(self._unread, request, decision))
+            return from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl), time.time(),
+                              functools.partial(self._unread, request, decision))
         _close(stored)
         if decision.action is Action.REFUSE:
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
@@ -4680,32 +4697,39 @@ def run(config: Config) -> None:
 
 
 class LogWriter(logging.Handler):
-    """Writes the log in a thread of its own: where nobody reads it any more (a stopped pager, a stuck log
-    driver), lines are lost, and nobody waits."""
+    """Writes the log in a thread of its own, several lines at a time: where nobody reads it any more (a
+    stopped pager, a stuck log driver), lines are lost, and nobody waits."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: queue.Queue[bytes] = queue.Queue(MAX_LOG_LINES)
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._taken = self._written = 0  # lines: the one under logging's own lock, the other by the thread
         threading.Thread(target=self._run, daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Put a line into the queue, or drop it."""
-        with contextlib.suppress(queue.Full):
-            self._lines.put_nowait((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
+        if self._lines.qsize() < MAX_LOG_LINES:
+            self._taken += 1
+            self._lines.put((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
 
     def flush(self) -> None:
         """Wait for what is in the queue, but not for long."""
         deadline = time.monotonic() + 1.0
-        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+        while self._written < self._taken and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def _run(self) -> None:
         while True:
-            line = self._lines.get()
+            lines = [self._lines.get()]
+            time.sleep(LOG_PAUSE)
+            with contextlib.suppress(queue.Empty):
+                while len(lines) < 1000:
+                    lines.append(self._lines.get_nowait())
+            data = b"".join(lines)
             with contextlib.suppress(OSError):  # a full log device harms nothing
-                while line:
-                    line = line[os.write(2, line):]
-            self._lines.task_done()
+                while data:
+                    data = data[os.write(2, data):]
+            self._written += len(lines)
 
 
 def is_journal(stream: str) -> bool:
