@@ -256,6 +256,7 @@ class Head:
     size: int = -1  # of the body it describes
     mtime_ns: int = 0  # of the body it describes: with size, the body's name (DESIGN §4)
     boot: str = ""  # of the machine, where its body may not have reached the disk yet
+    guarded: bool = False  # it came from where only clients on this host may go: it is for them alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -497,7 +498,7 @@ def value(fields: Fields, name: str) -> str | None:
 def members(fields: Fields, name: str) -> list[str]:
     """The members of a list-valued field without quoted strings, in lower case (RFC 9110 §5.6.1)."""
     parts = ",".join(values(fields, name)).lower().split(",")
-    return [part.strip() for part in parts if part.strip()]
+    return [part.strip(" \t") for part in parts if part.strip(" \t")]
 
 
 def without(fields: Fields, names: Iterable[str]) -> Fields:
@@ -628,7 +629,7 @@ def parse_status_line(line: str) -> tuple[tuple[int, int], int, str]:
 
 def content_length(fields: Fields) -> int | None:
     """The one Content-Length (RFC 9112 §6.2), None without; ValueError where they are in doubt."""
-    found = {part.strip() for text in values(fields, "Content-Length") for part in text.split(",")}
+    found = {part.strip(" \t") for text in values(fields, "Content-Length") for part in text.split(",")}
     if not found:
         return None
     text = found.pop()
@@ -653,7 +654,7 @@ def parse_chunk_size(line: bytes) -> int:
     >>> parse_chunk_size(b"1f;name=value\\r\\n")
     31
     """
-    match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n", line)
+    match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n", line)
     if not match:
         raise ValueError("no chunk size: %.20r" % line)
     return int(match[1], 16)
@@ -665,7 +666,7 @@ def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
         length, chunked = content_length(fields), is_chunked(fields)
     except ValueError as error:
         raise BadRequest("The body's framing is not clear: %s." % error) from None
-    if len(values(fields, "Content-Length")) > 1:
+    if len(values(fields, "Content-Length")) > 1 or "," in (value(fields, "Content-Length") or ""):
         raise BadRequest("The body's framing is not clear: more than one Content-Length.")
     if chunked and (length is not None or version < (1, 1)):
         raise BadRequest("The body's framing is not clear: both Content-Length and Transfer-Encoding.")
@@ -675,6 +676,7 @@ def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
 # Targets and cache keys (RFC 9110 §7.1, RFC 3986) ----------------------------------------------
 
 _HOST = re.compile(r"(?!\.)(?!.*\.\.)[a-z0-9._-]{1,253}")
+_USERINFO = re.compile(r"[A-Za-z0-9\-._~!$&'()*+,;=:%]*")
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 _ODD = re.compile(r"[^A-Za-z0-9\-._~!$&'()*+,;=:@/?%\[\]]")  # what RFC 3986 has no place for
 _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
@@ -682,8 +684,9 @@ _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
 
 def split_authority(authority: str, default_port: int) -> tuple[str, int]:
     """Host and port of ``[userinfo@]host[:port]``; BadRequest where it is none."""
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::(\d{0,5}))?", authority.rpartition("@")[2])
-    if not match:
+    userinfo, _, place = authority.rpartition("@")
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::(\d{0,5}))?", place)
+    if not match or not _USERINFO.fullmatch(userinfo):
         raise BadRequest("'%.80s' is no host and port." % authority)
     host, port = match[1].lower(), int(match[2] or default_port)
     if host.startswith("["):
@@ -1236,8 +1239,9 @@ def decide(request: Request, stored: Head | None, config: Config, now: float) ->
         return Decision(Action.SERVE if usable else Action.REFUSE, name_class, "" if usable else "uri-miss")
     if any(pattern.search(request.uri) for pattern in config.filters):
         return Decision(Action.PASS, name_class, "bypass")
-    if request.method not in ("GET", "HEAD"):
-        return Decision(Action.PASS, name_class, "method")
+    plain = request.method in ("GET", "HEAD")
+    if not plain or request.length != 0:  # what a GET's body means is for the origin to say (RFC 9110 §9.3.1)
+        return Decision(Action.PASS, name_class, "bypass" if plain else "method")
     control = directives(request.fields)
     if stored is None:
         decision = Decision(Action.FETCH, name_class, "uri-miss")
@@ -1478,8 +1482,8 @@ def kept_fields(fields: Fields) -> Fields:
 
 def max_forwards(request: Request) -> int | None:
     """How many proxies a TRACE or OPTIONS may still pass (RFC 9110 §7.6.2); None: as many as it likes."""
-    text = value(request.fields, "Max-Forwards")
-    return seconds(text) if text is not None and request.method in ("TRACE", "OPTIONS") else None
+    found = values(request.fields, "Max-Forwards") if request.method in ("TRACE", "OPTIONS") else []
+    return min(map(seconds, found)) if found else None
 
 
 def forward_fields(request: Request, config: Config, identity: bool) -> Fields:
@@ -1492,8 +1496,8 @@ def forward_fields(request: Request, config: Config, identity: bool) -> Fields:
         own += ["accept-encoding", "range", "if-range", "if-match", "if-none-match", "if-modified-since",
                 "if-unmodified-since"]
     hops = max_forwards(request)
-    if hops is not None:
-        own.append("max-forwards")
+    own += ["max-forwards"] if hops is not None else []
+    own += ["expect"] if request.version < (1, 1) else []  # RFC 9110 §10.1.1
     fields = (("Host", request.target.authority),) + without(end_to_end(request.fields), own)
     if hops is not None:
         fields += (("Max-Forwards", str(hops - 1)),)
@@ -1582,6 +1586,15 @@ def sent_head(reply: Reply, request: Request, framing: Framing, close: bool, con
 def printable(text: str) -> str:
     """Text from outside, safe for a log and a terminal."""
     return _CONTROL.sub(lambda match: "\\x%02x" % ord(match[0]), text)
+
+
+def shown(uri: str) -> str:
+    """A request target for the log: safe for a terminal, and without the userinfo, which may be a password.
+
+    >>> shown("http://me:secret@a/@x")
+    'http://a/@x'
+    """
+    return printable(re.sub(r"(?<=://)[^/?#@]*@", "", uri, count=1))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2310,8 +2323,10 @@ class ChunkReader:
         if not self._left and not self.ended:
             self._left = parse_chunk_size(self._file.readline(MAX_LINE))
             if not self._left:
-                if read_lines(self._file, CHUNK) == []:
+                trailers = read_lines(self._file)
+                if not trailers:
                     raise ValueError("a body cut off before its end")
+                parse_fields(trailers if trailers != [""] else [])
                 self.ended = True
         data = self._file.read1(min(size, self._left)) if self._left else b""
         if self._left and not data:
@@ -2363,8 +2378,8 @@ class OriginResponse(http.client.HTTPResponse):
     def _frame(self, version: tuple[int, int], fields: Fields) -> None:
         """Where the body ends (RFC 9112 §6.3)."""
         self.chunked = is_chunked(fields)
-        if self.chunked and value(fields, "Content-Length") is not None:
-            raise ValueError("both Content-Length and Transfer-Encoding")
+        if self.chunked and (version < (1, 1) or value(fields, "Content-Length") is not None):
+            raise ValueError("Transfer-Encoding with HTTP/1.0 or a Content-Length")
         self.chunk_left = None
         self.length = None if self.chunked else content_length(fields)
         options = members(fields, "Connection")
@@ -2530,13 +2545,18 @@ class Forward:
 
 
 def is_own_address(family: int, address: tuple[Any, ...]) -> bool:
-    """Whether an address is one of this machine's: then packets to it would come from it.  None is sent."""
+    """Whether an address is one of this machine's: then packets to it would come from it.  None is sent.
+    OSError where that can't be found out."""
     if ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
         return True
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(address)
+        except OSError as error:
+            if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EACCES):
+                return False
+            raise
         return bool(probe.getsockname()[0] == address[0])
-    return False
 
 
 class Guard:
@@ -2555,6 +2575,10 @@ class Guard:
             status, reason = next(filter(None, (self._reason(address, forward) for address in found)))
             raise Failure("%s %s." % (forward.target.authority, reason), status)
         return passed
+
+    def is_for_this_host(self, family: int, address: tuple[Any, ...]) -> bool:
+        """Whether an address is one that only clients on this host may reach; OSError."""
+        return is_guarded(address[0]) or is_own_address(family, address)
 
     def _reason(self, found: tuple[Any, ...], forward: Forward) -> tuple[int, str] | None:
         family, address = found[0], found[4]
@@ -2585,6 +2609,7 @@ class Connection(http.client.HTTPConnection):
         super().__init__(forward.target.host, forward.target.port)
         self.place = place_of(forward)
         self.peer = ""  # the address that it is connected to
+        self.guarded = False  # whether only clients on this host may reach that
         self.idle_since = 0.0  # monotonic
         self._forward = forward
         self._addresses = addresses
@@ -2595,7 +2620,9 @@ class Connection(http.client.HTTPConnection):
         found = self._addresses.find(self.host, self.port, self._forward.within(LOOKUP_WAIT))
         found = self._guard.pass_by(found, self._forward)
         self.sock = connect_any(found, self._forward.within(CONNECT_TIMEOUT))
-        self.peer = self.sock.getpeername()[0]
+        place = self.sock.getpeername()
+        self.peer = place[0]
+        self.guarded = self._guard.is_for_this_host(self.sock.family, place)
         for slower in itertools.takewhile(lambda address: address[4][0] != self.peer, found):
             self._addresses.failed(slower[4][0])
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2773,7 +2800,9 @@ def send_body(connection: Connection, body: Readable, length: int | None) -> Non
 def refuses_body(sock: socket.socket, forward: Forward) -> bool:
     """Whether the origin of a request with Expect: 100-continue answers it without its body (RFC 9110
     §10.1.1).  One that says nothing may not know the field: it gets the body after a moment."""
-    if members(forward.fields, "Expect") != ["100-continue"] or not select_readable(sock, CONTINUE_WAIT):
+    if members(forward.fields, "Expect") != ["100-continue"] or hasattr(sock, "pending"):
+        return False  # TLS lets nobody look ahead
+    if not select_readable(sock, CONTINUE_WAIT):
         return False
     status = sock.recv(len("HTTP/1.1 1"), socket.MSG_PEEK)[9:]
     return status not in (b"1", b"")
@@ -2798,9 +2827,12 @@ class Origin:
         if forward.deadline is None and forward.repeatable:
             forward = dataclasses.replace(forward, deadline=time.monotonic() + ANSWER_WAIT)
         first: Response | None = None
+        guarded = False
         try:
             for _ in range(MAX_REDIRECTS + 1):
                 response = self._ask(forward)
+                guarded = guarded or response.head.guarded  # the way counts, not its end alone
+                response.head = dataclasses.replace(response.head, guarded=guarded)
                 onward = redirect_target(response.head, forward.target) if forward.follow else None
                 if onward is None:
                     portal_page = response.head.status < 300 and "text/html" in media_type(response.head)
@@ -2914,7 +2946,7 @@ class Origin:
         if value(fields, "Date") is None:
             fields += (("Date", http_date(received)),)  # RFC 9110 §6.6.1
         head = Head(raw.status, raw.reason, fields, final=forward.target.uri, requested=requested,
-                    received=received)
+                    received=received, guarded=connection.guarded)
         broke_off = functools.partial(self._addresses.failed, connection.peer)
         return Response(head, raw, give_back, self._count, broke_off)
 
@@ -3223,6 +3255,15 @@ class Troubles:
             log.warning("The cache can be written again.")
 
 
+def look_up(store: Store, request: Request) -> Stored | None:
+    """The stored response for a request, if its client may have it."""
+    stored = store.lookup(request.key)
+    if stored is not None and stored.head.guarded and not request.near:
+        stored.close()
+        return None
+    return stored
+
+
 def from_store(request: Request, stored: Stored, status: CacheStatus, now: float,
                instead: Callable[[Exception], Reply] | None = None) -> Reply:
     """A reply from a stored body: preconditions, ranges, Age (RFC 9111 §5.1)."""
@@ -3400,7 +3441,7 @@ class Leader:
 
     def lead(self, request: Request, flight: Flight, config: Config) -> tuple[Reply, Landing | None]:
         """The leader's own reply to a GET or HEAD; Failure where the origin has none."""
-        stored = self._store.lookup(request.key)  # invariant 4
+        stored = look_up(self._store, request)  # invariant 4
         decision = decide(request, stored.head if stored else None, config, time.time())
         if stored is None:
             return self._fetch_anew(request, decision, flight, config)
@@ -3418,7 +3459,8 @@ class Leader:
         """Fetch what is not stored, from where a left-over partial ends if there is one."""
         forward = whole_forward(request, decision, config)
         begun = self._store.leftover(request.key)
-        if begun is not None and selecting_fields(request, begun[0]) == begun[0].vary:
+        may = begun is not None and (request.near or not begun[0].guarded)
+        if may and begun is not None and selecting_fields(request, begun[0]) == begun[0].vary:
             size = None if begun[0].size < 0 else begun[0].size
             with contextlib.suppress(Changed):
                 response = self._origin.fetch_rest(forward, begun[0], size, begun[1])
@@ -3634,7 +3676,7 @@ class Proxy:
         check_way(request, config)
         if max_forwards(request) == 0:
             return last_stop(request)
-        stored = self._store.lookup(request.key)
+        stored = look_up(self._store, request)
         decision = decide(request, stored.head if stored else None, config, time.time())
         if decision.action is Action.SERVE and stored is not None:
             if decision.refresh:
@@ -3702,7 +3744,7 @@ class Proxy:
         try:
             reply, landing = self._leader.lead(request, flight, config)
             return self._with_spare(request, decision, reply, deadline)
-        except Failure as error:
+        except OriginFailure as error:
             landing, failure = Landing.FAILED, error
             raise
         finally:
@@ -3720,12 +3762,12 @@ class Proxy:
 
     def _unread(self, request: Request, decision: Decision, failure: Exception) -> Reply:
         """What is stored cannot be read: the origin's answer instead (invariant 6)."""
-        log.warning("The stored file of %s cannot be read: %s", printable(request.uri), failure)
+        log.warning("The stored file of %s cannot be read: %s", shown(request.uri), failure)
         return self._pass(request, decision, self.config, "not read: %s" % failure)
 
     def _spare(self, request: Request, decision: Decision, failure: Exception) -> Reply:
         """The stored response in place of a failure; the failure where there is none that may."""
-        stored = self._store.lookup(request.key) if decision.action is Action.VALIDATE else None
+        stored = look_up(self._store, request) if decision.action is Action.VALIDATE else None
         if stored is None or not may_be_stale(decision, stored.head):
             _close(stored)
             raise failure
@@ -3738,14 +3780,15 @@ class Proxy:
         """Share another client's fetch; go alone where it can't be shared (invariant 10)."""
         partial, landing = flight.wait_for_head(HEAD_WAIT)
         if partial is not None:
-            if selecting_fields(request, partial.head) == partial.head.vary:
+            may = request.near or not partial.head.guarded
+            if may and selecting_fields(request, partial.head) == partial.head.vary:
                 status = CacheStatus(Outcome.COLLAPSED, decision.forward)
                 rest = functools.partial(self._origin.fetch_rest, whole_forward(request, decision, config))
                 return from_partial(request, partial.head, flight, partial, status, rest)
             partial.release()
         elif landing is Landing.AGAIN:
             return self.respond(request)
-        stored = self._store.lookup(request.key) if landing in (Landing.STORED, Landing.STALE) else None
+        stored = look_up(self._store, request) if landing in (Landing.STORED, Landing.STALE) else None
         if stored is None or selecting_fields(request, stored.head) != stored.head.vary:
             _close(stored)
             return self._pass(request, decision, config, "not collapsed")
@@ -3876,7 +3919,10 @@ class ContinueBody:
     def read(self, size: int = CHUNK, /) -> bytes:
         """Ask for the body before its first byte."""
         if self._connection is not None:
-            self._connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            try:
+                self._connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            except OSError as error:
+                raise BadRequest("The client has gone: %s." % error) from None
             self._connection = None
         return self._body.read(size)
 
@@ -3978,6 +4024,7 @@ class Room:
 
     def __init__(self, most: int) -> None:
         self.most = most
+        self.tunnels = threading.BoundedSemaphore(max(2, most // 2))  # they can't be spared
         self._changed = threading.Condition()  # guards all below
         self._count = 0
         self._visitors: dict[socket.socket, Visitor] = {}
@@ -4019,7 +4066,7 @@ class Room:
         return True
 
     def leave(self, connection: socket.socket) -> None:
-        """A connection has ended: serve the next that was parked."""
+        """A connection has ended."""
         with self._changed:
             self._count -= 1
             visitor = self._visitors.pop(connection, None)
@@ -4027,17 +4074,22 @@ class Room:
                 self._hosts[visitor.host] -= 1
                 if not self._hosts[visitor.host]:
                     del self._hosts[visitor.host]
-            following = next((each for each in self._parked
-                              if self._hosts.get(each.host, 0) < self._share()), None)
-            if following is not None and self._count < self.most:
-                self._parked.remove(following)
-                self._count += 1
-                self._take(following)
-            else:
-                following = None
             self._changed.notify_all()
-        if following is not None:
-            following.begin(following)
+
+    def relieve(self) -> None:
+        """Serve those who were parked, where there is place for them; make it where it can be spared."""
+        with self._changed:
+            following = []
+            for visitor in list(self._parked):
+                if self._count < self.most and self._hosts.get(visitor.host, 0) < self._share():
+                    self._parked.remove(visitor)
+                    self._count += 1
+                    self._take(visitor)
+                    following.append(visitor)
+                else:
+                    self._shed(visitor.host)
+        for visitor in following:
+            visitor.begin(visitor)
 
     def close(self) -> None:
         """Nobody waits any more."""
@@ -4180,6 +4232,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             method, _, uri = self._reader.line.partition(" ")
             request = Request(method, uri.rpartition(" ")[0] or uri, Target("", "", 0, "/"), (),
                               client=self._client)
+            failure = self.server.refusal(request) or failure
             return self._answer(request, failure_reply(failure), close=True)
         if request is None:
             return False
@@ -4187,7 +4240,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         with self.server.replying():
             if request.method == "CONNECT":
                 return self._connect(request)
-            self._answered = self._answer(request, self._reply_to(request))
+            reply = self._reply_to(request)
+            self._answered = self._answer(request, reply, close=isinstance(reply.failure, NotAllowed))
         return self._answered
 
     def _connect(self, request: Request) -> bool:
@@ -4200,6 +4254,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self.server.note_tunnel(request, established, count, time.monotonic() - self._started)
         except Failure as failure:
             return self._answer(request, failure_reply(failure), close=True)
+        except Exception:
+            log.exception("A tunnel to %s failed: this is a bug", shown(request.uri))
         return False
 
     def _reply_to(self, request: Request) -> Reply:
@@ -4209,7 +4265,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except Failure as failure:
             return failure_reply(failure)
         except Exception:
-            log.exception("%s %s failed: this is a bug", request.method, printable(request.uri))
+            log.exception("%s %s failed: this is a bug", request.method, shown(request.uri))
             return failure_reply(Failure("This proxy failed; its log says how.", 500))
 
     def _answer(self, request: Request, reply: Reply, close: bool = False) -> bool:
@@ -4347,7 +4403,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.room = room or Room(MAX_CONNECTIONS)
         self._ids = log_ids
         self._refusals = Refusals()
-        self._tunnels = threading.BoundedSemaphore(max(2, self.room.most // 2))
         self._lock = threading.Lock()  # guards _replying
         self._replying = 0
         self.address_family, self._both = address_family(address[0])
@@ -4373,7 +4428,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             raise
 
     def service_actions(self) -> None:
-        """Called in the pauses of accepting."""
+        """Called in the pauses of accepting, several times a second."""
+        self.room.relieve()
         self.proxy.tidy()
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -4428,26 +4484,32 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             with self._lock:
                 self._replying -= 1
 
-    def check_client(self, request: Request) -> None:
-        """Failure where a client may not come in."""
-        if request.client != request.local and not may_come_in(request.client, self.proxy.config.allow):
-            raise NotAllowed("%s may not use this proxy; its operator can add --allow." % request.client)
+    def refusal(self, request: Request) -> Failure | None:
+        """Why a client may not come in."""
+        if request.client == request.local or may_come_in(request.client, self.proxy.config.allow):
+            return None
+        return NotAllowed("%s may not use this proxy; its operator can add --allow." % request.client)
+
+    def _check_client(self, request: Request) -> None:
+        refusal = self.refusal(request)
+        if refusal is not None:
+            raise refusal
 
     @contextlib.contextmanager
     def tunnelling(self, request: Request) -> Iterator[socket.socket]:
         """The connection that a CONNECT asks for, while its tunnel lasts; Failure."""
-        self.check_client(request)
-        if not self._tunnels.acquire(blocking=False):
+        self._check_client(request)
+        if not self.room.tunnels.acquire(blocking=False):
             raise Failure("Too many tunnels are open.", 503)
         try:
             with self.proxy.dial(request) as origin:
                 yield origin
         finally:
-            self._tunnels.release()
+            self.room.tunnels.release()
 
     def reply_to(self, request: Request) -> Reply:
         """Our own page, or the proxy's reply; Failure."""
-        self.check_client(request)
+        self._check_client(request)
         if not request.own:
             return self.proxy.respond(request)
         if request.method == "OPTIONS":
@@ -4475,7 +4537,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if isinstance(reply.failure, NotAllowed) and not self._refusals.is_news(request.client):
             return
         log.info("[%3d] %s %s %s %d %d bytes %.3f s %s%s%s", next(self._ids), request.client,
-                 printable(request.method), printable(request.uri), reply.head.status, sent, took,
+                 printable(request.method), shown(request.uri), reply.head.status, sent, took,
                  outcome.value, " (%s)" % printable(detail) if detail else "",
                  "" if whole else ", broken off")
 

@@ -4086,7 +4086,13 @@ class StrictDoorTest(ProxyCase):
         (GOOD + b"A: " + b"x" * 20_000 + b"\r\n\r\n", 431, "6585 5"),
         (POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nxy", 400, "6.3"),
         (POST + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\nx", 400, "6.3"),
-        (POST + b"Content-Length: 1, 2\r\n\r\nxy", 400, "6.3"),
+        (POST + b"Content-Length: 1, 2\r\n\r\nxy", 400, "6.3"), (POST + b"Content-Length: 1, 1\r\n\r\nx", 400, "6.3"),
+        (POST + b"Content-Length: 1\xa0\r\n\r\nx", 400, "6.2: obs-text is no white space"),
+        (POST + b"Transfer-Encoding: chunked\xa0\r\n\r\n0\r\n\r\n", 400, "6.1"),
+        (POST + b"Transfer-Encoding: \x85chunked\r\n\r\n0\r\n\r\n", 400, "6.1"),
+        (CHUNKED + b"0\r\nno colon\r\n\r\n", 400, "7.1.2"), (CHUNKED + b"0\r\nA: b\r\n c\r\n\r\n", 400, "7.1.2"),
+        (CHUNKED + b"1;\x00=b\r\nx\r\n0\r\n\r\n", 400, "7.1.1"),
+        (b"GET " + URL + b' HTTP/1.1\r\nHost: a"b<c>@d\r\n\r\n', 400, "3.2"),
         (POST + b"Content-Length: +1\r\n\r\nx", 400, "6.2"),
         (POST + b"Content-Length: -1\r\n\r\n", 400, "6.2"),
         (POST + b"Content-Length: 0x1\r\n\r\nx", 400, "6.2"),
@@ -4131,6 +4137,9 @@ class StrictDoorTest(ProxyCase):
         (b"HTTP/1.1 200 OK\r\nContent-Length: four\r\n\r\nbody", 502, "6.3"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n", 502, "6.3"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nbody", 502, "6.1"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\xa0\r\n\r\n4\r\nbody\r\n0\r\n\r\n", 502, "6.1"),
+        (b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n", 502, "6.1"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\nno colon\r\n\r\n", "cut", "7.1.2"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 502, "6.1"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\nbody", 502, "6.1"),
         (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 300 + b"\r\n", 502, "9110 5.4"),
@@ -4197,13 +4206,15 @@ class StrictDoorTest(ProxyCase):
                  b"X-Private: y\r\n\r\n" % url, b""),
                 (post + b"Content-Length: 4\r\n\r\nbody", b"body"), (post + b"Content-Length: 0\r\n\r\n", b""),
                 (post + b"Transfer-Encoding: chunked\r\n\r\n2;a=b;c\r\nbo\r\n02\r\ndy\r\n0\r\nTrailer: x\r\n\r\n", b"body"),
-                (post + b"Transfer-Encoding: Chunked\r\n\r\n0\r\n\r\n", b"")):
+                (post + b"Transfer-Encoding: Chunked\r\n\r\n0\r\n\r\n", b""),
+                (post.replace(b"POST", b"GET") + b"Content-Length: 4\r\n\r\nbody", b"body"),
+                (b"POST %s HTTP/1.0\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\nbody" % url, b"body")):
             with self.subTest(data=data):
                 self.assertIn(b"x" * 50, self.raw(data))
                 method, target, fields, received = self.origin.log[-1]
                 self.assertEqual((target, received), ("/x_1.0.deb", body))
                 self.assertEqual(fields["host"], "127.0.0.1:%d" % self.origin.port)
-                self.assertEqual({"upgrade", "te", "connection", "x-private", "proxy-connection", "trailer"} & set(fields), set())
+                self.assertEqual({"upgrade", "te", "connection", "x-private", "proxy-connection", "trailer", "expect"} & set(fields), set())
 
     def test_an_origin_that_is_odd_but_clear(self):
         body = b"Content-Length: 4\r\n\r\nbody"
@@ -4237,6 +4248,11 @@ class StrictDoorTest(ProxyCase):
                 self.assertEqual(one.recv(99), b"HTTP/1.1 100 Continue\r\n\r\n")
                 one.sendall(b"body")
                 self.assertTrue(b"".join(iter(lambda: one.recv(999), b"")).endswith(b"\r\n\r\nbody"))
+
+    def test_over_tls_nobody_looks_ahead_for_an_answer_to_expect(self):
+        tls = mock.Mock(spec=["pending", "recv"])
+        self.assertFalse(pkgproxy.refuses_body(tls, forward("PUT", Target("https", "a", 443, "/"), (("Expect", "100-continue"),))))
+        tls.recv.assert_not_called()
 
     def test_max_forwards_counts_down(self):
         """RFC 9110 §7.6.2, §9.3.7, §9.3.8."""
@@ -4365,11 +4381,19 @@ class FuzzTest(ProxyCase):
 class AccessTest(ProxyCase):
     """Who may come in, and where they may go."""
 
-    def far(self):
-        """From now on every client is on another machine."""
-        patcher = mock.patch.object(pkgproxy.Request, "near", False)
+    FAR = "127.0.0.2"  # stands for a client on another machine
+
+    def setUp(self):
+        super().setUp()
+        patcher = mock.patch.object(pkgproxy.Request, "near", property(lambda request: request.client != self.FAR))
         patcher.start()
         self.addCleanup(patcher.stop)
+
+    def ask_as(self, client, line):
+        """The answer to a request line, from a client on this host or on another."""
+        with socket.create_connection(self.address, PATIENCE, (client, 0)) as one:
+            one.sendall(line.encode() + b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            return b"".join(iter(lambda: one.recv(65536), b""))
 
     def test_what_only_this_host_may_reach(self):
         for address, guarded in (
@@ -4388,7 +4412,6 @@ class AccessTest(ProxyCase):
         self.origin.pages["/x"] = Page(b"secret", fields=[("Cache-Control", "max-age=99")])
         self.assertEqual(self.ask("/x").body, b"secret", "from here it may be reached")
         port, asked = self.origin.port, len(self.origin.log)
-        self.far()
         self.start(Config(addrs=(), connect_ports=(port,)))
         names = ("127.0.0.1", "localhost", "2130706433", "0x7f000001", "127.1", "017700000001", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]", "[::]",
                  "[::ffff:7f00:1]", "[64:ff9b::7f00:1]", "127.0.0.1.", "rebound.test")
@@ -4401,10 +4424,62 @@ class AccessTest(ProxyCase):
             for name in names:
                 for request_line in ("GET http://%s:%d/x" % (name, port), "POST http://%s:%d/x" % (name, port), "CONNECT %s:%d" % (name, port)):
                     with self.subTest(request_line=request_line):
-                        answer = self.raw(b"%s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % request_line.encode())
+                        answer = self.ask_as(self.FAR, request_line)
                         self.assertRegex(answer[:13], rb"HTTP/1\.1 (403|502) ")
                         self.assertNotIn(b"secret", answer)
         self.assertEqual(len(self.origin.log), asked)
+
+    def test_what_came_from_this_host_is_for_clients_on_it_alone(self):
+        """Neither hits, nor stale answers, nor downloads under way give it to others."""
+        url = "GET http://127.1:%d" % self.origin.port
+        gate = Gate()
+        self.addCleanup(gate.open)
+        self.origin.pages.update({"/x_1.0.deb": Page(b"secret"), "/InRelease": Page(b"secret"), "/to_1.0.deb": Page(
+            b"", 302, [("Location", "/x_1.0.deb")]), "/slow_1.0.deb": Page(b"secret" * 9, gate=gate, first=6)})
+        for path in ("/x_1.0.deb", "/InRelease", "/to_1.0.deb"):
+            self.assertIn(b"secret", self.ask_as("127.0.0.1", url + path))
+            self.settle()
+        self.origin.pages["/InRelease"] = Page(b"no", 503)
+        for path in ("/x_1.0.deb", "/InRelease", "/to_1.0.deb"):
+            answer = self.ask_as(self.FAR, url + path)
+            self.assertEqual(answer[:12], b"HTTP/1.1 403")
+            self.assertNotIn(b"secret", answer)
+            self.assertIn(b"secret", self.ask_as("127.0.0.1", url + path), "they still have it")
+        with socket.create_connection(self.address, PATIENCE) as near:
+            near.sendall(("%s/slow_1.0.deb HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % url).encode())
+            self.assertIn(b"200", near.recv(12))
+            self.assertEqual(self.ask_as(self.FAR, url + "/slow_1.0.deb")[:12], b"HTTP/1.1 403")
+            gate.open()
+            self.assertTrue(b"".join(iter(lambda: near.recv(999), b"")).endswith(b"secret" * 9))
+
+    def test_a_client_on_this_host_is_not_refused_for_another_that_leads(self):
+        gate, answers = Gate(), []
+        self.addCleanup(gate.open)
+        self.origin.pages["/x_1.0.deb"] = Page(b"secret")
+        real = socket.getaddrinfo
+
+        def lead(host, *arguments, **more):
+            if host == "slow.test":
+                gate.pass_through()
+                host = "127.0.0.1"
+            return real(host, *arguments, **more)
+
+        line = "GET http://slow.test:%d/x_1.0.deb" % self.origin.port
+        with mock.patch.object(socket, "getaddrinfo", lead):
+            threads = []
+            for client in (self.FAR, "127.0.0.1"):
+                threads.append(threading.Thread(target=lambda client=client: answers.append(self.ask_as(client, line)[9:12])))
+                threads[-1].start()
+                until(lambda: self.server.replies_running == len(threads) and self.proxy._barrier.count())
+            gate.open()
+            for thread in threads:
+                thread.join(PATIENCE)
+        self.assertEqual(sorted(answers), [b"200", b"403"])
+
+    def test_the_guard_does_not_open_where_it_cannot_look(self):
+        place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("192.0.2.1", 80))]
+        with mock.patch.object(socket, "socket", side_effect=OSError(24, "Too many open files")):
+            self.assertRaises(OSError, pkgproxy.Guard().pass_by, place, pkgproxy.Forward("GET", Target("http", "a", 80, "/"), ()))
 
     def test_a_kept_connection_of_this_host_is_not_lent_to_others(self):
         self.origin.pages["/x"] = Page(b"x")
@@ -4433,16 +4508,22 @@ class AccessTest(ProxyCase):
             self.assertEqual((answer.status, answer.reason), (508, "Loop Detected"))
             self.assertIn(b"leads back to this proxy", answer.body)
 
-    def test_refused_clients_are_told_of_once(self):
+    def test_refused_clients_are_told_of_once_and_let_go(self):
         self.start(Config(allow=("203.0.113.0/24",)))
-        with self.assertLogs("pkgproxy", "INFO") as caught, socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as one:
-            for _ in range(5):
-                one.sendall(b"GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n")
-                self.assertEqual(one.recv(999)[:12], b"HTTP/1.1 403")
-            one.close()
+        with self.assertLogs("pkgproxy", "INFO") as caught:
+            for line in ["GET http://a/"] * 3 + ["GET  http://a/"] * 3 + ["CONNECT a:443"]:
+                answer = self.ask_as(self.FAR, line)
+                self.assertEqual(answer[:12], b"HTTP/1.1 403")
+                self.assertIn(b"\r\nConnection: close\r\n", answer)
             self.settle()
         self.assertEqual(len(caught.records), 1)
-        self.assertEqual(self.counters()["statsOutcomes"]["refused"], 5)
+        self.assertEqual(self.counters()["statsOutcomes"]["refused"], 7)
+
+    def test_no_password_is_written_to_the_log(self):
+        with self.assertLogs("pkgproxy", "INFO") as caught:
+            self.ask_as("127.0.0.1", "GET http://me:secret@127.0.0.1:%d/x" % self.origin.port)
+            self.settle()
+        self.assertNotIn("secret", " ".join(caught.output))
 
     def test_connect_ports(self):
         self.assertEqual([pkgproxy.parse_ports(text) for text in ("none", "443", "443,8443")], [(), (443,), (443, 8443)])
@@ -4532,7 +4613,7 @@ class TunnelTest(ProxyCase):
         self.assertIn(b" 504 ", self.raw(b"CONNECT 127.0.0.1:443 HTTP/1.1\r\nHost: a\r\n\r\n"))
 
     def test_no_more_than_so_many_tunnels_at_once(self):
-        self.server._tunnels = threading.BoundedSemaphore(1)
+        self.server.room.tunnels = threading.BoundedSemaphore(1)
         self.open()
         answer = self.raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
         self.assertIn(b"HTTP/1.1 503 ", answer)
@@ -4576,6 +4657,17 @@ class CrowdTest(ProxyCase):
         gate.open()
         for one in greedy:
             self.assertTrue(b"".join(iter(lambda: one.recv(999), b"")).endswith(b"slow"))  # noqa: B023
+
+    def test_slow_ones_that_are_parked_are_not_in_the_way_for_long(self):
+        self.server.room.most = 8
+        with mock.patch.object(pkgproxy, "HALF_HEAD", 0.05):
+            for _ in range(11):
+                self.visit(data=b"GET http")
+            self.assertEqual(self.get(), b"HTTP/1.1 200")
+
+    def test_a_client_that_leaves_when_it_is_asked_to_go_on_is_not_the_origins_fault(self):
+        one = mock.Mock(**{"sendall.side_effect": BrokenPipeError})
+        self.assertRaises(BadRequest, pkgproxy.ContinueBody(mock.Mock(), one).read)
 
     def test_a_client_with_far_too_many_connections_is_told_so(self):
         self.server.room.most = 4
