@@ -234,11 +234,7 @@ class Request:
     received: float = 0.0  # clock time
     key: str = ""  # cache key (RFC 9111 §2)
     own: bool = False  # for our own pages
-
-    @property
-    def near(self) -> bool:
-        """Whether the client is on this host."""
-        return self.client in (self.local, "::1") or self.client.startswith("127.")
+    near: bool = False  # the client is on this host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2469,8 +2465,10 @@ class Addresses:
                     lookup = Lookup(host, port, functools.partial(self._looked_up, host, port))
                     self._lookups[host, port] = lookup
             found = lookup.result(patience)
+        recent = time.monotonic() - LAME
         with self._lock:
-            return sorted(found, key=lambda address: self._lame.get(address[4][0], 0.0))
+            lame = {address: when for address, when in self._lame.items() if when > recent}
+        return sorted(found, key=lambda address: lame.get(address[4][0], 0.0))
 
     def failed(self, address: str) -> None:
         """An address refused, broke off or said nothing."""
@@ -2544,19 +2542,36 @@ class Forward:
         return self.body is None and self.method in ("GET", "HEAD", "OPTIONS")
 
 
+def binds_anything(family: int) -> bool:
+    """Whether this system lets a socket bind to addresses that it has not (Linux: ip_nonlocal_bind)."""
+    path = "/proc/sys/net/ipv%d/ip_nonlocal_bind" % (6 if family == socket.AF_INET6 else 4)
+    with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
+        return file.read().strip() != "0"
+    return False
+
+
 def is_own_address(family: int, address: tuple[Any, ...]) -> bool:
-    """Whether an address is one of this machine's: then packets to it would come from it.  None is sent.
-    OSError where that can't be found out."""
+    """Whether an address is one of this machine's: packets to it would come from it, or a socket can be
+    bound to it (to a second address of one network, packets come from the first).  None is sent.  OSError
+    where that can't be found out."""
     if ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
         return True
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(address)
-        except OSError as error:
-            if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EACCES):
-                return False
-            raise
-        return bool(probe.getsockname()[0] == address[0])
+    with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):  # unreachable
+        probe.connect(address)
+        if probe.getsockname()[0] == address[0]:
+            return True
+    with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.bind((address[0], 0, *address[2:]))
+        return not binds_anything(family)
+    return False
+
+
+def is_this_host(address: str) -> bool:
+    """Whether a client with this address is on this host; not, where that can't be found out."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.suppress(OSError, ValueError):
+        return is_own_address(family, (address, 9))
+    return False
 
 
 class Guard:
@@ -2584,7 +2599,11 @@ class Guard:
         family, address = found[0], found[4]
         if forward.near and address[1] not in self.ports:
             return None
-        if not is_own_address(family, address):
+        try:
+            own = is_own_address(family, address)
+        except OSError as error:  # a family that this machine does not speak, or no descriptor left
+            return 502, "cannot be checked: %s" % error.strerror
+        if not own:
             guarded = not forward.near and is_guarded(address[0])
             return (403, "is an address that only the proxy's own host may reach") if guarded else None
         if address[1] in self.ports:
@@ -2859,6 +2878,7 @@ class Origin:
         connection = Connection(forward, self._addresses, self.guard)
         with self._told(connection, forward.target):
             if pooled is not None:
+                connection.peer = pooled.peer  # if that one falls silent
                 with contextlib.suppress(ConnectionError, ValueError):  # RemoteDisconnected is one
                     return self._exchange(pooled, forward)
             return self._exchange(connection, forward)
@@ -3763,6 +3783,8 @@ class Proxy:
     def _unread(self, request: Request, decision: Decision, failure: Exception) -> Reply:
         """What is stored cannot be read: the origin's answer instead (invariant 6)."""
         log.warning("The stored file of %s cannot be read: %s", shown(request.uri), failure)
+        if self.config.offline or "only-if-cached" in directives(request.fields):
+            raise Failure("The stored file cannot be read: %s." % failure, 504)
         return self._pass(request, decision, self.config, "not read: %s" % failure)
 
     def _spare(self, request: Request, decision: Decision, failure: Exception) -> Reply:
@@ -3808,7 +3830,7 @@ class Proxy:
             return
         fields = (("Host", target.authority), ("Cache-Control", "no-cache")) + vary
         request = Request("GET", target.uri, target, fields, received=time.time(), key=key,
-                          client="127.0.0.1" if near else "elsewhere")
+                          near=near)
         try:
             threading.Thread(target=self._refresh_now, args=(request,), daemon=True).start()
         except RuntimeError:
@@ -4000,6 +4022,14 @@ def tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> int:
     return sum(way.count for way in ways)
 
 
+def has_gone(sock: socket.socket) -> bool:
+    """Whether the other end has closed a connection on which nothing has been read yet."""
+    try:
+        return select_readable(sock, 0) and not sock.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return True
+
+
 @dataclasses.dataclass(frozen=True)
 class Visitor:
     """A connection that has been accepted."""
@@ -4056,7 +4086,6 @@ class Room:
             if admitted:
                 self._take(visitor)
             elif len(self._parked) < self.most:
-                self._shed(visitor.host)
                 self._count -= 1
                 self._parked.append(visitor)
             else:
@@ -4078,16 +4107,25 @@ class Room:
 
     def relieve(self) -> None:
         """Serve those who were parked, where there is place for them; make it where it can be spared."""
+        following, gone, stuck = [], [], set()
         with self._changed:
-            following = []
-            for visitor in list(self._parked):
-                if self._count < self.most and self._hosts.get(visitor.host, 0) < self._share():
-                    self._parked.remove(visitor)
+            parked, self._parked = self._parked, []
+            for visitor in parked:
+                if visitor.host in stuck:
+                    self._parked.append(visitor)
+                elif has_gone(visitor.connection):
+                    gone.append(visitor)
+                elif self._count < self.most and self._hosts.get(visitor.host, 0) < self._share():
                     self._count += 1
                     self._take(visitor)
                     following.append(visitor)
                 else:
-                    self._shed(visitor.host)
+                    stuck.add(visitor.host)
+                    self._parked.append(visitor)
+            for host in stuck:
+                self._shed(host, sum(visitor.host == host for visitor in self._parked))
+        for visitor in gone:
+            visitor.connection.close()
         for visitor in following:
             visitor.begin(visitor)
 
@@ -4107,18 +4145,21 @@ class Room:
         self._visitors[visitor.connection] = visitor
         self._hosts[visitor.host] = self._hosts.get(visitor.host, 0) + 1
 
-    def _shed(self, host: str | None = None) -> None:
-        """Close the connection (of one client) that can be spared best, if there is one."""
+    def _shed(self, host: str | None = None, most: int = 1) -> None:
+        """Close the connections (of one client) that can be spared best, as far as there are any."""
         now = time.monotonic()
         spare = [(kind, since, sock) for sock, (kind, since) in self._waiting.items()
                  if (not kind or now - since > HALF_HEAD)
                  and (host is None or sock in self._visitors and self._visitors[sock].host == host)]
+        closed = 0
         for _, _, sock in sorted(spare, key=lambda row: row[:2]):
             if not select_readable(sock, 0):
                 del self._waiting[sock]
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
-                return
+                closed += 1
+                if closed == most:
+                    return
 
     @contextlib.contextmanager
     def waiting(self, connection: socket.socket, idle: bool) -> Iterator[None]:
@@ -4137,8 +4178,10 @@ class RequestReader:
 
     def __init__(self, connection: socket.socket, client: str, room: Room) -> None:
         self.line = "?"  # the last request's first
+        self.local = plain_address(connection.getsockname()[0])
         self._connection = connection
         self._client = client
+        self._near = client == self.local or is_this_host(client)
         self._room = room
         self._timed = TimedFile(connection, CLIENT_TIMEOUT)
         self.file = io.BufferedReader(self._timed, 64 * 1024)
@@ -4167,7 +4210,7 @@ class RequestReader:
             if members(request.fields, "Expect") == ["100-continue"] and request.version >= (1, 1):
                 body = ContinueBody(body, self._connection)
         return dataclasses.replace(request, body=body, received=time.time(), client=self._client,
-                                   local=plain_address(self._connection.getsockname()[0]))
+                                   local=self.local, near=self._near)
 
     def _read_head(self) -> list[str]:
         try:
@@ -4231,7 +4274,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except Failure as failure:
             method, _, uri = self._reader.line.partition(" ")
             request = Request(method, uri.rpartition(" ")[0] or uri, Target("", "", 0, "/"), (),
-                              client=self._client)
+                              client=self._client, local=self._reader.local)
             failure = self.server.refusal(request) or failure
             return self._answer(request, failure_reply(failure), close=True)
         if request is None:
@@ -4246,16 +4289,19 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _connect(self, request: Request) -> bool:
         """Serve a tunnel to its end; False: nothing follows it."""
+        established, count, whole = Head(200, "Connection established", ()), 0, False
         try:
             with self.server.tunnelling(request) as origin:
-                established = Head(200, "Connection established", ())
-                self._write(render_head(established, (("Via", via((), (1, 1), self.server.proxy.config)),)))
-                count = tunnel(self.connection, origin, self._reader.early())
-                self.server.note_tunnel(request, established, count, time.monotonic() - self._started)
+                try:
+                    fields = (("Via", via((), (1, 1), self.server.proxy.config)),)
+                    self._write(render_head(established, fields))
+                    count = tunnel(self.connection, origin, self._reader.early())
+                    whole = True
+                finally:
+                    took = time.monotonic() - self._started
+                    self.server.note_tunnel(request, established, count, took, whole)
         except Failure as failure:
             return self._answer(request, failure_reply(failure), close=True)
-        except Exception:
-            log.exception("A tunnel to %s failed: this is a bug", shown(request.uri))
         return False
 
     def _reply_to(self, request: Request) -> Reply:
@@ -4272,15 +4318,15 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Send a reply, or, if that fails before its first byte, an error; then note it."""
         whole, open_after = False, False
         try:
-            try:
-                open_after = self._send(request, reply, close)
-            except (Failure, LocalFailure) as failure:
-                if self._began:
-                    return False  # the only honest error is closing the connection (invariant 7)
-                reply.body.close()
-                reply = self._instead(reply, failure)
-                open_after = self._send(request, reply, close)
-            whole = True
+            while not whole:
+                try:
+                    open_after = self._send(request, reply, close)
+                    whole = True
+                except (Failure, LocalFailure) as failure:
+                    if self._began:
+                        return False  # the only honest error is closing the connection (invariant 7)
+                    reply.body.close()
+                    reply = self._instead(reply, failure)  # an error of ours at last, which does not fail
             if not open_after and (close or wants_open(request) or getattr(request.body, "unread", False)):
                 self._reader.linger()  # the client may still be sending
             return open_after
@@ -4541,10 +4587,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                  outcome.value, " (%s)" % printable(detail) if detail else "",
                  "" if whole else ", broken off")
 
-    def note_tunnel(self, request: Request, head: Head, count: int, took: float) -> None:
+    def note_tunnel(self, request: Request, head: Head, count: int, took: float, whole: bool) -> None:
         """Count and log one tunnel."""
         self.proxy.counters.add_tunnel(count)
-        self.note(request, Reply(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), count, took, True)
+        self.note(request, Reply(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), count, took, whole)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """A bug, or no thread for a connection: say so, go on."""
@@ -4790,7 +4836,10 @@ class LogWriter(logging.Handler):
             data = b"".join(lines)
             with contextlib.suppress(OSError):  # a full log device harms nothing
                 while data:
-                    data = data[os.write(2, data):]
+                    try:
+                        data = data[os.write(2, data):]
+                    except BlockingIOError:  # whoever started us wants it so
+                        time.sleep(LOG_PAUSE)
             self._written += len(lines)
 
 

@@ -4385,7 +4385,7 @@ class AccessTest(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        patcher = mock.patch.object(pkgproxy.Request, "near", property(lambda request: request.client != self.FAR))
+        patcher = mock.patch.object(pkgproxy, "is_this_host", lambda address: address != self.FAR)
         patcher.start()
         self.addCleanup(patcher.stop)
 
@@ -4478,8 +4478,21 @@ class AccessTest(ProxyCase):
 
     def test_the_guard_does_not_open_where_it_cannot_look(self):
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("192.0.2.1", 80))]
+        far = pkgproxy.Forward("GET", Target("http", "a", 80, "/"), ())
         with mock.patch.object(socket, "socket", side_effect=OSError(24, "Too many open files")):
-            self.assertRaises(OSError, pkgproxy.Guard().pass_by, place, pkgproxy.Forward("GET", Target("http", "a", 80, "/"), ()))
+            self.assertRaisesRegex(pkgproxy.Failure, "cannot be checked: Too many open files", pkgproxy.Guard().pass_by, place, far)
+
+    def test_an_address_of_a_family_that_is_not_spoken_costs_the_others_nothing(self):
+        four, six = ((socket.AF_INET, 1, 0, "", ("192.0.2.1", 80)), (socket.AF_INET6, 1, 0, "", ("2001:db8::1", 80, 0, 0)))
+        real = socket.socket
+
+        def spoken(family=socket.AF_INET, *arguments, **more):
+            if family == socket.AF_INET6:
+                raise OSError(97, "Address family not supported by protocol")
+            return real(family, *arguments, **more)
+
+        with mock.patch.object(socket, "socket", spoken):
+            self.assertEqual(pkgproxy.Guard().pass_by([six, four], pkgproxy.Forward("GET", Target("http", "a", 80, "/"), ())), [four])
 
     def test_a_kept_connection_of_this_host_is_not_lent_to_others(self):
         self.origin.pages["/x"] = Page(b"x")
@@ -4603,6 +4616,24 @@ class TunnelTest(ProxyCase):
                 self.assertEqual(ends[1 - end].recv(9), b"")
         self.settle()
 
+    def test_a_client_that_leaves_before_its_tunnel_stands_is_no_bug(self):
+        gate, real = Gate(), pkgproxy.Proxy.dial
+
+        def late(proxy, asked):
+            gate.pass_through()
+            return real(proxy, asked)
+
+        with mock.patch.object(pkgproxy.Proxy, "dial", late), self.assertLogs("pkgproxy", "INFO") as caught:
+            one = socket.create_connection(self.address, PATIENCE)
+            one.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
+            until(lambda: self.server.replies_running)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            one.close()
+            gate.open()
+            self.settle()
+        self.assertEqual([record.levelname for record in caught.records], ["INFO"])
+        self.assertEqual(self.counters()["statsOutcomes"]["tunnel"], 1)
+
     def test_failures_are_told_in_a_sentence(self):
         self.listener.close()
         answer = self.raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
@@ -4664,6 +4695,22 @@ class CrowdTest(ProxyCase):
             for _ in range(11):
                 self.visit(data=b"GET http")
             self.assertEqual(self.get(), b"HTTP/1.1 200")
+
+    def test_who_has_left_is_not_parked_any_longer(self):
+        room, ends = pkgproxy.Room(4), [socket.socketpair() for _ in range(6)]
+        began = []
+        for mine, theirs in ends:
+            self.addCleanup(mine.close)
+            self.addCleanup(theirs.close)
+            self.assertTrue(room.enter() or True)
+            room.admit(pkgproxy.Visitor(mine, ("192.0.2.1", 9), began.append))
+        self.assertEqual((len(began), len(room._parked)), (4, 2))
+        ends[4][1].close()
+        room.relieve()
+        self.assertEqual(len(room._parked), 1)
+        room.leave(ends[0][0])
+        room.relieve()
+        self.assertEqual((len(began), len(room._parked)), (5, 0))
 
     def test_a_client_that_leaves_when_it_is_asked_to_go_on_is_not_the_origins_fault(self):
         one = mock.Mock(**{"sendall.side_effect": BrokenPipeError})
@@ -5851,7 +5898,7 @@ class HttpsTest(SignedCase):
 class StrangersTest(ClientCase):
     """A client on another machine, which is a network namespace with an address of its own."""
 
-    HERE, THERE = "198.18.77.1", "198.18.77.2"
+    HERE, THERE, ALSO = "198.18.77.1", "198.18.77.2", "198.18.77.3"  # two addresses of one network are ours
 
     SERVER = """
 import http.server, sys
@@ -5873,9 +5920,10 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
             checked("ip", "netns", "add", self.name)
             self.addCleanup(checked, "ip", "netns", "delete", self.name)
             checked("ip", "link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", self.name)
-            checked("ip", "address", "add", f"{self.HERE}/30", "dev", device)
+            for address in (f"{self.HERE}/29", f"{self.ALSO}/29"):
+                checked("ip", "address", "add", address, "dev", device)
             checked("ip", "link", "set", device, "up")
-            for words in (("address", "add", f"{self.THERE}/30", "dev", "eth0"), ("link", "set", "eth0", "up"), ("link", "set", "lo", "up")):
+            for words in (("address", "add", f"{self.THERE}/29", "dev", "eth0"), ("link", "set", "eth0", "up"), ("link", "set", "lo", "up")):
                 checked("ip", "-n", self.name, *words)
         except RuntimeError as failure:
             self.skipTest(f"no network namespaces here: {failure}")
@@ -5910,7 +5958,7 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
             other = service.getsockname()[1]
             for url, status in (
                     (f"http://{self.THERE}:8080/x", "200"), (f"http://127.0.0.1:{origin.port}/x", "403"), (f"http://localhost:{origin.port}/x", "403"),
-                    (f"http://{self.HERE}:{other}/", "403"), ("http://169.254.169.254/latest/meta-data/", "403"),
+                    (f"http://{self.HERE}:{other}/", "403"), (f"http://{self.ALSO}:{other}/", "403"), ("http://169.254.169.254/latest/meta-data/", "403"),
                     (f"http://{self.THERE}:8080/to/127.0.0.1:{origin.port}/x_1.0.deb", "403"), (f"{self.proxy_url}/x_1.0.deb", "508"),
                     (f"http://{self.THERE}:8080/to/{self.HERE}:{other}/x_1.0.deb", "403")):
                 with self.subTest(url=url):
