@@ -3932,6 +3932,13 @@ class DoorTest(ProxyCase):
                         break
             self.assertEqual(connection.recv(12), b"HTTP/1.1 408")
 
+    def test_an_idle_connection_is_closed_without_a_word(self):
+        with mock.patch.object(pkgproxy, "IDLE_TIMEOUT", 0.1), socket.create_connection(self.address, PATIENCE) as connection:
+            connection.sendall(self.line("/x_1.deb"))
+            answer = b"".join(iter(lambda: connection.recv(999), b""))
+        self.assertEqual(len(re.findall(rb"(?m)^HTTP/1\.1 ", answer)), 1)
+        self.assertTrue(answer.endswith(b"1" * 100))
+
     def test_what_was_refused_is_named_in_the_log(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
             self.raw(b"CONNECT example.org:22 HTTP/1.1\r\nHost: example.org\r\n\r\n")
@@ -4785,6 +4792,12 @@ class PorchTest(unittest.TestCase):
             process.send_signal(ending)
             self.assertEqual(process.wait(PATIENCE), 0)
         self.assertTrue(os.path.isdir(os.path.join(self.folder, "packages")))
+
+    def test_it_says_who_may_connect_and_warns_root(self):
+        proxy = ProxyProcess(os.path.join(self.folder, "root"), ["--allow", "10.0.0.0/8", "--allow", "loopback"])
+        proxy.stop()
+        self.assertIn("Clients may come from: 10.0.0.0/8, loopback\n", proxy.log())
+        self.assertEqual("Running as root: an account without privileges is enough" in proxy.log(), os.geteuid() == 0)
 
     def test_ctrl_c_stops_it_too(self):
         process, _ = self.start()
