@@ -1999,7 +1999,8 @@ class Store:
 
     def found(self) -> list[str]:
         """The hosts that are stored; OSError where the root cannot be read."""
-        with os.scandir(self.root) as entries:
+        folders = []
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:  # a cleaning rm -rf
             folders = [entry.name for entry in entries if entry.name != BOOKS and entry.is_dir()]
         return sorted(name for name in folders if os.path.isdir(self.head_path(name)[:-len("^head")]))
 

@@ -118,10 +118,11 @@ class Abreast(unittest.TestSuite):
 
 
 def load_tests(loader, tests, pattern):
-    """The doctests of the module come first, what runs real clients in processes of their own last."""
-    here = [suite for suite in tests if not any(isinstance(test, ClientCase) for test in suite)]
-    clients = [suite for suite in tests if any(isinstance(test, ClientCase) for test in suite)]
-    return unittest.TestSuite([doctest.DocTestSuite(pkgproxy), *here, Abreast(clients)])
+    """The doctests of the module come first, what happens in processes of its own last."""
+    apart = (ClientCase, PorchTest, ReadmeTest)
+    here = [suite for suite in tests if not any(isinstance(test, apart) for test in suite)]
+    there = [suite for suite in tests if any(isinstance(test, apart) for test in suite)]
+    return unittest.TestSuite([doctest.DocTestSuite(pkgproxy), *here, Abreast(there)])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1312,6 +1313,10 @@ class StoreTest(StoreCase):
         self.assertEqual(self.get("http://backups/home-2024.01.tar.gz"), b"secret", "a root that is ours")
         self.store = pkgproxy.Store(self.root, trust_bare=False)
         self.assertIsNone(self.get("http://backups/home-2024.01.tar.gz"))
+
+    def test_a_root_that_is_cleaned_this_moment_holds_nothing(self):
+        shutil.rmtree(self.root)
+        self.assertEqual(self.store.found(), [])
 
     def test_links_lead_nowhere(self):
         self.write("elsewhere/secret", b"secret")
