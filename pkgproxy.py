@@ -412,6 +412,14 @@ class NotAllowed(Failure):
     status = 403
 
 
+class TooMuch(ValueError):
+    """A head, or a line of one, that is larger than we take; ``status`` is what a client is told."""
+
+    def __init__(self, sentence: str, status: int = 431) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
 class BadRequest(Failure):
     """The client's message breaks RFC 9112 (400, 414, 431 …): the connection is closed."""
 
@@ -515,7 +523,7 @@ def parse_fields(lines: list[str]) -> Fields:
     (('Host', 'a'), ('X', 'b c'))
     """
     if len(lines) > MAX_FIELDS:
-        raise ValueError("more than %d fields" % MAX_FIELDS)
+        raise TooMuch("more than %d fields" % MAX_FIELDS)
     fields = []
     for line in lines:
         name, colon, text = line.partition(":")
@@ -818,8 +826,7 @@ def parse_request(lines: list[str]) -> Request:
     try:
         fields = parse_fields(lines[1:])
     except ValueError as error:
-        status = 431 if "more than" in str(error) else 400
-        raise BadRequest("A field is not clear: %s." % error, status) from None
+        raise BadRequest("A field is not clear: %s." % error, getattr(error, "status", 400)) from None
     length = request_framing(version, fields)
     target = request_target(method, uri, version, fields)
     if method == "CONNECT" and (length != 0 or value(fields, "Content-Length") is not None):
@@ -1113,6 +1120,13 @@ def confirms(stored: Head, answer: Head) -> bool:
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
+def content_range(answer: Head) -> tuple[int, int, int] | None:
+    """The part [start, stop) that a 206 brings, and the size of the whole (RFC 9110 §14.4); None where it
+    does not say, and for other answers."""
+    match = _CONTENT_RANGE.fullmatch(value(answer.fields, "Content-Range") or "")
+    return (int(match[1]), int(match[2]) + 1, int(match[3])) if match and answer.status == 206 else None
+
+
 def is_rest(answer: Head, head: Head, size: int | None, offset: int) -> bool:
     """Whether an answer is the rest, from ``offset``, of the representation of ``size`` bytes that ``head``
     belongs to.  Bytes of two generations are never spliced."""
@@ -1126,19 +1140,13 @@ def is_rest(answer: Head, head: Head, size: int | None, offset: int) -> bool:
         return False
     if not offset:
         return answer.status == 200 and (size is None or content_length(answer.fields) == size)
-    match = _CONTENT_RANGE.fullmatch(value(answer.fields, "Content-Range") or "")
-    if answer.status != 206 or not match:
+    part = content_range(answer)
+    if part is None:
         return False
-    start, stop, total = int(match[1]), int(match[2]) + 1, int(match[3])
+    start, stop, total = part
     if content_length(answer.fields) not in (None, stop - start):
         return False
     return start == offset and stop == total and size in (None, total)
-
-
-def total_size(answer: Head) -> int | None:
-    """The size of the whole representation that a 206 is a part of (RFC 9110 §14.4), None for others."""
-    match = _CONTENT_RANGE.fullmatch(value(answer.fields, "Content-Range") or "")
-    return int(match[3]) if match and answer.status == 206 else None
 
 
 def strong_date(head: Head) -> str | None:
@@ -2296,12 +2304,13 @@ def read_lines(file: io.BufferedIOBase, limit: int = MAX_HEAD) -> list[str]:
         total += len(line)
         if not line and not lines:
             return []
+        if not line.endswith(b"\r\n") and len(line) > MAX_LINE:
+            what, status = ("a field", 431) if lines else ("a first line", 414)
+            raise TooMuch("%s longer than %d bytes" % (what, MAX_LINE), status)
         if not line.endswith(b"\r\n"):
-            raise ValueError("%s longer than %d bytes" % ("a field" if lines else "a first line", MAX_LINE)
-                             if len(line) > MAX_LINE else
-                             "a head that is cut off" if not line.endswith(b"\n") else "a line without CR")
+            raise ValueError("a line without CR" if line.endswith(b"\n") else "a head that is cut off")
         if total > limit:
-            raise ValueError("a head of more than %d bytes" % limit)
+            raise TooMuch("a head of more than %d bytes" % limit)
         if line == b"\r\n":
             return lines or [""]
         lines.append(line[:-2].decode("latin-1"))
@@ -2375,6 +2384,7 @@ class OriginResponse(http.client.HTTPResponse):
     def _frame(self, version: tuple[int, int], fields: Fields) -> None:
         """Where the body ends (RFC 9112 §6.3)."""
         self.chunked = is_chunked(fields)
+        declared = value(fields, "Content-Length") or ("chunked" if self.chunked else "0")
         if self.chunked and (version < (1, 1) or value(fields, "Content-Length") is not None):
             raise ValueError("Transfer-Encoding with HTTP/1.0 or a Content-Length")
         self.chunk_left = None
@@ -2385,8 +2395,7 @@ class OriginResponse(http.client.HTTPResponse):
             self.length, self.chunked = 0, False
         elif not self.chunked and self.length is None:
             self.will_close = True
-        declared = "content-length" in (name.lower() for name, _ in fields) or is_chunked(fields)
-        if declared and self.length == 0 and value(fields, "Content-Length") != "0":
+        if self.length == 0 and declared != "0":
             self.will_close = True  # an answer without body that declares one: who knows what follows
 
 
@@ -2586,15 +2595,12 @@ class Guard:
 
         The address that is looked at is the one connected to: a name has no second chance to change.
         """
-        passed = [address for address in found if not self._reason(address, forward)]
-        if found and not passed:
-            status, reason = next(filter(None, (self._reason(address, forward) for address in found)))
-            raise Failure("%s %s." % (forward.target.authority, reason), status)
+        reasons = [self._reason(address, forward) for address in found]
+        passed = [address for address, reason in zip(found, reasons) if reason is None]
+        if reasons and reasons[0] is not None and not passed:
+            status, sentence = reasons[0]
+            raise Failure("%s %s." % (forward.target.authority, sentence), status)
         return passed
-
-    def is_for_this_host(self, family: int, address: tuple[Any, ...]) -> bool:
-        """Whether an address is one that only clients on this host may reach; OSError."""
-        return is_guarded(address[0]) or is_own_address(family, address)
 
     def _reason(self, found: tuple[Any, ...], forward: Forward) -> tuple[int, str] | None:
         family, address = found[0], found[4]
@@ -2640,9 +2646,10 @@ class Connection(http.client.HTTPConnection):
         found = self._addresses.find(self.host, self.port, self._forward.within(LOOKUP_WAIT))
         found = self._guard.pass_by(found, self._forward)
         self.sock = connect_any(found, self._forward.within(CONNECT_TIMEOUT))
-        place = self.sock.getpeername()
+        family, place = self.sock.family, self.sock.getpeername()
         self.peer = place[0]
-        self.guarded = self._guard.is_for_this_host(self.sock.family, place)
+        # Who may not go there has not come so far.
+        self.guarded = self._forward.near and (is_guarded(self.peer) or is_own_address(family, place))
         for slower in itertools.takewhile(lambda address: address[4][0] != self.peer, found):
             self._addresses.failed(slower[4][0])
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2917,9 +2924,9 @@ class Origin:
         if not is_rest(response.head, head, size, offset):
             response.close()
             raise Changed("The download cannot be resumed: the origin has another file now.")
-        total = size if size is not None else total_size(response.head)
-        if total is not None:
-            response.expect(total - offset)
+        part = content_range(response.head)
+        if part is not None:
+            response.expect(part[1] - offset)
         return response
 
     def tidy(self) -> None:
@@ -3605,16 +3612,18 @@ class Leader:
 
 
 class Attempts:
-    """When which stored response was last validated in the background, whatever came of it."""
+    """When something was last done to or for each of many (a validation in the background, a line in the
+    log), whatever came of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause: float) -> None:
+        self._pause = pause  # seconds between two
         self._lock = threading.Lock()  # guards _last
-        self._last: dict[str, float] = {}  # by cache key: monotonic
+        self._last: dict[str, float] = {}  # by cache key, or address: monotonic
 
     def due(self, key: str, now: float) -> bool:
         """Whether it is time for an attempt, which counts as made."""
         with self._lock:
-            if now - self._last.get(key, -math.inf) < REFRESH_PAUSE:
+            if now - self._last.get(key, -math.inf) < self._pause:
                 return False
             if len(self._last) >= MAX_ATTEMPTS:
                 self._last.clear()  # costs some attempts more, no memory
@@ -3689,7 +3698,7 @@ class Proxy:
                         self._refresh_companions)
         self._leader = Leader(store, self._origin, self._troubles, filler)
         self._refreshers = threading.BoundedSemaphore(MAX_REFRESHERS)
-        self._attempts = Attempts()
+        self._attempts = Attempts(REFRESH_PAUSE)
 
     def respond(self, request: Request) -> Reply:
         """The reply to a request; Failure where there is none to be had."""
@@ -4221,9 +4230,7 @@ class RequestReader:
                     lines = read_lines(self.file)
                 return lines
         except ValueError as error:
-            status = next((status for words, status in (
-                ("more than", 431), ("a field longer", 431), ("longer", 414)) if words in str(error)), 400)
-            raise BadRequest("The head is not clear: %s." % error, status) from None
+            raise BadRequest("The head is not clear: %s." % error, getattr(error, "status", 400)) from None
         except (socket.timeout, TimeoutError):
             raise BadRequest("The head did not come within %d s." % REQUEST_WAIT, 408) from None
 
@@ -4419,25 +4426,6 @@ def address_family(host: str) -> tuple[socket.AddressFamily, bool]:
     return (socket.AF_INET6 if ":" in host else socket.AF_INET), False
 
 
-class Refusals:
-    """Who was refused lately, so that the log tells of each client once in a while."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _told
-        self._told: dict[str, float] = {}  # by address: monotonic
-
-    def is_news(self, address: str) -> bool:
-        """Whether the log shall tell of it."""
-        now = time.monotonic()
-        with self._lock:
-            if now - self._told.get(address, -REFUSAL_PAUSE) < REFUSAL_PAUSE:
-                return False
-            if len(self._told) >= MAX_ATTEMPTS:
-                self._told.clear()  # costs some lines more, no memory
-            self._told[address] = now
-            return True
-
-
 class ProxyServer(http.server.ThreadingHTTPServer):
     """Listens on one address; a thread a connection."""
 
@@ -4449,7 +4437,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.proxy = proxy
         self.room = room or Room(MAX_CONNECTIONS)
         self._ids = log_ids
-        self._refusals = Refusals()
+        self._refusals = Attempts(REFUSAL_PAUSE)
         self._lock = threading.Lock()  # guards _replying
         self._replying = 0
         self.address_family, self._both = address_family(address[0])
@@ -4581,7 +4569,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if reply.counted and reply.head.status in (200, 206):
             self.proxy.counters.add_cache(max(0, sent - reply.body.uncached))
         detail = reply.cache_status.detail
-        if isinstance(reply.failure, NotAllowed) and not self._refusals.is_news(request.client):
+        if isinstance(reply.failure, NotAllowed) and not self._refusals.due(request.client, time.monotonic()):
             return
         log.info("[%3d] %s %s %s %d %d bytes %.3f s %s%s%s", next(self._ids), request.client,
                  printable(request.method), shown(request.uri), reply.head.status, sent, took,

@@ -3183,25 +3183,13 @@ class FaultTest(ProxyCase):
         self.here.callback(gate.open)
         return self.answer(gate)
 
-    @fault("it closes without an answer", 502)
-    def _(self):
-        return self.answer(b"")
-
-    @fault("it answers garbage", 502)
-    def _(self):
-        return self.answer(b"220 mail.example.org ESMTP\r\n\r\n")
-
-    @fault("its head is cut off before the blank line", 502)
-    def _(self):
-        return self.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX: y\r\n")
-
-    @fault("its head ends its lines in bare LF", 502)
-    def _(self):
-        return self.answer(b"HTTP/1.1 200 OK\nContent-Length: 5\n\nwrong")
-
-    @fault("it declares two lengths", 502)
-    def _(self):
-        return self.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nwrong!")
+    for _what, _data in (
+            ("it closes without an answer", b""),
+            ("it answers garbage", b"220 mail.example.org ESMTP\r\n\r\n"),
+            ("its head is cut off before the blank line", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX: y\r\n"),
+            ("its head ends its lines in bare LF", b"HTTP/1.1 200 OK\nContent-Length: 5\n\nwrong"),
+            ("it declares two lengths", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nwrong!")):
+        fault(_what, 502)(lambda self, data=_data: self.answer(data))
 
     @fault("it sends 103 Early Hints first")
     def _(self):
