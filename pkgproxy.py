@@ -96,7 +96,7 @@ import time
 import urllib.parse
 from collections.abc import Iterable, Iterator
 from email.utils import formatdate
-from typing import Any, Callable, Protocol, Union
+from typing import Any, Callable, NamedTuple, Protocol, Union
 
 try:
     import fcntl
@@ -133,6 +133,7 @@ MAX_LOG_LINES = 10_000  # that wait to be written; what is more is lost
 MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for the original
 CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that moves them
 SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
+SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
 
 # Times, all in seconds.
 NEXT_ADDRESS = 0.25  # a try of another address of the same name: RFC 8305 §8 recommends it
@@ -187,6 +188,10 @@ class Config:
     filters: tuple[re.Pattern[str], ...] = ()  # parsed from filters_file, at start and on SIGHUP
     pseudonym: str = "pkgproxy"  # our name in Via and Cache-Status (RFC 9110 §7.6.3)
 
+    def __hash__(self) -> int:
+        """Enough to remember results by."""
+        return hash(self.pseudonym)
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -236,6 +241,10 @@ class Request:
     own: bool = False  # for our own pages
     near: bool = False  # the client is on this host
 
+    def __hash__(self) -> int:
+        """Enough to remember results by: a body has none, and all fields take long."""
+        return hash(self.uri)
+
 
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -253,6 +262,10 @@ class Head:
     mtime_ns: int = 0  # of the body it describes: with size, the body's name (DESIGN §4)
     boot: str = ""  # of the machine, where its body may not have reached the disk yet
     guarded: bool = False  # it came from where only clients on this host may go: it is for them alone
+
+    def __hash__(self) -> int:
+        """Enough to remember results by."""
+        return hash((self.key, self.mtime_ns, self.received))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -939,6 +952,7 @@ def plain_address(text: str) -> str:
     return text[len("::ffff:"):] if text.startswith("::ffff:") and "." in text else text
 
 
+@functools.lru_cache(REMEMBERED)
 def may_come_in(address: str, allow: Iterable[str]) -> bool:
     """Whether a client's address is in the allowed networks.
 
@@ -1093,6 +1107,13 @@ def current_age(head: Head, now: float) -> int:
     age = seconds(ages[0]) if len(ages) == 1 and ages[0].isdigit() and head.received - now < 60 else 2**31
     corrected = age + max(0.0, head.received - head.requested)
     return int(max(apparent, corrected) + max(0.0, now - head.received))
+
+
+def aged(head: Head, now: float) -> Head:
+    """A stored response's head as it is served now (RFC 9111 §5.1)."""
+    fields = without(head.fields, ("accept-ranges", "age"))
+    return dataclasses.replace(head, fields=fields + (
+        ("Accept-Ranges", "bytes"), ("Age", str(current_age(head, now)))))
 
 
 def freshened(stored: Head, answer: Head) -> Head:
@@ -1569,15 +1590,20 @@ def wants_open(request: Request) -> bool:
     return "close" not in options and (request.version >= (1, 1) or "keep-alive" in options)
 
 
-def sent_head(reply: Reply, request: Request, framing: Framing, close: bool, config: Config,
-              now: float) -> bytes:
-    """The head of a reply as it leaves: with framing, Via, Cache-Status and Date."""
-    head, length = reply.head, reply.body.length
-    status = [*values(head.fields, "Cache-Status"), cache_status_field(reply.cache_status)]
+def dated(head: Head, now: float) -> Head:
+    """A head with Date (RFC 9110 §6.6.1): its own, or now."""
+    if value(head.fields, "Date") is not None:
+        return head
+    return dataclasses.replace(head, fields=head.fields + (("Date", http_date(now)),))
+
+
+def sent_head(request: Request, head: Head, length: int | None, cache_status: CacheStatus, close: bool,
+              config: Config) -> bytes:
+    """The head of a reply with a body of ``length`` bytes as it leaves: with framing, Via, Cache-Status."""
+    framing = reply_framing(request, head, length)
+    status = [*values(head.fields, "Cache-Status"), cache_status_field(cache_status)]
     fields = without(head.fields, ("via", "cache-status"))
     fields += (("Via", via(head.fields, (1, 1), config)), ("Cache-Status", ", ".join(status)))
-    if value(fields, "Date") is None:
-        fields += (("Date", http_date(now)),)  # RFC 9110 §6.6.1
     if framing is Framing.CHUNKED:
         fields += (("Transfer-Encoding", "chunked"),)
     elif framing is Framing.LENGTH:
@@ -2259,8 +2285,9 @@ class Barrier:
 class TimedFile(io.RawIOBase):
     """The bytes of a socket, up to a deadline: a drip of single bytes must not hold a thread for ever."""
 
-    def __init__(self, sock: socket.socket, patience: float) -> None:
+    def __init__(self, sock: socket.socket, patience: float, early: bytes = b"") -> None:
         super().__init__()
+        self.early = early  # has been received, and not been read
         self._sock = sock
         self._file = sock.makefile("rb", buffering=0)
         self._patience = patience  # seconds of silence
@@ -2278,6 +2305,10 @@ class TimedFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int | None:
         """Read what comes; socket.timeout."""
+        if self.early:
+            size = min(len(buffer), len(self.early))
+            buffer[:size], self.early = self.early[:size], self.early[size:]
+            return size
         if self._deadline is not None:
             left = self._deadline - time.monotonic()
             if left <= 0:
@@ -2970,11 +3001,10 @@ class Origin:
             else:
                 connection.close()
 
-        received, fields = time.time(), raw.pairs
-        if value(fields, "Date") is None:
-            fields += (("Date", http_date(received)),)  # RFC 9110 §6.6.1
-        head = Head(raw.status, raw.reason, fields, final=forward.target.uri, requested=requested,
+        received = time.time()
+        head = Head(raw.status, raw.reason, raw.pairs, final=forward.target.uri, requested=requested,
                     received=received, guarded=connection.guarded)
+        head = dated(head, received)
         broke_off = functools.partial(self._addresses.failed, connection.peer)
         return Response(head, raw, give_back, self._count, broke_off)
 
@@ -3008,20 +3038,16 @@ class Counters:
         with self._lock:
             self._down += count
 
-    def add_cache(self, count: int) -> None:
-        """Body bytes from the cache."""
-        with self._lock:
-            self._cache += count
-
     def add_tunnel(self, count: int) -> None:
         """Bytes through tunnels, both ways together."""
         with self._lock:
             self._tunnel += count
 
-    def add(self, outcome: Outcome) -> None:
-        """One answer."""
+    def add(self, outcome: Outcome, cached: int = 0) -> None:
+        """One answer, with so many body bytes from the cache."""
         with self._lock:
             self._outcomes[outcome] += 1
+            self._cache += cached
 
     def snapshot(self) -> dict[str, Any]:
         """All of them at one moment."""
@@ -3292,14 +3318,64 @@ def look_up(store: Store, request: Request) -> Stored | None:
     return stored
 
 
+def check_way(request: Request, config: Config) -> None:
+    """Failure where a request has come in a circle, or may not go where it wants."""
+    if is_loop(request, config):
+        raise Failure("The request has come through this proxy before: its target leads back here.", 508)
+    if not request.near and is_guarded_name(request.target.host):
+        raise Failure("Only the proxy's own host may reach %s through it." % request.target.host, 403)
+
+
 def from_store(request: Request, stored: Stored, status: CacheStatus, now: float,
                instead: Callable[[Exception], Reply] | None = None) -> Reply:
     """A reply from a stored body: preconditions, ranges, Age (RFC 9111 §5.1)."""
-    fields = without(stored.head.fields, ("accept-ranges", "age"))
-    fields += (("Accept-Ranges", "bytes"), ("Age", str(current_age(stored.head, now))))
-    head = dataclasses.replace(stored.head, fields=fields)
-    selection = select_response(request, head, stored.head.size, secrets.token_hex(12))
+    selection = select_response(request, aged(stored.head, now), stored.head.size, secrets.token_hex(12))
     return Reply(selection.head, FileBody(stored, selection), status, True, instead)
+
+
+class AtHand(NamedTuple):
+    """A small reply from the store, as it leaves."""
+
+    head: bytes
+    span: tuple[int, int]  # of the stored body
+    status: int
+    cache_status: CacheStatus
+    close: bool  # the connection, after it
+
+
+@functools.lru_cache(REMEMBERED // 4)
+def at_hand(request: Request, stored: Head, config: Config, now: float) -> AtHand | None:
+    """The reply to a request from a stored response, where it is small and there is nobody to ask; a pure
+    function, remembered because a fleet asks for the same thing in the same moment."""
+    with contextlib.suppress(Failure):
+        check_way(request, config)
+        decision = decide(request, stored, config, now)
+        selection = select_response(request, aged(stored, now), stored.size, "")
+        spans = () if request.method == "HEAD" else selection.spans
+        span = spans[0] if spans else (0, 0)
+        if decision.action is not Action.SERVE or decision.refresh or len(spans) > 1 \
+                or isinstance(span, bytes) or span[1] - span[0] > SMALL:
+            return None
+        close, status = not wants_open(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
+        head = sent_head(request, selection.head, selection.length, status, close, config)
+        return AtHand(head, span, selection.head.status, status, close)
+    return None
+
+
+def read_now(file: io.FileIO, start: int, stop: int) -> bytes | None:
+    """A part of a file, None where it is not in memory (as far as the system tells) or not there."""
+    buffer = bytearray(stop - start)
+    try:
+        try:
+            count = os.preadv(file.fileno(), [buffer], start, os.RWF_NOWAIT)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, BlockingIOError):
+                return None
+            file.seek(start)
+            count = file.readinto(buffer) or 0
+    except OSError:
+        return None
+    return bytes(buffer) if count == stop - start else None
 
 
 def from_partial(request: Request, head: Head, flight: Flight, partial: Partial, status: CacheStatus,
@@ -3675,12 +3751,43 @@ class Sweeper:
             self._wake.wait(SWEEP_EVERY)
 
 
-def check_way(request: Request, config: Config) -> None:
-    """Failure where a request has come in a circle, or may not go where it wants."""
-    if is_loop(request, config):
-        raise Failure("The request has come through this proxy before: its target leads back here.", 508)
-    if not request.near and is_guarded_name(request.target.host):
-        raise Failure("Only the proxy's own host may reach %s through it." % request.target.host, 403)
+class Refresher:
+    """Validations that no client waits for.  For the caller: refresh, renew."""
+
+    def __init__(self, respond: Callable[[Request], Reply], barrier: Barrier) -> None:
+        self._respond = respond
+        self._barrier = barrier
+        self._running = threading.BoundedSemaphore(MAX_REFRESHERS)
+        self._attempts = Attempts(REFRESH_PAUSE)
+
+    def refresh(self, target: Target, key: str, vary: Fields, near: bool) -> None:
+        """Validate a stored response in the background; not at all where there is too much of that, or has
+        been for this one lately."""
+        if not self._attempts.due(key, time.monotonic()) or self._barrier.flying(key):
+            return
+        if not self._running.acquire(blocking=False):
+            return
+        fields = (("Host", target.authority), ("Cache-Control", "no-cache")) + vary
+        request = Request("GET", target.uri, target, fields, received=time.time(), key=key, near=near)
+        try:
+            threading.Thread(target=self._run, args=(request,), daemon=True).start()
+        except RuntimeError:
+            self._running.release()
+
+    def renew(self, target: Target, key: str, vary: Fields, near: bool) -> None:
+        """The same, whatever has been tried lately."""
+        self._attempts.forget(key)
+        self.refresh(target, key, vary, near)
+
+    def _run(self, request: Request) -> None:
+        try:
+            with contextlib.closing(self._respond(request).body) as body:
+                for _ in body.parts():  # to its end, so that so many downloads go on at one time
+                    pass
+        except (Failure, OSError) as failure:
+            log.debug("%s was not validated: %s", request.key, failure)
+        finally:
+            self._running.release()
 
 
 class Proxy:
@@ -3695,10 +3802,9 @@ class Proxy:
         self.sweeper = Sweeper(store)
         self._troubles = Troubles(self.sweeper.wake)
         filler = Filler(self._barrier, self._origin, self._troubles, Orphans(config.max_orphans),
-                        self._refresh_companions)
+                        self._updated)
         self._leader = Leader(store, self._origin, self._troubles, filler)
-        self._refreshers = threading.BoundedSemaphore(MAX_REFRESHERS)
-        self._attempts = Attempts(REFRESH_PAUSE)
+        self._refresher = Refresher(self.respond, self._barrier)
 
     def respond(self, request: Request) -> Reply:
         """The reply to a request; Failure where there is none to be had."""
@@ -3710,7 +3816,7 @@ class Proxy:
         decision = decide(request, stored.head if stored else None, config, time.time())
         if decision.action is Action.SERVE and stored is not None:
             if decision.refresh:
-                self._refresh(request.target, request.key, stored.head.vary, request.near)
+                self._refresher.refresh(request.target, request.key, stored.head.vary, request.near)
             return from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl), time.time(),
                               functools.partial(self._unread, request, decision))
         _close(stored)
@@ -3720,6 +3826,16 @@ class Proxy:
         if decision.action is Action.PASS or self._passes_range(request, decision):
             return self._pass(request, decision, config)
         return self._join(request, decision, config)
+
+    def at_hand(self, request: Request) -> tuple[AtHand, bytes] | None:
+        """The reply to a request as it leaves, and its body, where nothing has to be waited for."""
+        stored = look_up(self._store, request)
+        if stored is None:
+            return None
+        with contextlib.closing(stored):
+            ready = at_hand(request, stored.head, self.config, float(int(time.time())))
+            body = read_now(stored.file, *ready.span) if ready else None
+        return None if ready is None or body is None else (ready, body)
 
     def listens_on(self, port: int) -> None:
         """What leads back to this port of ours is a loop."""
@@ -3829,42 +3945,14 @@ class Proxy:
             status = CacheStatus(Outcome.STALE, decision.forward, detail="the origin cannot be asked")
         return from_store(request, stored, status, time.time())
 
-    # Validations that no client waits for
-
-    def _refresh(self, target: Target, key: str, vary: Fields, near: bool) -> None:
-        """Validate a stored response in the background; not at all where there is too much of that, or has
-        been for this one lately."""
-        if not self._attempts.due(key, time.monotonic()) or self._barrier.flying(key):
-            return
-        if not self._refreshers.acquire(blocking=False):
-            return
-        fields = (("Host", target.authority), ("Cache-Control", "no-cache")) + vary
-        request = Request("GET", target.uri, target, fields, received=time.time(), key=key,
-                          near=near)
-        try:
-            threading.Thread(target=self._refresh_now, args=(request,), daemon=True).start()
-        except RuntimeError:
-            self._refreshers.release()
-
-    def _refresh_now(self, request: Request) -> None:
-        try:
-            with contextlib.closing(self.respond(request).body) as body:
-                for _ in body.parts():  # to its end, so that so many downloads go on at one time
-                    pass
-        except (Failure, OSError) as failure:
-            log.debug("%s was not validated: %s", request.key, failure)
-        finally:
-            self._refreshers.release()
-
-    def _refresh_companions(self, forward: Forward) -> None:
+    def _updated(self, forward: Forward) -> None:
         """A new generation of an index is here: let its stored signatures be of the same."""
         if classify(cache_key(forward.target)) is NameClass.INDEX:
             for other in companions(forward.target):
                 stored = self._store.lookup(cache_key(other))
                 if stored is not None:
                     stored.close()
-                    self._attempts.forget(cache_key(other))
-                    self._refresh(other, cache_key(other), stored.head.vary, forward.near)
+                    self._refresher.renew(other, cache_key(other), stored.head.vary, forward.near)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4040,22 +4128,74 @@ def has_gone(sock: socket.socket) -> bool:
         return True
 
 
-@dataclasses.dataclass(frozen=True)
+@functools.lru_cache(REMEMBERED // 4)
+def parse_head(data: bytes, near: bool) -> Request:
+    """The request that a whole head makes, for a client on this host or elsewhere; BadRequest, ValueError."""
+    return dataclasses.replace(parse_request(read_lines(io.BytesIO(data))), near=near)
+
+
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+
+
+def head_end(data: bytes, seen: int = 0) -> int:
+    """Where the first head in ``data`` ends: 0 where more must come, -1 where no more is worth waiting for.
+    Of ``data``, so much has been ``seen`` before."""
+    end = data.find(b"\r\n\r\n", max(0, seen - 3))
+    if end >= 0:
+        return end + 4
+    long = len(data) > MAX_HEAD or len(data) - data.rfind(b"\n") > MAX_LINE + 2
+    return -1 if long or _BARE_LF.search(data, max(0, seen - 1)) else 0
+
+
+class Sent(NamedTuple):
+    """What has left of an answer."""
+
+    size: int  # bytes of its body
+    cached: int  # of which no origin had to send for it
+    took: float  # seconds
+    whole: bool
+    quiet: bool = False  # nothing to log
+
+
+@dataclasses.dataclass
+class Outgoing:
+    """An answer of the lobby's."""
+
+    request: Request
+    ready: AtHand
+    body: bytes
+    left: bytes  # still to be sent, head and body
+    began: float  # monotonic
+
+
 class Visitor:
-    """A connection that has been accepted."""
+    """A client's connection, as long as it lasts.  One thread at a time has to do with it."""
 
-    connection: socket.socket
-    address: Any  # as accept() tells it
-    begin: Callable[[Visitor], None]
+    def __init__(self, connection: socket.socket, address: Any, begin: Callable[[Visitor], None]) -> None:
+        self.connection = connection
+        self.address = address  # as accept() tells it
+        self.host = plain_address(address[0])
+        self.begin = begin  # to be called when it is admitted
+        self.early = b""  # has come, and has not been read
+        self.answered = False  # whether it has had an answer
+        self.waiting = False  # for its next request, or the rest of its head, and no thread serves it
+        self.since = time.monotonic()  # when it began to wait for that
+        self.stays = False  # the connection, when no thread serves it any more
+        self.outgoing: Outgoing | None = None  # the lobby's answer, while it is being sent
 
-    @property
-    def host(self) -> str:
-        """The client's address."""
-        return str(self.address[0])
+    @functools.cached_property
+    def local(self) -> str:
+        """Our address by which it reached us."""
+        return plain_address(self.connection.getsockname()[0])
+
+    @functools.cached_property
+    def near(self) -> bool:
+        """Whether it is on this host."""
+        return self.host == self.local or is_this_host(self.host)
 
 
 class Room:
-    """A bound on connections: each takes a thread and up to four descriptors.
+    """A bound on connections: each may take a thread and up to four descriptors.
 
     When there is no room, the one that has been idle longest makes place for the next, then the one that
     has taken longest over its request head; where none is, the next waits.  One client has no more than
@@ -4065,33 +4205,30 @@ class Room:
     def __init__(self, most: int) -> None:
         self.most = most
         self.tunnels = threading.BoundedSemaphore(max(2, most // 2))  # they can't be spared
-        self._changed = threading.Condition()  # guards all below
+        self._lock = threading.Lock()  # guards all below
         self._count = 0
-        self._visitors: dict[socket.socket, Visitor] = {}
+        self._visitors: set[Visitor] = set()
         self._hosts: dict[str, int] = {}  # connections by client
-        # Those that wait for a request: whether it is the first or has begun, and since when (monotonic).
-        self._waiting: dict[socket.socket, tuple[bool, float]] = {}
         self._parked: list[Visitor] = []
-        self._closing = False
+        self._leaving: set[Visitor] = set()  # have been shed, and still count
 
     def enter(self) -> bool:
-        """Take room for one connection more; False where there is none after a short wait."""
-        with self._changed:
-            if self._count >= self.most and not self._closing:
+        """Take room for one connection more; False where there is none yet."""
+        with self._lock:
+            free = self._count < self.most
+            if not free:
                 self._shed()
-                self._changed.wait(HALF_HEAD / 2)
-            free = self._count < self.most or self._closing
             self._count += free
             return free
 
     def give_up(self) -> None:
         """Nobody came in."""
-        with self._changed:
+        with self._lock:
             self._count -= 1
 
     def admit(self, visitor: Visitor) -> bool:
         """Serve a visitor, or park him; False where even that is too much."""
-        with self._changed:
+        with self._lock:
             admitted = self._hosts.get(visitor.host, 0) < self._share()
             if admitted:
                 self._take(visitor)
@@ -4104,21 +4241,21 @@ class Room:
             visitor.begin(visitor)
         return True
 
-    def leave(self, connection: socket.socket) -> None:
+    def leave(self, visitor: Visitor) -> None:
         """A connection has ended."""
-        with self._changed:
+        with self._lock:
             self._count -= 1
-            visitor = self._visitors.pop(connection, None)
-            if visitor is not None:
+            self._leaving.discard(visitor)
+            if visitor in self._visitors:
+                self._visitors.remove(visitor)
                 self._hosts[visitor.host] -= 1
                 if not self._hosts[visitor.host]:
                     del self._hosts[visitor.host]
-            self._changed.notify_all()
 
     def relieve(self) -> None:
         """Serve those who were parked, where there is place for them; make it where it can be spared."""
         following, gone, stuck = [], [], set()
-        with self._changed:
+        with self._lock:
             parked, self._parked = self._parked, []
             for visitor in parked:
                 if visitor.host in stuck:
@@ -4141,10 +4278,8 @@ class Room:
 
     def close(self) -> None:
         """Nobody waits any more."""
-        with self._changed:
-            self._closing = True
+        with self._lock:
             parked, self._parked = self._parked, []
-            self._changed.notify_all()
         for visitor in parked:
             visitor.connection.close()
 
@@ -4152,62 +4287,308 @@ class Room:
         return max(4, self.most // 2)
 
     def _take(self, visitor: Visitor) -> None:
-        self._visitors[visitor.connection] = visitor
+        self._visitors.add(visitor)
         self._hosts[visitor.host] = self._hosts.get(visitor.host, 0) + 1
 
     def _shed(self, host: str | None = None, most: int = 1) -> None:
         """Close the connections (of one client) that can be spared best, as far as there are any."""
         now = time.monotonic()
-        spare = [(kind, since, sock) for sock, (kind, since) in self._waiting.items()
-                 if (not kind or now - since > HALF_HEAD)
-                 and (host is None or sock in self._visitors and self._visitors[sock].host == host)]
-        closed = 0
-        for _, _, sock in sorted(spare, key=lambda row: row[:2]):
-            if not select_readable(sock, 0):
-                del self._waiting[sock]
+        spare = [visitor for visitor in self._visitors if visitor.waiting and host in (None, visitor.host)
+                 and (not visitor.early and visitor.answered or now - visitor.since > HALF_HEAD)]
+        spare.sort(key=lambda visitor: (bool(visitor.early) or not visitor.answered, visitor.since))
+        most -= sum(host in (None, visitor.host) for visitor in self._leaving)
+        for visitor in spare:
+            if most > 0 and visitor not in self._leaving and not select_readable(visitor.connection, 0):
                 with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-                closed += 1
-                if closed == most:
-                    return
+                    visitor.connection.shutdown(socket.SHUT_RDWR)
+                self._leaving.add(visitor)
+                most -= 1
+
+
+class Desk:
+    """Answers requests, counts and logs the answers, for all servers of a process.
+
+    For the handlers: refusal, reply_to, tunnelling, note, note_tunnel.  For the lobbies: answer, told.
+    """
+
+    def __init__(self, proxy: Proxy, log_ids: Iterator[int], room: Room) -> None:
+        self.proxy = proxy
+        self.room = room
+        self._ids = log_ids
+        self._refusals = Attempts(REFUSAL_PAUSE)
+
+    def refusal(self, client: str, local: str) -> Failure | None:
+        """Why a client may not come in; ``local`` is our address by which it came."""
+        if client == local or may_come_in(client, self.proxy.config.allow):
+            return None
+        return NotAllowed("%s may not use this proxy; its operator can add --allow." % client)
+
+    def _check_client(self, request: Request) -> None:
+        refusal = self.refusal(request.client, request.local)
+        if refusal is not None:
+            raise refusal
 
     @contextlib.contextmanager
-    def waiting(self, connection: socket.socket, idle: bool) -> Iterator[None]:
-        """While a connection waits for its next request, or for the rest of its head."""
-        with self._changed:
-            self._waiting[connection] = (not idle, time.monotonic())
+    def tunnelling(self, request: Request) -> Iterator[socket.socket]:
+        """The connection that a CONNECT asks for, while its tunnel lasts; Failure."""
+        self._check_client(request)
+        if not self.room.tunnels.acquire(blocking=False):
+            raise Failure("Too many tunnels are open.", 503)
         try:
-            yield
+            with self.proxy.dial(request) as origin:
+                yield origin
         finally:
-            with self._changed:
-                self._waiting.pop(connection, None)
+            self.room.tunnels.release()
+
+    def reply_to(self, request: Request, authority: str) -> Reply:
+        """Our own page, or the proxy's reply; Failure.  ``authority``: where we listen."""
+        self._check_client(request)
+        if not request.own:
+            return self.proxy.respond(request)
+        if request.method == "OPTIONS":
+            return last_stop(request)
+        if request.method not in ("GET", "HEAD"):
+            raise Failure("Our own pages are for GET and HEAD.", 405)
+        authority = value(request.fields, "Host") or authority
+        page = own_page(request.uri, authority, self.snapshot)
+        if page is None:
+            raise Failure("There is no such page here. To fetch through this proxy, set http_proxy=http://%s/"
+                          % authority, 404)
+        return Reply(own_head(200, page[0]), BytesBody(page[1]), CacheStatus(Outcome.OWN))
+
+    def snapshot(self) -> dict[str, Any]:
+        """The counters, with the command line as Go's expvar has it."""
+        return {"cmdline": sys.argv, **self.proxy.counters.snapshot()}
+
+    def note(self, request: Request, reply: Reply, sent: int, took: float, whole: bool) -> None:
+        """Count and log one answer."""
+        counted = reply.counted and reply.head.status in (200, 206)
+        cached = max(0, sent - reply.body.uncached) if counted else 0
+        quiet = isinstance(reply.failure, NotAllowed) and not self._refusals.due(
+            request.client, time.monotonic())
+        self._note(request.client, request, reply.head.status, reply.cache_status,
+                   Sent(sent, cached, took, whole, quiet))
+
+    def _note(self, client: str, request: Request, status: int, cache_status: CacheStatus,
+              sent: Sent) -> None:
+        self.proxy.counters.add(cache_status.outcome, sent.cached)
+        if sent.quiet:
+            return
+        detail = cache_status.detail
+        log.info("[%3d] %s %s %s %d %d bytes %.3f s %s%s%s", next(self._ids), client,
+                 printable(request.method), shown(request.uri), status, sent.size, sent.took,
+                 cache_status.outcome.value, " (%s)" % printable(detail) if detail else "",
+                 "" if sent.whole else ", broken off")
+
+    def note_tunnel(self, request: Request, head: Head, count: int, took: float, whole: bool) -> None:
+        """Count and log one tunnel."""
+        self.proxy.counters.add_tunnel(count)
+        self.note(request, Reply(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), count, took, whole)
+
+    def answer(self, visitor: Visitor, size: int) -> Outgoing | None:
+        """The answer to a request with a head so long, where it is at hand."""
+        began = time.monotonic()
+        if size > SHORT_HEAD or self.refusal(visitor.host, visitor.local):
+            return None
+        try:
+            request = parse_head(visitor.early[:size], visitor.near)
+        except (Failure, ValueError):
+            return None
+        if request.own or request.length != 0 or request.method not in ("GET", "HEAD"):
+            return None
+        found = self.proxy.at_hand(request)
+        return Outgoing(request, *found, found[0].head + found[1], began) if found else None
+
+    def told(self, visitor: Visitor, outgoing: Outgoing, whole: bool) -> None:
+        """Count and log an answer of the lobby's."""
+        ready, sent = outgoing.ready, max(0, len(outgoing.body) - len(outgoing.left))
+        self._note(visitor.host, outgoing.request, ready.status, ready.cache_status,
+                   Sent(sent, sent, time.monotonic() - outgoing.began, whole))
+
+
+class Host(Protocol):
+    """Whose lobby it is."""
+
+    desk: Desk
+
+    def attend(self, visitor: Visitor) -> None:
+        """Serve a visitor, however long it takes; in a thread, that is."""
+
+    def shutdown_request(self, request: Any) -> None:
+        """A visitor leaves."""
+
+
+class Lobby:
+    """Where visitors wait whom no thread serves: one selector, and one thread, for all of them.
+
+    What they ask for that is at hand they get on the spot.  For all that may take longer they go to a
+    thread, and come back.  For the caller: welcome, ring and close, from any thread; the rest from one.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._visitors: set[Visitor] = set()
+        self._coming: queue.SimpleQueue[Visitor] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = 0  # that attends
+        self._selector = selectors.DefaultSelector()
+        self._bell, self._button = socket.socketpair()
+        for sock in (self._bell, self._button):
+            sock.setblocking(False)
+        self._selector.register(self._bell, selectors.EVENT_READ, self._let_in)
+
+    def welcome(self, visitor: Visitor) -> None:
+        """Let a visitor wait for its next request."""
+        self._coming.put(visitor)
+        if self._thread == threading.get_ident() or self._closed:
+            self._let_in()
+        else:
+            self.ring()
+
+    def ring(self) -> None:
+        """Let attend() return."""
+        with contextlib.suppress(OSError):  # it rings already, or it has been closed
+            self._button.send(b"\0")
+
+    def listen(self, sock: socket.socket, accept: Callable[[], None]) -> None:
+        """Call ``accept`` whenever a connection waits at this socket."""
+        if sock not in self._selector.get_map():
+            self._selector.register(sock, selectors.EVENT_READ, accept)
+
+    def pause(self, sock: socket.socket) -> None:
+        """Let connections wait there."""
+        if sock in self._selector.get_map():
+            self._selector.unregister(sock)
+
+    def attend(self, timeout: float) -> None:
+        """Serve who wants something now, or within ``timeout`` seconds."""
+        self._thread = threading.get_ident()
+        for key, _ in self._selector.select(timeout):
+            if not isinstance(key.data, Visitor):
+                key.data()
+            elif key.data.outgoing:
+                self._send(key.data, key.data.outgoing)
+                self._answer(key.data)
+            else:
+                self._hear(key.data)
+
+    @property
+    def sending(self) -> int:
+        """Answers of its own under way."""
+        return sum(visitor.outgoing is not None for visitor in tuple(self._visitors))
+
+    def expire(self, now: float) -> None:
+        """See off who has waited for too long; ``now`` is monotonic."""
+        for visitor in tuple(self._visitors):
+            waited = now - visitor.since
+            if visitor.outgoing and waited > CLIENT_TIMEOUT:
+                self._host.desk.told(visitor, visitor.outgoing, whole=False)
+                self._see_off(visitor)
+            elif visitor.early and not visitor.outgoing and waited > REQUEST_WAIT:
+                self._hand_over(visitor)  # it is told so
+            elif not visitor.outgoing and waited > (IDLE_TIMEOUT if visitor.answered else REQUEST_WAIT):
+                self._see_off(visitor)
+
+    def close(self) -> None:
+        """See everybody off."""
+        self._closed = True
+        self._let_in()
+        for visitor in tuple(self._visitors):
+            self._see_off(visitor)
+        for thing in (self._selector, self._bell, self._button):
+            thing.close()
+
+    def _let_in(self) -> None:
+        with contextlib.suppress(OSError):
+            self._bell.recv(4096)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                visitor = self._coming.get_nowait()
+                if self._closed:
+                    self._host.shutdown_request(visitor)
+                    continue
+                visitor.connection.setblocking(False)
+                self._selector.register(visitor.connection, selectors.EVENT_READ, visitor)
+                self._visitors.add(visitor)
+                visitor.waiting = True
+
+    def _let_out(self, visitor: Visitor) -> None:
+        visitor.waiting = False
+        self._visitors.discard(visitor)
+        self._selector.unregister(visitor.connection)
+
+    def _see_off(self, visitor: Visitor) -> None:
+        self._let_out(visitor)
+        self._host.shutdown_request(visitor)
+
+    def _hand_over(self, visitor: Visitor) -> None:
+        self._let_out(visitor)
+        self._host.attend(visitor)
+
+    def _hear(self, visitor: Visitor) -> None:
+        try:
+            data = visitor.connection.recv(SMALL)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._see_off(visitor)
+            return
+        if not visitor.early:
+            visitor.since = time.monotonic()
+        seen, visitor.early = len(visitor.early), visitor.early + data
+        self._answer(visitor, seen)
+
+    def _answer(self, visitor: Visitor, seen: int = 0) -> None:
+        """Answer what can be answered on the spot, request after request."""
+        while visitor.early and visitor.waiting and not visitor.outgoing:
+            size = head_end(visitor.early, seen)
+            if not size:
+                return
+            outgoing = self._host.desk.answer(visitor, size) if size > 0 else None
+            if outgoing is None:
+                self._hand_over(visitor)
+                return
+            visitor.early, seen = visitor.early[size:], 0
+            self._send(visitor, outgoing)
+
+    def _send(self, visitor: Visitor, outgoing: Outgoing) -> None:
+        """Send what can be sent now, and note when that was all."""
+        waited, visitor.outgoing = visitor.outgoing is not None, outgoing
+        try:
+            outgoing.left = outgoing.left[visitor.connection.send(outgoing.left):]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self._host.desk.told(visitor, outgoing, whole=False)
+            self._see_off(visitor)
+            return
+        visitor.since = time.monotonic()
+        if waited != bool(outgoing.left):
+            events = selectors.EVENT_WRITE if outgoing.left else selectors.EVENT_READ
+            self._selector.modify(visitor.connection, events, visitor)
+        if outgoing.left:
+            return
+        visitor.answered, visitor.outgoing = True, None
+        self._host.desk.told(visitor, outgoing, whole=True)
+        if outgoing.ready.close:
+            self._see_off(visitor)
 
 
 class RequestReader:
     """Reads one client's requests.  For the caller: next, early, linger."""
 
-    def __init__(self, connection: socket.socket, client: str, room: Room) -> None:
+    def __init__(self, visitor: Visitor) -> None:
         self.line = "?"  # the last request's first
-        self.local = plain_address(connection.getsockname()[0])
-        self._connection = connection
-        self._client = client
-        self._near = client == self.local or is_this_host(client)
-        self._room = room
-        self._timed = TimedFile(connection, CLIENT_TIMEOUT)
+        self._visitor = visitor
+        self._timed = TimedFile(visitor.connection, CLIENT_TIMEOUT, visitor.early)
         self.file = io.BufferedReader(self._timed, 64 * 1024)
 
-    def next(self, answered: bool) -> Request | None:
-        """The next request; None where the client has gone or is idle; BadRequest.
-
-        ``answered``: whether there has been one before.  Only a client that has had an answer takes it well
-        that an idle connection is closed.
-        """
+    def next(self) -> Request | None:
+        """The next request, the head of which has come; None where the client has gone; BadRequest."""
         self.line = "?"
-        self._timed.set_deadline(IDLE_TIMEOUT if answered else REQUEST_WAIT)
-        with self._room.waiting(self._connection, answered):
-            if not self.file.peek(1):
-                return None
-        self._timed.set_deadline(REQUEST_WAIT)
+        self._timed.set_deadline(max(0.0, self._visitor.since + REQUEST_WAIT - time.monotonic()))
         lines = self._read_head()
         self._timed.set_deadline(None)
         if not lines:
@@ -4218,17 +4599,17 @@ class RequestReader:
         if request.length != 0:
             body = RequestBody(self.file, request.length, self._timed)
             if members(request.fields, "Expect") == ["100-continue"] and request.version >= (1, 1):
-                body = ContinueBody(body, self._connection)
-        return dataclasses.replace(request, body=body, received=time.time(), client=self._client,
-                                   local=self.local, near=self._near)
+                body = ContinueBody(body, self._visitor.connection)
+        visitor = self._visitor
+        return dataclasses.replace(request, body=body, received=time.time(), client=visitor.host,
+                                   local=visitor.local, near=visitor.near)
 
     def _read_head(self) -> list[str]:
         try:
-            with self._room.waiting(self._connection, False):
+            lines = read_lines(self.file)
+            if lines == [""]:  # an empty line before the request line (RFC 9112 §2.2)
                 lines = read_lines(self.file)
-                if lines == [""]:  # an empty line before the request line (RFC 9112 §2.2)
-                    lines = read_lines(self.file)
-                return lines
+            return lines
         except ValueError as error:
             raise BadRequest("The head is not clear: %s." % error, getattr(error, "status", 400)) from None
         except (socket.timeout, TimeoutError):
@@ -4237,14 +4618,15 @@ class RequestReader:
     def early(self) -> bytes:
         """What has come already of what follows."""
         self._timed.set_deadline(0.0)
+        data = b""
         with contextlib.suppress(socket.timeout):
-            return self.file.peek(1)
-        return b""
+            data = self.file.peek(1)
+        return data + self._timed.early
 
     def linger(self) -> None:
         """Unread bytes would turn our close into a reset, which may overtake the answer."""
         with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_WR)
+            self._visitor.connection.shutdown(socket.SHUT_WR)
             self._timed.set_deadline(LINGER)
             while self.file.read1(CHUNK):
                 pass
@@ -4254,23 +4636,28 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """One client connection: bytes to Request, Reply to bytes.  It decides nothing."""
 
     server: ProxyServer
-    timeout = CLIENT_TIMEOUT
-    disable_nagle_algorithm = True  # with it, a head and a body sent apart cost 40 ms each
 
     def setup(self) -> None:
-        """Prepare the connection."""
-        super().setup()
-        self.rfile.close()
-        self._client = plain_address(self.client_address[0])
-        self._reader = RequestReader(self.connection, self._client, self.server.room)
+        """Take over a visitor."""
+        self._visitor: Visitor = self.request
+        self.connection = self._visitor.connection
+        self.connection.settimeout(CLIENT_TIMEOUT)
+        self._reader = RequestReader(self._visitor)
         self.rfile = self._reader.file
-        self._answered = False  # whether a request has been answered
 
     def handle(self) -> None:
-        """Answer requests until the connection closes (RFC 9112 §9.3)."""
+        """Answer the request that has come, and those that came with it (RFC 9112 §9.3)."""
         with contextlib.suppress(ConnectionError, socket.timeout, TimeoutError):
             while self._answer_one():
-                pass
+                self._visitor.answered, self._visitor.since = True, time.monotonic()
+                self._visitor.early = self._reader.early()
+                if not head_end(self._visitor.early):
+                    self._visitor.stays = True
+                    return
+
+    def finish(self) -> None:
+        """Let go of the visitor."""
+        self.rfile.close()
 
     def _answer_one(self) -> bool:
         """One request and its reply; whether the connection stays open."""
@@ -4278,12 +4665,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._began = False  # whether any byte of it has left
         self._started = time.monotonic()
         try:
-            request = self._reader.next(self._answered)
+            request = self._reader.next()
         except Failure as failure:
             method, _, uri = self._reader.line.partition(" ")
             request = Request(method, uri.rpartition(" ")[0] or uri, Target("", "", 0, "/"), (),
-                              client=self._client, local=self._reader.local)
-            failure = self.server.refusal(request) or failure
+                              client=self._visitor.host, local=self._visitor.local)
+            failure = self.server.desk.refusal(request.client, request.local) or failure
             return self._answer(request, failure_reply(failure), close=True)
         if request is None:
             return False
@@ -4292,22 +4679,21 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if request.method == "CONNECT":
                 return self._connect(request)
             reply = self._reply_to(request)
-            self._answered = self._answer(request, reply, close=isinstance(reply.failure, NotAllowed))
-        return self._answered
+            return self._answer(request, reply, close=isinstance(reply.failure, NotAllowed))
 
     def _connect(self, request: Request) -> bool:
         """Serve a tunnel to its end; False: nothing follows it."""
         established, count, whole = Head(200, "Connection established", ()), 0, False
         try:
-            with self.server.tunnelling(request) as origin:
+            with self.server.desk.tunnelling(request) as origin:
                 try:
-                    fields = (("Via", via((), (1, 1), self.server.proxy.config)),)
+                    fields = (("Via", via((), (1, 1), self.server.desk.proxy.config)),)
                     self._write(render_head(established, fields))
                     count = tunnel(self.connection, origin, self._reader.early())
                     whole = True
                 finally:
                     took = time.monotonic() - self._started
-                    self.server.note_tunnel(request, established, count, took, whole)
+                    self.server.desk.note_tunnel(request, established, count, took, whole)
         except Failure as failure:
             return self._answer(request, failure_reply(failure), close=True)
         return False
@@ -4315,7 +4701,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _reply_to(self, request: Request) -> Reply:
         """The server's reply; an error where there is none.  The one place where a bug becomes a 500."""
         try:
-            return self.server.reply_to(request)
+            return self.server.desk.reply_to(request, self.server.authority)
         except Failure as failure:
             return failure_reply(failure)
         except Exception:
@@ -4340,7 +4726,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return open_after
         finally:
             reply.body.close()
-            self.server.note(request, reply, self._sent, time.monotonic() - self._started, whole)
+            self.server.desk.note(request, reply, self._sent, time.monotonic() - self._started, whole)
 
     def _instead(self, reply: Reply, failure: Failure | LocalFailure) -> Reply:
         """What goes to the client where a reply failed before its first byte."""
@@ -4358,7 +4744,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         framing = reply_framing(request, reply.head, reply.body.length)
         unread = getattr(request.body, "unread", False)
         close = close or unread or framing is Framing.CLOSE or not wants_open(request)
-        head = sent_head(reply, request, framing, close, self.server.proxy.config, time.time())
+        head = sent_head(request, dated(reply.head, time.time()), reply.body.length, reply.cache_status,
+                         close, self.server.desk.proxy.config)
         if request.method == "HEAD" or framing is Framing.NONE:
             self._write(head)
             return not close
@@ -4432,68 +4819,115 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256  # a fleet that wakes up by cron comes all at once
 
-    def __init__(self, address: tuple[str, int], proxy: Proxy, log_ids: Iterator[int],
-                 room: Room | None = None) -> None:
-        self.proxy = proxy
-        self.room = room or Room(MAX_CONNECTIONS)
-        self._ids = log_ids
-        self._refusals = Attempts(REFUSAL_PAUSE)
+    def __init__(self, address: tuple[str, int], desk: Desk) -> None:
+        self.desk = desk
+        self.room = desk.room
         self._lock = threading.Lock()  # guards _replying
         self._replying = 0
+        self._closing = False
+        self._resume = 0.0  # monotonic: until then nobody is let in
+        self._ended = threading.Event()
+        self._ended.set()
         self.address_family, self._both = address_family(address[0])
+        self.lobby = Lobby(self)
         super().__init__(address, ProxyHandler)
-        proxy.listens_on(self.server_address[1])
+        desk.proxy.listens_on(self.server_address[1])
 
     def server_bind(self) -> None:
         """Bind, for IPv4 as well where the address is empty; without http.server's slow name look-up."""
         if self._both:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
+        self.socket.setblocking(False)
 
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection, once there is room for it; don't spin where descriptors are out."""
-        while not self.room.enter():
-            self.service_actions()  # what is idle may hold the descriptors that are wanted
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until shutdown(): socketserver's loop, with the lobby in the place of its selector."""
+        self._ended.clear()
+        acted, until = 0.0, math.inf
+        while not self._closing or self.lobby.sending and time.monotonic() < until:
+            self.lobby.attend(poll_interval)
+            now = time.monotonic()
+            if now - acted >= poll_interval:
+                acted = now
+                self.service_actions()
+            if self._closing:
+                self.lobby.pause(self.socket)
+                until = min(until, now + GRACE)
+        self._ended.set()
+
+    def shutdown(self) -> None:
+        """Stop accepting, and wait for serve_forever() to end."""
+        self.room.close()
+        self._closing = True
+        self.lobby.ring()
+        self._ended.wait()
+
+    def server_close(self) -> None:
+        """Close all that nobody serves."""
+        super().server_close()
+        self.lobby.close()
+
+    def service_actions(self) -> None:
+        """Called several times a second."""
+        now = time.monotonic()
+        if now >= self._resume:
+            self.lobby.listen(self.socket, self._accept)
+        self.lobby.expire(now)
+        self.room.relieve()
+        self.desk.proxy.tidy()
+
+    def _accept(self) -> None:
+        """Let in who waits at the door, if there is room; don't spin where descriptors are out."""
+        if not self.room.enter():
+            self.lobby.pause(self.socket)  # until the next service_actions
+            return
         try:
-            return super().get_request()
+            connection, address = self.get_request()
         except OSError as error:
             self.room.give_up()
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                time.sleep(0.1)
-            raise
-
-    def service_actions(self) -> None:
-        """Called in the pauses of accepting, several times a second."""
-        self.room.relieve()
-        self.proxy.tidy()
+                self.lobby.pause(self.socket)
+                self._resume = time.monotonic() + 0.1
+            return
+        self.process_request(connection, address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread of its own; turn it away where its client has far too many."""
-        if self.room.admit(Visitor(request, client_address, self._serve)):
+        """Let a new connection into the lobby; turn it away where its client has far too many."""
+        with contextlib.suppress(OSError):  # it has gone already
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a head and a body sent apart
+        visitor = Visitor(request, client_address, self.lobby.welcome)  # cost 40 ms each
+        if self.room.admit(visitor):
             return
-        client = plain_address(client_address[0])
-        reply = failure_reply(Failure("%s has too many connections open." % client, 503))
+        reply = failure_reply(Failure("%s has too many connections open." % visitor.host, 503))
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(render_head(reply.head, (*reply.head.fields, ("Connection", "close"))))
-        self.shutdown_request(request)
+        self.shutdown_request(visitor)
 
-    def _serve(self, visitor: Visitor) -> None:
+    def attend(self, visitor: Visitor) -> None:
+        """Serve a visitor in a thread of its own."""
         try:
-            super().process_request(visitor.connection, visitor.address)
+            super().process_request(visitor, visitor.address)  # type: ignore[arg-type]
         except RuntimeError:  # no thread for it
-            self.handle_error(visitor.connection, visitor.address)
-            self.shutdown_request(visitor.connection)
+            self.handle_error(visitor, visitor.address)
+            self.shutdown_request(visitor)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """What that thread does; then the visitor waits in the lobby again."""
+        request.stays = False
+        try:
+            self.finish_request(request, client_address)
+        except Exception:  # noqa: BLE001
+            self.handle_error(request, client_address)
+        if request.stays:
+            self.lobby.welcome(request)
+        else:
+            self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection."""
-        super().shutdown_request(request)
+        super().shutdown_request(request.connection)
         self.room.leave(request)
-
-    def shutdown(self) -> None:
-        """Stop accepting."""
-        self.room.close()
-        super().shutdown()
 
     @property
     def authority(self) -> str:
@@ -4506,7 +4940,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def replies_running(self) -> int:
         """Replies under way."""
         with self._lock:
-            return self._replying
+            replying = self._replying
+        return replying + self.lobby.sending
 
     @contextlib.contextmanager
     def replying(self) -> Iterator[None]:
@@ -4518,68 +4953,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         finally:
             with self._lock:
                 self._replying -= 1
-
-    def refusal(self, request: Request) -> Failure | None:
-        """Why a client may not come in."""
-        if request.client == request.local or may_come_in(request.client, self.proxy.config.allow):
-            return None
-        return NotAllowed("%s may not use this proxy; its operator can add --allow." % request.client)
-
-    def _check_client(self, request: Request) -> None:
-        refusal = self.refusal(request)
-        if refusal is not None:
-            raise refusal
-
-    @contextlib.contextmanager
-    def tunnelling(self, request: Request) -> Iterator[socket.socket]:
-        """The connection that a CONNECT asks for, while its tunnel lasts; Failure."""
-        self._check_client(request)
-        if not self.room.tunnels.acquire(blocking=False):
-            raise Failure("Too many tunnels are open.", 503)
-        try:
-            with self.proxy.dial(request) as origin:
-                yield origin
-        finally:
-            self.room.tunnels.release()
-
-    def reply_to(self, request: Request) -> Reply:
-        """Our own page, or the proxy's reply; Failure."""
-        self._check_client(request)
-        if not request.own:
-            return self.proxy.respond(request)
-        if request.method == "OPTIONS":
-            return last_stop(request)
-        if request.method not in ("GET", "HEAD"):
-            raise Failure("Our own pages are for GET and HEAD.", 405)
-        authority = value(request.fields, "Host") or self.authority
-        page = own_page(request.uri, authority, self.snapshot)
-        if page is None:
-            raise Failure("There is no such page here. To fetch through this proxy, set http_proxy=http://%s/"
-                          % authority, 404)
-        return Reply(own_head(200, page[0]), BytesBody(page[1]), CacheStatus(Outcome.OWN))
-
-    def snapshot(self) -> dict[str, Any]:
-        """The counters, with the command line as Go's expvar has it."""
-        return {"cmdline": sys.argv, **self.proxy.counters.snapshot()}
-
-    def note(self, request: Request, reply: Reply, sent: int, took: float, whole: bool) -> None:
-        """Count and log one answer."""
-        outcome = reply.cache_status.outcome
-        self.proxy.counters.add(outcome)
-        if reply.counted and reply.head.status in (200, 206):
-            self.proxy.counters.add_cache(max(0, sent - reply.body.uncached))
-        detail = reply.cache_status.detail
-        if isinstance(reply.failure, NotAllowed) and not self._refusals.due(request.client, time.monotonic()):
-            return
-        log.info("[%3d] %s %s %s %d %d bytes %.3f s %s%s%s", next(self._ids), request.client,
-                 printable(request.method), shown(request.uri), reply.head.status, sent, took,
-                 outcome.value, " (%s)" % printable(detail) if detail else "",
-                 "" if whole else ", broken off")
-
-    def note_tunnel(self, request: Request, head: Head, count: int, took: float, whole: bool) -> None:
-        """Count and log one tunnel."""
-        self.proxy.counters.add_tunnel(count)
-        self.note(request, Reply(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), count, took, whole)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """A bug, or no thread for a connection: say so, go on."""
@@ -4714,11 +5087,11 @@ def make_room() -> Room:
 
 def open_servers(config: Config, proxy: Proxy) -> list[ProxyServer]:
     """A listening server for each address; Unusable where one is taken or not ours."""
-    ids, room = itertools.cycle(range(1, 1000)), make_room()
+    desk = Desk(proxy, itertools.cycle(range(1, 1000)), make_room())
     servers = []
     for addr in config.addrs:
         try:
-            servers.append(ProxyServer(parse_addr(addr), proxy, ids, room))
+            servers.append(ProxyServer(parse_addr(addr), desk))
         except (OSError, OverflowError) as error:
             for server in servers:
                 server.server_close()

@@ -351,7 +351,8 @@ class ProxyCase(unittest.TestCase):
         else:
             self.addCleanup(self.stop)
         self.proxy = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))
-        self.server = pkgproxy.ProxyServer(("127.0.0.1", 0), self.proxy, itertools.cycle(range(1, 1000)))
+        self.server = pkgproxy.ProxyServer(("127.0.0.1", 0), pkgproxy.Desk(
+            self.proxy, itertools.cycle(range(1, 1000)), pkgproxy.Room(pkgproxy.MAX_CONNECTIONS)))
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
@@ -366,7 +367,7 @@ class ProxyCase(unittest.TestCase):
     def settle(self):
         """Wait until no reply, no flight and no validation in the background is under way."""
         until(lambda: not self.server.replies_running and not self.proxy._barrier.count()
-              and self.proxy._refreshers._value == pkgproxy.MAX_REFRESHERS, "the end of replies")
+              and self.proxy._refresher._running._value == pkgproxy.MAX_REFRESHERS, "the end of replies")
 
     def _no_threads_left(self):
         until(lambda: threading.active_count() <= self.threads, "the end of all threads")
@@ -3976,8 +3977,8 @@ class DoorTest(ProxyCase):
             for connection in idle:
                 connection.sendall(self.line("/x_1.deb"))
                 self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
-            until(lambda: len(self.server.room._waiting) == 3)
-            victim = min(self.server.room._waiting.items(), key=lambda item: item[1])[0].getpeername()
+            until(lambda: sum(visitor.answered for visitor in self.server.room._visitors) == 3)
+            victim = min(self.server.room._visitors, key=lambda visitor: visitor.since).connection.getpeername()
             self.assertEqual(self.ask("/x_2.deb").status, 200)
             until(lambda: self.server.room._count == 2)
             gone = next(connection for connection in idle if connection.getsockname() == victim)
@@ -4698,17 +4699,18 @@ class CrowdTest(ProxyCase):
 
     def test_who_has_left_is_not_parked_any_longer(self):
         room, ends = pkgproxy.Room(4), [socket.socketpair() for _ in range(6)]
-        began = []
+        began, visitors = [], []
         for mine, theirs in ends:
             self.addCleanup(mine.close)
             self.addCleanup(theirs.close)
             self.assertTrue(room.enter() or True)
-            room.admit(pkgproxy.Visitor(mine, ("192.0.2.1", 9), began.append))
+            visitors.append(pkgproxy.Visitor(mine, ("192.0.2.1", 9), began.append))
+            room.admit(visitors[-1])
         self.assertEqual((len(began), len(room._parked)), (4, 2))
         ends[4][1].close()
         room.relieve()
         self.assertEqual(len(room._parked), 1)
-        room.leave(ends[0][0])
+        room.leave(visitors[0])
         room.relieve()
         self.assertEqual((len(began), len(room._parked)), (5, 0))
 
