@@ -1618,6 +1618,7 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: "\\x%02x" % ord(match[0]), text)
 
 
+@functools.lru_cache(REMEMBERED)
 def shown(uri: str) -> str:
     """A request target for the log: safe for a terminal, and without the userinfo, which may be a password.
 
@@ -1637,6 +1638,7 @@ _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _REGULAR = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | _FLAGS
 _WRITABLE = os.O_RDWR | os.O_CREAT | _REGULAR
 _NAME_REFUSED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+_NOTHING = os.stat_result((0,) * 10)
 RESUME_WORTH = 256 * 1024  # bytes: a smaller download is begun anew, and costs no head of its own
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
 
@@ -1759,6 +1761,19 @@ def make_folder(path: str) -> None:
     for folder in reversed(missing):
         with contextlib.suppress(FileExistsError):  # another thread was quicker, or it is a file
             os.mkdir(folder, 0o755)
+
+
+def _open(path: str) -> tuple[io.FileIO | None, os.stat_result]:
+    """Open a body; None where there is none."""
+    try:
+        descriptor = os.open(path, _REGULAR)
+    except (OSError, ValueError):
+        return None, _NOTHING
+    info = os.fstat(descriptor)
+    if stat.S_ISREG(info.st_mode):
+        return io.FileIO(descriptor, "rb"), info
+    os.close(descriptor)  # a folder, a FIFO: litter in the place of a body
+    return None, _NOTHING
 
 
 def _close(stored: Stored | None) -> None:
@@ -1895,6 +1910,7 @@ class Store:
         self._min_free = min_free  # bytes
         self._lock = threading.Lock()  # guards _used
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last sweep
+        self._places = functools.lru_cache(REMEMBERED)(self._find_places)
         self.books = os.path.join(self.root, BOOKS)
         self._trust_bare = trust_bare  # whether the root is ours alone, so that a bare body is one of ours
 
@@ -1906,12 +1922,11 @@ class Store:
         may hold anything (trust_bare).  A body that contradicts its head was changed by hand.
         """
         bare = None
-        for name in _names(key):
-            file = self._open(name)
+        for name, path, head_path in self._places(key):
+            file, info = _open(path)
             if file is None:
                 continue
-            heads = _read_heads(self.head_path(name))
-            info = os.fstat(file.fileno())
+            heads = _read_heads(head_path)
             for head in heads:
                 if head.key == key and _describes(head, info):
                     _close(bare)
@@ -1926,6 +1941,10 @@ class Store:
             else:
                 file.close()
         return bare
+
+    def _find_places(self, key: str) -> list[tuple[str, str, str]]:
+        """Where a cache key's body may lie: its names, with their paths and those of their heads."""
+        return [(name, os.path.join(self.root, name), self.head_path(name)) for name in _names(key)]
 
     def receive(self, head: Head, length: int | None, offset: int = 0) -> Partial:
         """Begin to store a response of ``length`` bytes (None: unknown), or go on at ``offset`` with a
@@ -2037,16 +2056,6 @@ class Store:
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:  # a cleaning rm -rf
             folders = [entry.name for entry in entries if entry.name != BOOKS and entry.is_dir()]
         return sorted(name for name in folders if os.path.isdir(self.head_path(name)[:-len("^head")]))
-
-    def _open(self, name: str) -> io.FileIO | None:
-        try:
-            descriptor = os.open(os.path.join(self.root, name), _REGULAR)
-        except (OSError, ValueError):
-            return None
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return io.FileIO(descriptor, "rb")
-        os.close(descriptor)  # a folder, a FIFO: litter in the place of a body
-        return None
 
     def described(self, name: str, key: str | None) -> Head | None:
         """The head of the body that has this name, if we stored it for this key (None: for any)."""
@@ -4311,10 +4320,11 @@ class Desk:
     For the handlers: refusal, reply_to, tunnelling, note, note_tunnel.  For the lobbies: answer, told.
     """
 
-    def __init__(self, proxy: Proxy, log_ids: Iterator[int], room: Room) -> None:
+    def __init__(self, proxy: Proxy, room: Room, tell: Callable[[str], None]) -> None:
         self.proxy = proxy
         self.room = room
-        self._ids = log_ids
+        self._tell = tell  # writes a line into the log
+        self._ids = itertools.cycle(range(1, 1000))
         self._refusals = Attempts(REFUSAL_PAUSE)
 
     def refusal(self, client: str, local: str) -> Failure | None:
@@ -4375,10 +4385,10 @@ class Desk:
         if sent.quiet:
             return
         detail = cache_status.detail
-        log.info("[%3d] %s %s %s %d %d bytes %.3f s %s%s%s", next(self._ids), client,
-                 printable(request.method), shown(request.uri), status, sent.size, sent.took,
-                 cache_status.outcome.value, " (%s)" % printable(detail) if detail else "",
-                 "" if sent.whole else ", broken off")
+        self._tell("[%3d] %s %s %s %d %d bytes %.3f s %s%s%s" % (
+            next(self._ids), client, printable(request.method), shown(request.uri), status, sent.size,
+            sent.took, cache_status.outcome.value, " (%s)" % printable(detail) if detail else "",
+            "" if sent.whole else ", broken off"))
 
     def note_tunnel(self, request: Request, head: Head, count: int, took: float, whole: bool) -> None:
         """Count and log one tunnel."""
@@ -5085,9 +5095,9 @@ def make_room() -> Room:
     return Room(max(4, min(MAX_CONNECTIONS, (soft - 40) // 5 if soft > 0 else MAX_CONNECTIONS)))
 
 
-def open_servers(config: Config, proxy: Proxy) -> list[ProxyServer]:
+def open_servers(config: Config, proxy: Proxy, tell: Callable[[str], None]) -> list[ProxyServer]:
     """A listening server for each address; Unusable where one is taken or not ours."""
-    desk = Desk(proxy, itertools.cycle(range(1, 1000)), make_room())
+    desk = Desk(proxy, make_room(), tell)
     servers = []
     for addr in config.addrs:
         try:
@@ -5146,8 +5156,8 @@ def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str
     proxy.close()
 
 
-def run(config: Config) -> None:
-    """Start, serve, stop; Unusable."""
+def run(config: Config, tell: Callable[[str], None]) -> None:
+    """Start, serve, stop, and ``tell`` of each request; Unusable."""
     store = open_root(config)
     if config.filters_file:
         try:
@@ -5163,30 +5173,42 @@ def run(config: Config) -> None:
     proxy = Proxy(config, store)
     heard = heed_signals()
     proxy.sweeper.start(config)
-    serve(open_servers(config, proxy), proxy, heard)
+    serve(open_servers(config, proxy, tell), proxy, heard)
 
 
 class LogWriter(logging.Handler):
     """Writes the log in a thread of its own, several lines at a time: where nobody reads it any more (a
     stopped pager, a stuck log driver), lines are lost, and nobody waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, stamped: bool) -> None:
         super().__init__()
-        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._taken = self._written = 0  # lines: the one under logging's own lock, the other by the thread
+        self._stamped = stamped
+        self._stamp = (0, "")  # clock seconds, and how they are written
+        self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Put a line into the queue, or drop it."""
+        """For the logging module."""
+        self.write(self.format(record))
+
+    def write(self, line: str) -> None:
+        """Put a line into the queue, or drop it; without logging's records, which cost as much as a hit."""
         if self._lines.qsize() < MAX_LOG_LINES:
-            self._taken += 1
-            self._lines.put((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
+            self._lines.put(self._time() + line + "\n")
 
     def flush(self) -> None:
         """Wait for what is in the queue, but not for long."""
-        deadline = time.monotonic() + 1.0
-        while self._written < self._taken and time.monotonic() < deadline:
-            time.sleep(0.005)
+        written = threading.Event()
+        self._lines.put(written)
+        written.wait(1.0)
+
+    def _time(self) -> str:
+        if not self._stamped:
+            return ""
+        now, stamp = int(time.time()), self._stamp
+        if now != stamp[0]:
+            self._stamp = stamp = now, time.strftime("%Y/%m/%d %H:%M:%S ", time.localtime(now))
+        return stamp[1]
 
     def _run(self) -> None:
         while True:
@@ -5195,14 +5217,17 @@ class LogWriter(logging.Handler):
             with contextlib.suppress(queue.Empty):
                 while len(lines) < 1000:
                     lines.append(self._lines.get_nowait())
-            data = b"".join(lines)
+            text = "".join(line for line in lines if isinstance(line, str))
+            data = text.encode("utf-8", "backslashreplace")
             with contextlib.suppress(OSError):  # a full log device harms nothing
                 while data:
                     try:
                         data = data[os.write(2, data):]
                     except BlockingIOError:  # whoever started us wants it so
                         time.sleep(LOG_PAUSE)
-            self._written += len(lines)
+            for line in lines:
+                if isinstance(line, threading.Event):
+                    line.set()
 
 
 def is_journal(stream: str) -> bool:
@@ -5216,11 +5241,10 @@ def is_journal(stream: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     config, level = parse_options(sys.argv[1:] if arguments is None else arguments)
-    stamp = "" if is_journal(os.environ.get("JOURNAL_STREAM", "")) else "%(asctime)s "
-    logging.basicConfig(level=level, format=stamp + "%(message)s", datefmt="%Y/%m/%d %H:%M:%S",
-                        handlers=[LogWriter()])
+    writer = LogWriter(not is_journal(os.environ.get("JOURNAL_STREAM", "")))
+    logging.basicConfig(level=level, format="%(message)s", handlers=[writer])
     try:
-        run(config)
+        run(config, writer.write if level <= logging.INFO else lambda _: None)
     except Unusable as problem:
         logging.shutdown()  # what was said before stands before
         sys.stderr.write("pkgproxy: %s\n" % problem)

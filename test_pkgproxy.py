@@ -352,7 +352,7 @@ class ProxyCase(unittest.TestCase):
             self.addCleanup(self.stop)
         self.proxy = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))
         self.server = pkgproxy.ProxyServer(("127.0.0.1", 0), pkgproxy.Desk(
-            self.proxy, itertools.cycle(range(1, 1000)), pkgproxy.Room(pkgproxy.MAX_CONNECTIONS)))
+            self.proxy, pkgproxy.Room(pkgproxy.MAX_CONNECTIONS), pkgproxy.log.info))
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
@@ -3380,14 +3380,18 @@ class FaultTest(ProxyCase):
             def read(self, *arguments):
                 raise OSError(5, "Input/output error")
 
-        def opened(store, name, really=pkgproxy.Store._open):
-            file = really(store, name)
-            if file is None:
-                return None
-            with file:
-                return Unreadable(os.dup(file.fileno()), "rb")
+            readinto = read
 
-        self.patch(pkgproxy.Store, "_open", opened)
+        def opened(path, really=pkgproxy._open):
+            file, info = really(path)
+            if file is None:
+                return None, info
+            with file:
+                return Unreadable(os.dup(file.fileno()), "rb"), info
+
+        self.patch(pkgproxy, "_open", opened)
+        if hasattr(os, "preadv"):
+            self.patch(os, "preadv", mock.Mock(side_effect=OSError(5, "Input/output error")))
         return self.get(self.KEPT)
 
     @fault("the disk fails as it flushes")
