@@ -78,6 +78,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import queue
 import re
@@ -87,7 +88,6 @@ import selectors
 import shutil
 import signal
 import socket
-import socketserver
 import stat
 import struct
 import sys
@@ -129,10 +129,12 @@ MAX_FIELDS = 200  # lines in a head: Apache allows 100, Go's http2 about 250
 MAX_RANGES = 512  # in one request: librepo asks for 256 at most and halves on refusal
 MAX_CONNECTIONS = 4000  # of clients, and fewer where descriptors are few: a thread each
 REMEMBERED = 1000  # results of a pure function that a hit needs again and again
+MAX_WORKERS = 64  # processes
 MAX_LOG_LINES = 10_000  # that wait to be written; what is more is lost
 MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for the original
 CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that moves them
 SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
+BACKLOG = 256  # connections that wait to be accepted: a fleet that wakes up by cron comes all at once
 SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
 
 # Times, all in seconds.
@@ -185,6 +187,7 @@ class Config:
     min_free: int | None = None  # bytes left on the file system; None: 5 %, at most 10 GB
     max_orphans: int = 8  # downloads that go on when their last client has left
     max_age: float | None = None  # seconds since a stored response was last used
+    workers: int = 1  # processes
     filters: tuple[re.Pattern[str], ...] = ()  # parsed from filters_file, at start and on SIGHUP
     pseudonym: str = "pkgproxy"  # our name in Via and Cache-Status (RFC 9110 §7.6.3)
 
@@ -2121,6 +2124,11 @@ class Janitor:
                 removed, freed = removed + 1, freed + size
         return Swept(len(stored), total, removed, freed)
 
+    def remember(self) -> None:
+        """Write down what has been used, for whoever sweeps."""
+        for name, last in self._store.take_uses().items():
+            _remember_use(os.path.join(self._store.root, name), last)
+
     def _stored_now(self, used: dict[str, float], now: float) -> Iterator[tuple[float, int, str]]:
         """Last use, size and name of each stored response, from one walk."""
         top = os.path.join(self._store.books, "heads")
@@ -3033,38 +3041,47 @@ class Counters:
 
     ``down`` counts body bytes that arrived from origins; ``cache`` body bytes sent that no origin
     had to send for it: hits, validated and stale ones, and downloads that others had begun.
+
+    They lie in memory that worker processes share.  Each worker writes a row of its own, so that none
+    waits for another; who reads adds the rows up.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards all below
-        self._down = 0
-        self._cache = 0
-        self._tunnel = 0
-        self._outcomes = dict.fromkeys(Outcome, 0)
+    NAMES = ("down", "cache", "tunnel", *(outcome.value for outcome in Outcome))
+
+    def __init__(self, workers: int = 1) -> None:
+        self._slots = memoryview(mmap.mmap(-1, 8 * len(self.NAMES) * workers)).cast("Q")
+        self._places = {name: number for number, name in enumerate(self.NAMES)}  # in this worker's row
+        self._lock = threading.Lock()  # guards this worker's row
+
+    def take_row(self, worker: int) -> None:
+        """Count in the row of this worker, from 0, from now on."""
+        first = worker * len(self.NAMES)
+        self._places = {name: first + number for number, name in enumerate(self.NAMES)}
 
     def add_down(self, count: int) -> None:
         """Body bytes from an origin."""
         with self._lock:
-            self._down += count
+            self._slots[self._places["down"]] += count
 
     def add_tunnel(self, count: int) -> None:
         """Bytes through tunnels, both ways together."""
         with self._lock:
-            self._tunnel += count
+            self._slots[self._places["tunnel"]] += count
 
     def add(self, outcome: Outcome, cached: int = 0) -> None:
         """One answer, with so many body bytes from the cache."""
         with self._lock:
-            self._outcomes[outcome] += 1
-            self._cache += cached
+            self._slots[self._places[outcome.value]] += 1
+            self._slots[self._places["cache"]] += cached
 
     def snapshot(self) -> dict[str, Any]:
-        """All of them at one moment."""
-        with self._lock:
-            return {"statsCacheBytes": self._cache, "statsDownBytes": self._down,
-                    "statsTunnelBytes": self._tunnel,
-                    "statsRequests": sum(self._outcomes.values()),
-                    "statsOutcomes": {outcome.value: n for outcome, n in self._outcomes.items()}}
+        """All of them, all workers together."""
+        size = len(self.NAMES)
+        sums = {name: sum(self._slots[number::size]) for number, name in enumerate(self.NAMES)}
+        outcomes = {outcome.value: sums[outcome.value] for outcome in Outcome}
+        return {"statsCacheBytes": sums["cache"], "statsDownBytes": sums["down"],
+                "statsTunnelBytes": sums["tunnel"], "statsRequests": sum(outcomes.values()),
+                "statsOutcomes": outcomes}
 
 
 class BytesBody:
@@ -3729,9 +3746,10 @@ class Sweeper:
         self._wake = threading.Event()
         self._stop = threading.Event()
 
-    def start(self, config: Config) -> None:
-        """Sweep now, and again and again."""
-        threading.Thread(target=self._run, args=(config,), daemon=True).start()
+    def start(self, config: Config, leads: bool = True) -> None:
+        """Sweep now, and again and again; where another worker of the same root ``leads``, only write down
+        what has been used, unless the disk is full."""
+        threading.Thread(target=self._run, args=(config, leads), daemon=True).start()
 
     def wake(self) -> None:
         """Sweep soon: the disk is full."""
@@ -3742,13 +3760,16 @@ class Sweeper:
         self._stop.set()
         self._wake.set()
 
-    def _run(self, config: Config) -> None:
+    def _run(self, config: Config, leads: bool) -> None:
+        woken = leads
         while True:
             if self._stop.is_set():
                 return
             self._wake.clear()
             try:
-                swept = self._janitor.sweep(config, time.time())
+                if not woken:
+                    self._janitor.remember()
+                swept = self._janitor.sweep(config, time.time()) if woken else Swept(0, 0, 0, 0)
                 if swept.removed:
                     log.info("Swept %d of %d stored files, %d of %d MB", swept.removed, swept.files,
                              swept.freed // 10**6, swept.size // 10**6)
@@ -3757,7 +3778,7 @@ class Sweeper:
             except Exception:
                 log.exception("Sweeping the cache failed: this is a bug")
             self._stop.wait(SWEEP_PAUSE)  # a disk that is full again and again is no reason to sweep more
-            self._wake.wait(SWEEP_EVERY)
+            woken = self._wake.wait(SWEEP_EVERY if leads else RECENT) or leads
 
 
 class Refresher:
@@ -3802,9 +3823,9 @@ class Refresher:
 class Proxy:
     """Answers requests.  For the caller: respond, and the counters."""
 
-    def __init__(self, config: Config, store: Store) -> None:
+    def __init__(self, config: Config, store: Store, counters: Counters | None = None) -> None:
         self.config = config  # replaced as a whole when the filters are read again
-        self.counters = Counters()
+        self.counters = counters or Counters()
         self._store = store
         self._barrier = Barrier()
         self._origin = Origin(self.counters.add_down)
@@ -4427,6 +4448,9 @@ class Host(Protocol):
     def shutdown_request(self, request: Any) -> None:
         """A visitor leaves."""
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tell of a bug."""
+
 
 class Lobby:
     """Where visitors wait whom no thread serves: one selector, and one thread, for all of them.
@@ -4476,11 +4500,8 @@ class Lobby:
         for key, _ in self._selector.select(timeout):
             if not isinstance(key.data, Visitor):
                 key.data()
-            elif key.data.outgoing:
-                self._send(key.data, key.data.outgoing)
-                self._answer(key.data)
-            else:
-                self._hear(key.data)
+            elif key.data.waiting:
+                self._serve(key.data)
 
     @property
     def sending(self) -> int:
@@ -4534,6 +4555,19 @@ class Lobby:
     def _hand_over(self, visitor: Visitor) -> None:
         self._let_out(visitor)
         self._host.attend(visitor)
+
+    def _serve(self, visitor: Visitor) -> None:
+        """Do what there is to do for a visitor.  A bug costs him, not the others."""
+        try:
+            if visitor.outgoing:
+                self._send(visitor, visitor.outgoing)
+                self._answer(visitor)
+            else:
+                self._hear(visitor)
+        except Exception:  # noqa: BLE001
+            self._host.handle_error(visitor, visitor.address)
+            if visitor.waiting:
+                self._see_off(visitor)
 
     def _hear(self, visitor: Visitor) -> None:
         try:
@@ -4816,20 +4850,28 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """http.server's own log lines: the server's note() has said it all."""
 
 
-def address_family(host: str) -> tuple[socket.AddressFamily, bool]:
-    """The family to listen with, and whether one socket serves both (an empty host, where we can)."""
-    if not host and socket.has_dualstack_ipv6():
-        return socket.AF_INET6, True
-    return (socket.AF_INET6 if ":" in host else socket.AF_INET), False
+def open_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens, for IPv4 and IPv6 where the host is empty and we can; OSError, OverflowError."""
+    both = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
+    listening.setblocking(False)  # another worker may be quicker to accept
+    return listening
+
+
+def shown_address(listening: socket.socket) -> str:
+    """host:port of a listening socket; without the host where it is any."""
+    host, port = listening.getsockname()[:2]
+    shown = "[%s]" % host if ":" in host else host
+    return "%s:%d" % ("" if ipaddress.ip_address(host).is_unspecified else shown, port)
 
 
 class ProxyServer(http.server.ThreadingHTTPServer):
-    """Listens on one address; a thread a connection."""
+    """Listens on one address; a thread for whatever may block."""
 
     daemon_threads = True
-    request_queue_size = 256  # a fleet that wakes up by cron comes all at once
 
-    def __init__(self, address: tuple[str, int], desk: Desk) -> None:
+    def __init__(self, listening: socket.socket, desk: Desk) -> None:
         self.desk = desk
         self.room = desk.room
         self._lock = threading.Lock()  # guards _replying
@@ -4838,17 +4880,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._resume = 0.0  # monotonic: until then nobody is let in
         self._ended = threading.Event()
         self._ended.set()
-        self.address_family, self._both = address_family(address[0])
+        super().__init__(listening.getsockname()[:2], ProxyHandler, bind_and_activate=False)
+        self.socket.close()  # socketserver's own
+        self.socket = listening
         self.lobby = Lobby(self)
-        super().__init__(address, ProxyHandler)
         desk.proxy.listens_on(self.server_address[1])
-
-    def server_bind(self) -> None:
-        """Bind, for IPv4 as well where the address is empty; without http.server's slow name look-up."""
-        if self._both:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)
-        self.socket.setblocking(False)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown(): socketserver's loop, with the lobby in the place of its selector."""
@@ -4942,9 +4978,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     @property
     def authority(self) -> str:
         """host:port that it listens on."""
-        host, port = str(self.server_address[0]), self.server_address[1]
-        shown = "[%s]" % host if ":" in host else host
-        return "%s:%d" % ("" if ipaddress.ip_address(host).is_unspecified else shown, port)
+        return shown_address(self.socket)
 
     @property
     def replies_running(self) -> int:
@@ -5003,6 +5037,10 @@ OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--no-heuristics",), {"action": "store_false", "dest": "heuristics",
                             "help": "ask again on each request for what no one says how long to keep "
                                     "(default: keep it for a day)"}),
+    (("-w", "--workers"), {"metavar": "N", "type": int, "default": DEFAULTS.workers,
+                           "help": "so many processes share the work (default: %d; more pay where many "
+                                   "clients come at once, and there are processors for them)"
+                                   % DEFAULTS.workers}),
     (("-v", "--verbose"), {"action": "count", "default": 0, "help": "log more"}),
     (("-q", "--quiet"), {"action": "count", "default": 0,
                          "help": "log no requests; twice: nothing but errors"}),
@@ -5040,6 +5078,8 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
     options = parser.parse_args(arguments)
     if options.root == "" or options.filters == "":
         parser.error("-r and -f want a name, not nothing")
+    if not 1 <= options.workers <= MAX_WORKERS:
+        parser.error("--workers wants a number from 1 to %d" % MAX_WORKERS)
     addrs, allow = tuple(options.addr or DEFAULTS.addrs), tuple(options.allow or DEFAULTS.allow)
     try:
         for addr in addrs:
@@ -5051,7 +5091,8 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
                         None if options.max_size is None else parse_size(options.max_size),
                         None if options.min_free is None else parse_size(options.min_free),
                         max_age=None if options.max_age is None else parse_span(options.max_age),
-                        max_orphans=options.max_orphans, pseudonym="pkgproxy-" + secrets.token_hex(4))
+                        max_orphans=options.max_orphans, workers=options.workers,
+                        pseudonym="pkgproxy-" + secrets.token_hex(4))
     except ValueError as error:
         parser.error(str(error))
     level = logging.INFO + 10 * options.quiet - 10 * options.verbose
@@ -5095,20 +5136,19 @@ def make_room() -> Room:
     return Room(max(4, min(MAX_CONNECTIONS, (soft - 40) // 5 if soft > 0 else MAX_CONNECTIONS)))
 
 
-def open_servers(config: Config, proxy: Proxy, tell: Callable[[str], None]) -> list[ProxyServer]:
-    """A listening server for each address; Unusable where one is taken or not ours."""
-    desk = Desk(proxy, make_room(), tell)
-    servers = []
+def open_sockets(config: Config) -> list[socket.socket]:
+    """A listening socket for each address; Unusable where one is taken or not ours."""
+    sockets: list[socket.socket] = []
     for addr in config.addrs:
         try:
-            servers.append(ProxyServer(parse_addr(addr), desk))
+            sockets.append(open_socket(*parse_addr(addr)))
         except (OSError, OverflowError) as error:
-            for server in servers:
-                server.server_close()
+            for listening in sockets:
+                listening.close()
             reason = getattr(error, "strerror", None) or error
             raise Unusable("Cannot listen on %s: %s. Name another with -a." % (addr, reason)) from None
-        log.info("Starting proxy server at %s", servers[-1].authority)
-    return servers
+        log.info("Starting proxy server at %s", shown_address(sockets[-1]))
+    return sockets
 
 
 def reload_filters(proxy: Proxy) -> None:
@@ -5122,30 +5162,33 @@ def reload_filters(proxy: Proxy) -> None:
                       getattr(error, "strerror", None) or error)
 
 
-def heed_signals() -> queue.SimpleQueue[str]:
-    """From now on the names of the signals that we heed come out of this queue.  A handler may interrupt
-    anything: a SimpleQueue bears that, an Event or the log does not."""
+def heed_signals(*more: str) -> queue.SimpleQueue[str]:
+    """From now on the names of the signals that we heed, and ``more``, come out of this queue.  A handler
+    may interrupt anything: a SimpleQueue bears that, an Event or the log does not."""
     heard: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", *more):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), lambda *_, name=name: heard.put(name))
     return heard
 
 
-def wait_for_end(proxy: Proxy, heard: queue.SimpleQueue[str]) -> None:
-    """Until SIGTERM or SIGINT; SIGHUP reads the filters again."""
-    while True:
+def wait_for_end(proxy: Proxy, heard: queue.SimpleQueue[str], supervisor: int) -> None:
+    """Until SIGTERM or SIGINT, or the death of our supervisor (a process, 0 for none); SIGHUP reads the
+    filters again."""
+    while not supervisor or os.getppid() == supervisor:
         with contextlib.suppress(queue.Empty):
-            if heard.get(timeout=1.0) != "SIGHUP":  # Windows delivers signals between waits only
+            name = heard.get(timeout=1.0)  # Windows delivers signals between waits only
+            if name in ("SIGTERM", "SIGINT"):
                 return
-            reload_filters(proxy)
+            if name == "SIGHUP":
+                reload_filters(proxy)
 
 
-def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str]) -> None:
+def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str], supervisor: int) -> None:
     """Serve until a signal ends it; running replies get GRACE seconds."""
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    wait_for_end(proxy, heard)
+    wait_for_end(proxy, heard, supervisor)
     log.info("Stopping")
     for server in servers:
         server.shutdown()
@@ -5154,26 +5197,6 @@ def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str
     while any(server.replies_running for server in servers) and time.monotonic() < deadline:
         time.sleep(0.05)
     proxy.close()
-
-
-def run(config: Config, tell: Callable[[str], None]) -> None:
-    """Start, serve, stop, and ``tell`` of each request; Unusable."""
-    store = open_root(config)
-    if config.filters_file:
-        try:
-            config = dataclasses.replace(config, filters=load_filters(config.filters_file))
-        except (OSError, UnicodeDecodeError) as error:
-            raise Unusable("The filters file %s cannot be read: %s." % (
-                config.filters_file, getattr(error, "strerror", None) or error)) from None
-    else:
-        log.info("No filters file given")
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        log.warning("Running as root: an account without privileges is enough, and safer")
-    log.info("Clients may come from: %s", ", ".join(config.allow))
-    proxy = Proxy(config, store)
-    heard = heed_signals()
-    proxy.sweeper.start(config)
-    serve(open_servers(config, proxy, tell), proxy, heard)
 
 
 class LogWriter(logging.Handler):
@@ -5185,7 +5208,12 @@ class LogWriter(logging.Handler):
         self._stamped = stamped
         self._stamp = (0, "")  # clock seconds, and how they are written
         self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self._threaded = False
+
+    def start(self) -> None:
+        """From now on a thread writes.  Before, no client waits; and a process with threads can't fork."""
         threading.Thread(target=self._run, daemon=True).start()
+        self._threaded = True
 
     def emit(self, record: logging.LogRecord) -> None:
         """For the logging module."""
@@ -5195,12 +5223,14 @@ class LogWriter(logging.Handler):
         """Put a line into the queue, or drop it; without logging's records, which cost as much as a hit."""
         if self._lines.qsize() < MAX_LOG_LINES:
             self._lines.put(self._time() + line + "\n")
+        if not self._threaded:
+            self._write_out([self._lines.get()])
 
     def flush(self) -> None:
         """Wait for what is in the queue, but not for long."""
         written = threading.Event()
         self._lines.put(written)
-        written.wait(1.0)
+        written.wait(1.0 if self._threaded else 0.0)
 
     def _time(self) -> str:
         if not self._stamped:
@@ -5217,17 +5247,129 @@ class LogWriter(logging.Handler):
             with contextlib.suppress(queue.Empty):
                 while len(lines) < 1000:
                     lines.append(self._lines.get_nowait())
-            text = "".join(line for line in lines if isinstance(line, str))
-            data = text.encode("utf-8", "backslashreplace")
-            with contextlib.suppress(OSError):  # a full log device harms nothing
-                while data:
-                    try:
-                        data = data[os.write(2, data):]
-                    except BlockingIOError:  # whoever started us wants it so
-                        time.sleep(LOG_PAUSE)
-            for line in lines:
-                if isinstance(line, threading.Event):
-                    line.set()
+            self._write_out(lines)
+
+    def _write_out(self, lines: list[str | threading.Event]) -> None:
+        text = "".join(line for line in lines if isinstance(line, str))
+        data = text.encode("utf-8", "backslashreplace")
+        with contextlib.suppress(OSError):  # a full log device harms nothing
+            while data:
+                try:
+                    data = data[os.write(2, data):]
+                except BlockingIOError:  # whoever started us wants it so
+                    time.sleep(LOG_PAUSE)
+        for line in lines:
+            if isinstance(line, threading.Event):
+                line.set()
+
+
+class Supervisor:
+    """Keeps worker processes running.  For the caller: run."""
+
+    def __init__(self, work: Callable[[int], None], heard: queue.SimpleQueue[str]) -> None:
+        self._work = work  # what a worker does, by number from 0
+        self._heard = heard  # names of signals, SIGCHLD's too; each worker gets a copy
+        self._workers: dict[int, tuple[int, float]] = {}  # by pid: number, monotonic time of its start
+        self._missing: list[tuple[int, float]] = []  # there was no process for them
+
+    def run(self, count: int, sockets: list[socket.socket]) -> None:
+        """Keep ``count`` workers running until SIGTERM or SIGINT; signals are handed on."""
+        for number in range(count):
+            self._start(number)
+        while True:
+            name = ""
+            with contextlib.suppress(queue.Empty):
+                name = self._heard.get(timeout=1.0)
+            if name in ("SIGTERM", "SIGINT"):
+                break
+            if name == "SIGHUP":
+                self._tell(signal.SIGHUP)
+            for number, started in self._reap():
+                time.sleep(max(0.0, min(1.0, started + 1.0 - time.monotonic())))  # one that dies at once
+                self._start(number)
+        for listening in sockets:
+            listening.close()
+        deadline = time.monotonic() + GRACE + 1
+        self._tell(signal.SIGTERM)
+        while self._workers and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):
+                self._heard.get(timeout=0.1)
+            self._reap(quietly=True)
+        self._tell(signal.SIGKILL)
+
+    def _start(self, number: int) -> None:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            log.error("No worker can be started: %s", error.strerror)
+            self._missing.append((number, time.monotonic()))
+            return
+        if pid:
+            self._workers[pid] = number, time.monotonic()
+            return
+        code = 1
+        try:
+            self._work(number)
+            code = 0
+        except BaseException:
+            log.exception("A worker failed: this is a bug")
+        finally:
+            logging.shutdown()
+            os._exit(code)
+
+    def _reap(self, quietly: bool = False) -> list[tuple[int, float]]:
+        """Those that have ended, or could not begin: number and start."""
+        ended, self._missing = self._missing, []
+        for pid in list(self._workers):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                ended.append(self._workers.pop(pid))
+                code = os.waitstatus_to_exitcode(status)
+                why = "by signal %d" % -code if code < 0 else "with code %d" % code
+                if not quietly:
+                    log.error("Worker %d ended %s; another takes its place", ended[-1][0] + 1, why)
+        return ended
+
+    def _tell(self, number: int) -> None:
+        for pid in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def run(config: Config, writer: LogWriter) -> None:
+    """Start, serve, stop; Unusable."""
+    store = open_root(config)
+    if config.filters_file:
+        try:
+            config = dataclasses.replace(config, filters=load_filters(config.filters_file))
+        except (OSError, UnicodeDecodeError) as error:
+            raise Unusable("The filters file %s cannot be read: %s." % (
+                config.filters_file, getattr(error, "strerror", None) or error)) from None
+    else:
+        log.info("No filters file given")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        log.warning("Running as root: an account without privileges is enough, and safer")
+    if config.workers > 1 and not hasattr(os, "fork"):
+        log.warning("This system cannot fork: one process does all the work")
+        config = dataclasses.replace(config, workers=1)
+    log.info("Clients may come from: %s", ", ".join(config.allow))
+    heard = heed_signals("SIGCHLD")
+    sockets, counters = open_sockets(config), Counters(config.workers)
+    supervisor = os.getpid() if config.workers > 1 else 0
+
+    def work(number: int) -> None:
+        """What one process does, the only one or one of several."""
+        writer.start()
+        counters.take_row(number)
+        proxy = Proxy(config, store, counters)
+        proxy.sweeper.start(config, leads=number == 0)
+        desk = Desk(proxy, make_room(), writer.write if log.isEnabledFor(logging.INFO) else lambda _: None)
+        serve([ProxyServer(listening, desk) for listening in sockets], proxy, heard, supervisor)
+
+    if config.workers > 1:
+        Supervisor(work, heard).run(config.workers, sockets)
+    else:
+        work(0)
 
 
 def is_journal(stream: str) -> bool:
@@ -5244,7 +5386,7 @@ def main(arguments: list[str] | None = None) -> int:
     writer = LogWriter(not is_journal(os.environ.get("JOURNAL_STREAM", "")))
     logging.basicConfig(level=level, format="%(message)s", handlers=[writer])
     try:
-        run(config, writer.write if level <= logging.INFO else lambda _: None)
+        run(config, writer)
     except Unusable as problem:
         logging.shutdown()  # what was said before stands before
         sys.stderr.write("pkgproxy: %s\n" % problem)

@@ -119,7 +119,7 @@ class Abreast(unittest.TestSuite):
 
 def load_tests(loader, tests, pattern):
     """The doctests of the module come first, what happens in processes of its own last."""
-    apart = (ClientCase, PorchTest, ReadmeTest)
+    apart = (ClientCase, PorchTest, WorkersTest, ReadmeTest)
     here = [suite for suite in tests if not any(isinstance(test, apart) for test in suite)]
     there = [suite for suite in tests if any(isinstance(test, apart) for test in suite)]
     return unittest.TestSuite([doctest.DocTestSuite(pkgproxy), *here, Abreast(there)])
@@ -351,7 +351,7 @@ class ProxyCase(unittest.TestCase):
         else:
             self.addCleanup(self.stop)
         self.proxy = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))
-        self.server = pkgproxy.ProxyServer(("127.0.0.1", 0), pkgproxy.Desk(
+        self.server = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Desk(
             self.proxy, pkgproxy.Room(pkgproxy.MAX_CONNECTIONS), pkgproxy.log.info))
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
@@ -4656,6 +4656,175 @@ class TunnelTest(ProxyCase):
         self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
 
 
+class LobbyTest(ProxyCase):
+    """One thread for all who wait, and for what is at hand."""
+
+    def setUp(self):
+        super().setUp()
+        self.origin.pages["/x_1.0.deb"] = self.page = Page(bytes(range(256)) * 16)
+        self.origin.pages["/big_1.0.deb"] = Page(b"b" * 3_000_000)
+        self.ask("/x_1.0.deb")
+        self.ask("/big_1.0.deb")
+        self.settle()
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(lambda: self.stack.close())
+
+    def visit(self, data=b""):
+        one = self.stack.enter_context(socket.create_connection(self.address, PATIENCE))
+        one.sendall(data)
+        return one
+
+    def line(self, path="/x_1.0.deb", more=b"", method=b"GET"):
+        return b"%s %s HTTP/1.1\r\nHost: a\r\n%s\r\n" % (method, self.origin.url(path).encode(), more)
+
+    def read(self, one, length):
+        data = b""
+        while len(data.partition(b"\r\n\r\n")[2]) < length:
+            more = one.recv(65536)
+            self.assertTrue(more, data[:300])
+            data += more
+        return data
+
+    def no_threads(self):
+        return self.patched(self.server, "attend", mock.Mock(side_effect=AssertionError("it went to a thread")))
+
+    def patched(self, thing, name, new):
+        patch = mock.patch.object(thing, name, new)
+        self.stack.enter_context(patch)
+        return new
+
+    def test_small_hits_validations_ranges_and_heads_take_no_thread(self):
+        self.no_threads()
+        tag = self.page.etag.encode()
+        for more, method, status, length in (
+                (b"", b"GET", b"200", 4096), (b"", b"HEAD", b"200", 0), (b"Range: bytes=0-9\r\n", b"GET", b"206", 10),
+                (b"If-None-Match: %s\r\n" % tag, b"GET", b"304", 0)):
+            with self.subTest(method=method, more=more):
+                one = self.visit(self.line(more=more, method=method) * 2)
+                data = self.read(one, 2 * length)
+                while data.count(b"HTTP/1.1 ") < 2:
+                    data += one.recv(65536)
+                self.assertEqual(data[9:12], status)
+        until(lambda: self.snapshot()["statsOutcomes"]["hit"] == 8)
+
+    def snapshot(self):
+        return self.server.desk.snapshot()
+
+    def test_what_may_block_goes_to_a_thread_and_the_connection_comes_back(self):
+        attend, seen = self.server.attend, []
+        self.patched(self.server, "attend", lambda visitor: (seen.append(visitor), attend(visitor)))
+        self.origin.pages["/y_1.0.deb"] = Page(b"y")
+        one = self.visit()
+        for path, length, threads in (("/x_1.0.deb", 4096, 0), ("/y_1.0.deb", 1, 1), ("/x_1.0.deb", 4096, 1),
+                                      ("/big_1.0.deb", 3_000_000, 2), ("/x_1.0.deb", 4096, 2)):
+            one.sendall(self.line(path))
+            self.read(one, length)
+            self.assertEqual(len(seen), threads)
+
+    def test_requests_sent_at_once_are_answered_in_order(self):
+        self.origin.pages["/y_1.0.deb"] = Page(b"y" * 5000)
+        order = ["/x_1.0.deb", "/y_1.0.deb", "/x_1.0.deb", "/big_1.0.deb", "/x_1.0.deb", "/y_1.0.deb"]
+        bodies = {"/x_1.0.deb": bytes(range(256)) * 16, "/y_1.0.deb": b"y" * 5000, "/big_1.0.deb": b"b" * 3_000_000}
+        one = self.visit(b"".join(map(self.line, order)))
+        with one.makefile("rb") as file:
+            for path in order:
+                head = b"".join(iter(file.readline, b"\r\n"))
+                length = int(re.search(rb"Content-Length: (\d+)", head)[1])
+                self.assertEqual(file.read(length), bodies[path])
+
+    def test_a_head_that_comes_byte_by_byte_waits_there(self):
+        self.no_threads()
+        one = self.visit()
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in self.line():
+            one.sendall(bytes((byte,)))
+        self.assertTrue(self.read(one, 4096).startswith(b"HTTP/1.1 200 "))
+
+    def test_a_head_that_never_ends_is_told_so(self):
+        with mock.patch.object(pkgproxy, "REQUEST_WAIT", 0.1):
+            self.assertTrue(self.visit(b"GET http://a/x HTTP/1.1\r\nHo").recv(999).startswith(b"HTTP/1.1 408 "))
+            self.assertEqual(self.visit().recv(999), b"")
+
+    def test_an_idle_connection_is_closed(self):
+        with mock.patch.object(pkgproxy, "IDLE_TIMEOUT", 0.1):
+            one = self.visit(self.line())
+            self.read(one, 4096)
+            self.assertEqual(one.recv(999), b"")
+
+    def test_a_client_that_does_not_read_holds_up_nobody_and_is_seen_off(self):
+        self.origin.pages["/z_1.0.deb"] = Page(b"z" * 60_000)
+        self.ask("/z_1.0.deb")
+        self.settle()
+        slow = self.stack.enter_context(socket.socket())
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(self.address)
+        slow.sendall(self.line("/z_1.0.deb") * 200)
+        until(lambda: self.server.lobby.sending)
+        self.read(self.visit(self.line()), 4096)
+        until(lambda: self.server.replies_running == 1)
+        with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.05):
+            until(lambda: not self.server.lobby.sending)
+
+    def test_what_was_sent_in_pieces_is_whole_and_counted(self):
+        self.origin.pages["/z_1.0.deb"] = Page(b"z" * 60_000)
+        self.ask("/z_1.0.deb")
+        self.settle()
+        before = self.snapshot()["statsCacheBytes"]
+        slow = self.stack.enter_context(socket.socket())
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(self.address)
+        slow.sendall(self.line("/z_1.0.deb") * 200)
+        until(lambda: self.server.lobby.sending)
+        with slow.makefile("rb") as file:
+            for _ in range(200):
+                head = b"".join(iter(file.readline, b"\r\n"))
+                self.assertEqual(file.read(60_000), b"z" * 60_000, head)
+        until(lambda: self.snapshot()["statsCacheBytes"] == before + 200 * 60_000)
+
+    def test_a_stored_file_that_goes_or_changes_is_not_remembered(self):
+        self.assertIn("; hit", self.ask("/x_1.0.deb")["Cache-Status"])
+        self.page.body, self.page.etag = b"new", '"new"'
+        path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
+        os.unlink(path)
+        self.assertEqual(self.ask("/x_1.0.deb").body, b"new")
+        shutil.rmtree(self.root)
+        self.page.body = b"newer"
+        self.assertEqual(self.ask("/x_1.0.deb").body, b"newer")
+
+    def test_what_is_not_in_memory_is_left_to_a_thread(self):
+        if not hasattr(os, "preadv"):
+            self.skipTest("no preadv here")
+        attend = self.patched(self.server, "attend", mock.Mock(wraps=self.server.attend))
+        self.patched(os, "preadv", mock.Mock(side_effect=BlockingIOError))
+        self.assertEqual(self.ask("/x_1.0.deb").body, bytes(range(256)) * 16)
+        self.assertEqual(attend.call_count, 1)
+
+    def test_five_hundred_idle_connections_take_no_thread(self):
+        before = threading.active_count()
+        guests = [self.visit(self.line()) for _ in range(500)]
+        for guest in guests:
+            self.read(guest, 4096)
+        self.assertLessEqual(threading.active_count(), before + 1)
+
+    def test_a_bug_costs_its_client_and_nobody_else(self):
+        answer = self.server.desk.answer
+        self.patched(self.server.desk, "answer", lambda visitor, size: (
+            1 // 0 if b"bug" in visitor.early else answer(visitor, size)))
+        with self.assertLogs("pkgproxy", "ERROR"):
+            self.assertEqual(self.visit(self.line("/bug")).recv(999), b"")
+        self.read(self.visit(self.line()), 4096)
+
+    def test_where_a_head_ends(self):
+        for data, end in ((b"", 0), (b"GET / HTTP/1.1\r\n", 0), (b"GET / HTTP/1.1\r\n\r\nmore", 18), (b"GET /\n\n", -1),
+                          (b"\r\n", 0), (b"\r\n\r\n", 4), (b"x" * (pkgproxy.MAX_LINE + 3), -1), (b"x" * 100 + b"\r", 0),
+                          (b"a: b\r\n" * 20_000, -1)):
+            with self.subTest(data=data[:30]):
+                self.assertEqual(pkgproxy.head_end(data), end)
+                pieces = [pkgproxy.head_end(data[:size], size - 1) for size in range(1, min(len(data), 50) + 1)]
+                if len(data) <= 50 and end >= 0:
+                    self.assertEqual(max(pieces, default=0), end)
+
+
 class CrowdTest(ProxyCase):
     """No client starves another."""
 
@@ -4923,6 +5092,106 @@ class PorchTest(unittest.TestCase):
 
 
 @unittest.skipUnless(README.exists(), "no README.md beside the test file")
+@unittest.skipUnless(hasattr(os, "fork") and os.path.isdir("/proc/self/fd"), "needs fork and /proc")
+class WorkersTest(unittest.TestCase):
+    """Several processes behind one address."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        Path(self.folder, "filters").write_text("never\n", encoding="utf-8")
+        self.origin = Origin()
+        self.addCleanup(self.origin.close)
+        self.origin.pages["/x_1.0.deb"] = Page(b"x" * 1000)
+        self.process, lines = PorchTest.start(self, "-r", "packages", "-w", "2", "-f", "filters")
+        self.port = int(lines[-1].rpartition(":")[2])
+        self.lines = []
+        threading.Thread(target=self.read, daemon=True).start()
+        self.addCleanup(self.end)
+        until(lambda: len(self.workers()) == 2)
+
+    def end(self):
+        with contextlib.suppress(ProcessLookupError):
+            for pid in self.workers():
+                os.kill(pid, signal.SIGCONT)
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(PATIENCE)
+
+    def read(self):
+        with contextlib.suppress(ValueError):
+            self.lines.extend(iter(self.process.stderr.readline, ""))
+
+    def workers(self):
+        with contextlib.suppress(OSError):
+            children = Path("/proc/%d/task/%d/children" % (self.process.pid, self.process.pid)).read_text().split()
+            return [int(pid) for pid in children if self.lives(int(pid))]
+        return []
+
+    def lives(self, pid):
+        with contextlib.suppress(OSError):
+            return Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[0] != "Z"
+        return False
+
+    def get(self, url):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)) as connection:
+            connection.request("GET", url)
+            return connection.getresponse().read()
+
+    @contextlib.contextmanager
+    def only(self, worker):
+        """While the others are stopped."""
+        others = [pid for pid in self.workers() if pid != worker]
+        for pid in others:
+            os.kill(pid, signal.SIGSTOP)
+            until(lambda: " T " in Path("/proc/%d/stat" % pid).read_text())  # noqa: B023
+        try:
+            yield
+        finally:
+            for pid in others:
+                os.kill(pid, signal.SIGCONT)
+
+    def test_each_counts_and_each_tells_of_all(self):
+        first, second = self.workers()
+        url = self.origin.url("/x_1.0.deb")
+        with self.only(first):
+            self.assertEqual(self.get(url), b"x" * 1000)
+            until(lambda: json.loads(self.get("/debug/vars"))["statsOutcomes"]["miss"] == 1)
+        with self.only(second):
+            for _ in range(3):
+                self.assertEqual(self.get(url), b"x" * 1000)
+            counters = json.loads(self.get("/debug/vars"))
+            self.assertEqual((counters["statsOutcomes"]["miss"], counters["statsOutcomes"]["hit"]), (1, 3))
+        with self.only(first):
+            counters = json.loads(self.get("/debug/vars"))
+            self.assertEqual((counters["statsDownBytes"], counters["statsCacheBytes"]), (1000, 3000))
+        self.assertEqual(self.origin.asked("/x_1.0.deb"), ["GET"])
+
+    def test_one_that_is_killed_is_replaced_and_what_it_counted_stays(self):
+        self.get(self.origin.url("/x_1.0.deb"))
+        old = self.workers()
+        for pid in old:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: len(set(self.workers()) - set(old)) == 2, "two new workers")
+        until(lambda: sum("ended by signal 9; another takes its place" in line for line in self.lines) == 2)
+        self.assertEqual(self.get(self.origin.url("/x_1.0.deb")), b"x" * 1000)
+        self.assertEqual(json.loads(self.get("/debug/vars"))["statsDownBytes"], 1000)
+
+    def test_signals_are_handed_on(self):
+        until(lambda: sum("Parsed 1 filters" in line for line in self.lines) >= 0)
+        Path(self.folder, "filters").write_text("never\nnor this\n", encoding="utf-8")
+        self.process.send_signal(signal.SIGHUP)
+        until(lambda: sum("Parsed 2 filters" in line for line in self.lines) == 2)
+        workers = self.workers()
+        self.process.send_signal(signal.SIGTERM)
+        self.assertEqual(self.process.wait(PATIENCE), 0)
+        self.assertFalse([pid for pid in workers if self.lives(pid)])
+
+    def test_workers_do_not_outlive_their_supervisor(self):
+        workers = self.workers()
+        self.process.kill()
+        until(lambda: not any(map(self.lives, workers)))
+
+
 class ReadmeTest(unittest.TestCase):
     """What the README promises."""
 
