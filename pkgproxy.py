@@ -94,7 +94,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from email.utils import formatdate
 from typing import Any, Callable, NamedTuple, Protocol, Union
 
@@ -136,6 +136,7 @@ CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that mov
 SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
 BACKLOG = 256  # connections that wait to be accepted: a fleet that wakes up by cron comes all at once
 SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
+EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
 
 # Times, all in seconds.
 NEXT_ADDRESS = 0.25  # a try of another address of the same name: RFC 8305 §8 recommends it
@@ -2860,6 +2861,33 @@ def rest_request(forward: Forward, head: Head, offset: int) -> Forward:
     return dataclasses.replace(forward, fields=without(forward.fields, ("range", "if-range")) + more)
 
 
+def whole_body(head: Head, size: int | None, offset: int, ask: Callable[[int], Response],
+               response: Response | None = None) -> Generator[bytes, None, None]:
+    """The bytes of a representation from ``offset`` to its end, over as many connections as it takes: the
+    answer's at hand, if there is one, then what ``ask`` fetches from an offset (DESIGN §6.4); OriginFailure
+    where that leads no further."""
+    pauses = list(RESUME_PAUSES)
+    while True:
+        begun = offset
+        try:
+            with contextlib.closing(response or ask(offset)) as answer:
+                while data := answer.read(CHUNK):
+                    offset += len(data)
+                    yield data
+            if size in (None, offset):
+                return
+            raise Truncated("The origin sent less than the rest.")
+        except Changed:
+            raise
+        except OriginFailure:
+            if offset >= begun + EARLY:
+                pauses = list(RESUME_PAUSES)  # it does get on
+            if not pauses or offset and strong_validator(head) is None:
+                raise
+        response = None
+        time.sleep(pauses.pop(0))
+
+
 def send_body(connection: Connection, body: Readable, length: int | None) -> None:
     """Send a request's body, framed anew if it is chunked (RFC 9112 §7.1)."""
     while True:
@@ -3033,7 +3061,6 @@ class Origin:
 REFRESH_PAUSE = 3600.0  # seconds between two validations of one response in the background
 MAX_ATTEMPTS = 10_000  # of them remembered
 MAX_REFRESHERS = 4  # validations at one time that no client waits for
-EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
 
 
 class Counters:
@@ -3166,35 +3193,19 @@ class TrailBody:
 
     def _beyond(self, partial: Partial, offset: int, stop: int) -> Iterator[bytes]:
         """The disk failed, or the download stands still (invariant 10): this client goes on from its own
-        offset, straight from the origin, over as many connections as it takes."""
+        offset, straight from the origin."""
         if self._begun and strong_validator(partial.head) is None:
             raise Changed("The download cannot be resumed: the origin sent no strong validator.")
-        pauses = list(RESUME_PAUSES)
-        while True:
-            try:
-                for data in self._alone(partial, offset, stop):
-                    offset += len(data)
-                    self.uncached += len(data)
-                    self._begun = True
-                    yield data
-                return
-            except Changed:
-                raise
-            except OriginFailure:
-                if not pauses or self._begun and strong_validator(partial.head) is None:
-                    raise
-            time.sleep(pauses.pop(0))
-
-    def _alone(self, partial: Partial, offset: int, stop: int) -> Iterator[bytes]:
-        with contextlib.closing(self._rest(partial.head, partial.length, offset)) as response:
-            while offset < stop:
-                data = response.read(min(CHUNK, stop - offset))
-                if not data and stop != UNKNOWN:
-                    raise Truncated("The origin sent less than the rest.")
-                if not data:
-                    return
+        ask = functools.partial(self._rest, partial.head, partial.length)
+        with contextlib.closing(whole_body(partial.head, partial.length, offset, ask)) as pieces:
+            for piece in pieces:
+                data = piece[:stop - offset]
                 offset += len(data)
+                self.uncached += len(data)
+                self._begun = True
                 yield data
+                if offset >= stop:
+                    return
 
     def close(self) -> None:
         """Let go of the partial."""
@@ -3259,7 +3270,7 @@ class Tee:
         self._flight = flight
         self._may_go_on = may_go_on
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes) -> None:
         """Store, then tell; LocalFailure, Changed, or Abandoned where nobody wants it any more."""
         if not self._may_go_on():
             raise Abandoned("Its clients have left, and more downloads without any go on already.")
@@ -3271,7 +3282,6 @@ class Tee:
             raise LocalFailure(error) from error
         if self._partial.size != self._partial.length:
             self._flight.advance(self._partial.size)
-        return len(data)
 
 
 def _place(target: Target) -> str:
@@ -3521,42 +3531,23 @@ class Filler:
 
     def _download(self, download: Download) -> None:
         """All bytes, over as many connections as it takes; OriginFailure, LocalFailure."""
-        response, partial, pauses, begun = download.response, download.partial, list(RESUME_PAUSES), 0
+        partial = download.partial
         tee = Tee(partial, download.flight, functools.partial(self._may_go_on, download))
-        while True:
-            try:
-                with contextlib.closing(response):
-                    shutil.copyfileobj(response, tee, CHUNK)
-                if partial.length in (None, partial.size):
-                    return
-                raise Truncated("The origin sent less than the rest.")
-            except Changed:
-                raise
-            except OriginFailure as failure:
-                if partial.size >= begun + EARLY:
-                    pauses = list(RESUME_PAUSES)  # it does get on
-                begun = partial.size
-                response = self._resume(download, pauses, failure)
+
+        def ask(offset: int) -> Response:
+            forward = dataclasses.replace(download.forward, deadline=time.monotonic() + RESUME_WAIT)
+            return self._origin.fetch_rest(forward, partial.head, partial.length, offset)
+
+        pieces = whole_body(partial.head, partial.length, partial.size, ask, download.response)
+        with contextlib.closing(pieces):
+            for data in pieces:
+                tee.write(data)
 
     def _may_go_on(self, download: Download) -> bool:
         if self._orphans.may_go_on(download.partial):
             return True
         self._barrier.leave(download.flight)  # nobody joins it any more; who just has is not let down
         return download.partial.has_readers()
-
-    def _resume(self, download: Download, pauses: list[float], failure: OriginFailure) -> Response:
-        """Go on where a download broke off (DESIGN §6.4); the failure where that can't be."""
-        partial = download.partial
-        while pauses and (strong_validator(partial.head) is not None or not partial.size):
-            time.sleep(pauses.pop(0))
-            forward = dataclasses.replace(download.forward, deadline=time.monotonic() + RESUME_WAIT)
-            try:
-                return self._origin.fetch_rest(forward, partial.head, partial.length, partial.size)
-            except Changed:
-                break
-            except OriginFailure as error:
-                failure = error
-        raise failure
 
 
 class Leader:
