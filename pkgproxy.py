@@ -18,7 +18,8 @@ One request's way through the house::
                  ├─ PASS ──────── Origin.fetch, bytes copied through, nothing kept
                  └─ FETCH, VALIDATE
                        Barrier.join(key)
-                         ├─ leader    look again → Origin.fetch → Store.receive → a thread fills
+                         ├─ leader    claim the partial → look again → Origin.fetch → a thread fills
+                         │            it; where another instance holds it, a thread watches it grow
                          └─ follower  wait for the leader's head
                        both read the growing partial from byte 0, or from their range
                  │
@@ -29,7 +30,7 @@ The floors, top to bottom; each uses only what stands above it, and a test holds
     1 Words     Config, Request, Head, Reply, Outcome, Decision, errors, limits
     2 Rules     pure functions: targets, keys, names, fields, freshness, ranges … decide()
     3 Store     stored responses on disk
-    4 Barrier   who is fetching what: one Flight per cache key
+    4 Barrier   who is fetching what: one Flight per cache key, one lease among instances
     5 Origin    one forward request, and the pool of connections to origins
     6 Proxy     the only one that knows 3, 4 and 5
     7 Pages     the proxy's own pages
@@ -100,7 +101,7 @@ from typing import Any, Callable, NamedTuple, Protocol, Union
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: there the barrier ends at the process
+except ImportError:  # Windows has no flock: there the barrier ends at the process, or is memcached's
     fcntl = None  # type: ignore[assignment]
 try:
     import resource as _resource
@@ -147,6 +148,10 @@ ANSWER_WAIT = 40.0  # for the head of an answer, redirects and all: who waits is
 RESUME_WAIT = 10.0  # the same for the rest of a download: all tries fit into a stalled client's 90 s
 HEAD_WAIT = 45.0  # a follower's wait for its leader's head: what that may take, and some
 FLIGHT_WAIT = 45.0  # a follower's wait for one more byte of a partial: a stall, and a resumption
+WATCH_PAUSE = 0.03  # between two looks at what another instance downloads
+LEASE = 10  # a lease in memcached lapses after so long: then a follower takes over
+LEASE_RENEWAL = 3.0  # so often its leader renews it
+MEMCACHED_WAIT = 1.0  # for memcached's answer; who is silent longer is left alone for TROUBLE
 LAND_WAIT = 900.0  # and for a complete one to reach the disk: 10 GB at 12 MB/s
 VALIDATE_WAIT = 9.0  # for an origin, where a stored response can answer: pacman gives up after 10 s
 RESUME_PAUSES = (0.1, 0.3, 1.0, 2.0, 4.0)  # before each new try to go on with a download that broke off
@@ -190,6 +195,7 @@ class Config:
     max_age: float | None = None  # seconds since a stored response was last used
     workers: int = 1  # processes
     filters: tuple[re.Pattern[str], ...] = ()  # parsed from filters_file, at start and on SIGHUP
+    barrier: tuple[tuple[str, int], ...] = ()  # memcached servers; none: the file system's locks
     pseudonym: str = "pkgproxy"  # our name in Via and Cache-Status (RFC 9110 §7.6.3)
 
     def __hash__(self) -> int:
@@ -265,6 +271,7 @@ class Head:
     size: int = -1  # of the body it describes
     mtime_ns: int = 0  # of the body it describes: with size, the body's name (DESIGN §4)
     boot: str = ""  # of the machine, where its body may not have reached the disk yet
+    flushed: int = -1  # bytes of such a body that have, as far as is known
     guarded: bool = False  # it came from where only clients on this host may go: it is for them alone
 
     def __hash__(self) -> int:
@@ -991,6 +998,22 @@ _EMBEDDED = tuple((ipaddress.IPv6Network(network), shift) for network, shift in 
     ("::ffff:0:0/96", 0), ("::/96", 0), ("64:ff9b::/96", 0), ("64:ff9b:1::/48", 0), ("2002::/16", 80)))
 
 
+def parse_barrier(text: str) -> tuple[tuple[str, int], ...]:
+    """The memcached servers that instances agree by; ValueError.
+
+    >>> parse_barrier("memcached://mc1.example.org,[::1]:11212")
+    (('mc1.example.org', 11211), ('::1', 11212))
+    """
+    scheme, mark, places = text.partition("://")
+    try:
+        servers = tuple(split_authority(place, 11211) for place in places.split(","))
+    except Failure:
+        servers = ()
+    if scheme != "memcached" or not mark or not all(host and port for host, port in servers) or not servers:
+        raise ValueError("'%s' is no barrier; write memcached://HOST:PORT[,HOST:PORT]" % text)
+    return servers
+
+
 def is_address(host: str) -> bool:
     """Whether a host is an address, not a name."""
     try:
@@ -1644,6 +1667,8 @@ _WRITABLE = os.O_RDWR | os.O_CREAT | _REGULAR
 _NAME_REFUSED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 _NOTHING = os.stat_result((0,) * 10)
 RESUME_WORTH = 256 * 1024  # bytes: a smaller download is begun anew, and costs no head of its own
+FLUSH_EVERY = 0.5  # seconds, where another machine may read a partial as it grows
+_REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
 
 
@@ -1656,99 +1681,13 @@ class Stored:
     name: str  # below the root
     described: bool  # False: no head on disk, only what the file itself tells
 
+    def fileno(self) -> int:
+        """The body's descriptor."""
+        return self.file.fileno()
+
     def close(self) -> None:
         """Close the body."""
         self.file.close()
-
-
-class Partial:
-    """An incomplete response (RFC 9111 §3.3): written by one, read by many while it grows.
-
-    It ends once, in commit() or discard(); its descriptor lives until its last user releases it.
-    """
-
-    def __init__(self, store: Store, head: Head, length: int | None, path: str, file: io.FileIO) -> None:
-        self.head = head  # of the live response, as it will be stored
-        self.length = length  # declared
-        self.path = path
-        self.size = file.tell()  # bytes written
-        self._store = store
-        self._file = file
-        self._lock = threading.Lock()  # guards _users
-        self._users = 1  # the writer, and whoever reads
-
-    def write(self, data: bytes) -> int:
-        """Append all of ``data``; OSError (disk full …) comes through."""
-        left = memoryview(data)
-        while left:
-            left = left[self._file.write(left):]
-        self.size += len(data)
-        return len(data)
-
-    def read_at(self, size: int, offset: int) -> bytes:
-        """Up to ``size`` bytes from ``offset``, without moving anybody's position."""
-        if hasattr(os, "pread"):
-            return os.pread(self._file.fileno(), size, offset)
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-    def commit(self) -> None:
-        """Flush to disk, then give the body its place and its head (invariant 1); or LocalFailure."""
-        try:
-            os.fsync(self._file.fileno())
-            if not self._is_there():
-                raise OSError(errno.ENOENT, "somebody removed the partial")
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path + "^head")
-            self._store.place(self)
-        except OSError as error:
-            self.discard()
-            raise LocalFailure(error) from error
-
-    def keep(self) -> None:
-        """Leave it for a later request to go on with (DESIGN §6.7), where it can be told what it is of."""
-        try:
-            if self.size < RESUME_WORTH or strong_validator(self.head) is None or not self._is_there():
-                raise OSError("not worth it")
-            os.fsync(self._file.fileno())
-            self._store.describe(self, boot="")
-        except OSError:
-            self.discard()
-
-    def retract(self) -> None:
-        """Remove what is stored under its key: it is no longer right."""
-        self._store.forget(self.head.key)
-
-    def discard(self) -> None:
-        """Forget the file; whoever reads it reads on."""
-        with contextlib.suppress(OSError, ValueError):
-            if self._is_there():
-                os.unlink(self.path)
-                os.unlink(self.path + "^head")
-
-    def _is_there(self) -> bool:
-        """Whether the file that has its name is still the one that is open; OSError where there is none."""
-        return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
-
-    def has_readers(self) -> bool:
-        """Whether anybody but the writer uses it."""
-        with self._lock:
-            return self._users > 1
-
-    def acquire(self) -> bool:
-        """One user more; False if it is closed already."""
-        with self._lock:
-            self._users += 1 if self._users else 0
-            return self._users > 0
-
-    def release(self) -> None:
-        """One user less; the last closes the file."""
-        with self._lock:
-            self._users -= 1
-            last = self._users == 0
-        if last:
-            self._file.close()
 
 
 def _private(path: str, flags: int) -> int:
@@ -1780,71 +1719,45 @@ def _open(path: str) -> tuple[io.FileIO | None, os.stat_result]:
     return None, _NOTHING
 
 
-def _close(stored: Stored | None) -> None:
-    if stored is not None:
-        stored.close()
-
-
-def _lead(path: str, offset: int) -> io.FileIO:
-    """Open a partial of ``offset`` bytes and lock it against other processes (invariant 2); OSError where
-    one leads."""
-    for _ in range(3):
-        file = io.FileIO(os.open(path, _WRITABLE, 0o644), "r+b")
+def lock(file: io.FileIO) -> bool:
+    """Lock a file against other processes (invariant 2), for as long as it is open; False where one has it,
+    OSError."""
+    if fcntl is not None:
         try:
-            if fcntl is not None:
-                # flock, not lockf: that one is lost when any descriptor of the file is closed.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                    if os.fstat(file.fileno()).st_size < offset:
-                        raise OSError(errno.ESTALE, "the partial was cut")
-                    file.truncate(offset)
-                    file.seek(offset)
-                    return file
-        except OSError:
-            file.close()
-            raise
-        file.close()  # it was renamed or removed between open and lock
-    raise OSError(errno.EAGAIN, "another process keeps taking it", path)
+            # flock, not lockf: that one is lost when any descriptor of the file is closed.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
-def _remember_use(path: str, last: float) -> None:
-    """Write the time of a file's last use into its inode, not into that of one which replaces it now."""
-    with contextlib.suppress(OSError), open(path, "rb", opener=_private) as file:
-        target = file.fileno() if os.utime in os.supports_fd else path
-        os.utime(target, ns=(int(last * 10**9), os.fstat(file.fileno()).st_mtime_ns))
-
-
-def _remove_old(path: str, before: float) -> None:
-    """Remove a file of our books that nobody has written since ``before``."""
+def why_no_locks(folder: str) -> str:
+    """Why files in a folder can't be locked against other processes; "" where they can, or where nothing can
+    be written anyway."""
+    path = os.path.join(folder, "lock-" + secrets.token_hex(8))
+    reason = "" if fcntl is not None else "this system has no flock"
     with contextlib.suppress(OSError):
-        if os.lstat(path).st_mtime < before:
-            os.unlink(path)
+        if not reason:
+            make_folder(folder)
+            with io.FileIO(path, "x+b") as one, io.FileIO(path, "r+b") as two:
+                os.unlink(path)
+                try:
+                    reason = "its file system ignores locks" if lock(one) and lock(two) else ""
+                except OSError as error:
+                    reason = "its file system refuses locks (%s)" % error.strerror
+            os.rmdir(folder)  # unless it is in use
+    return reason
 
 
-def _rename(path: str, place: str) -> None:
-    try:
-        os.replace(path, place)
-    except PermissionError:
-        if os.name != "nt":
-            raise
-        # Windows renames no open file, and every reply from a partial holds it open.
-        shutil.copy2(path, place + "^new")
-        os.replace(place + "^new", place)
-
-
-def _describes(head: Head, info: os.stat_result) -> bool:
-    """Whether a head names this body.  Where a copy lost the fraction of the time, its second counts."""
-    if head.size != info.st_size:
-        return False
-    same = head.mtime_ns == info.st_mtime_ns
-    return same or info.st_mtime_ns % 10**9 == 0 and head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
-
-
-def _bare_head(key: str, info: os.stat_result) -> Head:
-    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", http_date(info.st_mtime)))
-    return Head(200, "OK", fields, key, key, received=info.st_mtime, requested=info.st_mtime,
-                size=info.st_size, mtime_ns=info.st_mtime_ns)
+def is_remote(path: str) -> bool:
+    """Whether a folder lies on a disk that other machines write too, as far as Linux tells."""
+    with contextlib.suppress(OSError, IndexError), open("/proc/self/mountinfo", encoding="utf-8",
+                                                        errors="replace") as file:
+        device = os.stat(path).st_dev
+        name = "%d:%d" % (os.major(device), os.minor(device))
+        kinds = [line.rpartition(" - ")[2].split()[0] for line in file if line.split()[2] == name]
+        return bool(kinds) and kinds[-1].startswith(_REMOTE)
+    return False
 
 
 def _head_from(row: dict[str, Any]) -> Head:
@@ -1882,11 +1795,303 @@ def _read_heads(path: str) -> tuple[Head, ...]:
 
 
 def _write_heads(path: str, heads: list[Head]) -> None:
-    """Replace a head file; OSError."""
+    """Replace a head file; OSError.  Another instance may do so at the same time."""
     make_folder(os.path.dirname(path))
-    with open(path + "^new", "w", encoding="utf-8", opener=_private) as file:
+    new = "%s^%s" % (path, secrets.token_hex(4))
+    with open(new, "w", encoding="utf-8", opener=_private) as file:
         json.dump([dataclasses.asdict(head) for head in heads], file, ensure_ascii=False)
-    os.replace(path + "^new", path)
+    os.replace(new, path)
+
+
+class SharedFile:
+    """An open file; the last of its users closes it."""
+
+    def __init__(self, path: str, file: io.FileIO) -> None:
+        self.path = path
+        self._file = file
+        self._litter = False  # whether its name is ours alone, and shall go with it
+        self._lock = threading.Lock()  # guards _users
+        self._users = 1  # the writer, and whoever reads
+
+    def fileno(self) -> int:
+        """Its file's descriptor."""
+        return self._file.fileno()
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        """Up to ``size`` bytes from ``offset``, without moving anybody's position."""
+        if hasattr(os, "pread"):
+            return os.pread(self.fileno(), size, offset)
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def has_readers(self) -> bool:
+        """Whether anybody but the writer uses it."""
+        with self._lock:
+            return self._users > 1
+
+    def acquire(self) -> bool:
+        """One user more; False if it is closed already."""
+        with self._lock:
+            self._users += 1 if self._users else 0
+            return self._users > 0
+
+    def release(self) -> None:
+        """One user less; the last closes the file."""
+        with self._lock:
+            self._users -= 1
+            last = self._users == 0
+        if last:
+            self._file.close()
+            if self._litter:
+                with contextlib.suppress(OSError):  # Windows removes no open file
+                    os.unlink(self.path)
+
+
+class Partial(SharedFile):
+    """An incomplete response (RFC 9111 §3.3): written by one, read by many while it grows.
+
+    It ends once, in commit(), keep() or discard(); whoever reads it reads on.
+    Between instances, the lock on its file says who leads; one that has an ``owner`` is locked by its name,
+    which no other instance uses.  Its head file names the file that it describes by its inode.
+    """
+
+    def __init__(self, store: Store, key: str, owner: str, path: str, file: io.FileIO) -> None:
+        super().__init__(path, file)
+        self.head = Head(0, "", (), key)  # of the live response, as it will be stored, or of what is left
+        self.length: int | None = None  # declared
+        self.owner = owner
+        self.size = 0  # bytes written, or left and good to go on with
+        self._store = store
+        self._near = True  # whether another instance that writes it is on this machine
+        self._kept = False  # whether that one has left it
+        self._told = 0.0  # monotonic time of the last word to other instances
+
+    def begin(self, head: Head, length: int | None, offset: int = 0) -> None:
+        """Begin to write a response of ``length`` bytes (None: unknown), or go on at ``offset``;
+        LocalFailure."""
+        missing = (length or 0) - offset
+        try:
+            if self._store.free_space() <= missing:
+                raise OSError(errno.ENOSPC, "not enough free space for %d bytes" % missing)
+            found = os.fstat(self.fileno()).st_size
+            if found < offset:
+                raise OSError(errno.ESTALE, "the partial was cut")
+            if not offset:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path + "^head")
+                if found and not self.owner:
+                    self._renew()
+            self._file.truncate(offset)
+            self._file.seek(offset)
+        except OSError as error:
+            raise LocalFailure(error) from error
+        self.head, self.length, self.size = head, length, offset
+
+    def _renew(self) -> None:
+        """Who reads what was left reads on: the new one gets a file of its own, locked before it is seen."""
+        file = io.FileIO(os.open(self.path + "^new", _WRITABLE | os.O_TRUNC, 0o644), "r+b")
+        try:
+            lock(file)
+            self._file.close()
+            os.replace(self.path + "^new", self.path)
+        finally:
+            self._file = file
+
+    def write(self, data: bytes) -> int:
+        """Append all of ``data``; OSError (disk full …) comes through."""
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left):]
+        self.size += len(data)
+        return len(data)
+
+    def tell(self) -> None:
+        """Let other instances read what has been written so far.  On another machine's disk they may see it
+        in another order than we write it: there what they may read is flushed first; OSError."""
+        now = time.monotonic()
+        if not self._told or self._store.remote and now - self._told > FLUSH_EVERY:
+            self._told = now
+            if self._store.remote:
+                os.fsync(self.fileno())
+            self._describe(self._store.boot)
+
+    def commit(self) -> None:
+        """Flush to disk, then give the body its place and its head (invariant 1); or LocalFailure."""
+        try:
+            os.fsync(self.fileno())
+            if not self.is_there():
+                raise OSError(errno.ENOENT, "somebody removed the partial")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path + "^head")
+            self._store.place(self)
+        except OSError as error:
+            self.discard()
+            raise LocalFailure(error) from error
+        self._litter = bool(self.owner)
+        self.unlock()
+
+    def keep(self) -> None:
+        """Leave it for a later request to go on with (DESIGN §6.7), where it can be told what it is of."""
+        try:
+            if self.size < RESUME_WORTH or strong_validator(self.head) is None or not self.is_there():
+                raise OSError("not worth it")
+            os.fsync(self.fileno())
+            self._describe("")
+        except OSError:
+            self.discard()
+        self.unlock()
+
+    def discard(self) -> None:
+        """Forget the file; whoever reads it reads on."""
+        with contextlib.suppress(OSError, ValueError):
+            if self.is_there():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path + "^head")
+                os.unlink(self.path)
+        self._litter = bool(self.owner)
+        self.unlock()
+
+    def retract(self) -> None:
+        """Remove what is stored under its key: it is no longer right."""
+        self._store.forget(self.head.key)
+
+    # What other instances write
+
+    def lead(self) -> bool:
+        """Whether nobody else writes it any more, so that we may; OSError."""
+        return lock(self._file)
+
+    def learn(self) -> bool:
+        """What another instance has told of what it writes; False where that is nothing yet."""
+        head = self._head_on_disk()
+        if head is None:
+            return False
+        self._kept = not head.boot
+        self._near = self._kept or head.boot == self._store.boot
+        with contextlib.suppress(OSError), open(self.path, "rb", opener=_private):
+            pass  # so NFS looks anew
+        size = os.fstat(self.fileno()).st_size
+        self.head = dataclasses.replace(head, boot="", flushed=-1, mtime_ns=0)
+        self.length = None if head.size < 0 else head.size
+        self.size = size if self._near else min(size, max(0, head.flushed))
+        return True
+
+    def grow(self) -> None:
+        """See how far the other instance has come; OSError."""
+        if self._near:
+            self.size = os.fstat(self.fileno()).st_size
+        else:
+            self.learn()
+
+    def copy(self, old: Partial) -> None:
+        """Take over the bytes of an instance that may not be quite dead into this file, which is ours alone;
+        OSError."""
+        while self.size < old.size:
+            data = old.read_at(min(CHUNK, old.size - self.size), self.size)
+            if not data:
+                raise OSError(errno.EIO, "the partial was cut")
+            self.write(data)
+        self.head, self.length = old.head, old.length
+
+    def become(self, other: Partial | Stored) -> None:
+        """Let whoever reads this read on in another file of the same bytes; OSError."""
+        os.dup2(other.fileno(), self.fileno(), inheritable=False)
+        if isinstance(other, Partial):
+            self.path, self.owner, self.size, self._near = other.path, other.owner, other.size, other._near
+            other.release()
+        else:
+            self.size = other.head.size
+
+    def is_idle(self) -> bool:
+        """Whether it was left, or nobody has written it for a while; OSError."""
+        return self._kept or time.time() - os.fstat(self.fileno()).st_mtime > RECENT
+
+    # Inside
+
+    def _describe(self, boot: str) -> None:
+        """Write down what it is of, and in which ``boot`` it is being written, "" once it is on the disk:
+        after a power cut a file may be longer than what has reached the disk of it; OSError."""
+        _write_heads(self.path + "^head", [dataclasses.replace(
+            self.head, size=-1 if self.length is None else self.length, boot=boot, mtime_ns=self._inode(),
+            flushed=self.size if self._store.remote else -1)])
+
+    def _head_on_disk(self) -> Head | None:
+        """What its head file says of just this file."""
+        heads = _read_heads(self.path + "^head")
+        with contextlib.suppress(OSError):
+            if [(head.key, head.mtime_ns) for head in heads] == [(self.head.key, self._inode())]:
+                return heads[0] if self.is_there() else None
+        return None
+
+    def _inode(self) -> int:
+        """The name that its head file knows it by."""
+        return os.fstat(self.fileno()).st_ino
+
+    def is_there(self) -> bool:
+        """Whether the file that has its name is still the one that is open; OSError."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def is_whole(self, stored: Stored) -> bool:
+        """Whether it has landed, as this body; then all of it may be read."""
+        if os.path.samestat(os.fstat(stored.fileno()), os.fstat(self.fileno())):
+            self.size = stored.head.size
+            return True
+        return self.size == self.length
+
+    def unlock(self) -> None:
+        """Others need not wait until the last of our clients has read it."""
+        if fcntl is not None and not self.owner:
+            with contextlib.suppress(OSError, ValueError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+def _close(stored: Stored | None) -> None:
+    if stored is not None:
+        stored.close()
+
+
+def _remember_use(path: str, last: float) -> None:
+    """Write the time of a file's last use into its inode, not into that of one which replaces it now."""
+    with contextlib.suppress(OSError), open(path, "rb", opener=_private) as file:
+        target = file.fileno() if os.utime in os.supports_fd else path
+        os.utime(target, ns=(int(last * 10**9), os.fstat(file.fileno()).st_mtime_ns))
+
+
+def _remove_old(path: str, before: float) -> None:
+    """Remove a file of our books that nobody has written since ``before``."""
+    with contextlib.suppress(OSError):
+        if os.lstat(path).st_mtime < before:
+            os.unlink(path)
+
+
+def _rename(path: str, place: str) -> None:
+    try:
+        os.replace(path, place)
+    except PermissionError:
+        if os.name != "nt":
+            raise
+        # Windows renames no open file, and every reply from a partial holds it open.
+        new = os.path.join(os.path.dirname(place), "^" + os.path.basename(path))
+        shutil.copy2(path, new)
+        os.replace(new, place)
+
+
+def _describes(head: Head, info: os.stat_result) -> bool:
+    """Whether a head names this body.  Where a copy lost the fraction of the time, its second counts."""
+    if head.size != info.st_size:
+        return False
+    same = head.mtime_ns == info.st_mtime_ns
+    return same or info.st_mtime_ns % 10**9 == 0 and head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
+
+
+def _bare_head(key: str, info: os.stat_result) -> Head:
+    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", http_date(info.st_mtime)))
+    return Head(200, "OK", fields, key, key, received=info.st_mtime, requested=info.st_mtime,
+                size=info.st_size, mtime_ns=info.st_mtime_ns)
 
 
 def boot_id() -> str:
@@ -1905,17 +2110,18 @@ def _names(key: str) -> list[str]:
 class Store:
     """Stored responses below ``root``.  The file system is the truth; there is no index.
 
-    For the caller: lookup, receive, leftover, freshen, forget.  For Partial: place.  For Janitor: the rest.
+    For the caller: lookup, freshen, forget.  For Partial: place.  For Partials and Janitor: the rest.
     """
 
     def __init__(self, root: str, trust_bare: bool = True, min_free: int | None = None) -> None:
         self.root = os.path.abspath(root)
-        self._boot = boot_id()
+        self.boot = boot_id()
         self._min_free = min_free  # bytes
         self._lock = threading.Lock()  # guards _used
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last sweep
         self._places = functools.lru_cache(REMEMBERED)(self._find_places)
         self.books = os.path.join(self.root, BOOKS)
+        self.remote = is_remote(self.root)
         self._trust_bare = trust_bare  # whether the root is ours alone, so that a bare body is one of ours
 
     def lookup(self, key: str) -> Stored | None:
@@ -1949,60 +2155,6 @@ class Store:
     def _find_places(self, key: str) -> list[tuple[str, str, str]]:
         """Where a cache key's body may lie: its names, with their paths and those of their heads."""
         return [(name, os.path.join(self.root, name), self.head_path(name)) for name in _names(key)]
-
-    def receive(self, head: Head, length: int | None, offset: int = 0) -> Partial:
-        """Begin to store a response of ``length`` bytes (None: unknown), or go on at ``offset`` with a
-        left-over one; LocalFailure."""
-        path = self._partial_path(head.key)
-        missing = (length or 0) - offset
-        try:
-            make_folder(os.path.dirname(path))
-            if self.free_space() <= missing:
-                raise OSError(errno.ENOSPC, "not enough free space for %d bytes" % missing)
-            file = _lead(path, offset)
-            try:
-                self._check_leftover(path + "^head", head, offset)
-            except OSError:
-                file.close()
-                raise
-        except OSError as error:
-            raise LocalFailure(error) from error
-        partial = Partial(self, head, length, path, file)
-        if missing >= RESUME_WORTH and strong_validator(head) is not None:
-            # Should we be killed, this tells the next one what the partial is of.
-            with contextlib.suppress(OSError):
-                self.describe(partial, self._boot)
-        return partial
-
-    def describe(self, partial: Partial, boot: str) -> None:
-        """Write down what a partial is of, and in which ``boot`` it is being written, "" once that is on
-        the disk: after a power cut a file may be longer than what has reached the disk of it; OSError."""
-        _write_heads(partial.path + "^head", [
-            dataclasses.replace(partial.head, size=partial.length or -1, boot=boot)])
-
-    def _check_leftover(self, path: str, head: Head, offset: int) -> None:
-        """Under the partial's lock: the head file is still that of what is gone on with, or it is removed,
-        because it is that of what lay here before; OSError."""
-        if offset and [known.fields for known in _read_heads(path)] != [head.fields]:
-            raise OSError(errno.EAGAIN, "another process has begun it anew")
-        if not offset:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-
-    def leftover(self, key: str) -> tuple[Head, int] | None:
-        """The head of a partial that a crash or a dead origin left, its size the whole length (-1 unknown),
-        and how many bytes there are."""
-        path = self._partial_path(key)
-        try:
-            offset = os.stat(path).st_size
-            head, = _read_heads(path + "^head")
-        except (OSError, ValueError):
-            return None
-        usable = head.key == key and offset and head.boot in ("", self._boot)
-        return (dataclasses.replace(head, boot=""), offset) if usable else None
-
-    def _partial_path(self, key: str) -> str:
-        return os.path.join(self.books, "partials", hashlib.sha256(key.encode()).hexdigest())
 
     def place(self, partial: Partial) -> None:
         """Rename a complete body to its natural name, or where that is taken to its hashed one; OSError.
@@ -2099,6 +2251,76 @@ class Store:
     def head_path(self, name: str) -> str:
         """Where the head file of a name lies."""
         return os.path.join(self.books, "heads", name + "^head")
+
+
+class Partials:
+    """The partials below a root.  For the caller: claim, follow, spoil."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def claim(self, key: str, owner: str = "", sole: bool = True) -> Partial | None:
+        """The partial of a key for us alone to write, with what a crash or a dead origin left of it; None
+        where another process writes it; LocalFailure.  With an ``owner`` it is a file of that name, and
+        the caller knows whether he is the ``sole`` one."""
+        path = self.path(key, owner)
+        try:
+            make_folder(os.path.dirname(path))
+            for _ in range(10):  # somebody may rename or remove it between open and lock
+                partial = self._opened(key, owner, os.O_CREAT)
+                try:
+                    free = bool(owner) or partial.lead()
+                    if free and partial.is_there():
+                        if not partial.learn() and owner:
+                            self._inherit(partial, sole)
+                        partial.acquire()
+                        return partial
+                finally:
+                    partial.release()
+                if not free:
+                    return None
+            raise OSError(errno.EAGAIN, "another process keeps taking it", path)
+        except OSError as error:
+            raise LocalFailure(error) from error
+
+    def follow(self, key: str, owner: str = "") -> Partial | None:
+        """The partial that another instance writes, or has written; None where there is none."""
+        try:
+            return self._opened(key, owner, 0)
+        except OSError:
+            return None
+
+    def _opened(self, key: str, owner: str, flags: int) -> Partial:
+        path = self.path(key, owner)
+        descriptor = os.open(path, _WRITABLE & ~os.O_CREAT | flags, 0o644)
+        return Partial(self._store, key, owner, path, io.FileIO(descriptor, "r+b"))
+
+    def _inherit(self, partial: Partial, sole: bool) -> None:
+        """Take over what another owner has left: anyone's, where we are the sole writer, else what nobody has
+        written for a while."""
+        name = os.path.basename(self.path(partial.head.key, ""))
+        with os.scandir(os.path.join(self._store.books, "partials")) as entries:
+            owners = [entry.name[len(name) + 1:] for entry in entries
+                      if entry.name.startswith(name + ".") and "^" not in entry.name]
+        for owner in owners:
+            old = self.follow(partial.head.key, owner) if owner != partial.owner else None
+            if old is not None:
+                try:
+                    if old.learn() and (sole or old.is_idle()) and not partial.size:
+                        partial.copy(old)
+                        old.discard()
+                finally:
+                    old.release()
+
+    def spoil(self, key: str, owner: str) -> None:
+        """Let another process not store what it writes: it is no longer right."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path(key, owner))
+
+    def path(self, key: str, owner: str) -> str:
+        """Where the partial of a key lies."""
+        name = hashlib.sha256(key.encode()).hexdigest() + ("." + owner if owner else "")
+        return os.path.join(self._store.books, "partials", name)
 
 
 class Janitor:
@@ -2271,8 +2493,14 @@ class Barrier:
             flight = self._flights[key] = Flight(key)
             return flight, True
 
+    def end(self, flight: Flight, landing: Landing, error: Exception | None = None,
+            received: int | None = None) -> None:
+        """Take a flight off, then announce its end, and with it the last bytes (invariant 3)."""
+        self.leave(flight)
+        flight.end(landing, error, received)
+
     def leave(self, flight: Flight) -> None:
-        """Take a flight off, before its end is announced (invariant 3)."""
+        """Let nobody join a flight any more."""
         with self._lock:
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
@@ -2293,6 +2521,197 @@ class Barrier:
         """Flights under way."""
         with self._lock:
             return len(self._flights)
+
+
+class Memcached:
+    """One memcached server, and as much of its text protocol as a lease needs (memcached's protocol.txt).
+    For the caller: add, holder, cas."""
+
+    def __init__(self, place: tuple[str, int]) -> None:
+        self._place = place
+        self._lock = threading.Lock()  # guards _idle and _trouble
+        self._idle: list[Any] = []  # files of connections
+        self._trouble = 0.0  # monotonic time until which it is left alone; 0: it is well
+
+    def add(self, key: str, owner: str) -> bool:
+        """Whether a key had no owner and has this one now; OSError."""
+        return self._ask("add %s 0 %d %d" % (key, LEASE, len(owner)), owner)[0] == "STORED"
+
+    def holder(self, key: str) -> tuple[str, str]:
+        """The owner of a key and memcached's unique number for that, "" for none; OSError."""
+        words = self._ask("gets %s" % key)
+        return (words[-1], words[4]) if words[0] == "VALUE" else ("", "")
+
+    def cas(self, key: str, owner: str, unique: str, span: int) -> bool:
+        """Whether nobody else has written a key meanwhile, so that it is the owner's for ``span`` seconds
+        more (negative: no longer); OSError."""
+        command = "cas %s 0 %d %d %s" % (key, span, len(owner), unique)
+        return self._ask(command, owner)[0] == "STORED"
+
+    def close(self) -> None:
+        """Close idle connections."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for file in idle:
+            file.close()
+
+    def _ask(self, command: str, data: str | None = None) -> list[str]:
+        """The words of an answer, and the data at its end if it has any; OSError."""
+        if time.monotonic() < self._trouble:
+            raise OSError(errno.EHOSTUNREACH, "memcached was unreachable a moment ago")
+        message = (command + "\r\n" + ("" if data is None else data + "\r\n")).encode("ascii")
+        try:
+            words = self._exchange(message)
+        except (OSError, ValueError, IndexError) as error:
+            self._failed(error)
+            raise OSError(errno.EHOSTUNREACH, str(error)) from None
+        with self._lock:
+            again, self._trouble = self._trouble > 0, 0.0
+        if again:
+            log.warning("memcached at %s:%d works again.", *self._place)
+        return words
+
+    def _exchange(self, message: bytes) -> list[str]:
+        with self._lock:
+            pooled = self._idle.pop() if self._idle else None
+        if pooled is not None:
+            with contextlib.suppress(OSError):  # it may have been restarted meanwhile
+                return self._talk(pooled, message)
+        with socket.create_connection(self._place, MEMCACHED_WAIT) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            file = sock.makefile("rwb")
+        return self._talk(file, message)
+
+    def _talk(self, file: Any, message: bytes) -> list[str]:
+        try:
+            file.write(message)
+            file.flush()
+            words = self._read_words(file)
+            if words[0] == "VALUE":
+                data = self._read_words(file)
+                words += data if data != ["END"] and self._read_words(file) == ["END"] else []
+            if words[0] not in ("STORED", "NOT_STORED", "EXISTS", "NOT_FOUND", "END", "VALUE"):
+                raise OSError(errno.EPROTO, "memcached says %s" % " ".join(words))
+        except BaseException:
+            file.close()
+            raise
+        with self._lock:
+            room = len(self._idle) < POOL_SIZE
+            if room:
+                self._idle.append(file)
+        if not room:
+            file.close()
+        return words
+
+    def _read_words(self, file: Any) -> list[str]:
+        line = file.readline(MAX_LINE).decode("latin-1")
+        if not line.endswith("\r\n") or not line.strip():
+            raise ConnectionResetError(errno.ECONNRESET, "memcached closed the connection")
+        return str(line).split()
+
+    def _failed(self, error: Exception) -> None:
+        with self._lock:
+            known, self._trouble = self._trouble > 0, time.monotonic() + TROUBLE
+        log.log(logging.DEBUG if known else logging.WARNING, "memcached at %s:%d cannot be asked (%s): each "
+                "instance downloads on its own.", *self._place, error)
+
+
+class Leases:
+    """Who leads among instances, where the lock on a partial does not tell it: for each key the owner that
+    memcached names, or, without memcached, whoever asks (each instance on its own)."""
+
+    def __init__(self, servers: tuple[tuple[str, int], ...], alone: bool) -> None:
+        self._servers = [Memcached(place) for place in servers]
+        self._alone = alone  # without servers: whether locks don't work either
+        self._lock = threading.Lock()  # guards _held and _renewing
+        self._held: dict[str, str | None] = {}  # by owner: the key, None once it was lost
+        self._renewing = False
+        self._stop = threading.Event()
+
+    @property
+    def named(self) -> bool:
+        """Whether memcached names the owners, so that it can be asked."""
+        return bool(self._servers)
+
+    def holder(self, key: str) -> str:
+        """Who downloads a key, as far as can be told."""
+        with contextlib.suppress(OSError, IndexError):
+            server, name = self._server(key)
+            return server.holder(name)[0]
+        return ""
+
+    def take(self, key: str) -> tuple[str, bool | None]:
+        """The owner of a key ("": who locks its file), and whether that is the caller, for it alone; None:
+        for the caller, but others may think the same."""
+        if not self._servers:
+            return (secrets.token_hex(8), None) if self._alone else ("", True)
+        try:
+            return self.ask(key)
+        except OSError:
+            return secrets.token_hex(8), None
+
+    def ask(self, key: str) -> tuple[str, bool]:
+        """The owner of a key, and whether it has none but the caller, who has just become it; OSError where
+        memcached can't be asked."""
+        server, name = self._server(key)
+        owner = secrets.token_hex(8)
+        for _ in range(3):
+            if server.add(name, owner):
+                self._hold(key, owner)
+                return owner, True
+            holder, _ = server.holder(name)
+            if holder:
+                return holder, False
+        raise OSError(errno.EAGAIN, "the lease comes and goes")
+
+    def release(self, key: str, owner: str) -> None:
+        """The caller's no longer."""
+        with self._lock:
+            held = self._held.pop(owner, None)
+        if held is not None:
+            with contextlib.suppress(OSError):
+                self._renew(key, owner, -1)
+
+    def lost(self, owner: str) -> bool:
+        """Whether another instance has taken what was this owner's."""
+        with self._lock:
+            return owner in self._held and self._held[owner] is None
+
+    def close(self) -> None:
+        """Renew nothing any more."""
+        self._stop.set()
+        for server in self._servers:
+            server.close()
+
+    def _server(self, key: str) -> tuple[Memcached, str]:
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        return self._servers[int(digest, 16) % max(1, len(self._servers))], "pkgproxy:" + digest
+
+    def _hold(self, key: str, owner: str) -> None:
+        with self._lock:
+            self._held[owner] = key
+            begin, self._renewing = not self._renewing, True
+        if begin:
+            threading.Thread(target=self._renew_all, daemon=True).start()
+
+    def _renew_all(self) -> None:
+        while not self._stop.wait(LEASE_RENEWAL):
+            with self._lock:
+                held = list(self._held.items())
+            for owner, key in held:
+                with contextlib.suppress(OSError):
+                    if key is not None and not self._renew(key, owner, LEASE):
+                        with self._lock:
+                            if owner in self._held:
+                                self._held[owner] = None
+
+    def _renew(self, key: str, owner: str, span: int) -> bool:
+        """Whether a lease is its owner's for ``span`` seconds more; OSError."""
+        server, name = self._server(key)
+        holder, unique = server.holder(name)
+        if holder == owner:
+            return server.cas(name, owner, unique, span)
+        return span > 0 and not holder and server.add(name, owner)  # memcached has forgotten it
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3282,6 +3701,16 @@ class Tee:
             raise LocalFailure(error) from error
         if self._partial.size != self._partial.length:
             self._flight.advance(self._partial.size)
+            with contextlib.suppress(OSError):
+                self._partial.tell()
+
+
+def start_thread(work: Callable[..., None], *arguments: Any) -> None:
+    """Let a thread do it; LocalFailure where there can't be one more."""
+    try:
+        threading.Thread(target=work, args=arguments, daemon=True).start()
+    except RuntimeError as error:
+        raise LocalFailure(OSError(errno.ENOMEM, str(error))) from None
 
 
 def _place(target: Target) -> str:
@@ -3360,6 +3789,11 @@ def check_way(request: Request, config: Config) -> None:
         raise Failure("The request has come through this proxy before: its target leads back here.", 508)
     if not request.near and is_guarded_name(request.target.host):
         raise Failure("Only the proxy's own host may reach %s through it." % request.target.host, 403)
+
+
+def fits(request: Request, head: Head) -> bool:
+    """Whether a request's client may have what is being downloaded for another."""
+    return (request.near or not head.guarded) and selecting_fields(request, head) == head.vary
 
 
 def from_store(request: Request, stored: Stored, status: CacheStatus, now: float,
@@ -3456,39 +3890,93 @@ def whole_forward(request: Request, decision: Decision, config: Config,
 class Download:
     """One flight's way from its origin to the disk."""
 
-    response: Response
+    response: Response | None  # None: the partial is to be gone on with
     partial: Partial
     flight: Flight
     forward: Forward  # asks for the whole again
     outcome: Outcome
 
 
+class Claims:
+    """Which of the instances that share a root downloads what, by their locks or leases.  For the caller:
+    take, end, release, lost, flying, spoil; for Watch: partials and leases."""
+
+    def __init__(self, store: Store, leases: Leases) -> None:
+        self.partials = Partials(store)
+        self.leases = leases
+
+    def take(self, key: str) -> Partial | None:
+        """The partial of a key, for the caller to write and then to end, or to release; None where another
+        instance writes it; LocalFailure."""
+        owner, sole = self.leases.take(key)
+        if sole is False:
+            return None
+        try:
+            return self.partials.claim(key, owner, bool(sole))
+        except LocalFailure:
+            self.leases.release(key, owner)
+            raise
+
+    def end(self, partial: Partial | None) -> None:
+        """Nothing is to be stored."""
+        if partial is not None:
+            partial.discard()
+            self.release(partial)
+
+    def release(self, partial: Partial) -> None:
+        """It has been stored, kept or discarded."""
+        partial.release()
+        self.leases.release(partial.head.key, partial.owner)
+
+    def lost(self, partial: Partial) -> bool:
+        """Whether another instance has taken over."""
+        return self.leases.lost(partial.owner)
+
+    def flying(self, key: str) -> bool:
+        """Whether another instance downloads a key."""
+        holder = self.leases.holder(key)
+        partial = None if holder or self.leases.named else self.partials.follow(key)
+        if partial is None:
+            return bool(holder)
+        with contextlib.suppress(OSError):
+            try:
+                return not partial.lead()
+            finally:
+                partial.release()
+        return False
+
+    def spoil(self, key: str) -> None:
+        """Let other instances not store what they download under a key."""
+        self.partials.spoil(key, self.leases.holder(key))
+
+    def close(self) -> None:
+        """Nothing is downloaded any more."""
+        self.leases.close()
+
+
 class Filler:
     """Downloads into partials, the only writer of each, in threads of their own: a download belongs to the
-    cache, and goes on when its clients leave.  For the caller: start."""
+    cache, and goes on when its clients leave.  For the caller: start, and in a thread of its own: fill."""
 
-    def __init__(self, barrier: Barrier, origin: Origin, troubles: Troubles, orphans: Orphans,
+    def __init__(self, barrier: Barrier, claims: Claims, origin: Origin, troubles: Troubles, orphans: Orphans,
                  updated: Callable[[Forward], None]) -> None:
-        self._barrier = barrier
+        self.barrier = barrier
+        self._claims = claims
         self._origin = origin
         self._troubles = troubles
         self._orphans = orphans
         self._updated = updated  # told of what has been stored in a new generation
 
     def start(self, download: Download, reply: Reply) -> None:
-        """Begin to fill; LocalFailure, with partial and ``reply`` closed, where there is no thread for it."""
-        partial = download.partial
-        filler = threading.Thread(target=self._fill, args=(download,), daemon=True)
+        """Begin to fill; LocalFailure, with ``reply`` closed, where there is no thread for it."""
         try:
-            filler.start()
-        except RuntimeError as error:
+            start_thread(self.fill, download)
+        except LocalFailure:
             reply.body.close()
-            partial.discard()
-            partial.release()
-            raise LocalFailure(OSError(errno.ENOMEM, str(error))) from None
-        download.flight.publish(partial)
+            raise
+        download.flight.publish(download.partial)
 
-    def _fill(self, download: Download) -> None:
+    def fill(self, download: Download) -> None:
         """Land, then tell (invariant 3)."""
         partial, flight = download.partial, download.flight
         landing = Landing.FAILED
@@ -3511,16 +3999,15 @@ class Filler:
                 failure = error
             partial.keep()
         finally:
-            self._barrier.leave(flight)
-            flight.end(landing, failure, partial.size)
+            self.barrier.end(flight, landing, failure, partial.size)
             self._orphans.forget(partial)
-            partial.release()
+            self._claims.release(partial)
         if landing is Landing.STORED and download.outcome is Outcome.UPDATED:
             self._updated(download.forward)
 
     def _land(self, partial: Partial, flight: Flight) -> Landing:
         """Store what is complete, unless something has made it invalid meanwhile; LocalFailure."""
-        if not flight.complete():
+        if not flight.complete() or self._claims.lost(partial):
             partial.discard()
             return Landing.WHOLE
         partial.commit()
@@ -3532,6 +4019,8 @@ class Filler:
     def _download(self, download: Download) -> None:
         """All bytes, over as many connections as it takes; OriginFailure, LocalFailure."""
         partial = download.partial
+        if download.response is None and partial.size == partial.length:
+            return
         tee = Tee(partial, download.flight, functools.partial(self._may_go_on, download))
 
         def ask(offset: int) -> Response:
@@ -3546,26 +4035,274 @@ class Filler:
     def _may_go_on(self, download: Download) -> bool:
         if self._orphans.may_go_on(download.partial):
             return True
-        self._barrier.leave(download.flight)  # nobody joins it any more; who just has is not let down
+        self.barrier.leave(download.flight)  # nobody joins it any more; who just has is not let down
         return download.partial.has_readers()
 
 
-class Leader:
-    """Makes the fetches that others may share.  For the caller: lead, which returns how the flight
-    ended, or None where a thread is still filling and will end it."""
+class Watch:
+    """Follows what another instance downloads, for the clients of this one, and takes its place where it
+    dies.  For the caller: run, in a thread of its own."""
 
-    def __init__(self, store: Store, origin: Origin, troubles: Troubles, filler: Filler) -> None:
+    def __init__(self, store: Store, claims: Claims, filler: Filler, request: Request, forward: Forward,
+                 flight: Flight) -> None:
         self._store = store
+        self._claims = claims
+        self._filler = filler
+        self._request = request  # whose download it would be
+        self._forward = forward
+        self._flight = flight
+        self._partial: Partial | None = None  # the other's
+        self._published = False
+        self._owner = ""  # the other; "": who locks its file
+        self._own = ""  # ours, once we hold the lease
+
+    def run(self) -> None:
+        """Until the other has ended; then end the flight, or go on with the download."""
+        landing: Landing | None = Landing.ALONE
+        try:
+            if self._follow():
+                landing = self._end()
+            else:  # whoever comes next shall not wait for it as well
+                self._claims.partials.spoil(self._flight.key, self._owner)
+        except (OSError, LocalFailure) as error:
+            log.debug("%s cannot be followed: %s", self._flight.key, error)
+        finally:
+            if landing is not None:
+                self._leave(landing)
+
+    def _leave(self, landing: Landing) -> None:
+        partial = self._partial
+        if partial is not None:
+            partial.unlock()
+        received = partial.size if partial is not None and self._published else None
+        self._filler.barrier.end(self._flight, landing, received=received)
+        if partial is not None:
+            partial.release()
+        self._claims.leases.release(self._flight.key, self._own)
+
+    def _follow(self) -> bool:
+        """Tell our clients what the other has written; False where that stands still."""
+        pause, deadline = 0.001, time.monotonic() + HEAD_WAIT
+        while time.monotonic() < deadline:
+            if self._partial is None:
+                self._partial = self._claims.partials.follow(self._flight.key, self._owner)
+            if self._has_ended():
+                return True
+            if self._partial is not None and self._has_grown(self._partial):
+                deadline = time.monotonic() + FLIGHT_WAIT
+                if self._partial.size == self._partial.length:
+                    self._flight.complete()
+                    deadline = time.monotonic() + LAND_WAIT
+            time.sleep(pause)
+            pause = min(2 * pause, WATCH_PAUSE)
+        return False
+
+    def _has_grown(self, partial: Partial) -> bool:
+        before = partial.size
+        if not self._published:
+            self._published = partial.learn()
+            if self._published:
+                self._flight.publish(partial)
+            return self._published
+        partial.grow()
+        if partial.size > before and partial.size != partial.length:
+            self._flight.advance(partial.size)
+        return partial.size > before
+
+    def _has_ended(self) -> bool:
+        """Whether nobody leads any more but we ourselves."""
+        partial = self._partial
+        if not self._claims.leases.named:
+            if partial is not None and partial.lead() and not self._published and not partial.is_there():
+                partial.release()  # it was begun anew, or has ended
+                partial = self._partial = self._claims.partials.follow(self._flight.key)
+            return partial is None or partial.lead()
+        try:
+            owner, ours = self._claims.leases.ask(self._flight.key)
+        except OSError:  # then its file tells
+            return partial is None or not partial.is_there()
+        if ours:
+            self._own = owner
+        elif owner != self._owner:
+            self._change(owner)
+        return ours
+
+    def _change(self, owner: str) -> None:
+        """Another has become the owner: who has a part already reads on in that one's copy of it."""
+        other = self._claims.partials.follow(self._flight.key, owner)
+        old = self._partial
+        if not self._published or old is None:
+            self._partial, self._owner = other, owner
+            if old is not None:
+                old.release()
+        elif other is not None:
+            if other.learn() and other.head.fields == old.head.fields and other.size >= old.size:
+                old.become(other)
+                self._owner = owner
+            else:
+                other.release()
+
+    def _end(self) -> Landing | None:
+        """How it ended; None where we have gone on with it."""
+        partial, stored = self._partial, self._store.lookup(self._flight.key)
+        if stored is not None:
+            with contextlib.closing(stored):
+                return self._landed(stored)
+        if partial is None or not partial.is_there():
+            whole = partial is not None and self._published and partial.size == partial.length
+            return Landing.WHOLE if whole else Landing.ALONE
+        if not self._published and not partial.learn():
+            return Landing.AGAIN  # it died too soon
+        return self._take_over(partial)
+
+    def _landed(self, stored: Stored) -> Landing:
+        """It is stored, perhaps by yet another instance: then who has a part reads on there, if by its
+        validator it is the same."""
+        partial = self._partial
+        if partial is not None and self._published and not partial.is_whole(stored):
+            tag = strong_validator(partial.head)
+            same = tag is not None and tag == strong_validator(stored.head)
+            if not same or partial.length not in (None, stored.head.size):
+                return Landing.ALONE
+            partial.become(stored)
+        return Landing.STORED
+
+    def _take_over(self, partial: Partial) -> Landing | None:
+        """Go on where the other has died, in its file or in our copy of that; LocalFailure, OSError."""
+        request, head = self._request, partial.head
+        if strong_validator(head) is None:
+            partial.discard()
+        if not fits(request, head) or strong_validator(head) is None:
+            return Landing.ALONE
+        if self._claims.leases.named:
+            heir = self._claims.partials.claim(self._flight.key, self._own)
+            if heir is None or heir.head.fields != head.fields or heir.size < partial.size:
+                self._claims.end(heir)
+                return Landing.ALONE
+            partial.become(heir)
+        partial.grow()
+        partial.begin(head, partial.length, partial.size)
+        if not self._published:
+            self._flight.publish(partial)
+        self._filler.fill(Download(None, partial, self._flight, self._forward, Outcome.MISS))
+        return None
+
+
+class Intake:
+    """Takes in an origin's answers: into the store while they go to their clients, or only to these.  For
+    the caller: fetch, take."""
+
+    def __init__(self, store: Store, claims: Claims, origin: Origin, troubles: Troubles,
+                 filler: Filler) -> None:
+        self._store = store
+        self._claims = claims
         self._origin = origin
         self._troubles = troubles
         self._filler = filler
 
-    def lead(self, request: Request, flight: Flight, config: Config) -> tuple[Reply, Landing | None]:
-        """The leader's own reply to a GET or HEAD; Failure where the origin has none."""
-        stored = look_up(self._store, request)  # invariant 4
-        decision = decide(request, stored.head if stored else None, config, time.time())
-        if stored is None:
-            return self._fetch_anew(request, decision, flight, config)
+    def fetch(self, forward: Forward) -> Response:
+        """Ask for a whole representation; what is no answer to that is a failure of the origin."""
+        response = self._origin.fetch(forward)
+        conditional = any(name.startswith("If-") for name, _ in forward.fields)
+        if response.head.status in (206, 416) or response.head.status == 304 and not conditional:
+            response.close()
+            raise OriginFailure("%s answered %d to a plain request." % (
+                forward.target.authority, response.head.status))
+        return response
+
+    def take(self, request: Request, response: Response, decision: Decision, flight: Flight,
+              config: Config, partial: Partial | None = None) -> tuple[Reply, Landing | None]:
+        """Store an answer while it goes to the client, or relay it where it can't be stored.  It may be the
+        rest of what the partial, if we have one already, has begun with."""
+        begun = partial is not None and partial.size > 0
+        if response.head.status < 500:
+            self._troubles.origin_answered(request)
+        live = partial.head if partial is not None and begun else dataclasses.replace(
+            response.head, key=request.key, vary=selecting_fields(request, response.head))
+        forward = whole_forward(request, decision, config)
+        try:
+            reason = not_storable(dataclasses.replace(request, method="GET"), live, config)
+            reason = reason or ("" if response.proven else "no declared length")
+            if not reason:
+                if partial is None:
+                    partial = self._take_claim(request.key)
+                return self._store_live(request, live, decision, Download(
+                    response, partial, flight, forward,
+                    Outcome.UPDATED if decision.action is Action.VALIDATE else Outcome.MISS)), None
+        except LocalFailure as failure:
+            reason = self._troubles.disk_failed(failure)
+        except BaseException:
+            response.close()
+            self._claims.end(partial)
+            raise
+        self._claims.end(partial)
+        if is_outdated(decision, response.head):
+            self._store.forget(request.key)  # what is stored is known to be wrong, and can't be replaced
+        if begun:
+            response.close()
+            response = self.fetch(forward)
+        return from_origin(request, response, decision, reason), Landing.ALONE
+
+    def _take_claim(self, key: str) -> Partial:
+        partial = self._claims.take(key)
+        if partial is None:
+            raise LocalFailure(OSError(errno.EAGAIN, "another instance writes it"))
+        partial.size = 0  # what is left there is outdated
+        return partial
+
+    def _store_live(self, request: Request, live: Head, decision: Decision, download: Download) -> Reply:
+        """Begin to store a response; what its first client gets; LocalFailure."""
+        response, partial = download.response, download.partial
+        assert response is not None  # noqa: S101 (for the type checker)
+        length = response.length
+        head = dataclasses.replace(live, fields=kept_fields(live.fields))
+        partial.begin(head, length if length is None else length + partial.size, partial.size)
+        status = CacheStatus(download.outcome, decision.forward, response.head.status, stored=True)
+        # What the others won't get: Set-Cookie.
+        own = dataclasses.replace(head, fields=end_to_end(live.fields))
+        partial.acquire()
+        reply = from_partial(request, own, download.flight, partial, status,
+                             functools.partial(self._origin.fetch_rest, download.forward))
+        self._filler.start(download, reply)
+        return reply
+
+
+class Leader:
+    """Makes the fetches that others may share.  For the caller: lead, which returns how the flight
+    ended, or None where a thread is still filling, or watching, and will end it."""
+
+    def __init__(self, store: Store, claims: Claims, origin: Origin, troubles: Troubles,
+                 filler: Filler) -> None:
+        self._store = store
+        self._claims = claims
+        self._origin = origin
+        self._troubles = troubles
+        self._filler = filler
+        self._intake = Intake(store, claims, origin, troubles, filler)
+
+    def lead(self, request: Request, flight: Flight, config: Config) -> tuple[Reply | None, Landing | None]:
+        """The leader's own reply to a GET or HEAD, None where that is a follower's of another instance;
+        Failure where the origin has none."""
+        stored, partial = look_up(self._store, request), None
+        try:
+            if stored is None:
+                partial = self._claims.take(request.key)
+                if partial is None:
+                    forward = whole_forward(request, decide(request, None, config, time.time()), config)
+                    watch = Watch(self._store, self._claims, self._filler, request, forward, flight)
+                    start_thread(watch.run)
+                    return None, None
+                stored = look_up(self._store, request)  # invariant 4
+        except LocalFailure as failure:
+            log.debug("%s: %s", request.key, failure)  # who tries to store it says so aloud
+        if stored is not None:
+            self._claims.end(partial)
+            return self._lead_stored(request, flight, config, stored)
+        return self._fetch_anew(request, flight, config, partial)
+
+    def _lead_stored(self, request: Request, flight: Flight, config: Config,
+                     stored: Stored) -> tuple[Reply, Landing | None]:
+        decision = decide(request, stored.head, config, time.time())
         if decision.action is Action.SERVE:
             status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
             return from_store(request, stored, status, time.time()), Landing.AGAIN
@@ -3575,28 +4312,28 @@ class Leader:
             stored.close()
             raise
 
-    def _fetch_anew(self, request: Request, decision: Decision, flight: Flight,
-                    config: Config) -> tuple[Reply, Landing | None]:
+    def _fetch_anew(self, request: Request, flight: Flight, config: Config,
+                    partial: Partial | None) -> tuple[Reply, Landing | None]:
         """Fetch what is not stored, from where a left-over partial ends if there is one."""
+        decision = decide(request, None, config, time.time())
         forward = whole_forward(request, decision, config)
-        begun = self._store.leftover(request.key)
-        may = begun is not None and (request.near or not begun[0].guarded)
-        if may and begun is not None and selecting_fields(request, begun[0]) == begun[0].vary:
-            size = None if begun[0].size < 0 else begun[0].size
-            with contextlib.suppress(Changed):
-                response = self._origin.fetch_rest(forward, begun[0], size, begun[1])
-                return self._take(request, response, decision, flight, config, begun)
-        return self._take(request, self._fetch(forward), decision, flight, config)
+        try:
+            response = self._fetch_rest(request, forward, partial)
+            if response is None:
+                response = self._intake.fetch(forward)
+        except BaseException:
+            self._claims.end(partial)
+            raise
+        return self._intake.take(request, response, decision, flight, config, partial)
 
-    def _fetch(self, forward: Forward) -> Response:
-        """Ask for a whole representation; what is no answer to that is a failure of the origin."""
-        response = self._origin.fetch(forward)
-        conditional = any(name.startswith("If-") for name, _ in forward.fields)
-        if response.head.status in (206, 416) or response.head.status == 304 and not conditional:
-            response.close()
-            raise OriginFailure("%s answered %d to a plain request." % (
-                forward.target.authority, response.head.status))
-        return response
+    def _fetch_rest(self, request: Request, forward: Forward, partial: Partial | None) -> Response | None:
+        """What is missing of a left-over partial; None where it is of no use, and is begun anew."""
+        if partial is not None and partial.size:
+            if fits(request, partial.head):
+                with contextlib.suppress(Changed):
+                    return self._origin.fetch_rest(forward, partial.head, partial.length, partial.size)
+            partial.size = 0
+        return None
 
     def _validate(self, request: Request, decision: Decision, flight: Flight, stored: Stored,
                   config: Config) -> tuple[Reply, Landing | None]:
@@ -3616,7 +4353,7 @@ class Leader:
             self._troubles.origin_answered(request)
             return self._confirmed(request, decision, stored, answer)
         stored.close()
-        return self._take(request, answer, decision, flight, config)
+        return self._intake.take(request, answer, decision, flight, config)
 
     def _ask_again(self, request: Request, decision: Decision, stored: Stored, config: Config,
                    spare: bool) -> Head | Response:
@@ -3625,14 +4362,14 @@ class Leader:
         forward = whole_forward(request, decision, config, deadline)
         if not stored.described:
             adopted = self._adopt(request, forward, stored, config)
-            return adopted or self._fetch(forward)
+            return adopted or self._intake.fetch(forward)
         conditions = validators(stored.head) if decision.forward != "vary-miss" else ()
-        response = self._fetch(dataclasses.replace(forward, fields=forward.fields + conditions))
+        response = self._intake.fetch(dataclasses.replace(forward, fields=forward.fields + conditions))
         if response.head.status == 304:
             response.close()
             if confirms(stored.head, response.head):
                 return freshened(stored.head, response.head)
-            response = self._fetch(forward)
+            response = self._intake.fetch(forward)
         if response.head.status in UNAVAILABLE and spare:
             response.close()
             final = parse_target(response.head.final)
@@ -3664,44 +4401,6 @@ class Leader:
                reason: str) -> tuple[Reply, Landing | None]:
         status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
         return from_store(request, stored, status, time.time()), Landing.STALE
-
-    def _take(self, request: Request, response: Response, decision: Decision, flight: Flight,
-              config: Config, begun: tuple[Head, int] | None = None) -> tuple[Reply, Landing | None]:
-        """Store an answer while it goes to the client, or relay it where it can't be stored.  It may be the
-        rest of what was ``begun``, a head and an offset."""
-        offset = begun[1] if begun else 0
-        if response.head.status < 500:
-            self._troubles.origin_answered(request)
-        live = begun[0] if begun else dataclasses.replace(
-            response.head, key=request.key, vary=selecting_fields(request, response.head))
-        head = dataclasses.replace(live, fields=kept_fields(live.fields))
-        length = response.length if response.length is None else response.length + offset
-        forward = whole_forward(request, decision, config)
-        try:
-            reason = not_storable(dataclasses.replace(request, method="GET"), live, config)
-            reason = reason or ("" if response.proven else "no declared length")
-            if not reason:
-                partial = self._store.receive(head, length, offset)
-                outcome = Outcome.UPDATED if decision.action is Action.VALIDATE else Outcome.MISS
-                status = CacheStatus(outcome, decision.forward, response.head.status, stored=True)
-                # What the others won't get: Set-Cookie.
-                own = dataclasses.replace(head, fields=end_to_end(live.fields))
-                partial.acquire()
-                reply = from_partial(request, own, flight, partial, status,
-                                     functools.partial(self._origin.fetch_rest, forward))
-                self._filler.start(Download(response, partial, flight, forward, outcome), reply)
-                return reply, None
-        except LocalFailure as failure:
-            reason = self._troubles.disk_failed(failure)
-        except BaseException:
-            response.close()
-            raise
-        if is_outdated(decision, response.head):
-            self._store.forget(request.key)  # what is stored is known to be wrong, and can't be replaced
-        if begun is not None:
-            response.close()
-            response = self._fetch(forward)
-        return from_origin(request, response, decision, reason), Landing.ALONE
 
 
 class Attempts:
@@ -3811,6 +4510,15 @@ class Refresher:
             self._running.release()
 
 
+def open_leases(config: Config, store: Store) -> Leases:
+    """How we agree with other instances, and a word in the log where we can't."""
+    why = "" if config.barrier else why_no_locks(store.books)
+    if why:
+        log.warning("Instances that share %s would download each on its own: %s. --barrier "
+                    "memcached://HOST:PORT lets them share.", store.root, why)
+    return Leases(config.barrier, bool(why))
+
+
 class Proxy:
     """Answers requests.  For the caller: respond, and the counters."""
 
@@ -3822,9 +4530,10 @@ class Proxy:
         self._origin = Origin(self.counters.add_down)
         self.sweeper = Sweeper(store)
         self._troubles = Troubles(self.sweeper.wake)
-        filler = Filler(self._barrier, self._origin, self._troubles, Orphans(config.max_orphans),
-                        self._updated)
-        self._leader = Leader(store, self._origin, self._troubles, filler)
+        self._claims = Claims(store, open_leases(config, store))
+        filler = Filler(self._barrier, self._claims, self._origin, self._troubles,
+                        Orphans(config.max_orphans), self._updated)
+        self._leader = Leader(store, self._claims, self._origin, self._troubles, filler)
         self._refresher = Refresher(self.respond, self._barrier)
 
     def respond(self, request: Request) -> Reply:
@@ -3879,12 +4588,14 @@ class Proxy:
     def close(self) -> None:
         """Close what is idle, end what goes on in the background."""
         self.sweeper.stop()
+        self._claims.close()
         self._origin.close()
 
     def _passes_range(self, request: Request, decision: Decision) -> bool:
         """Whether a range is too far or too short to download a whole file for it (DESIGN §6.5)."""
-        fetch = decision.action is Action.FETCH and value(request.fields, "Range") is not None
-        return fetch and not self._barrier.flying(request.key) and not early_range(request, EARLY)
+        key = request.key
+        return (decision.action is Action.FETCH and value(request.fields, "Range") is not None and not (
+            early_range(request, EARLY) or self._barrier.flying(key) or self._claims.flying(key)))
 
     def _pass(self, request: Request, decision: Decision, config: Config, detail: str = "") -> Reply:
         """Ask the origin for this client alone; a method that changes things invalidates (RFC 9111 §4.4)."""
@@ -3893,31 +4604,35 @@ class Proxy:
         response = self._origin.fetch(Forward(request.method, request.target, fields, request.body,
                                               request.length, request.near, follow))
         for key in invalidated_keys(request, response.head):
-            self._barrier.spoil(key)  # before: what lands between the two is retracted
+            self._barrier.spoil(key)
+            self._claims.spoil(key)  # before: what lands between the two is retracted
             self._store.forget(key)
         return from_origin(request, response, decision, detail)
 
     def _join(self, request: Request, decision: Decision, config: Config) -> Reply:
         flight, leader = self._barrier.join(request.key)
         deadline = time.monotonic() + VALIDATE_WAIT
-        if not leader:
-            try:
+        try:
+            reply = self._lead(request, flight, config) if leader else None
+            if reply is None:
                 reply = self._follow(request, decision, flight, config)
-                return self._with_spare(request, decision, reply, deadline)
-            except OriginFailure as error:
-                return self._spare(request, decision, error)
+            return self._with_spare(request, decision, reply, deadline)
+        except OriginFailure as error:
+            return self._spare(request, decision, error)
+
+    def _lead(self, request: Request, flight: Flight, config: Config) -> Reply | None:
+        """The leader's reply; None where another instance leads."""
         landing: Landing | None = Landing.ALONE
         failure: Exception | None = None
         try:
             reply, landing = self._leader.lead(request, flight, config)
-            return self._with_spare(request, decision, reply, deadline)
         except OriginFailure as error:
             landing, failure = Landing.FAILED, error
             raise
         finally:
             if landing is not None:
-                self._barrier.leave(flight)
-                flight.end(landing, failure)
+                self._barrier.end(flight, landing, failure)
+        return reply
 
     def _with_spare(self, request: Request, decision: Decision, reply: Reply, deadline: float) -> Reply:
         """Where a stored response can answer, a new one that does not begin to come is not waited for."""
@@ -3949,8 +4664,7 @@ class Proxy:
         """Share another client's fetch; go alone where it can't be shared (invariant 10)."""
         partial, landing = flight.wait_for_head(HEAD_WAIT)
         if partial is not None:
-            may = request.near or not partial.head.guarded
-            if may and selecting_fields(request, partial.head) == partial.head.vary:
+            if fits(request, partial.head):
                 status = CacheStatus(Outcome.COLLAPSED, decision.forward)
                 rest = functools.partial(self._origin.fetch_rest, whole_forward(request, decision, config))
                 return from_partial(request, partial.head, flight, partial, status, rest)
@@ -5024,6 +5738,9 @@ OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--max-orphans",), {"metavar": "N", "type": int, "default": DEFAULTS.max_orphans,
                           "help": "so many downloads go on when their last client has left (default: %d)"
                                   % DEFAULTS.max_orphans}),
+    (("--barrier",), {"metavar": "URL",
+                      "help": "memcached://HOST:PORT[,HOST:PORT], for instances that share a root on which "
+                              "files can't be locked (default: they agree by locks)"}),
     (("--offline",), {"action": "store_true", "help": "never ask an origin: stored responses only"}),
     (("--no-heuristics",), {"action": "store_false", "dest": "heuristics",
                             "help": "ask again on each request for what no one says how long to keep "
@@ -5083,6 +5800,7 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
                         None if options.min_free is None else parse_size(options.min_free),
                         max_age=None if options.max_age is None else parse_span(options.max_age),
                         max_orphans=options.max_orphans, workers=options.workers,
+                        barrier=() if options.barrier is None else parse_barrier(options.barrier),
                         pseudonym="pkgproxy-" + secrets.token_hex(4))
     except ValueError as error:
         parser.error(str(error))
