@@ -249,6 +249,7 @@ class Request:
     received: float = 0.0  # clock time
     key: str = ""  # cache key (RFC 9111 §2)
     own: bool = False  # for our own pages
+    prefix: str = ""  # what the client wrote before the target: "/", or HTTPS_HOST
     near: bool = False  # the client is on this host
 
     def __hash__(self) -> int:
@@ -729,6 +730,14 @@ def split_authority(authority: str, default_port: int) -> tuple[str, int]:
     return host, port
 
 
+def is_address(host: str) -> bool:
+    """Whether a host is an address, not a name."""
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
 def _percent(match: re.Match[str]) -> str:
     return "".join("%%%02X" % byte for byte in match[0].encode("latin-1", "replace"))
 
@@ -775,22 +784,81 @@ def parse_target(uri: str) -> Target:
     return Target(scheme, host, port, path + mark + query)
 
 
-def request_target(method: str, uri: str, version: tuple[int, int], fields: Fields) -> Target | None:
-    """Where a request goes (RFC 9112 §3.2, §3.3); None: it is for our own pages."""
+# What a client may write before a URL, or in place of its scheme, when it fetches from us as from a
+# mirror.  zypper makes one slash of two, pip comes back with %3A for a colon, and apt-cacher-ng's
+# users write HTTPS/// where that has to fetch with TLS.
+HTTPS_HOST = "http://HTTPS///"
+_HTTPS_HOST = re.compile(r"https?://HTTPS(?::\d*)?/{2,3}([^/].*)", re.I | re.S)
+_WRITTEN_OUT = re.compile(r"/(?:((?i:https?))(?::|(?i:%3A))|HTTPS)/{1,3}([^/?]+)(.*)", re.S)
+# apt-cacher-ng's /host.name/path: a dot, a port or localhost tells a host from a page of ours, and so
+# does the slash behind it.
+_NAMED = re.compile(r"/((?:localhost|[\w-]+(?:\.[\w-]+)+|\[[0-9a-f:.]+\])(?:(?::|%3A)\d+)?"
+                    r"|[\w-]+(?::|%3A)\d+)(/.*)", re.I | re.A | re.S)
+# Our own pages, also those that browsers and monitors look for.
+_OWN_PAGE = re.compile(r"/(?:debug/.*|setup/.*|status\.json|metrics|healthz|wpad\.dat|proxy\.pac|favicon\.ico"
+                       r"|robots\.txt)?(?:\?.*)?", re.S)
+
+
+def is_intercepted(path: str, host: str, local: tuple[str, int]) -> bool:
+    """Whether a client that asks for a path of a host believes to talk to that host itself, on port 80,
+    from where a firewall led it to us: ``local``, our address and port.  Our own name has our port, is
+    our address, or has no dot."""
+    name, port = split_authority(host, 80) if host else ("", 0)
+    if port != 80 or name == local[0] or "." not in name and ":" not in name:
+        return False
+    ours = is_address(name) or local[1] == 80 or path.startswith("/wpad.dat")
+    return not (ours and _OWN_PAGE.fullmatch(path))
+
+
+def origin_form(path: str, host: str, local: tuple[str, int]) -> tuple[Target | None, str]:
+    """Where a request in origin-form goes, None for our own pages; and the prefix before the target's URL.
+
+    >>> origin_form("/https%3A/example.org%3A444/x", "proxy:9999", ("10.0.0.1", 9999))
+    (Target(scheme='https', host='example.org', port=444, path='/x'), '/')
+    """
+    match = _WRITTEN_OUT.fullmatch(path)
+    if match:
+        written = match[1] or "https", urllib.parse.unquote(match[2]), match[3]
+        return parse_target("%s://%s%s" % written), "/"
+    if is_intercepted(path, host, local):
+        return parse_target("http://%s%s" % (host, path)), ""
+    match = _NAMED.fullmatch(path)
+    if match:
+        return parse_target("http://%s%s" % (urllib.parse.unquote(match[1]), match[2])), "/"
+    return None, ""
+
+
+def under_prefix(prefix: str, target: Target) -> str:
+    """How a client that writes a prefix must write a target, so that it comes through us again."""
+    if prefix == HTTPS_HOST:
+        return target.uri if target.scheme == "http" else HTTPS_HOST + target.authority + target.path
+    return prefix + target.uri
+
+
+def request_target(method: str, uri: str, host: str, local: tuple[str, int]) -> tuple[Target | None, str]:
+    """Where a request goes (RFC 9112 §3.2, §3.3), None for our own pages; and the prefix before it."""
+    if method == "CONNECT":
+        if "@" in uri or not re.search(r":\d+$", uri):
+            raise BadRequest("CONNECT wants host:port.")
+        return Target("https", *split_authority(uri, 443), ""), ""
+    if uri == "*" and method == "OPTIONS" or uri.startswith("/"):
+        return origin_form(uri, host, local)
+    match = _HTTPS_HOST.fullmatch(uri)
+    if match:
+        return parse_target("https://" + match[1]), HTTPS_HOST
+    if method == "OPTIONS" and re.fullmatch(r"https?://[^/?#]+", uri, re.I):  # RFC 9112 §3.2.4
+        return dataclasses.replace(parse_target(uri), path="*"), ""
+    return parse_target(uri), ""
+
+
+def host_field(version: tuple[int, int], fields: Fields) -> str:
+    """The one Host field (RFC 9112 §3.2), "" where there is none, or nothing in it; BadRequest."""
     hosts = values(fields, "Host")
     if len(hosts) > 1 or not hosts and version >= (1, 1):
         raise BadRequest("The request has no Host field, or several.")
     if hosts and hosts[0]:
         split_authority(hosts[0], 80)  # some send userinfo there too
-    if method == "CONNECT":
-        if "@" in uri or not re.search(r":\d+$", uri):
-            raise BadRequest("CONNECT wants host:port.")
-        return Target("https", *split_authority(uri, 443), "")
-    if uri == "*" and method == "OPTIONS" or uri.startswith("/"):
-        return None
-    if method == "OPTIONS" and re.fullmatch(r"https?://[^/?#]+", uri, re.I):  # RFC 9112 §3.2.4
-        return dataclasses.replace(parse_target(uri), path="*")
-    return parse_target(uri)
+    return hosts[0] if hosts else ""
 
 
 @functools.lru_cache(REMEMBERED)
@@ -844,20 +912,25 @@ def file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
     return natural, "%s/^%s" % (folder, digest)
 
 
-def parse_request(lines: list[str]) -> Request:
-    """A request from the lines of its head, its body still to come (RFC 9112); BadRequest, Failure."""
+def parse_request(lines: list[str], local: tuple[str, int] = ("", 0)) -> Request:
+    """A request from the lines of its head, its body still to come (RFC 9112); BadRequest, Failure.
+
+    ``local``: our address and port, where it came in.
+    """
     method, uri, version = parse_request_line(lines[0])
     try:
         fields = parse_fields(lines[1:])
     except ValueError as error:
         raise BadRequest("A field is not clear: %s." % error, getattr(error, "status", 400)) from None
     length = request_framing(version, fields)
-    target = request_target(method, uri, version, fields)
+    target, prefix = request_target(method, uri, host_field(version, fields), local)
     if method == "CONNECT" and (length != 0 or value(fields, "Content-Length") is not None):
         raise BadRequest("CONNECT has no body.")
     key = cache_key(target) if target and target.path not in ("", "*") else ""
+    if target and (prefix or uri.startswith("/")):
+        uri = target.uri  # what filters and readers of the log look for
     return Request(method, uri, target or Target("", "", 0, uri), fields, version, length=length, key=key,
-                   own=target is None)
+                   own=target is None, prefix=prefix)
 
 
 # Name classes (index and package names of every package manager) -----------------------------
@@ -1012,14 +1085,6 @@ def parse_barrier(text: str) -> tuple[tuple[str, int], ...]:
     if scheme != "memcached" or not mark or not all(host and port for host, port in servers) or not servers:
         raise ValueError("'%s' is no barrier; write memcached://HOST:PORT[,HOST:PORT]" % text)
     return servers
-
-
-def is_address(host: str) -> bool:
-    """Whether a host is an address, not a name."""
-    try:
-        return bool(ipaddress.ip_address(host))
-    except ValueError:
-        return False
 
 
 def is_guarded(address: str) -> bool:
@@ -1617,6 +1682,20 @@ def wants_open(request: Request) -> bool:
     return "close" not in options and (request.version >= (1, 1) or "keep-alive" in options)
 
 
+def relayed_fields(head: Head, request: Request) -> Fields:
+    """A response's fields for a client that wrote a prefix: a redirect leads through us again, and nobody's
+    cookie is kept for us, through whom the client asks others too."""
+    if not request.prefix:
+        return head.fields
+    fields = without(head.fields, ("set-cookie",))
+    location = value(fields, "Location")
+    with contextlib.suppress(BadRequest, ValueError):
+        onward = parse_target(urllib.parse.urljoin(head.final or request.target.uri, location or ""))
+        if location:
+            fields = without(fields, ("location",)) + (("Location", under_prefix(request.prefix, onward)),)
+    return fields
+
+
 def dated(head: Head, now: float) -> Head:
     """A head with Date (RFC 9110 §6.6.1): its own, or now."""
     if value(head.fields, "Date") is not None:
@@ -1629,7 +1708,7 @@ def sent_head(request: Request, head: Head, length: int | None, cache_status: Ca
     """The head of a reply with a body of ``length`` bytes as it leaves: with framing, Via, Cache-Status."""
     framing = reply_framing(request, head, length)
     status = [*values(head.fields, "Cache-Status"), cache_status_field(cache_status)]
-    fields = without(head.fields, ("via", "cache-status"))
+    fields = without(relayed_fields(head, request), ("via", "cache-status"))
     fields += (("Via", via(head.fields, (1, 1), config)), ("Cache-Status", ", ".join(status)))
     if framing is Framing.CHUNKED:
         fields += (("Transfer-Encoding", "chunked"),)
@@ -4864,9 +4943,9 @@ def has_gone(sock: socket.socket) -> bool:
 
 
 @functools.lru_cache(REMEMBERED // 4)
-def parse_head(data: bytes, near: bool) -> Request:
+def parse_head(data: bytes, near: bool, local: tuple[str, int]) -> Request:
     """The request that a whole head makes, for a client on this host or elsewhere; BadRequest, ValueError."""
-    return dataclasses.replace(parse_request(read_lines(io.BytesIO(data))), near=near)
+    return dataclasses.replace(parse_request(read_lines(io.BytesIO(data)), local), near=near)
 
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -4919,9 +4998,15 @@ class Visitor:
         self.outgoing: Outgoing | None = None  # the lobby's answer, while it is being sent
 
     @functools.cached_property
+    def place(self) -> tuple[str, int]:
+        """Our address and port by which it reached us."""
+        name = self.connection.getsockname()
+        return plain_address(name[0]), name[1]
+
+    @property
     def local(self) -> str:
-        """Our address by which it reached us."""
-        return plain_address(self.connection.getsockname()[0])
+        """Our address alone."""
+        return self.place[0]
 
     @functools.cached_property
     def near(self) -> bool:
@@ -5088,8 +5173,8 @@ class Desk:
         authority = value(request.fields, "Host") or authority
         page = own_page(request.uri, authority, self.snapshot)
         if page is None:
-            raise Failure("There is no such page here. To fetch through this proxy, set http_proxy=http://%s/"
-                          % authority, 404)
+            raise Failure("There is no such page here. To fetch through this proxy, set "
+                          "http_proxy=http://%s/ or ask for /http://host/path" % authority, 404)
         return Reply(own_head(200, page[0]), BytesBody(page[1]), CacheStatus(Outcome.OWN))
 
     def snapshot(self) -> dict[str, Any]:
@@ -5127,7 +5212,7 @@ class Desk:
         if size > SHORT_HEAD or self.refusal(visitor.host, visitor.local):
             return None
         try:
-            request = parse_head(visitor.early[:size], visitor.near)
+            request = parse_head(visitor.early[:size], visitor.near, visitor.place)
         except (Failure, ValueError):
             return None
         if request.own or request.length != 0 or request.method not in ("GET", "HEAD"):
@@ -5343,7 +5428,7 @@ class RequestReader:
         if not lines:
             return None
         self.line = lines[0][:200]
-        request = parse_request(lines)
+        request = parse_request(lines, self._visitor.place)
         body: RequestBody | ContinueBody | None = None
         if request.length != 0:
             body = RequestBody(self.file, request.length, self._timed)

@@ -724,6 +724,57 @@ class NameRulesTest(unittest.TestCase):
                 else:
                     self.assertRaises(BadRequest, pkgproxy.parse_target, uri)
 
+    def test_ways_in(self):
+        """What is a target, behind a prefix or not, and what is one of our own pages."""
+        deb, proxy = "http://deb.test/x", "proxy:9999"
+        for uri, host, target, prefix in (
+                ("http://deb.test/x", "deb.test", deb, ""), ("https://deb.test/x", "deb.test", "https://deb.test/x", ""),
+                # written out behind ours
+                ("/http://deb.test/x", proxy, deb, "/"), ("/http:/deb.test/x", proxy, deb, "/"), ("/HTTP://deb.test/x", proxy, deb, "/"),
+                ("/https://deb.test:444/x?y=//z", proxy, "https://deb.test:444/x?y=//z", "/"), ("/https://a/@s%2fn", proxy, "https://a/@s%2fn", "/"),
+                ("/https%3A/deb.test%3A444/x/", proxy, "https://deb.test:444/x/", "/"), ("/https%3a//deb.test/x", proxy, "https://deb.test/x", "/"),
+                ("/http://[::1]:81/x", proxy, "http://[::1]:81/x", "/"), ("/http://me:pw@deb.test/x", proxy, deb, "/"),
+                ("/http://deb.test", proxy, "http://deb.test/", "/"), ("/http://deb.test?q", proxy, "http://deb.test/?q", "/"),
+                ("/http://deb.test/http://b.test/", proxy, "http://deb.test/http://b.test/", "/"), ("/https://mirror/x", proxy, "https://mirror/x", "/"),
+                ("/http://deb.test/x", "deb.test", deb, "/"), ("/http://deb.test/x", "", deb, "/"),
+                # apt-cacher-ng's
+                ("http://HTTPS///deb.test/x", "HTTPS", "https://deb.test/x", "http://HTTPS///"), ("http://https///deb.test/x", "https", "https://deb.test/x", "http://HTTPS///"),
+                ("/HTTPS///deb.test/x", proxy, "https://deb.test/x", "/"), ("/deb.test/x", proxy, deb, "/"), ("/deb.test:81/x?y", proxy, "http://deb.test:81/x?y", "/"),
+                ("/deb.test%3A81/x", proxy, "http://deb.test:81/x", "/"), ("/mirror:81/x", proxy, "http://mirror:81/x", "/"),
+                ("/localhost/x", proxy, "http://localhost/x", "/"), ("/10.1.2.3/x", proxy, "http://10.1.2.3/x", "/"), ("/[::1]/x", proxy, "http://[::1]/x", "/"),
+                ("http://https/a/x", "https", "http://https/a/x", ""), ("/deb.test/", proxy, "http://deb.test/", "/"),
+                # intercepted
+                ("/x", "deb.test", deb, ""), ("/x?y", "deb.test:80", "http://deb.test/x?y", ""), ("/", "deb.test", "http://deb.test/", ""),
+                ("/debug/vars", "deb.test", "http://deb.test/debug/vars", ""), ("/b.test/x", "deb.test", "http://deb.test/b.test/x", ""),
+                ("/x", "10.1.2.3", "http://10.1.2.3/x", ""), ("/x", "[2001:db8::1]", "http://[2001:db8::1]/x", ""),
+                # ours
+                ("/", proxy, None, ""), ("/debug/vars", proxy, None, ""), ("/", "10.0.0.1", None, ""), ("/x", "10.0.0.1", None, ""), ("/x", "proxy.test:9999", None, ""),
+                ("/x", "proxy", None, ""), ("/", "", None, ""), ("/wpad.dat", "wpad.test", None, ""), ("/status.json", "10.9.9.9", None, ""), ("/", "10.9.9.9", None, ""),
+                ("/wpad.dat", proxy, None, ""), ("/proxy.pac", proxy, None, ""), ("/favicon.ico", proxy, None, ""), ("/robots.txt", proxy, None, ""),
+                ("/setup/apt.sh", proxy, None, ""), ("/metrics", proxy, None, ""), ("/deb.test", proxy, None, ""), ("/debian/x", proxy, None, ""),
+                ("/http://", proxy, None, ""), ("/http/deb.test/x", proxy, None, ""), ("/HTTPS/", proxy, None, ""), ("//deb.test/x", proxy, None, ""),
+                ("/../http://deb.test/x", proxy, None, ""), ("/ftp://deb.test/x", proxy, None, "")):
+            with self.subTest(uri=uri, host=host):
+                target = target and pkgproxy.parse_target(target)
+                self.assertEqual(pkgproxy.request_target("GET", uri, host, ("10.0.0.1", 9999)), (target, prefix))
+        for uri in ("/http://a b/", "/http://a%0D%0Ab/x", "/https://a:99999/x", "/http://.pkgproxy/x", "/http://..%2f/x"):
+            self.assertRaises(BadRequest, pkgproxy.request_target, "GET", uri, proxy, ("10.0.0.1", 9999))
+
+    def test_on_port_80_our_own_pages_win(self):
+        for uri, own in (("/", True), ("/debug/vars", True), ("/healthz?x", True), ("/debian/x", False), ("/metrics/x", False)):
+            target, _ = pkgproxy.request_target("GET", uri, "proxy.test", ("10.0.0.1", 80))
+            self.assertEqual(target is None, own, uri)
+
+    def test_a_redirect_leads_through_the_prefix_again(self):
+        for prefix, location, expected in (
+                ("", "https://b/x", "https://b/x"), ("/", "https://b/x?y#z", "/https://b/x?y"), ("/", "../z", "/http://a/z"), ("/", "//b/z", "/http://b/z"),
+                ("/", "ftp://b/z", "ftp://b/z"), ("http://HTTPS///", "https://b:444/x", "http://HTTPS///b:444/x"), ("http://HTTPS///", "http://b/x", "http://b/x")):
+            asked = pkgproxy.dataclasses.replace(request("http://a/x/y"), prefix=prefix)
+            head = Head(302, "Found", (("Location", location), ("Set-Cookie", "a=b")))
+            fields = pkgproxy.relayed_fields(head, asked)
+            self.assertEqual(pkgproxy.value(fields, "Location"), expected)
+            self.assertEqual(pkgproxy.value(fields, "Set-Cookie"), None if prefix else "a=b")
+
     def test_a_cache_key_has_one_form(self):
         for uri, key in (
                 ("http://A/x", "http://a/x"), ("http://a:80/x", "http://a/x"), ("https://a:443/x", "https://a/x"),
@@ -2324,6 +2375,56 @@ class PassTest(ProxyCase):
         self.assertEqual(self.origin.log[-1][1], "/x_1.0_all.deb")
         self.assertEqual(self.origin.log[-1][2]["authorization"], "Basic eA==")
         self.assertEqual(self.files(), {})
+
+
+class WaysInTest(ProxyCase):
+    """Prefixes and interception lead to the same stored response as a proxy's absolute-form."""
+
+    def setUp(self):
+        super().setUp()
+        self.origin.pages["/pool/x_1.0_all.deb"] = Page(b"package")
+        self.name = "127.0.0.1:%d" % self.origin.port
+
+    def test_every_way_leads_to_one_stored_response(self):
+        for way in ("http://%s", "/http://%s", "/http:/%s", "/http%%3A/%s", "/%s"):
+            answer = self.own(way % self.name + "/pool/x_1.0_all.deb")
+            self.assertEqual((answer.status, answer.body), (200, b"package"))
+        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.files(), {self.place("pool/x_1.0_all.deb"): b"package"})
+
+    def test_what_a_firewall_leads_here_goes_where_its_host_field_says(self):
+        place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
+        with mock.patch.object(pkgproxy, "resolve", return_value=place), self.assertLogs("pkgproxy", "INFO") as caught:
+            for _ in range(2):
+                answer = self.raw(b"GET /pool/x_1.0_all.deb HTTP/1.1\r\nHost: mirror.test\r\nConnection: close\r\n\r\n")
+                self.assertTrue(answer.endswith(b"\r\n\r\npackage"))
+                self.settle()
+        self.assertEqual([row[2]["host"] for row in self.origin.log], ["mirror.test"])
+        self.assertIn(" GET http://mirror.test/pool/x_1.0_all.deb 200 ", caught.output[1])
+
+    def test_filters_see_the_target_behind_a_prefix(self):
+        self.start(Config(filters=(re.compile(r"^http://127\.0\.0\.1:\d+/pool/"),)))
+        self.own("/http:/%s/pool/x_1.0_all.deb" % self.name)
+        self.assertEqual(self.files(), {})
+
+    def test_a_relayed_redirect_stays_behind_the_prefix(self):
+        self.origin.pages["/old"] = Page(b"", 302, [("Location", "/new"), ("Set-Cookie", "a=b")])
+        answer = self.own("/%s/old" % self.name)
+        self.assertEqual((answer.status, answer["Location"], answer["Set-Cookie"]), (302, "/http://%s/new" % self.name, None))
+
+    def test_a_prefix_that_leads_back_here_is_a_508(self):
+        ours = "127.0.0.1:%d" % self.address[1]
+        for path in ("/http://%s/" % ours, "/%s/debug/vars" % ours, "/http://%s/http://%s/x" % (ours, self.name)):
+            self.assertEqual(self.own(path).status, 508)
+
+    def test_a_prefix_opens_nothing_to_strangers(self):
+        with mock.patch.object(pkgproxy, "is_this_host", lambda address: address != "127.0.0.2"):
+            for path, host in (("/http://%s/x" % self.name, "a"), ("/%s/x" % self.name, "a"), ("/localhost/x", "a"), ("/x", "127.0.0.1"), ("/x", "169.254.169.254")):
+                with socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as far:
+                    far.sendall(("GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % (path, host)).encode())
+                    expected = b"HTTP/1.1 404" if host == "127.0.0.1" else b"HTTP/1.1 403"  # that is our address
+                    self.assertEqual(far.recv(12), expected, path)
+        self.assertEqual(self.origin.log, [])
 
 
 class LocalFailureTest(ProxyCase):
