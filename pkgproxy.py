@@ -197,6 +197,7 @@ class Config:
     filters: tuple[re.Pattern[str], ...] = ()  # parsed from filters_file, at start and on SIGHUP
     barrier: tuple[tuple[str, int], ...] = ()  # memcached servers; none: the file system's locks
     pseudonym: str = "pkgproxy"  # our name in Via and Cache-Status (RFC 9110 §7.6.3)
+    ca_file: str | None = None  # certificates (PEM) that are trusted besides the system's
 
     def __hash__(self) -> int:
         """Enough to remember results by."""
@@ -3165,6 +3166,39 @@ class Guard:
         return None if forward.near else (403, "is the proxy's own host, which only it itself may reach")
 
 
+class Trust:
+    """Whose certificates are believed: the system's, and those of a file.  It can't be turned off."""
+
+    def __init__(self, ca_file: str | None) -> None:
+        self._ca_file = ca_file
+        self._context: Any = None  # one for all, made when it is first needed: 20 ms and some MB
+
+    def context(self) -> Any:
+        """The ssl.SSLContext of all connections; OSError."""
+        if self._context is None:
+            try:
+                import ssl
+            except ImportError:
+                raise OSError(errno.EPROTONOSUPPORT, "this Python has no TLS (no ssl module)") from None
+            context = ssl.create_default_context()
+            context.set_alpn_protocols(["http/1.1"])
+            if self._ca_file:
+                context.load_verify_locations(self._ca_file)
+            self._context = context
+        return self._context
+
+
+def why_not(error: Exception) -> str:
+    """What an error of a connection means, in words for a client."""
+    refused = getattr(error, "verify_message", "").rstrip(".")  # ssl.SSLCertVerificationError has one
+    if refused:
+        unknown = re.search("self|issuer", refused) is not None
+        remedy = " (the operator can add its issuer with --ca-file)" if unknown else ""
+        return "its certificate is refused: %s%s" % (refused, remedy)
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return re.sub(r"^\[[A-Z0-9_: ]+\] | \(_ssl\.c:\d+\)", "", text)
+
+
 Place = tuple[str, str, int, bool]  # what connections may stand in for each other
 
 
@@ -3178,7 +3212,7 @@ class Connection(http.client.HTTPConnection):
 
     response_class = OriginResponse
 
-    def __init__(self, forward: Forward, addresses: Addresses, guard: Guard) -> None:
+    def __init__(self, forward: Forward, addresses: Addresses, guard: Guard, trust: Trust) -> None:
         super().__init__(forward.target.host, forward.target.port)
         self.place = place_of(forward)
         self.peer = ""  # the address that it is connected to
@@ -3187,6 +3221,7 @@ class Connection(http.client.HTTPConnection):
         self._forward = forward
         self._addresses = addresses
         self._guard = guard
+        self._trust = trust
 
     def dial(self) -> None:
         """Open the connection, without TLS; OSError, Failure."""
@@ -3205,9 +3240,8 @@ class Connection(http.client.HTTPConnection):
         """Open the connection, with TLS where the scheme asks for it; OSError, Failure."""
         self.dial()
         if self._forward.target.scheme == "https":
-            import ssl  # 4 MB and 20 ms that few need
-
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+            self.sock.settimeout(self._forward.within(CONNECT_TIMEOUT))
+            self.sock = self._trust.context().wrap_socket(self.sock, server_hostname=self.host)
 
     def is_quiet(self) -> bool:
         """Whether the origin has neither closed it nor sent what nobody asked for."""
@@ -3412,10 +3446,11 @@ def refuses_body(sock: socket.socket, forward: Forward) -> bool:
 class Origin:
     """Sends requests to origins, over pooled connections."""
 
-    def __init__(self, count: Callable[[int], None]) -> None:
+    def __init__(self, count: Callable[[int], None], config: Config) -> None:
         self._pool = Pool()
         self._addresses = Addresses()
         self.guard = Guard()
+        self._trust = Trust(config.ca_file)
         self._count = count  # told of the body bytes that arrive
         self._tidied = 0.0  # monotonic
 
@@ -3457,7 +3492,7 @@ class Origin:
         """One request.  A pooled connection that the origin has closed meanwhile, or polluted, costs a
         silent second try, where the request may be repeated (RFC 9112 §9.3.1)."""
         pooled = self._pool.take(place_of(forward), time.monotonic()) if forward.repeatable else None
-        connection = Connection(forward, self._addresses, self.guard)
+        connection = Connection(forward, self._addresses, self.guard, self._trust)
         with self._told(connection, forward.target):
             if pooled is not None:
                 connection.peer = pooled.peer  # if that one falls silent
@@ -3468,7 +3503,7 @@ class Origin:
     def dial(self, target: Target, near: bool) -> socket.socket:
         """A bare connection, for a tunnel; OriginFailure, Failure."""
         forward = Forward("CONNECT", target, (), near=near, deadline=time.monotonic() + ANSWER_WAIT)
-        connection = Connection(forward, self._addresses, self.guard)
+        connection = Connection(forward, self._addresses, self.guard, self._trust)
         with self._told(connection, target):
             connection.dial()
         assert isinstance(connection.sock, socket.socket)  # noqa: S101 (for the type checker)
@@ -3485,8 +3520,8 @@ class Origin:
             raise OriginTimeout("%s did not answer in time%s." % (target.authority, why), target) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._addresses.failed(connection.peer)
-            what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise OriginFailure("%s cannot be asked: %s." % (target.authority, what), target) from None
+            sentence = "%s cannot be asked: %s." % (target.authority, why_not(error))
+            raise OriginFailure(sentence, target) from None
 
     def fetch_rest(self, forward: Forward, head: Head, size: int | None, offset: int) -> Response:
         """The rest, from ``offset``, of the representation that ``head`` belongs to; OriginFailure where
@@ -4606,7 +4641,7 @@ class Proxy:
         self.counters = counters or Counters()
         self._store = store
         self._barrier = Barrier()
-        self._origin = Origin(self.counters.add_down)
+        self._origin = Origin(self.counters.add_down, config)
         self.sweeper = Sweeper(store)
         self._troubles = Troubles(self.sweeper.wake)
         self._claims = Claims(store, open_leases(config, store))
@@ -5826,6 +5861,8 @@ OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--barrier",), {"metavar": "URL",
                       "help": "memcached://HOST:PORT[,HOST:PORT], for instances that share a root on which "
                               "files can't be locked (default: they agree by locks)"}),
+    (("--ca-file",), {"metavar": "FILE", "help": "certificates (PEM) to trust besides the system's, for "
+                                                 "https origins"}),
     (("--offline",), {"action": "store_true", "help": "never ask an origin: stored responses only"}),
     (("--no-heuristics",), {"action": "store_false", "dest": "heuristics",
                             "help": "ask again on each request for what no one says how long to keep "
@@ -5886,7 +5923,8 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
                         max_age=None if options.max_age is None else parse_span(options.max_age),
                         max_orphans=options.max_orphans, workers=options.workers,
                         barrier=() if options.barrier is None else parse_barrier(options.barrier),
-                        pseudonym="pkgproxy-" + secrets.token_hex(4))
+                        pseudonym="pkgproxy-" + secrets.token_hex(4),
+                        ca_file=options.ca_file)
     except ValueError as error:
         parser.error(str(error))
     level = logging.INFO + 10 * options.quiet - 10 * options.verbose
@@ -5917,6 +5955,16 @@ def open_root(config: Config) -> Store:
     if not os.access(store.root, os.W_OK):
         log.warning("The cache root cannot be written: requests are passed on, nothing is kept")
     return store
+
+
+def check_trust(config: Config) -> None:
+    """Unusable where --ca-file holds no certificates."""
+    if config.ca_file is not None:
+        try:
+            Trust(config.ca_file).context()
+        except OSError as error:
+            raise Unusable("The certificates in %s cannot be used: %s." % (
+                config.ca_file, why_not(error))) from None
 
 
 def make_room() -> Room:
@@ -6147,6 +6195,7 @@ def run(config: Config, writer: LogWriter) -> None:
         log.warning("This system cannot fork: one process does all the work")
         config = dataclasses.replace(config, workers=1)
     log.info("Clients may come from: %s", ", ".join(config.allow))
+    check_trust(config)
     heard = heed_signals("SIGCHLD")
     sockets, counters = open_sockets(config), Counters(config.workers)
     supervisor = os.getpid() if config.workers > 1 else 0

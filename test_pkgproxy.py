@@ -178,7 +178,8 @@ class Page:
 class Origin:
     """A scripted origin on loopback.  It speaks HTTP by itself, so that it can also speak it badly."""
 
-    def __init__(self, address="127.0.0.1"):
+    def __init__(self, address="127.0.0.1", context=None):
+        self.context = context  # for TLS
         self.pages = {}
         self.address = address
         self.log = []  # (method, target, {field: value}, body)
@@ -193,7 +194,7 @@ class Origin:
         self._accepting.start()
 
     def url(self, path):
-        return "http://%s:%d%s" % (self.address, self.port, path)
+        return "%s://%s:%d%s" % ("https" if self.context else "http", self.address, self.port, path)
 
     def asked(self, path=None):
         """The methods asked, for one path or all."""
@@ -222,6 +223,8 @@ class Origin:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
+            if self.context:
+                connection = self.context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
             with self._lock:
                 self._open.add(connection)
                 self.connections += 1
@@ -327,6 +330,37 @@ class Answer:
     def __getitem__(self, name):
         found = [text for field, text in self.fields if field.lower() == name.lower()]
         return ", ".join(found) if found else None
+
+
+class Certificates:
+    """A throw-away certificate authority, and what it signs for 127.0.0.1 and localhost."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.authority = self._path("authority.pem")
+        self._openssl("req", "-x509", "-days", "2", "-subj", "/CN=Nobody", "-addext", "keyUsage=critical,keyCertSign", "-keyout", self._path("authority.key"), "-out", self.authority,
+                      *self._new_key())
+
+    def _path(self, name):
+        return os.path.join(self.folder, name)
+
+    def _new_key(self):
+        return "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"
+
+    def _openssl(self, *arguments):
+        subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=60)
+
+    def context(self, name="good", days="2", names="DNS:localhost,IP:127.0.0.1", signed=True):
+        """What a server needs that has such a certificate."""
+        key, asked, certificate, extra = (self._path(name + end) for end in (".key", ".csr", ".pem", ".ext"))
+        if not os.path.exists(certificate):
+            Path(extra).write_text("subjectAltName=%s\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n" % names)
+            self._openssl("req", "-new", "-subj", "/CN=%s" % name, "-keyout", key, "-out", asked, *self._new_key())
+            signer = ("-CA", self.authority, "-CAkey", self._path("authority.key"), "-CAcreateserial") if signed else ("-signkey", key)
+            self._openssl("x509", "-req", "-in", asked, "-days", days, "-extfile", extra, "-out", certificate, *signer)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        return context
 
 
 class ProxyCase(unittest.TestCase):
@@ -1663,7 +1697,7 @@ class OriginTest(unittest.TestCase):
         self.origin = Origin()
         self.addCleanup(self.origin.close)
         self.counted = []
-        self.client = pkgproxy.Origin(self.counted.append)
+        self.client = pkgproxy.Origin(self.counted.append, Config())
         self.addCleanup(self.client.close)
 
     def fetch(self, path="/x", method="GET", **more):
@@ -2425,6 +2459,93 @@ class WaysInTest(ProxyCase):
                     expected = b"HTTP/1.1 404" if host == "127.0.0.1" else b"HTTP/1.1 403"  # that is our address
                     self.assertEqual(far.recv(12), expected, path)
         self.assertEqual(self.origin.log, [])
+
+
+@unittest.skipUnless(shutil.which("openssl"), "openssl is not installed")
+class TlsOriginTest(ProxyCase):
+    """https origins: their certificates are checked, and what they send is kept apart."""
+
+    certificates: Certificates
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.certificates = Certificates(tempfile.mkdtemp(prefix="pkgproxy-test-"))
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.certificates.folder)
+        super().tearDownClass()
+
+    def setUp(self):
+        super().setUp()
+        self.start(Config(addrs=(), ca_file=self.certificates.authority, pseudonym="tested"))
+        self.secure = self.serve(self.certificates.context())
+        self.secure.pages.update({"/pool/x_1.0_all.deb": Page(b"secure"), "/InRelease": Page(b"secure index")})
+
+    def serve(self, context):
+        origin = Origin(context)
+        self.addCleanup(origin.close)
+        return origin
+
+    def test_a_repository_that_has_https_alone_is_cached_through_either_way_in(self):
+        for way in (self.secure.url, lambda path: "/" + self.secure.url(path)):
+            for path, body in (("/pool/x_1.0_all.deb", b"secure"), ("/InRelease", b"secure index")):
+                self.assertEqual(self.own(way(path)).body, body)
+        self.assertEqual(self.secure.asked("/pool/x_1.0_all.deb"), ["GET"])
+        self.assertEqual(self.secure.asked("/InRelease"), ["GET", "GET"], "the second is a validation")
+        self.settle()
+        self.assertEqual(self.secure.connections, 1, "it stays open for the next request")
+        self.assertEqual(set(self.files()), {"https^" + "127.0.0.1:%d%s" % (self.secure.port, path) for path in self.secure.pages})
+
+    def test_a_host_that_redirects_to_https_is_cached_under_its_http_url(self):
+        self.origin.pages["/pool/x_1.0_all.deb"] = Page(b"", 301, [("Location", self.secure.url("/pool/x_1.0_all.deb"))])
+        for outcome in ("fwd=uri-miss", "hit"):
+            answer = self.ask("/pool/x_1.0_all.deb")
+            self.assertEqual(answer.body, b"secure")
+            self.assertIn(outcome, self.outcome(answer))
+        self.assertEqual(self.files(), {self.place("pool/x_1.0_all.deb"): b"secure"})
+
+    def test_https_and_http_never_stand_in_for_each_other(self):
+        """Not even where both have the same host and port."""
+        place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
+        self.origin.pages["/pool/x_1.0_all.deb"] = Page(b"plain")
+        plain, secure = "http://127.0.0.1:%d/pool/x_1.0_all.deb" % self.secure.port, self.secure.url("/pool/x_1.0_all.deb")
+        for _ in range(2):
+            self.assertEqual(self.ask(secure).body, b"secure")
+            with mock.patch.object(pkgproxy, "resolve", return_value=place):
+                self.assertEqual(self.ask(plain).body, b"plain")
+        self.assertEqual((len(self.origin.log), len(self.secure.log)), (1, 1))
+        self.assertEqual(sorted(self.files().values()), [b"plain", b"secure"])
+
+    def test_a_certificate_that_is_refused_is_named_in_a_sentence(self):
+        for context, words in (
+                (self.certificates.context("old", days="-1"), "certificate has expired"),
+                (self.certificates.context("other", names="DNS:other.test"), "IP address mismatch, certificate is not valid for '127.0.0.1'"),
+                (self.certificates.context("self", signed=False), "self[- ]signed certificate (the operator can add its issuer with --ca-file)")):
+            answer = self.ask(self.serve(context).url("/x"))
+            self.assertEqual(answer.status, 502)
+            words = re.escape(words).replace(r"\[\-\ \]", "[- ]")
+            self.assertRegex(answer.body.decode(), r"\A127\.0\.0\.1:\d+ cannot be asked: its certificate is refused: %s\.\n\Z" % words)
+
+    def test_what_is_no_tls_and_a_python_without_it_are_told(self):
+        with socket.create_server(("127.0.0.1", 0)) as plain:
+            def answer_in_clear():
+                with plain.accept()[0] as connection:
+                    connection.sendall(b"no TLS here\r\n")
+
+            threading.Thread(target=answer_in_clear).start()
+            answer = self.ask("https://127.0.0.1:%d/x" % plain.getsockname()[1])
+        self.assertRegex(answer.body.decode(), r"\A127\.0\.0\.1:\d+ cannot be asked: [^\[(]*\.\n\Z")
+        self.start()
+        with mock.patch.dict(sys.modules, ssl=None):
+            answer = self.ask(self.secure.url("/x"))
+        self.assertEqual(answer.status, 502)
+        self.assertIn(b"cannot be asked: this Python has no TLS", answer.body)
+
+    def test_without_the_file_the_systems_trust_alone_counts(self):
+        self.start()
+        self.assertEqual(self.ask(self.secure.url("/x")).status, 502)
 
 
 class LocalFailureTest(ProxyCase):
@@ -5593,7 +5714,8 @@ class PorchTest(unittest.TestCase):
                 (["-f", "missing"], 1, "No such file"), (["-f", "binary"], 1, "cannot be read"),
                 (["-f", "."], 1, "directory"), (["-a", "9999"], 2, "write :9999"), (["-a", ":x"], 2, "write :9999"),
                 (["-a", ":70000"], 2, "write :9999"), (["-a", "nowhere.invalid:0"], 1, "Cannot listen"),
-                (["-r", ""], 2, "want a name"), (["--allow", "lan"], 2, "lan"), (["--unknown"], 2, "unknown"),
+                (["--ca-file", "missing"], 1, "certificates in missing cannot be used: No such file"),
+                (["--ca-file", "file"], 1, "certificates in file cannot be used: no certificate"), (["-r", ""], 2, "want a name"), (["--allow", "lan"], 2, "lan"), (["--unknown"], 2, "unknown"),
                 (["--max-size", "much"], 2, "write 500M"), (["--max-age", "5"], 2, "write 90m"), (["--barrier", "redis://a:1"], 2, "write memcached://"))
             runs = several.map(lambda row: self.run_to_end("-a", "127.0.0.1:0", *row[0]), rows)
             for (arguments, code, expected), ran in zip(rows, runs):
