@@ -64,6 +64,7 @@ Words follow RFC 9110 (semantics), 9111 (caching), 9112 (HTTP/1.1) and 9211 (Cac
 from __future__ import annotations
 
 import argparse
+import base64
 import calendar
 import contextlib
 import dataclasses
@@ -95,7 +96,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from email.utils import formatdate
 from typing import Any, Callable, NamedTuple, Protocol, Union
 
@@ -142,6 +143,7 @@ EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a 
 # Times, all in seconds.
 NEXT_ADDRESS = 0.25  # a try of another address of the same name: RFC 8305 §8 recommends it
 LOOKUP_WAIT = 20.0  # for the addresses of a name: a resolver asks a dead name server for 5 to 10 s
+PARENT_WAIT = 3.0  # for a connection to a parent proxy, where origins may be asked without it
 CONNECT_TIMEOUT = 10.0  # to all addresses of a name: pacman drops a server that says nothing for 10 s
 ORIGIN_TIMEOUT = 30.0  # of silence from an origin: dnf gives up after 30 s under 1,000 B/s
 ANSWER_WAIT = 40.0  # for the head of an answer, redirects and all: who waits is told within 45 s
@@ -179,32 +181,6 @@ RECENT = 60.0  # what was used so lately is not swept
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """What the options say.  The options table of floor 9 takes its defaults from here."""
-
-    addrs: tuple[str, ...] = (":9999",)
-    root: str | None = None  # None: the current folder, which may hold anything
-    filters_file: str | None = None
-    allow: tuple[str, ...] = ("loopback", "private")
-    connect_ports: tuple[int, ...] = (443,)  # that CONNECT may lead to
-    heuristics: bool = True
-    offline: bool = False
-    max_size: int | None = None  # bytes of stored bodies; None: no limit but min_free
-    min_free: int | None = None  # bytes left on the file system; None: 5 %, at most 10 GB
-    max_orphans: int = 8  # downloads that go on when their last client has left
-    max_age: float | None = None  # seconds since a stored response was last used
-    workers: int = 1  # processes
-    filters: tuple[re.Pattern[str], ...] = ()  # parsed from filters_file, at start and on SIGHUP
-    barrier: tuple[tuple[str, int], ...] = ()  # memcached servers; none: the file system's locks
-    pseudonym: str = "pkgproxy"  # our name in Via and Cache-Status (RFC 9110 §7.6.3)
-    ca_file: str | None = None  # certificates (PEM) that are trusted besides the system's
-
-    def __hash__(self) -> int:
-        """Enough to remember results by."""
-        return hash(self.pseudonym)
-
-
-@dataclasses.dataclass(frozen=True)
 class Target:
     """Where a request goes (RFC 9110 §7.1), userinfo and fragment dropped."""
 
@@ -224,6 +200,43 @@ class Target:
     def uri(self) -> str:
         """The target in absolute-form."""
         return "%s://%s%s" % (self.scheme, self.authority, self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parent:
+    """A proxy that origins are asked through."""
+
+    place: Target
+    fields: Fields = ()  # Proxy-Authorization, where its URL has a name and a password
+    or_direct: bool = False  # origins are asked without it where it can't be
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the options say.  The options table of floor 9 takes its defaults from here."""
+
+    addrs: tuple[str, ...] = (":9999",)
+    root: str | None = None  # None: the current folder, which may hold anything
+    filters_file: str | None = None
+    allow: tuple[str, ...] = ("loopback", "private")
+    connect_ports: tuple[int, ...] = (443,)  # that CONNECT may lead to
+    heuristics: bool = True
+    offline: bool = False
+    max_size: int | None = None  # bytes of stored bodies; None: no limit but min_free
+    min_free: int | None = None  # bytes left on the file system; None: 5 %, at most 10 GB
+    max_orphans: int = 8  # downloads that go on when their last client has left
+    max_age: float | None = None  # seconds since a stored response was last used
+    workers: int = 1  # processes
+    filters: tuple[re.Pattern[str], ...] = ()  # parsed from filters_file, at start and on SIGHUP
+    barrier: tuple[tuple[str, int], ...] = ()  # memcached servers; none: the file system's locks
+    pseudonym: str = "pkgproxy"  # our name in Via and Cache-Status (RFC 9110 §7.6.3)
+    ca_file: str | None = None  # certificates (PEM) that are trusted besides the system's
+    parents: tuple[tuple[str, Parent], ...] = ()  # by the scheme of the origins
+    no_proxy: tuple[str, ...] = ()  # origins that are asked without a parent
+
+    def __hash__(self) -> int:
+        """Enough to remember results by."""
+        return hash(self.pseudonym)
 
 
 class Readable(Protocol):
@@ -1106,12 +1119,76 @@ def is_guarded(address: str) -> bool:
     return zero or ip.is_loopback or ip.is_link_local or ip.is_multicast
 
 
+def is_numeric(host: str) -> bool:
+    """Whether a host is an address, in whatever form C's inet_aton takes: 127.1, 0x7f000001."""
+    return ":" in host or re.search(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$", host) is not None
+
+
 def is_guarded_name(host: str) -> bool:
     """Whether a host is guarded whatever its name servers say: an address, or localhost (RFC 6761 §6.3)."""
     if is_address(host):
         return is_guarded(host)
     name = host.rstrip(".")
     return name == "localhost" or name.endswith(".localhost")
+
+
+# Parent proxies -------------------------------------------------------------------------------
+
+
+def parse_parent(text: str) -> Parent | None:
+    """The proxy of a URL, or of host:port; None for "" or none.  With ,direct behind it origins may be
+    asked without it.  ValueError does not repeat the password.
+
+    >>> parse_parent("http://me:pw@proxy.test:3128,direct").fields
+    (('Proxy-Authorization', 'Basic bWU6cHc='),)
+    """
+    if text in ("", "none"):
+        return None
+    url, comma, direct = text.partition(",")
+    userinfo, at, place = url.partition("://")[2 if "://" in url else 0].rpartition("@")
+    try:
+        target = parse_target("http://" + place)
+    except BadRequest:
+        target = None
+    if target is None or target.path != "/" or comma and direct != "direct" or "://" in url and not (
+            url.lower().startswith("http://")):
+        raise ValueError("a parent proxy is written http://[name:password@]host:port[,direct], or none")
+    secret = base64.b64encode(urllib.parse.unquote_to_bytes(userinfo)).decode()
+    return Parent(target, (("Proxy-Authorization", "Basic " + secret),) if at else (), bool(comma))
+
+
+def find_parents(option: str | None, environment: Mapping[str, str]) -> tuple[tuple[str, Parent], ...]:
+    """The parent of each scheme: --parent's, or what http_proxy and https_proxy say.  HTTP_PROXY may come
+    from a request where we run as CGI (CVE-2016-5385).  ValueError."""
+    found = []
+    for scheme in ("http", "https"):
+        name = scheme + "_proxy"
+        upper = "" if scheme == "http" and "REQUEST_METHOD" in environment else environment.get(name.upper())
+        try:
+            parent = parse_parent(environment.get(name) or upper or "" if option is None else option)
+        except ValueError as error:
+            raise ValueError("%s: %s" % (name if option is None else "--parent", error)) from None
+        found += [(scheme, parent)] if parent else []
+    return tuple(found)
+
+
+def _is_excepted(target: Target, entry: str) -> bool:
+    with contextlib.suppress(ValueError):
+        network = ipaddress.ip_network(entry, strict=False)
+        return is_address(target.host) and ipaddress.ip_address(target.host) in network
+    name, port = re.fullmatch(r"\[?(.*?)\]?(?::(\d+))?", entry, re.S).groups()  # type: ignore[union-attr]
+    name = name[1:] if name.startswith("*.") else name
+    if port and int(port) != target.port:
+        return False
+    return name in ("*", target.host) or target.host.endswith(name if name.startswith(".") else "." + name)
+
+
+def parent_for(target: Target, config: Config) -> Parent | None:
+    """The parent to ask for a target: none for this host and its link, nor for what no_proxy names: an
+    address, a network, or a domain with all below it, each also with :port; or * for all."""
+    if is_guarded_name(target.host) or any(_is_excepted(target, entry) for entry in config.no_proxy if entry):
+        return None
+    return dict(config.parents).get(target.scheme)
 
 
 def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
@@ -3036,6 +3113,11 @@ class Addresses:
                 del self._lame[lame]
             self._lame[address] = now
 
+    def is_lame(self, name: str) -> bool:
+        """Whether it failed a moment ago."""
+        with self._lock:
+            return time.monotonic() - self._lame.get(name, -math.inf) < TROUBLE
+
     def _looked_up(self, host: str, port: int) -> None:
         with self._lock:
             self._lookups.pop((host, port), None)
@@ -3199,22 +3281,39 @@ def why_not(error: Exception) -> str:
     return re.sub(r"^\[[A-Z0-9_: ]+\] | \(_ssl\.c:\d+\)", "", text)
 
 
-Place = tuple[str, str, int, bool]  # what connections may stand in for each other
+Place = tuple[str, str, int, bool, "Parent | None"]  # what connections may stand in for each other
 
 
-def place_of(forward: Forward) -> Place:
-    """Scheme, host, port, and whether the connection may lead where only this host may go."""
-    return forward.target.scheme, forward.target.host, forward.target.port, forward.near
+def place_of(forward: Forward, parent: Parent | None) -> Place:
+    """Scheme, host, port, whether the connection may lead where only this host may go, and the way."""
+    target = forward.target
+    return target.scheme, target.host, target.port, forward.near, parent
+
+
+def open_tunnel(sock: socket.socket, parent: Parent, target: Target) -> None:
+    """Let a parent proxy connect us to an origin (RFC 9110 §9.3.6); OSError, ValueError."""
+    authority = "%s:%d" % ("[%s]" % target.host if ":" in target.host else target.host, target.port)
+    lines = ["CONNECT %s HTTP/1.1" % authority, "Host: " + authority, *map(": ".join, parent.fields), "", ""]
+    sock.sendall("\r\n".join(lines).encode("latin-1"))
+    timed = TimedFile(sock, ORIGIN_TIMEOUT)
+    timed.set_deadline(sock.gettimeout())
+    with io.BufferedReader(timed, 1) as file:  # what follows the head is not ours to read
+        lines = read_lines(file)
+    if not lines or parse_status_line(lines[0])[1] // 100 != 2:
+        raise ValueError("to CONNECT it answers '%s'" % "".join(lines[:1]))
 
 
 class Connection(http.client.HTTPConnection):
-    """A connection to an origin."""
+    """A connection to an origin, or through a parent proxy."""
 
     response_class = OriginResponse
 
-    def __init__(self, forward: Forward, addresses: Addresses, guard: Guard, trust: Trust) -> None:
+    def __init__(self, forward: Forward, parent: Parent | None, addresses: Addresses, guard: Guard,
+                 trust: Trust) -> None:
         super().__init__(forward.target.host, forward.target.port)
-        self.place = place_of(forward)
+        self.place = place_of(forward, parent)
+        self.parent = parent  # that it goes through
+        self.asked = forward.target.authority  # whose fault it is if nothing comes of it
         self.peer = ""  # the address that it is connected to
         self.guarded = False  # whether only clients on this host may reach that
         self.idle_since = 0.0  # monotonic
@@ -3225,16 +3324,69 @@ class Connection(http.client.HTTPConnection):
 
     def dial(self) -> None:
         """Open the connection, without TLS; OSError, Failure."""
-        found = self._addresses.find(self.host, self.port, self._forward.within(LOOKUP_WAIT))
-        found = self._guard.pass_by(found, self._forward)
-        self.sock = connect_any(found, self._forward.within(CONNECT_TIMEOUT))
-        family, place = self.sock.family, self.sock.getpeername()
-        self.peer = place[0]
-        # Who may not go there has not come so far.
-        self.guarded = self._forward.near and (is_guarded(self.peer) or is_own_address(family, place))
+        if self.parent is not None:
+            try:
+                self._dial_through(self.parent)
+                return
+            except (OSError, ValueError) as error:
+                if not self.parent.or_direct:
+                    raise
+                log.debug("%s cannot be asked: %s.", self.asked, why_not(error))
+                if self.sock is None:  # it is not the origin's fault
+                    self._addresses.failed(self.parent.place.uri)
+                self.close()
+                self.parent, self.asked = None, self._forward.target.authority
+        found = self._find(self._forward)
+        self._open(found, CONNECT_TIMEOUT)
+        self.guarded = self._is_guarded(self.sock.family, self.sock.getpeername())
+
+    def _find(self, forward: Forward) -> list[tuple[Any, ...]]:
+        """The addresses that a request may go to; OSError, Failure."""
+        target = forward.target
+        found = self._addresses.find(target.host, target.port, forward.within(LOOKUP_WAIT))
+        return self._guard.pass_by(found, forward)
+
+    def _open(self, found: list[tuple[Any, ...]], patience: float) -> None:
+        self.sock = connect_any(found, self._forward.within(patience))
+        self.peer = self.sock.getpeername()[0]
         for slower in itertools.takewhile(lambda address: address[4][0] != self.peer, found):
             self._addresses.failed(slower[4][0])
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _is_guarded(self, family: int, address: tuple[Any, ...]) -> bool:
+        # Who may not go there has not come so far.
+        return self._forward.near and (is_guarded(address[0]) or is_own_address(family, address))
+
+    def _dial_through(self, parent: Parent) -> None:
+        """Names are the parent's to resolve; what is an address is looked at here as well."""
+        if parent.or_direct and self._addresses.is_lame(parent.place.uri):
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "it could not be asked a moment ago")
+        target = self._forward.target
+        found = self._find(self._forward) if is_numeric(target.host) else []
+        self.guarded = any(self._is_guarded(address[0], address[4]) for address in found)
+        self.asked = "The parent proxy " + parent.place.authority
+        # It is the operator who leads us there: only a circle is refused.
+        found = self._find(dataclasses.replace(self._forward, target=parent.place, near=True))
+        self._open(found, PARENT_WAIT if parent.or_direct else CONNECT_TIMEOUT)
+        if target.scheme == "https":
+            self.sock.settimeout(self._forward.within(CONNECT_TIMEOUT))
+            open_tunnel(self.sock, parent, target)
+        self.asked = target.authority
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        """The answer's head; OSError, ValueError, http.client.HTTPException."""
+        response = super().getresponse()
+        if response.status == 407 and self.parent is not None:
+            self.asked = "The parent proxy " + self.parent.place.authority
+            raise OSError(errno.EACCES, "it wants another name and password")
+        return response
+
+    def line(self, target: Target) -> tuple[str, Fields]:
+        """The target of the request line, in absolute-form for a parent (RFC 9112 §3.2.2), and the fields
+        that are for the parent."""
+        if self.parent is None or target.scheme == "https":
+            return target.path, ()
+        return target.uri.rstrip("*") if target.path == "*" else target.uri, self.parent.fields
 
     def connect(self) -> None:
         """Open the connection, with TLS where the scheme asks for it; OSError, Failure."""
@@ -3450,6 +3602,7 @@ class Origin:
         self._pool = Pool()
         self._addresses = Addresses()
         self.guard = Guard()
+        self._config = config
         self._trust = Trust(config.ca_file)
         self._count = count  # told of the body bytes that arrive
         self._tidied = 0.0  # monotonic
@@ -3491,8 +3644,8 @@ class Origin:
     def _ask(self, forward: Forward) -> Response:
         """One request.  A pooled connection that the origin has closed meanwhile, or polluted, costs a
         silent second try, where the request may be repeated (RFC 9112 §9.3.1)."""
-        pooled = self._pool.take(place_of(forward), time.monotonic()) if forward.repeatable else None
-        connection = Connection(forward, self._addresses, self.guard, self._trust)
+        connection = self._connection(forward)
+        pooled = self._pool.take(connection.place, time.monotonic()) if forward.repeatable else None
         with self._told(connection, forward.target):
             if pooled is not None:
                 connection.peer = pooled.peer  # if that one falls silent
@@ -3500,10 +3653,14 @@ class Origin:
                     return self._exchange(pooled, forward)
             return self._exchange(connection, forward)
 
+    def _connection(self, forward: Forward) -> Connection:
+        parent = parent_for(forward.target, self._config)
+        return Connection(forward, parent, self._addresses, self.guard, self._trust)
+
     def dial(self, target: Target, near: bool) -> socket.socket:
         """A bare connection, for a tunnel; OriginFailure, Failure."""
         forward = Forward("CONNECT", target, (), near=near, deadline=time.monotonic() + ANSWER_WAIT)
-        connection = Connection(forward, self._addresses, self.guard, self._trust)
+        connection = self._connection(forward)
         with self._told(connection, target):
             connection.dial()
         assert isinstance(connection.sock, socket.socket)  # noqa: S101 (for the type checker)
@@ -3517,10 +3674,10 @@ class Origin:
         except (socket.timeout, TimeoutError) as error:
             self._addresses.failed(connection.peer)
             why = ": %s" % error if str(error) not in ("", "timed out") else ""
-            raise OriginTimeout("%s did not answer in time%s." % (target.authority, why), target) from None
+            raise OriginTimeout("%s did not answer in time%s." % (connection.asked, why), target) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._addresses.failed(connection.peer)
-            sentence = "%s cannot be asked: %s." % (target.authority, why_not(error))
+            sentence = "%s cannot be asked: %s." % (connection.asked, why_not(error))
             raise OriginFailure(sentence, target) from None
 
     def fetch_rest(self, forward: Forward, head: Head, size: int | None, offset: int) -> Response:
@@ -3555,9 +3712,9 @@ class Origin:
             if connection.sock is None:
                 connection.connect()
             connection.sock.settimeout(forward.within(ORIGIN_TIMEOUT))
-            connection.putrequest(forward.method, forward.target.path, skip_host=True,
-                                  skip_accept_encoding=True)
-            for name, text in forward.fields:
+            line, more = connection.line(forward.target)
+            connection.putrequest(forward.method, line, skip_host=True, skip_accept_encoding=True)
+            for name, text in forward.fields + more:
                 connection.putheader(name, text.encode("latin-1"))
             connection.endheaders()
             if forward.body is not None and not refuses_body(connection.sock, forward):
@@ -5861,6 +6018,9 @@ OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--barrier",), {"metavar": "URL",
                       "help": "memcached://HOST:PORT[,HOST:PORT], for instances that share a root on which "
                               "files can't be locked (default: they agree by locks)"}),
+    (("--parent",), {"metavar": "URL",
+                     "help": "the proxy to ask origins through, or none; URL,direct: without "
+                             "it where it fails (default: $http_proxy, $https_proxy)"}),
     (("--ca-file",), {"metavar": "FILE", "help": "certificates (PEM) to trust besides the system's, for "
                                                  "https origins"}),
     (("--offline",), {"action": "store_true", "help": "never ask an origin: stored responses only"}),
@@ -5924,7 +6084,9 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
                         max_orphans=options.max_orphans, workers=options.workers,
                         barrier=() if options.barrier is None else parse_barrier(options.barrier),
                         pseudonym="pkgproxy-" + secrets.token_hex(4),
-                        ca_file=options.ca_file)
+                        ca_file=options.ca_file, parents=find_parents(options.parent, os.environ),
+                        no_proxy=tuple((os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+                                        ).lower().replace(" ", "").split(",")))
     except ValueError as error:
         parser.error(str(error))
     level = logging.INFO + 10 * options.quiet - 10 * options.verbose
@@ -5957,8 +6119,12 @@ def open_root(config: Config) -> Store:
     return store
 
 
-def check_trust(config: Config) -> None:
-    """Unusable where --ca-file holds no certificates."""
+def check_ways(config: Config) -> None:
+    """Say who may come in, and which way we go out; Unusable where --ca-file holds no certificates."""
+    log.info("Clients may come from: %s", ", ".join(config.allow))
+    for scheme, parent in config.parents:
+        log.info("Asking %s origins through the parent proxy %s%s", scheme, parent.place.authority,
+                 ", or directly" if parent.or_direct else "")
     if config.ca_file is not None:
         try:
             Trust(config.ca_file).context()
@@ -6194,8 +6360,7 @@ def run(config: Config, writer: LogWriter) -> None:
     if config.workers > 1 and not hasattr(os, "fork"):
         log.warning("This system cannot fork: one process does all the work")
         config = dataclasses.replace(config, workers=1)
-    log.info("Clients may come from: %s", ", ".join(config.allow))
-    check_trust(config)
+    check_ways(config)
     heard = heed_signals("SIGCHLD")
     sockets, counters = open_sockets(config), Counters(config.workers)
     supervisor = os.getpid() if config.workers > 1 else 0

@@ -386,11 +386,14 @@ class ProxyCase(unittest.TestCase):
         else:
             self.addCleanup(self.stop)
         self.proxy = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))
-        self.server = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Desk(
-            self.proxy, pkgproxy.Room(pkgproxy.MAX_CONNECTIONS), pkgproxy.log.info))
+        self.server = self.server_of(self.proxy)
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
+
+    def server_of(self, proxy):
+        return pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Desk(
+            proxy, pkgproxy.Room(pkgproxy.MAX_CONNECTIONS), pkgproxy.log.info))
 
     def stop(self):
         self.server.shutdown()
@@ -943,6 +946,39 @@ class NameRulesTest(unittest.TestCase):
             with self.subTest(address=address, allow=allow):
                 self.assertEqual(pkgproxy.may_come_in(address, allow), expected)
         self.assertRaises(ValueError, pkgproxy.parse_networks, ["lan"])
+
+    def test_parents_come_from_the_option_or_the_environment(self):
+        def found(option, **environment):
+            return [(scheme, parent.place.authority, parent.or_direct) for scheme, parent in pkgproxy.find_parents(option, environment)]
+
+        web, tls = ("http", "p.test:3128", False), ("https", "p.test:3128", False)
+        for option, environment, expected in (
+                (None, {}, []), (None, {"http_proxy": "http://p.test:3128/"}, [web]), (None, {"HTTP_PROXY": "p.test:3128"}, [web]),
+                (None, {"HTTP_PROXY": "p.test:3128", "REQUEST_METHOD": "GET"}, []), (None, {"HTTPS_PROXY": "p.test:3128", "REQUEST_METHOD": "GET"}, [tls]),
+                (None, {"http_proxy": "p.test:3128", "HTTP_PROXY": "q.test:1"}, [web]), (None, {"https_proxy": "http://me:pw@p.test:3128"}, [tls]),
+                ("p.test:3128", {"http_proxy": "q.test:1"}, [web, tls]), ("none", {"http_proxy": "q.test:1"}, []),
+                ("http://p.test,direct", {}, [("http", "p.test", True), ("https", "p.test", True)])):
+            with self.subTest(option=option, environment=environment):
+                self.assertEqual(found(option, **environment), expected)
+        for bad in ("https://p.test", "socks5://p.test:1", "http://p.test/x", "http://me:secret@p.test:x", "p.test,otherwise", "http://"):
+            with self.assertRaisesRegex(ValueError, "http_proxy: a parent proxy is written") as caught:
+                found(None, http_proxy=bad)
+            self.assertNotIn("secret", str(caught.exception))
+        self.assertEqual(pkgproxy.parse_parent("http://me:p%40w@p.test").fields, (("Proxy-Authorization", "Basic bWU6cEB3"),))
+
+    def test_what_is_asked_without_the_parent(self):
+        parent = pkgproxy.parse_parent("p.test:3128")
+        for entries, uri, through in (
+                ("", "http://a.test/", True), ("", "https://a.test/", True), ("", "http://localhost/", False), ("", "http://127.0.0.9/", False),
+                ("", "http://[::1]/", False), ("", "http://169.254.1.1/", False), ("", "http://10.0.0.1/", True), ("*", "http://a.test/", False),
+                ("a.test", "http://a.test/", False), ("a.test", "http://b.a.test:81/", False), ("a.test", "http://ba.test/", True),
+                (".a.test", "http://a.test/", True), (".a.test", "http://b.a.test/", False), ("*.a.test", "http://b.a.test/", False),
+                ("a.test:81", "http://a.test/", True), ("a.test:81", "http://a.test:81/", False), ("10.0.0.0/8", "http://10.1.2.3/", False),
+                ("10.0.0.0/8", "http://a.test/", True), ("10.1.2.3", "http://10.1.2.3/", False), ("10.1.2.3:80", "http://10.1.2.3/", False),
+                ("2001:db8::/32", "http://[2001:db8::1]/", False), ("[2001:db8::1]:80", "http://[2001:db8::1]/", False), ("x,a.test", "http://a.test/", False)):
+            with self.subTest(entries=entries, uri=uri):
+                config = Config(parents=(("http", parent), ("https", parent)), no_proxy=tuple(entries.split(",")))
+                self.assertEqual(pkgproxy.parent_for(pkgproxy.parse_target(uri), config) is not None, through)
 
     def test_text_from_outside_is_harmless_in_a_log(self):
         self.assertEqual(pkgproxy.printable("a\x1b[31m\r\n\x9bb"), r"a\x1b[31m\x0d\x0a\x9bb")
@@ -2461,6 +2497,85 @@ class WaysInTest(ProxyCase):
         self.assertEqual(self.origin.log, [])
 
 
+class ParentTest(ProxyCase):
+    """Another proxy between us and the origins."""
+
+    def setUp(self):
+        super().setUp()
+        self.parent = Origin()
+        self.addCleanup(self.parent.close)
+        self.parent.pages.update({"http://mirror.test/pool/x_%d.0_all.deb" % n: Page(b"%d" % n) for n in range(3)})
+        patcher = mock.patch.object(pkgproxy, "resolve", self.resolve)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+        self.through("http://me:secret@127.0.0.1:%d" % self.parent.port)
+
+    def resolve(self, host, port):
+        """The parent knows mirror.test, we don't; nor are addresses anybody's to look up."""
+        self.assertRegex(host, r"\A[\dxa-f.]+\Z")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (socket.inet_ntoa(socket.inet_aton(host)), port))]
+
+    def through(self, text):
+        self.start(Config(addrs=(), parents=pkgproxy.find_parents(text, {}), pseudonym="tested"))
+
+    def url(self, n):
+        return "http://mirror.test/pool/x_%d.0_all.deb" % n
+
+    def test_origins_are_asked_through_it_over_one_connection(self):
+        for n in (0, 1, 0):
+            answer = self.ask(self.url(n), Proxy_Authorization="Basic the-clients-own")
+            self.assertEqual(answer.body, b"%d" % n)
+            self.settle()
+        self.assertEqual([(row[0], row[1]) for row in self.parent.log], [("GET", self.url(0)), ("GET", self.url(1))])
+        for row in self.parent.log:
+            self.assertEqual((row[2]["host"], row[2]["proxy-authorization"]), ("mirror.test", "Basic bWU6c2VjcmV0"))
+        self.assertEqual(self.parent.connections, 1)
+
+    def test_this_host_is_asked_without_it(self):
+        self.origin.pages["/x"] = Page(b"direct")
+        self.assertEqual(self.ask("/x").body, b"direct")
+        self.assertNotIn("proxy-authorization", self.origin.log[0][2])
+        self.assertEqual(self.parent.log, [])
+
+    def test_one_that_fails_is_named_and_replaced_only_where_asked(self):
+        dead = "127.0.0.1:%d" % free_address()[1]
+        self.through(dead)
+        answer = self.ask(self.url(0))
+        self.assertEqual((answer.status, answer.body), (502, b"The parent proxy %s cannot be asked: Connection refused.\n" % dead.encode()))
+        self.origin.pages["/x"] = Page(b"direct")
+        ours = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
+        self.through(dead + ",direct")
+        with mock.patch.object(pkgproxy, "resolve", lambda host, port: ours if host == "mirror.test" else self.resolve(host, port)), \
+                mock.patch.object(pkgproxy, "connect_any", side_effect=pkgproxy.connect_any) as connect:
+            for _ in range(2):
+                self.assertEqual(self.ask("http://mirror.test/x").body, b"direct")
+                self.settle()
+                self.proxy._origin._pool.close()
+        self.assertEqual(connect.call_count, 3, "it is not tried again at once")
+
+    def test_one_that_wants_a_password_is_no_matter_of_the_client(self):
+        self.parent.pages[self.url(0)] = Page(b"no", 407, [("Proxy-Authenticate", "Basic")])
+        answer = self.ask(self.url(0))
+        self.assertEqual((answer.status, answer["Proxy-Authenticate"]), (502, None))
+        self.assertIn(b"The parent proxy 127.0.0.1:%d cannot be asked: it wants another name and password." % self.parent.port, answer.body)
+
+    def test_we_are_not_our_own_parent(self):
+        origin, parents = self.proxy._origin, pkgproxy.find_parents("127.0.0.1:%d" % self.address[1], {})
+        origin._config = pkgproxy.dataclasses.replace(origin._config, parents=parents)
+        self.assertEqual(self.ask(self.url(0)).status, 508)
+        origin.guard.ports.clear()  # as behind a NAT
+        self.assertEqual(self.ask(self.url(0)).status, 508)
+
+    def test_strangers_reach_no_more_through_it(self):
+        self.parent.pages[self.url(0)] = Page(b"", 302, [("Location", "http://169.254.169.254/x_1.0_all.deb")])
+        with mock.patch.object(pkgproxy, "is_this_host", lambda address: address != "127.0.0.2"):
+            for url in (self.url(0), "http://2130706433/x", "http://0x7f.1/x", "http://127.1/x", "http://localhost/x", "http://169.254.169.254/x"):
+                with socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as far:
+                    far.sendall(("GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % url).encode())
+                    self.assertEqual(far.recv(12), b"HTTP/1.1 403", url)
+        self.assertEqual([row[1] for row in self.parent.log], [self.url(0)])
+
+
 @unittest.skipUnless(shutil.which("openssl"), "openssl is not installed")
 class TlsOriginTest(ProxyCase):
     """https origins: their certificates are checked, and what they send is kept apart."""
@@ -2542,6 +2657,43 @@ class TlsOriginTest(ProxyCase):
             answer = self.ask(self.secure.url("/x"))
         self.assertEqual(answer.status, 502)
         self.assertIn(b"cannot be asked: this Python has no TLS", answer.body)
+
+    @contextlib.contextmanager
+    def parent(self):
+        """A parent proxy, which alone knows where mirror.test is: the text for --parent."""
+        place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.secure.port))]
+        proxy = pkgproxy.Proxy(Config(addrs=(), connect_ports=(443,), pseudonym="parent"), pkgproxy.Store(os.path.join(self.folder, "parent")))
+        server = self.server_of(proxy)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            with mock.patch.object(pkgproxy, "resolve", lambda host, port: place if host == "mirror.test" else [(*place[0][:4], (host, port))]):
+                yield "127.0.0.1:%d" % server.server_address[1], proxy
+        finally:
+            self.proxy._origin._pool.close()
+            server.shutdown()
+            server.server_close()
+            thread.join(PATIENCE)
+            proxy.close()
+
+    def test_https_origins_and_tunnels_go_through_a_parents_connect(self):
+        self.secure.context = self.certificates.context("mirror", names="DNS:mirror.test")
+        with self.parent() as (text, parent):
+            config = Config(addrs=(), ca_file=self.certificates.authority, parents=pkgproxy.find_parents(text, {}))
+            self.start(config)
+            for _ in range(2):
+                self.assertEqual(self.ask("https://mirror.test/InRelease").body, b"secure index")
+                self.settle()
+            self.assertEqual(self.secure.connections, 1)
+            context = ssl.create_default_context(cafile=self.certificates.authority)
+            with contextlib.closing(http.client.HTTPSConnection(*self.address, timeout=PATIENCE, context=context)) as client:
+                client.set_tunnel("mirror.test", 443)
+                client.request("GET", "/InRelease", headers={"Connection": "close"})
+                self.assertEqual(client.getresponse().read(), b"secure index")
+            answer = self.ask("https://mirror.test:444/x")
+            self.assertRegex(answer.body, rb"\AThe parent proxy 127\.0\.0\.1:\d+ cannot be asked: to CONNECT it answers 'HTTP/1\.1 403 ")
+            self.proxy._origin._pool.close()
+            until(lambda: parent.counters.snapshot()["statsOutcomes"]["tunnel"] == 2)
 
     def test_without_the_file_the_systems_trust_alone_counts(self):
         self.start()
@@ -5653,6 +5805,13 @@ class PorchTest(unittest.TestCase):
         self.assertIn("Clients may come from: 10.0.0.0/8, loopback\n", proxy.log())
         self.assertEqual("Running as root: an account without privileges is enough" in proxy.log(), os.geteuid() == 0)
 
+    def test_it_names_the_parent_proxy_without_its_password(self):
+        environment = {**os.environ, "http_proxy": "http://me:secret@proxy.test:3128", "https_proxy": ""}
+        proxy = ProxyProcess(os.path.join(self.folder, "root"), environment=environment)
+        proxy.stop()
+        self.assertIn("Asking http origins through the parent proxy proxy.test:3128\n", proxy.log())
+        self.assertNotIn("secret", proxy.log())
+
     def test_ctrl_c_stops_it_too(self):
         process, _ = self.start()
         process.send_signal(signal.SIGINT)
@@ -5714,7 +5873,7 @@ class PorchTest(unittest.TestCase):
                 (["-f", "missing"], 1, "No such file"), (["-f", "binary"], 1, "cannot be read"),
                 (["-f", "."], 1, "directory"), (["-a", "9999"], 2, "write :9999"), (["-a", ":x"], 2, "write :9999"),
                 (["-a", ":70000"], 2, "write :9999"), (["-a", "nowhere.invalid:0"], 1, "Cannot listen"),
-                (["--ca-file", "missing"], 1, "certificates in missing cannot be used: No such file"),
+                (["--parent", "socks5://a"], 2, "--parent: a parent proxy is written"), (["--ca-file", "missing"], 1, "certificates in missing cannot be used: No such file"),
                 (["--ca-file", "file"], 1, "certificates in file cannot be used: no certificate"), (["-r", ""], 2, "want a name"), (["--allow", "lan"], 2, "lan"), (["--unknown"], 2, "unknown"),
                 (["--max-size", "much"], 2, "write 500M"), (["--max-age", "5"], 2, "write 90m"), (["--barrier", "redis://a:1"], 2, "write memcached://"))
             runs = several.map(lambda row: self.run_to_end("-a", "127.0.0.1:0", *row[0]), rows)
