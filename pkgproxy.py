@@ -860,9 +860,14 @@ def request_target(method: str, uri: str, host: str, local: tuple[str, int]) -> 
     match = _HTTPS_HOST.fullmatch(uri)
     if match:
         return parse_target("https://" + match[1]), HTTPS_HOST
+    target = parse_target(uri)
     if method == "OPTIONS" and re.fullmatch(r"https?://[^/?#]+", uri, re.I):  # RFC 9112 §3.2.4
-        return dataclasses.replace(parse_target(uri), path="*"), ""
-    return parse_target(uri), ""
+        return dataclasses.replace(target, path="*"), ""
+    # Who knows us as a proxy sends what has our prefix to us as a proxy, too.
+    if target.port == local[1] and (target.host == local[0] or _WRITTEN_OUT.fullmatch(target.path)):
+        inner, prefix = origin_form(target.path, "", local)
+        return inner or target, prefix
+    return target, ""
 
 
 def host_field(version: tuple[int, int], fields: Fields) -> str:

@@ -780,6 +780,9 @@ class NameRulesTest(unittest.TestCase):
                 ("/deb.test%3A81/x", proxy, "http://deb.test:81/x", "/"), ("/mirror:81/x", proxy, "http://mirror:81/x", "/"),
                 ("/localhost/x", proxy, "http://localhost/x", "/"), ("/10.1.2.3/x", proxy, "http://10.1.2.3/x", "/"), ("/[::1]/x", proxy, "http://[::1]/x", "/"),
                 ("http://https/a/x", "https", "http://https/a/x", ""), ("/deb.test/", proxy, "http://deb.test/", "/"),
+                # both a proxy and a prefix
+                ("http://proxy:9999/https://deb.test/x", proxy, "https://deb.test/x", "/"), ("http://10.0.0.1:9999/deb.test/x", "10.0.0.1:9999", deb, "/"),
+                ("http://proxy:9999/deb.test/x", proxy, "http://proxy:9999/deb.test/x", ""), ("http://10.0.0.1:9999/debug/vars", proxy, "http://10.0.0.1:9999/debug/vars", ""),
                 # intercepted
                 ("/x", "deb.test", deb, ""), ("/x?y", "deb.test:80", "http://deb.test/x?y", ""), ("/", "deb.test", "http://deb.test/", ""),
                 ("/debug/vars", "deb.test", "http://deb.test/debug/vars", ""), ("/b.test/x", "deb.test", "http://deb.test/b.test/x", ""),
@@ -6129,6 +6132,8 @@ class OriginHandler(http.server.BaseHTTPRequestHandler):
         self.asked = Asked(self.command, self.path.partition("?")[0], self.headers)
         self.server.log.append(self.asked)
         file = self.server.folder / self.asked.path.lstrip("/")
+        if self.server.served.onward:
+            return self.answer(301, {"Location": self.server.served.onward + self.path}, b"")
         if not file.is_file():
             return self.answer(404, {"Content-Type": "text/plain"}, b"There is no such file.\n")
         about, body = file.stat(), file.read_bytes()
@@ -6207,6 +6212,7 @@ class OriginServer(http.server.ThreadingHTTPServer):
     request_queue_size = 64
 
     def __init__(self, address, served):
+        self.served = served
         self.folder, self.log, self.breaks = served.folder, served.log, served.breaks
         self.validators = served.validators
         self.connections = []
@@ -6229,6 +6235,7 @@ class Served:
         self.folder, self.validators, self.context = Path(folder), validators, context
         self.log = []
         self.breaks = {}  # path: after how many bytes each next answer breaks off
+        self.onward = ""  # where everything is redirected to
         self.port = 0
         self.server = None
         self.start()
@@ -6775,8 +6782,8 @@ class Occasions(Mixin):
     def make_repository(self):
         raise NotImplementedError
 
-    def source(self):
-        return self.origin.url
+    def source(self, url=None):
+        return url or self.origin.url
 
     def machine(self, name):
         return self.make_client(self, name, self.proxy_url, self.source())
@@ -6835,6 +6842,14 @@ class Occasions(Mixin):
         self.check_all_arrived(machine)
 
 
+    def test_a_prefix_before_the_url_works_without_the_proxy_setting_and_with_it(self):
+        for name, proxy_url in (("first", ""), ("second", self.proxy_url)):
+            machine = self.make_client(self, name, proxy_url, self.source(f"{self.proxy_url}/{self.origin.url}"))
+            machine.fetch("libhello++")
+            self.assertEqual(machine.digests(), self.repository.digests(["libhello++"]))
+        self.assertEqual(len(self.origin.bodies(self.package)), 1)
+
+
 class SignedCase(ClientCase):
     """Tests whose repositories are signed, all with one key."""
 
@@ -6866,8 +6881,8 @@ class AptTest(Occasions, SignedCase):
     def make_repository(self):
         return AptRepository(self.folder / "repository", self.signer)
 
-    def source(self):
-        return self.repository.source(self.origin.url)
+    def source(self, url=None):
+        return self.repository.source(url or self.origin.url)
 
     def test_with_by_hash_forced_only_the_release_file_is_asked_for_by_name(self):
         force = ["Acquire::By-Hash=force"]
@@ -6983,24 +6998,42 @@ class PlainMirrorTest(SignedCase):
 
 
 class HttpsTest(SignedCase):
-    """https through CONNECT, to a server with a throw-away certificate: it works, and is not cached."""
+    """A server with a throw-away certificate: through CONNECT it is not cached, through the other ways in it is."""
 
     needs = ("apt-get", "gpg", "openssl", "curl")
 
     def setUp(self):
         super().setUp()
-        self.certificate, key = self.folder / "certificate.pem", self.folder / "key.pem"
-        checked("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
-                "-keyout", str(key), "-out", str(self.certificate))
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.certificate, key)
+        certificates = Certificates(str(self.folder))
+        self.certificate = certificates.authority
         self.repository = AptRepository(self.folder / "repository", self.signer)
         self.repository.add_all()
         self.repository.publish(int(time.time()) - 9 * DAY)
-        self.origin = Served(self.repository.folder, context=context)
+        self.origin = Served(self.repository.folder, context=certificates.context())
         self.addCleanup(self.origin.stop)
         self.url = f"https://localhost:{self.origin.port}"
+
+    def test_apt_is_served_from_the_cache_by_each_way_in(self):
+        """The last three are apt-cacher-ng's, whose users change the port alone."""
+        proxy_url, place = self.start_proxy("--ca-file", self.certificate), f"localhost:{self.origin.port}"
+        for number, source in enumerate((f"{proxy_url}/{self.url}", f"{proxy_url}/HTTPS///{place}", f"http://HTTPS///{place}")):
+            for known_as_proxy in ("", proxy_url) if proxy_url in source else (proxy_url,):
+                machine = AptClient(self, f"machine-{number}-{known_as_proxy[-5:]}", known_as_proxy, self.repository.source(source))
+                machine.fetch(*NAMES)
+                self.assertEqual(machine.digests(), self.repository.digests())
+        self.assertEqual(len(self.origin.bodies("/pool/")), len(NAMES))
+        self.assertEqual(len(self.stored_below(f"https^{place}", "/pool/")), len(NAMES))
+
+    def test_apt_is_served_from_the_cache_where_http_redirects_to_https(self):
+        plain = self.serve(self.repository.folder)
+        plain.onward = self.url
+        machine = AptClient(self, "machine", self.start_proxy("--ca-file", self.certificate), self.repository.source(plain.url))
+        machine.fetch(*NAMES)
+        self.assertEqual(machine.digests(), self.repository.digests())
+        self.assertEqual(len(self.stored_below(plain.name, "/pool/")), len(NAMES))
+
+    def stored_below(self, place, part):
+        return [path for path in map(str, (self.root / place).rglob("*.deb")) if part in path]
 
     def test_apt_and_curl_work_and_the_bytes_are_counted(self):
         proxy_url = self.start_proxy("--connect-ports", "443,%d" % self.origin.port)
