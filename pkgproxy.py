@@ -321,7 +321,11 @@ class Body(Protocol):
     """A reply's body.  Whoever holds it closes it; close() may be called again."""
 
     length: int | None  # bytes; None: known only at its end
-    uncached: int  # bytes so far that did not come from the cache: an origin's, and multipart lines
+
+    @property
+    def uncached(self) -> int:
+        """Bytes so far that did not come from the cache: an origin's, and multipart lines."""
+        ...
 
     def parts(self) -> Iterator[bytes | Slice]:
         """Yield the body in order; raise OSError or Failure where it cannot be completed."""
@@ -1777,6 +1781,51 @@ def relayed_fields(head: Head, request: Request) -> Fields:
         if location:
             fields = without(fields, ("location",)) + (("Location", under_prefix(request.prefix, onward)),)
     return fields
+
+
+# Links that lead away from the prefix of who follows them: those of a page that pip reads (PEP 503, PEP 691)
+# and those of an npm document.  Nothing else is ever rewritten.
+_PAGE_LINK = re.compile(rb"""(\shref\s{0,8}=\s{0,8}["']?)(https?:|/{1,2})""", re.I)
+_FILE_LINK = re.compile(rb'("url"\s{0,8}:\s{0,8}")(https?:|/{1,2})')
+_TARBALL_LINK = re.compile(rb'("tarball"\s{0,8}:\s{0,8}")(https?:)')
+_LINKS = {"text/html": _PAGE_LINK, "application/vnd.pypi.simple.v1+html": _PAGE_LINK,
+          "application/vnd.pypi.simple.v1+json": _FILE_LINK, "application/json": _TARBALL_LINK,
+          "application/vnd.npm.install-v1+json": _TARBALL_LINK}
+_LONGEST_LINK = 64  # bytes of a match, at most
+
+
+def links_of(request: Request, head: Head) -> re.Pattern[bytes] | None:
+    """What finds the links of a response that must lead through the client's prefix; None: there are none."""
+    media = media_type(head).partition(";")[0].strip()
+    if request.prefix != "/" or head.status != 200 or value(head.fields, "Content-Encoding") is not None:
+        return None
+    for_pip = "pypi.simple" in (value(request.fields, "Accept") or "") or "simple/" in request.target.path
+    return _LINKS.get(media) if for_pip or media != "text/html" else None
+
+
+def with_links(pieces: Iterable[bytes], links: re.Pattern[bytes], base: str, page: Target) -> Iterator[bytes]:
+    """A body with its absolute links behind ``base``, however it is cut into pieces.
+
+    >>> b"".join(with_links([b'<a href="/x"'], _PAGE_LINK, "http://proxy:9999/", parse_target("https://a/")))
+    b'<a href="http://proxy:9999/https://a/x"'
+    """
+    site = base + page.scheme + "://"
+    starts = {b"//": site.encode(), b"/": ("%s%s/" % (site, page.authority)).encode()}
+
+    def one(match: re.Match[bytes]) -> bytes:
+        return match[1] + (starts.get(match[2]) or base.encode() + match[2])
+
+    rest = b""
+    for piece in itertools.chain(pieces, [b""]):
+        rest += piece
+        done = end = max(0, len(rest) - (_LONGEST_LINK if piece else 0))  # a link may go on in the next piece
+        for match in links.finditer(rest):
+            if match.start() >= end:
+                break
+            done = max(done, match.end())
+        if done:
+            yield links.sub(one, rest[:done])
+        rest = rest[done:]
 
 
 def dated(head: Head, now: float) -> Head:
@@ -3822,6 +3871,18 @@ class BytesBody:
         """Nothing to release."""
 
 
+def read_slice(part: Slice) -> bytes:
+    """The bytes of a small slice; LocalFailure where the disk fails, or the file has become shorter."""
+    try:
+        part.file.seek(part.start)
+        data = part.file.read(part.stop - part.start) or b""
+    except OSError as error:
+        raise LocalFailure(error) from None
+    if len(data) != part.stop - part.start:
+        raise LocalFailure(OSError(errno.EIO, "the stored body was cut"))
+    return data
+
+
 class FileBody:
     """Spans of a stored body."""
 
@@ -3928,6 +3989,56 @@ class LiveBody:
     def close(self) -> None:
         """Give the connection back."""
         self._response.close()
+
+
+class LinkedBody:
+    """A body with links that lead through us."""
+
+    length: int | None = None
+
+    def __init__(self, body: Body, links: re.Pattern[bytes], base: str, page: Target) -> None:
+        self._body = body
+        self._links = links
+        self._about = base, page
+
+    @property
+    def uncached(self) -> int:
+        """The origin's bytes."""
+        return self._body.uncached
+
+    def parts(self) -> Iterator[bytes | Slice]:
+        """Yield the body as it comes."""
+        return with_links(self._pieces(), self._links, *self._about)
+
+    def _pieces(self) -> Iterator[bytes]:
+        for part in self._body.parts():
+            if isinstance(part, bytes):
+                yield part
+                continue
+            for at in range(part.start, part.stop, CHUNK):
+                yield read_slice(Slice(part.file, at, min(at + CHUNK, part.stop)))
+
+    def close(self) -> None:
+        """Release what it holds."""
+        self._body.close()
+
+
+def through_prefix(request: Request, reply: Reply) -> Reply:
+    """A reply whose links lead back here.  The validators of the original are none of its."""
+    links = links_of(request, reply.head)
+    if links is None:
+        return reply
+    fields = without(reply.head.fields, ("content-length", "accept-ranges", "etag", "last-modified"))
+    host = value(request.fields, "Host")
+    body = LinkedBody(reply.body, links, "http://%s/" % host if host else "/", request.target)
+
+    def instead(failure: Exception) -> Reply:
+        if reply.instead is None:
+            raise failure
+        return through_prefix(request, reply.instead(failure))
+
+    return dataclasses.replace(reply, head=dataclasses.replace(reply.head, fields=fields), body=body,
+                               instead=reply.instead and instead)
 
 
 class Orphans:
@@ -4099,8 +4210,8 @@ def at_hand(request: Request, stored: Head, config: Config, now: float) -> AtHan
         selection = select_response(request, aged(stored, now), stored.size, "")
         spans = () if request.method == "HEAD" else selection.spans
         span = spans[0] if spans else (0, 0)
-        if decision.action is not Action.SERVE or decision.refresh or len(spans) > 1 \
-                or isinstance(span, bytes) or span[1] - span[0] > SMALL:
+        if decision.action is not Action.SERVE or decision.refresh or links_of(request, selection.head) or \
+                len(spans) > 1 or isinstance(span, bytes) or span[1] - span[0] > SMALL:
             return None
         close, status = not wants_open(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
         head = sent_head(request, selection.head, selection.length, status, close, config)
@@ -5058,18 +5169,6 @@ class ContinueBody:
         return self._body.read(size)
 
 
-def read_slice(part: Slice) -> bytes:
-    """The bytes of a small slice; LocalFailure where the disk fails, or the file has become shorter."""
-    try:
-        part.file.seek(part.start)
-        data = part.file.read(part.stop - part.start) or b""
-    except OSError as error:
-        raise LocalFailure(error) from None
-    if len(data) != part.stop - part.start:
-        raise LocalFailure(OSError(errno.EIO, "the stored body was cut"))
-    return data
-
-
 def failure_reply(failure: Failure) -> Reply:
     """An error of ours, as one plain sentence."""
     return Reply(error_head(failure.status), BytesBody((str(failure) + "\n").encode()),
@@ -5362,7 +5461,7 @@ class Desk:
         """Our own page, or the proxy's reply; Failure.  ``authority``: where we listen."""
         self._check_client(request)
         if not request.own:
-            return self.proxy.respond(request)
+            return through_prefix(request, self.proxy.respond(request))
         if request.method == "OPTIONS":
             return last_stop(request)
         if request.method not in ("GET", "HEAD"):

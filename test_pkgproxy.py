@@ -815,6 +815,34 @@ class NameRulesTest(unittest.TestCase):
             self.assertEqual(pkgproxy.value(fields, "Location"), expected)
             self.assertEqual(pkgproxy.value(fields, "Set-Cookie"), None if prefix else "a=b")
 
+    def test_links_lead_through_the_prefix_again(self):
+        html, pypi, npm = "text/html", "application/vnd.pypi.simple.v1+json", "application/json"
+        us, page = "http://us/", "https://a:444/simple/x/"
+        for media, path, prefix, text, expected in (
+                (html, page, "/", b'<a href="https://b/x.whl#sha256=0">', b'<a href="http://us/https://b/x.whl#sha256=0">'),
+                (html, page, "/", b"<a class=y HREF = '/x.whl'>", b"<a class=y HREF = 'http://us/https://a:444/x.whl'>"),
+                (html, page, "/", b"<a href=//b/x.whl>/x</a>", b"<a href=http://us/https://b/x.whl>/x</a>"),
+                (html, page, "/", b'<a href="../../x.whl">https://b/', None), (html, page, "/", b'<a href="#x"><img src="/x">', None),
+                (html, page, "", b'<a href="https://b/x.whl">', None), (html, "https://a/x", "/", b'<a href="/x">', None), ("text/plain", page, "/", b' href="/x"', None),
+                (pypi, page, "/", b'{"url": "http://b/x", "name": "/x"}', b'{"url": "http://us/http://b/x", "name": "/x"}'),
+                (pypi, page, "/", b'{"url":"/x","y":"\\"url\\": \\"/x"}', b'{"url":"http://us/https://a:444/x","y":"\\"url\\": \\"/x"}'),
+                (npm, "https://a/@s%2fx", "/", b'{"tarball":"https://a/x.tgz","url":"https://b/"}', b'{"tarball":"http://us/https://a/x.tgz","url":"https://b/"}'),
+                (npm, "https://a/x", "http://HTTPS///", b'{"tarball":"https://a/x.tgz"}', None)):
+            asked = pkgproxy.dataclasses.replace(request(path), prefix=prefix)
+            links = pkgproxy.links_of(asked, Head(200, "OK", (("Content-Type", media + "; charset=utf-8"),)))
+            with self.subTest(text=text):
+                self.assertEqual(links is None, media == "text/plain" or prefix != "/" or path == "https://a/x")
+                for size in (1, 7, len(text)) if links else ():
+                    for before in (0, 60, 63, 200):
+                        whole = b" " * before + text
+                        pieces = [whole[at:at + size] for at in range(0, len(whole), size)]
+                        found = list(pkgproxy.with_links(pieces, links, us, asked.target))
+                        self.assertEqual(b"".join(found).strip(), text if expected is None else expected)
+                        self.assertNotIn(b"", found)
+        coded = Head(200, "OK", (("Content-Type", npm), ("Content-Encoding", "gzip")))
+        for head in (coded, Head(404, "No", (("Content-Type", npm),))):
+            self.assertIsNone(pkgproxy.links_of(pkgproxy.dataclasses.replace(request("https://a/x"), prefix="/"), head))
+
     def test_a_cache_key_has_one_form(self):
         for uri, key in (
                 ("http://A/x", "http://a/x"), ("http://a:80/x", "http://a/x"), ("https://a:443/x", "https://a/x"),
@@ -2484,6 +2512,21 @@ class WaysInTest(ProxyCase):
         self.origin.pages["/old"] = Page(b"", 302, [("Location", "/new"), ("Set-Cookie", "a=b")])
         answer = self.own("/%s/old" % self.name)
         self.assertEqual((answer.status, answer["Location"], answer["Set-Cookie"]), (302, "/http://%s/new" % self.name, None))
+
+    def test_links_of_an_index_lead_through_the_prefix_and_the_stored_one_stays_as_it_is(self):
+        text = b"".join(b'<a href="http://files.test/x-%d.whl">' % n for n in range(20_000))
+        self.origin.pages["/simple/x/"] = Page(text, fields=[("Content-Type", "text/html"), ("Cache-Control", "max-age=99")])
+        ours = text.replace(b"http://files", b"http://127.0.0.1:%d/http://files" % self.address[1])
+        for _ in range(2):
+            answer = self.own("/http://%s/simple/x/" % self.name)
+            self.assertEqual((answer.status, answer.body == ours), (200, True))
+            self.assertEqual([answer[name] for name in ("Content-Length", "ETag", "Last-Modified", "Accept-Ranges")], [None] * 4)
+        self.assertIn("hit", self.outcome(answer))
+        self.assertEqual(self.ask("/simple/x/").body, text)
+        self.assertEqual(list(self.files().values()), [text])
+        self.origin.pages["/simple/y/"] = Page(b'<a href="/y.whl">', fields=[("Content-Type", "text/html"), ("Cache-Control", "max-age=99")])
+        for _ in range(3):  # a small hit, too
+            self.assertIn(b'"http://127.0.0.1:%d/http://' % self.address[1], self.own("/http://%s/simple/y/" % self.name).body)
 
     def test_a_prefix_that_leads_back_here_is_a_508(self):
         ours = "127.0.0.1:%d" % self.address[1]
