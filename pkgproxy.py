@@ -1153,17 +1153,15 @@ def parse_parent(text: str) -> Parent | None:
     """
     if text in ("", "none"):
         return None
-    url, comma, direct = text.partition(",")
-    userinfo, at, place = url.partition("://")[2 if "://" in url else 0].rpartition("@")
+    match = re.fullmatch(r"(?:http://(?:([^/?#@]*)@)?)?([^/?#@,]+)/?(,direct)?", text, re.I)
     try:
-        target = parse_target("http://" + place)
+        target = parse_target("http://" + match[2]) if match else None
     except BadRequest:
         target = None
-    if target is None or target.path != "/" or comma and direct != "direct" or "://" in url and not (
-            url.lower().startswith("http://")):
+    if match is None or target is None:
         raise ValueError("a parent proxy is written http://[name:password@]host:port[,direct], or none")
-    secret = base64.b64encode(urllib.parse.unquote_to_bytes(userinfo)).decode()
-    return Parent(target, (("Proxy-Authorization", "Basic " + secret),) if at else (), bool(comma))
+    secret = base64.b64encode(urllib.parse.unquote_to_bytes(match[1] or "")).decode()
+    return Parent(target, (("Proxy-Authorization", "Basic " + secret),) if match[1] else (), bool(match[3]))
 
 
 def find_parents(option: str | None, environment: Mapping[str, str]) -> tuple[tuple[str, Parent], ...]:
@@ -5475,7 +5473,7 @@ class Desk:
 
     def snapshot(self) -> dict[str, Any]:
         """The counters, with the command line as Go's expvar has it."""
-        return {"cmdline": sys.argv, **self.proxy.counters.snapshot()}
+        return {"cmdline": list(map(shown, sys.argv)), **self.proxy.counters.snapshot()}
 
     def note(self, request: Request, reply: Reply, sent: int, took: float, whole: bool) -> None:
         """Count and log one answer."""

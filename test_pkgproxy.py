@@ -991,7 +991,7 @@ class NameRulesTest(unittest.TestCase):
                 ("http://p.test,direct", {}, [("http", "p.test", True), ("https", "p.test", True)])):
             with self.subTest(option=option, environment=environment):
                 self.assertEqual(found(option, **environment), expected)
-        for bad in ("https://p.test", "socks5://p.test:1", "http://p.test/x", "http://me:secret@p.test:x", "p.test,otherwise", "http://"):
+        for bad in ("https://p.test", "socks5://p.test:1", "http://p.test/x", "http://me:secret@p.test:x", "me:secret@p.test", "p.test,otherwise", "http://"):
             with self.assertRaisesRegex(ValueError, "http_proxy: a parent proxy is written") as caught:
                 found(None, http_proxy=bad)
             self.assertNotIn("secret", str(caught.exception))
@@ -4713,6 +4713,8 @@ class PagesTest(ProxyCase):
         found = json.loads(answer.body)
         self.assertEqual((found["statsCacheBytes"], found["statsDownBytes"]), (0, 0))
         self.assertEqual(found["cmdline"], sys.argv)
+        with mock.patch.object(sys, "argv", ["pkgproxy", "--parent=http://me:secret@a", "--parent", "http://me:secret@a:81,direct"]):
+            self.assertEqual(json.loads(self.own("/debug/vars").body)["cmdline"], ["pkgproxy", "--parent=http://a", "--parent", "http://a:81,direct"])
         self.assertEqual(set(found["statsOutcomes"]), {outcome.value for outcome in Outcome})
 
     def test_the_outcomes_add_up_to_the_requests(self):
