@@ -41,6 +41,7 @@ import unittest
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -6179,10 +6180,13 @@ class OriginHandler(http.server.BaseHTTPRequestHandler):
         file = self.server.folder / self.asked.path.lstrip("/")
         if self.server.served.onward:
             return self.answer(301, {"Location": self.server.served.onward + self.path}, b"")
+        if file.is_dir():
+            file /= "index.html"
         if not file.is_file():
             return self.answer(404, {"Content-Type": "text/plain"}, b"There is no such file.\n")
         about, body = file.stat(), file.read_bytes()
-        fields = {"Content-Type": "application/octet-stream"}
+        media = {".html": "text/html", ".json": "application/json"}
+        fields = {"Content-Type": media.get(file.suffix, "application/octet-stream")}
         if not self.server.validators:
             return self.answer(200, fields, body)
         fields.update({
@@ -6532,6 +6536,17 @@ class AptRepository(Repository):
     def source(self, url):
         """The line for sources.list."""
         return f"deb [arch=amd64 signed-by={self.folder}/key.gpg] {url} stable main"
+
+
+def wheel(name, version, size):
+    """The smallest wheel that pip takes."""
+    buffer, about = io.BytesIO(), f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(f"{name}.py", noise(name, size).hex())
+        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+    return buffer.getvalue()
 
 
 def ar(members):
@@ -7097,6 +7112,75 @@ class HttpsTest(SignedCase):
         proxy_url = self.start_proxy()
         output = self.run_client("curl", "--silent", "--show-error", "--proxy", proxy_url, self.url, accept="56")
         self.assertIn("403", output)
+
+
+class IndexedTest(ClientCase):
+    """pip and npm, whose indexes and files are on two https servers with throw-away certificates."""
+
+    needs = ("openssl",)
+
+    def setUp(self):
+        super().setUp()
+        self.certificates = Certificates(str(self.folder))
+        self.index, self.files = (self.serve_tls(self.folder / name) for name in ("index", "files"))
+        self.proxy_url = self.start_proxy("--ca-file", self.certificates.authority, "--connect-ports", f"{self.index.port},{self.files.port}")
+
+    def serve_tls(self, folder):
+        folder.mkdir()
+        served = Served(folder, context=self.certificates.context())
+        served.url_here = f"https://localhost:{served.port}"
+        self.addCleanup(served.stop)
+        return served
+
+    def write(self, served, path, data):
+        file = served.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+
+    def pip(self, name, *options):
+        """Download hello in a fresh place; the wheel's bytes."""
+        if importlib.util.find_spec("pip") is None:
+            self.skipTest("pip is not installed")
+        self.run_client(sys.executable, "-m", "pip", "--isolated", "download", "--no-cache-dir", "--no-deps", "--disable-pip-version-check",
+                        "--no-input", "--retries", "0", "--dest", self.folder / name, *options, "hello")
+        return (self.folder / name / "hello-1.0-py3-none-any.whl").read_bytes()
+
+    def publish_wheels(self):
+        data = wheel("hello", "1.0", 50_000)
+        path = f"packages/{sha256(data)}/hello-1.0-py3-none-any.whl"
+        self.write(self.files, path, data)
+        link = f'<a href="{self.files.url_here}/{path}#sha256={sha256(data)}">hello-1.0-py3-none-any.whl</a>'
+        self.write(self.index, "simple/hello/index.html", link.encode())
+        return data
+
+    def test_pip_through_connect_works_and_is_not_cached(self):
+        data = self.publish_wheels()
+        found = self.pip("one", "--proxy", self.proxy_url, "--cert", self.certificates.authority, "--index-url", f"{self.index.url_here}/simple/")
+        self.assertEqual(found, data)
+        self.assertEqual(list(self.root.glob("*")), [])
+
+    def test_pip_through_a_prefix_finds_the_files_in_the_cache_too(self):
+        data = self.publish_wheels()
+        for name in ("one", "two"):
+            self.assertEqual(self.pip(name, "--index-url", f"{self.proxy_url}/{self.index.url_here}/simple/"), data)
+        self.assertEqual([asked.status for asked in self.index.asked("/simple/")], [200, 304])
+        self.assertEqual(len(self.files.bodies(".whl")), 1)
+
+    def test_npm_through_a_prefix_finds_the_files_in_the_cache_too(self):
+        if not shutil.which("npm"):
+            self.skipTest("npm is not installed")
+        data = tar_gz({"package/package.json": json.dumps({"name": "@test/hello", "version": "1.0.0"}).encode()})
+        self.write(self.files, "x/-/hello-1.0.0.tgz", data)
+        dist = {"tarball": f"{self.files.url_here}/x/-/hello-1.0.0.tgz", "shasum": hashlib.sha1(data).hexdigest()}
+        version = {"name": "@test/hello", "version": "1.0.0", "dist": dist}
+        document = {"name": "@test/hello", "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": version}}
+        self.write(self.index, "@test/hello.json", json.dumps(document).encode())
+        for name in ("one", "two"):
+            (self.folder / name).mkdir()
+            self.run_client("npm", "pack", "@test/hello.json", "--registry", f"{self.proxy_url}/{self.index.url_here}/", "--cache", self.folder / name,
+                            "--pack-destination", self.folder / name)
+            self.assertEqual((self.folder / name / "test-hello-1.0.0.tgz").read_bytes(), data)
+        self.assertEqual(len(self.files.bodies(".tgz")), 1)
 
 
 @unittest.skipUnless(shutil.which("ip") and hasattr(os, "geteuid") and os.geteuid() == 0, "no network namespaces for this user")
