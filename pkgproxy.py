@@ -1768,11 +1768,11 @@ def wants_open(request: Request) -> bool:
 
 
 def relayed_fields(head: Head, request: Request) -> Fields:
-    """A response's fields for a client that wrote a prefix: a redirect leads through us again, and nobody's
-    cookie is kept for us, through whom the client asks others too."""
+    """A response's fields for a client that wrote a prefix: a redirect leads through us again.  To a browser
+    all sites behind us would be one: none gets a cookie, or runs a script that could read the others."""
     if not request.prefix:
         return head.fields
-    fields = without(head.fields, ("set-cookie",))
+    fields = without(head.fields, ("set-cookie",)) + (("Content-Security-Policy", "sandbox"),)
     location = value(fields, "Location")
     with contextlib.suppress(BadRequest, ValueError):
         onward = parse_target(urllib.parse.urljoin(head.final or request.target.uri, location or ""))

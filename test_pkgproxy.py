@@ -815,6 +815,7 @@ class NameRulesTest(unittest.TestCase):
             fields = pkgproxy.relayed_fields(head, asked)
             self.assertEqual(pkgproxy.value(fields, "Location"), expected)
             self.assertEqual(pkgproxy.value(fields, "Set-Cookie"), None if prefix else "a=b")
+            self.assertEqual(pkgproxy.value(fields, "Content-Security-Policy"), "sandbox" if prefix else None)
 
     def test_links_lead_through_the_prefix_again(self):
         html, pypi, npm = "text/html", "application/vnd.pypi.simple.v1+json", "application/json"
@@ -2599,6 +2600,20 @@ class ParentTest(ProxyCase):
                 self.settle()
                 self.proxy._origin._pool.close()
         self.assertEqual(connect.call_count, 3, "it is not tried again at once")
+
+    def test_a_tunnel_loses_no_byte_of_who_speaks_first(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+            self.through("http://me:secret@127.0.0.1:%d" % listener.getsockname()[1])
+            client.settimeout(PATIENCE)
+            client.connect(self.address)
+            client.sendall(b"CONNECT mirror.test:443 HTTP/1.1\r\nHost: mirror.test\r\n\r\n")
+            listener.settimeout(PATIENCE)
+            with listener.accept()[0] as parent:
+                self.assertEqual(parent.recv(999), b"CONNECT mirror.test:443 HTTP/1.1\r\nHost: mirror.test:443\r\n"
+                                                   b"Proxy-Authorization: Basic bWU6c2VjcmV0\r\n\r\n")
+                parent.sendall(b"HTTP/1.1 200 OK\r\nX: y\r\n\r\nhello")
+            answer = b"".join(iter(lambda: client.recv(999), b""))
+        self.assertTrue(answer.endswith(b"\r\n\r\nhello"), answer)
 
     def test_one_that_wants_a_password_is_no_matter_of_the_client(self):
         self.parent.pages[self.url(0)] = Page(b"no", 407, [("Proxy-Authenticate", "Basic")])
