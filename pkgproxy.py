@@ -3815,7 +3815,7 @@ class Counters:
     waits for another; who reads adds the rows up.
     """
 
-    NAMES = ("down", "cache", "tunnel", *(outcome.value for outcome in Outcome))
+    NAMES = ("down", "cache", "tunnelled", *(outcome.value for outcome in Outcome))
 
     def __init__(self, workers: int = 1) -> None:
         self._slots = memoryview(mmap.mmap(-1, 8 * len(self.NAMES) * workers)).cast("Q")
@@ -3835,7 +3835,7 @@ class Counters:
     def add_tunnel(self, count: int) -> None:
         """Bytes through tunnels, both ways together."""
         with self._lock:
-            self._slots[self._places["tunnel"]] += count
+            self._slots[self._places["tunnelled"]] += count
 
     def add(self, outcome: Outcome, cached: int = 0) -> None:
         """One answer, with so many body bytes from the cache."""
@@ -3849,7 +3849,7 @@ class Counters:
         sums = {name: sum(self._slots[number::size]) for number, name in enumerate(self.NAMES)}
         outcomes = {outcome.value: sums[outcome.value] for outcome in Outcome}
         return {"statsCacheBytes": sums["cache"], "statsDownBytes": sums["down"],
-                "statsTunnelBytes": sums["tunnel"], "statsRequests": sum(outcomes.values()),
+                "statsTunnelBytes": sums["tunnelled"], "statsRequests": sum(outcomes.values()),
                 "statsOutcomes": outcomes}
 
 
