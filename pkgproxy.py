@@ -6408,12 +6408,16 @@ class Supervisor:
         self._tell(signal.SIGKILL)
 
     def _start(self, number: int) -> None:
+        # A signal that reaches the child before it is ready for it would be lost.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         try:
             pid = os.fork()
         except OSError as error:
             log.error("No worker can be started: %s", error.strerror)
             self._missing.append((number, time.monotonic()))
             return
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if pid:
             self._workers[pid] = number, time.monotonic()
             return
