@@ -5325,11 +5325,13 @@ class Room:
         self._hosts: dict[str, int] = {}  # connections by client
         self._parked: list[Visitor] = []
         self._leaving: set[Visitor] = set()  # have been shed, and still count
+        self.crowded = False  # whether somebody has found no room lately
 
     def enter(self) -> bool:
         """Take room for one connection more; False where there is none yet."""
         with self._lock:
             free = self._count < self.most
+            self.crowded = not free or bool(self._parked)
             if not free:
                 self._shed()
             self._count += free
@@ -5349,6 +5351,7 @@ class Room:
             elif len(self._parked) < self.most:
                 self._count -= 1
                 self._parked.append(visitor)
+                self.crowded = True
             else:
                 return False
         if admitted:
@@ -5383,6 +5386,7 @@ class Room:
                 else:
                     stuck.add(visitor.host)
                     self._parked.append(visitor)
+            self.crowded = bool(self._parked)
             for host in stuck:
                 self._shed(host, sum(visitor.host == host for visitor in self._parked))
         for visitor in gone:
@@ -5961,6 +5965,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._lock = threading.Lock()  # guards _replying
         self._replying = 0
         self._closing = False
+        self._pressed = False  # whether somebody waits for the room that there is now
         self._resume = 0.0  # monotonic: until then nobody is let in
         self._ended = threading.Event()
         self._ended.set()
@@ -5977,8 +5982,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         while not self._closing or self.lobby.sending and time.monotonic() < until:
             self.lobby.attend(poll_interval)
             now = time.monotonic()
-            if now - acted >= poll_interval:
-                acted = now
+            if self._pressed or now - acted >= poll_interval:
+                acted, self._pressed = now, False
                 self.service_actions()
             if self._closing:
                 self.lobby.pause(self.socket)
@@ -6058,6 +6063,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """Close a connection."""
         super().shutdown_request(request.connection)
         self.room.leave(request)
+        if self.room.crowded:
+            self._pressed = True
+            self.lobby.ring()
 
     @property
     def authority(self) -> str:

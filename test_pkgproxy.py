@@ -118,9 +118,22 @@ class Abreast(unittest.TestSuite):
         return result
 
 
+def told_apart(init=threading.Thread.__init__):
+    """A thread that is started beside the tests of this process knows it, and so do those that it starts."""
+    def __init__(thread, *arguments, **more):
+        init(thread, *arguments, **more)
+        thread.beside = thread.name == "beside" or getattr(threading.current_thread(), "beside", False)
+    return __init__
+
+
+threading.Thread.__init__ = told_apart()
+
+
 def own_threads():
-    """How many threads there are of what is tested in this process."""
-    return sum(thread.name != "beside" for thread in threading.enumerate())
+    """How many threads there are of the tests of this process; of others, it can't be told."""
+    if getattr(threading.current_thread(), "beside", False):
+        return 0
+    return sum(not getattr(thread, "beside", False) for thread in threading.enumerate())
 
 
 class Beside(unittest.TestSuite):
@@ -139,7 +152,7 @@ class Beside(unittest.TestSuite):
 
 def load_tests(loader, tests, pattern):
     """What happens in processes of its own goes on beside the rest, of which the doctests come first."""
-    apart = (ClientCase, PorchTest, WorkersTest, ReadmeTest)
+    apart = (ClientCase, BoundsTest, PorchTest, WorkersTest, ReadmeTest)
     here = [suite for suite in tests if not any(isinstance(test, apart) for test in suite)]
     there = [suite for suite in tests if any(isinstance(test, apart) for test in suite)]
     return Beside([unittest.TestSuite([doctest.DocTestSuite(pkgproxy), *here]), Abreast(there)])
