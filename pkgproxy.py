@@ -137,7 +137,9 @@ MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for th
 CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that moves them
 SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
 BACKLOG = 256  # connections that wait to be accepted: a fleet that wakes up by cron comes all at once
+TURN = 4  # requests of one client that are answered before the next client's
 SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
+BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
 EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
 
 # Times, all in seconds.
@@ -153,7 +155,8 @@ FLIGHT_WAIT = 45.0  # a follower's wait for one more byte of a partial: a stall,
 WATCH_PAUSE = 0.03  # between two looks at what another instance downloads
 LEASE = 10  # a lease in memcached lapses after so long: then a follower takes over
 LEASE_RENEWAL = 3.0  # so often its leader renews it
-MEMCACHED_WAIT = 1.0  # for memcached's answer; who is silent longer is left alone for TROUBLE
+MEMCACHED_WAIT = 1.0  # for memcached's answer
+MEMCACHED_PAUSE = 5.0  # one that could not be asked is left alone for so long: less than a lease
 LAND_WAIT = 900.0  # and for a complete one to reach the disk: 10 GB at 12 MB/s
 VALIDATE_WAIT = 9.0  # for an origin, where a stored response can answer: pacman gives up after 10 s
 RESUME_PAUSES = (0.1, 0.3, 1.0, 2.0, 4.0)  # before each new try to go on with a download that broke off
@@ -2008,7 +2011,7 @@ def _write_heads(path: str, heads: list[Head]) -> None:
     make_folder(os.path.dirname(path))
     new = "%s^%s" % (path, secrets.token_hex(4))
     with open(new, "w", encoding="utf-8", opener=_private) as file:
-        json.dump([dataclasses.asdict(head) for head in heads], file, ensure_ascii=False)
+        file.write(json.dumps([vars(head) for head in heads], ensure_ascii=False))
     os.replace(new, path)
 
 
@@ -2450,11 +2453,14 @@ class Store:
     def remove(self, name: str, key: str | None = None) -> bool:
         """Remove a stored response, if it is ours (invariant 11), and for this key; or a head without a body.
         Whether there was one."""
-        ours = self.described(name, key) is not None
-        if ours or not os.path.lexists(os.path.join(self.root, name)):
-            for path in (os.path.join(self.root, name), self.head_path(name)):
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+        path = os.path.join(self.root, name)
+        ours, found = self.described(name, key) is not None, os.path.lexists(path)
+        with contextlib.suppress(OSError):
+            if ours:
+                os.unlink(path)
+        with contextlib.suppress(OSError):
+            if ours or not found:
+                os.unlink(self.head_path(name))
         return ours
 
     def head_path(self, name: str) -> str:
@@ -2820,7 +2826,7 @@ class Memcached:
 
     def _failed(self, error: Exception) -> None:
         with self._lock:
-            known, self._trouble = self._trouble > 0, time.monotonic() + TROUBLE
+            known, self._trouble = self._trouble > 0, time.monotonic() + MEMCACHED_PAUSE
         log.log(logging.DEBUG if known else logging.WARNING, "memcached at %s:%d cannot be asked (%s): each "
                 "instance downloads on its own.", *self._place, error)
 
@@ -2943,7 +2949,12 @@ class TimedFile(io.RawIOBase):
         """From now on all reads together may take so long; None: each alone."""
         self._deadline = None if seconds_left is None else time.monotonic() + seconds_left
         if seconds_left is None:
-            self._sock.settimeout(self._patience)
+            self._wait(self._patience)
+
+    def _wait(self, timeout: float) -> None:
+        """Set the socket's time-out; not where that makes no difference, because it takes a system call."""
+        if abs((self._sock.gettimeout() or 0.0) - timeout) > timeout / 20:
+            self._sock.settimeout(timeout)
 
     def readable(self) -> bool:
         """It is there to be read."""
@@ -2959,7 +2970,7 @@ class TimedFile(io.RawIOBase):
             left = self._deadline - time.monotonic()
             if left <= 0:
                 raise socket.timeout("timed out")
-            self._sock.settimeout(min(left, self._patience))
+            self._wait(min(left, self._patience))
         return self._file.readinto(buffer)
 
     def close(self) -> None:
@@ -4184,7 +4195,7 @@ def fits(request: Request, head: Head) -> bool:
 def from_store(request: Request, stored: Stored, status: CacheStatus, now: float,
                instead: Callable[[Exception], Reply] | None = None) -> Reply:
     """A reply from a stored body: preconditions, ranges, Age (RFC 9111 §5.1)."""
-    selection = select_response(request, aged(stored.head, now), stored.head.size, secrets.token_hex(12))
+    selection = select_response(request, aged(stored.head, now), stored.head.size, BOUNDARY)
     return Reply(selection.head, FileBody(stored, selection), status, True, instead)
 
 
@@ -4238,7 +4249,7 @@ def from_partial(request: Request, head: Head, flight: Flight, partial: Partial,
     """A reply from a partial (acquired) while it grows, with ``head`` as its own."""
     fields = without(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
     selection = select_response(request, dataclasses.replace(head, fields=fields), partial.length,
-                                secrets.token_hex(12))
+                                BOUNDARY)
     body = TrailBody(flight, partial, selection, rest)
     return Reply(selection.head, body, status, status.outcome is Outcome.COLLAPSED)
 
@@ -4665,10 +4676,11 @@ class Leader:
         self._filler = filler
         self._intake = Intake(store, claims, origin, troubles, filler)
 
-    def lead(self, request: Request, flight: Flight, config: Config) -> tuple[Reply | None, Landing | None]:
+    def lead(self, request: Request, flight: Flight, config: Config,
+             missing: bool) -> tuple[Reply | None, Landing | None]:
         """The leader's own reply to a GET or HEAD, None where that is a follower's of another instance;
-        Failure where the origin has none."""
-        stored, partial = look_up(self._store, request), None
+        Failure where the origin has none.  ``missing``: a moment ago nothing was stored."""
+        stored, partial = None if missing else look_up(self._store, request), None
         try:
             if stored is None:
                 partial = self._claims.take(request.key)
@@ -4998,19 +5010,19 @@ class Proxy:
         flight, leader = self._barrier.join(request.key)
         deadline = time.monotonic() + VALIDATE_WAIT
         try:
-            reply = self._lead(request, flight, config) if leader else None
+            reply = self._lead(request, flight, config, decision.action is Action.FETCH) if leader else None
             if reply is None:
                 reply = self._follow(request, decision, flight, config)
             return self._with_spare(request, decision, reply, deadline)
         except OriginFailure as error:
             return self._spare(request, decision, error)
 
-    def _lead(self, request: Request, flight: Flight, config: Config) -> Reply | None:
+    def _lead(self, request: Request, flight: Flight, config: Config, missing: bool) -> Reply | None:
         """The leader's reply; None where another instance leads."""
         landing: Landing | None = Landing.ALONE
         failure: Exception | None = None
         try:
-            reply, landing = self._leader.lead(request, flight, config)
+            reply, landing = self._leader.lead(request, flight, config, missing)
         except OriginFailure as error:
             landing, failure = Landing.FAILED, error
             raise
@@ -5232,8 +5244,16 @@ def has_gone(sock: socket.socket) -> bool:
     """Whether the other end has closed a connection on which nothing has been read yet."""
     try:
         return select_readable(sock, 0) and not sock.recv(1, socket.MSG_PEEK)
-    except OSError:
+    except (OSError, ValueError):  # closed
         return True
+
+
+def is_quiet(sock: socket.socket) -> bool:
+    """Whether a connection is open, and nothing has come over it."""
+    try:
+        return not select_readable(sock, 0)
+    except (OSError, ValueError):
+        return False
 
 
 @functools.lru_cache(REMEMBERED // 4)
@@ -5411,12 +5431,13 @@ class Room:
     def _shed(self, host: str | None = None, most: int = 1) -> None:
         """Close the connections (of one client) that can be spared best, as far as there are any."""
         now = time.monotonic()
-        spare = [visitor for visitor in self._visitors if visitor.waiting and host in (None, visitor.host)
+        spare = [visitor for visitor in self._visitors
+                 if visitor.waiting and not visitor.outgoing and host in (None, visitor.host)
                  and (not visitor.early and visitor.answered or now - visitor.since > HALF_HEAD)]
         spare.sort(key=lambda visitor: (bool(visitor.early) or not visitor.answered, visitor.since))
         most -= sum(host in (None, visitor.host) for visitor in self._leaving)
         for visitor in spare:
-            if most > 0 and visitor not in self._leaving and not select_readable(visitor.connection, 0):
+            if most > 0 and visitor not in self._leaving and is_quiet(visitor.connection):
                 with contextlib.suppress(OSError):
                     visitor.connection.shutdown(socket.SHUT_RDWR)
                 self._leaving.add(visitor)
@@ -5551,6 +5572,7 @@ class Lobby:
         self._host = host
         self._visitors: set[Visitor] = set()
         self._coming: queue.SimpleQueue[Visitor] = queue.SimpleQueue()
+        self._again: list[Visitor] = []  # have asked for more than their turn allows
         self._closed = False
         self._thread = 0  # that attends
         self._selector = selectors.DefaultSelector()
@@ -5585,11 +5607,15 @@ class Lobby:
     def attend(self, timeout: float) -> None:
         """Serve who wants something now, or within ``timeout`` seconds."""
         self._thread = threading.get_ident()
-        for key, _ in self._selector.select(timeout):
+        again, self._again = self._again, []
+        for key, _ in self._selector.select(0 if again else timeout):
             if not isinstance(key.data, Visitor):
                 key.data()
-            elif key.data.waiting:
+            elif key.data.waiting and key.data not in again:
                 self._serve(key.data)
+        for visitor in again:
+            if visitor.waiting:
+                self._serve(visitor, more=True)
 
     @property
     def sending(self) -> int:
@@ -5626,10 +5652,15 @@ class Lobby:
                 if self._closed:
                     self._host.shutdown_request(visitor)
                     continue
-                visitor.connection.setblocking(False)
-                self._selector.register(visitor.connection, selectors.EVENT_READ, visitor)
+                try:
+                    visitor.connection.setblocking(False)
+                    self._selector.register(visitor.connection, selectors.EVENT_READ, visitor)
+                except (OSError, ValueError) as error:  # the system watches no more
+                    log.debug("A connection cannot be waited for: %s", error)
+                    self._host.shutdown_request(visitor)
+                    continue
                 self._visitors.add(visitor)
-                visitor.waiting = True
+                visitor.waiting, visitor.since = True, time.monotonic()  # one may have been parked for long
 
     def _let_out(self, visitor: Visitor) -> None:
         visitor.waiting = False
@@ -5644,11 +5675,14 @@ class Lobby:
         self._let_out(visitor)
         self._host.attend(visitor)
 
-    def _serve(self, visitor: Visitor) -> None:
-        """Do what there is to do for a visitor.  A bug costs him, not the others."""
+    def _serve(self, visitor: Visitor, more: bool = False) -> None:
+        """Do what there is to do for a visitor; ``more``: of what he has asked for already.  A bug costs him,
+        not the others."""
         try:
             if visitor.outgoing:
                 self._send(visitor, visitor.outgoing)
+                self._answer(visitor)
+            elif more:
                 self._answer(visitor)
             else:
                 self._hear(visitor)
@@ -5673,8 +5707,13 @@ class Lobby:
         self._answer(visitor, seen)
 
     def _answer(self, visitor: Visitor, seen: int = 0) -> None:
-        """Answer what can be answered on the spot, request after request."""
+        """Answer what can be answered on the spot, request after request, as long as a turn lasts."""
+        turn = TURN
         while visitor.early and visitor.waiting and not visitor.outgoing:
+            if not turn:
+                self._again.append(visitor)
+                return
+            turn -= 1
             size = head_end(visitor.early, seen)
             if not size:
                 return
@@ -5964,7 +6003,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.room = desk.room
         self._lock = threading.Lock()  # guards _replying
         self._replying = 0
-        self._closing = False
+        self._until = math.inf  # monotonic: when serve_forever() ends at last
         self._pressed = False  # whether somebody waits for the room that there is now
         self._resume = 0.0  # monotonic: until then nobody is let in
         self._ended = threading.Event()
@@ -5978,23 +6017,29 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown(): socketserver's loop, with the lobby in the place of its selector."""
         self._ended.clear()
-        acted, until = 0.0, math.inf
-        while not self._closing or self.lobby.sending and time.monotonic() < until:
-            self.lobby.attend(poll_interval)
-            now = time.monotonic()
-            if self._pressed or now - acted >= poll_interval:
-                acted, self._pressed = now, False
-                self.service_actions()
-            if self._closing:
-                self.lobby.pause(self.socket)
-                until = min(until, now + GRACE)
+        acted = 0.0
+        while time.monotonic() < self._until and (self._until == math.inf or self.lobby.sending):
+            try:
+                self.lobby.attend(poll_interval)
+                now = time.monotonic()
+                if self._pressed or now - acted >= poll_interval:
+                    acted, self._pressed = now, False
+                    self.service_actions()
+            except Exception:  # one client's fault, or one bug, is not the end of service
+                log.exception("Waiting for clients failed: this is a bug")
+                time.sleep(poll_interval)
         self._ended.set()
 
-    def shutdown(self) -> None:
-        """Stop accepting, and wait for serve_forever() to end."""
+    def stop(self) -> None:
+        """Accept no more; what is being sent may take GRACE."""
+        self._until = time.monotonic() + GRACE
         self.room.close()
-        self._closing = True
         self.lobby.ring()
+
+    def shutdown(self) -> None:
+        """Stop, and wait for serve_forever() to end."""
+        if self._until == math.inf:
+            self.stop()
         self._ended.wait()
 
     def server_close(self) -> None:
@@ -6005,7 +6050,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def service_actions(self) -> None:
         """Called several times a second."""
         now = time.monotonic()
-        if now >= self._resume:
+        if self._until < math.inf:
+            self.lobby.pause(self.socket)
+        elif now >= self._resume:
             self.lobby.listen(self.socket, self._accept)
         self.lobby.expire(now)
         self.room.relieve()
@@ -6308,10 +6355,12 @@ def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     wait_for_end(proxy, heard, supervisor)
     log.info("Stopping")
+    deadline = time.monotonic() + GRACE
+    for server in servers:
+        server.stop()
     for server in servers:
         server.shutdown()
         server.server_close()
-    deadline = time.monotonic() + GRACE
     while any(server.replies_running for server in servers) and time.monotonic() < deadline:
         time.sleep(0.05)
     proxy.close()
@@ -6370,8 +6419,8 @@ class LogWriter(logging.Handler):
     def _write_out(self, lines: list[str | threading.Event]) -> None:
         text = "".join(line for line in lines if isinstance(line, str))
         data = text.encode("utf-8", "backslashreplace")
-        with contextlib.suppress(OSError):  # a full log device harms nothing
-            while data:
+        with contextlib.suppress(OSError, ValueError):  # a full log device harms nothing
+            while data and (self._threaded or os.name == "nt" or select.select([], [2], [], 1.0)[1]):
                 try:
                     data = data[os.write(2, data):]
                 except BlockingIOError:  # whoever started us wants it so
@@ -6384,8 +6433,8 @@ class LogWriter(logging.Handler):
 class Supervisor:
     """Keeps worker processes running.  For the caller: run."""
 
-    def __init__(self, work: Callable[[int], None], heard: queue.SimpleQueue[str]) -> None:
-        self._work = work  # what a worker does, by number from 0
+    def __init__(self, work: Callable[[int, bool], None], heard: queue.SimpleQueue[str]) -> None:
+        self._work = work  # what a worker does, by number from 0, and whether it takes another's place
         self._heard = heard  # names of signals, SIGCHLD's too; each worker gets a copy
         self._workers: dict[int, tuple[int, float]] = {}  # by pid: number, monotonic time of its start
         self._missing: list[tuple[int, float]] = []  # there was no process for them
@@ -6393,7 +6442,7 @@ class Supervisor:
     def run(self, count: int, sockets: list[socket.socket]) -> None:
         """Keep ``count`` workers running until SIGTERM or SIGINT; signals are handed on."""
         for number in range(count):
-            self._start(number)
+            self._start(number, again=False)
         while True:
             name = ""
             with contextlib.suppress(queue.Empty):
@@ -6404,9 +6453,13 @@ class Supervisor:
                 self._tell(signal.SIGHUP)
             for number, started in self._reap():
                 time.sleep(max(0.0, min(1.0, started + 1.0 - time.monotonic())))  # one that dies at once
-                self._start(number)
+                self._start(number, again=True)
         for listening in sockets:
             listening.close()
+        self._stop()
+
+    def _stop(self) -> None:
+        """End all workers; those that do not end in time, by force."""
         deadline = time.monotonic() + GRACE + 1
         self._tell(signal.SIGTERM)
         while self._workers and time.monotonic() < deadline:
@@ -6414,8 +6467,10 @@ class Supervisor:
                 self._heard.get(timeout=0.1)
             self._reap(quietly=True)
         self._tell(signal.SIGKILL)
+        for pid in self._workers:
+            os.waitpid(pid, 0)
 
-    def _start(self, number: int) -> None:
+    def _start(self, number: int, again: bool) -> None:
         # A signal that reaches the child before it is ready for it would be lost.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         try:
@@ -6431,7 +6486,7 @@ class Supervisor:
             return
         code = 1
         try:
-            self._work(number)
+            self._work(number, again)
             code = 0
         except BaseException:
             log.exception("A worker failed: this is a bug")
@@ -6458,17 +6513,22 @@ class Supervisor:
                 os.kill(pid, number)
 
 
+def with_filters(config: Config) -> Config:
+    """The configuration with what its filters file says; Unusable."""
+    if not config.filters_file:
+        log.info("No filters file given")
+        return config
+    try:
+        return dataclasses.replace(config, filters=load_filters(config.filters_file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unusable("The filters file %s cannot be read: %s." % (
+            config.filters_file, getattr(error, "strerror", None) or error)) from None
+
+
 def run(config: Config, writer: LogWriter) -> None:
     """Start, serve, stop; Unusable."""
     store = open_root(config)
-    if config.filters_file:
-        try:
-            config = dataclasses.replace(config, filters=load_filters(config.filters_file))
-        except (OSError, UnicodeDecodeError) as error:
-            raise Unusable("The filters file %s cannot be read: %s." % (
-                config.filters_file, getattr(error, "strerror", None) or error)) from None
-    else:
-        log.info("No filters file given")
+    config = with_filters(config)
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         log.warning("Running as root: an account without privileges is enough, and safer")
     if config.workers > 1 and not hasattr(os, "fork"):
@@ -6479,11 +6539,13 @@ def run(config: Config, writer: LogWriter) -> None:
     sockets, counters = open_sockets(config), Counters(config.workers)
     supervisor = os.getpid() if config.workers > 1 else 0
 
-    def work(number: int) -> None:
+    def work(number: int, again: bool = False) -> None:
         """What one process does, the only one or one of several."""
         writer.start()
         counters.take_row(number)
         proxy = Proxy(config, store, counters)
+        if again:  # SIGHUP may have come meanwhile
+            reload_filters(proxy)
         proxy.sweeper.start(config, leads=number == 0)
         desk = Desk(proxy, make_room(), writer.write if log.isEnabledFor(logging.INFO) else lambda _: None)
         serve([ProxyServer(listening, desk) for listening in sockets], proxy, heard, supervisor)
@@ -6502,8 +6564,18 @@ def is_journal(stream: str) -> bool:
     return False
 
 
+def fill_standard_descriptors() -> None:
+    """Open what was closed of 0, 1 and 2: the log would go into whatever gets that number."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    fill_standard_descriptors()
     config, level = parse_options(sys.argv[1:] if arguments is None else arguments)
     writer = LogWriter(not is_journal(os.environ.get("JOURNAL_STREAM", "")))
     logging.basicConfig(level=level, format="%(message)s", handlers=[writer])

@@ -5740,6 +5740,57 @@ class LobbyTest(ProxyCase):
             self.read(guest, 4096)
         self.assertLessEqual(own_threads(), before + 1)
 
+    def test_who_asks_for_much_at_once_takes_turns_with_the_others(self):
+        order, others, desk = [], [], self.server.desk
+        answer = desk.answer
+        greedy = self.visit()
+
+        def noted(visitor, size):
+            if not order:  # while the first of fifty is answered, another client comes
+                others.append(self.visit(self.line()))
+            order.append(visitor.address == greedy.getsockname())
+            return answer(visitor, size)
+
+        self.patched(desk, "answer", noted)
+        greedy.sendall(self.line() * 50)
+        until(lambda: len(order) == 51)
+        self.assertLess(order.index(False), 49)
+        self.read(others[0], 4096)
+
+    def test_an_answer_under_way_is_not_cut_to_make_room(self):
+        self.origin.pages["/z_1.0.deb"] = Page(b"z" * 60_000)
+        self.ask("/z_1.0.deb")
+        self.settle()
+        slow = self.stack.enter_context(socket.socket())
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(self.address)
+        slow.sendall(self.line("/z_1.0.deb") * 200)
+        until(lambda: self.server.lobby.sending)
+        room = self.server.room
+        with mock.patch.object(pkgproxy, "HALF_HEAD", -1.0), mock.patch.object(room, "most", 0):
+            self.assertFalse(room.enter())
+        self.assertFalse(room._leaving)
+
+    def test_who_was_parked_for_long_is_served_all_the_same(self):
+        visitor = next(iter(self.parked_for_long()))
+        self.server.lobby.welcome(visitor)
+        until(lambda: visitor.answered)
+
+    def parked_for_long(self):
+        mine, theirs = socket.socketpair()
+        self.addCleanup(theirs.close)
+        self.server.room.enter()
+        visitor = pkgproxy.Visitor(mine, ("127.0.0.1", 9), self.server.lobby.welcome)
+        visitor.place = ("127.0.0.1", self.server.server_address[1])
+        visitor.since -= 1000
+        theirs.sendall(self.line())
+        yield visitor
+
+    def test_what_fails_in_the_loop_does_not_end_it(self):
+        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "relieve", side_effect=[ValueError, None]) as relieve:
+            until(lambda: relieve.call_count >= 2)
+        self.read(self.visit(self.line()), 4096)
+
     def test_a_bug_costs_its_client_and_nobody_else(self):
         answer = self.server.desk.answer
         self.patched(self.server.desk, "answer", lambda visitor, size: (
@@ -5912,6 +5963,25 @@ class PorchTest(unittest.TestCase):
         process, _ = self.start()
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_the_grace_is_one_for_all_addresses(self):
+        command = "import pkgproxy; pkgproxy.GRACE = 1.0; pkgproxy.main()"
+        proxy = ProxyProcess(os.path.join(self.folder, "root"), ("-a", "127.0.0.2:0"), program=("-c", command), cwd=HERE)
+        until(lambda: proxy.log().count("Starting") == 2)
+        origin = Origin()
+        self.addCleanup(origin.close)
+        origin.pages["/z_1.0.deb"] = Page(b"z" * 60_000)
+        with contextlib.ExitStack() as stack:
+            for host, port in re.findall(r"Starting proxy server at (\S+):(\d+)", proxy.log()):
+                slow = stack.enter_context(socket.socket())
+                slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                slow.connect((host, int(port)))
+                slow.sendall(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % origin.url("/z_1.0.deb").encode())
+                slow.recv(1000)
+                slow.sendall(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % origin.url("/z_1.0.deb").encode() * 200)
+            began = time.monotonic()
+            proxy.stop()
+            self.assertLess(time.monotonic() - began, 1.9)
 
     def test_a_running_reply_is_finished_first(self):
         origin, gate = Origin(), Gate()
@@ -6127,6 +6197,41 @@ class WorkersTest(unittest.TestCase):
         self.process.send_signal(signal.SIGTERM)
         self.assertEqual(self.process.wait(PATIENCE), 0)
         self.assertFalse([pid for pid in workers if self.lives(pid)])
+
+    def test_one_that_takes_anothers_place_knows_the_filters_of_now(self):
+        self.get(self.origin.url("/x_1.0.deb"))
+        Path(self.folder, "filters").write_text("x_1\n", encoding="utf-8")
+        self.process.send_signal(signal.SIGHUP)
+        until(lambda: sum("Parsed 1 filters" in line for line in self.lines) == 2)
+        old = self.workers()
+        for pid in old:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: sum("Parsed 1 filters" in line for line in self.lines) == 4)
+        until(lambda: len(self.workers()) == 2)
+        for _ in range(4):
+            self.get(self.origin.url("/x_1.0.deb"))
+        self.assertEqual(len(self.origin.asked("/x_1.0.deb")), 5)
+
+    def test_a_log_that_nobody_reads_holds_the_supervisor_up_for_a_moment_only(self):
+        read, write = os.pipe()
+        self.addCleanup(os.close, read)
+        os.set_blocking(write, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(write, b"x" * 4096)
+        os.set_blocking(write, True)
+        process = subprocess.Popen([sys.executable, str(HERE / "pkgproxy.py"), "-a", "127.0.0.1:%d" % free_address()[1], "-r", "r2", "-w", "2", "-q", "-q"],
+                                   cwd=self.folder, stderr=write)
+        os.close(write)
+        self.process, before = process, self.process
+        self.addCleanup(lambda: (before.terminate(), before.wait(PATIENCE)))
+        until(lambda: len(self.workers()) == 2)
+        old = self.workers()
+        for pid in old:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: len(set(self.workers()) - set(old)) == 2)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(PATIENCE), 0)
 
     def test_workers_do_not_outlive_their_supervisor(self):
         workers = self.workers()
