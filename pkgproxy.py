@@ -66,6 +66,7 @@ from __future__ import annotations
 import argparse
 import base64
 import calendar
+import collections
 import contextlib
 import dataclasses
 import enum
@@ -98,6 +99,7 @@ import time
 import urllib.parse
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from email.utils import formatdate
+from html import escape
 from typing import Any, Callable, NamedTuple, Protocol, Union
 
 try:
@@ -141,6 +143,9 @@ TURN = 4  # requests of one client that are answered before the next client's
 SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
 BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
 EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
+SHOWN = 20  # requests, and downloads, on the status page
+MAX_ORIGINS = 40  # told apart there and in /metrics; what is more counts as "other"
+HINTS_AFTER = (20, 100)  # requests: by then it can be told that a proxy is of no use to its clients
 
 # Times, all in seconds.
 NEXT_ADDRESS = 0.25  # a try of another address of the same name: RFC 8305 §8 recommends it
@@ -181,6 +186,10 @@ DAY = 86400.0
 SWEEP_EVERY = 300.0  # between two looks at the disk
 SWEEP_PAUSE = 10.0  # at least, however often the disk is full
 RECENT = 60.0  # what was used so lately is not swept
+SAVE_EVERY = 60.0  # between two looks at whether the counters have to be saved
+
+# What the status page plots: seconds a slot, and how many slots.
+PLOTS = {"hour": (60, 60), "day": (900, 96), "month": (21600, 120)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,6 +363,19 @@ class Outcome(enum.Enum):
     OWN = "own"  # a page of ours
     REFUSED = "refused"  # the request's fault, or not allowed
     FAILED = "failed"  # the origin's fault
+
+
+FROM_CACHE = (Outcome.HIT, Outcome.VALIDATED, Outcome.STALE, Outcome.COLLAPSED)
+
+
+class Sent(NamedTuple):
+    """What has left of an answer."""
+
+    size: int  # bytes of its body
+    cached: int  # of which no origin had to send for it
+    took: float  # seconds
+    whole: bool
+    quiet: bool = False  # nothing to log
 
 
 class Action(enum.Enum):
@@ -1616,11 +1638,13 @@ def _partial_content(head: Head, size: int, ranges: list[tuple[int, int]], bound
                      tuple(spans))
 
 
-def own_head(status: int, media: str = "text/plain; charset=utf-8", more: Fields = ()) -> Head:
-    """The head of an answer of our own: nothing in it is run, guessed at, or kept."""
+def own_head(status: int, media: str = "text/plain; charset=utf-8", more: Fields = (),
+             policy: str = "default-src 'none'") -> Head:
+    """The head of an answer of our own: nothing in it is run but what ``policy`` names (CSP), nothing is
+    guessed at, or kept."""
     return Head(status, http.client.responses.get(status, "Error"), (
         ("Content-Type", media), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-        ("Content-Security-Policy", "default-src 'none'"), *more))
+        ("Content-Security-Policy", policy), *more))
 
 
 def error_head(status: int) -> Head:
@@ -1867,6 +1891,42 @@ def shown(uri: str) -> str:
     return printable(re.sub(r"(?<=://)[^/?#@]*@", "", uri, count=1))
 
 
+def clipped(text: str, most: int) -> str:
+    """Text from outside for a page: ASCII without controls, long text without its middle.
+
+    >>> clipped("http://a/b", 20), clipped("http://a/bcdefghijklmno", 11)
+    ('http://a/b', 'http:...lmno')
+    """
+    text = printable(text).encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= most else text[:most // 2] + "..." + text[-(most // 2 - 1):]
+
+
+def outlined(uri: str) -> str:
+    """A request target for a page, which more people read than the log: without its query, which may be a
+    password too."""
+    path, mark, _ = uri.partition("?")
+    return clipped(shown(path) + mark, 120)
+
+
+def hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
+    """What users are about to lose, by how the first requests ended, and why; "" where all is well."""
+    heeded = {one: outcomes[one.value] for one in Outcome if one not in (Outcome.OWN, Outcome.REFUSED)}
+    total, tunnels = sum(heeded.values()), heeded[Outcome.TUNNEL]
+    if total and tunnels >= 0.9 * total:
+        return ("%d of %d requests were CONNECT: https passes through unseen and isn't cached. Begin the "
+                "repositories' addresses with http:// where their packages are signed." % (tunnels, total))
+    if total < HINTS_AFTER[-1] or any(heeded[one] for one in FROM_CACHE):
+        return ""
+    most = max(heeded, key=lambda one: heeded[one])
+    known = collections.Counter(filter(None, details)).most_common(1)
+    why = {Outcome.MISS: "each was for another file. That is normal while the cache fills; else let all "
+                         "machines name the same mirror",
+           Outcome.BYPASS: "most were kept out by a filter, or are no GET. Indexes need no filters",
+           Outcome.FAILED: "most origins cannot be asked",
+           }.get(most, "most answers may not be kept%s" % (" (%s)" % known[0][0] if known else ""))
+    return "Not one of the first %d requests was a hit: %s." % (total, why)
+
+
 # ---------------------------------------------------------------------------------------------
 # 3 Store: stored responses on disk
 # ---------------------------------------------------------------------------------------------
@@ -2006,13 +2066,17 @@ def _read_heads(path: str) -> tuple[Head, ...]:
         return ()
 
 
-def _write_heads(path: str, heads: list[Head]) -> None:
-    """Replace a head file; OSError.  Another instance may do so at the same time."""
+def write_file(path: str, text: str) -> None:
+    """Replace a file of the bookkeeping; OSError.  Another instance may do so at the same time."""
     make_folder(os.path.dirname(path))
     new = "%s^%s" % (path, secrets.token_hex(4))
     with open(new, "w", encoding="utf-8", opener=_private) as file:
-        file.write(json.dumps([vars(head) for head in heads], ensure_ascii=False))
+        file.write(text)
     os.replace(new, path)
+
+
+def _write_heads(path: str, heads: list[Head]) -> None:
+    write_file(path, json.dumps([vars(head) for head in heads], ensure_ascii=False))
 
 
 class SharedFile:
@@ -2039,8 +2103,12 @@ class SharedFile:
 
     def has_readers(self) -> bool:
         """Whether anybody but the writer uses it."""
+        return self.readers() > 0
+
+    def readers(self) -> int:
+        """How many use it beside the writer."""
         with self._lock:
-            return self._users > 1
+            return max(0, self._users - 1)
 
     def acquire(self) -> bool:
         """One user more; False if it is closed already."""
@@ -2536,6 +2604,24 @@ class Partials:
         """Where the partial of a key lies."""
         name = hashlib.sha256(key.encode()).hexdigest() + ("." + owner if owner else "")
         return os.path.join(self._store.books, "partials", name)
+
+
+def disk_usage(root: str) -> dict[str, int]:
+    """Bytes of a folder's file system, and free ones; nothing where it cannot be read."""
+    with contextlib.suppress(OSError):
+        found = shutil.disk_usage(root)
+        return {"size": found.total, "free": found.free}
+    return {}
+
+
+def try_writing(folder: str) -> None:
+    """OSError where no file can be made there."""
+    path = os.path.join(folder, "^probe-" + secrets.token_hex(4))
+    try:
+        write_file(path, "")
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 class Janitor:
@@ -3832,6 +3918,7 @@ class Counters:
         self._slots = memoryview(mmap.mmap(-1, 8 * len(self.NAMES) * workers)).cast("Q")
         self._places = {name: number for number, name in enumerate(self.NAMES)}  # in this worker's row
         self._lock = threading.Lock()  # guards this worker's row
+        self.started = time.time()
 
     def take_row(self, worker: int) -> None:
         """Count in the row of this worker, from 0, from now on."""
@@ -3862,6 +3949,180 @@ class Counters:
         return {"statsCacheBytes": sums["cache"], "statsDownBytes": sums["down"],
                 "statsTunnelBytes": sums["tunnelled"], "statsRequests": sum(outcomes.values()),
                 "statsOutcomes": outcomes}
+
+
+def _count(number: Any) -> int:
+    if not isinstance(number, int) or not 0 <= number < 2**63:
+        raise ValueError("no count")
+    return number
+
+
+class History:
+    """Counters over all time, and when the bytes came: what outlives a restart.
+
+    Of the processes that share the counters, the one that calls start() saves; the others read its file.
+    A damaged or lost file costs the past, nothing else.
+    """
+
+    def __init__(self, path: str, totals: Callable[[], dict[str, int]], era: str) -> None:
+        self._path = path
+        self._totals = totals  # the counters since the start: they only grow
+        self._era = era  # a name of this start of them all
+        self._stop = threading.Event()
+        self._saver: threading.Thread | None = None
+        self._lock = threading.Lock()  # guards all below
+        self._since = int(time.time())
+        self._all: dict[str, int] = {}  # counters over all time, as of the last record
+        self._last: dict[str, int] = {}  # and of this run
+        # Of each plot, by their number: bytes from the cache, and from origins.
+        self._slots: dict[str, dict[int, list[int]]] = {name: {} for name in PLOTS}
+        self._saved = ""
+
+    def start(self) -> None:
+        """Go on from what was saved, and save from now on."""
+        self.load()
+        self._saver = threading.Thread(target=self._save_again, daemon=True)
+        self._saver.start()
+
+    def stop(self) -> None:
+        """Save for the last time, where this process saves."""
+        self._stop.set()
+        if self._saver is not None:
+            self._saver.join(1.0)
+            self.record(time.time())
+            self.save()
+
+    def _save_again(self) -> None:
+        while not self._stop.wait(SAVE_EVERY):
+            self.record(time.time())
+            self.save()
+
+    def record(self, now: float) -> None:
+        """Note what has been counted since the last time."""
+        totals = self._totals()
+        with self._lock:
+            gained = {name: max(0, count - self._last.get(name, 0)) for name, count in totals.items()}
+            for name, count in gained.items():
+                self._all[name] = self._all.get(name, 0) + count
+                self._last[name] = self._last.get(name, 0) + count
+            pair = gained["statsCacheBytes"], gained["statsDownBytes"]
+            for name, (width, most) in PLOTS.items():
+                number, slots = int(now // width), self._slots[name]
+                if any(pair):
+                    slots[number] = [old + new for old, new in zip(slots.get(number, (0, 0)), pair)]
+                for old in [one for one in slots if abs(number - one) >= most]:
+                    del slots[old]
+
+    def snapshot(self, now: float) -> dict[str, Any]:
+        """Counters over all time, and each plot from its oldest slot to now."""
+        if self._saver is None:
+            self.load()
+        self.record(now)
+        with self._lock:
+            plots = {name: {"seconds": width, "bytes": [
+                self._slots[name].get(int(now // width) - back, [0, 0]) for back in range(most - 1, -1, -1)]}
+                for name, (width, most) in PLOTS.items()}
+            return {"allTime": {"since": self._since, **self._all}, "plots": plots}
+
+    def load(self) -> None:
+        """Take over what was saved, if it can be read."""
+        try:
+            with open(self._path, encoding="utf-8", opener=_private) as file:
+                kept = json.loads(file.read(_MAX_HEAD_FILE))
+            since = _count(kept["since"])
+            era = kept["era"]
+            counts = [{str(key): _count(row) for key, row in kept[name].items()} for name in ("all", "last")]
+            slots = {name: {int(key): [_count(row[0]), _count(row[1])]
+                            for key, row in kept["slots"][name].items()} for name in PLOTS}
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return
+        with self._lock:
+            self._since, (self._all, last), self._slots = since, counts, slots
+            self._last = last if era == self._era else {}
+
+    def save(self) -> None:
+        """Write it down, where it has changed."""
+        with self._lock:
+            text = json.dumps({"since": self._since, "era": self._era, "all": self._all,
+                               "last": self._last, "slots": self._slots})
+        if text != self._saved and any(self._all.values()):
+            with contextlib.suppress(OSError):
+                write_file(self._path, text)
+                self._saved = text
+
+
+class Recent:
+    """The last requests, and the busiest origins: what one process has seen.
+
+    note() stands in the way of each hit: what can wait is done in gather().
+    """
+
+    def __init__(self, outcomes: Callable[[], dict[str, int]]) -> None:
+        self._outcomes = outcomes  # counted so far
+        self._lock = threading.Lock()  # guards all below
+        self._seen = 0
+        self._hinted: set[str] = set()  # of what has been said, once
+        self._recent: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=SHOWN)
+        self._origins: dict[tuple[str, int], list[int]] = {}  # by host and port: requests, bytes, cached ones
+
+    def note(self, client: str, request: Request, status: int, cache_status: CacheStatus,
+             sent: Sent) -> None:
+        """One answer that was no page of ours."""
+        target = request.target
+        with self._lock:
+            self._seen += 1
+            seen = self._seen
+            self._recent.append((time.time(), client, request.method, target, request.uri, status, sent,
+                                 cache_status))
+            if target.host and cache_status.outcome not in (Outcome.REFUSED, Outcome.FAILED):
+                place = target.host, target.port
+                row = self._origins.get(place)
+                if row is None:
+                    row = self._admit(place)
+                row[0] += 1
+                row[1] += sent.size
+                row[2] += sent.cached
+        if seen in HINTS_AFTER or cache_status.forward == "bypass":
+            self._hint(request, seen)
+
+    def _admit(self, place: tuple[str, int]) -> list[int]:
+        """A row for a new origin; where there are many, the least busy one gives way to it."""
+        if len(self._origins) > MAX_ORIGINS:
+            least = min((one for one in self._origins if one[0]), key=lambda one: self._origins[one][0])
+            others = self._origins.setdefault(("", 0), [0, 0, 0])
+            others[:] = map(sum, zip(others, self._origins.pop(least)))
+        return self._origins.setdefault(place, [0, 0, 0])
+
+    def _hint(self, request: Request, seen: int) -> None:
+        """Say, once each, where users are about to lose what this proxy is for."""
+        if seen in HINTS_AFTER:
+            with self._lock:
+                details = [row[-1].detail for row in self._recent]
+            topic, text = "outcomes", hint(self._outcomes(), details)
+        elif classify(request.key) in (NameClass.PACKAGE, NameClass.CONTENT):
+            topic, text = "filters", "A filter keeps a package from the cache: %s." % outlined(request.uri)
+        else:
+            return
+        with self._lock:
+            new = text and topic not in self._hinted
+            self._hinted.update([topic] if text else [])
+        if new:
+            log.warning("%s", text)
+
+    def gather(self) -> dict[str, Any]:
+        """All of it as plain data of bounded size."""
+        with self._lock:
+            recent = list(self._recent)
+            origins = [(place, tuple(row)) for place, row in self._origins.items()]
+        return {
+            "recent": [{"at": at, "client": clipped(client, 45), "method": clipped(method, 16),
+                        "uri": outlined(target.uri if target.host and method != "CONNECT" else uri),
+                        "status": code, "bytes": sent.size, "seconds": round(sent.took, 3),
+                        "outcome": status.outcome.value, "detail": clipped(status.detail, 80)}
+                       for at, client, method, target, uri, code, sent, status in recent],
+            "origins": {clipped(Target("http", host, port, "").authority, 80) if host else "other": {
+                "requests": requests, "bytes": sent, "cached": cached}
+                for (host, port), (requests, sent, cached) in origins}}
 
 
 class BytesBody:
@@ -4142,6 +4403,14 @@ class Troubles:
         log.log(logging.DEBUG if known else logging.WARNING,
                 "%s For %d s, what is stored is served stale.", failure, TROUBLE)
 
+    def gather(self) -> list[dict[str, Any]]:
+        """The origins that are not waited for now, and why."""
+        now = time.monotonic()
+        with self._lock:
+            known = list(self._origins.items())
+        return [{"origin": outlined(name), "reason": clipped(reason, 150), "seconds": round(until - now)}
+                for name, (until, reason) in known[-10:] if now < until]
+
     def origin_answered(self, request: Request) -> None:
         """An origin is well again."""
         with self._lock:
@@ -4362,6 +4631,17 @@ class Filler:
         self._troubles = troubles
         self._orphans = orphans
         self._updated = updated  # told of what has been stored in a new generation
+        self._lock = threading.Lock()  # guards _running
+        self._running: dict[Partial, tuple[float, int]] = {}  # since when (monotonic), and from which byte
+
+    def gather(self) -> list[dict[str, Any]]:
+        """The downloads in flight, the oldest first: bytes so far and in all, bytes a second, clients."""
+        now = time.monotonic()
+        with self._lock:
+            running = list(itertools.islice(self._running.items(), SHOWN))
+        return [{"uri": outlined(partial.head.key), "bytes": partial.size, "length": partial.length,
+                 "rate": int((partial.size - begun) / max(now - since, 0.001)), "clients": partial.readers()}
+                for partial, (since, begun) in running]
 
     def start(self, download: Download, reply: Reply) -> None:
         """Begin to fill; LocalFailure, with ``reply`` closed, where there is no thread for it."""
@@ -4377,6 +4657,8 @@ class Filler:
         partial, flight = download.partial, download.flight
         landing = Landing.FAILED
         failure: Exception | None = None
+        with self._lock:
+            self._running[partial] = time.monotonic(), partial.size
         try:
             self._download(download)
             landing = Landing.WHOLE
@@ -4395,6 +4677,8 @@ class Filler:
                 failure = error
             partial.keep()
         finally:
+            with self._lock:
+                self._running.pop(partial)
             self.barrier.end(flight, landing, failure, partial.size)
             self._orphans.forget(partial)
             self._claims.release(partial)
@@ -4830,6 +5114,7 @@ class Sweeper:
 
     def __init__(self, store: Store) -> None:
         self._janitor = Janitor(store)
+        self.swept: dict[str, float] = {"at": 0.0}  # what it found last, and has removed since the start
         self._wake = threading.Event()
         self._stop = threading.Event()
 
@@ -4854,18 +5139,69 @@ class Sweeper:
                 return
             self._wake.clear()
             try:
-                if not woken:
+                if woken:
+                    self._note(self._janitor.sweep(config, time.time()))
+                else:
                     self._janitor.remember()
-                swept = self._janitor.sweep(config, time.time()) if woken else Swept(0, 0, 0, 0)
-                if swept.removed:
-                    log.info("Swept %d of %d stored files, %d of %d MB", swept.removed, swept.files,
-                             swept.freed // 10**6, swept.size // 10**6)
             except OSError as error:
                 log.debug("The cache cannot be swept: %s", error)
             except Exception:
                 log.exception("Sweeping the cache failed: this is a bug")
             self._stop.wait(SWEEP_PAUSE)  # a disk that is full again and again is no reason to sweep more
             woken = self._wake.wait(SWEEP_EVERY if leads else RECENT) or leads
+
+    def _note(self, swept: Swept) -> None:
+        if swept.removed:
+            log.info("Swept %d of %d stored files, %d of %d MB", swept.removed, swept.files,
+                     swept.freed // 10**6, swept.size // 10**6)
+        self.swept = {"at": time.time(), "files": swept.files - swept.removed,
+                      "bytes": swept.size - swept.freed,
+                      "removedFiles": self.swept.get("removedFiles", 0) + swept.removed,
+                      "removedBytes": self.swept.get("removedBytes", 0) + swept.freed}
+
+
+class Insight:
+    """What the pages need to know.  For the caller: recent, history, snapshot, ailment."""
+
+    def __init__(self, store: Store, counters: Counters, era: str,
+                 gather: Callable[[], dict[str, Any]]) -> None:
+        self.recent = Recent(lambda: counters.snapshot()["statsOutcomes"])
+        self.history = History(os.path.join(store.books, "history.json"), self._totals, era)
+        self._store = store
+        self._counters = counters
+        self._gather = gather  # what else this process has to tell
+
+    def _totals(self) -> dict[str, int]:
+        """The counters since the start, as one level."""
+        counted = self._counters.snapshot()
+        outcomes: dict[str, int] = counted["statsOutcomes"]
+        return {**{name: counted[name] for name in ("statsCacheBytes", "statsDownBytes", "statsTunnelBytes")},
+                **outcomes}
+
+    def gather(self) -> dict[str, Any]:
+        """What this process has to tell the pages beside the counters: plain data, at most 32 KB as JSON."""
+        return {**self.recent.gather(), **self._gather()}
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that the pages show."""
+        now = time.time()
+        return {**self._counters.snapshot(), "counters": self._totals(), **self.history.snapshot(now),
+                "now": now, "since": self._counters.started, "disk": disk_usage(self._store.root),
+                "processes": [self.gather()]}
+
+    def ailment(self) -> str:
+        """Why this process cannot do its work, or cache; "" where it can."""
+        try:
+            try_writing(self._store.books)
+        except OSError as error:
+            return "The cache root cannot be written: %s." % (error.strerror or error)
+        try:
+            thread = threading.Thread(target=int)
+            thread.start()
+            thread.join()
+        except RuntimeError:
+            return "No more threads are to be had."
+        return ""
 
 
 class Refresher:
@@ -4930,6 +5266,8 @@ class Proxy:
         self._claims = Claims(store, open_leases(config, store))
         filler = Filler(self._barrier, self._claims, self._origin, self._troubles,
                         Orphans(config.max_orphans), self._updated)
+        self.insight = Insight(store, self.counters, config.pseudonym, lambda: {
+            "downloads": filler.gather(), "troubles": self._troubles.gather(), "swept": self.sweeper.swept})
         self._leader = Leader(store, self._claims, self._origin, self._troubles, filler)
         self._refresher = Refresher(self.respond, self._barrier)
 
@@ -4982,10 +5320,17 @@ class Proxy:
         """Close what has been idle for too long; costs nothing where it was done a moment ago."""
         self._origin.tidy()
 
+    def start(self, leads: bool) -> None:
+        """Begin what goes on in the background, of which one process does most: the one that ``leads``."""
+        self.sweeper.start(self.config, leads)
+        if leads:
+            self.insight.history.start()
+
     def close(self) -> None:
         """Close what is idle, end what goes on in the background."""
         self.sweeper.stop()
         self._claims.close()
+        self.insight.history.stop()
         self._origin.close()
 
     def _passes_range(self, request: Request, decision: Decision) -> bool:
@@ -5091,29 +5436,469 @@ class Proxy:
 # 7 Pages: the proxy's own pages
 # ---------------------------------------------------------------------------------------------
 
-WELCOME = """pkgproxy %s: a caching HTTP proxy for package managers.
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """One of our own pages."""
 
-Set this as your HTTP proxy, for example:
+    media: str
+    text: str
+    status: int = 200
+    policy: str = "default-src 'none'"  # Content-Security-Policy
 
-  apt       echo 'Acquire::http::Proxy "http://%s";' > /etc/apt/apt.conf.d/01proxy
-  others    export http_proxy=http://%s
 
-Counters are at http://%s/debug/vars
+TEXT = "text/plain; charset=utf-8"
+
+WELCOME = """pkgproxy %(version)s: a caching HTTP proxy for package managers.
+%(state)s
+
+Set this as your HTTP proxy, for example (as root):
+
+  apt       echo 'Acquire::http::Proxy "http://%(proxy)s";' > /etc/apt/apt.conf.d/01proxy
+  others    export http_proxy=http://%(proxy)s
+
+More at http://%(proxy)s/ in a browser, counters at http://%(proxy)s/debug/vars
+"""
+
+# For each package manager: what /setup/NAME says, where that belongs (after >> it is appended), and what
+# else there is to do.
+SETUP = {
+    "apt": ('Acquire::http::Proxy "http://%s";', "> /etc/apt/apt.conf.d/01proxy", ""),
+    "dnf": ("proxy=http://%s", ">> /etc/dnf/dnf.conf", ""),
+    "yum": ("proxy=http://%s", ">> /etc/yum.conf", ""),
+    "zypper": ('PROXY_ENABLED="yes"\nHTTP_PROXY="http://%s"\nNO_PROXY="localhost, 127.0.0.1"',
+               "> /etc/sysconfig/proxy", ""),
+    "pacman": ("XferCommand = /usr/bin/env http_proxy=http://%s /usr/bin/curl -fL -C - -o %%o %%u",
+               "> /etc/pacman.d/pkgproxy",
+               " && sed -i '/^\\[options\\]/a Include = /etc/pacman.d/pkgproxy' /etc/pacman.conf"),
+    "apk": ("export http_proxy=http://%s", "> /etc/profile.d/pkgproxy.sh", ""),
+    "xbps": ("export http_proxy=http://%s", "> /etc/profile.d/pkgproxy.sh", ""),
+    "pkg": ('PKG_ENV : { http_proxy: "http://%s" }', ">> /usr/local/etc/pkg.conf", ""),
+    "opkg": ("option http_proxy http://%s", "> /etc/opkg/pkgproxy.conf", ""),
+    "portage": ('http_proxy="http://%s"', ">> /etc/portage/make.conf", ""),
+    "env": ("export http_proxy=http://%s", "> /etc/profile.d/pkgproxy.sh", ""),
+}
+
+DETECT = """#!/bin/sh
+# The proxy for apt where it is well, else DIRECT: for laptops.  Name this file in apt.conf:
+#   Acquire::http::Proxy-Auto-Detect "/usr/local/bin/pkgproxy-detect";
+if timeout 2 bash -c 'exec 3<>/dev/tcp/%(host)s/%(port)d && printf "GET /healthz HTTP/1.0\\r\\n\\r\\n" >&3 &&
+    read -r _ status _ <&3 && [ "$status" = 200 ]' 2>/dev/null; then
+    echo 'http://%(proxy)s'
+else
+    echo DIRECT
+fi
+"""
+
+AUTOCONFIG = """function FindProxyForURL(url, host) {
+    if (url.substring(0, 5) != "http:" || host == "%(host)s" || host == "localhost" || host == "::1"
+            || shExpMatch(host, "127.*"))
+        return "DIRECT";
+    return "PROXY %(proxy)s; DIRECT";
+}
 """
 
 
-def own_page(path: str, authority: str, snapshot: Callable[[], dict[str, Any]]) -> tuple[str, bytes] | None:
-    """Media type and text of one of our own pages, None where there is none of that name.
+def volume(count: float) -> str:
+    """Bytes for people.
 
-    ``authority``: how the client reached us, host[:port].
+    >>> volume(999), volume(53080), volume(999_950)
+    ('999 B', '53.1 kB', '1.0 MB')
     """
-    path = path.partition("?")[0]
-    if path == "/debug/vars":
-        return "application/json; charset=utf-8", (json.dumps(snapshot(), indent=1) + "\n").encode()
-    if path == "/":
-        text = WELCOME % (__version__, authority, authority, authority)
-        return "text/plain; charset=utf-8", text.encode()
-    return None
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < (1000 if unit == "B" else 999.95):
+            break
+        count /= 1000
+    else:
+        unit = "PB"
+    return "%d B" % count if unit == "B" else "%.1f %s" % (count, unit)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> duration(59), duration(90), duration(7200), duration(3e5)
+    ('59 s', '1 min', '2 h', '3 days')
+    """
+    for width, unit in ((2 * DAY, "days"), (7200, "h"), (60, "min")):
+        if seconds >= width:
+            return "%d %s" % (seconds // {"days": DAY, "h": 3600}.get(unit, 60), unit)
+    return "%d s" % max(0, seconds)
+
+
+def many(count: int, noun: str) -> str:
+    """A count for people.
+
+    >>> many(1, "file"), many(12000, "file")
+    ('1 file', '12,000 files')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def percent(part: int, whole: int) -> str:
+    """A share for people; a dash where there is nothing to have a share of."""
+    return "%d %%" % (100 * part // whole) if whole else "–"
+
+
+def merge(gathered: list[dict[str, Any]]) -> dict[str, Any]:
+    """What several processes have gathered, as one."""
+    origins: dict[str, dict[str, int]] = {}
+    for one in gathered:
+        for name, row in one["origins"].items():
+            known = origins.setdefault(name, dict.fromkeys(row, 0))
+            for key, count in row.items():
+                known[key] += count
+    rows = {key: [row for one in gathered for row in one[key]] for key in ("recent", "downloads", "troubles")}
+    sweeps = sorted((one["swept"] for one in gathered), key=lambda row: row["at"])
+    swept = {**sweeps[-1], **{key: sum(row.get(key, 0) for row in sweeps)
+                              for key in ("removedFiles", "removedBytes")}}
+    return {"recent": sorted(rows["recent"], key=lambda row: row["at"], reverse=True)[:SHOWN],
+            "downloads": sorted(rows["downloads"], key=lambda row: row["uri"]),
+            "troubles": sorted({row["origin"]: row for row in rows["troubles"]}.values(),
+                               key=lambda row: row["origin"]),
+            "origins": dict(sorted(origins.items(), key=lambda row: -row[1]["bytes"])), "swept": swept}
+
+
+def hits(counts: dict[str, int]) -> tuple[int, int]:
+    """How many answers came from the cache, and of how many for which that was to be hoped."""
+    found = sum(counts.get(outcome.value, 0) for outcome in FROM_CACHE)
+    others = (Outcome.MISS, Outcome.UPDATED, Outcome.RELAYED, Outcome.BYPASS)
+    return found, found + sum(counts.get(outcome.value, 0) for outcome in others)
+
+
+def state(view: dict[str, Any]) -> str:
+    """In one sentence, whether it works."""
+    counts = view["counters"]
+    answered = sum(counts.get(outcome.value, 0) for outcome in Outcome if outcome is not Outcome.OWN)
+    if not answered:
+        return "Running for %s, and waiting for its first request." % duration(view["now"] - view["since"])
+    return "Running for %s. %s answered, %s saved." % (
+        duration(view["now"] - view["since"]), many(answered, "request"), volume(counts["statsCacheBytes"]))
+
+
+# The status page.  All that comes from outside goes through escape().
+
+STYLE = """
+:root{color-scheme:light dark;--back:#f5f6f8;--card:#fff;--text:#1b1f24;--soft:#5a6270;--line:#dfe2e7;
+--cache:#1c64c8;--origin:#a8570a;--bad:#b3261e}
+@media(prefers-color-scheme:dark){:root{--back:#14171b;--card:#1c2026;--text:#e6e8eb;--soft:#a0a8b4;
+--line:#30363e;--cache:#6cabff;--origin:#eaa04e;--bad:#ff8a80}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:66rem;padding:1.5rem 1rem 3rem;background:var(--back);color:var(--text);
+font:1rem/1.5 system-ui,sans-serif;font-variant-numeric:tabular-nums}
+header{display:flex;flex-wrap:wrap;gap:.25rem 1rem;align-items:baseline}
+h1{font-size:1.5rem;margin:0}
+h2{font-size:1rem;margin:0 0 .75rem}
+p{margin:.25rem 0}
+a{color:var(--cache)}
+header a{margin-left:auto}
+section{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem 1.25rem;
+margin-top:1rem;min-width:0}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:0 1rem}
+dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:1rem;margin:0}
+dt,.soft,th,figcaption{color:var(--soft);font-size:.875rem;font-weight:400}
+dd{margin:0;font-size:1.75rem;line-height:1.3;font-weight:600}
+dd+dd{font-size:.875rem;font-weight:400;color:var(--soft)}
+.bad{color:var(--bad)}
+.cache{color:var(--cache);fill:var(--cache)}.origin{color:var(--origin);fill:var(--origin)}
+svg{display:block;width:100%;height:9rem;border-bottom:1px solid var(--soft)}
+figure{margin:0;display:none}
+figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1rem}
+figcaption b+b,figcaption b:nth-of-type(2){margin-left:.75rem}
+#hour:checked~div .hour,#day:checked~div .day,#month:checked~div .month{display:block}
+.tabs>input{position:absolute;opacity:0}
+.tabs>label{display:inline-block;padding:.125rem .75rem;margin:0 .25rem .75rem 0;border:1px solid var(--line);
+border-radius:1rem;font-size:.875rem;cursor:pointer}
+.tabs>input:checked+label{background:var(--cache);border-color:var(--cache);color:var(--card)}
+.tabs>input:focus-visible+label,:focus-visible{outline:2px solid var(--cache);outline-offset:2px}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%}
+th,td{text-align:left;padding:.25rem 1rem .25rem 0;vertical-align:top;border-top:1px solid var(--line)}
+tr:first-child th{border:0}
+.n{text-align:right;white-space:nowrap}
+table{font-size:.875rem}
+.name{overflow-wrap:anywhere;min-width:9rem}
+.name .soft{display:block}
+progress{width:100%;accent-color:var(--cache)}
+li{list-style:none;margin-bottom:.75rem}
+ul{margin:0;padding:0}
+pre{margin:.25rem 0 0;padding:.5rem .75rem;background:var(--back);border-radius:.25rem;font-size:.8125rem;
+white-space:pre-wrap;overflow-wrap:anywhere;user-select:all}
+.lost #state::after{content:" The connection to it is lost.";color:var(--bad)}
+@media(max-width:40rem){body{padding:1rem .5rem 2rem}section{padding:.75rem}.tall thead{display:none}
+.tall tr{display:block;border-top:1px solid var(--line);padding:.5rem 0}
+th,td{padding-right:.5rem}.name{min-width:6rem}
+.tall td{display:inline;border:0;padding:0 .5rem 0 0}.tall td.name{display:block}}
+"""
+
+SCRIPT = """
+"use strict";
+const seen = {};
+async function update() {
+  if (document.hidden) return;
+  try {
+    const view = await (await fetch("/status.json")).json();
+    for (const [id, text] of Object.entries(view.html))
+      if (seen[id] !== text) document.getElementById(id).innerHTML = seen[id] = text;
+    document.body.className = "";
+  } catch (error) { document.body.className = "lost"; }
+}
+setInterval(update, 2000);
+"""
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>pkgproxy</title><link rel="icon" href="data:,"><style>%(style)s</style>
+<noscript><meta http-equiv="refresh" content="10"></noscript></head><body>
+<header><h1>pkgproxy</h1><span class="soft">a caching proxy for package managers, %(version)s</span>
+<a href="#setup">Set up this machine</a></header>
+<main><p id="state">%(state)s</p>
+<section aria-label="Savings"><dl id="figures">%(figures)s</dl></section>
+<section class="tabs"><h2>Bytes from the cache and from origins</h2>
+<input type="radio" name="span" id="hour" checked><label for="hour">Hour</label>
+<input type="radio" name="span" id="day"><label for="day">Day</label>
+<input type="radio" name="span" id="month"><label for="month">Month</label>
+<div id="plots">%(plots)s</div></section>
+<section><h2>Downloads in flight</h2><div id="downloads">%(downloads)s</div></section>
+<div class="two"><section><h2>Busiest origins</h2><div class="wide" tabindex="0" role="group"
+aria-label="Busiest origins"><table id="origins">%(origins)s</table></div></section>
+<section><h2>Disk and troubles</h2><div id="disk">%(disk)s</div></section></div>
+<section><h2>Last requests</h2><table id="recent" class="tall">%(recent)s</table></section>
+<section id="setup"><h2>Set up this machine</h2><p>As root, one of these; then update as always. Repositories'
+addresses must begin with http://, for https passes through unseen.</p><ul>%(setup)s</ul>
+<p class="soft">Each is also text to fetch, as <a href="/setup/apt">/setup/apt</a>. Laptops that leave this
+network let apt run <a href="/setup/detect.sh">/setup/detect.sh</a>; others read
+<a href="/proxy.pac">/proxy.pac</a>. For machines: <a href="/status.json">/status.json</a>,
+<a href="/metrics">/metrics</a>,
+<a href="/debug/vars">/debug/vars</a>, <a href="/healthz">/healthz</a>.</p></section>
+</main><script>%(script)s</script></body></html>
+"""
+
+
+def _digest(text: str) -> str:
+    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+POLICY = ("default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; "
+          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (_digest(STYLE), _digest(SCRIPT)))
+
+
+def _figures(view: dict[str, Any]) -> str:
+    text = ""
+    for title, key in (("since the start", "counters"), ("over all time", "allTime")):
+        counts = view[key]
+        saved, down = counts.get("statsCacheBytes", 0), counts.get("statsDownBytes", 0)
+        found, asked = hits(counts)
+        text += "<div><dt>Saved %s</dt><dd>%s</dd><dd>%s came from the cache, %s from origins</dd></div>" % (
+            title, volume(saved), percent(saved, saved + down), volume(down))
+        text += "<div><dt>Hits %s</dt><dd>%s</dd><dd>%s of %s</dd></div>" % (
+            title, percent(found, asked), f"{found:,}", many(asked, "request"))
+    return text
+
+
+def _bars(rows: Iterable[tuple[float, float]]) -> str:
+    """An SVG path of bars, each from its lower end to its upper one, in hundredths of the plot's height."""
+    return "".join("M%d %.1fh.8v%.1fh-.8z" % (at, 100 - top, top - low)
+                   for at, (low, top) in enumerate(rows) if top > low)
+
+
+PLOT = """<figure class="%(name)s"><figcaption><span><b class="cache">&#9632;</b> %(cache)s from the cache
+<b class="origin">&#9632;</b> %(origin)s from origins</span><span>at most %(peak)s in %(slot)s</span>
+</figcaption><svg viewBox="0 0 %(slots)d 100" preserveAspectRatio="none" role="img"
+aria-label="The last %(span)s: %(cache)s from the cache, %(origin)s from origins">
+<path class="cache" d="%(low)s"/><path class="origin" d="%(high)s"/></svg>
+<figcaption><span>%(span)s ago</span><span>now</span></figcaption></figure>"""
+
+
+def _plots(view: dict[str, Any]) -> str:
+    text = ""
+    for name, plot in view["plots"].items():
+        rows, width = plot["bytes"], plot["seconds"]
+        cache, origin = (sum(column) for column in zip(*rows))
+        peak = max(map(sum, rows))
+        scale = 100 / (peak or 1)
+        text += PLOT % {
+            "name": name, "cache": volume(cache), "origin": volume(origin), "peak": volume(peak),
+            "slot": duration(width), "slots": len(rows), "span": duration(width * len(rows)),
+            "low": _bars((0, one * scale) for one, _ in rows),
+            "high": _bars((one * scale, (one + other) * scale) for one, other in rows)}
+    return text
+
+
+def _named(uri: str) -> str:
+    """A file's name, and below it where it is from."""
+    folder, mark, name = escape(uri).rpartition("/")
+    if not name or "://" not in folder:
+        return folder + mark + name
+    return '%s <span class="soft">%s</span>' % (name, folder + mark)
+
+
+def _downloads(view: dict[str, Any]) -> str:
+    text = ""
+    for row in view["downloads"]:
+        length = row["length"]
+        bar = "" if length is None else ' max="%d" value="%d"' % (length or 1, row["bytes"])
+        text += ('<li class="name">%s<progress aria-label="%s"%s></progress>%s%s, %s/s, %s</li>' % (
+            _named(row["uri"]), escape(row["uri"]), bar, volume(row["bytes"]),
+            "" if length is None else " of " + volume(length), volume(row["rate"]),
+            many(row["clients"], "client")))
+    return "<ul>%s</ul>" % text if text else '<p class="soft">None at this moment.</p>'
+
+
+def _recent(view: dict[str, Any]) -> str:
+    text = ('<thead><tr><th>Outcome<th>File<th class="n">Size<th class="n">Took<th>Client<th class="n">Ago'
+            '</thead><tbody>')
+    for row in view["recent"]:
+        outcome, took = Outcome(row["outcome"]), row["seconds"]
+        bad = outcome in (Outcome.FAILED, Outcome.REFUSED, Outcome.STALE)
+        told = [row["method"] if row["method"] != "GET" else "",
+                str(row["status"]) if row["status"] != 200 else "", row["detail"]]
+        text += '<tr><td class="%s">%s<td class="name">%s %s' % (
+            "bad" if bad else "cache" if outcome in FROM_CACHE else "origin", outcome.value,
+            _named(row["uri"]), escape(", ".join(filter(None, told))))
+        text += '<td class="n">%s<td class="n">%s<td>%s<td class="n">%s' % (
+            volume(row["bytes"]), "%d ms" % (1000 * took) if took < 1 else "%.1f s" % took,
+            escape(row["client"]), duration(view["now"] - row["at"]))
+    return text + "</tbody>" if view["recent"] else '<tr><td class="soft">None yet.'
+
+
+def _origins(view: dict[str, Any]) -> str:
+    text = '<tr><th>Origin<th class="n">Requests<th class="n">Sent<th class="n">Cached'
+    for name, row in list(view["origins"].items())[:10]:
+        text += '<tr><td class="name">%s<td class="n">%s<td class="n">%s<td class="n">%s' % (
+            escape(name), f"{row['requests']:,}", volume(row["bytes"]), percent(row["cached"], row["bytes"]))
+    return text if view["origins"] else '<tr><td class="soft">None yet.'
+
+
+def _disk(view: dict[str, Any]) -> str:
+    disk, swept, lines = view["disk"], view["swept"], []
+    if swept.get("at"):
+        lines += ["%s stored, %s (as of %s ago)." % (many(swept["files"], "file"), volume(swept["bytes"]),
+                                                     duration(view["now"] - swept["at"])),
+                  "Swept since the start: %s, %s." % (many(swept["removedFiles"], "file"),
+                                                      volume(swept["removedBytes"]))]
+    lines += ["%s of %s are free on its disk." % (volume(disk["free"]), volume(disk["size"])) if disk
+              else '<span class="bad">The cache root cannot be read.</span>',
+              "%s since the start." % many(view["counters"]["stale"], "stale answer")]
+    lines += ['<span class="bad">%s is in trouble:</span> %s For %s more, what is stored is served stale.' % (
+        escape(row["origin"]), escape(row["reason"]), duration(row["seconds"])) for row in view["troubles"]]
+    return "".join("<p>%s</p>" % line for line in lines)
+
+
+def setup_line(name: str, proxy: str) -> str:
+    """What to paste into a root shell so that a package manager uses the proxy."""
+    text, place, more = SETUP[name]
+    words = " ".join("'%s'" % line for line in (text % proxy).split("\n"))
+    return "%s %s %s" % ("printf '%s\\n'" if "' '" in words else "echo", words, place) + more
+
+
+def status_html(view: dict[str, Any]) -> dict[str, str]:
+    """What changes on the status page, by the element that holds it."""
+    return {"state": state(view), "figures": _figures(view), "plots": _plots(view), "disk": _disk(view),
+            "downloads": _downloads(view), "recent": _recent(view), "origins": _origins(view)}
+
+
+def status_page(view: dict[str, Any], proxy: str) -> Page:
+    """The status page, whole, for a browser with scripts or without."""
+    names: dict[str, list[str]] = {}
+    for name in SETUP:
+        names.setdefault(setup_line(name, proxy), []).append("others" if name == "env" else name)
+    lines = "".join("<li>%s<pre>%s</pre></li>" % (", ".join(row), escape(line))
+                    for line, row in names.items())
+    return Page("text/html; charset=utf-8", PAGE % {
+        **status_html(view), "setup": lines, "style": STYLE, "script": SCRIPT, "version": view["version"]},
+        policy=POLICY)
+
+
+def _metrics(view: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[tuple[str, float]]]]:
+    """Name, meaning, and samples: the value of the one label, "" where there is none, and a number."""
+    counts, swept = view["counters"], view["swept"]
+    yield "build_info version", "Always 1.", [(view["version"], 1)]
+    yield "start_time_seconds", "When it was started.", [("", view["since"])]
+    yield "requests_total outcome", "Requests answered, by outcome.", [
+        (outcome.value, counts[outcome.value]) for outcome in Outcome]
+    for name, key, meaning in (("cache", "statsCacheBytes", "Body bytes that the cache served."),
+                               ("downloaded", "statsDownBytes", "Body bytes downloaded from origins."),
+                               ("tunnel", "statsTunnelBytes", "Bytes through tunnels, both ways.")):
+        yield name + "_bytes_total", meaning, [("", counts[key])]
+    for name, key, meaning in (("requests", "requests", "Requests, by origin (the busiest ones)."),
+                               ("sent_bytes", "bytes", "Bytes sent to clients, by origin."),
+                               ("cached_bytes", "cached", "Those of them that came from the cache.")):
+        yield "origin_%s_total origin" % name, meaning, [(o, row[key]) for o, row in view["origins"].items()]
+    yield "downloads", "Downloads in flight.", [("", len(view["downloads"]))]
+    yield "troubled_origins", "Origins that could not be asked a moment ago.", [("", len(view["troubles"]))]
+    for name, key, meaning in (("stored_files", "files", "Stored files, as of the last sweep."),
+                               ("stored_bytes", "bytes", "Bytes of the stored files."),
+                               ("swept_files_total", "removedFiles", "Files that sweeps have removed."),
+                               ("swept_bytes_total", "removedBytes", "Bytes that sweeps have freed.")):
+        yield name, meaning, [("", swept.get(key, 0))]
+    for key, count in view["disk"].items():
+        yield "disk_%s_bytes" % key, "Bytes of the cache's file system: %s." % key, [("", count)]
+
+
+def metrics_text(view: dict[str, Any]) -> str:
+    """The counters in Prometheus' text format, version 0.0.4."""
+    lines = []
+    for names, meaning, samples in _metrics(view):
+        name, _, label = ("pkgproxy_" + names).partition(" ")
+        kind = "counter" if name.endswith("_total") else "gauge"
+        lines += ["# HELP %s %s" % (name, meaning), "# TYPE %s %s" % (name, kind)]
+        for text, count in samples:
+            quoted = re.sub(r'(["\\])', r"\\\1", text)
+            lines.append("%s%s %s" % (name, '{%s="%s"}' % (label, quoted) if label else "", repr(count)))
+    return "\n".join([*lines, ""])
+
+
+def view_of(snapshot: dict[str, Any]) -> dict[str, Any]:
+    """What the pages show, from what the proxy tells: that of all its processes as one."""
+    kept = {key: snapshot[key] for key in ("counters", "allTime", "plots", "now", "since", "disk")}
+    return {"version": __version__, **kept, **merge(snapshot["processes"])}
+
+
+def _json(found: dict[str, Any], indent: int | None = None) -> Page:
+    return Page("application/json; charset=utf-8", json.dumps(found, indent=indent) + "\n")
+
+
+def _setup_page(name: str, names: dict[str, Any]) -> Page | None:
+    if name == "detect.sh":
+        return Page(TEXT, DETECT % names)
+    return Page(TEXT, SETUP[name][0] % names["proxy"] + "\n") if name in SETUP else None
+
+
+def _figures_page(name: str, proxy: str, html: bool, snapshot: Callable[[], dict[str, Any]]) -> Page | None:
+    if name == "debug/vars":
+        return _json({key: row for key, row in snapshot().items()
+                      if key == "cmdline" or key.startswith("stats")}, 1)
+    if name not in ("", "status.json", "metrics"):
+        return None
+    view = view_of(snapshot())
+    if name == "status.json":
+        return _json({**view, "html": status_html(view)})
+    if name == "metrics":
+        return Page("text/plain; version=0.0.4; charset=utf-8", metrics_text(view))
+    if html:
+        return status_page(view, proxy)
+    return Page(TEXT, WELCOME % {"version": __version__, "proxy": proxy, "state": state(view)})
+
+
+def own_page(path: str, place: tuple[str, int], html: bool, snapshot: Callable[[], dict[str, Any]],
+             ailment: Callable[[], str]) -> Page | None:
+    """One of our own pages, None where there is none of that name.
+
+    ``place``: host and port by which the client reached us; ``html``: whether it would rather have that;
+    ``ailment``: why we are not well, "" where we are.
+    """
+    host, port = place
+    names = {"host": host, "port": port, "proxy": "[%s]:%d" % place if ":" in host else "%s:%d" % place}
+    kind, _, name = path.partition("?")[0][1:].partition("/")
+    whole = "/".join([kind, name]) if name else kind
+    if kind == "setup":
+        return _setup_page(name, names)
+    if whole in ("wpad.dat", "proxy.pac"):
+        return Page("application/x-ns-proxy-autoconfig", AUTOCONFIG % names)
+    if whole == "healthz":
+        reason = ailment()
+        return Page(TEXT, (reason or "ok") + "\n", 503 if reason else 200)
+    return _figures_page(whole, str(names["proxy"]), html, snapshot)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5275,16 +6060,6 @@ def head_end(data: bytes, seen: int = 0) -> int:
     return -1 if long or _BARE_LF.search(data, max(0, seen - 1)) else 0
 
 
-class Sent(NamedTuple):
-    """What has left of an answer."""
-
-    size: int  # bytes of its body
-    cached: int  # of which no origin had to send for it
-    took: float  # seconds
-    whole: bool
-    quiet: bool = False  # nothing to log
-
-
 @dataclasses.dataclass
 class Outgoing:
     """An answer of the lobby's."""
@@ -5356,6 +6131,11 @@ class Room:
                 self._shed()
             self._count += free
             return free
+
+    def busy(self) -> int:
+        """Connections that can't be spared."""
+        with self._lock:
+            return self._count - sum(visitor.waiting for visitor in self._visitors)
 
     def give_up(self) -> None:
         """Nobody came in."""
@@ -5489,16 +6269,25 @@ class Desk:
             return last_stop(request)
         if request.method not in ("GET", "HEAD"):
             raise Failure("Our own pages are for GET and HEAD.", 405)
-        authority = value(request.fields, "Host") or authority
-        page = own_page(request.uri, authority, self.snapshot)
+        listening = Target("", request.local, int(authority.rpartition(":")[2]), "").authority
+        host, port = split_authority(value(request.fields, "Host") or listening, 80)
+        page = own_page(request.uri, (host, port), "text/html" in (value(request.fields, "Accept") or ""),
+                        self.snapshot, self.ailment)
         if page is None:
-            raise Failure("There is no such page here. To fetch through this proxy, set "
-                          "http_proxy=http://%s/ or ask for /http://host/path" % authority, 404)
-        return Reply(own_head(200, page[0]), BytesBody(page[1]), CacheStatus(Outcome.OWN))
+            raise Failure("There is no such page here. To fetch through this proxy, set http_proxy=http://%s/ "
+                          "or ask for /http://host/path" % Target("", host, port, "").authority, 404)
+        return Reply(own_head(page.status, page.media, (("Vary", "Accept"),), page.policy),
+                     BytesBody(page.text.encode()), CacheStatus(Outcome.OWN))
 
     def snapshot(self) -> dict[str, Any]:
-        """The counters, with the command line as Go's expvar has it."""
-        return {"cmdline": list(map(shown, sys.argv)), **self.proxy.counters.snapshot()}
+        """What the pages show, with the command line as Go's expvar has it."""
+        return {"cmdline": list(map(shown, sys.argv)), **self.proxy.insight.snapshot()}
+
+    def ailment(self) -> str:
+        """Why this proxy is not well, "" where it is."""
+        if self.room.busy() >= self.room.most:
+            return "All %d connections are busy." % self.room.most
+        return self.proxy.insight.ailment()
 
     def note(self, request: Request, reply: Reply, sent: int, took: float, whole: bool) -> None:
         """Count and log one answer."""
@@ -5511,14 +6300,15 @@ class Desk:
 
     def _note(self, client: str, request: Request, status: int, cache_status: CacheStatus,
               sent: Sent) -> None:
-        self.proxy.counters.add(cache_status.outcome, sent.cached)
-        if sent.quiet:
-            return
-        detail = cache_status.detail
-        self._tell("[%3d] %s %s %s %d %d bytes %.3f s %s%s%s" % (
-            next(self._ids), client, printable(request.method), shown(request.uri), status, sent.size,
-            sent.took, cache_status.outcome.value, " (%s)" % printable(detail) if detail else "",
-            "" if sent.whole else ", broken off"))
+        outcome, detail = cache_status.outcome, cache_status.detail
+        self.proxy.counters.add(outcome, sent.cached)
+        if outcome is not Outcome.OWN:
+            self.proxy.insight.recent.note(client, request, status, cache_status, sent)
+        if not sent.quiet and (outcome is not Outcome.OWN or log.isEnabledFor(logging.DEBUG)):
+            self._tell("[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s %s%s%s" % (
+                next(self._ids), client, outcome.value, status, sent.size, sent.took,
+                printable(request.method), shown(request.uri),
+                " (%s)" % printable(detail) if detail else "", "" if sent.whole else ", broken off"))
 
     def note_tunnel(self, request: Request, head: Head, count: int, took: float, whole: bool) -> None:
         """Count and log one tunnel."""
@@ -6546,7 +7336,7 @@ def run(config: Config, writer: LogWriter) -> None:
         proxy = Proxy(config, store, counters)
         if again:  # SIGHUP may have come meanwhile
             reload_filters(proxy)
-        proxy.sweeper.start(config, leads=number == 0)
+        proxy.start(leads=number == 0)
         desk = Desk(proxy, make_room(), writer.write if log.isEnabledFor(logging.INFO) else lambda _: None)
         serve([ProxyServer(listening, desk) for listening in sockets], proxy, heard, supervisor)
 

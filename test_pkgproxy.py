@@ -14,6 +14,7 @@ import doctest
 import email.utils
 import gzip
 import hashlib
+import html
 import http.client
 import http.server
 import importlib.util
@@ -4752,8 +4753,178 @@ class BugTest(ProxyCase):
 # ---------------------------------------------------------------------------------------------
 
 
+class WatchTest(unittest.TestCase):
+    """What is gathered for the pages while requests go by."""
+
+    def setUp(self):
+        self.outcomes = dict.fromkeys((outcome.value for outcome in Outcome), 0)
+        self.recent = pkgproxy.Recent(lambda: self.outcomes)
+
+    def note(self, uri="http://a/x_1.0_all.deb", outcome=Outcome.HIT, client="10.0.0.1", size=100, cached=100, **status):
+        self.outcomes[outcome.value] += 1
+        sent = pkgproxy.Sent(size, cached, 0.25, True)
+        self.recent.note(client, request(uri), 200, CacheStatus(outcome, **status), sent)
+
+    def test_requests_and_origins_are_told_apart(self):
+        self.note()
+        self.note("http://a/y", Outcome.MISS, cached=0)
+        self.note("http://[::1]:81/z", Outcome.MISS, cached=0)
+        self.note("http://nowhere/z", Outcome.FAILED, cached=0)
+        found = self.recent.gather()
+        self.assertEqual(found["origins"], {"a": {"requests": 2, "bytes": 200, "cached": 100},
+                                            "[::1]:81": {"requests": 1, "bytes": 100, "cached": 0}})
+        self.assertEqual([row["uri"] for row in found["recent"]],
+                         ["http://a/x_1.0_all.deb", "http://a/y", "http://[::1]:81/z", "http://nowhere/z"])
+        self.assertEqual({key: found["recent"][0][key] for key in ("client", "method", "bytes", "seconds", "outcome")},
+                         {"client": "10.0.0.1", "method": "GET", "bytes": 100, "seconds": 0.25, "outcome": "hit"})
+
+    def test_many_origins_are_bounded_and_none_of_their_bytes_is_lost(self):
+        for number in range(3 * pkgproxy.MAX_ORIGINS):
+            self.note("http://host%d/x" % number)
+        for _ in range(5):
+            self.note("http://busy/x")
+        origins = self.recent.gather()["origins"]
+        self.assertLessEqual(len(origins), pkgproxy.MAX_ORIGINS + 2)
+        self.assertEqual(origins["busy"]["requests"], 5)
+        self.assertEqual(sum(row["bytes"] for row in origins.values()), 100 * (3 * pkgproxy.MAX_ORIGINS + 5))
+
+    def test_what_it_gathers_is_small_whatever_comes(self):
+        for number in range(100):
+            host = "http://%s%03d/" % (".".join(["h" * 60] * 4), number)
+            self.note(host + "\\\"" * 4000, client="f" * 90, detail="\\\"" * 4000)
+        self.assertLess(len(json.dumps(self.recent.gather())), 24 * 1024)
+
+    def test_a_query_is_not_shown_it_may_be_a_password(self):
+        self.note("http://me:secret@a/x?token=secret")
+        self.assertNotIn("secret", json.dumps(self.recent.gather()))
+
+    def test_users_who_are_about_to_lose_are_told_once(self):
+        rows = (({"outcome": Outcome.TUNNEL}, "isn't cached. Begin"),
+                ({"outcome": Outcome.MISS}, "another file"), ({"outcome": Outcome.BYPASS}, "filter"),
+                ({"outcome": Outcome.FAILED}, "cannot be asked"),
+                ({"outcome": Outcome.RELAYED, "detail": "no-store"}, r"may not be kept \(no-store\)"),
+                ({"outcome": Outcome.BYPASS, "forward": "bypass"}, r"from the cache: http://a/x_1\.0_all\.deb"))
+        for status, expected in rows:
+            with self.subTest(status=status), self.assertLogs("pkgproxy", "WARNING") as caught:
+                self.setUp()
+                for _ in range(100 if "forward" not in status else 19):
+                    self.note(**status)
+                self.assertEqual(len(caught.records), 1, caught.output)
+                self.assertRegex(caught.records[0].getMessage(), expected)
+
+    def test_users_who_lose_nothing_are_left_alone(self):
+        logging.getLogger("pkgproxy").warning = lambda *words: self.fail(words)
+        self.addCleanup(delattr, logging.getLogger("pkgproxy"), "warning")
+        for number in range(200):
+            self.note(outcome=Outcome.HIT if number == 99 else Outcome.MISS)
+        self.note("http://a/dists/x/InRelease", Outcome.BYPASS, forward="bypass")
+
+
+class HistoryTest(unittest.TestCase):
+    """Counters and plots over all time."""
+
+    def setUp(self):
+        folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        self.path = os.path.join(folder, "books", "history.json")
+        self.totals = {"statsCacheBytes": 0, "statsDownBytes": 0, "hit": 0}
+
+        self.runs = itertools.count()
+
+    def history(self, run=None):
+        return pkgproxy.History(self.path, lambda: dict(self.totals), run or "run %d" % next(self.runs))
+
+    def started(self, run=None):
+        self.totals = dict.fromkeys(self.totals, 0)
+        history = self.history(run)
+        history.start()
+        self.addCleanup(history.stop)
+        return history
+
+    def test_it_outlives_a_restart(self):
+        first = self.started()
+        self.totals = {"statsCacheBytes": 70, "statsDownBytes": 30, "hit": 2}
+        first.stop()
+        second = self.started()
+        self.totals = {"statsCacheBytes": 5, "statsDownBytes": 1, "hit": 1}
+        found = second.snapshot(time.time())
+        self.assertEqual({key: found["allTime"][key] for key in self.totals},
+                         {"statsCacheBytes": 75, "statsDownBytes": 31, "hit": 3})
+        for plot in found["plots"].values():
+            self.assertEqual([sum(column) for column in zip(*plot["bytes"])], [75, 31])
+
+    def test_another_process_reads_it_and_adds_nothing_twice(self):
+        before = self.started()
+        self.totals["statsCacheBytes"] = 1000
+        before.stop()
+        self.assertEqual(self.history("now").snapshot(time.time())["allTime"]["statsCacheBytes"], 2000, "not saved yet")
+        writer = self.started("now")
+        self.totals["statsCacheBytes"] = 70
+        writer.record(time.time())
+        writer.save()
+        self.totals["statsCacheBytes"] = 75
+        reader = self.history("now")
+        for _ in range(2):
+            self.assertEqual(reader.snapshot(time.time())["allTime"]["statsCacheBytes"], 1075)
+        again = self.history("now")  # the writer has died, and is replaced
+        again.start()
+        self.addCleanup(again.stop)
+        self.assertEqual(again.snapshot(time.time())["allTime"]["statsCacheBytes"], 1075)
+        reader.stop()
+        self.assertEqual(json.loads(Path(self.path).read_text())["all"]["statsCacheBytes"], 1070)
+
+    def test_bytes_stand_where_they_came_and_go_when_they_are_old(self):
+        history = self.history()
+        now = 21600.0 * 100_000
+        for at, count in ((now, 10), (now + 60, 30), (now + 61, 60)):
+            self.totals["statsDownBytes"] = count
+            history.record(at)
+        hour = history.snapshot(now + 120)["plots"]["hour"]
+        self.assertEqual((hour["seconds"], hour["bytes"][-4:]), (60, [[0, 0], [0, 10], [0, 50], [0, 0]]))
+        later = history.snapshot(now + 7200)["plots"]
+        self.assertEqual([sum(map(sum, later[name]["bytes"])) for name in ("hour", "day", "month")], [0, 60, 60])
+        history.record(now + 7200)
+        self.assertEqual(history._slots["hour"], {})
+
+    def test_a_damaged_file_is_ignored(self):
+        os.makedirs(os.path.dirname(self.path))
+        good = {"since": 1, "era": "another", "all": {"hit": 7}, "last": {}, "slots": {name: {} for name in pkgproxy.PLOTS}}
+        rows = (b"", b"{", b"[]", b"\xff", b"[" * 100_000, json.dumps({**good, "since": "x"}).encode(),
+                json.dumps({**good, "since": float("nan")}).encode(), json.dumps({**good, "since": 1e999}).encode(),
+                json.dumps({**good, "all": {"hit": -1}}).encode(), json.dumps({**good, "all": {"hit": 1.5}}).encode(),
+                json.dumps({**good, "slots": {}}).encode(), json.dumps({**good, "slots": {"hour": {"x": [1, 2]}}}).encode(),
+                json.dumps({**good, "slots": {**good["slots"], "day": {"1": [1]}}}).encode())
+        for text in rows:
+            with self.subTest(text=text[:60]):
+                Path(self.path).write_bytes(text)
+                self.assertEqual(self.started().snapshot(5.0)["allTime"]["hit"], 0)
+        Path(self.path).write_text(json.dumps(good))
+        self.assertEqual(self.started().snapshot(5.0)["allTime"]["hit"], 7)
+
+    def test_nothing_is_written_where_nothing_has_happened(self):
+        history = self.started()
+        history.save()
+        history.stop()
+        self.assertFalse(os.path.exists(os.path.dirname(self.path)))
+
+    def test_a_root_that_cannot_be_written_costs_nothing(self):
+        Path(os.path.dirname(self.path)).write_text("no folder")
+        history = self.started()
+        self.totals["hit"] = 1
+        history.stop()
+        self.assertEqual(history.snapshot(5.0)["allTime"]["hit"], 1)
+
+
 class PagesTest(ProxyCase):
-    """/debug/vars and the greeting."""
+    """The pages, without a browser."""
+
+    def html(self):
+        with self.connection() as connection:
+            connection.request("GET", "/", headers={"Connection": "close", "Accept": "text/html,*/*;q=0.8"})
+            return Answer(connection.getresponse())
+
+    def view(self):
+        return json.loads(self.own("/status.json").body)
 
     def test_debug_vars_is_what_the_originals_scripts_read(self):
         answer = self.own("/debug/vars")
@@ -4763,6 +4934,8 @@ class PagesTest(ProxyCase):
         self.assertEqual(found["cmdline"], sys.argv)
         with mock.patch.object(sys, "argv", ["pkgproxy", "--parent=http://me:secret@a", "--parent", "http://me:secret@a:81,direct"]):
             self.assertEqual(json.loads(self.own("/debug/vars").body)["cmdline"], ["pkgproxy", "--parent=http://a", "--parent", "http://a:81,direct"])
+        self.assertEqual(set(found), {"cmdline", "statsCacheBytes", "statsDownBytes", "statsTunnelBytes", "statsRequests",
+                                      "statsOutcomes"})
         self.assertEqual(set(found["statsOutcomes"]), {outcome.value for outcome in Outcome})
 
     def test_the_outcomes_add_up_to_the_requests(self):
@@ -4775,8 +4948,210 @@ class PagesTest(ProxyCase):
         self.assertEqual({name: n for name, n in counters["statsOutcomes"].items() if n},
                          {"miss": 1, "hit": 1, "relayed": 1, "refused": 1})
 
-    def test_the_greeting_names_the_address_by_which_it_was_reached(self):
-        self.assertIn(b"http_proxy=http://127.0.0.1:%d" % self.address[1], self.own("/").body)
+    def test_curl_gets_a_short_greeting_and_a_browser_the_page(self):
+        answer = self.own("/")
+        self.assertEqual(answer["Content-Type"], "text/plain; charset=utf-8")
+        self.assertIn(b"http_proxy=http://127.0.0.1:%d" % self.address[1], answer.body)
+        self.assertIn(b"waiting for its first request", answer.body)
+        answer = self.html()
+        self.assertEqual((answer["Content-Type"], answer["Vary"]), ("text/html; charset=utf-8", "Accept"))
+        self.assertIn(b"Set up this machine", answer.body)
+
+    def test_the_address_is_that_by_which_the_page_was_reached(self):
+        for host, shown in (("Proxy.lan:3142", b"proxy:3142"), ("proxy", b"proxy:80"),
+                            ("me:pw@[::1]:9", b"[::1]:9"), (None, b"127.0.0.1:%d" % self.address[1])):
+            lines = b"GET / HTTP/1.0\r\n" + (b"Host: %s\r\n" % host.encode() if host else b"")
+            with self.subTest(host=host):
+                self.assertIn(b"export http_proxy=http://" + shown + b"\n", self.raw(lines + b"\r\n"))
+
+    def test_a_hostile_host_shows_nowhere(self):
+        for host in (b"<script>", b'a"b', b"a'b;reboot", b"a b", b"a:b", b"$(reboot)"):
+            with self.subTest(host=host):
+                answer = self.raw(b"GET /setup/detect.sh HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
+                self.assertIn(b"HTTP/1.1 400", answer)
+                self.assertNotIn(b"#!/bin/sh", answer)
+
+    def test_whatever_comes_from_outside_is_escaped(self):
+        evil = "http://x/<script>alert(1)</script>'\"&lt;"
+        row = {"at": 0.0, "client": evil, "method": evil, "uri": evil, "status": 200, "bytes": 1, "seconds": 1.0,
+               "outcome": "hit", "detail": evil}
+        gathered = {"recent": [row], "origins": {evil: {"requests": 1, "bytes": 1, "cached": 1}}, "swept": {"at": 0.0},
+                    "downloads": [{"uri": evil, "bytes": 1, "length": 2, "rate": 1, "clients": 1}],
+                    "troubles": [{"origin": evil, "reason": evil, "seconds": 1}]}
+        snapshot = {**self.server.desk.snapshot(), "processes": [gathered]}
+        text = pkgproxy.status_page(pkgproxy.view_of(snapshot), "a:1").text.replace("<script>" + pkgproxy.SCRIPT, "")
+        self.assertGreater(text.count("alert(1)"), 7)
+        self.assertNotIn("<script", text)
+        self.assertNotIn("'\"&lt", text)
+        metrics = pkgproxy.metrics_text(pkgproxy.view_of(snapshot))
+        self.assertIn(r"""origin="http://x/<script>alert(1)</script>'\"&lt;"} 1""", metrics)
+
+    def test_nothing_runs_but_the_pages_own_script(self):
+        answer = self.html()
+        policy = answer["Content-Security-Policy"]
+        for kind in ("script", "style"):
+            inner = re.search(rb"<%s>(.*?)</%s>" % (kind.encode(), kind.encode()), answer.body, re.S)[1]
+            digest = base64.b64encode(hashlib.sha256(inner).digest()).decode()
+            self.assertIn("%s-src 'sha256-%s';" % (kind, digest), policy)
+        self.assertIn(b'<link rel="icon" href="data:,">', answer.body, "else a browser asks for one")
+        self.assertIn("default-src 'none'", policy)
+        self.assertNotIn("unsafe", policy)
+        self.assertEqual(self.own("/metrics")["Content-Security-Policy"], "default-src 'none'")
+
+    def test_it_tells_of_requests_origins_and_bytes(self):
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1500)
+        self.ask("/x_1.0_all.deb")
+        self.ask("/x_1.0_all.deb")
+        self.settle()
+        view = self.view()
+        self.assertEqual([(row["outcome"], row["bytes"]) for row in view["recent"]], [("hit", 1500), ("miss", 1500)])
+        self.assertEqual(view["origins"], {"127.0.0.1:%d" % self.origin.port: {"requests": 2, "bytes": 3000, "cached": 1500}})
+        self.assertEqual((view["counters"]["statsCacheBytes"], view["counters"]["hit"]), (1500, 1))
+        self.assertEqual(view["allTime"]["statsDownBytes"], 1500)
+        self.assertEqual(view["plots"]["hour"]["bytes"][-1], [1500, 1500])
+        self.assertIn("<dt>Saved since the start</dt><dd>1.5 kB</dd><dd>50 % came from the cache", view["html"]["figures"])
+        self.assertIn("<dd>50 %</dd><dd>1 of 2 requests", view["html"]["figures"])
+        self.assertIn("2 requests answered, 1.5 kB saved.", view["html"]["state"])
+
+    def test_it_tells_of_downloads_while_they_last(self):
+        gate = Gate()
+        self.addCleanup(gate.open)
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1000, gate=gate, first=400)
+        threads = [threading.Thread(target=self.ask, args=("/x_1.0_all.deb",)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        until(lambda: [(row["bytes"], row["clients"]) for row in self.view()["downloads"]] == [(400, 2)])
+        view = self.view()
+        self.assertEqual((view["downloads"][0]["length"], view["downloads"][0]["uri"]), (1000, self.origin.url("/x_1.0_all.deb")))
+        self.assertIn('max="1000" value="400"', view["html"]["downloads"])
+        gate.open()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.settle()
+        self.assertEqual(self.view()["downloads"], [])
+
+    def test_it_tells_of_origins_in_trouble_and_of_the_disk(self):
+        self.origin.pages["/dists/x/InRelease"] = Page(b"x")
+        self.ask("/dists/x/InRelease")
+        self.settle()
+        self.origin.pages["/dists/x/InRelease"] = Page(b"", 503)
+        self.assertIn("stale", self.outcome(self.ask("/dists/x/InRelease")))
+        self.proxy.sweeper._note(self.proxy.sweeper._janitor.sweep(self.config, time.time()))
+        view = self.view()
+        self.assertEqual([(row["origin"], row["reason"]) for row in view["troubles"]],
+                         [("http://127.0.0.1:%d" % self.origin.port, "127.0.0.1:%d answers 503." % self.origin.port)])
+        self.assertIn("1 file stored, 1 B", view["html"]["disk"])
+        self.assertIn("1 stale answer since the start", view["html"]["disk"])
+        self.assertIn("is in trouble:", view["html"]["disk"])
+
+    def test_several_processes_are_shown_as_one(self):
+        def row(at, uri):
+            return {"at": at, "uri": uri}
+
+        one = {"recent": [row(1, "a"), row(3, "b")], "origins": {"a": {"requests": 1, "bytes": 5, "cached": 1}},
+               "downloads": [{"uri": "z"}], "troubles": [{"origin": "o"}], "swept": {"at": 0.0, "removedFiles": 2}}
+        two = {"recent": [row(2, "c")] * 30, "origins": {"a": {"requests": 2, "bytes": 5, "cached": 2},
+                                                        "b": {"requests": 1, "bytes": 99, "cached": 0}},
+               "downloads": [{"uri": "y"}], "troubles": [{"origin": "o"}], "swept": {"at": 7.0, "files": 1, "removedFiles": 3}}
+        merged = pkgproxy.merge([one, two])
+        self.assertEqual([entry["uri"] for entry in merged["recent"]], ["b"] + ["c"] * (pkgproxy.SHOWN - 1))
+        self.assertEqual(list(merged["origins"].items()), [("b", {"requests": 1, "bytes": 99, "cached": 0}),
+                                                           ("a", {"requests": 3, "bytes": 10, "cached": 3})])
+        self.assertEqual([entry["uri"] for entry in merged["downloads"]], ["y", "z"])
+        self.assertEqual((merged["troubles"], merged["swept"]),
+                         ([{"origin": "o"}], {"at": 7.0, "files": 1, "removedFiles": 5, "removedBytes": 0}))
+        self.assertEqual(pkgproxy.merge([one])["origins"], one["origins"])
+
+    def test_its_colours_can_be_read_by_day_and_by_night(self):
+        def luminance(colour):
+            channels = [int(colour[at:at + 2], 16) / 255 for at in (0, 2, 4)]
+            linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+            return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear))
+
+        schemes = [dict(re.findall(r"--(\w+):#(\w+)", block)) for block in re.findall(r":root\{[^}]*\}", pkgproxy.STYLE)]
+        self.assertEqual(len(schemes), 2)
+        for scheme in schemes:
+            hues = {name: luminance("".join(c * 2 for c in hue) if len(hue) == 3 else hue) for name, hue in scheme.items()}
+            for front in ("text", "soft", "cache", "origin", "bad"):
+                for ground in ("card", "back"):
+                    low, high = sorted((hues[front], hues[ground]))
+                    self.assertGreaterEqual((high + 0.05) / (low + 0.05), 4.5, (front, ground))  # WCAG 1.4.3
+
+    def test_health_is_that_of_the_root_and_of_the_threads(self):
+        answer = self.own("/healthz")
+        self.assertEqual((answer.status, answer.body), (200, b"ok\n"))
+        self.assertEqual(self.files(), {})
+        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS)), [], "the probe is gone")
+        for name, faulty, reason in (("write_file", OSError(28, "No space left on device"), b"cannot be written: No space"),
+                                     ("try_writing", OSError(30, "Read-only file system"), b"Read-only")):
+            with self.subTest(name), mock.patch.object(pkgproxy, name, side_effect=faulty):
+                answer = self.own("/healthz")
+                self.assertEqual(answer.status, 503)
+                self.assertIn(reason, answer.body)
+        desk = self.server.desk
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            self.assertEqual(desk.ailment(), "No more threads are to be had.")
+
+    def test_it_is_not_well_while_every_connection_is_busy(self):
+        gate = Gate()
+        self.addCleanup(gate.open)
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1000, gate=gate, first=400)
+        client = threading.Thread(target=self.ask, args=("/x_1.0_all.deb",))
+        client.start()
+        until(lambda: self.view()["downloads"])
+        self.server.room.most = 2  # the client's, and the one that asks
+        answer = self.own("/healthz")
+        self.assertEqual((answer.status, answer.body), (503, b"All 2 connections are busy.\n"))
+        gate.open()
+        client.join(PATIENCE)
+        until(lambda: self.own("/healthz").status == 200)
+
+    def test_what_is_normal_is_not_logged(self):
+        with self.assertLogs("pkgproxy", "INFO") as caught:
+            for path in ("/", "/status.json", "/metrics", "/healthz"):
+                self.own(path)
+            self.own("/nothing")
+            self.settle()
+        self.assertEqual([record.getMessage().split()[3:5] for record in caught.records], [["refused", "404"]])
+        self.assertEqual([row["outcome"] for row in self.view()["recent"]], ["refused"], "nor shown")
+
+    def test_proxy_autoconfiguration_is_for_http_alone(self):
+        for path in ("/wpad.dat", "/proxy.pac"):
+            answer = self.own(path)
+            self.assertEqual(answer["Content-Type"], "application/x-ns-proxy-autoconfig")
+            self.assertIn(b'"PROXY 127.0.0.1:%d; DIRECT"' % self.address[1], answer.body)
+
+    def test_setup_texts_name_the_proxy_and_end_in_a_line(self):
+        for name in pkgproxy.SETUP:
+            with self.subTest(name):
+                answer = self.own("/setup/" + name)
+                self.assertEqual((answer.status, answer["Content-Type"]), (200, "text/plain; charset=utf-8"))
+                self.assertIn(b"http://127.0.0.1:%d" % self.address[1], answer.body)
+                self.assertTrue(answer.body.endswith(b"\n"))
+        self.assertEqual(self.own("/setup/nothing").status, 404)
+
+    def test_what_is_pasted_writes_what_setup_says(self):
+        for name, (_, place, more) in pkgproxy.SETUP.items():
+            line = pkgproxy.setup_line(name, "proxy:9999")
+            with self.subTest(name):
+                self.assertEqual(subprocess.run(["sh", "-n", "-c", line], timeout=10).returncode, 0)
+                self.assertTrue(line.endswith(place + more))
+                written = checked("sh", "-c", line[:-len(place + more)]).decode()
+                self.assertEqual(written, pkgproxy.SETUP[name][0] % "proxy:9999" + "\n")
+
+    @unittest.skipUnless(shutil.which("promtool"), "promtool is not installed")
+    def test_prometheus_accepts_the_metrics(self):
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1500)
+        for path in ("/x_1.0_all.deb", "/x_1.0_all.deb", "http://[::1]:1/x"):
+            self.ask(path)
+        self.settle()
+        answer = self.own("/metrics")
+        self.assertEqual(answer["Content-Type"], "text/plain; version=0.0.4; charset=utf-8")
+        ran = subprocess.run(["promtool", "check", "metrics"], input=answer.body, capture_output=True, timeout=60)
+        self.assertEqual((ran.returncode, ran.stderr, ran.stdout), (0, b"", b""))
+        for line in (b'pkgproxy_requests_total{outcome="hit"} 1', b"pkgproxy_cache_bytes_total 1500", b"pkgproxy_downloads 0",
+                     b'pkgproxy_origin_cached_bytes_total{origin="127.0.0.1:%d"} 1500' % self.origin.port):
+            self.assertIn(line + b"\n", answer.body)
 
     def test_other_pages_are_a_404_that_helps(self):
         answer = self.own("/debian/x")
@@ -4875,7 +5250,7 @@ class DoorTest(ProxyCase):
         with self.assertLogs("pkgproxy", "INFO") as caught:
             self.raw(b"CONNECT example.org:22 HTTP/1.1\r\nHost: example.org\r\n\r\n")
             until(lambda: caught.records)
-        self.assertIn("CONNECT example.org:22 403", caught.records[0].getMessage())
+        self.assertIn("CONNECT example.org:22 (", caught.records[0].getMessage())
 
     def test_an_ipv4_client_of_both_protocols_is_shown_as_such(self):
         self.assertEqual([pkgproxy.plain_address(text) for text in ("::ffff:10.0.0.1", "::1", "10.0.0.1", "::ffff:a00:1")],
@@ -4945,8 +5320,8 @@ class DoorTest(ProxyCase):
             self.ask("/x_1.deb")
             self.settle()
         lines = [record.getMessage() for record in caught.records]
-        self.assertRegex(lines[0], r"\A\[  1\] 127\.0\.0\.1 GET http://127\.0\.0\.1:\d+/x_1\.deb 200 100 bytes \d\.\d\d\d s miss\Z")
-        self.assertRegex(lines[1], r"\A\[  2\] .* 200 100 bytes .* hit\Z")
+        self.assertRegex(lines[0], r"\A\[  1\] 127\.0\.0\.1       miss      200       100 bytes   \d\.\d\d\d s  GET http://127\.0\.0\.1:\d+/x_1\.deb\Z")
+        self.assertRegex(lines[1], r"\A\[  2\] .* hit +200 +100 bytes ")
 
 
 class StrictDoorTest(ProxyCase):
@@ -5958,6 +6333,19 @@ class PorchTest(unittest.TestCase):
         proxy.stop()
         self.assertIn("Asking http origins through the parent proxy proxy.test:3128\n", proxy.log())
         self.assertNotIn("secret", proxy.log())
+
+    def test_what_it_counted_survives_its_end(self):
+        root, served = Path(self.folder, "root"), []
+        for _ in range(2):
+            proxy = ProxyProcess(root)
+            with contextlib.closing(http.client.HTTPConnection(*proxy.address, timeout=PATIENCE)) as connection:
+                for path in ("http://nowhere.invalid/x", "/status.json"):
+                    connection.request("GET", path)
+                    found = connection.getresponse().read()
+            proxy.stop()
+            served.append(json.loads(found)["allTime"]["failed"])
+        self.assertEqual(served, [1, 2])
+        self.assertTrue((root / pkgproxy.BOOKS / "history.json").is_file())
 
     def test_ctrl_c_stops_it_too(self):
         process, _ = self.start()
@@ -7336,6 +7724,333 @@ class IndexedTest(ClientCase):
 
 
 @unittest.skipUnless(shutil.which("ip") and hasattr(os, "geteuid") and os.geteuid() == 0, "no network namespaces for this user")
+class Browser:
+    """A real Chromium, spoken to over two pipes (the DevTools protocol, a NUL behind each message)."""
+
+    def __init__(self, folder):
+        mine, theirs = os.pipe(), os.pipe()
+        ends = [pkgproxy.fcntl.fcntl(end, pkgproxy.fcntl.F_DUPFD, 10) for end in (theirs[0], mine[1])]  # it reads 3, and writes 4
+        for end in (theirs[0], mine[1]):
+            os.close(end)
+        start = "import os, sys; os.dup2(%d, 3); os.dup2(%d, 4); os.execvp(sys.argv[1], sys.argv[1:])" % tuple(ends)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", start, "chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+             "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+             "--no-proxy-server", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+             "--user-data-dir=%s" % folder, "about:blank"], pass_fds=ends, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={"PATH": os.environ["PATH"], "HOME": str(folder)})
+        for end in ends:
+            os.close(end)
+        self._in, self._out = mine[0], theirs[1]
+        self._buffer, self._ids, self.events = b"", itertools.count(1), []
+
+    def close(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self._in)
+        os.close(self._out)
+
+    def _next(self):
+        deadline = time.monotonic() + 30
+        while b"\0" not in self._buffer:
+            if not select.select([self._in], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise AssertionError("the browser says nothing")
+            data = os.read(self._in, 1 << 20)
+            if not data:
+                raise AssertionError("the browser has ended")
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(line)
+
+    def call(self, method, session=None, **words):
+        number = next(self._ids)
+        message = {"id": number, "method": method, "params": words, **({"sessionId": session} if session else {})}
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            found = self._next()
+            if found.get("id") == number:
+                if "error" in found:
+                    raise AssertionError("%s: %s" % (method, found["error"]))
+                return found["result"]
+            self.events.append(found)
+
+
+class Tab:
+    """One page of a browser, and all that it does."""
+
+    def __init__(self, browser, width=1100, dark=False, scripts=True):
+        self.browser, self.events = browser, browser.events
+        self.events.clear()
+        self.target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = browser.call("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(domain + ".enable")
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
+
+    def call(self, method, **words):
+        return self.browser.call(method, self.session, **words)
+
+    def open(self, url):
+        self.call("Page.navigate", url=url)
+        self.wait_for("Page.loadEventFired")
+
+    def wait_for(self, event):
+        while not any(found.get("method") == event for found in self.events):
+            self.events.append(self.browser._next())
+
+    def run(self, script):
+        found = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in found:
+            raise AssertionError(found["exceptionDetails"])
+        return found["result"].get("value")
+
+    def text(self, selector):
+        return self.run("document.querySelector(%s).innerText" % json.dumps(selector))
+
+    def markup(self):
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        return self.call("DOM.getOuterHTML", nodeId=root)["outerHTML"]
+
+    def key(self, name):
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name,
+                      windowsVirtualKeyCode={"Tab": 9, "ArrowRight": 39}[name])
+
+    def shot(self, path):
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        found = self.call("Page.captureScreenshot", captureBeyondViewport=True,
+                          clip={"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1})
+        Path(path).write_bytes(base64.b64decode(found["data"]))
+
+    def close(self):
+        self.browser.call("Target.closeTarget", targetId=self.target)
+
+    def said(self):
+        """What went to the console, or into it from the browser itself."""
+        return [found["params"] for found in self.events
+                if found.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")]
+
+    def asked(self):
+        return {found["params"]["request"]["url"] for found in self.events if found.get("method") == "Network.requestWillBeSent"}
+
+
+class BrowserTest(ClientCase):
+    """The status page in a real browser.  $SCREENSHOTS names a folder in which its pictures are kept."""
+
+    needs = ("chromium",)
+    browser: Browser
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.profile = tempfile.mkdtemp(prefix="pkgproxy-test-")
+        cls.browser = Browser(cls.profile)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.browser.close()
+        shutil.rmtree(cls.profile, ignore_errors=True)
+        super().tearDownClass()
+
+    def setUp(self):
+        super().setUp()
+        self.origin = Origin()
+        self.addCleanup(self.origin.close)
+        self.url = self.start_proxy()
+
+    def tab(self, **more):
+        tab = Tab(self.browser, **more)
+        self.addCleanup(tab.close)
+        return tab
+
+    def fetch(self, path):
+        with contextlib.closing(http.client.HTTPConnection(self.url[7:], timeout=PATIENCE)) as connection:
+            connection.request("GET", self.origin.url(path), headers={"Connection": "close"})
+            return connection.getresponse().read()
+
+    def keep(self, tab, name):
+        folder = Path(os.environ.get("SCREENSHOTS") or self.folder)
+        tab.shot(folder / (name + ".png"))
+        self.assertGreater((folder / (name + ".png")).stat().st_size, 10_000)
+
+    def test_a_download_is_seen_as_it_grows_and_its_bytes_when_it_is_over(self):
+        gates = [Gate(), Gate()]
+        for gate in gates:
+            self.addCleanup(gate.open)
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n"
+        self.origin.pages["/big_1.0_all.deb"] = Page(steps=[head, b"x" * 300_000, gates[0], b"x" * 300_000, gates[1], b"x" * 300_000])
+        tab = self.tab()
+        tab.open(self.url + "/")
+        self.assertIn("waiting for its first request", tab.text("#state"))
+        client = threading.Thread(target=self.fetch, args=("/big_1.0_all.deb",))
+        client.start()
+        bar = "(document.querySelector('progress') || {value: 0}).value"
+        until(lambda: tab.run(bar) == 300_000, "the bar")
+        self.assertIn("300.0 kB of 900.0 kB", tab.text("#downloads"))
+        self.keep(tab, "download")
+        gates[0].open()
+        until(lambda: tab.run(bar) == 600_000, "the bar's progress")
+        gates[1].open()
+        client.join(PATIENCE)
+        self.fetch("/big_1.0_all.deb")
+        until(lambda: "hit" in tab.run("update().then(() => document.getElementById('recent').innerText)"))
+        self.assertIn("None at this moment", tab.text("#downloads"))
+        counted = self.counters(self.url)
+        self.assertEqual((counted["statsCacheBytes"], counted["statsDownBytes"]), (900_000, 900_000))
+        for shown in ("900.0 kB", "50 % came from the cache, 900.0 kB from origins", "1 of 2 requests"):
+            self.assertIn(shown, tab.text("#figures"))
+        self.assertIn("2 requests answered, 900.0 kB saved.", tab.text("#state"))
+        self.keep(tab, "after")
+        self.assertEqual(tab.said(), [])
+        self.assertEqual({url for url in tab.asked() if not url.startswith((self.url, "data:,"))} - {"about:blank"}, set())
+
+    def test_it_works_without_scripts(self):
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1500)
+        self.fetch("/x_1.0_all.deb")
+        tab = self.tab(scripts=False)
+        tab.open(self.url + "/")
+        text = tab.markup()
+        for shown in ("x_1.0_all.deb", "1.5 kB from origins", 'http-equiv="refresh"', "Set up this machine"):
+            self.assertIn(shown, text)
+        self.assertIn('Acquire::http::Proxy "%s";' % self.url, html.unescape(text))
+        self.keep(tab, "no-scripts")
+        self.assertEqual(tab.asked() - {"about:blank", "data:,"}, {self.url + "/"})
+
+    def test_it_fits_a_phone_and_the_keyboard_reaches_the_plots(self):
+        for number in range(3):
+            self.origin.pages["/%s-%d_1.0_all.deb" % ("long-name" * 12, number)] = Page(os.urandom(200_000))
+            self.fetch("/%s-%d_1.0_all.deb" % ("long-name" * 12, number))
+        tab = self.tab(width=360, dark=True)
+        tab.open(self.url + "/")
+        self.assertLessEqual(tab.run("document.documentElement.scrollWidth"), 360)
+        tab.run("document.getElementById('hour').focus()")
+        tab.key("ArrowRight")
+        shown = "[...document.querySelectorAll('figure')].filter(one => one.offsetHeight).map(one => one.className)"
+        self.assertEqual(tab.run(shown + ".join()"), "day")
+        for part, law in (("input", "document.querySelector(`label[for=${one.id}]`)"), ("svg", "one.getAttribute('aria-label')"),
+                          ("pre", "one.scrollWidth <= one.clientWidth"), ("section", "one.querySelector('h2') || one.getAttribute('aria-label')")):
+            self.assertTrue(tab.run("[...document.querySelectorAll('%s')].every(one => %s)" % (part, law)), part)
+        self.keep(tab, "phone")
+
+    def test_its_autoconfiguration_sends_http_and_nothing_else_through_it(self):
+        rows = (("http://mirror.example.org/x", "mirror.example.org", "PROXY %s; DIRECT" % self.url[7:]),
+                ("https://mirror.example.org/x", "mirror.example.org", "DIRECT"),
+                (self.url + "/", "127.0.0.1", "DIRECT"), ("http://localhost/", "localhost", "DIRECT"))
+        with contextlib.closing(http.client.HTTPConnection(self.url[7:], timeout=PATIENCE)) as connection:
+            connection.request("GET", "/wpad.dat")
+            script = connection.getresponse().read().decode()
+        shape = "const shExpMatch = (text, shape) => text.startsWith(shape.slice(0, -1));"  # stands in for the browser's
+        found = self.tab().run("%s%s%s.map(row => FindProxyForURL(row[0], row[1]))" % (shape, script, json.dumps(rows)))
+        self.assertEqual(found, [row[2] for row in rows])
+
+    def test_a_hostile_name_is_shown_harmlessly(self):
+        self.origin.pages["/y"] = Page(b"y")
+        with socket.create_connection(tuple(self.proxies[0].address), PATIENCE) as connection:
+            for name in (b"/<svg/onload=document.title=1>'\"&amp;_1.0_all.deb", b"/%3Cimg%20src=x%20onerror=document.title=1%3E"):
+                line = b"GET http://127.0.0.1:%d%s HTTP/1.1\r\nHost: a\r\n\r\n" % (self.origin.port, name)
+                connection.sendall(line)
+                self.assertIn(b"404", connection.recv(65536).split(b"\r\n")[0])
+        tab = self.tab()
+        tab.open(self.url + "/")
+        tab.run("update()")
+        self.assertIn("onload=document.title=1", tab.text("#recent"))
+        self.assertEqual(tab.run("document.title + document.querySelectorAll('main img, #recent svg').length"), "pkgproxy0")
+        self.assertEqual(tab.said(), [])
+
+
+class SetupTest(SignedCase):
+    """What /setup says, given to those for whom it is."""
+
+    needs = ("gpg",)
+
+    def prepare(self, repository, *needs):
+        """A repository, its origin and a proxy; the test is skipped where one of these commands is missing."""
+        for command in needs:
+            if not shutil.which(command):
+                self.skipTest("%s is not installed" % command)
+        self.repository = repository
+        repository.add("hello", "1.0", 2_000)
+        repository.publish(int(time.time()) - 9 * DAY)
+        self.origin = self.serve(repository.folder)
+        self.proxy_url = self.start_proxy()
+
+    def setup(self, name):
+        with contextlib.closing(http.client.HTTPConnection(self.proxy_url[7:], timeout=PATIENCE)) as connection:
+            connection.request("GET", "/setup/" + name)
+            return connection.getresponse().read().decode()
+
+    def check(self, machine):
+        """A package arrives, and comes through the proxy."""
+        machine.fetch("hello")
+        self.assertEqual(machine.digests(), self.repository.digests(["hello"]))
+        self.assertTrue(self.stored(self.origin))
+
+    def apt(self, folder, text):
+        machine = AptClient(self, folder, "", self.repository.source(self.origin.url))
+        with open(machine.folder / "apt.conf", "a") as file:
+            file.write(text)
+        return machine
+
+    def test_apt(self):
+        self.prepare(AptRepository(self.folder / "repository", self.signer), "apt-get")
+        self.check(self.apt("machine", self.setup("apt")))
+
+    def test_apt_that_detects_the_proxy(self):
+        self.prepare(AptRepository(self.folder / "repository", self.signer), "apt-get")
+        script = self.folder / "detect"
+        script.write_text(self.setup("detect.sh"))
+        script.chmod(0o755)
+        if shutil.which("shellcheck"):
+            checked("shellcheck", "--severity=warning", script)
+        named = 'Acquire::http::Proxy-Auto-Detect "%s";\n' % script
+        self.assertEqual(self.run_client(script, "http://a/"), self.proxy_url + "\n")
+        self.check(self.apt("machine", named))
+        self.proxies[0].process.send_signal(signal.SIGTERM)
+        self.proxies[0].process.wait(PATIENCE)
+        self.assertEqual(self.run_client(script, "http://a/"), "DIRECT\n")
+        self.origin.log.clear()
+        machine = self.apt("traveller", named)
+        machine.fetch("hello")
+        self.assertTrue(self.origin.bodies("/pool/"), "from the origin itself")
+
+    @unittest.skipUnless(os.geteuid() == 0, "dnf does its work for root only")
+    def test_dnf(self):
+        self.prepare(RpmRepository(self.folder / "repository", self.signer), "dnf", "rpmbuild", "createrepo_c")
+        machine = DnfClient(self, "machine", "", self.origin.url)
+        machine.write("dnf.conf", "[main]\n" + self.setup("dnf"))
+        repo = machine.folder / "repos" / "test.repo"
+        repo.write_text(repo.read_text().replace("proxy=\n", ""))
+        self.check(machine)
+
+    @unittest.skipUnless(os.geteuid() == 0, "zypper does its work for root only")
+    def test_zypper(self):
+        """SUSE's /etc/profile.d reads that file into the environment; its library reads it itself."""
+        self.prepare(RpmRepository(self.folder / "repository", self.signer), "zypper", "rpmbuild", "createrepo_c")
+        script = self.setup("zypper") + '[ "$PROXY_ENABLED" = yes ] && printf %s "$HTTP_PROXY"\n'
+        self.check(ZypperClient(self, "machine", checked("sh", "-c", script).decode(), self.origin.url))
+
+    @unittest.skipUnless(os.geteuid() == 0, "pacman does its work for root only")
+    def test_pacman(self):
+        self.prepare(PacmanRepository(self.folder / "repository"), "pacman", "curl")
+        machine = PacmanClient(self, "machine", "", self.origin.url)
+        machine.write("pkgproxy", self.setup("pacman"))
+        more = pkgproxy.SETUP["pacman"][2].replace("/etc/pacman.conf", str(machine.folder / "pacman.conf"))
+        checked("sh", "-c", "true" + more.replace("/etc/pacman.d/pkgproxy", str(machine.folder / "pkgproxy")))
+        self.check(machine)
+
+    def test_the_environment(self):
+        self.prepare(PacmanRepository(self.folder / "repository"), "curl")
+        file = self.folder / "pkgproxy.sh"
+        for name in ("env", "apk", "xbps"):
+            file.write_text(self.setup(name))
+            self.run_client("sh", "-c", ". %s; curl -fsS -o %s %s/core/os/x86_64/core.db" % (
+                file, self.folder / "db", self.origin.url), no_proxy="")
+        self.assertEqual(len(self.origin.bodies("core.db")), 1)
+
+
 class StrangersTest(ClientCase):
     """A client on another machine, which is a network namespace with an address of its own."""
 
