@@ -1075,8 +1075,14 @@ NETWORKS = {
 
 
 def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
-    """The networks behind set names and CIDR texts; ValueError names the bad one."""
-    return [ipaddress.ip_network(text) for name in names for text in NETWORKS.get(name, (name,))]
+    """The networks behind set names and CIDR texts; ValueError says what is allowed."""
+    networks = []
+    for name in names:
+        try:
+            networks += [ipaddress.ip_network(text) for text in NETWORKS.get(name, (name,))]
+        except ValueError as error:
+            raise ValueError("%s; write %s or 203.0.113.0/24" % (error, ", ".join(NETWORKS))) from None
+    return networks
 
 
 def plain_address(text: str) -> str:
@@ -1251,6 +1257,13 @@ def parse_size(text: str) -> int:
     if not match:
         raise ValueError("'%s' is no size; write 500M, 20G or 1.5T" % text)
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_count(text: str, least: int, most: int) -> int:
+    """A number of things; ValueError says what is allowed."""
+    if not re.fullmatch(r"\d{1,9}", text, re.A) or not least <= int(text) <= most:
+        raise ValueError("'%s' is no number from %d to %d" % (text, least, most))
+    return int(text)
 
 
 def parse_span(text: str) -> float:
@@ -1910,7 +1923,8 @@ def outlined(uri: str) -> str:
 
 def hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
     """What users are about to lose, by how the first requests ended, and why; "" where all is well."""
-    heeded = {one: outcomes[one.value] for one in Outcome if one not in (Outcome.OWN, Outcome.REFUSED)}
+    heeded: dict[Outcome, int] = {one: outcomes[one.value] for one in Outcome
+                                  if one not in (Outcome.OWN, Outcome.REFUSED)}
     total, tunnels = sum(heeded.values()), heeded[Outcome.TUNNEL]
     if total and tunnels >= 0.9 * total:
         return ("%d of %d requests were CONNECT: https passes through unseen and isn't cached. Begin the "
@@ -6938,51 +6952,65 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
 DEFAULTS = Config()
 
-# flags, argparse's words
-OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
-    (("-a", "--addr"), {"action": "append", "metavar": "ADDR",
-                        "help": "listen here: :9999, 192.168.0.1:9999, [::1]:9999; may be repeated "
-                                "(default: %s)" % DEFAULTS.addrs[0]}),
-    (("-r", "--root"), {"metavar": "DIR",
-                        "help": "cache root, made if missing (default: the current folder)"}),
-    (("-f", "--filters"), {"metavar": "FILE",
-                           "help": "regular expressions, one a line; a request URI in which one is found is "
-                                   "never cached"}),
-    (("--allow",), {"action": "append", "metavar": "NET",
-                    "help": "who may connect: loopback, private, all, or a network such as 203.0.113.0/24; "
-                            "may be repeated (default: %s)" % " and ".join(DEFAULTS.allow)}),
-    (("--connect-ports",), {"metavar": "PORTS",
-                            "help": "where CONNECT may lead to: a list of ports, or none (default: 443)"}),
-    (("--max-size",), {"metavar": "SIZE", "help": "keep what is stored below, say, 20G: what was used least "
-                                                  "recently goes first (default: no limit)"}),
-    (("--min-free",), {"metavar": "SIZE", "help": "leave so much of the file system free (default: 5 %% of "
-                                                  "it, at most 10 GB)"}),
-    (("--max-age",), {"metavar": "TIME",
-                      "help": "remove what nobody has used for, say, 90d (default: keep it)"}),
-    (("--max-orphans",), {"metavar": "N", "type": int, "default": DEFAULTS.max_orphans,
-                          "help": "so many downloads go on when their last client has left (default: %d)"
-                                  % DEFAULTS.max_orphans}),
-    (("--barrier",), {"metavar": "URL",
-                      "help": "memcached://HOST:PORT[,HOST:PORT], for instances that share a root on which "
-                              "files can't be locked (default: they agree by locks)"}),
-    (("--parent",), {"metavar": "URL",
-                     "help": "the proxy to ask origins through, or none; URL,direct: without "
-                             "it where it fails (default: $http_proxy, $https_proxy)"}),
-    (("--ca-file",), {"metavar": "FILE", "help": "certificates (PEM) to trust besides the system's, for "
-                                                 "https origins"}),
-    (("--offline",), {"action": "store_true", "help": "never ask an origin: stored responses only"}),
-    (("--no-heuristics",), {"action": "store_false", "dest": "heuristics",
-                            "help": "ask again on each request for what no one says how long to keep "
-                                    "(default: keep it for a day)"}),
-    (("-w", "--workers"), {"metavar": "N", "type": int, "default": DEFAULTS.workers,
-                           "help": "so many processes share the work (default: %d; more pay where many "
-                                   "clients come at once, and there are processors for them)"
-                                   % DEFAULTS.workers}),
-    (("-v", "--verbose"), {"action": "count", "default": 0, "help": "log more"}),
-    (("-q", "--quiet"), {"action": "count", "default": 0,
-                         "help": "log no requests; twice: nothing but errors"}),
-    (("-V", "--version"), {"action": "version", "version": "pkgproxy " + __version__}),
+# group, flags, argparse's words; in brackets stands the default
+OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
+    ("clients", ("-a", "--addr"), {"action": "append", "metavar": "ADDR",
+                                   "help": "listen here; may be repeated (%s)" % DEFAULTS.addrs[0]}),
+    ("clients", ("--allow",), {"action": "append", "metavar": "NET",
+                               "help": "who may connect; may be repeated (%s)" % ", ".join(DEFAULTS.allow)}),
+    ("clients", ("--connect-ports",), {"metavar": "PORTS", "help": "where CONNECT may lead (443)"}),
+    ("clients", ("-w", "--workers"), {
+        "metavar": "N", "default": str(DEFAULTS.workers),
+        "help": "processes that share the work of many clients (%d)" % DEFAULTS.workers}),
+    ("cache", ("-r", "--root"), {"metavar": "DIR",
+                                 "help": "where it lies, made if missing (the current folder)"}),
+    ("cache", ("--max-size",), {"metavar": "SIZE",
+                                "help": "most to store; least used goes first (no limit)"}),
+    ("cache", ("--min-free",), {"metavar": "SIZE", "help": "leave free on the disk (5 %%, at most 10 GB)"}),
+    ("cache", ("--max-age",), {"metavar": "TIME",
+                               "help": "remove what was not used for so long (keep it)"}),
+    ("cache", ("-f", "--filters"), {"metavar": "FILE",
+                                    "help": "what is never cached, as expressions (none)"}),
+    ("cache", ("--no-heuristics",), {"action": "store_false", "dest": "heuristics",
+                                     "help": "ask again where no lifetime is told (a day)"}),
+    ("cache", ("--barrier",), {"metavar": "URL",
+                               "help": "by what instances that share it agree (locks)"}),
+    ("origins", ("--parent",), {"metavar": "URL",
+                                "help": "proxy to ask, or none ($http_proxy, $https_proxy)"}),
+    ("origins", ("--ca-file",), {"metavar": "FILE",
+                                 "help": "PEM certificates to trust as well, for https (none)"}),
+    ("origins", ("--offline",), {"action": "store_true",
+                                 "help": "never ask one, serve what is stored (off)"}),
+    ("origins", ("--max-orphans",), {
+        "metavar": "N", "default": str(DEFAULTS.max_orphans),
+        "help": "downloads that go on without clients (%d)" % DEFAULTS.max_orphans}),
+    ("log and help", ("-v", "--verbose"), {"action": "count", "default": 0, "help": "log more"}),
+    ("log and help", ("-q", "--quiet"), {"action": "count", "default": 0,
+                                         "help": "log no requests; twice: nothing but errors"}),
+    ("log and help", ("-V", "--version"), {"action": "version", "version": "pkgproxy " + __version__,
+                                           "help": "show the version and exit"}),
+    ("log and help", ("-h", "--help"), {"action": "help", "help": "show this and exit"}),
 )
+
+EPILOG = """In brackets: the default.  What may be written:
+  ADDR   :9999, 192.168.0.1:9999 or [::1]:9999
+  NET    loopback, private, all, or a network such as 203.0.113.0/24
+  PORTS  443,8443 or none
+  SIZE   500M, 20G or 1.5T
+  TIME   90m, 12h, 30d or 8w
+  FILE   for -f: regular expressions, one a line, each searched in the URI
+  URL    for --barrier memcached://HOST:PORT[,HOST:PORT]
+         for --parent http://[NAME:PASSWORD@]HOST:PORT[,direct]
+
+Clients only set http_proxy=http://this-host:9999/, which also shows a page.
+Clean the cache with rm, at any time."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help with an option a line."""
+
+    def __init__(self, prog: str, **more: Any) -> None:
+        super().__init__(prog, max_help_position=26, **more)
 
 
 class Unusable(Exception):
@@ -7008,15 +7036,14 @@ def parse_addr(text: str) -> tuple[str, int]:
 def parse_options(arguments: list[str]) -> tuple[Config, int]:
     """The configuration, and the log level; exits with 2 and one line where an option is bad."""
     parser = argparse.ArgumentParser(
-        prog="pkgproxy.py", description="A caching HTTP proxy for package managers.",
-        epilog="Clients only set http_proxy=http://this-host:9999/. Clean the cache with rm, at any time.")
-    for flags, words in OPTIONS:
-        parser.add_argument(*flags, **words)
+        "pkgproxy.py", "%(prog)s [options]", "A caching HTTP proxy for package managers.", EPILOG,
+        formatter_class=HelpFormatter, add_help=False)
+    groups = {group: parser.add_argument_group(group) for group, _, _ in OPTIONS}
+    for group, flags, words in OPTIONS:
+        groups[group].add_argument(*flags, **words)
     options = parser.parse_args(arguments)
     if options.root == "" or options.filters == "":
         parser.error("-r and -f want a name, not nothing")
-    if not 1 <= options.workers <= MAX_WORKERS:
-        parser.error("--workers wants a number from 1 to %d" % MAX_WORKERS)
     addrs, allow = tuple(options.addr or DEFAULTS.addrs), tuple(options.allow or DEFAULTS.allow)
     try:
         for addr in addrs:
@@ -7028,7 +7055,8 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
                         None if options.max_size is None else parse_size(options.max_size),
                         None if options.min_free is None else parse_size(options.min_free),
                         max_age=None if options.max_age is None else parse_span(options.max_age),
-                        max_orphans=options.max_orphans, workers=options.workers,
+                        max_orphans=parse_count(options.max_orphans, 0, 10_000),
+                        workers=parse_count(options.workers, 1, MAX_WORKERS),
                         barrier=() if options.barrier is None else parse_barrier(options.barrier),
                         pseudonym="pkgproxy-" + secrets.token_hex(4),
                         ca_file=options.ca_file, parents=find_parents(options.parent, os.environ),

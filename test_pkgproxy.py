@@ -4958,7 +4958,7 @@ class PagesTest(ProxyCase):
         self.assertIn(b"Set up this machine", answer.body)
 
     def test_the_address_is_that_by_which_the_page_was_reached(self):
-        for host, shown in (("Proxy.lan:3142", b"proxy:3142"), ("proxy", b"proxy:80"),
+        for host, shown in (("Proxy.lan:3142", b"proxy.lan:3142"), ("proxy", b"proxy:80"),
                             ("me:pw@[::1]:9", b"[::1]:9"), (None, b"127.0.0.1:%d" % self.address[1])):
             lines = b"GET / HTTP/1.0\r\n" + (b"Host: %s\r\n" % host.encode() if host else b"")
             with self.subTest(host=host):
@@ -6428,8 +6428,10 @@ class PorchTest(unittest.TestCase):
                 (["-f", "."], 1, "directory"), (["-a", "9999"], 2, "write :9999"), (["-a", ":x"], 2, "write :9999"),
                 (["-a", ":70000"], 2, "write :9999"), (["-a", "nowhere.invalid:0"], 1, "Cannot listen"),
                 (["--parent", "socks5://a"], 2, "--parent: a parent proxy is written"), (["--ca-file", "missing"], 1, "certificates in missing cannot be used: No such file"),
-                (["--ca-file", "file"], 1, "certificates in file cannot be used: no certificate"), (["-r", ""], 2, "want a name"), (["--allow", "lan"], 2, "lan"), (["--unknown"], 2, "unknown"),
-                (["--max-size", "much"], 2, "write 500M"), (["--max-age", "5"], 2, "write 90m"), (["--barrier", "redis://a:1"], 2, "write memcached://"))
+                (["--ca-file", "file"], 1, "certificates in file cannot be used: no certificate"), (["--barrier", "redis://a:1"], 2, "write memcached://"),
+                (["-r", ""], 2, "want a name"), (["--allow", "lan"], 2, "write loopback, private"), (["--allow", "10.0.0.1/8"], 2, "write loopback"),
+                (["--max-orphans", "x"], 2, "from 0 to"), (["--max-orphans", "-1"], 2, "from 0 to"), (["--unknown"], 2, "unknown"),
+                (["--max-size", "much"], 2, "write 500M"), (["--max-age", "5"], 2, "write 90m"))
             runs = several.map(lambda row: self.run_to_end("-a", "127.0.0.1:0", *row[0]), rows)
             for (arguments, code, expected), ran in zip(rows, runs):
                 with self.subTest(arguments=arguments):
@@ -6462,7 +6464,13 @@ class PorchTest(unittest.TestCase):
 
     def test_version_and_help(self):
         self.assertEqual(self.run_to_end("--version").stdout, "pkgproxy %s\n" % pkgproxy.__version__)
-        self.assertLessEqual(len(self.run_to_end("--help").stdout.splitlines()), 48, "two screens")
+        text = self.run_to_end("--help", env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}).stdout
+        self.assertLessEqual(len(text.splitlines()), 48, "two screens")
+        if sys.version_info >= (3, 13):  # the older ones repeat the metavar
+            lines = [line for line in text.splitlines() if line.startswith("  -")]
+            self.assertEqual(len(lines), len(pkgproxy.OPTIONS), "an option a line")
+            for line, (group, _, _) in zip(lines, pkgproxy.OPTIONS):
+                self.assertRegex(line, r"  \S.*\(.+\)\Z" if group != "log and help" else r"\S  +\S", "with its default")
 
     def test_a_log_that_nobody_reads_holds_nobody_up(self):
         process, lines = self.start()
