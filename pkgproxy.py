@@ -65,6 +65,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import binascii
 import calendar
 import collections
 import contextlib
@@ -145,6 +146,7 @@ BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
 EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
 SHOWN = 20  # requests, and downloads, on the status page
 MAX_ORIGINS = 40  # told apart there and in /metrics; what is more counts as "other"
+MAX_NOTICE = 48 * 1024  # bytes of what one worker tells the others for the pages
 HINTS_AFTER = (20, 100)  # requests: by then it can be told that a proxy is of no use to its clients
 
 # Times, all in seconds.
@@ -3916,6 +3918,40 @@ MAX_ATTEMPTS = 10_000  # of them remembered
 MAX_REFRESHERS = 4  # validations at one time that no client waits for
 
 
+class Board:
+    """What worker processes tell each other for the pages: in shared memory, a place for each to write."""
+
+    HEAD = struct.Struct("II")  # length and checksum: who reads while another writes is to see it
+
+    def __init__(self, workers: int) -> None:
+        self._memory = mmap.mmap(-1, MAX_NOTICE * workers)
+        self._workers = workers
+        self.own = 0  # our place
+
+    def put(self, notice: Callable[[], dict[str, Any]]) -> None:
+        """Replace what we tell, where there is somebody to read it."""
+        if self._workers > 1:
+            data = json.dumps(notice()).encode()
+            if len(data) <= MAX_NOTICE - self.HEAD.size:
+                start = MAX_NOTICE * self.own
+                data = self.HEAD.pack(len(data), binascii.crc32(data)) + data
+                self._memory[start:start + len(data)] = data
+
+    def others(self) -> list[dict[str, Any]]:
+        """What the others tell."""
+        found = (self._read(MAX_NOTICE * place) for place in range(self._workers) if place != self.own)
+        return [notice for notice in found if notice]
+
+    def _read(self, start: int) -> dict[str, Any]:
+        for _ in range(3):
+            length, checksum = self.HEAD.unpack_from(self._memory, start)
+            data = self._memory[start + self.HEAD.size:start + min(MAX_NOTICE, self.HEAD.size + length)]
+            if length and binascii.crc32(data) == checksum:
+                found: dict[str, Any] = json.loads(data)
+                return found
+        return {}
+
+
 class Counters:
     """What was answered, and how.  statsCacheBytes + statsDownBytes are the original's names.
 
@@ -3932,10 +3968,12 @@ class Counters:
         self._slots = memoryview(mmap.mmap(-1, 8 * len(self.NAMES) * workers)).cast("Q")
         self._places = {name: number for number, name in enumerate(self.NAMES)}  # in this worker's row
         self._lock = threading.Lock()  # guards this worker's row
+        self.board = Board(workers)
         self.started = time.time()
 
     def take_row(self, worker: int) -> None:
         """Count in the row of this worker, from 0, from now on."""
+        self.board.own = worker
         first = worker * len(self.NAMES)
         self._places = {name: first + number for number, name in enumerate(self.NAMES)}
 
@@ -5201,7 +5239,11 @@ class Insight:
         now = time.time()
         return {**self._counters.snapshot(), "counters": self._totals(), **self.history.snapshot(now),
                 "now": now, "since": self._counters.started, "disk": disk_usage(self._store.root),
-                "processes": [self.gather()]}
+                "processes": [self.gather(), *self._counters.board.others()]}
+
+    def publish(self) -> None:
+        """Let the other processes show what this one has gathered."""
+        self._counters.board.put(self.gather)
 
     def ailment(self) -> str:
         """Why this process cannot do its work, or cache; "" where it can."""
@@ -7159,6 +7201,7 @@ def wait_for_end(proxy: Proxy, heard: queue.SimpleQueue[str], supervisor: int) -
     """Until SIGTERM or SIGINT, or the death of our supervisor (a process, 0 for none); SIGHUP reads the
     filters again."""
     while not supervisor or os.getppid() == supervisor:
+        proxy.insight.publish()
         with contextlib.suppress(queue.Empty):
             name = heard.get(timeout=1.0)  # Windows delivers signals between waits only
             if name in ("SIGTERM", "SIGINT"):

@@ -4820,6 +4820,34 @@ class WatchTest(unittest.TestCase):
         self.note("http://a/dists/x/InRelease", Outcome.BYPASS, forward="bypass")
 
 
+class BoardTest(unittest.TestCase):
+    """What workers tell each other."""
+
+    def test_each_reads_what_the_others_wrote_last(self):
+        board = pkgproxy.Board(3)
+        self.assertEqual(board.others(), [])
+        for worker, text in ((0, "mine"), (1, "old"), (1, "new"), (2, "third")):
+            board.own = worker
+            board.put(lambda text=text: {"x": text})
+        board.own = 0
+        self.assertEqual(board.others(), [{"x": "new"}, {"x": "third"}])
+
+    def test_what_is_half_written_or_too_long_is_not_shown(self):
+        board = pkgproxy.Board(2)
+        board.own = 1
+        board.put(lambda: {"x": "y" * pkgproxy.MAX_NOTICE})
+        board.put(lambda: {"x": "y" * 100})
+        board.own = 0
+        self.assertEqual(board.others(), [{"x": "y" * 100}])
+        board._memory[pkgproxy.MAX_NOTICE + 50] = 0
+        self.assertEqual(board.others(), [])
+
+    def test_one_alone_has_nobody_to_tell(self):
+        board = pkgproxy.Board(1)
+        board.put(lambda: self.fail("nobody reads it"))
+        self.assertEqual(board.others(), [])
+
+
 class HistoryTest(unittest.TestCase):
     """Counters and plots over all time."""
 
@@ -6346,6 +6374,28 @@ class PorchTest(unittest.TestCase):
             served.append(json.loads(found)["allTime"]["failed"])
         self.assertEqual(served, [1, 2])
         self.assertTrue((root / pkgproxy.BOOKS / "history.json").is_file())
+
+    @unittest.skipUnless(hasattr(os, "fork"), "this system cannot fork")
+    def test_the_page_tells_of_all_workers_whichever_answers(self):
+        origin = Origin()
+        self.addCleanup(origin.close)
+        origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1000)
+        proxy = ProxyProcess(Path(self.folder, "root"), ["-w", "3"])
+        self.addCleanup(proxy.stop)
+
+        def get(path):
+            with contextlib.closing(http.client.HTTPConnection(*proxy.address, timeout=PATIENCE)) as connection:
+                connection.request("GET", path)
+                return connection.getresponse().read()
+
+        with concurrent.futures.ThreadPoolExecutor(12) as several:
+            list(several.map(get, [origin.url("/x_1.0_all.deb")] * 30))
+        for _ in range(3):
+            until(lambda: [row["requests"] for row in json.loads(get("/status.json"))["origins"].values()] == [30])
+        view = json.loads(get("/status.json"))
+        self.assertEqual(sum(view["counters"][name] for name in ("hit", "miss", "collapsed", "relayed")), 30)
+        self.assertEqual(sum(view["allTime"][name] for name in ("hit", "miss", "collapsed", "relayed")), 30)
+        self.assertEqual(len(view["recent"]), pkgproxy.SHOWN)
 
     def test_ctrl_c_stops_it_too(self):
         process, _ = self.start()
