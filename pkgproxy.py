@@ -897,7 +897,7 @@ def request_target(method: str, uri: str, host: str, local: tuple[str, int]) -> 
     # Who knows us as a proxy sends what has our prefix to us as a proxy, too.
     if target.port == local[1] and (target.host == local[0] or _WRITTEN_OUT.fullmatch(target.path)):
         inner, prefix = origin_form(target.path, "", local)
-        return inner or target, prefix
+        return inner or (None if _OWN_PAGE.fullmatch(target.path) else target), prefix
     return target, ""
 
 
@@ -977,7 +977,9 @@ def parse_request(lines: list[str], local: tuple[str, int] = ("", 0)) -> Request
     if method == "CONNECT" and (length != 0 or value(fields, "Content-Length") is not None):
         raise BadRequest("CONNECT has no body.")
     key = cache_key(target) if target and target.path not in ("", "*") else ""
-    if target and (prefix or uri.startswith("/")):
+    if target is None:
+        uri = re.sub(r"\A\w+://[^/?]*", "", uri) or "/"  # our own page's path
+    elif prefix or uri.startswith("/"):
         uri = target.uri  # what filters and readers of the log look for
     return Request(method, uri, target or Target("", "", 0, uri), fields, version, length=length, key=key,
                    own=target is None, prefix=prefix)
@@ -1078,13 +1080,10 @@ NETWORKS = {
 
 def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     """The networks behind set names and CIDR texts; ValueError says what is allowed."""
-    networks = []
-    for name in names:
-        try:
-            networks += [ipaddress.ip_network(text) for text in NETWORKS.get(name, (name,))]
-        except ValueError as error:
-            raise ValueError("%s; write %s or 203.0.113.0/24" % (error, ", ".join(NETWORKS))) from None
-    return networks
+    try:
+        return [ipaddress.ip_network(text) for name in names for text in NETWORKS.get(name, (name,))]
+    except ValueError as error:
+        raise ValueError("%s; write %s or 203.0.113.0/24" % (error, ", ".join(NETWORKS))) from None
 
 
 def plain_address(text: str) -> str:
@@ -1930,7 +1929,8 @@ def hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
     total, tunnels = sum(heeded.values()), heeded[Outcome.TUNNEL]
     if total and tunnels >= 0.9 * total:
         return ("%d of %d requests were CONNECT: https passes through unseen and isn't cached. Begin the "
-                "repositories' addresses with http:// where their packages are signed." % (tunnels, total))
+                "repositories' addresses with http://, where their packages are signed, or put the proxy's "
+                "own before them: http://this-host:9999/https://mirror.example.org/." % (tunnels, total))
     if total < HINTS_AFTER[-1] or any(heeded[one] for one in FROM_CACHE):
         return ""
     most = max(heeded, key=lambda one: heeded[one])
@@ -2633,11 +2633,8 @@ def disk_usage(root: str) -> dict[str, int]:
 def try_writing(folder: str) -> None:
     """OSError where no file can be made there."""
     path = os.path.join(folder, "^probe-" + secrets.token_hex(4))
-    try:
-        write_file(path, "")
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+    write_file(path, "")
+    os.unlink(path)
 
 
 class Janitor:
@@ -4041,12 +4038,10 @@ class History:
         self._stop.set()
         if self._saver is not None:
             self._saver.join(1.0)
-            self.record(time.time())
             self.save()
 
     def _save_again(self) -> None:
         while not self._stop.wait(SAVE_EVERY):
-            self.record(time.time())
             self.save()
 
     def record(self, now: float) -> None:
@@ -4094,6 +4089,7 @@ class History:
 
     def save(self) -> None:
         """Write it down, where it has changed."""
+        self.record(time.time())
         with self._lock:
             text = json.dumps({"since": self._since, "era": self._era, "all": self._all,
                                "last": self._last, "slots": self._slots})
@@ -4128,9 +4124,7 @@ class Recent:
                                  cache_status))
             if target.host and cache_status.outcome not in (Outcome.REFUSED, Outcome.FAILED):
                 place = target.host, target.port
-                row = self._origins.get(place)
-                if row is None:
-                    row = self._admit(place)
+                row = self._origins.get(place) or self._admit(place)
                 row[0] += 1
                 row[1] += sent.size
                 row[2] += sent.cached
@@ -4414,7 +4408,7 @@ class Tee:
                 self._partial.tell()
 
 
-def start_thread(work: Callable[..., None], *arguments: Any) -> None:
+def start_thread(work: Callable[..., object], *arguments: Any) -> None:
     """Let a thread do it; LocalFailure where there can't be one more."""
     try:
         threading.Thread(target=work, args=arguments, daemon=True).start()
@@ -4709,8 +4703,6 @@ class Filler:
         partial, flight = download.partial, download.flight
         landing = Landing.FAILED
         failure: Exception | None = None
-        with self._lock:
-            self._running[partial] = time.monotonic(), partial.size
         try:
             self._download(download)
             landing = Landing.WHOLE
@@ -4729,13 +4721,16 @@ class Filler:
                 failure = error
             partial.keep()
         finally:
-            with self._lock:
-                self._running.pop(partial)
+            self._forget(partial)
             self.barrier.end(flight, landing, failure, partial.size)
-            self._orphans.forget(partial)
             self._claims.release(partial)
         if landing is Landing.STORED and download.outcome is Outcome.UPDATED:
             self._updated(download.forward)
+
+    def _forget(self, partial: Partial) -> None:
+        self._orphans.forget(partial)
+        with self._lock:
+            self._running.pop(partial, None)
 
     def _land(self, partial: Partial, flight: Flight) -> Landing:
         """Store what is complete, unless something has made it invalid meanwhile; LocalFailure."""
@@ -4751,6 +4746,8 @@ class Filler:
     def _download(self, download: Download) -> None:
         """All bytes, over as many connections as it takes; OriginFailure, LocalFailure."""
         partial = download.partial
+        with self._lock:
+            self._running[partial] = time.monotonic(), partial.size
         if download.response is None and partial.size == partial.length:
             return
         tee = Tee(partial, download.flight, functools.partial(self._may_go_on, download))
@@ -5226,9 +5223,8 @@ class Insight:
     def _totals(self) -> dict[str, int]:
         """The counters since the start, as one level."""
         counted = self._counters.snapshot()
-        outcomes: dict[str, int] = counted["statsOutcomes"]
         return {**{name: counted[name] for name in ("statsCacheBytes", "statsDownBytes", "statsTunnelBytes")},
-                **outcomes}
+                **counted["statsOutcomes"]}
 
     def gather(self) -> dict[str, Any]:
         """What this process has to tell the pages beside the counters: plain data, at most 32 KB as JSON."""
@@ -5249,13 +5245,10 @@ class Insight:
         """Why this process cannot do its work, or cache; "" where it can."""
         try:
             try_writing(self._store.books)
+            start_thread(int)
         except OSError as error:
             return "The cache root cannot be written: %s." % (error.strerror or error)
-        try:
-            thread = threading.Thread(target=int)
-            thread.start()
-            thread.join()
-        except RuntimeError:
+        except LocalFailure:
             return "No more threads are to be had."
         return ""
 
@@ -5526,12 +5519,11 @@ SETUP = {
     "pacman": ("XferCommand = /usr/bin/env http_proxy=http://%s /usr/bin/curl -fL -C - -o %%o %%u",
                "> /etc/pacman.d/pkgproxy",
                " && sed -i '/^\\[options\\]/a Include = /etc/pacman.d/pkgproxy' /etc/pacman.conf"),
-    "apk": ("export http_proxy=http://%s", "> /etc/profile.d/pkgproxy.sh", ""),
-    "xbps": ("export http_proxy=http://%s", "> /etc/profile.d/pkgproxy.sh", ""),
     "pkg": ('PKG_ENV : { http_proxy: "http://%s" }', ">> /usr/local/etc/pkg.conf", ""),
     "opkg": ("option http_proxy http://%s", "> /etc/opkg/pkgproxy.conf", ""),
     "portage": ('http_proxy="http://%s"', ">> /etc/portage/make.conf", ""),
-    "env": ("export http_proxy=http://%s", "> /etc/profile.d/pkgproxy.sh", ""),
+    **dict.fromkeys(("apk", "xbps", "env"), (
+        "export http_proxy=http://%s", "> /etc/profile.d/pkgproxy.sh", "")),
 }
 
 DETECT = """#!/bin/sh
@@ -5560,13 +5552,8 @@ def volume(count: float) -> str:
     >>> volume(999), volume(53080), volume(999_950)
     ('999 B', '53.1 kB', '1.0 MB')
     """
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < (1000 if unit == "B" else 999.95):
-            break
-        count /= 1000
-    else:
-        unit = "PB"
-    return "%d B" % count if unit == "B" else "%.1f %s" % (count, unit)
+    power = next((power for power in range(1, 5) if count < 999.95 * 1000**power), 5)
+    return "%d B" % count if count < 1000 else "%.1f %sB" % (count / 1000**power, " kMGTP"[power])
 
 
 def duration(seconds: float) -> str:
@@ -5641,45 +5628,32 @@ STYLE = """
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:66rem;padding:1.5rem 1rem 3rem;background:var(--back);color:var(--text);
 font:1rem/1.5 system-ui,sans-serif;font-variant-numeric:tabular-nums}
-header{display:flex;flex-wrap:wrap;gap:.25rem 1rem;align-items:baseline}
-h1{font-size:1.5rem;margin:0}
-h2{font-size:1rem;margin:0 0 .75rem}
-p{margin:.25rem 0}
-a{color:var(--cache)}
-header a{margin-left:auto}
+header{display:flex;flex-wrap:wrap;gap:.25rem 1rem;align-items:baseline}header a{margin-left:auto}
+h1{font-size:1.5rem;margin:0}h2{font-size:1rem;margin:0 0 .75rem}p{margin:.25rem 0}a{color:var(--cache)}
 section{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem 1.25rem;
 margin-top:1rem;min-width:0}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:0 1rem}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:1rem;margin:0}
-dt,.soft,th,figcaption{color:var(--soft);font-size:.875rem;font-weight:400}
-dd{margin:0;font-size:1.75rem;line-height:1.3;font-weight:600}
-dd+dd{font-size:.875rem;font-weight:400;color:var(--soft)}
-.bad{color:var(--bad)}
+dt,dd+dd,.soft,th,figcaption{color:var(--soft);font-size:.875rem;font-weight:400}
+dd{margin:0}dt+dd{font-size:1.75rem;line-height:1.3;font-weight:600}
 .cache{color:var(--cache);fill:var(--cache)}.origin{color:var(--origin);fill:var(--origin)}
 svg{display:block;width:100%;height:9rem;border-bottom:1px solid var(--soft)}
-figure{margin:0;display:none}
+figure{margin:0;display:none}figcaption b:nth-of-type(2){margin-left:.75rem}
 figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1rem}
-figcaption b+b,figcaption b:nth-of-type(2){margin-left:.75rem}
 #hour:checked~div .hour,#day:checked~div .day,#month:checked~div .month{display:block}
 .tabs>input{position:absolute;opacity:0}
 .tabs>label{display:inline-block;padding:.125rem .75rem;margin:0 .25rem .75rem 0;border:1px solid var(--line);
 border-radius:1rem;font-size:.875rem;cursor:pointer}
 .tabs>input:checked+label{background:var(--cache);border-color:var(--cache);color:var(--card)}
 .tabs>input:focus-visible+label,:focus-visible{outline:2px solid var(--cache);outline-offset:2px}
-.wide{overflow-x:auto}
-table{border-collapse:collapse;width:100%}
+.wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.875rem}
 th,td{text-align:left;padding:.25rem 1rem .25rem 0;vertical-align:top;border-top:1px solid var(--line)}
-tr:first-child th{border:0}
-.n{text-align:right;white-space:nowrap}
-table{font-size:.875rem}
-.name{overflow-wrap:anywhere;min-width:9rem}
-.name .soft{display:block}
-progress{width:100%;accent-color:var(--cache)}
-li{list-style:none;margin-bottom:.75rem}
-ul{margin:0;padding:0}
+tr:first-child th{border:0}.n{text-align:right;white-space:nowrap}
+.name{overflow-wrap:anywhere;min-width:9rem}.name .soft{display:block}
+progress{width:100%;accent-color:var(--cache)}ul{margin:0;padding:0}li{list-style:none;margin-bottom:.75rem}
 pre{margin:.25rem 0 0;padding:.5rem .75rem;background:var(--back);border-radius:.25rem;font-size:.8125rem;
 white-space:pre-wrap;overflow-wrap:anywhere;user-select:all}
-.lost #state::after{content:" The connection to it is lost.";color:var(--bad)}
+.bad{color:var(--bad)}.lost #state::after{content:" The connection to it is lost.";color:var(--bad)}
 @media(max-width:40rem){body{padding:1rem .5rem 2rem}section{padding:.75rem}.tall thead{display:none}
 .tall tr{display:block;border-top:1px solid var(--line);padding:.5rem 0}
 th,td{padding-right:.5rem}.name{min-width:6rem}
@@ -5687,8 +5661,7 @@ th,td{padding-right:.5rem}.name{min-width:6rem}
 """
 
 SCRIPT = """
-"use strict";
-const seen = {};
+"use strict"; const seen = {};
 async function update() {
   if (document.hidden) return;
   try {
@@ -5707,8 +5680,7 @@ PAGE = """<!doctype html>
 <noscript><meta http-equiv="refresh" content="10"></noscript></head><body>
 <header><h1>pkgproxy</h1><span class="soft">a caching proxy for package managers, %(version)s</span>
 <a href="#setup">Set up this machine</a></header>
-<main><p id="state">%(state)s</p>
-<section aria-label="Savings"><dl id="figures">%(figures)s</dl></section>
+<main><p id="state">%(state)s</p><section aria-label="Savings"><dl id="figures">%(figures)s</dl></section>
 <section class="tabs"><h2>Bytes from the cache and from origins</h2>
 <input type="radio" name="span" id="hour" checked><label for="hour">Hour</label>
 <input type="radio" name="span" id="day"><label for="day">Day</label>
@@ -5720,13 +5692,12 @@ aria-label="Busiest origins"><table id="origins">%(origins)s</table></div></sect
 <section><h2>Disk and troubles</h2><div id="disk">%(disk)s</div></section></div>
 <section><h2>Last requests</h2><table id="recent" class="tall">%(recent)s</table></section>
 <section id="setup"><h2>Set up this machine</h2><p>As root, one of these; then update as always. Repositories'
-addresses must begin with http://, for https passes through unseen.</p><ul>%(setup)s</ul>
+addresses must begin with http://, for https passes through unseen, or with http://%(proxy)s/https://.</p><ul>%(setup)s</ul>
 <p class="soft">Each is also text to fetch, as <a href="/setup/apt">/setup/apt</a>. Laptops that leave this
 network let apt run <a href="/setup/detect.sh">/setup/detect.sh</a>; others read
 <a href="/proxy.pac">/proxy.pac</a>. For machines: <a href="/status.json">/status.json</a>,
-<a href="/metrics">/metrics</a>,
-<a href="/debug/vars">/debug/vars</a>, <a href="/healthz">/healthz</a>.</p></section>
-</main><script>%(script)s</script></body></html>
+<a href="/metrics">/metrics</a>, <a href="/debug/vars">/debug/vars</a>, <a href="/healthz">/healthz</a>.
+</p></section></main><script>%(script)s</script></body></html>
 """
 
 
@@ -5861,8 +5832,8 @@ def status_page(view: dict[str, Any], proxy: str) -> Page:
     lines = "".join("<li>%s<pre>%s</pre></li>" % (", ".join(row), escape(line))
                     for line, row in names.items())
     return Page("text/html; charset=utf-8", PAGE % {
-        **status_html(view), "setup": lines, "style": STYLE, "script": SCRIPT, "version": view["version"]},
-        policy=POLICY)
+        **status_html(view), "setup": lines, "style": STYLE, "script": SCRIPT, "version": view["version"],
+        "proxy": escape(proxy)}, policy=POLICY)
 
 
 def _metrics(view: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[tuple[str, float]]]]:
@@ -6330,8 +6301,8 @@ class Desk:
         page = own_page(request.uri, (host, port), "text/html" in (value(request.fields, "Accept") or ""),
                         self.snapshot, self.ailment)
         if page is None:
-            raise Failure("There is no such page here. To fetch through this proxy, set http_proxy=http://%s/ "
-                          "or ask for /http://host/path" % Target("", host, port, "").authority, 404)
+            raise Failure("There is no such page here. To fetch through this proxy, set http_proxy=http://%s/"
+                          " or ask for /http://host/path" % Target("", host, port, "").authority, 404)
         return Reply(own_head(page.status, page.media, (("Vary", "Accept"),), page.policy),
                      BytesBody(page.text.encode()), CacheStatus(Outcome.OWN))
 
@@ -6993,45 +6964,35 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 # ---------------------------------------------------------------------------------------------
 
 DEFAULTS = Config()
+REPEATED: dict[str, Any] = {"action": "append"}
+COUNTED: dict[str, Any] = {"action": "count", "default": 0}
 
-# group, flags, argparse's words; in brackets stands the default
-OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
-    ("clients", ("-a", "--addr"), {"action": "append", "metavar": "ADDR",
-                                   "help": "listen here; may be repeated (%s)" % DEFAULTS.addrs[0]}),
-    ("clients", ("--allow",), {"action": "append", "metavar": "NET",
-                               "help": "who may connect; may be repeated (%s)" % ", ".join(DEFAULTS.allow)}),
-    ("clients", ("--connect-ports",), {"metavar": "PORTS", "help": "where CONNECT may lead (443)"}),
-    ("clients", ("-w", "--workers"), {
-        "metavar": "N", "default": str(DEFAULTS.workers),
-        "help": "processes that share the work of many clients (%d)" % DEFAULTS.workers}),
-    ("cache", ("-r", "--root"), {"metavar": "DIR",
-                                 "help": "where it lies, made if missing (the current folder)"}),
-    ("cache", ("--max-size",), {"metavar": "SIZE",
-                                "help": "most to store; least used goes first (no limit)"}),
-    ("cache", ("--min-free",), {"metavar": "SIZE", "help": "leave free on the disk (5 %%, at most 10 GB)"}),
-    ("cache", ("--max-age",), {"metavar": "TIME",
-                               "help": "remove what was not used for so long (keep it)"}),
-    ("cache", ("-f", "--filters"), {"metavar": "FILE",
-                                    "help": "what is never cached, as expressions (none)"}),
-    ("cache", ("--no-heuristics",), {"action": "store_false", "dest": "heuristics",
-                                     "help": "ask again where no lifetime is told (a day)"}),
-    ("cache", ("--barrier",), {"metavar": "URL",
-                               "help": "by what instances that share it agree (locks)"}),
-    ("origins", ("--parent",), {"metavar": "URL",
-                                "help": "proxy to ask, or none ($http_proxy, $https_proxy)"}),
-    ("origins", ("--ca-file",), {"metavar": "FILE",
-                                 "help": "PEM certificates to trust as well, for https (none)"}),
-    ("origins", ("--offline",), {"action": "store_true",
-                                 "help": "never ask one, serve what is stored (off)"}),
-    ("origins", ("--max-orphans",), {
-        "metavar": "N", "default": str(DEFAULTS.max_orphans),
-        "help": "downloads that go on without clients (%d)" % DEFAULTS.max_orphans}),
-    ("log and help", ("-v", "--verbose"), {"action": "count", "default": 0, "help": "log more"}),
-    ("log and help", ("-q", "--quiet"), {"action": "count", "default": 0,
-                                         "help": "log no requests; twice: nothing but errors"}),
-    ("log and help", ("-V", "--version"), {"action": "version", "version": "pkgproxy " + __version__,
-                                           "help": "show the version and exit"}),
-    ("log and help", ("-h", "--help"), {"action": "help", "help": "show this and exit"}),
+# group, flags, what the value is called, help with the default in brackets, argparse's other words
+OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
+    ("clients", "-a --addr", "ADDR", "listen here; may be repeated (%s)" % DEFAULTS.addrs[0], REPEATED),
+    ("clients", "--allow", "NET", "who may connect; may be repeated (%s)" % ", ".join(DEFAULTS.allow),
+     REPEATED),
+    ("clients", "--connect-ports", "PORTS", "where CONNECT may lead (443)", {}),
+    ("clients", "-w --workers", "N", "processes that share the work of many clients (%d)" % DEFAULTS.workers,
+     {"default": str(DEFAULTS.workers)}),
+    ("cache", "-r --root", "DIR", "where it lies, made if missing (the current folder)", {}),
+    ("cache", "--max-size", "SIZE", "most to store; least used goes first (no limit)", {}),
+    ("cache", "--min-free", "SIZE", "leave free on the disk (5 %%, at most 10 GB)", {}),
+    ("cache", "--max-age", "TIME", "remove what was not used for so long (keep it)", {}),
+    ("cache", "-f --filters", "FILE", "what is never cached, as expressions (none)", {}),
+    ("cache", "--no-heuristics", "", "ask again where no lifetime is told (a day)",
+     {"action": "store_false", "dest": "heuristics"}),
+    ("cache", "--barrier", "URL", "by what instances that share it agree (locks)", {}),
+    ("origins", "--parent", "URL", "proxy to ask, or none ($http_proxy, $https_proxy)", {}),
+    ("origins", "--ca-file", "FILE", "PEM certificates to trust as well, for https (none)", {}),
+    ("origins", "--offline", "", "never ask one, serve what is stored (off)", {"action": "store_true"}),
+    ("origins", "--max-orphans", "N", "downloads that go on without clients (%d)" % DEFAULTS.max_orphans,
+     {"default": str(DEFAULTS.max_orphans)}),
+    ("log and help", "-v --verbose", "", "log more", COUNTED),
+    ("log and help", "-q --quiet", "", "log no requests; twice: nothing but errors", COUNTED),
+    ("log and help", "-V --version", "", "show the version and exit",
+     {"action": "version", "version": "pkgproxy " + __version__}),
+    ("log and help", "-h --help", "", "show this and exit", {"action": "help"}),
 )
 
 EPILOG = """In brackets: the default.  What may be written:
@@ -7080,9 +7041,11 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
     parser = argparse.ArgumentParser(
         "pkgproxy.py", "%(prog)s [options]", "A caching HTTP proxy for package managers.", EPILOG,
         formatter_class=HelpFormatter, add_help=False)
-    groups = {group: parser.add_argument_group(group) for group, _, _ in OPTIONS}
-    for group, flags, words in OPTIONS:
-        groups[group].add_argument(*flags, **words)
+    groups = {row[0]: parser.add_argument_group(row[0]) for row in OPTIONS}
+    for group, flags, metavar, text, words in OPTIONS:
+        if metavar:
+            words = {"metavar": metavar, **words}
+        groups[group].add_argument(*flags.split(), help=text, **words)
     options = parser.parse_args(arguments)
     if options.root == "" or options.filters == "":
         parser.error("-r and -f want a name, not nothing")

@@ -816,7 +816,7 @@ class NameRulesTest(unittest.TestCase):
                 ("http://https/a/x", "https", "http://https/a/x", ""), ("/deb.test/", proxy, "http://deb.test/", "/"),
                 # both a proxy and a prefix
                 ("http://proxy:9999/https://deb.test/x", proxy, "https://deb.test/x", "/"), ("http://10.0.0.1:9999/deb.test/x", "10.0.0.1:9999", deb, "/"),
-                ("http://proxy:9999/deb.test/x", proxy, "http://proxy:9999/deb.test/x", ""), ("http://10.0.0.1:9999/debug/vars", proxy, "http://10.0.0.1:9999/debug/vars", ""),
+                ("http://proxy:9999/deb.test/x", proxy, "http://proxy:9999/deb.test/x", ""), ("http://10.0.0.1:9999/debug/vars", proxy, None, ""), ("http://10.0.0.1:9999/x", proxy, "http://10.0.0.1:9999/x", ""),
                 # intercepted
                 ("/x", "deb.test", deb, ""), ("/x?y", "deb.test:80", "http://deb.test/x?y", ""), ("/", "deb.test", "http://deb.test/", ""),
                 ("/debug/vars", "deb.test", "http://deb.test/debug/vars", ""), ("/b.test/x", "deb.test", "http://deb.test/b.test/x", ""),
@@ -2536,7 +2536,7 @@ class WaysInTest(ProxyCase):
                 self.assertTrue(answer.endswith(b"\r\n\r\npackage"))
                 self.settle()
         self.assertEqual([row[2]["host"] for row in self.origin.log], ["mirror.test"])
-        self.assertIn(" GET http://mirror.test/pool/x_1.0_all.deb 200 ", caught.output[1])
+        self.assertRegex(caught.output[1], r" hit +200 .* GET http://mirror\.test/pool/x_1\.0_all\.deb\Z")
 
     def test_filters_see_the_target_behind_a_prefix(self):
         self.start(Config(filters=(re.compile(r"^http://127\.0\.0\.1:\d+/pool/"),)))
@@ -4985,6 +4985,12 @@ class PagesTest(ProxyCase):
         self.assertEqual((answer["Content-Type"], answer["Vary"]), ("text/html; charset=utf-8", "Accept"))
         self.assertIn(b"Set up this machine", answer.body)
 
+    def test_whose_proxy_we_are_gets_our_pages_too(self):
+        us = "http://127.0.0.1:%d" % self.address[1]
+        self.assertIn(b"export http_proxy=" + us.encode(), self.ask(us + "/", Accept="text/plain").body)
+        self.assertEqual(self.ask(us + "/healthz?x").body, b"ok\n")
+        self.assertEqual(self.raw(b"GET %s HTTP/1.0\r\n\r\n" % us.encode()).partition(b" ")[2][:3], b"200")
+
     def test_the_address_is_that_by_which_the_page_was_reached(self):
         for host, shown in (("Proxy.lan:3142", b"proxy.lan:3142"), ("proxy", b"proxy:80"),
                             ("me:pw@[::1]:9", b"[::1]:9"), (None, b"127.0.0.1:%d" % self.address[1])):
@@ -5858,7 +5864,7 @@ class AccessTest(ProxyCase):
 
     def test_what_leads_back_to_us_is_a_508(self):
         port = self.address[1]
-        for url in ("http://127.0.0.1:%d/debug/vars" % port, "http://localhost:%d/" % port, "http://127.0.0.9:%d/x_1.0.deb" % port):
+        for url in ("http://127.0.0.1:%d/x_1.0.deb" % port, "http://localhost:%d/" % port, "http://127.0.0.9:%d/x_1.0.deb" % port):
             answer = self.ask(url)
             self.assertEqual((answer.status, answer.reason), (508, "Loop Detected"))
             self.assertIn(b"leads back to this proxy", answer.body)
@@ -6519,7 +6525,7 @@ class PorchTest(unittest.TestCase):
         if sys.version_info >= (3, 13):  # the older ones repeat the metavar
             lines = [line for line in text.splitlines() if line.startswith("  -")]
             self.assertEqual(len(lines), len(pkgproxy.OPTIONS), "an option a line")
-            for line, (group, _, _) in zip(lines, pkgproxy.OPTIONS):
+            for line, (group, *_) in zip(lines, pkgproxy.OPTIONS):
                 self.assertRegex(line, r"  \S.*\(.+\)\Z" if group != "log and help" else r"\S  +\S", "with its default")
 
     def test_a_log_that_nobody_reads_holds_nobody_up(self):
