@@ -188,6 +188,7 @@ DAY = 86400.0
 SWEEP_EVERY = 300.0  # between two looks at the disk
 SWEEP_PAUSE = 10.0  # at least, however often the disk is full
 RECENT = 60.0  # what was used so lately is not swept
+STATUS_EVERY = 10.0  # between two of our states that a service manager shows
 SAVE_EVERY = 60.0  # between two looks at whether the counters have to be saved
 
 # What the status page plots: seconds a slot, and how many slots.
@@ -3965,14 +3966,25 @@ class Counters:
         self._slots = memoryview(mmap.mmap(-1, 8 * len(self.NAMES) * workers)).cast("Q")
         self._places = {name: number for number, name in enumerate(self.NAMES)}  # in this worker's row
         self._lock = threading.Lock()  # guards this worker's row
+        self._beats = memoryview(mmap.mmap(-1, 8 * workers)).cast("d")  # of each worker, monotonic
         self.board = Board(workers)
         self.started = time.time()
+        for worker in range(workers):
+            self._beats[worker] = time.monotonic()
 
     def take_row(self, worker: int) -> None:
         """Count in the row of this worker, from 0, from now on."""
         self.board.own = worker
         first = worker * len(self.NAMES)
         self._places = {name: first + number for number, name in enumerate(self.NAMES)}
+
+    def beat(self, when: float) -> None:
+        """At this monotonic time, this worker was well."""
+        self._beats[self.board.own] = when
+
+    def oldest_beat(self) -> float:
+        """Until then, all of them were well."""
+        return min(self._beats)
 
     def add_down(self, count: int) -> None:
         """Body bytes from an origin."""
@@ -6823,6 +6835,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._until = math.inf  # monotonic: when serve_forever() ends at last
         self._pressed = False  # whether somebody waits for the room that there is now
         self._resume = 0.0  # monotonic: until then nobody is let in
+        self.beat = time.monotonic()  # of its loop, the last
         self._ended = threading.Event()
         self._ended.set()
         super().__init__(listening.getsockname()[:2], ProxyHandler, bind_and_activate=False)
@@ -6866,7 +6879,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Called several times a second."""
-        now = time.monotonic()
+        now = self.beat = time.monotonic()
         if self._until < math.inf:
             self.lobby.pause(self.socket)
         elif now >= self._resume:
@@ -7124,17 +7137,32 @@ def make_room() -> Room:
     return Room(max(4, min(MAX_CONNECTIONS, (soft - 40) // 5 if soft > 0 else MAX_CONNECTIONS)))
 
 
-def open_sockets(config: Config) -> list[socket.socket]:
-    """A listening socket for each address; Unusable where one is taken or not ours."""
+def inherited_socket(descriptor: int) -> socket.socket:
+    """A listening socket that whoever started us has opened; OSError where it is none."""
+    listening = socket.socket(fileno=descriptor)
+    if (listening.family not in (socket.AF_INET, socket.AF_INET6)
+            or not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
+        raise OSError(errno.EINVAL, "it is no listening TCP socket")
+    listening.setblocking(False)
+    return listening
+
+
+def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.socket]:
+    """A listening socket for each address, or those that systemd hands over in their place (sd_listen_fds(3),
+    from descriptor 3 on); Unusable where one is taken or not ours."""
     sockets: list[socket.socket] = []
-    for addr in config.addrs:
+    ours = environment.get("LISTEN_PID") == str(os.getpid())
+    handed = range(3, 3 + int(environment.get("LISTEN_FDS") or 0)) if ours else range(0)
+    for addr in handed or config.addrs:
         try:
-            sockets.append(open_socket(*parse_addr(addr)))
+            sockets.append(
+                inherited_socket(addr) if isinstance(addr, int) else open_socket(*parse_addr(addr)))
         except (OSError, OverflowError) as error:
             for listening in sockets:
                 listening.close()
             reason = getattr(error, "strerror", None) or error
-            raise Unusable("Cannot listen on %s: %s. Name another with -a." % (addr, reason)) from None
+            what = "the socket %d of systemd: %s." if handed else "%s: %s. Name another with -a."
+            raise Unusable("Cannot listen on " + what % (addr, reason)) from None
         log.info("Starting proxy server at %s", shown_address(sockets[-1]))
     return sockets
 
@@ -7160,24 +7188,68 @@ def heed_signals(*more: str) -> queue.SimpleQueue[str]:
     return heard
 
 
-def wait_for_end(proxy: Proxy, heard: queue.SimpleQueue[str], supervisor: int) -> None:
+class Manager:
+    """The service manager that started us, where it wants to be told how we are (systemd, sd_notify(3))."""
+
+    def __init__(self, environment: Mapping[str, str], counters: Counters) -> None:
+        place = environment.get("NOTIFY_SOCKET", "") if hasattr(socket, "AF_UNIX") else ""
+        self._place = "\0" + place[1:] if place.startswith("@") else place
+        self._counters = counters
+        watch = int(environment.get("WATCHDOG_USEC") or 60_000_000) / 1e6  # seconds, then we are killed
+        self._stuck = watch / 2  # seconds without a beat, then we are not well
+        self.pause = min(1.0, watch / 4)  # seconds, at most, between two calls of ping()
+        self._next = 0.0  # monotonic time of the next ping
+
+    def tell(self, text: str) -> None:
+        """Tell it, if it can be told."""
+        if self._place:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(1.0)
+                sock.sendto(text.encode(), self._place)
+
+    def ping(self) -> None:
+        """That all processes are well, where they are, and what they have done."""
+        now = time.monotonic()
+        if self._place and now >= self._next and now - self._counters.oldest_beat() < self._stuck:
+            self._next = now + min(self._stuck / 2, STATUS_EVERY)
+            counted = self._counters.snapshot()
+            found, asked = hits(counted["statsOutcomes"])
+            self.tell("WATCHDOG=1\nSTATUS=%s, %s hits, %s saved" % (
+                many(asked, "request"), percent(found, asked), volume(counted["statsCacheBytes"])))
+
+    @contextlib.contextmanager
+    def reloading(self) -> Iterator[None]:
+        """While the filters are read again."""
+        self.tell("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        yield
+        self.tell("READY=1")
+
+
+def wait_for_end(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str], supervisor: int,
+                 manager: Manager) -> None:
     """Until SIGTERM or SIGINT, or the death of our supervisor (a process, 0 for none); SIGHUP reads the
     filters again."""
     while not supervisor or os.getppid() == supervisor:
         proxy.insight.publish()
+        proxy.counters.beat(min(server.beat for server in servers))
+        manager.ping()
         with contextlib.suppress(queue.Empty):
-            name = heard.get(timeout=1.0)  # Windows delivers signals between waits only
+            name = heard.get(timeout=manager.pause)  # Windows delivers signals between waits only
             if name in ("SIGTERM", "SIGINT"):
                 return
             if name == "SIGHUP":
-                reload_filters(proxy)
+                with manager.reloading():
+                    reload_filters(proxy)
 
 
-def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str], supervisor: int) -> None:
+def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str], supervisor: int,
+          manager: Manager) -> None:
     """Serve until a signal ends it; running replies get GRACE seconds."""
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    wait_for_end(proxy, heard, supervisor)
+    manager.tell("READY=1")
+    wait_for_end(servers, proxy, heard, supervisor, manager)
+    manager.tell("STOPPING=1")
     log.info("Stopping")
     deadline = time.monotonic() + GRACE
     for server in servers:
@@ -7257,8 +7329,10 @@ class LogWriter(logging.Handler):
 class Supervisor:
     """Keeps worker processes running.  For the caller: run."""
 
-    def __init__(self, work: Callable[[int, bool], None], heard: queue.SimpleQueue[str]) -> None:
+    def __init__(self, work: Callable[[int, bool], None], heard: queue.SimpleQueue[str],
+                 manager: Manager) -> None:
         self._work = work  # what a worker does, by number from 0, and whether it takes another's place
+        self._manager = manager
         self._heard = heard  # names of signals, SIGCHLD's too; each worker gets a copy
         self._workers: dict[int, tuple[int, float]] = {}  # by pid: number, monotonic time of its start
         self._missing: list[tuple[int, float]] = []  # there was no process for them
@@ -7267,17 +7341,21 @@ class Supervisor:
         """Keep ``count`` workers running until SIGTERM or SIGINT; signals are handed on."""
         for number in range(count):
             self._start(number, again=False)
+        self._manager.tell("READY=1")
         while True:
             name = ""
+            self._manager.ping()
             with contextlib.suppress(queue.Empty):
-                name = self._heard.get(timeout=1.0)
+                name = self._heard.get(timeout=self._manager.pause)
             if name in ("SIGTERM", "SIGINT"):
                 break
             if name == "SIGHUP":
-                self._tell(signal.SIGHUP)
+                with self._manager.reloading():
+                    self._tell(signal.SIGHUP)
             for number, started in self._reap():
                 time.sleep(max(0.0, min(1.0, started + 1.0 - time.monotonic())))  # one that dies at once
                 self._start(number, again=True)
+        self._manager.tell("STOPPING=1")
         for listening in sockets:
             listening.close()
         self._stop()
@@ -7360,7 +7438,7 @@ def run(config: Config, writer: LogWriter) -> None:
         config = dataclasses.replace(config, workers=1)
     check_ways(config)
     heard = heed_signals("SIGCHLD")
-    sockets, counters = open_sockets(config), Counters(config.workers)
+    sockets, counters = open_sockets(config, os.environ), Counters(config.workers)
     supervisor = os.getpid() if config.workers > 1 else 0
 
     def work(number: int, again: bool = False) -> None:
@@ -7372,10 +7450,11 @@ def run(config: Config, writer: LogWriter) -> None:
             reload_filters(proxy)
         proxy.start(leads=number == 0)
         desk = Desk(proxy, make_room(), writer.write if log.isEnabledFor(logging.INFO) else lambda _: None)
-        serve([ProxyServer(listening, desk) for listening in sockets], proxy, heard, supervisor)
+        serve([ProxyServer(listening, desk) for listening in sockets], proxy, heard, supervisor,
+              Manager({} if supervisor else os.environ, counters))
 
     if config.workers > 1:
-        Supervisor(work, heard).run(config.workers, sockets)
+        Supervisor(work, heard, Manager(os.environ, counters)).run(config.workers, sockets)
     else:
         work(0)
 
