@@ -113,7 +113,7 @@ class Abreast(unittest.TestSuite):
                 with lock:
                     record.replay(result)
 
-        workers = [threading.Thread(target=work, name="beside") for _ in range(3)]
+        workers = [threading.Thread(target=work, name="beside") for _ in range(4)]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -139,6 +139,67 @@ def own_threads():
     return sum(not getattr(thread, "beside", False) for thread in threading.enumerate())
 
 
+class Told(unittest.TestCase):
+    """Stands for a test that runs in another process."""
+
+    def __init__(self, name):
+        super().__init__("told")
+        self.name = name
+
+    def told(self):
+        """It has run."""
+
+    def id(self):
+        return self.name
+
+    __str__ = id
+
+
+class Teller(unittest.TestResult):
+    """Writes what happens to tests as lines of JSON."""
+
+    def tell(self, event, test, text=""):
+        sys.stdout.write(json.dumps([event, str(test), text]) + "\n")
+
+    def startTest(self, test):
+        self.tell("startTest", test)
+        super().startTest(test)
+
+    def addSuccess(self, test):
+        self.tell("addSuccess", test)
+
+    def addError(self, test, err):
+        self.tell("addError", test, self._exc_info_to_string(err, test))
+
+    addFailure = addError
+
+    def addSubTest(self, test, subtest, err):
+        if err is not None:
+            self.addError(subtest, err)
+
+    def addSkip(self, test, reason):
+        self.tell("addSkip", test, reason)
+
+
+class Elsewhere(unittest.TestSuite):
+    """Tests that run in another process, all in one; an interpreter uses one processor."""
+
+    def run(self, result, debug=False):
+        names = dict.fromkeys(type(test).__name__ for suite in self for test in suite)
+        child = subprocess.run([sys.executable, *subprocess._args_from_interpreter_flags(), __file__, "--tell", *names],
+                               stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        started = 0
+        for line in child.stdout.splitlines():
+            event, name, text = json.loads(line)
+            started += event == "startTest"
+            details = {"addError": [(RuntimeError, RuntimeError(text), None)], "addSkip": [text]}.get(event, [])
+            getattr(result, event)(Told(name), *details)
+        if child.returncode or started != self.countTestCases():
+            result.startTest(Told("a process of tests"))
+            result.addError(Told("a process of tests"), (RuntimeError, RuntimeError(child.stderr), None))
+        return result
+
+
 class Beside(unittest.TestSuite):
     """Two suites at once: what happens in this process, and what happens in processes of its own."""
 
@@ -156,9 +217,14 @@ class Beside(unittest.TestSuite):
 def load_tests(loader, tests, pattern):
     """What happens in processes of its own goes on beside the rest, of which the doctests come first."""
     apart = (ClientCase, BoundsTest, PorchTest, ServiceTest, WorkersTest, ReadmeTest)
-    here = [suite for suite in tests if not any(isinstance(test, apart) for test in suite)]
-    there = [suite for suite in tests if any(isinstance(test, apart) for test in suite)]
-    return Beside([unittest.TestSuite([doctest.DocTestSuite(pkgproxy), *here]), Abreast(there)])
+    other = (FaultTest, DiskTest, ChaosTest, InstancesTest, MemcachedTest)  # some limit what the process may write
+
+    def chosen(classes):
+        return [suite for suite in tests if any(isinstance(test, classes) for test in suite)]
+
+    here = [suite for suite in tests if suite not in chosen(apart) and suite not in chosen(other)]
+    there = Abreast([Elsewhere(chosen(other)), *chosen(apart)])
+    return Beside([unittest.TestSuite([doctest.DocTestSuite(pkgproxy), *here]), there])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8687,4 +8753,7 @@ class ZchunkTest(ClientCase):
 
 if __name__ == "__main__":
     logging.getLogger("pkgproxy").setLevel(logging.CRITICAL)
-    unittest.main()
+    if sys.argv[1:2] == ["--tell"]:
+        unittest.defaultTestLoader.loadTestsFromNames(sys.argv[2:], sys.modules[__name__]).run(Teller())
+    else:
+        unittest.main()
