@@ -6122,6 +6122,7 @@ class Visitor:
         self.answered = False  # whether it has had an answer
         self.waiting = False  # for its next request, or the rest of its head, and no thread serves it
         self.since = time.monotonic()  # when it began to wait for that
+        self.watched = False  # by the lobby's selector
         self.stays = False  # the connection, when no thread serves it any more
         self.outgoing: Outgoing | None = None  # the lobby's answer, while it is being sent
 
@@ -6412,8 +6413,11 @@ class Lobby:
 
     def welcome(self, visitor: Visitor) -> None:
         """Let a visitor wait for its next request."""
+        if self._thread == threading.get_ident() and not self._closed:
+            self._take_in(visitor)
+            return
         self._coming.put(visitor)
-        if self._thread == threading.get_ident() or self._closed:
+        if self._closed:
             self._let_in()
         else:
             self.ring()
@@ -6480,21 +6484,37 @@ class Lobby:
                 visitor = self._coming.get_nowait()
                 if self._closed:
                     self._host.shutdown_request(visitor)
-                    continue
-                try:
-                    visitor.connection.setblocking(False)
-                    self._selector.register(visitor.connection, selectors.EVENT_READ, visitor)
-                except (OSError, ValueError) as error:  # the system watches no more
-                    log.debug("A connection cannot be waited for: %s", error)
-                    self._host.shutdown_request(visitor)
-                    continue
-                self._visitors.add(visitor)
-                visitor.waiting, visitor.since = True, time.monotonic()  # one may have been parked for long
+                else:
+                    self._take_in(visitor)
+
+    def _take_in(self, visitor: Visitor) -> None:
+        """Hear at once what a visitor wants, which a new one has mostly said already; if that isn't all, let
+        him wait."""
+        visitor.connection.setblocking(False)
+        self._visitors.add(visitor)
+        visitor.waiting, visitor.since = True, time.monotonic()  # one may have been parked for long
+        self._serve(visitor)
+        if visitor.waiting and not visitor.watched:
+            self._watch(visitor)
+
+    def _watch(self, visitor: Visitor) -> None:
+        events = selectors.EVENT_WRITE if visitor.outgoing else selectors.EVENT_READ
+        try:
+            if visitor.watched:
+                self._selector.modify(visitor.connection, events, visitor)
+            else:
+                self._selector.register(visitor.connection, events, visitor)
+            visitor.watched = True
+        except OSError as error:  # the system watches no more
+            log.warning("A connection cannot be waited for: %s", error)
+            self._see_off(visitor)
 
     def _let_out(self, visitor: Visitor) -> None:
         visitor.waiting = False
         self._visitors.discard(visitor)
-        self._selector.unregister(visitor.connection)
+        if visitor.watched:
+            self._selector.unregister(visitor.connection)
+            visitor.watched = False
 
     def _see_off(self, visitor: Visitor) -> None:
         self._let_out(visitor)
@@ -6565,12 +6585,12 @@ class Lobby:
             self._see_off(visitor)
             return
         visitor.since = time.monotonic()
+        visitor.outgoing = outgoing if outgoing.left else None
         if waited != bool(outgoing.left):
-            events = selectors.EVENT_WRITE if outgoing.left else selectors.EVENT_READ
-            self._selector.modify(visitor.connection, events, visitor)
+            self._watch(visitor)
         if outgoing.left:
             return
-        visitor.answered, visitor.outgoing = True, None
+        visitor.answered = True
         self._host.desk.told(visitor, outgoing, whole=True)
         if outgoing.ready.close:
             self._see_off(visitor)
