@@ -144,6 +144,9 @@ TURN = 4  # requests of one client that are answered before the next client's
 SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
 BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
 EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
+PROOF = 4096  # bytes at each end of a package, that show whether another mirror's is the same
+TWINS = 8  # places that one name is looked for in
+VOUCHED = 3  # proofs in a row, after which one mirror's folder may stand in for another's
 SHOWN = 20  # requests, and downloads, on the status page
 MAX_ORIGINS = 40  # told apart there and in /metrics; what is more counts as "other"
 MAX_NOTICE = 48 * 1024  # bytes of what one worker tells the others for the pages
@@ -188,6 +191,7 @@ DAY = 86400.0
 SWEEP_EVERY = 300.0  # between two looks at the disk
 SWEEP_PAUSE = 10.0  # at least, however often the disk is full
 RECENT = 60.0  # what was used so lately is not swept
+ADOPT_EVERY = 6 * 3600.0  # between two looks at the folders of --adopt
 STATUS_EVERY = 10.0  # between two of our states that a service manager shows
 SAVE_EVERY = 60.0  # between two looks at whether the counters have to be saved
 
@@ -248,6 +252,7 @@ class Config:
     ca_file: str | None = None  # certificates (PEM) that are trusted besides the system's
     parents: tuple[tuple[str, Parent], ...] = ()  # by the scheme of the origins
     no_proxy: tuple[str, ...] = ()  # origins that are asked without a parent
+    adopt: tuple[str, ...] = ()  # folders with packages that are the user's own
 
     def __hash__(self) -> int:
         """Enough to remember results by."""
@@ -303,6 +308,7 @@ class Head:
     boot: str = ""  # of the machine, where its body may not have reached the disk yet
     flushed: int = -1  # bytes of such a body that have, as far as is known
     guarded: bool = False  # it came from where only clients on this host may go: it is for them alone
+    like: str = ""  # what its body was found to be the same as, instead of being fetched
 
     def __hash__(self) -> int:
         """Enough to remember results by."""
@@ -358,6 +364,7 @@ class Outcome(enum.Enum):
     VALIDATED = "validated"  # from the file, after the origin said 304
     STALE = "stale"  # from the file, because the origin cannot be asked
     COLLAPSED = "collapsed"  # from another client's download
+    SHARED = "shared"  # from another mirror's file, which is the same
     MISS = "miss"  # downloaded, and being stored
     UPDATED = "updated"  # stored before, but the origin has a new one, being stored
     RELAYED = "relayed"  # from the origin, not kept: the answer may not be, or the disk refused
@@ -602,6 +609,11 @@ def parse_fields(lines: list[str]) -> Fields:
             raise ValueError("no field line: %.60r" % line)
         fields.append((name, text.strip(" \t")))
     return tuple(fields)
+
+
+def kept_fields(fields: Fields) -> Fields:
+    """What is stored of a response's fields: a cookie is for one client only."""
+    return without(end_to_end(fields), ("set-cookie",))
 
 
 def seconds(text: str | None) -> int:
@@ -1068,6 +1080,51 @@ def classify(key: str) -> NameClass:
     return NameClass.OTHER
 
 
+_DIGEST = re.compile(
+    r"/(?:by-hash/SHA(?:256|512)/|repodata/|(?:blobs|manifests)/sha256:)"
+    r"([0-9a-f]{128}|[0-9a-f]{64})(?:-[^/]+)?$"
+    r"|/objects/([0-9a-f]{2}/[0-9a-f]{62})\.(?:commit|dirtree|dirmeta)$")  # .filez: of what is in it
+_EPOCH = re.compile(r"_\d+:(?=[^_]*_[^_]*deb)")  # apt writes it into names in /var/cache, mirrors don't
+
+
+def digest_of(key: str) -> tuple[str, str] | None:
+    """Algorithm and digest of the very body, where a content-named key holds one that nobody can forge.
+
+    >>> digest_of("http://a/by-hash/SHA256/" + "0" * 64)[0]
+    'sha256'
+    """
+    match = None if _SIGNATURE.search(key) else _DIGEST.search(urllib.parse.unquote(key, "latin-1"))
+    if match is None or classify(key) is not NameClass.CONTENT:
+        return None
+    digest = (match[1] or match[2]).replace("/", "")
+    return "sha256" if len(digest) == 64 else "sha512", digest
+
+
+@functools.lru_cache(REMEMBERED)
+def common_name(key: str) -> str:
+    """What a file is called on each mirror that has it: its digest, or a package's own name; "" for what
+    may be another file in each folder."""
+    digest = digest_of(key)
+    name = urllib.parse.unquote(key.rpartition("/")[2], "latin-1")
+    telling = len(name) > 5 and re.search(r"\d", name) and not _GO_MODULE.search(key)
+    if digest is None and ("?" in key or not telling
+                           or classify(key) not in (NameClass.PACKAGE, NameClass.CONTENT)):
+        return ""
+    return _EPOCH.sub("_", name) if digest is None else digest[1]
+
+
+def mirror_folders(key: str, other: str) -> tuple[str, str]:
+    """Two keys without the end that they have in common: two mirrors of one repository.
+
+    >>> mirror_folders("http://a/x/pool/b_1.deb", "http://b/y/z/pool/b_1.deb")
+    ('http://a/x', 'http://b/y/z')
+    """
+    one, two = key.split("/"), other.split("/")
+    while min(len(one), len(two)) > 3 and one[-1] == two[-1]:
+        del one[-1], two[-1]
+    return "/".join(one), "/".join(two)
+
+
 # Who may come in, what is never kept ----------------------------------------------------------
 
 NETWORKS = {
@@ -1435,6 +1492,13 @@ def selecting_fields(request: Request, head: Head) -> Fields:
                                   for part in text.split(","))) for name in sorted(set(names)))
 
 
+def whole_head(request: Request, part: Head) -> Head:
+    """The head that the answer to a request for the whole has, by that of a part (RFC 9110 §15.3.7)."""
+    fields = without(kept_fields(part.fields), ("content-range", "content-length"))
+    return dataclasses.replace(part, status=200, reason="OK", fields=fields, key=request.key,
+                               vary=selecting_fields(request, part))
+
+
 def _asks_anew(control: dict[str, str | None], policy: Policy, age: int, ttl: float) -> bool:
     """Whether the client's directives want the origin asked (RFC 9111 §5.2.1)."""
     too_old = policy.heeds_max_age and "max-age" in control and age >= seconds(control["max-age"])
@@ -1719,11 +1783,6 @@ def same_site(target: Target, onward: Target) -> bool:
     return target.host == onward.host and (ports[0] == ports[1] or ports == (80, 443))
 
 
-def kept_fields(fields: Fields) -> Fields:
-    """What is stored of a response's fields: a cookie is for one client only."""
-    return without(end_to_end(fields), ("set-cookie",))
-
-
 def max_forwards(request: Request) -> int | None:
     """How many proxies a TRACE or OPTIONS may still pass (RFC 9110 §7.6.2); None: as many as it likes."""
     found = values(request.fields, "Max-Forwards") if request.method in ("TRACE", "OPTIONS") else []
@@ -1766,7 +1825,8 @@ def cache_status_field(status: CacheStatus) -> str:
     'pkgproxy; fwd=uri-miss; stored'
     """
     parts = ["pkgproxy"]
-    if status.outcome is Outcome.HIT or status.outcome is Outcome.STALE and not status.forward:
+    kept = status.outcome in (Outcome.STALE, Outcome.SHARED) and not status.forward
+    if status.outcome is Outcome.HIT or kept:
         parts.append("hit")
     elif status.forward:
         parts.append("fwd=" + status.forward)
@@ -1958,6 +2018,7 @@ _NOTHING = os.stat_result((0,) * 10)
 RESUME_WORTH = 256 * 1024  # bytes: a smaller download is begun anew, and costs no head of its own
 FLUSH_EVERY = 0.5  # seconds, where another machine may read a partial as it grows
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
+_MAX_NAMES = 64 * 1024  # bytes in a file of names: 600 of them, and 4096 files, are 2 million
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
 
 
@@ -1973,6 +2034,11 @@ class Stored:
     def fileno(self) -> int:
         """The body's descriptor."""
         return self.file.fileno()
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        """Up to ``size`` bytes from ``offset``; OSError."""
+        self.file.seek(offset)
+        return self.file.read(size) or b""
 
     def close(self) -> None:
         """Close the body."""
@@ -2057,7 +2123,7 @@ def _head_from(row: dict[str, Any]) -> Head:
             raise ValueError("a damaged field")
         parse_fields(["%s: %s" % pair for pair in row[name]])
     head = Head(**row)
-    texts = (head.reason, head.key, head.final)
+    texts = (head.reason, head.key, head.final, head.like)
     numbers = (head.requested, head.received, head.size, head.mtime_ns)
     if not (head.status == 200 and all(isinstance(text, str) and not _CONTROL.search(text) for text in texts)
             and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)):
@@ -2399,6 +2465,120 @@ def boot_id() -> str:
     return secrets.token_hex(16)
 
 
+def fits_name(key: str, body: Stored | Partial) -> bool:
+    """Whether a body is what its name says, where that holds a digest of it; LocalFailure."""
+    digest = digest_of(key)
+    if digest is None:
+        return True
+    found, offset = hashlib.new(digest[0]), 0
+    try:
+        while data := body.read_at(CHUNK, offset):
+            found.update(data)
+            offset += len(data)
+    except OSError as error:
+        raise LocalFailure(error) from error
+    return found.hexdigest() == digest[1]
+
+
+class Names:
+    """Where the files lie that mirrors call by one name: lines of a name's digest and a place, a cache key or
+    a path, spread over 4096 files, so that 200,000 of them are some KB each.  What is lost, or outdated,
+    costs a download at most; it is looked through when it is asked, and made anew by whoever sweeps.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def note(self, name: str, place: str) -> None:
+        """A file of this name lies there."""
+        with contextlib.suppress(OSError):
+            self._add(self._folder, {self._bucket(name): [self._line(name, place)]})
+
+    def find(self, name: str) -> list[str]:
+        """The places of a name, the newest first."""
+        start, found = self._line(name, ""), []
+        with contextlib.suppress(OSError):
+            path = os.path.join(self._folder, self._bucket(name))
+            with open(path, "rb", opener=_private) as file:
+                found = [line[len(start) - 1:] for line in file.read(4 * _MAX_NAMES).split(b"\n")
+                         if line.startswith(start[:-1])]
+        places = [place.decode("utf-8", "surrogateescape") for place in reversed(found)]
+        return list(dict.fromkeys(places))[:TWINS]
+
+    def is_whole(self) -> bool:
+        """Whether it was ever made from all that is stored."""
+        return os.path.exists(os.path.join(self._folder, "whole"))
+
+    def rebuild(self, entries: Iterable[tuple[str, str]]) -> None:
+        """Replace all of it: names and places; OSError."""
+        new = "%s^%s" % (self._folder, secrets.token_hex(4))
+        rows = iter(entries)
+        try:
+            while part := list(itertools.islice(rows, 10_000)):
+                lines: dict[str, list[bytes]] = {}
+                for name, place in part:
+                    lines.setdefault(self._bucket(name), []).append(self._line(name, place))
+                self._add(new, lines)
+            self._add(new, {"whole": [b""]})
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os.rename(new, self._folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+    def vouch(self, mirrors: tuple[str, str], same: bool) -> None:
+        """Two mirrors had, or had not, the same file under one name."""
+        with contextlib.suppress(OSError):
+            if same:
+                self._add(self._folder, {self._pair(mirrors): [b"+"]})
+            else:
+                os.unlink(os.path.join(self._folder, self._pair(mirrors)))
+
+    def vouched(self, mirrors: tuple[str, str]) -> bool:
+        """Whether two mirrors have always had the same files lately."""
+        with contextlib.suppress(OSError):
+            return os.path.getsize(os.path.join(self._folder, self._pair(mirrors))) >= VOUCHED
+        return False
+
+    def _line(self, name: str, place: str) -> bytes:
+        digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
+        return ("%s %s\n" % (digest[3:19], place)).encode("utf-8", "surrogateescape")
+
+    def _bucket(self, name: str) -> str:
+        return hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:3]
+
+    def _pair(self, mirrors: tuple[str, str]) -> str:
+        return "mirrors-" + hashlib.sha256(" ".join(sorted(mirrors)).encode("utf-8", "replace")).hexdigest()
+
+    def _add(self, folder: str, lines: dict[str, list[bytes]]) -> None:
+        """Append lines to files; one that grows too long loses its older half; OSError."""
+        make_folder(folder)
+        for bucket, more in lines.items():
+            path = os.path.join(folder, bucket)
+            with open(path, "ab", opener=_private) as file:
+                file.write(b"".join(more))
+                full = file.tell() > _MAX_NAMES
+            if full:
+                with open(path, "rb", opener=_private) as file:
+                    kept = file.read()[-_MAX_NAMES // 2:].partition(b"\n")[2]
+                new = "%s^%s" % (path, secrets.token_hex(4))
+                with open(new, "wb", opener=_private) as file:
+                    file.write(kept)
+                os.replace(new, path)
+
+
+def adoptable(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Names and paths of the packages in folders that are the user's own.  Links are not followed."""
+    for top in folders:
+        for folder, below, files in os.walk(top):
+            below[:] = [name for name in below if name != BOOKS]
+            for path in (os.path.join(folder, file) for file in files):
+                below_top = os.path.relpath(path, top).replace(os.sep, "/")
+                # A % stays: apt and others write %3a where a URL would have it.
+                name = common_name("http://a/" + urllib.parse.quote(os.fsencode(below_top), "/%:+~"))
+                if name and "\n" not in path:
+                    yield name, path
+
+
 def _names(key: str) -> list[str]:
     """Where a cache key's body may lie, the place to prefer first, the hashed one last."""
     return [name for name in file_names(key, os.name == "nt") if name is not None]
@@ -2407,7 +2587,7 @@ def _names(key: str) -> list[str]:
 class Store:
     """Stored responses below ``root``.  The file system is the truth; there is no index.
 
-    For the caller: lookup, freshen, forget.  For Partial: place.  For Partials and Janitor: the rest.
+    For the caller: lookup, share, freshen, forget.  For Partial: place.  For Partials and Janitor: the rest.
     """
 
     def __init__(self, root: str, trust_bare: bool = True, min_free: int | None = None) -> None:
@@ -2418,6 +2598,8 @@ class Store:
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last sweep
         self._places = functools.lru_cache(REMEMBERED)(self._find_places)
         self.books = os.path.join(self.root, BOOKS)
+        self.names = Names(os.path.join(self.books, "names"))  # of what is stored: common names, cache keys
+        self.adopted = Names(os.path.join(self.books, "adopted"))  # of what is not ours: paths
         self.remote = is_remote(self.root)
         self._trust_bare = trust_bare  # whether the root is ours alone, so that a bare body is one of ours
 
@@ -2468,14 +2650,36 @@ class Store:
         os.utime(partial.path, ns=(time.time_ns(), mtime_ns))
         info = os.stat(partial.path)  # file systems keep times more or less fine
         head = dataclasses.replace(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
+        self._name(partial.path, head)
+
+    def share(self, twin: Stored) -> None:
+        """Let a body that is stored already be found under its head's key as well: one file, two names;
+        OSError where the file system has no such thing, or the body is not ours."""
+        if not twin.described:
+            raise OSError(errno.EPERM, "it is not ours")
+        path = os.path.join(self.books, "partials", "link^" + secrets.token_hex(8))
+        make_folder(os.path.dirname(path))
+        os.link(os.path.join(self.root, twin.name), path)
+        try:
+            if not os.path.samestat(os.lstat(path), os.fstat(twin.fileno())):
+                raise OSError(errno.ESTALE, "it has been replaced")
+            self._name(path, twin.head)
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # it stays where it was the same file already
+                os.unlink(path)
+
+    def _name(self, path: str, head: Head) -> None:
+        """Give a file its place by its head's key; OSError."""
         *natural, hashed = _names(head.key)
+        if common_name(head.key):
+            self.names.note(common_name(head.key), head.key)
         for name in natural:
             old = self.described(name, head.key)
             free = old is not None or not os.path.lexists(os.path.join(self.root, name))
-            if free and self._put(partial.path, name, head, old):  # else it is somebody's (invariant 11)
+            if free and self._put(path, name, head, old):  # else it is somebody's (invariant 11)
                 self.remove(hashed, head.key)
                 return
-        if not self._put(partial.path, hashed, head, self.described(hashed, head.key)):
+        if not self._put(path, hashed, head, self.described(hashed, head.key)):
             raise OSError(errno.EEXIST, "something else has its name")
 
     def freshen(self, stored: Stored, head: Head) -> None:
@@ -2650,11 +2854,15 @@ class Janitor:
         used = self._store.take_uses()
         self._sweep_partials(now)
         stored = list(self._stored_now(used, now))
+        if not self._store.names.is_whole():
+            with contextlib.suppress(OSError):
+                self._store.names.rebuild(self._common_names(name for _, _, name in stored))
         total, removed, freed = sum(size for _, size, _ in stored), 0, 0
         excess = max(total - config.max_size if config.max_size is not None else 0, -self._store.free_space())
         if excess <= 0 and config.max_age is None:
             return Swept(len(stored), total, 0, 0)  # all is well, and the order costs nobody a moment
-        stored.sort(key=lambda row: (classify("http://" + row[2]) is NameClass.INDEX, row[0]))
+        # Of one file with two names, the one that frees nothing goes first.
+        stored.sort(key=lambda row: (classify("http://" + row[2]) is NameClass.INDEX, *row[:2]))
         for last, size, name in stored:
             expired = config.max_age is not None and now - last > config.max_age
             unused = abs(now - last) > RECENT  # in the future: by a clock that has been put right since
@@ -2667,9 +2875,16 @@ class Janitor:
         for name, last in self._store.take_uses().items():
             _remember_use(os.path.join(self._store.root, name), last)
 
+    def _common_names(self, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+        for name in names:
+            for head in _read_heads(self._store.head_path(name)):
+                if common_name(head.key):
+                    yield common_name(head.key), head.key
+
     def _stored_now(self, used: dict[str, float], now: float) -> Iterator[tuple[float, int, str]]:
         """Last use, size and name of each stored response, from one walk."""
         top = os.path.join(self._store.books, "heads")
+        seen: set[tuple[int, int]] = set()
         for folder, _, files in os.walk(top):
             for file in files:
                 path = os.path.join(folder, file)
@@ -2685,7 +2900,10 @@ class Janitor:
                     if name in used:  # remembered here, so that a hit costs no write
                         _remember_use(os.path.join(self._store.root, name), used[name])
                     last = max(used.get(name, 0.0), info.st_atime)
-                    yield last, info.st_size, name
+                    same = (info.st_dev, info.st_ino) in seen  # a file of two mirrors takes its space once
+                    if info.st_nlink > 1:
+                        seen.add((info.st_dev, info.st_ino))
+                    yield last, 0 if same else info.st_size, name
 
     def _evict(self, name: str) -> bool:
         if not self._store.remove(name):
@@ -4578,7 +4796,7 @@ def from_partial(request: Request, head: Head, flight: Flight, partial: Partial,
     selection = select_response(request, dataclasses.replace(head, fields=fields), partial.length,
                                 BOUNDARY)
     body = TrailBody(flight, partial, selection, rest)
-    return Reply(selection.head, body, status, status.outcome is Outcome.COLLAPSED)
+    return Reply(selection.head, body, status, status.outcome in (Outcome.COLLAPSED, Outcome.SHARED))
 
 
 def from_origin(request: Request, response: Response, decision: Decision, detail: str = "") -> Reply:
@@ -4607,6 +4825,187 @@ def whole_forward(request: Request, decision: Decision, config: Config,
     fields = forward_fields(request, config, identity=True)
     return Forward("GET", request.target, fields, near=request.near, follow=decision.policy.redirects,
                    deadline=deadline)
+
+
+def shared_status(decision: Decision, head: Head) -> CacheStatus:
+    """What is told of a body that is the same as another mirror's."""
+    detail = "same as " + head.like
+    if digest_of(head.key):
+        return CacheStatus(Outcome.SHARED, detail=detail)
+    return CacheStatus(Outcome.SHARED, decision.forward, 206, stored=True, detail=detail)
+
+
+class LocalCopy(Response):
+    """A file of ours, as if it came from the origin whose file it was found to be: where it can't be read to
+    its end, the origin has the rest."""
+
+    def __init__(self, twin: Stored) -> None:  # nothing of the base class's but its methods' meaning
+        self.head = twin.head
+        self.length: int | None = twin.head.size
+        self.proven = True
+        self._twin = twin
+        twin.file.seek(0)
+
+    def read(self, size: int = CHUNK) -> bytes:
+        """Up to ``size`` bytes, b"" at the end; OriginFailure."""
+        try:
+            return self._twin.file.read(size) or b""
+        except OSError as error:
+            raise Truncated("The copy cannot be read: %s." % error) from None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._twin.close()
+
+
+def _all_of(response: Response) -> bytes:
+    """A part that was asked for, and no more than one byte beyond; OriginFailure."""
+    data = b""
+    while len(data) <= PROOF and (piece := response.read(PROOF)):
+        data += piece
+    return data
+
+
+def _alike(twin: Stored, head: Head) -> Stored:
+    """A body under the head that it has elsewhere."""
+    return dataclasses.replace(twin, head=dataclasses.replace(
+        head, size=twin.head.size, mtime_ns=twin.head.mtime_ns, guarded=head.guarded or twin.head.guarded,
+        like=twin.head.key if twin.name else twin.head.like))
+
+
+class Mirrors:
+    """The same file from another mirror: what we hold of its name, and the proof that it is the same.  For
+    the caller: find, check, stand_in, holds.
+
+    A digest in the name is proof enough.  A package is the same if the origin says so itself: by its size,
+    and the bytes at its head and its tail, where archives have their checksums.
+    """
+
+    def __init__(self, store: Store, origin: Origin, troubles: Troubles, adopt: tuple[str, ...]) -> None:
+        self._store = store
+        self._origin = origin
+        self._troubles = troubles
+        self._adopt = tuple(os.path.join(folder, "") for folder in adopt)
+
+    def find(self, request: Request, forward: Forward,
+             config: Config) -> tuple[Stored | None, Response | None]:
+        """What we hold of the same file, under the head that it has here; or the origin's answer, where that
+        is one to a request for the whole; or neither.  OriginFailure where the origin can't be asked, and
+        another mirror's file can stand in."""
+        trouble = None if digest_of(request.key) else self._troubles.origin(request)
+        try:
+            if trouble:
+                raise OriginFailure(trouble)
+            return self._find(request, forward, config)
+        except (Changed, LocalFailure, OSError) as failure:
+            log.debug("%s: %s", request.key, failure)
+        except OriginFailure:
+            if self._has_stand_in(request):
+                raise
+        return None, None
+
+    def check(self, request: Request, response: Response) -> None:
+        """OriginFailure where a mirror says that it can't now, and another's file can stand in."""
+        if response.head.status in UNAVAILABLE and self._has_stand_in(request):
+            response.close()
+            raise OriginFailure("%s answers %d." % (request.target.authority, response.head.status))
+
+    def stand_in(self, request: Request) -> Stored | None:
+        """What we hold of the same name, where its mirror has proven lately to have the same files."""
+        found = None
+        for other in self._held(request):
+            sure = digest_of(request.key) and fits_name(request.key, other)
+            if found is None and (sure or self._store.names.vouched(
+                    mirror_folders(request.key, other.head.key))):
+                found = other
+            else:
+                other.close()
+        return found
+
+    def _has_stand_in(self, request: Request) -> bool:
+        stored = self.stand_in(request)
+        _close(stored)
+        return stored is not None
+
+    def holds(self, request: Request) -> bool:
+        """Whether there is anything to look at."""
+        held = self._held(request)
+        for other in held:
+            other.close()
+        return bool(held)
+
+    def _find(self, request: Request, forward: Forward,
+              config: Config) -> tuple[Stored | None, Response | None]:
+        held, twin, answer = self._held(request), None, None
+        try:
+            if digest_of(request.key):
+                twin = self._named(request, held)
+            elif held:
+                twin, answer = self._shown(request, forward, held, config)
+            return twin, answer
+        finally:
+            for other in held:
+                if twin is None or other.file is not twin.file:
+                    other.close()
+
+    def _held(self, request: Request) -> list[Stored]:
+        """What we hold of the same name, and may show; for the caller to close.  What came over http does for
+        https only where its name proves it."""
+        name = common_name(request.key)
+        fresh = "no-cache" in directives(request.fields)  # the client has its reasons: a wrong digest, say
+        if not name or fresh or value(request.fields, "Authorization") is not None:
+            return []
+        any_way = request.target.scheme == "http" or digest_of(request.key) is not None
+        open_to = ("http:", "https:") if any_way else ("https:",)
+        held = [look_up(self._store, dataclasses.replace(request, key=key))
+                for key in self._store.names.find(name) if key != request.key and key.startswith(open_to)]
+        for path in self._store.adopted.find(name) if self._adopt else ():
+            file, info = _open(path) if path.startswith(self._adopt) else (None, _NOTHING)
+            if file is not None:
+                head = dataclasses.replace(_bare_head(request.key, info), like="an adopted file")
+                held.append(Stored(file, head, "", False))
+        found = []
+        for other in held:
+            coded = other and value(other.head.fields, "Content-Encoding")
+            if other and other.head.size and not other.head.vary and not coded:
+                found.append(other)
+            else:
+                _close(other)
+        return found
+
+    def _named(self, request: Request, held: list[Stored]) -> Stored | None:
+        """The first that has the digest in its name.  Of its head, what is the file's."""
+        for other in held:
+            if fits_name(request.key, other):
+                fields = tuple(field for field in other.head.fields
+                               if field[0].lower() in ("content-type", "last-modified", "date"))
+                return _alike(other, dataclasses.replace(other.head, fields=fields, key=request.key))
+        return None
+
+    def _shown(self, request: Request, forward: Forward, held: list[Stored],
+               config: Config) -> tuple[Stored | None, Response | None]:
+        """The one that the origin shows to be the same; or its answer, if it shows no parts."""
+        forward = dataclasses.replace(forward, deadline=time.monotonic() + VALIDATE_WAIT)
+        first_range = (("Range", "bytes=0-%d" % (PROOF - 1)),)
+        response = self._origin.fetch(dataclasses.replace(forward, fields=forward.fields + first_range))
+        if response.head.status not in (206, 304, 416):
+            return None, response
+        with contextlib.closing(response):
+            first = _all_of(response)
+        start, stop, size = content_range(response.head) or (0, 0, 0)
+        head = whole_head(request, response.head)
+        private = not_storable(dataclasses.replace(request, method="GET"), head, config)
+        if private or start or stop != min(PROOF, size) or not first or len(first) != stop:
+            return None, None
+        same = [other for other in held if other.head.size == size and other.read_at(stop, 0) == first]
+        tail = max(stop, size - PROOF)
+        if same and tail < size:
+            with contextlib.closing(self._origin.fetch_rest(forward, head, size, tail)) as rest:
+                last = _all_of(rest)
+            same = [other for other in same if other.read_at(PROOF, tail) == last]
+        for other in held:
+            self._store.names.vouch(mirror_folders(request.key, other.head.key), other in same)
+        return (_alike(same[0], head) if same else None), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4747,6 +5146,10 @@ class Filler:
     def _land(self, partial: Partial, flight: Flight) -> Landing:
         """Store what is complete, unless something has made it invalid meanwhile; LocalFailure."""
         if not flight.complete() or self._claims.lost(partial):
+            partial.discard()
+            return Landing.WHOLE
+        if not fits_name(partial.head.key, partial):
+            log.warning("%s was not stored: its bytes have another digest than its name", partial.head.key)
             partial.discard()
             return Landing.WHOLE
         partial.commit()
@@ -4956,7 +5359,7 @@ class Intake:
         """Store an answer while it goes to the client, or relay it where it can't be stored.  It may be the
         rest of what the partial, if we have one already, has begun with."""
         begun = partial is not None and partial.size > 0
-        if response.head.status < 500:
+        if response.head.status < 500 and not (response.head.like and digest_of(request.key)):
             self._troubles.origin_answered(request)
         live = partial.head if partial is not None and begun else dataclasses.replace(
             response.head, key=request.key, vary=selecting_fields(request, response.head))
@@ -4999,6 +5402,7 @@ class Intake:
         head = dataclasses.replace(live, fields=kept_fields(live.fields))
         partial.begin(head, length if length is None else length + partial.size, partial.size)
         status = CacheStatus(download.outcome, decision.forward, response.head.status, stored=True)
+        status = shared_status(decision, live) if live.like else status
         # What the others won't get: Set-Cookie.
         own = dataclasses.replace(head, fields=end_to_end(live.fields))
         partial.acquire()
@@ -5013,12 +5417,13 @@ class Leader:
     ended, or None where a thread is still filling, or watching, and will end it."""
 
     def __init__(self, store: Store, claims: Claims, origin: Origin, troubles: Troubles,
-                 filler: Filler) -> None:
+                 filler: Filler, mirrors: Mirrors) -> None:
         self._store = store
         self._claims = claims
         self._origin = origin
         self._troubles = troubles
         self._filler = filler
+        self._mirrors = mirrors
         self._intake = Intake(store, claims, origin, troubles, filler)
 
     def lead(self, request: Request, flight: Flight, config: Config,
@@ -5056,17 +5461,36 @@ class Leader:
 
     def _fetch_anew(self, request: Request, flight: Flight, config: Config,
                     partial: Partial | None) -> tuple[Reply, Landing | None]:
-        """Fetch what is not stored, from where a left-over partial ends if there is one."""
+        """Fetch what is not stored, from where a left-over partial ends if there is one; or find it at hand,
+        as another mirror's."""
         decision = decide(request, None, config, time.time())
-        forward = whole_forward(request, decision, config)
+        forward = whole_forward(request, decision, config, time.monotonic() + ANSWER_WAIT)
         try:
-            response = self._fetch_rest(request, forward, partial)
-            if response is None:
-                response = self._intake.fetch(forward)
+            twin, response = self._mirrors.find(request, forward, config)
+            if twin is not None:
+                return self._share(request, decision, flight, config, partial, twin)
+            if response is not None and partial is not None:
+                partial.size = 0
+            response = response or self._fetch_rest(request, forward, partial) or self._intake.fetch(forward)
+            self._mirrors.check(request, response)
         except BaseException:
             self._claims.end(partial)
             raise
         return self._intake.take(request, response, decision, flight, config, partial)
+
+    def _share(self, request: Request, decision: Decision, flight: Flight, config: Config,
+               partial: Partial | None, twin: Stored) -> tuple[Reply, Landing | None]:
+        """Serve the same file of another mirror: one file on the disk, or a copy where that can't be."""
+        try:
+            self._store.share(twin)
+        except OSError as error:
+            log.debug("%s is copied: %s", request.key, error)
+            return self._intake.take(request, LocalCopy(twin), decision, flight, config, partial)
+        if not flight.complete():
+            self._store.forget(request.key)
+        self._claims.end(partial)
+        self._troubles.disk_works()
+        return from_store(request, twin, shared_status(decision, twin.head), time.time()), Landing.STORED
 
     def _fetch_rest(self, request: Request, forward: Forward, partial: Partial | None) -> Response | None:
         """What is missing of a left-over partial; None where it is of no use, and is begun anew."""
@@ -5105,7 +5529,9 @@ class Leader:
         if not stored.described:
             adopted = self._adopt(request, forward, stored, config)
             return adopted or self._intake.fetch(forward)
-        conditions = validators(stored.head) if decision.forward != "vary-miss" else ()
+        # Who doubts what was found to be the same as another mirror's gets what this one has.
+        doubted = stored.head.like and "no-cache" in directives(request.fields)
+        conditions = () if doubted or decision.forward == "vary-miss" else validators(stored.head)
         response = self._intake.fetch(dataclasses.replace(forward, fields=forward.fields + conditions))
         if response.head.status == 304:
             response.close()
@@ -5174,6 +5600,7 @@ class Sweeper:
     """Keeps the cache within its bounds, in a thread of its own.  For the caller: start, wake, stop."""
 
     def __init__(self, store: Store) -> None:
+        self._store = store
         self._janitor = Janitor(store)
         self.swept: dict[str, float] = {"at": 0.0}  # what it found last, and has removed since the start
         self._wake = threading.Event()
@@ -5194,12 +5621,15 @@ class Sweeper:
         self._wake.set()
 
     def _run(self, config: Config, leads: bool) -> None:
-        woken = leads
+        woken, looked = leads, -ADOPT_EVERY
         while True:
             if self._stop.is_set():
                 return
             self._wake.clear()
             try:
+                if leads and config.adopt and time.monotonic() - looked > ADOPT_EVERY:
+                    looked = time.monotonic()
+                    self._store.adopted.rebuild(adoptable(config.adopt))
                 if woken:
                     self._note(self._janitor.sweep(config, time.time()))
                 else:
@@ -5281,7 +5711,7 @@ class Refresher:
             return
         if not self._running.acquire(blocking=False):
             return
-        fields = (("Host", target.authority), ("Cache-Control", "no-cache")) + vary
+        fields = (("Host", target.authority), ("Cache-Control", "max-age=0")) + vary
         request = Request("GET", target.uri, target, fields, received=time.time(), key=key, near=near)
         try:
             threading.Thread(target=self._run, args=(request,), daemon=True).start()
@@ -5329,7 +5759,8 @@ class Proxy:
                         Orphans(config.max_orphans), self._updated)
         self.insight = Insight(store, self.counters, config.pseudonym, lambda: {
             "downloads": filler.gather(), "troubles": self._troubles.gather(), "swept": self.sweeper.swept})
-        self._leader = Leader(store, self._claims, self._origin, self._troubles, filler)
+        self._mirrors = Mirrors(store, self._origin, self._troubles, config.adopt)
+        self._leader = Leader(store, self._claims, self._origin, self._troubles, filler, self._mirrors)
         self._refresher = Refresher(self.respond, self._barrier)
 
     def respond(self, request: Request) -> Reply:
@@ -5348,7 +5779,7 @@ class Proxy:
         _close(stored)
         if decision.action is Action.REFUSE:
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
-            raise Failure("No stored response fits, and %s." % reason, 504)
+            return self._spare(request, decision, Failure("No stored response fits, and %s." % reason, 504))
         if decision.action is Action.PASS or self._passes_range(request, decision):
             return self._pass(request, decision, config)
         return self._join(request, decision, config)
@@ -5398,7 +5829,8 @@ class Proxy:
         """Whether a range is too far or too short to download a whole file for it (DESIGN §6.5)."""
         key = request.key
         return (decision.action is Action.FETCH and value(request.fields, "Range") is not None and not (
-            early_range(request, EARLY) or self._barrier.flying(key) or self._claims.flying(key)))
+            early_range(request, EARLY) or self._barrier.flying(key) or self._claims.flying(key)
+            or self._mirrors.holds(request)))
 
     def _pass(self, request: Request, decision: Decision, config: Config, detail: str = "") -> Reply:
         """Ask the origin for this client alone; a method that changes things invalidates (RFC 9111 §4.4)."""
@@ -5453,14 +5885,18 @@ class Proxy:
         return self._pass(request, decision, self.config, "not read: %s" % failure)
 
     def _spare(self, request: Request, decision: Decision, failure: Exception) -> Reply:
-        """The stored response in place of a failure; the failure where there is none that may."""
-        stored = look_up(self._store, request) if decision.action is Action.VALIDATE else None
+        """The stored response, or another mirror's, in place of a failure; the failure where there is none
+        that may."""
+        missing = decision.forward == "uri-miss"
+        stored = self._mirrors.stand_in(request) if missing else None
+        stored = look_up(self._store, request) if decision.action is Action.VALIDATE else stored
         if stored is None or not may_be_stale(decision, stored.head):
             _close(stored)
             raise failure
         if isinstance(failure, OriginFailure):
             self._troubles.origin_failed(request, failure)
-        status = CacheStatus(Outcome.STALE, decision.forward, detail=str(failure))
+        detail = "%s Same name as %s" % (failure, stored.head.key) if missing else str(failure)
+        status = CacheStatus(Outcome.STALE, decision.forward, detail=detail)
         return from_store(request, stored, status, time.time())
 
     def _follow(self, request: Request, decision: Decision, flight: Flight, config: Config) -> Reply:
@@ -7018,6 +7454,7 @@ OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("cache", "--barrier", "URL", "by what instances that share it agree (locks)", {}),
     ("origins", "--parent", "URL", "proxy to ask, or none ($http_proxy, $https_proxy)", {}),
     ("origins", "--ca-file", "FILE", "PEM certificates to trust as well, for https (none)", {}),
+    ("origins", "--adopt", "DIR", "packages to use if proven the same; may be repeated", REPEATED),
     ("origins", "--offline", "", "never ask one, serve what is stored (off)", {"action": "store_true"}),
     ("origins", "--max-orphans", "N", "downloads that go on without clients (%d)" % DEFAULTS.max_orphans,
      {"default": str(DEFAULTS.max_orphans)}),
@@ -7099,7 +7536,8 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
                         pseudonym="pkgproxy-" + secrets.token_hex(4),
                         ca_file=options.ca_file, parents=find_parents(options.parent, os.environ),
                         no_proxy=tuple((os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
-                                        ).lower().replace(" ", "").split(",")))
+                                        ).lower().replace(" ", "").split(",")),
+                        adopt=tuple(map(os.path.abspath, options.adopt or ())))
     except ValueError as error:
         parser.error(str(error))
     level = logging.INFO + 10 * options.quiet - 10 * options.verbose
@@ -7129,6 +7567,12 @@ def open_root(config: Config) -> Store:
     log.info("Cache root at %s (%s)", store.root, found)
     if not os.access(store.root, os.W_OK):
         log.warning("The cache root cannot be written: requests are passed on, nothing is kept")
+    for folder in config.adopt:
+        if os.path.isdir(folder):
+            log.info("Adopting what is the same from %s", folder)
+        else:
+            log.warning("There is no folder %s to adopt packages from. It is looked for again after %d hours.",
+                        folder, ADOPT_EVERY // 3600)
     return store
 
 

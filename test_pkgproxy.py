@@ -10,8 +10,10 @@ import ast
 import base64
 import concurrent.futures
 import contextlib
+import dataclasses
 import doctest
 import email.utils
+import errno
 import gzip
 import hashlib
 import html
@@ -1059,6 +1061,40 @@ class NameRulesTest(unittest.TestCase):
                 with self.subTest(path=path):
                     self.assertIs(pkgproxy.classify("http://mirror.example.org" + path), expected)
 
+    def test_a_digest_is_believed_only_where_it_is_that_of_the_very_body(self):
+        for path, algorithm in (
+                ("/by-hash/SHA256/" + self.HEX, "sha256"), ("/by-hash/SHA512/" + 2 * self.HEX, "sha512"),
+                ("/f/repodata/%s-primary.xml.gz" % self.HEX, "sha256"), ("/f/repodata/%s-primary.xml.zst" % (2 * self.HEX), "sha512"),
+                ("/v2/x/blobs/sha256:" + self.HEX, "sha256"), ("/v2/x/manifests/sha256%3A" + self.HEX, "sha256"),
+                ("/repo/objects/%s/%s.commit" % (self.HEX[:2], self.HEX[2:]), "sha256"),
+                # Others can be forged, or are of something else: a signed file, what is compressed, a list of parts.
+                ("/by-hash/MD5Sum/" + self.HEX[:32], None), ("/by-hash/SHA1/" + self.HEX[:40], None),
+                ("/f/repodata/%s-primary.xml.gz.asc" % self.HEX, None), ("/f/repodata/%s-other.xml.gz" % self.HEX[:40], None),
+                ("/repo/objects/%s/%s.filez" % (self.HEX[:2], self.HEX[2:]), None), ("/repo/summaries/%s.gz" % self.HEX, None),
+                ("/14.1-RELEASE/amd64/f/%s.gz" % self.HEX, None), ("/latest/blobs/x/sha256:" + self.HEX, None)):
+            with self.subTest(path=path):
+                expected = (algorithm, self.HEX * (2 if algorithm == "sha512" else 1)) if algorithm else None
+                self.assertEqual(pkgproxy.digest_of("http://a" + path), expected)
+
+    def test_a_name_means_the_same_file_on_each_mirror_or_nothing(self):
+        for path, name in (
+                ("/debian/pool/c/c++_1.0-1_amd64.deb", "c++_1.0-1_amd64.deb"), ("/c%2b%2b_1.0-1_amd64.deb", "c++_1.0-1_amd64.deb"),
+                ("/archives/ssh_1%3a9.2-1_amd64.deb", "ssh_9.2-1_amd64.deb"), ("/x/ssh_9.2-1_amd64.deb", "ssh_9.2-1_amd64.deb"),
+                ("/os/x-1:2.0-1-any.pkg.tar.zst.sig", "x-1:2.0-1-any.pkg.tar.zst.sig"), ("/x/by-hash/SHA256/" + self.HEX, self.HEX),
+                ("/repodata/%s-primary.xml.gz" % self.HEX, self.HEX), ("/nar/%s.nar.xz" % ("a1" * 26), "a1" * 26 + ".nar.xz"),
+                ("/dists/x/InRelease", ""), ("/core.db", ""), ("/m/@v/v1.2.3.zip", ""), ("/repo/deltas/Bw/abc-def/superblock", ""),
+                ("/repo/deltas/Bw/abc-def/0", ""), ("/x_1.0_all.deb?token=1", ""), ("/latest/x_1.0_all.deb", ""), ("/x.iso", "")):
+            with self.subTest(path=path):
+                self.assertEqual(pkgproxy.common_name("http://a" + path), name)
+
+    def test_two_mirrors_are_their_folders_never_less_than_their_hosts(self):
+        for one, other, folders in (
+                ("http://a/x/pool/b_1.deb", "http://b/pool/b_1.deb", ("http://a/x", "http://b")),
+                ("http://a/b_1.deb", "https://a/b_1.deb", ("http://a", "https://a")),
+                ("http://a/x/b_1.deb", "http://a/y/b_1.deb", ("http://a/x", "http://a/y")),
+                ("http://a/x/b%2F1.deb", "http://b/x/b_1.deb", ("http://a/x/b%2F1.deb", "http://b/x/b_1.deb"))):
+            self.assertEqual(pkgproxy.mirror_folders(one, other), folders)
+
     def test_a_query_does_not_make_the_class(self):
         self.assertIs(pkgproxy.classify("http://a/metalink?repo=curl-1.0.rpm"), NameClass.INDEX)
         self.assertIs(pkgproxy.classify("http://a/x?file=/curl_1.0_all.deb"), NameClass.OTHER)
@@ -1803,6 +1839,90 @@ class SpaceTest(StoreCase):
         for text in ("", "x", "-1", "1X", "1e9", "G"):
             self.assertRaises(ValueError, pkgproxy.parse_size, text)
             self.assertRaises(ValueError, pkgproxy.parse_span, text)
+
+
+    def test_a_file_of_two_mirrors_takes_its_space_once(self):
+        self.put("http://a/pool/x_1.0_all.deb", b"x" * 1000)
+        twin = self.store.lookup("http://a/pool/x_1.0_all.deb")
+        with contextlib.closing(twin):
+            self.store.share(dataclasses.replace(twin, head=dataclasses.replace(twin.head, key="http://b/y/x_1.0_all.deb")))
+        for name in ("a/pool/x_1.0_all.deb", "b/y/x_1.0_all.deb"):
+            self.use(name, 5)
+        self.store.take_uses()
+        self.assertEqual(self.sweep(), pkgproxy.Swept(2, 1000, 0, 0))
+        self.assertEqual(self.sweep(max_size=1), pkgproxy.Swept(2, 1000, 2, 1000))
+        self.assertEqual(self.names(), [])
+
+
+class NamesTest(StoreCase):
+    """Where files of one name lie."""
+
+    KEYS = ("http://a/debian/x_1.0_all.deb", "http://b/x_1.0_all.deb")
+
+    def find(self, name="x_1.0_all.deb"):
+        return self.store.names.find(name)
+
+    def test_the_newest_comes_first_and_none_twice(self):
+        self.assertEqual(self.find(), [])
+        for key in (*self.KEYS, self.KEYS[0], "http://c/y_1.0_all.deb", "http://c/dists/x/InRelease"):
+            self.put(key, b"x")
+        self.assertEqual(self.find(), list(self.KEYS))
+        for number in range(9):
+            self.put("http://h%d/x_1.0_all.deb" % number, b"x")
+        self.assertEqual(self.find(), ["http://h%d/x_1.0_all.deb" % number for number in range(8, 0, -1)])
+
+    def test_a_sweep_makes_them_anew_where_they_are_lost_and_for_what_was_stored_before_there_were_any(self):
+        for key in self.KEYS:
+            self.put(key, b"x")
+        shutil.rmtree(self.path(".pkgproxy/names"))
+        self.assertEqual(self.find(), [])
+        self.put("http://c/x_1.0_all.deb", b"x")
+        for _ in range(2):
+            pkgproxy.Janitor(self.store).sweep(Config(), time.time())
+            self.assertEqual(set(self.find()), {*self.KEYS, "http://c/x_1.0_all.deb"})
+            shutil.rmtree(self.path("c"), ignore_errors=True)  # what is gone is found, and is nothing when it is looked at
+        self.assertEqual([name for name in os.listdir(self.path(".pkgproxy")) if name.startswith("names")], ["names"])
+
+    def test_200_000_names_cost_a_request_one_small_file(self):
+        self.store.names.rebuild(("x%d_1.0_all.deb" % number, "http://mirror.test/debian/pool/main/x/x/x%d_1.0_all.deb" % number)
+                                 for number in range(200_000))
+        sizes = [path.stat().st_size for path in Path(self.path(".pkgproxy/names")).iterdir()]
+        self.assertLess(max(sizes), 16 * 1024)
+        self.assertEqual(self.find("x77777_1.0_all.deb"), ["http://mirror.test/debian/pool/main/x/x/x77777_1.0_all.deb"])
+
+    def test_a_file_of_names_that_grows_too_long_loses_its_older_half(self):
+        with mock.patch.object(pkgproxy, "_MAX_NAMES", 1000):
+            for number in range(100):
+                self.store.names.note("x_1.0_all.deb", "http://h%d/x_1.0_all.deb" % number)
+                self.assertEqual(self.find()[0], "http://h%d/x_1.0_all.deb" % number)
+        self.assertLess(sum(path.stat().st_size for path in Path(self.path(".pkgproxy/names")).iterdir()), 1100)
+
+    def test_damage_and_a_folder_that_cannot_be_written_cost_nothing_else(self):
+        self.put(self.KEYS[0], b"x")
+        place = next(Path(self.path(".pkgproxy/names")).iterdir())
+        place.write_bytes(b"\xff\xfe no line\n" + place.read_bytes() + b"half a li")
+        self.assertEqual(self.find(), [self.KEYS[0]])
+        shutil.rmtree(self.path(".pkgproxy/names"))
+        self.write(".pkgproxy/names", b"a file in the way")
+        self.put(self.KEYS[1], b"x")
+        self.assertEqual((self.find(), self.get(self.KEYS[1])), ([], b"x"))
+
+    def test_mirrors_vouch_for_each_other_after_some_proofs_until_one_fails(self):
+        pair = ("http://a/x", "http://b")
+        for proof, vouched in ((True, False), (True, False), (True, True), (True, True), (False, False), (True, False)):
+            self.store.names.vouch(pair, proof)
+            self.assertEqual(self.store.names.vouched(pair[::-1]), vouched)
+
+    def test_the_users_own_packages_are_found_by_the_names_that_mirrors_have(self):
+        folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
+        self.addCleanup(shutil.rmtree, folder)
+        for name in ("ssh_1%3a9.2-1_amd64.deb", "lock", "old/debian/y_1.0_all.deb", ".pkgproxy/z_1.0_all.deb", "a\nb_1.0_all.deb"):
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x")
+        os.symlink(folder, os.path.join(folder, "loop"))
+        self.assertEqual(sorted(pkgproxy.adoptable([folder, folder + "/absent"])), [
+            ("ssh_9.2-1_amd64.deb", folder + "/ssh_1%3a9.2-1_amd64.deb"), ("y_1.0_all.deb", folder + "/old/debian/y_1.0_all.deb")])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2793,7 +2913,7 @@ class TlsOriginTest(ProxyCase):
             self.assertEqual(self.ask(secure).body, b"secure")
             with mock.patch.object(pkgproxy, "resolve", return_value=place):
                 self.assertEqual(self.ask(plain).body, b"plain")
-        self.assertEqual((len(self.origin.log), len(self.secure.log)), (1, 1))
+        self.assertEqual((self.origin.log[0][2]["range"], len(self.origin.log), len(self.secure.log)), ("bytes=0-4095", 2, 1))
         self.assertEqual(sorted(self.files().values()), [b"plain", b"secure"])
 
     def test_a_certificate_that_is_refused_is_named_in_a_sentence(self):
@@ -2861,6 +2981,364 @@ class TlsOriginTest(ProxyCase):
     def test_without_the_file_the_systems_trust_alone_counts(self):
         self.start()
         self.assertEqual(self.ask(self.secure.url("/x")).status, 502)
+
+
+class MirrorsTest(ProxyCase):
+    """The same file from another mirror is proven to be the same, not downloaded."""
+
+    BODY = bytes(range(256)) * 400
+    HERE, THERE = "/debian/pool/x_1.0_all.deb", "/mirrors/pub/pool/x_1.0_all.deb"
+    LATER = "Mon, 01 Jun 2020 00:00:00 GMT"
+    PART, MISS = "fwd=uri-miss; fwd-status=206; stored; detail=", "fwd=uri-miss; fwd-status=200; stored"
+
+    def setUp(self):
+        super().setUp()
+        self.other = Origin()
+        self.addCleanup(self.other.close)
+
+    def publish(self, name="x_1.0_all.deb", body=BODY, other=None, **more):
+        """One file on two mirrors; its URL at the other."""
+        self.origin.pages["/debian/pool/" + name] = Page(body)
+        self.other.pages["/mirrors/pub/pool/" + name] = Page(body if other is None else other, modified=self.LATER, **{"etag": '"there"', **more})
+        return self.other.url("/mirrors/pub/pool/" + name)
+
+    def there(self, name="x_1.0_all.deb"):
+        return os.path.join(self.root, "127.0.0.1:%d/mirrors/pub/pool/%s" % (self.other.port, name))
+
+    def asked(self):
+        return [(row[0], row[2].get("range")) for row in self.other.log]
+
+    def test_a_package_costs_its_head_and_its_tail_and_is_one_file_on_the_disk(self):
+        url = self.publish()
+        self.ask(self.HERE)
+        answer = self.ask(url)
+        self.assertEqual((answer.status, answer.body, self.other.sent), (200, self.BODY, 2 * pkgproxy.PROOF))
+        self.assertEqual(self.outcome(answer), "pkgproxy; " + self.PART + '"same as %s"' % self.origin.url(self.HERE))
+        self.assertEqual((answer["ETag"], answer["Last-Modified"], answer["Content-Length"]), ('"there"', self.LATER, str(len(self.BODY))))
+        self.assertTrue(os.path.samefile(self.there(), os.path.join(self.root, self.place(self.HERE[1:]))))
+        counted = self.counters()
+        self.assertEqual((counted["statsDownBytes"], counted["statsCacheBytes"]), (len(self.BODY) + 2 * pkgproxy.PROOF, len(self.BODY)))
+        self.assertEqual(counted["statsOutcomes"]["shared"], 1)
+
+    def test_what_was_shared_is_stored_like_any_other_and_is_its_mirrors_own(self):
+        url = self.publish()
+        self.ask(self.HERE)
+        self.ask(url)
+        self.origin.close()
+        self.assertEqual(self.outcome(self.ask(url)), "pkgproxy; hit")
+        part = self.ask(url, Range="bytes=-10", If_Range='"there"')
+        self.assertEqual((part.status, part.body), (206, self.BODY[-10:]))
+        self.assertIn("fwd-status=304", self.outcome(self.ask(url, Cache_Control="max-age=0")))
+        os.unlink(os.path.join(self.root, self.place(self.HERE[1:])))
+        self.assertEqual(self.ask(url).body, self.BODY)
+
+    def test_other_bytes_under_the_same_name_are_fetched_whole(self):
+        flipped = bytes([self.BODY[0] ^ 1])
+        for case, other in (("head", flipped + self.BODY[1:]), ("tail", self.BODY[:-1] + b"?"), ("longer", self.BODY + b"?"),
+                            ("shorter", self.BODY[:-1]), ("small", b"?"), ("empty", b"")):
+            with self.subTest(case):
+                name = case + "_1.0_all.deb"
+                url = self.publish(name, other=other)
+                self.ask("/debian/pool/" + name)
+                before = self.other.sent
+                answer = self.ask(url)
+                self.assertEqual((answer.body, self.ask(url).body), (other, other))
+                self.assertIn(self.MISS, self.outcome(answer))
+                self.assertLessEqual(self.other.sent - before, len(other) + 2 * pkgproxy.PROOF)
+                self.assertEqual(self.ask("/debian/pool/" + name).body, self.BODY)
+
+    def test_small_files_are_compared_whole(self):
+        for size in (1, pkgproxy.PROOF - 1, pkgproxy.PROOF, pkgproxy.PROOF + 1, 2 * pkgproxy.PROOF):
+            with self.subTest(size=size):
+                name, before = "s%d_1.0_all.deb" % size, self.other.sent
+                url = self.publish(name, self.BODY[:size])
+                self.ask("/debian/pool/" + name)
+                self.assertIn(self.PART, self.outcome(self.ask(url)))
+                self.assertEqual((self.ask(url).body, self.other.sent - before), (self.BODY[:size], size))
+
+    def test_a_mirror_without_ranges_is_asked_once_and_its_answer_is_the_download(self):
+        url = self.publish(ranges=False)
+        self.ask(self.HERE)
+        answer = self.ask(url)
+        self.assertEqual((answer.body, self.asked()), (self.BODY, [("GET", "bytes=0-4095")]))
+        self.assertIn(self.MISS, self.outcome(answer))
+
+    def test_a_mirror_that_changes_the_file_between_head_and_tail_or_has_no_strong_validator_is_no_proof(self):
+        for name, second in (("a", Page(self.BODY, etag='"newer"')), ("b", None)):
+            url = self.publish(name + "_1.0_all.deb", etag='W/"weak"' if second is None else '"old"')
+            path = "/mirrors/pub/pool/%s_1.0_all.deb" % name
+            if second is not None:
+                self.other.pages[path] = [self.other.pages[path], second]
+            self.ask("/debian/pool/%s_1.0_all.deb" % name)
+            answer = self.ask(url)
+            self.assertEqual(answer.body, self.BODY)
+            self.assertIn(self.MISS, self.outcome(answer))
+
+    def test_what_may_not_be_stored_or_is_asked_for_with_a_password_or_anew_is_not_shared(self):
+        for number, (page, fields) in enumerate((
+                ({"fields": [("Cache-Control", "private")]}, {}), ({"fields": [("Cache-Control", "no-store")]}, {}),
+                ({"fields": [("Vary", "*")]}, {}), ({}, {"Authorization": "Basic x"}), ({}, {"Cache_Control": "no-cache"}),
+                ({}, {"Cache_Control": "no-store"}), ({"fields": [("Content-Type", "text/html")]}, {}), ({"status": 404}, {}))):
+            with self.subTest(page=page, fields=fields):
+                name = "n%d_1.0_all.deb" % number
+                url, before = self.publish(name, **page), self.other.sent
+                self.ask("/debian/pool/" + name)
+                answer = self.ask(url, **fields)
+                self.assertEqual(answer.body, self.BODY)
+                self.assertGreaterEqual(self.other.sent - before, len(self.BODY))
+                self.assertNotIn("same as", self.outcome(answer))
+
+    def test_a_filter_keeps_a_mirror_out_of_it(self):
+        url = self.publish()
+        self.ask(self.HERE)
+        self.start(dataclasses.replace(self.config, filters=(re.compile("/mirrors/pub"),)))
+        self.assertIn("fwd=bypass", self.outcome(self.ask(url)))
+        self.assertEqual(self.asked(), [("GET", None)])
+
+    def test_many_clients_wait_for_one_proof(self):
+        url = self.publish()
+        self.ask(self.HERE)
+        self.assertEqual([answer.body for answer in self.ask_together(url, 8)], [self.BODY] * 8)
+        self.assertEqual(self.asked(), [("GET", "bytes=0-4095"), ("GET", "bytes=%d-" % (len(self.BODY) - 4096))])
+
+    def test_a_far_range_is_served_from_the_proven_file(self):
+        url = self.publish(body=self.BODY * 20)
+        self.ask(self.HERE)
+        answer = self.ask(url, Range="bytes=2000000-2000099")
+        self.assertEqual((answer.status, answer.body), (206, (self.BODY * 20)[2000000:2000100]))
+        self.assertEqual(self.other.sent, 2 * pkgproxy.PROOF)
+
+    def test_where_the_file_system_has_no_links_the_file_is_copied(self):
+        url = self.publish()
+        self.ask(self.HERE)
+        with mock.patch.object(os, "link", side_effect=OSError(errno.EXDEV, "no")):
+            answer = self.ask(url)
+            self.settle()
+        self.assertIn(self.PART, self.outcome(answer))
+        self.assertEqual((answer.body, self.ask(url).body, self.other.sent), (self.BODY, self.BODY, 2 * pkgproxy.PROOF))
+        self.assertEqual(os.stat(self.there()).st_nlink, 1)
+        self.assertEqual(self.counters()["statsCacheBytes"], 2 * len(self.BODY))
+
+    def test_a_cache_that_cannot_be_written_costs_no_client_its_answer(self):
+        url = self.publish()
+        self.ask(self.HERE)
+        with mock.patch.object(pkgproxy.Partials, "claim", side_effect=pkgproxy.LocalFailure(OSError(errno.ENOSPC, "full"))), \
+                mock.patch.object(os, "link", side_effect=OSError(errno.ENOSPC, "full")):
+            self.assertEqual(self.ask(url).body, self.BODY)
+        self.assertFalse(os.path.exists(self.there()))
+
+    def test_what_a_client_doubts_is_fetched_from_its_own_mirror(self):
+        """A mirror's file with the same ends but other bytes between them, which only a client can tell."""
+        bad = self.BODY[:50_000] + b"!" + self.BODY[50_001:]
+        url = self.publish(body=bad, other=self.BODY)
+        self.ask(self.HERE)
+        self.assertEqual(self.ask(url).body, bad)
+        self.assertEqual(self.ask(url, Cache_Control="no-cache").body, self.BODY)
+        self.settle()
+        self.assertEqual((self.ask(url).body, self.ask(self.HERE).body), (self.BODY, bad))
+
+    def test_a_download_that_broke_off_gives_way_to_what_another_mirror_has(self):
+        url = self.publish(body=self.BODY * 10)
+        page = self.other.pages[self.THERE]
+        whole = b"HTTP/1.1 200 OK\r\nETag: %s\r\nLast-Modified: %s\r\nContent-Length: %d\r\n\r\n" % (
+            page.etag.encode(), page.modified.encode(), len(page.body))
+        self.other.pages[self.THERE] = Page(steps=[whole + page.body[:400_000]])
+        with mock.patch.object(pkgproxy, "RESUME_PAUSES", ()), self.assertRaises(http.client.HTTPException):
+            self.ask(url)
+        self.settle()
+        for ranges in (False, True):
+            self.other.pages[self.THERE] = Page(page.body, etag=page.etag, modified=page.modified, ranges=ranges)
+            self.ask(self.HERE)
+            self.assertEqual(self.ask(url).body, page.body)
+            self.settle()
+
+    HELD = b"an index" * 1000
+
+    def test_a_digest_in_the_name_is_proof_without_a_question(self):
+        names = ("/dists/x/by-hash/SHA256/" + sha256(self.HELD), "/repodata/%s-primary.xml.gz" % sha256(self.HELD),
+                 "/repodata/%s-primary.xml.gz" % hashlib.sha512(self.HELD).hexdigest())
+        self.other.close()
+        for path in names:
+            self.origin.pages["/a" + path] = Page(self.HELD, fields=[("Content-Type", "application/x")])
+            self.ask("/a" + path)
+            answer = self.ask(self.other.url("/b" + path))
+            self.assertEqual((answer.body, answer["Content-Type"], answer["ETag"]), (self.HELD, "application/x", None))
+            self.assertTrue(self.outcome(answer).startswith('pkgproxy; hit; detail="same as ' + self.origin.url("/a/")))
+            self.assertEqual(self.outcome(self.ask(self.other.url("/b" + path))), "pkgproxy; hit")
+        self.assertEqual(len(self.origin.log), 2, "the digest counts, not what is written around it")
+        self.assertEqual(self.proxy.counters.snapshot()["statsDownBytes"], 2 * len(self.HELD))
+
+    def test_a_body_that_does_not_match_its_name_is_passed_on_and_not_kept(self):
+        path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
+        self.origin.pages[path] = [Page(b"another index"), Page(self.HELD)]
+        with self.assertLogs("pkgproxy", "WARNING") as logged:
+            self.assertEqual(self.ask(path).body, b"another index")
+            self.settle()
+        self.assertIn("its bytes have another digest than its name", logged.output[0])
+        self.assertEqual(self.files(), {})
+        self.assertEqual([self.ask(path).body, self.ask(path).body], [self.HELD] * 2)
+        self.assertEqual(len(self.origin.log), 2)
+
+    def test_the_earlier_part_of_a_resumed_download_counts_for_its_digest(self):
+        held = self.HELD * 100
+        path = "/dists/x/by-hash/SHA256/" + sha256(held)
+        whole = b"HTTP/1.1 200 OK\r\nETag: %s\r\nContent-Length: %d\r\n\r\n" % (Page(held).etag.encode(), len(held))
+        for first, kept in ((held[:400_000], True), (b"?" * 400_000, False)):
+            self.origin.pages[path] = [Page(steps=[whole + first]), Page(held)]
+            with mock.patch.object(pkgproxy, "RESUME_PAUSES", (0.0,)):
+                self.assertEqual(self.ask(path).body, first + held[400_000:])
+            self.settle()
+            self.assertEqual(self.files(), {self.place(path[1:]): held} if kept else {})
+            shutil.rmtree(self.root)
+            os.mkdir(self.root)
+
+    def test_what_has_rotted_on_the_disk_is_not_shared_by_its_digest(self):
+        path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
+        self.origin.pages["/a" + path] = self.other.pages["/b" + path] = Page(self.HELD)
+        self.ask("/a" + path)
+        place = os.path.join(self.root, self.place("a" + path))
+        info = os.stat(place)
+        Path(place).write_bytes(b"?" * len(self.HELD))
+        os.utime(place, ns=(info.st_atime_ns, info.st_mtime_ns))
+        self.assertEqual(self.ask(self.other.url("/b" + path)).body, self.HELD)
+        self.assertEqual(len(self.other.log), 1)
+
+    def vouch(self):
+        """Let the two mirrors be proven the same, three times."""
+        for number in range(3):
+            url = self.publish("v%d_1.0_all.deb" % number)
+            self.ask("/debian/pool/v%d_1.0_all.deb" % number)
+            self.assertIn(self.PART, self.outcome(self.ask(url)))
+
+    def test_a_mirror_that_is_down_is_stood_in_for_by_one_that_has_always_had_the_same(self):
+        url = self.publish()
+        self.ask(self.HERE)
+        self.other.close()
+        self.assertEqual(self.ask(url).status, 502, "nothing is known of the two")
+        self.other = Origin()
+        self.addCleanup(self.other.close)
+        self.vouch()
+        self.publish()
+        for pages in ({self.THERE: Page(b"", 503)}, {}):
+            self.other.pages = pages
+            if not pages:
+                self.other.close()
+            for _ in range(2):
+                answer = self.ask(self.other.url(self.THERE))
+                self.assertEqual((answer.status, answer.body), (200, self.BODY))
+                self.assertRegex(self.outcome(answer), "fwd=uri-miss; detail=.*Same name as %s" % re.escape(self.origin.url(self.HERE)))
+        self.assertEqual([answer.body for answer in self.ask_together(self.other.url(self.THERE), 4)], [self.BODY] * 4)
+        self.assertFalse(os.path.exists(self.there()), "it is not this mirror's")
+        self.assertEqual(self.ask(self.other.url("/elsewhere/x_1.0_all.deb")).status, 502)
+        self.start(dataclasses.replace(self.config, offline=True))
+        self.assertEqual(self.ask(self.other.url(self.THERE)).body, self.BODY)
+        self.assertEqual(self.ask(self.other.url("/elsewhere/x_1.0_all.deb")).status, 504)
+
+    def test_one_file_that_is_not_the_same_ends_that(self):
+        self.vouch()
+        url = self.publish("w_1.0_all.deb", other=b"?" * len(self.BODY))
+        self.ask("/debian/pool/w_1.0_all.deb")
+        self.ask(url)
+        self.ask(self.HERE)
+        self.other.close()
+        self.publish()
+        self.ask(self.HERE)
+        self.assertEqual(self.ask(self.other.url(self.THERE)).status, 502)
+
+    def test_an_index_is_never_another_mirrors(self):
+        self.vouch()
+        url = self.publish("InRelease", b"here", b"there")
+        self.assertEqual((self.ask("/debian/pool/InRelease").body, self.ask(url).body), (b"here", b"there"))
+        url = self.publish("Release", b"here", b"there")
+        self.ask("/debian/pool/Release")
+        self.other.close()
+        self.assertEqual(self.ask(url).status, 502)
+
+    @contextlib.contextmanager
+    def secure(self):
+        """The other mirror, with https."""
+        with tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as folder:
+            certificates = Certificates(folder)
+            self.start(dataclasses.replace(self.config, ca_file=certificates.authority))
+            self.other = Origin(context=certificates.context())
+            try:
+                yield
+            finally:
+                self.proxy._origin._pool.close()
+                self.other.close()
+
+    def test_https_proves_for_http_but_http_for_https_only_by_a_digest(self):
+        path = "/pool/by-hash/SHA256/" + sha256(self.HELD)
+        with self.secure():
+            url = self.publish()
+            self.ask(self.HERE)
+            self.assertEqual(self.ask(url).body, self.BODY)
+            self.assertEqual(self.asked(), [("GET", None)])
+            url = self.publish("y_1.0_all.deb")
+            before = self.origin.sent
+            self.assertEqual((self.ask(url).body, self.ask("/debian/pool/y_1.0_all.deb").body), (self.BODY, self.BODY))
+            self.assertEqual(self.origin.sent - before, 2 * pkgproxy.PROOF)
+            self.origin.pages["/debian" + path] = Page(self.HELD)
+            self.ask("/debian" + path)
+            self.assertEqual(self.ask(self.other.url("/mirrors/pub" + path)).body, self.HELD)
+            self.assertEqual(len(self.other.log), 2)
+
+    def test_what_only_this_host_may_reach_is_shown_to_no_other(self):
+        url = self.publish()
+        self.ask(self.HERE)
+        far = pkgproxy.cache_key(pkgproxy.parse_target(url))
+        held = self.proxy._mirrors._held(dataclasses.replace(request(url), key=far, near=False))
+        self.assertEqual(held, [])
+        self.assertTrue(self.proxy._mirrors.holds(dataclasses.replace(request(url), key=far, near=True)))
+
+    def adopt(self, **files):
+        folder = os.path.join(self.folder, "archives")
+        os.makedirs(folder, exist_ok=True)
+        for name, body in files.items():
+            Path(folder, name.replace("__", "%3a") + ".deb").write_bytes(body)
+        config = dataclasses.replace(self.config, adopt=(folder,))
+        self.start(config)
+        self.proxy._store.adopted.rebuild(pkgproxy.adoptable(config.adopt))
+        return folder
+
+    def test_a_package_that_the_user_has_is_not_downloaded_and_never_touched(self):
+        folder = self.adopt(**{"x_1__1.0_all": self.BODY})
+        place = os.path.join(folder, "x_1%3a1.0_all.deb")
+        os.utime(place, (1, 1))
+        before = os.stat(place)
+        url = self.publish()
+        answer = self.ask(url)
+        self.settle()
+        self.assertEqual((answer.body, self.other.sent), (self.BODY, 2 * pkgproxy.PROOF))
+        self.assertIn('detail="same as an adopted file"', self.outcome(answer))
+        after = os.stat(place)
+        self.assertEqual((before.st_mtime_ns, before.st_ctime_ns, after.st_nlink), (after.st_mtime_ns, after.st_ctime_ns, 1))
+        Path(place).write_bytes(b"rewritten in place")
+        self.assertEqual((self.ask(url).body, self.outcome(self.ask(url))), (self.BODY, "pkgproxy; hit"))
+        self.ask(url, "DELETE")
+        self.assertEqual(os.listdir(folder), ["x_1%3a1.0_all.deb"])
+
+    def test_an_adopted_file_that_is_another_or_is_cut_while_it_is_read_costs_nothing(self):
+        folder = self.adopt(**{"x_1.0_all": self.BODY[:-1], "y_1.0_all": self.BODY})
+        self.assertEqual(self.ask(self.publish()).body, self.BODY)
+
+        def cut(copy, size=0):
+            copy._twin.file.close()
+            raise pkgproxy.Truncated("cut")
+
+        with mock.patch.object(pkgproxy.LocalCopy, "read", cut):
+            self.assertEqual(self.ask(self.publish("y_1.0_all.deb")).body, self.BODY)
+        os.symlink(os.path.join(folder, "y_1.0_all.deb"), os.path.join(folder, "z_1.0_all.deb"))
+        self.adopt()
+        before = self.other.sent
+        self.assertEqual(self.ask(self.publish("z_1.0_all.deb")).body, self.BODY)
+        self.assertEqual(self.other.sent - before, len(self.BODY), "a link is none of the user's packages")
+
+    def test_what_is_no_longer_to_be_adopted_is_left_alone(self):
+        self.adopt(**{"x_1.0_all": self.BODY})
+        for adopt in ((), (os.path.join(self.folder, "arch"),)):
+            self.start(dataclasses.replace(self.config, adopt=adopt))
+            self.assertFalse(self.proxy._mirrors.holds(request(self.other.url(self.THERE))))
 
 
 class LocalFailureTest(ProxyCase):
@@ -2971,7 +3449,7 @@ class SemanticsTest(ProxyCase):
         self.assertEqual(self.ask(self.PACKAGE).body, b"again")
 
     def test_by_hash_knows_better_than_max_age_0(self):
-        path = "/by-hash/SHA256/" + "0" * 64
+        path = "/by-hash/SHA256/" + sha256(b"x")
         self.origin.pages[path] = Page(b"x")
         for _ in range(2):
             self.ask(path, Cache_Control="max-age=0")
@@ -6434,6 +6912,24 @@ class PorchTest(unittest.TestCase):
         proxy.stop()
         self.assertIn("Clients may come from: 10.0.0.0/8, loopback\n", proxy.log())
         self.assertEqual("Running as root: an account without privileges is enough" in proxy.log(), os.geteuid() == 0)
+
+    def test_it_adopts_packages_from_folders_that_are_there(self):
+        root, folder = os.path.join(self.folder, "root"), os.path.join(self.folder, "archives")
+        os.mkdir(folder)
+        Path(folder, "x_1%3a1.0_all.deb").write_bytes(b"x" * 20_000)
+        origin = Origin()
+        self.addCleanup(origin.close)
+        origin.pages["/pool/x_1.0_all.deb"] = Page(b"x" * 20_000)
+        proxy = ProxyProcess(root, ["--adopt", folder, "--adopt", folder + "2", "-w", "2"])
+        try:
+            until(lambda: os.path.exists(root + "/.pkgproxy/adopted/whole"))
+            with urllib.request.build_opener(urllib.request.ProxyHandler({"http": proxy.url})).open(origin.url("/pool/x_1.0_all.deb")) as answer:
+                self.assertEqual(answer.read(), b"x" * 20_000)
+        finally:
+            proxy.stop()
+        self.assertEqual(origin.sent, 2 * pkgproxy.PROOF)
+        self.assertIn("Adopting what is the same from %s\n" % folder, proxy.log())
+        self.assertIn("There is no folder %s2 to adopt packages from" % folder, proxy.log())
 
     def test_it_names_the_parent_proxy_without_its_password(self):
         environment = {**os.environ, "http_proxy": "http://me:secret@proxy.test:3128", "https_proxy": ""}
