@@ -4915,7 +4915,7 @@ class Mirrors:
         found = None
         for other in self._held(request):
             sure = digest_of(request.key) and fits_name(request.key, other)
-            if found is None and (sure or self._store.names.vouched(
+            if found is None and (sure or other.name and self._store.names.vouched(
                     mirror_folders(request.key, other.head.key))):
                 found = other
             else:
@@ -4967,7 +4967,7 @@ class Mirrors:
         found = []
         for other in held:
             coded = other and value(other.head.fields, "Content-Encoding")
-            if other and other.head.size and not other.head.vary and not coded:
+            if other and not other.head.vary and not coded:
                 found.append(other)
             else:
                 _close(other)
@@ -4995,7 +4995,7 @@ class Mirrors:
         start, stop, size = content_range(response.head) or (0, 0, 0)
         head = whole_head(request, response.head)
         private = not_storable(dataclasses.replace(request, method="GET"), head, config)
-        if private or start or stop != min(PROOF, size) or not first or len(first) != stop:
+        if private or start or stop != min(PROOF, size) or not size:
             return None, None
         same = [other for other in held if other.head.size == size and other.read_at(stop, 0) == first]
         tail = max(stop, size - PROOF)
@@ -5004,7 +5004,8 @@ class Mirrors:
                 last = _all_of(rest)
             same = [other for other in same if other.read_at(PROOF, tail) == last]
         for other in held:
-            self._store.names.vouch(mirror_folders(request.key, other.head.key), other in same)
+            if other.name:
+                self._store.names.vouch(mirror_folders(request.key, other.head.key), other in same)
         return (_alike(same[0], head) if same else None), None
 
 
