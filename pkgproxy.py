@@ -2514,7 +2514,7 @@ class Names:
         new = "%s^%s" % (self._folder, secrets.token_hex(4))
         rows = iter(entries)
         try:
-            while part := list(itertools.islice(rows, 10_000)):
+            while part := list(itertools.islice(rows, 100_000)):
                 lines: dict[str, list[bytes]] = {}
                 for name, place in part:
                     lines.setdefault(self._bucket(name), []).append(self._line(name, place))
@@ -2854,7 +2854,7 @@ class Janitor:
         used = self._store.take_uses()
         self._sweep_partials(now)
         stored = list(self._stored_now(used, now))
-        if not self._store.names.is_whole():
+        if stored and not self._store.names.is_whole():
             with contextlib.suppress(OSError):
                 self._store.names.rebuild(self._common_names(name for _, _, name in stored))
         total, removed, freed = sum(size for _, size, _ in stored), 0, 0
@@ -7572,7 +7572,7 @@ def open_root(config: Config) -> Store:
         if os.path.isdir(folder):
             log.info("Adopting what is the same from %s", folder)
         else:
-            log.warning("There is no folder %s to adopt packages from. It is looked for again after %d hours.",
+            log.warning("There is no folder %s to adopt packages from. It is looked for again after %d h.",
                         folder, ADOPT_EVERY // 3600)
     return store
 
