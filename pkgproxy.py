@@ -375,7 +375,7 @@ class Outcome(enum.Enum):
     FAILED = "failed"  # the origin's fault
 
 
-FROM_CACHE = (Outcome.HIT, Outcome.VALIDATED, Outcome.STALE, Outcome.COLLAPSED)
+FROM_CACHE = (Outcome.HIT, Outcome.VALIDATED, Outcome.STALE, Outcome.COLLAPSED, Outcome.SHARED)
 
 
 class Sent(NamedTuple):

@@ -3058,6 +3058,7 @@ class MirrorsTest(ProxyCase):
         counted = self.counters()
         self.assertEqual((counted["statsDownBytes"], counted["statsCacheBytes"]), (len(self.BODY) + 2 * pkgproxy.PROOF, len(self.BODY)))
         self.assertEqual(counted["statsOutcomes"]["shared"], 1)
+        self.assertIn(Outcome.SHARED, pkgproxy.FROM_CACHE)
 
     def test_what_was_shared_is_stored_like_any_other_and_is_its_mirrors_own(self):
         url = self.publish()
