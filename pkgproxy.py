@@ -6559,7 +6559,6 @@ class Visitor:
         self.answered = False  # whether it has had an answer
         self.waiting = False  # for its next request, or the rest of its head, and no thread serves it
         self.since = time.monotonic()  # when it began to wait for that
-        self.watched = False  # by the lobby's selector
         self.stays = False  # the connection, when no thread serves it any more
         self.outgoing: Outgoing | None = None  # the lobby's answer, while it is being sent
 
@@ -6828,11 +6827,53 @@ class Host(Protocol):
         """Tell of a bug."""
 
 
+class Watchman:
+    """A selector whom other threads can call."""
+
+    def __init__(self, called: Callable[[], None]) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._bell, self._button = socket.socketpair()
+        for sock in (self._bell, self._button):
+            sock.setblocking(False)
+        self.watch(self._bell, selectors.EVENT_READ, called)
+
+    def ring(self) -> None:
+        """Let select() return, and what is ``called`` be among what it returns; from any thread."""
+        with contextlib.suppress(OSError):  # it rings already, or it has been closed
+            self._button.send(b"\0")
+
+    def hush(self) -> None:
+        """The bell has been heard."""
+        with contextlib.suppress(OSError):
+            self._bell.recv(4096)
+
+    def select(self, timeout: float) -> list[Any]:
+        """What belongs to the sockets that are ready now, or within ``timeout`` seconds."""
+        return [key.data for key, _ in self._selector.select(timeout)]
+
+    def watch(self, sock: socket.socket, events: int, data: Any) -> None:
+        """From now on watch a socket for these events; OSError."""
+        if sock in self._selector.get_map():
+            self._selector.modify(sock, events, data)
+        else:
+            self._selector.register(sock, events, data)
+
+    def leave(self, sock: socket.socket) -> None:
+        """Watch a socket no more."""
+        if sock in self._selector.get_map():
+            self._selector.unregister(sock)
+
+    def close(self) -> None:
+        """Watch nothing more."""
+        for thing in (self._selector, self._bell, self._button):
+            thing.close()
+
+
 class Lobby:
     """Where visitors wait whom no thread serves: one selector, and one thread, for all of them.
 
     What they ask for that is at hand they get on the spot.  For all that may take longer they go to a
-    thread, and come back.  For the caller: welcome, ring and close, from any thread; the rest from one.
+    thread, and come back.  For the caller: welcome and close, from any thread; the rest from one.
     """
 
     def __init__(self, host: Host) -> None:
@@ -6842,11 +6883,7 @@ class Lobby:
         self._again: list[Visitor] = []  # have asked for more than their turn allows
         self._closed = False
         self._thread = 0  # that attends
-        self._selector = selectors.DefaultSelector()
-        self._bell, self._button = socket.socketpair()
-        for sock in (self._bell, self._button):
-            sock.setblocking(False)
-        self._selector.register(self._bell, selectors.EVENT_READ, self._let_in)
+        self.watchman = Watchman(self._let_in)
 
     def welcome(self, visitor: Visitor) -> None:
         """Let a visitor wait for its next request."""
@@ -6857,32 +6894,17 @@ class Lobby:
         if self._closed:
             self._let_in()
         else:
-            self.ring()
-
-    def ring(self) -> None:
-        """Let attend() return."""
-        with contextlib.suppress(OSError):  # it rings already, or it has been closed
-            self._button.send(b"\0")
-
-    def listen(self, sock: socket.socket, accept: Callable[[], None]) -> None:
-        """Call ``accept`` whenever a connection waits at this socket."""
-        if sock not in self._selector.get_map():
-            self._selector.register(sock, selectors.EVENT_READ, accept)
-
-    def pause(self, sock: socket.socket) -> None:
-        """Let connections wait there."""
-        if sock in self._selector.get_map():
-            self._selector.unregister(sock)
+            self.watchman.ring()
 
     def attend(self, timeout: float) -> None:
         """Serve who wants something now, or within ``timeout`` seconds."""
         self._thread = threading.get_ident()
         again, self._again = self._again, []
-        for key, _ in self._selector.select(0 if again else timeout):
-            if not isinstance(key.data, Visitor):
-                key.data()
-            elif key.data.waiting and key.data not in again:
-                self._serve(key.data)
+        for ready in self.watchman.select(0 if again else timeout):
+            if not isinstance(ready, Visitor):
+                ready()
+            elif ready.waiting and ready not in again:
+                self._serve(ready)
         for visitor in again:
             if visitor.waiting:
                 self._serve(visitor, more=True)
@@ -6910,12 +6932,10 @@ class Lobby:
         self._let_in()
         for visitor in tuple(self._visitors):
             self._see_off(visitor)
-        for thing in (self._selector, self._bell, self._button):
-            thing.close()
+        self.watchman.close()
 
     def _let_in(self) -> None:
-        with contextlib.suppress(OSError):
-            self._bell.recv(4096)
+        self.watchman.hush()
         with contextlib.suppress(queue.Empty):
             while True:
                 visitor = self._coming.get_nowait()
@@ -6931,17 +6951,13 @@ class Lobby:
         self._visitors.add(visitor)
         visitor.waiting, visitor.since = True, time.monotonic()  # one may have been parked for long
         self._serve(visitor)
-        if visitor.waiting and not visitor.watched:
+        if visitor.waiting and not visitor.outgoing:
             self._watch(visitor)
 
     def _watch(self, visitor: Visitor) -> None:
         events = selectors.EVENT_WRITE if visitor.outgoing else selectors.EVENT_READ
         try:
-            if visitor.watched:
-                self._selector.modify(visitor.connection, events, visitor)
-            else:
-                self._selector.register(visitor.connection, events, visitor)
-            visitor.watched = True
+            self.watchman.watch(visitor.connection, events, visitor)
         except OSError as error:  # the system watches no more
             log.warning("A connection cannot be waited for: %s", error)
             self._see_off(visitor)
@@ -6949,9 +6965,7 @@ class Lobby:
     def _let_out(self, visitor: Visitor) -> None:
         visitor.waiting = False
         self._visitors.discard(visitor)
-        if visitor.watched:
-            self._selector.unregister(visitor.connection)
-            visitor.watched = False
+        self.watchman.leave(visitor.connection)
 
     def _see_off(self, visitor: Visitor) -> None:
         self._let_out(visitor)
@@ -7321,7 +7335,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """Accept no more; what is being sent may take GRACE."""
         self._until = time.monotonic() + GRACE
         self.room.close()
-        self.lobby.ring()
+        self.lobby.watchman.ring()
 
     def shutdown(self) -> None:
         """Stop, and wait for serve_forever() to end."""
@@ -7338,9 +7352,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """Called several times a second."""
         now = self.beat = time.monotonic()
         if self._until < math.inf:
-            self.lobby.pause(self.socket)
+            self.lobby.watchman.leave(self.socket)
         elif now >= self._resume:
-            self.lobby.listen(self.socket, self._accept)
+            self.lobby.watchman.watch(self.socket, selectors.EVENT_READ, self._accept)
         self.lobby.expire(now)
         self.room.relieve()
         self.desk.proxy.tidy()
@@ -7348,14 +7362,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def _accept(self) -> None:
         """Let in who waits at the door, if there is room; don't spin where descriptors are out."""
         if not self.room.enter():
-            self.lobby.pause(self.socket)  # until the next service_actions
+            self.lobby.watchman.leave(self.socket)  # until the next service_actions
             return
         try:
             connection, address = self.get_request()
         except OSError as error:
             self.room.give_up()
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.lobby.pause(self.socket)
+                self.lobby.watchman.leave(self.socket)
                 self._resume = time.monotonic() + 0.1
             return
         self.process_request(connection, address)
@@ -7399,7 +7413,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.room.leave(request)
         if self.room.crowded:
             self._pressed = True
-            self.lobby.ring()
+            self.lobby.watchman.ring()
 
     @property
     def authority(self) -> str:
