@@ -246,6 +246,7 @@ class Config:
     max_orphans: int = 8  # downloads that go on when their last client has left
     max_age: float | None = None  # seconds since a stored response was last used
     workers: int = 1  # processes
+    sharing: bool = True  # of files between mirrors, where no digest in the name proves them
     filters: tuple[re.Pattern[str], ...] = ()  # parsed from filters_file, at start and on SIGHUP
     barrier: tuple[tuple[str, int], ...] = ()  # memcached servers; none: the file system's locks
     pseudonym: str = "pkgproxy"  # our name in Via and Cache-Status (RFC 9110 §7.6.3)
@@ -4881,11 +4882,12 @@ class Mirrors:
     and the bytes at its head and its tail, where archives have their checksums.
     """
 
-    def __init__(self, store: Store, origin: Origin, troubles: Troubles, adopt: tuple[str, ...]) -> None:
+    def __init__(self, store: Store, origin: Origin, troubles: Troubles, config: Config) -> None:
         self._store = store
         self._origin = origin
         self._troubles = troubles
-        self._adopt = tuple(os.path.join(folder, "") for folder in adopt)
+        self._sharing = config.sharing
+        self._adopt = tuple(os.path.join(folder, "") for folder in config.adopt)
 
     def find(self, request: Request, forward: Forward,
              config: Config) -> tuple[Stored | None, Response | None]:
@@ -4955,10 +4957,12 @@ class Mirrors:
         fresh = "no-cache" in directives(request.fields)  # the client has its reasons: a wrong digest, say
         if not name or fresh or value(request.fields, "Authorization") is not None:
             return []
-        any_way = request.target.scheme == "http" or digest_of(request.key) is not None
+        sure = digest_of(request.key) is not None
+        any_way = request.target.scheme == "http" or sure
         open_to = ("http:", "https:") if any_way else ("https:",)
         held = [look_up(self._store, dataclasses.replace(request, key=key))
-                for key in self._store.names.find(name) if key != request.key and key.startswith(open_to)]
+                for key in (self._store.names.find(name) if self._sharing or sure else ())
+                if key != request.key and key.startswith(open_to)]
         for path in self._store.adopted.find(name) if self._adopt else ():
             file, info = _open(path) if path.startswith(self._adopt) else (None, _NOTHING)
             if file is not None:
@@ -5760,7 +5764,7 @@ class Proxy:
                         Orphans(config.max_orphans), self._updated)
         self.insight = Insight(store, self.counters, config.pseudonym, lambda: {
             "downloads": filler.gather(), "troubles": self._troubles.gather(), "swept": self.sweeper.swept})
-        self._mirrors = Mirrors(store, self._origin, self._troubles, config.adopt)
+        self._mirrors = Mirrors(store, self._origin, self._troubles, config)
         self._leader = Leader(store, self._claims, self._origin, self._troubles, filler, self._mirrors)
         self._refresher = Refresher(self.respond, self._barrier)
 
@@ -7466,6 +7470,8 @@ OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("cache", "-f --filters", "FILE", "what is never cached, as expressions (none)", {}),
     ("cache", "--no-heuristics", "", "ask again where no lifetime is told (a day)",
      {"action": "store_false", "dest": "heuristics"}),
+    ("cache", "--no-sharing", "", "share files of mirrors by digest only (by proof)",
+     {"action": "store_false", "dest": "sharing"}),
     ("cache", "--barrier", "URL", "by what instances that share it agree (locks)", {}),
     ("origins", "--parent", "URL", "proxy to ask, or none ($http_proxy, $https_proxy)", {}),
     ("origins", "--ca-file", "FILE", "PEM certificates to trust as well, for https (none)", {}),
@@ -7546,7 +7552,7 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
                         None if options.min_free is None else parse_size(options.min_free),
                         max_age=None if options.max_age is None else parse_span(options.max_age),
                         max_orphans=parse_count(options.max_orphans, 0, 10_000),
-                        workers=parse_count(options.workers, 1, MAX_WORKERS),
+                        workers=parse_count(options.workers, 1, MAX_WORKERS), sharing=options.sharing,
                         barrier=() if options.barrier is None else parse_barrier(options.barrier),
                         pseudonym="pkgproxy-" + secrets.token_hex(4),
                         ca_file=options.ca_file, parents=find_parents(options.parent, os.environ),

@@ -3072,6 +3072,18 @@ class MirrorsTest(ProxyCase):
         os.unlink(os.path.join(self.root, self.place(self.HERE[1:])))
         self.assertEqual(self.ask(url).body, self.BODY)
 
+    def test_without_sharing_digests_alone_prove_anything(self):
+        self.stop()
+        self.start(Config(addrs=(), sharing=False))
+        url = self.publish()
+        self.ask(self.HERE)
+        self.assertEqual(self.outcome(self.ask(url)), "pkgproxy; " + self.MISS)
+        name = "by-hash/SHA256/" + hashlib.sha256(self.BODY).hexdigest()
+        url = self.publish(name)
+        self.ask("/debian/pool/" + name)
+        self.ask(url)
+        self.assertEqual(self.counters()["statsOutcomes"]["shared"], 1)
+
     def test_other_bytes_under_the_same_name_are_fetched_whole(self):
         flipped = bytes([self.BODY[0] ^ 1])
         for case, other in (("head", flipped + self.BODY[1:]), ("tail", self.BODY[:-1] + b"?"), ("longer", self.BODY + b"?"),
