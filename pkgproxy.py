@@ -141,6 +141,7 @@ CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that mov
 SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
 BACKLOG = 256  # connections that wait to be accepted: a fleet that wakes up by cron comes all at once
 TURN = 4  # requests of one client that are answered before the next client's
+WITH_HEAD = 0.002  # seconds: a small body that comes so soon after its head is waited for
 SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
 BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
 EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
@@ -3350,6 +3351,15 @@ class ChunkReader:
         return data
 
 
+def select_readable(sock: socket.socket, timeout: float) -> bool:
+    """Whether a socket has bytes or its end to read; poll where there is one: select stops at 1024."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+    return bool(select.select([sock], [], [], timeout)[0])
+
+
 class OriginResponse(http.client.HTTPResponse):
     """http.client's response with a strict head.
 
@@ -3363,8 +3373,22 @@ class OriginResponse(http.client.HTTPResponse):
         super().__init__(sock, *arguments, **more)
         self.fp.close()
         self.patience = sock.gettimeout() or ORIGIN_TIMEOUT  # seconds until the whole head is there
+        self._sock = sock
         self._timed = TimedFile(sock, ORIGIN_TIMEOUT)
         self.fp = io.BufferedReader(self._timed, 64 * 1024)
+
+    def has_come(self, count: int) -> bool:
+        """Whether so many bytes of the body are here, or come within WITH_HEAD seconds."""
+        data = b""
+        self._timed.set_deadline(0.0)
+        with contextlib.suppress(socket.timeout, OSError):
+            data = self.fp.peek(1)  # what came with the head; it does not read on
+        self._timed.set_deadline(None)
+        plain = not hasattr(self._sock, "pending")  # TLS reads more than it gives
+        if not data and count and plain and select_readable(self._sock, WITH_HEAD):
+            with contextlib.suppress(OSError):
+                data = self.fp.peek(1)
+        return len(data) >= count
 
     def begin(self, **_limits: Any) -> None:
         """Read the final head, within the socket's time-out; ValueError or http.client.RemoteDisconnected."""
@@ -3404,15 +3428,6 @@ class OriginResponse(http.client.HTTPResponse):
             self.will_close = True
         if self.length == 0 and declared != "0":
             self.will_close = True  # an answer without body that declares one: who knows what follows
-
-
-def select_readable(sock: socket.socket, timeout: float) -> bool:
-    """Whether a socket has bytes or its end to read; poll where there is one: select stops at 1024."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        return bool(poll.poll(timeout * 1000))
-    return bool(select.select([sock], [], [], timeout)[0])
 
 
 def resolve(host: str, port: int) -> list[tuple[Any, ...]]:
@@ -3878,6 +3893,10 @@ class Response:
         if not data or self._left == 0:
             self._end(self._is_reusable())
         return data
+
+    def has_come(self) -> bool:
+        """Whether all of the body is here, or comes within a moment, so that reading it waits for nobody."""
+        return self.length is not None and self.length <= SMALL and self._raw.has_come(self.length)
 
     def expect(self, count: int) -> None:
         """The body is known to have so many bytes, however it is framed."""
@@ -5106,7 +5125,12 @@ class Filler:
                 for partial, (since, begun) in running]
 
     def start(self, download: Download, reply: Reply) -> None:
-        """Begin to fill; LocalFailure, with ``reply`` closed, where there is no thread for it."""
+        """Begin to fill; LocalFailure, with ``reply`` closed, where there is no thread for it.  A small body
+        that has come with its head needs none, and nobody would see a byte of it earlier."""
+        if download.response is not None and download.response.has_come():
+            download.flight.publish(download.partial)
+            self.fill(download)
+            return
         try:
             start_thread(self.fill, download)
         except LocalFailure:
