@@ -7503,7 +7503,7 @@ OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("cache", "--barrier", "URL", "by what instances that share it agree (locks)", {}),
     ("origins", "--parent", "URL", "proxy to ask, or none ($http_proxy, $https_proxy)", {}),
     ("origins", "--ca-file", "FILE", "PEM certificates to trust as well, for https (none)", {}),
-    ("origins", "--adopt", "DIR", "packages to use if proven the same; may be repeated", REPEATED),
+    ("origins", "--adopt", "DIR", "packages to use if proven the same, repeatable (none)", REPEATED),
     ("origins", "--offline", "", "never ask one, serve what is stored (off)", {"action": "store_true"}),
     ("origins", "--max-orphans", "N", "downloads that go on without clients (%d)" % DEFAULTS.max_orphans,
      {"default": str(DEFAULTS.max_orphans)}),
