@@ -2054,13 +2054,19 @@ def _private(path: str, flags: int) -> int:
 
 def make_folder(path: str) -> None:
     """Make a folder and those above it, for us alone to write; OSError."""
-    missing = []
-    while not os.path.isdir(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    for folder in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # another thread was quicker, or it is a file
-            os.mkdir(folder, 0o755)
+    for last in (False, False, True):
+        missing, folder = [], path
+        while not os.path.isdir(folder):
+            missing.append(folder)
+            folder = os.path.dirname(folder)
+        try:
+            for folder in reversed(missing):
+                with contextlib.suppress(FileExistsError):  # another thread was quicker, or it is a file
+                    os.mkdir(folder, 0o755)
+            return
+        except FileNotFoundError:  # somebody has just removed what was there: a cleaning rm -rf
+            if last:
+                raise
 
 
 def _open(path: str) -> tuple[io.FileIO | None, os.stat_result]:
@@ -5661,8 +5667,8 @@ class Sweeper:
             self._wake.clear()
             try:
                 if leads and config.adopt and time.monotonic() - looked > ADOPT_EVERY:
-                    looked = time.monotonic()
                     self._store.adopted.rebuild(adoptable(config.adopt))
+                    looked = time.monotonic()
                 if woken:
                     self._note(self._janitor.sweep(config, time.time()))
                 else:
