@@ -6737,6 +6737,18 @@ class LobbyTest(ProxyCase):
             data += more
         return data
 
+    def one_that_does_not_read(self):
+        """A client that asks for 200 hits of 60 KB, and for which the first is being sent."""
+        self.origin.pages["/z_1.0.deb"] = Page(b"z" * 60_000)
+        self.ask("/z_1.0.deb")
+        self.settle()
+        slow = self.stack.enter_context(socket.socket())
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(self.address)
+        slow.sendall(self.line("/z_1.0.deb") * 200)
+        until(lambda: self.server.lobby.sending)
+        return slow
+
     def no_threads(self):
         return self.patched(self.server, "attend", mock.Mock(side_effect=AssertionError("it went to a thread")))
 
@@ -6804,29 +6816,15 @@ class LobbyTest(ProxyCase):
             self.assertEqual(one.recv(999), b"")
 
     def test_a_client_that_does_not_read_holds_up_nobody_and_is_seen_off(self):
-        self.origin.pages["/z_1.0.deb"] = Page(b"z" * 60_000)
-        self.ask("/z_1.0.deb")
-        self.settle()
-        slow = self.stack.enter_context(socket.socket())
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.connect(self.address)
-        slow.sendall(self.line("/z_1.0.deb") * 200)
-        until(lambda: self.server.lobby.sending)
+        self.one_that_does_not_read()
         self.read(self.visit(self.line()), 4096)
         until(lambda: self.server.replies_running == 1)
         with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.05):
             until(lambda: not self.server.lobby.sending)
 
     def test_what_was_sent_in_pieces_is_whole_and_counted(self):
-        self.origin.pages["/z_1.0.deb"] = Page(b"z" * 60_000)
-        self.ask("/z_1.0.deb")
-        self.settle()
         before = self.snapshot()["statsCacheBytes"]
-        slow = self.stack.enter_context(socket.socket())
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.connect(self.address)
-        slow.sendall(self.line("/z_1.0.deb") * 200)
-        until(lambda: self.server.lobby.sending)
+        slow = self.one_that_does_not_read()
         with slow.makefile("rb") as file:
             for _ in range(200):
                 head = b"".join(iter(file.readline, b"\r\n"))
@@ -6876,14 +6874,7 @@ class LobbyTest(ProxyCase):
         self.read(others[0], 4096)
 
     def test_an_answer_under_way_is_not_cut_to_make_room(self):
-        self.origin.pages["/z_1.0.deb"] = Page(b"z" * 60_000)
-        self.ask("/z_1.0.deb")
-        self.settle()
-        slow = self.stack.enter_context(socket.socket())
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.connect(self.address)
-        slow.sendall(self.line("/z_1.0.deb") * 200)
-        until(lambda: self.server.lobby.sending)
+        self.one_that_does_not_read()
         room = self.server.room
         with mock.patch.object(pkgproxy, "HALF_HEAD", -1.0), mock.patch.object(room, "most", 0):
             self.assertFalse(room.enter())
