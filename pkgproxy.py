@@ -133,6 +133,7 @@ MAX_HEAD = 64 * 1024  # a whole head: as much as Apache lets one grow (100 field
 MAX_FIELDS = 200  # lines in a head: Apache allows 100, Go's http2 about 250
 MAX_RANGES = 512  # in one request: librepo asks for 256 at most and halves on refusal
 MAX_CONNECTIONS = 4000  # of clients, and fewer where descriptors are few: a thread each
+MAX_COPIES = 32  # small replies of this second, at hand to be sent again, each with an open file
 REMEMBERED = 1000  # results of a pure function that a hit needs again and again
 MAX_WORKERS = 64  # processes
 MAX_LOG_LINES = 10_000  # that wait to be written; what is more is lost
@@ -1966,6 +1967,12 @@ def shown(uri: str) -> str:
     'http://a/@x'
     """
     return printable(re.sub(r"(?<=://)[^/?#@]*@", "", uri, count=1))
+
+
+def logged(request: Request, cache_status: CacheStatus) -> str:
+    """What the log says of a request, and of why it was answered so."""
+    detail = " (%s)" % printable(cache_status.detail) if cache_status.detail else ""
+    return "%s %s%s" % (printable(request.method), shown(request.uri), detail)
 
 
 def clipped(text: str, most: int) -> str:
@@ -4209,6 +4216,7 @@ class Counters:
     def __init__(self, workers: int = 1) -> None:
         self._slots = memoryview(mmap.mmap(-1, 8 * len(self.NAMES) * workers)).cast("Q")
         self._places = {name: number for number, name in enumerate(self.NAMES)}  # in this worker's row
+        self._cache = self._places["cache"]  # looked up for each answer
         self._lock = threading.Lock()  # guards this worker's row
         self._beats = memoryview(mmap.mmap(-1, 8 * workers)).cast("d")  # of each worker, monotonic
         self.board = Board(workers)
@@ -4221,6 +4229,7 @@ class Counters:
         self.board.own = worker
         first = worker * len(self.NAMES)
         self._places = {name: first + number for number, name in enumerate(self.NAMES)}
+        self._cache = self._places["cache"]
 
     def beat(self, when: float) -> None:
         """At this monotonic time, this worker was well."""
@@ -4243,8 +4252,8 @@ class Counters:
     def add(self, outcome: Outcome, cached: int = 0) -> None:
         """One answer, with so many body bytes from the cache."""
         with self._lock:
-            self._slots[self._places[outcome.value]] += 1
-            self._slots[self._places["cache"]] += cached
+            self._slots[self._places[outcome._value_]] += 1  # .value is a function of the library's
+            self._slots[self._cache] += cached
 
     def snapshot(self) -> dict[str, Any]:
         """All of them, all workers together."""
@@ -4778,6 +4787,69 @@ class AtHand(NamedTuple):
     status: int
     cache_status: CacheStatus
     close: bool  # the connection, after it
+
+
+class Copy:
+    """A small reply that has left, to be sent again as it is."""
+
+    __slots__ = ("body", "data", "mark", "ready", "request", "stored", "text")
+
+    def __init__(self, request: Request, ready: AtHand, body: bytes, stored: Stored, mark: Any) -> None:
+        self.request = request
+        self.ready = ready
+        self.body = body
+        self.data = ready.head + body
+        self.stored = stored  # open: its descriptor tells whether the file is still what it was
+        self.mark = mark  # of the file
+        self.text = logged(request, ready.cache_status)
+
+
+def mark_of(stored: Stored) -> tuple[int, int, int]:
+    """What changes when a file is removed, replaced or written to; OSError."""
+    info = os.fstat(stored.fileno())
+    return info.st_nlink, info.st_ctime_ns, info.st_size
+
+
+class Shelf:
+    """Replies of this second, for whoever asks for the same: a fleet does so in the same moment.
+
+    A copy is good while its file is what it was, which a look at the open descriptor tells each time, and
+    until the second ends: its Age is for that one.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[Any, Copy] = {}  # by the request's head, and whose it is
+        self._era: tuple[int, Config | None] = (0, None)  # the second and the configuration they are of
+
+    def begin(self, era: tuple[int, Config]) -> None:
+        """From now on it is this second."""
+        if era != self._era:
+            self.clear()
+            self._era = era
+
+    def find(self, asked: Any) -> Copy | None:
+        """The copy for a request, if it is still good."""
+        copy = self._copies.get(asked)
+        try:
+            return copy if copy is not None and mark_of(copy.stored) == copy.mark else None
+        except OSError:
+            return None
+
+    def put(self, asked: Any, copy: Copy) -> None:
+        """Keep a copy; without room for it, or where an open file can't be removed, just close its file."""
+        old = self._copies.pop(asked, None)
+        if old is not None:
+            old.stored.close()
+        if len(self._copies) < MAX_COPIES and os.name != "nt":
+            self._copies[asked] = copy
+        else:
+            copy.stored.close()
+
+    def clear(self) -> None:
+        """Let go of all."""
+        copies, self._copies = self._copies, {}
+        for copy in copies.values():
+            copy.stored.close()
 
 
 @functools.lru_cache(REMEMBERED // 4)
@@ -5823,15 +5895,19 @@ class Proxy:
             return self._pass(request, decision, config)
         return self._join(request, decision, config)
 
-    def at_hand(self, request: Request) -> tuple[AtHand, bytes] | None:
-        """The reply to a request as it leaves, and its body, where nothing has to be waited for."""
+    def at_hand(self, request: Request, now: float) -> Copy | None:
+        """The reply to a request as it leaves, and its body, where nothing has to be waited for; its file is
+        for the caller to close."""
         stored = look_up(self._store, request)
         if stored is None:
             return None
-        with contextlib.closing(stored):
-            ready = at_hand(request, stored.head, self.config, float(int(time.time())))
-            body = read_now(stored.file, *ready.span) if ready else None
-        return None if ready is None or body is None else (ready, body)
+        mark = mark_of(stored)  # before it is read
+        ready = at_hand(request, stored.head, self.config, now)
+        body = read_now(stored.file, *ready.span) if ready else None
+        if ready is None or body is None:
+            stored.close()
+            return None
+        return Copy(request, ready, body, stored, mark)
 
     def listens_on(self, port: int) -> None:
         """What leads back to this port of ours is a loop."""
@@ -6574,15 +6650,15 @@ def head_end(data: bytes, seen: int = 0) -> int:
     return -1 if long or _BARE_LF.search(data, max(0, seen - 1)) else 0
 
 
-@dataclasses.dataclass
 class Outgoing:
     """An answer of the lobby's."""
 
-    request: Request
-    ready: AtHand
-    body: bytes
-    left: bytes  # still to be sent, head and body
-    began: float  # monotonic
+    __slots__ = ("began", "copy", "left")
+
+    def __init__(self, copy: Copy, began: float) -> None:
+        self.copy = copy
+        self.left = copy.data  # still to be sent, head and body
+        self.began = began  # monotonic
 
 
 class Visitor:
@@ -6595,26 +6671,33 @@ class Visitor:
         self.begin = begin  # to be called when it is admitted
         self.early = b""  # has come, and has not been read
         self.answered = False  # whether it has had an answer
+        self.refused: bool | None = None  # whether it may not come in; None: nobody has looked
         self.waiting = False  # for its next request, or the rest of its head, and no thread serves it
         self.since = time.monotonic()  # when it began to wait for that
         self.stays = False  # the connection, when no thread serves it any more
         self.outgoing: Outgoing | None = None  # the lobby's answer, while it is being sent
+        self._place: tuple[str, int] | None = None
+        self._near: bool | None = None
 
-    @functools.cached_property
+    @property
     def place(self) -> tuple[str, int]:
         """Our address and port by which it reached us."""
-        name = self.connection.getsockname()
-        return plain_address(name[0]), name[1]
+        if self._place is None:
+            name = self.connection.getsockname()
+            self._place = plain_address(name[0]), name[1]
+        return self._place
 
     @property
     def local(self) -> str:
         """Our address alone."""
         return self.place[0]
 
-    @functools.cached_property
+    @property
     def near(self) -> bool:
         """Whether it is on this host."""
-        return self.host == self.local or is_this_host(self.host)
+        if self._near is None:
+            self._near = self.host == self.local or is_this_host(self.host)
+        return self._near
 
 
 class Room:
@@ -6636,13 +6719,15 @@ class Room:
         self._leaving: set[Visitor] = set()  # have been shed, and still count
         self.crowded = False  # whether somebody has found no room lately
 
-    def enter(self) -> bool:
-        """Take room for one connection more; False where there is none yet."""
+    def enter(self, waits: bool = True) -> bool:
+        """Take room for one connection more; False where there is none yet: then one makes place for it, if
+        it really ``waits``."""
         with self._lock:
             free = self._count < self.most
-            self.crowded = not free or bool(self._parked)
-            if not free:
-                self._shed()
+            if waits:
+                self.crowded = not free or bool(self._parked)
+                if not free:
+                    self._shed()
             self._count += free
             return free
 
@@ -6812,42 +6897,55 @@ class Desk:
         self._note(request.client, request, reply.head.status, reply.cache_status,
                    Sent(sent, cached, took, whole, quiet))
 
-    def _note(self, client: str, request: Request, status: int, cache_status: CacheStatus,
-              sent: Sent) -> None:
-        outcome, detail = cache_status.outcome, cache_status.detail
+    def _note(self, client: str, request: Request, status: int, cache_status: CacheStatus, sent: Sent,
+              text: str = "") -> None:
+        outcome = cache_status.outcome
         self.proxy.counters.add(outcome, sent.cached)
         if outcome is not Outcome.OWN:
             self.proxy.insight.recent.note(client, request, status, cache_status, sent)
         if not sent.quiet and (outcome is not Outcome.OWN or log.isEnabledFor(logging.DEBUG)):
-            self._tell("[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s %s%s%s" % (
-                next(self._ids), client, outcome.value, status, sent.size, sent.took,
-                printable(request.method), shown(request.uri),
-                " (%s)" % printable(detail) if detail else "", "" if sent.whole else ", broken off"))
+            self._tell("[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s%s" % (
+                next(self._ids), client, outcome._value_, status, sent.size, sent.took,
+                text or logged(request, cache_status), "" if sent.whole else ", broken off"))
 
     def note_tunnel(self, request: Request, head: Head, count: int, took: float, whole: bool) -> None:
         """Count and log one tunnel."""
         self.proxy.counters.add_tunnel(count)
         self.note(request, Reply(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), count, took, whole)
 
-    def answer(self, visitor: Visitor, size: int) -> Outgoing | None:
+    def answer(self, visitor: Visitor, size: int, shelf: Shelf) -> Outgoing | None:
         """The answer to a request with a head so long, where it is at hand."""
         began = time.monotonic()
-        if size > SHORT_HEAD or self.refusal(visitor.host, visitor.local):
+        if size > SHORT_HEAD or not self._may_come_in(visitor):
             return None
+        asked = visitor.early[:size], visitor.near, visitor.place
+        copy = shelf.find(asked) or self._prepare(asked, shelf)
+        return None if copy is None else Outgoing(copy, began)
+
+    def _may_come_in(self, visitor: Visitor) -> bool:
+        if visitor.refused is None:
+            visitor.refused = self.refusal(visitor.host, visitor.local) is not None
+        return not visitor.refused
+
+    def _prepare(self, asked: tuple[bytes, bool, tuple[str, int]], shelf: Shelf) -> Copy | None:
+        """What is at hand for a request that nobody has made in this second."""
         try:
-            request = parse_head(visitor.early[:size], visitor.near, visitor.place)
+            request = parse_head(*asked)
         except (Failure, ValueError):
             return None
         if request.own or request.length != 0 or request.method not in ("GET", "HEAD"):
             return None
-        found = self.proxy.at_hand(request)
-        return Outgoing(request, *found, found[0].head + found[1], began) if found else None
+        copy = self.proxy.at_hand(request, float(int(time.time())))
+        if copy is not None:
+            shelf.put(asked, copy)
+        return copy
 
     def told(self, visitor: Visitor, outgoing: Outgoing, whole: bool) -> None:
         """Count and log an answer of the lobby's."""
-        ready, sent = outgoing.ready, max(0, len(outgoing.body) - len(outgoing.left))
-        self._note(visitor.host, outgoing.request, ready.status, ready.cache_status,
-                   Sent(sent, sent, time.monotonic() - outgoing.began, whole))
+        copy = outgoing.copy
+        sent = max(0, len(copy.body) - len(outgoing.left))
+        self._note(visitor.host, copy.request, copy.ready.status, copy.ready.cache_status,
+                   Sent(sent, sent, time.monotonic() - outgoing.began, whole), copy.text)
 
 
 class Host(Protocol):
@@ -6870,6 +6968,7 @@ class Watchman:
 
     def __init__(self, called: Callable[[], None]) -> None:
         self._selector = selectors.DefaultSelector()
+        self._watched: set[socket.socket] = set()  # whom the selector does not know costs it a long message
         self._bell, self._button = socket.socketpair()
         for sock in (self._bell, self._button):
             sock.setblocking(False)
@@ -6891,14 +6990,16 @@ class Watchman:
 
     def watch(self, sock: socket.socket, events: int, data: Any) -> None:
         """From now on watch a socket for these events; OSError."""
-        if sock in self._selector.get_map():
+        if sock in self._watched:
             self._selector.modify(sock, events, data)
         else:
             self._selector.register(sock, events, data)
+            self._watched.add(sock)
 
     def leave(self, sock: socket.socket) -> None:
         """Watch a socket no more."""
-        if sock in self._selector.get_map():
+        if sock in self._watched:
+            self._watched.remove(sock)
             self._selector.unregister(sock)
 
     def close(self) -> None:
@@ -6921,6 +7022,7 @@ class Lobby:
         self._again: list[Visitor] = []  # have asked for more than their turn allows
         self._closed = False
         self._thread = 0  # that attends
+        self._shelf = Shelf()
         self.watchman = Watchman(self._let_in)
 
     def welcome(self, visitor: Visitor) -> None:
@@ -6938,7 +7040,9 @@ class Lobby:
         """Serve who wants something now, or within ``timeout`` seconds."""
         self._thread = threading.get_ident()
         again, self._again = self._again, []
-        for ready in self.watchman.select(0 if again else timeout):
+        found = self.watchman.select(0 if again else timeout)
+        self._shelf.begin((int(time.time()), self._host.desk.proxy.config))
+        for ready in found:
             if not isinstance(ready, Visitor):
                 ready()
             elif ready.waiting and ready not in again:
@@ -6970,6 +7074,7 @@ class Lobby:
         self._let_in()
         for visitor in tuple(self._visitors):
             self._see_off(visitor)
+        self._shelf.clear()
         self.watchman.close()
 
     def _let_in(self) -> None:
@@ -7055,7 +7160,7 @@ class Lobby:
             size = head_end(visitor.early, seen)
             if not size:
                 return
-            outgoing = self._host.desk.answer(visitor, size) if size > 0 else None
+            outgoing = self._host.desk.answer(visitor, size, self._shelf) if size > 0 else None
             if outgoing is None:
                 self._hand_over(visitor)
                 return
@@ -7081,7 +7186,7 @@ class Lobby:
             return
         visitor.answered = True
         self._host.desk.told(visitor, outgoing, whole=True)
-        if outgoing.ready.close:
+        if outgoing.copy.ready.close:
             self._see_off(visitor)
 
 
@@ -7398,10 +7503,18 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.desk.proxy.tidy()
 
     def _accept(self) -> None:
-        """Let in who waits at the door, if there is room; don't spin where descriptors are out."""
-        if not self.room.enter():
-            self.lobby.watchman.leave(self.socket)  # until the next service_actions
-            return
+        """Let in who waits at the door, a turn's worth of them."""
+        for number in range(TURN):
+            if not self._accept_one(waits=not number):
+                return
+
+    def _accept_one(self, waits: bool) -> bool:
+        """Let one in, if there is room and one waits, as is known or not; don't spin where descriptors are
+        out."""
+        if not self.room.enter(waits):
+            if waits:
+                self.lobby.watchman.leave(self.socket)  # until the next service_actions
+            return False
         try:
             connection, address = self.get_request()
         except OSError as error:
@@ -7409,8 +7522,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self.lobby.watchman.leave(self.socket)
                 self._resume = time.monotonic() + 0.1
-            return
+            return False
         self.process_request(connection, address)
+        return True
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Let a new connection into the lobby; turn it away where its client has far too many."""
@@ -7447,7 +7561,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection."""
-        super().shutdown_request(request.connection)
+        request.connection.close()
         self.room.leave(request)
         if self.room.crowded:
             self._pressed = True

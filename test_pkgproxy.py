@@ -6841,6 +6841,42 @@ class LobbyTest(ProxyCase):
         self.page.body = b"newer"
         self.assertEqual(self.ask("/x_1.0.deb").body, b"newer")
 
+    def test_what_was_sent_a_moment_ago_is_sent_again_only_while_it_is_right(self):
+        path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
+        other = os.path.join(self.root, "other")
+
+        def filtered():
+            self.proxy.config = dataclasses.replace(self.proxy.config, filters=(re.compile("x_1"),))
+
+        def invalidated():
+            self.ask("/x_1.0.deb", "POST", body=b"")
+
+        for what, change in (("removed", lambda: os.unlink(path)), ("invalidated", invalidated),
+                             ("with one name less", lambda: (os.link(path, other), os.unlink(path))),
+                             ("cut", lambda: os.truncate(path, 100)), ("kept out by a filter", filtered)):
+            with self.subTest(what), mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
+                shutil.rmtree(self.root)
+                self.ask("/x_1.0.deb")
+                self.settle()
+                lookup = self.patched(self.proxy._store, "lookup", mock.Mock(wraps=self.proxy._store.lookup))
+                for _ in range(3):  # the first looks it up, the others don't
+                    self.assertIn("; hit", self.ask("/x_1.0.deb")["Cache-Status"])
+                self.assertEqual(lookup.call_count, 1)
+                change()
+                self.assertNotIn("; hit", self.ask("/x_1.0.deb")["Cache-Status"])
+
+    def test_what_was_sent_a_moment_ago_holds_few_files_open_and_not_for_long(self):
+        self.origin.pages.update({"/n%d_1.0.deb" % number: Page(b"n") for number in range(40)})
+        for _ in range(2):
+            for number in range(40):
+                self.ask("/n%d_1.0.deb" % number)
+            self.settle()
+        before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+        self.assertLessEqual(len(self.server.lobby._shelf._copies), pkgproxy.MAX_COPIES)
+        until(lambda: not self.server.lobby._shelf._copies)
+        if before:
+            self.assertLess(len(os.listdir("/proc/self/fd")), before + 10)
+
     def test_what_is_not_in_memory_is_left_to_a_thread(self):
         if not hasattr(os, "preadv"):
             self.skipTest("no preadv here")
@@ -6861,11 +6897,11 @@ class LobbyTest(ProxyCase):
         answer = desk.answer
         greedy = self.visit()
 
-        def noted(visitor, size):
+        def noted(visitor, *more):
             if not order:  # while the first of fifty is answered, another client comes
                 others.append(self.visit(self.line()))
             order.append(visitor.address == greedy.getsockname())
-            return answer(visitor, size)
+            return answer(visitor, *more)
 
         self.patched(desk, "answer", noted)
         greedy.sendall(self.line() * 50)
@@ -6890,7 +6926,7 @@ class LobbyTest(ProxyCase):
         self.addCleanup(theirs.close)
         self.server.room.enter()
         visitor = pkgproxy.Visitor(mine, ("127.0.0.1", 9), self.server.lobby.welcome)
-        visitor.place = ("127.0.0.1", self.server.server_address[1])
+        visitor._place = ("127.0.0.1", self.server.server_address[1])
         visitor.since -= 1000
         theirs.sendall(self.line())
         yield visitor
@@ -6902,8 +6938,8 @@ class LobbyTest(ProxyCase):
 
     def test_a_bug_costs_its_client_and_nobody_else(self):
         answer = self.server.desk.answer
-        self.patched(self.server.desk, "answer", lambda visitor, size: (
-            1 // 0 if b"bug" in visitor.early else answer(visitor, size)))
+        self.patched(self.server.desk, "answer", lambda visitor, *more: (
+            1 // 0 if b"bug" in visitor.early else answer(visitor, *more)))
         with self.assertLogs("pkgproxy", "ERROR"):
             self.assertEqual(self.visit(self.line("/bug")).recv(999), b"")
         self.read(self.visit(self.line()), 4096)
