@@ -14,6 +14,8 @@ import dataclasses
 import doctest
 import email.utils
 import errno
+import functools
+import gc
 import gzip
 import hashlib
 import html
@@ -25,6 +27,7 @@ import itertools
 import json
 import logging
 import lzma
+import mmap
 import os
 import queue
 import random
@@ -46,6 +49,7 @@ import unittest
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -629,6 +633,36 @@ class ProxyProcess:
 
     def descriptors(self):
         return len(os.listdir("/proc/%d/fd" % self.process.pid))
+
+    def children(self):
+        return children(self.process.pid)
+
+
+def lives(pid):
+    with contextlib.suppress(OSError):
+        return Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def children(pid):
+    """The processes that a process has started, and that live: the workers of a supervisor."""
+    with contextlib.suppress(OSError):
+        return [child for child in map(int, Path("/proc/%d/task/%d/children" % (pid, pid)).read_text().split()) if lives(child)]
+    return []
+
+
+@contextlib.contextmanager
+def only(worker, workers):
+    """While the other workers are stopped."""
+    others = [pid for pid in workers if pid != worker]
+    for pid in others:
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: " T " in Path("/proc/%d/stat" % pid).read_text())  # noqa: B023
+    try:
+        yield
+    finally:
+        for pid in others:
+            os.kill(pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
@@ -4231,14 +4265,18 @@ class FaultTest(ProxyCase):
                     self.here.close()
                 self.check_nothing_lost()
 
-    def fresh(self):
-        """An empty root, a well-behaved origin, and two stored files."""
+    def empty(self):
+        """A new proxy over an empty root."""
         self.stop()
         shutil.rmtree(self.root, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.unlink(self.root)
         os.mkdir(self.root)
         self.start()
+
+    def fresh(self):
+        """An empty root, a well-behaved origin, and two stored files."""
+        self.empty()
         self.heal()
         for path in (self.KEPT, self.INDEX):
             self.assertEqual(self.ask(path).body, self.bodies[path])
@@ -4248,6 +4286,10 @@ class FaultTest(ProxyCase):
         for path, body in self.bodies.items():
             self.origin.pages[path] = Page(body, etag='"%s"' % path[1:4])
 
+    def go_on(self):
+        """Serve without the fault."""
+        self.start()
+
     def check_nothing_lost(self):
         self.settle()
         self.heal()
@@ -4255,7 +4297,7 @@ class FaultTest(ProxyCase):
             os.unlink(self.root)
         for name, body in self.files().items():
             self.assertIn(body, self.bodies.values(), "%s is not whole" % name)
-        self.start()
+        self.go_on()
         for path in (self.KEPT, self.NEW, self.INDEX, self.KEPT, self.NEW):
             self.assertEqual(self.ask(path).body, self.bodies[path], path)
             self.settle()
@@ -4503,18 +4545,20 @@ class FaultTest(ProxyCase):
         self.patch(pkgproxy.Store, "free_space", lambda store: 1 << 30)
         return self.get()
 
-    @fault("a file may be no larger than so")
-    def _(self):
+    def limit_files(self, size):
+        """Let who downloads write no file beyond this size."""
         soft, hard = pkgproxy.resource.getrlimit(pkgproxy.resource.RLIMIT_FSIZE)
         self.here.callback(pkgproxy.resource.setrlimit, pkgproxy.resource.RLIMIT_FSIZE, (soft, hard))
-        pkgproxy.resource.setrlimit(pkgproxy.resource.RLIMIT_FSIZE, (300_000, hard))
+        pkgproxy.resource.setrlimit(pkgproxy.resource.RLIMIT_FSIZE, (size, hard))
+
+    @fault("a file may be no larger than so")
+    def _(self):
+        self.limit_files(300_000)
         return self.get()
 
     @fault("a file may be no larger than so, and nobody knows how large it gets")
     def _(self):
-        soft, hard = pkgproxy.resource.getrlimit(pkgproxy.resource.RLIMIT_FSIZE)
-        self.here.callback(pkgproxy.resource.setrlimit, pkgproxy.resource.RLIMIT_FSIZE, (soft, hard))
-        pkgproxy.resource.setrlimit(pkgproxy.resource.RLIMIT_FSIZE, (2000, hard))
+        self.limit_files(2000)
         self.origin.pages[self.NEW] = Page(self.bodies[self.NEW], chunked=True, etag="", modified="")
         return self.get()
 
@@ -4765,7 +4809,6 @@ class FaultTest(ProxyCase):
         return self.get()
 
 
-@unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc on this machine")
 class Either:
     """What one of two clients got, or the other."""
 
@@ -4792,6 +4835,7 @@ class FaultsOfTwoTest(FaultTest):
         self.local = threading.local()
         self.also = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))
         self.other = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Desk(self.also, pkgproxy.Room(100), pkgproxy.log.info))
+        self.other_address = self.other.server_address
         self._serving_too = threading.Thread(target=self.other.serve_forever, args=(0.01,))
         self._serving_too.start()
 
@@ -4813,16 +4857,19 @@ class FaultsOfTwoTest(FaultTest):
         with contextlib.closing(http.client.HTTPConnection(*address, timeout=PATIENCE)) as connection:
             yield connection
 
+    def other_downloads(self):
+        return self.also._barrier.count() > 0
+
     def get(self, path=FaultTest.NEW, meanwhile=lambda: None, **fields):
         get, luck = super().get, isinstance(self.origin.pages.get(path), list)
 
         def ask_the_other():
-            self.local.address = self.other.server_address
+            self.local.address = self.other_address
             return get(path, **fields)
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             other = pool.submit(ask_the_other)
-            until(lambda: self.also._barrier.count() or other.done(), "the other's request")
+            until(lambda: self.other_downloads() or other.done(), "the other's request")
             got = get(path, meanwhile, **fields)
         if luck:  # the origin's answers differ, and which of two clients gets which is told by nobody
             return Either(got, other.result())
@@ -4834,6 +4881,151 @@ class FaultsOfTwoTest(FaultTest):
         self.also._store.boot = "another"
 
 
+@unittest.skipUnless(hasattr(pkgproxy.resource, "prlimit"), "this system has no workers whose limits can be set")
+class FaultsOfWorkersTest(FaultsOfTwoTest):
+    """The fault table again with two workers: main() in a process that was forked off this one with the fault in it.
+
+    Each worker has a door of its own beside the one that they share, so that two clients come to two workers.
+    """
+
+    supervisor = 0  # its process
+    stale = False  # whether the workers do not have the fault yet
+    QUESTION, PORT, QUIET, FLIGHTS, PID = 0, 1, 2, 4, 6  # places in what we share with the workers, the last three with one for each
+
+    def patch(self, where, name, what, cleanup=None):
+        super().patch(where, name, what, cleanup)
+        self.stale = True
+        self.here.callback(setattr, self, "stale", True)
+
+    def empty(self):
+        """Empty the root as users do, while they run; where the row before has failed, with new ones."""
+        if self.stale or not os.path.isdir(self.root):
+            super().empty()
+        else:
+            self.clean()
+
+    def start(self, config=None):
+        self.stop()
+        if not hasattr(self, "shared"):
+            self.addCleanup(self.stop)
+        self.local, self.stale = threading.local(), False
+        self.proxy = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))  # serves nobody, but knows where things lie
+        self.shared = memoryview(mmap.mmap(-1, 64)).cast("Q")
+        self.doors = [pkgproxy.open_socket("127.0.0.1", 0) for _ in range(2)]
+        self.said = Path(self.folder, "said")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the other threads are the origin's, and wait
+            self.supervisor = os.fork()
+        if not self.supervisor:
+            self.supervise()
+        until(lambda: all(self.pids()), "the start of two workers")
+        self.own_address, self.other_address = (door.getsockname() for door in self.doors)
+        self.address = ("127.0.0.1", self.shared[self.PORT])
+        for door in self.doors:
+            door.close()
+
+    def supervise(self):
+        """What the process does that was forked off."""
+        code = 1
+        gc.freeze()  # what is never looked at is never copied
+        try:
+            for sock in (self.origin._socket, *self.origin._open):
+                os.close(sock.detach())  # so that what the origin closes is closed
+            os.dup2(os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), 2)
+            pkgproxy.log.setLevel(logging.NOTSET)
+            pkgproxy.LOG_PAUSE = 0.0  # seconds: they will be killed, and shall have said what there is to say
+            pkgproxy.serve = functools.partial(self.work, pkgproxy.serve)
+            code = pkgproxy.main(["-a", "127.0.0.1:0", "-r", self.root, "-w", "2"])
+        finally:
+            os._exit(code)
+
+    def go_on(self):
+        """Those that a fault came to from outside have lived through it."""
+        if self.stale:
+            self.start()
+
+    def work(self, serve, servers, proxy, *more):
+        """What a worker does, at its own door too."""
+        number = proxy.counters.board.own
+        self.shared[self.PORT] = servers[0].server_address[1]
+        servers.append(pkgproxy.ProxyServer(self.doors[number], servers[0].desk))
+        threading.Thread(target=self.tell, args=(number, servers, proxy), daemon=True).start()
+        serve(servers, proxy, *more)
+
+    def tell(self, number, servers, proxy):
+        """Say again and again whether this worker is at rest."""
+        self.shared[self.PID + number] = os.getpid()
+        while True:
+            question, flights = self.shared[self.QUESTION], proxy._barrier.count()
+            self.shared[self.FLIGHTS + number] = flights
+            if not flights and not any(server.replies_running for server in servers) and (
+                    proxy._refresher._running._value == pkgproxy.MAX_REFRESHERS):
+                self.shared[self.QUIET + number] = question
+            time.sleep(0.003)
+
+    def pids(self):
+        return self.shared[self.PID:self.PID + 2].tolist()
+
+    def settle(self):
+        if self.supervisor:
+            self.shared[self.QUESTION] += 1
+            until(lambda: self.shared[self.QUIET:self.QUIET + 2].tolist() == [self.shared[self.QUESTION]] * 2, "the end of the workers' replies")
+
+    def stop(self):
+        if not self.supervisor:
+            return
+        try:
+            self.settle()
+        finally:
+            os.kill(self.supervisor, signal.SIGTERM)  # before it hears of the ends of its workers: they are not replaced
+            for pid in filter(None, self.pids()):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(self.supervisor, 0)
+            self.supervisor = 0
+            self.proxy.close()
+        self.assertNotIn("Traceback", self.said.read_text())
+
+    @contextlib.contextmanager
+    def connection(self):
+        if self.stale:
+            self.start()
+        with contextlib.closing(http.client.HTTPConnection(*getattr(self.local, "address", self.address), timeout=PATIENCE)) as connection:
+            yield connection
+
+    def other_downloads(self):
+        return self.shared[self.FLIGHTS + 1] > 0
+
+    def get(self, path=FaultTest.NEW, meanwhile=lambda: None, **fields):
+        if self.stale:
+            self.start()
+        self.local.address = self.own_address
+        try:
+            return super().get(path, meanwhile, **fields)
+        finally:
+            del self.local.address
+
+    def limit_files(self, size):
+        hard = pkgproxy.resource.getrlimit(pkgproxy.resource.RLIMIT_FSIZE)[1]
+        self.here.callback(setattr, self, "stale", True)
+        for pid in self.pids():
+            pkgproxy.resource.prlimit(pid, pkgproxy.resource.RLIMIT_FSIZE, (size, hard))
+
+    def power_fails(self):
+        self.patch(pkgproxy, "boot_id", lambda: "another")
+
+    def killed(self):
+        go_on, before = self.held(), self.pids()
+        self.local.address = self.own_address
+        with self.connection() as one:
+            one.request("GET", self.origin.url(self.NEW))
+            one.getresponse().read(400_000)
+            os.kill(before[0], signal.SIGKILL)
+            until(lambda: self.pids()[0] != before[0], "the start of another worker")
+        go_on()
+        self.heal()
+
+
+@unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc on this machine")
 class BoundsTest(ProxyCase):
     """Descriptors, threads and memory are bounded, and come back."""
 
@@ -5091,6 +5283,46 @@ class ChaosTest(ProxyCase):
 
     def test_kill_9_of_either_of_two_instances_leaves_whole_files_and_no_wrong_byte(self):
         self.kill_one_of_two()
+
+    @unittest.skipUnless(hasattr(os, "fork") and os.path.isdir("/proc/self/task"), "this system has no workers that can be found")
+    def test_kill_9_of_a_worker_or_of_the_supervisor_does_so_too_and_others_take_their_places(self):
+        chance, gone = random.Random(self.seed), []
+
+        def process():
+            return ProxyProcess(self.root, ("-w", "2"), program=self.HASTY, cwd=HERE)
+
+        def kill_again_and_again(deadline):
+            while time.monotonic() < deadline:
+                self.enough = self.visits + chance.randrange(40)
+                until(lambda: self.visits > self.enough or time.monotonic() > deadline, "a few visits")
+                workers = processes[0].children()
+                if workers and chance.random() < 0.6:
+                    os.kill(chance.choice(workers), signal.SIGKILL)
+                else:
+                    processes[0].kill()
+                    gone.extend(workers)
+                    self.assertNotIn("Traceback", processes[0].log())
+                    processes[0] = process()
+                    self.addresses = [processes[0].address]
+                self.check_files()
+
+        processes = [process()]
+        self.addCleanup(lambda: processes[0].stop())
+        self.addresses = [processes[0].address]
+        self.run_clients(kill_again_and_again)
+        self.check_files()
+        for path in self.PATHS:
+            self.origin.pages[path] = Page(self.published[path][-1], etag='"%s"' % path[1:3])
+        until(lambda: len(processes[0].children()) == 2, "two workers")
+        for worker in processes[0].children():
+            with only(worker, processes[0].children()):
+                for path in self.PATHS:
+                    answer = self.ask(path)
+                    self.assertEqual(answer.status, 200)
+                    self.check(path, answer.status, answer.body, "")
+        self.assertEqual(self.wrong, [])
+        until(lambda: not any(map(lives, gone)), "the end of workers without a supervisor")
+        self.addresses = []
 
     @unittest.skipUnless(shutil.which("memcached"), "memcached is not installed")
     def test_so_it_does_where_they_agree_by_memcached(self):
@@ -7466,33 +7698,15 @@ class WorkersTest(unittest.TestCase):
             self.lines.extend(iter(self.process.stderr.readline, ""))
 
     def workers(self):
-        with contextlib.suppress(OSError):
-            children = Path("/proc/%d/task/%d/children" % (self.process.pid, self.process.pid)).read_text().split()
-            return [int(pid) for pid in children if self.lives(int(pid))]
-        return []
-
-    def lives(self, pid):
-        with contextlib.suppress(OSError):
-            return Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[0] != "Z"
-        return False
+        return children(self.process.pid)
 
     def get(self, url):
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)) as connection:
             connection.request("GET", url)
             return connection.getresponse().read()
 
-    @contextlib.contextmanager
     def only(self, worker):
-        """While the others are stopped."""
-        others = [pid for pid in self.workers() if pid != worker]
-        for pid in others:
-            os.kill(pid, signal.SIGSTOP)
-            until(lambda: " T " in Path("/proc/%d/stat" % pid).read_text())  # noqa: B023
-        try:
-            yield
-        finally:
-            for pid in others:
-                os.kill(pid, signal.SIGCONT)
+        return only(worker, self.workers())
 
     def test_each_counts_and_each_tells_of_all(self):
         first, second = self.workers()
@@ -7528,7 +7742,7 @@ class WorkersTest(unittest.TestCase):
         workers = self.workers()
         self.process.send_signal(signal.SIGTERM)
         self.assertEqual(self.process.wait(PATIENCE), 0)
-        self.assertFalse([pid for pid in workers if self.lives(pid)])
+        self.assertFalse([pid for pid in workers if lives(pid)])
 
     def test_one_that_takes_anothers_place_knows_the_filters_of_now(self):
         self.get(self.origin.url("/x_1.0.deb"))
@@ -7568,7 +7782,7 @@ class WorkersTest(unittest.TestCase):
     def test_workers_do_not_outlive_their_supervisor(self):
         workers = self.workers()
         self.process.kill()
-        until(lambda: not any(map(self.lives, workers)))
+        until(lambda: not any(map(lives, workers)))
 
 
 @unittest.skipUnless(README.exists(), "no README.md beside the test file")
