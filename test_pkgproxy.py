@@ -9352,6 +9352,104 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
                 self.assertEqual([row[2].get("range") for row in origin.log[before:]], [None, "bytes=400000-"][:1 + dies])
 
 
+class InterceptionTest(SignedCase):
+    """Clients that nobody has configured, behind a router that leads their plain http to the proxy on it, as the README says.
+
+    Three machines, which are network namespaces: the client's only way to the origin is through the router.
+    """
+
+    needs = ("ip", "nft", "curl", "gpg")
+
+    ORIGIN, NAME = "198.18.78.2", "mirror.example.test"
+    ROUTER, CLIENT = "192.168.178.1", "192.168.178.2"
+
+    def setUp(self):
+        super().setUp()
+        self.client, self.router, self.there = (f"pkgproxy-{os.getpid()}-{role}" for role in ("client", "router", "origin"))
+        (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n{self.ORIGIN} {self.NAME}\n")
+        try:
+            for machine in (self.client, self.router, self.there):
+                checked("ip", "netns", "add", machine)
+                self.addCleanup(checked, "ip", "netns", "delete", machine)
+                checked("ip", "-n", machine, "link", "set", "lo", "up")
+            self.link(self.client, f"{self.CLIENT}/24", "lan0", f"{self.ROUTER}/24")
+            self.link(self.there, f"{self.ORIGIN}/30", "wan0", "198.18.78.1/30")
+            checked("ip", "-n", self.client, "route", "add", "default", "via", self.ROUTER)
+            checked("ip", "-n", self.there, "route", "add", "default", "via", "198.18.78.1")
+            checked(*self.at(self.router), "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+            for line in re.findall("(?m)^nft .*$", README.read_text(encoding="utf-8")):
+                checked(*self.at(self.router), "sh", "-c", line)
+        except RuntimeError as failure:
+            self.skipTest(f"no network namespaces or nftables here: {failure}")
+        self.proxy = ProxyProcess(self.root, ("-a", ":9999"), self.environment(), prefix=self.at(self.router))
+        self.proxies.append(self.proxy)
+        self.addCleanup(self.stop_proxy, self.proxy)
+        until(lambda: ":9999" in self.proxy.log(), "the start at port 9999")
+
+    def link(self, machine, address, device, routers):
+        """A line from a machine to the router."""
+        checked("ip", "link", "add", device, "netns", self.router, "type", "veth", "peer", "name", "eth0", "netns", machine)
+        for name, end, place in ((machine, "eth0", address), (self.router, device, routers)):
+            checked("ip", "-n", name, "address", "add", place, "dev", end)
+            checked("ip", "-n", name, "link", "set", end, "up")
+
+    def at(self, machine):
+        """What comes before a command there, where the origin has a name."""
+        return ("ip", "netns", "exec", machine, "sh", "-c", f'mount --bind {self.folder}/hosts /etc/hosts && exec "$@"', "sh")
+
+    def serve(self, folder, port=80):
+        """A plain file server there; the lines of its log."""
+        server = subprocess.Popen([*self.at(self.there), sys.executable, "-u", "-m", "http.server", "--bind", self.ORIGIN, "--directory", str(folder), str(port)],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+        lines = []
+        reader = threading.Thread(target=lambda: lines.extend(iter(server.stderr.readline, "")))
+        for clean_up in (server.stderr.close, server.stdout.close, server.wait, reader.join, server.kill):
+            self.addCleanup(clean_up)
+        self.assertIn("Serving HTTP", server.stdout.readline())
+        reader.start()
+        return lines
+
+    def run_client(self, *command, accept="0", **environment):
+        return super().run_client(*self.at(self.client), *command, accept=accept, **environment)
+
+    def curl(self, url):
+        """What curl gets, with the fields before it."""
+        return self.run_client("curl", "--silent", "--show-error", "--include", url)
+
+    def test_plain_http_is_cached_by_name_and_by_address_and_the_rest_goes_past(self):
+        (self.folder / "mirror").mkdir()
+        (self.folder / "mirror" / "x_1.0_all.deb").write_text("a package")
+        log, past = self.serve(self.folder / "mirror"), self.serve(self.folder / "mirror", 8080)
+        for place in (self.NAME, self.ORIGIN):
+            with self.subTest(place):
+                log.clear()
+                for outcome in ("fwd=uri-miss", "hit"):
+                    answer = self.curl(f"http://{place}/x_1.0_all.deb")
+                    self.assertRegex(answer, r"\AHTTP/1.1 200 OK\r?\n")
+                    self.assertRegex(answer, r"(?m)^Cache-Status: pkgproxy; .*\b%s\b" % outcome)
+                    self.assertRegex(answer, r"\n\r?\na package\Z")
+                self.assertEqual((self.root / place / "x_1.0_all.deb").read_text(), "a package")
+                self.assertEqual([re.findall('"(.*?)"', line) for line in log], [["GET /x_1.0_all.deb HTTP/1.1"]])
+        self.assertIn("statsCacheBytes", self.curl(f"http://{self.ROUTER}/debug/vars"))
+        self.assertNotIn("Cache-Status", self.curl(f"http://{self.NAME}:8080/x_1.0_all.deb"))
+        until(lambda: past, "a line in the log")
+
+    def test_apt_without_any_setting_fetches_from_the_cache(self):
+        repository = AptRepository(self.folder / "debian", self.signer)
+        for name, version, size in PACKAGES:
+            repository.add(name, version, size)
+        repository.publish(int(time.time()) - 9 * DAY)
+        log, sent = self.serve(repository.folder), []
+        for machine in ("first", "second"):
+            log.clear()
+            apt = AptClient(self, machine, "DIRECT", repository.source(f"http://{self.NAME}"))
+            apt.fetch(*repository.packages, options=["Acquire::EnableSrvRecords=false"])  # nobody here answers
+            self.assertEqual(apt.digests(), repository.digests())
+            sent.append([urllib.parse.unquote(name) for line in log for name in re.findall(r'"GET (\S+) HTTP/1.1" 200', line)])
+        self.assertEqual(sorted(name for name in sent[0] if name.endswith(".deb")), sorted(f"/{path}" for path in repository.packages.values()))
+        self.assertEqual(sent[1], [])
+
+
 class RealAptTest(ClientCase):
     """One suite, and a dozen small packages, of the mirror this machine's apt is configured with.
 
