@@ -3403,6 +3403,10 @@ class OriginResponse(http.client.HTTPResponse):
                 data = self.fp.peek(1)
         return len(data) >= count
 
+    def hurry(self, seconds_left: float) -> None:
+        """From now on reading it may take so long in all."""
+        self._timed.set_deadline(seconds_left)
+
     def begin(self, **_limits: Any) -> None:
         """Read the final head, within the socket's time-out; ValueError or http.client.RemoteDisconnected."""
         self._timed.set_deadline(self.patience)
@@ -3911,6 +3915,10 @@ class Response:
         """Whether all of the body is here, or comes within a moment, so that reading it waits for nobody."""
         return self.length is not None and self.length <= SMALL and self._raw.has_come(self.length)
 
+    def hurry(self, seconds_left: float) -> None:
+        """From now on reading it may take so long in all."""
+        self._raw.hurry(seconds_left)
+
     def expect(self, count: int) -> None:
         """The body is known to have so many bytes, however it is framed."""
         self.length = self._left = count
@@ -3921,7 +3929,7 @@ class Response:
         try:
             data = self._chunks.read(most) if self._chunks else self._raw.fp.read1(most)
         except (socket.timeout, TimeoutError):
-            raise OriginTimeout("The origin went silent for %d s." % ORIGIN_TIMEOUT) from None
+            raise OriginTimeout("The origin went silent.") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise Truncated("The origin broke off: %s." % error) from None
         if not data and self._left:
@@ -4960,9 +4968,10 @@ class LocalCopy(Response):
         self._twin.close()
 
 
-def _all_of(response: Response) -> bytes:
-    """A part that was asked for, and no more than one byte beyond; OriginFailure."""
+def _all_of(response: Response, forward: Forward) -> bytes:
+    """A part that was asked for, and no more than one byte beyond; OriginFailure, socket.timeout."""
     data = b""
+    response.hurry(forward.within(VALIDATE_WAIT))  # its client waits for the first byte
     while len(data) <= PROOF and (piece := response.read(PROOF)):
         data += piece
     return data
@@ -5096,7 +5105,7 @@ class Mirrors:
         if response.head.status not in (206, 304, 416):
             return None, response
         with contextlib.closing(response):
-            first = _all_of(response)
+            first = _all_of(response, forward)
         start, stop, size = content_range(response.head) or (0, 0, 0)
         head = whole_head(request, response.head)
         private = not_storable(dataclasses.replace(request, method="GET"), head, config)
@@ -5106,7 +5115,7 @@ class Mirrors:
         tail = max(stop, size - PROOF)
         if same and tail < size:
             with contextlib.closing(self._origin.fetch_rest(forward, head, size, tail)) as rest:
-                last = _all_of(rest)
+                last = _all_of(rest, forward)
             same = [other for other in same if other.read_at(PROOF, tail) == last]
         for other in held:
             if other.name:

@@ -3364,6 +3364,17 @@ class MirrorsTest(ProxyCase):
         self.assertEqual((answer.body, self.ask(self.other.url(self.THERE)).body), (self.BODY, self.BODY))
         self.assertEqual(len(self.other.log), asked, "nor asked again, for a while")
 
+    def test_nor_is_one_that_falls_silent_in_the_middle_of_it(self):
+        url = self.publish()
+        self.ask(self.HERE)
+        silent, page = Gate(), self.other.pages[self.THERE]
+        self.addCleanup(silent.open)
+        part = b"HTTP/1.1 206 Part\r\nETag: \"a\"\r\nContent-Range: bytes 0-4095/%d\r\n\r\n" % len(self.BODY)
+        self.other.pages[self.THERE] = [Page(steps=[part + self.BODY[:1], silent]), page]
+        with mock.patch.object(pkgproxy, "VALIDATE_WAIT", 0.2):
+            answer = self.ask(url)
+        self.assertEqual((answer.body, self.asked()), (self.BODY, [("GET", "bytes=0-4095"), ("GET", None)]))
+
     def test_a_write_that_comes_during_the_proof_wins(self):
         url = self.publish()
         self.ask(self.HERE)
