@@ -4984,6 +4984,13 @@ def _alike(twin: Stored, head: Head) -> Stored:
         like=twin.head.key if twin.name else twin.head.like))
 
 
+def _is_named(key: str, twin: Stored) -> bool:
+    """Whether a body has the digest that is in a name, where there is one."""
+    with contextlib.suppress(LocalFailure):  # what can't be read proves nothing
+        return fits_name(key, twin)
+    return False
+
+
 class Mirrors:
     """The same file from another mirror: what we hold of its name, and the proof that it is the same.  For
     the caller: find, check, stand_in, holds.
@@ -5024,11 +5031,10 @@ class Mirrors:
 
     def stand_in(self, request: Request) -> Stored | None:
         """What we hold of the same name, where its mirror has proven lately to have the same files."""
-        found = None
+        found, named = None, digest_of(request.key) is not None
         for other in self._held(request):
-            sure = digest_of(request.key) and fits_name(request.key, other)
-            if found is None and (sure or other.name and self._store.names.vouched(
-                    mirror_folders(request.key, other.head.key))):
+            if found is None and (_is_named(request.key, other) if named else other.name and
+                                  self._store.names.vouched(mirror_folders(request.key, other.head.key))):
                 found = other
             else:
                 other.close()
@@ -5090,7 +5096,7 @@ class Mirrors:
     def _named(self, request: Request, held: list[Stored]) -> Stored | None:
         """The first that has the digest in its name.  Of its head, what is the file's."""
         for other in held:
-            if fits_name(request.key, other):
+            if _is_named(request.key, other):
                 fields = tuple(field for field in other.head.fields
                                if field[0].lower() in ("content-type", "last-modified", "date"))
                 return _alike(other, dataclasses.replace(other.head, fields=fields, key=request.key))

@@ -3319,6 +3319,19 @@ class MirrorsTest(ProxyCase):
         self.assertEqual(self.ask(self.other.url("/b" + path)).body, self.HELD)
         self.assertEqual(len(self.other.log), 1)
 
+    def test_what_the_disk_does_not_give_back_is_no_proof_and_no_bug(self):
+        path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
+        self.origin.pages["/a" + path], self.other.pages["/b" + path] = Page(self.HELD), Page(b"down", 503)
+        self.ask("/a" + path)
+        for _ in range(3):  # the two mirrors had the same packages
+            self.proxy._store.names.vouch((self.origin.url("/a"), self.other.url("/b")), True)
+        self.settle()
+        with mock.patch.object(pkgproxy.Stored, "read_at", side_effect=OSError(errno.EIO, "broken")):
+            self.assertEqual(self.ask(self.other.url("/b" + path)).body, b"down")
+            self.other.close()
+            self.assertEqual(self.ask(self.other.url("/b" + path)).status, 502)
+        self.assertEqual(self.ask(self.other.url("/b" + path)).body, self.HELD)
+
     def vouch(self):
         """Let the two mirrors be proven the same, three times."""
         for number in range(3):
