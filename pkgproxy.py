@@ -3743,16 +3743,22 @@ class Connection(http.client.HTTPConnection):
                 self._dial_through(self.parent)
                 return
             except (OSError, ValueError) as error:
-                if not self.parent.or_direct:
-                    raise
-                log.debug("%s cannot be asked: %s.", self.asked, why_not(error))
                 if self.sock is None:  # it is not the origin's fault
                     self._addresses.failed(self.parent.place.uri)
-                self.close()
-                self.parent, self.asked = None, self._forward.target.authority
+                if not self.goes_direct(error):
+                    raise
         found = self._find(self._forward)
         self._open(found, CONNECT_TIMEOUT)
         self.guarded = self._is_guarded(self.sock.family, self.sock.getpeername())
+
+    def goes_direct(self, error: Exception) -> bool:
+        """Whether it does without its parent from now on, which has failed."""
+        if self.parent is None or not self.parent.or_direct:
+            return False
+        log.debug("%s cannot be asked: %s.", self.asked, why_not(error))
+        self.close()
+        self.parent, self.asked = None, self._forward.target.authority
+        return True
 
     def _find(self, forward: Forward) -> list[tuple[Any, ...]]:
         """The addresses that a request may go to; OSError, Failure."""
@@ -4071,8 +4077,14 @@ class Origin:
         with self._told(connection, forward.target):
             if pooled is not None:
                 connection.peer = pooled.peer  # if that one falls silent
-                with contextlib.suppress(ConnectionError, ValueError):  # RemoteDisconnected is one
+                # RemoteDisconnected is one, and a parent's 407 the second.
+                with contextlib.suppress(ConnectionError, PermissionError, ValueError):
                     return self._exchange(pooled, forward)
+            try:
+                return self._exchange(connection, forward)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                if not forward.repeatable or not connection.goes_direct(error):
+                    raise
             return self._exchange(connection, forward)
 
     def _connection(self, forward: Forward) -> Connection:
@@ -4083,8 +4095,10 @@ class Origin:
         """A bare connection, for a tunnel; OriginFailure, Failure."""
         forward = Forward("CONNECT", target, (), near=near, deadline=time.monotonic() + ANSWER_WAIT)
         connection = self._connection(forward)
-        with self._told(connection, target):
+        with self._told(connection, target), contextlib.ExitStack() as stack:
+            stack.callback(connection.close)
             connection.dial()
+            stack.pop_all()
         assert isinstance(connection.sock, socket.socket)  # noqa: S101 (for the type checker)
         return connection.sock
 

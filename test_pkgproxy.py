@@ -2907,6 +2907,22 @@ class ParentTest(ProxyCase):
                 self.proxy._origin._pool.close()
         self.assertEqual(connect.call_count, 3, "it is not tried again at once")
 
+    def test_one_that_is_there_and_does_not_do_its_work_is_replaced_as_well(self):
+        """It closes, speaks no HTTP, or wants a password, on a new connection or one that was kept."""
+        self.through("127.0.0.1:%d,direct" % self.parent.port)
+        for n, answer in enumerate((Page(steps=[]), Page(steps=[b"hello\r\n\r\n"]), Page(b"", 407))):
+            self.origin.pages["/pool/x_%d.0_all.deb" % n], self.parent.pages[self.url(n)] = Page(b"direct"), answer
+        ours = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
+        with mock.patch.object(pkgproxy, "resolve", lambda host, port: ours if host == "mirror.test" else self.resolve(host, port)):
+            for n in range(3):
+                self.assertEqual(self.ask(self.url(n)).body, b"direct")
+                self.settle()
+                self.proxy._origin._pool.close()
+            self.parent.pages[self.url(0) + "?"], self.parent.pages[self.url(2) + "?"] = Page(b"through it"), Page(b"", 407)
+            for n, body in ((0, b"through it"), (2, b"direct")):
+                self.assertEqual(self.ask(self.url(n) + "?").body, body)
+                self.settle()
+
     def test_a_tunnel_loses_no_byte_of_who_speaks_first(self):
         with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
             self.through("http://me:secret@127.0.0.1:%d" % listener.getsockname()[1])
