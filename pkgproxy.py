@@ -882,7 +882,8 @@ def origin_form(path: str, host: str, local: tuple[str, int]) -> tuple[Target | 
         written = match[1] or "https", urllib.parse.unquote(match[2]), match[3]
         return parse_target("%s://%s%s" % written), "/"
     if is_intercepted(path, host, local):
-        return parse_target("http://%s%s" % (host, path)), ""
+        target = parse_target("http://" + host + path.lstrip("*"))
+        return dataclasses.replace(target, path=path) if path == "*" else target, ""
     match = _NAMED.fullmatch(path)
     if match:
         return parse_target("http://%s%s" % (urllib.parse.unquote(match[1]), match[2])), "/"

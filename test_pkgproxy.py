@@ -2808,7 +2808,9 @@ class WaysInTest(ProxyCase):
                 answer = self.raw(b"GET /pool/x_1.0_all.deb HTTP/1.1\r\nHost: mirror.test\r\nConnection: close\r\n\r\n")
                 self.assertTrue(answer.endswith(b"\r\n\r\npackage"))
                 self.settle()
-        self.assertEqual([row[2]["host"] for row in self.origin.log], ["mirror.test"])
+            self.raw(b"OPTIONS * HTTP/1.1\r\nHost: mirror.test\r\nConnection: close\r\n\r\n")
+        self.assertEqual([(*row[:2], row[2]["host"]) for row in self.origin.log],
+                         [("GET", "/pool/x_1.0_all.deb", "mirror.test"), ("OPTIONS", "*", "mirror.test")])
         self.assertRegex(caught.output[1], r" hit +200 .* GET http://mirror\.test/pool/x_1\.0_all\.deb\Z")
 
     def test_filters_see_the_target_behind_a_prefix(self):
