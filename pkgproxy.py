@@ -1799,6 +1799,7 @@ def forward_fields(request: Request, config: Config, identity: bool) -> Fields:
     ``identity``: the answer may be stored, so ask for no coding, no range, no precondition.
     """
     own = ["host", "via"]
+    own += ["cookie"] if request.prefix else []  # a browser's, for another service on our host
     if identity:
         own += ["accept-encoding", "range", "if-range", "if-match", "if-none-match", "if-modified-since",
                 "if-unmodified-since"]

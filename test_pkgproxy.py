@@ -2838,6 +2838,13 @@ class WaysInTest(ProxyCase):
         for _ in range(3):  # a small hit, too
             self.assertIn(b'"http://127.0.0.1:%d/http://' % self.address[1], self.own("/http://%s/simple/y/" % self.name).body)
 
+    def test_a_cookie_for_our_address_goes_to_no_site_behind_it(self):
+        for path, cookie in (("/http://%s/x" % self.name, None), ("http://%s/x" % self.name, "a=b")):
+            with self.connection() as connection:
+                connection.request("GET", path, headers={"Connection": "close", "Cookie": "a=b"})
+                connection.getresponse().read()
+            self.assertEqual(self.origin.log[-1][2].get("cookie"), cookie)
+
     def test_a_prefix_that_leads_back_here_is_a_508(self):
         ours = "127.0.0.1:%d" % self.address[1]
         for path in ("/http://%s/" % ours, "/%s/debug/vars" % ours, "/http://%s/http://%s/x" % (ours, self.name)):
