@@ -1598,6 +1598,28 @@ def companions(target: Target) -> list[Target]:
     return [dataclasses.replace(target, path=target.path + suffix) for suffix in suffixes]
 
 
+# Links behind a prefix ------------------------------------------------------------------------
+
+# Links that lead away from the prefix of who follows them: those of a page that pip reads (PEP 503, PEP 691)
+# and those of an npm document.  Nothing else is ever rewritten.
+_PAGE_LINK = re.compile(rb"""(\shref\s{0,8}=\s{0,8}["']?)(https?:|/{1,2})""", re.I)
+_FILE_LINK = re.compile(rb'("url"\s{0,8}:\s{0,8}")(https?:|/{1,2})')
+_TARBALL_LINK = re.compile(rb'("tarball"\s{0,8}:\s{0,8}")(https?:)')
+_LINKS = {"text/html": _PAGE_LINK, "application/vnd.pypi.simple.v1+html": _PAGE_LINK,
+          "application/vnd.pypi.simple.v1+json": _FILE_LINK, "application/json": _TARBALL_LINK,
+          "application/vnd.npm.install-v1+json": _TARBALL_LINK}
+_LONGEST_LINK = 64  # bytes of a match, at most
+
+
+def links_of(request: Request, head: Head) -> re.Pattern[bytes] | None:
+    """What finds the links of a response that must lead through the client's prefix; None: there are none."""
+    if request.prefix != "/" or head.status != 200 or value(head.fields, "Content-Encoding") is not None:
+        return None
+    for_pip = "pypi.simple" in (value(request.fields, "Accept") or "") or "simple/" in request.target.path
+    media = media_type(head)
+    return _LINKS.get(media) if for_pip or media != "text/html" else None
+
+
 # Preconditions and ranges (RFC 9110 §13, §14) -------------------------------------------------
 
 
@@ -1661,8 +1683,8 @@ def parse_range(text: str, size: int) -> list[tuple[int, int]] | None:
 def requested_ranges(request: Request, head: Head, size: int) -> list[tuple[int, int]] | None:
     """The ranges to send of a representation, after If-Range (RFC 9110 §13.1.5); None: all of it."""
     text = value(request.fields, "Range")
-    if text is None or request.method != "GET":
-        return None
+    if text is None or request.method != "GET" or links_of(request, head):
+        return None  # the parts of a page with other links are others
     condition = value(request.fields, "If-Range")
     if condition is not None and condition not in (strong_validator(head), strong_date(head)):
         return None  # apt sends our Last-Modified back byte for byte
@@ -1886,26 +1908,6 @@ def relayed_fields(head: Head, request: Request) -> Fields:
         if location:
             fields = without(fields, ("location",)) + (("Location", under_prefix(request.prefix, onward)),)
     return fields
-
-
-# Links that lead away from the prefix of who follows them: those of a page that pip reads (PEP 503, PEP 691)
-# and those of an npm document.  Nothing else is ever rewritten.
-_PAGE_LINK = re.compile(rb"""(\shref\s{0,8}=\s{0,8}["']?)(https?:|/{1,2})""", re.I)
-_FILE_LINK = re.compile(rb'("url"\s{0,8}:\s{0,8}")(https?:|/{1,2})')
-_TARBALL_LINK = re.compile(rb'("tarball"\s{0,8}:\s{0,8}")(https?:)')
-_LINKS = {"text/html": _PAGE_LINK, "application/vnd.pypi.simple.v1+html": _PAGE_LINK,
-          "application/vnd.pypi.simple.v1+json": _FILE_LINK, "application/json": _TARBALL_LINK,
-          "application/vnd.npm.install-v1+json": _TARBALL_LINK}
-_LONGEST_LINK = 64  # bytes of a match, at most
-
-
-def links_of(request: Request, head: Head) -> re.Pattern[bytes] | None:
-    """What finds the links of a response that must lead through the client's prefix; None: there are none."""
-    media = media_type(head).partition(";")[0].strip()
-    if request.prefix != "/" or head.status != 200 or value(head.fields, "Content-Encoding") is not None:
-        return None
-    for_pip = "pypi.simple" in (value(request.fields, "Accept") or "") or "simple/" in request.target.path
-    return _LINKS.get(media) if for_pip or media != "text/html" else None
 
 
 def with_links(pieces: Iterable[bytes], links: re.Pattern[bytes], base: str, page: Target) -> Iterator[bytes]:
@@ -4628,12 +4630,17 @@ class LinkedBody:
         self._body.close()
 
 
+# Fields that tell of the very bytes of a body.
+_OF_BODY = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
+            "content-digest", "repr-digest")
+
+
 def through_prefix(request: Request, reply: Reply) -> Reply:
     """A reply whose links lead back here.  The validators of the original are none of its."""
     links = links_of(request, reply.head)
     if links is None:
         return reply
-    fields = without(reply.head.fields, ("content-length", "accept-ranges", "etag", "last-modified"))
+    fields = without(reply.head.fields, _OF_BODY)
     host = value(request.fields, "Host")
     body = LinkedBody(reply.body, links, "http://%s/" % host if host else "/", request.target)
 

@@ -2838,6 +2838,16 @@ class WaysInTest(ProxyCase):
         for _ in range(3):  # a small hit, too
             self.assertIn(b'"http://127.0.0.1:%d/http://' % self.address[1], self.own("/http://%s/simple/y/" % self.name).body)
 
+    def test_a_part_of_a_page_is_all_of_it_where_its_links_are_others(self):
+        self.origin.pages["/simple/x/"] = Page(b'<a href="/x.whl">' * 9, fields=[("Content-Type", "text/html"), ("Digest", "md5=x")])
+        whole = self.own("/%s/simple/x/" % self.name)
+        self.assertEqual((whole.status, whole["Digest"], self.ask("/simple/x/", Range="bytes=0-7").body), (200, None, b"<a href="))
+        for part in ("bytes=9-", "bytes=0-1,4-5", "bytes=200-"):
+            with self.connection() as connection:
+                connection.request("GET", "/%s/simple/x/" % self.name, headers={"Connection": "close", "Range": part})
+                answer = Answer(connection.getresponse())
+            self.assertEqual((answer.status, answer.body, answer["Content-Range"]), (200, whole.body, None))
+
     def test_a_cookie_for_our_address_goes_to_no_site_behind_it(self):
         for path, cookie in (("/http://%s/x" % self.name, None), ("http://%s/x" % self.name, "a=b")):
             with self.connection() as connection:
