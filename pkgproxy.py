@@ -3696,7 +3696,7 @@ def why_not(error: Exception) -> str:
         remedy = " (the operator can add its issuer with --ca-file)" if unknown else ""
         return "its certificate is refused: %s%s" % (refused, remedy)
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return re.sub(r"^\[[A-Z0-9_: ]+\] | \(_ssl\.c:\d+\)", "", text)
+    return re.sub(r"^\[[A-Z0-9_: ]+\] |^_ssl\.c:\d+: | \(_ssl\.c:\d+\)", "", text)
 
 
 Place = tuple[str, str, int, bool, "Parent | None"]  # what connections may stand in for each other
@@ -4113,7 +4113,7 @@ class Origin:
             yield
         except (socket.timeout, TimeoutError) as error:
             self._addresses.failed(connection.peer)
-            why = ": %s" % error if str(error) not in ("", "timed out") else ""
+            why = ": " + why_not(error) if str(error) not in ("", "timed out") else ""
             raise OriginTimeout("%s did not answer in time%s." % (connection.asked, why), target) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._addresses.failed(connection.peer)

@@ -3055,6 +3055,9 @@ class TlsOriginTest(ProxyCase):
             threading.Thread(target=answer_in_clear).start()
             answer = self.ask("https://127.0.0.1:%d/x" % plain.getsockname()[1])
         self.assertRegex(answer.body.decode(), r"\A127\.0\.0\.1:\d+ cannot be asked: [^\[(]*\.\n\Z")
+        with socket.create_server(("127.0.0.1", 0)) as mute, mock.patch.object(pkgproxy, "CONNECT_TIMEOUT", 0.1):
+            answer = self.ask("https://127.0.0.1:%d/x" % mute.getsockname()[1])
+        self.assertRegex(answer.body.decode(), r"\A127\.0\.0\.1:\d+ did not answer in time: [^.:]*\.\n\Z")
         self.start()
         with mock.patch.dict(sys.modules, ssl=None):
             answer = self.ask(self.secure.url("/x"))
