@@ -1254,7 +1254,9 @@ def parse_parent(text: str) -> Parent | None:
         target = None
     if match is None or target is None:
         raise ValueError("a parent proxy is written http://[name:password@]host:port[,direct], or none")
-    secret = base64.b64encode(urllib.parse.unquote_to_bytes(match[1] or "")).decode()
+    name, _, password = (match[1] or "").partition(":")
+    pair = urllib.parse.unquote_to_bytes("%s:%s" % (name, password))  # RFC 7617 §2: a colon even so
+    secret = base64.b64encode(pair).decode()
     return Parent(target, (("Proxy-Authorization", "Basic " + secret),) if match[1] else (), bool(match[3]))
 
 

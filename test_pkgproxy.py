@@ -1174,6 +1174,7 @@ class NameRulesTest(unittest.TestCase):
                 found(None, http_proxy=bad)
             self.assertNotIn("secret", str(caught.exception))
         self.assertEqual(pkgproxy.parse_parent("http://me:p%40w@p.test").fields, (("Proxy-Authorization", "Basic bWU6cEB3"),))
+        self.assertEqual(pkgproxy.parse_parent("http://me@p.test").fields, (("Proxy-Authorization", "Basic bWU6"),), "me: and no password")
 
     def test_what_is_asked_without_the_parent(self):
         parent = pkgproxy.parse_parent("p.test:3128")
