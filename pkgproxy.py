@@ -3819,7 +3819,8 @@ class Connection(http.client.HTTPConnection):
         self.dial()
         if self._forward.target.scheme == "https":
             self.sock.settimeout(self._forward.within(CONNECT_TIMEOUT))
-            self.sock = self._trust.context().wrap_socket(self.sock, server_hostname=self.host)
+            name = self.host.rstrip(".")  # as certificates and SNI have it (RFC 6066 §3)
+            self.sock = self._trust.context().wrap_socket(self.sock, server_hostname=name)
 
     def is_quiet(self) -> bool:
         """Whether the origin has neither closed it nor sent what nobody asked for."""

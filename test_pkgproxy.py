@@ -3017,6 +3017,11 @@ class TlsOriginTest(ProxyCase):
         self.assertEqual(self.secure.connections, 1, "it stays open for the next request")
         self.assertEqual(set(self.files()), {"https^" + "127.0.0.1:%d%s" % (self.secure.port, path) for path in self.secure.pages})
 
+    def test_a_host_name_with_its_last_dot_has_the_certificate_of_the_one_without(self):
+        place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.secure.port))]
+        with mock.patch.object(pkgproxy, "resolve", return_value=place):
+            self.assertEqual(self.ask("https://localhost.:%d/InRelease" % self.secure.port).body, b"secure index")
+
     def test_a_host_that_redirects_to_https_is_cached_under_its_http_url(self):
         self.origin.pages["/pool/x_1.0_all.deb"] = Page(b"", 301, [("Location", self.secure.url("/pool/x_1.0_all.deb"))])
         for outcome in ("fwd=uri-miss", "hit"):
