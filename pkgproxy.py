@@ -5004,10 +5004,10 @@ def _all_of(response: Response, forward: Forward) -> bytes:
 
 
 def _alike(twin: Stored, head: Head) -> Stored:
-    """A body under the head that it has elsewhere."""
+    """A body under the head that it has elsewhere.  A query may be another client's password."""
     return dataclasses.replace(twin, head=dataclasses.replace(
         head, size=twin.head.size, mtime_ns=twin.head.mtime_ns, guarded=head.guarded or twin.head.guarded,
-        like=twin.head.key if twin.name else twin.head.like))
+        like=twin.head.key.partition("?")[0] if twin.name else twin.head.like))
 
 
 def _is_named(key: str, twin: Stored) -> bool:
@@ -6051,8 +6051,8 @@ class Proxy:
             raise failure
         if isinstance(failure, OriginFailure):
             self._troubles.origin_failed(request, failure)
-        detail = "%s Same name as %s" % (failure, stored.head.key) if missing else str(failure)
-        status = CacheStatus(Outcome.STALE, decision.forward, detail=detail)
+        same = " Same name as " + stored.head.key.partition("?")[0] if missing else ""
+        status = CacheStatus(Outcome.STALE, decision.forward, detail="%s%s" % (failure, same))
         return from_store(request, stored, status, time.time())
 
     def _follow(self, request: Request, decision: Decision, flight: Flight, config: Config) -> Reply:

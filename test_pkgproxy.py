@@ -3363,6 +3363,16 @@ class MirrorsTest(ProxyCase):
         self.assertEqual(self.ask(self.other.url("/b" + path)).body, self.HELD)
         self.assertEqual(len(self.other.log), 1)
 
+    def test_whose_file_it_is_is_told_without_its_query(self):
+        path = "/repodata/%s-primary.xml.gz" % sha256(self.HELD)
+        self.origin.pages["/a" + path], self.other.pages["/b" + path] = Page(self.HELD), Page(b"", 503)
+        self.ask("/a" + path + "?token=secret")
+        for asked in ({"Cache_Control": "only-if-cached"}, {}):
+            answer = self.ask(self.other.url("/b" + path), **asked)
+            self.assertEqual(answer.body, self.HELD)
+            self.assertRegex(self.outcome(answer), "ame as http://[^?]+/a/repodata/")
+            self.assertNotIn("secret", self.outcome(answer))
+
     def test_what_the_disk_does_not_give_back_is_no_proof_and_no_bug(self):
         path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
         self.origin.pages["/a" + path], self.other.pages["/b" + path] = Page(self.HELD), Page(b"down", 503)
