@@ -2174,9 +2174,14 @@ def write_file(path: str, text: str) -> None:
     """Replace a file of the bookkeeping; OSError.  Another instance may do so at the same time."""
     make_folder(os.path.dirname(path))
     new = "%s^%s" % (path, secrets.token_hex(4))
-    with open(new, "w", encoding="utf-8", opener=_private) as file:
-        file.write(text)
-    os.replace(new, path)
+    try:
+        with open(new, "w", encoding="utf-8", opener=_private) as file:
+            file.write(text)
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
 
 
 def _write_heads(path: str, heads: list[Head]) -> None:
@@ -2857,9 +2862,9 @@ def disk_usage(root: str) -> dict[str, int]:
 
 
 def try_writing(folder: str) -> None:
-    """OSError where no file can be made there."""
+    """OSError where no file can be made there, and filled: a full disk still takes an empty one."""
     path = os.path.join(folder, "^probe-" + secrets.token_hex(4))
-    write_file(path, "")
+    write_file(path, "x")
     os.unlink(path)
 
 

@@ -6145,6 +6145,21 @@ class PagesTest(ProxyCase):
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
             self.assertEqual(desk.ailment(), "No more threads are to be had.")
 
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full on this machine")
+    def test_it_is_not_well_on_a_full_disk_and_leaves_nothing_there(self):
+        def full(path, flags):
+            """The empty file is there, and nothing can be put into it."""
+            os.close(os.open(path, flags, 0o600))
+            return os.open("/dev/full", os.O_WRONLY)
+
+        with mock.patch.object(pkgproxy, "_private", full):
+            answer = self.own("/healthz")
+            self.assertEqual((answer.status, answer.body), (503, b"The cache root cannot be written: No space left on device.\n"))
+            with self.assertRaises(OSError):
+                pkgproxy.write_file(os.path.join(self.root, pkgproxy.BOOKS, "history.json"), "{}")
+        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS)), [])
+        self.assertEqual(self.own("/healthz").status, 200)
+
     def test_it_is_not_well_while_every_connection_is_busy(self):
         gate = Gate()
         self.addCleanup(gate.open)
