@@ -2007,7 +2007,9 @@ def hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
         return ("%d of %d requests were CONNECT: https passes through unseen and isn't cached. Begin the "
                 "repositories' addresses with http://, where their packages are signed, or put the proxy's "
                 "own before them: http://this-host:9999/https://mirror.example.org/." % (tunnels, total))
-    if total < HINTS_AFTER[-1] or any(heeded[one] for one in FROM_CACHE):
+    # What was refused has been seen, too: else one such request, and this would never be said.
+    seen = total + outcomes[Outcome.REFUSED.value]
+    if not total or seen < HINTS_AFTER[-1] or any(heeded[one] for one in FROM_CACHE):
         return ""
     most = max(heeded, key=lambda one: heeded[one])
     known = collections.Counter(filter(None, details)).most_common(1)

@@ -5831,12 +5831,21 @@ class WatchTest(unittest.TestCase):
                 self.assertEqual(len(caught.records), 1, caught.output)
                 self.assertRegex(caught.records[0].getMessage(), expected)
 
+    def test_what_was_refused_keeps_no_hint_back(self):
+        with self.assertLogs("pkgproxy", "WARNING") as caught:
+            for number in range(100):
+                self.note(outcome=Outcome.REFUSED if number == 7 else Outcome.MISS)
+        self.assertIn("Not one of the first 99 requests was a hit", caught.records[0].getMessage())
+
     def test_users_who_lose_nothing_are_left_alone(self):
         logging.getLogger("pkgproxy").warning = lambda *words: self.fail(words)
         self.addCleanup(delattr, logging.getLogger("pkgproxy"), "warning")
         for number in range(200):
             self.note(outcome=Outcome.HIT if number == 99 else Outcome.MISS)
         self.note("http://a/dists/x/InRelease", Outcome.BYPASS, forward="bypass")
+        self.setUp()
+        for _ in range(100):
+            self.note(outcome=Outcome.REFUSED)
 
 
 class BoardTest(unittest.TestCase):
