@@ -7651,30 +7651,53 @@ DEFAULTS = Config()
 REPEATED: dict[str, Any] = {"action": "append"}
 COUNTED: dict[str, Any] = {"action": "count", "default": 0}
 
+
+def _read_by(parse: Callable[[str], Any]) -> dict[str, Any]:
+    """For argparse, so that its message names the option and ends in what ``parse`` says."""
+
+    def one(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return {"type": one}
+
+
+def parse_name(text: str) -> str:
+    """The name of a file or a folder; ValueError where a shell's variable was empty."""
+    if not text:
+        raise ValueError("'' is no name")
+    return text
+
+
 # group, flags, what the value is called, help with the default in brackets, argparse's other words
 OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("clients", "-a --addr", "ADDR", "listen here; may be repeated (%s)" % DEFAULTS.addrs[0], REPEATED),
     ("clients", "--allow", "NET", "who may connect; may be repeated (%s)" % ", ".join(DEFAULTS.allow),
      REPEATED),
-    ("clients", "--connect-ports", "PORTS", "where CONNECT may lead (443)", {}),
+    ("clients", "--connect-ports", "PORTS", "where CONNECT may lead (443)",
+     {"default": DEFAULTS.connect_ports, **_read_by(parse_ports)}),
     ("clients", "-w --workers", "N", "processes that share the work of many clients (%d)" % DEFAULTS.workers,
-     {"default": str(DEFAULTS.workers)}),
-    ("cache", "-r --root", "DIR", "where it lies, made if missing (the current folder)", {}),
-    ("cache", "--max-size", "SIZE", "most to store; least used goes first (no limit)", {}),
-    ("cache", "--min-free", "SIZE", "leave free on the disk (5 %%, at most 10 GB)", {}),
-    ("cache", "--max-age", "TIME", "remove what was not used for so long (keep it)", {}),
-    ("cache", "-f --filters", "FILE", "what is never cached, as expressions (none)", {}),
+     {"default": DEFAULTS.workers, **_read_by(lambda text: parse_count(text, 1, MAX_WORKERS))}),
+    ("cache", "-r --root", "DIR", "where it lies, made if missing (the current folder)", _read_by(parse_name)),
+    ("cache", "--max-size", "SIZE", "most to store; least used goes first (no limit)", _read_by(parse_size)),
+    ("cache", "--min-free", "SIZE", "leave free on the disk (5 %%, at most 10 GB)", _read_by(parse_size)),
+    ("cache", "--max-age", "TIME", "remove what was not used for so long (keep it)", _read_by(parse_span)),
+    ("cache", "-f --filters", "FILE", "what is never cached, as expressions (none)", _read_by(parse_name)),
     ("cache", "--no-heuristics", "", "ask again where no lifetime is told (a day)",
      {"action": "store_false", "dest": "heuristics"}),
     ("cache", "--no-sharing", "", "share files of mirrors by digest only (by proof)",
      {"action": "store_false", "dest": "sharing"}),
-    ("cache", "--barrier", "URL", "by what instances that share it agree (locks)", {}),
+    ("cache", "--barrier", "URL", "by what instances that share it agree (locks)",
+     {"default": (), **_read_by(parse_barrier)}),
     ("origins", "--parent", "URL", "proxy to ask, or none ($http_proxy, $https_proxy)", {}),
-    ("origins", "--ca-file", "FILE", "PEM certificates to trust as well, for https (none)", {}),
-    ("origins", "--adopt", "DIR", "packages to use if proven the same, repeatable (none)", REPEATED),
+    ("origins", "--ca-file", "FILE", "PEM certificates to trust as well, for https (none)", _read_by(parse_name)),
+    ("origins", "--adopt", "DIR", "packages to use if proven the same, repeatable (none)",
+     {**REPEATED, **_read_by(parse_name)}),
     ("origins", "--offline", "", "never ask one, serve what is stored (off)", {"action": "store_true"}),
     ("origins", "--max-orphans", "N", "downloads that go on without clients (%d)" % DEFAULTS.max_orphans,
-     {"default": str(DEFAULTS.max_orphans)}),
+     {"default": DEFAULTS.max_orphans, **_read_by(lambda text: parse_count(text, 0, 10_000))}),
     ("log and help", "-v --verbose", "", "log more", COUNTED),
     ("log and help", "-q --quiet", "", "log no requests; twice: nothing but errors", COUNTED),
     ("log and help", "-V --version", "", "show the version and exit",
@@ -7734,22 +7757,15 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
             words = {"metavar": metavar, **words}
         groups[group].add_argument(*flags.split(), help=text, **words)
     options = parser.parse_args(arguments)
-    if options.root == "" or options.filters == "":
-        parser.error("-r and -f want a name, not nothing")
     addrs, allow = tuple(options.addr or DEFAULTS.addrs), tuple(options.allow or DEFAULTS.allow)
     try:
         for addr in addrs:
             parse_addr(addr)
         parse_networks(allow)
         config = Config(addrs, options.root, options.filters, allow,
-                        DEFAULTS.connect_ports if options.connect_ports is None
-                        else parse_ports(options.connect_ports), options.heuristics, options.offline,
-                        None if options.max_size is None else parse_size(options.max_size),
-                        None if options.min_free is None else parse_size(options.min_free),
-                        max_age=None if options.max_age is None else parse_span(options.max_age),
-                        max_orphans=parse_count(options.max_orphans, 0, 10_000),
-                        workers=parse_count(options.workers, 1, MAX_WORKERS), sharing=options.sharing,
-                        barrier=() if options.barrier is None else parse_barrier(options.barrier),
+                        options.connect_ports, options.heuristics, options.offline, options.max_size,
+                        options.min_free, max_age=options.max_age, max_orphans=options.max_orphans,
+                        workers=options.workers, sharing=options.sharing, barrier=options.barrier,
                         pseudonym="pkgproxy-" + secrets.token_hex(4),
                         ca_file=options.ca_file, parents=find_parents(options.parent, os.environ),
                         no_proxy=tuple((os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")

@@ -7574,9 +7574,12 @@ class PorchTest(unittest.TestCase):
                 (["-a", ":70000"], 2, "write :9999"), (["-a", "nowhere.invalid:0"], 1, "Cannot listen"),
                 (["--parent", "socks5://a"], 2, "--parent: a parent proxy is written"), (["--ca-file", "missing"], 1, "certificates in missing cannot be used: No such file"),
                 (["--ca-file", "file"], 1, "certificates in file cannot be used: no certificate"), (["--barrier", "redis://a:1"], 2, "write memcached://"),
-                (["-r", ""], 2, "want a name"), (["--allow", "lan"], 2, "write loopback, private"), (["--allow", "10.0.0.1/8"], 2, "write loopback"),
-                (["--max-orphans", "x"], 2, "from 0 to"), (["--max-orphans", "-1"], 2, "from 0 to"), (["--unknown"], 2, "unknown"),
-                (["--max-size", "much"], 2, "write 500M"), (["--max-age", "5"], 2, "write 90m"))
+                (["-r", ""], 2, "-r/--root: '' is no name"), (["--adopt", ""], 2, "--adopt: '' is no name"),
+                (["-f", ""], 2, "--filters: '' is no name"), (["--ca-file", ""], 2, "--ca-file: '' is no name"),
+                (["--connect-ports", "0"], 2, "--connect-ports: '0' is no list of ports; write 443,8443 or none"), (["--allow", "lan"], 2, "write loopback, private"), (["--allow", "10.0.0.1/8"], 2, "write loopback"),
+                (["--max-orphans", "x"], 2, "--max-orphans: 'x' is no number from 0 to"), (["--max-orphans", "-1"], 2, "from 0 to"), (["--unknown"], 2, "unknown"),
+                (["--max-size", "much"], 2, "--max-size: 'much' is no size; write 500M"), (["--min-free", "5%"], 2, "--min-free: '5%' is no size"),
+                (["--max-age", "5"], 2, "--max-age: '5' is no time; write 90m"), (["-w", "0"], 2, "--workers: '0' is no number from 1 to"))
             runs = several.map(lambda row: self.run_to_end("-a", "127.0.0.1:0", *row[0]), rows)
             for (arguments, code, expected), ran in zip(rows, runs):
                 with self.subTest(arguments=arguments):
