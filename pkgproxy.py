@@ -7857,7 +7857,7 @@ def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.
         except (OSError, OverflowError) as error:
             for listening in sockets:
                 listening.close()
-            reason = getattr(error, "strerror", None) or error
+            reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]  # socket's own words
             what = "the socket %d of systemd: %s." if handed else "%s: %s. Name another with -a."
             raise Unusable("Cannot listen on " + what % (addr, reason)) from None
         log.info("Starting proxy server at %s", shown_address(sockets[-1]))

@@ -7588,6 +7588,7 @@ class PorchTest(unittest.TestCase):
                     self.assertRegex(last, r"\Apkgproxy(\.py)?: ")
                     self.assertIn(expected, last)
                     self.assertNotIn("Traceback", ran.stderr)
+                    self.assertNotIn("while attempting", ran.stderr, "Python's words")
 
     def test_without_r_nothing_of_the_current_folder_is_given_away(self):
         Path(self.folder, "backups").mkdir()
