@@ -6496,10 +6496,12 @@ def _json(found: dict[str, Any], indent: int | None = None) -> Page:
     return Page("application/json; charset=utf-8", json.dumps(found, indent=indent) + "\n")
 
 
-def _setup_page(name: str, names: dict[str, Any]) -> Page | None:
+def _setup_page(name: str, names: dict[str, Any]) -> Page:
     if name == "detect.sh":
         return Page(TEXT, DETECT % names)
-    return Page(TEXT, SETUP[name][0] % names["proxy"] + "\n") if name in SETUP else None
+    if name not in SETUP:
+        raise Failure("In /setup/NAME, NAME is one of %s." % ", ".join([*SETUP, "detect.sh"]), 404)
+    return Page(TEXT, SETUP[name][0] % names["proxy"] + "\n")
 
 
 def _figures_page(name: str, proxy: str, html: bool, snapshot: Callable[[], dict[str, Any]]) -> Page | None:
@@ -6520,7 +6522,7 @@ def _figures_page(name: str, proxy: str, html: bool, snapshot: Callable[[], dict
 
 def own_page(path: str, place: tuple[str, int], html: bool, snapshot: Callable[[], dict[str, Any]],
              ailment: Callable[[], str]) -> Page | None:
-    """One of our own pages, None where there is none of that name.
+    """One of our own pages, None where there is none of that name; Failure.
 
     ``place``: host and port by which the client reached us; ``html``: whether it would rather have that;
     ``ailment``: why we are not well, "" where we are.

@@ -6205,7 +6205,10 @@ class PagesTest(ProxyCase):
                 self.assertEqual((answer.status, answer["Content-Type"]), (200, "text/plain; charset=utf-8"))
                 self.assertIn(b"http://127.0.0.1:%d" % self.address[1], answer.body)
                 self.assertTrue(answer.body.endswith(b"\n"))
-        self.assertEqual(self.own("/setup/nothing").status, 404)
+        for path in ("/setup/nothing", "/setup/", "/setup"):
+            answer = self.own(path)
+            self.assertEqual(answer.status, 404)
+            self.assertIn(b"NAME is one of apt, dnf, ", answer.body)
 
     def test_what_is_pasted_writes_what_setup_says(self):
         for name, (_, place, more) in pkgproxy.SETUP.items():
