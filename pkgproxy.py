@@ -1998,6 +1998,20 @@ def outlined(uri: str) -> str:
     return clipped(shown(path) + mark, 120)
 
 
+def summed(rows: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """Counts by name: those of one name added up.
+
+    >>> summed([("a", {"n": 1}), ("b", {"n": 2}), ("a", {"n": 4})])
+    {'a': {'n': 5}, 'b': {'n': 2}}
+    """
+    sums: dict[str, dict[str, int]] = {}
+    for name, row in rows:
+        known = sums.setdefault(name, dict.fromkeys(row, 0))
+        for key, count in row.items():
+            known[key] += count
+    return sums
+
+
 def hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
     """What users are about to lose, by how the first requests ended, and why; "" where all is well."""
     heeded: dict[Outcome, int] = {one: outcomes[one.value] for one in Outcome
@@ -4467,9 +4481,9 @@ class Recent:
                         "status": code, "bytes": sent.size, "seconds": round(sent.took, 3),
                         "outcome": status.outcome.value, "detail": clipped(status.detail, 80)}
                        for at, client, method, target, uri, code, sent, status in recent],
-            "origins": {clipped(Target("http", host, port, "").authority, 80) if host else "other": {
-                "requests": requests, "bytes": sent, "cached": cached}
-                for (host, port), (requests, sent, cached) in origins}}
+            "origins": summed((clipped(Target("http", host, port, "").authority, 80) if host else "other", {
+                "requests": requests, "bytes": sent, "cached": cached})
+                for (host, port), (requests, sent, cached) in origins)}
 
 
 class BytesBody:
@@ -6195,12 +6209,10 @@ def percent(part: int, whole: int) -> str:
 
 def merge(gathered: list[dict[str, Any]]) -> dict[str, Any]:
     """What several processes have gathered, as one."""
-    origins: dict[str, dict[str, int]] = {}
-    for one in gathered:
-        for name, row in one["origins"].items():
-            known = origins.setdefault(name, dict.fromkeys(row, 0))
-            for key, count in row.items():
-                known[key] += count
+    origins = summed(row for one in gathered for row in one["origins"].items())
+    ranked = sorted(origins.items(), key=lambda row: (row[0] == "other", -row[1]["requests"]))
+    # Each process tells of its own busiest ones: together there may be many more.
+    origins = summed((name if at < MAX_ORIGINS else "other", row) for at, (name, row) in enumerate(ranked))
     rows = {key: [row for one in gathered for row in one[key]] for key in ("recent", "downloads", "troubles")}
     sweeps = sorted((one["swept"] for one in gathered), key=lambda row: row["at"])
     swept = {**sweeps[-1], **{key: sum(row.get(key, 0) for row in sweeps)

@@ -5807,6 +5807,11 @@ class WatchTest(unittest.TestCase):
         self.assertEqual(origins["busy"]["requests"], 5)
         self.assertEqual(sum(row["bytes"] for row in origins.values()), 100 * (3 * pkgproxy.MAX_ORIGINS + 5))
 
+    def test_origins_that_are_shown_alike_are_added_up(self):
+        for letter in "ab":
+            self.note("http://%s.%s.%s/x" % ("h" * 60, letter * 30, "h" * 60))
+        self.assertEqual([row["requests"] for row in self.recent.gather()["origins"].values()], [2])
+
     def test_what_it_gathers_is_small_whatever_comes(self):
         for number in range(100):
             host = "http://%s%03d/" % (".".join(["h" * 60] * 4), number)
@@ -6123,6 +6128,18 @@ class PagesTest(ProxyCase):
         self.assertEqual((merged["troubles"], merged["swept"]),
                          ([{"origin": "o"}], {"at": 7.0, "files": 1, "removedFiles": 5, "removedBytes": 0}))
         self.assertEqual(pkgproxy.merge([one])["origins"], one["origins"])
+
+    def test_however_many_processes_there_are_the_origins_told_apart_are_bounded(self):
+        def row(requests):
+            return {"requests": requests, "bytes": 10 * requests, "cached": requests}
+
+        workers = [{"recent": [], "downloads": [], "troubles": [], "swept": {"at": 0.0},
+                    "origins": {"other": row(7), "busy": row(1000), **{"host%d-%d" % (worker, n): row(n) for n in range(1, 41)}}}
+                   for worker in range(4)]
+        origins = pkgproxy.merge(workers)["origins"]
+        self.assertEqual(len(origins), pkgproxy.MAX_ORIGINS + 1)
+        self.assertEqual((origins["busy"]["requests"], list(origins)[0]), (4000, "busy"))
+        self.assertEqual(sum(one["bytes"] for one in origins.values()), 10 * 4 * (7 + 1000 + sum(range(1, 41))))
 
     def test_its_colours_can_be_read_by_day_and_by_night(self):
         def luminance(colour):
