@@ -4747,7 +4747,7 @@ class Troubles:
         self._on_full_disk = on_full_disk
         self._lock = threading.Lock()  # guards _origins and _disk
         self._origins: dict[str, tuple[float, str]] = {}  # by scheme and authority, or by cache key
-        self._disk: int | None = None  # the error number that was complained about
+        self._disk: LocalFailure | None = None  # that was complained about last, until something is stored
 
     def origin(self, request: Request) -> str | None:
         """Why the origin of a request is not to be waited for now; None if it is."""
@@ -4788,7 +4788,8 @@ class Troubles:
         if failure.code == errno.EAGAIN:
             return "another instance is storing it"
         with self._lock:
-            known, self._disk = self._disk == failure.code, failure.code
+            known = self._disk is not None and self._disk.code == failure.code
+            self._disk = failure
         if failure.code == errno.ENOSPC:
             self._on_full_disk()
         remedy = {errno.ENOSPC: " Free some space.", errno.EACCES: " Let this user write the cache root.",
@@ -4796,6 +4797,11 @@ class Troubles:
         log.log(logging.DEBUG if known else logging.WARNING,
                 "Nothing can be stored: %s. Requests are passed on all the same.%s", failure, remedy)
         return "not stored: %s" % failure
+
+    def unstored(self) -> str:
+        """Why nothing can be stored; "" where it can."""
+        with self._lock:
+            return clipped(str(self._disk or ""), 150)
 
     def disk_works(self) -> None:
         """Something was stored."""
@@ -5931,7 +5937,8 @@ class Proxy:
         filler = Filler(self._barrier, self._claims, self._origin, self._troubles,
                         Orphans(config.max_orphans), self._updated)
         self.insight = Insight(store, self.counters, config.pseudonym, lambda: {
-            "downloads": filler.gather(), "troubles": self._troubles.gather(), "swept": self.sweeper.swept})
+            "downloads": filler.gather(), "troubles": self._troubles.gather(), "swept": self.sweeper.swept,
+            "unstored": self._troubles.unstored()})
         self._mirrors = Mirrors(store, self._origin, self._troubles, config)
         self._leader = Leader(store, self._claims, self._origin, self._troubles, filler, self._mirrors)
         self._refresher = Refresher(self.respond, self._barrier)
@@ -6219,6 +6226,7 @@ def merge(gathered: list[dict[str, Any]]) -> dict[str, Any]:
                               for key in ("removedFiles", "removedBytes")}}
     return {"recent": sorted(rows["recent"], key=lambda row: row["at"], reverse=True)[:SHOWN],
             "downloads": sorted(rows["downloads"], key=lambda row: row["uri"]),
+            "unstored": next((one["unstored"] for one in gathered if one.get("unstored")), ""),
             "troubles": sorted({row["origin"]: row for row in rows["troubles"]}.values(),
                                key=lambda row: row["origin"]),
             "origins": dict(sorted(origins.items(), key=lambda row: -row[1]["bytes"])), "swept": swept}
@@ -6429,6 +6437,8 @@ def _disk(view: dict[str, Any]) -> str:
     lines += ["%s of %s are free on its disk." % (volume(disk["free"]), volume(disk["size"])) if disk
               else '<span class="bad">The cache root cannot be read.</span>',
               "%s since the start." % many(view["counters"]["stale"], "stale answer")]
+    if view["unstored"]:
+        lines.append('<span class="bad">Nothing can be stored:</span> %s.' % escape(view["unstored"]))
     lines += ['<span class="bad">%s is in trouble:</span> %s For %s more, what is stored is served stale.' % (
         escape(row["origin"]), escape(row["reason"]), duration(row["seconds"])) for row in view["troubles"]]
     return "".join("<p>%s</p>" % line for line in lines)

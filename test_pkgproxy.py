@@ -6044,10 +6044,10 @@ class PagesTest(ProxyCase):
                "outcome": "hit", "detail": evil}
         gathered = {"recent": [row], "origins": {evil: {"requests": 1, "bytes": 1, "cached": 1}}, "swept": {"at": 0.0},
                     "downloads": [{"uri": evil, "bytes": 1, "length": 2, "rate": 1, "clients": 1}],
-                    "troubles": [{"origin": evil, "reason": evil, "seconds": 1}]}
+                    "troubles": [{"origin": evil, "reason": evil, "seconds": 1}], "unstored": evil}
         snapshot = {**self.server.desk.snapshot(), "processes": [gathered]}
         text = pkgproxy.status_page(pkgproxy.view_of(snapshot), "a:1").text.replace("<script>" + pkgproxy.SCRIPT, "")
-        self.assertGreater(text.count("alert(1)"), 7)
+        self.assertGreater(text.count("alert(1)"), 8)
         self.assertNotIn("<script", text)
         self.assertNotIn("'\"&lt", text)
         metrics = pkgproxy.metrics_text(pkgproxy.view_of(snapshot))
@@ -6110,6 +6110,16 @@ class PagesTest(ProxyCase):
         self.assertIn("1 file stored, 1 B", view["html"]["disk"])
         self.assertIn("1 stale answer since the start", view["html"]["disk"])
         self.assertIn("is in trouble:", view["html"]["disk"])
+
+    def test_it_tells_why_nothing_can_be_stored_until_something_is(self):
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1000)
+        with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)):
+            self.ask("/x_1.0_all.deb")
+            self.settle()
+        self.assertIn("Nothing can be stored:</span> not enough free space for 1000 bytes.", self.view()["html"]["disk"])
+        self.ask("/x_1.0_all.deb")
+        self.settle()
+        self.assertNotIn("Nothing can be stored", self.view()["html"]["disk"])
 
     def test_several_processes_are_shown_as_one(self):
         def row(at, uri):
