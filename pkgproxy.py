@@ -4270,7 +4270,7 @@ class Counters:
         self._lock = threading.Lock()  # guards this worker's row
         self._beats = memoryview(mmap.mmap(-1, 8 * workers)).cast("d")  # of each worker, monotonic
         self.board = Board(workers)
-        self.started = time.time()
+        self._started = time.time(), time.monotonic()
         for worker in range(workers):
             self._beats[worker] = time.monotonic()
 
@@ -4304,6 +4304,13 @@ class Counters:
         with self._lock:
             self._slots[self._places[outcome._value_]] += 1  # .value is a function of the library's
             self._slots[self._cache] += cached
+
+    def since(self, now: float) -> float:
+        """When it was started, by a clock that says ``now``: a machine that keeps no time while it is off starts
+        us by a wrong one, and puts it right later."""
+        clock, began = self._started
+        right = now - (time.monotonic() - began)
+        return clock if abs(right - clock) < 60 else right
 
     def snapshot(self) -> dict[str, Any]:
         """All of them, all workers together."""
@@ -5855,7 +5862,7 @@ class Insight:
         """All that the pages show."""
         now = time.time()
         return {**self._counters.snapshot(), "counters": self._totals(), **self.history.snapshot(now),
-                "now": now, "since": self._counters.started, "disk": disk_usage(self._store.root),
+                "now": now, "since": self._counters.since(now), "disk": disk_usage(self._store.root),
                 "processes": [self.gather(), *self._counters.board.others()]}
 
     def publish(self) -> None:

@@ -6111,6 +6111,14 @@ class PagesTest(ProxyCase):
         self.assertIn("1 stale answer since the start", view["html"]["disk"])
         self.assertIn("is in trouble:", view["html"]["disk"])
 
+    def test_a_clock_that_was_put_right_changes_nothing_of_how_long_it_runs(self):
+        real = time.time
+        for ahead in (-90 * DAY, 0.5, 90 * DAY):
+            with self.subTest(ahead=ahead), mock.patch.object(pkgproxy.time, "time", lambda ahead=ahead: real() + ahead):
+                view = self.view()
+                self.assertTrue(0 <= view["now"] - view["since"] < 60, view["since"])
+                self.assertEqual(view["since"], self.view()["since"] if abs(ahead) < 60 else mock.ANY)
+
     def test_it_tells_why_nothing_can_be_stored_until_something_is(self):
         self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1000)
         with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)):
