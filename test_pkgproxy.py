@@ -6103,6 +6103,7 @@ class PagesTest(ProxyCase):
         self.settle()
         self.origin.pages["/dists/x/InRelease"] = Page(b"", 503)
         self.assertIn("stale", self.outcome(self.ask("/dists/x/InRelease")))
+        self.settle()
         self.proxy.sweeper._note(self.proxy.sweeper._janitor.sweep(self.config, time.time()))
         view = self.view()
         self.assertEqual([(row["origin"], row["reason"]) for row in view["troubles"]],
