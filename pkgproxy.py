@@ -6288,14 +6288,15 @@ border-radius:1rem;font-size:.875rem;cursor:pointer}
 th,td{text-align:left;padding:.25rem 1rem .25rem 0;vertical-align:top;border-top:1px solid var(--line)}
 tr:first-child th{border:0}.n{text-align:right;white-space:nowrap}
 .name{overflow-wrap:anywhere;min-width:9rem}.name .soft{display:block}
-progress{width:100%;accent-color:var(--cache)}ul{margin:0;padding:0}li{list-style:none;margin-bottom:.75rem}
+progress{width:100%;accent-color:var(--cache)}ul{margin:0;padding:0}#setup ul{margin-top:.75rem}li{list-style:none;margin-bottom:.75rem}
 pre{margin:.25rem 0 0;padding:.5rem .75rem;background:var(--back);border-radius:.25rem;font-size:.8125rem;
 white-space:pre-wrap;overflow-wrap:anywhere;user-select:all}
 .bad{color:var(--bad)}.lost #state::after{content:" The connection to it is lost.";color:var(--bad)}
 @media(max-width:40rem){body{padding:1rem .5rem 2rem}section{padding:.75rem}.tall thead{display:none}
 .tall tr{display:block;border-top:1px solid var(--line);padding:.5rem 0}
 th,td{padding-right:.5rem}.name{min-width:6rem}
-.tall td{display:inline;border:0;padding:0 .5rem 0 0}.tall td.name{display:block}}
+.tall td{display:inline;border:0;padding:0 .5rem 0 0}.tall td.name{display:block}
+.tall td.n:last-child::after{content:" ago"}}
 """
 
 SCRIPT = """
@@ -6330,7 +6331,8 @@ aria-label="Busiest origins"><table id="origins">%(origins)s</table></div></sect
 <section><h2>Disk and troubles</h2><div id="disk">%(disk)s</div></section></div>
 <section><h2>Last requests</h2><table id="recent" class="tall">%(recent)s</table></section>
 <section id="setup"><h2>Set up this machine</h2><p>As root, one of these; then update as always. Repositories'
-addresses must begin with http://, for https passes through unseen, or with http://%(proxy)s/https://.</p><ul>%(setup)s</ul>
+addresses must begin with http://, for https passes through unseen, or with http://%(proxy)s/https://. For another machine, open this page by an address of ours
+that it can reach.</p><ul>%(setup)s</ul>
 <p class="soft">Each is also text to fetch, as <a href="/setup/apt">/setup/apt</a>. Laptops that leave this
 network let apt run <a href="/setup/detect.sh">/setup/detect.sh</a>; others read
 <a href="/proxy.pac">/proxy.pac</a>. For machines: <a href="/status.json">/status.json</a>,
@@ -6353,8 +6355,9 @@ def _figures(view: dict[str, Any]) -> str:
         counts = view[key]
         saved, down = counts.get("statsCacheBytes", 0), counts.get("statsDownBytes", 0)
         found, asked = hits(counts)
-        text += "<div><dt>Saved %s</dt><dd>%s</dd><dd>%s came from the cache, %s from origins</dd></div>" % (
-            title, volume(saved), percent(saved, saved + down), volume(down))
+        text += "<div><dt>Saved %s</dt><dd>%s</dd><dd>%s</dd></div>" % (
+            title, volume(saved), "%s came from the cache, %s from origins" % (
+                percent(saved, saved + down), volume(down)) if saved + down else "nothing has come yet")
         text += "<div><dt>Hits %s</dt><dd>%s</dd><dd>%s of %s</dd></div>" % (
             title, percent(found, asked), f"{found:,}", many(asked, "request"))
     return text
@@ -6437,8 +6440,9 @@ def _origins(view: dict[str, Any]) -> str:
 def _disk(view: dict[str, Any]) -> str:
     disk, swept, lines = view["disk"], view["swept"], []
     if swept.get("at"):
-        lines += ["%s stored, %s (as of %s ago)." % (many(swept["files"], "file"), volume(swept["bytes"]),
-                                                     duration(view["now"] - swept["at"])),
+        lines += ["%s stored, %s: counted %s ago, as every %s." % (
+            many(swept["files"], "file"), volume(swept["bytes"]), duration(view["now"] - swept["at"]),
+            duration(SWEEP_EVERY)),
                   "Swept since the start: %s, %s." % (many(swept["removedFiles"], "file"),
                                                       volume(swept["removedBytes"]))]
     lines += ["%s of %s are free on its disk." % (volume(disk["free"]), volume(disk["size"])) if disk

@@ -6017,6 +6017,7 @@ class PagesTest(ProxyCase):
         answer = self.html()
         self.assertEqual((answer["Content-Type"], answer["Vary"]), ("text/html; charset=utf-8", "Accept"))
         self.assertIn(b"Set up this machine", answer.body)
+        self.assertIn(b"<dd>0 B</dd><dd>nothing has come yet</dd>", answer.body)
 
     def test_whose_proxy_we_are_gets_our_pages_too(self):
         us = "http://127.0.0.1:%d" % self.address[1]
@@ -6108,7 +6109,7 @@ class PagesTest(ProxyCase):
         view = self.view()
         self.assertEqual([(row["origin"], row["reason"]) for row in view["troubles"]],
                          [("http://127.0.0.1:%d" % self.origin.port, "127.0.0.1:%d answers 503." % self.origin.port)])
-        self.assertIn("1 file stored, 1 B", view["html"]["disk"])
+        self.assertIn("1 file stored, 1 B: counted 0 s ago, as every 5 min.", view["html"]["disk"])
         self.assertIn("1 stale answer since the start", view["html"]["disk"])
         self.assertIn("is in trouble:", view["html"]["disk"])
 
@@ -9277,6 +9278,8 @@ class BrowserTest(ClientCase):
         for part, law in (("input", "document.querySelector(`label[for=${one.id}]`)"), ("svg", "one.getAttribute('aria-label')"),
                           ("pre", "one.scrollWidth <= one.clientWidth"), ("section", "one.querySelector('h2') || one.getAttribute('aria-label')")):
             self.assertTrue(tab.run("[...document.querySelectorAll('%s')].every(one => %s)" % (part, law)), part)
+        ago = "getComputedStyle(document.querySelector('#recent tbody td:last-child'), '::after').content"
+        self.assertEqual(tab.run(ago), '" ago"', "there is no room for a head")
         self.keep(tab, "phone")
 
     def test_its_autoconfiguration_sends_http_and_nothing_else_through_it(self):
