@@ -4306,8 +4306,8 @@ class Counters:
             self._slots[self._cache] += cached
 
     def since(self, now: float) -> float:
-        """When it was started, by a clock that says ``now``: a machine that keeps no time while it is off starts
-        us by a wrong one, and puts it right later."""
+        """When it was started, by a clock that says ``now``: a machine that keeps no time while it is off
+        starts us by a wrong one, and puts it right later."""
         clock, began = self._started
         right = now - (time.monotonic() - began)
         return clock if abs(right - clock) < 60 else right
@@ -4953,6 +4953,17 @@ def read_now(file: io.FileIO, start: int, stop: int) -> bytes | None:
     except OSError:
         return None
     return bytes(buffer) if count == stop - start else None
+
+
+def copy_of(request: Request, stored: Stored, config: Config, now: float) -> Copy | None:
+    """The reply to a request from a stored response, if it is at hand; else that is closed."""
+    mark = mark_of(stored)  # before it is read
+    ready = at_hand(request, stored.head, config, now)
+    body = read_now(stored.file, *ready.span) if ready else None
+    if ready is None or body is None:
+        stored.close()
+        return None
+    return Copy(request, ready, body, stored, mark)
 
 
 def from_partial(request: Request, head: Head, flight: Flight, partial: Partial, status: CacheStatus,
@@ -5975,15 +5986,7 @@ class Proxy:
         """The reply to a request as it leaves, and its body, where nothing has to be waited for; its file is
         for the caller to close."""
         stored = look_up(self._store, request)
-        if stored is None:
-            return None
-        mark = mark_of(stored)  # before it is read
-        ready = at_hand(request, stored.head, self.config, now)
-        body = read_now(stored.file, *ready.span) if ready else None
-        if ready is None or body is None:
-            stored.close()
-            return None
-        return Copy(request, ready, body, stored, mark)
+        return None if stored is None else copy_of(request, stored, self.config, now)
 
     def listens_on(self, port: int) -> None:
         """What leads back to this port of ours is a loop."""
@@ -6288,7 +6291,8 @@ border-radius:1rem;font-size:.875rem;cursor:pointer}
 th,td{text-align:left;padding:.25rem 1rem .25rem 0;vertical-align:top;border-top:1px solid var(--line)}
 tr:first-child th{border:0}.n{text-align:right;white-space:nowrap}
 .name{overflow-wrap:anywhere;min-width:9rem}.name .soft{display:block}
-progress{width:100%;accent-color:var(--cache)}ul{margin:0;padding:0}#setup ul{margin-top:.75rem}li{list-style:none;margin-bottom:.75rem}
+progress{width:100%;accent-color:var(--cache)}ul{margin:0;padding:0}
+#setup ul{margin-top:.75rem}li{list-style:none;margin-bottom:.75rem}
 pre{margin:.25rem 0 0;padding:.5rem .75rem;background:var(--back);border-radius:.25rem;font-size:.8125rem;
 white-space:pre-wrap;overflow-wrap:anywhere;user-select:all}
 .bad{color:var(--bad)}.lost #state::after{content:" The connection to it is lost.";color:var(--bad)}
@@ -6331,8 +6335,9 @@ aria-label="Busiest origins"><table id="origins">%(origins)s</table></div></sect
 <section><h2>Disk and troubles</h2><div id="disk">%(disk)s</div></section></div>
 <section><h2>Last requests</h2><table id="recent" class="tall">%(recent)s</table></section>
 <section id="setup"><h2>Set up this machine</h2><p>As root, one of these; then update as always. Repositories'
-addresses must begin with http://, for https passes through unseen, or with http://%(proxy)s/https://. For another machine, open this page by an address of ours
-that it can reach.</p><ul>%(setup)s</ul>
+addresses must begin with http://, for https passes through unseen, or
+with http://%(proxy)s/https://. For another
+machine, open this page by an address of ours that it can reach.</p><ul>%(setup)s</ul>
 <p class="soft">Each is also text to fetch, as <a href="/setup/apt">/setup/apt</a>. Laptops that leave this
 network let apt run <a href="/setup/detect.sh">/setup/detect.sh</a>; others read
 <a href="/proxy.pac">/proxy.pac</a>. For machines: <a href="/status.json">/status.json</a>,
@@ -7715,7 +7720,8 @@ OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
      {"default": DEFAULTS.connect_ports, **_read_by(parse_ports)}),
     ("clients", "-w --workers", "N", "processes that share the work of many clients (%d)" % DEFAULTS.workers,
      {"default": DEFAULTS.workers, **_read_by(lambda text: parse_count(text, 1, MAX_WORKERS))}),
-    ("cache", "-r --root", "DIR", "where it lies, made if missing (the current folder)", _read_by(parse_name)),
+    ("cache", "-r --root", "DIR", "where it lies, made if missing (the current folder)",
+     _read_by(parse_name)),
     ("cache", "--max-size", "SIZE", "most to store; least used goes first (no limit)", _read_by(parse_size)),
     ("cache", "--min-free", "SIZE", "leave free on the disk (5 %%, at most 10 GB)", _read_by(parse_size)),
     ("cache", "--max-age", "TIME", "remove what was not used for so long (keep it)", _read_by(parse_span)),
@@ -7727,7 +7733,8 @@ OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("cache", "--barrier", "URL", "by what instances that share it agree (locks)",
      {"default": (), **_read_by(parse_barrier)}),
     ("origins", "--parent", "URL", "proxy to ask, or none ($http_proxy, $https_proxy)", {}),
-    ("origins", "--ca-file", "FILE", "PEM certificates to trust as well, for https (none)", _read_by(parse_name)),
+    ("origins", "--ca-file", "FILE", "PEM certificates to trust as well, for https (none)",
+     _read_by(parse_name)),
     ("origins", "--adopt", "DIR", "packages to use if proven the same, repeatable (none)",
      {**REPEATED, **_read_by(parse_name)}),
     ("origins", "--offline", "", "never ask one, serve what is stored (off)", {"action": "store_true"}),
@@ -7892,7 +7899,8 @@ def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.
         except (OSError, OverflowError) as error:
             for listening in sockets:
                 listening.close()
-            reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]  # socket's own words
+            # Without what create_server adds to it.
+            reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]
             what = "the socket %d of systemd: %s." if handed else "%s: %s. Name another with -a."
             raise Unusable("Cannot listen on " + what % (addr, reason)) from None
         log.info("Starting proxy server at %s", shown_address(sockets[-1]))
