@@ -6165,7 +6165,7 @@ SETUP = {
     "opkg": ("option http_proxy http://%s", "> /etc/opkg/pkgproxy.conf", ""),
     "portage": ('http_proxy="http://%s"', ">> /etc/portage/make.conf", ""),
     **dict.fromkeys(("apk", "xbps", "env"), (
-        "export http_proxy=http://%s", "> /etc/profile.d/pkgproxy.sh", "")),
+        "export http_proxy=http://%s", "> /etc/profile.d/pkgproxy.sh", " && . /etc/profile.d/pkgproxy.sh")),
 }
 
 DETECT = """#!/bin/sh

@@ -6256,6 +6256,10 @@ class PagesTest(ProxyCase):
                 written = checked("sh", "-c", line[:-len(place + more)]).decode()
                 self.assertEqual(written, pkgproxy.SETUP[name][0] % "proxy:9999" + "\n")
 
+    def test_what_is_pasted_into_a_shell_holds_in_that_shell_too(self):
+        line = pkgproxy.setup_line("env", "proxy:9999").replace("/etc/profile.d", self.folder)
+        self.assertEqual(checked("sh", "-c", line + "; echo $http_proxy"), b"http://proxy:9999\n")
+
     @unittest.skipUnless(shutil.which("promtool"), "promtool is not installed")
     def test_prometheus_accepts_the_metrics(self):
         self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1500)
