@@ -7935,7 +7935,7 @@ class Manager:
         place = environment.get("NOTIFY_SOCKET", "") if hasattr(socket, "AF_UNIX") else ""
         self._place = "\0" + place[1:] if place.startswith("@") else place
         self._counters = counters
-        watch = int(environment.get("WATCHDOG_USEC") or 60_000_000) / 1e6  # seconds, then we are killed
+        watch = (seconds(environment.get("WATCHDOG_USEC")) or 60_000_000) / 1e6  # seconds, then we are killed
         self._stuck = watch / 2  # seconds without a beat, then we are not well
         self.pause = min(1.0, watch / 4)  # seconds, at most, between two calls of ping()
         self._next = 0.0  # monotonic time of the next ping

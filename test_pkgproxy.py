@@ -7754,6 +7754,10 @@ class ServiceTest(unittest.TestCase):
         pkgproxy.Manager({}, pkgproxy.Counters()).ping()
         self.assertFalse(select.select([ear], [], [], 0)[0])
 
+    def test_a_watchdog_that_is_none_makes_nobody_hurry(self):
+        for text in ("0", "", "x", "-1"):
+            self.assertEqual(pkgproxy.Manager({"WATCHDOG_USEC": text}, pkgproxy.Counters()).pause, 1.0, text)
+
     def test_a_process_is_well_while_each_of_its_loops_turns(self):
         counters, heard = pkgproxy.Counters(), queue.SimpleQueue()
         heard.put("SIGTERM")
