@@ -4752,9 +4752,10 @@ class Troubles:
 
     def __init__(self, on_full_disk: Callable[[], None]) -> None:
         self._on_full_disk = on_full_disk
-        self._lock = threading.Lock()  # guards _origins and _disk
+        self._lock = threading.Lock()  # guards all below
         self._origins: dict[str, tuple[float, str]] = {}  # by scheme and authority, or by cache key
         self._disk: LocalFailure | None = None  # that was complained about last, until something is stored
+        self._failed = 0.0  # monotonic time of the last one
 
     def origin(self, request: Request) -> str | None:
         """Why the origin of a request is not to be waited for now; None if it is."""
@@ -4796,7 +4797,7 @@ class Troubles:
             return "another instance is storing it"
         with self._lock:
             known = self._disk is not None and self._disk.code == failure.code
-            self._disk = failure
+            self._disk, self._failed = failure, time.monotonic()
         if failure.code == errno.ENOSPC:
             self._on_full_disk()
         remedy = {errno.ENOSPC: " Free some space.", errno.EACCES: " Let this user write the cache root.",
@@ -4806,9 +4807,10 @@ class Troubles:
         return "not stored: %s" % failure
 
     def unstored(self) -> str:
-        """Why nothing can be stored; "" where it can."""
+        """Why nothing could be stored lately; "" where it could; another process may have stored since."""
         with self._lock:
-            return clipped(str(self._disk or ""), 150)
+            lately = time.monotonic() - self._failed < SWEEP_EVERY
+            return clipped(str(self._disk), 150) if self._disk and lately else ""
 
     def disk_works(self) -> None:
         """Something was stored."""

@@ -6127,6 +6127,8 @@ class PagesTest(ProxyCase):
             self.ask("/x_1.0_all.deb")
             self.settle()
         self.assertIn("Nothing can be stored:</span> not enough free space for 1000 bytes.", self.view()["html"]["disk"])
+        with mock.patch.object(pkgproxy, "SWEEP_EVERY", 0.0):  # as later, where another process stores all
+            self.assertEqual(self.view()["unstored"], "")
         self.ask("/x_1.0_all.deb")
         self.settle()
         self.assertNotIn("Nothing can be stored", self.view()["html"]["disk"])
