@@ -5060,7 +5060,8 @@ class FaultsOfWorkersTest(FaultsOfTwoTest):
         finally:
             os.kill(self.supervisor, signal.SIGTERM)  # before it hears of the ends of its workers: they are not replaced
             for pid in filter(None, self.pids()):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has told them to end, and they have
+                    os.kill(pid, signal.SIGKILL)
             os.waitpid(self.supervisor, 0)
             self.supervisor = 0
             self.proxy.close()
