@@ -7,6 +7,7 @@ skips and says so.  Gates instead of sleeps: a gate that is not opened in time f
 from __future__ import annotations
 
 import ast
+import atexit
 import base64
 import concurrent.futures
 import contextlib
@@ -29,6 +30,7 @@ import logging
 import lzma
 import mmap
 import os
+import py_compile
 import queue
 import random
 import re
@@ -228,15 +230,15 @@ class Beside(unittest.TestSuite):
 def load_tests(loader, tests, pattern):
     """What happens in processes of its own goes on beside the rest, of which the doctests come first."""
     apart = (ClientCase, BoundsTest, PorchTest, ServiceTest, WorkersTest, ReadmeTest)
-    other = (FaultTest, DiskTest, ChaosTest, InstancesTest, MemcachedTest)  # some limit what the process may write
+    others = ((FaultTest, DiskTest, InstancesTest), (FaultsOfTwoTest, MemcachedTest), (FaultsOfWorkersTest, ChaosTest))
 
     def chosen(classes):
-        return [suite for suite in tests if any(isinstance(test, classes) for test in suite)]
+        return [suite for suite in tests if any(type(test) in classes for test in suite)]
 
-    tests = [suite for suite in tests if suite not in chosen(FaultsOfWorkersTest)]  # it is run by its name
-    here = [suite for suite in tests if suite not in chosen(apart) and suite not in chosen(other)]
-    there = Abreast([Elsewhere(chosen(other)), Elsewhere(chosen(apart), "--tell-abreast")])
-    return Beside([unittest.TestSuite([doctest.DocTestSuite(pkgproxy), *here]), there])
+    clients = [suite for suite in tests if any(isinstance(test, apart) for test in suite)]
+    there = [Elsewhere(clients, "--tell-abreast"), *(Elsewhere(chosen(classes)) for classes in others)]  # some of these limit what the process may write
+    here = [suite for suite in tests if suite not in clients and suite not in chosen(sum(others, ()))]
+    return Beside([unittest.TestSuite([doctest.DocTestSuite(pkgproxy), *here]), Abreast(there)])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -579,11 +581,29 @@ class ProxyCase(unittest.TestCase):
         return "127.0.0.1:%d/%s" % (self.origin.port, name)
 
 
-class ProxyProcess:
-    """pkgproxy in a process of its own, as its users run it."""
+SCRIPT = (sys.executable, str(HERE / "pkgproxy.py"))  # as its users run it
 
-    def __init__(self, root, options=(), environment=None, program=(str(HERE / "pkgproxy.py"),), prefix=(), **more):
-        command = [*prefix, sys.executable, *program, "-a", "127.0.0.1:0", "-r", str(root), *options]
+
+@functools.lru_cache(maxsize=None)
+def compiled():
+    """A folder with pkgproxy compiled: Python compiles a script at each start, which takes most of its time."""
+    folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    py_compile.compile(SCRIPT[1], os.path.join(folder, "pkgproxy.pyc"), doraise=True)
+    return folder
+
+
+def program(**constants):
+    """The command that runs pkgproxy, with these constants in the place of its own."""
+    code = "import sys; sys.path[0], sys.argv[0] = %r, 'pkgproxy.py'; import pkgproxy; vars(pkgproxy).update(%r); sys.exit(pkgproxy.main())"
+    return sys.executable, "-c", code % (compiled(), constants)
+
+
+class ProxyProcess:
+    """pkgproxy in a process of its own."""
+
+    def __init__(self, root, options=(), environment=None, program=program, prefix=(), **more):
+        command = [*prefix, *program(), "-a", "127.0.0.1:0", "-r", str(root), *options]
         self.lines = []
         self.address = self.url = None
         self.started = threading.Event()
@@ -727,9 +747,10 @@ class HouseTest(unittest.TestCase):
 
     FORWARD = {("Partial", "Store"), ("ProxyHandler", "ProxyServer")}  # annotations
 
-    def setUp(self):
-        self.tree = ast.parse(SOURCE)
-        self.lines = SOURCE.splitlines()
+    @classmethod
+    def setUpClass(cls):
+        cls.tree = ast.parse(SOURCE)
+        cls.lines = SOURCE.splitlines()
 
     def _floors(self):
         starts = [at for at, line in enumerate(self.lines, 1) if re.match(r"# [1-9] \w", line)]
@@ -1755,7 +1776,7 @@ class StoreTest(StoreCase):
         head = Head(200, "OK", (), key=self.PACKAGE)
         partial = receive(self.store, head, 1)
         code = "import pkgproxy, sys\nif pkgproxy.Partials(pkgproxy.Store(sys.argv[1])).claim(sys.argv[2]) is None: print('kept out')"
-        ran = subprocess.run([sys.executable, "-c", code, self.root, self.PACKAGE], cwd=HERE, capture_output=True, timeout=60)
+        ran = subprocess.run([sys.executable, "-c", code, self.root, self.PACKAGE], cwd=compiled(), capture_output=True, timeout=60)
         partial.discard()
         partial.release()
         self.assertEqual(ran.stdout.strip(), b"kept out", ran.stderr)
@@ -5111,15 +5132,13 @@ class FaultsOfWorkersTest(FaultsOfTwoTest):
 class BoundsTest(ProxyCase):
     """Descriptors, threads and memory are bounded, and come back."""
 
-    TIDY = ("-c", "import pkgproxy; pkgproxy.POOL_IDLE = pkgproxy.TIDY_EVERY = 0.2; pkgproxy.main()")
-
     def start_process(self, descriptors=None):
         """Let a process of its own answer; nothing but its listening socket is open."""
 
         def limit():
             pkgproxy.resource.setrlimit(pkgproxy.resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
-        process = ProxyProcess(self.root, program=self.TIDY, cwd=HERE, preexec_fn=limit if descriptors else None)
+        process = ProxyProcess(self.root, program=lambda: program(POOL_IDLE=0.2, TIDY_EVERY=0.2), preexec_fn=limit if descriptors else None)
         self.addCleanup(process.stop)
         self.address = process.address
         self.ask("/warm")
@@ -5211,13 +5230,16 @@ class Memcached:
             return sock.recv(4096).decode()
 
 
+def hasty():
+    """The command that runs it with short pauses and leases."""
+    return program(RESUME_PAUSES=(0.0, 0.01), LEASE=2, LEASE_RENEWAL=0.2)
+
+
 class ChaosTest(ProxyCase):
     """Clients, ranges, hang-ups, faults of the origin and of the disk, all at once.
 
     PKGPROXY_CHAOS_SECONDS=600 makes it last; PKGPROXY_CHAOS_SEED gives another course.
     """
-
-    HASTY = ("-c", "import pkgproxy; pkgproxy.RESUME_PAUSES = (0.0, 0.01); pkgproxy.LEASE = 2; pkgproxy.LEASE_RENEWAL = 0.2; pkgproxy.main()")
 
     PATHS = ("/a_1.0_all.deb", "/b_2.0_all.deb", "/InRelease", "/main/Packages", "/by-hash/SHA256/" + "0" * 64)
 
@@ -5321,7 +5343,7 @@ class ChaosTest(ProxyCase):
 
         def kill_again_and_again(deadline):
             while time.monotonic() < deadline:
-                proxy = ProxyProcess(self.root, program=self.HASTY, cwd=HERE)
+                proxy = ProxyProcess(self.root, program=hasty)
                 self.address, self.enough = proxy.address, self.visits + chance.randrange(40)
                 until(lambda: self.visits > self.enough or time.monotonic() > deadline, "a few visits")
                 proxy.kill()
@@ -5342,7 +5364,7 @@ class ChaosTest(ProxyCase):
         chance = random.Random(self.seed)
 
         def process():
-            return ProxyProcess(self.root, options, program=self.HASTY, cwd=HERE)
+            return ProxyProcess(self.root, options, program=hasty)
 
         def kill_again_and_again(deadline):
             while time.monotonic() < deadline:
@@ -5371,7 +5393,7 @@ class ChaosTest(ProxyCase):
         chance, gone = random.Random(self.seed), []
 
         def process():
-            return ProxyProcess(self.root, ("-w", "2"), program=self.HASTY, cwd=HERE)
+            return ProxyProcess(self.root, ("-w", "2"), program=hasty)
 
         def kill_again_and_again(deadline):
             while time.monotonic() < deadline:
@@ -5416,7 +5438,6 @@ class ChaosTest(ProxyCase):
 class InstancesCase(ProxyCase):
     """Several instances over one root: the proxy of this process, and processes."""
 
-    HASTY = ("-c", "import pkgproxy; pkgproxy.RESUME_PAUSES = (0.0, 0.01); pkgproxy.LEASE = 2; pkgproxy.LEASE_RENEWAL = 0.2; pkgproxy.main()")
     BIG = "/big_1.0_all.deb"
 
     def setUp(self):
@@ -5429,7 +5450,7 @@ class InstancesCase(ProxyCase):
 
     def another(self, *options):
         """One more process over the root."""
-        process = ProxyProcess(self.root, options, program=self.HASTY, cwd=HERE)
+        process = ProxyProcess(self.root, options, program=hasty)
         self.addCleanup(lambda: self.assertNotIn("Traceback", process.log()))
         self.addCleanup(process.kill)
         return process
@@ -7441,8 +7462,8 @@ class PorchTest(unittest.TestCase):
         self.folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
 
-    def start(self, *arguments, address="127.0.0.1:0"):
-        process = subprocess.Popen([sys.executable, str(HERE / "pkgproxy.py"), "-a", address, *arguments], cwd=self.folder,
+    def start(self, *arguments, address="127.0.0.1:0", command=()):
+        process = subprocess.Popen([*(command or program()), "-a", address, *arguments], cwd=self.folder,
                                    stderr=subprocess.PIPE, text=True)
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.wait, PATIENCE)
@@ -7456,11 +7477,10 @@ class PorchTest(unittest.TestCase):
         raise AssertionError("it did not start: %s" % lines)
 
     def run_to_end(self, *arguments, env=None):
-        return subprocess.run([sys.executable, str(HERE / "pkgproxy.py"), *arguments], cwd=self.folder, capture_output=True,
-                              text=True, timeout=60, env=env)
+        return subprocess.run([*program(), *arguments], cwd=self.folder, capture_output=True, text=True, timeout=60, env=env)
 
     def test_it_says_what_it_found_serves_and_stops(self):
-        process, lines = self.start("-r", "packages/")
+        process, lines = self.start("-r", "packages/", command=SCRIPT)
         stamp = r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d "
         self.assertEqual(len(lines), 3)
         self.assertRegex(lines[0], r"\A%sCache root at %s/packages \(nothing stored yet\)\Z" % (stamp, re.escape(os.path.realpath(self.folder))))
@@ -7552,8 +7572,7 @@ class PorchTest(unittest.TestCase):
         self.assertEqual(process.wait(PATIENCE), 0)
 
     def test_the_grace_is_one_for_all_addresses(self):
-        command = "import pkgproxy; pkgproxy.GRACE = 1.0; pkgproxy.main()"
-        proxy = ProxyProcess(os.path.join(self.folder, "root"), ("-a", "127.0.0.2:0"), program=("-c", command), cwd=HERE)
+        proxy = ProxyProcess(os.path.join(self.folder, "root"), ("-a", "127.0.0.2:0"), program=lambda: program(GRACE=1.0))
         until(lambda: proxy.log().count("Starting") == 2)
         origin = Origin()
         self.addCleanup(origin.close)
@@ -7690,7 +7709,7 @@ class PorchTest(unittest.TestCase):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         with open("/dev/full", "wb") as full:
-            process = subprocess.Popen([sys.executable, str(HERE / "pkgproxy.py"), "-a", "127.0.0.1:%d" % port], stderr=full, cwd=self.folder)
+            process = subprocess.Popen([*program(), "-a", "127.0.0.1:%d" % port], stderr=full, cwd=self.folder)
         self.addCleanup(process.wait, PATIENCE)
         self.addCleanup(process.kill)
 
@@ -7930,7 +7949,7 @@ class WorkersTest(unittest.TestCase):
             while True:
                 os.write(write, b"x" * 4096)
         os.set_blocking(write, True)
-        process = subprocess.Popen([sys.executable, str(HERE / "pkgproxy.py"), "-a", "127.0.0.1:%d" % free_address()[1], "-r", "r2", "-w", "2", "-q", "-q"],
+        process = subprocess.Popen([*program(), "-a", "127.0.0.1:%d" % free_address()[1], "-r", "r2", "-w", "2", "-q", "-q"],
                                    cwd=self.folder, stderr=write)
         os.close(write)
         self.process, before = process, self.process
@@ -7958,7 +7977,7 @@ class ReadmeTest(unittest.TestCase):
 
     def test_it_quotes_the_help(self):
         """The layout is 3.13's; every version's options are compared."""
-        ran = subprocess.run([sys.executable, str(HERE / "pkgproxy.py"), "--help"], capture_output=True, text=True, timeout=60,
+        ran = subprocess.run([*SCRIPT, "--help"], capture_output=True, text=True, timeout=60,
                              env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"})
         quoted = re.search(r"```text\n(usage: .*?)```", self.text, re.S)[1]
         words = [re.findall(r"-{1,2}[a-z][\w-]*", text) for text in (ran.stdout, quoted)]
