@@ -77,7 +77,7 @@ from pkgproxy import (
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "pkgproxy.py").read_text(encoding="utf-8")
 README = HERE / "README.md"
-PATIENCE = 10.0  # seconds until a wait counts as hanging
+PATIENCE = 30.0  # seconds until a wait counts as hanging, on a machine that has much else to do
 DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
 CLOCK = 784111777.0  # the same
 
@@ -570,6 +570,8 @@ class ProxyCase(unittest.TestCase):
 
     def counters(self):
         self.settle()
+        now = time.monotonic()
+        until(lambda: self.server.beat > now, "a turn of the loop")  # which counts after it has sent
         return self.proxy.counters.snapshot()
 
     def files(self):
@@ -611,7 +613,7 @@ class ProxyProcess:
                                         stderr=subprocess.PIPE, encoding="utf-8", errors="replace", **more)
         self.reader = threading.Thread(target=self.read_log, daemon=True)
         self.reader.start()
-        if not self.started.wait(20) or not self.url:
+        if not self.started.wait(PATIENCE) or not self.url:
             self.kill()
             raise AssertionError("pkgproxy did not start:\n%s" % self.log())
 
@@ -7572,7 +7574,7 @@ class PorchTest(unittest.TestCase):
         self.assertEqual(process.wait(PATIENCE), 0)
 
     def test_the_grace_is_one_for_all_addresses(self):
-        proxy = ProxyProcess(os.path.join(self.folder, "root"), ("-a", "127.0.0.2:0"), program=lambda: program(GRACE=1.0))
+        proxy = ProxyProcess(os.path.join(self.folder, "root"), ("-a", "127.0.0.2:0"), program=lambda: program(GRACE=1.5))
         until(lambda: proxy.log().count("Starting") == 2)
         origin = Origin()
         self.addCleanup(origin.close)
@@ -7587,7 +7589,7 @@ class PorchTest(unittest.TestCase):
                 slow.sendall(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % origin.url("/z_1.0.deb").encode() * 200)
             began = time.monotonic()
             proxy.stop()
-            self.assertLess(time.monotonic() - began, 1.9)
+            self.assertLess(time.monotonic() - began, 2.9)
 
     def test_a_running_reply_is_finished_first(self):
         origin, gate = Origin(), Gate()
@@ -7900,10 +7902,10 @@ class WorkersTest(unittest.TestCase):
         with self.only(second):
             for _ in range(3):
                 self.assertEqual(self.get(url), b"x" * 1000)
-            counters = json.loads(self.get("/debug/vars"))
-            self.assertEqual((counters["statsOutcomes"]["miss"], counters["statsOutcomes"]["hit"]), (1, 3))
+            until(lambda: json.loads(self.get("/debug/vars"))["statsOutcomes"]["hit"] == 3)
         with self.only(first):
             counters = json.loads(self.get("/debug/vars"))
+            self.assertEqual((counters["statsOutcomes"]["miss"], counters["statsOutcomes"]["hit"]), (1, 3))
             self.assertEqual((counters["statsDownBytes"], counters["statsCacheBytes"]), (1000, 3000))
         self.assertEqual(self.origin.asked("/x_1.0.deb"), ["GET"])
 
