@@ -586,7 +586,7 @@ class ProxyCase(unittest.TestCase):
 SCRIPT = (sys.executable, str(HERE / "pkgproxy.py"))  # as its users run it
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled():
     """A folder with pkgproxy compiled: Python compiles a script at each start, which takes most of its time."""
     folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
