@@ -4897,9 +4897,9 @@ class Shelf:
             self.clear()
             self._era = era
 
-    def find(self, asked: Any) -> Copy | None:
+    def find(self, asked: Any, config: Config) -> Copy | None:
         """The copy for a request, if it is still good."""
-        copy = self._copies.get(asked)
+        copy = self._copies.get(asked) if config is self._era[1] else None
         try:
             return copy if copy is not None and mark_of(copy.stored) == copy.mark else None
         except OSError:
@@ -7009,7 +7009,7 @@ class Desk:
         if size > SHORT_HEAD or not self._may_come_in(visitor):
             return None
         asked = visitor.early[:size], visitor.near, visitor.place
-        copy = shelf.find(asked) or self._prepare(asked, shelf)
+        copy = shelf.find(asked, self.proxy.config) or self._prepare(asked, shelf)
         return None if copy is None else Outgoing(copy, began)
 
     def _may_come_in(self, visitor: Visitor) -> bool:
