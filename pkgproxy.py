@@ -7545,6 +7545,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         super().__init__(listening.getsockname()[:2], ProxyHandler, bind_and_activate=False)
         self.socket.close()  # socketserver's own
         self.socket = listening
+        self.authority = shown_address(listening)  # for replies that outlast it, too
         self.lobby = Lobby(self)
         desk.proxy.listens_on(self.server_address[1])
 
@@ -7656,11 +7657,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if self.room.crowded:
             self._pressed = True
             self.lobby.watchman.ring()
-
-    @property
-    def authority(self) -> str:
-        """host:port that it listens on."""
-        return shown_address(self.socket)
 
     @property
     def replies_running(self) -> int:

@@ -7248,6 +7248,17 @@ class LobbyTest(ProxyCase):
         self.page.body = b"newer"
         self.assertEqual(self.ask("/x_1.0.deb").body, b"newer")
 
+    def test_a_request_that_its_thread_takes_up_when_we_listen_no_more_is_answered(self):
+        came, gate, finish = Gate(), Gate(), self.server.finish_request
+        self.patched(self.server, "finish_request", lambda *what: (came.open(), gate.pass_through(), finish(*what)))
+        with self.connection() as connection:
+            connection.request("GET", self.origin.url("/new_1.0.deb"))
+            came.pass_through()
+            self.server.shutdown()
+            self.server.server_close()
+            gate.open()
+            self.assertEqual(connection.getresponse().status, 404)
+
     def test_what_was_sent_a_moment_ago_is_sent_again_only_while_it_is_right(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         other = os.path.join(self.root, "other")
