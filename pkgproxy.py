@@ -3294,27 +3294,46 @@ class Leases:
 # ---------------------------------------------------------------------------------------------
 
 
+def select_readable(sock: socket.socket, timeout: float) -> bool:
+    """Whether a socket has bytes or its end to read; poll where there is one: select stops at 1024."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+    return bool(select.select([sock], [], [], timeout)[0])
+
+
+def select_writable(sock: socket.socket, timeout: float) -> bool:
+    """Whether a socket takes more bytes, or will fail at once."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT)
+        return bool(poll.poll(timeout * 1000))
+    return any(select.select([], [sock], [sock], timeout))
+
+
 class TimedFile(io.RawIOBase):
-    """The bytes of a socket, up to a deadline: a drip of single bytes must not hold a thread for ever."""
+    """The bytes of a socket, up to a deadline: a drip of single bytes must not hold a thread for ever.
+
+    A socket without TLS does not block, and is waited for only where there is nothing to read: Python's own
+    time-outs ask the system before each read.
+    """
 
     def __init__(self, sock: socket.socket, patience: float, early: bytes = b"") -> None:
         super().__init__()
         self.early = early  # has been received, and not been read
+        self.held: io.RawIOBase | None = None  # what keeps the socket open, to be closed with this
         self._sock = sock
-        self._file = sock.makefile("rb", buffering=0)
         self._patience = patience  # seconds of silence
         self._deadline: float | None = None  # monotonic
 
     def set_deadline(self, seconds_left: float | None) -> None:
         """From now on all reads together may take so long; None: each alone."""
         self._deadline = None if seconds_left is None else time.monotonic() + seconds_left
-        if seconds_left is None:
-            self._wait(self._patience)
 
-    def _wait(self, timeout: float) -> None:
-        """Set the socket's time-out; not where that makes no difference, because it takes a system call."""
-        if abs((self._sock.gettimeout() or 0.0) - timeout) > timeout / 20:
-            self._sock.settimeout(timeout)
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """What http.client reads, which takes this for a socket."""
+        return io.BufferedReader(self, 64 * 1024)
 
     def readable(self) -> bool:
         """It is there to be read."""
@@ -3326,16 +3345,31 @@ class TimedFile(io.RawIOBase):
             size = min(len(buffer), len(self.early))
             buffer[:size], self.early = self.early[:size], self.early[size:]
             return size
-        if self._deadline is not None:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                raise socket.timeout("timed out")
-            self._wait(min(left, self._patience))
-        return self._file.readinto(buffer)
+        left = self._left()
+        if hasattr(self._sock, "pending"):  # TLS
+            self._sock.settimeout(left)
+            return self._sock.recv_into(buffer)
+        while True:
+            try:
+                return self._sock.recv_into(buffer)
+            except BlockingIOError:
+                if not select_readable(self._sock, left):
+                    raise socket.timeout("timed out") from None
+                left = self._left()
+
+    def _left(self) -> float:
+        """Seconds that it may take; socket.timeout where that is none."""
+        if self._deadline is None:
+            return self._patience
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        return min(left, self._patience)
 
     def close(self) -> None:
-        """Close it, not the socket."""
-        self._file.close()
+        """Close it; the socket closes only what it has been given to hold."""
+        if self.held is not None:
+            self.held.close()
         super().close()
 
 
@@ -3391,15 +3425,6 @@ class ChunkReader:
         return data
 
 
-def select_readable(sock: socket.socket, timeout: float) -> bool:
-    """Whether a socket has bytes or its end to read; poll where there is one: select stops at 1024."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        return bool(poll.poll(timeout * 1000))
-    return bool(select.select([sock], [], [], timeout)[0])
-
-
 class OriginResponse(http.client.HTTPResponse):
     """http.client's response with a strict head.
 
@@ -3410,12 +3435,13 @@ class OriginResponse(http.client.HTTPResponse):
     pairs: Fields = ()  # the fields, in the order of the wire
 
     def __init__(self, sock: socket.socket, *arguments: Any, **more: Any) -> None:
-        super().__init__(sock, *arguments, **more)
-        self.fp.close()
         self.patience = sock.gettimeout() or ORIGIN_TIMEOUT  # seconds until the whole head is there
         self._sock = sock
         self._timed = TimedFile(sock, ORIGIN_TIMEOUT)
-        self.fp = io.BufferedReader(self._timed, 64 * 1024)
+        self._timed.held = sock.makefile("rb", buffering=0)  # http.client closes the socket before it reads
+        super().__init__(self._timed, *arguments, **more)  # type: ignore[arg-type]
+        if not hasattr(sock, "pending"):
+            sock.setblocking(False)
 
     def has_come(self, count: int) -> bool:
         """Whether so many bytes of the body are here, or come within WITH_HEAD seconds."""
@@ -6621,6 +6647,19 @@ class RequestBody:
         return data
 
 
+def send_all(sock: socket.socket, data: bytes, waits: Callable[[], object] = lambda: None) -> None:
+    """Send to a client, who may take CLIENT_TIMEOUT for each step; OSError, socket.timeout.  ``waits`` is
+    called where he does not take it all at once."""
+    left = memoryview(data)
+    while left:
+        try:
+            left = left[sock.send(left):]
+        except BlockingIOError:
+            waits()
+            if not select_writable(sock, CLIENT_TIMEOUT):
+                raise socket.timeout("timed out") from None
+
+
 class ContinueBody:
     """A body that its client sends only when told to (RFC 9110 §10.1.1)."""
 
@@ -6637,7 +6676,7 @@ class ContinueBody:
         """Ask for the body before its first byte."""
         if self._connection is not None:
             try:
-                self._connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                send_all(self._connection, b"HTTP/1.1 100 Continue\r\n\r\n")
             except OSError as error:
                 raise BadRequest("The client has gone: %s." % error) from None
             self._connection = None
@@ -7344,8 +7383,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Take over a visitor."""
         self._visitor: Visitor = self.request
-        self.connection = self._visitor.connection
-        self.connection.settimeout(CLIENT_TIMEOUT)
+        self.connection = self._visitor.connection  # which does not block
         self._reader = RequestReader(self._visitor)
         self.rfile = self._reader.file
 
@@ -7488,21 +7526,20 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._write(waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
 
     def _write(self, data: bytes, count: int = 0) -> None:
-        """Send bytes, ``count`` of them the body's.  sendall counts its time-out over all bytes; a slow
-        client deserves it for each step."""
-        left = memoryview(data)
-        while left:
-            left = left[self.connection.send(left):]
-            self._began = True
+        """Send bytes, ``count`` of them the body's."""
+        self._began = self._began or bool(data)
+        send_all(self.connection, data)
         self._sent += count
 
     def _send_file(self, part: Slice) -> None:
         """Let the kernel send it; OSError where the file has become shorter."""
         self._began = True
+        self.connection.settimeout(CLIENT_TIMEOUT)
         try:
             count = self.connection.sendfile(part.file, part.start, part.stop - part.start)
         finally:
             self._sent += max(0, part.file.tell() - part.start)
+            self.connection.setblocking(False)
         if count != part.stop - part.start:
             raise ConnectionAbortedError(errno.EIO, "the stored body was cut")
 

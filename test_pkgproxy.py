@@ -7436,7 +7436,7 @@ class CrowdTest(ProxyCase):
         self.assertEqual((len(began), len(room._parked)), (5, 0))
 
     def test_a_client_that_leaves_when_it_is_asked_to_go_on_is_not_the_origins_fault(self):
-        one = mock.Mock(**{"sendall.side_effect": BrokenPipeError})
+        one = mock.Mock(**{"send.side_effect": BrokenPipeError})
         self.assertRaises(BadRequest, pkgproxy.ContinueBody(mock.Mock(), one).read)
 
     def test_a_client_with_far_too_many_connections_is_told_so(self):
