@@ -142,7 +142,6 @@ CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that mov
 SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
 BACKLOG = 256  # connections that wait to be accepted: a fleet that wakes up by cron comes all at once
 TURN = 4  # requests of one client that are answered before the next client's
-WITH_HEAD = 0.002  # seconds: a small body that comes so soon after its head is waited for
 SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
 BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
 EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
@@ -485,6 +484,7 @@ class Reply:
     counted: bool = False  # its body bytes come from the cache
     instead: Callable[[Exception], Reply] | None = None  # if the body fails before its first byte
     failure: Failure | None = None  # that it tells of
+    waits: Callable[[], object] = lambda: None  # if the client does not take it at once: to be called once
 
 
 class NotAllowed(Failure):
@@ -3028,6 +3028,11 @@ class Flight:
                 self._received = self._received if received is None else received
                 self._changed.notify_all()
 
+    def has_ended(self) -> bool:
+        """Whether it has been ended."""
+        with self._changed:
+            return self._landing is not None
+
     def wait_for_head(self, timeout: float) -> tuple[Partial | None, Landing]:
         """A partial (acquired); or how the flight ended without one."""
         with self._changed:
@@ -3294,22 +3299,15 @@ class Leases:
 # ---------------------------------------------------------------------------------------------
 
 
-def select_readable(sock: socket.socket, timeout: float) -> bool:
-    """Whether a socket has bytes or its end to read; poll where there is one: select stops at 1024."""
+def select_ready(sock: socket.socket, timeout: float, writing: bool = False) -> bool:
+    """Whether a socket has bytes or its end to read, or takes bytes or will fail; poll where there is one:
+    select stops at 1024."""
     if hasattr(select, "poll"):
         poll = select.poll()
-        poll.register(sock, select.POLLIN)
+        poll.register(sock, select.POLLOUT if writing else select.POLLIN)
         return bool(poll.poll(timeout * 1000))
-    return bool(select.select([sock], [], [], timeout)[0])
-
-
-def select_writable(sock: socket.socket, timeout: float) -> bool:
-    """Whether a socket takes more bytes, or will fail at once."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(sock, select.POLLOUT)
-        return bool(poll.poll(timeout * 1000))
-    return any(select.select([], [sock], [sock], timeout))
+    wanted = ([], [sock], [sock]) if writing else ([sock], [], [])
+    return any(select.select(*wanted, timeout))
 
 
 class TimedFile(io.RawIOBase):
@@ -3353,7 +3351,7 @@ class TimedFile(io.RawIOBase):
             try:
                 return self._sock.recv_into(buffer)
             except BlockingIOError:
-                if not select_readable(self._sock, left):
+                if not select_ready(self._sock, left):
                     raise socket.timeout("timed out") from None
                 left = self._left()
 
@@ -3442,19 +3440,6 @@ class OriginResponse(http.client.HTTPResponse):
         super().__init__(self._timed, *arguments, **more)  # type: ignore[arg-type]
         if not hasattr(sock, "pending"):
             sock.setblocking(False)
-
-    def has_come(self, count: int) -> bool:
-        """Whether so many bytes of the body are here, or come within WITH_HEAD seconds."""
-        data = b""
-        self._timed.set_deadline(0.0)
-        with contextlib.suppress(socket.timeout, OSError):
-            data = self.fp.peek(1)  # what came with the head; it does not read on
-        self._timed.set_deadline(None)
-        plain = not hasattr(self._sock, "pending")  # TLS reads more than it gives
-        if not data and count and plain and select_readable(self._sock, WITH_HEAD):
-            with contextlib.suppress(OSError):
-                data = self.fp.peek(1)
-        return len(data) >= count
 
     def hurry(self, seconds_left: float) -> None:
         """From now on reading it may take so long in all."""
@@ -3874,7 +3859,7 @@ class Connection(http.client.HTTPConnection):
         if self.sock is None:
             return False
         try:
-            return not select_readable(self.sock, 0)
+            return not select_ready(self.sock, 0)
         except (OSError, ValueError):
             return False
 
@@ -3970,10 +3955,6 @@ class Response:
         if not data or self._left == 0:
             self._end(self._is_reusable())
         return data
-
-    def has_come(self) -> bool:
-        """Whether all of the body is here, or comes within a moment, so that reading it waits for nobody."""
-        return self.length is not None and self.length <= SMALL and self._raw.has_come(self.length)
 
     def hurry(self, seconds_left: float) -> None:
         """From now on reading it may take so long in all."""
@@ -4071,7 +4052,7 @@ def refuses_body(sock: socket.socket, forward: Forward) -> bool:
     §10.1.1).  One that says nothing may not know the field: it gets the body after a moment."""
     if members(forward.fields, "Expect") != ["100-continue"] or hasattr(sock, "pending"):
         return False  # TLS lets nobody look ahead
-    if not select_readable(sock, CONTINUE_WAIT):
+    if not select_ready(sock, CONTINUE_WAIT):
         return False
     status = sock.recv(len("HTTP/1.1 1"), socket.MSG_PEEK)[9:]
     return status not in (b"1", b"")
@@ -4566,6 +4547,20 @@ class FileBody:
         self._stored.close()
 
 
+def exhaust(pieces: Iterable[bytes]) -> None:
+    """Let something come to its end that nobody looks at."""
+    for _ in pieces:
+        pass
+
+
+def start_thread(work: Callable[..., object], *arguments: Any) -> None:
+    """Let a thread do it; LocalFailure where there can't be one more."""
+    try:
+        threading.Thread(target=work, args=arguments, daemon=True).start()
+    except RuntimeError as error:
+        raise LocalFailure(OSError(errno.ENOMEM, str(error))) from None
+
+
 class TrailBody:
     """Spans of a partial, as it grows: what every client of a flight reads, its first included."""
 
@@ -4574,6 +4569,7 @@ class TrailBody:
         self.length = selection.length
         self.uncached = selection.overhead
         self.first_byte: float | None = None  # monotonic: by then, or a failure; None: as any other
+        self.pieces: Generator[bytes, None, None] | None = None  # all of it, if its download is ours to drive
         self._flight = flight
         self._partial: Partial | None = partial  # acquired
         self._spans = selection.spans
@@ -4590,6 +4586,10 @@ class TrailBody:
 
     def _trail(self, offset: int, stop: int) -> Iterator[bytes]:
         partial = self._partial
+        while self.pieces is not None and (data := next(self.pieces, b"")):
+            offset += len(data)
+            self._begun = True
+            yield data
         while offset < stop and partial is not None:
             try:
                 received = min(stop, self._flight.wait_beyond(offset, self._patience()))
@@ -4627,8 +4627,25 @@ class TrailBody:
                 if offset >= stop:
                     return
 
+    def is_whole(self) -> bool:
+        """Whether it is all of the representation, of which nothing has come yet."""
+        partial = self._partial
+        return partial is not None and not partial.size and self._spans in (
+            ((0, UNKNOWN),), ((0, partial.length),))
+
+    def let_go(self) -> None:
+        """Leave the download to a thread of its own, if it is not at its end; do it here where there can't
+        be one."""
+        pieces, self.pieces = self.pieces, None
+        if pieces is not None and not self._flight.has_ended():
+            try:
+                start_thread(exhaust, pieces)
+            except LocalFailure:
+                exhaust(pieces)
+
     def close(self) -> None:
         """Let go of the partial."""
+        self.let_go()
         if self._partial is not None:
             self._partial.release()
             self._partial = None
@@ -4759,14 +4776,6 @@ class Tee:
             self._flight.advance(self._partial.size)
             with contextlib.suppress(OSError):
                 self._partial.tell()
-
-
-def start_thread(work: Callable[..., object], *arguments: Any) -> None:
-    """Let a thread do it; LocalFailure where there can't be one more."""
-    try:
-        threading.Thread(target=work, args=arguments, daemon=True).start()
-    except RuntimeError as error:
-        raise LocalFailure(OSError(errno.ENOMEM, str(error))) from None
 
 
 def _place(target: Target) -> str:
@@ -5001,7 +5010,8 @@ def from_partial(request: Request, head: Head, flight: Flight, partial: Partial,
     selection = select_response(request, dataclasses.replace(head, fields=fields), partial.length,
                                 BOUNDARY)
     body = TrailBody(flight, partial, selection, rest)
-    return Reply(selection.head, body, status, status.outcome in (Outcome.COLLAPSED, Outcome.SHARED))
+    return Reply(selection.head, body, status, status.outcome in (Outcome.COLLAPSED, Outcome.SHARED),
+                 waits=body.let_go)
 
 
 def from_origin(request: Request, response: Response, decision: Decision, detail: str = "") -> Reply:
@@ -5050,10 +5060,6 @@ class LocalCopy(Response):
         self.proven = True
         self._twin = twin
         twin.file.seek(0)
-
-    def has_come(self) -> bool:
-        """Not without the disk, which takes its time."""
-        return False
 
     def read(self, size: int = CHUNK) -> bytes:
         """Up to ``size`` bytes, b"" at the end; OriginFailure."""
@@ -5297,8 +5303,9 @@ class Claims:
 
 
 class Filler:
-    """Downloads into partials, the only writer of each, in threads of their own: a download belongs to the
-    cache, and goes on when its clients leave.  For the caller: start, and in a thread of its own: fill."""
+    """Downloads into partials, the only writer of each.  A download belongs to the cache: it goes on in a
+    thread of its own where its first client leaves, or does not take what comes.  For the caller: start, and
+    in a thread of its own: fill."""
 
     def __init__(self, barrier: Barrier, claims: Claims, origin: Origin, troubles: Troubles, orphans: Orphans,
                  updated: Callable[[Forward], None]) -> None:
@@ -5320,27 +5327,36 @@ class Filler:
                  "rate": int((partial.size - begun) / max(now - since, 0.001)), "clients": partial.readers()}
                 for partial, (since, begun) in running]
 
-    def start(self, download: Download, reply: Reply) -> None:
-        """Begin to fill; LocalFailure, with ``reply`` closed, where there is no thread for it.  A small body
-        that has come with its head needs none, and nobody would see a byte of it earlier."""
-        if download.response is not None and download.response.has_come():
-            download.flight.publish(download.partial)
-            self.fill(download)
-            return
-        try:
-            start_thread(self.fill, download)
-        except LocalFailure:
-            reply.body.close()
-            raise
+    def start(self, download: Download, body: TrailBody, read: bool) -> None:
+        """Begin to fill, in the thread of the first client if its ``body`` is all of it, and will be
+        ``read``; LocalFailure, with that closed, where there is no thread for it."""
+        if read and body.is_whole() and download.outcome is Outcome.MISS:
+            body.pieces = self.pieces(download)
+        else:
+            try:
+                start_thread(self.fill, download)
+            except LocalFailure:
+                body.close()
+                raise
         download.flight.publish(download.partial)
 
     def fill(self, download: Download) -> None:
-        """Land, then tell (invariant 3)."""
-        partial, flight = download.partial, download.flight
+        """Download to the end."""
+        exhaust(self.pieces(download))
+
+    def pieces(self, download: Download) -> Generator[bytes, None, None]:
+        """The bytes, once they are written; the last of them once they have landed (invariant 3).  Where that
+        fails they end, and the flight has the reason."""
+        last = yield from self._fill(download)
+        if last:
+            yield last
+
+    def _fill(self, download: Download) -> Generator[bytes, None, bytes]:
+        partial, flight, last = download.partial, download.flight, b""
         landing = Landing.FAILED
         failure: Exception | None = None
         try:
-            self._download(download)
+            last = yield from self._download(download)
             landing = Landing.WHOLE
             landing = self._land(partial, flight)
         except LocalFailure as error:
@@ -5362,6 +5378,7 @@ class Filler:
             self._claims.release(partial)
         if landing is Landing.STORED and download.outcome is Outcome.UPDATED:
             self._updated(download.forward)
+        return last
 
     def _forget(self, partial: Partial) -> None:
         self._orphans.forget(partial)
@@ -5383,13 +5400,14 @@ class Filler:
             partial.retract()
         return Landing.STORED
 
-    def _download(self, download: Download) -> None:
-        """All bytes, over as many connections as it takes; OriginFailure, LocalFailure."""
-        partial = download.partial
+    def _download(self, download: Download) -> Generator[bytes, None, bytes]:
+        """All bytes, over as many connections as it takes; the last of them are returned.  OriginFailure,
+        LocalFailure."""
+        partial, last = download.partial, b""
         with self._lock:
             self._running[partial] = time.monotonic(), partial.size
         if download.response is None and partial.size == partial.length:
-            return
+            return last
         tee = Tee(partial, download.flight, functools.partial(self._may_go_on, download))
 
         def ask(offset: int) -> Response:
@@ -5400,6 +5418,11 @@ class Filler:
         with contextlib.closing(pieces):
             for data in pieces:
                 tee.write(data)
+                if partial.size == partial.length:
+                    last = data
+                else:
+                    yield data
+        return last
 
     def _may_go_on(self, download: Download) -> bool:
         if self._orphans.may_go_on(download.partial):
@@ -5633,7 +5656,8 @@ class Intake:
         partial.acquire()
         reply = from_partial(request, own, download.flight, partial, status,
                              functools.partial(self._origin.fetch_rest, download.forward))
-        self._filler.start(download, reply)
+        assert isinstance(reply.body, TrailBody)  # noqa: S101 (for the type checker)
+        self._filler.start(download, reply.body, request.method == "GET")
         return reply
 
 
@@ -6656,7 +6680,7 @@ def send_all(sock: socket.socket, data: bytes, waits: Callable[[], object] = lam
             left = left[sock.send(left):]
         except BlockingIOError:
             waits()
-            if not select_writable(sock, CLIENT_TIMEOUT):
+            if not select_ready(sock, CLIENT_TIMEOUT, writing=True):
                 raise socket.timeout("timed out") from None
 
 
@@ -6747,7 +6771,7 @@ def tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> int:
 def has_gone(sock: socket.socket) -> bool:
     """Whether the other end has closed a connection on which nothing has been read yet."""
     try:
-        return select_readable(sock, 0) and not sock.recv(1, socket.MSG_PEEK)
+        return select_ready(sock, 0) and not sock.recv(1, socket.MSG_PEEK)
     except (OSError, ValueError):  # closed
         return True
 
@@ -6755,7 +6779,7 @@ def has_gone(sock: socket.socket) -> bool:
 def is_quiet(sock: socket.socket) -> bool:
     """Whether a connection is open, and nothing has come over it."""
     try:
-        return not select_readable(sock, 0)
+        return not select_ready(sock, 0)
     except (OSError, ValueError):
         return False
 
@@ -7492,7 +7516,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._write(head)
             return not close
         try:
-            self._write_body(head, reply.body, framing)
+            self._write_body(head, reply, framing)
         except Exception:
             if framing is Framing.CLOSE and self._began:
                 # A plain close would pass for the end (invariant 7): reset the connection.
@@ -7502,8 +7526,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             raise
         return not close
 
-    def _write_body(self, head: bytes, body: Body, framing: Framing) -> None:
+    def _write_body(self, head: bytes, reply: Reply, framing: Framing) -> None:
         """Head and first bytes leave in one segment where the body is small."""
+        body, waits = reply.body, reply.waits
         waiting, count, total = head, 0, 0
         for part in body.parts():
             total += part.stop - part.start if isinstance(part, Slice) else len(part)
@@ -7519,16 +7544,16 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             waiting += b"%x\r\n%s\r\n" % (len(data), data) if framing is Framing.CHUNKED and data else data
             count += len(data)
             if len(waiting) > SMALL or isinstance(body, (TrailBody, LiveBody)):
-                self._write(waiting, count)
+                self._write(waiting, count, waits)
                 waiting, count = b"", 0
         if body.length not in (None, total):
             raise ConnectionAbortedError(errno.EIO, "the body is shorter than declared")
-        self._write(waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
+        self._write(waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count, waits)
 
-    def _write(self, data: bytes, count: int = 0) -> None:
+    def _write(self, data: bytes, count: int = 0, waits: Callable[[], object] = lambda: None) -> None:
         """Send bytes, ``count`` of them the body's."""
         self._began = self._began or bool(data)
-        send_all(self.connection, data)
+        send_all(self.connection, data, waits)
         self._sent += count
 
     def _send_file(self, part: Slice) -> None:
