@@ -7943,6 +7943,32 @@ class WorkersTest(unittest.TestCase):
             self.assertEqual((counters["statsDownBytes"], counters["statsCacheBytes"]), (1000, 3000))
         self.assertEqual(self.origin.asked("/x_1.0.deb"), ["GET"])
 
+    @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "this system does not let us choose a processor")
+    def test_the_threads_of_each_share_a_processor_of_those_we_may_use(self):
+        self.get(self.origin.url("/x_1.0.deb"))
+        places = [{task: os.sched_getaffinity(int(task)) for task in os.listdir("/proc/%d/task" % worker)} for worker in self.workers()]
+        chosen = [frozenset().union(*place.values()) for place in places]
+        self.assertEqual([len(one) for one in chosen], [1, 1], places)
+        allowed = os.sched_getaffinity(0)
+        self.assertLessEqual(chosen[0] | chosen[1], allowed)
+        self.assertEqual(len(chosen[0] | chosen[1]), min(2, len(allowed)))
+        self.assertEqual(os.sched_getaffinity(self.process.pid), allowed)
+
+    def test_slow_processors_are_taken_only_where_there_are_not_enough_fast_ones(self):
+        speeds = {0: 5_300_000, 1: 4_900_000, 2: 1_800_000, 3: None}
+
+        def opened(path, **_):
+            speed = speeds[int(re.search(r"cpu(\d+)/cpufreq", path)[1])]
+            if speed is None:
+                raise FileNotFoundError(path)
+            return io.StringIO("%d\n" % speed)
+
+        with mock.patch.object(pkgproxy.os, "sched_getaffinity", lambda _: set(speeds), create=True), mock.patch.object(pkgproxy.os, "sched_setaffinity", create=True), \
+                mock.patch("builtins.open", opened):
+            self.assertEqual([pkgproxy.processors(count) for count in (1, 2, 3, 8)], [[0, 1], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3]])
+            speeds.update(dict.fromkeys(speeds))
+            self.assertEqual(pkgproxy.processors(1), [0, 1, 2, 3])
+
     def test_one_that_is_killed_is_replaced_and_what_it_counted_stays(self):
         self.get(self.origin.url("/x_1.0.deb"))
         old = self.workers()
@@ -9315,6 +9341,8 @@ class BrowserTest(ClientCase):
         client.join(PATIENCE)
         self.fetch("/big_1.0_all.deb")
         until(lambda: "hit" in tab.run("update().then(() => document.getElementById('recent').innerText)"))
+        until(lambda: self.counters(self.url)["statsOutcomes"]["miss"])  # which is counted when it has been sent
+        tab.run("update()")
         self.assertIn("None at this moment", tab.text("#downloads"))
         counted = self.counters(self.url)
         self.assertEqual((counted["statsCacheBytes"], counted["statsDownBytes"]), (900_000, 900_000))
