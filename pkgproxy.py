@@ -135,6 +135,7 @@ MAX_RANGES = 512  # in one request: librepo asks for 256 at most and halves on r
 MAX_CONNECTIONS = 4000  # of clients, and fewer where descriptors are few: a thread each
 MAX_COPIES = 32  # small replies of this second, at hand to be sent again, each with an open file
 REMEMBERED = 1000  # results of a pure function that a hit needs again and again
+AT_HAND = 100  # results of one that a single request needs several times
 MAX_WORKERS = 64  # processes
 MAX_LOG_LINES = 10_000  # that wait to be written; what is more is lost
 MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for the original
@@ -142,6 +143,8 @@ CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that mov
 SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
 BACKLOG = 256  # connections that wait to be accepted: a fleet that wakes up by cron comes all at once
 TURN = 4  # requests of one client that are answered before the next client's
+MOST_IDLE = 16  # threads that wait for more to do
+CREW_IDLE = 5.0  # seconds that they do so
 SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
 BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
 EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
@@ -564,19 +567,27 @@ HOP_BY_HOP = frozenset(
      "proxy-authentication-info", "te", "trailer", "transfer-encoding", "upgrade"))
 
 
-def values(fields: Fields, name: str) -> list[str]:
+@functools.lru_cache(AT_HAND)
+def _by_name(fields: Fields) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for name, text in fields:
+        name = name.lower()
+        found[name] = (*found.get(name, ()), text)
+    return found
+
+
+def values(fields: Fields, name: str) -> tuple[str, ...]:
     """Every value of a field, in order.
 
     >>> values((("Via", "1.1 a"), ("via", "1.1 b")), "Via")
-    ['1.1 a', '1.1 b']
+    ('1.1 a', '1.1 b')
     """
-    name = name.lower()
-    return [text for field, text in fields if field.lower() == name]
+    return _by_name(fields).get(name.lower(), ())
 
 
 def value(fields: Fields, name: str) -> str | None:
     """The first value of a field, or None: absent is not empty."""
-    found = values(fields, name)
+    found = _by_name(fields).get(name.lower())
     return found[0] if found else None
 
 
@@ -592,6 +603,7 @@ def without(fields: Fields, names: Iterable[str]) -> Fields:
     return tuple((name, text) for name, text in fields if name.lower() not in drop)
 
 
+@functools.lru_cache(AT_HAND)
 def end_to_end(fields: Fields) -> Fields:
     """The fields that a proxy passes on: RFC 9110 §7.6.1.  Content-Length is the framing's."""
     return without(fields, HOP_BY_HOP.union(members(fields, "Connection"), ("content-length",)))
@@ -678,9 +690,14 @@ def parse_date(text: str | None) -> float | None:
     return None
 
 
+@functools.lru_cache(AT_HAND)
+def _date_of(second: int) -> str:
+    return formatdate(second, usegmt=True)
+
+
 def http_date(clock: float) -> str:
     """An IMF-fixdate (RFC 9110 §5.6.7)."""
-    return formatdate(clock, usegmt=True)
+    return _date_of(int(clock))
 
 
 # Messages (RFC 9112) -------------------------------------------------------------------------
@@ -1227,6 +1244,7 @@ def is_numeric(host: str) -> bool:
     return ":" in host or re.search(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$", host) is not None
 
 
+@functools.lru_cache(REMEMBERED)
 def is_guarded_name(host: str) -> bool:
     """Whether a host is guarded whatever its name servers say: an address, or localhost (RFC 6761 §6.3)."""
     if is_address(host):
@@ -1628,7 +1646,7 @@ def links_of(request: Request, head: Head) -> re.Pattern[bytes] | None:
 _TAG = re.compile(r'(?:W/)?"[^"]*"')
 
 
-def _tag_among(tag: str | None, lists: list[str], strong: bool) -> bool:
+def _tag_among(tag: str | None, lists: Iterable[str], strong: bool) -> bool:
     """Compare entity tags (RFC 9110 §8.8.3.2)."""
     listed = ",".join(lists)
     if listed.strip() == "*":
@@ -2081,6 +2099,13 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags | _REGULAR, 0o644)
 
 
+def write_all(file: io.FileIO, data: bytes) -> None:
+    """Write data to its end; OSError (disk full …)."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left):]
+
+
 def make_folder(path: str) -> None:
     """Make a folder and those above it, for us alone to write; OSError."""
     for last in (False, False, True):
@@ -2191,8 +2216,8 @@ def write_file(path: str, text: str) -> None:
     make_folder(os.path.dirname(path))
     new = "%s^%s" % (path, secrets.token_hex(4))
     try:
-        with open(new, "w", encoding="utf-8", opener=_private) as file:
-            file.write(text)
+        with io.FileIO(new, "wb", opener=_private) as file:
+            write_all(file, text.encode())
         os.replace(new, path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -2305,9 +2330,7 @@ class Partial(SharedFile):
 
     def write(self, data: bytes) -> int:
         """Append all of ``data``; OSError (disk full …) comes through."""
-        left = memoryview(data)
-        while left:
-            left = left[self._file.write(left):]
+        write_all(self._file, data)
         self.size += len(data)
         return len(data)
 
@@ -2425,7 +2448,7 @@ class Partial(SharedFile):
         """What its head file says of just this file."""
         heads = _read_heads(self.path + "^head")
         with contextlib.suppress(OSError):
-            if [(head.key, head.mtime_ns) for head in heads] == [(self.head.key, self._inode())]:
+            if heads and [(head.key, head.mtime_ns) for head in heads] == [(self.head.key, self._inode())]:
                 return heads[0] if self.is_there() else None
         return None
 
@@ -2596,8 +2619,8 @@ class Names:
         make_folder(folder)
         for bucket, more in lines.items():
             path = os.path.join(folder, bucket)
-            with open(path, "ab", opener=_private) as file:
-                file.write(b"".join(more))
+            with io.FileIO(path, "ab", opener=_private) as file:
+                write_all(file, b"".join(more))
                 full = file.tell() > _MAX_NAMES
             if full:
                 with open(path, "rb", opener=_private) as file:
@@ -2634,6 +2657,7 @@ class Store:
 
     def __init__(self, root: str, trust_bare: bool = True, min_free: int | None = None) -> None:
         self.root = os.path.abspath(root)
+        self._top = os.path.join(self.root, "")
         self.boot = boot_id()
         self._min_free = min_free  # bytes
         self._lock = threading.Lock()  # guards _used
@@ -2675,7 +2699,7 @@ class Store:
 
     def _find_places(self, key: str) -> list[tuple[str, str, str]]:
         """Where a cache key's body may lie: its names, with their paths and those of their heads."""
-        return [(name, os.path.join(self.root, name), self.head_path(name)) for name in _names(key)]
+        return [(name, self.path(name), self.head_path(name)) for name in _names(key)]
 
     def place(self, partial: Partial) -> None:
         """Rename a complete body to its natural name, or where that is taken to its hashed one; OSError.
@@ -2716,9 +2740,8 @@ class Store:
         if common_name(head.key):
             self.names.note(common_name(head.key), head.key)
         for name in natural:
-            old = self.described(name, head.key)
-            free = old is not None or not os.path.lexists(os.path.join(self.root, name))
-            if free and self._put(path, name, head, old):  # else it is somebody's (invariant 11)
+            taken, old = self._look(name, head.key)
+            if (old or not taken) and self._put(path, name, head, old):  # else somebody's (invariant 11)
                 self.remove(hashed, head.key)
                 return
         if not self._put(path, hashed, head, self.described(hashed, head.key)):
@@ -2758,16 +2781,20 @@ class Store:
 
     def described(self, name: str, key: str | None) -> Head | None:
         """The head of the body that has this name, if we stored it for this key (None: for any)."""
+        return self._look(name, key)[1]
+
+    def _look(self, name: str, key: str | None) -> tuple[bool, Head | None]:
+        """Whether something has this name, and the head that describes it."""
         try:
-            info = os.lstat(os.path.join(self.root, name))
+            info = os.lstat(self.path(name))
         except OSError:
-            return None
-        heads = _read_heads(self.head_path(name))
-        return next((head for head in heads if key in (None, head.key) and _describes(head, info)), None)
+            return False, None
+        heads = (head for head in _read_heads(self.head_path(name)) if key in (None, head.key))
+        return True, next((head for head in heads if _describes(head, info)), None)
 
     def _put(self, path: str, name: str, head: Head, old: Head | None) -> bool:
         """Give a body a name, in place of what ``old`` describes; False where the file system refuses it."""
-        place = os.path.join(self.root, name)
+        place = self.path(name)
         for last in (False, True):
             try:
                 _write_heads(self.head_path(name), [head, old] if old else [head])
@@ -2784,19 +2811,23 @@ class Store:
     def remove(self, name: str, key: str | None = None) -> bool:
         """Remove a stored response, if it is ours (invariant 11), and for this key; or a head without a body.
         Whether there was one."""
-        path = os.path.join(self.root, name)
-        ours, found = self.described(name, key) is not None, os.path.lexists(path)
+        path = self.path(name)
+        found, ours = self._look(name, key)
         with contextlib.suppress(OSError):
             if ours:
                 os.unlink(path)
         with contextlib.suppress(OSError):
             if ours or not found:
                 os.unlink(self.head_path(name))
-        return ours
+        return ours is not None
+
+    def path(self, name: str) -> str:
+        """Where the body of a name lies."""
+        return self._top + name
 
     def head_path(self, name: str) -> str:
         """Where the head file of a name lies."""
-        return os.path.join(self.books, "heads", name + "^head")
+        return "%s/heads/%s^head" % (self.books, name)
 
 
 class Partials:
@@ -2866,7 +2897,7 @@ class Partials:
     def path(self, key: str, owner: str) -> str:
         """Where the partial of a key lies."""
         name = hashlib.sha256(key.encode()).hexdigest() + ("." + owner if owner else "")
-        return os.path.join(self._store.books, "partials", name)
+        return "%s/partials/%s" % (self._store.books, name)
 
 
 def disk_usage(root: str) -> dict[str, int]:
@@ -2915,7 +2946,7 @@ class Janitor:
     def remember(self) -> None:
         """Write down what has been used, for whoever sweeps."""
         for name, last in self._store.take_uses().items():
-            _remember_use(os.path.join(self._store.root, name), last)
+            _remember_use(self._store.path(name), last)
 
     def _common_names(self, names: Iterable[str]) -> Iterator[tuple[str, str]]:
         for name in names:
@@ -2932,7 +2963,7 @@ class Janitor:
                 path = os.path.join(folder, file)
                 name = os.path.relpath(path, top)[:-len("^head")].replace(os.sep, "/")
                 try:
-                    info = os.lstat(os.path.join(self._store.root, name))
+                    info = os.lstat(self._store.path(name))
                 except (FileNotFoundError, NotADirectoryError):
                     _remove_old(path, now - DAY)  # its body was removed by hand
                     continue
@@ -2940,7 +2971,7 @@ class Janitor:
                     continue
                 if file.endswith("^head") and stat.S_ISREG(info.st_mode):
                     if name in used:  # remembered here, so that a hit costs no write
-                        _remember_use(os.path.join(self._store.root, name), used[name])
+                        _remember_use(self._store.path(name), used[name])
                     last = max(used.get(name, 0.0), info.st_atime)
                     same = (info.st_dev, info.st_ino) in seen  # a file of two mirrors takes its space once
                     if info.st_nlink > 1:
@@ -4084,7 +4115,8 @@ class Origin:
             for _ in range(MAX_REDIRECTS + 1):
                 response = self._ask(forward)
                 guarded = guarded or response.head.guarded  # the way counts, not its end alone
-                response.head = dataclasses.replace(response.head, guarded=guarded)
+                if guarded:
+                    response.head = dataclasses.replace(response.head, guarded=True)
                 onward = redirect_target(response.head, forward.target) if forward.follow else None
                 if onward is None:
                     portal_page = response.head.status < 300 and "text/html" in media_type(response.head)
@@ -7348,6 +7380,7 @@ class RequestReader:
 
     def __init__(self, visitor: Visitor) -> None:
         self.line = "?"  # the last request's first
+        self._begun = False
         self._visitor = visitor
         self._timed = TimedFile(visitor.connection, CLIENT_TIMEOUT, visitor.early)
         self.file = io.BufferedReader(self._timed, 64 * 1024)
@@ -7355,13 +7388,9 @@ class RequestReader:
     def next(self) -> Request | None:
         """The next request, the head of which has come; None where the client has gone; BadRequest."""
         self.line = "?"
-        self._timed.set_deadline(max(0.0, self._visitor.since + REQUEST_WAIT - time.monotonic()))
-        lines = self._read_head()
-        self._timed.set_deadline(None)
-        if not lines:
+        request = self._known() or self._read()
+        if request is None:
             return None
-        self.line = lines[0][:200]
-        request = parse_request(lines, self._visitor.place)
         body: RequestBody | ContinueBody | None = None
         if request.length != 0:
             body = RequestBody(self.file, request.length, self._timed)
@@ -7370,6 +7399,26 @@ class RequestReader:
         visitor = self._visitor
         return dataclasses.replace(request, body=body, received=time.time(), client=visitor.host,
                                    local=visitor.local, near=visitor.near)
+
+    def _known(self) -> Request | None:
+        """The first request, where the lobby has parsed it already."""
+        early, size = self._timed.early, 0 if self._begun else head_end(self._timed.early)
+        self._begun = True
+        if 0 < size <= SHORT_HEAD:
+            with contextlib.suppress(Failure, ValueError):
+                request = parse_head(early[:size], self._visitor.near, self._visitor.place)
+                self._timed.early = early[size:]
+                return request
+        return None
+
+    def _read(self) -> Request | None:
+        self._timed.set_deadline(max(0.0, self._visitor.since + REQUEST_WAIT - time.monotonic()))
+        lines = self._read_head()
+        self._timed.set_deadline(None)
+        if not lines:
+            return None
+        self.line = lines[0][:200]
+        return parse_request(lines, self._visitor.place)
 
     def _read_head(self) -> list[str]:
         try:
@@ -7588,6 +7637,51 @@ def shown_address(listening: socket.socket) -> str:
     return "%s:%d" % ("" if ipaddress.ip_address(host).is_unspecified else shown, port)
 
 
+class Crew:
+    """Threads that have done their work and wait a while for more: to start one costs as much as several
+    hits.  For the caller: do, close."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _idle and _closed
+        self._work: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]]] = queue.SimpleQueue()
+        self._idle = 0  # threads that wait, and have not been counted on
+        self._closed = False
+
+    def do(self, work: Callable[..., object], *arguments: Any) -> None:
+        """Let a thread do it, which catches its errors; RuntimeError where there can't be one more."""
+        with self._lock:
+            found = self._idle > 0
+            self._idle -= found
+        if found:
+            self._work.put((work, arguments))
+        else:
+            threading.Thread(target=self._run, args=(work, arguments), daemon=True).start()
+
+    def close(self) -> None:
+        """Send home who waits, and whoever comes back."""
+        with self._lock:
+            self._closed, count, self._idle = True, self._idle, 0
+        for _ in range(count):
+            self._work.put((int, ()))
+
+    def _run(self, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+        while True:
+            work(*arguments)
+            del work, arguments  # else their connection lives on
+            with self._lock:
+                if self._closed or self._idle >= MOST_IDLE:
+                    return
+                self._idle += 1
+            try:
+                work, arguments = self._work.get(timeout=CREW_IDLE)
+            except queue.Empty:
+                with self._lock:
+                    if self._idle:
+                        self._idle -= 1
+                        return
+                work, arguments = self._work.get()  # we are counted on
+
+
 class ProxyServer(http.server.ThreadingHTTPServer):
     """Listens on one address; a thread for whatever may block."""
 
@@ -7609,6 +7703,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.socket = listening
         self.authority = shown_address(listening)  # for replies that outlast it, too
         self.lobby = Lobby(self)
+        self._crew = Crew()
         desk.proxy.listens_on(self.server_address[1])
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -7643,6 +7738,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """Close all that nobody serves."""
         super().server_close()
         self.lobby.close()
+        self._crew.close()
 
     def service_actions(self) -> None:
         """Called several times a second."""
@@ -7695,7 +7791,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def attend(self, visitor: Visitor) -> None:
         """Serve a visitor in a thread of its own."""
         try:
-            super().process_request(visitor, visitor.address)  # type: ignore[arg-type]
+            self._crew.do(self.process_request_thread, visitor, visitor.address)
         except RuntimeError:  # no thread for it
             self.handle_error(visitor, visitor.address)
             self.shutdown_request(visitor)
