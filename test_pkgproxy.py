@@ -772,6 +772,15 @@ class HouseTest(unittest.TestCase):
                  if isinstance(use, ast.Name) and use.id in rooms and rooms[use.id].lineno > room.lineno}
         self.assertEqual(wrong, self.FORWARD)
 
+    def test_what_is_changed_of_a_dataclass_is_a_field_of_one(self):
+        fields = {field.name for kind in vars(pkgproxy).values() if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)}
+        used = {keyword.arg for call in ast.walk(self.tree) if isinstance(call, ast.Call) and ast.unparse(call.func) == "changed" for keyword in call.keywords}
+        self.assertGreater(len(used), 10)
+        self.assertLessEqual(used - {None}, fields)
+        before = Target("http", "a", 80, "/")
+        self.assertEqual(pkgproxy.changed(before, path="/x"), dataclasses.replace(before, path="/x"))
+        self.assertEqual(before.path, "/")
+
     def test_store_and_barrier_do_not_know_each_other(self):
         floors = self._floors()
         for floor, foreign in ((3, r"\b(Barrier|Flight)\b"), (4, r"\b(Store|Stored|lookup)\b"),
