@@ -2078,7 +2078,7 @@ _NOTHING = os.stat_result((0,) * 10)
 RESUME_WORTH = 256 * 1024  # bytes: a smaller download is begun anew, and costs no head of its own
 FLUSH_EVERY = 0.5  # seconds, where another machine may read a partial as it grows
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
-_MAX_NAMES = 64 * 1024  # bytes in a file of names: 600 of them, and 4096 files, are 2 million
+_MAX_NAMES = 1024 * 1024  # bytes in a file of names: 10,000 of them, and 256 files, are 2 million
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
 
 
@@ -2558,7 +2558,7 @@ def fits_name(key: str, body: Stored | Partial) -> bool:
 
 class Names:
     """Where the files lie that mirrors call by one name: lines of a name's digest and a place, a cache key or
-    a path, spread over 4096 files, so that 200,000 of them are some KB each.  What is lost, or outdated,
+    a path, spread over 256 files, so that 200,000 of them are 70 KB each.  What is lost, or outdated,
     costs a download at most; it is looked through when it is asked, and made anew by whoever sweeps.
     """
 
@@ -2572,18 +2572,21 @@ class Names:
 
     def find(self, name: str) -> list[str]:
         """The places of a name, the newest first."""
-        start, found = self._line(name, ""), []
+        start, lines, found = b"\n" + self._line(name, "")[:-1], b"", []
         with contextlib.suppress(OSError):
             path = os.path.join(self._folder, self._bucket(name))
-            with open(path, "rb", opener=_private) as file:
-                found = [line[len(start) - 1:] for line in file.read(4 * _MAX_NAMES).split(b"\n")
-                         if line.startswith(start[:-1])]
+            with io.FileIO(path, "rb", opener=_private) as file:
+                lines = b"\n" + (file.read(4 * _MAX_NAMES) or b"")
+        at = lines.find(start)
+        while at >= 0 and (end := lines.find(b"\n", at + 1)) >= 0:
+            found.append(lines[at + len(start):end])
+            at = lines.find(start, end)
         places = [place.decode("utf-8", "surrogateescape") for place in reversed(found)]
         return list(dict.fromkeys(places))[:TWINS]
 
     def is_whole(self) -> bool:
         """Whether it was ever made from all that is stored."""
-        return os.path.exists(os.path.join(self._folder, "whole"))
+        return os.path.exists(os.path.join(self._folder, "whole-256"))
 
     def rebuild(self, entries: Iterable[tuple[str, str]]) -> None:
         """Replace all of it: names and places; OSError."""
@@ -2595,7 +2598,7 @@ class Names:
                 for name, place in part:
                     lines.setdefault(self._bucket(name), []).append(self._line(name, place))
                 self._add(new, lines)
-            self._add(new, {"whole": [b""]})
+            self._add(new, {"whole-256": [b""]})
             shutil.rmtree(self._folder, ignore_errors=True)
             os.rename(new, self._folder)
         finally:
@@ -2617,10 +2620,10 @@ class Names:
 
     def _line(self, name: str, place: str) -> bytes:
         digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
-        return ("%s %s\n" % (digest[3:19], place)).encode("utf-8", "surrogateescape")
+        return ("%s %s\n" % (digest[2:18], place)).encode("utf-8", "surrogateescape")
 
     def _bucket(self, name: str) -> str:
-        return hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:3]
+        return hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:2]
 
     def _pair(self, mirrors: tuple[str, str]) -> str:
         return "mirrors-" + hashlib.sha256(" ".join(sorted(mirrors)).encode("utf-8", "replace")).hexdigest()
