@@ -331,11 +331,22 @@ class Head:
         return hash((self.key, self.mtime_ns, self.received))
 
 
-@dataclasses.dataclass(frozen=True)
-class Slice:
+class OpenFile(Protocol):
+    """An open file whose readers do not move the position that its writer is at."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        ...
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        """Up to ``size`` bytes from ``offset``; OSError."""
+        ...
+
+
+class Slice(NamedTuple):
     """A part of an open file, for the kernel to send: ``stop`` is exclusive."""
 
-    file: io.BufferedIOBase | io.RawIOBase
+    file: OpenFile
     start: int
     stop: int
 
@@ -4565,8 +4576,7 @@ class BytesBody:
 def read_slice(part: Slice) -> bytes:
     """The bytes of a small slice; LocalFailure where the disk fails, or the file has become shorter."""
     try:
-        part.file.seek(part.start)
-        data = part.file.read(part.stop - part.start) or b""
+        data = part.file.read_at(part.stop - part.start, part.start)
     except OSError as error:
         raise LocalFailure(error) from None
     if len(data) != part.stop - part.start:
@@ -4586,7 +4596,7 @@ class FileBody:
     def parts(self) -> Iterator[bytes | Slice]:
         """Yield literal bytes and slices of the file."""
         for span in self._spans:
-            yield span if isinstance(span, bytes) else Slice(self._stored.file, *span)
+            yield span if isinstance(span, bytes) else Slice(self._stored, *span)
 
     def close(self) -> None:
         """Close the file."""
@@ -4630,7 +4640,7 @@ class TrailBody:
             else:
                 yield from self._trail(*span)
 
-    def _trail(self, offset: int, stop: int) -> Iterator[bytes]:
+    def _trail(self, offset: int, stop: int) -> Iterator[bytes | Slice]:
         partial = self._partial
         while self.pieces is not None and (data := next(self.pieces, b"")):
             offset += len(data)
@@ -4641,18 +4651,26 @@ class TrailBody:
                 received = min(stop, self._flight.wait_beyond(offset, self._patience()))
                 if received <= offset:
                     return  # landed whole, and its length was not known before
-                data = partial.read_at(min(CHUNK, received - offset), offset)
-                if not data:
-                    raise LocalFailure(OSError(errno.EIO, "the partial was cut"))
+                part = self._read(partial, offset, received)
             except (LocalFailure, OSError) as failure:
                 if self.first_byte is not None and getattr(failure, "code", 0) == errno.ETIMEDOUT:
                     raise OriginTimeout("The first byte did not come in time.") from None
                 yield from self._beyond(partial, offset, stop)
                 return
-            offset += len(data)
+            offset += part.stop - part.start if isinstance(part, Slice) else len(part)
             self.first_byte = None
             self._begun = True
-            yield data
+            yield part
+
+    def _read(self, partial: Partial, offset: int, received: int) -> bytes | Slice:
+        """Bytes that have been received; many of them are left to the kernel, where the client need not be
+        told of their number.  LocalFailure, OSError."""
+        slice_it = received - offset > SMALL and self.length is not None and hasattr(os, "sendfile")
+        data = partial.read_at(1, received - 1) if slice_it else partial.read_at(
+            min(CHUNK, received - offset), offset)
+        if not data:
+            raise LocalFailure(OSError(errno.EIO, "the partial was cut"))
+        return Slice(partial, offset, received) if slice_it else data
 
     def _patience(self) -> float:
         return FLIGHT_WAIT if self.first_byte is None else max(0.0, self.first_byte - time.monotonic())
@@ -6730,6 +6748,31 @@ def send_all(sock: socket.socket, data: bytes, waits: Callable[[], object] = lam
                 raise socket.timeout("timed out") from None
 
 
+def send_slice(sock: socket.socket, part: Slice) -> Iterator[int]:
+    """Send a part of a file to a client as ``send_all`` does, by the kernel where that can; yields the bytes
+    of each step.  OSError where the file has become shorter."""
+    start, by_kernel = part.start, hasattr(os, "sendfile")
+    while start < part.stop:
+        try:
+            if by_kernel:
+                count = os.sendfile(sock.fileno(), part.file.fileno(), start, part.stop - start)
+            else:
+                count = sock.send(part.file.read_at(min(CHUNK, part.stop - start), start))
+        except BlockingIOError:
+            if not select_ready(sock, CLIENT_TIMEOUT, writing=True):
+                raise socket.timeout("timed out") from None
+            continue
+        except OSError as error:
+            if not by_kernel or error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            by_kernel = False  # not from this file system
+            continue
+        if not count:
+            raise ConnectionAbortedError(errno.EIO, "the body was cut")
+        start += count
+        yield count
+
+
 class ContinueBody:
     """A body that its client sends only when told to (RFC 9110 §10.1.1)."""
 
@@ -7622,14 +7665,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _send_file(self, part: Slice) -> None:
         """Let the kernel send it; OSError where the file has become shorter."""
         self._began = True
-        self.connection.settimeout(CLIENT_TIMEOUT)
-        try:
-            count = self.connection.sendfile(part.file, part.start, part.stop - part.start)
-        finally:
-            self._sent += max(0, part.file.tell() - part.start)
-            self.connection.setblocking(False)
-        if count != part.stop - part.start:
-            raise ConnectionAbortedError(errno.EIO, "the stored body was cut")
+        for count in send_slice(self.connection, part):
+            self._sent += count
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """http.server's own log lines: the server's note() has said it all."""
