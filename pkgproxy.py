@@ -145,6 +145,7 @@ BACKLOG = 256  # connections that wait to be accepted: a fleet that wakes up by 
 TURN = 4  # requests of one client that are answered before the next client's
 MOST_IDLE = 16  # threads that wait for more to do
 CREW_IDLE = 5.0  # seconds that they do so
+LONG = 8 * 1024 * 1024  # bytes: to send so many takes longer than to go to another processor
 SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
 BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
 EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
@@ -7065,15 +7066,63 @@ class Room:
                 most -= 1
 
 
+def processors(count: int) -> list[int]:
+    """Those that ``count`` processes may use: the fast ones, or all where these are too few.  [] where the
+    system does not let us choose (Linux does)."""
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    speeds = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0)
+    for number in speeds:
+        with contextlib.suppress(OSError, ValueError), open(
+                "/sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq" % number, encoding="ascii") as file:
+            speeds[number] = int(file.read())
+    fast = [number for number, speed in speeds.items() if speed >= 0.8 * max(speeds.values())]
+    return fast if count <= len(fast) else list(speeds)
+
+
+class Seat:
+    """The processor that the threads of a process share.  Where they run on two, nearly every system call of
+    the one hands the interpreter lock to the other, which must be woken there: eight clients took twice the
+    time for what is not stored yet.  For the caller: take, away."""
+
+    def __init__(self) -> None:
+        self._own: set[int] = set()
+        self._all: set[int] = set()
+
+    def take(self, number: int, count: int) -> None:
+        """Keep the threads that this one will start, in the ``number``th process of ``count``, together."""
+        with contextlib.suppress(OSError):
+            found = processors(count)
+            if found:
+                self._all, self._own = os.sched_getaffinity(0), {found[number % len(found)]}
+                os.sched_setaffinity(0, self._own)
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """While the kernel has long work to do for a thread, that may go where its client is."""
+        if not self._own:
+            yield
+            return
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, self._all)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, self._own)
+
+
 class Desk:
     """Answers requests, counts and logs the answers, for all servers of a process.
 
     For the handlers: refusal, reply_to, tunnelling, note, note_tunnel.  For the lobbies: answer, told.
     """
 
-    def __init__(self, proxy: Proxy, room: Room, tell: Callable[[str], None]) -> None:
+    def __init__(self, proxy: Proxy, room: Room, tell: Callable[[str], None],
+                 seat: Seat | None = None) -> None:
         self.proxy = proxy
         self.room = room
+        self.seat = seat or Seat()
         self._tell = tell  # writes a line into the log
         self._ids = itertools.cycle(range(1, 1000))
         self._refusals = Attempts(REFUSAL_PAUSE)
@@ -7665,8 +7714,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _send_file(self, part: Slice) -> None:
         """Let the kernel send it; OSError where the file has become shorter."""
         self._began = True
-        for count in send_slice(self.connection, part):
-            self._sent += count
+        long = part.stop - part.start > LONG
+        with self.server.desk.seat.away() if long else contextlib.nullcontext():
+            for count in send_slice(self.connection, part):
+                self._sent += count
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """http.server's own log lines: the server's note() has said it all."""
@@ -8362,30 +8413,6 @@ class Supervisor:
                 os.kill(pid, number)
 
 
-def processors(count: int) -> list[int]:
-    """Those that ``count`` processes may use: the fast ones, or all where these are too few.  [] where the
-    system does not let us choose (Linux does)."""
-    if not hasattr(os, "sched_setaffinity"):
-        return []
-    speeds = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0)
-    for number in speeds:
-        with contextlib.suppress(OSError, ValueError), open(
-                "/sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq" % number, encoding="ascii") as file:
-            speeds[number] = int(file.read())
-    fast = [number for number, speed in speeds.items() if speed >= 0.8 * max(speeds.values())]
-    return fast if count <= len(fast) else list(speeds)
-
-
-def share_processor(number: int, count: int) -> None:
-    """Keep the threads of this process, the ``number``th of ``count``, together on one processor.  Where they
-    run on two, nearly every system call of the one hands the interpreter lock to the other, which must be
-    woken there: eight clients took twice the time for what is not stored yet."""
-    with contextlib.suppress(OSError):
-        found = processors(count)
-        if found:
-            os.sched_setaffinity(0, {found[number % len(found)]})
-
-
 def with_filters(config: Config) -> Config:
     """The configuration with what its filters file says; Unusable."""
     if not config.filters_file:
@@ -8415,14 +8442,16 @@ def run(config: Config, writer: LogWriter) -> None:
 
     def work(number: int, again: bool = False) -> None:
         """What one process does, the only one or one of several."""
-        share_processor(process + number, config.workers)  # other instances start elsewhere
+        seat = Seat()
+        seat.take(process + number, config.workers)  # other instances start elsewhere
         writer.start()
         counters.take_row(number)
         proxy = Proxy(config, store, counters)
         if again:  # SIGHUP may have come meanwhile
             reload_filters(proxy)
         proxy.start(leads=number == 0)
-        desk = Desk(proxy, make_room(), writer.write if log.isEnabledFor(logging.INFO) else lambda _: None)
+        tell = writer.write if log.isEnabledFor(logging.INFO) else lambda _: None
+        desk = Desk(proxy, make_room(), tell, seat)
         serve([ProxyServer(listening, desk) for listening in sockets], proxy, heard, supervisor,
               Manager({} if supervisor else os.environ, counters))
 
