@@ -2091,6 +2091,7 @@ RESUME_WORTH = 256 * 1024  # bytes: a smaller download is begun anew, and costs 
 FLUSH_EVERY = 0.5  # seconds, where another machine may read a partial as it grows
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
 _MAX_NAMES = 1024 * 1024  # bytes in a file of names: 10,000 of them, and 256 files, are 2 million
+_RECENT = "recent"  # the file of names that none of those has yet
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
 
 
@@ -2570,8 +2571,8 @@ def fits_name(key: str, body: Stored | Partial) -> bool:
 
 class Names:
     """Where the files lie that mirrors call by one name: lines of a name's digest and a place, a cache key or
-    a path, spread over 256 files, so that 200,000 of them are 70 KB each.  What is lost, or outdated,
-    costs a download at most; it is looked through when it is asked, and made anew by whoever sweeps.
+    a path.  New ones come into one file; whoever sweeps spreads them over 256, so that 200,000 are 70 KB
+    each.  What is lost, or outdated, costs a download at most; it is looked through when it is asked.
     """
 
     def __init__(self, folder: str) -> None:
@@ -2580,21 +2581,34 @@ class Names:
     def note(self, name: str, place: str) -> None:
         """A file of this name lies there."""
         with contextlib.suppress(OSError):
-            self._add(self._folder, {self._bucket(name): [self._line(name, place)]})
+            self._add(self._folder, {_RECENT: [self._line(name, place)]})
 
     def find(self, name: str) -> list[str]:
         """The places of a name, the newest first."""
-        start, lines, found = b"\n" + self._line(name, "")[:-1], b"", []
-        with contextlib.suppress(OSError):
-            path = os.path.join(self._folder, self._bucket(name))
-            with io.FileIO(path, "rb", opener=_private) as file:
-                lines = b"\n" + (file.read(4 * _MAX_NAMES) or b"")
+        start, lines, found = b"\n" + self._line(name, "")[:-1], b"\n", []
+        for bucket in (start[1:3].decode(), _RECENT):
+            with contextlib.suppress(OSError), io.FileIO(
+                    os.path.join(self._folder, bucket), "rb", opener=_private) as file:
+                lines += file.read(4 * _MAX_NAMES) or b""
         at = lines.find(start)
         while at >= 0 and (end := lines.find(b"\n", at + 1)) >= 0:
             found.append(lines[at + len(start):end])
             at = lines.find(start, end)
         places = [place.decode("utf-8", "surrogateescape") for place in reversed(found)]
         return list(dict.fromkeys(places))[:TWINS]
+
+    def spread(self) -> None:
+        """Give what is new its place.  What another process adds in this moment may be lost."""
+        lines: dict[str, list[bytes]] = {}
+        with contextlib.suppress(OSError):
+            path = os.path.join(self._folder, "%s^%s" % (_RECENT, secrets.token_hex(4)))
+            os.rename(os.path.join(self._folder, _RECENT), path)
+            with io.FileIO(path, "rb", opener=_private) as file:
+                for line in (file.read(4 * _MAX_NAMES) or b"").splitlines(keepends=True):
+                    if re.match(rb"[0-9a-f]{18} .*\n", line):
+                        lines.setdefault(line[:2].decode(), []).append(line)
+            os.unlink(path)
+            self._add(self._folder, lines)
 
     def is_whole(self) -> bool:
         """Whether it was ever made from all that is stored."""
@@ -2608,7 +2622,8 @@ class Names:
             while part := list(itertools.islice(rows, 100_000)):
                 lines: dict[str, list[bytes]] = {}
                 for name, place in part:
-                    lines.setdefault(self._bucket(name), []).append(self._line(name, place))
+                    line = self._line(name, place)
+                    lines.setdefault(line[:2].decode(), []).append(line)
                 self._add(new, lines)
             self._add(new, {"whole-256": [b""]})
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -2632,10 +2647,7 @@ class Names:
 
     def _line(self, name: str, place: str) -> bytes:
         digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
-        return ("%s %s\n" % (digest[2:18], place)).encode("utf-8", "surrogateescape")
-
-    def _bucket(self, name: str) -> str:
-        return hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:2]
+        return ("%s %s\n" % (digest[:18], place)).encode("utf-8", "surrogateescape")
 
     def _pair(self, mirrors: tuple[str, str]) -> str:
         return "mirrors-" + hashlib.sha256(" ".join(sorted(mirrors)).encode("utf-8", "replace")).hexdigest()
@@ -2952,6 +2964,7 @@ class Janitor:
         first, indexes last, never what pkgproxy did not store; OSError where the root can't be read."""
         used = self._store.take_uses()
         self._sweep_partials(now)
+        self._store.names.spread()
         stored = list(self._stored_now(used, now))
         if stored and not self._store.names.is_whole():
             with contextlib.suppress(OSError):

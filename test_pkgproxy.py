@@ -2009,6 +2009,21 @@ class NamesTest(StoreCase):
         self.assertLess(max(sizes), 10 * 1024, "ten times as much for 200,000")
         self.assertEqual(self.find("x7777_1.0_all.deb"), ["http://mirror.test/debian/pool/main/x/x/x7777_1.0_all.deb"])
 
+    def test_new_names_lie_in_one_file_until_a_sweep_spreads_them(self):
+        keys = ["http://a/x%d_1.0_all.deb" % number for number in range(300)] + ["http://b/x1_1.0_all.deb"]
+        folder = Path(self.path(".pkgproxy/names"))
+        for key in keys:
+            self.store.names.note(pkgproxy.common_name(key), key)
+        self.assertEqual(os.listdir(folder), ["recent"])
+        (folder / "recent").write_bytes(b"\xff\n../x 1\n" + (folder / "recent").read_bytes() + b"half a li")
+        found = [self.find("x%d_1.0_all.deb" % number) for number in range(300)]
+        self.assertEqual((found[0], found[1], found[299]), ([keys[0]], [keys[300], keys[1]], [keys[299]]))
+        pkgproxy.Janitor(self.store).sweep(Config(), time.time())
+        self.store.names.note("x1_1.0_all.deb", "http://c/x1_1.0_all.deb")
+        self.assertGreater(len(os.listdir(folder)), 100)
+        self.assertEqual([name for name in os.listdir(folder) if not re.fullmatch("[0-9a-f]{2}|recent|whole-256", name)], [])
+        self.assertEqual([self.find("x%d_1.0_all.deb" % number) for number in (0, 1, 299)], [found[0], ["http://c/x1_1.0_all.deb", *found[1]], found[299]])
+
     def test_a_file_of_names_that_grows_too_long_loses_its_older_half(self):
         with mock.patch.object(pkgproxy, "_MAX_NAMES", 1000):
             for number in range(100):
