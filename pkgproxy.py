@@ -146,6 +146,7 @@ TURN = 4  # requests of one client that are answered before the next client's
 MOST_IDLE = 16  # threads that wait for more to do
 CREW_IDLE = 5.0  # seconds that they do so
 LONG = 8 * 1024 * 1024  # bytes: to send so many takes longer than to go to another processor
+PAUSE = 0.05  # seconds without a byte from an origin: time to let other instances see what has come
 SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
 BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
 EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
@@ -3391,6 +3392,7 @@ class TimedFile(io.RawIOBase):
         super().__init__()
         self.early = early  # has been received, and not been read
         self.held: io.RawIOBase | None = None  # what keeps the socket open, to be closed with this
+        self.on_pause: Callable[[], object] | None = None  # to be called where nothing comes for PAUSE
         self._sock = sock
         self._patience = patience  # seconds of silence
         self._deadline: float | None = None  # monotonic
@@ -3415,15 +3417,21 @@ class TimedFile(io.RawIOBase):
             return size
         left = self._left()
         if hasattr(self._sock, "pending"):  # TLS
-            self._sock.settimeout(left)
+            if not self._sock.pending():
+                self._pause(left)
+            self._sock.settimeout(self._left())
             return self._sock.recv_into(buffer)
         while True:
             try:
                 return self._sock.recv_into(buffer)
             except BlockingIOError:
-                if not select_ready(self._sock, left):
+                self._pause(left)
+                if not select_ready(self._sock, self._left()):
                     raise socket.timeout("timed out") from None
-                left = self._left()
+
+    def _pause(self, left: float) -> None:
+        if self.on_pause is not None and not select_ready(self._sock, min(PAUSE, left)):
+            self.on_pause()
 
     def _left(self) -> float:
         """Seconds that it may take; socket.timeout where that is none."""
@@ -3514,6 +3522,10 @@ class OriginResponse(http.client.HTTPResponse):
     def hurry(self, seconds_left: float) -> None:
         """From now on reading it may take so long in all."""
         self._timed.set_deadline(seconds_left)
+
+    def on_pause(self, call: Callable[[], object]) -> None:
+        """What to do where nothing comes for PAUSE seconds."""
+        self._timed.on_pause = call
 
     def begin(self, **_limits: Any) -> None:
         """Read the final head, within the socket's time-out; ValueError or http.client.RemoteDisconnected."""
@@ -4029,6 +4041,10 @@ class Response:
     def hurry(self, seconds_left: float) -> None:
         """From now on reading it may take so long in all."""
         self._raw.hurry(seconds_left)
+
+    def on_pause(self, call: Callable[[], object]) -> None:
+        """What to do where nothing comes for PAUSE seconds."""
+        self._raw.on_pause(call)
 
     def expect(self, count: int) -> None:
         """The body is known to have so many bytes, however it is framed."""
@@ -4839,6 +4855,7 @@ class Tee:
         self._partial = partial
         self._flight = flight
         self._may_go_on = may_go_on
+        self._began = time.monotonic()
 
     def write(self, data: bytes) -> None:
         """Store, then tell; LocalFailure, Changed, or Abandoned where nobody wants it any more."""
@@ -4852,8 +4869,13 @@ class Tee:
             raise LocalFailure(error) from error
         if self._partial.size != self._partial.length:
             self._flight.advance(self._partial.size)
-            with contextlib.suppress(OSError):
-                self._partial.tell()
+            if time.monotonic() > self._began + PAUSE:
+                self.tell()
+
+    def tell(self) -> None:
+        """Let other instances read it too: not at once, because that takes a file, and most need it not."""
+        with contextlib.suppress(OSError):
+            self._partial.tell()
 
 
 def _place(target: Target) -> str:
@@ -5138,6 +5160,9 @@ class LocalCopy(Response):
         self.proven = True
         self._twin = twin
         twin.file.seek(0)
+
+    def on_pause(self, call: Callable[[], object]) -> None:
+        """The disk makes none."""
 
     def read(self, size: int = CHUNK) -> bytes:
         """Up to ``size`` bytes, b"" at the end; OriginFailure."""
@@ -5490,8 +5515,12 @@ class Filler:
 
         def ask(offset: int) -> Response:
             forward = changed(download.forward, deadline=time.monotonic() + RESUME_WAIT)
-            return self._origin.fetch_rest(forward, partial.head, partial.length, offset)
+            response = self._origin.fetch_rest(forward, partial.head, partial.length, offset)
+            response.on_pause(tee.tell)
+            return response
 
+        if download.response is not None:
+            download.response.on_pause(tee.tell)
         pieces = whole_body(partial.head, partial.length, partial.size, ask, download.response)
         with contextlib.closing(pieces):
             for data in pieces:
