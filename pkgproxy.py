@@ -303,6 +303,7 @@ class Request:
     own: bool = False  # for our own pages
     prefix: str = ""  # what the client wrote before the target: "/", or HTTPS_HOST
     near: bool = False  # the client is on this host
+    missing: bool = False  # a moment ago nothing was stored for it
 
     def __hash__(self) -> int:
         """Enough to remember results by: a body has none, and all fields take long."""
@@ -6126,7 +6127,7 @@ class Proxy:
         check_way(request, config)
         if max_forwards(request) == 0:
             return last_stop(request)
-        stored = look_up(self._store, request)
+        stored = None if request.missing else look_up(self._store, request)
         decision = decide(request, stored.head if stored else None, config, time.time())
         if decision.action is Action.SERVE and stored is not None:
             if decision.refresh:
@@ -6141,11 +6142,11 @@ class Proxy:
             return self._pass(request, decision, config)
         return self._join(request, decision, config)
 
-    def at_hand(self, request: Request, now: float) -> Copy | None:
-        """The reply to a request as it leaves, and its body, where nothing has to be waited for; its file is
-        for the caller to close."""
+    def at_hand(self, request: Request, now: float) -> tuple[Copy | None, bool]:
+        """The reply to a request as it leaves, and its body, where nothing has to be waited for, its file for
+        the caller to close; and whether nothing is stored."""
         stored = look_up(self._store, request)
-        return None if stored is None else copy_of(request, stored, self.config, now)
+        return (None, True) if stored is None else (copy_of(request, stored, self.config, now), False)
 
     def listens_on(self, port: int) -> None:
         """What leads back to this port of ours is a loop."""
@@ -6262,7 +6263,7 @@ class Proxy:
                 return from_partial(request, partial.head, flight, partial, status, rest)
             partial.release()
         elif landing is Landing.AGAIN:
-            return self.respond(request)
+            return self.respond(changed(request, missing=False))
         stored = look_up(self._store, request) if landing in (Landing.STORED, Landing.STALE) else None
         if stored is None or selecting_fields(request, stored.head) != stored.head.vary:
             _close(stored)
@@ -6960,6 +6961,7 @@ class Visitor:
         self.waiting = False  # for its next request, or the rest of its head, and no thread serves it
         self.since = time.monotonic()  # when it began to wait for that
         self.stays = False  # the connection, when no thread serves it any more
+        self.missing = False  # whether nothing is stored for its request that a thread is to answer
         self.outgoing: Outgoing | None = None  # the lobby's answer, while it is being sent
         self._place: tuple[str, int] | None = None
         self._near: bool | None = None
@@ -7248,11 +7250,13 @@ class Desk:
 
     def answer(self, visitor: Visitor, size: int, shelf: Shelf) -> Outgoing | None:
         """The answer to a request with a head so long, where it is at hand."""
-        began = time.monotonic()
+        began, visitor.missing = time.monotonic(), False
         if size > SHORT_HEAD or not self._may_come_in(visitor):
             return None
         asked = visitor.early[:size], visitor.near, visitor.place
-        copy = shelf.find(asked, self.proxy.config) or self._prepare(asked, shelf)
+        copy = shelf.find(asked, self.proxy.config)
+        if copy is None:
+            copy, visitor.missing = self._prepare(asked, shelf)
         return None if copy is None else Outgoing(copy, began)
 
     def _may_come_in(self, visitor: Visitor) -> bool:
@@ -7260,18 +7264,18 @@ class Desk:
             visitor.refused = self.refusal(visitor.host, visitor.local) is not None
         return not visitor.refused
 
-    def _prepare(self, asked: tuple[bytes, bool, tuple[str, int]], shelf: Shelf) -> Copy | None:
-        """What is at hand for a request that nobody has made in this second."""
+    def _prepare(self, asked: tuple[bytes, bool, tuple[str, int]], shelf: Shelf) -> tuple[Copy | None, bool]:
+        """What is at hand for a request that nobody has made in this second; whether nothing is stored."""
         try:
             request = parse_head(*asked)
         except (Failure, ValueError):
-            return None
+            return None, False
         if request.own or request.length != 0 or request.method not in ("GET", "HEAD"):
-            return None
-        copy = self.proxy.at_hand(request, float(int(time.time())))
+            return None, False
+        copy, missing = self.proxy.at_hand(request, float(int(time.time())))
         if copy is not None:
             shelf.put(asked, copy)
-        return copy
+        return copy, missing
 
     def told(self, visitor: Visitor, outgoing: Outgoing, whole: bool) -> None:
         """Count and log an answer of the lobby's."""
@@ -7556,7 +7560,7 @@ class RequestReader:
             with contextlib.suppress(Failure, ValueError):
                 request = parse_head(early[:size], self._visitor.near, self._visitor.place)
                 self._timed.early = early[size:]
-                return request
+                return changed(request, missing=self._visitor.missing)
         return None
 
     def _read(self) -> Request | None:

@@ -7342,11 +7342,13 @@ class LobbyTest(ProxyCase):
     def test_a_thread_does_one_request_after_another_and_parses_none_anew(self):
         self.origin.pages["/other_1.0.deb"] = self.origin.pages["/another_1.0.deb"] = Page(b"other")
         parse = self.patched(pkgproxy, "parse_request", mock.Mock(wraps=pkgproxy.parse_request))
+        lookup = self.patched(self.proxy._store, "lookup", mock.Mock(wraps=self.proxy._store.lookup))
         started = self.patched(pkgproxy.threading, "Thread", mock.Mock(wraps=threading.Thread))
         for path in ("/other_1.0.deb", "/another_1.0.deb"):
             until(lambda: self.server._crew._idle)  # since the visits before
             self.assertEqual(self.ask(path).body, b"other")
         self.assertEqual((started.call_count, parse.call_count), (0, 2))
+        self.assertEqual(lookup.call_count, 4, "for each once before the claim, and once after it (invariant 4)")
 
     def test_a_request_that_its_thread_takes_up_when_we_listen_no_more_is_answered(self):
         came, gate, finish = Gate(), Gate(), self.server.finish_request
