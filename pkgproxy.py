@@ -147,6 +147,7 @@ MOST_IDLE = 16  # threads that wait for more to do
 CREW_IDLE = 5.0  # seconds that they do so
 LONG = 8 * 1024 * 1024  # bytes: to send so many takes longer than to go to another processor
 PAUSE = 0.05  # seconds without a byte from an origin: time to let other instances see what has come
+MAX_FILTERS = 1024 * 1024  # characters in a filters file
 SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
 BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
 EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
@@ -8126,7 +8127,10 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
 def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
     """Read a filters file; OSError or UnicodeDecodeError.  Bad lines are reported and skipped."""
     with open(path, encoding="utf-8-sig") as file:
-        filters, complaints = parse_filters(file.read())
+        text = file.read(MAX_FILTERS + 1)
+    if len(text) > MAX_FILTERS:  # a package, a device that never ends
+        raise OSError(errno.EFBIG, "it has more than %d characters" % MAX_FILTERS)
+    filters, complaints = parse_filters(text)
     for complaint in complaints:
         log.warning("%s: %s", path, complaint)
     log.info("Parsed %d filters from %s", len(filters), path)
@@ -8194,8 +8198,8 @@ def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.
     """A listening socket for each address, or those that systemd hands over in their place (sd_listen_fds(3),
     from descriptor 3 on); Unusable where one is taken or not ours."""
     sockets: list[socket.socket] = []
-    ours = environment.get("LISTEN_PID") == str(os.getpid())
-    handed = range(3, 3 + int(environment.get("LISTEN_FDS") or 0)) if ours else range(0)
+    ours, count = environment.get("LISTEN_PID") == str(os.getpid()), environment.get("LISTEN_FDS", "")
+    handed = range(3, 3 + int(count)) if ours and count.isdecimal() else range(0)
     for addr in handed or config.addrs:
         try:
             sockets.append(

@@ -7819,11 +7819,12 @@ class PorchTest(unittest.TestCase):
     def test_what_cannot_work_is_one_clear_line(self):
         Path(self.folder, "file").write_text("")
         Path(self.folder, "binary").write_bytes(b"\xff\xfe\x00")
+        Path(self.folder, "endless").write_bytes(bytes(2 << 20))  # as much of /dev/zero
         with socket.create_server(("127.0.0.1", 0)) as taken, concurrent.futures.ThreadPoolExecutor(4) as several:
             rows = (
                 (["-a", "127.0.0.1:%d" % taken.getsockname()[1]], 1, "in use"), (["-r", "file"], 1, "cache root"),
                 (["-f", "missing"], 1, "No such file"), (["-f", "binary"], 1, "cannot be read"),
-                (["-f", "."], 1, "directory"), (["-a", "9999"], 2, "write :9999"), (["-a", ":x"], 2, "write :9999"),
+                (["-f", "endless"], 1, "endless cannot be read: it has more than 1048576 characters"), (["-f", "."], 1, "directory"), (["-a", "9999"], 2, "write :9999"), (["-a", ":x"], 2, "write :9999"),
                 (["-a", ":70000"], 2, "write :9999"), (["-a", "nowhere.invalid:0"], 1, "Cannot listen"),
                 (["--parent", "socks5://a"], 2, "--parent: a parent proxy is written"), (["--ca-file", "missing"], 1, "certificates in missing cannot be used: No such file"),
                 (["--ca-file", "file"], 1, "certificates in file cannot be used: no certificate"), (["--barrier", "redis://a:1"], 2, "write memcached://"),
@@ -7999,6 +8000,12 @@ class ServiceTest(unittest.TestCase):
         with socket.create_server(("127.0.0.1", 0)) as listening:
             proxy = self.start(environment={"LISTEN_PID": "1", "LISTEN_FDS": "1"})
             self.assertNotEqual(proxy.address, listening.getsockname())
+
+    def test_what_is_no_number_of_sockets_is_none(self):
+        for text in ("", "x", "-1", "1.5"):
+            for listening in pkgproxy.open_sockets(Config(addrs=("127.0.0.1:0",)), {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": text}):
+                self.assertEqual(listening.getsockname()[0], "127.0.0.1")
+                listening.close()
 
     def test_what_is_no_listening_socket_is_told_of(self):
         for kind in (socket.AF_INET, socket.AF_UNIX):
