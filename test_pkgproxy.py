@@ -8221,6 +8221,25 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual((ran.returncode, ran.stderr), (0, ""))
 
 
+    def test_the_unit_starts_what_is_installed_from_its_byte_code_and_allows_what_it_asks_of_the_kernel(self):
+        unit = (HERE / "pkgproxy.service").read_text(encoding="utf-8")
+        self.assertEqual(re.findall("^SystemCallFilter=(.*)$", unit, re.M), ["@system-service", "~@privileged @resources", "sched_setaffinity"])
+        home, command = (re.search("^%s=(.*)$" % name, unit, re.M)[1] for name in ("WorkingDirectory", "ExecStart"))
+        with tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as folder:
+            here = Path(folder + home)
+            for line in re.findall("^#     (install -D .*|python3 -m compileall [^#]*)", unit, re.M):
+                self.assertIn(line.strip(), self.text, "README says the same")
+                line = line.replace("/usr/local", folder + "/usr/local").replace("python3", sys.executable)
+                subprocess.run(line, shell=True, check=True, cwd=HERE, timeout=60)
+            self.assertEqual(len(list((here / "__pycache__").iterdir())), 1)
+            words = command.replace("/usr/bin/python3", sys.executable).replace("${CACHE_DIRECTORY}", folder + "/cache").split()
+            with subprocess.Popen([*words, "-a", "127.0.0.1:0"], cwd=here, stderr=subprocess.PIPE, text=True) as process:
+                self.addCleanup(process.kill)
+                until(lambda: "Starting proxy server at 127.0.0.1:" in process.stderr.readline())
+                process.terminate()
+                self.assertEqual(process.wait(PATIENCE), 0)
+
+
 # ---------------------------------------------------------------------------------------------
 # Real clients
 #
