@@ -353,6 +353,7 @@ class Slice(NamedTuple):
     file: OpenFile
     start: int
     stop: int
+    rest: Callable[[int, int], Iterator[bytes]] | None = None  # what comes instead where it cannot be read
 
 
 UNKNOWN = 2**62  # the stop of a span that ends where the body ends
@@ -2319,6 +2320,7 @@ class Partial(SharedFile):
         self.length: int | None = None  # declared
         self.owner = owner
         self.size = 0  # bytes written, or left and good to go on with
+        self.remote = store.remote  # whether its disk is another machine's, which may hang
         self._store = store
         self._near = True  # whether another instance that writes it is on this machine
         self._kept = False  # whether that one has left it
@@ -2663,7 +2665,9 @@ class Names:
             with io.FileIO(path, "ab", opener=_private) as file:
                 write_all(file, b"".join(more))
                 full = file.tell() > _MAX_NAMES
-            if full:
+            if full and bucket == _RECENT:
+                self.spread()
+            elif full:
                 with open(path, "rb", opener=_private) as file:
                     kept = file.read()[-_MAX_NAMES // 2:].partition(b"\n")[2]
                 new = "%s^%s" % (path, secrets.token_hex(4))
@@ -3420,20 +3424,23 @@ class TimedFile(io.RawIOBase):
         left = self._left()
         if hasattr(self._sock, "pending"):  # TLS
             if not self._sock.pending():
-                self._pause(left)
+                self._comes_soon(left)
             self._sock.settimeout(self._left())
             return self._sock.recv_into(buffer)
         while True:
             try:
                 return self._sock.recv_into(buffer)
             except BlockingIOError:
-                self._pause(left)
-                if not select_ready(self._sock, self._left()):
+                if not self._comes_soon(left) and not select_ready(self._sock, self._left()):
                     raise socket.timeout("timed out") from None
 
-    def _pause(self, left: float) -> None:
-        if self.on_pause is not None and not select_ready(self._sock, min(PAUSE, left)):
+    def _comes_soon(self, left: float) -> bool:
+        if self.on_pause is None:
+            return False
+        soon = select_ready(self._sock, min(PAUSE, left))
+        if not soon:
             self.on_pause()
+        return soon
 
     def _left(self) -> float:
         """Seconds that it may take; socket.timeout where that is none."""
@@ -4702,7 +4709,8 @@ class TrailBody:
             min(CHUNK, received - offset), offset)
         if not data:
             raise LocalFailure(OSError(errno.EIO, "the partial was cut"))
-        return Slice(partial, offset, received) if slice_it else data
+        rest = functools.partial(self._beyond, partial)
+        return Slice(partial, offset, received, rest) if slice_it else data
 
     def _patience(self) -> float:
         return FLIGHT_WAIT if self.first_byte is None else max(0.0, self.first_byte - time.monotonic())
@@ -4793,7 +4801,14 @@ class LinkedBody:
                 yield part
                 continue
             for at in range(part.start, part.stop, CHUNK):
-                yield read_slice(Slice(part.file, at, min(at + CHUNK, part.stop)))
+                try:
+                    data = read_slice(Slice(part.file, at, min(at + CHUNK, part.stop)))
+                except LocalFailure:
+                    if part.rest is None:
+                        raise
+                    yield from part.rest(at, part.stop)
+                    break
+                yield data
 
     def close(self) -> None:
         """Release what it holds."""
@@ -5435,7 +5450,7 @@ class Filler:
     def start(self, download: Download, body: TrailBody, read: bool) -> None:
         """Begin to fill, in the thread of the first client if its ``body`` is all of it, and will be
         ``read``; LocalFailure, with that closed, where there is no thread for it."""
-        if read and body.is_whole() and download.outcome is Outcome.MISS:
+        if read and body.is_whole() and download.outcome is Outcome.MISS and not download.partial.remote:
             body.pieces = self.pieces(download)
         else:
             try:
@@ -5452,9 +5467,12 @@ class Filler:
     def pieces(self, download: Download) -> Generator[bytes, None, None]:
         """The bytes, once they are written; the last of them once they have landed (invariant 3).  Where that
         fails they end, and the flight has the reason."""
-        last = yield from self._fill(download)
-        if last:
-            yield last
+        try:
+            last = yield from self._fill(download)
+            if last:
+                yield last
+        finally:
+            self._claims.release(download.partial)  # memcached may take its time
 
     def _fill(self, download: Download) -> Generator[bytes, None, bytes]:
         partial, flight, last = download.partial, download.flight, b""
@@ -5480,7 +5498,6 @@ class Filler:
         finally:
             self._forget(partial)
             self.barrier.end(flight, landing, failure, partial.size)
-            self._claims.release(partial)
         if landing is Landing.STORED and download.outcome is Outcome.UPDATED:
             self._updated(download.forward)
         return last
@@ -5516,6 +5533,8 @@ class Filler:
         tee = Tee(partial, download.flight, functools.partial(self._may_go_on, download))
 
         def ask(offset: int) -> Response:
+            if partial.size:
+                tee.tell()
             forward = changed(download.forward, deadline=time.monotonic() + RESUME_WAIT)
             response = self._origin.fetch_rest(forward, partial.head, partial.length, offset)
             response.on_pause(tee.tell)
@@ -6793,29 +6812,38 @@ def send_all(sock: socket.socket, data: bytes, waits: Callable[[], object] = lam
                 raise socket.timeout("timed out") from None
 
 
+def _send_some(sock: socket.socket, part: Slice, start: int, by_kernel: bool) -> int:
+    try:
+        if by_kernel:
+            count = os.sendfile(sock.fileno(), part.file.fileno(), start, part.stop - start)
+        else:
+            count = sock.send(part.file.read_at(min(CHUNK, part.stop - start), start))
+    except (BlockingIOError, ConnectionError, TimeoutError, socket.timeout):
+        raise
+    except OSError as error:
+        raise LocalFailure(error) from None
+    if not count:
+        raise LocalFailure(OSError(errno.EIO, "the body was cut"))
+    return count
+
+
 def send_slice(sock: socket.socket, part: Slice) -> Iterator[int]:
     """Send a part of a file to a client as ``send_all`` does, by the kernel where that can; yields the bytes
-    of each step.  OSError where the file has become shorter."""
+    of each step.  LocalFailure where the disk fails, or the file has become shorter."""
     start, by_kernel = part.start, hasattr(os, "sendfile")
     while start < part.stop:
         try:
-            if by_kernel:
-                count = os.sendfile(sock.fileno(), part.file.fileno(), start, part.stop - start)
-            else:
-                count = sock.send(part.file.read_at(min(CHUNK, part.stop - start), start))
+            count = _send_some(sock, part, start, by_kernel)
         except BlockingIOError:
             if not select_ready(sock, CLIENT_TIMEOUT, writing=True):
                 raise socket.timeout("timed out") from None
-            continue
-        except OSError as error:
-            if not by_kernel or error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        except LocalFailure as failure:
+            if not by_kernel or failure.code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                 raise
             by_kernel = False  # not from this file system
-            continue
-        if not count:
-            raise ConnectionAbortedError(errno.EIO, "the body was cut")
-        start += count
-        yield count
+        else:
+            start += count
+            yield count
 
 
 class ContinueBody:
@@ -7139,8 +7167,9 @@ class Seat:
         with contextlib.suppress(OSError):
             found = processors(count)
             if found:
-                self._all, self._own = os.sched_getaffinity(0), {found[number % len(found)]}
-                os.sched_setaffinity(0, self._own)
+                everywhere, own = os.sched_getaffinity(0), {found[number % len(found)]}
+                os.sched_setaffinity(0, own)
+                self._all, self._own = everywhere, own  # where we are let
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
@@ -7759,12 +7788,19 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._sent += count
 
     def _send_file(self, part: Slice) -> None:
-        """Let the kernel send it; OSError where the file has become shorter."""
-        self._began = True
+        """Let the kernel send it; LocalFailure where it can't be read, and nothing comes instead."""
+        self._began, at = True, part.start
         long = part.stop - part.start > LONG
-        with self.server.desk.seat.away() if long else contextlib.nullcontext():
-            for count in send_slice(self.connection, part):
-                self._sent += count
+        try:
+            with self.server.desk.seat.away() if long else contextlib.nullcontext():
+                for count in send_slice(self.connection, part):
+                    self._sent += count
+                    at += count
+        except LocalFailure:
+            if part.rest is None:
+                raise
+            for data in part.rest(at, part.stop):
+                self._write(data, len(data))
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """http.server's own log lines: the server's note() has said it all."""
