@@ -355,6 +355,11 @@ class Slice(NamedTuple):
     stop: int
     rest: Callable[[int, int], Iterator[bytes]] | None = None  # what comes instead where it cannot be read
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.stop - self.start
+
 
 UNKNOWN = 2**62  # the stop of a span that ends where the body ends
 Span = Union[bytes, "tuple[int, int]"]  # literal bytes, or [start, stop) of a representation
@@ -1547,7 +1552,7 @@ def whole_head(request: Request, part: Head) -> Head:
     """The head that the answer to a request for the whole has, by that of a part (RFC 9110 §15.3.7)."""
     fields = without(kept_fields(part.fields), ("content-range", "content-length"))
     return changed(part, status=200, reason="OK", fields=fields, key=request.key,
-                               vary=selecting_fields(request, part))
+                   vary=selecting_fields(request, part))
 
 
 def _asks_anew(control: dict[str, str | None], policy: Policy, age: int, ttl: float) -> bool:
@@ -1776,8 +1781,7 @@ def _partial_content(head: Head, size: int, ranges: list[tuple[int, int]], bound
     fields = without(head.fields, ("content-range",))
     if len(ranges) == 1:
         fields += (("Content-Range", labels[0]),)
-        return Selection(changed(head, status=206, reason="Partial Content", fields=fields),
-                         (ranges[0],))
+        return Selection(changed(head, status=206, reason="Partial Content", fields=fields), (ranges[0],))
     kind = value(head.fields, "Content-Type") or "application/octet-stream"
     spans: list[Span] = []
     for span, label in zip(ranges, labels):
@@ -1786,8 +1790,7 @@ def _partial_content(head: Head, size: int, ranges: list[tuple[int, int]], bound
     spans.append(("\r\n--%s--\r\n" % boundary).encode("latin-1"))
     fields = without(fields, ("content-type",))
     fields += (("Content-Type", "multipart/byteranges; boundary=" + boundary),)
-    return Selection(changed(head, status=206, reason="Partial Content", fields=fields),
-                     tuple(spans))
+    return Selection(changed(head, status=206, reason="Partial Content", fields=fields), tuple(spans))
 
 
 def own_head(status: int, media: str = "text/plain; charset=utf-8", more: Fields = (),
@@ -1814,7 +1817,7 @@ def select_response(request: Request, head: Head, size: int | None, boundary: st
     if status == 304:
         names = ("content-type", "content-length", "content-encoding", "content-range")
         return Selection(changed(head, status=304, reason="Not Modified",
-                                             fields=without(head.fields, names)), ())
+                                 fields=without(head.fields, names)), ())
     if status == 412:
         return Selection(error_head(412), (b"The representation is another than the request's condition.\n",))
     ranges = None if size is None else requested_ranges(request, head, size)
@@ -2096,6 +2099,7 @@ FLUSH_EVERY = 0.5  # seconds, where another machine may read a partial as it gro
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
 _MAX_NAMES = 1024 * 1024  # bytes in a file of names: 10,000 of them, and 256 files, are 2 million
 _RECENT = "recent"  # the file of names that none of those has yet
+_WHOLE = "whole-256"  # says that they were made from all that is stored
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
 
 
@@ -2604,20 +2608,18 @@ class Names:
 
     def spread(self) -> None:
         """Give what is new its place.  What another process adds in this moment may be lost."""
-        lines: dict[str, list[bytes]] = {}
         with contextlib.suppress(OSError):
             path = os.path.join(self._folder, "%s^%s" % (_RECENT, secrets.token_hex(4)))
             os.rename(os.path.join(self._folder, _RECENT), path)
             with io.FileIO(path, "rb", opener=_private) as file:
-                for line in (file.read(4 * _MAX_NAMES) or b"").splitlines(keepends=True):
-                    if re.match(rb"[0-9a-f]{18} .*\n", line):
-                        lines.setdefault(line[:2].decode(), []).append(line)
+                lines = (file.read(4 * _MAX_NAMES) or b"").splitlines(keepends=True)
             os.unlink(path)
-            self._add(self._folder, lines)
+            self._add(self._folder, self._placed(
+                line for line in lines if re.match(rb"[0-9a-f]{18} .*\n", line)))
 
     def is_whole(self) -> bool:
         """Whether it was ever made from all that is stored."""
-        return os.path.exists(os.path.join(self._folder, "whole-256"))
+        return os.path.exists(os.path.join(self._folder, _WHOLE))
 
     def rebuild(self, entries: Iterable[tuple[str, str]]) -> None:
         """Replace all of it: names and places; OSError."""
@@ -2625,12 +2627,8 @@ class Names:
         rows = iter(entries)
         try:
             while part := list(itertools.islice(rows, 100_000)):
-                lines: dict[str, list[bytes]] = {}
-                for name, place in part:
-                    line = self._line(name, place)
-                    lines.setdefault(line[:2].decode(), []).append(line)
-                self._add(new, lines)
-            self._add(new, {"whole-256": [b""]})
+                self._add(new, self._placed(self._line(name, place) for name, place in part))
+            self._add(new, {_WHOLE: [b""]})
             shutil.rmtree(self._folder, ignore_errors=True)
             os.rename(new, self._folder)
         finally:
@@ -2653,6 +2651,13 @@ class Names:
     def _line(self, name: str, place: str) -> bytes:
         digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
         return ("%s %s\n" % (digest[:18], place)).encode("utf-8", "surrogateescape")
+
+    def _placed(self, lines: Iterable[bytes]) -> dict[str, list[bytes]]:
+        """Lines by the file that each belongs to."""
+        found: dict[str, list[bytes]] = {}
+        for line in lines:
+            found.setdefault(line[:2].decode(), []).append(line)
+        return found
 
     def _pair(self, mirrors: tuple[str, str]) -> str:
         return "mirrors-" + hashlib.sha256(" ".join(sorted(mirrors)).encode("utf-8", "replace")).hexdigest()
@@ -2770,7 +2775,7 @@ class Store:
             raise OSError(errno.EPERM, "it is not ours")
         path = os.path.join(self.books, "partials", "link^" + secrets.token_hex(8))
         make_folder(os.path.dirname(path))
-        os.link(os.path.join(self.root, twin.name), path)
+        os.link(self.path(twin.name), path)
         try:
             if not os.path.samestat(os.lstat(path), os.fstat(twin.fileno())):
                 raise OSError(errno.ESTALE, "it has been replaced")
@@ -2796,7 +2801,7 @@ class Store:
         """Keep a head that a validation has brought up to date; a failure costs only that."""
         head = changed(head, size=stored.head.size, mtime_ns=stored.head.mtime_ns)
         with contextlib.suppress(OSError):
-            if not _describes(head, os.lstat(os.path.join(self.root, stored.name))):
+            if not _describes(head, os.lstat(self.path(stored.name))):
                 return  # another instance has stored a newer body meanwhile
             _write_heads(self.head_path(stored.name), [head])
 
@@ -3387,6 +3392,14 @@ def select_ready(sock: socket.socket, timeout: float, writing: bool = False) -> 
     return any(select.select(*wanted, timeout))
 
 
+def is_quiet(sock: socket.socket) -> bool:
+    """Whether a connection is open, and nothing has come over it."""
+    try:
+        return not select_ready(sock, 0)
+    except (OSError, ValueError):
+        return False
+
+
 class TimedFile(io.RawIOBase):
     """The bytes of a socket, up to a deadline: a drip of single bytes must not hold a thread for ever.
 
@@ -3947,12 +3960,7 @@ class Connection(http.client.HTTPConnection):
 
     def is_quiet(self) -> bool:
         """Whether the origin has neither closed it nor sent what nobody asked for."""
-        if self.sock is None:
-            return False
-        try:
-            return not select_ready(self.sock, 0)
-        except (OSError, ValueError):
-            return False
+        return self.sock is not None and is_quiet(self.sock)
 
 
 class Pool:
@@ -4615,10 +4623,10 @@ class BytesBody:
 def read_slice(part: Slice) -> bytes:
     """The bytes of a small slice; LocalFailure where the disk fails, or the file has become shorter."""
     try:
-        data = part.file.read_at(part.stop - part.start, part.start)
+        data = part.file.read_at(part.size, part.start)
     except OSError as error:
         raise LocalFailure(error) from None
-    if len(data) != part.stop - part.start:
+    if len(data) != part.size:
         raise LocalFailure(OSError(errno.EIO, "the stored body was cut"))
     return data
 
@@ -4696,7 +4704,7 @@ class TrailBody:
                     raise OriginTimeout("The first byte did not come in time.") from None
                 yield from self._beyond(partial, offset, stop)
                 return
-            offset += part.stop - part.start if isinstance(part, Slice) else len(part)
+            offset += part.size if isinstance(part, Slice) else len(part)
             self.first_byte = None
             self._begun = True
             yield part
@@ -4704,13 +4712,14 @@ class TrailBody:
     def _read(self, partial: Partial, offset: int, received: int) -> bytes | Slice:
         """Bytes that have been received; many of them are left to the kernel, where the client need not be
         told of their number.  LocalFailure, OSError."""
-        slice_it = received - offset > SMALL and self.length is not None and hasattr(os, "sendfile")
-        data = partial.read_at(1, received - 1) if slice_it else partial.read_at(
+        by_kernel = received - offset > SMALL and self.length is not None and hasattr(os, "sendfile")
+        data = partial.read_at(1, received - 1) if by_kernel else partial.read_at(
             min(CHUNK, received - offset), offset)
         if not data:
             raise LocalFailure(OSError(errno.EIO, "the partial was cut"))
-        rest = functools.partial(self._beyond, partial)
-        return Slice(partial, offset, received, rest) if slice_it else data
+        if not by_kernel:
+            return data
+        return Slice(partial, offset, received, functools.partial(self._beyond, partial))
 
     def _patience(self) -> float:
         return FLIGHT_WAIT if self.first_byte is None else max(0.0, self.first_byte - time.monotonic())
@@ -4835,7 +4844,7 @@ def through_prefix(request: Request, reply: Reply) -> Reply:
         return through_prefix(request, reply.instead(failure))
 
     return changed(reply, head=changed(reply.head, fields=fields), body=body,
-                               instead=reply.instead and instead)
+                   instead=reply.instead and instead)
 
 
 class Orphans:
@@ -5124,8 +5133,7 @@ def from_partial(request: Request, head: Head, flight: Flight, partial: Partial,
                  rest: Callable[[Head, int | None, int], Response]) -> Reply:
     """A reply from a partial (acquired) while it grows, with ``head`` as its own."""
     fields = without(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
-    selection = select_response(request, changed(head, fields=fields), partial.length,
-                                BOUNDARY)
+    selection = select_response(request, changed(head, fields=fields), partial.length, BOUNDARY)
     body = TrailBody(flight, partial, selection, rest)
     return Reply(selection.head, body, status, status.outcome in (Outcome.COLLAPSED, Outcome.SHARED),
                  waits=body.let_go)
@@ -5931,7 +5939,7 @@ class Leader:
         if not same or not_storable(changed(request, method="GET"), head, config):
             return None
         return changed(stored.head, fields=kept_fields(head.fields), final=head.final,
-                                   requested=head.requested, received=head.received)
+                       requested=head.requested, received=head.received)
 
     def _confirmed(self, request: Request, decision: Decision, stored: Stored,
                    head: Head) -> tuple[Reply, Landing | None]:
@@ -6799,6 +6807,12 @@ class RequestBody:
         return data
 
 
+def _wait_for_client(sock: socket.socket) -> None:
+    """Until a client takes more; socket.timeout."""
+    if not select_ready(sock, CLIENT_TIMEOUT, writing=True):
+        raise socket.timeout("timed out")
+
+
 def send_all(sock: socket.socket, data: bytes, waits: Callable[[], object] = lambda: None) -> None:
     """Send to a client, who may take CLIENT_TIMEOUT for each step; OSError, socket.timeout.  ``waits`` is
     called where he does not take it all at once."""
@@ -6808,8 +6822,7 @@ def send_all(sock: socket.socket, data: bytes, waits: Callable[[], object] = lam
             left = left[sock.send(left):]
         except BlockingIOError:
             waits()
-            if not select_ready(sock, CLIENT_TIMEOUT, writing=True):
-                raise socket.timeout("timed out") from None
+            _wait_for_client(sock)
 
 
 def _send_some(sock: socket.socket, part: Slice, start: int, by_kernel: bool) -> int:
@@ -6835,8 +6848,7 @@ def send_slice(sock: socket.socket, part: Slice) -> Iterator[int]:
         try:
             count = _send_some(sock, part, start, by_kernel)
         except BlockingIOError:
-            if not select_ready(sock, CLIENT_TIMEOUT, writing=True):
-                raise socket.timeout("timed out") from None
+            _wait_for_client(sock)
         except LocalFailure as failure:
             if not by_kernel or failure.code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                 raise
@@ -6936,14 +6948,6 @@ def has_gone(sock: socket.socket) -> bool:
         return select_ready(sock, 0) and not sock.recv(1, socket.MSG_PEEK)
     except (OSError, ValueError):  # closed
         return True
-
-
-def is_quiet(sock: socket.socket) -> bool:
-    """Whether a connection is open, and nothing has come over it."""
-    try:
-        return not select_ready(sock, 0)
-    except (OSError, ValueError):
-        return False
 
 
 @functools.lru_cache(REMEMBERED // 4)
@@ -7580,7 +7584,7 @@ class RequestReader:
                 body = ContinueBody(body, self._visitor.connection)
         visitor = self._visitor
         return changed(request, body=body, received=time.time(), client=visitor.host,
-                                   local=visitor.local, near=visitor.near)
+                       local=visitor.local, near=visitor.near)
 
     def _known(self) -> Request | None:
         """The first request, where the lobby has parsed it already."""
@@ -7762,11 +7766,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         body, waits = reply.body, reply.waits
         waiting, count, total = head, 0, 0
         for part in body.parts():
-            total += part.stop - part.start if isinstance(part, Slice) else len(part)
+            total += part.size if isinstance(part, Slice) else len(part)
             if body.length is not None and total > body.length:
                 raise ConnectionAbortedError(errno.EIO, "the body is longer than declared")
-            if isinstance(part, Slice) and part.stop - part.start > SMALL:
-                read_slice(Slice(part.file, part.start, part.start + 1))  # before the head has left
+            if isinstance(part, Slice) and part.size > SMALL:
+                if not self._began:  # an error can still be told
+                    read_slice(Slice(part.file, part.start, part.start + 1))
                 self._write(waiting, count)
                 waiting, count = b"", 0
                 self._send_file(part)
@@ -7790,9 +7795,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _send_file(self, part: Slice) -> None:
         """Let the kernel send it; LocalFailure where it can't be read, and nothing comes instead."""
         self._began, at = True, part.start
-        long = part.stop - part.start > LONG
         try:
-            with self.server.desk.seat.away() if long else contextlib.nullcontext():
+            with self.server.desk.seat.away() if part.size > LONG else contextlib.nullcontext():
                 for count in send_slice(self.connection, part):
                     self._sent += count
                     at += count
@@ -7891,8 +7895,6 @@ class Crew:
 
 class ProxyServer(http.server.ThreadingHTTPServer):
     """Listens on one address; a thread for whatever may block."""
-
-    daemon_threads = True
 
     def __init__(self, listening: socket.socket, desk: Desk) -> None:
         self.desk = desk
