@@ -9417,7 +9417,6 @@ class IndexedTest(ClientCase):
         self.assertEqual(len(self.files.bodies(".tgz")), 1)
 
 
-@unittest.skipUnless(shutil.which("ip") and hasattr(os, "geteuid") and os.geteuid() == 0, "no network namespaces for this user")
 class Browser:
     """A real Chromium, spoken to over two pipes (the DevTools protocol, a NUL behind each message)."""
 
@@ -9749,6 +9748,7 @@ class SetupTest(SignedCase):
         self.assertEqual(len(self.origin.bodies("core.db")), 1)
 
 
+@unittest.skipUnless(shutil.which("ip") and hasattr(os, "geteuid") and os.geteuid() == 0, "no network namespaces for this user")
 class StrangersTest(ClientCase):
     """A client on another machine, which is a network namespace with an address of its own."""
 
