@@ -4410,10 +4410,10 @@ class Counters:
         with self._lock:
             self._slots[self._places["tunnelled"]] += count
 
-    def add(self, outcome: Outcome, cached: int = 0) -> None:
-        """One answer, with so many body bytes from the cache."""
+    def add(self, outcome: Outcome, cached: int = 0, count: int = 1) -> None:
+        """So many answers, with so many body bytes from the cache."""
         with self._lock:
-            self._slots[self._places[outcome._value_]] += 1  # .value is a function of the library's
+            self._slots[self._places[outcome._value_]] += count  # .value is a function of the library's
             self._slots[self._cache] += cached
 
     def since(self, now: float) -> float:
@@ -4546,23 +4546,25 @@ class Recent:
         self._recent: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=SHOWN)
         self._origins: dict[tuple[str, int], list[int]] = {}  # by host and port: requests, bytes, cached ones
 
-    def note(self, client: str, request: Request, status: int, cache_status: CacheStatus,
-             sent: Sent) -> None:
-        """One answer that was no page of ours."""
-        target = request.target
+    def note(self, request: Request, status: int, cache_status: CacheStatus,
+             answers: list[tuple[str, Sent]]) -> None:
+        """What clients got for the same request at the same time, and was no page of ours."""
+        target, now = request.target, time.time()
         with self._lock:
-            self._seen += 1
-            seen = self._seen
-            self._recent.append((time.time(), client, request.method, target, request.uri, status, sent,
-                                 cache_status))
+            before = self._seen
+            self._seen = seen = before + len(answers)
+            for client, sent in answers[-SHOWN:]:
+                self._recent.append((now, client, request.method, target, request.uri, status, sent,
+                                     cache_status))
             if target.host and cache_status.outcome not in (Outcome.REFUSED, Outcome.FAILED):
                 place = target.host, target.port
                 row = self._origins.get(place) or self._admit(place)
-                row[0] += 1
-                row[1] += sent.size
-                row[2] += sent.cached
-        if seen in HINTS_AFTER or cache_status.forward == "bypass":
-            self._hint(request, seen)
+                row[0] += len(answers)
+                for _, sent in answers:
+                    row[1] += sent.size
+                    row[2] += sent.cached
+        if cache_status.forward == "bypass" or before < HINTS_AFTER[-1]:
+            self._hint(request, cache_status, any(before < number <= seen for number in HINTS_AFTER))
 
     def _admit(self, place: tuple[str, int]) -> list[int]:
         """A row for a new origin; where there are many, the least busy one gives way to it."""
@@ -4572,13 +4574,14 @@ class Recent:
             others[:] = map(sum, zip(others, self._origins.pop(least)))
         return self._origins.setdefault(place, [0, 0, 0])
 
-    def _hint(self, request: Request, seen: int) -> None:
+    def _hint(self, request: Request, cache_status: CacheStatus, due: bool) -> None:
         """Say, once each, where users are about to lose what this proxy is for."""
-        if seen in HINTS_AFTER:
+        if due:
             with self._lock:
                 details = [row[-1].detail for row in self._recent]
             topic, text = "outcomes", hint(self._outcomes(), details)
-        elif classify(request.key) in (NameClass.PACKAGE, NameClass.CONTENT):
+        elif cache_status.forward == "bypass" and \
+                classify(request.key) in (NameClass.PACKAGE, NameClass.CONTENT):
             topic, text = "filters", "A filter keeps a package from the cache: %s." % outlined(request.uri)
         else:
             return
@@ -5044,27 +5047,38 @@ def mark_of(stored: Stored) -> tuple[int, int, int]:
 class Shelf:
     """Replies of this second, for whoever asks for the same: a fleet does so in the same moment.
 
-    A copy is good while its file is what it was, which a look at the open descriptor tells each time, and
-    until the second ends: its Age is for that one.
+    A copy is good while its file is what it was, which a look at the open descriptor tells, one for all who
+    have asked when it is made, and until the second ends: its Age is for that one.
     """
 
     def __init__(self) -> None:
         self._copies: dict[Any, Copy] = {}  # by the request's head, and whose it is
         self._era: tuple[int, Config | None] = (0, None)  # the second and the configuration they are of
+        self._sure: set[Copy] = set()  # have been looked at since the last doubt
 
     def begin(self, era: tuple[int, Config]) -> None:
-        """From now on it is this second."""
+        """From now on it is this second, and what is asked was asked before."""
         if era != self._era:
             self.clear()
             self._era = era
+        self.doubt()
+
+    def doubt(self) -> None:
+        """What is asked from now on may have been asked after a file was removed or replaced."""
+        self._sure.clear()
 
     def find(self, asked: Any, config: Config) -> Copy | None:
         """The copy for a request, if it is still good."""
         copy = self._copies.get(asked) if config is self._era[1] else None
+        if copy is None or copy in self._sure:
+            return copy
         try:
-            return copy if copy is not None and mark_of(copy.stored) == copy.mark else None
+            if mark_of(copy.stored) != copy.mark:
+                return None
         except OSError:
             return None
+        self._sure.add(copy)
+        return copy
 
     def put(self, asked: Any, copy: Copy) -> None:
         """Keep a copy; without room for it, or where an open file can't be removed, just close its file."""
@@ -6969,15 +6983,15 @@ def head_end(data: bytes, seen: int = 0) -> int:
     return -1 if long or _BARE_LF.search(data, max(0, seen - 1)) else 0
 
 
-class Outgoing:
-    """An answer of the lobby's."""
+class Outgoing(NamedTuple):
+    """An answer of the lobby's that could not be sent at once."""
 
-    __slots__ = ("began", "copy", "left")
+    copy: Copy
+    left: bytes  # still to be sent, of head and body
+    began: float  # monotonic
 
-    def __init__(self, copy: Copy, began: float) -> None:
-        self.copy = copy
-        self.left = copy.data  # still to be sent, head and body
-        self.began = began  # monotonic
+
+Whence = tuple[bool, tuple[str, int]]  # whether a client is near, and our address by which it came
 
 
 class Visitor:
@@ -6995,6 +7009,7 @@ class Visitor:
         self.since = time.monotonic()  # when it began to wait for that
         self.stays = False  # the connection, when no thread serves it any more
         self.missing = False  # whether nothing is stored for its request that a thread is to answer
+        self.whence: Whence | None = None  # whence it comes, where it is known that it may
         self.outgoing: Outgoing | None = None  # the lobby's answer, while it is being sent
         self._place: tuple[str, int] | None = None
         self._near: bool | None = None
@@ -7018,6 +7033,24 @@ class Visitor:
         if self._near is None:
             self._near = self.host == self.local or is_this_host(self.host)
         return self._near
+
+    def hear(self) -> bytes | None:
+        """What has come by now; b"" where it has gone, None where nothing has come."""
+        try:
+            return self.connection.recv(SMALL)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            return b""
+
+    def take(self, data: bytes) -> int | None:
+        """How much of ``data`` it takes now; None where it has gone."""
+        try:
+            return self.connection.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError:
+            return None
 
 
 class Room:
@@ -7196,12 +7229,12 @@ class Desk:
     For the handlers: refusal, reply_to, tunnelling, note, note_tunnel.  For the lobbies: answer, told.
     """
 
-    def __init__(self, proxy: Proxy, room: Room, tell: Callable[[str], None],
+    def __init__(self, proxy: Proxy, room: Room, tell: Callable[[list[str]], None],
                  seat: Seat | None = None) -> None:
         self.proxy = proxy
         self.room = room
         self.seat = seat or Seat()
-        self._tell = tell  # writes a line into the log
+        self._tell = tell  # writes lines into the log
         self._ids = itertools.cycle(range(1, 1000))
         self._refusals = Attempts(REFUSAL_PAUSE)
 
@@ -7263,45 +7296,51 @@ class Desk:
         cached = max(0, sent - reply.body.uncached) if counted else 0
         quiet = isinstance(reply.failure, NotAllowed) and not self._refusals.due(
             request.client, time.monotonic())
-        self._note(request.client, request, reply.head.status, reply.cache_status,
-                   Sent(sent, cached, took, whole, quiet))
+        self._note(request, reply.head.status, reply.cache_status,
+                   [(request.client, Sent(sent, cached, took, whole, quiet))])
 
-    def _note(self, client: str, request: Request, status: int, cache_status: CacheStatus, sent: Sent,
-              text: str = "") -> None:
+    def _note(self, request: Request, status: int, cache_status: CacheStatus,
+              answers: list[tuple[str, Sent]], text: str = "") -> None:
+        """The same for all of them: what was asked, and what the answer was."""
         outcome = cache_status.outcome
-        self.proxy.counters.add(outcome, sent.cached)
+        self.proxy.counters.add(outcome, sum([sent.cached for _, sent in answers]), len(answers))
         if outcome is not Outcome.OWN:
-            self.proxy.insight.recent.note(client, request, status, cache_status, sent)
-        if not sent.quiet and (outcome is not Outcome.OWN or log.isEnabledFor(logging.DEBUG)):
-            self._tell("[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s%s" % (
-                next(self._ids), client, outcome._value_, status, sent.size, sent.took,
-                text or logged(request, cache_status), "" if sent.whole else ", broken off"))
+            self.proxy.insight.recent.note(request, status, cache_status, answers)
+        if log.isEnabledFor(logging.DEBUG if outcome is Outcome.OWN else logging.INFO):
+            text = text or logged(request, cache_status)
+            self._tell(["[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s%s" % (
+                next(self._ids), client, outcome._value_, status, sent.size, sent.took, text,
+                "" if sent.whole else ", broken off") for client, sent in answers if not sent.quiet])
 
     def note_tunnel(self, request: Request, head: Head, count: int, took: float, whole: bool) -> None:
         """Count and log one tunnel."""
         self.proxy.counters.add_tunnel(count)
         self.note(request, Reply(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), count, took, whole)
 
-    def answer(self, visitor: Visitor, size: int, shelf: Shelf) -> Outgoing | None:
+    def answer(self, visitor: Visitor, size: int, shelf: Shelf) -> Copy | None:
         """The answer to a request with a head so long, where it is at hand."""
-        began, visitor.missing = time.monotonic(), False
-        if size > SHORT_HEAD or not self._may_come_in(visitor):
+        visitor.missing = False
+        whence = self._whence(visitor)
+        if size > SHORT_HEAD or whence is None:
             return None
-        asked = visitor.early[:size], visitor.near, visitor.place
+        asked = visitor.early[:size], whence
         copy = shelf.find(asked, self.proxy.config)
         if copy is None:
             copy, visitor.missing = self._prepare(asked, shelf)
-        return None if copy is None else Outgoing(copy, began)
+        return copy
 
-    def _may_come_in(self, visitor: Visitor) -> bool:
+    def _whence(self, visitor: Visitor) -> Whence | None:
+        """Whence a visitor comes; None where it may not come in."""
         if visitor.refused is None:
             visitor.refused = self.refusal(visitor.host, visitor.local) is not None
-        return not visitor.refused
+            visitor.whence = None if visitor.refused else (visitor.near, visitor.place)
+        return visitor.whence
 
-    def _prepare(self, asked: tuple[bytes, bool, tuple[str, int]], shelf: Shelf) -> tuple[Copy | None, bool]:
+    def _prepare(self, asked: tuple[bytes, Whence], shelf: Shelf) -> tuple[Copy | None, bool]:
         """What is at hand for a request that nobody has made in this second; whether nothing is stored."""
+        head, whence = asked
         try:
-            request = parse_head(*asked)
+            request = parse_head(head, *whence)
         except (Failure, ValueError):
             return None, False
         if request.own or request.length != 0 or request.method not in ("GET", "HEAD"):
@@ -7311,12 +7350,9 @@ class Desk:
             shelf.put(asked, copy)
         return copy, missing
 
-    def told(self, visitor: Visitor, outgoing: Outgoing, whole: bool) -> None:
-        """Count and log an answer of the lobby's."""
-        copy = outgoing.copy
-        sent = max(0, len(copy.body) - len(outgoing.left))
-        self._note(visitor.host, copy.request, copy.ready.status, copy.ready.cache_status,
-                   Sent(sent, sent, time.monotonic() - outgoing.began, whole), copy.text)
+    def told(self, copy: Copy, answers: list[tuple[str, Sent]]) -> None:
+        """Count and log what lobbies sent of a copy, to whom."""
+        self._note(copy.request, copy.ready.status, copy.ready.cache_status, answers, copy.text)
 
 
 class Host(Protocol):
@@ -7391,6 +7427,7 @@ class Lobby:
         self._visitors: set[Visitor] = set()
         self._coming: queue.SimpleQueue[Visitor] = queue.SimpleQueue()
         self._again: list[Visitor] = []  # have asked for more than their turn allows
+        self._given: dict[Copy, list[tuple[str, Sent]]] = {}  # in this turn, and to whom
         self._closed = False
         self._thread = 0  # that attends
         self._shelf = Shelf()
@@ -7421,6 +7458,7 @@ class Lobby:
         for visitor in again:
             if visitor.waiting:
                 self._serve(visitor, more=True)
+        self._tell()
 
     @property
     def sending(self) -> int:
@@ -7431,13 +7469,11 @@ class Lobby:
         """See off who has waited for too long; ``now`` is monotonic."""
         for visitor in tuple(self._visitors):
             waited = now - visitor.since
-            if visitor.outgoing and waited > CLIENT_TIMEOUT:
-                self._host.desk.told(visitor, visitor.outgoing, whole=False)
-                self._see_off(visitor)
-            elif visitor.early and not visitor.outgoing and waited > REQUEST_WAIT:
-                self._hand_over(visitor)  # it is told so
-            elif not visitor.outgoing and waited > (IDLE_TIMEOUT if visitor.answered else REQUEST_WAIT):
-                self._see_off(visitor)
+            if visitor.outgoing:
+                if waited > CLIENT_TIMEOUT:
+                    self._break_off(visitor, *visitor.outgoing)
+            elif waited > (REQUEST_WAIT if visitor.early or not visitor.answered else IDLE_TIMEOUT):
+                (self._hand_over if visitor.early else self._see_off)(visitor)  # the former is told so
 
     def close(self) -> None:
         """See everybody off."""
@@ -7445,6 +7481,7 @@ class Lobby:
         self._let_in()
         for visitor in tuple(self._visitors):
             self._see_off(visitor)
+        self._tell()
         self._shelf.clear()
         self.watchman.close()
 
@@ -7453,10 +7490,7 @@ class Lobby:
         with contextlib.suppress(queue.Empty):
             while True:
                 visitor = self._coming.get_nowait()
-                if self._closed:
-                    self._host.shutdown_request(visitor)
-                else:
-                    self._take_in(visitor)
+                (self._host.shutdown_request if self._closed else self._take_in)(visitor)
 
     def _take_in(self, visitor: Visitor) -> None:
         """Hear at once what a visitor wants, which a new one has mostly said already; if that isn't all, let
@@ -7464,6 +7498,7 @@ class Lobby:
         visitor.connection.setblocking(False)
         self._visitors.add(visitor)
         visitor.waiting, visitor.since = True, time.monotonic()  # one may have been parked for long
+        self._shelf.doubt()  # it may have come after the others of this turn
         self._serve(visitor)
         if visitor.waiting and not visitor.outgoing:
             self._watch(visitor)
@@ -7494,7 +7529,7 @@ class Lobby:
         not the others."""
         try:
             if visitor.outgoing:
-                self._send(visitor, visitor.outgoing)
+                self._send(visitor, *visitor.outgoing)
                 self._answer(visitor)
             elif more:
                 self._answer(visitor)
@@ -7506,59 +7541,64 @@ class Lobby:
                 self._see_off(visitor)
 
     def _hear(self, visitor: Visitor) -> None:
-        try:
-            data = visitor.connection.recv(SMALL)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
+        began, data = time.monotonic(), visitor.hear()
         if not data:
-            self._see_off(visitor)
+            if data is not None:
+                self._see_off(visitor)
             return
         if not visitor.early:
-            visitor.since = time.monotonic()
+            visitor.since = began
+            if visitor.whence:  # mostly it is one head, which somebody has sent a moment ago
+                copy = self._shelf.find((data, visitor.whence), self._host.desk.proxy.config)
+                if copy is not None:
+                    self._send(visitor, copy, copy.data, began)
+                    return
         seen, visitor.early = len(visitor.early), visitor.early + data
         self._answer(visitor, seen)
 
     def _answer(self, visitor: Visitor, seen: int = 0) -> None:
         """Answer what can be answered on the spot, request after request, as long as a turn lasts."""
-        turn = TURN
-        while visitor.early and visitor.waiting and not visitor.outgoing:
-            if not turn:
-                self._again.append(visitor)
-                return
-            turn -= 1
-            size = head_end(visitor.early, seen)
+        for _ in range(TURN):
+            began, free = time.monotonic(), visitor.waiting and not visitor.outgoing
+            size = head_end(visitor.early, seen) if free else 0
             if not size:
                 return
-            outgoing = self._host.desk.answer(visitor, size, self._shelf) if size > 0 else None
-            if outgoing is None:
+            copy = self._host.desk.answer(visitor, size, self._shelf) if size > 0 else None
+            if copy is None:
                 self._hand_over(visitor)
                 return
             visitor.early, seen = visitor.early[size:], 0
-            self._send(visitor, outgoing)
+            self._send(visitor, copy, copy.data, began)
+        self._again.append(visitor)
 
-    def _send(self, visitor: Visitor, outgoing: Outgoing) -> None:
-        """Send what can be sent now, and note when that was all."""
-        waited, visitor.outgoing = visitor.outgoing is not None, outgoing
-        try:
-            outgoing.left = outgoing.left[visitor.connection.send(outgoing.left):]
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError:
-            self._host.desk.told(visitor, outgoing, whole=False)
-            self._see_off(visitor)
+    def _send(self, visitor: Visitor, copy: Copy, left: bytes, began: float) -> None:
+        """Send what can be sent now of what is ``left`` of a copy, and note when that was all."""
+        waited, count = visitor.outgoing is not None, visitor.take(left)
+        if count is None:
+            self._break_off(visitor, copy, left, began)
             return
-        visitor.since = time.monotonic()
-        visitor.outgoing = outgoing if outgoing.left else None
-        if waited != bool(outgoing.left):
+        visitor.since = now = time.monotonic()
+        whole = count == len(left)
+        visitor.outgoing = None if whole else Outgoing(copy, left[count:], began)
+        if waited is whole:
             self._watch(visitor)
-        if outgoing.left:
-            return
-        visitor.answered = True
-        self._host.desk.told(visitor, outgoing, whole=True)
-        if outgoing.copy.ready.close:
-            self._see_off(visitor)
+        if whole:
+            visitor.answered, size = True, len(copy.body)
+            self._given.setdefault(copy, []).append((visitor.host, Sent(size, size, now - began, True)))
+            if copy.ready.close:
+                self._see_off(visitor)
+
+    def _break_off(self, visitor: Visitor, copy: Copy, left: bytes, began: float) -> None:
+        """See off a visitor who does not take what is left of its answer."""
+        size, took = max(0, len(copy.body) - len(left)), time.monotonic() - began
+        self._given.setdefault(copy, []).append((visitor.host, Sent(size, size, took, False)))
+        self._see_off(visitor)
+
+    def _tell(self) -> None:
+        """Let what was given be counted and logged, all that was given of one copy together."""
+        given, self._given = self._given, {}
+        for copy, answers in given.items():
+            self._host.desk.told(copy, answers)
 
 
 class RequestReader:
@@ -8387,14 +8427,16 @@ class LogWriter(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """For the logging module."""
-        self.write(self.format(record))
+        self.write([self.format(record)])
 
-    def write(self, line: str) -> None:
-        """Put a line into the queue, or drop it; without logging's records, which cost as much as a hit."""
-        if self._lines.qsize() < MAX_LOG_LINES:
-            self._lines.put(self._time() + line + "\n")
+    def write(self, lines: list[str]) -> None:
+        """Put lines into the queue, or drop them; without logging's records, which cost as much as a hit."""
+        stamp, put = self._time(), self._lines.put
+        for line in lines[:max(0, MAX_LOG_LINES - self._lines.qsize())]:
+            put("%s%s\n" % (stamp, line))
         if not self._threaded:
-            self._write_out([self._lines.get()])
+            while not self._lines.empty():
+                self._write_out([self._lines.get()])
 
     def flush(self) -> None:
         """Wait for what is in the queue, but not for long."""
@@ -8415,7 +8457,7 @@ class LogWriter(logging.Handler):
             lines = [self._lines.get()]
             time.sleep(LOG_PAUSE)
             with contextlib.suppress(queue.Empty):
-                while len(lines) < 1000:
+                while len(lines) < MAX_LOG_LINES:
                     lines.append(self._lines.get_nowait())
             self._write_out(lines)
 
@@ -8559,8 +8601,7 @@ def run(config: Config, writer: LogWriter) -> None:
         if again:  # SIGHUP may have come meanwhile
             reload_filters(proxy)
         proxy.start(leads=number == 0)
-        tell = writer.write if log.isEnabledFor(logging.INFO) else lambda _: None
-        desk = Desk(proxy, make_room(), tell, seat)
+        desk = Desk(proxy, make_room(), writer.write, seat)
         serve([ProxyServer(listening, desk) for listening in sockets], proxy, heard, supervisor,
               Manager({} if supervisor else os.environ, counters))
 

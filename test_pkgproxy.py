@@ -479,6 +479,12 @@ class Certificates:
         return context
 
 
+def told(lines):
+    """For a desk: its lines as log records, which assertLogs() catches."""
+    for line in lines:
+        pkgproxy.log.info("%s", line)
+
+
 class ProxyCase(unittest.TestCase):
     """A scripted origin, an empty root and a proxy in this process."""
 
@@ -509,7 +515,7 @@ class ProxyCase(unittest.TestCase):
 
     def server_of(self, proxy):
         return pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Desk(
-            proxy, pkgproxy.Room(pkgproxy.MAX_CONNECTIONS), pkgproxy.log.info))
+            proxy, pkgproxy.Room(pkgproxy.MAX_CONNECTIONS), told))
 
     def stop(self):
         self.server.shutdown()
@@ -5079,7 +5085,7 @@ class FaultsOfTwoTest(FaultTest):
         super().start(config)
         self.local = threading.local()
         self.also = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))
-        self.other = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Desk(self.also, pkgproxy.Room(100), pkgproxy.log.info))
+        self.other = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Desk(self.also, pkgproxy.Room(100), told))
         self.other_address = self.other.server_address
         self._serving_too = threading.Thread(target=self.other.serve_forever, args=(0.01,))
         self._serving_too.start()
@@ -5775,7 +5781,7 @@ class InstancesTest(InstancesCase):
         store = pkgproxy.Store(self.root)
         store.boot = boot or store.boot
         other = pkgproxy.Proxy(self.config, store)
-        server = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Desk(other, pkgproxy.Room(100), pkgproxy.log.info))
+        server = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Desk(other, pkgproxy.Room(100), told))
         serving = threading.Thread(target=server.serve_forever, args=(0.01,))
         serving.start()
         try:
@@ -5970,7 +5976,7 @@ class WatchTest(unittest.TestCase):
     def note(self, uri="http://a/x_1.0_all.deb", outcome=Outcome.HIT, client="10.0.0.1", size=100, cached=100, **status):
         self.outcomes[outcome.value] += 1
         sent = pkgproxy.Sent(size, cached, 0.25, True)
-        self.recent.note(client, request(uri), 200, CacheStatus(outcome, **status), sent)
+        self.recent.note(request(uri), 200, CacheStatus(outcome, **status), [(client, sent)])
 
     def test_requests_and_origins_are_told_apart(self):
         self.note()
@@ -7454,6 +7460,64 @@ class LobbyTest(ProxyCase):
                 self.assertEqual(lookup.call_count, 1)
                 change()
                 self.assertNotIn("; hit", self.ask("/x_1.0.deb")["Cache-Status"])
+
+    def test_who_asks_again_over_one_connection_gets_no_file_that_has_gone(self):
+        path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
+        answer = self.patched(self.server.desk, "answer", mock.Mock(wraps=self.server.desk.answer))
+        with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
+            one = self.visit()
+            for _ in range(3):
+                one.sendall(self.line())
+                self.assertIn(b"; hit", self.read(one, 4096))
+            self.assertEqual(answer.call_count, 1, "the others are known by their bytes")
+            self.page.body, self.page.etag = b"n" * 4096, '"new"'
+            os.unlink(path)
+            one.sendall(self.line())
+            self.assertTrue(self.read(one, 4096).endswith(b"n"))
+
+    def test_who_comes_when_a_file_has_gone_does_not_get_it_in_the_same_turn(self):
+        path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
+        self.page.body, self.page.etag = b"n" * 4096, '"new"'
+        early, late, find = self.visit(), [], self.server.lobby._shelf.find
+
+        def found(asked, config):
+            copy = find(asked, config)
+            if copy is not None and not late:  # it was good just now: somebody removes it, and comes
+                os.unlink(path)
+                late.append(self.visit(self.line()))
+                self.server._accept()
+            return copy
+
+        with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
+            early.sendall(self.line())
+            self.assertIn(b"; hit", self.read(early, 4096))
+            self.patched(self.server.lobby._shelf, "find", found)
+            early.sendall(self.line())
+            self.assertIn(b"; hit", self.read(early, 4096))
+            self.assertTrue(self.read(late[0], 4096).endswith(b"n"))
+
+    def test_what_is_given_in_one_turn_is_counted_and_logged_for_each(self):
+        before, guests = self.snapshot(), [self.visit() for _ in range(20)]
+        until(lambda: len(self.server.lobby._visitors) >= 20)
+        select = self.server.lobby.watchman.select
+        gate = Gate()
+        self.patched(self.server.lobby.watchman, "select", lambda timeout: (gate.pass_through(), select(timeout))[1])
+        with self.assertLogs("pkgproxy", "INFO") as caught:
+            for guest in guests:
+                guest.sendall(self.line() * 3)
+            gate.open()
+            for guest in guests:
+                with guest.makefile("rb") as file:
+                    for _ in range(3):
+                        self.assertTrue(b"".join(iter(file.readline, b"\r\n")))
+                        self.assertEqual(len(file.read(4096)), 4096)
+            until(lambda: self.snapshot()["statsOutcomes"]["hit"] == before["statsOutcomes"]["hit"] + 60)
+            until(lambda: len(caught.output) == 60)
+        self.assertEqual(self.snapshot()["statsCacheBytes"], before["statsCacheBytes"] + 60 * 4096)
+        origin, = self.snapshot()["processes"][0]["origins"].values()
+        self.assertEqual(origin["cached"], self.snapshot()["statsCacheBytes"])
+        self.assertEqual(len({line.partition("]")[0] for line in caught.output}), 60, "each has a number of its own")
+        self.assertEqual(len(self.snapshot()["processes"][0]["recent"]), pkgproxy.SHOWN)
 
     def test_what_was_sent_a_moment_ago_holds_few_files_open_and_not_for_long(self):
         self.origin.pages.update({"/n%d_1.0.deb" % number: Page(b"n") for number in range(40)})
