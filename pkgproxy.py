@@ -3591,7 +3591,8 @@ class OriginResponse(http.client.HTTPResponse):
 
 def resolve(host: str, port: int) -> list[tuple[Any, ...]]:
     """The addresses of a name, the families in turn (RFC 8305 §4); OSError."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # In bytes: for a str, Python loads a megabyte of tables for names beyond ASCII, which ours never are.
+    found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
     first = [address for address in found if address[0] == found[0][0]]
     other = [address for address in found if address[0] != found[0][0]]
     pairs = itertools.zip_longest(first, other)
@@ -7958,14 +7959,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown(): socketserver's loop, with the lobby in the place of its selector."""
         self._ended.clear()
-        acted = 0.0
+        acted = -math.inf
         while time.monotonic() < self._until and (self._until == math.inf or self.lobby.sending):
             try:
-                self.lobby.attend(poll_interval)
                 now = time.monotonic()
-                if self._pressed or now - acted >= poll_interval:
+                if self._pressed or now - acted >= poll_interval:  # at the start, too: who comes is let in
                     acted, self._pressed = now, False
                     self.service_actions()
+                self.lobby.attend(poll_interval)
             except Exception:  # one client's fault, or one bug, is not the end of service
                 log.exception("Waiting for clients failed: this is a bug")
                 time.sleep(poll_interval)

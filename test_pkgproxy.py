@@ -2317,7 +2317,7 @@ class OriginTest(unittest.TestCase):
 
         def mute(host, *arguments, **more):
             asked.append(host)
-            if host == "origin.test":
+            if host == b"origin.test":
                 gate.pass_through()
             return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
 
@@ -2331,7 +2331,7 @@ class OriginTest(unittest.TestCase):
             gate.open()
             until(lambda: not self.client._addresses._lookups)
             self.client.fetch(forward("GET", target, (("Host", "a"),))).close()
-        self.assertEqual(asked, ["origin.test", "127.0.0.1", "origin.test"])
+        self.assertEqual(asked, [b"origin.test", b"127.0.0.1", b"origin.test"])
 
     def test_idle_connections_are_closed_after_a_while(self):
         self.origin.pages["/x"] = Page(b"x")
@@ -4580,7 +4580,7 @@ class FaultTest(ProxyCase):
         real = socket.getaddrinfo
 
         def lead(host, *arguments, **more):
-            if host != "origin.test":
+            if host != b"origin.test":
                 return real(host, *arguments, **more)
             if isinstance(address, Gate):
                 address.pass_through()
@@ -7048,8 +7048,13 @@ class AccessTest(ProxyCase):
                  "[::ffff:7f00:1]", "[64:ff9b::7f00:1]", "127.0.0.1.", "rebound.test")
         real = socket.getaddrinfo
 
+        rebound = []
+
         def lead(host, *arguments, **more):
-            return real("127.0.0.1" if host == "rebound.test" else host, *arguments, **more)
+            if host == b"rebound.test":
+                rebound.append(host)
+                host = b"127.0.0.1"
+            return real(host, *arguments, **more)
 
         with mock.patch.object(socket, "getaddrinfo", lead):
             for name in names:
@@ -7059,6 +7064,7 @@ class AccessTest(ProxyCase):
                         self.assertRegex(answer[:13], rb"HTTP/1\.1 (403|502) ")
                         self.assertNotIn(b"secret", answer)
         self.assertEqual(len(self.origin.log), asked)
+        self.assertTrue(rebound)
 
     def test_what_came_from_this_host_is_for_clients_on_it_alone(self):
         """Neither hits, nor stale answers, nor downloads under way give it to others."""
@@ -7090,7 +7096,7 @@ class AccessTest(ProxyCase):
         real = socket.getaddrinfo
 
         def lead(host, *arguments, **more):
-            if host == "slow.test":
+            if host == b"slow.test":
                 gate.pass_through()
                 host = "127.0.0.1"
             return real(host, *arguments, **more)
@@ -7584,6 +7590,19 @@ class LobbyTest(ProxyCase):
         visitor.since -= 1000
         theirs.sendall(self.line())
         yield visitor
+
+    def test_who_comes_as_it_starts_is_let_in_at_once(self):
+        server = self.server_of(self.proxy)
+        serving = threading.Thread(target=server.serve_forever, args=(3600.0,))
+        serving.start()
+        try:
+            with socket.create_connection(server.server_address, PATIENCE) as one:
+                one.sendall(self.line())
+                self.read(one, 4096)
+        finally:
+            server.shutdown()
+            server.server_close()
+            serving.join()
 
     def test_what_fails_in_the_loop_does_not_end_it(self):
         with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "relieve", side_effect=[ValueError, None]) as relieve:
