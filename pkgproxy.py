@@ -2099,6 +2099,7 @@ FLUSH_EVERY = 0.5  # seconds, where another machine may read a partial as it gro
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
 _MAX_NAMES = 1024 * 1024  # bytes in a file of names: 10,000 of them, and 256 files, are 2 million
 _RECENT = "recent"  # the file of names that none of those has yet
+_MAX_RECENT = 64 * 1024  # bytes in it, which every miss looks through
 _WHOLE = "whole-256"  # says that they were made from all that is stored
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
 
@@ -2596,9 +2597,8 @@ class Names:
         """The places of a name, the newest first."""
         start, lines, found = b"\n" + self._line(name, "")[:-1], b"\n", []
         for bucket in (start[1:3].decode(), _RECENT):
-            with contextlib.suppress(OSError), io.FileIO(
-                    os.path.join(self._folder, bucket), "rb", opener=_private) as file:
-                lines += file.read(4 * _MAX_NAMES) or b""
+            with contextlib.suppress(OSError):
+                lines += self._read(os.path.join(self._folder, bucket))
         at = lines.find(start)
         while at >= 0 and (end := lines.find(b"\n", at + 1)) >= 0:
             found.append(lines[at + len(start):end])
@@ -2611,8 +2611,7 @@ class Names:
         with contextlib.suppress(OSError):
             path = os.path.join(self._folder, "%s^%s" % (_RECENT, secrets.token_hex(4)))
             os.rename(os.path.join(self._folder, _RECENT), path)
-            with io.FileIO(path, "rb", opener=_private) as file:
-                lines = (file.read(4 * _MAX_NAMES) or b"").splitlines(keepends=True)
+            lines = self._read(path).splitlines(keepends=True)
             os.unlink(path)
             self._add(self._folder, self._placed(
                 line for line in lines if re.match(rb"[0-9a-f]{18} .*\n", line)))
@@ -2652,6 +2651,11 @@ class Names:
         digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
         return ("%s %s\n" % (digest[:18], place)).encode("utf-8", "surrogateescape")
 
+    def _read(self, path: str) -> bytes:
+        """A file of names; OSError.  Its size is asked first: to make room for the largest takes longer."""
+        with io.FileIO(path, "rb", opener=_private) as file:
+            return file.read(min(os.fstat(file.fileno()).st_size, 4 * _MAX_NAMES)) or b""
+
     def _placed(self, lines: Iterable[bytes]) -> dict[str, list[bytes]]:
         """Lines by the file that each belongs to."""
         found: dict[str, list[bytes]] = {}
@@ -2669,7 +2673,7 @@ class Names:
             path = os.path.join(folder, bucket)
             with io.FileIO(path, "ab", opener=_private) as file:
                 write_all(file, b"".join(more))
-                full = file.tell() > _MAX_NAMES
+                full = file.tell() > (_MAX_RECENT if bucket == _RECENT else _MAX_NAMES)
             if full and bucket == _RECENT:
                 self.spread()
             elif full:

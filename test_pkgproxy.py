@@ -2031,13 +2031,13 @@ class NamesTest(StoreCase):
         self.assertEqual([self.find("x%d_1.0_all.deb" % number) for number in (0, 1, 299)], [found[0], ["http://c/x1_1.0_all.deb", *found[1]], found[299]])
 
     def test_more_new_names_than_one_file_may_hold_are_spread_before_a_sweep(self):
-        with mock.patch.object(pkgproxy, "_MAX_NAMES", 3000):
+        with mock.patch.object(pkgproxy, "_MAX_RECENT", 3000):
             for number in range(300):
                 self.store.names.note("x%d_1.0_all.deb" % number, "http://a/x%d_1.0_all.deb" % number)
             self.assertEqual([number for number in range(300) if not self.find("x%d_1.0_all.deb" % number)], [])
 
     def test_a_file_of_names_that_grows_too_long_loses_its_older_half(self):
-        with mock.patch.object(pkgproxy, "_MAX_NAMES", 1000):
+        with mock.patch.object(pkgproxy, "_MAX_NAMES", 1000), mock.patch.object(pkgproxy, "_MAX_RECENT", 1000):
             for number in range(100):
                 self.store.names.note("x_1.0_all.deb", "http://h%d/x_1.0_all.deb" % number)
                 self.assertEqual(self.find()[0], "http://h%d/x_1.0_all.deb" % number)
