@@ -73,6 +73,7 @@ import dataclasses
 import enum
 import errno
 import functools
+import glob
 import hashlib
 import http.client
 import http.server
@@ -2607,14 +2608,17 @@ class Names:
         return list(dict.fromkeys(places))[:TWINS]
 
     def spread(self) -> None:
-        """Give what is new its place.  What another process adds in this moment may be lost."""
+        """Give what is new its place, and what somebody died over.  What another process adds in this moment
+        may be lost."""
+        path = os.path.join(self._folder, _RECENT)
         with contextlib.suppress(OSError):
-            path = os.path.join(self._folder, "%s^%s" % (_RECENT, secrets.token_hex(4)))
-            os.rename(os.path.join(self._folder, _RECENT), path)
-            lines = self._read(path).splitlines(keepends=True)
-            os.unlink(path)
-            self._add(self._folder, self._placed(
-                line for line in lines if re.match(rb"[0-9a-f]{18} .*\n", line)))
+            os.rename(path, "%s^%s" % (path, secrets.token_hex(4)))
+        for left in glob.glob(glob.escape(path) + "^*"):
+            with contextlib.suppress(OSError):
+                lines = self._read(left).splitlines(keepends=True)
+                self._add(self._folder, self._placed(
+                    line for line in lines if re.match(rb"[0-9a-f]{18} .*\n", line)))
+                os.unlink(left)
 
     def is_whole(self) -> bool:
         """Whether it was ever made from all that is stored."""

@@ -2036,6 +2036,15 @@ class NamesTest(StoreCase):
                 self.store.names.note("x%d_1.0_all.deb" % number, "http://a/x%d_1.0_all.deb" % number)
             self.assertEqual([number for number in range(300) if not self.find("x%d_1.0_all.deb" % number)], [])
 
+    def test_new_names_whose_spreading_was_killed_are_spread_by_the_next(self):
+        self.store.names.note("x_1.0_all.deb", "http://a/x_1.0_all.deb")
+        folder = Path(self.path(".pkgproxy/names"))
+        (folder / "recent").rename(folder / "recent^12345678")
+        self.store.names.note("y_1.0_all.deb", "http://a/y_1.0_all.deb")
+        self.store.names.spread()
+        self.assertEqual([self.find("x_1.0_all.deb"), self.find("y_1.0_all.deb")], [["http://a/x_1.0_all.deb"], ["http://a/y_1.0_all.deb"]])
+        self.assertEqual([name for name in os.listdir(folder) if "recent" in name], [])
+
     def test_a_file_of_names_that_grows_too_long_loses_its_older_half(self):
         with mock.patch.object(pkgproxy, "_MAX_NAMES", 1000), mock.patch.object(pkgproxy, "_MAX_RECENT", 1000):
             for number in range(100):
