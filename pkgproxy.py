@@ -7951,7 +7951,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._lock = threading.Lock()  # guards _replying
         self._replying = 0
         self._until = math.inf  # monotonic: when serve_forever() ends at last
-        self._pressed = False  # whether somebody waits for the room that there is now
+        self._pressed = True  # whether somebody may wait for the room that there is now, as when it starts
         self._resume = 0.0  # monotonic: until then nobody is let in
         self.beat = time.monotonic()  # of its loop, the last
         self._ended = threading.Event()
@@ -7967,14 +7967,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown(): socketserver's loop, with the lobby in the place of its selector."""
         self._ended.clear()
-        acted = -math.inf
+        acted = 0.0
         while time.monotonic() < self._until and (self._until == math.inf or self.lobby.sending):
             try:
+                self.lobby.attend(0.0 if self._pressed else poll_interval)
                 now = time.monotonic()
-                if self._pressed or now - acted >= poll_interval:  # at the start, too: who comes is let in
+                if self._pressed or now - acted >= poll_interval:
                     acted, self._pressed = now, False
                     self.service_actions()
-                self.lobby.attend(poll_interval)
             except Exception:  # one client's fault, or one bug, is not the end of service
                 log.exception("Waiting for clients failed: this is a bug")
                 time.sleep(poll_interval)

@@ -7618,6 +7618,12 @@ class LobbyTest(ProxyCase):
             until(lambda: relieve.call_count >= 2)
         self.read(self.visit(self.line()), 4096)
 
+    def test_what_fails_in_the_loop_each_time_keeps_nobody_out(self):
+        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "relieve", side_effect=ValueError) as relieve:
+            for times in (2, 4):
+                until(lambda times=times: relieve.call_count >= times)
+                self.read(self.visit(self.line()), 4096)
+
     def test_a_bug_costs_its_client_and_nobody_else(self):
         answer = self.server.desk.answer
         self.patched(self.server.desk, "answer", lambda visitor, *more: (
