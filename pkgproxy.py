@@ -2611,10 +2611,13 @@ class Names:
         """Give what is new its place, and what somebody died over.  What another process adds in this moment
         may be lost."""
         path = os.path.join(self._folder, _RECENT)
+        own = "%s^%s" % (path, secrets.token_hex(4))
         with contextlib.suppress(OSError):
-            os.rename(path, "%s^%s" % (path, secrets.token_hex(4)))
+            os.rename(path, own)
         for left in glob.glob(glob.escape(path) + "^*"):
             with contextlib.suppress(OSError):
+                if left != own and time.time() - os.stat(left).st_mtime < RECENT:
+                    continue  # somebody is at it
                 lines = self._read(left).splitlines(keepends=True)
                 self._add(self._folder, self._placed(
                     line for line in lines if re.match(rb"[0-9a-f]{18} .*\n", line)))
@@ -5081,20 +5084,19 @@ class Shelf:
         copy = self._copies.get(asked) if config is self._era[1] else None
         if copy is None or copy in self._sure:
             return copy
-        try:
-            if mark_of(copy.stored) != copy.mark:
-                return None
-        except OSError:
-            return None
-        self._sure.add(copy)
-        return copy
+        with contextlib.suppress(OSError):
+            if mark_of(copy.stored) == copy.mark:
+                self._sure.add(copy)
+                return copy
+        return None
 
     def put(self, asked: Any, copy: Copy) -> None:
-        """Keep a copy; without room for it, or where an open file can't be removed, just close its file."""
+        """Keep a copy; without room for it, where its file has gone already, or where an open file can't be
+        removed, just close that."""
         old = self._copies.pop(asked, None)
         if old is not None:
             old.stored.close()
-        if len(self._copies) < MAX_COPIES and os.name != "nt":
+        if len(self._copies) < MAX_COPIES and copy.mark[0] and os.name != "nt":
             self._copies[asked] = copy
         else:
             copy.stored.close()
@@ -7448,10 +7450,7 @@ class Lobby:
             self._take_in(visitor)
             return
         self._coming.put(visitor)
-        if self._closed:
-            self._let_in()
-        else:
-            self.watchman.ring()
+        (self._let_in if self._closed else self.watchman.ring)()
 
     def attend(self, timeout: float) -> None:
         """Serve who wants something now, or within ``timeout`` seconds."""
@@ -7489,7 +7488,10 @@ class Lobby:
         self._closed = True
         self._let_in()
         for visitor in tuple(self._visitors):
-            self._see_off(visitor)
+            if visitor.outgoing:
+                self._break_off(visitor, *visitor.outgoing)
+            else:
+                self._see_off(visitor)
         self._tell()
         self._shelf.clear()
         self.watchman.close()
@@ -7563,6 +7565,7 @@ class Lobby:
                     self._send(visitor, copy, copy.data, began)
                     return
         seen, visitor.early = len(visitor.early), visitor.early + data
+        self._shelf.doubt()  # what follows a first head may have been sent in this turn
         self._answer(visitor, seen)
 
     def _answer(self, visitor: Visitor, seen: int = 0) -> None:
@@ -8443,9 +8446,8 @@ class LogWriter(logging.Handler):
         stamp, put = self._time(), self._lines.put
         for line in lines[:max(0, MAX_LOG_LINES - self._lines.qsize())]:
             put("%s%s\n" % (stamp, line))
-        if not self._threaded:
-            while not self._lines.empty():
-                self._write_out([self._lines.get()])
+        while not (self._threaded or self._lines.empty()):
+            self._write_out([self._lines.get()])
 
     def flush(self) -> None:
         """Wait for what is in the queue, but not for long."""

@@ -2040,6 +2040,10 @@ class NamesTest(StoreCase):
         self.store.names.note("x_1.0_all.deb", "http://a/x_1.0_all.deb")
         folder = Path(self.path(".pkgproxy/names"))
         (folder / "recent").rename(folder / "recent^12345678")
+        (folder / "recent^12345678").touch()
+        self.store.names.spread()
+        self.assertTrue((folder / "recent^12345678").exists(), "somebody may be at it")
+        os.utime(folder / "recent^12345678", (0, 0))
         self.store.names.note("y_1.0_all.deb", "http://a/y_1.0_all.deb")
         self.store.names.spread()
         self.assertEqual([self.find("x_1.0_all.deb"), self.find("y_1.0_all.deb")], [["http://a/x_1.0_all.deb"], ["http://a/y_1.0_all.deb"]])
@@ -7510,6 +7514,61 @@ class LobbyTest(ProxyCase):
             early.sendall(self.line())
             self.assertIn(b"; hit", self.read(early, 4096))
             self.assertTrue(self.read(late[0], 4096).endswith(b"n"))
+
+    def test_who_asks_for_more_when_a_file_has_gone_does_not_get_it_in_the_same_turn(self):
+        path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
+        self.page.body, self.page.etag = b"n" * 4096, '"new"'
+        find, select, gate, came, gone = self.server.lobby._shelf.find, self.server.lobby.watchman.select, Gate(), Gate(), []
+
+        def found(asked, config):
+            copy = find(asked, config)
+            if copy is not None and not gone:  # it was good just now: somebody removes it, and asks again
+                gone.append(os.unlink(path))
+                two.sendall(self.line())
+                until(lambda: len(two_there.recv(65536, socket.MSG_PEEK)) == 2 * len(self.line()))
+            return copy
+
+        with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
+            one, two = self.visit(), self.visit()
+            for guest in (one, two):
+                guest.sendall(self.line())
+                self.assertIn(b"; hit", self.read(guest, 4096))
+            two_there = next(visitor.connection for visitor in self.server.lobby._visitors if visitor.address == two.getsockname())
+            self.patched(self.server.lobby.watchman, "select", lambda timeout: (came.open(), gate.pass_through(), select(timeout))[2])
+            came.pass_through()
+            self.patched(self.server.lobby._shelf, "find", found)
+            one.sendall(self.line())
+            two.sendall(self.line())
+            gate.open()
+            self.read(one, 4096)
+            self.assertTrue(self.read(two, 2 * 4096).endswith(b"n"))
+
+    def test_a_file_that_goes_while_it_is_looked_up_is_sent_once(self):
+        path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
+        self.page.body, self.page.etag = b"n" * 4096, '"new"'
+        real, gone = pkgproxy.look_up, []
+
+        def look_up(store, request):
+            stored = real(store, request)
+            if stored is not None and not gone:
+                gone.append(os.unlink(path))
+            return stored
+
+        self.patched(pkgproxy, "look_up", look_up)
+        with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
+            one = self.visit(self.line())
+            self.assertIn(b"; hit", self.read(one, 4096))  # it was there when it was asked for
+            one.sendall(self.line())
+            self.assertTrue(self.read(one, 4096).endswith(b"n"))
+
+    def test_what_is_cut_off_at_the_end_is_counted_and_logged(self):
+        self.one_that_does_not_read()
+        before = self.snapshot()["statsOutcomes"]["hit"]
+        with mock.patch.object(pkgproxy, "GRACE", 0.05), self.assertLogs("pkgproxy", "INFO") as caught:
+            self.server.shutdown()
+            self.server.server_close()
+        self.assertEqual(sum("broken off" in line for line in caught.output), 1)
+        self.assertGreater(self.snapshot()["statsOutcomes"]["hit"], before)
 
     def test_what_is_given_in_one_turn_is_counted_and_logged_for_each(self):
         before, guests = self.snapshot(), [self.visit() for _ in range(20)]
