@@ -4575,8 +4575,9 @@ class Recent:
                 for _, sent in answers:
                     row[1] += sent.size
                     row[2] += sent.cached
-        if cache_status.forward == "bypass" or before < HINTS_AFTER[-1]:
-            self._hint(request, cache_status, any(before < number <= seen for number in HINTS_AFTER))
+        due = before < HINTS_AFTER[-1] and any(before < number <= seen for number in HINTS_AFTER)
+        if due or cache_status.forward == "bypass":
+            self._hint(request, due)
 
     def _admit(self, place: tuple[str, int]) -> list[int]:
         """A row for a new origin; where there are many, the least busy one gives way to it."""
@@ -4586,14 +4587,13 @@ class Recent:
             others[:] = map(sum, zip(others, self._origins.pop(least)))
         return self._origins.setdefault(place, [0, 0, 0])
 
-    def _hint(self, request: Request, cache_status: CacheStatus, due: bool) -> None:
+    def _hint(self, request: Request, due: bool) -> None:
         """Say, once each, where users are about to lose what this proxy is for."""
         if due:
             with self._lock:
                 details = [row[-1].detail for row in self._recent]
             topic, text = "outcomes", hint(self._outcomes(), details)
-        elif cache_status.forward == "bypass" and \
-                classify(request.key) in (NameClass.PACKAGE, NameClass.CONTENT):
+        elif classify(request.key) in (NameClass.PACKAGE, NameClass.CONTENT):
             topic, text = "filters", "A filter keeps a package from the cache: %s." % outlined(request.uri)
         else:
             return
@@ -7479,7 +7479,7 @@ class Lobby:
             waited = now - visitor.since
             if visitor.outgoing:
                 if waited > CLIENT_TIMEOUT:
-                    self._break_off(visitor, *visitor.outgoing)
+                    self._see_off(visitor)
             elif waited > (REQUEST_WAIT if visitor.early or not visitor.answered else IDLE_TIMEOUT):
                 (self._hand_over if visitor.early else self._see_off)(visitor)  # the former is told so
 
@@ -7488,10 +7488,7 @@ class Lobby:
         self._closed = True
         self._let_in()
         for visitor in tuple(self._visitors):
-            if visitor.outgoing:
-                self._break_off(visitor, *visitor.outgoing)
-            else:
-                self._see_off(visitor)
+            self._see_off(visitor)
         self._tell()
         self._shelf.clear()
         self.watchman.close()
@@ -7528,6 +7525,10 @@ class Lobby:
         self.watchman.leave(visitor.connection)
 
     def _see_off(self, visitor: Visitor) -> None:
+        """Let a visitor leave, and note what was left of an answer to it."""
+        if visitor.outgoing:
+            (copy, left, began), visitor.outgoing = visitor.outgoing, None
+            self._note(visitor, copy, len(copy.body) - len(left), began, whole=False)
         self._let_out(visitor)
         self._host.shutdown_request(visitor)
 
@@ -7586,25 +7587,24 @@ class Lobby:
     def _send(self, visitor: Visitor, copy: Copy, left: bytes, began: float) -> None:
         """Send what can be sent now of what is ``left`` of a copy, and note when that was all."""
         waited, count = visitor.outgoing is not None, visitor.take(left)
-        if count is None:
-            self._break_off(visitor, copy, left, began)
-            return
-        visitor.since = now = time.monotonic()
         whole = count == len(left)
-        visitor.outgoing = None if whole else Outgoing(copy, left[count:], began)
+        visitor.outgoing = None if whole else Outgoing(copy, left[count or 0:], began)
+        if count is None:
+            self._see_off(visitor)
+            return
+        visitor.since = time.monotonic()
         if waited is whole:
             self._watch(visitor)
         if whole:
-            visitor.answered, size = True, len(copy.body)
-            self._given.setdefault(copy, []).append((visitor.host, Sent(size, size, now - began, True)))
+            visitor.answered = True
+            self._note(visitor, copy, len(copy.body), began, whole=True)
             if copy.ready.close:
                 self._see_off(visitor)
 
-    def _break_off(self, visitor: Visitor, copy: Copy, left: bytes, began: float) -> None:
-        """See off a visitor who does not take what is left of its answer."""
-        size, took = max(0, len(copy.body) - len(left)), time.monotonic() - began
-        self._given.setdefault(copy, []).append((visitor.host, Sent(size, size, took, False)))
-        self._see_off(visitor)
+    def _note(self, visitor: Visitor, copy: Copy, size: int, began: float, whole: bool) -> None:
+        """Keep in mind what a visitor was given: so many bytes of the body, or only some of the head."""
+        sent = Sent(max(0, size), max(0, size), time.monotonic() - began, whole)
+        self._given.setdefault(copy, []).append((visitor.host, sent))
 
     def _tell(self) -> None:
         """Let what was given be counted and logged, all that was given of one copy together."""
