@@ -7476,12 +7476,10 @@ class Lobby:
     def expire(self, now: float) -> None:
         """See off who has waited for too long; ``now`` is monotonic."""
         for visitor in tuple(self._visitors):
-            waited = now - visitor.since
-            if visitor.outgoing:
-                if waited > CLIENT_TIMEOUT:
-                    self._see_off(visitor)
-            elif waited > (REQUEST_WAIT if visitor.early or not visitor.answered else IDLE_TIMEOUT):
-                (self._hand_over if visitor.early else self._see_off)(visitor)  # the former is told so
+            patience = REQUEST_WAIT if visitor.early or not visitor.answered else IDLE_TIMEOUT
+            if now - visitor.since > (CLIENT_TIMEOUT if visitor.outgoing else patience):
+                told = visitor.early and not visitor.outgoing  # that its head did not come in time
+                (self._hand_over if told else self._see_off)(visitor)
 
     def close(self) -> None:
         """See everybody off."""
