@@ -6235,9 +6235,13 @@ class Proxy:
     def _passes_range(self, request: Request, decision: Decision) -> bool:
         """Whether a range is too far or too short to download a whole file for it (DESIGN §6.5)."""
         key = request.key
-        return (decision.action is Action.FETCH and value(request.fields, "Range") is not None and not (
-            early_range(request, EARLY) or self._barrier.flying(key) or self._claims.flying(key)
-            or self._mirrors.holds(request)))
+        if decision.action is not Action.FETCH or value(request.fields, "Range") is None or \
+                early_range(request, EARLY) or self._barrier.flying(key) or self._claims.flying(key) or \
+                self._mirrors.holds(request):
+            return False
+        stored = look_up(self._store, request)  # what was flying may have landed meanwhile
+        _close(stored)
+        return stored is None
 
     def _pass(self, request: Request, decision: Decision, config: Config, detail: str = "") -> Reply:
         """Ask the origin for this client alone; a method that changes things invalidates (RFC 9111 §4.4)."""

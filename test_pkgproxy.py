@@ -2928,6 +2928,21 @@ class PassTest(ProxyCase):
         self.settle()
         self.assertEqual(list(self.files()), [self.place("x_1.0_all.deb")])
 
+    def test_a_far_range_of_what_lands_as_it_is_looked_for_is_a_hit(self):
+        body, flying, landed = os.urandom(4 << 20), self.proxy._barrier.flying, []
+        self.origin.pages["/x_1.0_all.deb"] = Page(body)
+
+        def lands(key):
+            if not landed:
+                landed.append(self.ask("/x_1.0_all.deb"))
+                until(self.files)
+            return flying(key)
+
+        with mock.patch.object(self.proxy._barrier, "flying", lands):
+            answer = self.ask("/x_1.0_all.deb", Range="bytes=3000000-3000009")
+        self.assertEqual((answer.status, answer.body), (206, body[3000000:3000010]))
+        self.assertEqual(self.origin.asked("/x_1.0_all.deb"), ["GET"])
+
     def test_a_loop_is_cut(self):
         self.assertEqual(self.ask("/x", Via="1.1 tested").status, 508)
 
@@ -9401,6 +9416,7 @@ class AptTest(Occasions, SignedCase):
         os.utime(part, (self.long_ago, self.long_ago))
         before = self.counters(self.proxy_url)["statsCacheBytes"]
         machine.download("hello-data")
+        until(lambda: self.counters(self.proxy_url)["statsCacheBytes"] > before)  # it counts when all has left
         moved = self.counters(self.proxy_url)["statsCacheBytes"] - before
         self.assertEqual(machine.digests(), self.repository.digests(["hello-data"]))
         self.assertEqual(moved, whole.stat().st_size - 100_000, "only the rest was sent")
