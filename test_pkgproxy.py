@@ -708,8 +708,16 @@ def deaf_address():
         yield deaf.getsockname()
 
 
+@contextlib.contextmanager
+def refusing_address():
+    """An address at which nobody listens, and which nobody else is given meanwhile."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()
+
+
 def free_address():
-    """An address at which nobody listens."""
+    """An address at which nobody listens, for a program to do so."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         return closed.getsockname()
 
@@ -2281,17 +2289,15 @@ class OriginTest(unittest.TestCase):
                 self.assertEqual(caught.exception.status, 502)
 
     def test_nobody_there_is_a_502_with_the_reason(self):
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            port = closed.getsockname()[1]
-        with self.assertRaisesRegex(OriginFailure, "refused"):
-            self.client.fetch(forward("GET", Target("http", "127.0.0.1", port, "/"), ()))
+        with refusing_address() as (host, port), self.assertRaisesRegex(OriginFailure, "refused"):
+            self.client.fetch(forward("GET", Target("http", host, port, "/"), ()))
 
     def test_a_dead_address_of_a_name_does_not_hold_up_the_next(self):
         """RFC 8305 in spirit, with addresses that refuse, that swallow packets, and that nobody can speak."""
         self.origin.pages["/x"] = Page(b"x")
-        with deaf_address() as deaf:
+        with deaf_address() as deaf, refusing_address() as nobody:
             tcp = (socket.AF_INET, socket.SOCK_STREAM, 0, "")
-            good, dead, refused = (tcp + (address,) for address in (("127.0.0.1", self.origin.port), deaf, free_address()))
+            good, dead, refused = (tcp + (address,) for address in (("127.0.0.1", self.origin.port), deaf, nobody))
             strange = (socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1))
             for addresses in ([good], [refused, good], [dead, good], [strange, good], [dead, refused, strange, dead, good]):
                 with mock.patch.object(pkgproxy.Addresses, "find", return_value=list(addresses)), \
@@ -3086,7 +3092,9 @@ class ParentTest(ProxyCase):
         self.assertEqual(self.parent.log, [])
 
     def test_one_that_fails_is_named_and_replaced_only_where_asked(self):
-        dead = "127.0.0.1:%d" % free_address()[1]
+        place = refusing_address()
+        self.addCleanup(place.__exit__, None, None, None)
+        dead = "%s:%d" % place.__enter__()
         self.through(dead)
         answer = self.ask(self.url(0))
         self.assertEqual((answer.status, answer.body), (502, b"The parent proxy %s cannot be asked: Connection refused.\n" % dead.encode()))
@@ -4622,7 +4630,7 @@ class FaultTest(ProxyCase):
 
     @fault("the origin refuses the connection", 502)
     def _(self):
-        return self.elsewhere([free_address()]).status
+        return self.elsewhere([self.here.enter_context(refusing_address())]).status
 
     @fault("its name is unknown", 502)
     def _(self):
@@ -4643,7 +4651,8 @@ class FaultTest(ProxyCase):
 
     @fault("one address of the origin is dead, another well")
     def _(self):
-        answer = self.elsewhere([self.here.enter_context(deaf_address()), free_address(), ("127.0.0.1", self.origin.port)])
+        dead = [self.here.enter_context(address) for address in (deaf_address(), refusing_address())]
+        answer = self.elsewhere([*dead, ("127.0.0.1", self.origin.port)])
         return "whole" if answer.body == self.bodies[self.NEW] else answer.status
 
     @fault("it accepts, and says nothing", 504)
