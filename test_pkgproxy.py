@@ -9752,9 +9752,16 @@ class BrowserTest(ClientCase):
         return tab
 
     def fetch(self, path):
+        before = self.answered()
         with contextlib.closing(http.client.HTTPConnection(self.url[7:], timeout=PATIENCE)) as connection:
             connection.request("GET", self.origin.url(path), headers={"Connection": "close"})
-            return connection.getresponse().read()
+            body = connection.getresponse().read()
+        until(lambda: self.answered() > before)  # it is counted when it has been sent
+        return body
+
+    def answered(self):
+        outcomes = self.counters(self.url)["statsOutcomes"]
+        return sum(outcomes.values()) - outcomes["own"]
 
     def keep(self, tab, name):
         folder = Path(os.environ.get("SCREENSHOTS") or self.folder)
