@@ -65,7 +65,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import calendar
 import collections
 import contextlib
@@ -83,7 +82,6 @@ import itertools
 import json
 import logging
 import math
-import mmap
 import os
 import queue
 import re
@@ -137,7 +135,6 @@ MAX_CONNECTIONS = 4000  # of clients, and fewer where descriptors are few: a thr
 MAX_COPIES = 32  # small replies of this second, at hand to be sent again, each with an open file
 REMEMBERED = 1000  # results of a pure function that a hit needs again and again
 AT_HAND = 100  # results of one that a single request needs several times
-MAX_WORKERS = 64  # processes
 MAX_LOG_LINES = 10_000  # that wait to be written; what is more is lost
 MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for the original
 CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that moves them
@@ -157,7 +154,6 @@ TWINS = 8  # places that one name is looked for in
 VOUCHED = 3  # proofs in a row, after which one mirror's folder may stand in for another's
 SHOWN = 20  # requests, and downloads, on the status page
 MAX_ORIGINS = 40  # told apart there and in /metrics; what is more counts as "other"
-MAX_NOTICE = 48 * 1024  # bytes of what one worker tells the others for the pages
 HINTS_AFTER = (20, 100)  # requests: by then it can be told that a proxy is of no use to its clients
 
 # Times, all in seconds.
@@ -264,7 +260,8 @@ class Config:
     min_free: int | None = None  # bytes left on the file system; None: 5 %, at most 10 GB
     max_orphans: int = 8  # downloads that go on when their last client has left
     max_age: float | None = None  # seconds since a stored response was last used
-    workers: int = 1  # processes
+    reuse_port: bool = False  # other instances may listen on our addresses
+    instance: str = ""  # our name among several; none: the addresses tell them apart
     sharing: bool = True  # of files between mirrors, where no digest in the name proves them
     filters: tuple[re.Pattern[str], ...] = ()  # parsed from filters_file, at start and on SIGHUP
     barrier: tuple[tuple[str, int], ...] = ()  # memcached servers; none: the file system's locks
@@ -3005,11 +3002,6 @@ class Janitor:
                 removed, freed = removed + 1, freed + size
         return Swept(len(stored), total, removed, freed)
 
-    def remember(self) -> None:
-        """Write down what has been used, for whoever sweeps."""
-        for name, last in self._store.take_uses().items():
-            _remember_use(self._store.path(name), last)
-
     def _common_names(self, names: Iterable[str]) -> Iterator[tuple[str, str]]:
         for name in names:
             for head in _read_heads(self._store.head_path(name)):
@@ -4340,93 +4332,33 @@ MAX_ATTEMPTS = 10_000  # of them remembered
 MAX_REFRESHERS = 4  # validations at one time that no client waits for
 
 
-class Board:
-    """What worker processes tell each other for the pages: in shared memory, a place for each to write."""
-
-    HEAD = struct.Struct("II")  # length and checksum: who reads while another writes is to see it
-
-    def __init__(self, workers: int) -> None:
-        self._memory = mmap.mmap(-1, MAX_NOTICE * workers)
-        self._workers = workers
-        self.own = 0  # our place
-
-    def put(self, notice: Callable[[], dict[str, Any]]) -> None:
-        """Replace what we tell, where there is somebody to read it."""
-        if self._workers > 1:
-            data = json.dumps(notice()).encode()
-            if len(data) <= MAX_NOTICE - self.HEAD.size:
-                start = MAX_NOTICE * self.own
-                data = self.HEAD.pack(len(data), binascii.crc32(data)) + data
-                self._memory[start:start + len(data)] = data
-
-    def others(self) -> list[dict[str, Any]]:
-        """What the others tell."""
-        found = (self._read(MAX_NOTICE * place) for place in range(self._workers) if place != self.own)
-        return [notice for notice in found if notice]
-
-    def _read(self, start: int) -> dict[str, Any]:
-        for _ in range(3):
-            length, checksum = self.HEAD.unpack_from(self._memory, start)
-            data = self._memory[start + self.HEAD.size:start + min(MAX_NOTICE, self.HEAD.size + length)]
-            if length and binascii.crc32(data) == checksum:
-                found: dict[str, Any] = json.loads(data)
-                return found
-        return {}
-
-
 class Counters:
     """What was answered, and how.  statsCacheBytes + statsDownBytes are the original's names.
 
     ``down`` counts body bytes that arrived from origins; ``cache`` body bytes sent that no origin
     had to send for it: hits, validated and stale ones, and downloads that others had begun.
-
-    They lie in memory that worker processes share.  Each worker writes a row of its own, so that none
-    waits for another; who reads adds the rows up.
     """
 
-    NAMES = ("down", "cache", "tunnelled", *(outcome.value for outcome in Outcome))
-
-    def __init__(self, workers: int = 1) -> None:
-        self._slots = memoryview(mmap.mmap(-1, 8 * len(self.NAMES) * workers)).cast("Q")
-        self._places = {name: number for number, name in enumerate(self.NAMES)}  # in this worker's row
-        self._cache = self._places["cache"]  # looked up for each answer
-        self._lock = threading.Lock()  # guards this worker's row
-        self._beats = memoryview(mmap.mmap(-1, 8 * workers)).cast("d")  # of each worker, monotonic
-        self.board = Board(workers)
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _counts
+        self._counts = dict.fromkeys(("down", "cache", "tunnelled", *(one.value for one in Outcome)), 0)
         self._started = time.time(), time.monotonic()
-        for worker in range(workers):
-            self._beats[worker] = time.monotonic()
-
-    def take_row(self, worker: int) -> None:
-        """Count in the row of this worker, from 0, from now on."""
-        self.board.own = worker
-        first = worker * len(self.NAMES)
-        self._places = {name: first + number for number, name in enumerate(self.NAMES)}
-        self._cache = self._places["cache"]
-
-    def beat(self, when: float) -> None:
-        """At this monotonic time, this worker was well."""
-        self._beats[self.board.own] = when
-
-    def oldest_beat(self) -> float:
-        """Until then, all of them were well."""
-        return min(self._beats)
 
     def add_down(self, count: int) -> None:
         """Body bytes from an origin."""
         with self._lock:
-            self._slots[self._places["down"]] += count
+            self._counts["down"] += count
 
     def add_tunnel(self, count: int) -> None:
         """Bytes through tunnels, both ways together."""
         with self._lock:
-            self._slots[self._places["tunnelled"]] += count
+            self._counts["tunnelled"] += count
 
     def add(self, outcome: Outcome, cached: int = 0, count: int = 1) -> None:
         """So many answers, with so many body bytes from the cache."""
         with self._lock:
-            self._slots[self._places[outcome._value_]] += count  # .value is a function of the library's
-            self._slots[self._cache] += cached
+            self._counts[outcome._value_] += count  # .value is a function of the library's
+            self._counts["cache"] += cached
 
     def since(self, now: float) -> float:
         """When it was started, by a clock that says ``now``: a machine that keeps no time while it is off
@@ -4436,12 +4368,12 @@ class Counters:
         return clock if abs(right - clock) < 60 else right
 
     def snapshot(self) -> dict[str, Any]:
-        """All of them, all workers together."""
-        size = len(self.NAMES)
-        sums = {name: sum(self._slots[number::size]) for number, name in enumerate(self.NAMES)}
-        outcomes = {outcome.value: sums[outcome.value] for outcome in Outcome}
-        return {"statsCacheBytes": sums["cache"], "statsDownBytes": sums["down"],
-                "statsTunnelBytes": sums["tunnelled"], "statsRequests": sum(outcomes.values()),
+        """All of them."""
+        with self._lock:
+            counts = dict(self._counts)
+        outcomes = {outcome.value: counts[outcome.value] for outcome in Outcome}
+        return {"statsCacheBytes": counts["cache"], "statsDownBytes": counts["down"],
+                "statsTunnelBytes": counts["tunnelled"], "statsRequests": sum(outcomes.values()),
                 "statsOutcomes": outcomes}
 
 
@@ -4454,14 +4386,14 @@ def _count(number: Any) -> int:
 class History:
     """Counters over all time, and when the bytes came: what outlives a restart.
 
-    Of the processes that share the counters, the one that calls start() saves; the others read its file.
-    A damaged or lost file costs the past, nothing else.
+    Each instance on a root has a file of its own, by its name.  A damaged or lost file costs the past,
+    nothing else.
     """
 
-    def __init__(self, path: str, totals: Callable[[], dict[str, int]], era: str) -> None:
-        self._path = path
+    def __init__(self, books: str, name: str, totals: Callable[[], dict[str, int]]) -> None:
+        self._old = os.path.join(books, "history.json")  # of versions that had one for all instances
+        self._path = os.path.join(books, "history-%s.json" % urllib.parse.quote(name, "")[:200])
         self._totals = totals  # the counters since the start: they only grow
-        self._era = era  # a name of this start of them all
         self._stop = threading.Event()
         self._saver: threading.Thread | None = None
         self._lock = threading.Lock()  # guards all below
@@ -4474,12 +4406,15 @@ class History:
 
     def start(self) -> None:
         """Go on from what was saved, and save from now on."""
+        if not os.path.exists(self._path):
+            with contextlib.suppress(OSError):  # the first instance of this version inherits the old file
+                os.rename(self._old, self._path)
         self.load()
         self._saver = threading.Thread(target=self._save_again, daemon=True)
         self._saver.start()
 
     def stop(self) -> None:
-        """Save for the last time, where this process saves."""
+        """Save for the last time, if it was started."""
         self._stop.set()
         if self._saver is not None:
             self._saver.join(1.0)
@@ -4507,8 +4442,6 @@ class History:
 
     def snapshot(self, now: float) -> dict[str, Any]:
         """Counters over all time, and each plot from its oldest slot to now."""
-        if self._saver is None:
-            self.load()
         self.record(now)
         with self._lock:
             plots = {name: {"seconds": width, "bytes": [
@@ -4522,22 +4455,19 @@ class History:
             with open(self._path, encoding="utf-8", opener=_private) as file:
                 kept = json.loads(file.read(_MAX_HEAD_FILE))
             since = _count(kept["since"])
-            era = kept["era"]
-            counts = [{str(key): _count(row) for key, row in kept[name].items()} for name in ("all", "last")]
+            counts = {str(key): _count(row) for key, row in kept["all"].items()}
             slots = {name: {int(key): [_count(row[0]), _count(row[1])]
                             for key, row in kept["slots"][name].items()} for name in PLOTS}
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return
         with self._lock:
-            self._since, (self._all, last), self._slots = since, counts, slots
-            self._last = last if era == self._era else {}
+            self._since, self._all, self._slots = since, counts, slots
 
     def save(self) -> None:
         """Write it down, where it has changed."""
         self.record(time.time())
         with self._lock:
-            text = json.dumps({"since": self._since, "era": self._era, "all": self._all,
-                               "last": self._last, "slots": self._slots})
+            text = json.dumps({"since": self._since, "all": self._all, "slots": self._slots})
         if text != self._saved and any(self._all.values()):
             with contextlib.suppress(OSError):
                 write_file(self._path, text)
@@ -4545,7 +4475,7 @@ class History:
 
 
 class Recent:
-    """The last requests, and the busiest origins: what one process has seen.
+    """The last requests, and the busiest origins.
 
     note() stands in the way of each hit: what can wait is done in gather().
     """
@@ -4604,10 +4534,11 @@ class Recent:
             log.warning("%s", text)
 
     def gather(self) -> dict[str, Any]:
-        """All of it as plain data of bounded size."""
+        """All of it as plain data of bounded size: the newest request and the busiest origin first."""
         with self._lock:
-            recent = list(self._recent)
-            origins = [(place, tuple(row)) for place, row in self._origins.items()]
+            recent = list(self._recent)[::-1]
+            origins = sorted(((place, tuple(row)) for place, row in self._origins.items()),
+                             key=lambda one: -one[1][1])
         return {
             "recent": [{"at": at, "client": clipped(client, 45), "method": clipped(method, 16),
                         "uri": outlined(target.uri if target.host and method != "CONNECT" else uri),
@@ -6012,14 +5943,14 @@ class Sweeper:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._janitor = Janitor(store)
-        self.swept: dict[str, float] = {"at": 0.0}  # what it found last, and has removed since the start
+        # What it found last, and has removed since the start.
+        self.swept: dict[str, float] = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
         self._wake = threading.Event()
         self._stop = threading.Event()
 
-    def start(self, config: Config, leads: bool = True) -> None:
-        """Sweep now, and again and again; where another worker of the same root ``leads``, only write down
-        what has been used, unless the disk is full."""
-        threading.Thread(target=self._run, args=(config, leads), daemon=True).start()
+    def start(self, config: Config) -> None:
+        """Sweep now, and again and again."""
+        threading.Thread(target=self._run, args=(config,), daemon=True).start()
 
     def wake(self) -> None:
         """Sweep soon: the disk is full."""
@@ -6030,26 +5961,21 @@ class Sweeper:
         self._stop.set()
         self._wake.set()
 
-    def _run(self, config: Config, leads: bool) -> None:
-        woken, looked = leads, -ADOPT_EVERY
-        while True:
-            if self._stop.is_set():
-                return
+    def _run(self, config: Config) -> None:
+        looked = -ADOPT_EVERY
+        while not self._stop.is_set():
             self._wake.clear()
             try:
-                if leads and config.adopt and time.monotonic() - looked > ADOPT_EVERY:
+                if config.adopt and time.monotonic() - looked > ADOPT_EVERY:
                     self._store.adopted.rebuild(adoptable(config.adopt))
                     looked = time.monotonic()
-                if woken:
-                    self._note(self._janitor.sweep(config, time.time()))
-                else:
-                    self._janitor.remember()
+                self._note(self._janitor.sweep(config, time.time()))
             except OSError as error:
                 log.debug("The cache cannot be swept: %s", error)
             except Exception:
                 log.exception("Sweeping the cache failed: this is a bug")
             self._stop.wait(SWEEP_PAUSE)  # a disk that is full again and again is no reason to sweep more
-            woken = self._wake.wait(SWEEP_EVERY if leads else RECENT) or leads
+            self._wake.wait(SWEEP_EVERY)
 
     def _note(self, swept: Swept) -> None:
         if swept.removed:
@@ -6057,20 +5983,20 @@ class Sweeper:
                      swept.freed // 10**6, swept.size // 10**6)
         self.swept = {"at": time.time(), "files": swept.files - swept.removed,
                       "bytes": swept.size - swept.freed,
-                      "removedFiles": self.swept.get("removedFiles", 0) + swept.removed,
-                      "removedBytes": self.swept.get("removedBytes", 0) + swept.freed}
+                      "removedFiles": self.swept["removedFiles"] + swept.removed,
+                      "removedBytes": self.swept["removedBytes"] + swept.freed}
 
 
 class Insight:
     """What the pages need to know.  For the caller: recent, history, snapshot, ailment."""
 
-    def __init__(self, store: Store, counters: Counters, era: str,
+    def __init__(self, store: Store, counters: Counters, name: str,
                  gather: Callable[[], dict[str, Any]]) -> None:
         self.recent = Recent(lambda: counters.snapshot()["statsOutcomes"])
-        self.history = History(os.path.join(store.books, "history.json"), self._totals, era)
+        self.history = History(store.books, name, self._totals)
         self._store = store
         self._counters = counters
-        self._gather = gather  # what else this process has to tell
+        self._gather = gather  # what else there is to tell
 
     def _totals(self) -> dict[str, int]:
         """The counters since the start, as one level."""
@@ -6078,20 +6004,12 @@ class Insight:
         return {**{name: counted[name] for name in ("statsCacheBytes", "statsDownBytes", "statsTunnelBytes")},
                 **counted["statsOutcomes"]}
 
-    def gather(self) -> dict[str, Any]:
-        """What this process has to tell the pages beside the counters: plain data, at most 32 KB as JSON."""
-        return {**self.recent.gather(), **self._gather()}
-
     def snapshot(self) -> dict[str, Any]:
         """All that the pages show."""
         now = time.time()
         return {**self._counters.snapshot(), "counters": self._totals(), **self.history.snapshot(now),
                 "now": now, "since": self._counters.since(now), "disk": disk_usage(self._store.root),
-                "processes": [self.gather(), *self._counters.board.others()]}
-
-    def publish(self) -> None:
-        """Let the other processes show what this one has gathered."""
-        self._counters.board.put(self.gather)
+                **self.recent.gather(), **self._gather()}
 
     def ailment(self) -> str:
         """Why this process cannot do its work, or cache; "" where it can."""
@@ -6156,9 +6074,9 @@ def open_leases(config: Config, store: Store) -> Leases:
 class Proxy:
     """Answers requests.  For the caller: respond, and the counters."""
 
-    def __init__(self, config: Config, store: Store, counters: Counters | None = None) -> None:
+    def __init__(self, config: Config, store: Store) -> None:
         self.config = config  # replaced as a whole when the filters are read again
-        self.counters = counters or Counters()
+        self.counters = Counters()
         self._store = store
         self._barrier = Barrier()
         self._origin = Origin(self.counters.add_down, config)
@@ -6167,7 +6085,7 @@ class Proxy:
         self._claims = Claims(store, open_leases(config, store))
         filler = Filler(self._barrier, self._claims, self._origin, self._troubles,
                         Orphans(config.max_orphans), self._updated)
-        self.insight = Insight(store, self.counters, config.pseudonym, lambda: {
+        self.insight = Insight(store, self.counters, config.instance or ",".join(config.addrs), lambda: {
             "downloads": filler.gather(), "troubles": self._troubles.gather(), "swept": self.sweeper.swept,
             "unstored": self._troubles.unstored()})
         self._mirrors = Mirrors(store, self._origin, self._troubles, config)
@@ -6219,11 +6137,10 @@ class Proxy:
         """Close what has been idle for too long; costs nothing where it was done a moment ago."""
         self._origin.tidy()
 
-    def start(self, leads: bool) -> None:
-        """Begin what goes on in the background, of which one process does most: the one that ``leads``."""
-        self.sweeper.start(self.config, leads)
-        if leads:
-            self.insight.history.start()
+    def start(self) -> None:
+        """Begin what goes on in the background."""
+        self.sweeper.start(self.config)
+        self.insight.history.start()
 
     def close(self) -> None:
         """Close what is idle, end what goes on in the background."""
@@ -6439,24 +6356,6 @@ def many(count: int, noun: str) -> str:
 def percent(part: int, whole: int) -> str:
     """A share for people; a dash where there is nothing to have a share of."""
     return "%d %%" % (100 * part // whole) if whole else "–"
-
-
-def merge(gathered: list[dict[str, Any]]) -> dict[str, Any]:
-    """What several processes have gathered, as one."""
-    origins = summed(row for one in gathered for row in one["origins"].items())
-    ranked = sorted(origins.items(), key=lambda row: (row[0] == "other", -row[1]["requests"]))
-    # Each process tells of its own busiest ones: together there may be many more.
-    origins = summed((name if at < MAX_ORIGINS else "other", row) for at, (name, row) in enumerate(ranked))
-    rows = {key: [row for one in gathered for row in one[key]] for key in ("recent", "downloads", "troubles")}
-    sweeps = sorted((one["swept"] for one in gathered), key=lambda row: row["at"])
-    swept = {**sweeps[-1], **{key: sum(row.get(key, 0) for row in sweeps)
-                              for key in ("removedFiles", "removedBytes")}}
-    return {"recent": sorted(rows["recent"], key=lambda row: row["at"], reverse=True)[:SHOWN],
-            "downloads": sorted(rows["downloads"], key=lambda row: row["uri"]),
-            "unstored": next((one["unstored"] for one in gathered if one.get("unstored")), ""),
-            "troubles": sorted({row["origin"]: row for row in rows["troubles"]}.values(),
-                               key=lambda row: row["origin"]),
-            "origins": dict(sorted(origins.items(), key=lambda row: -row[1]["bytes"])), "swept": swept}
 
 
 def hits(counts: dict[str, int]) -> tuple[int, int]:
@@ -6742,9 +6641,10 @@ def metrics_text(view: dict[str, Any]) -> str:
 
 
 def view_of(snapshot: dict[str, Any]) -> dict[str, Any]:
-    """What the pages show, from what the proxy tells: that of all its processes as one."""
-    kept = {key: snapshot[key] for key in ("counters", "allTime", "plots", "now", "since", "disk")}
-    return {"version": __version__, **kept, **merge(snapshot["processes"])}
+    """What the pages show, from what the proxy tells."""
+    keys = ("counters", "allTime", "plots", "now", "since", "disk", "recent", "downloads", "unstored",
+            "troubles", "origins", "swept")
+    return {"version": __version__, **{key: snapshot[key] for key in keys}}
 
 
 def _json(found: dict[str, Any], indent: int | None = None) -> Page:
@@ -7191,9 +7091,8 @@ class Room:
                 most -= 1
 
 
-def processors(count: int) -> list[int]:
-    """Those that ``count`` processes may use: the fast ones, or all where these are too few.  [] where the
-    system does not let us choose (Linux does)."""
+def processors() -> list[int]:
+    """Those that we may use, the fast ones.  [] where the system does not let us choose (Linux does)."""
     if not hasattr(os, "sched_setaffinity"):
         return []
     speeds = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0)
@@ -7201,8 +7100,7 @@ def processors(count: int) -> list[int]:
         with contextlib.suppress(OSError, ValueError), open(
                 "/sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq" % number, encoding="ascii") as file:
             speeds[number] = int(file.read())
-    fast = [number for number, speed in speeds.items() if speed >= 0.8 * max(speeds.values())]
-    return fast if count <= len(fast) else list(speeds)
+    return [number for number, speed in speeds.items() if speed >= 0.8 * max(speeds.values())]
 
 
 class Seat:
@@ -7214,10 +7112,10 @@ class Seat:
         self._own: set[int] = set()
         self._all: set[int] = set()
 
-    def take(self, number: int, count: int) -> None:
-        """Keep the threads that this one will start, in the ``number``th process of ``count``, together."""
+    def take(self, number: int) -> None:
+        """Keep the threads that this one will start together; other instances have other numbers."""
         with contextlib.suppress(OSError):
-            found = processors(count)
+            found = processors()
             if found:
                 everywhere, own = os.sched_getaffinity(0), {found[number % len(found)]}
                 os.sched_setaffinity(0, own)
@@ -7865,7 +7763,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
 
 class ListeningSocket(socket.socket):
-    """Takes over a socket that listens, and does not block: another worker may be quicker to accept.
+    """Takes over a socket that listens, and does not block: another process may be quicker to accept.
 
     accept() asks for the family and the type each time, of which socket makes enumerations: a tenth of the
     time of a connection.
@@ -7887,12 +7785,13 @@ class ListeningSocket(socket.socket):
         return self._type
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens, for IPv4 and IPv6 where the host is empty and we can; OSError, OverflowError."""
+def open_socket(host: str, port: int, reuse_port: bool = False) -> socket.socket:
+    """A socket that listens, for IPv4 and IPv6 where the host is empty and we can, where other processes may
+    listen too with ``reuse_port``; OSError, OverflowError."""
     both = not host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
     return ListeningSocket(socket.create_server(
-        (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both))
+        (host, port), family=family, backlog=BACKLOG, reuse_port=reuse_port, dualstack_ipv6=both))
 
 
 def shown_address(listening: socket.socket) -> str:
@@ -8137,8 +8036,8 @@ OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
      REPEATED),
     ("clients", "--connect-ports", "PORTS", "where CONNECT may lead (443)",
      {"default": DEFAULTS.connect_ports, **_read_by(parse_ports)}),
-    ("clients", "-w --workers", "N", "processes that share the work of many clients (%d)" % DEFAULTS.workers,
-     {"default": DEFAULTS.workers, **_read_by(lambda text: parse_count(text, 1, MAX_WORKERS))}),
+    ("clients", "--reuse-port", "", "let other instances listen here too (off)", {"action": "store_true"}),
+    ("clients", "--instance", "NAME", "one of several: own statistics, --reuse-port (none)", {"default": ""}),
     ("cache", "-r --root", "DIR", "where it lies, made if missing (the current folder)",
      _read_by(parse_name)),
     ("cache", "--max-size", "SIZE", "most to store; least used goes first (no limit)", _read_by(parse_size)),
@@ -8226,7 +8125,8 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
         config = Config(addrs, options.root, options.filters, allow,
                         options.connect_ports, options.heuristics, options.offline, options.max_size,
                         options.min_free, max_age=options.max_age, max_orphans=options.max_orphans,
-                        workers=options.workers, sharing=options.sharing, barrier=options.barrier,
+                        reuse_port=options.reuse_port or bool(options.instance),
+                        instance=options.instance, sharing=options.sharing, barrier=options.barrier,
                         pseudonym="pkgproxy-" + secrets.token_hex(4),
                         ca_file=options.ca_file, parents=find_parents(options.parent, os.environ),
                         no_proxy=tuple((os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
@@ -8313,10 +8213,12 @@ def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.
     sockets: list[socket.socket] = []
     ours, count = environment.get("LISTEN_PID") == str(os.getpid()), environment.get("LISTEN_FDS", "")
     handed = range(3, 3 + int(count)) if ours and count.isdecimal() else range(0)
+    if config.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+        raise Unusable("This system has no SO_REUSEPORT: leave out --reuse-port and --instance.")
     for addr in handed or config.addrs:
         try:
-            sockets.append(
-                inherited_socket(addr) if isinstance(addr, int) else open_socket(*parse_addr(addr)))
+            sockets.append(inherited_socket(addr) if isinstance(addr, int)
+                           else open_socket(*parse_addr(addr), config.reuse_port))
         except (OSError, OverflowError) as error:
             for listening in sockets:
                 listening.close()
@@ -8339,11 +8241,11 @@ def reload_filters(proxy: Proxy) -> None:
                       getattr(error, "strerror", None) or error)
 
 
-def heed_signals(*more: str) -> queue.SimpleQueue[str]:
-    """From now on the names of the signals that we heed, and ``more``, come out of this queue.  A handler
-    may interrupt anything: a SimpleQueue bears that, an Event or the log does not."""
+def heed_signals() -> queue.SimpleQueue[str]:
+    """From now on the names of the signals that we heed come out of this queue.  A handler may interrupt
+    anything: a SimpleQueue bears that, an Event or the log does not."""
     heard: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", *more):
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), lambda *_, name=name: heard.put(name))
     return heard
@@ -8368,10 +8270,10 @@ class Manager:
                 sock.settimeout(1.0)
                 sock.sendto(text.encode(), self._place)
 
-    def ping(self) -> None:
-        """That all processes are well, where they are, and what they have done."""
+    def ping(self, beat: float) -> None:
+        """That we are well, where we were so at the monotonic time ``beat``, and what we have done."""
         now = time.monotonic()
-        if self._place and now >= self._next and now - self._counters.oldest_beat() < self._stuck:
+        if self._place and now >= self._next and now - beat < self._stuck:
             self._next = now + min(self._stuck / 2, STATUS_EVERY)
             counted = self._counters.snapshot()
             found, asked = hits(counted["statsOutcomes"])
@@ -8386,14 +8288,11 @@ class Manager:
         self.tell("READY=1")
 
 
-def wait_for_end(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str], supervisor: int,
+def wait_for_end(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str],
                  manager: Manager) -> None:
-    """Until SIGTERM or SIGINT, or the death of our supervisor (a process, 0 for none); SIGHUP reads the
-    filters again."""
-    while not supervisor or os.getppid() == supervisor:
-        proxy.insight.publish()
-        proxy.counters.beat(min(server.beat for server in servers))
-        manager.ping()
+    """Until SIGTERM or SIGINT; SIGHUP reads the filters again."""
+    while True:
+        manager.ping(min(server.beat for server in servers))
         with contextlib.suppress(queue.Empty):
             name = heard.get(timeout=manager.pause)  # Windows delivers signals between waits only
             if name in ("SIGTERM", "SIGINT"):
@@ -8403,13 +8302,12 @@ def wait_for_end(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQu
                     reload_filters(proxy)
 
 
-def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str], supervisor: int,
-          manager: Manager) -> None:
+def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str], manager: Manager) -> None:
     """Serve until a signal ends it; running replies get GRACE seconds."""
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     manager.tell("READY=1")
-    wait_for_end(servers, proxy, heard, supervisor, manager)
+    wait_for_end(servers, proxy, heard, manager)
     manager.tell("STOPPING=1")
     log.info("Stopping")
     deadline = time.monotonic() + GRACE
@@ -8435,7 +8333,7 @@ class LogWriter(logging.Handler):
         self._threaded = False
 
     def start(self) -> None:
-        """From now on a thread writes.  Before, no client waits; and a process with threads can't fork."""
+        """From now on a thread writes.  Before, no client waits."""
         threading.Thread(target=self._run, daemon=True).start()
         self._threaded = True
 
@@ -8488,95 +8386,6 @@ class LogWriter(logging.Handler):
                 line.set()
 
 
-class Supervisor:
-    """Keeps worker processes running.  For the caller: run."""
-
-    def __init__(self, work: Callable[[int, bool], None], heard: queue.SimpleQueue[str],
-                 manager: Manager) -> None:
-        self._work = work  # what a worker does, by number from 0, and whether it takes another's place
-        self._manager = manager
-        self._heard = heard  # names of signals, SIGCHLD's too; each worker gets a copy
-        self._workers: dict[int, tuple[int, float]] = {}  # by pid: number, monotonic time of its start
-        self._missing: list[tuple[int, float]] = []  # there was no process for them
-
-    def run(self, count: int, sockets: list[socket.socket]) -> None:
-        """Keep ``count`` workers running until SIGTERM or SIGINT; signals are handed on."""
-        for number in range(count):
-            self._start(number, again=False)
-        self._manager.tell("READY=1")
-        while True:
-            name = ""
-            self._manager.ping()
-            with contextlib.suppress(queue.Empty):
-                name = self._heard.get(timeout=self._manager.pause)
-            if name in ("SIGTERM", "SIGINT"):
-                break
-            if name == "SIGHUP":
-                with self._manager.reloading():
-                    self._tell(signal.SIGHUP)
-            for number, started in self._reap():
-                time.sleep(max(0.0, min(1.0, started + 1.0 - time.monotonic())))  # one that dies at once
-                self._start(number, again=True)
-        self._manager.tell("STOPPING=1")
-        for listening in sockets:
-            listening.close()
-        self._stop()
-
-    def _stop(self) -> None:
-        """End all workers; those that do not end in time, by force."""
-        deadline = time.monotonic() + GRACE + 1
-        self._tell(signal.SIGTERM)
-        while self._workers and time.monotonic() < deadline:
-            with contextlib.suppress(queue.Empty):
-                self._heard.get(timeout=0.1)
-            self._reap(quietly=True)
-        self._tell(signal.SIGKILL)
-        for pid in self._workers:
-            os.waitpid(pid, 0)
-
-    def _start(self, number: int, again: bool) -> None:
-        # A signal that reaches the child before it is ready for it would be lost.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
-        try:
-            pid = os.fork()
-        except OSError as error:
-            log.error("No worker can be started: %s", error.strerror)
-            self._missing.append((number, time.monotonic()))
-            return
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if pid:
-            self._workers[pid] = number, time.monotonic()
-            return
-        code = 1
-        try:
-            self._work(number, again)
-            code = 0
-        except BaseException:
-            log.exception("A worker failed: this is a bug")
-        finally:
-            logging.shutdown()
-            os._exit(code)
-
-    def _reap(self, quietly: bool = False) -> list[tuple[int, float]]:
-        """Those that have ended, or could not begin: number and start."""
-        ended, self._missing = self._missing, []
-        for pid in list(self._workers):
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
-                ended.append(self._workers.pop(pid))
-                code = os.waitstatus_to_exitcode(status)
-                why = "by signal %d" % -code if code < 0 else "with code %d" % code
-                if not quietly:
-                    log.error("Worker %d ended %s; another takes its place", ended[-1][0] + 1, why)
-        return ended
-
-    def _tell(self, number: int) -> None:
-        for pid in self._workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-
 def with_filters(config: Config) -> Config:
     """The configuration with what its filters file says; Unusable."""
     if not config.filters_file:
@@ -8595,33 +8404,17 @@ def run(config: Config, writer: LogWriter) -> None:
     config = with_filters(config)
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         log.warning("Running as root: an account without privileges is enough, and safer")
-    if config.workers > 1 and not hasattr(os, "fork"):
-        log.warning("This system cannot fork: one process does all the work")
-        config = changed(config, workers=1)
     check_ways(config)
-    heard = heed_signals("SIGCHLD")
-    sockets, counters = open_sockets(config, os.environ), Counters(config.workers)
-    process = os.getpid()
-    supervisor = process if config.workers > 1 else 0
-
-    def work(number: int, again: bool = False) -> None:
-        """What one process does, the only one or one of several."""
-        seat = Seat()
-        seat.take(process + number, config.workers)  # other instances start elsewhere
-        writer.start()
-        counters.take_row(number)
-        proxy = Proxy(config, store, counters)
-        if again:  # SIGHUP may have come meanwhile
-            reload_filters(proxy)
-        proxy.start(leads=number == 0)
-        desk = Desk(proxy, make_room(), writer.write, seat)
-        serve([ProxyServer(listening, desk) for listening in sockets], proxy, heard, supervisor,
-              Manager({} if supervisor else os.environ, counters))
-
-    if config.workers > 1:
-        Supervisor(work, heard, Manager(os.environ, counters)).run(config.workers, sockets)
-    else:
-        work(0)
+    heard = heed_signals()
+    sockets = open_sockets(config, os.environ)
+    seat = Seat()
+    seat.take(int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid())
+    writer.start()
+    proxy = Proxy(config, store)
+    proxy.start()
+    desk = Desk(proxy, make_room(), writer.write, seat)
+    serve([ProxyServer(listening, desk) for listening in sockets], proxy, heard,
+          Manager(os.environ, proxy.counters))
 
 
 def is_journal(stream: str) -> bool:

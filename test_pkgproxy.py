@@ -16,7 +16,6 @@ import doctest
 import email.utils
 import errno
 import functools
-import gc
 import gzip
 import hashlib
 import html
@@ -28,7 +27,6 @@ import itertools
 import json
 import logging
 import lzma
-import mmap
 import os
 import py_compile
 import queue
@@ -51,7 +49,6 @@ import unittest
 import urllib.error
 import urllib.parse
 import urllib.request
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -229,8 +226,8 @@ class Beside(unittest.TestSuite):
 
 def load_tests(loader, tests, pattern):
     """What happens in processes of its own goes on beside the rest, of which the doctests come first."""
-    apart = (ClientCase, BoundsTest, PorchTest, ServiceTest, WorkersTest, ReadmeTest)
-    others = ((FaultTest, DiskTest, InstancesTest), (FaultsOfTwoTest, MemcachedTest), (FaultsOfWorkersTest, ChaosTest))
+    apart = (ClientCase, BoundsTest, PorchTest, ServiceTest, ReadmeTest)
+    others = ((FaultTest, DiskTest, InstancesTest, SharedAddressTest), (FaultsOfTwoTest, MemcachedTest), (ChaosTest,))
 
     def chosen(classes):
         return [suite for suite in tests if any(type(test) in classes for test in suite)]
@@ -662,36 +659,6 @@ class ProxyProcess:
 
     def descriptors(self):
         return len(os.listdir("/proc/%d/fd" % self.process.pid))
-
-    def children(self):
-        return children(self.process.pid)
-
-
-def lives(pid):
-    with contextlib.suppress(OSError):
-        return Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def children(pid):
-    """The processes that a process has started, and that live: the workers of a supervisor."""
-    with contextlib.suppress(OSError):
-        return [child for child in map(int, Path("/proc/%d/task/%d/children" % (pid, pid)).read_text().split()) if lives(child)]
-    return []
-
-
-@contextlib.contextmanager
-def only(worker, workers):
-    """While the other workers are stopped."""
-    others = [pid for pid in workers if pid != worker]
-    for pid in others:
-        os.kill(pid, signal.SIGSTOP)
-        until(lambda: " T " in Path("/proc/%d/stat" % pid).read_text())  # noqa: B023
-    try:
-        yield
-    finally:
-        for pid in others:
-            os.kill(pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
@@ -5169,154 +5136,6 @@ class FaultsOfTwoTest(FaultTest):
         self.also._store.boot = "another"
 
 
-@unittest.skipUnless(hasattr(pkgproxy.resource, "prlimit"), "this system has no workers whose limits can be set")
-class FaultsOfWorkersTest(FaultsOfTwoTest):
-    """The fault table again with two workers: main() in a process that was forked off this one with the fault in it.
-
-    Each worker has a door of its own beside the one that they share, so that two clients come to two workers.
-    To be run by its name: a process that has threads is forked, and one run of five of all tests stood still
-    where nothing else is known to.
-    """
-
-    supervisor = 0  # its process
-    stale = False  # whether the workers do not have the fault yet
-    QUESTION, PORT, QUIET, FLIGHTS, PID = 0, 1, 2, 4, 6  # places in what we share with the workers, the last three with one for each
-
-    def patch(self, where, name, what, cleanup=None):
-        super().patch(where, name, what, cleanup)
-        self.stale = True
-        self.here.callback(setattr, self, "stale", True)
-
-    def empty(self):
-        """Empty the root as users do, while they run; where the row before has failed, with new ones."""
-        if self.stale or not os.path.isdir(self.root):
-            super().empty()
-        else:
-            self.clean()
-
-    def start(self, config=None):
-        self.stop()
-        if not hasattr(self, "shared"):
-            self.addCleanup(self.stop)
-        self.local, self.stale = threading.local(), False
-        self.proxy = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))  # serves nobody, but knows where things lie
-        self.shared = memoryview(mmap.mmap(-1, 64)).cast("Q")
-        self.doors = [pkgproxy.open_socket("127.0.0.1", 0) for _ in range(2)]
-        self.said = Path(self.folder, "said")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # the other threads are the origin's, and wait
-            self.supervisor = os.fork()
-        if not self.supervisor:
-            self.supervise()
-        until(lambda: all(self.pids()), "the start of two workers")
-        self.own_address, self.other_address = (door.getsockname() for door in self.doors)
-        self.address = ("127.0.0.1", self.shared[self.PORT])
-        for door in self.doors:
-            door.close()
-
-    def supervise(self):
-        """What the process does that was forked off."""
-        code = 1
-        gc.freeze()  # what is never looked at is never copied
-        try:
-            for sock in (self.origin._socket, *self.origin._open):
-                os.close(sock.detach())  # so that what the origin closes is closed
-            os.dup2(os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), 2)
-            pkgproxy.log.setLevel(logging.NOTSET)
-            pkgproxy.LOG_PAUSE = 0.0  # seconds: they will be killed, and shall have said what there is to say
-            pkgproxy.serve = functools.partial(self.work, pkgproxy.serve)
-            code = pkgproxy.main(["-a", "127.0.0.1:0", "-r", self.root, "-w", "2"])
-        finally:
-            os._exit(code)
-
-    def go_on(self):
-        """Those that a fault came to from outside have lived through it."""
-        if self.stale:
-            self.start()
-
-    def work(self, serve, servers, proxy, *more):
-        """What a worker does, at its own door too."""
-        number = proxy.counters.board.own
-        self.shared[self.PORT] = servers[0].server_address[1]
-        servers.append(pkgproxy.ProxyServer(self.doors[number], servers[0].desk))
-        threading.Thread(target=self.tell, args=(number, servers, proxy), daemon=True).start()
-        serve(servers, proxy, *more)
-
-    def tell(self, number, servers, proxy):
-        """Say again and again whether this worker is at rest."""
-        self.shared[self.PID + number] = os.getpid()
-        while True:
-            question, flights = self.shared[self.QUESTION], proxy._barrier.count()
-            self.shared[self.FLIGHTS + number] = flights
-            if not flights and not any(server.replies_running for server in servers) and (
-                    proxy._refresher._running._value == pkgproxy.MAX_REFRESHERS):
-                self.shared[self.QUIET + number] = question
-            time.sleep(0.003)
-
-    def pids(self):
-        return self.shared[self.PID:self.PID + 2].tolist()
-
-    def settle(self):
-        if self.supervisor:
-            self.shared[self.QUESTION] += 1
-            until(lambda: self.shared[self.QUIET:self.QUIET + 2].tolist() == [self.shared[self.QUESTION]] * 2, "the end of the workers' replies")
-
-    def stop(self):
-        if not self.supervisor:
-            return
-        try:
-            self.settle()
-        finally:
-            os.kill(self.supervisor, signal.SIGTERM)  # before it hears of the ends of its workers: they are not replaced
-            for pid in filter(None, self.pids()):
-                with contextlib.suppress(ProcessLookupError):  # it has told them to end, and they have
-                    os.kill(pid, signal.SIGKILL)
-            os.waitpid(self.supervisor, 0)
-            self.supervisor = 0
-            self.proxy.close()
-        self.assertNotIn("Traceback", self.said.read_text())
-
-    @contextlib.contextmanager
-    def connection(self):
-        if self.stale:
-            self.start()
-        with contextlib.closing(http.client.HTTPConnection(*getattr(self.local, "address", self.address), timeout=PATIENCE)) as connection:
-            yield connection
-
-    def other_downloads(self):
-        return self.shared[self.FLIGHTS + 1] > 0
-
-    def get(self, path=FaultTest.NEW, meanwhile=lambda: None, **fields):
-        if self.stale:
-            self.start()
-        self.local.address = self.own_address
-        try:
-            return super().get(path, meanwhile, **fields)
-        finally:
-            del self.local.address
-
-    def limit_files(self, size):
-        hard = pkgproxy.resource.getrlimit(pkgproxy.resource.RLIMIT_FSIZE)[1]
-        self.here.callback(setattr, self, "stale", True)
-        for pid in self.pids():
-            pkgproxy.resource.prlimit(pid, pkgproxy.resource.RLIMIT_FSIZE, (size, hard))
-
-    def power_fails(self):
-        self.patch(pkgproxy, "boot_id", lambda: "another")
-
-    def killed(self):
-        go_on, before = self.held(), self.pids()
-        self.local.address = self.own_address
-        with self.connection() as one:
-            one.request("GET", self.origin.url(self.NEW))
-            one.getresponse().read(400_000)
-            until(self.is_described, "the head of what has come, after a moment")
-            os.kill(before[0], signal.SIGKILL)
-            until(lambda: self.pids()[0] != before[0], "the start of another worker")
-        go_on()
-        self.heal()
-
-
 @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc on this machine")
 class BoundsTest(ProxyCase):
     """Descriptors, threads and memory are bounded, and come back."""
@@ -5576,46 +5395,6 @@ class ChaosTest(ProxyCase):
 
     def test_kill_9_of_either_of_two_instances_leaves_whole_files_and_no_wrong_byte(self):
         self.kill_one_of_two()
-
-    @unittest.skipUnless(hasattr(os, "fork") and os.path.isdir("/proc/self/task"), "this system has no workers that can be found")
-    def test_kill_9_of_a_worker_or_of_the_supervisor_does_so_too_and_others_take_their_places(self):
-        chance, gone = random.Random(self.seed), []
-
-        def process():
-            return ProxyProcess(self.root, ("-w", "2"), program=hasty)
-
-        def kill_again_and_again(deadline):
-            while time.monotonic() < deadline:
-                self.enough = self.visits + chance.randrange(40)
-                until(lambda: self.visits > self.enough or time.monotonic() > deadline, "a few visits")
-                workers = processes[0].children()
-                if workers and chance.random() < 0.6:
-                    os.kill(chance.choice(workers), signal.SIGKILL)
-                else:
-                    processes[0].kill()
-                    gone.extend(workers)
-                    self.assertNotIn("Traceback", processes[0].log())
-                    processes[0] = process()
-                    self.addresses = [processes[0].address]
-                self.check_files()
-
-        processes = [process()]
-        self.addCleanup(lambda: processes[0].stop())
-        self.addresses = [processes[0].address]
-        self.run_clients(kill_again_and_again)
-        self.check_files()
-        for path in self.PATHS:
-            self.origin.pages[path] = Page(self.published[path][-1], etag='"%s"' % path[1:3])
-        until(lambda: len(processes[0].children()) == 2, "two workers")
-        for worker in processes[0].children():
-            with only(worker, processes[0].children()):
-                for path in self.PATHS:
-                    answer = self.ask(path)
-                    self.assertEqual(answer.status, 200)
-                    self.check(path, answer.status, answer.body, "")
-        self.assertEqual(self.wrong, [])
-        until(lambda: not any(map(lives, gone)), "the end of workers without a supervisor")
-        self.addresses = []
 
     @unittest.skipUnless(shutil.which("memcached"), "memcached is not installed")
     def test_so_it_does_where_they_agree_by_memcached(self):
@@ -5887,6 +5666,98 @@ class InstancesTest(InstancesCase):
             self.assertEqual(leader.getresponse().read(), self.body)
 
 
+@unittest.skipUnless(hasattr(socket, "SO_REUSEPORT") and sys.platform == "linux", "only Linux spreads connections over sockets at one address")
+class SharedAddressTest(InstancesCase):
+    """Several instances at one address."""
+
+    def setUp(self):
+        super().setUp()
+        bound = socket.socket()  # keeps the port, and gets no connection
+        self.addCleanup(bound.close)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.bind(("127.0.0.1", 0))
+        self.shared = bound.getsockname()
+
+    def another(self, *options):
+        """One that listens there too, beside an address of its own."""
+        process = super().another("-a", "%s:%d" % self.shared, *options)
+        until(lambda: process.log().count("Starting proxy server") == 2)
+        return process
+
+    def page(self, process, path):
+        with contextlib.closing(http.client.HTTPConnection(*process.address, timeout=PATIENCE)) as client:
+            client.request("GET", path)
+            response = client.getresponse()
+            return response, response.read()
+
+    def test_one_that_is_killed_breaks_the_connections_of_its_own_clients_only(self):
+        processes = [self.another("--reuse-port") for _ in range(2)]
+        names = {self.page(one, "/healthz")[0].getheader("Via"): one for one in processes}
+        self.assertEqual(len(names), 2)
+        gate, clients, leader = self.held(), {name: [] for name in names}, ""
+        for _ in range(64):  # the kernel chooses by chance
+            response = self.begin(self.shared)
+            leader = leader or response.getheader("Via")
+            clients[response.getheader("Via")].append(response)
+            if all(len(row) > 1 for row in clients.values()):
+                break
+        self.assertTrue(all(clients.values()), "each has clients")
+        self.assertEqual(clients[leader][0].read(399_999), self.body[1:400_000])
+        names[leader].kill()
+        gate.open()
+        for name, row in clients.items():
+            for client in row:
+                if name == leader:
+                    self.assertRaises((http.client.IncompleteRead, OSError), client.read)
+                else:
+                    self.assertEqual(self.body[:1] + client.read(), self.body)
+        self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=400000-"], "one download in all")
+        for _ in range(8):  # all clients come to the other
+            self.assertEqual(self.body[:1] + self.begin(self.shared).read(), self.body)
+        self.assertEqual(len(self.origin.log), 2)
+
+    def test_each_counts_for_itself_and_keeps_a_history_of_its_own(self):
+        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1000)
+        for run in (1, 2):
+            processes = {name: self.another("--instance", name) for name in ("1", "2")}
+            for name, count in (("1", 3), ("2", 5)):
+                for _ in range(count):
+                    self.page(processes[name], self.origin.url("/x_1.0_all.deb"))
+            for name, count in (("1", 3), ("2", 5)):
+                until(lambda: json.loads(self.page(processes[name], "/debug/vars")[1])["statsRequests"] >= count)  # noqa: B023
+                view = json.loads(self.page(processes[name], "/status.json")[1])
+                self.assertEqual([sum(view[what][word] for word in ("hit", "miss")) for what in ("counters", "allTime")], [count, run * count])
+            for process in processes.values():
+                process.stop()
+        self.assertEqual(sorted(name for name in os.listdir(os.path.join(self.root, pkgproxy.BOOKS)) if "history" in name),
+                         ["history-1.json", "history-2.json"])
+
+    @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "this system does not let us choose a processor")
+    def test_the_threads_of_each_share_a_processor_of_those_we_may_use(self):
+        processes = [self.another("--instance", name) for name in ("1", "2")]
+        chosen = [set().union(*(os.sched_getaffinity(int(task)) for task in os.listdir("/proc/%d/task" % one.process.pid))) for one in processes]
+        self.assertEqual([len(one) for one in chosen], [1, 1])
+        self.assertLessEqual(chosen[0] | chosen[1], os.sched_getaffinity(0))
+        self.assertEqual(len(chosen[0] | chosen[1]), min(2, len(pkgproxy.processors())))
+
+    def test_an_instance_without_a_name_is_the_only_one(self):
+        for words, expected in (([], (False, "")), (["--instance="], (False, "")), (["--instance=2"], (True, "2")), (["--reuse-port"], (True, ""))):
+            config, _ = pkgproxy.parse_options(words)
+            self.assertEqual((config.reuse_port, config.instance), expected)
+
+    def test_without_the_option_an_address_is_for_one_alone(self):
+        self.another("--reuse-port")
+        with self.assertRaises(pkgproxy.Unusable) as caught:
+            pkgproxy.open_sockets(Config(addrs=("%s:%d" % self.shared,)), {})
+        self.assertIn("Cannot listen on %s:%d: Address already in use." % self.shared, str(caught.exception))
+
+    def test_a_system_that_cannot_do_it_is_told_of(self):
+        self.addCleanup(setattr, socket, "SO_REUSEPORT", socket.SO_REUSEPORT)
+        del socket.SO_REUSEPORT
+        with self.assertRaisesRegex(pkgproxy.Unusable, "no SO_REUSEPORT: leave out --reuse-port"):
+            pkgproxy.open_sockets(Config(addrs=("127.0.0.1:0",), reuse_port=True), {})
+
+
 @unittest.skipUnless(shutil.which("memcached"), "memcached is not installed")
 class MemcachedTest(InstancesCase):
     """They agree by leases in memcached."""
@@ -6024,8 +5895,8 @@ class WatchTest(unittest.TestCase):
         self.assertEqual(found["origins"], {"a": {"requests": 2, "bytes": 200, "cached": 100},
                                             "[::1]:81": {"requests": 1, "bytes": 100, "cached": 0}})
         self.assertEqual([row["uri"] for row in found["recent"]],
-                         ["http://a/x_1.0_all.deb", "http://a/y", "http://[::1]:81/z", "http://nowhere/z"])
-        self.assertEqual({key: found["recent"][0][key] for key in ("client", "method", "bytes", "seconds", "outcome")},
+                         ["http://nowhere/z", "http://[::1]:81/z", "http://a/y", "http://a/x_1.0_all.deb"])
+        self.assertEqual({key: found["recent"][-1][key] for key in ("client", "method", "bytes", "seconds", "outcome")},
                          {"client": "10.0.0.1", "method": "GET", "bytes": 100, "seconds": 0.25, "outcome": "hit"})
 
     def test_many_origins_are_bounded_and_none_of_their_bytes_is_lost(self):
@@ -6084,51 +5955,22 @@ class WatchTest(unittest.TestCase):
             self.note(outcome=Outcome.REFUSED)
 
 
-class BoardTest(unittest.TestCase):
-    """What workers tell each other."""
-
-    def test_each_reads_what_the_others_wrote_last(self):
-        board = pkgproxy.Board(3)
-        self.assertEqual(board.others(), [])
-        for worker, text in ((0, "mine"), (1, "old"), (1, "new"), (2, "third")):
-            board.own = worker
-            board.put(lambda text=text: {"x": text})
-        board.own = 0
-        self.assertEqual(board.others(), [{"x": "new"}, {"x": "third"}])
-
-    def test_what_is_half_written_or_too_long_is_not_shown(self):
-        board = pkgproxy.Board(2)
-        board.own = 1
-        board.put(lambda: {"x": "y" * pkgproxy.MAX_NOTICE})
-        board.put(lambda: {"x": "y" * 100})
-        board.own = 0
-        self.assertEqual(board.others(), [{"x": "y" * 100}])
-        board._memory[pkgproxy.MAX_NOTICE + 50] = 0
-        self.assertEqual(board.others(), [])
-
-    def test_one_alone_has_nobody_to_tell(self):
-        board = pkgproxy.Board(1)
-        board.put(lambda: self.fail("nobody reads it"))
-        self.assertEqual(board.others(), [])
-
-
 class HistoryTest(unittest.TestCase):
     """Counters and plots over all time."""
 
     def setUp(self):
         folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
         self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
-        self.path = os.path.join(folder, "books", "history.json")
+        self.books = os.path.join(folder, "books")
+        self.path = os.path.join(self.books, "history-one.json")
         self.totals = {"statsCacheBytes": 0, "statsDownBytes": 0, "hit": 0}
 
-        self.runs = itertools.count()
+    def history(self, name="one"):
+        return pkgproxy.History(self.books, name, lambda: dict(self.totals))
 
-    def history(self, run=None):
-        return pkgproxy.History(self.path, lambda: dict(self.totals), run or "run %d" % next(self.runs))
-
-    def started(self, run=None):
+    def started(self, name="one"):
         self.totals = dict.fromkeys(self.totals, 0)
-        history = self.history(run)
+        history = self.history(name)
         history.start()
         self.addCleanup(history.stop)
         return history
@@ -6145,25 +5987,20 @@ class HistoryTest(unittest.TestCase):
         for plot in found["plots"].values():
             self.assertEqual([sum(column) for column in zip(*plot["bytes"])], [75, 31])
 
-    def test_another_process_reads_it_and_adds_nothing_twice(self):
-        before = self.started()
-        self.totals["statsCacheBytes"] = 1000
-        before.stop()
-        self.assertEqual(self.history("now").snapshot(time.time())["allTime"]["statsCacheBytes"], 2000, "not saved yet")
-        writer = self.started("now")
-        self.totals["statsCacheBytes"] = 70
-        writer.record(time.time())
-        writer.save()
-        self.totals["statsCacheBytes"] = 75
-        reader = self.history("now")
-        for _ in range(2):
-            self.assertEqual(reader.snapshot(time.time())["allTime"]["statsCacheBytes"], 1075)
-        again = self.history("now")  # the writer has died, and is replaced
-        again.start()
-        self.addCleanup(again.stop)
-        self.assertEqual(again.snapshot(time.time())["allTime"]["statsCacheBytes"], 1075)
-        reader.stop()
-        self.assertEqual(json.loads(Path(self.path).read_text())["all"]["statsCacheBytes"], 1070)
+    def test_each_instance_keeps_its_own(self):
+        for name, count in (("one", 70), ("[::1]:9999,/\\..", 5)):
+            history = self.started(name)
+            self.totals["hit"] = count
+            history.stop()
+        self.assertEqual(len(os.listdir(self.books)), 2)
+        self.assertEqual([self.started(name).snapshot(5.0)["allTime"]["hit"] for name in ("one", "[::1]:9999,/\\..")], [70, 5])
+
+    def test_the_first_instance_inherits_the_file_that_was_one_for_all(self):
+        os.makedirs(self.books)
+        slots = {name: {} for name in pkgproxy.PLOTS}
+        Path(self.books, "history.json").write_text(json.dumps({"since": 1, "era": "x", "all": {"hit": 7}, "last": {"hit": 2}, "slots": slots}))
+        found = [self.started(name).snapshot(5.0)["allTime"]["hit"] for name in ("one", "two", "one")]
+        self.assertEqual(found, [7, 0, 7])
 
     def test_bytes_stand_where_they_came_and_go_when_they_are_old(self):
         history = self.history()
@@ -6180,7 +6017,7 @@ class HistoryTest(unittest.TestCase):
 
     def test_a_damaged_file_is_ignored(self):
         os.makedirs(os.path.dirname(self.path))
-        good = {"since": 1, "era": "another", "all": {"hit": 7}, "last": {}, "slots": {name: {} for name in pkgproxy.PLOTS}}
+        good = {"since": 1, "all": {"hit": 7}, "slots": {name: {} for name in pkgproxy.PLOTS}}
         rows = (b"", b"{", b"[]", b"\xff", b"[" * 100_000, json.dumps({**good, "since": "x"}).encode(),
                 json.dumps({**good, "since": float("nan")}).encode(), json.dumps({**good, "since": 1e999}).encode(),
                 json.dumps({**good, "all": {"hit": -1}}).encode(), json.dumps({**good, "all": {"hit": 1.5}}).encode(),
@@ -6277,7 +6114,7 @@ class PagesTest(ProxyCase):
         gathered = {"recent": [row], "origins": {evil: {"requests": 1, "bytes": 1, "cached": 1}}, "swept": {"at": 0.0},
                     "downloads": [{"uri": evil, "bytes": 1, "length": 2, "rate": 1, "clients": 1}],
                     "troubles": [{"origin": evil, "reason": evil, "seconds": 1}], "unstored": evil}
-        snapshot = {**self.server.desk.snapshot(), "processes": [gathered]}
+        snapshot = {**self.server.desk.snapshot(), **gathered}
         text = pkgproxy.status_page(pkgproxy.view_of(snapshot), "a:1").text.replace("<script>" + pkgproxy.SCRIPT, "")
         self.assertGreater(text.count("alert(1)"), 8)
         self.assertNotIn("<script", text)
@@ -6364,35 +6201,14 @@ class PagesTest(ProxyCase):
         self.settle()
         self.assertNotIn("Nothing can be stored", self.view()["html"]["disk"])
 
-    def test_several_processes_are_shown_as_one(self):
-        def row(at, uri):
-            return {"at": at, "uri": uri}
-
-        one = {"recent": [row(1, "a"), row(3, "b")], "origins": {"a": {"requests": 1, "bytes": 5, "cached": 1}},
-               "downloads": [{"uri": "z"}], "troubles": [{"origin": "o"}], "swept": {"at": 0.0, "removedFiles": 2}}
-        two = {"recent": [row(2, "c")] * 30, "origins": {"a": {"requests": 2, "bytes": 5, "cached": 2},
-                                                        "b": {"requests": 1, "bytes": 99, "cached": 0}},
-               "downloads": [{"uri": "y"}], "troubles": [{"origin": "o"}], "swept": {"at": 7.0, "files": 1, "removedFiles": 3}}
-        merged = pkgproxy.merge([one, two])
-        self.assertEqual([entry["uri"] for entry in merged["recent"]], ["b"] + ["c"] * (pkgproxy.SHOWN - 1))
-        self.assertEqual(list(merged["origins"].items()), [("b", {"requests": 1, "bytes": 99, "cached": 0}),
-                                                           ("a", {"requests": 3, "bytes": 10, "cached": 3})])
-        self.assertEqual([entry["uri"] for entry in merged["downloads"]], ["y", "z"])
-        self.assertEqual((merged["troubles"], merged["swept"]),
-                         ([{"origin": "o"}], {"at": 7.0, "files": 1, "removedFiles": 5, "removedBytes": 0}))
-        self.assertEqual(pkgproxy.merge([one])["origins"], one["origins"])
-
-    def test_however_many_processes_there_are_the_origins_told_apart_are_bounded(self):
-        def row(requests):
-            return {"requests": requests, "bytes": 10 * requests, "cached": requests}
-
-        workers = [{"recent": [], "downloads": [], "troubles": [], "swept": {"at": 0.0},
-                    "origins": {"other": row(7), "busy": row(1000), **{"host%d-%d" % (worker, n): row(n) for n in range(1, 41)}}}
-                   for worker in range(4)]
-        origins = pkgproxy.merge(workers)["origins"]
-        self.assertEqual(len(origins), pkgproxy.MAX_ORIGINS + 1)
-        self.assertEqual((origins["busy"]["requests"], list(origins)[0]), (4000, "busy"))
-        self.assertEqual(sum(one["bytes"] for one in origins.values()), 10 * 4 * (7 + 1000 + sum(range(1, 41))))
+    def test_the_newest_request_and_the_busiest_origin_come_first(self):
+        for host, sizes in (("a", (10, 10)), ("b", (99,)), ("c", (1,))):
+            for size in sizes:
+                sent = pkgproxy.Sent(size, 0, 0.25, True)
+                self.proxy.insight.recent.note(request("http://%s/%d" % (host, size)), 200, CacheStatus(Outcome.MISS), [("10.0.0.1", sent)])
+        view = self.view()
+        self.assertEqual(list(view["origins"]), ["b", "a", "c"])
+        self.assertEqual([row["uri"] for row in view["recent"]], ["http://c/1", "http://b/99", "http://a/10", "http://a/10"])
 
     def test_its_colours_can_be_read_by_day_and_by_night(self):
         def luminance(colour):
@@ -7622,10 +7438,10 @@ class LobbyTest(ProxyCase):
             until(lambda: self.snapshot()["statsOutcomes"]["hit"] == before["statsOutcomes"]["hit"] + 60)
             until(lambda: len(caught.output) == 60)
         self.assertEqual(self.snapshot()["statsCacheBytes"], before["statsCacheBytes"] + 60 * 4096)
-        origin, = self.snapshot()["processes"][0]["origins"].values()
+        origin, = self.snapshot()["origins"].values()
         self.assertEqual(origin["cached"], self.snapshot()["statsCacheBytes"])
         self.assertEqual(len({line.partition("]")[0] for line in caught.output}), 60, "each has a number of its own")
-        self.assertEqual(len(self.snapshot()["processes"][0]["recent"]), pkgproxy.SHOWN)
+        self.assertEqual(len(self.snapshot()["recent"]), pkgproxy.SHOWN)
 
     def test_what_was_sent_a_moment_ago_holds_few_files_open_and_not_for_long(self):
         self.origin.pages.update({"/n%d_1.0.deb" % number: Page(b"n") for number in range(40)})
@@ -7743,7 +7559,7 @@ class SeatTest(ProxyCase):
         moves = []
         with mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, create=True), mock.patch.object(
                 os, "sched_setaffinity", lambda _, where: moves.append(where), create=True), mock.patch.object(pkgproxy, "LONG", 200_000):
-            self.server.desk.seat.take(6, 2)
+            self.server.desk.seat.take(6)
             self.assertEqual(moves, [{2}])
             for path, length, whither in (("/short_1.0_all.deb", 150_000, []), ("/long_1.0_all.deb", 250_000, [{0, 1, 2, 3}, {2}])):
                 self.origin.pages[path] = Page(b"x" * length)
@@ -7753,13 +7569,28 @@ class SeatTest(ProxyCase):
                 self.assertEqual(len(self.ask(path).body), length)
                 until(lambda: moves == whither)  # noqa: B023
 
+    def test_slow_processors_are_left_out(self):
+        speeds = {0: 5_300_000, 1: 4_900_000, 2: 1_800_000, 3: None}
+
+        def opened(path, **_):
+            speed = speeds[int(re.search(r"cpu(\d+)/cpufreq", path)[1])]
+            if speed is None:
+                raise FileNotFoundError(path)
+            return io.StringIO("%d\n" % speed)
+
+        with mock.patch.object(pkgproxy.os, "sched_getaffinity", lambda _: set(speeds), create=True), mock.patch.object(pkgproxy.os, "sched_setaffinity", create=True), \
+                mock.patch("builtins.open", opened):
+            self.assertEqual(pkgproxy.processors(), [0, 1])
+            speeds.update(dict.fromkeys(speeds))
+            self.assertEqual(pkgproxy.processors(), [0, 1, 2, 3])
+
     def test_where_it_cannot_be_chosen_all_goes_on(self):
         with mock.patch.object(os, "sched_setaffinity", side_effect=PermissionError, create=True):
-            self.server.desk.seat.take(0, 1)
+            self.server.desk.seat.take(0)
             with self.server.desk.seat.away():
                 pass
-        with mock.patch.object(pkgproxy, "processors", lambda _: []):
-            self.server.desk.seat.take(0, 1)
+        with mock.patch.object(pkgproxy, "processors", list):
+            self.server.desk.seat.take(0)
 
 
 class CrewTest(unittest.TestCase):
@@ -7949,7 +7780,7 @@ class PorchTest(unittest.TestCase):
         origin = Origin()
         self.addCleanup(origin.close)
         origin.pages["/pool/x_1.0_all.deb"] = Page(b"x" * 20_000)
-        proxy = ProxyProcess(root, ["--adopt", folder, "--adopt", folder + "2", "-w", "2"])
+        proxy = ProxyProcess(root, ["--adopt", folder, "--adopt", folder + "2"])
         try:
             until(lambda: os.path.exists(root + "/.pkgproxy/adopted/whole-256"))
             with urllib.request.build_opener(urllib.request.ProxyHandler({"http": proxy.url})).open(origin.url("/pool/x_1.0_all.deb")) as answer:
@@ -7979,33 +7810,7 @@ class PorchTest(unittest.TestCase):
             proxy.stop()
             served.append(json.loads(found)["allTime"]["failed"])
         self.assertEqual(served, [1, 2])
-        self.assertTrue((root / pkgproxy.BOOKS / "history.json").is_file())
-
-    @unittest.skipUnless(hasattr(os, "fork"), "this system cannot fork")
-    def test_the_page_tells_of_all_workers_whichever_answers(self):
-        origin = Origin()
-        self.addCleanup(origin.close)
-        origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1000)
-        proxy = ProxyProcess(Path(self.folder, "root"), ["-w", "3"])
-        self.addCleanup(proxy.stop)
-
-        def get(path):
-            with contextlib.closing(http.client.HTTPConnection(*proxy.address, timeout=PATIENCE)) as connection:
-                connection.request("GET", path)
-                return connection.getresponse().read()
-
-        with concurrent.futures.ThreadPoolExecutor(12) as several:
-            list(several.map(get, [origin.url("/x_1.0_all.deb")] * 30))
-
-        def is_whole(view):
-            return [row["requests"] for row in view["origins"].values()] == [30] and len(view["recent"]) == pkgproxy.SHOWN
-
-        # Each worker tells the others once a second, and nobody knows which of them answers.
-        until(lambda: all(is_whole(json.loads(get("/status.json"))) for _ in range(9)))
-        view = json.loads(get("/status.json"))
-        self.assertEqual(sum(view["counters"][name] for name in ("hit", "miss", "collapsed", "relayed")), 30)
-        self.assertEqual(sum(view["allTime"][name] for name in ("hit", "miss", "collapsed", "relayed")), 30)
-        self.assertEqual(len(view["recent"]), pkgproxy.SHOWN)
+        self.assertTrue((root / pkgproxy.BOOKS / "history-127.0.0.1%3A0.json").is_file())
 
     def test_ctrl_c_stops_it_too(self):
         process, _ = self.start()
@@ -8094,7 +7899,7 @@ class PorchTest(unittest.TestCase):
                 (["--connect-ports", "0"], 2, "--connect-ports: '0' is no list of ports; write 443,8443 or none"), (["--allow", "lan"], 2, "write loopback, private"), (["--allow", "10.0.0.1/8"], 2, "write loopback"),
                 (["--max-orphans", "x"], 2, "--max-orphans: 'x' is no number from 0 to"), (["--max-orphans", "-1"], 2, "from 0 to"), (["--unknown"], 2, "unknown"),
                 (["--max-size", "much"], 2, "--max-size: 'much' is no size; write 500M"), (["--min-free", "5%"], 2, "--min-free: '5%' is no size"),
-                (["--max-age", "5"], 2, "--max-age: '5' is no time; write 90m"), (["-w", "0"], 2, "--workers: '0' is no number from 1 to"))
+                (["--max-age", "5"], 2, "--max-age: '5' is no time; write 90m"))
             runs = several.map(lambda row: self.run_to_end("-a", "127.0.0.1:0", *row[0]), rows)
             for (arguments, code, expected), ran in zip(rows, runs):
                 with self.subTest(arguments=arguments):
@@ -8165,7 +7970,7 @@ class PorchTest(unittest.TestCase):
 
 @unittest.skipUnless(hasattr(os, "fork") and sys.platform == "linux", "systemd is on Linux only")
 class ServiceTest(unittest.TestCase):
-    """What systemd is told, and what it hands over: as a real process, with one worker and with two."""
+    """What systemd is told, and what it hands over: as a real process."""
 
     def setUp(self):
         self.folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
@@ -8200,10 +8005,10 @@ class ServiceTest(unittest.TestCase):
 
     def test_it_says_when_it_is_ready_reads_its_filters_again_and_stops(self):
         Path(self.folder, "filters").write_text("x", encoding="utf-8")
-        for place, workers in ((os.path.join(self.folder, "notify"), "1"), ("\0pkgproxy-test-%d" % os.getpid(), "2")):
-            with self.subTest(workers=workers):
+        for place in (os.path.join(self.folder, "notify"), "\0pkgproxy-test-%d" % os.getpid()):
+            with self.subTest(place=place):
                 ear, environment = self.listen(place)
-                proxy = self.start("-w", workers, "-f", os.path.join(self.folder, "filters"), environment={**environment, "WATCHDOG_USEC": "2000000"})
+                proxy = self.start("-f", os.path.join(self.folder, "filters"), environment={**environment, "WATCHDOG_USEC": "2000000"})
                 self.hear(ear, "READY=1", r"WATCHDOG=1\nSTATUS=0 requests, – hits, 0 B saved")
                 self.assertTrue(self.healthy(proxy.address))
                 proxy.process.send_signal(signal.SIGHUP)
@@ -8212,17 +8017,15 @@ class ServiceTest(unittest.TestCase):
                 self.hear(ear, "STOPPING=1")
                 self.assertEqual(proxy.process.returncode, 0)
 
-    def test_it_is_well_only_while_every_process_is(self):
+    def test_it_is_well_only_while_its_loops_turn(self):
         ear, environment = self.listen("\0pkgproxy-test-well-%d" % os.getpid())
         ear.setblocking(False)
-        counters = pkgproxy.Counters(2)
         for age, told in ((0, True), (0.9, True), (1.1, False)):
             with self.subTest(age=age):
-                counters.take_row(1)
-                counters.beat(time.monotonic() - age)
-                pkgproxy.Manager({**environment, "WATCHDOG_USEC": "2000000"}, counters).ping()
+                manager = pkgproxy.Manager({**environment, "WATCHDOG_USEC": "2000000"}, pkgproxy.Counters())
+                manager.ping(time.monotonic() - age)
                 self.assertEqual(bool(select.select([ear], [], [], 0)[0] and ear.recv(4096)), told)
-        pkgproxy.Manager({}, pkgproxy.Counters()).ping()
+        pkgproxy.Manager({}, pkgproxy.Counters()).ping(time.monotonic())
         self.assertFalse(select.select([ear], [], [], 0)[0])
 
     def test_a_watchdog_that_is_none_makes_nobody_hurry(self):
@@ -8230,12 +8033,12 @@ class ServiceTest(unittest.TestCase):
             self.assertEqual(pkgproxy.Manager({"WATCHDOG_USEC": text}, pkgproxy.Counters()).pause, 1.0, text)
 
     def test_a_process_is_well_while_each_of_its_loops_turns(self):
-        counters, heard = pkgproxy.Counters(), queue.SimpleQueue()
+        heard, manager = queue.SimpleQueue(), mock.Mock()
         heard.put("SIGTERM")
+        manager.pause = 1.0
         servers = [types.SimpleNamespace(beat=beat) for beat in (7.0, 5.0)]
-        proxy = mock.Mock(counters=counters)
-        pkgproxy.wait_for_end(servers, proxy, heard, 0, pkgproxy.Manager({}, counters))
-        self.assertEqual(counters.oldest_beat(), 5.0)
+        pkgproxy.wait_for_end(servers, mock.Mock(), heard, manager)
+        manager.ping.assert_called_once_with(5.0)
 
     def test_a_manager_that_is_gone_harms_nothing(self):
         proxy = self.start(environment={"NOTIFY_SOCKET": os.path.join(self.folder, "nobody")})
@@ -8249,13 +8052,12 @@ class ServiceTest(unittest.TestCase):
         return {"prefix": (sys.executable, "-c", starter % sock.fileno()), "pass_fds": [sock.fileno()]}
 
     def test_it_serves_on_the_sockets_that_it_is_handed(self):
-        for workers in ("1", "2"):
-            with self.subTest(workers=workers), socket.create_server(("127.0.0.1", 0)) as listening:
-                proxy = self.start("-w", workers, **self.handed(listening))
-                self.assertEqual(proxy.address, listening.getsockname(), "in the place of -a")
-                self.assertTrue(self.healthy(proxy.address))
-                proxy.stop()
-                self.assertEqual(proxy.process.returncode, 0)
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            proxy = self.start(**self.handed(listening))
+            self.assertEqual(proxy.address, listening.getsockname(), "in the place of -a")
+            self.assertTrue(self.healthy(proxy.address))
+            proxy.stop()
+            self.assertEqual(proxy.process.returncode, 0)
 
     def test_sockets_handed_to_another_process_are_not_ours(self):
         with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -8287,169 +8089,24 @@ class ServiceTest(unittest.TestCase):
 
     @unittest.skipUnless(shutil.which("systemd-socket-activate"), "systemd-socket-activate is not installed")
     def test_systemd_starts_it_with_the_first_connection(self):
-        for workers in ("1", "2"):
-            with self.subTest(workers=workers):
-                address, answers = free_address(), []
+        address, answers = free_address(), []
 
-                def ask(address=address, answers=answers):
-                    def well():
-                        with contextlib.suppress(ConnectionError):
-                            return self.healthy(address)
+        def ask():
+            def well():
+                with contextlib.suppress(ConnectionError):
+                    return self.healthy(address)
 
-                    until(well)
-                    answers.append("ok")
+            until(well)
+            answers.append("ok")
 
-                client = threading.Thread(target=ask, name="beside")
-                client.start()
-                try:
-                    proxy = self.start("-w", workers, prefix=("systemd-socket-activate", "-l", "%s:%d" % address))
-                finally:
-                    client.join(PATIENCE)
-                self.assertEqual((proxy.address, answers), (address, ["ok"]))
-                proxy.stop()
-
-
-@unittest.skipUnless(hasattr(os, "fork") and os.path.isdir("/proc/self/fd"), "needs fork and /proc")
-class WorkersTest(unittest.TestCase):
-    """Several processes behind one address."""
-
-    def setUp(self):
-        self.folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
-        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
-        Path(self.folder, "filters").write_text("never\n", encoding="utf-8")
-        self.origin = Origin()
-        self.addCleanup(self.origin.close)
-        self.origin.pages["/x_1.0.deb"] = Page(b"x" * 1000)
-        self.process, lines = PorchTest.start(self, "-r", "packages", "-w", "2", "-f", "filters")
-        self.port = int(lines[-1].rpartition(":")[2])
-        self.lines = []
-        threading.Thread(target=self.read, daemon=True).start()
-        self.addCleanup(self.end)
-        until(lambda: len(self.workers()) == 2)
-
-    def end(self):
-        with contextlib.suppress(ProcessLookupError):
-            for pid in self.workers():
-                os.kill(pid, signal.SIGCONT)
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(PATIENCE)
-
-    def read(self):
-        with contextlib.suppress(ValueError):
-            self.lines.extend(iter(self.process.stderr.readline, ""))
-
-    def workers(self):
-        return children(self.process.pid)
-
-    def get(self, url):
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)) as connection:
-            connection.request("GET", url)
-            return connection.getresponse().read()
-
-    def only(self, worker):
-        return only(worker, self.workers())
-
-    def test_each_counts_and_each_tells_of_all(self):
-        first, second = self.workers()
-        url = self.origin.url("/x_1.0.deb")
-        with self.only(first):
-            self.assertEqual(self.get(url), b"x" * 1000)
-            until(lambda: json.loads(self.get("/debug/vars"))["statsOutcomes"]["miss"] == 1)
-        with self.only(second):
-            for _ in range(3):
-                self.assertEqual(self.get(url), b"x" * 1000)
-            until(lambda: json.loads(self.get("/debug/vars"))["statsOutcomes"]["hit"] == 3)
-        with self.only(first):
-            counters = json.loads(self.get("/debug/vars"))
-            self.assertEqual((counters["statsOutcomes"]["miss"], counters["statsOutcomes"]["hit"]), (1, 3))
-            self.assertEqual((counters["statsDownBytes"], counters["statsCacheBytes"]), (1000, 3000))
-        self.assertEqual(self.origin.asked("/x_1.0.deb"), ["GET"])
-
-    @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "this system does not let us choose a processor")
-    def test_the_threads_of_each_share_a_processor_of_those_we_may_use(self):
-        self.get(self.origin.url("/x_1.0.deb"))
-        places = [{task: os.sched_getaffinity(int(task)) for task in os.listdir("/proc/%d/task" % worker)} for worker in self.workers()]
-        chosen = [frozenset().union(*place.values()) for place in places]
-        self.assertEqual([len(one) for one in chosen], [1, 1], places)
-        allowed = os.sched_getaffinity(0)
-        self.assertLessEqual(chosen[0] | chosen[1], allowed)
-        self.assertEqual(len(chosen[0] | chosen[1]), min(2, len(allowed)))
-        self.assertEqual(os.sched_getaffinity(self.process.pid), allowed)
-
-    def test_slow_processors_are_taken_only_where_there_are_not_enough_fast_ones(self):
-        speeds = {0: 5_300_000, 1: 4_900_000, 2: 1_800_000, 3: None}
-
-        def opened(path, **_):
-            speed = speeds[int(re.search(r"cpu(\d+)/cpufreq", path)[1])]
-            if speed is None:
-                raise FileNotFoundError(path)
-            return io.StringIO("%d\n" % speed)
-
-        with mock.patch.object(pkgproxy.os, "sched_getaffinity", lambda _: set(speeds), create=True), mock.patch.object(pkgproxy.os, "sched_setaffinity", create=True), \
-                mock.patch("builtins.open", opened):
-            self.assertEqual([pkgproxy.processors(count) for count in (1, 2, 3, 8)], [[0, 1], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3]])
-            speeds.update(dict.fromkeys(speeds))
-            self.assertEqual(pkgproxy.processors(1), [0, 1, 2, 3])
-
-    def test_one_that_is_killed_is_replaced_and_what_it_counted_stays(self):
-        self.get(self.origin.url("/x_1.0.deb"))
-        old = self.workers()
-        for pid in old:
-            os.kill(pid, signal.SIGKILL)
-        until(lambda: len(set(self.workers()) - set(old)) == 2, "two new workers")
-        until(lambda: sum("ended by signal 9; another takes its place" in line for line in self.lines) == 2)
-        self.assertEqual(self.get(self.origin.url("/x_1.0.deb")), b"x" * 1000)
-        self.assertEqual(json.loads(self.get("/debug/vars"))["statsDownBytes"], 1000)
-
-    def test_signals_are_handed_on(self):
-        until(lambda: sum("Parsed 1 filters" in line for line in self.lines) >= 0)
-        Path(self.folder, "filters").write_text("never\nnor this\n", encoding="utf-8")
-        self.process.send_signal(signal.SIGHUP)
-        until(lambda: sum("Parsed 2 filters" in line for line in self.lines) == 2)
-        workers = self.workers()
-        self.process.send_signal(signal.SIGTERM)
-        self.assertEqual(self.process.wait(PATIENCE), 0)
-        self.assertFalse([pid for pid in workers if lives(pid)])
-
-    def test_one_that_takes_anothers_place_knows_the_filters_of_now(self):
-        self.get(self.origin.url("/x_1.0.deb"))
-        Path(self.folder, "filters").write_text("x_1\n", encoding="utf-8")
-        self.process.send_signal(signal.SIGHUP)
-        until(lambda: sum("Parsed 1 filters" in line for line in self.lines) == 2)
-        old = self.workers()
-        for pid in old:
-            os.kill(pid, signal.SIGKILL)
-        until(lambda: sum("Parsed 1 filters" in line for line in self.lines) == 4)
-        until(lambda: len(self.workers()) == 2)
-        for _ in range(4):
-            self.get(self.origin.url("/x_1.0.deb"))
-        self.assertEqual(len(self.origin.asked("/x_1.0.deb")), 5)
-
-    def test_a_log_that_nobody_reads_holds_the_supervisor_up_for_a_moment_only(self):
-        read, write = os.pipe()
-        self.addCleanup(os.close, read)
-        os.set_blocking(write, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(write, b"x" * 4096)
-        os.set_blocking(write, True)
-        process = subprocess.Popen([*program(), "-a", "127.0.0.1:%d" % free_address()[1], "-r", "r2", "-w", "2", "-q", "-q"],
-                                   cwd=self.folder, stderr=write)
-        os.close(write)
-        self.process, before = process, self.process
-        self.addCleanup(lambda: (before.terminate(), before.wait(PATIENCE)))
-        until(lambda: len(self.workers()) == 2)
-        old = self.workers()
-        for pid in old:
-            os.kill(pid, signal.SIGKILL)
-        until(lambda: len(set(self.workers()) - set(old)) == 2)
-        process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(PATIENCE), 0)
-
-    def test_workers_do_not_outlive_their_supervisor(self):
-        workers = self.workers()
-        self.process.kill()
-        until(lambda: not any(map(lives, workers)))
+        client = threading.Thread(target=ask, name="beside")
+        client.start()
+        try:
+            proxy = self.start(prefix=("systemd-socket-activate", "-l", "%s:%d" % address))
+        finally:
+            client.join(PATIENCE)
+        self.assertEqual((proxy.address, answers), (address, ["ok"]))
+        proxy.stop()
 
 
 @unittest.skipUnless(README.exists(), "no README.md beside the test file")
@@ -8486,11 +8143,13 @@ class ReadmeTest(unittest.TestCase):
             self.assertTrue(any(f.search("http://mirror.example.org" + path) for f in filters), path)
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
-    def test_the_unit_is_sound(self):
-        ran = subprocess.run(["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(HERE / "pkgproxy.service")],
-                             capture_output=True, text=True, timeout=60)
-        self.assertEqual((ran.returncode, ran.stderr), (0, ""))
-
+    def test_the_unit_is_sound_as_one_service_and_as_one_of_several(self):
+        for name in ("pkgproxy.service", "pkgproxy@.service", "pkgproxy@2.service"):
+            with self.subTest(name), tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as folder:
+                shutil.copy(HERE / "pkgproxy.service", os.path.join(folder, name))
+                ran = subprocess.run(["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", os.path.join(folder, name)],
+                                     capture_output=True, text=True, timeout=60)
+                self.assertEqual((ran.returncode, ran.stderr), (0, ""))
 
     def test_the_unit_starts_what_is_installed_from_its_byte_code_and_allows_what_it_asks_of_the_kernel(self):
         unit = (HERE / "pkgproxy.service").read_text(encoding="utf-8")
@@ -8503,7 +8162,7 @@ class ReadmeTest(unittest.TestCase):
                 line = line.replace("/usr/local", folder + "/usr/local").replace("python3", sys.executable)
                 subprocess.run(line, shell=True, check=True, cwd=HERE, timeout=60)
             self.assertEqual(len(list((here / "__pycache__").iterdir())), 1)
-            words = command.replace("/usr/bin/python3", sys.executable).replace("${CACHE_DIRECTORY}", folder + "/cache").split()
+            words = command.replace("/usr/bin/python3", sys.executable).replace("${CACHE_DIRECTORY}", folder + "/cache").replace("%i", "").split()
             with subprocess.Popen([*words, "-a", "127.0.0.1:0"], cwd=here, stderr=subprocess.PIPE, text=True) as process:
                 self.addCleanup(process.kill)
                 until(lambda: "Starting proxy server at 127.0.0.1:" in process.stderr.readline())
