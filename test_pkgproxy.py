@@ -79,163 +79,14 @@ DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
 CLOCK = 784111777.0  # the same
 
 
-class Record(unittest.TestResult):
-    """What happened to the tests of one thread, to be told later."""
-
-    def __init__(self):
-        super().__init__()
-        self.events = []
-
-    def replay(self, result):
-        for name, details in self.events:
-            getattr(result, name)(*details)
-
-
-def recorded(name):
-    def method(record, *details):
-        record.events.append((name, details))
-    return method
-
-
-for event in ("startTest", "stopTest", "addSuccess", "addError", "addFailure", "addSkip", "addSubTest"):
-    setattr(Record, event, recorded(event))
-
-
-class Abreast(unittest.TestSuite):
-    """Classes of tests that have nothing in common but this machine, a few at a time."""
-
-    def run(self, result, debug=False):
-        waiting, lock = list(self), threading.Lock()
-
-        def work():
-            while True:
-                with lock:
-                    if not waiting:
-                        return
-                    suite = waiting.pop(0)
-                record = Record()
-                suite.run(record)
-                with lock:
-                    record.replay(result)
-
-        workers = [threading.Thread(target=work, name="beside") for _ in range(4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        return result
-
-
-def told_apart(init=threading.Thread.__init__):
-    """A thread that is started beside the tests of this process knows it, and so do those that it starts."""
-    def __init__(thread, *arguments, **more):
-        init(thread, *arguments, **more)
-        thread.beside = thread.name == "beside" or getattr(threading.current_thread(), "beside", False)
-    return __init__
-
-
-threading.Thread.__init__ = told_apart()  # type: ignore[method-assign]
-
-
-def own_threads():
-    """How many threads there are of the tests of this process; of others, it can't be told."""
-    if getattr(threading.current_thread(), "beside", False):
-        return 0
-    return sum(not getattr(thread, "beside", False) for thread in threading.enumerate())
-
-
-class Told(unittest.TestCase):
-    """Stands for a test that runs in another process."""
-
-    def __init__(self, name):
-        super().__init__("told")
-        self.name = name
-
-    def told(self):
-        """It has run."""
-
-    def id(self):
-        return self.name
-
-    __str__ = id
-
-
-class Teller(unittest.TestResult):
-    """Writes what happens to tests as lines of JSON."""
-
-    def tell(self, event, test, text=""):
-        sys.stdout.write(json.dumps([event, str(test), text]) + "\n")
-
-    def startTest(self, test):
-        self.tell("startTest", test)
-        super().startTest(test)
-
-    def addSuccess(self, test):
-        self.tell("addSuccess", test)
-
-    def addError(self, test, err):
-        self.tell("addError", test, self._exc_info_to_string(err, test))
-
-    addFailure = addError
-
-    def addSubTest(self, test, subtest, err):
-        if err is not None:
-            self.addError(subtest, err)
-
-    def addSkip(self, test, reason):
-        self.tell("addSkip", test, reason)
-
-
-class Elsewhere(unittest.TestSuite):
-    """Tests that run in another process, all in one, in turn or abreast: an interpreter uses one processor, and
-    what a test does to its process is for itself."""
-
-    def __init__(self, tests=(), how="--tell"):
-        super().__init__(tests)
-        self.how = how
-
-    def run(self, result, debug=False):
-        names = dict.fromkeys(type(test).__name__ for suite in self for test in suite)
-        child = subprocess.run([sys.executable, *subprocess._args_from_interpreter_flags(), __file__, self.how, *names],
-                               stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        started = 0
-        for line in child.stdout.splitlines():
-            event, name, text = json.loads(line)
-            started += event == "startTest"
-            details = {"addError": [(RuntimeError, RuntimeError(text), None)], "addSkip": [text]}.get(event, [])
-            getattr(result, event)(Told(name), *details)
-        if child.returncode or started != self.countTestCases():
-            result.startTest(Told("a process of tests"))
-            result.addError(Told("a process of tests"), (RuntimeError, RuntimeError(child.stderr), None))
-        return result
-
-
-class Beside(unittest.TestSuite):
-    """Two suites at once: what happens in this process, and what happens in processes of its own."""
-
-    def run(self, result, debug=False):
-        here, there = self
-        record = Record()
-        apart = threading.Thread(target=there.run, args=(record,), name="beside")
-        apart.start()
-        here.run(result)
-        apart.join()
-        record.replay(result)
-        return result
+def examples():
+    """The docstrings' examples."""
+    return doctest.DocTestSuite(pkgproxy)
 
 
 def load_tests(loader, tests, pattern):
-    """What happens in processes of its own goes on beside the rest, of which the doctests come first."""
-    apart = (ClientCase, BoundsTest, PorchTest, ServiceTest, ReadmeTest)
-    others = ((FaultTest, DiskTest, InstancesTest, SharedAddressTest), (FaultsOfTwoTest, MemcachedTest), (ChaosTest,))
-
-    def chosen(classes):
-        return [suite for suite in tests if any(type(test) in classes for test in suite)]
-
-    clients = [suite for suite in tests if any(isinstance(test, apart) for test in suite)]
-    there = [Elsewhere(clients, "--tell-abreast"), *(Elsewhere(chosen(classes)) for classes in others)]  # some of these limit what the process may write
-    here = [suite for suite in tests if suite not in clients and suite not in chosen(sum(others, ()))]
-    return Beside([unittest.TestSuite([doctest.DocTestSuite(pkgproxy), *here]), Abreast(there)])
+    """What python3 test_pkgproxy.py runs."""
+    return unittest.TestSuite([examples(), tests])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -449,6 +300,8 @@ class Certificates:
     """A throw-away certificate authority, and what it signs for 127.0.0.1 and localhost."""
 
     def __init__(self, folder):
+        if not shutil.which("openssl"):
+            raise unittest.SkipTest("openssl is not installed")
         self.folder = folder
         self.authority = self._path("authority.pem")
         self._openssl("req", "-x509", "-days", "2", "-subj", "/CN=Nobody", "-addext", "keyUsage=critical,keyCertSign", "-keyout", self._path("authority.key"), "-out", self.authority,
@@ -492,7 +345,7 @@ class ProxyCase(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
         self.root = os.path.join(self.folder, "root")
         os.mkdir(self.root)
-        self.threads = own_threads()
+        self.threads = threading.active_count()
         self.addCleanup(self._no_threads_left)
         self.origin = Origin()
         self.addCleanup(self.origin.close)
@@ -527,7 +380,7 @@ class ProxyCase(unittest.TestCase):
               and self.proxy._refresher._running._value == pkgproxy.MAX_REFRESHERS, "the end of replies")
 
     def _no_threads_left(self):
-        until(lambda: own_threads() <= self.threads, "the end of all threads")
+        until(lambda: threading.active_count() <= self.threads, "the end of all threads")
 
     @contextlib.contextmanager
     def connection(self):
@@ -4530,10 +4383,6 @@ class FaultTest(ProxyCase):
         for path, body in self.bodies.items():
             self.origin.pages[path] = Page(body, etag='"%s"' % path[1:4])
 
-    def go_on(self):
-        """Serve without the fault."""
-        self.start()
-
     def check_nothing_lost(self):
         self.settle()
         self.heal()
@@ -4541,7 +4390,7 @@ class FaultTest(ProxyCase):
             os.unlink(self.root)
         for name, body in self.files().items():
             self.assertIn(body, self.bodies.values(), "%s is not whole" % name)
-        self.go_on()
+        self.start()  # without the fault
         for path in (self.KEPT, self.NEW, self.INDEX, self.KEPT, self.NEW):
             self.assertEqual(self.ask(path).body, self.bodies[path], path)
             self.settle()
@@ -4763,7 +4612,7 @@ class FaultTest(ProxyCase):
         os.rename(self.root, copy)
         self.here.callback(shutil.rmtree, copy, True)
         os.mkdir(self.root)
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=%d" % size, "none", self.root], capture_output=True).returncode == 0
+        mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=%d" % size, "none", self.root], capture_output=True).returncode == 0
         if not mounted:
             os.rmdir(self.root)
             os.rename(copy, self.root)
@@ -7464,11 +7313,11 @@ class LobbyTest(ProxyCase):
         self.assertEqual(attend.call_count, 1)
 
     def test_five_hundred_idle_connections_take_no_thread(self):
-        before = own_threads()
+        before = threading.active_count()
         guests = [self.visit(self.line()) for _ in range(500)]
         for guest in guests:
             self.read(guest, 4096)
-        self.assertLessEqual(own_threads(), before + 1)
+        self.assertLessEqual(threading.active_count(), before + 1)
 
     def test_who_asks_for_much_at_once_takes_turns_with_the_others(self):
         order, others, desk = [], [], self.server.desk
@@ -7597,7 +7446,7 @@ class CrewTest(unittest.TestCase):
     """Threads that wait for more to do."""
 
     def setUp(self):
-        self.crew, self.did, self.before = pkgproxy.Crew(), queue.SimpleQueue(), own_threads()
+        self.crew, self.did, self.before = pkgproxy.Crew(), queue.SimpleQueue(), threading.active_count()
         self.addCleanup(self.crew.close)
 
     def work(self):
@@ -7607,7 +7456,7 @@ class CrewTest(unittest.TestCase):
         with mock.patch.object(pkgproxy, "CREW_IDLE", 0.01):
             self.crew.do(self.work)
             self.did.get(timeout=PATIENCE)
-            until(lambda: own_threads() == self.before)
+            until(lambda: threading.active_count() == self.before)
         self.assertEqual(self.crew._idle, 0)
 
     def test_what_is_given_to_one_that_is_about_to_go_is_done(self):
@@ -7615,7 +7464,7 @@ class CrewTest(unittest.TestCase):
             for _ in range(300):
                 self.crew.do(self.work)
                 self.did.get(timeout=PATIENCE)
-            until(lambda: own_threads() == self.before)
+            until(lambda: threading.active_count() == self.before)
 
     def test_not_many_wait_and_none_after_the_end(self):
         gate = Gate()
@@ -7624,12 +7473,12 @@ class CrewTest(unittest.TestCase):
                 self.crew.do(lambda: (gate.pass_through(), self.work()))
             gate.open()
             self.assertEqual(len({self.did.get(timeout=PATIENCE) for _ in range(8)}), 8)
-            until(lambda: (own_threads(), self.crew._idle) == (self.before + 3, 3))
+            until(lambda: (threading.active_count(), self.crew._idle) == (self.before + 3, 3))
         self.crew.close()
-        until(lambda: own_threads() == self.before)
+        until(lambda: threading.active_count() == self.before)
         self.crew.do(self.work)
         self.did.get(timeout=PATIENCE)
-        until(lambda: own_threads() == self.before)
+        until(lambda: threading.active_count() == self.before)
 
 
 class CrowdTest(ProxyCase):
@@ -8099,7 +7948,7 @@ class ServiceTest(unittest.TestCase):
             until(well)
             answers.append("ok")
 
-        client = threading.Thread(target=ask, name="beside")
+        client = threading.Thread(target=ask)
         client.start()
         try:
             proxy = self.start(prefix=("systemd-socket-activate", "-l", "%s:%d" % address))
@@ -8151,6 +8000,15 @@ class ReadmeTest(unittest.TestCase):
                                      capture_output=True, text=True, timeout=60)
                 self.assertEqual((ran.returncode, ran.stderr), (0, ""))
 
+    def test_what_needs_a_tool_that_is_absent_is_skipped(self):
+        names = ("TlsOriginTest", "HttpsTest", "InterceptionTest", "MemcachedTest", "MirrorsTest.test_https_proves_for_http_but_http_for_https_only_by_a_digest",
+                 "ReadmeTest.test_the_unit_starts_what_is_installed_from_its_byte_code_and_allows_what_it_asks_of_the_kernel")
+        with tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as empty:
+            ran = subprocess.run([sys.executable, __file__, *names], env={**os.environ, "PATH": empty}, capture_output=True, text=True, timeout=60)
+        self.assertEqual(ran.returncode, 0, ran.stderr)
+        self.assertIn("OK (skipped=", ran.stderr)
+
+    @unittest.skipUnless(shutil.which("install") and shutil.which("sh"), "install is not installed")
     def test_the_unit_starts_what_is_installed_from_its_byte_code_and_allows_what_it_asks_of_the_kernel(self):
         unit = (HERE / "pkgproxy.service").read_text(encoding="utf-8")
         self.assertEqual(re.findall("^SystemCallFilter=(.*)$", unit, re.M), ["@system-service", "~@privileged @resources", "sched_setaffinity"])
@@ -10178,8 +10036,4 @@ class ZchunkTest(ClientCase):
 
 if __name__ == "__main__":
     logging.getLogger("pkgproxy").setLevel(logging.CRITICAL)
-    if sys.argv[1:2] in (["--tell"], ["--tell-abreast"]):
-        suites = [unittest.defaultTestLoader.loadTestsFromName(name, sys.modules[__name__]) for name in sys.argv[2:]]
-        (Abreast if sys.argv[1] == "--tell-abreast" else unittest.TestSuite)(suites).run(Teller())
-    else:
-        unittest.main()
+    unittest.main()
