@@ -546,9 +546,12 @@ class OriginFailure(Failure):
     status = 502
     outcome = Outcome.FAILED
 
-    def __init__(self, sentence: str, target: Target | None = None) -> None:
+    def __init__(self, sentence: str, target: Target | None = None, unreachable: bool = False) -> None:
         super().__init__(sentence)
         self.target = target  # which of the origins on the way failed; None: the one that was asked
+        # Whether other requests to this host would fail as well, or wait in vain.  Not set for errors that
+        # the request itself may have caused: a status, or a connection that the origin closed.
+        self.unreachable = unreachable or self.status == 504
 
 
 class OriginTimeout(OriginFailure):
@@ -633,6 +636,10 @@ def without(fields: Fields, names: Iterable[str]) -> Fields:
     return tuple((name, text) for name, text in fields if name.lower() not in drop)
 
 
+def _only(fields: Fields, names: frozenset[str]) -> Fields:
+    return tuple(field for field in fields if field[0].lower() in names)
+
+
 @functools.lru_cache(AT_HAND)
 def end_to_end(fields: Fields) -> Fields:
     """The fields that a proxy passes on: RFC 9110 §7.6.1.  Content-Length is the framing's."""
@@ -651,7 +658,7 @@ def parse_fields(lines: list[str]) -> Fields:
     for line in lines:
         name, colon, text = line.partition(":")
         if not (colon and _TOKEN.fullmatch(name)) or _NO_TEXT.search(text):
-            raise ValueError("no field line: %.60r" % line)
+            raise ValueError("no field line: %.60r" % (name if colon else ""))  # its value may be a password
         fields.append((name, text.strip(" \t")))
     return tuple(fields)
 
@@ -824,7 +831,7 @@ def split_authority(authority: str, default_port: int) -> tuple[str, int]:
     userinfo, _, place = authority.rpartition("@")
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::(\d{0,5}))?", place)
     if not match or not _USERINFO.fullmatch(userinfo):
-        raise BadRequest("'%.80s' is no host and port." % authority)
+        raise BadRequest("The URL has no valid host and port.")  # what it has may be part of a password
     host, port = match[1].lower(), int(match[2] or default_port)
     if host.startswith("["):
         try:
@@ -883,7 +890,7 @@ def parse_target(uri: str) -> Target:
     """
     match = re.fullmatch(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", uri, re.I)
     if not match:
-        raise BadRequest("'%.80s' is no http or https URL." % uri)
+        raise BadRequest("The request target is not an http or https URL.")
     scheme = match[1].lower()
     host, port = split_authority(match[2], 443 if scheme == "https" else 80)
     path, mark, query = _ODD.sub(_percent, match[3]).partition("?")
@@ -979,13 +986,14 @@ def host_field(version: tuple[int, int], fields: Fields) -> str:
 def cache_key(target: Target) -> str:
     """The primary cache key (RFC 9111 §2), after safe normalisation (RFC 3986 §6.2.2).
 
-    In a path ``%2B`` is ``+`` (apt sends one, others the other); in a query it is not.
+    ``%2B`` and ``+`` are two keys (RFC 3986 §2.2): object stores read ``+`` as a space.  Clients that write
+    one package's name differently still share the file, by the proof that mirrors' files need.
 
-    >>> cache_key(parse_target("http://A:80/x/../b%2b%7e%2fc?q=%2b"))
-    'http://a/b+~%2Fc?q=%2B'
+    >>> cache_key(parse_target("http://A:80/x/../b%2b+%7e%2fc?q=%2b"))
+    'http://a/b%2B+~%2Fc?q=%2B'
     """
     path, mark, query = target.path.partition("?")
-    path = _without_dots(_normal(path, _UNRESERVED | {"+"}))
+    path = _without_dots(_normal(path, _UNRESERVED))
     return "%s://%s%s%s%s" % (target.scheme, target.authority, path, mark, _normal(query, _UNRESERVED))
 
 
@@ -1512,6 +1520,51 @@ def strong_validator(head: Head) -> str | None:
     return strong_date(head) if not tag else None if tag.startswith("W/") else tag
 
 
+# Which of a request's fields an origin gets ----------------------------------------------------
+
+# A response may go to other clients only if nothing else than its key has shaped it.  So a fetch that is
+# stored or joined sends these fields of its client and no others; Host, Via, the coding, ranges and
+# conditions are the proxy's own.  Origins name Accept and Accept-Language in Vary if they heed them, a few
+# mirrors refuse clients without User-Agent, and for Authorization there are rules (is_shareable).
+SHARED_FIELDS = frozenset(
+    ("accept", "accept-language", "authorization", "cache-control", "pragma", "user-agent"))
+# Fields that shape the proxy's own answer, and what it writes into its request.
+_OWN_FIELDS = frozenset(("host", "via", "range", "if-range", "if-match", "if-none-match", "if-modified-since",
+                         "if-unmodified-since"))
+# Fields that need not reach an origin: what the proxy writes itself, what browsers, npm, pip, bundler, cargo,
+# NuGet, Maven, zypper and flatpak say about themselves, what a proxy before this one adds, and tracing.
+_NEEDLESS = re.compile(
+    r"accept-(?:encoding|charset)|expect|content-type|date|expires|cache-store|from|referer|dnt|max-forwards|priority|save-data"
+    r"|upgrade-insecure-requests|sec-(?:ch|fetch|gpc)(?:-[a-z-]+)?|want-(?:(?:content|repr)-)?digest|forwarded"
+    r"|x-forwarded-[a-z]+|x-real-ip|x-(?:request|correlation)-id|traceparent|tracestate|x-b3-[a-z]+|baggage"
+    r"|npm-(?:auth-type|command|in-ci|scope|session)|pacote-[a-z-]+|x-gemfile-source|cargo-protocol"
+    r"|x-nuget-[a-z-]+|x-zypp-[a-z]+|flatpak-[a-z-]+|disable-module-fetch")
+_CREDENTIAL = re.compile(r"api|auth|cert|cookie|cred|jwt|key|login|otp|pass|saml|secret|session|sign|token|user")
+
+
+@functools.lru_cache(AT_HAND)
+def _private_fields(fields: Fields) -> frozenset[str]:
+    names = frozenset(name.lower() for name, _ in end_to_end(fields)) - SHARED_FIELDS - _OWN_FIELDS
+    return frozenset(name for name in names if not _NEEDLESS.fullmatch(name))
+
+
+def private_fields(request: Request) -> frozenset[str]:
+    """The names of a request's fields that may ask for a response for its client alone.  Such a request is
+    never stored or joined; a field that looks like a credential is not even answered from the cache."""
+    found = _private_fields(request.fields)
+    return found - {"cookie"} if request.prefix else found  # a browser's, which no origin gets
+
+
+def has_credentials(request: Request) -> bool:
+    """Whether a request has a credential besides Authorization, as far as its fields' names tell."""
+    return any(_CREDENTIAL.search(name) for name in private_fields(request))
+
+
+def without_private_fields(request: Request) -> Request:
+    """A request as its origin sees it if the response may be shared: what Vary names is taken from this."""
+    return changed(request, fields=_only(request.fields, SHARED_FIELDS | _OWN_FIELDS))
+
+
 # What may be stored, what may be used (RFC 9111 §3, §4) --------------------------------------
 
 
@@ -1520,11 +1573,21 @@ def media_type(head: Head) -> str:
     return (value(head.fields, "Content-Type") or "").partition(";")[0].strip().lower()
 
 
+def is_shareable(request: Request, head: Head) -> bool:
+    """Whether the response to a request with Authorization is for other clients as well (RFC 9111 §3.5).
+
+    ``must-revalidate``, which the RFC also accepts, is not enough: it obliges a cache to let the origin see
+    each client's credentials, but packages are served without asking, and indexes while it is down.
+    """
+    control = directives(head.fields)
+    allowed = "public" in control or seconds(control.get("s-maxage")) > 0
+    return value(request.fields, "Authorization") is None or (
+        allowed and "authorization" not in members(head.fields, "Vary"))
+
+
 def not_storable(request: Request, head: Head, config: Config) -> str:
     """Why a response may not be stored (RFC 9111 §3), or "" where it may."""
     control, policy = directives(head.fields), POLICIES[classify(request.key)]
-    shared = (value(request.fields, "Authorization") is None
-              or bool({"public", "s-maxage", "must-revalidate"} & set(control)))
     lifetime = freshness_lifetime(head) if policy.lifetime is None else 1
     of_use = validators(head) or (heuristic_lifetime(head, config) if lifetime is None else lifetime)
     reasons = (
@@ -1533,7 +1596,7 @@ def not_storable(request: Request, head: Head, config: Config) -> str:
         ("no-store" in control and "must-understand" not in control, "no-store"),
         ("private" in control, "private"),
         ("*" in members(head.fields, "Vary"), "Vary: *"),
-        (not shared, "Authorization"),
+        (not is_shareable(request, head), "Authorization"),
         (not policy.html and "text/html" in media_type(head), "text/html for a package"),
         (not of_use, "neither fresh nor validated"))
     return next((reason for applies, reason in reasons if applies), "")
@@ -1609,6 +1672,11 @@ def decide(request: Request, stored: Head | None, config: Config, now: float) ->
         decision = Decision(Action.FETCH, name_class, "vary-miss")
     else:
         decision = _decide_stored(request, control, stored, name_class, config, now)
+    sent = without_private_fields(request)
+    if decision.forward == "vary-miss" and stored and selecting_fields(sent, stored) == stored.vary:
+        decision = changed(decision, action=Action.PASS)  # for a field that a shared fetch does not send
+    if has_credentials(request) or private_fields(request) and decision.action is not Action.SERVE:
+        decision = changed(decision, action=Action.PASS, forward="request", refresh=False)
     if decision.action is not Action.SERVE and "only-if-cached" in control:
         return changed(decision, action=Action.REFUSE)
     if decision.action is Action.FETCH and (request.method == "HEAD" or "no-store" in control):
@@ -1866,17 +1934,15 @@ def max_forwards(request: Request) -> int | None:
 def forward_fields(request: Request, config: Config, identity: bool) -> Fields:
     """The fields of a request to an origin (RFC 9110 §7.6): end-to-end ones, Host, Via.
 
-    ``identity``: the answer may be stored, so ask for no coding, no range, no precondition.
+    ``identity``: the answer may be stored, so send SHARED_FIELDS only, and ask for no coding.
     """
     own = ["host", "via"]
     own += ["cookie"] if request.prefix else []  # a browser's, for another service on our host
-    if identity:
-        own += ["accept-encoding", "range", "if-range", "if-match", "if-none-match", "if-modified-since",
-                "if-unmodified-since"]
     hops = max_forwards(request)
     own += ["max-forwards"] if hops is not None else []
     own += ["expect"] if request.version < (1, 1) else []  # RFC 9110 §10.1.1
-    fields = (("Host", request.target.authority),) + without(end_to_end(request.fields), own)
+    fields = without(end_to_end(request.fields), own)
+    fields = (("Host", request.target.authority),) + (_only(fields, SHARED_FIELDS) if identity else fields)
     if hops is not None:
         fields += (("Max-Forwards", str(hops - 1)),)
     if identity:
@@ -2014,11 +2080,18 @@ def printable(text: str) -> str:
 @functools.lru_cache(REMEMBERED)
 def shown(uri: str) -> str:
     """A request target for the log: safe for a terminal, and without the userinfo, which may be a password.
+    If it is not a valid URL, nobody can tell where its userinfo begins or ends: all is cut up to the last @.
 
-    >>> shown("http://me:secret@a/@x")
-    'http://a/@x'
+    >>> shown("http://me:secret@a/@x"), shown("http:/me:se/cret@a:80/x"), shown("/me:secret@a")
+    ('http://a/@x', 'http:/a:80/x', '/a')
     """
-    return printable(re.sub(r"(?<=://)[^/?#@]*@", "", uri, count=1))
+    if "@" not in uri:
+        return printable(uri)
+    try:
+        parse_target(uri)
+    except BadRequest:
+        return printable(re.sub(r"\A((?:https?:)?/*).*@", r"\1", uri, flags=re.S | re.I))
+    return printable(re.sub(r"://[^/?#]*@", "://", uri, count=1))
 
 
 def logged(request: Request, cache_status: CacheStatus) -> str:
@@ -2040,8 +2113,8 @@ def clipped(text: str, most: int) -> str:
 def outlined(uri: str) -> str:
     """A request target for a page, which more people read than the log: without its query, which may be a
     password too."""
-    path, mark, _ = uri.partition("?")
-    return clipped(shown(path) + mark, 120)
+    path, mark, _ = shown(uri).partition("?")
+    return clipped(path + mark, 120)
 
 
 def summed(rows: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
@@ -2749,11 +2822,23 @@ class Store:
                         head = changed(head, mtime_ns=info.st_mtime_ns)
                     return Stored(file, head, name, True)
             fixed = classify(key) in (NameClass.CONTENT, NameClass.PACKAGE)
-            if self._trust_bare and fixed and not heads and not bare:
+            if self._trust_bare and fixed and not heads and not bare and self._is_exact(name):
                 bare = Stored(file, _bare_head(key, info), name, False)
             else:
                 file.close()
         return bare
+
+    def _is_exact(self, name: str) -> bool:
+        """Whether a name is on the disk as it is written.  File systems that ignore case, or know short names,
+        open another file as well; only its head, which is missing here, would tell."""
+        folder = self.root
+        with contextlib.suppress(OSError):
+            for part in name.split("/"):
+                if os.path.lexists(os.path.join(folder, part.swapcase())) and part not in os.listdir(folder):
+                    return False
+                folder = os.path.join(folder, part)
+            return True
+        return False
 
     def _find_places(self, key: str) -> list[tuple[str, str, str]]:
         """Where a cache key's body may lie: its names, with their paths and those of their heads."""
@@ -3060,9 +3145,9 @@ class Landing(enum.Enum):
     STORED = "stored"  # look in the store
     AGAIN = "again"  # nobody was asked: decide anew
     WHOLE = "whole"  # all bytes have arrived, but the disk did not take them
-    STALE = "stale"  # the origin cannot be asked, but the store has an answer
+    STALE = "stale"  # its leader got a stale response: decide anew, alone
     ALONE = "alone"  # the answer is not for sharing: ask the origin yourself
-    FAILED = "failed"  # the error is yours too
+    FAILED = "failed"  # before the first byte: ask once yourself; later, the error is yours too
 
 
 class Flight:
@@ -3876,6 +3961,7 @@ class Connection(http.client.HTTPConnection):
         self.asked = forward.target.authority  # whose fault it is if nothing comes of it
         self.peer = ""  # the address that it is connected to
         self.guarded = False  # whether only clients on this host may reach that
+        self.reached = False  # whether it has been open
         self.idle_since = 0.0  # monotonic
         self._forward = forward
         self._addresses = addresses
@@ -3956,7 +4042,9 @@ class Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         """Open the connection, with TLS where the scheme asks for it; OSError, Failure."""
+        self.reached = False
         self.dial()
+        self.reached = True
         if self._forward.target.scheme == "https":
             self.sock.settimeout(self._forward.within(CONNECT_TIMEOUT))
             name = self.host.rstrip(".")  # as certificates and SNI have it (RFC 6066 §3)
@@ -4257,7 +4345,7 @@ class Origin:
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._addresses.failed(connection.peer)
             sentence = "%s cannot be asked: %s." % (connection.asked, why_not(error))
-            raise OriginFailure(sentence, target) from None
+            raise OriginFailure(sentence, target, not connection.reached) from None
 
     def fetch_rest(self, forward: Forward, head: Head, size: int | None, offset: int) -> Response:
         """The rest, from ``offset``, of the representation that ``head`` belongs to; OriginFailure where
@@ -4860,7 +4948,8 @@ class Troubles:
     def __init__(self, on_full_disk: Callable[[], None]) -> None:
         self._on_full_disk = on_full_disk
         self._lock = threading.Lock()  # guards all below
-        self._origins: dict[str, tuple[float, str]] = {}  # by scheme and authority, or by cache key
+        # By scheme and authority, or by cache key: until when, why, whether other requests heed it.
+        self._origins: dict[str, tuple[float, str, bool]] = {}
         self._disk: LocalFailure | None = None  # that was complained about last, until something is stored
         self._failed = 0.0  # monotonic time of the last one
 
@@ -4869,20 +4958,23 @@ class Troubles:
         now = time.monotonic()
         with self._lock:
             known = [self._origins.get(name) for name in (_place(request.target), request.key)]
-        return next((reason for until, reason in filter(None, known) if now < until), None)
+        return next((reason for until, reason, heeded in filter(None, known) if heeded and now < until), None)
 
     def origin_failed(self, request: Request, failure: OriginFailure) -> None:
-        """An origin could not be asked, or, behind a redirect, just one file of it."""
+        """An origin is unreachable, or, behind a redirect, just for one file.  Any other failure is of this
+        file alone, and shown but not heeded: one client's request must not decide what others get."""
         own = failure.target is None or _place(failure.target) == _place(request.target)
+        heeded = failure.unreachable and value(request.fields, "Authorization") is None
         now = time.monotonic()
         with self._lock:
-            for name in [name for name, (until, _) in self._origins.items() if until <= now]:
+            for name in [name for name, (until, *_) in self._origins.items() if until <= now]:
                 del self._origins[name]
-            name = _place(request.target) if own else request.key
-            known = name in self._origins
-            self._origins[name] = (now + TROUBLE, str(failure))
-        log.log(logging.DEBUG if known else logging.WARNING,
-                "%s For %d s, what is stored is served stale.", failure, TROUBLE)
+            name = _place(request.target) if own and heeded else request.key
+            known = self._origins.get(name)
+            self._origins[name] = (now + TROUBLE, str(failure), heeded)
+        again = known is not None and known[2] is heeded
+        log.log(logging.DEBUG if again else logging.WARNING, "%s Serving the stored copy%s.", failure,
+                " for the next %d s" % TROUBLE if heeded else "")
 
     def gather(self) -> list[dict[str, Any]]:
         """The origins that are not waited for now, and why."""
@@ -4890,7 +4982,7 @@ class Troubles:
         with self._lock:
             known = list(self._origins.items())
         return [{"origin": outlined(name), "reason": clipped(reason, 150), "seconds": round(until - now)}
-                for name, (until, reason) in known[-10:] if now < until]
+                for name, (until, reason, _) in known[-10:] if now < until]
 
     def origin_answered(self, request: Request) -> None:
         """An origin is well again."""
@@ -5188,10 +5280,9 @@ class Mirrors:
     and the bytes at its head and its tail, where archives have their checksums.
     """
 
-    def __init__(self, store: Store, origin: Origin, troubles: Troubles, config: Config) -> None:
+    def __init__(self, store: Store, origin: Origin, config: Config) -> None:
         self._store = store
         self._origin = origin
-        self._troubles = troubles
         self._sharing = config.sharing
         self._adopt = tuple(os.path.join(folder, "") for folder in config.adopt)
 
@@ -5200,10 +5291,7 @@ class Mirrors:
         """What we hold of the same file, under the head that it has here; or the origin's answer, where that
         is one to a request for the whole; or neither.  OriginFailure where the origin can't be asked, and
         another mirror's file can stand in."""
-        trouble = None if digest_of(request.key) else self._troubles.origin(request)
         try:
-            if trouble:
-                raise OriginFailure(trouble)
             return self._find(request, forward, config)
         except (Changed, LocalFailure, OSError) as failure:
             log.debug("%s: %s", request.key, failure)
@@ -5266,7 +5354,8 @@ class Mirrors:
         any_way = request.target.scheme == "http" or sure
         open_to = ("http:", "https:") if any_way else ("https:",)
         held = [look_up(self._store, changed(request, key=key))
-                for key in (self._store.names.find(name) if self._sharing or sure else ())
+                for key in ([*self._store.names.find(name), request.key.replace("%2B", "+")]
+                            if self._sharing or sure else ())
                 if key != request.key and key.startswith(open_to)]
         for path in self._store.adopted.find(name) if self._adopt else ():
             file, info = _open(path) if path.startswith(self._adopt) else (None, _NOTHING)
@@ -5720,7 +5809,7 @@ class Intake:
             self._claims.end(partial)
             raise
         self._claims.end(partial)
-        if is_outdated(decision, response.head):
+        if is_outdated(decision, response.head) and is_shareable(request, response.head):
             self._store.forget(request.key)  # what is stored is known to be wrong, and can't be replaced
         if begun:
             response.close()
@@ -5767,13 +5856,14 @@ class Leader:
         self._mirrors = mirrors
         self._intake = Intake(store, claims, origin, troubles, filler)
 
-    def lead(self, request: Request, flight: Flight, config: Config,
-             missing: bool) -> tuple[Reply | None, Landing | None]:
+    def lead(self, request: Request, flight: Flight, config: Config, missing: bool,
+             alone: bool) -> tuple[Reply | None, Landing | None]:
         """The leader's own reply to a GET or HEAD, None where that is a follower's of another instance;
-        Failure where the origin has none.  ``missing``: a moment ago nothing was stored."""
+        Failure where the origin has none.  ``missing``: a moment ago nothing was stored.  ``alone``: nobody,
+        in other instances neither, waits for the response before it is known to be for all."""
         stored, partial = None if missing else look_up(self._store, request), None
         try:
-            if stored is None:
+            if stored is None and not alone:
                 partial = self._claims.take(request.key)
                 if partial is None:
                     forward = whole_forward(request, decide(request, None, config, time.time()), config)
@@ -5901,7 +5991,8 @@ class Leader:
                    head: Head) -> tuple[Reply, Landing | None]:
         """Serve what the origin says is still right, under the head that this makes."""
         head = changed(head, vary=selecting_fields(request, head))
-        self._store.freshen(stored, head)
+        if is_shareable(request, head):
+            self._store.freshen(stored, head)
         status = CacheStatus(Outcome.VALIDATED, decision.forward, 304)
         reply = from_store(request, changed(stored, head=head), status, time.time())
         return reply, Landing.STORED
@@ -6088,7 +6179,7 @@ class Proxy:
         self.insight = Insight(store, self.counters, config.instance or ",".join(config.addrs), lambda: {
             "downloads": filler.gather(), "troubles": self._troubles.gather(), "swept": self.sweeper.swept,
             "unstored": self._troubles.unstored()})
-        self._mirrors = Mirrors(store, self._origin, self._troubles, config)
+        self._mirrors = Mirrors(store, self._origin, config)
         self._leader = Leader(store, self._claims, self._origin, self._troubles, filler, self._mirrors)
         self._refresher = Refresher(self.respond, self._barrier)
 
@@ -6162,8 +6253,10 @@ class Proxy:
 
     def _pass(self, request: Request, decision: Decision, config: Config, detail: str = "") -> Reply:
         """Ask the origin for this client alone; a method that changes things invalidates (RFC 9111 §4.4)."""
-        fields = forward_fields(request, config, identity=False)
-        follow = decision.forward not in ("bypass", "method") and decision.policy.redirects
+        fields, private = forward_fields(request, config, identity=False), sorted(private_fields(request))
+        follow = decision.forward not in ("bypass", "method") and decision.policy.redirects and not private
+        if private and decision.forward == "request":
+            detail = "for this client alone: " + ", ".join(private)
         response = self._origin.fetch(Forward(request.method, request.target, fields, request.body,
                                               request.length, request.near, follow))
         for key in invalidated_keys(request, response.head):
@@ -6173,22 +6266,26 @@ class Proxy:
         return from_origin(request, response, decision, detail)
 
     def _join(self, request: Request, decision: Decision, config: Config) -> Reply:
-        flight, leader = self._barrier.join(request.key)
+        alone = value(request.fields, "Authorization") is not None
+        flight, leader = (Flight(request.key), True) if alone else self._barrier.join(request.key)
         deadline = time.monotonic() + VALIDATE_WAIT
+        missing = decision.action is Action.FETCH
         try:
-            reply = self._lead(request, flight, config, decision.action is Action.FETCH) if leader else None
+            reply = self._lead(request, flight, config, missing, alone) if leader else None
             if reply is None:
                 reply = self._follow(request, decision, flight, config)
             return self._with_spare(request, decision, reply, deadline)
         except OriginFailure as error:
             return self._spare(request, decision, error)
 
-    def _lead(self, request: Request, flight: Flight, config: Config, missing: bool) -> Reply | None:
+    def _lead(self, request: Request, flight: Flight, config: Config, missing: bool,
+              alone: bool) -> Reply | None:
         """The leader's reply; None where another instance leads."""
         landing: Landing | None = Landing.ALONE
         failure: Exception | None = None
+        request = without_private_fields(request)
         try:
-            reply, landing = self._leader.lead(request, flight, config, missing)
+            reply, landing = self._leader.lead(request, flight, config, missing, alone)
         except OriginFailure as error:
             landing, failure = Landing.FAILED, error
             raise
@@ -6216,7 +6313,9 @@ class Proxy:
         """The stored response, or another mirror's, in place of a failure; the failure where there is none
         that may."""
         missing = decision.forward == "uri-miss"
-        stored = self._mirrors.stand_in(request) if missing else None
+        # Nobody but the operator decides, without a request to the mirror, that another stands in for it.
+        tried = isinstance(failure, OriginFailure) or self.config.offline or digest_of(request.key)
+        stored = self._mirrors.stand_in(request) if missing and tried else None
         stored = look_up(self._store, request) if decision.action is Action.VALIDATE else stored
         if stored is None or not may_be_stale(decision, stored.head):
             _close(stored)
@@ -6228,8 +6327,15 @@ class Proxy:
         return from_store(request, stored, status, time.time())
 
     def _follow(self, request: Request, decision: Decision, flight: Flight, config: Config) -> Reply:
-        """Share another client's fetch; go alone where it can't be shared (invariant 10)."""
-        partial, landing = flight.wait_for_head(HEAD_WAIT)
+        """Share another client's fetch; go alone where it can't be shared (invariant 10), or where it failed:
+        that client's request may be to blame (invariant 12)."""
+        began = time.monotonic()
+        try:
+            partial, landing = flight.wait_for_head(HEAD_WAIT)
+        except OriginFailure as failure:
+            if failure.unreachable or time.monotonic() - began > VALIDATE_WAIT:  # nobody waits twice as long
+                raise
+            partial, landing = None, Landing.FAILED
         if partial is not None:
             if fits(request, partial.head):
                 status = CacheStatus(Outcome.COLLAPSED, decision.forward)
@@ -6238,14 +6344,15 @@ class Proxy:
             partial.release()
         elif landing is Landing.AGAIN:
             return self.respond(changed(request, missing=False))
-        stored = look_up(self._store, request) if landing in (Landing.STORED, Landing.STALE) else None
+        elif landing in (Landing.FAILED, Landing.STALE):
+            reply = self._lead(request, Flight(request.key), config, missing=False, alone=True)
+            if reply is not None:
+                return reply
+        stored = look_up(self._store, request) if landing is Landing.STORED else None
         if stored is None or selecting_fields(request, stored.head) != stored.head.vary:
             _close(stored)
             return self._pass(request, decision, config, "not collapsed")
-        status = CacheStatus(Outcome.COLLAPSED, decision.forward)
-        if landing is Landing.STALE:
-            status = CacheStatus(Outcome.STALE, decision.forward, detail="the origin cannot be asked")
-        return from_store(request, stored, status, time.time())
+        return from_store(request, stored, CacheStatus(Outcome.COLLAPSED, decision.forward), time.time())
 
     def _updated(self, forward: Forward) -> None:
         """A new generation of an index is here: let its stored signatures be of the same."""
@@ -7195,7 +7302,9 @@ class Desk:
 
     def snapshot(self) -> dict[str, Any]:
         """What the pages show, with the command line as Go's expvar has it."""
-        return {"cmdline": list(map(shown, sys.argv)), **self.proxy.insight.snapshot()}
+        words = [re.sub(r"\A(--[\w-]+=)?(.+)", lambda match: (match[1] or "") + shown(match[2]), word, flags=re.S)
+                 for word in sys.argv]
+        return {"cmdline": words, **self.proxy.insight.snapshot()}
 
     def ailment(self) -> str:
         """Why this proxy is not well, "" where it is."""
@@ -7555,7 +7664,7 @@ class RequestReader:
         self._timed.set_deadline(None)
         if not lines:
             return None
-        self.line = lines[0][:200]
+        self.line = lines[0]
         return parse_request(lines, self._visitor.place)
 
     def _read_head(self) -> list[str]:
@@ -7621,8 +7730,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             request = self._reader.next()
         except Failure as failure:
             method, _, uri = self._reader.line.partition(" ")
-            request = Request(method, uri.rpartition(" ")[0] or uri, Target("", "", 0, "/"), (),
-                              client=self._visitor.host, local=self._visitor.local)
+            method, uri = shown(method), shown(uri)  # before they are cut: a long password has no @ then
+            uri = (uri.rpartition(" ")[0] or uri)[:200]
+            request = Request(method[:200], uri, Target("", "", 0, "/"), (), client=self._visitor.host,
+                              local=self._visitor.local)
             failure = self.server.desk.refusal(request.client, request.local) or failure
             return self._answer(request, failure_reply(failure), close=True)
         if request is None:
