@@ -2077,21 +2077,30 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: "\\x%02x" % ord(match[0]), text)
 
 
+def cut_userinfo(text: str) -> str:
+    """A request target that is not valid, safe to show: nobody can tell where its userinfo begins or ends, so
+    everything before the last @ is cut but the scheme.
+
+    >>> cut_userinfo("http:/me:se/cret@a:80/x"), cut_userinfo("/me:secret@a"), cut_userinfo("http://a/x")
+    ('http:/a:80/x', '/a', 'http://a/x')
+    """
+    rest = re.split("@|%40", text)[-1]
+    scheme = re.match("(?:https?:)?/*", text, re.I)
+    return text if rest == text or scheme is None else scheme[0] + rest
+
+
 @functools.lru_cache(REMEMBERED)
 def shown(uri: str) -> str:
     """A request target for the log: safe for a terminal, and without the userinfo, which may be a password.
-    If it is not a valid URL, nobody can tell where its userinfo begins or ends: all is cut up to the last @.
 
-    >>> shown("http://me:secret@a/@x"), shown("http:/me:se/cret@a:80/x"), shown("/me:secret@a")
-    ('http://a/@x', 'http:/a:80/x', '/a')
+    >>> shown("http://me:secret@a/@x")
+    'http://a/@x'
     """
-    if "@" not in uri:
-        return printable(uri)
     try:
         parse_target(uri)
     except BadRequest:
-        return printable(re.sub(r"\A((?:https?:)?/*).*@", r"\1", uri, flags=re.S | re.I))
-    return printable(re.sub(r"://[^/?#]*@", "://", uri, count=1))
+        return printable(cut_userinfo(uri))
+    return printable(re.sub(r"\A(\w+://)[^/?]*@", r"\1", uri.partition("#")[0]))
 
 
 def logged(request: Request, cache_status: CacheStatus) -> str:
@@ -6130,7 +6139,8 @@ class Refresher:
             return
         if not self._running.acquire(blocking=False):
             return
-        fields = (("Host", target.authority), ("Cache-Control", "max-age=0")) + vary
+        fields = (("Host", target.authority), ("Cache-Control", "max-age=0")) + tuple(
+            (name, text) for name, text in vary if text)
         request = Request("GET", target.uri, target, fields, received=time.time(), key=key, near=near)
         try:
             threading.Thread(target=self._run, args=(request,), daemon=True).start()
@@ -7730,7 +7740,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             request = self._reader.next()
         except Failure as failure:
             method, _, uri = self._reader.line.partition(" ")
-            method, uri = shown(method), shown(uri)  # before they are cut: a long password has no @ then
+            method, uri = cut_userinfo(method), cut_userinfo(uri)  # before they are cut: a long password has no @ then
             uri = (uri.rpartition(" ")[0] or uri)[:200]
             request = Request(method[:200], uri, Target("", "", 0, "/"), (), client=self._visitor.host,
                               local=self._visitor.local)

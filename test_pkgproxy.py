@@ -1544,6 +1544,27 @@ class StoreTest(StoreCase):
         shutil.rmtree(self.root)
         self.assertEqual(self.store.found(), [])
 
+    def test_a_root_that_ignores_case_gives_no_other_files_body(self):
+        real_open, real_exists = pkgproxy._open, os.path.lexists
+
+        def found(path):
+            """The path of what a file system that ignores case finds under a path (simulated)."""
+            path, rest = self.root, os.path.relpath(path, self.root).split(os.sep)
+            for part in rest:
+                names = os.listdir(path) if os.path.isdir(path) else []
+                path = os.path.join(path, next((name for name in names if name.lower() == part.lower()), part))
+            return path
+
+        with mock.patch.object(pkgproxy, "_open", lambda path: real_open(found(path))), \
+                mock.patch.object(os.path, "lexists", lambda path: real_exists(found(path))):
+            self.write("a/Pool/X_1.0_all.deb", b"upper")
+            for name, body in (("Pool/X_1.0_all.deb", b"upper"), ("Pool/x_1.0_all.deb", None), ("pool/X_1.0_all.deb", None)):
+                with self.subTest(name=name):
+                    self.assertEqual(self.get("http://a/" + name), body)
+            self.write(pkgproxy.file_names("http://a/Pool/x_1.0_all.deb")[1], b"lower")  # where it was stored beside the other
+            self.assertEqual(self.get("http://a/Pool/X_1.0_all.deb"), b"upper")
+            self.assertEqual(self.get("http://a/Pool/x_1.0_all.deb"), b"lower")
+
     def test_links_lead_nowhere(self):
         self.write("elsewhere/secret", b"secret")
         os.makedirs(self.path("a/pool"))
@@ -3419,6 +3440,34 @@ class MirrorsTest(ProxyCase):
         self.assertEqual(self.ask(self.other.url(self.THERE)).body, self.BODY)
         self.assertEqual(self.ask(self.other.url("/elsewhere/x_1.0_all.deb")).status, 504)
 
+    def test_a_healthy_mirror_is_not_stood_in_for(self):
+        self.vouch()
+        self.publish(other=b"?" * len(self.BODY))
+        self.ask(self.HERE)
+        index, url = self.other.url("/InRelease"), self.other.url(self.THERE)
+        self.other.pages["/InRelease"] = [Page(b"index"), Page(b"", 503)]
+        self.assertEqual([self.ask(index).body for _ in range(2)], [b"index"] * 2)
+        self.assertEqual(self.ask(url, Cache_Control="only-if-cached").status, 504)
+        self.assertEqual(self.ask(url).body, b"?" * len(self.BODY))
+
+    def test_names_that_differ_in_a_plus_alone_share_a_file_if_it_is_the_same(self):
+        plain, coded = ("/debian/pool/g%s_1.0_all.deb" % plus for plus in ("++", "%2B%2B"))
+        for other, outcome in ((b"?" * len(self.BODY), self.MISS), (self.BODY, self.PART)):
+            for keep in (True, False):  # whether the first is described, or somebody put it there
+                with self.subTest(outcome=outcome, keep=keep):
+                    shutil.rmtree(self.root)
+                    os.mkdir(self.root)
+                    self.origin.pages.update({plain: Page(self.BODY), coded: Page(other)})
+                    self.ask(plain)
+                    self.settle()
+                    if not keep:
+                        shutil.rmtree(os.path.join(self.root, pkgproxy.BOOKS))
+                    answer = self.ask(coded.replace("B", "b"))
+                    self.assertEqual(answer.body, other)
+                    self.assertIn(outcome, self.outcome(answer))
+                    self.settle()
+                    self.assertEqual(self.files(), {self.place(plain[1:]): self.BODY, self.place(coded[1:]): other})
+
     def test_a_mirror_that_falls_silent_at_the_proof_is_not_waited_for_much_longer(self):
         self.vouch()
         self.publish()
@@ -3839,13 +3888,14 @@ class SemanticsTest(ProxyCase):
 
     def test_a_refresh_asks_for_the_same_variant_by_the_same_path(self):
         path = "/g%2B%2B_1.0_all.deb"
-        self.origin.pages[path] = Page(b"x", fields=[("Vary", "User-Agent")])
+        self.origin.pages[path] = Page(b"x", fields=[("Vary", "User-Agent, Origin, Cookie")])
         self.ask(path, User_Agent="apt")
         self.age_stored("g%2B%2B_1.0_all.deb", 90000)
         self.ask(path, User_Agent="apt")
         until(lambda: len(self.origin.log) == 2)
         self.settle()
         self.assertEqual((self.origin.log[-1][1], self.origin.log[-1][2]["user-agent"]), (path, "apt"))
+        self.assertIn("if-none-match", self.origin.log[-1][2])
         self.assertEqual(self.ask(path, User_Agent="apt")["Cache-Status"], "pkgproxy; hit")
 
     def test_a_response_without_date_gets_that_of_its_receipt(self):
@@ -4055,6 +4105,303 @@ class TroubleTest(ProxyCase):
         self.ask("/x")
         self.origin.pages["/x"] = Page(b"no", 503)
         self.assertEqual(self.ask("/x").status, 503)
+
+
+class FieldOrigin(Origin):
+    """A scripted origin whose pages may depend on the request: ``respond`` makes the page from its fields."""
+
+    def _behave(self, connection, method, fields, page):
+        respond = getattr(page, "respond", None)
+        return super()._behave(connection, method, fields, respond(fields) if respond else page)
+
+
+class IsolationTest(ProxyCase):
+    """No client's request decides what another client gets."""
+
+    PACKAGE, INDEX = "/x_1.0_all.deb", "/dists/x/InRelease"
+    PASSWORD = "Basic eDp5"
+
+    def setUp(self):
+        super().setUp()
+        self.origin = FieldOrigin()
+        self.addCleanup(self.origin.close)
+
+    def guard_pages(self, control, *more, **settings):
+        """Let the origin give both pages to clients with the password only."""
+        def respond(fields):
+            if fields.get("authorization") != self.PASSWORD:
+                return Page(b"who are you?", 401)
+            return Page(b"private", fields=[("Cache-Control", control), *more], **settings)
+
+        for path in (self.PACKAGE, self.INDEX):
+            self.origin.pages[path] = Page(respond=respond)
+
+    def test_what_came_with_a_password_is_for_others_only_if_the_origin_says_so(self):
+        for control, more, shared in (
+                ("max-age=60", (), False), ("must-revalidate", (), False), ("max-age=0, must-revalidate", (), False),
+                ("proxy-revalidate", (), False), ("s-maxage=0", (), False), ("s-maxage=x", (), False), ("no-cache", (), False),
+                ("public", (), True), ("public, must-revalidate", (), True), ("s-maxage=60", (), True),
+                ("public", (("Vary", "Authorization"),), False), ("s-maxage=60", (("Vary", "Accept, authorization"),), False)):
+            for path in (self.PACKAGE, self.INDEX):
+                with self.subTest(control=control, more=more, path=path):
+                    shutil.rmtree(self.root)
+                    os.mkdir(self.root)
+                    self.guard_pages(control, *more)
+                    self.assertEqual(self.ask(path, Authorization=self.PASSWORD).body, b"private")
+                    self.settle()
+                    self.assertEqual(list(self.files().values()), [b"private"] if shared else [])
+                    if not shared:
+                        self.assertEqual(self.ask(path).status, 401)
+                        self.origin.pages[path] = Page(b"down", 503)
+                        self.assertEqual(self.ask(path).status, 503, "nor when the origin is down")
+
+    def test_nobody_joins_a_download_with_a_password(self):
+        gate = Gate()
+        self.addCleanup(gate.open)
+        other = pkgproxy.Proxy(self.config, pkgproxy.Store(self.root))
+        self.addCleanup(other.close)
+        self.guard_pages("must-revalidate", gate=gate, first=3)
+        with self.connection() as one:
+            one.request("GET", self.origin.url(self.PACKAGE), headers={"Authorization": self.PASSWORD})
+            response = one.getresponse()
+            self.assertEqual(response.read(3), b"pri")
+            self.assertEqual(self.ask(self.PACKAGE).status, 401)
+            asked = dataclasses.replace(request(self.origin.url(self.PACKAGE)), near=True)
+            with contextlib.closing(other.respond(asked).body) as body:
+                self.assertEqual(b"".join(body.parts()), b"who are you?", "in another instance neither")
+            gate.open()
+            self.assertEqual(response.read(), b"vate")
+
+    def test_nobody_waits_for_the_head_of_a_response_to_a_password(self):
+        gate = Gate()
+        self.addCleanup(gate.open)
+        self.origin.pages[self.PACKAGE] = [Page(steps=[gate]), Page(b"public")]
+        thread = threading.Thread(target=self.ask, args=(self.PACKAGE,), kwargs={"Authorization": self.PASSWORD})
+        thread.start()
+        until(lambda: self.origin.log)
+        self.assertEqual(self.ask(self.PACKAGE).body, b"public")
+        self.assertIn("hit", self.outcome(self.ask(self.PACKAGE)))
+        gate.open()
+        thread.join(PATIENCE)
+
+    def test_a_response_to_a_password_changes_nothing_of_what_is_stored(self):
+        def respond(fields):
+            return Page(*pages["authorization" in fields])
+
+        pages = {False: (b"public",), True: (b"private",)}
+        self.origin.pages[self.INDEX] = Page(respond=respond)
+        self.ask(self.INDEX)
+        self.settle()
+        self.assertEqual(self.ask(self.INDEX, Authorization=self.PASSWORD).body, b"private")
+        self.assertIn("fwd-status=304", self.outcome(self.ask(self.INDEX)), "it is still stored")
+        pages[True] = (b"public", 200, [("X", "private")])
+        self.assertEqual(self.ask(self.INDEX, Authorization=self.PASSWORD)["X"], "private")
+        self.assertIsNone(self.ask(self.INDEX)["X"], "nor its fields")
+
+    def test_the_fields_of_package_managers_keep_packages_cacheable(self):
+        for number, fields in enumerate((
+                {"Accept": "text/*", "Cache-Control": "max-age=0", "User-Agent": "Debian APT-HTTP/1.3 (2.6.1)"},
+                {"X-ZYpp-AnonymousId": "1", "X-ZYpp-DistributionFlavor": "appliance"},
+                {"npm-command": "ci", "npm-session": "1", "npm-auth-type": "web", "npm-in-ci": "true", "pacote-version": "1",
+                 "pacote-req-type": "tarball", "pacote-pkg-id": "registry:x", "pacote-integrity": "sha512-x", "Referer": "install"},
+                {"Accept-Language": "en", "Accept-Encoding": "gzip", "Cache-Store": "no-store", "Expires": "0", "Pragma": "x"},
+                {"cargo-protocol": "version=1", "X-Gemfile-Source": "x", "X-NuGet-Client-Version": "6", "X-NuGet-Session-Id": "1"},
+                {"Sec-Fetch-Mode": "navigate", "Sec-CH-UA-Platform": "x", "Upgrade-Insecure-Requests": "1", "DNT": "1", "Priority": "u=0"},
+                {"X-Forwarded-For": "10.0.0.1", "X-Forwarded-Host": "evil", "Forwarded": "for=_x", "X-Real-IP": "10.0.0.1", "traceparent": "0"},
+                {"Proxy-Authorization": "Basic eA==", "Connection": "close, X-Hop", "X-Hop": "1", "TE": "trailers"})):
+            with self.subTest(fields=fields):
+                path = "/m%d_1.0_all.deb" % number
+                self.origin.pages[path] = Page(b"x")
+                for outcome in ("; stored", "; hit|fwd-status=304"):
+                    with self.connection() as connection:
+                        connection.request("GET", self.origin.url(path), headers={"Connection": "close", **fields})
+                        answer = Answer(connection.getresponse())
+                    self.settle()
+                    self.assertRegex(self.outcome(answer), outcome)
+                self.assertLessEqual(set(self.origin.log[-1][2]), {"host", "via", "accept", "accept-language", "accept-encoding", "cache-control",
+                                                                   "pragma", "user-agent", "if-none-match", "if-modified-since"})
+
+    def test_a_request_with_another_field_is_for_its_client_alone(self):
+        for number, (name, from_cache) in enumerate((
+                ("Cookie", False), ("PRIVATE-TOKEN", False), ("JOB-TOKEN", False), ("X-JFrog-Art-Api", False), ("X-Auth-Token", False),
+                ("X-Api-Key", False), ("npm-otp", False), ("X-Amz-Security-Token", False), ("X-Session", False), ("Signature", False),
+                ("X-Original-URL", True), ("X-Rewrite-URL", True), ("X-HTTP-Method-Override", True), ("CDN-Loop", True),
+                ("X-Host", True), ("Origin", True), ("A-IM", True), ("X-Never-Heard-Of", True))):
+            with self.subTest(name=name):
+                path = "/p%d_1.0_all.deb" % number
+                self.origin.pages[path] = Page(respond=lambda fields, name=name: Page(fields.get(name.lower(), "public").encode()))
+                field = {name: "mine"}
+                answer = self.ask(path, **field)
+                self.assertEqual(answer.body, b"mine")
+                self.assertIn("for this client alone: " + name.lower(), self.outcome(answer))
+                self.assertEqual(self.ask(path, Only_If_Cached="", Cache_Control="only-if-cached", **field).status, 504)
+                self.settle()
+                self.assertEqual(self.ask(path).body, b"public")
+                self.settle()
+                self.assertEqual(self.ask(path, **field).body, b"public" if from_cache else b"mine")
+                self.assertEqual(self.ask(path).body, b"public")
+
+    def test_a_field_that_a_shared_fetch_does_not_send_cannot_select_what_is_stored(self):
+        self.origin.pages[self.PACKAGE] = Page(respond=lambda fields: Page(fields.get("referer", "none").encode(), fields=[("Vary", "Referer")]))
+        self.ask(self.PACKAGE, Referer="a")
+        self.settle()
+        for referer, outcome in ((None, "hit"), ("a", "fwd=vary-miss"), ("b", "fwd=vary-miss"), (None, "hit")):
+            answer = self.ask(self.PACKAGE, **({"Referer": referer} if referer else {}))
+            self.assertEqual(answer.body, (referer or "none").encode())
+            self.assertIn(outcome, self.outcome(answer))
+
+    def test_a_redirect_takes_no_private_field_elsewhere(self):
+        elsewhere = Origin("127.0.0.2")
+        self.addCleanup(elsewhere.close)
+        elsewhere.pages[self.PACKAGE] = Page(b"x")
+        self.origin.pages[self.PACKAGE] = Page(b"", 302, [("Location", elsewhere.url(self.PACKAGE))])
+        for name in ("PRIVATE-TOKEN", "X-Never-Heard-Of"):
+            self.assertEqual(self.ask(self.PACKAGE, **{name: "mine"}).status, 302)
+        self.assertEqual(self.ask(self.PACKAGE, Authorization=self.PASSWORD).body, b"x")
+        self.assertNotIn("mine", str(elsewhere.log))
+        self.assertNotIn(self.PASSWORD, str(elsewhere.log))
+
+    def follow(self, path, *pages):
+        """The answers to a client whose request waits at the origin until another waits for the same, and to that."""
+        self.settle()
+        self.origin.drop()  # a connection that was used before would be replaced without a word
+        until(lambda: not self.origin._open)
+        gate = Gate()
+        self.addCleanup(gate.open)
+        self.origin.pages[path] = [Page(steps=[gate, *pages[0]]), *pages[1:]]
+        asked, answers = len(self.origin.log), {}
+        threads = [threading.Thread(target=lambda name=name: answers.update({name: self.ask(path)})) for name in ("leader", "follower")]
+        threads[0].start()
+        until(lambda: len(self.origin.log) > asked)
+        threads[1].start()
+        until(lambda: self.server.replies_running == 2)
+        gate.open()
+        for thread in threads:
+            thread.join(PATIENCE)
+        return answers["leader"], answers["follower"]
+
+    def test_a_follower_asks_once_itself_where_its_leader_failed(self):
+        for number, steps in enumerate(([b""], [b"garbage\r\n\r\n"], [b"HTTP/1.1 206 Part\r\nContent-Length: 0\r\n\r\n"])):
+            with self.subTest(steps=steps):
+                path = "/f%d_1.0_all.deb" % number
+                leader, follower = self.follow(path, steps, Page(b"x"))
+                self.assertEqual((leader.status, follower.status, follower.body), (502, 200, b"x"))
+                self.assertIn("hit", self.outcome(self.ask(path)))
+        leader, follower = self.follow("/g_1.0_all.deb", [b""], Page(steps=[b""]))
+        self.assertEqual((leader.status, follower.status, self.origin.asked("/g_1.0_all.deb")), (502, 502, ["GET"] * 2))
+
+    def test_a_follower_gets_no_stale_index_because_of_its_leader(self):
+        self.origin.pages[self.INDEX] = Page(b"old")
+        self.ask(self.INDEX)
+        self.settle()
+        down = b"HTTP/1.1 503 Down\r\nContent-Length: 0\r\n\r\n"
+        leader, follower = self.follow(self.INDEX, [down], Page(b"new"))
+        self.assertEqual((leader.body, follower.body), (b"old", b"new"))
+
+    def test_followers_of_an_unreachable_origin_do_not_wait_for_it_again(self):
+        gate, calls = Gate(), []
+        self.addCleanup(gate.open)
+
+        def refuse(*_):
+            calls.append(1)
+            gate.pass_through()
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+        statuses = []
+        threads = [threading.Thread(target=lambda: statuses.append(self.ask(self.PACKAGE).status)) for _ in range(3)]
+        with mock.patch.object(pkgproxy, "connect_any", refuse):
+            for thread in threads:
+                thread.start()
+            until(lambda: self.server.replies_running == 3 and calls)
+            gate.open()
+            for thread in threads:
+                thread.join(PATIENCE)
+        self.assertEqual((statuses, len(calls)), ([502] * 3, 1))
+
+    CREDENTIALS = ("Authorization", "Cookie", "PRIVATE-TOKEN", "X-JFrog-Art-Api", "X-Auth-Token", "JOB-TOKEN", "X-Api-Key")
+    UNKEYED = ("X-Original-URL", "X-Forwarded-Host", "X-HTTP-Method-Override", "X-Rewrite-URL", "CDN-Loop", "X-Some", "Origin", "Referer")
+    HARMLESS = ("User-Agent", "Accept-Language", "npm-session", "X-ZYpp-AnonymousId", "DNT", "Pragma")
+    CONTROLS = ("", "", "max-age=60", "must-revalidate", "max-age=0, must-revalidate", "private", "public", "s-maxage=60", "no-cache",
+                "proxy-revalidate, max-age=9", "public, max-age=0, must-revalidate")
+
+    def random_page(self, chance, lock):
+        """A page that says which private fields it was made from, with a random Cache-Control and Vary."""
+        watched = {name.lower() for name in self.CREDENTIALS + self.UNKEYED}
+
+        def respond(fields):
+            seen = {name: text for name, text in fields.items() if name in watched}
+            with lock:
+                control, vary = chance.choice(self.CONTROLS), chance.choice(("", "", "Accept", "Authorization", "Cookie", "Origin", "X-Some"))
+                number, fails = chance.randrange(3), "cdn-loop" in seen or chance.random() < 0.05
+            if fails:
+                return Page(json.dumps(seen).encode(), 503, etag="")
+            return Page(json.dumps([seen, number]).encode(), fields=[("Cache-Control", control), ("Vary", vary), ("X-Control", control)])
+
+        return Page(respond=respond)
+
+    def random_client(self, seed, name, paths, wrong):
+        chance = random.Random(seed)
+        for number in range(40):
+            fields = {field: "%s-%d" % (name, number) for pool, share in ((self.CREDENTIALS, 0.1), (self.UNKEYED, 0.1), (self.HARMLESS, 0.3))
+                      for field in pool if chance.random() < share}
+            answer = self.ask(chance.choice(paths), chance.choice(("GET", "GET", "GET", "HEAD")), **fields)
+            mine = {field.lower(): text for field, text in fields.items()}
+            seen = json.loads(answer.body or "{}")
+            seen = seen[0] if isinstance(seen, list) else seen
+            if "public" in (answer["X-Control"] or "") or "s-maxage" in (answer["X-Control"] or ""):
+                seen.pop("authorization", None)
+            if not seen.items() <= mine.items():
+                wrong.append((seed, name, number, fields, seen, self.outcome(answer)))
+
+    def test_random_requests_never_get_what_was_fetched_with_anothers_fields(self):
+        paths = ("/r_1.0_all.deb", "/dists/r/InRelease", "/r", "/r.html")
+        for seed in range(6):
+            with self.subTest(seed=seed):
+                shutil.rmtree(self.root)
+                os.mkdir(self.root)
+                page, wrong = self.random_page(random.Random(seed), threading.Lock()), []
+                self.origin.pages.update(dict.fromkeys(paths, page))
+                threads = [threading.Thread(target=self.random_client, args=(10 * seed + number, "client%d" % number, paths, wrong)) for number in range(3)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(6 * PATIENCE)
+                self.settle()
+                self.assertEqual(wrong, [])
+
+
+class UserinfoTest(ProxyCase):
+    """No page, log line or error shows a password."""
+
+    def test_a_password_in_a_request_that_is_not_valid_is_not_shown(self):
+        long = "secret" * 50
+        with self.assertLogs("pkgproxy", "DEBUG") as caught:
+            for line in ("GET http:/me:secret@host/ HTTP/1.1", "GET //me:secret@host/x HTTP/1.1", "GET http:///me:secret@host/x HTTP/1.1",
+                         "GET http://me:se/secret@ho,st/x HTTP/1.1", "GET http://me:no?secret@host/ HTTP/1.1", "GET http://me:x@secret@host:99999/ HTTP/1.1",
+                         "GET http://me:x#secret@host/ HTTP/1.1", "CONNECT me:secret@host:443 HTTP/1.1", "CONNECT http://me:secret@host:443 HTTP/1.1",
+                         "GET http://me:secret@ho st/ HTTP/1.1", "GET http://me:secret word@host", "http://me:secret@host/ HTTP/1.1", "http://me:secret@host/",
+                         "GET http://me:%s@ho,st/ HTTP/1.1" % long, "GET http://me:%s@ho,st/x" % long, "GET ftp://me:secret@host/ HTTP/1.1",
+                         "GET me:secret@host HTTP/1.1", "GET http://HTTPS///me:secret@ho,st/x HTTP/1.1", "GET /https://me:secret@ho,st/x HTTP/1.1",
+                         "GET http://127.0.0.1:%d/https://me:secret@ho,st/x HTTP/1.1" % self.address[1],
+                         "GET http://me:secret@[::bad]/ HTTP/1.1", "GET http://me:secret%40host/ HTTP/1.1", "GET http://me:secret@127.0.0.1:1/ HTTP/1.1",
+                         "GET http://me:secret@127.0.0.1:1/ HTTP/2.0", "GET http://me:secret@@127.0.0.1:1/@x HTTP/1.1"):
+                for more in ("Host: a", "Host: me:secret@host", "Authorization : Basic secret", "Host: a\r\n secret", "Authorization: secret\1"):
+                    with self.subTest(line=line, more=more):
+                        answer = self.raw(("%s\r\n%s\r\nConnection: close\r\n\r\n" % (line, more)).encode())
+                        self.assertRegex(answer, rb"\AHTTP/1\.1 [45]")
+                        self.assertNotIn(b"secret", answer)
+                self.settle()
+                self.assertNotIn(b"secret", self.own("/status.json").body)
+                self.assertNotIn(b"secret", self.own("/").body)
+        self.assertNotIn("secret", " ".join(caught.output))
+
+    def test_what_is_left_can_be_read(self):
+        for uri, expected in (
+                ("http://me:secret@a/@x?q=@", "http://a/@x?q=@"), ("http://a/@x", "http://a/@x"), ("http:/me:pw@a:80/x", "http:/a:80/x"),
+                ("//me:pw@a/x", "//a/x"), ("me:pw@a:443", "a:443"), ("a:443", "a:443"), ("/status.json", "/status.json"), ("GET", "GET"),
+                ("http://me:p/w@a,b/", "http://a,b/"), ("HTTPS://me:pw@a,b/", "HTTPS://a,b/"), ("http://me:#pw@a/", "http://me:")):
+            with self.subTest(uri=uri):
+                self.assertEqual((pkgproxy.shown(uri), pkgproxy.shown(pkgproxy.shown(uri))), (expected, expected))
 
 
 class DiskTest(ProxyCase):
