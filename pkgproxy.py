@@ -135,6 +135,7 @@ MAX_CONNECTIONS = 4000  # of clients, and fewer where descriptors are few: a thr
 MAX_COPIES = 32  # small replies of this second, at hand to be sent again, each with an open file
 REMEMBERED = 1000  # results of a pure function that a hit needs again and again
 AT_HAND = 100  # results of one that a single request needs several times
+MAX_EVENTS = 10_000  # failures, or attempts, remembered
 MAX_LOG_LINES = 10_000  # that wait to be written; what is more is lost
 MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for the original
 CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that moves them
@@ -1531,15 +1532,16 @@ SHARED_FIELDS = frozenset(
 # Fields that shape the proxy's own answer, and what it writes into its request.
 _OWN_FIELDS = frozenset(("host", "via", "range", "if-range", "if-match", "if-none-match", "if-modified-since",
                          "if-unmodified-since"))
-# Fields that need not reach an origin: what the proxy writes itself, what browsers, npm, pip, bundler, cargo,
-# NuGet, Maven, zypper and flatpak say about themselves, what a proxy before this one adds, and tracing.
+# Fields that need not reach an origin: what browsers, npm, bundler, cargo, NuGet,
+# Maven, zypper and flatpak say about themselves, what a proxy before this one adds, and tracing.
 _NEEDLESS = re.compile(
-    r"accept-(?:encoding|charset)|expect|content-type|date|expires|cache-store|from|referer|dnt|max-forwards|priority|save-data"
-    r"|upgrade-insecure-requests|sec-(?:ch|fetch|gpc)(?:-[a-z-]+)?|want-(?:(?:content|repr)-)?digest|forwarded"
-    r"|x-forwarded-[a-z]+|x-real-ip|x-(?:request|correlation)-id|traceparent|tracestate|x-b3-[a-z]+|baggage"
+    r"accept-(?:encoding|charset)|expect|content-type|date|expires|cache-store|from|referer|dnt|max-forwards"
+    r"|priority|save-data|upgrade-insecure-requests|sec-(?:ch|fetch|gpc)(?:-[a-z-]+)?|forwarded|x-real-ip"
+    r"|want-(?:(?:content|repr)-)?digest|x-forwarded-[a-z]+|x-(?:request|correlation)-id|traceparent|tracestate"
+    r"|x-b3-[a-z]+|baggage"
     r"|npm-(?:auth-type|command|in-ci|scope|session)|pacote-[a-z-]+|x-gemfile-source|cargo-protocol"
     r"|x-nuget-[a-z-]+|x-zypp-[a-z]+|flatpak-[a-z-]+|disable-module-fetch")
-_CREDENTIAL = re.compile(r"api|auth|cert|cookie|cred|jwt|key|login|otp|pass|saml|secret|session|sign|token|user")
+_CREDENTIAL = re.compile("api|auth|cert|cookie|cred|jwt|key|login|otp|pass|saml|secret|session|sign|token|user")
 
 
 @functools.lru_cache(AT_HAND)
@@ -1553,11 +1555,6 @@ def private_fields(request: Request) -> frozenset[str]:
     never stored or joined; a field that looks like a credential is not even answered from the cache."""
     found = _private_fields(request.fields)
     return found - {"cookie"} if request.prefix else found  # a browser's, which no origin gets
-
-
-def has_credentials(request: Request) -> bool:
-    """Whether a request has a credential besides Authorization, as far as its fields' names tell."""
-    return any(_CREDENTIAL.search(name) for name in private_fields(request))
 
 
 def without_private_fields(request: Request) -> Request:
@@ -1653,6 +1650,17 @@ def _decide_stored(request: Request, control: dict[str, str | None], stored: Hea
     return Decision(Action.VALIDATE, name_class, "stale", known)
 
 
+def _passed_if_private(request: Request, stored: Head | None, decision: Decision) -> Decision:
+    """A decision, or to pass the request for its client alone if its fields may shape the response."""
+    private = private_fields(request)
+    if private and decision.action is not Action.SERVE or any(map(_CREDENTIAL.search, private)):
+        return changed(decision, action=Action.PASS, forward="request", refresh=False)
+    if decision.forward == "vary-miss" and stored is not None and selecting_fields(
+            without_private_fields(request), stored) == stored.vary:  # it names a field that is not shared
+        return changed(decision, action=Action.PASS)
+    return decision
+
+
 def decide(request: Request, stored: Head | None, config: Config, now: float) -> Decision:
     """The decision table: what to do with a request, given what is stored for it."""
     name_class = classify(request.key)
@@ -1672,11 +1680,7 @@ def decide(request: Request, stored: Head | None, config: Config, now: float) ->
         decision = Decision(Action.FETCH, name_class, "vary-miss")
     else:
         decision = _decide_stored(request, control, stored, name_class, config, now)
-    sent = without_private_fields(request)
-    if decision.forward == "vary-miss" and stored and selecting_fields(sent, stored) == stored.vary:
-        decision = changed(decision, action=Action.PASS)  # for a field that a shared fetch does not send
-    if has_credentials(request) or private_fields(request) and decision.action is not Action.SERVE:
-        decision = changed(decision, action=Action.PASS, forward="request", refresh=False)
+    decision = _passed_if_private(request, stored, decision)
     if decision.action is not Action.SERVE and "only-if-cached" in control:
         return changed(decision, action=Action.REFUSE)
     if decision.action is Action.FETCH and (request.method == "HEAD" or "no-store" in control):
@@ -2831,19 +2835,20 @@ class Store:
                         head = changed(head, mtime_ns=info.st_mtime_ns)
                     return Stored(file, head, name, True)
             fixed = classify(key) in (NameClass.CONTENT, NameClass.PACKAGE)
-            if self._trust_bare and fixed and not heads and not bare and self._is_exact(name):
+            if self._trust_bare and fixed and not (heads or bare) and self._is_exact(name):
                 bare = Stored(file, _bare_head(key, info), name, False)
             else:
                 file.close()
         return bare
 
     def _is_exact(self, name: str) -> bool:
-        """Whether a name is on the disk as it is written.  File systems that ignore case, or know short names,
+        """Whether a name is on the disk to the letter.  File systems that ignore case, or know short names,
         open another file as well; only its head, which is missing here, would tell."""
         folder = self.root
         with contextlib.suppress(OSError):
             for part in name.split("/"):
-                if os.path.lexists(os.path.join(folder, part.swapcase())) and part not in os.listdir(folder):
+                other = os.path.join(folder, part.swapcase())
+                if os.path.lexists(other) and part not in os.listdir(folder):
                     return False
                 folder = os.path.join(folder, part)
             return True
@@ -3280,6 +3285,47 @@ class Barrier:
         """Flights under way."""
         with self._lock:
             return len(self._flights)
+
+
+class RecentEvents:
+    """When something last happened to a host, a file or a client, and why: failures, attempts, log lines."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # guards _events
+        self._events: dict[str, tuple[float, str]] = {}  # by name: monotonic time and reason
+
+    def note(self, name: str, reason: str = "") -> None:
+        """It happens now."""
+        with self._lock:
+            if len(self._events) >= MAX_EVENTS:
+                self._events.clear()  # costs some attempts more, no memory
+            self._events.pop(name, None)  # to be the newest
+            self._events[name] = time.monotonic(), reason
+
+    def note_first(self, name: str, span: float) -> bool:
+        """Note it unless it has happened in the last ``span`` seconds; return whether it was noted."""
+        with self._lock:
+            first = self.find(name, span) is None
+            if first:
+                self.note(name)
+            return first
+
+    def find(self, name: str, span: float) -> tuple[float, str] | None:
+        """Seconds since it happened, and why; None if that is ``span`` seconds ago, or more."""
+        return next((row[1:] for row in self.gather(span, name)), None)
+
+    def gather(self, span: float, *names: str) -> list[tuple[str, float, str]]:
+        """Names (all, or those given) with the seconds since it happened and why, the newest last."""
+        now = time.monotonic()
+        with self._lock:
+            rows = [(name, *self._events[name]) for name in names or self._events if name in self._events]
+        return [(name, now - when, reason) for name, when, reason in rows if now - when < span]
+
+    def forget(self, *names: str) -> None:
+        """It never happened."""
+        with self._lock:
+            for name in names:
+                self._events.pop(name, None)
 
 
 class Memcached:
@@ -3739,9 +3785,9 @@ class Addresses:
     """The addresses of origins, and which of them failed lately.  For the caller: find, failed."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards all below
+        self._lock = threading.Lock()  # guards _lookups
         self._lookups: dict[tuple[str, int], Lookup] = {}  # under way: one a name, however many wait
-        self._lame: dict[str, float] = {}  # by address: monotonic time of its last failure
+        self.failures = RecentEvents()  # by address, or the URL of a parent proxy
 
     def find(self, host: str, port: int, patience: float) -> list[tuple[Any, ...]]:
         """The addresses of a name, those that failed lately last; OSError, UnicodeError, socket.timeout."""
@@ -3754,23 +3800,11 @@ class Addresses:
                     lookup = Lookup(host, port, functools.partial(self._looked_up, host, port))
                     self._lookups[host, port] = lookup
             found = lookup.result(patience)
-        recent = time.monotonic() - LAME
-        with self._lock:
-            lame = {address: when for address, when in self._lame.items() if when > recent}
-        return sorted(found, key=lambda address: lame.get(address[4][0], 0.0))
+        return sorted(found, key=lambda address: -(self.failures.find(address[4][0], LAME) or (math.inf,))[0])
 
     def failed(self, address: str) -> None:
         """An address refused, broke off or said nothing."""
-        now = time.monotonic()
-        with self._lock:
-            for lame in [lame for lame, when in self._lame.items() if now - when > LAME]:
-                del self._lame[lame]
-            self._lame[address] = now
-
-    def is_lame(self, name: str) -> bool:
-        """Whether it failed a moment ago."""
-        with self._lock:
-            return time.monotonic() - self._lame.get(name, -math.inf) < TROUBLE
+        self.failures.note(address)
 
     def _looked_up(self, host: str, port: int) -> None:
         with self._lock:
@@ -4020,7 +4054,7 @@ class Connection(http.client.HTTPConnection):
 
     def _dial_through(self, parent: Parent) -> None:
         """Names are the parent's to resolve; what is an address is looked at here as well."""
-        if parent.or_direct and self._addresses.is_lame(parent.place.uri):
+        if parent.or_direct and self._addresses.failures.find(parent.place.uri, TROUBLE):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "it could not be asked a moment ago")
         target = self._forward.target
         found = self._find(self._forward) if is_numeric(target.host) else []
@@ -4425,7 +4459,6 @@ class Origin:
 # ---------------------------------------------------------------------------------------------
 
 REFRESH_PAUSE = 3600.0  # seconds between two validations of one response in the background
-MAX_ATTEMPTS = 10_000  # of them remembered
 MAX_REFRESHERS = 4  # validations at one time that no client waits for
 
 
@@ -4956,48 +4989,39 @@ class Troubles:
 
     def __init__(self, on_full_disk: Callable[[], None]) -> None:
         self._on_full_disk = on_full_disk
+        self._unreachable = RecentEvents()  # by scheme and authority; by cache key, if a redirect leads there
+        self._errors = RecentEvents()  # by cache key: shown, but not heeded
         self._lock = threading.Lock()  # guards all below
-        # By scheme and authority, or by cache key: until when, why, whether other requests heed it.
-        self._origins: dict[str, tuple[float, str, bool]] = {}
         self._disk: LocalFailure | None = None  # that was complained about last, until something is stored
         self._failed = 0.0  # monotonic time of the last one
 
     def origin(self, request: Request) -> str | None:
         """Why the origin of a request is not to be waited for now; None if it is."""
-        now = time.monotonic()
-        with self._lock:
-            known = [self._origins.get(name) for name in (_place(request.target), request.key)]
-        return next((reason for until, reason, heeded in filter(None, known) if heeded and now < until), None)
+        known = self._unreachable.gather(TROUBLE, _place(request.target), request.key)
+        return known[0][-1] if known else None
 
     def origin_failed(self, request: Request, failure: OriginFailure) -> None:
         """An origin is unreachable, or, behind a redirect, just for one file.  Any other failure is of this
         file alone, and shown but not heeded: one client's request must not decide what others get."""
         own = failure.target is None or _place(failure.target) == _place(request.target)
-        heeded = failure.unreachable and value(request.fields, "Authorization") is None
-        now = time.monotonic()
-        with self._lock:
-            for name in [name for name, (until, *_) in self._origins.items() if until <= now]:
-                del self._origins[name]
-            name = _place(request.target) if own and heeded else request.key
-            known = self._origins.get(name)
-            self._origins[name] = (now + TROUBLE, str(failure), heeded)
-        again = known is not None and known[2] is heeded
-        log.log(logging.DEBUG if again else logging.WARNING, "%s Serving the stored copy%s.", failure,
-                " for the next %d s" % TROUBLE if heeded else "")
+        lasts = failure.unreachable and value(request.fields, "Authorization") is None
+        events = self._unreachable if lasts else self._errors
+        name = _place(request.target) if own and lasts else request.key
+        known = events.find(name, TROUBLE)
+        events.note(name, str(failure))
+        log.log(logging.DEBUG if known else logging.WARNING, "%s Serving the stored copy%s.", failure,
+                " for the next %d s" % TROUBLE if lasts else "")
 
     def gather(self) -> list[dict[str, Any]]:
-        """The origins that are not waited for now, and why."""
-        now = time.monotonic()
-        with self._lock:
-            known = list(self._origins.items())
-        return [{"origin": outlined(name), "reason": clipped(reason, 150), "seconds": round(until - now)}
-                for name, (until, reason, _) in known[-10:] if now < until]
+        """The origins that are not waited for now, and the files that they have no response for, and why."""
+        known = self._errors.gather(TROUBLE) + self._unreachable.gather(TROUBLE)
+        return [{"origin": outlined(name), "reason": clipped(reason, 150), "seconds": round(TROUBLE - age)}
+                for name, age, reason in known[-10:]]
 
     def origin_answered(self, request: Request) -> None:
         """An origin is well again."""
-        with self._lock:
-            for name in (_place(request.target), request.key):
-                self._origins.pop(name, None)
+        for events in (self._unreachable, self._errors):
+            events.forget(_place(request.target), request.key)
 
     def disk_failed(self, failure: LocalFailure) -> str:
         """Complain, once for each kind of failure, and tell the reason for Cache-Status."""
@@ -6012,31 +6036,6 @@ class Leader:
         return from_store(request, stored, status, time.time()), Landing.STALE
 
 
-class Attempts:
-    """When something was last done to or for each of many (a validation in the background, a line in the
-    log), whatever came of it."""
-
-    def __init__(self, pause: float) -> None:
-        self._pause = pause  # seconds between two
-        self._lock = threading.Lock()  # guards _last
-        self._last: dict[str, float] = {}  # by cache key, or address: monotonic
-
-    def due(self, key: str, now: float) -> bool:
-        """Whether it is time for an attempt, which counts as made."""
-        with self._lock:
-            if now - self._last.get(key, -math.inf) < self._pause:
-                return False
-            if len(self._last) >= MAX_ATTEMPTS:
-                self._last.clear()  # costs some attempts more, no memory
-            self._last[key] = now
-            return True
-
-    def forget(self, key: str) -> None:
-        """There is a reason to try again."""
-        with self._lock:
-            self._last.pop(key, None)
-
-
 class Sweeper:
     """Keeps the cache within its bounds, in a thread of its own.  For the caller: start, wake, stop."""
 
@@ -6130,12 +6129,12 @@ class Refresher:
         self._respond = respond
         self._barrier = barrier
         self._running = threading.BoundedSemaphore(MAX_REFRESHERS)
-        self._attempts = Attempts(REFRESH_PAUSE)
+        self._attempts = RecentEvents()  # by cache key
 
     def refresh(self, target: Target, key: str, vary: Fields, near: bool) -> None:
         """Validate a stored response in the background; not at all where there is too much of that, or has
         been for this one lately."""
-        if not self._attempts.due(key, time.monotonic()) or self._barrier.flying(key):
+        if not self._attempts.note_first(key, REFRESH_PAUSE) or self._barrier.flying(key):
             return
         if not self._running.acquire(blocking=False):
             return
@@ -6339,13 +6338,7 @@ class Proxy:
     def _follow(self, request: Request, decision: Decision, flight: Flight, config: Config) -> Reply:
         """Share another client's fetch; go alone where it can't be shared (invariant 10), or where it failed:
         that client's request may be to blame (invariant 12)."""
-        began = time.monotonic()
-        try:
-            partial, landing = flight.wait_for_head(HEAD_WAIT)
-        except OriginFailure as failure:
-            if failure.unreachable or time.monotonic() - began > VALIDATE_WAIT:  # nobody waits twice as long
-                raise
-            partial, landing = None, Landing.FAILED
+        partial, landing = self._wait_for_head(flight)
         if partial is not None:
             if fits(request, partial.head):
                 status = CacheStatus(Outcome.COLLAPSED, decision.forward)
@@ -6363,6 +6356,16 @@ class Proxy:
             _close(stored)
             return self._pass(request, decision, config, "not collapsed")
         return from_store(request, stored, CacheStatus(Outcome.COLLAPSED, decision.forward), time.time())
+
+    def _wait_for_head(self, flight: Flight) -> tuple[Partial | None, Landing]:
+        """What a flight brings; OriginFailure if it is no use to ask again, or too late."""
+        began = time.monotonic()
+        try:
+            return flight.wait_for_head(HEAD_WAIT)
+        except OriginFailure as failure:
+            if failure.unreachable or time.monotonic() - began > VALIDATE_WAIT:
+                raise
+            return None, Landing.FAILED
 
     def _updated(self, forward: Forward) -> None:
         """A new generation of an index is here: let its stored signatures be of the same."""
@@ -7266,7 +7269,7 @@ class Desk:
         self.seat = seat or Seat()
         self._tell = tell  # writes lines into the log
         self._ids = itertools.cycle(range(1, 1000))
-        self._refusals = Attempts(REFUSAL_PAUSE)
+        self._refusals = RecentEvents()  # by address
 
     def refusal(self, client: str, local: str) -> Failure | None:
         """Why a client may not come in; ``local`` is our address by which it came."""
@@ -7312,9 +7315,8 @@ class Desk:
 
     def snapshot(self) -> dict[str, Any]:
         """What the pages show, with the command line as Go's expvar has it."""
-        words = [re.sub(r"\A(--[\w-]+=)?(.+)", lambda match: (match[1] or "") + shown(match[2]), word, flags=re.S)
-                 for word in sys.argv]
-        return {"cmdline": words, **self.proxy.insight.snapshot()}
+        words = [re.split(r"(?<=\A--parent=)", word) for word in sys.argv]
+        return {"cmdline": ["".join(map(shown, parts)) for parts in words], **self.proxy.insight.snapshot()}
 
     def ailment(self) -> str:
         """Why this proxy is not well, "" where it is."""
@@ -7326,8 +7328,8 @@ class Desk:
         """Count and log one answer."""
         counted = reply.counted and reply.head.status in (200, 206)
         cached = max(0, sent - reply.body.uncached) if counted else 0
-        quiet = isinstance(reply.failure, NotAllowed) and not self._refusals.due(
-            request.client, time.monotonic())
+        quiet = isinstance(reply.failure, NotAllowed) and not self._refusals.note_first(
+            request.client, REFUSAL_PAUSE)
         self._note(request, reply.head.status, reply.cache_status,
                    [(request.client, Sent(sent, cached, took, whole, quiet))])
 
@@ -7740,7 +7742,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             request = self._reader.next()
         except Failure as failure:
             method, _, uri = self._reader.line.partition(" ")
-            method, uri = cut_userinfo(method), cut_userinfo(uri)  # before they are cut: a long password has no @ then
+            # Before they are shortened: the @ behind a long password may be in the part that is left out.
+            method, uri = cut_userinfo(method), cut_userinfo(uri)
             uri = (uri.rpartition(" ")[0] or uri)[:200]
             request = Request(method[:200], uri, Target("", "", 0, "/"), (), client=self._visitor.host,
                               local=self._visitor.local)

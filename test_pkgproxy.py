@@ -4055,9 +4055,9 @@ class TroubleTest(ProxyCase):
 
     def test_trouble_is_over_after_its_time(self):
         self.ask("/InRelease")
-        self.origin.pages["/InRelease"] = [Page(b"no", 503), Page(b"release 2")]
+        self.origin.pages["/InRelease"] = Page(b"release 2")
         with mock.patch.object(pkgproxy, "TROUBLE", 0.0):
-            self.assertEqual(self.ask("/InRelease").body, b"release")
+            self.assertEqual(self.fail("/InRelease").body, b"release")
             self.assertEqual(self.ask("/InRelease").body, b"release 2")
 
     def test_a_mirror_in_trouble_is_not_its_redirectors_trouble(self):
@@ -9161,7 +9161,8 @@ class Occasions(Mixin):
         self.assertEqual(self.origin.bodies(self.package), paths, "each is asked for once")
         stored = self.stored(self.origin)
         for path in paths:
-            self.assertEqual(stored[path], (self.repository.folder / path[1:]).read_bytes())
+            body = stored[path] if path in stored else stored[path.replace("+", "%2B")]  # as the client writes it
+            self.assertEqual(body, (self.repository.folder / path[1:]).read_bytes())
 
     def test_warm_a_second_machine_gets_no_body_byte_from_the_origin(self):
         self.fill_the_cache()
