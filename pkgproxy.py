@@ -1541,7 +1541,7 @@ _NEEDLESS = re.compile(
     r"|x-b3-[a-z]+|baggage"
     r"|npm-(?:auth-type|command|in-ci|scope|session)|pacote-[a-z-]+|x-gemfile-source|cargo-protocol"
     r"|x-nuget-[a-z-]+|x-zypp-[a-z]+|flatpak-[a-z-]+|disable-module-fetch")
-_CREDENTIAL = re.compile("api|auth|cert|cookie|cred|jwt|key|login|otp|pass|saml|secret|session|sign|token|user")
+_CREDENTIAL = re.compile("api|auth|cookie|cred|jwt|key|login|otp|pass|saml|secret|session|sign|token|user")
 
 
 @functools.lru_cache(AT_HAND)
