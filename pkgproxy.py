@@ -1260,14 +1260,24 @@ def parse_barrier(text: str) -> tuple[tuple[str, int], ...]:
     return servers
 
 
+# Metadata services of clouds at addresses that are not link-local.  They give a machine's secrets to
+# whatever connects from it.
+_METADATA = tuple(map(ipaddress.ip_network, (
+    "168.63.129.16", "100.100.100.200", "fd00:100::100:200", "192.0.0.192",  # Azure, Alibaba, Alibaba, Oracle
+    "fd00:ec2::/32", "fd20:ce::254", "fd00:c1::a9fe:a9fe",  # AWS (all local services), Google, Oracle
+    "fd00:42::42", "fd00:a9fe:a9fe::1")))  # Scaleway, Akamai
+
+
 def is_guarded(address: str) -> bool:
     """Whether an address is of this host or its link alone, and not for clients from elsewhere: loopback,
-    link-local (cloud metadata), unspecified, multicast, broadcast, in whatever disguise.
+    link-local, cloud metadata, unspecified, multicast, broadcast, in whatever disguise.
 
     >>> [is_guarded(a) for a in ("127.9.9.9", "::ffff:169.254.169.254", "2002:7f00:1::", "10.0.0.1")]
     [True, True, True, False]
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
+    if any(ip.version == network.version and ip in network for network in _METADATA):
+        return True
     if isinstance(ip, ipaddress.IPv6Address):
         own = ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip.is_multicast or ip.is_site_local
         inner = [ipaddress.IPv4Address(int(ip) >> shift & 0xFFFFFFFF) for network, shift in _EMBEDDED

@@ -7113,6 +7113,10 @@ class AccessTest(ProxyCase):
                 ("255.255.255.255", True), ("::1", True), ("::", True), ("fe80::1", True), ("fe80::1%eth0", True), ("fec0::1", True), ("ff02::1", True),
                 ("::ffff:127.0.0.1", True), ("::ffff:7f00:1", True), ("::127.0.0.1", True), ("64:ff9b::7f00:1", True), ("64:ff9b:1::a9fe:a9fe", True),
                 ("2002:7f00:1::", True), ("2002:a9fe:a9fe::1", True), ("2001:0:7f00:1::", True),
+                # clouds' metadata
+                ("168.63.129.16", True), ("100.100.100.200", True), ("192.0.0.192", True), ("fd00:ec2::254", True), ("fd00:ec2::23", True),
+                ("fd20:ce::254", True), ("fd00:c1::a9fe:a9fe", True), ("fd00:42::42", True), ("fd00:a9fe:a9fe::1", True), ("fd00:100::100:200", True),
+                ("::ffff:168.63.129.16", True), ("64:ff9b::a83f:8110", True), ("168.63.129.17", False), ("fd20:ce::253", False),
                 ("10.0.0.1", False), ("192.168.1.1", False), ("8.8.8.8", False), ("2001:db8::1", False), ("fd00::1", False), ("::ffff:8.8.8.8", False),
                 ("2002:808:808::", False), ("64:ff9b::808:808", False)):
             with self.subTest(address=address):
