@@ -3880,36 +3880,39 @@ class Forward:
         return self.body is None and self.method in ("GET", "HEAD", "OPTIONS")
 
 
-def binds_anything(family: int) -> bool:
-    """Whether this system lets a socket bind to addresses that it has not (Linux: ip_nonlocal_bind)."""
-    path = "/proc/sys/net/ipv%d/ip_nonlocal_bind" % (6 if family == socket.AF_INET6 else 4)
-    with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
-        return file.read().strip() != "0"
-    return False
+def is_own_address(address: tuple[Any, ...]) -> bool:
+    """Whether an address is one of this machine's; OSError if that cannot be found out.  No packet is sent.
 
-
-def is_own_address(family: int, address: tuple[Any, ...]) -> bool:
-    """Whether an address is one of this machine's: packets to it would come from it, or a socket can be
-    bound to it (to a second address of one network, packets come from the first).  None is sent.  OSError
-    where that can't be found out."""
-    if ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
+    bind() cannot tell: with Linux's ip_nonlocal_bind=1 it succeeds for any address, and /proc, which has
+    that setting and the list of addresses, may be hidden.  So the kernel is asked in other ways.
+    """
+    ip = ipaddress.ip_address(address[0].partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip.is_loopback or ip.is_unspecified:
         return True
-    with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):  # unreachable
-        probe.connect(address)
-        if probe.getsockname()[0] == address[0]:
-            return True
-    with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.bind((address[0], 0, *address[2:]))
-        return not binds_anything(family)
-    return False
+    with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        try:
+            if ip.version == 4:  # each address names its interface
+                probe.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, ip.packed)
+                return True
+            probe.connect(address)  # packets to an own address come from just it (RFC 6724 §5, rule 1)
+            return ipaddress.ip_address(probe.getsockname()[0].partition("%")[0]) == ip
+        except OSError as error:  # IPv6: there is no way to it
+            if ip.version == 4 and error.errno != errno.EADDRNOTAVAIL:
+                raise
+            return False
 
 
 def is_this_host(address: str) -> bool:
     """Whether a client with this address is on this host; not, where that can't be found out."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with contextlib.suppress(OSError, ValueError):
-        return is_own_address(family, (address, 9))
+        return is_own_address((address, 9))
     return False
+
+
+def is_near(address: tuple[Any, ...]) -> bool:
+    """Whether only clients on this host may be led to an address; OSError if that cannot be found out."""
+    return is_guarded(address[0]) or is_own_address(address)
 
 
 class Guard:
@@ -3931,11 +3934,11 @@ class Guard:
         return passed
 
     def _reason(self, found: tuple[Any, ...], forward: Forward) -> tuple[int, str] | None:
-        family, address = found[0], found[4]
+        address = found[4]
         if forward.near and address[1] not in self.ports:
             return None
         try:
-            own = is_own_address(family, address)
+            own = is_own_address(address)
         except OSError as error:  # a family that this machine does not speak, or no descriptor left
             return 502, "cannot be checked: %s" % error.strerror
         if not own:
@@ -4034,7 +4037,8 @@ class Connection(http.client.HTTPConnection):
                     raise
         found = self._find(self._forward)
         self._open(found, CONNECT_TIMEOUT)
-        self.guarded = self._is_guarded(self.sock.family, self.sock.getpeername())
+        # Clients on other machines were refused before.
+        self.guarded = self._forward.near and is_near(self.sock.getpeername())
 
     def goes_direct(self, error: Exception) -> bool:
         """Whether it does without its parent from now on, which has failed."""
@@ -4058,17 +4062,13 @@ class Connection(http.client.HTTPConnection):
             self._addresses.failed(slower[4][0])
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def _is_guarded(self, family: int, address: tuple[Any, ...]) -> bool:
-        # Who may not go there has not come so far.
-        return self._forward.near and (is_guarded(address[0]) or is_own_address(family, address))
-
     def _dial_through(self, parent: Parent) -> None:
         """Names are the parent's to resolve; what is an address is looked at here as well."""
         if parent.or_direct and self._addresses.failures.find(parent.place.uri, TROUBLE):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "it could not be asked a moment ago")
         target = self._forward.target
         found = self._find(self._forward) if is_numeric(target.host) else []
-        self.guarded = any(self._is_guarded(address[0], address[4]) for address in found)
+        self.guarded = self._forward.near and any(is_near(address[4]) for address in found)
         self.asked = "The parent proxy " + parent.place.authority
         # It is the operator who leads us there: only a circle is refused.
         found = self._find(changed(self._forward, target=parent.place, near=True))

@@ -9923,6 +9923,33 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
                     self.assertEqual(self.ask(f"http://{place}/x", tunnel=True), status)
         self.assertEqual(origin.log, [])
 
+    def test_a_stranger_stays_one_where_sockets_may_be_bound_to_any_address(self):
+        """Keepalived and HAProxy set ip_nonlocal_bind; the systemd unit hides that setting.  Here the proxy is in the namespace."""
+        also, ours6, also6, here6 = "198.18.77.4", "fd77::2", "fd77::4", "fd77::1"
+        device = f"pkp{os.getpid()}"[:14]
+        checked("ip", "-6", "address", "add", f"{here6}/64", "dev", device, "nodad")
+        for address in (f"{also}/29", f"{ours6}/64", f"{also6}/64"):
+            checked("ip", "-n", self.name, "address", "add", address, "dev", "eth0", *["nodad"] * (":" in address))
+        for family in (4, 6):
+            checked("ip", "netns", "exec", self.name, "sh", "-c", f"echo 1 > /proc/sys/net/ipv{family}/ip_nonlocal_bind")
+        origin = Origin(self.HERE)
+        self.addCleanup(origin.close)
+        origin.pages["/x"] = Page(b"x")
+        for number, hide in enumerate(("true", "mount -t proc -o subset=pid proc /proc")):
+            prefix = ("ip", "netns", "exec", self.name, "sh", "-c", f'{hide} && exec "$@"', "sh")
+            proxy = ProxyProcess(self.folder / str(number), ("-a", f"{self.THERE}:0", "--allow", "198.18.0.0/15", "--connect-ports", "8080"), self.environment(), prefix=prefix)
+            self.addCleanup(proxy.stop)
+            until(lambda: proxy.log().count("Starting") == 2)  # noqa: B023
+            port = int(re.findall(r"Starting proxy server at \S+:(\d+)", proxy.log())[1])
+            for url, status in ((f"http://127.0.0.1:{port}/x", "403"), (f"http://{self.THERE}:8080/x", "403"), (f"http://{also}:8080/x", "403"),
+                                (f"http://[::ffff:{also}]:8080/x", "403"), (f"http://[{ours6}]:8080/x", "403"), (f"http://[{also6}]:8080/x", "403"),
+                                (f"http://{self.THERE}:{port}/x_1.0.deb", "508"), (origin.url("/x"), "200")):
+                with self.subTest(url=url, hide=hide):
+                    self.assertEqual(self.run_client("curl", "--silent", "--output", "/dev/null", "--write-out", "%{http_code}", "--noproxy", "",
+                                                     "--proxy", f"http://{self.THERE}:{port}", url), status)
+            near = self.run_client("ip", "netns", "exec", self.name, "curl", "--silent", "--noproxy", "", "--proxy", f"http://{self.THERE}:{port}", f"http://{self.THERE}:8080/x")
+            self.assertEqual(near, "there", "who is on that machine may")
+
     def test_two_machines_with_one_root_share_a_download_and_one_may_die(self):
         origin, body = Origin(self.HERE), random.Random(1).randbytes(1 << 20)
         self.addCleanup(origin.close)
