@@ -4018,6 +4018,7 @@ class Connection(http.client.HTTPConnection):
         self.peer = ""  # the address that it is connected to
         self.guarded = False  # whether only clients on this host may reach that
         self.reached = False  # whether it has been open
+        self.reusable = True  # whether the check of its target holds for the next request as well
         self.idle_since = 0.0  # monotonic
         self._forward = forward
         self._addresses = addresses
@@ -4063,20 +4064,35 @@ class Connection(http.client.HTTPConnection):
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _dial_through(self, parent: Parent) -> None:
-        """Names are the parent's to resolve; what is an address is looked at here as well."""
+        """Connect through a parent.  One on another machine resolves names for itself."""
         if parent.or_direct and self._addresses.failures.find(parent.place.uri, TROUBLE):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "it could not be asked a moment ago")
-        target = self._forward.target
-        found = self._find(self._forward) if is_numeric(target.host) else []
-        self.guarded = self._forward.near and any(is_near(address[4]) for address in found)
-        self.asked = "The parent proxy " + parent.place.authority
+        target, self.asked = self._forward.target, "The parent proxy " + parent.place.authority
         # It is the operator who leads us there: only a circle is refused.
         found = self._find(changed(self._forward, target=parent.place, near=True))
+        self._check_target(any(is_own_address(way[4]) for way in found))
         self._open(found, PARENT_WAIT if parent.or_direct else CONNECT_TIMEOUT)
         if target.scheme == "https":
             self.sock.settimeout(self._forward.within(CONNECT_TIMEOUT))
             open_tunnel(self.sock, parent, target)
         self.asked = target.authority
+
+    def _check_target(self, beside: bool) -> None:
+        """Check a target that a parent will connect to.  A parent on this host (``beside``) reaches all that
+        this host reaches, so a name is resolved here as well; Failure if it leads here, or nowhere.
+
+        The parent resolves it again, for each request: a name that changes in between is not noticed.
+        """
+        target, near = self._forward.target, self._forward.near
+        numeric = is_numeric(target.host)
+        try:
+            found = self._find(self._forward) if numeric or beside and not near else []
+        except (OSError, UnicodeError) as error:
+            raise OriginFailure("%s cannot be checked, and the parent proxy is on this host: %s." % (
+                target.authority, why_not(error)), target) from None
+        # A client on this host does not wait for a name server: its name may have led anywhere.
+        self.guarded = near and (beside and not numeric or any(is_near(address[4]) for address in found))
+        self.reusable = near or numeric or not beside or target.scheme == "https"
 
     def getresponse(self) -> http.client.HTTPResponse:
         """The answer's head; OSError, ValueError, http.client.HTTPException."""
@@ -4451,7 +4467,7 @@ class Origin:
             raw.close()
             # Some answer HEAD with a body, which may come too late to be seen; and a body that was not
             # asked for may be waited for all the same.
-            if reusable and forward.method != "HEAD" and forward.body is None:
+            if reusable and connection.reusable and forward.method != "HEAD" and forward.body is None:
                 self._pool.give(connection, time.monotonic())
             else:
                 connection.close()

@@ -2900,6 +2900,7 @@ class ParentTest(ProxyCase):
         self.parent = Origin()
         self.addCleanup(self.parent.close)
         self.parent.pages.update({"http://mirror.test/pool/x_%d.0_all.deb" % n: Page(b"%d" % n) for n in range(3)})
+        self.known = {}  # names that resolve here as well: to an address, or to None for name servers that fail
         patcher = mock.patch.object(pkgproxy, "resolve", self.resolve)
         patcher.start()
         self.addCleanup(patcher.stop)
@@ -2907,6 +2908,10 @@ class ParentTest(ProxyCase):
 
     def resolve(self, host, port):
         """The parent knows mirror.test, we don't; nor are addresses anybody's to look up."""
+        if host in self.known:
+            host = self.known[host]
+            if host is None:
+                raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
         self.assertRegex(host, r"\A[\dxa-f.]+\Z")
         return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (socket.inet_ntoa(socket.inet_aton(host)), port))]
 
@@ -2995,12 +3000,38 @@ class ParentTest(ProxyCase):
 
     def test_strangers_reach_no_more_through_it(self):
         self.parent.pages[self.url(0)] = Page(b"", 302, [("Location", "http://169.254.169.254/x_1.0_all.deb")])
-        with mock.patch.object(pkgproxy, "is_this_host", lambda address: address != "127.0.0.2"):
-            for url in (self.url(0), "http://2130706433/x", "http://0x7f.1/x", "http://127.1/x", "http://localhost/x", "http://169.254.169.254/x"):
-                with socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as far:
-                    far.sendall(("GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % url).encode())
-                    self.assertEqual(far.recv(12), b"HTTP/1.1 403", url)
+        self.known["mirror.test"] = "203.0.113.80"
+        for url in (self.url(0), "http://2130706433/x", "http://0x7f.1/x", "http://127.1/x", "http://localhost/x", "http://169.254.169.254/x"):
+            self.assertEqual(self.ask_from_far(url)[9:12], b"403", url)
         self.assertEqual([row[1] for row in self.parent.log], [self.url(0)])
+
+    def ask_from_far(self, url):
+        """What a client on another machine gets."""
+        with mock.patch.object(pkgproxy, "is_this_host", lambda address: address != "127.0.0.2"), \
+                socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as far:
+            far.sendall(("GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % url).encode())
+            return b"".join(iter(lambda: far.recv(9999), b""))
+
+    def test_a_name_that_leads_here_is_refused_to_strangers_before_a_parent_on_this_host_resolves_it(self):
+        for address, status in (("203.0.113.80", b"200"), ("127.0.0.1", b"403"), ("169.254.169.254", b"403"), ("168.63.129.16", b"403"), (None, b"502")):
+            with self.subTest(address=address):  # over a connection that is kept, too: the parent looks it up for each request
+                self.known["mirror.test"] = address
+                asked, url = len(self.parent.log), self.url(0) + "?%s" % address
+                self.parent.pages[url] = Page(b"secret")
+                answer = self.ask_from_far(url)
+                self.assertEqual((answer[9:12], b"secret" in answer, len(self.parent.log) - asked), (status, status == b"200", status == b"200"))
+        self.assertIn(b"mirror.test cannot be checked, and the parent proxy is on this host: Temporary failure in name resolution.", answer)
+
+    def test_what_a_parent_on_this_host_brought_for_a_client_on_it_is_for_no_stranger(self):
+        self.assertEqual(self.ask(self.url(0)).body, b"0")
+        self.settle()
+        self.assertIn("hit", self.outcome(self.ask(self.url(0))))
+        self.known["mirror.test"] = "127.0.0.1"
+        self.assertEqual(self.ask_from_far(self.url(0))[9:12], b"403")
+
+    def test_a_parent_on_another_machine_resolves_names_itself(self):
+        with mock.patch.object(pkgproxy, "is_own_address", lambda address: False):
+            self.assertEqual(self.ask_from_far(self.url(0))[9:12], b"200")
 
 
 @unittest.skipUnless(shutil.which("openssl"), "openssl is not installed")
