@@ -517,14 +517,7 @@ class Reply:
     cache_status: CacheStatus
     counted: bool = False  # its body bytes come from the cache
     instead: Callable[[Exception], Reply] | None = None  # if the body fails before its first byte
-    failure: Failure | None = None  # that it tells of
     waits: Callable[[], object] = lambda: None  # if the client does not take it at once: to be called once
-
-
-class NotAllowed(Failure):
-    """The client may not come in (403)."""
-
-    status = 403
 
 
 class TooMuch(ValueError):
@@ -6959,7 +6952,7 @@ class ContinueBody:
 def failure_reply(failure: Failure) -> Reply:
     """An error of ours, as one plain sentence."""
     return Reply(error_head(failure.status), BytesBody((str(failure) + "\n").encode()),
-                 CacheStatus(failure.outcome, detail=str(failure)), failure=failure)
+                 CacheStatus(failure.outcome, detail=str(failure)))
 
 
 class Way:
@@ -7065,12 +7058,11 @@ class Visitor:
         self.begin = begin  # to be called when it is admitted
         self.early = b""  # has come, and has not been read
         self.answered = False  # whether it has had an answer
-        self.refused: bool | None = None  # whether it may not come in; None: nobody has looked
         self.waiting = False  # for its next request, or the rest of its head, and no thread serves it
         self.since = time.monotonic()  # when it began to wait for that
         self.stays = False  # the connection, when no thread serves it any more
         self.missing = False  # whether nothing is stored for its request that a thread is to answer
-        self.whence: Whence | None = None  # whence it comes, where it is known that it may
+        self.whence: Whence | None = None  # None: it may not connect, or nobody has checked that yet
         self.outgoing: Outgoing | None = None  # the lobby's answer, while it is being sent
         self._place: tuple[str, int] | None = None
         self._near: bool | None = None
@@ -7285,7 +7277,7 @@ class Seat:
 class Desk:
     """Answers requests, counts and logs the answers, for all servers of a process.
 
-    For the handlers: refusal, reply_to, tunnelling, note, note_tunnel.  For the lobbies: answer, told.
+    For the handlers: reply_to, tunnelling, note, note_tunnel.  For the lobbies: admits, refuse, answer, told.
     """
 
     def __init__(self, proxy: Proxy, room: Room, tell: Callable[[list[str]], None],
@@ -7297,21 +7289,26 @@ class Desk:
         self._ids = itertools.cycle(range(1, 1000))
         self._refusals = RecentEvents()  # by address
 
-    def refusal(self, client: str, local: str) -> Failure | None:
-        """Why a client may not come in; ``local`` is our address by which it came."""
-        if client == local or may_come_in(client, self.proxy.config.allow):
-            return None
-        return NotAllowed("%s may not use this proxy; its operator can add --allow." % client)
+    def admits(self, visitor: Visitor) -> bool:
+        """Whether a client may connect.  The only check of its address, before anything is parsed."""
+        allowed = visitor.host == visitor.local or may_come_in(visitor.host, self.proxy.config.allow)
+        if allowed and visitor.whence is None:
+            visitor.whence = visitor.near, visitor.place
+        return allowed
 
-    def _check_client(self, request: Request) -> None:
-        refusal = self.refusal(request.client, request.local)
-        if refusal is not None:
-            raise refusal
+    def refuse(self, visitor: Visitor) -> bytes:
+        """The answer to a client that may not connect, whatever it sent; counted and logged."""
+        failure = Failure("%s may not use this proxy; its operator can add --allow." % visitor.host, 403)
+        reply, request = failure_reply(failure), Request("?", "?", Target("", "", 0, "/"), ())
+        size, quiet = reply.body.length or 0, not self._refusals.note_first(visitor.host, REFUSAL_PAUSE)
+        self._note(request, 403, reply.cache_status, [(visitor.host, Sent(size, 0, 0.0, True, quiet))])
+        head = dated(reply.head, time.time())
+        return sent_head(request, head, size, reply.cache_status, True, self.proxy.config) + b"%s\n" % (
+            str(failure).encode())
 
     @contextlib.contextmanager
     def tunnelling(self, request: Request) -> Iterator[socket.socket]:
         """The connection that a CONNECT asks for, while its tunnel lasts; Failure."""
-        self._check_client(request)
         if not self.room.tunnels.acquire(blocking=False):
             raise Failure("Too many tunnels are open.", 503)
         try:
@@ -7322,7 +7319,6 @@ class Desk:
 
     def reply_to(self, request: Request, authority: str) -> Reply:
         """Our own page, or the proxy's reply; Failure.  ``authority``: where we listen."""
-        self._check_client(request)
         if not request.own:
             return through_prefix(request, self.proxy.respond(request))
         if request.method == "OPTIONS":
@@ -7354,10 +7350,8 @@ class Desk:
         """Count and log one answer."""
         counted = reply.counted and reply.head.status in (200, 206)
         cached = max(0, sent - reply.body.uncached) if counted else 0
-        quiet = isinstance(reply.failure, NotAllowed) and not self._refusals.note_first(
-            request.client, REFUSAL_PAUSE)
         self._note(request, reply.head.status, reply.cache_status,
-                   [(request.client, Sent(sent, cached, took, whole, quiet))])
+                   [(request.client, Sent(sent, cached, took, whole))])
 
     def _note(self, request: Request, status: int, cache_status: CacheStatus,
               answers: list[tuple[str, Sent]], text: str = "") -> None:
@@ -7380,21 +7374,13 @@ class Desk:
     def answer(self, visitor: Visitor, size: int, shelf: Shelf) -> Copy | None:
         """The answer to a request with a head so long, where it is at hand."""
         visitor.missing = False
-        whence = self._whence(visitor)
-        if size > SHORT_HEAD or whence is None:
+        if size > SHORT_HEAD or visitor.whence is None:
             return None
-        asked = visitor.early[:size], whence
+        asked = visitor.early[:size], visitor.whence
         copy = shelf.find(asked, self.proxy.config)
         if copy is None:
             copy, visitor.missing = self._prepare(asked, shelf)
         return copy
-
-    def _whence(self, visitor: Visitor) -> Whence | None:
-        """Whence a visitor comes; None where it may not come in."""
-        if visitor.refused is None:
-            visitor.refused = self.refusal(visitor.host, visitor.local) is not None
-            visitor.whence = None if visitor.refused else (visitor.near, visitor.place)
-        return visitor.whence
 
     def _prepare(self, asked: tuple[bytes, Whence], shelf: Shelf) -> tuple[Copy | None, bool]:
         """What is at hand for a request that nobody has made in this second; whether nothing is stored."""
@@ -7525,7 +7511,8 @@ class Lobby:
     def expire(self, now: float) -> None:
         """See off who has waited for too long; ``now`` is monotonic."""
         for visitor in tuple(self._visitors):
-            patience = REQUEST_WAIT if visitor.early or not visitor.answered else IDLE_TIMEOUT
+            patience = REQUEST_WAIT if visitor.early or not visitor.answered else (
+                IDLE_TIMEOUT if visitor.whence else LINGER)
             if now - visitor.since > (CLIENT_TIMEOUT if visitor.outgoing else patience):
                 told = visitor.early and not visitor.outgoing  # that its head did not come in time
                 (self._hand_over if told else self._see_off)(visitor)
@@ -7605,16 +7592,29 @@ class Lobby:
             if data is not None:
                 self._see_off(visitor)
             return
+        known = visitor.whence
+        if not known and not self._host.desk.admits(visitor):
+            self._refuse(visitor)
+            return
         if not visitor.early:
             visitor.since = began
-            if visitor.whence:  # mostly it is one head, which somebody has sent a moment ago
-                copy = self._shelf.find((data, visitor.whence), self._host.desk.proxy.config)
+            if known:  # mostly it is one head, which somebody has sent a moment ago
+                copy = self._shelf.find((data, known), self._host.desk.proxy.config)
                 if copy is not None:
                     self._send(visitor, copy, copy.data, began)
                     return
         seen, visitor.early = len(visitor.early), visitor.early + data
         self._shelf.doubt()  # what follows a first head may have been sent in this turn
         self._answer(visitor, seen)
+
+    def _refuse(self, visitor: Visitor) -> None:
+        """Answer a client that may not connect, once.  What it sends is dropped, until it closes or LINGER is
+        over: unread bytes would turn our close into a reset, which may overtake the answer."""
+        if not visitor.answered:
+            visitor.answered, visitor.since = True, time.monotonic()
+            visitor.take(self._host.desk.refuse(visitor))
+            with contextlib.suppress(OSError):
+                visitor.connection.shutdown(socket.SHUT_WR)
 
     def _answer(self, visitor: Visitor, seen: int = 0) -> None:
         """Answer what can be answered on the spot, request after request, as long as a turn lasts."""
@@ -7773,7 +7773,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             uri = (uri.rpartition(" ")[0] or uri)[:200]
             request = Request(method[:200], uri, Target("", "", 0, "/"), (), client=self._visitor.host,
                               local=self._visitor.local)
-            failure = self.server.desk.refusal(request.client, request.local) or failure
             return self._answer(request, failure_reply(failure), close=True)
         if request is None:
             return False
@@ -7781,8 +7780,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         with self.server.replying():
             if request.method == "CONNECT":
                 return self._connect(request)
-            reply = self._reply_to(request)
-            return self._answer(request, reply, close=isinstance(reply.failure, NotAllowed))
+            return self._answer(request, self._reply_to(request))
 
     def _connect(self, request: Request) -> bool:
         """Serve a tunnel to its end; False: nothing follows it."""

@@ -7285,6 +7285,34 @@ class AccessTest(ProxyCase):
         self.assertEqual(len(caught.records), 1)
         self.assertEqual(self.counters()["statsOutcomes"]["refused"], 7)
 
+    def test_nothing_that_a_refused_client_sends_is_parsed(self):
+        self.start(Config(allow=("203.0.113.0/24",)))
+        parsers = [mock.patch.object(pkgproxy, name, side_effect=AssertionError(name)) for name in ("parse_request_line", "parse_fields", "parse_head", "read_lines")]
+        sent = (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"GET http://a/ HTTP/1.1\r\nX: " + b"\xe9" * 16_000 + b"\r\n\r\n", b"GET http://a/" + b"\xe9" * 16_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+                b"\xe9" * 1_000_000, b"\r\n", b"G",
+                b"CONNECT a:443 HTTP/1.1\r\n\r\n", b"POST http://a/ HTTP/1.1\r\nHost: a\r\nContent-Length: 2000000\r\n\r\n" + b"x" * 2_000_000)
+        with contextlib.ExitStack() as stack:
+            tried = [stack.enter_context(parser) for parser in parsers]
+            for data in sent:
+                with self.subTest(data=data[:40]):
+                    with socket.create_connection(self.address, PATIENCE, (self.FAR, 0)) as one:
+                        one.sendall(data)
+                        answer = b"".join(iter(lambda: one.recv(65536), b""))
+                    head, _, body = answer.partition(b"\r\n\r\n")
+                    self.assertEqual((head[:12], body), (b"HTTP/1.1 403", b"127.0.0.2 may not use this proxy; its operator can add --allow.\n"))
+                    self.assertIn(b"\r\nContent-Length: %d\r\n" % len(body), head)
+            self.assertEqual([parser.call_count for parser in tried], [0] * len(tried))
+
+    def test_a_refused_client_that_does_not_leave_is_seen_off(self):
+        self.start(Config(allow=("203.0.113.0/24",)))
+        with mock.patch.object(pkgproxy, "LINGER", 0.1), socket.create_connection(self.address, PATIENCE, (self.FAR, 0)) as silent, \
+                socket.create_connection(self.address, PATIENCE, (self.FAR, 0)) as one:
+            one.sendall(b"G")
+            self.assertTrue(b"".join(iter(lambda: one.recv(65536), b"")).startswith(b"HTTP/1.1 403"))
+            until(lambda: len(self.server.lobby._visitors) < 2, "its end, though it has not closed")
+            silent.sendall(b"G")
+            self.assertTrue(silent.recv(12).startswith(b"HTTP/1.1 403"), "who has said nothing yet is told all the same")
+
     def test_no_password_is_written_to_the_log(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
             self.ask_as("127.0.0.1", "GET http://me:secret@127.0.0.1:%d/x" % self.origin.port)
