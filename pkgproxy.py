@@ -188,6 +188,7 @@ REFUSAL_PAUSE = 60.0  # between two log lines that tell of one refused client
 POOL_IDLE = 15.0  # an origin's connection waits this long for its next request (nginx closes at 75)
 LOG_PAUSE = 0.02  # a log line waits so long for others, that they are written together
 TIDY_EVERY = 5.0  # between two looks at what waits too long
+OPEN_FOR = 3600.0  # a host is looked at so seldom, where only a body without a head is to be given away
 LAME = 300.0  # an address that failed is tried after the others of its name
 POOL_SIZE = 8  # idle connections kept to one origin
 POOL_TOTAL = 24  # and to all: each is a descriptor
@@ -4326,6 +4327,17 @@ class Origin:
         self._trust = Trust(config.ca_file)
         self._count = count  # told of the body bytes that arrive
         self._tidied = 0.0  # monotonic
+        self._open_hosts = functools.lru_cache(REMEMBERED)(self._is_open)
+
+    def is_open(self, host: str) -> bool:
+        """Whether clients on other machines may be given what comes from a host; remembered, as hits ask."""
+        return self._open_hosts(host, int(time.time() / OPEN_FOR))
+
+    def _is_open(self, host: str, _span: int) -> bool:
+        try:
+            return not any(is_near(found[4]) for found in self._addresses.find(host, 80, LOOKUP_WAIT))
+        except (OSError, UnicodeError):  # without a network nothing is resolved, and people bring files
+            return self._config.offline
 
     def fetch(self, forward: Forward) -> Response:
         """Send a request and read the answer's head; OriginFailure or OriginTimeout.
@@ -5071,10 +5083,13 @@ class Troubles:
             log.warning("The cache can be written again.")
 
 
-def look_up(store: Store, request: Request) -> Stored | None:
-    """The stored response for a request, if its client may have it."""
+def look_up(store: Store, origin: Origin, request: Request) -> Stored | None:
+    """The stored response for a request, if its client may have it.  A body without a head may have come from
+    this host, so its host is looked at again."""
     stored = store.lookup(request.key)
-    if stored is not None and stored.head.guarded and not request.near:
+    if stored is None or request.near:
+        return stored
+    if stored.head.guarded or not (stored.described or origin.is_open(parse_target(request.key).host)):
         stored.close()
         return None
     return stored
@@ -5405,7 +5420,7 @@ class Mirrors:
         sure = digest_of(request.key) is not None
         any_way = request.target.scheme == "http" or sure
         open_to = ("http:", "https:") if any_way else ("https:",)
-        held = [look_up(self._store, changed(request, key=key))
+        held = [look_up(self._store, self._origin, changed(request, key=key))
                 for key in ([*self._store.names.find(name), request.key.replace("%2B", "+")]
                             if self._sharing or sure else ())
                 if key != request.key and key.startswith(open_to)]
@@ -5913,7 +5928,7 @@ class Leader:
         """The leader's own reply to a GET or HEAD, None where that is a follower's of another instance;
         Failure where the origin has none.  ``missing``: a moment ago nothing was stored.  ``alone``: nobody,
         in other instances neither, waits for the response before it is known to be for all."""
-        stored, partial = None if missing else look_up(self._store, request), None
+        stored, partial = None if missing else look_up(self._store, self._origin, request), None
         try:
             if stored is None and not alone:
                 partial = self._claims.take(request.key)
@@ -5922,7 +5937,7 @@ class Leader:
                     watch = Watch(self._store, self._claims, self._filler, request, forward, flight)
                     start_thread(watch.run)
                     return None, None
-                stored = look_up(self._store, request)  # invariant 4
+                stored = look_up(self._store, self._origin, request)  # invariant 4
         except LocalFailure as failure:
             log.debug("%s: %s", request.key, failure)  # who tries to store it says so aloud
         if stored is not None:
@@ -6217,7 +6232,7 @@ class Proxy:
         check_way(request, config)
         if max_forwards(request) == 0:
             return last_stop(request)
-        stored = None if request.missing else look_up(self._store, request)
+        stored = None if request.missing else look_up(self._store, self._origin, request)
         decision = decide(request, stored.head if stored else None, config, time.time())
         if decision.action is Action.SERVE and stored is not None:
             if decision.refresh:
@@ -6235,7 +6250,10 @@ class Proxy:
     def at_hand(self, request: Request, now: float) -> tuple[Copy | None, bool]:
         """The reply to a request as it leaves, and its body, where nothing has to be waited for, its file for
         the caller to close; and whether nothing is stored."""
-        stored = look_up(self._store, request)
+        stored = self._store.lookup(request.key)
+        if stored is not None and not request.near and (stored.head.guarded or not stored.described):
+            stored.close()
+            return None, False  # to find out whether its client may have it takes time
         return (None, True) if stored is None else (copy_of(request, stored, self.config, now), False)
 
     def listens_on(self, port: int) -> None:
@@ -6275,7 +6293,7 @@ class Proxy:
                 early_range(request, EARLY) or self._barrier.flying(key) or self._claims.flying(key) or \
                 self._mirrors.holds(request):
             return False
-        stored = look_up(self._store, request)  # what was flying may have landed meanwhile
+        stored = look_up(self._store, self._origin, request)  # what was flying may have landed meanwhile
         _close(stored)
         return stored is None
 
@@ -6344,7 +6362,7 @@ class Proxy:
         # Nobody but the operator decides, without a request to the mirror, that another stands in for it.
         tried = isinstance(failure, OriginFailure) or self.config.offline or digest_of(request.key)
         stored = self._mirrors.stand_in(request) if missing and tried else None
-        stored = look_up(self._store, request) if decision.action is Action.VALIDATE else stored
+        stored = look_up(self._store, self._origin, request) if decision.action is Action.VALIDATE else stored
         if stored is None or not may_be_stale(decision, stored.head):
             _close(stored)
             raise failure
@@ -6370,7 +6388,7 @@ class Proxy:
             reply = self._lead(request, Flight(request.key), config, missing=False, alone=True)
             if reply is not None:
                 return reply
-        stored = look_up(self._store, request) if landing is Landing.STORED else None
+        stored = look_up(self._store, self._origin, request) if landing is Landing.STORED else None
         if stored is None or selecting_fields(request, stored.head) != stored.head.vary:
             _close(stored)
             return self._pass(request, decision, config, "not collapsed")

@@ -7313,6 +7313,45 @@ class AccessTest(ProxyCase):
             silent.sendall(b"G")
             self.assertTrue(silent.recv(12).startswith(b"HTTP/1.1 403"), "who has said nothing yet is told all the same")
 
+    def test_a_file_that_has_lost_its_head_is_no_strangers_if_its_host_is_this_one(self):
+        """The mark that it came from here is lost with the bookkeeping folder; the name servers' word is not."""
+        known = {b"inside.test": "127.0.0.1", b"outside.test": "203.0.113.80", b"metadata.test": "100.100.100.200"}
+        real = socket.getaddrinfo
+
+        def look_up(host, *arguments, **more):
+            if host == b"unknown.test":
+                raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+            return real(known.get(host, host), *arguments, **more)
+
+        def status_and_hit(host):
+            answer = self.ask_as(self.FAR, "GET http://%s:%d/x_1.0.deb" % (host, self.origin.port))
+            return int(answer[9:12]), b"secret" in answer
+
+        self.origin.pages["/x_1.0.deb"] = Page(b"secret")
+        with mock.patch.object(socket, "getaddrinfo", look_up), mock.patch.object(pkgproxy, "connect_any", side_effect=pkgproxy.connect_any) as connect:
+            for host in ("127.1", "127.0.0.1", "localhost", "inside.test"):
+                self.assertIn(b"secret", self.ask_as("127.0.0.1", "GET http://%s:%d/x_1.0.deb" % (host, self.origin.port)))
+            self.settle()
+            shutil.rmtree(os.path.join(self.root, pkgproxy.BOOKS))
+            for host in ("outside.test", "unknown.test", "metadata.test"):
+                folder = Path(self.root, "%s:%d" % (host, self.origin.port))
+                folder.mkdir()
+                (folder / "x_1.0.deb").write_bytes(b"secret")
+            for host, expected in (("127.1", (403, False)), ("127.0.0.1", (403, False)), ("localhost", (403, False)), ("inside.test", (403, False)),
+                                   ("metadata.test", (403, False)), ("unknown.test", (502, False)), ("outside.test", (200, True)), ("outside.test", (200, True))):
+                with self.subTest(host=host):
+                    connect.reset_mock()
+                    self.assertEqual(status_and_hit(host), expected)
+                    connect.assert_not_called()
+                    near = self.ask_as("127.0.0.1", "GET http://%s:%d/x_1.0.deb" % (host, self.origin.port))
+                    self.assertIn(b"secret", near, "clients on this host still have it")
+                    self.settle()
+            self.start(Config(offline=True))
+            for host, expected in (("inside.test", (504, False)), ("unknown.test", (200, True))):
+                with self.subTest(offline=host):
+                    shutil.rmtree(os.path.join(self.root, pkgproxy.BOOKS), ignore_errors=True)
+                    self.assertEqual(status_and_hit(host), expected)
+
     def test_no_password_is_written_to_the_log(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
             self.ask_as("127.0.0.1", "GET http://me:secret@127.0.0.1:%d/x" % self.origin.port)
@@ -7686,15 +7725,15 @@ class LobbyTest(ProxyCase):
     def test_a_file_that_goes_while_it_is_looked_up_is_sent_once(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
-        real, gone = pkgproxy.look_up, []
+        real, gone = self.proxy._store.lookup, []
 
-        def look_up(store, request):
-            stored = real(store, request)
+        def lookup(key):
+            stored = real(key)
             if stored is not None and not gone:
                 gone.append(os.unlink(path))
             return stored
 
-        self.patched(pkgproxy, "look_up", look_up)
+        self.patched(self.proxy._store, "lookup", lookup)
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
             one = self.visit(self.line())
             self.assertIn(b"; hit", self.read(one, 4096))  # it was there when it was asked for
