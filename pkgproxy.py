@@ -272,6 +272,7 @@ class Config:
     parents: tuple[tuple[str, Parent], ...] = ()  # by the scheme of the origins
     no_proxy: tuple[str, ...] = ()  # origins that are asked without a parent
     adopt: tuple[str, ...] = ()  # folders with packages that are the user's own
+    names: tuple[str, ...] = ()  # by which clients call this proxy, besides the host's own
 
     def __hash__(self) -> int:
         """Enough to remember results by."""
@@ -939,6 +940,26 @@ def origin_form(path: str, host: str, local: tuple[str, int]) -> tuple[Target | 
     return None, ""
 
 
+def parse_host_name(text: str) -> str:
+    """A host name in lower case; ValueError.
+
+    >>> parse_host_name("Proxy.example.org.")
+    'proxy.example.org'
+    """
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?", text, re.A):
+        raise ValueError("'%s' is not a host name; write proxy.example.org" % text)
+    return text.lower().rstrip(".")
+
+
+def called_name(request: Request) -> str:
+    """The name by which a browser believes to know this proxy, "" if it does not matter: an ordinary target,
+    a client without a Host field (no browser), or wpad.dat, which is asked for under any domain's wpad and
+    tells no more than the name."""
+    if not (request.own or request.prefix) or request.own and request.uri.startswith("/wpad.dat"):
+        return ""
+    return split_authority(value(request.fields, "Host") or "localhost", 80)[0].rstrip(".")
+
+
 def under_prefix(prefix: str, target: Target) -> str:
     """How a client that writes a prefix must write a target, so that it comes through us again."""
     if prefix == HTTPS_HOST:
@@ -1285,6 +1306,20 @@ def is_guarded(address: str) -> bool:
 def is_numeric(host: str) -> bool:
     """Whether a host is an address, in whatever form C's inet_aton takes: 127.1, 0x7f000001."""
     return ":" in host or re.search(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$", host) is not None
+
+
+def is_own_name(name: str, names: tuple[str, ...]) -> bool:
+    """Whether a name that a client calls us by is certainly ours, or one of ``names``.
+
+    A web page of evil.example can read what this proxy answers to evil.example, if its name servers then
+    say that this is the proxy's address (DNS rebinding).  That takes a name in the public DNS: no address is
+    one, nor a name without a dot (docker's, a search domain's), nor a name below a private domain.
+
+    >>> [is_own_name(n, ("a.example",)) for n in ("10.0.0.1", "proxy", "a.example", "evil.example")]
+    [True, True, True, False]
+    """
+    private = (".localhost", ".local", ".lan", ".internal", ".home.arpa")
+    return "." not in name or is_numeric(name) or name.endswith(private) or name in names
 
 
 @functools.lru_cache(REMEMBERED)
@@ -7306,6 +7341,7 @@ class Desk:
         self._tell = tell  # writes lines into the log
         self._ids = itertools.cycle(range(1, 1000))
         self._refusals = RecentEvents()  # by address
+        self._full_name = functools.lru_cache(1)(socket.getfqdn)  # when first needed: it may take seconds
 
     def admits(self, visitor: Visitor) -> bool:
         """Whether a client may connect.  The only check of its address, before anything is parsed."""
@@ -7324,6 +7360,14 @@ class Desk:
         return sent_head(request, head, size, reply.cache_status, True, self.proxy.config) + b"%s\n" % (
             str(failure).encode())
 
+    def _check_name(self, request: Request) -> None:
+        """Failure if a request for an own page, or with a prefix, does not call this proxy by its name."""
+        name = called_name(request)
+        if not is_own_name(name, self.proxy.config.names) and name not in (
+                socket.gethostname().lower(), self._full_name().lower()):
+            raise Failure("This proxy does not answer to the name '%s'; its operator can add --name %s." % (
+                name, name), 421)
+
     @contextlib.contextmanager
     def tunnelling(self, request: Request) -> Iterator[socket.socket]:
         """The connection that a CONNECT asks for, while its tunnel lasts; Failure."""
@@ -7337,6 +7381,7 @@ class Desk:
 
     def reply_to(self, request: Request, authority: str) -> Reply:
         """Our own page, or the proxy's reply; Failure.  ``authority``: where we listen."""
+        self._check_name(request)
         if not request.own:
             return through_prefix(request, self.proxy.respond(request))
         if request.method == "OPTIONS":
@@ -7407,7 +7452,8 @@ class Desk:
             request = parse_head(head, *whence)
         except (Failure, ValueError):
             return None, False
-        if request.own or request.length != 0 or request.method not in ("GET", "HEAD"):
+        named = is_own_name(called_name(request), self.proxy.config.names)  # others may take a look-up
+        if request.own or not named or request.length != 0 or request.method not in ("GET", "HEAD"):
             return None, False
         copy, missing = self.proxy.at_hand(request, float(int(time.time())))
         if copy is not None:
@@ -8200,6 +8246,8 @@ OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("clients", "-a --addr", "ADDR", "listen here; may be repeated (%s)" % DEFAULTS.addrs[0], REPEATED),
     ("clients", "--allow", "NET", "who may connect; may be repeated (%s)" % ", ".join(DEFAULTS.allow),
      REPEATED),
+    ("clients", "--name", "NAME", "its name, if not the host's; may be repeated (none)",
+     {**REPEATED, **_read_by(parse_host_name)}),
     ("clients", "--connect-ports", "PORTS", "where CONNECT may lead (443)",
      {"default": DEFAULTS.connect_ports, **_read_by(parse_ports)}),
     ("clients", "--reuse-port", "", "let other instances listen here too (off)", {"action": "store_true"}),
@@ -8297,7 +8345,8 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
                         ca_file=options.ca_file, parents=find_parents(options.parent, os.environ),
                         no_proxy=tuple((os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
                                         ).lower().replace(" ", "").split(",")),
-                        adopt=tuple(map(os.path.abspath, options.adopt or ())))
+                        adopt=tuple(map(os.path.abspath, options.adopt or ())),
+                        names=tuple(options.name or ()))
     except ValueError as error:
         parser.error(str(error))
     level = logging.INFO + 10 * options.quiet - 10 * options.verbose

@@ -7352,6 +7352,40 @@ class AccessTest(ProxyCase):
                     shutil.rmtree(os.path.join(self.root, pkgproxy.BOOKS), ignore_errors=True)
                     self.assertEqual(status_and_hit(host), expected)
 
+    def test_pages_and_prefixes_are_for_who_calls_us_by_our_name(self):
+        """A web page of evil.example cannot lead its name here and read them (DNS rebinding)."""
+        look_up = mock.Mock(return_value="box.Corp.example")
+        for name, instead in (("gethostname", lambda: "Box"), ("getfqdn", look_up)):
+            patcher = mock.patch.object(socket, name, instead)
+            patcher.start()
+            self.addCleanup(patcher.stop)
+        self.start(Config(names=("given.example.org",), pseudonym="tested"))
+        self.origin.pages["/x_1.0.deb"] = Page(b"secret")
+        url, port = "http://127.0.0.1:%d/x_1.0.deb" % self.origin.port, self.address[1]
+        self.assertEqual(self.ask(url).body, b"secret")
+        self.settle()
+        paths = ("/status.json", "/", "/healthz", "/metrics", "/setup/detect.sh", "/proxy.pac", "/nothing", "/" + url, "/127.0.0.1:%d/x_1.0.deb" % self.origin.port)
+        for host, ours in (
+                ("127.0.0.1", True), ("10.9.9.9", True), ("[::1]", True), ("[fd00::1]", True), ("localhost", True), ("localhost.", True), ("a.localhost", True),
+                ("proxy", True), ("box", True), ("BOX.corp.example", True), ("box.corp.example.", True), ("box.local", True), ("box.lan", True),
+                ("proxy.default.svc.cluster.local", True), ("given.example.org", True), ("Given.Example.org.", True),
+                ("evil.example", False), ("box.evil.example", False), ("127.0.0.1.evil.example", False), ("given.example.org.evil.example", False),
+                ("localhost.evil.example", False), ("local.evil.example", False), ("evil.example.org", False), ("notgiven.example.org", False)):
+            for path in (*paths, "http://%s:%d/%s" % (host, port, url)):
+                with self.subTest(host=host, path=path):
+                    answer = self.raw(("GET %s HTTP/1.1\r\nHost: %s:%d\r\nConnection: close\r\n\r\n" % (path, host, port)).encode())
+                    status, body = int(answer[9:12]), answer.partition(b"\r\n\r\n")[2]
+                    self.assertEqual(status, 421 if not ours else 404 if path == "/nothing" else 200)
+                    if not ours:
+                        name = host.lower().encode()
+                        self.assertEqual(body, b"This proxy does not answer to the name '%s'; its operator can add --name %s.\n" % (name, name))
+        self.assertEqual(look_up.call_count, 1, "the full name is looked up once")
+        for host in ("evil.example", "wpad.evil.example"):
+            for line in ("GET http://127.0.0.1:%d/x_1.0.deb HTTP/1.1" % self.origin.port, "GET /wpad.dat HTTP/1.1"):
+                with self.subTest("no matter", host=host, line=line):
+                    self.assertIn(b" 200 ", self.raw(("%s\r\nHost: %s:%d\r\nConnection: close\r\n\r\n" % (line, host, port)).encode())[:13])
+        self.assertIn(b" 200 ", self.raw(b"GET /status.json HTTP/1.0\r\n\r\n")[:13], "what sends no Host field is no browser")
+
     def test_no_password_is_written_to_the_log(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
             self.ask_as("127.0.0.1", "GET http://me:secret@127.0.0.1:%d/x" % self.origin.port)
@@ -8225,7 +8259,8 @@ class PorchTest(unittest.TestCase):
                 (["--ca-file", "file"], 1, "certificates in file cannot be used: no certificate"), (["--barrier", "redis://a:1"], 2, "write memcached://"),
                 (["-r", ""], 2, "-r/--root: '' is no name"), (["--adopt", ""], 2, "--adopt: '' is no name"),
                 (["-f", ""], 2, "--filters: '' is no name"), (["--ca-file", ""], 2, "--ca-file: '' is no name"),
-                (["--connect-ports", "0"], 2, "--connect-ports: '0' is no list of ports; write 443,8443 or none"), (["--allow", "lan"], 2, "write loopback, private"), (["--allow", "10.0.0.1/8"], 2, "write loopback"),
+                (["--connect-ports", "0"], 2, "--connect-ports: '0' is no list of ports; write 443,8443 or none"), (["--allow", "lan"], 2, "write loopback, private"), (["--name", "a b"], 2, "--name: 'a b' is not a host name; write proxy.example.org"),
+                (["--name", "http://a/"], 2, "is not a host name"), (["--allow", "10.0.0.1/8"], 2, "write loopback"),
                 (["--max-orphans", "x"], 2, "--max-orphans: 'x' is no number from 0 to"), (["--max-orphans", "-1"], 2, "from 0 to"), (["--unknown"], 2, "unknown"),
                 (["--max-size", "much"], 2, "--max-size: 'much' is no size; write 500M"), (["--min-free", "5%"], 2, "--min-free: '5%' is no size"),
                 (["--max-age", "5"], 2, "--max-age: '5' is no time; write 90m"))
