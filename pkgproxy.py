@@ -2477,11 +2477,14 @@ class Partial(SharedFile):
 
     def _renew(self) -> None:
         """Who reads what was left reads on: the new one gets a file of its own, locked before it is seen."""
-        file = io.FileIO(os.open(self.path + "^new", _WRITABLE | os.O_TRUNC, 0o644), "r+b")
+        if not self.is_there():
+            raise OSError(errno.ESTALE, "somebody removed the partial")
+        new = "%s^%s" % (self.path, secrets.token_hex(8))  # never a file that another instance writes
+        file = io.FileIO(os.open(new, _WRITABLE | os.O_EXCL, 0o644), "r+b")
         try:
             lock(file)
             self._file.close()
-            os.replace(self.path + "^new", self.path)
+            os.replace(new, self.path)
         finally:
             self._file = file
 
@@ -2509,10 +2512,16 @@ class Partial(SharedFile):
                 raise OSError(errno.ENOENT, "somebody removed the partial")
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path + "^head")
-            self._store.place(self)
+            linked = self._store.place(self)
+            if linked and not self.is_there():  # another instance spoiled it meanwhile
+                self.retract()
+                raise OSError(errno.ENOENT, "somebody removed the partial")
         except OSError as error:
             self.discard()
             raise LocalFailure(error) from error
+        if linked:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                os.unlink(self.path)
         self._litter = bool(self.owner)
         self.unlock()
 
@@ -2549,14 +2558,15 @@ class Partial(SharedFile):
 
     def learn(self) -> bool:
         """What another instance has told of what it writes; False where that is nothing yet."""
-        head = self._head_on_disk()
+        with contextlib.suppress(OSError), open(self.path, "rb", opener=_private):
+            pass  # so NFS looks anew
+        # An empty file may have the inode number of a removed one, whose head file is still there.
+        size = os.fstat(self.fileno()).st_size
+        head = self._head_on_disk() if size else None
         if head is None:
             return False
         self._kept = not head.boot
-        self._near = self._kept or head.boot == self._store.boot
-        with contextlib.suppress(OSError), open(self.path, "rb", opener=_private):
-            pass  # so NFS looks anew
-        size = os.fstat(self.fileno()).st_size
+        self._near = self._kept and not self._store.remote or head.boot == self._store.boot
         self.head = changed(head, boot="", flushed=-1, mtime_ns=0)
         self.length = None if head.size < 0 else head.size
         self.size = size if self._near else min(size, max(0, head.flushed))
@@ -2599,7 +2609,7 @@ class Partial(SharedFile):
         after a power cut a file may be longer than what has reached the disk of it; OSError."""
         _write_heads(self.path + "^head", [changed(
             self.head, size=-1 if self.length is None else self.length, boot=boot, mtime_ns=self._inode(),
-            flushed=self.size if self._store.remote else -1)])
+            flushed=self.size if self._store.remote or not boot else -1)])
 
     def _head_on_disk(self) -> Head | None:
         """What its head file says of just this file."""
@@ -2680,11 +2690,13 @@ def _bare_head(key: str, info: os.stat_result) -> Head:
 
 
 def boot_id() -> str:
-    """A name of this start of the machine.  Where the system tells none, one of this process: then what a
-    crash left is not trusted, whatever crashed."""
+    """A name of this start of the machine, without hyphens.  The systemd unit hides the kernel's file, and
+    passes the same name as %b.  Where the system tells none, one of this process: then what a crash left is
+    not trusted, whatever crashed."""
+    known = os.environ.get("PKGPROXY_BOOT_ID", "")
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
-    return secrets.token_hex(16)
+        known = file.read()
+    return known.strip().replace("-", "").lower() or secrets.token_hex(16)
 
 
 def fits_name(key: str, body: Stored | Partial) -> bool:
@@ -2897,8 +2909,9 @@ class Store:
         """Where a cache key's body may lie: its names, with their paths and those of their heads."""
         return [(name, self.path(name), self.head_path(name)) for name in _names(key)]
 
-    def place(self, partial: Partial) -> None:
-        """Rename a complete body to its natural name, or where that is taken to its hashed one; OSError.
+    def place(self, partial: Partial) -> bool:
+        """Give a complete body its natural name, or where that is taken its hashed one; OSError.  Whether
+        the partial still has its old name, too.
 
         The head goes first, into a file that keeps the previous body's head beside the new one's, so
         that at each moment the visible body has a head that describes it, and a reader between the
@@ -2909,26 +2922,51 @@ class Store:
             modified = partial.head.received
         # People see the origin's second; the fraction tells two bodies of one second apart.
         mtime_ns = int(modified) * 10**9 + time.time_ns() // 1000 % 10**6 * 1000
-        os.utime(partial.path, ns=(time.time_ns(), mtime_ns))
-        info = os.stat(partial.path)  # file systems keep times more or less fine
+        by_descriptor = os.utime in os.supports_fd
+        os.utime(partial.fileno() if by_descriptor else partial.path, ns=(time.time_ns(), mtime_ns))
+        info = os.fstat(partial.fileno())  # file systems keep times more or less fine
+        if info.st_size != partial.size or partial.length not in (None, partial.size):
+            raise OSError(errno.EIO, "the partial has %d bytes, not the %d received of %s" % (
+                info.st_size, partial.size, partial.length))
         head = changed(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
-        self._name(partial.path, head)
+        return self._settle(partial.path, partial, head, may_move=True)
 
     def share(self, twin: Stored) -> None:
         """Let a body that is stored already be found under its head's key as well: one file, two names;
         OSError where the file system has no such thing, or the body is not ours."""
         if not twin.described:
             raise OSError(errno.EPERM, "it is not ours")
-        path = os.path.join(self.books, "partials", "link^" + secrets.token_hex(8))
-        make_folder(os.path.dirname(path))
-        os.link(self.path(twin.name), path)
+        make_folder(os.path.join(self.books, "partials"))
+        self._settle(self.path(twin.name), twin, twin.head, may_move=False)
+
+    def _settle(self, path: str, file: Stored | Partial, head: Head, may_move: bool) -> bool:
+        """Give an open file its place, and return whether it keeps ``path`` as well; OSError.
+
+        Another instance may replace ``path`` at any time.  So the file first gets a name that nobody else
+        uses, and is compared with the open one under that.  That name is a link, because while ``path``
+        exists no other instance begins the same download.  Where links fail, a file that ``may_move`` is
+        renamed."""
+        own, linked = os.path.join(self.books, "partials", "own^" + secrets.token_hex(8)), True
         try:
-            if not os.path.samestat(os.lstat(path), os.fstat(twin.fileno())):
-                raise OSError(errno.ESTALE, "it has been replaced")
-            self._name(path, twin.head)
+            os.link(path, own)
+        except OSError:
+            if not may_move:
+                raise
+            if os.name == "nt":
+                own = path  # Windows neither renames nor removes an open file
+            else:
+                os.rename(path, own)
+                linked = False
+        try:
+            if os.path.samestat(os.lstat(own), os.fstat(file.fileno())):
+                self._name(own, head)
+                return linked
+            if not linked:
+                os.replace(own, path)  # it belongs to another instance's download
+            raise OSError(errno.ESTALE, "it has been replaced")
         finally:
-            with contextlib.suppress(FileNotFoundError):  # it stays where it was the same file already
-                os.unlink(path)
+            with contextlib.suppress(OSError):  # rename() does nothing if both names are of one file
+                os.unlink(own)
 
     def _name(self, path: str, head: Head) -> None:
         """Give a file its place by its head's key; OSError."""
@@ -4215,6 +4253,8 @@ class Pool:
 class Response:
     """An answer of an origin: its head, and its body counted (DESIGN §3, the traps behind 1 and 7)."""
 
+    start = 0  # offset of its first byte in the representation; only a verified remainder has another
+
     def __init__(self, head: Head, raw: OriginResponse, give_back: Callable[[bool], None],
                  count: Callable[[int], None], broke_off: Callable[[], None]) -> None:
         self.head = head
@@ -4469,6 +4509,7 @@ class Origin:
         part = content_range(response.head)
         if part is not None:
             response.expect(part[1] - offset)
+        response.start = offset
         return response
 
     def tidy(self) -> None:
@@ -5340,11 +5381,14 @@ class LocalCopy(Response):
         """The disk makes none."""
 
     def read(self, size: int = CHUNK) -> bytes:
-        """Up to ``size`` bytes, b"" at the end; OriginFailure."""
+        """Up to ``size`` bytes, b"" at the end; OriginFailure, also if the file has been changed in place."""
         try:
-            return self._twin.file.read(size) or b""
+            data, info = self._twin.file.read(size) or b"", os.fstat(self._twin.fileno())
         except OSError as error:
             raise Truncated("The copy cannot be read: %s." % error) from None
+        if (info.st_size, info.st_mtime_ns) != (self.head.size, self.head.mtime_ns):
+            raise Truncated("The file to copy is being changed.")
+        return data
 
     def close(self) -> None:
         """Close the file."""
@@ -5811,7 +5855,8 @@ class Watch:
             if old is not None:
                 old.release()
         elif other is not None:
-            if other.learn() and other.head.fields == old.head.fields and other.size >= old.size:
+            same = other.learn() and other.head.fields == old.head.fields and strong_validator(old.head)
+            if same and other.size >= old.size:
                 old.become(other)
                 self._owner = owner
             else:
@@ -5889,7 +5934,7 @@ class Intake:
               config: Config, partial: Partial | None = None) -> tuple[Reply, Landing | None]:
         """Store an answer while it goes to the client, or relay it where it can't be stored.  It may be the
         rest of what the partial, if we have one already, has begun with."""
-        begun = partial is not None and partial.size > 0
+        begun = response.start > 0
         if response.head.status < 500 and not (response.head.like and digest_of(request.key)):
             self._troubles.origin_answered(request)
         live = partial.head if partial is not None and begun else changed(
@@ -5922,16 +5967,16 @@ class Intake:
         partial = self._claims.take(key)
         if partial is None:
             raise LocalFailure(OSError(errno.EAGAIN, "another instance writes it"))
-        partial.size = 0  # what is left there is outdated
         return partial
 
     def _store_live(self, request: Request, live: Head, decision: Decision, download: Download) -> Reply:
         """Begin to store a response; what its first client gets; LocalFailure."""
         response, partial = download.response, download.partial
         assert response is not None  # noqa: S101 (for the type checker)
-        length = response.length
+        length, start = response.length, response.start
         head = changed(live, fields=kept_fields(live.fields))
-        partial.begin(head, length if length is None else length + partial.size, partial.size)
+        # Left-over bytes are kept only if this response continues them (start > 0).
+        partial.begin(head, length if length is None else length + start, start)
         status = CacheStatus(download.outcome, decision.forward, response.head.status, stored=True)
         status = shared_status(decision, live) if live.like else status
         # What the others won't get: Set-Cookie.
@@ -6002,8 +6047,6 @@ class Leader:
             twin, response = self._mirrors.find(request, forward, config)
             if twin is not None:
                 return self._share(request, decision, flight, config, partial, twin)
-            if response is not None and partial is not None:
-                partial.size = 0
             response = response or self._fetch_rest(request, forward, partial) or self._intake.fetch(forward)
             self._mirrors.check(request, response)
         except BaseException:
@@ -6027,11 +6070,9 @@ class Leader:
 
     def _fetch_rest(self, request: Request, forward: Forward, partial: Partial | None) -> Response | None:
         """What is missing of a left-over partial; None where it is of no use, and is begun anew."""
-        if partial is not None and partial.size:
-            if fits(request, partial.head):
-                with contextlib.suppress(Changed):
-                    return self._origin.fetch_rest(forward, partial.head, partial.length, partial.size)
-            partial.size = 0
+        if partial is not None and partial.size and fits(request, partial.head):
+            with contextlib.suppress(Changed):
+                return self._origin.fetch_rest(forward, partial.head, partial.length, partial.size)
         return None
 
     def _validate(self, request: Request, decision: Decision, flight: Flight, stored: Stored,
