@@ -1590,6 +1590,119 @@ class StoreTest(StoreCase):
         self.assertRaises(pkgproxy.LocalFailure, self.put, self.PACKAGE, b"body")
         self.assertEqual(Path(self.path("a")).read_bytes(), b"somebody's")
 
+    def test_a_body_whose_file_has_another_size_than_was_counted_or_declared_is_not_stored(self):
+        for what, length, more in (("longer", 10, b"another writer's"), ("cut", 10, None), ("shorter than declared", 11, b""),
+                                   ("longer, of no declared length", None, b"x")):
+            with self.subTest(what):
+                partial = receive(self.store, Head(200, "OK", (), key=self.PACKAGE, received=CLOCK), length)
+                self.addCleanup(partial.release)
+                partial.write(b"0123456789")
+                if more is None:
+                    os.truncate(partial.path, 9)
+                else:
+                    with open(partial.path, "ab") as file:
+                        file.write(more)
+                self.assertRaises(pkgproxy.LocalFailure, partial.commit)
+                self.assertIsNone(self.get(self.PACKAGE))
+                self.assertFalse(os.path.exists(self.path("a/pool/x_1.0_all.deb")))
+                self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
+
+    @contextlib.contextmanager
+    def removed_while_landing(self, step, links):
+        """While a body lands, just before ``step``, somebody removes the bookkeeping folder and another
+        instance begins the same download; that one's partial."""
+        head = Head(200, "OK", (), key=self.PACKAGE, received=CLOCK)
+        ours, theirs, module = receive(self.store, head, 10), [], pkgproxy if hasattr(pkgproxy, step) else os
+        ours.write(b"0123456789")
+        function, steps = getattr(module, step), []
+
+        def disturbed(*what, **more):
+            steps.append(step)
+            if len(steps) == 1:
+                shutil.rmtree(self.path(pkgproxy.BOOKS))
+                theirs.append(receive(pkgproxy.Store(self.root), head, 10))
+                theirs[0].write(b"01")
+            return function(*what, **more)
+
+        with contextlib.ExitStack() as stack:
+            if not links:
+                stack.enter_context(mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here")))
+            stack.enter_context(mock.patch.object(module, step, disturbed))
+            with contextlib.suppress(pkgproxy.LocalFailure):
+                ours.commit()
+        try:
+            yield theirs[0]
+        finally:
+            for partial in (ours, *theirs):
+                partial.release()
+            shutil.rmtree(self.root)
+
+    def test_the_growing_file_of_another_download_is_never_placed_whenever_the_books_are_removed(self):
+        for links in (True, False):
+            for step in ("link" if links else "rename", "utime", "lstat", "_write_heads", "_rename"):
+                with self.subTest(step, links=links), self.removed_while_landing(step, links) as theirs:
+                    self.assertIn(self.get(self.PACKAGE), (None, b"0123456789"))
+                    self.assertTrue(theirs.is_there(), "it can still be stored")
+                    theirs.write(b"23456789")
+                    theirs.commit()
+                    self.assertEqual(self.get(self.PACKAGE), b"0123456789")
+                    self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
+
+    def test_where_there_are_no_links_bodies_are_renamed(self):
+        with mock.patch.object(os, "link", side_effect=OSError(errno.EOPNOTSUPP, "no links here")):
+            self.put(self.PACKAGE, b"body")
+        self.assertEqual(self.get(self.PACKAGE), b"body")
+        self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
+
+    def test_what_another_instance_spoils_in_the_moment_of_its_landing_does_not_stay(self):
+        write_heads = pkgproxy._write_heads
+
+        def spoiled(*what):
+            pkgproxy.Partials(self.store).spoil(self.INDEX, "")
+            self.store.forget(self.INDEX)
+            write_heads(*what)
+
+        with mock.patch.object(pkgproxy, "_write_heads", spoiled):
+            self.assertRaises(pkgproxy.LocalFailure, self.put, self.INDEX, b"outdated")
+        self.assertIsNone(self.get(self.INDEX))
+
+    def test_the_head_of_a_removed_partial_says_nothing_of_a_new_one_with_its_inode_number(self):
+        old = receive(self.store, Head(200, "OK", (("ETag", '"old"'),), key=self.PACKAGE, received=CLOCK), 10)
+        old.write(b"0")
+        old.tell()
+        os.truncate(old.path, 0)  # as a new file is that the file system gives the same number
+        new = pkgproxy.Partials(self.store).follow(self.PACKAGE)
+        self.assertFalse(new.learn())
+        for partial in (old, new):
+            partial.release()
+
+    def test_who_begins_a_leftover_anew_leaves_alone_what_another_instance_has_put_in_its_place(self):
+        head = Head(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, received=CLOCK)
+        left = receive(self.store, head, 1 << 20)
+        left.write(b"1" * 400_000)
+        shutil.rmtree(self.path(pkgproxy.BOOKS))
+        theirs = receive(pkgproxy.Store(self.root), head, 2)
+        self.assertRaises(pkgproxy.LocalFailure, left.begin, head, 3)
+        left.release()
+        theirs.write(b"22")
+        theirs.commit()
+        theirs.release()
+        self.assertEqual(self.get(self.PACKAGE), b"22")
+
+    def test_of_a_leftover_on_another_machines_disk_only_what_was_flushed_is_read(self):
+        self.store.remote = True
+        left = receive(self.store, Head(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, received=CLOCK), 1 << 20)
+        left.write(b"1" * 400_000)
+        left.keep()
+        follower = pkgproxy.Partials(self.store).follow(self.PACKAGE)
+        self.assertTrue(follower.learn())
+        self.assertEqual(follower.size, 400_000)
+        os.truncate(left.path, 500_000)  # another machine goes on with it, and what it wrote is not all here
+        follower.grow()
+        self.assertEqual(follower.size, 400_000)
+        for partial in (left, follower):
+            partial.release()
+
     def test_a_partial_that_another_instance_made_anew_is_not_ours_to_place(self):
         head = Head(200, "OK", (), key=self.PACKAGE, received=CLOCK)
         ours = receive(self.store, head, 10)
@@ -3648,6 +3761,61 @@ class MirrorsTest(ProxyCase):
         asked = len(self.other.log)
         self.assertEqual(self.ask(self.publish("z_1.0_all.deb")).body, self.BODY)
         self.assertEqual(self.asked()[asked:], [("GET", None)], "a link is none of the user's packages")
+
+    def test_a_local_copy_never_continues_what_a_broken_off_download_left(self):
+        body = random.Random(1).randbytes(1 << 20)
+        digest = "/by-hash/SHA256/" + sha256(body)
+        head = b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: "x"\r\n\r\n' % len(body)
+        broken = [Page(steps=[head + body[:400_000]]), Page(b"no", 503)]
+
+        def adopt():
+            self.adopt(**{"x_1.0_all": body})
+
+        def lose_heads():
+            self.ask(self.HERE)
+            shutil.rmtree(os.path.join(self.root, pkgproxy.BOOKS, "heads"))
+
+        named = mock.patch.object(pkgproxy.Leases, "take", lambda leases, key: (os.urandom(8).hex(), True))
+        linkless = mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here"))
+        as_ever = contextlib.nullcontext()
+        for what, path, prepare, circumstances in (
+                ("an adopted file", self.HERE, adopt, as_ever), ("a twin without a head", self.HERE, lose_heads, as_ever),
+                ("a twin that cannot be linked", self.HERE, lambda: self.ask(self.HERE), linkless),
+                ("a twin by its digest", digest, lambda: self.ask(digest), linkless),
+                ("an adopted file, and partials of owners", self.HERE, adopt, named)):
+            with self.subTest(what), circumstances, mock.patch.object(pkgproxy, "RESUME_PAUSES", (0.0,)):
+                shutil.rmtree(self.root)
+                self.start()
+                there = path if path == digest else self.THERE
+                self.origin.pages[path], url = Page(body), self.other.url(there)
+                self.other.pages[there] = list(broken)
+                with self.connection() as one:
+                    one.request("GET", url)
+                    self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
+                self.settle()
+                self.assertTrue(os.listdir(os.path.join(self.root, pkgproxy.BOOKS, "partials")), "it is kept")
+                self.other.pages[there] = Page(body, etag='"x"')
+                prepare()
+                for _ in range(2):
+                    answer = self.ask(url)
+                    self.assertEqual((answer.status, answer["Content-Length"], answer.body == body), (200, str(len(body)), True))
+                    self.settle()
+                self.assertEqual(self.outcome(answer), "pkgproxy; hit")
+                self.assertEqual({name: data == body for name, data in self.files().items()}, dict.fromkeys(self.files(), True))
+
+    def test_an_adopted_file_that_is_written_while_it_is_copied_spoils_nothing(self):
+        body = random.Random(1).randbytes(1 << 20)
+        path, read = os.path.join(self.adopt(**{"x_1.0_all": body}), "x_1.0_all.deb"), pkgproxy.LocalCopy.read
+
+        def written_meanwhile(copy, size=0):
+            with open(path, "r+b") as file:
+                file.write(bytes(1 << 20))
+            return read(copy, size)
+
+        with mock.patch.object(pkgproxy.LocalCopy, "read", written_meanwhile), mock.patch.object(pkgproxy, "RESUME_PAUSES", (0.0,)):
+            self.assertTrue(self.ask(self.publish(body=body)).body == body)
+        self.settle()
+        self.assertEqual({name: data == body for name, data in self.files().items()}, {os.path.relpath(self.there(), self.root): True})
 
     def test_adopted_packages_stand_in_for_no_mirror_but_by_a_digest(self):
         self.adopt(**{"v%d_1.0_all" % number: self.BODY for number in range(4)})
@@ -5886,6 +6054,18 @@ class InstancesTest(InstancesCase):
                     self.settle()
                 self.assertEqual(self.files(), {self.place(self.BIG[1:]): self.body})
                 self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS, "partials")), [])
+
+    def test_who_has_a_part_reads_on_with_a_new_owner_only_by_a_strong_validator(self):
+        for tag, same in (('"x"', True), ('W/"x"', False), (None, False)):
+            with self.subTest(tag=tag):
+                fields = (("ETag", tag),) if tag else ()
+                old, other = (mock.Mock(head=Head(200, "OK", fields, key="http://a/x", received=CLOCK), size=5) for _ in range(2))
+                claims = mock.Mock()
+                claims.partials.follow.return_value = other
+                watch = pkgproxy.Watch(None, claims, None, None, None, mock.Mock())
+                watch._partial, watch._published = old, True
+                watch._change("another")
+                self.assertEqual((old.become.called, other.release.called), (same, not same))
 
     def test_a_system_without_flock_says_so(self):
         with mock.patch.object(pkgproxy, "fcntl", None):
