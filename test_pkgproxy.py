@@ -6055,6 +6055,54 @@ class InstancesTest(InstancesCase):
                 self.assertEqual(self.files(), {self.place(self.BIG[1:]): self.body})
                 self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS, "partials")), [])
 
+    def under_the_unit(self):
+        """A process that sees of /proc what the systemd unit shows it, with the variables that this sets."""
+        hidden = ("unshare", "-m", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$@"', "sh")
+        try:
+            subprocess.run([*hidden, "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.skipTest("no mount namespace with a /proc of processes alone: %s" % error)
+        unit = (HERE / "pkgproxy.service").read_text(encoding="utf-8")
+        self.assertIn("\nProcSubset=pid\n", unit)
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")
+        variables = dict(line.replace("%b", boot).split("=", 1) for line in re.findall(r"(?m)^Environment=(.+)$", unit))
+        process = ProxyProcess(self.root, (), {**os.environ, **variables}, program=hasty, prefix=hidden)
+        self.addCleanup(process.kill)
+        return process
+
+    def test_under_the_unit_what_a_crash_left_is_gone_on_with(self):
+        gate, killed = self.held(), self.under_the_unit()
+        self.begin(killed.address).read(399_999)
+        until(lambda: FaultTest.is_described(self), "the head of what has come, after a moment")
+        killed.kill()
+        gate.open()
+        self.address = self.under_the_unit().address
+        self.assertEqual(self.ask(self.BIG).body, self.body)
+        self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=400000-"])
+
+    def test_an_instance_under_the_unit_and_one_started_by_hand_follow_each_other(self):
+        unit = self.under_the_unit()
+        for leader, follower in ((unit.address, self.address), (self.address, unit.address)):
+            gate = self.held()
+            first, second = self.begin(leader), self.begin(follower)
+            self.assertEqual(second.read(399_999), self.body[1:400_000])  # before the rest is there
+            gate.open()
+            self.assertEqual((first.read(), second.read()), (self.body[400_000 - 399_999:], self.body[400_000:]))
+            self.settle()
+            self.ask(self.BIG, "DELETE")
+        self.assertEqual(self.origin.asked(self.BIG).count("GET"), 2)
+
+    def test_the_name_of_a_boot_is_one_whoever_tells_it(self):
+        for told, environment, name in (
+                ("4E2c0f6a-9a43-4d0b-8b9e-000000000001\n", "", "4e2c0f6a9a434d0b8b9e000000000001"),
+                (None, "4e2c0f6a9a434d0b8b9e000000000001", "4e2c0f6a9a434d0b8b9e000000000001"),
+                ("4e2c0f6a-9a43-4d0b-8b9e-000000000001\n", "0" * 32, "4e2c0f6a9a434d0b8b9e000000000001")):
+            with mock.patch("builtins.open", mock.mock_open(read_data=told) if told else mock.Mock(side_effect=OSError)), \
+                    mock.patch.dict(os.environ, PKGPROXY_BOOT_ID=environment):
+                self.assertEqual(pkgproxy.boot_id(), name)
+        with mock.patch("builtins.open", side_effect=OSError), mock.patch.dict(os.environ, PKGPROXY_BOOT_ID=""):
+            self.assertNotEqual(pkgproxy.boot_id(), pkgproxy.boot_id(), "each process has one of its own")
+
     def test_who_has_a_part_reads_on_with_a_new_owner_only_by_a_strong_validator(self):
         for tag, same in (('"x"', True), ('W/"x"', False), (None, False)):
             with self.subTest(tag=tag):
