@@ -5664,30 +5664,49 @@ class Memcached:
             return sock.recv(4096).decode()
 
 
-def hasty():
-    """The command that runs it with short pauses and leases."""
-    return program(RESUME_PAUSES=(0.0, 0.01), LEASE=2, LEASE_RENEWAL=0.2)
+def hasty(before="", **constants):
+    """The command that runs it with short pauses and leases, after some more code."""
+    python, option, code = program(RESUME_PAUSES=(0.0, 0.01), LEASE=2, LEASE_RENEWAL=0.2, **constants)
+    return python, option, before + code
+
+
+LINKLESS = "import os\ndef link(*paths, **more): raise PermissionError(1, 'no links here')\nos.link = link\n"  # a file system without hard links
 
 
 class ChaosTest(ProxyCase):
-    """Clients, ranges, hang-ups, faults of the origin and of the disk, all at once.
+    """Clients, ranges, hang-ups, faults of the origin and of the disk, all at once; among packages that
+    another mirror has, too, or the user (--adopt), with their heads and without.
 
     PKGPROXY_CHAOS_SECONDS=600 makes it last; PKGPROXY_CHAOS_SEED gives another course.
     """
 
-    PATHS = ("/a_1.0_all.deb", "/b_2.0_all.deb", "/InRelease", "/main/Packages", "/by-hash/SHA256/" + "0" * 64)
+    TROUBLE = 0.02  # seconds: else the origin, which fails all the time, would hardly be asked
 
     def setUp(self):
         super().setUp()
         self.seconds = float(os.environ.get("PKGPROXY_CHAOS_SECONDS", "1.5"))
         self.seed = os.environ.get("PKGPROXY_CHAOS_SEED", "1")
-        self.published = {path: [] for path in self.PATHS}  # every body that ever was
+        bodies = [random.Random("%s %s" % (self.seed, size)).randbytes(size) for size in (900_000, 400_000, 500_000)]
+        fixed = {"/a_1.0_all.deb": bodies[0], "/b_2.0_all.deb": bodies[1], "/by-hash/SHA256/" + sha256(bodies[2]): bodies[2],
+                 "/by-hash/SHA256/" + "0" * 64: b"another digest"}
+        self.published = {mirror + path: [body] for path, body in fixed.items() for mirror in ("", "/pub/mirror")}
+        self.published.update({path: [] for path in ("/InRelease", "/main/Packages")})  # every body that ever was
+        self.paths = tuple(self.published)
+        self.adopted = os.path.join(self.folder, "archives")
+        os.mkdir(self.adopted)
+        Path(self.adopted, "b_2.0_all.deb").write_bytes(bodies[1])
+        self.start(dataclasses.replace(self.config, adopt=(self.adopted,)))
         self.wrong = []
         self.visits = 0  # that were answered
         self.addresses = []  # of several instances
-        pauses = mock.patch.object(pkgproxy, "RESUME_PAUSES", (0.0, 0.01))
-        pauses.start()
-        self.addCleanup(pauses.stop)
+        for name, what in (("RESUME_PAUSES", (0.0, 0.01)), ("TROUBLE", self.TROUBLE)):
+            patcher = mock.patch.object(pkgproxy, name, what)
+            patcher.start()
+            self.addCleanup(patcher.stop)
+
+    def process(self, *options, before=""):
+        program = functools.partial(hasty, before, TROUBLE=self.TROUBLE)
+        return ProxyProcess(self.root, ("--adopt", self.adopted, *options), program=program)
 
     def publish(self, chance, path):
         """A new body where the name allows it, behaving as chance will have it."""
@@ -5695,58 +5714,65 @@ class ChaosTest(ProxyCase):
         if not bodies or "_" not in path and "hash" not in path and chance.random() < 0.5:
             bodies.append(chance.randbytes(chance.choice((0, 10, 5_000, 400_000, 900_000))))
         body, tag = bodies[-1], '"%s-%d"' % (path[1:3], len(bodies))
+        for name, place in pkgproxy.adoptable([self.adopted]):
+            self.proxy._store.adopted.note(name, place)  # which is lost with the root
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: %s\r\n\r\n" % (len(body), tag.encode())
         self.origin.pages[path] = chance.choice((
             Page(body, etag=tag), Page(body, etag=tag), Page(body, etag=tag, chunked=True), Page(body, etag="", modified=""),
-            Page(steps=[head + body[:chance.randrange(len(body) + 1)]]), Page(b"no", 503), Page(steps=[b""]), Page(steps=[b"garbage\r\n\r\n"])))
+            Page(steps=[head + body[:chance.randrange(len(body) + 1)]]), Page(steps=[head + body[:300_000]]), Page(b"no", 503), Page(steps=[b""]), Page(steps=[b"garbage\r\n\r\n"])))
 
     def disturb(self, chance):
         """Something happens to the cache."""
         books = os.path.join(self.root, pkgproxy.BOOKS)
-        place = os.path.join(self.root, self.place(chance.choice(self.PATHS)[1:]))
+        place = os.path.join(self.root, self.place(chance.choice(self.paths)[1:]))
         with contextlib.suppress(OSError):
-            chance.choice((lambda: shutil.rmtree(self.root), lambda: shutil.rmtree(books), lambda: os.unlink(place),
-                           lambda: shutil.rmtree(os.path.join(books, "partials"))))()
+            chance.choices((lambda: shutil.rmtree(self.root), lambda: shutil.rmtree(books), lambda: os.unlink(place),
+                            lambda: shutil.rmtree(os.path.join(books, "partials")), lambda: shutil.rmtree(os.path.join(books, "heads"))), (1, 1, 6, 1, 1))[0]()
 
-    def check(self, path, status, body, place):
-        """The bytes must be those of one body that this path had."""
+    def check(self, path, status, body, place, whole=False):
+        """The bytes must be those of one body that this path had, or of its beginning."""
         first, last = (int(n) for n in re.findall(r"\d+", place)[:2]) if place else (0, 0)
         for known in list(self.published[path]):
-            if status == 206 and known[first:last + 1][:len(body)] == body or status == 200 and known[:len(body)] == body:
+            if status == 206 and known[first:last + 1][:len(body)] == body or status == 200 and known[:None if whole else len(body)] == body:
                 return
         self.wrong.append((path, status, place, len(body)))
 
     def visit(self, chance):
         """One client: whole, in part, or gone early."""
-        path, fields = chance.choice(self.PATHS), {}
+        path, fields = chance.choice(self.paths), {}
         if chance.random() < 0.4:
             fields["Range"] = "bytes=%d-%s" % (chance.randrange(500_000), chance.choice(("", "600000")))
         if chance.random() < 0.2:
             fields["Cache-Control"] = "no-cache"
         with contextlib.suppress(OSError, http.client.HTTPException), self.connection() as one:
-            one.request(chance.choice(("GET", "GET", "GET", "HEAD")), self.origin.url(path), headers=fields)
+            method, leaves = chance.choice(("GET", "GET", "GET", "HEAD")), chance.random() < 0.2
+            one.request(method, self.origin.url(path), headers=fields)
             response = one.getresponse()
             self.visits += 1
-            whole = True
+            whole = method == "GET" and not leaves
             try:
-                body = response.read(chance.choice((1, 100_000))) if chance.random() < 0.2 else response.read()
+                body = response.read(chance.choice((1, 100_000))) if leaves else response.read()
             except http.client.IncompleteRead as error:
                 body, whole = error.partial, False
-            if response.status in (200, 206) and (body or whole):
-                self.check(path, response.status, body, response.getheader("Content-Range"))
+            if response.status in (200, 206):
+                self.check(path, response.status, body, response.getheader("Content-Range"), whole)
 
     def client(self, number, deadline):
         chance = random.Random("%s %d" % (self.seed, number))
-        while time.monotonic() < deadline:
-            self.visit(chance)
-            if chance.random() < 0.2:
-                self.publish(chance, chance.choice(self.PATHS))
-            if chance.random() < 0.05:
-                self.disturb(chance)
+        try:
+            while time.monotonic() < deadline:
+                self.visit(chance)
+                if chance.random() < 0.2:
+                    self.publish(chance, chance.choice(self.paths))
+                if chance.random() < 0.1:
+                    self.disturb(chance)
+        except Exception as error:
+            self.wrong.append(repr(error))
+            raise
 
     def run_clients(self, meanwhile=lambda deadline: None):
         chance = random.Random(self.seed)
-        for path in self.PATHS:
+        for path in self.paths:
             self.publish(chance, path)
         deadline = time.monotonic() + self.seconds
         threads = [threading.Thread(target=self.client, args=(number, deadline)) for number in range(6)]
@@ -5772,12 +5798,17 @@ class ChaosTest(ProxyCase):
         self.run_clients()
         self.check_files()
 
+    def test_nor_is_there_a_wrong_byte_where_nothing_can_be_linked(self):
+        with mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here")):
+            self.run_clients()
+        self.check_files()
+
     def test_kill_9_at_any_point_leaves_whole_files_and_no_wrong_byte(self):
         chance = random.Random(self.seed)
 
         def kill_again_and_again(deadline):
             while time.monotonic() < deadline:
-                proxy = ProxyProcess(self.root, program=hasty)
+                proxy = self.process()
                 self.address, self.enough = proxy.address, self.visits + chance.randrange(40)
                 until(lambda: self.visits > self.enough or time.monotonic() > deadline, "a few visits")
                 proxy.kill()
@@ -5793,12 +5824,9 @@ class ChaosTest(ProxyCase):
         with contextlib.closing(http.client.HTTPConnection(*random.choice(self.addresses or [self.address]), timeout=PATIENCE)) as connection:
             yield connection
 
-    def kill_one_of_two(self, *options):
+    def kill_one_of_two(self, *options, before=""):
         """Two processes over one root; now the one is killed, now the other, and started again."""
         chance = random.Random(self.seed)
-
-        def process():
-            return ProxyProcess(self.root, options, program=hasty)
 
         def kill_again_and_again(deadline):
             while time.monotonic() < deadline:
@@ -5808,11 +5836,11 @@ class ChaosTest(ProxyCase):
                 victim.kill()
                 self.assertNotIn("Traceback", victim.log())
                 self.check_files()
-                processes.append(process())
+                processes.append(self.process(*options, before=before))
                 self.addresses = [each.address for each in processes]
 
         with contextlib.ExitStack() as stack:
-            processes = [process(), process()]
+            processes = [self.process(*options, before=before) for _ in range(2)]
             stack.callback(lambda: [each.kill() for each in processes])
             self.addresses = [each.address for each in processes]
             self.run_clients(kill_again_and_again)
@@ -5821,6 +5849,9 @@ class ChaosTest(ProxyCase):
 
     def test_kill_9_of_either_of_two_instances_leaves_whole_files_and_no_wrong_byte(self):
         self.kill_one_of_two()
+
+    def test_so_it_does_where_nothing_can_be_linked(self):
+        self.kill_one_of_two(before=LINKLESS)
 
     @unittest.skipUnless(shutil.which("memcached"), "memcached is not installed")
     def test_so_it_does_where_they_agree_by_memcached(self):
