@@ -5762,9 +5762,9 @@ class ChaosTest(ProxyCase):
         try:
             while time.monotonic() < deadline:
                 self.visit(chance)
-                if chance.random() < 0.2:
+                if chance.random() < 0.3:
                     self.publish(chance, chance.choice(self.paths))
-                if chance.random() < 0.1:
+                if chance.random() < 0.2:
                     self.disturb(chance)
         except Exception as error:
             self.wrong.append(repr(error))
