@@ -2530,6 +2530,8 @@ class Partial(SharedFile):
         try:
             if self.size < RESUME_WORTH or strong_validator(self.head) is None or not self.is_there():
                 raise OSError("not worth it")
+            if os.fstat(self.fileno()).st_size != self.size:
+                raise OSError("not what was received")
             os.fsync(self.fileno())
             self._describe("")
         except OSError:
@@ -2566,7 +2568,7 @@ class Partial(SharedFile):
         if head is None:
             return False
         self._kept = not head.boot
-        self._near = self._kept and not self._store.remote or head.boot == self._store.boot
+        self._near = head.boot == self._store.boot
         self.head = changed(head, boot="", flushed=-1, mtime_ns=0)
         self.length = None if head.size < 0 else head.size
         self.size = size if self._near else min(size, max(0, head.flushed))

@@ -1689,19 +1689,36 @@ class StoreTest(StoreCase):
         theirs.release()
         self.assertEqual(self.get(self.PACKAGE), b"22")
 
-    def test_of_a_leftover_on_another_machines_disk_only_what_was_flushed_is_read(self):
-        self.store.remote = True
+    def test_of_a_leftover_only_what_was_flushed_is_read_until_who_goes_on_with_it_tells_more(self):
+        for remote in (False, True):
+            with self.subTest(remote=remote):
+                self.store.remote = remote
+                left = receive(self.store, Head(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, received=CLOCK), 1 << 20)
+                left.write(b"1" * 400_000)
+                left.keep()
+                follower, partials = pkgproxy.Partials(self.store).follow(self.PACKAGE), pkgproxy.Partials(self.store)
+                self.assertTrue(follower.learn())
+                self.assertEqual(follower.size, 400_000)
+                os.truncate(left.path, 500_000)  # as another machine's part that is not all here, or a power cut
+                follower.grow()
+                heir = partials.claim(self.PACKAGE)
+                self.assertEqual((follower.size, heir.size), (400_000, 400_000))
+                heir.begin(heir.head, 1 << 20, heir.size)
+                heir.write(b"2" * 200_000)
+                heir.tell()
+                follower.grow()
+                self.assertEqual(follower.size, 600_000)
+                heir.discard()
+                for partial in (left, follower, heir):
+                    partial.release()
+
+    def test_a_leftover_with_more_than_was_received_is_not_kept(self):
         left = receive(self.store, Head(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, received=CLOCK), 1 << 20)
         left.write(b"1" * 400_000)
+        os.truncate(left.path, 400_001)
         left.keep()
-        follower = pkgproxy.Partials(self.store).follow(self.PACKAGE)
-        self.assertTrue(follower.learn())
-        self.assertEqual(follower.size, 400_000)
-        os.truncate(left.path, 500_000)  # another machine goes on with it, and what it wrote is not all here
-        follower.grow()
-        self.assertEqual(follower.size, 400_000)
-        for partial in (left, follower):
-            partial.release()
+        left.release()
+        self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
 
     def test_a_partial_that_another_instance_made_anew_is_not_ours_to_place(self):
         head = Head(200, "OK", (), key=self.PACKAGE, received=CLOCK)
