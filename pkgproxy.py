@@ -519,7 +519,6 @@ class Reply:
     cache_status: CacheStatus
     counted: bool = False  # its body bytes come from the cache
     instead: Callable[[Exception], Reply] | None = None  # if the body fails before its first byte
-    waits: Callable[[], object] = lambda: None  # if the client does not take it at once: to be called once
 
 
 class TooMuch(ValueError):
@@ -2448,7 +2447,6 @@ class Partial(SharedFile):
         self.length: int | None = None  # declared
         self.owner = owner
         self.size = 0  # bytes written, or left and good to go on with
-        self.remote = store.remote  # whether its disk is another machine's, which may hang
         self._store = store
         self._near = True  # whether another instance that writes it is on this machine
         self._kept = False  # whether that one has left it
@@ -4835,12 +4833,6 @@ class FileBody:
         self._stored.close()
 
 
-def exhaust(pieces: Iterable[bytes]) -> None:
-    """Let something come to its end that nobody looks at."""
-    for _ in pieces:
-        pass
-
-
 def start_thread(work: Callable[..., object], *arguments: Any) -> None:
     """Let a thread do it; LocalFailure where there can't be one more."""
     try:
@@ -4857,7 +4849,6 @@ class TrailBody:
         self.length = selection.length
         self.uncached = selection.overhead
         self.first_byte: float | None = None  # monotonic: by then, or a failure; None: as any other
-        self.pieces: Generator[bytes, None, None] | None = None  # all of it, if its download is ours to drive
         self._flight = flight
         self._partial: Partial | None = partial  # acquired
         self._spans = selection.spans
@@ -4874,10 +4865,6 @@ class TrailBody:
 
     def _trail(self, offset: int, stop: int) -> Iterator[bytes | Slice]:
         partial = self._partial
-        while self.pieces is not None and (data := next(self.pieces, b"")):
-            offset += len(data)
-            self._begun = True
-            yield data
         while offset < stop and partial is not None:
             try:
                 received = min(stop, self._flight.wait_beyond(offset, self._patience()))
@@ -4925,25 +4912,8 @@ class TrailBody:
                 if offset >= stop:
                     return
 
-    def is_whole(self) -> bool:
-        """Whether it is all of the representation, of which nothing has come yet."""
-        partial = self._partial
-        return partial is not None and not partial.size and self._spans in (
-            ((0, UNKNOWN),), ((0, partial.length),))
-
-    def let_go(self) -> None:
-        """Leave the download to a thread of its own, if it is not at its end; do it here where there can't
-        be one."""
-        pieces, self.pieces = self.pieces, None
-        if pieces is not None and not self._flight.has_ended():
-            try:
-                start_thread(exhaust, pieces)
-            except LocalFailure:
-                exhaust(pieces)
-
     def close(self) -> None:
         """Let go of the partial."""
-        self.let_go()
         if self._partial is not None:
             self._partial.release()
             self._partial = None
@@ -5328,8 +5298,7 @@ def from_partial(request: Request, head: Head, flight: Flight, partial: Partial,
     fields = without(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
     selection = select_response(request, changed(head, fields=fields), partial.length, BOUNDARY)
     body = TrailBody(flight, partial, selection, rest)
-    return Reply(selection.head, body, status, status.outcome in (Outcome.COLLAPSED, Outcome.SHARED),
-                 waits=body.let_go)
+    return Reply(selection.head, body, status, status.outcome in (Outcome.COLLAPSED, Outcome.SHARED))
 
 
 def from_origin(request: Request, response: Response, decision: Decision, detail: str = "") -> Reply:
@@ -5624,9 +5593,8 @@ class Claims:
 
 
 class Filler:
-    """Downloads into partials, the only writer of each.  A download belongs to the cache: it goes on in a
-    thread of its own where its first client leaves, or does not take what comes.  For the caller: start, and
-    in a thread of its own: fill."""
+    """Downloads responses into partials, each in a thread of its own, which is the only writer.  A download
+    belongs to the cache: it goes on when its clients leave.  For the caller: start, and in a thread: fill."""
 
     def __init__(self, barrier: Barrier, claims: Claims, origin: Origin, troubles: Troubles, orphans: Orphans,
                  updated: Callable[[Forward], None]) -> None:
@@ -5648,39 +5616,18 @@ class Filler:
                  "rate": int((partial.size - begun) / max(now - since, 0.001)), "clients": partial.readers()}
                 for partial, (since, begun) in running]
 
-    def start(self, download: Download, body: TrailBody, read: bool) -> None:
-        """Begin to fill, in the thread of the first client if its ``body`` is all of it, and will be
-        ``read``; LocalFailure, with that closed, where there is no thread for it."""
-        if read and body.is_whole() and download.outcome is Outcome.MISS and not download.partial.remote:
-            body.pieces = self.pieces(download)
-        else:
-            try:
-                start_thread(self.fill, download)
-            except LocalFailure:
-                body.close()
-                raise
+    def start(self, download: Download) -> None:
+        """Download in a new thread, and let followers join; LocalFailure if no thread can be started."""
+        start_thread(self.fill, download)
         download.flight.publish(download.partial)
 
     def fill(self, download: Download) -> None:
-        """Download to the end."""
-        exhaust(self.pieces(download))
-
-    def pieces(self, download: Download) -> Generator[bytes, None, None]:
-        """The bytes, once they are written; the last of them once they have landed (invariant 3).  Where that
-        fails they end, and the flight has the reason."""
-        try:
-            last = yield from self._fill(download)
-            if last:
-                yield last
-        finally:
-            self._claims.release(download.partial)  # memcached may take its time
-
-    def _fill(self, download: Download) -> Generator[bytes, None, bytes]:
-        partial, flight, last = download.partial, download.flight, b""
+        """Download to the end, store the result, and end the flight with its last bytes (invariant 3)."""
+        partial, flight = download.partial, download.flight
         landing = Landing.FAILED
         failure: Exception | None = None
         try:
-            last = yield from self._download(download)
+            self._download(download)
             landing = Landing.WHOLE
             landing = self._land(partial, flight)
         except LocalFailure as error:
@@ -5699,9 +5646,9 @@ class Filler:
         finally:
             self._forget(partial)
             self.barrier.end(flight, landing, failure, partial.size)
+            self._claims.release(partial)  # after the last bytes: memcached may take its time
         if landing is Landing.STORED and download.outcome is Outcome.UPDATED:
             self._updated(download.forward)
-        return last
 
     def _forget(self, partial: Partial) -> None:
         self._orphans.forget(partial)
@@ -5723,14 +5670,13 @@ class Filler:
             partial.retract()
         return Landing.STORED
 
-    def _download(self, download: Download) -> Generator[bytes, None, bytes]:
-        """All bytes, over as many connections as it takes; the last of them are returned.  OriginFailure,
-        LocalFailure."""
-        partial, last = download.partial, b""
+    def _download(self, download: Download) -> None:
+        """Write all bytes, over as many connections as it takes; OriginFailure, LocalFailure."""
+        partial = download.partial
         with self._lock:
             self._running[partial] = time.monotonic(), partial.size
         if download.response is None and partial.size == partial.length:
-            return last
+            return
         tee = Tee(partial, download.flight, functools.partial(self._may_go_on, download))
 
         def ask(offset: int) -> Response:
@@ -5747,11 +5693,6 @@ class Filler:
         with contextlib.closing(pieces):
             for data in pieces:
                 tee.write(data)
-                if partial.size == partial.length:
-                    last = data
-                else:
-                    yield data
-        return last
 
     def _may_go_on(self, download: Download) -> bool:
         if self._orphans.may_go_on(download.partial):
@@ -5986,8 +5927,11 @@ class Intake:
         partial.acquire()
         reply = from_partial(request, own, download.flight, partial, status,
                              functools.partial(self._origin.fetch_rest, download.forward))
-        assert isinstance(reply.body, TrailBody)  # noqa: S101 (for the type checker)
-        self._filler.start(download, reply.body, request.method == "GET")
+        try:
+            self._filler.start(download)
+        except LocalFailure:
+            reply.body.close()
+            raise
         return reply
 
 
@@ -6977,15 +6921,13 @@ def _wait_for_client(sock: socket.socket) -> None:
         raise socket.timeout("timed out")
 
 
-def send_all(sock: socket.socket, data: bytes, waits: Callable[[], object] = lambda: None) -> None:
-    """Send to a client, who may take CLIENT_TIMEOUT for each step; OSError, socket.timeout.  ``waits`` is
-    called where he does not take it all at once."""
+def send_all(sock: socket.socket, data: bytes) -> None:
+    """Send to a client, who may take CLIENT_TIMEOUT for each step; OSError, socket.timeout."""
     left = memoryview(data)
     while left:
         try:
             left = left[sock.send(left):]
         except BlockingIOError:
-            waits()
             _wait_for_client(sock)
 
 
@@ -7970,7 +7912,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _write_body(self, head: bytes, reply: Reply, framing: Framing) -> None:
         """Head and first bytes leave in one segment where the body is small."""
-        body, waits = reply.body, reply.waits
+        body = reply.body
         waiting, count, total = head, 0, 0
         for part in body.parts():
             total += part.size if isinstance(part, Slice) else len(part)
@@ -7987,16 +7929,16 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             waiting += b"%x\r\n%s\r\n" % (len(data), data) if framing is Framing.CHUNKED and data else data
             count += len(data)
             if len(waiting) > SMALL or isinstance(body, (TrailBody, LiveBody)):
-                self._write(waiting, count, waits)
+                self._write(waiting, count)
                 waiting, count = b"", 0
         if body.length not in (None, total):
             raise ConnectionAbortedError(errno.EIO, "the body is shorter than declared")
-        self._write(waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count, waits)
+        self._write(waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
 
-    def _write(self, data: bytes, count: int = 0, waits: Callable[[], object] = lambda: None) -> None:
+    def _write(self, data: bytes, count: int = 0) -> None:
         """Send bytes, ``count`` of them the body's."""
         self._began = self._began or bool(data)
-        send_all(self.connection, data, waits)
+        send_all(self.connection, data)
         self._sent += count
 
     def _send_file(self, part: Slice) -> None:
