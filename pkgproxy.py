@@ -132,9 +132,10 @@ MAX_HEAD = 64 * 1024  # a whole head: as much as Apache lets one grow (100 field
 MAX_FIELDS = 200  # lines in a head: Apache allows 100, Go's http2 about 250
 MAX_RANGES = 512  # in one request: librepo asks for 256 at most and halves on refusal
 MAX_CONNECTIONS = 4000  # of clients, and fewer where descriptors are few: a thread each
+MAX_LOOKUPS = 64  # names being looked up at once: a thread each, and no deadline
 MAX_COPIES = 32  # small replies of this second, at hand to be sent again, each with an open file
 REMEMBERED = 1000  # results of a pure function that a hit needs again and again
-AT_HAND = 100  # results of one that a single request needs several times
+MAX_MEMOIZED = 1000  # characters of an argument whose result is remembered; only strangers send longer names
 MAX_EVENTS = 10_000  # failures, or attempts, remembered
 MAX_LOG_LINES = 10_000  # that wait to be written; what is more is lost
 MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for the original
@@ -181,6 +182,8 @@ REQUEST_WAIT = 30.0  # for a whole request head once it has begun (Apache gives 
 LINGER = 2.0  # reading what a client still sends after our last answer
 CLIENT_TIMEOUT = 60.0  # of a client that neither reads nor writes in the middle of a message
 BODY_RATE = 1000  # bytes a second that a request's body must reach in the long run, as dnf asks of a mirror
+MIN_RATE = 4000  # bytes a second: a slower reply makes room for other clients, a slower orphan stops
+RATE_WINDOW = 10.0  # over which that is measured: a modem's acknowledgements come in bursts
 CONTINUE_WAIT = 1.0  # for an origin's word on Expect: 100-continue; then the body is sent all the same
 HALF_HEAD = 1.0  # a request head that takes longer makes place for another client, where there is no room
 TUNNEL_IDLE = 300.0  # a tunnel through which nothing moves is closed
@@ -214,6 +217,12 @@ def changed(original: _T, **changes: Any) -> _T:
     copy = object.__new__(type(original))
     vars(copy).update(vars(original), **changes)
     return copy
+
+
+def memoize(function: Callable[[str], _T]) -> Callable[[str], _T]:
+    """Remember the results of a pure function for the last short arguments."""
+    known = functools.lru_cache(REMEMBERED)(function)
+    return functools.wraps(function)(lambda text: (known if len(text) <= MAX_MEMOIZED else function)(text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -541,8 +550,9 @@ class OriginFailure(Failure):
     status = 502
     outcome = Outcome.FAILED
 
-    def __init__(self, sentence: str, target: Target | None = None, unreachable: bool = False) -> None:
-        super().__init__(sentence)
+    def __init__(self, sentence: str, target: Target | None = None, unreachable: bool = False,
+                 status: int = 0) -> None:
+        super().__init__(sentence, status)
         self.target = target  # which of the origins on the way failed; None: the one that was asked
         # Whether other requests to this host would fail as well, or wait in vain.  Not set for errors that
         # the request itself may have caused: a status, or a connection that the origin closed.
@@ -587,21 +597,13 @@ _TOKEN = re.compile(TOKEN)
 _NO_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # no field value holds these (RFC 9110 §5.5)
 # A quoted string that never ends goes to the end, lest it is searched for again and again.
 _DIRECTIVE = re.compile(
-    r'"(?:[^"\\]|\\.)*(?:"|\\?$)|(%s)(?:[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)(?:"|\\?$)|([^\s,]*)))?' % TOKEN)
+    r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|(%s)(?:[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)(?:"|\\?\Z)|([^\s,]*)))?' % TOKEN,
+    re.S)
 
 # RFC 9110 §7.6.1, and what older software sends; Connection adds names of its own.
 HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization",
      "proxy-authentication-info", "te", "trailer", "transfer-encoding", "upgrade"))
-
-
-@functools.lru_cache(AT_HAND)
-def _by_name(fields: Fields) -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
-    for name, text in fields:
-        name = name.lower()
-        found[name] = (*found.get(name, ()), text)
-    return found
 
 
 def values(fields: Fields, name: str) -> tuple[str, ...]:
@@ -610,13 +612,17 @@ def values(fields: Fields, name: str) -> tuple[str, ...]:
     >>> values((("Via", "1.1 a"), ("via", "1.1 b")), "Via")
     ('1.1 a', '1.1 b')
     """
-    return _by_name(fields).get(name.lower(), ())
+    name = name.lower()
+    return tuple([text for other, text in fields if other.lower() == name])
 
 
 def value(fields: Fields, name: str) -> str | None:
     """The first value of a field, or None: absent is not empty."""
-    found = _by_name(fields).get(name.lower())
-    return found[0] if found else None
+    name = name.lower()
+    for other, text in fields:
+        if other.lower() == name:
+            return text
+    return None
 
 
 def members(fields: Fields, name: str) -> list[str]:
@@ -635,7 +641,6 @@ def _only(fields: Fields, names: frozenset[str]) -> Fields:
     return tuple(field for field in fields if field[0].lower() in names)
 
 
-@functools.lru_cache(AT_HAND)
 def end_to_end(fields: Fields) -> Fields:
     """The fields that a proxy passes on: RFC 9110 §7.6.1.  Content-Length is the framing's."""
     return without(fields, HOP_BY_HOP.union(members(fields, "Connection"), ("content-length",)))
@@ -700,7 +705,6 @@ _DATES = tuple(
         r"\w{3} (?P<m>\w{3}) (?P<d>[ \d]\d) (?P<t>\d\d:\d\d:\d\d) (?P<y>\d{4})"))  # asctime
 
 
-@functools.lru_cache(REMEMBERED)
 def parse_date(text: str | None) -> float | None:
     """An HTTP-date in any of its three formats (RFC 9110 §5.6.7) as clock seconds, else None.
 
@@ -722,14 +726,9 @@ def parse_date(text: str | None) -> float | None:
     return None
 
 
-@functools.lru_cache(AT_HAND)
-def _date_of(second: int) -> str:
-    return formatdate(second, usegmt=True)
-
-
 def http_date(clock: float) -> str:
     """An IMF-fixdate (RFC 9110 §5.6.7)."""
-    return _date_of(int(clock))
+    return formatdate(int(clock), usegmt=True)
 
 
 # Messages (RFC 9112) -------------------------------------------------------------------------
@@ -787,13 +786,16 @@ def is_chunked(fields: Fields) -> bool:
     return True
 
 
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+
+
 def parse_chunk_size(line: bytes) -> int:
     """The size in a chunk's first line, with its CRLF (RFC 9112 §7.1); ValueError.
 
     >>> parse_chunk_size(b"1f;name=value\\r\\n")
     31
     """
-    match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n", line)
+    match = _CHUNK_SIZE.fullmatch(line)
     if not match:
         raise ValueError("no chunk size: %.20r" % line)
     return int(match[1], 16)
@@ -876,14 +878,14 @@ def _without_dots(path: str) -> str:
     return "/" + "/".join(kept)
 
 
-@functools.lru_cache(REMEMBERED)
+@memoize
 def parse_target(uri: str) -> Target:
     """An absolute-form target (RFC 9112 §3.2.2); userinfo and fragment are dropped.
 
     >>> parse_target("HTTP://me:pw@Example.org:80?q#f")
     Target(scheme='http', host='example.org', port=80, path='/?q')
     """
-    match = re.fullmatch(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", uri, re.I)
+    match = re.fullmatch(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", uri, re.I | re.S)
     if not match:
         raise BadRequest("The request target is not an http or https URL.")
     scheme = match[1].lower()
@@ -997,7 +999,6 @@ def host_field(version: tuple[int, int], fields: Fields) -> str:
     return hosts[0] if hosts else ""
 
 
-@functools.lru_cache(REMEMBERED)
 def cache_key(target: Target) -> str:
     """The primary cache key (RFC 9111 §2), after safe normalisation (RFC 3986 §6.2.2).
 
@@ -1022,7 +1023,6 @@ def _file_name(segment: str, windows: bool) -> str:
     return segment
 
 
-@functools.lru_cache(REMEMBERED)
 def file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
     """Where a cache key's body may lie, relative to the root: its natural name and its hashed one.
 
@@ -1074,6 +1074,10 @@ def parse_request(lines: list[str], local: tuple[str, int] = ("", 0)) -> Request
 
 # Name classes (index and package names of every package manager) -----------------------------
 
+# Strangers choose the names, so each pattern must take linear time (a test times them all): nothing unbounded
+# may follow what can begin at many places of one segment.
+MAX_NAME = 255  # bytes of a path segment that has a name class: what file systems allow
+
 _CONTENT = re.compile(
     r"/by-hash/[^/]+/[0-9a-f]{32,128}$"  # apt
     r"|/repodata/[0-9a-f]{32,128}-[^/]+$"  # rpm-md
@@ -1085,20 +1089,21 @@ _CONTENT = re.compile(
     r"|/nar/(?:\w+/)?[0-9a-z]{52}\.nar(?:\.\w+)?$"  # Nix
     r"|/(?:blobs|manifests)/sha256:[0-9a-f]{64}$"  # OCI, Homebrew's bottles
     r"|/packages/[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{60}/[^/]+$"  # PyPI
-    r"|/core/guids/[0-9a-f]{64}/.*$")  # Amazon Linux
+    r"|/core/guids/[0-9a-f]{64}/")  # Amazon Linux
 
 _MOVING = re.compile(r"/(?:current|latest|latest-stable|snapshots|rawhide|nightly|[^/]+-SNAPSHOT)/", re.I)
 
 _SIGNATURE = re.compile(r"\.(?:sig2?|asc|gpg|sign|signature|minisig|md5|rmd160|sha(?:1|256|512)(?:sum)?)$")
 
+_INDEX_FOLDER = re.compile(
+    r"/(?:project/trace|indices|media\.1|boot/[^/]+|media_info|refs/heads|delta-indexes)/")
 _INDEX = re.compile(
-    r"(?:/dists/(?!.*\.u?deb$).*"  # apt; some repositories keep their pool below dists/
-    r"|/(?:In)?Release|/(?:Packages|Sources)(?:\.\w+)?|/(?:Translation|Contents|Components|Commands)-[^/]*"
-    r"|/meta-release[^/]*|/ls-lR[^/]*|/[^/]*(?:MD5|SHA\d+)(?:SUMS?)?|/project/trace/.*|/indices/.*"
+    r"(?:/(?:In)?Release|/(?:Packages|Sources)(?:\.\w+)?|/(?:Translation|Contents|Components|Commands)-[^/]*"
+    r"|/meta-release[^/]*|/ls-lR[^/]*|/[^/]*(?:MD5|SHA\d+)(?:SUMS?)?"
     r"|/repodata/[^/]*|/(?:metalink|mirrorlist)|/mirror\.list|/\.?(?:treeinfo|discinfo)|/COMPOSE_ID"
     r"|/RPM-GPG-KEY[^/]*|/[^/]+\.(?:repo|flatpakrepo|metalink|meta4|mirrorlist|key|commitmeta|narinfo)"
-    r"|/media\.1/.*|/boot/[^/]+/.*|/content|/repoindex\.xml|/repomd\.xml|/directory\.yast|/CHECKSUMS[^/]*|/ARCHIVES\.gz"
-    r"|/license\.tar\.gz|/control\.xml|/add_on_products[^/]*|/part\.info|/geoip|/media_info/.*"
+    r"|/content|/repoindex\.xml|/repomd\.xml|/directory\.yast|/CHECKSUMS[^/]*|/ARCHIVES\.gz"
+    r"|/license\.tar\.gz|/control\.xml|/add_on_products[^/]*|/part\.info|/geoip"
     r"|/[^/]+\.(?:db|files)(?:\.tar(?:\.\w+)?)?|/[^/]+\.abs\.tar\.gz|/last(?:update|sync)"  # pacman
     r"|/APKINDEX[^/]*|/(?i:packages)\.adb|/latest-releases\.yaml"  # apk
     r"|/Packages\.manifest|/sha256sums|/[^/]+\.buildinfo"  # opkg
@@ -1108,7 +1113,7 @@ _INDEX = re.compile(
     r"|/eopkg-index\.xml[^/]*|/latest|/nix-cache-info|/nixexprs\.tar\.\w+"
     r"|/(?:meta|packagesite|data|filesite|digests|pkg)\.(?:conf|pkg|txz|tzst|tbz)|/(?:latest|pub)\.ssl"
     r"|/index\.txt|/pkg_summary\.\w+|/SHA512\.\w+|/pkg-vulnerabilities[^/]*"  # OpenBSD, pkgsrc
-    r"|/summary(?:\.idx)?|/config|/refs/heads/.*|/delta-indexes/.*"  # ostree
+    r"|/summary(?:\.idx)?|/config"  # ostree
     r"|/versions|/names|/info/[^/]+|/(?:latest_|prerelease_)?specs\.4\.8(?:\.gz)?"  # RubyGems
     r"|/config\.json|/maven-metadata\.xml|/archetype-catalog\.xml|/@v/list|/@latest"
     r"|/(?:current_)?repodata[^/]*|/notices\.json"  # conda
@@ -1118,16 +1123,16 @@ _INDEX = re.compile(
 _PACKAGE = re.compile(
     r"/([^/]+?)\.(?:u?deb|ddeb|dsc|debdelta|jigdo|template|d?rpm|apk|ipk|xbps|eopkg|hpkg|pkg|conda|whl|gem"
     r"|crate|snap|jar|war|pom|module|t(?:gz|xz|bz2?|lz)|pkg\.tar(?:\.\w+)?|gpkg\.tar"
-    r"|(?:orig[\w.-]*\.|debian\.)?(?:tar|diff)\.(?:gz|xz|bz2|zst|lzo?|lz4|lzma|lrz|Z))")
+    r"|(?:orig[\w.-]{0,64}\.|debian\.)?(?:tar|diff)\.(?:gz|xz|bz2|zst|lzo?|lz4|lzma|lrz|Z))")
 _PLATFORM = re.compile(
     r"x86[-_]64|x86|i[3-6]86|amd64|arm64|armv\d\w*|aarch64|ppc64\w*|mips64\w*|riscv64|(?:linux|osx|win)-?(?:32|64)",
     re.I)
 _VERSION = re.compile(r"[-_~@+.]v?\d")
-_VERSIONLESS = re.compile(r"[/_.-](?:latest|current|nightly|daily)[_.-][^/]*$", re.I)
+_VERSIONLESS = re.compile(r"[/_.-](?:latest|current|nightly|daily)[_.-]", re.I)
 _GO_MODULE = re.compile(r"/@v/v\d[^/]*\.(?:info|mod|zip)")
 
 
-@functools.lru_cache(REMEMBERED)
+@memoize
 def classify(key: str) -> NameClass:
     """The class of the name that a cache key holds; a signature has that of what it signs.
 
@@ -1137,7 +1142,7 @@ def classify(key: str) -> NameClass:
     """
     path = "/" + key.partition("://")[2].partition("/")[2].partition("?")[0]
     path = urllib.parse.unquote(path, "latin-1")
-    if _CONTROL.search(path):
+    if _CONTROL.search(path) or max(map(len, path.split("/"))) > MAX_NAME:
         return NameClass.OTHER
     for _ in range(3):  # the signature of a checksum of a name
         if _CONTENT.search(path):
@@ -1145,11 +1150,14 @@ def classify(key: str) -> NameClass:
         if _MOVING.search(path):
             return NameClass.INDEX
         path = _SIGNATURE.sub("", path)
-    if _INDEX.search(path):
+    # Some apt repositories keep their pool below dists/.
+    dists = "/dists/" in path and not path.endswith((".deb", ".udeb"))
+    if dists or _INDEX_FOLDER.search(path) or _INDEX.search(path):
         return NameClass.INDEX
-    package = _PACKAGE.fullmatch(path, path.rfind("/"))
+    name = path.rfind("/")
+    package = _PACKAGE.fullmatch(path, name)
     versioned = package and _VERSION.search(_PLATFORM.sub("", package[1]))
-    if versioned and not _VERSIONLESS.search(path) or _GO_MODULE.search(path):
+    if versioned and not _VERSIONLESS.search(path, name) or _GO_MODULE.search(path):
         return NameClass.PACKAGE
     return NameClass.OTHER
 
@@ -1174,7 +1182,6 @@ def digest_of(key: str) -> tuple[str, str] | None:
     return "sha256" if len(digest) == 64 else "sha512", digest
 
 
-@functools.lru_cache(REMEMBERED)
 def common_name(key: str) -> str:
     """What a file is called on each mirror that has it: its digest, or a package's own name; "" for what
     may be another file in each folder."""
@@ -1221,6 +1228,17 @@ def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddre
 def plain_address(text: str) -> str:
     """An address without its disguise as IPv6: what a dual-stack socket calls ::ffff:10.0.0.1."""
     return text[len("::ffff:"):] if text.startswith("::ffff:") and "." in text else text
+
+
+def client_network(address: str) -> str:
+    """What counts as one client where clients share something: an IPv4 address, or the /64 network of an IPv6
+    address, because one host there has all its addresses to choose from.
+
+    >>> client_network("10.0.0.1"), client_network("2001:db8::1%eth0") == client_network("2001:db8::ff:1")
+    ('10.0.0.1', True)
+    """
+    text = address.partition("%")[0]
+    return ipaddress.IPv6Address(text).packed[:8].hex() if ":" in text else text
 
 
 @functools.lru_cache(REMEMBERED)
@@ -1321,7 +1339,6 @@ def is_own_name(name: str, names: tuple[str, ...]) -> bool:
     return "." not in name or is_numeric(name) or name.endswith(private) or name in names
 
 
-@functools.lru_cache(REMEMBERED)
 def is_guarded_name(host: str) -> bool:
     """Whether a host is guarded whatever its name servers say: an address, or localhost (RFC 6761 §6.3)."""
     if is_address(host):
@@ -1582,7 +1599,6 @@ _NEEDLESS = re.compile(
 _CREDENTIAL = re.compile("api|auth|cookie|cred|jwt|key|login|otp|pass|saml|secret|session|sign|token|user")
 
 
-@functools.lru_cache(AT_HAND)
 def _private_fields(fields: Fields) -> frozenset[str]:
     names = frozenset(name.lower() for name, _ in end_to_end(fields)) - SHARED_FIELDS - _OWN_FIELDS
     return frozenset(name for name in names if not _NEEDLESS.fullmatch(name))
@@ -2131,7 +2147,7 @@ def cut_userinfo(text: str) -> str:
     return text if rest == text or scheme is None else scheme[0] + rest
 
 
-@functools.lru_cache(REMEMBERED)
+@memoize
 def shown(uri: str) -> str:
     """A request target for the log: safe for a terminal, and without the userinfo, which may be a password.
 
@@ -2361,7 +2377,8 @@ def _read_heads(path: str) -> tuple[Head, ...]:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):
             return ()
-        return _parsed_heads(path, info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size)
+        read = _parsed_heads if info.st_size <= SHORT_HEAD else _parsed_heads.__wrapped__
+        return read(path, info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return ()
 
@@ -2857,7 +2874,7 @@ class Store:
         self._min_free = min_free  # bytes
         self._lock = threading.Lock()  # guards _used
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last sweep
-        self._places = functools.lru_cache(REMEMBERED)(self._find_places)
+        self._places = memoize(self._find_places)
         self.books = os.path.join(self.root, BOOKS)
         self.names = Names(os.path.join(self.books, "names"))  # of what is stored: common names, cache keys
         self.adopted = Names(os.path.join(self.books, "adopted"))  # of what is not ours: paths
@@ -3376,8 +3393,8 @@ class RecentEvents:
         with self._lock:
             if len(self._events) >= MAX_EVENTS:
                 self._events.clear()  # costs some attempts more, no memory
-            self._events.pop(name, None)  # to be the newest
-            self._events[name] = time.monotonic(), reason
+            self.forget(name)  # to be the newest
+            self._events[self._key(name)] = time.monotonic(), reason[:MAX_MEMOIZED]
 
     def note_first(self, name: str, span: float) -> bool:
         """Note it unless it has happened in the last ``span`` seconds; return whether it was noted."""
@@ -3395,14 +3412,19 @@ class RecentEvents:
         """Names (all, or those given) with the seconds since it happened and why, the newest last."""
         now = time.monotonic()
         with self._lock:
-            rows = [(name, *self._events[name]) for name in names or self._events if name in self._events]
+            keys = map(self._key, names or self._events)
+            rows = [(key, *self._events[key]) for key in keys if key in self._events]
         return [(name, now - when, reason) for name, when, reason in rows if now - when < span]
 
     def forget(self, *names: str) -> None:
         """It never happened."""
         with self._lock:
             for name in names:
-                self._events.pop(name, None)
+                self._events.pop(self._key(name), None)
+
+    def _key(self, name: str) -> str:
+        # Strangers choose the length of names, and so the memory that they take.
+        return name if len(name) <= MAX_MEMOIZED else hashlib.sha256(name.encode()).hexdigest()
 
 
 class Memcached:
@@ -3722,12 +3744,39 @@ class ChunkReader:
     def __init__(self, file: io.BufferedIOBase) -> None:
         self._file = file
         self._left = 0  # bytes of the current chunk
+        self._allowance = MAX_HEAD  # bytes of framing that may still come; data allows for more
         self.ended = False
 
     def read(self, size: int) -> bytes:
-        """Up to ``size`` bytes of one chunk, b"" after the last; ValueError where the framing breaks."""
+        """Return up to ``size`` bytes, b"" after the last chunk; ValueError if the framing is invalid or far
+        larger than the data."""
+        data = self._read_small(size) if not self._left and not self.ended else b""
+        data = data or self._read_one(size)
+        self._allowance += 2 * len(data)
+        if self._allowance < 0:
+            raise ValueError("chunks too small for their framing")
+        return data
+
+    def _read_small(self, size: int) -> bytes:
+        """Join the chunks that are in the buffer as a whole: each on its own would cost a write to disk."""
+        buffered, pieces, at = self._file.peek(1), [], 0  # type: ignore[attr-defined]
+        while match := _CHUNK_SIZE.match(buffered, at):
+            count = int(match[1], 16)
+            stop = match.end() + count
+            if not 0 < count <= size or buffered[stop:stop + 2] != b"\r\n":
+                break
+            pieces.append(buffered[match.end():stop])
+            self._allowance -= stop + 2 - at - count
+            size, at = size - count, stop + 2
+        self._file.read(at)
+        return b"".join(pieces)
+
+    def _read_one(self, size: int) -> bytes:
+        """Return up to ``size`` bytes of the current chunk, or of the next; b"" after the last."""
         if not self._left and not self.ended:
-            self._left = parse_chunk_size(self._file.readline(MAX_LINE))
+            line = self._file.readline(MAX_LINE)
+            self._left = parse_chunk_size(line)
+            self._allowance -= len(line) + 2
             if not self._left:
                 trailers = read_lines(self._file)
                 if not trailers:
@@ -3826,6 +3875,30 @@ def _detached(sock: Any, patience: float) -> socket.socket:
     return own
 
 
+class Quota:
+    """A limited number of things in use, of which one client may have half."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()  # guards _used
+        self._used: collections.Counter[str] = collections.Counter()  # by client_network()
+
+    def acquire(self, client: str) -> bool:
+        """Take one for a client's address; False if there is none left for it."""
+        client = client_network(client)
+        with self._lock:
+            free = sum(self._used.values()) < self._most and self._used[client] < max(1, self._most // 2)
+            self._used[client] += free
+            return free
+
+    def release(self, client: str) -> None:
+        """Return one."""
+        client = client_network(client)
+        with self._lock:
+            self._used[client] -= 1
+            self._used += collections.Counter()  # drops zeros
+
+
 class Lookup:
     """One question to the name servers, in a thread of its own: getaddrinfo knows no deadline."""
 
@@ -3865,27 +3938,40 @@ class Addresses:
         self._lock = threading.Lock()  # guards _lookups
         self._lookups: dict[tuple[str, int], Lookup] = {}  # under way: one a name, however many wait
         self.failures = RecentEvents()  # by address, or the URL of a parent proxy
+        self._quota = Quota(MAX_LOOKUPS)
 
-    def find(self, host: str, port: int, patience: float) -> list[tuple[Any, ...]]:
-        """The addresses of a name, those that failed lately last; OSError, UnicodeError, socket.timeout."""
+    def find(self, host: str, port: int, patience: float, client: str = "") -> list[tuple[Any, ...]]:
+        """The addresses of a name, those that failed lately last; OSError, UnicodeError, socket.timeout, and
+        OriginFailure if too many names are being looked up, for the client or in all."""
         if is_address(host):
             found = resolve(host, port)  # nobody has to be asked
         else:
-            with self._lock:
-                lookup = self._lookups.get((host, port))
-                if lookup is None:
-                    lookup = Lookup(host, port, functools.partial(self._looked_up, host, port))
-                    self._lookups[host, port] = lookup
-            found = lookup.result(patience)
+            found = self._lookup((host, port), client).result(patience)
         return sorted(found, key=lambda address: -(self.failures.find(address[4][0], LAME) or (math.inf,))[0])
 
     def failed(self, address: str) -> None:
         """An address refused, broke off or said nothing."""
         self.failures.note(address)
 
-    def _looked_up(self, host: str, port: int) -> None:
+    def _lookup(self, place: tuple[str, int], client: str) -> Lookup:
+        """The lookup of a name that is under way, or a new one; OSError, OriginFailure."""
+        free, started = self._quota.acquire(client), False
+        try:
+            with self._lock:
+                if place not in self._lookups:
+                    if not free:
+                        raise OriginFailure("Too many names are being looked up.", status=503)
+                    self._lookups[place] = Lookup(*place, functools.partial(self._looked_up, place, client))
+                    started = True
+                return self._lookups[place]
+        finally:
+            if free and not started:
+                self._quota.release(client)
+
+    def _looked_up(self, place: tuple[str, int], client: str) -> None:
         with self._lock:
-            self._lookups.pop((host, port), None)
+            self._lookups.pop(place, None)
+        self._quota.release(client)
 
 
 def connect_any(addresses: list[tuple[Any, ...]], patience: float) -> socket.socket:
@@ -3931,6 +4017,7 @@ class Forward:
     near: bool = False  # for a client on this host, which may reach what only this host may
     follow: bool = False  # redirects, but not to HTML
     deadline: float | None = None  # monotonic: by then a head, or a time-out; None: each step has its own
+    client: str = ""  # its address
 
     def within(self, most: float) -> float:
         """Seconds for a step that may take ``most``; socket.timeout where there are none left."""
@@ -4120,7 +4207,7 @@ class Connection(http.client.HTTPConnection):
     def _find(self, forward: Forward) -> list[tuple[Any, ...]]:
         """The addresses that a request may go to; OSError, Failure."""
         target = forward.target
-        found = self._addresses.find(target.host, target.port, forward.within(LOOKUP_WAIT))
+        found = self._addresses.find(target.host, target.port, forward.within(LOOKUP_WAIT), forward.client)
         return self._guard.pass_by(found, forward)
 
     def _open(self, found: list[tuple[Any, ...]], patience: float) -> None:
@@ -4471,9 +4558,10 @@ class Origin:
         parent = parent_for(forward.target, self._config)
         return Connection(forward, parent, self._addresses, self.guard, self._trust)
 
-    def dial(self, target: Target, near: bool) -> socket.socket:
+    def dial(self, target: Target, near: bool, client: str = "") -> socket.socket:
         """A bare connection, for a tunnel; OriginFailure, Failure."""
-        forward = Forward("CONNECT", target, (), near=near, deadline=time.monotonic() + ANSWER_WAIT)
+        deadline = time.monotonic() + ANSWER_WAIT
+        forward = Forward("CONNECT", target, (), near=near, deadline=deadline, client=client)
         connection = self._connection(forward)
         with self._told(connection, target), contextlib.ExitStack() as stack:
             stack.callback(connection.close)
@@ -5003,27 +5091,31 @@ def through_prefix(request: Request, reply: Reply) -> Reply:
 
 
 class Orphans:
-    """Downloads that nobody reads any more: so many go on, the oldest; a newer one stops."""
+    """Downloads that nobody reads any more: so many go on, the oldest; a newer one stops, and one that brings
+    less than MIN_RATE."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._lock = threading.Lock()  # guards _orphans
-        self._orphans: set[int] = set()
+        self._orphans: dict[int, tuple[float, int]] = {}  # time (monotonic) and size of the last check
 
     def may_go_on(self, partial: Partial) -> bool:
         """Whether a download shall go on."""
-        read = partial.has_readers()
+        read, now = partial.has_readers(), time.monotonic()
         with self._lock:
-            if read:
-                self._orphans.discard(id(partial))
-            elif len(self._orphans) < self._most:
-                self._orphans.add(id(partial))
-            return read or id(partial) in self._orphans
+            since, size = self._orphans.get(id(partial), (now, partial.size))
+            late = now - since > RATE_WINDOW
+            if read or late and partial.size - size < MIN_RATE * (now - since):
+                self._orphans.pop(id(partial), None)
+                return read
+            if late or id(partial) not in self._orphans and len(self._orphans) < self._most:
+                self._orphans[id(partial)] = now, partial.size
+            return id(partial) in self._orphans
 
     def forget(self, partial: Partial) -> None:
         """A download has ended."""
         with self._lock:
-            self._orphans.discard(id(partial))
+            self._orphans.pop(id(partial), None)
 
 
 class Tee:
@@ -5041,7 +5133,7 @@ class Tee:
     def write(self, data: bytes) -> None:
         """Store, then tell; LocalFailure, Changed, or Abandoned where nobody wants it any more."""
         if not self._may_go_on():
-            raise Abandoned("Its clients have left, and more downloads without any go on already.")
+            raise Abandoned("Its clients have left, and it is too slow, or others without clients go on.")
         if self._partial.length is not None and self._partial.size + len(data) > self._partial.length:
             raise Changed("The origin sends more than it has declared.")
         try:
@@ -5326,7 +5418,7 @@ def whole_forward(request: Request, decision: Decision, config: Config,
     """The request for a whole representation that may be stored, whatever part the client asked for."""
     fields = forward_fields(request, config, identity=True)
     return Forward("GET", request.target, fields, near=request.near, follow=decision.policy.redirects,
-                   deadline=deadline)
+                   client=request.client, deadline=deadline)
 
 
 def shared_status(decision: Decision, head: Head) -> CacheStatus:
@@ -6290,7 +6382,7 @@ class Proxy:
         if request.target.port not in self.config.connect_ports:
             raise Failure("CONNECT may not lead to port %d; the operator can add --connect-ports. What is "
                           "fetched with http:// needs none, and is cached." % request.target.port, 403)
-        return self._origin.dial(request.target, request.near)
+        return self._origin.dial(request.target, request.near, request.client)
 
     def tidy(self) -> None:
         """Close what has been idle for too long; costs nothing where it was done a moment ago."""
@@ -6326,7 +6418,7 @@ class Proxy:
         if private and decision.forward == "request":
             detail = "for this client alone: " + ", ".join(private)
         response = self._origin.fetch(Forward(request.method, request.target, fields, request.body,
-                                              request.length, request.near, follow))
+                                              request.length, request.near, follow, client=request.client))
         for key in invalidated_keys(request, response.head):
             self._barrier.spoil(key)
             self._claims.spoil(key)  # before: what lands between the two is retracted
@@ -7075,6 +7167,17 @@ def head_end(data: bytes, seen: int = 0) -> int:
     return -1 if long or _BARE_LF.search(data, max(0, seen - 1)) else 0
 
 
+def progress(sock: socket.socket) -> tuple[int, bool]:
+    """How many bytes have gone over a connection, both ways, and whether the other end has yet to take some;
+    (0, False) if the system does not tell.  The offsets are those of Linux' struct tcp_info."""
+    with contextlib.suppress(AttributeError, OSError, struct.error):
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) if sys.platform == "linux" else b""
+        acknowledged, received = struct.unpack_from("QQ", info, 120)
+        queued = struct.unpack_from("I", info, 24), struct.unpack_from("I", info, 144)  # sent, and not yet
+        return acknowledged + received, queued != ((0,), (0,))
+    return 0, False
+
+
 class Outgoing(NamedTuple):
     """An answer of the lobby's that could not be sent at once."""
 
@@ -7093,6 +7196,10 @@ class Visitor:
         self.connection = connection
         self.address = address  # as accept() tells it
         self.host = plain_address(address[0])
+        self.network = client_network(self.host)
+        self.rate = math.inf  # bytes a second that it took lately, while it held up its reply
+        self._taken = 0  # bytes, when that was measured last
+        self._held = False  # whether it held up its reply then
         self.begin = begin  # to be called when it is admitted
         self.early = b""  # has come, and has not been read
         self.answered = False  # whether it has had an answer
@@ -7125,6 +7232,14 @@ class Visitor:
             self._near = self.host == self.local or is_this_host(self.host)
         return self._near
 
+    def measure(self, now: float, elapsed: float) -> None:
+        """Update the rate after so many seconds.  A reply that only its origin holds up counts after a while.
+        """
+        taken, queued = progress(self.connection)
+        held = queued or not self.waiting and now - self.since > CLIENT_TIMEOUT
+        self.rate = (taken - self._taken) / elapsed if held and self._held else math.inf
+        self._taken, self._held = taken, held
+
     def hear(self) -> bytes | None:
         """What has come by now; b"" where it has gone, None where nothing has come."""
         try:
@@ -7148,19 +7263,21 @@ class Room:
     """A bound on connections: each may take a thread and up to four descriptors.
 
     When there is no room, the one that has been idle longest makes place for the next, then the one that
-    has taken longest over its request head; where none is, the next waits.  One client has no more than
-    half of it: what it opens beyond is parked, without a thread.
+    has taken longest over its request head, then the slowest below MIN_RATE; where none is, the next waits.
+    One client (an IPv6 /64 network counts as one) has no more than half of it: what it opens beyond is
+    parked, without a thread.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.tunnels = threading.BoundedSemaphore(max(2, most // 2))  # they can't be spared
+        self.tunnels = Quota(max(2, most // 2))
         self._lock = threading.Lock()  # guards all below
         self._count = 0
         self._visitors: set[Visitor] = set()
         self._hosts: dict[str, int] = {}  # connections by client
         self._parked: list[Visitor] = []
         self._leaving: set[Visitor] = set()  # have been shed, and still count
+        self._measured = time.monotonic()
         self.crowded = False  # whether somebody has found no room lately
 
     def enter(self, waits: bool = True) -> bool:
@@ -7188,7 +7305,7 @@ class Room:
     def admit(self, visitor: Visitor) -> bool:
         """Serve a visitor, or park him; False where even that is too much."""
         with self._lock:
-            admitted = self._hosts.get(visitor.host, 0) < self._share()
+            admitted = self._hosts.get(visitor.network, 0) < self._share()
             if admitted:
                 self._take(visitor)
             elif len(self._parked) < self.most:
@@ -7208,34 +7325,41 @@ class Room:
             self._leaving.discard(visitor)
             if visitor in self._visitors:
                 self._visitors.remove(visitor)
-                self._hosts[visitor.host] -= 1
-                if not self._hosts[visitor.host]:
-                    del self._hosts[visitor.host]
+                self._hosts[visitor.network] -= 1
+                if not self._hosts[visitor.network]:
+                    del self._hosts[visitor.network]
 
     def relieve(self) -> None:
         """Serve those who were parked, where there is place for them; make it where it can be spared."""
         following, gone, stuck = [], [], set()
         with self._lock:
+            self._measure(time.monotonic())
             parked, self._parked = self._parked, []
             for visitor in parked:
-                if visitor.host in stuck:
+                if visitor.network in stuck:
                     self._parked.append(visitor)
                 elif has_gone(visitor.connection):
                     gone.append(visitor)
-                elif self._count < self.most and self._hosts.get(visitor.host, 0) < self._share():
+                elif self._count < self.most and self._hosts.get(visitor.network, 0) < self._share():
                     self._count += 1
                     self._take(visitor)
                     following.append(visitor)
                 else:
-                    stuck.add(visitor.host)
+                    stuck.add(visitor.network)
                     self._parked.append(visitor)
             self.crowded = bool(self._parked)
             for host in stuck:
-                self._shed(host, sum(visitor.host == host for visitor in self._parked))
+                self._shed(host, sum(visitor.network == host for visitor in self._parked))
         for visitor in gone:
             visitor.connection.close()
         for visitor in following:
             visitor.begin(visitor)
+
+    def _measure(self, now: float) -> None:
+        if now - self._measured > RATE_WINDOW:
+            for visitor in self._visitors:
+                visitor.measure(now, now - self._measured)
+            self._measured = now
 
     def close(self) -> None:
         """Nobody waits any more."""
@@ -7249,18 +7373,22 @@ class Room:
 
     def _take(self, visitor: Visitor) -> None:
         self._visitors.add(visitor)
-        self._hosts[visitor.host] = self._hosts.get(visitor.host, 0) + 1
+        self._hosts[visitor.network] = self._hosts.get(visitor.network, 0) + 1
 
     def _shed(self, host: str | None = None, most: int = 1) -> None:
         """Close the connections (of one client) that can be spared best, as far as there are any."""
         now = time.monotonic()
         spare = [visitor for visitor in self._visitors
-                 if visitor.waiting and not visitor.outgoing and host in (None, visitor.host)
+                 if visitor.waiting and not visitor.outgoing and host in (None, visitor.network)
                  and (not visitor.early and visitor.answered or now - visitor.since > HALF_HEAD)]
         spare.sort(key=lambda visitor: (bool(visitor.early) or not visitor.answered, visitor.since))
-        most -= sum(host in (None, visitor.host) for visitor in self._leaving)
+        slow = [visitor for visitor in self._visitors
+                if visitor.rate < MIN_RATE and host in (None, visitor.network)]
+        spare += sorted(slow, key=lambda visitor: visitor.rate)
+        most -= sum(host in (None, visitor.network) for visitor in self._leaving)
         for visitor in spare:
-            if most > 0 and visitor not in self._leaving and is_quiet(visitor.connection):
+            slow_one = visitor.rate < MIN_RATE
+            if most > 0 and visitor not in self._leaving and (slow_one or is_quiet(visitor.connection)):
                 with contextlib.suppress(OSError):
                     visitor.connection.shutdown(socket.SHUT_RDWR)
                 self._leaving.add(visitor)
@@ -7356,13 +7484,13 @@ class Desk:
     @contextlib.contextmanager
     def tunnelling(self, request: Request) -> Iterator[socket.socket]:
         """The connection that a CONNECT asks for, while its tunnel lasts; Failure."""
-        if not self.room.tunnels.acquire(blocking=False):
+        if not self.room.tunnels.acquire(request.client):
             raise Failure("Too many tunnels are open.", 503)
         try:
             with self.proxy.dial(request) as origin:
                 yield origin
         finally:
-            self.room.tunnels.release()
+            self.room.tunnels.release(request.client)
 
     def reply_to(self, request: Request, authority: str) -> Reply:
         """Our own page, or the proxy's reply; Failure.  ``authority``: where we listen."""

@@ -16,6 +16,7 @@ import doctest
 import email.utils
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import html
@@ -27,6 +28,7 @@ import itertools
 import json
 import logging
 import lzma
+import math
 import os
 import py_compile
 import queue
@@ -44,6 +46,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import tracemalloc
 import types
 import unittest
 import urllib.error
@@ -54,6 +57,13 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+try:
+    from re import _compiler as re_compiler  # type: ignore[attr-defined]
+    from re import _parser as re_parser  # type: ignore[attr-defined]
+except ImportError:  # before Python 3.11
+    import sre_compile as re_compiler
+    import sre_parse as re_parser
 
 import pkgproxy
 from pkgproxy import (
@@ -750,6 +760,244 @@ class MessageRulesTest(unittest.TestCase):
                 (CacheStatus(Outcome.STALE, "stale", detail='o"\\\n'), 'pkgproxy; fwd=stale; detail="o"'),
                 (CacheStatus(Outcome.BYPASS, "bypass", 200), "pkgproxy; fwd=bypass; fwd-status=200")):
             self.assertEqual(pkgproxy.cache_status_field(status), expected)
+
+
+class Hostile:
+    """Strings made from a pattern's own parse tree, that make a backtracking matcher work hard.
+
+    Each string leads to some part of the pattern, repeats samples of that part or of a few parts in sequence, and ends
+    in a tail on which the match fails.
+    """
+
+    TAILS = ("", "\n\n", "\0", "/", "x!", ".deb")
+    SIZE = 2048
+
+    def __init__(self, pattern):
+        self.raw = isinstance(pattern.pattern, bytes)
+        # Without the flag of one kind of strings: samples are made as text.
+        self.tree = re_parser.parse(pattern.pattern.decode() if self.raw else pattern.pattern, pattern.flags & ~re.UNICODE)
+
+    def sample(self, item):
+        """A short string that an item of a parse tree matches."""
+        kind, about = str(item[0]), item[1]
+        if kind == "LITERAL":
+            return chr(about)
+        if kind in ("IN", "NOT_LITERAL", "ANY"):
+            one = re_compiler.compile(re_parser.SubPattern(re_parser.State(), [item]), 0)
+            return next(char for char in "a1.-_ /\"=\\:,;%[" + "".join(map(chr, range(256))) if one.fullmatch(char))
+        if kind == "BRANCH":
+            return self.samples(about[1][0])
+        if kind == "SUBPATTERN":
+            return self.samples(about[-1])
+        if kind.endswith("_REPEAT"):
+            return self.samples(about[2]) * max(1, about[0])
+        return ""  # an assertion
+
+    def samples(self, items):
+        return "".join(map(self.sample, items))
+
+    def sequences(self, items):
+        """What a sequence stands for, each alternative in it in turn."""
+        for at, (kind, about) in enumerate(items):
+            inner = about[-1] if str(kind) == "SUBPATTERN" and len(about[-1]) == 1 else [(kind, about)]
+            if str(inner[0][0]) == "BRANCH":
+                for choice in inner[0][1][1]:
+                    yield from self.sequences([*items[:at], *choice, *items[at + 1:]])
+                return
+        yield items
+
+    def parts(self, items):
+        """Every sequence in a tree, with a sample of what leads to it."""
+        for sequence in self.sequences(list(items)):
+            yield "", sequence
+            for at, (kind, about) in enumerate(sequence):
+                inside = {"SUBPATTERN": -1, "ASSERT": 1, "ASSERT_NOT": 1}.get(str(kind), 2 if str(kind).endswith("_REPEAT") else None)
+                for lead, inner in self.parts(about[inside]) if inside is not None else ():
+                    yield self.samples(sequence[:at]) + lead, inner
+
+    def runs(self):
+        """What to repeat, and what to put before it."""
+        found = set()
+        for lead, sequence in self.parts(self.tree):
+            pieces = []
+            for literal, items in itertools.groupby(sequence, lambda item: str(item[0]) == "LITERAL"):
+                samples = list(map(self.sample, items))
+                pieces += ["".join(samples)] if literal else samples
+            for start, stop in itertools.combinations(range(len(pieces) + 1), 2):
+                unit = "".join(pieces[start:stop])
+                if 0 < len(unit) <= 100 and (start == 0 or stop - start <= 3):
+                    found.update({("", unit), (lead + "".join(pieces[:start]), unit)})
+        return sorted(found)
+
+    def text(self, run, tail, size):
+        text = run[0] + run[1] * (size // len(run[1])) + tail
+        return text.encode("latin-1") if self.raw else text
+
+    def growth(self, call, run, tail, size, times):
+        """How much longer a call takes for twice the size; 0 if both take next to nothing."""
+        took = []
+        for text in (self.text(run, tail, 2 * size), self.text(run, tail, size)):
+            best = math.inf
+            for _ in range(times):
+                began = time.thread_time()
+                call(text)
+                best = min(best, time.thread_time() - began)
+            if best < 0.001 and not took:
+                return 0.0
+            took.append(best)
+        return took[0] / took[1]
+
+    def slow(self, call):
+        """What takes more than linear time: measured again with larger strings before it counts."""
+        for run, tail in itertools.product(self.runs(), self.TAILS):
+            if all(self.growth(call, run, tail, self.SIZE << more, 1 + 2 * more) > 3 for more in range(2)):
+                return run, tail
+        return None
+
+
+class PatternTest(unittest.TestCase):
+    """Regular expressions see what strangers send, and hold the interpreter lock."""
+
+    def compiled(self, thing):
+        if isinstance(thing, re.Pattern):
+            yield thing
+        elif isinstance(thing, (tuple, list, dict)):
+            for inner in thing.values() if isinstance(thing, dict) else thing:
+                yield from self.compiled(inner)
+
+    def patterns(self):
+        """Every regular expression of the module, and how it is used; but the user's own filters."""
+        for name, thing in vars(pkgproxy).items():
+            for pattern in self.compiled(thing):
+                for method in set(re.findall(r"\b%s\.(search|match|fullmatch|findall|finditer|sub)\(" % name, SOURCE)) or {"search", "fullmatch"}:
+                    yield name, pattern, method
+        for node in ast.walk(ast.parse(SOURCE)):
+            if isinstance(node, ast.Call) and re.fullmatch(r"re\.(?!compile|escape)[a-z]+", ast.unparse(node.func)):
+                self.assertIsInstance(node.args[0], ast.Constant, "line %d makes a pattern that cannot be tested" % node.lineno)
+                flags = [eval(ast.unparse(argument), {"re": re}) for argument in node.args if "re." in ast.unparse(argument)]
+                yield "line %d" % node.lineno, re.compile(node.args[0].value, *flags), node.func.attr
+
+    def test_each_takes_linear_time(self):
+        known = 0
+        for name, pattern, method in self.patterns():
+            known += 1
+            call = getattr(pattern, {"finditer": "findall"}.get(method, method))
+            if method == "sub":
+                call = functools.partial(call, b"" if isinstance(pattern.pattern, bytes) else "")
+            with self.subTest(name, method=method):
+                self.assertIsNone(Hostile(pattern).slow(call))
+        self.assertGreater(known, 60)
+
+    def test_what_is_quadratic_is_found(self):
+        for text in (r"a+b", r"/([^/]+?)\.(?:orig[\w.-]*\.)?gz", r"[.-](?:latest|new)[.-][^/]*$", r"(?:/dists/(?!.*\.u?deb$).*)$"):
+            with self.subTest(text):
+                self.assertIsNotNone(Hostile(re.compile(text)).slow(re.compile(text).search))
+
+    def fragments(self):
+        return sorted({unit for name in ("_CONTENT", "_MOVING", "_SIGNATURE", "_INDEX", "_PACKAGE", "_PLATFORM", "_VERSIONLESS", "_GO_MODULE", "_DIGEST",
+                                         "_EPOCH", "_WRITTEN_OUT", "_NAMED", "_DIRECTIVE", "_TAG")
+                       for _, unit in Hostile(getattr(pkgproxy, name)).runs() if unit.isprintable() and " " not in unit})
+
+    def test_names_and_fields_made_of_their_pieces_take_no_time(self):
+        chance, fragments = random.Random("pieces " + os.environ.get("PKGPROXY_CHAOS_SEED", "1")), self.fragments()
+
+        def take(text):
+            with contextlib.suppress(pkgproxy.Failure, ValueError):
+                asked = pkgproxy.parse_request(["GET %s HTTP/1.1" % text, "Host: a"], ("10.0.0.1", 9999))
+                pkgproxy.decide(asked, None, Config(), CLOCK)
+                pkgproxy.common_name(asked.key)
+                pkgproxy.shown(asked.uri)
+            fields = (("Cache-Control", text), ("ETag", text), ("Last-Modified", text), ("Content-Range", text), ("Vary", text))
+            head = Head(206, "", fields)
+            for read in (pkgproxy.freshness_lifetime, pkgproxy.current_age, pkgproxy.is_rest):
+                with contextlib.suppress(ValueError):
+                    read(head, *{"current_age": (CLOCK,), "is_rest": (head, None, 1)}.get(read.__name__, ()))
+            pkgproxy.evaluate(Request("GET", "/", Target("http", "a", 80, "/"), (("If-None-Match", text),)), head)
+
+        for number in range(400):
+            units = chance.sample(fragments, chance.randrange(1, 4))
+            text = chance.choice(("/", "/pool/")) + "".join(
+                unit * chance.choice((1, 3, 16000 // len(unit))) for unit in units)[:16000] + chance.choice(("", "x", "/", ".gz"))
+            best = math.inf
+            for attempt in range(5):
+                if best > 0.05:
+                    began = time.thread_time()
+                    take("http://a.test/%d.%d%s" % (number, attempt, text))
+                    best = min(best, time.thread_time() - began)
+            self.assertLess(best, 0.05, text[:200])
+
+    def test_a_name_that_no_file_system_holds_has_no_class(self):
+        for path, known in (("/a_%s.deb", NameClass.PACKAGE), ("/Contents-%s", NameClass.INDEX), ("/dists/%s/Release", NameClass.INDEX),
+                            ("/by-hash/%s/" + "0" * 64, NameClass.CONTENT)):
+            self.assertIs(pkgproxy.classify("http://a" + path % ("1" * 200)), known)
+            self.assertIs(pkgproxy.classify("http://a" + path % ("1" * 256)), NameClass.OTHER)
+
+
+class MemoryTest(unittest.TestCase):
+    """What strangers ask for is not kept in memory."""
+
+    def test_long_names_and_heads_are_forgotten(self):
+        def ask(number):
+            lines = ["GET http://a.test/%d%s/x_1.0_all.deb HTTP/1.1" % (number, "x" * 15000), "Host: a.test", "If-Modified-Since: %d%s" % (number, "x" * 15000)]
+            asked = pkgproxy.parse_request(lines)
+            head = Head(200, "", (("Expires", "%d%s" % (number, "x" * 15000)), ("Connection", "%d%s" % (number, "x" * 15000))))
+            pkgproxy.decide(asked, None, Config(), CLOCK)
+            pkgproxy.common_name(asked.key)
+            pkgproxy.file_names(asked.key)
+            pkgproxy.shown(asked.uri)
+            pkgproxy.evaluate(asked, head)
+            pkgproxy.kept_fields(head.fields)
+
+        ask(-1)
+        tracemalloc.start()
+        try:
+            for number in range(200):
+                ask(number)
+            gc.collect()
+            self.assertLess(tracemalloc.get_traced_memory()[0], 1 << 20)
+        finally:
+            tracemalloc.stop()
+
+
+class ChunkTest(unittest.TestCase):
+    """Chunked bodies, however they are cut."""
+
+    def reader(self, data):
+        return pkgproxy.ChunkReader(io.BufferedReader(io.BytesIO(data), 64 * 1024))
+
+    def test_small_chunks_are_read_together(self):
+        body = os.urandom(20 * 10_000)
+        reader = self.reader(b"".join(b"14;a=b\r\n%s\r\n" % body[at:at + 20] for at in range(0, len(body), 20)) + b"0\r\n\r\n")
+        pieces = list(iter(lambda: reader.read(pkgproxy.CHUNK), b""))
+        self.assertEqual(b"".join(pieces), body)
+        self.assertLess(len(pieces), 50)
+
+    def test_any_sizes_and_any_reads_give_the_same_bytes(self):
+        chance = random.Random("chunks " + os.environ.get("PKGPROXY_CHAOS_SEED", "1"))
+        for _ in range(40):
+            pieces = [chance.randbytes(chance.choice((1, 9, 300, 5000, 70_000, 300_000))) for _ in range(chance.randrange(1, 30))]
+            reader = self.reader(b"".join(b"%X%s\r\n%s\r\n" % (len(piece), chance.choice((b"", b" ", b";x=y")), piece) for piece in pieces)
+                                 + b"0\r\nX: y\r\n\r\n")
+            found = []
+            while data := reader.read(chance.choice((1000, 40_000, pkgproxy.CHUNK))):
+                found.append(data)
+            self.assertEqual((b"".join(found), reader.ended), (b"".join(pieces), True))
+
+    def test_framing_that_outweighs_its_data_is_refused(self):
+        for chunk in (b"1\r\nx\r\n", b"00000000000001\r\nx\r\n", b"2;" + b"a" * 9000 + b"\r\nxx\r\n"):
+            with self.subTest(chunk[:9]):
+                reader = self.reader(chunk * (1 + (1 << 20) // len(chunk)) + b"0\r\n\r\n")
+                with self.assertRaisesRegex(ValueError, "chunks too small for their framing"):
+                    while reader.read(pkgproxy.CHUNK):
+                        pass
+
+    def test_what_is_wrong_behind_small_chunks_is_found(self):
+        for end in (b"3\r\nabcd\r\n", b"x\r\n", b"3\r\nab", b"-1\r\n", b"0\r\n"):
+            reader = self.reader(b"2\r\nab\r\n" * 9 + end)
+            self.assertEqual(reader.read(pkgproxy.CHUNK), b"ab" * 9)
+            with self.assertRaises(ValueError):
+                while reader.read(pkgproxy.CHUNK):
+                    pass
 
 
 class NameRulesTest(unittest.TestCase):
@@ -4884,6 +5132,93 @@ class OrphanTest(ProxyCase):
         self.assertEqual(self.origin.log[-1][2]["range"], "bytes=400000-")
 
 
+    def test_one_that_brings_a_trickle_stops(self):
+        gates = [Gate() for _ in range(8)]
+        for gate in gates:
+            self.addCleanup(gate.open)
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: 999999\r\nETag: \"a\"\r\n\r\n"
+        self.origin.pages["/x_1_all.deb"] = Page(steps=[head, *itertools.chain.from_iterable((b"x", gate) for gate in gates)])
+        begin = pkgproxy.Partial.begin
+
+        def begun(partial, *arguments):
+            self.partial = partial
+            return begin(partial, *arguments)
+
+        with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.0), mock.patch.object(pkgproxy.Partial, "begin", begun), \
+                self.assertLogs("pkgproxy", "WARNING") as caught:
+            with self.connection() as one:
+                one.request("GET", self.origin.url("/x_1_all.deb"))
+                one.getresponse().read(1)
+            for number, gate in enumerate(gates[:-1]):
+                gate.open()
+                until(lambda: self.partial.size > number + 1 or not self.proxy._barrier.count())  # noqa: B023
+            self.settle()  # while the origin would still go on
+        self.assertIn("too slow", caught.output[0])
+
+    def test_one_that_gets_on_goes_on(self):
+        orphans, partial = pkgproxy.Orphans(1), mock.Mock(**{"has_readers.return_value": False}, size=0)
+        with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.0):
+            for _ in range(9):
+                self.assertTrue(orphans.may_go_on(partial))
+                partial.size += 10**9
+            partial.size = 0
+            time.sleep(0.001)
+            self.assertEqual([orphans.may_go_on(partial), orphans._orphans], [False, {}])
+
+
+class LookupTest(ProxyCase):
+    """Name servers that say nothing."""
+
+    def test_they_hold_few_threads_and_one_client_half_of_them(self):
+        gate, asked, real = Gate(), [], socket.getaddrinfo
+
+        def mute(host, *arguments, **more):
+            if not str(host).endswith(".test'"):
+                return real(host, *arguments, **more)
+            asked.append(host)
+            if host.startswith(b"mute"):
+                gate.pass_through()
+            return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
+
+        def visit(name, address):
+            one = socket.create_connection(self.address, PATIENCE, (address, 0))
+            self.addCleanup(one.close)
+            one.sendall(b"GET http://%s.test/x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % name)
+            return one
+
+        self.origin.pages["/x"] = Page(b"x")
+        with mock.patch.object(pkgproxy, "MAX_LOOKUPS", 4, create=True):
+            self.start()
+        with mock.patch.object(socket, "getaddrinfo", mute):
+            for number in range(20):
+                waiting = visit(b"mute%d" % number, "127.0.0.1")
+                if number < 2:
+                    until(lambda: len(asked) == number + 1)  # noqa: B023
+                else:
+                    answer = b"".join(iter(lambda: waiting.recv(999), b""))  # noqa: B023
+                    self.assertRegex(answer, rb"(?s)\AHTTP/1\.1 503 .*Retry-After: 5\r\n.*Too many names are being looked up\.\n\Z")
+                waiting.close()
+            self.assertEqual(asked, [b"mute0.test", b"mute1.test"])
+            other = visit(b"quick", "127.0.0.2")
+            self.assertIn(b"HTTP/1.1 200 ", b"".join(iter(lambda: other.recv(999), b"")))
+            gate.open()
+            self.settle()
+            until(lambda: not self.proxy._origin._addresses._quota._used)
+            again = visit(b"mute9", "127.0.0.1")
+            self.assertIn(b"HTTP/1.1 200 ", b"".join(iter(lambda: again.recv(999), b"")))
+
+    def test_what_is_remembered_of_failures_takes_little_memory_however_many_and_long_their_names_are(self):
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        events = pkgproxy.RecentEvents()
+        with mock.patch.object(pkgproxy, "MAX_EVENTS", 100):
+            for number in range(250):
+                events.note("http://a/%s%d" % ("x" * 16_000, number), "y" * 16_000)
+        self.assertLess(tracemalloc.get_traced_memory()[0], 1 << 20)
+        self.assertIsNotNone(events.find("http://a/%s249" % ("x" * 16_000), 60.0))
+        self.assertIsNone(events.find("http://a/%s250" % ("x" * 16_000), 60.0))
+
+
 class OfflineTest(ProxyCase):
     """--offline: stored responses only."""
 
@@ -7363,7 +7698,7 @@ class FuzzTest(ProxyCase):
         asked = pkgproxy.parse_request(lines)
         self.accepted += 1
         if asked.length is None:
-            reader = pkgproxy.ChunkReader(file)
+            reader = pkgproxy.ChunkReader(io.BufferedReader(file))
             while reader.read(9):
                 pass
         for name, text in pkgproxy.forward_fields(asked, Config(), False):
@@ -7770,8 +8105,22 @@ class TunnelTest(ProxyCase):
         self.start(Config(addrs=(), offline=True))
         self.assertIn(b" 504 ", self.raw(b"CONNECT 127.0.0.1:443 HTTP/1.1\r\nHost: a\r\n\r\n"))
 
+    def test_one_client_has_half_of_the_tunnels(self):
+        with mock.patch.object(pkgproxy, "MAX_CONNECTIONS", 8):
+            self.start(Config(addrs=(), connect_ports=(self.port,)))
+        ask = b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port
+        ends = [self.open() for _ in range(2)]
+        self.assertIn(b"HTTP/1.1 503 ", self.raw(ask))
+        with socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as other:
+            other.sendall(ask)
+            self.assertIn(b"HTTP/1.1 200 ", other.recv(999))
+        for end in ends[0]:
+            end.close()
+        until(lambda: self.server.room.tunnels._used["127.0.0.1"] < 2)
+        self.open()
+
     def test_no_more_than_so_many_tunnels_at_once(self):
-        self.server.room.tunnels = threading.BoundedSemaphore(1)
+        self.server.room.tunnels = pkgproxy.Quota(1)
         self.open()
         answer = self.raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
         self.assertIn(b"HTTP/1.1 503 ", answer)
@@ -8312,6 +8661,44 @@ class CrowdTest(ProxyCase):
             for _ in range(11):
                 self.visit(data=b"GET http")
             self.assertEqual(self.get(), b"HTTP/1.1 200")
+
+    def test_who_reads_a_trickle_makes_room_when_it_is_needed_and_who_reads_does_not(self):
+        self.server.room.most = 5
+        body = os.urandom(12 << 20)
+        self.origin.pages["/large_1.0.deb"] = Page(body)
+        self.assertEqual(self.ask("/large_1.0.deb").body, body)
+        self.settle()
+        line = b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.url("/large_1.0.deb").encode()
+
+        def read(one, received):
+            while data := one.recv(64 << 10):
+                received += data
+                time.sleep(0.002)  # a client that is slow, but reads
+
+        self.addCleanup(until, lambda: not self.server.room._visitors)  # after the connections are closed
+        self.addCleanup(self.stack.close)
+        with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.1):
+            reader, received = self.visit("127.0.0.3", line), bytearray()
+            reading = threading.Thread(target=read, args=(reader, received))
+            reading.start()
+            trickling = [self.visit("127.0.0.4", line) for _ in range(4)]
+            until(lambda: sum(visitor.rate < pkgproxy.MIN_RATE for visitor in tuple(self.server.room._visitors)) >= 4)
+            self.assertEqual(len(self.server.room._visitors), 5, "nobody had to leave while there was room")
+            self.assertEqual(self.get("127.0.0.2"), b"HTTP/1.1 200")
+            reading.join(PATIENCE)
+        self.assertEqual(received.partition(b"\r\n\r\n")[2], body)
+        self.assertEqual(len(trickling), 4)
+
+    def test_a_network_of_addresses_is_one_client(self):
+        room, began = pkgproxy.Room(4), []
+        for number, (mine, theirs) in enumerate([socket.socketpair() for _ in range(6)]):
+            self.addCleanup(mine.close)
+            self.addCleanup(theirs.close)
+            room.enter()
+            room.admit(pkgproxy.Visitor(mine, ("2001:db8::%x:1" % number, 9), began.append))
+        self.assertEqual((len(began), len(room._parked)), (4, 2))
+        self.assertEqual(len({pkgproxy.client_network(address) for address in (
+            "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2%eth0", "2001:db8:0:1::1")}), 4)
 
     def test_who_has_left_is_not_parked_any_longer(self):
         room, ends = pkgproxy.Room(4), [socket.socketpair() for _ in range(6)]
