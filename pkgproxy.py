@@ -97,6 +97,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from email.utils import formatdate
 from html import escape
@@ -147,6 +148,10 @@ MOST_IDLE = 16  # threads that wait for more to do
 CREW_IDLE = 5.0  # seconds that they do so
 LONG = 8 * 1024 * 1024  # bytes: to send so many takes longer than to go to another processor
 PAUSE = 0.05  # seconds without a byte from an origin: time to let other instances see what has come
+SPACE_STEP = 1024 * 1024  # bytes that a download writes between two looks at the free space
+BLOCK = 4096  # bytes that a small file takes on most file systems
+SPARE_INODES = 500  # that eviction keeps free for new downloads, beyond the reserve
+MAX_SPARE = 10**9  # bytes that eviction keeps free for new downloads, beyond the limits
 MAX_FILTERS = 1024 * 1024  # characters in a filters file
 SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
 BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
@@ -267,7 +272,7 @@ class Config:
     connect_ports: tuple[int, ...] = (443,)  # that CONNECT may lead to
     heuristics: bool = True
     offline: bool = False
-    max_size: int | None = None  # bytes of stored bodies; None: no limit but min_free
+    max_size: int | None = None  # bytes below the root that are pkgproxy's; None: no limit but min_free
     min_free: int | None = None  # bytes left on the file system; None: 5 %, at most 10 GB
     max_orphans: int = 8  # downloads that go on when their last client has left
     max_age: float | None = None  # seconds since a stored response was last used
@@ -380,8 +385,8 @@ class Swept:
     """What a sweep found and did."""
 
     files: int  # stored responses found
-    size: int  # their bytes
-    removed: int
+    size: int  # bytes on the disk of all that is pkgproxy's: bodies, bookkeeping, downloads
+    removed: int  # stored responses
     freed: int  # bytes
 
 
@@ -2401,6 +2406,22 @@ def _write_heads(path: str, heads: list[Head]) -> None:
     write_file(path, json.dumps([vars(head) for head in heads], ensure_ascii=False))
 
 
+def size_on_disk(info: os.stat_result) -> int:
+    """Bytes that a file takes: whole blocks, but no less than its size where they are allocated later."""
+    return max(info.st_size, getattr(info, "st_blocks", 0) * 512)
+
+
+def inodes_for(key: str) -> int:
+    """Inodes that are needed at most to store a response under a cache key: two files, and their folders."""
+    return 2 * key.count("/") + 4 if key else 0
+
+
+def head_size(head: Head) -> int:
+    """About as many bytes as a head takes, with its folders where they are deeper than most, which exist."""
+    fields = sum(len(name) + len(text) for name, text in head.fields)
+    return fields + BLOCK * max(2, inodes_for(head.key) - 24)
+
+
 class SharedFile:
     """An open file; the last of its users closes it."""
 
@@ -2468,14 +2489,14 @@ class Partial(SharedFile):
         self._near = True  # whether another instance that writes it is on this machine
         self._kept = False  # whether that one has left it
         self._told = 0.0  # monotonic time of the last word to other instances
+        self._checked = 0  # the size up to which space is known to be free
 
     def begin(self, head: Head, length: int | None, offset: int = 0) -> None:
         """Begin to write a response of ``length`` bytes (None: unknown), or go on at ``offset``;
         LocalFailure."""
-        missing = (length or 0) - offset
+        self.head, self.length, self.size = head, length, offset
         try:
-            if self._store.free_space() <= missing:
-                raise OSError(errno.ENOSPC, "not enough free space for %d bytes" % missing)
+            self._checked = self._store.space.reserve(self, 1 if length is None else length - offset)
             found = os.fstat(self.fileno()).st_size
             if found < offset:
                 raise OSError(errno.ESTALE, "the partial was cut")
@@ -2487,8 +2508,8 @@ class Partial(SharedFile):
             self._file.truncate(offset)
             self._file.seek(offset)
         except OSError as error:
+            self._store.space.release(self)
             raise LocalFailure(error) from error
-        self.head, self.length, self.size = head, length, offset
 
     def _renew(self) -> None:
         """Who reads what was left reads on: the new one gets a file of its own, locked before it is seen."""
@@ -2505,6 +2526,8 @@ class Partial(SharedFile):
 
     def write(self, data: bytes) -> int:
         """Append all of ``data``; OSError (disk full …) comes through."""
+        if self.size + len(data) > self._checked:
+            self._checked = self._store.space.reserve(self, len(data))
         write_all(self._file, data)
         self.size += len(data)
         return len(data)
@@ -2550,12 +2573,17 @@ class Partial(SharedFile):
             os.fsync(self.fileno())
             self._describe("")
         except OSError:
-            self.discard()
+            self.discard(cut=self.size >= RESUME_WORTH)
         self.unlock()
 
-    def discard(self) -> None:
-        """Forget the file; whoever reads it reads on."""
+    def discard(self, cut: bool = False) -> None:
+        """Forget the file.  Its readers read on.  Its writer may also ``cut`` it, so that slow readers do not
+        keep its space: they go on from the origin."""
+        self._store.space.release(self, kept=False)
+        self._told = math.inf
         with contextlib.suppress(OSError, ValueError):
+            if cut:
+                self._file.truncate(0)
             if self.is_there():
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path + "^head")
@@ -2656,6 +2684,7 @@ class Partial(SharedFile):
 
     def unlock(self) -> None:
         """Others need not wait until the last of our clients has read it."""
+        self._store.space.release(self)
         if fcntl is not None and not self.owner:
             with contextlib.suppress(OSError, ValueError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)
@@ -2861,17 +2890,88 @@ def _names(key: str) -> list[str]:
     return [name for name in file_names(key, os.name == "nt") if name is not None]
 
 
+class Space:
+    """Decides whether downloads may use more disk space: what the file system has free, less a reserve, in
+    bytes and in inodes, and what --max-size leaves.  A download of a declared length reserves all of it, any
+    other SPACE_STEP bytes at a time.  For Partial: reserve, release; for Janitor: take, correct.
+    """
+
+    def __init__(self, free: Callable[[], tuple[int, int]], max_size: int | None) -> None:
+        self.scarce = threading.Event()  # set when something has to be evicted
+        self._free = free  # bytes and inodes that may be used; OSError
+        self._max_size = max_size
+        self._lock = threading.Lock()  # guards all below
+        # The size that each download may reach, and the bytes of its head and folders when it is stored.
+        self._running: weakref.WeakKeyDictionary[Partial, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._stored = 0  # bytes below the root, without running downloads, as far as is known
+        self._needed = 0  # free bytes that refused downloads needed, or the next one is likely to need
+        self._spare = 0  # free bytes that eviction aims at
+        self._outgrown: dict[str, int] = {}  # by key: a size that did not fit, of bodies that declare none
+
+    def reserve(self, partial: Partial, count: int) -> int:
+        """Let a download write ``count`` bytes more; return the size up to which it may be written before it
+        has to ask again; OSError (ENOSPC)."""
+        free, inodes = self._free()
+        with self._lock:
+            size = partial.size
+            end, overhead = self._running.get(partial, (-1, head_size(partial.head)))
+            self._stored -= size if end < 0 else 0
+            if self._max_size is not None:
+                free = min(free, self._max_size - self._stored - sum(one.size for one in self._running))
+            if end < 0 and partial.length is None:  # a client that was cut off then gets all of it now
+                count = max(count, self._outgrown.pop(partial.head.key, 0))
+            needed = count
+            if size + count > end:  # else the others were granted what that left
+                needed += overhead + sum(max(0, other - one.size) + more for one, (other, more)
+                                         in self._running.items() if one is not partial)
+            likely = min(count, MAX_SPARE, 5 * self._spare)  # the next download is often as large
+            room, enough = free - needed, end >= 0 or inodes >= inodes_for(partial.head.key)
+            if room < max(0, likely, self._spare // 2) or not enough:
+                self.scarce.set()
+                wanted = likely if room >= 0 else needed
+                self._needed = max(self._needed, wanted if wanted <= (self._max_size or wanted) else 0)
+            if room >= 0 and enough:
+                ahead = 0 if partial.length is not None else min(room, max(0, SPACE_STEP - count))
+                self._running[partial] = max(end, size + count + ahead), overhead
+                return min(self._running[partial][0], size + SPACE_STEP)
+            if partial.length is None and len(self._outgrown) < REMEMBERED:
+                self._outgrown[partial.head.key] = size + count
+        raise OSError(errno.ENOSPC, "not enough free %s" % (
+            "space for %d bytes" % count if room < 0 else "inodes"))
+
+    def release(self, partial: Partial, kept: bool = True) -> None:
+        """A download has ended; whether what it has written is ``kept``."""
+        with self._lock:
+            mine = self._running.pop(partial, None)
+            if mine is not None and kept:
+                self._stored += partial.size + mine[1]
+
+    def take(self) -> tuple[int, int]:
+        """Bytes below the root, as far as is known; free bytes that were needed since the last call."""
+        with self._lock:
+            needed, self._needed = self._needed, 0
+            return self._stored + sum(one.size for one in self._running), needed
+
+    def correct(self, difference: int, spare: int) -> None:
+        """Correct the known size by what counting has shown, and set what eviction aims at."""
+        with self._lock:
+            self._stored += difference
+            self._spare = spare
+
+
 class Store:
     """Stored responses below ``root``.  The file system is the truth; there is no index.
 
     For the caller: lookup, share, freshen, forget.  For Partial: place.  For Partials and Janitor: the rest.
     """
 
-    def __init__(self, root: str, trust_bare: bool = True, min_free: int | None = None) -> None:
+    def __init__(self, root: str, trust_bare: bool = True, min_free: int | None = None,
+                 max_size: int | None = None) -> None:
         self.root = os.path.abspath(root)
         self._top = os.path.join(self.root, "")
         self.boot = boot_id()
         self._min_free = min_free  # bytes
+        self.space = Space(lambda: (self.free_space(), self.free_inodes()), max_size)
         self._lock = threading.Lock()  # guards _used
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last sweep
         self._places = memoize(self._find_places)
@@ -3023,6 +3123,12 @@ class Store:
         reserve = min(usage.total // 20, 10 * 10**9) if self._min_free is None else self._min_free
         return usage.free - reserve
 
+    def free_inodes(self) -> int:
+        """Inodes that may be used: what is free, less 5 %, at most 10,000; OSError.  Many file systems make
+        them as they are needed."""
+        found = os.statvfs(self.root) if hasattr(os, "statvfs") else None
+        return found.f_favail - min(found.f_files // 20, 10_000) if found and found.f_files else sys.maxsize
+
     def found(self) -> list[str]:
         """The hosts that are stored; OSError where the root cannot be read."""
         folders = []
@@ -3166,6 +3272,21 @@ def try_writing(folder: str) -> None:
     os.unlink(path)
 
 
+class Entry(NamedTuple):
+    """A file of pkgproxy's below the root, or a response with its head, as eviction sees it."""
+
+    last: float  # clock time of its last use
+    size: int  # bytes on the disk
+    name: str  # below the root; "": counted, but not evicted
+
+
+def _eviction_order(entry: Entry) -> tuple[bool, bool, float, int]:
+    """Left-over partials, then all else by its last use, indexes last.  Of one file with two names, the one
+    that frees nothing goes first."""
+    index = classify("http://" + entry.name) is NameClass.INDEX and not entry.name.startswith(BOOKS)
+    return not entry.name.startswith(BOOKS + "/partials"), index, entry.last, entry.size
+
+
 class Janitor:
     """Keeps a store within its bounds.  For the caller: sweep."""
 
@@ -3173,26 +3294,33 @@ class Janitor:
         self._store = store
 
     def sweep(self, config: Config, now: float) -> Swept:
-        """Remove what has not been used for too long, and as much as is too much: least recently used
-        first, indexes last, never what pkgproxy did not store; OSError where the root can't be read."""
-        used = self._store.take_uses()
+        """Remove what has not been used for too long, and as much as is too much: left-over partials first,
+        then the least recently used, indexes last, never what pkgproxy did not store; OSError where the root
+        can't be read."""
+        used, (before, needed) = self._store.take_uses(), self._store.space.take()
         self._sweep_partials(now)
         self._store.names.spread()
-        stored = list(self._stored_now(used, now))
+        found = list(self._find(used, now))
+        stored = [entry.name for entry in found if entry.name and not entry.name.startswith(BOOKS)]
         if stored and not self._store.names.is_whole():
             with contextlib.suppress(OSError):
-                self._store.names.rebuild(self._common_names(name for _, _, name in stored))
-        total, removed, freed = sum(size for _, size, _ in stored), 0, 0
-        excess = max(total - config.max_size if config.max_size is not None else 0, -self._store.free_space())
-        if excess <= 0 and config.max_age is None:
-            return Swept(len(stored), total, 0, 0)  # all is well, and the order costs nobody a moment
-        # Of one file with two names, the one that frees nothing goes first.
-        stored.sort(key=lambda row: (classify("http://" + row[2]) is NameClass.INDEX, *row[:2]))
-        for last, size, name in stored:
-            expired = config.max_age is not None and now - last > config.max_age
-            unused = abs(now - last) > RECENT  # in the future: by a clock that has been put right since
-            if (expired or freed < excess) and unused and self._evict(name):
-                removed, freed = removed + 1, freed + size
+                self._store.names.rebuild(self._common_names(stored))
+        total, removed, freed, inodes = sum(entry.size for entry in found), 0, 0, 0
+        spare, room = min(total // 20, MAX_SPARE), self._store.free_space()
+        if config.max_size is not None:
+            room = min(room, config.max_size - total)
+        # A download that would not even fit into an empty cache evicts nothing.
+        excess = max(spare, needed if needed - room <= total else 0) - room
+        lacking = SPARE_INODES - self._store.free_inodes()
+        ordered = excess > 0 or lacking > 0 or config.max_age is not None  # else that costs nobody a moment
+        for entry in sorted(found, key=_eviction_order) if ordered else ():
+            expired = config.max_age is not None and now - entry.last > config.max_age
+            unused = abs(now - entry.last) > RECENT  # in the future: by a clock that has been put right since
+            chosen = unused and (expired or freed < excess or inodes < lacking)
+            count = self._evict(entry.name) if chosen else 0
+            inodes, freed = inodes + count, freed + (entry.size if count else 0)
+            removed += count > 0 and not entry.name.startswith(BOOKS)
+        self._store.space.correct(total - freed - before, spare)
         return Swept(len(stored), total, removed, freed)
 
     def _common_names(self, names: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -3201,39 +3329,62 @@ class Janitor:
                 if common_name(head.key):
                     yield common_name(head.key), head.key
 
-    def _stored_now(self, used: dict[str, float], now: float) -> Iterator[tuple[float, int, str]]:
-        """Last use, size and name of each stored response, from one walk."""
-        top = os.path.join(self._store.books, "heads")
+    def _find(self, used: dict[str, float], now: float) -> Iterator[Entry]:
+        """All that is pkgproxy's below the root, from one walk."""
         seen: set[tuple[int, int]] = set()
-        for folder, _, files in os.walk(top):
+        for folder, _, files in os.walk(self._store.books):
+            part = folder[len(self._store.books) + 1:].partition(os.sep)[0]
+            with contextlib.suppress(OSError):  # a folder of heads stands for one of bodies
+                yield Entry(now, size_on_disk(os.lstat(folder)) * (1 + (part == "heads")), "")
             for file in files:
-                path = os.path.join(folder, file)
-                name = os.path.relpath(path, top)[:-len("^head")].replace(os.sep, "/")
-                try:
-                    info = os.lstat(self._store.path(name))
-                except (FileNotFoundError, NotADirectoryError):
-                    _remove_old(path, now - DAY)  # its body was removed by hand
-                    continue
-                except OSError:
-                    continue
-                if file.endswith("^head") and stat.S_ISREG(info.st_mode):
-                    if name in used:  # remembered here, so that a hit costs no write
-                        _remember_use(self._store.path(name), used[name])
-                    last = max(used.get(name, 0.0), info.st_atime)
-                    same = (info.st_dev, info.st_ino) in seen  # a file of two mirrors takes its space once
-                    if info.st_nlink > 1:
-                        seen.add((info.st_dev, info.st_ino))
-                    yield last, 0 if same else info.st_size, name
+                with contextlib.suppress(OSError):
+                    path = os.path.join(folder, file)
+                    info = os.lstat(path)
+                    last = info.st_mtime
+                    if part == "partials" and "." not in file:
+                        last = min(last, now - RECENT - 1)  # its lock tells whether it is in use
+                    fixed = part not in ("partials", "names") or "^" in file or file == _WHOLE
+                    entry = Entry(last, size_on_disk(info), "" if fixed else "%s/%s/%s" % (BOOKS, part, file))
+                    yield self._described(path, entry, used, seen, now) if part == "heads" else entry
 
-    def _evict(self, name: str) -> bool:
-        if not self._store.remove(name):
-            return False
-        for top, path in ((self._store.root, name), (os.path.join(self._store.books, "heads"), name)):
-            with contextlib.suppress(OSError):  # up to the first folder that is not empty
-                while os.path.dirname(path):
-                    path = os.path.dirname(path)
-                    os.rmdir(os.path.join(top, path))
-        return True
+    def _described(self, path: str, head: Entry, used: dict[str, float], seen: set[tuple[int, int]],
+                   now: float) -> Entry:
+        """The stored response that a head file belongs to; OSError."""
+        top = os.path.join(self._store.books, "heads")
+        name = os.path.relpath(path, top)[:-len("^head")].replace(os.sep, "/")
+        try:
+            info = os.lstat(self._store.path(name))
+        except (FileNotFoundError, NotADirectoryError):
+            _remove_old(path, now - DAY)  # its body was removed by hand
+            return head
+        if not (path.endswith("^head") and stat.S_ISREG(info.st_mode)):
+            return head
+        if name in used:  # remembered here, so that a hit costs no write
+            _remember_use(self._store.path(name), used[name])
+        same = (info.st_dev, info.st_ino) in seen  # a file of two mirrors takes its space once
+        if info.st_nlink > 1:
+            seen.add((info.st_dev, info.st_ino))
+        last = max(used.get(name, 0.0), info.st_atime)
+        return Entry(last, head.size + (0 if same else size_on_disk(info)), name)
+
+    def _evict(self, name: str) -> int:
+        """Remove a response, or a file of the bookkeeping that is not locked; how many inodes that frees."""
+        count, path = 0, self._store.path(name)
+        with contextlib.suppress(OSError):
+            if name.startswith(BOOKS):
+                with io.FileIO(os.open(path, _WRITABLE & ~os.O_CREAT), "r+b") as file:
+                    if lock(file):
+                        os.unlink(path)
+                        count = 1
+                        os.unlink(path + "^head")  # a partial may have one
+            elif name and self._store.remove(name):
+                count = 2
+                while name := os.path.dirname(name):
+                    for folder in (self._store.path(name), self._store.head_path(name)[:-len("^head")]):
+                        with contextlib.suppress(OSError):  # one that is not empty
+                            os.rmdir(folder)
+                            count += 1
+        return count
 
     def _sweep_partials(self, now: float) -> None:
         """Remove what crashes left and nobody has gone on with for a day."""
@@ -5725,7 +5876,7 @@ class Filler:
         except LocalFailure as error:
             self._troubles.disk_failed(error)
             landing, failure = Landing.WHOLE if landing is Landing.WHOLE else Landing.ALONE, error
-            partial.discard()
+            partial.discard(cut=landing is Landing.ALONE)
             if download.outcome is Outcome.UPDATED:
                 partial.retract()  # the old one is known to be wrong
         except OriginFailure as error:
@@ -6192,7 +6343,7 @@ class Sweeper:
         self._janitor = Janitor(store)
         # What it found last, and has removed since the start.
         self.swept: dict[str, float] = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
-        self._wake = threading.Event()
+        self._wake = store.space.scarce
         self._stop = threading.Event()
 
     def start(self, config: Config) -> None:
@@ -6264,6 +6415,7 @@ class Insight:
             try_writing(self._store.books)
             start_thread(int)
         except OSError as error:
+            self._store.space.scarce.set()  # it may be full
             return "The cache root cannot be written: %s." % (error.strerror or error)
         except LocalFailure:
             return "No more threads are to be had."
@@ -6832,7 +6984,7 @@ def _origins(view: dict[str, Any]) -> str:
 def _disk(view: dict[str, Any]) -> str:
     disk, swept, lines = view["disk"], view["swept"], []
     if swept.get("at"):
-        lines += ["%s stored, %s: counted %s ago, as every %s." % (
+        lines += ["%s stored, %s on the disk: counted %s ago, as every %s." % (
             many(swept["files"], "file"), volume(swept["bytes"]), duration(view["now"] - swept["at"]),
             duration(SWEEP_EVERY)),
                   "Swept since the start: %s, %s." % (many(swept["removedFiles"], "file"),
@@ -6890,7 +7042,7 @@ def _metrics(view: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[tuple[st
     yield "downloads", "Downloads in flight.", [("", len(view["downloads"]))]
     yield "troubled_origins", "Origins that could not be asked a moment ago.", [("", len(view["troubles"]))]
     for name, key, meaning in (("stored_files", "files", "Stored files, as of the last sweep."),
-                               ("stored_bytes", "bytes", "Bytes of the stored files."),
+                               ("stored_bytes", "bytes", "Bytes on the disk, bookkeeping included."),
                                ("swept_files_total", "removedFiles", "Files that sweeps have removed."),
                                ("swept_bytes_total", "removedBytes", "Bytes that sweeps have freed.")):
         yield name, meaning, [("", swept.get(key, 0))]
@@ -8481,7 +8633,7 @@ def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
 
 def open_root(config: Config) -> Store:
     """The store below the root, made if it is missing; Unusable where it is no folder to read."""
-    store = Store(config.root or ".", config.root is not None, config.min_free)
+    store = Store(config.root or ".", config.root is not None, config.min_free, config.max_size)
     try:
         make_folder(store.root)
         hosts = store.found()
