@@ -8532,7 +8532,7 @@ OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("origins", "--parent", "URL", "proxy to ask, or none ($http_proxy, $https_proxy)", {}),
     ("origins", "--ca-file", "FILE", "PEM certificates to trust as well, for https (none)",
      _read_by(parse_name)),
-    ("origins", "--adopt", "DIR", "packages to use if proven the same, repeatable (none)",
+    ("origins", "--adopt", "DIR", "also use packages found here; may be repeated (none)",
      {**REPEATED, **_read_by(parse_name)}),
     ("origins", "--offline", "", "never ask one, serve what is stored (off)", {"action": "store_true"}),
     ("origins", "--max-orphans", "N", "downloads that go on without clients (%d)" % DEFAULTS.max_orphans,
