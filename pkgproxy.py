@@ -125,7 +125,7 @@ log = logging.getLogger("pkgproxy")
 
 Fields = tuple[tuple[str, str], ...]  # in the order of the wire; names compare without case
 
-UNAVAILABLE = (500, 502, 503, 504)  # an origin's words for "not now": stale beats them
+UNAVAILABLE_STATUSES = (500, 502, 503, 504)  # an origin's words for "not now": stale beats them
 
 # Limits, with their reasons.
 MAX_LINE = 16 * 1024  # request line, status line, one field: RFC 9112 §3 asks for 8,000; CDNs sign long
@@ -134,80 +134,80 @@ MAX_FIELDS = 200  # lines in a head: Apache allows 100, Go's http2 about 250
 MAX_RANGES = 512  # in one request: librepo asks for 256 at most and halves on refusal
 MAX_CONNECTIONS = 4000  # of clients, and fewer where descriptors are few: a thread each
 MAX_LOOKUPS = 64  # names being looked up at once: a thread each, and no deadline
-MAX_COPIES = 32  # small replies of this second, at hand to be sent again, each with an open file
-REMEMBERED = 1000  # results of a pure function that a hit needs again and again
+HOT_CACHE_SIZE = 32  # small replies of this second, at hand to be sent again, each with an open file
+LARGE_MEMO = 1000  # results of a pure function that a hit needs again and again
 MAX_MEMOIZED = 1000  # characters of an argument whose result is remembered; only strangers send longer names
 MAX_EVENTS = 10_000  # failures, or attempts, remembered
 MAX_LOG_LINES = 10_000  # that wait to be written; what is more is lost
 MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for the original
-CHUNK = 256 * 1024  # bytes moved at a time, where it is not the kernel that moves them
-SMALL = 64 * 1024  # bytes: a body up to this leaves together with its head
-BACKLOG = 256  # connections that wait to be accepted: a fleet that wakes up by cron comes all at once
-TURN = 4  # requests of one client that are answered before the next client's
-MOST_IDLE = 16  # threads that wait for more to do
-CREW_IDLE = 5.0  # seconds that they do so
-LONG = 8 * 1024 * 1024  # bytes: to send so many takes longer than to go to another processor
-PAUSE = 0.05  # seconds without a byte from an origin: time to let other instances see what has come
+COPY_SIZE = 256 * 1024  # bytes moved at a time, where it is not the kernel that moves them
+SMALL_BODY = 64 * 1024  # bytes: a body up to this leaves together with its head
+LISTEN_BACKLOG = 256  # connections that wait to be accepted: a fleet that wakes up by cron comes all at once
+REQUESTS_PER_TURN = 4  # requests of one client that are answered before the next client's
+MAX_IDLE_THREADS = 16  # threads that wait for more to do
+THREAD_IDLE_TIMEOUT = 5.0  # seconds that they do so
+LARGE_SEND = 8 * 1024 * 1024  # bytes: to send so many takes longer than to go to another processor
+PUBLISH_DELAY = 0.05  # seconds without a byte from an origin: time to let other instances see what has come
 SPACE_STEP = 1024 * 1024  # bytes that a download writes between two looks at the free space
 BLOCK = 4096  # bytes that a small file takes on most file systems
 SPARE_INODES = 500  # that eviction keeps free for new downloads, beyond the reserve
 MAX_SPARE = 10**9  # bytes that eviction keeps free for new downloads, beyond the limits
 MAX_FILTERS = 1024 * 1024  # characters in a filters file
-SHORT_HEAD = 4096  # bytes: a request head up to this is worth remembering
-BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
-EARLY = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
-PROOF = 4096  # bytes at each end of a package, that show whether another mirror's is the same
-TWINS = 8  # places that one name is looked for in
-VOUCHED = 3  # proofs in a row, after which one mirror's folder may stand in for another's
-SHOWN = 20  # requests, and downloads, on the status page
+MAX_MEMOIZED_HEAD = 4096  # bytes: a request head up to this is worth remembering
+MULTIPART_BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
+FULL_DOWNLOAD_RANGE = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
+PROOF_SIZE = 4096  # bytes at each end of a package, that show whether another mirror's is the same
+MAX_CANDIDATES = 8  # places that one name is looked for in
+MIN_MATCHING_FILES = 3  # proofs in a row, after which one mirror's folder may stand in for another's
+MAX_ROWS = 20  # requests, and downloads, on the status page
 MAX_ORIGINS = 40  # told apart there and in /metrics; what is more counts as "other"
-HINTS_AFTER = (20, 100)  # requests: by then it can be told that a proxy is of no use to its clients
+HINT_AFTER_REQUESTS = (20, 100)  # requests: by then it can be told that a proxy is of no use to its clients
 
 # Times, all in seconds.
-NEXT_ADDRESS = 0.25  # a try of another address of the same name: RFC 8305 §8 recommends it
-LOOKUP_WAIT = 20.0  # for the addresses of a name: a resolver asks a dead name server for 5 to 10 s
-PARENT_WAIT = 3.0  # for a connection to a parent proxy, where origins may be asked without it
+CONNECT_ATTEMPT_DELAY = 0.25  # a try of another address of the same name: RFC 8305 §8 recommends it
+DNS_TIMEOUT = 20.0  # for the addresses of a name: a resolver asks a dead name server for 5 to 10 s
+PARENT_CONNECT_TIMEOUT = 3.0  # for a connection to a parent proxy, where origins may be asked without it
 CONNECT_TIMEOUT = 10.0  # to all addresses of a name: pacman drops a server that says nothing for 10 s
 ORIGIN_TIMEOUT = 30.0  # of silence from an origin: dnf gives up after 30 s under 1,000 B/s
-ANSWER_WAIT = 40.0  # for the head of an answer, redirects and all: who waits is told within 45 s
-RESUME_WAIT = 10.0  # the same for the rest of a download: all tries fit into a stalled client's 90 s
-HEAD_WAIT = 45.0  # a follower's wait for its leader's head: what that may take, and some
-FLIGHT_WAIT = 45.0  # a follower's wait for one more byte of a partial: a stall, and a resumption
-WATCH_PAUSE = 0.03  # between two looks at what another instance downloads
-LEASE = 10  # a lease in memcached lapses after so long: then a follower takes over
-LEASE_RENEWAL = 3.0  # so often its leader renews it
-MEMCACHED_WAIT = 1.0  # for memcached's answer
-MEMCACHED_PAUSE = 5.0  # one that could not be asked is left alone for so long: less than a lease
-LAND_WAIT = 900.0  # and for a complete one to reach the disk: 10 GB at 12 MB/s
-VALIDATE_WAIT = 9.0  # for an origin, where a stored response can answer: pacman gives up after 10 s
-RESUME_PAUSES = (0.1, 0.3, 1.0, 2.0, 4.0)  # before each new try to go on with a download that broke off
-TROUBLE = 30.0  # an origin that could not be asked is not waited for again, where a stored one can answer
+RESPONSE_HEAD_TIMEOUT = 40.0  # for the head of an answer, redirects and all: who waits is told within 45 s
+RESUME_TIMEOUT = 10.0  # the same for the rest of a download: all tries fit into a stalled client's 90 s
+FOLLOWER_HEAD_TIMEOUT = 45.0  # a follower's wait for its leader's head: what that may take, and some
+FOLLOWER_STALL_TIMEOUT = 45.0  # a follower's wait for one more byte of a partial: a stall, and a resumption
+PEER_POLL_INTERVAL = 0.03  # between two looks at what another instance downloads
+LEASE_DURATION = 10  # a lease in memcached lapses after so long: then a follower takes over
+LEASE_RENEWAL_INTERVAL = 3.0  # so often its leader renews it
+MEMCACHED_TIMEOUT = 1.0  # for memcached's answer
+MEMCACHED_BACKOFF = 5.0  # one that could not be asked is left alone for so long: less than a lease
+COMMIT_TIMEOUT = 900.0  # and for a complete one to reach the disk: 10 GB at 12 MB/s
+VALIDATION_TIMEOUT = 9.0  # for an origin, where a stored response can answer: pacman gives up after 10 s
+RESUME_BACKOFF = (0.1, 0.3, 1.0, 2.0, 4.0)  # before each new try to go on with a download that broke off
+ORIGIN_BACKOFF = 30.0  # an origin that could not be asked is not waited for again, where a stored one can answer
 IDLE_TIMEOUT = 60.0  # of a client between two requests: apt thinks for long between two .debs
-REQUEST_WAIT = 30.0  # for a whole request head once it has begun (Apache gives 40 s, nginx 60)
-LINGER = 2.0  # reading what a client still sends after our last answer
+REQUEST_HEAD_TIMEOUT = 30.0  # for a whole request head once it has begun (Apache gives 40 s, nginx 60)
+LINGER_TIMEOUT = 2.0  # reading what a client still sends after our last answer
 CLIENT_TIMEOUT = 60.0  # of a client that neither reads nor writes in the middle of a message
-BODY_RATE = 1000  # bytes a second that a request's body must reach in the long run, as dnf asks of a mirror
+MIN_BODY_RATE = 1000  # bytes a second that a request's body must reach in the long run, as dnf asks of a mirror
 MIN_RATE = 4000  # bytes a second: a slower reply makes room for other clients, a slower orphan stops
 RATE_WINDOW = 10.0  # over which that is measured: a modem's acknowledgements come in bursts
-CONTINUE_WAIT = 1.0  # for an origin's word on Expect: 100-continue; then the body is sent all the same
-HALF_HEAD = 1.0  # a request head that takes longer makes place for another client, where there is no room
-TUNNEL_IDLE = 300.0  # a tunnel through which nothing moves is closed
-REFUSAL_PAUSE = 60.0  # between two log lines that tell of one refused client
-POOL_IDLE = 15.0  # an origin's connection waits this long for its next request (nginx closes at 75)
-LOG_PAUSE = 0.02  # a log line waits so long for others, that they are written together
-TIDY_EVERY = 5.0  # between two looks at what waits too long
+CONTINUE_TIMEOUT = 1.0  # for an origin's word on Expect: 100-continue; then the body is sent all the same
+SLOW_HEAD_AGE = 1.0  # a request head that takes longer makes place for another client, where there is no room
+TUNNEL_IDLE_TIMEOUT = 300.0  # a tunnel through which nothing moves is closed
+REFUSAL_LOG_INTERVAL = 60.0  # between two log lines that tell of one refused client
+POOL_IDLE_TIMEOUT = 15.0  # an origin's connection waits this long for its next request (nginx closes at 75)
+LOG_BATCH_DELAY = 0.02  # a log line waits so long for others, that they are written together
+POOL_CLEANUP_INTERVAL = 5.0  # between two looks at what waits too long
 OPEN_FOR = 3600.0  # a host is looked at so seldom, where only a body without a head is to be given away
-LAME = 300.0  # an address that failed is tried after the others of its name
+ADDRESS_PENALTY = 300.0  # an address that failed is tried after the others of its name
 POOL_SIZE = 8  # idle connections kept to one origin
 POOL_TOTAL = 24  # and to all: each is a descriptor
-GRACE = 8.0  # running replies get this long after SIGTERM; systemd and docker kill after 10
+SHUTDOWN_GRACE = 8.0  # running replies get this long after SIGTERM; systemd and docker kill after 10
 DAY = 86400.0
-SWEEP_EVERY = 300.0  # between two looks at the disk
-SWEEP_PAUSE = 10.0  # at least, however often the disk is full
-RECENT = 60.0  # what was used so lately is not swept
-ADOPT_EVERY = 6 * 3600.0  # between two looks at the folders of --adopt
-STATUS_EVERY = 10.0  # between two of our states that a service manager shows
-SAVE_EVERY = 60.0  # between two looks at whether the counters have to be saved
+EVICTION_INTERVAL = 300.0  # between two looks at the disk
+MIN_EVICTION_PAUSE = 10.0  # at least, however often the disk is full
+MIN_EVICTION_AGE = 60.0  # what was used so lately is not swept
+ADOPT_SCAN_INTERVAL = 6 * 3600.0  # between two looks at the folders of --adopt
+NOTIFY_INTERVAL = 10.0  # between two of our states that a service manager shows
+HISTORY_SAVE_INTERVAL = 60.0  # between two looks at whether the counters have to be saved
 
 # What the status page plots: seconds a slot, and how many slots.
 PLOTS = {"hour": (60, 60), "day": (900, 96), "month": (21600, 120)}
@@ -216,7 +216,7 @@ PLOTS = {"hour": (60, 60), "day": (900, 96), "month": (21600, 120)}
 _T = TypeVar("_T")
 
 
-def changed(original: _T, **changes: Any) -> _T:
+def replace_fields(original: _T, **changes: Any) -> _T:
     """A dataclass of ours with other values.  dataclasses.replace takes four times as long, and a miss makes
     ten of them."""
     copy = object.__new__(type(original))
@@ -226,7 +226,7 @@ def changed(original: _T, **changes: Any) -> _T:
 
 def memoize(function: Callable[[str], _T]) -> Callable[[str], _T]:
     """Remember the results of a pure function for the last short arguments."""
-    known = functools.lru_cache(REMEMBERED)(function)
+    known = functools.lru_cache(LARGE_MEMO)(function)
     return functools.wraps(function)(lambda text: (known if len(text) <= MAX_MEMOIZED else function)(text))
 
 
@@ -253,7 +253,7 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parent:
+class ParentProxy:
     """A proxy that origins are asked through."""
 
     place: Target
@@ -283,7 +283,7 @@ class Config:
     barrier: tuple[tuple[str, int], ...] = ()  # memcached servers; none: the file system's locks
     pseudonym: str = "pkgproxy"  # our name in Via and Cache-Status (RFC 9110 §7.6.3)
     ca_file: str | None = None  # certificates (PEM) that are trusted besides the system's
-    parents: tuple[tuple[str, Parent], ...] = ()  # by the scheme of the origins
+    parents: tuple[tuple[str, ParentProxy], ...] = ()  # by the scheme of the origins
     no_proxy: tuple[str, ...] = ()  # origins that are asked without a parent
     adopt: tuple[str, ...] = ()  # folders with packages that are the user's own
     names: tuple[str, ...] = ()  # by which clients call this proxy, besides the host's own
@@ -313,13 +313,13 @@ class Request:
     body: Readable | None = None
     length: int | None = 0  # of the body; None: chunked
     client: str = "127.0.0.1"
-    local: str = ""  # our address by which the client reached us
+    server_address: str = ""  # our address by which the client reached us
     received: float = 0.0  # clock time
     key: str = ""  # cache key (RFC 9111 §2)
-    own: bool = False  # for our own pages
-    prefix: str = ""  # what the client wrote before the target: "/", or HTTPS_HOST
-    near: bool = False  # the client is on this host
-    missing: bool = False  # a moment ago nothing was stored for it
+    is_own_page: bool = False  # for our own pages
+    client_prefix: str = ""  # what the client wrote before the target: "/", or HTTPS_HOST
+    client_is_local: bool = False  # the client is on this host
+    known_missing: bool = False  # a moment ago nothing was stored for it
 
     def __hash__(self) -> int:
         """Enough to remember results by: a body has none, and all fields take long."""
@@ -327,30 +327,30 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Head:
+class ResponseHead:
     """Status and fields of a response, live or stored.  Times are clock seconds."""
 
     status: int
     reason: str
     fields: Fields
     key: str = ""  # requested: what it is stored under
-    final: str = ""  # the target that answered, after redirects
+    final_uri: str = ""  # the target that answered, after redirects
     vary: Fields = ()  # the request's fields that Vary names (RFC 9111 §4.1)
-    requested: float = 0.0  # when the request for it, or its last validation, was sent
-    received: float = 0.0  # when it, or its last validation, arrived
+    request_time: float = 0.0  # when the request for it, or its last validation, was sent
+    response_time: float = 0.0  # when it, or its last validation, arrived
     size: int = -1  # of the body it describes
     mtime_ns: int = 0  # of the body it describes: with size, the body's name (DESIGN §4)
-    boot: str = ""  # of the machine, where its body may not have reached the disk yet
-    flushed: int = -1  # bytes of such a body that have, as far as is known
-    guarded: bool = False  # it came from where only clients on this host may go: it is for them alone
-    like: str = ""  # what its body was found to be the same as, instead of being fetched
+    boot_id: str = ""  # of the machine, where its body may not have reached the disk yet
+    flushed_size: int = -1  # bytes of such a body that have, as far as is known
+    local_clients_only: bool = False  # it came from where only clients on this host may go: it is for them alone
+    same_as: str = ""  # what its body was found to be the same as, instead of being fetched
 
     def __hash__(self) -> int:
         """Enough to remember results by."""
-        return hash((self.key, self.mtime_ns, self.received))
+        return hash((self.key, self.mtime_ns, self.response_time))
 
 
-class OpenFile(Protocol):
+class RandomAccessFile(Protocol):
     """An open file whose readers do not move the position that its writer is at."""
 
     def fileno(self) -> int:
@@ -362,13 +362,13 @@ class OpenFile(Protocol):
         ...
 
 
-class Slice(NamedTuple):
+class FileSlice(NamedTuple):
     """A part of an open file, for the kernel to send: ``stop`` is exclusive."""
 
-    file: OpenFile
+    file: RandomAccessFile
     start: int
     stop: int
-    rest: Callable[[int, int], Iterator[bytes]] | None = None  # what comes instead where it cannot be read
+    fallback: Callable[[int, int], Iterator[bytes]] | None = None  # what comes instead where it cannot be read
 
     @property
     def size(self) -> int:
@@ -376,12 +376,12 @@ class Slice(NamedTuple):
         return self.stop - self.start
 
 
-UNKNOWN = 2**62  # the stop of a span that ends where the body ends
+UNKNOWN_END = 2**62  # the stop of a span that ends where the body ends
 Span = Union[bytes, "tuple[int, int]"]  # literal bytes, or [start, stop) of a representation
 
 
 @dataclasses.dataclass(frozen=True)
-class Swept:
+class EvictionReport:
     """What a sweep found and did."""
 
     files: int  # stored responses found
@@ -390,17 +390,17 @@ class Swept:
     freed: int  # bytes
 
 
-class Body(Protocol):
+class ResponseBody(Protocol):
     """A reply's body.  Whoever holds it closes it; close() may be called again."""
 
     length: int | None  # bytes; None: known only at its end
 
     @property
-    def uncached(self) -> int:
+    def origin_bytes(self) -> int:
         """Bytes so far that did not come from the cache: an origin's, and multipart lines."""
         ...
 
-    def parts(self) -> Iterator[bytes | Slice]:
+    def chunks(self) -> Iterator[bytes | FileSlice]:
         """Yield the body in order; raise OSError or Failure where it cannot be completed."""
         ...
 
@@ -427,10 +427,10 @@ class Outcome(enum.Enum):
     FAILED = "failed"  # the origin's fault
 
 
-FROM_CACHE = (Outcome.HIT, Outcome.VALIDATED, Outcome.STALE, Outcome.COLLAPSED, Outcome.SHARED)
+CACHE_OUTCOMES = (Outcome.HIT, Outcome.VALIDATED, Outcome.STALE, Outcome.COLLAPSED, Outcome.SHARED)
 
 
-class Sent(NamedTuple):
+class SendResult(NamedTuple):
     """What has left of an answer."""
 
     size: int  # bytes of its body
@@ -460,7 +460,7 @@ class NameClass(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
+class CachePolicy:
     """Where a name's class overrules what the origin says of a response."""
 
     lifetime: float | None  # seconds it is fresh; None: the origin's word (RFC 9111 §4.2)
@@ -474,19 +474,19 @@ class Policy:
 # A mirror's max-age knows nothing of packages: this is the one place where its word doesn't count.
 POLICIES = {
     # A name that holds a digest of its content, or as good as one, never means anything else.
-    NameClass.CONTENT: Policy(math.inf, None, heeds_max_age=False, redirects=True, html=False,
+    NameClass.CONTENT: CachePolicy(math.inf, None, heeds_max_age=False, redirects=True, html=False,
                               always_stale=True),
     # A package's name and version mean one file, but for those that are uploaded again.
-    NameClass.PACKAGE: Policy(math.inf, DAY, heeds_max_age=True, redirects=True, html=False,
+    NameClass.PACKAGE: CachePolicy(math.inf, DAY, heeds_max_age=True, redirects=True, html=False,
                               always_stale=True),
     # An index must be right now, and fit its neighbours; its clients check its signature and date.
-    NameClass.INDEX: Policy(0, None, heeds_max_age=True, redirects=True, html=True, always_stale=True),
-    NameClass.OTHER: Policy(None, None, heeds_max_age=True, redirects=False, html=True, always_stale=False),
+    NameClass.INDEX: CachePolicy(0, None, heeds_max_age=True, redirects=True, html=True, always_stale=True),
+    NameClass.OTHER: CachePolicy(None, None, heeds_max_age=True, redirects=False, html=True, always_stale=False),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Decision:
+class CacheDecision:
     """What to do with a request, and why: ``forward`` is the reason in Cache-Status' words."""
 
     action: Action
@@ -496,7 +496,7 @@ class Decision:
     refresh: bool = False  # serve, and validate in the background
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> CachePolicy:
         """What the name's class overrules."""
         return POLICIES[self.name_class]
 
@@ -513,7 +513,7 @@ class CacheStatus:
     detail: str = ""
 
 
-class Failure(Exception):
+class ProxyError(Exception):
     """A request that cannot be satisfied; ``status`` and the sentence go to the client."""
 
     status = 500
@@ -525,17 +525,17 @@ class Failure(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Reply:
+class Response:
     """What the Door sends."""
 
-    head: Head
-    body: Body
+    head: ResponseHead
+    body: ResponseBody
     cache_status: CacheStatus
-    counted: bool = False  # its body bytes come from the cache
-    instead: Callable[[Exception], Reply] | None = None  # if the body fails before its first byte
+    counts_as_cached: bool = False  # its body bytes come from the cache
+    fallback: Callable[[Exception], Response] | None = None  # if the body fails before its first byte
 
 
-class TooMuch(ValueError):
+class HeadTooLargeError(ValueError):
     """A head, or a line of one, that is larger than we take; ``status`` is what a client is told."""
 
     def __init__(self, sentence: str, status: int = 431) -> None:
@@ -543,13 +543,13 @@ class TooMuch(ValueError):
         self.status = status
 
 
-class BadRequest(Failure):
+class BadRequestError(ProxyError):
     """The client's message breaks RFC 9112 (400, 414, 431 …): the connection is closed."""
 
     status = 400
 
 
-class OriginFailure(Failure):
+class OriginError(ProxyError):
     """The origin refused the connection, or answered what is no HTTP (502)."""
 
     status = 502
@@ -564,25 +564,25 @@ class OriginFailure(Failure):
         self.unreachable = unreachable or self.status == 504
 
 
-class OriginTimeout(OriginFailure):
+class OriginTimeoutError(OriginError):
     """The origin did not answer in time (504)."""
 
     status = 504
 
 
-class Truncated(OriginFailure):
+class TruncatedBodyError(OriginError):
     """The origin's body ended before its declared length."""
 
 
-class Changed(OriginFailure):
+class CannotResumeError(OriginError):
     """What has begun cannot be, or is not to be, gone on with: the origin has another file now, say."""
 
 
-class Abandoned(Changed):
+class DownloadAbandonedError(CannotResumeError):
     """Nobody waits for a download any more, and others without a client go on already."""
 
 
-class LocalFailure(Exception):
+class StorageError(Exception):
     """The cache cannot be used; the reply must not suffer (invariant 6)."""
 
     def __init__(self, error: OSError) -> None:
@@ -611,17 +611,17 @@ HOP_BY_HOP = frozenset(
      "proxy-authentication-info", "te", "trailer", "transfer-encoding", "upgrade"))
 
 
-def values(fields: Fields, name: str) -> tuple[str, ...]:
+def field_values(fields: Fields, name: str) -> tuple[str, ...]:
     """Every value of a field, in order.
 
-    >>> values((("Via", "1.1 a"), ("via", "1.1 b")), "Via")
+    >>> field_values((("Via", "1.1 a"), ("via", "1.1 b")), "Via")
     ('1.1 a', '1.1 b')
     """
     name = name.lower()
     return tuple([text for other, text in fields if other.lower() == name])
 
 
-def value(fields: Fields, name: str) -> str | None:
+def field_value(fields: Fields, name: str) -> str | None:
     """The first value of a field, or None: absent is not empty."""
     name = name.lower()
     for other, text in fields:
@@ -630,13 +630,13 @@ def value(fields: Fields, name: str) -> str | None:
     return None
 
 
-def members(fields: Fields, name: str) -> list[str]:
+def list_members(fields: Fields, name: str) -> list[str]:
     """The members of a list-valued field without quoted strings, in lower case (RFC 9110 §5.6.1)."""
-    parts = ",".join(values(fields, name)).lower().split(",")
+    parts = ",".join(field_values(fields, name)).lower().split(",")
     return [part.strip(" \t") for part in parts if part.strip(" \t")]
 
 
-def without(fields: Fields, names: Iterable[str]) -> Fields:
+def without_fields(fields: Fields, names: Iterable[str]) -> Fields:
     """The fields whose names (lower case) are not among ``names``."""
     drop = frozenset(names)
     return tuple((name, text) for name, text in fields if name.lower() not in drop)
@@ -648,7 +648,7 @@ def _only(fields: Fields, names: frozenset[str]) -> Fields:
 
 def end_to_end(fields: Fields) -> Fields:
     """The fields that a proxy passes on: RFC 9110 §7.6.1.  Content-Length is the framing's."""
-    return without(fields, HOP_BY_HOP.union(members(fields, "Connection"), ("content-length",)))
+    return without_fields(fields, HOP_BY_HOP.union(list_members(fields, "Connection"), ("content-length",)))
 
 
 def parse_fields(lines: list[str]) -> Fields:
@@ -658,7 +658,7 @@ def parse_fields(lines: list[str]) -> Fields:
     (('Host', 'a'), ('X', 'b c'))
     """
     if len(lines) > MAX_FIELDS:
-        raise TooMuch("more than %d fields" % MAX_FIELDS)
+        raise HeadTooLargeError("more than %d fields" % MAX_FIELDS)
     fields = []
     for line in lines:
         name, colon, text = line.partition(":")
@@ -668,15 +668,15 @@ def parse_fields(lines: list[str]) -> Fields:
     return tuple(fields)
 
 
-def kept_fields(fields: Fields) -> Fields:
+def storable_fields(fields: Fields) -> Fields:
     """What is stored of a response's fields: a cookie is for one client only."""
-    return without(end_to_end(fields), ("set-cookie",))
+    return without_fields(end_to_end(fields), ("set-cookie",))
 
 
-def seconds(text: str | None) -> int:
+def parse_delta_seconds(text: str | None) -> int:
     """delta-seconds (RFC 9111 §1.2.2): what is none counts as 0, what is huge as 2**31.
 
-    >>> [seconds(text) for text in ("60", "-1", None, "9" * 30, "1.5")]
+    >>> [parse_delta_seconds(text) for text in ("60", "-1", None, "9" * 30, "1.5")]
     [60, 0, 0, 2147483648, 0]
     """
     if text is None or not (text.isascii() and text.isdigit()):
@@ -684,19 +684,19 @@ def seconds(text: str | None) -> int:
     return min(int(text[:12]), 2**31)
 
 
-def directives(fields: Fields, name: str = "Cache-Control") -> dict[str, str | None]:
+def cache_directives(fields: Fields, name: str = "Cache-Control") -> dict[str, str | None]:
     """Parse Cache-Control (RFC 9111 §5.2); of a repeated directive the smaller argument counts.
 
-    >>> directives((("Cache-Control", 'max-age=5, private="a, b"'), ("cache-control", "MAX-AGE=3")))
+    >>> cache_directives((("Cache-Control", 'max-age=5, private="a, b"'), ("cache-control", "MAX-AGE=3")))
     {'max-age': '3', 'private': 'a, b'}
     """
     found: dict[str, str | None] = {}
-    for match in _DIRECTIVE.finditer(",".join(values(fields, name))):
+    for match in _DIRECTIVE.finditer(",".join(field_values(fields, name))):
         if match[1] is None:
             continue  # a quoted string on its own
         key = match[1].lower()
         argument = match[2] if match[2] is not None else match[3]
-        if key not in found or (argument or "0").isdigit() and seconds(argument) < seconds(found[key]):
+        if key not in found or (argument or "0").isdigit() and parse_delta_seconds(argument) < parse_delta_seconds(found[key]):
             found[key] = argument
     return found
 
@@ -731,7 +731,7 @@ def parse_date(text: str | None) -> float | None:
     return None
 
 
-def http_date(clock: float) -> str:
+def format_http_date(clock: float) -> str:
     """An IMF-fixdate (RFC 9110 §5.6.7)."""
     return formatdate(int(clock), usegmt=True)
 
@@ -747,14 +747,14 @@ def parse_request_line(line: str) -> tuple[str, str, tuple[int, int]]:
     """
     parts = line.split(" ")
     if len(parts) != 3 or not _TOKEN.fullmatch(parts[0]) or not parts[1]:
-        raise BadRequest("The request line is not 'METHOD target HTTP/1.1'.")
+        raise BadRequestError("The request line is not 'METHOD target HTTP/1.1'.")
     if re.search(r"[\x00-\x20\x7f]", parts[1]):
-        raise BadRequest("The request target holds a control character.")
+        raise BadRequestError("The request target holds a control character.")
     match = re.fullmatch(r"HTTP/(\d)\.(\d)", parts[2])
     if not match:
-        raise BadRequest("The request line does not end in an HTTP version.")
+        raise BadRequestError("The request line does not end in an HTTP version.")
     if match[1] != "1":
-        raise BadRequest("HTTP/%s.%s is not spoken here; use HTTP/1.1." % (match[1], match[2]), 505)
+        raise BadRequestError("HTTP/%s.%s is not spoken here; use HTTP/1.1." % (match[1], match[2]), 505)
     return parts[0], parts[1], (1, min(int(match[2]), 1))
 
 
@@ -772,7 +772,7 @@ def parse_status_line(line: str) -> tuple[tuple[int, int], int, str]:
 
 def content_length(fields: Fields) -> int | None:
     """The one Content-Length (RFC 9112 §6.2), None without; ValueError where they are in doubt."""
-    found = {part.strip(" \t") for text in values(fields, "Content-Length") for part in text.split(",")}
+    found = {part.strip(" \t") for text in field_values(fields, "Content-Length") for part in text.split(",")}
     if not found:
         return None
     text = found.pop()
@@ -783,8 +783,8 @@ def content_length(fields: Fields) -> int | None:
 
 def is_chunked(fields: Fields) -> bool:
     """Whether the body is chunked (RFC 9112 §6.1); ValueError for a coding that we don't speak."""
-    codings = members(fields, "Transfer-Encoding")
-    if not codings and value(fields, "Transfer-Encoding") is None:
+    codings = list_members(fields, "Transfer-Encoding")
+    if not codings and field_value(fields, "Transfer-Encoding") is None:
         return False
     if codings != ["chunked"]:
         raise ValueError("Transfer-Encoding other than chunked")
@@ -797,7 +797,7 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7
 def parse_chunk_size(line: bytes) -> int:
     """The size in a chunk's first line, with its CRLF (RFC 9112 §7.1); ValueError.
 
-    >>> parse_chunk_size(b"1f;name=value\\r\\n")
+    >>> parse_chunk_size(b"1f;name=field_value\\r\\n")
     31
     """
     match = _CHUNK_SIZE.fullmatch(line)
@@ -811,11 +811,11 @@ def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
     try:
         length, chunked = content_length(fields), is_chunked(fields)
     except ValueError as error:
-        raise BadRequest("The body's framing is not clear: %s." % error) from None
-    if len(values(fields, "Content-Length")) > 1 or "," in (value(fields, "Content-Length") or ""):
-        raise BadRequest("The body's framing is not clear: more than one Content-Length.")
+        raise BadRequestError("The body's framing is not clear: %s." % error) from None
+    if len(field_values(fields, "Content-Length")) > 1 or "," in (field_value(fields, "Content-Length") or ""):
+        raise BadRequestError("The body's framing is not clear: more than one Content-Length.")
     if chunked and (length is not None or version < (1, 1)):
-        raise BadRequest("The body's framing is not clear: both Content-Length and Transfer-Encoding.")
+        raise BadRequestError("The body's framing is not clear: both Content-Length and Transfer-Encoding.")
     return None if chunked else length or 0
 
 
@@ -833,17 +833,17 @@ def split_authority(authority: str, default_port: int) -> tuple[str, int]:
     userinfo, _, place = authority.rpartition("@")
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::(\d{0,5}))?", place)
     if not match or not _USERINFO.fullmatch(userinfo):
-        raise BadRequest("The URL has no valid host and port.")  # what it has may be part of a password
+        raise BadRequestError("The URL has no valid host and port.")  # what it has may be part of a password
     host, port = match[1].lower(), int(match[2] or default_port)
     if host.startswith("["):
         try:
             host = ipaddress.IPv6Address(host[1:-1]).compressed
         except ValueError:
-            raise BadRequest("'%.80s' is no IPv6 address." % host) from None
+            raise BadRequestError("'%.80s' is no IPv6 address." % host) from None
     elif not _HOST.fullmatch(host):
-        raise BadRequest("'%.80s' is no host name." % host)
+        raise BadRequestError("'%.80s' is no host name." % host)
     if not 0 < port < 65536:
-        raise BadRequest("%d is no port." % port)
+        raise BadRequestError("%d is no port." % port)
     return host, port
 
 
@@ -892,7 +892,7 @@ def parse_target(uri: str) -> Target:
     """
     match = re.fullmatch(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", uri, re.I | re.S)
     if not match:
-        raise BadRequest("The request target is not an http or https URL.")
+        raise BadRequestError("The request target is not an http or https URL.")
     scheme = match[1].lower()
     host, port = split_authority(match[2], 443 if scheme == "https" else 80)
     path, mark, query = _ODD.sub(_percent, match[3]).partition("?")
@@ -916,7 +916,7 @@ _OWN_PAGE = re.compile(r"/(?:debug/.*|setup/.*|status\.json|metrics|healthz|wpad
                        r"|robots\.txt)?(?:\?.*)?", re.S)
 
 
-def is_intercepted(path: str, host: str, local: tuple[str, int]) -> bool:
+def is_transparent(path: str, host: str, local: tuple[str, int]) -> bool:
     """Whether a client that asks for a path of a host believes to talk to that host itself, on port 80,
     from where a firewall led it to us: ``local``, our address and port.  Our own name has our port, is
     our address, or has no dot."""
@@ -927,19 +927,19 @@ def is_intercepted(path: str, host: str, local: tuple[str, int]) -> bool:
     return not (ours and _OWN_PAGE.fullmatch(path))
 
 
-def origin_form(path: str, host: str, local: tuple[str, int]) -> tuple[Target | None, str]:
+def parse_origin_form(path: str, host: str, local: tuple[str, int]) -> tuple[Target | None, str]:
     """Where a request in origin-form goes, None for our own pages; and the prefix before the target's URL.
 
-    >>> origin_form("/https%3A/example.org%3A444/x", "proxy:9999", ("10.0.0.1", 9999))
+    >>> parse_origin_form("/https%3A/example.org%3A444/x", "proxy:9999", ("10.0.0.1", 9999))
     (Target(scheme='https', host='example.org', port=444, path='/x'), '/')
     """
     match = _WRITTEN_OUT.fullmatch(path)
     if match:
         written = match[1] or "https", urllib.parse.unquote(match[2]), match[3]
         return parse_target("%s://%s%s" % written), "/"
-    if is_intercepted(path, host, local):
+    if is_transparent(path, host, local):
         target = parse_target("http://" + host + path.lstrip("*"))
-        return changed(target, path=path) if path == "*" else target, ""
+        return replace_fields(target, path=path) if path == "*" else target, ""
     match = _NAMED.fullmatch(path)
     if match:
         return parse_target("http://%s%s" % (urllib.parse.unquote(match[1]), match[2])), "/"
@@ -961,44 +961,44 @@ def called_name(request: Request) -> str:
     """The name by which a browser believes to know this proxy, "" if it does not matter: an ordinary target,
     a client without a Host field (no browser), or wpad.dat, which is asked for under any domain's wpad and
     tells no more than the name."""
-    if not (request.own or request.prefix) or request.own and request.uri.startswith("/wpad.dat"):
+    if not (request.is_own_page or request.client_prefix) or request.is_own_page and request.uri.startswith("/wpad.dat"):
         return ""
-    return split_authority(value(request.fields, "Host") or "localhost", 80)[0].rstrip(".")
+    return split_authority(field_value(request.fields, "Host") or "localhost", 80)[0].rstrip(".")
 
 
-def under_prefix(prefix: str, target: Target) -> str:
+def with_client_prefix(prefix: str, target: Target) -> str:
     """How a client that writes a prefix must write a target, so that it comes through us again."""
     if prefix == HTTPS_HOST:
         return target.uri if target.scheme == "http" else HTTPS_HOST + target.authority + target.path
     return prefix + target.uri
 
 
-def request_target(method: str, uri: str, host: str, local: tuple[str, int]) -> tuple[Target | None, str]:
+def parse_request_target(method: str, uri: str, host: str, local: tuple[str, int]) -> tuple[Target | None, str]:
     """Where a request goes (RFC 9112 §3.2, §3.3), None for our own pages; and the prefix before it."""
     if method == "CONNECT":
         if "@" in uri or not re.search(r":\d+$", uri):
-            raise BadRequest("CONNECT wants host:port.")
+            raise BadRequestError("CONNECT wants host:port.")
         return Target("https", *split_authority(uri, 443), ""), ""
     if uri == "*" and method == "OPTIONS" or uri.startswith("/"):
-        return origin_form(uri, host, local)
+        return parse_origin_form(uri, host, local)
     match = _HTTPS_HOST.fullmatch(uri)
     if match:
         return parse_target("https://" + match[1]), HTTPS_HOST
     target = parse_target(uri)
     if method == "OPTIONS" and re.fullmatch(r"https?://[^/?#]+", uri, re.I):  # RFC 9112 §3.2.4
-        return changed(target, path="*"), ""
+        return replace_fields(target, path="*"), ""
     # Who knows us as a proxy sends what has our prefix to us as a proxy, too.
     if target.port == local[1] and (target.host == local[0] or _WRITTEN_OUT.fullmatch(target.path)):
-        inner, prefix = origin_form(target.path, "", local)
+        inner, prefix = parse_origin_form(target.path, "", local)
         return inner or (None if _OWN_PAGE.fullmatch(target.path) else target), prefix
     return target, ""
 
 
-def host_field(version: tuple[int, int], fields: Fields) -> str:
+def parse_host_field(version: tuple[int, int], fields: Fields) -> str:
     """The one Host field (RFC 9112 §3.2), "" where there is none, or nothing in it; BadRequest."""
-    hosts = values(fields, "Host")
+    hosts = field_values(fields, "Host")
     if len(hosts) > 1 or not hosts and version >= (1, 1):
-        raise BadRequest("The request has no Host field, or several.")
+        raise BadRequestError("The request has no Host field, or several.")
     if hosts and hosts[0]:
         split_authority(hosts[0], 80)  # some send userinfo there too
     return hosts[0] if hosts else ""
@@ -1028,7 +1028,7 @@ def _file_name(segment: str, windows: bool) -> str:
     return segment
 
 
-def file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
+def cache_file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
     """Where a cache key's body may lie, relative to the root: its natural name and its hashed one.
 
     A caret stands in no URL, so it marks what a file system can't hold as it is: ``^`` is an empty
@@ -1036,7 +1036,7 @@ def file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
     hashed one also serves where the natural one is taken (a URL that is both file and folder).
     No two keys share a name.
 
-    >>> file_names("http://a/b/metalink?x=/y")[0]
+    >>> cache_file_names("http://a/b/metalink?x=/y")[0]
     'a/b/metalink?x=^2Fy'
     """
     scheme, _, rest = key.partition("://")
@@ -1063,18 +1063,18 @@ def parse_request(lines: list[str], local: tuple[str, int] = ("", 0)) -> Request
     try:
         fields = parse_fields(lines[1:])
     except ValueError as error:
-        raise BadRequest("A field is not clear: %s." % error, getattr(error, "status", 400)) from None
+        raise BadRequestError("A field is not clear: %s." % error, getattr(error, "status", 400)) from None
     length = request_framing(version, fields)
-    target, prefix = request_target(method, uri, host_field(version, fields), local)
-    if method == "CONNECT" and (length != 0 or value(fields, "Content-Length") is not None):
-        raise BadRequest("CONNECT has no body.")
+    target, prefix = parse_request_target(method, uri, parse_host_field(version, fields), local)
+    if method == "CONNECT" and (length != 0 or field_value(fields, "Content-Length") is not None):
+        raise BadRequestError("CONNECT has no body.")
     key = cache_key(target) if target and target.path not in ("", "*") else ""
     if target is None:
         uri = re.sub(r"\A\w+://[^/?]*", "", uri) or "/"  # our own page's path
     elif prefix or uri.startswith("/"):
         uri = target.uri  # what filters and readers of the log look for
     return Request(method, uri, target or Target("", "", 0, uri), fields, version, length=length, key=key,
-                   own=target is None, prefix=prefix)
+                   is_own_page=target is None, client_prefix=prefix)
 
 
 # Name classes (index and package names of every package manager) -----------------------------
@@ -1138,10 +1138,10 @@ _GO_MODULE = re.compile(r"/@v/v\d[^/]*\.(?:info|mod|zip)")
 
 
 @memoize
-def classify(key: str) -> NameClass:
+def classify_name(key: str) -> NameClass:
     """The class of the name that a cache key holds; a signature has that of what it signs.
 
-    >>> [classify("http://a" + path).value for path in ("/dists/x/by-hash/SHA256/" + "0" * 64,
+    >>> [classify_name("http://a" + path).value for path in ("/dists/x/by-hash/SHA256/" + "0" * 64,
     ...     "/pool/c/curl_7.88.1-10_amd64.deb", "/core.db.sig", "/jenkins_amd64.deb")]
     ['content-named', 'package', 'index', 'other']
     """
@@ -1174,35 +1174,35 @@ _DIGEST = re.compile(
 _EPOCH = re.compile(r"_\d+:(?=[^_]*_[^_]*deb)")  # apt writes it into names in /var/cache, mirrors don't
 
 
-def digest_of(key: str) -> tuple[str, str] | None:
+def digest_in_name(key: str) -> tuple[str, str] | None:
     """Algorithm and digest of the very body, where a content-named key holds one that nobody can forge.
 
-    >>> digest_of("http://a/by-hash/SHA256/" + "0" * 64)[0]
+    >>> digest_in_name("http://a/by-hash/SHA256/" + "0" * 64)[0]
     'sha256'
     """
     match = None if _SIGNATURE.search(key) else _DIGEST.search(urllib.parse.unquote(key, "latin-1"))
-    if match is None or classify(key) is not NameClass.CONTENT:
+    if match is None or classify_name(key) is not NameClass.CONTENT:
         return None
     digest = (match[1] or match[2]).replace("/", "")
     return "sha256" if len(digest) == 64 else "sha512", digest
 
 
-def common_name(key: str) -> str:
+def shareable_name(key: str) -> str:
     """What a file is called on each mirror that has it: its digest, or a package's own name; "" for what
     may be another file in each folder."""
-    digest = digest_of(key)
+    digest = digest_in_name(key)
     name = urllib.parse.unquote(key.rpartition("/")[2], "latin-1")
     telling = len(name) > 5 and re.search(r"\d", name) and not _GO_MODULE.search(key)
     if digest is None and ("?" in key or not telling
-                           or classify(key) not in (NameClass.PACKAGE, NameClass.CONTENT)):
+                           or classify_name(key) not in (NameClass.PACKAGE, NameClass.CONTENT)):
         return ""
     return _EPOCH.sub("_", name) if digest is None else digest[1]
 
 
-def mirror_folders(key: str, other: str) -> tuple[str, str]:
+def mirror_prefixes(key: str, other: str) -> tuple[str, str]:
     """Two keys without the end that they have in common: two mirrors of one repository.
 
-    >>> mirror_folders("http://a/x/pool/b_1.deb", "http://b/y/z/pool/b_1.deb")
+    >>> mirror_prefixes("http://a/x/pool/b_1.deb", "http://b/y/z/pool/b_1.deb")
     ('http://a/x', 'http://b/y/z')
     """
     one, two = key.split("/"), other.split("/")
@@ -1230,7 +1230,7 @@ def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddre
         raise ValueError("%s; write %s or 203.0.113.0/24" % (error, ", ".join(NETWORKS))) from None
 
 
-def plain_address(text: str) -> str:
+def unmap_ipv4(text: str) -> str:
     """An address without its disguise as IPv6: what a dual-stack socket calls ::ffff:10.0.0.1."""
     return text[len("::ffff:"):] if text.startswith("::ffff:") and "." in text else text
 
@@ -1246,11 +1246,11 @@ def client_network(address: str) -> str:
     return ipaddress.IPv6Address(text).packed[:8].hex() if ":" in text else text
 
 
-@functools.lru_cache(REMEMBERED)
-def may_come_in(address: str, allow: Iterable[str]) -> bool:
+@functools.lru_cache(LARGE_MEMO)
+def is_client_allowed(address: str, allow: Iterable[str]) -> bool:
     """Whether a client's address is in the allowed networks.
 
-    >>> [may_come_in(a, ("private",)) for a in ("::ffff:10.0.0.1", "fe80::1%eth0", "8.8.8.8")]
+    >>> [is_client_allowed(a, ("private",)) for a in ("::ffff:10.0.0.1", "fe80::1%eth0", "8.8.8.8")]
     [True, True, False]
     """
     try:
@@ -1290,7 +1290,7 @@ def parse_barrier(text: str) -> tuple[tuple[str, int], ...]:
     scheme, mark, places = text.partition("://")
     try:
         servers = tuple(split_authority(place, 11211) for place in places.split(","))
-    except Failure:
+    except ProxyError:
         servers = ()
     if scheme != "memcached" or not mark or not all(host and port for host, port in servers) or not servers:
         raise ValueError("'%s' is no barrier; write memcached://HOST:PORT[,HOST:PORT]" % text)
@@ -1305,11 +1305,11 @@ _METADATA = tuple(map(ipaddress.ip_network, (
     "fd00:42::42", "fd00:a9fe:a9fe::1")))  # Scaleway, Akamai
 
 
-def is_guarded(address: str) -> bool:
+def is_protected_address(address: str) -> bool:
     """Whether an address is of this host or its link alone, and not for clients from elsewhere: loopback,
     link-local, cloud metadata, unspecified, multicast, broadcast, in whatever disguise.
 
-    >>> [is_guarded(a) for a in ("127.9.9.9", "::ffff:169.254.169.254", "2002:7f00:1::", "10.0.0.1")]
+    >>> [is_protected_address(a) for a in ("127.9.9.9", "::ffff:169.254.169.254", "2002:7f00:1::", "10.0.0.1")]
     [True, True, True, False]
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
@@ -1320,12 +1320,12 @@ def is_guarded(address: str) -> bool:
         inner = [ipaddress.IPv4Address(int(ip) >> shift & 0xFFFFFFFF) for network, shift in _EMBEDDED
                  if ip in network]
         inner += ip.teredo or ()
-        return own or any(is_guarded(str(other)) for other in inner)
+        return own or any(is_protected_address(str(other)) for other in inner)
     zero = int(ip) >> 24 == 0 or int(ip) == 0xFFFFFFFF  # this network (RFC 1122 §3.2.1.3), broadcast
     return zero or ip.is_loopback or ip.is_link_local or ip.is_multicast
 
 
-def is_numeric(host: str) -> bool:
+def is_numeric_host(host: str) -> bool:
     """Whether a host is an address, in whatever form C's inet_aton takes: 127.1, 0x7f000001."""
     return ":" in host or re.search(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$", host) is not None
 
@@ -1341,13 +1341,13 @@ def is_own_name(name: str, names: tuple[str, ...]) -> bool:
     [True, True, True, False]
     """
     private = (".localhost", ".local", ".lan", ".internal", ".home.arpa")
-    return "." not in name or is_numeric(name) or name.endswith(private) or name in names
+    return "." not in name or is_numeric_host(name) or name.endswith(private) or name in names
 
 
-def is_guarded_name(host: str) -> bool:
+def is_protected_host(host: str) -> bool:
     """Whether a host is guarded whatever its name servers say: an address, or localhost (RFC 6761 §6.3)."""
     if is_address(host):
-        return is_guarded(host)
+        return is_protected_address(host)
     name = host.rstrip(".")
     return name == "localhost" or name.endswith(".localhost")
 
@@ -1355,11 +1355,11 @@ def is_guarded_name(host: str) -> bool:
 # Parent proxies -------------------------------------------------------------------------------
 
 
-def parse_parent(text: str) -> Parent | None:
+def parse_parent_proxy(text: str) -> ParentProxy | None:
     """The proxy of a URL, or of host:port; None for "" or none.  With ,direct behind it origins may be
     asked without it.  ValueError does not repeat the password.
 
-    >>> parse_parent("http://me:pw@proxy.test:3128,direct").fields
+    >>> parse_parent_proxy("http://me:pw@proxy.test:3128,direct").fields
     (('Proxy-Authorization', 'Basic bWU6cHc='),)
     """
     if text in ("", "none"):
@@ -1367,17 +1367,17 @@ def parse_parent(text: str) -> Parent | None:
     match = re.fullmatch(r"(?:http://(?:([^/?#@]*)@)?)?([^/?#@,]+)/?(,direct)?", text, re.I)
     try:
         target = parse_target("http://" + match[2]) if match else None
-    except BadRequest:
+    except BadRequestError:
         target = None
     if match is None or target is None:
         raise ValueError("a parent proxy is written http://[name:password@]host:port[,direct], or none")
     name, _, password = (match[1] or "").partition(":")
     pair = urllib.parse.unquote_to_bytes("%s:%s" % (name, password))  # RFC 7617 §2: a colon even so
     secret = base64.b64encode(pair).decode()
-    return Parent(target, (("Proxy-Authorization", "Basic " + secret),) if match[1] else (), bool(match[3]))
+    return ParentProxy(target, (("Proxy-Authorization", "Basic " + secret),) if match[1] else (), bool(match[3]))
 
 
-def find_parents(option: str | None, environment: Mapping[str, str]) -> tuple[tuple[str, Parent], ...]:
+def parent_proxies(option: str | None, environment: Mapping[str, str]) -> tuple[tuple[str, ParentProxy], ...]:
     """The parent of each scheme: --parent's, or what http_proxy and https_proxy say.  HTTP_PROXY may come
     from a request where we run as CGI (CVE-2016-5385).  ValueError."""
     found = []
@@ -1385,7 +1385,7 @@ def find_parents(option: str | None, environment: Mapping[str, str]) -> tuple[tu
         name = scheme + "_proxy"
         upper = "" if scheme == "http" and "REQUEST_METHOD" in environment else environment.get(name.upper())
         try:
-            parent = parse_parent(environment.get(name) or upper or "" if option is None else option)
+            parent = parse_parent_proxy(environment.get(name) or upper or "" if option is None else option)
         except ValueError as error:
             raise ValueError("%s: %s" % (name if option is None else "--parent", error)) from None
         found += [(scheme, parent)] if parent else []
@@ -1403,10 +1403,10 @@ def _is_excepted(target: Target, entry: str) -> bool:
     return name in ("*", target.host) or target.host.endswith(name if name.startswith(".") else "." + name)
 
 
-def parent_for(target: Target, config: Config) -> Parent | None:
+def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
     """The parent to ask for a target: none for this host and its link, nor for what no_proxy names: an
     address, a network, or a domain with all below it, each also with :port; or * for all."""
-    if is_guarded_name(target.host) or any(_is_excepted(target, entry) for entry in config.no_proxy if entry):
+    if is_protected_host(target.host) or any(_is_excepted(target, entry) for entry in config.no_proxy if entry):
         return None
     return dict(config.parents).get(target.scheme)
 
@@ -1448,10 +1448,10 @@ def parse_count(text: str, least: int, most: int) -> int:
     return int(text)
 
 
-def parse_span(text: str) -> float:
+def parse_duration(text: str) -> float:
     """Seconds of a time such as 90m, 12h, 30d or 8w; ValueError says what is allowed.
 
-    >>> parse_span("30d")
+    >>> parse_duration("30d")
     2592000.0
     """
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhdw])", text.strip().lower())
@@ -1463,95 +1463,95 @@ def parse_span(text: str) -> float:
 # Freshness (RFC 9111 §4.2) ------------------------------------------------------------------
 
 
-def freshness_lifetime(head: Head) -> int | None:
+def freshness_lifetime(head: ResponseHead) -> int | None:
     """Explicit freshness lifetime in a shared cache, in seconds; None where the origin gives none.
 
-    >>> freshness_lifetime(Head(200, "", (("Cache-Control", "max-age=60, s-maxage=5"),)))
+    >>> freshness_lifetime(ResponseHead(200, "", (("Cache-Control", "max-age=60, s-maxage=5"),)))
     5
     """
-    control = directives(head.fields)
+    control = cache_directives(head.fields)
     for name in ("s-maxage", "max-age"):
         if name in control:
-            return seconds(control[name])
-    if value(head.fields, "Expires") is None:
+            return parse_delta_seconds(control[name])
+    if field_value(head.fields, "Expires") is None:
         return None
-    end, start = parse_date(value(head.fields, "Expires")), parse_date(value(head.fields, "Date"))
+    end, start = parse_date(field_value(head.fields, "Expires")), parse_date(field_value(head.fields, "Date"))
     # §5.3: an invalid Expires, "0" above all, is in the past.  RFC 9110 §6.6.1: without a Date, ours.
-    return 0 if end is None else max(0, int(end - (head.received if start is None else start)))
+    return 0 if end is None else max(0, int(end - (head.response_time if start is None else start)))
 
 
-def validators(head: Head) -> Fields:
+def validators(head: ResponseHead) -> Fields:
     """The preconditions that ask whether a stored response is still right (RFC 9111 §4.3.1)."""
-    tag, date = value(head.fields, "ETag"), value(head.fields, "Last-Modified")
+    tag, date = field_value(head.fields, "ETag"), field_value(head.fields, "Last-Modified")
     return ((("If-None-Match", tag),) if tag else ()) + ((("If-Modified-Since", date),) if date else ())
 
 
-def heuristic_lifetime(head: Head, config: Config) -> int:
+def heuristic_lifetime(head: ResponseHead, config: Config) -> int:
     """Seconds that a response of no known class and freshness is used for (RFC 9111 §4.2.2)."""
-    html = (value(head.fields, "Content-Type") or "").lower().startswith(("text/html", "application/xhtml"))
+    html = (field_value(head.fields, "Content-Type") or "").lower().startswith(("text/html", "application/xhtml"))
     if not config.heuristics or validators(head) or html or "?" in head.key or head.key.endswith("/"):
         return 0
     return int(DAY)
 
 
-def current_age(head: Head, now: float) -> int:
+def current_age(head: ResponseHead, now: float) -> int:
     """Age of a stored response in seconds (RFC 9111 §4.2.3).  Received in the future: nobody knows how old
     it is, so it is as old as can be; but clocks of several machines differ by a little."""
-    stated = parse_date(value(head.fields, "Date"))
-    apparent = 0.0 if stated is None else max(0.0, head.received - stated)
-    ages = values(head.fields, "Age") or ["0"]
+    stated = parse_date(field_value(head.fields, "Date"))
+    apparent = 0.0 if stated is None else max(0.0, head.response_time - stated)
+    ages = field_values(head.fields, "Age") or ["0"]
     # What is no age, or two, tells of a cache that can't be trusted: as old as can be (§5.1).
-    age = seconds(ages[0]) if len(ages) == 1 and ages[0].isdigit() and head.received - now < 60 else 2**31
-    corrected = age + max(0.0, head.received - head.requested)
-    return int(max(apparent, corrected) + max(0.0, now - head.received))
+    age = parse_delta_seconds(ages[0]) if len(ages) == 1 and ages[0].isdigit() and head.response_time - now < 60 else 2**31
+    corrected = age + max(0.0, head.response_time - head.request_time)
+    return int(max(apparent, corrected) + max(0.0, now - head.response_time))
 
 
-def aged(head: Head, now: float) -> Head:
+def with_age(head: ResponseHead, now: float) -> ResponseHead:
     """A stored response's head as it is served now (RFC 9111 §5.1)."""
-    fields = without(head.fields, ("accept-ranges", "age"))
-    return changed(head, fields=fields + (
+    fields = without_fields(head.fields, ("accept-ranges", "age"))
+    return replace_fields(head, fields=fields + (
         ("Accept-Ranges", "bytes"), ("Age", str(current_age(head, now)))))
 
 
-def freshened(stored: Head, answer: Head) -> Head:
+def freshen_head(stored: ResponseHead, answer: ResponseHead) -> ResponseHead:
     """A stored head brought up to date by a 304 (RFC 9111 §3.2, §4.3.4)."""
     kept = ("content-length", "content-encoding", "content-range", "content-md5", "etag", "set-cookie")
-    new = without(end_to_end(answer.fields), kept)
+    new = without_fields(end_to_end(answer.fields), kept)
     # The 304's Age counts, or that it has none (§4.2.3).
-    fields = without(stored.fields, ["age", *(name.lower() for name, _ in new)]) + new
-    return changed(stored, fields=fields, requested=answer.requested, received=answer.received)
+    fields = without_fields(stored.fields, ["age", *(name.lower() for name, _ in new)]) + new
+    return replace_fields(stored, fields=fields, request_time=answer.request_time, response_time=answer.response_time)
 
 
 def _weak(tag: str) -> str:
     return tag[2:] if tag.startswith("W/") else tag
 
 
-def confirms(stored: Head, answer: Head) -> bool:
+def is_304_for(stored: ResponseHead, answer: ResponseHead) -> bool:
     """Whether a 304 speaks of the stored response (RFC 9111 §4.3.4).  With another ETag, or another date, it
     speaks of another: a mirror that compares dates says 304 to a captive portal's page of today, too."""
-    tag, date = value(answer.fields, "ETag"), value(answer.fields, "Last-Modified")
-    mine = value(stored.fields, "ETag")
+    tag, date = field_value(answer.fields, "ETag"), field_value(answer.fields, "Last-Modified")
+    mine = field_value(stored.fields, "ETag")
     same_tag = tag is None or mine is not None and _weak(tag) == _weak(mine)
-    return same_tag and date in (None, value(stored.fields, "Last-Modified") or date)
+    return same_tag and date in (None, field_value(stored.fields, "Last-Modified") or date)
 
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
-def content_range(answer: Head) -> tuple[int, int, int] | None:
+def content_range(answer: ResponseHead) -> tuple[int, int, int] | None:
     """The part [start, stop) that a 206 brings, and the size of the whole (RFC 9110 §14.4); None where it
     does not say, and for other answers."""
-    match = _CONTENT_RANGE.fullmatch(value(answer.fields, "Content-Range") or "")
+    match = _CONTENT_RANGE.fullmatch(field_value(answer.fields, "Content-Range") or "")
     return (int(match[1]), int(match[2]) + 1, int(match[3])) if match and answer.status == 206 else None
 
 
-def is_rest(answer: Head, head: Head, size: int | None, offset: int) -> bool:
+def is_remainder(answer: ResponseHead, head: ResponseHead, size: int | None, offset: int) -> bool:
     """Whether an answer is the rest, from ``offset``, of the representation of ``size`` bytes that ``head``
     belongs to.  Bytes of two generations are never spliced."""
     both = head.fields, answer.fields
-    mine, theirs = (value(fields, "Last-Modified") for fields in both)
-    coding, their_coding = (value(fields, "Content-Encoding") for fields in both)
-    same = value(head.fields, "ETag") == value(answer.fields, "ETag")  # §15.3.7: a 206 has that of the 200
+    mine, theirs = (field_value(fields, "Last-Modified") for fields in both)
+    coding, their_coding = (field_value(fields, "Content-Encoding") for fields in both)
+    same = field_value(head.fields, "ETag") == field_value(answer.fields, "ETag")  # §15.3.7: a 206 has that of the 200
     # It may leave out the date, which If-Range has compared, and the coding.
     same = same and (mine == theirs or bool(offset) and None in (mine, theirs))
     if not same or their_coding not in ((coding, None) if offset else (coding,)):
@@ -1567,17 +1567,17 @@ def is_rest(answer: Head, head: Head, size: int | None, offset: int) -> bool:
     return start == offset and stop == total and size in (None, total)
 
 
-def strong_date(head: Head) -> str | None:
+def strong_date(head: ResponseHead) -> str | None:
     """A Last-Modified that was at least a minute old, and so names one content (RFC 9110 §8.8.2.2)."""
-    date = value(head.fields, "Last-Modified")
+    date = field_value(head.fields, "Last-Modified")
     modified = parse_date(date)
-    sent = parse_date(value(head.fields, "Date")) or head.received
+    sent = parse_date(field_value(head.fields, "Date")) or head.response_time
     return date if modified is not None and sent - modified >= 60 else None
 
 
-def strong_validator(head: Head) -> str | None:
+def strong_validator(head: ResponseHead) -> str | None:
     """What a range may be asked for with: an ETag that isn't weak, or a strong date (RFC 9110 §8.8)."""
-    tag = value(head.fields, "ETag")
+    tag = field_value(head.fields, "ETag")
     return strong_date(head) if not tag else None if tag.startswith("W/") else tag
 
 
@@ -1613,170 +1613,170 @@ def private_fields(request: Request) -> frozenset[str]:
     """The names of a request's fields that may ask for a response for its client alone.  Such a request is
     never stored or joined; a field that looks like a credential is not even answered from the cache."""
     found = _private_fields(request.fields)
-    return found - {"cookie"} if request.prefix else found  # a browser's, which no origin gets
+    return found - {"cookie"} if request.client_prefix else found  # a browser's, which no origin gets
 
 
 def without_private_fields(request: Request) -> Request:
     """A request as its origin sees it if the response may be shared: what Vary names is taken from this."""
-    return changed(request, fields=_only(request.fields, SHARED_FIELDS | _OWN_FIELDS))
+    return replace_fields(request, fields=_only(request.fields, SHARED_FIELDS | _OWN_FIELDS))
 
 
 # What may be stored, what may be used (RFC 9111 §3, §4) --------------------------------------
 
 
-def media_type(head: Head) -> str:
+def media_type(head: ResponseHead) -> str:
     """The media type without parameters, in lower case."""
-    return (value(head.fields, "Content-Type") or "").partition(";")[0].strip().lower()
+    return (field_value(head.fields, "Content-Type") or "").partition(";")[0].strip().lower()
 
 
-def is_shareable(request: Request, head: Head) -> bool:
+def is_shareable(request: Request, head: ResponseHead) -> bool:
     """Whether the response to a request with Authorization is for other clients as well (RFC 9111 §3.5).
 
     ``must-revalidate``, which the RFC also accepts, is not enough: it obliges a cache to let the origin see
     each client's credentials, but packages are served without asking, and indexes while it is down.
     """
-    control = directives(head.fields)
-    allowed = "public" in control or seconds(control.get("s-maxage")) > 0
-    return value(request.fields, "Authorization") is None or (
-        allowed and "authorization" not in members(head.fields, "Vary"))
+    control = cache_directives(head.fields)
+    allowed = "public" in control or parse_delta_seconds(control.get("s-maxage")) > 0
+    return field_value(request.fields, "Authorization") is None or (
+        allowed and "authorization" not in list_members(head.fields, "Vary"))
 
 
-def not_storable(request: Request, head: Head, config: Config) -> str:
+def why_not_storable(request: Request, head: ResponseHead, config: Config) -> str:
     """Why a response may not be stored (RFC 9111 §3), or "" where it may."""
-    control, policy = directives(head.fields), POLICIES[classify(request.key)]
+    control, policy = cache_directives(head.fields), POLICIES[classify_name(request.key)]
     lifetime = freshness_lifetime(head) if policy.lifetime is None else 1
     of_use = validators(head) or (heuristic_lifetime(head, config) if lifetime is None else lifetime)
     reasons = (
         (request.method != "GET" or head.status != 200, "not a 200 to a GET"),
-        ("no-store" in directives(request.fields), "no-store"),
+        ("no-store" in cache_directives(request.fields), "no-store"),
         ("no-store" in control and "must-understand" not in control, "no-store"),
         ("private" in control, "private"),
-        ("*" in members(head.fields, "Vary"), "Vary: *"),
+        ("*" in list_members(head.fields, "Vary"), "Vary: *"),
         (not is_shareable(request, head), "Authorization"),
         (not policy.html and "text/html" in media_type(head), "text/html for a package"),
         (not of_use, "neither fresh nor validated"))
     return next((reason for applies, reason in reasons if applies), "")
 
 
-def selecting_fields(request: Request, head: Head) -> Fields:
+def selecting_fields(request: Request, head: ResponseHead) -> Fields:
     """The request's fields that Vary names (RFC 9111 §4.1).  We choose Accept-Encoding ourselves."""
-    names = [name for name in members(head.fields, "Vary") if name != "accept-encoding"]
-    return tuple((name, ", ".join(part.strip() for text in values(request.fields, name)
+    names = [name for name in list_members(head.fields, "Vary") if name != "accept-encoding"]
+    return tuple((name, ", ".join(part.strip() for text in field_values(request.fields, name)
                                   for part in text.split(","))) for name in sorted(set(names)))
 
 
-def whole_head(request: Request, part: Head) -> Head:
+def complete_head(request: Request, part: ResponseHead) -> ResponseHead:
     """The head that the answer to a request for the whole has, by that of a part (RFC 9110 §15.3.7)."""
-    fields = without(kept_fields(part.fields), ("content-range", "content-length"))
-    return changed(part, status=200, reason="OK", fields=fields, key=request.key,
+    fields = without_fields(storable_fields(part.fields), ("content-range", "content-length"))
+    return replace_fields(part, status=200, reason="OK", fields=fields, key=request.key,
                    vary=selecting_fields(request, part))
 
 
-def _asks_anew(control: dict[str, str | None], policy: Policy, age: int, ttl: float) -> bool:
+def _client_wants_validation(control: dict[str, str | None], policy: CachePolicy, age: int, ttl: float) -> bool:
     """Whether the client's directives want the origin asked (RFC 9111 §5.2.1)."""
-    too_old = policy.heeds_max_age and "max-age" in control and age >= seconds(control["max-age"])
-    too_short = "min-fresh" in control and ttl < seconds(control["min-fresh"])
+    too_old = policy.heeds_max_age and "max-age" in control and age >= parse_delta_seconds(control["max-age"])
+    too_short = "min-fresh" in control and ttl < parse_delta_seconds(control["min-fresh"])
     return "no-cache" in control or too_old or too_short
 
 
-def _bears_stale(control: dict[str, str | None], stored: Head, ttl: float) -> bool:
+def _may_serve_stale(control: dict[str, str | None], stored: ResponseHead, ttl: float) -> bool:
     """Whether client or origin allow a stale answer without asking first (RFC 9111 §5.2.1.2, RFC 5861 §3)."""
-    told = directives(stored.fields)
+    told = cache_directives(stored.fields)
     if {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(told):
         return False
-    patience = seconds(control["max-stale"] or str(2**31)) if "max-stale" in control else 0
-    return -ttl < max(patience, seconds(told.get("stale-while-revalidate")))
+    patience = parse_delta_seconds(control["max-stale"] or str(2**31)) if "max-stale" in control else 0
+    return -ttl < max(patience, parse_delta_seconds(told.get("stale-while-revalidate")))
 
 
-def _decide_stored(request: Request, control: dict[str, str | None], stored: Head,
-                   name_class: NameClass, config: Config, now: float) -> Decision:
+def _decide_stored(request: Request, control: dict[str, str | None], stored: ResponseHead,
+                   name_class: NameClass, config: Config, now: float) -> CacheDecision:
     policy, age = POLICIES[name_class], current_age(stored, now)
     lifetime: float | None = freshness_lifetime(stored) if policy.lifetime is None else policy.lifetime
     ttl = (heuristic_lifetime(stored, config) if lifetime is None else lifetime) - age
     known = None if math.isinf(ttl) else int(ttl)
-    if not control and "no-cache" in members(request.fields, "Pragma"):  # §5.4
+    if not control and "no-cache" in list_members(request.fields, "Pragma"):  # §5.4
         control = {"no-cache": None}
     # §4.3.2: these two conditions are for the origin to decide.
-    strict = any(value(request.fields, name) is not None for name in ("If-Match", "If-Unmodified-Since"))
-    if strict or _asks_anew(control, policy, age, ttl):
-        return Decision(Action.VALIDATE, name_class, "request", known)
+    strict = any(field_value(request.fields, name) is not None for name in ("If-Match", "If-Unmodified-Since"))
+    if strict or _client_wants_validation(control, policy, age, ttl):
+        return CacheDecision(Action.VALIDATE, name_class, "request", known)
     if policy.lifetime is not None and ttl > 0:
-        due = policy.refresh is not None and abs(now - stored.received) > policy.refresh  # clocks jump
-        return Decision(Action.SERVE, name_class, refresh=due)
-    fresh = ttl > 0 and "no-cache" not in directives(stored.fields)
-    if fresh or policy.lifetime is None and _bears_stale(control, stored, ttl):
-        return Decision(Action.SERVE, name_class, ttl=known, refresh=not fresh)
-    return Decision(Action.VALIDATE, name_class, "stale", known)
+        due = policy.refresh is not None and abs(now - stored.response_time) > policy.refresh  # clocks jump
+        return CacheDecision(Action.SERVE, name_class, refresh=due)
+    fresh = ttl > 0 and "no-cache" not in cache_directives(stored.fields)
+    if fresh or policy.lifetime is None and _may_serve_stale(control, stored, ttl):
+        return CacheDecision(Action.SERVE, name_class, ttl=known, refresh=not fresh)
+    return CacheDecision(Action.VALIDATE, name_class, "stale", known)
 
 
-def _passed_if_private(request: Request, stored: Head | None, decision: Decision) -> Decision:
+def _passed_if_private(request: Request, stored: ResponseHead | None, decision: CacheDecision) -> CacheDecision:
     """A decision, or to pass the request for its client alone if its fields may shape the response."""
     private = private_fields(request)
     if private and decision.action is not Action.SERVE or any(map(_CREDENTIAL.search, private)):
-        return changed(decision, action=Action.PASS, forward="request", refresh=False)
+        return replace_fields(decision, action=Action.PASS, forward="request", refresh=False)
     if decision.forward == "vary-miss" and stored is not None and selecting_fields(
             without_private_fields(request), stored) == stored.vary:  # it names a field that is not shared
-        return changed(decision, action=Action.PASS)
+        return replace_fields(decision, action=Action.PASS)
     return decision
 
 
-def decide(request: Request, stored: Head | None, config: Config, now: float) -> Decision:
+def decide(request: Request, stored: ResponseHead | None, config: Config, now: float) -> CacheDecision:
     """The decision table: what to do with a request, given what is stored for it."""
-    name_class = classify(request.key)
+    name_class = classify_name(request.key)
     if config.offline:
         usable = stored is not None and selecting_fields(request, stored) == stored.vary
         usable = usable and request.method in ("GET", "HEAD")
-        return Decision(Action.SERVE if usable else Action.REFUSE, name_class, "" if usable else "uri-miss")
+        return CacheDecision(Action.SERVE if usable else Action.REFUSE, name_class, "" if usable else "uri-miss")
     if any(pattern.search(request.uri) for pattern in config.filters):
-        return Decision(Action.PASS, name_class, "bypass")
+        return CacheDecision(Action.PASS, name_class, "bypass")
     plain = request.method in ("GET", "HEAD")
     if not plain or request.length != 0:  # what a GET's body means is for the origin to say (RFC 9110 §9.3.1)
-        return Decision(Action.PASS, name_class, "bypass" if plain else "method")
-    control = directives(request.fields)
+        return CacheDecision(Action.PASS, name_class, "bypass" if plain else "method")
+    control = cache_directives(request.fields)
     if stored is None:
-        decision = Decision(Action.FETCH, name_class, "uri-miss")
+        decision = CacheDecision(Action.FETCH, name_class, "uri-miss")
     elif selecting_fields(request, stored) != stored.vary:
-        decision = Decision(Action.FETCH, name_class, "vary-miss")
+        decision = CacheDecision(Action.FETCH, name_class, "vary-miss")
     else:
         decision = _decide_stored(request, control, stored, name_class, config, now)
     decision = _passed_if_private(request, stored, decision)
     if decision.action is not Action.SERVE and "only-if-cached" in control:
-        return changed(decision, action=Action.REFUSE)
+        return replace_fields(decision, action=Action.REFUSE)
     if decision.action is Action.FETCH and (request.method == "HEAD" or "no-store" in control):
-        return changed(decision, action=Action.PASS)
+        return replace_fields(decision, action=Action.PASS)
     return decision
 
 
-def may_be_stale(decision: Decision, stored: Head) -> bool:
+def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> bool:
     """Whether a stored response may answer where its origin can't be asked (RFC 9111 §4.2.4)."""
-    strict = {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(directives(stored.fields))
+    strict = {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(cache_directives(stored.fields))
     return decision.forward != "vary-miss" and (decision.policy.always_stale or not strict)
 
 
-def is_outdated(decision: Decision, answer: Head) -> bool:
+def replaces_stored(decision: CacheDecision, answer: ResponseHead) -> bool:
     """Whether an answer tells that the stored response is wrong; a captive portal's page does not."""
     portal = not decision.policy.html and "text/html" in media_type(answer)
     return decision.action is Action.VALIDATE and answer.status == 200 and not portal
 
 
-def invalidated_keys(request: Request, answer: Head) -> list[str]:
+def invalidated_keys(request: Request, answer: ResponseHead) -> list[str]:
     """What a method that changes things makes invalid: its target, and what the answer's Location and
     Content-Location name at the same origin (RFC 9111 §4.4)."""
     if request.method in ("GET", "HEAD", "OPTIONS", "TRACE") or answer.status >= 400:
         return []
     keys = [request.key]
     for name in ("Location", "Content-Location"):
-        with contextlib.suppress(BadRequest, ValueError):
-            target = parse_target(urllib.parse.urljoin(request.target.uri, value(answer.fields, name) or ""))
+        with contextlib.suppress(BadRequestError, ValueError):
+            target = parse_target(urllib.parse.urljoin(request.target.uri, field_value(answer.fields, name) or ""))
             if (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
                 keys.append(cache_key(target))
     return keys
 
 
-def companions(target: Target) -> list[Target]:
+def detached_signatures(target: Target) -> list[Target]:
     """The detached signatures of an index, which must be of its generation."""
     suffixes = (".asc", ".sig", ".gpg", ".key") if "?" not in target.path else ()
-    return [changed(target, path=target.path + suffix) for suffix in suffixes]
+    return [replace_fields(target, path=target.path + suffix) for suffix in suffixes]
 
 
 # Links behind a prefix ------------------------------------------------------------------------
@@ -1792,11 +1792,11 @@ _LINKS = {"text/html": _PAGE_LINK, "application/vnd.pypi.simple.v1+html": _PAGE_
 _LONGEST_LINK = 64  # bytes of a match, at most
 
 
-def links_of(request: Request, head: Head) -> re.Pattern[bytes] | None:
+def link_pattern_for(request: Request, head: ResponseHead) -> re.Pattern[bytes] | None:
     """What finds the links of a response that must lead through the client's prefix; None: there are none."""
-    if request.prefix != "/" or head.status != 200 or value(head.fields, "Content-Encoding") is not None:
+    if request.client_prefix != "/" or head.status != 200 or field_value(head.fields, "Content-Encoding") is not None:
         return None
-    for_pip = "pypi.simple" in (value(request.fields, "Accept") or "") or "simple/" in request.target.path
+    for_pip = "pypi.simple" in (field_value(request.fields, "Accept") or "") or "simple/" in request.target.path
     media = media_type(head)
     return _LINKS.get(media) if for_pip or media != "text/html" else None
 
@@ -1818,12 +1818,12 @@ def _tag_among(tag: str | None, lists: Iterable[str], strong: bool) -> bool:
     return tag in found if strong else _weak(tag) in map(_weak, found)
 
 
-def evaluate(request: Request, head: Head) -> int:
+def evaluate_preconditions(request: Request, head: ResponseHead) -> int:
     """The status that the preconditions give, in the order of RFC 9110 §13.2.2: 200, 304 or 412."""
-    tag, modified = value(head.fields, "ETag"), parse_date(value(head.fields, "Last-Modified"))
-    match, none_match = values(request.fields, "If-Match"), values(request.fields, "If-None-Match")
-    unmodified_since = parse_date(value(request.fields, "If-Unmodified-Since"))
-    modified_since = parse_date(value(request.fields, "If-Modified-Since"))
+    tag, modified = field_value(head.fields, "ETag"), parse_date(field_value(head.fields, "Last-Modified"))
+    match, none_match = field_values(request.fields, "If-Match"), field_values(request.fields, "If-None-Match")
+    unmodified_since = parse_date(field_value(request.fields, "If-Unmodified-Since"))
+    modified_since = parse_date(field_value(request.fields, "If-Modified-Since"))
     if match:
         if not _tag_among(tag, match, strong=True):
             return 412
@@ -1861,20 +1861,20 @@ def parse_range(text: str, size: int) -> list[tuple[int, int]] | None:
     return ranges
 
 
-def requested_ranges(request: Request, head: Head, size: int) -> list[tuple[int, int]] | None:
+def requested_ranges(request: Request, head: ResponseHead, size: int) -> list[tuple[int, int]] | None:
     """The ranges to send of a representation, after If-Range (RFC 9110 §13.1.5); None: all of it."""
-    text = value(request.fields, "Range")
-    if text is None or request.method != "GET" or links_of(request, head):
+    text = field_value(request.fields, "Range")
+    if text is None or request.method != "GET" or link_pattern_for(request, head):
         return None  # the parts of a page with other links are others
-    condition = value(request.fields, "If-Range")
+    condition = field_value(request.fields, "If-Range")
     if condition is not None and condition not in (strong_validator(head), strong_date(head)):
         return None  # apt sends our Last-Modified back byte for byte
     return parse_range(text, size)
 
 
-def early_range(request: Request, size_limit: int) -> bool:
+def is_worth_full_download(request: Request, size_limit: int) -> bool:
     """Whether a request for a range is worth a whole download: open or long, from near the start."""
-    ranges = parse_range(value(request.fields, "Range") or "", 2**60)
+    ranges = parse_range(field_value(request.fields, "Range") or "", 2**60)
     if not ranges or len(ranges) > 1:
         return ranges is None
     start, stop = ranges[0]
@@ -1885,10 +1885,10 @@ def early_range(request: Request, size_limit: int) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
+class SelectedResponse:
     """What of a representation goes to the client: a head, and the spans of its body."""
 
-    head: Head
+    head: ResponseHead
     spans: tuple[Span, ...]
 
     @property
@@ -1899,90 +1899,90 @@ class Selection:
     @property
     def length(self) -> int | None:
         """Bytes of the body, None where that is unknown."""
-        if any(span[1] == UNKNOWN for span in self.spans if isinstance(span, tuple)):
+        if any(span[1] == UNKNOWN_END for span in self.spans if isinstance(span, tuple)):
             return None
         return sum(len(span) if isinstance(span, bytes) else span[1] - span[0] for span in self.spans)
 
 
-def _partial_content(head: Head, size: int, ranges: list[tuple[int, int]], boundary: str) -> Selection:
+def _partial_content(head: ResponseHead, size: int, ranges: list[tuple[int, int]], boundary: str) -> SelectedResponse:
     """206, single or multipart/byteranges (RFC 9110 §15.3.7)."""
     labels = ["bytes %d-%d/%d" % (start, stop - 1, size) for start, stop in ranges]
-    fields = without(head.fields, ("content-range",))
+    fields = without_fields(head.fields, ("content-range",))
     if len(ranges) == 1:
         fields += (("Content-Range", labels[0]),)
-        return Selection(changed(head, status=206, reason="Partial Content", fields=fields), (ranges[0],))
-    kind = value(head.fields, "Content-Type") or "application/octet-stream"
+        return SelectedResponse(replace_fields(head, status=206, reason="Partial Content", fields=fields), (ranges[0],))
+    kind = field_value(head.fields, "Content-Type") or "application/octet-stream"
     spans: list[Span] = []
     for span, label in zip(ranges, labels):
         lines = "\r\n--%s\r\nContent-Type: %s\r\nContent-Range: %s\r\n\r\n" % (boundary, kind, label)
         spans += [lines.encode("latin-1"), span]
     spans.append(("\r\n--%s--\r\n" % boundary).encode("latin-1"))
-    fields = without(fields, ("content-type",))
+    fields = without_fields(fields, ("content-type",))
     fields += (("Content-Type", "multipart/byteranges; boundary=" + boundary),)
-    return Selection(changed(head, status=206, reason="Partial Content", fields=fields), tuple(spans))
+    return SelectedResponse(replace_fields(head, status=206, reason="Partial Content", fields=fields), tuple(spans))
 
 
-def own_head(status: int, media: str = "text/plain; charset=utf-8", more: Fields = (),
-             policy: str = "default-src 'none'") -> Head:
+def generated_head(status: int, media: str = "text/plain; charset=utf-8", more: Fields = (),
+             policy: str = "default-src 'none'") -> ResponseHead:
     """The head of an answer of our own: nothing in it is run but what ``policy`` names (CSP), nothing is
     guessed at, or kept."""
-    return Head(status, http.client.responses.get(status, "Error"), (
+    return ResponseHead(status, http.client.responses.get(status, "Error"), (
         ("Content-Type", media), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
         ("Content-Security-Policy", policy), *more))
 
 
-def error_head(status: int) -> Head:
+def error_head(status: int) -> ResponseHead:
     """The head of an error of our own, with what its client shall know (RFC 9110 §10.2.1, §10.2.3)."""
     more = {405: (("Allow", "GET, HEAD, OPTIONS"),), 503: (("Retry-After", "5"),)}
-    return own_head(status, more=more.get(status, ()))
+    return generated_head(status, more=more.get(status, ()))
 
 
-def select_response(request: Request, head: Head, size: int | None, boundary: str) -> Selection:
+def select_response(request: Request, head: ResponseHead, size: int | None, boundary: str) -> SelectedResponse:
     """Apply preconditions and ranges to a representation of ``size`` bytes.
 
     Where the size is not known yet (None), ranges are ignored: that is always allowed.
     """
-    status = evaluate(request, head)
+    status = evaluate_preconditions(request, head)
     if status == 304:
         names = ("content-type", "content-length", "content-encoding", "content-range")
-        return Selection(changed(head, status=304, reason="Not Modified",
-                                 fields=without(head.fields, names)), ())
+        return SelectedResponse(replace_fields(head, status=304, reason="Not Modified",
+                                 fields=without_fields(head.fields, names)), ())
     if status == 412:
-        return Selection(error_head(412), (b"The representation is another than the request's condition.\n",))
+        return SelectedResponse(error_head(412), (b"The representation is another than the request's condition.\n",))
     ranges = None if size is None else requested_ranges(request, head, size)
     if ranges is None or size is None:
-        return Selection(head, ((0, UNKNOWN if size is None else size),))
+        return SelectedResponse(head, ((0, UNKNOWN_END if size is None else size),))
     if not ranges:
         unsatisfied = error_head(416)
         fields = unsatisfied.fields + (("Content-Range", "bytes */%d" % size),)
         text = b"The representation has %d bytes; none of them was asked for.\n" % size
-        return Selection(changed(unsatisfied, fields=fields), (text,))
+        return SelectedResponse(replace_fields(unsatisfied, fields=fields), (text,))
     return _partial_content(head, size, ranges, boundary)
 
 
-def redirect_target(head: Head, target: Target) -> Target | None:
+def redirect_target(head: ResponseHead, target: Target) -> Target | None:
     """Where a redirect leads, if it is one to follow (RFC 9110 §15.4); None to relay it.
 
     Not followed: from https down to http, and one that only adds a slash (the client must learn it).
     """
-    location = value(head.fields, "Location")
+    location = field_value(head.fields, "Location")
     if head.status not in (301, 302, 303, 307, 308) or not location:
         return None
     try:
         onward = parse_target(urllib.parse.urljoin(target.uri, location))
-    except (BadRequest, ValueError):
+    except (BadRequestError, ValueError):
         return None
     if target.scheme == "https" and onward.scheme != "https" or onward.uri == target.uri + "/":
         return None
     return onward
 
 
-def via(fields: Fields, version: tuple[int, int], config: Config) -> str:
+def via_value(fields: Fields, version: tuple[int, int], config: Config) -> str:
     """The Via field with us added (RFC 9110 §7.6.3)."""
-    return ", ".join([*values(fields, "Via"), "%d.%d %s" % (*version, config.pseudonym)])
+    return ", ".join([*field_values(fields, "Via"), "%d.%d %s" % (*version, config.pseudonym)])
 
 
-def same_site(target: Target, onward: Target) -> bool:
+def is_same_site(target: Target, onward: Target) -> bool:
     """Whether a redirect stays where it was, so that credentials may go along; http may become https."""
     ports = (target.port, onward.port)
     return target.host == onward.host and (ports[0] == ports[1] or ports == (80, 443))
@@ -1990,21 +1990,21 @@ def same_site(target: Target, onward: Target) -> bool:
 
 def max_forwards(request: Request) -> int | None:
     """How many proxies a TRACE or OPTIONS may still pass (RFC 9110 §7.6.2); None: as many as it likes."""
-    found = values(request.fields, "Max-Forwards") if request.method in ("TRACE", "OPTIONS") else []
-    return min(map(seconds, found)) if found else None
+    found = field_values(request.fields, "Max-Forwards") if request.method in ("TRACE", "OPTIONS") else []
+    return min(map(parse_delta_seconds, found)) if found else None
 
 
-def forward_fields(request: Request, config: Config, identity: bool) -> Fields:
+def origin_request_fields(request: Request, config: Config, identity: bool) -> Fields:
     """The fields of a request to an origin (RFC 9110 §7.6): end-to-end ones, Host, Via.
 
     ``identity``: the answer may be stored, so send SHARED_FIELDS only, and ask for no coding.
     """
     own = ["host", "via"]
-    own += ["cookie"] if request.prefix else []  # a browser's, for another service on our host
+    own += ["cookie"] if request.client_prefix else []  # a browser's, for another service on our host
     hops = max_forwards(request)
     own += ["max-forwards"] if hops is not None else []
     own += ["expect"] if request.version < (1, 1) else []  # RFC 9110 §10.1.1
-    fields = without(end_to_end(request.fields), own)
+    fields = without_fields(end_to_end(request.fields), own)
     fields = (("Host", request.target.authority),) + (_only(fields, SHARED_FIELDS) if identity else fields)
     if hops is not None:
         fields += (("Max-Forwards", str(hops - 1)),)
@@ -2012,14 +2012,14 @@ def forward_fields(request: Request, config: Config, identity: bool) -> Fields:
         fields += (("Accept-Encoding", "identity"),)
     elif request.length is None:
         fields += (("Transfer-Encoding", "chunked"),)
-    elif request.length or value(request.fields, "Content-Length") is not None:
+    elif request.length or field_value(request.fields, "Content-Length") is not None:
         fields += (("Content-Length", str(request.length)),)
-    return fields + (("Via", via(request.fields, request.version, config)),)
+    return fields + (("Via", via_value(request.fields, request.version, config)),)
 
 
 def is_loop(request: Request, config: Config) -> bool:
     """Whether a request has passed through us before (RFC 9110 §7.6.3)."""
-    return any(member.split()[1:2] == [config.pseudonym.lower()] for member in members(request.fields, "Via"))
+    return any(member.split()[1:2] == [config.pseudonym.lower()] for member in list_members(request.fields, "Via"))
 
 
 def cache_status_field(status: CacheStatus) -> str:
@@ -2043,7 +2043,7 @@ def cache_status_field(status: CacheStatus) -> str:
     return "; ".join(parts)
 
 
-def render_head(head: Head, fields: Fields) -> bytes:
+def render_head(head: ResponseHead, fields: Fields) -> bytes:
     """Status line and fields, with the empty line (RFC 9112 §2.1)."""
     lines = ["HTTP/1.1 %d %s" % (head.status, head.reason)] + ["%s: %s" % field for field in fields]
     return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
@@ -2058,7 +2058,7 @@ class Framing(enum.Enum):
     CLOSE = "close"
 
 
-def reply_framing(request: Request, head: Head, length: int | None) -> Framing:
+def response_framing(request: Request, head: ResponseHead, length: int | None) -> Framing:
     """The framing of a reply whose body has ``length`` bytes, None where that is not known."""
     if head.status in (204, 304) or head.status < 200:
         return Framing.NONE
@@ -2067,30 +2067,30 @@ def reply_framing(request: Request, head: Head, length: int | None) -> Framing:
     return Framing.CHUNKED if request.version >= (1, 1) else Framing.CLOSE
 
 
-def wants_open(request: Request) -> bool:
+def wants_keep_alive(request: Request) -> bool:
     """Whether a client wants its connection to stay open (RFC 9112 §9.3)."""
-    options = members(request.fields, "Connection") + members(request.fields, "Proxy-Connection")
+    options = list_members(request.fields, "Connection") + list_members(request.fields, "Proxy-Connection")
     return "close" not in options and (request.version >= (1, 1) or "keep-alive" in options)
 
 
-def relayed_fields(head: Head, request: Request) -> Fields:
+def client_fields(head: ResponseHead, request: Request) -> Fields:
     """A response's fields for a client that wrote a prefix: a redirect leads through us again.  To a browser
     all sites behind us would be one: none gets a cookie, or runs a script that could read the others."""
-    if not request.prefix:
+    if not request.client_prefix:
         return head.fields
-    fields = without(head.fields, ("set-cookie",)) + (("Content-Security-Policy", "sandbox"),)
-    location = value(fields, "Location")
-    with contextlib.suppress(BadRequest, ValueError):
-        onward = parse_target(urllib.parse.urljoin(head.final or request.target.uri, location or ""))
+    fields = without_fields(head.fields, ("set-cookie",)) + (("Content-Security-Policy", "sandbox"),)
+    location = field_value(fields, "Location")
+    with contextlib.suppress(BadRequestError, ValueError):
+        onward = parse_target(urllib.parse.urljoin(head.final_uri or request.target.uri, location or ""))
         if location:
-            fields = without(fields, ("location",)) + (("Location", under_prefix(request.prefix, onward)),)
+            fields = without_fields(fields, ("location",)) + (("Location", with_client_prefix(request.client_prefix, onward)),)
     return fields
 
 
-def with_links(pieces: Iterable[bytes], links: re.Pattern[bytes], base: str, page: Target) -> Iterator[bytes]:
+def rewrite_links(pieces: Iterable[bytes], links: re.Pattern[bytes], base: str, page: Target) -> Iterator[bytes]:
     """A body with its absolute links behind ``base``, however it is cut into pieces.
 
-    >>> b"".join(with_links([b'<a href="/x"'], _PAGE_LINK, "http://proxy:9999/", parse_target("https://a/")))
+    >>> b"".join(rewrite_links([b'<a href="/x"'], _PAGE_LINK, "http://proxy:9999/", parse_target("https://a/")))
     b'<a href="http://proxy:9999/https://a/x"'
     """
     site = base + page.scheme + "://"
@@ -2112,20 +2112,20 @@ def with_links(pieces: Iterable[bytes], links: re.Pattern[bytes], base: str, pag
         rest = rest[done:]
 
 
-def dated(head: Head, now: float) -> Head:
+def with_date(head: ResponseHead, now: float) -> ResponseHead:
     """A head with Date (RFC 9110 §6.6.1): its own, or now."""
-    if value(head.fields, "Date") is not None:
+    if field_value(head.fields, "Date") is not None:
         return head
-    return changed(head, fields=head.fields + (("Date", http_date(now)),))
+    return replace_fields(head, fields=head.fields + (("Date", format_http_date(now)),))
 
 
-def sent_head(request: Request, head: Head, length: int | None, cache_status: CacheStatus, close: bool,
+def render_response_head(request: Request, head: ResponseHead, length: int | None, cache_status: CacheStatus, close: bool,
               config: Config) -> bytes:
     """The head of a reply with a body of ``length`` bytes as it leaves: with framing, Via, Cache-Status."""
-    framing = reply_framing(request, head, length)
-    status = [*values(head.fields, "Cache-Status"), cache_status_field(cache_status)]
-    fields = without(relayed_fields(head, request), ("via", "cache-status"))
-    fields += (("Via", via(head.fields, (1, 1), config)), ("Cache-Status", ", ".join(status)))
+    framing = response_framing(request, head, length)
+    status = [*field_values(head.fields, "Cache-Status"), cache_status_field(cache_status)]
+    fields = without_fields(client_fields(head, request), ("via", "cache-status"))
+    fields += (("Via", via_value(head.fields, (1, 1), config)), ("Cache-Status", ", ".join(status)))
     if framing is Framing.CHUNKED:
         fields += (("Transfer-Encoding", "chunked"),)
     elif framing is Framing.LENGTH:
@@ -2135,7 +2135,7 @@ def sent_head(request: Request, head: Head, length: int | None, cache_status: Ca
     return render_head(head, fields)
 
 
-def printable(text: str) -> str:
+def escape_control(text: str) -> str:
     """Text from outside, safe for a log and a terminal."""
     return _CONTROL.sub(lambda match: "\\x%02x" % ord(match[0]), text)
 
@@ -2153,46 +2153,46 @@ def cut_userinfo(text: str) -> str:
 
 
 @memoize
-def shown(uri: str) -> str:
+def loggable_uri(uri: str) -> str:
     """A request target for the log: safe for a terminal, and without the userinfo, which may be a password.
 
-    >>> shown("http://me:secret@a/@x")
+    >>> loggable_uri("http://me:secret@a/@x")
     'http://a/@x'
     """
     try:
         parse_target(uri)
-    except BadRequest:
-        return printable(cut_userinfo(uri))
-    return printable(re.sub(r"\A(\w+://)[^/?]*@", r"\1", uri.partition("#")[0]))
+    except BadRequestError:
+        return escape_control(cut_userinfo(uri))
+    return escape_control(re.sub(r"\A(\w+://)[^/?]*@", r"\1", uri.partition("#")[0]))
 
 
-def logged(request: Request, cache_status: CacheStatus) -> str:
+def log_text(request: Request, cache_status: CacheStatus) -> str:
     """What the log says of a request, and of why it was answered so."""
-    detail = " (%s)" % printable(cache_status.detail) if cache_status.detail else ""
-    return "%s %s%s" % (printable(request.method), shown(request.uri), detail)
+    detail = " (%s)" % escape_control(cache_status.detail) if cache_status.detail else ""
+    return "%s %s%s" % (escape_control(request.method), loggable_uri(request.uri), detail)
 
 
-def clipped(text: str, most: int) -> str:
+def truncate_middle(text: str, most: int) -> str:
     """Text from outside for a page: ASCII without controls, long text without its middle.
 
-    >>> clipped("http://a/b", 20), clipped("http://a/bcdefghijklmno", 11)
+    >>> truncate_middle("http://a/b", 20), truncate_middle("http://a/bcdefghijklmno", 11)
     ('http://a/b', 'http:...lmno')
     """
-    text = printable(text).encode("ascii", "backslashreplace").decode()
+    text = escape_control(text).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= most else text[:most // 2] + "..." + text[-(most // 2 - 1):]
 
 
-def outlined(uri: str) -> str:
+def displayable_uri(uri: str) -> str:
     """A request target for a page, which more people read than the log: without its query, which may be a
     password too."""
-    path, mark, _ = shown(uri).partition("?")
-    return clipped(path + mark, 120)
+    path, mark, _ = loggable_uri(uri).partition("?")
+    return truncate_middle(path + mark, 120)
 
 
-def summed(rows: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+def sum_by_name(rows: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
     """Counts by name: those of one name added up.
 
-    >>> summed([("a", {"n": 1}), ("b", {"n": 2}), ("a", {"n": 4})])
+    >>> sum_by_name([("a", {"n": 1}), ("b", {"n": 2}), ("a", {"n": 4})])
     {'a': {'n': 5}, 'b': {'n': 2}}
     """
     sums: dict[str, dict[str, int]] = {}
@@ -2203,7 +2203,7 @@ def summed(rows: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, in
     return sums
 
 
-def hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
+def usage_hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
     """What users are about to lose, by how the first requests ended, and why; "" where all is well."""
     heeded: dict[Outcome, int] = {one: outcomes[one.value] for one in Outcome
                                   if one not in (Outcome.OWN, Outcome.REFUSED)}
@@ -2214,7 +2214,7 @@ def hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
                 "own before them: http://this-host:9999/https://mirror.example.org/." % (tunnels, total))
     # What was refused has been seen, too: else one such request, and this would never be said.
     seen = total + outcomes[Outcome.REFUSED.value]
-    if not total or seen < HINTS_AFTER[-1] or any(heeded[one] for one in FROM_CACHE):
+    if not total or seen < HINT_AFTER_REQUESTS[-1] or any(heeded[one] for one in CACHE_OUTCOMES):
         return ""
     most = max(heeded, key=lambda one: heeded[one])
     known = collections.Counter(filter(None, details)).most_common(1)
@@ -2230,29 +2230,29 @@ def hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
 # 3 Store: stored responses on disk
 # ---------------------------------------------------------------------------------------------
 
-BOOKS = ".pkgproxy"  # the bookkeeping folder below the root: heads and partials
+METADATA_FOLDER = ".pkgproxy"  # the bookkeeping folder below the root: heads and partials
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 # O_NONBLOCK: a FIFO would hang open().  O_NOFOLLOW: bodies are no links, least of all out of the root.
 _REGULAR = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | _FLAGS
 _WRITABLE = os.O_RDWR | os.O_CREAT | _REGULAR
 _NAME_REFUSED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
-_NOTHING = os.stat_result((0,) * 10)
-RESUME_WORTH = 256 * 1024  # bytes: a smaller download is begun anew, and costs no head of its own
-FLUSH_EVERY = 0.5  # seconds, where another machine may read a partial as it grows
+_NO_STAT = os.stat_result((0,) * 10)
+MIN_RESUMABLE_SIZE = 256 * 1024  # bytes: a smaller download is begun anew, and costs no head of its own
+FLUSH_INTERVAL = 0.5  # seconds, where another machine may read a partial as it grows
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
 _MAX_NAMES = 1024 * 1024  # bytes in a file of names: 10,000 of them, and 256 files, are 2 million
-_RECENT = "recent"  # the file of names that none of those has yet
+_RECENT_BUCKET = "recent"  # the file of names that none of those has yet
 _MAX_RECENT = 64 * 1024  # bytes in it, which every miss looks through
-_WHOLE = "whole-256"  # says that they were made from all that is stored
+_COMPLETE_MARK = "whole-256"  # says that they were made from all that is stored
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredResponse:
     """A stored response: an open body, and the head that describes just this body."""
 
     file: io.FileIO  # whoever holds the Stored closes it
-    head: Head  # size and mtime_ns are the open body's
+    head: ResponseHead  # size and mtime_ns are the open body's
     name: str  # below the root
     described: bool  # False: no head on disk, only what the file itself tells
 
@@ -2270,7 +2270,7 @@ class Stored:
         self.file.close()
 
 
-def _private(path: str, flags: int) -> int:
+def _private_opener(path: str, flags: int) -> int:
     """For open(): whatever the umask, nobody else writes; and what is no file makes nobody wait."""
     return os.open(path, flags | _REGULAR, 0o644)
 
@@ -2282,7 +2282,7 @@ def write_all(file: io.FileIO, data: bytes) -> None:
         left = left[file.write(left):]
 
 
-def make_folder(path: str) -> None:
+def make_directory(path: str) -> None:
     """Make a folder and those above it, for us alone to write; OSError."""
     for last in (False, False, True):
         missing, folder = [], path
@@ -2304,15 +2304,15 @@ def _open(path: str) -> tuple[io.FileIO | None, os.stat_result]:
     try:
         descriptor = os.open(path, _REGULAR)
     except (OSError, ValueError):
-        return None, _NOTHING
+        return None, _NO_STAT
     info = os.fstat(descriptor)
     if stat.S_ISREG(info.st_mode):
         return io.FileIO(descriptor, "rb"), info
     os.close(descriptor)  # a folder, a FIFO: litter in the place of a body
-    return None, _NOTHING
+    return None, _NO_STAT
 
 
-def lock(file: io.FileIO) -> bool:
+def try_lock_file(file: io.FileIO) -> bool:
     """Lock a file against other processes (invariant 2), for as long as it is open; False where one has it,
     OSError."""
     if fcntl is not None:
@@ -2324,18 +2324,18 @@ def lock(file: io.FileIO) -> bool:
     return True
 
 
-def why_no_locks(folder: str) -> str:
+def why_locks_fail(folder: str) -> str:
     """Why files in a folder can't be locked against other processes; "" where they can, or where nothing can
     be written anyway."""
     path = os.path.join(folder, "lock-" + secrets.token_hex(8))
     reason = "" if fcntl is not None else "this system has no flock"
     with contextlib.suppress(OSError):
         if not reason:
-            make_folder(folder)
+            make_directory(folder)
             with io.FileIO(path, "x+b") as one, io.FileIO(path, "r+b") as two:
                 os.unlink(path)
                 try:
-                    reason = "its file system ignores locks" if lock(one) and lock(two) else ""
+                    reason = "its file system ignores locks" if try_lock_file(one) and try_lock_file(two) else ""
                 except OSError as error:
                     reason = "its file system refuses locks (%s)" % error.strerror
             os.rmdir(folder)  # unless it is in use
@@ -2353,47 +2353,47 @@ def is_remote(path: str) -> bool:
     return False
 
 
-def _head_from(row: dict[str, Any]) -> Head:
+def _head_from(row: dict[str, Any]) -> ResponseHead:
     """A head from its JSON; ValueError, TypeError or KeyError where somebody damaged it."""
     for name in ("fields", "vary"):
         row[name] = tuple((field, text) for field, text in row[name])
         if not all(isinstance(part, str) for pair in row[name] for part in pair):
             raise ValueError("a damaged field")
         parse_fields(["%s: %s" % pair for pair in row[name]])
-    head = Head(**row)
-    texts = (head.reason, head.key, head.final, head.like)
-    numbers = (head.requested, head.received, head.size, head.mtime_ns)
+    head = ResponseHead(**row)
+    texts = (head.reason, head.key, head.final_uri, head.same_as)
+    numbers = (head.request_time, head.response_time, head.size, head.mtime_ns)
     if not (head.status == 200 and all(isinstance(text, str) and not _CONTROL.search(text) for text in texts)
             and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)):
         raise ValueError("a damaged head")
     return head
 
 
-@functools.lru_cache(REMEMBERED)
-def _parsed_heads(path: str, *_identity: int) -> tuple[Head, ...]:
+@functools.lru_cache(LARGE_MEMO)
+def _parsed_heads(path: str, *_identity: int) -> tuple[ResponseHead, ...]:
     """The heads in a head file of this identity, which is only ever replaced; OSError, ValueError …"""
-    with open(path, "rb", opener=_private) as file:
+    with open(path, "rb", opener=_private_opener) as file:
         return tuple(_head_from(row) for row in json.loads(file.read(_MAX_HEAD_FILE)))
 
 
-def _read_heads(path: str) -> tuple[Head, ...]:
+def _read_heads(path: str) -> tuple[ResponseHead, ...]:
     """The heads in a head file; none where it is missing, damaged or no file (a FIFO, say)."""
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):
             return ()
-        read = _parsed_heads if info.st_size <= SHORT_HEAD else _parsed_heads.__wrapped__
+        read = _parsed_heads if info.st_size <= MAX_MEMOIZED_HEAD else _parsed_heads.__wrapped__
         return read(path, info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return ()
 
 
-def write_file(path: str, text: str) -> None:
+def replace_file(path: str, text: str) -> None:
     """Replace a file of the bookkeeping; OSError.  Another instance may do so at the same time."""
-    make_folder(os.path.dirname(path))
+    make_directory(os.path.dirname(path))
     new = "%s^%s" % (path, secrets.token_hex(4))
     try:
-        with io.FileIO(new, "wb", opener=_private) as file:
+        with io.FileIO(new, "wb", opener=_private_opener) as file:
             write_all(file, text.encode())
         os.replace(new, path)
     except OSError:
@@ -2402,8 +2402,8 @@ def write_file(path: str, text: str) -> None:
         raise
 
 
-def _write_heads(path: str, heads: list[Head]) -> None:
-    write_file(path, json.dumps([vars(head) for head in heads], ensure_ascii=False))
+def _write_heads(path: str, heads: list[ResponseHead]) -> None:
+    replace_file(path, json.dumps([vars(head) for head in heads], ensure_ascii=False))
 
 
 def size_on_disk(info: os.stat_result) -> int:
@@ -2416,21 +2416,21 @@ def inodes_for(key: str) -> int:
     return 2 * key.count("/") + 4 if key else 0
 
 
-def head_size(head: Head) -> int:
+def head_size(head: ResponseHead) -> int:
     """About as many bytes as a head takes, with its folders where they are deeper than most, which exist."""
     fields = sum(len(name) + len(text) for name, text in head.fields)
     return fields + BLOCK * max(2, inodes_for(head.key) - 24)
 
 
-class SharedFile:
+class RefCountedFile:
     """An open file; the last of its users closes it."""
 
     def __init__(self, path: str, file: io.FileIO) -> None:
         self.path = path
         self._file = file
-        self._litter = False  # whether its name is ours alone, and shall go with it
+        self._unlink_on_close = False  # whether its name is ours alone, and shall go with it
         self._lock = threading.Lock()  # guards _users
-        self._users = 1  # the writer, and whoever reads
+        self._refcount = 1  # the writer, and whoever reads
 
     def fileno(self) -> int:
         """Its file's descriptor."""
@@ -2446,32 +2446,32 @@ class SharedFile:
 
     def has_readers(self) -> bool:
         """Whether anybody but the writer uses it."""
-        return self.readers() > 0
+        return self.reader_count() > 0
 
-    def readers(self) -> int:
+    def reader_count(self) -> int:
         """How many use it beside the writer."""
         with self._lock:
-            return max(0, self._users - 1)
+            return max(0, self._refcount - 1)
 
     def acquire(self) -> bool:
         """One user more; False if it is closed already."""
         with self._lock:
-            self._users += 1 if self._users else 0
-            return self._users > 0
+            self._refcount += 1 if self._refcount else 0
+            return self._refcount > 0
 
     def release(self) -> None:
         """One user less; the last closes the file."""
         with self._lock:
-            self._users -= 1
-            last = self._users == 0
+            self._refcount -= 1
+            last = self._refcount == 0
         if last:
             self._file.close()
-            if self._litter:
+            if self._unlink_on_close:
                 with contextlib.suppress(OSError):  # Windows removes no open file
                     os.unlink(self.path)
 
 
-class Partial(SharedFile):
+class PartialFile(RefCountedFile):
     """An incomplete response (RFC 9111 §3.3): written by one, read by many while it grows.
 
     It ends once, in commit(), keep() or discard(); whoever reads it reads on.
@@ -2481,17 +2481,17 @@ class Partial(SharedFile):
 
     def __init__(self, store: Store, key: str, owner: str, path: str, file: io.FileIO) -> None:
         super().__init__(path, file)
-        self.head = Head(0, "", (), key)  # of the live response, as it will be stored, or of what is left
+        self.head = ResponseHead(0, "", (), key)  # of the live response, as it will be stored, or of what is left
         self.length: int | None = None  # declared
         self.owner = owner
         self.size = 0  # bytes written, or left and good to go on with
         self._store = store
-        self._near = True  # whether another instance that writes it is on this machine
-        self._kept = False  # whether that one has left it
-        self._told = 0.0  # monotonic time of the last word to other instances
+        self._writer_is_local = True  # whether another instance that writes it is on this machine
+        self._writer_left = False  # whether that one has left it
+        self._published_at = 0.0  # monotonic time of the last word to other instances
         self._checked = 0  # the size up to which space is known to be free
 
-    def begin(self, head: Head, length: int | None, offset: int = 0) -> None:
+    def start(self, head: ResponseHead, length: int | None, offset: int = 0) -> None:
         """Begin to write a response of ``length`` bytes (None: unknown), or go on at ``offset``;
         LocalFailure."""
         self.head, self.length, self.size = head, length, offset
@@ -2504,21 +2504,21 @@ class Partial(SharedFile):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path + "^head")
                 if found and not self.owner:
-                    self._renew()
+                    self._replace_file()
             self._file.truncate(offset)
             self._file.seek(offset)
         except OSError as error:
             self._store.space.release(self)
-            raise LocalFailure(error) from error
+            raise StorageError(error) from error
 
-    def _renew(self) -> None:
+    def _replace_file(self) -> None:
         """Who reads what was left reads on: the new one gets a file of its own, locked before it is seen."""
-        if not self.is_there():
+        if not self.still_exists():
             raise OSError(errno.ESTALE, "somebody removed the partial")
         new = "%s^%s" % (self.path, secrets.token_hex(8))  # never a file that another instance writes
         file = io.FileIO(os.open(new, _WRITABLE | os.O_EXCL, 0o644), "r+b")
         try:
-            lock(file)
+            try_lock_file(file)
             self._file.close()
             os.replace(new, self.path)
         finally:
@@ -2532,150 +2532,150 @@ class Partial(SharedFile):
         self.size += len(data)
         return len(data)
 
-    def tell(self) -> None:
+    def publish(self) -> None:
         """Let other instances read what has been written so far.  On another machine's disk they may see it
         in another order than we write it: there what they may read is flushed first; OSError."""
         now = time.monotonic()
-        if not self._told or self._store.remote and now - self._told > FLUSH_EVERY:
-            self._told = now
+        if not self._published_at or self._store.remote and now - self._published_at > FLUSH_INTERVAL:
+            self._published_at = now
             if self._store.remote:
                 os.fsync(self.fileno())
-            self._describe(self._store.boot)
+            self._write_metadata(self._store.boot)
 
     def commit(self) -> None:
         """Flush to disk, then give the body its place and its head (invariant 1); or LocalFailure."""
         try:
             os.fsync(self.fileno())
-            if not self.is_there():
+            if not self.still_exists():
                 raise OSError(errno.ENOENT, "somebody removed the partial")
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path + "^head")
-            linked = self._store.place(self)
-            if linked and not self.is_there():  # another instance spoiled it meanwhile
-                self.retract()
+            linked = self._store.commit(self)
+            if linked and not self.still_exists():  # another instance spoiled it meanwhile
+                self.delete_stored()
                 raise OSError(errno.ENOENT, "somebody removed the partial")
         except OSError as error:
             self.discard()
-            raise LocalFailure(error) from error
+            raise StorageError(error) from error
         if linked:
             with contextlib.suppress(OSError):  # Windows removes no open file
                 os.unlink(self.path)
-        self._litter = bool(self.owner)
+        self._unlink_on_close = bool(self.owner)
         self.unlock()
 
-    def keep(self) -> None:
+    def keep_for_resume(self) -> None:
         """Leave it for a later request to go on with (DESIGN §6.7), where it can be told what it is of."""
         try:
-            if self.size < RESUME_WORTH or strong_validator(self.head) is None or not self.is_there():
+            if self.size < MIN_RESUMABLE_SIZE or strong_validator(self.head) is None or not self.still_exists():
                 raise OSError("not worth it")
             if os.fstat(self.fileno()).st_size != self.size:
                 raise OSError("not what was received")
             os.fsync(self.fileno())
-            self._describe("")
+            self._write_metadata("")
         except OSError:
-            self.discard(cut=self.size >= RESUME_WORTH)
+            self.discard(cut=self.size >= MIN_RESUMABLE_SIZE)
         self.unlock()
 
     def discard(self, cut: bool = False) -> None:
         """Forget the file.  Its readers read on.  Its writer may also ``cut`` it, so that slow readers do not
         keep its space: they go on from the origin."""
         self._store.space.release(self, kept=False)
-        self._told = math.inf
+        self._published_at = math.inf
         with contextlib.suppress(OSError, ValueError):
             if cut:
                 self._file.truncate(0)
-            if self.is_there():
+            if self.still_exists():
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path + "^head")
                 os.unlink(self.path)
-        self._litter = bool(self.owner)
+        self._unlink_on_close = bool(self.owner)
         self.unlock()
 
-    def retract(self) -> None:
+    def delete_stored(self) -> None:
         """Remove what is stored under its key: it is no longer right."""
-        self._store.forget(self.head.key)
+        self._store.delete(self.head.key)
 
     # What other instances write
 
-    def lead(self) -> bool:
+    def try_lock(self) -> bool:
         """Whether nobody else writes it any more, so that we may; OSError."""
-        return lock(self._file)
+        return try_lock_file(self._file)
 
-    def learn(self) -> bool:
+    def load_metadata(self) -> bool:
         """What another instance has told of what it writes; False where that is nothing yet."""
-        with contextlib.suppress(OSError), open(self.path, "rb", opener=_private):
+        with contextlib.suppress(OSError), open(self.path, "rb", opener=_private_opener):
             pass  # so NFS looks anew
         # An empty file may have the inode number of a removed one, whose head file is still there.
         size = os.fstat(self.fileno()).st_size
-        head = self._head_on_disk() if size else None
+        head = self._read_metadata() if size else None
         if head is None:
             return False
-        self._kept = not head.boot
-        self._near = head.boot == self._store.boot
-        self.head = changed(head, boot="", flushed=-1, mtime_ns=0)
+        self._writer_left = not head.boot_id
+        self._writer_is_local = head.boot_id == self._store.boot
+        self.head = replace_fields(head, boot_id="", flushed_size=-1, mtime_ns=0)
         self.length = None if head.size < 0 else head.size
-        self.size = size if self._near else min(size, max(0, head.flushed))
+        self.size = size if self._writer_is_local else min(size, max(0, head.flushed_size))
         return True
 
-    def grow(self) -> None:
+    def refresh_size(self) -> None:
         """See how far the other instance has come; OSError."""
-        if self._near:
+        if self._writer_is_local:
             self.size = os.fstat(self.fileno()).st_size
         else:
-            self.learn()
+            self.load_metadata()
 
-    def copy(self, old: Partial) -> None:
+    def copy_from(self, old: PartialFile) -> None:
         """Take over the bytes of an instance that may not be quite dead into this file, which is ours alone;
         OSError."""
         while self.size < old.size:
-            data = old.read_at(min(CHUNK, old.size - self.size), self.size)
+            data = old.read_at(min(COPY_SIZE, old.size - self.size), self.size)
             if not data:
                 raise OSError(errno.EIO, "the partial was cut")
             self.write(data)
         self.head, self.length = old.head, old.length
 
-    def become(self, other: Partial | Stored) -> None:
+    def switch_to(self, other: PartialFile | StoredResponse) -> None:
         """Let whoever reads this read on in another file of the same bytes; OSError."""
         os.dup2(other.fileno(), self.fileno(), inheritable=False)
-        if isinstance(other, Partial):
-            self.path, self.owner, self.size, self._near = other.path, other.owner, other.size, other._near
+        if isinstance(other, PartialFile):
+            self.path, self.owner, self.size, self._writer_is_local = other.path, other.owner, other.size, other._writer_is_local
             other.release()
         else:
             self.size = other.head.size
 
-    def is_idle(self) -> bool:
+    def is_abandoned(self) -> bool:
         """Whether it was left, or nobody has written it for a while; OSError."""
-        return self._kept or time.time() - os.fstat(self.fileno()).st_mtime > RECENT
+        return self._writer_left or time.time() - os.fstat(self.fileno()).st_mtime > MIN_EVICTION_AGE
 
     # Inside
 
-    def _describe(self, boot: str) -> None:
+    def _write_metadata(self, boot: str) -> None:
         """Write down what it is of, and in which ``boot`` it is being written, "" once it is on the disk:
         after a power cut a file may be longer than what has reached the disk of it; OSError."""
-        _write_heads(self.path + "^head", [changed(
-            self.head, size=-1 if self.length is None else self.length, boot=boot, mtime_ns=self._inode(),
-            flushed=self.size if self._store.remote or not boot else -1)])
+        _write_heads(self.path + "^head", [replace_fields(
+            self.head, size=-1 if self.length is None else self.length, boot_id=boot, mtime_ns=self._inode(),
+            flushed_size=self.size if self._store.remote or not boot else -1)])
 
-    def _head_on_disk(self) -> Head | None:
+    def _read_metadata(self) -> ResponseHead | None:
         """What its head file says of just this file."""
         heads = _read_heads(self.path + "^head")
         with contextlib.suppress(OSError):
             if heads and [(head.key, head.mtime_ns) for head in heads] == [(self.head.key, self._inode())]:
-                return heads[0] if self.is_there() else None
+                return heads[0] if self.still_exists() else None
         return None
 
     def _inode(self) -> int:
         """The name that its head file knows it by."""
         return os.fstat(self.fileno()).st_ino
 
-    def is_there(self) -> bool:
+    def still_exists(self) -> bool:
         """Whether the file that has its name is still the one that is open; OSError."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
         except FileNotFoundError:
             return False
 
-    def is_whole(self, stored: Stored) -> bool:
+    def is_stored_as(self, stored: StoredResponse) -> bool:
         """Whether it has landed, as this body; then all of it may be read."""
         if os.path.samestat(os.fstat(stored.fileno()), os.fstat(self.fileno())):
             self.size = stored.head.size
@@ -2690,14 +2690,14 @@ class Partial(SharedFile):
                 fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
-def _close(stored: Stored | None) -> None:
+def _close(stored: StoredResponse | None) -> None:
     if stored is not None:
         stored.close()
 
 
-def _remember_use(path: str, last: float) -> None:
+def _save_access_time(path: str, last: float) -> None:
     """Write the time of a file's last use into its inode, not into that of one which replaces it now."""
-    with contextlib.suppress(OSError), open(path, "rb", opener=_private) as file:
+    with contextlib.suppress(OSError), open(path, "rb", opener=_private_opener) as file:
         target = file.fileno() if os.utime in os.supports_fd else path
         os.utime(target, ns=(int(last * 10**9), os.fstat(file.fileno()).st_mtime_ns))
 
@@ -2721,7 +2721,7 @@ def _rename(path: str, place: str) -> None:
         os.replace(new, place)
 
 
-def _describes(head: Head, info: os.stat_result) -> bool:
+def _describes(head: ResponseHead, info: os.stat_result) -> bool:
     """Whether a head names this body.  Where a copy lost the fraction of the time, its second counts."""
     if head.size != info.st_size:
         return False
@@ -2729,9 +2729,9 @@ def _describes(head: Head, info: os.stat_result) -> bool:
     return same or info.st_mtime_ns % 10**9 == 0 and head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
 
 
-def _bare_head(key: str, info: os.stat_result) -> Head:
-    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", http_date(info.st_mtime)))
-    return Head(200, "OK", fields, key, key, received=info.st_mtime, requested=info.st_mtime,
+def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
+    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", format_http_date(info.st_mtime)))
+    return ResponseHead(200, "OK", fields, key, key, response_time=info.st_mtime, request_time=info.st_mtime,
                 size=info.st_size, mtime_ns=info.st_mtime_ns)
 
 
@@ -2745,22 +2745,22 @@ def boot_id() -> str:
     return known.strip().replace("-", "").lower() or secrets.token_hex(16)
 
 
-def fits_name(key: str, body: Stored | Partial) -> bool:
+def matches_digest_in_name(key: str, body: StoredResponse | PartialFile) -> bool:
     """Whether a body is what its name says, where that holds a digest of it; LocalFailure."""
-    digest = digest_of(key)
+    digest = digest_in_name(key)
     if digest is None:
         return True
     found, offset = hashlib.new(digest[0]), 0
     try:
-        while data := body.read_at(CHUNK, offset):
+        while data := body.read_at(COPY_SIZE, offset):
             found.update(data)
             offset += len(data)
     except OSError as error:
-        raise LocalFailure(error) from error
+        raise StorageError(error) from error
     return found.hexdigest() == digest[1]
 
 
-class Names:
+class NameIndex:
     """Where the files lie that mirrors call by one name: lines of a name's digest and a place, a cache key or
     a path.  New ones come into one file; whoever sweeps spreads them over 256, so that 200,000 are 70 KB
     each.  What is lost, or outdated, costs a download at most; it is looked through when it is asked.
@@ -2769,15 +2769,15 @@ class Names:
     def __init__(self, folder: str) -> None:
         self._folder = folder
 
-    def note(self, name: str, place: str) -> None:
+    def add(self, name: str, place: str) -> None:
         """A file of this name lies there."""
         with contextlib.suppress(OSError):
-            self._add(self._folder, {_RECENT: [self._line(name, place)]})
+            self._add(self._folder, {_RECENT_BUCKET: [self._line(name, place)]})
 
-    def find(self, name: str) -> list[str]:
+    def lookup(self, name: str) -> list[str]:
         """The places of a name, the newest first."""
         start, lines, found = b"\n" + self._line(name, "")[:-1], b"\n", []
-        for bucket in (start[1:3].decode(), _RECENT):
+        for bucket in (start[1:3].decode(), _RECENT_BUCKET):
             with contextlib.suppress(OSError):
                 lines += self._read(os.path.join(self._folder, bucket))
         at = lines.find(start)
@@ -2785,27 +2785,27 @@ class Names:
             found.append(lines[at + len(start):end])
             at = lines.find(start, end)
         places = [place.decode("utf-8", "surrogateescape") for place in reversed(found)]
-        return list(dict.fromkeys(places))[:TWINS]
+        return list(dict.fromkeys(places))[:MAX_CANDIDATES]
 
-    def spread(self) -> None:
+    def compact(self) -> None:
         """Give what is new its place, and what somebody died over.  What another process adds in this moment
         may be lost."""
-        path = os.path.join(self._folder, _RECENT)
+        path = os.path.join(self._folder, _RECENT_BUCKET)
         own = "%s^%s" % (path, secrets.token_hex(4))
         with contextlib.suppress(OSError):
             os.rename(path, own)
         for left in glob.glob(glob.escape(path) + "^*"):
             with contextlib.suppress(OSError):
-                if left != own and time.time() - os.stat(left).st_mtime < RECENT:
+                if left != own and time.time() - os.stat(left).st_mtime < MIN_EVICTION_AGE:
                     continue  # somebody is at it
                 lines = self._read(left).splitlines(keepends=True)
-                self._add(self._folder, self._placed(
+                self._add(self._folder, self._by_bucket(
                     line for line in lines if re.match(rb"[0-9a-f]{18} .*\n", line)))
                 os.unlink(left)
 
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether it was ever made from all that is stored."""
-        return os.path.exists(os.path.join(self._folder, _WHOLE))
+        return os.path.exists(os.path.join(self._folder, _COMPLETE_MARK))
 
     def rebuild(self, entries: Iterable[tuple[str, str]]) -> None:
         """Replace all of it: names and places; OSError."""
@@ -2813,14 +2813,14 @@ class Names:
         rows = iter(entries)
         try:
             while part := list(itertools.islice(rows, 100_000)):
-                self._add(new, self._placed(self._line(name, place) for name, place in part))
-            self._add(new, {_WHOLE: [b""]})
+                self._add(new, self._by_bucket(self._line(name, place) for name, place in part))
+            self._add(new, {_COMPLETE_MARK: [b""]})
             shutil.rmtree(self._folder, ignore_errors=True)
             os.rename(new, self._folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
-    def vouch(self, mirrors: tuple[str, str], same: bool) -> None:
+    def record_comparison(self, mirrors: tuple[str, str], same: bool) -> None:
         """Two mirrors had, or had not, the same file under one name."""
         with contextlib.suppress(OSError):
             if same:
@@ -2828,10 +2828,10 @@ class Names:
             else:
                 os.unlink(os.path.join(self._folder, self._pair(mirrors)))
 
-    def vouched(self, mirrors: tuple[str, str]) -> bool:
+    def are_mirrors(self, mirrors: tuple[str, str]) -> bool:
         """Whether two mirrors have always had the same files lately."""
         with contextlib.suppress(OSError):
-            return os.path.getsize(os.path.join(self._folder, self._pair(mirrors))) >= VOUCHED
+            return os.path.getsize(os.path.join(self._folder, self._pair(mirrors))) >= MIN_MATCHING_FILES
         return False
 
     def _line(self, name: str, place: str) -> bytes:
@@ -2840,10 +2840,10 @@ class Names:
 
     def _read(self, path: str) -> bytes:
         """A file of names; OSError.  Its size is asked first: to make room for the largest takes longer."""
-        with io.FileIO(path, "rb", opener=_private) as file:
+        with io.FileIO(path, "rb", opener=_private_opener) as file:
             return file.read(min(os.fstat(file.fileno()).st_size, 4 * _MAX_NAMES)) or b""
 
-    def _placed(self, lines: Iterable[bytes]) -> dict[str, list[bytes]]:
+    def _by_bucket(self, lines: Iterable[bytes]) -> dict[str, list[bytes]]:
         """Lines by the file that each belongs to."""
         found: dict[str, list[bytes]] = {}
         for line in lines:
@@ -2855,39 +2855,39 @@ class Names:
 
     def _add(self, folder: str, lines: dict[str, list[bytes]]) -> None:
         """Append lines to files; one that grows too long loses its older half; OSError."""
-        make_folder(folder)
+        make_directory(folder)
         for bucket, more in lines.items():
             path = os.path.join(folder, bucket)
-            with io.FileIO(path, "ab", opener=_private) as file:
+            with io.FileIO(path, "ab", opener=_private_opener) as file:
                 write_all(file, b"".join(more))
-                full = file.tell() > (_MAX_RECENT if bucket == _RECENT else _MAX_NAMES)
-            if full and bucket == _RECENT:
-                self.spread()
+                full = file.tell() > (_MAX_RECENT if bucket == _RECENT_BUCKET else _MAX_NAMES)
+            if full and bucket == _RECENT_BUCKET:
+                self.compact()
             elif full:
-                with open(path, "rb", opener=_private) as file:
+                with open(path, "rb", opener=_private_opener) as file:
                     kept = file.read()[-_MAX_NAMES // 2:].partition(b"\n")[2]
                 new = "%s^%s" % (path, secrets.token_hex(4))
-                with open(new, "wb", opener=_private) as file:
+                with open(new, "wb", opener=_private_opener) as file:
                     file.write(kept)
                 os.replace(new, path)
 
 
-def adoptable(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
+def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Names and paths of the packages in folders that are the user's own.  Links are not followed."""
     for top in folders:
         for folder, below, files in os.walk(top):
-            below[:] = [name for name in below if name != BOOKS]
+            below[:] = [name for name in below if name != METADATA_FOLDER]
             for path in (os.path.join(folder, file) for file in files):
                 below_top = os.path.relpath(path, top).replace(os.sep, "/")
                 # A % stays: apt and others write %3a where a URL would have it.
-                name = common_name("http://a/" + urllib.parse.quote(os.fsencode(below_top), "/%:+~"))
+                name = shareable_name("http://a/" + urllib.parse.quote(os.fsencode(below_top), "/%:+~"))
                 if name and "\n" not in path:
                     yield name, path
 
 
-def _names(key: str) -> list[str]:
+def _body_names(key: str) -> list[str]:
     """Where a cache key's body may lie, the place to prefer first, the hashed one last."""
-    return [name for name in file_names(key, os.name == "nt") if name is not None]
+    return [name for name in cache_file_names(key, os.name == "nt") if name is not None]
 
 
 class Space:
@@ -2902,13 +2902,13 @@ class Space:
         self._max_size = max_size
         self._lock = threading.Lock()  # guards all below
         # The size that each download may reach, and the bytes of its head and folders when it is stored.
-        self._running: weakref.WeakKeyDictionary[Partial, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._running: weakref.WeakKeyDictionary[PartialFile, tuple[int, int]] = weakref.WeakKeyDictionary()
         self._stored = 0  # bytes below the root, without running downloads, as far as is known
         self._needed = 0  # free bytes that refused downloads needed, or the next one is likely to need
         self._spare = 0  # free bytes that eviction aims at
         self._outgrown: dict[str, int] = {}  # by key: a size that did not fit, of bodies that declare none
 
-    def reserve(self, partial: Partial, count: int) -> int:
+    def reserve(self, partial: PartialFile, count: int) -> int:
         """Let a download write ``count`` bytes more; return the size up to which it may be written before it
         has to ask again; OSError (ENOSPC)."""
         free, inodes = self._free()
@@ -2934,12 +2934,12 @@ class Space:
                 ahead = 0 if partial.length is not None else min(room, max(0, SPACE_STEP - count))
                 self._running[partial] = max(end, size + count + ahead), overhead
                 return min(self._running[partial][0], size + SPACE_STEP)
-            if partial.length is None and len(self._outgrown) < REMEMBERED:
+            if partial.length is None and len(self._outgrown) < LARGE_MEMO:
                 self._outgrown[partial.head.key] = size + count
         raise OSError(errno.ENOSPC, "not enough free %s" % (
             "space for %d bytes" % count if room < 0 else "inodes"))
 
-    def release(self, partial: Partial, kept: bool = True) -> None:
+    def release(self, partial: PartialFile, kept: bool = True) -> None:
         """A download has ended; whether what it has written is ``kept``."""
         with self._lock:
             mine = self._running.pop(partial, None)
@@ -2975,13 +2975,13 @@ class Store:
         self._lock = threading.Lock()  # guards _used
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last sweep
         self._places = memoize(self._find_places)
-        self.books = os.path.join(self.root, BOOKS)
-        self.names = Names(os.path.join(self.books, "names"))  # of what is stored: common names, cache keys
-        self.adopted = Names(os.path.join(self.books, "adopted"))  # of what is not ours: paths
+        self.metadata_folder = os.path.join(self.root, METADATA_FOLDER)
+        self.names = NameIndex(os.path.join(self.metadata_folder, "names"))  # of what is stored: common names, cache keys
+        self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of what is not ours: paths
         self.remote = is_remote(self.root)
         self._trust_bare = trust_bare  # whether the root is ours alone, so that a bare body is one of ours
 
-    def lookup(self, key: str) -> Stored | None:
+    def lookup(self, key: str) -> StoredResponse | None:
         """The stored response for a cache key, opened; None where there is none that may be used.
 
         A body that no head describes is used if its name says what it is (content-named, package):
@@ -3000,11 +3000,11 @@ class Store:
                     with self._lock:
                         self._used[name] = time.time()
                     if head.mtime_ns != info.st_mtime_ns:
-                        head = changed(head, mtime_ns=info.st_mtime_ns)
-                    return Stored(file, head, name, True)
-            fixed = classify(key) in (NameClass.CONTENT, NameClass.PACKAGE)
+                        head = replace_fields(head, mtime_ns=info.st_mtime_ns)
+                    return StoredResponse(file, head, name, True)
+            fixed = classify_name(key) in (NameClass.CONTENT, NameClass.PACKAGE)
             if self._trust_bare and fixed and not (heads or bare) and self._is_exact(name):
-                bare = Stored(file, _bare_head(key, info), name, False)
+                bare = StoredResponse(file, _bare_head(key, info), name, False)
             else:
                 file.close()
         return bare
@@ -3024,9 +3024,9 @@ class Store:
 
     def _find_places(self, key: str) -> list[tuple[str, str, str]]:
         """Where a cache key's body may lie: its names, with their paths and those of their heads."""
-        return [(name, self.path(name), self.head_path(name)) for name in _names(key)]
+        return [(name, self.body_path(name), self.head_path(name)) for name in _body_names(key)]
 
-    def place(self, partial: Partial) -> bool:
+    def commit(self, partial: PartialFile) -> bool:
         """Give a complete body its natural name, or where that is taken its hashed one; OSError.  Whether
         the partial still has its old name, too.
 
@@ -3034,9 +3034,9 @@ class Store:
         that at each moment the visible body has a head that describes it, and a reader between the
         two steps, or a crash, mixes nothing.
         """
-        modified = parse_date(value(partial.head.fields, "Last-Modified"))
+        modified = parse_date(field_value(partial.head.fields, "Last-Modified"))
         if modified is None or not 0 <= modified < 2**33:
-            modified = partial.head.received
+            modified = partial.head.response_time
         # People see the origin's second; the fraction tells two bodies of one second apart.
         mtime_ns = int(modified) * 10**9 + time.time_ns() // 1000 % 10**6 * 1000
         by_descriptor = os.utime in os.supports_fd
@@ -3045,25 +3045,25 @@ class Store:
         if info.st_size != partial.size or partial.length not in (None, partial.size):
             raise OSError(errno.EIO, "the partial has %d bytes, not the %d received of %s" % (
                 info.st_size, partial.size, partial.length))
-        head = changed(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
+        head = replace_fields(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
         return self._settle(partial.path, partial, head, may_move=True)
 
-    def share(self, twin: Stored) -> None:
+    def link(self, twin: StoredResponse) -> None:
         """Let a body that is stored already be found under its head's key as well: one file, two names;
         OSError where the file system has no such thing, or the body is not ours."""
         if not twin.described:
             raise OSError(errno.EPERM, "it is not ours")
-        make_folder(os.path.join(self.books, "partials"))
-        self._settle(self.path(twin.name), twin, twin.head, may_move=False)
+        make_directory(os.path.join(self.metadata_folder, "partials"))
+        self._settle(self.body_path(twin.name), twin, twin.head, may_move=False)
 
-    def _settle(self, path: str, file: Stored | Partial, head: Head, may_move: bool) -> bool:
+    def _settle(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead, may_move: bool) -> bool:
         """Give an open file its place, and return whether it keeps ``path`` as well; OSError.
 
         Another instance may replace ``path`` at any time.  So the file first gets a name that nobody else
         uses, and is compared with the open one under that.  That name is a link, because while ``path``
         exists no other instance begins the same download.  Where links fail, a file that ``may_move`` is
         renamed."""
-        own, linked = os.path.join(self.books, "partials", "own^" + secrets.token_hex(8)), True
+        own, linked = os.path.join(self.metadata_folder, "partials", "own^" + secrets.token_hex(8)), True
         try:
             os.link(path, own)
         except OSError:
@@ -3076,7 +3076,7 @@ class Store:
                 linked = False
         try:
             if os.path.samestat(os.lstat(own), os.fstat(file.fileno())):
-                self._name(own, head)
+                self._publish(own, head)
                 return linked
             if not linked:
                 os.replace(own, path)  # it belongs to another instance's download
@@ -3085,33 +3085,33 @@ class Store:
             with contextlib.suppress(OSError):  # rename() does nothing if both names are of one file
                 os.unlink(own)
 
-    def _name(self, path: str, head: Head) -> None:
+    def _publish(self, path: str, head: ResponseHead) -> None:
         """Give a file its place by its head's key; OSError."""
-        *natural, hashed = _names(head.key)
-        if common_name(head.key):
-            self.names.note(common_name(head.key), head.key)
+        *natural, hashed = _body_names(head.key)
+        if shareable_name(head.key):
+            self.names.add(shareable_name(head.key), head.key)
         for name in natural:
             taken, old = self._look(name, head.key)
-            if (old or not taken) and self._put(path, name, head, old):  # else somebody's (invariant 11)
-                self.remove(hashed, head.key)
+            if (old or not taken) and self._rename_into_place(path, name, head, old):  # else somebody's (invariant 11)
+                self.delete_file(hashed, head.key)
                 return
-        if not self._put(path, hashed, head, self.described(hashed, head.key)):
+        if not self._rename_into_place(path, hashed, head, self.head_of(hashed, head.key)):
             raise OSError(errno.EEXIST, "something else has its name")
 
-    def freshen(self, stored: Stored, head: Head) -> None:
+    def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
         """Keep a head that a validation has brought up to date; a failure costs only that."""
-        head = changed(head, size=stored.head.size, mtime_ns=stored.head.mtime_ns)
+        head = replace_fields(head, size=stored.head.size, mtime_ns=stored.head.mtime_ns)
         with contextlib.suppress(OSError):
-            if not _describes(head, os.lstat(self.path(stored.name))):
+            if not _describes(head, os.lstat(self.body_path(stored.name))):
                 return  # another instance has stored a newer body meanwhile
             _write_heads(self.head_path(stored.name), [head])
 
-    def forget(self, key: str) -> None:
+    def delete(self, key: str) -> None:
         """Remove a stored response, if it is ours (invariant 11)."""
-        for name in _names(key):
-            self.remove(name, key)
+        for name in _body_names(key):
+            self.delete_file(name, key)
 
-    def take_uses(self) -> dict[str, float]:
+    def take_access_times(self) -> dict[str, float]:
         """The clock time of each name's last use since this was asked last: so a hit costs no write."""
         with self._lock:
             used, self._used = self._used, {}
@@ -3129,33 +3129,33 @@ class Store:
         found = os.statvfs(self.root) if hasattr(os, "statvfs") else None
         return found.f_favail - min(found.f_files // 20, 10_000) if found and found.f_files else sys.maxsize
 
-    def found(self) -> list[str]:
+    def list_hosts(self) -> list[str]:
         """The hosts that are stored; OSError where the root cannot be read."""
         folders = []
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:  # a cleaning rm -rf
-            folders = [entry.name for entry in entries if entry.name != BOOKS and entry.is_dir()]
+            folders = [entry.name for entry in entries if entry.name != METADATA_FOLDER and entry.is_dir()]
         return sorted(name for name in folders if os.path.isdir(self.head_path(name)[:-len("^head")]))
 
-    def described(self, name: str, key: str | None) -> Head | None:
+    def head_of(self, name: str, key: str | None) -> ResponseHead | None:
         """The head of the body that has this name, if we stored it for this key (None: for any)."""
         return self._look(name, key)[1]
 
-    def _look(self, name: str, key: str | None) -> tuple[bool, Head | None]:
+    def _look(self, name: str, key: str | None) -> tuple[bool, ResponseHead | None]:
         """Whether something has this name, and the head that describes it."""
         try:
-            info = os.lstat(self.path(name))
+            info = os.lstat(self.body_path(name))
         except OSError:
             return False, None
         heads = (head for head in _read_heads(self.head_path(name)) if key in (None, head.key))
         return True, next((head for head in heads if _describes(head, info)), None)
 
-    def _put(self, path: str, name: str, head: Head, old: Head | None) -> bool:
+    def _rename_into_place(self, path: str, name: str, head: ResponseHead, old: ResponseHead | None) -> bool:
         """Give a body a name, in place of what ``old`` describes; False where the file system refuses it."""
-        place = self.path(name)
+        place = self.body_path(name)
         for last in (False, True):
             try:
                 _write_heads(self.head_path(name), [head, old] if old else [head])
-                make_folder(os.path.dirname(place))
+                make_directory(os.path.dirname(place))
                 _rename(path, place)
                 break
             except OSError as error:
@@ -3165,10 +3165,10 @@ class Store:
                     raise
         return True
 
-    def remove(self, name: str, key: str | None = None) -> bool:
+    def delete_file(self, name: str, key: str | None = None) -> bool:
         """Remove a stored response, if it is ours (invariant 11), and for this key; or a head without a body.
         Whether there was one."""
-        path = self.path(name)
+        path = self.body_path(name)
         found, ours = self._look(name, key)
         with contextlib.suppress(OSError):
             if ours:
@@ -3178,35 +3178,35 @@ class Store:
                 os.unlink(self.head_path(name))
         return ours is not None
 
-    def path(self, name: str) -> str:
+    def body_path(self, name: str) -> str:
         """Where the body of a name lies."""
         return self._top + name
 
     def head_path(self, name: str) -> str:
         """Where the head file of a name lies."""
-        return "%s/heads/%s^head" % (self.books, name)
+        return "%s/heads/%s^head" % (self.metadata_folder, name)
 
 
-class Partials:
+class PartialStore:
     """The partials below a root.  For the caller: claim, follow, spoil."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def claim(self, key: str, owner: str = "", sole: bool = True) -> Partial | None:
+    def open_for_writing(self, key: str, owner: str = "", sole: bool = True) -> PartialFile | None:
         """The partial of a key for us alone to write, with what a crash or a dead origin left of it; None
         where another process writes it; LocalFailure.  With an ``owner`` it is a file of that name, and
         the caller knows whether he is the ``sole`` one."""
         path = self.path(key, owner)
         try:
-            make_folder(os.path.dirname(path))
+            make_directory(os.path.dirname(path))
             for _ in range(10):  # somebody may rename or remove it between open and lock
                 partial = self._opened(key, owner, os.O_CREAT)
                 try:
-                    free = bool(owner) or partial.lead()
-                    if free and partial.is_there():
-                        if not partial.learn() and owner:
-                            self._inherit(partial, sole)
+                    free = bool(owner) or partial.try_lock()
+                    if free and partial.still_exists():
+                        if not partial.load_metadata() and owner:
+                            self._adopt_leftovers(partial, sole)
                         partial.acquire()
                         return partial
                 finally:
@@ -3215,38 +3215,38 @@ class Partials:
                     return None
             raise OSError(errno.EAGAIN, "another process keeps taking it", path)
         except OSError as error:
-            raise LocalFailure(error) from error
+            raise StorageError(error) from error
 
-    def follow(self, key: str, owner: str = "") -> Partial | None:
+    def open_for_reading(self, key: str, owner: str = "") -> PartialFile | None:
         """The partial that another instance writes, or has written; None where there is none."""
         try:
             return self._opened(key, owner, 0)
         except OSError:
             return None
 
-    def _opened(self, key: str, owner: str, flags: int) -> Partial:
+    def _opened(self, key: str, owner: str, flags: int) -> PartialFile:
         path = self.path(key, owner)
         descriptor = os.open(path, _WRITABLE & ~os.O_CREAT | flags, 0o644)
-        return Partial(self._store, key, owner, path, io.FileIO(descriptor, "r+b"))
+        return PartialFile(self._store, key, owner, path, io.FileIO(descriptor, "r+b"))
 
-    def _inherit(self, partial: Partial, sole: bool) -> None:
+    def _adopt_leftovers(self, partial: PartialFile, sole: bool) -> None:
         """Take over what another owner has left: anyone's, where we are the sole writer, else what nobody has
         written for a while."""
         name = os.path.basename(self.path(partial.head.key, ""))
-        with os.scandir(os.path.join(self._store.books, "partials")) as entries:
+        with os.scandir(os.path.join(self._store.metadata_folder, "partials")) as entries:
             owners = [entry.name[len(name) + 1:] for entry in entries
                       if entry.name.startswith(name + ".") and "^" not in entry.name]
         for owner in owners:
-            old = self.follow(partial.head.key, owner) if owner != partial.owner else None
+            old = self.open_for_reading(partial.head.key, owner) if owner != partial.owner else None
             if old is not None:
                 try:
-                    if old.learn() and (sole or old.is_idle()) and not partial.size:
-                        partial.copy(old)
+                    if old.load_metadata() and (sole or old.is_abandoned()) and not partial.size:
+                        partial.copy_from(old)
                         old.discard()
                 finally:
                     old.release()
 
-    def spoil(self, key: str, owner: str) -> None:
+    def unlink(self, key: str, owner: str) -> None:
         """Let another process not store what it writes: it is no longer right."""
         with contextlib.suppress(OSError):
             os.unlink(self.path(key, owner))
@@ -3254,7 +3254,7 @@ class Partials:
     def path(self, key: str, owner: str) -> str:
         """Where the partial of a key lies."""
         name = hashlib.sha256(key.encode()).hexdigest() + ("." + owner if owner else "")
-        return "%s/partials/%s" % (self._store.books, name)
+        return "%s/partials/%s" % (self._store.metadata_folder, name)
 
 
 def disk_usage(root: str) -> dict[str, int]:
@@ -3268,7 +3268,7 @@ def disk_usage(root: str) -> dict[str, int]:
 def try_writing(folder: str) -> None:
     """OSError where no file can be made there, and filled: a full disk still takes an empty one."""
     path = os.path.join(folder, "^probe-" + secrets.token_hex(4))
-    write_file(path, "x")
+    replace_file(path, "x")
     os.unlink(path)
 
 
@@ -3283,26 +3283,26 @@ class Entry(NamedTuple):
 def _eviction_order(entry: Entry) -> tuple[bool, bool, float, int]:
     """Left-over partials, then all else by its last use, indexes last.  Of one file with two names, the one
     that frees nothing goes first."""
-    index = classify("http://" + entry.name) is NameClass.INDEX and not entry.name.startswith(BOOKS)
-    return not entry.name.startswith(BOOKS + "/partials"), index, entry.last, entry.size
+    index = classify_name("http://" + entry.name) is NameClass.INDEX and not entry.name.startswith(METADATA_FOLDER)
+    return not entry.name.startswith(METADATA_FOLDER + "/partials"), index, entry.last, entry.size
 
 
-class Janitor:
+class Evictor:
     """Keeps a store within its bounds.  For the caller: sweep."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def sweep(self, config: Config, now: float) -> Swept:
+    def run(self, config: Config, now: float) -> EvictionReport:
         """Remove what has not been used for too long, and as much as is too much: left-over partials first,
         then the least recently used, indexes last, never what pkgproxy did not store; OSError where the root
         can't be read."""
-        used, (before, needed) = self._store.take_uses(), self._store.space.take()
+        used, (before, needed) = self._store.take_access_times(), self._store.space.take()
         self._sweep_partials(now)
-        self._store.names.spread()
+        self._store.names.compact()
         found = list(self._find(used, now))
-        stored = [entry.name for entry in found if entry.name and not entry.name.startswith(BOOKS)]
-        if stored and not self._store.names.is_whole():
+        stored = [entry.name for entry in found if entry.name and not entry.name.startswith(METADATA_FOLDER)]
+        if stored and not self._store.names.is_complete():
             with contextlib.suppress(OSError):
                 self._store.names.rebuild(self._common_names(stored))
         total, removed, freed, inodes = sum(entry.size for entry in found), 0, 0, 0
@@ -3315,25 +3315,25 @@ class Janitor:
         ordered = excess > 0 or lacking > 0 or config.max_age is not None  # else that costs nobody a moment
         for entry in sorted(found, key=_eviction_order) if ordered else ():
             expired = config.max_age is not None and now - entry.last > config.max_age
-            unused = abs(now - entry.last) > RECENT  # in the future: by a clock that has been put right since
+            unused = abs(now - entry.last) > MIN_EVICTION_AGE  # in the future: by a clock that has been put right since
             chosen = unused and (expired or freed < excess or inodes < lacking)
             count = self._evict(entry.name) if chosen else 0
             inodes, freed = inodes + count, freed + (entry.size if count else 0)
-            removed += count > 0 and not entry.name.startswith(BOOKS)
+            removed += count > 0 and not entry.name.startswith(METADATA_FOLDER)
         self._store.space.correct(total - freed - before, spare)
-        return Swept(len(stored), total, removed, freed)
+        return EvictionReport(len(stored), total, removed, freed)
 
     def _common_names(self, names: Iterable[str]) -> Iterator[tuple[str, str]]:
         for name in names:
             for head in _read_heads(self._store.head_path(name)):
-                if common_name(head.key):
-                    yield common_name(head.key), head.key
+                if shareable_name(head.key):
+                    yield shareable_name(head.key), head.key
 
     def _find(self, used: dict[str, float], now: float) -> Iterator[Entry]:
         """All that is pkgproxy's below the root, from one walk."""
         seen: set[tuple[int, int]] = set()
-        for folder, _, files in os.walk(self._store.books):
-            part = folder[len(self._store.books) + 1:].partition(os.sep)[0]
+        for folder, _, files in os.walk(self._store.metadata_folder):
+            part = folder[len(self._store.metadata_folder) + 1:].partition(os.sep)[0]
             with contextlib.suppress(OSError):  # a folder of heads stands for one of bodies
                 yield Entry(now, size_on_disk(os.lstat(folder)) * (1 + (part == "heads")), "")
             for file in files:
@@ -3342,25 +3342,25 @@ class Janitor:
                     info = os.lstat(path)
                     last = info.st_mtime
                     if part == "partials" and "." not in file:
-                        last = min(last, now - RECENT - 1)  # its lock tells whether it is in use
-                    fixed = part not in ("partials", "names") or "^" in file or file == _WHOLE
-                    entry = Entry(last, size_on_disk(info), "" if fixed else "%s/%s/%s" % (BOOKS, part, file))
+                        last = min(last, now - MIN_EVICTION_AGE - 1)  # its lock tells whether it is in use
+                    fixed = part not in ("partials", "names") or "^" in file or file == _COMPLETE_MARK
+                    entry = Entry(last, size_on_disk(info), "" if fixed else "%s/%s/%s" % (METADATA_FOLDER, part, file))
                     yield self._described(path, entry, used, seen, now) if part == "heads" else entry
 
     def _described(self, path: str, head: Entry, used: dict[str, float], seen: set[tuple[int, int]],
                    now: float) -> Entry:
         """The stored response that a head file belongs to; OSError."""
-        top = os.path.join(self._store.books, "heads")
+        top = os.path.join(self._store.metadata_folder, "heads")
         name = os.path.relpath(path, top)[:-len("^head")].replace(os.sep, "/")
         try:
-            info = os.lstat(self._store.path(name))
+            info = os.lstat(self._store.body_path(name))
         except (FileNotFoundError, NotADirectoryError):
             _remove_old(path, now - DAY)  # its body was removed by hand
             return head
         if not (path.endswith("^head") and stat.S_ISREG(info.st_mode)):
             return head
         if name in used:  # remembered here, so that a hit costs no write
-            _remember_use(self._store.path(name), used[name])
+            _save_access_time(self._store.body_path(name), used[name])
         same = (info.st_dev, info.st_ino) in seen  # a file of two mirrors takes its space once
         if info.st_nlink > 1:
             seen.add((info.st_dev, info.st_ino))
@@ -3369,18 +3369,18 @@ class Janitor:
 
     def _evict(self, name: str) -> int:
         """Remove a response, or a file of the bookkeeping that is not locked; how many inodes that frees."""
-        count, path = 0, self._store.path(name)
+        count, path = 0, self._store.body_path(name)
         with contextlib.suppress(OSError):
-            if name.startswith(BOOKS):
+            if name.startswith(METADATA_FOLDER):
                 with io.FileIO(os.open(path, _WRITABLE & ~os.O_CREAT), "r+b") as file:
-                    if lock(file):
+                    if try_lock_file(file):
                         os.unlink(path)
                         count = 1
                         os.unlink(path + "^head")  # a partial may have one
-            elif name and self._store.remove(name):
+            elif name and self._store.delete_file(name):
                 count = 2
                 while name := os.path.dirname(name):
-                    for folder in (self._store.path(name), self._store.head_path(name)[:-len("^head")]):
+                    for folder in (self._store.body_path(name), self._store.head_path(name)[:-len("^head")]):
                         with contextlib.suppress(OSError):  # one that is not empty
                             os.rmdir(folder)
                             count += 1
@@ -3388,7 +3388,7 @@ class Janitor:
 
     def _sweep_partials(self, now: float) -> None:
         """Remove what crashes left and nobody has gone on with for a day."""
-        with contextlib.suppress(OSError), os.scandir(os.path.join(self._store.books, "partials")) as entries:
+        with contextlib.suppress(OSError), os.scandir(os.path.join(self._store.metadata_folder, "partials")) as entries:
             for entry in entries:
                 _remove_old(entry.path, now - DAY)
 
@@ -3398,7 +3398,7 @@ class Janitor:
 # ---------------------------------------------------------------------------------------------
 
 
-class Landing(enum.Enum):
+class FlightResult(enum.Enum):
     """How a flight ended, for those who waited for it."""
 
     STORED = "stored"  # look in the store
@@ -3418,38 +3418,38 @@ class Flight:
     def __init__(self, key: str) -> None:
         self.key = key
         self._changed = threading.Condition()  # guards all below
-        self._partial: Partial | None = None
+        self._partial: PartialFile | None = None
         self._received = 0  # bytes that may be read
         self._complete = False  # all bytes are here, and go to the disk
         self._spoiled = False  # its body must not be stored
-        self._landing: Landing | None = None
+        self._landing: FlightResult | None = None
         self._error: Exception | None = None
 
-    def publish(self, partial: Partial) -> None:
+    def publish(self, partial: PartialFile) -> None:
         """The head has arrived: followers may read."""
         with self._changed:
             self._partial = partial
             self._received = max(self._received, partial.size if partial.size != partial.length else 0)
             self._changed.notify_all()
 
-    def advance(self, received: int) -> None:
+    def set_received(self, received: int) -> None:
         """So many bytes may be read."""
         with self._changed:
             self._received = received
             self._changed.notify_all()
 
-    def complete(self) -> bool:
+    def finish_receiving(self) -> bool:
         """All bytes have arrived; whether they may be stored.  Waits from now on are for the disk."""
         with self._changed:
             self._complete = True
             return not self._spoiled
 
-    def spoil(self) -> None:
+    def forbid_storing(self) -> None:
         """What is on its way is no longer right: give it to those who wait, but don't store it."""
         with self._changed:
             self._spoiled = True
 
-    def end(self, landing: Landing, error: Exception | None = None, received: int | None = None) -> None:
+    def finish(self, landing: FlightResult, error: Exception | None = None, received: int | None = None) -> None:
         """Announce the end, and with it the last bytes (invariant 3).  Only the first call counts."""
         with self._changed:
             if self._landing is None:
@@ -3457,36 +3457,36 @@ class Flight:
                 self._received = self._received if received is None else received
                 self._changed.notify_all()
 
-    def has_ended(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether it has been ended."""
         with self._changed:
             return self._landing is not None
 
-    def wait_for_head(self, timeout: float) -> tuple[Partial | None, Landing]:
+    def wait_for_head(self, timeout: float) -> tuple[PartialFile | None, FlightResult]:
         """A partial (acquired); or how the flight ended without one."""
         with self._changed:
             self._changed.wait_for(lambda: self._partial or self._landing, timeout)
             partial, landing, error = self._partial, self._landing, self._error
-        if landing is Landing.FAILED and error:
+        if landing is FlightResult.FAILED and error:
             raise error
         if partial and partial.acquire():
-            return partial, Landing.STORED
-        return None, landing or Landing.ALONE
+            return partial, FlightResult.STORED
+        return None, landing or FlightResult.ALONE
 
-    def wait_beyond(self, offset: int, timeout: float) -> int:
+    def wait_for_bytes(self, offset: int, timeout: float) -> int:
         """Bytes that may be read, more than ``offset`` unless it ended whole; the flight's error; or
         LocalFailure where it stands still."""
         with self._changed:
             self._changed.wait_for(lambda: self._received > offset or self._landing, timeout)
             if self._complete:  # a slow disk is no fault of the origin's
-                self._changed.wait_for(lambda: self._received > offset or self._landing, LAND_WAIT)
-            if self._received > offset or self._landing in (Landing.STORED, Landing.WHOLE):
+                self._changed.wait_for(lambda: self._received > offset or self._landing, COMMIT_TIMEOUT)
+            if self._received > offset or self._landing in (FlightResult.STORED, FlightResult.WHOLE):
                 return self._received
             error = self._error
-        raise error or LocalFailure(OSError(errno.ETIMEDOUT, "the download stands still"))
+        raise error or StorageError(OSError(errno.ETIMEDOUT, "the download stands still"))
 
 
-class Barrier:
+class SingleFlight:
     """At most one flight per cache key (invariant 2)."""
 
     def __init__(self) -> None:
@@ -3502,31 +3502,31 @@ class Barrier:
             flight = self._flights[key] = Flight(key)
             return flight, True
 
-    def end(self, flight: Flight, landing: Landing, error: Exception | None = None,
+    def finish(self, flight: Flight, landing: FlightResult, error: Exception | None = None,
             received: int | None = None) -> None:
         """Take a flight off, then announce its end, and with it the last bytes (invariant 3)."""
-        self.leave(flight)
-        flight.end(landing, error, received)
+        self.remove(flight)
+        flight.finish(landing, error, received)
 
-    def leave(self, flight: Flight) -> None:
+    def remove(self, flight: Flight) -> None:
         """Let nobody join a flight any more."""
         with self._lock:
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
 
-    def spoil(self, key: str) -> None:
+    def invalidate(self, key: str) -> None:
         """Let no flight of now store its body, and nobody join it any more."""
         with self._lock:
             flight = self._flights.pop(key, None)
         if flight is not None:
-            flight.spoil()
+            flight.forbid_storing()
 
-    def flying(self, key: str) -> bool:
+    def is_in_flight(self, key: str) -> bool:
         """Whether a key is being fetched."""
         with self._lock:
             return key in self._flights
 
-    def count(self) -> int:
+    def in_flight(self) -> int:
         """Flights under way."""
         with self._lock:
             return len(self._flights)
@@ -3578,7 +3578,7 @@ class RecentEvents:
         return name if len(name) <= MAX_MEMOIZED else hashlib.sha256(name.encode()).hexdigest()
 
 
-class Memcached:
+class MemcachedClient:
     """One memcached server, and as much of its text protocol as a lease needs (memcached's protocol.txt).
     For the caller: add, holder, cas."""
 
@@ -3590,7 +3590,7 @@ class Memcached:
 
     def add(self, key: str, owner: str) -> bool:
         """Whether a key had no owner and has this one now; OSError."""
-        return self._ask("add %s 0 %d %d" % (key, LEASE, len(owner)), owner)[0] == "STORED"
+        return self._ask("add %s 0 %d %d" % (key, LEASE_DURATION, len(owner)), owner)[0] == "STORED"
 
     def holder(self, key: str) -> tuple[str, str]:
         """The owner of a key and memcached's unique number for that, "" for none; OSError."""
@@ -3632,7 +3632,7 @@ class Memcached:
         if pooled is not None:
             with contextlib.suppress(OSError):  # it may have been restarted meanwhile
                 return self._talk(pooled, message)
-        with socket.create_connection(self._place, MEMCACHED_WAIT) as sock:
+        with socket.create_connection(self._place, MEMCACHED_TIMEOUT) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             file = sock.makefile("rwb")
         return self._talk(file, message)
@@ -3666,17 +3666,17 @@ class Memcached:
 
     def _failed(self, error: Exception) -> None:
         with self._lock:
-            known, self._trouble = self._trouble > 0, time.monotonic() + MEMCACHED_PAUSE
+            known, self._trouble = self._trouble > 0, time.monotonic() + MEMCACHED_BACKOFF
         log.log(logging.DEBUG if known else logging.WARNING, "memcached at %s:%d cannot be asked (%s): each "
                 "instance downloads on its own.", *self._place, error)
 
 
-class Leases:
+class LeaseManager:
     """Who leads among instances, where the lock on a partial does not tell it: for each key the owner that
     memcached names, or, without memcached, whoever asks (each instance on its own)."""
 
     def __init__(self, servers: tuple[tuple[str, int], ...], alone: bool) -> None:
-        self._servers = [Memcached(place) for place in servers]
+        self._servers = [MemcachedClient(place) for place in servers]
         self._alone = alone  # without servers: whether locks don't work either
         self._lock = threading.Lock()  # guards _held and _renewing
         self._held: dict[str, str | None] = {}  # by owner: the key, None once it was lost
@@ -3684,7 +3684,7 @@ class Leases:
         self._stop = threading.Event()
 
     @property
-    def named(self) -> bool:
+    def uses_memcached(self) -> bool:
         """Whether memcached names the owners, so that it can be asked."""
         return bool(self._servers)
 
@@ -3695,24 +3695,24 @@ class Leases:
             return server.holder(name)[0]
         return ""
 
-    def take(self, key: str) -> tuple[str, bool | None]:
+    def acquire(self, key: str) -> tuple[str, bool | None]:
         """The owner of a key ("": who locks its file), and whether that is the caller, for it alone; None:
         for the caller, but others may think the same."""
         if not self._servers:
             return (secrets.token_hex(8), None) if self._alone else ("", True)
         try:
-            return self.ask(key)
+            return self.try_acquire(key)
         except OSError:
             return secrets.token_hex(8), None
 
-    def ask(self, key: str) -> tuple[str, bool]:
+    def try_acquire(self, key: str) -> tuple[str, bool]:
         """The owner of a key, and whether it has none but the caller, who has just become it; OSError where
         memcached can't be asked."""
         server, name = self._server(key)
         owner = secrets.token_hex(8)
         for _ in range(3):
             if server.add(name, owner):
-                self._hold(key, owner)
+                self._start_renewing(key, owner)
                 return owner, True
             holder, _ = server.holder(name)
             if holder:
@@ -3727,7 +3727,7 @@ class Leases:
             with contextlib.suppress(OSError):
                 self._renew(key, owner, -1)
 
-    def lost(self, owner: str) -> bool:
+    def is_lost(self, owner: str) -> bool:
         """Whether another instance has taken what was this owner's."""
         with self._lock:
             return owner in self._held and self._held[owner] is None
@@ -3738,11 +3738,11 @@ class Leases:
         for server in self._servers:
             server.close()
 
-    def _server(self, key: str) -> tuple[Memcached, str]:
+    def _server(self, key: str) -> tuple[MemcachedClient, str]:
         digest = hashlib.sha256(key.encode()).hexdigest()
         return self._servers[int(digest, 16) % max(1, len(self._servers))], "pkgproxy:" + digest
 
-    def _hold(self, key: str, owner: str) -> None:
+    def _start_renewing(self, key: str, owner: str) -> None:
         with self._lock:
             self._held[owner] = key
             begin, self._renewing = not self._renewing, True
@@ -3750,12 +3750,12 @@ class Leases:
             threading.Thread(target=self._renew_all, daemon=True).start()
 
     def _renew_all(self) -> None:
-        while not self._stop.wait(LEASE_RENEWAL):
+        while not self._stop.wait(LEASE_RENEWAL_INTERVAL):
             with self._lock:
                 held = list(self._held.items())
             for owner, key in held:
                 with contextlib.suppress(OSError):
-                    if key is not None and not self._renew(key, owner, LEASE):
+                    if key is not None and not self._renew(key, owner, LEASE_DURATION):
                         with self._lock:
                             if owner in self._held:
                                 self._held[owner] = None
@@ -3774,7 +3774,7 @@ class Leases:
 # ---------------------------------------------------------------------------------------------
 
 
-def select_ready(sock: socket.socket, timeout: float, writing: bool = False) -> bool:
+def wait_until_ready(sock: socket.socket, timeout: float, writing: bool = False) -> bool:
     """Whether a socket has bytes or its end to read, or takes bytes or will fail; poll where there is one:
     select stops at 1024."""
     if hasattr(select, "poll"):
@@ -3785,15 +3785,15 @@ def select_ready(sock: socket.socket, timeout: float, writing: bool = False) -> 
     return any(select.select(*wanted, timeout))
 
 
-def is_quiet(sock: socket.socket) -> bool:
+def is_open_and_silent(sock: socket.socket) -> bool:
     """Whether a connection is open, and nothing has come over it."""
     try:
-        return not select_ready(sock, 0)
+        return not wait_until_ready(sock, 0)
     except (OSError, ValueError):
         return False
 
 
-class TimedFile(io.RawIOBase):
+class DeadlineReader(io.RawIOBase):
     """The bytes of a socket, up to a deadline: a drip of single bytes must not hold a thread for ever.
 
     A socket without TLS does not block, and is waited for only where there is nothing to read: Python's own
@@ -3802,9 +3802,9 @@ class TimedFile(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, patience: float, early: bytes = b"") -> None:
         super().__init__()
-        self.early = early  # has been received, and not been read
-        self.held: io.RawIOBase | None = None  # what keeps the socket open, to be closed with this
-        self.on_pause: Callable[[], object] | None = None  # to be called where nothing comes for PAUSE
+        self.prefetched = early  # has been received, and not been read
+        self.keepalive: io.RawIOBase | None = None  # what keeps the socket open, to be closed with this
+        self.on_idle: Callable[[], object] | None = None  # to be called where nothing comes for PAUSE
         self._sock = sock
         self._patience = patience  # seconds of silence
         self._deadline: float | None = None  # monotonic
@@ -3823,32 +3823,32 @@ class TimedFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int | None:
         """Read what comes; socket.timeout."""
-        if self.early:
-            size = min(len(buffer), len(self.early))
-            buffer[:size], self.early = self.early[:size], self.early[size:]
+        if self.prefetched:
+            size = min(len(buffer), len(self.prefetched))
+            buffer[:size], self.prefetched = self.prefetched[:size], self.prefetched[size:]
             return size
-        left = self._left()
+        left = self._time_left()
         if hasattr(self._sock, "pending"):  # TLS
             if not self._sock.pending():
-                self._comes_soon(left)
-            self._sock.settimeout(self._left())
+                self._wait_briefly(left)
+            self._sock.settimeout(self._time_left())
             return self._sock.recv_into(buffer)
         while True:
             try:
                 return self._sock.recv_into(buffer)
             except BlockingIOError:
-                if not self._comes_soon(left) and not select_ready(self._sock, self._left()):
+                if not self._wait_briefly(left) and not wait_until_ready(self._sock, self._time_left()):
                     raise socket.timeout("timed out") from None
 
-    def _comes_soon(self, left: float) -> bool:
-        if self.on_pause is None:
+    def _wait_briefly(self, left: float) -> bool:
+        if self.on_idle is None:
             return False
-        soon = select_ready(self._sock, min(PAUSE, left))
+        soon = wait_until_ready(self._sock, min(PUBLISH_DELAY, left))
         if not soon:
-            self.on_pause()
+            self.on_idle()
         return soon
 
-    def _left(self) -> float:
+    def _time_left(self) -> float:
         """Seconds that it may take; socket.timeout where that is none."""
         if self._deadline is None:
             return self._patience
@@ -3859,12 +3859,12 @@ class TimedFile(io.RawIOBase):
 
     def close(self) -> None:
         """Close it; the socket closes only what it has been given to hold."""
-        if self.held is not None:
-            self.held.close()
+        if self.keepalive is not None:
+            self.keepalive.close()
         super().close()
 
 
-def read_lines(file: io.BufferedIOBase, limit: int = MAX_HEAD) -> list[str]:
+def read_head_lines(file: io.BufferedIOBase, limit: int = MAX_HEAD) -> list[str]:
     """The lines of a head without their CRLF, up to the empty one (RFC 9112 §2.1).
 
     [] at the end of the stream before the first byte; ValueError for a head that is cut off, too
@@ -3879,17 +3879,17 @@ def read_lines(file: io.BufferedIOBase, limit: int = MAX_HEAD) -> list[str]:
             return []
         if not line.endswith(b"\r\n") and len(line) > MAX_LINE:
             what, status = ("a field", 431) if lines else ("a first line", 414)
-            raise TooMuch("%s longer than %d bytes" % (what, MAX_LINE), status)
+            raise HeadTooLargeError("%s longer than %d bytes" % (what, MAX_LINE), status)
         if not line.endswith(b"\r\n"):
             raise ValueError("a line without CR" if line.endswith(b"\n") else "a head that is cut off")
         if total > limit:
-            raise TooMuch("a head of more than %d bytes" % limit)
+            raise HeadTooLargeError("a head of more than %d bytes" % limit)
         if line == b"\r\n":
             return lines or [""]
         lines.append(line[:-2].decode("latin-1"))
 
 
-class ChunkReader:
+class ChunkedReader:
     """A chunked body (RFC 9112 §7.1); trailers are dropped.  http.client's own lets bad sizes pass."""
 
     def __init__(self, file: io.BufferedIOBase) -> None:
@@ -3929,7 +3929,7 @@ class ChunkReader:
             self._left = parse_chunk_size(line)
             self._allowance -= len(line) + 2
             if not self._left:
-                trailers = read_lines(self._file)
+                trailers = read_head_lines(self._file)
                 if not trailers:
                     raise ValueError("a body cut off before its end")
                 parse_fields(trailers if trailers != [""] else [])
@@ -3943,7 +3943,7 @@ class ChunkReader:
         return data
 
 
-class OriginResponse(http.client.HTTPResponse):
+class StrictHTTPResponse(http.client.HTTPResponse):
     """http.client's response with a strict head.
 
     http.client takes a head that is cut off for an empty 200, any 1xx but 100 for the final answer,
@@ -3955,8 +3955,8 @@ class OriginResponse(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *arguments: Any, **more: Any) -> None:
         self.patience = sock.gettimeout() or ORIGIN_TIMEOUT  # seconds until the whole head is there
         self._sock = sock
-        self._timed = TimedFile(sock, ORIGIN_TIMEOUT)
-        self._timed.held = sock.makefile("rb", buffering=0)  # http.client closes the socket before it reads
+        self._timed = DeadlineReader(sock, ORIGIN_TIMEOUT)
+        self._timed.keepalive = sock.makefile("rb", buffering=0)  # http.client closes the socket before it reads
         super().__init__(self._timed, *arguments, **more)  # type: ignore[arg-type]
         if not hasattr(sock, "pending"):
             sock.setblocking(False)
@@ -3967,7 +3967,7 @@ class OriginResponse(http.client.HTTPResponse):
 
     def on_pause(self, call: Callable[[], object]) -> None:
         """What to do where nothing comes for PAUSE seconds."""
-        self._timed.on_pause = call
+        self._timed.on_idle = call
 
     def begin(self, **_limits: Any) -> None:
         """Read the final head, within the socket's time-out; ValueError or http.client.RemoteDisconnected."""
@@ -3977,7 +3977,7 @@ class OriginResponse(http.client.HTTPResponse):
 
     def _read_head(self) -> None:
         while True:
-            lines = read_lines(self.fp)
+            lines = read_head_lines(self.fp)
             if not lines:
                 raise http.client.RemoteDisconnected("closed before an answer")
             version, status, reason = parse_status_line(lines[0])
@@ -3994,12 +3994,12 @@ class OriginResponse(http.client.HTTPResponse):
     def _frame(self, version: tuple[int, int], fields: Fields) -> None:
         """Where the body ends (RFC 9112 §6.3)."""
         self.chunked = is_chunked(fields)
-        declared = value(fields, "Content-Length") or ("chunked" if self.chunked else "0")
-        if self.chunked and (version < (1, 1) or value(fields, "Content-Length") is not None):
+        declared = field_value(fields, "Content-Length") or ("chunked" if self.chunked else "0")
+        if self.chunked and (version < (1, 1) or field_value(fields, "Content-Length") is not None):
             raise ValueError("Transfer-Encoding with HTTP/1.0 or a Content-Length")
         self.chunk_left = None
         self.length = None if self.chunked else content_length(fields)
-        options = members(fields, "Connection")
+        options = list_members(fields, "Connection")
         self.will_close = "close" in options or version < (1, 1) and "keep-alive" not in options
         if self._method == "HEAD" or self.status in (204, 304):  # type: ignore[attr-defined]
             self.length, self.chunked = 0, False
@@ -4009,7 +4009,7 @@ class OriginResponse(http.client.HTTPResponse):
             self.will_close = True  # an answer without body that declares one: who knows what follows
 
 
-def resolve(host: str, port: int) -> list[tuple[Any, ...]]:
+def resolve_addresses(host: str, port: int) -> list[tuple[Any, ...]]:
     """The addresses of a name, the families in turn (RFC 8305 §4); OSError."""
     # In bytes: for a str, Python loads a megabyte of tables for names beyond ASCII, which ours never are.
     found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
@@ -4050,7 +4050,7 @@ class Quota:
             self._used += collections.Counter()  # drops zeros
 
 
-class Lookup:
+class DNSLookup:
     """One question to the name servers, in a thread of its own: getaddrinfo knows no deadline."""
 
     def __init__(self, host: str, port: int, done: Callable[[], None]) -> None:
@@ -4066,7 +4066,7 @@ class Lookup:
 
     def _run(self) -> None:
         try:
-            self._found = resolve(*self._place)
+            self._found = resolve_addresses(*self._place)
         except (OSError, UnicodeError) as error:
             self._failure = error
         finally:
@@ -4082,37 +4082,37 @@ class Lookup:
         return list(self._found)
 
 
-class Addresses:
+class Resolver:
     """The addresses of origins, and which of them failed lately.  For the caller: find, failed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _lookups
-        self._lookups: dict[tuple[str, int], Lookup] = {}  # under way: one a name, however many wait
+        self._lookups: dict[tuple[str, int], DNSLookup] = {}  # under way: one a name, however many wait
         self.failures = RecentEvents()  # by address, or the URL of a parent proxy
         self._quota = Quota(MAX_LOOKUPS)
 
-    def find(self, host: str, port: int, patience: float, client: str = "") -> list[tuple[Any, ...]]:
+    def resolve(self, host: str, port: int, patience: float, client: str = "") -> list[tuple[Any, ...]]:
         """The addresses of a name, those that failed lately last; OSError, UnicodeError, socket.timeout, and
         OriginFailure if too many names are being looked up, for the client or in all."""
         if is_address(host):
-            found = resolve(host, port)  # nobody has to be asked
+            found = resolve_addresses(host, port)  # nobody has to be asked
         else:
             found = self._lookup((host, port), client).result(patience)
-        return sorted(found, key=lambda address: -(self.failures.find(address[4][0], LAME) or (math.inf,))[0])
+        return sorted(found, key=lambda address: -(self.failures.find(address[4][0], ADDRESS_PENALTY) or (math.inf,))[0])
 
-    def failed(self, address: str) -> None:
+    def mark_failed(self, address: str) -> None:
         """An address refused, broke off or said nothing."""
         self.failures.note(address)
 
-    def _lookup(self, place: tuple[str, int], client: str) -> Lookup:
+    def _lookup(self, place: tuple[str, int], client: str) -> DNSLookup:
         """The lookup of a name that is under way, or a new one; OSError, OriginFailure."""
         free, started = self._quota.acquire(client), False
         try:
             with self._lock:
                 if place not in self._lookups:
                     if not free:
-                        raise OriginFailure("Too many names are being looked up.", status=503)
-                    self._lookups[place] = Lookup(*place, functools.partial(self._looked_up, place, client))
+                        raise OriginError("Too many names are being looked up.", status=503)
+                    self._lookups[place] = DNSLookup(*place, functools.partial(self._looked_up, place, client))
                     started = True
                 return self._lookups[place]
         finally:
@@ -4125,7 +4125,7 @@ class Addresses:
         self._quota.release(client)
 
 
-def connect_any(addresses: list[tuple[Any, ...]], patience: float) -> socket.socket:
+def connect_fastest(addresses: list[tuple[Any, ...]], patience: float) -> socket.socket:
     """A connection to whichever address answers first: a new one is tried every NEXT_ADDRESS seconds, and
     at once when one refuses (RFC 8305 §5); OSError, socket.timeout."""
     waiting, deadline = list(addresses), time.monotonic() + patience
@@ -4145,7 +4145,7 @@ def connect_any(addresses: list[tuple[Any, ...]], patience: float) -> socket.soc
                     failure = error
                     continue
             left = deadline - time.monotonic()
-            for key, _ in tries.select(max(0.0, min(left, NEXT_ADDRESS) if waiting else left)):
+            for key, _ in tries.select(max(0.0, min(left, CONNECT_ATTEMPT_DELAY) if waiting else left)):
                 tries.unregister(key.fileobj)
                 code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # type: ignore[union-attr]
                 if not code:
@@ -4157,7 +4157,7 @@ def connect_any(addresses: list[tuple[Any, ...]], patience: float) -> socket.soc
 
 
 @dataclasses.dataclass(frozen=True)
-class Forward:
+class OriginRequest:
     """One request to an origin."""
 
     method: str
@@ -4165,12 +4165,12 @@ class Forward:
     fields: Fields
     body: Readable | None = None
     length: int | None = 0  # of the body; None: chunked
-    near: bool = False  # for a client on this host, which may reach what only this host may
-    follow: bool = False  # redirects, but not to HTML
+    client_is_local: bool = False  # for a client on this host, which may reach what only this host may
+    follow_redirects: bool = False  # redirects, but not to HTML
     deadline: float | None = None  # monotonic: by then a head, or a time-out; None: each step has its own
     client: str = ""  # its address
 
-    def within(self, most: float) -> float:
+    def timeout_for(self, most: float) -> float:
         """Seconds for a step that may take ``most``; socket.timeout where there are none left."""
         if self.deadline is None:
             return most
@@ -4180,12 +4180,12 @@ class Forward:
         return min(left, most)
 
     @property
-    def repeatable(self) -> bool:
+    def is_retryable(self) -> bool:
         """Whether it may be sent twice (RFC 9110 §9.2.2), and whether it still can be."""
         return self.body is None and self.method in ("GET", "HEAD", "OPTIONS")
 
 
-def is_own_address(address: tuple[Any, ...]) -> bool:
+def is_local_address(address: tuple[Any, ...]) -> bool:
     """Whether an address is one of this machine's; OSError if that cannot be found out.  No packet is sent.
 
     bind() cannot tell: with Linux's ip_nonlocal_bind=1 it succeeds for any address, and /proc, which has
@@ -4208,25 +4208,25 @@ def is_own_address(address: tuple[Any, ...]) -> bool:
             return False
 
 
-def is_this_host(address: str) -> bool:
+def is_local_client(address: str) -> bool:
     """Whether a client with this address is on this host; not, where that can't be found out."""
     with contextlib.suppress(OSError, ValueError):
-        return is_own_address((address, 9))
+        return is_local_address((address, 9))
     return False
 
 
 def is_near(address: tuple[Any, ...]) -> bool:
     """Whether only clients on this host may be led to an address; OSError if that cannot be found out."""
-    return is_guarded(address[0]) or is_own_address(address)
+    return is_protected_address(address[0]) or is_local_address(address)
 
 
-class Guard:
+class AddressPolicy:
     """Which addresses may be connected to.  For the caller: pass_by, and ports."""
 
     def __init__(self) -> None:
-        self.ports: set[int] = set()  # that we listen on
+        self.listening_ports: set[int] = set()  # that we listen on
 
-    def pass_by(self, found: list[tuple[Any, ...]], forward: Forward) -> list[tuple[Any, ...]]:
+    def filter(self, found: list[tuple[Any, ...]], forward: OriginRequest) -> list[tuple[Any, ...]]:
         """Those of the addresses that a request may go to; Failure where there are none.
 
         The address that is looked at is the one connected to: a name has no second chance to change.
@@ -4235,26 +4235,26 @@ class Guard:
         passed = [address for address, reason in zip(found, reasons) if reason is None]
         if reasons and reasons[0] is not None and not passed:
             status, sentence = reasons[0]
-            raise Failure("%s %s." % (forward.target.authority, sentence), status)
+            raise ProxyError("%s %s." % (forward.target.authority, sentence), status)
         return passed
 
-    def _reason(self, found: tuple[Any, ...], forward: Forward) -> tuple[int, str] | None:
+    def _reason(self, found: tuple[Any, ...], forward: OriginRequest) -> tuple[int, str] | None:
         address = found[4]
-        if forward.near and address[1] not in self.ports:
+        if forward.client_is_local and address[1] not in self.listening_ports:
             return None
         try:
-            own = is_own_address(address)
+            own = is_local_address(address)
         except OSError as error:  # a family that this machine does not speak, or no descriptor left
             return 502, "cannot be checked: %s" % error.strerror
         if not own:
-            guarded = not forward.near and is_guarded(address[0])
+            guarded = not forward.client_is_local and is_protected_address(address[0])
             return (403, "is an address that only the proxy's own host may reach") if guarded else None
-        if address[1] in self.ports:
+        if address[1] in self.listening_ports:
             return 508, "leads back to this proxy"
-        return None if forward.near else (403, "is the proxy's own host, which only it itself may reach")
+        return None if forward.client_is_local else (403, "is the proxy's own host, which only it itself may reach")
 
 
-class Trust:
+class TrustStore:
     """Whose certificates are believed: the system's, and those of a file.  It can't be turned off."""
 
     def __init__(self, ca_file: str | None) -> None:
@@ -4276,7 +4276,7 @@ class Trust:
         return self._context
 
 
-def why_not(error: Exception) -> str:
+def explain_error(error: Exception) -> str:
     """What an error of a connection means, in words for a client."""
     refused = getattr(error, "verify_message", "").rstrip(".")  # ssl.SSLCertVerificationError has one
     if refused:
@@ -4287,40 +4287,40 @@ def why_not(error: Exception) -> str:
     return re.sub(r"^\[[A-Z0-9_: ]+\] |^_ssl\.c:\d+: | \(_ssl\.c:\d+\)", "", text)
 
 
-Place = tuple[str, str, int, bool, "Parent | None"]  # what connections may stand in for each other
+PoolKey = tuple[str, str, int, bool, "ParentProxy | None"]  # what connections may stand in for each other
 
 
-def place_of(forward: Forward, parent: Parent | None) -> Place:
+def pool_key(forward: OriginRequest, parent: ParentProxy | None) -> PoolKey:
     """Scheme, host, port, whether the connection may lead where only this host may go, and the way."""
     target = forward.target
-    return target.scheme, target.host, target.port, forward.near, parent
+    return target.scheme, target.host, target.port, forward.client_is_local, parent
 
 
-def open_tunnel(sock: socket.socket, parent: Parent, target: Target) -> None:
+def connect_through_parent(sock: socket.socket, parent: ParentProxy, target: Target) -> None:
     """Let a parent proxy connect us to an origin (RFC 9110 §9.3.6); OSError, ValueError."""
     authority = "%s:%d" % ("[%s]" % target.host if ":" in target.host else target.host, target.port)
     lines = ["CONNECT %s HTTP/1.1" % authority, "Host: " + authority, *map(": ".join, parent.fields), "", ""]
     sock.sendall("\r\n".join(lines).encode("latin-1"))
-    timed = TimedFile(sock, ORIGIN_TIMEOUT)
+    timed = DeadlineReader(sock, ORIGIN_TIMEOUT)
     timed.set_deadline(sock.gettimeout())
     with io.BufferedReader(timed, 1) as file:  # what follows the head is not ours to read
-        lines = read_lines(file)
+        lines = read_head_lines(file)
     if not lines or parse_status_line(lines[0])[1] // 100 != 2:
         raise ValueError("to CONNECT it answers '%s'" % "".join(lines[:1]))
 
 
-class Connection(http.client.HTTPConnection):
+class OriginConnection(http.client.HTTPConnection):
     """A connection to an origin, or through a parent proxy."""
 
-    response_class = OriginResponse
+    response_class = StrictHTTPResponse
 
-    def __init__(self, forward: Forward, parent: Parent | None, addresses: Addresses, guard: Guard,
-                 trust: Trust) -> None:
+    def __init__(self, forward: OriginRequest, parent: ParentProxy | None, addresses: Resolver, guard: AddressPolicy,
+                 trust: TrustStore) -> None:
         super().__init__(forward.target.host, forward.target.port)
-        self.place = place_of(forward, parent)
+        self.place = pool_key(forward, parent)
         self.parent = parent  # that it goes through
-        self.asked = forward.target.authority  # whose fault it is if nothing comes of it
-        self.peer = ""  # the address that it is connected to
+        self.blamed_name = forward.target.authority  # whose fault it is if nothing comes of it
+        self.peer_address = ""  # the address that it is connected to
         self.guarded = False  # whether only clients on this host may reach that
         self.reached = False  # whether it has been open
         self.reusable = True  # whether the check of its target holds for the next request as well
@@ -4330,7 +4330,7 @@ class Connection(http.client.HTTPConnection):
         self._guard = guard
         self._trust = trust
 
-    def dial(self) -> None:
+    def connect_tcp(self) -> None:
         """Open the connection, without TLS; OSError, Failure."""
         if self.parent is not None:
             try:
@@ -4338,49 +4338,49 @@ class Connection(http.client.HTTPConnection):
                 return
             except (OSError, ValueError) as error:
                 if self.sock is None:  # it is not the origin's fault
-                    self._addresses.failed(self.parent.place.uri)
-                if not self.goes_direct(error):
+                    self._addresses.mark_failed(self.parent.place.uri)
+                if not self.bypass_parent(error):
                     raise
         found = self._find(self._forward)
         self._open(found, CONNECT_TIMEOUT)
         # Clients on other machines were refused before.
-        self.guarded = self._forward.near and is_near(self.sock.getpeername())
+        self.guarded = self._forward.client_is_local and is_near(self.sock.getpeername())
 
-    def goes_direct(self, error: Exception) -> bool:
+    def bypass_parent(self, error: Exception) -> bool:
         """Whether it does without its parent from now on, which has failed."""
         if self.parent is None or not self.parent.or_direct:
             return False
-        log.debug("%s cannot be asked: %s.", self.asked, why_not(error))
+        log.debug("%s cannot be asked: %s.", self.blamed_name, explain_error(error))
         self.close()
-        self.parent, self.asked = None, self._forward.target.authority
+        self.parent, self.blamed_name = None, self._forward.target.authority
         return True
 
-    def _find(self, forward: Forward) -> list[tuple[Any, ...]]:
+    def _find(self, forward: OriginRequest) -> list[tuple[Any, ...]]:
         """The addresses that a request may go to; OSError, Failure."""
         target = forward.target
-        found = self._addresses.find(target.host, target.port, forward.within(LOOKUP_WAIT), forward.client)
-        return self._guard.pass_by(found, forward)
+        found = self._addresses.resolve(target.host, target.port, forward.timeout_for(DNS_TIMEOUT), forward.client)
+        return self._guard.filter(found, forward)
 
     def _open(self, found: list[tuple[Any, ...]], patience: float) -> None:
-        self.sock = connect_any(found, self._forward.within(patience))
-        self.peer = self.sock.getpeername()[0]
-        for slower in itertools.takewhile(lambda address: address[4][0] != self.peer, found):
-            self._addresses.failed(slower[4][0])
+        self.sock = connect_fastest(found, self._forward.timeout_for(patience))
+        self.peer_address = self.sock.getpeername()[0]
+        for slower in itertools.takewhile(lambda address: address[4][0] != self.peer_address, found):
+            self._addresses.mark_failed(slower[4][0])
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def _dial_through(self, parent: Parent) -> None:
+    def _dial_through(self, parent: ParentProxy) -> None:
         """Connect through a parent.  One on another machine resolves names for itself."""
-        if parent.or_direct and self._addresses.failures.find(parent.place.uri, TROUBLE):
+        if parent.or_direct and self._addresses.failures.find(parent.place.uri, ORIGIN_BACKOFF):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "it could not be asked a moment ago")
-        target, self.asked = self._forward.target, "The parent proxy " + parent.place.authority
+        target, self.blamed_name = self._forward.target, "The parent proxy " + parent.place.authority
         # It is the operator who leads us there: only a circle is refused.
-        found = self._find(changed(self._forward, target=parent.place, near=True))
-        self._check_target(any(is_own_address(way[4]) for way in found))
-        self._open(found, PARENT_WAIT if parent.or_direct else CONNECT_TIMEOUT)
+        found = self._find(replace_fields(self._forward, target=parent.place, client_is_local=True))
+        self._check_target(any(is_local_address(way[4]) for way in found))
+        self._open(found, PARENT_CONNECT_TIMEOUT if parent.or_direct else CONNECT_TIMEOUT)
         if target.scheme == "https":
-            self.sock.settimeout(self._forward.within(CONNECT_TIMEOUT))
-            open_tunnel(self.sock, parent, target)
-        self.asked = target.authority
+            self.sock.settimeout(self._forward.timeout_for(CONNECT_TIMEOUT))
+            connect_through_parent(self.sock, parent, target)
+        self.blamed_name = target.authority
 
     def _check_target(self, beside: bool) -> None:
         """Check a target that a parent will connect to.  A parent on this host (``beside``) reaches all that
@@ -4388,13 +4388,13 @@ class Connection(http.client.HTTPConnection):
 
         The parent resolves it again, for each request: a name that changes in between is not noticed.
         """
-        target, near = self._forward.target, self._forward.near
-        numeric = is_numeric(target.host)
+        target, near = self._forward.target, self._forward.client_is_local
+        numeric = is_numeric_host(target.host)
         try:
             found = self._find(self._forward) if numeric or beside and not near else []
         except (OSError, UnicodeError) as error:
-            raise OriginFailure("%s cannot be checked, and the parent proxy is on this host: %s." % (
-                target.authority, why_not(error)), target) from None
+            raise OriginError("%s cannot be checked, and the parent proxy is on this host: %s." % (
+                target.authority, explain_error(error)), target) from None
         # A client on this host does not wait for a name server: its name may have led anywhere.
         self.guarded = near and (beside and not numeric or any(is_near(address[4]) for address in found))
         self.reusable = near or numeric or not beside or target.scheme == "https"
@@ -4403,11 +4403,11 @@ class Connection(http.client.HTTPConnection):
         """The answer's head; OSError, ValueError, http.client.HTTPException."""
         response = super().getresponse()
         if response.status == 407 and self.parent is not None:
-            self.asked = "The parent proxy " + self.parent.place.authority
+            self.blamed_name = "The parent proxy " + self.parent.place.authority
             raise OSError(errno.EACCES, "it wants another name and password")
         return response
 
-    def line(self, target: Target) -> tuple[str, Fields]:
+    def request_line(self, target: Target) -> tuple[str, Fields]:
         """The target of the request line, in absolute-form for a parent (RFC 9112 §3.2.2), and the fields
         that are for the parent."""
         if self.parent is None or target.scheme == "https":
@@ -4417,26 +4417,26 @@ class Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Open the connection, with TLS where the scheme asks for it; OSError, Failure."""
         self.reached = False
-        self.dial()
+        self.connect_tcp()
         self.reached = True
         if self._forward.target.scheme == "https":
-            self.sock.settimeout(self._forward.within(CONNECT_TIMEOUT))
+            self.sock.settimeout(self._forward.timeout_for(CONNECT_TIMEOUT))
             name = self.host.rstrip(".")  # as certificates and SNI have it (RFC 6066 §3)
             self.sock = self._trust.context().wrap_socket(self.sock, server_hostname=name)
 
-    def is_quiet(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether the origin has neither closed it nor sent what nobody asked for."""
-        return self.sock is not None and is_quiet(self.sock)
+        return self.sock is not None and is_open_and_silent(self.sock)
 
 
-class Pool:
+class ConnectionPool:
     """Idle connections to origins."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _idle
-        self._idle: dict[Place, list[Connection]] = {}
+        self._idle: dict[PoolKey, list[OriginConnection]] = {}
 
-    def take(self, place: Place, now: float) -> Connection | None:
+    def acquire(self, place: PoolKey, now: float) -> OriginConnection | None:
         """A connection that seems alive, the last used first."""
         while True:
             with self._lock:
@@ -4446,11 +4446,11 @@ class Pool:
                     self._idle.pop(place, None)
             if connection is None:
                 return None
-            if now - connection.idle_since < POOL_IDLE and connection.is_quiet():
+            if now - connection.idle_since < POOL_IDLE_TIMEOUT and connection.is_idle():
                 return connection
             connection.close()
 
-    def give(self, connection: Connection, now: float) -> None:
+    def release(self, connection: OriginConnection, now: float) -> None:
         """Keep a connection for the next request; close the oldest where there are too many."""
         connection.idle_since = now
         with self._lock:
@@ -4466,13 +4466,13 @@ class Pool:
         for other in surplus:
             other.close()
 
-    def tidy(self, now: float) -> None:
+    def close_expired(self, now: float) -> None:
         """Close what has waited too long, and what its origin has closed."""
         surplus = []
         with self._lock:
             for place, waiting in list(self._idle.items()):
                 surplus += [other for other in waiting
-                            if now - other.idle_since > POOL_IDLE or not other.is_quiet()]
+                            if now - other.idle_since > POOL_IDLE_TIMEOUT or not other.is_idle()]
                 waiting[:] = [other for other in waiting if other not in surplus]
                 if not waiting:
                     del self._idle[place]
@@ -4488,33 +4488,33 @@ class Pool:
             connection.close()
 
 
-class Response:
+class OriginResponse:
     """An answer of an origin: its head, and its body counted (DESIGN §3, the traps behind 1 and 7)."""
 
     start = 0  # offset of its first byte in the representation; only a verified remainder has another
 
-    def __init__(self, head: Head, raw: OriginResponse, give_back: Callable[[bool], None],
+    def __init__(self, head: ResponseHead, raw: StrictHTTPResponse, give_back: Callable[[bool], None],
                  count: Callable[[int], None], broke_off: Callable[[], None]) -> None:
         self.head = head
         # Bytes; None: unknown.  http.client forgets it as it reads.
         self.length: int | None = None if raw.chunked else raw.length
-        self.proven = raw.chunked or raw.length is not None  # whether the end will be known as such
+        self.end_is_known = raw.chunked or raw.length is not None  # whether the end will be known as such
         self._raw = raw
-        self._chunks = ChunkReader(raw.fp) if raw.chunked else None
+        self._chunks = ChunkedReader(raw.fp) if raw.chunked else None
         self._left = self.length
         self._give_back = give_back  # called once: True if the connection may be used again
         self._count = count  # told of each piece's bytes
         self._broke_off = broke_off
         self._open = True
 
-    def read(self, size: int = CHUNK) -> bytes:
+    def read(self, size: int = COPY_SIZE) -> bytes:
         """Up to ``size`` body bytes as they come, b"" at the end; OriginFailure where it breaks off."""
         if not self._open or self._left == 0:
             self.close()
             return b""
         try:
             data = self._read(size)
-        except OriginFailure:
+        except OriginError:
             self._broke_off()
             raise
         self._left = None if self._left is None else self._left - len(data)
@@ -4523,29 +4523,29 @@ class Response:
             self._end(self._is_reusable())
         return data
 
-    def hurry(self, seconds_left: float) -> None:
+    def set_deadline(self, seconds_left: float) -> None:
         """From now on reading it may take so long in all."""
         self._raw.hurry(seconds_left)
 
-    def on_pause(self, call: Callable[[], object]) -> None:
+    def on_idle(self, call: Callable[[], object]) -> None:
         """What to do where nothing comes for PAUSE seconds."""
         self._raw.on_pause(call)
 
-    def expect(self, count: int) -> None:
+    def set_length(self, count: int) -> None:
         """The body is known to have so many bytes, however it is framed."""
         self.length = self._left = count
-        self.proven = True
+        self.end_is_known = True
 
     def _read(self, size: int) -> bytes:
         most = size if self._left is None else min(size, self._left)
         try:
             data = self._chunks.read(most) if self._chunks else self._raw.fp.read1(most)
         except (socket.timeout, TimeoutError):
-            raise OriginTimeout("The origin went silent.") from None
+            raise OriginTimeoutError("The origin went silent.") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Truncated("The origin broke off: %s." % error) from None
+            raise TruncatedBodyError("The origin broke off: %s." % error) from None
         if not data and self._left:
-            raise Truncated("The origin closed the connection %d bytes early." % self._left)
+            raise TruncatedBodyError("The origin closed the connection %d bytes early." % self._left)
         return data
 
     def close(self) -> None:
@@ -4561,7 +4561,7 @@ class Response:
             self._give_back(reusable)
 
 
-def _keep(first: Response | None, response: Response) -> Response:
+def _keep(first: OriginResponse | None, response: OriginResponse) -> OriginResponse:
     """The first of the redirects on the way; the others are closed."""
     if first is None:
         return response
@@ -4569,47 +4569,47 @@ def _keep(first: Response | None, response: Response) -> Response:
     return first
 
 
-def rest_request(forward: Forward, head: Head, offset: int) -> Forward:
+def remainder_request(forward: OriginRequest, head: ResponseHead, offset: int) -> OriginRequest:
     """Ask for the rest of a representation, which may be no other (RFC 9110 §13.1.5, §14.2); OriginFailure
     where it has no strong validator to say so."""
     validator = strong_validator(head)
     if offset and validator is None:
-        raise Changed("The download cannot be resumed: the origin sent no strong validator.")
+        raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
     more = (("Range", "bytes=%d-" % offset), ("If-Range", validator or "")) if offset else ()
-    return changed(forward, fields=without(forward.fields, ("range", "if-range")) + more)
+    return replace_fields(forward, fields=without_fields(forward.fields, ("range", "if-range")) + more)
 
 
-def whole_body(head: Head, size: int | None, offset: int, ask: Callable[[int], Response],
-               response: Response | None = None) -> Generator[bytes, None, None]:
+def resumable_body(head: ResponseHead, size: int | None, offset: int, ask: Callable[[int], OriginResponse],
+               response: OriginResponse | None = None) -> Generator[bytes, None, None]:
     """The bytes of a representation from ``offset`` to its end, over as many connections as it takes: the
     answer's at hand, if there is one, then what ``ask`` fetches from an offset (DESIGN §6.4); OriginFailure
     where that leads no further."""
-    pauses = list(RESUME_PAUSES)
+    pauses = list(RESUME_BACKOFF)
     while True:
         begun = offset
         try:
             with contextlib.closing(response or ask(offset)) as answer:
-                while data := answer.read(CHUNK):
+                while data := answer.read(COPY_SIZE):
                     offset += len(data)
                     yield data
             if size in (None, offset):
                 return
-            raise Truncated("The origin sent less than the rest.")
-        except Changed:
+            raise TruncatedBodyError("The origin sent less than the rest.")
+        except CannotResumeError:
             raise
-        except OriginFailure:
-            if offset >= begun + EARLY:
-                pauses = list(RESUME_PAUSES)  # it does get on
+        except OriginError:
+            if offset >= begun + FULL_DOWNLOAD_RANGE:
+                pauses = list(RESUME_BACKOFF)  # it does get on
             if not pauses or offset and strong_validator(head) is None:
                 raise
         response = None
         time.sleep(pauses.pop(0))
 
 
-def send_body(connection: Connection, body: Readable, length: int | None) -> None:
+def send_body(connection: OriginConnection, body: Readable, length: int | None) -> None:
     """Send a request's body, framed anew if it is chunked (RFC 9112 §7.1)."""
     while True:
-        data = body.read(CHUNK)
+        data = body.read(COPY_SIZE)
         if length is None:
             connection.send(b"%x\r\n%s\r\n" % (len(data), data))
         elif data:
@@ -4618,29 +4618,29 @@ def send_body(connection: Connection, body: Readable, length: int | None) -> Non
             return
 
 
-def refuses_body(sock: socket.socket, forward: Forward) -> bool:
+def is_answered_before_body(sock: socket.socket, forward: OriginRequest) -> bool:
     """Whether the origin of a request with Expect: 100-continue answers it without its body (RFC 9110
     §10.1.1).  One that says nothing may not know the field: it gets the body after a moment."""
-    if members(forward.fields, "Expect") != ["100-continue"] or hasattr(sock, "pending"):
+    if list_members(forward.fields, "Expect") != ["100-continue"] or hasattr(sock, "pending"):
         return False  # TLS lets nobody look ahead
-    if not select_ready(sock, CONTINUE_WAIT):
+    if not wait_until_ready(sock, CONTINUE_TIMEOUT):
         return False
     status = sock.recv(len("HTTP/1.1 1"), socket.MSG_PEEK)[9:]
     return status not in (b"1", b"")
 
 
-class Origin:
+class OriginClient:
     """Sends requests to origins, over pooled connections."""
 
     def __init__(self, count: Callable[[int], None], config: Config) -> None:
-        self._pool = Pool()
-        self._addresses = Addresses()
-        self.guard = Guard()
+        self._pool = ConnectionPool()
+        self._addresses = Resolver()
+        self.guard = AddressPolicy()
         self._config = config
-        self._trust = Trust(config.ca_file)
+        self._trust = TrustStore(config.ca_file)
         self._count = count  # told of the body bytes that arrive
         self._tidied = 0.0  # monotonic
-        self._open_hosts = functools.lru_cache(REMEMBERED)(self._is_open)
+        self._open_hosts = functools.lru_cache(LARGE_MEMO)(self._is_open)
 
     def is_open(self, host: str) -> bool:
         """Whether clients on other machines may be given what comes from a host; remembered, as hits ask."""
@@ -4648,27 +4648,27 @@ class Origin:
 
     def _is_open(self, host: str, _span: int) -> bool:
         try:
-            return not any(is_near(found[4]) for found in self._addresses.find(host, 80, LOOKUP_WAIT))
+            return not any(is_near(found[4]) for found in self._addresses.resolve(host, 80, DNS_TIMEOUT))
         except (OSError, UnicodeError):  # without a network nothing is resolved, and people bring files
             return self._config.offline
 
-    def fetch(self, forward: Forward) -> Response:
+    def fetch(self, forward: OriginRequest) -> OriginResponse:
         """Send a request and read the answer's head; OriginFailure or OriginTimeout.
 
         Where a redirect leads to HTML, the redirect itself is the answer: people shall see where a
         captive portal sends them.
         """
-        if forward.deadline is None and forward.repeatable:
-            forward = changed(forward, deadline=time.monotonic() + ANSWER_WAIT)
-        first: Response | None = None
+        if forward.deadline is None and forward.is_retryable:
+            forward = replace_fields(forward, deadline=time.monotonic() + RESPONSE_HEAD_TIMEOUT)
+        first: OriginResponse | None = None
         guarded = False
         try:
             for _ in range(MAX_REDIRECTS + 1):
-                response = self._ask(forward)
-                guarded = guarded or response.head.guarded  # the way counts, not its end alone
+                response = self._send_with_retry(forward)
+                guarded = guarded or response.head.local_clients_only  # the way counts, not its end alone
                 if guarded:
-                    response.head = changed(response.head, guarded=True)
-                onward = redirect_target(response.head, forward.target) if forward.follow else None
+                    response.head = replace_fields(response.head, local_clients_only=True)
+                onward = redirect_target(response.head, forward.target) if forward.follow_redirects else None
                 if onward is None:
                     portal_page = response.head.status < 300 and "text/html" in media_type(response.head)
                     if first is None or not portal_page:
@@ -4678,102 +4678,102 @@ class Origin:
                     return portal
                 first = _keep(first, response)
                 fields = forward.fields
-                if not same_site(forward.target, onward):
-                    fields = without(fields, ("authorization", "cookie"))
-                fields = (("Host", onward.authority),) + without(fields, ("host",))
-                forward = changed(forward, target=onward, fields=fields)
+                if not is_same_site(forward.target, onward):
+                    fields = without_fields(fields, ("authorization", "cookie"))
+                fields = (("Host", onward.authority),) + without_fields(fields, ("host",))
+                forward = replace_fields(forward, target=onward, fields=fields)
         finally:
             if first is not None:
                 first.close()
-        raise OriginFailure("%s redirects more than %d times." % (forward.target.authority, MAX_REDIRECTS))
+        raise OriginError("%s redirects more than %d times." % (forward.target.authority, MAX_REDIRECTS))
 
-    def _ask(self, forward: Forward) -> Response:
+    def _send_with_retry(self, forward: OriginRequest) -> OriginResponse:
         """One request.  A pooled connection that the origin has closed meanwhile, or polluted, costs a
         silent second try, where the request may be repeated (RFC 9112 §9.3.1)."""
         connection = self._connection(forward)
-        pooled = self._pool.take(connection.place, time.monotonic()) if forward.repeatable else None
-        with self._told(connection, forward.target):
+        pooled = self._pool.acquire(connection.place, time.monotonic()) if forward.is_retryable else None
+        with self._translate_errors(connection, forward.target):
             if pooled is not None:
-                connection.peer = pooled.peer  # if that one falls silent
+                connection.peer_address = pooled.peer_address  # if that one falls silent
                 # RemoteDisconnected is one, and a parent's 407 the second.
                 with contextlib.suppress(ConnectionError, PermissionError, ValueError):
-                    return self._exchange(pooled, forward)
+                    return self._send_once(pooled, forward)
             try:
-                return self._exchange(connection, forward)
+                return self._send_once(connection, forward)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                if not forward.repeatable or not connection.goes_direct(error):
+                if not forward.is_retryable or not connection.bypass_parent(error):
                     raise
-            return self._exchange(connection, forward)
+            return self._send_once(connection, forward)
 
-    def _connection(self, forward: Forward) -> Connection:
-        parent = parent_for(forward.target, self._config)
-        return Connection(forward, parent, self._addresses, self.guard, self._trust)
+    def _connection(self, forward: OriginRequest) -> OriginConnection:
+        parent = parent_proxy_for(forward.target, self._config)
+        return OriginConnection(forward, parent, self._addresses, self.guard, self._trust)
 
-    def dial(self, target: Target, near: bool, client: str = "") -> socket.socket:
+    def connect(self, target: Target, near: bool, client: str = "") -> socket.socket:
         """A bare connection, for a tunnel; OriginFailure, Failure."""
-        deadline = time.monotonic() + ANSWER_WAIT
-        forward = Forward("CONNECT", target, (), near=near, deadline=deadline, client=client)
+        deadline = time.monotonic() + RESPONSE_HEAD_TIMEOUT
+        forward = OriginRequest("CONNECT", target, (), client_is_local=near, deadline=deadline, client=client)
         connection = self._connection(forward)
-        with self._told(connection, target), contextlib.ExitStack() as stack:
+        with self._translate_errors(connection, target), contextlib.ExitStack() as stack:
             stack.callback(connection.close)
-            connection.dial()
+            connection.connect_tcp()
             stack.pop_all()
         assert isinstance(connection.sock, socket.socket)  # noqa: S101 (for the type checker)
         return connection.sock
 
     @contextlib.contextmanager
-    def _told(self, connection: Connection, target: Target) -> Iterator[None]:
+    def _translate_errors(self, connection: OriginConnection, target: Target) -> Iterator[None]:
         """Failures to ask become words for the client: 504 timed out, 502 all else."""
         try:
             yield
         except (socket.timeout, TimeoutError) as error:
-            self._addresses.failed(connection.peer)
-            why = ": " + why_not(error) if str(error) not in ("", "timed out") else ""
-            raise OriginTimeout("%s did not answer in time%s." % (connection.asked, why), target) from None
+            self._addresses.mark_failed(connection.peer_address)
+            why = ": " + explain_error(error) if str(error) not in ("", "timed out") else ""
+            raise OriginTimeoutError("%s did not answer in time%s." % (connection.blamed_name, why), target) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            self._addresses.failed(connection.peer)
-            sentence = "%s cannot be asked: %s." % (connection.asked, why_not(error))
-            raise OriginFailure(sentence, target, not connection.reached) from None
+            self._addresses.mark_failed(connection.peer_address)
+            sentence = "%s cannot be asked: %s." % (connection.blamed_name, explain_error(error))
+            raise OriginError(sentence, target, not connection.reached) from None
 
-    def fetch_rest(self, forward: Forward, head: Head, size: int | None, offset: int) -> Response:
+    def fetch_remainder(self, forward: OriginRequest, head: ResponseHead, size: int | None, offset: int) -> OriginResponse:
         """The rest, from ``offset``, of the representation that ``head`` belongs to; OriginFailure where
         what comes is another."""
-        response = self.fetch(rest_request(forward, head, offset))
-        if response.head.status in (*UNAVAILABLE, 429):
+        response = self.fetch(remainder_request(forward, head, offset))
+        if response.head.status in (*UNAVAILABLE_STATUSES, 429):
             response.close()
-            raise OriginFailure("%s answers %d." % (forward.target.authority, response.head.status))
-        if not is_rest(response.head, head, size, offset):
+            raise OriginError("%s answers %d." % (forward.target.authority, response.head.status))
+        if not is_remainder(response.head, head, size, offset):
             response.close()
-            raise Changed("The download cannot be resumed: the origin has another file now.")
+            raise CannotResumeError("The download cannot be resumed: the origin has another file now.")
         part = content_range(response.head)
         if part is not None:
-            response.expect(part[1] - offset)
+            response.set_length(part[1] - offset)
         response.start = offset
         return response
 
-    def tidy(self) -> None:
+    def close_idle(self) -> None:
         """Close connections that have been idle for too long."""
         now = time.monotonic()
-        if now - self._tidied > TIDY_EVERY:
+        if now - self._tidied > POOL_CLEANUP_INTERVAL:
             self._tidied = now
-            self._pool.tidy(now)
+            self._pool.close_expired(now)
 
     def close(self) -> None:
         """Close idle connections."""
         self._pool.close()
 
-    def _exchange(self, connection: Connection, forward: Forward) -> Response:
+    def _send_once(self, connection: OriginConnection, forward: OriginRequest) -> OriginResponse:
         requested = time.time()
         try:
             if connection.sock is None:
                 connection.connect()
-            connection.sock.settimeout(forward.within(ORIGIN_TIMEOUT))
-            line, more = connection.line(forward.target)
+            connection.sock.settimeout(forward.timeout_for(ORIGIN_TIMEOUT))
+            line, more = connection.request_line(forward.target)
             connection.putrequest(forward.method, line, skip_host=True, skip_accept_encoding=True)
             for name, text in forward.fields + more:
                 connection.putheader(name, text.encode("latin-1"))
             connection.endheaders()
-            if forward.body is not None and not refuses_body(connection.sock, forward):
+            if forward.body is not None and not is_answered_before_body(connection.sock, forward):
                 # An origin that refuses the body half-way (413, say) has answered before it closes.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     send_body(connection, forward.body, forward.length)
@@ -4781,31 +4781,31 @@ class Origin:
         except BaseException:
             connection.close()
             raise
-        assert isinstance(raw, OriginResponse)  # noqa: S101 (for the type checker)
+        assert isinstance(raw, StrictHTTPResponse)  # noqa: S101 (for the type checker)
 
         def give_back(reusable: bool) -> None:
             raw.close()
             # Some answer HEAD with a body, which may come too late to be seen; and a body that was not
             # asked for may be waited for all the same.
             if reusable and connection.reusable and forward.method != "HEAD" and forward.body is None:
-                self._pool.give(connection, time.monotonic())
+                self._pool.release(connection, time.monotonic())
             else:
                 connection.close()
 
         received = time.time()
-        head = Head(raw.status, raw.reason, raw.pairs, final=forward.target.uri, requested=requested,
-                    received=received, guarded=connection.guarded)
-        head = dated(head, received)
-        broke_off = functools.partial(self._addresses.failed, connection.peer)
-        return Response(head, raw, give_back, self._count, broke_off)
+        head = ResponseHead(raw.status, raw.reason, raw.pairs, final_uri=forward.target.uri, request_time=requested,
+                    response_time=received, local_clients_only=connection.guarded)
+        head = with_date(head, received)
+        broke_off = functools.partial(self._addresses.mark_failed, connection.peer_address)
+        return OriginResponse(head, raw, give_back, self._count, broke_off)
 
 
 # ---------------------------------------------------------------------------------------------
 # 6 Proxy: the only floor that knows Store, Barrier and Origin
 # ---------------------------------------------------------------------------------------------
 
-REFRESH_PAUSE = 3600.0  # seconds between two validations of one response in the background
-MAX_REFRESHERS = 4  # validations at one time that no client waits for
+REVALIDATION_INTERVAL = 3600.0  # seconds between two validations of one response in the background
+MAX_BACKGROUND_VALIDATIONS = 4  # validations at one time that no client waits for
 
 
 class Counters:
@@ -4859,7 +4859,7 @@ def _count(number: Any) -> int:
     return number
 
 
-class History:
+class TrafficHistory:
     """Counters over all time, and when the bytes came: what outlives a restart.
 
     Each instance on a root has a file of its own, by its name.  A damaged or lost file costs the past,
@@ -4897,7 +4897,7 @@ class History:
             self.save()
 
     def _save_again(self) -> None:
-        while not self._stop.wait(SAVE_EVERY):
+        while not self._stop.wait(HISTORY_SAVE_INTERVAL):
             self.save()
 
     def record(self, now: float) -> None:
@@ -4928,7 +4928,7 @@ class History:
     def load(self) -> None:
         """Take over what was saved, if it can be read."""
         try:
-            with open(self._path, encoding="utf-8", opener=_private) as file:
+            with open(self._path, encoding="utf-8", opener=_private_opener) as file:
                 kept = json.loads(file.read(_MAX_HEAD_FILE))
             since = _count(kept["since"])
             counts = {str(key): _count(row) for key, row in kept["all"].items()}
@@ -4946,11 +4946,11 @@ class History:
             text = json.dumps({"since": self._since, "all": self._all, "slots": self._slots})
         if text != self._saved and any(self._all.values()):
             with contextlib.suppress(OSError):
-                write_file(self._path, text)
+                replace_file(self._path, text)
                 self._saved = text
 
 
-class Recent:
+class RecentRequests:
     """The last requests, and the busiest origins.
 
     note() stands in the way of each hit: what can wait is done in gather().
@@ -4961,17 +4961,17 @@ class Recent:
         self._lock = threading.Lock()  # guards all below
         self._seen = 0
         self._hinted: set[str] = set()  # of what has been said, once
-        self._recent: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=SHOWN)
+        self._recent: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=MAX_ROWS)
         self._origins: dict[tuple[str, int], list[int]] = {}  # by host and port: requests, bytes, cached ones
 
     def note(self, request: Request, status: int, cache_status: CacheStatus,
-             answers: list[tuple[str, Sent]]) -> None:
+             answers: list[tuple[str, SendResult]]) -> None:
         """What clients got for the same request at the same time, and was no page of ours."""
         target, now = request.target, time.time()
         with self._lock:
             before = self._seen
             self._seen = seen = before + len(answers)
-            for client, sent in answers[-SHOWN:]:
+            for client, sent in answers[-MAX_ROWS:]:
                 self._recent.append((now, client, request.method, target, request.uri, status, sent,
                                      cache_status))
             if target.host and cache_status.outcome not in (Outcome.REFUSED, Outcome.FAILED):
@@ -4981,7 +4981,7 @@ class Recent:
                 for _, sent in answers:
                     row[1] += sent.size
                     row[2] += sent.cached
-        due = before < HINTS_AFTER[-1] and any(before < number <= seen for number in HINTS_AFTER)
+        due = before < HINT_AFTER_REQUESTS[-1] and any(before < number <= seen for number in HINT_AFTER_REQUESTS)
         if due or cache_status.forward == "bypass":
             self._hint(request, due)
 
@@ -4998,9 +4998,9 @@ class Recent:
         if due:
             with self._lock:
                 details = [row[-1].detail for row in self._recent]
-            topic, text = "outcomes", hint(self._outcomes(), details)
-        elif classify(request.key) in (NameClass.PACKAGE, NameClass.CONTENT):
-            topic, text = "filters", "A filter keeps a package from the cache: %s." % outlined(request.uri)
+            topic, text = "outcomes", usage_hint(self._outcomes(), details)
+        elif classify_name(request.key) in (NameClass.PACKAGE, NameClass.CONTENT):
+            topic, text = "filters", "A filter keeps a package from the cache: %s." % displayable_uri(request.uri)
         else:
             return
         with self._lock:
@@ -5016,12 +5016,12 @@ class Recent:
             origins = sorted(((place, tuple(row)) for place, row in self._origins.items()),
                              key=lambda one: -one[1][1])
         return {
-            "recent": [{"at": at, "client": clipped(client, 45), "method": clipped(method, 16),
-                        "uri": outlined(target.uri if target.host and method != "CONNECT" else uri),
+            "recent": [{"at": at, "client": truncate_middle(client, 45), "method": truncate_middle(method, 16),
+                        "uri": displayable_uri(target.uri if target.host and method != "CONNECT" else uri),
                         "status": code, "bytes": sent.size, "seconds": round(sent.took, 3),
-                        "outcome": status.outcome.value, "detail": clipped(status.detail, 80)}
+                        "outcome": status.outcome.value, "detail": truncate_middle(status.detail, 80)}
                        for at, client, method, target, uri, code, sent, status in recent],
-            "origins": summed((clipped(Target("http", host, port, "").authority, 80) if host else "other", {
+            "origins": sum_by_name((truncate_middle(Target("http", host, port, "").authority, 80) if host else "other", {
                 "requests": requests, "bytes": sent, "cached": cached})
                 for (host, port), (requests, sent, cached) in origins)}
 
@@ -5031,10 +5031,10 @@ class BytesBody:
 
     def __init__(self, data: bytes) -> None:
         self.length: int | None = len(data)
-        self.uncached = 0
+        self.origin_bytes = 0
         self._data = data
 
-    def parts(self) -> Iterator[bytes | Slice]:
+    def chunks(self) -> Iterator[bytes | FileSlice]:
         """Yield it."""
         yield self._data
 
@@ -5042,30 +5042,30 @@ class BytesBody:
         """Nothing to release."""
 
 
-def read_slice(part: Slice) -> bytes:
+def read_file_slice(part: FileSlice) -> bytes:
     """The bytes of a small slice; LocalFailure where the disk fails, or the file has become shorter."""
     try:
         data = part.file.read_at(part.size, part.start)
     except OSError as error:
-        raise LocalFailure(error) from None
+        raise StorageError(error) from None
     if len(data) != part.size:
-        raise LocalFailure(OSError(errno.EIO, "the stored body was cut"))
+        raise StorageError(OSError(errno.EIO, "the stored body was cut"))
     return data
 
 
 class FileBody:
     """Spans of a stored body."""
 
-    def __init__(self, stored: Stored, selection: Selection) -> None:
+    def __init__(self, stored: StoredResponse, selection: SelectedResponse) -> None:
         self.length = selection.length
-        self.uncached = selection.overhead
+        self.origin_bytes = selection.overhead
         self._stored = stored
         self._spans = selection.spans
 
-    def parts(self) -> Iterator[bytes | Slice]:
+    def chunks(self) -> Iterator[bytes | FileSlice]:
         """Yield literal bytes and slices of the file."""
         for span in self._spans:
-            yield span if isinstance(span, bytes) else Slice(self._stored, *span)
+            yield span if isinstance(span, bytes) else FileSlice(self._stored, *span)
 
     def close(self) -> None:
         """Close the file."""
@@ -5077,75 +5077,75 @@ def start_thread(work: Callable[..., object], *arguments: Any) -> None:
     try:
         threading.Thread(target=work, args=arguments, daemon=True).start()
     except RuntimeError as error:
-        raise LocalFailure(OSError(errno.ENOMEM, str(error))) from None
+        raise StorageError(OSError(errno.ENOMEM, str(error))) from None
 
 
-class TrailBody:
+class TailingBody:
     """Spans of a partial, as it grows: what every client of a flight reads, its first included."""
 
-    def __init__(self, flight: Flight, partial: Partial, selection: Selection,
-                 rest: Callable[[Head, int | None, int], Response]) -> None:
+    def __init__(self, flight: Flight, partial: PartialFile, selection: SelectedResponse,
+                 rest: Callable[[ResponseHead, int | None, int], OriginResponse]) -> None:
         self.length = selection.length
-        self.uncached = selection.overhead
-        self.first_byte: float | None = None  # monotonic: by then, or a failure; None: as any other
+        self.origin_bytes = selection.overhead
+        self.first_byte_deadline: float | None = None  # monotonic: by then, or a failure; None: as any other
         self._flight = flight
-        self._partial: Partial | None = partial  # acquired
+        self._partial: PartialFile | None = partial  # acquired
         self._spans = selection.spans
         self._rest = rest  # asks the origin for what the disk did not take
         self._begun = False  # whether a byte of the representation has been yielded
 
-    def parts(self) -> Iterator[bytes | Slice]:
+    def chunks(self) -> Iterator[bytes | FileSlice]:
         """Yield bytes when they have arrived; the flight's error where they won't."""
         for span in self._spans:
             if isinstance(span, bytes):
                 yield span
             else:
-                yield from self._trail(*span)
+                yield from self._follow(*span)
 
-    def _trail(self, offset: int, stop: int) -> Iterator[bytes | Slice]:
+    def _follow(self, offset: int, stop: int) -> Iterator[bytes | FileSlice]:
         partial = self._partial
         while offset < stop and partial is not None:
             try:
-                received = min(stop, self._flight.wait_beyond(offset, self._patience()))
+                received = min(stop, self._flight.wait_for_bytes(offset, self._timeout()))
                 if received <= offset:
                     return  # landed whole, and its length was not known before
                 part = self._read(partial, offset, received)
-            except (LocalFailure, OSError) as failure:
-                if self.first_byte is not None and getattr(failure, "code", 0) == errno.ETIMEDOUT:
-                    raise OriginTimeout("The first byte did not come in time.") from None
-                yield from self._beyond(partial, offset, stop)
+            except (StorageError, OSError) as failure:
+                if self.first_byte_deadline is not None and getattr(failure, "code", 0) == errno.ETIMEDOUT:
+                    raise OriginTimeoutError("The first byte did not come in time.") from None
+                yield from self._fetch_remainder(partial, offset, stop)
                 return
-            offset += part.size if isinstance(part, Slice) else len(part)
-            self.first_byte = None
+            offset += part.size if isinstance(part, FileSlice) else len(part)
+            self.first_byte_deadline = None
             self._begun = True
             yield part
 
-    def _read(self, partial: Partial, offset: int, received: int) -> bytes | Slice:
+    def _read(self, partial: PartialFile, offset: int, received: int) -> bytes | FileSlice:
         """Bytes that have been received; many of them are left to the kernel, where the client need not be
         told of their number.  LocalFailure, OSError."""
-        by_kernel = received - offset > SMALL and self.length is not None and hasattr(os, "sendfile")
+        by_kernel = received - offset > SMALL_BODY and self.length is not None and hasattr(os, "sendfile")
         data = partial.read_at(1, received - 1) if by_kernel else partial.read_at(
-            min(CHUNK, received - offset), offset)
+            min(COPY_SIZE, received - offset), offset)
         if not data:
-            raise LocalFailure(OSError(errno.EIO, "the partial was cut"))
+            raise StorageError(OSError(errno.EIO, "the partial was cut"))
         if not by_kernel:
             return data
-        return Slice(partial, offset, received, functools.partial(self._beyond, partial))
+        return FileSlice(partial, offset, received, functools.partial(self._fetch_remainder, partial))
 
-    def _patience(self) -> float:
-        return FLIGHT_WAIT if self.first_byte is None else max(0.0, self.first_byte - time.monotonic())
+    def _timeout(self) -> float:
+        return FOLLOWER_STALL_TIMEOUT if self.first_byte_deadline is None else max(0.0, self.first_byte_deadline - time.monotonic())
 
-    def _beyond(self, partial: Partial, offset: int, stop: int) -> Iterator[bytes]:
+    def _fetch_remainder(self, partial: PartialFile, offset: int, stop: int) -> Iterator[bytes]:
         """The disk failed, or the download stands still (invariant 10): this client goes on from its own
         offset, straight from the origin."""
         if self._begun and strong_validator(partial.head) is None:
-            raise Changed("The download cannot be resumed: the origin sent no strong validator.")
+            raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
         ask = functools.partial(self._rest, partial.head, partial.length)
-        with contextlib.closing(whole_body(partial.head, partial.length, offset, ask)) as pieces:
+        with contextlib.closing(resumable_body(partial.head, partial.length, offset, ask)) as pieces:
             for piece in pieces:
                 data = piece[:stop - offset]
                 offset += len(data)
-                self.uncached += len(data)
+                self.origin_bytes += len(data)
                 self._begun = True
                 yield data
                 if offset >= stop:
@@ -5158,18 +5158,18 @@ class TrailBody:
             self._partial = None
 
 
-class LiveBody:
+class PassThroughBody:
     """An origin's body, passed through."""
 
-    def __init__(self, response: Response, head_only: bool) -> None:
+    def __init__(self, response: OriginResponse, head_only: bool) -> None:
         self.length = content_length(response.head.fields) if head_only else response.length
-        self.uncached = 0
+        self.origin_bytes = 0
         self._response = response
 
-    def parts(self) -> Iterator[bytes | Slice]:
+    def chunks(self) -> Iterator[bytes | FileSlice]:
         """Yield it as it comes."""
         while True:
-            data = self._response.read(CHUNK)
+            data = self._response.read(COPY_SIZE)
             if not data:
                 return
             yield data
@@ -5179,37 +5179,37 @@ class LiveBody:
         self._response.close()
 
 
-class LinkedBody:
+class LinkRewritingBody:
     """A body with links that lead through us."""
 
     length: int | None = None
 
-    def __init__(self, body: Body, links: re.Pattern[bytes], base: str, page: Target) -> None:
+    def __init__(self, body: ResponseBody, links: re.Pattern[bytes], base: str, page: Target) -> None:
         self._body = body
         self._links = links
         self._about = base, page
 
     @property
-    def uncached(self) -> int:
+    def origin_bytes(self) -> int:
         """The origin's bytes."""
-        return self._body.uncached
+        return self._body.origin_bytes
 
-    def parts(self) -> Iterator[bytes | Slice]:
+    def chunks(self) -> Iterator[bytes | FileSlice]:
         """Yield the body as it comes."""
-        return with_links(self._pieces(), self._links, *self._about)
+        return rewrite_links(self._pieces(), self._links, *self._about)
 
     def _pieces(self) -> Iterator[bytes]:
-        for part in self._body.parts():
+        for part in self._body.chunks():
             if isinstance(part, bytes):
                 yield part
                 continue
-            for at in range(part.start, part.stop, CHUNK):
+            for at in range(part.start, part.stop, COPY_SIZE):
                 try:
-                    data = read_slice(Slice(part.file, at, min(at + CHUNK, part.stop)))
-                except LocalFailure:
-                    if part.rest is None:
+                    data = read_file_slice(FileSlice(part.file, at, min(at + COPY_SIZE, part.stop)))
+                except StorageError:
+                    if part.fallback is None:
                         raise
-                    yield from part.rest(at, part.stop)
+                    yield from part.fallback(at, part.stop)
                     break
                 yield data
 
@@ -5223,25 +5223,25 @@ _OF_BODY = ("content-length", "accept-ranges", "etag", "last-modified", "content
             "content-digest", "repr-digest")
 
 
-def through_prefix(request: Request, reply: Reply) -> Reply:
+def rewrite_for_prefix(request: Request, reply: Response) -> Response:
     """A reply whose links lead back here.  The validators of the original are none of its."""
-    links = links_of(request, reply.head)
+    links = link_pattern_for(request, reply.head)
     if links is None:
         return reply
-    fields = without(reply.head.fields, _OF_BODY)
-    host = value(request.fields, "Host")
-    body = LinkedBody(reply.body, links, "http://%s/" % host if host else "/", request.target)
+    fields = without_fields(reply.head.fields, _OF_BODY)
+    host = field_value(request.fields, "Host")
+    body = LinkRewritingBody(reply.body, links, "http://%s/" % host if host else "/", request.target)
 
-    def instead(failure: Exception) -> Reply:
-        if reply.instead is None:
+    def instead(failure: Exception) -> Response:
+        if reply.fallback is None:
             raise failure
-        return through_prefix(request, reply.instead(failure))
+        return rewrite_for_prefix(request, reply.fallback(failure))
 
-    return changed(reply, head=changed(reply.head, fields=fields), body=body,
-                   instead=reply.instead and instead)
+    return replace_fields(reply, head=replace_fields(reply.head, fields=fields), body=body,
+                   fallback=reply.fallback and instead)
 
 
-class Orphans:
+class OrphanLimiter:
     """Downloads that nobody reads any more: so many go on, the oldest; a newer one stops, and one that brings
     less than MIN_RATE."""
 
@@ -5250,7 +5250,7 @@ class Orphans:
         self._lock = threading.Lock()  # guards _orphans
         self._orphans: dict[int, tuple[float, int]] = {}  # time (monotonic) and size of the last check
 
-    def may_go_on(self, partial: Partial) -> bool:
+    def may_continue(self, partial: PartialFile) -> bool:
         """Whether a download shall go on."""
         read, now = partial.has_readers(), time.monotonic()
         with self._lock:
@@ -5263,19 +5263,19 @@ class Orphans:
                 self._orphans[id(partial)] = now, partial.size
             return id(partial) in self._orphans
 
-    def forget(self, partial: Partial) -> None:
+    def remove(self, partial: PartialFile) -> None:
         """A download has ended."""
         with self._lock:
             self._orphans.pop(id(partial), None)
 
 
-class Tee:
+class PartialWriter:
     """The disk writer: what arrives goes into the partial, then to those who wait for it.
 
     The last promised bytes are held back until the body has landed (invariant 3).
     """
 
-    def __init__(self, partial: Partial, flight: Flight, may_go_on: Callable[[], bool]) -> None:
+    def __init__(self, partial: PartialFile, flight: Flight, may_go_on: Callable[[], bool]) -> None:
         self._partial = partial
         self._flight = flight
         self._may_go_on = may_go_on
@@ -5284,29 +5284,29 @@ class Tee:
     def write(self, data: bytes) -> None:
         """Store, then tell; LocalFailure, Changed, or Abandoned where nobody wants it any more."""
         if not self._may_go_on():
-            raise Abandoned("Its clients have left, and it is too slow, or others without clients go on.")
+            raise DownloadAbandonedError("Its clients have left, and it is too slow, or others without clients go on.")
         if self._partial.length is not None and self._partial.size + len(data) > self._partial.length:
-            raise Changed("The origin sends more than it has declared.")
+            raise CannotResumeError("The origin sends more than it has declared.")
         try:
             self._partial.write(data)
         except OSError as error:
-            raise LocalFailure(error) from error
+            raise StorageError(error) from error
         if self._partial.size != self._partial.length:
-            self._flight.advance(self._partial.size)
-            if time.monotonic() > self._began + PAUSE:
+            self._flight.set_received(self._partial.size)
+            if time.monotonic() > self._began + PUBLISH_DELAY:
                 self.tell()
 
     def tell(self) -> None:
         """Let other instances read it too: not at once, because that takes a file, and most need it not."""
         with contextlib.suppress(OSError):
-            self._partial.tell()
+            self._partial.publish()
 
 
 def _place(target: Target) -> str:
     return "%s://%s" % (target.scheme, target.authority)
 
 
-class Troubles:
+class RecentFailures:
     """What went wrong a short while ago, so that nobody waits for it, or reads of it, again and again."""
 
     def __init__(self, on_full_disk: Callable[[], None]) -> None:
@@ -5314,30 +5314,30 @@ class Troubles:
         self._unreachable = RecentEvents()  # by scheme and authority; by cache key, if a redirect leads there
         self._errors = RecentEvents()  # by cache key: shown, but not heeded
         self._lock = threading.Lock()  # guards all below
-        self._disk: LocalFailure | None = None  # that was complained about last, until something is stored
+        self._disk: StorageError | None = None  # that was complained about last, until something is stored
         self._failed = 0.0  # monotonic time of the last one
 
-    def origin(self, request: Request) -> str | None:
+    def origin_down_reason(self, request: Request) -> str | None:
         """Why the origin of a request is not to be waited for now; None if it is."""
-        known = self._unreachable.gather(TROUBLE, _place(request.target), request.key)
+        known = self._unreachable.gather(ORIGIN_BACKOFF, _place(request.target), request.key)
         return known[0][-1] if known else None
 
-    def origin_failed(self, request: Request, failure: OriginFailure) -> None:
+    def origin_failed(self, request: Request, failure: OriginError) -> None:
         """An origin is unreachable, or, behind a redirect, just for one file.  Any other failure is of this
         file alone, and shown but not heeded: one client's request must not decide what others get."""
         own = failure.target is None or _place(failure.target) == _place(request.target)
-        lasts = failure.unreachable and value(request.fields, "Authorization") is None
+        lasts = failure.unreachable and field_value(request.fields, "Authorization") is None
         events = self._unreachable if lasts else self._errors
         name = _place(request.target) if own and lasts else request.key
-        known = events.find(name, TROUBLE)
+        known = events.find(name, ORIGIN_BACKOFF)
         events.note(name, str(failure))
         log.log(logging.DEBUG if known else logging.WARNING, "%s Serving the stored copy%s.", failure,
-                " for the next %d s" % TROUBLE if lasts else "")
+                " for the next %d s" % ORIGIN_BACKOFF if lasts else "")
 
-    def gather(self) -> list[dict[str, Any]]:
+    def snapshot(self) -> list[dict[str, Any]]:
         """The origins that are not waited for now, and the files that they have no response for, and why."""
-        known = self._errors.gather(TROUBLE) + self._unreachable.gather(TROUBLE)
-        return [{"origin": outlined(name), "reason": clipped(reason, 150), "seconds": round(TROUBLE - age)}
+        known = self._errors.gather(ORIGIN_BACKOFF) + self._unreachable.gather(ORIGIN_BACKOFF)
+        return [{"origin": displayable_uri(name), "reason": truncate_middle(reason, 150), "seconds": round(ORIGIN_BACKOFF - age)}
                 for name, age, reason in known[-10:]]
 
     def origin_answered(self, request: Request) -> None:
@@ -5345,7 +5345,7 @@ class Troubles:
         for events in (self._unreachable, self._errors):
             events.forget(_place(request.target), request.key)
 
-    def disk_failed(self, failure: LocalFailure) -> str:
+    def disk_failed(self, failure: StorageError) -> str:
         """Complain, once for each kind of failure, and tell the reason for Cache-Status."""
         if failure.code == errno.EAGAIN:
             return "another instance is storing it"
@@ -5360,13 +5360,13 @@ class Troubles:
                 "Nothing can be stored: %s. Requests are passed on all the same.%s", failure, remedy)
         return "not stored: %s" % failure
 
-    def unstored(self) -> str:
+    def disk_error(self) -> str:
         """Why nothing could be stored lately; "" where it could; another process may have stored since."""
         with self._lock:
-            lately = time.monotonic() - self._failed < SWEEP_EVERY
-            return clipped(str(self._disk), 150) if self._disk and lately else ""
+            lately = time.monotonic() - self._failed < EVICTION_INTERVAL
+            return truncate_middle(str(self._disk), 150) if self._disk and lately else ""
 
-    def disk_works(self) -> None:
+    def disk_recovered(self) -> None:
         """Something was stored."""
         with self._lock:
             again, self._disk = self._disk is not None, None
@@ -5374,39 +5374,39 @@ class Troubles:
             log.warning("The cache can be written again.")
 
 
-def look_up(store: Store, origin: Origin, request: Request) -> Stored | None:
+def look_up_for_client(store: Store, origin: OriginClient, request: Request) -> StoredResponse | None:
     """The stored response for a request, if its client may have it.  A body without a head may have come from
     this host, so its host is looked at again."""
     stored = store.lookup(request.key)
-    if stored is None or request.near:
+    if stored is None or request.client_is_local:
         return stored
-    if stored.head.guarded or not (stored.described or origin.is_open(parse_target(request.key).host)):
+    if stored.head.local_clients_only or not (stored.described or origin.is_open(parse_target(request.key).host)):
         stored.close()
         return None
     return stored
 
 
-def check_way(request: Request, config: Config) -> None:
+def check_target_allowed(request: Request, config: Config) -> None:
     """Failure where a request has come in a circle, or may not go where it wants."""
     if is_loop(request, config):
-        raise Failure("The request has come through this proxy before: its target leads back here.", 508)
-    if not request.near and is_guarded_name(request.target.host):
-        raise Failure("Only the proxy's own host may reach %s through it." % request.target.host, 403)
+        raise ProxyError("The request has come through this proxy before: its target leads back here.", 508)
+    if not request.client_is_local and is_protected_host(request.target.host):
+        raise ProxyError("Only the proxy's own host may reach %s through it." % request.target.host, 403)
 
 
-def fits(request: Request, head: Head) -> bool:
+def may_share_download(request: Request, head: ResponseHead) -> bool:
     """Whether a request's client may have what is being downloaded for another."""
-    return (request.near or not head.guarded) and selecting_fields(request, head) == head.vary
+    return (request.client_is_local or not head.local_clients_only) and selecting_fields(request, head) == head.vary
 
 
-def from_store(request: Request, stored: Stored, status: CacheStatus, now: float,
-               instead: Callable[[Exception], Reply] | None = None) -> Reply:
+def response_from_store(request: Request, stored: StoredResponse, status: CacheStatus, now: float,
+               instead: Callable[[Exception], Response] | None = None) -> Response:
     """A reply from a stored body: preconditions, ranges, Age (RFC 9111 §5.1)."""
-    selection = select_response(request, aged(stored.head, now), stored.head.size, BOUNDARY)
-    return Reply(selection.head, FileBody(stored, selection), status, True, instead)
+    selection = select_response(request, with_age(stored.head, now), stored.head.size, MULTIPART_BOUNDARY)
+    return Response(selection.head, FileBody(stored, selection), status, True, instead)
 
 
-class AtHand(NamedTuple):
+class PreparedHit(NamedTuple):
     """A small reply from the store, as it leaves."""
 
     head: bytes
@@ -5416,28 +5416,28 @@ class AtHand(NamedTuple):
     close: bool  # the connection, after it
 
 
-class Copy:
+class HotEntry:
     """A small reply that has left, to be sent again as it is."""
 
     __slots__ = ("body", "data", "mark", "ready", "request", "stored", "text")
 
-    def __init__(self, request: Request, ready: AtHand, body: bytes, stored: Stored, mark: Any) -> None:
+    def __init__(self, request: Request, ready: PreparedHit, body: bytes, stored: StoredResponse, mark: Any) -> None:
         self.request = request
         self.ready = ready
         self.body = body
         self.data = ready.head + body
         self.stored = stored  # open: its descriptor tells whether the file is still what it was
         self.mark = mark  # of the file
-        self.text = logged(request, ready.cache_status)
+        self.text = log_text(request, ready.cache_status)
 
 
-def mark_of(stored: Stored) -> tuple[int, int, int]:
+def file_version(stored: StoredResponse) -> tuple[int, int, int]:
     """What changes when a file is removed, replaced or written to; OSError."""
     info = os.fstat(stored.fileno())
     return info.st_nlink, info.st_ctime_ns, info.st_size
 
 
-class Shelf:
+class HotCache:
     """Replies of this second, for whoever asks for the same: a fleet does so in the same moment.
 
     A copy is good while its file is what it was, which a look at the open descriptor tells, one for all who
@@ -5445,39 +5445,39 @@ class Shelf:
     """
 
     def __init__(self) -> None:
-        self._copies: dict[Any, Copy] = {}  # by the request's head, and whose it is
+        self._copies: dict[Any, HotEntry] = {}  # by the request's head, and whose it is
         self._era: tuple[int, Config | None] = (0, None)  # the second and the configuration they are of
-        self._sure: set[Copy] = set()  # have been looked at since the last doubt
+        self._verified: set[HotEntry] = set()  # have been looked at since the last doubt
 
-    def begin(self, era: tuple[int, Config]) -> None:
+    def start_turn(self, era: tuple[int, Config]) -> None:
         """From now on it is this second, and what is asked was asked before."""
         if era != self._era:
             self.clear()
             self._era = era
-        self.doubt()
+        self.recheck()
 
-    def doubt(self) -> None:
+    def recheck(self) -> None:
         """What is asked from now on may have been asked after a file was removed or replaced."""
-        self._sure.clear()
+        self._verified.clear()
 
-    def find(self, asked: Any, config: Config) -> Copy | None:
+    def get(self, asked: Any, config: Config) -> HotEntry | None:
         """The copy for a request, if it is still good."""
         copy = self._copies.get(asked) if config is self._era[1] else None
-        if copy is None or copy in self._sure:
+        if copy is None or copy in self._verified:
             return copy
         with contextlib.suppress(OSError):
-            if mark_of(copy.stored) == copy.mark:
-                self._sure.add(copy)
+            if file_version(copy.stored) == copy.mark:
+                self._verified.add(copy)
                 return copy
         return None
 
-    def put(self, asked: Any, copy: Copy) -> None:
+    def put(self, asked: Any, copy: HotEntry) -> None:
         """Keep a copy; without room for it, where its file has gone already, or where an open file can't be
         removed, just close that."""
         old = self._copies.pop(asked, None)
         if old is not None:
             old.stored.close()
-        if len(self._copies) < MAX_COPIES and copy.mark[0] and os.name != "nt":
+        if len(self._copies) < HOT_CACHE_SIZE and copy.mark[0] and os.name != "nt":
             self._copies[asked] = copy
         else:
             copy.stored.close()
@@ -5489,26 +5489,26 @@ class Shelf:
             copy.stored.close()
 
 
-@functools.lru_cache(REMEMBERED // 4)
-def at_hand(request: Request, stored: Head, config: Config, now: float) -> AtHand | None:
+@functools.lru_cache(LARGE_MEMO // 4)
+def prepare_hit(request: Request, stored: ResponseHead, config: Config, now: float) -> PreparedHit | None:
     """The reply to a request from a stored response, where it is small and there is nobody to ask; a pure
     function, remembered because a fleet asks for the same thing in the same moment."""
-    with contextlib.suppress(Failure):
-        check_way(request, config)
+    with contextlib.suppress(ProxyError):
+        check_target_allowed(request, config)
         decision = decide(request, stored, config, now)
-        selection = select_response(request, aged(stored, now), stored.size, "")
+        selection = select_response(request, with_age(stored, now), stored.size, "")
         spans = () if request.method == "HEAD" else selection.spans
         span = spans[0] if spans else (0, 0)
-        if decision.action is not Action.SERVE or decision.refresh or links_of(request, selection.head) or \
-                len(spans) > 1 or isinstance(span, bytes) or span[1] - span[0] > SMALL:
+        if decision.action is not Action.SERVE or decision.refresh or link_pattern_for(request, selection.head) or \
+                len(spans) > 1 or isinstance(span, bytes) or span[1] - span[0] > SMALL_BODY:
             return None
-        close, status = not wants_open(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
-        head = sent_head(request, selection.head, selection.length, status, close, config)
-        return AtHand(head, span, selection.head.status, status, close)
+        close, status = not wants_keep_alive(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
+        head = render_response_head(request, selection.head, selection.length, status, close, config)
+        return PreparedHit(head, span, selection.head.status, status, close)
     return None
 
 
-def read_now(file: io.FileIO, start: int, stop: int) -> bytes | None:
+def read_without_blocking(file: io.FileIO, start: int, stop: int) -> bytes | None:
     """A part of a file, None where it is not in memory (as far as the system tells) or not there."""
     buffer = bytearray(stop - start)
     try:
@@ -5524,84 +5524,84 @@ def read_now(file: io.FileIO, start: int, stop: int) -> bytes | None:
     return bytes(buffer) if count == stop - start else None
 
 
-def copy_of(request: Request, stored: Stored, config: Config, now: float) -> Copy | None:
+def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now: float) -> HotEntry | None:
     """The reply to a request from a stored response, if it is at hand; else that is closed."""
-    mark = mark_of(stored)  # before it is read
-    ready = at_hand(request, stored.head, config, now)
-    body = read_now(stored.file, *ready.span) if ready else None
+    mark = file_version(stored)  # before it is read
+    ready = prepare_hit(request, stored.head, config, now)
+    body = read_without_blocking(stored.file, *ready.span) if ready else None
     if ready is None or body is None:
         stored.close()
         return None
-    return Copy(request, ready, body, stored, mark)
+    return HotEntry(request, ready, body, stored, mark)
 
 
-def from_partial(request: Request, head: Head, flight: Flight, partial: Partial, status: CacheStatus,
-                 rest: Callable[[Head, int | None, int], Response]) -> Reply:
+def response_from_partial(request: Request, head: ResponseHead, flight: Flight, partial: PartialFile, status: CacheStatus,
+                 rest: Callable[[ResponseHead, int | None, int], OriginResponse]) -> Response:
     """A reply from a partial (acquired) while it grows, with ``head`` as its own."""
-    fields = without(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
-    selection = select_response(request, changed(head, fields=fields), partial.length, BOUNDARY)
-    body = TrailBody(flight, partial, selection, rest)
-    return Reply(selection.head, body, status, status.outcome in (Outcome.COLLAPSED, Outcome.SHARED))
+    fields = without_fields(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
+    selection = select_response(request, replace_fields(head, fields=fields), partial.length, MULTIPART_BOUNDARY)
+    body = TailingBody(flight, partial, selection, rest)
+    return Response(selection.head, body, status, status.outcome in (Outcome.COLLAPSED, Outcome.SHARED))
 
 
-def from_origin(request: Request, response: Response, decision: Decision, detail: str = "") -> Reply:
+def response_from_origin(request: Request, response: OriginResponse, decision: CacheDecision, detail: str = "") -> Response:
     """A reply that passes an origin's answer through, and keeps nothing."""
-    head = changed(response.head, fields=end_to_end(response.head.fields))
+    head = replace_fields(response.head, fields=end_to_end(response.head.fields))
     outcome = Outcome.BYPASS if decision.forward in ("bypass", "method") else Outcome.RELAYED
     status = CacheStatus(outcome, decision.forward, head.status, detail=detail)
-    return Reply(head, LiveBody(response, request.method == "HEAD"), status)
+    return Response(head, PassThroughBody(response, request.method == "HEAD"), status)
 
 
-def last_stop(request: Request) -> Reply:
+def answer_as_final_recipient(request: Request) -> Response:
     """Our own answer to a TRACE or OPTIONS that may go no further (RFC 9110 §7.6.2, §9.3.7, §9.3.8)."""
     if request.method == "OPTIONS":
         methods = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE, CONNECT"
-        return Reply(own_head(200, more=(("Allow", methods),)), BytesBody(b""), CacheStatus(Outcome.OWN))
-    fields = without(request.fields, ("authorization", "cookie", "proxy-authorization"))
+        return Response(generated_head(200, more=(("Allow", methods),)), BytesBody(b""), CacheStatus(Outcome.OWN))
+    fields = without_fields(request.fields, ("authorization", "cookie", "proxy-authorization"))
     lines = ["%s %s HTTP/%d.%d" % (request.method, request.uri, *request.version)]
     lines += ["%s: %s" % field for field in fields]
     text = "\r\n".join([*lines, "", ""]).encode("latin-1")
-    return Reply(own_head(200, "message/http"), BytesBody(text), CacheStatus(Outcome.OWN))
+    return Response(generated_head(200, "message/http"), BytesBody(text), CacheStatus(Outcome.OWN))
 
 
-def whole_forward(request: Request, decision: Decision, config: Config,
-                  deadline: float | None = None) -> Forward:
+def full_request(request: Request, decision: CacheDecision, config: Config,
+                  deadline: float | None = None) -> OriginRequest:
     """The request for a whole representation that may be stored, whatever part the client asked for."""
-    fields = forward_fields(request, config, identity=True)
-    return Forward("GET", request.target, fields, near=request.near, follow=decision.policy.redirects,
+    fields = origin_request_fields(request, config, identity=True)
+    return OriginRequest("GET", request.target, fields, client_is_local=request.client_is_local, follow_redirects=decision.policy.redirects,
                    client=request.client, deadline=deadline)
 
 
-def shared_status(decision: Decision, head: Head) -> CacheStatus:
+def shared_cache_status(decision: CacheDecision, head: ResponseHead) -> CacheStatus:
     """What is told of a body that is the same as another mirror's."""
-    detail = "same as " + head.like
-    if digest_of(head.key):
+    detail = "same as " + head.same_as
+    if digest_in_name(head.key):
         return CacheStatus(Outcome.SHARED, detail=detail)
     return CacheStatus(Outcome.SHARED, decision.forward, 206, stored=True, detail=detail)
 
 
-class LocalCopy(Response):
+class LocalFileResponse(OriginResponse):
     """A file of ours, as if it came from the origin whose file it was found to be: where it can't be read to
     its end, the origin has the rest."""
 
-    def __init__(self, twin: Stored) -> None:  # nothing of the base class's but its methods' meaning
+    def __init__(self, twin: StoredResponse) -> None:  # nothing of the base class's but its methods' meaning
         self.head = twin.head
         self.length: int | None = twin.head.size
-        self.proven = True
+        self.end_is_known = True
         self._twin = twin
         twin.file.seek(0)
 
-    def on_pause(self, call: Callable[[], object]) -> None:
+    def on_idle(self, call: Callable[[], object]) -> None:
         """The disk makes none."""
 
-    def read(self, size: int = CHUNK) -> bytes:
+    def read(self, size: int = COPY_SIZE) -> bytes:
         """Up to ``size`` bytes, b"" at the end; OriginFailure, also if the file has been changed in place."""
         try:
             data, info = self._twin.file.read(size) or b"", os.fstat(self._twin.fileno())
         except OSError as error:
-            raise Truncated("The copy cannot be read: %s." % error) from None
+            raise TruncatedBodyError("The copy cannot be read: %s." % error) from None
         if (info.st_size, info.st_mtime_ns) != (self.head.size, self.head.mtime_ns):
-            raise Truncated("The file to copy is being changed.")
+            raise TruncatedBodyError("The file to copy is being changed.")
         return data
 
     def close(self) -> None:
@@ -5609,30 +5609,30 @@ class LocalCopy(Response):
         self._twin.close()
 
 
-def _all_of(response: Response, forward: Forward) -> bytes:
+def _read_proof(response: OriginResponse, forward: OriginRequest) -> bytes:
     """A part that was asked for, and no more than one byte beyond; OriginFailure, socket.timeout."""
     data = b""
-    response.hurry(forward.within(VALIDATE_WAIT))  # its client waits for the first byte
-    while len(data) <= PROOF and (piece := response.read(PROOF)):
+    response.set_deadline(forward.timeout_for(VALIDATION_TIMEOUT))  # its client waits for the first byte
+    while len(data) <= PROOF_SIZE and (piece := response.read(PROOF_SIZE)):
         data += piece
     return data
 
 
-def _alike(twin: Stored, head: Head) -> Stored:
+def _under_other_head(twin: StoredResponse, head: ResponseHead) -> StoredResponse:
     """A body under the head that it has elsewhere.  A query may be another client's password."""
-    return changed(twin, head=changed(
-        head, size=twin.head.size, mtime_ns=twin.head.mtime_ns, guarded=head.guarded or twin.head.guarded,
-        like=twin.head.key.partition("?")[0] if twin.name else twin.head.like))
+    return replace_fields(twin, head=replace_fields(
+        head, size=twin.head.size, mtime_ns=twin.head.mtime_ns, local_clients_only=head.local_clients_only or twin.head.local_clients_only,
+        same_as=twin.head.key.partition("?")[0] if twin.name else twin.head.same_as))
 
 
-def _is_named(key: str, twin: Stored) -> bool:
+def _has_named_digest(key: str, twin: StoredResponse) -> bool:
     """Whether a body has the digest that is in a name, where there is one."""
-    with contextlib.suppress(LocalFailure):  # what can't be read proves nothing
-        return fits_name(key, twin)
+    with contextlib.suppress(StorageError):  # what can't be read proves nothing
+        return matches_digest_in_name(key, twin)
     return False
 
 
-class Mirrors:
+class MirrorDeduplicator:
     """The same file from another mirror: what we hold of its name, and the proof that it is the same.  For
     the caller: find, check, stand_in, holds.
 
@@ -5640,207 +5640,207 @@ class Mirrors:
     and the bytes at its head and its tail, where archives have their checksums.
     """
 
-    def __init__(self, store: Store, origin: Origin, config: Config) -> None:
+    def __init__(self, store: Store, origin: OriginClient, config: Config) -> None:
         self._store = store
         self._origin = origin
         self._sharing = config.sharing
         self._adopt = tuple(os.path.join(folder, "") for folder in config.adopt)
 
-    def find(self, request: Request, forward: Forward,
-             config: Config) -> tuple[Stored | None, Response | None]:
+    def find_identical(self, request: Request, forward: OriginRequest,
+             config: Config) -> tuple[StoredResponse | None, OriginResponse | None]:
         """What we hold of the same file, under the head that it has here; or the origin's answer, where that
         is one to a request for the whole; or neither.  OriginFailure where the origin can't be asked, and
         another mirror's file can stand in."""
         try:
             return self._find(request, forward, config)
-        except (Changed, LocalFailure, OSError) as failure:
+        except (CannotResumeError, StorageError, OSError) as failure:
             log.debug("%s: %s", request.key, failure)
-        except OriginFailure:
+        except OriginError:
             if self._has_stand_in(request):
                 raise
         return None, None
 
-    def check(self, request: Request, response: Response) -> None:
+    def check_status(self, request: Request, response: OriginResponse) -> None:
         """OriginFailure where a mirror says that it can't now, and another's file can stand in."""
-        if response.head.status in UNAVAILABLE and self._has_stand_in(request):
+        if response.head.status in UNAVAILABLE_STATUSES and self._has_stand_in(request):
             response.close()
-            raise OriginFailure("%s answers %d." % (request.target.authority, response.head.status))
+            raise OriginError("%s answers %d." % (request.target.authority, response.head.status))
 
-    def stand_in(self, request: Request) -> Stored | None:
+    def find_substitute(self, request: Request) -> StoredResponse | None:
         """What we hold of the same name, where its mirror has proven lately to have the same files."""
-        found, named = None, digest_of(request.key) is not None
-        for other in self._held(request):
-            if found is None and (_is_named(request.key, other) if named else other.name and
-                                  self._store.names.vouched(mirror_folders(request.key, other.head.key))):
+        found, named = None, digest_in_name(request.key) is not None
+        for other in self._candidates(request):
+            if found is None and (_has_named_digest(request.key, other) if named else other.name and
+                                  self._store.names.are_mirrors(mirror_prefixes(request.key, other.head.key))):
                 found = other
             else:
                 other.close()
         return found
 
     def _has_stand_in(self, request: Request) -> bool:
-        stored = self.stand_in(request)
+        stored = self.find_substitute(request)
         _close(stored)
         return stored is not None
 
-    def holds(self, request: Request) -> bool:
+    def has_candidates(self, request: Request) -> bool:
         """Whether there is anything to look at."""
-        held = self._held(request)
+        held = self._candidates(request)
         for other in held:
             other.close()
         return bool(held)
 
-    def _find(self, request: Request, forward: Forward,
-              config: Config) -> tuple[Stored | None, Response | None]:
-        held, twin, answer = self._held(request), None, None
+    def _find(self, request: Request, forward: OriginRequest,
+              config: Config) -> tuple[StoredResponse | None, OriginResponse | None]:
+        held, twin, answer = self._candidates(request), None, None
         try:
-            if digest_of(request.key):
-                twin = self._named(request, held)
+            if digest_in_name(request.key):
+                twin = self._match_digest(request, held)
             elif held:
-                twin, answer = self._shown(request, forward, held, config)
+                twin, answer = self._match_probe(request, forward, held, config)
             return twin, answer
         finally:
             for other in held:
                 if twin is None or other.file is not twin.file:
                     other.close()
 
-    def _held(self, request: Request) -> list[Stored]:
+    def _candidates(self, request: Request) -> list[StoredResponse]:
         """What we hold of the same name, and may show; for the caller to close.  What came over http does for
         https only where its name proves it."""
-        name = common_name(request.key)
-        fresh = "no-cache" in directives(request.fields)  # the client has its reasons: a wrong digest, say
-        if not name or fresh or value(request.fields, "Authorization") is not None:
+        name = shareable_name(request.key)
+        fresh = "no-cache" in cache_directives(request.fields)  # the client has its reasons: a wrong digest, say
+        if not name or fresh or field_value(request.fields, "Authorization") is not None:
             return []
-        sure = digest_of(request.key) is not None
+        sure = digest_in_name(request.key) is not None
         any_way = request.target.scheme == "http" or sure
         open_to = ("http:", "https:") if any_way else ("https:",)
-        held = [look_up(self._store, self._origin, changed(request, key=key))
-                for key in ([*self._store.names.find(name), request.key.replace("%2B", "+")]
+        held = [look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
+                for key in ([*self._store.names.lookup(name), request.key.replace("%2B", "+")]
                             if self._sharing or sure else ())
                 if key != request.key and key.startswith(open_to)]
-        for path in self._store.adopted.find(name) if self._adopt else ():
-            file, info = _open(path) if path.startswith(self._adopt) else (None, _NOTHING)
+        for path in self._store.adopted.lookup(name) if self._adopt else ():
+            file, info = _open(path) if path.startswith(self._adopt) else (None, _NO_STAT)
             if file is not None:
-                head = changed(_bare_head(request.key, info), like="an adopted file")
-                held.append(Stored(file, head, "", False))
+                head = replace_fields(_bare_head(request.key, info), same_as="an adopted file")
+                held.append(StoredResponse(file, head, "", False))
         found = []
         for other in held:
-            coded = other and value(other.head.fields, "Content-Encoding")
+            coded = other and field_value(other.head.fields, "Content-Encoding")
             if other and not other.head.vary and not coded:
                 found.append(other)
             else:
                 _close(other)
         return found
 
-    def _named(self, request: Request, held: list[Stored]) -> Stored | None:
+    def _match_digest(self, request: Request, held: list[StoredResponse]) -> StoredResponse | None:
         """The first that has the digest in its name.  Of its head, what is the file's."""
         for other in held:
-            if _is_named(request.key, other):
+            if _has_named_digest(request.key, other):
                 fields = tuple(field for field in other.head.fields
                                if field[0].lower() in ("content-type", "last-modified", "date"))
-                return _alike(other, changed(other.head, fields=fields, key=request.key))
+                return _under_other_head(other, replace_fields(other.head, fields=fields, key=request.key))
         return None
 
-    def _shown(self, request: Request, forward: Forward, held: list[Stored],
-               config: Config) -> tuple[Stored | None, Response | None]:
+    def _match_probe(self, request: Request, forward: OriginRequest, held: list[StoredResponse],
+               config: Config) -> tuple[StoredResponse | None, OriginResponse | None]:
         """The one that the origin shows to be the same; or its answer, if it shows no parts."""
-        forward = changed(forward, deadline=time.monotonic() + VALIDATE_WAIT)
-        first_range = (("Range", "bytes=0-%d" % (PROOF - 1)),)
-        response = self._origin.fetch(changed(forward, fields=forward.fields + first_range))
+        forward = replace_fields(forward, deadline=time.monotonic() + VALIDATION_TIMEOUT)
+        first_range = (("Range", "bytes=0-%d" % (PROOF_SIZE - 1)),)
+        response = self._origin.fetch(replace_fields(forward, fields=forward.fields + first_range))
         if response.head.status not in (206, 304, 416):
             return None, response
         with contextlib.closing(response):
-            first = _all_of(response, forward)
+            first = _read_proof(response, forward)
         start, stop, size = content_range(response.head) or (0, 0, 0)
-        head = whole_head(request, response.head)
-        private = not_storable(changed(request, method="GET"), head, config)
-        if private or start or stop != min(PROOF, size) or not size:
+        head = complete_head(request, response.head)
+        private = why_not_storable(replace_fields(request, method="GET"), head, config)
+        if private or start or stop != min(PROOF_SIZE, size) or not size:
             return None, None
         same = [other for other in held if other.head.size == size and other.read_at(stop, 0) == first]
-        tail = max(stop, size - PROOF)
+        tail = max(stop, size - PROOF_SIZE)
         if same and tail < size:
-            with contextlib.closing(self._origin.fetch_rest(forward, head, size, tail)) as rest:
-                last = _all_of(rest, forward)
-            same = [other for other in same if other.read_at(PROOF, tail) == last]
+            with contextlib.closing(self._origin.fetch_remainder(forward, head, size, tail)) as rest:
+                last = _read_proof(rest, forward)
+            same = [other for other in same if other.read_at(PROOF_SIZE, tail) == last]
         for other in held:
             if other.name:
-                self._store.names.vouch(mirror_folders(request.key, other.head.key), other in same)
-        return (_alike(same[0], head) if same else None), None
+                self._store.names.record_comparison(mirror_prefixes(request.key, other.head.key), other in same)
+        return (_under_other_head(same[0], head) if same else None), None
 
 
 @dataclasses.dataclass(frozen=True)
 class Download:
     """One flight's way from its origin to the disk."""
 
-    response: Response | None  # None: the partial is to be gone on with
-    partial: Partial
+    response: OriginResponse | None  # None: the partial is to be gone on with
+    partial: PartialFile
     flight: Flight
-    forward: Forward  # asks for the whole again
+    forward: OriginRequest  # asks for the whole again
     outcome: Outcome
 
 
-class Claims:
+class DownloadLocks:
     """Which of the instances that share a root downloads what, by their locks or leases.  For the caller:
     take, end, release, lost, flying, spoil; for Watch: partials and leases."""
 
-    def __init__(self, store: Store, leases: Leases) -> None:
-        self.partials = Partials(store)
+    def __init__(self, store: Store, leases: LeaseManager) -> None:
+        self.partials = PartialStore(store)
         self.leases = leases
 
-    def take(self, key: str) -> Partial | None:
+    def acquire(self, key: str) -> PartialFile | None:
         """The partial of a key, for the caller to write and then to end, or to release; None where another
         instance writes it; LocalFailure."""
-        owner, sole = self.leases.take(key)
+        owner, sole = self.leases.acquire(key)
         if sole is False:
             return None
         try:
-            return self.partials.claim(key, owner, bool(sole))
-        except LocalFailure:
+            return self.partials.open_for_writing(key, owner, bool(sole))
+        except StorageError:
             self.leases.release(key, owner)
             raise
 
-    def end(self, partial: Partial | None) -> None:
+    def discard(self, partial: PartialFile | None) -> None:
         """Nothing is to be stored."""
         if partial is not None:
             partial.discard()
             self.release(partial)
 
-    def release(self, partial: Partial) -> None:
+    def release(self, partial: PartialFile) -> None:
         """It has been stored, kept or discarded."""
         partial.release()
         self.leases.release(partial.head.key, partial.owner)
 
-    def lost(self, partial: Partial) -> bool:
+    def is_lost(self, partial: PartialFile) -> bool:
         """Whether another instance has taken over."""
-        return self.leases.lost(partial.owner)
+        return self.leases.is_lost(partial.owner)
 
-    def flying(self, key: str) -> bool:
+    def is_downloading_elsewhere(self, key: str) -> bool:
         """Whether another instance downloads a key."""
         holder = self.leases.holder(key)
-        partial = None if holder or self.leases.named else self.partials.follow(key)
+        partial = None if holder or self.leases.uses_memcached else self.partials.open_for_reading(key)
         if partial is None:
             return bool(holder)
         with contextlib.suppress(OSError):
             try:
-                return not partial.lead()
+                return not partial.try_lock()
             finally:
                 partial.release()
         return False
 
-    def spoil(self, key: str) -> None:
+    def invalidate(self, key: str) -> None:
         """Let other instances not store what they download under a key."""
-        self.partials.spoil(key, self.leases.holder(key))
+        self.partials.unlink(key, self.leases.holder(key))
 
     def close(self) -> None:
         """Nothing is downloaded any more."""
         self.leases.close()
 
 
-class Filler:
+class Downloader:
     """Downloads responses into partials, each in a thread of its own, which is the only writer.  A download
     belongs to the cache: it goes on when its clients leave.  For the caller: start, and in a thread: fill."""
 
-    def __init__(self, barrier: Barrier, claims: Claims, origin: Origin, troubles: Troubles, orphans: Orphans,
-                 updated: Callable[[Forward], None]) -> None:
+    def __init__(self, barrier: SingleFlight, claims: DownloadLocks, origin: OriginClient, troubles: RecentFailures, orphans: OrphanLimiter,
+                 updated: Callable[[OriginRequest], None]) -> None:
         self.barrier = barrier
         self._claims = claims
         self._origin = origin
@@ -5848,70 +5848,70 @@ class Filler:
         self._orphans = orphans
         self._updated = updated  # told of what has been stored in a new generation
         self._lock = threading.Lock()  # guards _running
-        self._running: dict[Partial, tuple[float, int]] = {}  # since when (monotonic), and from which byte
+        self._running: dict[PartialFile, tuple[float, int]] = {}  # since when (monotonic), and from which byte
 
-    def gather(self) -> list[dict[str, Any]]:
+    def snapshot(self) -> list[dict[str, Any]]:
         """The downloads in flight, the oldest first: bytes so far and in all, bytes a second, clients."""
         now = time.monotonic()
         with self._lock:
-            running = list(itertools.islice(self._running.items(), SHOWN))
-        return [{"uri": outlined(partial.head.key), "bytes": partial.size, "length": partial.length,
-                 "rate": int((partial.size - begun) / max(now - since, 0.001)), "clients": partial.readers()}
+            running = list(itertools.islice(self._running.items(), MAX_ROWS))
+        return [{"uri": displayable_uri(partial.head.key), "bytes": partial.size, "length": partial.length,
+                 "rate": int((partial.size - begun) / max(now - since, 0.001)), "clients": partial.reader_count()}
                 for partial, (since, begun) in running]
 
     def start(self, download: Download) -> None:
         """Download in a new thread, and let followers join; LocalFailure if no thread can be started."""
-        start_thread(self.fill, download)
+        start_thread(self.download, download)
         download.flight.publish(download.partial)
 
-    def fill(self, download: Download) -> None:
+    def download(self, download: Download) -> None:
         """Download to the end, store the result, and end the flight with its last bytes (invariant 3)."""
         partial, flight = download.partial, download.flight
-        landing = Landing.FAILED
+        landing = FlightResult.FAILED
         failure: Exception | None = None
         try:
             self._download(download)
-            landing = Landing.WHOLE
-            landing = self._land(partial, flight)
-        except LocalFailure as error:
+            landing = FlightResult.WHOLE
+            landing = self._commit(partial, flight)
+        except StorageError as error:
             self._troubles.disk_failed(error)
-            landing, failure = Landing.WHOLE if landing is Landing.WHOLE else Landing.ALONE, error
-            partial.discard(cut=landing is Landing.ALONE)
+            landing, failure = FlightResult.WHOLE if landing is FlightResult.WHOLE else FlightResult.ALONE, error
+            partial.discard(cut=landing is FlightResult.ALONE)
             if download.outcome is Outcome.UPDATED:
-                partial.retract()  # the old one is known to be wrong
-        except OriginFailure as error:
+                partial.delete_stored()  # the old one is known to be wrong
+        except OriginError as error:
             log.warning("%s was not stored: %s", partial.head.key, error)
-            if isinstance(error, Abandoned):
-                landing = Landing.ALONE  # for whoever joined at the last moment
+            if isinstance(error, DownloadAbandonedError):
+                landing = FlightResult.ALONE  # for whoever joined at the last moment
             else:
                 failure = error
-            partial.keep()
+            partial.keep_for_resume()
         finally:
             self._forget(partial)
-            self.barrier.end(flight, landing, failure, partial.size)
+            self.barrier.finish(flight, landing, failure, partial.size)
             self._claims.release(partial)  # after the last bytes: memcached may take its time
-        if landing is Landing.STORED and download.outcome is Outcome.UPDATED:
+        if landing is FlightResult.STORED and download.outcome is Outcome.UPDATED:
             self._updated(download.forward)
 
-    def _forget(self, partial: Partial) -> None:
-        self._orphans.forget(partial)
+    def _forget(self, partial: PartialFile) -> None:
+        self._orphans.remove(partial)
         with self._lock:
             self._running.pop(partial, None)
 
-    def _land(self, partial: Partial, flight: Flight) -> Landing:
+    def _commit(self, partial: PartialFile, flight: Flight) -> FlightResult:
         """Store what is complete, unless something has made it invalid meanwhile; LocalFailure."""
-        if not flight.complete() or self._claims.lost(partial):
+        if not flight.finish_receiving() or self._claims.is_lost(partial):
             partial.discard()
-            return Landing.WHOLE
-        if not fits_name(partial.head.key, partial):
+            return FlightResult.WHOLE
+        if not matches_digest_in_name(partial.head.key, partial):
             log.warning("%s was not stored: its bytes have another digest than its name", partial.head.key)
             partial.discard()
-            return Landing.WHOLE
+            return FlightResult.WHOLE
         partial.commit()
-        self._troubles.disk_works()
-        if not flight.complete():
-            partial.retract()
-        return Landing.STORED
+        self._troubles.disk_recovered()
+        if not flight.finish_receiving():
+            partial.delete_stored()
+        return FlightResult.STORED
 
     def _download(self, download: Download) -> None:
         """Write all bytes, over as many connections as it takes; OriginFailure, LocalFailure."""
@@ -5920,35 +5920,35 @@ class Filler:
             self._running[partial] = time.monotonic(), partial.size
         if download.response is None and partial.size == partial.length:
             return
-        tee = Tee(partial, download.flight, functools.partial(self._may_go_on, download))
+        tee = PartialWriter(partial, download.flight, functools.partial(self._should_continue, download))
 
-        def ask(offset: int) -> Response:
+        def ask(offset: int) -> OriginResponse:
             if partial.size:
                 tee.tell()
-            forward = changed(download.forward, deadline=time.monotonic() + RESUME_WAIT)
-            response = self._origin.fetch_rest(forward, partial.head, partial.length, offset)
-            response.on_pause(tee.tell)
+            forward = replace_fields(download.forward, deadline=time.monotonic() + RESUME_TIMEOUT)
+            response = self._origin.fetch_remainder(forward, partial.head, partial.length, offset)
+            response.on_idle(tee.tell)
             return response
 
         if download.response is not None:
-            download.response.on_pause(tee.tell)
-        pieces = whole_body(partial.head, partial.length, partial.size, ask, download.response)
+            download.response.on_idle(tee.tell)
+        pieces = resumable_body(partial.head, partial.length, partial.size, ask, download.response)
         with contextlib.closing(pieces):
             for data in pieces:
                 tee.write(data)
 
-    def _may_go_on(self, download: Download) -> bool:
-        if self._orphans.may_go_on(download.partial):
+    def _should_continue(self, download: Download) -> bool:
+        if self._orphans.may_continue(download.partial):
             return True
-        self.barrier.leave(download.flight)  # nobody joins it any more; who just has is not let down
+        self.barrier.remove(download.flight)  # nobody joins it any more; who just has is not let down
         return download.partial.has_readers()
 
 
-class Watch:
+class PeerFollower:
     """Follows what another instance downloads, for the clients of this one, and takes its place where it
     dies.  For the caller: run, in a thread of its own."""
 
-    def __init__(self, store: Store, claims: Claims, filler: Filler, request: Request, forward: Forward,
+    def __init__(self, store: Store, claims: DownloadLocks, filler: Downloader, request: Request, forward: OriginRequest,
                  flight: Flight) -> None:
         self._store = store
         self._claims = claims
@@ -5956,393 +5956,393 @@ class Watch:
         self._request = request  # whose download it would be
         self._forward = forward
         self._flight = flight
-        self._partial: Partial | None = None  # the other's
+        self._partial: PartialFile | None = None  # the other's
         self._published = False
         self._owner = ""  # the other; "": who locks its file
         self._own = ""  # ours, once we hold the lease
 
     def run(self) -> None:
         """Until the other has ended; then end the flight, or go on with the download."""
-        landing: Landing | None = Landing.ALONE
+        landing: FlightResult | None = FlightResult.ALONE
         try:
             if self._follow():
-                landing = self._end()
+                landing = self._finish()
             else:  # whoever comes next shall not wait for it as well
-                self._claims.partials.spoil(self._flight.key, self._owner)
-        except (OSError, LocalFailure) as error:
+                self._claims.partials.unlink(self._flight.key, self._owner)
+        except (OSError, StorageError) as error:
             log.debug("%s cannot be followed: %s", self._flight.key, error)
         finally:
             if landing is not None:
-                self._leave(landing)
+                self._close(landing)
 
-    def _leave(self, landing: Landing) -> None:
+    def _close(self, landing: FlightResult) -> None:
         partial = self._partial
         if partial is not None:
             partial.unlock()
         received = partial.size if partial is not None and self._published else None
-        self._filler.barrier.end(self._flight, landing, received=received)
+        self._filler.barrier.finish(self._flight, landing, received=received)
         if partial is not None:
             partial.release()
         self._claims.leases.release(self._flight.key, self._own)
 
     def _follow(self) -> bool:
         """Tell our clients what the other has written; False where that stands still."""
-        pause, deadline = 0.001, time.monotonic() + HEAD_WAIT
+        pause, deadline = 0.001, time.monotonic() + FOLLOWER_HEAD_TIMEOUT
         while time.monotonic() < deadline:
             if self._partial is None:
-                self._partial = self._claims.partials.follow(self._flight.key, self._owner)
-            if self._has_ended():
+                self._partial = self._claims.partials.open_for_reading(self._flight.key, self._owner)
+            if self._try_take_over():
                 return True
             if self._partial is not None and self._has_grown(self._partial):
-                deadline = time.monotonic() + FLIGHT_WAIT
+                deadline = time.monotonic() + FOLLOWER_STALL_TIMEOUT
                 if self._partial.size == self._partial.length:
-                    self._flight.complete()
-                    deadline = time.monotonic() + LAND_WAIT
+                    self._flight.finish_receiving()
+                    deadline = time.monotonic() + COMMIT_TIMEOUT
             time.sleep(pause)
-            pause = min(2 * pause, WATCH_PAUSE)
+            pause = min(2 * pause, PEER_POLL_INTERVAL)
         return False
 
-    def _has_grown(self, partial: Partial) -> bool:
+    def _has_grown(self, partial: PartialFile) -> bool:
         before = partial.size
         if not self._published:
-            self._published = partial.learn()
+            self._published = partial.load_metadata()
             if self._published:
                 self._flight.publish(partial)
             return self._published
-        partial.grow()
+        partial.refresh_size()
         if partial.size > before and partial.size != partial.length:
-            self._flight.advance(partial.size)
+            self._flight.set_received(partial.size)
         return partial.size > before
 
-    def _has_ended(self) -> bool:
+    def _try_take_over(self) -> bool:
         """Whether nobody leads any more but we ourselves."""
         partial = self._partial
-        if not self._claims.leases.named:
-            if partial is not None and partial.lead() and not self._published and not partial.is_there():
+        if not self._claims.leases.uses_memcached:
+            if partial is not None and partial.try_lock() and not self._published and not partial.still_exists():
                 partial.release()  # it was begun anew, or has ended
-                partial = self._partial = self._claims.partials.follow(self._flight.key)
-            return partial is None or partial.lead()
+                partial = self._partial = self._claims.partials.open_for_reading(self._flight.key)
+            return partial is None or partial.try_lock()
         try:
-            owner, ours = self._claims.leases.ask(self._flight.key)
+            owner, ours = self._claims.leases.try_acquire(self._flight.key)
         except OSError:  # then its file tells
-            return partial is None or not partial.is_there()
+            return partial is None or not partial.still_exists()
         if ours:
             self._own = owner
         elif owner != self._owner:
-            self._change(owner)
+            self._switch_writer(owner)
         return ours
 
-    def _change(self, owner: str) -> None:
+    def _switch_writer(self, owner: str) -> None:
         """Another has become the owner: who has a part already reads on in that one's copy of it."""
-        other = self._claims.partials.follow(self._flight.key, owner)
+        other = self._claims.partials.open_for_reading(self._flight.key, owner)
         old = self._partial
         if not self._published or old is None:
             self._partial, self._owner = other, owner
             if old is not None:
                 old.release()
         elif other is not None:
-            same = other.learn() and other.head.fields == old.head.fields and strong_validator(old.head)
+            same = other.load_metadata() and other.head.fields == old.head.fields and strong_validator(old.head)
             if same and other.size >= old.size:
-                old.become(other)
+                old.switch_to(other)
                 self._owner = owner
             else:
                 other.release()
 
-    def _end(self) -> Landing | None:
+    def _finish(self) -> FlightResult | None:
         """How it ended; None where we have gone on with it."""
         partial, stored = self._partial, self._store.lookup(self._flight.key)
         if stored is not None:
             with contextlib.closing(stored):
-                return self._landed(stored)
-        if partial is None or not partial.is_there():
+                return self._finish_stored(stored)
+        if partial is None or not partial.still_exists():
             whole = partial is not None and self._published and partial.size == partial.length
-            return Landing.WHOLE if whole else Landing.ALONE
-        if not self._published and not partial.learn():
-            return Landing.AGAIN  # it died too soon
+            return FlightResult.WHOLE if whole else FlightResult.ALONE
+        if not self._published and not partial.load_metadata():
+            return FlightResult.AGAIN  # it died too soon
         return self._take_over(partial)
 
-    def _landed(self, stored: Stored) -> Landing:
+    def _finish_stored(self, stored: StoredResponse) -> FlightResult:
         """It is stored, perhaps by yet another instance: then who has a part reads on there, if by its
         validator it is the same."""
         partial = self._partial
-        if partial is not None and self._published and not partial.is_whole(stored):
+        if partial is not None and self._published and not partial.is_stored_as(stored):
             tag = strong_validator(partial.head)
             same = tag is not None and tag == strong_validator(stored.head)
             if not same or partial.length not in (None, stored.head.size):
-                return Landing.ALONE
-            partial.become(stored)
-        return Landing.STORED
+                return FlightResult.ALONE
+            partial.switch_to(stored)
+        return FlightResult.STORED
 
-    def _take_over(self, partial: Partial) -> Landing | None:
+    def _take_over(self, partial: PartialFile) -> FlightResult | None:
         """Go on where the other has died, in its file or in our copy of that; LocalFailure, OSError."""
         request, head = self._request, partial.head
         if strong_validator(head) is None:
             partial.discard()
-        if not fits(request, head) or strong_validator(head) is None:
-            return Landing.ALONE
-        if self._claims.leases.named:
-            heir = self._claims.partials.claim(self._flight.key, self._own)
+        if not may_share_download(request, head) or strong_validator(head) is None:
+            return FlightResult.ALONE
+        if self._claims.leases.uses_memcached:
+            heir = self._claims.partials.open_for_writing(self._flight.key, self._own)
             if heir is None or heir.head.fields != head.fields or heir.size < partial.size:
-                self._claims.end(heir)
-                return Landing.ALONE
-            partial.become(heir)
-        partial.grow()
-        partial.begin(head, partial.length, partial.size)
+                self._claims.discard(heir)
+                return FlightResult.ALONE
+            partial.switch_to(heir)
+        partial.refresh_size()
+        partial.start(head, partial.length, partial.size)
         if not self._published:
             self._flight.publish(partial)
-        self._filler.fill(Download(None, partial, self._flight, self._forward, Outcome.MISS))
+        self._filler.download(Download(None, partial, self._flight, self._forward, Outcome.MISS))
         return None
 
 
-class Intake:
+class ResponseStorer:
     """Takes in an origin's answers: into the store while they go to their clients, or only to these.  For
     the caller: fetch, take."""
 
-    def __init__(self, store: Store, claims: Claims, origin: Origin, troubles: Troubles,
-                 filler: Filler) -> None:
+    def __init__(self, store: Store, claims: DownloadLocks, origin: OriginClient, troubles: RecentFailures,
+                 filler: Downloader) -> None:
         self._store = store
         self._claims = claims
         self._origin = origin
         self._troubles = troubles
         self._filler = filler
 
-    def fetch(self, forward: Forward) -> Response:
+    def fetch_full(self, forward: OriginRequest) -> OriginResponse:
         """Ask for a whole representation; what is no answer to that is a failure of the origin."""
         response = self._origin.fetch(forward)
         conditional = any(name.startswith("If-") for name, _ in forward.fields)
         if response.head.status in (206, 416) or response.head.status == 304 and not conditional:
             response.close()
-            raise OriginFailure("%s answered %d to a plain request." % (
+            raise OriginError("%s answered %d to a plain request." % (
                 forward.target.authority, response.head.status))
         return response
 
-    def take(self, request: Request, response: Response, decision: Decision, flight: Flight,
-              config: Config, partial: Partial | None = None) -> tuple[Reply, Landing | None]:
+    def store_or_relay(self, request: Request, response: OriginResponse, decision: CacheDecision, flight: Flight,
+              config: Config, partial: PartialFile | None = None) -> tuple[Response, FlightResult | None]:
         """Store an answer while it goes to the client, or relay it where it can't be stored.  It may be the
         rest of what the partial, if we have one already, has begun with."""
         begun = response.start > 0
-        if response.head.status < 500 and not (response.head.like and digest_of(request.key)):
+        if response.head.status < 500 and not (response.head.same_as and digest_in_name(request.key)):
             self._troubles.origin_answered(request)
-        live = partial.head if partial is not None and begun else changed(
+        live = partial.head if partial is not None and begun else replace_fields(
             response.head, key=request.key, vary=selecting_fields(request, response.head))
-        forward = whole_forward(request, decision, config)
+        forward = full_request(request, decision, config)
         try:
-            reason = not_storable(changed(request, method="GET"), live, config)
-            reason = reason or ("" if response.proven else "no declared length")
+            reason = why_not_storable(replace_fields(request, method="GET"), live, config)
+            reason = reason or ("" if response.end_is_known else "no declared length")
             if not reason:
                 if partial is None:
                     partial = self._take_claim(request.key)
                 return self._store_live(request, live, decision, Download(
                     response, partial, flight, forward,
                     Outcome.UPDATED if decision.action is Action.VALIDATE else Outcome.MISS)), None
-        except LocalFailure as failure:
+        except StorageError as failure:
             reason = self._troubles.disk_failed(failure)
         except BaseException:
             response.close()
-            self._claims.end(partial)
+            self._claims.discard(partial)
             raise
-        self._claims.end(partial)
-        if is_outdated(decision, response.head) and is_shareable(request, response.head):
-            self._store.forget(request.key)  # what is stored is known to be wrong, and can't be replaced
+        self._claims.discard(partial)
+        if replaces_stored(decision, response.head) and is_shareable(request, response.head):
+            self._store.delete(request.key)  # what is stored is known to be wrong, and can't be replaced
         if begun:
             response.close()
-            response = self.fetch(forward)
-        return from_origin(request, response, decision, reason), Landing.ALONE
+            response = self.fetch_full(forward)
+        return response_from_origin(request, response, decision, reason), FlightResult.ALONE
 
-    def _take_claim(self, key: str) -> Partial:
-        partial = self._claims.take(key)
+    def _take_claim(self, key: str) -> PartialFile:
+        partial = self._claims.acquire(key)
         if partial is None:
-            raise LocalFailure(OSError(errno.EAGAIN, "another instance writes it"))
+            raise StorageError(OSError(errno.EAGAIN, "another instance writes it"))
         return partial
 
-    def _store_live(self, request: Request, live: Head, decision: Decision, download: Download) -> Reply:
+    def _store_live(self, request: Request, live: ResponseHead, decision: CacheDecision, download: Download) -> Response:
         """Begin to store a response; what its first client gets; LocalFailure."""
         response, partial = download.response, download.partial
         assert response is not None  # noqa: S101 (for the type checker)
         length, start = response.length, response.start
-        head = changed(live, fields=kept_fields(live.fields))
+        head = replace_fields(live, fields=storable_fields(live.fields))
         # Left-over bytes are kept only if this response continues them (start > 0).
-        partial.begin(head, length if length is None else length + start, start)
+        partial.start(head, length if length is None else length + start, start)
         status = CacheStatus(download.outcome, decision.forward, response.head.status, stored=True)
-        status = shared_status(decision, live) if live.like else status
+        status = shared_cache_status(decision, live) if live.same_as else status
         # What the others won't get: Set-Cookie.
-        own = changed(head, fields=end_to_end(live.fields))
+        own = replace_fields(head, fields=end_to_end(live.fields))
         partial.acquire()
-        reply = from_partial(request, own, download.flight, partial, status,
-                             functools.partial(self._origin.fetch_rest, download.forward))
+        reply = response_from_partial(request, own, download.flight, partial, status,
+                             functools.partial(self._origin.fetch_remainder, download.forward))
         try:
             self._filler.start(download)
-        except LocalFailure:
+        except StorageError:
             reply.body.close()
             raise
         return reply
 
 
-class Leader:
+class FlightLeader:
     """Makes the fetches that others may share.  For the caller: lead, which returns how the flight
     ended, or None where a thread is still filling, or watching, and will end it."""
 
-    def __init__(self, store: Store, claims: Claims, origin: Origin, troubles: Troubles,
-                 filler: Filler, mirrors: Mirrors) -> None:
+    def __init__(self, store: Store, claims: DownloadLocks, origin: OriginClient, troubles: RecentFailures,
+                 filler: Downloader, mirrors: MirrorDeduplicator) -> None:
         self._store = store
         self._claims = claims
         self._origin = origin
         self._troubles = troubles
         self._filler = filler
         self._mirrors = mirrors
-        self._intake = Intake(store, claims, origin, troubles, filler)
+        self._intake = ResponseStorer(store, claims, origin, troubles, filler)
 
-    def lead(self, request: Request, flight: Flight, config: Config, missing: bool,
-             alone: bool) -> tuple[Reply | None, Landing | None]:
+    def fetch(self, request: Request, flight: Flight, config: Config, missing: bool,
+             alone: bool) -> tuple[Response | None, FlightResult | None]:
         """The leader's own reply to a GET or HEAD, None where that is a follower's of another instance;
         Failure where the origin has none.  ``missing``: a moment ago nothing was stored.  ``alone``: nobody,
         in other instances neither, waits for the response before it is known to be for all."""
-        stored, partial = None if missing else look_up(self._store, self._origin, request), None
+        stored, partial = None if missing else look_up_for_client(self._store, self._origin, request), None
         try:
             if stored is None and not alone:
-                partial = self._claims.take(request.key)
+                partial = self._claims.acquire(request.key)
                 if partial is None:
-                    forward = whole_forward(request, decide(request, None, config, time.time()), config)
-                    watch = Watch(self._store, self._claims, self._filler, request, forward, flight)
+                    forward = full_request(request, decide(request, None, config, time.time()), config)
+                    watch = PeerFollower(self._store, self._claims, self._filler, request, forward, flight)
                     start_thread(watch.run)
                     return None, None
-                stored = look_up(self._store, self._origin, request)  # invariant 4
-        except LocalFailure as failure:
+                stored = look_up_for_client(self._store, self._origin, request)  # invariant 4
+        except StorageError as failure:
             log.debug("%s: %s", request.key, failure)  # who tries to store it says so aloud
         if stored is not None:
-            self._claims.end(partial)
-            return self._lead_stored(request, flight, config, stored)
-        return self._fetch_anew(request, flight, config, partial)
+            self._claims.discard(partial)
+            return self._serve_or_validate(request, flight, config, stored)
+        return self._fetch_missing(request, flight, config, partial)
 
-    def _lead_stored(self, request: Request, flight: Flight, config: Config,
-                     stored: Stored) -> tuple[Reply, Landing | None]:
+    def _serve_or_validate(self, request: Request, flight: Flight, config: Config,
+                     stored: StoredResponse) -> tuple[Response, FlightResult | None]:
         decision = decide(request, stored.head, config, time.time())
         if decision.action is Action.SERVE:
             status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
-            return from_store(request, stored, status, time.time()), Landing.AGAIN
+            return response_from_store(request, stored, status, time.time()), FlightResult.AGAIN
         try:
             return self._validate(request, decision, flight, stored, config)
         except BaseException:
             stored.close()
             raise
 
-    def _fetch_anew(self, request: Request, flight: Flight, config: Config,
-                    partial: Partial | None) -> tuple[Reply, Landing | None]:
+    def _fetch_missing(self, request: Request, flight: Flight, config: Config,
+                    partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
         """Fetch what is not stored, from where a left-over partial ends if there is one; or find it at hand,
         as another mirror's."""
         decision = decide(request, None, config, time.time())
-        forward = whole_forward(request, decision, config, time.monotonic() + ANSWER_WAIT)
+        forward = full_request(request, decision, config, time.monotonic() + RESPONSE_HEAD_TIMEOUT)
         try:
-            twin, response = self._mirrors.find(request, forward, config)
+            twin, response = self._mirrors.find_identical(request, forward, config)
             if twin is not None:
-                return self._share(request, decision, flight, config, partial, twin)
-            response = response or self._fetch_rest(request, forward, partial) or self._intake.fetch(forward)
-            self._mirrors.check(request, response)
+                return self._serve_identical(request, decision, flight, config, partial, twin)
+            response = response or self._fetch_rest(request, forward, partial) or self._intake.fetch_full(forward)
+            self._mirrors.check_status(request, response)
         except BaseException:
-            self._claims.end(partial)
+            self._claims.discard(partial)
             raise
-        return self._intake.take(request, response, decision, flight, config, partial)
+        return self._intake.store_or_relay(request, response, decision, flight, config, partial)
 
-    def _share(self, request: Request, decision: Decision, flight: Flight, config: Config,
-               partial: Partial | None, twin: Stored) -> tuple[Reply, Landing | None]:
+    def _serve_identical(self, request: Request, decision: CacheDecision, flight: Flight, config: Config,
+               partial: PartialFile | None, twin: StoredResponse) -> tuple[Response, FlightResult | None]:
         """Serve the same file of another mirror: one file on the disk, or a copy where that can't be."""
         try:
-            self._store.share(twin)
+            self._store.link(twin)
         except OSError as error:
             log.debug("%s is copied: %s", request.key, error)
-            return self._intake.take(request, LocalCopy(twin), decision, flight, config, partial)
-        if not flight.complete():
-            self._store.forget(request.key)
-        self._claims.end(partial)
-        self._troubles.disk_works()
-        return from_store(request, twin, shared_status(decision, twin.head), time.time()), Landing.STORED
+            return self._intake.store_or_relay(request, LocalFileResponse(twin), decision, flight, config, partial)
+        if not flight.finish_receiving():
+            self._store.delete(request.key)
+        self._claims.discard(partial)
+        self._troubles.disk_recovered()
+        return response_from_store(request, twin, shared_cache_status(decision, twin.head), time.time()), FlightResult.STORED
 
-    def _fetch_rest(self, request: Request, forward: Forward, partial: Partial | None) -> Response | None:
+    def _fetch_rest(self, request: Request, forward: OriginRequest, partial: PartialFile | None) -> OriginResponse | None:
         """What is missing of a left-over partial; None where it is of no use, and is begun anew."""
-        if partial is not None and partial.size and fits(request, partial.head):
-            with contextlib.suppress(Changed):
-                return self._origin.fetch_rest(forward, partial.head, partial.length, partial.size)
+        if partial is not None and partial.size and may_share_download(request, partial.head):
+            with contextlib.suppress(CannotResumeError):
+                return self._origin.fetch_remainder(forward, partial.head, partial.length, partial.size)
         return None
 
-    def _validate(self, request: Request, decision: Decision, flight: Flight, stored: Stored,
-                  config: Config) -> tuple[Reply, Landing | None]:
+    def _validate(self, request: Request, decision: CacheDecision, flight: Flight, stored: StoredResponse,
+                  config: Config) -> tuple[Response, FlightResult | None]:
         """Ask whether a stored response is still right (RFC 9111 §4.3); stale beats nothing."""
-        spare = may_be_stale(decision, stored.head)
-        trouble = self._troubles.origin(request) if spare else None
+        spare = may_serve_stale_on_error(decision, stored.head)
+        trouble = self._troubles.origin_down_reason(request) if spare else None
         if trouble:
-            return self._stale(request, decision, stored, trouble)
+            return self._serve_stale(request, decision, stored, trouble)
         try:
-            answer = self._ask_again(request, decision, stored, config, spare)
-        except OriginFailure as error:
+            answer = self._revalidate(request, decision, stored, config, spare)
+        except OriginError as error:
             if not spare:
                 raise
             self._troubles.origin_failed(request, error)
-            return self._stale(request, decision, stored, str(error))
-        if isinstance(answer, Head):
+            return self._serve_stale(request, decision, stored, str(error))
+        if isinstance(answer, ResponseHead):
             self._troubles.origin_answered(request)
-            return self._confirmed(request, decision, stored, answer)
+            return self._serve_validated(request, decision, stored, answer)
         stored.close()
-        return self._intake.take(request, answer, decision, flight, config)
+        return self._intake.store_or_relay(request, answer, decision, flight, config)
 
-    def _ask_again(self, request: Request, decision: Decision, stored: Stored, config: Config,
-                   spare: bool) -> Head | Response:
+    def _revalidate(self, request: Request, decision: CacheDecision, stored: StoredResponse, config: Config,
+                   spare: bool) -> ResponseHead | OriginResponse:
         """A head that confirms what is stored, or the response to store instead; OriginFailure."""
-        deadline = time.monotonic() + VALIDATE_WAIT if spare else None
-        forward = whole_forward(request, decision, config, deadline)
+        deadline = time.monotonic() + VALIDATION_TIMEOUT if spare else None
+        forward = full_request(request, decision, config, deadline)
         if not stored.described:
-            adopted = self._adopt(request, forward, stored, config)
-            return adopted or self._intake.fetch(forward)
+            adopted = self._confirm_bare_file(request, forward, stored, config)
+            return adopted or self._intake.fetch_full(forward)
         # Who doubts what was found to be the same as another mirror's gets what this one has.
-        doubted = stored.head.like and "no-cache" in directives(request.fields)
+        doubted = stored.head.same_as and "no-cache" in cache_directives(request.fields)
         conditions = () if doubted or decision.forward == "vary-miss" else validators(stored.head)
-        response = self._intake.fetch(changed(forward, fields=forward.fields + conditions))
+        response = self._intake.fetch_full(replace_fields(forward, fields=forward.fields + conditions))
         if response.head.status == 304:
             response.close()
-            if confirms(stored.head, response.head):
-                return freshened(stored.head, response.head)
-            response = self._intake.fetch(forward)
-        if response.head.status in UNAVAILABLE and spare:
+            if is_304_for(stored.head, response.head):
+                return freshen_head(stored.head, response.head)
+            response = self._intake.fetch_full(forward)
+        if response.head.status in UNAVAILABLE_STATUSES and spare:
             response.close()
-            final = parse_target(response.head.final)
-            raise OriginFailure("%s answers %d." % (final.authority, response.head.status), final)
+            final = parse_target(response.head.final_uri)
+            raise OriginError("%s answers %d." % (final.authority, response.head.status), final)
         return response
 
-    def _adopt(self, request: Request, forward: Forward, stored: Stored, config: Config) -> Head | None:
+    def _confirm_bare_file(self, request: Request, forward: OriginRequest, stored: StoredResponse, config: Config) -> ResponseHead | None:
         """The origin's head for a body that has none, if by size and date it is the same file."""
-        response = self._origin.fetch(changed(forward, method="HEAD"))
+        response = self._origin.fetch(replace_fields(forward, method="HEAD"))
         response.close()
         head, size = response.head, content_length(response.head.fields)
-        modified = parse_date(value(head.fields, "Last-Modified"))
+        modified = parse_date(field_value(head.fields, "Last-Modified"))
         same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
-        if not same or not_storable(changed(request, method="GET"), head, config):
+        if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
             return None
-        return changed(stored.head, fields=kept_fields(head.fields), final=head.final,
-                       requested=head.requested, received=head.received)
+        return replace_fields(stored.head, fields=storable_fields(head.fields), final_uri=head.final_uri,
+                       request_time=head.request_time, response_time=head.response_time)
 
-    def _confirmed(self, request: Request, decision: Decision, stored: Stored,
-                   head: Head) -> tuple[Reply, Landing | None]:
+    def _serve_validated(self, request: Request, decision: CacheDecision, stored: StoredResponse,
+                   head: ResponseHead) -> tuple[Response, FlightResult | None]:
         """Serve what the origin says is still right, under the head that this makes."""
-        head = changed(head, vary=selecting_fields(request, head))
+        head = replace_fields(head, vary=selecting_fields(request, head))
         if is_shareable(request, head):
-            self._store.freshen(stored, head)
+            self._store.update_head(stored, head)
         status = CacheStatus(Outcome.VALIDATED, decision.forward, 304)
-        reply = from_store(request, changed(stored, head=head), status, time.time())
-        return reply, Landing.STORED
+        reply = response_from_store(request, replace_fields(stored, head=head), status, time.time())
+        return reply, FlightResult.STORED
 
-    def _stale(self, request: Request, decision: Decision, stored: Stored,
-               reason: str) -> tuple[Reply, Landing | None]:
+    def _serve_stale(self, request: Request, decision: CacheDecision, stored: StoredResponse,
+               reason: str) -> tuple[Response, FlightResult | None]:
         status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
-        return from_store(request, stored, status, time.time()), Landing.STALE
+        return response_from_store(request, stored, status, time.time()), FlightResult.STALE
 
 
-class Sweeper:
+class EvictionThread:
     """Keeps the cache within its bounds, in a thread of its own.  For the caller: start, wake, stop."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._janitor = Janitor(store)
+        self._janitor = Evictor(store)
         # What it found last, and has removed since the start.
-        self.swept: dict[str, float] = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
+        self.last_report: dict[str, float] = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
         self._wake = store.space.scarce
         self._stop = threading.Event()
 
@@ -6350,7 +6350,7 @@ class Sweeper:
         """Sweep now, and again and again."""
         threading.Thread(target=self._run, args=(config,), daemon=True).start()
 
-    def wake(self) -> None:
+    def request_run(self) -> None:
         """Sweep soon: the disk is full."""
         self._wake.set()
 
@@ -6360,38 +6360,38 @@ class Sweeper:
         self._wake.set()
 
     def _run(self, config: Config) -> None:
-        looked = -ADOPT_EVERY
+        looked = -ADOPT_SCAN_INTERVAL
         while not self._stop.is_set():
             self._wake.clear()
             try:
-                if config.adopt and time.monotonic() - looked > ADOPT_EVERY:
-                    self._store.adopted.rebuild(adoptable(config.adopt))
+                if config.adopt and time.monotonic() - looked > ADOPT_SCAN_INTERVAL:
+                    self._store.adopted.rebuild(adoptable_packages(config.adopt))
                     looked = time.monotonic()
-                self._note(self._janitor.sweep(config, time.time()))
+                self._note(self._janitor.run(config, time.time()))
             except OSError as error:
                 log.debug("The cache cannot be swept: %s", error)
             except Exception:
                 log.exception("Sweeping the cache failed: this is a bug")
-            self._stop.wait(SWEEP_PAUSE)  # a disk that is full again and again is no reason to sweep more
-            self._wake.wait(SWEEP_EVERY)
+            self._stop.wait(MIN_EVICTION_PAUSE)  # a disk that is full again and again is no reason to sweep more
+            self._wake.wait(EVICTION_INTERVAL)
 
-    def _note(self, swept: Swept) -> None:
+    def _note(self, swept: EvictionReport) -> None:
         if swept.removed:
             log.info("Swept %d of %d stored files, %d of %d MB", swept.removed, swept.files,
                      swept.freed // 10**6, swept.size // 10**6)
-        self.swept = {"at": time.time(), "files": swept.files - swept.removed,
+        self.last_report = {"at": time.time(), "files": swept.files - swept.removed,
                       "bytes": swept.size - swept.freed,
-                      "removedFiles": self.swept["removedFiles"] + swept.removed,
-                      "removedBytes": self.swept["removedBytes"] + swept.freed}
+                      "removedFiles": self.last_report["removedFiles"] + swept.removed,
+                      "removedBytes": self.last_report["removedBytes"] + swept.freed}
 
 
-class Insight:
+class StatusCollector:
     """What the pages need to know.  For the caller: recent, history, snapshot, ailment."""
 
     def __init__(self, store: Store, counters: Counters, name: str,
                  gather: Callable[[], dict[str, Any]]) -> None:
-        self.recent = Recent(lambda: counters.snapshot()["statsOutcomes"])
-        self.history = History(store.books, name, self._totals)
+        self.recent = RecentRequests(lambda: counters.snapshot()["statsOutcomes"])
+        self.history = TrafficHistory(store.metadata_folder, name, self._totals)
         self._store = store
         self._counters = counters
         self._gather = gather  # what else there is to tell
@@ -6409,66 +6409,66 @@ class Insight:
                 "now": now, "since": self._counters.since(now), "disk": disk_usage(self._store.root),
                 **self.recent.gather(), **self._gather()}
 
-    def ailment(self) -> str:
+    def health_problem(self) -> str:
         """Why this process cannot do its work, or cache; "" where it can."""
         try:
-            try_writing(self._store.books)
+            try_writing(self._store.metadata_folder)
             start_thread(int)
         except OSError as error:
             self._store.space.scarce.set()  # it may be full
             return "The cache root cannot be written: %s." % (error.strerror or error)
-        except LocalFailure:
+        except StorageError:
             return "No more threads are to be had."
         return ""
 
 
-class Refresher:
+class BackgroundRevalidator:
     """Validations that no client waits for.  For the caller: refresh, renew."""
 
-    def __init__(self, respond: Callable[[Request], Reply], barrier: Barrier) -> None:
+    def __init__(self, respond: Callable[[Request], Response], barrier: SingleFlight) -> None:
         self._respond = respond
         self._barrier = barrier
-        self._running = threading.BoundedSemaphore(MAX_REFRESHERS)
+        self._running = threading.BoundedSemaphore(MAX_BACKGROUND_VALIDATIONS)
         self._attempts = RecentEvents()  # by cache key
 
-    def refresh(self, target: Target, key: str, vary: Fields, near: bool) -> None:
+    def revalidate(self, target: Target, key: str, vary: Fields, near: bool) -> None:
         """Validate a stored response in the background; not at all where there is too much of that, or has
         been for this one lately."""
-        if not self._attempts.note_first(key, REFRESH_PAUSE) or self._barrier.flying(key):
+        if not self._attempts.note_first(key, REVALIDATION_INTERVAL) or self._barrier.is_in_flight(key):
             return
         if not self._running.acquire(blocking=False):
             return
         fields = (("Host", target.authority), ("Cache-Control", "max-age=0")) + tuple(
             (name, text) for name, text in vary if text)
-        request = Request("GET", target.uri, target, fields, received=time.time(), key=key, near=near)
+        request = Request("GET", target.uri, target, fields, received=time.time(), key=key, client_is_local=near)
         try:
             threading.Thread(target=self._run, args=(request,), daemon=True).start()
         except RuntimeError:
             self._running.release()
 
-    def renew(self, target: Target, key: str, vary: Fields, near: bool) -> None:
+    def revalidate_now(self, target: Target, key: str, vary: Fields, near: bool) -> None:
         """The same, whatever has been tried lately."""
         self._attempts.forget(key)
-        self.refresh(target, key, vary, near)
+        self.revalidate(target, key, vary, near)
 
     def _run(self, request: Request) -> None:
         try:
             with contextlib.closing(self._respond(request).body) as body:
-                for _ in body.parts():  # to its end, so that so many downloads go on at one time
+                for _ in body.chunks():  # to its end, so that so many downloads go on at one time
                     pass
-        except (Failure, OSError) as failure:
+        except (ProxyError, OSError) as failure:
             log.debug("%s was not validated: %s", request.key, failure)
         finally:
             self._running.release()
 
 
-def open_leases(config: Config, store: Store) -> Leases:
+def open_lease_manager(config: Config, store: Store) -> LeaseManager:
     """How we agree with other instances, and a word in the log where we can't."""
-    why = "" if config.barrier else why_no_locks(store.books)
+    why = "" if config.barrier else why_locks_fail(store.metadata_folder)
     if why:
         log.warning("Instances that share %s would download each on its own: %s. --barrier "
                     "memcached://HOST:PORT lets them share.", store.root, why)
-    return Leases(config.barrier, bool(why))
+    return LeaseManager(config.barrier, bool(why))
 
 
 class Proxy:
@@ -6478,67 +6478,67 @@ class Proxy:
         self.config = config  # replaced as a whole when the filters are read again
         self.counters = Counters()
         self._store = store
-        self._barrier = Barrier()
-        self._origin = Origin(self.counters.add_down, config)
-        self.sweeper = Sweeper(store)
-        self._troubles = Troubles(self.sweeper.wake)
-        self._claims = Claims(store, open_leases(config, store))
-        filler = Filler(self._barrier, self._claims, self._origin, self._troubles,
-                        Orphans(config.max_orphans), self._updated)
-        self.insight = Insight(store, self.counters, config.instance or ",".join(config.addrs), lambda: {
-            "downloads": filler.gather(), "troubles": self._troubles.gather(), "swept": self.sweeper.swept,
-            "unstored": self._troubles.unstored()})
-        self._mirrors = Mirrors(store, self._origin, config)
-        self._leader = Leader(store, self._claims, self._origin, self._troubles, filler, self._mirrors)
-        self._refresher = Refresher(self.respond, self._barrier)
+        self._barrier = SingleFlight()
+        self._origin = OriginClient(self.counters.add_down, config)
+        self.sweeper = EvictionThread(store)
+        self._troubles = RecentFailures(self.sweeper.request_run)
+        self._claims = DownloadLocks(store, open_lease_manager(config, store))
+        filler = Downloader(self._barrier, self._claims, self._origin, self._troubles,
+                        OrphanLimiter(config.max_orphans), self._revalidate_signatures)
+        self.insight = StatusCollector(store, self.counters, config.instance or ",".join(config.addrs), lambda: {
+            "downloads": filler.snapshot(), "troubles": self._troubles.snapshot(), "swept": self.sweeper.last_report,
+            "unstored": self._troubles.disk_error()})
+        self._mirrors = MirrorDeduplicator(store, self._origin, config)
+        self._leader = FlightLeader(store, self._claims, self._origin, self._troubles, filler, self._mirrors)
+        self._refresher = BackgroundRevalidator(self.respond, self._barrier)
 
-    def respond(self, request: Request) -> Reply:
+    def respond(self, request: Request) -> Response:
         """The reply to a request; Failure where there is none to be had."""
         config = self.config
-        check_way(request, config)
+        check_target_allowed(request, config)
         if max_forwards(request) == 0:
-            return last_stop(request)
-        stored = None if request.missing else look_up(self._store, self._origin, request)
+            return answer_as_final_recipient(request)
+        stored = None if request.known_missing else look_up_for_client(self._store, self._origin, request)
         decision = decide(request, stored.head if stored else None, config, time.time())
         if decision.action is Action.SERVE and stored is not None:
             if decision.refresh:
-                self._refresher.refresh(request.target, request.key, stored.head.vary, request.near)
-            return from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl), time.time(),
-                              functools.partial(self._unread, request, decision))
+                self._refresher.revalidate(request.target, request.key, stored.head.vary, request.client_is_local)
+            return response_from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl), time.time(),
+                              functools.partial(self._serve_unreadable, request, decision))
         _close(stored)
         if decision.action is Action.REFUSE:
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
-            return self._spare(request, decision, Failure("No stored response fits, and %s." % reason, 504))
-        if decision.action is Action.PASS or self._passes_range(request, decision):
+            return self._stale_or_raise(request, decision, ProxyError("No stored response fits, and %s." % reason, 504))
+        if decision.action is Action.PASS or self._should_pass_range(request, decision):
             return self._pass(request, decision, config)
-        return self._join(request, decision, config)
+        return self._fetch_shared(request, decision, config)
 
-    def at_hand(self, request: Request, now: float) -> tuple[Copy | None, bool]:
+    def prepare_hit(self, request: Request, now: float) -> tuple[HotEntry | None, bool]:
         """The reply to a request as it leaves, and its body, where nothing has to be waited for, its file for
         the caller to close; and whether nothing is stored."""
         stored = self._store.lookup(request.key)
-        if stored is not None and not request.near and (stored.head.guarded or not stored.described):
+        if stored is not None and not request.client_is_local and (stored.head.local_clients_only or not stored.described):
             stored.close()
             return None, False  # to find out whether its client may have it takes time
-        return (None, True) if stored is None else (copy_of(request, stored, self.config, now), False)
+        return (None, True) if stored is None else (hot_entry_for(request, stored, self.config, now), False)
 
-    def listens_on(self, port: int) -> None:
+    def add_listening_port(self, port: int) -> None:
         """What leads back to this port of ours is a loop."""
-        self._origin.guard.ports.add(port)
+        self._origin.guard.listening_ports.add(port)
 
-    def dial(self, request: Request) -> socket.socket:
+    def connect_tunnel(self, request: Request) -> socket.socket:
         """The connection that a CONNECT asks for; Failure."""
-        check_way(request, self.config)
+        check_target_allowed(request, self.config)
         if self.config.offline:
-            raise Failure("This proxy is offline.", 504)
+            raise ProxyError("This proxy is offline.", 504)
         if request.target.port not in self.config.connect_ports:
-            raise Failure("CONNECT may not lead to port %d; the operator can add --connect-ports. What is "
+            raise ProxyError("CONNECT may not lead to port %d; the operator can add --connect-ports. What is "
                           "fetched with http:// needs none, and is cached." % request.target.port, 403)
-        return self._origin.dial(request.target, request.near, request.client)
+        return self._origin.connect(request.target, request.client_is_local, request.client)
 
-    def tidy(self) -> None:
+    def close_idle(self) -> None:
         """Close what has been idle for too long; costs nothing where it was done a moment ago."""
-        self._origin.tidy()
+        self._origin.close_idle()
 
     def start(self) -> None:
         """Begin what goes on in the background."""
@@ -6552,132 +6552,132 @@ class Proxy:
         self.insight.history.stop()
         self._origin.close()
 
-    def _passes_range(self, request: Request, decision: Decision) -> bool:
+    def _should_pass_range(self, request: Request, decision: CacheDecision) -> bool:
         """Whether a range is too far or too short to download a whole file for it (DESIGN §6.5)."""
         key = request.key
-        if decision.action is not Action.FETCH or value(request.fields, "Range") is None or \
-                early_range(request, EARLY) or self._barrier.flying(key) or self._claims.flying(key) or \
-                self._mirrors.holds(request):
+        if decision.action is not Action.FETCH or field_value(request.fields, "Range") is None or \
+                is_worth_full_download(request, FULL_DOWNLOAD_RANGE) or self._barrier.is_in_flight(key) or self._claims.is_downloading_elsewhere(key) or \
+                self._mirrors.has_candidates(request):
             return False
-        stored = look_up(self._store, self._origin, request)  # what was flying may have landed meanwhile
+        stored = look_up_for_client(self._store, self._origin, request)  # what was flying may have landed meanwhile
         _close(stored)
         return stored is None
 
-    def _pass(self, request: Request, decision: Decision, config: Config, detail: str = "") -> Reply:
+    def _pass(self, request: Request, decision: CacheDecision, config: Config, detail: str = "") -> Response:
         """Ask the origin for this client alone; a method that changes things invalidates (RFC 9111 §4.4)."""
-        fields, private = forward_fields(request, config, identity=False), sorted(private_fields(request))
+        fields, private = origin_request_fields(request, config, identity=False), sorted(private_fields(request))
         follow = decision.forward not in ("bypass", "method") and decision.policy.redirects and not private
         if private and decision.forward == "request":
             detail = "for this client alone: " + ", ".join(private)
-        response = self._origin.fetch(Forward(request.method, request.target, fields, request.body,
-                                              request.length, request.near, follow, client=request.client))
+        response = self._origin.fetch(OriginRequest(request.method, request.target, fields, request.body,
+                                              request.length, request.client_is_local, follow, client=request.client))
         for key in invalidated_keys(request, response.head):
-            self._barrier.spoil(key)
-            self._claims.spoil(key)  # before: what lands between the two is retracted
-            self._store.forget(key)
-        return from_origin(request, response, decision, detail)
+            self._barrier.invalidate(key)
+            self._claims.invalidate(key)  # before: what lands between the two is retracted
+            self._store.delete(key)
+        return response_from_origin(request, response, decision, detail)
 
-    def _join(self, request: Request, decision: Decision, config: Config) -> Reply:
-        alone = value(request.fields, "Authorization") is not None
+    def _fetch_shared(self, request: Request, decision: CacheDecision, config: Config) -> Response:
+        alone = field_value(request.fields, "Authorization") is not None
         flight, leader = (Flight(request.key), True) if alone else self._barrier.join(request.key)
-        deadline = time.monotonic() + VALIDATE_WAIT
+        deadline = time.monotonic() + VALIDATION_TIMEOUT
         missing = decision.action is Action.FETCH
         try:
             reply = self._lead(request, flight, config, missing, alone) if leader else None
             if reply is None:
                 reply = self._follow(request, decision, flight, config)
-            return self._with_spare(request, decision, reply, deadline)
-        except OriginFailure as error:
-            return self._spare(request, decision, error)
+            return self._with_stale_fallback(request, decision, reply, deadline)
+        except OriginError as error:
+            return self._stale_or_raise(request, decision, error)
 
     def _lead(self, request: Request, flight: Flight, config: Config, missing: bool,
-              alone: bool) -> Reply | None:
+              alone: bool) -> Response | None:
         """The leader's reply; None where another instance leads."""
-        landing: Landing | None = Landing.ALONE
+        landing: FlightResult | None = FlightResult.ALONE
         failure: Exception | None = None
         request = without_private_fields(request)
         try:
-            reply, landing = self._leader.lead(request, flight, config, missing, alone)
-        except OriginFailure as error:
-            landing, failure = Landing.FAILED, error
+            reply, landing = self._leader.fetch(request, flight, config, missing, alone)
+        except OriginError as error:
+            landing, failure = FlightResult.FAILED, error
             raise
         finally:
             if landing is not None:
-                self._barrier.end(flight, landing, failure)
+                self._barrier.finish(flight, landing, failure)
         return reply
 
-    def _with_spare(self, request: Request, decision: Decision, reply: Reply, deadline: float) -> Reply:
+    def _with_stale_fallback(self, request: Request, decision: CacheDecision, reply: Response, deadline: float) -> Response:
         """Where a stored response can answer, a new one that does not begin to come is not waited for."""
         body = reply.body
-        if decision.action is not Action.VALIDATE or not isinstance(body, TrailBody):
+        if decision.action is not Action.VALIDATE or not isinstance(body, TailingBody):
             return reply
-        body.first_byte = max(deadline, time.monotonic() + 1)  # what is on its way may take a second
-        return changed(reply, instead=functools.partial(self._spare, request, decision))
+        body.first_byte_deadline = max(deadline, time.monotonic() + 1)  # what is on its way may take a second
+        return replace_fields(reply, fallback=functools.partial(self._stale_or_raise, request, decision))
 
-    def _unread(self, request: Request, decision: Decision, failure: Exception) -> Reply:
+    def _serve_unreadable(self, request: Request, decision: CacheDecision, failure: Exception) -> Response:
         """What is stored cannot be read: the origin's answer instead (invariant 6)."""
-        log.warning("The stored file of %s cannot be read: %s", shown(request.uri), failure)
-        if self.config.offline or "only-if-cached" in directives(request.fields):
-            raise Failure("The stored file cannot be read: %s." % failure, 504)
+        log.warning("The stored file of %s cannot be read: %s", loggable_uri(request.uri), failure)
+        if self.config.offline or "only-if-cached" in cache_directives(request.fields):
+            raise ProxyError("The stored file cannot be read: %s." % failure, 504)
         return self._pass(request, decision, self.config, "not read: %s" % failure)
 
-    def _spare(self, request: Request, decision: Decision, failure: Exception) -> Reply:
+    def _stale_or_raise(self, request: Request, decision: CacheDecision, failure: Exception) -> Response:
         """The stored response, or another mirror's, in place of a failure; the failure where there is none
         that may."""
         missing = decision.forward == "uri-miss"
         # Nobody but the operator decides, without a request to the mirror, that another stands in for it.
-        tried = isinstance(failure, OriginFailure) or self.config.offline or digest_of(request.key)
-        stored = self._mirrors.stand_in(request) if missing and tried else None
-        stored = look_up(self._store, self._origin, request) if decision.action is Action.VALIDATE else stored
-        if stored is None or not may_be_stale(decision, stored.head):
+        tried = isinstance(failure, OriginError) or self.config.offline or digest_in_name(request.key)
+        stored = self._mirrors.find_substitute(request) if missing and tried else None
+        stored = look_up_for_client(self._store, self._origin, request) if decision.action is Action.VALIDATE else stored
+        if stored is None or not may_serve_stale_on_error(decision, stored.head):
             _close(stored)
             raise failure
-        if isinstance(failure, OriginFailure):
+        if isinstance(failure, OriginError):
             self._troubles.origin_failed(request, failure)
         same = " Same name as " + stored.head.key.partition("?")[0] if missing else ""
         status = CacheStatus(Outcome.STALE, decision.forward, detail="%s%s" % (failure, same))
-        return from_store(request, stored, status, time.time())
+        return response_from_store(request, stored, status, time.time())
 
-    def _follow(self, request: Request, decision: Decision, flight: Flight, config: Config) -> Reply:
+    def _follow(self, request: Request, decision: CacheDecision, flight: Flight, config: Config) -> Response:
         """Share another client's fetch; go alone where it can't be shared (invariant 10), or where it failed:
         that client's request may be to blame (invariant 12)."""
         partial, landing = self._wait_for_head(flight)
         if partial is not None:
-            if fits(request, partial.head):
+            if may_share_download(request, partial.head):
                 status = CacheStatus(Outcome.COLLAPSED, decision.forward)
-                rest = functools.partial(self._origin.fetch_rest, whole_forward(request, decision, config))
-                return from_partial(request, partial.head, flight, partial, status, rest)
+                rest = functools.partial(self._origin.fetch_remainder, full_request(request, decision, config))
+                return response_from_partial(request, partial.head, flight, partial, status, rest)
             partial.release()
-        elif landing is Landing.AGAIN:
-            return self.respond(changed(request, missing=False))
-        elif landing in (Landing.FAILED, Landing.STALE):
+        elif landing is FlightResult.AGAIN:
+            return self.respond(replace_fields(request, known_missing=False))
+        elif landing in (FlightResult.FAILED, FlightResult.STALE):
             reply = self._lead(request, Flight(request.key), config, missing=False, alone=True)
             if reply is not None:
                 return reply
-        stored = look_up(self._store, self._origin, request) if landing is Landing.STORED else None
+        stored = look_up_for_client(self._store, self._origin, request) if landing is FlightResult.STORED else None
         if stored is None or selecting_fields(request, stored.head) != stored.head.vary:
             _close(stored)
             return self._pass(request, decision, config, "not collapsed")
-        return from_store(request, stored, CacheStatus(Outcome.COLLAPSED, decision.forward), time.time())
+        return response_from_store(request, stored, CacheStatus(Outcome.COLLAPSED, decision.forward), time.time())
 
-    def _wait_for_head(self, flight: Flight) -> tuple[Partial | None, Landing]:
+    def _wait_for_head(self, flight: Flight) -> tuple[PartialFile | None, FlightResult]:
         """What a flight brings; OriginFailure if it is no use to ask again, or too late."""
         began = time.monotonic()
         try:
-            return flight.wait_for_head(HEAD_WAIT)
-        except OriginFailure as failure:
-            if failure.unreachable or time.monotonic() - began > VALIDATE_WAIT:
+            return flight.wait_for_head(FOLLOWER_HEAD_TIMEOUT)
+        except OriginError as failure:
+            if failure.unreachable or time.monotonic() - began > VALIDATION_TIMEOUT:
                 raise
-            return None, Landing.FAILED
+            return None, FlightResult.FAILED
 
-    def _updated(self, forward: Forward) -> None:
+    def _revalidate_signatures(self, forward: OriginRequest) -> None:
         """A new generation of an index is here: let its stored signatures be of the same."""
-        if classify(cache_key(forward.target)) is NameClass.INDEX:
-            for other in companions(forward.target):
+        if classify_name(cache_key(forward.target)) is NameClass.INDEX:
+            for other in detached_signatures(forward.target):
                 stored = self._store.lookup(cache_key(other))
                 if stored is not None:
                     stored.close()
-                    self._refresher.renew(other, cache_key(other), stored.head.vary, forward.near)
+                    self._refresher.revalidate_now(other, cache_key(other), stored.head.vary, forward.client_is_local)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6745,20 +6745,20 @@ AUTOCONFIG = """function FindProxyForURL(url, host) {
 """
 
 
-def volume(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes for people.
 
-    >>> volume(999), volume(53080), volume(999_950)
+    >>> format_bytes(999), format_bytes(53080), format_bytes(999_950)
     ('999 B', '53.1 kB', '1.0 MB')
     """
     power = next((power for power in range(1, 5) if count < 999.95 * 1000**power), 5)
     return "%d B" % count if count < 1000 else "%.1f %sB" % (count / 1000**power, " kMGTP"[power])
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds for people.
 
-    >>> duration(59), duration(90), duration(7200), duration(3e5)
+    >>> format_duration(59), format_duration(90), format_duration(7200), format_duration(3e5)
     ('59 s', '1 min', '2 h', '3 days')
     """
     for width, unit in ((2 * DAY, "days"), (7200, "h"), (60, "min")):
@@ -6767,35 +6767,35 @@ def duration(seconds: float) -> str:
     return "%d s" % max(0, seconds)
 
 
-def many(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """A count for people.
 
-    >>> many(1, "file"), many(12000, "file")
+    >>> format_count(1, "file"), format_count(12000, "file")
     ('1 file', '12,000 files')
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def percent(part: int, whole: int) -> str:
+def format_percent(part: int, whole: int) -> str:
     """A share for people; a dash where there is nothing to have a share of."""
     return "%d %%" % (100 * part // whole) if whole else "–"
 
 
-def hits(counts: dict[str, int]) -> tuple[int, int]:
+def hit_counts(counts: dict[str, int]) -> tuple[int, int]:
     """How many answers came from the cache, and of how many for which that was to be hoped."""
-    found = sum(counts.get(outcome.value, 0) for outcome in FROM_CACHE)
+    found = sum(counts.get(outcome.value, 0) for outcome in CACHE_OUTCOMES)
     others = (Outcome.MISS, Outcome.UPDATED, Outcome.RELAYED, Outcome.BYPASS)
     return found, found + sum(counts.get(outcome.value, 0) for outcome in others)
 
 
-def state(view: dict[str, Any]) -> str:
+def summary(view: dict[str, Any]) -> str:
     """In one sentence, whether it works."""
     counts = view["counters"]
     answered = sum(counts.get(outcome.value, 0) for outcome in Outcome if outcome is not Outcome.OWN)
     if not answered:
-        return "Running for %s, and waiting for its first request." % duration(view["now"] - view["since"])
+        return "Running for %s, and waiting for its first request." % format_duration(view["now"] - view["since"])
     return "Running for %s. %s answered, %s saved." % (
-        duration(view["now"] - view["since"]), many(answered, "request"), volume(counts["statsCacheBytes"]))
+        format_duration(view["now"] - view["since"]), format_count(answered, "request"), format_bytes(counts["statsCacheBytes"]))
 
 
 # The status page.  All that comes from outside goes through escape().
@@ -6898,12 +6898,12 @@ def _figures(view: dict[str, Any]) -> str:
     for title, key in (("since the start", "counters"), ("over all time", "allTime")):
         counts = view[key]
         saved, down = counts.get("statsCacheBytes", 0), counts.get("statsDownBytes", 0)
-        found, asked = hits(counts)
+        found, asked = hit_counts(counts)
         text += "<div><dt>Saved %s</dt><dd>%s</dd><dd>%s</dd></div>" % (
-            title, volume(saved), "%s came from the cache, %s from origins" % (
-                percent(saved, saved + down), volume(down)) if saved + down else "nothing has come yet")
+            title, format_bytes(saved), "%s came from the cache, %s from origins" % (
+                format_percent(saved, saved + down), format_bytes(down)) if saved + down else "nothing has come yet")
         text += "<div><dt>Hits %s</dt><dd>%s</dd><dd>%s of %s</dd></div>" % (
-            title, percent(found, asked), f"{found:,}", many(asked, "request"))
+            title, format_percent(found, asked), f"{found:,}", format_count(asked, "request"))
     return text
 
 
@@ -6929,8 +6929,8 @@ def _plots(view: dict[str, Any]) -> str:
         peak = max(map(sum, rows))
         scale = 100 / (peak or 1)
         text += PLOT % {
-            "name": name, "cache": volume(cache), "origin": volume(origin), "peak": volume(peak),
-            "slot": duration(width), "slots": len(rows), "span": duration(width * len(rows)),
+            "name": name, "cache": format_bytes(cache), "origin": format_bytes(origin), "peak": format_bytes(peak),
+            "slot": format_duration(width), "slots": len(rows), "span": format_duration(width * len(rows)),
             "low": _bars((0, one * scale) for one, _ in rows),
             "high": _bars((one * scale, (one + other) * scale) for one, other in rows)}
     return text
@@ -6950,9 +6950,9 @@ def _downloads(view: dict[str, Any]) -> str:
         length = row["length"]
         bar = "" if length is None else ' max="%d" value="%d"' % (length or 1, row["bytes"])
         text += ('<li class="name">%s<progress aria-label="%s"%s></progress>%s%s, %s/s, %s</li>' % (
-            _named(row["uri"]), escape(row["uri"]), bar, volume(row["bytes"]),
-            "" if length is None else " of " + volume(length), volume(row["rate"]),
-            many(row["clients"], "client")))
+            _named(row["uri"]), escape(row["uri"]), bar, format_bytes(row["bytes"]),
+            "" if length is None else " of " + format_bytes(length), format_bytes(row["rate"]),
+            format_count(row["clients"], "client")))
     return "<ul>%s</ul>" % text if text else '<p class="soft">None at this moment.</p>'
 
 
@@ -6965,11 +6965,11 @@ def _recent(view: dict[str, Any]) -> str:
         told = [row["method"] if row["method"] != "GET" else "",
                 str(row["status"]) if row["status"] != 200 else "", row["detail"]]
         text += '<tr><td class="%s">%s<td class="name">%s %s' % (
-            "bad" if bad else "cache" if outcome in FROM_CACHE else "origin", outcome.value,
+            "bad" if bad else "cache" if outcome in CACHE_OUTCOMES else "origin", outcome.value,
             _named(row["uri"]), escape(", ".join(filter(None, told))))
         text += '<td class="n">%s<td class="n">%s<td>%s<td class="n">%s' % (
-            volume(row["bytes"]), "%d ms" % (1000 * took) if took < 1 else "%.1f s" % took,
-            escape(row["client"]), duration(view["now"] - row["at"]))
+            format_bytes(row["bytes"]), "%d ms" % (1000 * took) if took < 1 else "%.1f s" % took,
+            escape(row["client"]), format_duration(view["now"] - row["at"]))
     return text + "</tbody>" if view["recent"] else '<tr><td class="soft">None yet.'
 
 
@@ -6977,7 +6977,7 @@ def _origins(view: dict[str, Any]) -> str:
     text = '<tr><th>Origin<th class="n">Requests<th class="n">Sent<th class="n">Cached'
     for name, row in list(view["origins"].items())[:10]:
         text += '<tr><td class="name">%s<td class="n">%s<td class="n">%s<td class="n">%s' % (
-            escape(name), f"{row['requests']:,}", volume(row["bytes"]), percent(row["cached"], row["bytes"]))
+            escape(name), f"{row['requests']:,}", format_bytes(row["bytes"]), format_percent(row["cached"], row["bytes"]))
     return text if view["origins"] else '<tr><td class="soft">None yet.'
 
 
@@ -6985,17 +6985,17 @@ def _disk(view: dict[str, Any]) -> str:
     disk, swept, lines = view["disk"], view["swept"], []
     if swept.get("at"):
         lines += ["%s stored, %s on the disk: counted %s ago, as every %s." % (
-            many(swept["files"], "file"), volume(swept["bytes"]), duration(view["now"] - swept["at"]),
-            duration(SWEEP_EVERY)),
-                  "Swept since the start: %s, %s." % (many(swept["removedFiles"], "file"),
-                                                      volume(swept["removedBytes"]))]
-    lines += ["%s of %s are free on its disk." % (volume(disk["free"]), volume(disk["size"])) if disk
+            format_count(swept["files"], "file"), format_bytes(swept["bytes"]), format_duration(view["now"] - swept["at"]),
+            format_duration(EVICTION_INTERVAL)),
+                  "Swept since the start: %s, %s." % (format_count(swept["removedFiles"], "file"),
+                                                      format_bytes(swept["removedBytes"]))]
+    lines += ["%s of %s are free on its disk." % (format_bytes(disk["free"]), format_bytes(disk["size"])) if disk
               else '<span class="bad">The cache root cannot be read.</span>',
-              "%s since the start." % many(view["counters"]["stale"], "stale answer")]
+              "%s since the start." % format_count(view["counters"]["stale"], "stale answer")]
     if view["unstored"]:
         lines.append('<span class="bad">Nothing can be stored:</span> %s.' % escape(view["unstored"]))
     lines += ['<span class="bad">%s is in trouble:</span> %s For %s more, what is stored is served stale.' % (
-        escape(row["origin"]), escape(row["reason"]), duration(row["seconds"])) for row in view["troubles"]]
+        escape(row["origin"]), escape(row["reason"]), format_duration(row["seconds"])) for row in view["troubles"]]
     return "".join("<p>%s</p>" % line for line in lines)
 
 
@@ -7008,7 +7008,7 @@ def setup_line(name: str, proxy: str) -> str:
 
 def status_html(view: dict[str, Any]) -> dict[str, str]:
     """What changes on the status page, by the element that holds it."""
-    return {"state": state(view), "figures": _figures(view), "plots": _plots(view), "disk": _disk(view),
+    return {"state": summary(view), "figures": _figures(view), "plots": _plots(view), "disk": _disk(view),
             "downloads": _downloads(view), "recent": _recent(view), "origins": _origins(view)}
 
 
@@ -7063,7 +7063,7 @@ def metrics_text(view: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def view_of(snapshot: dict[str, Any]) -> dict[str, Any]:
+def page_view(snapshot: dict[str, Any]) -> dict[str, Any]:
     """What the pages show, from what the proxy tells."""
     keys = ("counters", "allTime", "plots", "now", "since", "disk", "recent", "downloads", "unstored",
             "troubles", "origins", "swept")
@@ -7078,7 +7078,7 @@ def _setup_page(name: str, names: dict[str, Any]) -> Page:
     if name == "detect.sh":
         return Page(TEXT, DETECT % names)
     if name not in SETUP:
-        raise Failure("In /setup/NAME, NAME is one of %s." % ", ".join([*SETUP, "detect.sh"]), 404)
+        raise ProxyError("In /setup/NAME, NAME is one of %s." % ", ".join([*SETUP, "detect.sh"]), 404)
     return Page(TEXT, SETUP[name][0] % names["proxy"] + "\n")
 
 
@@ -7088,17 +7088,17 @@ def _figures_page(name: str, proxy: str, html: bool, snapshot: Callable[[], dict
                       if key == "cmdline" or key.startswith("stats")}, 1)
     if name not in ("", "status.json", "metrics"):
         return None
-    view = view_of(snapshot())
+    view = page_view(snapshot())
     if name == "status.json":
         return _json({**view, "html": status_html(view)})
     if name == "metrics":
         return Page("text/plain; version=0.0.4; charset=utf-8", metrics_text(view))
     if html:
         return status_page(view, proxy)
-    return Page(TEXT, WELCOME % {"version": __version__, "proxy": proxy, "state": state(view)})
+    return Page(TEXT, WELCOME % {"version": __version__, "proxy": proxy, "state": summary(view)})
 
 
-def own_page(path: str, place: tuple[str, int], html: bool, snapshot: Callable[[], dict[str, Any]],
+def make_page(path: str, place: tuple[str, int], html: bool, snapshot: Callable[[], dict[str, Any]],
              ailment: Callable[[], str]) -> Page | None:
     """One of our own pages, None where there is none of that name; Failure.
 
@@ -7127,19 +7127,19 @@ def own_page(path: str, place: tuple[str, int], html: bool, snapshot: Callable[[
 class RequestBody:
     """A request's body: ``length`` bytes, or chunked where that is None."""
 
-    def __init__(self, file: io.BufferedIOBase, length: int | None, timed: TimedFile) -> None:
+    def __init__(self, file: io.BufferedIOBase, length: int | None, timed: DeadlineReader) -> None:
         self._file = file
         self._timed = timed
         self._until = time.monotonic() + CLIENT_TIMEOUT  # and later with each byte
         self._left = length or 0
-        self._chunks = ChunkReader(file) if length is None else None
+        self._chunks = ChunkedReader(file) if length is None else None
 
     @property
     def unread(self) -> bool:
         """Whether there is more to come."""
         return not self._chunks.ended if self._chunks else self._left > 0
 
-    def read(self, size: int = CHUNK, /) -> bytes:
+    def read(self, size: int = COPY_SIZE, /) -> bytes:
         """Up to ``size`` bytes as they come; BadRequest where the client stops early, or for too long."""
         try:
             self._timed.set_deadline(self._until - time.monotonic())
@@ -7149,19 +7149,19 @@ class RequestBody:
                 data = self._file.read1(min(self._left, size)) if self._left else b""
             self._timed.set_deadline(None)
         except (socket.timeout, TimeoutError):
-            raise BadRequest("The body did not come in time.", 408) from None
+            raise BadRequestError("The body did not come in time.", 408) from None
         except (OSError, ValueError) as error:
-            raise BadRequest("The body's framing is not clear: %s." % error) from None
+            raise BadRequestError("The body's framing is not clear: %s." % error) from None
         if self._left and not data:
-            raise BadRequest("The body ended %d bytes early." % self._left)
+            raise BadRequestError("The body ended %d bytes early." % self._left)
         self._left -= 0 if self._chunks else len(data)
-        self._until += len(data) / BODY_RATE
+        self._until += len(data) / MIN_BODY_RATE
         return data
 
 
 def _wait_for_client(sock: socket.socket) -> None:
     """Until a client takes more; socket.timeout."""
-    if not select_ready(sock, CLIENT_TIMEOUT, writing=True):
+    if not wait_until_ready(sock, CLIENT_TIMEOUT, writing=True):
         raise socket.timeout("timed out")
 
 
@@ -7175,22 +7175,22 @@ def send_all(sock: socket.socket, data: bytes) -> None:
             _wait_for_client(sock)
 
 
-def _send_some(sock: socket.socket, part: Slice, start: int, by_kernel: bool) -> int:
+def _send_some(sock: socket.socket, part: FileSlice, start: int, by_kernel: bool) -> int:
     try:
         if by_kernel:
             count = os.sendfile(sock.fileno(), part.file.fileno(), start, part.stop - start)
         else:
-            count = sock.send(part.file.read_at(min(CHUNK, part.stop - start), start))
+            count = sock.send(part.file.read_at(min(COPY_SIZE, part.stop - start), start))
     except (BlockingIOError, ConnectionError, TimeoutError, socket.timeout):
         raise
     except OSError as error:
-        raise LocalFailure(error) from None
+        raise StorageError(error) from None
     if not count:
-        raise LocalFailure(OSError(errno.EIO, "the body was cut"))
+        raise StorageError(OSError(errno.EIO, "the body was cut"))
     return count
 
 
-def send_slice(sock: socket.socket, part: Slice) -> Iterator[int]:
+def send_slice(sock: socket.socket, part: FileSlice) -> Iterator[int]:
     """Send a part of a file to a client as ``send_all`` does, by the kernel where that can; yields the bytes
     of each step.  LocalFailure where the disk fails, or the file has become shorter."""
     start, by_kernel = part.start, hasattr(os, "sendfile")
@@ -7199,7 +7199,7 @@ def send_slice(sock: socket.socket, part: Slice) -> Iterator[int]:
             count = _send_some(sock, part, start, by_kernel)
         except BlockingIOError:
             _wait_for_client(sock)
-        except LocalFailure as failure:
+        except StorageError as failure:
             if not by_kernel or failure.code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                 raise
             by_kernel = False  # not from this file system
@@ -7208,7 +7208,7 @@ def send_slice(sock: socket.socket, part: Slice) -> Iterator[int]:
             yield count
 
 
-class ContinueBody:
+class ExpectContinueBody:
     """A body that its client sends only when told to (RFC 9110 §10.1.1)."""
 
     def __init__(self, body: RequestBody, connection: socket.socket) -> None:
@@ -7220,24 +7220,24 @@ class ContinueBody:
         """Whether there is more to come."""
         return self._body.unread
 
-    def read(self, size: int = CHUNK, /) -> bytes:
+    def read(self, size: int = COPY_SIZE, /) -> bytes:
         """Ask for the body before its first byte."""
         if self._connection is not None:
             try:
                 send_all(self._connection, b"HTTP/1.1 100 Continue\r\n\r\n")
             except OSError as error:
-                raise BadRequest("The client has gone: %s." % error) from None
+                raise BadRequestError("The client has gone: %s." % error) from None
             self._connection = None
         return self._body.read(size)
 
 
-def failure_reply(failure: Failure) -> Reply:
+def error_response(failure: ProxyError) -> Response:
     """An error of ours, as one plain sentence."""
-    return Reply(error_head(failure.status), BytesBody((str(failure) + "\n").encode()),
+    return Response(error_head(failure.status), BytesBody((str(failure) + "\n").encode()),
                  CacheStatus(failure.outcome, detail=str(failure)))
 
 
-class Way:
+class TunnelDirection:
     """One direction of a tunnel."""
 
     def __init__(self, source: socket.socket, sink: socket.socket, early: bytes = b"") -> None:
@@ -7250,14 +7250,14 @@ class Way:
 
     def wants(self, sock: socket.socket) -> int:
         """What it waits for at a socket, in selectors' words."""
-        read = sock is self._source and self._open and len(self._waiting) < SMALL
+        read = sock is self._source and self._open and len(self._waiting) < SMALL_BODY
         write = sock is self._sink and self._waiting
         return (selectors.EVENT_READ if read else 0) | (selectors.EVENT_WRITE if write else 0)
 
     def move(self, ready: dict[Any, int]) -> None:
         """Move what can be moved, the end included (a half-close); OSError."""
         if ready.get(self._source, 0) & self.wants(self._source) & selectors.EVENT_READ:
-            data = self._source.recv(SMALL)
+            data = self._source.recv(SMALL_BODY)
             self._open = bool(data)
             self._waiting += data
         if ready.get(self._sink, 0) & self.wants(self._sink) & selectors.EVENT_WRITE:
@@ -7269,10 +7269,10 @@ class Way:
             self._sink.shutdown(socket.SHUT_WR)
 
 
-def tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> int:
+def relay_tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> int:
     """Bytes both ways, until both ends have closed, one breaks, or nothing has moved for TUNNEL_IDLE.  The
     number of them; ``early`` has come from the client already."""
-    ways = (Way(client, origin, early), Way(origin, client))
+    ways = (TunnelDirection(client, origin, early), TunnelDirection(origin, client))
     with contextlib.suppress(OSError), selectors.DefaultSelector() as selector:
         for sock in (client, origin):
             sock.setblocking(False)
@@ -7284,7 +7284,7 @@ def tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> int:
                     selector.unregister(sock)
                 if wanted:
                     selector.register(sock, wanted)
-            ready = {key.fileobj: events for key, events in selector.select(TUNNEL_IDLE)}
+            ready = {key.fileobj: events for key, events in selector.select(TUNNEL_IDLE_TIMEOUT)}
             if not ready:
                 break
             for way in ways:
@@ -7292,24 +7292,24 @@ def tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> int:
     return sum(way.count for way in ways)
 
 
-def has_gone(sock: socket.socket) -> bool:
+def has_disconnected(sock: socket.socket) -> bool:
     """Whether the other end has closed a connection on which nothing has been read yet."""
     try:
-        return select_ready(sock, 0) and not sock.recv(1, socket.MSG_PEEK)
+        return wait_until_ready(sock, 0) and not sock.recv(1, socket.MSG_PEEK)
     except (OSError, ValueError):  # closed
         return True
 
 
-@functools.lru_cache(REMEMBERED // 4)
-def parse_head(data: bytes, near: bool, local: tuple[str, int]) -> Request:
+@functools.lru_cache(LARGE_MEMO // 4)
+def parse_request_head(data: bytes, near: bool, local: tuple[str, int]) -> Request:
     """The request that a whole head makes, for a client on this host or elsewhere; BadRequest, ValueError."""
-    return changed(parse_request(read_lines(io.BytesIO(data)), local), near=near)
+    return replace_fields(parse_request(read_head_lines(io.BytesIO(data)), local), client_is_local=near)
 
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
-def head_end(data: bytes, seen: int = 0) -> int:
+def find_head_end(data: bytes, seen: int = 0) -> int:
     """Where the first head in ``data`` ends: 0 where more must come, -1 where no more is worth waiting for.
     Of ``data``, so much has been ``seen`` before."""
     end = data.find(b"\r\n\r\n", max(0, seen - 3))
@@ -7330,78 +7330,78 @@ def progress(sock: socket.socket) -> tuple[int, bool]:
     return 0, False
 
 
-class Outgoing(NamedTuple):
+class PendingSend(NamedTuple):
     """An answer of the lobby's that could not be sent at once."""
 
-    copy: Copy
+    copy: HotEntry
     left: bytes  # still to be sent, of head and body
     began: float  # monotonic
 
 
-Whence = tuple[bool, tuple[str, int]]  # whether a client is near, and our address by which it came
+AccessKey = tuple[bool, tuple[str, int]]  # whether a client is near, and our address by which it came
 
 
-class Visitor:
+class ClientConnection:
     """A client's connection, as long as it lasts.  One thread at a time has to do with it."""
 
-    def __init__(self, connection: socket.socket, address: Any, begin: Callable[[Visitor], None]) -> None:
+    def __init__(self, connection: socket.socket, address: Any, begin: Callable[[ClientConnection], None]) -> None:
         self.connection = connection
         self.address = address  # as accept() tells it
-        self.host = plain_address(address[0])
+        self.host = unmap_ipv4(address[0])
         self.network = client_network(self.host)
         self.rate = math.inf  # bytes a second that it took lately, while it held up its reply
         self._taken = 0  # bytes, when that was measured last
         self._held = False  # whether it held up its reply then
-        self.begin = begin  # to be called when it is admitted
-        self.early = b""  # has come, and has not been read
+        self.on_admitted = begin  # to be called when it is admitted
+        self.buffered = b""  # has come, and has not been read
         self.answered = False  # whether it has had an answer
         self.waiting = False  # for its next request, or the rest of its head, and no thread serves it
-        self.since = time.monotonic()  # when it began to wait for that
-        self.stays = False  # the connection, when no thread serves it any more
-        self.missing = False  # whether nothing is stored for its request that a thread is to answer
-        self.whence: Whence | None = None  # None: it may not connect, or nobody has checked that yet
-        self.outgoing: Outgoing | None = None  # the lobby's answer, while it is being sent
+        self.waiting_since = time.monotonic()  # when it began to wait for that
+        self.keep_alive = False  # the connection, when no thread serves it any more
+        self.known_missing = False  # whether nothing is stored for its request that a thread is to answer
+        self.access_key: AccessKey | None = None  # None: it may not connect, or nobody has checked that yet
+        self.pending: PendingSend | None = None  # the lobby's answer, while it is being sent
         self._place: tuple[str, int] | None = None
         self._near: bool | None = None
 
     @property
-    def place(self) -> tuple[str, int]:
+    def local_address(self) -> tuple[str, int]:
         """Our address and port by which it reached us."""
         if self._place is None:
             name = self.connection.getsockname()
-            self._place = plain_address(name[0]), name[1]
+            self._place = unmap_ipv4(name[0]), name[1]
         return self._place
 
     @property
     def local(self) -> str:
         """Our address alone."""
-        return self.place[0]
+        return self.local_address[0]
 
     @property
     def near(self) -> bool:
         """Whether it is on this host."""
         if self._near is None:
-            self._near = self.host == self.local or is_this_host(self.host)
+            self._near = self.host == self.local or is_local_client(self.host)
         return self._near
 
     def measure(self, now: float, elapsed: float) -> None:
         """Update the rate after so many seconds.  A reply that only its origin holds up counts after a while.
         """
         taken, queued = progress(self.connection)
-        held = queued or not self.waiting and now - self.since > CLIENT_TIMEOUT
+        held = queued or not self.waiting and now - self.waiting_since > CLIENT_TIMEOUT
         self.rate = (taken - self._taken) / elapsed if held and self._held else math.inf
         self._taken, self._held = taken, held
 
-    def hear(self) -> bytes | None:
+    def receive(self) -> bytes | None:
         """What has come by now; b"" where it has gone, None where nothing has come."""
         try:
-            return self.connection.recv(SMALL)
+            return self.connection.recv(SMALL_BODY)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:
             return b""
 
-    def take(self, data: bytes) -> int | None:
+    def send(self, data: bytes) -> int | None:
         """How much of ``data`` it takes now; None where it has gone."""
         try:
             return self.connection.send(data)
@@ -7411,7 +7411,7 @@ class Visitor:
             return None
 
 
-class Room:
+class ConnectionLimiter:
     """A bound on connections: each may take a thread and up to four descriptors.
 
     When there is no room, the one that has been idle longest makes place for the next, then the one that
@@ -7425,14 +7425,14 @@ class Room:
         self.tunnels = Quota(max(2, most // 2))
         self._lock = threading.Lock()  # guards all below
         self._count = 0
-        self._visitors: set[Visitor] = set()
+        self._visitors: set[ClientConnection] = set()
         self._hosts: dict[str, int] = {}  # connections by client
-        self._parked: list[Visitor] = []
-        self._leaving: set[Visitor] = set()  # have been shed, and still count
+        self._parked: list[ClientConnection] = []
+        self._leaving: set[ClientConnection] = set()  # have been shed, and still count
         self._measured = time.monotonic()
         self.crowded = False  # whether somebody has found no room lately
 
-    def enter(self, waits: bool = True) -> bool:
+    def reserve(self, waits: bool = True) -> bool:
         """Take room for one connection more; False where there is none yet: then one makes place for it, if
         it really ``waits``."""
         with self._lock:
@@ -7440,26 +7440,26 @@ class Room:
             if waits:
                 self.crowded = not free or bool(self._parked)
                 if not free:
-                    self._shed()
+                    self._close_idle()
             self._count += free
             return free
 
-    def busy(self) -> int:
+    def busy_count(self) -> int:
         """Connections that can't be spared."""
         with self._lock:
             return self._count - sum(visitor.waiting for visitor in self._visitors)
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """Nobody came in."""
         with self._lock:
             self._count -= 1
 
-    def admit(self, visitor: Visitor) -> bool:
+    def admit(self, visitor: ClientConnection) -> bool:
         """Serve a visitor, or park him; False where even that is too much."""
         with self._lock:
-            admitted = self._hosts.get(visitor.network, 0) < self._share()
+            admitted = self._hosts.get(visitor.network, 0) < self._per_client_limit()
             if admitted:
-                self._take(visitor)
+                self._register(visitor)
             elif len(self._parked) < self.most:
                 self._count -= 1
                 self._parked.append(visitor)
@@ -7467,10 +7467,10 @@ class Room:
             else:
                 return False
         if admitted:
-            visitor.begin(visitor)
+            visitor.on_admitted(visitor)
         return True
 
-    def leave(self, visitor: Visitor) -> None:
+    def release(self, visitor: ClientConnection) -> None:
         """A connection has ended."""
         with self._lock:
             self._count -= 1
@@ -7481,7 +7481,7 @@ class Room:
                 if not self._hosts[visitor.network]:
                     del self._hosts[visitor.network]
 
-    def relieve(self) -> None:
+    def admit_parked(self) -> None:
         """Serve those who were parked, where there is place for them; make it where it can be spared."""
         following, gone, stuck = [], [], set()
         with self._lock:
@@ -7490,22 +7490,22 @@ class Room:
             for visitor in parked:
                 if visitor.network in stuck:
                     self._parked.append(visitor)
-                elif has_gone(visitor.connection):
+                elif has_disconnected(visitor.connection):
                     gone.append(visitor)
-                elif self._count < self.most and self._hosts.get(visitor.network, 0) < self._share():
+                elif self._count < self.most and self._hosts.get(visitor.network, 0) < self._per_client_limit():
                     self._count += 1
-                    self._take(visitor)
+                    self._register(visitor)
                     following.append(visitor)
                 else:
                     stuck.add(visitor.network)
                     self._parked.append(visitor)
             self.crowded = bool(self._parked)
             for host in stuck:
-                self._shed(host, sum(visitor.network == host for visitor in self._parked))
+                self._close_idle(host, sum(visitor.network == host for visitor in self._parked))
         for visitor in gone:
             visitor.connection.close()
         for visitor in following:
-            visitor.begin(visitor)
+            visitor.on_admitted(visitor)
 
     def _measure(self, now: float) -> None:
         if now - self._measured > RATE_WINDOW:
@@ -7520,34 +7520,34 @@ class Room:
         for visitor in parked:
             visitor.connection.close()
 
-    def _share(self) -> int:
+    def _per_client_limit(self) -> int:
         return max(4, self.most // 2)
 
-    def _take(self, visitor: Visitor) -> None:
+    def _register(self, visitor: ClientConnection) -> None:
         self._visitors.add(visitor)
         self._hosts[visitor.network] = self._hosts.get(visitor.network, 0) + 1
 
-    def _shed(self, host: str | None = None, most: int = 1) -> None:
+    def _close_idle(self, host: str | None = None, most: int = 1) -> None:
         """Close the connections (of one client) that can be spared best, as far as there are any."""
         now = time.monotonic()
         spare = [visitor for visitor in self._visitors
-                 if visitor.waiting and not visitor.outgoing and host in (None, visitor.network)
-                 and (not visitor.early and visitor.answered or now - visitor.since > HALF_HEAD)]
-        spare.sort(key=lambda visitor: (bool(visitor.early) or not visitor.answered, visitor.since))
+                 if visitor.waiting and not visitor.pending and host in (None, visitor.network)
+                 and (not visitor.buffered and visitor.answered or now - visitor.waiting_since > SLOW_HEAD_AGE)]
+        spare.sort(key=lambda visitor: (bool(visitor.buffered) or not visitor.answered, visitor.waiting_since))
         slow = [visitor for visitor in self._visitors
                 if visitor.rate < MIN_RATE and host in (None, visitor.network)]
         spare += sorted(slow, key=lambda visitor: visitor.rate)
         most -= sum(host in (None, visitor.network) for visitor in self._leaving)
         for visitor in spare:
             slow_one = visitor.rate < MIN_RATE
-            if most > 0 and visitor not in self._leaving and (slow_one or is_quiet(visitor.connection)):
+            if most > 0 and visitor not in self._leaving and (slow_one or is_open_and_silent(visitor.connection)):
                 with contextlib.suppress(OSError):
                     visitor.connection.shutdown(socket.SHUT_RDWR)
                 self._leaving.add(visitor)
                 most -= 1
 
 
-def processors() -> list[int]:
+def usable_processors() -> list[int]:
     """Those that we may use, the fast ones.  [] where the system does not let us choose (Linux does)."""
     if not hasattr(os, "sched_setaffinity"):
         return []
@@ -7559,7 +7559,7 @@ def processors() -> list[int]:
     return [number for number, speed in speeds.items() if speed >= 0.8 * max(speeds.values())]
 
 
-class Seat:
+class CPUAffinity:
     """The processor that the threads of a process share.  Where they run on two, nearly every system call of
     the one hands the interpreter lock to the other, which must be woken there: eight clients took twice the
     time for what is not stored yet.  For the caller: take, away."""
@@ -7568,17 +7568,17 @@ class Seat:
         self._own: set[int] = set()
         self._all: set[int] = set()
 
-    def take(self, number: int) -> None:
+    def pin(self, number: int) -> None:
         """Keep the threads that this one will start together; other instances have other numbers."""
         with contextlib.suppress(OSError):
-            found = processors()
+            found = usable_processors()
             if found:
                 everywhere, own = os.sched_getaffinity(0), {found[number % len(found)]}
                 os.sched_setaffinity(0, own)
                 self._all, self._own = everywhere, own  # where we are let
 
     @contextlib.contextmanager
-    def away(self) -> Iterator[None]:
+    def unpinned(self) -> Iterator[None]:
         """While the kernel has long work to do for a thread, that may go where its client is."""
         if not self._own:
             yield
@@ -7592,37 +7592,37 @@ class Seat:
                 os.sched_setaffinity(0, self._own)
 
 
-class Desk:
+class Dispatcher:
     """Answers requests, counts and logs the answers, for all servers of a process.
 
     For the handlers: reply_to, tunnelling, note, note_tunnel.  For the lobbies: admits, refuse, answer, told.
     """
 
-    def __init__(self, proxy: Proxy, room: Room, tell: Callable[[list[str]], None],
-                 seat: Seat | None = None) -> None:
+    def __init__(self, proxy: Proxy, room: ConnectionLimiter, tell: Callable[[list[str]], None],
+                 seat: CPUAffinity | None = None) -> None:
         self.proxy = proxy
         self.room = room
-        self.seat = seat or Seat()
+        self.seat = seat or CPUAffinity()
         self._tell = tell  # writes lines into the log
         self._ids = itertools.cycle(range(1, 1000))
         self._refusals = RecentEvents()  # by address
         self._full_name = functools.lru_cache(1)(socket.getfqdn)  # when first needed: it may take seconds
 
-    def admits(self, visitor: Visitor) -> bool:
+    def admits(self, visitor: ClientConnection) -> bool:
         """Whether a client may connect.  The only check of its address, before anything is parsed."""
-        allowed = visitor.host == visitor.local or may_come_in(visitor.host, self.proxy.config.allow)
-        if allowed and visitor.whence is None:
-            visitor.whence = visitor.near, visitor.place
+        allowed = visitor.host == visitor.local or is_client_allowed(visitor.host, self.proxy.config.allow)
+        if allowed and visitor.access_key is None:
+            visitor.access_key = visitor.near, visitor.local_address
         return allowed
 
-    def refuse(self, visitor: Visitor) -> bytes:
+    def refuse(self, visitor: ClientConnection) -> bytes:
         """The answer to a client that may not connect, whatever it sent; counted and logged."""
-        failure = Failure("%s may not use this proxy; its operator can add --allow." % visitor.host, 403)
-        reply, request = failure_reply(failure), Request("?", "?", Target("", "", 0, "/"), ())
-        size, quiet = reply.body.length or 0, not self._refusals.note_first(visitor.host, REFUSAL_PAUSE)
-        self._note(request, 403, reply.cache_status, [(visitor.host, Sent(size, 0, 0.0, True, quiet))])
-        head = dated(reply.head, time.time())
-        return sent_head(request, head, size, reply.cache_status, True, self.proxy.config) + b"%s\n" % (
+        failure = ProxyError("%s may not use this proxy; its operator can add --allow." % visitor.host, 403)
+        reply, request = error_response(failure), Request("?", "?", Target("", "", 0, "/"), ())
+        size, quiet = reply.body.length or 0, not self._refusals.note_first(visitor.host, REFUSAL_LOG_INTERVAL)
+        self._note(request, 403, reply.cache_status, [(visitor.host, SendResult(size, 0, 0.0, True, quiet))])
+        head = with_date(reply.head, time.time())
+        return render_response_head(request, head, size, reply.cache_status, True, self.proxy.config) + b"%s\n" % (
             str(failure).encode())
 
     def _check_name(self, request: Request) -> None:
@@ -7630,112 +7630,112 @@ class Desk:
         name = called_name(request)
         if not is_own_name(name, self.proxy.config.names) and name not in (
                 socket.gethostname().lower(), self._full_name().lower()):
-            raise Failure("This proxy does not answer to the name '%s'; its operator can add --name %s." % (
+            raise ProxyError("This proxy does not answer to the name '%s'; its operator can add --name %s." % (
                 name, name), 421)
 
     @contextlib.contextmanager
-    def tunnelling(self, request: Request) -> Iterator[socket.socket]:
+    def open_tunnel(self, request: Request) -> Iterator[socket.socket]:
         """The connection that a CONNECT asks for, while its tunnel lasts; Failure."""
         if not self.room.tunnels.acquire(request.client):
-            raise Failure("Too many tunnels are open.", 503)
+            raise ProxyError("Too many tunnels are open.", 503)
         try:
-            with self.proxy.dial(request) as origin:
+            with self.proxy.connect_tunnel(request) as origin:
                 yield origin
         finally:
             self.room.tunnels.release(request.client)
 
-    def reply_to(self, request: Request, authority: str) -> Reply:
+    def respond(self, request: Request, authority: str) -> Response:
         """Our own page, or the proxy's reply; Failure.  ``authority``: where we listen."""
         self._check_name(request)
-        if not request.own:
-            return through_prefix(request, self.proxy.respond(request))
+        if not request.is_own_page:
+            return rewrite_for_prefix(request, self.proxy.respond(request))
         if request.method == "OPTIONS":
-            return last_stop(request)
+            return answer_as_final_recipient(request)
         if request.method not in ("GET", "HEAD"):
-            raise Failure("Our own pages are for GET and HEAD.", 405)
-        listening = Target("", request.local, int(authority.rpartition(":")[2]), "").authority
-        host, port = split_authority(value(request.fields, "Host") or listening, 80)
-        page = own_page(request.uri, (host, port), "text/html" in (value(request.fields, "Accept") or ""),
-                        self.snapshot, self.ailment)
+            raise ProxyError("Our own pages are for GET and HEAD.", 405)
+        listening = Target("", request.server_address, int(authority.rpartition(":")[2]), "").authority
+        host, port = split_authority(field_value(request.fields, "Host") or listening, 80)
+        page = make_page(request.uri, (host, port), "text/html" in (field_value(request.fields, "Accept") or ""),
+                        self.snapshot, self.health_problem)
         if page is None:
-            raise Failure("There is no such page here. To fetch through this proxy, set http_proxy=http://%s/"
+            raise ProxyError("There is no such page here. To fetch through this proxy, set http_proxy=http://%s/"
                           " or ask for /http://host/path" % Target("", host, port, "").authority, 404)
-        return Reply(own_head(page.status, page.media, (("Vary", "Accept"),), page.policy),
+        return Response(generated_head(page.status, page.media, (("Vary", "Accept"),), page.policy),
                      BytesBody(page.text.encode()), CacheStatus(Outcome.OWN))
 
     def snapshot(self) -> dict[str, Any]:
         """What the pages show, with the command line as Go's expvar has it."""
         words = [re.split(r"(?<=\A--parent=)", word) for word in sys.argv]
-        return {"cmdline": ["".join(map(shown, parts)) for parts in words], **self.proxy.insight.snapshot()}
+        return {"cmdline": ["".join(map(loggable_uri, parts)) for parts in words], **self.proxy.insight.snapshot()}
 
-    def ailment(self) -> str:
+    def health_problem(self) -> str:
         """Why this proxy is not well, "" where it is."""
-        if self.room.busy() >= self.room.most:
+        if self.room.busy_count() >= self.room.most:
             return "All %d connections are busy." % self.room.most
-        return self.proxy.insight.ailment()
+        return self.proxy.insight.health_problem()
 
-    def note(self, request: Request, reply: Reply, sent: int, took: float, whole: bool) -> None:
+    def record(self, request: Request, reply: Response, sent: int, took: float, whole: bool) -> None:
         """Count and log one answer."""
-        counted = reply.counted and reply.head.status in (200, 206)
-        cached = max(0, sent - reply.body.uncached) if counted else 0
+        counted = reply.counts_as_cached and reply.head.status in (200, 206)
+        cached = max(0, sent - reply.body.origin_bytes) if counted else 0
         self._note(request, reply.head.status, reply.cache_status,
-                   [(request.client, Sent(sent, cached, took, whole))])
+                   [(request.client, SendResult(sent, cached, took, whole))])
 
     def _note(self, request: Request, status: int, cache_status: CacheStatus,
-              answers: list[tuple[str, Sent]], text: str = "") -> None:
+              answers: list[tuple[str, SendResult]], text: str = "") -> None:
         """The same for all of them: what was asked, and what the answer was."""
         outcome = cache_status.outcome
         self.proxy.counters.add(outcome, sum([sent.cached for _, sent in answers]), len(answers))
         if outcome is not Outcome.OWN:
             self.proxy.insight.recent.note(request, status, cache_status, answers)
         if log.isEnabledFor(logging.DEBUG if outcome is Outcome.OWN else logging.INFO):
-            text = text or logged(request, cache_status)
+            text = text or log_text(request, cache_status)
             self._tell(["[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s%s" % (
                 next(self._ids), client, outcome._value_, status, sent.size, sent.took, text,
                 "" if sent.whole else ", broken off") for client, sent in answers if not sent.quiet])
 
-    def note_tunnel(self, request: Request, head: Head, count: int, took: float, whole: bool) -> None:
+    def record_tunnel(self, request: Request, head: ResponseHead, count: int, took: float, whole: bool) -> None:
         """Count and log one tunnel."""
         self.proxy.counters.add_tunnel(count)
-        self.note(request, Reply(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), count, took, whole)
+        self.record(request, Response(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), count, took, whole)
 
-    def answer(self, visitor: Visitor, size: int, shelf: Shelf) -> Copy | None:
+    def try_hot_path(self, visitor: ClientConnection, size: int, shelf: HotCache) -> HotEntry | None:
         """The answer to a request with a head so long, where it is at hand."""
-        visitor.missing = False
-        if size > SHORT_HEAD or visitor.whence is None:
+        visitor.known_missing = False
+        if size > MAX_MEMOIZED_HEAD or visitor.access_key is None:
             return None
-        asked = visitor.early[:size], visitor.whence
-        copy = shelf.find(asked, self.proxy.config)
+        asked = visitor.buffered[:size], visitor.access_key
+        copy = shelf.get(asked, self.proxy.config)
         if copy is None:
-            copy, visitor.missing = self._prepare(asked, shelf)
+            copy, visitor.known_missing = self._prepare(asked, shelf)
         return copy
 
-    def _prepare(self, asked: tuple[bytes, Whence], shelf: Shelf) -> tuple[Copy | None, bool]:
+    def _prepare(self, asked: tuple[bytes, AccessKey], shelf: HotCache) -> tuple[HotEntry | None, bool]:
         """What is at hand for a request that nobody has made in this second; whether nothing is stored."""
         head, whence = asked
         try:
-            request = parse_head(head, *whence)
-        except (Failure, ValueError):
+            request = parse_request_head(head, *whence)
+        except (ProxyError, ValueError):
             return None, False
         named = is_own_name(called_name(request), self.proxy.config.names)  # others may take a look-up
-        if request.own or not named or request.length != 0 or request.method not in ("GET", "HEAD"):
+        if request.is_own_page or not named or request.length != 0 or request.method not in ("GET", "HEAD"):
             return None, False
-        copy, missing = self.proxy.at_hand(request, float(int(time.time())))
+        copy, missing = self.proxy.prepare_hit(request, float(int(time.time())))
         if copy is not None:
             shelf.put(asked, copy)
         return copy, missing
 
-    def told(self, copy: Copy, answers: list[tuple[str, Sent]]) -> None:
+    def record_hot(self, copy: HotEntry, answers: list[tuple[str, SendResult]]) -> None:
         """Count and log what lobbies sent of a copy, to whom."""
         self._note(copy.request, copy.ready.status, copy.ready.cache_status, answers, copy.text)
 
 
-class Host(Protocol):
+class LoopOwner(Protocol):
     """Whose lobby it is."""
 
-    desk: Desk
+    desk: Dispatcher
 
-    def attend(self, visitor: Visitor) -> None:
+    def serve_in_thread(self, visitor: ClientConnection) -> None:
         """Serve a visitor, however long it takes; in a thread, that is."""
 
     def shutdown_request(self, request: Any) -> None:
@@ -7745,7 +7745,7 @@ class Host(Protocol):
         """Tell of a bug."""
 
 
-class Watchman:
+class WakeableSelector:
     """A selector whom other threads can call."""
 
     def __init__(self, called: Callable[[], None]) -> None:
@@ -7754,14 +7754,14 @@ class Watchman:
         self._bell, self._button = socket.socketpair()
         for sock in (self._bell, self._button):
             sock.setblocking(False)
-        self.watch(self._bell, selectors.EVENT_READ, called)
+        self.register(self._bell, selectors.EVENT_READ, called)
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Let select() return, and what is ``called`` be among what it returns; from any thread."""
         with contextlib.suppress(OSError):  # it rings already, or it has been closed
             self._button.send(b"\0")
 
-    def hush(self) -> None:
+    def drain(self) -> None:
         """The bell has been heard."""
         with contextlib.suppress(OSError):
             self._bell.recv(4096)
@@ -7770,7 +7770,7 @@ class Watchman:
         """What belongs to the sockets that are ready now, or within ``timeout`` seconds."""
         return [key.data for key, _ in self._selector.select(timeout)]
 
-    def watch(self, sock: socket.socket, events: int, data: Any) -> None:
+    def register(self, sock: socket.socket, events: int, data: Any) -> None:
         """From now on watch a socket for these events; OSError."""
         if sock in self._watched:
             self._selector.modify(sock, events, data)
@@ -7778,7 +7778,7 @@ class Watchman:
             self._selector.register(sock, events, data)
             self._watched.add(sock)
 
-    def leave(self, sock: socket.socket) -> None:
+    def unregister(self, sock: socket.socket) -> None:
         """Watch a socket no more."""
         if sock in self._watched:
             self._watched.remove(sock)
@@ -7790,213 +7790,213 @@ class Watchman:
             thing.close()
 
 
-class Lobby:
+class EventLoop:
     """Where visitors wait whom no thread serves: one selector, and one thread, for all of them.
 
     What they ask for that is at hand they get on the spot.  For all that may take longer they go to a
     thread, and come back.  For the caller: welcome and close, from any thread; the rest from one.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: LoopOwner) -> None:
         self._host = host
-        self._visitors: set[Visitor] = set()
-        self._coming: queue.SimpleQueue[Visitor] = queue.SimpleQueue()
-        self._again: list[Visitor] = []  # have asked for more than their turn allows
-        self._given: dict[Copy, list[tuple[str, Sent]]] = {}  # in this turn, and to whom
+        self._visitors: set[ClientConnection] = set()
+        self._coming: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()
+        self._again: list[ClientConnection] = []  # have asked for more than their turn allows
+        self._given: dict[HotEntry, list[tuple[str, SendResult]]] = {}  # in this turn, and to whom
         self._closed = False
         self._thread = 0  # that attends
-        self._shelf = Shelf()
-        self.watchman = Watchman(self._let_in)
+        self._shelf = HotCache()
+        self.watchman = WakeableSelector(self._take_new)
 
-    def welcome(self, visitor: Visitor) -> None:
+    def add(self, visitor: ClientConnection) -> None:
         """Let a visitor wait for its next request."""
         if self._thread == threading.get_ident() and not self._closed:
-            self._take_in(visitor)
+            self._add(visitor)
             return
         self._coming.put(visitor)
-        (self._let_in if self._closed else self.watchman.ring)()
+        (self._take_new if self._closed else self.watchman.wake)()
 
-    def attend(self, timeout: float) -> None:
+    def run_once(self, timeout: float) -> None:
         """Serve who wants something now, or within ``timeout`` seconds."""
         self._thread = threading.get_ident()
         again, self._again = self._again, []
         found = self.watchman.select(0 if again else timeout)
-        self._shelf.begin((int(time.time()), self._host.desk.proxy.config))
+        self._shelf.start_turn((int(time.time()), self._host.desk.proxy.config))
         for ready in found:
-            if not isinstance(ready, Visitor):
+            if not isinstance(ready, ClientConnection):
                 ready()
             elif ready.waiting and ready not in again:
                 self._serve(ready)
         for visitor in again:
             if visitor.waiting:
                 self._serve(visitor, more=True)
-        self._tell()
+        self._record()
 
     @property
     def sending(self) -> int:
         """Answers of its own under way."""
-        return sum(visitor.outgoing is not None for visitor in tuple(self._visitors))
+        return sum(visitor.pending is not None for visitor in tuple(self._visitors))
 
-    def expire(self, now: float) -> None:
+    def close_timed_out(self, now: float) -> None:
         """See off who has waited for too long; ``now`` is monotonic."""
         for visitor in tuple(self._visitors):
-            patience = REQUEST_WAIT if visitor.early or not visitor.answered else (
-                IDLE_TIMEOUT if visitor.whence else LINGER)
-            if now - visitor.since > (CLIENT_TIMEOUT if visitor.outgoing else patience):
-                told = visitor.early and not visitor.outgoing  # that its head did not come in time
-                (self._hand_over if told else self._see_off)(visitor)
+            patience = REQUEST_HEAD_TIMEOUT if visitor.buffered or not visitor.answered else (
+                IDLE_TIMEOUT if visitor.access_key else LINGER_TIMEOUT)
+            if now - visitor.waiting_since > (CLIENT_TIMEOUT if visitor.pending else patience):
+                told = visitor.buffered and not visitor.pending  # that its head did not come in time
+                (self._hand_to_thread if told else self._close)(visitor)
 
     def close(self) -> None:
         """See everybody off."""
         self._closed = True
-        self._let_in()
+        self._take_new()
         for visitor in tuple(self._visitors):
-            self._see_off(visitor)
-        self._tell()
+            self._close(visitor)
+        self._record()
         self._shelf.clear()
         self.watchman.close()
 
-    def _let_in(self) -> None:
-        self.watchman.hush()
+    def _take_new(self) -> None:
+        self.watchman.drain()
         with contextlib.suppress(queue.Empty):
             while True:
                 visitor = self._coming.get_nowait()
-                (self._host.shutdown_request if self._closed else self._take_in)(visitor)
+                (self._host.shutdown_request if self._closed else self._add)(visitor)
 
-    def _take_in(self, visitor: Visitor) -> None:
+    def _add(self, visitor: ClientConnection) -> None:
         """Hear at once what a visitor wants, which a new one has mostly said already; if that isn't all, let
         him wait."""
         visitor.connection.setblocking(False)
         self._visitors.add(visitor)
-        visitor.waiting, visitor.since = True, time.monotonic()  # one may have been parked for long
-        self._shelf.doubt()  # it may have come after the others of this turn
+        visitor.waiting, visitor.waiting_since = True, time.monotonic()  # one may have been parked for long
+        self._shelf.recheck()  # it may have come after the others of this turn
         self._serve(visitor)
-        if visitor.waiting and not visitor.outgoing:
+        if visitor.waiting and not visitor.pending:
             self._watch(visitor)
 
-    def _watch(self, visitor: Visitor) -> None:
-        events = selectors.EVENT_WRITE if visitor.outgoing else selectors.EVENT_READ
+    def _watch(self, visitor: ClientConnection) -> None:
+        events = selectors.EVENT_WRITE if visitor.pending else selectors.EVENT_READ
         try:
-            self.watchman.watch(visitor.connection, events, visitor)
+            self.watchman.register(visitor.connection, events, visitor)
         except OSError as error:  # the system watches no more
             log.warning("A connection cannot be waited for: %s", error)
-            self._see_off(visitor)
+            self._close(visitor)
 
-    def _let_out(self, visitor: Visitor) -> None:
+    def _remove(self, visitor: ClientConnection) -> None:
         visitor.waiting = False
         self._visitors.discard(visitor)
-        self.watchman.leave(visitor.connection)
+        self.watchman.unregister(visitor.connection)
 
-    def _see_off(self, visitor: Visitor) -> None:
+    def _close(self, visitor: ClientConnection) -> None:
         """Let a visitor leave, and note what was left of an answer to it."""
-        if visitor.outgoing:
-            (copy, left, began), visitor.outgoing = visitor.outgoing, None
+        if visitor.pending:
+            (copy, left, began), visitor.pending = visitor.pending, None
             self._note(visitor, copy, len(copy.body) - len(left), began, whole=False)
-        self._let_out(visitor)
+        self._remove(visitor)
         self._host.shutdown_request(visitor)
 
-    def _hand_over(self, visitor: Visitor) -> None:
-        self._let_out(visitor)
-        self._host.attend(visitor)
+    def _hand_to_thread(self, visitor: ClientConnection) -> None:
+        self._remove(visitor)
+        self._host.serve_in_thread(visitor)
 
-    def _serve(self, visitor: Visitor, more: bool = False) -> None:
+    def _serve(self, visitor: ClientConnection, more: bool = False) -> None:
         """Do what there is to do for a visitor; ``more``: of what he has asked for already.  A bug costs him,
         not the others."""
         try:
-            if visitor.outgoing:
-                self._send(visitor, *visitor.outgoing)
-                self._answer(visitor)
+            if visitor.pending:
+                self._send(visitor, *visitor.pending)
+                self._serve_buffered(visitor)
             elif more:
-                self._answer(visitor)
+                self._serve_buffered(visitor)
             else:
-                self._hear(visitor)
+                self._on_readable(visitor)
         except Exception:  # noqa: BLE001
             self._host.handle_error(visitor, visitor.address)
             if visitor.waiting:
-                self._see_off(visitor)
+                self._close(visitor)
 
-    def _hear(self, visitor: Visitor) -> None:
-        began, data = time.monotonic(), visitor.hear()
+    def _on_readable(self, visitor: ClientConnection) -> None:
+        began, data = time.monotonic(), visitor.receive()
         if not data:
             if data is not None:
-                self._see_off(visitor)
+                self._close(visitor)
             return
-        known = visitor.whence
+        known = visitor.access_key
         if not known and not self._host.desk.admits(visitor):
             self._refuse(visitor)
             return
-        if not visitor.early:
-            visitor.since = began
+        if not visitor.buffered:
+            visitor.waiting_since = began
             if known:  # mostly it is one head, which somebody has sent a moment ago
-                copy = self._shelf.find((data, known), self._host.desk.proxy.config)
+                copy = self._shelf.get((data, known), self._host.desk.proxy.config)
                 if copy is not None:
                     self._send(visitor, copy, copy.data, began)
                     return
-        seen, visitor.early = len(visitor.early), visitor.early + data
-        self._shelf.doubt()  # what follows a first head may have been sent in this turn
-        self._answer(visitor, seen)
+        seen, visitor.buffered = len(visitor.buffered), visitor.buffered + data
+        self._shelf.recheck()  # what follows a first head may have been sent in this turn
+        self._serve_buffered(visitor, seen)
 
-    def _refuse(self, visitor: Visitor) -> None:
+    def _refuse(self, visitor: ClientConnection) -> None:
         """Answer a client that may not connect, once.  What it sends is dropped, until it closes or LINGER is
         over: unread bytes would turn our close into a reset, which may overtake the answer."""
         if not visitor.answered:
-            visitor.answered, visitor.since = True, time.monotonic()
-            visitor.take(self._host.desk.refuse(visitor))
+            visitor.answered, visitor.waiting_since = True, time.monotonic()
+            visitor.send(self._host.desk.refuse(visitor))
             with contextlib.suppress(OSError):
                 visitor.connection.shutdown(socket.SHUT_WR)
 
-    def _answer(self, visitor: Visitor, seen: int = 0) -> None:
+    def _serve_buffered(self, visitor: ClientConnection, seen: int = 0) -> None:
         """Answer what can be answered on the spot, request after request, as long as a turn lasts."""
-        for _ in range(TURN):
-            began, free = time.monotonic(), visitor.waiting and not visitor.outgoing
-            size = head_end(visitor.early, seen) if free else 0
+        for _ in range(REQUESTS_PER_TURN):
+            began, free = time.monotonic(), visitor.waiting and not visitor.pending
+            size = find_head_end(visitor.buffered, seen) if free else 0
             if not size:
                 return
-            copy = self._host.desk.answer(visitor, size, self._shelf) if size > 0 else None
+            copy = self._host.desk.try_hot_path(visitor, size, self._shelf) if size > 0 else None
             if copy is None:
-                self._hand_over(visitor)
+                self._hand_to_thread(visitor)
                 return
-            visitor.early, seen = visitor.early[size:], 0
+            visitor.buffered, seen = visitor.buffered[size:], 0
             self._send(visitor, copy, copy.data, began)
         self._again.append(visitor)
 
-    def _send(self, visitor: Visitor, copy: Copy, left: bytes, began: float) -> None:
+    def _send(self, visitor: ClientConnection, copy: HotEntry, left: bytes, began: float) -> None:
         """Send what can be sent now of what is ``left`` of a copy, and note when that was all."""
-        waited, count = visitor.outgoing is not None, visitor.take(left)
+        waited, count = visitor.pending is not None, visitor.send(left)
         whole = count == len(left)
-        visitor.outgoing = None if whole else Outgoing(copy, left[count or 0:], began)
+        visitor.pending = None if whole else PendingSend(copy, left[count or 0:], began)
         if count is None:
-            self._see_off(visitor)
+            self._close(visitor)
             return
-        visitor.since = time.monotonic()
+        visitor.waiting_since = time.monotonic()
         if waited is whole:
             self._watch(visitor)
         if whole:
             visitor.answered = True
             self._note(visitor, copy, len(copy.body), began, whole=True)
             if copy.ready.close:
-                self._see_off(visitor)
+                self._close(visitor)
 
-    def _note(self, visitor: Visitor, copy: Copy, size: int, began: float, whole: bool) -> None:
+    def _note(self, visitor: ClientConnection, copy: HotEntry, size: int, began: float, whole: bool) -> None:
         """Keep in mind what a visitor was given: so many bytes of the body, or only some of the head."""
-        sent = Sent(max(0, size), max(0, size), time.monotonic() - began, whole)
+        sent = SendResult(max(0, size), max(0, size), time.monotonic() - began, whole)
         self._given.setdefault(copy, []).append((visitor.host, sent))
 
-    def _tell(self) -> None:
+    def _record(self) -> None:
         """Let what was given be counted and logged, all that was given of one copy together."""
         given, self._given = self._given, {}
         for copy, answers in given.items():
-            self._host.desk.told(copy, answers)
+            self._host.desk.record_hot(copy, answers)
 
 
 class RequestReader:
     """Reads one client's requests.  For the caller: next, early, linger."""
 
-    def __init__(self, visitor: Visitor) -> None:
+    def __init__(self, visitor: ClientConnection) -> None:
         self.line = "?"  # the last request's first
         self._begun = False
         self._visitor = visitor
-        self._timed = TimedFile(visitor.connection, CLIENT_TIMEOUT, visitor.early)
+        self._timed = DeadlineReader(visitor.connection, CLIENT_TIMEOUT, visitor.buffered)
         self.file = io.BufferedReader(self._timed, 64 * 1024)
 
     def next(self) -> Request | None:
@@ -8005,60 +8005,60 @@ class RequestReader:
         request = self._known() or self._read()
         if request is None:
             return None
-        body: RequestBody | ContinueBody | None = None
+        body: RequestBody | ExpectContinueBody | None = None
         if request.length != 0:
             body = RequestBody(self.file, request.length, self._timed)
-            if members(request.fields, "Expect") == ["100-continue"] and request.version >= (1, 1):
-                body = ContinueBody(body, self._visitor.connection)
+            if list_members(request.fields, "Expect") == ["100-continue"] and request.version >= (1, 1):
+                body = ExpectContinueBody(body, self._visitor.connection)
         visitor = self._visitor
-        return changed(request, body=body, received=time.time(), client=visitor.host,
-                       local=visitor.local, near=visitor.near)
+        return replace_fields(request, body=body, received=time.time(), client=visitor.host,
+                       server_address=visitor.local, client_is_local=visitor.near)
 
     def _known(self) -> Request | None:
         """The first request, where the lobby has parsed it already."""
-        early, size = self._timed.early, 0 if self._begun else head_end(self._timed.early)
+        early, size = self._timed.prefetched, 0 if self._begun else find_head_end(self._timed.prefetched)
         self._begun = True
-        if 0 < size <= SHORT_HEAD:
-            with contextlib.suppress(Failure, ValueError):
-                request = parse_head(early[:size], self._visitor.near, self._visitor.place)
-                self._timed.early = early[size:]
-                return changed(request, missing=self._visitor.missing)
+        if 0 < size <= MAX_MEMOIZED_HEAD:
+            with contextlib.suppress(ProxyError, ValueError):
+                request = parse_request_head(early[:size], self._visitor.near, self._visitor.local_address)
+                self._timed.prefetched = early[size:]
+                return replace_fields(request, known_missing=self._visitor.known_missing)
         return None
 
     def _read(self) -> Request | None:
-        self._timed.set_deadline(max(0.0, self._visitor.since + REQUEST_WAIT - time.monotonic()))
+        self._timed.set_deadline(max(0.0, self._visitor.waiting_since + REQUEST_HEAD_TIMEOUT - time.monotonic()))
         lines = self._read_head()
         self._timed.set_deadline(None)
         if not lines:
             return None
         self.line = lines[0]
-        return parse_request(lines, self._visitor.place)
+        return parse_request(lines, self._visitor.local_address)
 
     def _read_head(self) -> list[str]:
         try:
-            lines = read_lines(self.file)
+            lines = read_head_lines(self.file)
             if lines == [""]:  # an empty line before the request line (RFC 9112 §2.2)
-                lines = read_lines(self.file)
+                lines = read_head_lines(self.file)
             return lines
         except ValueError as error:
-            raise BadRequest("The head is not clear: %s." % error, getattr(error, "status", 400)) from None
+            raise BadRequestError("The head is not clear: %s." % error, getattr(error, "status", 400)) from None
         except (socket.timeout, TimeoutError):
-            raise BadRequest("The head did not come within %d s." % REQUEST_WAIT, 408) from None
+            raise BadRequestError("The head did not come within %d s." % REQUEST_HEAD_TIMEOUT, 408) from None
 
-    def early(self) -> bytes:
+    def buffered(self) -> bytes:
         """What has come already of what follows."""
         self._timed.set_deadline(0.0)
         data = b""
         with contextlib.suppress(socket.timeout):
             data = self.file.peek(1)
-        return data + self._timed.early
+        return data + self._timed.prefetched
 
-    def linger(self) -> None:
+    def drain_and_close(self) -> None:
         """Unread bytes would turn our close into a reset, which may overtake the answer."""
         with contextlib.suppress(OSError):
             self._visitor.connection.shutdown(socket.SHUT_WR)
-            self._timed.set_deadline(LINGER)
-            while self.file.read1(CHUNK):
+            self._timed.set_deadline(LINGER_TIMEOUT)
+            while self.file.read1(COPY_SIZE):
                 pass
 
 
@@ -8069,7 +8069,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         """Take over a visitor."""
-        self._visitor: Visitor = self.request
+        self._visitor: ClientConnection = self.request
         self.connection = self._visitor.connection  # which does not block
         self._reader = RequestReader(self._visitor)
         self.rfile = self._reader.file
@@ -8078,10 +8078,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Answer the request that has come, and those that came with it (RFC 9112 §9.3)."""
         with contextlib.suppress(ConnectionError, socket.timeout, TimeoutError):
             while self._answer_one():
-                self._visitor.answered, self._visitor.since = True, time.monotonic()
-                self._visitor.early = self._reader.early()
-                if not head_end(self._visitor.early):
-                    self._visitor.stays = True
+                self._visitor.answered, self._visitor.waiting_since = True, time.monotonic()
+                self._visitor.buffered = self._reader.buffered()
+                if not find_head_end(self._visitor.buffered):
+                    self._visitor.keep_alive = True
                     return
 
     def finish(self) -> None:
@@ -8091,54 +8091,54 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _answer_one(self) -> bool:
         """One request and its reply; whether the connection stays open."""
         self._sent = 0  # body bytes of the reply that have left
-        self._began = False  # whether any byte of it has left
+        self._bytes_sent = False  # whether any byte of it has left
         self._started = time.monotonic()
         try:
             request = self._reader.next()
-        except Failure as failure:
+        except ProxyError as failure:
             method, _, uri = self._reader.line.partition(" ")
             # Before they are shortened: the @ behind a long password may be in the part that is left out.
             method, uri = cut_userinfo(method), cut_userinfo(uri)
             uri = (uri.rpartition(" ")[0] or uri)[:200]
             request = Request(method[:200], uri, Target("", "", 0, "/"), (), client=self._visitor.host,
-                              local=self._visitor.local)
-            return self._answer(request, failure_reply(failure), close=True)
+                              server_address=self._visitor.local)
+            return self._answer(request, error_response(failure), close=True)
         if request is None:
             return False
         self._started = time.monotonic()
-        with self.server.replying():
+        with self.server.count_reply():
             if request.method == "CONNECT":
-                return self._connect(request)
+                return self._handle_connect(request)
             return self._answer(request, self._reply_to(request))
 
-    def _connect(self, request: Request) -> bool:
+    def _handle_connect(self, request: Request) -> bool:
         """Serve a tunnel to its end; False: nothing follows it."""
-        established, count, whole = Head(200, "Connection established", ()), 0, False
+        established, count, whole = ResponseHead(200, "Connection established", ()), 0, False
         try:
-            with self.server.desk.tunnelling(request) as origin:
+            with self.server.desk.open_tunnel(request) as origin:
                 try:
-                    fields = (("Via", via((), (1, 1), self.server.desk.proxy.config)),)
+                    fields = (("Via", via_value((), (1, 1), self.server.desk.proxy.config)),)
                     self._write(render_head(established, fields))
-                    count = tunnel(self.connection, origin, self._reader.early())
+                    count = relay_tunnel(self.connection, origin, self._reader.buffered())
                     whole = True
                 finally:
                     took = time.monotonic() - self._started
-                    self.server.desk.note_tunnel(request, established, count, took, whole)
-        except Failure as failure:
-            return self._answer(request, failure_reply(failure), close=True)
+                    self.server.desk.record_tunnel(request, established, count, took, whole)
+        except ProxyError as failure:
+            return self._answer(request, error_response(failure), close=True)
         return False
 
-    def _reply_to(self, request: Request) -> Reply:
+    def _reply_to(self, request: Request) -> Response:
         """The server's reply; an error where there is none.  The one place where a bug becomes a 500."""
         try:
-            return self.server.desk.reply_to(request, self.server.authority)
-        except Failure as failure:
-            return failure_reply(failure)
+            return self.server.desk.respond(request, self.server.authority)
+        except ProxyError as failure:
+            return error_response(failure)
         except Exception:
-            log.exception("%s %s failed: this is a bug", request.method, shown(request.uri))
-            return failure_reply(Failure("This proxy failed; its log says how.", 500))
+            log.exception("%s %s failed: this is a bug", request.method, loggable_uri(request.uri))
+            return error_response(ProxyError("This proxy failed; its log says how.", 500))
 
-    def _answer(self, request: Request, reply: Reply, close: bool = False) -> bool:
+    def _answer(self, request: Request, reply: Response, close: bool = False) -> bool:
         """Send a reply, or, if that fails before its first byte, an error; then note it."""
         whole, open_after = False, False
         try:
@@ -8146,35 +8146,35 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 try:
                     open_after = self._send(request, reply, close)
                     whole = True
-                except (Failure, LocalFailure) as failure:
-                    if self._began:
+                except (ProxyError, StorageError) as failure:
+                    if self._bytes_sent:
                         return False  # the only honest error is closing the connection (invariant 7)
                     reply.body.close()
-                    reply = self._instead(reply, failure)  # an error of ours at last, which does not fail
-            if not open_after and (close or wants_open(request) or getattr(request.body, "unread", False)):
-                self._reader.linger()  # the client may still be sending
+                    reply = self._fallback(reply, failure)  # an error of ours at last, which does not fail
+            if not open_after and (close or wants_keep_alive(request) or getattr(request.body, "unread", False)):
+                self._reader.drain_and_close()  # the client may still be sending
             return open_after
         finally:
             reply.body.close()
-            self.server.desk.note(request, reply, self._sent, time.monotonic() - self._started, whole)
+            self.server.desk.record(request, reply, self._sent, time.monotonic() - self._started, whole)
 
-    def _instead(self, reply: Reply, failure: Failure | LocalFailure) -> Reply:
+    def _fallback(self, reply: Response, failure: ProxyError | StorageError) -> Response:
         """What goes to the client where a reply failed before its first byte."""
         try:
-            if reply.instead:
-                return reply.instead(failure)
-        except Failure as error:
+            if reply.fallback:
+                return reply.fallback(failure)
+        except ProxyError as error:
             failure = error
-        return failure_reply(failure if isinstance(failure, Failure) else Failure(str(failure), 500))
+        return error_response(failure if isinstance(failure, ProxyError) else ProxyError(str(failure), 500))
 
     # Writing
 
-    def _send(self, request: Request, reply: Reply, close: bool) -> bool:
+    def _send(self, request: Request, reply: Response, close: bool) -> bool:
         """Send a reply; whether the connection stays open.  Failure where the body can't be completed."""
-        framing = reply_framing(request, reply.head, reply.body.length)
+        framing = response_framing(request, reply.head, reply.body.length)
         unread = getattr(request.body, "unread", False)
-        close = close or unread or framing is Framing.CLOSE or not wants_open(request)
-        head = sent_head(request, dated(reply.head, time.time()), reply.body.length, reply.cache_status,
+        close = close or unread or framing is Framing.CLOSE or not wants_keep_alive(request)
+        head = render_response_head(request, with_date(reply.head, time.time()), reply.body.length, reply.cache_status,
                          close, self.server.desk.proxy.config)
         if request.method == "HEAD" or framing is Framing.NONE:
             self._write(head)
@@ -8182,7 +8182,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         try:
             self._write_body(head, reply, framing)
         except Exception:
-            if framing is Framing.CLOSE and self._began:
+            if framing is Framing.CLOSE and self._bytes_sent:
                 # A plain close would pass for the end (invariant 7): reset the connection.
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.rfile.close()
@@ -8190,25 +8190,25 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             raise
         return not close
 
-    def _write_body(self, head: bytes, reply: Reply, framing: Framing) -> None:
+    def _write_body(self, head: bytes, reply: Response, framing: Framing) -> None:
         """Head and first bytes leave in one segment where the body is small."""
         body = reply.body
         waiting, count, total = head, 0, 0
-        for part in body.parts():
-            total += part.size if isinstance(part, Slice) else len(part)
+        for part in body.chunks():
+            total += part.size if isinstance(part, FileSlice) else len(part)
             if body.length is not None and total > body.length:
                 raise ConnectionAbortedError(errno.EIO, "the body is longer than declared")
-            if isinstance(part, Slice) and part.size > SMALL:
-                if not self._began:  # an error can still be told
-                    read_slice(Slice(part.file, part.start, part.start + 1))
+            if isinstance(part, FileSlice) and part.size > SMALL_BODY:
+                if not self._bytes_sent:  # an error can still be told
+                    read_file_slice(FileSlice(part.file, part.start, part.start + 1))
                 self._write(waiting, count)
                 waiting, count = b"", 0
                 self._send_file(part)
                 continue
-            data = read_slice(part) if isinstance(part, Slice) else part
+            data = read_file_slice(part) if isinstance(part, FileSlice) else part
             waiting += b"%x\r\n%s\r\n" % (len(data), data) if framing is Framing.CHUNKED and data else data
             count += len(data)
-            if len(waiting) > SMALL or isinstance(body, (TrailBody, LiveBody)):
+            if len(waiting) > SMALL_BODY or isinstance(body, (TailingBody, PassThroughBody)):
                 self._write(waiting, count)
                 waiting, count = b"", 0
         if body.length not in (None, total):
@@ -8217,29 +8217,29 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _write(self, data: bytes, count: int = 0) -> None:
         """Send bytes, ``count`` of them the body's."""
-        self._began = self._began or bool(data)
+        self._bytes_sent = self._bytes_sent or bool(data)
         send_all(self.connection, data)
         self._sent += count
 
-    def _send_file(self, part: Slice) -> None:
+    def _send_file(self, part: FileSlice) -> None:
         """Let the kernel send it; LocalFailure where it can't be read, and nothing comes instead."""
-        self._began, at = True, part.start
+        self._bytes_sent, at = True, part.start
         try:
-            with self.server.desk.seat.away() if part.size > LONG else contextlib.nullcontext():
+            with self.server.desk.seat.unpinned() if part.size > LARGE_SEND else contextlib.nullcontext():
                 for count in send_slice(self.connection, part):
                     self._sent += count
                     at += count
-        except LocalFailure:
-            if part.rest is None:
+        except StorageError:
+            if part.fallback is None:
                 raise
-            for data in part.rest(at, part.stop):
+            for data in part.fallback(at, part.stop):
                 self._write(data, len(data))
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """http.server's own log lines: the server's note() has said it all."""
 
 
-class ListeningSocket(socket.socket):
+class NonblockingListener(socket.socket):
     """Takes over a socket that listens, and does not block: another process may be quicker to accept.
 
     accept() asks for the family and the type each time, of which socket makes enumerations: a tenth of the
@@ -8267,18 +8267,18 @@ def open_socket(host: str, port: int, reuse_port: bool = False) -> socket.socket
     listen too with ``reuse_port``; OSError, OverflowError."""
     both = not host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-    return ListeningSocket(socket.create_server(
-        (host, port), family=family, backlog=BACKLOG, reuse_port=reuse_port, dualstack_ipv6=both))
+    return NonblockingListener(socket.create_server(
+        (host, port), family=family, backlog=LISTEN_BACKLOG, reuse_port=reuse_port, dualstack_ipv6=both))
 
 
-def shown_address(listening: socket.socket) -> str:
+def display_address(listening: socket.socket) -> str:
     """host:port of a listening socket; without the host where it is any."""
     host, port = listening.getsockname()[:2]
     shown = "[%s]" % host if ":" in host else host
     return "%s:%d" % ("" if ipaddress.ip_address(host).is_unspecified else shown, port)
 
 
-class Crew:
+class ThreadPool:
     """Threads that have done their work and wait a while for more: to start one costs as much as several
     hits.  For the caller: do, close."""
 
@@ -8288,7 +8288,7 @@ class Crew:
         self._idle = 0  # threads that wait, and have not been counted on
         self._closed = False
 
-    def do(self, work: Callable[..., object], *arguments: Any) -> None:
+    def submit(self, work: Callable[..., object], *arguments: Any) -> None:
         """Let a thread do it, which catches its errors; RuntimeError where there can't be one more."""
         with self._lock:
             found = self._idle > 0
@@ -8310,11 +8310,11 @@ class Crew:
             work(*arguments)
             del work, arguments  # else their connection lives on
             with self._lock:
-                if self._closed or self._idle >= MOST_IDLE:
+                if self._closed or self._idle >= MAX_IDLE_THREADS:
                     return
                 self._idle += 1
             try:
-                work, arguments = self._work.get(timeout=CREW_IDLE)
+                work, arguments = self._work.get(timeout=THREAD_IDLE_TIMEOUT)
             except queue.Empty:
                 with self._lock:
                     if self._idle:
@@ -8326,24 +8326,24 @@ class Crew:
 class ProxyServer(http.server.ThreadingHTTPServer):
     """Listens on one address; a thread for whatever may block."""
 
-    def __init__(self, listening: socket.socket, desk: Desk) -> None:
+    def __init__(self, listening: socket.socket, desk: Dispatcher) -> None:
         self.desk = desk
         self.room = desk.room
         self._lock = threading.Lock()  # guards _replying
         self._replying = 0
         self._until = math.inf  # monotonic: when serve_forever() ends at last
-        self._pressed = True  # whether somebody may wait for the room that there is now, as when it starts
+        self._accept_soon = True  # whether somebody may wait for the room that there is now, as when it starts
         self._resume = 0.0  # monotonic: until then nobody is let in
-        self.beat = time.monotonic()  # of its loop, the last
+        self.last_iteration = time.monotonic()  # of its loop, the last
         self._ended = threading.Event()
         self._ended.set()
         super().__init__(listening.getsockname()[:2], ProxyHandler, bind_and_activate=False)
         self.socket.close()  # socketserver's own
         self.socket = listening
-        self.authority = shown_address(listening)  # for replies that outlast it, too
-        self.lobby = Lobby(self)
-        self._crew = Crew()
-        desk.proxy.listens_on(self.server_address[1])
+        self.authority = display_address(listening)  # for replies that outlast it, too
+        self.lobby = EventLoop(self)
+        self._crew = ThreadPool()
+        desk.proxy.add_listening_port(self.server_address[1])
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown(): socketserver's loop, with the lobby in the place of its selector."""
@@ -8351,10 +8351,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         acted = 0.0
         while time.monotonic() < self._until and (self._until == math.inf or self.lobby.sending):
             try:
-                self.lobby.attend(0.0 if self._pressed else poll_interval)
+                self.lobby.run_once(0.0 if self._accept_soon else poll_interval)
                 now = time.monotonic()
-                if self._pressed or now - acted >= poll_interval:
-                    acted, self._pressed = now, False
+                if self._accept_soon or now - acted >= poll_interval:
+                    acted, self._accept_soon = now, False
                     self.service_actions()
             except Exception:  # one client's fault, or one bug, is not the end of service
                 log.exception("Waiting for clients failed: this is a bug")
@@ -8363,9 +8363,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Accept no more; what is being sent may take GRACE."""
-        self._until = time.monotonic() + GRACE
+        self._until = time.monotonic() + SHUTDOWN_GRACE
         self.room.close()
-        self.lobby.watchman.ring()
+        self.lobby.watchman.wake()
 
     def shutdown(self) -> None:
         """Stop, and wait for serve_forever() to end."""
@@ -8381,34 +8381,34 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Called several times a second."""
-        now = self.beat = time.monotonic()
+        now = self.last_iteration = time.monotonic()
         if self._until < math.inf:
-            self.lobby.watchman.leave(self.socket)
+            self.lobby.watchman.unregister(self.socket)
         elif now >= self._resume:
-            self.lobby.watchman.watch(self.socket, selectors.EVENT_READ, self._accept)
-        self.lobby.expire(now)
-        self.room.relieve()
-        self.desk.proxy.tidy()
+            self.lobby.watchman.register(self.socket, selectors.EVENT_READ, self._accept)
+        self.lobby.close_timed_out(now)
+        self.room.admit_parked()
+        self.desk.proxy.close_idle()
 
     def _accept(self) -> None:
         """Let in who waits at the door, a turn's worth of them."""
-        for number in range(TURN):
+        for number in range(REQUESTS_PER_TURN):
             if not self._accept_one(waits=not number):
                 return
 
     def _accept_one(self, waits: bool) -> bool:
         """Let one in, if there is room and one waits, as is known or not; don't spin where descriptors are
         out."""
-        if not self.room.enter(waits):
+        if not self.room.reserve(waits):
             if waits:
-                self.lobby.watchman.leave(self.socket)  # until the next service_actions
+                self.lobby.watchman.unregister(self.socket)  # until the next service_actions
             return False
         try:
             connection, address = self.get_request()
         except OSError as error:
-            self.room.give_up()
+            self.room.cancel()
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.lobby.watchman.leave(self.socket)
+                self.lobby.watchman.unregister(self.socket)
                 self._resume = time.monotonic() + 0.1
             return False
         self.process_request(connection, address)
@@ -8418,42 +8418,42 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """Let a new connection into the lobby; turn it away where its client has far too many."""
         with contextlib.suppress(OSError):  # it has gone already
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a head and a body sent apart
-        visitor = Visitor(request, client_address, self.lobby.welcome)  # cost 40 ms each
+        visitor = ClientConnection(request, client_address, self.lobby.add)  # cost 40 ms each
         if self.room.admit(visitor):
             return
-        reply = failure_reply(Failure("%s has too many connections open." % visitor.host, 503))
+        reply = error_response(ProxyError("%s has too many connections open." % visitor.host, 503))
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(render_head(reply.head, (*reply.head.fields, ("Connection", "close"))))
         self.shutdown_request(visitor)
 
-    def attend(self, visitor: Visitor) -> None:
+    def serve_in_thread(self, visitor: ClientConnection) -> None:
         """Serve a visitor in a thread of its own."""
         try:
-            self._crew.do(self.process_request_thread, visitor, visitor.address)
+            self._crew.submit(self.process_request_thread, visitor, visitor.address)
         except RuntimeError:  # no thread for it
             self.handle_error(visitor, visitor.address)
             self.shutdown_request(visitor)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """What that thread does; then the visitor waits in the lobby again."""
-        request.stays = False
+        request.keep_alive = False
         try:
             self.finish_request(request, client_address)
         except Exception:  # noqa: BLE001
             self.handle_error(request, client_address)
-        if request.stays:
-            self.lobby.welcome(request)
+        if request.keep_alive:
+            self.lobby.add(request)
         else:
             self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection."""
         request.connection.close()
-        self.room.leave(request)
+        self.room.release(request)
         if self.room.crowded:
-            self._pressed = True
-            self.lobby.watchman.ring()
+            self._accept_soon = True
+            self.lobby.watchman.wake()
 
     @property
     def replies_running(self) -> int:
@@ -8463,7 +8463,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         return replying + self.lobby.sending
 
     @contextlib.contextmanager
-    def replying(self) -> Iterator[None]:
+    def count_reply(self) -> Iterator[None]:
         """Count a reply under way, so that SIGTERM can wait for it."""
         with self._lock:
             self._replying += 1
@@ -8521,7 +8521,7 @@ OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
      _read_by(parse_name)),
     ("cache", "--max-size", "SIZE", "most to store; least used goes first (no limit)", _read_by(parse_size)),
     ("cache", "--min-free", "SIZE", "leave free on the disk (5 %%, at most 10 GB)", _read_by(parse_size)),
-    ("cache", "--max-age", "TIME", "remove what was not used for so long (keep it)", _read_by(parse_span)),
+    ("cache", "--max-age", "TIME", "remove what was not used for so long (keep it)", _read_by(parse_duration)),
     ("cache", "-f --filters", "FILE", "what is never cached, as expressions (none)", _read_by(parse_name)),
     ("cache", "--no-heuristics", "", "ask again where no lifetime is told (a day)",
      {"action": "store_false", "dest": "heuristics"}),
@@ -8565,7 +8565,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=26, **more)
 
 
-class Unusable(Exception):
+class StartupError(Exception):
     """An option's value, or the machine, does not let us start: one clear line, then exit."""
 
     def __init__(self, sentence: str, code: int = 1) -> None:
@@ -8607,7 +8607,7 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
                         reuse_port=options.reuse_port or bool(options.instance),
                         instance=options.instance, sharing=options.sharing, barrier=options.barrier,
                         pseudonym="pkgproxy-" + secrets.token_hex(4),
-                        ca_file=options.ca_file, parents=find_parents(options.parent, os.environ),
+                        ca_file=options.ca_file, parents=parent_proxies(options.parent, os.environ),
                         no_proxy=tuple((os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
                                         ).lower().replace(" ", "").split(",")),
                         adopt=tuple(map(os.path.abspath, options.adopt or ())),
@@ -8631,14 +8631,14 @@ def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
     return tuple(filters)
 
 
-def open_root(config: Config) -> Store:
+def open_store(config: Config) -> Store:
     """The store below the root, made if it is missing; Unusable where it is no folder to read."""
     store = Store(config.root or ".", config.root is not None, config.min_free, config.max_size)
     try:
-        make_folder(store.root)
-        hosts = store.found()
+        make_directory(store.root)
+        hosts = store.list_hosts()
     except OSError as error:
-        raise Unusable("The cache root %s cannot be used: %s. Name another folder with -r." % (
+        raise StartupError("The cache root %s cannot be used: %s. Name another folder with -r." % (
             store.root, error.strerror)) from None
     found = "holds %d host%s" % (len(hosts), "s" if len(hosts) > 1 else "") if hosts else "nothing stored yet"
     log.info("Cache root at %s (%s)", store.root, found)
@@ -8649,11 +8649,11 @@ def open_root(config: Config) -> Store:
             log.info("Adopting what is the same from %s", folder)
         else:
             log.warning("There is no folder %s to adopt packages from. It is looked for again after %d h.",
-                        folder, ADOPT_EVERY // 3600)
+                        folder, ADOPT_SCAN_INTERVAL // 3600)
     return store
 
 
-def check_ways(config: Config) -> None:
+def check_access_settings(config: Config) -> None:
     """Say who may come in, and which way we go out; Unusable where --ca-file holds no certificates."""
     log.info("Clients may come from: %s", ", ".join(config.allow))
     for scheme, parent in config.parents:
@@ -8661,21 +8661,21 @@ def check_ways(config: Config) -> None:
                  ", or directly" if parent.or_direct else "")
     if config.ca_file is not None:
         try:
-            Trust(config.ca_file).context()
+            TrustStore(config.ca_file).context()
         except OSError as error:
-            raise Unusable("The certificates in %s cannot be used: %s." % (
-                config.ca_file, why_not(error))) from None
+            raise StartupError("The certificates in %s cannot be used: %s." % (
+                config.ca_file, explain_error(error))) from None
 
 
-def make_room() -> Room:
+def make_connection_limiter() -> ConnectionLimiter:
     """Room for as many connections as the descriptors allow: each may take four, and one more is parked."""
     if resource is None:
-        return Room(MAX_CONNECTIONS)
+        return ConnectionLimiter(MAX_CONNECTIONS)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return Room(max(4, min(MAX_CONNECTIONS, (soft - 40) // 5 if soft > 0 else MAX_CONNECTIONS)))
+    return ConnectionLimiter(max(4, min(MAX_CONNECTIONS, (soft - 40) // 5 if soft > 0 else MAX_CONNECTIONS)))
 
 
 def inherited_socket(descriptor: int) -> socket.socket:
@@ -8684,7 +8684,7 @@ def inherited_socket(descriptor: int) -> socket.socket:
     if (listening.family not in (socket.AF_INET, socket.AF_INET6)
             or not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
         raise OSError(errno.EINVAL, "it is no listening TCP socket")
-    return ListeningSocket(listening)
+    return NonblockingListener(listening)
 
 
 def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.socket]:
@@ -8694,7 +8694,7 @@ def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.
     ours, count = environment.get("LISTEN_PID") == str(os.getpid()), environment.get("LISTEN_FDS", "")
     handed = range(3, 3 + int(count)) if ours and count.isdecimal() else range(0)
     if config.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
-        raise Unusable("This system has no SO_REUSEPORT: leave out --reuse-port and --instance.")
+        raise StartupError("This system has no SO_REUSEPORT: leave out --reuse-port and --instance.")
     for addr in handed or config.addrs:
         try:
             sockets.append(inherited_socket(addr) if isinstance(addr, int)
@@ -8705,8 +8705,8 @@ def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.
             # Without what create_server adds to it.
             reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]
             what = "the socket %d of systemd: %s." if handed else "%s: %s. Name another with -a."
-            raise Unusable("Cannot listen on " + what % (addr, reason)) from None
-        log.info("Starting proxy server at %s", shown_address(sockets[-1]))
+            raise StartupError("Cannot listen on " + what % (addr, reason)) from None
+        log.info("Starting proxy server at %s", display_address(sockets[-1]))
     return sockets
 
 
@@ -8715,13 +8715,13 @@ def reload_filters(proxy: Proxy) -> None:
     config = proxy.config
     if config.filters_file:
         try:
-            proxy.config = changed(config, filters=load_filters(config.filters_file))
+            proxy.config = replace_fields(config, filters=load_filters(config.filters_file))
         except (OSError, UnicodeDecodeError) as error:
             log.error("The filters file %s cannot be read: %s; the old filters stay", config.filters_file,
                       getattr(error, "strerror", None) or error)
 
 
-def heed_signals() -> queue.SimpleQueue[str]:
+def install_signal_handlers() -> queue.SimpleQueue[str]:
     """From now on the names of the signals that we heed come out of this queue.  A handler may interrupt
     anything: a SimpleQueue bears that, an Event or the log does not."""
     heard: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -8731,48 +8731,48 @@ def heed_signals() -> queue.SimpleQueue[str]:
     return heard
 
 
-class Manager:
+class SystemdNotifier:
     """The service manager that started us, where it wants to be told how we are (systemd, sd_notify(3))."""
 
     def __init__(self, environment: Mapping[str, str], counters: Counters) -> None:
         place = environment.get("NOTIFY_SOCKET", "") if hasattr(socket, "AF_UNIX") else ""
         self._place = "\0" + place[1:] if place.startswith("@") else place
         self._counters = counters
-        watch = (seconds(environment.get("WATCHDOG_USEC")) or 60_000_000) / 1e6  # seconds, then we are killed
-        self._stuck = watch / 2  # seconds without a beat, then we are not well
+        watch = (parse_delta_seconds(environment.get("WATCHDOG_USEC")) or 60_000_000) / 1e6  # seconds, then we are killed
+        self._max_silence = watch / 2  # seconds without a beat, then we are not well
         self.pause = min(1.0, watch / 4)  # seconds, at most, between two calls of ping()
         self._next = 0.0  # monotonic time of the next ping
 
-    def tell(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         """Tell it, if it can be told."""
         if self._place:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(1.0)
                 sock.sendto(text.encode(), self._place)
 
-    def ping(self, beat: float) -> None:
+    def send_watchdog(self, beat: float) -> None:
         """That we are well, where we were so at the monotonic time ``beat``, and what we have done."""
         now = time.monotonic()
-        if self._place and now >= self._next and now - beat < self._stuck:
-            self._next = now + min(self._stuck / 2, STATUS_EVERY)
+        if self._place and now >= self._next and now - beat < self._max_silence:
+            self._next = now + min(self._max_silence / 2, NOTIFY_INTERVAL)
             counted = self._counters.snapshot()
-            found, asked = hits(counted["statsOutcomes"])
-            self.tell("WATCHDOG=1\nSTATUS=%s, %s hits, %s saved" % (
-                many(asked, "request"), percent(found, asked), volume(counted["statsCacheBytes"])))
+            found, asked = hit_counts(counted["statsOutcomes"])
+            self.notify("WATCHDOG=1\nSTATUS=%s, %s hits, %s saved" % (
+                format_count(asked, "request"), format_percent(found, asked), format_bytes(counted["statsCacheBytes"])))
 
     @contextlib.contextmanager
     def reloading(self) -> Iterator[None]:
         """While the filters are read again."""
-        self.tell("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        self.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
         yield
-        self.tell("READY=1")
+        self.notify("READY=1")
 
 
-def wait_for_end(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str],
-                 manager: Manager) -> None:
+def wait_for_shutdown(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str],
+                 manager: SystemdNotifier) -> None:
     """Until SIGTERM or SIGINT; SIGHUP reads the filters again."""
     while True:
-        manager.ping(min(server.beat for server in servers))
+        manager.send_watchdog(min(server.last_iteration for server in servers))
         with contextlib.suppress(queue.Empty):
             name = heard.get(timeout=manager.pause)  # Windows delivers signals between waits only
             if name in ("SIGTERM", "SIGINT"):
@@ -8782,15 +8782,15 @@ def wait_for_end(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQu
                     reload_filters(proxy)
 
 
-def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str], manager: Manager) -> None:
+def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str], manager: SystemdNotifier) -> None:
     """Serve until a signal ends it; running replies get GRACE seconds."""
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    manager.tell("READY=1")
-    wait_for_end(servers, proxy, heard, manager)
-    manager.tell("STOPPING=1")
+    manager.notify("READY=1")
+    wait_for_shutdown(servers, proxy, heard, manager)
+    manager.notify("STOPPING=1")
     log.info("Stopping")
-    deadline = time.monotonic() + GRACE
+    deadline = time.monotonic() + SHUTDOWN_GRACE
     for server in servers:
         server.stop()
     for server in servers:
@@ -8801,7 +8801,7 @@ def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str
     proxy.close()
 
 
-class LogWriter(logging.Handler):
+class QueueLogHandler(logging.Handler):
     """Writes the log in a thread of its own, several lines at a time: where nobody reads it any more (a
     stopped pager, a stuck log driver), lines are lost, and nobody waits."""
 
@@ -8846,7 +8846,7 @@ class LogWriter(logging.Handler):
     def _run(self) -> None:
         while True:
             lines = [self._lines.get()]
-            time.sleep(LOG_PAUSE)
+            time.sleep(LOG_BATCH_DELAY)
             with contextlib.suppress(queue.Empty):
                 while len(lines) < MAX_LOG_LINES:
                     lines.append(self._lines.get_nowait())
@@ -8860,44 +8860,44 @@ class LogWriter(logging.Handler):
                 try:
                     data = data[os.write(2, data):]
                 except BlockingIOError:  # whoever started us wants it so
-                    time.sleep(LOG_PAUSE)
+                    time.sleep(LOG_BATCH_DELAY)
         for line in lines:
             if isinstance(line, threading.Event):
                 line.set()
 
 
-def with_filters(config: Config) -> Config:
+def load_configured_filters(config: Config) -> Config:
     """The configuration with what its filters file says; Unusable."""
     if not config.filters_file:
         log.info("No filters file given")
         return config
     try:
-        return changed(config, filters=load_filters(config.filters_file))
+        return replace_fields(config, filters=load_filters(config.filters_file))
     except (OSError, UnicodeDecodeError) as error:
-        raise Unusable("The filters file %s cannot be read: %s." % (
+        raise StartupError("The filters file %s cannot be read: %s." % (
             config.filters_file, getattr(error, "strerror", None) or error)) from None
 
 
-def run(config: Config, writer: LogWriter) -> None:
+def run(config: Config, writer: QueueLogHandler) -> None:
     """Start, serve, stop; Unusable."""
-    store = open_root(config)
-    config = with_filters(config)
+    store = open_store(config)
+    config = load_configured_filters(config)
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         log.warning("Running as root: an account without privileges is enough, and safer")
-    check_ways(config)
-    heard = heed_signals()
+    check_access_settings(config)
+    heard = install_signal_handlers()
     sockets = open_sockets(config, os.environ)
-    seat = Seat()
-    seat.take(int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid())
+    seat = CPUAffinity()
+    seat.pin(int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid())
     writer.start()
     proxy = Proxy(config, store)
     proxy.start()
-    desk = Desk(proxy, make_room(), writer.write, seat)
+    desk = Dispatcher(proxy, make_connection_limiter(), writer.write, seat)
     serve([ProxyServer(listening, desk) for listening in sockets], proxy, heard,
-          Manager(os.environ, proxy.counters))
+          SystemdNotifier(os.environ, proxy.counters))
 
 
-def is_journal(stream: str) -> bool:
+def stderr_is_journal(stream: str) -> bool:
     """Whether stderr is the journal that systemd names in $JOURNAL_STREAM, which stamps the time itself."""
     with contextlib.suppress(OSError, ValueError):
         info = os.fstat(2)
@@ -8905,7 +8905,7 @@ def is_journal(stream: str) -> bool:
     return False
 
 
-def fill_standard_descriptors() -> None:
+def open_missing_standard_files() -> None:
     """Open what was closed of 0, 1 and 2: the log would go into whatever gets that number."""
     for descriptor in (0, 1, 2):
         try:
@@ -8916,13 +8916,13 @@ def fill_standard_descriptors() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    fill_standard_descriptors()
+    open_missing_standard_files()
     config, level = parse_options(sys.argv[1:] if arguments is None else arguments)
-    writer = LogWriter(not is_journal(os.environ.get("JOURNAL_STREAM", "")))
+    writer = QueueLogHandler(not stderr_is_journal(os.environ.get("JOURNAL_STREAM", "")))
     logging.basicConfig(level=level, format="%(message)s", handlers=[writer])
     try:
         run(config, writer)
-    except Unusable as problem:
+    except StartupError as problem:
         logging.shutdown()  # what was said before stands before
         sys.stderr.write("pkgproxy: %s\n" % problem)
         return problem.code

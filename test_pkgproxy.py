@@ -69,17 +69,17 @@ except ImportError:  # before Python 3.11
 import pkgproxy
 from pkgproxy import (
     Action,
-    BadRequest,
+    BadRequestError,
     CacheStatus,
     Config,
-    Head,
     NameClass,
-    OriginFailure,
-    OriginTimeout,
+    OriginError,
+    OriginTimeoutError,
     Outcome,
     Request,
+    ResponseHead,
     Target,
-    Truncated,
+    TruncatedBodyError,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -128,7 +128,7 @@ def until(predicate, what="what was waited for"):
         time.sleep(0.002)
 
 
-class Page:
+class ScriptedResponse:
     """What a scripted origin answers under one path: as a mirror would, or as told.
 
     ``steps``: instead of a well-behaved answer, these bytes and gates in turn, then the connection
@@ -150,7 +150,7 @@ class Page:
             setattr(self, name, setting)
 
 
-class Origin:
+class ScriptedOrigin:
     """A scripted origin on loopback.  It speaks HTTP by itself, so that it can also speak it badly."""
 
     def __init__(self, address="127.0.0.1", context=None):
@@ -244,7 +244,7 @@ class Origin:
         page = self.pages.get(target) or self.pages.get(target.partition("?")[0])
         if isinstance(page, list):  # one after another, the last for ever
             return page.pop(0) if len(page) > 1 else page[0]
-        return page or Page(b"not here\n", 404, etag="", modified="")
+        return page or ScriptedResponse(b"not here\n", 404, etag="", modified="")
 
     def _read_body(self, file, fields):
         if fields.get("transfer-encoding") == "chunked":
@@ -258,7 +258,7 @@ class Origin:
         return file.read(int(fields.get("content-length", 0)))
 
     def _behave(self, connection, method, fields, page):
-        """Answer like a mirror: conditions, single ranges."""
+        """ClientResponse like a mirror: conditions, single ranges."""
         status, body, head = page.status, page.body, list(page.fields)
         head += [("ETag", page.etag)] if page.etag else []
         head += [("Last-Modified", page.modified)] if page.modified else []
@@ -295,7 +295,7 @@ class Origin:
             connection.sendall(b"0\r\n\r\n")
 
 
-class Answer:
+class ClientResponse:
     """What a client got."""
 
     def __init__(self, response):
@@ -358,7 +358,7 @@ class ProxyCase(unittest.TestCase):
         os.mkdir(self.root)
         self.threads = threading.active_count()
         self.addCleanup(self._no_threads_left)
-        self.origin = Origin()
+        self.origin = ScriptedOrigin()
         self.addCleanup(self.origin.close)
         self.start()
 
@@ -375,8 +375,8 @@ class ProxyCase(unittest.TestCase):
         self._serving.start()
 
     def server_of(self, proxy):
-        return pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Desk(
-            proxy, pkgproxy.Room(pkgproxy.MAX_CONNECTIONS), told))
+        return pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Dispatcher(
+            proxy, pkgproxy.ConnectionLimiter(pkgproxy.MAX_CONNECTIONS), told))
 
     def stop(self):
         self.server.shutdown()
@@ -387,8 +387,8 @@ class ProxyCase(unittest.TestCase):
 
     def settle(self):
         """Wait until no reply, no flight and no validation in the background is under way."""
-        until(lambda: not self.server.replies_running and not self.proxy._barrier.count()
-              and self.proxy._refresher._running._value == pkgproxy.MAX_REFRESHERS, "the end of replies")
+        until(lambda: not self.server.replies_running and not self.proxy._barrier.in_flight()
+              and self.proxy._refresher._running._value == pkgproxy.MAX_BACKGROUND_VALIDATIONS, "the end of replies")
 
     def _no_threads_left(self):
         until(lambda: threading.active_count() <= self.threads, "the end of all threads")
@@ -407,7 +407,7 @@ class ProxyCase(unittest.TestCase):
         with self.connection() as connection:
             fields = {name.replace("_", "-"): text for name, text in fields.items()}
             connection.request(method, url, body, {"Connection": "close", **fields})
-            return Answer(connection.getresponse())
+            return ClientResponse(connection.getresponse())
 
     def ask_together(self, path, count):
         """The answers to several clients at once."""
@@ -422,7 +422,7 @@ class ProxyCase(unittest.TestCase):
     def own(self, path):
         with self.connection() as connection:
             connection.request("GET", path, headers={"Connection": "close"})
-            return Answer(connection.getresponse())
+            return ClientResponse(connection.getresponse())
 
     def raw(self, data, until_closed=True):
         """Send bytes, return all that comes until the proxy closes."""
@@ -438,13 +438,13 @@ class ProxyCase(unittest.TestCase):
     def counters(self):
         self.settle()
         now = time.monotonic()
-        until(lambda: self.server.beat > now, "a turn of the loop")  # which counts after it has sent
+        until(lambda: self.server.last_iteration > now, "a turn of the loop")  # which counts after it has sent
         return self.proxy.counters.snapshot()
 
     def files(self):
         """The visible tree: {name below the root: bytes}."""
         return {str(path.relative_to(self.root)): path.read_bytes() for path in Path(self.root).rglob("*")
-                if path.is_file() and pkgproxy.BOOKS not in path.parts}
+                if path.is_file() and pkgproxy.METADATA_FOLDER not in path.parts}
 
     def place(self, name):
         return "127.0.0.1:%d/%s" % (self.origin.port, name)
@@ -526,7 +526,7 @@ class ProxyProcess:
 
 
 @contextlib.contextmanager
-def deaf_address():
+def unresponsive_address():
     """An address whose queue is full: it answers no more."""
     with contextlib.ExitStack() as stack:
         deaf = stack.enter_context(socket.socket())
@@ -562,15 +562,15 @@ def request(uri="http://a/x", method="GET", received=CLOCK, **fields):
 
 def forward(*arguments, **more):
     """A Forward for a client on this host."""
-    return pkgproxy.Forward(*arguments, near=True, **more)
+    return pkgproxy.OriginRequest(*arguments, client_is_local=True, **more)
 
 
 def receive(store, head, length):
     """A partial that is begun."""
-    partial = pkgproxy.Partials(store).claim(head.key)
+    partial = pkgproxy.PartialStore(store).open_for_writing(head.key)
     try:
-        partial.begin(head, length)
-    except pkgproxy.LocalFailure:
+        partial.start(head, length)
+    except pkgproxy.StorageError:
         partial.discard()
         partial.release()
         raise
@@ -580,8 +580,8 @@ def receive(store, head, length):
 def stored(uri="http://a/x", received=CLOCK, vary=(), size=10, **fields):
     """A stored Head."""
     pairs = tuple((name.replace("_", "-"), text) for name, text in fields.items())
-    return Head(200, "OK", pairs, key=pkgproxy.cache_key(pkgproxy.parse_target(uri)), vary=vary,
-                requested=received, received=received, size=size)
+    return ResponseHead(200, "OK", pairs, key=pkgproxy.cache_key(pkgproxy.parse_target(uri)), vary=vary,
+                request_time=received, response_time=received, size=size)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -589,7 +589,7 @@ def stored(uri="http://a/x", received=CLOCK, vary=(), size=10, **fields):
 # ---------------------------------------------------------------------------------------------
 
 
-class HouseTest(unittest.TestCase):
+class StructureTest(unittest.TestCase):
     """Structure, promises and budgets."""
 
     FORWARD = {("Partial", "Store"), ("ProxyHandler", "ProxyServer")}  # annotations
@@ -623,7 +623,7 @@ class HouseTest(unittest.TestCase):
         self.assertGreater(len(used), 10)
         self.assertLessEqual(used - {None}, fields)
         before = Target("http", "a", 80, "/")
-        self.assertEqual(pkgproxy.changed(before, path="/x"), dataclasses.replace(before, path="/x"))
+        self.assertEqual(pkgproxy.replace_fields(before, path="/x"), dataclasses.replace(before, path="/x"))
         self.assertEqual(before.path, "/")
 
     def test_store_and_barrier_do_not_know_each_other(self):
@@ -691,7 +691,7 @@ class MessageRulesTest(unittest.TestCase):
                 if isinstance(expected, tuple):
                     self.assertEqual(pkgproxy.parse_request_line(line), expected)
                 else:
-                    with self.assertRaises(BadRequest) as caught:
+                    with self.assertRaises(BadRequestError) as caught:
                         pkgproxy.parse_request_line(line)
                     self.assertEqual(caught.exception.status, expected)
 
@@ -722,10 +722,10 @@ class MessageRulesTest(unittest.TestCase):
                 ((("Transfer-Encoding", ""),), 400)):
             with self.subTest(fields=fields):
                 if expected == 400:
-                    self.assertRaises(BadRequest, pkgproxy.request_framing, (1, 1), fields)
+                    self.assertRaises(BadRequestError, pkgproxy.request_framing, (1, 1), fields)
                 else:
                     self.assertEqual(pkgproxy.request_framing((1, 1), fields), expected)
-        self.assertRaises(BadRequest, pkgproxy.request_framing, (1, 0), (("Transfer-Encoding", "chunked"),))
+        self.assertRaises(BadRequestError, pkgproxy.request_framing, (1, 0), (("Transfer-Encoding", "chunked"),))
 
     def test_hop_by_hop_fields_go_and_the_rest_stays_in_order(self):
         fields = (("A", "1"), ("Connection", "close, X-Hop"), ("x-hop", "2"), ("B", "3"), ("Keep-Alive", "4"),
@@ -735,7 +735,7 @@ class MessageRulesTest(unittest.TestCase):
     def test_forwarding_does_not_touch_the_request_and_adds_after_it_removes(self):
         asked = request("http://u:p@a:8080/x", Connection="Via", Via="1.0 b", Accept_Encoding="gzip", Range="bytes=1-")
         before = asked.fields
-        fields = pkgproxy.forward_fields(asked, Config(pseudonym="me"), identity=True)
+        fields = pkgproxy.origin_request_fields(asked, Config(pseudonym="me"), identity=True)
         self.assertEqual(asked.fields, before)
         self.assertEqual(fields, (("Host", "a:8080"), ("Accept-Encoding", "identity"), ("Via", "1.0 b, 1.1 me")))
 
@@ -750,7 +750,7 @@ class MessageRulesTest(unittest.TestCase):
                 ((1, 1), 200, 5, F.LENGTH), ((1, 1), 200, 0, F.LENGTH), ((1, 1), 200, None, F.CHUNKED),
                 ((1, 0), 200, None, F.CLOSE), ((1, 1), 304, 5, F.NONE), ((1, 1), 204, None, F.NONE)):
             asked = Request("GET", "/", Target("http", "a", 80, "/"), (), version)
-            self.assertIs(pkgproxy.reply_framing(asked, Head(status, "", ()), length), expected)
+            self.assertIs(pkgproxy.response_framing(asked, ResponseHead(status, "", ()), length), expected)
 
     def test_cache_status_says_what_happened(self):
         for status, expected in (
@@ -903,17 +903,17 @@ class PatternTest(unittest.TestCase):
         chance, fragments = random.Random("pieces " + os.environ.get("PKGPROXY_CHAOS_SEED", "1")), self.fragments()
 
         def take(text):
-            with contextlib.suppress(pkgproxy.Failure, ValueError):
+            with contextlib.suppress(pkgproxy.ProxyError, ValueError):
                 asked = pkgproxy.parse_request(["GET %s HTTP/1.1" % text, "Host: a"], ("10.0.0.1", 9999))
                 pkgproxy.decide(asked, None, Config(), CLOCK)
-                pkgproxy.common_name(asked.key)
-                pkgproxy.shown(asked.uri)
+                pkgproxy.shareable_name(asked.key)
+                pkgproxy.loggable_uri(asked.uri)
             fields = (("Cache-Control", text), ("ETag", text), ("Last-Modified", text), ("Content-Range", text), ("Vary", text))
-            head = Head(206, "", fields)
-            for read in (pkgproxy.freshness_lifetime, pkgproxy.current_age, pkgproxy.is_rest):
+            head = ResponseHead(206, "", fields)
+            for read in (pkgproxy.freshness_lifetime, pkgproxy.current_age, pkgproxy.is_remainder):
                 with contextlib.suppress(ValueError):
-                    read(head, *{"current_age": (CLOCK,), "is_rest": (head, None, 1)}.get(read.__name__, ()))
-            pkgproxy.evaluate(Request("GET", "/", Target("http", "a", 80, "/"), (("If-None-Match", text),)), head)
+                    read(head, *{"current_age": (CLOCK,), "is_remainder": (head, None, 1)}.get(read.__name__, ()))
+            pkgproxy.evaluate_preconditions(Request("GET", "/", Target("http", "a", 80, "/"), (("If-None-Match", text),)), head)
 
         for number in range(400):
             units = chance.sample(fragments, chance.randrange(1, 4))
@@ -930,8 +930,8 @@ class PatternTest(unittest.TestCase):
     def test_a_name_that_no_file_system_holds_has_no_class(self):
         for path, known in (("/a_%s.deb", NameClass.PACKAGE), ("/Contents-%s", NameClass.INDEX), ("/dists/%s/Release", NameClass.INDEX),
                             ("/by-hash/%s/" + "0" * 64, NameClass.CONTENT)):
-            self.assertIs(pkgproxy.classify("http://a" + path % ("1" * 200)), known)
-            self.assertIs(pkgproxy.classify("http://a" + path % ("1" * 256)), NameClass.OTHER)
+            self.assertIs(pkgproxy.classify_name("http://a" + path % ("1" * 200)), known)
+            self.assertIs(pkgproxy.classify_name("http://a" + path % ("1" * 256)), NameClass.OTHER)
 
 
 class MemoryTest(unittest.TestCase):
@@ -941,13 +941,13 @@ class MemoryTest(unittest.TestCase):
         def ask(number):
             lines = ["GET http://a.test/%d%s/x_1.0_all.deb HTTP/1.1" % (number, "x" * 15000), "Host: a.test", "If-Modified-Since: %d%s" % (number, "x" * 15000)]
             asked = pkgproxy.parse_request(lines)
-            head = Head(200, "", (("Expires", "%d%s" % (number, "x" * 15000)), ("Connection", "%d%s" % (number, "x" * 15000))))
+            head = ResponseHead(200, "", (("Expires", "%d%s" % (number, "x" * 15000)), ("Connection", "%d%s" % (number, "x" * 15000))))
             pkgproxy.decide(asked, None, Config(), CLOCK)
-            pkgproxy.common_name(asked.key)
-            pkgproxy.file_names(asked.key)
-            pkgproxy.shown(asked.uri)
-            pkgproxy.evaluate(asked, head)
-            pkgproxy.kept_fields(head.fields)
+            pkgproxy.shareable_name(asked.key)
+            pkgproxy.cache_file_names(asked.key)
+            pkgproxy.loggable_uri(asked.uri)
+            pkgproxy.evaluate_preconditions(asked, head)
+            pkgproxy.storable_fields(head.fields)
 
         ask(-1)
         tracemalloc.start()
@@ -964,12 +964,12 @@ class ChunkTest(unittest.TestCase):
     """Chunked bodies, however they are cut."""
 
     def reader(self, data):
-        return pkgproxy.ChunkReader(io.BufferedReader(io.BytesIO(data), 64 * 1024))
+        return pkgproxy.ChunkedReader(io.BufferedReader(io.BytesIO(data), 64 * 1024))
 
     def test_small_chunks_are_read_together(self):
         body = os.urandom(20 * 10_000)
         reader = self.reader(b"".join(b"14;a=b\r\n%s\r\n" % body[at:at + 20] for at in range(0, len(body), 20)) + b"0\r\n\r\n")
-        pieces = list(iter(lambda: reader.read(pkgproxy.CHUNK), b""))
+        pieces = list(iter(lambda: reader.read(pkgproxy.COPY_SIZE), b""))
         self.assertEqual(b"".join(pieces), body)
         self.assertLess(len(pieces), 50)
 
@@ -980,7 +980,7 @@ class ChunkTest(unittest.TestCase):
             reader = self.reader(b"".join(b"%X%s\r\n%s\r\n" % (len(piece), chance.choice((b"", b" ", b";x=y")), piece) for piece in pieces)
                                  + b"0\r\nX: y\r\n\r\n")
             found = []
-            while data := reader.read(chance.choice((1000, 40_000, pkgproxy.CHUNK))):
+            while data := reader.read(chance.choice((1000, 40_000, pkgproxy.COPY_SIZE))):
                 found.append(data)
             self.assertEqual((b"".join(found), reader.ended), (b"".join(pieces), True))
 
@@ -989,15 +989,15 @@ class ChunkTest(unittest.TestCase):
             with self.subTest(chunk[:9]):
                 reader = self.reader(chunk * (1 + (1 << 20) // len(chunk)) + b"0\r\n\r\n")
                 with self.assertRaisesRegex(ValueError, "chunks too small for their framing"):
-                    while reader.read(pkgproxy.CHUNK):
+                    while reader.read(pkgproxy.COPY_SIZE):
                         pass
 
     def test_what_is_wrong_behind_small_chunks_is_found(self):
         for end in (b"3\r\nabcd\r\n", b"x\r\n", b"3\r\nab", b"-1\r\n", b"0\r\n"):
             reader = self.reader(b"2\r\nab\r\n" * 9 + end)
-            self.assertEqual(reader.read(pkgproxy.CHUNK), b"ab" * 9)
+            self.assertEqual(reader.read(pkgproxy.COPY_SIZE), b"ab" * 9)
             with self.assertRaises(ValueError):
-                while reader.read(pkgproxy.CHUNK):
+                while reader.read(pkgproxy.COPY_SIZE):
                     pass
 
 
@@ -1018,7 +1018,7 @@ class NameRulesTest(unittest.TestCase):
                 if expected:
                     self.assertEqual(pkgproxy.parse_target(uri), Target(*expected))
                 else:
-                    self.assertRaises(BadRequest, pkgproxy.parse_target, uri)
+                    self.assertRaises(BadRequestError, pkgproxy.parse_target, uri)
 
     def test_ways_in(self):
         """What is a target, behind a prefix or not, and what is one of our own pages."""
@@ -1055,25 +1055,25 @@ class NameRulesTest(unittest.TestCase):
                 ("/../http://deb.test/x", proxy, None, ""), ("/ftp://deb.test/x", proxy, None, "")):
             with self.subTest(uri=uri, host=host):
                 target = target and pkgproxy.parse_target(target)
-                self.assertEqual(pkgproxy.request_target("GET", uri, host, ("10.0.0.1", 9999)), (target, prefix))
+                self.assertEqual(pkgproxy.parse_request_target("GET", uri, host, ("10.0.0.1", 9999)), (target, prefix))
         for uri in ("/http://a b/", "/http://a%0D%0Ab/x", "/https://a:99999/x", "/http://.pkgproxy/x", "/http://..%2f/x"):
-            self.assertRaises(BadRequest, pkgproxy.request_target, "GET", uri, proxy, ("10.0.0.1", 9999))
+            self.assertRaises(BadRequestError, pkgproxy.parse_request_target, "GET", uri, proxy, ("10.0.0.1", 9999))
 
     def test_on_port_80_our_own_pages_win(self):
         for uri, own in (("/", True), ("/debug/vars", True), ("/healthz?x", True), ("/debian/x", False), ("/metrics/x", False)):
-            target, _ = pkgproxy.request_target("GET", uri, "proxy.test", ("10.0.0.1", 80))
+            target, _ = pkgproxy.parse_request_target("GET", uri, "proxy.test", ("10.0.0.1", 80))
             self.assertEqual(target is None, own, uri)
 
     def test_a_redirect_leads_through_the_prefix_again(self):
         for prefix, location, expected in (
                 ("", "https://b/x", "https://b/x"), ("/", "https://b/x?y#z", "/https://b/x?y"), ("/", "../z", "/http://a/z"), ("/", "//b/z", "/http://b/z"),
                 ("/", "ftp://b/z", "ftp://b/z"), ("http://HTTPS///", "https://b:444/x", "http://HTTPS///b:444/x"), ("http://HTTPS///", "http://b/x", "http://b/x")):
-            asked = pkgproxy.dataclasses.replace(request("http://a/x/y"), prefix=prefix)
-            head = Head(302, "Found", (("Location", location), ("Set-Cookie", "a=b")))
-            fields = pkgproxy.relayed_fields(head, asked)
-            self.assertEqual(pkgproxy.value(fields, "Location"), expected)
-            self.assertEqual(pkgproxy.value(fields, "Set-Cookie"), None if prefix else "a=b")
-            self.assertEqual(pkgproxy.value(fields, "Content-Security-Policy"), "sandbox" if prefix else None)
+            asked = pkgproxy.dataclasses.replace(request("http://a/x/y"), client_prefix=prefix)
+            head = ResponseHead(302, "Found", (("Location", location), ("Set-Cookie", "a=b")))
+            fields = pkgproxy.client_fields(head, asked)
+            self.assertEqual(pkgproxy.field_value(fields, "Location"), expected)
+            self.assertEqual(pkgproxy.field_value(fields, "Set-Cookie"), None if prefix else "a=b")
+            self.assertEqual(pkgproxy.field_value(fields, "Content-Security-Policy"), "sandbox" if prefix else None)
 
     def test_links_lead_through_the_prefix_again(self):
         html, pypi, npm = "text/html", "application/vnd.pypi.simple.v1+json", "application/json"
@@ -1088,20 +1088,20 @@ class NameRulesTest(unittest.TestCase):
                 (pypi, page, "/", b'{"url":"/x","y":"\\"url\\": \\"/x"}', b'{"url":"http://us/https://a:444/x","y":"\\"url\\": \\"/x"}'),
                 (npm, "https://a/@s%2fx", "/", b'{"tarball":"https://a/x.tgz","url":"https://b/"}', b'{"tarball":"http://us/https://a/x.tgz","url":"https://b/"}'),
                 (npm, "https://a/x", "http://HTTPS///", b'{"tarball":"https://a/x.tgz"}', None)):
-            asked = pkgproxy.dataclasses.replace(request(path), prefix=prefix)
-            links = pkgproxy.links_of(asked, Head(200, "OK", (("Content-Type", media + "; charset=utf-8"),)))
+            asked = pkgproxy.dataclasses.replace(request(path), client_prefix=prefix)
+            links = pkgproxy.link_pattern_for(asked, ResponseHead(200, "OK", (("Content-Type", media + "; charset=utf-8"),)))
             with self.subTest(text=text):
                 self.assertEqual(links is None, media == "text/plain" or prefix != "/" or path == "https://a/x")
                 for size in (1, 7, len(text)) if links else ():
                     for before in (0, 60, 63, 200):
                         whole = b" " * before + text
                         pieces = [whole[at:at + size] for at in range(0, len(whole), size)]
-                        found = list(pkgproxy.with_links(pieces, links, us, asked.target))
+                        found = list(pkgproxy.rewrite_links(pieces, links, us, asked.target))
                         self.assertEqual(b"".join(found).strip(), text if expected is None else expected)
                         self.assertNotIn(b"", found)
-        coded = Head(200, "OK", (("Content-Type", npm), ("Content-Encoding", "gzip")))
-        for head in (coded, Head(404, "No", (("Content-Type", npm),))):
-            self.assertIsNone(pkgproxy.links_of(pkgproxy.dataclasses.replace(request("https://a/x"), prefix="/"), head))
+        coded = ResponseHead(200, "OK", (("Content-Type", npm), ("Content-Encoding", "gzip")))
+        for head in (coded, ResponseHead(404, "No", (("Content-Type", npm),))):
+            self.assertIsNone(pkgproxy.link_pattern_for(pkgproxy.dataclasses.replace(request("https://a/x"), client_prefix="/"), head))
 
     def test_a_cache_key_has_one_form(self):
         for uri, key in (
@@ -1125,7 +1125,7 @@ class NameRulesTest(unittest.TestCase):
     def test_no_key_leaves_its_hosts_folder(self):
         for uri in self.HOSTILE:
             for windows in (False, True):
-                for name in pkgproxy.file_names(pkgproxy.cache_key(pkgproxy.parse_target(uri)), windows):
+                for name in pkgproxy.cache_file_names(pkgproxy.cache_key(pkgproxy.parse_target(uri)), windows):
                     if name is None:
                         continue
                     with self.subTest(uri=uri[:40], name=name[:80]):
@@ -1144,7 +1144,7 @@ class NameRulesTest(unittest.TestCase):
                 "http://a/%5E", "http://a/X", "http://a/x/y", "http://a/x%2Fy", "http://a/x?y", "http://a/x?y/",
                 "http://a/x?y%2F", "http://https/a/x", "http://a/con", "http://a/x.", "http://a/x:y", "http://a/x%3Ay"]
         for windows in (False, True):
-            names = [name for key in keys for name in pkgproxy.file_names(key, windows)]
+            names = [name for key in keys for name in pkgproxy.cache_file_names(key, windows)]
             self.assertEqual(len(names), len(set(names)))
 
     def test_names_are_the_origins_where_they_can_be(self):
@@ -1154,8 +1154,8 @@ class NameRulesTest(unittest.TestCase):
                 ("http://a/metalink?repo=f-42&arch=x", "a/metalink?repo=f-42&arch=x"),
                 ("https://a/x", "https^a/x"), ("http://a/", "a/^"), ("http://a/x//y", "a/x/^/y"),
                 ("http://a/" + "x" * 250, None)):
-            self.assertEqual(pkgproxy.file_names(key)[0], name)
-        self.assertEqual(pkgproxy.file_names("http://a:8080/con/x:y?z.", True)[0], "a^3A8080/^63on/x^3Ay^3Fz^2E")
+            self.assertEqual(pkgproxy.cache_file_names(key)[0], name)
+        self.assertEqual(pkgproxy.cache_file_names("http://a:8080/con/x:y?z.", True)[0], "a^3A8080/^63on/x^3Ay^3Fz^2E")
 
     HEX = "0123456789abcdef" * 4
     CLASSES = {
@@ -1214,7 +1214,7 @@ class NameRulesTest(unittest.TestCase):
         for expected, paths in self.CLASSES.items():
             for path in paths:
                 with self.subTest(path=path):
-                    self.assertIs(pkgproxy.classify("http://mirror.example.org" + path), expected)
+                    self.assertIs(pkgproxy.classify_name("http://mirror.example.org" + path), expected)
 
     def test_a_digest_is_believed_only_where_it_is_that_of_the_very_body(self):
         for path, algorithm in (
@@ -1229,7 +1229,7 @@ class NameRulesTest(unittest.TestCase):
                 ("/14.1-RELEASE/amd64/f/%s.gz" % self.HEX, None), ("/latest/blobs/x/sha256:" + self.HEX, None)):
             with self.subTest(path=path):
                 expected = (algorithm, self.HEX * (2 if algorithm == "sha512" else 1)) if algorithm else None
-                self.assertEqual(pkgproxy.digest_of("http://a" + path), expected)
+                self.assertEqual(pkgproxy.digest_in_name("http://a" + path), expected)
 
     def test_a_name_means_the_same_file_on_each_mirror_or_nothing(self):
         for path, name in (
@@ -1240,7 +1240,7 @@ class NameRulesTest(unittest.TestCase):
                 ("/dists/x/InRelease", ""), ("/core.db", ""), ("/m/@v/v1.2.3.zip", ""), ("/repo/deltas/Bw/abc-def/superblock", ""),
                 ("/repo/deltas/Bw/abc-def/0", ""), ("/x_1.0_all.deb?token=1", ""), ("/latest/x_1.0_all.deb", ""), ("/x.iso", "")):
             with self.subTest(path=path):
-                self.assertEqual(pkgproxy.common_name("http://a" + path), name)
+                self.assertEqual(pkgproxy.shareable_name("http://a" + path), name)
 
     def test_two_mirrors_are_their_folders_never_less_than_their_hosts(self):
         for one, other, folders in (
@@ -1248,11 +1248,11 @@ class NameRulesTest(unittest.TestCase):
                 ("http://a/b_1.deb", "https://a/b_1.deb", ("http://a", "https://a")),
                 ("http://a/x/b_1.deb", "http://a/y/b_1.deb", ("http://a/x", "http://a/y")),
                 ("http://a/x/b%2F1.deb", "http://b/x/b_1.deb", ("http://a/x/b%2F1.deb", "http://b/x/b_1.deb"))):
-            self.assertEqual(pkgproxy.mirror_folders(one, other), folders)
+            self.assertEqual(pkgproxy.mirror_prefixes(one, other), folders)
 
     def test_a_query_does_not_make_the_class(self):
-        self.assertIs(pkgproxy.classify("http://a/metalink?repo=curl-1.0.rpm"), NameClass.INDEX)
-        self.assertIs(pkgproxy.classify("http://a/x?file=/curl_1.0_all.deb"), NameClass.OTHER)
+        self.assertIs(pkgproxy.classify_name("http://a/metalink?repo=curl-1.0.rpm"), NameClass.INDEX)
+        self.assertIs(pkgproxy.classify_name("http://a/x?file=/curl_1.0_all.deb"), NameClass.OTHER)
 
     def test_filters_are_searched_and_bad_lines_are_told(self):
         filters, complaints = pkgproxy.parse_filters(
@@ -1269,12 +1269,12 @@ class NameRulesTest(unittest.TestCase):
                 ("2001:db8::1", ("private",), False), ("2001:db8::1", ("all",), True), ("8.8.8.8", ("all",), True),
                 ("203.0.113.9", ("203.0.113.0/24",), True), ("nonsense", ("all",), False)):
             with self.subTest(address=address, allow=allow):
-                self.assertEqual(pkgproxy.may_come_in(address, allow), expected)
+                self.assertEqual(pkgproxy.is_client_allowed(address, allow), expected)
         self.assertRaises(ValueError, pkgproxy.parse_networks, ["lan"])
 
     def test_parents_come_from_the_option_or_the_environment(self):
         def found(option, **environment):
-            return [(scheme, parent.place.authority, parent.or_direct) for scheme, parent in pkgproxy.find_parents(option, environment)]
+            return [(scheme, parent.place.authority, parent.or_direct) for scheme, parent in pkgproxy.parent_proxies(option, environment)]
 
         web, tls = ("http", "p.test:3128", False), ("https", "p.test:3128", False)
         for option, environment, expected in (
@@ -1289,11 +1289,11 @@ class NameRulesTest(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, "http_proxy: a parent proxy is written") as caught:
                 found(None, http_proxy=bad)
             self.assertNotIn("secret", str(caught.exception))
-        self.assertEqual(pkgproxy.parse_parent("http://me:p%40w@p.test").fields, (("Proxy-Authorization", "Basic bWU6cEB3"),))
-        self.assertEqual(pkgproxy.parse_parent("http://me@p.test").fields, (("Proxy-Authorization", "Basic bWU6"),), "me: and no password")
+        self.assertEqual(pkgproxy.parse_parent_proxy("http://me:p%40w@p.test").fields, (("Proxy-Authorization", "Basic bWU6cEB3"),))
+        self.assertEqual(pkgproxy.parse_parent_proxy("http://me@p.test").fields, (("Proxy-Authorization", "Basic bWU6"),), "me: and no password")
 
     def test_what_is_asked_without_the_parent(self):
-        parent = pkgproxy.parse_parent("p.test:3128")
+        parent = pkgproxy.parse_parent_proxy("p.test:3128")
         for entries, uri, through in (
                 ("", "http://a.test/", True), ("", "https://a.test/", True), ("", "http://localhost/", False), ("", "http://127.0.0.9/", False),
                 ("", "http://[::1]/", False), ("", "http://169.254.1.1/", False), ("", "http://10.0.0.1/", True), ("*", "http://a.test/", False),
@@ -1304,10 +1304,10 @@ class NameRulesTest(unittest.TestCase):
                 ("2001:db8::/32", "http://[2001:db8::1]/", False), ("[2001:db8::1]:80", "http://[2001:db8::1]/", False), ("x,a.test", "http://a.test/", False)):
             with self.subTest(entries=entries, uri=uri):
                 config = Config(parents=(("http", parent), ("https", parent)), no_proxy=tuple(entries.split(",")))
-                self.assertEqual(pkgproxy.parent_for(pkgproxy.parse_target(uri), config) is not None, through)
+                self.assertEqual(pkgproxy.parent_proxy_for(pkgproxy.parse_target(uri), config) is not None, through)
 
     def test_text_from_outside_is_harmless_in_a_log(self):
-        self.assertEqual(pkgproxy.printable("a\x1b[31m\r\n\x9bb"), r"a\x1b[31m\x0d\x0a\x9bb")
+        self.assertEqual(pkgproxy.escape_control("a\x1b[31m\r\n\x9bb"), r"a\x1b[31m\x0d\x0a\x9bb")
 
 
 class CacheRulesTest(unittest.TestCase):
@@ -1380,7 +1380,7 @@ class CacheRulesTest(unittest.TestCase):
                 ("http://a/x", {"Cache_Control": "proxy-revalidate"}, False), ("http://a/x", {"Cache_Control": "s-maxage=1"}, False),
                 ("http://a/x", {"Cache_Control": "no-cache"}, False)):
             head = stored(uri, **fields)
-            self.assertEqual(pkgproxy.may_be_stale(pkgproxy.decide(request(uri), head, Config(), CLOCK), head), expected, fields)
+            self.assertEqual(pkgproxy.may_serve_stale_on_error(pkgproxy.decide(request(uri), head, Config(), CLOCK), head), expected, fields)
 
     def test_what_a_method_makes_invalid(self):
         for method, status, fields, expected in (
@@ -1407,13 +1407,13 @@ class CacheRulesTest(unittest.TestCase):
                 (0, 200, {"Content_Length": "10"}, False), (0, 404, {"Content_Length": "10"}, False)):
             with self.subTest(offset=offset, status=status, fields=fields):
                 answer = pkgproxy.dataclasses.replace(stored(**fields), status=status)
-                self.assertEqual(pkgproxy.is_rest(answer, head, 10, offset), expected)
+                self.assertEqual(pkgproxy.is_remainder(answer, head, 10, offset), expected)
 
         dated = stored(Last_Modified=DATE)
         for fields, expected in (({"Last_Modified": DATE}, True), ({}, True), ({"ETag": '"new"'}, False),
                                  ({"Last_Modified": "Sun, 06 Nov 1994 08:49:38 GMT"}, False)):
             answer = pkgproxy.dataclasses.replace(stored(Content_Range="bytes 4-9/10", **fields), status=206)
-            self.assertEqual(pkgproxy.is_rest(answer, dated, 10, 4), expected, fields)
+            self.assertEqual(pkgproxy.is_remainder(answer, dated, 10, 4), expected, fields)
 
     def test_strong_validators(self):
         later = "Sun, 06 Nov 1994 08:50:37 GMT"
@@ -1424,9 +1424,9 @@ class CacheRulesTest(unittest.TestCase):
     def test_huge_fields_are_read_once(self):
         """Each took seconds: patterns that try again from every place."""
         self.assertRaises(ValueError, pkgproxy.parse_fields, ["X:" + " " * 16000 + "\x01"] * 4)
-        pkgproxy.directives((("Cache-Control", '"' + '\\"' * 8000),))
-        pkgproxy.directives((("Cache-Control", 'a="' + '\\",a="' * 8000),))
-        self.assertIs(pkgproxy.classify("http://a/a" + ".sig" * 3900), NameClass.OTHER)
+        pkgproxy.cache_directives((("Cache-Control", '"' + '\\"' * 8000),))
+        pkgproxy.cache_directives((("Cache-Control", 'a="' + '\\",a="' * 8000),))
+        self.assertIs(pkgproxy.classify_name("http://a/a" + ".sig" * 3900), NameClass.OTHER)
 
     def test_without_heuristics_what_has_no_freshness_is_asked_again(self):
         self.assertEqual(self.decide(request(), stored(), config=Config(heuristics=False)), (Action.VALIDATE, "stale"))
@@ -1467,10 +1467,10 @@ class CacheRulesTest(unittest.TestCase):
                 (other, {}, {"Cache_Control": "max-age=0", "ETag": '"x"'}, ""), (other, {}, {}, ""),
                 ("http://a/x?y", {}, {}, "neither fresh nor validated")):
             with self.subTest(uri=uri, fields=fields, head=head):
-                self.assertEqual(pkgproxy.not_storable(request(uri, **fields), stored(uri, **head), Config()), reason)
+                self.assertEqual(pkgproxy.why_not_storable(request(uri, **fields), stored(uri, **head), Config()), reason)
         for method, status in (("HEAD", 200), ("POST", 200), ("GET", 206), ("GET", 404), ("GET", 203), ("GET", 302)):
             head = pkgproxy.dataclasses.replace(stored(package), status=status)
-            self.assertTrue(pkgproxy.not_storable(request(package, method), head, Config()))
+            self.assertTrue(pkgproxy.why_not_storable(request(package, method), head, Config()))
 
     def test_freshness_lifetime(self):
         for fields, expected in (
@@ -1495,7 +1495,7 @@ class CacheRulesTest(unittest.TestCase):
                 ({}, 0, 0, -99, 2**31),  # received in the future: a clock was wrong, and nobody knows
                 ({"Date": "Sun, 06 Nov 1994 08:49:07 GMT"}, 0, 0, 5, 35), ({"Date": "Sun, 06 Nov 1994 09:49:37 GMT"}, 0, 0, 5, 5)):
             with self.subTest(fields=fields, now=now):
-                head = pkgproxy.dataclasses.replace(stored(**fields), requested=CLOCK + requested, received=CLOCK + received)
+                head = pkgproxy.dataclasses.replace(stored(**fields), request_time=CLOCK + requested, response_time=CLOCK + received)
                 self.assertEqual(pkgproxy.current_age(head, CLOCK + now), expected)
 
     def test_dates(self):
@@ -1510,10 +1510,10 @@ class CacheRulesTest(unittest.TestCase):
         head = stored(ETag='"x"', Content_Type="a/b", X="old", Expires="0", Age="99", Content_Encoding="gzip")
         answer = stored(received=CLOCK + 9, ETag='W/"x"', Content_Type="c/d", Content_Length="0", X="new", Connection="Y", Y="1",
                         Content_Encoding="br", Content_Range="bytes 0-0/1", Set_Cookie="a")
-        new = pkgproxy.freshened(head, answer)
+        new = pkgproxy.freshen_head(head, answer)
         self.assertEqual(dict(new.fields), {"ETag": '"x"', "Content-Type": "c/d", "X": "new", "Expires": "0",
                                             "Content-Encoding": "gzip"})
-        self.assertEqual((new.received, new.key, new.size), (CLOCK + 9, head.key, head.size))
+        self.assertEqual((new.response_time, new.key, new.size), (CLOCK + 9, head.key, head.size))
 
     def test_a_304_with_another_tag_confirms_nothing(self):
         later = "Sun, 06 Nov 1994 08:49:38 GMT"
@@ -1523,12 +1523,12 @@ class CacheRulesTest(unittest.TestCase):
                 ({"Last_Modified": DATE}, {"Last_Modified": DATE}, True), ({"Last_Modified": DATE}, {"Last_Modified": later}, False),
                 ({"Last_Modified": later}, {"Last_Modified": DATE}, False), ({"ETag": '"x"'}, {"ETag": '"x"', "Last_Modified": DATE}, True)):
             with self.subTest(mine=mine, theirs=theirs):
-                self.assertEqual(pkgproxy.confirms(stored(**mine), stored(**theirs)), expected)
+                self.assertEqual(pkgproxy.is_304_for(stored(**mine), stored(**theirs)), expected)
 
     def test_credentials_stay_at_one_site(self):
         for onward, expected in ((("http", "a", 80), True), (("https", "a", 443), True), (("http", "a", 81), False),
                                  (("http", "b", 80), False), (("https", "b", 443), False)):
-            self.assertEqual(pkgproxy.same_site(Target("http", "a", 80, "/"), Target(*onward, "/x")), expected)
+            self.assertEqual(pkgproxy.is_same_site(Target("http", "a", 80, "/"), Target(*onward, "/x")), expected)
 
     def test_redirects_to_follow(self):
         here = Target("http", "a", 80, "/x/y")
@@ -1539,7 +1539,7 @@ class CacheRulesTest(unittest.TestCase):
                 (here, 302, None, None), (here, 200, "z", None), (here, 302, "ftp://b/z", None), (here, 302, "http://[", None),
                 (here, 304, "z", None), (secure, 302, "https://b/z", "https://b/z")):
             with self.subTest(status=status, location=location):
-                head = Head(status, "", (("Location", location),) if location else ())
+                head = ResponseHead(status, "", (("Location", location),) if location else ())
                 onward = pkgproxy.redirect_target(head, target)
                 self.assertEqual(onward.uri if onward else None, expected)
 
@@ -1560,8 +1560,8 @@ class SelectRulesTest(unittest.TestCase):
                 ({"If_Match": '"x"', "If_None_Match": '"x"'}, 304)):
             with self.subTest(fields=fields):
                 head = stored(ETag='"x"', Last_Modified=DATE)
-                self.assertEqual(pkgproxy.evaluate(request(**fields), head), expected)
-        self.assertEqual(pkgproxy.evaluate(request(If_Modified_Since=DATE), stored()), 200)
+                self.assertEqual(pkgproxy.evaluate_preconditions(request(**fields), head), expected)
+        self.assertEqual(pkgproxy.evaluate_preconditions(request(If_Modified_Since=DATE), stored()), 200)
 
     def test_ranges(self):
         for text, expected in (
@@ -1591,11 +1591,11 @@ class SelectRulesTest(unittest.TestCase):
     def test_one_range_is_a_206_with_its_place(self):
         selection = self.select(Range="bytes=2-4")
         self.assertEqual((selection.head.status, selection.spans, selection.length), (206, ((2, 5),), 3))
-        self.assertEqual(pkgproxy.value(selection.head.fields, "Content-Range"), "bytes 2-4/10")
+        self.assertEqual(pkgproxy.field_value(selection.head.fields, "Content-Range"), "bytes 2-4/10")
 
     def test_several_ranges_are_multipart(self):
         selection = self.select(Range="bytes=0-0,-2")
-        self.assertEqual(pkgproxy.value(selection.head.fields, "Content-Type"), "multipart/byteranges; boundary=SEP")
+        self.assertEqual(pkgproxy.field_value(selection.head.fields, "Content-Type"), "multipart/byteranges; boundary=SEP")
         body = b"".join(span if isinstance(span, bytes) else b"0123456789"[slice(*span)] for span in selection.spans)
         self.assertEqual(body, b"\r\n--SEP\r\nContent-Type: a/b\r\nContent-Range: bytes 0-0/10\r\n\r\n0"
                                b"\r\n--SEP\r\nContent-Type: a/b\r\nContent-Range: bytes 8-9/10\r\n\r\n89\r\n--SEP--\r\n")
@@ -1604,7 +1604,7 @@ class SelectRulesTest(unittest.TestCase):
     def test_a_range_past_the_end_is_a_416_with_the_size(self):
         selection = self.select(Range="bytes=10-")
         self.assertEqual(selection.head.status, 416)
-        self.assertEqual(pkgproxy.value(selection.head.fields, "Content-Range"), "bytes */10")
+        self.assertEqual(pkgproxy.field_value(selection.head.fields, "Content-Range"), "bytes */10")
 
     def test_an_unknown_size_ignores_ranges(self):
         selection = self.select(size=None, Range="bytes=2-4")
@@ -1618,7 +1618,7 @@ class SelectRulesTest(unittest.TestCase):
     def test_ranges_worth_a_whole_download(self):
         for text, expected in (("bytes=0-", True), ("bytes=500-", True), ("bytes=0-4999", True), ("bytes=0-9", False),
                                ("bytes=5000-", False), ("bytes=-5", False), ("bytes=0-0,9-", False), ("nonsense", True)):
-            self.assertEqual(pkgproxy.early_range(request(Range=text), 1000), expected, text)
+            self.assertEqual(pkgproxy.is_worth_full_download(request(Range=text), 1000), expected, text)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1638,7 +1638,7 @@ class StoreCase(unittest.TestCase):
 
     def put(self, key, body, **fields):
         pairs = tuple((name.replace("_", "-"), text) for name, text in fields.items())
-        head = Head(200, "OK", pairs, key=key, requested=CLOCK, received=CLOCK)
+        head = ResponseHead(200, "OK", pairs, key=key, request_time=CLOCK, response_time=CLOCK)
         partial = receive(self.store, head, len(body))
         partial.write(body)
         try:
@@ -1675,7 +1675,7 @@ class StoreTest(StoreCase):
                 mkdir(path, *mode)
 
             with mock.patch.object(os, "mkdir", removed_once):
-                pkgproxy.make_folder(os.path.join(above, "below"))
+                pkgproxy.make_directory(os.path.join(above, "below"))
             self.assertTrue(os.path.isdir(os.path.join(above, "below")))
 
     def test_what_is_stored_is_found_with_its_head(self):
@@ -1696,13 +1696,13 @@ class StoreTest(StoreCase):
             self.assertEqual(path.stat().st_mode & 0o022, 0, path)
 
     def test_a_partial_is_not_in_the_visible_tree(self):
-        partial = receive(self.store, Head(200, "OK", (), key=self.PACKAGE), 4)
+        partial = receive(self.store, ResponseHead(200, "OK", (), key=self.PACKAGE), 4)
         partial.write(b"bo")
         self.assertIsNone(self.get(self.PACKAGE))
-        self.assertEqual(os.listdir(self.root), [pkgproxy.BOOKS])
+        self.assertEqual(os.listdir(self.root), [pkgproxy.METADATA_FOLDER])
         partial.discard()
         partial.release()
-        self.assertEqual(os.listdir(self.path(pkgproxy.BOOKS + "/partials")), [])
+        self.assertEqual(os.listdir(self.path(pkgproxy.METADATA_FOLDER + "/partials")), [])
 
     def test_a_body_changed_by_hand_is_not_served_as_the_original(self):
         for change in (b"bodies", b"bod", b"", b"hand"):
@@ -1714,7 +1714,7 @@ class StoreTest(StoreCase):
                 self.assertEqual(self.get(self.PACKAGE), b"again")
                 # It may be somebody's work: it is left alone (invariant 11).
                 self.assertEqual(Path(self.path("a/pool/x_1.0_all.deb")).read_bytes(), change)
-                self.store.forget(self.PACKAGE)
+                self.store.delete(self.PACKAGE)
                 self.assertIsNone(self.get(self.PACKAGE))
                 self.assertEqual(Path(self.path("a/pool/x_1.0_all.deb")).read_bytes(), change)
                 shutil.rmtree(self.root)
@@ -1729,7 +1729,7 @@ class StoreTest(StoreCase):
     def test_between_the_two_steps_of_a_replacement_the_old_body_keeps_its_head(self):
         self.put(self.INDEX, b"old one", ETag='"old"')
         with mock.patch.object(pkgproxy, "_rename", side_effect=OSError(5, "crash")):
-            self.assertRaises(pkgproxy.LocalFailure, self.put, self.INDEX, b"new one", ETag='"new"')
+            self.assertRaises(pkgproxy.StorageError, self.put, self.INDEX, b"new one", ETag='"new"')
         found = self.store.lookup(self.INDEX)
         with contextlib.closing(found):
             self.assertEqual((found.file.read(), dict(found.head.fields)["ETag"]), (b"old one", '"old"'))
@@ -1737,7 +1737,7 @@ class StoreTest(StoreCase):
     def test_a_package_without_head_is_served_an_index_is_not(self):
         self.put(self.PACKAGE, b"body", Last_Modified=DATE)
         self.put(self.INDEX, b"index")
-        shutil.rmtree(self.path(pkgproxy.BOOKS))
+        shutil.rmtree(self.path(pkgproxy.METADATA_FOLDER))
         found = self.store.lookup(self.PACKAGE)
         with contextlib.closing(found):
             self.assertEqual(found.file.read(), b"body")
@@ -1779,7 +1779,7 @@ class StoreTest(StoreCase):
         self.put(self.INDEX, b"origin's")
         self.assertEqual(Path(self.path("a/dists/x/InRelease")).read_bytes(), b"somebody's")
         self.assertEqual(self.get(self.INDEX), b"origin's")
-        self.store.forget(self.INDEX)
+        self.store.delete(self.INDEX)
         self.assertIsNone(self.get(self.INDEX))
         self.assertEqual(Path(self.path("a/dists/x/InRelease")).read_bytes(), b"somebody's")
 
@@ -1791,7 +1791,7 @@ class StoreTest(StoreCase):
 
     def test_a_root_that_is_cleaned_this_moment_holds_nothing(self):
         shutil.rmtree(self.root)
-        self.assertEqual(self.store.found(), [])
+        self.assertEqual(self.store.list_hosts(), [])
 
     def test_a_root_that_ignores_case_gives_no_other_files_body(self):
         real_open, real_exists = pkgproxy._open, os.path.lexists
@@ -1810,7 +1810,7 @@ class StoreTest(StoreCase):
             for name, body in (("Pool/X_1.0_all.deb", b"upper"), ("Pool/x_1.0_all.deb", None), ("pool/X_1.0_all.deb", None)):
                 with self.subTest(name=name):
                     self.assertEqual(self.get("http://a/" + name), body)
-            self.write(pkgproxy.file_names("http://a/Pool/x_1.0_all.deb")[1], b"lower")  # where it was stored beside the other
+            self.write(pkgproxy.cache_file_names("http://a/Pool/x_1.0_all.deb")[1], b"lower")  # where it was stored beside the other
             self.assertEqual(self.get("http://a/Pool/X_1.0_all.deb"), b"upper")
             self.assertEqual(self.get("http://a/Pool/x_1.0_all.deb"), b"lower")
 
@@ -1825,25 +1825,25 @@ class StoreTest(StoreCase):
         shutil.rmtree(self.path("a"))
         self.write("a/dists/x/InRelease", b"somebody's")
         self.put(self.INDEX, b"origin's")
-        self.store.forget(self.INDEX)
+        self.store.delete(self.INDEX)
         self.assertEqual(Path(self.path("a/dists/x/InRelease")).read_bytes(), b"somebody's")
 
     def test_bookkeeping_may_be_lost_again_and_again(self):
         for number in range(4):
             self.put(self.INDEX, b"%d" % number)
             self.assertEqual(self.get(self.INDEX), b"%d" % number)
-            shutil.rmtree(self.path(pkgproxy.BOOKS))
+            shutil.rmtree(self.path(pkgproxy.METADATA_FOLDER))
 
     def test_a_host_whose_place_is_taken_by_a_file_is_a_local_failure(self):
         self.write("a", b"somebody's")
-        self.assertRaises(pkgproxy.LocalFailure, self.put, self.PACKAGE, b"body")
+        self.assertRaises(pkgproxy.StorageError, self.put, self.PACKAGE, b"body")
         self.assertEqual(Path(self.path("a")).read_bytes(), b"somebody's")
 
     def test_a_body_whose_file_has_another_size_than_was_counted_or_declared_is_not_stored(self):
         for what, length, more in (("longer", 10, b"another writer's"), ("cut", 10, None), ("shorter than declared", 11, b""),
                                    ("longer, of no declared length", None, b"x")):
             with self.subTest(what):
-                partial = receive(self.store, Head(200, "OK", (), key=self.PACKAGE, received=CLOCK), length)
+                partial = receive(self.store, ResponseHead(200, "OK", (), key=self.PACKAGE, response_time=CLOCK), length)
                 self.addCleanup(partial.release)
                 partial.write(b"0123456789")
                 if more is None:
@@ -1851,7 +1851,7 @@ class StoreTest(StoreCase):
                 else:
                     with open(partial.path, "ab") as file:
                         file.write(more)
-                self.assertRaises(pkgproxy.LocalFailure, partial.commit)
+                self.assertRaises(pkgproxy.StorageError, partial.commit)
                 self.assertIsNone(self.get(self.PACKAGE))
                 self.assertFalse(os.path.exists(self.path("a/pool/x_1.0_all.deb")))
                 self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
@@ -1860,7 +1860,7 @@ class StoreTest(StoreCase):
     def removed_while_landing(self, step, links):
         """While a body lands, just before ``step``, somebody removes the bookkeeping folder and another
         instance begins the same download; that one's partial."""
-        head = Head(200, "OK", (), key=self.PACKAGE, received=CLOCK)
+        head = ResponseHead(200, "OK", (), key=self.PACKAGE, response_time=CLOCK)
         ours, theirs, module = receive(self.store, head, 10), [], pkgproxy if hasattr(pkgproxy, step) else os
         ours.write(b"0123456789")
         function, steps = getattr(module, step), []
@@ -1868,7 +1868,7 @@ class StoreTest(StoreCase):
         def disturbed(*what, **more):
             steps.append(step)
             if len(steps) == 1:
-                shutil.rmtree(self.path(pkgproxy.BOOKS))
+                shutil.rmtree(self.path(pkgproxy.METADATA_FOLDER))
                 theirs.append(receive(pkgproxy.Store(self.root), head, 10))
                 theirs[0].write(b"01")
             return function(*what, **more)
@@ -1877,7 +1877,7 @@ class StoreTest(StoreCase):
             if not links:
                 stack.enter_context(mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here")))
             stack.enter_context(mock.patch.object(module, step, disturbed))
-            with contextlib.suppress(pkgproxy.LocalFailure):
+            with contextlib.suppress(pkgproxy.StorageError):
                 ours.commit()
         try:
             yield theirs[0]
@@ -1891,7 +1891,7 @@ class StoreTest(StoreCase):
             for step in ("link" if links else "rename", "utime", "lstat", "_write_heads", "_rename"):
                 with self.subTest(step, links=links), self.removed_while_landing(step, links) as theirs:
                     self.assertIn(self.get(self.PACKAGE), (None, b"0123456789"))
-                    self.assertTrue(theirs.is_there(), "it can still be stored")
+                    self.assertTrue(theirs.still_exists(), "it can still be stored")
                     theirs.write(b"23456789")
                     theirs.commit()
                     self.assertEqual(self.get(self.PACKAGE), b"0123456789")
@@ -1907,31 +1907,31 @@ class StoreTest(StoreCase):
         write_heads = pkgproxy._write_heads
 
         def spoiled(*what):
-            pkgproxy.Partials(self.store).spoil(self.INDEX, "")
-            self.store.forget(self.INDEX)
+            pkgproxy.PartialStore(self.store).unlink(self.INDEX, "")
+            self.store.delete(self.INDEX)
             write_heads(*what)
 
         with mock.patch.object(pkgproxy, "_write_heads", spoiled):
-            self.assertRaises(pkgproxy.LocalFailure, self.put, self.INDEX, b"outdated")
+            self.assertRaises(pkgproxy.StorageError, self.put, self.INDEX, b"outdated")
         self.assertIsNone(self.get(self.INDEX))
 
     def test_the_head_of_a_removed_partial_says_nothing_of_a_new_one_with_its_inode_number(self):
-        old = receive(self.store, Head(200, "OK", (("ETag", '"old"'),), key=self.PACKAGE, received=CLOCK), 10)
+        old = receive(self.store, ResponseHead(200, "OK", (("ETag", '"old"'),), key=self.PACKAGE, response_time=CLOCK), 10)
         old.write(b"0")
-        old.tell()
+        old.publish()
         os.truncate(old.path, 0)  # as a new file is that the file system gives the same number
-        new = pkgproxy.Partials(self.store).follow(self.PACKAGE)
-        self.assertFalse(new.learn())
+        new = pkgproxy.PartialStore(self.store).open_for_reading(self.PACKAGE)
+        self.assertFalse(new.load_metadata())
         for partial in (old, new):
             partial.release()
 
     def test_who_begins_a_leftover_anew_leaves_alone_what_another_instance_has_put_in_its_place(self):
-        head = Head(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, received=CLOCK)
+        head = ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, response_time=CLOCK)
         left = receive(self.store, head, 1 << 20)
         left.write(b"1" * 400_000)
-        shutil.rmtree(self.path(pkgproxy.BOOKS))
+        shutil.rmtree(self.path(pkgproxy.METADATA_FOLDER))
         theirs = receive(pkgproxy.Store(self.root), head, 2)
-        self.assertRaises(pkgproxy.LocalFailure, left.begin, head, 3)
+        self.assertRaises(pkgproxy.StorageError, left.start, head, 3)
         left.release()
         theirs.write(b"22")
         theirs.commit()
@@ -1942,41 +1942,41 @@ class StoreTest(StoreCase):
         for remote in (False, True):
             with self.subTest(remote=remote):
                 self.store.remote = remote
-                left = receive(self.store, Head(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, received=CLOCK), 1 << 20)
+                left = receive(self.store, ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, response_time=CLOCK), 1 << 20)
                 left.write(b"1" * 400_000)
-                left.keep()
-                follower, partials = pkgproxy.Partials(self.store).follow(self.PACKAGE), pkgproxy.Partials(self.store)
-                self.assertTrue(follower.learn())
+                left.keep_for_resume()
+                follower, partials = pkgproxy.PartialStore(self.store).open_for_reading(self.PACKAGE), pkgproxy.PartialStore(self.store)
+                self.assertTrue(follower.load_metadata())
                 self.assertEqual(follower.size, 400_000)
                 os.truncate(left.path, 500_000)  # as another machine's part that is not all here, or a power cut
-                follower.grow()
-                heir = partials.claim(self.PACKAGE)
+                follower.refresh_size()
+                heir = partials.open_for_writing(self.PACKAGE)
                 self.assertEqual((follower.size, heir.size), (400_000, 400_000))
-                heir.begin(heir.head, 1 << 20, heir.size)
+                heir.start(heir.head, 1 << 20, heir.size)
                 heir.write(b"2" * 200_000)
-                heir.tell()
-                follower.grow()
+                heir.publish()
+                follower.refresh_size()
                 self.assertEqual(follower.size, 600_000)
                 heir.discard()
                 for partial in (left, follower, heir):
                     partial.release()
 
     def test_a_leftover_with_more_than_was_received_is_not_kept(self):
-        left = receive(self.store, Head(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, received=CLOCK), 1 << 20)
+        left = receive(self.store, ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, response_time=CLOCK), 1 << 20)
         left.write(b"1" * 400_000)
         os.truncate(left.path, 400_001)
-        left.keep()
+        left.keep_for_resume()
         left.release()
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
 
     def test_a_partial_that_another_instance_made_anew_is_not_ours_to_place(self):
-        head = Head(200, "OK", (), key=self.PACKAGE, received=CLOCK)
+        head = ResponseHead(200, "OK", (), key=self.PACKAGE, response_time=CLOCK)
         ours = receive(self.store, head, 10)
         ours.write(b"0123456789")
         shutil.rmtree(self.root)
         theirs = receive(pkgproxy.Store(self.root), head, 10)
         theirs.write(b"01")
-        self.assertRaises(pkgproxy.LocalFailure, ours.commit)
+        self.assertRaises(pkgproxy.StorageError, ours.commit)
         self.assertIsNone(self.get(self.PACKAGE))
         theirs.write(b"23456789")
         theirs.commit()
@@ -1986,17 +1986,17 @@ class StoreTest(StoreCase):
 
     def test_a_new_partial_forgets_the_head_of_the_one_before(self):
         """Else kill -9 would leave the bytes of one generation under the head of another."""
-        big = Head(200, "OK", (("ETag", '"1"'),), key=self.INDEX)
+        big = ResponseHead(200, "OK", (("ETag", '"1"'),), key=self.INDEX)
         partial = receive(self.store, big, 10**6)
         partial.write(b"x" * 300_000)
-        partial.keep()
+        partial.keep_for_resume()
         partial.release()
-        partial = pkgproxy.Partials(self.store).claim(self.INDEX)
+        partial = pkgproxy.PartialStore(self.store).open_for_writing(self.INDEX)
         self.assertEqual((partial.size, partial.length, partial.head.fields), (300_000, 10**6, big.fields))
-        partial.begin(Head(200, "OK", (), key=self.INDEX), 10**6)
+        partial.start(ResponseHead(200, "OK", (), key=self.INDEX), 10**6)
         partial.write(b"y" * 300_000)
         partial.release()
-        partial = pkgproxy.Partials(self.store).claim(self.INDEX)
+        partial = pkgproxy.PartialStore(self.store).open_for_writing(self.INDEX)
         self.assertEqual(partial.size, 0)
         partial.release()
 
@@ -2014,28 +2014,28 @@ class StoreTest(StoreCase):
             self.assertIsNone(self.get(self.PACKAGE))
             self.put(self.PACKAGE, b"body")
             self.assertEqual(self.get(self.PACKAGE), b"body")
-            self.store.forget(self.PACKAGE)
+            self.store.delete(self.PACKAGE)
             os.rmdir(place) if os.path.isdir(place) else os.unlink(place)
 
     def test_another_process_that_writes_the_same_partial_keeps_us_out(self):
-        head = Head(200, "OK", (), key=self.PACKAGE)
+        head = ResponseHead(200, "OK", (), key=self.PACKAGE)
         partial = receive(self.store, head, 1)
-        code = "import pkgproxy, sys\nif pkgproxy.Partials(pkgproxy.Store(sys.argv[1])).claim(sys.argv[2]) is None: print('kept out')"
+        code = "import pkgproxy, sys\nif pkgproxy.PartialStore(pkgproxy.Store(sys.argv[1])).claim(sys.argv[2]) is None: print('kept out')"
         ran = subprocess.run([sys.executable, "-c", code, self.root, self.PACKAGE], cwd=compiled(), capture_output=True, timeout=60)
         partial.discard()
         partial.release()
         self.assertEqual(ran.stdout.strip(), b"kept out", ran.stderr)
 
     def test_too_little_space_is_a_local_failure_before_the_first_byte(self):
-        self.assertRaises(pkgproxy.LocalFailure, receive, self.store, Head(200, "OK", (), key=self.PACKAGE), 2**60)
+        self.assertRaises(pkgproxy.StorageError, receive, self.store, ResponseHead(200, "OK", (), key=self.PACKAGE), 2**60)
 
     def test_a_cleaning_in_the_middle_is_survived(self):
-        partial = receive(self.store, Head(200, "OK", (), key=self.PACKAGE), 4)
+        partial = receive(self.store, ResponseHead(200, "OK", (), key=self.PACKAGE), 4)
         partial.write(b"bo")
         shutil.rmtree(self.root)
         partial.write(b"dy")
         self.assertEqual(partial.read_at(9, 0), b"body")
-        self.assertRaises(pkgproxy.LocalFailure, partial.commit)
+        self.assertRaises(pkgproxy.StorageError, partial.commit)
         partial.release()
         self.put(self.PACKAGE, b"body")
         self.assertEqual(self.get(self.PACKAGE), b"body")
@@ -2059,7 +2059,7 @@ class SpaceTest(StoreCase):
 
     def setUp(self):
         super().setUp()
-        self.janitor = pkgproxy.Janitor(self.store)
+        self.janitor = pkgproxy.Evictor(self.store)
         free = mock.patch.object(self.store, "free_space", lambda: 2**40)
         free.start()
         self.addCleanup(free.stop)
@@ -2075,25 +2075,25 @@ class SpaceTest(StoreCase):
             self.use("a/pool/%d/x_%d_all.deb" % (number, number), count - number)
         self.put(self.INDEX, b"i" * size)
         self.use("a/dists/x/InRelease", 99)
-        self.store.take_uses()
+        self.store.take_access_times()
 
     def use(self, name, days):
         info = os.stat(self.path(name))
         os.utime(self.path(name), ns=(int((time.time() - days * 86400) * 10**9), info.st_mtime_ns))
 
     def sweep(self, **config):
-        return self.janitor.sweep(Config(**config), time.time())
+        return self.janitor.run(Config(**config), time.time())
 
     def names(self):
-        return sorted(path.name for path in Path(self.root).rglob("*") if path.is_file() and pkgproxy.BOOKS not in path.parts)
+        return sorted(path.name for path in Path(self.root).rglob("*") if path.is_file() and pkgproxy.METADATA_FOLDER not in path.parts)
 
     def test_without_bounds_nothing_goes(self):
         self.fill()
-        self.assertEqual(self.sweep(), pkgproxy.Swept(6, 6000, 0, 0))
+        self.assertEqual(self.sweep(), pkgproxy.EvictionReport(6, 6000, 0, 0))
 
     def test_the_least_recently_used_goes_first_and_indexes_last(self):
         self.fill()
-        self.assertEqual(self.sweep(max_size=3500), pkgproxy.Swept(6, 6000, 3, 3000))
+        self.assertEqual(self.sweep(max_size=3500), pkgproxy.EvictionReport(6, 6000, 3, 3000))
         self.assertEqual(self.names(), ["InRelease", "x_3_all.deb", "x_4_all.deb"])
         self.assertFalse(os.path.exists(self.path("a/pool/0")), "empty folders go too")
         self.assertFalse(os.path.exists(self.path(".pkgproxy/heads/a/pool/0")))
@@ -2166,7 +2166,7 @@ class SpaceTest(StoreCase):
                 self.fill()
                 with mock.patch.object(self.store, "free_space", lambda: 0), mock.patch.object(pkgproxy, "head_size", lambda head: 0):
                     if length:
-                        self.assertRaises(pkgproxy.LocalFailure, receive, self.store, stored("http://a/new"), length)
+                        self.assertRaises(pkgproxy.StorageError, receive, self.store, stored("http://a/new"), length)
                     with mock.patch.object(self.store, "free_space", lambda: 300):
                         self.assertEqual(self.sweep().removed, expected, "no more than it needs, and nothing for one that can never fit")
                         self.assertEqual(self.sweep().removed, 0, "once")
@@ -2187,7 +2187,7 @@ class SpaceTest(StoreCase):
         for name in names:
             self.write(".pkgproxy/partials/" + name, b"x" * 1000)
             self.write(".pkgproxy/partials/" + name + "^head", b"[]")
-        partial = receive(self.store, Head(200, "OK", (), key="http://a/new"), 2000)
+        partial = receive(self.store, ResponseHead(200, "OK", (), key="http://a/new"), 2000)
         partial.write(b"n" * 1000)
         os.utime(partial.path, (time.time() - 7200,) * 2)
         self.sweep(max_size=8000)
@@ -2218,22 +2218,22 @@ class SpaceTest(StoreCase):
         for text, expected in (("1", 1), ("1k", 1024), ("1.5K", 1536), ("2 MiB", 2**21), ("20G", 20 * 2**30), ("1tb", 2**40)):
             self.assertEqual(pkgproxy.parse_size(text), expected)
         for text, expected in (("90m", 5400), ("1.5h", 5400), ("30d", 30 * 86400), ("2w", 14 * 86400), ("5s", 5)):
-            self.assertEqual(pkgproxy.parse_span(text), expected)
+            self.assertEqual(pkgproxy.parse_duration(text), expected)
         for text in ("", "x", "-1", "1X", "1e9", "G"):
             self.assertRaises(ValueError, pkgproxy.parse_size, text)
-            self.assertRaises(ValueError, pkgproxy.parse_span, text)
+            self.assertRaises(ValueError, pkgproxy.parse_duration, text)
 
 
     def test_a_file_of_two_mirrors_takes_its_space_once(self):
         self.put("http://a/pool/x_1.0_all.deb", b"x" * 1000)
         twin = self.store.lookup("http://a/pool/x_1.0_all.deb")
         with contextlib.closing(twin):
-            self.store.share(dataclasses.replace(twin, head=dataclasses.replace(twin.head, key="http://b/y/x_1.0_all.deb")))
+            self.store.link(dataclasses.replace(twin, head=dataclasses.replace(twin.head, key="http://b/y/x_1.0_all.deb")))
         for name in ("a/pool/x_1.0_all.deb", "b/y/x_1.0_all.deb"):
             self.use(name, 5)
-        self.store.take_uses()
-        self.assertEqual(self.sweep(), pkgproxy.Swept(2, 1000, 0, 0))
-        self.assertEqual(self.sweep(max_size=1), pkgproxy.Swept(2, 1000, 2, 1000))
+        self.store.take_access_times()
+        self.assertEqual(self.sweep(), pkgproxy.EvictionReport(2, 1000, 0, 0))
+        self.assertEqual(self.sweep(max_size=1), pkgproxy.EvictionReport(2, 1000, 2, 1000))
         self.assertEqual(self.names(), [])
 
 
@@ -2245,7 +2245,7 @@ class ShareTest(StoreCase):
     def share(self, between=lambda: None):
         with contextlib.closing(self.store.lookup(self.PACKAGE)) as twin:
             between()
-            self.store.share(dataclasses.replace(twin, head=dataclasses.replace(twin.head, key=self.KEY)))
+            self.store.link(dataclasses.replace(twin, head=dataclasses.replace(twin.head, key=self.KEY)))
 
     def test_both_have_a_head_of_their_own_and_nothing_else_is_left(self):
         self.put(self.PACKAGE, b"body")
@@ -2253,10 +2253,10 @@ class ShareTest(StoreCase):
             self.share()
         self.assertEqual((self.get(self.PACKAGE), self.get(self.KEY)), (b"body", b"body"))
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
-        self.store.forget(self.PACKAGE)
+        self.store.delete(self.PACKAGE)
         self.assertEqual((self.get(self.PACKAGE), self.get(self.KEY)), (None, b"body"))
         with contextlib.closing(self.store.lookup(self.KEY)) as twin:
-            self.store.share(twin)  # with itself
+            self.store.link(twin)  # with itself
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
         self.assertEqual(self.get(self.KEY), b"body")
 
@@ -2275,7 +2275,7 @@ class NamesTest(StoreCase):
     KEYS = ("http://a/debian/x_1.0_all.deb", "http://b/x_1.0_all.deb")
 
     def find(self, name="x_1.0_all.deb"):
-        return self.store.names.find(name)
+        return self.store.names.lookup(name)
 
     def test_the_newest_comes_first_and_none_twice(self):
         self.assertEqual(self.find(), [])
@@ -2293,7 +2293,7 @@ class NamesTest(StoreCase):
         self.assertEqual(self.find(), [])
         self.put("http://c/x_1.0_all.deb", b"x")
         for _ in range(2):
-            pkgproxy.Janitor(self.store).sweep(Config(), time.time())
+            pkgproxy.Evictor(self.store).run(Config(), time.time())
             self.assertEqual(set(self.find()), {*self.KEYS, "http://c/x_1.0_all.deb"})
             shutil.rmtree(self.path("c"), ignore_errors=True)  # what is gone is found, and is nothing when it is looked at
         self.assertEqual([name for name in os.listdir(self.path(".pkgproxy")) if name.startswith("names")], ["names"])
@@ -2309,13 +2309,13 @@ class NamesTest(StoreCase):
         keys = ["http://a/x%d_1.0_all.deb" % number for number in range(300)] + ["http://b/x1_1.0_all.deb"]
         folder = Path(self.path(".pkgproxy/names"))
         for key in keys:
-            self.store.names.note(pkgproxy.common_name(key), key)
+            self.store.names.add(pkgproxy.shareable_name(key), key)
         self.assertEqual(os.listdir(folder), ["recent"])
         (folder / "recent").write_bytes(b"\xff\n../x 1\n" + (folder / "recent").read_bytes() + b"half a li")
         found = [self.find("x%d_1.0_all.deb" % number) for number in range(300)]
         self.assertEqual((found[0], found[1], found[299]), ([keys[0]], [keys[300], keys[1]], [keys[299]]))
-        pkgproxy.Janitor(self.store).sweep(Config(), time.time())
-        self.store.names.note("x1_1.0_all.deb", "http://c/x1_1.0_all.deb")
+        pkgproxy.Evictor(self.store).run(Config(), time.time())
+        self.store.names.add("x1_1.0_all.deb", "http://c/x1_1.0_all.deb")
         self.assertGreater(len(os.listdir(folder)), 100)
         self.assertEqual([name for name in os.listdir(folder) if not re.fullmatch("[0-9a-f]{2}|recent|whole-256", name)], [])
         self.assertEqual([self.find("x%d_1.0_all.deb" % number) for number in (0, 1, 299)], [found[0], ["http://c/x1_1.0_all.deb", *found[1]], found[299]])
@@ -2323,26 +2323,26 @@ class NamesTest(StoreCase):
     def test_more_new_names_than_one_file_may_hold_are_spread_before_a_sweep(self):
         with mock.patch.object(pkgproxy, "_MAX_RECENT", 3000):
             for number in range(300):
-                self.store.names.note("x%d_1.0_all.deb" % number, "http://a/x%d_1.0_all.deb" % number)
+                self.store.names.add("x%d_1.0_all.deb" % number, "http://a/x%d_1.0_all.deb" % number)
             self.assertEqual([number for number in range(300) if not self.find("x%d_1.0_all.deb" % number)], [])
 
     def test_new_names_whose_spreading_was_killed_are_spread_by_the_next(self):
-        self.store.names.note("x_1.0_all.deb", "http://a/x_1.0_all.deb")
+        self.store.names.add("x_1.0_all.deb", "http://a/x_1.0_all.deb")
         folder = Path(self.path(".pkgproxy/names"))
         (folder / "recent").rename(folder / "recent^12345678")
         (folder / "recent^12345678").touch()
-        self.store.names.spread()
+        self.store.names.compact()
         self.assertTrue((folder / "recent^12345678").exists(), "somebody may be at it")
         os.utime(folder / "recent^12345678", (0, 0))
-        self.store.names.note("y_1.0_all.deb", "http://a/y_1.0_all.deb")
-        self.store.names.spread()
+        self.store.names.add("y_1.0_all.deb", "http://a/y_1.0_all.deb")
+        self.store.names.compact()
         self.assertEqual([self.find("x_1.0_all.deb"), self.find("y_1.0_all.deb")], [["http://a/x_1.0_all.deb"], ["http://a/y_1.0_all.deb"]])
         self.assertEqual([name for name in os.listdir(folder) if "recent" in name], [])
 
     def test_a_file_of_names_that_grows_too_long_loses_its_older_half(self):
         with mock.patch.object(pkgproxy, "_MAX_NAMES", 1000), mock.patch.object(pkgproxy, "_MAX_RECENT", 1000):
             for number in range(100):
-                self.store.names.note("x_1.0_all.deb", "http://h%d/x_1.0_all.deb" % number)
+                self.store.names.add("x_1.0_all.deb", "http://h%d/x_1.0_all.deb" % number)
                 self.assertEqual(self.find()[0], "http://h%d/x_1.0_all.deb" % number)
         self.assertLess(sum(path.stat().st_size for path in Path(self.path(".pkgproxy/names")).iterdir()), 1100)
 
@@ -2359,8 +2359,8 @@ class NamesTest(StoreCase):
     def test_mirrors_vouch_for_each_other_after_some_proofs_until_one_fails(self):
         pair = ("http://a/x", "http://b")
         for proof, vouched in ((True, False), (True, False), (True, True), (True, True), (False, False), (True, False)):
-            self.store.names.vouch(pair, proof)
-            self.assertEqual(self.store.names.vouched(pair[::-1]), vouched)
+            self.store.names.record_comparison(pair, proof)
+            self.assertEqual(self.store.names.are_mirrors(pair[::-1]), vouched)
 
     def test_the_users_own_packages_are_found_by_the_names_that_mirrors_have(self):
         folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
@@ -2370,7 +2370,7 @@ class NamesTest(StoreCase):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"x")
         os.symlink(folder, os.path.join(folder, "loop"))
-        self.assertEqual(sorted(pkgproxy.adoptable([folder, folder + "/absent"])), [
+        self.assertEqual(sorted(pkgproxy.adoptable_packages([folder, folder + "/absent"])), [
             ("ssh_9.2-1_amd64.deb", folder + "/ssh_1%3a9.2-1_amd64.deb"), ("y_1.0_all.deb", folder + "/old/debian/y_1.0_all.deb")])
 
 
@@ -2383,16 +2383,16 @@ class BarrierTest(unittest.TestCase):
     """Flights."""
 
     def test_one_leads_the_others_follow_until_it_leaves(self):
-        barrier = pkgproxy.Barrier()
+        barrier = pkgproxy.SingleFlight()
         flight, leader = barrier.join("k")
         self.assertTrue(leader)
         self.assertEqual(barrier.join("k"), (flight, False))
         self.assertTrue(barrier.join("other")[1])
-        barrier.leave(flight)
+        barrier.remove(flight)
         self.assertTrue(barrier.join("k")[1])
 
     def test_many_at_once_find_one_leader(self):
-        barrier, leaders, start = pkgproxy.Barrier(), [], threading.Barrier(16)
+        barrier, leaders, start = pkgproxy.SingleFlight(), [], threading.Barrier(16)
 
         def join():
             start.wait()
@@ -2407,21 +2407,21 @@ class BarrierTest(unittest.TestCase):
 
     def test_a_flight_ends_once(self):
         flight = pkgproxy.Flight("k")
-        flight.end(pkgproxy.Landing.STORED, received=5)
-        flight.end(pkgproxy.Landing.FAILED, OriginFailure("late"))
-        self.assertEqual(flight.wait_for_head(1), (None, pkgproxy.Landing.STORED))
-        self.assertEqual(flight.wait_beyond(5, 1), 5)
+        flight.finish(pkgproxy.FlightResult.STORED, received=5)
+        flight.finish(pkgproxy.FlightResult.FAILED, OriginError("late"))
+        self.assertEqual(flight.wait_for_head(1), (None, pkgproxy.FlightResult.STORED))
+        self.assertEqual(flight.wait_for_bytes(5, 1), 5)
 
     def test_waits_have_deadlines(self):
         flight = pkgproxy.Flight("k")
-        self.assertEqual(flight.wait_for_head(0.01), (None, pkgproxy.Landing.ALONE))
-        self.assertRaises(pkgproxy.LocalFailure, flight.wait_beyond, 0, 0.01)
+        self.assertEqual(flight.wait_for_head(0.01), (None, pkgproxy.FlightResult.ALONE))
+        self.assertRaises(pkgproxy.StorageError, flight.wait_for_bytes, 0, 0.01)
 
     def test_a_failure_is_everybodys(self):
         flight = pkgproxy.Flight("k")
-        flight.end(pkgproxy.Landing.FAILED, OriginFailure("gone"))
-        self.assertRaises(OriginFailure, flight.wait_for_head, 1)
-        self.assertRaises(OriginFailure, flight.wait_beyond, 0, 1)
+        flight.finish(pkgproxy.FlightResult.FAILED, OriginError("gone"))
+        self.assertRaises(OriginError, flight.wait_for_head, 1)
+        self.assertRaises(OriginError, flight.wait_for_bytes, 0, 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2433,10 +2433,10 @@ class OriginTest(unittest.TestCase):
     """Forward requests, against an origin that also answers badly."""
 
     def setUp(self):
-        self.origin = Origin()
+        self.origin = ScriptedOrigin()
         self.addCleanup(self.origin.close)
         self.counted = []
-        self.client = pkgproxy.Origin(self.counted.append, Config())
+        self.client = pkgproxy.OriginClient(self.counted.append, Config())
         self.addCleanup(self.client.close)
 
     def fetch(self, path="/x", method="GET", **more):
@@ -2449,7 +2449,7 @@ class OriginTest(unittest.TestCase):
             return b"".join(iter(lambda: response.read(7), b""))
 
     def test_connections_are_kept_and_used_again(self):
-        self.origin.pages.update({"/x": Page(b"x" * 99), "/c": Page(b"y" * 99, chunked=True)})
+        self.origin.pages.update({"/x": ScriptedResponse(b"x" * 99), "/c": ScriptedResponse(b"y" * 99, chunked=True)})
         for _ in range(3):
             self.assertEqual(self.read("/x"), b"x" * 99)
             self.assertEqual(self.read("/c"), b"y" * 99)
@@ -2457,18 +2457,18 @@ class OriginTest(unittest.TestCase):
         self.assertEqual(sum(self.counted), 6 * 99)
 
     def test_a_response_left_unread_does_not_pollute_the_next(self):
-        self.origin.pages["/x"] = Page(b"x" * 99)
+        self.origin.pages["/x"] = ScriptedResponse(b"x" * 99)
         self.fetch().close()
         self.assertEqual(self.read(), b"x" * 99)
 
     def test_a_kept_connection_that_the_origin_closed_costs_a_silent_second_try(self):
-        self.origin.pages["/x"] = Page(b"x")
+        self.origin.pages["/x"] = ScriptedResponse(b"x")
         self.assertEqual(self.read(), b"x")
         self.origin.drop()
         until(lambda: not self.origin._open)
         self.assertEqual(self.read(), b"x")
         # The same when it closes only as the request arrives.
-        with mock.patch.object(pkgproxy.Connection, "is_quiet", return_value=True):
+        with mock.patch.object(pkgproxy.OriginConnection, "is_idle", return_value=True):
             self.origin.drop()
             until(lambda: not self.origin._open)
             self.assertEqual(self.read(), b"x")
@@ -2483,9 +2483,9 @@ class OriginTest(unittest.TestCase):
                                (b"5\nshort\n0\n\n", b""), (b"5\r\nshort\r\n0\r\n", b"short"), (b"5\r\nshort\r\n0\r\nbad\n\r\n", b"short"),
                                (b"5\r\nshort\r\n", b"short"), (b"", b"")))):
             with self.subTest(steps=steps):
-                self.origin.pages["/x"] = Page(steps=steps)
+                self.origin.pages["/x"] = ScriptedResponse(steps=steps)
                 response, data = self.fetch(), b""
-                with contextlib.closing(response), self.assertRaises(Truncated):
+                with contextlib.closing(response), self.assertRaises(TruncatedBodyError):
                     while True:
                         more = response.read(100)
                         self.assertTrue(more, "a broken body ended as if it were whole")
@@ -2493,7 +2493,7 @@ class OriginTest(unittest.TestCase):
                 self.assertEqual(data, got)
 
     def test_early_hints_are_not_the_answer(self):
-        self.origin.pages["/x"] = Page(steps=[b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+        self.origin.pages["/x"] = ScriptedResponse(steps=[b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
                                               b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"])
         self.assertEqual(self.read(), b"ok")
 
@@ -2505,13 +2505,13 @@ class OriginTest(unittest.TestCase):
                 while not stop._event.wait(0.01):
                     yield step
 
-            self.origin.pages["/x"] = Page(steps=drip())
-            with self.assertRaises(OriginTimeout):
+            self.origin.pages["/x"] = ScriptedResponse(steps=drip())
+            with self.assertRaises(OriginTimeoutError):
                 self.fetch(deadline=time.monotonic() + 0.2)
             stop.open()
 
     def test_an_answer_that_comes_before_the_body_is_whole_is_heard(self):
-        self.origin.pages["/x"] = Page(b"too large", 413)
+        self.origin.pages["/x"] = ScriptedResponse(b"too large", 413)
         real = self.origin._read_body
         with mock.patch.object(self.origin, "_read_body", lambda file, fields: real(file, {}) + b" " * int(fields["content-length"])):
             target = pkgproxy.parse_target(self.origin.url("/x"))
@@ -2523,19 +2523,19 @@ class OriginTest(unittest.TestCase):
             response.close()
 
     def test_a_kept_connection_with_garbage_on_it_costs_a_silent_second_try(self):
-        self.origin.pages["/x"] = Page(b"x")
+        self.origin.pages["/x"] = ScriptedResponse(b"x")
         self.read()
-        with mock.patch.object(pkgproxy.Connection, "is_quiet", return_value=True):
+        with mock.patch.object(pkgproxy.OriginConnection, "is_idle", return_value=True):
             for connection in list(self.origin._open):
                 connection.sendall(b"<html>garbage")
             self.assertEqual(self.read(), b"x")
 
     def test_idle_connections_are_bounded_over_all_origins(self):
         with mock.patch.object(pkgproxy, "POOL_TOTAL", 2):
-            others = [Origin() for _ in range(4)]
+            others = [ScriptedOrigin() for _ in range(4)]
             for other in others:
                 self.addCleanup(other.close)
-                other.pages["/x"] = Page(b"x")
+                other.pages["/x"] = ScriptedResponse(b"x")
                 target = pkgproxy.parse_target(other.url("/x"))
                 response = self.client.fetch(forward("GET", target, (("Host", "a"),)))
                 response.read(9)
@@ -2543,7 +2543,7 @@ class OriginTest(unittest.TestCase):
             until(lambda: sum(len(other._open) for other in others) == 2)
 
     def test_no_connection_is_used_again_after_head(self):
-        self.origin.pages["/x"] = Page(b"x")
+        self.origin.pages["/x"] = ScriptedResponse(b"x")
         self.fetch("/x", "HEAD").close()
         self.read()
         self.assertEqual(self.origin.connections, 2)
@@ -2551,8 +2551,8 @@ class OriginTest(unittest.TestCase):
     def test_redirects_to_nowhere_leave_no_connection_behind(self):
         with socket.create_server(("127.0.0.1", 0)) as closed:
             port = closed.getsockname()[1]
-        self.origin.pages["/x"] = Page(b"moved", 302, [("Location", "http://127.0.0.1:%d/" % port)])
-        self.assertRaises(OriginFailure, self.fetch, follow=True)
+        self.origin.pages["/x"] = ScriptedResponse(b"moved", 302, [("Location", "http://127.0.0.1:%d/" % port)])
+        self.assertRaises(OriginError, self.fetch, follow_redirects=True)
         until(lambda: not self.origin._open, "the end of the first connection")
 
     def test_garbage_is_a_502(self):
@@ -2565,52 +2565,52 @@ class OriginTest(unittest.TestCase):
                        b"HTTP/1.1 101 Switching Protocols\r\n\r\n", ok + b"A: " + b"x" * 70000 + b"\r\n\r\n",
                        ok + b"A: b\r\n" * 9999 + b"\r\n"):
             with self.subTest(answer=answer[:60]):
-                self.origin.pages["/x"] = Page(steps=[answer])
-                with self.assertRaises(OriginFailure) as caught:
+                self.origin.pages["/x"] = ScriptedResponse(steps=[answer])
+                with self.assertRaises(OriginError) as caught:
                     self.fetch()
                 self.assertEqual(caught.exception.status, 502)
 
     def test_nobody_there_is_a_502_with_the_reason(self):
-        with refusing_address() as (host, port), self.assertRaisesRegex(OriginFailure, "refused"):
+        with refusing_address() as (host, port), self.assertRaisesRegex(OriginError, "refused"):
             self.client.fetch(forward("GET", Target("http", host, port, "/"), ()))
 
     def test_a_dead_address_of_a_name_does_not_hold_up_the_next(self):
         """RFC 8305 in spirit, with addresses that refuse, that swallow packets, and that nobody can speak."""
-        self.origin.pages["/x"] = Page(b"x")
-        with deaf_address() as deaf, refusing_address() as nobody:
+        self.origin.pages["/x"] = ScriptedResponse(b"x")
+        with unresponsive_address() as deaf, refusing_address() as nobody:
             tcp = (socket.AF_INET, socket.SOCK_STREAM, 0, "")
             good, dead, refused = (tcp + (address,) for address in (("127.0.0.1", self.origin.port), deaf, nobody))
             strange = (socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1))
             for addresses in ([good], [refused, good], [dead, good], [strange, good], [dead, refused, strange, dead, good]):
-                with mock.patch.object(pkgproxy.Addresses, "find", return_value=list(addresses)), \
-                        mock.patch.object(pkgproxy, "NEXT_ADDRESS", 0.02):
+                with mock.patch.object(pkgproxy.Resolver, "resolve", return_value=list(addresses)), \
+                        mock.patch.object(pkgproxy, "CONNECT_ATTEMPT_DELAY", 0.02):
                     self.assertEqual(self.read(), b"x")
                     self.client.close()
             for addresses, error in (([refused, refused], "refused"), ([dead], "in time")):
-                with mock.patch.object(pkgproxy.Addresses, "find", return_value=list(addresses)), \
-                        mock.patch.object(pkgproxy, "NEXT_ADDRESS", 0.02), self.assertRaisesRegex(OriginFailure, error):
+                with mock.patch.object(pkgproxy.Resolver, "resolve", return_value=list(addresses)), \
+                        mock.patch.object(pkgproxy, "CONNECT_ATTEMPT_DELAY", 0.02), self.assertRaisesRegex(OriginError, error):
                     self.fetch(deadline=time.monotonic() + 0.3)
 
     def test_families_take_turns(self):
         six, four = (socket.AF_INET6, 1, 6, "", ("::1", 80)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 80))
         with mock.patch.object(socket, "getaddrinfo", return_value=[six, six, four]):
-            self.assertEqual(pkgproxy.resolve("a", 80), [six, four, six])
+            self.assertEqual(pkgproxy.resolve_addresses("a", 80), [six, four, six])
 
     def test_an_address_that_failed_is_tried_after_the_others(self):
         """So a download that broke off goes on over another address of the host."""
-        addresses = pkgproxy.Addresses()
+        addresses = pkgproxy.Resolver()
         found = [(socket.AF_INET, 1, 6, "", ("127.0.0.%d" % number, 80)) for number in (1, 2, 3)]
         with mock.patch.object(socket, "getaddrinfo", return_value=found):
             for lame, order in ((None, "123"), ("1", "231"), ("2", "312"), ("3", "123"), ("2", "132")):
                 if lame:
-                    addresses.failed("127.0.0." + lame)
-                self.assertEqual("".join(row[4][0][-1] for row in addresses.find("a", 80, 1)), order)
+                    addresses.mark_failed("127.0.0." + lame)
+                self.assertEqual("".join(row[4][0][-1] for row in addresses.resolve("a", 80, 1)), order)
 
     def test_a_download_that_breaks_off_tells_of_its_address(self):
         for steps in ([b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"], [b""], [b"garbage\r\n\r\n"]):
-            self.origin.pages["/x"] = Page(steps=steps)
-            with mock.patch.object(self.client._addresses, "failed") as failed:
-                self.assertRaises(OriginFailure, self.read)
+            self.origin.pages["/x"] = ScriptedResponse(steps=steps)
+            with mock.patch.object(self.client._addresses, "mark_failed") as failed:
+                self.assertRaises(OriginError, self.read)
             failed.assert_called_with("127.0.0.1")
 
     def test_a_mute_name_server_is_asked_once_by_all_who_wait_and_not_for_ever(self):
@@ -2623,10 +2623,10 @@ class OriginTest(unittest.TestCase):
             return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
 
         target = Target("http", "origin.test", self.origin.port, "/x")
-        self.origin.pages["/x"] = Page(b"x")
-        with mock.patch.object(socket, "getaddrinfo", mute), mock.patch.object(pkgproxy, "LOOKUP_WAIT", 0.05):
+        self.origin.pages["/x"] = ScriptedResponse(b"x")
+        with mock.patch.object(socket, "getaddrinfo", mute), mock.patch.object(pkgproxy, "DNS_TIMEOUT", 0.05):
             for _ in range(3):
-                with self.assertRaisesRegex(OriginTimeout, "in time: the name servers say nothing"):
+                with self.assertRaisesRegex(OriginTimeoutError, "in time: the name servers say nothing"):
                     self.client.fetch(forward("GET", target, ()))
             self.assertEqual(self.read(), b"x", "another origin is nobody's concern")
             gate.open()
@@ -2635,45 +2635,45 @@ class OriginTest(unittest.TestCase):
         self.assertEqual(asked, [b"origin.test", b"127.0.0.1", b"origin.test"])
 
     def test_idle_connections_are_closed_after_a_while(self):
-        self.origin.pages["/x"] = Page(b"x")
+        self.origin.pages["/x"] = ScriptedResponse(b"x")
         self.read()
-        self.client.tidy()
+        self.client.close_idle()
         self.assertEqual(len(self.client._pool._idle), 1)
-        with mock.patch.object(pkgproxy, "POOL_IDLE", 0.0), mock.patch.object(pkgproxy, "TIDY_EVERY", -1.0):
-            self.client.tidy()
+        with mock.patch.object(pkgproxy, "POOL_IDLE_TIMEOUT", 0.0), mock.patch.object(pkgproxy, "POOL_CLEANUP_INTERVAL", -1.0):
+            self.client.close_idle()
         until(lambda: not self.origin._open)
 
     def test_an_unknown_name_is_a_502(self):
-        with self.assertRaises(OriginFailure) as caught:
+        with self.assertRaises(OriginError) as caught:
             self.client.fetch(forward("GET", Target("http", "nowhere.invalid", 80, "/"), ()))
         self.assertEqual(caught.exception.status, 502)
 
     def test_silence_is_a_504(self):
         gate = Gate()
         self.addCleanup(gate.open)
-        self.origin.pages["/x"] = Page(steps=[gate])
-        with self.assertRaises(OriginTimeout) as caught:
+        self.origin.pages["/x"] = ScriptedResponse(steps=[gate])
+        with self.assertRaises(OriginTimeoutError) as caught:
             self.fetch(deadline=time.monotonic() + 0.05)
         self.assertEqual(caught.exception.status, 504)
 
     def test_a_body_without_declared_end_is_read_but_not_proven(self):
-        self.origin.pages["/x"] = Page(steps=[b"HTTP/1.1 200 OK\r\n\r\nbody"])
+        self.origin.pages["/x"] = ScriptedResponse(steps=[b"HTTP/1.1 200 OK\r\n\r\nbody"])
         response = self.fetch()
         with contextlib.closing(response):
-            self.assertFalse(response.proven)
+            self.assertFalse(response.end_is_known)
             self.assertEqual(b"".join(iter(lambda: response.read(100), b"")), b"body")
 
     def test_redirects_are_followed_within_reason(self):
         self.origin.pages.update({
-            "/x": Page(status=302, fields=[("Location", "/y")]), "/y": Page(b"there"),
-            "/loop": Page(status=302, fields=[("Location", "/loop")]),
-            "/portal": Page(status=302, fields=[("Location", "/login")]),
-            "/login": Page(b"pay", fields=[("Content-Type", "text/html")])})
-        response = self.fetch("/x", follow=True)
+            "/x": ScriptedResponse(status=302, fields=[("Location", "/y")]), "/y": ScriptedResponse(b"there"),
+            "/loop": ScriptedResponse(status=302, fields=[("Location", "/loop")]),
+            "/portal": ScriptedResponse(status=302, fields=[("Location", "/login")]),
+            "/login": ScriptedResponse(b"pay", fields=[("Content-Type", "text/html")])})
+        response = self.fetch("/x", follow_redirects=True)
         with contextlib.closing(response):
-            self.assertEqual((response.read(100), response.head.final), (b"there", self.origin.url("/y")))
-        self.assertRaisesRegex(OriginFailure, "more than 10", self.fetch, "/loop", follow=True)
-        response = self.fetch("/portal", follow=True)
+            self.assertEqual((response.read(100), response.head.final_uri), (b"there", self.origin.url("/y")))
+        self.assertRaisesRegex(OriginError, "more than 10", self.fetch, "/loop", follow_redirects=True)
+        response = self.fetch("/portal", follow_redirects=True)
         response.close()
         self.assertEqual(response.head.status, 302)
         response = self.fetch("/x")
@@ -2681,12 +2681,12 @@ class OriginTest(unittest.TestCase):
         self.assertEqual(response.head.status, 302)
 
     def test_credentials_do_not_follow_to_another_host(self):
-        self.origin.pages.update({"/x": Page(status=302, fields=[("Location", self.origin.url("/y").replace("127.0.0.1", "localhost"))]),
-                                  "/y": Page(b"there")})
+        self.origin.pages.update({"/x": ScriptedResponse(status=302, fields=[("Location", self.origin.url("/y").replace("127.0.0.1", "localhost"))]),
+                                  "/y": ScriptedResponse(b"there")})
         target = pkgproxy.parse_target(self.origin.url("/x"))
-        with contextlib.suppress(OriginFailure):  # where localhost is ::1 only
+        with contextlib.suppress(OriginError):  # where localhost is ::1 only
             fields = (("Host", "h"), ("Authorization", "a"), ("Cookie", "c"))
-            self.client.fetch(forward("GET", target, fields, follow=True)).close()
+            self.client.fetch(forward("GET", target, fields, follow_redirects=True)).close()
             self.assertFalse({"authorization", "cookie"} & set(self.origin.log[-1][2]))
             self.assertTrue(self.origin.log[-1][2]["host"].startswith("localhost"))
 
@@ -2703,7 +2703,7 @@ class MissAndHitTest(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        self.origin.pages["/x_1.0_all.deb"] = Page(self.BODY, fields=[("Content-Type", "application/x"), ("X-Two", "1"),
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(self.BODY, fields=[("Content-Type", "application/x"), ("X-Two", "1"),
                                                                       ("X-Two", "2"), ("Set-Cookie", "a=b")])
 
     def test_a_miss_then_a_hit(self):
@@ -2793,7 +2793,7 @@ class MissAndHitTest(ProxyCase):
         self.assertEqual(self.ask("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
 
     def test_the_counters_are_exact_to_the_byte(self):
-        self.origin.pages["/InRelease"] = Page(b"i" * 1000)
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"i" * 1000)
         size = len(self.BODY)
         for what, fields, method, path, down, cache in (
                 ("miss", {}, "GET", "/x_1.0_all.deb", size, 0), ("hit", {}, "GET", "/x_1.0_all.deb", 0, size),
@@ -2811,28 +2811,28 @@ class MissAndHitTest(ProxyCase):
                                   after["statsCacheBytes"] - before["statsCacheBytes"]), (down, cache))
 
     def test_a_chunked_body_is_stored_and_served_with_its_length(self):
-        self.origin.pages["/y_1.0_all.deb"] = Page(self.BODY, chunked=True)
+        self.origin.pages["/y_1.0_all.deb"] = ScriptedResponse(self.BODY, chunked=True)
         self.assertEqual(self.ask("/y_1.0_all.deb").body, self.BODY)
         answer = self.ask("/y_1.0_all.deb")
         self.assertEqual((answer.body, answer["Content-Length"]), (self.BODY, str(len(self.BODY))))
         self.assertEqual(self.counters()["statsDownBytes"], len(self.BODY))
 
     def test_an_empty_file_is_stored(self):
-        self.origin.pages["/e_1.0_all.deb"] = Page(b"")
+        self.origin.pages["/e_1.0_all.deb"] = ScriptedResponse(b"")
         for _ in range(2):
             self.assertEqual((self.ask("/e_1.0_all.deb").body, self.ask("/e_1.0_all.deb").status), (b"", 200))
         self.assertEqual(self.origin.asked(), ["GET"])
 
     def test_same_path_on_two_hosts_is_two_files(self):
-        other = Origin()
+        other = ScriptedOrigin()
         self.addCleanup(other.close)
-        other.pages["/x_1.0_all.deb"] = Page(b"another")
+        other.pages["/x_1.0_all.deb"] = ScriptedResponse(b"another")
         self.ask("/x_1.0_all.deb")
         self.assertEqual(self.ask(other.url("/x_1.0_all.deb")).body, b"another")
         self.assertEqual(self.ask("/x_1.0_all.deb").body, self.BODY)
 
     def test_the_query_is_part_of_the_name(self):
-        self.origin.pages.update({"/metalink?a=1": Page(b"one"), "/metalink?a=2": Page(b"two")})
+        self.origin.pages.update({"/metalink?a=1": ScriptedResponse(b"one"), "/metalink?a=2": ScriptedResponse(b"two")})
         for _ in range(2):
             self.assertEqual(self.ask("/metalink?a=1").body + self.ask("/metalink?a=2").body, b"onetwo")
 
@@ -2840,16 +2840,16 @@ class MissAndHitTest(ProxyCase):
         for uri in NameRulesTest.HOSTILE:
             with self.subTest(uri=uri[:40]):
                 path = uri[len("http://a"):]
-                self.origin.pages[path] = Page(b"hostile")
+                self.origin.pages[path] = ScriptedResponse(b"hostile")
                 answer = self.raw(b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.url(path).encode())
                 self.assertIn(answer[9:12], (b"200", b"404"))
         self.settle()
         self.assertEqual(os.listdir(self.folder), ["root"])
-        self.assertLessEqual(set(os.listdir(self.root)), {"127.0.0.1:%d" % self.origin.port, pkgproxy.BOOKS})
-        self.assertLessEqual(set(os.listdir(os.path.join(self.root, pkgproxy.BOOKS))), {"heads", "partials"})
+        self.assertLessEqual(set(os.listdir(self.root)), {"127.0.0.1:%d" % self.origin.port, pkgproxy.METADATA_FOLDER})
+        self.assertLessEqual(set(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER))), {"heads", "partials"})
 
 
-class TogetherTest(ProxyCase):
+class CollapsedRequestsTest(ProxyCase):
     """The barrier: two clients of one file at once."""
 
     SIZE = 8 << 20
@@ -2859,7 +2859,7 @@ class TogetherTest(ProxyCase):
         self.gate = Gate()
         self.addCleanup(self.gate.open)
         self.body = os.urandom(1 << 20) * 8
-        self.origin.pages["/x_1.0_all.deb"] = Page(self.body, gate=self.gate, first=1 << 20)
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(self.body, gate=self.gate, first=1 << 20)
 
     def begin(self, connection, **fields):
         connection.request("GET", self.origin.url("/x_1.0_all.deb"), headers=fields)
@@ -2869,7 +2869,7 @@ class TogetherTest(ProxyCase):
     def test_a_follower_goes_on_from_the_origin_where_what_has_come_cannot_be_read(self):
         body, gate = random.Random(1).randbytes(3 << 20), Gate()
         self.addCleanup(gate.open)
-        self.origin.pages["/x_1.0_all.deb"] = Page(body, gate=gate, first=1 << 20)
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(body, gate=gate, first=1 << 20)
         sendfile, pread = os.sendfile, os.pread
 
         def send(to, file, offset, count):
@@ -2895,10 +2895,10 @@ class TogetherTest(ProxyCase):
             self.assertEqual(leader.response.read(), body[1 << 20:])
 
     def test_the_first_client_has_its_last_bytes_before_memcached_is_told(self):
-        gate, release = Gate(), pkgproxy.Leases.release
+        gate, release = Gate(), pkgproxy.LeaseManager.release
         self.addCleanup(gate.open)
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 400_000)
-        with mock.patch.object(pkgproxy.Leases, "release", lambda *what: (gate.pass_through(), release(*what))):
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 400_000)
+        with mock.patch.object(pkgproxy.LeaseManager, "release", lambda *what: (gate.pass_through(), release(*what))):
             self.assertEqual(len(self.ask("/x_1.0_all.deb").body), 400_000)
             gate.open()
             self.settle()
@@ -2908,14 +2908,14 @@ class TogetherTest(ProxyCase):
         for gate in gates:
             self.addCleanup(gate.open)
         head = b"HTTP/1.1 200 OK\r\nContent-Length: 400000\r\n\r\n"
-        self.origin.pages["/quick_1.0_all.deb"] = Page(steps=[head, b"x" * 200_000, b"x" * 200_000])
-        self.origin.pages["/slow_1.0_all.deb"] = Page(steps=[head, b"x" * 200_000, gates[0], b"x" * 200_000])
-        describe = pkgproxy.Partial._describe
-        with mock.patch.object(pkgproxy, "PAUSE", 5.0), mock.patch.object(
-                pkgproxy.Partial, "_describe", lambda partial, boot: (wrote.append(partial.size), describe(partial, boot))):
+        self.origin.pages["/quick_1.0_all.deb"] = ScriptedResponse(steps=[head, b"x" * 200_000, b"x" * 200_000])
+        self.origin.pages["/slow_1.0_all.deb"] = ScriptedResponse(steps=[head, b"x" * 200_000, gates[0], b"x" * 200_000])
+        describe = pkgproxy.PartialFile._write_metadata
+        with mock.patch.object(pkgproxy, "PUBLISH_DELAY", 5.0), mock.patch.object(
+                pkgproxy.PartialFile, "_write_metadata", lambda partial, boot: (wrote.append(partial.size), describe(partial, boot))):
             self.assertEqual(len(self.ask("/quick_1.0_all.deb").body), 400_000)
             self.assertEqual(wrote, [])
-            with mock.patch.object(pkgproxy, "PAUSE", 0.01), self.connection() as one:
+            with mock.patch.object(pkgproxy, "PUBLISH_DELAY", 0.01), self.connection() as one:
                 one.request("GET", self.origin.url("/slow_1.0_all.deb"))
                 until(lambda: wrote)
                 gates[0].open()
@@ -2928,7 +2928,7 @@ class TogetherTest(ProxyCase):
         self.addCleanup(gate.open)
         for number, error in enumerate((None, OSError(errno.EINVAL, "not here"), OSError(errno.ENOTSUP, "nor here"))):
             path = "/x%d_1.0_all.deb" % number
-            self.origin.pages[path] = Page(body, gate=gate, first=300_000)
+            self.origin.pages[path] = ScriptedResponse(body, gate=gate, first=300_000)
             with mock.patch.object(os, "sendfile", side_effect=error, wraps=os.sendfile) as sendfile, self.subTest(error):
                 with self.connection() as leader, self.connection() as follower:
                     for one in (leader, follower):
@@ -2942,7 +2942,7 @@ class TogetherTest(ProxyCase):
                 self.assertEqual(self.ask(path).body, body)
 
     def test_a_client_that_reads_nothing_does_not_hold_up_the_download(self):
-        self.origin.pages["/big_1.0_all.deb"] = Page(bytes(8 << 20))
+        self.origin.pages["/big_1.0_all.deb"] = ScriptedResponse(bytes(8 << 20))
         with self.connection() as slow:
             slow.request("GET", self.origin.url("/big_1.0_all.deb"))
             until(lambda: self.ask("/big_1.0_all.deb", Cache_Control="only-if-cached").status == 200)
@@ -2991,7 +2991,7 @@ class TogetherTest(ProxyCase):
         self.gate.open()
         for number in range(20):
             path = "/y_%d_all.deb" % number
-            self.origin.pages[path] = Page(b"y" * 1000)
+            self.origin.pages[path] = ScriptedResponse(b"y" * 1000)
             with self.connection() as one:
                 one.request("GET", self.origin.url(path))
                 one.getresponse().read()
@@ -3002,7 +3002,7 @@ class TogetherTest(ProxyCase):
                        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n"):
             with self.subTest(answer=answer):
                 gate = Gate()
-                self.origin.pages["/t_1.0_all.deb"] = Page(steps=[answer, gate])
+                self.origin.pages["/t_1.0_all.deb"] = ScriptedResponse(steps=[answer, gate])
                 with self.connection() as one, self.connection() as two:
                     responses = []
                     for connection in (one, two):
@@ -3015,11 +3015,11 @@ class TogetherTest(ProxyCase):
                             response.read()
                 self.settle()
                 self.assertEqual(self.files(), {})
-                self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS, "partials")), [])
+                self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
     def test_an_http_1_0_client_sees_a_truncated_body_as_a_reset(self):
         gate = Gate()
-        self.origin.pages["/t_1.0_all.deb"] = Page(
+        self.origin.pages["/t_1.0_all.deb"] = ScriptedResponse(
             steps=[b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n", gate])
         with socket.create_connection(self.address, PATIENCE) as connection:
             connection.sendall(b"GET %s HTTP/1.0\r\n\r\n" % self.origin.url("/t_1.0_all.deb").encode())
@@ -3031,7 +3031,7 @@ class TogetherTest(ProxyCase):
 
     def test_an_answer_that_is_not_for_sharing_is_fetched_by_each(self):
         gate = Gate()
-        self.origin.pages["/s_1.0_all.deb"] = Page(
+        self.origin.pages["/s_1.0_all.deb"] = ScriptedResponse(
             steps=[gate, b"HTTP/1.1 200 OK\r\nCache-Control: private\r\nContent-Length: 2\r\n\r\nmy"])
         answers = []
         threads = [threading.Thread(target=lambda: answers.append(self.ask("/s_1.0_all.deb").body)) for _ in range(3)]
@@ -3046,7 +3046,7 @@ class TogetherTest(ProxyCase):
 
     def test_a_dead_origin_fails_all_who_wait_at_once(self):
         gate = Gate()
-        self.origin.pages["/d_1.0_all.deb"] = Page(steps=[gate])
+        self.origin.pages["/d_1.0_all.deb"] = ScriptedResponse(steps=[gate])
         opener = threading.Thread(target=lambda: (until(lambda: self.server.replies_running == 3), gate.open()))
         opener.start()
         self.assertEqual([answer.status for answer in self.ask_together("/d_1.0_all.deb", 3)], [502] * 3)
@@ -3056,7 +3056,7 @@ class TogetherTest(ProxyCase):
         """50 MB once from the origin; each client's first byte before the tenth part is sent."""
         block, count = os.urandom(1000), 50_000
         body, gate, started = block * count, Gate(), threading.Semaphore(0)
-        self.origin.pages["/l_1.0_all.deb"] = Page(body, gate=gate, first=len(body) // 20)
+        self.origin.pages["/l_1.0_all.deb"] = ScriptedResponse(body, gate=gate, first=len(body) // 20)
         results = []
 
         def client():
@@ -3090,7 +3090,7 @@ class IndexTest(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        self.origin.pages["/InRelease"] = Page(b"generation 1")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 1")
 
     def test_an_index_is_asked_for_each_time_and_sent_from_the_file_on_304(self):
         self.ask("/InRelease")
@@ -3101,32 +3101,32 @@ class IndexTest(ProxyCase):
 
     def test_a_new_index_is_seen_at_once(self):
         self.ask("/InRelease")
-        self.origin.pages["/InRelease"] = Page(b"generation 2")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 2")
         self.assertEqual(self.ask("/InRelease").body, b"generation 2")
         self.assertEqual(self.files()[self.place("InRelease")], b"generation 2")
 
     def test_a_mirror_without_validators_is_asked_whole_each_time(self):
-        self.origin.pages["/InRelease"] = Page(b"generation 1", etag="", modified="")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 1", etag="", modified="")
         self.ask("/InRelease")
-        self.origin.pages["/InRelease"] = Page(b"generation 2", etag="", modified="")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 2", etag="", modified="")
         self.assertEqual(self.ask("/InRelease").body, b"generation 2")
 
     def test_a_clients_own_condition_is_answered_after_asking(self):
         tag = self.ask("/InRelease")["ETag"]
         self.assertEqual(self.ask("/InRelease", If_None_Match=tag).status, 304)
-        self.origin.pages["/InRelease"] = Page(b"generation 2")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 2")
         self.assertEqual(self.ask("/InRelease", If_None_Match=tag).body, b"generation 2")
         self.assertEqual(self.origin.asked(), ["GET"] * 3)
 
     def test_head_of_an_index_asks_too(self):
         self.ask("/InRelease")
-        self.origin.pages["/InRelease"] = Page(b"generation 22")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 22")
         self.assertEqual(self.ask("/InRelease", "HEAD")["Content-Length"], "13")
         self.assertEqual(self.ask("/InRelease").body, b"generation 22")
 
     def test_an_origin_that_cannot_be_asked_leaves_the_stored_one(self):
         self.ask("/InRelease")
-        for page in (Page(b"down", 503), Page(b"down", 502), Page(steps=[b""])):
+        for page in (ScriptedResponse(b"down", 503), ScriptedResponse(b"down", 502), ScriptedResponse(steps=[b""])):
             self.origin.pages["/InRelease"] = page
             answer = self.ask("/InRelease")
             self.assertEqual((answer.status, answer.body), (200, b"generation 1"))
@@ -3137,12 +3137,12 @@ class IndexTest(ProxyCase):
 
     def test_a_404_is_the_origins_word(self):
         self.ask("/InRelease")
-        self.origin.pages["/InRelease"] = Page(b"gone", 404)
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"gone", 404)
         self.assertEqual(self.ask("/InRelease").status, 404)
 
     def test_a_304_of_another_generation_fetches_the_index_anew(self):
         self.ask("/InRelease")
-        self.origin.pages["/InRelease"] = [Page(steps=[b'HTTP/1.1 304 Not Modified\r\nETag: "other"\r\n\r\n']), Page(b"new")]
+        self.origin.pages["/InRelease"] = [ScriptedResponse(steps=[b'HTTP/1.1 304 Not Modified\r\nETag: "other"\r\n\r\n']), ScriptedResponse(b"new")]
         self.assertEqual(self.ask("/InRelease").body, b"new")
 
 
@@ -3152,12 +3152,12 @@ class PassTest(ProxyCase):
     def test_nothing_but_a_complete_200_is_stored(self):
         for status in (203, 204, 301, 302, 400, 403, 404, 410, 500, 503):
             with self.subTest(status=status):
-                self.origin.pages["/n_%d.deb" % status] = Page(b"" if status == 204 else b"text", status)
+                self.origin.pages["/n_%d.deb" % status] = ScriptedResponse(b"" if status == 204 else b"text", status)
                 self.assertEqual(self.ask("/n_%d.deb" % status).status, status)
         self.assertEqual(self.files(), {})
 
     def test_other_methods_pass_with_their_bodies(self):
-        self.origin.pages["/api"] = Page(b"done", fields=[("X", "y")])
+        self.origin.pages["/api"] = ScriptedResponse(b"done", fields=[("X", "y")])
         for method in ("POST", "PUT", "DELETE", "PATCH", "PROPFIND"):
             answer = self.ask("/api", method, b"a body")
             self.assertEqual((answer.status, answer.body, answer["X"]), (200, b"done", "y"))
@@ -3169,16 +3169,16 @@ class PassTest(ProxyCase):
         self.assertEqual(self.files(), {})
 
     def test_a_method_that_changes_things_invalidates(self):
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"old")
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"old")
         self.ask("/x_1.0_all.deb")
         self.ask("/x_1.0_all.deb", "DELETE")
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"new")
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"new")
         self.assertEqual(self.ask("/x_1.0_all.deb").body, b"new")
 
     def test_filters_keep_matching_uris_out_of_the_cache(self):
         filters, _ = pkgproxy.parse_filters(r"127\.0\.0\.1:\d+/.*_1\.0_")
         self.start(Config(filters=tuple(filters)))
-        self.origin.pages.update({"/x_1.0_all.deb": Page(b"x"), "/x_2.0_all.deb": Page(b"x")})
+        self.origin.pages.update({"/x_1.0_all.deb": ScriptedResponse(b"x"), "/x_2.0_all.deb": ScriptedResponse(b"x")})
         for _ in range(2):
             self.assertIn("fwd=bypass", self.ask("/x_1.0_all.deb")["Cache-Status"])
             self.ask("/x_2.0_all.deb")
@@ -3186,18 +3186,18 @@ class PassTest(ProxyCase):
         self.assertEqual(len(self.origin.asked("/x_1.0_all.deb")), 2)
 
     def test_a_captive_portals_page_is_not_a_package(self):
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"pay here", fields=[("Content-Type", "text/html")])
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"pay here", fields=[("Content-Type", "text/html")])
         self.assertEqual(self.ask("/x_1.0_all.deb").body, b"pay here")
         self.assertEqual(self.files(), {})
 
     def test_a_body_without_declared_end_is_passed_not_kept(self):
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1000, length=False)
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000, length=False)
         self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x" * 1000)
         self.assertEqual(self.files(), {})
 
     def test_redirects_are_stored_under_what_was_asked(self):
-        self.origin.pages.update({"/x_1.0_all.deb": Page(status=302, fields=[("Location", "/cdn?signature=1")]),
-                                  "/cdn?signature=1": Page(b"x"), "/other": Page(status=302, fields=[("Location", "/y")])})
+        self.origin.pages.update({"/x_1.0_all.deb": ScriptedResponse(status=302, fields=[("Location", "/cdn?signature=1")]),
+                                  "/cdn?signature=1": ScriptedResponse(b"x"), "/other": ScriptedResponse(status=302, fields=[("Location", "/y")])})
         for _ in range(2):
             self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x")
         self.assertEqual(list(self.files()), [self.place("x_1.0_all.deb")])
@@ -3205,7 +3205,7 @@ class PassTest(ProxyCase):
 
     def test_an_early_range_downloads_the_file_a_far_one_does_not(self):
         body = os.urandom(4 << 20)
-        self.origin.pages.update({"/x_1.0_all.deb": Page(body), "/y_1.0_all.deb": Page(body)})
+        self.origin.pages.update({"/x_1.0_all.deb": ScriptedResponse(body), "/y_1.0_all.deb": ScriptedResponse(body)})
         answer = self.ask("/x_1.0_all.deb", Range="bytes=1000-")
         self.assertEqual((answer.status, answer.body), (206, body[1000:]))
         answer = self.ask("/y_1.0_all.deb", Range="bytes=3000000-3000009")
@@ -3214,8 +3214,8 @@ class PassTest(ProxyCase):
         self.assertEqual(list(self.files()), [self.place("x_1.0_all.deb")])
 
     def test_a_far_range_of_what_lands_as_it_is_looked_for_is_a_hit(self):
-        body, flying, landed = os.urandom(4 << 20), self.proxy._barrier.flying, []
-        self.origin.pages["/x_1.0_all.deb"] = Page(body)
+        body, flying, landed = os.urandom(4 << 20), self.proxy._barrier.is_in_flight, []
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(body)
 
         def lands(key):
             if not landed:
@@ -3223,7 +3223,7 @@ class PassTest(ProxyCase):
                 until(self.files)
             return flying(key)
 
-        with mock.patch.object(self.proxy._barrier, "flying", lands):
+        with mock.patch.object(self.proxy._barrier, "is_in_flight", lands):
             answer = self.ask("/x_1.0_all.deb", Range="bytes=3000000-3000009")
         self.assertEqual((answer.status, answer.body), (206, body[3000000:3000010]))
         self.assertEqual(self.origin.asked("/x_1.0_all.deb"), ["GET"])
@@ -3239,19 +3239,19 @@ class PassTest(ProxyCase):
         self.assertTrue(answer["Via"] and answer["Cache-Status"])
 
     def test_userinfo_is_not_sent_on(self):
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"x")
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x")
         self.ask("http://me:secret@127.0.0.1:%d/x_1.0_all.deb" % self.origin.port, Authorization="Basic eA==")
         self.assertEqual(self.origin.log[-1][1], "/x_1.0_all.deb")
         self.assertEqual(self.origin.log[-1][2]["authorization"], "Basic eA==")
         self.assertEqual(self.files(), {})
 
 
-class WaysInTest(ProxyCase):
+class RequestFormsTest(ProxyCase):
     """Prefixes and interception lead to the same stored response as a proxy's absolute-form."""
 
     def setUp(self):
         super().setUp()
-        self.origin.pages["/pool/x_1.0_all.deb"] = Page(b"package")
+        self.origin.pages["/pool/x_1.0_all.deb"] = ScriptedResponse(b"package")
         self.name = "127.0.0.1:%d" % self.origin.port
 
     def test_every_way_leads_to_one_stored_response(self):
@@ -3263,7 +3263,7 @@ class WaysInTest(ProxyCase):
 
     def test_what_a_firewall_leads_here_goes_where_its_host_field_says(self):
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
-        with mock.patch.object(pkgproxy, "resolve", return_value=place), self.assertLogs("pkgproxy", "INFO") as caught:
+        with mock.patch.object(pkgproxy, "resolve_addresses", return_value=place), self.assertLogs("pkgproxy", "INFO") as caught:
             for _ in range(2):
                 answer = self.raw(b"GET /pool/x_1.0_all.deb HTTP/1.1\r\nHost: mirror.test\r\nConnection: close\r\n\r\n")
                 self.assertTrue(answer.endswith(b"\r\n\r\npackage"))
@@ -3279,13 +3279,13 @@ class WaysInTest(ProxyCase):
         self.assertEqual(self.files(), {})
 
     def test_a_relayed_redirect_stays_behind_the_prefix(self):
-        self.origin.pages["/old"] = Page(b"", 302, [("Location", "/new"), ("Set-Cookie", "a=b")])
+        self.origin.pages["/old"] = ScriptedResponse(b"", 302, [("Location", "/new"), ("Set-Cookie", "a=b")])
         answer = self.own("/%s/old" % self.name)
         self.assertEqual((answer.status, answer["Location"], answer["Set-Cookie"]), (302, "/http://%s/new" % self.name, None))
 
     def test_links_of_an_index_lead_through_the_prefix_and_the_stored_one_stays_as_it_is(self):
         text = b"".join(b'<a href="http://files.test/x-%d.whl">' % n for n in range(20_000))
-        self.origin.pages["/simple/x/"] = Page(text, fields=[("Content-Type", "text/html"), ("Cache-Control", "max-age=99")])
+        self.origin.pages["/simple/x/"] = ScriptedResponse(text, fields=[("Content-Type", "text/html"), ("Cache-Control", "max-age=99")])
         ours = text.replace(b"http://files", b"http://127.0.0.1:%d/http://files" % self.address[1])
         for _ in range(2):
             answer = self.own("/http://%s/simple/x/" % self.name)
@@ -3294,18 +3294,18 @@ class WaysInTest(ProxyCase):
         self.assertIn("hit", self.outcome(answer))
         self.assertEqual(self.ask("/simple/x/").body, text)
         self.assertEqual(list(self.files().values()), [text])
-        self.origin.pages["/simple/y/"] = Page(b'<a href="/y.whl">', fields=[("Content-Type", "text/html"), ("Cache-Control", "max-age=99")])
+        self.origin.pages["/simple/y/"] = ScriptedResponse(b'<a href="/y.whl">', fields=[("Content-Type", "text/html"), ("Cache-Control", "max-age=99")])
         for _ in range(3):  # a small hit, too
             self.assertIn(b'"http://127.0.0.1:%d/http://' % self.address[1], self.own("/http://%s/simple/y/" % self.name).body)
 
     def test_a_part_of_a_page_is_all_of_it_where_its_links_are_others(self):
-        self.origin.pages["/simple/x/"] = Page(b'<a href="/x.whl">' * 9, fields=[("Content-Type", "text/html"), ("Digest", "md5=x")])
+        self.origin.pages["/simple/x/"] = ScriptedResponse(b'<a href="/x.whl">' * 9, fields=[("Content-Type", "text/html"), ("Digest", "md5=x")])
         whole = self.own("/%s/simple/x/" % self.name)
         self.assertEqual((whole.status, whole["Digest"], self.ask("/simple/x/", Range="bytes=0-7").body), (200, None, b"<a href="))
         for part in ("bytes=9-", "bytes=0-1,4-5", "bytes=200-"):
             with self.connection() as connection:
                 connection.request("GET", "/%s/simple/x/" % self.name, headers={"Connection": "close", "Range": part})
-                answer = Answer(connection.getresponse())
+                answer = ClientResponse(connection.getresponse())
             self.assertEqual((answer.status, answer.body, answer["Content-Range"]), (200, whole.body, None))
 
     def test_a_cookie_for_our_address_goes_to_no_site_behind_it(self):
@@ -3321,7 +3321,7 @@ class WaysInTest(ProxyCase):
             self.assertEqual(self.own(path).status, 508)
 
     def test_a_prefix_opens_nothing_to_strangers(self):
-        with mock.patch.object(pkgproxy, "is_this_host", lambda address: address != "127.0.0.2"):
+        with mock.patch.object(pkgproxy, "is_local_client", lambda address: address != "127.0.0.2"):
             for path, host in (("/http://%s/x" % self.name, "a"), ("/%s/x" % self.name, "a"), ("/localhost/x", "a"), ("/x", "127.0.0.1"), ("/x", "169.254.169.254")):
                 with socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as far:
                     far.sendall(("GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % (path, host)).encode())
@@ -3335,11 +3335,11 @@ class ParentTest(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        self.parent = Origin()
+        self.parent = ScriptedOrigin()
         self.addCleanup(self.parent.close)
-        self.parent.pages.update({"http://mirror.test/pool/x_%d.0_all.deb" % n: Page(b"%d" % n) for n in range(3)})
+        self.parent.pages.update({"http://mirror.test/pool/x_%d.0_all.deb" % n: ScriptedResponse(b"%d" % n) for n in range(3)})
         self.known = {}  # names that resolve here as well: to an address, or to None for name servers that fail
-        patcher = mock.patch.object(pkgproxy, "resolve", self.resolve)
+        patcher = mock.patch.object(pkgproxy, "resolve_addresses", self.resolve)
         patcher.start()
         self.addCleanup(patcher.stop)
         self.through("http://me:secret@127.0.0.1:%d" % self.parent.port)
@@ -3354,7 +3354,7 @@ class ParentTest(ProxyCase):
         return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (socket.inet_ntoa(socket.inet_aton(host)), port))]
 
     def through(self, text):
-        self.start(Config(addrs=(), parents=pkgproxy.find_parents(text, {}), pseudonym="tested"))
+        self.start(Config(addrs=(), parents=pkgproxy.parent_proxies(text, {}), pseudonym="tested"))
 
     def url(self, n):
         return "http://mirror.test/pool/x_%d.0_all.deb" % n
@@ -3370,7 +3370,7 @@ class ParentTest(ProxyCase):
         self.assertEqual(self.parent.connections, 1)
 
     def test_this_host_is_asked_without_it(self):
-        self.origin.pages["/x"] = Page(b"direct")
+        self.origin.pages["/x"] = ScriptedResponse(b"direct")
         self.assertEqual(self.ask("/x").body, b"direct")
         self.assertNotIn("proxy-authorization", self.origin.log[0][2])
         self.assertEqual(self.parent.log, [])
@@ -3382,11 +3382,11 @@ class ParentTest(ProxyCase):
         self.through(dead)
         answer = self.ask(self.url(0))
         self.assertEqual((answer.status, answer.body), (502, b"The parent proxy %s cannot be asked: Connection refused.\n" % dead.encode()))
-        self.origin.pages["/x"] = Page(b"direct")
+        self.origin.pages["/x"] = ScriptedResponse(b"direct")
         ours = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
         self.through(dead + ",direct")
-        with mock.patch.object(pkgproxy, "resolve", lambda host, port: ours if host == "mirror.test" else self.resolve(host, port)), \
-                mock.patch.object(pkgproxy, "connect_any", side_effect=pkgproxy.connect_any) as connect:
+        with mock.patch.object(pkgproxy, "resolve_addresses", lambda host, port: ours if host == "mirror.test" else self.resolve(host, port)), \
+                mock.patch.object(pkgproxy, "connect_fastest", side_effect=pkgproxy.connect_fastest) as connect:
             for _ in range(2):
                 self.assertEqual(self.ask("http://mirror.test/x").body, b"direct")
                 self.settle()
@@ -3396,15 +3396,15 @@ class ParentTest(ProxyCase):
     def test_one_that_is_there_and_does_not_do_its_work_is_replaced_as_well(self):
         """It closes, speaks no HTTP, or wants a password, on a new connection or one that was kept."""
         self.through("127.0.0.1:%d,direct" % self.parent.port)
-        for n, answer in enumerate((Page(steps=[]), Page(steps=[b"hello\r\n\r\n"]), Page(b"", 407))):
-            self.origin.pages["/pool/x_%d.0_all.deb" % n], self.parent.pages[self.url(n)] = Page(b"direct"), answer
+        for n, answer in enumerate((ScriptedResponse(steps=[]), ScriptedResponse(steps=[b"hello\r\n\r\n"]), ScriptedResponse(b"", 407))):
+            self.origin.pages["/pool/x_%d.0_all.deb" % n], self.parent.pages[self.url(n)] = ScriptedResponse(b"direct"), answer
         ours = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
-        with mock.patch.object(pkgproxy, "resolve", lambda host, port: ours if host == "mirror.test" else self.resolve(host, port)):
+        with mock.patch.object(pkgproxy, "resolve_addresses", lambda host, port: ours if host == "mirror.test" else self.resolve(host, port)):
             for n in range(3):
                 self.assertEqual(self.ask(self.url(n)).body, b"direct")
                 self.settle()
                 self.proxy._origin._pool.close()
-            self.parent.pages[self.url(0) + "?"], self.parent.pages[self.url(2) + "?"] = Page(b"through it"), Page(b"", 407)
+            self.parent.pages[self.url(0) + "?"], self.parent.pages[self.url(2) + "?"] = ScriptedResponse(b"through it"), ScriptedResponse(b"", 407)
             for n, body in ((0, b"through it"), (2, b"direct")):
                 self.assertEqual(self.ask(self.url(n) + "?").body, body)
                 self.settle()
@@ -3424,20 +3424,20 @@ class ParentTest(ProxyCase):
         self.assertTrue(answer.endswith(b"\r\n\r\nhello"), answer)
 
     def test_one_that_wants_a_password_is_no_matter_of_the_client(self):
-        self.parent.pages[self.url(0)] = Page(b"no", 407, [("Proxy-Authenticate", "Basic")])
+        self.parent.pages[self.url(0)] = ScriptedResponse(b"no", 407, [("Proxy-Authenticate", "Basic")])
         answer = self.ask(self.url(0))
         self.assertEqual((answer.status, answer["Proxy-Authenticate"]), (502, None))
         self.assertIn(b"The parent proxy 127.0.0.1:%d cannot be asked: it wants another name and password." % self.parent.port, answer.body)
 
     def test_we_are_not_our_own_parent(self):
-        origin, parents = self.proxy._origin, pkgproxy.find_parents("127.0.0.1:%d" % self.address[1], {})
+        origin, parents = self.proxy._origin, pkgproxy.parent_proxies("127.0.0.1:%d" % self.address[1], {})
         origin._config = pkgproxy.dataclasses.replace(origin._config, parents=parents)
         self.assertEqual(self.ask(self.url(0)).status, 508)
-        origin.guard.ports.clear()  # as behind a NAT
+        origin.guard.listening_ports.clear()  # as behind a NAT
         self.assertEqual(self.ask(self.url(0)).status, 508)
 
     def test_strangers_reach_no_more_through_it(self):
-        self.parent.pages[self.url(0)] = Page(b"", 302, [("Location", "http://169.254.169.254/x_1.0_all.deb")])
+        self.parent.pages[self.url(0)] = ScriptedResponse(b"", 302, [("Location", "http://169.254.169.254/x_1.0_all.deb")])
         self.known["mirror.test"] = "203.0.113.80"
         for url in (self.url(0), "http://2130706433/x", "http://0x7f.1/x", "http://127.1/x", "http://localhost/x", "http://169.254.169.254/x"):
             self.assertEqual(self.ask_from_far(url)[9:12], b"403", url)
@@ -3445,7 +3445,7 @@ class ParentTest(ProxyCase):
 
     def ask_from_far(self, url):
         """What a client on another machine gets."""
-        with mock.patch.object(pkgproxy, "is_this_host", lambda address: address != "127.0.0.2"), \
+        with mock.patch.object(pkgproxy, "is_local_client", lambda address: address != "127.0.0.2"), \
                 socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as far:
             far.sendall(("GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % url).encode())
             return b"".join(iter(lambda: far.recv(9999), b""))
@@ -3455,7 +3455,7 @@ class ParentTest(ProxyCase):
             with self.subTest(address=address):  # over a connection that is kept, too: the parent looks it up for each request
                 self.known["mirror.test"] = address
                 asked, url = len(self.parent.log), self.url(0) + "?%s" % address
-                self.parent.pages[url] = Page(b"secret")
+                self.parent.pages[url] = ScriptedResponse(b"secret")
                 answer = self.ask_from_far(url)
                 self.assertEqual((answer[9:12], b"secret" in answer, len(self.parent.log) - asked), (status, status == b"200", status == b"200"))
         self.assertIn(b"mirror.test cannot be checked, and the parent proxy is on this host: Temporary failure in name resolution.", answer)
@@ -3468,7 +3468,7 @@ class ParentTest(ProxyCase):
         self.assertEqual(self.ask_from_far(self.url(0))[9:12], b"403")
 
     def test_a_parent_on_another_machine_resolves_names_itself(self):
-        with mock.patch.object(pkgproxy, "is_own_address", lambda address: False):
+        with mock.patch.object(pkgproxy, "is_local_address", lambda address: False):
             self.assertEqual(self.ask_from_far(self.url(0))[9:12], b"200")
 
 
@@ -3492,10 +3492,10 @@ class TlsOriginTest(ProxyCase):
         super().setUp()
         self.start(Config(addrs=(), ca_file=self.certificates.authority, pseudonym="tested"))
         self.secure = self.serve(self.certificates.context())
-        self.secure.pages.update({"/pool/x_1.0_all.deb": Page(b"secure"), "/InRelease": Page(b"secure index")})
+        self.secure.pages.update({"/pool/x_1.0_all.deb": ScriptedResponse(b"secure"), "/InRelease": ScriptedResponse(b"secure index")})
 
     def serve(self, context):
-        origin = Origin(context=context)
+        origin = ScriptedOrigin(context=context)
         self.addCleanup(origin.close)
         return origin
 
@@ -3511,11 +3511,11 @@ class TlsOriginTest(ProxyCase):
 
     def test_a_host_name_with_its_last_dot_has_the_certificate_of_the_one_without(self):
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.secure.port))]
-        with mock.patch.object(pkgproxy, "resolve", return_value=place):
+        with mock.patch.object(pkgproxy, "resolve_addresses", return_value=place):
             self.assertEqual(self.ask("https://localhost.:%d/InRelease" % self.secure.port).body, b"secure index")
 
     def test_a_host_that_redirects_to_https_is_cached_under_its_http_url(self):
-        self.origin.pages["/pool/x_1.0_all.deb"] = Page(b"", 301, [("Location", self.secure.url("/pool/x_1.0_all.deb"))])
+        self.origin.pages["/pool/x_1.0_all.deb"] = ScriptedResponse(b"", 301, [("Location", self.secure.url("/pool/x_1.0_all.deb"))])
         for outcome in ("fwd=uri-miss", "hit"):
             answer = self.ask("/pool/x_1.0_all.deb")
             self.assertEqual(answer.body, b"secure")
@@ -3525,11 +3525,11 @@ class TlsOriginTest(ProxyCase):
     def test_https_and_http_never_stand_in_for_each_other(self):
         """Not even where both have the same host and port."""
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
-        self.origin.pages["/pool/x_1.0_all.deb"] = Page(b"plain")
+        self.origin.pages["/pool/x_1.0_all.deb"] = ScriptedResponse(b"plain")
         plain, secure = "http://127.0.0.1:%d/pool/x_1.0_all.deb" % self.secure.port, self.secure.url("/pool/x_1.0_all.deb")
         for _ in range(2):
             self.assertEqual(self.ask(secure).body, b"secure")
-            with mock.patch.object(pkgproxy, "resolve", return_value=place):
+            with mock.patch.object(pkgproxy, "resolve_addresses", return_value=place):
                 self.assertEqual(self.ask(plain).body, b"plain")
         self.assertEqual((self.origin.log[0][2]["range"], len(self.origin.log), len(self.secure.log)), ("bytes=0-4095", 2, 1))
         self.assertEqual(sorted(self.files().values()), [b"plain", b"secure"])
@@ -3571,7 +3571,7 @@ class TlsOriginTest(ProxyCase):
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            with mock.patch.object(pkgproxy, "resolve", lambda host, port: place if host == "mirror.test" else [(*place[0][:4], (host, port))]):
+            with mock.patch.object(pkgproxy, "resolve_addresses", lambda host, port: place if host == "mirror.test" else [(*place[0][:4], (host, port))]):
                 yield "127.0.0.1:%d" % server.server_address[1], proxy
         finally:
             self.proxy._origin._pool.close()
@@ -3583,7 +3583,7 @@ class TlsOriginTest(ProxyCase):
     def test_https_origins_and_tunnels_go_through_a_parents_connect(self):
         self.secure.context = self.certificates.context("mirror", names="DNS:mirror.test")
         with self.parent() as (text, parent):
-            config = Config(addrs=(), ca_file=self.certificates.authority, parents=pkgproxy.find_parents(text, {}))
+            config = Config(addrs=(), ca_file=self.certificates.authority, parents=pkgproxy.parent_proxies(text, {}))
             self.start(config)
             for _ in range(2):
                 self.assertEqual(self.ask("https://mirror.test/InRelease").body, b"secure index")
@@ -3604,7 +3604,7 @@ class TlsOriginTest(ProxyCase):
         self.assertEqual(self.ask(self.secure.url("/x")).status, 502)
 
 
-class MirrorsTest(ProxyCase):
+class MirrorSharingTest(ProxyCase):
     """The same file from another mirror is proven to be the same, not downloaded."""
 
     BODY = bytes(range(256)) * 400
@@ -3614,13 +3614,13 @@ class MirrorsTest(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        self.other = Origin()
+        self.other = ScriptedOrigin()
         self.addCleanup(self.other.close)
 
     def publish(self, name="x_1.0_all.deb", body=BODY, other=None, **more):
         """One file on two mirrors; its URL at the other."""
-        self.origin.pages["/debian/pool/" + name] = Page(body)
-        self.other.pages["/mirrors/pub/pool/" + name] = Page(body if other is None else other, modified=self.LATER, **{"etag": '"there"', **more})
+        self.origin.pages["/debian/pool/" + name] = ScriptedResponse(body)
+        self.other.pages["/mirrors/pub/pool/" + name] = ScriptedResponse(body if other is None else other, modified=self.LATER, **{"etag": '"there"', **more})
         return self.other.url("/mirrors/pub/pool/" + name)
 
     def there(self, name="x_1.0_all.deb"):
@@ -3640,14 +3640,14 @@ class MirrorsTest(ProxyCase):
         self.ask(self.HERE)
         answer = self.ask(url)
         self.assertEqual((answer.status, answer.body), (200, self.BODY))
-        self.check_sent(2 * pkgproxy.PROOF)
+        self.check_sent(2 * pkgproxy.PROOF_SIZE)
         self.assertEqual(self.outcome(answer), "pkgproxy; " + self.PART + '"same as %s"' % self.origin.url(self.HERE))
         self.assertEqual((answer["ETag"], answer["Last-Modified"], answer["Content-Length"]), ('"there"', self.LATER, str(len(self.BODY))))
         self.assertTrue(os.path.samefile(self.there(), os.path.join(self.root, self.place(self.HERE[1:]))))
         counted = self.counters()
-        self.assertEqual((counted["statsDownBytes"], counted["statsCacheBytes"]), (len(self.BODY) + 2 * pkgproxy.PROOF, len(self.BODY)))
+        self.assertEqual((counted["statsDownBytes"], counted["statsCacheBytes"]), (len(self.BODY) + 2 * pkgproxy.PROOF_SIZE, len(self.BODY)))
         self.assertEqual(counted["statsOutcomes"]["shared"], 1)
-        self.assertIn(Outcome.SHARED, pkgproxy.FROM_CACHE)
+        self.assertIn(Outcome.SHARED, pkgproxy.CACHE_OUTCOMES)
 
     def test_what_was_shared_is_stored_like_any_other_and_is_its_mirrors_own(self):
         url = self.publish()
@@ -3688,7 +3688,7 @@ class MirrorsTest(ProxyCase):
 
     def test_small_files_are_compared_whole(self):
         sent = 0
-        for size in (1, pkgproxy.PROOF - 1, pkgproxy.PROOF, pkgproxy.PROOF + 1, 2 * pkgproxy.PROOF):
+        for size in (1, pkgproxy.PROOF_SIZE - 1, pkgproxy.PROOF_SIZE, pkgproxy.PROOF_SIZE + 1, 2 * pkgproxy.PROOF_SIZE):
             with self.subTest(size=size):
                 name = "s%d_1.0_all.deb" % size
                 url = self.publish(name, self.BODY[:size])
@@ -3706,7 +3706,7 @@ class MirrorsTest(ProxyCase):
         self.assertIn(self.MISS, self.outcome(answer))
 
     def test_a_mirror_that_changes_the_file_between_head_and_tail_or_has_no_strong_validator_is_no_proof(self):
-        for name, second in (("a", Page(self.BODY, etag='"newer"')), ("b", None)):
+        for name, second in (("a", ScriptedResponse(self.BODY, etag='"newer"')), ("b", None)):
             url = self.publish(name + "_1.0_all.deb", etag='W/"weak"' if second is None else '"old"')
             path = "/mirrors/pub/pool/%s_1.0_all.deb" % name
             if second is not None:
@@ -3748,7 +3748,7 @@ class MirrorsTest(ProxyCase):
         self.ask(self.HERE)
         answer = self.ask(url, Range="bytes=2000000-2000099")
         self.assertEqual((answer.status, answer.body), (206, (self.BODY * 20)[2000000:2000100]))
-        self.check_sent(2 * pkgproxy.PROOF)
+        self.check_sent(2 * pkgproxy.PROOF_SIZE)
 
     def test_where_the_file_system_has_no_links_the_file_is_copied(self):
         url = self.publish()
@@ -3758,14 +3758,14 @@ class MirrorsTest(ProxyCase):
             self.settle()
         self.assertIn(self.PART, self.outcome(answer))
         self.assertEqual((answer.body, self.ask(url).body), (self.BODY, self.BODY))
-        self.check_sent(2 * pkgproxy.PROOF)
+        self.check_sent(2 * pkgproxy.PROOF_SIZE)
         self.assertEqual(os.stat(self.there()).st_nlink, 1)
         self.assertEqual(self.counters()["statsCacheBytes"], 2 * len(self.BODY))
 
     def test_a_cache_that_cannot_be_written_costs_no_client_its_answer(self):
         url = self.publish()
         self.ask(self.HERE)
-        with mock.patch.object(pkgproxy.Partials, "claim", side_effect=pkgproxy.LocalFailure(OSError(errno.ENOSPC, "full"))), \
+        with mock.patch.object(pkgproxy.PartialStore, "open_for_writing", side_effect=pkgproxy.StorageError(OSError(errno.ENOSPC, "full"))), \
                 mock.patch.object(os, "link", side_effect=OSError(errno.ENOSPC, "full")):
             self.assertEqual(self.ask(url).body, self.BODY)
         self.assertFalse(os.path.exists(self.there()))
@@ -3784,9 +3784,9 @@ class MirrorsTest(ProxyCase):
         url = self.publish()
         self.ask(self.HERE)
         self.ask(url)
-        self.proxy._refresher.refresh(pkgproxy.parse_target(url), url, (), True)
+        self.proxy._refresher.revalidate(pkgproxy.parse_target(url), url, (), True)
         self.settle()
-        self.check_sent(2 * pkgproxy.PROOF)
+        self.check_sent(2 * pkgproxy.PROOF_SIZE)
         self.assertEqual(self.other.log[-1][2]["if-none-match"], '"there"')
 
     def test_a_download_that_broke_off_gives_way_to_what_another_mirror_has(self):
@@ -3794,12 +3794,12 @@ class MirrorsTest(ProxyCase):
         page = self.other.pages[self.THERE]
         whole = b"HTTP/1.1 200 OK\r\nETag: %s\r\nLast-Modified: %s\r\nContent-Length: %d\r\n\r\n" % (
             page.etag.encode(), page.modified.encode(), len(page.body))
-        self.other.pages[self.THERE] = Page(steps=[whole + page.body[:400_000]])
-        with mock.patch.object(pkgproxy, "RESUME_PAUSES", ()), self.assertRaises(http.client.HTTPException):
+        self.other.pages[self.THERE] = ScriptedResponse(steps=[whole + page.body[:400_000]])
+        with mock.patch.object(pkgproxy, "RESUME_BACKOFF", ()), self.assertRaises(http.client.HTTPException):
             self.ask(url)
         self.settle()
         for ranges in (False, True):
-            self.other.pages[self.THERE] = Page(page.body, etag=page.etag, modified=page.modified, ranges=ranges)
+            self.other.pages[self.THERE] = ScriptedResponse(page.body, etag=page.etag, modified=page.modified, ranges=ranges)
             self.ask(self.HERE)
             self.assertEqual(self.ask(url).body, page.body)
             self.settle()
@@ -3811,7 +3811,7 @@ class MirrorsTest(ProxyCase):
                  "/repodata/%s-primary.xml.gz" % hashlib.sha512(self.HELD).hexdigest())
         self.other.close()
         for path in names:
-            self.origin.pages["/a" + path] = Page(self.HELD, fields=[("Content-Type", "application/x")])
+            self.origin.pages["/a" + path] = ScriptedResponse(self.HELD, fields=[("Content-Type", "application/x")])
             self.ask("/a" + path)
             answer = self.ask(self.other.url("/b" + path))
             self.assertEqual((answer.body, answer["Content-Type"], answer["ETag"]), (self.HELD, "application/x", None))
@@ -3822,7 +3822,7 @@ class MirrorsTest(ProxyCase):
 
     def test_a_body_that_does_not_match_its_name_is_passed_on_and_not_kept(self):
         path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
-        self.origin.pages[path] = [Page(b"another index"), Page(self.HELD)]
+        self.origin.pages[path] = [ScriptedResponse(b"another index"), ScriptedResponse(self.HELD)]
         with self.assertLogs("pkgproxy", "WARNING") as logged:
             self.assertEqual(self.ask(path).body, b"another index")
             self.settle()
@@ -3834,10 +3834,10 @@ class MirrorsTest(ProxyCase):
     def test_the_earlier_part_of_a_resumed_download_counts_for_its_digest(self):
         held = self.HELD * 100
         path = "/dists/x/by-hash/SHA256/" + sha256(held)
-        whole = b"HTTP/1.1 200 OK\r\nETag: %s\r\nContent-Length: %d\r\n\r\n" % (Page(held).etag.encode(), len(held))
+        whole = b"HTTP/1.1 200 OK\r\nETag: %s\r\nContent-Length: %d\r\n\r\n" % (ScriptedResponse(held).etag.encode(), len(held))
         for first, kept in ((held[:400_000], True), (b"?" * 400_000, False)):
-            self.origin.pages[path] = [Page(steps=[whole + first]), Page(held)]
-            with mock.patch.object(pkgproxy, "RESUME_PAUSES", (0.0,)):
+            self.origin.pages[path] = [ScriptedResponse(steps=[whole + first]), ScriptedResponse(held)]
+            with mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
                 self.assertEqual(self.ask(path).body, first + held[400_000:])
             self.settle()
             self.assertEqual(self.files(), {self.place(path[1:]): held} if kept else {})
@@ -3846,7 +3846,7 @@ class MirrorsTest(ProxyCase):
 
     def test_what_has_rotted_on_the_disk_is_not_shared_by_its_digest(self):
         path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
-        self.origin.pages["/a" + path] = self.other.pages["/b" + path] = Page(self.HELD)
+        self.origin.pages["/a" + path] = self.other.pages["/b" + path] = ScriptedResponse(self.HELD)
         self.ask("/a" + path)
         place = os.path.join(self.root, self.place("a" + path))
         info = os.stat(place)
@@ -3857,7 +3857,7 @@ class MirrorsTest(ProxyCase):
 
     def test_whose_file_it_is_is_told_without_its_query(self):
         path = "/repodata/%s-primary.xml.gz" % sha256(self.HELD)
-        self.origin.pages["/a" + path], self.other.pages["/b" + path] = Page(self.HELD), Page(b"", 503)
+        self.origin.pages["/a" + path], self.other.pages["/b" + path] = ScriptedResponse(self.HELD), ScriptedResponse(b"", 503)
         self.ask("/a" + path + "?token=secret")
         for asked in ({"Cache_Control": "only-if-cached"}, {}):
             answer = self.ask(self.other.url("/b" + path), **asked)
@@ -3867,12 +3867,12 @@ class MirrorsTest(ProxyCase):
 
     def test_what_the_disk_does_not_give_back_is_no_proof_and_no_bug(self):
         path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
-        self.origin.pages["/a" + path], self.other.pages["/b" + path] = Page(self.HELD), Page(b"down", 503)
+        self.origin.pages["/a" + path], self.other.pages["/b" + path] = ScriptedResponse(self.HELD), ScriptedResponse(b"down", 503)
         self.ask("/a" + path)
         for _ in range(3):  # the two mirrors had the same packages
-            self.proxy._store.names.vouch((self.origin.url("/a"), self.other.url("/b")), True)
+            self.proxy._store.names.record_comparison((self.origin.url("/a"), self.other.url("/b")), True)
         self.settle()
-        with mock.patch.object(pkgproxy.Stored, "read_at", side_effect=OSError(errno.EIO, "broken")):
+        with mock.patch.object(pkgproxy.StoredResponse, "read_at", side_effect=OSError(errno.EIO, "broken")):
             self.assertEqual(self.ask(self.other.url("/b" + path)).body, b"down")
             self.other.close()
             self.assertEqual(self.ask(self.other.url("/b" + path)).status, 502)
@@ -3890,11 +3890,11 @@ class MirrorsTest(ProxyCase):
         self.ask(self.HERE)
         self.other.close()
         self.assertEqual(self.ask(url).status, 502, "nothing is known of the two")
-        self.other = Origin()
+        self.other = ScriptedOrigin()
         self.addCleanup(self.other.close)
         self.vouch()
         self.publish()
-        for pages in ({self.THERE: Page(b"", 503)}, {}):
+        for pages in ({self.THERE: ScriptedResponse(b"", 503)}, {}):
             self.other.pages = pages
             if not pages:
                 self.other.close()
@@ -3914,7 +3914,7 @@ class MirrorsTest(ProxyCase):
         self.publish(other=b"?" * len(self.BODY))
         self.ask(self.HERE)
         index, url = self.other.url("/InRelease"), self.other.url(self.THERE)
-        self.other.pages["/InRelease"] = [Page(b"index"), Page(b"", 503)]
+        self.other.pages["/InRelease"] = [ScriptedResponse(b"index"), ScriptedResponse(b"", 503)]
         self.assertEqual([self.ask(index).body for _ in range(2)], [b"index"] * 2)
         self.assertEqual(self.ask(url, Cache_Control="only-if-cached").status, 504)
         self.assertEqual(self.ask(url).body, b"?" * len(self.BODY))
@@ -3926,11 +3926,11 @@ class MirrorsTest(ProxyCase):
                 with self.subTest(outcome=outcome, keep=keep):
                     shutil.rmtree(self.root)
                     os.mkdir(self.root)
-                    self.origin.pages.update({plain: Page(self.BODY), coded: Page(other)})
+                    self.origin.pages.update({plain: ScriptedResponse(self.BODY), coded: ScriptedResponse(other)})
                     self.ask(plain)
                     self.settle()
                     if not keep:
-                        shutil.rmtree(os.path.join(self.root, pkgproxy.BOOKS))
+                        shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
                     answer = self.ask(coded.replace("B", "b"))
                     self.assertEqual(answer.body, other)
                     self.assertIn(outcome, self.outcome(answer))
@@ -3943,8 +3943,8 @@ class MirrorsTest(ProxyCase):
         self.ask(self.HERE)
         silent = Gate()
         self.addCleanup(silent.open)
-        self.other.pages[self.THERE] = Page(steps=[silent])
-        with mock.patch.object(pkgproxy, "VALIDATE_WAIT", 0.2):
+        self.other.pages[self.THERE] = ScriptedResponse(steps=[silent])
+        with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
             answer = self.ask(self.other.url(self.THERE))
             self.assertIn("did not answer in time", self.outcome(answer))
             asked = len(self.other.log)
@@ -3957,8 +3957,8 @@ class MirrorsTest(ProxyCase):
         silent, page = Gate(), self.other.pages[self.THERE]
         self.addCleanup(silent.open)
         part = b"HTTP/1.1 206 Part\r\nETag: \"a\"\r\nContent-Range: bytes 0-4095/%d\r\n\r\n" % len(self.BODY)
-        self.other.pages[self.THERE] = [Page(steps=[part + self.BODY[:1], silent]), page]
-        with mock.patch.object(pkgproxy, "VALIDATE_WAIT", 0.2):
+        self.other.pages[self.THERE] = [ScriptedResponse(steps=[part + self.BODY[:1], silent]), page]
+        with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
             answer = self.ask(url)
         self.assertEqual((answer.body, self.asked()), (self.BODY, [("GET", "bytes=0-4095"), ("GET", None)]))
 
@@ -3967,7 +3967,7 @@ class MirrorsTest(ProxyCase):
         self.ask(self.HERE)
         gate, page = Gate(), self.other.pages[self.THERE]
         self.addCleanup(gate.open)
-        self.other.pages[self.THERE] = [Page(self.BODY, modified=page.modified, etag=page.etag, gate=gate, first=1), page]
+        self.other.pages[self.THERE] = [ScriptedResponse(self.BODY, modified=page.modified, etag=page.etag, gate=gate, first=1), page]
         client = threading.Thread(target=self.ask, args=(url,))
         client.start()
         until(lambda: self.other.log)
@@ -4003,7 +4003,7 @@ class MirrorsTest(ProxyCase):
         with tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as folder:
             certificates = Certificates(folder)
             self.start(dataclasses.replace(self.config, ca_file=certificates.authority))
-            self.other = Origin(context=certificates.context())
+            self.other = ScriptedOrigin(context=certificates.context())
             try:
                 yield
             finally:
@@ -4019,8 +4019,8 @@ class MirrorsTest(ProxyCase):
             self.assertEqual(self.asked(), [("GET", None)])
             url = self.publish("y_1.0_all.deb")
             self.assertEqual((self.ask(url).body, self.ask("/debian/pool/y_1.0_all.deb").body), (self.BODY, self.BODY))
-            self.check_sent(len(self.BODY) + 2 * pkgproxy.PROOF, self.origin)
-            self.origin.pages["/debian" + path] = Page(self.HELD)
+            self.check_sent(len(self.BODY) + 2 * pkgproxy.PROOF_SIZE, self.origin)
+            self.origin.pages["/debian" + path] = ScriptedResponse(self.HELD)
             self.ask("/debian" + path)
             self.assertEqual(self.ask(self.other.url("/mirrors/pub" + path)).body, self.HELD)
             self.assertEqual(len(self.other.log), 2)
@@ -4029,19 +4029,19 @@ class MirrorsTest(ProxyCase):
         url = self.publish()
         self.ask(self.HERE)
         far = pkgproxy.cache_key(pkgproxy.parse_target(url))
-        held = self.proxy._mirrors._held(dataclasses.replace(request(url), key=far, near=False))
+        held = self.proxy._mirrors._candidates(dataclasses.replace(request(url), key=far, client_is_local=False))
         self.assertEqual(held, [])
-        self.assertTrue(self.proxy._mirrors.holds(dataclasses.replace(request(url), key=far, near=True)))
+        self.assertTrue(self.proxy._mirrors.has_candidates(dataclasses.replace(request(url), key=far, client_is_local=True)))
         with contextlib.closing(self.proxy._store.lookup(self.origin.url(self.HERE))) as twin:
-            self.assertTrue(twin.head.guarded)
-            self.assertTrue(pkgproxy._alike(twin, Head(200, "", ())).head.guarded, "wherever its ends were shown")
+            self.assertTrue(twin.head.local_clients_only)
+            self.assertTrue(pkgproxy._under_other_head(twin, ResponseHead(200, "", ())).head.local_clients_only, "wherever its ends were shown")
 
     def test_a_variant_or_a_coding_is_not_shown(self):
         for name, field in (("v", ("Vary", "Accept")), ("c", ("Content-Encoding", "x")), ("plain", ("X", "x"))):
-            self.origin.pages["/debian/pool/%s_1.0_all.deb" % name] = Page(self.BODY, fields=[field])
+            self.origin.pages["/debian/pool/%s_1.0_all.deb" % name] = ScriptedResponse(self.BODY, fields=[field])
             self.ask("/debian/pool/%s_1.0_all.deb" % name, Accept="1")
             asked = request(self.other.url("/%s_1.0_all.deb" % name))
-            self.assertEqual(self.proxy._mirrors.holds(dataclasses.replace(asked, near=True)), name == "plain", name)
+            self.assertEqual(self.proxy._mirrors.has_candidates(dataclasses.replace(asked, client_is_local=True)), name == "plain", name)
 
     def adopt(self, **files):
         folder = os.path.join(self.folder, "archives")
@@ -4050,7 +4050,7 @@ class MirrorsTest(ProxyCase):
             Path(folder, name.replace("__", "%3a") + ".deb").write_bytes(body)
         config = dataclasses.replace(self.config, adopt=(folder,))
         self.start(config)
-        self.proxy._store.adopted.rebuild(pkgproxy.adoptable(config.adopt))
+        self.proxy._store.adopted.rebuild(pkgproxy.adoptable_packages(config.adopt))
         return folder
 
     def test_a_package_that_the_user_has_is_not_downloaded_and_never_touched(self):
@@ -4062,7 +4062,7 @@ class MirrorsTest(ProxyCase):
         answer = self.ask(url)
         self.settle()
         self.assertEqual(answer.body, self.BODY)
-        self.check_sent(2 * pkgproxy.PROOF)
+        self.check_sent(2 * pkgproxy.PROOF_SIZE)
         self.assertIn('detail="same as an adopted file"', self.outcome(answer))
         after = os.stat(place)
         self.assertEqual((before.st_mtime_ns, before.st_ctime_ns, after.st_nlink), (after.st_mtime_ns, after.st_ctime_ns, 1))
@@ -4077,9 +4077,9 @@ class MirrorsTest(ProxyCase):
 
         def cut(copy, size=0):
             copy._twin.file.close()
-            raise pkgproxy.Truncated("cut")
+            raise pkgproxy.TruncatedBodyError("cut")
 
-        with mock.patch.object(pkgproxy.LocalCopy, "read", cut):
+        with mock.patch.object(pkgproxy.LocalFileResponse, "read", cut):
             self.assertEqual(self.ask(self.publish("y_1.0_all.deb")).body, self.BODY)
         os.symlink(os.path.join(folder, "y_1.0_all.deb"), os.path.join(folder, "z_1.0_all.deb"))
         self.adopt()
@@ -4091,16 +4091,16 @@ class MirrorsTest(ProxyCase):
         body = random.Random(1).randbytes(1 << 20)
         digest = "/by-hash/SHA256/" + sha256(body)
         head = b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: "x"\r\n\r\n' % len(body)
-        broken = [Page(steps=[head + body[:400_000]]), Page(b"no", 503)]
+        broken = [ScriptedResponse(steps=[head + body[:400_000]]), ScriptedResponse(b"no", 503)]
 
         def adopt():
             self.adopt(**{"x_1.0_all": body})
 
         def lose_heads():
             self.ask(self.HERE)
-            shutil.rmtree(os.path.join(self.root, pkgproxy.BOOKS, "heads"))
+            shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "heads"))
 
-        named = mock.patch.object(pkgproxy.Leases, "take", lambda leases, key: (os.urandom(8).hex(), True))
+        named = mock.patch.object(pkgproxy.LeaseManager, "acquire", lambda leases, key: (os.urandom(8).hex(), True))
         linkless = mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here"))
         as_ever = contextlib.nullcontext()
         for what, path, prepare, circumstances in (
@@ -4108,18 +4108,18 @@ class MirrorsTest(ProxyCase):
                 ("a twin that cannot be linked", self.HERE, lambda: self.ask(self.HERE), linkless),
                 ("a twin by its digest", digest, lambda: self.ask(digest), linkless),
                 ("an adopted file, and partials of owners", self.HERE, adopt, named)):
-            with self.subTest(what), circumstances, mock.patch.object(pkgproxy, "RESUME_PAUSES", (0.0,)):
+            with self.subTest(what), circumstances, mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
                 shutil.rmtree(self.root)
                 self.start()
                 there = path if path == digest else self.THERE
-                self.origin.pages[path], url = Page(body), self.other.url(there)
+                self.origin.pages[path], url = ScriptedResponse(body), self.other.url(there)
                 self.other.pages[there] = list(broken)
                 with self.connection() as one:
                     one.request("GET", url)
                     self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
                 self.settle()
-                self.assertTrue(os.listdir(os.path.join(self.root, pkgproxy.BOOKS, "partials")), "it is kept")
-                self.other.pages[there] = Page(body, etag='"x"')
+                self.assertTrue(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), "it is kept")
+                self.other.pages[there] = ScriptedResponse(body, etag='"x"')
                 prepare()
                 for _ in range(2):
                     answer = self.ask(url)
@@ -4130,14 +4130,14 @@ class MirrorsTest(ProxyCase):
 
     def test_an_adopted_file_that_is_written_while_it_is_copied_spoils_nothing(self):
         body = random.Random(1).randbytes(1 << 20)
-        path, read = os.path.join(self.adopt(**{"x_1.0_all": body}), "x_1.0_all.deb"), pkgproxy.LocalCopy.read
+        path, read = os.path.join(self.adopt(**{"x_1.0_all": body}), "x_1.0_all.deb"), pkgproxy.LocalFileResponse.read
 
         def written_meanwhile(copy, size=0):
             with open(path, "r+b") as file:
                 file.write(bytes(1 << 20))
             return read(copy, size)
 
-        with mock.patch.object(pkgproxy.LocalCopy, "read", written_meanwhile), mock.patch.object(pkgproxy, "RESUME_PAUSES", (0.0,)):
+        with mock.patch.object(pkgproxy.LocalFileResponse, "read", written_meanwhile), mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
             self.assertTrue(self.ask(self.publish(body=body)).body == body)
         self.settle()
         self.assertEqual({name: data == body for name, data in self.files().items()}, {os.path.relpath(self.there(), self.root): True})
@@ -4153,15 +4153,15 @@ class MirrorsTest(ProxyCase):
         self.other.close()
         self.assertEqual(self.ask(self.other.url("/mirrors/pub/pool/v3_1.0_all.deb")).status, 502)
         asked = request(self.other.url("/x"))
-        self.proxy._troubles.origin_failed(asked, pkgproxy.OriginFailure("It is down.", unreachable=True))
+        self.proxy._troubles.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
         self.assertEqual(self.ask(self.other.url("/repodata/" + digest)).body, self.HELD)
-        self.assertEqual(self.proxy._troubles.origin(asked), "It is down.", "nobody has asked it")
+        self.assertEqual(self.proxy._troubles.origin_down_reason(asked), "It is down.", "nobody has asked it")
 
     def test_what_is_no_longer_to_be_adopted_is_left_alone(self):
         self.adopt(**{"x_1.0_all": self.BODY})
         for adopt in ((), (os.path.join(self.folder, "arch"),)):
             self.start(dataclasses.replace(self.config, adopt=adopt))
-            self.assertFalse(self.proxy._mirrors.holds(request(self.other.url(self.THERE))))
+            self.assertFalse(self.proxy._mirrors.has_candidates(request(self.other.url(self.THERE))))
 
 
 class LocalFailureTest(ProxyCase):
@@ -4169,7 +4169,7 @@ class LocalFailureTest(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 100_000)
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 100_000)
 
     def check(self):
         with self.assertLogs("pkgproxy", "WARNING") as caught:
@@ -4181,7 +4181,7 @@ class LocalFailureTest(ProxyCase):
 
     def test_a_root_that_cannot_be_written(self):
         for error in (PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")):
-            with mock.patch.object(pkgproxy, "make_folder", side_effect=error):
+            with mock.patch.object(pkgproxy, "make_directory", side_effect=error):
                 self.check()
 
     def test_a_root_that_became_a_file(self):
@@ -4200,11 +4200,11 @@ class LocalFailureTest(ProxyCase):
                 self.check()
 
     def test_another_machines_disk_that_hangs_holds_nobody_up(self):
-        gate, write = Gate(), pkgproxy.Partial.write
+        gate, write = Gate(), pkgproxy.PartialFile.write
         self.addCleanup(gate.open)
         with mock.patch.object(pkgproxy, "is_remote", lambda _: True):
             self.start()
-        with mock.patch.object(pkgproxy.Partial, "write", lambda *what: (gate.pass_through(), write(*what))[1]), mock.patch.object(pkgproxy, "FLIGHT_WAIT", 0.1):
+        with mock.patch.object(pkgproxy.PartialFile, "write", lambda *what: (gate.pass_through(), write(*what))[1]), mock.patch.object(pkgproxy, "FOLLOWER_STALL_TIMEOUT", 0.1):
             self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x" * 100_000)
             gate.open()
             self.settle()
@@ -4213,7 +4213,7 @@ class LocalFailureTest(ProxyCase):
         real = threading.Thread.start
 
         def refuse(thread):
-            if thread._target and thread._target.__name__ == "fill":
+            if thread._target and thread._target.__name__ == "download":
                 raise RuntimeError("can't start new thread")
             real(thread)
 
@@ -4240,17 +4240,17 @@ class SemanticsTest(ProxyCase):
 
     def age_stored(self, name, seconds):
         """Make a stored response older than it is."""
-        path = os.path.join(self.root, pkgproxy.BOOKS, "heads", self.place(name) + "^head")
+        path = os.path.join(self.root, pkgproxy.METADATA_FOLDER, "heads", self.place(name) + "^head")
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         for row in rows:
-            row["received"] -= seconds
-            row["requested"] -= seconds
+            row["response_time"] -= seconds
+            row["request_time"] -= seconds
         Path(path).write_text(json.dumps(rows), encoding="utf-8")
 
     def test_a_package_uploaded_again_heals_by_itself_after_a_day(self):
-        self.origin.pages[self.PACKAGE] = Page(b"first")
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
         self.ask(self.PACKAGE)
-        self.origin.pages[self.PACKAGE] = Page(b"again")
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(b"again")
         self.assertEqual(self.ask(self.PACKAGE).body, b"first")
         self.age_stored("x_1.0_all.deb", 90000)
         self.assertEqual(self.ask(self.PACKAGE).body, b"first", "served at once")
@@ -4259,7 +4259,7 @@ class SemanticsTest(ProxyCase):
         self.assertEqual(len(self.origin.asked()), 2)
 
     def test_a_package_that_is_still_right_is_asked_for_once_a_day(self):
-        self.origin.pages[self.PACKAGE] = Page(b"first")
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
         self.ask(self.PACKAGE)
         self.age_stored("x_1.0_all.deb", 90000)
         self.ask(self.PACKAGE)
@@ -4271,7 +4271,7 @@ class SemanticsTest(ProxyCase):
         self.assertEqual(self.origin.log[-1][2].get("if-none-match"), self.origin.pages[self.PACKAGE].etag)
 
     def test_a_dead_origin_is_no_matter_for_a_package_of_yesterday(self):
-        self.origin.pages[self.PACKAGE] = Page(b"first")
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
         self.ask(self.PACKAGE)
         self.age_stored("x_1.0_all.deb", 90000)
         self.origin.close()
@@ -4280,25 +4280,25 @@ class SemanticsTest(ProxyCase):
             self.settle()
 
     def test_no_cache_sees_a_package_uploaded_again_at_once(self):
-        self.origin.pages[self.PACKAGE] = Page(b"first")
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
         self.ask(self.PACKAGE)
         self.assertIn("fwd=request; fwd-status=304", self.ask(self.PACKAGE, Cache_Control="no-cache")["Cache-Status"])
-        self.origin.pages[self.PACKAGE] = Page(b"again")
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(b"again")
         for fields in ({"Cache_Control": "no-cache"}, {"Cache_Control": "max-age=0"}, {"Pragma": "no-cache"}):
             self.assertEqual(self.ask(self.PACKAGE, **fields).body, b"again")
         self.assertEqual(self.ask(self.PACKAGE).body, b"again")
 
     def test_by_hash_knows_better_than_max_age_0(self):
         path = "/by-hash/SHA256/" + sha256(b"x")
-        self.origin.pages[path] = Page(b"x")
+        self.origin.pages[path] = ScriptedResponse(b"x")
         for _ in range(2):
             self.ask(path, Cache_Control="max-age=0")
         self.assertEqual(len(self.origin.asked()), 1)
 
     def test_a_file_without_head_is_adopted_if_size_and_date_are_the_origins(self):
-        self.origin.pages[self.PACKAGE] = Page(b"first", fields=[("Content-Type", "application/x")])
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first", fields=[("Content-Type", "application/x")])
         self.ask(self.PACKAGE)
-        shutil.rmtree(os.path.join(self.root, pkgproxy.BOOKS))
+        shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
         answer = self.ask(self.PACKAGE)
         self.assertEqual((answer.body, answer["Last-Modified"], answer["ETag"]), (b"first", DATE, None))
         self.settle()
@@ -4308,11 +4308,11 @@ class SemanticsTest(ProxyCase):
     def test_a_file_without_head_that_is_not_the_origins_is_fetched_anew(self):
         for body, modified in ((b"first", "Sun, 06 Nov 1994 08:49:38 GMT"), (b"longer", DATE), (b"none!", "")):
             with self.subTest(body=body):
-                self.origin.pages[self.PACKAGE] = Page(b"first")
+                self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
                 self.ask(self.PACKAGE)
                 self.settle()
-                shutil.rmtree(os.path.join(self.root, pkgproxy.BOOKS))
-                self.origin.pages[self.PACKAGE] = Page(body, modified=modified)
+                shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
+                self.origin.pages[self.PACKAGE] = ScriptedResponse(body, modified=modified)
                 self.start()
                 until(lambda body=body: self.ask(self.PACKAGE).body == body, "a new download")
                 self.settle()
@@ -4321,15 +4321,15 @@ class SemanticsTest(ProxyCase):
     def test_a_206_or_a_304_to_a_plain_request_is_no_answer(self):
         for steps in ([b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1\r\nContent-Range: bytes 0-0/2\r\n\r\nx"],
                       [b"HTTP/1.1 304 Not Modified\r\n\r\n"], [b"HTTP/1.1 416 Range Not Satisfiable\r\nContent-Length: 0\r\n\r\n"]):
-            self.origin.pages["/y_1.0_all.deb"] = Page(steps=steps)
+            self.origin.pages["/y_1.0_all.deb"] = ScriptedResponse(steps=steps)
             self.assertEqual(self.ask("/y_1.0_all.deb").status, 502)
         self.assertEqual(self.files(), {})
 
     def test_a_follower_of_another_variant_gets_its_own(self):
         gate, vary = Gate(), [("Vary", "User-Agent")]
-        self.origin.pages["/InRelease"] = Page(b"A", fields=vary)
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"A", fields=vary)
         self.ask("/InRelease", User_Agent="a")
-        self.origin.pages["/InRelease"] = [Page(steps=[gate, b"HTTP/1.1 304 Not Modified\r\n\r\n"]), Page(b"B", fields=vary)]
+        self.origin.pages["/InRelease"] = [ScriptedResponse(steps=[gate, b"HTTP/1.1 304 Not Modified\r\n\r\n"]), ScriptedResponse(b"B", fields=vary)]
         answers = {}
         threads = [threading.Thread(target=lambda v=v: answers.update({v: self.ask("/InRelease", User_Agent=v).body})) for v in "ab"]
         threads[0].start()
@@ -4343,7 +4343,7 @@ class SemanticsTest(ProxyCase):
 
     def test_a_method_that_changes_things_spoils_a_download_under_way(self):
         gate = Gate()
-        self.origin.pages["/api"] = Page(b"old" * 1000, fields=[("Cache-Control", "max-age=600")], gate=gate, first=10)
+        self.origin.pages["/api"] = ScriptedResponse(b"old" * 1000, fields=[("Cache-Control", "max-age=600")], gate=gate, first=10)
         with self.connection() as one:
             one.request("GET", self.origin.url("/api"))
             response = one.getresponse()
@@ -4358,35 +4358,35 @@ class SemanticsTest(ProxyCase):
         self.assertEqual(self.files(), {})
 
     def test_an_age_from_before_the_last_validation_does_not_count(self):
-        self.origin.pages["/x"] = Page(b"x", fields=[("Cache-Control", "max-age=60"), ("Age", "100")])
+        self.origin.pages["/x"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=60"), ("Age", "100")])
         self.ask("/x")
-        self.origin.pages["/x"] = Page(b"x", fields=[("Cache-Control", "max-age=60")])
+        self.origin.pages["/x"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=60")])
         self.assertIn("fwd=stale", self.ask("/x")["Cache-Status"])
         self.assertIn("hit; ttl=", self.ask("/x")["Cache-Status"])
 
     def test_location_and_content_location_are_invalidated_too(self):
         for name in ("Location", "Content-Location"):
-            self.origin.pages.update({"/y_1.0_all.deb": Page(b"old"), "/api": Page(b"", 201, [(name, "/y_1.0_all.deb")])})
+            self.origin.pages.update({"/y_1.0_all.deb": ScriptedResponse(b"old"), "/api": ScriptedResponse(b"", 201, [(name, "/y_1.0_all.deb")])})
             self.ask("/y_1.0_all.deb")
             self.ask("/api", "PUT", b"x")
             self.assertEqual(self.files(), {})
 
     def test_a_portals_page_does_not_live_on_by_a_304_that_speaks_of_another_file(self):
-        self.origin.pages["/InRelease"] = Page(b"pay", etag="", modified="Sun, 06 Nov 1994 09:49:37 GMT", fields=[("Content-Type", "text/html")])
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"pay", etag="", modified="Sun, 06 Nov 1994 09:49:37 GMT", fields=[("Content-Type", "text/html")])
         self.ask("/InRelease")
         for fields in (b'ETag: "real"', b"Last-Modified: " + DATE.encode()):
-            self.origin.pages["/InRelease"] = [Page(steps=[b"HTTP/1.1 304 Not Modified\r\n%s\r\n\r\n" % fields]), Page(b"real")]
+            self.origin.pages["/InRelease"] = [ScriptedResponse(steps=[b"HTTP/1.1 304 Not Modified\r\n%s\r\n\r\n" % fields]), ScriptedResponse(b"real")]
             self.assertEqual(self.ask("/InRelease").body, b"real")
 
     def test_a_new_generation_that_does_not_come_leaves_the_stored_one(self):
         head = b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\nETag: W/"2"\r\n\r\n'
         gate = Gate()
         self.addCleanup(gate.open)
-        self.origin.pages["/InRelease"] = Page(b"stored")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"stored")
         self.ask("/InRelease")
         for steps in ([head], [head, gate]):
-            self.origin.pages["/InRelease"] = Page(steps=steps)
-            with mock.patch.object(pkgproxy, "VALIDATE_WAIT", 0.3), mock.patch.object(pkgproxy, "RESUME_PAUSES", (0.0, 0.0)):
+            self.origin.pages["/InRelease"] = ScriptedResponse(steps=steps)
+            with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.3), mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0, 0.0)):
                 for answer in self.ask_together("/InRelease", 5):
                     self.assertEqual((answer.status, answer.body), (200, b"stored"))
                     self.assertIn("detail=", answer["Cache-Status"])
@@ -4394,17 +4394,17 @@ class SemanticsTest(ProxyCase):
             self.start()  # else the trouble is remembered
 
     def test_what_cannot_be_validated_in_the_background_is_not_asked_for_at_each_hit(self):
-        self.origin.pages[self.PACKAGE] = Page(b"first")
-        for page in (Page(b"gone", 404), Page(b"pay", fields=[("Content-Type", "text/html")]), Page(b"no", 403)):
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
+        for page in (ScriptedResponse(b"gone", 404), ScriptedResponse(b"pay", fields=[("Content-Type", "text/html")]), ScriptedResponse(b"no", 403)):
             self.start()
-            self.origin.pages[self.PACKAGE] = Page(b"first")
+            self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
             self.ask(self.PACKAGE)
             self.age_stored("x_1.0_all.deb", 90000)
             self.origin.pages[self.PACKAGE] = page
             before = len(self.origin.log)
             for _ in range(5):
                 self.assertEqual(self.ask(self.PACKAGE).body, b"first")
-                until(lambda: not self.proxy._barrier.count())
+                until(lambda: not self.proxy._barrier.in_flight())
             until(lambda before=before: len(self.origin.log) > before)
             self.settle()
             self.assertEqual(len(self.origin.log) - before, 1)
@@ -4412,7 +4412,7 @@ class SemanticsTest(ProxyCase):
 
     def test_a_refresh_asks_for_the_same_variant_by_the_same_path(self):
         path = "/g%2B%2B_1.0_all.deb"
-        self.origin.pages[path] = Page(b"x", fields=[("Vary", "User-Agent, Origin, Cookie")])
+        self.origin.pages[path] = ScriptedResponse(b"x", fields=[("Vary", "User-Agent, Origin, Cookie")])
         self.ask(path, User_Agent="apt")
         self.age_stored("g%2B%2B_1.0_all.deb", 90000)
         self.ask(path, User_Agent="apt")
@@ -4423,52 +4423,52 @@ class SemanticsTest(ProxyCase):
         self.assertEqual(self.ask(path, User_Agent="apt")["Cache-Status"], "pkgproxy; hit")
 
     def test_a_response_without_date_gets_that_of_its_receipt(self):
-        self.origin.pages[self.PACKAGE] = Page(b"x")
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(b"x")
         self.ask(self.PACKAGE)
         date = self.ask(self.PACKAGE)["Date"]
         self.age_stored("x_1.0_all.deb", 5000)
         self.assertEqual(self.ask(self.PACKAGE)["Date"], date)
 
     def test_a_304_may_bring_a_vary(self):
-        self.origin.pages["/InRelease"] = Page(b"x")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"x")
         self.ask("/InRelease", User_Agent="a")
-        self.origin.pages["/InRelease"] = Page(b"x", fields=[("Vary", "User-Agent")])
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"x", fields=[("Vary", "User-Agent")])
         for _ in range(3):
             self.assertIn("fwd-status=304", self.ask("/InRelease", User_Agent="a")["Cache-Status"])
 
     def test_an_adopted_file_has_all_its_fields(self):
-        self.origin.pages[self.PACKAGE] = Page(b"first", fields=[("Vary", "X-V"), ("Content-Type", "application/x")])
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first", fields=[("Vary", "X-V"), ("Content-Type", "application/x")])
         self.ask(self.PACKAGE)
-        shutil.rmtree(os.path.join(self.root, pkgproxy.BOOKS))
+        shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
         self.ask(self.PACKAGE)
         until(lambda: self.ask(self.PACKAGE)["ETag"], "adoption")
         self.assertEqual(self.ask(self.PACKAGE)["Cache-Status"], "pkgproxy; hit")
 
     def test_a_late_304_does_not_touch_a_newer_body_of_another_instance(self):
-        self.origin.pages["/InRelease"] = Page(b"old")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"old")
         self.ask("/InRelease")
         other = pkgproxy.Store(self.root)
         key = pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url("/InRelease")))
         found = other.lookup(key)
-        self.origin.pages["/InRelease"] = Page(b"new one")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"new one")
         self.ask("/InRelease")
-        other.freshen(found, found.head)
+        other.update_head(found, found.head)
         found.close()
         found = other.lookup(key)
         self.assertEqual(found.file.read(), b"new one")
         found.close()
 
     def test_several_ranges_count_their_bytes_only(self):
-        self.origin.pages[self.PACKAGE] = Page(b"x" * 1000)
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(b"x" * 1000)
         self.ask(self.PACKAGE)
         self.ask(self.PACKAGE, Range="bytes=0-9,20-29")
         self.assertEqual(self.counters()["statsCacheBytes"], 20)
 
     def test_signatures_follow_their_index_to_a_new_generation(self):
-        self.origin.pages.update({"/repodata/repomd.xml": Page(b"1"), "/repodata/repomd.xml.asc": Page(b"signature 1")})
+        self.origin.pages.update({"/repodata/repomd.xml": ScriptedResponse(b"1"), "/repodata/repomd.xml.asc": ScriptedResponse(b"signature 1")})
         for path in ("/repodata/repomd.xml", "/repodata/repomd.xml.asc"):
             self.ask(path)
-        self.origin.pages.update({"/repodata/repomd.xml": Page(b"2"), "/repodata/repomd.xml.asc": Page(b"signature 2")})
+        self.origin.pages.update({"/repodata/repomd.xml": ScriptedResponse(b"2"), "/repodata/repomd.xml.asc": ScriptedResponse(b"signature 2")})
         self.assertEqual(self.ask("/repodata/repomd.xml").body, b"2")
         until(lambda: self.files()[self.place("repodata/repomd.xml.asc")] == b"signature 2", "the signature's renewal")
         self.origin.close()
@@ -4489,7 +4489,7 @@ class SemanticsTest(ProxyCase):
 
         def publish():
             number = next(generations)
-            page = Page((b"%06d" % number) * 2000, fields=[("X-Generation", str(number))])
+            page = ScriptedResponse((b"%06d" % number) * 2000, fields=[("X-Generation", str(number))])
             seen[page.etag] = page.body
             self.origin.pages["/InRelease"] = page
 
@@ -4526,13 +4526,13 @@ class TroubleTest(ProxyCase):
         super().setUp()
         self.gate = Gate()
         self.addCleanup(self.gate.open)
-        self.origin.pages.update({"/InRelease": Page(b"release"), "/main/Packages": Page(b"packages"), "/x_1.0_all.deb": Page(b"x")})
+        self.origin.pages.update({"/InRelease": ScriptedResponse(b"release"), "/main/Packages": ScriptedResponse(b"packages"), "/x_1.0_all.deb": ScriptedResponse(b"x")})
 
     def test_a_silent_origin_is_waited_for_once_and_not_for_long(self):
         for path in ("/InRelease", "/main/Packages"):
             self.ask(path)
-        self.origin.pages.update({"/InRelease": Page(steps=[self.gate]), "/main/Packages": Page(steps=[self.gate])})
-        with mock.patch.object(pkgproxy, "VALIDATE_WAIT", 0.2):
+        self.origin.pages.update({"/InRelease": ScriptedResponse(steps=[self.gate]), "/main/Packages": ScriptedResponse(steps=[self.gate])})
+        with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
             self.assertEqual(self.ask("/InRelease").body, b"release")
         for path, body in (("/InRelease", b"release"), ("/main/Packages", b"packages")):
             answer = self.ask(path)
@@ -4542,7 +4542,7 @@ class TroubleTest(ProxyCase):
 
     def fail(self, path):
         """Let the validation of a stored page find nobody: the origin's address refuses connections."""
-        with mock.patch.object(pkgproxy, "connect_any", side_effect=ConnectionRefusedError(errno.ECONNREFUSED, "refused")):
+        with mock.patch.object(pkgproxy, "connect_fastest", side_effect=ConnectionRefusedError(errno.ECONNREFUSED, "refused")):
             self.origin.drop()
             until(lambda: not self.origin._open)
             return self.ask(path)
@@ -4550,7 +4550,7 @@ class TroubleTest(ProxyCase):
     def test_an_answer_ends_the_trouble(self):
         self.ask("/InRelease")
         self.fail("/InRelease")
-        self.origin.pages["/InRelease"] = Page(b"release 2")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"release 2")
         self.assertEqual(self.ask("/InRelease").body, b"release", "it is not waited for again")
         self.ask("/x_1.0_all.deb")
         self.assertEqual(self.ask("/InRelease").body, b"release 2")
@@ -4558,40 +4558,40 @@ class TroubleTest(ProxyCase):
     def test_what_one_request_was_refused_others_ask_for_themselves(self):
         for path in ("/InRelease", "/main/Packages"):
             self.ask(path)
-        for page in (Page(b"no", 503), Page(steps=[b""]), Page(steps=[b"garbage\r\n\r\n"])):
+        for page in (ScriptedResponse(b"no", 503), ScriptedResponse(steps=[b""]), ScriptedResponse(steps=[b"garbage\r\n\r\n"])):
             self.origin.pages["/InRelease"] = page
             for _ in range(2):
                 asked = len(self.origin.log)
                 self.assertEqual(self.ask("/InRelease").body, b"release")
                 self.assertGreater(len(self.origin.log), asked)
             self.assertIn("fwd-status=304", self.ask("/main/Packages")["Cache-Status"])
-        self.origin.pages["/InRelease"] = Page(b"release 2")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"release 2")
         self.assertEqual(self.ask("/InRelease").body, b"release 2")
 
     def test_a_password_that_an_origin_does_not_answer_is_no_trouble_of_others(self):
         for path in ("/InRelease", "/main/Packages"):
             self.ask(path)
-        self.origin.pages["/InRelease"] = [Page(steps=[self.gate]), Page(b"release 2")]
-        with mock.patch.object(pkgproxy, "VALIDATE_WAIT", 0.2):
+        self.origin.pages["/InRelease"] = [ScriptedResponse(steps=[self.gate]), ScriptedResponse(b"release 2")]
+        with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
             self.assertEqual(self.ask("/InRelease", Authorization="Basic eA==").body, b"release")
         self.assertIn("fwd-status=304", self.ask("/main/Packages")["Cache-Status"])
         self.assertEqual(self.ask("/InRelease").body, b"release 2")
 
     def test_trouble_is_over_after_its_time(self):
         self.ask("/InRelease")
-        self.origin.pages["/InRelease"] = Page(b"release 2")
-        with mock.patch.object(pkgproxy, "TROUBLE", 0.0):
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"release 2")
+        with mock.patch.object(pkgproxy, "ORIGIN_BACKOFF", 0.0):
             self.assertEqual(self.fail("/InRelease").body, b"release")
             self.assertEqual(self.ask("/InRelease").body, b"release 2")
 
     def test_a_mirror_in_trouble_is_not_its_redirectors_trouble(self):
-        mirror = Origin()
+        mirror = ScriptedOrigin()
         self.addCleanup(mirror.close)
-        mirror.pages["/InRelease"] = Page(b"release")
-        self.origin.pages["/InRelease"] = Page(b"", 302, [("Location", mirror.url("/InRelease"))])
+        mirror.pages["/InRelease"] = ScriptedResponse(b"release")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"", 302, [("Location", mirror.url("/InRelease"))])
         for path in ("/InRelease", "/main/Packages"):
             self.ask(path)
-        for page in (Page(b"<html>", 503, [("Content-Type", "text/html")]), Page(steps=[b""])):
+        for page in (ScriptedResponse(b"<html>", 503, [("Content-Type", "text/html")]), ScriptedResponse(steps=[b""])):
             mirror.pages["/InRelease"] = page
             answer = self.ask("/InRelease")
             self.assertEqual((answer.status, answer.body), (200, b"release"))
@@ -4600,7 +4600,7 @@ class TroubleTest(ProxyCase):
 
     def test_a_miss_answered_503_does_not_end_the_trouble(self):
         self.ask("/InRelease")
-        self.origin.pages.update({"/InRelease": Page(b"no", 503), "/x_1.0_all.deb": Page(b"no", 503)})
+        self.origin.pages.update({"/InRelease": ScriptedResponse(b"no", 503), "/x_1.0_all.deb": ScriptedResponse(b"no", 503)})
         self.fail("/InRelease")
         self.assertEqual(self.ask("/x_1.0_all.deb").status, 503)
         asked = len(self.origin.log)
@@ -4609,12 +4609,12 @@ class TroubleTest(ProxyCase):
 
     def test_all_steps_to_an_answer_share_one_deadline(self):
         late = forward("GET", Target("http", "a", 80, "/"), (), deadline=time.monotonic() + 5)
-        self.assertTrue(0 < late.within(30) <= 5)
+        self.assertTrue(0 < late.timeout_for(30) <= 5)
         self.assertRaises(socket.timeout, pkgproxy.dataclasses.replace(late, deadline=time.monotonic()).within, 30)
 
     def test_one_warning_tells_of_it(self):
         self.ask("/InRelease")
-        self.origin.pages["/InRelease"] = Page(b"no", 503)
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"no", 503)
         with self.assertLogs("pkgproxy", "WARNING") as caught:
             for _ in range(3):
                 self.ask("/InRelease")
@@ -4625,13 +4625,13 @@ class TroubleTest(ProxyCase):
         self.assertRegex(caught.output[1], r"127\.0\.0\.1:\d+ cannot be asked: .*\. Serving the stored copy for the next 30 s\.")
 
     def test_another_name_obeys_must_revalidate(self):
-        self.origin.pages["/x"] = Page(b"x", fields=[("Cache-Control", "max-age=0, must-revalidate")])
+        self.origin.pages["/x"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=0, must-revalidate")])
         self.ask("/x")
-        self.origin.pages["/x"] = Page(b"no", 503)
+        self.origin.pages["/x"] = ScriptedResponse(b"no", 503)
         self.assertEqual(self.ask("/x").status, 503)
 
 
-class FieldOrigin(Origin):
+class FieldOrigin(ScriptedOrigin):
     """A scripted origin whose pages may depend on the request: ``respond`` makes the page from its fields."""
 
     def _behave(self, connection, method, fields, page):
@@ -4654,11 +4654,11 @@ class IsolationTest(ProxyCase):
         """Let the origin give both pages to clients with the password only."""
         def respond(fields):
             if fields.get("authorization") != self.PASSWORD:
-                return Page(b"who are you?", 401)
-            return Page(b"private", fields=[("Cache-Control", control), *more], **settings)
+                return ScriptedResponse(b"who are you?", 401)
+            return ScriptedResponse(b"private", fields=[("Cache-Control", control), *more], **settings)
 
         for path in (self.PACKAGE, self.INDEX):
-            self.origin.pages[path] = Page(respond=respond)
+            self.origin.pages[path] = ScriptedResponse(respond=respond)
 
     def test_what_came_with_a_password_is_for_others_only_if_the_origin_says_so(self):
         for control, more, shared in (
@@ -4676,7 +4676,7 @@ class IsolationTest(ProxyCase):
                     self.assertEqual(list(self.files().values()), [b"private"] if shared else [])
                     if not shared:
                         self.assertEqual(self.ask(path).status, 401)
-                        self.origin.pages[path] = Page(b"down", 503)
+                        self.origin.pages[path] = ScriptedResponse(b"down", 503)
                         self.assertEqual(self.ask(path).status, 503, "nor when the origin is down")
 
     def test_nobody_joins_a_download_with_a_password(self):
@@ -4690,16 +4690,16 @@ class IsolationTest(ProxyCase):
             response = one.getresponse()
             self.assertEqual(response.read(3), b"pri")
             self.assertEqual(self.ask(self.PACKAGE).status, 401)
-            asked = dataclasses.replace(request(self.origin.url(self.PACKAGE)), near=True)
+            asked = dataclasses.replace(request(self.origin.url(self.PACKAGE)), client_is_local=True)
             with contextlib.closing(other.respond(asked).body) as body:
-                self.assertEqual(b"".join(body.parts()), b"who are you?", "in another instance neither")
+                self.assertEqual(b"".join(body.chunks()), b"who are you?", "in another instance neither")
             gate.open()
             self.assertEqual(response.read(), b"vate")
 
     def test_nobody_waits_for_the_head_of_a_response_to_a_password(self):
         gate = Gate()
         self.addCleanup(gate.open)
-        self.origin.pages[self.PACKAGE] = [Page(steps=[gate]), Page(b"public")]
+        self.origin.pages[self.PACKAGE] = [ScriptedResponse(steps=[gate]), ScriptedResponse(b"public")]
         thread = threading.Thread(target=self.ask, args=(self.PACKAGE,), kwargs={"Authorization": self.PASSWORD})
         thread.start()
         until(lambda: self.origin.log)
@@ -4710,10 +4710,10 @@ class IsolationTest(ProxyCase):
 
     def test_a_response_to_a_password_changes_nothing_of_what_is_stored(self):
         def respond(fields):
-            return Page(*pages["authorization" in fields])
+            return ScriptedResponse(*pages["authorization" in fields])
 
         pages = {False: (b"public",), True: (b"private",)}
-        self.origin.pages[self.INDEX] = Page(respond=respond)
+        self.origin.pages[self.INDEX] = ScriptedResponse(respond=respond)
         self.ask(self.INDEX)
         self.settle()
         self.assertEqual(self.ask(self.INDEX, Authorization=self.PASSWORD).body, b"private")
@@ -4735,11 +4735,11 @@ class IsolationTest(ProxyCase):
                 {"Proxy-Authorization": "Basic eA==", "Connection": "close, X-Hop", "X-Hop": "1", "TE": "trailers"})):
             with self.subTest(fields=fields):
                 path = "/m%d_1.0_all.deb" % number
-                self.origin.pages[path] = Page(b"x")
+                self.origin.pages[path] = ScriptedResponse(b"x")
                 for outcome in ("; stored", "; hit|fwd-status=304"):
                     with self.connection() as connection:
                         connection.request("GET", self.origin.url(path), headers={"Connection": "close", **fields})
-                        answer = Answer(connection.getresponse())
+                        answer = ClientResponse(connection.getresponse())
                     self.settle()
                     self.assertRegex(self.outcome(answer), outcome)
                 self.assertLessEqual(set(self.origin.log[-1][2]), {"host", "via", "accept", "accept-language", "accept-encoding", "cache-control",
@@ -4753,7 +4753,7 @@ class IsolationTest(ProxyCase):
                 ("X-Host", True), ("Origin", True), ("A-IM", True), ("X-Never-Heard-Of", True))):
             with self.subTest(name=name):
                 path = "/p%d_1.0_all.deb" % number
-                self.origin.pages[path] = Page(respond=lambda fields, name=name: Page(fields.get(name.lower(), "public").encode()))
+                self.origin.pages[path] = ScriptedResponse(respond=lambda fields, name=name: ScriptedResponse(fields.get(name.lower(), "public").encode()))
                 field = {name: "mine"}
                 answer = self.ask(path, **field)
                 self.assertEqual(answer.body, b"mine")
@@ -4766,7 +4766,7 @@ class IsolationTest(ProxyCase):
                 self.assertEqual(self.ask(path).body, b"public")
 
     def test_a_field_that_a_shared_fetch_does_not_send_cannot_select_what_is_stored(self):
-        self.origin.pages[self.PACKAGE] = Page(respond=lambda fields: Page(fields.get("referer", "none").encode(), fields=[("Vary", "Referer")]))
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(respond=lambda fields: ScriptedResponse(fields.get("referer", "none").encode(), fields=[("Vary", "Referer")]))
         self.ask(self.PACKAGE, Referer="a")
         self.settle()
         for referer, outcome in ((None, "hit"), ("a", "fwd=vary-miss"), ("b", "fwd=vary-miss"), (None, "hit")):
@@ -4775,10 +4775,10 @@ class IsolationTest(ProxyCase):
             self.assertIn(outcome, self.outcome(answer))
 
     def test_a_redirect_takes_no_private_field_elsewhere(self):
-        elsewhere = Origin("127.0.0.2")
+        elsewhere = ScriptedOrigin("127.0.0.2")
         self.addCleanup(elsewhere.close)
-        elsewhere.pages[self.PACKAGE] = Page(b"x")
-        self.origin.pages[self.PACKAGE] = Page(b"", 302, [("Location", elsewhere.url(self.PACKAGE))])
+        elsewhere.pages[self.PACKAGE] = ScriptedResponse(b"x")
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(b"", 302, [("Location", elsewhere.url(self.PACKAGE))])
         for name in ("PRIVATE-TOKEN", "X-Never-Heard-Of"):
             self.assertEqual(self.ask(self.PACKAGE, **{name: "mine"}).status, 302)
         self.assertEqual(self.ask(self.PACKAGE, Authorization=self.PASSWORD).body, b"x")
@@ -4792,7 +4792,7 @@ class IsolationTest(ProxyCase):
         until(lambda: not self.origin._open)
         gate = Gate()
         self.addCleanup(gate.open)
-        self.origin.pages[path] = [Page(steps=[gate, *pages[0]]), *pages[1:]]
+        self.origin.pages[path] = [ScriptedResponse(steps=[gate, *pages[0]]), *pages[1:]]
         asked, answers = len(self.origin.log), {}
         threads = [threading.Thread(target=lambda name=name: answers.update({name: self.ask(path)})) for name in ("leader", "follower")]
         threads[0].start()
@@ -4808,18 +4808,18 @@ class IsolationTest(ProxyCase):
         for number, steps in enumerate(([b""], [b"garbage\r\n\r\n"], [b"HTTP/1.1 206 Part\r\nContent-Length: 0\r\n\r\n"])):
             with self.subTest(steps=steps):
                 path = "/f%d_1.0_all.deb" % number
-                leader, follower = self.follow(path, steps, Page(b"x"))
+                leader, follower = self.follow(path, steps, ScriptedResponse(b"x"))
                 self.assertEqual((leader.status, follower.status, follower.body), (502, 200, b"x"))
                 self.assertIn("hit", self.outcome(self.ask(path)))
-        leader, follower = self.follow("/g_1.0_all.deb", [b""], Page(steps=[b""]))
+        leader, follower = self.follow("/g_1.0_all.deb", [b""], ScriptedResponse(steps=[b""]))
         self.assertEqual((leader.status, follower.status, self.origin.asked("/g_1.0_all.deb")), (502, 502, ["GET"] * 2))
 
     def test_a_follower_gets_no_stale_index_because_of_its_leader(self):
-        self.origin.pages[self.INDEX] = Page(b"old")
+        self.origin.pages[self.INDEX] = ScriptedResponse(b"old")
         self.ask(self.INDEX)
         self.settle()
         down = b"HTTP/1.1 503 Down\r\nContent-Length: 0\r\n\r\n"
-        leader, follower = self.follow(self.INDEX, [down], Page(b"new"))
+        leader, follower = self.follow(self.INDEX, [down], ScriptedResponse(b"new"))
         self.assertEqual((leader.body, follower.body), (b"old", b"new"))
 
     def test_followers_of_an_unreachable_origin_do_not_wait_for_it_again(self):
@@ -4833,7 +4833,7 @@ class IsolationTest(ProxyCase):
 
         statuses = []
         threads = [threading.Thread(target=lambda: statuses.append(self.ask(self.PACKAGE).status)) for _ in range(3)]
-        with mock.patch.object(pkgproxy, "connect_any", refuse):
+        with mock.patch.object(pkgproxy, "connect_fastest", refuse):
             for thread in threads:
                 thread.start()
             until(lambda: self.server.replies_running == 3 and calls)
@@ -4858,10 +4858,10 @@ class IsolationTest(ProxyCase):
                 control, vary = chance.choice(self.CONTROLS), chance.choice(("", "", "Accept", "Authorization", "Cookie", "Origin", "X-Some"))
                 number, fails = chance.randrange(3), "cdn-loop" in seen or chance.random() < 0.05
             if fails:
-                return Page(json.dumps(seen).encode(), 503, etag="")
-            return Page(json.dumps([seen, number]).encode(), fields=[("Cache-Control", control), ("Vary", vary), ("X-Control", control)])
+                return ScriptedResponse(json.dumps(seen).encode(), 503, etag="")
+            return ScriptedResponse(json.dumps([seen, number]).encode(), fields=[("Cache-Control", control), ("Vary", vary), ("X-Control", control)])
 
-        return Page(respond=respond)
+        return ScriptedResponse(respond=respond)
 
     def random_client(self, seed, name, paths, wrong):
         chance = random.Random(seed)
@@ -4925,7 +4925,7 @@ class UserinfoTest(ProxyCase):
                 ("//me:pw@a/x", "//a/x"), ("me:pw@a:443", "a:443"), ("a:443", "a:443"), ("/status.json", "/status.json"), ("GET", "GET"),
                 ("http://me:p/w@a,b/", "http://a,b/"), ("HTTPS://me:pw@a,b/", "HTTPS://a,b/"), ("http://me:#pw@a/", "http://me:")):
             with self.subTest(uri=uri):
-                self.assertEqual((pkgproxy.shown(uri), pkgproxy.shown(pkgproxy.shown(uri))), (expected, expected))
+                self.assertEqual((pkgproxy.loggable_uri(uri), pkgproxy.loggable_uri(pkgproxy.loggable_uri(uri))), (expected, expected))
 
 
 class DiskTest(ProxyCase):
@@ -4938,19 +4938,19 @@ class DiskTest(ProxyCase):
 
     def fail_after(self, count):
         """Let the disk take only so many bytes of a partial."""
-        real = pkgproxy.Partial.write
+        real = pkgproxy.PartialFile.write
 
         def write(partial, data):
             if partial.size + len(data) > count:
                 raise OSError(28, "No space left on device")
             return real(partial, data)
 
-        return mock.patch.object(pkgproxy.Partial, "write", write)
+        return mock.patch.object(pkgproxy.PartialFile, "write", write)
 
     def test_clients_go_on_from_their_own_offset(self):
         later = [("Date", "Sun, 06 Nov 1994 09:49:37 GMT")]
-        for count, page in ((0, Page(self.body)), (300_000, Page(self.body)), (300_000, Page(self.body, etag="", fields=later)),
-                            (0, Page(self.body, chunked=False, etag="", modified=""))):
+        for count, page in ((0, ScriptedResponse(self.body)), (300_000, ScriptedResponse(self.body)), (300_000, ScriptedResponse(self.body, etag="", fields=later)),
+                            (0, ScriptedResponse(self.body, chunked=False, etag="", modified=""))):
             with self.subTest(count=count), self.fail_after(count):
                 self.origin.pages[self.path] = page
                 bodies = [answer.body for answer in self.ask_together(self.path, 3)]
@@ -4959,33 +4959,33 @@ class DiskTest(ProxyCase):
                 self.assertEqual(self.files(), {})
 
     def test_a_range_goes_on_too(self):
-        self.origin.pages[self.path] = Page(self.body)
+        self.origin.pages[self.path] = ScriptedResponse(self.body)
         with self.fail_after(300_000):
             self.assertEqual(self.ask(self.path, Range="bytes=1000-").body, self.body[1000:])
 
     def test_an_index_that_changed_and_cannot_be_stored_is_not_served_from_the_file_any_more(self):
-        self.origin.pages["/InRelease"] = Page(b"old")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"old")
         for full in (mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)), self.fail_after(0)):
-            self.origin.pages["/InRelease"] = Page(b"old")
+            self.origin.pages["/InRelease"] = ScriptedResponse(b"old")
             self.ask("/InRelease")
             self.settle()
-            self.origin.pages["/InRelease"] = Page(b"new")
+            self.origin.pages["/InRelease"] = ScriptedResponse(b"new")
             with full:
                 self.assertEqual(self.ask("/InRelease").body, b"new")
                 self.settle()
-            self.origin.pages["/InRelease"] = Page(b"no", 503)
+            self.origin.pages["/InRelease"] = ScriptedResponse(b"no", 503)
             self.assertEqual(self.ask("/InRelease").status, 503)
 
     def test_a_portal_does_not_cost_a_stored_package(self):
-        self.origin.pages[self.path] = Page(b"package")
+        self.origin.pages[self.path] = ScriptedResponse(b"package")
         self.ask(self.path)
-        self.origin.pages[self.path] = Page(b"pay", fields=[("Content-Type", "text/html")])
+        self.origin.pages[self.path] = ScriptedResponse(b"pay", fields=[("Content-Type", "text/html")])
         self.assertEqual(self.ask(self.path, Cache_Control="no-cache").body, b"pay")
         self.assertEqual(self.ask(self.path).body, b"package")
 
     def test_what_cannot_be_resumed_honestly_is_cut(self):
         gate = Gate()
-        self.origin.pages[self.path] = [Page(self.body, gate=gate, first=300_000), Page(os.urandom(1 << 20))]
+        self.origin.pages[self.path] = [ScriptedResponse(self.body, gate=gate, first=300_000), ScriptedResponse(os.urandom(1 << 20))]
         with self.fail_after(600_000), self.connection() as one:
             one.request("GET", self.origin.url(self.path))
             response = one.getresponse()
@@ -4997,10 +4997,10 @@ class DiskTest(ProxyCase):
     def test_a_rest_that_is_short_is_not_ended_cleanly(self):
         tag, gate = b'ETag: "x"\r\n', Gate()
         self.origin.pages[self.path] = [
-            Page(steps=[b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n" % (1 << 20, tag) + self.body[:100_000], gate, self.body[100_000:]]),
-            Page(steps=[b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 300000-%d/%d\r\nTransfer-Encoding: chunked\r\n%s\r\n"
+            ScriptedResponse(steps=[b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n" % (1 << 20, tag) + self.body[:100_000], gate, self.body[100_000:]]),
+            ScriptedResponse(steps=[b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 300000-%d/%d\r\nTransfer-Encoding: chunked\r\n%s\r\n"
                         b"5\r\nshort\r\n0\r\n\r\n" % ((1 << 20) - 1, 1 << 20, tag)])]
-        with mock.patch.object(pkgproxy, "CHUNK", 100_000), self.fail_after(300_000), self.connection() as one:
+        with mock.patch.object(pkgproxy, "COPY_SIZE", 100_000), self.fail_after(300_000), self.connection() as one:
             one.request("GET", self.origin.url(self.path), headers={"Range": "bytes=1-"})  # its thread does not drive the download
             response = one.getresponse()
             response.read(1000)
@@ -5009,7 +5009,7 @@ class DiskTest(ProxyCase):
 
     def test_bytes_from_the_origin_are_not_counted_as_the_caches(self):
         gate = Gate()
-        self.origin.pages[self.path] = [Page(self.body, gate=gate, first=200_000), Page(self.body)]
+        self.origin.pages[self.path] = [ScriptedResponse(self.body, gate=gate, first=200_000), ScriptedResponse(self.body)]
         with self.fail_after(300_000), self.connection() as one, self.connection() as two:
             responses = []
             for connection in (one, two):
@@ -5027,8 +5027,8 @@ class DiskTest(ProxyCase):
             gate.pass_through()
             real(descriptor)
 
-        self.origin.pages[self.path] = Page(self.body)
-        with mock.patch.object(pkgproxy.os, "fsync", slow), mock.patch.object(pkgproxy, "FLIGHT_WAIT", 0.05), self.connection() as one:
+        self.origin.pages[self.path] = ScriptedResponse(self.body)
+        with mock.patch.object(pkgproxy.os, "fsync", slow), mock.patch.object(pkgproxy, "FOLLOWER_STALL_TIMEOUT", 0.05), self.connection() as one:
             one.request("GET", self.origin.url(self.path))
             response = one.getresponse()
             data = response.read(1000)
@@ -5039,19 +5039,19 @@ class DiskTest(ProxyCase):
         full = mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000))
         with full, self.assertLogs("pkgproxy", "WARNING") as caught:
             for number in range(3):
-                self.origin.pages["/y_%d_all.deb" % number] = Page(b"y" * 100)
+                self.origin.pages["/y_%d_all.deb" % number] = ScriptedResponse(b"y" * 100)
                 self.assertIn("not stored: not enough free space", self.ask("/y_%d_all.deb" % number)["Cache-Status"])
         self.assertEqual(len(caught.output), 1)
         self.assertIn("Free some space", caught.output[0])
 
     def test_another_instance_at_the_same_index_is_no_warning(self):
-        self.origin.pages["/InRelease"] = Page(b"old")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"old")
         self.ask("/InRelease")
         self.settle()
-        self.origin.pages["/InRelease"] = Page(b"new")
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"new")
         key = pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url("/InRelease")))
         with contextlib.ExitStack() as stack:
-            partial = receive(pkgproxy.Store(self.root), Head(200, "OK", (), key=key), 1)
+            partial = receive(pkgproxy.Store(self.root), ResponseHead(200, "OK", (), key=key), 1)
             stack.callback(partial.release)
             stack.callback(partial.discard)
             with self.assertNoWarning():
@@ -5074,7 +5074,7 @@ class ResumeTest(ProxyCase):
         super().setUp()
         self.body = os.urandom(1 << 20)
         self.path = "/x_1.0_all.deb"
-        pauses = mock.patch.object(pkgproxy, "RESUME_PAUSES", (0.0, 0.0, 0.0))
+        pauses = mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0, 0.0, 0.0))
         pauses.start()
         self.addCleanup(pauses.stop)
 
@@ -5083,10 +5083,10 @@ class ResumeTest(ProxyCase):
         body = self.body if body is None else body
         status = b"200 OK" if not start else b"206 Partial Content\r\nContent-Range: bytes %d-%d/%d" % (start, len(body) - 1, len(body))
         head = b"HTTP/1.1 %s\r\nContent-Length: %d\r\nETag: %s\r\n%s\r\n" % (status, len(body) - start, tag.encode(), extra)
-        return Page(steps=[head + body[start:start + count]])
+        return ScriptedResponse(steps=[head + body[start:start + count]])
 
     def test_a_download_goes_on_where_it_broke_off(self):
-        self.origin.pages[self.path] = [self.broken(300_000), self.broken(300_000, start=300_000), Page(self.body, etag='"x"')]
+        self.origin.pages[self.path] = [self.broken(300_000), self.broken(300_000, start=300_000), ScriptedResponse(self.body, etag='"x"')]
         answer = self.ask(self.path)
         self.assertEqual(answer.body, self.body)
         self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=300000-", "bytes=600000-"])
@@ -5096,14 +5096,14 @@ class ResumeTest(ProxyCase):
 
     def test_a_chunked_download_goes_on_too(self):
         self.origin.pages[self.path] = [
-            Page(steps=[b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nETag: "x"\r\n\r\n%x\r\n' % 500_000 + self.body[:400_000]]),
-            Page(self.body, etag='"x"')]
+            ScriptedResponse(steps=[b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nETag: "x"\r\n\r\n%x\r\n' % 500_000 + self.body[:400_000]]),
+            ScriptedResponse(self.body, etag='"x"')]
         self.assertEqual(self.ask(self.path).body, self.body)
 
     def test_odd_answers_never_splice_two_generations(self):
         other = os.urandom(1 << 20)
-        for odd in (Page(other, etag='"y"'), Page(other, etag='"x"', ranges=False), self.broken(9, start=200_000), self.broken(9, other[:-1], start=300_000),
-                    self.broken(1 << 20, start=300_000, tag='"y"'), Page(b"gone", 404), Page(b"", 416), Page(steps=[b"garbage"])):
+        for odd in (ScriptedResponse(other, etag='"y"'), ScriptedResponse(other, etag='"x"', ranges=False), self.broken(9, start=200_000), self.broken(9, other[:-1], start=300_000),
+                    self.broken(1 << 20, start=300_000, tag='"y"'), ScriptedResponse(b"gone", 404), ScriptedResponse(b"", 416), ScriptedResponse(steps=[b"garbage"])):
             self.origin.pages[self.path] = [self.broken(300_000), odd]
             with self.connection() as one:
                 one.request("GET", self.origin.url(self.path))
@@ -5116,7 +5116,7 @@ class ResumeTest(ProxyCase):
 
     def test_without_a_strong_validator_nothing_is_resumed(self):
         for tag in ('W/"x"', ""):
-            self.origin.pages[self.path] = [self.broken(200_000, tag=tag), Page(self.body, etag=tag)]
+            self.origin.pages[self.path] = [self.broken(200_000, tag=tag), ScriptedResponse(self.body, etag=tag)]
             with self.connection() as one:
                 one.request("GET", self.origin.url(self.path))
                 self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
@@ -5124,47 +5124,47 @@ class ResumeTest(ProxyCase):
         self.assertNotIn("range", [name for row in self.origin.log for name in row[2]])
 
     def test_a_503_on_the_way_is_waited_out(self):
-        self.origin.pages[self.path] = [self.broken(300_000), Page(b"no", 503), Page(b"no", 429), Page(self.body, etag='"x"')]
+        self.origin.pages[self.path] = [self.broken(300_000), ScriptedResponse(b"no", 503), ScriptedResponse(b"no", 429), ScriptedResponse(self.body, etag='"x"')]
         self.assertEqual(self.ask(self.path).body, self.body)
 
     def test_a_silent_origin_is_not_asked_twice_for_the_sake_of_a_leftover(self):
-        self.origin.pages[self.path] = [self.broken(300_000), Page(b"no", 503)]
+        self.origin.pages[self.path] = [self.broken(300_000), ScriptedResponse(b"no", 503)]
         with self.connection() as one:
             one.request("GET", self.origin.url(self.path))
             self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
         self.settle()
         gate, asked = Gate(), len(self.origin.log)
         self.addCleanup(gate.open)
-        self.origin.pages[self.path] = Page(steps=[gate])
+        self.origin.pages[self.path] = ScriptedResponse(steps=[gate])
         with mock.patch.object(pkgproxy, "ORIGIN_TIMEOUT", 0.1):
             self.assertEqual(self.ask(self.path).status, 504)
         self.assertEqual(len(self.origin.log), asked + 1)
 
     def test_an_origin_that_comes_back_later_is_asked_for_the_rest_only(self):
-        self.origin.pages[self.path] = [self.broken(300_000), Page(b"no", 503)]
+        self.origin.pages[self.path] = [self.broken(300_000), ScriptedResponse(b"no", 503)]
         with self.connection() as one:
             one.request("GET", self.origin.url(self.path))
             self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
         self.settle()
-        self.origin.pages[self.path] = Page(self.body, etag='"x"', fields=[("X", "y")])
+        self.origin.pages[self.path] = ScriptedResponse(self.body, etag='"x"', fields=[("X", "y")])
         self.start()
         answer = self.ask(self.path)
         self.assertEqual((answer.status, answer.body), (200, self.body))
         self.assertEqual(self.origin.log[-1][2]["range"], "bytes=300000-")
         self.settle()
         self.assertEqual(self.ask(self.path)["Cache-Status"], "pkgproxy; hit")
-        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS, "partials")), [])
+        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
     def test_a_leftover_of_another_generation_is_begun_anew(self):
         self.test_an_origin_that_comes_back_later_is_asked_for_the_rest_only()
         shutil.rmtree(self.root)
-        self.origin.pages[self.path] = [self.broken(300_000), Page(b"no", 503)]
+        self.origin.pages[self.path] = [self.broken(300_000), ScriptedResponse(b"no", 503)]
         with self.connection() as one:
             one.request("GET", self.origin.url(self.path))
             self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
         self.settle()
         other = os.urandom(1 << 20)
-        self.origin.pages[self.path] = Page(other)
+        self.origin.pages[self.path] = ScriptedResponse(other)
         self.assertEqual(self.ask(self.path).body, other)
         self.assertEqual(self.files(), {self.place("x_1.0_all.deb"): other})
 
@@ -5174,26 +5174,26 @@ class OrphanTest(ProxyCase):
 
     def test_the_oldest_go_on_and_newer_ones_stop(self):
         read, first, second = (mock.Mock(**{"has_readers.return_value": value}) for value in (True, False, False))
-        orphans = pkgproxy.Orphans(1)
-        self.assertEqual([orphans.may_go_on(partial) for partial in (read, first, second, read, first)], [True, True, False, True, True])
+        orphans = pkgproxy.OrphanLimiter(1)
+        self.assertEqual([orphans.may_continue(partial) for partial in (read, first, second, read, first)], [True, True, False, True, True])
         second.has_readers.return_value = True  # a client has joined it
-        self.assertTrue(orphans.may_go_on(second))
-        orphans.forget(first)
+        self.assertTrue(orphans.may_continue(second))
+        orphans.remove(first)
         second.has_readers.return_value = False
-        self.assertEqual([orphans.may_go_on(partial) for partial in (second, first)], [True, False])
+        self.assertEqual([orphans.may_continue(partial) for partial in (second, first)], [True, False])
 
     def test_one_too_many_stops_and_is_gone_on_with_later(self):
         self.start(Config(max_orphans=0, pseudonym="tested"))
         body, gate = os.urandom(1 << 20), Gate()
-        self.origin.pages["/x_1_all.deb"] = Page(body, gate=gate, first=400_000)
-        with mock.patch.object(pkgproxy.Partial, "has_readers", lambda partial: partial.size < 400_000):
+        self.origin.pages["/x_1_all.deb"] = ScriptedResponse(body, gate=gate, first=400_000)
+        with mock.patch.object(pkgproxy.PartialFile, "has_readers", lambda partial: partial.size < 400_000):
             with self.connection() as one:
                 one.request("GET", self.origin.url("/x_1_all.deb"))
                 one.getresponse().read(400_000)
             gate.open()
             self.settle()
         self.assertEqual(self.files(), {})
-        with mock.patch.object(pkgproxy.Partial, "has_readers", return_value=True):
+        with mock.patch.object(pkgproxy.PartialFile, "has_readers", return_value=True):
             self.assertEqual(self.ask("/x_1_all.deb").body, body)
         self.assertEqual(self.origin.log[-1][2]["range"], "bytes=400000-")
 
@@ -5203,33 +5203,33 @@ class OrphanTest(ProxyCase):
         for gate in gates:
             self.addCleanup(gate.open)
         head = b"HTTP/1.1 200 OK\r\nContent-Length: 999999\r\nETag: \"a\"\r\n\r\n"
-        self.origin.pages["/x_1_all.deb"] = Page(steps=[head, *itertools.chain.from_iterable((b"x", gate) for gate in gates)])
-        begin = pkgproxy.Partial.begin
+        self.origin.pages["/x_1_all.deb"] = ScriptedResponse(steps=[head, *itertools.chain.from_iterable((b"x", gate) for gate in gates)])
+        begin = pkgproxy.PartialFile.start
 
         def begun(partial, *arguments):
             self.partial = partial
             return begin(partial, *arguments)
 
-        with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.0), mock.patch.object(pkgproxy.Partial, "begin", begun), \
+        with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.0), mock.patch.object(pkgproxy.PartialFile, "start", begun), \
                 self.assertLogs("pkgproxy", "WARNING") as caught:
             with self.connection() as one:
                 one.request("GET", self.origin.url("/x_1_all.deb"))
                 one.getresponse().read(1)
             for number, gate in enumerate(gates[:-1]):
                 gate.open()
-                until(lambda: self.partial.size > number + 1 or not self.proxy._barrier.count())  # noqa: B023
+                until(lambda: self.partial.size > number + 1 or not self.proxy._barrier.in_flight())  # noqa: B023
             self.settle()  # while the origin would still go on
         self.assertIn("too slow", caught.output[0])
 
     def test_one_that_gets_on_goes_on(self):
-        orphans, partial = pkgproxy.Orphans(1), mock.Mock(**{"has_readers.return_value": False}, size=0)
+        orphans, partial = pkgproxy.OrphanLimiter(1), mock.Mock(**{"has_readers.return_value": False}, size=0)
         with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.0):
             for _ in range(9):
-                self.assertTrue(orphans.may_go_on(partial))
+                self.assertTrue(orphans.may_continue(partial))
                 partial.size += 10**9
             partial.size = 0
             time.sleep(0.001)
-            self.assertEqual([orphans.may_go_on(partial), orphans._orphans], [False, {}])
+            self.assertEqual([orphans.may_continue(partial), orphans._orphans], [False, {}])
 
 
 class LookupTest(ProxyCase):
@@ -5252,7 +5252,7 @@ class LookupTest(ProxyCase):
             one.sendall(b"GET http://%s.test/x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % name)
             return one
 
-        self.origin.pages["/x"] = Page(b"x")
+        self.origin.pages["/x"] = ScriptedResponse(b"x")
         with mock.patch.object(pkgproxy, "MAX_LOOKUPS", 4, create=True):
             self.start()
         with mock.patch.object(socket, "getaddrinfo", mute):
@@ -5289,7 +5289,7 @@ class OfflineTest(ProxyCase):
     """--offline: stored responses only."""
 
     def test_what_is_stored_is_served_the_rest_is_504_and_nobody_is_asked(self):
-        self.origin.pages.update({"/InRelease": Page(b"i"), "/x_1.0_all.deb": Page(b"x"), "/y": Page(b"y", fields=[("Cache-Control", "max-age=0")])})
+        self.origin.pages.update({"/InRelease": ScriptedResponse(b"i"), "/x_1.0_all.deb": ScriptedResponse(b"x"), "/y": ScriptedResponse(b"y", fields=[("Cache-Control", "max-age=0")])})
         for path in self.origin.pages:
             self.ask(path)
         self.start(Config(offline=True))
@@ -5339,7 +5339,7 @@ class SmallDiskTest(ProxyCase):
     SLACK = 1 << 20  # bytes: heads and folders, and what is written between a measurement and its use
 
     def setUp(self):
-        for name, setting in (("RECENT", 0.0), ("SWEEP_PAUSE", 0.01), ("RESUME_PAUSES", (0.0, 0.01))):
+        for name, setting in (("MIN_EVICTION_AGE", 0.0), ("MIN_EVICTION_PAUSE", 0.01), ("RESUME_BACKOFF", (0.0, 0.01))):
             patcher = mock.patch.object(pkgproxy, name, setting)
             patcher.start()
             self.addCleanup(patcher.stop)
@@ -5373,7 +5373,7 @@ class SmallDiskTest(ProxyCase):
     def put(self, name, size):
         """Let the origin have a package; its body."""
         body = random.Random(name).randbytes(size)
-        self.origin.pages[name] = Page(body)
+        self.origin.pages[name] = ScriptedResponse(body)
         return body
 
     def get(self, name, size):
@@ -5421,7 +5421,7 @@ class SmallDiskTest(ProxyCase):
         body = self.put("/broken_1_all.deb", 12 << 20)
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: \"x\"\r\n\r\n" % len(body)
         for number in range(2):
-            self.origin.pages["/broken_%d_all.deb" % number] = Page(steps=[head + body[:8 << 20]])
+            self.origin.pages["/broken_%d_all.deb" % number] = ScriptedResponse(steps=[head + body[:8 << 20]])
             with self.assertRaises(http.client.IncompleteRead):
                 self.ask("/broken_%d_all.deb" % number)
             self.settle()
@@ -5446,7 +5446,7 @@ class SmallDiskTest(ProxyCase):
     def test_the_size_of_the_cache_binds_with_heads_and_folders(self):
         self.start(dataclasses.replace(self.config, min_free=0, max_size=4 << 20))
         for number in range(150):
-            self.origin.pages["/%d/x_%d_all.deb" % (number, number)] = Page(b"x", fields=[("X-Long", "y" * 15_000)] * 4)
+            self.origin.pages["/%d/x_%d_all.deb" % (number, number)] = ScriptedResponse(b"x", fields=[("X-Long", "y" * 15_000)] * 4)
             self.ask("/%d/x_%d_all.deb" % (number, number))
         self.settle()
         self.assertGreaterEqual(self.free(), self.SIZE - (4 << 20) - self.SLACK)
@@ -5476,7 +5476,7 @@ class SmallDiskTest(ProxyCase):
             for thread in threads:
                 thread.start()
             until(lambda: len(self.origin.log) == 4, "all requests")
-            until(lambda: self.proxy._barrier.count() == 2, "two that are stored")
+            until(lambda: self.proxy._barrier.in_flight() == 2, "two that are stored")
             gate.open()
             for thread in threads:
                 thread.join(PATIENCE)
@@ -5504,7 +5504,7 @@ class SmallDiskTest(ProxyCase):
     def test_an_endless_body_is_passed_on_but_leaves_the_reserve(self):
         for fields in (b"", b'ETag: "x"\r\n'):
             with self.subTest(fields=fields), self.watched() as least:
-                self.origin.pages["/endless_1_all.deb"] = Page(steps=EndlessBody(fields))
+                self.origin.pages["/endless_1_all.deb"] = ScriptedResponse(steps=EndlessBody(fields))
                 # A client that lagged behind can't go on where the origin knows no ranges: but the second time, it can.
                 self.assertTrue(self.read_endless() or self.read_endless())
                 self.settle()
@@ -5518,7 +5518,7 @@ class SmallDiskTest(ProxyCase):
             one.request("GET", self.origin.url("/large_1_all.deb"))
             response = one.getresponse()
             response.read(1000)
-            until(lambda: not self.proxy._barrier.count(), "a full disk")
+            until(lambda: not self.proxy._barrier.in_flight(), "a full disk")
             response.read()
         for _ in range(2):
             answer = self.ask("/large_1_all.deb")
@@ -5527,7 +5527,7 @@ class SmallDiskTest(ProxyCase):
 
     def test_an_endless_body_whose_client_has_left_ends(self):
         with self.watched() as least, self.connection() as one:
-            self.origin.pages["/endless_1_all.deb"] = Page(steps=EndlessBody())
+            self.origin.pages["/endless_1_all.deb"] = ScriptedResponse(steps=EndlessBody())
             one.request("GET", self.origin.url("/endless_1_all.deb"))
             response = one.getresponse()
             response.read(1000)
@@ -5583,7 +5583,7 @@ class SmallDiskTest(ProxyCase):
             page.chunked = chance.random() < 0.5
             page.etag = page.etag if chance.random() < 0.8 else ""
             page.modified = page.modified if page.etag else ""
-        self.origin.pages["/endless"] = Page(steps=EndlessBody(), etag="")
+        self.origin.pages["/endless"] = ScriptedResponse(steps=EndlessBody(), etag="")
         courses = [[(chance.choice([*bodies, "/endless"]), chance.random() < 0.3, chance.choice((1 << 14, 1 << 18))) for _ in range(8)] for _ in range(6)]
 
         with self.watched() as least:
@@ -5613,7 +5613,7 @@ class FaultTest(ProxyCase):
         self.bodies = {path: random.Random(path).randbytes(1 << 20) for path in (self.NEW, self.KEPT, self.INDEX)}
         self.here = contextlib.ExitStack()
         self.addCleanup(lambda: self.here.close())
-        for name, seconds in (("RESUME_PAUSES", (0.0, 0.01, 0.01)), ("VALIDATE_WAIT", 0.3), ("CONNECT_TIMEOUT", 0.3), ("LOOKUP_WAIT", 0.3)):
+        for name, seconds in (("RESUME_BACKOFF", (0.0, 0.01, 0.01)), ("VALIDATION_TIMEOUT", 0.3), ("CONNECT_TIMEOUT", 0.3), ("DNS_TIMEOUT", 0.3)):
             self.patch(pkgproxy, name, seconds, self.addCleanup)
 
     def patch(self, where, name, what, cleanup=None):
@@ -5653,7 +5653,7 @@ class FaultTest(ProxyCase):
 
     def heal(self):
         for path, body in self.bodies.items():
-            self.origin.pages[path] = Page(body, etag='"%s"' % path[1:4])
+            self.origin.pages[path] = ScriptedResponse(body, etag='"%s"' % path[1:4])
 
     def check_nothing_lost(self):
         self.settle()
@@ -5667,7 +5667,7 @@ class FaultTest(ProxyCase):
             self.assertEqual(self.ask(path).body, self.bodies[path], path)
             self.settle()
         self.assertEqual([self.ask(path)["Cache-Status"] for path in (self.KEPT, self.NEW)], ["pkgproxy; hit"] * 2)
-        partials = os.path.join(self.root, pkgproxy.BOOKS, "partials")
+        partials = os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")
         self.assertEqual(os.listdir(partials) if os.path.isdir(partials) else [], [])
 
     def get(self, path=NEW, meanwhile=lambda: None, **fields):
@@ -5690,13 +5690,13 @@ class FaultTest(ProxyCase):
 
     def answer(self, *steps, path=NEW):
         """Let the origin answer so, bytes and gates in turn, and then close; once, if more is to come."""
-        self.origin.pages[path] = Page(steps=list(steps))
+        self.origin.pages[path] = ScriptedResponse(steps=list(steps))
         return self.get(path)
 
     def begun(self, *then, count=400_000, extra=b'ETag: "new"\r\n'):
         """Let the origin break off after ``count`` bytes, and answer the next requests with ``then``."""
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n" % (1 << 20, extra)
-        self.origin.pages[self.NEW] = [Page(steps=[head + self.bodies[self.NEW][:count]]), *then]
+        self.origin.pages[self.NEW] = [ScriptedResponse(steps=[head + self.bodies[self.NEW][:count]]), *then]
         return self.get()
 
     def elsewhere(self, address):
@@ -5735,11 +5735,11 @@ class FaultTest(ProxyCase):
 
     @fault("the origin swallows packets", 504)
     def _(self):
-        return self.elsewhere([self.here.enter_context(deaf_address())]).status
+        return self.elsewhere([self.here.enter_context(unresponsive_address())]).status
 
     @fault("one address of the origin is dead, another well")
     def _(self):
-        dead = [self.here.enter_context(address) for address in (deaf_address(), refusing_address())]
+        dead = [self.here.enter_context(address) for address in (unresponsive_address(), refusing_address())]
         answer = self.elsewhere([*dead, ("127.0.0.1", self.origin.port)])
         return "whole" if answer.body == self.bodies[self.NEW] else answer.status
 
@@ -5772,7 +5772,7 @@ class FaultTest(ProxyCase):
     def _(self):
         rest = b'HTTP/1.1 206 Partial\r\nContent-Range: bytes 400000-%d/%d\r\nContent-Length: %d\r\nETag: "new"\r\n\r\n' % (
             (1 << 20) - 1, 1 << 20, (1 << 20) - 400_000)
-        return self.begun(Page(steps=[rest + self.bodies[self.NEW][400_000:700_000]]), self.origin.pages[self.NEW])
+        return self.begun(ScriptedResponse(steps=[rest + self.bodies[self.NEW][400_000:700_000]]), self.origin.pages[self.NEW])
 
     @fault("it resets the connection in the middle")
     def _(self):
@@ -5783,7 +5783,7 @@ class FaultTest(ProxyCase):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             gate.open()
 
-        self.origin.pages[self.NEW] = [Page(steps=[head + self.bodies[self.NEW][:400_000], gate]), self.origin.pages[self.NEW]]
+        self.origin.pages[self.NEW] = [ScriptedResponse(steps=[head + self.bodies[self.NEW][:400_000], gate]), self.origin.pages[self.NEW]]
         return self.get(meanwhile=reset)
 
     @fault("it falls silent in the middle")
@@ -5791,7 +5791,7 @@ class FaultTest(ProxyCase):
         self.patch(pkgproxy, "ORIGIN_TIMEOUT", 0.2)
         gate = Gate()
         self.here.callback(gate.open)
-        self.origin.pages[self.NEW] = [Page(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000), self.origin.pages[self.NEW]]
+        self.origin.pages[self.NEW] = [ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000), self.origin.pages[self.NEW]]
         with self.connection() as leader:
             leader.request("GET", self.origin.url(self.NEW))
             leader.getresponse()
@@ -5801,7 +5801,7 @@ class FaultTest(ProxyCase):
     def _(self):
         self.patch(pkgproxy, "ORIGIN_TIMEOUT", 2.0)
         gate = Gate()
-        self.origin.pages[self.NEW] = Page(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000)
+        self.origin.pages[self.NEW] = ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000)
         threading.Timer(0.3, gate.open).start()
         return self.get()
 
@@ -5813,7 +5813,7 @@ class FaultTest(ProxyCase):
 
     @fault("it answers 503 for an index")
     def _(self):
-        self.origin.pages[self.INDEX] = Page(b"no", 503)
+        self.origin.pages[self.INDEX] = ScriptedResponse(b"no", 503)
         return self.get(self.INDEX)
 
     @fault("a chunk is broken", "cut")
@@ -5822,30 +5822,30 @@ class FaultTest(ProxyCase):
 
     @fault("it breaks off, and has no validator", "cut")
     def _(self):
-        return self.begun(Page(self.bodies[self.NEW]), count=200_000, extra=b"")
+        return self.begun(ScriptedResponse(self.bodies[self.NEW]), count=200_000, extra=b"")
 
     @fault("it breaks off, and is busy for a while")
     def _(self):
-        return self.begun(Page(b"", 503), Page(b"", 429), self.origin.pages[self.NEW])
+        return self.begun(ScriptedResponse(b"", 503), ScriptedResponse(b"", 429), self.origin.pages[self.NEW])
 
     @fault("it breaks off, and has another file then", "cut")
     def _(self):
-        return self.begun(Page(os.urandom(1 << 20), etag='"other"'))
+        return self.begun(ScriptedResponse(os.urandom(1 << 20), etag='"other"'))
 
     @fault("it breaks off, and knows no ranges", "cut")
     def _(self):
-        return self.begun(Page(self.bodies[self.NEW], etag='"new"', ranges=False))
+        return self.begun(ScriptedResponse(self.bodies[self.NEW], etag='"new"', ranges=False))
 
     @fault("it breaks off, and sends a range of another file", "cut")
     def _(self):
-        return self.begun(Page(os.urandom((1 << 20) + 1), etag='"new"'))
+        return self.begun(ScriptedResponse(os.urandom((1 << 20) + 1), etag='"new"'))
 
     @fault("it breaks off, and its rest is shorter than it says", "cut")
     def _(self):
         rest = b'HTTP/1.1 206 Partial\r\nContent-Range: bytes 400000-%d/%d\r\nETag: "new"\r\n%%s\r\n' % ((1 << 20) - 1, 1 << 20)
         short = self.bodies[self.NEW][400_000:400_005]
         for more in (rest % b"" + short, rest % b"Transfer-Encoding: chunked\r\n" + b"5\r\n%s\r\n0\r\n\r\n" % short):
-            self.assertEqual(self.begun(Page(steps=[more])), "cut")
+            self.assertEqual(self.begun(ScriptedResponse(steps=[more])), "cut")
             self.settle()
             self.clean()
         return "cut"
@@ -5855,26 +5855,26 @@ class FaultTest(ProxyCase):
         head = b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nETag: "new"\r\n\r\n%x\r\n' % 500_000
         rest = (b'HTTP/1.1 206 Partial\r\nContent-Range: bytes 400000-%d/%d\r\nETag: "new"\r\nTransfer-Encoding: chunked\r\n\r\n'
                 b"5\r\n%s\r\n0\r\n\r\n" % ((1 << 20) - 1, 1 << 20, self.bodies[self.NEW][400_000:400_005]))
-        self.origin.pages[self.NEW] = [Page(steps=[head + self.bodies[self.NEW][:400_000]]), Page(steps=[rest])]
+        self.origin.pages[self.NEW] = [ScriptedResponse(steps=[head + self.bodies[self.NEW][:400_000]]), ScriptedResponse(steps=[rest])]
         return self.get()
 
     @fault("it breaks off, and sends a rest in another coding", "cut")
     def _(self):
-        return self.begun(Page(self.bodies[self.NEW], etag='"new"', fields=[("Content-Encoding", "gzip")]))
+        return self.begun(ScriptedResponse(self.bodies[self.NEW], etag='"new"', fields=[("Content-Encoding", "gzip")]))
 
     @fault("it breaks off a chunked body before the first byte")
     def _(self):
         head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-        self.origin.pages[self.NEW] = [Page(steps=[head]), Page(self.bodies[self.NEW], etag="", modified="", chunked=True)]
+        self.origin.pages[self.NEW] = [ScriptedResponse(steps=[head]), ScriptedResponse(self.bodies[self.NEW], etag="", modified="", chunked=True)]
         return self.get()
 
     @fault("it breaks off, and answers 416", "cut")
     def _(self):
-        return self.begun(Page(b"", 416))
+        return self.begun(ScriptedResponse(b"", 416))
 
     @fault("it breaks off before the first byte, and has no validator")
     def _(self):
-        return self.begun(Page(self.bodies[self.NEW], etag="", modified=""), count=0, extra=b"")
+        return self.begun(ScriptedResponse(self.bodies[self.NEW], etag="", modified=""), count=0, extra=b"")
 
     # The disk
 
@@ -5910,7 +5910,7 @@ class FaultTest(ProxyCase):
     def _(self):
         self.origin.pages[self.NEW].chunked = True
         if not self.small_disk((5 << 19) + 200_000):
-            self.patch(pkgproxy.Partial, "write", mock.Mock(side_effect=OSError(28, "No space left on device")))
+            self.patch(pkgproxy.PartialFile, "write", mock.Mock(side_effect=OSError(28, "No space left on device")))
         self.patch(pkgproxy.Store, "free_space", lambda store: 1 << 30)
         return self.get()
 
@@ -5928,21 +5928,21 @@ class FaultTest(ProxyCase):
     @fault("a file may be no larger than so, and nobody knows how large it gets")
     def _(self):
         self.limit_files(2000)
-        self.origin.pages[self.NEW] = Page(self.bodies[self.NEW], chunked=True, etag="", modified="")
+        self.origin.pages[self.NEW] = ScriptedResponse(self.bodies[self.NEW], chunked=True, etag="", modified="")
         return self.get()
 
     @fault("the disk refuses, and the origin breaks off too")
     def _(self):
-        write = pkgproxy.Partial.write
+        write = pkgproxy.PartialFile.write
 
         def full(partial, data):
             if partial.size + len(data) > 300_000:
                 raise OSError(28, "No space left on device")
             return write(partial, data)
 
-        self.patch(pkgproxy.Partial, "write", full)
+        self.patch(pkgproxy.PartialFile, "write", full)
         real, close = self.origin.pages[self.NEW], mock.Mock(**{"pass_through.side_effect": OSError})
-        self.origin.pages[self.NEW] = [real, Page(self.bodies[self.NEW], etag='"new"', gate=close, first=200_000), real]
+        self.origin.pages[self.NEW] = [real, ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=close, first=200_000), real]
         return self.get()
 
     @fault("a stored file cannot be read")
@@ -5973,7 +5973,7 @@ class FaultTest(ProxyCase):
     @fault("the root becomes read-only")
     def _(self):
         if not self.small_disk(8 << 20) or subprocess.run(["mount", "-o", "remount,ro", self.root], check=False).returncode:
-            self.patch(pkgproxy, "make_folder", mock.Mock(side_effect=OSError(30, "Read-only file system")))
+            self.patch(pkgproxy, "make_directory", mock.Mock(side_effect=OSError(30, "Read-only file system")))
         return self.get()
 
     @fault("the root is removed")
@@ -5990,7 +5990,7 @@ class FaultTest(ProxyCase):
     def held(self):
         """Let the origin wait in the middle of the new file; opens the gate."""
         gate = Gate()
-        self.origin.pages[self.NEW] = Page(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000)
+        self.origin.pages[self.NEW] = ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000)
         return gate.open
 
     def clean(self):
@@ -6013,12 +6013,12 @@ class FaultTest(ProxyCase):
 
     @fault("all bookkeeping is lost")
     def _(self):
-        shutil.rmtree(os.path.join(self.root, pkgproxy.BOOKS))
+        shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
         return self.get(self.KEPT)
 
     @fault("a head file is damaged")
     def _(self):
-        for path in Path(self.root, pkgproxy.BOOKS, "heads").rglob("*^head"):
+        for path in Path(self.root, pkgproxy.METADATA_FOLDER, "heads").rglob("*^head"):
             path.write_bytes(path.read_bytes()[:100])
         return self.get(self.INDEX)
 
@@ -6033,7 +6033,7 @@ class FaultTest(ProxyCase):
 
     @fault("a FIFO lies in the place of a head file")
     def _(self):
-        for path in Path(self.root, pkgproxy.BOOKS, "heads").rglob("kept*^head"):
+        for path in Path(self.root, pkgproxy.METADATA_FOLDER, "heads").rglob("kept*^head"):
             path.unlink()
             os.mkfifo(path)
             self.here.callback(path.unlink)
@@ -6077,10 +6077,10 @@ class FaultTest(ProxyCase):
     @fault("a changed index cannot be stored")
     def _(self):
         self.bodies[self.INDEX] = bytes(reversed(self.bodies[self.INDEX]))
-        self.origin.pages[self.INDEX] = Page(self.bodies[self.INDEX])
+        self.origin.pages[self.INDEX] = ScriptedResponse(self.bodies[self.INDEX])
         self.patch(pkgproxy.shutil, "disk_usage", lambda path: mock.Mock(free=10, total=1000))
         got = self.get(self.INDEX)
-        self.origin.pages[self.INDEX] = Page(b"no", 503)
+        self.origin.pages[self.INDEX] = ScriptedResponse(b"no", 503)
         self.assertEqual(self.ask(self.INDEX).status, 503, "the old one is not served any more")
         return got
 
@@ -6105,7 +6105,7 @@ class FaultTest(ProxyCase):
         self.heal()
 
     def is_described(self):
-        return any(name.endswith("^head") for name in os.listdir(os.path.join(self.root, pkgproxy.BOOKS, "partials")))
+        return any(name.endswith("^head") for name in os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")))
 
     @fault("kill -9 in the middle of a download")
     def _(self):
@@ -6127,7 +6127,7 @@ class FaultTest(ProxyCase):
         real = threading.Thread.start
 
         def refuse(thread):
-            if thread._target and thread._target.__name__ == "fill":
+            if thread._target and thread._target.__name__ == "download":
                 raise RuntimeError("can't start new thread")
             real(thread)
 
@@ -6155,8 +6155,8 @@ class FaultTest(ProxyCase):
     def _(self):
         gate = Gate()
         self.here.callback(gate.open)
-        self.patch(pkgproxy, "FLIGHT_WAIT", 0.2)
-        self.origin.pages[self.NEW] = [Page(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000), self.origin.pages[self.NEW]]
+        self.patch(pkgproxy, "FOLLOWER_STALL_TIMEOUT", 0.2)
+        self.origin.pages[self.NEW] = [ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000), self.origin.pages[self.NEW]]
         with self.connection() as leader:
             leader.request("GET", self.origin.url(self.NEW))
             leader.getresponse()
@@ -6210,7 +6210,7 @@ class FaultsOfTwoTest(FaultTest):
         super().start(config)
         self.local = threading.local()
         self.also = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))
-        self.other = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Desk(self.also, pkgproxy.Room(100), told))
+        self.other = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Dispatcher(self.also, pkgproxy.ConnectionLimiter(100), told))
         self.other_address = self.other.server_address
         self._serving_too = threading.Thread(target=self.other.serve_forever, args=(0.01,))
         self._serving_too.start()
@@ -6225,7 +6225,7 @@ class FaultsOfTwoTest(FaultTest):
 
     def settle(self):
         super().settle()
-        until(lambda: not self.other.replies_running and not self.also._barrier.count(), "the end of the other's replies")
+        until(lambda: not self.other.replies_running and not self.also._barrier.in_flight(), "the end of the other's replies")
 
     @contextlib.contextmanager
     def connection(self):
@@ -6234,7 +6234,7 @@ class FaultsOfTwoTest(FaultTest):
             yield connection
 
     def other_downloads(self):
-        return self.also._barrier.count() > 0
+        return self.also._barrier.in_flight() > 0
 
     def get(self, path=FaultTest.NEW, meanwhile=lambda: None, **fields):
         get, luck = super().get, isinstance(self.origin.pages.get(path), list)
@@ -6267,7 +6267,7 @@ class BoundsTest(ProxyCase):
         def limit():
             pkgproxy.resource.setrlimit(pkgproxy.resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
-        process = ProxyProcess(self.root, program=lambda: program(POOL_IDLE=0.2, TIDY_EVERY=0.2), preexec_fn=limit if descriptors else None)
+        process = ProxyProcess(self.root, program=lambda: program(POOL_IDLE_TIMEOUT=0.2, POOL_CLEANUP_INTERVAL=0.2), preexec_fn=limit if descriptors else None)
         self.addCleanup(process.stop)
         self.address = process.address
         self.ask("/warm")
@@ -6280,7 +6280,7 @@ class BoundsTest(ProxyCase):
     def test_200_clients_at_once_with_64_descriptors(self):
         process = self.start_process(64)
         for number in range(200):
-            self.origin.pages["/x_%d_all.deb" % number] = Page(b"%d" % number * 10_000)
+            self.origin.pages["/x_%d_all.deb" % number] = ScriptedResponse(b"%d" % number * 10_000)
         right = []
         threads = [threading.Thread(target=lambda path, page: right.append(self.ask(path).body == page.body), args=item)
                    for item in self.origin.pages.items()]
@@ -6295,7 +6295,7 @@ class BoundsTest(ProxyCase):
 
     def test_500_idle_connections_hold_nobody_up_and_cost_little(self):
         process = self.start_process()
-        self.origin.pages["/x_1_all.deb"] = Page(b"x")
+        self.origin.pages["/x_1_all.deb"] = ScriptedResponse(b"x")
         with contextlib.ExitStack() as stack:
             for _ in range(500):
                 one = stack.enter_context(socket.create_connection(self.address, PATIENCE))
@@ -6307,7 +6307,7 @@ class BoundsTest(ProxyCase):
 
     def test_500_slow_clients_hold_up_nobody(self):
         process = self.start_process()
-        self.origin.pages["/x_1_all.deb"] = Page(b"x")
+        self.origin.pages["/x_1_all.deb"] = ScriptedResponse(b"x")
         with contextlib.ExitStack() as stack:
             slow = [stack.enter_context(socket.create_connection(self.address, PATIENCE)) for _ in range(500)]
             for round_ in b"GET h":
@@ -6322,17 +6322,17 @@ class BoundsTest(ProxyCase):
         process = self.start_process()
         with self.connection() as one:
             for number in range(300):
-                self.origin.pages["/x_%d_all.deb" % number] = Page(b"%d" % number)
+                self.origin.pages["/x_%d_all.deb" % number] = ScriptedResponse(b"%d" % number)
                 one.request("GET", self.origin.url("/x_%d_all.deb" % number))
                 self.assertEqual(one.getresponse().read(), b"%d" % number)
-        self.origin.pages["/big_1_all.deb"] = Page(bytes(40 << 20))
+        self.origin.pages["/big_1_all.deb"] = ScriptedResponse(bytes(40 << 20))
         for _ in range(2):
             self.assertEqual(len(self.ask("/big_1_all.deb").body), 40 << 20)
         self.assertLess(process.status("VmHWM") - self.before[2], 12_000)
         self.check_back(process)
 
 
-class Memcached:
+class MemcachedServer:
     """Debian's memcached on a free port, which may be stopped and started again."""
 
     def __init__(self):
@@ -6359,9 +6359,9 @@ class Memcached:
             return sock.recv(4096).decode()
 
 
-def hasty(before="", **constants):
+def fast_program(before="", **constants):
     """The command that runs it with short pauses and leases, after some more code."""
-    python, option, code = program(RESUME_PAUSES=(0.0, 0.01), LEASE=2, LEASE_RENEWAL=0.2, **constants)
+    python, option, code = program(RESUME_BACKOFF=(0.0, 0.01), LEASE_DURATION=2, LEASE_RENEWAL_INTERVAL=0.2, **constants)
     return python, option, before + code
 
 
@@ -6394,13 +6394,13 @@ class ChaosTest(ProxyCase):
         self.wrong = []
         self.visits = 0  # that were answered
         self.addresses = []  # of several instances
-        for name, what in (("RESUME_PAUSES", (0.0, 0.01)), ("TROUBLE", self.TROUBLE)):
+        for name, what in (("RESUME_BACKOFF", (0.0, 0.01)), ("ORIGIN_BACKOFF", self.TROUBLE)):
             patcher = mock.patch.object(pkgproxy, name, what)
             patcher.start()
             self.addCleanup(patcher.stop)
 
     def process(self, *options, before=""):
-        program = functools.partial(hasty, before, TROUBLE=self.TROUBLE)
+        program = functools.partial(fast_program, before, ORIGIN_BACKOFF=self.TROUBLE)
         return ProxyProcess(self.root, ("--adopt", self.adopted, *options), program=program)
 
     def publish(self, chance, path):
@@ -6409,16 +6409,16 @@ class ChaosTest(ProxyCase):
         if not bodies or "_" not in path and "hash" not in path and chance.random() < 0.5:
             bodies.append(chance.randbytes(chance.choice((0, 10, 5_000, 400_000, 900_000))))
         body, tag = bodies[-1], '"%s-%d"' % (path[1:3], len(bodies))
-        for name, place in pkgproxy.adoptable([self.adopted]):
-            self.proxy._store.adopted.note(name, place)  # which is lost with the root
+        for name, place in pkgproxy.adoptable_packages([self.adopted]):
+            self.proxy._store.adopted.add(name, place)  # which is lost with the root
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: %s\r\n\r\n" % (len(body), tag.encode())
         self.origin.pages[path] = chance.choice((
-            Page(body, etag=tag), Page(body, etag=tag), Page(body, etag=tag, chunked=True), Page(body, etag="", modified=""),
-            Page(steps=[head + body[:chance.randrange(len(body) + 1)]]), Page(steps=[head + body[:300_000]]), Page(b"no", 503), Page(steps=[b""]), Page(steps=[b"garbage\r\n\r\n"])))
+            ScriptedResponse(body, etag=tag), ScriptedResponse(body, etag=tag), ScriptedResponse(body, etag=tag, chunked=True), ScriptedResponse(body, etag="", modified=""),
+            ScriptedResponse(steps=[head + body[:chance.randrange(len(body) + 1)]]), ScriptedResponse(steps=[head + body[:300_000]]), ScriptedResponse(b"no", 503), ScriptedResponse(steps=[b""]), ScriptedResponse(steps=[b"garbage\r\n\r\n"])))
 
     def disturb(self, chance):
         """Something happens to the cache."""
-        books = os.path.join(self.root, pkgproxy.BOOKS)
+        books = os.path.join(self.root, pkgproxy.METADATA_FOLDER)
         place = os.path.join(self.root, self.place(chance.choice(self.paths)[1:]))
         with contextlib.suppress(OSError):
             chance.choices((lambda: shutil.rmtree(self.root), lambda: shutil.rmtree(books), lambda: os.unlink(place),
@@ -6550,7 +6550,7 @@ class ChaosTest(ProxyCase):
 
     @unittest.skipUnless(shutil.which("memcached"), "memcached is not installed")
     def test_so_it_does_where_they_agree_by_memcached(self):
-        memcached = Memcached()
+        memcached = MemcachedServer()
         self.addCleanup(memcached.stop)
         self.kill_one_of_two("--barrier", "memcached://" + memcached.place)
 
@@ -6563,14 +6563,14 @@ class InstancesCase(ProxyCase):
     def setUp(self):
         super().setUp()
         self.body = random.Random(1).randbytes(1 << 20)
-        for name, what in (("RESUME_PAUSES", (0.0, 0.01)), ("LEASE", 2), ("LEASE_RENEWAL", 0.2)):
+        for name, what in (("RESUME_BACKOFF", (0.0, 0.01)), ("LEASE_DURATION", 2), ("LEASE_RENEWAL_INTERVAL", 0.2)):
             patcher = mock.patch.object(pkgproxy, name, what)
             patcher.start()
             self.addCleanup(patcher.stop)
 
     def another(self, *options):
         """One more process over the root."""
-        process = ProxyProcess(self.root, options, program=hasty)
+        process = ProxyProcess(self.root, options, program=fast_program)
         self.addCleanup(lambda: self.assertNotIn("Traceback", process.log()))
         self.addCleanup(process.kill)
         return process
@@ -6589,7 +6589,7 @@ class InstancesCase(ProxyCase):
         gate = Gate()
         self.addCleanup(gate.open)
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n" % (len(self.body), tag)
-        self.origin.pages[self.BIG] = [Page(steps=[head + self.body[:400_000], gate, self.body[400_000:]]), *more, Page(self.body, etag='"x"')]
+        self.origin.pages[self.BIG] = [ScriptedResponse(steps=[head + self.body[:400_000], gate, self.body[400_000:]]), *more, ScriptedResponse(self.body, etag='"x"')]
         return gate
 
     def fetch_all(self, address, count, done):
@@ -6601,7 +6601,7 @@ class InstancesCase(ProxyCase):
 
     def check_hundred_files_at_once(self, *addresses):
         bodies = {"/%d_1.0_all.deb" % number: random.Random(number).randbytes(number * 3000) for number in range(100)}
-        self.origin.pages.update({path: Page(body) for path, body in bodies.items()})
+        self.origin.pages.update({path: ScriptedResponse(body) for path, body in bodies.items()})
         done = []
         jobs = [threading.Thread(target=self.fetch_all, args=(address, 100, done)) for address in addresses for _ in range(2)]
         for job in jobs:
@@ -6613,7 +6613,7 @@ class InstancesCase(ProxyCase):
         self.settle()
         self.assertEqual({path: self.origin.asked(path) for path in bodies}, dict.fromkeys(bodies, ["GET"]))
         self.assertEqual(self.files(), {self.place(path[1:]): body for path, body in bodies.items()})
-        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS, "partials")), [])
+        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
     def check_the_leader_is_killed(self, leader):
         """... and the followers, of this process, notice nothing."""
@@ -6628,7 +6628,7 @@ class InstancesCase(ProxyCase):
         self.settle()
         self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=400000-"])
         self.assertEqual(self.files(), {self.place(self.BIG[1:]): self.body})
-        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS, "partials")), [])
+        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
 
 class InstancesTest(InstancesCase):
@@ -6677,20 +6677,20 @@ class InstancesTest(InstancesCase):
         gate = Gate()
         self.addCleanup(gate.open)
         answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nCache-Control: private\r\n\r\n"
-        self.origin.pages["/x"] = [Page(steps=[gate, answer + b"1"]), Page(steps=[answer + b"2"])]
+        self.origin.pages["/x"] = [ScriptedResponse(steps=[gate, answer + b"1"]), ScriptedResponse(steps=[answer + b"2"])]
         with self.instance() as address, concurrent.futures.ThreadPoolExecutor(1) as pool:
             second = pool.submit(self.ask, "/x")
             until(lambda: self.origin.log, "the first request")
             with contextlib.closing(http.client.HTTPConnection(*address, timeout=PATIENCE)) as one:
                 one.request("GET", self.origin.url("/x"))
-                until(lambda: any("Watch" in str(each._target) for each in threading.enumerate()
+                until(lambda: any("PeerFollower" in str(each._target) for each in threading.enumerate()
                                                                if hasattr(each, "_target")), "a watch")
                 gate.open()
                 self.assertEqual((second.result().body, one.getresponse().read()), (b"1", b"2"))
 
     def test_a_post_to_one_instance_spoils_what_another_downloads(self):
         gate, body = Gate(), os.urandom(300_000)
-        self.origin.pages["/x"] = [Page(body, gate=gate, first=200_000, fields=[("Cache-Control", "max-age=99")]), Page(b"done", etag="", modified=""), Page(b"new")]
+        self.origin.pages["/x"] = [ScriptedResponse(body, gate=gate, first=200_000, fields=[("Cache-Control", "max-age=99")]), ScriptedResponse(b"done", etag="", modified=""), ScriptedResponse(b"new")]
         with self.instance() as address, self.connection() as one, self.assertLogs("pkgproxy", "WARNING"):
             one.request("GET", self.origin.url("/x"))
             response = one.getresponse()
@@ -6704,10 +6704,10 @@ class InstancesTest(InstancesCase):
             self.assertEqual(self.files(), {})
 
     def test_an_instance_that_stands_still_is_waited_for_once(self):
-        self.origin.pages[self.BIG] = Page(self.body)
+        self.origin.pages[self.BIG] = ScriptedResponse(self.body)
         key = pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.BIG)))
-        with contextlib.closing(io.FileIO(self.stuck(key), "r+b")) as file, mock.patch.object(pkgproxy, "HEAD_WAIT", 0.1):
-            self.assertTrue(pkgproxy.lock(file))
+        with contextlib.closing(io.FileIO(self.stuck(key), "r+b")) as file, mock.patch.object(pkgproxy, "FOLLOWER_HEAD_TIMEOUT", 0.1):
+            self.assertTrue(pkgproxy.try_lock_file(file))
             self.assertIn("not collapsed", self.ask(self.BIG)["Cache-Status"])
             self.settle()
             self.assertIn("stored", self.ask(self.BIG)["Cache-Status"])
@@ -6722,21 +6722,21 @@ class InstancesTest(InstancesCase):
     def test_on_another_machine_only_what_was_flushed_is_read(self):
         gate = self.held()
         self.proxy._store.remote = True
-        with mock.patch.object(pkgproxy, "FLUSH_EVERY", 0.0), self.instance(boot="another machine") as address:
+        with mock.patch.object(pkgproxy, "FLUSH_INTERVAL", 0.0), self.instance(boot="another machine") as address:
             first = self.begin(self.address)
             first.read(399_999)
             follower = self.begin(address)
-            partial = pkgproxy.Partials(self.proxy._store).follow(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.BIG))))
+            partial = pkgproxy.PartialStore(self.proxy._store).open_for_reading(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.BIG))))
             self.addCleanup(partial.release)
             partial._store = mock.Mock(boot="another machine")
             def told():
-                return json.loads(Path(partial.path + "^head").read_text())[0]["flushed"]
+                return json.loads(Path(partial.path + "^head").read_text())[0]["flushed_size"]
 
             until(lambda: told() == 400_000, "the last word before the gate")
-            self.assertTrue(partial.learn())
+            self.assertTrue(partial.load_metadata())
             self.assertEqual(partial.size, 400_000)
             os.truncate(partial.path, 500_000)  # as if a later part had reached the server before an earlier one
-            partial.grow()
+            partial.refresh_size()
             self.assertLessEqual(partial.size, 400_000)
             os.truncate(partial.path, 400_000)
             gate.open()
@@ -6749,7 +6749,7 @@ class InstancesTest(InstancesCase):
         store = pkgproxy.Store(self.root)
         store.boot = boot or store.boot
         other = pkgproxy.Proxy(self.config, store)
-        server = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Desk(other, pkgproxy.Room(100), told))
+        server = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Dispatcher(other, pkgproxy.ConnectionLimiter(100), told))
         serving = threading.Thread(target=server.serve_forever, args=(0.01,))
         serving.start()
         try:
@@ -6758,19 +6758,19 @@ class InstancesTest(InstancesCase):
             server.shutdown()
             server.server_close()
             serving.join(PATIENCE)
-            until(lambda: not other._barrier.count(), "the end of the other's flights")
+            until(lambda: not other._barrier.in_flight(), "the end of the other's flights")
             other.close()
 
     def test_where_locks_do_not_work_each_is_on_its_own(self):
         for refusal, words in ((mock.Mock(side_effect=OSError(37, "No locks available")), "refuses locks (No locks available)"),
                                (mock.Mock(return_value=True), "ignores locks")):
-            with self.subTest(words), mock.patch.object(pkgproxy, "lock", refusal):
+            with self.subTest(words), mock.patch.object(pkgproxy, "try_lock_file", refusal):
                 shutil.rmtree(self.root)
                 os.mkdir(self.root)
                 with self.assertLogs("pkgproxy", "WARNING") as caught:
                     self.start()
                 self.assertIn(words, caught.output[0])
-                gate = self.held(Page(self.body, etag='"x"'))
+                gate = self.held(ScriptedResponse(self.body, etag='"x"'))
                 with self.instance() as address:
                     first = self.begin(self.address)
                     second = self.begin(address)
@@ -6779,7 +6779,7 @@ class InstancesTest(InstancesCase):
                     self.assertEqual(first.read(), self.body[1:])
                     self.settle()
                 self.assertEqual(self.files(), {self.place(self.BIG[1:]): self.body})
-                self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS, "partials")), [])
+                self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
     def under_the_unit(self):
         """A process that sees of /proc what the systemd unit shows it, with the variables that this sets."""
@@ -6792,7 +6792,7 @@ class InstancesTest(InstancesCase):
         self.assertIn("\nProcSubset=pid\n", unit)
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")
         variables = dict(line.replace("%b", boot).split("=", 1) for line in re.findall(r"(?m)^Environment=(.+)$", unit))
-        process = ProxyProcess(self.root, (), {**os.environ, **variables}, program=hasty, prefix=hidden)
+        process = ProxyProcess(self.root, (), {**os.environ, **variables}, program=fast_program, prefix=hidden)
         self.addCleanup(process.kill)
         return process
 
@@ -6833,26 +6833,26 @@ class InstancesTest(InstancesCase):
         for tag, same in (('"x"', True), ('W/"x"', False), (None, False)):
             with self.subTest(tag=tag):
                 fields = (("ETag", tag),) if tag else ()
-                old, other = (mock.Mock(head=Head(200, "OK", fields, key="http://a/x", received=CLOCK), size=5) for _ in range(2))
+                old, other = (mock.Mock(head=ResponseHead(200, "OK", fields, key="http://a/x", response_time=CLOCK), size=5) for _ in range(2))
                 claims = mock.Mock()
-                claims.partials.follow.return_value = other
-                watch = pkgproxy.Watch(None, claims, None, None, None, mock.Mock())
+                claims.partials.open_for_reading.return_value = other
+                watch = pkgproxy.PeerFollower(None, claims, None, None, None, mock.Mock())
                 watch._partial, watch._published = old, True
-                watch._change("another")
-                self.assertEqual((old.become.called, other.release.called), (same, not same))
+                watch._switch_writer("another")
+                self.assertEqual((old.switch_to.called, other.release.called), (same, not same))
 
     def test_a_system_without_flock_says_so(self):
         with mock.patch.object(pkgproxy, "fcntl", None):
-            self.assertEqual(pkgproxy.why_no_locks(self.root), "this system has no flock")
-        self.assertEqual(pkgproxy.why_no_locks(self.root + "/new"), "")
-        self.assertEqual(pkgproxy.why_no_locks("/proc/nowhere"), "")
+            self.assertEqual(pkgproxy.why_locks_fail(self.root), "this system has no flock")
+        self.assertEqual(pkgproxy.why_locks_fail(self.root + "/new"), "")
+        self.assertEqual(pkgproxy.why_locks_fail("/proc/nowhere"), "")
 
     def test_whoever_reads_what_was_left_reads_on_when_it_is_begun_anew(self):
         store = pkgproxy.Store(self.root)
-        one, two = (Head(200, "OK", (("ETag", tag),), key="http://a/x", received=CLOCK) for tag in ('"1"', '"2"'))
+        one, two = (ResponseHead(200, "OK", (("ETag", tag),), key="http://a/x", response_time=CLOCK) for tag in ('"1"', '"2"'))
         left = receive(store, one, 1 << 20)
         left.write(b"1" * 400_000)
-        left.keep()
+        left.keep_for_resume()
         anew = receive(store, two, 1 << 20)
         anew.write(b"2" * 400_000)
         self.assertEqual(left.read_at(9, 0), b"1" * 9)
@@ -6867,9 +6867,9 @@ class InstancesTest(InstancesCase):
         head = b'HTTP/1.1 %s\r\nContent-Length: %d\r\nETag: "x"\r\n%s\r\n'
         rest = b"Content-Range: bytes 400000-%d/%d\r\n" % (len(self.body) - 1, len(self.body))
         self.origin.pages[self.BIG] = [
-            Page(steps=[head % (b"200 OK", len(self.body), b""), self.body[:400_000]]),
-            Page(steps=[gate, head % (b"206 Partial Content", len(self.body) - 400_000, rest), self.body[400_000:]])]
-        with mock.patch.object(pkgproxy, "PAUSE", 5.0), self.connection() as leader:
+            ScriptedResponse(steps=[head % (b"200 OK", len(self.body), b""), self.body[:400_000]]),
+            ScriptedResponse(steps=[gate, head % (b"206 Partial Content", len(self.body) - 400_000, rest), self.body[400_000:]])]
+        with mock.patch.object(pkgproxy, "PUBLISH_DELAY", 5.0), self.connection() as leader:
             leader.request("GET", self.origin.url(self.BIG))
             until(lambda: len(self.origin.log) == 2)
             follower = self.begin(self.another().address)
@@ -6929,7 +6929,7 @@ class SharedAddressTest(InstancesCase):
         self.assertEqual(len(self.origin.log), 2)
 
     def test_each_counts_for_itself_and_keeps_a_history_of_its_own(self):
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1000)
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000)
         for run in (1, 2):
             processes = {name: self.another("--instance", name) for name in ("1", "2")}
             for name, count in (("1", 3), ("2", 5)):
@@ -6941,7 +6941,7 @@ class SharedAddressTest(InstancesCase):
                 self.assertEqual([sum(view[what][word] for word in ("hit", "miss")) for what in ("counters", "allTime")], [count, run * count])
             for process in processes.values():
                 process.stop()
-        self.assertEqual(sorted(name for name in os.listdir(os.path.join(self.root, pkgproxy.BOOKS)) if "history" in name),
+        self.assertEqual(sorted(name for name in os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER)) if "history" in name),
                          ["history-1.json", "history-2.json"])
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "this system does not let us choose a processor")
@@ -6950,7 +6950,7 @@ class SharedAddressTest(InstancesCase):
         chosen = [set().union(*(os.sched_getaffinity(int(task)) for task in os.listdir("/proc/%d/task" % one.process.pid))) for one in processes]
         self.assertEqual([len(one) for one in chosen], [1, 1])
         self.assertLessEqual(chosen[0] | chosen[1], os.sched_getaffinity(0))
-        self.assertEqual(len(chosen[0] | chosen[1]), min(2, len(pkgproxy.processors())))
+        self.assertEqual(len(chosen[0] | chosen[1]), min(2, len(pkgproxy.usable_processors())))
 
     def test_an_instance_without_a_name_is_the_only_one(self):
         for words, expected in (([], (False, "")), (["--instance="], (False, "")), (["--instance=2"], (True, "2")), (["--reuse-port"], (True, ""))):
@@ -6959,14 +6959,14 @@ class SharedAddressTest(InstancesCase):
 
     def test_without_the_option_an_address_is_for_one_alone(self):
         self.another("--reuse-port")
-        with self.assertRaises(pkgproxy.Unusable) as caught:
+        with self.assertRaises(pkgproxy.StartupError) as caught:
             pkgproxy.open_sockets(Config(addrs=("%s:%d" % self.shared,)), {})
         self.assertIn("Cannot listen on %s:%d: Address already in use." % self.shared, str(caught.exception))
 
     def test_a_system_that_cannot_do_it_is_told_of(self):
         self.addCleanup(setattr, socket, "SO_REUSEPORT", socket.SO_REUSEPORT)
         del socket.SO_REUSEPORT
-        with self.assertRaisesRegex(pkgproxy.Unusable, "no SO_REUSEPORT: leave out --reuse-port"):
+        with self.assertRaisesRegex(pkgproxy.StartupError, "no SO_REUSEPORT: leave out --reuse-port"):
             pkgproxy.open_sockets(Config(addrs=("127.0.0.1:0",), reuse_port=True), {})
 
 
@@ -6975,7 +6975,7 @@ class MemcachedTest(InstancesCase):
     """They agree by leases in memcached."""
 
     def setUp(self):
-        self.memcached = Memcached()
+        self.memcached = MemcachedServer()
         self.addCleanup(lambda: self.memcached.stop())
         self.config = Config(addrs=(), pseudonym="tested", barrier=(("127.0.0.1", self.memcached.port),))
         super().setUp()
@@ -7015,7 +7015,7 @@ class MemcachedTest(InstancesCase):
         response = self.begin(self.address)
         self.memcached.say("set %s 0 5 5\r\nother\r\n" % self.lease())
         leases = self.proxy._claims.leases
-        until(lambda: any(leases.lost(owner) for owner in list(leases._held)), "the loss of a lease")
+        until(lambda: any(leases.is_lost(owner) for owner in list(leases._held)), "the loss of a lease")
         gate.open()
         self.assertEqual(response.read(), self.body[1:])
         self.settle()
@@ -7033,10 +7033,10 @@ class MemcachedTest(InstancesCase):
 
     def test_memcached_stops_in_the_middle_and_nobody_notices(self):
         gate, other = self.held(), self.another()
-        self.origin.pages["/y_1.0_all.deb"] = Page(b"y")
-        self.origin.pages["/z_1.0_all.deb"] = Page(b"z")
+        self.origin.pages["/y_1.0_all.deb"] = ScriptedResponse(b"y")
+        self.origin.pages["/z_1.0_all.deb"] = ScriptedResponse(b"z")
         first, follower = self.begin(other.address), self.begin(self.address)
-        with self.assertLogs("pkgproxy", "WARNING") as caught, mock.patch.object(pkgproxy, "TROUBLE", 1.0):
+        with self.assertLogs("pkgproxy", "WARNING") as caught, mock.patch.object(pkgproxy, "ORIGIN_BACKOFF", 1.0):
             self.memcached.stop()
             until(lambda: caught.output, "a warning")
             self.assertEqual(self.ask("/y_1.0_all.deb").body, b"y")
@@ -7064,7 +7064,7 @@ class MemcachedTest(InstancesCase):
         self.assertEqual(self.ask(self.BIG).body, self.body)
         self.assertEqual(self.origin.log[-1][2]["range"], "bytes=400000-")
         self.settle()
-        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS, "partials")), [])
+        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
 
 class BugTest(ProxyCase):
@@ -7075,8 +7075,8 @@ class BugTest(ProxyCase):
             self.assertEqual(self.ask("/x").status, 500)
 
     def test_a_bug_while_leading_leaves_no_flight_behind(self):
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"x")
-        with mock.patch.object(pkgproxy, "not_storable", side_effect=ZeroDivisionError), self.assertLogs("pkgproxy", "ERROR"):
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x")
+        with mock.patch.object(pkgproxy, "why_not_storable", side_effect=ZeroDivisionError), self.assertLogs("pkgproxy", "ERROR"):
             self.assertEqual(self.ask("/x_1.0_all.deb").status, 500)
         self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x")
 
@@ -7091,11 +7091,11 @@ class WatchTest(unittest.TestCase):
 
     def setUp(self):
         self.outcomes = dict.fromkeys((outcome.value for outcome in Outcome), 0)
-        self.recent = pkgproxy.Recent(lambda: self.outcomes)
+        self.recent = pkgproxy.RecentRequests(lambda: self.outcomes)
 
     def note(self, uri="http://a/x_1.0_all.deb", outcome=Outcome.HIT, client="10.0.0.1", size=100, cached=100, **status):
         self.outcomes[outcome.value] += 1
-        sent = pkgproxy.Sent(size, cached, 0.25, True)
+        sent = pkgproxy.SendResult(size, cached, 0.25, True)
         self.recent.note(request(uri), 200, CacheStatus(outcome, **status), [(client, sent)])
 
     def test_requests_and_origins_are_told_apart(self):
@@ -7178,7 +7178,7 @@ class HistoryTest(unittest.TestCase):
         self.totals = {"statsCacheBytes": 0, "statsDownBytes": 0, "hit": 0}
 
     def history(self, name="one"):
-        return pkgproxy.History(self.books, name, lambda: dict(self.totals))
+        return pkgproxy.TrafficHistory(self.books, name, lambda: dict(self.totals))
 
     def started(self, name="one"):
         self.totals = dict.fromkeys(self.totals, 0)
@@ -7262,7 +7262,7 @@ class PagesTest(ProxyCase):
     def html(self):
         with self.connection() as connection:
             connection.request("GET", "/", headers={"Connection": "close", "Accept": "text/html,*/*;q=0.8"})
-            return Answer(connection.getresponse())
+            return ClientResponse(connection.getresponse())
 
     def view(self):
         return json.loads(self.own("/status.json").body)
@@ -7280,7 +7280,7 @@ class PagesTest(ProxyCase):
         self.assertEqual(set(found["statsOutcomes"]), {outcome.value for outcome in Outcome})
 
     def test_the_outcomes_add_up_to_the_requests(self):
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"x")
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x")
         for path in ("/x_1.0_all.deb", "/x_1.0_all.deb", "/nothing"):
             self.ask(path)
         self.own("/nothing")
@@ -7327,11 +7327,11 @@ class PagesTest(ProxyCase):
                     "downloads": [{"uri": evil, "bytes": 1, "length": 2, "rate": 1, "clients": 1}],
                     "troubles": [{"origin": evil, "reason": evil, "seconds": 1}], "unstored": evil}
         snapshot = {**self.server.desk.snapshot(), **gathered}
-        text = pkgproxy.status_page(pkgproxy.view_of(snapshot), "a:1").text.replace("<script>" + pkgproxy.SCRIPT, "")
+        text = pkgproxy.status_page(pkgproxy.page_view(snapshot), "a:1").text.replace("<script>" + pkgproxy.SCRIPT, "")
         self.assertGreater(text.count("alert(1)"), 8)
         self.assertNotIn("<script", text)
         self.assertNotIn("'\"&lt", text)
-        metrics = pkgproxy.metrics_text(pkgproxy.view_of(snapshot))
+        metrics = pkgproxy.metrics_text(pkgproxy.page_view(snapshot))
         self.assertIn(r"""origin="http://x/<script>alert(1)</script>'\"&lt;"} 1""", metrics)
 
     def test_nothing_runs_but_the_pages_own_script(self):
@@ -7347,7 +7347,7 @@ class PagesTest(ProxyCase):
         self.assertEqual(self.own("/metrics")["Content-Security-Policy"], "default-src 'none'")
 
     def test_it_tells_of_requests_origins_and_bytes(self):
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1500)
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1500)
         for _ in range(2):
             self.ask("/x_1.0_all.deb")
             self.settle()
@@ -7364,7 +7364,7 @@ class PagesTest(ProxyCase):
     def test_it_tells_of_downloads_while_they_last(self):
         gate = Gate()
         self.addCleanup(gate.open)
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1000, gate=gate, first=400)
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000, gate=gate, first=400)
         threads = [threading.Thread(target=self.ask, args=("/x_1.0_all.deb",)) for _ in range(2)]
         for thread in threads:
             thread.start()
@@ -7379,13 +7379,13 @@ class PagesTest(ProxyCase):
         self.assertEqual(self.view()["downloads"], [])
 
     def test_it_tells_of_origins_in_trouble_and_of_the_disk(self):
-        self.origin.pages["/dists/x/InRelease"] = Page(b"x")
+        self.origin.pages["/dists/x/InRelease"] = ScriptedResponse(b"x")
         self.ask("/dists/x/InRelease")
         self.settle()
-        self.origin.pages["/dists/x/InRelease"] = Page(b"", 503)
+        self.origin.pages["/dists/x/InRelease"] = ScriptedResponse(b"", 503)
         self.assertIn("stale", self.outcome(self.ask("/dists/x/InRelease")))
         self.settle()
-        self.proxy.sweeper._note(self.proxy.sweeper._janitor.sweep(self.config, time.time()))
+        self.proxy.sweeper._note(self.proxy.sweeper._janitor.run(self.config, time.time()))
         view = self.view()
         self.assertEqual([(row["origin"], row["reason"]) for row in view["troubles"]],
                          [(self.origin.url("/dists/x/InRelease"), "127.0.0.1:%d answers 503." % self.origin.port)])
@@ -7402,12 +7402,12 @@ class PagesTest(ProxyCase):
                 self.assertEqual(view["since"], self.view()["since"] if abs(ahead) < 60 else mock.ANY)
 
     def test_it_tells_why_nothing_can_be_stored_until_something_is(self):
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1000)
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000)
         with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)):
             self.ask("/x_1.0_all.deb")
             self.settle()
         self.assertIn("Nothing can be stored:</span> not enough free space for 1000 bytes.", self.view()["html"]["disk"])
-        with mock.patch.object(pkgproxy, "SWEEP_EVERY", 0.0):  # as later, where another process stores all
+        with mock.patch.object(pkgproxy, "EVICTION_INTERVAL", 0.0):  # as later, where another process stores all
             self.assertEqual(self.view()["unstored"], "")
         self.ask("/x_1.0_all.deb")
         self.settle()
@@ -7416,7 +7416,7 @@ class PagesTest(ProxyCase):
     def test_the_newest_request_and_the_busiest_origin_come_first(self):
         for host, sizes in (("a", (10, 10)), ("b", (99,)), ("c", (1,))):
             for size in sizes:
-                sent = pkgproxy.Sent(size, 0, 0.25, True)
+                sent = pkgproxy.SendResult(size, 0, 0.25, True)
                 self.proxy.insight.recent.note(request("http://%s/%d" % (host, size)), 200, CacheStatus(Outcome.MISS), [("10.0.0.1", sent)])
         view = self.view()
         self.assertEqual(list(view["origins"]), ["b", "a", "c"])
@@ -7441,8 +7441,8 @@ class PagesTest(ProxyCase):
         answer = self.own("/healthz")
         self.assertEqual((answer.status, answer.body), (200, b"ok\n"))
         self.assertEqual(self.files(), {})
-        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS)), [], "the probe is gone")
-        for name, faulty, reason in (("write_file", OSError(28, "No space left on device"), b"cannot be written: No space"),
+        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER)), [], "the probe is gone")
+        for name, faulty, reason in (("replace_file", OSError(28, "No space left on device"), b"cannot be written: No space"),
                                      ("try_writing", OSError(30, "Read-only file system"), b"Read-only")):
             with self.subTest(name), mock.patch.object(pkgproxy, name, side_effect=faulty):
                 answer = self.own("/healthz")
@@ -7450,7 +7450,7 @@ class PagesTest(ProxyCase):
                 self.assertIn(reason, answer.body)
         desk = self.server.desk
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
-            self.assertEqual(desk.ailment(), "No more threads are to be had.")
+            self.assertEqual(desk.health_problem(), "No more threads are to be had.")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full on this machine")
     def test_it_is_not_well_on_a_full_disk_and_leaves_nothing_there(self):
@@ -7459,18 +7459,18 @@ class PagesTest(ProxyCase):
             os.close(os.open(path, flags, 0o600))
             return os.open("/dev/full", os.O_WRONLY)
 
-        with mock.patch.object(pkgproxy, "_private", full):
+        with mock.patch.object(pkgproxy, "_private_opener", full):
             answer = self.own("/healthz")
             self.assertEqual((answer.status, answer.body), (503, b"The cache root cannot be written: No space left on device.\n"))
             with self.assertRaises(OSError):
-                pkgproxy.write_file(os.path.join(self.root, pkgproxy.BOOKS, "history.json"), "{}")
-        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.BOOKS)), [])
+                pkgproxy.replace_file(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "history.json"), "{}")
+        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER)), [])
         self.assertEqual(self.own("/healthz").status, 200)
 
     def test_it_is_not_well_while_every_connection_is_busy(self):
         gate = Gate()
         self.addCleanup(gate.open)
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1000, gate=gate, first=400)
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000, gate=gate, first=400)
         client = threading.Thread(target=self.ask, args=("/x_1.0_all.deb",))
         client.start()
         until(lambda: self.view()["downloads"])
@@ -7523,7 +7523,7 @@ class PagesTest(ProxyCase):
 
     @unittest.skipUnless(shutil.which("promtool"), "promtool is not installed")
     def test_prometheus_accepts_the_metrics(self):
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1500)
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1500)
         for path in ("/x_1.0_all.deb", "/x_1.0_all.deb", "http://[::1]:1/x"):
             self.ask(path)
         self.settle()
@@ -7541,12 +7541,12 @@ class PagesTest(ProxyCase):
         self.assertIn(b"http_proxy", answer.body)
 
 
-class DoorTest(ProxyCase):
+class ServerTest(ProxyCase):
     """Bytes in, bytes out."""
 
     def setUp(self):
         super().setUp()
-        self.origin.pages.update({"/x_%d.deb" % n: Page(b"%d" % n * 100) for n in range(10)})
+        self.origin.pages.update({"/x_%d.deb" % n: ScriptedResponse(b"%d" % n * 100) for n in range(10)})
 
     def line(self, path, version=b"1.1", more=b""):
         return b"GET %s HTTP/%s\r\nHost: a\r\n%s\r\n" % (self.origin.url(path).encode(), version, more)
@@ -7577,7 +7577,7 @@ class DoorTest(ProxyCase):
             answer = self.raw(self.line("/x_1.deb", b"1.0"))
             self.assertIn(b"\r\nConnection: close\r\n", answer)
             self.assertTrue(answer.endswith(b"1" * 100))
-        self.origin.pages["/c_1.0.deb"] = Page(b"c" * 100, chunked=True)
+        self.origin.pages["/c_1.0.deb"] = ScriptedResponse(b"c" * 100, chunked=True)
         answer = self.raw(self.line("/c_1.0.deb", b"1.0"))
         self.assertNotIn(b"chunked", answer)
         self.assertTrue(answer.endswith(b"\r\n\r\n" + b"c" * 100))
@@ -7598,7 +7598,7 @@ class DoorTest(ProxyCase):
             self.assertTrue(connection.recv(65536).endswith(b"1" * 100))
 
     def test_expect_100_continue(self):
-        with mock.patch.object(pkgproxy, "CONTINUE_WAIT", 0.05), socket.create_connection(self.address, PATIENCE) as connection:
+        with mock.patch.object(pkgproxy, "CONTINUE_TIMEOUT", 0.05), socket.create_connection(self.address, PATIENCE) as connection:
             connection.sendall(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nExpect: 100-continue\r\n"
                                b"Connection: close\r\n\r\n" % self.origin.url("/x_1.deb").encode())
             self.assertEqual(connection.recv(999), b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -7613,7 +7613,7 @@ class DoorTest(ProxyCase):
             self.assertEqual(connection.recv(12), b"HTTP/1.1 408")
 
     def test_a_head_that_drips_is_cut_off(self):
-        with mock.patch.object(pkgproxy, "REQUEST_WAIT", 0.2), socket.create_connection(self.address, PATIENCE) as connection:
+        with mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.2), socket.create_connection(self.address, PATIENCE) as connection:
             with contextlib.suppress(OSError):
                 while True:
                     connection.sendall(b"G")
@@ -7635,7 +7635,7 @@ class DoorTest(ProxyCase):
         self.assertIn("CONNECT example.org:22 (", caught.records[0].getMessage())
 
     def test_an_ipv4_client_of_both_protocols_is_shown_as_such(self):
-        self.assertEqual([pkgproxy.plain_address(text) for text in ("::ffff:10.0.0.1", "::1", "10.0.0.1", "::ffff:a00:1")],
+        self.assertEqual([pkgproxy.unmap_ipv4(text) for text in ("::ffff:10.0.0.1", "::1", "10.0.0.1", "::ffff:a00:1")],
                          ["10.0.0.1", "::1", "10.0.0.1", "::ffff:a00:1"])
 
     def test_a_body_that_ends_early_is_not_sent_on_as_whole(self):
@@ -7656,7 +7656,7 @@ class DoorTest(ProxyCase):
         self.assertEqual(self.ask("/x_1.deb").status, 200, "from our own address, whatever it is")
 
     def test_a_client_that_hangs_up_is_no_traceback(self):
-        self.origin.pages["/big_1.0.deb"] = Page(os.urandom(8 << 20))
+        self.origin.pages["/big_1.0.deb"] = ScriptedResponse(os.urandom(8 << 20))
         with mock.patch.object(self.server, "handle_error") as failed:
             for _ in range(2):
                 with socket.create_connection(self.address, PATIENCE) as connection:
@@ -7673,7 +7673,7 @@ class DoorTest(ProxyCase):
                 connection.sendall(self.line("/x_1.deb"))
                 self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
             until(lambda: sum(visitor.answered for visitor in self.server.room._visitors) == 3)
-            victim = min(self.server.room._visitors, key=lambda visitor: visitor.since).connection.getpeername()
+            victim = min(self.server.room._visitors, key=lambda visitor: visitor.waiting_since).connection.getpeername()
             self.assertEqual(self.ask("/x_2.deb").status, 200)
             until(lambda: self.server.room._count == 2)
             gone = next(connection for connection in idle if connection.getsockname() == victim)
@@ -7707,7 +7707,7 @@ class DoorTest(ProxyCase):
         self.assertRegex(lines[1], r"\A\[  2\] .* hit +200 +100 bytes ")
 
 
-class StrictDoorTest(ProxyCase):
+class StrictServerTest(ProxyCase):
     """RFC 9112 to the letter: what is ambiguous is refused, and nothing of it is passed on."""
 
     URL = b"http://origin.test/x_1.0.deb"
@@ -7855,7 +7855,7 @@ class StrictDoorTest(ProxyCase):
     )
 
     def test_malformed_requests(self):
-        self.origin.pages["/x_1.0.deb"] = Page(b"x")
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"x")
         url = self.origin.url("/x_1.0.deb").encode()
         self.assertGreater(len(self.REQUESTS), 80)
         for data, status, section in self.REQUESTS:
@@ -7869,11 +7869,11 @@ class StrictDoorTest(ProxyCase):
 
     def test_malformed_answers(self):
         self.addCleanup(mock.patch.stopall)
-        mock.patch.object(pkgproxy, "RESUME_PAUSES", ()).start()
+        mock.patch.object(pkgproxy, "RESUME_BACKOFF", ()).start()
         for number, (data, expected, section) in enumerate(self.ANSWERS):
             with self.subTest(data=data[:90], section=section):
                 path = "/x_%d.0.deb" % number
-                self.origin.pages[path] = Page(steps=[data])
+                self.origin.pages[path] = ScriptedResponse(steps=[data])
                 try:
                     answer = self.ask(path)
                     got = answer.status
@@ -7887,7 +7887,7 @@ class StrictDoorTest(ProxyCase):
         self.assertEqual(self.origin.connections, len(self.origin.log), "no connection is used again")
 
     def test_odd_requests_that_are_none_the_less_clear(self):
-        self.origin.pages.update({"/x_1.0.deb": Page(b"x" * 50), "/": Page(b"root")})
+        self.origin.pages.update({"/x_1.0.deb": ScriptedResponse(b"x" * 50), "/": ScriptedResponse(b"root")})
         url, close = self.origin.url("/x_1.0.deb").encode(), b"Connection: close\r\n"
         post = b"POST %s HTTP/1.1\r\nHost: a\r\n%s" % (url, close)
         for data, body in (
@@ -7921,7 +7921,7 @@ class StrictDoorTest(ProxyCase):
                 b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n" + body,
                 b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4;x=y\r\nbody\r\n0\r\nTrailer: x\r\n\r\n")):
             with self.subTest(data=data):
-                self.origin.pages["/y_%d.0.deb" % number] = Page(steps=[data])
+                self.origin.pages["/y_%d.0.deb" % number] = ScriptedResponse(steps=[data])
                 answer = self.ask("/y_%d.0.deb" % number)
                 self.assertEqual((answer.status, answer.body, answer["Trailer"]), (200, b"body", None))
 
@@ -7940,7 +7940,7 @@ class StrictDoorTest(ProxyCase):
                 connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n" + (file.read(4) if b"100-continue" in head else b"lost"))
 
             self.origin._answer = agree
-            with mock.patch.object(pkgproxy, "CONTINUE_WAIT", wait), socket.create_connection(self.address, PATIENCE) as one:
+            with mock.patch.object(pkgproxy, "CONTINUE_TIMEOUT", wait), socket.create_connection(self.address, PATIENCE) as one:
                 one.sendall(data)
                 self.assertEqual(one.recv(99), b"HTTP/1.1 100 Continue\r\n\r\n")
                 one.sendall(b"body")
@@ -7948,12 +7948,12 @@ class StrictDoorTest(ProxyCase):
 
     def test_over_tls_nobody_looks_ahead_for_an_answer_to_expect(self):
         tls = mock.Mock(spec=["pending", "recv"])
-        self.assertFalse(pkgproxy.refuses_body(tls, forward("PUT", Target("https", "a", 443, "/"), (("Expect", "100-continue"),))))
+        self.assertFalse(pkgproxy.is_answered_before_body(tls, forward("PUT", Target("https", "a", 443, "/"), (("Expect", "100-continue"),))))
         tls.recv.assert_not_called()
 
     def test_max_forwards_counts_down(self):
         """RFC 9110 §7.6.2, §9.3.7, §9.3.8."""
-        self.origin.pages.update({"/x": Page(b"x"), "*": Page(b"all")})
+        self.origin.pages.update({"/x": ScriptedResponse(b"x"), "*": ScriptedResponse(b"all")})
         answer = self.ask("/x", "TRACE", Max_Forwards="0", Authorization="secret", X="y")
         self.assertEqual((answer.status, answer["Content-Type"]), (200, "message/http"))
         self.assertTrue(answer.body.startswith(b"TRACE http://127.0.0.1:%d/x HTTP/1.1\r\n" % self.origin.port))
@@ -7973,7 +7973,7 @@ class StrictDoorTest(ProxyCase):
     def test_our_own_answers_run_nothing_and_change_nothing(self):
         for method, path, status in (("GET", "/", 200), ("HEAD", "/debug/vars", 200), ("POST", "/", 405), ("DELETE", "/debug/vars", 405),
                                      ("GET", "/nothing", 404), ("OPTIONS", "/", 200)):
-            answer = Answer(self.own_answer(method, path))
+            answer = ClientResponse(self.own_answer(method, path))
             self.assertEqual(answer.status, status)
             self.assertEqual((answer["Content-Security-Policy"], answer["X-Content-Type-Options"], answer["Access-Control-Allow-Origin"]),
                              ("default-src 'none'", "nosniff", None))
@@ -8026,8 +8026,8 @@ class FuzzTest(ProxyCase):
         self.accepted = 0
         for data in self.mutants(6000):
             file = io.BytesIO(data)
-            with contextlib.suppress(pkgproxy.Failure, ValueError):
-                lines = pkgproxy.read_lines(file)
+            with contextlib.suppress(pkgproxy.ProxyError, ValueError):
+                lines = pkgproxy.read_head_lines(file)
                 if lines and lines[0].startswith("HTTP/"):
                     self.check_answer(lines)
                 elif lines:
@@ -8036,28 +8036,28 @@ class FuzzTest(ProxyCase):
 
     def check_answer(self, lines):
         pkgproxy.parse_status_line(lines[0])
-        head = Head(206, "", pkgproxy.parse_fields(lines[1:]))
-        pkgproxy.is_rest(head, head, None, 1)
+        head = ResponseHead(206, "", pkgproxy.parse_fields(lines[1:]))
+        pkgproxy.is_remainder(head, head, None, 1)
         pkgproxy.content_length(head.fields)
 
     def check_request(self, lines, file):
         asked = pkgproxy.parse_request(lines)
         self.accepted += 1
         if asked.length is None:
-            reader = pkgproxy.ChunkReader(io.BufferedReader(file))
+            reader = pkgproxy.ChunkedReader(io.BufferedReader(file))
             while reader.read(9):
                 pass
-        for name, text in pkgproxy.forward_fields(asked, Config(), False):
+        for name, text in pkgproxy.origin_request_fields(asked, Config(), False):
             self.assertNotRegex(name + text, "[\r\n\0]")
         self.assertNotRegex(asked.target.path, "[\\s\0]")
         if asked.key:
-            for name in pkgproxy.file_names(asked.key):
-                self.assertFalse(name and ({"..", ".", "", pkgproxy.BOOKS} & set(name.split("/"))), name)
+            for name in pkgproxy.cache_file_names(asked.key):
+                self.assertFalse(name and ({"..", ".", "", pkgproxy.METADATA_FOLDER} & set(name.split("/"))), name)
             pkgproxy.decide(asked, None, Config(), CLOCK)
 
     def test_the_door_answers_or_closes_and_goes_on(self):
-        with self.assertNoBug(), mock.patch.object(pkgproxy, "resolve", side_effect=OSError("no such name")), mock.patch.object(
-                pkgproxy, "CLIENT_TIMEOUT", 0.05), mock.patch.object(pkgproxy, "REQUEST_WAIT", 0.05):
+        with self.assertNoBug(), mock.patch.object(pkgproxy, "resolve_addresses", side_effect=OSError("no such name")), mock.patch.object(
+                pkgproxy, "CLIENT_TIMEOUT", 0.05), mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.05):
             for data in self.mutants(250):
                 with contextlib.suppress(ConnectionError), socket.create_connection(self.address, PATIENCE) as one:
                     one.sendall(data)
@@ -8082,7 +8082,7 @@ class AccessTest(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        patcher = mock.patch.object(pkgproxy, "is_this_host", lambda address: address != self.FAR)
+        patcher = mock.patch.object(pkgproxy, "is_local_client", lambda address: address != self.FAR)
         patcher.start()
         self.addCleanup(patcher.stop)
 
@@ -8105,12 +8105,12 @@ class AccessTest(ProxyCase):
                 ("10.0.0.1", False), ("192.168.1.1", False), ("8.8.8.8", False), ("2001:db8::1", False), ("fd00::1", False), ("::ffff:8.8.8.8", False),
                 ("2002:808:808::", False), ("64:ff9b::808:808", False)):
             with self.subTest(address=address):
-                self.assertEqual(pkgproxy.is_guarded(address), guarded)
+                self.assertEqual(pkgproxy.is_protected_address(address), guarded)
         for name, guarded in (("localhost", True), ("LOCALHOST".lower() + ".", True), ("a.localhost", True), ("localhost.example", False), ("127.0.0.1", True)):
-            self.assertEqual(pkgproxy.is_guarded_name(name), guarded)
+            self.assertEqual(pkgproxy.is_protected_host(name), guarded)
 
     def test_a_client_from_elsewhere_reaches_nothing_of_this_host(self):
-        self.origin.pages["/x"] = Page(b"secret", fields=[("Cache-Control", "max-age=99")])
+        self.origin.pages["/x"] = ScriptedResponse(b"secret", fields=[("Cache-Control", "max-age=99")])
         self.assertEqual(self.ask("/x").body, b"secret", "from here it may be reached")
         port, asked = self.origin.port, len(self.origin.log)
         self.start(Config(addrs=(), connect_ports=(port,)))
@@ -8141,12 +8141,12 @@ class AccessTest(ProxyCase):
         url = "GET http://127.1:%d" % self.origin.port
         gate = Gate()
         self.addCleanup(gate.open)
-        self.origin.pages.update({"/x_1.0.deb": Page(b"secret"), "/InRelease": Page(b"secret"), "/to_1.0.deb": Page(
-            b"", 302, [("Location", "/x_1.0.deb")]), "/slow_1.0.deb": Page(b"secret" * 9, gate=gate, first=6)})
+        self.origin.pages.update({"/x_1.0.deb": ScriptedResponse(b"secret"), "/InRelease": ScriptedResponse(b"secret"), "/to_1.0.deb": ScriptedResponse(
+            b"", 302, [("Location", "/x_1.0.deb")]), "/slow_1.0.deb": ScriptedResponse(b"secret" * 9, gate=gate, first=6)})
         for path in ("/x_1.0.deb", "/InRelease", "/to_1.0.deb"):
             self.assertIn(b"secret", self.ask_as("127.0.0.1", url + path))
             self.settle()
-        self.origin.pages["/InRelease"] = Page(b"no", 503)
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"no", 503)
         for path in ("/x_1.0.deb", "/InRelease", "/to_1.0.deb"):
             answer = self.ask_as(self.FAR, url + path)
             self.assertEqual(answer[:12], b"HTTP/1.1 403")
@@ -8162,7 +8162,7 @@ class AccessTest(ProxyCase):
     def test_a_client_on_this_host_is_not_refused_for_another_that_leads(self):
         gate, answers = Gate(), []
         self.addCleanup(gate.open)
-        self.origin.pages["/x_1.0.deb"] = Page(b"secret")
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"secret")
         real = socket.getaddrinfo
 
         def lead(host, *arguments, **more):
@@ -8177,7 +8177,7 @@ class AccessTest(ProxyCase):
             for client in (self.FAR, "127.0.0.1"):
                 threads.append(threading.Thread(target=lambda client=client: answers.append(self.ask_as(client, line)[9:12])))
                 threads[-1].start()
-                until(lambda: self.server.replies_running == len(threads) and self.proxy._barrier.count())
+                until(lambda: self.server.replies_running == len(threads) and self.proxy._barrier.in_flight())
             gate.open()
             for thread in threads:
                 thread.join(PATIENCE)
@@ -8185,9 +8185,9 @@ class AccessTest(ProxyCase):
 
     def test_the_guard_does_not_open_where_it_cannot_look(self):
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("192.0.2.1", 80))]
-        far = pkgproxy.Forward("GET", Target("http", "a", 80, "/"), ())
+        far = pkgproxy.OriginRequest("GET", Target("http", "a", 80, "/"), ())
         with mock.patch.object(socket, "socket", side_effect=OSError(24, "Too many open files")):
-            self.assertRaisesRegex(pkgproxy.Failure, "cannot be checked: Too many open files", pkgproxy.Guard().pass_by, place, far)
+            self.assertRaisesRegex(pkgproxy.ProxyError, "cannot be checked: Too many open files", pkgproxy.AddressPolicy().filter, place, far)
 
     def test_an_address_of_a_family_that_is_not_spoken_costs_the_others_nothing(self):
         four, six = ((socket.AF_INET, 1, 0, "", ("192.0.2.1", 80)), (socket.AF_INET6, 1, 0, "", ("2001:db8::1", 80, 0, 0)))
@@ -8199,27 +8199,27 @@ class AccessTest(ProxyCase):
             return real(family, *arguments, **more)
 
         with mock.patch.object(socket, "socket", spoken):
-            self.assertEqual(pkgproxy.Guard().pass_by([six, four], pkgproxy.Forward("GET", Target("http", "a", 80, "/"), ())), [four])
+            self.assertEqual(pkgproxy.AddressPolicy().filter([six, four], pkgproxy.OriginRequest("GET", Target("http", "a", 80, "/"), ())), [four])
 
     def test_a_kept_connection_of_this_host_is_not_lent_to_others(self):
-        self.origin.pages["/x"] = Page(b"x")
+        self.origin.pages["/x"] = ScriptedResponse(b"x")
         target = Target("http", "mirror.test", self.origin.port, "/x")
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
         with mock.patch.object(socket, "getaddrinfo", return_value=place):
             response = self.proxy._origin.fetch(forward("GET", target, (("Host", "a"),)))
             response.read()
             response.close()
-            with self.assertRaises(pkgproxy.Failure) as caught:
-                self.proxy._origin.fetch(pkgproxy.Forward("GET", target, (("Host", "a"),)))
+            with self.assertRaises(pkgproxy.ProxyError) as caught:
+                self.proxy._origin.fetch(pkgproxy.OriginRequest("GET", target, (("Host", "a"),)))
         self.assertEqual(caught.exception.status, 403)
 
     def test_of_several_addresses_only_those_that_may_be_reached_are_tried(self):
-        guard, tcp = pkgproxy.Guard(), (socket.AF_INET, socket.SOCK_STREAM, 0, "")
+        guard, tcp = pkgproxy.AddressPolicy(), (socket.AF_INET, socket.SOCK_STREAM, 0, "")
         good, bad = (*tcp, ("192.0.2.1", 80)), (*tcp, ("127.0.0.1", 80))
-        far = pkgproxy.Forward("GET", Target("http", "a", 80, "/"), ())
-        self.assertEqual(guard.pass_by([bad, good], far), [good])
-        self.assertEqual(guard.pass_by([bad, good], pkgproxy.dataclasses.replace(far, near=True)), [bad, good])
-        self.assertRaises(pkgproxy.Failure, guard.pass_by, [bad], far)
+        far = pkgproxy.OriginRequest("GET", Target("http", "a", 80, "/"), ())
+        self.assertEqual(guard.filter([bad, good], far), [good])
+        self.assertEqual(guard.filter([bad, good], pkgproxy.dataclasses.replace(far, client_is_local=True)), [bad, good])
+        self.assertRaises(pkgproxy.ProxyError, guard.filter, [bad], far)
 
     def test_what_leads_back_to_us_is_a_508(self):
         port = self.address[1]
@@ -8241,7 +8241,7 @@ class AccessTest(ProxyCase):
 
     def test_nothing_that_a_refused_client_sends_is_parsed(self):
         self.start(Config(allow=("203.0.113.0/24",)))
-        parsers = [mock.patch.object(pkgproxy, name, side_effect=AssertionError(name)) for name in ("parse_request_line", "parse_fields", "parse_head", "read_lines")]
+        parsers = [mock.patch.object(pkgproxy, name, side_effect=AssertionError(name)) for name in ("parse_request_line", "parse_fields", "parse_request_head", "read_head_lines")]
         sent = (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"GET http://a/ HTTP/1.1\r\nX: " + b"\xe9" * 16_000 + b"\r\n\r\n", b"GET http://a/" + b"\xe9" * 16_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
                 b"\xe9" * 1_000_000, b"\r\n", b"G",
                 b"CONNECT a:443 HTTP/1.1\r\n\r\n", b"POST http://a/ HTTP/1.1\r\nHost: a\r\nContent-Length: 2000000\r\n\r\n" + b"x" * 2_000_000)
@@ -8259,7 +8259,7 @@ class AccessTest(ProxyCase):
 
     def test_a_refused_client_that_does_not_leave_is_seen_off(self):
         self.start(Config(allow=("203.0.113.0/24",)))
-        with mock.patch.object(pkgproxy, "LINGER", 0.1), socket.create_connection(self.address, PATIENCE, (self.FAR, 0)) as silent, \
+        with mock.patch.object(pkgproxy, "LINGER_TIMEOUT", 0.1), socket.create_connection(self.address, PATIENCE, (self.FAR, 0)) as silent, \
                 socket.create_connection(self.address, PATIENCE, (self.FAR, 0)) as one:
             one.sendall(b"G")
             self.assertTrue(b"".join(iter(lambda: one.recv(65536), b"")).startswith(b"HTTP/1.1 403"))
@@ -8281,12 +8281,12 @@ class AccessTest(ProxyCase):
             answer = self.ask_as(self.FAR, "GET http://%s:%d/x_1.0.deb" % (host, self.origin.port))
             return int(answer[9:12]), b"secret" in answer
 
-        self.origin.pages["/x_1.0.deb"] = Page(b"secret")
-        with mock.patch.object(socket, "getaddrinfo", look_up), mock.patch.object(pkgproxy, "connect_any", side_effect=pkgproxy.connect_any) as connect:
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"secret")
+        with mock.patch.object(socket, "getaddrinfo", look_up), mock.patch.object(pkgproxy, "connect_fastest", side_effect=pkgproxy.connect_fastest) as connect:
             for host in ("127.1", "127.0.0.1", "localhost", "inside.test"):
                 self.assertIn(b"secret", self.ask_as("127.0.0.1", "GET http://%s:%d/x_1.0.deb" % (host, self.origin.port)))
             self.settle()
-            shutil.rmtree(os.path.join(self.root, pkgproxy.BOOKS))
+            shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
             for host in ("outside.test", "unknown.test", "metadata.test"):
                 folder = Path(self.root, "%s:%d" % (host, self.origin.port))
                 folder.mkdir()
@@ -8303,7 +8303,7 @@ class AccessTest(ProxyCase):
             self.start(Config(offline=True))
             for host, expected in (("inside.test", (504, False)), ("unknown.test", (200, True))):
                 with self.subTest(offline=host):
-                    shutil.rmtree(os.path.join(self.root, pkgproxy.BOOKS), ignore_errors=True)
+                    shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER), ignore_errors=True)
                     self.assertEqual(status_and_hit(host), expected)
 
     def test_pages_and_prefixes_are_for_who_calls_us_by_our_name(self):
@@ -8314,7 +8314,7 @@ class AccessTest(ProxyCase):
             patcher.start()
             self.addCleanup(patcher.stop)
         self.start(Config(names=("given.example.org",), pseudonym="tested"))
-        self.origin.pages["/x_1.0.deb"] = Page(b"secret")
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"secret")
         url, port = "http://127.0.0.1:%d/x_1.0.deb" % self.origin.port, self.address[1]
         self.assertEqual(self.ask(url).body, b"secret")
         self.settle()
@@ -8410,7 +8410,7 @@ class TunnelTest(ProxyCase):
         self.assertEqual([received[name] == data for name in ("client", "server")], [True, True])
 
     def test_a_tunnel_through_which_nothing_moves_is_closed(self):
-        with mock.patch.object(pkgproxy, "TUNNEL_IDLE", 0.1):
+        with mock.patch.object(pkgproxy, "TUNNEL_IDLE_TIMEOUT", 0.1):
             client, server = self.open()
             self.assertEqual((client.recv(9), server.recv(9)), (b"", b""))
         self.settle()
@@ -8425,13 +8425,13 @@ class TunnelTest(ProxyCase):
         self.settle()
 
     def test_a_client_that_leaves_before_its_tunnel_stands_is_no_bug(self):
-        gate, real = Gate(), pkgproxy.Proxy.dial
+        gate, real = Gate(), pkgproxy.Proxy.connect_tunnel
 
         def late(proxy, asked):
             gate.pass_through()
             return real(proxy, asked)
 
-        with mock.patch.object(pkgproxy.Proxy, "dial", late), self.assertLogs("pkgproxy", "INFO") as caught:
+        with mock.patch.object(pkgproxy.Proxy, "connect_tunnel", late), self.assertLogs("pkgproxy", "INFO") as caught:
             one = socket.create_connection(self.address, PATIENCE)
             one.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
             until(lambda: self.server.replies_running)
@@ -8473,13 +8473,13 @@ class TunnelTest(ProxyCase):
         self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
 
 
-class LobbyTest(ProxyCase):
+class EventLoopTest(ProxyCase):
     """One thread for all who wait, and for what is at hand."""
 
     def setUp(self):
         super().setUp()
-        self.origin.pages["/x_1.0.deb"] = self.page = Page(bytes(range(256)) * 16)
-        self.origin.pages["/big_1.0.deb"] = Page(b"b" * 3_000_000)
+        self.origin.pages["/x_1.0.deb"] = self.page = ScriptedResponse(bytes(range(256)) * 16)
+        self.origin.pages["/big_1.0.deb"] = ScriptedResponse(b"b" * 3_000_000)
         self.ask("/x_1.0.deb")
         self.ask("/big_1.0.deb")
         self.settle()
@@ -8504,7 +8504,7 @@ class LobbyTest(ProxyCase):
 
     def one_that_does_not_read(self):
         """A client that asks for 200 hits of 60 KB, and for which the first is being sent."""
-        self.origin.pages["/z_1.0.deb"] = Page(b"z" * 60_000)
+        self.origin.pages["/z_1.0.deb"] = ScriptedResponse(b"z" * 60_000)
         self.ask("/z_1.0.deb")
         self.settle()
         slow = self.stack.enter_context(socket.socket())
@@ -8515,7 +8515,7 @@ class LobbyTest(ProxyCase):
         return slow
 
     def no_threads(self):
-        return self.patched(self.server, "attend", mock.Mock(side_effect=AssertionError("it went to a thread")))
+        return self.patched(self.server, "serve_in_thread", mock.Mock(side_effect=AssertionError("it went to a thread")))
 
     def patched(self, thing, name, new):
         patch = mock.patch.object(thing, name, new)
@@ -8540,9 +8540,9 @@ class LobbyTest(ProxyCase):
         return self.server.desk.snapshot()
 
     def test_what_may_block_goes_to_a_thread_and_the_connection_comes_back(self):
-        attend, seen = self.server.attend, []
-        self.patched(self.server, "attend", lambda visitor: (seen.append(visitor), attend(visitor)))
-        self.origin.pages["/y_1.0.deb"] = Page(b"y")
+        attend, seen = self.server.serve_in_thread, []
+        self.patched(self.server, "serve_in_thread", lambda visitor: (seen.append(visitor), attend(visitor)))
+        self.origin.pages["/y_1.0.deb"] = ScriptedResponse(b"y")
         one = self.visit()
         for path, length, threads in (("/x_1.0.deb", 4096, 0), ("/y_1.0.deb", 1, 1), ("/x_1.0.deb", 4096, 1),
                                       ("/big_1.0.deb", 3_000_000, 2), ("/x_1.0.deb", 4096, 2)):
@@ -8551,7 +8551,7 @@ class LobbyTest(ProxyCase):
             self.assertEqual(len(seen), threads)
 
     def test_requests_sent_at_once_are_answered_in_order(self):
-        self.origin.pages["/y_1.0.deb"] = Page(b"y" * 5000)
+        self.origin.pages["/y_1.0.deb"] = ScriptedResponse(b"y" * 5000)
         order = ["/x_1.0.deb", "/y_1.0.deb", "/x_1.0.deb", "/big_1.0.deb", "/x_1.0.deb", "/y_1.0.deb"]
         bodies = {"/x_1.0.deb": bytes(range(256)) * 16, "/y_1.0.deb": b"y" * 5000, "/big_1.0.deb": b"b" * 3_000_000}
         one = self.visit(b"".join(map(self.line, order)))
@@ -8570,7 +8570,7 @@ class LobbyTest(ProxyCase):
         self.assertTrue(self.read(one, 4096).startswith(b"HTTP/1.1 200 "))
 
     def test_a_head_that_never_ends_is_told_so(self):
-        with mock.patch.object(pkgproxy, "REQUEST_WAIT", 0.1):
+        with mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.1):
             self.assertTrue(self.visit(b"GET http://a/x HTTP/1.1\r\nHo").recv(999).startswith(b"HTTP/1.1 408 "))
             self.assertEqual(self.visit().recv(999), b"")
 
@@ -8607,7 +8607,7 @@ class LobbyTest(ProxyCase):
         self.assertEqual(self.ask("/x_1.0.deb").body, b"newer")
 
     def test_a_thread_does_one_request_after_another_and_parses_none_anew(self):
-        self.origin.pages["/other_1.0.deb"] = self.origin.pages["/another_1.0.deb"] = Page(b"other")
+        self.origin.pages["/other_1.0.deb"] = self.origin.pages["/another_1.0.deb"] = ScriptedResponse(b"other")
         parse = self.patched(pkgproxy, "parse_request", mock.Mock(wraps=pkgproxy.parse_request))
         lookup = self.patched(self.proxy._store, "lookup", mock.Mock(wraps=self.proxy._store.lookup))
         started = self.patched(pkgproxy.threading, "Thread", mock.Mock(wraps=threading.Thread))
@@ -8654,7 +8654,7 @@ class LobbyTest(ProxyCase):
 
     def test_who_asks_again_over_one_connection_gets_no_file_that_has_gone(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
-        answer = self.patched(self.server.desk, "answer", mock.Mock(wraps=self.server.desk.answer))
+        answer = self.patched(self.server.desk, "try_hot_path", mock.Mock(wraps=self.server.desk.try_hot_path))
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
             one = self.visit()
             for _ in range(3):
@@ -8669,7 +8669,7 @@ class LobbyTest(ProxyCase):
     def test_who_comes_when_a_file_has_gone_does_not_get_it_in_the_same_turn(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
-        early, late, find = self.visit(), [], self.server.lobby._shelf.find
+        early, late, find = self.visit(), [], self.server.lobby._shelf.get
 
         def found(asked, config):
             copy = find(asked, config)
@@ -8682,7 +8682,7 @@ class LobbyTest(ProxyCase):
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
             early.sendall(self.line())
             self.assertIn(b"; hit", self.read(early, 4096))
-            self.patched(self.server.lobby._shelf, "find", found)
+            self.patched(self.server.lobby._shelf, "get", found)
             early.sendall(self.line())
             self.assertIn(b"; hit", self.read(early, 4096))
             self.assertTrue(self.read(late[0], 4096).endswith(b"n"))
@@ -8690,7 +8690,7 @@ class LobbyTest(ProxyCase):
     def test_who_asks_for_more_when_a_file_has_gone_does_not_get_it_in_the_same_turn(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
-        find, select, gate, came, late = self.server.lobby._shelf.find, self.server.lobby.watchman.select, Gate(), Gate(), []
+        find, select, gate, came, late = self.server.lobby._shelf.get, self.server.lobby.watchman.select, Gate(), Gate(), []
 
         def come(there):
             with contextlib.suppress(BlockingIOError):
@@ -8716,7 +8716,7 @@ class LobbyTest(ProxyCase):
             pairs = [(guest, there[guest.getsockname()]) for guest in guests]
             self.patched(self.server.lobby.watchman, "select", lambda timeout: (came.open(), gate.pass_through(), select(timeout))[2])
             came.pass_through()
-            self.patched(self.server.lobby._shelf, "find", found)
+            self.patched(self.server.lobby._shelf, "get", found)
             for guest in guests:
                 guest.sendall(self.line())
             until(lambda: all(come(there) for _, there in pairs))
@@ -8745,7 +8745,7 @@ class LobbyTest(ProxyCase):
     def test_what_is_cut_off_at_the_end_is_counted_and_logged(self):
         self.one_that_does_not_read()
         before = self.snapshot()["statsOutcomes"]["hit"]
-        with mock.patch.object(pkgproxy, "GRACE", 0.05), self.assertLogs("pkgproxy", "INFO") as caught:
+        with mock.patch.object(pkgproxy, "SHUTDOWN_GRACE", 0.05), self.assertLogs("pkgproxy", "INFO") as caught:
             self.server.shutdown()
             self.server.server_close()
         self.assertEqual(sum("broken off" in line for line in caught.output), 1)
@@ -8772,16 +8772,16 @@ class LobbyTest(ProxyCase):
         origin, = self.snapshot()["origins"].values()
         self.assertEqual(origin["cached"], self.snapshot()["statsCacheBytes"])
         self.assertEqual(len({line.partition("]")[0] for line in caught.output}), 60, "each has a number of its own")
-        self.assertEqual(len(self.snapshot()["recent"]), pkgproxy.SHOWN)
+        self.assertEqual(len(self.snapshot()["recent"]), pkgproxy.MAX_ROWS)
 
     def test_what_was_sent_a_moment_ago_holds_few_files_open_and_not_for_long(self):
-        self.origin.pages.update({"/n%d_1.0.deb" % number: Page(b"n") for number in range(40)})
+        self.origin.pages.update({"/n%d_1.0.deb" % number: ScriptedResponse(b"n") for number in range(40)})
         for _ in range(2):
             for number in range(40):
                 self.ask("/n%d_1.0.deb" % number)
             self.settle()
         before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-        self.assertLessEqual(len(self.server.lobby._shelf._copies), pkgproxy.MAX_COPIES)
+        self.assertLessEqual(len(self.server.lobby._shelf._copies), pkgproxy.HOT_CACHE_SIZE)
         until(lambda: not self.server.lobby._shelf._copies)
         if before:
             self.assertLess(len(os.listdir("/proc/self/fd")), before + 10)
@@ -8789,7 +8789,7 @@ class LobbyTest(ProxyCase):
     def test_what_is_not_in_memory_is_left_to_a_thread(self):
         if not hasattr(os, "preadv"):
             self.skipTest("no preadv here")
-        attend = self.patched(self.server, "attend", mock.Mock(wraps=self.server.attend))
+        attend = self.patched(self.server, "serve_in_thread", mock.Mock(wraps=self.server.serve_in_thread))
         self.patched(os, "preadv", mock.Mock(side_effect=BlockingIOError))
         self.assertEqual(self.ask("/x_1.0.deb").body, bytes(range(256)) * 16)
         self.assertEqual(attend.call_count, 1)
@@ -8803,7 +8803,7 @@ class LobbyTest(ProxyCase):
 
     def test_who_asks_for_much_at_once_takes_turns_with_the_others(self):
         order, others, desk = [], [], self.server.desk
-        answer = desk.answer
+        answer = desk.try_hot_path
         greedy = self.visit()
 
         def noted(visitor, *more):
@@ -8812,7 +8812,7 @@ class LobbyTest(ProxyCase):
             order.append(visitor.address == greedy.getsockname())
             return answer(visitor, *more)
 
-        self.patched(desk, "answer", noted)
+        self.patched(desk, "try_hot_path", noted)
         greedy.sendall(self.line() * 50)
         until(lambda: len(order) == 51)
         self.assertLess(order.index(False), 49)
@@ -8821,22 +8821,22 @@ class LobbyTest(ProxyCase):
     def test_an_answer_under_way_is_not_cut_to_make_room(self):
         self.one_that_does_not_read()
         room = self.server.room
-        with mock.patch.object(pkgproxy, "HALF_HEAD", -1.0), mock.patch.object(room, "most", 0):
-            self.assertFalse(room.enter())
+        with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", -1.0), mock.patch.object(room, "most", 0):
+            self.assertFalse(room.reserve())
         self.assertFalse(room._leaving)
 
     def test_who_was_parked_for_long_is_served_all_the_same(self):
         visitor = next(iter(self.parked_for_long()))
-        self.server.lobby.welcome(visitor)
+        self.server.lobby.add(visitor)
         until(lambda: visitor.answered)
 
     def parked_for_long(self):
         mine, theirs = socket.socketpair()
         self.addCleanup(theirs.close)
-        self.server.room.enter()
-        visitor = pkgproxy.Visitor(mine, ("127.0.0.1", 9), self.server.lobby.welcome)
+        self.server.room.reserve()
+        visitor = pkgproxy.ClientConnection(mine, ("127.0.0.1", 9), self.server.lobby.add)
         visitor._place = ("127.0.0.1", self.server.server_address[1])
-        visitor.since -= 1000
+        visitor.waiting_since -= 1000
         theirs.sendall(self.line())
         yield visitor
 
@@ -8854,20 +8854,20 @@ class LobbyTest(ProxyCase):
             serving.join()
 
     def test_what_fails_in_the_loop_does_not_end_it(self):
-        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "relieve", side_effect=[ValueError, None]) as relieve:
+        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "admit_parked", side_effect=[ValueError, None]) as relieve:
             until(lambda: relieve.call_count >= 2)
         self.read(self.visit(self.line()), 4096)
 
     def test_what_fails_in_the_loop_each_time_keeps_nobody_out(self):
-        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "relieve", side_effect=ValueError) as relieve:
+        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "admit_parked", side_effect=ValueError) as relieve:
             for times in (2, 4):
                 until(lambda times=times: relieve.call_count >= times)
                 self.read(self.visit(self.line()), 4096)
 
     def test_a_bug_costs_its_client_and_nobody_else(self):
-        answer = self.server.desk.answer
-        self.patched(self.server.desk, "answer", lambda visitor, *more: (
-            1 // 0 if b"bug" in visitor.early else answer(visitor, *more)))
+        answer = self.server.desk.try_hot_path
+        self.patched(self.server.desk, "try_hot_path", lambda visitor, *more: (
+            1 // 0 if b"bug" in visitor.buffered else answer(visitor, *more)))
         with self.assertLogs("pkgproxy", "ERROR"):
             self.assertEqual(self.visit(self.line("/bug")).recv(999), b"")
         self.read(self.visit(self.line()), 4096)
@@ -8877,23 +8877,23 @@ class LobbyTest(ProxyCase):
                           (b"\r\n", 0), (b"\r\n\r\n", 4), (b"x" * (pkgproxy.MAX_LINE + 3), -1), (b"x" * 100 + b"\r", 0),
                           (b"a: b\r\n" * 20_000, -1)):
             with self.subTest(data=data[:30]):
-                self.assertEqual(pkgproxy.head_end(data), end)
-                pieces = [pkgproxy.head_end(data[:size], size - 1) for size in range(1, min(len(data), 50) + 1)]
+                self.assertEqual(pkgproxy.find_head_end(data), end)
+                pieces = [pkgproxy.find_head_end(data[:size], size - 1) for size in range(1, min(len(data), 50) + 1)]
                 if len(data) <= 50 and end >= 0:
                     self.assertEqual(max(pieces, default=0), end)
 
 
-class SeatTest(ProxyCase):
+class CPUAffinityTest(ProxyCase):
     """The processor that our threads share."""
 
     def test_a_thread_leaves_it_only_while_the_kernel_sends_a_long_file(self):
         moves = []
         with mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, create=True), mock.patch.object(
-                os, "sched_setaffinity", lambda _, where: moves.append(where), create=True), mock.patch.object(pkgproxy, "LONG", 200_000):
-            self.server.desk.seat.take(6)
+                os, "sched_setaffinity", lambda _, where: moves.append(where), create=True), mock.patch.object(pkgproxy, "LARGE_SEND", 200_000):
+            self.server.desk.seat.pin(6)
             self.assertEqual(moves, [{2}])
             for path, length, whither in (("/short_1.0_all.deb", 150_000, []), ("/long_1.0_all.deb", 250_000, [{0, 1, 2, 3}, {2}])):
-                self.origin.pages[path] = Page(b"x" * length)
+                self.origin.pages[path] = ScriptedResponse(b"x" * length)
                 self.ask(path)
                 self.settle()
                 moves.clear()
@@ -8911,64 +8911,64 @@ class SeatTest(ProxyCase):
 
         with mock.patch.object(pkgproxy.os, "sched_getaffinity", lambda _: set(speeds), create=True), mock.patch.object(pkgproxy.os, "sched_setaffinity", create=True), \
                 mock.patch("builtins.open", opened):
-            self.assertEqual(pkgproxy.processors(), [0, 1])
+            self.assertEqual(pkgproxy.usable_processors(), [0, 1])
             speeds.update(dict.fromkeys(speeds))
-            self.assertEqual(pkgproxy.processors(), [0, 1, 2, 3])
+            self.assertEqual(pkgproxy.usable_processors(), [0, 1, 2, 3])
 
     def test_where_it_cannot_be_chosen_all_goes_on(self):
         with mock.patch.object(os, "sched_setaffinity", side_effect=PermissionError, create=True):
-            self.server.desk.seat.take(0)
-            with self.server.desk.seat.away():
+            self.server.desk.seat.pin(0)
+            with self.server.desk.seat.unpinned():
                 pass
-        with mock.patch.object(pkgproxy, "processors", list):
-            self.server.desk.seat.take(0)
+        with mock.patch.object(pkgproxy, "usable_processors", list):
+            self.server.desk.seat.pin(0)
 
 
-class CrewTest(unittest.TestCase):
+class ThreadPoolTest(unittest.TestCase):
     """Threads that wait for more to do."""
 
     def setUp(self):
-        self.crew, self.did, self.before = pkgproxy.Crew(), queue.SimpleQueue(), threading.active_count()
+        self.crew, self.did, self.before = pkgproxy.ThreadPool(), queue.SimpleQueue(), threading.active_count()
         self.addCleanup(self.crew.close)
 
     def work(self):
         self.did.put(threading.get_ident())
 
     def test_who_has_nothing_to_do_for_a_while_goes(self):
-        with mock.patch.object(pkgproxy, "CREW_IDLE", 0.01):
-            self.crew.do(self.work)
+        with mock.patch.object(pkgproxy, "THREAD_IDLE_TIMEOUT", 0.01):
+            self.crew.submit(self.work)
             self.did.get(timeout=PATIENCE)
             until(lambda: threading.active_count() == self.before)
         self.assertEqual(self.crew._idle, 0)
 
     def test_what_is_given_to_one_that_is_about_to_go_is_done(self):
-        with mock.patch.object(pkgproxy, "CREW_IDLE", 0.0001):
+        with mock.patch.object(pkgproxy, "THREAD_IDLE_TIMEOUT", 0.0001):
             for _ in range(300):
-                self.crew.do(self.work)
+                self.crew.submit(self.work)
                 self.did.get(timeout=PATIENCE)
             until(lambda: threading.active_count() == self.before)
 
     def test_not_many_wait_and_none_after_the_end(self):
         gate = Gate()
-        with mock.patch.object(pkgproxy, "MOST_IDLE", 3):
+        with mock.patch.object(pkgproxy, "MAX_IDLE_THREADS", 3):
             for _ in range(8):
-                self.crew.do(lambda: (gate.pass_through(), self.work()))
+                self.crew.submit(lambda: (gate.pass_through(), self.work()))
             gate.open()
             self.assertEqual(len({self.did.get(timeout=PATIENCE) for _ in range(8)}), 8)
             until(lambda: (threading.active_count(), self.crew._idle) == (self.before + 3, 3))
         self.crew.close()
         until(lambda: threading.active_count() == self.before)
-        self.crew.do(self.work)
+        self.crew.submit(self.work)
         self.did.get(timeout=PATIENCE)
         until(lambda: threading.active_count() == self.before)
 
 
-class CrowdTest(ProxyCase):
+class ConnectionLimiterTest(ProxyCase):
     """No client starves another."""
 
     def setUp(self):
         super().setUp()
-        self.origin.pages["/x_1.0.deb"] = Page(b"x")
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"x")
         self.stack = contextlib.ExitStack()
         self.addCleanup(lambda: self.stack.close())
 
@@ -8983,7 +8983,7 @@ class CrowdTest(ProxyCase):
 
     def test_half_a_head_makes_place_where_there_is_no_room(self):
         self.server.room.most = 4
-        with mock.patch.object(pkgproxy, "HALF_HEAD", 0.05):
+        with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", 0.05):
             for _ in range(12):
                 self.visit(data=b"GET http")
             self.assertEqual(self.get(), b"HTTP/1.1 200")
@@ -8992,7 +8992,7 @@ class CrowdTest(ProxyCase):
         self.server.room.most = 8
         gate = Gate()
         self.addCleanup(gate.open)
-        self.origin.pages["/slow_1.0.deb"] = Page(b"slow", gate=gate, first=1)
+        self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
         line = b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.url("/slow_1.0.deb").encode()
         greedy = [self.visit(data=line) for _ in range(10)]
         until(lambda: len(self.server.room._parked) == 6)
@@ -9003,7 +9003,7 @@ class CrowdTest(ProxyCase):
 
     def test_slow_ones_that_are_parked_are_not_in_the_way_for_long(self):
         self.server.room.most = 8
-        with mock.patch.object(pkgproxy, "HALF_HEAD", 0.05):
+        with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", 0.05):
             for _ in range(11):
                 self.visit(data=b"GET http")
             self.assertEqual(self.get(), b"HTTP/1.1 200")
@@ -9011,7 +9011,7 @@ class CrowdTest(ProxyCase):
     def test_who_reads_a_trickle_makes_room_when_it_is_needed_and_who_reads_does_not(self):
         self.server.room.most = 5
         body = os.urandom(12 << 20)
-        self.origin.pages["/large_1.0.deb"] = Page(body)
+        self.origin.pages["/large_1.0.deb"] = ScriptedResponse(body)
         self.assertEqual(self.ask("/large_1.0.deb").body, body)
         self.settle()
         line = b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.url("/large_1.0.deb").encode()
@@ -9036,43 +9036,43 @@ class CrowdTest(ProxyCase):
         self.assertEqual(len(trickling), 4)
 
     def test_a_network_of_addresses_is_one_client(self):
-        room, began = pkgproxy.Room(4), []
+        room, began = pkgproxy.ConnectionLimiter(4), []
         for number, (mine, theirs) in enumerate([socket.socketpair() for _ in range(6)]):
             self.addCleanup(mine.close)
             self.addCleanup(theirs.close)
-            room.enter()
-            room.admit(pkgproxy.Visitor(mine, ("2001:db8::%x:1" % number, 9), began.append))
+            room.reserve()
+            room.admit(pkgproxy.ClientConnection(mine, ("2001:db8::%x:1" % number, 9), began.append))
         self.assertEqual((len(began), len(room._parked)), (4, 2))
         self.assertEqual(len({pkgproxy.client_network(address) for address in (
             "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2%eth0", "2001:db8:0:1::1")}), 4)
 
     def test_who_has_left_is_not_parked_any_longer(self):
-        room, ends = pkgproxy.Room(4), [socket.socketpair() for _ in range(6)]
+        room, ends = pkgproxy.ConnectionLimiter(4), [socket.socketpair() for _ in range(6)]
         began, visitors = [], []
         for mine, theirs in ends:
             self.addCleanup(mine.close)
             self.addCleanup(theirs.close)
-            self.assertTrue(room.enter() or True)
-            visitors.append(pkgproxy.Visitor(mine, ("192.0.2.1", 9), began.append))
+            self.assertTrue(room.reserve() or True)
+            visitors.append(pkgproxy.ClientConnection(mine, ("192.0.2.1", 9), began.append))
             room.admit(visitors[-1])
         self.assertEqual((len(began), len(room._parked)), (4, 2))
         ends[4][1].close()
-        room.relieve()
+        room.admit_parked()
         self.assertEqual(len(room._parked), 1)
-        room.leave(visitors[0])
-        room.relieve()
+        room.release(visitors[0])
+        room.admit_parked()
         self.assertEqual((len(began), len(room._parked)), (5, 0))
 
     def test_a_client_that_leaves_when_it_is_asked_to_go_on_is_not_the_origins_fault(self):
         one = mock.Mock(**{"send.side_effect": BrokenPipeError})
-        self.assertRaises(BadRequest, pkgproxy.ContinueBody(mock.Mock(), one).read)
+        self.assertRaises(BadRequestError, pkgproxy.ExpectContinueBody(mock.Mock(), one).read)
 
     def test_a_client_with_far_too_many_connections_is_told_so(self):
         self.server.room.most = 4
         gate = Gate()
         self.addCleanup(gate.open)
-        self.origin.pages["/slow_1.0.deb"] = Page(b"slow", gate=gate, first=1)
-        self.server.room._share = lambda: 1
+        self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
+        self.server.room._per_client_limit = lambda: 1
         line = b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % self.origin.url("/slow_1.0.deb").encode()
         for _ in range(5):
             self.visit(data=line)
@@ -9096,7 +9096,7 @@ class CrowdTest(ProxyCase):
 # ---------------------------------------------------------------------------------------------
 
 
-class PorchTest(unittest.TestCase):
+class CommandLineTest(unittest.TestCase):
     """The command line, as a real process."""
 
     def setUp(self):
@@ -9146,9 +9146,9 @@ class PorchTest(unittest.TestCase):
         root, folder = os.path.join(self.folder, "root"), os.path.join(self.folder, "archives")
         os.mkdir(folder)
         Path(folder, "x_1%3a1.0_all.deb").write_bytes(b"x" * 20_000)
-        origin = Origin()
+        origin = ScriptedOrigin()
         self.addCleanup(origin.close)
-        origin.pages["/pool/x_1.0_all.deb"] = Page(b"x" * 20_000)
+        origin.pages["/pool/x_1.0_all.deb"] = ScriptedResponse(b"x" * 20_000)
         proxy = ProxyProcess(root, ["--adopt", folder, "--adopt", folder + "2"])
         try:
             until(lambda: os.path.exists(root + "/.pkgproxy/adopted/whole-256"))
@@ -9156,8 +9156,8 @@ class PorchTest(unittest.TestCase):
                 self.assertEqual(answer.read(), b"x" * 20_000)
         finally:
             proxy.stop()
-        until(lambda: origin.sent >= 2 * pkgproxy.PROOF)
-        self.assertEqual(origin.sent, 2 * pkgproxy.PROOF)
+        until(lambda: origin.sent >= 2 * pkgproxy.PROOF_SIZE)
+        self.assertEqual(origin.sent, 2 * pkgproxy.PROOF_SIZE)
         self.assertIn("Adopting what is the same from %s\n" % folder, proxy.log())
         self.assertIn("There is no folder %s2 to adopt packages from" % folder, proxy.log())
 
@@ -9179,7 +9179,7 @@ class PorchTest(unittest.TestCase):
             proxy.stop()
             served.append(json.loads(found)["allTime"]["failed"])
         self.assertEqual(served, [1, 2])
-        self.assertTrue((root / pkgproxy.BOOKS / "history-127.0.0.1%3A0.json").is_file())
+        self.assertTrue((root / pkgproxy.METADATA_FOLDER / "history-127.0.0.1%3A0.json").is_file())
 
     def test_ctrl_c_stops_it_too(self):
         process, _ = self.start()
@@ -9187,11 +9187,11 @@ class PorchTest(unittest.TestCase):
         self.assertEqual(process.wait(PATIENCE), 0)
 
     def test_the_grace_is_one_for_all_addresses(self):
-        proxy = ProxyProcess(os.path.join(self.folder, "root"), ("-a", "127.0.0.2:0"), program=lambda: program(GRACE=1.5))
+        proxy = ProxyProcess(os.path.join(self.folder, "root"), ("-a", "127.0.0.2:0"), program=lambda: program(SHUTDOWN_GRACE=1.5))
         until(lambda: proxy.log().count("Starting") == 2)
-        origin = Origin()
+        origin = ScriptedOrigin()
         self.addCleanup(origin.close)
-        origin.pages["/z_1.0.deb"] = Page(b"z" * 60_000)
+        origin.pages["/z_1.0.deb"] = ScriptedResponse(b"z" * 60_000)
         with contextlib.ExitStack() as stack:
             for host, port in re.findall(r"Starting proxy server at (\S+):(\d+)", proxy.log()):
                 slow = stack.enter_context(socket.socket())
@@ -9205,10 +9205,10 @@ class PorchTest(unittest.TestCase):
             self.assertLess(time.monotonic() - began, 2.9)
 
     def test_a_running_reply_is_finished_first(self):
-        origin, gate = Origin(), Gate()
+        origin, gate = ScriptedOrigin(), Gate()
         self.addCleanup(origin.close)
         self.addCleanup(gate.open)
-        origin.pages["/x_1.0.deb"] = Page(b"x" * 1000, gate=gate, first=500)
+        origin.pages["/x_1.0.deb"] = ScriptedResponse(b"x" * 1000, gate=gate, first=500)
         process, lines = self.start()
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", int(lines[2].rpartition(":")[2]), timeout=PATIENCE)) as one:
             one.request("GET", origin.url("/x_1.0.deb"))
@@ -9292,9 +9292,9 @@ class PorchTest(unittest.TestCase):
 
     def test_only_the_journals_own_stream_does_without_time_stamps(self):
         info = os.fstat(2)
-        self.assertTrue(pkgproxy.is_journal("%d:%d" % (info.st_dev, info.st_ino)))
+        self.assertTrue(pkgproxy.stderr_is_journal("%d:%d" % (info.st_dev, info.st_ino)))
         for stream in ("", "1:1", "x"):
-            self.assertFalse(pkgproxy.is_journal(stream))
+            self.assertFalse(pkgproxy.stderr_is_journal(stream))
 
     def test_a_byte_order_mark_is_no_filter(self):
         path = os.path.join(self.folder, "filters.txt")
@@ -9392,23 +9392,23 @@ class ServiceTest(unittest.TestCase):
         ear.setblocking(False)
         for age, told in ((0, True), (0.9, True), (1.1, False)):
             with self.subTest(age=age):
-                manager = pkgproxy.Manager({**environment, "WATCHDOG_USEC": "2000000"}, pkgproxy.Counters())
-                manager.ping(time.monotonic() - age)
+                manager = pkgproxy.SystemdNotifier({**environment, "WATCHDOG_USEC": "2000000"}, pkgproxy.Counters())
+                manager.send_watchdog(time.monotonic() - age)
                 self.assertEqual(bool(select.select([ear], [], [], 0)[0] and ear.recv(4096)), told)
-        pkgproxy.Manager({}, pkgproxy.Counters()).ping(time.monotonic())
+        pkgproxy.SystemdNotifier({}, pkgproxy.Counters()).send_watchdog(time.monotonic())
         self.assertFalse(select.select([ear], [], [], 0)[0])
 
     def test_a_watchdog_that_is_none_makes_nobody_hurry(self):
         for text in ("0", "", "x", "-1"):
-            self.assertEqual(pkgproxy.Manager({"WATCHDOG_USEC": text}, pkgproxy.Counters()).pause, 1.0, text)
+            self.assertEqual(pkgproxy.SystemdNotifier({"WATCHDOG_USEC": text}, pkgproxy.Counters()).pause, 1.0, text)
 
     def test_a_process_is_well_while_each_of_its_loops_turns(self):
         heard, manager = queue.SimpleQueue(), mock.Mock()
         heard.put("SIGTERM")
         manager.pause = 1.0
-        servers = [types.SimpleNamespace(beat=beat) for beat in (7.0, 5.0)]
-        pkgproxy.wait_for_end(servers, mock.Mock(), heard, manager)
-        manager.ping.assert_called_once_with(5.0)
+        servers = [types.SimpleNamespace(last_iteration=beat) for beat in (7.0, 5.0)]
+        pkgproxy.wait_for_shutdown(servers, mock.Mock(), heard, manager)
+        manager.send_watchdog.assert_called_once_with(5.0)
 
     def test_a_manager_that_is_gone_harms_nothing(self):
         proxy = self.start(environment={"NOTIFY_SOCKET": os.path.join(self.folder, "nobody")})
@@ -9522,7 +9522,7 @@ class ReadmeTest(unittest.TestCase):
                 self.assertEqual((ran.returncode, ran.stderr), (0, ""))
 
     def test_what_needs_a_tool_that_is_absent_is_skipped(self):
-        names = ("TlsOriginTest", "HttpsTest", "InterceptionTest", "MemcachedTest", "MirrorsTest.test_https_proves_for_http_but_http_for_https_only_by_a_digest",
+        names = ("TlsOriginTest", "HttpsTest", "InterceptionTest", "MemcachedTest", "MirrorSharingTest.test_https_proves_for_http_but_http_for_https_only_by_a_digest",
                  "ReadmeTest.test_the_unit_starts_what_is_installed_from_its_byte_code_and_allows_what_it_asks_of_the_kernel")
         with tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as empty:
             ran = subprocess.run([sys.executable, __file__, *names], env={**os.environ, "PATH": empty}, capture_output=True, text=True, timeout=60)
@@ -9574,7 +9574,7 @@ NAMES = [name for name, _, _ in PACKAGES]
 
 # --- The harness: an origin, a proxy, and clients that are run with a deadline -------------------
 
-class Asked:
+class LoggedRequest:
     """One request that an origin was asked, noted before the first byte of its answer leaves."""
 
     def __init__(self, method, path, fields):
@@ -9598,7 +9598,7 @@ class OriginHandler(http.server.BaseHTTPRequestHandler):
         """Stay silent: the log is a list."""
 
     def do_GET(self):
-        self.asked = Asked(self.command, self.path.partition("?")[0], self.headers)
+        self.asked = LoggedRequest(self.command, self.path.partition("?")[0], self.headers)
         self.server.log.append(self.asked)
         file = self.server.folder / self.asked.path.lstrip("/")
         if self.server.served.onward:
@@ -9700,7 +9700,7 @@ class OriginServer(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class Served:
+class FileOrigin:
     """A folder on 127.0.0.1, served as a mirror would; `log` is what it was asked."""
 
     def __init__(self, folder, validators=True, context=None):
@@ -9783,7 +9783,7 @@ class ClientCase(unittest.TestCase):
         self.assertNotIn("Traceback", proxy.log())
 
     def serve(self, folder, validators=True):
-        served = Served(folder, validators)
+        served = FileOrigin(folder, validators)
         self.addCleanup(served.stop)
         return served
 
@@ -9946,7 +9946,7 @@ class AptRepository(Repository):
             self.write(f"{self.INDEX}/{name}", data)
             self.write(f"{self.INDEX}/by-hash/SHA256/{sha256(data)}", data)
             lines.append(f" {sha256(data)} {len(data)} main/binary-amd64/{name}\n")
-        release = (f"Origin: Test\nSuite: stable\nCodename: stable\nArchitectures: amd64\n"
+        release = (f"ScriptedOrigin: Test\nSuite: stable\nCodename: stable\nArchitectures: amd64\n"
                    f"Components: main\nAcquire-By-Hash: yes\nSHA256:\n{''.join(lines)}"
                    f"Date: {email.utils.formatdate(date, usegmt=True)}\n").encode()
         self.write("dists/stable/Release", release)
@@ -10244,7 +10244,7 @@ else:
     Mixin = object  # so that unittest finds the tests in the classes below alone
 
 
-class Occasions(Mixin):
+class PackageManagerScenarios(Mixin):
     """What every package manager must live through. A mixin: each manager brings its client."""
 
     make_client: type[Client]
@@ -10294,7 +10294,7 @@ class Occasions(Mixin):
             path = self.repository.packages[name]
             size = (self.repository.folder / path).stat().st_size
             sent = sum(asked.sent for asked in mirror.asked(Path(path).name))
-            self.assertEqual(sent, min(size, 2 * pkgproxy.PROOF), path)
+            self.assertEqual(sent, min(size, 2 * pkgproxy.PROOF_SIZE), path)
 
     def test_cold_every_package_arrives_and_is_stored_under_its_own_name(self):
         machine = self.machine("first")
@@ -10364,7 +10364,7 @@ class SignedCase(ClientCase):
         super().tearDownClass()
 
 
-class AptTest(Occasions, SignedCase):
+class AptTest(PackageManagerScenarios, SignedCase):
     """apt-get update and apt-get install --download-only, against a signed repository."""
 
     needs = ("apt-get", "gpg")
@@ -10534,7 +10534,7 @@ class HttpsTest(SignedCase):
         self.repository = AptRepository(self.folder / "repository", self.signer)
         self.repository.add_all()
         self.repository.publish(int(time.time()) - 9 * DAY)
-        self.origin = Served(self.repository.folder, context=certificates.context())
+        self.origin = FileOrigin(self.repository.folder, context=certificates.context())
         self.addCleanup(self.origin.stop)
         self.url = f"https://localhost:{self.origin.port}"
 
@@ -10592,7 +10592,7 @@ class IndexedTest(ClientCase):
 
     def serve_tls(self, folder):
         folder.mkdir()
-        served = Served(folder, context=self.certificates.context())
+        served = FileOrigin(folder, context=self.certificates.context())
         served.url_here = f"https://localhost:{served.port}"
         self.addCleanup(served.stop)
         return served
@@ -10781,7 +10781,7 @@ class BrowserTest(ClientCase):
 
     def setUp(self):
         super().setUp()
-        self.origin = Origin()
+        self.origin = ScriptedOrigin()
         self.addCleanup(self.origin.close)
         self.url = self.start_proxy()
 
@@ -10812,7 +10812,7 @@ class BrowserTest(ClientCase):
         for gate in gates:
             self.addCleanup(gate.open)
         head = b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n"
-        self.origin.pages["/big_1.0_all.deb"] = Page(steps=[head, b"x" * 300_000, gates[0], b"x" * 300_000, gates[1], b"x" * 300_000])
+        self.origin.pages["/big_1.0_all.deb"] = ScriptedResponse(steps=[head, b"x" * 300_000, gates[0], b"x" * 300_000, gates[1], b"x" * 300_000])
         tab = self.tab()
         tab.open(self.url + "/")
         self.assertIn("waiting for its first request", tab.text("#state"))
@@ -10841,7 +10841,7 @@ class BrowserTest(ClientCase):
         self.assertEqual({url for url in tab.asked() if not url.startswith((self.url, "data:,"))} - {"about:blank"}, set())
 
     def test_it_works_without_scripts(self):
-        self.origin.pages["/x_1.0_all.deb"] = Page(b"x" * 1500)
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1500)
         self.fetch("/x_1.0_all.deb")
         tab = self.tab(scripts=False)
         tab.open(self.url + "/")
@@ -10854,7 +10854,7 @@ class BrowserTest(ClientCase):
 
     def test_it_fits_a_phone_and_the_keyboard_reaches_the_plots(self):
         for number in range(3):
-            self.origin.pages["/%s-%d_1.0_all.deb" % ("long-name" * 12, number)] = Page(os.urandom(200_000))
+            self.origin.pages["/%s-%d_1.0_all.deb" % ("long-name" * 12, number)] = ScriptedResponse(os.urandom(200_000))
             self.fetch("/%s-%d_1.0_all.deb" % ("long-name" * 12, number))
         tab = self.tab(width=360, dark=True)
         tab.open(self.url + "/")
@@ -10882,7 +10882,7 @@ class BrowserTest(ClientCase):
         self.assertEqual(found, [row[2] for row in rows])
 
     def test_a_hostile_name_is_shown_harmlessly(self):
-        self.origin.pages["/y"] = Page(b"y")
+        self.origin.pages["/y"] = ScriptedResponse(b"y")
         with socket.create_connection(tuple(self.proxies[0].address), PATIENCE) as connection:
             for name in (b"/<svg/onload=document.title=1>'\"&amp;_1.0_all.deb", b"/%3Cimg%20src=x%20onerror=document.title=1%3E"):
                 line = b"GET http://127.0.0.1:%d%s HTTP/1.1\r\nHost: a\r\n\r\n" % (self.origin.port, name)
@@ -11038,9 +11038,9 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
         return self.run_client("ip", "netns", "exec", self.name, *words, url, accept="0 56")
 
     def test_a_stranger_reaches_other_machines_and_nothing_of_ours(self):
-        origin = Origin()
+        origin = ScriptedOrigin()
         self.addCleanup(origin.close)
-        origin.pages["/x"] = Page(b"secret")
+        origin.pages["/x"] = ScriptedResponse(b"secret")
         proxy = ProxyProcess(self.root, ("-a", f"{self.HERE}:0", "--allow", "198.18.0.0/15", "--connect-ports", f"443,8080,{origin.port}"),
                              self.environment())
         self.addCleanup(proxy.stop)
@@ -11071,9 +11071,9 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
             checked("ip", "-n", self.name, "address", "add", address, "dev", "eth0", *["nodad"] * (":" in address))
         for family in (4, 6):
             checked("ip", "netns", "exec", self.name, "sh", "-c", f"echo 1 > /proc/sys/net/ipv{family}/ip_nonlocal_bind")
-        origin = Origin(self.HERE)
+        origin = ScriptedOrigin(self.HERE)
         self.addCleanup(origin.close)
-        origin.pages["/x"] = Page(b"x")
+        origin.pages["/x"] = ScriptedResponse(b"x")
         for number, hide in enumerate(("true", "mount -t proc -o subset=pid proc /proc")):
             prefix = ("ip", "netns", "exec", self.name, "sh", "-c", f'{hide} && exec "$@"', "sh")
             proxy = ProxyProcess(self.folder / str(number), ("-a", f"{self.THERE}:0", "--allow", "198.18.0.0/15", "--connect-ports", "8080"), self.environment(), prefix=prefix)
@@ -11090,7 +11090,7 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
             self.assertEqual(near, "there", "who is on that machine may")
 
     def test_two_machines_with_one_root_share_a_download_and_one_may_die(self):
-        origin, body = Origin(self.HERE), random.Random(1).randbytes(1 << 20)
+        origin, body = ScriptedOrigin(self.HERE), random.Random(1).randbytes(1 << 20)
         self.addCleanup(origin.close)
         enter = ("ip", "netns", "exec", self.name)
         here, there = (ProxyProcess(self.root, environment=self.environment(), prefix=prefix) for prefix in ((), enter))
@@ -11099,7 +11099,7 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
         for number, dies in enumerate((False, True)):
             url, gate, before = origin.url(f"/{number}_1.0_all.deb"), Gate(), len(origin.log)
             self.addCleanup(gate.open)
-            origin.pages[f"/{number}_1.0_all.deb"] = [Page(body, etag='"x"', gate=gate, first=400_000), Page(body, etag='"x"')]
+            origin.pages[f"/{number}_1.0_all.deb"] = [ScriptedResponse(body, etag='"x"', gate=gate, first=400_000), ScriptedResponse(body, etag='"x"')]
             with self.subTest(dies=dies), subprocess.Popen([*enter, "curl", "--silent", "--no-buffer", "--proxy", there.url, url], stdout=subprocess.PIPE) as first:
                 head = first.stdout.read(400_000)
                 with contextlib.closing(http.client.HTTPConnection(*here.address, timeout=PATIENCE)) as client:
@@ -11311,7 +11311,7 @@ def small_packages(lists, count=12):
     return names
 
 
-class PacmanTest(Occasions, ClientCase):
+class PacmanTest(PackageManagerScenarios, ClientCase):
     """pacman -Sy and pacman -Sw."""
 
     needs = ("pacman",)
@@ -11363,7 +11363,7 @@ class PacmanTest(Occasions, ClientCase):
             self.assertEqual(after[counter], before[counter])
 
 
-class RpmOccasions(Occasions):
+class RpmOccasions(PackageManagerScenarios):
     """What dnf and zypper have in common."""
 
     package = ".rpm"
