@@ -120,13 +120,11 @@ log = logging.getLogger("pkgproxy")
 
 
 # ---------------------------------------------------------------------------------------------
-# 1 Words
+# 1 Types and limits
 # ---------------------------------------------------------------------------------------------
 
 Fields = tuple[tuple[str, str], ...]  # in the order of the wire; names compare without case
-
 UNAVAILABLE_STATUSES = (500, 502, 503, 504)  # an origin's words for "not now": stale beats them
-
 # Limits, with their reasons.
 MAX_LINE = 16 * 1024  # request line, status line, one field: RFC 9112 §3 asks for 8,000; CDNs sign long
 MAX_HEAD = 64 * 1024  # a whole head: as much as Apache lets one grow (100 fields of 8 KiB) in practice
@@ -162,7 +160,6 @@ MIN_MATCHING_FILES = 3  # proofs in a row, after which one mirror's folder may s
 MAX_ROWS = 20  # requests, and downloads, on the status page
 MAX_ORIGINS = 40  # told apart there and in /metrics; what is more counts as "other"
 HINT_AFTER_REQUESTS = (20, 100)  # requests: by then it can be told that a proxy is of no use to its clients
-
 # Times, all in seconds.
 CONNECT_ATTEMPT_DELAY = 0.25  # a try of another address of the same name: RFC 8305 §8 recommends it
 DNS_TIMEOUT = 20.0  # for the addresses of a name: a resolver asks a dead name server for 5 to 10 s
@@ -208,11 +205,8 @@ MIN_EVICTION_AGE = 60.0  # what was used so lately is not swept
 ADOPT_SCAN_INTERVAL = 6 * 3600.0  # between two looks at the folders of --adopt
 NOTIFY_INTERVAL = 10.0  # between two of our states that a service manager shows
 HISTORY_SAVE_INTERVAL = 60.0  # between two looks at whether the counters have to be saved
-
 # What the status page plots: seconds a slot, and how many slots.
 PLOTS = {"hour": (60, 60), "day": (900, 96), "month": (21600, 120)}
-
-
 _T = TypeVar("_T")
 
 
@@ -591,7 +585,7 @@ class StorageError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------
-# 2 Rules: pure functions, no clock, no disk, no socket
+# 2 HTTP messages: pure functions, no clock, no disk, no socket
 # ---------------------------------------------------------------------------------------------
 
 # Fields (RFC 9110 §5) ------------------------------------------------------------------------
@@ -604,7 +598,6 @@ _NO_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # no field value holds these
 _DIRECTIVE = re.compile(
     r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|(%s)(?:[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)(?:"|\\?\Z)|([^\s,]*)))?' % TOKEN,
     re.S)
-
 # RFC 9110 §7.6.1, and what older software sends; Connection adds names of its own.
 HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization",
@@ -1018,42 +1011,6 @@ def cache_key(target: Target) -> str:
     return "%s://%s%s%s%s" % (target.scheme, target.authority, path, mark, _normal(query, _UNRESERVED))
 
 
-def _file_name(segment: str, windows: bool) -> str:
-    if not segment or segment == "?":
-        return "^" + segment.replace("?", "^3F" if windows else "?")
-    if windows:
-        segment = re.sub(r'[<>:"|?*\\]|[. ]$', lambda match: "^%02X" % ord(match[0]), segment)
-        if re.match(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)", segment, re.I):
-            segment = "^%02X%s" % (ord(segment[0]), segment[1:])
-    return segment
-
-
-def cache_file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
-    """Where a cache key's body may lie, relative to the root: its natural name and its hashed one.
-
-    A caret stands in no URL, so it marks what a file system can't hold as it is: ``^`` is an empty
-    segment, ``^2F`` a slash in a query.  The natural name is None where it would be too long; the
-    hashed one also serves where the natural one is taken (a URL that is both file and folder).
-    No two keys share a name.
-
-    >>> cache_file_names("http://a/b/metalink?x=/y")[0]
-    'a/b/metalink?x=^2Fy'
-    """
-    scheme, _, rest = key.partition("://")
-    authority, _, path = rest.partition("/")
-    path, mark, query = path.partition("?")
-    segments = path.split("/")
-    segments[-1] += mark + query.replace("/", "^2F")
-    folder = _file_name(authority if scheme == "http" else scheme + "^" + authority, windows)
-    if len(folder) > 200:
-        folder = "^" + hashlib.sha256(folder.encode()).hexdigest()
-    names = [_file_name(segment, windows) for segment in segments]
-    digest = hashlib.sha256(key.encode("ascii", "replace")).hexdigest()
-    held = max(map(len, names)) <= 240 and sum(map(len, names)) <= 1000 and len(names) <= 100
-    natural = "/".join([folder, *names]) if held else None
-    return natural, "%s/^%s" % (folder, digest)
-
-
 def parse_request(lines: list[str], local: tuple[str, int] = ("", 0)) -> Request:
     """A request from the lines of its head, its body still to come (RFC 9112); BadRequest, Failure.
 
@@ -1081,222 +1038,10 @@ def parse_request(lines: list[str], local: tuple[str, int] = ("", 0)) -> Request
 
 # Strangers choose the names, so each pattern must take linear time (a test times them all): nothing unbounded
 # may follow what can begin at many places of one segment.
+
 MAX_NAME = 255  # bytes of a path segment that has a name class: what file systems allow
-
-_CONTENT = re.compile(
-    r"/by-hash/[^/]+/[0-9a-f]{32,128}$"  # apt
-    r"|/repodata/[0-9a-f]{32,128}-[^/]+$"  # rpm-md
-    r"|\.diff/(?!Index)[^/]+$"  # apt's pdiffs
-    r"|/objects/[0-9a-f]{2}/[0-9a-f]{62}\.(?!commitmeta)[a-z.]+$"  # ostree
-    r"|/deltas/[\w+-]{2}/[^/]+/(?:superblock|\d+)$|/summaries/[0-9a-f]{64}[.-][^/]+$"  # flatpak
-    r"|/[a-z]{1,2}/[0-9a-f]{64}(?:-[0-9a-f]{64})?(?:\.gz)?$"  # freebsd-update
-    r"|/All/Hashed/[^/]+$"  # FreeBSD pkg
-    r"|/nar/(?:\w+/)?[0-9a-z]{52}\.nar(?:\.\w+)?$"  # Nix
-    r"|/(?:blobs|manifests)/sha256:[0-9a-f]{64}$"  # OCI, Homebrew's bottles
-    r"|/packages/[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{60}/[^/]+$"  # PyPI
-    r"|/core/guids/[0-9a-f]{64}/")  # Amazon Linux
-
-_MOVING = re.compile(r"/(?:current|latest|latest-stable|snapshots|rawhide|nightly|[^/]+-SNAPSHOT)/", re.I)
-
-_SIGNATURE = re.compile(r"\.(?:sig2?|asc|gpg|sign|signature|minisig|md5|rmd160|sha(?:1|256|512)(?:sum)?)$")
-
 _INDEX_FOLDER = re.compile(
     r"/(?:project/trace|indices|media\.1|boot/[^/]+|media_info|refs/heads|delta-indexes)/")
-_INDEX = re.compile(
-    r"(?:/(?:In)?Release|/(?:Packages|Sources)(?:\.\w+)?|/(?:Translation|Contents|Components|Commands)-[^/]*"
-    r"|/meta-release[^/]*|/ls-lR[^/]*|/[^/]*(?:MD5|SHA\d+)(?:SUMS?)?"
-    r"|/repodata/[^/]*|/(?:metalink|mirrorlist)|/mirror\.list|/\.?(?:treeinfo|discinfo)|/COMPOSE_ID"
-    r"|/RPM-GPG-KEY[^/]*|/[^/]+\.(?:repo|flatpakrepo|metalink|meta4|mirrorlist|key|commitmeta|narinfo)"
-    r"|/content|/repoindex\.xml|/repomd\.xml|/directory\.yast|/CHECKSUMS[^/]*|/ARCHIVES\.gz"
-    r"|/license\.tar\.gz|/control\.xml|/add_on_products[^/]*|/part\.info|/geoip"
-    r"|/[^/]+\.(?:db|files)(?:\.tar(?:\.\w+)?)?|/[^/]+\.abs\.tar\.gz|/last(?:update|sync)"  # pacman
-    r"|/APKINDEX[^/]*|/(?i:packages)\.adb|/latest-releases\.yaml"  # apk
-    r"|/Packages\.manifest|/sha256sums|/[^/]+\.buildinfo"  # opkg
-    r"|/[^/]+-(?:repodata|stagedata)"  # xbps
-    r"|/layout\.conf|/(?:portage|gentoo)-latest[^/]*|/latest-[^/]+\.txt|/timestamp\.\w+"  # portage
-    r"|/ChangeLog\.txt|/(?:PACKAGES|FILELIST)\.TXT|/MANIFEST\.bz2|/GPG-KEY"  # slackpkg
-    r"|/eopkg-index\.xml[^/]*|/latest|/nix-cache-info|/nixexprs\.tar\.\w+"
-    r"|/(?:meta|packagesite|data|filesite|digests|pkg)\.(?:conf|pkg|txz|tzst|tbz)|/(?:latest|pub)\.ssl"
-    r"|/index\.txt|/pkg_summary\.\w+|/SHA512\.\w+|/pkg-vulnerabilities[^/]*"  # OpenBSD, pkgsrc
-    r"|/summary(?:\.idx)?|/config"  # ostree
-    r"|/versions|/names|/info/[^/]+|/(?:latest_|prerelease_)?specs\.4\.8(?:\.gz)?"  # RubyGems
-    r"|/config\.json|/maven-metadata\.xml|/archetype-catalog\.xml|/@v/list|/@latest"
-    r"|/(?:current_)?repodata[^/]*|/notices\.json"  # conda
-    r"|/0[12](?:packages\.details|mailrc)\.txt\.gz|/PACKAGES(?:\.\w+)?|/texlive\.tlpdb[^/]*"
-    r"|/setup\.(?:ini|xz|zst|bz2)|/repo(?:\.info)?|/base/(?:pkg|src)list[^/]*)$")
-
-_PACKAGE = re.compile(
-    r"/([^/]+?)\.(?:u?deb|ddeb|dsc|debdelta|jigdo|template|d?rpm|apk|ipk|xbps|eopkg|hpkg|pkg|conda|whl|gem"
-    r"|crate|snap|jar|war|pom|module|t(?:gz|xz|bz2?|lz)|pkg\.tar(?:\.\w+)?|gpkg\.tar"
-    r"|(?:orig[\w.-]{0,64}\.|debian\.)?(?:tar|diff)\.(?:gz|xz|bz2|zst|lzo?|lz4|lzma|lrz|Z))")
-_PLATFORM = re.compile(
-    r"x86[-_]64|x86|i[3-6]86|amd64|arm64|armv\d\w*|aarch64|ppc64\w*|mips64\w*|riscv64|(?:linux|osx|win)-?(?:32|64)",
-    re.I)
-_VERSION = re.compile(r"[-_~@+.]v?\d")
-_VERSIONLESS = re.compile(r"[/_.-](?:latest|current|nightly|daily)[_.-]", re.I)
-_GO_MODULE = re.compile(r"/@v/v\d[^/]*\.(?:info|mod|zip)")
-
-
-@memoize
-def classify_name(key: str) -> NameClass:
-    """The class of the name that a cache key holds; a signature has that of what it signs.
-
-    >>> [classify_name("http://a" + path).value for path in ("/dists/x/by-hash/SHA256/" + "0" * 64,
-    ...     "/pool/c/curl_7.88.1-10_amd64.deb", "/core.db.sig", "/jenkins_amd64.deb")]
-    ['content-named', 'package', 'index', 'other']
-    """
-    path = "/" + key.partition("://")[2].partition("/")[2].partition("?")[0]
-    path = urllib.parse.unquote(path, "latin-1")
-    if _CONTROL.search(path) or max(map(len, path.split("/"))) > MAX_NAME:
-        return NameClass.OTHER
-    for _ in range(3):  # the signature of a checksum of a name
-        if _CONTENT.search(path):
-            return NameClass.CONTENT
-        if _MOVING.search(path):
-            return NameClass.INDEX
-        path = _SIGNATURE.sub("", path)
-    # Some apt repositories keep their pool below dists/.
-    dists = "/dists/" in path and not path.endswith((".deb", ".udeb"))
-    if dists or _INDEX_FOLDER.search(path) or _INDEX.search(path):
-        return NameClass.INDEX
-    name = path.rfind("/")
-    package = _PACKAGE.fullmatch(path, name)
-    versioned = package and _VERSION.search(_PLATFORM.sub("", package[1]))
-    if versioned and not _VERSIONLESS.search(path, name) or _GO_MODULE.search(path):
-        return NameClass.PACKAGE
-    return NameClass.OTHER
-
-
-_DIGEST = re.compile(
-    r"/(?:by-hash/SHA(?:256|512)/|repodata/|(?:blobs|manifests)/sha256:)"
-    r"([0-9a-f]{128}|[0-9a-f]{64})(?:-[^/]+)?$"
-    r"|/objects/([0-9a-f]{2}/[0-9a-f]{62})\.(?:commit|dirtree|dirmeta)$")  # .filez: of what is in it
-_EPOCH = re.compile(r"_\d+:(?=[^_]*_[^_]*deb)")  # apt writes it into names in /var/cache, mirrors don't
-
-
-def digest_in_name(key: str) -> tuple[str, str] | None:
-    """Algorithm and digest of the very body, where a content-named key holds one that nobody can forge.
-
-    >>> digest_in_name("http://a/by-hash/SHA256/" + "0" * 64)[0]
-    'sha256'
-    """
-    match = None if _SIGNATURE.search(key) else _DIGEST.search(urllib.parse.unquote(key, "latin-1"))
-    if match is None or classify_name(key) is not NameClass.CONTENT:
-        return None
-    digest = (match[1] or match[2]).replace("/", "")
-    return "sha256" if len(digest) == 64 else "sha512", digest
-
-
-def shareable_name(key: str) -> str:
-    """What a file is called on each mirror that has it: its digest, or a package's own name; "" for what
-    may be another file in each folder."""
-    digest = digest_in_name(key)
-    name = urllib.parse.unquote(key.rpartition("/")[2], "latin-1")
-    telling = len(name) > 5 and re.search(r"\d", name) and not _GO_MODULE.search(key)
-    if digest is None and ("?" in key or not telling
-                           or classify_name(key) not in (NameClass.PACKAGE, NameClass.CONTENT)):
-        return ""
-    return _EPOCH.sub("_", name) if digest is None else digest[1]
-
-
-def mirror_prefixes(key: str, other: str) -> tuple[str, str]:
-    """Two keys without the end that they have in common: two mirrors of one repository.
-
-    >>> mirror_prefixes("http://a/x/pool/b_1.deb", "http://b/y/z/pool/b_1.deb")
-    ('http://a/x', 'http://b/y/z')
-    """
-    one, two = key.split("/"), other.split("/")
-    while min(len(one), len(two)) > 3 and one[-1] == two[-1]:
-        del one[-1], two[-1]
-    return "/".join(one), "/".join(two)
-
-
-# Who may come in, what is never kept ----------------------------------------------------------
-
-NETWORKS = {
-    "loopback": ("127.0.0.0/8", "::1/128"),
-    # RFC 1918, 6598 (carrier-grade NAT, VPNs), 3927; RFC 4193 and link-local for IPv6
-    "private": ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16",
-                "fc00::/7", "fe80::/10"),
-    "all": ("0.0.0.0/0", "::/0"),
-}
-
-
-def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
-    """The networks behind set names and CIDR texts; ValueError says what is allowed."""
-    try:
-        return [ipaddress.ip_network(text) for name in names for text in NETWORKS.get(name, (name,))]
-    except ValueError as error:
-        raise ValueError("%s; write %s or 203.0.113.0/24" % (error, ", ".join(NETWORKS))) from None
-
-
-def unmap_ipv4(text: str) -> str:
-    """An address without its disguise as IPv6: what a dual-stack socket calls ::ffff:10.0.0.1."""
-    return text[len("::ffff:"):] if text.startswith("::ffff:") and "." in text else text
-
-
-def client_network(address: str) -> str:
-    """What counts as one client where clients share something: an IPv4 address, or the /64 network of an IPv6
-    address, because one host there has all its addresses to choose from.
-
-    >>> client_network("10.0.0.1"), client_network("2001:db8::1%eth0") == client_network("2001:db8::ff:1")
-    ('10.0.0.1', True)
-    """
-    text = address.partition("%")[0]
-    return ipaddress.IPv6Address(text).packed[:8].hex() if ":" in text else text
-
-
-@functools.lru_cache(LARGE_MEMO)
-def is_client_allowed(address: str, allow: Iterable[str]) -> bool:
-    """Whether a client's address is in the allowed networks.
-
-    >>> [is_client_allowed(a, ("private",)) for a in ("::ffff:10.0.0.1", "fe80::1%eth0", "8.8.8.8")]
-    [True, True, False]
-    """
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    ip = getattr(ip, "ipv4_mapped", None) or ip  # however it is written
-    return any(ip.version == network.version and ip in network for network in parse_networks(allow))
-
-
-def parse_ports(text: str) -> tuple[int, ...]:
-    """Ports from a list such as 443,8443, or none; ValueError says what is allowed.
-
-    >>> parse_ports("443,8443"), parse_ports("none")
-    ((443, 8443), ())
-    """
-    if text == "none":
-        return ()
-    ports = text.split(",")
-    if not all(port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536 for port in ports):
-        raise ValueError("'%s' is no list of ports; write 443,8443 or none" % text)
-    return tuple(int(port) for port in ports)
-
-
-# IPv6 addresses that stand for an IPv4 one, and how far to the right that is written in bits:
-# mapped and compatible (RFC 4291 §2.5.5), NAT64 (RFC 6052, 8215), 6to4 (RFC 3056)
-_EMBEDDED = tuple((ipaddress.IPv6Network(network), shift) for network, shift in (
-    ("::ffff:0:0/96", 0), ("::/96", 0), ("64:ff9b::/96", 0), ("64:ff9b:1::/48", 0), ("2002::/16", 80)))
-
-
-def parse_barrier(text: str) -> tuple[tuple[str, int], ...]:
-    """The memcached servers that instances agree by; ValueError.
-
-    >>> parse_barrier("memcached://mc1.example.org,[::1]:11212")
-    (('mc1.example.org', 11211), ('::1', 11212))
-    """
-    scheme, mark, places = text.partition("://")
-    try:
-        servers = tuple(split_authority(place, 11211) for place in places.split(","))
-    except ProxyError:
-        servers = ()
-    if scheme != "memcached" or not mark or not all(host and port for host, port in servers) or not servers:
-        raise ValueError("'%s' is no barrier; write memcached://HOST:PORT[,HOST:PORT]" % text)
-    return servers
-
-
 # Metadata services of clouds at addresses that are not link-local.  They give a machine's secrets to
 # whatever connects from it.
 _METADATA = tuple(map(ipaddress.ip_network, (
@@ -1305,234 +1050,14 @@ _METADATA = tuple(map(ipaddress.ip_network, (
     "fd00:42::42", "fd00:a9fe:a9fe::1")))  # Scaleway, Akamai
 
 
-def is_protected_address(address: str) -> bool:
-    """Whether an address is of this host or its link alone, and not for clients from elsewhere: loopback,
-    link-local, cloud metadata, unspecified, multicast, broadcast, in whatever disguise.
-
-    >>> [is_protected_address(a) for a in ("127.9.9.9", "::ffff:169.254.169.254", "2002:7f00:1::", "10.0.0.1")]
-    [True, True, True, False]
-    """
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if any(ip.version == network.version and ip in network for network in _METADATA):
-        return True
-    if isinstance(ip, ipaddress.IPv6Address):
-        own = ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip.is_multicast or ip.is_site_local
-        inner = [ipaddress.IPv4Address(int(ip) >> shift & 0xFFFFFFFF) for network, shift in _EMBEDDED
-                 if ip in network]
-        inner += ip.teredo or ()
-        return own or any(is_protected_address(str(other)) for other in inner)
-    zero = int(ip) >> 24 == 0 or int(ip) == 0xFFFFFFFF  # this network (RFC 1122 §3.2.1.3), broadcast
-    return zero or ip.is_loopback or ip.is_link_local or ip.is_multicast
-
-
-def is_numeric_host(host: str) -> bool:
-    """Whether a host is an address, in whatever form C's inet_aton takes: 127.1, 0x7f000001."""
-    return ":" in host or re.search(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$", host) is not None
-
-
-def is_own_name(name: str, names: tuple[str, ...]) -> bool:
-    """Whether a name that a client calls us by is certainly ours, or one of ``names``.
-
-    A web page of evil.example can read what this proxy answers to evil.example, if its name servers then
-    say that this is the proxy's address (DNS rebinding).  That takes a name in the public DNS: no address is
-    one, nor a name without a dot (docker's, a search domain's), nor a name below a private domain.
-
-    >>> [is_own_name(n, ("a.example",)) for n in ("10.0.0.1", "proxy", "a.example", "evil.example")]
-    [True, True, True, False]
-    """
-    private = (".localhost", ".local", ".lan", ".internal", ".home.arpa")
-    return "." not in name or is_numeric_host(name) or name.endswith(private) or name in names
-
-
-def is_protected_host(host: str) -> bool:
-    """Whether a host is guarded whatever its name servers say: an address, or localhost (RFC 6761 §6.3)."""
-    if is_address(host):
-        return is_protected_address(host)
-    name = host.rstrip(".")
-    return name == "localhost" or name.endswith(".localhost")
-
-
-# Parent proxies -------------------------------------------------------------------------------
-
-
-def parse_parent_proxy(text: str) -> ParentProxy | None:
-    """The proxy of a URL, or of host:port; None for "" or none.  With ,direct behind it origins may be
-    asked without it.  ValueError does not repeat the password.
-
-    >>> parse_parent_proxy("http://me:pw@proxy.test:3128,direct").fields
-    (('Proxy-Authorization', 'Basic bWU6cHc='),)
-    """
-    if text in ("", "none"):
-        return None
-    match = re.fullmatch(r"(?:http://(?:([^/?#@]*)@)?)?([^/?#@,]+)/?(,direct)?", text, re.I)
-    try:
-        target = parse_target("http://" + match[2]) if match else None
-    except BadRequestError:
-        target = None
-    if match is None or target is None:
-        raise ValueError("a parent proxy is written http://[name:password@]host:port[,direct], or none")
-    name, _, password = (match[1] or "").partition(":")
-    pair = urllib.parse.unquote_to_bytes("%s:%s" % (name, password))  # RFC 7617 §2: a colon even so
-    secret = base64.b64encode(pair).decode()
-    return ParentProxy(target, (("Proxy-Authorization", "Basic " + secret),) if match[1] else (), bool(match[3]))
-
-
-def parent_proxies(option: str | None, environment: Mapping[str, str]) -> tuple[tuple[str, ParentProxy], ...]:
-    """The parent of each scheme: --parent's, or what http_proxy and https_proxy say.  HTTP_PROXY may come
-    from a request where we run as CGI (CVE-2016-5385).  ValueError."""
-    found = []
-    for scheme in ("http", "https"):
-        name = scheme + "_proxy"
-        upper = "" if scheme == "http" and "REQUEST_METHOD" in environment else environment.get(name.upper())
-        try:
-            parent = parse_parent_proxy(environment.get(name) or upper or "" if option is None else option)
-        except ValueError as error:
-            raise ValueError("%s: %s" % (name if option is None else "--parent", error)) from None
-        found += [(scheme, parent)] if parent else []
-    return tuple(found)
-
-
-def _is_excepted(target: Target, entry: str) -> bool:
-    with contextlib.suppress(ValueError):
-        network = ipaddress.ip_network(entry, strict=False)
-        return is_address(target.host) and ipaddress.ip_address(target.host) in network
-    name, port = re.fullmatch(r"\[?(.*?)\]?(?::(\d+))?", entry, re.S).groups()  # type: ignore[union-attr]
-    name = name[1:] if name.startswith("*.") else name
-    if port and int(port) != target.port:
-        return False
-    return name in ("*", target.host) or target.host.endswith(name if name.startswith(".") else "." + name)
-
-
-def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
-    """The parent to ask for a target: none for this host and its link, nor for what no_proxy names: an
-    address, a network, or a domain with all below it, each also with :port; or * for all."""
-    if is_protected_host(target.host) or any(_is_excepted(target, entry) for entry in config.no_proxy if entry):
-        return None
-    return dict(config.parents).get(target.scheme)
-
-
-def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
-    """The regular expressions of a filters file, one a line, and a sentence for each bad line."""
-    filters, complaints = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        try:
-            filters.append(re.compile(line))
-        except (re.error, OverflowError, RecursionError) as error:
-            complaints.append("line %d is no regular expression, skipped: %s: %s" % (number, line, error))
-    return filters, complaints
-
-
-_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 500M, 20G or 1.5T; ValueError says what is allowed.
-
-    >>> parse_size("1.5k"), parse_size("20G")
-    (1536, 21474836480)
-    """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([BKMGT]?)(?:I?B)?", text.strip().upper())
-    if not match:
-        raise ValueError("'%s' is no size; write 500M, 20G or 1.5T" % text)
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def parse_count(text: str, least: int, most: int) -> int:
-    """A number of things; ValueError says what is allowed."""
-    if not re.fullmatch(r"\d{1,9}", text, re.A) or not least <= int(text) <= most:
-        raise ValueError("'%s' is no number from %d to %d" % (text, least, most))
-    return int(text)
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of a time such as 90m, 12h, 30d or 8w; ValueError says what is allowed.
-
-    >>> parse_duration("30d")
-    2592000.0
-    """
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhdw])", text.strip().lower())
-    if not match:
-        raise ValueError("'%s' is no time; write 90m, 12h, 30d or 8w" % text)
-    return float(match[1]) * _SPANS[match[2]]
-
-
-# Freshness (RFC 9111 §4.2) ------------------------------------------------------------------
-
-
-def freshness_lifetime(head: ResponseHead) -> int | None:
-    """Explicit freshness lifetime in a shared cache, in seconds; None where the origin gives none.
-
-    >>> freshness_lifetime(ResponseHead(200, "", (("Cache-Control", "max-age=60, s-maxage=5"),)))
-    5
-    """
-    control = cache_directives(head.fields)
-    for name in ("s-maxage", "max-age"):
-        if name in control:
-            return parse_delta_seconds(control[name])
-    if field_value(head.fields, "Expires") is None:
-        return None
-    end, start = parse_date(field_value(head.fields, "Expires")), parse_date(field_value(head.fields, "Date"))
-    # §5.3: an invalid Expires, "0" above all, is in the past.  RFC 9110 §6.6.1: without a Date, ours.
-    return 0 if end is None else max(0, int(end - (head.response_time if start is None else start)))
-
-
 def validators(head: ResponseHead) -> Fields:
     """The preconditions that ask whether a stored response is still right (RFC 9111 §4.3.1)."""
     tag, date = field_value(head.fields, "ETag"), field_value(head.fields, "Last-Modified")
     return ((("If-None-Match", tag),) if tag else ()) + ((("If-Modified-Since", date),) if date else ())
 
 
-def heuristic_lifetime(head: ResponseHead, config: Config) -> int:
-    """Seconds that a response of no known class and freshness is used for (RFC 9111 §4.2.2)."""
-    html = (field_value(head.fields, "Content-Type") or "").lower().startswith(("text/html", "application/xhtml"))
-    if not config.heuristics or validators(head) or html or "?" in head.key or head.key.endswith("/"):
-        return 0
-    return int(DAY)
-
-
-def current_age(head: ResponseHead, now: float) -> int:
-    """Age of a stored response in seconds (RFC 9111 §4.2.3).  Received in the future: nobody knows how old
-    it is, so it is as old as can be; but clocks of several machines differ by a little."""
-    stated = parse_date(field_value(head.fields, "Date"))
-    apparent = 0.0 if stated is None else max(0.0, head.response_time - stated)
-    ages = field_values(head.fields, "Age") or ["0"]
-    # What is no age, or two, tells of a cache that can't be trusted: as old as can be (§5.1).
-    age = parse_delta_seconds(ages[0]) if len(ages) == 1 and ages[0].isdigit() and head.response_time - now < 60 else 2**31
-    corrected = age + max(0.0, head.response_time - head.request_time)
-    return int(max(apparent, corrected) + max(0.0, now - head.response_time))
-
-
-def with_age(head: ResponseHead, now: float) -> ResponseHead:
-    """A stored response's head as it is served now (RFC 9111 §5.1)."""
-    fields = without_fields(head.fields, ("accept-ranges", "age"))
-    return replace_fields(head, fields=fields + (
-        ("Accept-Ranges", "bytes"), ("Age", str(current_age(head, now)))))
-
-
-def freshen_head(stored: ResponseHead, answer: ResponseHead) -> ResponseHead:
-    """A stored head brought up to date by a 304 (RFC 9111 §3.2, §4.3.4)."""
-    kept = ("content-length", "content-encoding", "content-range", "content-md5", "etag", "set-cookie")
-    new = without_fields(end_to_end(answer.fields), kept)
-    # The 304's Age counts, or that it has none (§4.2.3).
-    fields = without_fields(stored.fields, ["age", *(name.lower() for name, _ in new)]) + new
-    return replace_fields(stored, fields=fields, request_time=answer.request_time, response_time=answer.response_time)
-
-
 def _weak(tag: str) -> str:
     return tag[2:] if tag.startswith("W/") else tag
-
-
-def is_304_for(stored: ResponseHead, answer: ResponseHead) -> bool:
-    """Whether a 304 speaks of the stored response (RFC 9111 §4.3.4).  With another ETag, or another date, it
-    speaks of another: a mirror that compares dates says 304 to a captive portal's page of today, too."""
-    tag, date = field_value(answer.fields, "ETag"), field_value(answer.fields, "Last-Modified")
-    mine = field_value(stored.fields, "ETag")
-    same_tag = tag is None or mine is not None and _weak(tag) == _weak(mine)
-    return same_tag and date in (None, field_value(stored.fields, "Last-Modified") or date)
 
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
@@ -1587,6 +1112,7 @@ def strong_validator(head: ResponseHead) -> str | None:
 # stored or joined sends these fields of its client and no others; Host, Via, the coding, ranges and
 # conditions are the proxy's own.  Origins name Accept and Accept-Language in Vary if they heed them, a few
 # mirrors refuse clients without User-Agent, and for Authorization there are rules (is_shareable).
+
 SHARED_FIELDS = frozenset(
     ("accept", "accept-language", "authorization", "cache-control", "pragma", "user-agent"))
 # Fields that shape the proxy's own answer, and what it writes into its request.
@@ -1641,23 +1167,6 @@ def is_shareable(request: Request, head: ResponseHead) -> bool:
         allowed and "authorization" not in list_members(head.fields, "Vary"))
 
 
-def why_not_storable(request: Request, head: ResponseHead, config: Config) -> str:
-    """Why a response may not be stored (RFC 9111 §3), or "" where it may."""
-    control, policy = cache_directives(head.fields), POLICIES[classify_name(request.key)]
-    lifetime = freshness_lifetime(head) if policy.lifetime is None else 1
-    of_use = validators(head) or (heuristic_lifetime(head, config) if lifetime is None else lifetime)
-    reasons = (
-        (request.method != "GET" or head.status != 200, "not a 200 to a GET"),
-        ("no-store" in cache_directives(request.fields), "no-store"),
-        ("no-store" in control and "must-understand" not in control, "no-store"),
-        ("private" in control, "private"),
-        ("*" in list_members(head.fields, "Vary"), "Vary: *"),
-        (not is_shareable(request, head), "Authorization"),
-        (not policy.html and "text/html" in media_type(head), "text/html for a package"),
-        (not of_use, "neither fresh nor validated"))
-    return next((reason for applies, reason in reasons if applies), "")
-
-
 def selecting_fields(request: Request, head: ResponseHead) -> Fields:
     """The request's fields that Vary names (RFC 9111 §4.1).  We choose Accept-Encoding ourselves."""
     names = [name for name in list_members(head.fields, "Vary") if name != "accept-encoding"]
@@ -1672,43 +1181,6 @@ def complete_head(request: Request, part: ResponseHead) -> ResponseHead:
                    vary=selecting_fields(request, part))
 
 
-def _client_wants_validation(control: dict[str, str | None], policy: CachePolicy, age: int, ttl: float) -> bool:
-    """Whether the client's directives want the origin asked (RFC 9111 §5.2.1)."""
-    too_old = policy.heeds_max_age and "max-age" in control and age >= parse_delta_seconds(control["max-age"])
-    too_short = "min-fresh" in control and ttl < parse_delta_seconds(control["min-fresh"])
-    return "no-cache" in control or too_old or too_short
-
-
-def _may_serve_stale(control: dict[str, str | None], stored: ResponseHead, ttl: float) -> bool:
-    """Whether client or origin allow a stale answer without asking first (RFC 9111 §5.2.1.2, RFC 5861 §3)."""
-    told = cache_directives(stored.fields)
-    if {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(told):
-        return False
-    patience = parse_delta_seconds(control["max-stale"] or str(2**31)) if "max-stale" in control else 0
-    return -ttl < max(patience, parse_delta_seconds(told.get("stale-while-revalidate")))
-
-
-def _decide_stored(request: Request, control: dict[str, str | None], stored: ResponseHead,
-                   name_class: NameClass, config: Config, now: float) -> CacheDecision:
-    policy, age = POLICIES[name_class], current_age(stored, now)
-    lifetime: float | None = freshness_lifetime(stored) if policy.lifetime is None else policy.lifetime
-    ttl = (heuristic_lifetime(stored, config) if lifetime is None else lifetime) - age
-    known = None if math.isinf(ttl) else int(ttl)
-    if not control and "no-cache" in list_members(request.fields, "Pragma"):  # §5.4
-        control = {"no-cache": None}
-    # §4.3.2: these two conditions are for the origin to decide.
-    strict = any(field_value(request.fields, name) is not None for name in ("If-Match", "If-Unmodified-Since"))
-    if strict or _client_wants_validation(control, policy, age, ttl):
-        return CacheDecision(Action.VALIDATE, name_class, "request", known)
-    if policy.lifetime is not None and ttl > 0:
-        due = policy.refresh is not None and abs(now - stored.response_time) > policy.refresh  # clocks jump
-        return CacheDecision(Action.SERVE, name_class, refresh=due)
-    fresh = ttl > 0 and "no-cache" not in cache_directives(stored.fields)
-    if fresh or policy.lifetime is None and _may_serve_stale(control, stored, ttl):
-        return CacheDecision(Action.SERVE, name_class, ttl=known, refresh=not fresh)
-    return CacheDecision(Action.VALIDATE, name_class, "stale", known)
-
-
 def _passed_if_private(request: Request, stored: ResponseHead | None, decision: CacheDecision) -> CacheDecision:
     """A decision, or to pass the request for its client alone if its fields may shape the response."""
     private = private_fields(request)
@@ -1720,69 +1192,11 @@ def _passed_if_private(request: Request, stored: ResponseHead | None, decision: 
     return decision
 
 
-def decide(request: Request, stored: ResponseHead | None, config: Config, now: float) -> CacheDecision:
-    """The decision table: what to do with a request, given what is stored for it."""
-    name_class = classify_name(request.key)
-    if config.offline:
-        usable = stored is not None and selecting_fields(request, stored) == stored.vary
-        usable = usable and request.method in ("GET", "HEAD")
-        return CacheDecision(Action.SERVE if usable else Action.REFUSE, name_class, "" if usable else "uri-miss")
-    if any(pattern.search(request.uri) for pattern in config.filters):
-        return CacheDecision(Action.PASS, name_class, "bypass")
-    plain = request.method in ("GET", "HEAD")
-    if not plain or request.length != 0:  # what a GET's body means is for the origin to say (RFC 9110 §9.3.1)
-        return CacheDecision(Action.PASS, name_class, "bypass" if plain else "method")
-    control = cache_directives(request.fields)
-    if stored is None:
-        decision = CacheDecision(Action.FETCH, name_class, "uri-miss")
-    elif selecting_fields(request, stored) != stored.vary:
-        decision = CacheDecision(Action.FETCH, name_class, "vary-miss")
-    else:
-        decision = _decide_stored(request, control, stored, name_class, config, now)
-    decision = _passed_if_private(request, stored, decision)
-    if decision.action is not Action.SERVE and "only-if-cached" in control:
-        return replace_fields(decision, action=Action.REFUSE)
-    if decision.action is Action.FETCH and (request.method == "HEAD" or "no-store" in control):
-        return replace_fields(decision, action=Action.PASS)
-    return decision
-
-
-def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> bool:
-    """Whether a stored response may answer where its origin can't be asked (RFC 9111 §4.2.4)."""
-    strict = {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(cache_directives(stored.fields))
-    return decision.forward != "vary-miss" and (decision.policy.always_stale or not strict)
-
-
-def replaces_stored(decision: CacheDecision, answer: ResponseHead) -> bool:
-    """Whether an answer tells that the stored response is wrong; a captive portal's page does not."""
-    portal = not decision.policy.html and "text/html" in media_type(answer)
-    return decision.action is Action.VALIDATE and answer.status == 200 and not portal
-
-
-def invalidated_keys(request: Request, answer: ResponseHead) -> list[str]:
-    """What a method that changes things makes invalid: its target, and what the answer's Location and
-    Content-Location name at the same origin (RFC 9111 §4.4)."""
-    if request.method in ("GET", "HEAD", "OPTIONS", "TRACE") or answer.status >= 400:
-        return []
-    keys = [request.key]
-    for name in ("Location", "Content-Location"):
-        with contextlib.suppress(BadRequestError, ValueError):
-            target = parse_target(urllib.parse.urljoin(request.target.uri, field_value(answer.fields, name) or ""))
-            if (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
-                keys.append(cache_key(target))
-    return keys
-
-
-def detached_signatures(target: Target) -> list[Target]:
-    """The detached signatures of an index, which must be of its generation."""
-    suffixes = (".asc", ".sig", ".gpg", ".key") if "?" not in target.path else ()
-    return [replace_fields(target, path=target.path + suffix) for suffix in suffixes]
-
-
 # Links behind a prefix ------------------------------------------------------------------------
 
 # Links that lead away from the prefix of who follows them: those of a page that pip reads (PEP 503, PEP 691)
 # and those of an npm document.  Nothing else is ever rewritten.
+
 _PAGE_LINK = re.compile(rb"""(\shref\s{0,8}=\s{0,8}["']?)(https?:|/{1,2})""", re.I)
 _FILE_LINK = re.compile(rb'("url"\s{0,8}:\s{0,8}")(https?:|/{1,2})')
 _TARBALL_LINK = re.compile(rb'("tarball"\s{0,8}:\s{0,8}")(https?:)')
@@ -1802,7 +1216,6 @@ def link_pattern_for(request: Request, head: ResponseHead) -> re.Pattern[bytes] 
 
 
 # Preconditions and ranges (RFC 9110 §13, §14) -------------------------------------------------
-
 
 _TAG = re.compile(r'(?:W/)?"[^"]*"')
 
@@ -1870,15 +1283,6 @@ def requested_ranges(request: Request, head: ResponseHead, size: int) -> list[tu
     if condition is not None and condition not in (strong_validator(head), strong_date(head)):
         return None  # apt sends our Last-Modified back byte for byte
     return parse_range(text, size)
-
-
-def is_worth_full_download(request: Request, size_limit: int) -> bool:
-    """Whether a request for a range is worth a whole download: open or long, from near the start."""
-    ranges = parse_range(field_value(request.fields, "Range") or "", 2**60)
-    if not ranges or len(ranges) > 1:
-        return ranges is None
-    start, stop = ranges[0]
-    return start <= size_limit and stop - start >= size_limit
 
 
 # Replies --------------------------------------------------------------------------------------
@@ -2189,45 +1593,484 @@ def displayable_uri(uri: str) -> str:
     return truncate_middle(path + mark, 120)
 
 
-def sum_by_name(rows: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
-    """Counts by name: those of one name added up.
+# ---------------------------------------------------------------------------------------------
+# 3 Cache rules: pure functions
+# ---------------------------------------------------------------------------------------------
 
-    >>> sum_by_name([("a", {"n": 1}), ("b", {"n": 2}), ("a", {"n": 4})])
-    {'a': {'n': 5}, 'b': {'n': 2}}
+
+def _file_name(segment: str, windows: bool) -> str:
+    if not segment or segment == "?":
+        return "^" + segment.replace("?", "^3F" if windows else "?")
+    if windows:
+        segment = re.sub(r'[<>:"|?*\\]|[. ]$', lambda match: "^%02X" % ord(match[0]), segment)
+        if re.match(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)", segment, re.I):
+            segment = "^%02X%s" % (ord(segment[0]), segment[1:])
+    return segment
+
+
+def cache_file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
+    """Where a cache key's body may lie, relative to the root: its natural name and its hashed one.
+
+    A caret stands in no URL, so it marks what a file system can't hold as it is: ``^`` is an empty
+    segment, ``^2F`` a slash in a query.  The natural name is None where it would be too long; the
+    hashed one also serves where the natural one is taken (a URL that is both file and folder).
+    No two keys share a name.
+
+    >>> cache_file_names("http://a/b/metalink?x=/y")[0]
+    'a/b/metalink?x=^2Fy'
     """
-    sums: dict[str, dict[str, int]] = {}
-    for name, row in rows:
-        known = sums.setdefault(name, dict.fromkeys(row, 0))
-        for key, count in row.items():
-            known[key] += count
-    return sums
+    scheme, _, rest = key.partition("://")
+    authority, _, path = rest.partition("/")
+    path, mark, query = path.partition("?")
+    segments = path.split("/")
+    segments[-1] += mark + query.replace("/", "^2F")
+    folder = _file_name(authority if scheme == "http" else scheme + "^" + authority, windows)
+    if len(folder) > 200:
+        folder = "^" + hashlib.sha256(folder.encode()).hexdigest()
+    names = [_file_name(segment, windows) for segment in segments]
+    digest = hashlib.sha256(key.encode("ascii", "replace")).hexdigest()
+    held = max(map(len, names)) <= 240 and sum(map(len, names)) <= 1000 and len(names) <= 100
+    natural = "/".join([folder, *names]) if held else None
+    return natural, "%s/^%s" % (folder, digest)
 
 
-def usage_hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
-    """What users are about to lose, by how the first requests ended, and why; "" where all is well."""
-    heeded: dict[Outcome, int] = {one: outcomes[one.value] for one in Outcome
-                                  if one not in (Outcome.OWN, Outcome.REFUSED)}
-    total, tunnels = sum(heeded.values()), heeded[Outcome.TUNNEL]
-    if total and tunnels >= 0.9 * total:
-        return ("%d of %d requests were CONNECT: https passes through unseen and isn't cached. Begin the "
-                "repositories' addresses with http://, where their packages are signed, or put the proxy's "
-                "own before them: http://this-host:9999/https://mirror.example.org/." % (tunnels, total))
-    # What was refused has been seen, too: else one such request, and this would never be said.
-    seen = total + outcomes[Outcome.REFUSED.value]
-    if not total or seen < HINT_AFTER_REQUESTS[-1] or any(heeded[one] for one in CACHE_OUTCOMES):
+_CONTENT = re.compile(
+    r"/by-hash/[^/]+/[0-9a-f]{32,128}$"  # apt
+    r"|/repodata/[0-9a-f]{32,128}-[^/]+$"  # rpm-md
+    r"|\.diff/(?!Index)[^/]+$"  # apt's pdiffs
+    r"|/objects/[0-9a-f]{2}/[0-9a-f]{62}\.(?!commitmeta)[a-z.]+$"  # ostree
+    r"|/deltas/[\w+-]{2}/[^/]+/(?:superblock|\d+)$|/summaries/[0-9a-f]{64}[.-][^/]+$"  # flatpak
+    r"|/[a-z]{1,2}/[0-9a-f]{64}(?:-[0-9a-f]{64})?(?:\.gz)?$"  # freebsd-update
+    r"|/All/Hashed/[^/]+$"  # FreeBSD pkg
+    r"|/nar/(?:\w+/)?[0-9a-z]{52}\.nar(?:\.\w+)?$"  # Nix
+    r"|/(?:blobs|manifests)/sha256:[0-9a-f]{64}$"  # OCI, Homebrew's bottles
+    r"|/packages/[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{60}/[^/]+$"  # PyPI
+    r"|/core/guids/[0-9a-f]{64}/")  # Amazon Linux
+_MOVING = re.compile(r"/(?:current|latest|latest-stable|snapshots|rawhide|nightly|[^/]+-SNAPSHOT)/", re.I)
+_SIGNATURE = re.compile(r"\.(?:sig2?|asc|gpg|sign|signature|minisig|md5|rmd160|sha(?:1|256|512)(?:sum)?)$")
+_INDEX = re.compile(
+    r"(?:/(?:In)?Release|/(?:Packages|Sources)(?:\.\w+)?|/(?:Translation|Contents|Components|Commands)-[^/]*"
+    r"|/meta-release[^/]*|/ls-lR[^/]*|/[^/]*(?:MD5|SHA\d+)(?:SUMS?)?"
+    r"|/repodata/[^/]*|/(?:metalink|mirrorlist)|/mirror\.list|/\.?(?:treeinfo|discinfo)|/COMPOSE_ID"
+    r"|/RPM-GPG-KEY[^/]*|/[^/]+\.(?:repo|flatpakrepo|metalink|meta4|mirrorlist|key|commitmeta|narinfo)"
+    r"|/content|/repoindex\.xml|/repomd\.xml|/directory\.yast|/CHECKSUMS[^/]*|/ARCHIVES\.gz"
+    r"|/license\.tar\.gz|/control\.xml|/add_on_products[^/]*|/part\.info|/geoip"
+    r"|/[^/]+\.(?:db|files)(?:\.tar(?:\.\w+)?)?|/[^/]+\.abs\.tar\.gz|/last(?:update|sync)"  # pacman
+    r"|/APKINDEX[^/]*|/(?i:packages)\.adb|/latest-releases\.yaml"  # apk
+    r"|/Packages\.manifest|/sha256sums|/[^/]+\.buildinfo"  # opkg
+    r"|/[^/]+-(?:repodata|stagedata)"  # xbps
+    r"|/layout\.conf|/(?:portage|gentoo)-latest[^/]*|/latest-[^/]+\.txt|/timestamp\.\w+"  # portage
+    r"|/ChangeLog\.txt|/(?:PACKAGES|FILELIST)\.TXT|/MANIFEST\.bz2|/GPG-KEY"  # slackpkg
+    r"|/eopkg-index\.xml[^/]*|/latest|/nix-cache-info|/nixexprs\.tar\.\w+"
+    r"|/(?:meta|packagesite|data|filesite|digests|pkg)\.(?:conf|pkg|txz|tzst|tbz)|/(?:latest|pub)\.ssl"
+    r"|/index\.txt|/pkg_summary\.\w+|/SHA512\.\w+|/pkg-vulnerabilities[^/]*"  # OpenBSD, pkgsrc
+    r"|/summary(?:\.idx)?|/config"  # ostree
+    r"|/versions|/names|/info/[^/]+|/(?:latest_|prerelease_)?specs\.4\.8(?:\.gz)?"  # RubyGems
+    r"|/config\.json|/maven-metadata\.xml|/archetype-catalog\.xml|/@v/list|/@latest"
+    r"|/(?:current_)?repodata[^/]*|/notices\.json"  # conda
+    r"|/0[12](?:packages\.details|mailrc)\.txt\.gz|/PACKAGES(?:\.\w+)?|/texlive\.tlpdb[^/]*"
+    r"|/setup\.(?:ini|xz|zst|bz2)|/repo(?:\.info)?|/base/(?:pkg|src)list[^/]*)$")
+_PACKAGE = re.compile(
+    r"/([^/]+?)\.(?:u?deb|ddeb|dsc|debdelta|jigdo|template|d?rpm|apk|ipk|xbps|eopkg|hpkg|pkg|conda|whl|gem"
+    r"|crate|snap|jar|war|pom|module|t(?:gz|xz|bz2?|lz)|pkg\.tar(?:\.\w+)?|gpkg\.tar"
+    r"|(?:orig[\w.-]{0,64}\.|debian\.)?(?:tar|diff)\.(?:gz|xz|bz2|zst|lzo?|lz4|lzma|lrz|Z))")
+_PLATFORM = re.compile(
+    r"x86[-_]64|x86|i[3-6]86|amd64|arm64|armv\d\w*|aarch64|ppc64\w*|mips64\w*|riscv64|(?:linux|osx|win)-?(?:32|64)",
+    re.I)
+_VERSION = re.compile(r"[-_~@+.]v?\d")
+_VERSIONLESS = re.compile(r"[/_.-](?:latest|current|nightly|daily)[_.-]", re.I)
+_GO_MODULE = re.compile(r"/@v/v\d[^/]*\.(?:info|mod|zip)")
+
+
+@memoize
+def classify_name(key: str) -> NameClass:
+    """The class of the name that a cache key holds; a signature has that of what it signs.
+
+    >>> [classify_name("http://a" + path).value for path in ("/dists/x/by-hash/SHA256/" + "0" * 64,
+    ...     "/pool/c/curl_7.88.1-10_amd64.deb", "/core.db.sig", "/jenkins_amd64.deb")]
+    ['content-named', 'package', 'index', 'other']
+    """
+    path = "/" + key.partition("://")[2].partition("/")[2].partition("?")[0]
+    path = urllib.parse.unquote(path, "latin-1")
+    if _CONTROL.search(path) or max(map(len, path.split("/"))) > MAX_NAME:
+        return NameClass.OTHER
+    for _ in range(3):  # the signature of a checksum of a name
+        if _CONTENT.search(path):
+            return NameClass.CONTENT
+        if _MOVING.search(path):
+            return NameClass.INDEX
+        path = _SIGNATURE.sub("", path)
+    # Some apt repositories keep their pool below dists/.
+    dists = "/dists/" in path and not path.endswith((".deb", ".udeb"))
+    if dists or _INDEX_FOLDER.search(path) or _INDEX.search(path):
+        return NameClass.INDEX
+    name = path.rfind("/")
+    package = _PACKAGE.fullmatch(path, name)
+    versioned = package and _VERSION.search(_PLATFORM.sub("", package[1]))
+    if versioned and not _VERSIONLESS.search(path, name) or _GO_MODULE.search(path):
+        return NameClass.PACKAGE
+    return NameClass.OTHER
+
+
+_DIGEST = re.compile(
+    r"/(?:by-hash/SHA(?:256|512)/|repodata/|(?:blobs|manifests)/sha256:)"
+    r"([0-9a-f]{128}|[0-9a-f]{64})(?:-[^/]+)?$"
+    r"|/objects/([0-9a-f]{2}/[0-9a-f]{62})\.(?:commit|dirtree|dirmeta)$")  # .filez: of what is in it
+_EPOCH = re.compile(r"_\d+:(?=[^_]*_[^_]*deb)")  # apt writes it into names in /var/cache, mirrors don't
+
+
+def digest_in_name(key: str) -> tuple[str, str] | None:
+    """Algorithm and digest of the very body, where a content-named key holds one that nobody can forge.
+
+    >>> digest_in_name("http://a/by-hash/SHA256/" + "0" * 64)[0]
+    'sha256'
+    """
+    match = None if _SIGNATURE.search(key) else _DIGEST.search(urllib.parse.unquote(key, "latin-1"))
+    if match is None or classify_name(key) is not NameClass.CONTENT:
+        return None
+    digest = (match[1] or match[2]).replace("/", "")
+    return "sha256" if len(digest) == 64 else "sha512", digest
+
+
+def shareable_name(key: str) -> str:
+    """What a file is called on each mirror that has it: its digest, or a package's own name; "" for what
+    may be another file in each folder."""
+    digest = digest_in_name(key)
+    name = urllib.parse.unquote(key.rpartition("/")[2], "latin-1")
+    telling = len(name) > 5 and re.search(r"\d", name) and not _GO_MODULE.search(key)
+    if digest is None and ("?" in key or not telling
+                           or classify_name(key) not in (NameClass.PACKAGE, NameClass.CONTENT)):
         return ""
-    most = max(heeded, key=lambda one: heeded[one])
-    known = collections.Counter(filter(None, details)).most_common(1)
-    why = {Outcome.MISS: "each was for another file. That is normal while the cache fills; else let all "
-                         "machines name the same mirror",
-           Outcome.BYPASS: "most were kept out by a filter, or are no GET. Indexes need no filters",
-           Outcome.FAILED: "most origins cannot be asked",
-           }.get(most, "most answers may not be kept%s" % (" (%s)" % known[0][0] if known else ""))
-    return "Not one of the first %d requests was a hit: %s." % (total, why)
+    return _EPOCH.sub("_", name) if digest is None else digest[1]
+
+
+def mirror_prefixes(key: str, other: str) -> tuple[str, str]:
+    """Two keys without the end that they have in common: two mirrors of one repository.
+
+    >>> mirror_prefixes("http://a/x/pool/b_1.deb", "http://b/y/z/pool/b_1.deb")
+    ('http://a/x', 'http://b/y/z')
+    """
+    one, two = key.split("/"), other.split("/")
+    while min(len(one), len(two)) > 3 and one[-1] == two[-1]:
+        del one[-1], two[-1]
+    return "/".join(one), "/".join(two)
+
+
+# Freshness (RFC 9111 §4.2) ------------------------------------------------------------------
+
+
+def freshness_lifetime(head: ResponseHead) -> int | None:
+    """Explicit freshness lifetime in a shared cache, in seconds; None where the origin gives none.
+
+    >>> freshness_lifetime(ResponseHead(200, "", (("Cache-Control", "max-age=60, s-maxage=5"),)))
+    5
+    """
+    control = cache_directives(head.fields)
+    for name in ("s-maxage", "max-age"):
+        if name in control:
+            return parse_delta_seconds(control[name])
+    if field_value(head.fields, "Expires") is None:
+        return None
+    end, start = parse_date(field_value(head.fields, "Expires")), parse_date(field_value(head.fields, "Date"))
+    # §5.3: an invalid Expires, "0" above all, is in the past.  RFC 9110 §6.6.1: without a Date, ours.
+    return 0 if end is None else max(0, int(end - (head.response_time if start is None else start)))
+
+
+def heuristic_lifetime(head: ResponseHead, config: Config) -> int:
+    """Seconds that a response of no known class and freshness is used for (RFC 9111 §4.2.2)."""
+    html = (field_value(head.fields, "Content-Type") or "").lower().startswith(("text/html", "application/xhtml"))
+    if not config.heuristics or validators(head) or html or "?" in head.key or head.key.endswith("/"):
+        return 0
+    return int(DAY)
+
+
+def current_age(head: ResponseHead, now: float) -> int:
+    """Age of a stored response in seconds (RFC 9111 §4.2.3).  Received in the future: nobody knows how old
+    it is, so it is as old as can be; but clocks of several machines differ by a little."""
+    stated = parse_date(field_value(head.fields, "Date"))
+    apparent = 0.0 if stated is None else max(0.0, head.response_time - stated)
+    ages = field_values(head.fields, "Age") or ["0"]
+    # What is no age, or two, tells of a cache that can't be trusted: as old as can be (§5.1).
+    age = parse_delta_seconds(ages[0]) if len(ages) == 1 and ages[0].isdigit() and head.response_time - now < 60 else 2**31
+    corrected = age + max(0.0, head.response_time - head.request_time)
+    return int(max(apparent, corrected) + max(0.0, now - head.response_time))
+
+
+def with_age(head: ResponseHead, now: float) -> ResponseHead:
+    """A stored response's head as it is served now (RFC 9111 §5.1)."""
+    fields = without_fields(head.fields, ("accept-ranges", "age"))
+    return replace_fields(head, fields=fields + (
+        ("Accept-Ranges", "bytes"), ("Age", str(current_age(head, now)))))
+
+
+def freshen_head(stored: ResponseHead, answer: ResponseHead) -> ResponseHead:
+    """A stored head brought up to date by a 304 (RFC 9111 §3.2, §4.3.4)."""
+    kept = ("content-length", "content-encoding", "content-range", "content-md5", "etag", "set-cookie")
+    new = without_fields(end_to_end(answer.fields), kept)
+    # The 304's Age counts, or that it has none (§4.2.3).
+    fields = without_fields(stored.fields, ["age", *(name.lower() for name, _ in new)]) + new
+    return replace_fields(stored, fields=fields, request_time=answer.request_time, response_time=answer.response_time)
+
+
+def is_304_for(stored: ResponseHead, answer: ResponseHead) -> bool:
+    """Whether a 304 speaks of the stored response (RFC 9111 §4.3.4).  With another ETag, or another date, it
+    speaks of another: a mirror that compares dates says 304 to a captive portal's page of today, too."""
+    tag, date = field_value(answer.fields, "ETag"), field_value(answer.fields, "Last-Modified")
+    mine = field_value(stored.fields, "ETag")
+    same_tag = tag is None or mine is not None and _weak(tag) == _weak(mine)
+    return same_tag and date in (None, field_value(stored.fields, "Last-Modified") or date)
+
+
+def why_not_storable(request: Request, head: ResponseHead, config: Config) -> str:
+    """Why a response may not be stored (RFC 9111 §3), or "" where it may."""
+    control, policy = cache_directives(head.fields), POLICIES[classify_name(request.key)]
+    lifetime = freshness_lifetime(head) if policy.lifetime is None else 1
+    of_use = validators(head) or (heuristic_lifetime(head, config) if lifetime is None else lifetime)
+    reasons = (
+        (request.method != "GET" or head.status != 200, "not a 200 to a GET"),
+        ("no-store" in cache_directives(request.fields), "no-store"),
+        ("no-store" in control and "must-understand" not in control, "no-store"),
+        ("private" in control, "private"),
+        ("*" in list_members(head.fields, "Vary"), "Vary: *"),
+        (not is_shareable(request, head), "Authorization"),
+        (not policy.html and "text/html" in media_type(head), "text/html for a package"),
+        (not of_use, "neither fresh nor validated"))
+    return next((reason for applies, reason in reasons if applies), "")
+
+
+def _client_wants_validation(control: dict[str, str | None], policy: CachePolicy, age: int, ttl: float) -> bool:
+    """Whether the client's directives want the origin asked (RFC 9111 §5.2.1)."""
+    too_old = policy.heeds_max_age and "max-age" in control and age >= parse_delta_seconds(control["max-age"])
+    too_short = "min-fresh" in control and ttl < parse_delta_seconds(control["min-fresh"])
+    return "no-cache" in control or too_old or too_short
+
+
+def _may_serve_stale(control: dict[str, str | None], stored: ResponseHead, ttl: float) -> bool:
+    """Whether client or origin allow a stale answer without asking first (RFC 9111 §5.2.1.2, RFC 5861 §3)."""
+    told = cache_directives(stored.fields)
+    if {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(told):
+        return False
+    patience = parse_delta_seconds(control["max-stale"] or str(2**31)) if "max-stale" in control else 0
+    return -ttl < max(patience, parse_delta_seconds(told.get("stale-while-revalidate")))
+
+
+def _decide_stored(request: Request, control: dict[str, str | None], stored: ResponseHead,
+                   name_class: NameClass, config: Config, now: float) -> CacheDecision:
+    policy, age = POLICIES[name_class], current_age(stored, now)
+    lifetime: float | None = freshness_lifetime(stored) if policy.lifetime is None else policy.lifetime
+    ttl = (heuristic_lifetime(stored, config) if lifetime is None else lifetime) - age
+    known = None if math.isinf(ttl) else int(ttl)
+    if not control and "no-cache" in list_members(request.fields, "Pragma"):  # §5.4
+        control = {"no-cache": None}
+    # §4.3.2: these two conditions are for the origin to decide.
+    strict = any(field_value(request.fields, name) is not None for name in ("If-Match", "If-Unmodified-Since"))
+    if strict or _client_wants_validation(control, policy, age, ttl):
+        return CacheDecision(Action.VALIDATE, name_class, "request", known)
+    if policy.lifetime is not None and ttl > 0:
+        due = policy.refresh is not None and abs(now - stored.response_time) > policy.refresh  # clocks jump
+        return CacheDecision(Action.SERVE, name_class, refresh=due)
+    fresh = ttl > 0 and "no-cache" not in cache_directives(stored.fields)
+    if fresh or policy.lifetime is None and _may_serve_stale(control, stored, ttl):
+        return CacheDecision(Action.SERVE, name_class, ttl=known, refresh=not fresh)
+    return CacheDecision(Action.VALIDATE, name_class, "stale", known)
+
+
+def decide(request: Request, stored: ResponseHead | None, config: Config, now: float) -> CacheDecision:
+    """The decision table: what to do with a request, given what is stored for it."""
+    name_class = classify_name(request.key)
+    if config.offline:
+        usable = stored is not None and selecting_fields(request, stored) == stored.vary
+        usable = usable and request.method in ("GET", "HEAD")
+        return CacheDecision(Action.SERVE if usable else Action.REFUSE, name_class, "" if usable else "uri-miss")
+    if any(pattern.search(request.uri) for pattern in config.filters):
+        return CacheDecision(Action.PASS, name_class, "bypass")
+    plain = request.method in ("GET", "HEAD")
+    if not plain or request.length != 0:  # what a GET's body means is for the origin to say (RFC 9110 §9.3.1)
+        return CacheDecision(Action.PASS, name_class, "bypass" if plain else "method")
+    control = cache_directives(request.fields)
+    if stored is None:
+        decision = CacheDecision(Action.FETCH, name_class, "uri-miss")
+    elif selecting_fields(request, stored) != stored.vary:
+        decision = CacheDecision(Action.FETCH, name_class, "vary-miss")
+    else:
+        decision = _decide_stored(request, control, stored, name_class, config, now)
+    decision = _passed_if_private(request, stored, decision)
+    if decision.action is not Action.SERVE and "only-if-cached" in control:
+        return replace_fields(decision, action=Action.REFUSE)
+    if decision.action is Action.FETCH and (request.method == "HEAD" or "no-store" in control):
+        return replace_fields(decision, action=Action.PASS)
+    return decision
+
+
+def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> bool:
+    """Whether a stored response may answer where its origin can't be asked (RFC 9111 §4.2.4)."""
+    strict = {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(cache_directives(stored.fields))
+    return decision.forward != "vary-miss" and (decision.policy.always_stale or not strict)
+
+
+def replaces_stored(decision: CacheDecision, answer: ResponseHead) -> bool:
+    """Whether an answer tells that the stored response is wrong; a captive portal's page does not."""
+    portal = not decision.policy.html and "text/html" in media_type(answer)
+    return decision.action is Action.VALIDATE and answer.status == 200 and not portal
+
+
+def invalidated_keys(request: Request, answer: ResponseHead) -> list[str]:
+    """What a method that changes things makes invalid: its target, and what the answer's Location and
+    Content-Location name at the same origin (RFC 9111 §4.4)."""
+    if request.method in ("GET", "HEAD", "OPTIONS", "TRACE") or answer.status >= 400:
+        return []
+    keys = [request.key]
+    for name in ("Location", "Content-Location"):
+        with contextlib.suppress(BadRequestError, ValueError):
+            target = parse_target(urllib.parse.urljoin(request.target.uri, field_value(answer.fields, name) or ""))
+            if (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
+                keys.append(cache_key(target))
+    return keys
+
+
+def detached_signatures(target: Target) -> list[Target]:
+    """The detached signatures of an index, which must be of its generation."""
+    suffixes = (".asc", ".sig", ".gpg", ".key") if "?" not in target.path else ()
+    return [replace_fields(target, path=target.path + suffix) for suffix in suffixes]
+
+
+def is_worth_full_download(request: Request, size_limit: int) -> bool:
+    """Whether a request for a range is worth a whole download: open or long, from near the start."""
+    ranges = parse_range(field_value(request.fields, "Range") or "", 2**60)
+    if not ranges or len(ranges) > 1:
+        return ranges is None
+    start, stop = ranges[0]
+    return start <= size_limit and stop - start >= size_limit
 
 
 # ---------------------------------------------------------------------------------------------
-# 3 Store: stored responses on disk
+# 4 Access rules: pure functions
+# ---------------------------------------------------------------------------------------------
+
+# Who may come in, what is never kept ----------------------------------------------------------
+
+NETWORKS = {
+    "loopback": ("127.0.0.0/8", "::1/128"),
+    # RFC 1918, 6598 (carrier-grade NAT, VPNs), 3927; RFC 4193 and link-local for IPv6
+    "private": ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16",
+                "fc00::/7", "fe80::/10"),
+    "all": ("0.0.0.0/0", "::/0"),
+}
+
+
+def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """The networks behind set names and CIDR texts; ValueError says what is allowed."""
+    try:
+        return [ipaddress.ip_network(text) for name in names for text in NETWORKS.get(name, (name,))]
+    except ValueError as error:
+        raise ValueError("%s; write %s or 203.0.113.0/24" % (error, ", ".join(NETWORKS))) from None
+
+
+def unmap_ipv4(text: str) -> str:
+    """An address without its disguise as IPv6: what a dual-stack socket calls ::ffff:10.0.0.1."""
+    return text[len("::ffff:"):] if text.startswith("::ffff:") and "." in text else text
+
+
+def client_network(address: str) -> str:
+    """What counts as one client where clients share something: an IPv4 address, or the /64 network of an IPv6
+    address, because one host there has all its addresses to choose from.
+
+    >>> client_network("10.0.0.1"), client_network("2001:db8::1%eth0") == client_network("2001:db8::ff:1")
+    ('10.0.0.1', True)
+    """
+    text = address.partition("%")[0]
+    return ipaddress.IPv6Address(text).packed[:8].hex() if ":" in text else text
+
+
+@functools.lru_cache(LARGE_MEMO)
+def is_client_allowed(address: str, allow: Iterable[str]) -> bool:
+    """Whether a client's address is in the allowed networks.
+
+    >>> [is_client_allowed(a, ("private",)) for a in ("::ffff:10.0.0.1", "fe80::1%eth0", "8.8.8.8")]
+    [True, True, False]
+    """
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # however it is written
+    return any(ip.version == network.version and ip in network for network in parse_networks(allow))
+
+
+# IPv6 addresses that stand for an IPv4 one, and how far to the right that is written in bits:
+# mapped and compatible (RFC 4291 §2.5.5), NAT64 (RFC 6052, 8215), 6to4 (RFC 3056)
+_EMBEDDED = tuple((ipaddress.IPv6Network(network), shift) for network, shift in (
+    ("::ffff:0:0/96", 0), ("::/96", 0), ("64:ff9b::/96", 0), ("64:ff9b:1::/48", 0), ("2002::/16", 80)))
+
+
+def is_protected_address(address: str) -> bool:
+    """Whether an address is of this host or its link alone, and not for clients from elsewhere: loopback,
+    link-local, cloud metadata, unspecified, multicast, broadcast, in whatever disguise.
+
+    >>> [is_protected_address(a) for a in ("127.9.9.9", "::ffff:169.254.169.254", "2002:7f00:1::", "10.0.0.1")]
+    [True, True, True, False]
+    """
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if any(ip.version == network.version and ip in network for network in _METADATA):
+        return True
+    if isinstance(ip, ipaddress.IPv6Address):
+        own = ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip.is_multicast or ip.is_site_local
+        inner = [ipaddress.IPv4Address(int(ip) >> shift & 0xFFFFFFFF) for network, shift in _EMBEDDED
+                 if ip in network]
+        inner += ip.teredo or ()
+        return own or any(is_protected_address(str(other)) for other in inner)
+    zero = int(ip) >> 24 == 0 or int(ip) == 0xFFFFFFFF  # this network (RFC 1122 §3.2.1.3), broadcast
+    return zero or ip.is_loopback or ip.is_link_local or ip.is_multicast
+
+
+def is_numeric_host(host: str) -> bool:
+    """Whether a host is an address, in whatever form C's inet_aton takes: 127.1, 0x7f000001."""
+    return ":" in host or re.search(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$", host) is not None
+
+
+def is_own_name(name: str, names: tuple[str, ...]) -> bool:
+    """Whether a name that a client calls us by is certainly ours, or one of ``names``.
+
+    A web page of evil.example can read what this proxy answers to evil.example, if its name servers then
+    say that this is the proxy's address (DNS rebinding).  That takes a name in the public DNS: no address is
+    one, nor a name without a dot (docker's, a search domain's), nor a name below a private domain.
+
+    >>> [is_own_name(n, ("a.example",)) for n in ("10.0.0.1", "proxy", "a.example", "evil.example")]
+    [True, True, True, False]
+    """
+    private = (".localhost", ".local", ".lan", ".internal", ".home.arpa")
+    return "." not in name or is_numeric_host(name) or name.endswith(private) or name in names
+
+
+def is_protected_host(host: str) -> bool:
+    """Whether a host is guarded whatever its name servers say: an address, or localhost (RFC 6761 §6.3)."""
+    if is_address(host):
+        return is_protected_address(host)
+    name = host.rstrip(".")
+    return name == "localhost" or name.endswith(".localhost")
+
+
+def _is_excepted(target: Target, entry: str) -> bool:
+    with contextlib.suppress(ValueError):
+        network = ipaddress.ip_network(entry, strict=False)
+        return is_address(target.host) and ipaddress.ip_address(target.host) in network
+    name, port = re.fullmatch(r"\[?(.*?)\]?(?::(\d+))?", entry, re.S).groups()  # type: ignore[union-attr]
+    name = name[1:] if name.startswith("*.") else name
+    if port and int(port) != target.port:
+        return False
+    return name in ("*", target.host) or target.host.endswith(name if name.startswith(".") else "." + name)
+
+
+def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
+    """The parent to ask for a target: none for this host and its link, nor for what no_proxy names: an
+    address, a network, or a domain with all below it, each also with :port; or * for all."""
+    if is_protected_host(target.host) or any(_is_excepted(target, entry) for entry in config.no_proxy if entry):
+        return None
+    return dict(config.parents).get(target.scheme)
+
+
+# ---------------------------------------------------------------------------------------------
+# 5 Store
 # ---------------------------------------------------------------------------------------------
 
 METADATA_FOLDER = ".pkgproxy"  # the bookkeeping folder below the root: heads and partials
@@ -3394,7 +3237,7 @@ class Evictor:
 
 
 # ---------------------------------------------------------------------------------------------
-# 4 Barrier: who is fetching what
+# 6 Barrier
 # ---------------------------------------------------------------------------------------------
 
 
@@ -3530,52 +3373,6 @@ class SingleFlight:
         """Flights under way."""
         with self._lock:
             return len(self._flights)
-
-
-class RecentEvents:
-    """When something last happened to a host, a file or a client, and why: failures, attempts, log lines."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # guards _events
-        self._events: dict[str, tuple[float, str]] = {}  # by name: monotonic time and reason
-
-    def note(self, name: str, reason: str = "") -> None:
-        """It happens now."""
-        with self._lock:
-            if len(self._events) >= MAX_EVENTS:
-                self._events.clear()  # costs some attempts more, no memory
-            self.forget(name)  # to be the newest
-            self._events[self._key(name)] = time.monotonic(), reason[:MAX_MEMOIZED]
-
-    def note_first(self, name: str, span: float) -> bool:
-        """Note it unless it has happened in the last ``span`` seconds; return whether it was noted."""
-        with self._lock:
-            first = self.find(name, span) is None
-            if first:
-                self.note(name)
-            return first
-
-    def find(self, name: str, span: float) -> tuple[float, str] | None:
-        """Seconds since it happened, and why; None if that is ``span`` seconds ago, or more."""
-        return next((row[1:] for row in self.gather(span, name)), None)
-
-    def gather(self, span: float, *names: str) -> list[tuple[str, float, str]]:
-        """Names (all, or those given) with the seconds since it happened and why, the newest last."""
-        now = time.monotonic()
-        with self._lock:
-            keys = map(self._key, names or self._events)
-            rows = [(key, *self._events[key]) for key in keys if key in self._events]
-        return [(name, now - when, reason) for name, when, reason in rows if now - when < span]
-
-    def forget(self, *names: str) -> None:
-        """It never happened."""
-        with self._lock:
-            for name in names:
-                self._events.pop(self._key(name), None)
-
-    def _key(self, name: str) -> str:
-        # Strangers choose the length of names, and so the memory that they take.
-        return name if len(name) <= MAX_MEMOIZED else hashlib.sha256(name.encode()).hexdigest()
 
 
 class MemcachedClient:
@@ -3770,8 +3567,54 @@ class LeaseManager:
 
 
 # ---------------------------------------------------------------------------------------------
-# 5 Origin: one forward request
+# 7 Sockets
 # ---------------------------------------------------------------------------------------------
+
+
+class RecentEvents:
+    """When something last happened to a host, a file or a client, and why: failures, attempts, log lines."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # guards _events
+        self._events: dict[str, tuple[float, str]] = {}  # by name: monotonic time and reason
+
+    def note(self, name: str, reason: str = "") -> None:
+        """It happens now."""
+        with self._lock:
+            if len(self._events) >= MAX_EVENTS:
+                self._events.clear()  # costs some attempts more, no memory
+            self.forget(name)  # to be the newest
+            self._events[self._key(name)] = time.monotonic(), reason[:MAX_MEMOIZED]
+
+    def note_first(self, name: str, span: float) -> bool:
+        """Note it unless it has happened in the last ``span`` seconds; return whether it was noted."""
+        with self._lock:
+            first = self.find(name, span) is None
+            if first:
+                self.note(name)
+            return first
+
+    def find(self, name: str, span: float) -> tuple[float, str] | None:
+        """Seconds since it happened, and why; None if that is ``span`` seconds ago, or more."""
+        return next((row[1:] for row in self.gather(span, name)), None)
+
+    def gather(self, span: float, *names: str) -> list[tuple[str, float, str]]:
+        """Names (all, or those given) with the seconds since it happened and why, the newest last."""
+        now = time.monotonic()
+        with self._lock:
+            keys = map(self._key, names or self._events)
+            rows = [(key, *self._events[key]) for key in keys if key in self._events]
+        return [(name, now - when, reason) for name, when, reason in rows if now - when < span]
+
+    def forget(self, *names: str) -> None:
+        """It never happened."""
+        with self._lock:
+            for name in names:
+                self._events.pop(self._key(name), None)
+
+    def _key(self, name: str) -> str:
+        # Strangers choose the length of names, and so the memory that they take.
+        return name if len(name) <= MAX_MEMOIZED else hashlib.sha256(name.encode()).hexdigest()
 
 
 def wait_until_ready(sock: socket.socket, timeout: float, writing: bool = False) -> bool:
@@ -3943,6 +3786,43 @@ class ChunkedReader:
         return data
 
 
+class Quota:
+    """A limited number of things in use, of which one client may have half."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()  # guards _used
+        self._used: collections.Counter[str] = collections.Counter()  # by client_network()
+
+    def acquire(self, client: str) -> bool:
+        """Take one for a client's address; False if there is none left for it."""
+        client = client_network(client)
+        with self._lock:
+            free = sum(self._used.values()) < self._most and self._used[client] < max(1, self._most // 2)
+            self._used[client] += free
+            return free
+
+    def release(self, client: str) -> None:
+        """Return one."""
+        client = client_network(client)
+        with self._lock:
+            self._used[client] -= 1
+            self._used += collections.Counter()  # drops zeros
+
+
+def start_thread(work: Callable[..., object], *arguments: Any) -> None:
+    """Let a thread do it; LocalFailure where there can't be one more."""
+    try:
+        threading.Thread(target=work, args=arguments, daemon=True).start()
+    except RuntimeError as error:
+        raise StorageError(OSError(errno.ENOMEM, str(error))) from None
+
+
+# ---------------------------------------------------------------------------------------------
+# 8 Origin client
+# ---------------------------------------------------------------------------------------------
+
+
 class StrictHTTPResponse(http.client.HTTPResponse):
     """http.client's response with a strict head.
 
@@ -4024,30 +3904,6 @@ def _detached(sock: Any, patience: float) -> socket.socket:
     own = socket.socket(sock.family, sock.type, sock.proto, sock.detach())
     own.settimeout(patience)
     return own
-
-
-class Quota:
-    """A limited number of things in use, of which one client may have half."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._lock = threading.Lock()  # guards _used
-        self._used: collections.Counter[str] = collections.Counter()  # by client_network()
-
-    def acquire(self, client: str) -> bool:
-        """Take one for a client's address; False if there is none left for it."""
-        client = client_network(client)
-        with self._lock:
-            free = sum(self._used.values()) < self._most and self._used[client] < max(1, self._most // 2)
-            self._used[client] += free
-            return free
-
-    def release(self, client: str) -> None:
-        """Return one."""
-        client = client_network(client)
-        with self._lock:
-            self._used[client] -= 1
-            self._used += collections.Counter()  # drops zeros
 
 
 class DNSLookup:
@@ -4801,229 +4657,8 @@ class OriginClient:
 
 
 # ---------------------------------------------------------------------------------------------
-# 6 Proxy: the only floor that knows Store, Barrier and Origin
+# 9 Downloads
 # ---------------------------------------------------------------------------------------------
-
-REVALIDATION_INTERVAL = 3600.0  # seconds between two validations of one response in the background
-MAX_BACKGROUND_VALIDATIONS = 4  # validations at one time that no client waits for
-
-
-class Counters:
-    """What was answered, and how.  statsCacheBytes + statsDownBytes are the original's names.
-
-    ``down`` counts body bytes that arrived from origins; ``cache`` body bytes sent that no origin
-    had to send for it: hits, validated and stale ones, and downloads that others had begun.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _counts
-        self._counts = dict.fromkeys(("down", "cache", "tunnelled", *(one.value for one in Outcome)), 0)
-        self._started = time.time(), time.monotonic()
-
-    def add_down(self, count: int) -> None:
-        """Body bytes from an origin."""
-        with self._lock:
-            self._counts["down"] += count
-
-    def add_tunnel(self, count: int) -> None:
-        """Bytes through tunnels, both ways together."""
-        with self._lock:
-            self._counts["tunnelled"] += count
-
-    def add(self, outcome: Outcome, cached: int = 0, count: int = 1) -> None:
-        """So many answers, with so many body bytes from the cache."""
-        with self._lock:
-            self._counts[outcome._value_] += count  # .value is a function of the library's
-            self._counts["cache"] += cached
-
-    def since(self, now: float) -> float:
-        """When it was started, by a clock that says ``now``: a machine that keeps no time while it is off
-        starts us by a wrong one, and puts it right later."""
-        clock, began = self._started
-        right = now - (time.monotonic() - began)
-        return clock if abs(right - clock) < 60 else right
-
-    def snapshot(self) -> dict[str, Any]:
-        """All of them."""
-        with self._lock:
-            counts = dict(self._counts)
-        outcomes = {outcome.value: counts[outcome.value] for outcome in Outcome}
-        return {"statsCacheBytes": counts["cache"], "statsDownBytes": counts["down"],
-                "statsTunnelBytes": counts["tunnelled"], "statsRequests": sum(outcomes.values()),
-                "statsOutcomes": outcomes}
-
-
-def _count(number: Any) -> int:
-    if not isinstance(number, int) or not 0 <= number < 2**63:
-        raise ValueError("no count")
-    return number
-
-
-class TrafficHistory:
-    """Counters over all time, and when the bytes came: what outlives a restart.
-
-    Each instance on a root has a file of its own, by its name.  A damaged or lost file costs the past,
-    nothing else.
-    """
-
-    def __init__(self, books: str, name: str, totals: Callable[[], dict[str, int]]) -> None:
-        self._old = os.path.join(books, "history.json")  # of versions that had one for all instances
-        self._path = os.path.join(books, "history-%s.json" % urllib.parse.quote(name, "")[:200])
-        self._totals = totals  # the counters since the start: they only grow
-        self._stop = threading.Event()
-        self._saver: threading.Thread | None = None
-        self._lock = threading.Lock()  # guards all below
-        self._since = int(time.time())
-        self._all: dict[str, int] = {}  # counters over all time, as of the last record
-        self._last: dict[str, int] = {}  # and of this run
-        # Of each plot, by their number: bytes from the cache, and from origins.
-        self._slots: dict[str, dict[int, list[int]]] = {name: {} for name in PLOTS}
-        self._saved = ""
-
-    def start(self) -> None:
-        """Go on from what was saved, and save from now on."""
-        if not os.path.exists(self._path):
-            with contextlib.suppress(OSError):  # the first instance of this version inherits the old file
-                os.rename(self._old, self._path)
-        self.load()
-        self._saver = threading.Thread(target=self._save_again, daemon=True)
-        self._saver.start()
-
-    def stop(self) -> None:
-        """Save for the last time, if it was started."""
-        self._stop.set()
-        if self._saver is not None:
-            self._saver.join(1.0)
-            self.save()
-
-    def _save_again(self) -> None:
-        while not self._stop.wait(HISTORY_SAVE_INTERVAL):
-            self.save()
-
-    def record(self, now: float) -> None:
-        """Note what has been counted since the last time."""
-        totals = self._totals()
-        with self._lock:
-            gained = {name: max(0, count - self._last.get(name, 0)) for name, count in totals.items()}
-            for name, count in gained.items():
-                self._all[name] = self._all.get(name, 0) + count
-                self._last[name] = self._last.get(name, 0) + count
-            pair = gained["statsCacheBytes"], gained["statsDownBytes"]
-            for name, (width, most) in PLOTS.items():
-                number, slots = int(now // width), self._slots[name]
-                if any(pair):
-                    slots[number] = [old + new for old, new in zip(slots.get(number, (0, 0)), pair)]
-                for old in [one for one in slots if abs(number - one) >= most]:
-                    del slots[old]
-
-    def snapshot(self, now: float) -> dict[str, Any]:
-        """Counters over all time, and each plot from its oldest slot to now."""
-        self.record(now)
-        with self._lock:
-            plots = {name: {"seconds": width, "bytes": [
-                self._slots[name].get(int(now // width) - back, [0, 0]) for back in range(most - 1, -1, -1)]}
-                for name, (width, most) in PLOTS.items()}
-            return {"allTime": {"since": self._since, **self._all}, "plots": plots}
-
-    def load(self) -> None:
-        """Take over what was saved, if it can be read."""
-        try:
-            with open(self._path, encoding="utf-8", opener=_private_opener) as file:
-                kept = json.loads(file.read(_MAX_HEAD_FILE))
-            since = _count(kept["since"])
-            counts = {str(key): _count(row) for key, row in kept["all"].items()}
-            slots = {name: {int(key): [_count(row[0]), _count(row[1])]
-                            for key, row in kept["slots"][name].items()} for name in PLOTS}
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            return
-        with self._lock:
-            self._since, self._all, self._slots = since, counts, slots
-
-    def save(self) -> None:
-        """Write it down, where it has changed."""
-        self.record(time.time())
-        with self._lock:
-            text = json.dumps({"since": self._since, "all": self._all, "slots": self._slots})
-        if text != self._saved and any(self._all.values()):
-            with contextlib.suppress(OSError):
-                replace_file(self._path, text)
-                self._saved = text
-
-
-class RecentRequests:
-    """The last requests, and the busiest origins.
-
-    note() stands in the way of each hit: what can wait is done in gather().
-    """
-
-    def __init__(self, outcomes: Callable[[], dict[str, int]]) -> None:
-        self._outcomes = outcomes  # counted so far
-        self._lock = threading.Lock()  # guards all below
-        self._seen = 0
-        self._hinted: set[str] = set()  # of what has been said, once
-        self._recent: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=MAX_ROWS)
-        self._origins: dict[tuple[str, int], list[int]] = {}  # by host and port: requests, bytes, cached ones
-
-    def note(self, request: Request, status: int, cache_status: CacheStatus,
-             answers: list[tuple[str, SendResult]]) -> None:
-        """What clients got for the same request at the same time, and was no page of ours."""
-        target, now = request.target, time.time()
-        with self._lock:
-            before = self._seen
-            self._seen = seen = before + len(answers)
-            for client, sent in answers[-MAX_ROWS:]:
-                self._recent.append((now, client, request.method, target, request.uri, status, sent,
-                                     cache_status))
-            if target.host and cache_status.outcome not in (Outcome.REFUSED, Outcome.FAILED):
-                place = target.host, target.port
-                row = self._origins.get(place) or self._admit(place)
-                row[0] += len(answers)
-                for _, sent in answers:
-                    row[1] += sent.size
-                    row[2] += sent.cached
-        due = before < HINT_AFTER_REQUESTS[-1] and any(before < number <= seen for number in HINT_AFTER_REQUESTS)
-        if due or cache_status.forward == "bypass":
-            self._hint(request, due)
-
-    def _admit(self, place: tuple[str, int]) -> list[int]:
-        """A row for a new origin; where there are many, the least busy one gives way to it."""
-        if len(self._origins) > MAX_ORIGINS:
-            least = min((one for one in self._origins if one[0]), key=lambda one: self._origins[one][0])
-            others = self._origins.setdefault(("", 0), [0, 0, 0])
-            others[:] = map(sum, zip(others, self._origins.pop(least)))
-        return self._origins.setdefault(place, [0, 0, 0])
-
-    def _hint(self, request: Request, due: bool) -> None:
-        """Say, once each, where users are about to lose what this proxy is for."""
-        if due:
-            with self._lock:
-                details = [row[-1].detail for row in self._recent]
-            topic, text = "outcomes", usage_hint(self._outcomes(), details)
-        elif classify_name(request.key) in (NameClass.PACKAGE, NameClass.CONTENT):
-            topic, text = "filters", "A filter keeps a package from the cache: %s." % displayable_uri(request.uri)
-        else:
-            return
-        with self._lock:
-            new = text and topic not in self._hinted
-            self._hinted.update([topic] if text else [])
-        if new:
-            log.warning("%s", text)
-
-    def gather(self) -> dict[str, Any]:
-        """All of it as plain data of bounded size: the newest request and the busiest origin first."""
-        with self._lock:
-            recent = list(self._recent)[::-1]
-            origins = sorted(((place, tuple(row)) for place, row in self._origins.items()),
-                             key=lambda one: -one[1][1])
-        return {
-            "recent": [{"at": at, "client": truncate_middle(client, 45), "method": truncate_middle(method, 16),
-                        "uri": displayable_uri(target.uri if target.host and method != "CONNECT" else uri),
-                        "status": code, "bytes": sent.size, "seconds": round(sent.took, 3),
-                        "outcome": status.outcome.value, "detail": truncate_middle(status.detail, 80)}
-                       for at, client, method, target, uri, code, sent, status in recent],
-            "origins": sum_by_name((truncate_middle(Target("http", host, port, "").authority, 80) if host else "other", {
-                "requests": requests, "bytes": sent, "cached": cached})
-                for (host, port), (requests, sent, cached) in origins)}
 
 
 class BytesBody:
@@ -5070,14 +4705,6 @@ class FileBody:
     def close(self) -> None:
         """Close the file."""
         self._stored.close()
-
-
-def start_thread(work: Callable[..., object], *arguments: Any) -> None:
-    """Let a thread do it; LocalFailure where there can't be one more."""
-    try:
-        threading.Thread(target=work, args=arguments, daemon=True).start()
-    except RuntimeError as error:
-        raise StorageError(OSError(errno.ENOMEM, str(error))) from None
 
 
 class TailingBody:
@@ -5216,29 +4843,6 @@ class LinkRewritingBody:
     def close(self) -> None:
         """Release what it holds."""
         self._body.close()
-
-
-# Fields that tell of the very bytes of a body.
-_OF_BODY = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
-            "content-digest", "repr-digest")
-
-
-def rewrite_for_prefix(request: Request, reply: Response) -> Response:
-    """A reply whose links lead back here.  The validators of the original are none of its."""
-    links = link_pattern_for(request, reply.head)
-    if links is None:
-        return reply
-    fields = without_fields(reply.head.fields, _OF_BODY)
-    host = field_value(request.fields, "Host")
-    body = LinkRewritingBody(reply.body, links, "http://%s/" % host if host else "/", request.target)
-
-    def instead(failure: Exception) -> Response:
-        if reply.fallback is None:
-            raise failure
-        return rewrite_for_prefix(request, reply.fallback(failure))
-
-    return replace_fields(reply, head=replace_fields(reply.head, fields=fields), body=body,
-                   fallback=reply.fallback and instead)
 
 
 class OrphanLimiter:
@@ -5386,14 +4990,6 @@ def look_up_for_client(store: Store, origin: OriginClient, request: Request) -> 
     return stored
 
 
-def check_target_allowed(request: Request, config: Config) -> None:
-    """Failure where a request has come in a circle, or may not go where it wants."""
-    if is_loop(request, config):
-        raise ProxyError("The request has come through this proxy before: its target leads back here.", 508)
-    if not request.client_is_local and is_protected_host(request.target.host):
-        raise ProxyError("Only the proxy's own host may reach %s through it." % request.target.host, 403)
-
-
 def may_share_download(request: Request, head: ResponseHead) -> bool:
     """Whether a request's client may have what is being downloaded for another."""
     return (request.client_is_local or not head.local_clients_only) and selecting_fields(request, head) == head.vary
@@ -5404,135 +5000,6 @@ def response_from_store(request: Request, stored: StoredResponse, status: CacheS
     """A reply from a stored body: preconditions, ranges, Age (RFC 9111 §5.1)."""
     selection = select_response(request, with_age(stored.head, now), stored.head.size, MULTIPART_BOUNDARY)
     return Response(selection.head, FileBody(stored, selection), status, True, instead)
-
-
-class PreparedHit(NamedTuple):
-    """A small reply from the store, as it leaves."""
-
-    head: bytes
-    span: tuple[int, int]  # of the stored body
-    status: int
-    cache_status: CacheStatus
-    close: bool  # the connection, after it
-
-
-class HotEntry:
-    """A small reply that has left, to be sent again as it is."""
-
-    __slots__ = ("body", "data", "mark", "ready", "request", "stored", "text")
-
-    def __init__(self, request: Request, ready: PreparedHit, body: bytes, stored: StoredResponse, mark: Any) -> None:
-        self.request = request
-        self.ready = ready
-        self.body = body
-        self.data = ready.head + body
-        self.stored = stored  # open: its descriptor tells whether the file is still what it was
-        self.mark = mark  # of the file
-        self.text = log_text(request, ready.cache_status)
-
-
-def file_version(stored: StoredResponse) -> tuple[int, int, int]:
-    """What changes when a file is removed, replaced or written to; OSError."""
-    info = os.fstat(stored.fileno())
-    return info.st_nlink, info.st_ctime_ns, info.st_size
-
-
-class HotCache:
-    """Replies of this second, for whoever asks for the same: a fleet does so in the same moment.
-
-    A copy is good while its file is what it was, which a look at the open descriptor tells, one for all who
-    have asked when it is made, and until the second ends: its Age is for that one.
-    """
-
-    def __init__(self) -> None:
-        self._copies: dict[Any, HotEntry] = {}  # by the request's head, and whose it is
-        self._era: tuple[int, Config | None] = (0, None)  # the second and the configuration they are of
-        self._verified: set[HotEntry] = set()  # have been looked at since the last doubt
-
-    def start_turn(self, era: tuple[int, Config]) -> None:
-        """From now on it is this second, and what is asked was asked before."""
-        if era != self._era:
-            self.clear()
-            self._era = era
-        self.recheck()
-
-    def recheck(self) -> None:
-        """What is asked from now on may have been asked after a file was removed or replaced."""
-        self._verified.clear()
-
-    def get(self, asked: Any, config: Config) -> HotEntry | None:
-        """The copy for a request, if it is still good."""
-        copy = self._copies.get(asked) if config is self._era[1] else None
-        if copy is None or copy in self._verified:
-            return copy
-        with contextlib.suppress(OSError):
-            if file_version(copy.stored) == copy.mark:
-                self._verified.add(copy)
-                return copy
-        return None
-
-    def put(self, asked: Any, copy: HotEntry) -> None:
-        """Keep a copy; without room for it, where its file has gone already, or where an open file can't be
-        removed, just close that."""
-        old = self._copies.pop(asked, None)
-        if old is not None:
-            old.stored.close()
-        if len(self._copies) < HOT_CACHE_SIZE and copy.mark[0] and os.name != "nt":
-            self._copies[asked] = copy
-        else:
-            copy.stored.close()
-
-    def clear(self) -> None:
-        """Let go of all."""
-        copies, self._copies = self._copies, {}
-        for copy in copies.values():
-            copy.stored.close()
-
-
-@functools.lru_cache(LARGE_MEMO // 4)
-def prepare_hit(request: Request, stored: ResponseHead, config: Config, now: float) -> PreparedHit | None:
-    """The reply to a request from a stored response, where it is small and there is nobody to ask; a pure
-    function, remembered because a fleet asks for the same thing in the same moment."""
-    with contextlib.suppress(ProxyError):
-        check_target_allowed(request, config)
-        decision = decide(request, stored, config, now)
-        selection = select_response(request, with_age(stored, now), stored.size, "")
-        spans = () if request.method == "HEAD" else selection.spans
-        span = spans[0] if spans else (0, 0)
-        if decision.action is not Action.SERVE or decision.refresh or link_pattern_for(request, selection.head) or \
-                len(spans) > 1 or isinstance(span, bytes) or span[1] - span[0] > SMALL_BODY:
-            return None
-        close, status = not wants_keep_alive(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
-        head = render_response_head(request, selection.head, selection.length, status, close, config)
-        return PreparedHit(head, span, selection.head.status, status, close)
-    return None
-
-
-def read_without_blocking(file: io.FileIO, start: int, stop: int) -> bytes | None:
-    """A part of a file, None where it is not in memory (as far as the system tells) or not there."""
-    buffer = bytearray(stop - start)
-    try:
-        try:
-            count = os.preadv(file.fileno(), [buffer], start, os.RWF_NOWAIT)
-        except (AttributeError, OSError) as error:
-            if isinstance(error, BlockingIOError):
-                return None
-            file.seek(start)
-            count = file.readinto(buffer) or 0
-    except OSError:
-        return None
-    return bytes(buffer) if count == stop - start else None
-
-
-def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now: float) -> HotEntry | None:
-    """The reply to a request from a stored response, if it is at hand; else that is closed."""
-    mark = file_version(stored)  # before it is read
-    ready = prepare_hit(request, stored.head, config, now)
-    body = read_without_blocking(stored.file, *ready.span) if ready else None
-    if ready is None or body is None:
-        stored.close()
-        return None
-    return HotEntry(request, ready, body, stored, mark)
 
 
 def response_from_partial(request: Request, head: ResponseHead, flight: Flight, partial: PartialFile, status: CacheStatus,
@@ -5550,18 +5017,6 @@ def response_from_origin(request: Request, response: OriginResponse, decision: C
     outcome = Outcome.BYPASS if decision.forward in ("bypass", "method") else Outcome.RELAYED
     status = CacheStatus(outcome, decision.forward, head.status, detail=detail)
     return Response(head, PassThroughBody(response, request.method == "HEAD"), status)
-
-
-def answer_as_final_recipient(request: Request) -> Response:
-    """Our own answer to a TRACE or OPTIONS that may go no further (RFC 9110 §7.6.2, §9.3.7, §9.3.8)."""
-    if request.method == "OPTIONS":
-        methods = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE, CONNECT"
-        return Response(generated_head(200, more=(("Allow", methods),)), BytesBody(b""), CacheStatus(Outcome.OWN))
-    fields = without_fields(request.fields, ("authorization", "cookie", "proxy-authorization"))
-    lines = ["%s %s HTTP/%d.%d" % (request.method, request.uri, *request.version)]
-    lines += ["%s: %s" % field for field in fields]
-    text = "\r\n".join([*lines, "", ""]).encode("latin-1")
-    return Response(generated_head(200, "message/http"), BytesBody(text), CacheStatus(Outcome.OWN))
 
 
 def full_request(request: Request, decision: CacheDecision, config: Config,
@@ -6178,6 +5633,193 @@ class ResponseStorer:
         return reply
 
 
+def open_lease_manager(config: Config, store: Store) -> LeaseManager:
+    """How we agree with other instances, and a word in the log where we can't."""
+    why = "" if config.barrier else why_locks_fail(store.metadata_folder)
+    if why:
+        log.warning("Instances that share %s would download each on its own: %s. --barrier "
+                    "memcached://HOST:PORT lets them share.", store.root, why)
+    return LeaseManager(config.barrier, bool(why))
+
+
+# ---------------------------------------------------------------------------------------------
+# 10 Proxy
+# ---------------------------------------------------------------------------------------------
+
+REVALIDATION_INTERVAL = 3600.0  # seconds between two validations of one response in the background
+MAX_BACKGROUND_VALIDATIONS = 4  # validations at one time that no client waits for
+# Fields that tell of the very bytes of a body.
+_OF_BODY = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
+            "content-digest", "repr-digest")
+
+
+def rewrite_for_prefix(request: Request, reply: Response) -> Response:
+    """A reply whose links lead back here.  The validators of the original are none of its."""
+    links = link_pattern_for(request, reply.head)
+    if links is None:
+        return reply
+    fields = without_fields(reply.head.fields, _OF_BODY)
+    host = field_value(request.fields, "Host")
+    body = LinkRewritingBody(reply.body, links, "http://%s/" % host if host else "/", request.target)
+
+    def instead(failure: Exception) -> Response:
+        if reply.fallback is None:
+            raise failure
+        return rewrite_for_prefix(request, reply.fallback(failure))
+
+    return replace_fields(reply, head=replace_fields(reply.head, fields=fields), body=body,
+                   fallback=reply.fallback and instead)
+
+
+def check_target_allowed(request: Request, config: Config) -> None:
+    """Failure where a request has come in a circle, or may not go where it wants."""
+    if is_loop(request, config):
+        raise ProxyError("The request has come through this proxy before: its target leads back here.", 508)
+    if not request.client_is_local and is_protected_host(request.target.host):
+        raise ProxyError("Only the proxy's own host may reach %s through it." % request.target.host, 403)
+
+
+class PreparedHit(NamedTuple):
+    """A small reply from the store, as it leaves."""
+
+    head: bytes
+    span: tuple[int, int]  # of the stored body
+    status: int
+    cache_status: CacheStatus
+    close: bool  # the connection, after it
+
+
+class HotEntry:
+    """A small reply that has left, to be sent again as it is."""
+
+    __slots__ = ("body", "data", "mark", "ready", "request", "stored", "text")
+
+    def __init__(self, request: Request, ready: PreparedHit, body: bytes, stored: StoredResponse, mark: Any) -> None:
+        self.request = request
+        self.ready = ready
+        self.body = body
+        self.data = ready.head + body
+        self.stored = stored  # open: its descriptor tells whether the file is still what it was
+        self.mark = mark  # of the file
+        self.text = log_text(request, ready.cache_status)
+
+
+def file_version(stored: StoredResponse) -> tuple[int, int, int]:
+    """What changes when a file is removed, replaced or written to; OSError."""
+    info = os.fstat(stored.fileno())
+    return info.st_nlink, info.st_ctime_ns, info.st_size
+
+
+class HotCache:
+    """Replies of this second, for whoever asks for the same: a fleet does so in the same moment.
+
+    A copy is good while its file is what it was, which a look at the open descriptor tells, one for all who
+    have asked when it is made, and until the second ends: its Age is for that one.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[Any, HotEntry] = {}  # by the request's head, and whose it is
+        self._era: tuple[int, Config | None] = (0, None)  # the second and the configuration they are of
+        self._verified: set[HotEntry] = set()  # have been looked at since the last doubt
+
+    def start_turn(self, era: tuple[int, Config]) -> None:
+        """From now on it is this second, and what is asked was asked before."""
+        if era != self._era:
+            self.clear()
+            self._era = era
+        self.recheck()
+
+    def recheck(self) -> None:
+        """What is asked from now on may have been asked after a file was removed or replaced."""
+        self._verified.clear()
+
+    def get(self, asked: Any, config: Config) -> HotEntry | None:
+        """The copy for a request, if it is still good."""
+        copy = self._copies.get(asked) if config is self._era[1] else None
+        if copy is None or copy in self._verified:
+            return copy
+        with contextlib.suppress(OSError):
+            if file_version(copy.stored) == copy.mark:
+                self._verified.add(copy)
+                return copy
+        return None
+
+    def put(self, asked: Any, copy: HotEntry) -> None:
+        """Keep a copy; without room for it, where its file has gone already, or where an open file can't be
+        removed, just close that."""
+        old = self._copies.pop(asked, None)
+        if old is not None:
+            old.stored.close()
+        if len(self._copies) < HOT_CACHE_SIZE and copy.mark[0] and os.name != "nt":
+            self._copies[asked] = copy
+        else:
+            copy.stored.close()
+
+    def clear(self) -> None:
+        """Let go of all."""
+        copies, self._copies = self._copies, {}
+        for copy in copies.values():
+            copy.stored.close()
+
+
+@functools.lru_cache(LARGE_MEMO // 4)
+def prepare_hit(request: Request, stored: ResponseHead, config: Config, now: float) -> PreparedHit | None:
+    """The reply to a request from a stored response, where it is small and there is nobody to ask; a pure
+    function, remembered because a fleet asks for the same thing in the same moment."""
+    with contextlib.suppress(ProxyError):
+        check_target_allowed(request, config)
+        decision = decide(request, stored, config, now)
+        selection = select_response(request, with_age(stored, now), stored.size, "")
+        spans = () if request.method == "HEAD" else selection.spans
+        span = spans[0] if spans else (0, 0)
+        if decision.action is not Action.SERVE or decision.refresh or link_pattern_for(request, selection.head) or \
+                len(spans) > 1 or isinstance(span, bytes) or span[1] - span[0] > SMALL_BODY:
+            return None
+        close, status = not wants_keep_alive(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
+        head = render_response_head(request, selection.head, selection.length, status, close, config)
+        return PreparedHit(head, span, selection.head.status, status, close)
+    return None
+
+
+def read_without_blocking(file: io.FileIO, start: int, stop: int) -> bytes | None:
+    """A part of a file, None where it is not in memory (as far as the system tells) or not there."""
+    buffer = bytearray(stop - start)
+    try:
+        try:
+            count = os.preadv(file.fileno(), [buffer], start, os.RWF_NOWAIT)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, BlockingIOError):
+                return None
+            file.seek(start)
+            count = file.readinto(buffer) or 0
+    except OSError:
+        return None
+    return bytes(buffer) if count == stop - start else None
+
+
+def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now: float) -> HotEntry | None:
+    """The reply to a request from a stored response, if it is at hand; else that is closed."""
+    mark = file_version(stored)  # before it is read
+    ready = prepare_hit(request, stored.head, config, now)
+    body = read_without_blocking(stored.file, *ready.span) if ready else None
+    if ready is None or body is None:
+        stored.close()
+        return None
+    return HotEntry(request, ready, body, stored, mark)
+
+
+def answer_as_final_recipient(request: Request) -> Response:
+    """Our own answer to a TRACE or OPTIONS that may go no further (RFC 9110 §7.6.2, §9.3.7, §9.3.8)."""
+    if request.method == "OPTIONS":
+        methods = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE, CONNECT"
+        return Response(generated_head(200, more=(("Allow", methods),)), BytesBody(b""), CacheStatus(Outcome.OWN))
+    fields = without_fields(request.fields, ("authorization", "cookie", "proxy-authorization"))
+    lines = ["%s %s HTTP/%d.%d" % (request.method, request.uri, *request.version)]
+    lines += ["%s: %s" % field for field in fields]
+    text = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    return Response(generated_head(200, "message/http"), BytesBody(text), CacheStatus(Outcome.OWN))
+
+
 class FlightLeader:
     """Makes the fetches that others may share.  For the caller: lead, which returns how the flight
     ended, or None where a thread is still filling, or watching, and will end it."""
@@ -6385,43 +6027,6 @@ class EvictionThread:
                       "removedBytes": self.last_report["removedBytes"] + swept.freed}
 
 
-class StatusCollector:
-    """What the pages need to know.  For the caller: recent, history, snapshot, ailment."""
-
-    def __init__(self, store: Store, counters: Counters, name: str,
-                 gather: Callable[[], dict[str, Any]]) -> None:
-        self.recent = RecentRequests(lambda: counters.snapshot()["statsOutcomes"])
-        self.history = TrafficHistory(store.metadata_folder, name, self._totals)
-        self._store = store
-        self._counters = counters
-        self._gather = gather  # what else there is to tell
-
-    def _totals(self) -> dict[str, int]:
-        """The counters since the start, as one level."""
-        counted = self._counters.snapshot()
-        return {**{name: counted[name] for name in ("statsCacheBytes", "statsDownBytes", "statsTunnelBytes")},
-                **counted["statsOutcomes"]}
-
-    def snapshot(self) -> dict[str, Any]:
-        """All that the pages show."""
-        now = time.time()
-        return {**self._counters.snapshot(), "counters": self._totals(), **self.history.snapshot(now),
-                "now": now, "since": self._counters.since(now), "disk": disk_usage(self._store.root),
-                **self.recent.gather(), **self._gather()}
-
-    def health_problem(self) -> str:
-        """Why this process cannot do its work, or cache; "" where it can."""
-        try:
-            try_writing(self._store.metadata_folder)
-            start_thread(int)
-        except OSError as error:
-            self._store.space.scarce.set()  # it may be full
-            return "The cache root cannot be written: %s." % (error.strerror or error)
-        except StorageError:
-            return "No more threads are to be had."
-        return ""
-
-
 class BackgroundRevalidator:
     """Validations that no client waits for.  For the caller: refresh, renew."""
 
@@ -6460,15 +6065,6 @@ class BackgroundRevalidator:
             log.debug("%s was not validated: %s", request.key, failure)
         finally:
             self._running.release()
-
-
-def open_lease_manager(config: Config, store: Store) -> LeaseManager:
-    """How we agree with other instances, and a word in the log where we can't."""
-    why = "" if config.barrier else why_locks_fail(store.metadata_folder)
-    if why:
-        log.warning("Instances that share %s would download each on its own: %s. --barrier "
-                    "memcached://HOST:PORT lets them share.", store.root, why)
-    return LeaseManager(config.barrier, bool(why))
 
 
 class Proxy:
@@ -6681,8 +6277,306 @@ class Proxy:
 
 
 # ---------------------------------------------------------------------------------------------
-# 7 Pages: the proxy's own pages
+# 11 Statistics
 # ---------------------------------------------------------------------------------------------
+
+
+def sum_by_name(rows: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """Counts by name: those of one name added up.
+
+    >>> sum_by_name([("a", {"n": 1}), ("b", {"n": 2}), ("a", {"n": 4})])
+    {'a': {'n': 5}, 'b': {'n': 2}}
+    """
+    sums: dict[str, dict[str, int]] = {}
+    for name, row in rows:
+        known = sums.setdefault(name, dict.fromkeys(row, 0))
+        for key, count in row.items():
+            known[key] += count
+    return sums
+
+
+def usage_hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
+    """What users are about to lose, by how the first requests ended, and why; "" where all is well."""
+    heeded: dict[Outcome, int] = {one: outcomes[one.value] for one in Outcome
+                                  if one not in (Outcome.OWN, Outcome.REFUSED)}
+    total, tunnels = sum(heeded.values()), heeded[Outcome.TUNNEL]
+    if total and tunnels >= 0.9 * total:
+        return ("%d of %d requests were CONNECT: https passes through unseen and isn't cached. Begin the "
+                "repositories' addresses with http://, where their packages are signed, or put the proxy's "
+                "own before them: http://this-host:9999/https://mirror.example.org/." % (tunnels, total))
+    # What was refused has been seen, too: else one such request, and this would never be said.
+    seen = total + outcomes[Outcome.REFUSED.value]
+    if not total or seen < HINT_AFTER_REQUESTS[-1] or any(heeded[one] for one in CACHE_OUTCOMES):
+        return ""
+    most = max(heeded, key=lambda one: heeded[one])
+    known = collections.Counter(filter(None, details)).most_common(1)
+    why = {Outcome.MISS: "each was for another file. That is normal while the cache fills; else let all "
+                         "machines name the same mirror",
+           Outcome.BYPASS: "most were kept out by a filter, or are no GET. Indexes need no filters",
+           Outcome.FAILED: "most origins cannot be asked",
+           }.get(most, "most answers may not be kept%s" % (" (%s)" % known[0][0] if known else ""))
+    return "Not one of the first %d requests was a hit: %s." % (total, why)
+
+
+class Counters:
+    """What was answered, and how.  statsCacheBytes + statsDownBytes are the original's names.
+
+    ``down`` counts body bytes that arrived from origins; ``cache`` body bytes sent that no origin
+    had to send for it: hits, validated and stale ones, and downloads that others had begun.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _counts
+        self._counts = dict.fromkeys(("down", "cache", "tunnelled", *(one.value for one in Outcome)), 0)
+        self._started = time.time(), time.monotonic()
+
+    def add_down(self, count: int) -> None:
+        """Body bytes from an origin."""
+        with self._lock:
+            self._counts["down"] += count
+
+    def add_tunnel(self, count: int) -> None:
+        """Bytes through tunnels, both ways together."""
+        with self._lock:
+            self._counts["tunnelled"] += count
+
+    def add(self, outcome: Outcome, cached: int = 0, count: int = 1) -> None:
+        """So many answers, with so many body bytes from the cache."""
+        with self._lock:
+            self._counts[outcome._value_] += count  # .value is a function of the library's
+            self._counts["cache"] += cached
+
+    def since(self, now: float) -> float:
+        """When it was started, by a clock that says ``now``: a machine that keeps no time while it is off
+        starts us by a wrong one, and puts it right later."""
+        clock, began = self._started
+        right = now - (time.monotonic() - began)
+        return clock if abs(right - clock) < 60 else right
+
+    def snapshot(self) -> dict[str, Any]:
+        """All of them."""
+        with self._lock:
+            counts = dict(self._counts)
+        outcomes = {outcome.value: counts[outcome.value] for outcome in Outcome}
+        return {"statsCacheBytes": counts["cache"], "statsDownBytes": counts["down"],
+                "statsTunnelBytes": counts["tunnelled"], "statsRequests": sum(outcomes.values()),
+                "statsOutcomes": outcomes}
+
+
+def _count(number: Any) -> int:
+    if not isinstance(number, int) or not 0 <= number < 2**63:
+        raise ValueError("no count")
+    return number
+
+
+class TrafficHistory:
+    """Counters over all time, and when the bytes came: what outlives a restart.
+
+    Each instance on a root has a file of its own, by its name.  A damaged or lost file costs the past,
+    nothing else.
+    """
+
+    def __init__(self, books: str, name: str, totals: Callable[[], dict[str, int]]) -> None:
+        self._old = os.path.join(books, "history.json")  # of versions that had one for all instances
+        self._path = os.path.join(books, "history-%s.json" % urllib.parse.quote(name, "")[:200])
+        self._totals = totals  # the counters since the start: they only grow
+        self._stop = threading.Event()
+        self._saver: threading.Thread | None = None
+        self._lock = threading.Lock()  # guards all below
+        self._since = int(time.time())
+        self._all: dict[str, int] = {}  # counters over all time, as of the last record
+        self._last: dict[str, int] = {}  # and of this run
+        # Of each plot, by their number: bytes from the cache, and from origins.
+        self._slots: dict[str, dict[int, list[int]]] = {name: {} for name in PLOTS}
+        self._saved = ""
+
+    def start(self) -> None:
+        """Go on from what was saved, and save from now on."""
+        if not os.path.exists(self._path):
+            with contextlib.suppress(OSError):  # the first instance of this version inherits the old file
+                os.rename(self._old, self._path)
+        self.load()
+        self._saver = threading.Thread(target=self._save_again, daemon=True)
+        self._saver.start()
+
+    def stop(self) -> None:
+        """Save for the last time, if it was started."""
+        self._stop.set()
+        if self._saver is not None:
+            self._saver.join(1.0)
+            self.save()
+
+    def _save_again(self) -> None:
+        while not self._stop.wait(HISTORY_SAVE_INTERVAL):
+            self.save()
+
+    def record(self, now: float) -> None:
+        """Note what has been counted since the last time."""
+        totals = self._totals()
+        with self._lock:
+            gained = {name: max(0, count - self._last.get(name, 0)) for name, count in totals.items()}
+            for name, count in gained.items():
+                self._all[name] = self._all.get(name, 0) + count
+                self._last[name] = self._last.get(name, 0) + count
+            pair = gained["statsCacheBytes"], gained["statsDownBytes"]
+            for name, (width, most) in PLOTS.items():
+                number, slots = int(now // width), self._slots[name]
+                if any(pair):
+                    slots[number] = [old + new for old, new in zip(slots.get(number, (0, 0)), pair)]
+                for old in [one for one in slots if abs(number - one) >= most]:
+                    del slots[old]
+
+    def snapshot(self, now: float) -> dict[str, Any]:
+        """Counters over all time, and each plot from its oldest slot to now."""
+        self.record(now)
+        with self._lock:
+            plots = {name: {"seconds": width, "bytes": [
+                self._slots[name].get(int(now // width) - back, [0, 0]) for back in range(most - 1, -1, -1)]}
+                for name, (width, most) in PLOTS.items()}
+            return {"allTime": {"since": self._since, **self._all}, "plots": plots}
+
+    def load(self) -> None:
+        """Take over what was saved, if it can be read."""
+        try:
+            with open(self._path, encoding="utf-8", opener=_private_opener) as file:
+                kept = json.loads(file.read(_MAX_HEAD_FILE))
+            since = _count(kept["since"])
+            counts = {str(key): _count(row) for key, row in kept["all"].items()}
+            slots = {name: {int(key): [_count(row[0]), _count(row[1])]
+                            for key, row in kept["slots"][name].items()} for name in PLOTS}
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return
+        with self._lock:
+            self._since, self._all, self._slots = since, counts, slots
+
+    def save(self) -> None:
+        """Write it down, where it has changed."""
+        self.record(time.time())
+        with self._lock:
+            text = json.dumps({"since": self._since, "all": self._all, "slots": self._slots})
+        if text != self._saved and any(self._all.values()):
+            with contextlib.suppress(OSError):
+                replace_file(self._path, text)
+                self._saved = text
+
+
+class RecentRequests:
+    """The last requests, and the busiest origins.
+
+    note() stands in the way of each hit: what can wait is done in gather().
+    """
+
+    def __init__(self, outcomes: Callable[[], dict[str, int]]) -> None:
+        self._outcomes = outcomes  # counted so far
+        self._lock = threading.Lock()  # guards all below
+        self._seen = 0
+        self._hinted: set[str] = set()  # of what has been said, once
+        self._recent: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=MAX_ROWS)
+        self._origins: dict[tuple[str, int], list[int]] = {}  # by host and port: requests, bytes, cached ones
+
+    def note(self, request: Request, status: int, cache_status: CacheStatus,
+             answers: list[tuple[str, SendResult]]) -> None:
+        """What clients got for the same request at the same time, and was no page of ours."""
+        target, now = request.target, time.time()
+        with self._lock:
+            before = self._seen
+            self._seen = seen = before + len(answers)
+            for client, sent in answers[-MAX_ROWS:]:
+                self._recent.append((now, client, request.method, target, request.uri, status, sent,
+                                     cache_status))
+            if target.host and cache_status.outcome not in (Outcome.REFUSED, Outcome.FAILED):
+                place = target.host, target.port
+                row = self._origins.get(place) or self._admit(place)
+                row[0] += len(answers)
+                for _, sent in answers:
+                    row[1] += sent.size
+                    row[2] += sent.cached
+        due = before < HINT_AFTER_REQUESTS[-1] and any(before < number <= seen for number in HINT_AFTER_REQUESTS)
+        if due or cache_status.forward == "bypass":
+            self._hint(request, due)
+
+    def _admit(self, place: tuple[str, int]) -> list[int]:
+        """A row for a new origin; where there are many, the least busy one gives way to it."""
+        if len(self._origins) > MAX_ORIGINS:
+            least = min((one for one in self._origins if one[0]), key=lambda one: self._origins[one][0])
+            others = self._origins.setdefault(("", 0), [0, 0, 0])
+            others[:] = map(sum, zip(others, self._origins.pop(least)))
+        return self._origins.setdefault(place, [0, 0, 0])
+
+    def _hint(self, request: Request, due: bool) -> None:
+        """Say, once each, where users are about to lose what this proxy is for."""
+        if due:
+            with self._lock:
+                details = [row[-1].detail for row in self._recent]
+            topic, text = "outcomes", usage_hint(self._outcomes(), details)
+        elif classify_name(request.key) in (NameClass.PACKAGE, NameClass.CONTENT):
+            topic, text = "filters", "A filter keeps a package from the cache: %s." % displayable_uri(request.uri)
+        else:
+            return
+        with self._lock:
+            new = text and topic not in self._hinted
+            self._hinted.update([topic] if text else [])
+        if new:
+            log.warning("%s", text)
+
+    def gather(self) -> dict[str, Any]:
+        """All of it as plain data of bounded size: the newest request and the busiest origin first."""
+        with self._lock:
+            recent = list(self._recent)[::-1]
+            origins = sorted(((place, tuple(row)) for place, row in self._origins.items()),
+                             key=lambda one: -one[1][1])
+        return {
+            "recent": [{"at": at, "client": truncate_middle(client, 45), "method": truncate_middle(method, 16),
+                        "uri": displayable_uri(target.uri if target.host and method != "CONNECT" else uri),
+                        "status": code, "bytes": sent.size, "seconds": round(sent.took, 3),
+                        "outcome": status.outcome.value, "detail": truncate_middle(status.detail, 80)}
+                       for at, client, method, target, uri, code, sent, status in recent],
+            "origins": sum_by_name((truncate_middle(Target("http", host, port, "").authority, 80) if host else "other", {
+                "requests": requests, "bytes": sent, "cached": cached})
+                for (host, port), (requests, sent, cached) in origins)}
+
+
+class StatusCollector:
+    """What the pages need to know.  For the caller: recent, history, snapshot, ailment."""
+
+    def __init__(self, store: Store, counters: Counters, name: str,
+                 gather: Callable[[], dict[str, Any]]) -> None:
+        self.recent = RecentRequests(lambda: counters.snapshot()["statsOutcomes"])
+        self.history = TrafficHistory(store.metadata_folder, name, self._totals)
+        self._store = store
+        self._counters = counters
+        self._gather = gather  # what else there is to tell
+
+    def _totals(self) -> dict[str, int]:
+        """The counters since the start, as one level."""
+        counted = self._counters.snapshot()
+        return {**{name: counted[name] for name in ("statsCacheBytes", "statsDownBytes", "statsTunnelBytes")},
+                **counted["statsOutcomes"]}
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that the pages show."""
+        now = time.time()
+        return {**self._counters.snapshot(), "counters": self._totals(), **self.history.snapshot(now),
+                "now": now, "since": self._counters.since(now), "disk": disk_usage(self._store.root),
+                **self.recent.gather(), **self._gather()}
+
+    def health_problem(self) -> str:
+        """Why this process cannot do its work, or cache; "" where it can."""
+        try:
+            try_writing(self._store.metadata_folder)
+            start_thread(int)
+        except OSError as error:
+            self._store.space.scarce.set()  # it may be full
+            return "The cache root cannot be written: %s." % (error.strerror or error)
+        except StorageError:
+            return "No more threads are to be had."
+        return ""
+
+
+# ---------------------------------------------------------------------------------------------
+# 12 Pages
+# ---------------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass(frozen=True)
 class Page:
@@ -6695,7 +6589,6 @@ class Page:
 
 
 TEXT = "text/plain; charset=utf-8"
-
 WELCOME = """pkgproxy %(version)s: a caching HTTP proxy for package managers.
 %(state)s
 
@@ -6706,7 +6599,6 @@ Set this as your HTTP proxy, for example (as root):
 
 More at http://%(proxy)s/ in a browser, counters at http://%(proxy)s/debug/vars
 """
-
 # For each package manager: what /setup/NAME says, where that belongs (after >> it is appended), and what
 # else there is to do.
 SETUP = {
@@ -6724,7 +6616,6 @@ SETUP = {
     **dict.fromkeys(("apk", "xbps", "env"), (
         "export http_proxy=http://%s", "> /etc/profile.d/pkgproxy.sh", " && . /etc/profile.d/pkgproxy.sh")),
 }
-
 DETECT = """#!/bin/sh
 # The proxy for apt where it is well, else DIRECT: for laptops.  Name this file in apt.conf:
 #   Acquire::http::Proxy-Auto-Detect "/usr/local/bin/pkgproxy-detect";
@@ -6735,7 +6626,6 @@ else
     echo DIRECT
 fi
 """
-
 AUTOCONFIG = """function FindProxyForURL(url, host) {
     if (url.substring(0, 5) != "http:" || host == "%(host)s" || host == "localhost" || host == "::1"
             || shExpMatch(host, "127.*"))
@@ -6799,7 +6689,6 @@ def summary(view: dict[str, Any]) -> str:
 
 
 # The status page.  All that comes from outside goes through escape().
-
 STYLE = """
 :root{color-scheme:light dark;--back:#f5f6f8;--card:#fff;--text:#1b1f24;--soft:#5a6270;--line:#dfe2e7;
 --cache:#1c64c8;--origin:#a8570a;--bad:#b3261e}
@@ -6841,7 +6730,6 @@ th,td{padding-right:.5rem}.name{min-width:6rem}
 .tall td{display:inline;border:0;padding:0 .5rem 0 0}.tall td.name{display:block}
 .tall td.n:last-child::after{content:" ago"}}
 """
-
 SCRIPT = """
 "use strict"; const seen = {};
 async function update() {
@@ -6855,7 +6743,6 @@ async function update() {
 }
 setInterval(update, 2000);
 """
-
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>pkgproxy</title><link rel="icon" href="data:,"><style>%(style)s</style>
@@ -7120,7 +7007,7 @@ def make_page(path: str, place: tuple[str, int], html: bool, snapshot: Callable[
 
 
 # ---------------------------------------------------------------------------------------------
-# 8 Door: sockets in, sockets out
+# 13 Server
 # ---------------------------------------------------------------------------------------------
 
 
@@ -8479,8 +8366,128 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
 
 # ---------------------------------------------------------------------------------------------
-# 9 Porch: options, signals, main
+# 14 Command line
 # ---------------------------------------------------------------------------------------------
+
+
+def parse_ports(text: str) -> tuple[int, ...]:
+    """Ports from a list such as 443,8443, or none; ValueError says what is allowed.
+
+    >>> parse_ports("443,8443"), parse_ports("none")
+    ((443, 8443), ())
+    """
+    if text == "none":
+        return ()
+    ports = text.split(",")
+    if not all(port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536 for port in ports):
+        raise ValueError("'%s' is no list of ports; write 443,8443 or none" % text)
+    return tuple(int(port) for port in ports)
+
+
+def parse_barrier(text: str) -> tuple[tuple[str, int], ...]:
+    """The memcached servers that instances agree by; ValueError.
+
+    >>> parse_barrier("memcached://mc1.example.org,[::1]:11212")
+    (('mc1.example.org', 11211), ('::1', 11212))
+    """
+    scheme, mark, places = text.partition("://")
+    try:
+        servers = tuple(split_authority(place, 11211) for place in places.split(","))
+    except ProxyError:
+        servers = ()
+    if scheme != "memcached" or not mark or not all(host and port for host, port in servers) or not servers:
+        raise ValueError("'%s' is no barrier; write memcached://HOST:PORT[,HOST:PORT]" % text)
+    return servers
+
+
+# Parent proxies -------------------------------------------------------------------------------
+
+
+def parse_parent_proxy(text: str) -> ParentProxy | None:
+    """The proxy of a URL, or of host:port; None for "" or none.  With ,direct behind it origins may be
+    asked without it.  ValueError does not repeat the password.
+
+    >>> parse_parent_proxy("http://me:pw@proxy.test:3128,direct").fields
+    (('Proxy-Authorization', 'Basic bWU6cHc='),)
+    """
+    if text in ("", "none"):
+        return None
+    match = re.fullmatch(r"(?:http://(?:([^/?#@]*)@)?)?([^/?#@,]+)/?(,direct)?", text, re.I)
+    try:
+        target = parse_target("http://" + match[2]) if match else None
+    except BadRequestError:
+        target = None
+    if match is None or target is None:
+        raise ValueError("a parent proxy is written http://[name:password@]host:port[,direct], or none")
+    name, _, password = (match[1] or "").partition(":")
+    pair = urllib.parse.unquote_to_bytes("%s:%s" % (name, password))  # RFC 7617 §2: a colon even so
+    secret = base64.b64encode(pair).decode()
+    return ParentProxy(target, (("Proxy-Authorization", "Basic " + secret),) if match[1] else (), bool(match[3]))
+
+
+def parent_proxies(option: str | None, environment: Mapping[str, str]) -> tuple[tuple[str, ParentProxy], ...]:
+    """The parent of each scheme: --parent's, or what http_proxy and https_proxy say.  HTTP_PROXY may come
+    from a request where we run as CGI (CVE-2016-5385).  ValueError."""
+    found = []
+    for scheme in ("http", "https"):
+        name = scheme + "_proxy"
+        upper = "" if scheme == "http" and "REQUEST_METHOD" in environment else environment.get(name.upper())
+        try:
+            parent = parse_parent_proxy(environment.get(name) or upper or "" if option is None else option)
+        except ValueError as error:
+            raise ValueError("%s: %s" % (name if option is None else "--parent", error)) from None
+        found += [(scheme, parent)] if parent else []
+    return tuple(found)
+
+
+def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
+    """The regular expressions of a filters file, one a line, and a sentence for each bad line."""
+    filters, complaints = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        try:
+            filters.append(re.compile(line))
+        except (re.error, OverflowError, RecursionError) as error:
+            complaints.append("line %d is no regular expression, skipped: %s: %s" % (number, line, error))
+    return filters, complaints
+
+
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 500M, 20G or 1.5T; ValueError says what is allowed.
+
+    >>> parse_size("1.5k"), parse_size("20G")
+    (1536, 21474836480)
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([BKMGT]?)(?:I?B)?", text.strip().upper())
+    if not match:
+        raise ValueError("'%s' is no size; write 500M, 20G or 1.5T" % text)
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_count(text: str, least: int, most: int) -> int:
+    """A number of things; ValueError says what is allowed."""
+    if not re.fullmatch(r"\d{1,9}", text, re.A) or not least <= int(text) <= most:
+        raise ValueError("'%s' is no number from %d to %d" % (text, least, most))
+    return int(text)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a time such as 90m, 12h, 30d or 8w; ValueError says what is allowed.
+
+    >>> parse_duration("30d")
+    2592000.0
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhdw])", text.strip().lower())
+    if not match:
+        raise ValueError("'%s' is no time; write 90m, 12h, 30d or 8w" % text)
+    return float(match[1]) * _SPANS[match[2]]
+
 
 DEFAULTS = Config()
 REPEATED: dict[str, Any] = {"action": "append"}
@@ -8543,7 +8550,6 @@ OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
      {"action": "version", "version": "pkgproxy " + __version__}),
     ("log and help", "-h --help", "", "show this and exit", {"action": "help"}),
 )
-
 EPILOG = """In brackets: the default.  What may be written:
   ADDR   :9999, 192.168.0.1:9999 or [::1]:9999
   NET    loopback, private, all, or a network such as 203.0.113.0/24

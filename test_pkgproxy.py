@@ -592,16 +592,18 @@ def stored(uri="http://a/x", received=CLOCK, vary=(), size=10, **fields):
 class StructureTest(unittest.TestCase):
     """Structure, promises and budgets."""
 
-    FORWARD = {("Partial", "Store"), ("ProxyHandler", "ProxyServer")}  # annotations
+    FORWARD = {("PartialFile", "Store"), ("ProxyHandler", "ProxyServer")}  # annotations
 
     @classmethod
     def setUpClass(cls):
         cls.tree = ast.parse(SOURCE)
         cls.lines = SOURCE.splitlines()
 
-    def _floors(self):
-        starts = [at for at, line in enumerate(self.lines, 1) if re.match(r"# [1-9] \w", line)]
-        return dict(zip(range(1, 10), zip(starts, [*starts[1:], len(self.lines) + 1])))
+    def _sections(self):
+        """First and last line of each section, by its number."""
+        titles = [(int(match[1]), at) for at, line in enumerate(self.lines, 1) if (match := re.match(r"# (\d+) [A-Z]", line))]
+        self.assertEqual([number for number, _ in titles], list(range(1, 15)))
+        return {number: (start, stop) for (number, start), (_, stop) in zip(titles, [*titles[1:], (15, len(self.lines) + 1)])}
 
     def _code_lines(self):
         docs = set()
@@ -627,19 +629,19 @@ class StructureTest(unittest.TestCase):
         self.assertEqual(before.path, "/")
 
     def test_store_and_barrier_do_not_know_each_other(self):
-        floors = self._floors()
-        for floor, foreign in ((3, r"\b(Barrier|Flight)\b"), (4, r"\b(Store|Stored|lookup)\b"),
-                               (5, r"\b(Store|Barrier|Flight|Partial)\b")):
-            text = "\n".join(self.lines[floors[floor][0]:floors[floor][1] - 2])
-            self.assertIsNone(re.search(foreign, text), "floor %d" % floor)
+        sections = self._sections()
+        for section, foreign in ((5, r"\b(SingleFlight|Flight)\b"), (6, r"\b(Store|StoredResponse|PartialStore)\b"),
+                                 (8, r"\b(Store|SingleFlight|Flight|PartialFile)\b")):
+            text = "\n".join(self.lines[sections[section][0]:sections[section][1] - 2])
+            self.assertIsNone(re.search(foreign, text), "section %d" % section)
 
     def test_rules_are_pure(self):
-        start, stop = self._floors()[2]
+        start, stop = self._sections()[2][0], self._sections()[4][1]
         rules = [node for node in self.tree.body if start <= node.lineno < stop]
         names = {use.id for node in rules for use in ast.walk(node) if isinstance(use, ast.Name)}
         self.assertEqual(names & {"time", "os", "open", "socket", "log", "threading", "random", "print"}, set())
-        selves = [node.name for node in rules if isinstance(node, ast.ClassDef)]
-        self.assertEqual(selves, ["Selection", "Framing"], "words of the rules, without behaviour")
+        classes = [node.name for node in rules if isinstance(node, ast.ClassDef)]
+        self.assertEqual(classes, ["SelectedResponse", "Framing"], "data without behaviour")
 
     def test_imports_are_the_standard_librarys(self):
         modules = {alias.name.partition(".")[0] for node in ast.walk(self.tree)
