@@ -616,12 +616,12 @@ class StructureTest(unittest.TestCase):
     def test_each_name_is_used_only_below_its_definition(self):
         rooms = {node.name: node for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         wrong = {(name, use.id) for name, room in rooms.items() for use in ast.walk(room)
-                 if isinstance(use, ast.Name) and use.id in rooms and rooms[use.id].lineno > room.lineno}
+                 if isinstance(use, ast.Name) and isinstance(use.ctx, ast.Load) and use.id in rooms and rooms[use.id].lineno > room.lineno}
         self.assertEqual(wrong, self.FORWARD)
 
     def test_what_is_changed_of_a_dataclass_is_a_field_of_one(self):
         fields = {field.name for kind in vars(pkgproxy).values() if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)}
-        used = {keyword.arg for call in ast.walk(self.tree) if isinstance(call, ast.Call) and ast.unparse(call.func) == "changed" for keyword in call.keywords}
+        used = {keyword.arg for call in ast.walk(self.tree) if isinstance(call, ast.Call) and ast.unparse(call.func) == "replace_fields" for keyword in call.keywords}
         self.assertGreater(len(used), 10)
         self.assertLessEqual(used - {None}, fields)
         before = Target("http", "a", 80, "/")
@@ -2022,7 +2022,7 @@ class StoreTest(StoreCase):
     def test_another_process_that_writes_the_same_partial_keeps_us_out(self):
         head = ResponseHead(200, "OK", (), key=self.PACKAGE)
         partial = receive(self.store, head, 1)
-        code = "import pkgproxy, sys\nif pkgproxy.PartialStore(pkgproxy.Store(sys.argv[1])).claim(sys.argv[2]) is None: print('kept out')"
+        code = "import pkgproxy, sys\nif pkgproxy.PartialStore(pkgproxy.Store(sys.argv[1])).open_for_writing(sys.argv[2]) is None: print('kept out')"
         ran = subprocess.run([sys.executable, "-c", code, self.root, self.PACKAGE], cwd=compiled(), capture_output=True, timeout=60)
         partial.discard()
         partial.release()
@@ -4612,7 +4612,7 @@ class TroubleTest(ProxyCase):
     def test_all_steps_to_an_answer_share_one_deadline(self):
         late = forward("GET", Target("http", "a", 80, "/"), (), deadline=time.monotonic() + 5)
         self.assertTrue(0 < late.timeout_for(30) <= 5)
-        self.assertRaises(socket.timeout, pkgproxy.dataclasses.replace(late, deadline=time.monotonic()).within, 30)
+        self.assertRaises(socket.timeout, pkgproxy.dataclasses.replace(late, deadline=time.monotonic()).timeout_for, 30)
 
     def test_one_warning_tells_of_it(self):
         self.ask("/InRelease")
