@@ -314,10 +314,20 @@ class Request:
     client_prefix: str = ""  # what the client wrote before the target: "/", or HTTPS_HOST
     client_is_local: bool = False  # the client is on this host
     known_missing: bool = False  # a moment ago nothing was stored for it
+    timings: dict[str, float] | None = None  # monotonic time of each step, by its name; None: nobody logs them
 
     def __hash__(self) -> int:
         """Enough to remember results by: a body has none, and all fields take long."""
         return hash(self.uri)
+
+
+def mark(timings: dict[str, float] | None, step: str) -> None:
+    """Record when a request first reached a step, for the log line that ``-v`` writes.
+
+    Another thread may be adding a step: copy ``timings`` before iterating over it.
+    """
+    if timings is not None:
+        timings.setdefault(step, time.monotonic())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4025,6 +4035,7 @@ class OriginRequest:
     follow_redirects: bool = False  # redirects, but not to HTML
     deadline: float | None = None  # monotonic: by then a head, or a time-out; None: each step has its own
     client: str = ""  # its address
+    timings: dict[str, float] | None = None  # the client request's (see mark())
 
     def timeout_for(self, most: float) -> float:
         """Seconds for a step that may take ``most``; socket.timeout where there are none left."""
@@ -4623,6 +4634,7 @@ class OriginClient:
         try:
             if connection.sock is None:
                 connection.connect()
+                mark(forward.timings, "connected")
             connection.sock.settimeout(forward.timeout_for(ORIGIN_TIMEOUT))
             line, more = connection.request_line(forward.target)
             connection.putrequest(forward.method, line, skip_host=True, skip_accept_encoding=True)
@@ -4634,6 +4646,7 @@ class OriginClient:
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     send_body(connection, forward.body, forward.length)
             raw = connection.getresponse()
+            mark(forward.timings, "origin head")
         except BaseException:
             connection.close()
             raise
@@ -5024,7 +5037,7 @@ def full_request(request: Request, decision: CacheDecision, config: Config,
     """The request for a whole representation that may be stored, whatever part the client asked for."""
     fields = origin_request_fields(request, config, identity=True)
     return OriginRequest("GET", request.target, fields, client_is_local=request.client_is_local, follow_redirects=decision.policy.redirects,
-                   client=request.client, deadline=deadline)
+                   client=request.client, deadline=deadline, timings=request.timings)
 
 
 def shared_cache_status(decision: CacheDecision, head: ResponseHead) -> CacheStatus:
@@ -5327,7 +5340,7 @@ class Downloader:
         try:
             self._download(download)
             landing = FlightResult.WHOLE
-            landing = self._commit(partial, flight)
+            landing = self._commit(partial, flight, download.forward.timings)
         except StorageError as error:
             self._troubles.disk_failed(error)
             landing, failure = FlightResult.WHOLE if landing is FlightResult.WHOLE else FlightResult.ALONE, error
@@ -5353,7 +5366,7 @@ class Downloader:
         with self._lock:
             self._running.pop(partial, None)
 
-    def _commit(self, partial: PartialFile, flight: Flight) -> FlightResult:
+    def _commit(self, partial: PartialFile, flight: Flight, timings: dict[str, float] | None) -> FlightResult:
         """Store what is complete, unless something has made it invalid meanwhile; LocalFailure."""
         if not flight.finish_receiving() or self._claims.is_lost(partial):
             partial.discard()
@@ -5363,6 +5376,7 @@ class Downloader:
             partial.discard()
             return FlightResult.WHOLE
         partial.commit()
+        mark(timings, "stored")
         self._troubles.disk_recovered()
         if not flight.finish_receiving():
             partial.delete_stored()
@@ -5843,6 +5857,7 @@ class FlightLeader:
         try:
             if stored is None and not alone:
                 partial = self._claims.acquire(request.key)
+                mark(request.timings, "locked")
                 if partial is None:
                     forward = full_request(request, decide(request, None, config, time.time()), config)
                     watch = PeerFollower(self._store, self._claims, self._filler, request, forward, flight)
@@ -6095,6 +6110,7 @@ class Proxy:
         if max_forwards(request) == 0:
             return answer_as_final_recipient(request)
         stored = None if request.known_missing else look_up_for_client(self._store, self._origin, request)
+        mark(request.timings, "looked up")
         decision = decide(request, stored.head if stored else None, config, time.time())
         if decision.action is Action.SERVE and stored is not None:
             if decision.refresh:
@@ -6166,7 +6182,8 @@ class Proxy:
         if private and decision.forward == "request":
             detail = "for this client alone: " + ", ".join(private)
         response = self._origin.fetch(OriginRequest(request.method, request.target, fields, request.body,
-                                              request.length, request.client_is_local, follow, client=request.client))
+                                              request.length, request.client_is_local, follow, client=request.client,
+                                              timings=request.timings))
         for key in invalidated_keys(request, response.head):
             self._barrier.invalidate(key)
             self._claims.invalidate(key)  # before: what lands between the two is retracted
