@@ -4361,7 +4361,7 @@ class OriginResponse:
     start = 0  # offset of its first byte in the representation; only a verified remainder has another
 
     def __init__(self, head: ResponseHead, raw: StrictHTTPResponse, give_back: Callable[[bool], None],
-                 count: Callable[[int], None], broke_off: Callable[[], None]) -> None:
+                 count: Callable[[int], object], broke_off: Callable[[], None]) -> None:
         self.head = head
         # Bytes; None: unknown.  http.client forgets it as it reads.
         self.length: int | None = None if raw.chunked else raw.length
@@ -4499,7 +4499,7 @@ def is_answered_before_body(sock: socket.socket, forward: OriginRequest) -> bool
 class OriginClient:
     """Sends requests to origins, over pooled connections."""
 
-    def __init__(self, count: Callable[[int], None], config: Config) -> None:
+    def __init__(self, count: Callable[[int], object], config: Config) -> None:
         self._pool = ConnectionPool()
         self._addresses = Resolver()
         self.guard = AddressPolicy()
@@ -6085,22 +6085,18 @@ class BackgroundRevalidator:
 class Proxy:
     """Answers requests.  For the caller: respond, and the counters."""
 
-    def __init__(self, config: Config, store: Store) -> None:
+    def __init__(self, config: Config, store: Store, count_received: Callable[[int], object]) -> None:
         self.config = config  # replaced as a whole when the filters are read again
-        self.counters = Counters()
         self._store = store
         self._barrier = SingleFlight()
-        self._origin = OriginClient(self.counters.add_down, config)
+        self._origin = OriginClient(count_received, config)
         self.sweeper = EvictionThread(store)
         self._troubles = RecentFailures(self.sweeper.request_run)
         self._claims = DownloadLocks(store, open_lease_manager(config, store))
-        filler = Downloader(self._barrier, self._claims, self._origin, self._troubles,
-                        OrphanLimiter(config.max_orphans), self._revalidate_signatures)
-        self.insight = StatusCollector(store, self.counters, config.instance or ",".join(config.addrs), lambda: {
-            "downloads": filler.snapshot(), "troubles": self._troubles.snapshot(), "swept": self.sweeper.last_report,
-            "unstored": self._troubles.disk_error()})
+        self._filler = Downloader(self._barrier, self._claims, self._origin, self._troubles,
+                                  OrphanLimiter(config.max_orphans), self._revalidate_signatures)
         self._mirrors = MirrorDeduplicator(store, self._origin, config)
-        self._leader = FlightLeader(store, self._claims, self._origin, self._troubles, filler, self._mirrors)
+        self._leader = FlightLeader(store, self._claims, self._origin, self._troubles, self._filler, self._mirrors)
         self._refresher = BackgroundRevalidator(self.respond, self._barrier)
 
     def respond(self, request: Request) -> Response:
@@ -6134,6 +6130,11 @@ class Proxy:
             return None, False  # to find out whether its client may have it takes time
         return (None, True) if stored is None else (hot_entry_for(request, stored, self.config, now), False)
 
+    def snapshot(self) -> dict[str, Any]:
+        """Describe what goes on now, for the status page: plain data of bounded size."""
+        return {"downloads": self._filler.snapshot(), "troubles": self._troubles.snapshot(),
+                "swept": self.sweeper.last_report, "unstored": self._troubles.disk_error()}
+
     def add_listening_port(self, port: int) -> None:
         """What leads back to this port of ours is a loop."""
         self._origin.guard.listening_ports.add(port)
@@ -6155,13 +6156,11 @@ class Proxy:
     def start(self) -> None:
         """Begin what goes on in the background."""
         self.sweeper.start(self.config)
-        self.insight.history.start()
 
     def close(self) -> None:
         """Close what is idle, end what goes on in the background."""
         self.sweeper.stop()
         self._claims.close()
-        self.insight.history.stop()
         self._origin.close()
 
     def _should_pass_range(self, request: Request, decision: CacheDecision) -> bool:
@@ -6561,20 +6560,20 @@ class StatusCollector:
         self.recent = RecentRequests(lambda: counters.snapshot()["statsOutcomes"])
         self.history = TrafficHistory(store.metadata_folder, name, self._totals)
         self._store = store
-        self._counters = counters
+        self.counters = counters
         self._gather = gather  # what else there is to tell
 
     def _totals(self) -> dict[str, int]:
         """The counters since the start, as one level."""
-        counted = self._counters.snapshot()
+        counted = self.counters.snapshot()
         return {**{name: counted[name] for name in ("statsCacheBytes", "statsDownBytes", "statsTunnelBytes")},
                 **counted["statsOutcomes"]}
 
     def snapshot(self) -> dict[str, Any]:
         """All that the pages show."""
         now = time.time()
-        return {**self._counters.snapshot(), "counters": self._totals(), **self.history.snapshot(now),
-                "now": now, "since": self._counters.since(now), "disk": disk_usage(self._store.root),
+        return {**self.counters.snapshot(), "counters": self._totals(), **self.history.snapshot(now),
+                "now": now, "since": self.counters.since(now), "disk": disk_usage(self._store.root),
                 **self.recent.gather(), **self._gather()}
 
     def health_problem(self) -> str:
@@ -7502,9 +7501,10 @@ class Dispatcher:
     For the handlers: reply_to, tunnelling, note, note_tunnel.  For the lobbies: admits, refuse, answer, told.
     """
 
-    def __init__(self, proxy: Proxy, room: ConnectionLimiter, tell: Callable[[list[str]], None],
-                 seat: CPUAffinity | None = None) -> None:
+    def __init__(self, proxy: Proxy, statistics: StatusCollector, room: ConnectionLimiter,
+                 tell: Callable[[list[str]], None], seat: CPUAffinity | None = None) -> None:
         self.proxy = proxy
+        self.statistics = statistics
         self.room = room
         self.seat = seat or CPUAffinity()
         self._tell = tell  # writes lines into the log
@@ -7570,13 +7570,13 @@ class Dispatcher:
     def snapshot(self) -> dict[str, Any]:
         """What the pages show, with the command line as Go's expvar has it."""
         words = [re.split(r"(?<=\A--parent=)", word) for word in sys.argv]
-        return {"cmdline": ["".join(map(loggable_uri, parts)) for parts in words], **self.proxy.insight.snapshot()}
+        return {"cmdline": ["".join(map(loggable_uri, parts)) for parts in words], **self.statistics.snapshot()}
 
     def health_problem(self) -> str:
         """Why this proxy is not well, "" where it is."""
         if self.room.busy_count() >= self.room.most:
             return "All %d connections are busy." % self.room.most
-        return self.proxy.insight.health_problem()
+        return self.statistics.health_problem()
 
     def record(self, request: Request, reply: Response, sent: int, took: float, whole: bool) -> None:
         """Count and log one answer."""
@@ -7589,9 +7589,9 @@ class Dispatcher:
               answers: list[tuple[str, SendResult]], text: str = "") -> None:
         """The same for all of them: what was asked, and what the answer was."""
         outcome = cache_status.outcome
-        self.proxy.counters.add(outcome, sum([sent.cached for _, sent in answers]), len(answers))
+        self.statistics.counters.add(outcome, sum([sent.cached for _, sent in answers]), len(answers))
         if outcome is not Outcome.OWN:
-            self.proxy.insight.recent.note(request, status, cache_status, answers)
+            self.statistics.recent.note(request, status, cache_status, answers)
         if log.isEnabledFor(logging.DEBUG if outcome is Outcome.OWN else logging.INFO):
             text = text or log_text(request, cache_status)
             self._tell(["[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s%s" % (
@@ -7600,7 +7600,7 @@ class Dispatcher:
 
     def record_tunnel(self, request: Request, head: ResponseHead, count: int, took: float, whole: bool) -> None:
         """Count and log one tunnel."""
-        self.proxy.counters.add_tunnel(count)
+        self.statistics.counters.add_tunnel(count)
         self.record(request, Response(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), count, took, whole)
 
     def try_hot_path(self, visitor: ClientConnection, size: int, shelf: HotCache) -> HotEntry | None:
@@ -8913,11 +8913,15 @@ def run(config: Config, writer: QueueLogHandler) -> None:
     seat = CPUAffinity()
     seat.pin(int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid())
     writer.start()
-    proxy = Proxy(config, store)
+    counters = Counters()
+    proxy = Proxy(config, store, counters.add_down)
+    statistics = StatusCollector(store, counters, config.instance or ",".join(config.addrs), proxy.snapshot)
     proxy.start()
-    desk = Dispatcher(proxy, make_connection_limiter(), writer.write, seat)
+    statistics.history.start()
+    desk = Dispatcher(proxy, statistics, make_connection_limiter(), writer.write, seat)
     serve([ProxyServer(listening, desk) for listening in sockets], proxy, heard,
-          SystemdNotifier(os.environ, proxy.counters))
+          SystemdNotifier(os.environ, counters))
+    statistics.history.stop()
 
 
 def stderr_is_journal(stream: str) -> bool:

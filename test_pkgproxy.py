@@ -346,6 +346,14 @@ def told(lines):
         pkgproxy.log.info("%s", line)
 
 
+def make_dispatcher(config, store, connections=0):
+    """A proxy with its statistics, ready for a server."""
+    counters = pkgproxy.Counters()
+    proxy = pkgproxy.Proxy(config, store, counters.add_down)
+    statistics = pkgproxy.StatusCollector(store, counters, "test", proxy.snapshot)
+    return pkgproxy.Dispatcher(proxy, statistics, pkgproxy.ConnectionLimiter(connections or pkgproxy.MAX_CONNECTIONS), told)
+
+
 class ProxyCase(unittest.TestCase):
     """A scripted origin, an empty root and a proxy in this process."""
 
@@ -368,15 +376,14 @@ class ProxyCase(unittest.TestCase):
             self.stop()
         else:
             self.addCleanup(self.stop)
-        self.proxy = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))
-        self.server = self.server_of(self.proxy)
+        self.server = self.server_of(make_dispatcher(config or self.config, pkgproxy.Store(self.root)))
+        self.proxy = self.server.desk.proxy
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
 
-    def server_of(self, proxy):
-        return pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Dispatcher(
-            proxy, pkgproxy.ConnectionLimiter(pkgproxy.MAX_CONNECTIONS), told))
+    def server_of(self, dispatcher):
+        return pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), dispatcher)
 
     def stop(self):
         self.server.shutdown()
@@ -439,7 +446,7 @@ class ProxyCase(unittest.TestCase):
         self.settle()
         now = time.monotonic()
         until(lambda: self.server.last_iteration > now, "a turn of the loop")  # which counts after it has sent
-        return self.proxy.counters.snapshot()
+        return self.server.desk.statistics.counters.snapshot()
 
     def files(self):
         """The visible tree: {name below the root: bytes}."""
@@ -3568,19 +3575,18 @@ class TlsOriginTest(ProxyCase):
     def parent(self):
         """A parent proxy, which alone knows where mirror.test is: the text for --parent."""
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.secure.port))]
-        proxy = pkgproxy.Proxy(Config(addrs=(), connect_ports=(443,), pseudonym="parent"), pkgproxy.Store(os.path.join(self.folder, "parent")))
-        server = self.server_of(proxy)
+        server = self.server_of(make_dispatcher(Config(addrs=(), connect_ports=(443,), pseudonym="parent"), pkgproxy.Store(os.path.join(self.folder, "parent"))))
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
             with mock.patch.object(pkgproxy, "resolve_addresses", lambda host, port: place if host == "mirror.test" else [(*place[0][:4], (host, port))]):
-                yield "127.0.0.1:%d" % server.server_address[1], proxy
+                yield "127.0.0.1:%d" % server.server_address[1], server.desk.statistics
         finally:
             self.proxy._origin._pool.close()
             server.shutdown()
             server.server_close()
             thread.join(PATIENCE)
-            proxy.close()
+            server.desk.proxy.close()
 
     def test_https_origins_and_tunnels_go_through_a_parents_connect(self):
         self.secure.context = self.certificates.context("mirror", names="DNS:mirror.test")
@@ -3820,7 +3826,7 @@ class MirrorSharingTest(ProxyCase):
             self.assertTrue(self.outcome(answer).startswith('pkgproxy; hit; detail="same as ' + self.origin.url("/a/")))
             self.assertEqual(self.outcome(self.ask(self.other.url("/b" + path))), "pkgproxy; hit")
         self.assertEqual(len(self.origin.log), 2, "the digest counts, not what is written around it")
-        self.assertEqual(self.proxy.counters.snapshot()["statsDownBytes"], 2 * len(self.HELD))
+        self.assertEqual(self.server.desk.statistics.counters.snapshot()["statsDownBytes"], 2 * len(self.HELD))
 
     def test_a_body_that_does_not_match_its_name_is_passed_on_and_not_kept(self):
         path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
@@ -4684,7 +4690,7 @@ class IsolationTest(ProxyCase):
     def test_nobody_joins_a_download_with_a_password(self):
         gate = Gate()
         self.addCleanup(gate.open)
-        other = pkgproxy.Proxy(self.config, pkgproxy.Store(self.root))
+        other = pkgproxy.Proxy(self.config, pkgproxy.Store(self.root), int)
         self.addCleanup(other.close)
         self.guard_pages("must-revalidate", gate=gate, first=3)
         with self.connection() as one:
@@ -5355,8 +5361,8 @@ class SmallDiskTest(ProxyCase):
             self.mount()
             self.addCleanup(self.stop)
         store = pkgproxy.Store(self.root, min_free=config.min_free, max_size=config.max_size)
-        self.proxy = pkgproxy.Proxy(config, store)
-        self.server = self.server_of(self.proxy)
+        self.server = self.server_of(make_dispatcher(config, store))
+        self.proxy = self.server.desk.proxy
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
@@ -6211,8 +6217,8 @@ class FaultsOfTwoTest(FaultTest):
     def start(self, config=None):
         super().start(config)
         self.local = threading.local()
-        self.also = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))
-        self.other = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Dispatcher(self.also, pkgproxy.ConnectionLimiter(100), told))
+        self.other = self.server_of(make_dispatcher(config or self.config, pkgproxy.Store(self.root), 100))
+        self.also = self.other.desk.proxy
         self.other_address = self.other.server_address
         self._serving_too = threading.Thread(target=self.other.serve_forever, args=(0.01,))
         self._serving_too.start()
@@ -6750,8 +6756,8 @@ class InstancesTest(InstancesCase):
         """One more proxy in this process; its address."""
         store = pkgproxy.Store(self.root)
         store.boot = boot or store.boot
-        other = pkgproxy.Proxy(self.config, store)
-        server = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Dispatcher(other, pkgproxy.ConnectionLimiter(100), told))
+        server = self.server_of(make_dispatcher(self.config, store, 100))
+        other = server.desk.proxy
         serving = threading.Thread(target=server.serve_forever, args=(0.01,))
         serving.start()
         try:
@@ -7419,7 +7425,7 @@ class PagesTest(ProxyCase):
         for host, sizes in (("a", (10, 10)), ("b", (99,)), ("c", (1,))):
             for size in sizes:
                 sent = pkgproxy.SendResult(size, 0, 0.25, True)
-                self.proxy.insight.recent.note(request("http://%s/%d" % (host, size)), 200, CacheStatus(Outcome.MISS), [("10.0.0.1", sent)])
+                self.server.desk.statistics.recent.note(request("http://%s/%d" % (host, size)), 200, CacheStatus(Outcome.MISS), [("10.0.0.1", sent)])
         view = self.view()
         self.assertEqual(list(view["origins"]), ["b", "a", "c"])
         self.assertEqual([row["uri"] for row in view["recent"]], ["http://c/1", "http://b/99", "http://a/10", "http://a/10"])
@@ -8843,7 +8849,7 @@ class EventLoopTest(ProxyCase):
         yield visitor
 
     def test_who_comes_as_it_starts_is_let_in_at_once(self):
-        server = self.server_of(self.proxy)
+        server = self.server_of(self.server.desk)
         serving = threading.Thread(target=server.serve_forever, args=(3600.0,))
         serving.start()
         try:
