@@ -6295,178 +6295,193 @@ class Proxy:
 # ---------------------------------------------------------------------------------------------
 # 11 Statistics
 # ---------------------------------------------------------------------------------------------
-
-
-def sum_by_name(rows: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
-    """Counts by name: those of one name added up.
-
-    >>> sum_by_name([("a", {"n": 1}), ("b", {"n": 2}), ("a", {"n": 4})])
-    {'a': {'n': 5}, 'b': {'n': 2}}
-    """
-    sums: dict[str, dict[str, int]] = {}
-    for name, row in rows:
-        known = sums.setdefault(name, dict.fromkeys(row, 0))
-        for key, count in row.items():
-            known[key] += count
-    return sums
+#
+# class             counts                              kept
+# Counters          requests and bytes                  since the start
+# TrafficHistory    the same, and bytes by time slot    over all time; saved by a thread of its own
+# RecentRequests    the last requests, busiest origins  since the start
+# StatusCollector   nothing: it collects the others' figures for the pages
+#
+# Every request passes Counters.add() and RecentRequests.note(), also those that the event loop answers from
+# memory, so these two only add. Sorting, shortening and escaping are left to the pages.
+# Lock order: TrafficHistory, then Counters. No lock is held while a file is read or written.
 
 
 def usage_hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
-    """What users are about to lose, by how the first requests ended, and why; "" where all is well."""
-    heeded: dict[Outcome, int] = {one: outcomes[one.value] for one in Outcome
-                                  if one not in (Outcome.OWN, Outcome.REFUSED)}
-    total, tunnels = sum(heeded.values()), heeded[Outcome.TUNNEL]
+    """Explain why the cache saves nothing, or return "" if it does or if it is too early to tell.
+
+    Two situations are reported: almost all requests are tunnels, whose content cannot be cached, and none of
+    the first hundred requests was a hit.
+
+    ``outcomes``: number of requests by outcome, in the words of Outcome.  ``details``: why recent responses
+    were not stored ("" if they were), as in Cache-Status.
+    """
+    # Pages of the proxy and refused requests say nothing about the repositories that the clients use.
+    counts: dict[Outcome, int] = {outcome: outcomes[outcome.value] for outcome in Outcome
+                                  if outcome not in (Outcome.OWN, Outcome.REFUSED)}
+    total, tunnels = sum(counts.values()), counts[Outcome.TUNNEL]
     if total and tunnels >= 0.9 * total:
-        return ("%d of %d requests were CONNECT: https passes through unseen and isn't cached. Begin the "
-                "repositories' addresses with http://, where their packages are signed, or put the proxy's "
-                "own before them: http://this-host:9999/https://mirror.example.org/." % (tunnels, total))
-    # What was refused has been seen, too: else one such request, and this would never be said.
+        return ("%d of %d requests used CONNECT: https passes through unseen and cannot be cached. Use "
+                "http:// if packages are signed, or put the proxy's address in front of https:// addresses: "
+                "http://this-host:9999/https://mirror.example.org/." % (tunnels, total))
+    # The caller asks only once after the hundredth request of any kind, so refused requests must count here:
+    # with one of them among the hundred, ``total`` would still be below the threshold.
     seen = total + outcomes[Outcome.REFUSED.value]
-    if not total or seen < HINT_AFTER_REQUESTS[-1] or any(heeded[one] for one in CACHE_OUTCOMES):
+    if not total or seen < HINT_AFTER_REQUESTS[-1] or any(counts[outcome] for outcome in CACHE_OUTCOMES):
         return ""
-    most = max(heeded, key=lambda one: heeded[one])
-    known = collections.Counter(filter(None, details)).most_common(1)
-    why = {Outcome.MISS: "each was for another file. That is normal while the cache fills; else let all "
-                         "machines name the same mirror",
-           Outcome.BYPASS: "most were kept out by a filter, or are no GET. Indexes need no filters",
-           Outcome.FAILED: "most origins cannot be asked",
-           }.get(most, "most answers may not be kept%s" % (" (%s)" % known[0][0] if known else ""))
-    return "Not one of the first %d requests was a hit: %s." % (total, why)
+    most = max(counts, key=counts.__getitem__)
+    common = collections.Counter(filter(None, details)).most_common(1)
+    why = {Outcome.MISS: "each asked for a different file. That is normal while the cache fills; if it "
+                         "goes on, let all machines use the same mirror",
+           Outcome.BYPASS: "most matched a filter, or were not GET requests. Indexes need no filters",
+           Outcome.FAILED: "most origins could not be reached",
+           }.get(most, "most responses must not be stored" + (" (%s)" % common[0][0] if common else ""))
+    return "None of the first %d requests was a hit: %s." % (total, why)
 
 
 class Counters:
-    """What was answered, and how.  statsCacheBytes + statsDownBytes are the original's names.
+    """Count requests by outcome, and bytes, since the start.  All methods may be called from any thread.
 
-    ``down`` counts body bytes that arrived from origins; ``cache`` body bytes sent that no origin
-    had to send for it: hits, validated and stale ones, and downloads that others had begun.
+    ``statsCacheBytes`` and ``statsDownBytes`` have the names that the Go program gave them in /debug/vars:
+    body bytes sent to clients that no origin had to send for them (hits, validated and stale responses, and
+    downloads that another client had begun), and body bytes received from origins.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _counts
-        self._counts = dict.fromkeys(("down", "cache", "tunnelled", *(one.value for one in Outcome)), 0)
+        self._lock = threading.Lock()  # guards _totals
+        self._totals = {"statsCacheBytes": 0, "statsDownBytes": 0, "statsTunnelBytes": 0,
+                        **{outcome.value: 0 for outcome in Outcome}}
         self._started = time.time(), time.monotonic()
 
     def add_down(self, count: int) -> None:
-        """Body bytes from an origin."""
+        """Add body bytes received from an origin."""
         with self._lock:
-            self._counts["down"] += count
+            self._totals["statsDownBytes"] += count
 
     def add_tunnel(self, count: int) -> None:
-        """Bytes through tunnels, both ways together."""
+        """Add bytes that passed through a tunnel, in both directions together."""
         with self._lock:
-            self._counts["tunnelled"] += count
+            self._totals["statsTunnelBytes"] += count
 
     def add(self, outcome: Outcome, cached: int = 0, count: int = 1) -> None:
-        """So many answers, with so many body bytes from the cache."""
+        """Add ``count`` requests with this outcome, answered with ``cached`` body bytes from the cache."""
         with self._lock:
-            self._counts[outcome._value_] += count  # .value is a function of the library's
-            self._counts["cache"] += cached
+            self._totals[outcome._value_] += count  # a plain attribute; .value is a slow property
+            self._totals["statsCacheBytes"] += cached
 
-    def since(self, now: float) -> float:
-        """When it was started, by a clock that says ``now``: a machine that keeps no time while it is off
-        starts us by a wrong one, and puts it right later."""
-        clock, began = self._started
-        right = now - (time.monotonic() - began)
-        return clock if abs(right - clock) < 60 else right
+    def start_time(self, now: float) -> float:
+        """Return the clock time of the start, given the clock time ``now``.
+
+        A machine without a battery-backed clock boots with a wrong time, and sets its clock after the proxy
+        has started.  So if the clock has been changed by more than a minute, the start is computed anew from
+        the monotonic clock; smaller corrections must not move a start time that is published in /metrics.
+        """
+        started, monotonic_start = self._started
+        corrected = now - (time.monotonic() - monotonic_start)
+        return started if abs(corrected - started) < 60 else corrected
+
+    def totals(self) -> dict[str, int]:
+        """Return all counters in one flat dictionary, whose values never decrease."""
+        with self._lock:
+            return dict(self._totals)
 
     def snapshot(self) -> dict[str, Any]:
-        """All of them."""
-        with self._lock:
-            counts = dict(self._counts)
-        outcomes = {outcome.value: counts[outcome.value] for outcome in Outcome}
-        return {"statsCacheBytes": counts["cache"], "statsDownBytes": counts["down"],
-                "statsTunnelBytes": counts["tunnelled"], "statsRequests": sum(outcomes.values()),
-                "statsOutcomes": outcomes}
+        """Return the counters as /debug/vars shows them, with the outcomes in a dictionary of their own."""
+        counts = self.totals()
+        outcomes = {outcome.value: counts.pop(outcome.value) for outcome in Outcome}
+        return {**counts, "statsRequests": sum(outcomes.values()), "statsOutcomes": outcomes}
 
 
-def _count(number: Any) -> int:
+def _parse_count(number: Any) -> int:
     if not isinstance(number, int) or not 0 <= number < 2**63:
-        raise ValueError("no count")
+        raise ValueError("not a counter")
     return number
 
 
 class TrafficHistory:
-    """Counters over all time, and when the bytes came: what outlives a restart.
+    """Keep counters over all time, and bytes per time slot for the plots, across restarts.
 
-    Each instance on a root has a file of its own, by its name.  A damaged or lost file costs the past,
-    nothing else.
+    Each instance on a cache root has a history file of its own, named after the instance: two processes that
+    wrote one file would lose each other's counts.  A lost or damaged file costs only the past; an unwritable
+    folder costs nothing until the next restart.
     """
 
-    def __init__(self, books: str, name: str, totals: Callable[[], dict[str, int]]) -> None:
-        self._old = os.path.join(books, "history.json")  # of versions that had one for all instances
-        self._path = os.path.join(books, "history-%s.json" % urllib.parse.quote(name, "")[:200])
-        self._totals = totals  # the counters since the start: they only grow
+    def __init__(self, metadata_folder: str, name: str, counters: Counters) -> None:
+        """``name``: --instance or the listening addresses.  ``counters``: polled, never changed."""
+        self._path = os.path.join(metadata_folder, "history-%s.json" % urllib.parse.quote(name, "")[:200])
+        self._counters = counters
         self._stop = threading.Event()
         self._saver: threading.Thread | None = None
+        self._saved = ""  # text of the file
         self._lock = threading.Lock()  # guards all below
-        self._since = int(time.time())
-        self._all: dict[str, int] = {}  # counters over all time, as of the last record
-        self._last: dict[str, int] = {}  # and of this run
-        # Of each plot, by their number: bytes from the cache, and from origins.
+        self._since = int(time.time())  # clock time of the very first start
+        self._all: collections.Counter[str] = collections.Counter()  # over all time, as of the last record()
+        self._recorded: dict[str, int] = {}  # of this run, as of the last record()
+        # For each plot, by slot number (clock time // width): bytes from the cache, bytes from origins.
         self._slots: dict[str, dict[int, list[int]]] = {name: {} for name in PLOTS}
-        self._saved = ""
 
     def start(self) -> None:
-        """Go on from what was saved, and save from now on."""
+        """Load the saved history, and start the thread that saves it every minute."""
         if not os.path.exists(self._path):
-            with contextlib.suppress(OSError):  # the first instance of this version inherits the old file
-                os.rename(self._old, self._path)
-        self.load()
-        self._saver = threading.Thread(target=self._save_again, daemon=True)
+            # Earlier versions had one file for all instances: the first one to start inherits it.
+            with contextlib.suppress(OSError):
+                os.rename(os.path.join(os.path.dirname(self._path), "history.json"), self._path)
+        self._load()
+        self._saver = threading.Thread(target=self._save_periodically, daemon=True)
         self._saver.start()
 
     def stop(self) -> None:
-        """Save for the last time, if it was started."""
+        """Stop the thread and save for the last time, if start() has been called."""
         self._stop.set()
         if self._saver is not None:
             self._saver.join(1.0)
             self.save()
 
-    def _save_again(self) -> None:
+    def _save_periodically(self) -> None:
         while not self._stop.wait(HISTORY_SAVE_INTERVAL):
             self.save()
 
     def record(self, now: float) -> None:
-        """Note what has been counted since the last time."""
-        totals = self._totals()
+        """Add everything counted since the last call to the history and to the slots of ``now``."""
         with self._lock:
-            gained = {name: max(0, count - self._last.get(name, 0)) for name, count in totals.items()}
-            for name, count in gained.items():
-                self._all[name] = self._all.get(name, 0) + count
-                self._last[name] = self._last.get(name, 0) + count
-            pair = gained["statsCacheBytes"], gained["statsDownBytes"]
+            totals = self._counters.totals()
+            gained = {name: count - self._recorded.get(name, 0) for name, count in totals.items()}
+            self._recorded = totals
+            self._all.update(gained)  # a Counter adds
+            traffic = gained["statsCacheBytes"], gained["statsDownBytes"]
             for name, (width, most) in PLOTS.items():
-                number, slots = int(now // width), self._slots[name]
-                if any(pair):
-                    slots[number] = [old + new for old, new in zip(slots.get(number, (0, 0)), pair)]
-                for old in [one for one in slots if abs(number - one) >= most]:
-                    del slots[old]
+                current, slots = int(now // width), self._slots[name]
+                if any(traffic):
+                    slots[current] = [old + new for old, new in zip(slots.get(current, (0, 0)), traffic)]
+                # abs(): after the clock was set back, slots of the future are dropped too.
+                for number in [number for number in slots if abs(current - number) >= most]:
+                    del slots[number]
 
     def snapshot(self, now: float) -> dict[str, Any]:
-        """Counters over all time, and each plot from its oldest slot to now."""
+        """Return the counters over all time, and the slots of each plot, oldest first, up to ``now``."""
         self.record(now)
         with self._lock:
             plots = {name: {"seconds": width, "bytes": [
-                self._slots[name].get(int(now // width) - back, [0, 0]) for back in range(most - 1, -1, -1)]}
+                self._slots[name].get(int(now // width) - age, [0, 0]) for age in range(most - 1, -1, -1)]}
                 for name, (width, most) in PLOTS.items()}
             return {"allTime": {"since": self._since, **self._all}, "plots": plots}
 
-    def load(self) -> None:
-        """Take over what was saved, if it can be read."""
+    def _load(self) -> None:
+        # Anybody who may write the cache may have written this file: nothing in it is believed unchecked.
         try:
             with open(self._path, encoding="utf-8", opener=_private_opener) as file:
-                kept = json.loads(file.read(_MAX_HEAD_FILE))
-            since = _count(kept["since"])
-            counts = {str(key): _count(row) for key, row in kept["all"].items()}
-            slots = {name: {int(key): [_count(row[0]), _count(row[1])]
-                            for key, row in kept["slots"][name].items()} for name in PLOTS}
+                saved = json.loads(file.read(_MAX_HEAD_FILE))
+            since = _parse_count(saved["since"])
+            counts = {str(name): _parse_count(count) for name, count in saved["all"].items()}
+            slots = {name: {int(number): [_parse_count(row[0]), _parse_count(row[1])]
+                            for number, row in saved["slots"][name].items()} for name in PLOTS}
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return
         with self._lock:
-            self._since, self._all, self._slots = since, counts, slots
+            self._since, self._all, self._slots = since, collections.Counter(counts), slots
 
     def save(self) -> None:
-        """Write it down, where it has changed."""
+        """Write the history file, if there is anything to save that has changed; errors are ignored."""
         self.record(time.time())
         with self._lock:
             text = json.dumps({"since": self._since, "all": self._all, "slots": self._slots})
@@ -6477,22 +6492,23 @@ class TrafficHistory:
 
 
 class RecentRequests:
-    """The last requests, and the busiest origins.
+    """Remember the last requests and the busiest origins, and warn users whose proxy saves nothing."""
 
-    note() stands in the way of each hit: what can wait is done in gather().
-    """
-
-    def __init__(self, outcomes: Callable[[], dict[str, int]]) -> None:
-        self._outcomes = outcomes  # counted so far
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
         self._lock = threading.Lock()  # guards all below
-        self._seen = 0
-        self._hinted: set[str] = set()  # of what has been said, once
+        self._seen = 0  # requests, except those for pages of the proxy
+        self._warned: set[str] = set()  # topics about which a warning has been logged
         self._recent: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=MAX_ROWS)
-        self._origins: dict[tuple[str, int], list[int]] = {}  # by host and port: requests, bytes, cached ones
+        # By host and port: requests, bytes sent, bytes of these from the cache; ("", 0): all other origins.
+        self._origins: dict[tuple[str, int], list[int]] = {}
 
     def note(self, request: Request, status: int, cache_status: CacheStatus,
              answers: list[tuple[str, SendResult]]) -> None:
-        """What clients got for the same request at the same time, and was no page of ours."""
+        """Record one request, and the clients that were sent the same response at the same time.
+
+        ``answers``: address of each client, and what it was sent.  Must not be called for pages of the proxy.
+        """
         target, now = request.target, time.time()
         with self._lock:
             before = self._seen
@@ -6500,105 +6516,119 @@ class RecentRequests:
             for client, sent in answers[-MAX_ROWS:]:
                 self._recent.append((now, client, request.method, target, request.uri, status, sent,
                                      cache_status))
+            # Any client can invent host names: only those that gave a response take a row.
             if target.host and cache_status.outcome not in (Outcome.REFUSED, Outcome.FAILED):
-                place = target.host, target.port
-                row = self._origins.get(place) or self._admit(place)
+                origin = target.host, target.port
+                row = self._origins.get(origin) or self._add_origin(origin)
                 row[0] += len(answers)
                 for _, sent in answers:
                     row[1] += sent.size
                     row[2] += sent.cached
-        due = before < HINT_AFTER_REQUESTS[-1] and any(before < number <= seen for number in HINT_AFTER_REQUESTS)
-        if due or cache_status.forward == "bypass":
-            self._hint(request, due)
-
-    def _admit(self, place: tuple[str, int]) -> list[int]:
-        """A row for a new origin; where there are many, the least busy one gives way to it."""
-        if len(self._origins) > MAX_ORIGINS:
-            least = min((one for one in self._origins if one[0]), key=lambda one: self._origins[one][0])
-            others = self._origins.setdefault(("", 0), [0, 0, 0])
-            others[:] = map(sum, zip(others, self._origins.pop(least)))
-        return self._origins.setdefault(place, [0, 0, 0])
-
-    def _hint(self, request: Request, due: bool) -> None:
-        """Say, once each, where users are about to lose what this proxy is for."""
-        if due:
+        if before < HINT_AFTER_REQUESTS[-1] and any(before < due <= seen for due in HINT_AFTER_REQUESTS):
             with self._lock:
                 details = [row[-1].detail for row in self._recent]
-            topic, text = "outcomes", usage_hint(self._outcomes(), details)
-        elif classify_name(request.key) in (NameClass.PACKAGE, NameClass.CONTENT):
-            topic, text = "filters", "A filter keeps a package from the cache: %s." % displayable_uri(request.uri)
-        else:
-            return
-        with self._lock:
-            new = text and topic not in self._hinted
-            self._hinted.update([topic] if text else [])
-        if new:
-            log.warning("%s", text)
+            self._warn_once("outcomes", usage_hint(self._counters.snapshot()["statsOutcomes"], details))
+        elif cache_status.forward == "bypass" and classify_name(request.key) in (
+                NameClass.PACKAGE, NameClass.CONTENT):
+            self._warn_once("filters", "A filter excludes a package from the cache: %s." %
+                            displayable_uri(request.uri))
 
-    def gather(self) -> dict[str, Any]:
-        """All of it as plain data of bounded size: the newest request and the busiest origin first."""
+    def _add_origin(self, origin: tuple[str, int]) -> list[int]:
+        """Return a new row for an origin.  If the table is full, the least busy row is added to ("", 0)."""
+        if len(self._origins) > MAX_ORIGINS:
+            least = min((name for name in self._origins if name[0]), key=lambda name: self._origins[name][0])
+            others = self._origins.setdefault(("", 0), [0, 0, 0])
+            others[:] = map(sum, zip(others, self._origins.pop(least)))
+        return self._origins.setdefault(origin, [0, 0, 0])
+
+    def _warn_once(self, topic: str, text: str) -> None:
         with self._lock:
-            recent = list(self._recent)[::-1]
-            origins = sorted(((place, tuple(row)) for place, row in self._origins.items()),
-                             key=lambda one: -one[1][1])
-        return {
-            "recent": [{"at": at, "client": truncate_middle(client, 45), "method": truncate_middle(method, 16),
-                        "uri": displayable_uri(target.uri if target.host and method != "CONNECT" else uri),
-                        "status": code, "bytes": sent.size, "seconds": round(sent.took, 3),
-                        "outcome": status.outcome.value, "detail": truncate_middle(status.detail, 80)}
-                       for at, client, method, target, uri, code, sent, status in recent],
-            "origins": sum_by_name((truncate_middle(Target("http", host, port, "").authority, 80) if host else "other", {
-                "requests": requests, "bytes": sent, "cached": cached})
-                for (host, port), (requests, sent, cached) in origins)}
+            if not text or topic in self._warned:
+                return
+            self._warned.add(topic)
+        log.warning("%s", text)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the newest request first and the busiest origin (by bytes) first, in bounded size.
+
+        Everything here came from clients: it is shortened, and stripped of control characters and of queries.
+        """
+        with self._lock:
+            newest = list(self._recent)[::-1]
+            rows = [(origin, tuple(row)) for origin, row in self._origins.items()]
+        origins: dict[str, dict[str, int]] = {}
+        for (host, port), counts in sorted(rows, key=lambda item: -item[1][1]):
+            # Two long names can look alike when shortened: their counts are added up.
+            name = truncate_middle(Target("http", host, port, "").authority, 80) if host else "other"
+            sums = origins.setdefault(name, {"requests": 0, "bytes": 0, "cached": 0})
+            for key, count in zip(sums, counts):
+                sums[key] += count
+        return {"origins": origins, "recent": [
+            {"at": at, "client": truncate_middle(client, 45), "method": truncate_middle(method, 16),
+             "uri": displayable_uri(target.uri if target.host and method != "CONNECT" else uri),
+             "status": status, "bytes": sent.size, "seconds": round(sent.took, 3),
+             "outcome": cache_status.outcome.value, "detail": truncate_middle(cache_status.detail, 80)}
+            for at, client, method, target, uri, status, sent, cache_status in newest]}
 
 
 class StatusCollector:
-    """What the pages need to know.  For the caller: recent, history, snapshot, ailment."""
+    """Collect everything that the pages show about this process, and judge its health.
+
+    ``counters`` and ``recent`` are for the caller to feed, ``history`` to start and stop.
+    """
 
     def __init__(self, store: Store, counters: Counters, name: str,
-                 gather: Callable[[], dict[str, Any]]) -> None:
-        self.recent = RecentRequests(lambda: counters.snapshot()["statsOutcomes"])
-        self.history = TrafficHistory(store.metadata_folder, name, self._totals)
-        self._store = store
+                 more: Callable[[], dict[str, Any]]) -> None:
+        """``name``: of the history file.  ``more``: returns what only the proxy knows (Proxy.snapshot)."""
+        self.recent = RecentRequests(counters)
+        self.history = TrafficHistory(store.metadata_folder, name, counters)
         self.counters = counters
-        self._gather = gather  # what else there is to tell
-
-    def _totals(self) -> dict[str, int]:
-        """The counters since the start, as one level."""
-        counted = self.counters.snapshot()
-        return {**{name: counted[name] for name in ("statsCacheBytes", "statsDownBytes", "statsTunnelBytes")},
-                **counted["statsOutcomes"]}
+        self._store = store
+        self._more = more
 
     def snapshot(self) -> dict[str, Any]:
-        """All that the pages show."""
+        """Return the figures of all sources as plain data that json can write."""
         now = time.time()
-        return {**self.counters.snapshot(), "counters": self._totals(), **self.history.snapshot(now),
-                "now": now, "since": self.counters.since(now), "disk": disk_usage(self._store.root),
-                **self.recent.gather(), **self._gather()}
+        return {"now": now, "since": self.counters.start_time(now), "counters": self.counters.totals(),
+                **self.counters.snapshot(), **self.history.snapshot(now), **self.recent.snapshot(),
+                **self._more(), "disk": disk_usage(self._store.root)}
 
     def health_problem(self) -> str:
-        """Why this process cannot do its work, or cache; "" where it can."""
+        """Return why this process can neither serve nor store, or "" if it can: tried, not guessed."""
         try:
             try_writing(self._store.metadata_folder)
-            start_thread(int)
+            start_thread(int)  # a thread that ends at once
         except OSError as error:
-            self._store.space.scarce.set()  # it may be full
-            return "The cache root cannot be written: %s." % (error.strerror or error)
+            self._store.space.scarce.set()  # the disk may be full: let the next eviction run early
+            return "Cannot write to the cache root: %s." % (error.strerror or error)
         except StorageError:
-            return "No more threads are to be had."
+            return "Cannot start any more threads."
         return ""
 
 
 # ---------------------------------------------------------------------------------------------
 # 12 Pages
 # ---------------------------------------------------------------------------------------------
+#
+# path                    answer
+# /                       the status page for browsers, a greeting as text for curl (by the Accept field)
+# /status.json            the status page's figures, and its changed parts as HTML for its script
+# /metrics                the same figures for Prometheus
+# /debug/vars             counters as JSON, as the Go program had them
+# /healthz                200 "ok", or 503 and the reason
+# /setup/NAME             a package manager's configuration, with the address by which the client came
+# /proxy.pac, /wpad.dat   proxy autoconfiguration
+#
+# The functions here turn a snapshot of StatusCollector into text, and have no state. Host names and URIs in
+# it come from clients: whatever goes into HTML passes escape() first. The Content-Security-Policy allows the
+# page's own script and style by their digests, and nothing else.
 
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """One of our own pages."""
+    """A page that the proxy makes itself."""
 
-    media: str
+    media: str  # Content-Type
     text: str
     status: int = 200
     policy: str = "default-src 'none'"  # Content-Security-Policy
@@ -6613,10 +6643,10 @@ Set this as your HTTP proxy, for example (as root):
   apt       echo 'Acquire::http::Proxy "http://%(proxy)s";' > /etc/apt/apt.conf.d/01proxy
   others    export http_proxy=http://%(proxy)s
 
-More at http://%(proxy)s/ in a browser, counters at http://%(proxy)s/debug/vars
+Status page: http://%(proxy)s/ in a browser; counters: http://%(proxy)s/debug/vars
 """
-# For each package manager: what /setup/NAME says, where that belongs (after >> it is appended), and what
-# else there is to do.
+# For each package manager: the text of /setup/NAME, the redirection that puts it into the right file, and
+# the rest of the command line. %s is the proxy's address. apk and xbps read only the environment.
 SETUP = {
     "apt": ('Acquire::http::Proxy "http://%s";', "> /etc/apt/apt.conf.d/01proxy", ""),
     "dnf": ("proxy=http://%s", ">> /etc/dnf/dnf.conf", ""),
@@ -6633,7 +6663,7 @@ SETUP = {
         "export http_proxy=http://%s", "> /etc/profile.d/pkgproxy.sh", " && . /etc/profile.d/pkgproxy.sh")),
 }
 DETECT = """#!/bin/sh
-# The proxy for apt where it is well, else DIRECT: for laptops.  Name this file in apt.conf:
+# Tells apt to use the proxy if it is reachable and healthy, else to connect directly. In apt.conf:
 #   Acquire::http::Proxy-Auto-Detect "/usr/local/bin/pkgproxy-detect";
 if timeout 2 bash -c 'exec 3<>/dev/tcp/%(host)s/%(port)d && printf "GET /healthz HTTP/1.0\\r\\n\\r\\n" >&3 &&
     read -r _ status _ <&3 && [ "$status" = 200 ]' 2>/dev/null; then
@@ -6652,7 +6682,7 @@ AUTOCONFIG = """function FindProxyForURL(url, host) {
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people.
+    """Format a number of bytes for people, in decimal units.
 
     >>> format_bytes(999), format_bytes(53080), format_bytes(999_950)
     ('999 B', '53.1 kB', '1.0 MB')
@@ -6662,19 +6692,19 @@ def format_bytes(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds for people.
+    """Format a duration for people, rounded down to the largest unit of which there are enough.
 
     >>> format_duration(59), format_duration(90), format_duration(7200), format_duration(3e5)
     ('59 s', '1 min', '2 h', '3 days')
     """
-    for width, unit in ((2 * DAY, "days"), (7200, "h"), (60, "min")):
-        if seconds >= width:
-            return "%d %s" % (seconds // {"days": DAY, "h": 3600}.get(unit, 60), unit)
+    for least, width, unit in ((2 * DAY, DAY, "days"), (7200, 3600, "h"), (60, 60, "min")):
+        if seconds >= least:
+            return "%d %s" % (seconds // width, unit)
     return "%d s" % max(0, seconds)
 
 
 def format_count(count: int, noun: str) -> str:
-    """A count for people.
+    """Format a number with its noun.
 
     >>> format_count(1, "file"), format_count(12000, "file")
     ('1 file', '12,000 files')
@@ -6683,28 +6713,33 @@ def format_count(count: int, noun: str) -> str:
 
 
 def format_percent(part: int, whole: int) -> str:
-    """A share for people; a dash where there is nothing to have a share of."""
+    """Format a share as a percentage, rounded down; a dash if the whole is 0."""
     return "%d %%" % (100 * part // whole) if whole else "–"
 
 
 def hit_counts(counts: dict[str, int]) -> tuple[int, int]:
-    """How many answers came from the cache, and of how many for which that was to be hoped."""
+    """Return how many requests were answered from the cache, and how many could have been.
+
+    ``counts``: number of requests by outcome.  Tunnels, pages of the proxy, refused and failed requests
+    are in neither number: the hit rate is about what a cache can change.
+    """
     found = sum(counts.get(outcome.value, 0) for outcome in CACHE_OUTCOMES)
     others = (Outcome.MISS, Outcome.UPDATED, Outcome.RELAYED, Outcome.BYPASS)
     return found, found + sum(counts.get(outcome.value, 0) for outcome in others)
 
 
 def summary(view: dict[str, Any]) -> str:
-    """In one sentence, whether it works."""
-    counts = view["counters"]
+    """Say in one or two sentences whether the proxy works and what it has saved."""
+    counts, running = view["counters"], format_duration(view["now"] - view["since"])
     answered = sum(counts.get(outcome.value, 0) for outcome in Outcome if outcome is not Outcome.OWN)
     if not answered:
-        return "Running for %s, and waiting for its first request." % format_duration(view["now"] - view["since"])
+        return "Running for %s, waiting for the first request." % running
     return "Running for %s. %s answered, %s saved." % (
-        format_duration(view["now"] - view["since"]), format_count(answered, "request"), format_bytes(counts["statsCacheBytes"]))
+        running, format_count(answered, "request"), format_bytes(counts["statsCacheBytes"]))
 
 
-# The status page.  All that comes from outside goes through escape().
+# The status page: one file without external resources. Its script replaces the elements that have changed
+# every two seconds; without scripts the page reloads itself every ten.
 STYLE = """
 :root{color-scheme:light dark;--back:#f5f6f8;--card:#fff;--text:#1b1f24;--soft:#5a6270;--line:#dfe2e7;
 --cache:#1c64c8;--origin:#a8570a;--bad:#b3261e}
@@ -6739,7 +6774,7 @@ progress{width:100%;accent-color:var(--cache)}ul{margin:0;padding:0}
 #setup ul{margin-top:.75rem}li{list-style:none;margin-bottom:.75rem}
 pre{margin:.25rem 0 0;padding:.5rem .75rem;background:var(--back);border-radius:.25rem;font-size:.8125rem;
 white-space:pre-wrap;overflow-wrap:anywhere;user-select:all}
-.bad{color:var(--bad)}.lost #state::after{content:" The connection to it is lost.";color:var(--bad)}
+.bad{color:var(--bad)}.lost #state::after{content:" The connection to pkgproxy is lost.";color:var(--bad)}
 @media(max-width:40rem){body{padding:1rem .5rem 2rem}section{padding:.75rem}.tall thead{display:none}
 .tall tr{display:block;border-top:1px solid var(--line);padding:.5rem 0}
 th,td{padding-right:.5rem}.name{min-width:6rem}
@@ -6771,60 +6806,59 @@ PAGE = """<!doctype html>
 <input type="radio" name="span" id="day"><label for="day">Day</label>
 <input type="radio" name="span" id="month"><label for="month">Month</label>
 <div id="plots">%(plots)s</div></section>
-<section><h2>Downloads in flight</h2><div id="downloads">%(downloads)s</div></section>
+<section><h2>Running downloads</h2><div id="downloads">%(downloads)s</div></section>
 <div class="two"><section><h2>Busiest origins</h2><div class="wide" tabindex="0" role="group"
 aria-label="Busiest origins"><table id="origins">%(origins)s</table></div></section>
-<section><h2>Disk and troubles</h2><div id="disk">%(disk)s</div></section></div>
-<section><h2>Last requests</h2><table id="recent" class="tall">%(recent)s</table></section>
-<section id="setup"><h2>Set up this machine</h2><p>As root, one of these; then update as always. Repositories'
-addresses must begin with http://, for https passes through unseen, or
-with http://%(proxy)s/https://. For another
-machine, open this page by an address of ours that it can reach.</p><ul>%(setup)s</ul>
-<p class="soft">Each is also text to fetch, as <a href="/setup/apt">/setup/apt</a>. Laptops that leave this
-network let apt run <a href="/setup/detect.sh">/setup/detect.sh</a>; others read
-<a href="/proxy.pac">/proxy.pac</a>. For machines: <a href="/status.json">/status.json</a>,
+<section><h2>Disk and problems</h2><div id="disk">%(disk)s</div></section></div>
+<section><h2>Recent requests</h2><table id="recent" class="tall">%(recent)s</table></section>
+<section id="setup"><h2>Set up this machine</h2><p>Run one of these commands as root, then update as usual.
+Repositories are cached if their addresses start with http:// or with http://%(proxy)s/https://; plain https
+is not cached. For another machine, open this page under an address that it can reach.</p><ul>%(setup)s</ul>
+<p class="soft">Each setting is also available as text, for example <a href="/setup/apt">/setup/apt</a>. On
+laptops that leave this network, let apt run <a href="/setup/detect.sh">/setup/detect.sh</a>; other clients
+can use <a href="/proxy.pac">/proxy.pac</a>. For monitoring: <a href="/status.json">/status.json</a>,
 <a href="/metrics">/metrics</a>, <a href="/debug/vars">/debug/vars</a>, <a href="/healthz">/healthz</a>.
 </p></section></main><script>%(script)s</script></body></html>
 """
 
 
-def _digest(text: str) -> str:
+def _hash(text: str) -> str:
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 POLICY = ("default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; "
-          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (_digest(STYLE), _digest(SCRIPT)))
+          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (_hash(STYLE), _hash(SCRIPT)))
 
 
-def _figures(view: dict[str, Any]) -> str:
+def _figures_html(view: dict[str, Any]) -> str:
     text = ""
     for title, key in (("since the start", "counters"), ("over all time", "allTime")):
         counts = view[key]
         saved, down = counts.get("statsCacheBytes", 0), counts.get("statsDownBytes", 0)
-        found, asked = hit_counts(counts)
+        share, (found, asked) = format_percent(saved, saved + down), hit_counts(counts)
         text += "<div><dt>Saved %s</dt><dd>%s</dd><dd>%s</dd></div>" % (
-            title, format_bytes(saved), "%s came from the cache, %s from origins" % (
-                format_percent(saved, saved + down), format_bytes(down)) if saved + down else "nothing has come yet")
+            title, format_bytes(saved), "%s came from the cache, %s from origins" % (share, format_bytes(down))
+            if saved + down else "no traffic yet")
         text += "<div><dt>Hits %s</dt><dd>%s</dd><dd>%s of %s</dd></div>" % (
             title, format_percent(found, asked), f"{found:,}", format_count(asked, "request"))
     return text
 
 
 def _bars(rows: Iterable[tuple[float, float]]) -> str:
-    """An SVG path of bars, each from its lower end to its upper one, in hundredths of the plot's height."""
+    """Return an SVG path of one bar per row, from its lower to its upper end (percent of the height)."""
     return "".join("M%d %.1fh.8v%.1fh-.8z" % (at, 100 - top, top - low)
                    for at, (low, top) in enumerate(rows) if top > low)
 
 
 PLOT = """<figure class="%(name)s"><figcaption><span><b class="cache">&#9632;</b> %(cache)s from the cache
-<b class="origin">&#9632;</b> %(origin)s from origins</span><span>at most %(peak)s in %(slot)s</span>
+<b class="origin">&#9632;</b> %(origin)s from origins</span><span>peak: %(peak)s in %(slot)s</span>
 </figcaption><svg viewBox="0 0 %(slots)d 100" preserveAspectRatio="none" role="img"
 aria-label="The last %(span)s: %(cache)s from the cache, %(origin)s from origins">
 <path class="cache" d="%(low)s"/><path class="origin" d="%(high)s"/></svg>
 <figcaption><span>%(span)s ago</span><span>now</span></figcaption></figure>"""
 
 
-def _plots(view: dict[str, Any]) -> str:
+def _plots_html(view: dict[str, Any]) -> str:
     text = ""
     for name, plot in view["plots"].items():
         rows, width = plot["bytes"], plot["seconds"]
@@ -6832,149 +6866,158 @@ def _plots(view: dict[str, Any]) -> str:
         peak = max(map(sum, rows))
         scale = 100 / (peak or 1)
         text += PLOT % {
-            "name": name, "cache": format_bytes(cache), "origin": format_bytes(origin), "peak": format_bytes(peak),
-            "slot": format_duration(width), "slots": len(rows), "span": format_duration(width * len(rows)),
-            "low": _bars((0, one * scale) for one, _ in rows),
+            "name": name, "cache": format_bytes(cache), "origin": format_bytes(origin),
+            "peak": format_bytes(peak), "slot": format_duration(width), "slots": len(rows),
+            "span": format_duration(width * len(rows)), "low": _bars((0, one * scale) for one, _ in rows),
             "high": _bars((one * scale, (one + other) * scale) for one, other in rows)}
     return text
 
 
-def _named(uri: str) -> str:
-    """A file's name, and below it where it is from."""
-    folder, mark, name = escape(uri).rpartition("/")
-    if not name or "://" not in folder:
-        return folder + mark + name
-    return '%s <span class="soft">%s</span>' % (name, folder + mark)
+def _uri_html(uri: str) -> str:
+    """Return the name of a file, followed by the rest of its URI in a soft colour."""
+    folder, slash, name = escape(uri).rpartition("/")
+    soft = '%s <span class="soft">%s</span>' % (name, folder + slash)
+    return soft if name and "://" in folder else escape(uri)  # a CONNECT target has no file name
 
 
-def _downloads(view: dict[str, Any]) -> str:
+def _downloads_html(view: dict[str, Any]) -> str:
     text = ""
     for row in view["downloads"]:
-        length = row["length"]
+        length = row["length"]  # None if the origin did not declare it: a bar without a value, which moves
         bar = "" if length is None else ' max="%d" value="%d"' % (length or 1, row["bytes"])
         text += ('<li class="name">%s<progress aria-label="%s"%s></progress>%s%s, %s/s, %s</li>' % (
-            _named(row["uri"]), escape(row["uri"]), bar, format_bytes(row["bytes"]),
+            _uri_html(row["uri"]), escape(row["uri"]), bar, format_bytes(row["bytes"]),
             "" if length is None else " of " + format_bytes(length), format_bytes(row["rate"]),
             format_count(row["clients"], "client")))
-    return "<ul>%s</ul>" % text if text else '<p class="soft">None at this moment.</p>'
+    return "<ul>%s</ul>" % text if text else '<p class="soft">None at the moment.</p>'
 
 
-def _recent(view: dict[str, Any]) -> str:
-    text = ('<thead><tr><th>Outcome<th>File<th class="n">Size<th class="n">Took<th>Client<th class="n">Ago'
+def _recent_html(view: dict[str, Any]) -> str:
+    text = ('<thead><tr><th>Outcome<th>File<th class="n">Size<th class="n">Time<th>Client<th class="n">Ago'
             '</thead><tbody>')
     for row in view["recent"]:
-        outcome, took = Outcome(row["outcome"]), row["seconds"]
-        bad = outcome in (Outcome.FAILED, Outcome.REFUSED, Outcome.STALE)
-        told = [row["method"] if row["method"] != "GET" else "",
-                str(row["status"]) if row["status"] != 200 else "", row["detail"]]
+        outcome, seconds = Outcome(row["outcome"]), row["seconds"]
+        is_bad = outcome in (Outcome.FAILED, Outcome.REFUSED, Outcome.STALE)
+        colour = "bad" if is_bad else "cache" if outcome in CACHE_OUTCOMES else "origin"
+        notes = [row["method"] if row["method"] != "GET" else "",  # only what is unusual
+                 str(row["status"]) if row["status"] != 200 else "", row["detail"]]
         text += '<tr><td class="%s">%s<td class="name">%s %s' % (
-            "bad" if bad else "cache" if outcome in CACHE_OUTCOMES else "origin", outcome.value,
-            _named(row["uri"]), escape(", ".join(filter(None, told))))
+            colour, outcome.value, _uri_html(row["uri"]), escape(", ".join(filter(None, notes))))
         text += '<td class="n">%s<td class="n">%s<td>%s<td class="n">%s' % (
-            format_bytes(row["bytes"]), "%d ms" % (1000 * took) if took < 1 else "%.1f s" % took,
+            format_bytes(row["bytes"]), "%d ms" % (1000 * seconds) if seconds < 1 else "%.1f s" % seconds,
             escape(row["client"]), format_duration(view["now"] - row["at"]))
     return text + "</tbody>" if view["recent"] else '<tr><td class="soft">None yet.'
 
 
-def _origins(view: dict[str, Any]) -> str:
+def _origins_html(view: dict[str, Any]) -> str:
     text = '<tr><th>Origin<th class="n">Requests<th class="n">Sent<th class="n">Cached'
     for name, row in list(view["origins"].items())[:10]:
+        sent, cached = format_bytes(row["bytes"]), format_percent(row["cached"], row["bytes"])
         text += '<tr><td class="name">%s<td class="n">%s<td class="n">%s<td class="n">%s' % (
-            escape(name), f"{row['requests']:,}", format_bytes(row["bytes"]), format_percent(row["cached"], row["bytes"]))
+            escape(name), f"{row['requests']:,}", sent, cached)
     return text if view["origins"] else '<tr><td class="soft">None yet.'
 
 
-def _disk(view: dict[str, Any]) -> str:
-    disk, swept, lines = view["disk"], view["swept"], []
-    if swept.get("at"):
-        lines += ["%s stored, %s on the disk: counted %s ago, as every %s." % (
-            format_count(swept["files"], "file"), format_bytes(swept["bytes"]), format_duration(view["now"] - swept["at"]),
-            format_duration(EVICTION_INTERVAL)),
-                  "Swept since the start: %s, %s." % (format_count(swept["removedFiles"], "file"),
-                                                      format_bytes(swept["removedBytes"]))]
-    lines += ["%s of %s are free on its disk." % (format_bytes(disk["free"]), format_bytes(disk["size"])) if disk
-              else '<span class="bad">The cache root cannot be read.</span>',
-              "%s since the start." % format_count(view["counters"]["stale"], "stale answer")]
+def _disk_html(view: dict[str, Any]) -> str:
+    disk, eviction, lines = view["disk"], view["swept"], []
+    if eviction.get("at"):  # else the files have not been counted yet
+        lines += ["%s stored, %s on disk (counted %s ago, and every %s)." % (
+            format_count(eviction["files"], "file"), format_bytes(eviction["bytes"]),
+            format_duration(view["now"] - eviction["at"]), format_duration(EVICTION_INTERVAL)),
+                  "Evicted since the start: %s, %s." % (
+            format_count(eviction["removedFiles"], "file"), format_bytes(eviction["removedBytes"]))]
+    lines += ["Disk: %s of %s free." % (format_bytes(disk["free"]), format_bytes(disk["size"])) if disk
+              else '<span class="bad">Cannot read the cache root.</span>',
+              "%s since the start." % format_count(view["counters"]["stale"], "stale response")]
     if view["unstored"]:
-        lines.append('<span class="bad">Nothing can be stored:</span> %s.' % escape(view["unstored"]))
-    lines += ['<span class="bad">%s is in trouble:</span> %s For %s more, what is stored is served stale.' % (
-        escape(row["origin"]), escape(row["reason"]), format_duration(row["seconds"])) for row in view["troubles"]]
+        lines.append('<span class="bad">Cannot store anything:</span> %s.' % escape(view["unstored"]))
+    for row in view["troubles"]:
+        lines.append('<span class="bad">%s is failing:</span> %s Serving cached copies for the next %s.' % (
+            escape(row["origin"]), escape(row["reason"]), format_duration(row["seconds"])))
     return "".join("<p>%s</p>" % line for line in lines)
 
 
 def setup_line(name: str, proxy: str) -> str:
-    """What to paste into a root shell so that a package manager uses the proxy."""
-    text, place, more = SETUP[name]
+    """Return the command that makes a package manager use the proxy, to be pasted into a root shell.
+
+    ``name``: a key of SETUP.  ``proxy``: the proxy's address, HOST:PORT.
+    """
+    text, redirection, more = SETUP[name]
     words = " ".join("'%s'" % line for line in (text % proxy).split("\n"))
-    return "%s %s %s" % ("printf '%s\\n'" if "' '" in words else "echo", words, place) + more
+    return "%s %s %s" % ("printf '%s\\n'" if "' '" in words else "echo", words, redirection) + more
 
 
 def status_html(view: dict[str, Any]) -> dict[str, str]:
-    """What changes on the status page, by the element that holds it."""
-    return {"state": summary(view), "figures": _figures(view), "plots": _plots(view), "disk": _disk(view),
-            "downloads": _downloads(view), "recent": _recent(view), "origins": _origins(view)}
+    """Return the changing parts of the status page, by the id of the element that holds each."""
+    return {"state": summary(view), "figures": _figures_html(view), "plots": _plots_html(view),
+            "disk": _disk_html(view), "downloads": _downloads_html(view), "recent": _recent_html(view),
+            "origins": _origins_html(view)}
 
 
 def status_page(view: dict[str, Any], proxy: str) -> Page:
-    """The status page, whole, for a browser with scripts or without."""
-    names: dict[str, list[str]] = {}
+    """Return the complete status page.  ``proxy``: the address by which the client reached it, HOST:PORT."""
+    names: dict[str, list[str]] = {}  # by command: several package managers share one
     for name in SETUP:
         names.setdefault(setup_line(name, proxy), []).append("others" if name == "env" else name)
-    lines = "".join("<li>%s<pre>%s</pre></li>" % (", ".join(row), escape(line))
-                    for line, row in names.items())
+    commands = "".join("<li>%s<pre>%s</pre></li>" % (", ".join(row), escape(line))
+                       for line, row in names.items())
     return Page("text/html; charset=utf-8", PAGE % {
-        **status_html(view), "setup": lines, "style": STYLE, "script": SCRIPT, "version": view["version"],
+        **status_html(view), "setup": commands, "style": STYLE, "script": SCRIPT, "version": view["version"],
         "proxy": escape(proxy)}, policy=POLICY)
 
 
 def _metrics(view: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[tuple[str, float]]]]:
-    """Name, meaning, and samples: the value of the one label, "" where there is none, and a number."""
-    counts, swept = view["counters"], view["swept"]
-    yield "build_info version", "Always 1.", [(view["version"], 1)]
-    yield "start_time_seconds", "When it was started.", [("", view["since"])]
+    """Yield each metric: its name and label ("NAME" or "NAME LABEL"), its help text, and its samples.
+
+    A sample is the value of the label ("" without a label) and a number.
+    """
+    counts, eviction = view["counters"], view["swept"]
+    yield "build_info version", "Version of pkgproxy; always 1.", [(view["version"], 1)]
+    yield "start_time_seconds", "Time of the start, in seconds since 1970.", [("", view["since"])]
     yield "requests_total outcome", "Requests answered, by outcome.", [
         (outcome.value, counts[outcome.value]) for outcome in Outcome]
-    for name, key, meaning in (("cache", "statsCacheBytes", "Body bytes that the cache served."),
+    for name, key, meaning in (("cache", "statsCacheBytes", "Body bytes served from the cache."),
                                ("downloaded", "statsDownBytes", "Body bytes downloaded from origins."),
-                               ("tunnel", "statsTunnelBytes", "Bytes through tunnels, both ways.")):
+                               ("tunnel", "statsTunnelBytes", "Bytes through tunnels, in both directions.")):
         yield name + "_bytes_total", meaning, [("", counts[key])]
     for name, key, meaning in (("requests", "requests", "Requests, by origin (the busiest ones)."),
-                               ("sent_bytes", "bytes", "Bytes sent to clients, by origin."),
-                               ("cached_bytes", "cached", "Those of them that came from the cache.")):
+                               ("sent_bytes", "bytes", "Body bytes sent to clients, by origin."),
+                               ("cached_bytes", "cached", "Body bytes served from the cache, by origin.")):
         yield "origin_%s_total origin" % name, meaning, [(o, row[key]) for o, row in view["origins"].items()]
-    yield "downloads", "Downloads in flight.", [("", len(view["downloads"]))]
-    yield "troubled_origins", "Origins that could not be asked a moment ago.", [("", len(view["troubles"]))]
-    for name, key, meaning in (("stored_files", "files", "Stored files, as of the last sweep."),
-                               ("stored_bytes", "bytes", "Bytes on the disk, bookkeeping included."),
-                               ("swept_files_total", "removedFiles", "Files that sweeps have removed."),
-                               ("swept_bytes_total", "removedBytes", "Bytes that sweeps have freed.")):
-        yield name, meaning, [("", swept.get(key, 0))]
+    yield "downloads", "Running downloads.", [("", len(view["downloads"]))]
+    yield "troubled_origins", "Origins that failed a moment ago.", [("", len(view["troubles"]))]
+    for name, key, meaning in (("stored_files", "files", "Stored files, when they were last counted."),
+                               ("stored_bytes", "bytes", "Bytes on disk at that time, with metadata."),
+                               ("swept_files_total", "removedFiles", "Files removed by eviction."),
+                               ("swept_bytes_total", "removedBytes", "Bytes freed by eviction.")):
+        yield name, meaning, [("", eviction.get(key, 0))]
     for key, count in view["disk"].items():
-        yield "disk_%s_bytes" % key, "Bytes of the cache's file system: %s." % key, [("", count)]
+        yield "disk_%s_bytes" % key, "File system of the cache: %s in bytes." % key, [("", count)]
 
 
 def metrics_text(view: dict[str, Any]) -> str:
-    """The counters in Prometheus' text format, version 0.0.4."""
+    """Return the figures in Prometheus' text format, version 0.0.4."""
     lines = []
     for names, meaning, samples in _metrics(view):
         name, _, label = ("pkgproxy_" + names).partition(" ")
         kind = "counter" if name.endswith("_total") else "gauge"
         lines += ["# HELP %s %s" % (name, meaning), "# TYPE %s %s" % (name, kind)]
         for text, count in samples:
+            # A line feed would have to be escaped too: truncate_middle() has removed those.
             quoted = re.sub(r'(["\\])', r"\\\1", text)
             lines.append("%s%s %s" % (name, '{%s="%s"}' % (label, quoted) if label else "", repr(count)))
     return "\n".join([*lines, ""])
 
 
 def page_view(snapshot: dict[str, Any]) -> dict[str, Any]:
-    """What the pages show, from what the proxy tells."""
+    """Select what /status.json publishes from a snapshot of StatusCollector; the other pages use the same."""
     keys = ("counters", "allTime", "plots", "now", "since", "disk", "recent", "downloads", "unstored",
             "troubles", "origins", "swept")
     return {"version": __version__, **{key: snapshot[key] for key in keys}}
 
 
-def _json(found: dict[str, Any], indent: int | None = None) -> Page:
-    return Page("application/json; charset=utf-8", json.dumps(found, indent=indent) + "\n")
+def _json_page(content: dict[str, Any], indent: int | None = None) -> Page:
+    return Page("application/json; charset=utf-8", json.dumps(content, indent=indent) + "\n")
 
 
 def _setup_page(name: str, names: dict[str, Any]) -> Page:
@@ -6985,41 +7028,41 @@ def _setup_page(name: str, names: dict[str, Any]) -> Page:
     return Page(TEXT, SETUP[name][0] % names["proxy"] + "\n")
 
 
-def _figures_page(name: str, proxy: str, html: bool, snapshot: Callable[[], dict[str, Any]]) -> Page | None:
+def _statistics_page(name: str, proxy: str, accepts_html: bool, snapshot: dict[str, Any]) -> Page:
     if name == "debug/vars":
-        return _json({key: row for key, row in snapshot().items()
-                      if key == "cmdline" or key.startswith("stats")}, 1)
-    if name not in ("", "status.json", "metrics"):
-        return None
-    view = page_view(snapshot())
+        return _json_page({key: value for key, value in snapshot.items()
+                           if key == "cmdline" or key.startswith("stats")}, 1)
+    view = page_view(snapshot)
     if name == "status.json":
-        return _json({**view, "html": status_html(view)})
+        return _json_page({**view, "html": status_html(view)})
     if name == "metrics":
         return Page("text/plain; version=0.0.4; charset=utf-8", metrics_text(view))
-    if html:
+    if accepts_html:
         return status_page(view, proxy)
     return Page(TEXT, WELCOME % {"version": __version__, "proxy": proxy, "state": summary(view)})
 
 
-def make_page(path: str, place: tuple[str, int], html: bool, snapshot: Callable[[], dict[str, Any]],
-             ailment: Callable[[], str]) -> Page | None:
-    """One of our own pages, None where there is none of that name; Failure.
+def make_page(path: str, address: tuple[str, int], accepts_html: bool,
+              snapshot: Callable[[], dict[str, Any]], health_problem: Callable[[], str]) -> Page | None:
+    """Return the page of this path, or None if there is none.  Raises ProxyError for an unknown /setup/NAME.
 
-    ``place``: host and port by which the client reached us; ``html``: whether it would rather have that;
-    ``ailment``: why we are not well, "" where we are.
+    ``path``: with a slash in front, and possibly a query.  ``address``: host and port by which the client
+    reached the proxy: it is what the client can use in its configuration.  ``accepts_html``: the client is a
+    browser.  ``snapshot``, ``health_problem``: called only for the pages that need them.
     """
-    host, port = place
-    names = {"host": host, "port": port, "proxy": "[%s]:%d" % place if ":" in host else "%s:%d" % place}
-    kind, _, name = path.partition("?")[0][1:].partition("/")
-    whole = "/".join([kind, name]) if name else kind
-    if kind == "setup":
-        return _setup_page(name, names)
-    if whole in ("wpad.dat", "proxy.pac"):
+    host, port = address
+    names = {"host": host, "port": port, "proxy": ("[%s]:%d" if ":" in host else "%s:%d") % address}
+    page = path.partition("?")[0][1:].rstrip("/")
+    if page.partition("/")[0] == "setup":
+        return _setup_page(page[len("setup/"):], names)
+    if page in ("wpad.dat", "proxy.pac"):
         return Page("application/x-ns-proxy-autoconfig", AUTOCONFIG % names)
-    if whole == "healthz":
-        reason = ailment()
+    if page == "healthz":
+        reason = health_problem()
         return Page(TEXT, (reason or "ok") + "\n", 503 if reason else 200)
-    return _figures_page(whole, str(names["proxy"]), html, snapshot)
+    if page in ("", "status.json", "metrics", "debug/vars"):
+        return _statistics_page(page, str(names["proxy"]), accepts_html, snapshot())
+    return None
 
 
 # ---------------------------------------------------------------------------------------------

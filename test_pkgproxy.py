@@ -7098,11 +7098,11 @@ class WatchTest(unittest.TestCase):
     """What is gathered for the pages while requests go by."""
 
     def setUp(self):
-        self.outcomes = dict.fromkeys((outcome.value for outcome in Outcome), 0)
-        self.recent = pkgproxy.RecentRequests(lambda: self.outcomes)
+        self.counters = pkgproxy.Counters()
+        self.recent = pkgproxy.RecentRequests(self.counters)
 
     def note(self, uri="http://a/x_1.0_all.deb", outcome=Outcome.HIT, client="10.0.0.1", size=100, cached=100, **status):
-        self.outcomes[outcome.value] += 1
+        self.counters.add(outcome)
         sent = pkgproxy.SendResult(size, cached, 0.25, True)
         self.recent.note(request(uri), 200, CacheStatus(outcome, **status), [(client, sent)])
 
@@ -7111,7 +7111,7 @@ class WatchTest(unittest.TestCase):
         self.note("http://a/y", Outcome.MISS, cached=0)
         self.note("http://[::1]:81/z", Outcome.MISS, cached=0)
         self.note("http://nowhere/z", Outcome.FAILED, cached=0)
-        found = self.recent.gather()
+        found = self.recent.snapshot()
         self.assertEqual(found["origins"], {"a": {"requests": 2, "bytes": 200, "cached": 100},
                                             "[::1]:81": {"requests": 1, "bytes": 100, "cached": 0}})
         self.assertEqual([row["uri"] for row in found["recent"]],
@@ -7124,7 +7124,7 @@ class WatchTest(unittest.TestCase):
             self.note("http://host%d/x" % number)
         for _ in range(5):
             self.note("http://busy/x")
-        origins = self.recent.gather()["origins"]
+        origins = self.recent.snapshot()["origins"]
         self.assertLessEqual(len(origins), pkgproxy.MAX_ORIGINS + 2)
         self.assertEqual(origins["busy"]["requests"], 5)
         self.assertEqual(sum(row["bytes"] for row in origins.values()), 100 * (3 * pkgproxy.MAX_ORIGINS + 5))
@@ -7132,23 +7132,23 @@ class WatchTest(unittest.TestCase):
     def test_origins_that_are_shown_alike_are_added_up(self):
         for letter in "ab":
             self.note("http://%s.%s.%s/x" % ("h" * 60, letter * 30, "h" * 60))
-        self.assertEqual([row["requests"] for row in self.recent.gather()["origins"].values()], [2])
+        self.assertEqual([row["requests"] for row in self.recent.snapshot()["origins"].values()], [2])
 
     def test_what_it_gathers_is_small_whatever_comes(self):
         for number in range(100):
             host = "http://%s%03d/" % (".".join(["h" * 60] * 4), number)
             self.note(host + "\\\"" * 4000, client="f" * 90, detail="\\\"" * 4000)
-        self.assertLess(len(json.dumps(self.recent.gather())), 24 * 1024)
+        self.assertLess(len(json.dumps(self.recent.snapshot())), 24 * 1024)
 
     def test_a_query_is_not_shown_it_may_be_a_password(self):
         self.note("http://me:secret@a/x?token=secret")
-        self.assertNotIn("secret", json.dumps(self.recent.gather()))
+        self.assertNotIn("secret", json.dumps(self.recent.snapshot()))
 
     def test_users_who_are_about_to_lose_are_told_once(self):
-        rows = (({"outcome": Outcome.TUNNEL}, "isn't cached. Begin"),
-                ({"outcome": Outcome.MISS}, "another file"), ({"outcome": Outcome.BYPASS}, "filter"),
-                ({"outcome": Outcome.FAILED}, "cannot be asked"),
-                ({"outcome": Outcome.RELAYED, "detail": "no-store"}, r"may not be kept \(no-store\)"),
+        rows = (({"outcome": Outcome.TUNNEL}, "cannot be cached"),
+                ({"outcome": Outcome.MISS}, "a different file"), ({"outcome": Outcome.BYPASS}, "filter"),
+                ({"outcome": Outcome.FAILED}, "could not be reached"),
+                ({"outcome": Outcome.RELAYED, "detail": "no-store"}, r"must not be stored \(no-store\)"),
                 ({"outcome": Outcome.BYPASS, "forward": "bypass"}, r"from the cache: http://a/x_1\.0_all\.deb"))
         for status, expected in rows:
             with self.subTest(status=status), self.assertLogs("pkgproxy", "WARNING") as caught:
@@ -7162,7 +7162,7 @@ class WatchTest(unittest.TestCase):
         with self.assertLogs("pkgproxy", "WARNING") as caught:
             for number in range(100):
                 self.note(outcome=Outcome.REFUSED if number == 7 else Outcome.MISS)
-        self.assertIn("Not one of the first 99 requests was a hit", caught.records[0].getMessage())
+        self.assertIn("None of the first 99 requests was a hit", caught.records[0].getMessage())
 
     def test_users_who_lose_nothing_are_left_alone(self):
         logging.getLogger("pkgproxy").warning = lambda *words: self.fail(words)
@@ -7186,7 +7186,7 @@ class HistoryTest(unittest.TestCase):
         self.totals = {"statsCacheBytes": 0, "statsDownBytes": 0, "hit": 0}
 
     def history(self, name="one"):
-        return pkgproxy.TrafficHistory(self.books, name, lambda: dict(self.totals))
+        return pkgproxy.TrafficHistory(self.books, name, mock.Mock(totals=lambda: dict(self.totals)))
 
     def started(self, name="one"):
         self.totals = dict.fromkeys(self.totals, 0)
@@ -7301,11 +7301,11 @@ class PagesTest(ProxyCase):
         answer = self.own("/")
         self.assertEqual(answer["Content-Type"], "text/plain; charset=utf-8")
         self.assertIn(b"http_proxy=http://127.0.0.1:%d" % self.address[1], answer.body)
-        self.assertIn(b"waiting for its first request", answer.body)
+        self.assertIn(b"waiting for the first request", answer.body)
         answer = self.html()
         self.assertEqual((answer["Content-Type"], answer["Vary"]), ("text/html; charset=utf-8", "Accept"))
         self.assertIn(b"Set up this machine", answer.body)
-        self.assertIn(b"<dd>0 B</dd><dd>nothing has come yet</dd>", answer.body)
+        self.assertIn(b"<dd>0 B</dd><dd>no traffic yet</dd>", answer.body)
 
     def test_whose_proxy_we_are_gets_our_pages_too(self):
         us = "http://127.0.0.1:%d" % self.address[1]
@@ -7397,9 +7397,9 @@ class PagesTest(ProxyCase):
         view = self.view()
         self.assertEqual([(row["origin"], row["reason"]) for row in view["troubles"]],
                          [(self.origin.url("/dists/x/InRelease"), "127.0.0.1:%d answers 503." % self.origin.port)])
-        self.assertRegex(view["html"]["disk"], r"1 file stored, [0-9.]+ [kM]B on the disk: counted 0 s ago, as every 5 min\.")
-        self.assertIn("1 stale answer since the start", view["html"]["disk"])
-        self.assertIn("is in trouble:", view["html"]["disk"])
+        self.assertRegex(view["html"]["disk"], r"1 file stored, [0-9.]+ [kM]B on disk \(counted 0 s ago, and every 5 min\).")
+        self.assertIn("1 stale response since the start", view["html"]["disk"])
+        self.assertIn("is failing:", view["html"]["disk"])
 
     def test_a_clock_that_was_put_right_changes_nothing_of_how_long_it_runs(self):
         real = time.time
@@ -7414,12 +7414,12 @@ class PagesTest(ProxyCase):
         with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)):
             self.ask("/x_1.0_all.deb")
             self.settle()
-        self.assertIn("Nothing can be stored:</span> not enough free space for 1000 bytes.", self.view()["html"]["disk"])
+        self.assertIn("Cannot store anything:</span> not enough free space for 1000 bytes.", self.view()["html"]["disk"])
         with mock.patch.object(pkgproxy, "EVICTION_INTERVAL", 0.0):  # as later, where another process stores all
             self.assertEqual(self.view()["unstored"], "")
         self.ask("/x_1.0_all.deb")
         self.settle()
-        self.assertNotIn("Nothing can be stored", self.view()["html"]["disk"])
+        self.assertNotIn("Cannot store anything", self.view()["html"]["disk"])
 
     def test_the_newest_request_and_the_busiest_origin_come_first(self):
         for host, sizes in (("a", (10, 10)), ("b", (99,)), ("c", (1,))):
@@ -7450,7 +7450,7 @@ class PagesTest(ProxyCase):
         self.assertEqual((answer.status, answer.body), (200, b"ok\n"))
         self.assertEqual(self.files(), {})
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER)), [], "the probe is gone")
-        for name, faulty, reason in (("replace_file", OSError(28, "No space left on device"), b"cannot be written: No space"),
+        for name, faulty, reason in (("replace_file", OSError(28, "No space left on device"), b"Cannot write to the cache root: No space"),
                                      ("try_writing", OSError(30, "Read-only file system"), b"Read-only")):
             with self.subTest(name), mock.patch.object(pkgproxy, name, side_effect=faulty):
                 answer = self.own("/healthz")
@@ -7458,7 +7458,7 @@ class PagesTest(ProxyCase):
                 self.assertIn(reason, answer.body)
         desk = self.server.desk
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
-            self.assertEqual(desk.health_problem(), "No more threads are to be had.")
+            self.assertEqual(desk.health_problem(), "Cannot start any more threads.")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full on this machine")
     def test_it_is_not_well_on_a_full_disk_and_leaves_nothing_there(self):
@@ -7469,7 +7469,7 @@ class PagesTest(ProxyCase):
 
         with mock.patch.object(pkgproxy, "_private_opener", full):
             answer = self.own("/healthz")
-            self.assertEqual((answer.status, answer.body), (503, b"The cache root cannot be written: No space left on device.\n"))
+            self.assertEqual((answer.status, answer.body), (503, b"Cannot write to the cache root: No space left on device.\n"))
             with self.assertRaises(OSError):
                 pkgproxy.replace_file(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "history.json"), "{}")
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER)), [])
@@ -10823,7 +10823,7 @@ class BrowserTest(ClientCase):
         self.origin.pages["/big_1.0_all.deb"] = ScriptedResponse(steps=[head, b"x" * 300_000, gates[0], b"x" * 300_000, gates[1], b"x" * 300_000])
         tab = self.tab()
         tab.open(self.url + "/")
-        self.assertIn("waiting for its first request", tab.text("#state"))
+        self.assertIn("waiting for the first request", tab.text("#state"))
         client = threading.Thread(target=self.fetch, args=("/big_1.0_all.deb",))
         client.start()
         bar = "(document.querySelector('progress') || {value: 0}).value"
@@ -10838,7 +10838,7 @@ class BrowserTest(ClientCase):
         until(lambda: "hit" in tab.run("update().then(() => document.getElementById('recent').innerText)"))
         until(lambda: self.counters(self.url)["statsOutcomes"]["miss"])  # which is counted when it has been sent
         tab.run("update()")
-        self.assertIn("None at this moment", tab.text("#downloads"))
+        self.assertIn("None at the moment", tab.text("#downloads"))
         counted = self.counters(self.url)
         self.assertEqual((counted["statsCacheBytes"], counted["statsDownBytes"]), (900_000, 900_000))
         for shown in ("900.0 kB", "50 % came from the cache, 900.0 kB from origins", "1 of 2 requests"):
