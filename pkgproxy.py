@@ -6740,6 +6740,8 @@ def summary(view: dict[str, Any]) -> str:
 
 # The status page: one file without external resources. Its script replaces the elements that have changed
 # every two seconds; without scripts the page reloads itself every ten.
+# STYLE's colours: bytes from the cache are blue, bytes from origins brown, everywhere. Each text colour has a
+# contrast of at least 4.5 to each background, by day and by night (WCAG 2.2 §1.4.3; a test computes it).
 STYLE = """
 :root{color-scheme:light dark;--back:#f5f6f8;--card:#fff;--text:#1b1f24;--soft:#5a6270;--line:#dfe2e7;
 --cache:#1c64c8;--origin:#a8570a;--bad:#b3261e}
@@ -6823,6 +6825,7 @@ can use <a href="/proxy.pac">/proxy.pac</a>. For monitoring: <a href="/status.js
 
 
 def _hash(text: str) -> str:
+    """Return the CSP source that allows exactly this inline text (W3C CSP Level 3 §2.3.1)."""
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -6831,14 +6834,15 @@ POLICY = ("default-src 'none'; style-src %s; script-src %s; connect-src 'self'; 
 
 
 def _figures_html(view: dict[str, Any]) -> str:
+    """Return the savings and hit rates, since the start and over all time."""
     text = ""
     for title, key in (("since the start", "counters"), ("over all time", "allTime")):
         counts = view[key]
         saved, down = counts.get("statsCacheBytes", 0), counts.get("statsDownBytes", 0)
         share, (found, asked) = format_percent(saved, saved + down), hit_counts(counts)
         text += "<div><dt>Saved %s</dt><dd>%s</dd><dd>%s</dd></div>" % (
-            title, format_bytes(saved), "%s came from the cache, %s from origins" % (share, format_bytes(down))
-            if saved + down else "no traffic yet")
+            title, format_bytes(saved), "no traffic yet" if saved + down == 0 else
+            "%s came from the cache, %s from origins" % (share, format_bytes(down)))
         text += "<div><dt>Hits %s</dt><dd>%s</dd><dd>%s of %s</dd></div>" % (
             title, format_percent(found, asked), f"{found:,}", format_count(asked, "request"))
     return text
@@ -6850,6 +6854,9 @@ def _bars(rows: Iterable[tuple[float, float]]) -> str:
                    for at, (low, top) in enumerate(rows) if top > low)
 
 
+# A plot stretches to any width, so its bars are in units of a slot: x is the slot's number, 0 the oldest one,
+# y is the share of the busiest slot in percent. The page holds all three plots, and its style shows the one
+# whose radio button is checked: that works without scripts.
 PLOT = """<figure class="%(name)s"><figcaption><span><b class="cache">&#9632;</b> %(cache)s from the cache
 <b class="origin">&#9632;</b> %(origin)s from origins</span><span>peak: %(peak)s in %(slot)s</span>
 </figcaption><svg viewBox="0 0 %(slots)d 100" preserveAspectRatio="none" role="img"
@@ -6859,6 +6866,7 @@ aria-label="The last %(span)s: %(cache)s from the cache, %(origin)s from origins
 
 
 def _plots_html(view: dict[str, Any]) -> str:
+    """Return the three plots: bytes from the cache, and stacked on them bytes from origins."""
     text = ""
     for name, plot in view["plots"].items():
         rows, width = plot["bytes"], plot["seconds"]
@@ -6881,6 +6889,7 @@ def _uri_html(uri: str) -> str:
 
 
 def _downloads_html(view: dict[str, Any]) -> str:
+    """Return the running downloads with their progress bars."""
     text = ""
     for row in view["downloads"]:
         length = row["length"]  # None if the origin did not declare it: a bar without a value, which moves
@@ -6893,6 +6902,7 @@ def _downloads_html(view: dict[str, Any]) -> str:
 
 
 def _recent_html(view: dict[str, Any]) -> str:
+    """Return the rows of the table of recent requests, newest first."""
     text = ('<thead><tr><th>Outcome<th>File<th class="n">Size<th class="n">Time<th>Client<th class="n">Ago'
             '</thead><tbody>')
     for row in view["recent"]:
@@ -6910,6 +6920,7 @@ def _recent_html(view: dict[str, Any]) -> str:
 
 
 def _origins_html(view: dict[str, Any]) -> str:
+    """Return the rows of the table of the ten busiest origins."""
     text = '<tr><th>Origin<th class="n">Requests<th class="n">Sent<th class="n">Cached'
     for name, row in list(view["origins"].items())[:10]:
         sent, cached = format_bytes(row["bytes"]), format_percent(row["cached"], row["bytes"])
@@ -6919,6 +6930,7 @@ def _origins_html(view: dict[str, Any]) -> str:
 
 
 def _disk_html(view: dict[str, Any]) -> str:
+    """Return what is stored, what has been evicted, and what is wrong with the disk or with origins."""
     disk, eviction, lines = view["disk"], view["swept"], []
     if eviction.get("at"):  # else the files have not been counted yet
         lines += ["%s stored, %s on disk (counted %s ago, and every %s)." % (
@@ -7021,6 +7033,7 @@ def _json_page(content: dict[str, Any], indent: int | None = None) -> Page:
 
 
 def _setup_page(name: str, names: dict[str, Any]) -> Page:
+    """Return /setup/NAME; the trailing line feed matters where the text is appended to a file."""
     if name == "detect.sh":
         return Page(TEXT, DETECT % names)
     if name not in SETUP:
@@ -7029,6 +7042,7 @@ def _setup_page(name: str, names: dict[str, Any]) -> Page:
 
 
 def _statistics_page(name: str, proxy: str, accepts_html: bool, snapshot: dict[str, Any]) -> Page:
+    """Return the page of this name that shows figures; "" is the status page."""
     if name == "debug/vars":
         return _json_page({key: value for key, value in snapshot.items()
                            if key == "cmdline" or key.startswith("stats")}, 1)
