@@ -6373,7 +6373,7 @@ class Counters:
         """Return the clock time of the start, given the clock time ``now``.
 
         A machine without a battery-backed clock boots with a wrong time, and sets its clock after the proxy
-        has started.  So if the clock has been changed by more than a minute, the start is computed anew from
+        has started.  So if the clock has been changed by more than a minute, the start is computed again from
         the monotonic clock; smaller corrections must not move a start time that is published in /metrics.
         """
         started, monotonic_start = self._started
@@ -6467,7 +6467,7 @@ class TrafficHistory:
             return {"allTime": {"since": self._since, **self._all}, "plots": plots}
 
     def _load(self) -> None:
-        # Anybody who may write the cache may have written this file: nothing in it is believed unchecked.
+        # The file may be damaged, or from another version: check each value before using it.
         try:
             with open(self._path, encoding="utf-8", opener=_private_opener) as file:
                 saved = json.loads(file.read(_MAX_HEAD_FILE))
@@ -6507,7 +6507,7 @@ class RecentRequests:
              answers: list[tuple[str, SendResult]]) -> None:
         """Record one request, and the clients that were sent the same response at the same time.
 
-        ``answers``: address of each client, and what it was sent.  Must not be called for pages of the proxy.
+        ``answers``: for each client its address and the result of sending.  Not for pages of the proxy itself.
         """
         target, now = request.target, time.time()
         with self._lock:
@@ -6721,7 +6721,7 @@ def hit_counts(counts: dict[str, int]) -> tuple[int, int]:
     """Return how many requests were answered from the cache, and how many could have been.
 
     ``counts``: number of requests by outcome.  Tunnels, pages of the proxy, refused and failed requests
-    are in neither number: the hit rate is about what a cache can change.
+    are in neither number, because a cache cannot answer them.
     """
     found = sum(counts.get(outcome.value, 0) for outcome in CACHE_OUTCOMES)
     others = (Outcome.MISS, Outcome.UPDATED, Outcome.RELAYED, Outcome.BYPASS)
@@ -6909,7 +6909,7 @@ def _recent_html(view: dict[str, Any]) -> str:
         outcome, seconds = Outcome(row["outcome"]), row["seconds"]
         is_bad = outcome in (Outcome.FAILED, Outcome.REFUSED, Outcome.STALE)
         colour = "bad" if is_bad else "cache" if outcome in CACHE_OUTCOMES else "origin"
-        notes = [row["method"] if row["method"] != "GET" else "",  # only what is unusual
+        notes = [row["method"] if row["method"] != "GET" else "",  # only unusual values
                  str(row["status"]) if row["status"] != 200 else "", row["detail"]]
         text += '<tr><td class="%s">%s<td class="name">%s %s' % (
             colour, outcome.value, _uri_html(row["uri"]), escape(", ".join(filter(None, notes))))
@@ -6930,7 +6930,7 @@ def _origins_html(view: dict[str, Any]) -> str:
 
 
 def _disk_html(view: dict[str, Any]) -> str:
-    """Return what is stored, what has been evicted, and what is wrong with the disk or with origins."""
+    """Return the size of the cache, the evictions, and current problems with the disk or with origins."""
     disk, eviction, lines = view["disk"], view["swept"], []
     if eviction.get("at"):  # else the files have not been counted yet
         lines += ["%s stored, %s on disk (counted %s ago, and every %s)." % (
@@ -7033,7 +7033,7 @@ def _json_page(content: dict[str, Any], indent: int | None = None) -> Page:
 
 
 def _setup_page(name: str, names: dict[str, Any]) -> Page:
-    """Return /setup/NAME; the trailing line feed matters where the text is appended to a file."""
+    """Return /setup/NAME; the trailing line feed matters if the text is appended to a file."""
     if name == "detect.sh":
         return Page(TEXT, DETECT % names)
     if name not in SETUP:
@@ -7061,7 +7061,7 @@ def make_page(path: str, address: tuple[str, int], accepts_html: bool,
     """Return the page of this path, or None if there is none.  Raises ProxyError for an unknown /setup/NAME.
 
     ``path``: with a slash in front, and possibly a query.  ``address``: host and port by which the client
-    reached the proxy: it is what the client can use in its configuration.  ``accepts_html``: the client is a
+    reached the proxy, and which therefore works in its configuration.  ``accepts_html``: the client is a
     browser.  ``snapshot``, ``health_problem``: called only for the pages that need them.
     """
     host, port = address
