@@ -6507,7 +6507,7 @@ class RecentRequests:
              answers: list[tuple[str, SendResult]]) -> None:
         """Record one request, and the clients that were sent the same response at the same time.
 
-        ``answers``: for each client its address and the result of sending.  Not for pages of the proxy itself.
+        ``answers``: for each client its address and the result of sending.  Not for the proxy's own pages.
         """
         target, now = request.target, time.time()
         with self._lock:
