@@ -8443,9 +8443,29 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 # 14 Command line
 # ---------------------------------------------------------------------------------------------
 
+# Values of options ----------------------------------------------------------------------------
+#
+# Each parser takes the text of an option's value and returns the value for Config. It raises
+# ValueError with a sentence that names the invalid text and gives valid examples.
+
+_SIZE_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # in bytes
+_TIME_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}  # in seconds
+
+
+def parse_addr(text: str) -> tuple[str, int]:
+    """Parse a listening address; an empty host stands for all addresses of the machine.
+
+    >>> parse_addr("[::1]:9999"), parse_addr(":9999")
+    (('::1', 9999), ('', 9999))
+    """
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]]*)):(\d{1,5})", text)
+    if not match or int(match[3]) > 65535:
+        raise ValueError("Invalid address '%s'; use :9999, 192.168.0.1:9999 or [::1]:9999" % text)
+    return match[1] or match[2] or "", int(match[3])
+
 
 def parse_ports(text: str) -> tuple[int, ...]:
-    """Ports from a list such as 443,8443, or none; ValueError says what is allowed.
+    """Parse a comma-separated list of ports; "none" is the empty list.
 
     >>> parse_ports("443,8443"), parse_ports("none")
     ((443, 8443), ())
@@ -8454,32 +8474,73 @@ def parse_ports(text: str) -> tuple[int, ...]:
         return ()
     ports = text.split(",")
     if not all(port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536 for port in ports):
-        raise ValueError("'%s' is no list of ports; write 443,8443 or none" % text)
+        raise ValueError("Invalid port list '%s'; use 443,8443 or none" % text)
     return tuple(int(port) for port in ports)
 
 
+def parse_size(text: str) -> int:
+    """Parse a size; units are powers of 1024. Returns bytes.
+
+    >>> parse_size("1.5k"), parse_size("20G")
+    (1536, 21474836480)
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([BKMGT]?)(?:I?B)?", text.strip().upper())
+    if not match:
+        raise ValueError("Invalid size '%s'; use 500M, 20G or 1.5T" % text)
+    return int(float(match[1]) * _SIZE_UNITS[match[2]])
+
+
+def parse_duration(text: str) -> float:
+    """Parse a time with a unit. Returns seconds.
+
+    >>> parse_duration("30d")
+    2592000.0
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhdw])", text.strip().lower())
+    if not match:
+        raise ValueError("Invalid time '%s'; use 90m, 12h, 30d or 8w" % text)
+    return float(match[1]) * _TIME_UNITS[match[2]]
+
+
+def parse_count(text: str) -> int:
+    """Parse a decimal number from 0 to 10,000."""
+    if not re.fullmatch(r"\d{1,5}", text, re.A) or int(text) > 10_000:
+        raise ValueError("Invalid number '%s'; use 0 to 10000" % text)
+    return int(text)
+
+
+def parse_path(text: str) -> str:
+    """Return the path of a file or directory unchanged.
+
+    An empty path is an error, because it usually comes from an unset shell variable, and would otherwise
+    mean the current directory.
+    """
+    if not text:
+        raise ValueError("Invalid path ''; use the name of a file or directory")
+    return text
+
+
 def parse_barrier(text: str) -> tuple[tuple[str, int], ...]:
-    """The memcached servers that instances agree by; ValueError.
+    """Parse the URL of the memcached servers through which instances coordinate.
 
     >>> parse_barrier("memcached://mc1.example.org,[::1]:11212")
     (('mc1.example.org', 11211), ('::1', 11212))
     """
-    scheme, mark, places = text.partition("://")
+    scheme, separator, authorities = text.partition("://")
     try:
-        servers = tuple(split_authority(place, 11211) for place in places.split(","))
+        servers = tuple(split_authority(authority, 11211) for authority in authorities.split(","))
     except ProxyError:
         servers = ()
-    if scheme != "memcached" or not mark or not all(host and port for host, port in servers) or not servers:
-        raise ValueError("'%s' is no barrier; write memcached://HOST:PORT[,HOST:PORT]" % text)
+    if scheme != "memcached" or not separator or not servers or not all(host for host, _ in servers):
+        raise ValueError("Invalid barrier '%s'; use memcached://HOST:PORT[,HOST:PORT]" % text)
     return servers
 
 
-# Parent proxies -------------------------------------------------------------------------------
-
-
 def parse_parent_proxy(text: str) -> ParentProxy | None:
-    """The proxy of a URL, or of host:port; None for "" or none.  With ,direct behind it origins may be
-    asked without it.  ValueError does not repeat the password.
+    """Parse a parent proxy, written as a URL or host:port; None for "" and "none".
+
+    ",direct" at the end allows direct connections if the proxy cannot be reached. The error message does
+    not repeat the text, which may contain a password.
 
     >>> parse_parent_proxy("http://me:pw@proxy.test:3128,direct").fields
     (('Proxy-Authorization', 'Basic bWU6cHc='),)
@@ -8492,16 +8553,21 @@ def parse_parent_proxy(text: str) -> ParentProxy | None:
     except BadRequestError:
         target = None
     if match is None or target is None:
-        raise ValueError("a parent proxy is written http://[name:password@]host:port[,direct], or none")
+        raise ValueError("Invalid parent proxy; use http://[name:password@]host:port[,direct], or none")
     name, _, password = (match[1] or "").partition(":")
-    pair = urllib.parse.unquote_to_bytes("%s:%s" % (name, password))  # RFC 7617 §2: a colon even so
-    secret = base64.b64encode(pair).decode()
-    return ParentProxy(target, (("Proxy-Authorization", "Basic " + secret),) if match[1] else (), bool(match[3]))
+    # RFC 7617 §2: the colon is required even if there is no password.
+    credentials = urllib.parse.unquote_to_bytes("%s:%s" % (name, password))
+    basic = "Basic " + base64.b64encode(credentials).decode()
+    return ParentProxy(target, (("Proxy-Authorization", basic),) if match[1] else (), bool(match[3]))
 
 
 def parent_proxies(option: str | None, environment: Mapping[str, str]) -> tuple[tuple[str, ParentProxy], ...]:
-    """The parent of each scheme: --parent's, or what http_proxy and https_proxy say.  HTTP_PROXY may come
-    from a request where we run as CGI (CVE-2016-5385).  ValueError."""
+    """Return the parent proxy for each scheme that has one.
+
+    ``option`` is the value of --parent. If it is None, http_proxy and https_proxy in the environment
+    apply; lower case takes precedence, as in curl. HTTP_PROXY is ignored in a CGI environment, where a
+    client can set it with a Proxy field (CVE-2016-5385). Raises ValueError.
+    """
     found = []
     for scheme in ("http", "https"):
         name = scheme + "_proxy"
@@ -8515,360 +8581,358 @@ def parent_proxies(option: str | None, environment: Mapping[str, str]) -> tuple[
 
 
 def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
-    """The regular expressions of a filters file, one a line, and a sentence for each bad line."""
-    filters, complaints = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
+    """Parse a filters file: one regular expression a line; blank lines and # comments are skipped.
+
+    Returns the compiled expressions, and an error message for each invalid line. A deeply nested
+    expression exhausts the compiler's stack, and a huge repeat count overflows its counter.
+    """
+    filters, errors = [], []
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         try:
-            filters.append(re.compile(line))
+            filters += [re.compile(line)] if line and not line.startswith("#") else []
         except (re.error, OverflowError, RecursionError) as error:
-            complaints.append("line %d is no regular expression, skipped: %s: %s" % (number, line, error))
-    return filters, complaints
+            errors.append("line %d is not a regular expression, skipped: %s: %s" % (number, line, error))
+    return filters, errors
 
 
-_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+# Options --------------------------------------------------------------------------------------
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 500M, 20G or 1.5T; ValueError says what is allowed.
+class Option(NamedTuple):
+    """A row of the options table. A new option needs one row here and one field in Config.
 
-    >>> parse_size("1.5k"), parse_size("20G")
-    (1536, 21474836480)
+    An option that is not given keeps the default of its field; the help text repeats it for the user.
     """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([BKMGT]?)(?:I?B)?", text.strip().upper())
-    if not match:
-        raise ValueError("'%s' is no size; write 500M, 20G or 1.5T" % text)
-    return int(float(match[1]) * _UNITS[match[2]])
+
+    usage: str  # its flags and, unless it is a switch, the name of its value
+    help: str  # one line, with the default in parentheses
+    field: str = ""  # the field of Config that it sets; "" for argparse's own actions
+    parse: Callable[[str], Any] | None = None  # from the text to the field's value; None: the text itself
+    more: Mapping[str, Any] = {}  # further arguments of ArgumentParser.add_argument()
 
 
-def parse_count(text: str, least: int, most: int) -> int:
-    """A number of things; ValueError says what is allowed."""
-    if not re.fullmatch(r"\d{1,9}", text, re.A) or not least <= int(text) <= most:
-        raise ValueError("'%s' is no number from %d to %d" % (text, least, most))
-    return int(text)
+REPEATED = {"action": "append"}  # the field is a tuple
+ON, OFF = {"action": "store_true"}, {"action": "store_false"}  # what a switch sets its field to
+VERSION = {"action": "version", "version": "pkgproxy " + __version__}
 
-
-def parse_duration(text: str) -> float:
-    """Seconds of a time such as 90m, 12h, 30d or 8w; ValueError says what is allowed.
-
-    >>> parse_duration("30d")
-    2592000.0
-    """
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhdw])", text.strip().lower())
-    if not match:
-        raise ValueError("'%s' is no time; write 90m, 12h, 30d or 8w" % text)
-    return float(match[1]) * _SPANS[match[2]]
-
-
-DEFAULTS = Config()
-REPEATED: dict[str, Any] = {"action": "append"}
-COUNTED: dict[str, Any] = {"action": "count", "default": 0}
-
-
-def _read_by(parse: Callable[[str], Any]) -> dict[str, Any]:
-    """For argparse, so that its message names the option and ends in what ``parse`` says."""
-
-    def one(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return {"type": one}
-
-
-def parse_name(text: str) -> str:
-    """The name of a file or a folder; ValueError where a shell's variable was empty."""
-    if not text:
-        raise ValueError("'' is no name")
-    return text
-
-
-# group, flags, what the value is called, help with the default in brackets, argparse's other words
-OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
-    ("clients", "-a --addr", "ADDR", "listen here; may be repeated (%s)" % DEFAULTS.addrs[0], REPEATED),
-    ("clients", "--allow", "NET", "who may connect; may be repeated (%s)" % ", ".join(DEFAULTS.allow),
-     REPEATED),
-    ("clients", "--name", "NAME", "its name, if not the host's; may be repeated (none)",
-     {**REPEATED, **_read_by(parse_host_name)}),
-    ("clients", "--connect-ports", "PORTS", "where CONNECT may lead (443)",
-     {"default": DEFAULTS.connect_ports, **_read_by(parse_ports)}),
-    ("clients", "--reuse-port", "", "let other instances listen here too (off)", {"action": "store_true"}),
-    ("clients", "--instance", "NAME", "one of several: own statistics, --reuse-port (none)", {"default": ""}),
-    ("cache", "-r --root", "DIR", "where it lies, made if missing (the current folder)",
-     _read_by(parse_name)),
-    ("cache", "--max-size", "SIZE", "most to store; least used goes first (no limit)", _read_by(parse_size)),
-    ("cache", "--min-free", "SIZE", "leave free on the disk (5 %%, at most 10 GB)", _read_by(parse_size)),
-    ("cache", "--max-age", "TIME", "remove what was not used for so long (keep it)", _read_by(parse_duration)),
-    ("cache", "-f --filters", "FILE", "what is never cached, as expressions (none)", _read_by(parse_name)),
-    ("cache", "--no-heuristics", "", "ask again where no lifetime is told (a day)",
-     {"action": "store_false", "dest": "heuristics"}),
-    ("cache", "--no-sharing", "", "share files of mirrors by digest only (by proof)",
-     {"action": "store_false", "dest": "sharing"}),
-    ("cache", "--barrier", "URL", "by what instances that share it agree (locks)",
-     {"default": (), **_read_by(parse_barrier)}),
-    ("origins", "--parent", "URL", "proxy to ask, or none ($http_proxy, $https_proxy)", {}),
-    ("origins", "--ca-file", "FILE", "PEM certificates to trust as well, for https (none)",
-     _read_by(parse_name)),
-    ("origins", "--adopt", "DIR", "also use packages found here; may be repeated (none)",
-     {**REPEATED, **_read_by(parse_name)}),
-    ("origins", "--offline", "", "never ask one, serve what is stored (off)", {"action": "store_true"}),
-    ("origins", "--max-orphans", "N", "downloads that go on without clients (%d)" % DEFAULTS.max_orphans,
-     {"default": DEFAULTS.max_orphans, **_read_by(lambda text: parse_count(text, 0, 10_000))}),
-    ("log and help", "-v --verbose", "", "log more", COUNTED),
-    ("log and help", "-q --quiet", "", "log no requests; twice: nothing but errors", COUNTED),
-    ("log and help", "-V --version", "", "show the version and exit",
-     {"action": "version", "version": "pkgproxy " + __version__}),
-    ("log and help", "-h --help", "", "show this and exit", {"action": "help"}),
-)
-EPILOG = """In brackets: the default.  What may be written:
+OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
+    "clients": (
+        # The text of these two is only checked here, and parsed where it is used.
+        Option("-a --addr ADDR", "address to listen on; repeatable (:9999)", "addrs",
+               lambda text: parse_addr(text) and text, REPEATED),
+        Option("--allow NET", "allowed clients; repeatable (loopback, private)", "allow",
+               lambda text: parse_networks([text]) and text, REPEATED),
+        Option("--name NAME", "another host name of the proxy; repeatable (none)", "names",
+               parse_host_name, REPEATED),
+        Option("--connect-ports PORTS", "ports that CONNECT may reach (443)", "connect_ports", parse_ports),
+        Option("--reuse-port", "share the addresses with other instances (off)", "reuse_port", more=ON),
+        Option("--instance NAME", "name of this instance; implies --reuse-port (none)", "instance"),
+    ),
+    "cache": (
+        Option("-r --root DIR", "cache directory, created if missing (.)", "root", parse_path),
+        Option("--max-size SIZE", "maximum size of the cache (unlimited)", "max_size", parse_size),
+        Option("--min-free SIZE", "disk space to keep free (5 %%, at most 10 GB)", "min_free", parse_size),
+        Option("--max-age TIME", "remove files not used for this long (never)", "max_age", parse_duration),
+        Option("-f --filters FILE", "expressions for URIs not to cache (none)", "filters_file", parse_path),
+        Option("--no-heuristics", "assume no lifetime if an origin gives none (off)", "heuristics", more=OFF),
+        Option("--no-sharing", "share files between mirrors only by digest (off)", "sharing", more=OFF),
+        Option("--barrier URL", "coordinate instances by memcached (file locks)", "barrier", parse_barrier),
+    ),
+    "origins": (
+        Option("--parent URL", "parent proxy, or none ($http_proxy, $https_proxy)", "parents"),
+        Option("--ca-file FILE", "PEM certificates to trust in addition (none)", "ca_file", parse_path),
+        Option("--adopt DIR", "also use packages found in DIR; repeatable (none)",
+               "adopt", lambda text: os.path.abspath(parse_path(text)), REPEATED),
+        Option("--offline", "serve only cached files, contact no origin (off)", "offline", more=ON),
+        Option("--max-orphans N", "downloads that continue without clients (8)", "max_orphans", parse_count),
+    ),
+    "log and help": (
+        Option("-v --verbose", "log more", "verbose", more={"action": "count"}),
+        Option("-q --quiet", "do not log requests; twice: only errors", "quiet", more={"action": "count"}),
+        Option("-V --version", "show the version and exit", more=VERSION),
+        Option("-h --help", "show this help and exit", more={"action": "help"}),
+    ),
+}
+EPILOG = """Defaults are in parentheses.  Formats:
   ADDR   :9999, 192.168.0.1:9999 or [::1]:9999
   NET    loopback, private, all, or a network such as 203.0.113.0/24
   PORTS  443,8443 or none
   SIZE   500M, 20G or 1.5T
   TIME   90m, 12h, 30d or 8w
-  FILE   for -f: regular expressions, one a line, each searched in the URI
+  FILE   for -f: one regular expression a line, searched in each URI
   URL    for --barrier memcached://HOST:PORT[,HOST:PORT]
          for --parent http://[NAME:PASSWORD@]HOST:PORT[,direct]
 
-Clients only set http_proxy=http://this-host:9999/, which also shows a page.
-Clean the cache with rm, at any time."""
+Clients need only http_proxy=http://this-host:9999/, which also shows a page.
+Files can be removed from the cache with rm at any time."""
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help with an option a line."""
+def _argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Wrap a parser for argparse, which would replace the message of a ValueError with its own."""
 
-    def __init__(self, prog: str, **more: Any) -> None:
-        super().__init__(prog, max_help_position=26, **more)
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-
-class StartupError(Exception):
-    """An option's value, or the machine, does not let us start: one clear line, then exit."""
-
-    def __init__(self, sentence: str, code: int = 1) -> None:
-        super().__init__(sentence)
-        self.code = code
+    return parse_argument
 
 
-def parse_addr(text: str) -> tuple[str, int]:
-    """Host and port to listen on; the host is empty for all.  ValueError says what is allowed.
-
-    >>> parse_addr("[::1]:9999"), parse_addr(":9999")
-    (('::1', 9999), ('', 9999))
-    """
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]]*)):(\d{1,5})", text)
-    if not match or int(match[3]) > 65535:
-        raise ValueError("'%s' is no address; write :9999, 192.168.0.1:9999 or [::1]:9999" % text)
-    return match[1] or match[2] or "", int(match[3])
+def make_argument_parser() -> argparse.ArgumentParser:
+    """Build the parser from OPTIONS. Options that are not given are absent from its result."""
+    parser = argparse.ArgumentParser(
+        "pkgproxy.py", "%(prog)s [options]", "A caching HTTP proxy for package managers.", EPILOG,
+        # EPILOG keeps its line breaks, and each help text gets enough columns for one line.
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26),
+        add_help=False, argument_default=argparse.SUPPRESS)
+    for heading, options in OPTIONS.items():
+        group = parser.add_argument_group(heading)
+        for option in options:
+            words = option.usage.split()
+            flags = [word for word in words if word.startswith("-")]
+            settings: dict[str, Any] = {"dest": option.field, "metavar": "".join(words[len(flags):]),
+                                        "type": option.parse and _argument_type(option.parse)}
+            group.add_argument(*flags, help=option.help, **option.more,
+                               **{name: value for name, value in settings.items() if value})
+    return parser
 
 
 def parse_options(arguments: list[str]) -> tuple[Config, int]:
-    """The configuration, and the log level; exits with 2 and one line where an option is bad."""
-    parser = argparse.ArgumentParser(
-        "pkgproxy.py", "%(prog)s [options]", "A caching HTTP proxy for package managers.", EPILOG,
-        formatter_class=HelpFormatter, add_help=False)
-    groups = {row[0]: parser.add_argument_group(row[0]) for row in OPTIONS}
-    for group, flags, metavar, text, words in OPTIONS:
-        if metavar:
-            words = {"metavar": metavar, **words}
-        groups[group].add_argument(*flags.split(), help=text, **words)
-    options = parser.parse_args(arguments)
-    addrs, allow = tuple(options.addr or DEFAULTS.addrs), tuple(options.allow or DEFAULTS.allow)
+    """Return the configuration and the log level. Exits with code 2 and one line if an option is invalid.
+
+    Options that are not given keep the defaults of Config.
+    """
+    parser = make_argument_parser()
+    given = vars(parser.parse_args(arguments))
+    level = logging.INFO + 10 * given.pop("quiet", 0) - 10 * given.pop("verbose", 0)
+    values: dict[str, Any] = {
+        field: tuple(value) if isinstance(value, list) else value for field, value in given.items()}
     try:
-        for addr in addrs:
-            parse_addr(addr)
-        parse_networks(allow)
-        config = Config(addrs, options.root, options.filters, allow,
-                        options.connect_ports, options.heuristics, options.offline, options.max_size,
-                        options.min_free, max_age=options.max_age, max_orphans=options.max_orphans,
-                        reuse_port=options.reuse_port or bool(options.instance),
-                        instance=options.instance, sharing=options.sharing, barrier=options.barrier,
-                        pseudonym="pkgproxy-" + secrets.token_hex(4),
-                        ca_file=options.ca_file, parents=parent_proxies(options.parent, os.environ),
-                        no_proxy=tuple((os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
-                                        ).lower().replace(" ", "").split(",")),
-                        adopt=tuple(map(os.path.abspath, options.adopt or ())),
-                        names=tuple(options.name or ()))
+        values["parents"] = parent_proxies(values.get("parents"), os.environ)
     except ValueError as error:
         parser.error(str(error))
-    level = logging.INFO + 10 * options.quiet - 10 * options.verbose
-    return config, max(logging.DEBUG, min(level, logging.ERROR))
+    no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    values["no_proxy"] = tuple(no_proxy.lower().replace(" ", "").split(","))
+    values["reuse_port"] = bool(values.get("reuse_port") or values.get("instance"))
+    values["pseudonym"] = "pkgproxy-" + secrets.token_hex(4)  # random, so that loops are detected
+    return Config(**values), max(logging.DEBUG, min(level, logging.ERROR))
+
+
+# Start ----------------------------------------------------------------------------------------
+
+
+class StartupError(Exception):
+    """pkgproxy cannot start: an option's value cannot be used on this machine. Carries one sentence."""
 
 
 def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
-    """Read a filters file; OSError or UnicodeDecodeError.  Bad lines are reported and skipped."""
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read(MAX_FILTERS + 1)
-    if len(text) > MAX_FILTERS:  # a package, a device that never ends
-        raise OSError(errno.EFBIG, "it has more than %d characters" % MAX_FILTERS)
-    filters, complaints = parse_filters(text)
-    for complaint in complaints:
-        log.warning("%s: %s", path, complaint)
+    """Read a filters file. Invalid lines are logged and skipped; raises StartupError if it is unreadable."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(MAX_FILTERS + 1)
+        if len(text) > MAX_FILTERS:  # probably the wrong file: a package, or a device such as /dev/zero
+            raise OSError(errno.EFBIG, "it has more than %d characters" % MAX_FILTERS)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError("Cannot read the filters file %s: %s." % (path, reason)) from None
+    filters, errors = parse_filters(text)
+    for message in errors:
+        log.warning("%s: %s", path, message)
     log.info("Parsed %d filters from %s", len(filters), path)
     return tuple(filters)
 
 
 def open_store(config: Config) -> Store:
-    """The store below the root, made if it is missing; Unusable where it is no folder to read."""
+    """Open the store, and create the cache directory if it is missing. Raises StartupError."""
     store = Store(config.root or ".", config.root is not None, config.min_free, config.max_size)
     try:
         make_directory(store.root)
         hosts = store.list_hosts()
     except OSError as error:
-        raise StartupError("The cache root %s cannot be used: %s. Name another folder with -r." % (
+        raise StartupError("Cannot use the cache root %s: %s. Choose another directory with -r." % (
             store.root, error.strerror)) from None
-    found = "holds %d host%s" % (len(hosts), "s" if len(hosts) > 1 else "") if hosts else "nothing stored yet"
-    log.info("Cache root at %s (%s)", store.root, found)
+    content = format_count(len(hosts), "host") if hosts else "nothing"
+    log.info("Cache root at %s (%s stored%s)", store.root, content, "" if hosts else " yet")
     if not os.access(store.root, os.W_OK):
-        log.warning("The cache root cannot be written: requests are passed on, nothing is kept")
-    for folder in config.adopt:
-        if os.path.isdir(folder):
-            log.info("Adopting what is the same from %s", folder)
+        log.warning("The cache root is not writable. Requests are forwarded, but nothing is stored.")
+    for directory in config.adopt:
+        if os.path.isdir(directory):
+            log.info("Adopting identical packages from %s", directory)
         else:
-            log.warning("There is no folder %s to adopt packages from. It is looked for again after %d h.",
-                        folder, ADOPT_SCAN_INTERVAL // 3600)
+            log.warning("The directory %s, from which packages are to be adopted, does not exist. "
+                        "pkgproxy looks for it again every %d h.", directory, ADOPT_SCAN_INTERVAL // 3600)
     return store
 
 
 def check_access_settings(config: Config) -> None:
-    """Say who may come in, and which way we go out; Unusable where --ca-file holds no certificates."""
-    log.info("Clients may come from: %s", ", ".join(config.allow))
+    """Log which clients may connect and how origins are reached. Raises StartupError.
+
+    A --ca-file without certificates is reported now instead of with the first https request.
+    """
+    log.info("Allowed clients: %s", ", ".join(config.allow))
     for scheme, parent in config.parents:
-        log.info("Asking %s origins through the parent proxy %s%s", scheme, parent.place.authority,
-                 ", or directly" if parent.or_direct else "")
+        log.info("Using the parent proxy %s for %s origins%s", parent.place.authority, scheme,
+                 ", with direct connections if it fails" if parent.or_direct else "")
     if config.ca_file is not None:
         try:
             TrustStore(config.ca_file).context()
         except OSError as error:
-            raise StartupError("The certificates in %s cannot be used: %s." % (
+            raise StartupError("Cannot use the certificates in %s: %s." % (
                 config.ca_file, explain_error(error))) from None
 
 
 def make_connection_limiter() -> ConnectionLimiter:
-    """Room for as many connections as the descriptors allow: each may take four, and one more is parked."""
+    """Limit connections by the file descriptors that this process may open, after raising that limit.
+
+    A connection uses up to four descriptors (client, origin, stored file, partial file), and for each one
+    another may be parked until the limit allows it. 40 are left for everything else.
+    """
     if resource is None:
         return ConnectionLimiter(MAX_CONNECTIONS)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: unlimited
     return ConnectionLimiter(max(4, min(MAX_CONNECTIONS, (soft - 40) // 5 if soft > 0 else MAX_CONNECTIONS)))
 
 
 def inherited_socket(descriptor: int) -> socket.socket:
-    """A listening socket that whoever started us has opened; OSError where it is none."""
+    """Take over a listening socket that the parent process opened. Raises OSError if it is anything else."""
     listening = socket.socket(fileno=descriptor)
     if (listening.family not in (socket.AF_INET, socket.AF_INET6)
             or not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
-        raise OSError(errno.EINVAL, "it is no listening TCP socket")
+        raise OSError(errno.EINVAL, "it is not a listening TCP socket")
     return NonblockingListener(listening)
 
 
+def inherited_descriptors(environment: Mapping[str, str]) -> range:
+    """Return the descriptors of sockets passed by systemd socket activation (sd_listen_fds(3)).
+
+    LISTEN_PID tells them from variables that were inherited by mistake.
+    """
+    count = environment.get("LISTEN_FDS", "")
+    is_for_us = environment.get("LISTEN_PID") == str(os.getpid()) and count.isdecimal()
+    return range(3, 3 + int(count)) if is_for_us else range(0)
+
+
 def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.socket]:
-    """A listening socket for each address, or those that systemd hands over in their place (sd_listen_fds(3),
-    from descriptor 3 on); Unusable where one is taken or not ours."""
-    sockets: list[socket.socket] = []
-    ours, count = environment.get("LISTEN_PID") == str(os.getpid()), environment.get("LISTEN_FDS", "")
-    handed = range(3, 3 + int(count)) if ours and count.isdecimal() else range(0)
+    """Listen on each configured address, or take over the sockets that systemd passed instead.
+
+    Raises StartupError if one of them fails; the others are then closed.
+    """
     if config.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
-        raise StartupError("This system has no SO_REUSEPORT: leave out --reuse-port and --instance.")
-    for addr in handed or config.addrs:
+        raise StartupError("This system does not support SO_REUSEPORT; remove --reuse-port and --instance.")
+    sockets: list[socket.socket] = []
+    descriptors = inherited_descriptors(environment)
+    for addr in descriptors or config.addrs:
         try:
             sockets.append(inherited_socket(addr) if isinstance(addr, int)
                            else open_socket(*parse_addr(addr), config.reuse_port))
         except (OSError, OverflowError) as error:
             for listening in sockets:
                 listening.close()
-            # Without what create_server adds to it.
+            # create_server() appends "(while attempting to bind on address ...)", which repeats the address.
             reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]
-            what = "the socket %d of systemd: %s." if handed else "%s: %s. Name another with -a."
-            raise StartupError("Cannot listen on " + what % (addr, reason)) from None
+            message = "socket %d from systemd: %s." if descriptors else "%s: %s. Choose another with -a."
+            raise StartupError("Cannot listen on " + message % (addr, reason)) from None
         log.info("Starting proxy server at %s", display_address(sockets[-1]))
     return sockets
 
 
-def reload_filters(proxy: Proxy) -> None:
-    """Read the filters file again; a bad one keeps the old filters."""
+# Signals and the service manager --------------------------------------------------------------
+
+
+def install_signal_handlers() -> queue.SimpleQueue[str]:
+    """Return a queue that receives the names of the signals SIGTERM, SIGINT and SIGHUP.
+
+    A Python signal handler runs between any two instructions of the main thread. SimpleQueue.put() is
+    reentrant, so a handler may call it; an Event or a log call could deadlock on a lock that the
+    interrupted code holds.
+    """
+    signals: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), lambda *_, name=name: signals.put(name))
+    return signals
+
+
+class SystemdNotifier:
+    """Sends state changes and watchdog messages to systemd, or nothing under any other parent (sd_notify(3)).
+
+    READY=1, RELOADING=1 and STOPPING=1 mark the states. WATCHDOG=1 is sent while all event loops run; if it
+    stays away for WATCHDOG_USEC, systemd restarts the service.
+    """
+
+    def __init__(self, environment: Mapping[str, str], counters: Counters) -> None:
+        path = environment.get("NOTIFY_SOCKET", "") if hasattr(socket, "AF_UNIX") else ""
+        self._address = "\0" + path[1:] if path.startswith("@") else path  # "@": Linux's abstract namespace
+        self._counters = counters
+        timeout = (parse_delta_seconds(environment.get("WATCHDOG_USEC")) or 60_000_000) / 1e6  # seconds
+        self._max_silence = timeout / 2  # a loop that has not run for this long counts as stuck
+        self.pause = min(1.0, timeout / 4)  # maximum seconds between two calls of send_watchdog()
+        self._next = 0.0  # monotonic time of the next watchdog message
+
+    def notify(self, text: str) -> None:
+        """Send a message. Errors are ignored, because the proxy works without a service manager."""
+        if self._address:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(1.0)
+                sock.sendto(text.encode(), self._address)
+
+    def send_watchdog(self, last_iteration: float) -> None:
+        """Send the watchdog message and a status line if it is time and all event loops run.
+
+        ``last_iteration`` is the monotonic time at which the slowest loop last ran.
+        """
+        now = time.monotonic()
+        if self._address and now >= self._next and now - last_iteration < self._max_silence:
+            self._next = now + min(self._max_silence / 2, NOTIFY_INTERVAL)
+            counted = self._counters.snapshot()
+            hits, requests = hit_counts(counted["statsOutcomes"])
+            self.notify("WATCHDOG=1\nSTATUS=%s, %s hits, %s saved" % (
+                format_count(requests, "request"), format_percent(hits, requests),
+                format_bytes(counted["statsCacheBytes"])))
+
+
+def reload_filters(proxy: Proxy, notifier: SystemdNotifier) -> None:
+    """Read the filters file again. If that fails, the previous filters remain in force."""
+    notifier.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
     config = proxy.config
     if config.filters_file:
         try:
             proxy.config = replace_fields(config, filters=load_filters(config.filters_file))
-        except (OSError, UnicodeDecodeError) as error:
-            log.error("The filters file %s cannot be read: %s; the old filters stay", config.filters_file,
-                      getattr(error, "strerror", None) or error)
+        except StartupError as error:
+            log.error("%s The previous filters remain in force.", error)
+    notifier.notify("READY=1")
 
 
-def install_signal_handlers() -> queue.SimpleQueue[str]:
-    """From now on the names of the signals that we heed come out of this queue.  A handler may interrupt
-    anything: a SimpleQueue bears that, an Event or the log does not."""
-    heard: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), lambda *_, name=name: heard.put(name))
-    return heard
-
-
-class SystemdNotifier:
-    """The service manager that started us, where it wants to be told how we are (systemd, sd_notify(3))."""
-
-    def __init__(self, environment: Mapping[str, str], counters: Counters) -> None:
-        place = environment.get("NOTIFY_SOCKET", "") if hasattr(socket, "AF_UNIX") else ""
-        self._place = "\0" + place[1:] if place.startswith("@") else place
-        self._counters = counters
-        watch = (parse_delta_seconds(environment.get("WATCHDOG_USEC")) or 60_000_000) / 1e6  # seconds, then we are killed
-        self._max_silence = watch / 2  # seconds without a beat, then we are not well
-        self.pause = min(1.0, watch / 4)  # seconds, at most, between two calls of ping()
-        self._next = 0.0  # monotonic time of the next ping
-
-    def notify(self, text: str) -> None:
-        """Tell it, if it can be told."""
-        if self._place:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.settimeout(1.0)
-                sock.sendto(text.encode(), self._place)
-
-    def send_watchdog(self, beat: float) -> None:
-        """That we are well, where we were so at the monotonic time ``beat``, and what we have done."""
-        now = time.monotonic()
-        if self._place and now >= self._next and now - beat < self._max_silence:
-            self._next = now + min(self._max_silence / 2, NOTIFY_INTERVAL)
-            counted = self._counters.snapshot()
-            found, asked = hit_counts(counted["statsOutcomes"])
-            self.notify("WATCHDOG=1\nSTATUS=%s, %s hits, %s saved" % (
-                format_count(asked, "request"), format_percent(found, asked), format_bytes(counted["statsCacheBytes"])))
-
-    @contextlib.contextmanager
-    def reloading(self) -> Iterator[None]:
-        """While the filters are read again."""
-        self.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-        yield
-        self.notify("READY=1")
-
-
-def wait_for_shutdown(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str],
-                 manager: SystemdNotifier) -> None:
-    """Until SIGTERM or SIGINT; SIGHUP reads the filters again."""
+def wait_for_shutdown(servers: list[ProxyServer], proxy: Proxy, signals: queue.SimpleQueue[str],
+                      notifier: SystemdNotifier) -> None:
+    """Return on SIGTERM or SIGINT. Meanwhile, send watchdog messages, and reload the filters on SIGHUP."""
     while True:
-        manager.send_watchdog(min(server.last_iteration for server in servers))
+        notifier.send_watchdog(min(server.last_iteration for server in servers))
         with contextlib.suppress(queue.Empty):
-            name = heard.get(timeout=manager.pause)  # Windows delivers signals between waits only
+            name = signals.get(timeout=notifier.pause)  # Windows delivers signals only between two waits
             if name in ("SIGTERM", "SIGINT"):
                 return
             if name == "SIGHUP":
-                with manager.reloading():
-                    reload_filters(proxy)
+                reload_filters(proxy, notifier)
 
 
-def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str], manager: SystemdNotifier) -> None:
-    """Serve until a signal ends it; running replies get GRACE seconds."""
+def serve(servers: list[ProxyServer], proxy: Proxy, signals: queue.SimpleQueue[str],
+          notifier: SystemdNotifier) -> None:
+    """Serve until a signal arrives, then shut down.
+
+    Shutdown: 1. stop accepting, on all addresses at once; 2. wait for the running responses, at most
+    SHUTDOWN_GRACE seconds for all servers together; 3. close the proxy.
+    Threads that are still busy are daemons and end with the process.
+    """
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    manager.notify("READY=1")
-    wait_for_shutdown(servers, proxy, heard, manager)
-    manager.notify("STOPPING=1")
+    notifier.notify("READY=1")
+    wait_for_shutdown(servers, proxy, signals, notifier)
+    notifier.notify("STOPPING=1")
     log.info("Stopping")
     deadline = time.monotonic() + SHUTDOWN_GRACE
     for server in servers:
@@ -8881,116 +8945,121 @@ def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str
     proxy.close()
 
 
+# Log ------------------------------------------------------------------------------------------
+
+
 class QueueLogHandler(logging.Handler):
-    """Writes the log in a thread of its own, several lines at a time: where nobody reads it any more (a
-    stopped pager, a stuck log driver), lines are lost, and nobody waits."""
+    """Writes log lines to stderr in a thread of its own, several at a time.
 
-    def __init__(self, stamped: bool) -> None:
+    If stderr blocks (a stopped pager, a stuck log driver), lines are dropped instead of stopping the proxy.
+    Lines that are still queued at exit are written by flush(), which logging.shutdown() calls.
+    """
+
+    def __init__(self, with_timestamps: bool) -> None:
         super().__init__()
-        self._stamped = stamped
-        self._stamp = (0, "")  # clock seconds, and how they are written
-        self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
-        self._threaded = False
-
-    def start(self) -> None:
-        """From now on a thread writes.  Before, no client waits."""
+        self._with_timestamps = with_timestamps
+        self._timestamp = (0, "")  # whole seconds, and their text: formatted once a second
+        self._queue: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()  # Event: set when written
         threading.Thread(target=self._run, daemon=True).start()
-        self._threaded = True
 
     def emit(self, record: logging.LogRecord) -> None:
-        """For the logging module."""
+        """Write a record of the logging module."""
         self.write([self.format(record)])
 
     def write(self, lines: list[str]) -> None:
-        """Put lines into the queue, or drop them; without logging's records, which cost as much as a hit."""
-        stamp, put = self._time(), self._lines.put
-        for line in lines[:max(0, MAX_LOG_LINES - self._lines.qsize())]:
-            put("%s%s\n" % (stamp, line))
-        while not (self._threaded or self._lines.empty()):
-            self._write_out([self._lines.get()])
+        """Write lines of the access log. A LogRecord for each would cost as much as serving a hit."""
+        timestamp, put = self._current_timestamp(), self._queue.put
+        for line in lines[:max(0, MAX_LOG_LINES - self._queue.qsize())]:
+            put("%s%s\n" % (timestamp, line))
 
     def flush(self) -> None:
-        """Wait for what is in the queue, but not for long."""
+        """Wait until all queued lines are written, at most one second."""
         written = threading.Event()
-        self._lines.put(written)
-        written.wait(1.0 if self._threaded else 0.0)
+        self._queue.put(written)
+        written.wait(1.0)
 
-    def _time(self) -> str:
-        if not self._stamped:
+    def _current_timestamp(self) -> str:
+        if not self._with_timestamps:
             return ""
-        now, stamp = int(time.time()), self._stamp
-        if now != stamp[0]:
-            self._stamp = stamp = now, time.strftime("%Y/%m/%d %H:%M:%S ", time.localtime(now))
-        return stamp[1]
+        now, timestamp = int(time.time()), self._timestamp  # one read: another thread may replace it
+        if now != timestamp[0]:
+            self._timestamp = timestamp = now, time.strftime("%Y/%m/%d %H:%M:%S ", time.localtime(now))
+        return timestamp[1]
 
     def _run(self) -> None:
         while True:
-            lines = [self._lines.get()]
-            time.sleep(LOG_BATCH_DELAY)
+            batch = [self._queue.get()]
+            time.sleep(LOG_BATCH_DELAY)  # more lines arrive meanwhile, and share the system call
             with contextlib.suppress(queue.Empty):
-                while len(lines) < MAX_LOG_LINES:
-                    lines.append(self._lines.get_nowait())
-            self._write_out(lines)
+                while len(batch) < MAX_LOG_LINES:
+                    batch.append(self._queue.get_nowait())
+            self._write_out(batch)
 
-    def _write_out(self, lines: list[str | threading.Event]) -> None:
-        text = "".join(line for line in lines if isinstance(line, str))
-        data = text.encode("utf-8", "backslashreplace")
-        with contextlib.suppress(OSError, ValueError):  # a full log device harms nothing
-            while data and (self._threaded or os.name == "nt" or select.select([], [2], [], 1.0)[1]):
+    def _write_out(self, batch: list[str | threading.Event]) -> None:
+        data = "".join(line for line in batch if isinstance(line, str)).encode("utf-8", "backslashreplace")
+        with contextlib.suppress(OSError, ValueError):  # /dev/full, or stderr was closed
+            while data:
                 try:
                     data = data[os.write(2, data):]
-                except BlockingIOError:  # whoever started us wants it so
+                except BlockingIOError:  # the parent process made stderr non-blocking
                     time.sleep(LOG_BATCH_DELAY)
-        for line in lines:
+        for line in batch:
             if isinstance(line, threading.Event):
                 line.set()
 
 
-def load_configured_filters(config: Config) -> Config:
-    """The configuration with what its filters file says; Unusable."""
-    if not config.filters_file:
-        log.info("No filters file given")
-        return config
-    try:
-        return replace_fields(config, filters=load_filters(config.filters_file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupError("The filters file %s cannot be read: %s." % (
-            config.filters_file, getattr(error, "strerror", None) or error)) from None
-
-
-def run(config: Config, writer: QueueLogHandler) -> None:
-    """Start, serve, stop; Unusable."""
-    store = open_store(config)
-    config = load_configured_filters(config)
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        log.warning("Running as root: an account without privileges is enough, and safer")
-    check_access_settings(config)
-    heard = install_signal_handlers()
-    sockets = open_sockets(config, os.environ)
-    seat = CPUAffinity()
-    seat.pin(int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid())
-    writer.start()
-    counters = Counters()
-    proxy = Proxy(config, store, counters.add_down)
-    statistics = StatusCollector(store, counters, config.instance or ",".join(config.addrs), proxy.snapshot)
-    proxy.start()
-    statistics.history.start()
-    desk = Dispatcher(proxy, statistics, make_connection_limiter(), writer.write, seat)
-    serve([ProxyServer(listening, desk) for listening in sockets], proxy, heard,
-          SystemdNotifier(os.environ, counters))
-    statistics.history.stop()
-
-
 def stderr_is_journal(stream: str) -> bool:
-    """Whether stderr is the journal that systemd names in $JOURNAL_STREAM, which stamps the time itself."""
+    """Return whether stderr is the journal, which adds timestamps itself.
+
+    ``stream`` is $JOURNAL_STREAM: device and inode of the journal's socket (systemd.exec(5)).
+    """
     with contextlib.suppress(OSError, ValueError):
         info = os.fstat(2)
         return stream == "%d:%d" % (info.st_dev, info.st_ino)
     return False
 
 
+def start_logging(level: int) -> QueueLogHandler:
+    """Send log messages of at least ``level`` to stderr. Returns the handler."""
+    handler = QueueLogHandler(not stderr_is_journal(os.environ.get("JOURNAL_STREAM", "")))
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+    return handler
+
+
+# Main -----------------------------------------------------------------------------------------
+
+
+def run(config: Config, level: int) -> None:
+    """Start pkgproxy, serve until a signal arrives, and stop. Raises StartupError."""
+    affinity = CPUAffinity()  # before the first thread, because threads inherit it
+    affinity.pin(int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid())
+    log_handler = start_logging(level)
+    store = open_store(config)
+    if config.filters_file:
+        config = replace_fields(config, filters=load_filters(config.filters_file))
+    else:
+        log.info("No filters file given")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        log.warning("Running as root: an unprivileged account is sufficient and safer")
+    check_access_settings(config)
+    signals = install_signal_handlers()  # before "Starting" is logged, after which a SIGTERM may come
+    sockets = open_sockets(config, os.environ)
+    counters = Counters()
+    proxy = Proxy(config, store, counters.add_down)
+    statistics = StatusCollector(store, counters, config.instance or ",".join(config.addrs), proxy.snapshot)
+    proxy.start()
+    statistics.history.start()
+    dispatcher = Dispatcher(proxy, statistics, make_connection_limiter(), log_handler.write, affinity)
+    serve([ProxyServer(listening, dispatcher) for listening in sockets], proxy, signals,
+          SystemdNotifier(os.environ, counters))
+    statistics.history.stop()
+
+
 def open_missing_standard_files() -> None:
-    """Open what was closed of 0, 1 and 2: the log would go into whatever gets that number."""
+    """Open /dev/null for each standard descriptor that is closed.
+
+    Otherwise the next file or socket would get its number, and the log would be written into it.
+    """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -8999,17 +9068,15 @@ def open_missing_standard_files() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run pkgproxy with command-line arguments (default: sys.argv). Returns the exit code."""
     open_missing_standard_files()
     config, level = parse_options(sys.argv[1:] if arguments is None else arguments)
-    writer = QueueLogHandler(not stderr_is_journal(os.environ.get("JOURNAL_STREAM", "")))
-    logging.basicConfig(level=level, format="%(message)s", handlers=[writer])
     try:
-        run(config, writer)
-    except StartupError as problem:
-        logging.shutdown()  # what was said before stands before
-        sys.stderr.write("pkgproxy: %s\n" % problem)
-        return problem.code
+        run(config, level)
+    except StartupError as error:
+        logging.shutdown()  # write the earlier log lines first
+        sys.stderr.write("pkgproxy: %s\n" % error)
+        return 1
     return 0
 
 

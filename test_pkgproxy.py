@@ -1295,7 +1295,7 @@ class NameRulesTest(unittest.TestCase):
             with self.subTest(option=option, environment=environment):
                 self.assertEqual(found(option, **environment), expected)
         for bad in ("https://p.test", "socks5://p.test:1", "http://p.test/x", "http://me:secret@p.test:x", "me:secret@p.test", "p.test,otherwise", "http://"):
-            with self.assertRaisesRegex(ValueError, "http_proxy: a parent proxy is written") as caught:
+            with self.assertRaisesRegex(ValueError, "http_proxy: Invalid parent proxy") as caught:
                 found(None, http_proxy=bad)
             self.assertNotIn("secret", str(caught.exception))
         self.assertEqual(pkgproxy.parse_parent_proxy("http://me:p%40w@p.test").fields, (("Proxy-Authorization", "Basic bWU6cEB3"),))
@@ -6974,7 +6974,7 @@ class SharedAddressTest(InstancesCase):
     def test_a_system_that_cannot_do_it_is_told_of(self):
         self.addCleanup(setattr, socket, "SO_REUSEPORT", socket.SO_REUSEPORT)
         del socket.SO_REUSEPORT
-        with self.assertRaisesRegex(pkgproxy.StartupError, "no SO_REUSEPORT: leave out --reuse-port"):
+        with self.assertRaisesRegex(pkgproxy.StartupError, "does not support SO_REUSEPORT; remove --reuse-port"):
             pkgproxy.open_sockets(Config(addrs=("127.0.0.1:0",), reuse_port=True), {})
 
 
@@ -9119,7 +9119,7 @@ class CommandLineTest(unittest.TestCase):
         self.addCleanup(process.kill)
         lines = []
         for line in process.stderr:
-            if not re.search("Clients may come from|Running as root", line):
+            if not re.search("Allowed clients|Running as root", line):
                 lines.append(line.rstrip("\n"))
             if "Starting" in line:
                 return process, lines
@@ -9147,8 +9147,8 @@ class CommandLineTest(unittest.TestCase):
     def test_it_says_who_may_connect_and_warns_root(self):
         proxy = ProxyProcess(os.path.join(self.folder, "root"), ["--allow", "10.0.0.0/8", "--allow", "loopback"])
         proxy.stop()
-        self.assertIn("Clients may come from: 10.0.0.0/8, loopback\n", proxy.log())
-        self.assertEqual("Running as root: an account without privileges is enough" in proxy.log(), os.geteuid() == 0)
+        self.assertIn("Allowed clients: 10.0.0.0/8, loopback\n", proxy.log())
+        self.assertEqual("Running as root: an unprivileged account is sufficient" in proxy.log(), os.geteuid() == 0)
 
     def test_it_adopts_packages_from_folders_that_are_there(self):
         root, folder = os.path.join(self.folder, "root"), os.path.join(self.folder, "archives")
@@ -9166,14 +9166,14 @@ class CommandLineTest(unittest.TestCase):
             proxy.stop()
         until(lambda: origin.sent >= 2 * pkgproxy.PROOF_SIZE)
         self.assertEqual(origin.sent, 2 * pkgproxy.PROOF_SIZE)
-        self.assertIn("Adopting what is the same from %s\n" % folder, proxy.log())
-        self.assertIn("There is no folder %s2 to adopt packages from" % folder, proxy.log())
+        self.assertIn("Adopting identical packages from %s\n" % folder, proxy.log())
+        self.assertIn("The directory %s2, from which packages are to be adopted, does not exist." % folder, proxy.log())
 
     def test_it_names_the_parent_proxy_without_its_password(self):
         environment = {**os.environ, "http_proxy": "http://me:secret@proxy.test:3128", "https_proxy": ""}
         proxy = ProxyProcess(os.path.join(self.folder, "root"), environment=environment)
         proxy.stop()
-        self.assertIn("Asking http origins through the parent proxy proxy.test:3128\n", proxy.log())
+        self.assertIn("Using the parent proxy proxy.test:3128 for http origins\n", proxy.log())
         self.assertNotIn("secret", proxy.log())
 
     def test_what_it_counted_survives_its_end(self):
@@ -9233,14 +9233,14 @@ class CommandLineTest(unittest.TestCase):
         Path(path).write_text("a\nb\n")
         process, lines = self.start("-f", path)
         self.assertIn("Parsed 2 filters", lines[1])
-        for text, expected in (("a\n(\n", "line 2 is no regular expression"), (None, "Parsed 1 filters")):
+        for text, expected in (("a\n(\n", "line 2 is not a regular expression"), (None, "Parsed 1 filters")):
             if text:
                 Path(path).write_text(text)
                 process.send_signal(signal.SIGHUP)
             self.assertIn(expected, process.stderr.readline())
         os.unlink(path)
         process.send_signal(signal.SIGHUP)
-        self.assertIn("the old filters stay", process.stderr.readline())
+        self.assertIn("The previous filters remain in force.", process.stderr.readline())
 
     def test_it_listens_on_both_protocols(self):
         try:
@@ -9266,18 +9266,18 @@ class CommandLineTest(unittest.TestCase):
         with socket.create_server(("127.0.0.1", 0)) as taken, concurrent.futures.ThreadPoolExecutor(4) as several:
             rows = (
                 (["-a", "127.0.0.1:%d" % taken.getsockname()[1]], 1, "in use"), (["-r", "file"], 1, "cache root"),
-                (["-f", "missing"], 1, "No such file"), (["-f", "binary"], 1, "cannot be read"),
-                (["-f", "endless"], 1, "endless cannot be read: it has more than 1048576 characters"), (["-f", "."], 1, "directory"), (["-a", "9999"], 2, "write :9999"), (["-a", ":x"], 2, "write :9999"),
-                (["-a", ":70000"], 2, "write :9999"), (["-a", "nowhere.invalid:0"], 1, "Cannot listen"),
-                (["--parent", "socks5://a"], 2, "--parent: a parent proxy is written"), (["--ca-file", "missing"], 1, "certificates in missing cannot be used: No such file"),
-                (["--ca-file", "file"], 1, "certificates in file cannot be used: no certificate"), (["--barrier", "redis://a:1"], 2, "write memcached://"),
-                (["-r", ""], 2, "-r/--root: '' is no name"), (["--adopt", ""], 2, "--adopt: '' is no name"),
-                (["-f", ""], 2, "--filters: '' is no name"), (["--ca-file", ""], 2, "--ca-file: '' is no name"),
-                (["--connect-ports", "0"], 2, "--connect-ports: '0' is no list of ports; write 443,8443 or none"), (["--allow", "lan"], 2, "write loopback, private"), (["--name", "a b"], 2, "--name: 'a b' is not a host name; write proxy.example.org"),
+                (["-f", "missing"], 1, "No such file"), (["-f", "binary"], 1, "Cannot read the filters file binary: "),
+                (["-f", "endless"], 1, "filters file endless: it has more than 1048576 characters"), (["-f", "."], 1, "directory"), (["-a", "9999"], 2, "use :9999"), (["-a", ":x"], 2, "use :9999"),
+                (["-a", ":70000"], 2, "use :9999"), (["-a", "nowhere.invalid:0"], 1, "Cannot listen"),
+                (["--parent", "socks5://a"], 2, "--parent: Invalid parent proxy; use http://"), (["--ca-file", "missing"], 1, "Cannot use the certificates in missing: No such file"),
+                (["--ca-file", "file"], 1, "Cannot use the certificates in file: no certificate"), (["--barrier", "redis://a:1"], 2, "use memcached://"),
+                (["-r", ""], 2, "-r/--root: Invalid path ''"), (["--adopt", ""], 2, "--adopt: Invalid path ''"),
+                (["-f", ""], 2, "--filters: Invalid path ''"), (["--ca-file", ""], 2, "--ca-file: Invalid path ''"),
+                (["--connect-ports", "0"], 2, "--connect-ports: Invalid port list '0'; use 443,8443 or none"), (["--allow", "lan"], 2, "write loopback, private"), (["--name", "a b"], 2, "--name: 'a b' is not a host name; write proxy.example.org"),
                 (["--name", "http://a/"], 2, "is not a host name"), (["--allow", "10.0.0.1/8"], 2, "write loopback"),
-                (["--max-orphans", "x"], 2, "--max-orphans: 'x' is no number from 0 to"), (["--max-orphans", "-1"], 2, "from 0 to"), (["--unknown"], 2, "unknown"),
-                (["--max-size", "much"], 2, "--max-size: 'much' is no size; write 500M"), (["--min-free", "5%"], 2, "--min-free: '5%' is no size"),
-                (["--max-age", "5"], 2, "--max-age: '5' is no time; write 90m"))
+                (["--max-orphans", "x"], 2, "--max-orphans: Invalid number 'x'; use 0 to 10000"), (["--max-orphans", "-1"], 2, "use 0 to 10000"), (["--unknown"], 2, "unknown"),
+                (["--max-size", "much"], 2, "--max-size: Invalid size 'much'; use 500M, 20G or 1.5T"), (["--min-free", "5%"], 2, "--min-free: Invalid size '5%'"),
+                (["--max-age", "5"], 2, "--max-age: Invalid time '5'; use 90m, 12h, 30d or 8w"))
             runs = several.map(lambda row: self.run_to_end("-a", "127.0.0.1:0", *row[0]), rows)
             for (arguments, code, expected), ran in zip(rows, runs):
                 with self.subTest(arguments=arguments):
@@ -9315,9 +9315,40 @@ class CommandLineTest(unittest.TestCase):
         self.assertLessEqual(len(text.splitlines()), 48, "two screens")
         if sys.version_info >= (3, 13):  # the older ones repeat the metavar
             lines = [line for line in text.splitlines() if line.startswith("  -")]
-            self.assertEqual(len(lines), len(pkgproxy.OPTIONS), "an option a line")
-            for line, (group, *_) in zip(lines, pkgproxy.OPTIONS):
-                self.assertRegex(line, r"  \S.*\(.+\)\Z" if group != "log and help" else r"\S  +\S", "with its default")
+            headings = [heading for heading, options in pkgproxy.OPTIONS.items() for _ in options]
+            self.assertEqual(len(lines), len(headings), "an option a line")
+            for line, heading in zip(lines, headings):
+                self.assertRegex(line, r"  \S.*\(.+\)\Z" if heading != "log and help" else r"\S  +\S", "with its default")
+
+    def test_an_option_sets_the_config_field_of_its_row(self):
+        given = {"ADDR": ("127.0.0.1:0", "[::1]:0"), "NET": ("all", "loopback"), "PORTS": ("80",), "SIZE": ("1G",), "TIME": ("1d",),
+                 "DIR": ("/a", "/b"), "FILE": ("/a",), "URL": ("memcached://a",), "N": ("3",), "NAME": ("a", "b")}
+        expected = {"connect_ports": (80,), "max_size": 1 << 30, "min_free": 1 << 30, "max_age": 86400.0, "max_orphans": 3, "root": "/b",
+                    "barrier": (("a", 11211),), "instance": "b", "filters_file": "/a", "ca_file": "/a", "adopt": ("/a", "/b")}
+        default, seen = Config(), set()
+        for usage, _, field, _, more in (option for options in pkgproxy.OPTIONS.values() for option in options):
+            flag, *rest = usage.split()
+            value = rest[-1] if rest and rest[-1].isupper() else ""
+            if field in ("", "verbose", "quiet", "parents"):
+                continue
+            with self.subTest(usage):
+                seen.add(field)
+                words = [word for text in given.get(value, ("",)) for word in (flag, text) if word]
+                found = getattr(pkgproxy.parse_options(words)[0], field)
+                repeated = given[value] if value and more else not getattr(default, field)
+                self.assertEqual(found, expected.get(field, repeated))
+                self.assertNotEqual(found, getattr(default, field))
+        others = {field.name for field in dataclasses.fields(Config)} - seen
+        self.assertEqual(others, {"filters", "pseudonym", "no_proxy", "parents"}, "an option that sets no field, or a field without one")
+
+    def test_without_options_the_configs_own_defaults_hold(self):
+        with mock.patch.dict(os.environ, clear=True):
+            config, level = pkgproxy.parse_options([])
+        self.assertEqual(dataclasses.replace(config, pseudonym="pkgproxy", no_proxy=()), Config())
+        self.assertEqual(level, logging.INFO)
+        shown = {option.field: option.help for options in pkgproxy.OPTIONS.values() for option in options}
+        for field, text in (("addrs", config.addrs[0]), ("allow", ", ".join(config.allow)), ("connect_ports", "443"), ("max_orphans", config.max_orphans)):
+            self.assertIn("(%s)" % text, shown[field])
 
     def test_a_log_that_nobody_reads_holds_nobody_up(self):
         process, lines = self.start()
@@ -9463,7 +9494,7 @@ class ServiceTest(unittest.TestCase):
             with self.subTest(kind=kind), socket.socket(kind) as sock:
                 with self.assertRaises(AssertionError) as caught:
                     self.start(**self.handed(sock))
-                self.assertIn("pkgproxy: Cannot listen on the socket 3 of systemd: it is no listening TCP socket.\n", str(caught.exception))
+                self.assertIn("pkgproxy: Cannot listen on socket 3 from systemd: it is not a listening TCP socket.\n", str(caught.exception))
 
     @unittest.skipUnless(shutil.which("systemd-socket-activate"), "systemd-socket-activate is not installed")
     def test_systemd_starts_it_with_the_first_connection(self):
