@@ -1,65 +1,138 @@
 #!/usr/bin/env python3
 """pkgproxy: a caching HTTP proxy for package managers, in one file.
 
-It stands between a fleet of machines and the mirrors that they install from, and downloads each
-package once.  Start it with ``python3 pkgproxy.py -r packages/``, tell the clients
-``http_proxy=http://this-host:9999/``, and that is all.  It stores what package managers fetch, never
-serves wrong bytes, and never refuses what it could have passed on.  It is no general web cache, no
-load balancer, no TLS interceptor and no mirror generator.
+Copyright (c) 2014 Piotr S. Staszewski (design of the original pkgproxy)
+Copyright (c) 2026 the pkgproxy contributors
+Two-clause BSD licence, see LICENSE.txt.
 
-One request's way through the house::
+pkgproxy runs between a group of machines and the mirrors from which they install packages, and
+downloads each package once.  Start it with ``python3 pkgproxy.py -r packages/`` and set
+``http_proxy=http://this-host:9999/`` on the clients.
 
-    client ──> Door      ProxyHandler: bytes → Request (parsed by Rules)
-                 │
-               Proxy     respond(request)
-                 │         stored = Store.lookup(key)
-                 │         decide(request, stored, config, now)              (Rules)
-                 ├─ SERVE ─────── the file itself: preconditions, ranges
-                 ├─ PASS ──────── Origin.fetch, bytes copied through, nothing kept
-                 └─ FETCH, VALIDATE
-                       Barrier.join(key)
-                         ├─ leader    claim the partial → look again → Origin.fetch → a thread fills
-                         │            it; where another instance holds it, a thread watches it grow
-                         └─ follower  wait for the leader's head
-                       both read the growing partial from byte 0, or from their range
-                 │
-    client <── Door      Reply → bytes
+Scope: pkgproxy stores what package managers download, never serves wrong bytes, and never refuses a
+request that it could have forwarded.  It is not a general web cache, a load balancer, a TLS
+interceptor, a mirror generator or a process manager.
 
-The floors, top to bottom; each uses only what stands above it, and a test holds us to that:
+Where to start reading
+----------------------
+Read decide() in section 3 and Proxy.respond() in section 10 first, then Flight and SingleFlight in
+section 6 and Downloader in section 9: they are the core.  Five types connect everything:
 
-    1 Words     Config, Request, Head, Reply, Outcome, Decision, errors, limits
-    2 Rules     pure functions: targets, keys, names, fields, freshness, ranges … decide()
-    3 Store     stored responses on disk
-    4 Barrier   who is fetching what: one Flight per cache key, one lease among instances
-    5 Origin    one forward request, and the pool of connections to origins
-    6 Proxy     the only one that knows 3, 4 and 5
-    7 Pages     the proxy's own pages
-    8 Door      sockets in, sockets out
-    9 Porch     options, signals, main
+    Request        a client's request, as received; frozen
+    ResponseHead   status line and fields of a response, received or stored; frozen
+    CacheDecision  what decide() says: the action, the class of the name, and the reason
+    Response       an answer to a client: head, body, and how the cache produced it
+    Flight         a download in progress, with its PartialFile: the only mutable state that requests
+                   share; it holds a lock, the number of bytes received, and the result
 
-What always holds.  Code and tests cite these by number.
+The path of a request
+---------------------
+::
 
- 1. A file under the visible cache tree is complete: counted, flushed to disk, then renamed.  It is
-    never written again, only replaced by rename or removed.
- 2. At most one flight per cache key, in all processes that share a root; only its leader writes
-    its partial.
- 3. A flight ends exactly once, and is gone from the barrier before its waiters wake.  Land, then
-    tell: rename, leave the barrier, then announce the last bytes.  Whoever received a whole
-    representation with a declared length finds it stored.
- 4. After winning leadership, look again in the store.
- 5. No lock is held across network or disk; no two locks are held together; every lock's line says
-    what it guards.
- 6. A local failure (disk full, no permission, root removed, bad metadata) costs the cache, never
-    the reply.
- 7. After the first byte of a reply, the only honest error is closing the connection; a body shorter
-    than declared is never ended cleanly.
- 8. The incoming Request is never modified; hop-by-hop fields go before any are added.
- 9. No request can name a path outside the root, a bookkeeping name, or another key's file.
-10. Every wait has a deadline, after which the waiter goes to the origin alone.
-11. Nothing is deleted that pkgproxy did not store itself.
-12. Clients are decoupled: no client's speed, fault or departure changes what another client gets.
+    accept ─ EventLoop ── small hit: prepare_hit, send ──────────────────────────────► client
+                │ anything else, once the head is complete                      (event loop thread)
+                ▼
+          ThreadPool ─ ProxyHandler: RequestReader parses a Request                 (worker thread)
+                         Dispatcher.respond: check access; own pages are answered here
+                         Proxy.respond
+                            stored   = Store.lookup(key)
+                            decision = decide(request, stored, config, now)
+                            SERVE      → FileBody
+                            PASS       → OriginClient → PassThroughBody; nothing is stored
+                            FETCH, VALIDATE → flight, is_leader = SingleFlight.join(key)
+                               leader:   PartialStore.open_for_writing: no other instance writes it
+                                         look in the store again, send the request to the origin
+                                         304 → FileBody
+                                         200 → Downloader, in a thread of its own:
+                                               read, write, announce the bytes, commit, finish
+                                         (if another instance downloads: PeerFollower instead)
+                               follower: wait for the head
+                               both →    TailingBody, from byte 0 or from the requested range
+                         ProxyHandler: send the head, then the chunks of the body ──► client
+                            error before the first byte → stored response if allowed, or the error
 
-Words follow RFC 9110 (semantics), 9111 (caching), 9112 (HTTP/1.1) and 9211 (Cache-Status).
+Any number of clients may request one file at the same time: the origin sends it once, and each client
+reads it at its own speed while it arrives.  The download continues if its clients disconnect.
+
+Threads
+-------
+    main              starts the rest, waits for signals, sends watchdog messages
+    event loop        one per listening address: waits on idle connections, answers small hits
+    worker            ThreadPool: reads a request, answers it, and returns the connection to the loop
+    download          Downloader: one per download; it never waits for a client
+    peer follower     PeerFollower: one per download that another instance runs
+    lease renewal     LeaseManager: one, if instances coordinate through memcached
+    name lookup       Resolver: one per lookup, because getaddrinfo() has no timeout
+    eviction          EvictionThread: one; also looks for packages to adopt
+    revalidation      BackgroundRevalidator: a few at most
+    history           TrafficHistory: one; saves the statistics
+    log               QueueLogHandler: one; writes the log
+
+All of them but main are daemon threads: a blocked client, origin or disk never delays the exit.
+
+Sections
+--------
+Each section uses only names that are defined above it, and sections 2 to 4 are pure (no clock, disk
+or socket).  Store and Barrier do not use each other.  Only Downloads and Proxy use Store, Barrier and
+Origin client together.  Tests enforce this, and a maximum size for each section.
+
+     1  Types and limits   configuration, requests, responses, errors; constants with their reasons
+     2  HTTP messages      fields, targets, framing, ranges, preconditions, forwarding
+     3  Cache rules        name classes, cache keys, file names, freshness, storability, decide()
+     4  Access rules       client networks, protected addresses, targets without a parent proxy
+     5  Store              stored responses, partial files, metadata, disk space, eviction
+     6  Barrier            at most one download per key: in this process, and among instances
+     7  Sockets            reading with deadlines, header lines, chunked bodies
+     8  Origin client      name lookup, address policy, TLS, connections, redirects
+     9  Downloads          bodies, downloading and resuming, other instances, sharing among mirrors
+    10  Proxy              answers a request: hit, fetch, validate, pass through, stale
+    11  Statistics         counters, history, recent requests
+    12  Pages              status page, JSON, metrics, client configuration
+    13  Server             connections, event loop, worker threads, request handler, tunnels
+    14  Command line       options, start, signals, service manager, log
+
+Invariants
+----------
+Code and tests cite these by number.
+
+ 1. A file in the visible cache tree is complete: its bytes were counted, flushed to disk (fsync), and
+    then the file was renamed into place.  It is never written again, only replaced by a rename or
+    removed.
+ 2. There is at most one flight per cache key, in all processes that share a cache root.  Only the
+    flight's leader writes its partial file.
+ 3. A flight finishes exactly once, and has left SingleFlight before its waiters wake up.  The order
+    is: rename, leave, then announce the last bytes.  So when a client has received a complete response
+    of declared length, the file is stored and counted.
+ 4. A new leader looks in the store again before it contacts the origin.
+ 5. No lock is held during a network or disk operation.  No two locks are held at the same time.  A
+    comment at each lock names the data that it guards.
+ 6. A local failure (full disk, missing permission, removed root, damaged metadata) disables caching,
+    but never fails a request.
+ 7. After the first byte of a response has been sent, the only honest way to report an error is to
+    close the connection.  A body that is shorter than declared is never ended as if it were complete.
+ 8. A client's Request is never modified.  Hop-by-hop fields are removed before any field is added.
+ 9. No request can name a path outside the root, a metadata file, or the file of another key.
+10. Every wait has a deadline, after which the waiter contacts the origin itself.
+11. pkgproxy deletes only files that it stored itself.
+12. Clients are independent: no client's speed, error or departure changes what another one receives.
+
+Two traps behind 1 and 7, in Python 3.9 to 3.13: shutil.copyfileobj() over an http.client response
+copies a truncated body without an error; and http.client reads a head that was cut off as an empty
+200, and takes an informational 103 for the final response.
+
+Specifications
+--------------
+Names in code, log and pages are those of the RFCs:
+
+    RFC 9110  HTTP semantics: fields, ranges, preconditions, Via    sections 2, 10
+    RFC 9111  HTTP caching: storing, freshness, validation          sections 3, 10
+    RFC 9112  HTTP/1.1: messages, framing, connections              sections 2, 7, 8, 13
+    RFC 9211  the Cache-Status field                                section 2
+    RFC 3986  URIs: parsing and normalisation                       section 2
+    RFC 5861  stale-while-revalidate                                section 3
+    RFC 1918, 4193, 6598 and others: special address ranges         section 4
+    RFC 8305  connecting over IPv4 and IPv6 ("happy eyeballs")      section 8
+    RFC 7617  Basic authentication, to a parent proxy               section 14
 """
 from __future__ import annotations
 
@@ -105,11 +178,11 @@ from typing import Any, Callable, NamedTuple, Protocol, TypeVar, Union
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: there the barrier ends at the process, or is memcached's
+except ImportError:  # Windows has no flock(): instances coordinate through memcached or not at all
     fcntl = None  # type: ignore[assignment]
 try:
     import resource as _resource
-except ImportError:  # nor limits on descriptors
+except ImportError:  # Windows has no limit on file descriptors that could be read
     resource: Any = None
 else:
     resource = _resource
@@ -8706,8 +8779,7 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
     parser = make_argument_parser()
     given = vars(parser.parse_args(arguments))
     level = logging.INFO + 10 * given.pop("quiet", 0) - 10 * given.pop("verbose", 0)
-    values: dict[str, Any] = {
-        field: tuple(value) if isinstance(value, list) else value for field, value in given.items()}
+    values: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in given.items()}
     try:
         values["parents"] = parent_proxies(values.get("parents"), os.environ)
     except ValueError as error:
@@ -9014,8 +9086,7 @@ def stderr_is_journal(stream: str) -> bool:
     ``stream`` is $JOURNAL_STREAM: device and inode of the journal's socket (systemd.exec(5)).
     """
     with contextlib.suppress(OSError, ValueError):
-        info = os.fstat(2)
-        return stream == "%d:%d" % (info.st_dev, info.st_ino)
+        return stream == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
     return False
 
 

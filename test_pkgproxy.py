@@ -47,6 +47,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import tokenize
 import tracemalloc
 import types
 import unittest
@@ -661,20 +662,111 @@ class StructureTest(unittest.TestCase):
             self.assertTrue(origin in ("built-in", "frozen") or os.path.realpath(origin).startswith(folder), module)
             self.assertNotIn("site-packages", origin)
 
-    def test_sizes_stay_liveable(self):
-        code = self._code_lines()
-        self.assertLessEqual(len(code), 6150)
-        for node in ast.walk(self.tree):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                limit = 40 if isinstance(node, ast.FunctionDef) else 150
-                size = len(code & set(range(node.lineno, node.end_lineno + 1)))
-                self.assertLessEqual(size, limit, node.name)
+    # Code lines of sections 1 to 14; a section may exceed its size by 15 %.
+    SECTION_SIZES = (280, 450, 350, 100, 600, 240, 120, 520, 600, 450, 200, 360, 800, 450)
+    MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 5700, 85, 40, 150, 0.25
+    RULE = "A limit is only ever lowered: when something does not fit, something else goes first."
 
-    def test_every_public_name_says_what_it_is(self):
-        silent = [node.name for node in ast.walk(self.tree)
-                  if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
-                  and not ast.get_docstring(node)]
-        self.assertEqual([name for name in silent if name not in ("one", "give_back", "instead", "ask")], [])
+    def assert_within(self, sizes):
+        """Check (name, size, limit) triples; the message says by how much each is too large."""
+        over = ["%s: %d, %d over its limit of %d" % (name, size, size - limit, limit) for name, size, limit in sizes if size > limit]
+        if over:
+            self.fail("\n%s\n%s" % ("\n".join(over), self.RULE))
+
+    def test_the_module_keeps_its_budget(self):
+        classes = [node for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef)]
+        self.assert_within((("code lines", len(self._code_lines()), self.MAX_CODE_LINES), ("classes", len(classes), self.MAX_CLASSES)))
+
+    def test_each_section_keeps_its_budget(self):
+        code, sections = self._code_lines(), self._sections()
+        self.assert_within((
+            "code lines of section " + self.lines[start - 1][2:], len(code & set(range(start, stop))), self.SECTION_SIZES[number - 1] * 115 // 100)
+            for number, (start, stop) in sections.items())
+
+    def test_each_function_and_class_keeps_its_budget(self):
+        code = self._code_lines()
+        self.assert_within((
+            "code lines of %s (line %d)" % (node.name, node.lineno), len(code & set(range(node.lineno, node.end_lineno + 1))),
+            self.MAX_CLASS if isinstance(node, ast.ClassDef) else self.MAX_FUNCTION)
+            for node in ast.walk(self.tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+
+    def test_a_quarter_of_the_lines_explains_the_others(self):
+        written = sum(1 for line in self.lines if line.strip())
+        explained = written - len(self._code_lines())
+        missing = math.ceil((self.MIN_COMMENTS * written - explained) / (1 - self.MIN_COMMENTS))
+        self.assertLessEqual(missing, 0, "comments and docstrings are %.1f %% of the lines that are not blank; %d lines are missing" % (
+            100 * explained / written, missing))
+
+    def test_every_public_name_has_a_docstring(self):
+        public = [node for parent in (self.tree, *ast.walk(self.tree)) if isinstance(parent, (ast.Module, ast.ClassDef))
+                  for node in parent.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
+        self.assertGreater(len(public), 300)
+        self.assertEqual([node.name for node in public if not ast.get_docstring(node)], [])
+
+    def test_the_docstring_names_what_exists(self):
+        text = ast.get_docstring(self.tree)
+        names = set(re.findall(r"\b[A-Z][a-z]+(?:[A-Z][a-z]+)+(?:\.[a-z_]+)?|\b[A-Z][a-z]+\.[a-z_]+\b", text))
+        self.assertGreater(len(names), 20)
+        missing = [name for name in sorted(names) if functools.reduce(lambda found, part: getattr(found, part, None), name.split("."), pkgproxy) is None]
+        self.assertEqual(missing, [])
+        titles = [self.lines[start - 1][2:].partition(":")[0] for start, _ in self._sections().values()]
+        self.assertEqual([" ".join(row) for row in re.findall(r"^ +(\d+)  ([A-Z][A-Za-z ]*?)  ", text, re.M)], titles)
+
+    # Names and words of a private vocabulary that gave way to the field's own.
+    OLD_CLASSES = set("""
+        Parent Head OpenFile Slice Swept Body Sent Policy Decision Failure Reply NotAllowed TooMuch BadRequest OriginFailure OriginTimeout
+        Truncated Changed Abandoned LocalFailure Selection Stored SharedFile Partial Names Partials Janitor Landing Barrier Memcached Leases
+        TimedFile ChunkReader Lookup Addresses Forward Guard Trust Connection Pool Origin Board History Recent TrailBody LiveBody LinkedBody
+        Orphans Tee Troubles AtHand Copy Shelf LocalCopy Mirrors Claims Filler Watch Intake Leader Attempts Sweeper Insight Refresher
+        ContinueBody Way Outgoing Visitor Room Seat Desk Host Watchman Lobby ListeningSocket Crew Unusable Manager LogWriter Supervisor
+        Place Whence""".split())
+    OLD_CONSTANTS = set("""
+        UNAVAILABLE MAX_COPIES REMEMBERED AT_HAND CHUNK SMALL BACKLOG TURN MOST_IDLE CREW_IDLE LONG PAUSE SHORT_HEAD BOUNDARY EARLY PROOF
+        TWINS VOUCHED SHOWN HINTS_AFTER NEXT_ADDRESS LOOKUP_WAIT PARENT_WAIT ANSWER_WAIT RESUME_WAIT HEAD_WAIT FLIGHT_WAIT WATCH_PAUSE
+        LEASE LEASE_RENEWAL MEMCACHED_WAIT MEMCACHED_PAUSE LAND_WAIT VALIDATE_WAIT RESUME_PAUSES TROUBLE REQUEST_WAIT LINGER BODY_RATE
+        CONTINUE_WAIT HALF_HEAD TUNNEL_IDLE REFUSAL_PAUSE POOL_IDLE LOG_PAUSE TIDY_EVERY LAME GRACE SWEEP_EVERY SWEEP_PAUSE RECENT
+        ADOPT_EVERY STATUS_EVERY SAVE_EVERY UNKNOWN FROM_CACHE BOOKS FLUSH_EVERY RESUME_WORTH _NOTHING _RECENT _WHOLE REFRESH_PAUSE
+        MAX_ATTEMPTS MAX_REFRESHERS""".split())
+    OLD_FUNCTIONS = set("""
+        changed values value members without kept_fields seconds directives http_date is_intercepted origin_form under_prefix request_target
+        host_field file_names _names classify digest_of common_name mirror_folders may_come_in plain_address is_guarded is_guarded_name
+        is_numeric parse_parent find_parents parent_for parse_span aged freshened confirms is_rest not_storable whole_head _asks_anew
+        _bears_stale may_be_stale is_outdated companions links_of evaluate early_range own_head via same_site forward_fields reply_framing
+        wants_open relayed_fields with_links dated sent_head printable shown logged clipped outlined summed hint _private lock why_no_locks
+        write_file make_folder fits_name adoptable _remember_use select_ready is_quiet read_lines resolve connect_any binds_anything
+        is_own_address is_this_host why_not place_of open_tunnel rest_request whole_body refuses_body read_slice exhaust through_prefix
+        look_up check_way fits from_store at_hand read_now copy_of mark_of from_partial from_origin last_stop whole_forward shared_status
+        _all_of _alike _is_named open_leases volume duration many percent merge hits state view_of own_page has_gone head_end parse_head
+        tunnel failure_reply processors shown_address heed_signals open_root check_ways make_room with_filters wait_for_end is_journal
+        fill_standard_descriptors""".split())
+    METAPHORS = re.compile(r"""(?<![A-Za-z])(?:
+        (?:floor|lobby|desk|visitor|janitor|crew|shelf|seat|watchman|porch|door|house|twin)s? | lobbies | shelves | watchmen
+        | hush | whoever | who[ ]comes | goes[ ]on[ ]with | gone[ ]on[ ]with | what[ ]is[ ]told
+        | (?<!there[ ])is[ ]no(?=[ ](?!longer\b|more\b|less\b|earlier\b|later\b))
+        )(?![a-z])""", re.I | re.X)
+
+    def test_no_old_name_is_back(self):
+        tokens = list(tokenize.generate_tokens(io.StringIO(SOURCE).readline))
+        used = {token.string for token in tokens if token.type == tokenize.NAME}
+        defined = {node.name for node in self.tree.body if isinstance(node, ast.FunctionDef)}
+        self.assertEqual((used & self.OLD_CLASSES, used & self.OLD_CONSTANTS, defined & self.OLD_FUNCTIONS), (set(), set(), set()))
+
+    def test_no_metaphor_is_back(self):
+        humps = re.compile(r"\b(?:%s)\b" % "|".join(name for name in self.OLD_CLASSES if re.search("[a-z][A-Z]", name)))
+        for name in ("pkgproxy.py", "README.md", "pkgproxy.service"):
+            path = HERE / name
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            found = ["%s:%d: %r in: %s" % (name, number, match[0], line.strip()[:80]) for number, line in enumerate(lines, 1)
+                     for pattern in (self.METAPHORS, humps) for match in pattern.finditer(line)]
+            with self.subTest(name):
+                if found:
+                    self.fail("\n%s\nName the thing by the field's own term (RFC 9110 to 9112, Python's library)." % "\n".join(found))
+
+    def test_a_metaphor_is_found_and_plain_english_is_not(self):
+        for text in ("a visitor", "self._lobby", "two seats", "Whoever asks", "the next_door", "it is no number", "DESK"):
+            self.assertTrue(self.METAPHORS.search(text), text)
+        for text in ("desktop", "floored", "is no longer there", "There is no file", "household", "is not a number", "indoors", "seated"):
+            self.assertFalse(self.METAPHORS.search(text), text)
 
 
 # ---------------------------------------------------------------------------------------------
