@@ -37,12 +37,12 @@ The path of a request
                          Proxy.respond
                             stored   = Store.lookup(key)
                             decision = decide(request, stored, config, now)
-                            SERVE      → FileBody
-                            PASS       → OriginClient → PassThroughBody; nothing is stored
+                            SERVE      → the stored file
+                            PASS       → OriginClient; the body is passed through, not stored
                             FETCH, VALIDATE → flight, is_leader = SingleFlight.join(key)
                                leader:   PartialStore.open_for_writing: no other instance writes it
                                          look in the store again, send the request to the origin
-                                         304 → FileBody
+                                         304 → the stored file
                                          200 → Downloader, in a thread of its own:
                                                read, write, announce the bytes, commit, finish
                                          (if another instance downloads: PeerFollower instead)
@@ -8518,7 +8518,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
 # Values of options ----------------------------------------------------------------------------
 #
-# Each parser takes the text of an option's value and returns the value for Config. It raises
+# Each parser takes the text of an option's value and returns the value for Config.  It raises
 # ValueError with a sentence that names the invalid text and gives valid examples.
 
 _SIZE_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # in bytes
@@ -8564,7 +8564,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Parse a time with a unit. Returns seconds.
+    """Parse a time with a unit.  Returns seconds.
 
     >>> parse_duration("30d")
     2592000.0
@@ -8612,7 +8612,7 @@ def parse_barrier(text: str) -> tuple[tuple[str, int], ...]:
 def parse_parent_proxy(text: str) -> ParentProxy | None:
     """Parse a parent proxy, written as a URL or host:port; None for "" and "none".
 
-    ",direct" at the end allows direct connections if the proxy cannot be reached. The error message does
+    ",direct" at the end allows direct connections if the proxy cannot be reached.  The error message does
     not repeat the text, which may contain a password.
 
     >>> parse_parent_proxy("http://me:pw@proxy.test:3128,direct").fields
@@ -8637,9 +8637,9 @@ def parse_parent_proxy(text: str) -> ParentProxy | None:
 def parent_proxies(option: str | None, environment: Mapping[str, str]) -> tuple[tuple[str, ParentProxy], ...]:
     """Return the parent proxy for each scheme that has one.
 
-    ``option`` is the value of --parent. If it is None, http_proxy and https_proxy in the environment
-    apply; lower case takes precedence, as in curl. HTTP_PROXY is ignored in a CGI environment, where a
-    client can set it with a Proxy field (CVE-2016-5385). Raises ValueError.
+    ``option`` is the value of --parent.  If it is None, http_proxy and https_proxy in the environment
+    apply; lower case takes precedence, as in curl.  HTTP_PROXY is ignored in a CGI environment, where a
+    client can set it with a Proxy field (CVE-2016-5385).  Raises ValueError.
     """
     found = []
     for scheme in ("http", "https"):
@@ -8656,7 +8656,7 @@ def parent_proxies(option: str | None, environment: Mapping[str, str]) -> tuple[
 def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
     """Parse a filters file: one regular expression a line; blank lines and # comments are skipped.
 
-    Returns the compiled expressions, and an error message for each invalid line. A deeply nested
+    Returns the compiled expressions, and an error message for each invalid line.  A deeply nested
     expression exhausts the compiler's stack, and a huge repeat count overflows its counter.
     """
     filters, errors = [], []
@@ -8672,7 +8672,7 @@ def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
 
 
 class Option(NamedTuple):
-    """A row of the options table. A new option needs one row here and one field in Config.
+    """A row of the options table.  A new option needs one row here and one field in Config.
 
     An option that is not given keeps the default of its field; the help text repeats it for the user.
     """
@@ -8772,7 +8772,7 @@ def make_argument_parser() -> argparse.ArgumentParser:
 
 
 def parse_options(arguments: list[str]) -> tuple[Config, int]:
-    """Return the configuration and the log level. Exits with code 2 and one line if an option is invalid.
+    """Return the configuration and the log level.  Exits with code 2 and one line if an option is invalid.
 
     Options that are not given keep the defaults of Config.
     """
@@ -8795,11 +8795,11 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
 
 
 class StartupError(Exception):
-    """pkgproxy cannot start: an option's value cannot be used on this machine. Carries one sentence."""
+    """pkgproxy cannot start: an option's value cannot be used on this machine.  Carries one sentence."""
 
 
 def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
-    """Read a filters file. Invalid lines are logged and skipped; raises StartupError if it is unreadable."""
+    """Read a filters file.  Invalid lines are logged and skipped; raises StartupError if it is unreadable."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(MAX_FILTERS + 1)
@@ -8816,7 +8816,7 @@ def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
 
 
 def open_store(config: Config) -> Store:
-    """Open the store, and create the cache directory if it is missing. Raises StartupError."""
+    """Open the store, and create the cache directory if it is missing.  Raises StartupError."""
     store = Store(config.root or ".", config.root is not None, config.min_free, config.max_size)
     try:
         make_directory(store.root)
@@ -8838,7 +8838,7 @@ def open_store(config: Config) -> Store:
 
 
 def check_access_settings(config: Config) -> None:
-    """Log which clients may connect and how origins are reached. Raises StartupError.
+    """Log which clients may connect and how origins are reached.  Raises StartupError.
 
     A --ca-file without certificates is reported now instead of with the first https request.
     """
@@ -8870,7 +8870,7 @@ def make_connection_limiter() -> ConnectionLimiter:
 
 
 def inherited_socket(descriptor: int) -> socket.socket:
-    """Take over a listening socket that the parent process opened. Raises OSError if it is anything else."""
+    """Take over a listening socket that the parent process opened.  Raises OSError if it is anything else."""
     listening = socket.socket(fileno=descriptor)
     if (listening.family not in (socket.AF_INET, socket.AF_INET6)
             or not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
@@ -8918,7 +8918,7 @@ def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.
 def install_signal_handlers() -> queue.SimpleQueue[str]:
     """Return a queue that receives the names of the signals SIGTERM, SIGINT and SIGHUP.
 
-    A Python signal handler runs between any two instructions of the main thread. SimpleQueue.put() is
+    A Python signal handler runs between any two instructions of the main thread.  SimpleQueue.put() is
     reentrant, so a handler may call it; an Event or a log call could deadlock on a lock that the
     interrupted code holds.
     """
@@ -8932,7 +8932,7 @@ def install_signal_handlers() -> queue.SimpleQueue[str]:
 class SystemdNotifier:
     """Sends state changes and watchdog messages to systemd, or nothing under any other parent (sd_notify(3)).
 
-    READY=1, RELOADING=1 and STOPPING=1 mark the states. WATCHDOG=1 is sent while all event loops run; if it
+    READY=1, RELOADING=1 and STOPPING=1 mark the states.  WATCHDOG=1 is sent while all event loops run; if it
     stays away for WATCHDOG_USEC, systemd restarts the service.
     """
 
@@ -8946,7 +8946,7 @@ class SystemdNotifier:
         self._next = 0.0  # monotonic time of the next watchdog message
 
     def notify(self, text: str) -> None:
-        """Send a message. Errors are ignored, because the proxy works without a service manager."""
+        """Send a message.  Errors are ignored, because the proxy works without a service manager."""
         if self._address:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(1.0)
@@ -8968,7 +8968,7 @@ class SystemdNotifier:
 
 
 def reload_filters(proxy: Proxy, notifier: SystemdNotifier) -> None:
-    """Read the filters file again. If that fails, the previous filters remain in force."""
+    """Read the filters file again.  If that fails, the previous filters remain in force."""
     notifier.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
     config = proxy.config
     if config.filters_file:
@@ -9039,7 +9039,7 @@ class QueueLogHandler(logging.Handler):
         self.write([self.format(record)])
 
     def write(self, lines: list[str]) -> None:
-        """Write lines of the access log. A LogRecord for each would cost as much as serving a hit."""
+        """Write lines of the access log.  A LogRecord for each would cost as much as serving a hit."""
         timestamp, put = self._current_timestamp(), self._queue.put
         for line in lines[:max(0, MAX_LOG_LINES - self._queue.qsize())]:
             put("%s%s\n" % (timestamp, line))
@@ -9091,7 +9091,7 @@ def stderr_is_journal(stream: str) -> bool:
 
 
 def start_logging(level: int) -> QueueLogHandler:
-    """Send log messages of at least ``level`` to stderr. Returns the handler."""
+    """Send log messages of at least ``level`` to stderr.  Returns the handler."""
     handler = QueueLogHandler(not stderr_is_journal(os.environ.get("JOURNAL_STREAM", "")))
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
     return handler
@@ -9101,7 +9101,7 @@ def start_logging(level: int) -> QueueLogHandler:
 
 
 def run(config: Config, level: int) -> None:
-    """Start pkgproxy, serve until a signal arrives, and stop. Raises StartupError."""
+    """Start pkgproxy, serve until a signal arrives, and stop.  Raises StartupError."""
     affinity = CPUAffinity()  # before the first thread, because threads inherit it
     affinity.pin(int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid())
     log_handler = start_logging(level)
@@ -9139,7 +9139,7 @@ def open_missing_standard_files() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run pkgproxy with command-line arguments (default: sys.argv). Returns the exit code."""
+    """Run pkgproxy with command-line arguments (default: sys.argv).  Returns the exit code."""
     open_missing_standard_files()
     config, level = parse_options(sys.argv[1:] if arguments is None else arguments)
     try:
