@@ -8669,6 +8669,10 @@ def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
 
 
 # Options --------------------------------------------------------------------------------------
+#
+# To add an option: add a field with its default to Config, and a row to OPTIONS.  parse_options() needs
+# no change: it passes each value to the field that the row names.  README.md quotes --help, which must
+# fit two screens: one line for each option, and 48 lines of 80 columns in all.  Tests check this.
 
 
 class Option(NamedTuple):
@@ -8774,7 +8778,8 @@ def make_argument_parser() -> argparse.ArgumentParser:
 def parse_options(arguments: list[str]) -> tuple[Config, int]:
     """Return the configuration and the log level.  Exits with code 2 and one line if an option is invalid.
 
-    Options that are not given keep the defaults of Config.
+    Options that are not given keep the defaults of Config.  Four fields come from elsewhere: parents and
+    no_proxy also from the environment, reuse_port also from --instance, and pseudonym from a random number.
     """
     parser = make_argument_parser()
     given = vars(parser.parse_args(arguments))
@@ -8787,7 +8792,8 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
     no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
     values["no_proxy"] = tuple(no_proxy.lower().replace(" ", "").split(","))
     values["reuse_port"] = bool(values.get("reuse_port") or values.get("instance"))
-    values["pseudonym"] = "pkgproxy-" + secrets.token_hex(4)  # random, so that loops are detected
+    # Unique, so that this proxy recognizes its own requests in Via, but not those of another instance.
+    values["pseudonym"] = "pkgproxy-" + secrets.token_hex(4)
     return Config(**values), max(logging.DEBUG, min(level, logging.ERROR))
 
 
@@ -8795,11 +8801,17 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
 
 
 class StartupError(Exception):
-    """pkgproxy cannot start: an option's value cannot be used on this machine.  Carries one sentence."""
+    """pkgproxy cannot start, because an option's value cannot be used on this machine.
+
+    Its text is one or two sentences with the cause and a remedy; main() writes it to stderr.
+    """
 
 
 def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
-    """Read a filters file.  Invalid lines are logged and skipped; raises StartupError if it is unreadable."""
+    """Read a filters file.  Invalid lines are logged and skipped; raises StartupError if it is unreadable.
+
+    A byte order mark at its start is ignored; editors on Windows write one.
+    """
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(MAX_FILTERS + 1)
@@ -9051,6 +9063,7 @@ class QueueLogHandler(logging.Handler):
         written.wait(1.0)
 
     def _current_timestamp(self) -> str:
+        """Return the local time in the format of the original's log, or "" if the journal adds it."""
         if not self._with_timestamps:
             return ""
         now, timestamp = int(time.time()), self._timestamp  # one read: another thread may replace it
@@ -9059,6 +9072,7 @@ class QueueLogHandler(logging.Handler):
         return timestamp[1]
 
     def _run(self) -> None:
+        """Write batches of lines forever."""
         while True:
             batch = [self._queue.get()]
             time.sleep(LOG_BATCH_DELAY)  # more lines arrive meanwhile, and share the system call
@@ -9068,6 +9082,10 @@ class QueueLogHandler(logging.Handler):
             self._write_out(batch)
 
     def _write_out(self, batch: list[str | threading.Event]) -> None:
+        """Write the lines of a batch to descriptor 2, then set its events.
+
+        sys.stderr would keep lines that it failed to write (a full device), and fail again at exit.
+        """
         data = "".join(line for line in batch if isinstance(line, str)).encode("utf-8", "backslashreplace")
         with contextlib.suppress(OSError, ValueError):  # /dev/full, or stderr was closed
             while data:
@@ -9101,7 +9119,11 @@ def start_logging(level: int) -> QueueLogHandler:
 
 
 def run(config: Config, level: int) -> None:
-    """Start pkgproxy, serve until a signal arrives, and stop.  Raises StartupError."""
+    """Start pkgproxy, serve until a signal arrives, and stop.  Raises StartupError.
+
+    Everything that can fail is done before the first thread of the proxy starts, and the addresses are
+    opened last, so that clients of a proxy that cannot start are refused at once.
+    """
     affinity = CPUAffinity()  # before the first thread, because threads inherit it
     affinity.pin(int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid())
     log_handler = start_logging(level)
@@ -9139,7 +9161,10 @@ def open_missing_standard_files() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run pkgproxy with command-line arguments (default: sys.argv).  Returns the exit code."""
+    """Run pkgproxy with command-line arguments (default: sys.argv).  Returns the exit code.
+
+    0: stopped by SIGTERM or SIGINT; 1: cannot start; 2 (from argparse): invalid option.
+    """
     open_missing_standard_files()
     config, level = parse_options(sys.argv[1:] if arguments is None else arguments)
     try:
