@@ -196,201 +196,213 @@ log = logging.getLogger("pkgproxy")
 # 1 Types and limits
 # ---------------------------------------------------------------------------------------------
 
-Fields = tuple[tuple[str, str], ...]  # in the order of the wire; names compare without case
-UNAVAILABLE_STATUSES = (500, 502, 503, 504)  # an origin's words for "not now": stale beats them
-# Limits, with their reasons.
-MAX_LINE = 16 * 1024  # request line, status line, one field: RFC 9112 §3 asks for 8,000; CDNs sign long
-MAX_HEAD = 64 * 1024  # a whole head: as much as Apache lets one grow (100 fields of 8 KiB) in practice
-MAX_FIELDS = 200  # lines in a head: Apache allows 100, Go's http2 about 250
-MAX_RANGES = 512  # in one request: librepo asks for 256 at most and halves on refusal
-MAX_CONNECTIONS = 4000  # of clients, and fewer where descriptors are few: a thread each
-MAX_LOOKUPS = 64  # names being looked up at once: a thread each, and no deadline
-HOT_CACHE_SIZE = 32  # small replies of this second, at hand to be sent again, each with an open file
-LARGE_MEMO = 1000  # results of a pure function that a hit needs again and again
-MAX_MEMOIZED = 1000  # characters of an argument whose result is remembered; only strangers send longer names
-MAX_EVENTS = 10_000  # failures, or attempts, remembered
-MAX_LOG_LINES = 10_000  # that wait to be written; what is more is lost
-MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for the original
-COPY_SIZE = 256 * 1024  # bytes moved at a time, where it is not the kernel that moves them
-SMALL_BODY = 64 * 1024  # bytes: a body up to this leaves together with its head
-LISTEN_BACKLOG = 256  # connections that wait to be accepted: a fleet that wakes up by cron comes all at once
-REQUESTS_PER_TURN = 4  # requests of one client that are answered before the next client's
-MAX_IDLE_THREADS = 16  # threads that wait for more to do
-THREAD_IDLE_TIMEOUT = 5.0  # seconds that they do so
-LARGE_SEND = 8 * 1024 * 1024  # bytes: to send so many takes longer than to go to another processor
-PUBLISH_DELAY = 0.05  # seconds without a byte from an origin: time to let other instances see what has come
-SPACE_STEP = 1024 * 1024  # bytes that a download writes between two looks at the free space
-BLOCK = 4096  # bytes that a small file takes on most file systems
-SPARE_INODES = 500  # that eviction keeps free for new downloads, beyond the reserve
-MAX_SPARE = 10**9  # bytes that eviction keeps free for new downloads, beyond the limits
-MAX_FILTERS = 1024 * 1024  # characters in a filters file
-MAX_MEMOIZED_HEAD = 4096  # bytes: a request head up to this is worth remembering
-MULTIPART_BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
-FULL_DOWNLOAD_RANGE = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
-PROOF_SIZE = 4096  # bytes at each end of a package, that show whether another mirror's is the same
-MAX_CANDIDATES = 8  # places that one name is looked for in
-MIN_MATCHING_FILES = 3  # proofs in a row, after which one mirror's folder may stand in for another's
-MAX_ROWS = 20  # requests, and downloads, on the status page
-MAX_ORIGINS = 40  # told apart there and in /metrics; what is more counts as "other"
-HINT_AFTER_REQUESTS = (20, 100)  # requests: by then it can be told that a proxy is of no use to its clients
-# Times, all in seconds.
-CONNECT_ATTEMPT_DELAY = 0.25  # a try of another address of the same name: RFC 8305 §8 recommends it
-DNS_TIMEOUT = 20.0  # for the addresses of a name: a resolver asks a dead name server for 5 to 10 s
-PARENT_CONNECT_TIMEOUT = 3.0  # for a connection to a parent proxy, where origins may be asked without it
-CONNECT_TIMEOUT = 10.0  # to all addresses of a name: pacman drops a server that says nothing for 10 s
-ORIGIN_TIMEOUT = 30.0  # of silence from an origin: dnf gives up after 30 s under 1,000 B/s
-RESPONSE_HEAD_TIMEOUT = 40.0  # for the head of an answer, redirects and all: who waits is told within 45 s
-RESUME_TIMEOUT = 10.0  # the same for the rest of a download: all tries fit into a stalled client's 90 s
-FOLLOWER_HEAD_TIMEOUT = 45.0  # a follower's wait for its leader's head: what that may take, and some
-FOLLOWER_STALL_TIMEOUT = 45.0  # a follower's wait for one more byte of a partial: a stall, and a resumption
-PEER_POLL_INTERVAL = 0.03  # between two looks at what another instance downloads
-LEASE_DURATION = 10  # a lease in memcached lapses after so long: then a follower takes over
-LEASE_RENEWAL_INTERVAL = 3.0  # so often its leader renews it
-MEMCACHED_TIMEOUT = 1.0  # for memcached's answer
-MEMCACHED_BACKOFF = 5.0  # one that could not be asked is left alone for so long: less than a lease
-COMMIT_TIMEOUT = 900.0  # and for a complete one to reach the disk: 10 GB at 12 MB/s
-VALIDATION_TIMEOUT = 9.0  # for an origin, where a stored response can answer: pacman gives up after 10 s
-RESUME_BACKOFF = (0.1, 0.3, 1.0, 2.0, 4.0)  # before each new try to go on with a download that broke off
-ORIGIN_BACKOFF = 30.0  # an origin that could not be asked is not waited for again, where a stored one can answer
-IDLE_TIMEOUT = 60.0  # of a client between two requests: apt thinks for long between two .debs
-REQUEST_HEAD_TIMEOUT = 30.0  # for a whole request head once it has begun (Apache gives 40 s, nginx 60)
-LINGER_TIMEOUT = 2.0  # reading what a client still sends after our last answer
-CLIENT_TIMEOUT = 60.0  # of a client that neither reads nor writes in the middle of a message
-MIN_BODY_RATE = 1000  # bytes a second that a request's body must reach in the long run, as dnf asks of a mirror
-MIN_RATE = 4000  # bytes a second: a slower reply makes room for other clients, a slower orphan stops
-RATE_WINDOW = 10.0  # over which that is measured: a modem's acknowledgements come in bursts
-CONTINUE_TIMEOUT = 1.0  # for an origin's word on Expect: 100-continue; then the body is sent all the same
-SLOW_HEAD_AGE = 1.0  # a request head that takes longer makes place for another client, where there is no room
-TUNNEL_IDLE_TIMEOUT = 300.0  # a tunnel through which nothing moves is closed
-REFUSAL_LOG_INTERVAL = 60.0  # between two log lines that tell of one refused client
-POOL_IDLE_TIMEOUT = 15.0  # an origin's connection waits this long for its next request (nginx closes at 75)
-LOG_BATCH_DELAY = 0.02  # a log line waits so long for others, that they are written together
-POOL_CLEANUP_INTERVAL = 5.0  # between two looks at what waits too long
-OPEN_FOR = 3600.0  # a host is looked at so seldom, where only a body without a head is to be given away
+Fields = tuple[tuple[str, str], ...]  # header fields in wire order; names compare case-insensitively
+# The origin is unavailable, so a stale stored response is better than its error (RFC 9111 §4.2.4).
+UNAVAILABLE_STATUSES = (500, 502, 503, 504)
+
+# Limits of messages, in bytes unless noted.  They bound what one peer can make the proxy hold in memory.
+MAX_LINE = 16 * 1024  # a start line or field; RFC 9112 §3 asks for 8,000, and CDNs sign with long URLs
+MAX_HEAD = 64 * 1024  # a whole head; in practice as much as Apache allows (100 fields of 8 KiB)
+MAX_FIELDS = 200  # field lines in a head; Apache allows 100, Go's HTTP/2 about 250
+MAX_RANGES = 512  # ranges in one request; librepo sends up to 256 and halves that when refused
+MAX_FILTERS = 1024 * 1024  # characters in a filters file; far more than a person writes
+MAX_MEMOIZED_HEAD = 4096  # request heads up to this are memoized; longer ones rarely repeat
+MAX_MEMOIZED = 1000  # characters of an argument that is memoized; longer names come only from attackers
+# An unguessable separator: a stored body that contained it could forge parts of a multipart response.
+MULTIPART_BOUNDARY = secrets.token_hex(12)
+
+# Limits of the server.
+MAX_CONNECTIONS = 4000  # clients; fewer if descriptors are short.  Each busy one takes a thread
+LISTEN_BACKLOG = 256  # connections waiting for accept(); a fleet started by cron arrives at once
+REQUESTS_PER_TURN = 4  # pipelined requests answered before the next client's turn
+MAX_IDLE_THREADS = 16  # idle threads kept; ready for the next burst of requests
+THREAD_IDLE_TIMEOUT = 5.0  # seconds an idle thread waits; within a burst the gaps are shorter
+HOT_CACHE_SIZE = 32  # small responses ready to be sent again; each holds a descriptor
+SMALL_BODY = 64 * 1024  # bytes; a body up to this is sent together with its head
+COPY_SIZE = 256 * 1024  # bytes per read or write where sendfile() is not used
+LARGE_SEND = 8 * 1024 * 1024  # bytes; sending this takes longer than moving to another processor
+MAX_EVENTS = 10_000  # failures or attempts remembered; bounds the memory that unknown hosts can take
+MAX_LOG_LINES = 10_000  # log lines waiting for a slow disk; more are dropped, because requests go first
+MAX_ROWS = 20  # requests, and downloads, on the status page; about a screenful
+MAX_ORIGINS = 40  # origins counted separately, against label explosion in Prometheus; the rest is "other"
+LARGE_MEMO = 1000  # results of a pure function that hits need again
+
+# Limits of downloads and of the cache.
+MAX_REDIRECTS = 10  # followed for one request, as by Go's http.Client
+MAX_LOOKUPS = 64  # concurrent DNS look-ups; each takes a thread, because getaddrinfo() has no timeout
+POOL_SIZE = 8  # idle connections kept to one origin; dnf downloads 3 files at a time by default
+POOL_TOTAL = 24  # idle connections kept in all; each holds a descriptor
+SPACE_STEP = 1024 * 1024  # bytes written between two checks of the free space
+BLOCK = 4096  # bytes a small file occupies on most file systems
+SPARE_INODES = 500  # free inodes, beyond the reserve, that eviction makes for new downloads
+MAX_SPARE = 10**9  # free bytes, beyond the limits, that eviction makes for new downloads
+FULL_DOWNLOAD_RANGE = 1024 * 1024  # bytes; a range that starts below this and is as long downloads the whole
+PROOF_SIZE = 4096  # bytes compared at each end of a package; another build of it differs in one of them
+MAX_CANDIDATES = 8  # stored files of one name that are compared; each is an open file
+MIN_MATCHING_FILES = 3  # matches in a row before one mirror's files may stand in for another's
+
+# Timeouts of connections to origins, in seconds.  pacman gives up after 10 s of silence, dnf after 30 s, so
+# a stale response or an error should be sent before that.
+CONNECT_ATTEMPT_DELAY = 0.25  # before another address of the same name is tried (RFC 8305 §8)
+DNS_TIMEOUT = 20.0  # a resolver tries each name server for 5 to 10 s
+PARENT_CONNECT_TIMEOUT = 3.0  # to a parent proxy that may be bypassed, so that both fit into 10 s
+CONNECT_TIMEOUT = 10.0  # to all addresses of a name; pacman drops a server after 10 s of silence
+ORIGIN_TIMEOUT = 30.0  # of silence from an origin; dnf gives up after 30 s below 1,000 B/s
+RESPONSE_HEAD_TIMEOUT = 40.0  # for a head, redirects included; less than FOLLOWER_HEAD_TIMEOUT
+RESUME_TIMEOUT = 10.0  # for a head when resuming; all attempts fit into the 90 s that clients stall
+RESUME_BACKOFF = (0.1, 0.3, 1.0, 2.0, 4.0)  # before each attempt to resume a download
+VALIDATION_TIMEOUT = 9.0  # for an origin if a stored response can answer; pacman waits 10 s
+ORIGIN_BACKOFF = 30.0  # an origin that failed is not waited for again if a stored response can answer
 ADDRESS_PENALTY = 300.0  # an address that failed is tried after the others of its name
-POOL_SIZE = 8  # idle connections kept to one origin
-POOL_TOTAL = 24  # and to all: each is a descriptor
-SHUTDOWN_GRACE = 8.0  # running replies get this long after SIGTERM; systemd and docker kill after 10
+CONTINUE_TIMEOUT = 1.0  # for 100 (Continue), then the body is sent all the same (RFC 9110 §10.1.1)
+POOL_IDLE_TIMEOUT = 15.0  # a pooled connection waits for its next request; nginx closes it after 75 s
+POOL_CLEANUP_INTERVAL = 5.0  # between two searches for expired connections; a third of POOL_IDLE_TIMEOUT
+
+# Timeouts of clients, in seconds, and rates in bytes a second.
+IDLE_TIMEOUT = 60.0  # between two requests; apt thinks for a long time between two packages
+REQUEST_HEAD_TIMEOUT = 30.0  # for a complete head; Apache allows 40 s, nginx 60 s
+SLOW_HEAD_AGE = 1.0  # a head that takes longer may lose its connection to a new client when full
+CLIENT_TIMEOUT = 60.0  # without progress in the middle of a message, as in nginx
+LINGER_TIMEOUT = 2.0  # reading after the last response, so that a reset does not destroy it
+TUNNEL_IDLE_TIMEOUT = 300.0  # a tunnel without traffic is closed
+MIN_BODY_RATE = 1000  # of a request body in the long run, as dnf demands of a mirror
+MIN_RATE = 4000  # a slower response gives way to new clients, a slower download without client stops
+RATE_WINDOW = 10.0  # over which a rate is measured; a modem acknowledges in bursts
+REFUSAL_LOG_INTERVAL = 60.0  # between two log lines about one refused client, lest it fills the log
+
+# Timeouts among requests, processes and threads, in seconds.
+FOLLOWER_HEAD_TIMEOUT = 45.0  # a follower waits for its leader's head: RESPONSE_HEAD_TIMEOUT and some
+FOLLOWER_STALL_TIMEOUT = 45.0  # a follower waits for the next byte: a stall of the origin, and a resumption
+PEER_POLL_INTERVAL = 0.03  # between two looks at another instance's download; not noticeable to a person
+PUBLISH_DELAY = 0.05  # without data from the origin, after which other instances see what has arrived
+LEASE_DURATION = 10  # a memcached lease lapses and a follower takes over; its protocol has whole seconds
+LEASE_RENEWAL_INTERVAL = 3.0  # between two renewals; two may fail
+MEMCACHED_TIMEOUT = 1.0  # for memcached's reply; it answers in a millisecond or is down
+MEMCACHED_BACKOFF = 5.0  # before a failed memcached is tried again; less than a lease
+COMMIT_TIMEOUT = 900.0  # for a complete body to reach the disk: 10 GB at 12 MB/s
+SHUTDOWN_GRACE = 8.0  # for running responses after SIGTERM; docker kills after 10 s
+NOTIFY_INTERVAL = 10.0  # between two status texts to the service manager
+LOG_BATCH_DELAY = 0.02  # a log line waits for others, so that a burst is one write
+
+# Intervals of the cache, in seconds.
 DAY = 86400.0
-EVICTION_INTERVAL = 300.0  # between two looks at the disk
-MIN_EVICTION_PAUSE = 10.0  # at least, however often the disk is full
-MIN_EVICTION_AGE = 60.0  # what was used so lately is not swept
-ADOPT_SCAN_INTERVAL = 6 * 3600.0  # between two looks at the folders of --adopt
-NOTIFY_INTERVAL = 10.0  # between two of our states that a service manager shows
-HISTORY_SAVE_INTERVAL = 60.0  # between two looks at whether the counters have to be saved
-# What the status page plots: seconds a slot, and how many slots.
-PLOTS = {"hour": (60, 60), "day": (900, 96), "month": (21600, 120)}
+EVICTION_INTERVAL = 300.0  # between two checks of the disk; a walk over a large cache takes seconds
+MIN_EVICTION_PAUSE = 10.0  # between two runs of the evictor, however often the disk is full
+MIN_EVICTION_AGE = 60.0  # a file used more recently is kept: a client may be about to ask for it again
+OPEN_FOR = 3600.0  # a host's protection is rechecked this seldom if a bare file is all that could leak
+ADOPT_SCAN_INTERVAL = 6 * 3600.0  # between two scans of the --adopt folders, which may be large
+HISTORY_SAVE_INTERVAL = 60.0  # between two checks whether to save the counters; a crash loses no more
+
 _T = TypeVar("_T")
 
 
 def replace_fields(original: _T, **changes: Any) -> _T:
-    """A dataclass of ours with other values.  dataclasses.replace takes four times as long, and a miss makes
-    ten of them."""
+    """Return a copy of a dataclass instance with some fields replaced.
+
+    Does not check the names.  dataclasses.replace() takes four times as long, and a miss makes ten calls.
+    """
     copy = object.__new__(type(original))
     vars(copy).update(vars(original), **changes)
     return copy
 
 
 def memoize(function: Callable[[str], _T]) -> Callable[[str], _T]:
-    """Remember the results of a pure function for the last short arguments."""
+    """Memoize a pure function for the most recent arguments of up to MAX_MEMOIZED characters."""
     known = functools.lru_cache(LARGE_MEMO)(function)
     return functools.wraps(function)(lambda text: (known if len(text) <= MAX_MEMOIZED else function)(text))
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a request goes (RFC 9110 §7.1), userinfo and fragment dropped."""
+    """The target of a request: scheme, host, port and path (RFC 9110 §7.1), without userinfo or fragment."""
 
     scheme: str
     host: str  # lower case; an IPv6 address without its brackets
     port: int
-    path: str  # path and query, as the client wrote them, never empty
+    path: str  # path and query as the client wrote them; "*" or "" for OPTIONS * and CONNECT
 
     @property
     def authority(self) -> str:
-        """``host[:port]`` as it goes into Host and into names; the default port is left out."""
+        """``host[:port]`` as in the Host field; the default port is omitted."""
         host = "[%s]" % self.host if ":" in self.host else self.host
         default = 443 if self.scheme == "https" else 80
         return host if self.port == default else "%s:%d" % (host, self.port)
 
     @property
     def uri(self) -> str:
-        """The target in absolute-form."""
+        """The target in absolute-form (RFC 9112 §3.2.2)."""
         return "%s://%s%s" % (self.scheme, self.authority, self.path)
 
 
-@dataclasses.dataclass(frozen=True)
-class ParentProxy:
-    """A proxy that origins are asked through."""
+class ParentProxy(NamedTuple):
+    """A parent proxy through which origins are reached."""
 
     place: Target
-    fields: Fields = ()  # Proxy-Authorization, where its URL has a name and a password
-    or_direct: bool = False  # origins are asked without it where it can't be
+    fields: Fields = ()  # Proxy-Authorization, if the proxy's URL contains credentials
+    or_direct: bool = False  # connect to origins directly while the parent is unreachable
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Config:
-    """What the options say.  The options table of floor 9 takes its defaults from here."""
+    """The settings from the command line.  The table of options takes its defaults from here.
 
-    addrs: tuple[str, ...] = (":9999",)
-    root: str | None = None  # None: the current folder, which may hold anything
-    filters_file: str | None = None
-    allow: tuple[str, ...] = ("loopback", "private")
-    connect_ports: tuple[int, ...] = (443,)  # that CONNECT may lead to
-    heuristics: bool = True
-    offline: bool = False
-    max_size: int | None = None  # bytes below the root that are pkgproxy's; None: no limit but min_free
-    min_free: int | None = None  # bytes left on the file system; None: 5 %, at most 10 GB
-    max_orphans: int = 8  # downloads that go on when their last client has left
-    max_age: float | None = None  # seconds since a stored response was last used
-    reuse_port: bool = False  # other instances may listen on our addresses
-    instance: str = ""  # our name among several; none: the addresses tell them apart
-    sharing: bool = True  # of files between mirrors, where no digest in the name proves them
-    filters: tuple[re.Pattern[str], ...] = ()  # parsed from filters_file, at start and on SIGHUP
-    barrier: tuple[tuple[str, int], ...] = ()  # memcached servers; none: the file system's locks
-    pseudonym: str = "pkgproxy"  # our name in Via and Cache-Status (RFC 9110 §7.6.3)
-    ca_file: str | None = None  # certificates (PEM) that are trusted besides the system's
-    parents: tuple[tuple[str, ParentProxy], ...] = ()  # by the scheme of the origins
-    no_proxy: tuple[str, ...] = ()  # origins that are asked without a parent
-    adopt: tuple[str, ...] = ()  # folders with packages that are the user's own
-    names: tuple[str, ...] = ()  # by which clients call this proxy, besides the host's own
+    Compared by identity: functions that memoize results by their Config hash it for each hit.
+    """
 
-    def __hash__(self) -> int:
-        """Enough to remember results by."""
-        return hash(self.pseudonym)
+    addrs: tuple[str, ...] = (":9999",)  # to listen on
+    root: str | None = None  # cache directory; None: the current one, which may also hold other files
+    filters_file: str | None = None  # path of the file that `filters` are read from
+    allow: tuple[str, ...] = ("loopback", "private")  # client networks: names of NETWORKS, or CIDR
+    connect_ports: tuple[int, ...] = (443,)  # allowed for CONNECT
+    heuristics: bool = True  # heuristic freshness (RFC 9111 §4.2.2)
+    offline: bool = False  # never contact an origin
+    max_size: int | None = None  # bytes the cache may occupy; None: bounded by min_free only
+    min_free: int | None = None  # bytes to leave free on the file system; None: 5 %, at most 10 GB
+    max_orphans: int = 8  # downloads that may continue after their last client has left
+    max_age: float | None = None  # seconds since its last use after which a stored response is removed
+    reuse_port: bool = False  # let other instances listen on the same addresses
+    instance: str = ""  # name of this instance; "": the addresses tell instances apart
+    sharing: bool = True  # share files between mirrors even without a digest in the name
+    filters: tuple[re.Pattern[str], ...] = ()  # URIs that are never cached; reread on SIGHUP
+    barrier: tuple[tuple[str, int], ...] = ()  # memcached servers; none: file locks coordinate instances
+    pseudonym: str = "pkgproxy"  # this proxy in Via and Cache-Status (RFC 9110 §7.6.3)
+    ca_file: str | None = None  # certificates (PEM) trusted in addition to the system's
+    parents: tuple[tuple[str, ParentProxy], ...] = ()  # by the scheme of the origin
+    no_proxy: tuple[str, ...] = ()  # origins to reach without a parent
+    adopt: tuple[str, ...] = ()  # directories with the user's own packages, never modified
+    names: tuple[str, ...] = ()  # host names of this proxy, in addition to the machine's
 
 
 class Readable(Protocol):
-    """What a request's body, an origin's response and a file have in common."""
+    """A request's body, an origin's response, or a file."""
 
     def read(self, size: int = -1, /) -> bytes:
-        """Return up to ``size`` bytes, b"" at the end."""
-        ...
+        """Return up to ``size`` bytes; b"" at the end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One request, as it came in.  Never modified (invariant 8)."""
+    """A client's request, as received; never modified (invariant 8)."""
 
     method: str
-    uri: str  # the request target as received: what filters search and the log shows
+    uri: str  # the request target; filters search it and the log shows it
     target: Target
     fields: Fields
     version: tuple[int, int] = (1, 1)
     body: Readable | None = None
-    length: int | None = 0  # of the body; None: chunked
+    length: int | None = 0  # bytes of the body; None: chunked
     client: str = "127.0.0.1"
-    server_address: str = ""  # our address by which the client reached us
-    received: float = 0.0  # clock time
-    key: str = ""  # cache key (RFC 9111 §2)
-    is_own_page: bool = False  # for our own pages
+    server_address: str = ""  # local address of the client's connection
+    received: float = 0.0  # wall clock
+    key: str = ""  # cache key (RFC 9111 §2); "" if the target cannot be cached
+    is_own_page: bool = False  # for a page of the proxy itself
     client_prefix: str = ""  # what the client wrote before the target: "/", or HTTPS_HOST
-    client_is_local: bool = False  # the client is on this host
-    known_missing: bool = False  # a moment ago nothing was stored for it
-    timings: dict[str, float] | None = None  # monotonic time of each step, by its name; None: nobody logs them
+    client_is_local: bool = False  # the client runs on this host
+    known_missing: bool = False  # the event loop has just found nothing stored
+    timings: dict[str, float] | None = None  # monotonic time of each step, by name; None: they are not logged
 
     def __hash__(self) -> int:
-        """Enough to remember results by: a body has none, and all fields take long."""
+        """Hash the URI only: it tells most requests apart, and hashing all fields takes long."""
         return hash(self.uri)
 
 
@@ -405,47 +417,45 @@ def mark(timings: dict[str, float] | None, step: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ResponseHead:
-    """Status and fields of a response, live or stored.  Times are clock seconds."""
+    """Status line and header fields of a response, plus what the cache knows about it."""
 
     status: int
     reason: str
     fields: Fields
-    key: str = ""  # requested: what it is stored under
-    final_uri: str = ""  # the target that answered, after redirects
-    vary: Fields = ()  # the request's fields that Vary names (RFC 9111 §4.1)
-    request_time: float = 0.0  # when the request for it, or its last validation, was sent
-    response_time: float = 0.0  # when it, or its last validation, arrived
-    size: int = -1  # of the body it describes
-    mtime_ns: int = 0  # of the body it describes: with size, the body's name (DESIGN §4)
-    boot_id: str = ""  # of the machine, where its body may not have reached the disk yet
-    flushed_size: int = -1  # bytes of such a body that have, as far as is known
-    local_clients_only: bool = False  # it came from where only clients on this host may go: it is for them alone
-    same_as: str = ""  # what its body was found to be the same as, instead of being fetched
+    key: str = ""  # cache key of the request
+    final_uri: str = ""  # target of the response, after redirects
+    vary: Fields = ()  # request fields named by Vary (RFC 9111 §4.1)
+    request_time: float = 0.0  # wall clock: when the request, or the last validation, was sent
+    response_time: float = 0.0  # wall clock: when the response to it arrived
+    size: int = -1  # bytes of the stored body
+    mtime_ns: int = 0  # of the body file; with the size it tells one stored body from another
+    boot_id: str = ""  # boot of the machine, if the body may not have been flushed to the disk
+    flushed_size: int = -1  # bytes of such a body that are known to be flushed
+    local_clients_only: bool = False  # from an origin that only clients on this host may reach
+    same_as: str = ""  # the identical stored file that was used in place of a download
 
     def __hash__(self) -> int:
-        """Enough to remember results by."""
+        """Hash what tells two stored heads apart; hashing all fields takes long."""
         return hash((self.key, self.mtime_ns, self.response_time))
 
 
 class RandomAccessFile(Protocol):
-    """An open file whose readers do not move the position that its writer is at."""
+    """An open file that many threads read at positions of their own."""
 
     def fileno(self) -> int:
-        """Its descriptor."""
-        ...
+        """Return the file descriptor."""
 
     def read_at(self, size: int, offset: int) -> bytes:
-        """Up to ``size`` bytes from ``offset``; OSError."""
-        ...
+        """Return up to ``size`` bytes from ``offset``; raise OSError."""
 
 
 class FileSlice(NamedTuple):
-    """A part of an open file, for the kernel to send: ``stop`` is exclusive."""
+    """A byte range of an open file that can be sent with sendfile()."""
 
     file: RandomAccessFile
     start: int
-    stop: int
-    fallback: Callable[[int, int], Iterator[bytes]] | None = None  # what comes instead where it cannot be read
+    stop: int  # exclusive
+    fallback: Callable[[int, int], Iterator[bytes]] | None = None  # yields [start, stop) if reading fails
 
     @property
     def size(self) -> int:
@@ -453,133 +463,120 @@ class FileSlice(NamedTuple):
         return self.stop - self.start
 
 
-UNKNOWN_END = 2**62  # the stop of a span that ends where the body ends
-Span = Union[bytes, "tuple[int, int]"]  # literal bytes, or [start, stop) of a representation
-
-
-@dataclasses.dataclass(frozen=True)
-class EvictionReport:
-    """What a sweep found and did."""
-
-    files: int  # stored responses found
-    size: int  # bytes on the disk of all that is pkgproxy's: bodies, bookkeeping, downloads
-    removed: int  # stored responses
-    freed: int  # bytes
-
-
 class ResponseBody(Protocol):
-    """A reply's body.  Whoever holds it closes it; close() may be called again."""
+    """The body of a response; yields bytes or file slices.  Its owner closes it, perhaps more than once."""
 
-    length: int | None  # bytes; None: known only at its end
+    length: int | None  # bytes; None: unknown until the end
 
     @property
     def origin_bytes(self) -> int:
-        """Bytes so far that did not come from the cache: an origin's, and multipart lines."""
-        ...
+        """Bytes so far that are not from the cache: from an origin, or multipart delimiters."""
 
     def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield the body in order; raise OSError or Failure where it cannot be completed."""
-        ...
+        """Yield the body in order; raise OSError or ProxyError if it cannot be completed."""
 
     def close(self) -> None:
         """Release files and connections."""
-        ...
 
 
 class Outcome(enum.Enum):
-    """How a request was answered.  Log, counters, Cache-Status and pages share these words."""
+    """How a request was answered: the word for log, counters and pages, and all that depends on it.
 
-    HIT = "hit"  # from the file, nobody asked
-    VALIDATED = "validated"  # from the file, after the origin said 304
-    STALE = "stale"  # from the file, because the origin cannot be asked
-    COLLAPSED = "collapsed"  # from another client's download
-    SHARED = "shared"  # from another mirror's file, which is the same
-    MISS = "miss"  # downloaded, and being stored
-    UPDATED = "updated"  # stored before, but the origin has a new one, being stored
-    RELAYED = "relayed"  # from the origin, not kept: the answer may not be, or the disk refused
-    BYPASS = "bypass"  # from the origin, not kept: a filter or the method says so
-    TUNNEL = "tunnel"  # bytes both ways, unseen (CONNECT)
-    OWN = "own"  # a page of ours
-    REFUSED = "refused"  # the request's fault, or not allowed
-    FAILED = "failed"  # the origin's fault
+    >>> Outcome("shared").from_cache, Outcome.FAILED.value, Outcome.FAILED.colour
+    (True, 'failed', 'bad')
+    """
+
+    from_cache: bool  # the body came from a stored file or a download that another request had started
+    in_hit_rate: bool  # counts as a request that the cache might have answered
+    colour: str  # class in the status page: "cache", "origin" or "bad"
+    hint: str  # why there is no hit, if this is the most frequent outcome; "": the response's detail
+
+    def __new__(cls, word: str, colour: str = "origin", in_hit_rate: bool = False, from_cache: bool = False,
+                hint: str = "") -> Outcome:
+        """Make a member whose value is its word alone, so that Outcome(word) finds it."""
+        member = object.__new__(cls)
+        member._value_, member.colour, member.in_hit_rate = word, colour, in_hit_rate
+        member.from_cache, member.hint = from_cache, hint
+        return member
+
+    #           word         colour    in rate  cached
+    HIT = "hit", "cache", True, True  # from a stored file, without asking the origin
+    VALIDATED = "validated", "cache", True, True  # from a stored file, after the origin's 304
+    STALE = "stale", "bad", True, True  # from a stored file, because the origin is unavailable
+    COLLAPSED = "collapsed", "cache", True, True  # from a download started for another client
+    SHARED = "shared", "cache", True, True  # from an identical file of another mirror
+    MISS = ("miss", "origin", True, False,  # downloaded and stored
+            "each was for another file. That is normal while the cache fills; else let all machines name the"
+            " same mirror")
+    UPDATED = "updated", "origin", True, False  # downloaded to replace an outdated stored file
+    RELAYED = "relayed", "origin", True, False  # not stored: the response forbids it, or the disk failed
+    BYPASS = ("bypass", "origin", True, False,  # not stored: because of a filter or the method
+              "most were kept out by a filter, or are no GET. Indexes need no filters")
+    TUNNEL = "tunnel", "origin", False, False  # opaque bytes in both directions (CONNECT)
+    OWN = "own", "origin", False, False  # a page of the proxy itself
+    REFUSED = "refused", "bad", False, False  # an invalid or forbidden request
+    FAILED = "failed", "bad", False, False, "most origins cannot be asked"  # an error of the origin
 
 
-CACHE_OUTCOMES = (Outcome.HIT, Outcome.VALIDATED, Outcome.STALE, Outcome.COLLAPSED, Outcome.SHARED)
-
-
-class SendResult(NamedTuple):
-    """What has left of an answer."""
-
-    size: int  # bytes of its body
-    cached: int  # of which no origin had to send for it
-    took: float  # seconds
-    whole: bool
-    quiet: bool = False  # nothing to log
+CACHE_OUTCOMES = tuple(outcome for outcome in Outcome if outcome.from_cache)
 
 
 class Action(enum.Enum):
-    """What decide() orders."""
+    """What decide() tells the proxy to do."""
 
-    SERVE = "serve"
-    VALIDATE = "validate"
-    FETCH = "fetch"
-    PASS = "pass"
-    REFUSE = "refuse"
+    SERVE = "serve"  # send the stored response
+    VALIDATE = "validate"  # ask the origin whether the stored response is current
+    FETCH = "fetch"  # download and store
+    PASS = "pass"  # forward this client's request, and store nothing
+    REFUSE = "refuse"  # send an error, because no origin may be asked
 
 
 class NameClass(enum.Enum):
-    """What a file's name says about its life (see the decision table in the README)."""
+    """What a file name tells about how the file changes; POLICIES has the consequences."""
 
-    CONTENT = "content-named"
-    PACKAGE = "package"
-    INDEX = "index"
-    OTHER = "other"
-
-
-@dataclasses.dataclass(frozen=True)
-class CachePolicy:
-    """Where a name's class overrules what the origin says of a response."""
-
-    lifetime: float | None  # seconds it is fresh; None: the origin's word (RFC 9111 §4.2)
-    refresh: float | None  # seconds since its last validation, after which a hit starts another behind it
-    heeds_max_age: bool  # whether a client's max-age leads to a validation
-    redirects: bool  # followed inside, and the file stored under the requested name
-    html: bool  # whether text/html can be what was asked for
-    always_stale: bool  # may answer stale whatever the origin says, where that can't be asked
+    CONTENT = "content-named"  # contains a digest of the content, or something as unique: never changes
+    PACKAGE = "package"  # name and version: one file, unless it is uploaded again
+    INDEX = "index"  # changes at any time, and must match its neighbours
+    OTHER = "other"  # unknown: the response's own fields decide
 
 
-# A mirror's max-age knows nothing of packages: this is the one place where its word doesn't count.
+class CachePolicy(NamedTuple):
+    """How one class of names is cached, whatever the origin's headers say."""
+
+    lifetime: float | None  # seconds of freshness; None: by the response's fields (RFC 9111 §4.2)
+    refresh: float | None = None  # seconds since the last validation, after which a hit starts another
+    heeds_max_age: bool = True  # the client's max-age can force a validation
+    redirects: bool = True  # follow redirects, and store the file under the requested name
+    html: bool = False  # text/html can be the requested file, not a captive portal's or error page
+    always_stale: bool = True  # may be served stale if the origin is unavailable, whatever its fields say
+
+
+# Mirrors send the same max-age for packages and indexes, so this table is the one place that overrides it.
 POLICIES = {
-    # A name that holds a digest of its content, or as good as one, never means anything else.
-    NameClass.CONTENT: CachePolicy(math.inf, None, heeds_max_age=False, redirects=True, html=False,
-                              always_stale=True),
-    # A package's name and version mean one file, but for those that are uploaded again.
-    NameClass.PACKAGE: CachePolicy(math.inf, DAY, heeds_max_age=True, redirects=True, html=False,
-                              always_stale=True),
-    # An index must be right now, and fit its neighbours; its clients check its signature and date.
-    NameClass.INDEX: CachePolicy(0, None, heeds_max_age=True, redirects=True, html=True, always_stale=True),
-    NameClass.OTHER: CachePolicy(None, None, heeds_max_age=True, redirects=False, html=True, always_stale=False),
+    NameClass.CONTENT: CachePolicy(math.inf, heeds_max_age=False),  # a max-age could only confirm the file
+    NameClass.PACKAGE: CachePolicy(math.inf, refresh=DAY),  # some repositories do upload a version again
+    NameClass.INDEX: CachePolicy(0, html=True),  # stale is safe: clients check signature and date
+    NameClass.OTHER: CachePolicy(None, redirects=False, html=True, always_stale=False),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheDecision:
-    """What to do with a request, and why: ``forward`` is the reason in Cache-Status' words."""
+    """What to do with a request, and why."""
 
     action: Action
     name_class: NameClass
-    forward: str = ""  # RFC 9211 §2.2: uri-miss, vary-miss, stale, request, bypass, method
-    ttl: int | None = None  # seconds of freshness left, where that is known
-    refresh: bool = False  # serve, and validate in the background
+    forward: str = ""  # fwd of Cache-Status (RFC 9211 §2.2): uri-miss, vary-miss, stale, request ...
+    ttl: int | None = None  # seconds of freshness left, negative if stale; None: unknown or unlimited
+    refresh: bool = False  # after SERVE, validate in the background
 
     @property
     def policy(self) -> CachePolicy:
-        """What the name's class overrules."""
+        """The policy of the name's class."""
         return POLICIES[self.name_class]
 
 
-@dataclasses.dataclass(frozen=True)
-class CacheStatus:
+class CacheStatus(NamedTuple):
     """One member of the Cache-Status field (RFC 9211)."""
 
     outcome: Outcome
@@ -591,7 +588,7 @@ class CacheStatus:
 
 
 class ProxyError(Exception):
-    """A request that cannot be satisfied; ``status`` and the sentence go to the client."""
+    """A request that cannot be satisfied; carries the status and the message for the client."""
 
     status = 500
     outcome = Outcome.REFUSED
@@ -603,17 +600,17 @@ class ProxyError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """What the Door sends."""
+    """A response to a client: head, body, and how the cache produced it."""
 
     head: ResponseHead
     body: ResponseBody
     cache_status: CacheStatus
-    counts_as_cached: bool = False  # its body bytes come from the cache
+    counts_as_cached: bool = False  # count the bytes of its body as sent from the cache
     fallback: Callable[[Exception], Response] | None = None  # if the body fails before its first byte
 
 
 class HeadTooLargeError(ValueError):
-    """A head, or a line of one, that is larger than we take; ``status`` is what a client is told."""
+    """A head that exceeds a limit; ``status`` is for the client (414, or 431: RFC 6585 §5)."""
 
     def __init__(self, sentence: str, status: int = 431) -> None:
         super().__init__(sentence)
@@ -621,13 +618,13 @@ class HeadTooLargeError(ValueError):
 
 
 class BadRequestError(ProxyError):
-    """The client's message breaks RFC 9112 (400, 414, 431 …): the connection is closed."""
+    """A malformed or ambiguous request (400, 414, 431 ...); its connection is closed (RFC 9112 §2.2)."""
 
     status = 400
 
 
 class OriginError(ProxyError):
-    """The origin refused the connection, or answered what is no HTTP (502)."""
+    """The origin is unreachable, or its response is not valid HTTP (502)."""
 
     status = 502
     outcome = Outcome.FAILED
@@ -635,9 +632,9 @@ class OriginError(ProxyError):
     def __init__(self, sentence: str, target: Target | None = None, unreachable: bool = False,
                  status: int = 0) -> None:
         super().__init__(sentence, status)
-        self.target = target  # which of the origins on the way failed; None: the one that was asked
-        # Whether other requests to this host would fail as well, or wait in vain.  Not set for errors that
-        # the request itself may have caused: a status, or a connection that the origin closed.
+        self.target = target  # the origin that failed, after redirects; None: the requested one
+        # Other requests to this host would fail, too.  Not set for errors that the request itself may
+        # have caused, such as an error status or a connection closed early.
         self.unreachable = unreachable or self.status == 504
 
 
@@ -652,15 +649,15 @@ class TruncatedBodyError(OriginError):
 
 
 class CannotResumeError(OriginError):
-    """What has begun cannot be, or is not to be, gone on with: the origin has another file now, say."""
+    """The download cannot be resumed, for example because the file has changed at the origin."""
 
 
 class DownloadAbandonedError(CannotResumeError):
-    """Nobody waits for a download any more, and others without a client go on already."""
+    """The download has no client left, and as many others as allowed already continue without one."""
 
 
 class StorageError(Exception):
-    """The cache cannot be used; the reply must not suffer (invariant 6)."""
+    """The cache could not be used; the client still gets its response from the origin (invariant 6)."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(error.strerror or str(error))
@@ -668,7 +665,7 @@ class StorageError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------
-# 2 HTTP messages: pure functions, no clock, no disk, no socket
+# 2 HTTP messages: pure functions, without clock, disk or socket
 # ---------------------------------------------------------------------------------------------
 
 # Fields (RFC 9110 §5) ------------------------------------------------------------------------
@@ -676,19 +673,15 @@ class StorageError(Exception):
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 §5.6.2
 _TOKEN = re.compile(TOKEN)
-_NO_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # no field value holds these (RFC 9110 §5.5)
-# A quoted string that never ends goes to the end, lest it is searched for again and again.
-_DIRECTIVE = re.compile(
-    r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|(%s)(?:[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)(?:"|\\?\Z)|([^\s,]*)))?' % TOKEN,
-    re.S)
-# RFC 9110 §7.6.1, and what older software sends; Connection adds names of its own.
+_NO_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # forbidden in field values (RFC 9110 §5.5)
+# RFC 9110 §7.6.1, and the fields of older software.  Connection names further ones.
 HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization",
      "proxy-authentication-info", "te", "trailer", "transfer-encoding", "upgrade"))
 
 
 def field_values(fields: Fields, name: str) -> tuple[str, ...]:
-    """Every value of a field, in order.
+    """Return all values of a field, in order.
 
     >>> field_values((("Via", "1.1 a"), ("via", "1.1 b")), "Via")
     ('1.1 a', '1.1 b')
@@ -698,7 +691,7 @@ def field_values(fields: Fields, name: str) -> tuple[str, ...]:
 
 
 def field_value(fields: Fields, name: str) -> str | None:
-    """The first value of a field, or None: absent is not empty."""
+    """Return the first value of a field; None, and not "", if the field is absent."""
     name = name.lower()
     for other, text in fields:
         if other.lower() == name:
@@ -707,28 +700,30 @@ def field_value(fields: Fields, name: str) -> str | None:
 
 
 def list_members(fields: Fields, name: str) -> list[str]:
-    """The members of a list-valued field without quoted strings, in lower case (RFC 9110 §5.6.1)."""
+    """Return the lower-cased members of a list-valued field without quoted strings (RFC 9110 §5.6.1)."""
     parts = ",".join(field_values(fields, name)).lower().split(",")
     return [part.strip(" \t") for part in parts if part.strip(" \t")]
 
 
 def without_fields(fields: Fields, names: Iterable[str]) -> Fields:
-    """The fields whose names (lower case) are not among ``names``."""
+    """Return the fields whose names are not among ``names`` (lower case)."""
     drop = frozenset(names)
     return tuple((name, text) for name, text in fields if name.lower() not in drop)
 
 
-def _only(fields: Fields, names: frozenset[str]) -> Fields:
-    return tuple(field for field in fields if field[0].lower() in names)
-
-
 def end_to_end(fields: Fields) -> Fields:
-    """The fields that a proxy passes on: RFC 9110 §7.6.1.  Content-Length is the framing's."""
+    """Return the fields that a proxy forwards (RFC 9110 §7.6.1), without Content-Length.
+
+    The proxy writes Content-Length itself, because it may frame the body differently.
+    """
     return without_fields(fields, HOP_BY_HOP.union(list_members(fields, "Connection"), ("content-length",)))
 
 
 def parse_fields(lines: list[str]) -> Fields:
-    """Parse field lines without their CRLF (RFC 9112 §5); ValueError says what is wrong.
+    """Parse field lines without their CRLF (RFC 9112 §5); raise ValueError.
+
+    White space before the colon and folded lines are errors (§5.1, §5.2): two parsers could read them
+    differently, which allows request smuggling.
 
     >>> parse_fields(["Host: a", "X:  b c "])
     (('Host', 'a'), ('X', 'b c'))
@@ -739,18 +734,14 @@ def parse_fields(lines: list[str]) -> Fields:
     for line in lines:
         name, colon, text = line.partition(":")
         if not (colon and _TOKEN.fullmatch(name)) or _NO_TEXT.search(text):
-            raise ValueError("no field line: %.60r" % (name if colon else ""))  # its value may be a password
+            # Show the name at most: the value may be a password.
+            raise ValueError("invalid field line: %.60r" % (name if colon else ""))
         fields.append((name, text.strip(" \t")))
     return tuple(fields)
 
 
-def storable_fields(fields: Fields) -> Fields:
-    """What is stored of a response's fields: a cookie is for one client only."""
-    return without_fields(end_to_end(fields), ("set-cookie",))
-
-
 def parse_delta_seconds(text: str | None) -> int:
-    """delta-seconds (RFC 9111 §1.2.2): what is none counts as 0, what is huge as 2**31.
+    """Parse delta-seconds (RFC 9111 §1.2.2): an invalid value counts as 0, a huge one as 2**31.
 
     >>> [parse_delta_seconds(text) for text in ("60", "-1", None, "9" * 30, "1.5")]
     [60, 0, 0, 2147483648, 0]
@@ -758,23 +749,6 @@ def parse_delta_seconds(text: str | None) -> int:
     if text is None or not (text.isascii() and text.isdigit()):
         return 0
     return min(int(text[:12]), 2**31)
-
-
-def cache_directives(fields: Fields, name: str = "Cache-Control") -> dict[str, str | None]:
-    """Parse Cache-Control (RFC 9111 §5.2); of a repeated directive the smaller argument counts.
-
-    >>> cache_directives((("Cache-Control", 'max-age=5, private="a, b"'), ("cache-control", "MAX-AGE=3")))
-    {'max-age': '3', 'private': 'a, b'}
-    """
-    found: dict[str, str | None] = {}
-    for match in _DIRECTIVE.finditer(",".join(field_values(fields, name))):
-        if match[1] is None:
-            continue  # a quoted string on its own
-        key = match[1].lower()
-        argument = match[2] if match[2] is not None else match[3]
-        if key not in found or (argument or "0").isdigit() and parse_delta_seconds(argument) < parse_delta_seconds(found[key]):
-            found[key] = argument
-    return found
 
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -787,7 +761,9 @@ _DATES = tuple(
 
 
 def parse_date(text: str | None) -> float | None:
-    """An HTTP-date in any of its three formats (RFC 9110 §5.6.7) as clock seconds, else None.
+    """Parse an HTTP-date in any of its three formats (RFC 9110 §5.6.7).
+
+    Returns clock seconds, or None if it is invalid.
 
     >>> [parse_date(text) for text in ("Sun, 06 Nov 1994 08:49:37 GMT",
     ...     "Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994", "0")]
@@ -798,17 +774,17 @@ def parse_date(text: str | None) -> float | None:
         if not match or match["m"].lower() not in _MONTHS:
             continue
         year = int(match["y"])
-        year += 0 if year > 99 else 2000 if year < 70 else 1900
+        year += 0 if year > 99 else 2000 if year < 70 else 1900  # RFC 850 has two digits
         hour, minute, second = (int(part) for part in match["t"].split(":"))
         day, month = int(match["d"]), _MONTHS.index(match["m"].lower()) + 1
-        if not (1 <= day <= 31 and hour < 24 and minute < 60 and second <= 60):
+        if not (1 <= day <= 31 and hour < 24 and minute < 60 and second <= 60):  # 60: a leap second
             return None
         return float(calendar.timegm((year, month, day, hour, minute, second)))
     return None
 
 
 def format_http_date(clock: float) -> str:
-    """An IMF-fixdate (RFC 9110 §5.6.7)."""
+    """Format clock seconds as an IMF-fixdate (RFC 9110 §5.6.7)."""
     return formatdate(int(clock), usegmt=True)
 
 
@@ -816,7 +792,7 @@ def format_http_date(clock: float) -> str:
 
 
 def parse_request_line(line: str) -> tuple[str, str, tuple[int, int]]:
-    """Method, target and version of a request line without its CRLF (RFC 9112 §3).
+    """Parse a request line without its CRLF into method, target and version (RFC 9112 §3).
 
     >>> parse_request_line("GET http://a/b HTTP/1.1")
     ('GET', 'http://a/b', (1, 1))
@@ -825,40 +801,43 @@ def parse_request_line(line: str) -> tuple[str, str, tuple[int, int]]:
     if len(parts) != 3 or not _TOKEN.fullmatch(parts[0]) or not parts[1]:
         raise BadRequestError("The request line is not 'METHOD target HTTP/1.1'.")
     if re.search(r"[\x00-\x20\x7f]", parts[1]):
-        raise BadRequestError("The request target holds a control character.")
+        raise BadRequestError("The request target contains a control character.")
     match = re.fullmatch(r"HTTP/(\d)\.(\d)", parts[2])
     if not match:
         raise BadRequestError("The request line does not end in an HTTP version.")
     if match[1] != "1":
-        raise BadRequestError("HTTP/%s.%s is not spoken here; use HTTP/1.1." % (match[1], match[2]), 505)
-    return parts[0], parts[1], (1, min(int(match[2]), 1))
+        raise BadRequestError("%s is not supported; use HTTP/1.1." % match[0], 505)
+    return parts[0], parts[1], (1, min(int(match[2]), 1))  # a later minor version is read as 1.1 (§2.3)
 
 
 def parse_status_line(line: str) -> tuple[tuple[int, int], int, str]:
-    """Version, status and reason of a status line without its CRLF (RFC 9112 §4); or ValueError.
+    """Parse a status line without its CRLF into version, status and reason (RFC 9112 §4); raise ValueError.
 
     >>> parse_status_line("HTTP/1.1 200 OK")
     ((1, 1), 200, 'OK')
     """
     match = re.fullmatch(r"HTTP/1\.(\d) ([1-5]\d\d)(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?", line)
     if not match:
-        raise ValueError("no HTTP/1 status line: %.60r" % line)
+        raise ValueError("not an HTTP/1 status line: %.60r" % line)
     return (1, min(int(match[1]), 1)), int(match[2]), match[3] or ""
 
 
 def content_length(fields: Fields) -> int | None:
-    """The one Content-Length (RFC 9112 §6.2), None without; ValueError where they are in doubt."""
+    """Return Content-Length, or None if absent (RFC 9112 §6.2); raise ValueError if invalid.
+
+    Equal values may be repeated, as §6.3 step 5 allows; request_framing() is stricter.
+    """
     found = {part.strip(" \t") for text in field_values(fields, "Content-Length") for part in text.split(",")}
     if not found:
         return None
     text = found.pop()
     if found or not (text.isascii() and text.isdigit()) or len(text) > 18:
-        raise ValueError("Content-Length in doubt")
+        raise ValueError("invalid or contradictory Content-Length")
     return int(text)
 
 
 def is_chunked(fields: Fields) -> bool:
-    """Whether the body is chunked (RFC 9112 §6.1); ValueError for a coding that we don't speak."""
+    """Return whether the body is chunked (RFC 9112 §6.1); raise ValueError for any other coding."""
     codings = list_members(fields, "Transfer-Encoding")
     if not codings and field_value(fields, "Transfer-Encoding") is None:
         return False
@@ -871,27 +850,36 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7
 
 
 def parse_chunk_size(line: bytes) -> int:
-    """The size in a chunk's first line, with its CRLF (RFC 9112 §7.1); ValueError.
+    """Parse the first line of a chunk, CRLF included (RFC 9112 §7.1); raise ValueError.
 
-    >>> parse_chunk_size(b"1f;name=field_value\\r\\n")
+    >>> parse_chunk_size(b"1f;name=value\\r\\n")
     31
     """
     match = _CHUNK_SIZE.fullmatch(line)
     if not match:
-        raise ValueError("no chunk size: %.20r" % line)
+        raise ValueError("invalid chunk size: %.20r" % line)
     return int(match[1], 16)
 
 
 def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
-    """The length of a request's body, None if chunked (RFC 9112 §6.3); BadRequest where in doubt."""
+    """Return the length of a request's body, None if chunked (RFC 9112 §6.3); raise BadRequestError.
+
+    §6.3 allows to repair some contradictions.  The proxy refuses all of them, because a client and a
+    server that disagree about where a message ends are what request smuggling needs.
+    """
     try:
         length, chunked = content_length(fields), is_chunked(fields)
     except ValueError as error:
-        raise BadRequestError("The body's framing is not clear: %s." % error) from None
-    if len(field_values(fields, "Content-Length")) > 1 or "," in (field_value(fields, "Content-Length") or ""):
-        raise BadRequestError("The body's framing is not clear: more than one Content-Length.")
+        raise BadRequestError("The length of the body is ambiguous: %s." % error) from None
+    # Step 5: repeated lengths, even equal ones.
+    lengths = field_values(fields, "Content-Length")
+    if len(lengths) > 1 or "," in "".join(lengths):
+        raise BadRequestError("The length of the body is ambiguous: more than one Content-Length.")
+    # Step 3: Transfer-Encoding would override the length.  HTTP/1.0 has no Transfer-Encoding (§6.1).
     if chunked and (length is not None or version < (1, 1)):
-        raise BadRequestError("The body's framing is not clear: both Content-Length and Transfer-Encoding.")
+        raise BadRequestError("The length of the body is ambiguous: Transfer-Encoding with Content-Length, or"
+                              " with HTTP/1.0.")
+    # Step 4: chunked.  Step 6: the declared length.  Step 7: a request without either has no body.
     return None if chunked else length or 0
 
 
@@ -900,49 +888,48 @@ def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
 _HOST = re.compile(r"(?!\.)(?!.*\.\.)[a-z0-9._-]{1,253}")
 _USERINFO = re.compile(r"[A-Za-z0-9\-._~!$&'()*+,;=:%]*")
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-_ODD = re.compile(r"[^A-Za-z0-9\-._~!$&'()*+,;=:@/?%\[\]]")  # what RFC 3986 has no place for
+_ODD = re.compile(r"[^A-Za-z0-9\-._~!$&'()*+,;=:@/?%\[\]]")  # not allowed in a URI (RFC 3986)
 _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
 
 
 def split_authority(authority: str, default_port: int) -> tuple[str, int]:
-    """Host and port of ``[userinfo@]host[:port]``; BadRequest where it is none."""
+    """Split ``[userinfo@]host[:port]`` into host and port; raise BadRequestError.
+
+    The errors do not show the text, except for a host: it may contain a part of a password.
+    """
     userinfo, _, place = authority.rpartition("@")
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::(\d{0,5}))?", place)
     if not match or not _USERINFO.fullmatch(userinfo):
-        raise BadRequestError("The URL has no valid host and port.")  # what it has may be part of a password
+        raise BadRequestError("The URL has no valid host and port.")
     host, port = match[1].lower(), int(match[2] or default_port)
     if host.startswith("["):
         try:
             host = ipaddress.IPv6Address(host[1:-1]).compressed
         except ValueError:
-            raise BadRequestError("'%.80s' is no IPv6 address." % host) from None
+            raise BadRequestError("'%.80s' is not an IPv6 address." % host) from None
     elif not _HOST.fullmatch(host):
-        raise BadRequestError("'%.80s' is no host name." % host)
+        raise BadRequestError("'%.80s' is not a host name." % host)
     if not 0 < port < 65536:
-        raise BadRequestError("%d is no port." % port)
+        raise BadRequestError("%d is not a port." % port)
     return host, port
 
 
 def is_address(host: str) -> bool:
-    """Whether a host is an address, not a name."""
+    """Return whether a host is an IP address and not a name."""
     try:
         return bool(ipaddress.ip_address(host))
     except ValueError:
         return False
 
 
-def _percent(match: re.Match[str]) -> str:
+def _percent_encode(match: re.Match[str]) -> str:
     return "".join("%%%02X" % byte for byte in match[0].encode("latin-1", "replace"))
 
 
-def _normal(text: str, keep: frozenset[str]) -> str:
-    """Percent-encoding without choice: decoded where in ``keep``, in capitals elsewhere."""
-
-    def one(match: re.Match[str]) -> str:
-        char = chr(int(match[1], 16))
-        return char if char in keep else match[0].upper()
-
-    return _PERCENT.sub(one, text)
+def _normalize_escape(match: re.Match[str]) -> str:
+    """Decode an unreserved character, and capitalize any other percent-encoding (RFC 3986 §6.2.2)."""
+    char = chr(int(match[1], 16))
+    return char if char in _UNRESERVED else match[0].upper()
 
 
 def _without_dots(path: str) -> str:
@@ -961,7 +948,9 @@ def _without_dots(path: str) -> str:
 
 @memoize
 def parse_target(uri: str) -> Target:
-    """An absolute-form target (RFC 9112 §3.2.2); userinfo and fragment are dropped.
+    """Parse an absolute-form target (RFC 9112 §3.2.2), dropping userinfo and fragment.
+
+    The path is normalized, so that the origin is asked for exactly what the cache key says.
 
     >>> parse_target("HTTP://me:pw@Example.org:80?q#f")
     Target(scheme='http', host='example.org', port=80, path='/?q')
@@ -971,48 +960,53 @@ def parse_target(uri: str) -> Target:
         raise BadRequestError("The request target is not an http or https URL.")
     scheme = match[1].lower()
     host, port = split_authority(match[2], 443 if scheme == "https" else 80)
-    path, mark, query = _ODD.sub(_percent, match[3]).partition("?")
-    # What the origin is asked for is what the cache key says: without dot segments (RFC 3986 §6.2.2).
-    path = _without_dots(_normal(path if path.startswith("/") else "/" + path, _UNRESERVED))
-    return Target(scheme, host, port, path + mark + query)
+    path, mark, query = _ODD.sub(_percent_encode, match[3]).partition("?")
+    path = _PERCENT.sub(_normalize_escape, path if path.startswith("/") else "/" + path)
+    return Target(scheme, host, port, _without_dots(path) + mark + query)
 
 
-# What a client may write before a URL, or in place of its scheme, when it fetches from us as from a
-# mirror.  zypper makes one slash of two, pip comes back with %3A for a colon, and apt-cacher-ng's
-# users write HTTPS/// where that has to fetch with TLS.
+# A client that uses the proxy as a mirror writes a prefix before the origin's URL, or replaces its scheme:
+#   /http://host/path    zypper merges the two slashes; pip sends %3A for the colon
+#   /HTTPS///host/path   apt-cacher-ng's form for a repository that must be fetched with TLS
 HTTPS_HOST = "http://HTTPS///"
 _HTTPS_HOST = re.compile(r"https?://HTTPS(?::\d*)?/{2,3}([^/].*)", re.I | re.S)
 _WRITTEN_OUT = re.compile(r"/(?:((?i:https?))(?::|(?i:%3A))|HTTPS)/{1,3}([^/?]+)(.*)", re.S)
-# apt-cacher-ng's /host.name/path: a dot, a port or localhost tells a host from a page of ours, and so
-# does the slash behind it.
+# apt-cacher-ng's form without scheme, /host.name/path.  A dot, a port or "localhost", followed by a slash,
+# distinguishes a host from a page of the proxy.
 _NAMED = re.compile(r"/((?:localhost|[\w-]+(?:\.[\w-]+)+|\[[0-9a-f:.]+\])(?:(?::|%3A)\d+)?"
                     r"|[\w-]+(?::|%3A)\d+)(/.*)", re.I | re.A | re.S)
-# Our own pages, also those that browsers and monitors look for.
+# The proxy's own pages, and those that browsers and monitors look for.
 _OWN_PAGE = re.compile(r"/(?:debug/.*|setup/.*|status\.json|metrics|healthz|wpad\.dat|proxy\.pac|favicon\.ico"
                        r"|robots\.txt)?(?:\?.*)?", re.S)
 
 
 def is_transparent(path: str, host: str, local: tuple[str, int]) -> bool:
-    """Whether a client that asks for a path of a host believes to talk to that host itself, on port 80,
-    from where a firewall led it to us: ``local``, our address and port.  Our own name has our port, is
-    our address, or has no dot."""
+    """Return whether an origin-form request was intercepted: a firewall redirected it from port 80.
+
+    ``host`` is its Host field, ``local`` the address and port that received it.  The request is for the
+    proxy itself if the host has another port, is the local address, or is a name without a dot.
+    """
     name, port = split_authority(host, 80) if host else ("", 0)
     if port != 80 or name == local[0] or "." not in name and ":" not in name:
         return False
+    # These three ask for a page of the proxy even under another name: by another address of the machine, on
+    # port 80 itself, or for the WPAD file, which browsers request from wpad.<domain>.
     ours = is_address(name) or local[1] == 80 or path.startswith("/wpad.dat")
     return not (ours and _OWN_PAGE.fullmatch(path))
 
 
 def parse_origin_form(path: str, host: str, local: tuple[str, int]) -> tuple[Target | None, str]:
-    """Where a request in origin-form goes, None for our own pages; and the prefix before the target's URL.
+    """Return the target of an origin-form request, and the prefix that the client wrote before it.
+
+    The target is None for the proxy's own pages.
 
     >>> parse_origin_form("/https%3A/example.org%3A444/x", "proxy:9999", ("10.0.0.1", 9999))
     (Target(scheme='https', host='example.org', port=444, path='/x'), '/')
     """
     match = _WRITTEN_OUT.fullmatch(path)
     if match:
-        written = match[1] or "https", urllib.parse.unquote(match[2]), match[3]
-        return parse_target("%s://%s%s" % written), "/"
+        parts = match[1] or "https", urllib.parse.unquote(match[2]), match[3]
+        return parse_target("%s://%s%s" % parts), "/"
     if is_transparent(path, host, local):
         target = parse_target("http://" + host + path.lstrip("*"))
         return replace_fields(target, path=path) if path == "*" else target, ""
@@ -1022,48 +1016,36 @@ def parse_origin_form(path: str, host: str, local: tuple[str, int]) -> tuple[Tar
     return None, ""
 
 
-def parse_host_name(text: str) -> str:
-    """A host name in lower case; ValueError.
-
-    >>> parse_host_name("Proxy.example.org.")
-    'proxy.example.org'
-    """
-    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?", text, re.A):
-        raise ValueError("'%s' is not a host name; write proxy.example.org" % text)
-    return text.lower().rstrip(".")
-
-
-def called_name(request: Request) -> str:
-    """The name by which a browser believes to know this proxy, "" if it does not matter: an ordinary target,
-    a client without a Host field (no browser), or wpad.dat, which is asked for under any domain's wpad and
-    tells no more than the name."""
-    if not (request.is_own_page or request.client_prefix) or request.is_own_page and request.uri.startswith("/wpad.dat"):
-        return ""
-    return split_authority(field_value(request.fields, "Host") or "localhost", 80)[0].rstrip(".")
-
-
 def with_client_prefix(prefix: str, target: Target) -> str:
-    """How a client that writes a prefix must write a target, so that it comes through us again."""
+    """Return the URL by which a client that writes ``prefix`` reaches a target through the proxy."""
     if prefix == HTTPS_HOST:
         return target.uri if target.scheme == "http" else HTTPS_HOST + target.authority + target.path
     return prefix + target.uri
 
 
-def parse_request_target(method: str, uri: str, host: str, local: tuple[str, int]) -> tuple[Target | None, str]:
-    """Where a request goes (RFC 9112 §3.2, §3.3), None for our own pages; and the prefix before it."""
+def parse_request_target(method: str, uri: str, host: str, local: tuple[str, int]
+                         ) -> tuple[Target | None, str]:
+    """Return a request's target (RFC 9112 §3.2), and the prefix that the client wrote before it.
+
+    ``host`` is the Host field, ``local`` the address and port that received the request.  The target is
+    None for the proxy's own pages.
+    """
+    # §3.2.3: authority-form, for CONNECT only.
     if method == "CONNECT":
         if "@" in uri or not re.search(r":\d+$", uri):
-            raise BadRequestError("CONNECT wants host:port.")
+            raise BadRequestError("The target of CONNECT is not host:port.")
         return Target("https", *split_authority(uri, 443), ""), ""
+    # §3.2.4: asterisk-form, for OPTIONS only.  §3.2.1: origin-form.
     if uri == "*" and method == "OPTIONS" or uri.startswith("/"):
         return parse_origin_form(uri, host, local)
+    # §3.2.2: absolute-form.  It overrides Host.
     match = _HTTPS_HOST.fullmatch(uri)
     if match:
         return parse_target("https://" + match[1]), HTTPS_HOST
     target = parse_target(uri)
-    if method == "OPTIONS" and re.fullmatch(r"https?://[^/?#]+", uri, re.I):  # RFC 9112 §3.2.4
-        return replace_fields(target, path="*"), ""
-    # Who knows us as a proxy sends what has our prefix to us as a proxy, too.
+    if method == "OPTIONS" and re.fullmatch(r"https?://[^/?#]+", uri, re.I):
+        return replace_fields(target, path="*"), ""  # §3.2.4: without a path it means the server
+    # A client configured to use the proxy also sends it the URLs that begin with the proxy's own address.
     if target.port == local[1] and (target.host == local[0] or _WRITTEN_OUT.fullmatch(target.path)):
         inner, prefix = parse_origin_form(target.path, "", local)
         return inner or (None if _OWN_PAGE.fullmatch(target.path) else target), prefix
@@ -1071,70 +1053,65 @@ def parse_request_target(method: str, uri: str, host: str, local: tuple[str, int
 
 
 def parse_host_field(version: tuple[int, int], fields: Fields) -> str:
-    """The one Host field (RFC 9112 §3.2), "" where there is none, or nothing in it; BadRequest."""
+    """Return the one Host field (RFC 9112 §3.2), "" if it is absent or empty; raise BadRequestError."""
     hosts = field_values(fields, "Host")
     if len(hosts) > 1 or not hosts and version >= (1, 1):
         raise BadRequestError("The request has no Host field, or several.")
     if hosts and hosts[0]:
-        split_authority(hosts[0], 80)  # some send userinfo there too
+        split_authority(hosts[0], 80)  # only to check it; some clients send userinfo, too
     return hosts[0] if hosts else ""
 
 
 def cache_key(target: Target) -> str:
-    """The primary cache key (RFC 9111 §2), after safe normalisation (RFC 3986 §6.2.2).
+    """Return the primary cache key (RFC 9111 §2), after safe normalization (RFC 3986 §6.2.2).
 
-    ``%2B`` and ``+`` are two keys (RFC 3986 §2.2): object stores read ``+`` as a space.  Clients that write
-    one package's name differently still share the file, by the proof that mirrors' files need.
+    ``%2B`` and ``+`` make two keys (RFC 3986 §2.2), because object stores read ``+`` as a space.  Clients
+    that encode one package's name differently still share its file, in the way that mirrors do.
 
     >>> cache_key(parse_target("http://A:80/x/../b%2b+%7e%2fc?q=%2b"))
     'http://a/b%2B+~%2Fc?q=%2B'
     """
     path, mark, query = target.path.partition("?")
-    path = _without_dots(_normal(path, _UNRESERVED))
-    return "%s://%s%s%s%s" % (target.scheme, target.authority, path, mark, _normal(query, _UNRESERVED))
+    # parse_target() has normalized the path; again here, because no key may lead out of the cache directory.
+    path = _without_dots(_PERCENT.sub(_normalize_escape, path))
+    query = _PERCENT.sub(_normalize_escape, query)
+    return "%s://%s%s%s%s" % (target.scheme, target.authority, path, mark, query)
 
 
 def parse_request(lines: list[str], local: tuple[str, int] = ("", 0)) -> Request:
-    """A request from the lines of its head, its body still to come (RFC 9112); BadRequest, Failure.
+    """Make a request from the lines of its head (RFC 9112); its body is still to be read.
 
-    ``local``: our address and port, where it came in.
+    ``local`` is the address and port that received it.  Raises BadRequestError.
     """
     method, uri, version = parse_request_line(lines[0])
     try:
         fields = parse_fields(lines[1:])
     except ValueError as error:
-        raise BadRequestError("A field is not clear: %s." % error, getattr(error, "status", 400)) from None
+        status = getattr(error, "status", 400)
+        raise BadRequestError("A header field is invalid: %s." % error, status) from None
     length = request_framing(version, fields)
     target, prefix = parse_request_target(method, uri, parse_host_field(version, fields), local)
     if method == "CONNECT" and (length != 0 or field_value(fields, "Content-Length") is not None):
-        raise BadRequestError("CONNECT has no body.")
+        raise BadRequestError("CONNECT must not have a body.")
     key = cache_key(target) if target and target.path not in ("", "*") else ""
     if target is None:
-        uri = re.sub(r"\A\w+://[^/?]*", "", uri) or "/"  # our own page's path
+        uri = re.sub(r"\A\w+://[^/?]*", "", uri) or "/"  # the path of the proxy's own page
     elif prefix or uri.startswith("/"):
-        uri = target.uri  # what filters and readers of the log look for
+        uri = target.uri  # filters and readers of the log expect the origin's URL
     return Request(method, uri, target or Target("", "", 0, uri), fields, version, length=length, key=key,
                    is_own_page=target is None, client_prefix=prefix)
 
 
-# Name classes (index and package names of every package manager) -----------------------------
+# Validators and partial content (RFC 9110 §8.8, §14, §15.3.7) -----------------------------------
 
-# Strangers choose the names, so each pattern must take linear time (a test times them all): nothing unbounded
-# may follow what can begin at many places of one segment.
 
-MAX_NAME = 255  # bytes of a path segment that has a name class: what file systems allow
-_INDEX_FOLDER = re.compile(
-    r"/(?:project/trace|indices|media\.1|boot/[^/]+|media_info|refs/heads|delta-indexes)/")
-# Metadata services of clouds at addresses that are not link-local.  They give a machine's secrets to
-# whatever connects from it.
-_METADATA = tuple(map(ipaddress.ip_network, (
-    "168.63.129.16", "100.100.100.200", "fd00:100::100:200", "192.0.0.192",  # Azure, Alibaba, Alibaba, Oracle
-    "fd00:ec2::/32", "fd20:ce::254", "fd00:c1::a9fe:a9fe",  # AWS (all local services), Google, Oracle
-    "fd00:42::42", "fd00:a9fe:a9fe::1")))  # Scaleway, Akamai
+def media_type(head: ResponseHead) -> str:
+    """Return the media type in lower case, without parameters; "" if there is none."""
+    return (field_value(head.fields, "Content-Type") or "").partition(";")[0].strip().lower()
 
 
 def validators(head: ResponseHead) -> Fields:
-    """The preconditions that ask whether a stored response is still right (RFC 9111 §4.3.1)."""
+    """Return the preconditions that validate a stored response (RFC 9111 §4.3.1)."""
     tag, date = field_value(head.fields, "ETag"), field_value(head.fields, "Last-Modified")
     return ((("If-None-Match", tag),) if tag else ()) + ((("If-Modified-Since", date),) if date else ())
 
@@ -1147,36 +1124,43 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
 def content_range(answer: ResponseHead) -> tuple[int, int, int] | None:
-    """The part [start, stop) that a 206 brings, and the size of the whole (RFC 9110 §14.4); None where it
-    does not say, and for other answers."""
+    """Return the range [start, stop) of a 206, and the complete size (RFC 9110 §14.4).
+
+    Returns None for other responses, and if the field is absent or lacks the size.
+    """
     match = _CONTENT_RANGE.fullmatch(field_value(answer.fields, "Content-Range") or "")
     return (int(match[1]), int(match[2]) + 1, int(match[3])) if match and answer.status == 206 else None
 
 
 def is_remainder(answer: ResponseHead, head: ResponseHead, size: int | None, offset: int) -> bool:
-    """Whether an answer is the rest, from ``offset``, of the representation of ``size`` bytes that ``head``
-    belongs to.  Bytes of two generations are never spliced."""
-    both = head.fields, answer.fields
-    mine, theirs = (field_value(fields, "Last-Modified") for fields in both)
-    coding, their_coding = (field_value(fields, "Content-Encoding") for fields in both)
-    same = field_value(head.fields, "ETag") == field_value(answer.fields, "ETag")  # §15.3.7: a 206 has that of the 200
-    # It may leave out the date, which If-Range has compared, and the coding.
-    same = same and (mine == theirs or bool(offset) and None in (mine, theirs))
-    if not same or their_coding not in ((coding, None) if offset else (coding,)):
-        return False
+    """Return whether ``answer`` continues, from ``offset``, the representation that ``head`` began.
+
+    ``size`` is the complete size, if known.  When in doubt the answer is False: bytes of two versions of a
+    file must never be combined (RFC 9110 §15.3.7.3).
+    """
+    # 1. The same version: a 206 repeats ETag (§15.3.7).  It may omit the date, which If-Range has compared,
+    #    and the coding.
+    for name in ("ETag", "Last-Modified", "Content-Encoding"):
+        before, after = field_value(head.fields, name), field_value(answer.fields, name)
+        omitted = after is None and name != "ETag" or before is None and name == "Last-Modified"
+        if before != after and not (offset and omitted):
+            return False
+    # 2. From the start: a 200 with the whole.
     if not offset:
         return answer.status == 200 and (size is None or content_length(answer.fields) == size)
+    # 3. From the offset: a 206 with exactly the rest.
     part = content_range(answer)
-    if part is None:
+    if part is None or content_length(answer.fields) not in (None, part[1] - part[0]):
         return False
     start, stop, total = part
-    if content_length(answer.fields) not in (None, stop - start):
-        return False
     return start == offset and stop == total and size in (None, total)
 
 
 def strong_date(head: ResponseHead) -> str | None:
-    """A Last-Modified that was at least a minute old, and so names one content (RFC 9110 §8.8.2.2)."""
+    """Return Last-Modified if it is a strong validator, else None (RFC 9110 §8.8.2.2).
+
+    It is strong if it was at least a minute old: the file may have changed twice within one second.
+    """
     date = field_value(head.fields, "Last-Modified")
     modified = parse_date(date)
     sent = parse_date(field_value(head.fields, "Date")) or head.response_time
@@ -1184,101 +1168,15 @@ def strong_date(head: ResponseHead) -> str | None:
 
 
 def strong_validator(head: ResponseHead) -> str | None:
-    """What a range may be asked for with: an ETag that isn't weak, or a strong date (RFC 9110 §8.8)."""
+    """Return the validator for If-Range (RFC 9110 §13.1.5): a strong ETag, or a strong date without ETag."""
     tag = field_value(head.fields, "ETag")
     return strong_date(head) if not tag else None if tag.startswith("W/") else tag
 
 
-# Which of a request's fields an origin gets ----------------------------------------------------
-
-# A response may go to other clients only if nothing else than its key has shaped it.  So a fetch that is
-# stored or joined sends these fields of its client and no others; Host, Via, the coding, ranges and
-# conditions are the proxy's own.  Origins name Accept and Accept-Language in Vary if they heed them, a few
-# mirrors refuse clients without User-Agent, and for Authorization there are rules (is_shareable).
-
-SHARED_FIELDS = frozenset(
-    ("accept", "accept-language", "authorization", "cache-control", "pragma", "user-agent"))
-# Fields that shape the proxy's own answer, and what it writes into its request.
-_OWN_FIELDS = frozenset(("host", "via", "range", "if-range", "if-match", "if-none-match", "if-modified-since",
-                         "if-unmodified-since"))
-# Fields that need not reach an origin: what browsers, npm, bundler, cargo, NuGet,
-# Maven, zypper and flatpak say about themselves, what a proxy before this one adds, and tracing.
-_NEEDLESS = re.compile(
-    r"accept-(?:encoding|charset)|expect|content-type|date|expires|cache-store|from|referer|dnt|max-forwards"
-    r"|priority|save-data|upgrade-insecure-requests|sec-(?:ch|fetch|gpc)(?:-[a-z-]+)?|forwarded|x-real-ip"
-    r"|want-(?:(?:content|repr)-)?digest|x-forwarded-[a-z]+|x-(?:request|correlation)-id|traceparent|tracestate"
-    r"|x-b3-[a-z]+|baggage"
-    r"|npm-(?:auth-type|command|in-ci|scope|session)|pacote-[a-z-]+|x-gemfile-source|cargo-protocol"
-    r"|x-nuget-[a-z-]+|x-zypp-[a-z]+|flatpak-[a-z-]+|disable-module-fetch")
-_CREDENTIAL = re.compile("api|auth|cookie|cred|jwt|key|login|otp|pass|saml|secret|session|sign|token|user")
-
-
-def _private_fields(fields: Fields) -> frozenset[str]:
-    names = frozenset(name.lower() for name, _ in end_to_end(fields)) - SHARED_FIELDS - _OWN_FIELDS
-    return frozenset(name for name in names if not _NEEDLESS.fullmatch(name))
-
-
-def private_fields(request: Request) -> frozenset[str]:
-    """The names of a request's fields that may ask for a response for its client alone.  Such a request is
-    never stored or joined; a field that looks like a credential is not even answered from the cache."""
-    found = _private_fields(request.fields)
-    return found - {"cookie"} if request.client_prefix else found  # a browser's, which no origin gets
-
-
-def without_private_fields(request: Request) -> Request:
-    """A request as its origin sees it if the response may be shared: what Vary names is taken from this."""
-    return replace_fields(request, fields=_only(request.fields, SHARED_FIELDS | _OWN_FIELDS))
-
-
-# What may be stored, what may be used (RFC 9111 §3, §4) --------------------------------------
-
-
-def media_type(head: ResponseHead) -> str:
-    """The media type without parameters, in lower case."""
-    return (field_value(head.fields, "Content-Type") or "").partition(";")[0].strip().lower()
-
-
-def is_shareable(request: Request, head: ResponseHead) -> bool:
-    """Whether the response to a request with Authorization is for other clients as well (RFC 9111 §3.5).
-
-    ``must-revalidate``, which the RFC also accepts, is not enough: it obliges a cache to let the origin see
-    each client's credentials, but packages are served without asking, and indexes while it is down.
-    """
-    control = cache_directives(head.fields)
-    allowed = "public" in control or parse_delta_seconds(control.get("s-maxage")) > 0
-    return field_value(request.fields, "Authorization") is None or (
-        allowed and "authorization" not in list_members(head.fields, "Vary"))
-
-
-def selecting_fields(request: Request, head: ResponseHead) -> Fields:
-    """The request's fields that Vary names (RFC 9111 §4.1).  We choose Accept-Encoding ourselves."""
-    names = [name for name in list_members(head.fields, "Vary") if name != "accept-encoding"]
-    return tuple((name, ", ".join(part.strip() for text in field_values(request.fields, name)
-                                  for part in text.split(","))) for name in sorted(set(names)))
-
-
-def complete_head(request: Request, part: ResponseHead) -> ResponseHead:
-    """The head that the answer to a request for the whole has, by that of a part (RFC 9110 §15.3.7)."""
-    fields = without_fields(storable_fields(part.fields), ("content-range", "content-length"))
-    return replace_fields(part, status=200, reason="OK", fields=fields, key=request.key,
-                   vary=selecting_fields(request, part))
-
-
-def _passed_if_private(request: Request, stored: ResponseHead | None, decision: CacheDecision) -> CacheDecision:
-    """A decision, or to pass the request for its client alone if its fields may shape the response."""
-    private = private_fields(request)
-    if private and decision.action is not Action.SERVE or any(map(_CREDENTIAL.search, private)):
-        return replace_fields(decision, action=Action.PASS, forward="request", refresh=False)
-    if decision.forward == "vary-miss" and stored is not None and selecting_fields(
-            without_private_fields(request), stored) == stored.vary:  # it names a field that is not shared
-        return replace_fields(decision, action=Action.PASS)
-    return decision
-
-
 # Links behind a prefix ------------------------------------------------------------------------
 
-# Links that lead away from the prefix of who follows them: those of a page that pip reads (PEP 503, PEP 691)
-# and those of an npm document.  Nothing else is ever rewritten.
+# A client that writes a prefix leaves the proxy by an absolute link.  Two kinds of pages consist of such
+# links and are rewritten: those that pip reads (PEP 503, PEP 691), and npm's documents.
 
 _PAGE_LINK = re.compile(rb"""(\shref\s{0,8}=\s{0,8}["']?)(https?:|/{1,2})""", re.I)
 _FILE_LINK = re.compile(rb'("url"\s{0,8}:\s{0,8}")(https?:|/{1,2})')
@@ -1286,14 +1184,16 @@ _TARBALL_LINK = re.compile(rb'("tarball"\s{0,8}:\s{0,8}")(https?:)')
 _LINKS = {"text/html": _PAGE_LINK, "application/vnd.pypi.simple.v1+html": _PAGE_LINK,
           "application/vnd.pypi.simple.v1+json": _FILE_LINK, "application/json": _TARBALL_LINK,
           "application/vnd.npm.install-v1+json": _TARBALL_LINK}
-_LONGEST_LINK = 64  # bytes of a match, at most
+_LONGEST_LINK = 64  # bytes; more than any match of these patterns
 
 
 def link_pattern_for(request: Request, head: ResponseHead) -> re.Pattern[bytes] | None:
-    """What finds the links of a response that must lead through the client's prefix; None: there are none."""
-    if request.client_prefix != "/" or head.status != 200 or field_value(head.fields, "Content-Encoding") is not None:
+    """Return the pattern of the links to rewrite in a response; None: leave it unchanged."""
+    is_coded = field_value(head.fields, "Content-Encoding") is not None
+    if request.client_prefix != "/" or head.status != 200 or is_coded:
         return None
-    for_pip = "pypi.simple" in (field_value(request.fields, "Accept") or "") or "simple/" in request.target.path
+    accept = field_value(request.fields, "Accept") or ""
+    for_pip = "pypi.simple" in accept or "simple/" in request.target.path
     media = media_type(head)
     return _LINKS.get(media) if for_pip or media != "text/html" else None
 
@@ -1304,7 +1204,7 @@ _TAG = re.compile(r'(?:W/)?"[^"]*"')
 
 
 def _tag_among(tag: str | None, lists: Iterable[str], strong: bool) -> bool:
-    """Compare entity tags (RFC 9110 §8.8.3.2)."""
+    """Compare an entity tag with those of If-Match or If-None-Match (RFC 9110 §8.8.3.2)."""
     listed = ",".join(lists)
     if listed.strip() == "*":
         return True
@@ -1315,26 +1215,31 @@ def _tag_among(tag: str | None, lists: Iterable[str], strong: bool) -> bool:
 
 
 def evaluate_preconditions(request: Request, head: ResponseHead) -> int:
-    """The status that the preconditions give, in the order of RFC 9110 §13.2.2: 200, 304 or 412."""
+    """Evaluate the preconditions of a request in the order of RFC 9110 §13.2.2: return 200, 304 or 412."""
     tag, modified = field_value(head.fields, "ETag"), parse_date(field_value(head.fields, "Last-Modified"))
-    match, none_match = field_values(request.fields, "If-Match"), field_values(request.fields, "If-None-Match")
+    match, none_match = (field_values(request.fields, name) for name in ("If-Match", "If-None-Match"))
     unmodified_since = parse_date(field_value(request.fields, "If-Unmodified-Since"))
     modified_since = parse_date(field_value(request.fields, "If-Modified-Since"))
+    # Step 1: If-Match.
     if match:
         if not _tag_among(tag, match, strong=True):
             return 412
+    # Step 2: If-Unmodified-Since, without If-Match.
     elif unmodified_since is not None and modified is not None and modified > unmodified_since:
         return 412
+    # Step 3: If-None-Match.
     if none_match:
         return 304 if _tag_among(tag, none_match, strong=False) else 200
+    # Step 4: If-Modified-Since, without If-None-Match.  Step 5, If-Range, is for requested_ranges().
     unmodified = modified_since is not None and modified is not None and modified <= modified_since
     return 304 if unmodified else 200
 
 
 def parse_range(text: str, size: int) -> list[tuple[int, int]] | None:
-    """Byte ranges as [start, stop) (RFC 9110 §14.1.2): None to be ignored, [] unsatisfiable.
+    """Parse a Range field into ranges [start, stop) of ``size`` bytes (RFC 9110 §14.1.2).
 
-    A set that asks for more bytes than there are is an attack or a dumb client, and ignored.
+    Returns None if the field is to be ignored, and [] if no range can be satisfied.  Ranges that add up to
+    more than the whole are ignored, as §14.2 suggests against attacks.
 
     >>> [parse_range("bytes=" + text, 10) for text in ("0-3", "8-99", "-3", "5-", "10-", "3-1", "0-0,-1")]
     [[(0, 4)], [(8, 10)], [(7, 10)], [(5, 10)], [], None, [(0, 1), (9, 10)]]
@@ -1352,105 +1257,117 @@ def parse_range(text: str, size: int) -> list[tuple[int, int]] | None:
         stop = min(size, int(match[2]) + 1) if match[1] and match[2] else size
         if start < stop:
             ranges.append((start, stop))
-    if sum(stop - start for start, stop in ranges) > size:
-        return None
-    return ranges
+    return ranges if sum(stop - start for start, stop in ranges) <= size else None
 
 
 def requested_ranges(request: Request, head: ResponseHead, size: int) -> list[tuple[int, int]] | None:
-    """The ranges to send of a representation, after If-Range (RFC 9110 §13.1.5); None: all of it."""
+    """Return the ranges of a representation to send; None: all of it (RFC 9110 §14.2).
+
+    Range is ignored if If-Range does not match (§13.1.5), and for pages with rewritten links, whose bytes
+    have other positions.
+    """
     text = field_value(request.fields, "Range")
     if text is None or request.method != "GET" or link_pattern_for(request, head):
-        return None  # the parts of a page with other links are others
+        return None
     condition = field_value(request.fields, "If-Range")
     if condition is not None and condition not in (strong_validator(head), strong_date(head)):
-        return None  # apt sends our Last-Modified back byte for byte
+        return None  # compared as text: apt sends the date back byte for byte
     return parse_range(text, size)
 
 
-# Replies --------------------------------------------------------------------------------------
+# Responses ------------------------------------------------------------------------------------
+
+UNKNOWN_END = 2**62  # the stop of a range that ends where the body ends
+Span = Union[bytes, "tuple[int, int]"]  # literal bytes, or a range [start, stop) of a representation
 
 
 @dataclasses.dataclass(frozen=True)
 class SelectedResponse:
-    """What of a representation goes to the client: a head, and the spans of its body."""
+    """The part of a representation that the client gets: a head, and the spans of the body."""
 
     head: ResponseHead
     spans: tuple[Span, ...]
 
     @property
     def overhead(self) -> int:
-        """Bytes of the body that are not the representation's."""
+        """Bytes of the body that are not part of the representation."""
         return sum(len(span) for span in self.spans if isinstance(span, bytes))
 
     @property
     def length(self) -> int | None:
-        """Bytes of the body, None where that is unknown."""
+        """Bytes of the body, None if unknown."""
         if any(span[1] == UNKNOWN_END for span in self.spans if isinstance(span, tuple)):
             return None
         return sum(len(span) if isinstance(span, bytes) else span[1] - span[0] for span in self.spans)
 
 
-def _partial_content(head: ResponseHead, size: int, ranges: list[tuple[int, int]], boundary: str) -> SelectedResponse:
-    """206, single or multipart/byteranges (RFC 9110 §15.3.7)."""
+def _partial_content(head: ResponseHead, size: int, ranges: list[tuple[int, int]], boundary: str
+                     ) -> SelectedResponse:
+    """Make a 206: with one range, or as multipart/byteranges (RFC 9110 §15.3.7)."""
     labels = ["bytes %d-%d/%d" % (start, stop - 1, size) for start, stop in ranges]
     fields = without_fields(head.fields, ("content-range",))
+    spans: list[Span] = [*ranges]
     if len(ranges) == 1:
         fields += (("Content-Range", labels[0]),)
-        return SelectedResponse(replace_fields(head, status=206, reason="Partial Content", fields=fields), (ranges[0],))
-    kind = field_value(head.fields, "Content-Type") or "application/octet-stream"
-    spans: list[Span] = []
-    for span, label in zip(ranges, labels):
-        lines = "\r\n--%s\r\nContent-Type: %s\r\nContent-Range: %s\r\n\r\n" % (boundary, kind, label)
-        spans += [lines.encode("latin-1"), span]
-    spans.append(("\r\n--%s--\r\n" % boundary).encode("latin-1"))
-    fields = without_fields(fields, ("content-type",))
-    fields += (("Content-Type", "multipart/byteranges; boundary=" + boundary),)
-    return SelectedResponse(replace_fields(head, status=206, reason="Partial Content", fields=fields), tuple(spans))
+    else:
+        part = "\r\n--%s\r\nContent-Type: %s\r\nContent-Range: %s\r\n\r\n"
+        media = field_value(head.fields, "Content-Type") or "application/octet-stream"
+        delimiters = [(part % (boundary, media, label)).encode("latin-1") for label in labels]
+        spans = [span for pair in zip(delimiters, ranges) for span in pair]
+        spans.append(("\r\n--%s--\r\n" % boundary).encode("latin-1"))
+        fields = without_fields(fields, ("content-type",))
+        fields += (("Content-Type", "multipart/byteranges; boundary=" + boundary),)
+    head = replace_fields(head, status=206, reason="Partial Content", fields=fields)
+    return SelectedResponse(head, tuple(spans))
 
 
 def generated_head(status: int, media: str = "text/plain; charset=utf-8", more: Fields = (),
-             policy: str = "default-src 'none'") -> ResponseHead:
-    """The head of an answer of our own: nothing in it is run but what ``policy`` names (CSP), nothing is
-    guessed at, or kept."""
+                   policy: str = "default-src 'none'") -> ResponseHead:
+    """Make the head of a response that the proxy itself generates.
+
+    It must not be stored, and a browser must not guess its type, nor load or run anything that ``policy``
+    (CSP) does not allow: an error message quotes text from outside.
+    """
     return ResponseHead(status, http.client.responses.get(status, "Error"), (
         ("Content-Type", media), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
         ("Content-Security-Policy", policy), *more))
 
 
 def error_head(status: int) -> ResponseHead:
-    """The head of an error of our own, with what its client shall know (RFC 9110 §10.2.1, §10.2.3)."""
+    """Make the head of an error, with Allow or Retry-After (RFC 9110 §10.2.1, §10.2.3)."""
     more = {405: (("Allow", "GET, HEAD, OPTIONS"),), 503: (("Retry-After", "5"),)}
     return generated_head(status, more=more.get(status, ()))
 
 
-def select_response(request: Request, head: ResponseHead, size: int | None, boundary: str) -> SelectedResponse:
-    """Apply preconditions and ranges to a representation of ``size`` bytes.
+def select_response(request: Request, head: ResponseHead, size: int | None, boundary: str
+                    ) -> SelectedResponse:
+    """Apply the preconditions and ranges of a request to a representation of ``size`` bytes.
 
-    Where the size is not known yet (None), ranges are ignored: that is always allowed.
+    Ranges are ignored while the size is unknown (None); RFC 9110 §14.2 always allows that.
     """
     status = evaluate_preconditions(request, head)
     if status == 304:
         names = ("content-type", "content-length", "content-encoding", "content-range")
-        return SelectedResponse(replace_fields(head, status=304, reason="Not Modified",
-                                 fields=without_fields(head.fields, names)), ())
+        fields = without_fields(head.fields, names)
+        return SelectedResponse(replace_fields(head, status=304, reason="Not Modified", fields=fields), ())
     if status == 412:
-        return SelectedResponse(error_head(412), (b"The representation is another than the request's condition.\n",))
+        return SelectedResponse(error_head(412), (b"The file does not meet the request's precondition.\n",))
     ranges = None if size is None else requested_ranges(request, head, size)
     if ranges is None or size is None:
         return SelectedResponse(head, ((0, UNKNOWN_END if size is None else size),))
-    if not ranges:
+    if not ranges:  # RFC 9110 §15.5.17
         unsatisfied = error_head(416)
         fields = unsatisfied.fields + (("Content-Range", "bytes */%d" % size),)
-        text = b"The representation has %d bytes; none of them was asked for.\n" % size
+        text = b"The file has %d bytes, and the requested range is beyond its end.\n" % size
         return SelectedResponse(replace_fields(unsatisfied, fields=fields), (text,))
     return _partial_content(head, size, ranges, boundary)
 
 
 def redirect_target(head: ResponseHead, target: Target) -> Target | None:
-    """Where a redirect leads, if it is one to follow (RFC 9110 §15.4); None to relay it.
+    """Return the target of a redirect that the proxy follows (RFC 9110 §15.4); None: relay it to the client.
 
-    Not followed: from https down to http, and one that only adds a slash (the client must learn it).
+    Not followed are redirects from https to http, which lose protection, and those that only add a slash:
+    the client must learn the folder's URL, because links are relative to it.
     """
     location = field_value(head.fields, "Location")
     if head.status not in (301, 302, 303, 307, 308) or not location:
@@ -1465,150 +1382,141 @@ def redirect_target(head: ResponseHead, target: Target) -> Target | None:
 
 
 def via_value(fields: Fields, version: tuple[int, int], config: Config) -> str:
-    """The Via field with us added (RFC 9110 §7.6.3)."""
+    """Return the value of Via with this proxy appended (RFC 9110 §7.6.3); ``version`` is the message's."""
     return ", ".join([*field_values(fields, "Via"), "%d.%d %s" % (*version, config.pseudonym)])
 
 
 def is_same_site(target: Target, onward: Target) -> bool:
-    """Whether a redirect stays where it was, so that credentials may go along; http may become https."""
+    """Return whether credentials may follow a redirect: same host and port, or from http to https."""
     ports = (target.port, onward.port)
     return target.host == onward.host and (ports[0] == ports[1] or ports == (80, 443))
 
 
 def max_forwards(request: Request) -> int | None:
-    """How many proxies a TRACE or OPTIONS may still pass (RFC 9110 §7.6.2); None: as many as it likes."""
+    """Return how many proxies may forward a TRACE or OPTIONS (RFC 9110 §7.6.2); None: any number."""
     found = field_values(request.fields, "Max-Forwards") if request.method in ("TRACE", "OPTIONS") else []
     return min(map(parse_delta_seconds, found)) if found else None
 
 
-def origin_request_fields(request: Request, config: Config, identity: bool) -> Fields:
-    """The fields of a request to an origin (RFC 9110 §7.6): end-to-end ones, Host, Via.
-
-    ``identity``: the answer may be stored, so send SHARED_FIELDS only, and ask for no coding.
-    """
-    own = ["host", "via"]
-    own += ["cookie"] if request.client_prefix else []  # a browser's, for another service on our host
-    hops = max_forwards(request)
-    own += ["max-forwards"] if hops is not None else []
-    own += ["expect"] if request.version < (1, 1) else []  # RFC 9110 §10.1.1
-    fields = without_fields(end_to_end(request.fields), own)
-    fields = (("Host", request.target.authority),) + (_only(fields, SHARED_FIELDS) if identity else fields)
-    if hops is not None:
-        fields += (("Max-Forwards", str(hops - 1)),)
-    if identity:
-        fields += (("Accept-Encoding", "identity"),)
-    elif request.length is None:
-        fields += (("Transfer-Encoding", "chunked"),)
-    elif request.length or field_value(request.fields, "Content-Length") is not None:
-        fields += (("Content-Length", str(request.length)),)
-    return fields + (("Via", via_value(request.fields, request.version, config)),)
-
-
 def is_loop(request: Request, config: Config) -> bool:
-    """Whether a request has passed through us before (RFC 9110 §7.6.3)."""
-    return any(member.split()[1:2] == [config.pseudonym.lower()] for member in list_members(request.fields, "Via"))
+    """Return whether a request has passed through this proxy before (RFC 9110 §7.6.3)."""
+    pseudonym = config.pseudonym.lower()
+    return any(member.split()[1:2] == [pseudonym] for member in list_members(request.fields, "Via"))
 
 
 def cache_status_field(status: CacheStatus) -> str:
-    """One member of Cache-Status (RFC 9211).
+    """Return one member of Cache-Status (RFC 9211 §2).
+
+    ``hit`` and ``fwd`` exclude each other: a response is a hit if the request was not forwarded (§2.1).
 
     >>> cache_status_field(CacheStatus(Outcome.MISS, "uri-miss", stored=True))
     'pkgproxy; fwd=uri-miss; stored'
     """
-    parts = ["pkgproxy"]
-    kept = status.outcome in (Outcome.STALE, Outcome.SHARED) and not status.forward
-    if status.outcome is Outcome.HIT or kept:
+    parts, outcome = ["pkgproxy"], status.outcome
+    if outcome is Outcome.HIT or outcome in (Outcome.STALE, Outcome.SHARED) and not status.forward:
         parts.append("hit")
     elif status.forward:
         parts.append("fwd=" + status.forward)
-    if status.forward_status:
-        parts.append("fwd-status=%d" % status.forward_status)
+    parts += ["fwd-status=%d" % status.forward_status] if status.forward_status else []
     parts += ["stored"] if status.stored else []
-    parts += ["collapsed"] if status.outcome is Outcome.COLLAPSED else []
+    parts += ["collapsed"] if outcome is Outcome.COLLAPSED else []
     parts += ["ttl=%d" % status.ttl] if status.ttl is not None else []
     parts += ['detail="%s"' % re.sub(r'[^ !#-\[\]-~]', "", status.detail)] if status.detail else []
     return "; ".join(parts)
 
 
 def render_head(head: ResponseHead, fields: Fields) -> bytes:
-    """Status line and fields, with the empty line (RFC 9112 §2.1)."""
+    """Return status line, fields and the empty line as sent (RFC 9112 §2.1)."""
     lines = ["HTTP/1.1 %d %s" % (head.status, head.reason)] + ["%s: %s" % field for field in fields]
     return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
 
 class Framing(enum.Enum):
-    """How the end of a reply's body is told (RFC 9112 §6.3)."""
+    """How a client finds the end of a response's body (RFC 9112 §6.3)."""
 
     NONE = "none"  # there is no body
-    LENGTH = "length"
+    LENGTH = "length"  # Content-Length
     CHUNKED = "chunked"
-    CLOSE = "close"
+    CLOSE = "close"  # the end of the connection
 
 
 def response_framing(request: Request, head: ResponseHead, length: int | None) -> Framing:
-    """The framing of a reply whose body has ``length`` bytes, None where that is not known."""
-    if head.status in (204, 304) or head.status < 200:
+    """Choose the framing of a response with a body of ``length`` bytes, None if unknown."""
+    if head.status in (204, 304) or head.status < 200:  # §6.3 step 1
         return Framing.NONE
     if length is not None:
         return Framing.LENGTH
-    return Framing.CHUNKED if request.version >= (1, 1) else Framing.CLOSE
+    return Framing.CHUNKED if request.version >= (1, 1) else Framing.CLOSE  # §6.1: not to HTTP/1.0
 
 
 def wants_keep_alive(request: Request) -> bool:
-    """Whether a client wants its connection to stay open (RFC 9112 §9.3)."""
+    """Return whether a client wants its connection to stay open (RFC 9112 §9.3).
+
+    Old clients say so in Proxy-Connection.
+    """
     options = list_members(request.fields, "Connection") + list_members(request.fields, "Proxy-Connection")
     return "close" not in options and (request.version >= (1, 1) or "keep-alive" in options)
 
 
 def client_fields(head: ResponseHead, request: Request) -> Fields:
-    """A response's fields for a client that wrote a prefix: a redirect leads through us again.  To a browser
-    all sites behind us would be one: none gets a cookie, or runs a script that could read the others."""
+    """Return a response's fields as its client gets them.
+
+    For a client that writes a prefix, a redirect leads through the proxy again.  To a browser, all origins
+    behind the prefix are one site, so none may set a cookie, or run a script that could read the others.
+    """
     if not request.client_prefix:
         return head.fields
     fields = without_fields(head.fields, ("set-cookie",)) + (("Content-Security-Policy", "sandbox"),)
     location = field_value(fields, "Location")
-    with contextlib.suppress(BadRequestError, ValueError):
-        onward = parse_target(urllib.parse.urljoin(head.final_uri or request.target.uri, location or ""))
-        if location:
-            fields = without_fields(fields, ("location",)) + (("Location", with_client_prefix(request.client_prefix, onward)),)
+    if location:
+        with contextlib.suppress(BadRequestError, ValueError):
+            onward = parse_target(urllib.parse.urljoin(head.final_uri or request.target.uri, location))
+            moved = with_client_prefix(request.client_prefix, onward)
+            fields = without_fields(fields, ("location",)) + (("Location", moved),)
     return fields
 
 
-def rewrite_links(pieces: Iterable[bytes], links: re.Pattern[bytes], base: str, page: Target) -> Iterator[bytes]:
-    """A body with its absolute links behind ``base``, however it is cut into pieces.
+def rewrite_links(chunks: Iterable[bytes], links: re.Pattern[bytes], base: str, page: Target
+                  ) -> Iterator[bytes]:
+    """Yield a body with ``base`` before its absolute links, however it is divided into chunks.
 
-    >>> b"".join(rewrite_links([b'<a href="/x"'], _PAGE_LINK, "http://proxy:9999/", parse_target("https://a/")))
-    b'<a href="http://proxy:9999/https://a/x"'
+    >>> b"".join(rewrite_links([b'<a href="/x"'], _PAGE_LINK, "http://p:9999/", parse_target("https://a/")))
+    b'<a href="http://p:9999/https://a/x"'
     """
     site = base + page.scheme + "://"
     starts = {b"//": site.encode(), b"/": ("%s%s/" % (site, page.authority)).encode()}
 
-    def one(match: re.Match[bytes]) -> bytes:
+    def rewrite(match: re.Match[bytes]) -> bytes:
+        """Put the proxy's URL before one link."""
         return match[1] + (starts.get(match[2]) or base.encode() + match[2])
 
     rest = b""
-    for piece in itertools.chain(pieces, [b""]):
-        rest += piece
-        done = end = max(0, len(rest) - (_LONGEST_LINK if piece else 0))  # a link may go on in the next piece
+    for chunk in itertools.chain(chunks, [b""]):
+        rest += chunk
+        # A match may continue in the next chunk, so keep as many bytes as the longest has.
+        done = end = max(0, len(rest) - (_LONGEST_LINK if chunk else 0))
         for match in links.finditer(rest):
             if match.start() >= end:
                 break
             done = max(done, match.end())
         if done:
-            yield links.sub(one, rest[:done])
+            yield links.sub(rewrite, rest[:done])
         rest = rest[done:]
 
 
 def with_date(head: ResponseHead, now: float) -> ResponseHead:
-    """A head with Date (RFC 9110 §6.6.1): its own, or now."""
+    """Return a head with Date (RFC 9110 §6.6.1): the one it has, or ``now``."""
     if field_value(head.fields, "Date") is not None:
         return head
     return replace_fields(head, fields=head.fields + (("Date", format_http_date(now)),))
 
 
-def render_response_head(request: Request, head: ResponseHead, length: int | None, cache_status: CacheStatus, close: bool,
-              config: Config) -> bytes:
-    """The head of a reply with a body of ``length`` bytes as it leaves: with framing, Via, Cache-Status."""
+def render_response_head(request: Request, head: ResponseHead, length: int | None, cache_status: CacheStatus,
+                         close: bool, config: Config) -> bytes:
+    """Return the head of a response as sent, with framing, Via, Cache-Status and Connection.
+
+    ``length`` is that of the body, None if unknown; ``close`` announces the end of the connection.
+    """
     framing = response_framing(request, head, length)
     status = [*field_values(head.fields, "Cache-Status"), cache_status_field(cache_status)]
     fields = without_fields(client_fields(head, request), ("via", "cache-status"))
@@ -1622,14 +1530,18 @@ def render_response_head(request: Request, head: ResponseHead, length: int | Non
     return render_head(head, fields)
 
 
+# Text for the log and the pages ---------------------------------------------------------------
+
+
 def escape_control(text: str) -> str:
-    """Text from outside, safe for a log and a terminal."""
+    """Escape control characters, so that text from outside cannot forge log lines or drive a terminal."""
     return _CONTROL.sub(lambda match: "\\x%02x" % ord(match[0]), text)
 
 
 def cut_userinfo(text: str) -> str:
-    """A request target that is not valid, safe to show: nobody can tell where its userinfo begins or ends, so
-    everything before the last @ is cut but the scheme.
+    """Remove everything between the scheme and the last @ of an invalid request target.
+
+    The exact place of its userinfo, which may be a password, cannot be known.
 
     >>> cut_userinfo("http:/me:se/cret@a:80/x"), cut_userinfo("/me:secret@a"), cut_userinfo("http://a/x")
     ('http:/a:80/x', '/a', 'http://a/x')
@@ -1641,7 +1553,7 @@ def cut_userinfo(text: str) -> str:
 
 @memoize
 def loggable_uri(uri: str) -> str:
-    """A request target for the log: safe for a terminal, and without the userinfo, which may be a password.
+    """Return a request target for the log: without userinfo, and safe for a terminal.
 
     >>> loggable_uri("http://me:secret@a/@x")
     'http://a/@x'
@@ -1654,13 +1566,13 @@ def loggable_uri(uri: str) -> str:
 
 
 def log_text(request: Request, cache_status: CacheStatus) -> str:
-    """What the log says of a request, and of why it was answered so."""
+    """Return method, target and the reason for the outcome, as the log shows them."""
     detail = " (%s)" % escape_control(cache_status.detail) if cache_status.detail else ""
     return "%s %s%s" % (escape_control(request.method), loggable_uri(request.uri), detail)
 
 
 def truncate_middle(text: str, most: int) -> str:
-    """Text from outside for a page: ASCII without controls, long text without its middle.
+    """Return text from outside for a page: printable ASCII, at most ``most`` characters (the middle is cut).
 
     >>> truncate_middle("http://a/b", 20), truncate_middle("http://a/bcdefghijklmno", 11)
     ('http://a/b', 'http:...lmno')
@@ -1670,8 +1582,10 @@ def truncate_middle(text: str, most: int) -> str:
 
 
 def displayable_uri(uri: str) -> str:
-    """A request target for a page, which more people read than the log: without its query, which may be a
-    password too."""
+    """Return a request target for a page: without its query, which may be a password.
+
+    More people read the pages than the log.
+    """
     path, mark, _ = loggable_uri(uri).partition("?")
     return truncate_middle(path + mark, 120)
 
@@ -1679,6 +1593,143 @@ def displayable_uri(uri: str) -> str:
 # ---------------------------------------------------------------------------------------------
 # 3 Cache rules: pure functions
 # ---------------------------------------------------------------------------------------------
+
+# Cache-Control (RFC 9111 §5.2) ------------------------------------------------------------------
+
+# An unterminated quoted string extends to the end.  Otherwise the search would start again at each of its
+# characters, and take quadratic time.
+_DIRECTIVE = re.compile(
+    r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|(%s)(?:[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)(?:"|\\?\Z)|([^\s,]*)))?' % TOKEN,
+    re.S)
+
+
+def cache_directives(fields: Fields, name: str = "Cache-Control") -> dict[str, str | None]:
+    """Parse Cache-Control (RFC 9111 §5.2).
+
+    Of a repeated directive the smallest number counts, which is the most cautious reading (§4.2.1).
+
+    >>> cache_directives((("Cache-Control", 'max-age=5, private="a, b"'), ("cache-control", "MAX-AGE=3")))
+    {'max-age': '3', 'private': 'a, b'}
+    """
+    found: dict[str, str | None] = {}
+    for match in _DIRECTIVE.finditer(",".join(field_values(fields, name))):
+        if match[1] is None:
+            continue  # a quoted string without a name
+        key = match[1].lower()
+        argument = match[2] if match[2] is not None else match[3]
+        is_number = (argument or "0").isdigit()
+        if key not in found or is_number and parse_delta_seconds(argument) < parse_delta_seconds(found[key]):
+            found[key] = argument
+    return found
+
+
+# Which request fields may shape a shared response ----------------------------------------------
+
+# A response may be given to other clients only if nothing but its key (and Vary) has shaped it.  So a
+# request whose response is stored, or shared by a running download, has three kinds of fields:
+#   SHARED_FIELDS  are forwarded.  Origins that heed Accept or Accept-Language name them in Vary, some
+#                  mirrors refuse clients without User-Agent, and is_shareable() covers Authorization.
+#   _OWN_FIELDS    are replaced by the proxy's own, or shape only the response that the proxy makes.
+#   _NEEDLESS      are dropped: what clients tell about themselves, and what other proxies or tracing add.
+# Any other field might ask for a response for this client alone: see private_fields().
+
+SHARED_FIELDS = frozenset(
+    ("accept", "accept-language", "authorization", "cache-control", "pragma", "user-agent"))
+_OWN_FIELDS = frozenset(("host", "via", "range", "if-range", "if-match", "if-none-match", "if-modified-since",
+                         "if-unmodified-since"))
+# The last three lines: npm, bundler, cargo, NuGet, zypper, flatpak and Go.
+_NEEDLESS = re.compile(
+    r"accept-(?:encoding|charset)|expect|content-type|date|expires|cache-store|from|referer|dnt|max-forwards"
+    r"|priority|save-data|upgrade-insecure-requests|sec-(?:ch|fetch|gpc)(?:-[a-z-]+)?|forwarded|x-real-ip"
+    r"|want-(?:(?:content|repr)-)?digest|x-forwarded-[a-z]+|x-(?:request|correlation)-id|traceparent|tracestate"
+    r"|x-b3-[a-z]+|baggage"
+    r"|npm-(?:auth-type|command|in-ci|scope|session)|pacote-[a-z-]+|x-gemfile-source|cargo-protocol"
+    r"|x-nuget-[a-z-]+|x-zypp-[a-z]+|flatpak-[a-z-]+|disable-module-fetch")
+_CREDENTIAL = re.compile("api|auth|cookie|cred|jwt|key|login|otp|pass|saml|secret|session|sign|token|user")
+
+
+def _only(fields: Fields, names: frozenset[str]) -> Fields:
+    return tuple(field for field in fields if field[0].lower() in names)
+
+
+def private_fields(request: Request) -> frozenset[str]:
+    """Return the names of the fields that may ask for a response for this client alone.
+
+    Such a request is never stored, nor joined to a running download.  If a name looks like a credential's,
+    it is not even answered from the cache.
+    """
+    names = frozenset(name.lower() for name, _ in end_to_end(request.fields)) - SHARED_FIELDS - _OWN_FIELDS
+    # A browser that follows a prefixed link may have a cookie of the proxy's host; no origin gets it.
+    ignored = {"cookie"} if request.client_prefix else set()
+    return frozenset(name for name in names - ignored if not _NEEDLESS.fullmatch(name))
+
+
+def without_private_fields(request: Request) -> Request:
+    """Return the request that the origin of a shared response sees; Vary selects fields of this one."""
+    return replace_fields(request, fields=_only(request.fields, SHARED_FIELDS | _OWN_FIELDS))
+
+
+def origin_request_fields(request: Request, config: Config, identity: bool) -> Fields:
+    """Return the fields of a request to an origin (RFC 9110 §7.6).
+
+    ``identity``: the response may be stored.  Then send SHARED_FIELDS only, and ask for no content coding,
+    because one stored body serves all clients.
+    """
+    hops = max_forwards(request)
+    # 1. Remove hop-by-hop fields (§7.6.1), those that the proxy writes itself, a browser's cookie for
+    #    another service on the proxy's host, and Expect from HTTP/1.0 (§10.1.1).
+    own = ["host", "via"] + (["cookie"] if request.client_prefix else [])
+    own += (["max-forwards"] if hops is not None else []) + (["expect"] if request.version < (1, 1) else [])
+    kept = without_fields(end_to_end(request.fields), own)
+    # 2. Add: Host first (§7.2), Max-Forwards (§7.6.2), the framing of the body, Via last (§7.6.3).
+    fields = (("Host", request.target.authority),) + (_only(kept, SHARED_FIELDS) if identity else kept)
+    if hops is not None:
+        fields += (("Max-Forwards", str(hops - 1)),)
+    if identity:
+        fields += (("Accept-Encoding", "identity"),)
+    elif request.length is None:
+        fields += (("Transfer-Encoding", "chunked"),)
+    elif request.length or field_value(request.fields, "Content-Length") is not None:
+        fields += (("Content-Length", str(request.length)),)
+    return fields + (("Via", via_value(request.fields, request.version, config)),)
+
+
+def is_shareable(request: Request, head: ResponseHead) -> bool:
+    """Return whether a response to a request with Authorization may be stored (RFC 9111 §3.5).
+
+    ``must-revalidate``, which the RFC also accepts, is not enough.  It obliges a cache to let the origin
+    check each client's credentials, but the proxy serves packages without asking, and indexes while the
+    origin is down.
+    """
+    control = cache_directives(head.fields)
+    allowed = "public" in control or parse_delta_seconds(control.get("s-maxage")) > 0
+    return field_value(request.fields, "Authorization") is None or (
+        allowed and "authorization" not in list_members(head.fields, "Vary"))
+
+
+def selecting_fields(request: Request, head: ResponseHead) -> Fields:
+    """Return the request's fields that Vary names, normalized (RFC 9111 §4.1).
+
+    Accept-Encoding is left out, because the proxy chooses it itself.
+    """
+    names = [name for name in list_members(head.fields, "Vary") if name != "accept-encoding"]
+    return tuple((name, ", ".join(part.strip() for text in field_values(request.fields, name)
+                                  for part in text.split(","))) for name in sorted(set(names)))
+
+
+def storable_fields(fields: Fields) -> Fields:
+    """Return the response fields to store; never Set-Cookie, because a cookie is for one client only."""
+    return without_fields(end_to_end(fields), ("set-cookie",))
+
+
+def complete_head(request: Request, part: ResponseHead) -> ResponseHead:
+    """Return the head of the complete response, given that of a 206 (RFC 9110 §15.3.7)."""
+    fields = without_fields(storable_fields(part.fields), ("content-range", "content-length"))
+    return replace_fields(part, status=200, reason="OK", fields=fields, key=request.key,
+                          vary=selecting_fields(request, part))
+
+
+# Where a key's body is stored -----------------------------------------------------------------
 
 
 def _file_name(segment: str, windows: bool) -> str:
@@ -1692,12 +1743,11 @@ def _file_name(segment: str, windows: bool) -> str:
 
 
 def cache_file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
-    """Where a cache key's body may lie, relative to the root: its natural name and its hashed one.
+    """Return a cache key's two possible file names below the root: the natural and the hashed one.
 
-    A caret stands in no URL, so it marks what a file system can't hold as it is: ``^`` is an empty
-    segment, ``^2F`` a slash in a query.  The natural name is None where it would be too long; the
-    hashed one also serves where the natural one is taken (a URL that is both file and folder).
-    No two keys share a name.
+    The natural name is None if it would be too long for a file system.  The hashed name also serves if a
+    URL is both a file and a folder.  No two keys share a name.  No URL contains a caret, so it marks what a
+    file system cannot hold: ``^`` is an empty segment, ``^2F`` a slash in a query.
 
     >>> cache_file_names("http://a/b/metalink?x=/y")[0]
     'a/b/metalink?x=^2Fy'
@@ -1712,11 +1762,22 @@ def cache_file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
         folder = "^" + hashlib.sha256(folder.encode()).hexdigest()
     names = [_file_name(segment, windows) for segment in segments]
     digest = hashlib.sha256(key.encode("ascii", "replace")).hexdigest()
-    held = max(map(len, names)) <= 240 and sum(map(len, names)) <= 1000 and len(names) <= 100
-    natural = "/".join([folder, *names]) if held else None
+    # File systems allow 255 bytes a name and, with the root before it, about 4,000 a path.
+    fits = max(map(len, names)) <= 240 and sum(map(len, names)) <= 1000 and len(names) <= 100
+    natural = "/".join([folder, *names]) if fits else None
     return natural, "%s/^%s" % (folder, digest)
 
 
+# Name classes: index and package names of every package manager --------------------------------
+
+# To add a package manager's names, add its patterns to these tables and examples to the test of name classes.
+# Clients choose the names, so each pattern must match in linear time (a test measures them all): do not
+# let an unbounded repetition follow something that can begin at many places of one segment.
+
+MAX_NAME = 255  # bytes of a path segment that can have a class; no file system has longer names
+# Content-named files are cached for ever, so a name belongs here only if it can never mean another content.
+# Without a digest that digest_in_name() can check, it is not enough to share the file between mirrors.
+# So add the name to _DIGEST as well if it contains the SHA-256 or SHA-512 of the very body.
 _CONTENT = re.compile(
     r"/by-hash/[^/]+/[0-9a-f]{32,128}$"  # apt
     r"|/repodata/[0-9a-f]{32,128}-[^/]+$"  # rpm-md
@@ -1731,6 +1792,9 @@ _CONTENT = re.compile(
     r"|/core/guids/[0-9a-f]{64}/")  # Amazon Linux
 _MOVING = re.compile(r"/(?:current|latest|latest-stable|snapshots|rawhide|nightly|[^/]+-SNAPSHOT)/", re.I)
 _SIGNATURE = re.compile(r"\.(?:sig2?|asc|gpg|sign|signature|minisig|md5|rmd160|sha(?:1|256|512)(?:sum)?)$")
+# Files that change in place.
+_INDEX_FOLDER = re.compile(
+    r"/(?:project/trace|indices|media\.1|boot/[^/]+|media_info|refs/heads|delta-indexes)/")
 _INDEX = re.compile(
     r"(?:/(?:In)?Release|/(?:Packages|Sources)(?:\.\w+)?|/(?:Translation|Contents|Components|Commands)-[^/]*"
     r"|/meta-release[^/]*|/ls-lR[^/]*|/[^/]*(?:MD5|SHA\d+)(?:SUMS?)?"
@@ -1753,6 +1817,7 @@ _INDEX = re.compile(
     r"|/(?:current_)?repodata[^/]*|/notices\.json"  # conda
     r"|/0[12](?:packages\.details|mailrc)\.txt\.gz|/PACKAGES(?:\.\w+)?|/texlive\.tlpdb[^/]*"
     r"|/setup\.(?:ini|xz|zst|bz2)|/repo(?:\.info)?|/base/(?:pkg|src)list[^/]*)$")
+# Packages: these need a version in the name, too.  It is searched after the platform, which has digits.
 _PACKAGE = re.compile(
     r"/([^/]+?)\.(?:u?deb|ddeb|dsc|debdelta|jigdo|template|d?rpm|apk|ipk|xbps|eopkg|hpkg|pkg|conda|whl|gem"
     r"|crate|snap|jar|war|pom|module|t(?:gz|xz|bz2?|lz)|pkg\.tar(?:\.\w+)?|gpkg\.tar"
@@ -1765,9 +1830,17 @@ _VERSIONLESS = re.compile(r"[/_.-](?:latest|current|nightly|daily)[_.-]", re.I)
 _GO_MODULE = re.compile(r"/@v/v\d[^/]*\.(?:info|mod|zip)")
 
 
+def _has_package_name(path: str) -> bool:
+    """Return whether the last segment of a path is a package's file name with a version."""
+    start = path.rfind("/")
+    match = _PACKAGE.fullmatch(path, start)
+    versioned = match is not None and _VERSION.search(_PLATFORM.sub("", match[1]))
+    return bool(versioned and not _VERSIONLESS.search(path, start))
+
+
 @memoize
 def classify_name(key: str) -> NameClass:
-    """The class of the name that a cache key holds; a signature has that of what it signs.
+    """Return the class of the name in a cache key; a signature has the class of the signed file.
 
     >>> [classify_name("http://a" + path).value for path in ("/dists/x/by-hash/SHA256/" + "0" * 64,
     ...     "/pool/c/curl_7.88.1-10_amd64.deb", "/core.db.sig", "/jenkins_amd64.deb")]
@@ -1777,33 +1850,29 @@ def classify_name(key: str) -> NameClass:
     path = urllib.parse.unquote(path, "latin-1")
     if _CONTROL.search(path) or max(map(len, path.split("/"))) > MAX_NAME:
         return NameClass.OTHER
-    for _ in range(3):  # the signature of a checksum of a name
+    for _ in range(3):  # a name may be followed by a checksum's and a signature's suffix
         if _CONTENT.search(path):
             return NameClass.CONTENT
         if _MOVING.search(path):
             return NameClass.INDEX
         path = _SIGNATURE.sub("", path)
-    # Some apt repositories keep their pool below dists/.
-    dists = "/dists/" in path and not path.endswith((".deb", ".udeb"))
-    if dists or _INDEX_FOLDER.search(path) or _INDEX.search(path):
+    # Everything below dists/ is an index, except that some apt repositories keep their packages there.
+    in_dists = "/dists/" in path and not path.endswith((".deb", ".udeb"))
+    if in_dists or _INDEX_FOLDER.search(path) or _INDEX.search(path):
         return NameClass.INDEX
-    name = path.rfind("/")
-    package = _PACKAGE.fullmatch(path, name)
-    versioned = package and _VERSION.search(_PLATFORM.sub("", package[1]))
-    if versioned and not _VERSIONLESS.search(path, name) or _GO_MODULE.search(path):
-        return NameClass.PACKAGE
-    return NameClass.OTHER
+    return NameClass.PACKAGE if _has_package_name(path) or _GO_MODULE.search(path) else NameClass.OTHER
 
 
+# Only digests of the body itself: ostree's .filez, for one, is named after its uncompressed content.
 _DIGEST = re.compile(
     r"/(?:by-hash/SHA(?:256|512)/|repodata/|(?:blobs|manifests)/sha256:)"
     r"([0-9a-f]{128}|[0-9a-f]{64})(?:-[^/]+)?$"
     r"|/objects/([0-9a-f]{2}/[0-9a-f]{62})\.(?:commit|dirtree|dirmeta)$")  # .filez: of what is in it
-_EPOCH = re.compile(r"_\d+:(?=[^_]*_[^_]*deb)")  # apt writes it into names in /var/cache, mirrors don't
+_EPOCH = re.compile(r"_\d+:(?=[^_]*_[^_]*deb)")  # in apt's own cache, file names include the epoch
 
 
 def digest_in_name(key: str) -> tuple[str, str] | None:
-    """Algorithm and digest of the very body, where a content-named key holds one that nobody can forge.
+    """Return algorithm and digest of the body, if a content-named key contains one that cannot be forged.
 
     >>> digest_in_name("http://a/by-hash/SHA256/" + "0" * 64)[0]
     'sha256'
@@ -1816,19 +1885,24 @@ def digest_in_name(key: str) -> tuple[str, str] | None:
 
 
 def shareable_name(key: str) -> str:
-    """What a file is called on each mirror that has it: its digest, or a package's own name; "" for what
-    may be another file in each folder."""
+    """Return the name under which every mirror has the same file; "" if there is none.
+
+    That is the digest in the name, or else a package's file name.  Other content-named files are unique in
+    their own repository only, and a Go module's version says nothing without its path.
+    """
     digest = digest_in_name(key)
+    if digest is not None:
+        return digest[1]
+    path = urllib.parse.unquote(key, "latin-1")
     name = urllib.parse.unquote(key.rpartition("/")[2], "latin-1")
-    telling = len(name) > 5 and re.search(r"\d", name) and not _GO_MODULE.search(key)
-    if digest is None and ("?" in key or not telling
-                           or classify_name(key) not in (NameClass.PACKAGE, NameClass.CONTENT)):
-        return ""
-    return _EPOCH.sub("_", name) if digest is None else digest[1]
+    name_class = classify_name(key)
+    is_package = name_class is NameClass.PACKAGE or (
+        name_class is NameClass.CONTENT and _has_package_name("/" + name))
+    return _EPOCH.sub("_", name) if is_package and "?" not in key and not _GO_MODULE.search(path) else ""
 
 
 def mirror_prefixes(key: str, other: str) -> tuple[str, str]:
-    """Two keys without the end that they have in common: two mirrors of one repository.
+    """Return two keys without their common end: the folders of two mirrors of one repository.
 
     >>> mirror_prefixes("http://a/x/pool/b_1.deb", "http://b/y/z/pool/b_1.deb")
     ('http://a/x', 'http://b/y/z')
@@ -1839,80 +1913,105 @@ def mirror_prefixes(key: str, other: str) -> tuple[str, str]:
     return "/".join(one), "/".join(two)
 
 
-# Freshness (RFC 9111 §4.2) ------------------------------------------------------------------
+def detached_signatures(target: Target) -> list[Target]:
+    """Return the possible detached signatures of an index, which have to match it."""
+    suffixes = (".asc", ".sig", ".gpg", ".key") if "?" not in target.path else ()
+    return [replace_fields(target, path=target.path + suffix) for suffix in suffixes]
+
+
+# Freshness (RFC 9111 §4.2) --------------------------------------------------------------------
 
 
 def freshness_lifetime(head: ResponseHead) -> int | None:
-    """Explicit freshness lifetime in a shared cache, in seconds; None where the origin gives none.
+    """Return the explicit freshness lifetime in a shared cache, in seconds (RFC 9111 §4.2.1).
+
+    Returns None if the origin gives none.
 
     >>> freshness_lifetime(ResponseHead(200, "", (("Cache-Control", "max-age=60, s-maxage=5"),)))
     5
     """
+    # 1. s-maxage, because this cache is shared.  2. max-age.
     control = cache_directives(head.fields)
     for name in ("s-maxage", "max-age"):
         if name in control:
             return parse_delta_seconds(control[name])
+    # 3. Expires minus Date.  An invalid Expires, such as "0", is in the past (§5.3).  Without a valid Date,
+    #    the time of reception counts (RFC 9110 §6.6.1).
     if field_value(head.fields, "Expires") is None:
         return None
     end, start = parse_date(field_value(head.fields, "Expires")), parse_date(field_value(head.fields, "Date"))
-    # §5.3: an invalid Expires, "0" above all, is in the past.  RFC 9110 §6.6.1: without a Date, ours.
     return 0 if end is None else max(0, int(end - (head.response_time if start is None else start)))
 
 
 def heuristic_lifetime(head: ResponseHead, config: Config) -> int:
-    """Seconds that a response of no known class and freshness is used for (RFC 9111 §4.2.2)."""
-    html = (field_value(head.fields, "Content-Type") or "").lower().startswith(("text/html", "application/xhtml"))
-    if not config.heuristics or validators(head) or html or "?" in head.key or head.key.endswith("/"):
+    """Return the heuristic lifetime, in seconds, of a response without explicit freshness (RFC 9111 §4.2.2).
+
+    It is a day for what looks like a file and cannot be validated, else 0.
+    """
+    is_html = media_type(head).startswith(("text/html", "application/xhtml"))
+    if not config.heuristics or validators(head) or is_html or "?" in head.key or head.key.endswith("/"):
         return 0
     return int(DAY)
 
 
 def current_age(head: ResponseHead, now: float) -> int:
-    """Age of a stored response in seconds (RFC 9111 §4.2.3).  Received in the future: nobody knows how old
-    it is, so it is as old as can be; but clocks of several machines differ by a little."""
-    stated = parse_date(field_value(head.fields, "Date"))
-    apparent = 0.0 if stated is None else max(0.0, head.response_time - stated)
+    """Return the age of a stored response in seconds (RFC 9111 §4.2.3).
+
+    The age is as high as possible if it is unknown: if Age is repeated or invalid (§5.1), or if the
+    response was received in the future.  Up to a minute is a difference between the clocks of machines.
+    """
+    date = parse_date(field_value(head.fields, "Date"))
     ages = field_values(head.fields, "Age") or ["0"]
-    # What is no age, or two, tells of a cache that can't be trusted: as old as can be (§5.1).
-    age = parse_delta_seconds(ages[0]) if len(ages) == 1 and ages[0].isdigit() and head.response_time - now < 60 else 2**31
-    corrected = age + max(0.0, head.response_time - head.request_time)
-    return int(max(apparent, corrected) + max(0.0, now - head.response_time))
+    known = len(ages) == 1 and ages[0].isdigit() and head.response_time - now < 60
+    apparent_age = 0.0 if date is None else max(0.0, head.response_time - date)
+    age_value = parse_delta_seconds(ages[0]) if known else 2**31
+    corrected_age = age_value + max(0.0, head.response_time - head.request_time)  # plus response_delay
+    resident_time = max(0.0, now - head.response_time)
+    return int(max(apparent_age, corrected_age) + resident_time)
 
 
 def with_age(head: ResponseHead, now: float) -> ResponseHead:
-    """A stored response's head as it is served now (RFC 9111 §5.1)."""
+    """Return a stored response's head with Age as served now (RFC 9111 §5.1), and with Accept-Ranges."""
     fields = without_fields(head.fields, ("accept-ranges", "age"))
     return replace_fields(head, fields=fields + (
         ("Accept-Ranges", "bytes"), ("Age", str(current_age(head, now)))))
 
 
 def freshen_head(stored: ResponseHead, answer: ResponseHead) -> ResponseHead:
-    """A stored head brought up to date by a 304 (RFC 9111 §3.2, §4.3.4)."""
+    """Return a stored head updated by a 304 (RFC 9111 §3.2, §4.3.4)."""
+    # Fields that describe the stored body stay as they are (§3.2), and the ETag by which it was validated.
     kept = ("content-length", "content-encoding", "content-range", "content-md5", "etag", "set-cookie")
     new = without_fields(end_to_end(answer.fields), kept)
-    # The 304's Age counts, or that it has none (§4.2.3).
+    # The age starts anew from that of the 304, so an old Age goes even if the 304 has none (§4.2.3).
     fields = without_fields(stored.fields, ["age", *(name.lower() for name, _ in new)]) + new
-    return replace_fields(stored, fields=fields, request_time=answer.request_time, response_time=answer.response_time)
+    return replace_fields(stored, fields=fields, request_time=answer.request_time,
+                          response_time=answer.response_time)
 
 
 def is_304_for(stored: ResponseHead, answer: ResponseHead) -> bool:
-    """Whether a 304 speaks of the stored response (RFC 9111 §4.3.4).  With another ETag, or another date, it
-    speaks of another: a mirror that compares dates says 304 to a captive portal's page of today, too."""
+    """Return whether a 304 confirms the stored response (RFC 9111 §4.3.4).
+
+    With another ETag or date it is about another response: a mirror that compares dates would also confirm
+    a captive portal's page that was stored today.
+    """
     tag, date = field_value(answer.fields, "ETag"), field_value(answer.fields, "Last-Modified")
-    mine = field_value(stored.fields, "ETag")
-    same_tag = tag is None or mine is not None and _weak(tag) == _weak(mine)
+    stored_tag = field_value(stored.fields, "ETag")
+    same_tag = tag is None or stored_tag is not None and _weak(tag) == _weak(stored_tag)
     return same_tag and date in (None, field_value(stored.fields, "Last-Modified") or date)
 
 
+# What may be stored (RFC 9111 §3, §4.4) --------------------------------------------------------
+
+
 def why_not_storable(request: Request, head: ResponseHead, config: Config) -> str:
-    """Why a response may not be stored (RFC 9111 §3), or "" where it may."""
+    """Return why a response must not be stored (RFC 9111 §3); "" if it may be."""
     control, policy = cache_directives(head.fields), POLICIES[classify_name(request.key)]
     lifetime = freshness_lifetime(head) if policy.lifetime is None else 1
     of_use = validators(head) or (heuristic_lifetime(head, config) if lifetime is None else lifetime)
     reasons = (
         (request.method != "GET" or head.status != 200, "not a 200 to a GET"),
         ("no-store" in cache_directives(request.fields), "no-store"),
-        ("no-store" in control and "must-understand" not in control, "no-store"),
+        ("no-store" in control and "must-understand" not in control, "no-store"),  # §5.2.2.3
         ("private" in control, "private"),
         ("*" in list_members(head.fields, "Vary"), "Vary: *"),
         (not is_shareable(request, head), "Authorization"),
@@ -1921,104 +2020,12 @@ def why_not_storable(request: Request, head: ResponseHead, config: Config) -> st
     return next((reason for applies, reason in reasons if applies), "")
 
 
-def _client_wants_validation(control: dict[str, str | None], policy: CachePolicy, age: int, ttl: float) -> bool:
-    """Whether the client's directives want the origin asked (RFC 9111 §5.2.1)."""
-    too_old = policy.heeds_max_age and "max-age" in control and age >= parse_delta_seconds(control["max-age"])
-    too_short = "min-fresh" in control and ttl < parse_delta_seconds(control["min-fresh"])
-    return "no-cache" in control or too_old or too_short
-
-
-def _may_serve_stale(control: dict[str, str | None], stored: ResponseHead, ttl: float) -> bool:
-    """Whether client or origin allow a stale answer without asking first (RFC 9111 §5.2.1.2, RFC 5861 §3)."""
-    told = cache_directives(stored.fields)
-    if {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(told):
-        return False
-    patience = parse_delta_seconds(control["max-stale"] or str(2**31)) if "max-stale" in control else 0
-    return -ttl < max(patience, parse_delta_seconds(told.get("stale-while-revalidate")))
-
-
-def _decide_stored(request: Request, control: dict[str, str | None], stored: ResponseHead,
-                   name_class: NameClass, config: Config, now: float) -> CacheDecision:
-    policy, age = POLICIES[name_class], current_age(stored, now)
-    lifetime: float | None = freshness_lifetime(stored) if policy.lifetime is None else policy.lifetime
-    ttl = (heuristic_lifetime(stored, config) if lifetime is None else lifetime) - age
-    known = None if math.isinf(ttl) else int(ttl)
-    if not control and "no-cache" in list_members(request.fields, "Pragma"):  # §5.4
-        control = {"no-cache": None}
-    # §4.3.2: these two conditions are for the origin to decide.
-    strict = any(field_value(request.fields, name) is not None for name in ("If-Match", "If-Unmodified-Since"))
-    if strict or _client_wants_validation(control, policy, age, ttl):
-        return CacheDecision(Action.VALIDATE, name_class, "request", known)
-    if policy.lifetime is not None and ttl > 0:
-        due = policy.refresh is not None and abs(now - stored.response_time) > policy.refresh  # clocks jump
-        return CacheDecision(Action.SERVE, name_class, refresh=due)
-    fresh = ttl > 0 and "no-cache" not in cache_directives(stored.fields)
-    if fresh or policy.lifetime is None and _may_serve_stale(control, stored, ttl):
-        return CacheDecision(Action.SERVE, name_class, ttl=known, refresh=not fresh)
-    return CacheDecision(Action.VALIDATE, name_class, "stale", known)
-
-
-def decide(request: Request, stored: ResponseHead | None, config: Config, now: float) -> CacheDecision:
-    """The decision table: what to do with a request, given what is stored for it."""
-    name_class = classify_name(request.key)
-    if config.offline:
-        usable = stored is not None and selecting_fields(request, stored) == stored.vary
-        usable = usable and request.method in ("GET", "HEAD")
-        return CacheDecision(Action.SERVE if usable else Action.REFUSE, name_class, "" if usable else "uri-miss")
-    if any(pattern.search(request.uri) for pattern in config.filters):
-        return CacheDecision(Action.PASS, name_class, "bypass")
-    plain = request.method in ("GET", "HEAD")
-    if not plain or request.length != 0:  # what a GET's body means is for the origin to say (RFC 9110 §9.3.1)
-        return CacheDecision(Action.PASS, name_class, "bypass" if plain else "method")
-    control = cache_directives(request.fields)
-    if stored is None:
-        decision = CacheDecision(Action.FETCH, name_class, "uri-miss")
-    elif selecting_fields(request, stored) != stored.vary:
-        decision = CacheDecision(Action.FETCH, name_class, "vary-miss")
-    else:
-        decision = _decide_stored(request, control, stored, name_class, config, now)
-    decision = _passed_if_private(request, stored, decision)
-    if decision.action is not Action.SERVE and "only-if-cached" in control:
-        return replace_fields(decision, action=Action.REFUSE)
-    if decision.action is Action.FETCH and (request.method == "HEAD" or "no-store" in control):
-        return replace_fields(decision, action=Action.PASS)
-    return decision
-
-
-def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> bool:
-    """Whether a stored response may answer where its origin can't be asked (RFC 9111 §4.2.4)."""
-    strict = {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(cache_directives(stored.fields))
-    return decision.forward != "vary-miss" and (decision.policy.always_stale or not strict)
-
-
-def replaces_stored(decision: CacheDecision, answer: ResponseHead) -> bool:
-    """Whether an answer tells that the stored response is wrong; a captive portal's page does not."""
-    portal = not decision.policy.html and "text/html" in media_type(answer)
-    return decision.action is Action.VALIDATE and answer.status == 200 and not portal
-
-
-def invalidated_keys(request: Request, answer: ResponseHead) -> list[str]:
-    """What a method that changes things makes invalid: its target, and what the answer's Location and
-    Content-Location name at the same origin (RFC 9111 §4.4)."""
-    if request.method in ("GET", "HEAD", "OPTIONS", "TRACE") or answer.status >= 400:
-        return []
-    keys = [request.key]
-    for name in ("Location", "Content-Location"):
-        with contextlib.suppress(BadRequestError, ValueError):
-            target = parse_target(urllib.parse.urljoin(request.target.uri, field_value(answer.fields, name) or ""))
-            if (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
-                keys.append(cache_key(target))
-    return keys
-
-
-def detached_signatures(target: Target) -> list[Target]:
-    """The detached signatures of an index, which must be of its generation."""
-    suffixes = (".asc", ".sig", ".gpg", ".key") if "?" not in target.path else ()
-    return [replace_fields(target, path=target.path + suffix) for suffix in suffixes]
-
-
 def is_worth_full_download(request: Request, size_limit: int) -> bool:
-    """Whether a request for a range is worth a whole download: open or long, from near the start."""
+    """Return whether to download a whole file although a range was requested.
+
+    It is if the range starts within ``size_limit`` bytes and is at least as long: then the client probably
+    resumes or reads on.  Also for an invalid range, which is ignored, but not for several ranges.
+    """
     ranges = parse_range(field_value(request.fields, "Range") or "", 2**60)
     if not ranges or len(ranges) > 1:
         return ranges is None
@@ -2026,15 +2033,161 @@ def is_worth_full_download(request: Request, size_limit: int) -> bool:
     return start <= size_limit and stop - start >= size_limit
 
 
+def invalidated_keys(request: Request, answer: ResponseHead) -> list[str]:
+    """Return the keys that a successful unsafe request invalidates (RFC 9111 §4.4).
+
+    These are its target, and the URLs in Location and Content-Location if they have the same origin.
+    """
+    if request.method in ("GET", "HEAD", "OPTIONS", "TRACE") or answer.status >= 400:
+        return []
+    keys = [request.key]
+    for name in ("Location", "Content-Location"):
+        with contextlib.suppress(BadRequestError, ValueError):
+            location = field_value(answer.fields, name) or ""
+            target = parse_target(urllib.parse.urljoin(request.target.uri, location))
+            if (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
+                keys.append(cache_key(target))
+    return keys
+
+
+# What to do with a request (RFC 9111 §4) -------------------------------------------------------
+
+# Directives of a response that forbid serving it stale (§4.2.4); s-maxage implies proxy-revalidate
+# (§5.2.2.10).
+_NEVER_STALE = frozenset(("must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"))
+
+
+def _client_wants_validation(control: dict[str, str | None], policy: CachePolicy, age: int,
+                             ttl: float) -> bool:
+    """Return whether a client's directives demand a validation (RFC 9111 §5.2.1.1, §5.2.1.3, §5.2.1.4)."""
+    too_old = (policy.heeds_max_age and "max-age" in control
+               and age >= parse_delta_seconds(control["max-age"]))
+    too_short = "min-fresh" in control and ttl < parse_delta_seconds(control["min-fresh"])
+    return "no-cache" in control or too_old or too_short
+
+
+def _may_serve_stale(control: dict[str, str | None], stored: ResponseHead, ttl: float) -> bool:
+    """Return whether a stale response may be served without asking the origin first.
+
+    The client allows it with max-stale (RFC 9111 §5.2.1.2), the origin with stale-while-revalidate
+    (RFC 5861 §3).
+    """
+    response_control = cache_directives(stored.fields)
+    if not _NEVER_STALE.isdisjoint(response_control):
+        return False
+    allowed = parse_delta_seconds(control["max-stale"] or str(2**31)) if "max-stale" in control else 0
+    return -ttl < max(allowed, parse_delta_seconds(response_control.get("stale-while-revalidate")))
+
+
+def _decide_stored(request: Request, stored: ResponseHead, name_class: NameClass, config: Config,
+                   now: float) -> CacheDecision:
+    """Decide about a stored response that matches the request: SERVE or VALIDATE (RFC 9111 §4)."""
+    control, policy, age = cache_directives(request.fields), POLICIES[name_class], current_age(stored, now)
+    if not control and "no-cache" in list_members(request.fields, "Pragma"):  # §5.4
+        control = {"no-cache": None}
+    # 1. Freshness (§4.2): by the name's class, else explicit, else heuristic.
+    lifetime: float | None = freshness_lifetime(stored) if policy.lifetime is None else policy.lifetime
+    ttl = (heuristic_lifetime(stored, config) if lifetime is None else lifetime) - age
+    known_ttl = None if math.isinf(ttl) else int(ttl)
+    # 2. The client demands a validation, or sends one of the two conditions that only the origin can
+    #    evaluate (§4.3.2).
+    strict = field_values(request.fields, "If-Match") + field_values(request.fields, "If-Unmodified-Since")
+    if strict or _client_wants_validation(control, policy, age, ttl):
+        return CacheDecision(Action.VALIDATE, name_class, "request", known_ttl)
+    # 3. Names that do not change: serve, and look once a day whether they did after all.
+    if policy.lifetime is not None and ttl > 0:
+        due = policy.refresh is not None and abs(now - stored.response_time) > policy.refresh  # clocks jump
+        return CacheDecision(Action.SERVE, name_class, refresh=due)
+    # 4. Fresh, or allowed to be stale while it is validated in the background (§4.2.4).
+    fresh = ttl > 0 and "no-cache" not in cache_directives(stored.fields)
+    if fresh or policy.lifetime is None and _may_serve_stale(control, stored, ttl):
+        return CacheDecision(Action.SERVE, name_class, ttl=known_ttl, refresh=not fresh)
+    return CacheDecision(Action.VALIDATE, name_class, "stale", known_ttl)
+
+
+def _pass_if_private(request: Request, stored: ResponseHead | None, decision: CacheDecision) -> CacheDecision:
+    """Change a decision to PASS if fields of this client alone may shape the response."""
+    private = private_fields(request)
+    if private and decision.action is not Action.SERVE or any(map(_CREDENTIAL.search, private)):
+        return replace_fields(decision, action=Action.PASS, forward="request", refresh=False)
+    # Vary names a field that is not forwarded: a fetch would bring the stored response again.
+    if decision.forward == "vary-miss" and stored is not None and selecting_fields(
+            without_private_fields(request), stored) == stored.vary:
+        return replace_fields(decision, action=Action.PASS)
+    return decision
+
+
+def _decide_offline(request: Request, matches: bool, name_class: NameClass) -> CacheDecision:
+    usable = matches and request.method in ("GET", "HEAD")
+    return CacheDecision(Action.SERVE if usable else Action.REFUSE, name_class, "" if usable else "uri-miss")
+
+
+def decide(request: Request, stored: ResponseHead | None, config: Config, now: float) -> CacheDecision:
+    """Decide what to do with a request, given the head that is stored for its key (RFC 9111 §4).
+
+    The first row that applies decides:
+
+    ====  =====================================================  ===================  ===========
+    step  condition                                              action               fwd
+    ====  =====================================================  ===================  ===========
+    1     ``--offline``                                          SERVE or REFUSE      uri-miss
+    2     a filter matches                                       PASS                 bypass
+    3     the method is not GET or HEAD                          PASS                 method
+    4     the request has a body                                 PASS                 bypass
+    5     nothing is stored                                      FETCH                uri-miss
+    6     the stored response was selected by other fields       FETCH                vary-miss
+    7     a stored response matches                              SERVE or VALIDATE    stale, request
+    ====  =====================================================  ===================  ===========
+
+    The result of steps 5 to 7 is then restricted: PASS if the request has private fields; REFUSE if the
+    origin would be asked despite ``only-if-cached``; PASS instead of FETCH if there is nothing to store.
+    """
+    name_class = classify_name(request.key)
+    matches = stored is not None and selecting_fields(request, stored) == stored.vary  # RFC 9111 §4.1
+    if config.offline:
+        return _decide_offline(request, matches, name_class)
+    if any(pattern.search(request.uri) for pattern in config.filters):
+        return CacheDecision(Action.PASS, name_class, "bypass")
+    is_read = request.method in ("GET", "HEAD")
+    if not is_read or request.length != 0:  # only the origin knows what a GET's body means (RFC 9110 §9.3.1)
+        return CacheDecision(Action.PASS, name_class, "bypass" if is_read else "method")
+    if stored is None or not matches:
+        decision = CacheDecision(Action.FETCH, name_class, "uri-miss" if stored is None else "vary-miss")
+    else:
+        decision = _decide_stored(request, stored, name_class, config, now)
+    decision = _pass_if_private(request, stored, decision)
+    control = {} if decision.action is Action.SERVE else cache_directives(request.fields)
+    if "only-if-cached" in control:  # §5.2.1.7
+        return replace_fields(decision, action=Action.REFUSE)
+    if decision.action is Action.FETCH and (request.method == "HEAD" or "no-store" in control):
+        return replace_fields(decision, action=Action.PASS)
+    return decision
+
+
+def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> bool:
+    """Return whether a stored response may be served because its origin is unavailable (RFC 9111 §4.2.4)."""
+    allowed = decision.policy.always_stale or _NEVER_STALE.isdisjoint(cache_directives(stored.fields))
+    return allowed and decision.forward != "vary-miss"
+
+
+def replaces_stored(decision: CacheDecision, answer: ResponseHead) -> bool:
+    """Return whether the answer to a validation shows that the stored response is outdated.
+
+    A captive portal's page does not.
+    """
+    portal = not decision.policy.html and "text/html" in media_type(answer)
+    return decision.action is Action.VALIDATE and answer.status == 200 and not portal
+
+
 # ---------------------------------------------------------------------------------------------
 # 4 Access rules: pure functions
 # ---------------------------------------------------------------------------------------------
 
-# Who may come in, what is never kept ----------------------------------------------------------
+# Which clients may use the proxy ----------------------------------------------------------------
 
 NETWORKS = {
     "loopback": ("127.0.0.0/8", "::1/128"),
-    # RFC 1918, 6598 (carrier-grade NAT, VPNs), 3927; RFC 4193 and link-local for IPv6
+    # RFC 1918; RFC 6598 (carrier-grade NAT, also VPNs); RFC 3927; for IPv6 RFC 4193 and link-local
     "private": ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16",
                 "fc00::/7", "fe80::/10"),
     "all": ("0.0.0.0/0", "::/0"),
@@ -2042,7 +2195,7 @@ NETWORKS = {
 
 
 def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
-    """The networks behind set names and CIDR texts; ValueError says what is allowed."""
+    """Return the networks that names of NETWORKS and CIDR texts stand for; raise ValueError with advice."""
     try:
         return [ipaddress.ip_network(text) for name in names for text in NETWORKS.get(name, (name,))]
     except ValueError as error:
@@ -2050,13 +2203,14 @@ def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddre
 
 
 def unmap_ipv4(text: str) -> str:
-    """An address without its disguise as IPv6: what a dual-stack socket calls ::ffff:10.0.0.1."""
+    """Return an IPv4-mapped address as IPv4: a dual-stack socket reports 10.0.0.1 as ::ffff:10.0.0.1."""
     return text[len("::ffff:"):] if text.startswith("::ffff:") and "." in text else text
 
 
 def client_network(address: str) -> str:
-    """What counts as one client where clients share something: an IPv4 address, or the /64 network of an IPv6
-    address, because one host there has all its addresses to choose from.
+    """Return what counts as one client in limits: an IPv4 address, or the /64 network of an IPv6 address.
+
+    One host can use all addresses of its /64 network.
 
     >>> client_network("10.0.0.1"), client_network("2001:db8::1%eth0") == client_network("2001:db8::ff:1")
     ('10.0.0.1', True)
@@ -2065,9 +2219,9 @@ def client_network(address: str) -> str:
     return ipaddress.IPv6Address(text).packed[:8].hex() if ":" in text else text
 
 
-@functools.lru_cache(LARGE_MEMO)
+@functools.lru_cache(LARGE_MEMO)  # needed for each request, and takes 45 µs
 def is_client_allowed(address: str, allow: Iterable[str]) -> bool:
-    """Whether a client's address is in the allowed networks.
+    """Return whether a client's address is in the allowed networks.
 
     >>> [is_client_allowed(a, ("private",)) for a in ("::ffff:10.0.0.1", "fe80::1%eth0", "8.8.8.8")]
     [True, True, False]
@@ -2076,21 +2230,31 @@ def is_client_allowed(address: str, allow: Iterable[str]) -> bool:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
-    ip = getattr(ip, "ipv4_mapped", None) or ip  # however it is written
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # also in hexadecimal, which unmap_ipv4() leaves alone
     return any(ip.version == network.version and ip in network for network in parse_networks(allow))
 
 
-# IPv6 addresses that stand for an IPv4 one, and how far to the right that is written in bits:
-# mapped and compatible (RFC 4291 §2.5.5), NAT64 (RFC 6052, 8215), 6to4 (RFC 3056)
+# Which origins are protected from clients on other hosts ----------------------------------------
+
+# Metadata services of clouds at addresses that are not link-local.  They give a machine's secrets to
+# anything that connects from it.
+_METADATA = tuple(map(ipaddress.ip_network, (
+    "168.63.129.16", "100.100.100.200", "fd00:100::100:200", "192.0.0.192",  # Azure, Alibaba, Alibaba, Oracle
+    "fd00:ec2::/32", "fd20:ce::254", "fd00:c1::a9fe:a9fe",  # AWS (all local services), Google, Oracle
+    "fd00:42::42", "fd00:a9fe:a9fe::1")))  # Scaleway, Akamai
+# IPv6 addresses that contain an IPv4 address, and by how many bits it is shifted to the left: mapped and
+# compatible (RFC 4291 §2.5.5), NAT64 (RFC 6052, 8215), 6to4 (RFC 3056).
 _EMBEDDED = tuple((ipaddress.IPv6Network(network), shift) for network, shift in (
     ("::ffff:0:0/96", 0), ("::/96", 0), ("64:ff9b::/96", 0), ("64:ff9b:1::/48", 0), ("2002::/16", 80)))
 
 
 def is_protected_address(address: str) -> bool:
-    """Whether an address is of this host or its link alone, and not for clients from elsewhere: loopback,
-    link-local, cloud metadata, unspecified, multicast, broadcast, in whatever disguise.
+    """Return whether only clients on this host may reach an address: one of this host or its link.
 
-    >>> [is_protected_address(a) for a in ("127.9.9.9", "::ffff:169.254.169.254", "2002:7f00:1::", "10.0.0.1")]
+    These are loopback, link-local, cloud metadata, unspecified, multicast and broadcast addresses, also when
+    embedded in an IPv6 address.
+
+    >>> [is_protected_address(a) for a in ("127.9.9.9", "::ffff:169.254.1.1", "2002:7f00:1::", "10.0.0.1")]
     [True, True, True, False]
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
@@ -2100,23 +2264,59 @@ def is_protected_address(address: str) -> bool:
         own = ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip.is_multicast or ip.is_site_local
         inner = [ipaddress.IPv4Address(int(ip) >> shift & 0xFFFFFFFF) for network, shift in _EMBEDDED
                  if ip in network]
-        inner += ip.teredo or ()
+        inner += ip.teredo or ()  # server and client (RFC 4380)
         return own or any(is_protected_address(str(other)) for other in inner)
     zero = int(ip) >> 24 == 0 or int(ip) == 0xFFFFFFFF  # this network (RFC 1122 §3.2.1.3), broadcast
     return zero or ip.is_loopback or ip.is_link_local or ip.is_multicast
 
 
 def is_numeric_host(host: str) -> bool:
-    """Whether a host is an address, in whatever form C's inet_aton takes: 127.1, 0x7f000001."""
+    """Return whether a host is an address in any form that C's inet_aton() accepts: 127.1, 0x7f000001."""
     return ":" in host or re.search(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$", host) is not None
 
 
-def is_own_name(name: str, names: tuple[str, ...]) -> bool:
-    """Whether a name that a client calls us by is certainly ours, or one of ``names``.
+def is_protected_host(host: str) -> bool:
+    """Return whether a host is protected, whatever DNS says: by address, or as localhost (RFC 6761 §6.3)."""
+    if is_address(host):
+        return is_protected_address(host)
+    name = host.rstrip(".")
+    return name == "localhost" or name.endswith(".localhost")
 
-    A web page of evil.example can read what this proxy answers to evil.example, if its name servers then
-    say that this is the proxy's address (DNS rebinding).  That takes a name in the public DNS: no address is
-    one, nor a name without a dot (docker's, a search domain's), nor a name below a private domain.
+
+# Which names the proxy answers to ---------------------------------------------------------------
+
+
+def parse_host_name(text: str) -> str:
+    """Return a host name in lower case, without a final dot; raise ValueError.
+
+    >>> parse_host_name("Proxy.example.org.")
+    'proxy.example.org'
+    """
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?", text, re.A):
+        raise ValueError("'%s' is not a host name; write proxy.example.org" % text)
+    return text.lower().rstrip(".")
+
+
+def called_name(request: Request) -> str:
+    """Return the name under which a browser knows this proxy; "" if the name does not matter.
+
+    It matters for the proxy's own pages and for targets behind a prefix, which a browser treats as content
+    of that name: see is_own_name().  It does not for wpad.dat, which is requested from the wpad host of any
+    domain and contains only that name.  A client without Host is not a browser.
+    """
+    is_wpad = request.is_own_page and request.uri.startswith("/wpad.dat")
+    if is_wpad or not (request.is_own_page or request.client_prefix):
+        return ""
+    return split_authority(field_value(request.fields, "Host") or "localhost", 80)[0].rstrip(".")
+
+
+def is_own_name(name: str, names: tuple[str, ...]) -> bool:
+    """Return whether a name is certainly this proxy's, or one of ``names``.
+
+    This prevents DNS rebinding: a web page of evil.example could read what the proxy answers to
+    evil.example, if its name servers then return the proxy's address.  The attack needs a name in the public
+    DNS, so an address is safe, and a name without a dot (docker's, or from a search domain) or below a
+    private domain.
 
     >>> [is_own_name(n, ("a.example",)) for n in ("10.0.0.1", "proxy", "a.example", "evil.example")]
     [True, True, True, False]
@@ -2125,15 +2325,14 @@ def is_own_name(name: str, names: tuple[str, ...]) -> bool:
     return "." not in name or is_numeric_host(name) or name.endswith(private) or name in names
 
 
-def is_protected_host(host: str) -> bool:
-    """Whether a host is guarded whatever its name servers say: an address, or localhost (RFC 6761 §6.3)."""
-    if is_address(host):
-        return is_protected_address(host)
-    name = host.rstrip(".")
-    return name == "localhost" or name.endswith(".localhost")
+# Which parent proxy leads to an origin ----------------------------------------------------------
 
 
-def _is_excepted(target: Target, entry: str) -> bool:
+def _matches_no_proxy(target: Target, entry: str) -> bool:
+    """Return whether an entry of no_proxy covers a target.
+
+    An entry is an address, a network, or a domain with all below it, each also with :port; or * for all.
+    """
     with contextlib.suppress(ValueError):
         network = ipaddress.ip_network(entry, strict=False)
         return is_address(target.host) and ipaddress.ip_address(target.host) in network
@@ -2145,9 +2344,12 @@ def _is_excepted(target: Target, entry: str) -> bool:
 
 
 def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
-    """The parent to ask for a target: none for this host and its link, nor for what no_proxy names: an
-    address, a network, or a domain with all below it, each also with :port; or * for all."""
-    if is_protected_host(target.host) or any(_is_excepted(target, entry) for entry in config.no_proxy if entry):
+    """Return the parent proxy for a target; None: connect directly.
+
+    This host and its link are always reached directly, and the origins in no_proxy.
+    """
+    if is_protected_host(target.host) or any(
+            _matches_no_proxy(target, entry) for entry in config.no_proxy if entry):
         return None
     return dict(config.parents).get(target.scheme)
 
@@ -3211,6 +3413,15 @@ def _eviction_order(entry: Entry) -> tuple[bool, bool, float, int]:
     that frees nothing goes first."""
     index = classify_name("http://" + entry.name) is NameClass.INDEX and not entry.name.startswith(METADATA_FOLDER)
     return not entry.name.startswith(METADATA_FOLDER + "/partials"), index, entry.last, entry.size
+
+
+class EvictionReport(NamedTuple):
+    """The result of a run of the evictor."""
+
+    files: int  # stored responses found
+    size: int  # bytes on the disk of bodies, metadata and partial files
+    removed: int  # stored responses
+    freed: int  # bytes
 
 
 class Evictor:
@@ -6378,6 +6589,22 @@ class Proxy:
 # Every request passes Counters.add() and RecentRequests.note(), also those that the event loop answers from
 # memory, so these two only add. Sorting, shortening and escaping are left to the pages.
 # Lock order: TrafficHistory, then Counters. No lock is held while a file is read or written.
+
+# Requests after which to look for a reason to give a hint: tunnels are conspicuous early, a cache without
+# hits is not.
+HINT_AFTER_REQUESTS = (20, 100)
+# What the status page plots: seconds per slot, and number of slots.
+PLOTS = {"hour": (60, 60), "day": (900, 96), "month": (21600, 120)}
+
+
+class SendResult(NamedTuple):
+    """What was sent of a response."""
+
+    size: int  # bytes of the body
+    cached: int  # bytes of it that came from the cache
+    took: float  # seconds
+    whole: bool  # nothing is missing
+    quiet: bool = False  # write no log line
 
 
 def usage_hint(outcomes: dict[str, int], details: Iterable[str]) -> str:

@@ -1337,7 +1337,12 @@ class NameRulesTest(unittest.TestCase):
                 ("/debian/pool/c/c++_1.0-1_amd64.deb", "c++_1.0-1_amd64.deb"), ("/c%2b%2b_1.0-1_amd64.deb", "c++_1.0-1_amd64.deb"),
                 ("/archives/ssh_1%3a9.2-1_amd64.deb", "ssh_9.2-1_amd64.deb"), ("/x/ssh_9.2-1_amd64.deb", "ssh_9.2-1_amd64.deb"),
                 ("/os/x-1:2.0-1-any.pkg.tar.zst.sig", "x-1:2.0-1-any.pkg.tar.zst.sig"), ("/x/by-hash/SHA256/" + self.HEX, self.HEX),
-                ("/repodata/%s-primary.xml.gz" % self.HEX, self.HEX), ("/nar/%s.nar.xz" % ("a1" * 26), "a1" * 26 + ".nar.xz"),
+                ("/repodata/%s-primary.xml.gz" % self.HEX, self.HEX), ("/x/All/Hashed/curl-8.9.1~0a1b2c.pkg", "curl-8.9.1~0a1b2c.pkg"),
+                ("/packages/0a/1b/%s/pip-24.0-py3-none-any.whl" % self.HEX[:60], "pip-24.0-py3-none-any.whl"),
+                # Content-named, but without a digest that can be checked: unique in its own repository only.
+                ("/nar/%s.nar.xz" % ("a1" * 26), ""), ("/f/repodata/%s-other.xml.gz" % self.HEX[:40], ""),
+                ("/x/main/binary-amd64/Packages.diff/T-2024-08-01-1401.12-F-2024-07-31-2000.50.gz", ""),
+                ("/m/%40v/v1.2.3.zip", ""),
                 ("/dists/x/InRelease", ""), ("/core.db", ""), ("/m/@v/v1.2.3.zip", ""), ("/repo/deltas/Bw/abc-def/superblock", ""),
                 ("/repo/deltas/Bw/abc-def/0", ""), ("/x_1.0_all.deb?token=1", ""), ("/latest/x_1.0_all.deb", ""), ("/x.iso", "")):
             with self.subTest(path=path):
