@@ -214,7 +214,7 @@ MULTIPART_BOUNDARY = secrets.token_hex(12)
 # Limits of the server.
 MAX_CONNECTIONS = 4000  # clients; fewer if descriptors are short.  Each busy one takes a thread
 LISTEN_BACKLOG = 256  # connections waiting for accept(); a fleet started by cron arrives at once
-REQUESTS_PER_TURN = 4  # pipelined requests answered before the next client's turn
+REQUESTS_PER_TURN = 4  # requests of one client answered before the next client's turn
 MAX_IDLE_THREADS = 16  # idle threads kept; ready for the next burst of requests
 THREAD_IDLE_TIMEOUT = 5.0  # seconds an idle thread waits; within a burst the gaps are shorter
 HOT_CACHE_SIZE = 32  # small responses ready to be sent again; each holds a descriptor
@@ -249,7 +249,7 @@ PARENT_CONNECT_TIMEOUT = 3.0  # to a parent proxy that may be bypassed, so that 
 CONNECT_TIMEOUT = 10.0  # to all addresses of a name; pacman drops a server after 10 s of silence
 ORIGIN_TIMEOUT = 30.0  # of silence from an origin; dnf gives up after 30 s below 1,000 B/s
 RESPONSE_HEAD_TIMEOUT = 40.0  # for a head, redirects included; less than FOLLOWER_HEAD_TIMEOUT
-RESUME_TIMEOUT = 10.0  # for a head when resuming; all attempts fit into the 90 s that clients stall
+RESUME_TIMEOUT = 10.0  # for a head when resuming; all attempts fit into the 90 s that clients wait
 RESUME_BACKOFF = (0.1, 0.3, 1.0, 2.0, 4.0)  # before each attempt to resume a download
 VALIDATION_TIMEOUT = 9.0  # for an origin if a stored response can answer; pacman waits 10 s
 ORIGIN_BACKOFF = 30.0  # an origin that failed is not waited for again if a stored response can answer
@@ -506,16 +506,16 @@ class Outcome(enum.Enum):
     COLLAPSED = "collapsed", "cache", True, True  # from a download started for another client
     SHARED = "shared", "cache", True, True  # from an identical file of another mirror
     MISS = ("miss", "origin", True, False,  # downloaded and stored
-            "each was for another file. That is normal while the cache fills; else let all machines name the"
-            " same mirror")
+            "each was for another file. That is normal while the cache fills; otherwise let all machines use"
+            " the same mirror")
     UPDATED = "updated", "origin", True, False  # downloaded to replace an outdated stored file
     RELAYED = "relayed", "origin", True, False  # not stored: the response forbids it, or the disk failed
     BYPASS = ("bypass", "origin", True, False,  # not stored: because of a filter or the method
-              "most were kept out by a filter, or are no GET. Indexes need no filters")
+              "most matched a filter, or were not GET requests. Indexes need no filters")
     TUNNEL = "tunnel", "origin", False, False  # opaque bytes in both directions (CONNECT)
     OWN = "own", "origin", False, False  # a page of the proxy itself
     REFUSED = "refused", "bad", False, False  # an invalid or forbidden request
-    FAILED = "failed", "bad", False, False, "most origins cannot be asked"  # an error of the origin
+    FAILED = "failed", "bad", False, False, "most origins are unreachable"  # an error of the origin
 
 
 CACHE_OUTCOMES = tuple(outcome for outcome in Outcome if outcome.from_cache)
@@ -580,11 +580,11 @@ class CacheStatus(NamedTuple):
     """One member of the Cache-Status field (RFC 9211)."""
 
     outcome: Outcome
-    forward: str = ""
-    forward_status: int = 0
-    stored: bool = False
-    ttl: int | None = None
-    detail: str = ""
+    forward: str = ""  # fwd: why the origin was asked (§2.2); "": it was not
+    forward_status: int = 0  # fwd-status: the origin's status (§2.3)
+    stored: bool = False  # the response is being stored (§2.5)
+    ttl: int | None = None  # seconds of freshness left (§2.4)
+    detail: str = ""  # for people: what else led to the outcome (§2.8)
 
 
 class ProxyError(Exception):
@@ -593,8 +593,8 @@ class ProxyError(Exception):
     status = 500
     outcome = Outcome.REFUSED
 
-    def __init__(self, sentence: str, status: int = 0) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
         self.status = status or self.status
 
 
@@ -612,8 +612,8 @@ class Response:
 class HeadTooLargeError(ValueError):
     """A head that exceeds a limit; ``status`` is for the client (414, or 431: RFC 6585 §5)."""
 
-    def __init__(self, sentence: str, status: int = 431) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str, status: int = 431) -> None:
+        super().__init__(message)
         self.status = status
 
 
@@ -629,9 +629,9 @@ class OriginError(ProxyError):
     status = 502
     outcome = Outcome.FAILED
 
-    def __init__(self, sentence: str, target: Target | None = None, unreachable: bool = False,
+    def __init__(self, message: str, target: Target | None = None, unreachable: bool = False,
                  status: int = 0) -> None:
-        super().__init__(sentence, status)
+        super().__init__(message, status)
         self.target = target  # the origin that failed, after redirects; None: the requested one
         # Other requests to this host would fail, too.  Not set for errors that the request itself may
         # have caused, such as an error status or a connection closed early.
@@ -897,8 +897,8 @@ def split_authority(authority: str, default_port: int) -> tuple[str, int]:
 
     The errors do not show the text, except for a host: it may contain a part of a password.
     """
-    userinfo, _, place = authority.rpartition("@")
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::(\d{0,5}))?", place)
+    userinfo, _, host_port = authority.rpartition("@")
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::(\d{0,5}))?", host_port)
     if not match or not _USERINFO.fullmatch(userinfo):
         raise BadRequestError("The URL has no valid host and port.")
     host, port = match[1].lower(), int(match[2] or default_port)
@@ -1123,17 +1123,17 @@ def _weak(tag: str) -> str:
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
-def content_range(answer: ResponseHead) -> tuple[int, int, int] | None:
+def content_range(response: ResponseHead) -> tuple[int, int, int] | None:
     """Return the range [start, stop) of a 206, and the complete size (RFC 9110 §14.4).
 
     Returns None for other responses, and if the field is absent or lacks the size.
     """
-    match = _CONTENT_RANGE.fullmatch(field_value(answer.fields, "Content-Range") or "")
-    return (int(match[1]), int(match[2]) + 1, int(match[3])) if match and answer.status == 206 else None
+    match = _CONTENT_RANGE.fullmatch(field_value(response.fields, "Content-Range") or "")
+    return (int(match[1]), int(match[2]) + 1, int(match[3])) if match and response.status == 206 else None
 
 
-def is_remainder(answer: ResponseHead, head: ResponseHead, size: int | None, offset: int) -> bool:
-    """Return whether ``answer`` continues, from ``offset``, the representation that ``head`` began.
+def is_remainder(response: ResponseHead, head: ResponseHead, size: int | None, offset: int) -> bool:
+    """Return whether ``response`` continues, from ``offset``, the representation that ``head`` began.
 
     ``size`` is the complete size, if known.  When in doubt the answer is False: bytes of two versions of a
     file must never be combined (RFC 9110 §15.3.7.3).
@@ -1141,16 +1141,16 @@ def is_remainder(answer: ResponseHead, head: ResponseHead, size: int | None, off
     # 1. The same version: a 206 repeats ETag (§15.3.7).  It may omit the date, which If-Range has compared,
     #    and the coding.
     for name in ("ETag", "Last-Modified", "Content-Encoding"):
-        before, after = field_value(head.fields, name), field_value(answer.fields, name)
+        before, after = field_value(head.fields, name), field_value(response.fields, name)
         omitted = after is None and name != "ETag" or before is None and name == "Last-Modified"
         if before != after and not (offset and omitted):
             return False
     # 2. From the start: a 200 with the whole.
     if not offset:
-        return answer.status == 200 and (size is None or content_length(answer.fields) == size)
+        return response.status == 200 and (size is None or content_length(response.fields) == size)
     # 3. From the offset: a 206 with exactly the rest.
-    part = content_range(answer)
-    if part is None or content_length(answer.fields) not in (None, part[1] - part[0]):
+    part = content_range(response)
+    if part is None or content_length(response.fields) not in (None, part[1] - part[0]):
         return False
     start, stop, total = part
     return start == offset and stop == total and size in (None, total)
@@ -1373,12 +1373,12 @@ def redirect_target(head: ResponseHead, target: Target) -> Target | None:
     if head.status not in (301, 302, 303, 307, 308) or not location:
         return None
     try:
-        onward = parse_target(urllib.parse.urljoin(target.uri, location))
+        new_target = parse_target(urllib.parse.urljoin(target.uri, location))
     except (BadRequestError, ValueError):
         return None
-    if target.scheme == "https" and onward.scheme != "https" or onward.uri == target.uri + "/":
+    if target.scheme == "https" and new_target.scheme != "https" or new_target.uri == target.uri + "/":
         return None
-    return onward
+    return new_target
 
 
 def via_value(fields: Fields, version: tuple[int, int], config: Config) -> str:
@@ -1386,10 +1386,10 @@ def via_value(fields: Fields, version: tuple[int, int], config: Config) -> str:
     return ", ".join([*field_values(fields, "Via"), "%d.%d %s" % (*version, config.pseudonym)])
 
 
-def is_same_site(target: Target, onward: Target) -> bool:
+def is_same_site(target: Target, new_target: Target) -> bool:
     """Return whether credentials may follow a redirect: same host and port, or from http to https."""
-    ports = (target.port, onward.port)
-    return target.host == onward.host and (ports[0] == ports[1] or ports == (80, 443))
+    ports = (target.port, new_target.port)
+    return target.host == new_target.host and (ports[0] == ports[1] or ports == (80, 443))
 
 
 def max_forwards(request: Request) -> int | None:
@@ -1470,8 +1470,8 @@ def client_fields(head: ResponseHead, request: Request) -> Fields:
     location = field_value(fields, "Location")
     if location:
         with contextlib.suppress(BadRequestError, ValueError):
-            onward = parse_target(urllib.parse.urljoin(head.final_uri or request.target.uri, location))
-            moved = with_client_prefix(request.client_prefix, onward)
+            new_target = parse_target(urllib.parse.urljoin(head.final_uri or request.target.uri, location))
+            moved = with_client_prefix(request.client_prefix, new_target)
             fields = without_fields(fields, ("location",)) + (("Location", moved),)
     return fields
 
@@ -1678,9 +1678,10 @@ def origin_request_fields(request: Request, config: Config, identity: bool) -> F
     hops = max_forwards(request)
     # 1. Remove hop-by-hop fields (§7.6.1), those that the proxy writes itself, a browser's cookie for
     #    another service on the proxy's host, and Expect from HTTP/1.0 (§10.1.1).
-    own = ["host", "via"] + (["cookie"] if request.client_prefix else [])
-    own += (["max-forwards"] if hops is not None else []) + (["expect"] if request.version < (1, 1) else [])
-    kept = without_fields(end_to_end(request.fields), own)
+    removed = ["host", "via"] + (["cookie"] if request.client_prefix else [])
+    removed += ["max-forwards"] if hops is not None else []
+    removed += ["expect"] if request.version < (1, 1) else []
+    kept = without_fields(end_to_end(request.fields), removed)
     # 2. Add: Host first (§7.2), Max-Forwards (§7.6.2), the framing of the body, Via last (§7.6.3).
     fields = (("Host", request.target.authority),) + (_only(kept, SHARED_FIELDS) if identity else kept)
     if hops is not None:
@@ -1977,24 +1978,24 @@ def with_age(head: ResponseHead, now: float) -> ResponseHead:
         ("Accept-Ranges", "bytes"), ("Age", str(current_age(head, now)))))
 
 
-def freshen_head(stored: ResponseHead, answer: ResponseHead) -> ResponseHead:
+def freshen_head(stored: ResponseHead, response: ResponseHead) -> ResponseHead:
     """Return a stored head updated by a 304 (RFC 9111 §3.2, §4.3.4)."""
     # Fields that describe the stored body stay as they are (§3.2), and the ETag by which it was validated.
     kept = ("content-length", "content-encoding", "content-range", "content-md5", "etag", "set-cookie")
-    new = without_fields(end_to_end(answer.fields), kept)
+    new = without_fields(end_to_end(response.fields), kept)
     # The age starts anew from that of the 304, so an old Age goes even if the 304 has none (§4.2.3).
     fields = without_fields(stored.fields, ["age", *(name.lower() for name, _ in new)]) + new
-    return replace_fields(stored, fields=fields, request_time=answer.request_time,
-                          response_time=answer.response_time)
+    return replace_fields(stored, fields=fields, request_time=response.request_time,
+                          response_time=response.response_time)
 
 
-def is_304_for(stored: ResponseHead, answer: ResponseHead) -> bool:
+def is_304_for(stored: ResponseHead, response: ResponseHead) -> bool:
     """Return whether a 304 confirms the stored response (RFC 9111 §4.3.4).
 
     With another ETag or date it is about another response: a mirror that compares dates would also confirm
     a captive portal's page that was stored today.
     """
-    tag, date = field_value(answer.fields, "ETag"), field_value(answer.fields, "Last-Modified")
+    tag, date = field_value(response.fields, "ETag"), field_value(response.fields, "Last-Modified")
     stored_tag = field_value(stored.fields, "ETag")
     same_tag = tag is None or stored_tag is not None and _weak(tag) == _weak(stored_tag)
     return same_tag and date in (None, field_value(stored.fields, "Last-Modified") or date)
@@ -2024,7 +2025,7 @@ def is_worth_full_download(request: Request, size_limit: int) -> bool:
     """Return whether to download a whole file although a range was requested.
 
     It is if the range starts within ``size_limit`` bytes and is at least as long: then the client probably
-    resumes or reads on.  Also for an invalid range, which is ignored, but not for several ranges.
+    resumes or reads on.  An invalid Range is ignored, so it asks for the whole file; several ranges do not.
     """
     ranges = parse_range(field_value(request.fields, "Range") or "", 2**60)
     if not ranges or len(ranges) > 1:
@@ -2033,17 +2034,17 @@ def is_worth_full_download(request: Request, size_limit: int) -> bool:
     return start <= size_limit and stop - start >= size_limit
 
 
-def invalidated_keys(request: Request, answer: ResponseHead) -> list[str]:
+def invalidated_keys(request: Request, response: ResponseHead) -> list[str]:
     """Return the keys that a successful unsafe request invalidates (RFC 9111 §4.4).
 
     These are its target, and the URLs in Location and Content-Location if they have the same origin.
     """
-    if request.method in ("GET", "HEAD", "OPTIONS", "TRACE") or answer.status >= 400:
+    if request.method in ("GET", "HEAD", "OPTIONS", "TRACE") or response.status >= 400:
         return []
     keys = [request.key]
     for name in ("Location", "Content-Location"):
         with contextlib.suppress(BadRequestError, ValueError):
-            location = field_value(answer.fields, name) or ""
+            location = field_value(response.fields, name) or ""
             target = parse_target(urllib.parse.urljoin(request.target.uri, location))
             if (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
                 keys.append(cache_key(target))
@@ -2170,13 +2171,13 @@ def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> b
     return allowed and decision.forward != "vary-miss"
 
 
-def replaces_stored(decision: CacheDecision, answer: ResponseHead) -> bool:
+def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
     """Return whether the answer to a validation shows that the stored response is outdated.
 
     A captive portal's page does not.
     """
-    portal = not decision.policy.html and "text/html" in media_type(answer)
-    return decision.action is Action.VALIDATE and answer.status == 200 and not portal
+    portal = not decision.policy.html and "text/html" in media_type(response)
+    return decision.action is Action.VALIDATE and response.status == 200 and not portal
 
 
 # ---------------------------------------------------------------------------------------------
