@@ -1637,7 +1637,7 @@ SHARED_FIELDS = frozenset(
     ("accept", "accept-language", "authorization", "cache-control", "pragma", "user-agent"))
 _OWN_FIELDS = frozenset(("host", "via", "range", "if-range", "if-match", "if-none-match", "if-modified-since",
                          "if-unmodified-since"))
-# The last three lines: npm, bundler, cargo, NuGet, zypper, flatpak and Go.
+# The last two lines: npm, bundler, cargo, NuGet, zypper, flatpak and Go.
 _NEEDLESS = re.compile(
     r"accept-(?:encoding|charset)|expect|content-type|date|expires|cache-store|from|referer|dnt|max-forwards"
     r"|priority|save-data|upgrade-insecure-requests|sec-(?:ch|fetch|gpc)(?:-[a-z-]+)?|forwarded|x-real-ip"
@@ -1776,7 +1776,7 @@ def cache_file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
 # let an unbounded repetition follow something that can begin at many places of one segment.
 
 MAX_NAME = 255  # bytes of a path segment that can have a class; no file system has longer names
-# Content-named files are cached for ever, so a name belongs here only if it can never mean another content.
+# Content-named files are cached forever, so a name belongs here only if it can never mean another content.
 # Without a digest that digest_in_name() can check, it is not enough to share the file between mirrors.
 # So add the name to _DIGEST as well if it contains the SHA-256 or SHA-512 of the very body.
 _CONTENT = re.compile(
@@ -1983,7 +1983,7 @@ def freshen_head(stored: ResponseHead, response: ResponseHead) -> ResponseHead:
     # Fields that describe the stored body stay as they are (§3.2), and the ETag by which it was validated.
     kept = ("content-length", "content-encoding", "content-range", "content-md5", "etag", "set-cookie")
     new = without_fields(end_to_end(response.fields), kept)
-    # The age starts anew from that of the 304, so an old Age goes even if the 304 has none (§4.2.3).
+    # The age restarts from that of the 304, so an old Age goes even if the 304 has none (§4.2.3).
     fields = without_fields(stored.fields, ["age", *(name.lower() for name, _ in new)]) + new
     return replace_fields(stored, fields=fields, request_time=response.request_time,
                           response_time=response.response_time)
