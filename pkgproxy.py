@@ -1641,8 +1641,8 @@ _OWN_FIELDS = frozenset(("host", "via", "range", "if-range", "if-match", "if-non
 _NEEDLESS = re.compile(
     r"accept-(?:encoding|charset)|expect|content-type|date|expires|cache-store|from|referer|dnt|max-forwards"
     r"|priority|save-data|upgrade-insecure-requests|sec-(?:ch|fetch|gpc)(?:-[a-z-]+)?|forwarded|x-real-ip"
-    r"|want-(?:(?:content|repr)-)?digest|x-forwarded-[a-z]+|x-(?:request|correlation)-id|traceparent|tracestate"
-    r"|x-b3-[a-z]+|baggage"
+    r"|want-(?:(?:content|repr)-)?digest|x-forwarded-[a-z]+|x-(?:request|correlation)-id|traceparent"
+    r"|tracestate|x-b3-[a-z]+|baggage"
     r"|npm-(?:auth-type|command|in-ci|scope|session)|pacote-[a-z-]+|x-gemfile-source|cargo-protocol"
     r"|x-nuget-[a-z-]+|x-zypp-[a-z]+|flatpak-[a-z-]+|disable-module-fetch")
 _CREDENTIAL = re.compile("api|auth|cookie|cred|jwt|key|login|otp|pass|saml|secret|session|sign|token|user")
@@ -1824,8 +1824,8 @@ _PACKAGE = re.compile(
     r"|crate|snap|jar|war|pom|module|t(?:gz|xz|bz2?|lz)|pkg\.tar(?:\.\w+)?|gpkg\.tar"
     r"|(?:orig[\w.-]{0,64}\.|debian\.)?(?:tar|diff)\.(?:gz|xz|bz2|zst|lzo?|lz4|lzma|lrz|Z))")
 _PLATFORM = re.compile(
-    r"x86[-_]64|x86|i[3-6]86|amd64|arm64|armv\d\w*|aarch64|ppc64\w*|mips64\w*|riscv64|(?:linux|osx|win)-?(?:32|64)",
-    re.I)
+    r"x86[-_]64|x86|i[3-6]86|amd64|arm64|armv\d\w*|aarch64|ppc64\w*|mips64\w*|riscv64"
+    r"|(?:linux|osx|win)-?(?:32|64)", re.I)
 _VERSION = re.compile(r"[-_~@+.]v?\d")
 _VERSIONLESS = re.compile(r"[/_.-](?:latest|current|nightly|daily)[_.-]", re.I)
 _GO_MODULE = re.compile(r"/@v/v\d[^/]*\.(?:info|mod|zip)")
