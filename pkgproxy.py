@@ -518,9 +518,6 @@ class Outcome(enum.Enum):
     FAILED = "failed", "bad", False, False, "most origins are unreachable"  # an error of the origin
 
 
-CACHE_OUTCOMES = tuple(outcome for outcome in Outcome if outcome.from_cache)
-
-
 class Action(enum.Enum):
     """What decide() tells the proxy to do."""
 
@@ -6628,15 +6625,11 @@ def usage_hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
     # The caller asks only once after the hundredth request of any kind, so refused requests must count here:
     # with one of them among the hundred, ``total`` would still be below the threshold.
     seen = total + outcomes[Outcome.REFUSED.value]
-    if not total or seen < HINT_AFTER_REQUESTS[-1] or any(counts[outcome] for outcome in CACHE_OUTCOMES):
+    if not total or seen < HINT_AFTER_REQUESTS[-1] or any(count and outcome.from_cache for outcome, count in counts.items()):
         return ""
     most = max(counts, key=counts.__getitem__)
     common = collections.Counter(filter(None, details)).most_common(1)
-    why = {Outcome.MISS: "each asked for a different file. That is normal while the cache fills; if it "
-                         "goes on, let all machines use the same mirror",
-           Outcome.BYPASS: "most matched a filter, or were not GET requests. Indexes need no filters",
-           Outcome.FAILED: "most origins could not be reached",
-           }.get(most, "most responses must not be stored" + (" (%s)" % common[0][0] if common else ""))
+    why = most.hint or "most responses must not be stored" + (" (%s)" % common[0][0] if common else "")
     return "None of the first %d requests was a hit: %s." % (total, why)
 
 
@@ -7024,9 +7017,8 @@ def hit_counts(counts: dict[str, int]) -> tuple[int, int]:
     ``counts``: number of requests by outcome.  Tunnels, pages of the proxy, refused and failed requests
     are in neither number, because a cache cannot answer them.
     """
-    found = sum(counts.get(outcome.value, 0) for outcome in CACHE_OUTCOMES)
-    others = (Outcome.MISS, Outcome.UPDATED, Outcome.RELAYED, Outcome.BYPASS)
-    return found, found + sum(counts.get(outcome.value, 0) for outcome in others)
+    rated = [(outcome, counts.get(outcome.value, 0)) for outcome in Outcome if outcome.in_hit_rate]
+    return sum(count for outcome, count in rated if outcome.from_cache), sum(count for _, count in rated)
 
 
 def summary(view: dict[str, Any]) -> str:
@@ -7208,12 +7200,10 @@ def _recent_html(view: dict[str, Any]) -> str:
             '</thead><tbody>')
     for row in view["recent"]:
         outcome, seconds = Outcome(row["outcome"]), row["seconds"]
-        is_bad = outcome in (Outcome.FAILED, Outcome.REFUSED, Outcome.STALE)
-        colour = "bad" if is_bad else "cache" if outcome in CACHE_OUTCOMES else "origin"
         notes = [row["method"] if row["method"] != "GET" else "",  # only unusual values
                  str(row["status"]) if row["status"] != 200 else "", row["detail"]]
         text += '<tr><td class="%s">%s<td class="name">%s %s' % (
-            colour, outcome.value, _uri_html(row["uri"]), escape(", ".join(filter(None, notes))))
+            outcome.colour, outcome.value, _uri_html(row["uri"]), escape(", ".join(filter(None, notes))))
         text += '<td class="n">%s<td class="n">%s<td>%s<td class="n">%s' % (
             format_bytes(row["bytes"]), "%d ms" % (1000 * seconds) if seconds < 1 else "%.1f s" % seconds,
             escape(row["client"]), format_duration(view["now"] - row["at"]))

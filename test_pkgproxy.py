@@ -7243,8 +7243,8 @@ class WatchTest(unittest.TestCase):
 
     def test_users_who_are_about_to_lose_are_told_once(self):
         rows = (({"outcome": Outcome.TUNNEL}, "cannot be cached"),
-                ({"outcome": Outcome.MISS}, "a different file"), ({"outcome": Outcome.BYPASS}, "filter"),
-                ({"outcome": Outcome.FAILED}, "could not be reached"),
+                ({"outcome": Outcome.MISS}, "for another file"), ({"outcome": Outcome.BYPASS}, "filter"),
+                ({"outcome": Outcome.FAILED}, "are unreachable"),
                 ({"outcome": Outcome.RELAYED, "detail": "no-store"}, r"must not be stored \(no-store\)"),
                 ({"outcome": Outcome.BYPASS, "forward": "bypass"}, r"from the cache: http://a/x_1\.0_all\.deb"))
         for status, expected in rows:
