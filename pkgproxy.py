@@ -140,6 +140,7 @@ import argparse
 import base64
 import calendar
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import enum
@@ -3864,34 +3865,40 @@ class LeaseManager:
 
 
 class RecentEvents:
-    """When something last happened to a host, a file or a client, and why: failures, attempts, log lines."""
+    """When something last happened to a host, a file or a client, and why: failures, attempts, log lines.
+
+    Methods for the caller: note, note_first, find, gather, forget.  Safe for use by several threads.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # guards _events
-        self._events: dict[str, tuple[float, str]] = {}  # by name: monotonic time and reason
+        self._events: dict[str, tuple[float, str]] = {}  # by name: monotonic time and reason; oldest first
 
     def note(self, name: str, reason: str = "") -> None:
-        """It happens now."""
+        """Record that the event happens to ``name`` now."""
         with self._lock:
             if len(self._events) >= MAX_EVENTS:
-                self._events.clear()  # costs some attempts more, no memory
-            self.forget(name)  # to be the newest
+                self._events.clear()  # costs a few repeated attempts or log lines, but bounds the memory
+            self.forget(name)  # moves the name to the end
             self._events[self._key(name)] = time.monotonic(), reason[:MAX_MEMOIZED]
 
     def note_first(self, name: str, span: float) -> bool:
-        """Note it unless it has happened in the last ``span`` seconds; return whether it was noted."""
-        with self._lock:
-            first = self.find(name, span) is None
-            if first:
+        """Record the event unless it happened in the last ``span`` seconds; return whether that is so."""
+        with self._lock:  # of several threads that ask at once, exactly one gets True
+            is_first = self.find(name, span) is None
+            if is_first:
                 self.note(name)
-            return first
+            return is_first
 
     def find(self, name: str, span: float) -> tuple[float, str] | None:
-        """Seconds since it happened, and why; None if that is ``span`` seconds ago, or more."""
+        """Return the event's age in seconds and its reason; None if it is ``span`` seconds old or older."""
         return next((row[1:] for row in self.gather(span, name)), None)
 
     def gather(self, span: float, *names: str) -> list[tuple[str, float, str]]:
-        """Names (all, or those given) with the seconds since it happened and why, the newest last."""
+        """Return (name, age in seconds, reason) of events younger than ``span`` seconds, the newest last.
+
+        ``names`` limits the result to these names; without any, all are returned.
+        """
         now = time.monotonic()
         with self._lock:
             keys = map(self._key, names or self._events)
@@ -3899,446 +3906,320 @@ class RecentEvents:
         return [(name, now - when, reason) for name, when, reason in rows if now - when < span]
 
     def forget(self, *names: str) -> None:
-        """It never happened."""
+        """Remove the events of these names."""
         with self._lock:
             for name in names:
                 self._events.pop(self._key(name), None)
 
     def _key(self, name: str) -> str:
-        # Strangers choose the length of names, and so the memory that they take.
+        # Clients choose the length of names, and MAX_EVENTS times the longest URL would be 160 MB.
         return name if len(name) <= MAX_MEMOIZED else hashlib.sha256(name.encode()).hexdigest()
 
 
-def wait_until_ready(sock: socket.socket, timeout: float, writing: bool = False) -> bool:
-    """Whether a socket has bytes or its end to read, or takes bytes or will fail; poll where there is one:
-    select stops at 1024."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(sock, select.POLLOUT if writing else select.POLLIN)
-        return bool(poll.poll(timeout * 1000))
-    wanted = ([], [sock], [sock]) if writing else ([sock], [], [])
-    return any(select.select(*wanted, timeout))
-
-
-def is_open_and_silent(sock: socket.socket) -> bool:
-    """Whether a connection is open, and nothing has come over it."""
-    try:
-        return not wait_until_ready(sock, 0)
-    except (OSError, ValueError):
-        return False
-
-
-class DeadlineReader(io.RawIOBase):
-    """The bytes of a socket, up to a deadline: a drip of single bytes must not hold a thread for ever.
-
-    A socket without TLS does not block, and is waited for only where there is nothing to read: Python's own
-    time-outs ask the system before each read.
-    """
-
-    def __init__(self, sock: socket.socket, patience: float, early: bytes = b"") -> None:
-        super().__init__()
-        self.prefetched = early  # has been received, and not been read
-        self.keepalive: io.RawIOBase | None = None  # what keeps the socket open, to be closed with this
-        self.on_idle: Callable[[], object] | None = None  # to be called where nothing comes for PAUSE
-        self._sock = sock
-        self._patience = patience  # seconds of silence
-        self._deadline: float | None = None  # monotonic
-
-    def set_deadline(self, seconds_left: float | None) -> None:
-        """From now on all reads together may take so long; None: each alone."""
-        self._deadline = None if seconds_left is None else time.monotonic() + seconds_left
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        """What http.client reads, which takes this for a socket."""
-        return io.BufferedReader(self, 64 * 1024)
-
-    def readable(self) -> bool:
-        """It is there to be read."""
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        """Read what comes; socket.timeout."""
-        if self.prefetched:
-            size = min(len(buffer), len(self.prefetched))
-            buffer[:size], self.prefetched = self.prefetched[:size], self.prefetched[size:]
-            return size
-        left = self._time_left()
-        if hasattr(self._sock, "pending"):  # TLS
-            if not self._sock.pending():
-                self._wait_briefly(left)
-            self._sock.settimeout(self._time_left())
-            return self._sock.recv_into(buffer)
-        while True:
-            try:
-                return self._sock.recv_into(buffer)
-            except BlockingIOError:
-                if not self._wait_briefly(left) and not wait_until_ready(self._sock, self._time_left()):
-                    raise socket.timeout("timed out") from None
-
-    def _wait_briefly(self, left: float) -> bool:
-        if self.on_idle is None:
-            return False
-        soon = wait_until_ready(self._sock, min(PUBLISH_DELAY, left))
-        if not soon:
-            self.on_idle()
-        return soon
-
-    def _time_left(self) -> float:
-        """Seconds that it may take; socket.timeout where that is none."""
-        if self._deadline is None:
-            return self._patience
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        return min(left, self._patience)
-
-    def close(self) -> None:
-        """Close it; the socket closes only what it has been given to hold."""
-        if self.keepalive is not None:
-            self.keepalive.close()
-        super().close()
-
-
-def read_head_lines(file: io.BufferedIOBase, limit: int = MAX_HEAD) -> list[str]:
-    """The lines of a head without their CRLF, up to the empty one (RFC 9112 §2.1).
-
-    [] at the end of the stream before the first byte; ValueError for a head that is cut off, too
-    large, or whose lines end in anything but CRLF.
-    """
-    lines: list[str] = []
-    total = 0
-    while True:
-        line = file.readline(MAX_LINE + 2)
-        total += len(line)
-        if not line and not lines:
-            return []
-        if not line.endswith(b"\r\n") and len(line) > MAX_LINE:
-            what, status = ("a field", 431) if lines else ("a first line", 414)
-            raise HeadTooLargeError("%s longer than %d bytes" % (what, MAX_LINE), status)
-        if not line.endswith(b"\r\n"):
-            raise ValueError("a line without CR" if line.endswith(b"\n") else "a head that is cut off")
-        if total > limit:
-            raise HeadTooLargeError("a head of more than %d bytes" % limit)
-        if line == b"\r\n":
-            return lines or [""]
-        lines.append(line[:-2].decode("latin-1"))
-
-
-class ChunkedReader:
-    """A chunked body (RFC 9112 §7.1); trailers are dropped.  http.client's own lets bad sizes pass."""
-
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        self._file = file
-        self._left = 0  # bytes of the current chunk
-        self._allowance = MAX_HEAD  # bytes of framing that may still come; data allows for more
-        self.ended = False
-
-    def read(self, size: int) -> bytes:
-        """Return up to ``size`` bytes, b"" after the last chunk; ValueError if the framing is invalid or far
-        larger than the data."""
-        data = self._read_small(size) if not self._left and not self.ended else b""
-        data = data or self._read_one(size)
-        self._allowance += 2 * len(data)
-        if self._allowance < 0:
-            raise ValueError("chunks too small for their framing")
-        return data
-
-    def _read_small(self, size: int) -> bytes:
-        """Join the chunks that are in the buffer as a whole: each on its own would cost a write to disk."""
-        buffered, pieces, at = self._file.peek(1), [], 0  # type: ignore[attr-defined]
-        while match := _CHUNK_SIZE.match(buffered, at):
-            count = int(match[1], 16)
-            stop = match.end() + count
-            if not 0 < count <= size or buffered[stop:stop + 2] != b"\r\n":
-                break
-            pieces.append(buffered[match.end():stop])
-            self._allowance -= stop + 2 - at - count
-            size, at = size - count, stop + 2
-        self._file.read(at)
-        return b"".join(pieces)
-
-    def _read_one(self, size: int) -> bytes:
-        """Return up to ``size`` bytes of the current chunk, or of the next; b"" after the last."""
-        if not self._left and not self.ended:
-            line = self._file.readline(MAX_LINE)
-            self._left = parse_chunk_size(line)
-            self._allowance -= len(line) + 2
-            if not self._left:
-                trailers = read_head_lines(self._file)
-                if not trailers:
-                    raise ValueError("a body cut off before its end")
-                parse_fields(trailers if trailers != [""] else [])
-                self.ended = True
-        data = self._file.read1(min(size, self._left)) if self._left else b""
-        if self._left and not data:
-            raise ValueError("a chunk cut off")
-        self._left -= len(data)
-        if data and not self._left and self._file.read(2) != b"\r\n":
-            raise ValueError("a chunk that does not end where it says")
-        return data
-
-
-class Quota:
-    """A limited number of things in use, of which one client may have half."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._lock = threading.Lock()  # guards _used
-        self._used: collections.Counter[str] = collections.Counter()  # by client_network()
-
-    def acquire(self, client: str) -> bool:
-        """Take one for a client's address; False if there is none left for it."""
-        client = client_network(client)
-        with self._lock:
-            free = sum(self._used.values()) < self._most and self._used[client] < max(1, self._most // 2)
-            self._used[client] += free
-            return free
-
-    def release(self, client: str) -> None:
-        """Return one."""
-        client = client_network(client)
-        with self._lock:
-            self._used[client] -= 1
-            self._used += collections.Counter()  # drops zeros
-
-
 def start_thread(work: Callable[..., object], *arguments: Any) -> None:
-    """Let a thread do it; LocalFailure where there can't be one more."""
+    """Run ``work`` in a new daemon thread; raise StorageError if the system allows no further thread."""
     try:
         threading.Thread(target=work, args=arguments, daemon=True).start()
     except RuntimeError as error:
         raise StorageError(OSError(errno.ENOMEM, str(error))) from None
 
 
-# ---------------------------------------------------------------------------------------------
-# 8 Origin client
-# ---------------------------------------------------------------------------------------------
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # select() ends at descriptor 1023
 
 
-class StrictHTTPResponse(http.client.HTTPResponse):
-    """http.client's response with a strict head.
+def wait_until_ready(sock: socket.socket, timeout: float, writing: bool = False) -> bool:
+    """Wait up to ``timeout`` seconds until a socket can be read (or written); return whether it can.
 
-    http.client takes a head that is cut off for an empty 200, any 1xx but 100 for the final answer,
-    lets bare LF pass, and leaves the conflict of two lengths to chance.
+    A socket that has failed or was closed by the peer counts as ready.
+    """
+    with _Selector() as selector:
+        selector.register(sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ)
+        return bool(selector.select(timeout))
+
+
+def is_open_and_silent(sock: socket.socket) -> bool:
+    """Return whether a connection is open and has no unread bytes."""
+    try:
+        return not wait_until_ready(sock, 0)
+    except (OSError, ValueError):
+        return False
+
+
+def time_left(deadline: float | None, limit: float) -> float:
+    """Return the seconds that a step may take: ``limit``, but no longer than until a monotonic deadline.
+
+    Raise socket.timeout if the deadline has passed.
+    """
+    left = limit if deadline is None else deadline - time.monotonic()
+    if left <= 0:
+        raise socket.timeout("timed out")
+    return min(left, limit)
+
+
+class DeadlineReader(io.RawIOBase):
+    """A raw stream over a socket whose reads respect an overall deadline.
+
+    A socket's own timeout starts anew with every read, so a peer that sends one byte after
+    another would occupy a thread for ever.  Wrap the reader in io.BufferedReader.
+
+    ``timeout`` limits the silence before each read, in seconds; ``prefetched`` are bytes that were already
+    received from the socket.  A socket without TLS should be non-blocking: the reader then polls only if
+    there is nothing to read, whereas Python's timeouts poll before each read.
+
+    Methods for the caller: set_deadline.  Attributes: prefetched, on_idle.
     """
 
-    pairs: Fields = ()  # the fields, in the order of the wire
-
-    def __init__(self, sock: socket.socket, *arguments: Any, **more: Any) -> None:
-        self.patience = sock.gettimeout() or ORIGIN_TIMEOUT  # seconds until the whole head is there
+    def __init__(self, sock: socket.socket, timeout: float, prefetched: bytes = b"") -> None:
+        super().__init__()
+        self.prefetched = prefetched  # bytes not yet read
+        self.on_idle: Callable[[], object] | None = None  # called if no byte comes for PUBLISH_DELAY seconds
         self._sock = sock
-        self._timed = DeadlineReader(sock, ORIGIN_TIMEOUT)
-        self._timed.keepalive = sock.makefile("rb", buffering=0)  # http.client closes the socket before it reads
-        super().__init__(self._timed, *arguments, **more)  # type: ignore[arg-type]
-        if not hasattr(sock, "pending"):
-            sock.setblocking(False)
+        self._timeout = timeout
+        self._deadline: float | None = None  # monotonic
 
-    def hurry(self, seconds_left: float) -> None:
-        """From now on reading it may take so long in all."""
-        self._timed.set_deadline(seconds_left)
+    def set_deadline(self, seconds_left: float | None) -> None:
+        """Limit the time of all further reads together; None: only the time of each read."""
+        self._deadline = None if seconds_left is None else time.monotonic() + seconds_left
 
-    def on_pause(self, call: Callable[[], object]) -> None:
-        """What to do where nothing comes for PAUSE seconds."""
-        self._timed.on_idle = call
+    def readable(self) -> bool:
+        """Return True (io.BufferedReader asks)."""
+        return True
 
-    def begin(self, **_limits: Any) -> None:
-        """Read the final head, within the socket's time-out; ValueError or http.client.RemoteDisconnected."""
-        self._timed.set_deadline(self.patience)
-        self._read_head()
-        self._timed.set_deadline(None)
-
-    def _read_head(self) -> None:
+    def readinto(self, buffer: Any) -> int | None:
+        """Read the bytes that are available into a buffer, after waiting for the first; socket.timeout."""
+        if self.prefetched:
+            size = min(len(buffer), len(self.prefetched))
+            buffer[:size], self.prefetched = self.prefetched[:size], self.prefetched[size:]
+            return size
+        time_left(self._deadline, self._timeout)  # raises: even bytes that are there come too late
+        if hasattr(self._sock, "pending"):  # TLS: part of a record may have arrived, so recv() may block
+            if not self._sock.pending():
+                self._wait()
+            self._sock.settimeout(time_left(self._deadline, self._timeout))
         while True:
-            lines = read_head_lines(self.fp)
-            if not lines:
-                raise http.client.RemoteDisconnected("closed before an answer")
-            version, status, reason = parse_status_line(lines[0])
-            fields = parse_fields(lines[1:])
-            if status >= 200:
+            try:
+                return self._sock.recv_into(buffer)
+            except BlockingIOError:
+                self._wait()
+
+    def _wait(self) -> None:
+        """Wait until the socket has bytes; socket.timeout."""
+        if self.on_idle is not None:
+            if wait_until_ready(self._sock, time_left(self._deadline, PUBLISH_DELAY)):
+                return
+            self.on_idle()
+        if not wait_until_ready(self._sock, time_left(self._deadline, self._timeout)):
+            raise socket.timeout("timed out")
+
+
+def read_head_lines(file: io.BufferedIOBase) -> list[str]:
+    """Read the lines of a head, without their CRLF, up to and without the empty line (RFC 9112 §2.1).
+
+    Return [] if the stream ends before the first byte, and [""] if the first line is empty.  Raise
+    HeadTooLargeError, or ValueError for a head that is cut off or has a line that does not end in CRLF: a
+    bare LF, which a recipient may accept, is how one message is smuggled past another parser as two.
+    """
+    lines: list[str] = []
+    total = 0
+    while (line := file.readline(MAX_LINE + 2)) != b"\r\n":
+        total += len(line)
+        if not line and not lines:
+            return []
+        if not line.endswith(b"\r\n") and len(line) > MAX_LINE:
+            raise HeadTooLargeError("a line is longer than %d bytes" % MAX_LINE, 431 if lines else 414)
+        if not line.endswith(b"\r\n"):
+            raise ValueError("a line ends without CR" if line.endswith(b"\n") else "the head is cut off")
+        if total > MAX_HEAD:
+            raise HeadTooLargeError("the head is longer than %d bytes" % MAX_HEAD)
+        lines.append(line[:-2].decode("latin-1"))
+    return lines or [""]
+
+
+class ChunkedReader:
+    """Decodes a chunked body (RFC 9112 §7.1) and drops its trailers; http.client's decoder is too lax.
+
+    Method for the caller: read.  Attribute: ended (whether the last chunk and the trailers were read).
+    """
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self.ended = False
+        self._file = file
+        self._left = 0  # bytes of the current chunk
+        self._allowance = MAX_HEAD  # bytes of framing that may still come; each byte of data adds two
+
+    def read(self, size: int) -> bytes:
+        """Return up to ``size`` bytes, or b"" after the last chunk.
+
+        Raise ValueError if the framing is invalid or far larger than the data: extensions and one-byte
+        chunks must not cost more work than the body is worth.
+        """
+        if self.ended:
+            return b""
+        data = (b"" if self._left else self._read_small_chunks(size)) or self._read_one_chunk(size)
+        self._allowance += 2 * len(data)
+        if self._allowance < 0:
+            raise ValueError("the chunks are too small for their framing")
+        return data
+
+    def _read_small_chunks(self, size: int) -> bytes:
+        """Join the chunks that are completely in the buffer: one by one, each would cost a write to disk."""
+        buffered, pieces, position = self._file.peek(1), [], 0  # type: ignore[attr-defined]
+        while match := _CHUNK_SIZE.match(buffered, position):
+            length = int(match[1], 16)
+            end = match.end() + length
+            if not 0 < length <= size or buffered[end:end + 2] != b"\r\n":
                 break
-            if status == 101:
-                raise ValueError("101 without being asked")
-        self.status = self.code = status
-        self.version, self.reason, self.pairs = version[0] * 10 + version[1], reason, fields
-        self.headers = self.msg = http.client.HTTPMessage()
-        self._frame(version, fields)
+            pieces.append(buffered[match.end():end])
+            self._allowance -= end + 2 - position - length
+            size, position = size - length, end + 2
+        self._file.read(position)
+        return b"".join(pieces)
 
-    def _frame(self, version: tuple[int, int], fields: Fields) -> None:
-        """Where the body ends (RFC 9112 §6.3)."""
-        self.chunked = is_chunked(fields)
-        declared = field_value(fields, "Content-Length") or ("chunked" if self.chunked else "0")
-        if self.chunked and (version < (1, 1) or field_value(fields, "Content-Length") is not None):
-            raise ValueError("Transfer-Encoding with HTTP/1.0 or a Content-Length")
-        self.chunk_left = None
-        self.length = None if self.chunked else content_length(fields)
-        options = list_members(fields, "Connection")
-        self.will_close = "close" in options or version < (1, 1) and "keep-alive" not in options
-        if self._method == "HEAD" or self.status in (204, 304):  # type: ignore[attr-defined]
-            self.length, self.chunked = 0, False
-        elif not self.chunked and self.length is None:
-            self.will_close = True
-        if self.length == 0 and declared != "0":
-            self.will_close = True  # an answer without body that declares one: who knows what follows
-
-
-def resolve_addresses(host: str, port: int) -> list[tuple[Any, ...]]:
-    """The addresses of a name, the families in turn (RFC 8305 §4); OSError."""
-    # In bytes: for a str, Python loads a megabyte of tables for names beyond ASCII, which ours never are.
-    found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
-    first = [address for address in found if address[0] == found[0][0]]
-    other = [address for address in found if address[0] != found[0][0]]
-    pairs = itertools.zip_longest(first, other)
-    return [address for pair in pairs for address in pair if address is not None]
+    def _read_one_chunk(self, size: int) -> bytes:
+        """Return up to ``size`` bytes of the current chunk or, if it is used up, of the next one."""
+        if not self._left:
+            line = self._file.readline(MAX_LINE)
+            self._left = parse_chunk_size(line)
+            self._allowance -= len(line) + 2
+        if not self._left:
+            trailers = read_head_lines(self._file)
+            if not trailers:
+                raise ValueError("the body is cut off before its end")
+            parse_fields(trailers if trailers != [""] else [])
+            self.ended = True
+            return b""
+        data = self._file.read1(min(size, self._left))
+        if not data:
+            raise ValueError("a chunk is cut off")
+        self._left -= len(data)
+        if not self._left and self._file.read(2) != b"\r\n":
+            raise ValueError("a chunk is longer than its declared size")
+        return data
 
 
-def _detached(sock: Any, patience: float) -> socket.socket:
-    """The same connection in a socket of its own, which outlives the tries."""
-    own = socket.socket(sock.family, sock.type, sock.proto, sock.detach())
-    own.settimeout(patience)
-    return own
+# ---------------------------------------------------------------------------------------------
+# 8 Origin client
+#
+# A request to an origin takes this way:
+#
+#   OriginClient.fetch            follows redirects; one OriginRequest for each hop
+#     _send_with_retry            a pooled connection, then a new one, then one without the parent proxy
+#       OriginConnection.exchange   Resolver.resolve → AddressPolicy.filter → connect_fastest → TLS → request
+#         OriginResponse.begin        reads the head; the caller reads the body from it
+#
+# Its time limits, each within OriginRequest.deadline if that is set: DNS_TIMEOUT (getaddrinfo() has none),
+# CONNECT_TIMEOUT for all addresses together and again for TLS, ORIGIN_TIMEOUT of silence for the head, and
+# ORIGIN_TIMEOUT of silence for each read of the body.
+# ---------------------------------------------------------------------------------------------
 
-
-class DNSLookup:
-    """One question to the name servers, in a thread of its own: getaddrinfo knows no deadline."""
-
-    def __init__(self, host: str, port: int, done: Callable[[], None]) -> None:
-        self._place = (host, port)
-        self._done = done  # told of the end
-        self._ended = threading.Event()
-        self._found: list[tuple[Any, ...]] = []
-        self._failure: Exception | None = None
-        try:
-            threading.Thread(target=self._run, daemon=True).start()
-        except RuntimeError as error:
-            raise OSError(errno.ENOMEM, "no thread to look it up: %s" % error) from None
-
-    def _run(self) -> None:
-        try:
-            self._found = resolve_addresses(*self._place)
-        except (OSError, UnicodeError) as error:
-            self._failure = error
-        finally:
-            self._done()
-            self._ended.set()
-
-    def result(self, patience: float) -> list[tuple[Any, ...]]:
-        """The addresses; OSError, UnicodeError, socket.timeout."""
-        if not self._ended.wait(patience):
-            raise socket.timeout("the name servers say nothing")
-        if self._failure is not None:
-            raise self._failure
-        return list(self._found)
-
-
-class Resolver:
-    """The addresses of origins, and which of them failed lately.  For the caller: find, failed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _lookups
-        self._lookups: dict[tuple[str, int], DNSLookup] = {}  # under way: one a name, however many wait
-        self.failures = RecentEvents()  # by address, or the URL of a parent proxy
-        self._quota = Quota(MAX_LOOKUPS)
-
-    def resolve(self, host: str, port: int, patience: float, client: str = "") -> list[tuple[Any, ...]]:
-        """The addresses of a name, those that failed lately last; OSError, UnicodeError, socket.timeout, and
-        OriginFailure if too many names are being looked up, for the client or in all."""
-        if is_address(host):
-            found = resolve_addresses(host, port)  # nobody has to be asked
-        else:
-            found = self._lookup((host, port), client).result(patience)
-        return sorted(found, key=lambda address: -(self.failures.find(address[4][0], ADDRESS_PENALTY) or (math.inf,))[0])
-
-    def mark_failed(self, address: str) -> None:
-        """An address refused, broke off or said nothing."""
-        self.failures.note(address)
-
-    def _lookup(self, place: tuple[str, int], client: str) -> DNSLookup:
-        """The lookup of a name that is under way, or a new one; OSError, OriginFailure."""
-        free, started = self._quota.acquire(client), False
-        try:
-            with self._lock:
-                if place not in self._lookups:
-                    if not free:
-                        raise OriginError("Too many names are being looked up.", status=503)
-                    self._lookups[place] = DNSLookup(*place, functools.partial(self._looked_up, place, client))
-                    started = True
-                return self._lookups[place]
-        finally:
-            if free and not started:
-                self._quota.release(client)
-
-    def _looked_up(self, place: tuple[str, int], client: str) -> None:
-        with self._lock:
-            self._lookups.pop(place, None)
-        self._quota.release(client)
-
-
-def connect_fastest(addresses: list[tuple[Any, ...]], patience: float) -> socket.socket:
-    """A connection to whichever address answers first: a new one is tried every NEXT_ADDRESS seconds, and
-    at once when one refuses (RFC 8305 §5); OSError, socket.timeout."""
-    waiting, deadline = list(addresses), time.monotonic() + patience
-    failure: OSError = socket.timeout("timed out")
-    with selectors.DefaultSelector() as tries, contextlib.ExitStack() as others:
-        while waiting or tries.get_map():
-            if waiting:
-                family, kind, protocol, _, address = waiting.pop(0)
-                try:
-                    sock = others.enter_context(socket.socket(family, kind, protocol))
-                    sock.setblocking(False)
-                    code = sock.connect_ex(address)
-                    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-                        raise OSError(code, os.strerror(code))
-                    tries.register(sock, selectors.EVENT_WRITE)
-                except OSError as error:  # a family that this machine does not speak
-                    failure = error
-                    continue
-            left = deadline - time.monotonic()
-            for key, _ in tries.select(max(0.0, min(left, CONNECT_ATTEMPT_DELAY) if waiting else left)):
-                tries.unregister(key.fileobj)
-                code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # type: ignore[union-attr]
-                if not code:
-                    return _detached(key.fileobj, patience)
-                failure = OSError(code, os.strerror(code))
-            if time.monotonic() >= deadline:
-                raise socket.timeout("timed out")
-    raise failure
+Address = tuple[Any, ...]  # family, type, protocol, canonical name and socket address, as of getaddrinfo()
 
 
 @dataclasses.dataclass(frozen=True)
 class OriginRequest:
-    """One request to an origin."""
+    """A request to an origin server."""
 
     method: str
     target: Target
     fields: Fields
     body: Readable | None = None
     length: int | None = 0  # of the body; None: chunked
-    client_is_local: bool = False  # for a client on this host, which may reach what only this host may
-    follow_redirects: bool = False  # redirects, but not to HTML
-    deadline: float | None = None  # monotonic: by then a head, or a time-out; None: each step has its own
-    client: str = ""  # its address
-    timings: dict[str, float] | None = None  # the client request's (see mark())
+    client_is_local: bool = False  # the client is on this host, so it may reach addresses of this host, too
+    follow_redirects: bool = False  # except to HTML: see OriginClient.fetch
+    deadline: float | None = None  # monotonic: for the response's head; None: only each step is limited
+    client: str = ""  # the client's address
+    timings: dict[str, float] | None = None  # those of the client's request (see mark())
 
-    def timeout_for(self, most: float) -> float:
-        """Seconds for a step that may take ``most``; socket.timeout where there are none left."""
-        if self.deadline is None:
-            return most
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        return min(left, most)
+    def timeout_for(self, limit: float) -> float:
+        """Return the seconds that a step with its own ``limit`` may take; socket.timeout."""
+        return time_left(self.deadline, limit)
 
     @property
     def is_retryable(self) -> bool:
-        """Whether it may be sent twice (RFC 9110 §9.2.2), and whether it still can be."""
+        """Whether the request may be sent twice: a safe method (RFC 9110 §9.2.2) and no body."""
         return self.body is None and self.method in ("GET", "HEAD", "OPTIONS")
 
 
-def is_local_address(address: tuple[Any, ...]) -> bool:
-    """Whether an address is one of this machine's; OSError if that cannot be found out.  No packet is sent.
+def resolve_addresses(host: str, port: int) -> list[Address]:
+    """Return the addresses of a host name, alternating between the families (RFC 8305 §4); OSError."""
+    # As bytes: given a str, Python loads a megabyte of tables for names that are not ASCII.
+    found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
+    preferred = [address for address in found if address[0] == found[0][0]]
+    others = [address for address in found if address[0] != found[0][0]]
+    pairs = itertools.zip_longest(preferred, others)
+    return [address for pair in pairs for address in pair if address is not None]
 
-    bind() cannot tell: with Linux's ip_nonlocal_bind=1 it succeeds for any address, and /proc, which has
-    that setting and the list of addresses, may be hidden.  So the kernel is asked in other ways.
+
+class Resolver:
+    """Resolves host names with a timeout and remembers addresses that failed.
+
+    getaddrinfo() has no timeout, so each lookup runs in a thread of its own.  Requests for the same name
+    share one lookup.  At most MAX_LOOKUPS are in progress, half of them for one client: a client that asks
+    for names whose servers are silent does not use up the threads of the others.
+
+    Methods for the caller: resolve, mark_failed.  Attribute: failures.
+    """
+
+    def __init__(self) -> None:
+        self.failures = RecentEvents()  # by address, or by the URL of a parent proxy
+        self._lock = threading.Lock()  # guards _lookups
+        # Lookups in progress, by host and port, and the client network that started each.
+        self._lookups: dict[tuple[str, int], tuple[concurrent.futures.Future[list[Address]], str]] = {}
+
+    def resolve(self, host: str, port: int, timeout: float, client: str = "") -> list[Address]:
+        """Return the addresses of a host, those that failed recently last.
+
+        Raise OSError or UnicodeError if the host has none, socket.timeout, and OriginError (503) if too many
+        lookups are in progress, in total or for this client.
+        """
+        if is_address(host):
+            addresses = resolve_addresses(host, port)  # asks no name server
+        else:
+            try:
+                addresses = self._look_up((host, port), client_network(client)).result(timeout)
+            except concurrent.futures.TimeoutError:
+                raise socket.timeout("the name servers did not answer") from None
+        return sorted(addresses, key=self._rank)
+
+    def mark_failed(self, address: str) -> None:
+        """Remember that an address refused a connection, broke it or was silent."""
+        self.failures.note(address)
+
+    def _rank(self, address: Address) -> float:
+        failure = self.failures.find(address[4][0], ADDRESS_PENALTY)
+        return -math.inf if failure is None else -failure[0]  # after all others, the latest failure last
+
+    def _look_up(self, name: tuple[str, int], network: str) -> concurrent.futures.Future[list[Address]]:
+        """Return the lookup of a name that is in progress, or start one; OriginError."""
+        with self._lock:
+            if name in self._lookups:
+                return self._lookups[name][0]
+            networks = [running for _, running in self._lookups.values()]
+            if len(networks) >= MAX_LOOKUPS or networks.count(network) >= max(1, MAX_LOOKUPS // 2):
+                raise OriginError("Too many host names are being resolved.", status=503)
+            lookup: concurrent.futures.Future[list[Address]] = concurrent.futures.Future()
+            try:
+                start_thread(self._run, lookup, name)  # at its end, it waits for the lock
+            except StorageError:
+                raise OriginError("No thread is left to resolve a host name.", status=503) from None
+            self._lookups[name] = lookup, network
+            return lookup
+
+    def _run(self, lookup: concurrent.futures.Future[list[Address]], name: tuple[str, int]) -> None:
+        try:
+            lookup.set_result(resolve_addresses(*name))
+        except (OSError, UnicodeError) as error:
+            lookup.set_exception(error)
+        finally:
+            with self._lock:
+                del self._lookups[name]
+
+
+def is_local_address(address: Address) -> bool:
+    """Return whether a socket address belongs to this machine; OSError if that cannot be determined.
+
+    No packet is sent.  bind() cannot tell: with Linux's ip_nonlocal_bind=1 it succeeds for any address, and
+    /proc, which has that setting and the list of addresses, may be hidden.
     """
     ip = ipaddress.ip_address(address[0].partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
@@ -4346,554 +4227,727 @@ def is_local_address(address: tuple[Any, ...]) -> bool:
         return True
     with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
         try:
-            if ip.version == 4:  # each address names its interface
+            if ip.version == 4:  # the kernel accepts only the address of an interface here
                 probe.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, ip.packed)
                 return True
-            probe.connect(address)  # packets to an own address come from just it (RFC 6724 §5, rule 1)
+            # To an own address, the kernel uses the same as source (RFC 6724 §5, rule 1).
+            probe.connect(address)
             return ipaddress.ip_address(probe.getsockname()[0].partition("%")[0]) == ip
-        except OSError as error:  # IPv6: there is no way to it
+        except OSError as error:  # IPv6: there is no route to the address
             if ip.version == 4 and error.errno != errno.EADDRNOTAVAIL:
                 raise
             return False
 
 
 def is_local_client(address: str) -> bool:
-    """Whether a client with this address is on this host; not, where that can't be found out."""
+    """Return whether a client with this IP address is on this host; False if that cannot be determined."""
     with contextlib.suppress(OSError, ValueError):
         return is_local_address((address, 9))
     return False
 
 
-def is_near(address: tuple[Any, ...]) -> bool:
-    """Whether only clients on this host may be led to an address; OSError if that cannot be found out."""
+def is_near(address: Address) -> bool:
+    """Return whether only clients on this host may reach a socket address; OSError if that cannot be told."""
     return is_protected_address(address[0]) or is_local_address(address)
 
 
 class AddressPolicy:
-    """Which addresses may be connected to.  For the caller: pass_by, and ports."""
+    """Decides which addresses the proxy may connect to (no loops, no internal hosts).
+
+    | the address                       | client on this host | client elsewhere |
+    |-----------------------------------|---------------------|------------------|
+    | of this host, a listening port    | 508                 | 508              |
+    | of this host, another port        | allowed             | 403              |
+    | link-local, metadata service, ... | allowed             | 403              |
+    | any other                         | allowed             | allowed          |
+
+    The order defeats DNS rebinding: 1. resolve the name, 2. check each address, 3. connect to an address
+    that was checked.  The name is not resolved again, so it cannot change between check and connection.
+
+    Method for the caller: filter.  Attribute: listening_ports.
+    """
 
     def __init__(self) -> None:
-        self.listening_ports: set[int] = set()  # that we listen on
+        self.listening_ports: set[int] = set()  # of this proxy
 
-    def filter(self, found: list[tuple[Any, ...]], forward: OriginRequest) -> list[tuple[Any, ...]]:
-        """Those of the addresses that a request may go to; Failure where there are none.
+    def filter(self, addresses: list[Address], origin_request: OriginRequest) -> list[Address]:
+        """Return the addresses to which a request may go; ProxyError if all of them are refused."""
+        refusals = [self._refusal(address[4], origin_request.client_is_local) for address in addresses]
+        allowed = [address for address, refusal in zip(addresses, refusals) if refusal is None]
+        if refusals and refusals[0] is not None and not allowed:
+            status, reason = refusals[0]
+            raise ProxyError("%s %s." % (origin_request.target.authority, reason), status)
+        return allowed
 
-        The address that is looked at is the one connected to: a name has no second chance to change.
-        """
-        reasons = [self._reason(address, forward) for address in found]
-        passed = [address for address, reason in zip(found, reasons) if reason is None]
-        if reasons and reasons[0] is not None and not passed:
-            status, sentence = reasons[0]
-            raise ProxyError("%s %s." % (forward.target.authority, sentence), status)
-        return passed
-
-    def _reason(self, found: tuple[Any, ...], forward: OriginRequest) -> tuple[int, str] | None:
-        address = found[4]
-        if forward.client_is_local and address[1] not in self.listening_ports:
+    def _refusal(self, address: Address, client_is_local: bool) -> tuple[int, str] | None:
+        """Return the status and the reason for which an address is refused, or None."""
+        listens_there = address[1] in self.listening_ports
+        if client_is_local and not listens_there:
             return None
         try:
-            own = is_local_address(address)
-        except OSError as error:  # a family that this machine does not speak, or no descriptor left
+            is_local = is_local_address(address)
+        except OSError as error:  # an address family that this machine lacks, or no descriptor is left
             return 502, "cannot be checked: %s" % error.strerror
-        if not own:
-            guarded = not forward.client_is_local and is_protected_address(address[0])
-            return (403, "is an address that only the proxy's own host may reach") if guarded else None
-        if address[1] in self.listening_ports:
+        if is_local and listens_there:
             return 508, "leads back to this proxy"
-        return None if forward.client_is_local else (403, "is the proxy's own host, which only it itself may reach")
+        if client_is_local or not (is_local or is_protected_address(address[0])):
+            return None
+        return 403, "is an address that only clients on the proxy's own host may reach"
 
 
-class TrustStore:
-    """Whose certificates are believed: the system's, and those of a file.  It can't be turned off."""
+def connect_fastest(addresses: list[Address], timeout: float) -> socket.socket:
+    """Return a connection to the address that answers first ("happy eyeballs", RFC 8305 §5).
 
-    def __init__(self, ca_file: str | None) -> None:
-        self._ca_file = ca_file
-        self._context: Any = None  # one for all, made when it is first needed: 20 ms and some MB
+    A further address is tried every CONNECT_ATTEMPT_DELAY seconds, and at once if one refuses, so that an
+    address that swallows packets (IPv6 without a route, say) does not use up the ``timeout``, which is for
+    all together.  Raise the last error, or socket.timeout.
+    """
+    untried, deadline = list(addresses), time.monotonic() + timeout
+    failure: OSError = socket.timeout("timed out")
+    attempts: list[socket.socket] = []
+    try:
+        with selectors.DefaultSelector() as selector:
+            while untried or selector.get_map():
+                if untried:
+                    try:
+                        _start_connecting(untried.pop(0), attempts)
+                    except OSError as error:  # an address family that this machine lacks, say
+                        failure = error
+                        continue
+                    selector.register(attempts[-1], selectors.EVENT_WRITE)
+                left = max(0.0, deadline - time.monotonic())
+                for key, _ in selector.select(min(left, CONNECT_ATTEMPT_DELAY) if untried else left):
+                    sock: socket.socket = key.fileobj  # type: ignore[assignment]
+                    selector.unregister(sock)
+                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not code:
+                        attempts.remove(sock)
+                        sock.settimeout(timeout)
+                        return sock
+                    failure = OSError(code, os.strerror(code))
+                if time.monotonic() >= deadline:
+                    raise socket.timeout("timed out")
+        raise failure
+    finally:
+        for sock in attempts:
+            sock.close()
 
-    def context(self) -> Any:
-        """The ssl.SSLContext of all connections; OSError."""
-        if self._context is None:
-            try:
-                import ssl
-            except ImportError:
-                raise OSError(errno.EPROTONOSUPPORT, "this Python has no TLS (no ssl module)") from None
-            context = ssl.create_default_context()
-            context.set_alpn_protocols(["http/1.1"])
-            if self._ca_file:
-                context.load_verify_locations(self._ca_file)
-            self._context = context
-        return self._context
+
+def _start_connecting(address: Address, attempts: list[socket.socket]) -> None:
+    """Add a socket that is connecting to an address; OSError."""
+    family, kind, protocol, _, socket_address = address
+    attempts.append(socket.socket(family, kind, protocol))
+    attempts[-1].setblocking(False)
+    code = attempts[-1].connect_ex(socket_address)
+    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+        raise OSError(code, os.strerror(code))
+
+
+def make_tls_context(ca_file: str | None) -> Any:
+    """Return an ssl.SSLContext that trusts the system's certificates and those in a file; OSError.
+
+    ssl is imported only here: it costs 20 ms and some MB, and many proxies never meet an https origin.
+    Verification cannot be turned off.
+    """
+    try:
+        import ssl
+    except ImportError:
+        raise OSError(errno.EPROTONOSUPPORT, "this Python has no TLS (no ssl module)") from None
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    if ca_file:
+        context.load_verify_locations(ca_file)
+    return context
 
 
 def explain_error(error: Exception) -> str:
-    """What an error of a connection means, in words for a client."""
-    refused = getattr(error, "verify_message", "").rstrip(".")  # ssl.SSLCertVerificationError has one
-    if refused:
-        unknown = re.search("self|issuer", refused) is not None
-        remedy = " (the operator can add its issuer with --ca-file)" if unknown else ""
-        return "its certificate is refused: %s%s" % (refused, remedy)
+    """Return the reason of a connection's error, in words for a client."""
+    refusal = getattr(error, "verify_message", "").rstrip(".")  # of ssl.SSLCertVerificationError
+    if refusal:
+        is_issuer_unknown = re.search("self|issuer", refusal) is not None
+        remedy = " (the operator can add its issuer with --ca-file)" if is_issuer_unknown else ""
+        return "its certificate is not trusted: %s%s" % (refusal, remedy)
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    # "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)": only the words in the middle
     return re.sub(r"^\[[A-Z0-9_: ]+\] |^_ssl\.c:\d+: | \(_ssl\.c:\d+\)", "", text)
 
 
-PoolKey = tuple[str, str, int, bool, "ParentProxy | None"]  # what connections may stand in for each other
-
-
-def pool_key(forward: OriginRequest, parent: ParentProxy | None) -> PoolKey:
-    """Scheme, host, port, whether the connection may lead where only this host may go, and the way."""
-    target = forward.target
-    return target.scheme, target.host, target.port, forward.client_is_local, parent
-
-
 def connect_through_parent(sock: socket.socket, parent: ParentProxy, target: Target) -> None:
-    """Let a parent proxy connect us to an origin (RFC 9110 §9.3.6); OSError, ValueError."""
+    """Make a parent proxy open a tunnel to an origin (RFC 9110 §9.3.6); OSError, ValueError."""
     authority = "%s:%d" % ("[%s]" % target.host if ":" in target.host else target.host, target.port)
     lines = ["CONNECT %s HTTP/1.1" % authority, "Host: " + authority, *map(": ".join, parent.fields), "", ""]
     sock.sendall("\r\n".join(lines).encode("latin-1"))
-    timed = DeadlineReader(sock, ORIGIN_TIMEOUT)
-    timed.set_deadline(sock.gettimeout())
-    with io.BufferedReader(timed, 1) as file:  # what follows the head is not ours to read
+    reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
+    reader.set_deadline(sock.gettimeout())
+    with io.BufferedReader(reader, 1) as file:  # reads nothing beyond the head: the rest belongs to TLS
         lines = read_head_lines(file)
     if not lines or parse_status_line(lines[0])[1] // 100 != 2:
-        raise ValueError("to CONNECT it answers '%s'" % "".join(lines[:1]))
+        raise ValueError("it answered CONNECT with '%s'" % "".join(lines[:1]))
+
+
+PoolKey = tuple[str, str, int, bool, "ParentProxy | None"]  # scheme, host, port, client_is_local, parent
 
 
 class OriginConnection(http.client.HTTPConnection):
-    """A connection to an origin, or through a parent proxy."""
+    """A connection to an origin server, direct or through a parent proxy.
 
-    response_class = StrictHTTPResponse
+    http.client writes the requests: putrequest(), putheader(), endheaders() and send() reject line breaks in
+    names and values.  Overridden:
+    - connect(), to check addresses, to try several of them at once, and for parent proxies;
+    - response_class(), which http.client calls to create a response: its HTTPResponse is too lax.
 
-    def __init__(self, forward: OriginRequest, parent: ParentProxy | None, addresses: Resolver, guard: AddressPolicy,
-                 trust: TrustStore) -> None:
-        super().__init__(forward.target.host, forward.target.port)
-        self.place = pool_key(forward, parent)
-        self.parent = parent  # that it goes through
-        self.blamed_name = forward.target.authority  # whose fault it is if nothing comes of it
-        self.peer_address = ""  # the address that it is connected to
-        self.guarded = False  # whether only clients on this host may reach that
-        self.reached = False  # whether it has been open
-        self.reusable = True  # whether the check of its target holds for the next request as well
+    Methods for the caller: exchange, connect_tcp, bypass_parent, is_idle, release, close.
+    """
+
+    def __init__(self, origin_client: OriginClient, origin_request: OriginRequest) -> None:
+        target = origin_request.target
+        super().__init__(target.host, target.port)
+        self.origin_client = origin_client
+        self.parent = parent = parent_proxy_for(target, origin_client.config)  # None: direct
+        self.origin_request = origin_request  # the current one, or the last
+        client_is_local = origin_request.client_is_local
+        self.pool_key: PoolKey = target.scheme, target.host, target.port, client_is_local, parent
+        self.request_time = 0.0  # time.time() when it was sent
+        self.blamed_name = target.authority  # the party to name in an error
+        self.peer_address = ""  # IP address of the origin or parent
+        self.guarded = False  # whether only clients on this host may reach the origin's address
+        self.reached = False  # whether the connection was established, before TLS
         self.idle_since = 0.0  # monotonic
-        self._forward = forward
-        self._addresses = addresses
-        self._guard = guard
-        self._trust = trust
+        self._is_reusable = True  # whether the check of the target is valid for the next request, too
+
+    def response_class(self, *_arguments: Any, **_more: Any) -> OriginResponse:  # type: ignore[override]
+        """Create the response to the request that was sent."""
+        return OriginResponse(self)
+
+    def exchange(self, origin_request: OriginRequest) -> OriginResponse:
+        """Send a request, after connecting if necessary, and return the response once its head has arrived.
+
+        Raise OSError, ValueError or http.client.HTTPException, and close the connection; ProxyError if the
+        address is not allowed.
+        """
+        self.origin_request, self.request_time = origin_request, time.time()
+        try:
+            if self.sock is None:
+                self.connect()
+                mark(origin_request.timings, "connected")
+            self.sock.settimeout(origin_request.timeout_for(ORIGIN_TIMEOUT))
+            request_target, parent_fields = self._request_line(origin_request.target)
+            self.putrequest(origin_request.method, request_target, skip_host=True, skip_accept_encoding=True)
+            for name, text in origin_request.fields + parent_fields:
+                self.putheader(name, text.encode("latin-1"))
+            self.endheaders()
+            if origin_request.body is not None and not is_answered_before_body(self.sock, origin_request):
+                # An origin that rejects the body (413, say) may respond and close before it has read all.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    send_body(self, origin_request.body, origin_request.length)
+            response: OriginResponse = self.getresponse()  # type: ignore[assignment]
+            mark(origin_request.timings, "origin head")
+            if response.head.status == 407 and self.parent is not None:
+                self.blamed_name = "the parent proxy " + self.parent.place.authority
+                raise PermissionError(errno.EACCES, "it requires another user name or password")
+            return response
+        except BaseException:
+            self.close()
+            raise
+
+    def connect(self) -> None:
+        """Open the connection, with TLS for https; OSError, ProxyError."""
+        self.reached = False
+        self.connect_tcp()
+        self.reached = True
+        if self.origin_request.target.scheme == "https":
+            self.sock.settimeout(self.origin_request.timeout_for(CONNECT_TIMEOUT))
+            name = self.host.rstrip(".")  # certificates and SNI have no trailing dot (RFC 6066 §3)
+            self.sock = self.origin_client.tls_context.wrap_socket(self.sock, server_hostname=name)
 
     def connect_tcp(self) -> None:
-        """Open the connection, without TLS; OSError, Failure."""
+        """Open the connection without TLS, through the parent proxy if there is one; OSError, ProxyError."""
         if self.parent is not None:
             try:
-                self._dial_through(self.parent)
+                self._connect_parent(self.parent)
                 return
             except (OSError, ValueError) as error:
-                if self.sock is None:  # it is not the origin's fault
-                    self._addresses.mark_failed(self.parent.place.uri)
+                if self.sock is None:  # the parent itself failed, not the origin behind it
+                    self.origin_client.resolver.mark_failed(self.parent.place.uri)
                 if not self.bypass_parent(error):
                     raise
-        found = self._find(self._forward)
-        self._open(found, CONNECT_TIMEOUT)
-        # Clients on other machines were refused before.
-        self.guarded = self._forward.client_is_local and is_near(self.sock.getpeername())
+        self._open(self._resolve(self.origin_request), CONNECT_TIMEOUT)
+        # For clients on other machines, _resolve() has refused such an address.
+        self.guarded = self.origin_request.client_is_local and is_near(self.sock.getpeername())
 
     def bypass_parent(self, error: Exception) -> bool:
-        """Whether it does without its parent from now on, which has failed."""
+        """Stop using the parent proxy, which has failed, if that is configured; return whether it is."""
         if self.parent is None or not self.parent.or_direct:
             return False
-        log.debug("%s cannot be asked: %s.", self.blamed_name, explain_error(error))
+        log.debug("Going without %s: %s.", self.blamed_name, explain_error(error))
         self.close()
-        self.parent, self.blamed_name = None, self._forward.target.authority
+        self.parent, self.blamed_name = None, self.origin_request.target.authority
         return True
 
-    def _find(self, forward: OriginRequest) -> list[tuple[Any, ...]]:
-        """The addresses that a request may go to; OSError, Failure."""
-        target = forward.target
-        found = self._addresses.resolve(target.host, target.port, forward.timeout_for(DNS_TIMEOUT), forward.client)
-        return self._guard.filter(found, forward)
+    def _resolve(self, origin_request: OriginRequest) -> list[Address]:
+        """Return the addresses to which a request may go; OSError, ProxyError."""
+        target, client, guard = origin_request.target, self.origin_client, self.origin_client.guard
+        timeout = origin_request.timeout_for(DNS_TIMEOUT)
+        addresses = client.resolver.resolve(target.host, target.port, timeout, origin_request.client)
+        return guard.filter(addresses, origin_request)
 
-    def _open(self, found: list[tuple[Any, ...]], patience: float) -> None:
-        self.sock = connect_fastest(found, self._forward.timeout_for(patience))
+    def _open(self, addresses: list[Address], limit: float) -> None:
+        """Connect to the address that answers first; those before it in the list count as failed."""
+        self.sock = connect_fastest(addresses, self.origin_request.timeout_for(limit))
         self.peer_address = self.sock.getpeername()[0]
-        for slower in itertools.takewhile(lambda address: address[4][0] != self.peer_address, found):
-            self._addresses.mark_failed(slower[4][0])
+        for slower in itertools.takewhile(lambda address: address[4][0] != self.peer_address, addresses):
+            self.origin_client.resolver.mark_failed(slower[4][0])
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def _dial_through(self, parent: ParentProxy) -> None:
-        """Connect through a parent.  One on another machine resolves names for itself."""
-        if parent.or_direct and self._addresses.failures.find(parent.place.uri, ORIGIN_BACKOFF):
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "it could not be asked a moment ago")
-        target, self.blamed_name = self._forward.target, "The parent proxy " + parent.place.authority
-        # It is the operator who leads us there: only a circle is refused.
-        found = self._find(replace_fields(self._forward, target=parent.place, client_is_local=True))
-        self._check_target(any(is_local_address(way[4]) for way in found))
-        self._open(found, PARENT_CONNECT_TIMEOUT if parent.or_direct else CONNECT_TIMEOUT)
+    def _connect_parent(self, parent: ParentProxy) -> None:
+        """Connect to a parent proxy and, for https, through it; OSError, ValueError, ProxyError."""
+        if parent.or_direct and self.origin_client.resolver.failures.find(parent.place.uri, ORIGIN_BACKOFF):
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "it failed a moment ago")
+        target, self.blamed_name = self.origin_request.target, "the parent proxy " + parent.place.authority
+        # The operator has chosen this address, so it may be an internal one; only loops are refused.
+        parent_request = replace_fields(self.origin_request, target=parent.place, client_is_local=True)
+        addresses = self._resolve(parent_request)
+        self._check_target(any(is_local_address(address[4]) for address in addresses))
+        self._open(addresses, PARENT_CONNECT_TIMEOUT if parent.or_direct else CONNECT_TIMEOUT)
         if target.scheme == "https":
-            self.sock.settimeout(self._forward.timeout_for(CONNECT_TIMEOUT))
+            self.sock.settimeout(self.origin_request.timeout_for(CONNECT_TIMEOUT))
             connect_through_parent(self.sock, parent, target)
         self.blamed_name = target.authority
 
-    def _check_target(self, beside: bool) -> None:
-        """Check a target that a parent will connect to.  A parent on this host (``beside``) reaches all that
-        this host reaches, so a name is resolved here as well; Failure if it leads here, or nowhere.
+    def _check_target(self, parent_is_local: bool) -> None:
+        """Check a target to which the parent proxy will connect; ProxyError.
 
-        The parent resolves it again, for each request: a name that changes in between is not noticed.
+        A parent on this host reaches everything that this host reaches, so the name is resolved here, too.  A
+        parent on another machine resolves names itself; only numeric addresses are checked.  The parent
+        resolves the name again for each request: if it changes in between, that goes unnoticed.
         """
-        target, near = self._forward.target, self._forward.client_is_local
-        numeric = is_numeric_host(target.host)
+        target, client_is_local = self.origin_request.target, self.origin_request.client_is_local
+        is_numeric = is_numeric_host(target.host)
+        must_resolve = is_numeric or parent_is_local and not client_is_local
         try:
-            found = self._find(self._forward) if numeric or beside and not near else []
+            addresses = self._resolve(self.origin_request) if must_resolve else []
         except (OSError, UnicodeError) as error:
             raise OriginError("%s cannot be checked, and the parent proxy is on this host: %s." % (
                 target.authority, explain_error(error)), target) from None
-        # A client on this host does not wait for a name server: its name may have led anywhere.
-        self.guarded = near and (beside and not numeric or any(is_near(address[4]) for address in found))
-        self.reusable = near or numeric or not beside or target.scheme == "https"
+        # A client on this host does not wait for the name server, so its name may lead to any address.
+        unchecked = parent_is_local and not is_numeric
+        self.guarded = client_is_local and (unchecked or any(is_near(address[4]) for address in addresses))
+        self._is_reusable = client_is_local or not unchecked or target.scheme == "https"
 
-    def getresponse(self) -> http.client.HTTPResponse:
-        """The answer's head; OSError, ValueError, http.client.HTTPException."""
-        response = super().getresponse()
-        if response.status == 407 and self.parent is not None:
-            self.blamed_name = "The parent proxy " + self.parent.place.authority
-            raise OSError(errno.EACCES, "it wants another name and password")
-        return response
+    def _request_line(self, target: Target) -> tuple[str, Fields]:
+        """Return the target as it is written in the request line, and fields for the parent proxy.
 
-    def request_line(self, target: Target) -> tuple[str, Fields]:
-        """The target of the request line, in absolute-form for a parent (RFC 9112 §3.2.2), and the fields
-        that are for the parent."""
+        A parent that is not a tunnel gets the absolute form (RFC 9112 §3.2.2).
+        """
         if self.parent is None or target.scheme == "https":
             return target.path, ()
         return target.uri.rstrip("*") if target.path == "*" else target.uri, self.parent.fields
 
-    def connect(self) -> None:
-        """Open the connection, with TLS where the scheme asks for it; OSError, Failure."""
-        self.reached = False
-        self.connect_tcp()
-        self.reached = True
-        if self._forward.target.scheme == "https":
-            self.sock.settimeout(self._forward.timeout_for(CONNECT_TIMEOUT))
-            name = self.host.rstrip(".")  # as certificates and SNI have it (RFC 6066 §3)
-            self.sock = self._trust.context().wrap_socket(self.sock, server_hostname=name)
-
     def is_idle(self) -> bool:
-        """Whether the origin has neither closed it nor sent what nobody asked for."""
+        """Return whether the connection is open and the origin has sent nothing since the last response."""
         return self.sock is not None and is_open_and_silent(self.sock)
+
+    def release(self, at_message_end: bool) -> None:
+        """Keep the connection for another request, if it is at the end of a response; close it otherwise."""
+        # Some origins respond to HEAD with a body, which may arrive too late to be noticed.  Others go on
+        # reading a request's body after they have rejected it.
+        method, body = self.origin_request.method, self.origin_request.body
+        if at_message_end and self._is_reusable and method != "HEAD" and body is None:
+            self.origin_client.pool.release(self, time.monotonic())
+        else:
+            self.close()
 
 
 class ConnectionPool:
-    """Idle connections to origins."""
+    """Idle connections to origins, at most POOL_SIZE to one and POOL_TOTAL in all.
+
+    Methods for the caller: acquire, release, close_expired, close.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _idle
-        self._idle: dict[PoolKey, list[OriginConnection]] = {}
+        self._idle: list[OriginConnection] = []  # the longest idle first
 
-    def acquire(self, place: PoolKey, now: float) -> OriginConnection | None:
-        """A connection that seems alive, the last used first."""
+    def acquire(self, key: PoolKey, now: float) -> OriginConnection | None:
+        """Take out a usable connection, the most recently used first; ``now`` is monotonic."""
         while True:
             with self._lock:
-                idle = self._idle.get(place)
-                connection = idle.pop() if idle else None
-                if not idle:
-                    self._idle.pop(place, None)
-            if connection is None:
-                return None
-            if now - connection.idle_since < POOL_IDLE_TIMEOUT and connection.is_idle():
+                connection = next((other for other in reversed(self._idle) if other.pool_key == key), None)
+                if connection is None:
+                    return None
+                self._idle.remove(connection)
+            if self._is_usable(connection, now):
                 return connection
             connection.close()
 
     def release(self, connection: OriginConnection, now: float) -> None:
-        """Keep a connection for the next request; close the oldest where there are too many."""
+        """Put in a connection; if there are too many, the longest idle one is closed."""
         connection.idle_since = now
         with self._lock:
-            idle = self._idle.setdefault(connection.place, [])
-            idle.append(connection)
-            surplus = idle[:-POOL_SIZE]
-            del idle[:-POOL_SIZE]
-            if sum(map(len, self._idle.values())) > POOL_TOTAL:
-                oldest = min(self._idle.values(), key=lambda waiting: waiting[0].idle_since)
-                surplus.append(oldest.pop(0))
-                if not oldest:
-                    del self._idle[next(place for place, waiting in self._idle.items() if waiting is oldest)]
+            self._idle.append(connection)
+            same_origin = [other for other in self._idle if other.pool_key == connection.pool_key]
+            surplus = same_origin[:-POOL_SIZE] or self._idle[:-POOL_TOTAL]
+            self._idle = [other for other in self._idle if other not in surplus]
         for other in surplus:
             other.close()
 
     def close_expired(self, now: float) -> None:
-        """Close what has waited too long, and what its origin has closed."""
-        surplus = []
+        """Close connections that were idle for POOL_IDLE_TIMEOUT seconds or that the origin has closed."""
         with self._lock:
-            for place, waiting in list(self._idle.items()):
-                surplus += [other for other in waiting
-                            if now - other.idle_since > POOL_IDLE_TIMEOUT or not other.is_idle()]
-                waiting[:] = [other for other in waiting if other not in surplus]
-                if not waiting:
-                    del self._idle[place]
-        for other in surplus:
-            other.close()
+            expired = [connection for connection in self._idle if not self._is_usable(connection, now)]
+            self._idle = [connection for connection in self._idle if connection not in expired]
+        for connection in expired:
+            connection.close()
 
     def close(self) -> None:
-        """Close them all."""
-        with self._lock:
-            idle = [connection for waiting in self._idle.values() for connection in waiting]
-            self._idle.clear()
-        for connection in idle:
-            connection.close()
+        """Close all connections."""
+        self.close_expired(math.inf)
+
+    @staticmethod
+    def _is_usable(connection: OriginConnection, now: float) -> bool:
+        return now - connection.idle_since < POOL_IDLE_TIMEOUT and connection.is_idle()
 
 
 class OriginResponse:
-    """An answer of an origin: its head, and its body counted (DESIGN §3, the traps behind 1 and 7)."""
+    """A response from an origin; checks that its body has the declared length.
 
-    start = 0  # offset of its first byte in the representation; only a verified remainder has another
+    It stands in for http.client.HTTPResponse, which
+    - takes a head that is cut off for an empty 200, and 103 for the final response;
+    - accepts bare LF as the end of a line, and two lengths that contradict each other;
+    - reports no error if read(size) meets the end of the connection in the middle of the body;
+    - has no deadline for the whole head.
+    http.client itself uses only begin(), will_close, isclosed() and close().
 
-    def __init__(self, head: ResponseHead, raw: StrictHTTPResponse, give_back: Callable[[bool], None],
-                 count: Callable[[int], object], broke_off: Callable[[], None]) -> None:
-        self.head = head
-        # Bytes; None: unknown.  http.client forgets it as it reads.
-        self.length: int | None = None if raw.chunked else raw.length
-        self.end_is_known = raw.chunked or raw.length is not None  # whether the end will be known as such
-        self._raw = raw
-        self._chunks = ChunkedReader(raw.fp) if raw.chunked else None
+    Methods for the caller: read, set_deadline, on_idle, set_length, close.  Attributes: head, length, start,
+    end_is_known.
+    """
+
+    start = 0  # offset of the first byte in the representation; not 0 only for a verified remainder
+    will_close = False  # True would make http.client close the socket at once; close() below does it later
+
+    def __init__(self, connection: OriginConnection) -> None:
+        sock = connection.sock
+        self.head = ResponseHead(0, "", ())
+        self.length: int | None = None  # bytes of the body; None: unknown
+        self.end_is_known = True  # whether a complete body can be told from one that was cut off
+        self._connection = connection
+        self._head_timeout = sock.gettimeout()
+        self._reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
+        self._file = io.BufferedReader(self._reader, 64 * 1024)
+        self._chunks: ChunkedReader | None = None
+        self._left: int | None = None  # bytes of the body that are unread; None: unknown
+        self._is_persistent = False  # whether another response may follow on this connection
+        self._is_open = True
+        if not hasattr(sock, "pending"):  # not TLS
+            sock.setblocking(False)  # DeadlineReader waits instead
+
+    def begin(self, **_limits: Any) -> None:
+        """Read the final head within the socket's timeout; ValueError, OSError."""
+        self._reader.set_deadline(self._head_timeout)
+        while True:
+            lines = read_head_lines(self._file)
+            if not lines:
+                raise http.client.RemoteDisconnected("it closed the connection without a response")
+            version, status, reason = parse_status_line(lines[0])
+            fields = parse_fields(lines[1:])
+            if status >= 200:  # otherwise an interim response: 100, 103 (RFC 9110 §15.2)
+                break
+            if status == 101:
+                raise ValueError("it switched protocols without being asked")
+        self._reader.set_deadline(None)
+        now, connection = time.time(), self._connection
+        self.head = with_date(ResponseHead(
+            status, reason, fields, final_uri=connection.origin_request.target.uri,
+            request_time=connection.request_time, response_time=now,
+            local_clients_only=connection.guarded), now)
+        self._find_body(version, fields)
+
+    def _find_body(self, version: tuple[int, int], fields: Fields) -> None:
+        """Determine where the body ends (RFC 9112 §6.3) and whether the connection persists (§9.3)."""
+        chunked, length = is_chunked(fields), field_value(fields, "Content-Length")
+        if chunked and (version < (1, 1) or length is not None):
+            raise ValueError("Transfer-Encoding with HTTP/1.0 or with Content-Length")
+        self.length = None if chunked else content_length(fields)
+        has_no_body = self._connection.origin_request.method == "HEAD" or self.head.status in (204, 304)
+        # If a response without body declares one, some origins send it all the same.
+        is_doubtful = has_no_body and (chunked or self.length)
+        if has_no_body:
+            self.length = 0
+        elif chunked:
+            self._chunks = ChunkedReader(self._file)
         self._left = self.length
-        self._give_back = give_back  # called once: True if the connection may be used again
-        self._count = count  # told of each piece's bytes
-        self._broke_off = broke_off
-        self._open = True
+        self.end_is_known = self._chunks is not None or self.length is not None
+        options = list_members(fields, "Connection")
+        is_kept = "close" not in options and (version >= (1, 1) or "keep-alive" in options)
+        self._is_persistent = is_kept and self.end_is_known and not is_doubtful
 
     def read(self, size: int = COPY_SIZE) -> bytes:
-        """Up to ``size`` body bytes as they come, b"" at the end; OriginFailure where it breaks off."""
-        if not self._open or self._left == 0:
+        """Return up to ``size`` bytes of the body as they arrive, b"" at its end.
+
+        Raise OriginTimeoutError, or TruncatedBodyError if the body ends early or its framing is invalid.
+        """
+        if not self._is_open or self._left == 0:
             self.close()
             return b""
         try:
             data = self._read(size)
         except OriginError:
-            self._broke_off()
+            self._connection.origin_client.resolver.mark_failed(self._connection.peer_address)
             raise
-        self._left = None if self._left is None else self._left - len(data)
-        self._count(len(data))
-        if not data or self._left == 0:
-            self._end(self._is_reusable())
+        self._connection.origin_client.count(len(data))
+        if not data:
+            self._left = 0
+        elif self._left is not None:
+            self._left -= len(data)
+        if self._left == 0:
+            self.close()  # at once: others can use the connection before the caller asks for more
         return data
 
-    def set_deadline(self, seconds_left: float) -> None:
-        """From now on reading it may take so long in all."""
-        self._raw.hurry(seconds_left)
-
-    def on_idle(self, call: Callable[[], object]) -> None:
-        """What to do where nothing comes for PAUSE seconds."""
-        self._raw.on_pause(call)
-
-    def set_length(self, count: int) -> None:
-        """The body is known to have so many bytes, however it is framed."""
-        self.length = self._left = count
-        self.end_is_known = True
-
     def _read(self, size: int) -> bytes:
-        most = size if self._left is None else min(size, self._left)
+        limit = size if self._left is None else min(size, self._left)
         try:
-            data = self._chunks.read(most) if self._chunks else self._raw.fp.read1(most)
+            data = self._chunks.read(limit) if self._chunks else self._file.read1(limit)
         except (socket.timeout, TimeoutError):
-            raise OriginTimeoutError("The origin went silent.") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise TruncatedBodyError("The origin broke off: %s." % error) from None
+            raise OriginTimeoutError("The origin stopped sending.") from None
+        except (OSError, ValueError) as error:
+            raise TruncatedBodyError("The response from the origin broke off: %s." % error) from None
         if not data and self._left:
             raise TruncatedBodyError("The origin closed the connection %d bytes early." % self._left)
         return data
 
+    def set_deadline(self, seconds_left: float) -> None:
+        """Limit the time of all further reads together."""
+        self._reader.set_deadline(seconds_left)
+
+    def on_idle(self, call: Callable[[], object]) -> None:
+        """Set a function to be called if nothing arrives for PUBLISH_DELAY seconds."""
+        self._reader.on_idle = call
+
+    def set_length(self, length: int) -> None:
+        """Set the body's length in bytes, which is known from Content-Range, however the body is framed."""
+        self.length = self._left = length
+        self.end_is_known = True
+
+    def isclosed(self) -> bool:
+        """Return whether the connection was given back (http.client asks)."""
+        return not self._is_open
+
     def close(self) -> None:
-        """Release the connection; one with unread bytes is closed."""
-        self._end(self._left == 0 and self._is_reusable())
-
-    def _is_reusable(self) -> bool:
-        return not self._raw.will_close and (self._chunks is None or self._chunks.ended)
-
-    def _end(self, reusable: bool) -> None:
-        if self._open:
-            self._open = False
-            self._give_back(reusable)
-
-
-def _keep(first: OriginResponse | None, response: OriginResponse) -> OriginResponse:
-    """The first of the redirects on the way; the others are closed."""
-    if first is None:
-        return response
-    response.close()
-    return first
-
-
-def remainder_request(forward: OriginRequest, head: ResponseHead, offset: int) -> OriginRequest:
-    """Ask for the rest of a representation, which may be no other (RFC 9110 §13.1.5, §14.2); OriginFailure
-    where it has no strong validator to say so."""
-    validator = strong_validator(head)
-    if offset and validator is None:
-        raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
-    more = (("Range", "bytes=%d-" % offset), ("If-Range", validator or "")) if offset else ()
-    return replace_fields(forward, fields=without_fields(forward.fields, ("range", "if-range")) + more)
-
-
-def resumable_body(head: ResponseHead, size: int | None, offset: int, ask: Callable[[int], OriginResponse],
-               response: OriginResponse | None = None) -> Generator[bytes, None, None]:
-    """The bytes of a representation from ``offset`` to its end, over as many connections as it takes: the
-    answer's at hand, if there is one, then what ``ask`` fetches from an offset (DESIGN §6.4); OriginFailure
-    where that leads no further."""
-    pauses = list(RESUME_BACKOFF)
-    while True:
-        begun = offset
-        try:
-            with contextlib.closing(response or ask(offset)) as answer:
-                while data := answer.read(COPY_SIZE):
-                    offset += len(data)
-                    yield data
-            if size in (None, offset):
-                return
-            raise TruncatedBodyError("The origin sent less than the rest.")
-        except CannotResumeError:
-            raise
-        except OriginError:
-            if offset >= begun + FULL_DOWNLOAD_RANGE:
-                pauses = list(RESUME_BACKOFF)  # it does get on
-            if not pauses or offset and strong_validator(head) is None:
-                raise
-        response = None
-        time.sleep(pauses.pop(0))
+        """Give the connection back; it is closed if it has unread bytes."""
+        if self._is_open:
+            self._is_open = False
+            self._file.close()
+            at_end = self._left == 0 and (self._chunks is None or self._chunks.ended)
+            self._connection.release(at_end and self._is_persistent)
 
 
 def send_body(connection: OriginConnection, body: Readable, length: int | None) -> None:
-    """Send a request's body, framed anew if it is chunked (RFC 9112 §7.1)."""
-    while True:
-        data = body.read(COPY_SIZE)
-        if length is None:
-            connection.send(b"%x\r\n%s\r\n" % (len(data), data))
-        elif data:
-            connection.send(data)
-        if not data:
-            return
+    """Send a request's body, as new chunks if its length is unknown (RFC 9112 §7.1)."""
+    while data := body.read(COPY_SIZE):
+        connection.send(b"%x\r\n%s\r\n" % (len(data), data) if length is None else data)
+    if length is None:
+        connection.send(b"0\r\n\r\n")
 
 
-def is_answered_before_body(sock: socket.socket, forward: OriginRequest) -> bool:
-    """Whether the origin of a request with Expect: 100-continue answers it without its body (RFC 9110
-    §10.1.1).  One that says nothing may not know the field: it gets the body after a moment."""
-    if list_members(forward.fields, "Expect") != ["100-continue"] or hasattr(sock, "pending"):
-        return False  # TLS lets nobody look ahead
+def is_answered_before_body(sock: socket.socket, origin_request: OriginRequest) -> bool:
+    """Return whether the origin answers Expect: 100-continue with a final status (RFC 9110 §10.1.1).
+
+    An origin that does not answer may not know the field: after CONTINUE_TIMEOUT, it gets the body.
+    """
+    if list_members(origin_request.fields, "Expect") != ["100-continue"] or hasattr(sock, "pending"):
+        return False  # TLS has no MSG_PEEK
     if not wait_until_ready(sock, CONTINUE_TIMEOUT):
         return False
     status = sock.recv(len("HTTP/1.1 1"), socket.MSG_PEEK)[9:]
     return status not in (b"1", b"")
 
 
+def remainder_request(origin_request: OriginRequest, head: ResponseHead, offset: int) -> OriginRequest:
+    """Return the request for the rest of a representation, from ``offset`` (RFC 9110 §13.1.5, §14.2).
+
+    Raise CannotResumeError if the response had no strong validator: without one, the origin could not say
+    that the file has changed, and bytes of two files would be joined.
+    """
+    validator = strong_validator(head)
+    if offset and validator is None:
+        raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
+    more = (("Range", "bytes=%d-" % offset), ("If-Range", validator or "")) if offset else ()
+    fields = without_fields(origin_request.fields, ("range", "if-range")) + more
+    return replace_fields(origin_request, fields=fields)
+
+
+def redirected_request(origin_request: OriginRequest, location: Target) -> OriginRequest:
+    """Return the request that follows a redirect; credentials never go to another host."""
+    credentials = () if is_same_site(origin_request.target, location) else ("authorization", "cookie")
+    fields = without_fields(origin_request.fields, ("host", *credentials))
+    return replace_fields(origin_request, target=location, fields=(("Host", location.authority), *fields))
+
+
+def resumable_body(head: ResponseHead, size: int | None, offset: int, ask: Callable[[int], OriginResponse],
+                   response: OriginResponse | None = None) -> Generator[bytes, None, None]:
+    """Yield a representation from ``offset`` to its end, over as many connections as it takes.
+
+    ``head`` is the representation's, ``size`` its length if that is known.  The bytes come from ``response``
+    (closed at the end) if it is given, then from the responses that ``ask(offset)`` fetches.  After each
+    failure comes one of the RESUME_BACKOFF pauses; a response that delivered FULL_DOWNLOAD_RANGE bytes makes
+    all of them available again.  Raise OriginError if no pause is left or the rest cannot be requested.
+    """
+    pauses = list(RESUME_BACKOFF)
+    while True:
+        began_at = offset
+        try:
+            with contextlib.closing(response or ask(offset)) as source:
+                while data := source.read(COPY_SIZE):
+                    offset += len(data)
+                    yield data
+            if size in (None, offset):
+                return
+            raise TruncatedBodyError("The origin sent less than the remaining bytes.")
+        except OriginError as error:
+            if offset >= began_at + FULL_DOWNLOAD_RANGE:
+                pauses = list(RESUME_BACKOFF)
+            cannot_resume = isinstance(error, CannotResumeError) or offset and strong_validator(head) is None
+            if cannot_resume or not pauses:
+                raise
+        response = None
+        time.sleep(pauses.pop(0))
+
+
 class OriginClient:
-    """Sends requests to origins, over pooled connections."""
+    """Sends requests to origin servers and follows redirects.
+
+    ``count`` is called with the number of body bytes that arrive.  The resolver, the pool and the other
+    attributes are shared by all connections.
+
+    Methods for the caller: fetch, fetch_remainder, connect, is_open, close_idle, close.
+    """
 
     def __init__(self, count: Callable[[int], object], config: Config) -> None:
-        self._pool = ConnectionPool()
-        self._addresses = Resolver()
+        self.count = count
+        self.pool = ConnectionPool()
+        self.resolver = Resolver()
         self.guard = AddressPolicy()
-        self._config = config
-        self._trust = TrustStore(config.ca_file)
-        self._count = count  # told of the body bytes that arrive
-        self._tidied = 0.0  # monotonic
-        self._open_hosts = functools.lru_cache(LARGE_MEMO)(self._is_open)
+        self.config = config
+        self._cleaned_up = 0.0  # monotonic
+        self._open_hosts = functools.lru_cache(LARGE_MEMO)(self._is_open)  # hits ask for it
+
+    @functools.cached_property
+    def tls_context(self) -> Any:
+        """The ssl.SSLContext of all connections; OSError."""
+        return make_tls_context(self.config.ca_file)
 
     def is_open(self, host: str) -> bool:
-        """Whether clients on other machines may be given what comes from a host; remembered, as hits ask."""
+        """Return whether clients on other machines may reach a host; remembered for OPEN_FOR seconds."""
         return self._open_hosts(host, int(time.time() / OPEN_FOR))
 
-    def _is_open(self, host: str, _span: int) -> bool:
+    def _is_open(self, host: str, _period: int) -> bool:
         try:
-            return not any(is_near(found[4]) for found in self._addresses.resolve(host, 80, DNS_TIMEOUT))
-        except (OSError, UnicodeError):  # without a network nothing is resolved, and people bring files
-            return self._config.offline
+            return not any(is_near(found[4]) for found in self.resolver.resolve(host, 80, DNS_TIMEOUT))
+        except (OSError, UnicodeError):  # offline, no name resolves, and people bring the files
+            return self.config.offline
 
-    def fetch(self, forward: OriginRequest) -> OriginResponse:
-        """Send a request and read the answer's head; OriginFailure or OriginTimeout.
+    def fetch(self, origin_request: OriginRequest) -> OriginResponse:
+        """Send a request, follow redirects if it asks for that, and return the response with its head read.
 
-        Where a redirect leads to HTML, the redirect itself is the answer: people shall see where a
-        captive portal sends them.
+        If the redirects end at an HTML page, the first of them is returned instead: a captive portal
+        redirects every request to its login page, and the user must see where that is.  Raise OriginError or
+        ProxyError.
         """
-        if forward.deadline is None and forward.is_retryable:
-            forward = replace_fields(forward, deadline=time.monotonic() + RESPONSE_HEAD_TIMEOUT)
-        first: OriginResponse | None = None
-        guarded = False
+        if origin_request.deadline is None and origin_request.is_retryable:
+            origin_request = replace_fields(origin_request, deadline=time.monotonic() + RESPONSE_HEAD_TIMEOUT)
+        first: OriginResponse | None = None  # redirect, still unread
+        local_clients_only = False
         try:
             for _ in range(MAX_REDIRECTS + 1):
-                response = self._send_with_retry(forward)
-                guarded = guarded or response.head.local_clients_only  # the way counts, not its end alone
-                if guarded:
-                    response.head = replace_fields(response.head, local_clients_only=True)
-                onward = redirect_target(response.head, forward.target) if forward.follow_redirects else None
-                if onward is None:
-                    portal_page = response.head.status < 300 and "text/html" in media_type(response.head)
-                    if first is None or not portal_page:
-                        return response
+                response = self._send_with_retry(origin_request)
+                # An internal host on the way counts as well as one at the end.
+                local_clients_only = local_clients_only or response.head.local_clients_only
+                response.head = replace_fields(response.head, local_clients_only=local_clients_only)
+                location = None
+                if origin_request.follow_redirects:
+                    location = redirect_target(response.head, origin_request.target)
+                if location is None:
+                    is_page = response.head.status < 300 and "text/html" in media_type(response.head)
+                    if first is not None and is_page:
+                        first, response = response, first
+                    return response
+                if first is None:
+                    first = response
+                else:
                     response.close()
-                    portal, first = first, None
-                    return portal
-                first = _keep(first, response)
-                fields = forward.fields
-                if not is_same_site(forward.target, onward):
-                    fields = without_fields(fields, ("authorization", "cookie"))
-                fields = (("Host", onward.authority),) + without_fields(fields, ("host",))
-                forward = replace_fields(forward, target=onward, fields=fields)
+                origin_request = redirected_request(origin_request, location)
         finally:
             if first is not None:
                 first.close()
-        raise OriginError("%s redirects more than %d times." % (forward.target.authority, MAX_REDIRECTS))
+        authority = origin_request.target.authority
+        raise OriginError("%s redirects more than %d times." % (authority, MAX_REDIRECTS))
 
-    def _send_with_retry(self, forward: OriginRequest) -> OriginResponse:
-        """One request.  A pooled connection that the origin has closed meanwhile, or polluted, costs a
-        silent second try, where the request may be repeated (RFC 9112 §9.3.1)."""
-        connection = self._connection(forward)
-        pooled = self._pool.acquire(connection.place, time.monotonic()) if forward.is_retryable else None
-        with self._translate_errors(connection, forward.target):
+    def _send_with_retry(self, origin_request: OriginRequest) -> OriginResponse:
+        """Send one request; retry if a pooled connection or the parent proxy fails.
+
+        An origin may close an idle connection at any moment, so also just as a request is sent over it.  A
+        request that may be repeated is then sent again over a new connection (RFC 9112 §9.3.1).
+        """
+        connection = OriginConnection(self, origin_request)
+        is_retryable = origin_request.is_retryable
+        pooled = self.pool.acquire(connection.pool_key, time.monotonic()) if is_retryable else None
+        with self._translate_errors(connection, origin_request.target):
             if pooled is not None:
-                connection.peer_address = pooled.peer_address  # if that one falls silent
-                # RemoteDisconnected is one, and a parent's 407 the second.
+                connection.peer_address = pooled.peer_address  # blamed for a timeout, which is not retried
+                # ConnectionError covers RemoteDisconnected; PermissionError is a parent's 407; ValueError is
+                # what remained unread on the connection.
                 with contextlib.suppress(ConnectionError, PermissionError, ValueError):
-                    return self._send_once(pooled, forward)
+                    return pooled.exchange(origin_request)
             try:
-                return self._send_once(connection, forward)
+                return connection.exchange(origin_request)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                if not forward.is_retryable or not connection.bypass_parent(error):
+                if not is_retryable or not connection.bypass_parent(error):
                     raise
-            return self._send_once(connection, forward)
+            return connection.exchange(origin_request)
 
-    def _connection(self, forward: OriginRequest) -> OriginConnection:
-        parent = parent_proxy_for(forward.target, self._config)
-        return OriginConnection(forward, parent, self._addresses, self.guard, self._trust)
-
-    def connect(self, target: Target, near: bool, client: str = "") -> socket.socket:
-        """A bare connection, for a tunnel; OriginFailure, Failure."""
+    def connect(self, target: Target, client_is_local: bool, client: str = "") -> socket.socket:
+        """Return a TCP connection to a target, for a tunnel; OriginError, ProxyError."""
         deadline = time.monotonic() + RESPONSE_HEAD_TIMEOUT
-        forward = OriginRequest("CONNECT", target, (), client_is_local=near, deadline=deadline, client=client)
-        connection = self._connection(forward)
+        origin_request = OriginRequest(
+            "CONNECT", target, (), client_is_local=client_is_local, deadline=deadline, client=client)
+        connection = OriginConnection(self, origin_request)
         with self._translate_errors(connection, target), contextlib.ExitStack() as stack:
             stack.callback(connection.close)
             connection.connect_tcp()
             stack.pop_all()
-        assert isinstance(connection.sock, socket.socket)  # noqa: S101 (for the type checker)
         return connection.sock
 
     @contextlib.contextmanager
     def _translate_errors(self, connection: OriginConnection, target: Target) -> Iterator[None]:
-        """Failures to ask become words for the client: 504 timed out, 502 all else."""
+        """Turn errors of a request into OriginTimeoutError (504) or OriginError (502)."""
         try:
             yield
         except (socket.timeout, TimeoutError) as error:
-            self._addresses.mark_failed(connection.peer_address)
-            why = ": " + explain_error(error) if str(error) not in ("", "timed out") else ""
-            raise OriginTimeoutError("%s did not answer in time%s." % (connection.blamed_name, why), target) from None
+            self.resolver.mark_failed(connection.peer_address)
+            reason = "" if str(error) in ("", "timed out") else ": " + explain_error(error)
+            sentence = "No answer from %s in time%s." % (connection.blamed_name, reason)
+            raise OriginTimeoutError(sentence, target) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            self._addresses.mark_failed(connection.peer_address)
-            sentence = "%s cannot be asked: %s." % (connection.blamed_name, explain_error(error))
-            raise OriginError(sentence, target, not connection.reached) from None
+            self.resolver.mark_failed(connection.peer_address)
+            failure = "The request to %s failed" if connection.reached else "Cannot connect to %s"
+            sentence = failure % connection.blamed_name + ": %s." % explain_error(error)
+            raise OriginError(sentence, target, unreachable=not connection.reached) from None
 
-    def fetch_remainder(self, forward: OriginRequest, head: ResponseHead, size: int | None, offset: int) -> OriginResponse:
-        """The rest, from ``offset``, of the representation that ``head`` belongs to; OriginFailure where
-        what comes is another."""
-        response = self.fetch(remainder_request(forward, head, offset))
-        if response.head.status in (*UNAVAILABLE_STATUSES, 429):
+    def fetch_remainder(self, origin_request: OriginRequest, head: ResponseHead, size: int | None,
+                        offset: int) -> OriginResponse:
+        """Return the response with the rest, from ``offset``, of the representation that ``head`` describes.
+
+        ``size`` is the representation's length, if known.  Raise OriginError if the origin cannot send it
+        now, CannotResumeError if the response does not fit the bytes before ``offset``.
+        """
+        response = self.fetch(remainder_request(origin_request, head, offset))
+        status = response.head.status
+        if status in (*UNAVAILABLE_STATUSES, 429):
             response.close()
-            raise OriginError("%s answers %d." % (forward.target.authority, response.head.status))
+            raise OriginError("%s answers %d." % (origin_request.target.authority, status))
         if not is_remainder(response.head, head, size, offset):
             response.close()
-            raise CannotResumeError("The download cannot be resumed: the origin has another file now.")
+            raise CannotResumeError("The download cannot be resumed: the file has changed on the origin.")
         part = content_range(response.head)
         if part is not None:
             response.set_length(part[1] - offset)
@@ -4901,54 +4955,15 @@ class OriginClient:
         return response
 
     def close_idle(self) -> None:
-        """Close connections that have been idle for too long."""
+        """Close connections that were idle for too long, unless that was done a moment ago."""
         now = time.monotonic()
-        if now - self._tidied > POOL_CLEANUP_INTERVAL:
-            self._tidied = now
-            self._pool.close_expired(now)
+        if now - self._cleaned_up > POOL_CLEANUP_INTERVAL:
+            self._cleaned_up = now
+            self.pool.close_expired(now)
 
     def close(self) -> None:
         """Close idle connections."""
-        self._pool.close()
-
-    def _send_once(self, connection: OriginConnection, forward: OriginRequest) -> OriginResponse:
-        requested = time.time()
-        try:
-            if connection.sock is None:
-                connection.connect()
-                mark(forward.timings, "connected")
-            connection.sock.settimeout(forward.timeout_for(ORIGIN_TIMEOUT))
-            line, more = connection.request_line(forward.target)
-            connection.putrequest(forward.method, line, skip_host=True, skip_accept_encoding=True)
-            for name, text in forward.fields + more:
-                connection.putheader(name, text.encode("latin-1"))
-            connection.endheaders()
-            if forward.body is not None and not is_answered_before_body(connection.sock, forward):
-                # An origin that refuses the body half-way (413, say) has answered before it closes.
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    send_body(connection, forward.body, forward.length)
-            raw = connection.getresponse()
-            mark(forward.timings, "origin head")
-        except BaseException:
-            connection.close()
-            raise
-        assert isinstance(raw, StrictHTTPResponse)  # noqa: S101 (for the type checker)
-
-        def give_back(reusable: bool) -> None:
-            raw.close()
-            # Some answer HEAD with a body, which may come too late to be seen; and a body that was not
-            # asked for may be waited for all the same.
-            if reusable and connection.reusable and forward.method != "HEAD" and forward.body is None:
-                self._pool.release(connection, time.monotonic())
-            else:
-                connection.close()
-
-        received = time.time()
-        head = ResponseHead(raw.status, raw.reason, raw.pairs, final_uri=forward.target.uri, request_time=requested,
-                    response_time=received, local_clients_only=connection.guarded)
-        head = with_date(head, received)
-        broke_off = functools.partial(self._addresses.mark_failed, connection.peer_address)
-        return OriginResponse(head, raw, give_back, self._count, broke_off)
+        self.pool.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7375,6 +7390,32 @@ def make_page(path: str, address: tuple[str, int], accepts_html: bool,
 # ---------------------------------------------------------------------------------------------
 
 
+class Quota:
+    """A limited number of resources in use, at most half of them by one client.
+
+    Methods for the caller: acquire, release.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()  # guards _used
+        self._used: collections.Counter[str] = collections.Counter()  # by client_network()
+
+    def acquire(self, client: str) -> bool:
+        """Take one resource for a client's address; return False if none is left for that client."""
+        network = client_network(client)
+        with self._lock:
+            is_free = sum(self._used.values()) < self._limit and self._used[network] < max(1, self._limit // 2)
+            self._used[network] += is_free
+            return is_free
+
+    def release(self, client: str) -> None:
+        """Give one resource back."""
+        with self._lock:
+            self._used[client_network(client)] -= 1
+            self._used += collections.Counter()  # drops zeros, so that the counter does not grow for ever
+
+
 class RequestBody:
     """A request's body: ``length`` bytes, or chunked where that is None."""
 
@@ -9078,7 +9119,7 @@ def check_access_settings(config: Config) -> None:
                  ", with direct connections if it fails" if parent.or_direct else "")
     if config.ca_file is not None:
         try:
-            TrustStore(config.ca_file).context()
+            make_tls_context(config.ca_file)
         except OSError as error:
             raise StartupError("Cannot use the certificates in %s: %s." % (
                 config.ca_file, explain_error(error))) from None
