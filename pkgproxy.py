@@ -4207,12 +4207,13 @@ class Resolver:
 
     def _run(self, lookup: concurrent.futures.Future[list[Address]], name: tuple[str, int]) -> None:
         try:
-            lookup.set_result(resolve_addresses(*name))
+            finish = functools.partial(lookup.set_result, resolve_addresses(*name))
         except (OSError, UnicodeError) as error:
-            lookup.set_exception(error)
+            finish = functools.partial(lookup.set_exception, error)
         finally:
             with self._lock:
-                del self._lookups[name]
+                del self._lookups[name]  # first, or a later request would get the result of this lookup
+        finish()
 
 
 def is_local_address(address: Address) -> bool:
@@ -4295,6 +4296,16 @@ class AddressPolicy:
         return 403, "is an address that only clients on the proxy's own host may reach"
 
 
+def _start_connecting(address: Address, attempts: list[socket.socket]) -> None:
+    """Add a socket that is connecting to an address; OSError."""
+    family, kind, protocol, _, socket_address = address
+    attempts.append(socket.socket(family, kind, protocol))
+    attempts[-1].setblocking(False)
+    code = attempts[-1].connect_ex(socket_address)
+    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+        raise OSError(code, os.strerror(code))
+
+
 def connect_fastest(addresses: list[Address], timeout: float) -> socket.socket:
     """Return a connection to the address that answers first ("happy eyeballs", RFC 8305 §5).
 
@@ -4331,16 +4342,6 @@ def connect_fastest(addresses: list[Address], timeout: float) -> socket.socket:
     finally:
         for sock in attempts:
             sock.close()
-
-
-def _start_connecting(address: Address, attempts: list[socket.socket]) -> None:
-    """Add a socket that is connecting to an address; OSError."""
-    family, kind, protocol, _, socket_address = address
-    attempts.append(socket.socket(family, kind, protocol))
-    attempts[-1].setblocking(False)
-    code = attempts[-1].connect_ex(socket_address)
-    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-        raise OSError(code, os.strerror(code))
 
 
 def make_tls_context(ca_file: str | None) -> Any:
@@ -4383,6 +4384,160 @@ def connect_through_parent(sock: socket.socket, parent: ParentProxy, target: Tar
         lines = read_head_lines(file)
     if not lines or parse_status_line(lines[0])[1] // 100 != 2:
         raise ValueError("it answered CONNECT with '%s'" % "".join(lines[:1]))
+
+
+def send_body(connection: http.client.HTTPConnection, body: Readable, length: int | None) -> None:
+    """Send a request's body, as new chunks if its length is unknown (RFC 9112 §7.1)."""
+    while data := body.read(COPY_SIZE):
+        connection.send(b"%x\r\n%s\r\n" % (len(data), data) if length is None else data)
+    if length is None:
+        connection.send(b"0\r\n\r\n")
+
+
+def is_answered_before_body(sock: socket.socket, origin_request: OriginRequest) -> bool:
+    """Return whether the origin answers Expect: 100-continue with a final status (RFC 9110 §10.1.1).
+
+    An origin that does not answer may not know the field: after CONTINUE_TIMEOUT, it gets the body.
+    """
+    if list_members(origin_request.fields, "Expect") != ["100-continue"] or hasattr(sock, "pending"):
+        return False  # TLS has no MSG_PEEK
+    if not wait_until_ready(sock, CONTINUE_TIMEOUT):
+        return False
+    status = sock.recv(len("HTTP/1.1 1"), socket.MSG_PEEK)[9:]
+    return status not in (b"1", b"")
+
+
+class OriginResponse:
+    """A response from an origin; checks that its body has the declared length.
+
+    It stands in for http.client.HTTPResponse, which
+    - takes a head that is cut off for an empty 200, and 103 for the final response;
+    - accepts bare LF as the end of a line, and two lengths that contradict each other;
+    - reports no error if read(size) meets the end of the connection in the middle of the body;
+    - has no deadline for the whole head.
+    http.client itself uses only begin(), will_close, isclosed() and close().
+
+    Methods for the caller: read, set_deadline, on_idle, set_length, close.  Attributes: head, length, start,
+    end_is_known.
+    """
+
+    start = 0  # offset of the first byte in the representation; not 0 only for a verified remainder
+    will_close = False  # True would make http.client close the socket at once; close() below does it later
+
+    def __init__(self, connection: OriginConnection) -> None:
+        sock = connection.sock
+        self.head = ResponseHead(0, "", ())
+        self.length: int | None = None  # bytes of the body; None: unknown
+        self.end_is_known = True  # whether a complete body can be told from one that was cut off
+        self._connection = connection
+        self._head_timeout = sock.gettimeout()
+        self._reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
+        self._file = io.BufferedReader(self._reader, 64 * 1024)
+        self._chunks: ChunkedReader | None = None
+        self._left: int | None = None  # bytes of the body that are unread; None: unknown
+        self._is_persistent = False  # whether another response may follow on this connection
+        self._is_open = True
+        if not hasattr(sock, "pending"):  # not TLS
+            sock.setblocking(False)  # DeadlineReader waits instead
+
+    def begin(self, **_limits: Any) -> None:
+        """Read the final head within the socket's timeout; ValueError, OSError."""
+        self._reader.set_deadline(self._head_timeout)
+        while True:
+            lines = read_head_lines(self._file)
+            if not lines:
+                raise http.client.RemoteDisconnected("it closed the connection without a response")
+            version, status, reason = parse_status_line(lines[0])
+            fields = parse_fields(lines[1:])
+            if status >= 200:  # otherwise an interim response: 100, 103 (RFC 9110 §15.2)
+                break
+            if status == 101:
+                raise ValueError("it switched protocols without being asked")
+        self._reader.set_deadline(None)
+        now, connection = time.time(), self._connection
+        self.head = with_date(ResponseHead(
+            status, reason, fields, final_uri=connection.origin_request.target.uri,
+            request_time=connection.request_time, response_time=now,
+            local_clients_only=connection.guarded), now)
+        self._find_body(version, fields)
+
+    def _find_body(self, version: tuple[int, int], fields: Fields) -> None:
+        """Determine where the body ends (RFC 9112 §6.3) and whether the connection persists (§9.3)."""
+        chunked, length = is_chunked(fields), field_value(fields, "Content-Length")
+        if chunked and (version < (1, 1) or length is not None):
+            raise ValueError("Transfer-Encoding with HTTP/1.0 or with Content-Length")
+        self.length = None if chunked else content_length(fields)
+        has_no_body = self._connection.origin_request.method == "HEAD" or self.head.status in (204, 304)
+        # If a response without body declares one, some origins send it all the same.
+        is_doubtful = has_no_body and (chunked or self.length)
+        if has_no_body:
+            self.length = 0
+        elif chunked:
+            self._chunks = ChunkedReader(self._file)
+        self._left = self.length
+        self.end_is_known = self._chunks is not None or self.length is not None
+        options = list_members(fields, "Connection")
+        is_kept = "close" not in options and (version >= (1, 1) or "keep-alive" in options)
+        self._is_persistent = is_kept and self.end_is_known and not is_doubtful
+
+    def read(self, size: int = COPY_SIZE) -> bytes:
+        """Return up to ``size`` bytes of the body as they arrive, b"" at its end.
+
+        Raise OriginTimeoutError, or TruncatedBodyError if the body ends early or its framing is invalid.
+        """
+        if not self._is_open or self._left == 0:
+            self.close()
+            return b""
+        try:
+            data = self._read(size)
+        except OriginError:
+            self._connection.origin_client.resolver.mark_failed(self._connection.peer_address)
+            raise
+        self._connection.origin_client.count(len(data))
+        if not data:
+            self._left = 0
+        elif self._left is not None:
+            self._left -= len(data)
+        if self._left == 0:
+            self.close()  # at once: others can use the connection before the caller asks for more
+        return data
+
+    def _read(self, size: int) -> bytes:
+        limit = size if self._left is None else min(size, self._left)
+        try:
+            data = self._chunks.read(limit) if self._chunks else self._file.read1(limit)
+        except (socket.timeout, TimeoutError):
+            raise OriginTimeoutError("The origin stopped sending.") from None
+        except (OSError, ValueError) as error:
+            raise TruncatedBodyError("The response from the origin broke off: %s." % error) from None
+        if not data and self._left:
+            raise TruncatedBodyError("The origin closed the connection %d bytes early." % self._left)
+        return data
+
+    def set_deadline(self, seconds_left: float) -> None:
+        """Limit the time of all further reads together."""
+        self._reader.set_deadline(seconds_left)
+
+    def on_idle(self, call: Callable[[], object]) -> None:
+        """Set a function to be called if nothing arrives for PUBLISH_DELAY seconds."""
+        self._reader.on_idle = call
+
+    def set_length(self, length: int) -> None:
+        """Set the body's length in bytes, which is known from Content-Range, however the body is framed."""
+        self.length = self._left = length
+        self.end_is_known = True
+
+    def isclosed(self) -> bool:
+        """Return whether the connection was given back (http.client asks)."""
+        return not self._is_open
+
+    def close(self) -> None:
+        """Give the connection back; it is closed if it has unread bytes."""
+        if self._is_open:
+            self._is_open = False
+            self._file.close()
+            at_end = self._left == 0 and (self._chunks is None or self._chunks.ended)
+            self._connection.release(at_end and self._is_persistent)
 
 
 PoolKey = tuple[str, str, int, bool, "ParentProxy | None"]  # scheme, host, port, client_is_local, parent
@@ -4606,160 +4761,6 @@ class ConnectionPool:
     @staticmethod
     def _is_usable(connection: OriginConnection, now: float) -> bool:
         return now - connection.idle_since < POOL_IDLE_TIMEOUT and connection.is_idle()
-
-
-class OriginResponse:
-    """A response from an origin; checks that its body has the declared length.
-
-    It stands in for http.client.HTTPResponse, which
-    - takes a head that is cut off for an empty 200, and 103 for the final response;
-    - accepts bare LF as the end of a line, and two lengths that contradict each other;
-    - reports no error if read(size) meets the end of the connection in the middle of the body;
-    - has no deadline for the whole head.
-    http.client itself uses only begin(), will_close, isclosed() and close().
-
-    Methods for the caller: read, set_deadline, on_idle, set_length, close.  Attributes: head, length, start,
-    end_is_known.
-    """
-
-    start = 0  # offset of the first byte in the representation; not 0 only for a verified remainder
-    will_close = False  # True would make http.client close the socket at once; close() below does it later
-
-    def __init__(self, connection: OriginConnection) -> None:
-        sock = connection.sock
-        self.head = ResponseHead(0, "", ())
-        self.length: int | None = None  # bytes of the body; None: unknown
-        self.end_is_known = True  # whether a complete body can be told from one that was cut off
-        self._connection = connection
-        self._head_timeout = sock.gettimeout()
-        self._reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
-        self._file = io.BufferedReader(self._reader, 64 * 1024)
-        self._chunks: ChunkedReader | None = None
-        self._left: int | None = None  # bytes of the body that are unread; None: unknown
-        self._is_persistent = False  # whether another response may follow on this connection
-        self._is_open = True
-        if not hasattr(sock, "pending"):  # not TLS
-            sock.setblocking(False)  # DeadlineReader waits instead
-
-    def begin(self, **_limits: Any) -> None:
-        """Read the final head within the socket's timeout; ValueError, OSError."""
-        self._reader.set_deadline(self._head_timeout)
-        while True:
-            lines = read_head_lines(self._file)
-            if not lines:
-                raise http.client.RemoteDisconnected("it closed the connection without a response")
-            version, status, reason = parse_status_line(lines[0])
-            fields = parse_fields(lines[1:])
-            if status >= 200:  # otherwise an interim response: 100, 103 (RFC 9110 §15.2)
-                break
-            if status == 101:
-                raise ValueError("it switched protocols without being asked")
-        self._reader.set_deadline(None)
-        now, connection = time.time(), self._connection
-        self.head = with_date(ResponseHead(
-            status, reason, fields, final_uri=connection.origin_request.target.uri,
-            request_time=connection.request_time, response_time=now,
-            local_clients_only=connection.guarded), now)
-        self._find_body(version, fields)
-
-    def _find_body(self, version: tuple[int, int], fields: Fields) -> None:
-        """Determine where the body ends (RFC 9112 §6.3) and whether the connection persists (§9.3)."""
-        chunked, length = is_chunked(fields), field_value(fields, "Content-Length")
-        if chunked and (version < (1, 1) or length is not None):
-            raise ValueError("Transfer-Encoding with HTTP/1.0 or with Content-Length")
-        self.length = None if chunked else content_length(fields)
-        has_no_body = self._connection.origin_request.method == "HEAD" or self.head.status in (204, 304)
-        # If a response without body declares one, some origins send it all the same.
-        is_doubtful = has_no_body and (chunked or self.length)
-        if has_no_body:
-            self.length = 0
-        elif chunked:
-            self._chunks = ChunkedReader(self._file)
-        self._left = self.length
-        self.end_is_known = self._chunks is not None or self.length is not None
-        options = list_members(fields, "Connection")
-        is_kept = "close" not in options and (version >= (1, 1) or "keep-alive" in options)
-        self._is_persistent = is_kept and self.end_is_known and not is_doubtful
-
-    def read(self, size: int = COPY_SIZE) -> bytes:
-        """Return up to ``size`` bytes of the body as they arrive, b"" at its end.
-
-        Raise OriginTimeoutError, or TruncatedBodyError if the body ends early or its framing is invalid.
-        """
-        if not self._is_open or self._left == 0:
-            self.close()
-            return b""
-        try:
-            data = self._read(size)
-        except OriginError:
-            self._connection.origin_client.resolver.mark_failed(self._connection.peer_address)
-            raise
-        self._connection.origin_client.count(len(data))
-        if not data:
-            self._left = 0
-        elif self._left is not None:
-            self._left -= len(data)
-        if self._left == 0:
-            self.close()  # at once: others can use the connection before the caller asks for more
-        return data
-
-    def _read(self, size: int) -> bytes:
-        limit = size if self._left is None else min(size, self._left)
-        try:
-            data = self._chunks.read(limit) if self._chunks else self._file.read1(limit)
-        except (socket.timeout, TimeoutError):
-            raise OriginTimeoutError("The origin stopped sending.") from None
-        except (OSError, ValueError) as error:
-            raise TruncatedBodyError("The response from the origin broke off: %s." % error) from None
-        if not data and self._left:
-            raise TruncatedBodyError("The origin closed the connection %d bytes early." % self._left)
-        return data
-
-    def set_deadline(self, seconds_left: float) -> None:
-        """Limit the time of all further reads together."""
-        self._reader.set_deadline(seconds_left)
-
-    def on_idle(self, call: Callable[[], object]) -> None:
-        """Set a function to be called if nothing arrives for PUBLISH_DELAY seconds."""
-        self._reader.on_idle = call
-
-    def set_length(self, length: int) -> None:
-        """Set the body's length in bytes, which is known from Content-Range, however the body is framed."""
-        self.length = self._left = length
-        self.end_is_known = True
-
-    def isclosed(self) -> bool:
-        """Return whether the connection was given back (http.client asks)."""
-        return not self._is_open
-
-    def close(self) -> None:
-        """Give the connection back; it is closed if it has unread bytes."""
-        if self._is_open:
-            self._is_open = False
-            self._file.close()
-            at_end = self._left == 0 and (self._chunks is None or self._chunks.ended)
-            self._connection.release(at_end and self._is_persistent)
-
-
-def send_body(connection: OriginConnection, body: Readable, length: int | None) -> None:
-    """Send a request's body, as new chunks if its length is unknown (RFC 9112 §7.1)."""
-    while data := body.read(COPY_SIZE):
-        connection.send(b"%x\r\n%s\r\n" % (len(data), data) if length is None else data)
-    if length is None:
-        connection.send(b"0\r\n\r\n")
-
-
-def is_answered_before_body(sock: socket.socket, origin_request: OriginRequest) -> bool:
-    """Return whether the origin answers Expect: 100-continue with a final status (RFC 9110 §10.1.1).
-
-    An origin that does not answer may not know the field: after CONTINUE_TIMEOUT, it gets the body.
-    """
-    if list_members(origin_request.fields, "Expect") != ["100-continue"] or hasattr(sock, "pending"):
-        return False  # TLS has no MSG_PEEK
-    if not wait_until_ready(sock, CONTINUE_TIMEOUT):
-        return False
-    status = sock.recv(len("HTTP/1.1 1"), socket.MSG_PEEK)[9:]
-    return status not in (b"1", b"")
 
 
 def remainder_request(origin_request: OriginRequest, head: ResponseHead, offset: int) -> OriginRequest:

@@ -600,7 +600,8 @@ def stored(uri="http://a/x", received=CLOCK, vary=(), size=10, **fields):
 class StructureTest(unittest.TestCase):
     """Structure, promises and budgets."""
 
-    FORWARD = {("PartialFile", "Store"), ("ProxyHandler", "ProxyServer")}  # annotations
+    FORWARD = {("PartialFile", "Store"), ("OriginResponse", "OriginConnection"), ("OriginConnection", "OriginClient"),
+               ("ProxyHandler", "ProxyServer")}  # annotations
 
     @classmethod
     def setUpClass(cls):
@@ -3537,7 +3538,7 @@ class ParentTest(ProxyCase):
 
     def test_we_are_not_our_own_parent(self):
         origin, parents = self.proxy._origin, pkgproxy.parent_proxies("127.0.0.1:%d" % self.address[1], {})
-        origin._config = pkgproxy.dataclasses.replace(origin._config, parents=parents)
+        origin.config = pkgproxy.dataclasses.replace(origin.config, parents=parents)
         self.assertEqual(self.ask(self.url(0)).status, 508)
         origin.guard.listening_ports.clear()  # as behind a NAT
         self.assertEqual(self.ask(self.url(0)).status, 508)
@@ -5358,9 +5359,7 @@ class LookupTest(ProxyCase):
             return one
 
         self.origin.pages["/x"] = ScriptedResponse(b"x")
-        with mock.patch.object(pkgproxy, "MAX_LOOKUPS", 4, create=True):
-            self.start()
-        with mock.patch.object(socket, "getaddrinfo", mute):
+        with mock.patch.object(pkgproxy, "MAX_LOOKUPS", 4), mock.patch.object(socket, "getaddrinfo", mute):
             for number in range(20):
                 waiting = visit(b"mute%d" % number, "127.0.0.1")
                 if number < 2:
