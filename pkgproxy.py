@@ -257,7 +257,6 @@ ORIGIN_BACKOFF = 30.0  # an origin that failed is not waited for again if a stor
 ADDRESS_PENALTY = 300.0  # an address that failed is tried after the others of its name
 CONTINUE_TIMEOUT = 1.0  # for 100 (Continue), then the body is sent all the same (RFC 9110 §10.1.1)
 POOL_IDLE_TIMEOUT = 15.0  # a pooled connection waits for its next request; nginx closes it after 75 s
-POOL_CLEANUP_INTERVAL = 5.0  # between two searches for expired connections; a third of POOL_IDLE_TIMEOUT
 
 # Timeouts of clients, in seconds, and rates in bytes a second.
 IDLE_TIMEOUT = 60.0  # between two requests; apt thinks for a long time between two packages
@@ -3867,6 +3866,8 @@ class LeaseManager:
 class RecentEvents:
     """When something last happened to a host, a file or a client, and why: failures, attempts, log lines.
 
+    A span of time is given when asking, not when recording, so that one record serves several questions.
+
     Methods for the caller: note, note_first, find, gather, forget.  Safe for use by several threads.
     """
 
@@ -3997,13 +3998,17 @@ class DeadlineReader(io.RawIOBase):
                 self._wait()
             self._sock.settimeout(time_left(self._deadline, self._timeout))
         while True:
-            try:
+            try:  # first: on a busy connection, bytes are mostly there, and waiting would cost a system call
                 return self._sock.recv_into(buffer)
             except BlockingIOError:
                 self._wait()
 
     def _wait(self) -> None:
-        """Wait until the socket has bytes; socket.timeout."""
+        """Wait until the socket has bytes; socket.timeout.
+
+        on_idle is called once per wait, after PUBLISH_DELAY: the owner of a download then publishes what has
+        arrived so far, so that other readers do not wait for a stalled origin's next byte.
+        """
         if self.on_idle is not None:
             if wait_until_ready(self._sock, time_left(self._deadline, PUBLISH_DELAY)):
                 return
@@ -4309,9 +4314,13 @@ def _start_connecting(address: Address, attempts: list[socket.socket]) -> None:
 def connect_fastest(addresses: list[Address], timeout: float) -> socket.socket:
     """Return a connection to the address that answers first ("happy eyeballs", RFC 8305 §5).
 
-    A further address is tried every CONNECT_ATTEMPT_DELAY seconds, and at once if one refuses, so that an
-    address that swallows packets (IPv6 without a route, say) does not use up the ``timeout``, which is for
-    all together.  Raise the last error, or socket.timeout.
+    1. Start to connect to the first address.
+    2. Wait for CONNECT_ATTEMPT_DELAY seconds, or until an attempt fails, and start with the next address; the
+       attempts that are in progress go on.
+    3. Return the first connection that succeeds and close the others.
+
+    So an address that swallows packets (IPv6 without a route, say) does not use up the ``timeout``, which is
+    for all together.  Raise the last error, or socket.timeout.
     """
     untried, deadline = list(addresses), time.monotonic() + timeout
     failure: OSError = socket.timeout("timed out")
@@ -4365,8 +4374,8 @@ def explain_error(error: Exception) -> str:
     """Return the reason of a connection's error, in words for a client."""
     refusal = getattr(error, "verify_message", "").rstrip(".")  # of ssl.SSLCertVerificationError
     if refusal:
-        is_issuer_unknown = re.search("self|issuer", refusal) is not None
-        remedy = " (the operator can add its issuer with --ca-file)" if is_issuer_unknown else ""
+        is_unknown = re.search("self|issuer", refusal)
+        remedy = " (the operator can add its issuer with --ca-file)" if is_unknown else ""
         return "its certificate is not trusted: %s%s" % (refusal, remedy)
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     # "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)": only the words in the middle
@@ -4410,6 +4419,9 @@ def is_answered_before_body(sock: socket.socket, origin_request: OriginRequest) 
 class OriginResponse:
     """A response from an origin; checks that its body has the declared length.
 
+    The response owns its connection: 1. begin() reads the head.  2. The caller reads the body.  3. At its
+    end, or when close() is called before, the connection goes back to the pool or is closed, exactly once.
+
     It stands in for http.client.HTTPResponse, which
     - takes a head that is cut off for an empty 200, and 103 for the final response;
     - accepts bare LF as the end of a line, and two lengths that contradict each other;
@@ -4426,9 +4438,7 @@ class OriginResponse:
 
     def __init__(self, connection: OriginConnection) -> None:
         sock = connection.sock
-        self.head = ResponseHead(0, "", ())
         self.length: int | None = None  # bytes of the body; None: unknown
-        self.end_is_known = True  # whether a complete body can be told from one that was cut off
         self._connection = connection
         self._head_timeout = sock.gettimeout()
         self._reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
@@ -4442,6 +4452,7 @@ class OriginResponse:
 
     def begin(self, **_limits: Any) -> None:
         """Read the final head within the socket's timeout; ValueError, OSError."""
+        # The deadline is for the whole head, interim responses included: each line could arrive just in time.
         self._reader.set_deadline(self._head_timeout)
         while True:
             lines = read_head_lines(self._file)
@@ -4462,7 +4473,15 @@ class OriginResponse:
         self._find_body(version, fields)
 
     def _find_body(self, version: tuple[int, int], fields: Fields) -> None:
-        """Determine where the body ends (RFC 9112 §6.3) and whether the connection persists (§9.3)."""
+        """Determine where the body ends (RFC 9112 §6.3) and whether the connection persists (§9.3).
+
+        1. HEAD, 204 and 304 have no body, whatever their fields say.
+        2. Transfer-Encoding together with Content-Length is an error here, as it may be an attempt to smuggle
+           a response (rule 3 would let the former win).
+        3. Chunked: up to the last chunk.
+        4. Content-Length: so many bytes.
+        5. Neither: up to the end of the connection.  Such a body is passed on, but never stored.
+        """
         chunked, length = is_chunked(fields), field_value(fields, "Content-Length")
         if chunked and (version < (1, 1) or length is not None):
             raise ValueError("Transfer-Encoding with HTTP/1.0 or with Content-Length")
@@ -4475,6 +4494,7 @@ class OriginResponse:
         elif chunked:
             self._chunks = ChunkedReader(self._file)
         self._left = self.length
+        # Whether a complete body can be told from one that was cut off; not so in case 5.
         self.end_is_known = self._chunks is not None or self.length is not None
         options = list_members(fields, "Connection")
         is_kept = "close" not in options and (version >= (1, 1) or "keep-alive" in options)
@@ -4558,10 +4578,9 @@ class OriginConnection(http.client.HTTPConnection):
         target = origin_request.target
         super().__init__(target.host, target.port)
         self.origin_client = origin_client
-        self.parent = parent = parent_proxy_for(target, origin_client.config)  # None: direct
+        self.parent = parent_proxy_for(target, origin_client.config)  # None: direct
         self.origin_request = origin_request  # the current one, or the last
-        client_is_local = origin_request.client_is_local
-        self.pool_key: PoolKey = target.scheme, target.host, target.port, client_is_local, parent
+        self.pool_key = (target.scheme, target.host, target.port, origin_request.client_is_local, self.parent)
         self.request_time = 0.0  # time.time() when it was sent
         self.blamed_name = target.authority  # the party to name in an error
         self.peer_address = ""  # IP address of the origin or parent
@@ -4585,7 +4604,9 @@ class OriginConnection(http.client.HTTPConnection):
             if self.sock is None:
                 self.connect()
                 mark(origin_request.timings, "connected")
+            # For sending; begin() takes it over as the time for the head.
             self.sock.settimeout(origin_request.timeout_for(ORIGIN_TIMEOUT))
+            # Host and Accept-Encoding come from the client's fields, not from http.client.
             request_target, parent_fields = self._request_line(origin_request.target)
             self.putrequest(origin_request.method, request_target, skip_host=True, skip_accept_encoding=True)
             for name, text in origin_request.fields + parent_fields:
@@ -4647,7 +4668,10 @@ class OriginConnection(http.client.HTTPConnection):
         return guard.filter(addresses, origin_request)
 
     def _open(self, addresses: list[Address], limit: float) -> None:
-        """Connect to the address that answers first; those before it in the list count as failed."""
+        """Connect to the address that answers first; those before it in the list count as failed.
+
+        So the next request does not wait CONNECT_ATTEMPT_DELAY for each of them again.
+        """
         self.sock = connect_fastest(addresses, self.origin_request.timeout_for(limit))
         self.peer_address = self.sock.getpeername()[0]
         for slower in itertools.takewhile(lambda address: address[4][0] != self.peer_address, addresses):
@@ -4684,9 +4708,11 @@ class OriginConnection(http.client.HTTPConnection):
         except (OSError, UnicodeError) as error:
             raise OriginError("%s cannot be checked, and the parent proxy is on this host: %s." % (
                 target.authority, explain_error(error)), target) from None
-        # A client on this host does not wait for the name server, so its name may lead to any address.
+        # A client on this host does not wait for the name server, so its name may lead to any address: the
+        # response may be given only to other clients on this host.
         unchecked = parent_is_local and not is_numeric
         self.guarded = client_is_local and (unchecked or any(is_near(address[4]) for address in addresses))
+        # Without a tunnel, the parent resolves the name again for the next request: it must be checked again.
         self._is_reusable = client_is_local or not unchecked or target.scheme == "https"
 
     def _request_line(self, target: Target) -> tuple[str, Fields]:
@@ -4716,6 +4742,9 @@ class OriginConnection(http.client.HTTPConnection):
 class ConnectionPool:
     """Idle connections to origins, at most POOL_SIZE to one and POOL_TOTAL in all.
 
+    A list is searched instead of a dictionary by key: it has few entries, and its order says which one to
+    close.  Connections are closed after the lock is released (invariant 5).
+
     Methods for the caller: acquire, release, close_expired, close.
     """
 
@@ -4724,14 +4753,18 @@ class ConnectionPool:
         self._idle: list[OriginConnection] = []  # the longest idle first
 
     def acquire(self, key: PoolKey, now: float) -> OriginConnection | None:
-        """Take out a usable connection, the most recently used first; ``now`` is monotonic."""
+        """Take out a usable connection; ``now`` is monotonic.
+
+        The most recently used comes first: it is the least likely to be closed by the origin at this moment,
+        and the others can expire.
+        """
         while True:
             with self._lock:
                 connection = next((other for other in reversed(self._idle) if other.pool_key == key), None)
                 if connection is None:
                     return None
                 self._idle.remove(connection)
-            if self._is_usable(connection, now):
+            if now - connection.idle_since < POOL_IDLE_TIMEOUT and connection.is_idle():
                 return connection
             connection.close()
 
@@ -4747,9 +4780,9 @@ class ConnectionPool:
             other.close()
 
     def close_expired(self, now: float) -> None:
-        """Close connections that were idle for POOL_IDLE_TIMEOUT seconds or that the origin has closed."""
+        """Close connections that were idle for POOL_IDLE_TIMEOUT seconds; ``now`` is monotonic."""
         with self._lock:
-            expired = [connection for connection in self._idle if not self._is_usable(connection, now)]
+            expired = [other for other in self._idle if now - other.idle_since >= POOL_IDLE_TIMEOUT]
             self._idle = [connection for connection in self._idle if connection not in expired]
         for connection in expired:
             connection.close()
@@ -4757,10 +4790,6 @@ class ConnectionPool:
     def close(self) -> None:
         """Close all connections."""
         self.close_expired(math.inf)
-
-    @staticmethod
-    def _is_usable(connection: OriginConnection, now: float) -> bool:
-        return now - connection.idle_since < POOL_IDLE_TIMEOUT and connection.is_idle()
 
 
 def remainder_request(origin_request: OriginRequest, head: ResponseHead, offset: int) -> OriginRequest:
@@ -4829,7 +4858,6 @@ class OriginClient:
         self.resolver = Resolver()
         self.guard = AddressPolicy()
         self.config = config
-        self._cleaned_up = 0.0  # monotonic
         self._open_hosts = functools.lru_cache(LARGE_MEMO)(self._is_open)  # hits ask for it
 
     @functools.cached_property
@@ -4880,8 +4908,7 @@ class OriginClient:
         finally:
             if first is not None:
                 first.close()
-        authority = origin_request.target.authority
-        raise OriginError("%s redirects more than %d times." % (authority, MAX_REDIRECTS))
+        raise OriginError("%s: more than %d redirects." % (origin_request.target.authority, MAX_REDIRECTS))
 
     def _send_with_retry(self, origin_request: OriginRequest) -> OriginResponse:
         """Send one request; retry if a pooled connection or the parent proxy fails.
@@ -4956,11 +4983,8 @@ class OriginClient:
         return response
 
     def close_idle(self) -> None:
-        """Close connections that were idle for too long, unless that was done a moment ago."""
-        now = time.monotonic()
-        if now - self._cleaned_up > POOL_CLEANUP_INTERVAL:
-            self._cleaned_up = now
-            self.pool.close_expired(now)
+        """Close connections that were idle for too long; cheap enough to be called several times a second."""
+        self.pool.close_expired(time.monotonic())
 
     def close(self) -> None:
         """Close idle connections."""

@@ -2746,7 +2746,7 @@ class OriginTest(unittest.TestCase):
         self.read()
         self.client.close_idle()
         self.assertEqual(len(self.client.pool._idle), 1)
-        with mock.patch.object(pkgproxy, "POOL_IDLE_TIMEOUT", 0.0), mock.patch.object(pkgproxy, "POOL_CLEANUP_INTERVAL", -1.0):
+        with mock.patch.object(pkgproxy, "POOL_IDLE_TIMEOUT", 0.0):
             self.client.close_idle()
         until(lambda: not self.origin._open)
 
@@ -6371,7 +6371,7 @@ class BoundsTest(ProxyCase):
         def limit():
             pkgproxy.resource.setrlimit(pkgproxy.resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
-        process = ProxyProcess(self.root, program=lambda: program(POOL_IDLE_TIMEOUT=0.2, POOL_CLEANUP_INTERVAL=0.2), preexec_fn=limit if descriptors else None)
+        process = ProxyProcess(self.root, program=lambda: program(POOL_IDLE_TIMEOUT=0.2), preexec_fn=limit if descriptors else None)
         self.addCleanup(process.stop)
         self.address = process.address
         self.ask("/warm")
