@@ -3884,7 +3884,7 @@ class RecentEvents:
             self._events[self._key(name)] = time.monotonic(), reason[:MAX_MEMOIZED]
 
     def note_first(self, name: str, span: float) -> bool:
-        """Record the event unless it happened in the last ``span`` seconds; return whether that is so."""
+        """Record the event and return True, unless it happened in the last ``span`` seconds."""
         with self._lock:  # of several threads that ask at once, exactly one gets True
             is_first = self.find(name, span) is None
             if is_first:
@@ -3960,8 +3960,8 @@ def time_left(deadline: float | None, limit: float) -> float:
 class DeadlineReader(io.RawIOBase):
     """A raw stream over a socket whose reads respect an overall deadline.
 
-    A socket's own timeout starts anew with every read, so a peer that sends one byte after
-    another would occupy a thread for ever.  Wrap the reader in io.BufferedReader.
+    A socket's own timeout starts anew with every read, so a peer that sends one byte now and then would
+    occupy a thread for ever.  Wrap the reader in io.BufferedReader.
 
     ``timeout`` limits the silence before each read, in seconds; ``prefetched`` are bytes that were already
     received from the socket.  A socket without TLS should be non-blocking: the reader then polls only if
@@ -4427,6 +4427,7 @@ class OriginResponse:
     - accepts bare LF as the end of a line, and two lengths that contradict each other;
     - reports no error if read(size) meets the end of the connection in the middle of the body;
     - has no deadline for the whole head.
+
     http.client itself uses only begin(), will_close, isclosed() and close().
 
     Methods for the caller: read, set_deadline, on_idle, set_length, close.  Attributes: head, length, start,
@@ -4604,7 +4605,7 @@ class OriginConnection(http.client.HTTPConnection):
             if self.sock is None:
                 self.connect()
                 mark(origin_request.timings, "connected")
-            # For sending; begin() takes it over as the time for the head.
+            # The timeout of each send; OriginResponse.begin() takes it as the time for the whole head.
             self.sock.settimeout(origin_request.timeout_for(ORIGIN_TIMEOUT))
             # Host and Accept-Encoding come from the client's fields, not from http.client.
             request_target, parent_fields = self._request_line(origin_request.target)
