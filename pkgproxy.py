@@ -4663,10 +4663,10 @@ class OriginConnection(http.client.HTTPConnection):
 
     def _resolve(self, origin_request: OriginRequest) -> list[Address]:
         """Return the addresses to which a request may go; OSError, ProxyError."""
-        target, client, guard = origin_request.target, self.origin_client, self.origin_client.guard
+        target, resolver = origin_request.target, self.origin_client.resolver
         timeout = origin_request.timeout_for(DNS_TIMEOUT)
-        addresses = client.resolver.resolve(target.host, target.port, timeout, origin_request.client)
-        return guard.filter(addresses, origin_request)
+        addresses = resolver.resolve(target.host, target.port, timeout, origin_request.client)
+        return self.origin_client.guard.filter(addresses, origin_request)
 
     def _open(self, addresses: list[Address], limit: float) -> None:
         """Connect to the address that answers first; those before it in the list count as failed.
