@@ -429,8 +429,6 @@ class ResponseHead:
     response_time: float = 0.0  # wall clock: when the response to it arrived
     size: int = -1  # bytes of the stored body
     mtime_ns: int = 0  # of the body file; with the size it tells one stored body from another
-    boot_id: str = ""  # boot of the machine, if the body may not have been flushed to the disk
-    flushed_size: int = -1  # bytes of such a body that are known to be flushed
     local_clients_only: bool = False  # from an origin that only clients on this host may reach
     same_as: str = ""  # the identical stored file that was used in place of a download
 
@@ -2355,39 +2353,58 @@ def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
 # ---------------------------------------------------------------------------------------------
 # 5 Store
 # ---------------------------------------------------------------------------------------------
+#
+# Files below the cache root:
+#
+#   HOST/PATH                          a complete body (invariant 1), under its natural or hashed name
+#   .pkgproxy/heads/HOST/PATH^head     its head: a JSON list; while a body is replaced, the new head and the old
+#   .pkgproxy/partials/SHA256[.OWNER]  a download in progress, or the rest of an interrupted one
+#   .pkgproxy/partials/...^head        its PartialMetadata: only if another process may need it
+#   .pkgproxy/names/, adopted/         NameIndex: the files of one name on different mirrors
+#   ...^RANDOM                         a temporary file, before it is renamed
 
-METADATA_FOLDER = ".pkgproxy"  # the bookkeeping folder below the root: heads and partials
+METADATA_FOLDER = ".pkgproxy"
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-# O_NONBLOCK: a FIFO would hang open().  O_NOFOLLOW: bodies are no links, least of all out of the root.
+# O_NONBLOCK: opening a FIFO must not block.  O_NOFOLLOW: bodies are never symbolic links, which could lead
+# out of the root.
 _REGULAR = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | _FLAGS
 _WRITABLE = os.O_RDWR | os.O_CREAT | _REGULAR
+# Errors by which a file system says that it cannot have a file of this name.
 _NAME_REFUSED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+# Errors that reading a damaged JSON file may raise.
+_DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 _NO_STAT = os.stat_result((0,) * 10)
-MIN_RESUMABLE_SIZE = 256 * 1024  # bytes: a smaller download is begun anew, and costs no head of its own
-FLUSH_INTERVAL = 0.5  # seconds, where another machine may read a partial as it grows
+MIN_RESUMABLE_SIZE = 256 * 1024  # bytes: a smaller download is restarted instead of resumed
+FLUSH_INTERVAL = 0.5  # seconds between two flushes of a partial file that other machines may read
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
-_MAX_NAMES = 1024 * 1024  # bytes in a file of names: 10,000 of them, and 256 files, are 2 million
-_RECENT_BUCKET = "recent"  # the file of names that none of those has yet
-_MAX_RECENT = 64 * 1024  # bytes in it, which every miss looks through
-_COMPLETE_MARK = "whole-256"  # says that they were made from all that is stored
-_MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
+_MAX_NAMES = 1024 * 1024  # bytes in one bucket of a NameIndex: 10,000 names, 2 million in 256 buckets
+_RECENT_BUCKET = "recent"  # names that have not been sorted into their bucket yet
+_MAX_RECENT = 64 * 1024  # bytes in it: every miss reads all of it
+_COMPLETE_MARK = "whole-256"  # an empty file: the index was built from all stored responses
+_MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads with every byte escaped; a larger file is not a head file
+# Names that version 1.0 used in head files, and today's; None: no longer stored.
+_NAMES_IN_1_0 = {"final": "final_uri", "requested": "request_time", "received": "response_time",
+                 "guarded": "local_clients_only", "like": "same_as", "boot": None, "flushed": None}
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredResponse:
-    """A stored response: an open body, and the head that describes just this body."""
+    """A stored response: an open body, and the head that describes exactly this body.
 
-    file: io.FileIO  # whoever holds the Stored closes it
-    head: ResponseHead  # size and mtime_ns are the open body's
-    name: str  # below the root
-    described: bool  # False: no head on disk, only what the file itself tells
+    The owner closes it.  The open file stays readable when the body is replaced or evicted.
+    """
+
+    file: io.FileIO
+    head: ResponseHead  # its size and mtime_ns are those of the open file
+    name: str  # path below the root; "": an adopted file
+    described: bool  # False: without a head file, so that the head was made from the file itself
 
     def fileno(self) -> int:
-        """The body's descriptor."""
+        """Return the body's descriptor."""
         return self.file.fileno()
 
     def read_at(self, size: int, offset: int) -> bytes:
-        """Up to ``size`` bytes from ``offset``; OSError."""
+        """Return up to ``size`` bytes from ``offset``.  Raises OSError."""
         self.file.seek(offset)
         return self.file.read(size) or b""
 
@@ -2396,37 +2413,71 @@ class StoredResponse:
         self.file.close()
 
 
+def _close(stored: StoredResponse | None) -> None:
+    if stored is not None:
+        stored.close()
+
+
 def _private_opener(path: str, flags: int) -> int:
-    """For open(): whatever the umask, nobody else writes; and what is no file makes nobody wait."""
+    """Open a file for open(): writable for this user only, whatever the umask, and without blocking."""
     return os.open(path, flags | _REGULAR, 0o644)
 
 
+def _temporary_name(path: str) -> str:
+    """Return a name beside ``path`` that no other thread or process uses."""
+    return "%s^%s" % (path, secrets.token_hex(8))
+
+
+def _unlink(path: str) -> None:
+    """Remove a file if it exists and can be removed.  Windows removes no open file."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def write_all(file: io.FileIO, data: bytes) -> None:
-    """Write data to its end; OSError (disk full …)."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left):]
+    """Write all of ``data`` to an unbuffered file.  Raises OSError."""
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[file.write(remaining):]
+
+
+def replace_file(path: str, data: str | bytes) -> None:
+    """Write a file under a temporary name and rename it to ``path``, creating its folder.
+
+    Readers see the old or the new content, never a mixture.  Raises OSError.
+    """
+    make_directory(os.path.dirname(path))
+    temporary = _temporary_name(path)
+    try:
+        with io.FileIO(temporary, "wb", opener=_private_opener) as file:
+            write_all(file, data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    except OSError:
+        _unlink(temporary)
+        raise
 
 
 def make_directory(path: str) -> None:
-    """Make a folder and those above it, for us alone to write; OSError."""
-    for last in (False, False, True):
-        missing, folder = [], path
-        while not os.path.isdir(folder):
-            missing.append(folder)
-            folder = os.path.dirname(folder)
+    """Create a folder and its missing parents, writable for this user only.  Raises OSError.
+
+    os.makedirs() would give the parents the umask's mode.
+    """
+    for attempt in (1, 2, 3):
+        missing = [path]
+        while not os.path.isdir(os.path.dirname(missing[-1])):
+            missing.append(os.path.dirname(missing[-1]))
         try:
             for folder in reversed(missing):
-                with contextlib.suppress(FileExistsError):  # another thread was quicker, or it is a file
+                with contextlib.suppress(FileExistsError):  # another thread made it, or it is a file
                     os.mkdir(folder, 0o755)
             return
-        except FileNotFoundError:  # somebody has just removed what was there: a cleaning rm -rf
-            if last:
+        except FileNotFoundError:  # a parent was removed meanwhile, by "rm -rf" for example
+            if attempt == 3:
                 raise
 
 
 def _open(path: str) -> tuple[io.FileIO | None, os.stat_result]:
-    """Open a body; None where there is none."""
+    """Open a body and return it with its status; None if there is no regular file of this name."""
     try:
         descriptor = os.open(path, _REGULAR)
     except (OSError, ValueError):
@@ -2434,16 +2485,18 @@ def _open(path: str) -> tuple[io.FileIO | None, os.stat_result]:
     info = os.fstat(descriptor)
     if stat.S_ISREG(info.st_mode):
         return io.FileIO(descriptor, "rb"), info
-    os.close(descriptor)  # a folder, a FIFO: litter in the place of a body
+    os.close(descriptor)
     return None, _NO_STAT
 
 
 def try_lock_file(file: io.FileIO) -> bool:
-    """Lock a file against other processes (invariant 2), for as long as it is open; False where one has it,
-    OSError."""
+    """Lock a file against other processes until it is closed (invariant 2).
+
+    Returns False if another process holds the lock.  Raises OSError if the file system has no locks.
+    """
     if fcntl is not None:
         try:
-            # flock, not lockf: that one is lost when any descriptor of the file is closed.
+            # flock, because a lock by lockf is lost as soon as any descriptor of the file is closed.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
@@ -2451,36 +2504,57 @@ def try_lock_file(file: io.FileIO) -> bool:
 
 
 def why_locks_fail(folder: str) -> str:
-    """Why files in a folder can't be locked against other processes; "" where they can, or where nothing can
-    be written anyway."""
-    path = os.path.join(folder, "lock-" + secrets.token_hex(8))
-    reason = "" if fcntl is not None else "this system has no flock"
+    """Return why files in a folder cannot be locked against other processes; "" if they can.
+
+    Also "" if nothing can be written there: then nothing has to be locked either.
+    """
+    if fcntl is None:
+        return "this system has no flock"
+    path, reason = os.path.join(folder, "lock-" + secrets.token_hex(8)), ""
     with contextlib.suppress(OSError):
-        if not reason:
-            make_directory(folder)
-            with io.FileIO(path, "x+b") as one, io.FileIO(path, "r+b") as two:
-                os.unlink(path)
-                try:
-                    reason = "its file system ignores locks" if try_lock_file(one) and try_lock_file(two) else ""
-                except OSError as error:
-                    reason = "its file system refuses locks (%s)" % error.strerror
-            os.rmdir(folder)  # unless it is in use
+        make_directory(folder)
+        with io.FileIO(path, "x+b") as first, io.FileIO(path, "r+b") as second:
+            os.unlink(path)
+            try:
+                reason = "its file system ignores locks" if try_lock_file(first) and try_lock_file(second) else ""
+            except OSError as error:
+                reason = "its file system refuses locks (%s)" % error.strerror
+        os.rmdir(folder)  # fails if the folder is in use
     return reason
 
 
 def is_remote(path: str) -> bool:
-    """Whether a folder lies on a disk that other machines write too, as far as Linux tells."""
+    """Check whether a folder is on a file system that other machines may write too (Linux only)."""
     with contextlib.suppress(OSError, IndexError), open("/proc/self/mountinfo", encoding="utf-8",
                                                         errors="replace") as file:
         device = os.stat(path).st_dev
         name = "%d:%d" % (os.major(device), os.minor(device))
-        kinds = [line.rpartition(" - ")[2].split()[0] for line in file if line.split()[2] == name]
-        return bool(kinds) and kinds[-1].startswith(_REMOTE)
+        types = [line.rpartition(" - ")[2].split()[0] for line in file if line.split()[2] == name]
+        return bool(types) and types[-1].startswith(_REMOTE)
     return False
 
 
+def boot_id() -> str:
+    """Return an identifier of this boot of the machine, without hyphens.
+
+    The kernel's file comes first.  The systemd unit hides it and passes the same value as %b.  If neither
+    exists, the identifier is this process's own, so that no data of an earlier process is trusted.
+    """
+    known = os.environ.get("PKGPROXY_BOOT_ID", "")
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        known = file.read()
+    return known.strip().replace("-", "").lower() or secrets.token_hex(16)
+
+
 def _head_from(row: dict[str, Any]) -> ResponseHead:
-    """A head from its JSON; ValueError, TypeError or KeyError where somebody damaged it."""
+    """Build a head from its JSON object, in today's or version 1.0's names.
+
+    Raises ValueError, TypeError or KeyError if the object is damaged.
+    """
+    for old, new in _NAMES_IN_1_0.items():
+        if old in row:
+            text = row.pop(old)
+            row.update({new: text} if new else {})
     for name in ("fields", "vary"):
         row[name] = tuple((field, text) for field, text in row[name])
         if not all(isinstance(part, str) for pair in row[name] for part in pair):
@@ -2495,75 +2569,106 @@ def _head_from(row: dict[str, Any]) -> ResponseHead:
     return head
 
 
+def _read_json(path: str) -> Any:
+    """Return the content of a JSON file.  Raises OSError, ValueError, RecursionError and others."""
+    with open(path, "rb", opener=_private_opener) as file:
+        return json.loads(file.read(_MAX_HEAD_FILE))
+
+
 @functools.lru_cache(LARGE_MEMO)
 def _parsed_heads(path: str, *_identity: int) -> tuple[ResponseHead, ...]:
-    """The heads in a head file of this identity, which is only ever replaced; OSError, ValueError …"""
-    with open(path, "rb", opener=_private_opener) as file:
-        return tuple(_head_from(row) for row in json.loads(file.read(_MAX_HEAD_FILE)))
+    """Return the heads in a head file.  A head file is only ever replaced, so that inode, size and times
+    identify its content."""
+    return tuple(_head_from(row) for row in _read_json(path))
 
 
 def _read_heads(path: str) -> tuple[ResponseHead, ...]:
-    """The heads in a head file; none where it is missing, damaged or no file (a FIFO, say)."""
+    """Return the heads in a head file; none if it is missing, damaged, or not a regular file."""
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):
             return ()
         read = _parsed_heads if info.st_size <= MAX_MEMOIZED_HEAD else _parsed_heads.__wrapped__
         return read(path, info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+    except _DAMAGED:
         return ()
-
-
-def replace_file(path: str, text: str) -> None:
-    """Replace a file of the bookkeeping; OSError.  Another instance may do so at the same time."""
-    make_directory(os.path.dirname(path))
-    new = "%s^%s" % (path, secrets.token_hex(4))
-    try:
-        with io.FileIO(new, "wb", opener=_private_opener) as file:
-            write_all(file, text.encode())
-        os.replace(new, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(new)
-        raise
 
 
 def _write_heads(path: str, heads: list[ResponseHead]) -> None:
     replace_file(path, json.dumps([vars(head) for head in heads], ensure_ascii=False))
 
 
+def _describes(head: ResponseHead, info: os.stat_result) -> bool:
+    """Check whether a head belongs to this body, by size and modification time.
+
+    If the body's time has no fraction, a copy has lost it (rsync, tar); then only seconds are compared.
+    """
+    if head.size != info.st_size:
+        return False
+    same = head.mtime_ns == info.st_mtime_ns
+    return same or info.st_mtime_ns % 10**9 == 0 and head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
+
+
+def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
+    """Make a head for a body that has none, from its file's status."""
+    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", format_http_date(info.st_mtime)))
+    return ResponseHead(200, "OK", fields, key, key, response_time=info.st_mtime, request_time=info.st_mtime,
+                        size=info.st_size, mtime_ns=info.st_mtime_ns)
+
+
+def _body_names(key: str) -> list[str]:
+    """Return the names that a cache key's body may have: the preferred one first, the hashed one last."""
+    return [name for name in cache_file_names(key, os.name == "nt") if name is not None]
+
+
+def _has_exact_name(root: str, name: str) -> bool:
+    """Check whether a file has exactly this name below the root.
+
+    File systems that ignore case, or know short names, open other files too.  A head would tell them apart;
+    this check is for bodies without one.
+    """
+    folder = root
+    with contextlib.suppress(OSError):
+        for part in name.split("/"):
+            if os.path.lexists(os.path.join(folder, part.swapcase())) and part not in os.listdir(folder):
+                return False
+            folder = os.path.join(folder, part)
+        return True
+    return False
+
+
 def size_on_disk(info: os.stat_result) -> int:
-    """Bytes that a file takes: whole blocks, but no less than its size where they are allocated later."""
+    """Return the bytes that a file takes: its blocks, or its size if they are allocated later."""
     return max(info.st_size, getattr(info, "st_blocks", 0) * 512)
 
 
 def inodes_for(key: str) -> int:
-    """Inodes that are needed at most to store a response under a cache key: two files, and their folders."""
+    """Return the most inodes that storing a response may take: two files and all their folders."""
     return 2 * key.count("/") + 4 if key else 0
 
 
 def head_size(head: ResponseHead) -> int:
-    """About as many bytes as a head takes, with its folders where they are deeper than most, which exist."""
+    """Estimate the bytes that a head file takes, and the folders of a key that is deeper than most."""
     fields = sum(len(name) + len(text) for name, text in head.fields)
     return fields + BLOCK * max(2, inodes_for(head.key) - 24)
 
 
 class RefCountedFile:
-    """An open file; the last of its users closes it."""
+    """An open file with one writer and any number of readers; the last of them closes it."""
 
     def __init__(self, path: str, file: io.FileIO) -> None:
         self.path = path
         self._file = file
-        self._unlink_on_close = False  # whether its name is ours alone, and shall go with it
-        self._lock = threading.Lock()  # guards _users
-        self._refcount = 1  # the writer, and whoever reads
+        self._unlink_on_close = False  # whether the name belongs to this process and goes with the file
+        self._lock = threading.Lock()  # guards _refcount
+        self._refcount = 1  # the writer and the readers
 
     def fileno(self) -> int:
-        """Its file's descriptor."""
+        """Return the file's descriptor."""
         return self._file.fileno()
 
     def read_at(self, size: int, offset: int) -> bytes:
-        """Up to ``size`` bytes from ``offset``, without moving anybody's position."""
+        """Return up to ``size`` bytes from ``offset`` without moving the writer's position.  Raises OSError."""
         if hasattr(os, "pread"):
             return os.pread(self.fileno(), size, offset)
         with open(self.path, "rb") as file:
@@ -2571,64 +2676,110 @@ class RefCountedFile:
             return file.read(size)
 
     def has_readers(self) -> bool:
-        """Whether anybody but the writer uses it."""
+        """Check whether anybody but the writer uses the file."""
         return self.reader_count() > 0
 
     def reader_count(self) -> int:
-        """How many use it beside the writer."""
+        """Return the number of users besides the writer."""
         with self._lock:
             return max(0, self._refcount - 1)
 
     def acquire(self) -> bool:
-        """One user more; False if it is closed already."""
+        """Add a user.  Returns False if the file is closed already."""
         with self._lock:
             self._refcount += 1 if self._refcount else 0
             return self._refcount > 0
 
     def release(self) -> None:
-        """One user less; the last closes the file."""
+        """Remove a user; the last one closes the file."""
         with self._lock:
             self._refcount -= 1
             last = self._refcount == 0
         if last:
             self._file.close()
             if self._unlink_on_close:
-                with contextlib.suppress(OSError):  # Windows removes no open file
-                    os.unlink(self.path)
+                _unlink(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartialMetadata:
+    """What a partial file's head file says about it, for other instances and for resuming.
+
+    After a power failure a file may be longer than the part of it that is on the disk, filled up with zeros.
+    So the bytes of a partial file are trusted up to its present size only while the boot lasts in which they
+    were written; otherwise up to ``flushed_size``.
+
+    ======================  ==============  ============  ===================
+    the writer              writer_boot_id  flushed_size  readable bytes
+    ======================  ==============  ============  ===================
+    writes, on this boot    this boot       any           the file's size
+    crashed, or is remote   another boot    None          none
+    writes, remote disk     another boot    a number      flushed_size
+    left the file           ""              a number      flushed_size
+    ======================  ==============  ============  ===================
+    """
+
+    head: ResponseHead  # as the response will be stored; without size and mtime_ns
+    inode: int  # the file that is described: a head file may survive its partial file
+    declared_length: int | None  # bytes of the complete body
+    writer_boot_id: str  # "" once the writer has left and all bytes are on the disk
+    flushed_size: int | None  # bytes known to be on the disk
+
+    def save(self, path: str) -> None:
+        """Replace the metadata of the partial file ``path``.  Raises OSError."""
+        row = {**vars(self), "head": vars(self.head)}
+        replace_file(path + "^head", json.dumps(row, ensure_ascii=False))
+
+    @classmethod
+    def load(cls, path: str) -> PartialMetadata | None:
+        """Read the metadata of a partial file.
+
+        Returns None if it is missing, damaged, or of version 1.0: then the download starts anew.
+        """
+        with contextlib.suppress(*_DAMAGED):
+            row = _read_json(path + "^head")
+            found = cls(**{**row, "head": _head_from(row["head"])})
+            numbers = (found.inode, found.declared_length or 0, found.flushed_size or 0)
+            if all(isinstance(number, int) and number >= 0 for number in numbers):
+                return found
+        return None
 
 
 class PartialFile(RefCountedFile):
-    """An incomplete response (RFC 9111 §3.3): written by one, read by many while it grows.
+    """A download in progress (an incomplete response, RFC 9111 §3.3): one writer, any number of readers.
 
-    It ends once, in commit(), keep() or discard(); whoever reads it reads on.
-    Between instances, the lock on its file says who leads; one that has an ``owner`` is locked by its name,
-    which no other instance uses.  Its head file names the file that it describes by its inode.
+    The writer calls start() and write(), and at the end exactly one of commit(), keep_for_resume() and
+    discard().  Readers may read on after that, until they release() it.
+
+    Who may write: if ``owner`` is "", the holder of the file's lock.  Otherwise the instance that a lease
+    named ``owner``, which is the only one to use the file ``SHA256.owner``.
     """
 
     def __init__(self, store: Store, key: str, owner: str, path: str, file: io.FileIO) -> None:
         super().__init__(path, file)
-        self.head = ResponseHead(0, "", (), key)  # of the live response, as it will be stored, or of what is left
-        self.length: int | None = None  # declared
+        self.head = ResponseHead(0, "", (), key)  # of the response as it will be stored, or of a leftover
+        self.length: int | None = None  # declared bytes of the body; None: unknown
         self.owner = owner
-        self.size = 0  # bytes written, or left and good to go on with
+        self.size = 0  # bytes written; of a leftover or another instance's file, bytes that may be read
         self._store = store
-        self._writer_is_local = True  # whether another instance that writes it is on this machine
-        self._writer_left = False  # whether that one has left it
-        self._published_at = 0.0  # monotonic time of the last word to other instances
-        self._checked = 0  # the size up to which space is known to be free
+        self._writer_is_local = True  # whether another instance that writes the file is on this machine
+        self._writer_left = False  # whether that instance has finished with the file
+        self._published_at = 0.0  # monotonic time of the last publish()
+        self._granted_size = 0  # size up to which Space has granted disk space
 
     def start(self, head: ResponseHead, length: int | None, offset: int = 0) -> None:
-        """Begin to write a response of ``length`` bytes (None: unknown), or go on at ``offset``;
-        LocalFailure."""
+        """Start writing a response of ``length`` bytes (None: unknown), or resume at ``offset``.
+
+        Raises StorageError.
+        """
         self.head, self.length, self.size = head, length, offset
         try:
-            self._checked = self._store.space.reserve(self, 1 if length is None else length - offset)
+            self._granted_size = self._store.space.reserve(self, 1 if length is None else length - offset)
             found = os.fstat(self.fileno()).st_size
             if found < offset:
-                raise OSError(errno.ESTALE, "the partial was cut")
+                raise OSError(errno.ESTALE, "the partial file was truncated")
             if not offset:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path + "^head")
+                self._remove_metadata()
                 if found and not self.owner:
                     self._replace_file()
             self._file.truncate(offset)
@@ -2638,29 +2789,35 @@ class PartialFile(RefCountedFile):
             raise StorageError(error) from error
 
     def _replace_file(self) -> None:
-        """Who reads what was left reads on: the new one gets a file of its own, locked before it is seen."""
+        """Continue in a new file, so that readers of the leftover keep its bytes.
+
+        The new file is locked before it gets the name: no other instance can lock it in between.
+        """
         if not self.still_exists():
-            raise OSError(errno.ESTALE, "somebody removed the partial")
-        new = "%s^%s" % (self.path, secrets.token_hex(8))  # never a file that another instance writes
-        file = io.FileIO(os.open(new, _WRITABLE | os.O_EXCL, 0o644), "r+b")
+            raise OSError(errno.ESTALE, "the partial file was removed")
+        temporary = _temporary_name(self.path)
+        file = io.FileIO(os.open(temporary, _WRITABLE | os.O_EXCL, 0o644), "r+b")
         try:
             try_lock_file(file)
             self._file.close()
-            os.replace(new, self.path)
+            os.replace(temporary, self.path)
         finally:
             self._file = file
 
     def write(self, data: bytes) -> int:
-        """Append all of ``data``; OSError (disk full …) comes through."""
-        if self.size + len(data) > self._checked:
-            self._checked = self._store.space.reserve(self, len(data))
+        """Append all of ``data`` and return its length.  Raises OSError (disk full ...)."""
+        if self.size + len(data) > self._granted_size:
+            self._granted_size = self._store.space.reserve(self, len(data))
         write_all(self._file, data)
         self.size += len(data)
         return len(data)
 
     def publish(self) -> None:
-        """Let other instances read what has been written so far.  On another machine's disk they may see it
-        in another order than we write it: there what they may read is flushed first; OSError."""
+        """Let other instances read the bytes written so far.  Raises OSError.
+
+        On this machine the metadata is written once: other instances then see the file grow.  Other machines
+        may see later blocks before earlier ones, so there the bytes are flushed before they are published.
+        """
         now = time.monotonic()
         if not self._published_at or self._store.remote and now - self._published_at > FLUSH_INTERVAL:
             self._published_at = now
@@ -2669,33 +2826,38 @@ class PartialFile(RefCountedFile):
             self._write_metadata(self._store.boot)
 
     def commit(self) -> None:
-        """Flush to disk, then give the body its place and its head (invariant 1); or LocalFailure."""
+        """Flush the body to the disk and store it under its key (invariant 1).  Raises StorageError.
+
+        Another instance that must not let this body be stored (an unsafe request has made it invalid) first
+        unlinks the partial file and then deletes the stored response.  Against that:
+
+        1. commit() checks that the partial file still exists,
+        2. gives the body its place, while the partial file keeps its name as well,
+        3. checks again, and deletes the stored response if the name has gone.
+        """
         try:
             os.fsync(self.fileno())
             if not self.still_exists():
-                raise OSError(errno.ENOENT, "somebody removed the partial")
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path + "^head")
+                raise OSError(errno.ENOENT, "the partial file was removed")
+            self._remove_metadata()
             linked = self._store.commit(self)
-            if linked and not self.still_exists():  # another instance spoiled it meanwhile
+            if linked and not self.still_exists():
                 self.delete_stored()
-                raise OSError(errno.ENOENT, "somebody removed the partial")
+                raise OSError(errno.ENOENT, "the partial file was removed")
         except OSError as error:
             self.discard()
             raise StorageError(error) from error
         if linked:
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                os.unlink(self.path)
-        self._unlink_on_close = bool(self.owner)
-        self.unlock()
+            _unlink(self.path)
+        self._close_for_writing()
 
     def keep_for_resume(self) -> None:
-        """Leave it for a later request to go on with (DESIGN §6.7), where it can be told what it is of."""
+        """Leave the file for a later request to resume, if a strong validator identifies the response."""
         try:
             if self.size < MIN_RESUMABLE_SIZE or strong_validator(self.head) is None or not self.still_exists():
-                raise OSError("not worth it")
+                raise OSError("not worth resuming")
             if os.fstat(self.fileno()).st_size != self.size:
-                raise OSError("not what was received")
+                raise OSError("another process has written it")
             os.fsync(self.fileno())
             self._write_metadata("")
         except OSError:
@@ -2703,176 +2865,149 @@ class PartialFile(RefCountedFile):
         self.unlock()
 
     def discard(self, cut: bool = False) -> None:
-        """Forget the file.  Its readers read on.  Its writer may also ``cut`` it, so that slow readers do not
-        keep its space: they go on from the origin."""
+        """Remove the file.  Its readers read on.
+
+        With ``cut`` the file is emptied too, so that slow readers do not hold its disk space: they fetch the
+        remainder from the origin.
+        """
         self._store.space.release(self, kept=False)
         self._published_at = math.inf
         with contextlib.suppress(OSError, ValueError):
             if cut:
                 self._file.truncate(0)
             if self.still_exists():
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path + "^head")
+                self._remove_metadata()
                 os.unlink(self.path)
-        self._unlink_on_close = bool(self.owner)
-        self.unlock()
+        self._close_for_writing()
 
     def delete_stored(self) -> None:
-        """Remove what is stored under its key: it is no longer right."""
+        """Remove the response that is stored under the same key: it is known to be wrong."""
         self._store.delete(self.head.key)
 
-    # What other instances write
+    def unlock(self) -> None:
+        """Let other instances write the file, even if readers here still have it open."""
+        self._store.space.release(self)
+        if fcntl is not None and not self.owner:
+            with contextlib.suppress(OSError, ValueError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def still_exists(self) -> bool:
+        """Check whether the file's name still leads to the open file.  Raises OSError."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
+        except FileNotFoundError:
+            return False
+
+    # Methods for following another instance's download
 
     def try_lock(self) -> bool:
-        """Whether nobody else writes it any more, so that we may; OSError."""
+        """Become the file's only writer if no other process is.  Raises OSError."""
         return try_lock_file(self._file)
 
     def load_metadata(self) -> bool:
-        """What another instance has told of what it writes; False where that is nothing yet."""
-        with contextlib.suppress(OSError), open(self.path, "rb", opener=_private_opener):
-            pass  # so NFS looks anew
-        # An empty file may have the inode number of a removed one, whose head file is still there.
-        size = os.fstat(self.fileno()).st_size
-        head = self._read_metadata() if size else None
-        if head is None:
-            return False
-        self._writer_left = not head.boot_id
-        self._writer_is_local = head.boot_id == self._store.boot
-        self.head = replace_fields(head, boot_id="", flushed_size=-1, mtime_ns=0)
-        self.length = None if head.size < 0 else head.size
-        self.size = size if self._writer_is_local else min(size, max(0, head.flushed_size))
-        return True
+        """Read what another instance has published about this file.  Returns False if that is nothing yet."""
+        with contextlib.suppress(OSError):
+            with open(self.path, "rb", opener=_private_opener):
+                pass  # opening the file makes an NFS client ask the server for its present size
+            info = os.fstat(self.fileno())
+            found = PartialMetadata.load(self.path) if info.st_size else None
+            # A new file may get the inode number of a removed one, whose metadata still exists: it is empty.
+            if found and (found.head.key, found.inode) == (self.head.key, info.st_ino) and self.still_exists():
+                self.head, self.length = found.head, found.declared_length
+                self._writer_left = not found.writer_boot_id
+                self._writer_is_local = found.writer_boot_id == self._store.boot
+                self.size = info.st_size if self._writer_is_local else min(info.st_size, found.flushed_size or 0)
+                return True
+        return False
 
     def refresh_size(self) -> None:
-        """See how far the other instance has come; OSError."""
+        """Update ``size`` to what the other instance has written by now.  Raises OSError."""
         if self._writer_is_local:
             self.size = os.fstat(self.fileno()).st_size
         else:
             self.load_metadata()
 
     def copy_from(self, old: PartialFile) -> None:
-        """Take over the bytes of an instance that may not be quite dead into this file, which is ours alone;
-        OSError."""
+        """Copy the bytes of another instance's file into this one.  Raises OSError.
+
+        Its writer may still be alive (a lease can be lost to a pause), so its file must not be written.
+        """
         while self.size < old.size:
             data = old.read_at(min(COPY_SIZE, old.size - self.size), self.size)
             if not data:
-                raise OSError(errno.EIO, "the partial was cut")
+                raise OSError(errno.EIO, "the partial file was truncated")
             self.write(data)
         self.head, self.length = old.head, old.length
 
     def switch_to(self, other: PartialFile | StoredResponse) -> None:
-        """Let whoever reads this read on in another file of the same bytes; OSError."""
+        """Let this file's readers continue in another file with the same bytes.  Raises OSError.
+
+        dup2() exchanges the file under the descriptor, which the readers keep using.
+        """
         os.dup2(other.fileno(), self.fileno(), inheritable=False)
         if isinstance(other, PartialFile):
-            self.path, self.owner, self.size, self._writer_is_local = other.path, other.owner, other.size, other._writer_is_local
+            self.path, self.owner, self.size = other.path, other.owner, other.size
+            self._writer_is_local = other._writer_is_local
             other.release()
         else:
             self.size = other.head.size
 
     def is_abandoned(self) -> bool:
-        """Whether it was left, or nobody has written it for a while; OSError."""
+        """Check whether the writer has left the file or has not written for a while.  Raises OSError."""
         return self._writer_left or time.time() - os.fstat(self.fileno()).st_mtime > MIN_EVICTION_AGE
 
-    # Inside
-
-    def _write_metadata(self, boot: str) -> None:
-        """Write down what it is of, and in which ``boot`` it is being written, "" once it is on the disk:
-        after a power cut a file may be longer than what has reached the disk of it; OSError."""
-        _write_heads(self.path + "^head", [replace_fields(
-            self.head, size=-1 if self.length is None else self.length, boot_id=boot, mtime_ns=self._inode(),
-            flushed_size=self.size if self._store.remote or not boot else -1)])
-
-    def _read_metadata(self) -> ResponseHead | None:
-        """What its head file says of just this file."""
-        heads = _read_heads(self.path + "^head")
-        with contextlib.suppress(OSError):
-            if heads and [(head.key, head.mtime_ns) for head in heads] == [(self.head.key, self._inode())]:
-                return heads[0] if self.still_exists() else None
-        return None
-
-    def _inode(self) -> int:
-        """The name that its head file knows it by."""
-        return os.fstat(self.fileno()).st_ino
-
-    def still_exists(self) -> bool:
-        """Whether the file that has its name is still the one that is open; OSError."""
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
-        except FileNotFoundError:
-            return False
-
     def is_stored_as(self, stored: StoredResponse) -> bool:
-        """Whether it has landed, as this body; then all of it may be read."""
+        """Check whether a stored body is this file, or has all its bytes; then all of it may be read."""
         if os.path.samestat(os.fstat(stored.fileno()), os.fstat(self.fileno())):
             self.size = stored.head.size
             return True
         return self.size == self.length
 
-    def unlock(self) -> None:
-        """Others need not wait until the last of our clients has read it."""
-        self._store.space.release(self)
-        if fcntl is not None and not self.owner:
-            with contextlib.suppress(OSError, ValueError):
-                fcntl.flock(self._file, fcntl.LOCK_UN)
+    def _write_metadata(self, writer_boot_id: str) -> None:
+        """Write the head file.  Raises OSError."""
+        flushed_size = self.size if self._store.remote or not writer_boot_id else None
+        PartialMetadata(self.head, os.fstat(self.fileno()).st_ino, self.length, writer_boot_id,
+                        flushed_size).save(self.path)
+
+    def _remove_metadata(self) -> None:
+        """Remove the head file.  Raises OSError: metadata of another response must not stay."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path + "^head")
+
+    def _close_for_writing(self) -> None:
+        """Give up the lock, and the name with the last reader."""
+        self._unlink_on_close = bool(self.owner)
+        self.unlock()
 
 
-def _close(stored: StoredResponse | None) -> None:
-    if stored is not None:
-        stored.close()
+def _save_access_time(path: str, used: float) -> None:
+    """Store the time of a response's last use as its file's access time.
 
-
-def _save_access_time(path: str, last: float) -> None:
-    """Write the time of a file's last use into its inode, not into that of one which replaces it now."""
+    The file is opened first, so that a file which replaces it meanwhile is not touched.
+    """
     with contextlib.suppress(OSError), open(path, "rb", opener=_private_opener) as file:
         target = file.fileno() if os.utime in os.supports_fd else path
-        os.utime(target, ns=(int(last * 10**9), os.fstat(file.fileno()).st_mtime_ns))
-
-
-def _remove_old(path: str, before: float) -> None:
-    """Remove a file of our books that nobody has written since ``before``."""
-    with contextlib.suppress(OSError):
-        if os.lstat(path).st_mtime < before:
-            os.unlink(path)
+        os.utime(target, ns=(int(used * 10**9), os.fstat(file.fileno()).st_mtime_ns))
 
 
 def _rename(path: str, place: str) -> None:
+    """Rename a complete body into its place.  Raises OSError."""
     try:
         os.replace(path, place)
     except PermissionError:
         if os.name != "nt":
             raise
-        # Windows renames no open file, and every reply from a partial holds it open.
-        new = os.path.join(os.path.dirname(place), "^" + os.path.basename(path))
-        shutil.copy2(path, new)
-        os.replace(new, place)
-
-
-def _describes(head: ResponseHead, info: os.stat_result) -> bool:
-    """Whether a head names this body.  Where a copy lost the fraction of the time, its second counts."""
-    if head.size != info.st_size:
-        return False
-    same = head.mtime_ns == info.st_mtime_ns
-    return same or info.st_mtime_ns % 10**9 == 0 and head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
-
-
-def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
-    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", format_http_date(info.st_mtime)))
-    return ResponseHead(200, "OK", fields, key, key, response_time=info.st_mtime, request_time=info.st_mtime,
-                size=info.st_size, mtime_ns=info.st_mtime_ns)
-
-
-def boot_id() -> str:
-    """A name of this start of the machine, without hyphens.  The systemd unit hides the kernel's file, and
-    passes the same name as %b.  Where the system tells none, one of this process: then what a crash left is
-    not trusted, whatever crashed."""
-    known = os.environ.get("PKGPROXY_BOOT_ID", "")
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        known = file.read()
-    return known.strip().replace("-", "").lower() or secrets.token_hex(16)
+        # Windows renames no open file, and each client of a download has the partial file open.
+        copy = os.path.join(os.path.dirname(place), "^" + os.path.basename(path))
+        shutil.copy2(path, copy)
+        os.replace(copy, place)
 
 
 def matches_digest_in_name(key: str, body: StoredResponse | PartialFile) -> bool:
-    """Whether a body is what its name says, where that holds a digest of it; LocalFailure."""
+    """Check a body against the digest in its key.
+
+    Returns True if the key contains none.  Raises StorageError if the body cannot be read.
+    """
     digest = digest_in_name(key)
     if digest is None:
         return True
@@ -2887,75 +3022,84 @@ def matches_digest_in_name(key: str, body: StoredResponse | PartialFile) -> bool
 
 
 class NameIndex:
-    """Where the files lie that mirrors call by one name: lines of a name's digest and a place, a cache key or
-    a path.  New ones come into one file; whoever sweeps spreads them over 256, so that 200,000 are 70 KB
-    each.  What is lost, or outdated, costs a download at most; it is looked through when it is asked.
+    """Finds files of the same name on different mirrors.
+
+    An index is a folder of text files with lines "DIGEST PLACE": the first 18 digits of the name's SHA-256,
+    and a cache key or a path.  Lines are in 256 buckets by the first two digits, so that a lookup reads
+    little: 70 KB if there are 200,000 names.  New lines go to the bucket ``recent`` until compact() sorts
+    them: else a small cache would have 256 files of one line each.
+
+    Entries may get lost and may be outdated.  A lost one costs a download at most, and the caller verifies
+    each place it gets.
     """
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
 
     def add(self, name: str, place: str) -> None:
-        """A file of this name lies there."""
+        """Record that a file of this name is at ``place``."""
         with contextlib.suppress(OSError):
-            self._add(self._folder, {_RECENT_BUCKET: [self._line(name, place)]})
+            self._append(self._folder, _RECENT_BUCKET, self._line(name, place))
 
     def lookup(self, name: str) -> list[str]:
-        """The places of a name, the newest first."""
-        start, lines, found = b"\n" + self._line(name, "")[:-1], b"\n", []
-        for bucket in (start[1:3].decode(), _RECENT_BUCKET):
+        """Return up to MAX_CANDIDATES places of a name, the newest first."""
+        prefix, lines = self._line(name, "")[:-1], b"\n"
+        for bucket in (prefix[:2].decode(), _RECENT_BUCKET):
             with contextlib.suppress(OSError):
                 lines += self._read(os.path.join(self._folder, bucket))
-        at = lines.find(start)
-        while at >= 0 and (end := lines.find(b"\n", at + 1)) >= 0:
-            found.append(lines[at + len(start):end])
-            at = lines.find(start, end)
-        places = [place.decode("utf-8", "surrogateescape") for place in reversed(found)]
-        return list(dict.fromkeys(places))[:MAX_CANDIDATES]
+        complete = lines[:lines.rindex(b"\n") + 1]
+        found = [part.partition(b"\n")[0] for part in complete.split(b"\n" + prefix)[1:]]
+        newest_first = dict.fromkeys(place.decode("utf-8", "surrogateescape") for place in reversed(found))
+        return list(newest_first)[:MAX_CANDIDATES]
 
     def compact(self) -> None:
-        """Give what is new its place, and what somebody died over.  What another process adds in this moment
-        may be lost."""
-        path = os.path.join(self._folder, _RECENT_BUCKET)
-        own = "%s^%s" % (path, secrets.token_hex(4))
+        """Sort the recent lines into their buckets.
+
+        1. Rename ``recent``: from now on no other process adds lines to it, or sorts it.  (A line of a
+           process that has just opened it may get lost.)
+        2. Append its lines to the buckets, then remove it.
+
+        A file that a process renamed but did not remove is sorted by the next call a minute later.
+        """
+        recent = os.path.join(self._folder, _RECENT_BUCKET)
+        own = _temporary_name(recent)
         with contextlib.suppress(OSError):
-            os.rename(path, own)
-        for left in glob.glob(glob.escape(path) + "^*"):
+            os.rename(recent, own)
+        for path in glob.glob(glob.escape(recent) + "^*"):
             with contextlib.suppress(OSError):
-                if left != own and time.time() - os.stat(left).st_mtime < MIN_EVICTION_AGE:
-                    continue  # somebody is at it
-                lines = self._read(left).splitlines(keepends=True)
-                self._add(self._folder, self._by_bucket(
-                    line for line in lines if re.match(rb"[0-9a-f]{18} .*\n", line)))
-                os.unlink(left)
+                if path == own or time.time() - os.stat(path).st_mtime > MIN_EVICTION_AGE:
+                    lines = self._read(path).splitlines(keepends=True)
+                    self._append_sorted(self._folder, (
+                        line for line in lines if re.match(rb"[0-9a-f]{18} .*\n", line)))
+                    os.unlink(path)
 
     def is_complete(self) -> bool:
-        """Whether it was ever made from all that is stored."""
+        """Check whether the index was ever built from all stored responses."""
         return os.path.exists(os.path.join(self._folder, _COMPLETE_MARK))
 
     def rebuild(self, entries: Iterable[tuple[str, str]]) -> None:
-        """Replace all of it: names and places; OSError."""
-        new = "%s^%s" % (self._folder, secrets.token_hex(4))
-        rows = iter(entries)
+        """Replace the index by these names and places.  Raises OSError."""
+        new = _temporary_name(self._folder)
+        lines = (self._line(name, place) for name, place in entries)
         try:
-            while part := list(itertools.islice(rows, 100_000)):
-                self._add(new, self._by_bucket(self._line(name, place) for name, place in part))
-            self._add(new, {_COMPLETE_MARK: [b""]})
+            while part := list(itertools.islice(lines, 100_000)):  # to bound the memory
+                self._append_sorted(new, part)
+            self._append(new, _COMPLETE_MARK, b"")
             shutil.rmtree(self._folder, ignore_errors=True)
             os.rename(new, self._folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
     def record_comparison(self, mirrors: tuple[str, str], same: bool) -> None:
-        """Two mirrors had, or had not, the same file under one name."""
+        """Record that two mirrors had, or did not have, the same file under one name."""
         with contextlib.suppress(OSError):
             if same:
-                self._add(self._folder, {self._pair(mirrors): [b"+"]})
+                self._append(self._folder, self._pair(mirrors), b"+")
             else:
                 os.unlink(os.path.join(self._folder, self._pair(mirrors)))
 
     def are_mirrors(self, mirrors: tuple[str, str]) -> bool:
-        """Whether two mirrors have always had the same files lately."""
+        """Check whether the last MIN_MATCHING_FILES comparisons of two mirrors all matched."""
         with contextlib.suppress(OSError):
             return os.path.getsize(os.path.join(self._folder, self._pair(mirrors))) >= MIN_MATCHING_FILES
         return False
@@ -2964,155 +3108,171 @@ class NameIndex:
         digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
         return ("%s %s\n" % (digest[:18], place)).encode("utf-8", "surrogateescape")
 
-    def _read(self, path: str) -> bytes:
-        """A file of names; OSError.  Its size is asked first: to make room for the largest takes longer."""
-        with io.FileIO(path, "rb", opener=_private_opener) as file:
-            return file.read(min(os.fstat(file.fileno()).st_size, 4 * _MAX_NAMES)) or b""
-
-    def _by_bucket(self, lines: Iterable[bytes]) -> dict[str, list[bytes]]:
-        """Lines by the file that each belongs to."""
-        found: dict[str, list[bytes]] = {}
-        for line in lines:
-            found.setdefault(line[:2].decode(), []).append(line)
-        return found
-
     def _pair(self, mirrors: tuple[str, str]) -> str:
         return "mirrors-" + hashlib.sha256(" ".join(sorted(mirrors)).encode("utf-8", "replace")).hexdigest()
 
-    def _add(self, folder: str, lines: dict[str, list[bytes]]) -> None:
-        """Append lines to files; one that grows too long loses its older half; OSError."""
+    def _read(self, path: str) -> bytes:
+        """Return the content of a bucket.  Raises OSError."""
+        with io.FileIO(path, "rb", opener=_private_opener) as file:
+            # A buffer for the largest file takes longer than asking for the size.
+            return file.read(min(os.fstat(file.fileno()).st_size, 4 * _MAX_NAMES)) or b""
+
+    def _append_sorted(self, folder: str, lines: Iterable[bytes]) -> None:
+        """Append lines to their buckets.  Raises OSError."""
+        buckets: dict[str, list[bytes]] = {}
+        for line in lines:
+            buckets.setdefault(line[:2].decode(), []).append(line)
+        for bucket, part in buckets.items():
+            self._append(folder, bucket, b"".join(part))
+
+    def _append(self, folder: str, bucket: str, data: bytes) -> None:
+        """Append to a file; drop the older half of one that grows too long.  Raises OSError."""
         make_directory(folder)
-        for bucket, more in lines.items():
-            path = os.path.join(folder, bucket)
-            with io.FileIO(path, "ab", opener=_private_opener) as file:
-                write_all(file, b"".join(more))
-                full = file.tell() > (_MAX_RECENT if bucket == _RECENT_BUCKET else _MAX_NAMES)
-            if full and bucket == _RECENT_BUCKET:
-                self.compact()
-            elif full:
-                with open(path, "rb", opener=_private_opener) as file:
-                    kept = file.read()[-_MAX_NAMES // 2:].partition(b"\n")[2]
-                new = "%s^%s" % (path, secrets.token_hex(4))
-                with open(new, "wb", opener=_private_opener) as file:
-                    file.write(kept)
-                os.replace(new, path)
+        path = os.path.join(folder, bucket)
+        with io.FileIO(path, "ab", opener=_private_opener) as file:
+            write_all(file, data)
+            size = file.tell()
+        if bucket == _RECENT_BUCKET and size > _MAX_RECENT:
+            self.compact()
+        elif size > _MAX_NAMES:
+            replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
 
 
 def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Names and paths of the packages in folders that are the user's own.  Links are not followed."""
+    """Yield the names and paths of packages below the folders of --adopt.  Links are not followed."""
     for top in folders:
-        for folder, below, files in os.walk(top):
-            below[:] = [name for name in below if name != METADATA_FOLDER]
+        for folder, subfolders, files in os.walk(top):
+            subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
             for path in (os.path.join(folder, file) for file in files):
-                below_top = os.path.relpath(path, top).replace(os.sep, "/")
-                # A % stays: apt and others write %3a where a URL would have it.
-                name = shareable_name("http://a/" + urllib.parse.quote(os.fsencode(below_top), "/%:+~"))
+                relative = os.path.relpath(path, top).replace(os.sep, "/")
+                # "%" is not quoted: apt and others write %3a into file names where the URL has it too.
+                name = shareable_name("http://a/" + urllib.parse.quote(os.fsencode(relative), "/%:+~"))
                 if name and "\n" not in path:
                     yield name, path
 
 
-def _body_names(key: str) -> list[str]:
-    """Where a cache key's body may lie, the place to prefer first, the hashed one last."""
-    return [name for name in cache_file_names(key, os.name == "nt") if name is not None]
-
-
 class Space:
-    """Decides whether downloads may use more disk space: what the file system has free, less a reserve, in
-    bytes and in inodes, and what --max-size leaves.  A download of a declared length reserves all of it, any
-    other SPACE_STEP bytes at a time.  For Partial: reserve, release; for Janitor: take, correct.
+    """Grants disk space to downloads, so that they leave the reserve free and keep to --max-size.
+
+    Usable are the file system's free bytes without the reserve or, if fewer, what --max-size leaves; less
+    what running downloads have been granted but have not written yet.
+
+    A download with a declared length is granted all of it at its start, or is not stored.  Any other one is
+    granted SPACE_STEP bytes at a time.  If it does not fit in the end, its clients may be cut off; so its
+    size is remembered, and the next download of the same key must be granted as much at once.
+
+    If little is left, ``scarce`` is set, which starts an eviction.  The eviction counts all files and
+    corrects the size that is assumed here.
+
+    PartialFile calls reserve() and release(); Evictor calls take_demand() and correct().
     """
 
     def __init__(self, free: Callable[[], tuple[int, int]], max_size: int | None) -> None:
-        self.scarce = threading.Event()  # set when something has to be evicted
-        self._free = free  # bytes and inodes that may be used; OSError
+        self.scarce = threading.Event()
+        self._free = free  # returns free bytes and inodes without the reserve; raises OSError
         self._max_size = max_size
         self._lock = threading.Lock()  # guards all below
-        # The size that each download may reach, and the bytes of its head and folders when it is stored.
+        # The size that each running download may reach, and the bytes of its head file and folders.
         self._running: weakref.WeakKeyDictionary[PartialFile, tuple[int, int]] = weakref.WeakKeyDictionary()
-        self._stored = 0  # bytes below the root, without running downloads, as far as is known
-        self._needed = 0  # free bytes that refused downloads needed, or the next one is likely to need
-        self._spare = 0  # free bytes that eviction aims at
-        self._outgrown: dict[str, int] = {}  # by key: a size that did not fit, of bodies that declare none
+        self._stored = 0  # assumed bytes below the root, without running downloads
+        self._demand = 0  # free bytes that downloads lacked, or that the next one is likely to need
+        self._spare = 0  # free bytes that the last eviction aimed at
+        self._outgrown: dict[str, int] = {}  # by key: sizes of undeclared bodies that did not fit
 
     def reserve(self, partial: PartialFile, count: int) -> int:
-        """Let a download write ``count`` bytes more; return the size up to which it may be written before it
-        has to ask again; OSError (ENOSPC)."""
+        """Grant ``count`` more bytes to a download.
+
+        Returns the size up to which it may be written before the next call.  Raises OSError (ENOSPC).
+        """
         free, inodes = self._free()
         with self._lock:
-            size = partial.size
-            end, overhead = self._running.get(partial, (-1, head_size(partial.head)))
-            self._stored -= size if end < 0 else 0
-            if self._max_size is not None:
-                free = min(free, self._max_size - self._stored - sum(one.size for one in self._running))
-            if end < 0 and partial.length is None:  # a client that was cut off then gets all of it now
+            starts = partial not in self._running
+            if starts and partial.length is None:
                 count = max(count, self._outgrown.pop(partial.head.key, 0))
+            end, overhead = self._running.get(partial, (-1, head_size(partial.head)))
             needed = count
-            if size + count > end:  # else the others were granted what that left
-                needed += overhead + sum(max(0, other - one.size) + more for one, (other, more)
-                                         in self._running.items() if one is not partial)
-            likely = min(count, MAX_SPARE, 5 * self._spare)  # the next download is often as large
-            room, enough = free - needed, end >= 0 or inodes >= inodes_for(partial.head.key)
-            if room < max(0, likely, self._spare // 2) or not enough:
-                self.scarce.set()
-                wanted = likely if room >= 0 else needed
-                self._needed = max(self._needed, wanted if wanted <= (self._max_size or wanted) else 0)
-            if room >= 0 and enough:
-                ahead = 0 if partial.length is not None else min(room, max(0, SPACE_STEP - count))
-                self._running[partial] = max(end, size + count + ahead), overhead
-                return min(self._running[partial][0], size + SPACE_STEP)
+            if partial.size + count > end:  # otherwise the others were granted what this one had left
+                needed += overhead + self._granted_to_others(partial)
+            if self._max_size is not None:
+                free = min(free, self._max_size - self._used() - (partial.size if starts else 0))
+            fits = free >= needed and (not starts or inodes >= inodes_for(partial.head.key))
+            self._note_demand(count, needed, free - needed, fits)
+            if fits:
+                ahead = min(free - needed, max(0, SPACE_STEP - count)) if partial.length is None else 0
+                end = max(end, partial.size + count + ahead)
+                self._running[partial] = end, overhead
+                self._stored -= partial.size if starts else 0  # a leftover now counts as a download
+                return min(end, partial.size + SPACE_STEP)
             if partial.length is None and len(self._outgrown) < LARGE_MEMO:
-                self._outgrown[partial.head.key] = size + count
+                self._outgrown[partial.head.key] = partial.size + count
         raise OSError(errno.ENOSPC, "not enough free %s" % (
-            "space for %d bytes" % count if room < 0 else "inodes"))
+            "space for %d bytes" % count if free < needed else "inodes"))
 
     def release(self, partial: PartialFile, kept: bool = True) -> None:
-        """A download has ended; whether what it has written is ``kept``."""
+        """End a download's grant; ``kept`` says whether its bytes stay on the disk."""
         with self._lock:
-            mine = self._running.pop(partial, None)
-            if mine is not None and kept:
-                self._stored += partial.size + mine[1]
+            granted = self._running.pop(partial, None)
+            if granted is not None and kept:
+                self._stored += partial.size + granted[1]
 
-    def take(self) -> tuple[int, int]:
-        """Bytes below the root, as far as is known; free bytes that were needed since the last call."""
+    def take_demand(self) -> tuple[int, int]:
+        """Return the assumed bytes below the root, and the free bytes needed since the last call."""
         with self._lock:
-            needed, self._needed = self._needed, 0
-            return self._stored + sum(one.size for one in self._running), needed
+            demand, self._demand = self._demand, 0
+            return self._used(), demand
 
     def correct(self, difference: int, spare: int) -> None:
-        """Correct the known size by what counting has shown, and set what eviction aims at."""
+        """Add the difference between the counted and the assumed size; note what eviction aimed at."""
         with self._lock:
             self._stored += difference
             self._spare = spare
 
+    def _used(self) -> int:
+        return self._stored + sum(other.size for other in self._running)
+
+    def _granted_to_others(self, partial: PartialFile) -> int:
+        return sum(max(0, end - other.size) + overhead for other, (end, overhead) in self._running.items()
+                   if other is not partial)
+
+    def _note_demand(self, count: int, needed: int, left: int, fits: bool) -> None:
+        """Start an eviction if a download does not fit, or if the next one, often as large, would not."""
+        likely = min(count, MAX_SPARE, 5 * self._spare)
+        if left < max(likely, self._spare // 2) or not fits:
+            self.scarce.set()
+            wanted = likely if left >= 0 else needed
+            if self._max_size is None or wanted <= self._max_size:
+                self._demand = max(self._demand, wanted)
+
 
 class Store:
-    """Stored responses below ``root``.  The file system is the truth; there is no index.
+    """Finds, stores, updates and deletes responses below the cache root.
 
-    For the caller: lookup, share, freshen, forget.  For Partial: place.  For Partials and Janitor: the rest.
+    There is no index: the file system holds all state, so that several processes may share a root and
+    people may copy, move and delete files at any time.
     """
 
     def __init__(self, root: str, trust_bare: bool = True, min_free: int | None = None,
                  max_size: int | None = None) -> None:
         self.root = os.path.abspath(root)
         self._top = os.path.join(self.root, "")
-        self.boot = boot_id()
-        self._min_free = min_free  # bytes
-        self.space = Space(lambda: (self.free_space(), self.free_inodes()), max_size)
-        self._lock = threading.Lock()  # guards _used
-        self._used: dict[str, float] = {}  # by name: clock time of the last use since the last sweep
-        self._places = memoize(self._find_places)
         self.metadata_folder = os.path.join(self.root, METADATA_FOLDER)
-        self.names = NameIndex(os.path.join(self.metadata_folder, "names"))  # of what is stored: common names, cache keys
-        self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of what is not ours: paths
+        self.boot = boot_id()
         self.remote = is_remote(self.root)
-        self._trust_bare = trust_bare  # whether the root is ours alone, so that a bare body is one of ours
+        self.space = Space(lambda: (self.free_space(), self.free_inodes()), max_size)
+        self.names = NameIndex(os.path.join(self.metadata_folder, "names"))  # of stored files: cache keys
+        self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of --adopt: paths
+        self._min_free = min_free  # bytes
+        self._trust_bare = trust_bare  # whether the root holds only the cache, so that bare bodies are its own
+        self._places = memoize(self._find_places)
+        self._lock = threading.Lock()  # guards _used
+        self._used: dict[str, float] = {}  # by name: clock time of the last use since the last eviction
 
     def lookup(self, key: str) -> StoredResponse | None:
-        """The stored response for a cache key, opened; None where there is none that may be used.
+        """Open the stored response for a cache key; None if there is none that may be used.
 
-        A body that no head describes is used if its name says what it is (content-named, package):
-        people copy and rsync such files, and may lose the bookkeeping folder; but not where the root
-        may hold anything (trust_bare).  A body that contradicts its head was changed by hand.
+        A body without a head is used if its name tells what it is (content-named, package): people copy
+        such files with rsync, and may lose the metadata folder.  It is not used if the root may hold
+        anything else (``trust_bare``).  A body that contradicts its head was changed by hand: never used.
         """
         bare = None
         for name, path, head_path in self._places(key):
@@ -3128,67 +3288,56 @@ class Store:
                     if head.mtime_ns != info.st_mtime_ns:
                         head = replace_fields(head, mtime_ns=info.st_mtime_ns)
                     return StoredResponse(file, head, name, True)
-            fixed = classify_name(key) in (NameClass.CONTENT, NameClass.PACKAGE)
-            if self._trust_bare and fixed and not (heads or bare) and self._is_exact(name):
+            immutable = classify_name(key) in (NameClass.CONTENT, NameClass.PACKAGE)
+            if self._trust_bare and immutable and not (heads or bare) and _has_exact_name(self.root, name):
                 bare = StoredResponse(file, _bare_head(key, info), name, False)
             else:
                 file.close()
         return bare
 
-    def _is_exact(self, name: str) -> bool:
-        """Whether a name is on the disk to the letter.  File systems that ignore case, or know short names,
-        open another file as well; only its head, which is missing here, would tell."""
-        folder = self.root
-        with contextlib.suppress(OSError):
-            for part in name.split("/"):
-                other = os.path.join(folder, part.swapcase())
-                if os.path.lexists(other) and part not in os.listdir(folder):
-                    return False
-                folder = os.path.join(folder, part)
-            return True
-        return False
-
-    def _find_places(self, key: str) -> list[tuple[str, str, str]]:
-        """Where a cache key's body may lie: its names, with their paths and those of their heads."""
-        return [(name, self.body_path(name), self.head_path(name)) for name in _body_names(key)]
-
     def commit(self, partial: PartialFile) -> bool:
-        """Give a complete body its natural name, or where that is taken its hashed one; OSError.  Whether
-        the partial still has its old name, too.
+        """Store a complete download under its key.
 
-        The head goes first, into a file that keeps the previous body's head beside the new one's, so
-        that at each moment the visible body has a head that describes it, and a reader between the
-        two steps, or a crash, mixes nothing.
+        Returns whether the partial file still has its old name too.  Raises OSError.
         """
         modified = parse_date(field_value(partial.head.fields, "Last-Modified"))
         if modified is None or not 0 <= modified < 2**33:
             modified = partial.head.response_time
-        # People see the origin's second; the fraction tells two bodies of one second apart.
+        # The seconds are the origin's, for people to see.  The fraction, from the clock, tells bodies of one
+        # second and size apart, so that no head of one ever describes the other.
         mtime_ns = int(modified) * 10**9 + time.time_ns() // 1000 % 10**6 * 1000
         by_descriptor = os.utime in os.supports_fd
         os.utime(partial.fileno() if by_descriptor else partial.path, ns=(time.time_ns(), mtime_ns))
-        info = os.fstat(partial.fileno())  # file systems keep times more or less fine
+        info = os.fstat(partial.fileno())  # the file system may have rounded the time
         if info.st_size != partial.size or partial.length not in (None, partial.size):
-            raise OSError(errno.EIO, "the partial has %d bytes, not the %d received of %s" % (
+            raise OSError(errno.EIO, "the partial file has %d bytes, not the %d received of %s" % (
                 info.st_size, partial.size, partial.length))
         head = replace_fields(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
         return self._settle(partial.path, partial, head, may_move=True)
 
-    def link(self, twin: StoredResponse) -> None:
-        """Let a body that is stored already be found under its head's key as well: one file, two names;
-        OSError where the file system has no such thing, or the body is not ours."""
-        if not twin.described:
-            raise OSError(errno.EPERM, "it is not ours")
+    def link(self, stored: StoredResponse) -> None:
+        """Store a body under the key of its head as well, as a hard link.
+
+        Raises OSError if the file system has no hard links, or the body has no head file of its own.
+        """
+        if not stored.described:
+            raise OSError(errno.EPERM, "the file was not stored by pkgproxy")
         make_directory(os.path.join(self.metadata_folder, "partials"))
-        self._settle(self.body_path(twin.name), twin, twin.head, may_move=False)
+        self._settle(self.body_path(stored.name), stored, stored.head, may_move=False)
 
     def _settle(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead, may_move: bool) -> bool:
-        """Give an open file its place, and return whether it keeps ``path`` as well; OSError.
+        """Give an open file the place of its key.  Returns whether it keeps ``path`` too.  Raises OSError.
 
-        Another instance may replace ``path`` at any time.  So the file first gets a name that nobody else
-        uses, and is compared with the open one under that.  That name is a link, because while ``path``
-        exists no other instance begins the same download.  Where links fail, a file that ``may_move`` is
-        renamed."""
+        Another instance may replace ``path`` at any time, for example if somebody removed the metadata folder
+        and a second download of the key has begun.  Its growing file must never become a body.  So:
+
+        1. link ``path`` to a name that no other process uses (or rename it, if the file system has no links),
+        2. compare the file of that name with the open one: from now on the name cannot lead elsewhere,
+        3. if they are the same file, rename it into its place; else give back what was renamed.
+
+        A link is better than renaming because while ``path`` exists, no other instance starts to download
+        the same key again.
+        """
         own, linked = os.path.join(self.metadata_folder, "partials", "own^" + secrets.token_hex(8)), True
         try:
             os.link(path, own)
@@ -3196,7 +3345,7 @@ class Store:
             if not may_move:
                 raise
             if os.name == "nt":
-                own = path  # Windows neither renames nor removes an open file
+                own = path  # Windows can neither rename nor remove an open file
             else:
                 os.rename(path, own)
                 linked = False
@@ -3205,78 +3354,33 @@ class Store:
                 self._publish(own, head)
                 return linked
             if not linked:
-                os.replace(own, path)  # it belongs to another instance's download
-            raise OSError(errno.ESTALE, "it has been replaced")
+                os.replace(own, path)
+            raise OSError(errno.ESTALE, "the file has been replaced")
         finally:
-            with contextlib.suppress(OSError):  # rename() does nothing if both names are of one file
-                os.unlink(own)
+            _unlink(own)  # after rename() of two links to one file, both names exist still
 
     def _publish(self, path: str, head: ResponseHead) -> None:
-        """Give a file its place by its head's key; OSError."""
+        """Rename a body to its natural name, or to its hashed one if that is impossible.  Raises OSError."""
         *natural, hashed = _body_names(head.key)
         if shareable_name(head.key):
             self.names.add(shareable_name(head.key), head.key)
-        for name in natural:
-            taken, old = self._look(name, head.key)
-            if (old or not taken) and self._rename_into_place(path, name, head, old):  # else somebody's (invariant 11)
-                self.delete_file(hashed, head.key)
+        for name in (*natural, hashed):
+            exists, old = self._look(name, head.key)
+            # A file with the natural name that pkgproxy did not store stays (invariant 11).
+            if (old or not exists or name == hashed) and self._rename_into_place(path, name, head, old):
+                if name != hashed:
+                    self.delete_file(hashed, head.key)
                 return
-        if not self._rename_into_place(path, hashed, head, self.head_of(hashed, head.key)):
-            raise OSError(errno.EEXIST, "something else has its name")
-
-    def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
-        """Keep a head that a validation has brought up to date; a failure costs only that."""
-        head = replace_fields(head, size=stored.head.size, mtime_ns=stored.head.mtime_ns)
-        with contextlib.suppress(OSError):
-            if not _describes(head, os.lstat(self.body_path(stored.name))):
-                return  # another instance has stored a newer body meanwhile
-            _write_heads(self.head_path(stored.name), [head])
-
-    def delete(self, key: str) -> None:
-        """Remove a stored response, if it is ours (invariant 11)."""
-        for name in _body_names(key):
-            self.delete_file(name, key)
-
-    def take_access_times(self) -> dict[str, float]:
-        """The clock time of each name's last use since this was asked last: so a hit costs no write."""
-        with self._lock:
-            used, self._used = self._used, {}
-        return used
-
-    def free_space(self) -> int:
-        """Bytes that may be used: what is free, less the reserve; OSError."""
-        usage = shutil.disk_usage(self.root)
-        reserve = min(usage.total // 20, 10 * 10**9) if self._min_free is None else self._min_free
-        return usage.free - reserve
-
-    def free_inodes(self) -> int:
-        """Inodes that may be used: what is free, less 5 %, at most 10,000; OSError.  Many file systems make
-        them as they are needed."""
-        found = os.statvfs(self.root) if hasattr(os, "statvfs") else None
-        return found.f_favail - min(found.f_files // 20, 10_000) if found and found.f_files else sys.maxsize
-
-    def list_hosts(self) -> list[str]:
-        """The hosts that are stored; OSError where the root cannot be read."""
-        folders = []
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:  # a cleaning rm -rf
-            folders = [entry.name for entry in entries if entry.name != METADATA_FOLDER and entry.is_dir()]
-        return sorted(name for name in folders if os.path.isdir(self.head_path(name)[:-len("^head")]))
-
-    def head_of(self, name: str, key: str | None) -> ResponseHead | None:
-        """The head of the body that has this name, if we stored it for this key (None: for any)."""
-        return self._look(name, key)[1]
-
-    def _look(self, name: str, key: str | None) -> tuple[bool, ResponseHead | None]:
-        """Whether something has this name, and the head that describes it."""
-        try:
-            info = os.lstat(self.body_path(name))
-        except OSError:
-            return False, None
-        heads = (head for head in _read_heads(self.head_path(name)) if key in (None, head.key))
-        return True, next((head for head in heads if _describes(head, info)), None)
+        raise OSError(errno.EEXIST, "a file that pkgproxy did not store has its name")
 
     def _rename_into_place(self, path: str, name: str, head: ResponseHead, old: ResponseHead | None) -> bool:
-        """Give a body a name, in place of what ``old`` describes; False where the file system refuses it."""
+        """Rename a body to ``name``, replacing the one that ``old`` describes.
+
+        Returns False if the file system refuses the name.  Raises OSError.
+
+        The head is written first, into a file that keeps the old one too.  So at each moment, even after a
+        crash, the visible body has a head that describes it, and no reader mixes two generations.
+        """
         place = self.body_path(name)
         for last in (False, True):
             try:
@@ -3287,104 +3391,165 @@ class Store:
             except OSError as error:
                 if error.errno in _NAME_REFUSED:
                     return False
-                if last or error.errno != errno.ENOENT:  # a cleaning rm -rf came between two steps
+                if last or error.errno != errno.ENOENT:  # a folder was removed between two steps: once more
                     raise
         return True
 
+    def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
+        """Save a head that a validation has updated; a failure costs only the next validation."""
+        head = replace_fields(head, size=stored.head.size, mtime_ns=stored.head.mtime_ns)
+        with contextlib.suppress(OSError):
+            if _describes(head, os.lstat(self.body_path(stored.name))):  # else a newer body has been stored
+                _write_heads(self.head_path(stored.name), [head])
+
+    def delete(self, key: str) -> None:
+        """Delete the stored response for a key; other files are left alone (invariant 11)."""
+        for name in _body_names(key):
+            self.delete_file(name, key)
+
     def delete_file(self, name: str, key: str | None = None) -> bool:
-        """Remove a stored response, if it is ours (invariant 11), and for this key; or a head without a body.
-        Whether there was one."""
-        path = self.body_path(name)
-        found, ours = self._look(name, key)
-        with contextlib.suppress(OSError):
-            if ours:
-                os.unlink(path)
-        with contextlib.suppress(OSError):
-            if ours or not found:
-                os.unlink(self.head_path(name))
-        return ours is not None
+        """Delete the stored response of a name if pkgproxy stored it, for this key (None: for any).
+
+        A head without a body is deleted too.  Returns whether there was such a response.
+        """
+        exists, head = self._look(name, key)
+        if head:
+            _unlink(self.body_path(name))
+        if head or not exists:
+            _unlink(self.head_path(name))
+        return head is not None
+
+    def _look(self, name: str, key: str | None) -> tuple[bool, ResponseHead | None]:
+        """Return whether a file of this name exists, and the head that describes it (for this key)."""
+        try:
+            info = os.lstat(self.body_path(name))
+        except OSError:
+            return False, None
+        heads = (head for head in _read_heads(self.head_path(name)) if key in (None, head.key))
+        return True, next((head for head in heads if _describes(head, info)), None)
+
+    def take_access_times(self) -> dict[str, float]:
+        """Return the clock times of the last uses since the last call, by name.
+
+        They are kept in memory, so that a hit writes nothing to the disk.
+        """
+        with self._lock:
+            used, self._used = self._used, {}
+        return used
+
+    def free_space(self) -> int:
+        """Return the free bytes without the reserve, which may be negative.  Raises OSError."""
+        usage = shutil.disk_usage(self.root)
+        reserve = min(usage.total // 20, 10 * 10**9) if self._min_free is None else self._min_free
+        return usage.free - reserve
+
+    def free_inodes(self) -> int:
+        """Return the free inodes without a reserve of 5 %, at most 10,000.  Raises OSError.
+
+        File systems that allocate inodes on demand report none at all: there is no limit.
+        """
+        found = os.statvfs(self.root) if hasattr(os, "statvfs") else None
+        return found.f_favail - min(found.f_files // 20, 10_000) if found and found.f_files else sys.maxsize
+
+    def list_hosts(self) -> list[str]:
+        """Return the hosts with stored responses.  Raises OSError if the root cannot be read."""
+        folders = []
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            folders = [entry.name for entry in entries if entry.name != METADATA_FOLDER and entry.is_dir()]
+        return sorted(name for name in folders if os.path.isdir(self.head_path(name)[:-len("^head")]))
+
+    def _find_places(self, key: str) -> list[tuple[str, str, str]]:
+        """Return the names that a key's body may have, with the paths of body and head file."""
+        return [(name, self.body_path(name), self.head_path(name)) for name in _body_names(key)]
 
     def body_path(self, name: str) -> str:
-        """Where the body of a name lies."""
+        """Return the path of a name's body."""
         return self._top + name
 
     def head_path(self, name: str) -> str:
-        """Where the head file of a name lies."""
+        """Return the path of a name's head file."""
         return "%s/heads/%s^head" % (self.metadata_folder, name)
 
 
 class PartialStore:
-    """The partials below a root.  For the caller: claim, follow, spoil."""
+    """Opens and unlinks the partial files below a cache root."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def open_for_writing(self, key: str, owner: str = "", sole: bool = True) -> PartialFile | None:
-        """The partial of a key for us alone to write, with what a crash or a dead origin left of it; None
-        where another process writes it; LocalFailure.  With an ``owner`` it is a file of that name, and
-        the caller knows whether he is the ``sole`` one."""
+    def open_for_writing(self, key: str, owner: str = "", exclusive: bool = True) -> PartialFile | None:
+        """Open the partial file of a key as its only writer, with the rest of an interrupted download.
+
+        With an ``owner``, the file is SHA256.owner, and the caller has a lease instead of the file's lock;
+        ``exclusive`` tells whether the lease is certain to be the only one.
+
+        Returns None if another process writes the file.  Raises StorageError.
+        """
         path = self.path(key, owner)
         try:
             make_directory(os.path.dirname(path))
-            for _ in range(10):  # somebody may rename or remove it between open and lock
-                partial = self._opened(key, owner, os.O_CREAT)
+            # Between open and lock another process may commit or remove the file.  Then the lock is one on a
+            # file without a name, and the next attempt opens the new file.
+            for _ in range(10):
+                partial = self._open(key, owner, os.O_CREAT)
                 try:
-                    free = bool(owner) or partial.try_lock()
-                    if free and partial.still_exists():
+                    locked = bool(owner) or partial.try_lock()
+                    if locked and partial.still_exists():
                         if not partial.load_metadata() and owner:
-                            self._adopt_leftovers(partial, sole)
+                            self._adopt_leftovers(partial, exclusive)
                         partial.acquire()
                         return partial
                 finally:
                     partial.release()
-                if not free:
+                if not locked:
                     return None
-            raise OSError(errno.EAGAIN, "another process keeps taking it", path)
+            raise OSError(errno.EAGAIN, "another process keeps replacing it", path)
         except OSError as error:
             raise StorageError(error) from error
 
     def open_for_reading(self, key: str, owner: str = "") -> PartialFile | None:
-        """The partial that another instance writes, or has written; None where there is none."""
+        """Open the partial file that another instance writes, or has written; None if there is none."""
         try:
-            return self._opened(key, owner, 0)
+            return self._open(key, owner, 0)
         except OSError:
             return None
 
-    def _opened(self, key: str, owner: str, flags: int) -> PartialFile:
+    def unlink(self, key: str, owner: str) -> None:
+        """Keep another process from storing its download, which is no longer valid."""
+        _unlink(self.path(key, owner))
+
+    def path(self, key: str, owner: str) -> str:
+        """Return the path of a key's partial file."""
+        name = hashlib.sha256(key.encode()).hexdigest() + ("." + owner if owner else "")
+        return "%s/partials/%s" % (self._store.metadata_folder, name)
+
+    def _open(self, key: str, owner: str, create: int) -> PartialFile:
         path = self.path(key, owner)
-        descriptor = os.open(path, _WRITABLE & ~os.O_CREAT | flags, 0o644)
+        descriptor = os.open(path, _WRITABLE & ~os.O_CREAT | create, 0o644)
         return PartialFile(self._store, key, owner, path, io.FileIO(descriptor, "r+b"))
 
-    def _adopt_leftovers(self, partial: PartialFile, sole: bool) -> None:
-        """Take over what another owner has left: anyone's, where we are the sole writer, else what nobody has
-        written for a while."""
-        name = os.path.basename(self.path(partial.head.key, ""))
-        with os.scandir(os.path.join(self._store.metadata_folder, "partials")) as entries:
-            owners = [entry.name[len(name) + 1:] for entry in entries
-                      if entry.name.startswith(name + ".") and "^" not in entry.name]
+    def _adopt_leftovers(self, partial: PartialFile, exclusive: bool) -> None:
+        """Copy what another owner has left of the same download.  Raises OSError.
+
+        With an exclusive lease, no other owner writes any more.  Without, a file counts as left if nobody has
+        written it for a while.
+        """
+        prefix = os.path.basename(self.path(partial.head.key, "")) + "."
+        owners = [name[len(prefix):] for name in os.listdir(os.path.join(self._store.metadata_folder, "partials"))
+                  if name.startswith(prefix) and "^" not in name]
         for owner in owners:
             old = self.open_for_reading(partial.head.key, owner) if owner != partial.owner else None
             if old is not None:
                 try:
-                    if old.load_metadata() and (sole or old.is_abandoned()) and not partial.size:
+                    if old.load_metadata() and (exclusive or old.is_abandoned()) and not partial.size:
                         partial.copy_from(old)
                         old.discard()
                 finally:
                     old.release()
 
-    def unlink(self, key: str, owner: str) -> None:
-        """Let another process not store what it writes: it is no longer right."""
-        with contextlib.suppress(OSError):
-            os.unlink(self.path(key, owner))
-
-    def path(self, key: str, owner: str) -> str:
-        """Where the partial of a key lies."""
-        name = hashlib.sha256(key.encode()).hexdigest() + ("." + owner if owner else "")
-        return "%s/partials/%s" % (self._store.metadata_folder, name)
-
 
 def disk_usage(root: str) -> dict[str, int]:
-    """Bytes of a folder's file system, and free ones; nothing where it cannot be read."""
+    """Return the total and free bytes of a folder's file system; {} if it cannot be read."""
     with contextlib.suppress(OSError):
         found = shutil.disk_usage(root)
         return {"size": found.total, "free": found.free}
@@ -3392,25 +3557,32 @@ def disk_usage(root: str) -> dict[str, int]:
 
 
 def try_writing(folder: str) -> None:
-    """OSError where no file can be made there, and filled: a full disk still takes an empty one."""
+    """Raise OSError if no file with content can be made in a folder; a full disk still takes an empty one."""
     path = os.path.join(folder, "^probe-" + secrets.token_hex(4))
     replace_file(path, "x")
     os.unlink(path)
 
 
 class Entry(NamedTuple):
-    """A file of pkgproxy's below the root, or a response with its head, as eviction sees it."""
+    """A response with its head, or another file of pkgproxy's, as eviction sees it."""
 
-    last: float  # clock time of its last use
+    used: float  # clock time of the last use
     size: int  # bytes on the disk
-    name: str  # below the root; "": counted, but not evicted
+    name: str  # path below the root; "": counted, but never evicted
+
+    @property
+    def is_response(self) -> bool:
+        """Whether it is a stored response."""
+        return bool(self.name) and not self.name.startswith(METADATA_FOLDER)
 
 
 def _eviction_order(entry: Entry) -> tuple[bool, bool, float, int]:
-    """Left-over partials, then all else by its last use, indexes last.  Of one file with two names, the one
-    that frees nothing goes first."""
-    index = classify_name("http://" + entry.name) is NameClass.INDEX and not entry.name.startswith(METADATA_FOLDER)
-    return not entry.name.startswith(METADATA_FOLDER + "/partials"), index, entry.last, entry.size
+    """Sort leftovers of downloads first, then the least recently used, indexes last.
+
+    Of two links to one file, the one that frees nothing goes first.
+    """
+    is_index = entry.is_response and classify_name("http://" + entry.name) is NameClass.INDEX
+    return not entry.name.startswith(METADATA_FOLDER + "/partials"), is_index, entry.used, entry.size
 
 
 class EvictionReport(NamedTuple):
@@ -3423,109 +3595,121 @@ class EvictionReport(NamedTuple):
 
 
 class Evictor:
-    """Keeps a store within its bounds.  For the caller: sweep."""
+    """Evicts stored responses to keep the cache within --max-size, --min-free and --max-age."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def run(self, config: Config, now: float) -> EvictionReport:
-        """Remove what has not been used for too long, and as much as is too much: left-over partials first,
-        then the least recently used, indexes last, never what pkgproxy did not store; OSError where the root
-        can't be read."""
-        used, (before, needed) = self._store.take_access_times(), self._store.space.take()
-        self._sweep_partials(now)
-        self._store.names.compact()
-        found = list(self._find(used, now))
-        stored = [entry.name for entry in found if entry.name and not entry.name.startswith(METADATA_FOLDER)]
-        if stored and not self._store.names.is_complete():
-            with contextlib.suppress(OSError):
-                self._store.names.rebuild(self._common_names(stored))
-        total, removed, freed, inodes = sum(entry.size for entry in found), 0, 0, 0
-        spare, room = min(total // 20, MAX_SPARE), self._store.free_space()
-        if config.max_size is not None:
-            room = min(room, config.max_size - total)
-        # A download that would not even fit into an empty cache evicts nothing.
-        excess = max(spare, needed if needed - room <= total else 0) - room
-        lacking = SPARE_INODES - self._store.free_inodes()
-        ordered = excess > 0 or lacking > 0 or config.max_age is not None  # else that costs nobody a moment
-        for entry in sorted(found, key=_eviction_order) if ordered else ():
-            expired = config.max_age is not None and now - entry.last > config.max_age
-            unused = abs(now - entry.last) > MIN_EVICTION_AGE  # in the future: by a clock that has been put right since
-            chosen = unused and (expired or freed < excess or inodes < lacking)
-            count = self._evict(entry.name) if chosen else 0
-            inodes, freed = inodes + count, freed + (entry.size if count else 0)
-            removed += count > 0 and not entry.name.startswith(METADATA_FOLDER)
-        self._store.space.correct(total - freed - before, spare)
-        return EvictionReport(len(stored), total, removed, freed)
+        """Count all files of the cache, and evict expired and excess ones.
 
-    def _common_names(self, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-        for name in names:
+        Also sorts the name index and removes old leftovers.  Files that pkgproxy did not store stay.  Raises
+        OSError if the root cannot be read.
+        """
+        used, (assumed, demand) = self._store.take_access_times(), self._store.space.take_demand()
+        self._store.names.compact()
+        entries = list(self._walk(used, now))
+        responses = [entry.name for entry in entries if entry.is_response]
+        if responses and not self._store.names.is_complete():
+            with contextlib.suppress(OSError):
+                self._store.names.rebuild(self._shareable_names(responses))
+        total = sum(entry.size for entry in entries)
+        spare, free = min(total // 20, MAX_SPARE), self._store.free_space()
+        if config.max_size is not None:
+            free = min(free, config.max_size - total)
+        # A download that would not fit into an empty cache evicts nothing.
+        excess = max(spare, demand if demand - free <= total else 0) - free
+        removed, freed = self._evict(entries, config.max_age, excess, now)
+        self._store.space.correct(total - freed - assumed, spare)
+        return EvictionReport(len(responses), total, removed, freed)
+
+    def _evict(self, entries: list[Entry], max_age: float | None, excess: int, now: float) -> tuple[int, int]:
+        """Evict until ``excess`` bytes and the lacking inodes are free; return removed responses and bytes."""
+        lacking = SPARE_INODES - self._store.free_inodes()
+        removed = freed = inodes = 0
+        if excess <= 0 and lacking <= 0 and max_age is None:
+            return 0, 0  # sorting a large cache takes a while
+        for entry in sorted(entries, key=_eviction_order):
+            expired = max_age is not None and now - entry.used > max_age
+            # A time in the future comes from a clock that has been set back since.
+            unused = abs(now - entry.used) > MIN_EVICTION_AGE
+            if entry.name and unused and (expired or freed < excess or inodes < lacking):
+                count = self._remove(entry)
+                inodes, freed = inodes + count, freed + (entry.size if count else 0)
+                removed += count > 0 and entry.is_response
+        return removed, freed
+
+    def _shareable_names(self, responses: Iterable[str]) -> Iterator[tuple[str, str]]:
+        for name in responses:
             for head in _read_heads(self._store.head_path(name)):
                 if shareable_name(head.key):
                     yield shareable_name(head.key), head.key
 
-    def _find(self, used: dict[str, float], now: float) -> Iterator[Entry]:
-        """All that is pkgproxy's below the root, from one walk."""
+    def _walk(self, used: dict[str, float], now: float) -> Iterator[Entry]:
+        """Yield everything below the root that is pkgproxy's, by walking the metadata folder only."""
         seen: set[tuple[int, int]] = set()
         for folder, _, files in os.walk(self._store.metadata_folder):
             part = folder[len(self._store.metadata_folder) + 1:].partition(os.sep)[0]
-            with contextlib.suppress(OSError):  # a folder of heads stands for one of bodies
-                yield Entry(now, size_on_disk(os.lstat(folder)) * (1 + (part == "heads")), "")
+            with contextlib.suppress(OSError):  # each folder of heads has a counterpart with bodies
+                yield Entry(now, size_on_disk(os.lstat(folder)) * (2 if part == "heads" else 1), "")
             for file in files:
                 with contextlib.suppress(OSError):
                     path = os.path.join(folder, file)
                     info = os.lstat(path)
-                    last = info.st_mtime
-                    if part == "partials" and "." not in file:
-                        last = min(last, now - MIN_EVICTION_AGE - 1)  # its lock tells whether it is in use
-                    fixed = part not in ("partials", "names") or "^" in file or file == _COMPLETE_MARK
-                    entry = Entry(last, size_on_disk(info), "" if fixed else "%s/%s/%s" % (METADATA_FOLDER, part, file))
-                    yield self._described(path, entry, used, seen, now) if part == "heads" else entry
+                    if part == "heads":
+                        yield self._response_entry(path, info, used, seen, now)
+                    elif part == "partials" and info.st_mtime < now - DAY:
+                        os.unlink(path)  # nobody has resumed it for a day
+                    else:
+                        yield self._other_entry(part, file, info, now)
 
-    def _described(self, path: str, head: Entry, used: dict[str, float], seen: set[tuple[int, int]],
-                   now: float) -> Entry:
-        """The stored response that a head file belongs to; OSError."""
-        top = os.path.join(self._store.metadata_folder, "heads")
+    def _other_entry(self, part: str, file: str, info: os.stat_result, now: float) -> Entry:
+        """Return the entry of a file that is not a head; leftovers and name buckets can be evicted."""
+        used = info.st_mtime
+        if part == "partials" and "." not in file:  # its lock, not its time, tells whether it is in use
+            used = min(used, now - MIN_EVICTION_AGE - 1)
+        evictable = part in ("partials", "names") and "^" not in file and file != _COMPLETE_MARK
+        return Entry(used, size_on_disk(info), "%s/%s/%s" % (METADATA_FOLDER, part, file) if evictable else "")
+
+    def _response_entry(self, path: str, head: os.stat_result, used: dict[str, float], seen: set[tuple[int, int]],
+                        now: float) -> Entry:
+        """Return the entry of the response that a head file belongs to.  Raises OSError."""
+        top, size = os.path.join(self._store.metadata_folder, "heads"), size_on_disk(head)
         name = os.path.relpath(path, top)[:-len("^head")].replace(os.sep, "/")
         try:
             info = os.lstat(self._store.body_path(name))
         except (FileNotFoundError, NotADirectoryError):
-            _remove_old(path, now - DAY)  # its body was removed by hand
-            return head
+            if head.st_mtime < now - DAY:
+                _unlink(path)  # somebody removed the body; or its download is about to rename it into place
+            return Entry(head.st_mtime, size, "")
         if not (path.endswith("^head") and stat.S_ISREG(info.st_mode)):
-            return head
-        if name in used:  # remembered here, so that a hit costs no write
+            return Entry(head.st_mtime, size, "")
+        if name in used:
             _save_access_time(self._store.body_path(name), used[name])
-        same = (info.st_dev, info.st_ino) in seen  # a file of two mirrors takes its space once
+        if (info.st_dev, info.st_ino) not in seen:  # links to one file take its space once
+            size += size_on_disk(info)
         if info.st_nlink > 1:
             seen.add((info.st_dev, info.st_ino))
-        last = max(used.get(name, 0.0), info.st_atime)
-        return Entry(last, head.size + (0 if same else size_on_disk(info)), name)
+        return Entry(max(used.get(name, 0.0), info.st_atime), size, name)
 
-    def _evict(self, name: str) -> int:
-        """Remove a response, or a file of the bookkeeping that is not locked; how many inodes that frees."""
-        count, path = 0, self._store.body_path(name)
+    def _remove(self, entry: Entry) -> int:
+        """Remove an entry's files, unless they are locked; return the number of freed inodes."""
+        name, path, count = entry.name, self._store.body_path(entry.name), 0
         with contextlib.suppress(OSError):
-            if name.startswith(METADATA_FOLDER):
+            if not entry.is_response:
                 with io.FileIO(os.open(path, _WRITABLE & ~os.O_CREAT), "r+b") as file:
                     if try_lock_file(file):
                         os.unlink(path)
                         count = 1
-                        os.unlink(path + "^head")  # a partial may have one
-            elif name and self._store.delete_file(name):
+                        os.unlink(path + "^head")
+            elif self._store.delete_file(name):
                 count = 2
                 while name := os.path.dirname(name):
                     for folder in (self._store.body_path(name), self._store.head_path(name)[:-len("^head")]):
-                        with contextlib.suppress(OSError):  # one that is not empty
+                        with contextlib.suppress(OSError):  # the folder is not empty
                             os.rmdir(folder)
                             count += 1
         return count
-
-    def _sweep_partials(self, now: float) -> None:
-        """Remove what crashes left and nobody has gone on with for a day."""
-        with contextlib.suppress(OSError), os.scandir(os.path.join(self._store.metadata_folder, "partials")) as entries:
-            for entry in entries:
-                _remove_old(entry.path, now - DAY)
 
 
 # ---------------------------------------------------------------------------------------------
