@@ -2357,7 +2357,7 @@ def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
 # Files below the cache root:
 #
 #   HOST/PATH                          a complete body (invariant 1), under its natural or hashed name
-#   .pkgproxy/heads/HOST/PATH^head     its head: a JSON list; while a body is replaced, the new head and the old
+#   .pkgproxy/heads/HOST/PATH^head     its head, in a JSON list; while a body is replaced, the old head too
 #   .pkgproxy/partials/SHA256[.OWNER]  a download in progress, or the rest of an interrupted one
 #   .pkgproxy/partials/...^head        its PartialMetadata: only if another process may need it
 #   .pkgproxy/names/, adopted/         NameIndex: the files of one name on different mirrors
@@ -2452,9 +2452,8 @@ def replace_file(path: str, data: str | bytes) -> None:
         with io.FileIO(temporary, "wb", opener=_private_opener) as file:
             write_all(file, data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
-    except OSError:
-        _unlink(temporary)
-        raise
+    finally:
+        _unlink(temporary)  # exists only after an error
 
 
 def make_directory(path: str) -> None:
@@ -2478,14 +2477,12 @@ def make_directory(path: str) -> None:
 
 def _open(path: str) -> tuple[io.FileIO | None, os.stat_result]:
     """Open a body and return it with its status; None if there is no regular file of this name."""
-    try:
-        descriptor = os.open(path, _REGULAR)
-    except (OSError, ValueError):
-        return None, _NO_STAT
-    info = os.fstat(descriptor)
-    if stat.S_ISREG(info.st_mode):
-        return io.FileIO(descriptor, "rb"), info
-    os.close(descriptor)
+    with contextlib.suppress(OSError, ValueError):
+        file = io.FileIO(path, "rb", opener=_private_opener)
+        info = os.fstat(file.fileno())
+        if stat.S_ISREG(info.st_mode):
+            return file, info
+        file.close()
     return None, _NO_STAT
 
 
@@ -2508,19 +2505,18 @@ def why_locks_fail(folder: str) -> str:
 
     Also "" if nothing can be written there: then nothing has to be locked either.
     """
-    if fcntl is None:
-        return "this system has no flock"
     path, reason = os.path.join(folder, "lock-" + secrets.token_hex(8)), ""
     with contextlib.suppress(OSError):
         make_directory(folder)
         with io.FileIO(path, "x+b") as first, io.FileIO(path, "r+b") as second:
             os.unlink(path)
             try:
-                reason = "its file system ignores locks" if try_lock_file(first) and try_lock_file(second) else ""
+                both = try_lock_file(first) and try_lock_file(second)
+                reason = "its file system ignores locks" if both else ""
             except OSError as error:
                 reason = "its file system refuses locks (%s)" % error.strerror
         os.rmdir(folder)  # fails if the folder is in use
-    return reason
+    return reason if fcntl is not None else "this system has no flock"
 
 
 def is_remote(path: str) -> bool:
@@ -2570,7 +2566,7 @@ def _head_from(row: dict[str, Any]) -> ResponseHead:
 
 
 def _read_json(path: str) -> Any:
-    """Return the content of a JSON file.  Raises OSError, ValueError, RecursionError and others."""
+    """Return the content of a JSON file.  Raises one of _DAMAGED if it is missing or damaged."""
     with open(path, "rb", opener=_private_opener) as file:
         return json.loads(file.read(_MAX_HEAD_FILE))
 
@@ -2668,7 +2664,7 @@ class RefCountedFile:
         return self._file.fileno()
 
     def read_at(self, size: int, offset: int) -> bytes:
-        """Return up to ``size`` bytes from ``offset`` without moving the writer's position.  Raises OSError."""
+        """Return up to ``size`` bytes from ``offset``; the writer's position stays.  Raises OSError."""
         if hasattr(os, "pread"):
             return os.pread(self.fileno(), size, offset)
         with open(self.path, "rb") as file:
@@ -2853,16 +2849,15 @@ class PartialFile(RefCountedFile):
 
     def keep_for_resume(self) -> None:
         """Leave the file for a later request to resume, if a strong validator identifies the response."""
-        try:
-            if self.size < MIN_RESUMABLE_SIZE or strong_validator(self.head) is None or not self.still_exists():
-                raise OSError("not worth resuming")
-            if os.fstat(self.fileno()).st_size != self.size:
-                raise OSError("another process has written it")
-            os.fsync(self.fileno())
-            self._write_metadata("")
-        except OSError:
-            self.discard(cut=self.size >= MIN_RESUMABLE_SIZE)
-        self.unlock()
+        large = self.size >= MIN_RESUMABLE_SIZE
+        with contextlib.suppress(OSError):
+            unchanged = os.fstat(self.fileno()).st_size == self.size  # by another process
+            if large and unchanged and strong_validator(self.head) is not None and self.still_exists():
+                os.fsync(self.fileno())
+                self._write_metadata("")
+                self.unlock()
+                return
+        self.discard(cut=large)
 
     def discard(self, cut: bool = False) -> None:
         """Remove the file.  Its readers read on.
@@ -2905,18 +2900,19 @@ class PartialFile(RefCountedFile):
         return try_lock_file(self._file)
 
     def load_metadata(self) -> bool:
-        """Read what another instance has published about this file.  Returns False if that is nothing yet."""
+        """Read what another instance has published about this file.  Returns False if nothing yet."""
         with contextlib.suppress(OSError):
             with open(self.path, "rb", opener=_private_opener):
                 pass  # opening the file makes an NFS client ask the server for its present size
             info = os.fstat(self.fileno())
             found = PartialMetadata.load(self.path) if info.st_size else None
-            # A new file may get the inode number of a removed one, whose metadata still exists: it is empty.
+            # A new, empty file may have the inode number of a removed one whose metadata still exists.
             if found and (found.head.key, found.inode) == (self.head.key, info.st_ino) and self.still_exists():
                 self.head, self.length = found.head, found.declared_length
                 self._writer_left = not found.writer_boot_id
                 self._writer_is_local = found.writer_boot_id == self._store.boot
-                self.size = info.st_size if self._writer_is_local else min(info.st_size, found.flushed_size or 0)
+                trusted = info.st_size if self._writer_is_local else found.flushed_size or 0
+                self.size = min(info.st_size, trusted)
                 return True
         return False
 
@@ -3325,11 +3321,12 @@ class Store:
         make_directory(os.path.join(self.metadata_folder, "partials"))
         self._settle(self.body_path(stored.name), stored, stored.head, may_move=False)
 
-    def _settle(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead, may_move: bool) -> bool:
+    def _settle(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead,
+                may_move: bool) -> bool:
         """Give an open file the place of its key.  Returns whether it keeps ``path`` too.  Raises OSError.
 
-        Another instance may replace ``path`` at any time, for example if somebody removed the metadata folder
-        and a second download of the key has begun.  Its growing file must never become a body.  So:
+        Another instance may replace ``path`` at any time, for example if somebody removed the metadata
+        folder and a second download of the key has begun.  Its growing file must never become a body.  So:
 
         1. link ``path`` to a name that no other process uses (or rename it, if the file system has no links),
         2. compare the file of that name with the open one: from now on the name cannot lead elsewhere,
@@ -3493,16 +3490,15 @@ class PartialStore:
             for _ in range(10):
                 partial = self._open(key, owner, os.O_CREAT)
                 try:
-                    locked = bool(owner) or partial.try_lock()
-                    if locked and partial.still_exists():
+                    if not owner and not partial.try_lock():
+                        return None
+                    if partial.still_exists():
                         if not partial.load_metadata() and owner:
                             self._adopt_leftovers(partial, exclusive)
                         partial.acquire()
                         return partial
                 finally:
                     partial.release()
-                if not locked:
-                    return None
             raise OSError(errno.EAGAIN, "another process keeps replacing it", path)
         except OSError as error:
             raise StorageError(error) from error
@@ -3531,14 +3527,13 @@ class PartialStore:
     def _adopt_leftovers(self, partial: PartialFile, exclusive: bool) -> None:
         """Copy what another owner has left of the same download.  Raises OSError.
 
-        With an exclusive lease, no other owner writes any more.  Without, a file counts as left if nobody has
-        written it for a while.
+        With an exclusive lease, no other owner writes any more.  Without, a file counts as left if nobody
+        has written it for a while.
         """
-        prefix = os.path.basename(self.path(partial.head.key, "")) + "."
-        owners = [name[len(prefix):] for name in os.listdir(os.path.join(self._store.metadata_folder, "partials"))
-                  if name.startswith(prefix) and "^" not in name]
-        for owner in owners:
-            old = self.open_for_reading(partial.head.key, owner) if owner != partial.owner else None
+        for path in glob.glob(glob.escape(self.path(partial.head.key, "")) + ".*"):
+            owner = os.path.basename(path).partition(".")[2]
+            old = None if owner == partial.owner or "^" in owner else self.open_for_reading(
+                partial.head.key, owner)
             if old is not None:
                 try:
                     if old.load_metadata() and (exclusive or old.is_abandoned()) and not partial.size:
@@ -3557,7 +3552,7 @@ def disk_usage(root: str) -> dict[str, int]:
 
 
 def try_writing(folder: str) -> None:
-    """Raise OSError if no file with content can be made in a folder; a full disk still takes an empty one."""
+    """Raise OSError if no file can be made in a folder, with content: a full disk takes empty ones."""
     path = os.path.join(folder, "^probe-" + secrets.token_hex(4))
     replace_file(path, "x")
     os.unlink(path)
@@ -3606,13 +3601,15 @@ class Evictor:
         Also sorts the name index and removes old leftovers.  Files that pkgproxy did not store stay.  Raises
         OSError if the root cannot be read.
         """
-        used, (assumed, demand) = self._store.take_access_times(), self._store.space.take_demand()
+        assumed, demand = self._store.space.take_demand()
         self._store.names.compact()
-        entries = list(self._walk(used, now))
+        entries = list(self._walk(self._store.take_access_times(), now))
         responses = [entry.name for entry in entries if entry.is_response]
         if responses and not self._store.names.is_complete():
             with contextlib.suppress(OSError):
-                self._store.names.rebuild(self._shareable_names(responses))
+                self._store.names.rebuild(
+                    (shareable_name(head.key), head.key) for name in responses
+                    for head in _read_heads(self._store.head_path(name)) if shareable_name(head.key))
         total = sum(entry.size for entry in entries)
         spare, free = min(total // 20, MAX_SPARE), self._store.free_space()
         if config.max_size is not None:
@@ -3638,12 +3635,6 @@ class Evictor:
                 inodes, freed = inodes + count, freed + (entry.size if count else 0)
                 removed += count > 0 and entry.is_response
         return removed, freed
-
-    def _shareable_names(self, responses: Iterable[str]) -> Iterator[tuple[str, str]]:
-        for name in responses:
-            for head in _read_heads(self._store.head_path(name)):
-                if shareable_name(head.key):
-                    yield shareable_name(head.key), head.key
 
     def _walk(self, used: dict[str, float], now: float) -> Iterator[Entry]:
         """Yield everything below the root that is pkgproxy's, by walking the metadata folder only."""
@@ -3671,21 +3662,21 @@ class Evictor:
         evictable = part in ("partials", "names") and "^" not in file and file != _COMPLETE_MARK
         return Entry(used, size_on_disk(info), "%s/%s/%s" % (METADATA_FOLDER, part, file) if evictable else "")
 
-    def _response_entry(self, path: str, head: os.stat_result, used: dict[str, float], seen: set[tuple[int, int]],
-                        now: float) -> Entry:
+    def _response_entry(self, path: str, head: os.stat_result, used: dict[str, float],
+                        seen: set[tuple[int, int]], now: float) -> Entry:
         """Return the entry of the response that a head file belongs to.  Raises OSError."""
         top, size = os.path.join(self._store.metadata_folder, "heads"), size_on_disk(head)
         name = os.path.relpath(path, top)[:-len("^head")].replace(os.sep, "/")
+        body, info = self._store.body_path(name), _NO_STAT
         try:
-            info = os.lstat(self._store.body_path(name))
+            info = os.lstat(body)
         except (FileNotFoundError, NotADirectoryError):
-            if head.st_mtime < now - DAY:
-                _unlink(path)  # somebody removed the body; or its download is about to rename it into place
-            return Entry(head.st_mtime, size, "")
+            if head.st_mtime < now - DAY:  # else a download may be about to rename the body into place
+                _unlink(path)
         if not (path.endswith("^head") and stat.S_ISREG(info.st_mode)):
             return Entry(head.st_mtime, size, "")
         if name in used:
-            _save_access_time(self._store.body_path(name), used[name])
+            _save_access_time(body, used[name])
         if (info.st_dev, info.st_ino) not in seen:  # links to one file take its space once
             size += size_on_disk(info)
         if info.st_nlink > 1:
@@ -3715,23 +3706,52 @@ class Evictor:
 # ---------------------------------------------------------------------------------------------
 # 6 Barrier
 # ---------------------------------------------------------------------------------------------
+#
+# One download per cache key: SingleFlight ensures it among the threads of this process.  Among instances that
+# share a root, the lock on the partial file does (section 5) or, with --barrier, a lease in memcached.
 
 
 class FlightResult(enum.Enum):
-    """How a flight ended, for those who waited for it."""
+    """How a flight finished: what its followers do next."""
 
-    STORED = "stored"  # look in the store
-    AGAIN = "again"  # nobody was asked: decide anew
-    WHOLE = "whole"  # all bytes have arrived, but the disk did not take them
-    STALE = "stale"  # its leader got a stale response: decide anew, alone
-    ALONE = "alone"  # the answer is not for sharing: ask the origin yourself
-    FAILED = "failed"  # before the first byte: ask once yourself; later, the error is yours too
+    STORED = "stored"  # the response is in the store, and all bytes of the partial file may be read
+    AGAIN = "again"  # the origin was not asked: decide anew
+    WHOLE = "whole"  # all bytes have arrived, but were not stored: read them from the partial file
+    STALE = "stale"  # the leader served a stale response: decide anew, without joining
+    ALONE = "alone"  # the response cannot be shared: ask the origin without joining
+    FAILED = "failed"  # before the head: ask the origin once; after it: the error is the follower's too
 
 
 class Flight:
-    """One fetch under way.  Its leader publishes a partial and ends it; followers wait on it.
+    """A download in progress: its leader reports progress, followers wait for it.
 
-    All waits end: when something happens, or at their deadline with Landing.ALONE (invariant 10).
+    ==========  ====================  ==================================================================
+    state       set by                followers
+    ==========  ====================  ==================================================================
+    started     SingleFlight.join()   wait for the head
+    receiving   publish()             read the partial file up to ``received``, wait for more
+    committing  finish_receiving()    the same; they wait longer, because the disk is slow, not the origin
+    finished    finish(result)        see FlightResult
+    ==========  ====================  ==================================================================
+
+    Any state may be followed by "finished".  forbid_storing() may come in any state.
+
+    Who ends it: the leader, exactly once (invariant 3), by SingleFlight.finish(); either the thread that
+    joined, or the Downloader or PeerFollower thread that it has started.
+
+    Order at the end of a download (invariant 3).  A client may ask for the same file as soon as it has the
+    last byte, and then must find it stored:
+
+    1. the writer writes the last bytes, but does not report them by set_received(),
+    2. calls finish_receiving() and, unless storing is forbidden, renames the file into the store,
+    3. SingleFlight removes the flight: new requests look into the store,
+    4. finish() reports the last bytes and wakes the followers.
+
+    An unsafe request (POST, say) that makes the response invalid at the same time calls forbid_storing()
+    before it deletes the stored response.  The writer asks before and after the rename: whichever of the two
+    comes last deletes it.
+
+    Every wait has a deadline, after which the follower asks the origin itself (invariant 10).
     """
 
     def __init__(self, key: str) -> None:
@@ -3739,141 +3759,150 @@ class Flight:
         self._changed = threading.Condition()  # guards all below
         self._partial: PartialFile | None = None
         self._received = 0  # bytes that may be read
-        self._complete = False  # all bytes are here, and go to the disk
-        self._spoiled = False  # its body must not be stored
-        self._landing: FlightResult | None = None
+        self._committing = False  # whether all bytes have arrived
+        self._storing_forbidden = False
+        self._result: FlightResult | None = None
         self._error: Exception | None = None
 
     def publish(self, partial: PartialFile) -> None:
-        """The head has arrived: followers may read."""
+        """Let followers read the partial file: its head has arrived."""
         with self._changed:
             self._partial = partial
+            # A resumed download begins with bytes; but the last ones are reported by finish() only.
             self._received = max(self._received, partial.size if partial.size != partial.length else 0)
             self._changed.notify_all()
 
     def set_received(self, received: int) -> None:
-        """So many bytes may be read."""
+        """Let followers read the first ``received`` bytes."""
         with self._changed:
             self._received = received
             self._changed.notify_all()
 
     def finish_receiving(self) -> bool:
-        """All bytes have arrived; whether they may be stored.  Waits from now on are for the disk."""
+        """Report that all bytes have arrived.  Returns whether they may be stored."""
         with self._changed:
-            self._complete = True
-            return not self._spoiled
+            self._committing = True
+            return not self._storing_forbidden
 
     def forbid_storing(self) -> None:
-        """What is on its way is no longer right: give it to those who wait, but don't store it."""
+        """Keep the response from being stored: it is no longer valid.  Followers still get it."""
         with self._changed:
-            self._spoiled = True
+            self._storing_forbidden = True
 
-    def finish(self, landing: FlightResult, error: Exception | None = None, received: int | None = None) -> None:
-        """Announce the end, and with it the last bytes (invariant 3).  Only the first call counts."""
+    def finish(self, result: FlightResult, error: Exception | None = None,
+               received: int | None = None) -> None:
+        """Report the result, and with it the last bytes.  Only the first call has an effect."""
         with self._changed:
-            if self._landing is None:
-                self._landing, self._error = landing, error
+            if self._result is None:
+                self._result, self._error = result, error
                 self._received = self._received if received is None else received
                 self._changed.notify_all()
 
-    def is_finished(self) -> bool:
-        """Whether it has been ended."""
-        with self._changed:
-            return self._landing is not None
-
     def wait_for_head(self, timeout: float) -> tuple[PartialFile | None, FlightResult]:
-        """A partial (acquired); or how the flight ended without one."""
+        """Wait for the partial file, which the caller must release(), or for the result without one.
+
+        Returns FlightResult.ALONE after ``timeout`` seconds.  Raises the flight's error if it failed.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._partial or self._landing, timeout)
-            partial, landing, error = self._partial, self._landing, self._error
-        if landing is FlightResult.FAILED and error:
+            self._changed.wait_for(lambda: self._partial or self._result, timeout)
+            partial, result, error = self._partial, self._result, self._error
+        if result is FlightResult.FAILED and error:
             raise error
         if partial and partial.acquire():
             return partial, FlightResult.STORED
-        return None, landing or FlightResult.ALONE
+        return None, result or FlightResult.ALONE
 
     def wait_for_bytes(self, offset: int, timeout: float) -> int:
-        """Bytes that may be read, more than ``offset`` unless it ended whole; the flight's error; or
-        LocalFailure where it stands still."""
+        """Wait for bytes beyond ``offset``, and return how many may be read.
+
+        They are no more than ``offset`` if the body ends there.  Raises the flight's error, or StorageError
+        if nothing arrives for ``timeout`` seconds.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._received > offset or self._landing, timeout)
-            if self._complete:  # a slow disk is no fault of the origin's
-                self._changed.wait_for(lambda: self._received > offset or self._landing, COMMIT_TIMEOUT)
-            if self._received > offset or self._landing in (FlightResult.STORED, FlightResult.WHOLE):
+            self._changed.wait_for(lambda: self._received > offset or self._result, timeout)
+            if self._committing:
+                self._changed.wait_for(lambda: self._received > offset or self._result, COMMIT_TIMEOUT)
+            if self._received > offset or self._result in (FlightResult.STORED, FlightResult.WHOLE):
                 return self._received
             error = self._error
         raise error or StorageError(OSError(errno.ETIMEDOUT, "the download stands still"))
 
 
 class SingleFlight:
-    """At most one flight per cache key (invariant 2)."""
+    """Ensures that one download per cache key runs in this process (invariant 2)."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _flights
         self._flights: dict[str, Flight] = {}
 
     def join(self, key: str) -> tuple[Flight, bool]:
-        """The flight for a key, and whether the caller leads it (and must leave and end it)."""
+        """Return the flight for a key, and whether the caller leads it and must finish it."""
         with self._lock:
-            flight = self._flights.get(key)
-            if flight is not None:
-                return flight, False
-            flight = self._flights[key] = Flight(key)
-            return flight, True
+            leads = key not in self._flights
+            if leads:
+                self._flights[key] = Flight(key)
+            return self._flights[key], leads
 
-    def finish(self, flight: Flight, landing: FlightResult, error: Exception | None = None,
-            received: int | None = None) -> None:
-        """Take a flight off, then announce its end, and with it the last bytes (invariant 3)."""
+    def finish(self, flight: Flight, result: FlightResult, error: Exception | None = None,
+               received: int | None = None) -> None:
+        """Remove a flight, then report its result and its last bytes (invariant 3)."""
         self.remove(flight)
-        flight.finish(landing, error, received)
+        flight.finish(result, error, received)
 
     def remove(self, flight: Flight) -> None:
-        """Let nobody join a flight any more."""
+        """Let no more requests join a flight."""
         with self._lock:
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
 
     def invalidate(self, key: str) -> None:
-        """Let no flight of now store its body, and nobody join it any more."""
+        """Keep a key's running download from being stored, and from being joined."""
         with self._lock:
             flight = self._flights.pop(key, None)
         if flight is not None:
             flight.forbid_storing()
 
     def is_in_flight(self, key: str) -> bool:
-        """Whether a key is being fetched."""
+        """Check whether a key is being downloaded."""
         with self._lock:
             return key in self._flights
 
     def in_flight(self) -> int:
-        """Flights under way."""
+        """Return the number of running flights."""
         with self._lock:
             return len(self._flights)
 
 
 class MemcachedClient:
-    """One memcached server, and as much of its text protocol as a lease needs (memcached's protocol.txt).
-    For the caller: add, holder, cas."""
+    """Stores lease owners in one memcached server (memcached's doc/protocol.txt).
 
-    def __init__(self, place: tuple[str, int]) -> None:
-        self._place = place
-        self._lock = threading.Lock()  # guards _idle and _trouble
-        self._idle: list[Any] = []  # files of connections
-        self._trouble = 0.0  # monotonic time until which it is left alone; 0: it is well
+    After an error the server is left alone for MEMCACHED_BACKOFF seconds: calls fail at once.
+    """
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._address = address
+        self._lock = threading.Lock()  # guards all below
+        self._idle: list[Any] = []  # buffered files of idle connections
+        self._backoff_until = 0.0  # monotonic time; 0: the last call succeeded
 
     def add(self, key: str, owner: str) -> bool:
-        """Whether a key had no owner and has this one now; OSError."""
+        """Set the owner of a key for LEASE_DURATION seconds if it has none.
+
+        Returns whether the owner was set.  Raises OSError.
+        """
         return self._ask("add %s 0 %d %d" % (key, LEASE_DURATION, len(owner)), owner)[0] == "STORED"
 
     def holder(self, key: str) -> tuple[str, str]:
-        """The owner of a key and memcached's unique number for that, "" for none; OSError."""
+        """Return the owner of a key, "" for none, and the unique number for cas().  Raises OSError."""
         words = self._ask("gets %s" % key)
-        return (words[-1], words[4]) if words[0] == "VALUE" else ("", "")
+        return (words[-1], words[4]) if words[0] == "VALUE" and len(words) > 5 else ("", "")
 
-    def cas(self, key: str, owner: str, unique: str, span: int) -> bool:
-        """Whether nobody else has written a key meanwhile, so that it is the owner's for ``span`` seconds
-        more (negative: no longer); OSError."""
-        command = "cas %s 0 %d %d %s" % (key, span, len(owner), unique)
+    def cas(self, key: str, owner: str, unique: str, seconds: int) -> bool:
+        """Extend a key by ``seconds`` (negative: delete it) if nobody has written it since holder().
+
+        Returns whether the key was written.  Raises OSError.
+        """
+        command = "cas %s 0 %d %d %s" % (key, seconds, len(owner), unique)
         return self._ask(command, owner)[0] == "STORED"
 
     def close(self) -> None:
@@ -3884,33 +3913,42 @@ class MemcachedClient:
             file.close()
 
     def _ask(self, command: str, data: str | None = None) -> list[str]:
-        """The words of an answer, and the data at its end if it has any; OSError."""
-        if time.monotonic() < self._trouble:
+        """Send a command; return the words of the response line, and the value if there is one.
+
+        Raises OSError.
+        """
+        if time.monotonic() < self._backoff_until:
             raise OSError(errno.EHOSTUNREACH, "memcached was unreachable a moment ago")
         message = (command + "\r\n" + ("" if data is None else data + "\r\n")).encode("ascii")
+        failure: Exception | None = None
         try:
             words = self._exchange(message)
         except (OSError, ValueError, IndexError) as error:
-            self._failed(error)
-            raise OSError(errno.EHOSTUNREACH, str(error)) from None
+            words, failure = [], error
         with self._lock:
-            again, self._trouble = self._trouble > 0, 0.0
-        if again:
-            log.warning("memcached at %s:%d works again.", *self._place)
+            failed_before = self._backoff_until > 0
+            self._backoff_until = time.monotonic() + MEMCACHED_BACKOFF if failure else 0.0
+        if failure:
+            log.log(logging.DEBUG if failed_before else logging.WARNING, "Cannot reach memcached at %s:%d (%s). "
+                    "Each instance downloads on its own.", *self._address, failure)
+            raise OSError(errno.EHOSTUNREACH, str(failure))
+        if failed_before:
+            log.warning("memcached at %s:%d works again.", *self._address)
         return words
 
     def _exchange(self, message: bytes) -> list[str]:
         with self._lock:
-            pooled = self._idle.pop() if self._idle else None
-        if pooled is not None:
-            with contextlib.suppress(OSError):  # it may have been restarted meanwhile
-                return self._talk(pooled, message)
-        with socket.create_connection(self._place, MEMCACHED_TIMEOUT) as sock:
+            idle = self._idle.pop() if self._idle else None
+        if idle is not None:
+            with contextlib.suppress(OSError):  # the server may have closed it: try a new connection
+                return self._exchange_on(idle, message)
+        with socket.create_connection(self._address, MEMCACHED_TIMEOUT) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             file = sock.makefile("rwb")
-        return self._talk(file, message)
+        return self._exchange_on(file, message)
 
-    def _talk(self, file: Any, message: bytes) -> list[str]:
+    def _exchange_on(self, file: Any, message: bytes) -> list[str]:
+        """Send a command and read the response; keep the connection if that was complete."""
         try:
             file.write(message)
             file.flush()
@@ -3924,11 +3962,10 @@ class MemcachedClient:
             file.close()
             raise
         with self._lock:
-            room = len(self._idle) < POOL_SIZE
-            if room:
+            if len(self._idle) < POOL_SIZE:
                 self._idle.append(file)
-        if not room:
-            file.close()
+                return words
+        file.close()
         return words
 
     def _read_words(self, file: Any) -> list[str]:
@@ -3937,53 +3974,66 @@ class MemcachedClient:
             raise ConnectionResetError(errno.ECONNRESET, "memcached closed the connection")
         return str(line).split()
 
-    def _failed(self, error: Exception) -> None:
-        with self._lock:
-            known, self._trouble = self._trouble > 0, time.monotonic() + MEMCACHED_BACKOFF
-        log.log(logging.DEBUG if known else logging.WARNING, "memcached at %s:%d cannot be asked (%s): each "
-                "instance downloads on its own.", *self._place, error)
+
+class LeaseState(enum.Enum):
+    """Who may download a key."""
+
+    OURS = "ours"  # the caller, and nobody else
+    TAKEN = "taken"  # another instance
+    UNSHARED = "unshared"  # the caller, but other instances may think the same: nobody could be asked
+
+
+class Lease(NamedTuple):
+    """The right to download a key, as far as other instances are concerned."""
+
+    owner: str  # suffix of the partial file; "": there are no leases, and the lock on the file decides
+    state: LeaseState
 
 
 class LeaseManager:
-    """Who leads among instances, where the lock on a partial does not tell it: for each key the owner that
-    memcached names, or, without memcached, whoever asks (each instance on its own)."""
+    """Grants leases among instances, through memcached.
+
+    Without memcached servers the locks on partial files decide, and if they do not work either, each instance
+    downloads on its own.
+
+    A lease lapses after LEASE_DURATION seconds, so that the followers of a dead instance can take over.  One
+    thread renews all leases of this process every LEASE_RENEWAL_INTERVAL seconds.  An instance that was
+    suspended for longer may find its lease taken; then it must not store what it has downloaded (is_lost).
+    """
 
     def __init__(self, servers: tuple[tuple[str, int], ...], alone: bool) -> None:
-        self._servers = [MemcachedClient(place) for place in servers]
-        self._alone = alone  # without servers: whether locks don't work either
+        self._servers = [MemcachedClient(address) for address in servers]
+        self.uses_memcached = bool(servers)
+        self._alone = alone  # whether locks do not work, so that without servers each instance is on its own
         self._lock = threading.Lock()  # guards _held and _renewing
-        self._held: dict[str, str | None] = {}  # by owner: the key, None once it was lost
-        self._renewing = False
+        self._held: dict[str, str | None] = {}  # by owner: the key; None once the lease was lost
+        self._renewing = False  # whether the thread was started
         self._stop = threading.Event()
 
-    @property
-    def uses_memcached(self) -> bool:
-        """Whether memcached names the owners, so that it can be asked."""
-        return bool(self._servers)
-
     def holder(self, key: str) -> str:
-        """Who downloads a key, as far as can be told."""
+        """Return the owner of a key's lease, "" if there is none or memcached cannot be reached."""
         with contextlib.suppress(OSError, IndexError):
             server, name = self._server(key)
             return server.holder(name)[0]
         return ""
 
-    def acquire(self, key: str) -> tuple[str, bool | None]:
-        """The owner of a key ("": who locks its file), and whether that is the caller, for it alone; None:
-        for the caller, but others may think the same."""
-        if not self._servers:
-            return (secrets.token_hex(8), None) if self._alone else ("", True)
-        try:
-            return self.try_acquire(key)
-        except OSError:
-            return secrets.token_hex(8), None
+    def acquire(self, key: str) -> Lease:
+        """Ask for the lease of a key; the caller must release() it unless it is taken."""
+        if not self._servers and not self._alone:
+            return Lease("", LeaseState.OURS)
+        with contextlib.suppress(OSError, IndexError):  # no servers, or out of reach
+            owner, ours = self.try_acquire(key)
+            return Lease(owner, LeaseState.OURS if ours else LeaseState.TAKEN)
+        return Lease(secrets.token_hex(8), LeaseState.UNSHARED)
 
     def try_acquire(self, key: str) -> tuple[str, bool]:
-        """The owner of a key, and whether it has none but the caller, who has just become it; OSError where
-        memcached can't be asked."""
+        """Return the owner of a key's lease, and whether the caller has just become it.
+
+        Raises OSError if memcached cannot be reached.
+        """
         server, name = self._server(key)
         owner = secrets.token_hex(8)
-        for _ in range(3):
+        for _ in range(3):  # the lease may lapse between add() and holder()
             if server.add(name, owner):
                 self._start_renewing(key, owner)
                 return owner, True
@@ -3993,7 +4043,7 @@ class LeaseManager:
         raise OSError(errno.EAGAIN, "the lease comes and goes")
 
     def release(self, key: str, owner: str) -> None:
-        """The caller's no longer."""
+        """Give up a lease, if the caller has it."""
         with self._lock:
             held = self._held.pop(owner, None)
         if held is not None:
@@ -4001,25 +4051,26 @@ class LeaseManager:
                 self._renew(key, owner, -1)
 
     def is_lost(self, owner: str) -> bool:
-        """Whether another instance has taken what was this owner's."""
+        """Check whether another instance has taken this owner's lease."""
         with self._lock:
             return owner in self._held and self._held[owner] is None
 
     def close(self) -> None:
-        """Renew nothing any more."""
+        """Stop renewing leases."""
         self._stop.set()
         for server in self._servers:
             server.close()
 
     def _server(self, key: str) -> tuple[MemcachedClient, str]:
+        """Return the server that all instances ask about a key, and the key's name there."""
         digest = hashlib.sha256(key.encode()).hexdigest()
         return self._servers[int(digest, 16) % max(1, len(self._servers))], "pkgproxy:" + digest
 
     def _start_renewing(self, key: str, owner: str) -> None:
         with self._lock:
             self._held[owner] = key
-            begin, self._renewing = not self._renewing, True
-        if begin:
+            start, self._renewing = not self._renewing, True
+        if start:
             threading.Thread(target=self._renew_all, daemon=True).start()
 
     def _renew_all(self) -> None:
@@ -4030,16 +4081,16 @@ class LeaseManager:
                 with contextlib.suppress(OSError):
                     if key is not None and not self._renew(key, owner, LEASE_DURATION):
                         with self._lock:
-                            if owner in self._held:
+                            if owner in self._held:  # not released meanwhile
                                 self._held[owner] = None
 
-    def _renew(self, key: str, owner: str, span: int) -> bool:
-        """Whether a lease is its owner's for ``span`` seconds more; OSError."""
+    def _renew(self, key: str, owner: str, seconds: int) -> bool:
+        """Extend a lease, or end it (negative ``seconds``).  Returns False if it is lost.  Raises OSError."""
         server, name = self._server(key)
         holder, unique = server.holder(name)
         if holder == owner:
-            return server.cas(name, owner, unique, span)
-        return span > 0 and not holder and server.add(name, owner)  # memcached has forgotten it
+            return server.cas(name, owner, unique, seconds)
+        return seconds > 0 and not holder and server.add(name, owner)  # memcached was restarted
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5764,13 +5815,13 @@ class DownloadLocks:
     def acquire(self, key: str) -> PartialFile | None:
         """The partial of a key, for the caller to write and then to end, or to release; None where another
         instance writes it; LocalFailure."""
-        owner, sole = self.leases.acquire(key)
-        if sole is False:
+        lease = self.leases.acquire(key)
+        if lease.state is LeaseState.TAKEN:
             return None
         try:
-            return self.partials.open_for_writing(key, owner, bool(sole))
+            return self.partials.open_for_writing(key, lease.owner, exclusive=lease.state is LeaseState.OURS)
         except StorageError:
-            self.leases.release(key, owner)
+            self.leases.release(key, lease.owner)
             raise
 
     def discard(self, partial: PartialFile | None) -> None:

@@ -4206,7 +4206,7 @@ class MirrorSharingTest(ProxyCase):
             self.ask(self.HERE)
             shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "heads"))
 
-        named = mock.patch.object(pkgproxy.LeaseManager, "acquire", lambda leases, key: (os.urandom(8).hex(), True))
+        named = mock.patch.object(pkgproxy.LeaseManager, "acquire", lambda leases, key: pkgproxy.Lease(os.urandom(8).hex(), pkgproxy.LeaseState.OURS))
         linkless = mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here"))
         as_ever = contextlib.nullcontext()
         for what, path, prepare, circumstances in (
@@ -6834,7 +6834,7 @@ class InstancesTest(InstancesCase):
             self.addCleanup(partial.release)
             partial._store = mock.Mock(boot="another machine")
             def told():
-                return json.loads(Path(partial.path + "^head").read_text())[0]["flushed_size"]
+                return json.loads(Path(partial.path + "^head").read_text())["flushed_size"]
 
             until(lambda: told() == 400_000, "the last word before the gate")
             self.assertTrue(partial.load_metadata())
@@ -7147,12 +7147,12 @@ class MemcachedTest(InstancesCase):
             gate.open()
             self.assertEqual((first.read(), follower.read()), (self.body[1:], self.body[1:]))
             self.settle()
-        self.assertEqual([re.sub(r" at .*", "", line) for line in caught.output], ["WARNING:pkgproxy:memcached"])
+        self.assertEqual([re.sub(r" at .*", "", line) for line in caught.output], ["WARNING:pkgproxy:Cannot reach memcached"])
         self.assertEqual(self.origin.asked(self.BIG), ["GET"])
         self.assertEqual(set(self.files()), {self.place(self.BIG[1:]), self.place("y_1.0_all.deb")})
         self.memcached.start()
         for server in self.proxy._claims.leases._servers:
-            until(lambda server=server: time.monotonic() > server._trouble, "the end of the trouble")
+            until(lambda server=server: time.monotonic() > server._backoff_until, "the end of the trouble")
         with self.assertLogs("pkgproxy", "WARNING") as caught:
             self.assertEqual(self.ask("/z_1.0_all.deb").body, b"z")
         self.assertIn("works again", caught.output[0])
