@@ -2671,6 +2671,13 @@ class RefCountedFile:
             file.seek(offset)
             return file.read(size)
 
+    def still_exists(self) -> bool:
+        """Check whether the file's name still leads to the open file.  Raises OSError."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
+        except FileNotFoundError:
+            return False
+
     def has_readers(self) -> bool:
         """Check whether anybody but the writer uses the file."""
         return self.reader_count() > 0
@@ -2886,13 +2893,6 @@ class PartialFile(RefCountedFile):
             with contextlib.suppress(OSError, ValueError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)
 
-    def still_exists(self) -> bool:
-        """Check whether the file's name still leads to the open file.  Raises OSError."""
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
-        except FileNotFoundError:
-            return False
-
     # Methods for following another instance's download
 
     def try_lock(self) -> bool:
@@ -2906,8 +2906,9 @@ class PartialFile(RefCountedFile):
                 pass  # opening the file makes an NFS client ask the server for its present size
             info = os.fstat(self.fileno())
             found = PartialMetadata.load(self.path) if info.st_size else None
-            # A new, empty file may have the inode number of a removed one whose metadata still exists.
-            if found and (found.head.key, found.inode) == (self.head.key, info.st_ino) and self.still_exists():
+            # A new, empty file may have the inode number of a removed one whose metadata is left.
+            ours = found and (found.head.key, found.inode) == (self.head.key, info.st_ino)
+            if found and ours and self.still_exists():
                 self.head, self.length = found.head, found.declared_length
                 self._writer_left = not found.writer_boot_id
                 self._writer_is_local = found.writer_boot_id == self._store.boot
@@ -3552,7 +3553,8 @@ def disk_usage(root: str) -> dict[str, int]:
 
 
 def try_writing(folder: str) -> None:
-    """Raise OSError if no file can be made in a folder, with content: a full disk takes empty ones."""
+    """Raise OSError if no file with content can be made in a folder."""
+    # A full disk may still take an empty file.
     path = os.path.join(folder, "^probe-" + secrets.token_hex(4))
     replace_file(path, "x")
     os.unlink(path)
@@ -3929,8 +3931,9 @@ class MemcachedClient:
             failed_before = self._backoff_until > 0
             self._backoff_until = time.monotonic() + MEMCACHED_BACKOFF if failure else 0.0
         if failure:
-            log.log(logging.DEBUG if failed_before else logging.WARNING, "Cannot reach memcached at %s:%d (%s). "
-                    "Each instance downloads on its own.", *self._address, failure)
+            log.log(logging.DEBUG if failed_before else logging.WARNING,
+                    "Cannot reach memcached at %s:%d (%s). Each instance downloads on its own.",
+                    *self._address, failure)
             raise OSError(errno.EHOSTUNREACH, str(failure))
         if failed_before:
             log.warning("memcached at %s:%d works again.", *self._address)

@@ -1852,6 +1852,39 @@ class StoreTest(StoreCase):
             self.assertFalse(found.described)
         self.assertIsNone(self.get(self.INDEX))
 
+    def test_a_cache_written_by_version_1_0_is_served_with_its_fields(self):
+        self.write("a/pool/x_1.0_all.deb", b"body")
+        os.utime(self.path("a/pool/x_1.0_all.deb"), ns=(1_700_000_009 * 10**9, 1_234_567_890_123_456_000))
+        self.write(".pkgproxy/heads/a/pool/x_1.0_all.deb^head", rb"""[{"status": 200, "reason": "OK",
+            "fields": [["Content-Type", "application/x-deb"], ["ETag", "\"x\""]],
+            "key": "http://a/pool/x_1.0_all.deb", "final": "http://mirror/pool/x_1.0_all.deb", "vary": [["Accept", "*/*"]],
+            "requested": 1700000000.25, "received": 1700000001.5, "size": 4, "mtime_ns": 1234567890123456000,
+            "boot": "", "flushed": -1, "guarded": true, "like": "http://b/x_1.0_all.deb"}]""")
+        expected = ResponseHead(
+            200, "OK", (("Content-Type", "application/x-deb"), ("ETag", '"x"')), self.PACKAGE, "http://mirror/pool/x_1.0_all.deb",
+            (("Accept", "*/*"),), 1700000000.25, 1700000001.5, 4, 1_234_567_890_123_456_000, True, "http://b/x_1.0_all.deb")
+        for _ in range(2):  # the second time with a head file in today's format
+            with contextlib.closing(self.store.lookup(self.PACKAGE)) as found:
+                self.assertEqual((found.described, found.head, found.file.read()), (True, expected, b"body"))
+                self.store.update_head(found, found.head)
+        self.store.delete(self.PACKAGE)
+        self.assertIsNone(self.get(self.PACKAGE), "it was pkgproxy's to delete")
+
+    def test_a_download_interrupted_under_version_1_0_is_begun_anew(self):
+        partials = pkgproxy.PartialStore(self.store)
+        path = Path(partials.path(self.PACKAGE, ""))
+        self.write(str(path), b"1" * 400_000)
+        self.write(str(path) + "^head", (
+            '[{"status": 200, "reason": "OK", "fields": [["ETag", "\\"x\\""]], "key": "%s", "final": "", "vary": [],'
+            ' "requested": 1.5, "received": 2.5, "size": 1048576, "mtime_ns": %d, "boot": "", "flushed": 400000,'
+            ' "guarded": false, "like": ""}]' % (self.PACKAGE, path.stat().st_ino)).encode())
+        partial = partials.open_for_writing(self.PACKAGE)
+        self.assertEqual((partial.size, partial.length), (0, None))
+        partial.release()
+        self.put(self.PACKAGE, b"new")
+        self.assertEqual(self.get(self.PACKAGE), b"new")
+        self.assertEqual(os.listdir(path.parent), [])
+
     def test_damaged_heads_are_no_heads(self):
         name = ".pkgproxy/heads/a/pool/x_1.0_all.deb^head"
         for damage in (b"", b"[", b"[1]", b"[{}]", b"{}", b"null", b"\xff\xfe", b"[" * 9999,
