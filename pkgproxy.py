@@ -2607,9 +2607,9 @@ def _describes(head: ResponseHead, info: os.stat_result) -> bool:
 
 def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
     """Make a head for a body that has none, from its file's status."""
-    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", format_http_date(info.st_mtime)))
-    return ResponseHead(200, "OK", fields, key, key, response_time=info.st_mtime, request_time=info.st_mtime,
-                        size=info.st_size, mtime_ns=info.st_mtime_ns)
+    modified = info.st_mtime
+    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", format_http_date(modified)))
+    return ResponseHead(200, "OK", fields, key, key, (), modified, modified, info.st_size, info.st_mtime_ns)
 
 
 def _body_names(key: str) -> list[str]:
@@ -2650,12 +2650,17 @@ def head_size(head: ResponseHead) -> int:
 
 
 class RefCountedFile:
-    """An open file with one writer and any number of readers; the last of them closes it."""
+    """An open file with one writer and any number of readers; the last of them closes it.
+
+    Who closes: the writer opens the file and counts as its first user.  A reader calls acquire() before it
+    uses the file; that fails if the last user has left meanwhile, and the reader looks into the store.  Each
+    user calls release() once, in any order: a slow reader may keep the file open long after the writer.
+    """
 
     def __init__(self, path: str, file: io.FileIO) -> None:
         self.path = path
         self._file = file
-        self._unlink_on_close = False  # whether the name belongs to this process and goes with the file
+        self._unlink_on_close = False  # for Windows, which removes no open file
         self._lock = threading.Lock()  # guards _refcount
         self._refcount = 1  # the writer and the readers
 
@@ -2730,8 +2735,7 @@ class PartialMetadata:
 
     def save(self, path: str) -> None:
         """Replace the metadata of the partial file ``path``.  Raises OSError."""
-        row = {**vars(self), "head": vars(self.head)}
-        replace_file(path + "^head", json.dumps(row, ensure_ascii=False))
+        replace_file(path + "^head", json.dumps({**vars(self), "head": vars(self.head)}, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: str) -> PartialMetadata | None:
@@ -2756,6 +2760,16 @@ class PartialFile(RefCountedFile):
 
     Who may write: if ``owner`` is "", the holder of the file's lock.  Otherwise the instance that a lease
     named ``owner``, which is the only one to use the file ``SHA256.owner``.
+
+    Two instances, one key, with locks:
+
+    1. A locks the file, writes, and calls publish().  B cannot lock it, and opens it for reading.
+    2. B loads the metadata, and follows the file's size (refresh_size).
+    3. If A commits, the file has its place in the store: B finds it there (is_stored_as).
+    4. If A dies, the kernel releases its lock: B locks the file (try_lock) and resumes the download in it.
+
+    With leases, A's file is its own.  If A's lease lapses, B copies the bytes into a file of its own
+    (copy_from), because A may only have been suspended, and lets its readers switch to that (switch_to).
     """
 
     def __init__(self, store: Store, key: str, owner: str, path: str, file: io.FileIO) -> None:
@@ -3191,7 +3205,7 @@ class Space:
             if partial.size + count > end:  # otherwise the others were granted what this one had left
                 needed += overhead + self._granted_to_others(partial)
             if self._max_size is not None:
-                free = min(free, self._max_size - self._used() - (partial.size if starts else 0))
+                free = min(free, self._max_size - self._used())
             fits = free >= needed and (not starts or inodes >= inodes_for(partial.head.key))
             self._note_demand(count, needed, free - needed, fits)
             if fits:
@@ -3259,7 +3273,7 @@ class Store:
         self.names = NameIndex(os.path.join(self.metadata_folder, "names"))  # of stored files: cache keys
         self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of --adopt: paths
         self._min_free = min_free  # bytes
-        self._trust_bare = trust_bare  # whether the root holds only the cache, so that bare bodies are its own
+        self._trust_bare = trust_bare  # whether the root holds nothing but the cache
         self._places = memoize(self._find_places)
         self._lock = threading.Lock()  # guards _used
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last eviction
@@ -3303,8 +3317,8 @@ class Store:
         # The seconds are the origin's, for people to see.  The fraction, from the clock, tells bodies of one
         # second and size apart, so that no head of one ever describes the other.
         mtime_ns = int(modified) * 10**9 + time.time_ns() // 1000 % 10**6 * 1000
-        by_descriptor = os.utime in os.supports_fd
-        os.utime(partial.fileno() if by_descriptor else partial.path, ns=(time.time_ns(), mtime_ns))
+        target = partial.fileno() if os.utime in os.supports_fd else partial.path
+        os.utime(target, ns=(time.time_ns(), mtime_ns))
         info = os.fstat(partial.fileno())  # the file system may have rounded the time
         if info.st_size != partial.size or partial.length not in (None, partial.size):
             raise OSError(errno.EIO, "the partial file has %d bytes, not the %d received of %s" % (
@@ -3506,10 +3520,9 @@ class PartialStore:
 
     def open_for_reading(self, key: str, owner: str = "") -> PartialFile | None:
         """Open the partial file that another instance writes, or has written; None if there is none."""
-        try:
+        with contextlib.suppress(OSError):
             return self._open(key, owner, 0)
-        except OSError:
-            return None
+        return None
 
     def unlink(self, key: str, owner: str) -> None:
         """Keep another process from storing its download, which is no longer valid."""
@@ -3623,7 +3636,7 @@ class Evictor:
         return EvictionReport(len(responses), total, removed, freed)
 
     def _evict(self, entries: list[Entry], max_age: float | None, excess: int, now: float) -> tuple[int, int]:
-        """Evict until ``excess`` bytes and the lacking inodes are free; return removed responses and bytes."""
+        """Evict until ``excess`` bytes and enough inodes are free; return removed responses and bytes."""
         lacking = SPARE_INODES - self._store.free_inodes()
         removed = freed = inodes = 0
         if excess <= 0 and lacking <= 0 and max_age is None:
@@ -3662,7 +3675,8 @@ class Evictor:
         if part == "partials" and "." not in file:  # its lock, not its time, tells whether it is in use
             used = min(used, now - MIN_EVICTION_AGE - 1)
         evictable = part in ("partials", "names") and "^" not in file and file != _COMPLETE_MARK
-        return Entry(used, size_on_disk(info), "%s/%s/%s" % (METADATA_FOLDER, part, file) if evictable else "")
+        name = "%s/%s/%s" % (METADATA_FOLDER, part, file) if evictable else ""
+        return Entry(used, size_on_disk(info), name)
 
     def _response_entry(self, path: str, head: os.stat_result, used: dict[str, float],
                         seen: set[tuple[int, int]], now: float) -> Entry:

@@ -2311,6 +2311,22 @@ class SpaceTest(StoreCase):
                         self.assertEqual(self.sweep().removed, expected, "no more than it needs, and nothing for one that can never fit")
                         self.assertEqual(self.sweep().removed, 0, "once")
 
+    def test_the_leftover_that_a_download_goes_on_with_counts_once(self):
+        head = ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE)
+        for max_size, fits in ((1_100_000, True), (990_000, False)):
+            with self.subTest(max_size), mock.patch.object(pkgproxy, "head_size", lambda head: 0):
+                self.store.space = pkgproxy.Space(lambda: (2**40, 2**40), max_size)
+                left = receive(self.store, head, 900_000)
+                left.write(b"1" * 400_000)
+                left.keep_for_resume()
+                left.release()
+                heir = pkgproxy.PartialStore(self.store).open_for_writing(self.PACKAGE)
+                with contextlib.nullcontext() if fits else self.assertRaises(pkgproxy.StorageError):
+                    heir.start(head, 1_000_000, heir.size)
+                self.assertEqual(self.store.space.take_demand()[0], 400_000)
+                heir.discard()
+                heir.release()
+
     def test_all_that_lies_below_the_root_counts(self):
         self.fill(2)
         before = self.sweep().size
