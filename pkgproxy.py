@@ -4022,10 +4022,11 @@ class LeaseManager:
         self._servers = [MemcachedClient(address) for address in servers]
         self.uses_memcached = bool(servers)
         self._alone = alone  # whether locks do not work, so that without servers each instance is on its own
-        self._lock = threading.Lock()  # guards _held and _renewing
+        self._lock = threading.Lock()  # guards _held
         self._held: dict[str, str | None] = {}  # by owner: the key; None once the lease was lost
-        self._renewing = False  # whether the thread was started
         self._stop = threading.Event()
+        if servers:
+            threading.Thread(target=self._renew_all, daemon=True).start()
 
     def holder(self, key: str) -> str:
         """Return the owner of a key's lease, "" if there is none or memcached cannot be reached."""
@@ -4052,7 +4053,8 @@ class LeaseManager:
         owner = secrets.token_hex(8)
         for _ in range(3):  # the lease may lapse between add() and holder()
             if server.add(name, owner):
-                self._start_renewing(key, owner)
+                with self._lock:
+                    self._held[owner] = key
                 return owner, True
             holder, _ = server.holder(name)
             if holder:
@@ -4082,13 +4084,6 @@ class LeaseManager:
         """Return the server that all instances ask about a key, and the key's name there."""
         digest = hashlib.sha256(key.encode()).hexdigest()
         return self._servers[int(digest, 16) % max(1, len(self._servers))], "pkgproxy:" + digest
-
-    def _start_renewing(self, key: str, owner: str) -> None:
-        with self._lock:
-            self._held[owner] = key
-            start, self._renewing = not self._renewing, True
-        if start:
-            threading.Thread(target=self._renew_all, daemon=True).start()
 
     def _renew_all(self) -> None:
         while not self._stop.wait(LEASE_RENEWAL_INTERVAL):
