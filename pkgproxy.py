@@ -2452,8 +2452,9 @@ def replace_file(path: str, data: str | bytes) -> None:
         with io.FileIO(temporary, "wb", opener=_private_opener) as file:
             write_all(file, data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
-    finally:
-        _unlink(temporary)  # exists only after an error
+    except OSError:
+        _unlink(temporary)
+        raise
 
 
 def make_directory(path: str) -> None:
@@ -2462,9 +2463,10 @@ def make_directory(path: str) -> None:
     os.makedirs() would give the parents the umask's mode.
     """
     for attempt in (1, 2, 3):
-        missing = [path]
-        while not os.path.isdir(os.path.dirname(missing[-1])):
-            missing.append(os.path.dirname(missing[-1]))
+        missing, folder = [], path
+        while not os.path.isdir(folder):
+            missing.append(folder)
+            folder = os.path.dirname(folder)
         try:
             for folder in reversed(missing):
                 with contextlib.suppress(FileExistsError):  # another thread made it, or it is a file
@@ -2872,8 +2874,8 @@ class PartialFile(RefCountedFile):
         """Leave the file for a later request to resume, if a strong validator identifies the response."""
         large = self.size >= MIN_RESUMABLE_SIZE
         with contextlib.suppress(OSError):
-            unchanged = os.fstat(self.fileno()).st_size == self.size  # by another process
-            if large and unchanged and strong_validator(self.head) is not None and self.still_exists():
+            if (large and strong_validator(self.head) is not None and self.still_exists()
+                    and os.fstat(self.fileno()).st_size == self.size):  # else another process has written it
                 os.fsync(self.fileno())
                 self._write_metadata("")
                 self.unlock()
