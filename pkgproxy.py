@@ -2916,15 +2916,15 @@ class PartialFile(RefCountedFile):
         return try_lock_file(self._file)
 
     def load_metadata(self) -> bool:
-        """Read what another instance has published about this file.  Returns False if nothing yet."""
+        """Read the metadata that another instance has published.  Returns False if there is none yet."""
         with contextlib.suppress(OSError):
             with open(self.path, "rb", opener=_private_opener):
                 pass  # opening the file makes an NFS client ask the server for its present size
             info = os.fstat(self.fileno())
             found = PartialMetadata.load(self.path) if info.st_size else None
             # A new, empty file may have the inode number of a removed one whose metadata is left.
-            ours = found and (found.head.key, found.inode) == (self.head.key, info.st_ino)
-            if found and ours and self.still_exists():
+            matches = found and (found.head.key, found.inode) == (self.head.key, info.st_ino)
+            if found and matches and self.still_exists():
                 self.head, self.length = found.head, found.declared_length
                 self._writer_left = not found.writer_boot_id
                 self._writer_is_local = found.writer_boot_id == self._store.boot
@@ -2934,7 +2934,7 @@ class PartialFile(RefCountedFile):
         return False
 
     def refresh_size(self) -> None:
-        """Update ``size`` to what the other instance has written by now.  Raises OSError."""
+        """Update ``size`` to the bytes that the other instance has written by now.  Raises OSError."""
         if self._writer_is_local:
             self.size = os.fstat(self.fileno()).st_size
         else:
@@ -3167,8 +3167,8 @@ def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
 class Space:
     """Grants disk space to downloads, so that they leave the reserve free and keep to --max-size.
 
-    Usable are the file system's free bytes without the reserve or, if fewer, what --max-size leaves; less
-    what running downloads have been granted but have not written yet.
+    Usable are the file system's free bytes without the reserve or, if fewer, the bytes left by --max-size,
+    minus the space that running downloads have been granted but have not used yet.
 
     A download with a declared length is granted all of it at its start, or is not stored.  Any other one is
     granted SPACE_STEP bytes at a time.  If it does not fit in the end, its clients may be cut off; so its
@@ -3204,7 +3204,7 @@ class Space:
                 count = max(count, self._outgrown.pop(partial.head.key, 0))
             end, overhead = self._running.get(partial, (-1, head_size(partial.head)))
             needed = count
-            if partial.size + count > end:  # otherwise the others were granted what this one had left
+            if partial.size + count > end:  # otherwise the bytes have been granted already
                 needed += overhead + self._granted_to_others(partial)
             if self._max_size is not None:
                 free = min(free, self._max_size - self._used())
@@ -3235,7 +3235,7 @@ class Space:
             return self._used(), demand
 
     def correct(self, difference: int, spare: int) -> None:
-        """Add the difference between the counted and the assumed size; note what eviction aimed at."""
+        """Add the difference between counted and assumed size; set the spare space of the eviction."""
         with self._lock:
             self._stored += difference
             self._spare = spare
@@ -3283,9 +3283,10 @@ class Store:
     def lookup(self, key: str) -> StoredResponse | None:
         """Open the stored response for a cache key; None if there is none that may be used.
 
-        A body without a head is used if its name tells what it is (content-named, package): people copy
-        such files with rsync, and may lose the metadata folder.  It is not used if the root may hold
-        anything else (``trust_bare``).  A body that contradicts its head was changed by hand: never used.
+        A body without a head is used if its name cannot stand for other content later (content-named,
+        package): people copy such files with rsync, and may lose the metadata folder.  It is not used if the
+        root may hold other files too (``trust_bare``).  A body that contradicts its head was changed by hand
+        and is never used.
         """
         bare = None
         for name, path, head_path in self._places(key):
@@ -3347,7 +3348,7 @@ class Store:
 
         1. link ``path`` to a name that no other process uses (or rename it, if the file system has no links),
         2. compare the file of that name with the open one: from now on the name cannot lead elsewhere,
-        3. if they are the same file, rename it into its place; else give back what was renamed.
+        3. if they are the same file, rename it into its place; else rename it back.
 
         A link is better than renaming because while ``path`` exists, no other instance starts to download
         the same key again.
@@ -3541,7 +3542,7 @@ class PartialStore:
         return PartialFile(self._store, key, owner, path, io.FileIO(descriptor, "r+b"))
 
     def _adopt_leftovers(self, partial: PartialFile, exclusive: bool) -> None:
-        """Copy what another owner has left of the same download.  Raises OSError.
+        """Copy the bytes that another owner has left of the same download.  Raises OSError.
 
         With an exclusive lease, no other owner writes any more.  Without, a file counts as left if nobody
         has written it for a while.
@@ -3730,7 +3731,7 @@ class Evictor:
 
 
 class FlightResult(enum.Enum):
-    """How a flight finished: what its followers do next."""
+    """The result of a flight, by which its followers decide how to go on."""
 
     STORED = "stored"  # the response is in the store, and all bytes of the partial file may be read
     AGAIN = "again"  # the origin was not asked: decide anew
@@ -4017,7 +4018,7 @@ class LeaseManager:
 
     A lease lapses after LEASE_DURATION seconds, so that the followers of a dead instance can take over.  One
     thread renews all leases of this process every LEASE_RENEWAL_INTERVAL seconds.  An instance that was
-    suspended for longer may find its lease taken; then it must not store what it has downloaded (is_lost).
+    suspended for longer may find its lease taken; then it must not store its download (is_lost).
     """
 
     def __init__(self, servers: tuple[tuple[str, int], ...], alone: bool) -> None:
