@@ -2383,8 +2383,9 @@ _MAX_RECENT = 64 * 1024  # bytes in it: every miss reads all of it
 _COMPLETE_MARK = "whole-256"  # an empty file: the index was built from all stored responses
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads with every byte escaped; a larger file is not a head file
 # Names that version 1.0 used in head files, and today's; None: no longer stored.
-_NAMES_IN_1_0 = {"final": "final_uri", "requested": "request_time", "received": "response_time",
-                 "guarded": "local_clients_only", "like": "same_as", "boot": None, "flushed": None}
+_NAMES_IN_1_0: dict[str, str | None] = {
+    "final": "final_uri", "requested": "request_time", "received": "response_time",
+    "guarded": "local_clients_only", "like": "same_as", "boot": None, "flushed": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2441,22 +2442,6 @@ def write_all(file: io.FileIO, data: bytes) -> None:
         remaining = remaining[file.write(remaining):]
 
 
-def replace_file(path: str, data: str | bytes) -> None:
-    """Write a file under a temporary name and rename it to ``path``, creating its folder.
-
-    Readers see the old or the new content, never a mixture.  Raises OSError.
-    """
-    make_directory(os.path.dirname(path))
-    temporary = _temporary_name(path)
-    try:
-        with io.FileIO(temporary, "wb", opener=_private_opener) as file:
-            write_all(file, data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-    except OSError:
-        _unlink(temporary)
-        raise
-
-
 def make_directory(path: str) -> None:
     """Create a folder and its missing parents, writable for this user only.  Raises OSError.
 
@@ -2477,14 +2462,32 @@ def make_directory(path: str) -> None:
                 raise
 
 
+def replace_file(path: str, data: str | bytes) -> None:
+    """Write a file under a temporary name and rename it to ``path``, creating its folder.
+
+    Readers see the old or the new content, never a mixture.  Raises OSError.
+    """
+    make_directory(os.path.dirname(path))
+    temporary = _temporary_name(path)
+    try:
+        with io.FileIO(temporary, "wb", opener=_private_opener) as file:
+            write_all(file, data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    except OSError:
+        _unlink(temporary)
+        raise
+
+
 def _open(path: str) -> tuple[io.FileIO | None, os.stat_result]:
     """Open a body and return it with its status; None if there is no regular file of this name."""
-    with contextlib.suppress(OSError, ValueError):
-        file = io.FileIO(path, "rb", opener=_private_opener)
-        info = os.fstat(file.fileno())
-        if stat.S_ISREG(info.st_mode):
-            return file, info
-        file.close()
+    try:
+        descriptor = os.open(path, _REGULAR)
+    except (OSError, ValueError):
+        return None, _NO_STAT
+    info = os.fstat(descriptor)
+    if stat.S_ISREG(info.st_mode):
+        return io.FileIO(descriptor, "rb"), info
+    os.close(descriptor)
     return None, _NO_STAT
 
 
@@ -2544,15 +2547,13 @@ def boot_id() -> str:
     return known.strip().replace("-", "").lower() or secrets.token_hex(16)
 
 
-def _head_from(row: dict[str, Any]) -> ResponseHead:
+def _head_from(row: dict[Any, Any]) -> ResponseHead:
     """Build a head from its JSON object, in today's or version 1.0's names.
 
     Raises ValueError, TypeError or KeyError if the object is damaged.
     """
-    for old, new in _NAMES_IN_1_0.items():
-        if old in row:
-            text = row.pop(old)
-            row.update({new: text} if new else {})
+    row = {_NAMES_IN_1_0.get(name, name): value for name, value in row.items()}
+    row.pop(None, None)
     for name in ("fields", "vary"):
         row[name] = tuple((field, text) for field, text in row[name])
         if not all(isinstance(part, str) for pair in row[name] for part in pair):
