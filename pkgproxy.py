@@ -156,6 +156,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import re
@@ -2378,9 +2379,7 @@ MIN_RESUMABLE_SIZE = 256 * 1024  # bytes: a smaller download is restarted instea
 FLUSH_INTERVAL = 0.5  # seconds between two flushes of a partial file that other machines may read
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
 _MAX_NAMES = 1024 * 1024  # bytes in one bucket of a NameIndex: 10,000 names, 2 million in 256 buckets
-_RECENT_BUCKET = "recent"  # names that have not been sorted into their bucket yet
-_MAX_RECENT = 64 * 1024  # bytes in it: every miss reads all of it
-_COMPLETE_MARK = "whole-256"  # an empty file: the index was built from all stored responses
+_COMPLETE_MARK = "complete-256"  # an empty file: the index was built from all stored responses
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads with every byte escaped; a larger file is not a head file
 # Names that version 1.0 used in head files, and today's; None: no longer stored.
 _NAMES_IN_1_0: dict[str, str | None] = {
@@ -3040,8 +3039,8 @@ class NameIndex:
 
     An index is a folder of text files with lines "DIGEST PLACE": the first 18 digits of the name's SHA-256,
     and a cache key or a path.  Lines are in 256 buckets by the first two digits, so that a lookup reads
-    little: 70 KB if there are 200,000 names.  New lines go to the bucket ``recent`` until compact() sorts
-    them: else a small cache would have 256 files of one line each.
+    little: 70 KB if there are 200,000 names.  The first run of the evictor makes all buckets: on ext4, a new
+    file would take a tenth of a miss.
 
     Entries may get lost and may be outdated.  A lost one costs a download at most, and the caller verifies
     each place it gets.
@@ -3053,39 +3052,18 @@ class NameIndex:
     def add(self, name: str, place: str) -> None:
         """Record that a file of this name is at ``place``."""
         with contextlib.suppress(OSError):
-            self._append(self._folder, _RECENT_BUCKET, self._line(name, place))
+            line = self._line(name, place)
+            self._append(self._folder, line[:2].decode(), line)
 
     def lookup(self, name: str) -> list[str]:
         """Return up to MAX_CANDIDATES places of a name, the newest first."""
         prefix, lines = self._line(name, "")[:-1], b"\n"
-        for bucket in (prefix[:2].decode(), _RECENT_BUCKET):
-            with contextlib.suppress(OSError):
-                lines += self._read(os.path.join(self._folder, bucket))
+        with contextlib.suppress(OSError):
+            lines += self._read(os.path.join(self._folder, prefix[:2].decode()))
         complete = lines[:lines.rindex(b"\n") + 1]
         found = [part.partition(b"\n")[0] for part in complete.split(b"\n" + prefix)[1:]]
         newest_first = dict.fromkeys(place.decode("utf-8", "surrogateescape") for place in reversed(found))
         return list(newest_first)[:MAX_CANDIDATES]
-
-    def compact(self) -> None:
-        """Sort the recent lines into their buckets.
-
-        1. Rename ``recent``: from now on no other process adds lines to it, or sorts it.  (A line of a
-           process that has just opened it may get lost.)
-        2. Append its lines to the buckets, then remove it.
-
-        A file that a process renamed but did not remove is sorted by the next call a minute later.
-        """
-        recent = os.path.join(self._folder, _RECENT_BUCKET)
-        own = _temporary_name(recent)
-        with contextlib.suppress(OSError):
-            os.rename(recent, own)
-        for path in glob.glob(glob.escape(recent) + "^*"):
-            with contextlib.suppress(OSError):
-                if path == own or time.time() - os.stat(path).st_mtime > MIN_EVICTION_AGE:
-                    lines = self._read(path).splitlines(keepends=True)
-                    self._append_sorted(self._folder, (
-                        line for line in lines if re.match(rb"[0-9a-f]{18} .*\n", line)))
-                    os.unlink(path)
 
     def is_complete(self) -> bool:
         """Check whether the index was ever built from all stored responses."""
@@ -3093,11 +3071,14 @@ class NameIndex:
 
     def rebuild(self, entries: Iterable[tuple[str, str]]) -> None:
         """Replace the index by these names and places.  Raises OSError."""
-        new = _temporary_name(self._folder)
+        new, first_digits = _temporary_name(self._folder), operator.itemgetter(slice(2))
         lines = (self._line(name, place) for name, place in entries)
         try:
-            while part := list(itertools.islice(lines, 100_000)):  # to bound the memory
-                self._append_sorted(new, part)
+            for number in range(256):
+                self._append(new, "%02x" % number, b"")
+            while part := sorted(itertools.islice(lines, 100_000), key=first_digits):  # to bound the memory
+                for bucket, group in itertools.groupby(part, first_digits):
+                    self._append(new, bucket.decode(), b"".join(group))
             self._append(new, _COMPLETE_MARK, b"")
             shutil.rmtree(self._folder, ignore_errors=True)
             os.rename(new, self._folder)
@@ -3131,14 +3112,6 @@ class NameIndex:
             # A buffer for the largest file takes longer than asking for the size.
             return file.read(min(os.fstat(file.fileno()).st_size, 4 * _MAX_NAMES)) or b""
 
-    def _append_sorted(self, folder: str, lines: Iterable[bytes]) -> None:
-        """Append lines to their buckets.  Raises OSError."""
-        buckets: dict[str, list[bytes]] = {}
-        for line in lines:
-            buckets.setdefault(line[:2].decode(), []).append(line)
-        for bucket, part in buckets.items():
-            self._append(folder, bucket, b"".join(part))
-
     def _append(self, folder: str, bucket: str, data: bytes) -> None:
         """Append to a file; drop the older half of one that grows too long.  Raises OSError."""
         make_directory(folder)
@@ -3146,9 +3119,7 @@ class NameIndex:
         with io.FileIO(path, "ab", opener=_private_opener) as file:
             write_all(file, data)
             size = file.tell()
-        if bucket == _RECENT_BUCKET and size > _MAX_RECENT:
-            self.compact()
-        elif size > _MAX_NAMES:
+        if size > _MAX_NAMES:
             replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
 
 
@@ -3617,14 +3588,13 @@ class Evictor:
     def run(self, config: Config, now: float) -> EvictionReport:
         """Count all files of the cache, and evict expired and excess ones.
 
-        Also sorts the name index and removes old leftovers.  Files that pkgproxy did not store stay.  Raises
+        Also builds a missing name index and removes old leftovers.  Files that pkgproxy did not store stay.  Raises
         OSError if the root cannot be read.
         """
         assumed, demand = self._store.space.take_demand()
-        self._store.names.compact()
         entries = list(self._walk(self._store.take_access_times(), now))
         responses = [entry.name for entry in entries if entry.is_response]
-        if responses and not self._store.names.is_complete():
+        if not self._store.names.is_complete():
             with contextlib.suppress(OSError):
                 self._store.names.rebuild(
                     (shareable_name(head.key), head.key) for name in responses

@@ -2461,42 +2461,24 @@ class NamesTest(StoreCase):
         self.assertLess(max(sizes), 10 * 1024, "ten times as much for 200,000")
         self.assertEqual(self.find("x7777_1.0_all.deb"), ["http://mirror.test/debian/pool/main/x/x/x7777_1.0_all.deb"])
 
-    def test_new_names_lie_in_one_file_until_a_sweep_spreads_them(self):
+    def test_a_sweep_makes_all_buckets_so_that_no_miss_has_to(self):
         keys = ["http://a/x%d_1.0_all.deb" % number for number in range(300)] + ["http://b/x1_1.0_all.deb"]
         folder = Path(self.path(".pkgproxy/names"))
+        pkgproxy.Evictor(self.store).run(Config(), time.time())
+        files = sorted(os.listdir(folder))
+        self.assertEqual(files, sorted([*("%02x" % number for number in range(256)), "complete-256"]))
         for key in keys:
             self.store.names.add(pkgproxy.shareable_name(key), key)
-        self.assertEqual(os.listdir(folder), ["recent"])
-        (folder / "recent").write_bytes(b"\xff\n../x 1\n" + (folder / "recent").read_bytes() + b"half a li")
+        for path in folder.iterdir():
+            path.write_bytes(b"\xff\n../x 1\n" + path.read_bytes() + b"half a li")
         found = [self.find("x%d_1.0_all.deb" % number) for number in range(300)]
         self.assertEqual((found[0], found[1], found[299]), ([keys[0]], [keys[300], keys[1]], [keys[299]]))
         pkgproxy.Evictor(self.store).run(Config(), time.time())
-        self.store.names.add("x1_1.0_all.deb", "http://c/x1_1.0_all.deb")
-        self.assertGreater(len(os.listdir(folder)), 100)
-        self.assertEqual([name for name in os.listdir(folder) if not re.fullmatch("[0-9a-f]{2}|recent|whole-256", name)], [])
-        self.assertEqual([self.find("x%d_1.0_all.deb" % number) for number in (0, 1, 299)], [found[0], ["http://c/x1_1.0_all.deb", *found[1]], found[299]])
-
-    def test_more_new_names_than_one_file_may_hold_are_spread_before_a_sweep(self):
-        with mock.patch.object(pkgproxy, "_MAX_RECENT", 3000):
-            for number in range(300):
-                self.store.names.add("x%d_1.0_all.deb" % number, "http://a/x%d_1.0_all.deb" % number)
-            self.assertEqual([number for number in range(300) if not self.find("x%d_1.0_all.deb" % number)], [])
-
-    def test_new_names_whose_spreading_was_killed_are_spread_by_the_next(self):
-        self.store.names.add("x_1.0_all.deb", "http://a/x_1.0_all.deb")
-        folder = Path(self.path(".pkgproxy/names"))
-        (folder / "recent").rename(folder / "recent^12345678")
-        (folder / "recent^12345678").touch()
-        self.store.names.compact()
-        self.assertTrue((folder / "recent^12345678").exists(), "somebody may be at it")
-        os.utime(folder / "recent^12345678", (0, 0))
-        self.store.names.add("y_1.0_all.deb", "http://a/y_1.0_all.deb")
-        self.store.names.compact()
-        self.assertEqual([self.find("x_1.0_all.deb"), self.find("y_1.0_all.deb")], [["http://a/x_1.0_all.deb"], ["http://a/y_1.0_all.deb"]])
-        self.assertEqual([name for name in os.listdir(folder) if "recent" in name], [])
+        self.assertEqual(sorted(os.listdir(folder)), files)
+        self.assertEqual([self.find("x%d_1.0_all.deb" % number) for number in range(300)], found)
 
     def test_a_file_of_names_that_grows_too_long_loses_its_older_half(self):
-        with mock.patch.object(pkgproxy, "_MAX_NAMES", 1000), mock.patch.object(pkgproxy, "_MAX_RECENT", 1000):
+        with mock.patch.object(pkgproxy, "_MAX_NAMES", 1000):
             for number in range(100):
                 self.store.names.add("x_1.0_all.deb", "http://h%d/x_1.0_all.deb" % number)
                 self.assertEqual(self.find()[0], "http://h%d/x_1.0_all.deb" % number)
@@ -9304,7 +9286,7 @@ class CommandLineTest(unittest.TestCase):
         origin.pages["/pool/x_1.0_all.deb"] = ScriptedResponse(b"x" * 20_000)
         proxy = ProxyProcess(root, ["--adopt", folder, "--adopt", folder + "2"])
         try:
-            until(lambda: os.path.exists(root + "/.pkgproxy/adopted/whole-256"))
+            until(lambda: os.path.exists(root + "/.pkgproxy/adopted/complete-256"))
             with urllib.request.build_opener(urllib.request.ProxyHandler({"http": proxy.url})).open(origin.url("/pool/x_1.0_all.deb")) as answer:
                 self.assertEqual(answer.read(), b"x" * 20_000)
         finally:
@@ -10585,7 +10567,7 @@ class AptTest(PackageManagerScenarios, SignedCase):
         self.assertTrue((archives / "hello-epoch_1%3a1.0_all.deb").is_file())
         self.origin.log.clear()
         proxy_url = self.start_proxy("--adopt", str(archives))
-        until(lambda: (self.root / ".pkgproxy/adopted/whole-256").exists())
+        until(lambda: (self.root / ".pkgproxy/adopted/complete-256").exists())
         second = self.make_client(self, "second", proxy_url, self.source())
         second.fetch(*names)
         self.assertEqual(second.digests(), self.repository.digests(names))
