@@ -3143,7 +3143,7 @@ class Space:
     minus the space that running downloads have been granted but have not used yet.
 
     A download with a declared length is granted all of it at its start, or is not stored.  Any other one is
-    granted SPACE_STEP bytes at a time.  If it does not fit in the end, its clients may be cut off; so its
+    granted at least SPACE_STEP bytes at a time.  If it does not fit in the end, its clients may be cut off; so its
     size is remembered, and the next download of the same key must be granted as much at once.
 
     If little is left, ``scarce`` is set, which starts an eviction.  The eviction counts all files and
@@ -3155,50 +3155,50 @@ class Space:
     def __init__(self, free: Callable[[], tuple[int, int]], max_size: int | None) -> None:
         self.scarce = threading.Event()
         self._free = free  # returns free bytes and inodes without the reserve; raises OSError
-        self._max_size = max_size
+        self._max_size = sys.maxsize if max_size is None else max_size
         self._lock = threading.Lock()  # guards all below
-        # The size that each running download may reach, and the bytes of its head file and folders.
-        self._running: weakref.WeakKeyDictionary[PartialFile, tuple[int, int]] = weakref.WeakKeyDictionary()
+        # The size that each running download may reach, with its head file and folders.
+        self._running: weakref.WeakKeyDictionary[PartialFile, int] = weakref.WeakKeyDictionary()
         self._stored = 0  # assumed bytes below the root, without running downloads
         self._demand = 0  # free bytes that downloads lacked, or that the next one is likely to need
         self._spare = 0  # free bytes that the last eviction aimed at
         self._outgrown: dict[str, int] = {}  # by key: sizes of undeclared bodies that did not fit
 
     def reserve(self, partial: PartialFile, count: int) -> int:
-        """Grant ``count`` more bytes to a download.
+        """Grant ``count`` more bytes to a download, or SPACE_STEP if it has not declared its length.
 
         Returns the size up to which it may be written before the next call.  Raises OSError (ENOSPC).
         """
         free, inodes = self._free()
+        key, overhead = partial.head.key, head_size(partial.head)
         with self._lock:
             starts = partial not in self._running
-            if starts and partial.length is None:
-                count = max(count, self._outgrown.pop(partial.head.key, 0))
-            end, overhead = self._running.get(partial, (-1, head_size(partial.head)))
-            needed = count
-            if partial.size + count > end:  # otherwise the bytes have been granted already
-                needed += overhead + self._granted_to_others(partial)
-            if self._max_size is not None:
-                free = min(free, self._max_size - self._used())
-            fits = free >= needed and (not starts or inodes >= inodes_for(partial.head.key))
-            self._note_demand(count, needed, free - needed, fits)
+            if partial.length is None:
+                count = max(count, SPACE_STEP, self._outgrown.pop(key, 0) if starts else 0)
+            end, needed = partial.size + count + overhead, count
+            if end > self._running.get(partial, 0):  # otherwise the bytes have been granted already
+                needed += overhead + sum(max(0, granted - other.size)
+                                         for other, granted in self._running.items() if other is not partial)
+            left = min(free, self._max_size - self._used()) - needed
+            fits = left >= 0 and (not starts or inodes >= inodes_for(key))
+            likely = min(count, MAX_SPARE, 5 * self._spare)  # the next download is often as large
+            if left < max(likely, self._spare // 2) or not fits:
+                self.scarce.set()
+                self._demand = max(self._demand, likely if left >= 0 else needed)
             if fits:
-                ahead = min(free - needed, max(0, SPACE_STEP - count)) if partial.length is None else 0
-                end = max(end, partial.size + count + ahead)
-                self._running[partial] = end, overhead
+                self._running[partial] = max(end, self._running.get(partial, 0))
                 self._stored -= partial.size if starts else 0  # a leftover now counts as a download
-                return min(end, partial.size + SPACE_STEP)
+                return min(self._running[partial] - overhead, partial.size + SPACE_STEP)
             if partial.length is None and len(self._outgrown) < LARGE_MEMO:
-                self._outgrown[partial.head.key] = partial.size + count
+                self._outgrown[key] = partial.size + count
         raise OSError(errno.ENOSPC, "not enough free %s" % (
-            "space for %d bytes" % count if free < needed else "inodes"))
+            "space for %d bytes" % count if left < 0 else "inodes"))
 
     def release(self, partial: PartialFile, kept: bool = True) -> None:
         """End a download's grant; ``kept`` says whether its bytes stay on the disk."""
         with self._lock:
-            granted = self._running.pop(partial, None)
-            if granted is not None and kept:
-                self._stored += partial.size + granted[1]
+            if self._running.pop(partial, None) is not None and kept:
+                self._stored += partial.size + head_size(partial.head)
 
     def take_demand(self) -> tuple[int, int]:
         """Return the assumed bytes below the root, and the free bytes needed since the last call."""
@@ -3214,19 +3214,6 @@ class Space:
 
     def _used(self) -> int:
         return self._stored + sum(other.size for other in self._running)
-
-    def _granted_to_others(self, partial: PartialFile) -> int:
-        return sum(max(0, end - other.size) + overhead for other, (end, overhead) in self._running.items()
-                   if other is not partial)
-
-    def _note_demand(self, count: int, needed: int, left: int, fits: bool) -> None:
-        """Start an eviction if a download does not fit, or if the next one, often as large, would not."""
-        likely = min(count, MAX_SPARE, 5 * self._spare)
-        if left < max(likely, self._spare // 2) or not fits:
-            self.scarce.set()
-            wanted = likely if left >= 0 else needed
-            if self._max_size is None or wanted <= self._max_size:
-                self._demand = max(self._demand, wanted)
 
 
 class Store:
