@@ -2509,18 +2509,19 @@ def why_locks_fail(folder: str) -> str:
 
     Also "" if nothing can be written there: then nothing has to be locked either.
     """
-    path, reason = os.path.join(folder, "lock-" + secrets.token_hex(8)), ""
+    if fcntl is None:
+        return "this system has no flock"
+    path = os.path.join(folder, "lock-" + secrets.token_hex(8))
     with contextlib.suppress(OSError):
         make_directory(folder)
         with io.FileIO(path, "x+b") as first, io.FileIO(path, "r+b") as second:
             os.unlink(path)
             try:
-                both = try_lock_file(first) and try_lock_file(second)
-                reason = "its file system ignores locks" if both else ""
+                if try_lock_file(first) and try_lock_file(second):
+                    return "its file system ignores locks"
             except OSError as error:
-                reason = "its file system refuses locks (%s)" % error.strerror
-        os.rmdir(folder)  # fails if the folder is in use
-    return reason if fcntl is not None else "this system has no flock"
+                return "its file system refuses locks (%s)" % error.strerror
+    return ""
 
 
 def is_remote(path: str) -> bool:
