@@ -3144,8 +3144,8 @@ class Space:
     minus the space that running downloads have been granted but have not used yet.
 
     A download with a declared length is granted all of it at its start, or is not stored.  Any other one is
-    granted at least SPACE_STEP bytes at a time.  If it does not fit in the end, its clients may be cut off; so its
-    size is remembered, and the next download of the same key must be granted as much at once.
+    granted at least SPACE_STEP bytes at a time.  If it does not fit in the end, its clients may be cut off;
+    so its size is remembered, and the next download of the same key must be granted as much at once.
 
     If little is left, ``scarce`` is set, which starts an eviction.  The eviction counts all files and
     corrects the size that is assumed here.
@@ -3576,8 +3576,8 @@ class Evictor:
     def run(self, config: Config, now: float) -> EvictionReport:
         """Count all files of the cache, and evict expired and excess ones.
 
-        Also builds a missing name index and removes old leftovers.  Files that pkgproxy did not store stay.  Raises
-        OSError if the root cannot be read.
+        Also builds a missing name index and removes old leftovers.  Files that pkgproxy did not store stay.
+        Raises OSError if the root cannot be read.
         """
         assumed, demand = self._store.space.take_demand()
         entries = list(self._walk(self._store.take_access_times(), now))
@@ -3599,18 +3599,17 @@ class Evictor:
 
     def _evict(self, entries: list[Entry], max_age: float | None, excess: int, now: float) -> tuple[int, int]:
         """Evict until ``excess`` bytes and enough inodes are free; return removed responses and bytes."""
-        lacking = SPARE_INODES - self._store.free_inodes()
-        removed = freed = inodes = 0
-        if excess <= 0 and lacking <= 0 and max_age is None:
+        removed, freed, inodes = 0, 0, self._store.free_inodes()
+        if excess <= 0 and inodes >= SPARE_INODES and max_age is None:
             return 0, 0  # sorting a large cache takes a while
         for entry in sorted(entries, key=_eviction_order):
             expired = max_age is not None and now - entry.used > max_age
             # A time in the future comes from a clock that has been set back since.
             unused = abs(now - entry.used) > MIN_EVICTION_AGE
-            if entry.name and unused and (expired or freed < excess or inodes < lacking):
-                count = self._remove(entry)
-                inodes, freed = inodes + count, freed + (entry.size if count else 0)
-                removed += count > 0 and entry.is_response
+            wanted = expired or freed < excess or inodes < SPARE_INODES
+            if entry.name and unused and wanted and self._remove(entry):
+                removed, freed = removed + entry.is_response, freed + entry.size
+                inodes = self._store.free_inodes()
         return removed, freed
 
     def _walk(self, used: dict[str, float], now: float) -> Iterator[Entry]:
@@ -3661,24 +3660,21 @@ class Evictor:
             seen.add((info.st_dev, info.st_ino))
         return Entry(max(used.get(name, 0.0), info.st_atime), size, name)
 
-    def _remove(self, entry: Entry) -> int:
-        """Remove an entry's files, unless they are locked; return the number of freed inodes."""
-        name, path, count = entry.name, self._store.body_path(entry.name), 0
-        with contextlib.suppress(OSError):
-            if not entry.is_response:
-                with io.FileIO(os.open(path, _WRITABLE & ~os.O_CREAT), "r+b") as file:
-                    if try_lock_file(file):
-                        os.unlink(path)
-                        count = 1
-                        os.unlink(path + "^head")
-            elif self._store.delete_file(name):
-                count = 2
-                while name := os.path.dirname(name):
-                    for folder in (self._store.body_path(name), self._store.head_path(name)[:-len("^head")]):
-                        with contextlib.suppress(OSError):  # the folder is not empty
-                            os.rmdir(folder)
-                            count += 1
-        return count
+    def _remove(self, entry: Entry) -> bool:
+        """Remove an entry's files, and the folders that become empty.  Returns False if it is locked or gone."""
+        path = self._store.body_path(entry.name)
+        if entry.is_response:
+            removed = self._store.delete_file(entry.name)
+            for file in (path, self._store.head_path(entry.name)) if removed else ():
+                with contextlib.suppress(OSError):  # the folder is not empty
+                    os.removedirs(os.path.dirname(file))
+            return removed
+        with contextlib.suppress(OSError), io.FileIO(os.open(path, _WRITABLE & ~os.O_CREAT), "r+b") as file:
+            if try_lock_file(file):
+                os.unlink(path)
+                _unlink(path + "^head")
+                return True
+        return False
 
 
 # ---------------------------------------------------------------------------------------------
