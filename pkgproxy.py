@@ -2509,19 +2509,17 @@ def why_locks_fail(folder: str) -> str:
 
     Also "" if nothing can be written there: then nothing has to be locked either.
     """
-    if fcntl is None:
-        return "this system has no flock"
     path = os.path.join(folder, "lock-" + secrets.token_hex(8))
     with contextlib.suppress(OSError):
         make_directory(folder)
         with io.FileIO(path, "x+b") as first, io.FileIO(path, "r+b") as second:
             os.unlink(path)
             try:
-                if try_lock_file(first) and try_lock_file(second):
+                if fcntl is not None and try_lock_file(first) and try_lock_file(second):
                     return "its file system ignores locks"
             except OSError as error:
                 return "its file system refuses locks (%s)" % error.strerror
-    return ""
+    return "" if fcntl is not None else "this system has no flock"
 
 
 def is_remote(path: str) -> bool:
@@ -2736,24 +2734,6 @@ class PartialMetadata:
     writer_boot_id: str  # "" once the writer has left and all bytes are on the disk
     flushed_size: int | None  # bytes known to be on the disk
 
-    def save(self, path: str) -> None:
-        """Replace the metadata of the partial file ``path``.  Raises OSError."""
-        replace_file(path + "^head", json.dumps({**vars(self), "head": vars(self.head)}, ensure_ascii=False))
-
-    @classmethod
-    def load(cls, path: str) -> PartialMetadata | None:
-        """Read the metadata of a partial file.
-
-        Returns None if it is missing, damaged, or of version 1.0: then the download starts anew.
-        """
-        with contextlib.suppress(*_DAMAGED):
-            row = _read_json(path + "^head")
-            found = cls(**{**row, "head": _head_from(row["head"])})
-            numbers = (found.inode, found.declared_length or 0, found.flushed_size or 0)
-            if all(isinstance(number, int) and number >= 0 for number in numbers):
-                return found
-        return None
-
 
 class PartialFile(RefCountedFile):
     """A download in progress (an incomplete response, RFC 9111 §3.3): one writer, any number of readers.
@@ -2771,8 +2751,8 @@ class PartialFile(RefCountedFile):
     3. If A commits, the file has its place in the store: B finds it there (is_stored_as).
     4. If A dies, the kernel releases its lock: B locks the file (try_lock) and resumes the download in it.
 
-    With leases, A's file is its own.  If A's lease lapses, B copies the bytes into a file of its own
-    (copy_from), because A may only have been suspended, and lets its readers switch to that (switch_to).
+    With leases, A's file is its own.  If A's lease lapses, B copies the bytes into a file of its own, because
+    A may only have been suspended, and lets its readers switch to that (switch_to).
     """
 
     def __init__(self, store: Store, key: str, owner: str, path: str, file: io.FileIO) -> None:
@@ -2917,20 +2897,24 @@ class PartialFile(RefCountedFile):
         return try_lock_file(self._file)
 
     def load_metadata(self) -> bool:
-        """Read the metadata that another instance has published.  Returns False if there is none yet."""
-        with contextlib.suppress(OSError):
+        """Read the metadata that another instance has published.
+
+        Returns False if there is none yet, or it is damaged or of version 1.0: then the download starts anew.
+        """
+        with contextlib.suppress(*_DAMAGED):
             with open(self.path, "rb", opener=_private_opener):
                 pass  # opening the file makes an NFS client ask the server for its present size
-            info = os.fstat(self.fileno())
-            found = PartialMetadata.load(self.path) if info.st_size else None
+            info, row = os.fstat(self.fileno()), _read_json(self.path + "^head")
+            found = PartialMetadata(**{**row, "head": _head_from(row["head"])})
+            sizes = (found.declared_length or 0, found.flushed_size or 0)
+            valid = all(isinstance(size, int) and size >= 0 for size in sizes)
             # A new, empty file may have the inode number of a removed one whose metadata is left.
-            matches = found and (found.head.key, found.inode) == (self.head.key, info.st_ino)
-            if found and matches and self.still_exists():
+            matches = info.st_size and (found.head.key, found.inode) == (self.head.key, info.st_ino)
+            if valid and matches and self.still_exists():
                 self.head, self.length = found.head, found.declared_length
                 self._writer_left = not found.writer_boot_id
                 self._writer_is_local = found.writer_boot_id == self._store.boot
-                trusted = info.st_size if self._writer_is_local else found.flushed_size or 0
-                self.size = min(info.st_size, trusted)
+                self.size = info.st_size if self._writer_is_local else min(info.st_size, sizes[1])
                 return True
         return False
 
@@ -2940,18 +2924,6 @@ class PartialFile(RefCountedFile):
             self.size = os.fstat(self.fileno()).st_size
         else:
             self.load_metadata()
-
-    def copy_from(self, old: PartialFile) -> None:
-        """Copy the bytes of another instance's file into this one.  Raises OSError.
-
-        Its writer may still be alive (a lease can be lost to a pause), so its file must not be written.
-        """
-        while self.size < old.size:
-            data = old.read_at(min(COPY_SIZE, old.size - self.size), self.size)
-            if not data:
-                raise OSError(errno.EIO, "the partial file was truncated")
-            self.write(data)
-        self.head, self.length = old.head, old.length
 
     def switch_to(self, other: PartialFile | StoredResponse) -> None:
         """Let this file's readers continue in another file with the same bytes.  Raises OSError.
@@ -2980,8 +2952,9 @@ class PartialFile(RefCountedFile):
     def _write_metadata(self, writer_boot_id: str) -> None:
         """Write the head file.  Raises OSError."""
         flushed_size = self.size if self._store.remote or not writer_boot_id else None
-        PartialMetadata(self.head, os.fstat(self.fileno()).st_ino, self.length, writer_boot_id,
-                        flushed_size).save(self.path)
+        row = vars(PartialMetadata(
+            self.head, os.fstat(self.fileno()).st_ino, self.length, writer_boot_id, flushed_size))
+        replace_file(self.path + "^head", json.dumps({**row, "head": vars(self.head)}, ensure_ascii=False))
 
     def _remove_metadata(self) -> None:
         """Remove the head file.  Raises OSError: metadata of another response must not stay."""
@@ -3504,6 +3477,7 @@ class PartialStore:
     def _adopt_leftovers(self, partial: PartialFile, exclusive: bool) -> None:
         """Copy the bytes that another owner has left of the same download.  Raises OSError.
 
+        Its file is not written itself: that owner may still be alive, as a lease can be lost to a pause.
         With an exclusive lease, no other owner writes any more.  Without, a file counts as left if nobody
         has written it for a while.
         """
@@ -3514,7 +3488,9 @@ class PartialStore:
             if old is not None:
                 try:
                     if old.load_metadata() and (exclusive or old.is_abandoned()) and not partial.size:
-                        partial.copy_from(old)
+                        while data := old.read_at(min(COPY_SIZE, old.size - partial.size), partial.size):
+                            partial.write(data)
+                        partial.head, partial.length = old.head, old.length
                         old.discard()
                 finally:
                     old.release()
@@ -3665,9 +3641,9 @@ class Evictor:
         path = self._store.body_path(entry.name)
         if entry.is_response:
             removed = self._store.delete_file(entry.name)
-            for file in (path, self._store.head_path(entry.name)) if removed else ():
+            for place in (path, self._store.head_path(entry.name)) if removed else ():
                 with contextlib.suppress(OSError):  # the folder is not empty
-                    os.removedirs(os.path.dirname(file))
+                    os.removedirs(os.path.dirname(place))
             return removed
         with contextlib.suppress(OSError), io.FileIO(os.open(path, _WRITABLE & ~os.O_CREAT), "r+b") as file:
             if try_lock_file(file):
