@@ -2661,7 +2661,6 @@ class RefCountedFile:
     def __init__(self, path: str, file: io.FileIO) -> None:
         self.path = path
         self._file = file
-        self._unlink_on_close = False  # for Windows, which removes no open file
         self._lock = threading.Lock()  # guards _refcount
         self._refcount = 1  # the writer and the readers
 
@@ -2703,11 +2702,8 @@ class RefCountedFile:
         """Remove a user; the last one closes the file."""
         with self._lock:
             self._refcount -= 1
-            last = self._refcount == 0
-        if last:
-            self._file.close()
-            if self._unlink_on_close:
-                _unlink(self.path)
+            if not self._refcount:
+                self._file.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2849,7 +2845,7 @@ class PartialFile(RefCountedFile):
             raise StorageError(error) from error
         if linked:
             _unlink(self.path)
-        self._close_for_writing()
+        self.unlock()
 
     def keep_for_resume(self) -> None:
         """Leave the file for a later request to resume, if a strong validator identifies the response."""
@@ -2877,7 +2873,7 @@ class PartialFile(RefCountedFile):
             if self.still_exists():
                 self._remove_metadata()
                 os.unlink(self.path)
-        self._close_for_writing()
+        self.unlock()
 
     def delete_stored(self) -> None:
         """Remove the response that is stored under the same key: it is known to be wrong."""
@@ -2960,11 +2956,6 @@ class PartialFile(RefCountedFile):
         """Remove the head file.  Raises OSError: metadata of another response must not stay."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path + "^head")
-
-    def _close_for_writing(self) -> None:
-        """Give up the lock, and the name with the last reader."""
-        self._unlink_on_close = bool(self.owner)
-        self.unlock()
 
 
 def _save_access_time(path: str, used: float) -> None:
@@ -3637,7 +3628,10 @@ class Evictor:
         return Entry(max(used.get(name, 0.0), info.st_atime), size, name)
 
     def _remove(self, entry: Entry) -> bool:
-        """Remove an entry's files, and the folders that become empty.  Returns False if it is locked or gone."""
+        """Remove an entry's files, and the folders that become empty.
+
+        Returns False if it is locked or gone.
+        """
         path = self._store.body_path(entry.name)
         if entry.is_response:
             removed = self._store.delete_file(entry.name)
