@@ -3088,19 +3088,6 @@ class NameIndex:
             replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
 
 
-def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield the names and paths of packages below the folders of --adopt.  Links are not followed."""
-    for top in folders:
-        for folder, subfolders, files in os.walk(top):
-            subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
-            for path in (os.path.join(folder, file) for file in files):
-                relative = os.path.relpath(path, top).replace(os.sep, "/")
-                # "%" is not quoted: apt and others write %3a into file names where the URL has it too.
-                name = shareable_name("http://a/" + urllib.parse.quote(os.fsencode(relative), "/%:+~"))
-                if name and "\n" not in path:
-                    yield name, path
-
-
 class Space:
     """Grants disk space to downloads, so that they leave the reserve free and keep to --max-size.
 
@@ -3485,22 +3472,6 @@ class PartialStore:
                         old.discard()
                 finally:
                     old.release()
-
-
-def disk_usage(root: str) -> dict[str, int]:
-    """Return the total and free bytes of a folder's file system; {} if it cannot be read."""
-    with contextlib.suppress(OSError):
-        found = shutil.disk_usage(root)
-        return {"size": found.total, "free": found.free}
-    return {}
-
-
-def try_writing(folder: str) -> None:
-    """Raise OSError if no file with content can be made in a folder."""
-    # A full disk may still take an empty file.
-    path = os.path.join(folder, "^probe-" + secrets.token_hex(4))
-    replace_file(path, "x")
-    os.unlink(path)
 
 
 class Entry(NamedTuple):
@@ -6490,6 +6461,19 @@ class FlightLeader:
         return response_from_store(request, stored, status, time.time()), FlightResult.STALE
 
 
+def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield the names and paths of packages below the folders of --adopt.  Links are not followed."""
+    for top in folders:
+        for folder, subfolders, files in os.walk(top):
+            subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
+            for path in (os.path.join(folder, file) for file in files):
+                relative = os.path.relpath(path, top).replace(os.sep, "/")
+                # "%" is not quoted: apt and others write %3a into file names where the URL has it too.
+                name = shareable_name("http://a/" + urllib.parse.quote(os.fsencode(relative), "/%:+~"))
+                if name and "\n" not in path:
+                    yield name, path
+
+
 class EvictionThread:
     """Keeps the cache within its bounds, in a thread of its own.  For the caller: start, wake, stop."""
 
@@ -7079,6 +7063,22 @@ class RecentRequests:
              "status": status, "bytes": sent.size, "seconds": round(sent.took, 3),
              "outcome": cache_status.outcome.value, "detail": truncate_middle(cache_status.detail, 80)}
             for at, client, method, target, uri, status, sent, cache_status in newest]}
+
+
+def disk_usage(root: str) -> dict[str, int]:
+    """Return the total and free bytes of a folder's file system; {} if it cannot be read."""
+    with contextlib.suppress(OSError):
+        found = shutil.disk_usage(root)
+        return {"size": found.total, "free": found.free}
+    return {}
+
+
+def try_writing(folder: str) -> None:
+    """Raise OSError if no file with content can be made in a folder."""
+    # A full disk may still take an empty file.
+    path = os.path.join(folder, "^probe-" + secrets.token_hex(4))
+    replace_file(path, "x")
+    os.unlink(path)
 
 
 class StatusCollector:
