@@ -7026,50 +7026,23 @@ def make_page(path: str, place: tuple[str, int], html: bool, snapshot: Callable[
 # 13 Server
 # ---------------------------------------------------------------------------------------------
 
-
-class RequestBody:
-    """A request's body: ``length`` bytes, or chunked where that is None."""
-
-    def __init__(self, file: io.BufferedIOBase, length: int | None, timed: DeadlineReader) -> None:
-        self._file = file
-        self._timed = timed
-        self._until = time.monotonic() + CLIENT_TIMEOUT  # and later with each byte
-        self._left = length or 0
-        self._chunks = ChunkedReader(file) if length is None else None
-
-    @property
-    def unread(self) -> bool:
-        """Whether there is more to come."""
-        return not self._chunks.ended if self._chunks else self._left > 0
-
-    def read(self, size: int = COPY_SIZE, /) -> bytes:
-        """Up to ``size`` bytes as they come; BadRequest where the client stops early, or for too long."""
-        try:
-            self._timed.set_deadline(self._until - time.monotonic())
-            if self._chunks:
-                data = self._chunks.read(size)
-            else:
-                data = self._file.read1(min(self._left, size)) if self._left else b""
-            self._timed.set_deadline(None)
-        except (socket.timeout, TimeoutError):
-            raise BadRequestError("The body did not come in time.", 408) from None
-        except (OSError, ValueError) as error:
-            raise BadRequestError("The body's framing is not clear: %s." % error) from None
-        if self._left and not data:
-            raise BadRequestError("The body ended %d bytes early." % self._left)
-        self._left -= 0 if self._chunks else len(data)
-        self._until += len(data) / MIN_BODY_RATE
-        return data
+# Which thread does what: the thread of ProxyServer.serve_forever() accepts connections, waits for requests on
+# all of them (EventLoop) and sends small hits itself.  Everything that may block runs in a worker thread
+# (ThreadPool, ProxyHandler), which returns the connection to the event loop afterwards.
 
 
 def _wait_for_client(sock: socket.socket) -> None:
-    """Until a client takes more; socket.timeout."""
+    """Wait until a client's socket accepts more bytes; socket.timeout after CLIENT_TIMEOUT."""
     if not wait_until_ready(sock, CLIENT_TIMEOUT, writing=True):
         raise socket.timeout("timed out")
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
-    """Send to a client, who may take CLIENT_TIMEOUT for each step; OSError, socket.timeout."""
+    """Send all of ``data`` to a client.
+
+    The client may take CLIENT_TIMEOUT to accept the next bytes, however long the whole takes.  OSError,
+    socket.timeout.
+    """
     left = memoryview(data)
     while left:
         try:
@@ -7078,380 +7051,433 @@ def send_all(sock: socket.socket, data: bytes) -> None:
             _wait_for_client(sock)
 
 
-def _send_some(sock: socket.socket, part: FileSlice, start: int, by_kernel: bool) -> int:
+# What sendfile() fails with if the system or the file system does not support it.
+_NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+
+
+def send_some(sock: socket.socket, part: FileSlice, start: int) -> int:
+    """Send the next bytes of a file slice, with sendfile() if possible.
+
+    Return how many bytes from offset ``start`` have been sent: 0 after a wait for the client.  StorageError if
+    the file cannot be read or has become shorter; OSError or socket.timeout if the client fails.
+    """
     try:
-        if by_kernel:
+        try:
             count = os.sendfile(sock.fileno(), part.file.fileno(), start, part.stop - start)
-        else:
+        except (AttributeError, OSError) as error:
+            if getattr(error, "errno", errno.ENOSYS) not in _NO_SENDFILE:
+                raise
             count = sock.send(part.file.read_at(min(COPY_SIZE, part.stop - start), start))
-    except (BlockingIOError, ConnectionError, TimeoutError, socket.timeout):
+    except BlockingIOError:
+        _wait_for_client(sock)
+        return 0
+    except (ConnectionError, TimeoutError, socket.timeout):
         raise
     except OSError as error:
         raise StorageError(error) from None
     if not count:
-        raise StorageError(OSError(errno.EIO, "the body was cut"))
+        raise StorageError(OSError(errno.EIO, "the file became shorter"))
     return count
 
 
-def send_slice(sock: socket.socket, part: FileSlice) -> Iterator[int]:
-    """Send a part of a file to a client as ``send_all`` does, by the kernel where that can; yields the bytes
-    of each step.  LocalFailure where the disk fails, or the file has become shorter."""
-    start, by_kernel = part.start, hasattr(os, "sendfile")
-    while start < part.stop:
-        try:
-            count = _send_some(sock, part, start, by_kernel)
-        except BlockingIOError:
-            _wait_for_client(sock)
-        except StorageError as failure:
-            if not by_kernel or failure.code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-                raise
-            by_kernel = False  # not from this file system
-        else:
-            start += count
-            yield count
+class RequestBody:
+    """The body of a client's request, read as the origin takes it.
 
+    ``length`` is in bytes; None means that the body is chunked.  ``awaiting`` is the client's socket if the
+    client sends the body only after a 100 response (RFC 9110 §10.1.1).
+    """
 
-class ExpectContinueBody:
-    """A body that its client sends only when told to (RFC 9110 §10.1.1)."""
-
-    def __init__(self, body: RequestBody, connection: socket.socket) -> None:
-        self._body = body
-        self._connection: socket.socket | None = connection
+    def __init__(self, file: io.BufferedIOBase, length: int | None, timed: DeadlineReader,
+                 awaiting: socket.socket | None = None) -> None:
+        self._file = file
+        self._timed = timed
+        self._deadline = time.monotonic() + CLIENT_TIMEOUT  # each received byte extends it
+        self._left = length or 0
+        self._chunks = ChunkedReader(file) if length is None else None
+        self._awaiting = awaiting
 
     @property
     def unread(self) -> bool:
-        """Whether there is more to come."""
-        return self._body.unread
+        """Whether the body has not been read to its end."""
+        return not self._chunks.ended if self._chunks else self._left > 0
 
     def read(self, size: int = COPY_SIZE, /) -> bytes:
-        """Ask for the body before its first byte."""
-        if self._connection is not None:
-            try:
-                send_all(self._connection, b"HTTP/1.1 100 Continue\r\n\r\n")
-            except OSError as error:
-                raise BadRequestError("The client has gone: %s." % error) from None
-            self._connection = None
-        return self._body.read(size)
+        """Read up to ``size`` bytes; BadRequestError if the client closes, stalls or breaks the framing."""
+        try:
+            if self._awaiting is not None:
+                send_all(self._awaiting, b"HTTP/1.1 100 Continue\r\n\r\n")
+                self._awaiting = None
+            self._timed.set_deadline(self._deadline - time.monotonic())
+            if self._chunks:
+                data = self._chunks.read(size)
+            else:
+                data = self._file.read1(min(self._left, size)) if self._left else b""
+            self._timed.set_deadline(None)
+        except (socket.timeout, TimeoutError):
+            raise BadRequestError("The request body did not arrive in time.", 408) from None
+        except (OSError, ValueError) as error:  # the connection broke, or the framing of chunks is invalid
+            raise BadRequestError("The request body could not be read: %s." % error) from None
+        if self._left and not data:
+            raise BadRequestError("The request body ended %d bytes early." % self._left)
+        self._left -= 0 if self._chunks else len(data)
+        self._deadline += len(data) / MIN_BODY_RATE
+        return data
 
 
-def error_response(failure: ProxyError) -> Response:
-    """An error of ours, as one plain sentence."""
-    return Response(error_head(failure.status), BytesBody((str(failure) + "\n").encode()),
-                 CacheStatus(failure.outcome, detail=str(failure)))
+def error_response(error: ProxyError) -> Response:
+    """Return the response that tells a client about an error: one plain sentence."""
+    return Response(error_head(error.status), BytesBody((str(error) + "\n").encode()),
+                    CacheStatus(error.outcome, detail=str(error)))
+
+
+def watch(selector: selectors.BaseSelector, sock: socket.socket, events: int, data: Any = None) -> None:
+    """Let a selector report ``events`` of a socket from now on; 0: none.  OSError if the system refuses."""
+    # By number: the map's error for a socket that it does not know contains the socket's long repr().
+    registered = sock.fileno() in selector.get_map()
+    if not events:
+        if registered:
+            selector.unregister(sock)
+    elif registered:
+        selector.modify(sock, events, data)
+    else:
+        selector.register(sock, events, data)
 
 
 class TunnelDirection:
-    """One direction of a tunnel."""
+    """One direction of a tunnel.
+
+    It holds either bytes, and waits until the sink takes them, or none, and waits for the source.
+    """
 
     def __init__(self, source: socket.socket, sink: socket.socket, early: bytes = b"") -> None:
-        self.count = 0  # bytes that have gone through
-        self.ended = False  # the source has no more, and the sink knows
-        self._source = source
-        self._sink = sink
-        self._waiting = bytearray(early)
-        self._open = True  # whether more may come
+        self.count = 0  # bytes sent
+        self.ended = False  # the source has closed, and the sink has been told
+        self._source, self._sink, self._data = source, sink, early
 
-    def wants(self, sock: socket.socket) -> int:
-        """What it waits for at a socket, in selectors' words."""
-        read = sock is self._source and self._open and len(self._waiting) < SMALL_BODY
-        write = sock is self._sink and self._waiting
-        return (selectors.EVENT_READ if read else 0) | (selectors.EVENT_WRITE if write else 0)
+    def wanted(self) -> tuple[socket.socket, int]:
+        """Return the socket, and the selector event, that this direction waits for."""
+        if self._data:
+            return self._sink, selectors.EVENT_WRITE
+        return self._source, 0 if self.ended else selectors.EVENT_READ
 
-    def move(self, ready: dict[Any, int]) -> None:
-        """Move what can be moved, the end included (a half-close); OSError."""
-        if ready.get(self._source, 0) & self.wants(self._source) & selectors.EVENT_READ:
-            data = self._source.recv(SMALL_BODY)
-            self._open = bool(data)
-            self._waiting += data
-        if ready.get(self._sink, 0) & self.wants(self._sink) & selectors.EVENT_WRITE:
-            sent = self._sink.send(self._waiting)
-            del self._waiting[:sent]
-            self.count += sent
-        if not self._open and not self._waiting and not self.ended:
+    def move(self) -> None:
+        """Receive if nothing is held; send what is held, or the end as a half-close.  OSError."""
+        self._data = self._data or self._source.recv(SMALL_BODY)
+        if self._data:
+            with contextlib.suppress(BlockingIOError):
+                sent = self._sink.send(self._data)
+                self._data, self.count = self._data[sent:], self.count + sent
+        else:
             self.ended = True
             self._sink.shutdown(socket.SHUT_WR)
 
 
 def relay_tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> int:
-    """Bytes both ways, until both ends have closed, one breaks, or nothing has moved for TUNNEL_IDLE.  The
-    number of them; ``early`` has come from the client already."""
-    ways = (TunnelDirection(client, origin, early), TunnelDirection(origin, client))
+    """Relay bytes both ways; return how many.
+
+    The tunnel ends when both sides have closed, one fails, or nothing moves for TUNNEL_IDLE_TIMEOUT.
+    ``early`` are bytes already received from the client.
+    """
+    directions = (TunnelDirection(client, origin, early), TunnelDirection(origin, client))
     with contextlib.suppress(OSError), selectors.DefaultSelector() as selector:
-        for sock in (client, origin):
-            sock.setblocking(False)
-            selector.register(sock, selectors.EVENT_READ)
-        while not all(way.ended for way in ways):
-            for sock in (client, origin):
-                wanted = ways[0].wants(sock) | ways[1].wants(sock)
-                if sock in selector.get_map():
-                    selector.unregister(sock)
-                if wanted:
-                    selector.register(sock, wanted)
+        origin.setblocking(False)
+        while not all(direction.ended for direction in directions):
+            wanted = [direction.wanted() for direction in directions]
+            for sock in (client, origin):  # one direction may read from it, the other one write to it
+                watch(selector, sock, sum(events for other, events in wanted if other is sock))
             ready = {key.fileobj: events for key, events in selector.select(TUNNEL_IDLE_TIMEOUT)}
             if not ready:
                 break
-            for way in ways:
-                way.move(ready)
-    return sum(way.count for way in ways)
+            for direction, (sock, events) in zip(directions, wanted):
+                if ready.get(sock, 0) & events:
+                    direction.move()
+    return sum(direction.count for direction in directions)
 
 
 def has_disconnected(sock: socket.socket) -> bool:
-    """Whether the other end has closed a connection on which nothing has been read yet."""
+    """Return whether the other end has closed a connection on which nothing has been read yet."""
     try:
         return wait_until_ready(sock, 0) and not sock.recv(1, socket.MSG_PEEK)
-    except (OSError, ValueError):  # closed
+    except (OSError, ValueError):  # closed on this side
         return True
 
 
 @functools.lru_cache(LARGE_MEMO // 4)
-def parse_request_head(data: bytes, near: bool, local: tuple[str, int]) -> Request:
-    """The request that a whole head makes, for a client on this host or elsewhere; BadRequest, ValueError."""
-    return replace_fields(parse_request(read_head_lines(io.BytesIO(data)), local), client_is_local=near)
+def parse_request_head(data: bytes, is_local: bool, server_address: tuple[str, int]) -> Request:
+    """Parse a complete request head; BadRequestError or ValueError.
+
+    Memoized: the machines of a fleet send the same heads, and the event loop and the worker thread parse the
+    same one.  ``is_local``: the client is on this host.
+    """
+    lines = read_head_lines(io.BytesIO(data[2:] if data.startswith(b"\r\n") else data))  # RFC 9112 §2.2
+    return replace_fields(parse_request(lines, server_address), client_is_local=is_local)
 
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
 def find_head_end(data: bytes, seen: int = 0) -> int:
-    """Where the first head in ``data`` ends: 0 where more must come, -1 where no more is worth waiting for.
-    Of ``data``, so much has been ``seen`` before."""
+    """Find the end of the first request head in ``data``.
+
+    Return its length, 0 if more bytes are needed, or -1 if more bytes cannot make it a valid head.  The first
+    ``seen`` bytes have been searched before.
+    """
     end = data.find(b"\r\n\r\n", max(0, seen - 3))
     if end >= 0:
         return end + 4
-    long = len(data) > MAX_HEAD or len(data) - data.rfind(b"\n") > MAX_LINE + 2
-    return -1 if long or _BARE_LF.search(data, max(0, seen - 1)) else 0
+    too_long = len(data) > MAX_HEAD or len(data) - data.rfind(b"\n") > MAX_LINE + 2
+    return -1 if too_long or _BARE_LF.search(data, max(0, seen - 1)) else 0
 
 
 def progress(sock: socket.socket) -> tuple[int, bool]:
-    """How many bytes have gone over a connection, both ways, and whether the other end has yet to take some;
-    (0, False) if the system does not tell.  The offsets are those of Linux' struct tcp_info."""
+    """Ask the system how far a connection has come.
+
+    Return the bytes transferred both ways, and whether sent bytes are still queued; (0, False) if the system
+    does not tell.
+    """
     with contextlib.suppress(AttributeError, OSError, struct.error):
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) if sys.platform == "linux" else b""
+        # Offsets in Linux' struct tcp_info: tcpi_bytes_acked and _received; tcpi_unacked and _notsent_bytes.
         acknowledged, received = struct.unpack_from("QQ", info, 120)
-        queued = struct.unpack_from("I", info, 24), struct.unpack_from("I", info, 144)  # sent, and not yet
+        queued = struct.unpack_from("I", info, 24), struct.unpack_from("I", info, 144)
         return acknowledged + received, queued != ((0,), (0,))
     return 0, False
 
 
-class PendingSend(NamedTuple):
-    """An answer of the lobby's that could not be sent at once."""
-
-    copy: HotEntry
-    left: bytes  # still to be sent, of head and body
-    began: float  # monotonic
-
-
-AccessKey = tuple[bool, tuple[str, int]]  # whether a client is near, and our address by which it came
+AccessKey = tuple[bool, tuple[str, int]]  # is the client local, and the proxy's address that it connected to
 
 
 class ClientConnection:
-    """A client's connection, as long as it lasts.  One thread at a time has to do with it."""
+    """A client's connection and its buffered input.  Only one thread at a time uses it.
 
-    def __init__(self, connection: socket.socket, address: Any, begin: Callable[[ClientConnection], None]) -> None:
-        self.connection = connection
-        self.address = address  # as accept() tells it
+    ==============================  =====================  =============================
+    State                           ``waiting``            owner
+    ==============================  =====================  =============================
+    parked (too many of a client)   False                  ConnectionLimiter
+    waits for a request             True                   EventLoop
+    a hit is being sent             True, with pending     EventLoop
+    a request is being answered     False                  a worker thread
+    ==============================  =====================  =============================
+    """
+
+    def __init__(self, sock: socket.socket, address: Any, on_admitted: Callable[[ClientConnection], None]) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.address = address  # as returned by accept()
         self.host = unmap_ipv4(address[0])
         self.network = client_network(self.host)
-        self.rate = math.inf  # bytes a second that it took lately, while it held up its reply
-        self._taken = 0  # bytes, when that was measured last
-        self._held = False  # whether it held up its reply then
-        self.on_admitted = begin  # to be called when it is admitted
-        self.buffered = b""  # has come, and has not been read
-        self.answered = False  # whether it has had an answer
-        self.waiting = False  # for its next request, or the rest of its head, and no thread serves it
-        self.waiting_since = time.monotonic()  # when it began to wait for that
-        self.keep_alive = False  # the connection, when no thread serves it any more
-        self.known_missing = False  # whether nothing is stored for its request that a thread is to answer
-        self.access_key: AccessKey | None = None  # None: it may not connect, or nobody has checked that yet
-        self.pending: PendingSend | None = None  # the lobby's answer, while it is being sent
-        self._place: tuple[str, int] | None = None
-        self._near: bool | None = None
+        self.on_admitted = on_admitted  # each connection knows its event loop: servers share one limiter
+        self.buffered = b""  # received, but not yet parsed
+        self.answered = False  # has got a response
+        self.waiting = False
+        self.waiting_since = time.monotonic()  # when the connection became idle, or the current request began
+        self.keep_alive = False  # return the connection to the event loop when its thread is done
+        self.known_missing = False  # nothing is stored for the request that a thread is about to answer
+        self.access_key: AccessKey | None = None  # None: refused, or not checked yet
+        # A hit that could not be sent at once: the bytes left, and when it began (monotonic).
+        self.pending: tuple[HotEntry, bytes, float] | None = None
+        self.rate = math.inf  # bytes a second in the last RATE_WINDOW, if the client limited it
+        self._transferred = 0  # bytes, at the last measurement
+        self._was_slow = False  # the client limited the rate then
 
-    @property
-    def local_address(self) -> tuple[str, int]:
-        """Our address and port by which it reached us."""
-        if self._place is None:
-            name = self.connection.getsockname()
-            self._place = unmap_ipv4(name[0]), name[1]
-        return self._place
+    @functools.cached_property
+    def server_address(self) -> tuple[str, int]:
+        """The proxy's address and port that the client connected to."""
+        name = self.sock.getsockname()
+        return unmap_ipv4(name[0]), name[1]
 
-    @property
-    def local(self) -> str:
-        """Our address alone."""
-        return self.local_address[0]
+    @functools.cached_property
+    def is_local(self) -> bool:
+        """Whether the client is on this host."""
+        return self.host == self.server_address[0] or is_local_client(self.host)
 
-    @property
-    def near(self) -> bool:
-        """Whether it is on this host."""
-        if self._near is None:
-            self._near = self.host == self.local or is_local_client(self.host)
-        return self._near
+    def timeout(self) -> float:
+        """Return how many seconds the event loop may wait for the client."""
+        if self.pending:
+            return CLIENT_TIMEOUT
+        if self.buffered or not self.answered:
+            return REQUEST_HEAD_TIMEOUT
+        return IDLE_TIMEOUT if self.access_key else LINGER_TIMEOUT  # None: it has been refused
 
-    def measure(self, now: float, elapsed: float) -> None:
-        """Update the rate after so many seconds.  A reply that only its origin holds up counts after a while.
-        """
-        taken, queued = progress(self.connection)
-        held = queued or not self.waiting and now - self.waiting_since > CLIENT_TIMEOUT
-        self.rate = (taken - self._taken) / elapsed if held and self._held else math.inf
-        self._taken, self._held = taken, held
+    def measure_rate(self, now: float, elapsed: float) -> None:
+        """Update ``rate`` after ``elapsed`` seconds."""
+        transferred, queued = progress(self.sock)
+        # Nothing queued means that the origin is slow, not the client: that counts only after CLIENT_TIMEOUT.
+        is_slow = queued or not self.waiting and now - self.waiting_since > CLIENT_TIMEOUT
+        measured = is_slow and self._was_slow
+        self.rate = (transferred - self._transferred) / elapsed if measured else math.inf
+        self._transferred, self._was_slow = transferred, is_slow
+
+    def closing_rank(self, now: float) -> tuple[int, float] | None:
+        """Return how soon to close the connection if others need its place: the lowest rank first, None never."""
+        if self.waiting and not self.pending:
+            if self.answered and not self.buffered:
+                return 0, self.waiting_since  # idle between two requests: a client must expect that
+            if now - self.waiting_since > SLOW_HEAD_AGE:
+                return 1, self.waiting_since
+        return (2, self.rate) if self.rate < MIN_RATE else None
 
     def receive(self) -> bytes | None:
-        """What has come by now; b"" where it has gone, None where nothing has come."""
+        """Return the bytes that have arrived; b"" if the client has closed, None if nothing has arrived."""
         try:
-            return self.connection.recv(SMALL_BODY)
+            return self.sock.recv(SMALL_BODY)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:
             return b""
 
     def send(self, data: bytes) -> int | None:
-        """How much of ``data`` it takes now; None where it has gone."""
+        """Send as much of ``data`` as possible without blocking; return the count, None if the client has gone."""
         try:
-            return self.connection.send(data)
+            return self.sock.send(data)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError:
             return None
 
+    def send_last(self, data: bytes) -> None:
+        """Send a short response, after which only the client's close is awaited."""
+        self.answered, self.waiting_since = True, time.monotonic()
+        self.send(data)
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+
 
 class ConnectionLimiter:
-    """A bound on connections: each may take a thread and up to four descriptors.
+    """Limits open connections, in total and per client.
 
-    When there is no room, the one that has been idle longest makes place for the next, then the one that
-    has taken longest over its request head, then the slowest below MIN_RATE; where none is, the next waits.
-    One client (an IPv6 /64 network counts as one) has no more than half of it: what it opens beyond is
-    parked, without a thread.
+    A connection may need a thread and up to four file descriptors.  At the limit, a new client makes the limiter
+    close the connection that has been idle longest; if there is none, the oldest incomplete request head; if
+    there is none, the slowest response below MIN_RATE.  Otherwise the client waits to be accepted.
+
+    A client (an IPv6 /64 network counts as one) may have half of the connections.  Further connections are
+    parked: accepted, but neither read nor counted.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.tunnels = Quota(max(2, most // 2))
+    def __init__(self, max_connections: int) -> None:
+        self.max_connections = max_connections
+        self.tunnels = Quota(max(2, max_connections // 2))
+        self.crowded = False  # clients wait for a place: a closed connection should wake the server
         self._lock = threading.Lock()  # guards all below
         self._count = 0
-        self._visitors: set[ClientConnection] = set()
-        self._hosts: dict[str, int] = {}  # connections by client
+        self._connections: set[ClientConnection] = set()
+        self._per_client: collections.Counter[str] = collections.Counter()  # by network
         self._parked: list[ClientConnection] = []
-        self._leaving: set[ClientConnection] = set()  # have been shed, and still count
+        self._closing: set[ClientConnection] = set()  # shut down, but not released yet
         self._measured = time.monotonic()
-        self.crowded = False  # whether somebody has found no room lately
 
-    def reserve(self, waits: bool = True) -> bool:
-        """Take room for one connection more; False where there is none yet: then one makes place for it, if
-        it really ``waits``."""
+    def reserve(self) -> bool:
+        """Reserve a place for a connection about to be accepted; False at the limit."""
         with self._lock:
-            free = self._count < self.most
-            if waits:
-                self.crowded = not free or bool(self._parked)
-                if not free:
-                    self._close_idle()
+            free = self._count < self.max_connections
             self._count += free
             return free
 
+    def close_idle_for_new(self) -> None:
+        """Make room for a waiting client, if a connection can be spared.  Its release() wakes the server."""
+        with self._lock:
+            self.crowded = True
+            self._close_idle()
+
     def busy_count(self) -> int:
-        """Connections that can't be spared."""
+        """Return the number of connections that are not waiting for a request."""
         with self._lock:
-            return self._count - sum(visitor.waiting for visitor in self._visitors)
+            return self._count - sum(connection.waiting for connection in self._connections)
 
-    def cancel(self) -> None:
-        """Nobody came in."""
+    def admit(self, connection: ClientConnection) -> bool:
+        """Admit an accepted connection, or park it; False if too many are parked already."""
         with self._lock:
-            self._count -= 1
-
-    def admit(self, visitor: ClientConnection) -> bool:
-        """Serve a visitor, or park him; False where even that is too much."""
-        with self._lock:
-            admitted = self._hosts.get(visitor.network, 0) < self._per_client_limit()
+            admitted = self._per_client[connection.network] < self._per_client_limit()
             if admitted:
-                self._register(visitor)
-            elif len(self._parked) < self.most:
+                self._register(connection)
+            elif len(self._parked) < self.max_connections:
                 self._count -= 1
-                self._parked.append(visitor)
+                self._parked.append(connection)
                 self.crowded = True
             else:
                 return False
         if admitted:
-            visitor.on_admitted(visitor)
+            connection.on_admitted(connection)
         return True
 
-    def release(self, visitor: ClientConnection) -> None:
-        """A connection has ended."""
+    def release(self, connection: ClientConnection | None) -> None:
+        """Free the place of a closed connection; None: one that was reserved, but not needed."""
         with self._lock:
             self._count -= 1
-            self._leaving.discard(visitor)
-            if visitor in self._visitors:
-                self._visitors.remove(visitor)
-                self._hosts[visitor.network] -= 1
-                if not self._hosts[visitor.network]:
-                    del self._hosts[visitor.network]
+            if connection in self._connections:
+                self._closing.discard(connection)
+                self._connections.remove(connection)
+                self._per_client[connection.network] -= 1
+                if not self._per_client[connection.network]:
+                    del self._per_client[connection.network]
 
     def admit_parked(self) -> None:
-        """Serve those who were parked, where there is place for them; make it where it can be spared."""
-        following, gone, stuck = [], [], set()
+        """Admit parked connections as far as the limits allow; close idle ones of the same clients for the rest."""
+        admitted, blocked = [], set()
         with self._lock:
-            self._measure(time.monotonic())
+            self._measure_rates(time.monotonic())
             parked, self._parked = self._parked, []
-            for visitor in parked:
-                if visitor.network in stuck:
-                    self._parked.append(visitor)
-                elif has_disconnected(visitor.connection):
-                    gone.append(visitor)
-                elif self._count < self.most and self._hosts.get(visitor.network, 0) < self._per_client_limit():
+            for connection in parked:
+                network = connection.network
+                if network not in blocked and has_disconnected(connection.sock):
+                    connection.sock.close()
+                elif network not in blocked and self._count < self.max_connections and (
+                        self._per_client[network] < self._per_client_limit()):
                     self._count += 1
-                    self._register(visitor)
-                    following.append(visitor)
+                    self._register(connection)
+                    admitted.append(connection)
                 else:
-                    stuck.add(visitor.network)
-                    self._parked.append(visitor)
+                    blocked.add(network)
+                    self._parked.append(connection)
             self.crowded = bool(self._parked)
-            for host in stuck:
-                self._close_idle(host, sum(visitor.network == host for visitor in self._parked))
-        for visitor in gone:
-            visitor.connection.close()
-        for visitor in following:
-            visitor.on_admitted(visitor)
-
-    def _measure(self, now: float) -> None:
-        if now - self._measured > RATE_WINDOW:
-            for visitor in self._visitors:
-                visitor.measure(now, now - self._measured)
-            self._measured = now
+            for network in blocked:
+                self._close_idle(network, sum(connection.network == network for connection in self._parked))
+        for connection in admitted:
+            connection.on_admitted(connection)
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """Close the parked connections."""
         with self._lock:
             parked, self._parked = self._parked, []
-        for visitor in parked:
-            visitor.connection.close()
+        for connection in parked:
+            connection.sock.close()
 
     def _per_client_limit(self) -> int:
-        return max(4, self.most // 2)
+        return max(4, self.max_connections // 2)
 
-    def _register(self, visitor: ClientConnection) -> None:
-        self._visitors.add(visitor)
-        self._hosts[visitor.network] = self._hosts.get(visitor.network, 0) + 1
+    def _register(self, connection: ClientConnection) -> None:
+        self._connections.add(connection)
+        self._per_client[connection.network] += 1
 
-    def _close_idle(self, host: str | None = None, most: int = 1) -> None:
-        """Close the connections (of one client) that can be spared best, as far as there are any."""
+    def _measure_rates(self, now: float) -> None:
+        if now - self._measured > RATE_WINDOW:
+            for connection in self._connections:
+                connection.measure_rate(now, now - self._measured)
+            self._measured = now
+
+    def _close_idle(self, network: str | None = None, count: int = 1) -> None:
+        """Close up to ``count`` connections (of one client), those being closed already included.
+
+        They are only shut down: the thread that owns a connection notices, and closes it.
+        """
         now = time.monotonic()
-        spare = [visitor for visitor in self._visitors
-                 if visitor.waiting and not visitor.pending and host in (None, visitor.network)
-                 and (not visitor.buffered and visitor.answered or now - visitor.waiting_since > SLOW_HEAD_AGE)]
-        spare.sort(key=lambda visitor: (bool(visitor.buffered) or not visitor.answered, visitor.waiting_since))
-        slow = [visitor for visitor in self._visitors
-                if visitor.rate < MIN_RATE and host in (None, visitor.network)]
-        spare += sorted(slow, key=lambda visitor: visitor.rate)
-        most -= sum(host in (None, visitor.network) for visitor in self._leaving)
-        for visitor in spare:
-            slow_one = visitor.rate < MIN_RATE
-            if most > 0 and visitor not in self._leaving and (slow_one or is_open_and_silent(visitor.connection)):
+        count -= sum(network in (None, connection.network) for connection in self._closing)
+        ranked = [(rank, connection) for connection in self._connections
+                  if network in (None, connection.network) and (rank := connection.closing_rank(now))]
+        for (kind, _), connection in sorted(ranked, key=lambda pair: pair[0]):
+            # The next request may have arrived just now: a client that has sent it should get its response.
+            if count > 0 and connection not in self._closing and (kind == 2 or is_open_and_silent(connection.sock)):
                 with contextlib.suppress(OSError):
-                    visitor.connection.shutdown(socket.SHUT_RDWR)
-                self._leaving.add(visitor)
-                most -= 1
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+                self._closing.add(connection)
+                count -= 1
 
 
 def usable_processors() -> list[int]:
-    """Those that we may use, the fast ones.  [] where the system does not let us choose (Linux does)."""
+    """Return the numbers of the fast processors that this process may use; [] if they cannot be chosen.
+
+    Slow ones are the efficiency cores of a hybrid processor.
+    """
     if not hasattr(os, "sched_setaffinity"):
         return []
     speeds = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0)
@@ -7463,494 +7489,482 @@ def usable_processors() -> list[int]:
 
 
 class CPUAffinity:
-    """The processor that the threads of a process share.  Where they run on two, nearly every system call of
-    the one hands the interpreter lock to the other, which must be woken there: eight clients took twice the
-    time for what is not stored yet.  For the caller: take, away."""
+    """Keeps the threads of this process on one processor.
+
+    If they run on two, nearly every system call of one thread passes the interpreter lock to a thread on the
+    other processor, which must be woken first: eight clients took twice as long for files not yet stored.
+    """
 
     def __init__(self) -> None:
-        self._own: set[int] = set()
+        self._pinned: set[int] = set()  # empty if the system does not allow it
         self._all: set[int] = set()
 
     def pin(self, number: int) -> None:
-        """Keep the threads that this one will start together; other instances have other numbers."""
-        with contextlib.suppress(OSError):
-            found = usable_processors()
-            if found:
-                everywhere, own = os.sched_getaffinity(0), {found[number % len(found)]}
-                os.sched_setaffinity(0, own)
-                self._all, self._own = everywhere, own  # where we are let
+        """Keep threads started from now on on one processor; instances with other numbers use other ones."""
+        usable = usable_processors()
+        if usable:
+            everywhere, pinned = os.sched_getaffinity(0), {usable[number % len(usable)]}
+            if self._move_to(pinned):
+                self._all, self._pinned = everywhere, pinned
 
     @contextlib.contextmanager
     def unpinned(self) -> Iterator[None]:
-        """While the kernel has long work to do for a thread, that may go where its client is."""
-        if not self._own:
-            yield
-            return
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, self._all)
+        """Let the calling thread use any processor, while the kernel works for it for long."""
+        self._move_to(self._all)
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(0, self._own)
+            self._move_to(self._pinned)
+
+    def _move_to(self, processors: set[int]) -> bool:
+        with contextlib.suppress(OSError):
+            if processors:
+                os.sched_setaffinity(0, processors)
+                return True
+        return False
+
+
+def format_timings(timings: dict[str, float] | None) -> str:
+    """Format the steps of a request for the log, in milliseconds since it began to arrive; see mark().
+
+    >>> format_timings({"received": 5.0, "dispatched": 5.0004, "first byte": 5.02})
+    ' [dispatched 0.4, first byte 20.0 ms]'
+    """
+    if timings is None:
+        return ""
+    steps = sorted(tuple(timings.items()), key=lambda step: step[1])  # a copy: a download may add "stored"
+    since = ["%s %.1f" % (name, 1000 * (at - timings["received"])) for name, at in steps if name != "received"]
+    return " [%s ms]" % ", ".join(since)
 
 
 class Dispatcher:
-    """Answers requests, counts and logs the answers, for all servers of a process.
+    """Checks access, routes a request to a status page or the proxy, and logs it.  All servers share one."""
 
-    For the handlers: reply_to, tunnelling, note, note_tunnel.  For the lobbies: admits, refuse, answer, told.
-    """
-
-    def __init__(self, proxy: Proxy, statistics: StatusCollector, room: ConnectionLimiter,
-                 tell: Callable[[list[str]], None], seat: CPUAffinity | None = None) -> None:
+    def __init__(self, proxy: Proxy, statistics: StatusCollector, limiter: ConnectionLimiter,
+                 write_log: Callable[[list[str]], None], affinity: CPUAffinity | None = None) -> None:
         self.proxy = proxy
         self.statistics = statistics
-        self.room = room
-        self.seat = seat or CPUAffinity()
-        self._tell = tell  # writes lines into the log
-        self._ids = itertools.cycle(range(1, 1000))
-        self._refusals = RecentEvents()  # by address
-        self._full_name = functools.lru_cache(1)(socket.getfqdn)  # when first needed: it may take seconds
+        self.limiter = limiter
+        self.affinity = affinity or CPUAffinity()
+        self._write_log = write_log
+        self._ids = itertools.cycle(range(1, 1000))  # of log lines
+        self._refused = RecentEvents()  # clients, by address
+        self._full_name = functools.lru_cache(1)(socket.getfqdn)  # only when needed: it may take seconds
 
-    def admits(self, visitor: ClientConnection) -> bool:
-        """Whether a client may connect.  The only check of its address, before anything is parsed."""
-        allowed = visitor.host == visitor.local or is_client_allowed(visitor.host, self.proxy.config.allow)
-        if allowed and visitor.access_key is None:
-            visitor.access_key = visitor.near, visitor.local_address
-        return allowed
+    # Access
 
-    def refuse(self, visitor: ClientConnection) -> bytes:
-        """The answer to a client that may not connect, whatever it sent; counted and logged."""
-        failure = ProxyError("%s may not use this proxy; its operator can add --allow." % visitor.host, 403)
-        reply, request = error_response(failure), Request("?", "?", Target("", "", 0, "/"), ())
-        size, quiet = reply.body.length or 0, not self._refusals.note_first(visitor.host, REFUSAL_LOG_INTERVAL)
-        self._note(request, 403, reply.cache_status, [(visitor.host, SendResult(size, 0, 0.0, True, quiet))])
-        head = with_date(reply.head, time.time())
-        return render_response_head(request, head, size, reply.cache_status, True, self.proxy.config) + b"%s\n" % (
-            str(failure).encode())
+    def check_access(self, connection: ClientConnection) -> bool:
+        """Return whether the client may connect; if not, send it one response.
 
-    def _check_name(self, request: Request) -> None:
-        """Failure if a request for an own page, or with a prefix, does not call this proxy by its name."""
+        The address is checked before anything is parsed.
+        """
+        host, own_address = connection.host, connection.server_address
+        if host == own_address[0] or is_client_allowed(host, self.proxy.config.allow):
+            connection.access_key = connection.is_local, own_address
+            return True
+        if not connection.answered:
+            connection.send_last(self._refuse(connection))
+        return False
+
+    def _refuse(self, connection: ClientConnection) -> bytes:
+        """Return the response to a client that may not connect; count it, and log it once in a while."""
+        error = ProxyError("%s may not use this proxy; its operator can add --allow." % connection.host, 403)
+        response, request = error_response(error), Request("?", "?", Target("", "", 0, "/"), ())
+        size = response.body.length or 0
+        quiet = not self._refused.note_first(connection.host, REFUSAL_LOG_INTERVAL)
+        result = SendResult(size, 0, 0.0, True, quiet)
+        self._record(request, 403, response.cache_status, [(connection.host, result)])
+        head = with_date(response.head, time.time())
+        return render_response_head(request, head, size, response.cache_status, True, self.proxy.config) + (
+            b"%s\n" % str(error).encode())
+
+    def _is_own_name(self, request: Request, may_block: bool) -> bool:
+        """Return whether the name by which the client called the proxy is its own (see is_own_name).
+
+        The host's full name is compared only if the caller ``may_block``: it takes a look-up.
+        """
         name = called_name(request)
-        if not is_own_name(name, self.proxy.config.names) and name not in (
-                socket.gethostname().lower(), self._full_name().lower()):
-            raise ProxyError("This proxy does not answer to the name '%s'; its operator can add --name %s." % (
-                name, name), 421)
+        return is_own_name(name, self.proxy.config.names) or may_block and name in (
+            socket.gethostname().lower(), self._full_name().lower())
+
+    # Requests, in worker threads
 
     @contextlib.contextmanager
     def open_tunnel(self, request: Request) -> Iterator[socket.socket]:
-        """The connection that a CONNECT asks for, while its tunnel lasts; Failure."""
-        if not self.room.tunnels.acquire(request.client):
+        """Yield the connection to the origin that a CONNECT request asks for; ProxyError."""
+        if not self.limiter.tunnels.acquire(request.client):
             raise ProxyError("Too many tunnels are open.", 503)
         try:
             with self.proxy.connect_tunnel(request) as origin:
                 yield origin
         finally:
-            self.room.tunnels.release(request.client)
+            self.limiter.tunnels.release(request.client)
 
-    def respond(self, request: Request, authority: str) -> Response:
-        """Our own page, or the proxy's reply; Failure.  ``authority``: where we listen."""
-        self._check_name(request)
+    def respond(self, request: Request, port: int) -> Response:
+        """Return the response to a request that came to this port of the server; ProxyError."""
+        if not self._is_own_name(request, may_block=True):
+            name = called_name(request)
+            raise ProxyError("This proxy does not answer to the name '%s'; its operator can add --name %s." % (
+                name, name), 421)
         if not request.is_own_page:
             return rewrite_for_prefix(request, self.proxy.respond(request))
         if request.method == "OPTIONS":
             return answer_as_final_recipient(request)
         if request.method not in ("GET", "HEAD"):
-            raise ProxyError("Our own pages are for GET and HEAD.", 405)
-        listening = Target("", request.server_address, int(authority.rpartition(":")[2]), "").authority
+            raise ProxyError("The proxy's own pages support only GET and HEAD.", 405)
+        return self._own_page(request, port)
+
+    def _own_page(self, request: Request, port: int) -> Response:
+        listening = Target("", request.server_address, port, "").authority
         host, port = split_authority(field_value(request.fields, "Host") or listening, 80)
-        page = make_page(request.uri, (host, port), "text/html" in (field_value(request.fields, "Accept") or ""),
-                        self.snapshot, self.health_problem)
+        html = "text/html" in (field_value(request.fields, "Accept") or "")
+        page = make_page(request.uri, (host, port), html, self.snapshot, self.health_problem)
         if page is None:
-            raise ProxyError("There is no such page here. To fetch through this proxy, set http_proxy=http://%s/"
-                          " or ask for /http://host/path" % Target("", host, port, "").authority, 404)
+            raise ProxyError("No such page. To fetch through this proxy, set http_proxy=http://%s/ or request"
+                             " /http://host/path" % Target("", host, port, "").authority, 404)
         return Response(generated_head(page.status, page.media, (("Vary", "Accept"),), page.policy),
-                     BytesBody(page.text.encode()), CacheStatus(Outcome.OWN))
+                        BytesBody(page.text.encode()), CacheStatus(Outcome.OWN))
 
     def snapshot(self) -> dict[str, Any]:
-        """What the pages show, with the command line as Go's expvar has it."""
-        words = [re.split(r"(?<=\A--parent=)", word) for word in sys.argv]
+        """Return the data of the status pages, with the command line as Go's expvar shows it."""
+        words = [re.split(r"(?<=\A--parent=)", word) for word in sys.argv]  # a parent's URL may hold a password
         return {"cmdline": ["".join(map(loggable_uri, parts)) for parts in words], **self.statistics.snapshot()}
 
     def health_problem(self) -> str:
-        """Why this proxy is not well, "" where it is."""
-        if self.room.busy_count() >= self.room.most:
-            return "All %d connections are busy." % self.room.most
+        """Return why the proxy is not healthy, "" if it is."""
+        if self.limiter.busy_count() >= self.limiter.max_connections:
+            return "All %d connections are busy." % self.limiter.max_connections
         return self.statistics.health_problem()
 
-    def record(self, request: Request, reply: Response, sent: int, took: float, whole: bool) -> None:
-        """Count and log one answer."""
-        counted = reply.counts_as_cached and reply.head.status in (200, 206)
-        cached = max(0, sent - reply.body.origin_bytes) if counted else 0
-        self._note(request, reply.head.status, reply.cache_status,
-                   [(request.client, SendResult(sent, cached, took, whole))])
+    # Small hits, in the event loop
 
-    def _note(self, request: Request, status: int, cache_status: CacheStatus,
-              answers: list[tuple[str, SendResult]], text: str = "") -> None:
-        """The same for all of them: what was asked, and what the answer was."""
+    def try_hot_path(self, connection: ClientConnection, size: int, hot_cache: HotCache) -> HotEntry | None:
+        """Return the response to a buffered request head of ``size`` bytes, if it can be sent without blocking."""
+        connection.known_missing = False
+        if size > MAX_MEMOIZED_HEAD or connection.access_key is None:
+            return None
+        key = connection.buffered[:size], connection.access_key
+        entry = hot_cache.get(key, self.proxy.config)
+        with contextlib.suppress(ProxyError, ValueError):  # a thread parses an invalid head again, and says so
+            request = None if entry else parse_request_head(key[0], *key[1])
+            if request and not request.is_own_page and request.length == 0 and (
+                    request.method in ("GET", "HEAD") and self._is_own_name(request, may_block=False)):
+                entry, connection.known_missing = self.proxy.prepare_hit(request, float(int(time.time())))
+                if entry is not None:
+                    hot_cache.put(key, entry)
+        return entry
+
+    # Counting and logging
+
+    def record(self, request: Request, response: Response, sent: int, began: float, whole: bool) -> None:
+        """Count and log a response, ``sent`` bytes of its body since ``began`` (monotonic), or a tunnel."""
+        if response.cache_status.outcome is Outcome.TUNNEL:
+            self.statistics.counters.add_tunnel(sent)
+        from_cache = response.counts_as_cached and response.head.status in (200, 206)
+        cached = max(0, sent - response.body.origin_bytes) if from_cache else 0
+        self._record(request, response.head.status, response.cache_status,
+                     [(request.client, SendResult(sent, cached, time.monotonic() - began, whole))])
+
+    def record_hot(self, entry: HotEntry, results: list[tuple[str, SendResult]]) -> None:
+        """Count and log what the event loop has sent of one entry, by client."""
+        self._record(entry.request, entry.ready.status, entry.ready.cache_status, results, entry.text)
+
+    def _record(self, request: Request, status: int, cache_status: CacheStatus,
+                results: list[tuple[str, SendResult]], text: str = "") -> None:
         outcome = cache_status.outcome
-        self.statistics.counters.add(outcome, sum([sent.cached for _, sent in answers]), len(answers))
+        self.statistics.counters.add(outcome, sum([result.cached for _, result in results]), len(results))
         if outcome is not Outcome.OWN:
-            self.statistics.recent.note(request, status, cache_status, answers)
+            self.statistics.recent.note(request, status, cache_status, results)
         if log.isEnabledFor(logging.DEBUG if outcome is Outcome.OWN else logging.INFO):
             text = text or log_text(request, cache_status)
-            self._tell(["[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s%s" % (
-                next(self._ids), client, outcome._value_, status, sent.size, sent.took, text,
-                "" if sent.whole else ", broken off") for client, sent in answers if not sent.quiet])
-
-    def record_tunnel(self, request: Request, head: ResponseHead, count: int, took: float, whole: bool) -> None:
-        """Count and log one tunnel."""
-        self.statistics.counters.add_tunnel(count)
-        self.record(request, Response(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), count, took, whole)
-
-    def try_hot_path(self, visitor: ClientConnection, size: int, shelf: HotCache) -> HotEntry | None:
-        """The answer to a request with a head so long, where it is at hand."""
-        visitor.known_missing = False
-        if size > MAX_MEMOIZED_HEAD or visitor.access_key is None:
-            return None
-        asked = visitor.buffered[:size], visitor.access_key
-        copy = shelf.get(asked, self.proxy.config)
-        if copy is None:
-            copy, visitor.known_missing = self._prepare(asked, shelf)
-        return copy
-
-    def _prepare(self, asked: tuple[bytes, AccessKey], shelf: HotCache) -> tuple[HotEntry | None, bool]:
-        """What is at hand for a request that nobody has made in this second; whether nothing is stored."""
-        head, whence = asked
-        try:
-            request = parse_request_head(head, *whence)
-        except (ProxyError, ValueError):
-            return None, False
-        named = is_own_name(called_name(request), self.proxy.config.names)  # others may take a look-up
-        if request.is_own_page or not named or request.length != 0 or request.method not in ("GET", "HEAD"):
-            return None, False
-        copy, missing = self.proxy.prepare_hit(request, float(int(time.time())))
-        if copy is not None:
-            shelf.put(asked, copy)
-        return copy, missing
-
-    def record_hot(self, copy: HotEntry, answers: list[tuple[str, SendResult]]) -> None:
-        """Count and log what lobbies sent of a copy, to whom."""
-        self._note(copy.request, copy.ready.status, copy.ready.cache_status, answers, copy.text)
+            timings = format_timings(request.timings)
+            self._write_log(["[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s%s%s" % (
+                next(self._ids), client, outcome._value_, status, result.size, result.took, text,
+                "" if result.whole else ", incomplete", timings)
+                for client, result in results if not result.quiet])
 
 
-class LoopOwner(Protocol):
-    """Whose lobby it is."""
+class WakeableSelector(selectors.DefaultSelector):
+    """A selector that other threads can wake up."""
 
-    desk: Dispatcher
-
-    def serve_in_thread(self, visitor: ClientConnection) -> None:
-        """Serve a visitor, however long it takes; in a thread, that is."""
-
-    def shutdown_request(self, request: Any) -> None:
-        """A visitor leaves."""
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Tell of a bug."""
-
-
-class WakeableSelector:
-    """A selector whom other threads can call."""
-
-    def __init__(self, called: Callable[[], None]) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._watched: set[socket.socket] = set()  # whom the selector does not know costs it a long message
-        self._bell, self._button = socket.socketpair()
-        for sock in (self._bell, self._button):
-            sock.setblocking(False)
-        self.register(self._bell, selectors.EVENT_READ, called)
+    def __init__(self, on_wake: Callable[[], None]) -> None:
+        super().__init__()
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self.register(self._reader, selectors.EVENT_READ, on_wake)
 
     def wake(self) -> None:
-        """Let select() return, and what is ``called`` be among what it returns; from any thread."""
-        with contextlib.suppress(OSError):  # it rings already, or it has been closed
-            self._button.send(b"\0")
+        """Let select() return now, with ``on_wake`` among the data; from any thread."""
+        with contextlib.suppress(OSError):  # full, so that it wakes anyway; or closed
+            self._writer.send(b"\0")
 
     def drain(self) -> None:
-        """The bell has been heard."""
+        """Discard the wake-ups so far."""
         with contextlib.suppress(OSError):
-            self._bell.recv(4096)
-
-    def select(self, timeout: float) -> list[Any]:
-        """What belongs to the sockets that are ready now, or within ``timeout`` seconds."""
-        return [key.data for key, _ in self._selector.select(timeout)]
-
-    def register(self, sock: socket.socket, events: int, data: Any) -> None:
-        """From now on watch a socket for these events; OSError."""
-        if sock in self._watched:
-            self._selector.modify(sock, events, data)
-        else:
-            self._selector.register(sock, events, data)
-            self._watched.add(sock)
-
-    def unregister(self, sock: socket.socket) -> None:
-        """Watch a socket no more."""
-        if sock in self._watched:
-            self._watched.remove(sock)
-            self._selector.unregister(sock)
+            self._reader.recv(4096)
 
     def close(self) -> None:
-        """Watch nothing more."""
-        for thing in (self._selector, self._bell, self._button):
-            thing.close()
+        """Close the selector and its sockets."""
+        super().close()
+        self._reader.close()
+        self._writer.close()
 
 
 class EventLoop:
-    """Where visitors wait whom no thread serves: one selector, and one thread, for all of them.
+    """Waits for requests on idle connections; answers small hits, hands the rest to threads.
 
-    What they ask for that is at hand they get on the spot.  For all that may take longer they go to a
-    thread, and come back.  For the caller: welcome and close, from any thread; the rest from one.
+    A connection comes with add(), is served, and leaves to a thread (ProxyServer.serve_in_thread), which adds it
+    again, or for good.  add() may be called from any thread, all other methods from one.
     """
 
-    def __init__(self, host: LoopOwner) -> None:
-        self._host = host
-        self._visitors: set[ClientConnection] = set()
-        self._coming: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()
-        self._again: list[ClientConnection] = []  # have asked for more than their turn allows
-        self._given: dict[HotEntry, list[tuple[str, SendResult]]] = {}  # in this turn, and to whom
+    def __init__(self, server: ProxyServer) -> None:
+        self._server = server
+        self._dispatcher = server.dispatcher
+        self._connections: set[ClientConnection] = set()
+        self._added: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()  # by other threads
+        self._postponed: list[ClientConnection] = []  # have buffered more requests than one turn allows
+        self._sent: dict[HotEntry, list[tuple[str, SendResult]]] = {}  # in this turn, not recorded yet
         self._closed = False
-        self._thread = 0  # that attends
-        self._shelf = HotCache()
-        self.watchman = WakeableSelector(self._take_new)
+        self._thread = 0  # the one that calls run_once()
+        self._hot_cache = HotCache()
+        self.selector = WakeableSelector(self._take_added)
 
-    def add(self, visitor: ClientConnection) -> None:
-        """Let a visitor wait for its next request."""
+    def add(self, connection: ClientConnection) -> None:
+        """Wait for the next request of a connection."""
         if self._thread == threading.get_ident() and not self._closed:
-            self._add(visitor)
+            self._add(connection)
             return
-        self._coming.put(visitor)
-        (self._take_new if self._closed else self.watchman.wake)()
+        # close() sets _closed before it empties the queue, so one of the two finds the connection.
+        self._added.put(connection)
+        (self._take_added if self._closed else self.selector.wake)()
 
     def run_once(self, timeout: float) -> None:
-        """Serve who wants something now, or within ``timeout`` seconds."""
+        """Serve all connections that are ready now, or become ready within ``timeout`` seconds."""
         self._thread = threading.get_ident()
-        again, self._again = self._again, []
-        found = self.watchman.select(0 if again else timeout)
-        self._shelf.start_turn((int(time.time()), self._host.desk.proxy.config))
-        for ready in found:
-            if not isinstance(ready, ClientConnection):
-                ready()
-            elif ready.waiting and ready not in again:
-                self._serve(ready)
-        for visitor in again:
-            if visitor.waiting:
-                self._serve(visitor, more=True)
+        postponed, self._postponed = self._postponed, []
+        ready = self.selector.select(0 if postponed else timeout)
+        self._hot_cache.start_turn((int(time.time()), self._dispatcher.proxy.config))
+        for key, _ in ready:
+            if not isinstance(key.data, ClientConnection):
+                key.data()  # a client waits to be accepted, or another thread has called wake()
+            elif key.data.waiting and key.data not in postponed:
+                self._serve(key.data)
+        for connection in postponed:
+            if connection.waiting:
+                self._serve(connection, buffered_only=True)
         self._record()
 
     @property
     def sending(self) -> int:
-        """Answers of its own under way."""
-        return sum(visitor.pending is not None for visitor in tuple(self._visitors))
+        """Hits that are being sent."""
+        return sum(connection.pending is not None for connection in tuple(self._connections))
 
     def close_timed_out(self, now: float) -> None:
-        """See off who has waited for too long; ``now`` is monotonic."""
-        for visitor in tuple(self._visitors):
-            patience = REQUEST_HEAD_TIMEOUT if visitor.buffered or not visitor.answered else (
-                IDLE_TIMEOUT if visitor.access_key else LINGER_TIMEOUT)
-            if now - visitor.waiting_since > (CLIENT_TIMEOUT if visitor.pending else patience):
-                told = visitor.buffered and not visitor.pending  # that its head did not come in time
-                (self._hand_to_thread if told else self._close)(visitor)
+        """Close connections that have exceeded their timeout; ``now`` is monotonic.
+
+        An incomplete head goes to a thread instead, which sends the error.
+        """
+        for connection in tuple(self._connections):
+            if now - connection.waiting_since > connection.timeout():
+                incomplete = connection.buffered and not connection.pending
+                (self._hand_to_thread if incomplete else self._close)(connection)
 
     def close(self) -> None:
-        """See everybody off."""
+        """Close all connections that no thread serves, and those that come later."""
         self._closed = True
-        self._take_new()
-        for visitor in tuple(self._visitors):
-            self._close(visitor)
+        self._take_added()
+        for connection in tuple(self._connections):
+            self._close(connection)
         self._record()
-        self._shelf.clear()
-        self.watchman.close()
+        self._hot_cache.clear()
+        self.selector.close()
 
-    def _take_new(self) -> None:
-        self.watchman.drain()
+    # Connections come and go
+
+    def _take_added(self) -> None:
+        self.selector.drain()
         with contextlib.suppress(queue.Empty):
             while True:
-                visitor = self._coming.get_nowait()
-                (self._host.shutdown_request if self._closed else self._add)(visitor)
+                connection = self._added.get_nowait()
+                (self._server.shutdown_request if self._closed else self._add)(connection)
 
-    def _add(self, visitor: ClientConnection) -> None:
-        """Hear at once what a visitor wants, which a new one has mostly said already; if that isn't all, let
-        him wait."""
-        visitor.connection.setblocking(False)
-        self._visitors.add(visitor)
-        visitor.waiting, visitor.waiting_since = True, time.monotonic()  # one may have been parked for long
-        self._shelf.recheck()  # it may have come after the others of this turn
-        self._serve(visitor)
-        if visitor.waiting and not visitor.pending:
-            self._watch(visitor)
+    def _add(self, connection: ClientConnection) -> None:
+        """Serve a connection at once, since a new one has usually sent its request; then wait for more."""
+        self._connections.add(connection)
+        connection.waiting, connection.waiting_since = True, time.monotonic()  # it may have been parked for long
+        self._hot_cache.recheck()  # its request may be younger than this turn
+        self._serve(connection)
+        if connection.waiting and not connection.pending:
+            self._watch(connection)
 
-    def _watch(self, visitor: ClientConnection) -> None:
-        events = selectors.EVENT_WRITE if visitor.pending else selectors.EVENT_READ
+    def _watch(self, connection: ClientConnection) -> None:
+        events = selectors.EVENT_WRITE if connection.pending else selectors.EVENT_READ
         try:
-            self.watchman.register(visitor.connection, events, visitor)
-        except OSError as error:  # the system watches no more
-            log.warning("A connection cannot be waited for: %s", error)
-            self._close(visitor)
+            watch(self.selector, connection.sock, events, connection)
+        except OSError as error:  # fs.epoll.max_user_watches, say
+            log.warning("Cannot watch a connection: %s", error)
+            self._close(connection)
 
-    def _remove(self, visitor: ClientConnection) -> None:
-        visitor.waiting = False
-        self._visitors.discard(visitor)
-        self.watchman.unregister(visitor.connection)
+    def _remove(self, connection: ClientConnection) -> None:
+        connection.waiting = False
+        self._connections.discard(connection)
+        watch(self.selector, connection.sock, 0)
 
-    def _close(self, visitor: ClientConnection) -> None:
-        """Let a visitor leave, and note what was left of an answer to it."""
-        if visitor.pending:
-            (copy, left, began), visitor.pending = visitor.pending, None
-            self._note(visitor, copy, len(copy.body) - len(left), began, whole=False)
-        self._remove(visitor)
-        self._host.shutdown_request(visitor)
+    def _close(self, connection: ClientConnection) -> None:
+        if connection.pending:
+            (entry, left, began), connection.pending = connection.pending, None
+            self._note_sent(connection, entry, len(entry.body) - len(left), began, whole=False)
+        self._remove(connection)
+        self._server.shutdown_request(connection)
 
-    def _hand_to_thread(self, visitor: ClientConnection) -> None:
-        self._remove(visitor)
-        self._host.serve_in_thread(visitor)
+    def _hand_to_thread(self, connection: ClientConnection) -> None:
+        self._remove(connection)
+        self._server.serve_in_thread(connection)
 
-    def _serve(self, visitor: ClientConnection, more: bool = False) -> None:
-        """Do what there is to do for a visitor; ``more``: of what he has asked for already.  A bug costs him,
-        not the others."""
+    # Requests
+
+    def _serve(self, connection: ClientConnection, buffered_only: bool = False) -> None:
+        """Do whatever is possible for a connection.  A bug costs this connection, not the others."""
         try:
-            if visitor.pending:
-                self._send(visitor, *visitor.pending)
-                self._serve_buffered(visitor)
-            elif more:
-                self._serve_buffered(visitor)
+            if connection.pending:
+                self._send(connection, *connection.pending)
+                self._serve_buffered(connection)
+            elif buffered_only:
+                self._serve_buffered(connection)
             else:
-                self._on_readable(visitor)
+                self._on_readable(connection)
         except Exception:  # noqa: BLE001
-            self._host.handle_error(visitor, visitor.address)
-            if visitor.waiting:
-                self._close(visitor)
+            self._server.handle_error(connection, connection.address)
+            if connection.waiting:
+                self._close(connection)
 
-    def _on_readable(self, visitor: ClientConnection) -> None:
-        began, data = time.monotonic(), visitor.receive()
+    def _on_readable(self, connection: ClientConnection) -> None:
+        began, data = time.monotonic(), connection.receive()
         if not data:
             if data is not None:
-                self._close(visitor)
+                self._close(connection)
             return
-        known = visitor.access_key
-        if not known and not self._host.desk.admits(visitor):
-            self._refuse(visitor)
+        access_key = connection.access_key
+        if not access_key and not self._dispatcher.check_access(connection):
+            # Further input is discarded until the client closes, or LINGER_TIMEOUT: unread bytes would turn the
+            # proxy's close into a reset, which may overtake the response.
             return
-        if not visitor.buffered:
-            visitor.waiting_since = began
-            if known:  # mostly it is one head, which somebody has sent a moment ago
-                copy = self._shelf.get((data, known), self._host.desk.proxy.config)
-                if copy is not None:
-                    self._send(visitor, copy, copy.data, began)
+        if not connection.buffered:
+            connection.waiting_since = began
+            if access_key:  # the usual case: one whole head, the same that somebody sent a moment ago
+                entry = self._hot_cache.get((data, access_key), self._dispatcher.proxy.config)
+                if entry is not None:
+                    self._send(connection, entry, entry.data, began)
                     return
-        seen, visitor.buffered = len(visitor.buffered), visitor.buffered + data
-        self._shelf.recheck()  # what follows a first head may have been sent in this turn
-        self._serve_buffered(visitor, seen)
+        seen, connection.buffered = len(connection.buffered), connection.buffered + data
+        self._hot_cache.recheck()  # a second request in ``data`` may be younger than this turn
+        self._serve_buffered(connection, seen)
 
-    def _refuse(self, visitor: ClientConnection) -> None:
-        """Answer a client that may not connect, once.  What it sends is dropped, until it closes or LINGER is
-        over: unread bytes would turn our close into a reset, which may overtake the answer."""
-        if not visitor.answered:
-            visitor.answered, visitor.waiting_since = True, time.monotonic()
-            visitor.send(self._host.desk.refuse(visitor))
-            with contextlib.suppress(OSError):
-                visitor.connection.shutdown(socket.SHUT_WR)
+    def _serve_buffered(self, connection: ClientConnection, seen: int = 0) -> None:
+        """Answer buffered requests one after another, as many as one turn allows.
 
-    def _serve_buffered(self, visitor: ClientConnection, seen: int = 0) -> None:
-        """Answer what can be answered on the spot, request after request, as long as a turn lasts."""
+        The first ``seen`` bytes are known to contain no end of a head.
+        """
         for _ in range(REQUESTS_PER_TURN):
-            began, free = time.monotonic(), visitor.waiting and not visitor.pending
-            size = find_head_end(visitor.buffered, seen) if free else 0
+            began, free = time.monotonic(), connection.waiting and not connection.pending
+            size = find_head_end(connection.buffered, seen) if free else 0
             if not size:
                 return
-            copy = self._host.desk.try_hot_path(visitor, size, self._shelf) if size > 0 else None
-            if copy is None:
-                self._hand_to_thread(visitor)
+            entry = self._dispatcher.try_hot_path(connection, size, self._hot_cache) if size > 0 else None
+            if entry is None:
+                self._hand_to_thread(connection)
                 return
-            visitor.buffered, seen = visitor.buffered[size:], 0
-            self._send(visitor, copy, copy.data, began)
-        self._again.append(visitor)
+            connection.buffered, seen = connection.buffered[size:], 0
+            self._send(connection, entry, entry.data, began)
+        self._postponed.append(connection)
 
-    def _send(self, visitor: ClientConnection, copy: HotEntry, left: bytes, began: float) -> None:
-        """Send what can be sent now of what is ``left`` of a copy, and note when that was all."""
-        waited, count = visitor.pending is not None, visitor.send(left)
-        whole = count == len(left)
-        visitor.pending = None if whole else PendingSend(copy, left[count or 0:], began)
+    def _send(self, connection: ClientConnection, entry: HotEntry, data: bytes, began: float) -> None:
+        """Send what is possible of ``data``, the rest of an entry; note when the entry has been sent."""
+        was_pending, count = connection.pending is not None, connection.send(data)
+        is_pending = count != len(data)
+        connection.pending = (entry, data[count or 0:], began) if is_pending else None
         if count is None:
-            self._close(visitor)
+            self._close(connection)
             return
-        visitor.waiting_since = time.monotonic()
-        if waited is whole:
-            self._watch(visitor)
-        if whole:
-            visitor.answered = True
-            self._note(visitor, copy, len(copy.body), began, whole=True)
-            if copy.ready.close:
-                self._close(visitor)
+        connection.waiting_since = time.monotonic()
+        if is_pending != was_pending:  # wait for writing instead of reading, or the reverse
+            self._watch(connection)
+        if not is_pending:
+            connection.answered = True
+            self._note_sent(connection, entry, len(entry.body), began, whole=True)
+            if entry.ready.close:
+                self._close(connection)
 
-    def _note(self, visitor: ClientConnection, copy: HotEntry, size: int, began: float, whole: bool) -> None:
-        """Keep in mind what a visitor was given: so many bytes of the body, or only some of the head."""
-        sent = SendResult(max(0, size), max(0, size), time.monotonic() - began, whole)
-        self._given.setdefault(copy, []).append((visitor.host, sent))
+    def _note_sent(self, connection: ClientConnection, entry: HotEntry, size: int, began: float, whole: bool) -> None:
+        """Note ``size`` bytes of a body sent; a negative size means that not even the head was complete."""
+        result = SendResult(max(0, size), max(0, size), time.monotonic() - began, whole)
+        self._sent.setdefault(entry, []).append((connection.host, result))
 
     def _record(self) -> None:
-        """Let what was given be counted and logged, all that was given of one copy together."""
-        given, self._given = self._given, {}
-        for copy, answers in given.items():
-            self._host.desk.record_hot(copy, answers)
+        """Count and log what was sent in this turn: once per entry, which is cheaper than once per client."""
+        sent, self._sent = self._sent, {}
+        for entry, results in sent.items():
+            self._dispatcher.record_hot(entry, results)
 
 
 class RequestReader:
-    """Reads one client's requests.  For the caller: next, early, linger."""
+    """Reads the requests of a connection that the event loop has handed to a thread.
 
-    def __init__(self, visitor: ClientConnection) -> None:
-        self.line = "?"  # the last request's first
-        self._begun = False
-        self._visitor = visitor
-        self._timed = DeadlineReader(visitor.connection, CLIENT_TIMEOUT, visitor.buffered)
+    A request head is complete when it comes here, in ``connection.buffered``, or never will be: it is invalid
+    or did not come in time.  Only bodies are waited for.
+    """
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self.line = "?"  # the request line, where only the rest of the head is wrong
+        self._connection = connection
+        self._timed = DeadlineReader(connection.sock, CLIENT_TIMEOUT, connection.buffered)
         self.file = io.BufferedReader(self._timed, 64 * 1024)
 
-    def next(self) -> Request | None:
-        """The next request, the head of which has come; None where the client has gone; BadRequest."""
-        self.line = "?"
-        request = self._known() or self._read()
-        if request is None:
-            return None
-        body: RequestBody | ExpectContinueBody | None = None
+    def next(self) -> Request:
+        """Return the request whose head is buffered; BadRequestError."""
+        connection = self._connection
+        request = self._parse_head(connection.buffered)
+        body = None
         if request.length != 0:
-            body = RequestBody(self.file, request.length, self._timed)
-            if list_members(request.fields, "Expect") == ["100-continue"] and request.version >= (1, 1):
-                body = ExpectContinueBody(body, self._visitor.connection)
-        visitor = self._visitor
-        return replace_fields(request, body=body, received=time.time(), client=visitor.host,
-                       server_address=visitor.local, client_is_local=visitor.near)
+            expects = list_members(request.fields, "Expect") == ["100-continue"] and request.version >= (1, 1)
+            body = RequestBody(self.file, request.length, self._timed, connection.sock if expects else None)
+        timings = {"received": connection.waiting_since} if log.isEnabledFor(logging.DEBUG) else None
+        mark(timings, "dispatched")
+        missing, connection.known_missing = connection.known_missing, False
+        return replace_fields(request, body=body, received=time.time(), client=connection.host, timings=timings,
+                              server_address=connection.server_address[0], known_missing=missing)
 
-    def _known(self) -> Request | None:
-        """The first request, where the lobby has parsed it already."""
-        early, size = self._timed.prefetched, 0 if self._begun else find_head_end(self._timed.prefetched)
-        self._begun = True
-        if 0 < size <= MAX_MEMOIZED_HEAD:
-            with contextlib.suppress(ProxyError, ValueError):
-                request = parse_request_head(early[:size], self._visitor.near, self._visitor.local_address)
-                self._timed.prefetched = early[size:]
-                return replace_fields(request, known_missing=self._visitor.known_missing)
-        return None
-
-    def _read(self) -> Request | None:
-        self._timed.set_deadline(max(0.0, self._visitor.waiting_since + REQUEST_HEAD_TIMEOUT - time.monotonic()))
-        lines = self._read_head()
-        self._timed.set_deadline(None)
-        if not lines:
-            return None
-        self.line = lines[0]
-        return parse_request(lines, self._visitor.local_address)
-
-    def _read_head(self) -> list[str]:
+    def _parse_head(self, data: bytes) -> Request:
+        """Parse the head at the start of ``data``, and consume it."""
+        self.line = "?"
+        size = find_head_end(data)
+        if not size:
+            raise BadRequestError("The request head was not complete within %d s." % REQUEST_HEAD_TIMEOUT, 408)
         try:
-            lines = read_head_lines(self.file)
-            if lines == [""]:  # an empty line before the request line (RFC 9112 §2.2)
-                lines = read_head_lines(self.file)
-            return lines
+            parse = parse_request_head if 0 < size <= MAX_MEMOIZED_HEAD else parse_request_head.__wrapped__
+            # An invalid head is parsed for its error; the line end makes an overlong last line a whole one.
+            head = data[:size] if size > 0 else data + b"\r\n"
+            request = parse(head, self._connection.is_local, self._connection.server_address)
         except ValueError as error:
-            raise BadRequestError("The head is not clear: %s." % error, getattr(error, "status", 400)) from None
-        except (socket.timeout, TimeoutError):
-            raise BadRequestError("The head did not come within %d s." % REQUEST_HEAD_TIMEOUT, 408) from None
+            raise BadRequestError("Invalid request head: %s." % error, getattr(error, "status", 400)) from None
+        except ProxyError:
+            self.line = data.lstrip(b"\r\n").partition(b"\r\n")[0].decode("latin-1")
+            raise
+        self.file.read(size)
+        return request
+
+    def failed_request(self) -> Request:
+        """Return what is known of a request whose head was invalid, for the log."""
+        method, _, uri = self.line.partition(" ")
+        # Before they are shortened: the @ behind a long password may be in the part that is left out.
+        method, uri = cut_userinfo(method), cut_userinfo(uri)
+        uri = (uri.rpartition(" ")[0] or uri)[:200]
+        return Request(method[:200], uri, Target("", "", 0, "/"), (), client=self._connection.host,
+                       server_address=self._connection.server_address[0])
 
     def buffered(self) -> bytes:
-        """What has come already of what follows."""
+        """Return the bytes that have been received but not read, without waiting for more."""
         self._timed.set_deadline(0.0)
         data = b""
         with contextlib.suppress(socket.timeout):
@@ -7958,217 +7972,212 @@ class RequestReader:
         return data + self._timed.prefetched
 
     def drain_and_close(self) -> None:
-        """Unread bytes would turn our close into a reset, which may overtake the answer."""
+        """Close for writing, and read until the client closes, for LINGER_TIMEOUT at most.
+
+        Unread bytes would turn our close into a reset, which may overtake the response.
+        """
         with contextlib.suppress(OSError):
-            self._visitor.connection.shutdown(socket.SHUT_WR)
+            self._connection.sock.shutdown(socket.SHUT_WR)
             self._timed.set_deadline(LINGER_TIMEOUT)
             while self.file.read1(COPY_SIZE):
                 pass
 
 
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
-    """One client connection: bytes to Request, Reply to bytes.  It decides nothing."""
+    """Reads requests from one connection and writes the responses.  It decides nothing.
+
+    It has the shape of every handler of http.server (setup, handle and finish are overridden), but neither
+    that module's parser nor its send_response(): the parser accepts heads that RFC 9112 wants refused, and
+    responses leave as rendered by section 2.
+    """
 
     server: ProxyServer
 
     def setup(self) -> None:
-        """Take over a visitor."""
-        self._visitor: ClientConnection = self.request
-        self.connection = self._visitor.connection  # which does not block
-        self._reader = RequestReader(self._visitor)
-        self.rfile = self._reader.file
+        """Prepare to read a connection; ``self.request`` is a ClientConnection here, not a socket."""
+        self._connection: ClientConnection = self.request
+        self._reader = RequestReader(self._connection)
 
     def handle(self) -> None:
-        """Answer the request that has come, and those that came with it (RFC 9112 §9.3)."""
+        """Answer the buffered request, and those that the client has sent with it (RFC 9112 §9.3.2)."""
+        connection = self._connection
         with contextlib.suppress(ConnectionError, socket.timeout, TimeoutError):
             while self._answer_one():
-                self._visitor.answered, self._visitor.waiting_since = True, time.monotonic()
-                self._visitor.buffered = self._reader.buffered()
-                if not find_head_end(self._visitor.buffered):
-                    self._visitor.keep_alive = True
+                connection.answered, connection.waiting_since = True, time.monotonic()
+                connection.buffered = self._reader.buffered()
+                if not find_head_end(connection.buffered):
+                    connection.keep_alive = True
                     return
 
     def finish(self) -> None:
-        """Let go of the visitor."""
-        self.rfile.close()
+        """Close the reader; the connection may go back to the event loop."""
+        self._reader.file.close()
 
     def _answer_one(self) -> bool:
-        """One request and its reply; whether the connection stays open."""
-        self._sent = 0  # body bytes of the reply that have left
-        self._bytes_sent = False  # whether any byte of it has left
+        """Answer one request; return whether the connection stays open."""
+        self._body_sent = 0  # bytes of the response's body
+        self._response_begun = False  # any byte of the response has been sent
         self._started = time.monotonic()
         try:
             request = self._reader.next()
-        except ProxyError as failure:
-            method, _, uri = self._reader.line.partition(" ")
-            # Before they are shortened: the @ behind a long password may be in the part that is left out.
-            method, uri = cut_userinfo(method), cut_userinfo(uri)
-            uri = (uri.rpartition(" ")[0] or uri)[:200]
-            request = Request(method[:200], uri, Target("", "", 0, "/"), (), client=self._visitor.host,
-                              server_address=self._visitor.local)
-            return self._answer(request, error_response(failure), close=True)
-        if request is None:
-            return False
-        self._started = time.monotonic()
-        with self.server.count_reply():
-            if request.method == "CONNECT":
-                return self._handle_connect(request)
-            return self._answer(request, self._reply_to(request))
+        except ProxyError as error:
+            return self._answer(self._reader.failed_request(), error_response(error), close=True)
+        if request.method == "CONNECT":
+            return self._handle_connect(request)
+        return self._answer(request, self._respond(request))
 
     def _handle_connect(self, request: Request) -> bool:
-        """Serve a tunnel to its end; False: nothing follows it."""
-        established, count, whole = ResponseHead(200, "Connection established", ()), 0, False
+        """Serve a tunnel until it ends; return False: nothing can follow it."""
+        head, dispatcher = ResponseHead(200, "Connection established", ()), self.server.dispatcher
+        response, count, whole = Response(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), 0, False
         try:
-            with self.server.desk.open_tunnel(request) as origin:
+            with dispatcher.open_tunnel(request) as origin:
                 try:
-                    fields = (("Via", via_value((), (1, 1), self.server.desk.proxy.config)),)
-                    self._write(render_head(established, fields))
-                    count = relay_tunnel(self.connection, origin, self._reader.buffered())
-                    whole = True
+                    via = via_value((), (1, 1), dispatcher.proxy.config)
+                    self._write(request, render_head(head, (("Via", via),)))
+                    count, whole = relay_tunnel(self._connection.sock, origin, self._reader.buffered()), True
                 finally:
-                    took = time.monotonic() - self._started
-                    self.server.desk.record_tunnel(request, established, count, took, whole)
-        except ProxyError as failure:
-            return self._answer(request, error_response(failure), close=True)
+                    dispatcher.record(request, response, count, self._started, whole)
+        except ProxyError as error:
+            return self._answer(request, error_response(error), close=True)
         return False
 
-    def _reply_to(self, request: Request) -> Response:
-        """The server's reply; an error where there is none.  The one place where a bug becomes a 500."""
+    def _respond(self, request: Request) -> Response:
+        """Return the dispatcher's response, or the error.  The one place where a bug becomes a 500."""
         try:
-            return self.server.desk.respond(request, self.server.authority)
-        except ProxyError as failure:
-            return error_response(failure)
+            return self.server.dispatcher.respond(request, self.server.server_address[1])
+        except ProxyError as error:
+            return error_response(error)
         except Exception:
             log.exception("%s %s failed: this is a bug", request.method, loggable_uri(request.uri))
-            return error_response(ProxyError("This proxy failed; its log says how.", 500))
+            return error_response(ProxyError("Internal error of the proxy; see its log.", 500))
 
-    def _answer(self, request: Request, reply: Response, close: bool = False) -> bool:
-        """Send a reply, or, if that fails before its first byte, an error; then note it."""
-        whole, open_after = False, False
+    def _answer(self, request: Request, response: Response, close: bool = False) -> bool:
+        """Send a response and record it; return whether the connection stays open.
+
+        If it fails before its first byte, another takes its place: a stale one, at last an error, which cannot
+        fail.  After the first byte, only closing the connection is honest (invariant 7).
+        """
+        whole, stays_open = False, False
         try:
             while not whole:
                 try:
-                    open_after = self._send(request, reply, close)
+                    stays_open = self._send(request, response, close)
                     whole = True
-                except (ProxyError, StorageError) as failure:
-                    if self._bytes_sent:
-                        return False  # the only honest error is closing the connection (invariant 7)
-                    reply.body.close()
-                    reply = self._fallback(reply, failure)  # an error of ours at last, which does not fail
-            if not open_after and (close or wants_keep_alive(request) or getattr(request.body, "unread", False)):
+                except (ProxyError, StorageError) as error:
+                    if self._response_begun:
+                        return False
+                    response.body.close()
+                    response = self._fallback(response, error)
+            if not stays_open and (close or wants_keep_alive(request) or getattr(request.body, "unread", False)):
                 self._reader.drain_and_close()  # the client may still be sending
-            return open_after
+            return stays_open
         finally:
-            reply.body.close()
-            self.server.desk.record(request, reply, self._sent, time.monotonic() - self._started, whole)
+            response.body.close()
+            self.server.dispatcher.record(request, response, self._body_sent, self._started, whole)
 
-    def _fallback(self, reply: Response, failure: ProxyError | StorageError) -> Response:
-        """What goes to the client where a reply failed before its first byte."""
+    def _fallback(self, response: Response, error: ProxyError | StorageError) -> Response:
+        """Return the response that takes the place of one that failed before its first byte."""
         try:
-            if reply.fallback:
-                return reply.fallback(failure)
-        except ProxyError as error:
-            failure = error
-        return error_response(failure if isinstance(failure, ProxyError) else ProxyError(str(failure), 500))
+            if response.fallback:
+                return response.fallback(error)
+        except ProxyError as other:
+            error = other
+        return error_response(error if isinstance(error, ProxyError) else ProxyError(str(error), 500))
 
     # Writing
 
-    def _send(self, request: Request, reply: Response, close: bool) -> bool:
-        """Send a reply; whether the connection stays open.  Failure where the body can't be completed."""
-        framing = response_framing(request, reply.head, reply.body.length)
-        unread = getattr(request.body, "unread", False)
+    def _send(self, request: Request, response: Response, close: bool) -> bool:
+        """Send a response; return whether the connection stays open.  ProxyError or StorageError from its body."""
+        framing = response_framing(request, response.head, response.body.length)
+        unread = getattr(request.body, "unread", False)  # it would be taken for the next request
         close = close or unread or framing is Framing.CLOSE or not wants_keep_alive(request)
-        head = render_response_head(request, with_date(reply.head, time.time()), reply.body.length, reply.cache_status,
-                         close, self.server.desk.proxy.config)
+        head = render_response_head(request, with_date(response.head, time.time()), response.body.length,
+                                    response.cache_status, close, self.server.dispatcher.proxy.config)
         if request.method == "HEAD" or framing is Framing.NONE:
-            self._write(head)
+            self._write(request, head)
             return not close
         try:
-            self._write_body(head, reply, framing)
+            self._write_body(request, head, response.body, framing)
         except Exception:
-            if framing is Framing.CLOSE and self._bytes_sent:
-                # A plain close would pass for the end (invariant 7): reset the connection.
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.rfile.close()
-                self.connection.close()
+            if framing is Framing.CLOSE and self._response_begun:
+                # A normal close would mark the end of the body (invariant 7), so reset the connection.
+                self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self._reader.file.close()
+                self._connection.sock.close()
             raise
         return not close
 
-    def _write_body(self, head: bytes, reply: Response, framing: Framing) -> None:
-        """Head and first bytes leave in one segment where the body is small."""
-        body = reply.body
-        waiting, count, total = head, 0, 0
+    def _write_body(self, request: Request, head: bytes, body: ResponseBody, framing: Framing) -> None:
+        """Write head and body; the head leaves in one segment with a small body."""
+        is_live = isinstance(body, (TailingBody, PassThroughBody))  # whose next bytes may be long in coming
+        waiting, count, total = head, 0, 0  # bytes to be written, those of the body among them, and of all parts
         for part in body.chunks():
             total += part.size if isinstance(part, FileSlice) else len(part)
             if body.length is not None and total > body.length:
                 raise ConnectionAbortedError(errno.EIO, "the body is longer than declared")
             if isinstance(part, FileSlice) and part.size > SMALL_BODY:
-                if not self._bytes_sent:  # an error can still be told
+                if not self._response_begun:  # an unreadable file can still become an error response
                     read_file_slice(FileSlice(part.file, part.start, part.start + 1))
-                self._write(waiting, count)
+                self._write(request, waiting, count)
                 waiting, count = b"", 0
-                self._send_file(part)
+                self._send_file(request, part)
                 continue
             data = read_file_slice(part) if isinstance(part, FileSlice) else part
             waiting += b"%x\r\n%s\r\n" % (len(data), data) if framing is Framing.CHUNKED and data else data
             count += len(data)
-            if len(waiting) > SMALL_BODY or isinstance(body, (TailingBody, PassThroughBody)):
-                self._write(waiting, count)
+            if len(waiting) > SMALL_BODY or is_live:
+                self._write(request, waiting, count)
                 waiting, count = b"", 0
         if body.length not in (None, total):
             raise ConnectionAbortedError(errno.EIO, "the body is shorter than declared")
-        self._write(waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
+        self._write(request, waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
 
-    def _write(self, data: bytes, count: int = 0) -> None:
-        """Send bytes, ``count`` of them the body's."""
-        self._bytes_sent = self._bytes_sent or bool(data)
-        send_all(self.connection, data)
-        self._sent += count
+    def _write(self, request: Request, data: bytes, count: int = 0) -> None:
+        """Send bytes, ``count`` of which belong to the body."""
+        if data and not self._response_begun:
+            self._response_begun = True
+            mark(request.timings, "first byte")
+        send_all(self._connection.sock, data)
+        self._body_sent += count
 
-    def _send_file(self, part: FileSlice) -> None:
-        """Let the kernel send it; LocalFailure where it can't be read, and nothing comes instead."""
-        self._bytes_sent, at = True, part.start
+    def _send_file(self, request: Request, part: FileSlice) -> None:
+        """Send a file slice; if it cannot be read to its end, the slice's fallback provides the rest."""
+        dispatcher, offset = self.server.dispatcher, part.start
         try:
-            with self.server.desk.seat.unpinned() if part.size > LARGE_SEND else contextlib.nullcontext():
-                for count in send_slice(self.connection, part):
-                    self._sent += count
-                    at += count
+            with dispatcher.affinity.unpinned() if part.size > LARGE_SEND else contextlib.nullcontext():
+                while offset < part.stop:
+                    count = send_some(self._connection.sock, part, offset)
+                    self._body_sent += count
+                    offset += count
         except StorageError:
             if part.fallback is None:
                 raise
-            for data in part.fallback(at, part.stop):
-                self._write(data, len(data))
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """http.server's own log lines: the server's note() has said it all."""
+            for data in part.fallback(offset, part.stop):
+                self._write(request, data, len(data))
 
 
 class NonblockingListener(socket.socket):
-    """Takes over a socket that listens, and does not block: another process may be quicker to accept.
+    """A listening socket that takes over another one's descriptor, and does not block in accept().
 
-    accept() asks for the family and the type each time, of which socket makes enumerations: a tenth of the
-    time of a connection.
+    Another process may be quicker to accept.  ``family`` and ``type`` are attributes here: accept() asks for
+    them each time, and socket's own properties, which build enumerations, take a tenth of a connection's time.
     """
 
+    family: socket.AddressFamily = socket.AF_INET
+    type: socket.SocketKind = socket.SOCK_STREAM
+
     def __init__(self, plain: socket.socket) -> None:
-        self._family, self._type = plain.family, plain.type
+        self.family, self.type = plain.family, plain.type
         super().__init__(plain.family, plain.type, plain.proto, plain.detach())
         self.setblocking(False)
 
-    @property
-    def family(self) -> socket.AddressFamily:
-        """Its address family."""
-        return self._family
-
-    @property
-    def type(self) -> socket.SocketKind:
-        """Its kind."""
-        return self._type
-
 
 def open_socket(host: str, port: int, reuse_port: bool = False) -> socket.socket:
-    """A socket that listens, for IPv4 and IPv6 where the host is empty and we can, where other processes may
-    listen too with ``reuse_port``; OSError, OverflowError."""
+    """Open a listening socket, for IPv4 and IPv6 if the host is empty; OSError, OverflowError.
+
+    With ``reuse_port``, other processes may listen on the same address.
+    """
     both = not host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
     return NonblockingListener(socket.create_server(
@@ -8176,209 +8185,208 @@ def open_socket(host: str, port: int, reuse_port: bool = False) -> socket.socket
 
 
 def display_address(listening: socket.socket) -> str:
-    """host:port of a listening socket; without the host where it is any."""
+    """Return host:port of a listening socket, without the host if it listens on all addresses."""
     host, port = listening.getsockname()[:2]
     shown = "[%s]" % host if ":" in host else host
     return "%s:%d" % ("" if ipaddress.ip_address(host).is_unspecified else shown, port)
 
 
 class ThreadPool:
-    """Threads that have done their work and wait a while for more: to start one costs as much as several
-    hits.  For the caller: do, close."""
+    """Reuses idle daemon threads; unlike ThreadPoolExecutor it never delays the exit.
+
+    concurrent.futures joins its threads at exit: an open tunnel would then delay SIGTERM by minutes.  Starting
+    a thread costs as much as several hits, so up to MAX_IDLE_THREADS wait THREAD_IDLE_TIMEOUT for more work.
+
+    1. submit() reserves an idle thread by decrementing _unreserved_idle, *before* it enqueues the task.
+    2. A thread that times out while the count is above 0 decrements it, and ends.
+    3. A thread that times out and finds 0 is reserved: its task is about to be enqueued, so it must wait for it.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _idle and _closed
-        self._work: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]]] = queue.SimpleQueue()
-        self._idle = 0  # threads that wait, and have not been counted on
+        self._lock = threading.Lock()  # guards _unreserved_idle and _closed
+        self._tasks: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]]] = queue.SimpleQueue()
+        self._unreserved_idle = 0
         self._closed = False
 
     def submit(self, work: Callable[..., object], *arguments: Any) -> None:
-        """Let a thread do it, which catches its errors; RuntimeError where there can't be one more."""
+        """Run ``work``, which handles its own errors, in a thread; RuntimeError if no thread can be started."""
         with self._lock:
-            found = self._idle > 0
-            self._idle -= found
-        if found:
-            self._work.put((work, arguments))
+            reserved = self._unreserved_idle > 0
+            self._unreserved_idle -= reserved
+        if reserved:
+            self._tasks.put((work, arguments))
         else:
             threading.Thread(target=self._run, args=(work, arguments), daemon=True).start()
 
     def close(self) -> None:
-        """Send home who waits, and whoever comes back."""
+        """Stop idle workers now, and busy ones when they finish."""
         with self._lock:
-            self._closed, count, self._idle = True, self._idle, 0
+            self._closed, count, self._unreserved_idle = True, self._unreserved_idle, 0
         for _ in range(count):
-            self._work.put((int, ()))
+            self._tasks.put((int, ()))
 
     def _run(self, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
         while True:
             work(*arguments)
-            del work, arguments  # else their connection lives on
+            del work, arguments  # an idle thread must not keep a connection alive
             with self._lock:
-                if self._closed or self._idle >= MAX_IDLE_THREADS:
+                if self._closed or self._unreserved_idle >= MAX_IDLE_THREADS:
                     return
-                self._idle += 1
+                self._unreserved_idle += 1
             try:
-                work, arguments = self._work.get(timeout=THREAD_IDLE_TIMEOUT)
+                work, arguments = self._tasks.get(timeout=THREAD_IDLE_TIMEOUT)
             except queue.Empty:
                 with self._lock:
-                    if self._idle:
-                        self._idle -= 1
+                    if self._unreserved_idle:
+                        self._unreserved_idle -= 1
                         return
-                work, arguments = self._work.get()  # we are counted on
+                work, arguments = self._tasks.get()
 
 
 class ProxyServer(http.server.ThreadingHTTPServer):
-    """Listens on one address; a thread for whatever may block."""
+    """Listens on one address and serves its connections.
 
-    def __init__(self, listening: socket.socket, desk: Dispatcher) -> None:
-        self.desk = desk
-        self.room = desk.room
-        self._lock = threading.Lock()  # guards _replying
-        self._replying = 0
-        self._until = math.inf  # monotonic: when serve_forever() ends at last
-        self._accept_soon = True  # whether somebody may wait for the room that there is now, as when it starts
-        self._resume = 0.0  # monotonic: until then nobody is let in
-        self.last_iteration = time.monotonic()  # of its loop, the last
+    Socketserver's interface and structure stay, and overridden are:
+    serve_forever and shutdown (the event loop takes the place of socketserver's selector),
+    service_actions (called by the loop several times a second),
+    process_request (a connection starts in the event loop, not in a thread), process_request_thread,
+    shutdown_request, server_close and handle_error.  ``request`` is a ClientConnection in the last five.
+    """
+
+    def __init__(self, listening: socket.socket, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
+        self.limiter = dispatcher.limiter
+        self._in_threads: set[ClientConnection] = set()  # served by threads; add() and discard() are atomic
+        self.last_iteration = time.monotonic()  # of the loop, for the watchdog
+        self._stop_at = math.inf  # monotonic: when serve_forever() returns at the latest
+        self._act_soon = True  # call service_actions at once: there may be a place for a waiting client
+        self._resume_at = 0.0  # monotonic: accept nothing until then
         self._ended = threading.Event()
         self._ended.set()
         super().__init__(listening.getsockname()[:2], ProxyHandler, bind_and_activate=False)
-        self.socket.close()  # socketserver's own
+        self.socket.close()  # socketserver has made one of its own
         self.socket = listening
-        self.authority = display_address(listening)  # for replies that outlast it, too
-        self.lobby = EventLoop(self)
-        self._crew = ThreadPool()
-        desk.proxy.add_listening_port(self.server_address[1])
+        self.event_loop = EventLoop(self)
+        self._thread_pool = ThreadPool()
+        dispatcher.proxy.add_listening_port(self.server_address[1])
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve until shutdown(): socketserver's loop, with the lobby in the place of its selector."""
+        """Serve until shutdown(), and then until the event loop has sent its responses, or SHUTDOWN_GRACE."""
         self._ended.clear()
         acted = 0.0
-        while time.monotonic() < self._until and (self._until == math.inf or self.lobby.sending):
+        while time.monotonic() < self._stop_at and (self._stop_at == math.inf or self.event_loop.sending):
             try:
-                self.lobby.run_once(0.0 if self._accept_soon else poll_interval)
+                self.event_loop.run_once(0.0 if self._act_soon else poll_interval)
                 now = time.monotonic()
-                if self._accept_soon or now - acted >= poll_interval:
-                    acted, self._accept_soon = now, False
+                if self._act_soon or now - acted >= poll_interval:
+                    acted, self._act_soon = now, False
                     self.service_actions()
-            except Exception:  # one client's fault, or one bug, is not the end of service
-                log.exception("Waiting for clients failed: this is a bug")
+            except Exception:  # a bug must not end the service of all clients
+                log.exception("The event loop failed: this is a bug")
                 time.sleep(poll_interval)
         self._ended.set()
 
     def stop(self) -> None:
-        """Accept no more; what is being sent may take GRACE."""
-        self._until = time.monotonic() + SHUTDOWN_GRACE
-        self.room.close()
-        self.lobby.watchman.wake()
+        """Stop accepting connections."""
+        self._stop_at = time.monotonic() + SHUTDOWN_GRACE
+        self.limiter.close()
+        self.event_loop.selector.wake()
 
     def shutdown(self) -> None:
-        """Stop, and wait for serve_forever() to end."""
-        if self._until == math.inf:
+        """Stop, and wait until serve_forever() has returned."""
+        if self._stop_at == math.inf:
             self.stop()
         self._ended.wait()
 
     def server_close(self) -> None:
-        """Close all that nobody serves."""
+        """Close the listening socket, and all connections that are not being served by a thread."""
         super().server_close()
-        self.lobby.close()
-        self._crew.close()
+        self.event_loop.close()
+        self._thread_pool.close()
 
     def service_actions(self) -> None:
-        """Called several times a second."""
+        """Do what is due several times a second."""
         now = self.last_iteration = time.monotonic()
-        if self._until < math.inf:
-            self.lobby.watchman.unregister(self.socket)
-        elif now >= self._resume:
-            self.lobby.watchman.register(self.socket, selectors.EVENT_READ, self._accept)
-        self.lobby.close_timed_out(now)
-        self.room.admit_parked()
-        self.desk.proxy.close_idle()
+        if self._stop_at < math.inf:
+            watch(self.event_loop.selector, self.socket, 0)
+        elif now >= self._resume_at:
+            watch(self.event_loop.selector, self.socket, selectors.EVENT_READ, self._accept)
+        self.event_loop.close_timed_out(now)
+        self.limiter.admit_parked()
+        self.dispatcher.proxy.close_idle()
+
+    # Accepting, in the thread of serve_forever()
 
     def _accept(self) -> None:
-        """Let in who waits at the door, a turn's worth of them."""
+        """Accept connections, as many as one turn and the limit allow.  Back off when out of descriptors."""
         for number in range(REQUESTS_PER_TURN):
-            if not self._accept_one(waits=not number):
+            if not self.limiter.reserve():
+                if number == 0:  # the listening socket was ready, so a client really waits
+                    self.limiter.close_idle_for_new()
+                    watch(self.event_loop.selector, self.socket, 0)  # until the next service_actions()
                 return
-
-    def _accept_one(self, waits: bool) -> bool:
-        """Let one in, if there is room and one waits, as is known or not; don't spin where descriptors are
-        out."""
-        if not self.room.reserve(waits):
-            if waits:
-                self.lobby.watchman.unregister(self.socket)  # until the next service_actions
-            return False
-        try:
-            connection, address = self.get_request()
-        except OSError as error:
-            self.room.cancel()
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.lobby.watchman.unregister(self.socket)
-                self._resume = time.monotonic() + 0.1
-            return False
-        self.process_request(connection, address)
-        return True
+            try:
+                sock, address = self.get_request()
+            except OSError as error:  # nobody waits (any more), mostly
+                self.limiter.release(None)
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    watch(self.event_loop.selector, self.socket, 0)
+                    self._resume_at = time.monotonic() + 0.1
+                return
+            self.process_request(sock, address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Let a new connection into the lobby; turn it away where its client has far too many."""
-        with contextlib.suppress(OSError):  # it has gone already
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a head and a body sent apart
-        visitor = ClientConnection(request, client_address, self.lobby.add)  # cost 40 ms each
-        if self.room.admit(visitor):
+        """Let the event loop serve a new socket; refuse it if its client has far too many connections."""
+        with contextlib.suppress(OSError):  # it has been closed already
+            # Nagle's algorithm would delay a body that is sent after its head by 40 ms.
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = ClientConnection(request, client_address, self.event_loop.add)
+        if self.limiter.admit(connection):
             return
-        reply = error_response(ProxyError("%s has too many connections open." % visitor.host, 503))
-        with contextlib.suppress(OSError):
-            request.setblocking(False)
-            request.send(render_head(reply.head, (*reply.head.fields, ("Connection", "close"))))
-        self.shutdown_request(visitor)
+        head = error_response(ProxyError("%s has too many connections open." % connection.host, 503)).head
+        connection.send(render_head(head, (*head.fields, ("Connection", "close"))))
+        self.shutdown_request(connection)
 
-    def serve_in_thread(self, visitor: ClientConnection) -> None:
-        """Serve a visitor in a thread of its own."""
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection; wake the loop if another client waits for its place."""
+        request.sock.close()
+        self._in_threads.discard(request)
+        self.limiter.release(request)
+        if self.limiter.crowded:
+            self._act_soon = True
+            self.event_loop.selector.wake()
+
+    # Worker threads
+
+    def serve_in_thread(self, connection: ClientConnection) -> None:
+        """Let a thread answer the buffered requests of a connection."""
+        self._in_threads.add(connection)
         try:
-            self._crew.submit(self.process_request_thread, visitor, visitor.address)
-        except RuntimeError:  # no thread for it
-            self.handle_error(visitor, visitor.address)
-            self.shutdown_request(visitor)
+            self._thread_pool.submit(self.process_request_thread, connection, connection.address)
+        except RuntimeError:  # the system has no more threads
+            self.handle_error(connection, connection.address)
+            self.shutdown_request(connection)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """What that thread does; then the visitor waits in the lobby again."""
+        """Answer requests in a worker thread; then return the connection to the event loop, or close it."""
         request.keep_alive = False
         try:
             self.finish_request(request, client_address)
         except Exception:  # noqa: BLE001
             self.handle_error(request, client_address)
         if request.keep_alive:
-            self.lobby.add(request)
+            self._in_threads.discard(request)
+            self.event_loop.add(request)
         else:
             self.shutdown_request(request)
 
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection."""
-        request.connection.close()
-        self.room.release(request)
-        if self.room.crowded:
-            self._accept_soon = True
-            self.lobby.watchman.wake()
-
     @property
     def replies_running(self) -> int:
-        """Replies under way."""
-        with self._lock:
-            replying = self._replying
-        return replying + self.lobby.sending
-
-    @contextlib.contextmanager
-    def count_reply(self) -> Iterator[None]:
-        """Count a reply under way, so that SIGTERM can wait for it."""
-        with self._lock:
-            self._replying += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._replying -= 1
+        """The number of responses that are being prepared or sent, for which SIGTERM waits."""
+        return len(self._in_threads) + self.event_loop.sending
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """A bug, or no thread for a connection: say so, go on."""
+        """Log a bug, or the lack of threads; other connections are not affected."""
         log.error("A connection from %s failed.", client_address, exc_info=True)
 
 
