@@ -7026,9 +7026,17 @@ def make_page(path: str, place: tuple[str, int], html: bool, snapshot: Callable[
 # 13 Server
 # ---------------------------------------------------------------------------------------------
 
-# Which thread does what: the thread of ProxyServer.serve_forever() accepts connections, waits for requests on
-# all of them (EventLoop) and sends small hits itself.  Everything that may block runs in a worker thread
-# (ThreadPool, ProxyHandler), which returns the connection to the event loop afterwards.
+# Which thread does what:
+#
+# 1. The thread of ProxyServer.serve_forever() accepts a connection and gives it to its EventLoop.
+# 2. The event loop, in the same thread, waits for requests on all idle connections.  It sends small hits
+#    itself, since that takes less time than waking another thread.
+# 3. Everything that may block goes to a worker thread (ThreadPool): ProxyHandler reads the request, has the
+#    Dispatcher answer it, and sends the response.
+# 4. The worker returns the connection to the event loop, or closes it.
+#
+# So a connection always has one owner, and needs no lock.  ConnectionLimiter and Dispatcher are shared by all
+# servers of the process, hence by their event loops and workers.
 
 
 def _wait_for_client(sock: socket.socket) -> None:
@@ -7040,8 +7048,8 @@ def _wait_for_client(sock: socket.socket) -> None:
 def send_all(sock: socket.socket, data: bytes) -> None:
     """Send all of ``data`` to a client.
 
-    The client may take CLIENT_TIMEOUT to accept the next bytes, however long the whole takes.  OSError,
-    socket.timeout.
+    The client may take CLIENT_TIMEOUT to accept the next bytes, however long the whole takes: a slow client
+    is not an error.  OSError if the connection breaks, socket.timeout if the client stalls.
     """
     left = memoryview(data)
     while left:
@@ -7058,13 +7066,14 @@ _NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 def send_some(sock: socket.socket, part: FileSlice, start: int) -> int:
     """Send the next bytes of a file slice, with sendfile() if possible.
 
-    Return how many bytes from offset ``start`` have been sent: 0 after a wait for the client.  StorageError if
-    the file cannot be read or has become shorter; OSError or socket.timeout if the client fails.
+    ``start`` is the offset in the file of the first byte to send.  Return how many bytes have been sent, 0
+    after a wait for the client.  StorageError if the file cannot be read or has become shorter, so that the
+    rest can come from elsewhere; OSError or socket.timeout if the client fails.
     """
     try:
         try:
             count = os.sendfile(sock.fileno(), part.file.fileno(), start, part.stop - start)
-        except (AttributeError, OSError) as error:
+        except (AttributeError, OSError) as error:  # AttributeError: no sendfile in Python on this system
             if getattr(error, "errno", errno.ENOSYS) not in _NO_SENDFILE:
                 raise
             count = sock.send(part.file.read_at(min(COPY_SIZE, part.stop - start), start))
@@ -7072,8 +7081,8 @@ def send_some(sock: socket.socket, part: FileSlice, start: int) -> int:
         _wait_for_client(sock)
         return 0
     except (ConnectionError, TimeoutError, socket.timeout):
-        raise
-    except OSError as error:
+        raise  # the client's
+    except OSError as error:  # the file's
         raise StorageError(error) from None
     if not count:
         raise StorageError(OSError(errno.EIO, "the file became shorter"))
@@ -7083,8 +7092,11 @@ def send_some(sock: socket.socket, part: FileSlice, start: int) -> int:
 class RequestBody:
     """The body of a client's request, read as the origin takes it.
 
-    ``length`` is in bytes; None means that the body is chunked.  ``awaiting`` is the client's socket if the
-    client sends the body only after a 100 response (RFC 9110 §10.1.1).
+    ``length`` is in bytes; None means that the body is chunked (RFC 9112 §7.1).  ``timed`` is the raw
+    stream below ``file``, whose reads it limits: in the long run, a body must arrive with MIN_BODY_RATE.
+    ``awaiting`` is the client's socket if the client sends the body only after a 100 response (RFC 9110
+    §10.1.1), which is sent when the first byte is asked for, since the origin may refuse the request
+    without reading its body.
     """
 
     def __init__(self, file: io.BufferedIOBase, length: int | None, timed: DeadlineReader,
@@ -7125,14 +7137,18 @@ class RequestBody:
 
 
 def error_response(error: ProxyError) -> Response:
-    """Return the response that tells a client about an error: one plain sentence."""
+    """Return the response that tells a client about an error, as one sentence of plain text."""
     return Response(error_head(error.status), BytesBody((str(error) + "\n").encode()),
                     CacheStatus(error.outcome, detail=str(error)))
 
 
-def watch(selector: selectors.BaseSelector, sock: socket.socket, events: int, data: Any = None) -> None:
-    """Let a selector report ``events`` of a socket from now on; 0: none.  OSError if the system refuses."""
-    # By number: the map's error for a socket that it does not know contains the socket's long repr().
+def set_events(selector: selectors.BaseSelector, sock: socket.socket, events: int, data: Any = None) -> None:
+    """Let a selector report ``events`` of a socket from now on, with ``data``.
+
+    0 means no events; the socket may be unknown to the selector, before and after.  OSError if the system
+    cannot watch more sockets.
+    """
+    # By number: the map's KeyError for an unknown socket would contain the socket's repr(), which is slow.
     registered = sock.fileno() in selector.get_map()
     if not events:
         if registered:
@@ -7146,7 +7162,8 @@ def watch(selector: selectors.BaseSelector, sock: socket.socket, events: int, da
 class TunnelDirection:
     """One direction of a tunnel.
 
-    It holds either bytes, and waits until the sink takes them, or none, and waits for the source.
+    It holds either bytes, and waits until the sink takes them, or none, and waits for the source: a slow sink
+    thus slows the source down, and a tunnel needs no more than SMALL_BODY bytes a direction.
     """
 
     def __init__(self, source: socket.socket, sink: socket.socket, early: bytes = b"") -> None:
@@ -7175,8 +7192,9 @@ class TunnelDirection:
 def relay_tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> int:
     """Relay bytes both ways; return how many.
 
-    The tunnel ends when both sides have closed, one fails, or nothing moves for TUNNEL_IDLE_TIMEOUT.
-    ``early`` are bytes already received from the client.
+    The tunnel ends when both sides have closed, one fails, or nothing moves for TUNNEL_IDLE_TIMEOUT.  If
+    one side closes its direction, the other direction stays open (a half-close): some protocols depend on
+    it.  ``early`` are bytes that have already been received from the client.
     """
     directions = (TunnelDirection(client, origin, early), TunnelDirection(origin, client))
     with contextlib.suppress(OSError), selectors.DefaultSelector() as selector:
@@ -7184,7 +7202,7 @@ def relay_tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> 
         while not all(direction.ended for direction in directions):
             wanted = [direction.wanted() for direction in directions]
             for sock in (client, origin):  # one direction may read from it, the other one write to it
-                watch(selector, sock, sum(events for other, events in wanted if other is sock))
+                set_events(selector, sock, sum(events for other, events in wanted if other is sock))
             ready = {key.fileobj: events for key, events in selector.select(TUNNEL_IDLE_TIMEOUT)}
             if not ready:
                 break
@@ -7206,10 +7224,12 @@ def has_disconnected(sock: socket.socket) -> bool:
 def parse_request_head(data: bytes, is_local: bool, server_address: tuple[str, int]) -> Request:
     """Parse a complete request head; BadRequestError or ValueError.
 
-    Memoized: the machines of a fleet send the same heads, and the event loop and the worker thread parse the
-    same one.  ``is_local``: the client is on this host.
+    ``is_local``: the client is on this host; ``server_address``: the proxy's address and port that it
+    connected to.  Memoized, since the machines of a fleet send the same heads, and since the event loop has
+    mostly parsed a head before the worker thread does.
     """
-    lines = read_head_lines(io.BytesIO(data[2:] if data.startswith(b"\r\n") else data))  # RFC 9112 §2.2
+    # RFC 9112 §2.2: ignore an empty line before the request line; some clients send one after a body.
+    lines = read_head_lines(io.BytesIO(data[2:] if data.startswith(b"\r\n") else data))
     return replace_fields(parse_request(lines, server_address), client_is_local=is_local)
 
 
@@ -7219,8 +7239,9 @@ _BARE_LF = re.compile(rb"(?<!\r)\n")
 def find_head_end(data: bytes, seen: int = 0) -> int:
     """Find the end of the first request head in ``data``.
 
-    Return its length, 0 if more bytes are needed, or -1 if more bytes cannot make it a valid head.  The first
-    ``seen`` bytes have been searched before.
+    Return its length, 0 if more bytes are needed, or -1 if no further bytes can make it a valid head.  The
+    first ``seen`` bytes have been searched before: a head that arrives byte by byte must not take quadratic
+    time.
     """
     end = data.find(b"\r\n\r\n", max(0, seen - 3))
     if end >= 0:
@@ -7232,8 +7253,8 @@ def find_head_end(data: bytes, seen: int = 0) -> int:
 def progress(sock: socket.socket) -> tuple[int, bool]:
     """Ask the system how far a connection has come.
 
-    Return the bytes transferred both ways, and whether sent bytes are still queued; (0, False) if the system
-    does not tell.
+    Return the bytes transferred both ways, and whether bytes are queued that the client has not acknowledged;
+    (0, False) if the system does not tell (only Linux does).
     """
     with contextlib.suppress(AttributeError, OSError, struct.error):
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) if sys.platform == "linux" else b""
@@ -7244,7 +7265,9 @@ def progress(sock: socket.socket) -> tuple[int, bool]:
     return 0, False
 
 
-AccessKey = tuple[bool, tuple[str, int]]  # is the client local, and the proxy's address that it connected to
+# Whether the client is on this host, and the proxy's address and port that it connected to.  With the bytes
+# of a request's head, it determines which stored response the client may get.
+AccessKey = tuple[bool, tuple[str, int]]
 
 
 class ClientConnection:
@@ -7260,7 +7283,8 @@ class ClientConnection:
     ==============================  =====================  =============================
     """
 
-    def __init__(self, sock: socket.socket, address: Any, on_admitted: Callable[[ClientConnection], None]) -> None:
+    def __init__(self, sock: socket.socket, address: Any,
+                 on_admitted: Callable[[ClientConnection], None]) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.address = address  # as returned by accept()
@@ -7300,7 +7324,10 @@ class ClientConnection:
         return IDLE_TIMEOUT if self.access_key else LINGER_TIMEOUT  # None: it has been refused
 
     def measure_rate(self, now: float, elapsed: float) -> None:
-        """Update ``rate`` after ``elapsed`` seconds."""
+        """Update ``rate`` with what has been transferred in the last ``elapsed`` seconds.
+
+        A client counts as slow only if it was so at both ends of that time.
+        """
         transferred, queued = progress(self.sock)
         # Nothing queued means that the origin is slow, not the client: that counts only after CLIENT_TIMEOUT.
         is_slow = queued or not self.waiting and now - self.waiting_since > CLIENT_TIMEOUT
@@ -7309,7 +7336,11 @@ class ClientConnection:
         self._transferred, self._was_slow = transferred, is_slow
 
     def closing_rank(self, now: float) -> tuple[int, float] | None:
-        """Return how soon to close the connection if others need its place: the lowest rank first, None never."""
+        """Return how soon to close the connection if another client needs its place.
+
+        The lowest rank goes first: (0, since) for an idle connection, (1, since) for an incomplete head,
+        (2, rate) for a slow response.  None: it is not closed.
+        """
         if self.waiting and not self.pending:
             if self.answered and not self.buffered:
                 return 0, self.waiting_since  # idle between two requests: a client must expect that
@@ -7327,7 +7358,7 @@ class ClientConnection:
             return b""
 
     def send(self, data: bytes) -> int | None:
-        """Send as much of ``data`` as possible without blocking; return the count, None if the client has gone."""
+        """Send as many bytes as possible without blocking; return how many, None if the client has closed."""
         try:
             return self.sock.send(data)
         except (BlockingIOError, InterruptedError):
@@ -7346,12 +7377,20 @@ class ClientConnection:
 class ConnectionLimiter:
     """Limits open connections, in total and per client.
 
-    A connection may need a thread and up to four file descriptors.  At the limit, a new client makes the limiter
-    close the connection that has been idle longest; if there is none, the oldest incomplete request head; if
-    there is none, the slowest response below MIN_RATE.  Otherwise the client waits to be accepted.
+    A connection may need a thread and up to four file descriptors.  At the limit, a new client makes the
+    limiter close the connection that has been idle longest; if there is none, the one with the oldest
+    incomplete request head; if there is none, the one with the slowest response below MIN_RATE.  Otherwise
+    the client waits until it is accepted.
 
-    A client (an IPv6 /64 network counts as one) may have half of the connections.  Further connections are
-    parked: accepted, but neither read nor counted.
+    A client (an IPv6 /64 network counts as one) may have half of the connections.  Further ones are parked:
+    accepted, but neither read nor counted, so that one client cannot keep the others out.
+
+    The life of a connection, as the limiter sees it:
+
+    1. reserve(), before accept(): there must be a place for whoever is accepted.
+    2. admit(), after it: now the client is known.  The connection is registered, or parked without its place.
+    3. admit_parked(), twice a second: parked connections get the places that have become free.
+    4. release(), when it has been closed.
     """
 
     def __init__(self, max_connections: int) -> None:
@@ -7412,7 +7451,10 @@ class ConnectionLimiter:
                     del self._per_client[connection.network]
 
     def admit_parked(self) -> None:
-        """Admit parked connections as far as the limits allow; close idle ones of the same clients for the rest."""
+        """Admit parked connections, the oldest first, as far as the limits allow.
+
+        For the others, close connections of the same clients that can be spared.
+        """
         admitted, blocked = [], set()
         with self._lock:
             self._measure_rates(time.monotonic())
@@ -7465,8 +7507,9 @@ class ConnectionLimiter:
         ranked = [(rank, connection) for connection in self._connections
                   if network in (None, connection.network) and (rank := connection.closing_rank(now))]
         for (kind, _), connection in sorted(ranked, key=lambda pair: pair[0]):
-            # The next request may have arrived just now: a client that has sent it should get its response.
-            if count > 0 and connection not in self._closing and (kind == 2 or is_open_and_silent(connection.sock)):
+            # The next request may have arrived just now: then the connection is not idle any more.
+            spare = kind == 2 or is_open_and_silent(connection.sock)
+            if count > 0 and spare and connection not in self._closing:
                 with contextlib.suppress(OSError):
                     connection.sock.shutdown(socket.SHUT_RDWR)
                 self._closing.add(connection)
@@ -7533,12 +7576,14 @@ def format_timings(timings: dict[str, float] | None) -> str:
     if timings is None:
         return ""
     steps = sorted(tuple(timings.items()), key=lambda step: step[1])  # a copy: a download may add "stored"
-    since = ["%s %.1f" % (name, 1000 * (at - timings["received"])) for name, at in steps if name != "received"]
-    return " [%s ms]" % ", ".join(since)
+    return " [%s ms]" % ", ".join(["%s %.1f" % (name, 1000 * (at - steps[0][1])) for name, at in steps[1:]])
 
 
 class Dispatcher:
-    """Checks access, routes a request to a status page or the proxy, and logs it.  All servers share one."""
+    """Checks access, routes a request to a status page or the proxy, and logs it.
+
+    All servers of a process share one.  ``write_log`` writes lines to the log without blocking.
+    """
 
     def __init__(self, proxy: Proxy, statistics: StatusCollector, limiter: ConnectionLimiter,
                  write_log: Callable[[list[str]], None], affinity: CPUAffinity | None = None) -> None:
@@ -7604,8 +7649,8 @@ class Dispatcher:
         """Return the response to a request that came to this port of the server; ProxyError."""
         if not self._is_own_name(request, may_block=True):
             name = called_name(request)
-            raise ProxyError("This proxy does not answer to the name '%s'; its operator can add --name %s." % (
-                name, name), 421)
+            raise ProxyError("This proxy does not answer to the name '%s'; its operator can add --name %s."
+                             % (name, name), 421)
         if not request.is_own_page:
             return rewrite_for_prefix(request, self.proxy.respond(request))
         if request.method == "OPTIONS":
@@ -7627,8 +7672,10 @@ class Dispatcher:
 
     def snapshot(self) -> dict[str, Any]:
         """Return the data of the status pages, with the command line as Go's expvar shows it."""
-        words = [re.split(r"(?<=\A--parent=)", word) for word in sys.argv]  # a parent's URL may hold a password
-        return {"cmdline": ["".join(map(loggable_uri, parts)) for parts in words], **self.statistics.snapshot()}
+        # loggable_uri() removes the password of a parent's URL; --parent=URL is split, to let it see the URL.
+        words = [re.split(r"(?<=\A--parent=)", word) for word in sys.argv]
+        command_line = ["".join(map(loggable_uri, parts)) for parts in words]
+        return {"cmdline": command_line, **self.statistics.snapshot()}
 
     def health_problem(self) -> str:
         """Return why the proxy is not healthy, "" if it is."""
@@ -7639,13 +7686,17 @@ class Dispatcher:
     # Small hits, in the event loop
 
     def try_hot_path(self, connection: ClientConnection, size: int, hot_cache: HotCache) -> HotEntry | None:
-        """Return the response to a buffered request head of ``size`` bytes, if it can be sent without blocking."""
+        """Return the response to a buffered head of ``size`` bytes, if nothing has to be waited for.
+
+        None sends the request to a thread.  ``connection.known_missing`` saves that thread the look-up if
+        this one has found nothing.
+        """
         connection.known_missing = False
         if size > MAX_MEMOIZED_HEAD or connection.access_key is None:
             return None
         key = connection.buffered[:size], connection.access_key
         entry = hot_cache.get(key, self.proxy.config)
-        with contextlib.suppress(ProxyError, ValueError):  # a thread parses an invalid head again, and says so
+        with contextlib.suppress(ProxyError, ValueError):  # the thread that gets the request sends the error
             request = None if entry else parse_request_head(key[0], *key[1])
             if request and not request.is_own_page and request.length == 0 and (
                     request.method in ("GET", "HEAD") and self._is_own_name(request, may_block=False)):
@@ -7714,8 +7765,15 @@ class WakeableSelector(selectors.DefaultSelector):
 class EventLoop:
     """Waits for requests on idle connections; answers small hits, hands the rest to threads.
 
-    A connection comes with add(), is served, and leaves to a thread (ProxyServer.serve_in_thread), which adds it
-    again, or for good.  add() may be called from any thread, all other methods from one.
+    A connection comes with add(), and leaves when it is handed to a thread (ProxyServer.serve_in_thread),
+    which adds it again, or when it is closed.  add() may be called from any thread; all other methods
+    belong to one.
+
+    A turn is one call of run_once(): all connections that are ready are served once.  Stored files are
+    checked once a turn, not once a request (see HotCache), and responses are counted and logged once a
+    turn.  That must not be noticed: a client that removes a file, or changes the settings, and *then* sends
+    a request must not get the old response.  So wherever bytes may have arrived after the turn began,
+    HotCache.recheck() comes first.
     """
 
     def __init__(self, server: ProxyServer) -> None:
@@ -7740,7 +7798,7 @@ class EventLoop:
         (self._take_added if self._closed else self.selector.wake)()
 
     def run_once(self, timeout: float) -> None:
-        """Serve all connections that are ready now, or become ready within ``timeout`` seconds."""
+        """Serve all connections that are ready now, or as soon as one is, within ``timeout`` seconds."""
         self._thread = threading.get_ident()
         postponed, self._postponed = self._postponed, []
         ready = self.selector.select(0 if postponed else timeout)
@@ -7792,7 +7850,8 @@ class EventLoop:
     def _add(self, connection: ClientConnection) -> None:
         """Serve a connection at once, since a new one has usually sent its request; then wait for more."""
         self._connections.add(connection)
-        connection.waiting, connection.waiting_since = True, time.monotonic()  # it may have been parked for long
+        connection.waiting = True
+        connection.waiting_since = time.monotonic()  # not before: it may have been parked for long
         self._hot_cache.recheck()  # its request may be younger than this turn
         self._serve(connection)
         if connection.waiting and not connection.pending:
@@ -7801,7 +7860,7 @@ class EventLoop:
     def _watch(self, connection: ClientConnection) -> None:
         events = selectors.EVENT_WRITE if connection.pending else selectors.EVENT_READ
         try:
-            watch(self.selector, connection.sock, events, connection)
+            set_events(self.selector, connection.sock, events, connection)
         except OSError as error:  # fs.epoll.max_user_watches, say
             log.warning("Cannot watch a connection: %s", error)
             self._close(connection)
@@ -7809,12 +7868,12 @@ class EventLoop:
     def _remove(self, connection: ClientConnection) -> None:
         connection.waiting = False
         self._connections.discard(connection)
-        watch(self.selector, connection.sock, 0)
+        set_events(self.selector, connection.sock, 0)
 
     def _close(self, connection: ClientConnection) -> None:
         if connection.pending:
             (entry, left, began), connection.pending = connection.pending, None
-            self._note_sent(connection, entry, len(entry.body) - len(left), began, whole=False)
+            self._note_sent(connection, entry, left, began)
         self._remove(connection)
         self._server.shutdown_request(connection)
 
@@ -7829,11 +7888,10 @@ class EventLoop:
         try:
             if connection.pending:
                 self._send(connection, *connection.pending)
-                self._serve_buffered(connection)
-            elif buffered_only:
-                self._serve_buffered(connection)
-            else:
+            elif not buffered_only:
                 self._on_readable(connection)
+                return
+            self._serve_buffered(connection)
         except Exception:  # noqa: BLE001
             self._server.handle_error(connection, connection.address)
             if connection.waiting:
@@ -7847,8 +7905,8 @@ class EventLoop:
             return
         access_key = connection.access_key
         if not access_key and not self._dispatcher.check_access(connection):
-            # Further input is discarded until the client closes, or LINGER_TIMEOUT: unread bytes would turn the
-            # proxy's close into a reset, which may overtake the response.
+            # Discard what the client sends until it closes, or for LINGER_TIMEOUT: unread bytes would turn
+            # the proxy's close into a reset, which may overtake the response.
             return
         if not connection.buffered:
             connection.waiting_since = began
@@ -7892,13 +7950,14 @@ class EventLoop:
             self._watch(connection)
         if not is_pending:
             connection.answered = True
-            self._note_sent(connection, entry, len(entry.body), began, whole=True)
+            self._note_sent(connection, entry, b"", began)
             if entry.ready.close:
                 self._close(connection)
 
-    def _note_sent(self, connection: ClientConnection, entry: HotEntry, size: int, began: float, whole: bool) -> None:
-        """Note ``size`` bytes of a body sent; a negative size means that not even the head was complete."""
-        result = SendResult(max(0, size), max(0, size), time.monotonic() - began, whole)
+    def _note_sent(self, connection: ClientConnection, entry: HotEntry, left: bytes, began: float) -> None:
+        """Note that an entry has been sent, but for the bytes that are ``left`` of head and body."""
+        size = max(0, len(entry.body) - len(left))
+        result = SendResult(size, size, time.monotonic() - began, not left)
         self._sent.setdefault(entry, []).append((connection.host, result))
 
     def _record(self) -> None:
@@ -7911,8 +7970,9 @@ class EventLoop:
 class RequestReader:
     """Reads the requests of a connection that the event loop has handed to a thread.
 
-    A request head is complete when it comes here, in ``connection.buffered``, or never will be: it is invalid
-    or did not come in time.  Only bodies are waited for.
+    The event loop waits for heads, so there is only one place that does.  When a request comes here, its
+    head is complete in ``connection.buffered``, or never will be: then it is invalid, or it was not
+    complete in time, and next() raises the error to send.  Only bodies are waited for.
     """
 
     def __init__(self, connection: ClientConnection) -> None:
@@ -7932,22 +7992,25 @@ class RequestReader:
         timings = {"received": connection.waiting_since} if log.isEnabledFor(logging.DEBUG) else None
         mark(timings, "dispatched")
         missing, connection.known_missing = connection.known_missing, False
-        return replace_fields(request, body=body, received=time.time(), client=connection.host, timings=timings,
-                              server_address=connection.server_address[0], known_missing=missing)
+        return replace_fields(
+            request, body=body, received=time.time(), client=connection.host, timings=timings,
+            server_address=connection.server_address[0], known_missing=missing)
 
     def _parse_head(self, data: bytes) -> Request:
         """Parse the head at the start of ``data``, and consume it."""
         self.line = "?"
         size = find_head_end(data)
         if not size:
-            raise BadRequestError("The request head was not complete within %d s." % REQUEST_HEAD_TIMEOUT, 408)
+            sentence = "The request head was not complete within %d s." % REQUEST_HEAD_TIMEOUT
+            raise BadRequestError(sentence, 408)
         try:
             parse = parse_request_head if 0 < size <= MAX_MEMOIZED_HEAD else parse_request_head.__wrapped__
             # An invalid head is parsed for its error; the line end makes an overlong last line a whole one.
             head = data[:size] if size > 0 else data + b"\r\n"
             request = parse(head, self._connection.is_local, self._connection.server_address)
         except ValueError as error:
-            raise BadRequestError("Invalid request head: %s." % error, getattr(error, "status", 400)) from None
+            status = getattr(error, "status", 400)
+            raise BadRequestError("Invalid request head: %s." % error, status) from None
         except ProxyError:
             self.line = data.lstrip(b"\r\n").partition(b"\r\n")[0].decode("latin-1")
             raise
@@ -8055,8 +8118,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _answer(self, request: Request, response: Response, close: bool = False) -> bool:
         """Send a response and record it; return whether the connection stays open.
 
-        If it fails before its first byte, another takes its place: a stale one, at last an error, which cannot
-        fail.  After the first byte, only closing the connection is honest (invariant 7).
+        If it fails before its first byte, another takes its place: a stale one, and at last an error, which
+        cannot fail.  After the first byte, the only honest error is closing the connection (invariant 7).
         """
         whole, stays_open = False, False
         try:
@@ -8069,7 +8132,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                         return False
                     response.body.close()
                     response = self._fallback(response, error)
-            if not stays_open and (close or wants_keep_alive(request) or getattr(request.body, "unread", False)):
+            unread = getattr(request.body, "unread", False)
+            if not stays_open and (close or unread or wants_keep_alive(request)):
                 self._reader.drain_and_close()  # the client may still be sending
             return stays_open
         finally:
@@ -8088,7 +8152,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     # Writing
 
     def _send(self, request: Request, response: Response, close: bool) -> bool:
-        """Send a response; return whether the connection stays open.  ProxyError or StorageError from its body."""
+        """Send a response; return whether the connection stays open.
+
+        ProxyError or StorageError if its body fails; OSError or socket.timeout if the client does.
+        """
         framing = response_framing(request, response.head, response.body.length)
         unread = getattr(request.body, "unread", False)  # it would be taken for the next request
         close = close or unread or framing is Framing.CLOSE or not wants_keep_alive(request)
@@ -8109,9 +8176,16 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         return not close
 
     def _write_body(self, request: Request, head: bytes, body: ResponseBody, framing: Framing) -> None:
-        """Write head and body; the head leaves in one segment with a small body."""
+        """Write head and body.
+
+        Small parts are collected, so that the head and a small body leave in one segment; large slices of
+        files are sent by the kernel.  A body of a declared length must have it (invariant 7): one that is
+        longer would be taken for the next response, one that is shorter would leave the client waiting.
+        """
         is_live = isinstance(body, (TailingBody, PassThroughBody))  # whose next bytes may be long in coming
-        waiting, count, total = head, 0, 0  # bytes to be written, those of the body among them, and of all parts
+        waiting = head  # to be written
+        count = 0  # bytes of the body in ``waiting``
+        total = 0  # bytes of the body so far
         for part in body.chunks():
             total += part.size if isinstance(part, FileSlice) else len(part)
             if body.length is not None and total > body.length:
@@ -8160,8 +8234,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 class NonblockingListener(socket.socket):
     """A listening socket that takes over another one's descriptor, and does not block in accept().
 
-    Another process may be quicker to accept.  ``family`` and ``type`` are attributes here: accept() asks for
-    them each time, and socket's own properties, which build enumerations, take a tenth of a connection's time.
+    It must not block, because another process that shares it may be quicker to accept.  ``family`` and
+    ``type`` are attributes here, because accept() asks for them each time: socket's own properties, which
+    build enumerations, take a tenth of the time of a connection.
     """
 
     family: socket.AddressFamily = socket.AF_INET
@@ -8194,12 +8269,16 @@ def display_address(listening: socket.socket) -> str:
 class ThreadPool:
     """Reuses idle daemon threads; unlike ThreadPoolExecutor it never delays the exit.
 
-    concurrent.futures joins its threads at exit: an open tunnel would then delay SIGTERM by minutes.  Starting
-    a thread costs as much as several hits, so up to MAX_IDLE_THREADS wait THREAD_IDLE_TIMEOUT for more work.
+    ThreadPoolExecutor joins its threads at exit: with an open tunnel, the end after SIGTERM took 40 s
+    instead of SHUTDOWN_GRACE.  It also limits threads, which is ConnectionLimiter's task here.
+
+    Starting a thread costs as much as several hits, so up to MAX_IDLE_THREADS wait THREAD_IDLE_TIMEOUT for
+    more work.  How submit() and a thread that stops waiting agree:
 
     1. submit() reserves an idle thread by decrementing _unreserved_idle, *before* it enqueues the task.
-    2. A thread that times out while the count is above 0 decrements it, and ends.
-    3. A thread that times out and finds 0 is reserved: its task is about to be enqueued, so it must wait for it.
+    2. A thread that times out while the count is above 0 decrements it, and ends: it was not reserved, or
+       another one can do the reserved work instead.
+    3. A thread that times out and finds 0 is reserved: its task is about to be enqueued, and it waits for it.
     """
 
     def __init__(self) -> None:
@@ -8209,7 +8288,10 @@ class ThreadPool:
         self._closed = False
 
     def submit(self, work: Callable[..., object], *arguments: Any) -> None:
-        """Run ``work``, which handles its own errors, in a thread; RuntimeError if no thread can be started."""
+        """Run ``work`` in a thread, where it must handle its own errors.
+
+        RuntimeError if the system has no more threads.
+        """
         with self._lock:
             reserved = self._unreserved_idle > 0
             self._unreserved_idle -= reserved
@@ -8240,17 +8322,29 @@ class ThreadPool:
                     if self._unreserved_idle:
                         self._unreserved_idle -= 1
                         return
-                work, arguments = self._tasks.get()
+                work, arguments = self._tasks.get()  # step 3
 
 
 class ProxyServer(http.server.ThreadingHTTPServer):
     """Listens on one address and serves its connections.
 
-    Socketserver's interface and structure stay, and overridden are:
-    serve_forever and shutdown (the event loop takes the place of socketserver's selector),
-    service_actions (called by the loop several times a second),
-    process_request (a connection starts in the event loop, not in a thread), process_request_thread,
-    shutdown_request, server_close and handle_error.  ``request`` is a ClientConnection in the last five.
+    It has the interface of every server of socketserver, but waits differently.  Overridden are:
+
+    ======================  ====================================================================
+    serve_forever           the event loop takes the place of socketserver's selector
+    shutdown                socketserver's own would wait for its own loop
+    service_actions         socketserver's hook for periodic work, several times a second
+    process_request         a connection starts in the event loop, not in a thread
+    process_request_thread  afterwards the connection returns to the event loop
+    shutdown_request        frees the connection's place
+    server_close            closes the event loop, too
+    handle_error            writes to the log instead of stderr
+    ======================  ====================================================================
+
+    ``request`` is a ClientConnection in all of them but process_request, where it is still a socket.
+
+    The end comes in four steps: stop() of all servers (nothing is accepted any more); the caller waits until
+    replies_running is 0, or for SHUTDOWN_GRACE; serve_forever() returns; server_close().
     """
 
     def __init__(self, listening: socket.socket, dispatcher: Dispatcher) -> None:
@@ -8308,9 +8402,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """Do what is due several times a second."""
         now = self.last_iteration = time.monotonic()
         if self._stop_at < math.inf:
-            watch(self.event_loop.selector, self.socket, 0)
+            set_events(self.event_loop.selector, self.socket, 0)
         elif now >= self._resume_at:
-            watch(self.event_loop.selector, self.socket, selectors.EVENT_READ, self._accept)
+            set_events(self.event_loop.selector, self.socket, selectors.EVENT_READ, self._accept)
         self.event_loop.close_timed_out(now)
         self.limiter.admit_parked()
         self.dispatcher.proxy.close_idle()
@@ -8323,14 +8417,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             if not self.limiter.reserve():
                 if number == 0:  # the listening socket was ready, so a client really waits
                     self.limiter.close_idle_for_new()
-                    watch(self.event_loop.selector, self.socket, 0)  # until the next service_actions()
+                    set_events(self.event_loop.selector, self.socket, 0)  # until the next service_actions()
                 return
             try:
                 sock, address = self.get_request()
             except OSError as error:  # nobody waits (any more), mostly
                 self.limiter.release(None)
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    watch(self.event_loop.selector, self.socket, 0)
+                    set_events(self.event_loop.selector, self.socket, 0)
                     self._resume_at = time.monotonic() + 0.1
                 return
             self.process_request(sock, address)

@@ -7714,6 +7714,34 @@ class ServerTest(ProxyCase):
         self.assertRegex(lines[0], r"\A\[  1\] 127\.0\.0\.1       miss      200       100 bytes   \d\.\d\d\d s  GET http://127\.0\.0\.1:\d+/x_1\.deb\Z")
         self.assertRegex(lines[1], r"\A\[  2\] .* hit +200 +100 bytes ")
 
+    def test_a_verbose_log_shows_where_the_time_of_a_request_went(self):
+        with self.assertLogs("pkgproxy", "DEBUG") as caught:
+            self.ask("/x_1.deb")
+            until(lambda: caught.records)
+        text, _, steps = caught.records[0].getMessage().partition(" [dispatched ")
+        self.assertRegex(text, r" miss .* GET \S+/x_1\.deb\Z")
+        self.assertRegex(steps, r"\A\d+\.\d, looked up \d+\.\d, locked \d+\.\d, connected \d+\.\d, origin head \d+\.\d, .* ms\]\Z")
+        self.assertIn("first byte ", steps)
+        times = [float(time) for time in re.findall(r"\d+\.\d", steps)]
+        self.assertEqual(times, sorted(times), "all since the request arrived")
+
+    def test_a_pipelined_request_in_a_thread_gets_its_own_answer(self):
+        """Its head is read as the first one was, and what is known of the first is not taken for known of it."""
+        stored = self.line("/x_1.deb")
+        self.ask("/x_1.deb")
+        self.settle()
+        with socket.create_connection(self.address, PATIENCE) as connection:
+            connection.sendall(self.line("/x_2.deb") + b"\r\n" + stored.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            answer = b"".join(iter(lambda: connection.recv(999), b""))
+        self.assertEqual(re.findall(rb"pkgproxy; (?:hit|fwd=[a-z-]+)", answer), [b"pkgproxy; fwd=uri-miss", b"pkgproxy; hit"])
+
+    def test_an_overlong_head_is_refused_when_it_is_too_long_and_not_before_its_time(self):
+        line, field = pkgproxy.MAX_LINE, b"A: " + b"x" * 9000 + b"\r\n"
+        for data, status in ((b"GET http://a/" + b"x" * line, 414), (b"GET http://a/ HTTP/1.1\r\nHost: a\r\n" + field * 8, 431),
+                             (b"GET http://a/ HTTP/1.1\r\nHost: a\r\nA: " + b"x" * line, 431), (b"\r\nGET http://a/" + b"x" * line, 414)):
+            with self.subTest(data[:40]):
+                self.assertIn(b"HTTP/1.1 %d " % status, self.raw(data))
+
 
 class StrictServerTest(ProxyCase):
     """RFC 9112 to the letter: what is ambiguous is refused, and nothing of it is passed on."""
