@@ -7149,13 +7149,9 @@ def set_events(selector: selectors.BaseSelector, sock: socket.socket, events: in
     cannot watch more sockets.
     """
     # By number: the map's KeyError for an unknown socket would contain the socket's repr(), which is slow.
-    registered = sock.fileno() in selector.get_map()
-    if not events:
-        if registered:
-            selector.unregister(sock)
-    elif registered:
-        selector.modify(sock, events, data)
-    else:
+    if sock.fileno() in selector.get_map():
+        selector.unregister(sock)
+    if events:
         selector.register(sock, events, data)
 
 
@@ -7291,8 +7287,8 @@ class ClientConnection:
         self.host = unmap_ipv4(address[0])
         self.network = client_network(self.host)
         self.on_admitted = on_admitted  # each connection knows its event loop: servers share one limiter
-        self.buffered = b""  # received, but not yet parsed
-        self.answered = False  # has got a response
+        self.buffered = b""  # received, but not yet answered: mostly the beginning of a head
+        self.answered = False  # has got a response: from now on, the client must expect a close at any time
         self.waiting = False
         self.waiting_since = time.monotonic()  # when the connection became idle, or the current request began
         self.keep_alive = False  # return the connection to the event loop when its thread is done
@@ -7406,7 +7402,10 @@ class ConnectionLimiter:
         self._measured = time.monotonic()
 
     def reserve(self) -> bool:
-        """Reserve a place for a connection about to be accepted; False at the limit."""
+        """Reserve a place for a connection about to be accepted; False at the limit.
+
+        It closes nothing: the caller may not know yet whether a client waits at all.
+        """
         with self._lock:
             free = self._count < self.max_connections
             self._count += free
@@ -7534,8 +7533,9 @@ def usable_processors() -> list[int]:
 class CPUAffinity:
     """Keeps the threads of this process on one processor.
 
-    If they run on two, nearly every system call of one thread passes the interpreter lock to a thread on the
-    other processor, which must be woken first: eight clients took twice as long for files not yet stored.
+    Only one thread runs Python code at a time, so a second processor is of little use.  If they run on two,
+    nearly every system call of one thread passes the interpreter lock to a thread on the other processor,
+    which must be woken first: eight clients took twice as long for files not yet stored.
     """
 
     def __init__(self) -> None:
@@ -7567,16 +7567,17 @@ class CPUAffinity:
         return False
 
 
-def format_timings(timings: dict[str, float] | None) -> str:
+def format_timings(timings: dict[str, float]) -> str:
     """Format the steps of a request for the log, in milliseconds since it began to arrive; see mark().
 
     >>> format_timings({"received": 5.0, "dispatched": 5.0004, "first byte": 5.02})
     ' [dispatched 0.4, first byte 20.0 ms]'
     """
-    if timings is None:
-        return ""
     steps = sorted(tuple(timings.items()), key=lambda step: step[1])  # a copy: a download may add "stored"
     return " [%s ms]" % ", ".join(["%s %.1f" % (name, 1000 * (at - steps[0][1])) for name, at in steps[1:]])
+
+
+_SIMPLE_REQUESTS = (("GET", 0), ("HEAD", 0))  # method and length of the body: a small hit can answer them
 
 
 class Dispatcher:
@@ -7623,14 +7624,16 @@ class Dispatcher:
         return render_response_head(request, head, size, response.cache_status, True, self.proxy.config) + (
             b"%s\n" % str(error).encode())
 
-    def _is_own_name(self, request: Request, may_block: bool) -> bool:
-        """Return whether the name by which the client called the proxy is its own (see is_own_name).
+    def _check_name(self, request: Request, may_block: bool) -> None:
+        """ProxyError if the client calls the proxy by a name that is not its own (see is_own_name).
 
-        The host's full name is compared only if the caller ``may_block``: it takes a look-up.
+        The host's own names are compared only if the caller ``may_block``: they take a look-up.
         """
         name = called_name(request)
-        return is_own_name(name, self.proxy.config.names) or may_block and name in (
-            socket.gethostname().lower(), self._full_name().lower())
+        if not is_own_name(name, self.proxy.config.names) and not (
+                may_block and name in (socket.gethostname().lower(), self._full_name().lower())):
+            raise ProxyError("This proxy does not answer to the name '%s'; its operator can add --name %s."
+                             % (name, name), 421)
 
     # Requests, in worker threads
 
@@ -7647,10 +7650,7 @@ class Dispatcher:
 
     def respond(self, request: Request, port: int) -> Response:
         """Return the response to a request that came to this port of the server; ProxyError."""
-        if not self._is_own_name(request, may_block=True):
-            name = called_name(request)
-            raise ProxyError("This proxy does not answer to the name '%s'; its operator can add --name %s."
-                             % (name, name), 421)
+        self._check_name(request, may_block=True)
         if not request.is_own_page:
             return rewrite_for_prefix(request, self.proxy.respond(request))
         if request.method == "OPTIONS":
@@ -7698,8 +7698,8 @@ class Dispatcher:
         entry = hot_cache.get(key, self.proxy.config)
         with contextlib.suppress(ProxyError, ValueError):  # the thread that gets the request sends the error
             request = None if entry else parse_request_head(key[0], *key[1])
-            if request and not request.is_own_page and request.length == 0 and (
-                    request.method in ("GET", "HEAD") and self._is_own_name(request, may_block=False)):
+            if request and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
+                self._check_name(request, may_block=False)
                 entry, connection.known_missing = self.proxy.prepare_hit(request, float(int(time.time())))
                 if entry is not None:
                     hot_cache.put(key, entry)
@@ -7728,7 +7728,7 @@ class Dispatcher:
             self.statistics.recent.note(request, status, cache_status, results)
         if log.isEnabledFor(logging.DEBUG if outcome is Outcome.OWN else logging.INFO):
             text = text or log_text(request, cache_status)
-            timings = format_timings(request.timings)
+            timings = format_timings(request.timings) if request.timings else ""
             self._write_log(["[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s%s%s" % (
                 next(self._ids), client, outcome._value_, status, result.size, result.took, text,
                 "" if result.whole else ", incomplete", timings)
@@ -7850,8 +7850,8 @@ class EventLoop:
     def _add(self, connection: ClientConnection) -> None:
         """Serve a connection at once, since a new one has usually sent its request; then wait for more."""
         self._connections.add(connection)
-        connection.waiting = True
-        connection.waiting_since = time.monotonic()  # not before: it may have been parked for long
+        # The time begins now, not when the connection was accepted: it may have been parked for long.
+        connection.waiting, connection.waiting_since = True, time.monotonic()
         self._hot_cache.recheck()  # its request may be younger than this turn
         self._serve(connection)
         if connection.waiting and not connection.pending:
@@ -7922,7 +7922,9 @@ class EventLoop:
     def _serve_buffered(self, connection: ClientConnection, seen: int = 0) -> None:
         """Answer buffered requests one after another, as many as one turn allows.
 
-        The first ``seen`` bytes are known to contain no end of a head.
+        The first request that may block takes the connection, with all that is buffered, to a thread:
+        responses must leave in the order of the requests (RFC 9112 §9.3.2).  After REQUESTS_PER_TURN, the
+        other clients come first.  The first ``seen`` bytes are known to contain no end of a head.
         """
         for _ in range(REQUESTS_PER_TURN):
             began, free = time.monotonic(), connection.waiting and not connection.pending
@@ -8001,16 +8003,14 @@ class RequestReader:
         self.line = "?"
         size = find_head_end(data)
         if not size:
-            sentence = "The request head was not complete within %d s." % REQUEST_HEAD_TIMEOUT
-            raise BadRequestError(sentence, 408)
+            raise BadRequestError("The request head took longer than %d s." % REQUEST_HEAD_TIMEOUT, 408)
         try:
             parse = parse_request_head if 0 < size <= MAX_MEMOIZED_HEAD else parse_request_head.__wrapped__
             # An invalid head is parsed for its error; the line end makes an overlong last line a whole one.
             head = data[:size] if size > 0 else data + b"\r\n"
             request = parse(head, self._connection.is_local, self._connection.server_address)
         except ValueError as error:
-            status = getattr(error, "status", 400)
-            raise BadRequestError("Invalid request head: %s." % error, status) from None
+            raise BadRequestError("Invalid head: %s." % error, getattr(error, "status", 400)) from None
         except ProxyError:
             self.line = data.lstrip(b"\r\n").partition(b"\r\n")[0].decode("latin-1")
             raise
@@ -8049,9 +8049,13 @@ class RequestReader:
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """Reads requests from one connection and writes the responses.  It decides nothing.
 
-    It has the shape of every handler of http.server (setup, handle and finish are overridden), but neither
-    that module's parser nor its send_response(): the parser accepts heads that RFC 9112 wants refused, and
-    responses leave as rendered by section 2.
+    It has the shape of every handler of http.server: one object per connection, whose setup(), handle() and
+    finish() are called by the constructor.  These three are overridden.  The parser and send_response() of
+    http.server are not used: the parser accepts heads that RFC 9112 wants refused, and responses leave as
+    rendered by section 2.
+
+    Unlike other handlers, this one does not keep its connection: when no further request is buffered, it ends
+    with ``keep_alive`` set, and the connection waits in the event loop, without a thread.
     """
 
     server: ProxyServer
@@ -8106,7 +8110,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         return False
 
     def _respond(self, request: Request) -> Response:
-        """Return the dispatcher's response, or the error.  The one place where a bug becomes a 500."""
+        """Return the dispatcher's response, or one that tells the error.
+
+        This is the one place where a bug becomes a status 500.
+        """
         try:
             return self.server.dispatcher.respond(request, self.server.server_address[1])
         except ProxyError as error:
@@ -8170,7 +8177,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if framing is Framing.CLOSE and self._response_begun:
                 # A normal close would mark the end of the body (invariant 7), so reset the connection.
                 self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self._reader.file.close()
                 self._connection.sock.close()
             raise
         return not close
@@ -8183,9 +8189,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         longer would be taken for the next response, one that is shorter would leave the client waiting.
         """
         is_live = isinstance(body, (TailingBody, PassThroughBody))  # whose next bytes may be long in coming
-        waiting = head  # to be written
-        count = 0  # bytes of the body in ``waiting``
-        total = 0  # bytes of the body so far
+        # Bytes to be written, the number of those that belong to the body, and the size of the body so far.
+        waiting, count, total = head, 0, 0
         for part in body.chunks():
             total += part.size if isinstance(part, FileSlice) else len(part)
             if body.length is not None and total > body.length:
@@ -8365,7 +8370,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         dispatcher.proxy.add_listening_port(self.server_address[1])
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve until shutdown(), and then until the event loop has sent its responses, or SHUTDOWN_GRACE."""
+        """Serve until shutdown(), and then until the event loop has sent its responses, or SHUTDOWN_GRACE.
+
+        ``poll_interval``: seconds between two calls of service_actions().
+        """
         self._ended.clear()
         acted = 0.0
         while time.monotonic() < self._stop_at and (self._stop_at == math.inf or self.event_loop.sending):
@@ -8399,7 +8407,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._thread_pool.close()
 
     def service_actions(self) -> None:
-        """Do what is due several times a second."""
+        """Do what is due several times a second.
+
+        That includes watching the listening socket again, after the limit or a lack of descriptors has
+        stopped it: while it is watched and nothing is accepted, the event loop would spin.
+        """
         now = self.last_iteration = time.monotonic()
         if self._stop_at < math.inf:
             set_events(self.event_loop.selector, self.socket, 0)
@@ -8412,7 +8424,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     # Accepting, in the thread of serve_forever()
 
     def _accept(self) -> None:
-        """Accept connections, as many as one turn and the limit allow.  Back off when out of descriptors."""
+        """Accept connections, as many as one turn and the limit allow.
+
+        At the limit, or if the process is out of file descriptors, the clients wait in the system's queue.
+        """
         for number in range(REQUESTS_PER_TURN):
             if not self.limiter.reserve():
                 if number == 0:  # the listening socket was ready, so a client really waits
@@ -8430,7 +8445,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.process_request(sock, address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Let the event loop serve a new socket; refuse it if its client has far too many connections."""
+        """Let the event loop serve a new socket.
+
+        It is refused at once, without reading a request, if its client has so many connections that they
+        cannot even be parked.
+        """
         with contextlib.suppress(OSError):  # it has been closed already
             # Nagle's algorithm would delay a body that is sent after its head by 40 ms.
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -8442,7 +8461,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.shutdown_request(connection)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection; wake the loop if another client waits for its place."""
+        """Close a connection; wake the loop if another client waits for its place.
+
+        Called by the event loop and by worker threads.
+        """
         request.sock.close()
         self._in_threads.discard(request)
         self.limiter.release(request)
@@ -8462,7 +8484,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.shutdown_request(connection)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer requests in a worker thread; then return the connection to the event loop, or close it."""
+        """Answer requests in a worker thread; then return the connection to the event loop, or close it.
+
+        From add() on, the event loop owns the connection: nothing here may touch it any more.
+        """
         request.keep_alive = False
         try:
             self.finish_request(request, client_address)

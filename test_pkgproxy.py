@@ -7680,7 +7680,7 @@ class ServerTest(ProxyCase):
             for connection in idle:
                 connection.sendall(self.line("/x_1.deb"))
                 self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
-            until(lambda: sum(each.answered for each in self.server.limiter._connections) == 3)
+            until(lambda: sum(each.answered and each.waiting for each in self.server.limiter._connections) == 3)
             victim = min(self.server.limiter._connections, key=lambda each: each.waiting_since).sock.getpeername()
             self.assertEqual(self.ask("/x_2.deb").status, 200)
             until(lambda: self.server.limiter._count == 2)
