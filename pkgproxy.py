@@ -7539,16 +7539,17 @@ class CPUAffinity:
     """
 
     def __init__(self) -> None:
-        self._pinned: set[int] = set()  # empty if the system does not allow it
+        self._pinned: set[int] = set()  # empty if not pinned
         self._all: set[int] = set()
 
     def pin(self, number: int) -> None:
         """Keep threads started from now on on one processor; instances with other numbers use other ones."""
-        usable = usable_processors()
-        if usable:
-            everywhere, pinned = os.sched_getaffinity(0), {usable[number % len(usable)]}
-            if self._move_to(pinned):
-                self._all, self._pinned = everywhere, pinned
+        with contextlib.suppress(OSError):
+            usable = usable_processors()
+            if usable:
+                everywhere, pinned = os.sched_getaffinity(0), {usable[number % len(usable)]}
+                os.sched_setaffinity(0, pinned)
+                self._all, self._pinned = everywhere, pinned  # only if the system has allowed it
 
     @contextlib.contextmanager
     def unpinned(self) -> Iterator[None]:
@@ -7559,12 +7560,10 @@ class CPUAffinity:
         finally:
             self._move_to(self._pinned)
 
-    def _move_to(self, processors: set[int]) -> bool:
-        with contextlib.suppress(OSError):
-            if processors:
+    def _move_to(self, processors: set[int]) -> None:
+        if processors:
+            with contextlib.suppress(OSError):
                 os.sched_setaffinity(0, processors)
-                return True
-        return False
 
 
 def format_timings(timings: dict[str, float]) -> str:
@@ -7625,7 +7624,7 @@ class Dispatcher:
             b"%s\n" % str(error).encode())
 
     def _check_name(self, request: Request, may_block: bool) -> None:
-        """ProxyError if the client calls the proxy by a name that is not its own (see is_own_name).
+        """Raise ProxyError if the client calls the proxy by a name that is not its own (see is_own_name).
 
         The host's own names are compared only if the caller ``may_block``: they take a look-up.
         """
