@@ -7137,7 +7137,7 @@ class RequestBody:
 
 
 def error_response(error: ProxyError) -> Response:
-    """Return the response that tells a client about an error, as one sentence of plain text."""
+    """Return the response for an error: one sentence of plain text."""
     return Response(error_head(error.status), BytesBody((str(error) + "\n").encode()),
                     CacheStatus(error.outcome, detail=str(error)))
 
@@ -7164,7 +7164,7 @@ class TunnelDirection:
 
     def __init__(self, source: socket.socket, sink: socket.socket, early: bytes = b"") -> None:
         self.count = 0  # bytes sent
-        self.ended = False  # the source has closed, and the sink has been told
+        self.ended = False  # the source has closed, and the end has been passed on
         self._source, self._sink, self._data = source, sink, early
 
     def wanted(self) -> tuple[socket.socket, int]:
@@ -7383,7 +7383,7 @@ class ConnectionLimiter:
 
     The life of a connection, as the limiter sees it:
 
-    1. reserve(), before accept(): there must be a place for whoever is accepted.
+    1. reserve(), before accept(): there must be a place for the connection.
     2. admit(), after it: now the client is known.  The connection is registered, or parked without its place.
     3. admit_parked(), twice a second: parked connections get the places that have become free.
     4. release(), when it has been closed.
@@ -8036,7 +8036,7 @@ class RequestReader:
     def drain_and_close(self) -> None:
         """Close for writing, and read until the client closes, for LINGER_TIMEOUT at most.
 
-        Unread bytes would turn our close into a reset, which may overtake the response.
+        Unread bytes would turn the close into a reset, which may overtake the response.
         """
         with contextlib.suppress(OSError):
             self._connection.sock.shutdown(socket.SHUT_WR)
@@ -8109,7 +8109,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         return False
 
     def _respond(self, request: Request) -> Response:
-        """Return the dispatcher's response, or one that tells the error.
+        """Return the dispatcher's response, or an error response.
 
         This is the one place where a bug becomes a status 500.
         """
