@@ -395,7 +395,7 @@ class ProxyCase(unittest.TestCase):
     def settle(self):
         """Wait until no reply, no flight and no validation in the background is under way."""
         until(lambda: not self.server.replies_running and not self.proxy._barrier.in_flight()
-              and self.proxy._refresher._running._value == pkgproxy.MAX_BACKGROUND_VALIDATIONS, "the end of replies")
+              and self.proxy._revalidator._running._value == pkgproxy.MAX_BACKGROUND_VALIDATIONS, "the end of replies")
 
     def _no_threads_left(self):
         until(lambda: threading.active_count() <= self.threads, "the end of all threads")
@@ -3792,7 +3792,7 @@ class MirrorSharingTest(ProxyCase):
         url = self.publish()
         self.ask(self.HERE)
         self.ask(url)
-        self.proxy._refresher.revalidate(pkgproxy.parse_target(url), url, (), True)
+        self.proxy._revalidator.revalidate(pkgproxy.parse_target(url), url, (), True)
         self.settle()
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
         self.assertEqual(self.other.log[-1][2]["if-none-match"], '"there"')
@@ -4037,8 +4037,7 @@ class MirrorSharingTest(ProxyCase):
         url = self.publish()
         self.ask(self.HERE)
         far = pkgproxy.cache_key(pkgproxy.parse_target(url))
-        held = self.proxy._mirrors._candidates(dataclasses.replace(request(url), key=far, client_is_local=False))
-        self.assertEqual(held, [])
+        self.assertFalse(self.proxy._mirrors.has_candidates(dataclasses.replace(request(url), key=far, client_is_local=False)))
         self.assertTrue(self.proxy._mirrors.has_candidates(dataclasses.replace(request(url), key=far, client_is_local=True)))
         with contextlib.closing(self.proxy._store.lookup(self.origin.url(self.HERE))) as twin:
             self.assertTrue(twin.head.local_clients_only)
@@ -4084,7 +4083,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual(self.ask(self.publish()).body, self.BODY)
 
         def cut(copy, size=0):
-            copy._twin.file.close()
+            copy._stored.file.close()
             raise pkgproxy.TruncatedBodyError("cut")
 
         with mock.patch.object(pkgproxy.LocalFileResponse, "read", cut):
@@ -4161,9 +4160,9 @@ class MirrorSharingTest(ProxyCase):
         self.other.close()
         self.assertEqual(self.ask(self.other.url("/mirrors/pub/pool/v3_1.0_all.deb")).status, 502)
         asked = request(self.other.url("/x"))
-        self.proxy._troubles.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
+        self.proxy._failures.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
         self.assertEqual(self.ask(self.other.url("/repodata/" + digest)).body, self.HELD)
-        self.assertEqual(self.proxy._troubles.origin_down_reason(asked), "It is down.", "nobody has asked it")
+        self.assertEqual(self.proxy._failures.origin_down_reason(asked), "It is down.", "nobody has asked it")
 
     def test_what_is_no_longer_to_be_adopted_is_left_alone(self):
         self.adopt(**{"x_1.0_all": self.BODY})
@@ -5366,7 +5365,7 @@ class SmallDiskTest(ProxyCase):
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
-        self.proxy.sweeper.start(config)
+        self.proxy.evictor.start(config)
 
     def mount(self):
         options = "size=%d,nr_inodes=%d" % (self.SIZE, self.INODES)
@@ -6051,7 +6050,7 @@ class FaultTest(ProxyCase):
     def _(self):
         precious = Path(self.folder, "precious")
         precious.write_bytes(b"precious")
-        link = Path(self.proxy._claims.partials.path(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.NEW))), ""))
+        link = Path(self.proxy._locks.partials.path(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.NEW))), ""))
         link.symlink_to(precious)
         self.here.callback(link.unlink)
         got = self.get()
@@ -6722,7 +6721,7 @@ class InstancesTest(InstancesCase):
 
     def stuck(self, key):
         """The path of a partial that is there, and empty."""
-        path = Path(self.proxy._claims.partials.path(key, ""))
+        path = Path(self.proxy._locks.partials.path(key, ""))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         return str(path)
@@ -6842,9 +6841,9 @@ class InstancesTest(InstancesCase):
             with self.subTest(tag=tag):
                 fields = (("ETag", tag),) if tag else ()
                 old, other = (mock.Mock(head=ResponseHead(200, "OK", fields, key="http://a/x", response_time=CLOCK), size=5) for _ in range(2))
-                claims = mock.Mock()
-                claims.partials.open_for_reading.return_value = other
-                watch = pkgproxy.PeerFollower(None, claims, None, None, None, mock.Mock())
+                downloader = mock.Mock()
+                downloader.locks.partials.open_for_reading.return_value = other
+                watch = pkgproxy.PeerFollower(downloader, None, None, mock.Mock())
                 watch._partial, watch._published = old, True
                 watch._switch_writer("another")
                 self.assertEqual((old.switch_to.called, other.release.called), (same, not same))
@@ -7022,7 +7021,7 @@ class MemcachedTest(InstancesCase):
         gate = self.held()
         response = self.begin(self.address)
         self.memcached.say("set %s 0 5 5\r\nother\r\n" % self.lease())
-        leases = self.proxy._claims.leases
+        leases = self.proxy._locks.leases
         until(lambda: any(leases.is_lost(owner) for owner in list(leases._held)), "the loss of a lease")
         gate.open()
         self.assertEqual(response.read(), self.body[1:])
@@ -7055,7 +7054,7 @@ class MemcachedTest(InstancesCase):
         self.assertEqual(self.origin.asked(self.BIG), ["GET"])
         self.assertEqual(set(self.files()), {self.place(self.BIG[1:]), self.place("y_1.0_all.deb")})
         self.memcached.start()
-        for server in self.proxy._claims.leases._servers:
+        for server in self.proxy._locks.leases._servers:
             until(lambda server=server: time.monotonic() > server._trouble, "the end of the trouble")
         with self.assertLogs("pkgproxy", "WARNING") as caught:
             self.assertEqual(self.ask("/z_1.0_all.deb").body, b"z")
@@ -7393,7 +7392,7 @@ class PagesTest(ProxyCase):
         self.origin.pages["/dists/x/InRelease"] = ScriptedResponse(b"", 503)
         self.assertIn("stale", self.outcome(self.ask("/dists/x/InRelease")))
         self.settle()
-        self.proxy.sweeper._note(self.proxy.sweeper._janitor.run(self.config, time.time()))
+        self.proxy.evictor._record(self.proxy.evictor._evictor.run(self.config, time.time()))
         view = self.view()
         self.assertEqual([(row["origin"], row["reason"]) for row in view["troubles"]],
                          [(self.origin.url("/dists/x/InRelease"), "127.0.0.1:%d answers 503." % self.origin.port)])
@@ -8789,8 +8788,8 @@ class EventLoopTest(ProxyCase):
                 self.ask("/n%d_1.0.deb" % number)
             self.settle()
         before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-        self.assertLessEqual(len(self.server.lobby._shelf._copies), pkgproxy.HOT_CACHE_SIZE)
-        until(lambda: not self.server.lobby._shelf._copies)
+        self.assertLessEqual(len(self.server.lobby._shelf._entries), pkgproxy.HOT_CACHE_SIZE)
+        until(lambda: not self.server.lobby._shelf._entries)
         if before:
             self.assertLess(len(os.listdir("/proc/self/fd")), before + 10)
 
