@@ -4783,13 +4783,15 @@ class TailingBody:
 
     def _follow(self, offset: int, stop: int) -> Iterator[bytes | FileSlice]:
         while offset < stop:
+            deadline = self.first_byte_deadline
             try:
-                received = min(stop, self._download.flight.wait_for_bytes(offset, self._timeout()))
+                timeout = FOLLOWER_STALL_TIMEOUT if deadline is None else max(0.0, deadline - time.monotonic())
+                received = min(stop, self._download.flight.wait_for_bytes(offset, timeout))
                 if received <= offset:
                     return  # the body is complete; its length was not known before
                 part = self._read(offset, received)
             except (StorageError, OSError) as error:
-                if self.first_byte_deadline is not None and getattr(error, "code", 0) == errno.ETIMEDOUT:
+                if deadline is not None and getattr(error, "code", 0) == errno.ETIMEDOUT:
                     raise OriginTimeoutError("The first byte did not come in time.") from None
                 yield from self._fetch_remainder(offset, stop)
                 return
@@ -4797,11 +4799,6 @@ class TailingBody:
             self.first_byte_deadline = None
             self._started = True
             yield part
-
-    def _timeout(self) -> float:
-        if self.first_byte_deadline is None:
-            return FOLLOWER_STALL_TIMEOUT
-        return max(0.0, self.first_byte_deadline - time.monotonic())
 
     def _read(self, offset: int, received: int) -> bytes | FileSlice:
         """Read received bytes; OSError, StorageError.
@@ -4946,13 +4943,12 @@ def may_share_download(request: Request, head: ResponseHead) -> bool:
     return allowed and selecting_fields(request, head) == head.vary
 
 
-def full_request(request: Request, decision: CacheDecision, config: Config,
-                 deadline: float | None = None) -> OriginRequest:
+def full_request(request: Request, config: Config, deadline: float | None = None) -> OriginRequest:
     """Make the request for a whole representation that may be stored, whatever part the client asked for."""
-    fields = origin_request_fields(request, config, identity=True)
-    return OriginRequest("GET", request.target, fields, client_is_local=request.client_is_local,
-                         follow_redirects=decision.policy.redirects, client=request.client, deadline=deadline,
-                         timings=request.timings)
+    return OriginRequest(
+        "GET", request.target, origin_request_fields(request, config, identity=True),
+        client_is_local=request.client_is_local, client=request.client, deadline=deadline,
+        follow_redirects=POLICIES[classify_name(request.key)].redirects, timings=request.timings)
 
 
 # Failures
@@ -5347,12 +5343,12 @@ class Downloader:
     Public: ``start``; ``download`` for a thread that already exists; ``snapshot``.
     """
 
-    def __init__(self, config: Config, store: Store, origin: OriginClient, failures: RecentFailures,
-                 on_replaced: Callable[[OriginRequest], None]) -> None:
+    def __init__(self, config: Config, store: Store, flights: SingleFlight, origin: OriginClient,
+                 failures: RecentFailures, on_replaced: Callable[[OriginRequest], None]) -> None:
         self.store = store
+        self.flights = flights
         self.origin = origin
         self.failures = failures
-        self.flights = SingleFlight()
         self.locks = DownloadLocks(store, config)
         self._on_replaced = on_replaced  # called when a stored response was replaced by a newer one
         self._orphans = OrphanLimiter(config.max_orphans)
@@ -5422,8 +5418,7 @@ class Downloader:
             log.warning("%s was not stored: %s", partial.head.key, failure)
             if isinstance(failure, DownloadAbandonedError):
                 result = FlightResult.ALONE  # a client that joined at the last moment asks the origin
-            else:
-                error = failure
+            error = None if result is FlightResult.ALONE else failure
             partial.keep_for_resume()
         finally:
             self._orphans.remove(partial)
@@ -5846,6 +5841,32 @@ def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now:
 # Fetches that clients share
 
 
+def fetch_full(origin: OriginClient, origin_request: OriginRequest) -> OriginResponse:
+    """Ask for a whole representation; OriginError, also if the response does not answer that."""
+    response = origin.fetch(origin_request)
+    status = response.head.status
+    is_conditional = any(name.startswith("If-") for name, _ in origin_request.fields)
+    if status in (206, 416) or status == 304 and not is_conditional:
+        response.close()
+        raise OriginError("%s answered %d to a plain request." % (origin_request.target.authority, status))
+    return response
+
+
+def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, request: Request,
+                      stored: StoredResponse, config: Config) -> ResponseHead | None:
+    """Return the origin's head for a body file without one, if size and date show that it is the same."""
+    response = origin.fetch(replace_fields(origin_request, method="HEAD"))
+    response.close()
+    head, size = response.head, content_length(response.head.fields)
+    modified = parse_date(field_value(head.fields, "Last-Modified"))
+    same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
+    if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
+        return None
+    return replace_fields(stored.head, fields=storable_fields(head.fields), final_uri=head.final_uri,
+                          request_time=head.request_time, response_time=head.response_time)
+
+
+@dataclasses.dataclass(frozen=True)
 class FlightLeader:
     """Runs the fetch that other clients share: a miss or a revalidation.  One object for each fetch.
 
@@ -5853,25 +5874,34 @@ class FlightLeader:
     that a thread is still running, a download or a PeerFollower, which finishes the flight later.
     """
 
-    def __init__(self, downloader: Downloader, mirrors: MirrorDeduplicator, request: Request, flight: Flight,
-                 config: Config) -> None:
-        self._downloader = downloader
-        self._store = downloader.store
-        self._locks = downloader.locks
-        self._origin = downloader.origin
-        self._failures = downloader.failures
-        self._mirrors = mirrors
-        self._request = request
-        self._flight = flight
-        self._config = config
+    downloader: Downloader
+    mirrors: MirrorDeduplicator
+    request: Request
+    flight: Flight
+    config: Config
 
-    def fetch(self, missing: bool, alone: bool) -> tuple[Response | None, FlightResult | None]:
-        """Respond to a GET or HEAD; the response is None if another instance downloads it; ProxyError.
+    def lead(self, missing: bool, alone: bool) -> Response | None:
+        """Fetch a response for all followers, and finish the flight; None if another instance downloads it, so
+        that this request follows as well; ProxyError.
 
         ``missing``: the store has been looked in a moment ago.  ``alone``: no client, of other instances
         neither, may wait for this response before its head shows that it is for all.
+        """
+        result: FlightResult | None = FlightResult.ALONE
+        failure: Exception | None = None
+        try:
+            response, result = self._fetch(missing, alone)
+        except OriginError as error:
+            result, failure = FlightResult.FAILED, error
+            raise
+        finally:
+            if result is not None:
+                self.downloader.flights.finish(self.flight, result, failure)
+        return response
 
-        Having become the leader, look in the store again (invariant 4):
+    def _fetch(self, missing: bool, alone: bool) -> tuple[Response | None, FlightResult | None]:
+        """Look in the store again (invariant 4), then validate or fetch.
+
 
         1. Request A looks in the store, and finds nothing.
         2. Request B, which leads a flight for the same key, stores the response and leaves the barrier.
@@ -5879,22 +5909,23 @@ class FlightLeader:
 
         The same goes for the lock between instances, so the look that counts is the one after it.
         """
-        request, partial = self._request, None
-        stored = None if missing else look_up_for_client(self._store, self._origin, request)
+        request, partial = self.request, None
+        stored = None if missing else look_up_for_client(self.downloader.store, self.downloader.origin, request)
         try:
             if stored is None and not alone:
-                partial = self._locks.acquire(request.key)
+                partial = self.downloader.locks.acquire(request.key)
                 mark(request.timings, "locked")
                 if partial is None:
-                    self._follow_peer()
+                    origin_request = full_request(request, self.config)
+                    start_thread(PeerFollower(self.downloader, request, origin_request, self.flight).run)
                     return None, None
-                stored = look_up_for_client(self._store, self._origin, request)
+                stored = look_up_for_client(self.downloader.store, self.downloader.origin, request)
         except StorageError as error:
             log.debug("%s: %s", request.key, error)  # logged aloud when the response cannot be stored
         if stored is None:
             return self._fetch_missing(partial)
-        self._locks.discard(partial)
-        decision = decide(request, stored.head, self._config, time.time())
+        self.downloader.locks.discard(partial)
+        decision = decide(request, stored.head, self.config, time.time())
         if decision.action is Action.SERVE:
             status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
             return response_from_store(request, stored, status, time.time()), FlightResult.AGAIN
@@ -5904,27 +5935,21 @@ class FlightLeader:
             stored.close()
             raise
 
-    def _follow_peer(self) -> None:
-        decision = decide(self._request, None, self._config, time.time())
-        origin_request = full_request(self._request, decision, self._config)
-        follower = PeerFollower(self._downloader, self._request, origin_request, self._flight)
-        start_thread(follower.run)
-
     def _fetch_missing(self, partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
         """Fetch a response that is not stored: find it under another mirror's name, or resume what is left of
         an earlier download, or ask for the whole."""
-        request = self._request
-        decision = decide(request, None, self._config, time.time())
+        request = self.request
+        decision = decide(request, None, self.config, time.time())
         deadline = time.monotonic() + RESPONSE_HEAD_TIMEOUT
-        origin_request = full_request(request, decision, self._config, deadline)
+        origin_request = full_request(request, self.config, deadline)
         try:
-            found = self._mirrors.find_identical(request, origin_request, self._config)
+            found = self.mirrors.find_identical(request, origin_request, self.config)
             if isinstance(found, StoredResponse):
                 return self._serve_identical(decision, found, partial)
-            response = found or self._resume(origin_request, partial) or self._fetch_full(origin_request)
-            self._mirrors.check_status(request, response)
+            response = found or self._resume(origin_request, partial) or fetch_full(self.downloader.origin, origin_request)
+            self.mirrors.check_status(request, response)
         except BaseException:
-            self._locks.discard(partial)
+            self.downloader.locks.discard(partial)
             raise
         return self._store_or_relay(response, decision, partial)
 
@@ -5932,34 +5957,25 @@ class FlightLeader:
                          partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
         """Serve the same file of another mirror, and store it under this key as well: as a link to the file,
         or as a copy if the file system refuses links."""
-        request = self._request
+        request = self.request
         try:
-            self._store.link(stored)
+            self.downloader.store.link(stored)
         except OSError as error:
             log.debug("%s is copied: %s", request.key, error)
             return self._store_or_relay(LocalFileResponse(stored), decision, partial)
-        if not self._flight.finish_receiving():
-            self._store.delete(request.key)
-        self._locks.discard(partial)
-        self._failures.disk_recovered()
+        if not self.flight.finish_receiving():
+            self.downloader.store.delete(request.key)
+        self.downloader.locks.discard(partial)
+        self.downloader.failures.disk_recovered()
         status = shared_cache_status(decision, stored.head)
         return response_from_store(request, stored, status, time.time()), FlightResult.STORED
 
     def _resume(self, origin_request: OriginRequest, partial: PartialFile | None) -> OriginResponse | None:
         """Ask for what an earlier download lacks; None if nothing is left of one, or if it does not fit."""
-        if partial is not None and partial.size and may_share_download(self._request, partial.head):
+        if partial is not None and partial.size and may_share_download(self.request, partial.head):
             with contextlib.suppress(CannotResumeError):
-                return self._origin.fetch_remainder(origin_request, partial.head, partial.length, partial.size)
+                return self.downloader.origin.fetch_remainder(origin_request, partial.head, partial.length, partial.size)
         return None
-
-    def _fetch_full(self, origin_request: OriginRequest) -> OriginResponse:
-        """Ask for a whole representation; OriginError, also if the response does not answer that."""
-        response = self._origin.fetch(origin_request)
-        status, is_conditional = response.head.status, any(name.startswith("If-") for name, _ in origin_request.fields)
-        if status in (206, 416) or status == 304 and not is_conditional:
-            response.close()
-            raise OriginError("%s answered %d to a plain request." % (origin_request.target.authority, status))
-        return response
 
     def _validate(self, decision: CacheDecision,
                   stored: StoredResponse) -> tuple[Response, FlightResult | None]:
@@ -5968,48 +5984,37 @@ class FlightLeader:
         if isinstance(answer, OriginResponse):
             stored.close()
             return self._store_or_relay(answer, decision, None)
-        request = self._request
-        self._failures.origin_answered(request)
+        request = self.request
+        self.downloader.failures.origin_answered(request)
         head = replace_fields(answer, vary=selecting_fields(request, answer))
         if is_shareable(request, head):
-            self._store.update_head(stored, head)
+            self.downloader.store.update_head(stored, head)
         status = CacheStatus(Outcome.VALIDATED, decision.forward, 304)
         response = response_from_store(request, replace_fields(stored, head=head), status, time.time())
         return response, FlightResult.STORED
 
     def _revalidate(self, decision: CacheDecision, stored: StoredResponse) -> ResponseHead | OriginResponse:
         """Return the head that confirms a stored response, or the response that replaces it; OriginError."""
-        request, may_be_stale = self._request, may_serve_stale_on_error(decision, stored.head)
+        request, may_be_stale = self.request, may_serve_stale_on_error(decision, stored.head)
         deadline = time.monotonic() + VALIDATION_TIMEOUT if may_be_stale else None
-        origin_request = full_request(request, decision, self._config, deadline)
+        origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline)
         if not stored.described:
-            return self._confirm_bare_file(origin_request, stored) or self._fetch_full(origin_request)
+            head = confirm_bare_file(origin, origin_request, request, stored, self.config)
+            return head or fetch_full(origin, origin_request)
         # A client that doubts a file found at another mirror gets the file that this mirror has.
         doubted = stored.head.same_as and "no-cache" in cache_directives(request.fields)
         conditions = () if doubted or decision.forward == "vary-miss" else validators(stored.head)
-        response = self._fetch_full(replace_fields(origin_request, fields=origin_request.fields + conditions))
+        response = fetch_full(origin, replace_fields(origin_request, fields=origin_request.fields + conditions))
         if response.head.status == 304:
             response.close()
             if is_304_for(stored.head, response.head):
                 return freshen_head(stored.head, response.head)
-            response = self._fetch_full(origin_request)
+            response = fetch_full(origin, origin_request)
         if response.head.status in UNAVAILABLE_STATUSES and may_be_stale:
             response.close()
             final = parse_target(response.head.final_uri)
             raise OriginError("%s answers %d." % (final.authority, response.head.status), final)
         return response
-
-    def _confirm_bare_file(self, origin_request: OriginRequest, stored: StoredResponse) -> ResponseHead | None:
-        """Return the origin's head for a body file without one, if size and date show that it is the same."""
-        response = self._origin.fetch(replace_fields(origin_request, method="HEAD"))
-        response.close()
-        head, size = response.head, content_length(response.head.fields)
-        modified = parse_date(field_value(head.fields, "Last-Modified"))
-        same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
-        if not same or why_not_storable(replace_fields(self._request, method="GET"), head, self._config):
-            return None
-        return replace_fields(stored.head, fields=storable_fields(head.fields), final_uri=head.final_uri,
-                              request_time=head.request_time, response_time=head.response_time)
 
     def _store_or_relay(self, response: OriginResponse, decision: CacheDecision,
                         partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
@@ -6018,35 +6023,104 @@ class FlightLeader:
         ``partial`` is ours and locked; None if it must still be locked.  The response may be the remainder
         of what ``partial`` has (``response.start`` > 0).
         """
-        request, resumes = self._request, response.start > 0
+        request, resumes = self.request, response.start > 0
         if response.head.status < 500 and not (response.head.same_as and digest_in_name(request.key)):
-            self._failures.origin_answered(request)
+            self.downloader.failures.origin_answered(request)
         head = partial.head if partial is not None and resumes else replace_fields(
             response.head, key=request.key, vary=selecting_fields(request, response.head))
-        origin_request = full_request(request, decision, self._config)
+        origin_request = full_request(request, self.config)
         try:
-            reason = why_not_storable(replace_fields(request, method="GET"), head, self._config)
+            reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
             reason = reason or ("" if response.end_is_known else "no declared length")
             if not reason:
-                partial = partial or self._locks.acquire(request.key)
+                partial = partial or self.downloader.locks.acquire(request.key)
                 if partial is None:
                     raise StorageError(OSError(errno.EAGAIN, "another instance writes it"))
-                download = Download(partial, self._flight, origin_request, response,
+                download = Download(partial, self.flight, origin_request, response,
                                     replaces=decision.action is Action.VALIDATE)
-                return self._downloader.start(request, decision, head, download), None
+                return self.downloader.start(request, decision, head, download), None
         except StorageError as error:
-            reason = self._failures.disk_failed(error)
+            reason = self.downloader.failures.disk_failed(error)
         except BaseException:
             response.close()
-            self._locks.discard(partial)
+            self.downloader.locks.discard(partial)
             raise
-        self._locks.discard(partial)
+        self.downloader.locks.discard(partial)
         if replaces_stored(decision, response.head) and is_shareable(request, response.head):
-            self._store.delete(request.key)  # it is known to be outdated, and its successor cannot be stored
+            self.downloader.store.delete(request.key)  # it is known to be outdated, and its successor cannot be stored
         if resumes:
             response.close()
-            response = self._fetch_full(origin_request)
+            response = fetch_full(self.downloader.origin, origin_request)
         return response_from_origin(request, response, decision, reason), FlightResult.ALONE
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedFetch:
+    """Fetches a response together with all clients that ask for the same key now.  One object a request.
+
+    The first client leads a flight, the others follow it:
+
+        leader                                followers
+        SingleFlight.join: a new flight       SingleFlight.join: the same flight
+        FlightLeader.lead: asks the origin    Flight.wait_for_head
+        Downloader.start: Flight.publish ───► read the partial file as it grows
+        the Downloader's thread: finish ────► have the last bytes
+
+    A request with Authorization has a flight of its own that no other request can join: its response may be
+    for this client alone, which only its head will tell (RFC 9111 §3.5).
+    """
+
+    downloader: Downloader
+    mirrors: MirrorDeduplicator
+    request: Request
+    decision: CacheDecision
+    config: Config
+
+    def fetch(self) -> Response | FlightResult:
+        """Return a response; ALONE if this request cannot share one, AGAIN if it must be decided anew;
+        ProxyError."""
+        alone = field_value(self.request.fields, "Authorization") is not None
+        key, deadline = self.request.key, time.monotonic() + VALIDATION_TIMEOUT
+        flight, is_leader = (Flight(key), True) if alone else self.downloader.flights.join(key)
+        missing = self.decision.action is Action.FETCH
+        response = self._leader(flight).lead(missing, alone) if is_leader else None
+        result = response or self._follow(flight)
+        if self.decision.action is Action.VALIDATE and isinstance(result, Response) and isinstance(
+                result.body, TailingBody):
+            # The stored copy could answer, so do not wait long for a first byte: a second at least.
+            result.body.first_byte_deadline = max(deadline, time.monotonic() + 1)
+        return result
+
+    def _leader(self, flight: Flight) -> FlightLeader:
+        request = without_private_fields(self.request)
+        return FlightLeader(self.downloader, self.mirrors, request, flight, self.config)
+
+    def _follow(self, flight: Flight) -> Response | FlightResult:
+        """Share a flight that another client leads, or another instance.
+
+        If the leader fails, its request may be to blame (invariant 12), so each follower asks the origin once
+        by itself; but not if the origin is unreachable, or if the failure took its time.
+        """
+        request, origin, began = self.request, self.downloader.origin, time.monotonic()
+        status = CacheStatus(Outcome.COLLAPSED, self.decision.forward)
+        try:
+            partial, result = flight.wait_for_head(FOLLOWER_HEAD_TIMEOUT)
+        except OriginError as error:
+            if error.unreachable or time.monotonic() - began > VALIDATION_TIMEOUT:
+                raise
+            response = self._leader(Flight(request.key)).lead(missing=False, alone=True)
+            return response or FlightResult.ALONE
+        if partial is not None:
+            if may_share_download(request, partial.head):
+                download = Download(partial, flight, full_request(request, self.config))
+                return response_from_partial(request, download, origin, status, partial.head)
+            partial.release()
+        elif result is FlightResult.STORED:
+            stored = look_up_for_client(self.downloader.store, origin, request)
+            if stored is not None and selecting_fields(request, stored.head) == stored.head.vary:
+                return response_from_store(request, stored, status, time.time())
+            _close(stored)
+        return FlightResult.AGAIN if result is FlightResult.AGAIN else FlightResult.ALONE
 
 
 # Background work
@@ -6106,8 +6180,9 @@ class EvictionThread:
 class BackgroundRevalidator:
     """Revalidates stored responses in the background."""
 
-    def __init__(self, respond: Callable[[Request], Response], flights: SingleFlight) -> None:
+    def __init__(self, respond: Callable[[Request], Response], store: Store, flights: SingleFlight) -> None:
         self._respond = respond
+        self._store = store
         self._flights = flights
         self._running = threading.BoundedSemaphore(MAX_BACKGROUND_VALIDATIONS)
         self._attempts = RecentEvents()  # by cache key
@@ -6130,10 +6205,15 @@ class BackgroundRevalidator:
         except RuntimeError:  # no more threads: later, then
             self._running.release()
 
-    def revalidate_now(self, target: Target, key: str, vary: Fields, client_is_local: bool) -> None:
-        """Revalidate a stored response even if that was tried lately."""
-        self._attempts.forget(key)
-        self.revalidate(target, key, vary, client_is_local)
+    def revalidate_signatures(self, origin_request: OriginRequest) -> None:
+        """Revalidate the stored signatures of an index that was replaced, so that they are of its generation."""
+        if classify_name(cache_key(origin_request.target)) is NameClass.INDEX:
+            for target in detached_signatures(origin_request.target):
+                stored = self._store.lookup(cache_key(target))
+                if stored is not None:
+                    stored.close()
+                    self._attempts.forget(cache_key(target))
+                    self.revalidate(target, cache_key(target), stored.head.vary, origin_request.client_is_local)
 
     def _run(self, request: Request) -> None:
         try:
@@ -6156,11 +6236,12 @@ class Proxy:
         self._origin = OriginClient(count_received, config)
         self.evictor = EvictionThread(store)
         self._failures = RecentFailures(self.evictor.request_run)
-        self._downloader = Downloader(config, store, self._origin, self._failures, self._revalidate_signatures)
-        self._barrier = self._downloader.flights
+        self._barrier = SingleFlight()
+        self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier)
+        self._downloader = Downloader(config, store, self._barrier, self._origin, self._failures,
+                                      self._revalidator.revalidate_signatures)
         self._locks = self._downloader.locks
         self._mirrors = MirrorDeduplicator(store, self._origin, config)
-        self._revalidator = BackgroundRevalidator(self.respond, self._barrier)
 
     def respond(self, request: Request) -> Response:
         """Respond to a request; ProxyError if that is impossible.
@@ -6178,11 +6259,8 @@ class Proxy:
         mark(request.timings, "looked up")
         decision = decide(request, stored.head if stored else None, config, time.time())
         try:
-            if stored is not None and decision.action in (Action.SERVE, Action.VALIDATE):
-                response = self._serve(request, decision, stored) or self._fetch_shared(request, decision, config)
-            else:
-                _close(stored)
-                response = self._forward(request, decision, config)
+            response = self._serve(request, decision, stored) if stored is not None else None
+            response = response or self._forward(request, decision, config)
         except OriginError as error:
             return self._respond_despite(request, decision, error)
         if response.fallback is not None:
@@ -6190,14 +6268,14 @@ class Proxy:
         return replace_fields(response, fallback=functools.partial(self.fallback, request, decision))
 
     def _serve(self, request: Request, decision: CacheDecision, stored: StoredResponse) -> Response | None:
-        """Serve a hit, or a stale response without asking an origin that is known to be down; None if the
-        origin must be asked."""
+        """Serve a hit, or a stale response without asking an origin that is known to be down; None if
+        ``stored`` cannot be used like that, and is closed."""
         if decision.action is Action.SERVE:
             if decision.refresh:
                 self._revalidator.revalidate(request.target, request.key, stored.head.vary, request.client_is_local)
             status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
             return response_from_store(request, stored, status, time.time())
-        if may_serve_stale_on_error(decision, stored.head):
+        if decision.action is Action.VALIDATE and may_serve_stale_on_error(decision, stored.head):
             reason = self._failures.origin_down_reason(request)
             if reason:
                 return self._serve_stale(request, decision, stored, reason)
@@ -6205,16 +6283,19 @@ class Proxy:
         return None
 
     def _forward(self, request: Request, decision: CacheDecision, config: Config) -> Response:
-        """Respond to a request for which nothing stored can be used."""
+        """Respond to a request for which nothing stored can be used as it is."""
         if decision.action is Action.REFUSE:
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
             error = ProxyError("No stored response fits, and %s." % reason, 504)
             return self._respond_despite(request, decision, error)
         if decision.action is Action.PASS or self._should_pass_range(request, decision):
             return self._pass(request, decision, config)
-        return self._fetch_shared(request, decision, config)
-
-    # The two ways to the origin
+        result = SharedFetch(self._downloader, self._mirrors, request, decision, config).fetch()
+        if isinstance(result, Response):
+            return result
+        if result is FlightResult.AGAIN:
+            return self._respond(replace_fields(request, known_missing=False))
+        return self._pass(request, decision, config, "not collapsed")
 
     def _pass(self, request: Request, decision: CacheDecision, config: Config, detail: str = "") -> Response:
         """Ask the origin for this client alone.  A method that changes things invalidates stored responses
@@ -6233,72 +6314,6 @@ class Proxy:
             self._locks.invalidate(key)
             self._store.delete(key)
         return response_from_origin(request, response, decision, detail)
-
-    def _fetch_shared(self, request: Request, decision: CacheDecision, config: Config) -> Response:
-        """Fetch a response together with all clients that ask for the same key now.
-
-        A request with Authorization has a flight of its own that no other request can join: its response
-        may be for this client alone, which only its head will tell (RFC 9111 §3.5).
-        """
-        alone = field_value(request.fields, "Authorization") is not None
-        flight, is_leader = (Flight(request.key), True) if alone else self._barrier.join(request.key)
-        deadline = time.monotonic() + VALIDATION_TIMEOUT
-        response = None
-        if is_leader:
-            response = self._lead(request, flight, config, decision.action is Action.FETCH, alone)
-        if response is None:
-            response = self._follow(request, decision, flight, config)
-        if decision.action is Action.VALIDATE and isinstance(response.body, TailingBody):
-            # The stored copy could answer, so do not wait long for a first byte: a second at least.
-            response.body.first_byte_deadline = max(deadline, time.monotonic() + 1)
-        return response
-
-    def _lead(self, request: Request, flight: Flight, config: Config, missing: bool,
-              alone: bool) -> Response | None:
-        """Fetch a response for all followers; None if another instance downloads it, so that this request
-        follows as well."""
-        result: FlightResult | None = FlightResult.ALONE
-        failure: Exception | None = None
-        leader = FlightLeader(self._downloader, self._mirrors, without_private_fields(request), flight, config)
-        try:
-            response, result = leader.fetch(missing, alone)
-        except OriginError as error:
-            result, failure = FlightResult.FAILED, error
-            raise
-        finally:
-            if result is not None:
-                self._barrier.finish(flight, result, failure)
-        return response
-
-    def _follow(self, request: Request, decision: CacheDecision, flight: Flight, config: Config) -> Response:
-        """Share a flight that another client leads, or another instance.
-
-        If the leader fails, its request may be to blame (invariant 12), so each follower asks the origin once
-        by itself; but not if the origin is unreachable, or if the failure took its time.
-        """
-        began = time.monotonic()
-        try:
-            partial, result = flight.wait_for_head(FOLLOWER_HEAD_TIMEOUT)
-        except OriginError as error:
-            if error.unreachable or time.monotonic() - began > VALIDATION_TIMEOUT:
-                raise
-            response = self._lead(request, Flight(request.key), config, missing=False, alone=True)
-            return response or self._pass(request, decision, config, "not collapsed")
-        if partial is not None:
-            if may_share_download(request, partial.head):
-                download = Download(partial, flight, full_request(request, decision, config))
-                status = CacheStatus(Outcome.COLLAPSED, decision.forward)
-                return response_from_partial(request, download, self._origin, status, partial.head)
-            partial.release()
-        elif result is FlightResult.AGAIN:
-            return self._respond(replace_fields(request, known_missing=False))
-        elif result is FlightResult.STORED:
-            stored = look_up_for_client(self._store, self._origin, request)
-            if stored is not None and selecting_fields(request, stored.head) == stored.head.vary:
-                status = CacheStatus(Outcome.COLLAPSED, decision.forward)
-                return response_from_store(request, stored, status, time.time())
-            _close(stored)
-        return self._pass(request, decision, config, "not collapsed")
 
     def _should_pass_range(self, request: Request, decision: CacheDecision) -> bool:
         """Return whether a range is too short, or too far from the start, to download a whole file for it.
@@ -6419,16 +6434,6 @@ class Proxy:
         self.evictor.stop()
         self._locks.close()
         self._origin.close()
-
-    def _revalidate_signatures(self, origin_request: OriginRequest) -> None:
-        """Revalidate the stored signatures of an index that was replaced, so that they are of its generation."""
-        if classify_name(cache_key(origin_request.target)) is NameClass.INDEX:
-            for signature in detached_signatures(origin_request.target):
-                stored = self._store.lookup(cache_key(signature))
-                if stored is not None:
-                    stored.close()
-                    self._revalidator.revalidate_now(
-                        signature, cache_key(signature), stored.head.vary, origin_request.client_is_local)
 
 
 # ---------------------------------------------------------------------------------------------
