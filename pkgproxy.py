@@ -4698,7 +4698,10 @@ class OriginClient:
 
 @dataclasses.dataclass
 class IterableBody:
-    """A response body whose chunks come from an iterable: bytes, slices of a file, or an origin's response."""
+    """A response body whose chunks come from an iterable: bytes, file slices, or an origin's response.
+
+    TailingBody is the one kind of body that must wait for its chunks, and LinkRewritingBody changes them.
+    """
 
     length: int | None
     parts: Iterable[bytes | FileSlice]
@@ -4765,7 +4768,7 @@ class TailingBody:
         """Read ``download.partial``, which the caller has acquired and close() releases."""
         self.length = selection.length
         self.origin_bytes = selection.overhead
-        # Monotonic time by which the first byte must have come.  Set where a stored copy could answer instead.
+        # Monotonic time by which the first byte must have come: set if a stored copy could answer instead.
         self.first_byte_deadline: float | None = None
         self._download = download
         self._origin = origin
@@ -4785,7 +4788,7 @@ class TailingBody:
         while offset < stop:
             deadline = self.first_byte_deadline
             try:
-                timeout = FOLLOWER_STALL_TIMEOUT if deadline is None else max(0.0, deadline - time.monotonic())
+                timeout = max(0.0, deadline - time.monotonic()) if deadline else FOLLOWER_STALL_TIMEOUT
                 received = min(stop, self._download.flight.wait_for_bytes(offset, timeout))
                 if received <= offset:
                     return  # the body is complete; its length was not known before
@@ -4882,9 +4885,10 @@ class LinkRewritingBody:
 # Responses to clients, by where their bodies come from
 
 
-def response_from_store(request: Request, stored: StoredResponse, status: CacheStatus, now: float) -> Response:
+def response_from_store(request: Request, stored: StoredResponse, status: CacheStatus) -> Response:
     """Answer with a stored response, which the body closes: preconditions, ranges, Age (RFC 9111 §5.1)."""
-    selection = select_response(request, with_age(stored.head, now), stored.head.size, MULTIPART_BOUNDARY)
+    head = with_age(stored.head, time.time())
+    selection = select_response(request, head, head.size, MULTIPART_BOUNDARY)
     parts = [span if isinstance(span, bytes) else FileSlice(stored, *span) for span in selection.spans]
     body = IterableBody(selection.length, parts, stored.close, selection.overhead)
     return Response(selection.head, body, status, counts_as_cached=True)
@@ -4892,7 +4896,10 @@ def response_from_store(request: Request, stored: StoredResponse, status: CacheS
 
 def response_from_partial(request: Request, download: Download, origin: OriginClient, status: CacheStatus,
                           head: ResponseHead) -> Response:
-    """Answer with a partial file (acquired) while it grows; ``head`` is what this client may see of its head."""
+    """Answer with a partial file while it grows; ``head`` is the head that this client may see.
+
+    The caller has acquired the partial file, and the body releases it.
+    """
     fields = without_fields(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
     head = replace_fields(head, fields=fields)
     selection = select_response(request, head, download.partial.length, MULTIPART_BOUNDARY)
@@ -4970,7 +4977,7 @@ class RecentFailures:
         self._unreachable = RecentEvents()  # by scheme and authority; by cache key, if a redirect leads there
         self._errors = RecentEvents()  # by cache key: shown on the status page, but not acted upon
         self._lock = threading.Lock()  # guards all below
-        self._disk_error: StorageError | None = None  # the last one that was logged, until something is stored
+        self._disk_error: StorageError | None = None  # the last that was logged; None: something was stored
         self._disk_failed_at = 0.0  # monotonic
 
     def origin_down_reason(self, request: Request) -> str:
@@ -5046,7 +5053,7 @@ class LocalFileResponse(OriginResponse):
     If it cannot be read to its end, the download continues from the origin like any other.
     """
 
-    def __init__(self, stored: StoredResponse) -> None:  # the base class needs a connection, and has none here
+    def __init__(self, stored: StoredResponse) -> None:  # without the base class's, which needs a connection
         self.head = stored.head
         self.length: int | None = stored.head.size
         self.end_is_known = True
@@ -5057,7 +5064,7 @@ class LocalFileResponse(OriginResponse):
         """Do nothing: a disk does not pause."""
 
     def read(self, size: int = COPY_SIZE) -> bytes:
-        """Read up to ``size`` bytes, b"" at the end; OriginError also if the file has been changed in place."""
+        """Read up to ``size`` bytes, b"" at the end; OriginError if that fails or the file was changed."""
         try:
             data, info = self._stored.file.read(size) or b"", os.fstat(self._stored.fileno())
         except OSError as error:
@@ -5212,8 +5219,8 @@ class MirrorDeduplicator:
                      config: Config) -> StoredResponse | OriginResponse | None:
         """Take the candidate whose size, first and last bytes are those that the origin shows."""
         origin_request = replace_fields(origin_request, deadline=time.monotonic() + VALIDATION_TIMEOUT)
-        first_range = (("Range", "bytes=0-%d" % (PROOF_SIZE - 1)),)
-        response = self._origin.fetch(replace_fields(origin_request, fields=origin_request.fields + first_range))
+        fields = origin_request.fields + (("Range", "bytes=0-%d" % (PROOF_SIZE - 1)),)
+        response = self._origin.fetch(replace_fields(origin_request, fields=fields))
         if response.head.status not in (206, 304, 416):
             return response
         with contextlib.closing(response):
@@ -5353,18 +5360,20 @@ class Downloader:
         self._on_replaced = on_replaced  # called when a stored response was replaced by a newer one
         self._orphans = OrphanLimiter(config.max_orphans)
         self._lock = threading.Lock()  # guards _running
-        self._running: dict[PartialFile, tuple[float, int]] = {}  # start (monotonic), and offset of its first byte
+        self._running: dict[PartialFile, tuple[float, int]] = {}  # start (monotonic), first offset
 
     def snapshot(self) -> list[dict[str, Any]]:
-        """Describe the running downloads for the status page, the oldest first; "rate" is in bytes a second."""
+        """Describe the running downloads for the status page, the oldest first; rates are in bytes/s."""
         now = time.monotonic()
         with self._lock:
             running = list(itertools.islice(self._running.items(), MAX_ROWS))
         return [{"uri": displayable_uri(partial.head.key), "bytes": partial.size, "length": partial.length,
-                 "rate": int((partial.size - start) / max(now - since, 0.001)), "clients": partial.reader_count()}
+                 "rate": int((partial.size - start) / max(now - since, 0.001)),
+                 "clients": partial.reader_count()}
                 for partial, (since, start) in running]
 
-    def start(self, request: Request, decision: CacheDecision, head: ResponseHead, download: Download) -> Response:
+    def start(self, request: Request, decision: CacheDecision, head: ResponseHead,
+              download: Download) -> Response:
         """Start a download, and return the response for its first client; StorageError.
 
         ``head`` is the origin's, of the whole representation.  Followers may join as soon as the flight has
@@ -5396,8 +5405,8 @@ class Downloader:
 
         1. Receive: read from the origin, write to the partial file, announce all but the last bytes.
         2. Commit: flush the file and give it its place in the cache, or discard it.
-        3. Finish the flight: take it out of the barrier, then announce the last bytes (invariant 3).  A client
-           that has them and asks again finds the response stored.
+        3. Finish the flight: take it out of the barrier, then announce the last bytes (invariant 3).  A
+           client that has them and asks again finds the response stored.
         4. Release the lock: with memcached that may take a moment, so no client waits for it.
         """
         partial, flight = download.partial, download.flight
@@ -5408,8 +5417,8 @@ class Downloader:
             result = FlightResult.WHOLE
             result = self._commit(download)
         except StorageError as failure:
-            # All bytes received: readers have them.  Else each reader asks the origin for the remainder.
-            result, error = FlightResult.WHOLE if result is FlightResult.WHOLE else FlightResult.ALONE, failure
+            # If all bytes were received, readers have them.  Else each asks the origin for the remainder.
+            error, result = failure, result if result is FlightResult.WHOLE else FlightResult.ALONE
             self.failures.disk_failed(failure)
             partial.discard(cut=result is FlightResult.ALONE)
             if download.replaces:
@@ -5618,8 +5627,8 @@ class PeerFollower:
             if old is not None:
                 old.release()
         elif other is not None:
-            same = other.load_metadata() and other.head.fields == old.head.fields and strong_validator(old.head)
-            if same and other.size >= old.size:
+            same = other.load_metadata() and other.head.fields == old.head.fields
+            if same and strong_validator(old.head) and other.size >= old.size:
                 old.switch_to(other)
                 self._owner = owner
             else:
@@ -5653,7 +5662,7 @@ class PeerFollower:
         return FlightResult.STORED
 
     def _continue_download(self, partial: PartialFile) -> FlightResult | None:
-        """Resume a download whose instance has died, in its file or in our copy of it; StorageError, OSError."""
+        """Resume the download of an instance that died, in its file or in our copy; StorageError, OSError."""
         request, head = self._request, partial.head
         if strong_validator(head) is None:
             partial.discard()
@@ -5754,7 +5763,7 @@ class HotCache:
     def __init__(self) -> None:
         self._entries: dict[Any, HotEntry] = {}  # by the bytes of the request's head, and the client's access
         self._valid_for: tuple[int, Config | None] = (0, None)  # the second, and the configuration
-        self._verified: set[HotEntry] = set()  # entries whose files have been looked at since the last recheck
+        self._verified: set[HotEntry] = set()  # entries whose files were looked at since the last recheck
 
     def start_turn(self, valid_for: tuple[int, Config]) -> None:
         """Begin a turn of the event loop, in this second and with this configuration."""
@@ -5833,8 +5842,8 @@ def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now:
             return None
         close, status = not wants_keep_alive(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
         head = render_response_head(request, selection.head, selection.length, status, close, config)
-        return HotEntry(request, selection.head.status, status, close, head + body, len(body), stored, version,
-                        log_text(request, status))
+        return HotEntry(request, selection.head.status, status, close, head + body, len(body), stored,
+                        version, log_text(request, status))
     return None
 
 
@@ -5881,8 +5890,9 @@ class FlightLeader:
     config: Config
 
     def lead(self, missing: bool, alone: bool) -> Response | None:
-        """Fetch a response for all followers, and finish the flight; None if another instance downloads it, so
-        that this request follows as well; ProxyError.
+        """Fetch a response for all followers, and finish the flight; ProxyError.
+
+        The response is None if another instance downloads it: then this request follows as well.
 
         ``missing``: the store has been looked in a moment ago.  ``alone``: no client, of other instances
         neither, may wait for this response before its head shows that it is for all.
@@ -5910,7 +5920,8 @@ class FlightLeader:
         The same goes for the lock between instances, so the look that counts is the one after it.
         """
         request, partial = self.request, None
-        stored = None if missing else look_up_for_client(self.downloader.store, self.downloader.origin, request)
+        store, origin = self.downloader.store, self.downloader.origin
+        stored = None if missing else look_up_for_client(store, origin, request)
         try:
             if stored is None and not alone:
                 partial = self.downloader.locks.acquire(request.key)
@@ -5919,7 +5930,7 @@ class FlightLeader:
                     origin_request = full_request(request, self.config)
                     start_thread(PeerFollower(self.downloader, request, origin_request, self.flight).run)
                     return None, None
-                stored = look_up_for_client(self.downloader.store, self.downloader.origin, request)
+                stored = look_up_for_client(store, origin, request)
         except StorageError as error:
             log.debug("%s: %s", request.key, error)  # logged aloud when the response cannot be stored
         if stored is None:
@@ -5928,7 +5939,7 @@ class FlightLeader:
         decision = decide(request, stored.head, self.config, time.time())
         if decision.action is Action.SERVE:
             status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
-            return response_from_store(request, stored, status, time.time()), FlightResult.AGAIN
+            return response_from_store(request, stored, status), FlightResult.AGAIN
         try:
             return self._validate(decision, stored)
         except BaseException:
@@ -5941,12 +5952,12 @@ class FlightLeader:
         request = self.request
         decision = decide(request, None, self.config, time.time())
         deadline = time.monotonic() + RESPONSE_HEAD_TIMEOUT
-        origin_request = full_request(request, self.config, deadline)
+        origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline)
         try:
             found = self.mirrors.find_identical(request, origin_request, self.config)
             if isinstance(found, StoredResponse):
                 return self._serve_identical(decision, found, partial)
-            response = found or self._resume(origin_request, partial) or fetch_full(self.downloader.origin, origin_request)
+            response = found or self._resume(origin_request, partial) or fetch_full(origin, origin_request)
             self.mirrors.check_status(request, response)
         except BaseException:
             self.downloader.locks.discard(partial)
@@ -5968,13 +5979,14 @@ class FlightLeader:
         self.downloader.locks.discard(partial)
         self.downloader.failures.disk_recovered()
         status = shared_cache_status(decision, stored.head)
-        return response_from_store(request, stored, status, time.time()), FlightResult.STORED
+        return response_from_store(request, stored, status), FlightResult.STORED
 
     def _resume(self, origin_request: OriginRequest, partial: PartialFile | None) -> OriginResponse | None:
         """Ask for what an earlier download lacks; None if nothing is left of one, or if it does not fit."""
         if partial is not None and partial.size and may_share_download(self.request, partial.head):
             with contextlib.suppress(CannotResumeError):
-                return self.downloader.origin.fetch_remainder(origin_request, partial.head, partial.length, partial.size)
+                return self.downloader.origin.fetch_remainder(
+                    origin_request, partial.head, partial.length, partial.size)
         return None
 
     def _validate(self, decision: CacheDecision,
@@ -5990,7 +6002,7 @@ class FlightLeader:
         if is_shareable(request, head):
             self.downloader.store.update_head(stored, head)
         status = CacheStatus(Outcome.VALIDATED, decision.forward, 304)
-        response = response_from_store(request, replace_fields(stored, head=head), status, time.time())
+        response = response_from_store(request, replace_fields(stored, head=head), status)
         return response, FlightResult.STORED
 
     def _revalidate(self, decision: CacheDecision, stored: StoredResponse) -> ResponseHead | OriginResponse:
@@ -6004,7 +6016,8 @@ class FlightLeader:
         # A client that doubts a file found at another mirror gets the file that this mirror has.
         doubted = stored.head.same_as and "no-cache" in cache_directives(request.fields)
         conditions = () if doubted or decision.forward == "vary-miss" else validators(stored.head)
-        response = fetch_full(origin, replace_fields(origin_request, fields=origin_request.fields + conditions))
+        conditional = replace_fields(origin_request, fields=origin_request.fields + conditions)
+        response = fetch_full(origin, conditional)
         if response.head.status == 304:
             response.close()
             if is_304_for(stored.head, response.head):
@@ -6047,7 +6060,8 @@ class FlightLeader:
             raise
         self.downloader.locks.discard(partial)
         if replaces_stored(decision, response.head) and is_shareable(request, response.head):
-            self.downloader.store.delete(request.key)  # it is known to be outdated, and its successor cannot be stored
+            # What is stored is known to be outdated, and its successor cannot be stored.
+            self.downloader.store.delete(request.key)
         if resumes:
             response.close()
             response = fetch_full(self.downloader.origin, origin_request)
@@ -6118,7 +6132,7 @@ class SharedFetch:
         elif result is FlightResult.STORED:
             stored = look_up_for_client(self.downloader.store, origin, request)
             if stored is not None and selecting_fields(request, stored.head) == stored.head.vary:
-                return response_from_store(request, stored, status, time.time())
+                return response_from_store(request, stored, status)
             _close(stored)
         return FlightResult.AGAIN if result is FlightResult.AGAIN else FlightResult.ALONE
 
@@ -6187,11 +6201,12 @@ class BackgroundRevalidator:
         self._running = threading.BoundedSemaphore(MAX_BACKGROUND_VALIDATIONS)
         self._attempts = RecentEvents()  # by cache key
 
-    def revalidate(self, target: Target, key: str, vary: Fields, client_is_local: bool) -> None:
+    def revalidate(self, target: Target, vary: Fields, client_is_local: bool) -> None:
         """Revalidate a stored response, unless that was tried lately, or too many revalidations are running.
 
         ``vary`` holds the request fields that select the stored response among its variants.
         """
+        key = cache_key(target)
         if not self._attempts.note_first(key, REVALIDATION_INTERVAL) or self._flights.is_in_flight(key):
             return
         if not self._running.acquire(blocking=False):
@@ -6206,14 +6221,17 @@ class BackgroundRevalidator:
             self._running.release()
 
     def revalidate_signatures(self, origin_request: OriginRequest) -> None:
-        """Revalidate the stored signatures of an index that was replaced, so that they are of its generation."""
+        """Revalidate the stored signatures of an index that was replaced, even if that was tried lately.
+
+        An index and its signature must be of one generation, or its clients refuse both.
+        """
         if classify_name(cache_key(origin_request.target)) is NameClass.INDEX:
             for target in detached_signatures(origin_request.target):
                 stored = self._store.lookup(cache_key(target))
                 if stored is not None:
                     stored.close()
                     self._attempts.forget(cache_key(target))
-                    self.revalidate(target, cache_key(target), stored.head.vary, origin_request.client_is_local)
+                    self.revalidate(target, stored.head.vary, origin_request.client_is_local)
 
     def _run(self, request: Request) -> None:
         try:
@@ -6272,9 +6290,9 @@ class Proxy:
         ``stored`` cannot be used like that, and is closed."""
         if decision.action is Action.SERVE:
             if decision.refresh:
-                self._revalidator.revalidate(request.target, request.key, stored.head.vary, request.client_is_local)
+                self._revalidator.revalidate(request.target, stored.head.vary, request.client_is_local)
             status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
-            return response_from_store(request, stored, status, time.time())
+            return response_from_store(request, stored, status)
         if decision.action is Action.VALIDATE and may_serve_stale_on_error(decision, stored.head):
             reason = self._failures.origin_down_reason(request)
             if reason:
@@ -6306,8 +6324,8 @@ class Proxy:
         if private and decision.forward == "request":
             detail = "for this client alone: " + ", ".join(private)
         response = self._origin.fetch(OriginRequest(
-            request.method, request.target, fields, request.body, request.length, request.client_is_local, follow,
-            client=request.client, timings=request.timings))
+            request.method, request.target, fields, request.body, request.length, request.client_is_local,
+            follow, client=request.client, timings=request.timings))
         for key in invalidated_keys(request, response.head):
             # In this order: a download that is stored between two of these steps is deleted by the last.
             self._barrier.invalidate(key)
@@ -6332,19 +6350,18 @@ class Proxy:
 
     # When a response fails
 
-    def fallback(self, request: Request, decision: CacheDecision, error: ProxyError | StorageError) -> Response:
+    def fallback(self, request: Request, decision: CacheDecision, error: Exception) -> Response:
         """Respond to a request whose response has failed before its first byte; ProxyError."""
         return rewrite_for_prefix(request, self._respond_despite(request, decision, error))
 
-    def _respond_despite(self, request: Request, decision: CacheDecision,
-                         error: ProxyError | StorageError) -> Response:
+    def _respond_despite(self, request: Request, decision: CacheDecision, error: Exception) -> Response:
         """Respond despite an error; the one place where a failed response is replaced by another.
 
         - The stored file cannot be read: ask the origin (invariant 6).
-        - The origin fails: serve the stored copy, stale, or the same file of another mirror.  If neither may be
-          served, raise the error with the reason, for Cache-Status and the log.
+        - The origin fails: serve the stored copy, stale, or the same file of another mirror.  If neither may
+          be served, raise the error with the reason, for Cache-Status and the log.
         """
-        if isinstance(error, StorageError):
+        if not isinstance(error, ProxyError):
             log.warning("The stored file of %s cannot be read: %s", loggable_uri(request.uri), error)
             if self.config.offline or "only-if-cached" in cache_directives(request.fields):
                 raise ProxyError("The stored file cannot be read: %s." % error, 504)
@@ -6356,7 +6373,8 @@ class Proxy:
             self._failures.origin_failed(request, error)
         return self._serve_stale(request, decision, stored, str(error))
 
-    def _find_stale(self, request: Request, decision: CacheDecision, error: ProxyError) -> StoredResponse | str:
+    def _find_stale(self, request: Request, decision: CacheDecision,
+                    error: ProxyError) -> StoredResponse | str:
         """Return a stored response that may be served instead of an error, or why there is none."""
         if decision.action is Action.PASS:
             return "the request bypasses the cache"
@@ -6383,7 +6401,7 @@ class Proxy:
         if stored.head.key != request.key:
             reason += " Same name as " + stored.head.key.partition("?")[0]
         status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
-        return response_from_store(request, stored, status, time.time())
+        return response_from_store(request, stored, status)
 
     # For the event loop, for tunnels, and for the operator
 
@@ -6396,8 +6414,8 @@ class Proxy:
         if stored is None:
             return None, True
         # Whether a client on another host may have a body file without a head takes a DNS lookup.
-        needs_thread = not request.client_is_local and (stored.head.local_clients_only or not stored.described)
-        entry = None if needs_thread else hot_entry_for(request, stored, self.config, now)
+        is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
+        entry = hot_entry_for(request, stored, self.config, now) if is_open else None
         if entry is None:
             stored.close()
         return entry, False
@@ -6426,7 +6444,7 @@ class Proxy:
         self.evictor.start(self.config)
 
     def close_idle(self) -> None:
-        """Close connections to origins that have been idle for too long; cheap if that was done a moment ago."""
+        """Close connections to origins that have been idle for too long; cheap if called often."""
         self._origin.close_idle()
 
     def close(self) -> None:

@@ -2858,6 +2858,20 @@ class MissAndHitTest(ProxyCase):
         self.assertLessEqual(set(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER))), {"heads", "partials"})
 
 
+class TimingsTest(ProxyCase):
+    """Where the time of a request goes."""
+
+    def test_a_miss_and_a_hit_record_when_they_reach_each_step(self):
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000)
+        url = self.origin.url("/x_1.0_all.deb")
+        for steps in (["looked up", "locked", "connected", "origin head", "stored"], ["looked up"]):
+            asked = dataclasses.replace(request(url), key=url, client_is_local=True, timings={})
+            with contextlib.closing(self.proxy.respond(asked).body) as body:
+                self.assertEqual(sum(part.size if isinstance(part, pkgproxy.FileSlice) else len(part) for part in body.chunks()), 1000)
+            self.settle()
+            self.assertEqual(sorted(asked.timings, key=asked.timings.get), steps)
+
+
 class CollapsedRequestsTest(ProxyCase):
     """The barrier: two clients of one file at once."""
 
@@ -3792,7 +3806,7 @@ class MirrorSharingTest(ProxyCase):
         url = self.publish()
         self.ask(self.HERE)
         self.ask(url)
-        self.proxy._revalidator.revalidate(pkgproxy.parse_target(url), url, (), True)
+        self.proxy._revalidator.revalidate(pkgproxy.parse_target(url), (), True)
         self.settle()
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
         self.assertEqual(self.other.log[-1][2]["if-none-match"], '"there"')
@@ -4524,6 +4538,32 @@ class SemanticsTest(ProxyCase):
             self.start()
         self.assertEqual(wrong, [])
         self.assertGreater(len(seen), 100)
+
+
+class FailureReasonTest(ProxyCase):
+    """Why a request failed although something may be stored."""
+
+    def test_a_failure_keeps_its_decision_and_says_why_no_stored_copy_was_used(self):
+        self.origin.pages["/page"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=0, must-revalidate"), ("ETag", '"1"')])
+        self.origin.pages["/vary"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=999"), ("Vary", "Accept")])
+        self.ask("/page")
+        self.ask("/vary", Accept="a")
+        self.settle()
+        self.origin.close()
+        for path, fields, status, forward, reason in (
+                ("/new_1.0_all.deb", {}, 502, "fwd=uri-miss; ", "no stored copy"),
+                ("/page", {}, 502, "fwd=stale; ", "the stored copy must be revalidated"),
+                ("/vary", {"Accept": "b"}, 502, "fwd=vary-miss; ", "the stored copy is for other request fields"),
+                ("/vary", {"Cache-Control": "no-store", "Accept": "c"}, 502, "fwd=vary-miss; ", "the request bypasses the cache"),
+                ("/page", {"Cache-Control": "only-if-cached"}, 504, "", "the stored copy must be revalidated"),
+                ("/new_1.0_all.deb", {"Cache-Control": "only-if-cached"}, 504, "", "no stored copy")):
+            with self.subTest(path=path, fields=fields), self.assertLogs("pkgproxy", "INFO") as logged:
+                answer = self.ask(path, **{name.replace("-", "_"): text for name, text in fields.items()})
+                self.settle()
+                self.assertEqual(answer.status, status)
+                self.assertRegex(self.outcome(answer), r'\Apkgproxy; %sdetail="[^"]+; %s"\Z' % (forward, reason))
+                self.assertIn("; %s)" % reason, logged.output[-1])
+                self.assertNotIn(reason.encode(), answer.body, "a client's user needs one sentence")
 
 
 class TroubleTest(ProxyCase):
