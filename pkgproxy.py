@@ -5690,6 +5690,8 @@ class PeerFollower:
 
 REVALIDATION_INTERVAL = 3600.0  # seconds between two validations of one response in the background
 MAX_BACKGROUND_VALIDATIONS = 4  # validations at one time that no client waits for
+# Request fields with which a large stored response may have a small answer.
+_PART_FIELDS = ("range", "if-none-match", "if-modified-since")
 # Fields that describe the very bytes of a body, and so not those of a body with rewritten links.
 _BODY_FIELDS = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
                 "content-digest", "repr-digest")
@@ -5826,6 +5828,10 @@ def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now:
 
     The caller closes ``stored``, also by way of the entry.  OSError.
     """
+    # Most large files are recognised here, before the work that their thread will do again.
+    if stored.head.size > SMALL_BODY and request.method == "GET" and not any(
+            name.lower() in _PART_FIELDS for name, _ in request.fields):
+        return None
     version = file_version(stored)  # before it is read
     with contextlib.suppress(ProxyError):
         check_target_allowed(request, config)
