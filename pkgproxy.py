@@ -68,6 +68,7 @@ import base64
 import calendar
 import collections
 import contextlib
+import copy
 import dataclasses
 import enum
 import errno
@@ -398,6 +399,7 @@ class ResponseBody(Protocol):
     """A reply's body.  Whoever holds it closes it; close() may be called again."""
 
     length: int | None  # bytes; None: known only at its end
+    live: bool  # its chunks arrive over time: each is to be sent at once
 
     @property
     def origin_bytes(self) -> int:
@@ -522,10 +524,21 @@ class ProxyError(Exception):
 
     status = 500
     outcome = Outcome.REFUSED
+    forward = ""  # as in CacheDecision, if the request got that far
+    reason = ""  # why no stored response was served instead
 
     def __init__(self, sentence: str, status: int = 0) -> None:
         super().__init__(sentence)
         self.status = status or self.status
+
+    def with_reason(self, forward: str, reason: str) -> ProxyError:
+        """Copy the error, and add why the origin was asked and why no stored response was served instead.
+
+        It is a copy because other clients of the same flight raise the same error.
+        """
+        error = copy.copy(self)
+        error.forward, error.reason = forward, reason
+        return error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4672,26 +4685,47 @@ class OriginClient:
 # ---------------------------------------------------------------------------------------------
 # 9 Downloads
 # ---------------------------------------------------------------------------------------------
+#
+# The way of a response that is stored.  One thread writes, any number of clients read:
+#
+#   origin ──► OriginResponse ──► Downloader.download ──► PartialFile ──► TailingBody ──► client
+#                                        │                               ▲
+#                                        └─ Flight.set_received ─────────┘ wakes the readers
+#
+# If another instance is the writer, a PeerFollower in this process takes the place of the Downloader: it
+# watches the other's partial file grow, and tells the flight.
 
 
-class BytesBody:
-    """A body that is at hand."""
+@dataclasses.dataclass
+class IterableBody:
+    """A response body whose chunks come from an iterable: bytes, file slices, or an origin's response.
 
-    def __init__(self, data: bytes) -> None:
-        self.length: int | None = len(data)
-        self.origin_bytes = 0
-        self._data = data
+    TailingBody is the one kind of body that must wait for its chunks, and LinkRewritingBody changes them.
+    """
+
+    length: int | None
+    parts: Iterable[bytes | FileSlice]
+    release: Callable[[], object] | None = None  # closes the file or the connection behind ``parts``
+    origin_bytes: int = 0
+    live: bool = False
 
     def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield it."""
-        yield self._data
+        """Yield the body in order."""
+        return iter(self.parts)
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Release the file or the connection."""
+        if self.release is not None:
+            self.release()
+
+
+def bytes_body(data: bytes) -> IterableBody:
+    """Make a body of bytes in memory."""
+    return IterableBody(len(data), (data,))
 
 
 def read_file_slice(part: FileSlice) -> bytes:
-    """The bytes of a small slice; LocalFailure where the disk fails, or the file has become shorter."""
+    """Read a small slice; StorageError if the disk fails, or if the file has become shorter."""
     try:
         data = part.file.read_at(part.size, part.start)
     except OSError as error:
@@ -4701,41 +4735,49 @@ def read_file_slice(part: FileSlice) -> bytes:
     return data
 
 
-class FileBody:
-    """Spans of a stored body."""
+@dataclasses.dataclass(frozen=True)
+class Download:
+    """A response on its way from an origin to the disk, with all that its writer and its readers need.
 
-    def __init__(self, stored: StoredResponse, selection: SelectedResponse) -> None:
-        self.length = selection.length
-        self.origin_bytes = selection.overhead
-        self._stored = stored
-        self._spans = selection.spans
+    Each follower makes one of its own: if the disk fails, it asks the origin with its own request.
+    """
 
-    def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield literal bytes and slices of the file."""
-        for span in self._spans:
-            yield span if isinstance(span, bytes) else FileSlice(self._stored, *span)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stored.close()
+    partial: PartialFile
+    flight: Flight
+    origin_request: OriginRequest  # for the whole representation; remainders are asked for with its fields
+    response: OriginResponse | None = None  # None: the writer resumes the partial file
+    replaces: bool = False  # the origin says that the stored response is outdated
 
 
 class TailingBody:
-    """Spans of a partial, as it grows: what every client of a flight reads, its first included."""
+    """A response body read from a partial file while it grows.
 
-    def __init__(self, flight: Flight, partial: PartialFile, selection: SelectedResponse,
-                 rest: Callable[[ResponseHead, int | None, int], OriginResponse]) -> None:
+    Every client of a flight reads one, also the client that started it:
+
+    1. the writer appends bytes to the partial file, then calls ``Flight.set_received``;
+    2. that wakes the readers, and each reads on from its own offset, as fast as its client takes it;
+    3. the last bytes are announced only when the file is in its place (invariant 3).
+
+    If the disk fails, or the download stands still, each reader fetches the remainder from the origin, from
+    its own offset (invariant 10).
+    """
+
+    live = True
+
+    def __init__(self, download: Download, selection: SelectedResponse, origin: OriginClient) -> None:
+        """Read ``download.partial``, which the caller has acquired and close() releases."""
         self.length = selection.length
         self.origin_bytes = selection.overhead
-        self.first_byte_deadline: float | None = None  # monotonic: by then, or a failure; None: as any other
-        self._flight = flight
-        self._partial: PartialFile | None = partial  # acquired
+        # Monotonic time by which the first byte must have come: set if a stored copy could answer instead.
+        self.first_byte_deadline: float | None = None
+        self._download = download
+        self._origin = origin
         self._spans = selection.spans
-        self._rest = rest  # asks the origin for what the disk did not take
-        self._begun = False  # whether a byte of the representation has been yielded
+        self._started = False  # whether a byte of the representation has been yielded
+        self._open = True
 
     def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield bytes when they have arrived; the flight's error where they won't."""
+        """Yield the body as it arrives; OriginError if it cannot be completed."""
         for span in self._spans:
             if isinstance(span, bytes):
                 yield span
@@ -4743,329 +4785,288 @@ class TailingBody:
                 yield from self._follow(*span)
 
     def _follow(self, offset: int, stop: int) -> Iterator[bytes | FileSlice]:
-        partial = self._partial
-        while offset < stop and partial is not None:
+        while offset < stop:
+            deadline = self.first_byte_deadline
             try:
-                received = min(stop, self._flight.wait_for_bytes(offset, self._timeout()))
+                timeout = max(0.0, deadline - time.monotonic()) if deadline else FOLLOWER_STALL_TIMEOUT
+                received = min(stop, self._download.flight.wait_for_bytes(offset, timeout))
                 if received <= offset:
-                    return  # landed whole, and its length was not known before
-                part = self._read(partial, offset, received)
-            except (StorageError, OSError) as failure:
-                if self.first_byte_deadline is not None and getattr(failure, "code", 0) == errno.ETIMEDOUT:
+                    return  # the body is complete; its length was not known before
+                part = self._read(offset, received)
+            except (StorageError, OSError) as error:
+                if deadline is not None and getattr(error, "code", 0) == errno.ETIMEDOUT:
                     raise OriginTimeoutError("The first byte did not come in time.") from None
-                yield from self._fetch_remainder(partial, offset, stop)
+                yield from self._fetch_remainder(offset, stop)
                 return
             offset += part.size if isinstance(part, FileSlice) else len(part)
             self.first_byte_deadline = None
-            self._begun = True
+            self._started = True
             yield part
 
-    def _read(self, partial: PartialFile, offset: int, received: int) -> bytes | FileSlice:
-        """Bytes that have been received; many of them are left to the kernel, where the client need not be
-        told of their number.  LocalFailure, OSError."""
-        by_kernel = received - offset > SMALL_BODY and self.length is not None and hasattr(os, "sendfile")
-        data = partial.read_at(1, received - 1) if by_kernel else partial.read_at(
+    def _read(self, offset: int, received: int) -> bytes | FileSlice:
+        """Read received bytes; OSError, StorageError.
+
+        Large parts are left to sendfile().  A body that is sent with chunked coding cannot use it: the size
+        of each chunk goes before its bytes.
+        """
+        partial = self._download.partial
+        use_sendfile = received - offset > SMALL_BODY and self.length is not None and hasattr(os, "sendfile")
+        # sendfile() on a file that was cut would wait for ever, so its last byte is read first.
+        data = partial.read_at(1, received - 1) if use_sendfile else partial.read_at(
             min(COPY_SIZE, received - offset), offset)
         if not data:
-            raise StorageError(OSError(errno.EIO, "the partial was cut"))
-        if not by_kernel:
-            return data
-        return FileSlice(partial, offset, received, functools.partial(self._fetch_remainder, partial))
+            raise StorageError(OSError(errno.EIO, "the partial file was cut"))
+        return FileSlice(partial, offset, received, self._fetch_remainder) if use_sendfile else data
 
-    def _timeout(self) -> float:
-        return FOLLOWER_STALL_TIMEOUT if self.first_byte_deadline is None else max(0.0, self.first_byte_deadline - time.monotonic())
-
-    def _fetch_remainder(self, partial: PartialFile, offset: int, stop: int) -> Iterator[bytes]:
-        """The disk failed, or the download stands still (invariant 10): this client goes on from its own
-        offset, straight from the origin."""
-        if self._begun and strong_validator(partial.head) is None:
+    def _fetch_remainder(self, offset: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes from ``offset`` to ``stop`` straight from the origin, for this client alone."""
+        partial = self._download.partial
+        if self._started and strong_validator(partial.head) is None:
             raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
-        ask = functools.partial(self._rest, partial.head, partial.length)
+        ask = functools.partial(
+            self._origin.fetch_remainder, self._download.origin_request, partial.head, partial.length)
         with contextlib.closing(resumable_body(partial.head, partial.length, offset, ask)) as pieces:
             for piece in pieces:
                 data = piece[:stop - offset]
                 offset += len(data)
                 self.origin_bytes += len(data)
-                self._begun = True
+                self._started = True
                 yield data
                 if offset >= stop:
                     return
 
     def close(self) -> None:
-        """Let go of the partial."""
-        if self._partial is not None:
-            self._partial.release()
-            self._partial = None
-
-
-class PassThroughBody:
-    """An origin's body, passed through."""
-
-    def __init__(self, response: OriginResponse, head_only: bool) -> None:
-        self.length = content_length(response.head.fields) if head_only else response.length
-        self.origin_bytes = 0
-        self._response = response
-
-    def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield it as it comes."""
-        while True:
-            data = self._response.read(COPY_SIZE)
-            if not data:
-                return
-            yield data
-
-    def close(self) -> None:
-        """Give the connection back."""
-        self._response.close()
+        """Release the partial file."""
+        if self._open:
+            self._open = False
+            self._download.partial.release()
 
 
 class LinkRewritingBody:
-    """A body with links that lead through us."""
+    """A response body whose links are rewritten on the way, so that they lead through the proxy."""
 
     length: int | None = None
+    live = False
 
     def __init__(self, body: ResponseBody, links: re.Pattern[bytes], base: str, page: Target) -> None:
         self._body = body
         self._links = links
-        self._about = base, page
+        self._base_and_page = base, page
 
     @property
     def origin_bytes(self) -> int:
-        """The origin's bytes."""
+        """Bytes of the original body that did not come from the cache."""
         return self._body.origin_bytes
 
     def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield the body as it comes."""
-        return rewrite_links(self._pieces(), self._links, *self._about)
+        """Yield the rewritten body as it arrives."""
+        return rewrite_links(self._pieces(), self._links, *self._base_and_page)
 
     def _pieces(self) -> Iterator[bytes]:
         for part in self._body.chunks():
             if isinstance(part, bytes):
                 yield part
                 continue
-            for at in range(part.start, part.stop, COPY_SIZE):
+            for start in range(part.start, part.stop, COPY_SIZE):
                 try:
-                    data = read_file_slice(FileSlice(part.file, at, min(at + COPY_SIZE, part.stop)))
+                    data = read_file_slice(FileSlice(part.file, start, min(start + COPY_SIZE, part.stop)))
                 except StorageError:
                     if part.fallback is None:
                         raise
-                    yield from part.fallback(at, part.stop)
+                    yield from part.fallback(start, part.stop)
                     break
                 yield data
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Close the original body."""
         self._body.close()
 
 
-class OrphanLimiter:
-    """Downloads that nobody reads any more: so many go on, the oldest; a newer one stops, and one that brings
-    less than MIN_RATE."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._lock = threading.Lock()  # guards _orphans
-        self._orphans: dict[int, tuple[float, int]] = {}  # time (monotonic) and size of the last check
-
-    def may_continue(self, partial: PartialFile) -> bool:
-        """Whether a download shall go on."""
-        read, now = partial.has_readers(), time.monotonic()
-        with self._lock:
-            since, size = self._orphans.get(id(partial), (now, partial.size))
-            late = now - since > RATE_WINDOW
-            if read or late and partial.size - size < MIN_RATE * (now - since):
-                self._orphans.pop(id(partial), None)
-                return read
-            if late or id(partial) not in self._orphans and len(self._orphans) < self._most:
-                self._orphans[id(partial)] = now, partial.size
-            return id(partial) in self._orphans
-
-    def remove(self, partial: PartialFile) -> None:
-        """A download has ended."""
-        with self._lock:
-            self._orphans.pop(id(partial), None)
+# Responses to clients, by where their bodies come from
 
 
-class PartialWriter:
-    """The disk writer: what arrives goes into the partial, then to those who wait for it.
+def response_from_store(request: Request, stored: StoredResponse, status: CacheStatus) -> Response:
+    """Answer with a stored response, which the body closes: preconditions, ranges, Age (RFC 9111 §5.1)."""
+    head = with_age(stored.head, time.time())
+    selection = select_response(request, head, head.size, MULTIPART_BOUNDARY)
+    parts = [span if isinstance(span, bytes) else FileSlice(stored, *span) for span in selection.spans]
+    body = IterableBody(selection.length, parts, stored.close, selection.overhead)
+    return Response(selection.head, body, status, counts_as_cached=True)
 
-    The last promised bytes are held back until the body has landed (invariant 3).
+
+def response_from_partial(request: Request, download: Download, origin: OriginClient, status: CacheStatus,
+                          head: ResponseHead) -> Response:
+    """Answer with a partial file while it grows; ``head`` is the head that this client may see.
+
+    The caller has acquired the partial file, and the body releases it.
     """
-
-    def __init__(self, partial: PartialFile, flight: Flight, may_go_on: Callable[[], bool]) -> None:
-        self._partial = partial
-        self._flight = flight
-        self._may_go_on = may_go_on
-        self._began = time.monotonic()
-
-    def write(self, data: bytes) -> None:
-        """Store, then tell; LocalFailure, Changed, or Abandoned where nobody wants it any more."""
-        if not self._may_go_on():
-            raise DownloadAbandonedError("Its clients have left, and it is too slow, or others without clients go on.")
-        if self._partial.length is not None and self._partial.size + len(data) > self._partial.length:
-            raise CannotResumeError("The origin sends more than it has declared.")
-        try:
-            self._partial.write(data)
-        except OSError as error:
-            raise StorageError(error) from error
-        if self._partial.size != self._partial.length:
-            self._flight.set_received(self._partial.size)
-            if time.monotonic() > self._began + PUBLISH_DELAY:
-                self.tell()
-
-    def tell(self) -> None:
-        """Let other instances read it too: not at once, because that takes a file, and most need it not."""
-        with contextlib.suppress(OSError):
-            self._partial.publish()
+    fields = without_fields(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
+    head = replace_fields(head, fields=fields)
+    selection = select_response(request, head, download.partial.length, MULTIPART_BOUNDARY)
+    counts_as_cached = status.outcome in (Outcome.COLLAPSED, Outcome.SHARED)
+    return Response(selection.head, TailingBody(download, selection, origin), status, counts_as_cached)
 
 
-def _place(target: Target) -> str:
-    return "%s://%s" % (target.scheme, target.authority)
+def response_from_origin(request: Request, response: OriginResponse, decision: CacheDecision,
+                         detail: str = "") -> Response:
+    """Pass an origin's response through to the client, without storing it."""
+    head = replace_fields(response.head, fields=end_to_end(response.head.fields))
+    outcome = Outcome.BYPASS if decision.forward in ("bypass", "method") else Outcome.RELAYED
+    status = CacheStatus(outcome, decision.forward, head.status, detail=detail)
+    length = content_length(response.head.fields) if request.method == "HEAD" else response.length
+    return Response(head, IterableBody(length, iter(response.read, b""), response.close, live=True), status)
 
 
-class RecentFailures:
-    """What went wrong a short while ago, so that nobody waits for it, or reads of it, again and again."""
+def shared_cache_status(decision: CacheDecision, head: ResponseHead) -> CacheStatus:
+    """Describe a response whose body was found to be the same as another mirror's file."""
+    detail = "same as " + head.same_as
+    if digest_in_name(head.key):  # the origin was not asked at all
+        return CacheStatus(Outcome.SHARED, detail=detail)
+    return CacheStatus(Outcome.SHARED, decision.forward, 206, stored=True, detail=detail)
 
-    def __init__(self, on_full_disk: Callable[[], None]) -> None:
-        self._on_full_disk = on_full_disk
-        self._unreachable = RecentEvents()  # by scheme and authority; by cache key, if a redirect leads there
-        self._errors = RecentEvents()  # by cache key: shown, but not heeded
-        self._lock = threading.Lock()  # guards all below
-        self._disk: StorageError | None = None  # that was complained about last, until something is stored
-        self._failed = 0.0  # monotonic time of the last one
 
-    def origin_down_reason(self, request: Request) -> str | None:
-        """Why the origin of a request is not to be waited for now; None if it is."""
-        known = self._unreachable.gather(ORIGIN_BACKOFF, _place(request.target), request.key)
-        return known[0][-1] if known else None
-
-    def origin_failed(self, request: Request, failure: OriginError) -> None:
-        """An origin is unreachable, or, behind a redirect, just for one file.  Any other failure is of this
-        file alone, and shown but not heeded: one client's request must not decide what others get."""
-        own = failure.target is None or _place(failure.target) == _place(request.target)
-        lasts = failure.unreachable and field_value(request.fields, "Authorization") is None
-        events = self._unreachable if lasts else self._errors
-        name = _place(request.target) if own and lasts else request.key
-        known = events.find(name, ORIGIN_BACKOFF)
-        events.note(name, str(failure))
-        log.log(logging.DEBUG if known else logging.WARNING, "%s Serving the stored copy%s.", failure,
-                " for the next %d s" % ORIGIN_BACKOFF if lasts else "")
-
-    def snapshot(self) -> list[dict[str, Any]]:
-        """The origins that are not waited for now, and the files that they have no response for, and why."""
-        known = self._errors.gather(ORIGIN_BACKOFF) + self._unreachable.gather(ORIGIN_BACKOFF)
-        return [{"origin": displayable_uri(name), "reason": truncate_middle(reason, 150), "seconds": round(ORIGIN_BACKOFF - age)}
-                for name, age, reason in known[-10:]]
-
-    def origin_answered(self, request: Request) -> None:
-        """An origin is well again."""
-        for events in (self._unreachable, self._errors):
-            events.forget(_place(request.target), request.key)
-
-    def disk_failed(self, failure: StorageError) -> str:
-        """Complain, once for each kind of failure, and tell the reason for Cache-Status."""
-        if failure.code == errno.EAGAIN:
-            return "another instance is storing it"
-        with self._lock:
-            known = self._disk is not None and self._disk.code == failure.code
-            self._disk, self._failed = failure, time.monotonic()
-        if failure.code == errno.ENOSPC:
-            self._on_full_disk()
-        remedy = {errno.ENOSPC: " Free some space.", errno.EACCES: " Let this user write the cache root.",
-                  errno.EROFS: " Mount the cache root for writing."}.get(failure.code or 0, "")
-        log.log(logging.DEBUG if known else logging.WARNING,
-                "Nothing can be stored: %s. Requests are passed on all the same.%s", failure, remedy)
-        return "not stored: %s" % failure
-
-    def disk_error(self) -> str:
-        """Why nothing could be stored lately; "" where it could; another process may have stored since."""
-        with self._lock:
-            lately = time.monotonic() - self._failed < EVICTION_INTERVAL
-            return truncate_middle(str(self._disk), 150) if self._disk and lately else ""
-
-    def disk_recovered(self) -> None:
-        """Something was stored."""
-        with self._lock:
-            again, self._disk = self._disk is not None, None
-        if again:
-            log.warning("The cache can be written again.")
+# What clients may have
 
 
 def look_up_for_client(store: Store, origin: OriginClient, request: Request) -> StoredResponse | None:
-    """The stored response for a request, if its client may have it.  A body without a head may have come from
-    this host, so its host is looked at again."""
+    """Look up the stored response for a request; None if there is none that its client may have.
+
+    Responses that came from protected addresses are for clients on this host alone.  A body file without a
+    head does not tell where it came from, so the address of its host is checked again.
+    """
     stored = store.lookup(request.key)
     if stored is None or request.client_is_local:
         return stored
-    if stored.head.local_clients_only or not (stored.described or origin.is_open(parse_target(request.key).host)):
+    if stored.head.local_clients_only or not (
+            stored.described or origin.is_open(parse_target(request.key).host)):
         stored.close()
         return None
     return stored
 
 
 def may_share_download(request: Request, head: ResponseHead) -> bool:
-    """Whether a request's client may have what is being downloaded for another."""
-    return (request.client_is_local or not head.local_clients_only) and selecting_fields(request, head) == head.vary
+    """Return whether a request's client may have what is being downloaded for another client."""
+    allowed = request.client_is_local or not head.local_clients_only
+    return allowed and selecting_fields(request, head) == head.vary
 
 
-def response_from_store(request: Request, stored: StoredResponse, status: CacheStatus, now: float,
-               instead: Callable[[Exception], Response] | None = None) -> Response:
-    """A reply from a stored body: preconditions, ranges, Age (RFC 9111 §5.1)."""
-    selection = select_response(request, with_age(stored.head, now), stored.head.size, MULTIPART_BOUNDARY)
-    return Response(selection.head, FileBody(stored, selection), status, True, instead)
+def full_request(request: Request, config: Config, deadline: float | None = None) -> OriginRequest:
+    """Make the request for a whole representation that may be stored, whatever part the client asked for."""
+    return OriginRequest(
+        "GET", request.target, origin_request_fields(request, config, identity=True),
+        client_is_local=request.client_is_local, client=request.client, deadline=deadline,
+        follow_redirects=POLICIES[classify_name(request.key)].redirects, timings=request.timings)
 
 
-def response_from_partial(request: Request, head: ResponseHead, flight: Flight, partial: PartialFile, status: CacheStatus,
-                 rest: Callable[[ResponseHead, int | None, int], OriginResponse]) -> Response:
-    """A reply from a partial (acquired) while it grows, with ``head`` as its own."""
-    fields = without_fields(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
-    selection = select_response(request, replace_fields(head, fields=fields), partial.length, MULTIPART_BOUNDARY)
-    body = TailingBody(flight, partial, selection, rest)
-    return Response(selection.head, body, status, status.outcome in (Outcome.COLLAPSED, Outcome.SHARED))
+# Failures
 
 
-def response_from_origin(request: Request, response: OriginResponse, decision: CacheDecision, detail: str = "") -> Response:
-    """A reply that passes an origin's answer through, and keeps nothing."""
-    head = replace_fields(response.head, fields=end_to_end(response.head.fields))
-    outcome = Outcome.BYPASS if decision.forward in ("bypass", "method") else Outcome.RELAYED
-    status = CacheStatus(outcome, decision.forward, head.status, detail=detail)
-    return Response(head, PassThroughBody(response, request.method == "HEAD"), status)
+def _site(target: Target) -> str:
+    return "%s://%s" % (target.scheme, target.authority)
 
 
-def full_request(request: Request, decision: CacheDecision, config: Config,
-                  deadline: float | None = None) -> OriginRequest:
-    """The request for a whole representation that may be stored, whatever part the client asked for."""
-    fields = origin_request_fields(request, config, identity=True)
-    return OriginRequest("GET", request.target, fields, client_is_local=request.client_is_local, follow_redirects=decision.policy.redirects,
-                   client=request.client, deadline=deadline, timings=request.timings)
+class RecentFailures:
+    """Remembers origins and disk errors that failed a moment ago (a circuit breaker).
+
+    Clients do not wait again for an origin that is known to be down, and the log has one line for each
+    failure, not one for each request.
+    """
+
+    def __init__(self, on_full_disk: Callable[[], None]) -> None:
+        self._on_full_disk = on_full_disk
+        self._unreachable = RecentEvents()  # by scheme and authority; by cache key, if a redirect leads there
+        self._errors = RecentEvents()  # by cache key: shown on the status page, but not acted upon
+        self._lock = threading.Lock()  # guards all below
+        self._disk_error: StorageError | None = None  # the last that was logged; None: something was stored
+        self._disk_failed_at = 0.0  # monotonic
+
+    def origin_down_reason(self, request: Request) -> str:
+        """Return why the origin of a request was unreachable in the last ORIGIN_BACKOFF seconds, or ""."""
+        events = self._unreachable.gather(ORIGIN_BACKOFF, _site(request.target), request.key)
+        return events[0][-1] if events else ""
+
+    def origin_failed(self, request: Request, error: OriginError) -> None:
+        """Record that a cached copy is served because an origin failed.
+
+        Only a failure to connect counts for other requests: for the whole origin, or for one cache key if a
+        redirect led elsewhere.  Any other failure may be the fault of this very request, and one client's
+        request must not decide what other clients get (invariant 12).
+        """
+        lasts = error.unreachable and field_value(request.fields, "Authorization") is None
+        redirected = error.target is not None and _site(error.target) != _site(request.target)
+        events = self._unreachable if lasts else self._errors
+        name = _site(request.target) if lasts and not redirected else request.key
+        is_new = events.note_first(name, ORIGIN_BACKOFF)
+        events.note(name, str(error))
+        log.log(logging.WARNING if is_new else logging.DEBUG, "%s Serving the stored copy%s.", error,
+                " for the next %d s" % ORIGIN_BACKOFF if lasts else "")
+
+    def origin_answered(self, request: Request) -> None:
+        """Forget the failures of an origin."""
+        for events in (self._unreachable, self._errors):
+            events.forget(_site(request.target), request.key)
+
+    def disk_failed(self, error: StorageError) -> str:
+        """Log a disk error once for each kind, and return the reason for Cache-Status."""
+        if error.code == errno.EAGAIN:
+            return "another instance is storing it"
+        with self._lock:
+            is_new = self._disk_error is None or self._disk_error.code != error.code
+            self._disk_error, self._disk_failed_at = error, time.monotonic()
+        if error.code == errno.ENOSPC:
+            self._on_full_disk()
+        remedy = {errno.ENOSPC: " Free some space.", errno.EACCES: " Let this user write the cache root.",
+                  errno.EROFS: " Mount the cache root for writing."}.get(error.code or 0, "")
+        log.log(logging.WARNING if is_new else logging.DEBUG,
+                "Nothing can be stored: %s. Requests are still passed to the origins.%s", error, remedy)
+        return "not stored: %s" % error
+
+    def disk_recovered(self) -> None:
+        """Record that a response was stored."""
+        with self._lock:
+            recovered, self._disk_error = self._disk_error is not None, None
+        if recovered:
+            log.warning("The cache can be written again.")
+
+    def disk_error(self) -> str:
+        """Return why nothing could be stored lately, or "".
+
+        An old error does not count: another process may have stored something since.
+        """
+        with self._lock:
+            is_recent = time.monotonic() - self._disk_failed_at < EVICTION_INTERVAL
+            return truncate_middle(str(self._disk_error), 150) if self._disk_error and is_recent else ""
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """Describe the last failures of origins for the status page, the newest last."""
+        events = self._errors.gather(ORIGIN_BACKOFF) + self._unreachable.gather(ORIGIN_BACKOFF)
+        return [{"origin": displayable_uri(name), "reason": truncate_middle(reason, 150),
+                 "seconds": round(ORIGIN_BACKOFF - age)} for name, age, reason in events[-10:]]
 
 
-def shared_cache_status(decision: CacheDecision, head: ResponseHead) -> CacheStatus:
-    """What is told of a body that is the same as another mirror's."""
-    detail = "same as " + head.same_as
-    if digest_in_name(head.key):
-        return CacheStatus(Outcome.SHARED, detail=detail)
-    return CacheStatus(Outcome.SHARED, decision.forward, 206, stored=True, detail=detail)
+# The same file from another mirror
 
 
 class LocalFileResponse(OriginResponse):
-    """A file of ours, as if it came from the origin whose file it was found to be: where it can't be read to
-    its end, the origin has the rest."""
+    """A stored file that is read as if an origin sent it, to make a copy of it.
 
-    def __init__(self, twin: StoredResponse) -> None:  # nothing of the base class's but its methods' meaning
-        self.head = twin.head
-        self.length: int | None = twin.head.size
+    If it cannot be read to its end, the download continues from the origin like any other.
+    """
+
+    def __init__(self, stored: StoredResponse) -> None:  # without the base class's, which needs a connection
+        self.head = stored.head
+        self.length: int | None = stored.head.size
         self.end_is_known = True
-        self._twin = twin
-        twin.file.seek(0)
+        self._stored = stored
+        stored.file.seek(0)
 
     def on_idle(self, call: Callable[[], object]) -> None:
-        """The disk makes none."""
+        """Do nothing: a disk does not pause."""
 
     def read(self, size: int = COPY_SIZE) -> bytes:
-        """Up to ``size`` bytes, b"" at the end; OriginFailure, also if the file has been changed in place."""
+        """Read up to ``size`` bytes, b"" at the end; OriginError if that fails or the file was changed."""
         try:
-            data, info = self._twin.file.read(size) or b"", os.fstat(self._twin.fileno())
+            data, info = self._stored.file.read(size) or b"", os.fstat(self._stored.fileno())
         except OSError as error:
             raise TruncatedBodyError("The copy cannot be read: %s." % error) from None
         if (info.st_size, info.st_mtime_ns) != (self.head.size, self.head.mtime_ns):
@@ -5074,189 +5075,199 @@ class LocalFileResponse(OriginResponse):
 
     def close(self) -> None:
         """Close the file."""
-        self._twin.close()
+        self._stored.close()
 
 
-def _read_proof(response: OriginResponse, forward: OriginRequest) -> bytes:
-    """A part that was asked for, and no more than one byte beyond; OriginFailure, socket.timeout."""
+def _read_proof(response: OriginResponse, origin_request: OriginRequest) -> bytes:
+    """Read a range of at most PROOF_SIZE bytes, and up to one byte more if the origin sends too many;
+    OriginError, socket.timeout."""
     data = b""
-    response.set_deadline(forward.timeout_for(VALIDATION_TIMEOUT))  # its client waits for the first byte
+    response.set_deadline(origin_request.timeout_for(VALIDATION_TIMEOUT))  # its client waits for a first byte
     while len(data) <= PROOF_SIZE and (piece := response.read(PROOF_SIZE)):
         data += piece
     return data
 
 
-def _under_other_head(twin: StoredResponse, head: ResponseHead) -> StoredResponse:
-    """A body under the head that it has elsewhere.  A query may be another client's password."""
-    return replace_fields(twin, head=replace_fields(
-        head, size=twin.head.size, mtime_ns=twin.head.mtime_ns, local_clients_only=head.local_clients_only or twin.head.local_clients_only,
-        same_as=twin.head.key.partition("?")[0] if twin.name else twin.head.same_as))
+def _under_other_head(stored: StoredResponse, head: ResponseHead) -> StoredResponse:
+    """Give a stored body the head that it has at another mirror."""
+    # A query may hold another client's password, so it is not shown.
+    same_as = stored.head.key.partition("?")[0] if stored.name else stored.head.same_as
+    local_clients_only = head.local_clients_only or stored.head.local_clients_only
+    return replace_fields(stored, head=replace_fields(
+        head, size=stored.head.size, mtime_ns=stored.head.mtime_ns, local_clients_only=local_clients_only,
+        same_as=same_as))
 
 
-def _has_named_digest(key: str, twin: StoredResponse) -> bool:
-    """Whether a body has the digest that is in a name, where there is one."""
-    with contextlib.suppress(StorageError):  # what can't be read proves nothing
-        return matches_digest_in_name(key, twin)
+def _has_named_digest(key: str, stored: StoredResponse) -> bool:
+    """Return whether a body has the digest in a key's name, if that has one.  An unreadable body has not."""
+    with contextlib.suppress(StorageError):
+        return matches_digest_in_name(key, stored)
     return False
 
 
 class MirrorDeduplicator:
-    """The same file from another mirror: what we hold of its name, and the proof that it is the same.  For
-    the caller: find, check, stand_in, holds.
+    """Finds a stored file that is identical to one requested from another mirror.
 
-    A digest in the name is proof enough.  A package is the same if the origin says so itself: by its size,
-    and the bytes at its head and its tail, where archives have their checksums.
+    Two files of one name are identical if that name holds their digest, or else if the origin shows it: by
+    the size and by the first and last bytes, which hold the checksums of an archive.
+
+    Public: ``find_identical``, ``find_substitute``, ``check_status``, ``has_candidates``.
     """
 
     def __init__(self, store: Store, origin: OriginClient, config: Config) -> None:
         self._store = store
         self._origin = origin
         self._sharing = config.sharing
-        self._adopt = tuple(os.path.join(folder, "") for folder in config.adopt)
+        self._adopted_folders = tuple(os.path.join(folder, "") for folder in config.adopt)
 
-    def find_identical(self, request: Request, forward: OriginRequest,
-             config: Config) -> tuple[StoredResponse | None, OriginResponse | None]:
-        """What we hold of the same file, under the head that it has here; or the origin's answer, where that
-        is one to a request for the whole; or neither.  OriginFailure where the origin can't be asked, and
-        another mirror's file can stand in."""
+    def find_identical(self, request: Request, origin_request: OriginRequest,
+                       config: Config) -> StoredResponse | OriginResponse | None:
+        """Find an identical file, under the head that it has at this mirror.
+
+        Return the origin's response instead if the origin answered the probe with the whole file, or None.
+        OriginError if the origin cannot be asked, and there is a substitute.
+        """
         try:
-            return self._find(request, forward, config)
-        except (CannotResumeError, StorageError, OSError) as failure:
-            log.debug("%s: %s", request.key, failure)
+            with self._candidates(request) as candidates:
+                if digest_in_name(request.key):
+                    return self._match_digest(request, candidates)
+                if candidates:
+                    return self._match_probe(request, origin_request, candidates, config)
+        except (CannotResumeError, StorageError, OSError) as error:
+            log.debug("%s: %s", request.key, error)
         except OriginError:
-            if self._has_stand_in(request):
+            if self._has_substitute(request):
                 raise
-        return None, None
+        return None
 
     def check_status(self, request: Request, response: OriginResponse) -> None:
-        """OriginFailure where a mirror says that it can't now, and another's file can stand in."""
-        if response.head.status in UNAVAILABLE_STATUSES and self._has_stand_in(request):
+        """Raise OriginError if a mirror is unavailable, and there is a substitute."""
+        if response.head.status in UNAVAILABLE_STATUSES and self._has_substitute(request):
             response.close()
             raise OriginError("%s answers %d." % (request.target.authority, response.head.status))
 
     def find_substitute(self, request: Request) -> StoredResponse | None:
-        """What we hold of the same name, where its mirror has proven lately to have the same files."""
-        found, named = None, digest_in_name(request.key) is not None
-        for other in self._candidates(request):
-            if found is None and (_has_named_digest(request.key, other) if named else other.name and
-                                  self._store.names.are_mirrors(mirror_prefixes(request.key, other.head.key))):
-                found = other
-            else:
-                other.close()
-        return found
+        """Find a file of the same name from a mirror that has lately been shown to have the same files."""
+        has_digest = digest_in_name(request.key) is not None
+        with self._candidates(request) as candidates:
+            for candidate in candidates:
+                prefixes = mirror_prefixes(request.key, candidate.head.key)
+                if _has_named_digest(request.key, candidate) if has_digest else (
+                        candidate.name and self._store.names.are_mirrors(prefixes)):
+                    candidates.remove(candidate)
+                    return candidate
+        return None
 
-    def _has_stand_in(self, request: Request) -> bool:
+    def _has_substitute(self, request: Request) -> bool:
         stored = self.find_substitute(request)
         _close(stored)
         return stored is not None
 
     def has_candidates(self, request: Request) -> bool:
-        """Whether there is anything to look at."""
-        held = self._candidates(request)
-        for other in held:
-            other.close()
-        return bool(held)
+        """Return whether any stored file might be identical."""
+        with self._candidates(request) as candidates:
+            return bool(candidates)
 
-    def _find(self, request: Request, forward: OriginRequest,
-              config: Config) -> tuple[StoredResponse | None, OriginResponse | None]:
-        held, twin, answer = self._candidates(request), None, None
+    @contextlib.contextmanager
+    def _candidates(self, request: Request) -> Iterator[list[StoredResponse]]:
+        """Open the files of the same name that the client may have; those left in the list are closed."""
+        candidates: list[StoredResponse] = []
         try:
-            if digest_in_name(request.key):
-                twin = self._match_digest(request, held)
-            elif held:
-                twin, answer = self._match_probe(request, forward, held, config)
-            return twin, answer
+            for stored in self._open_same_name(request):
+                if stored.head.vary or field_value(stored.head.fields, "Content-Encoding"):
+                    stored.close()
+                else:
+                    candidates.append(stored)
+            yield candidates
         finally:
-            for other in held:
-                if twin is None or other.file is not twin.file:
-                    other.close()
+            for stored in candidates:
+                stored.close()
 
-    def _candidates(self, request: Request) -> list[StoredResponse]:
-        """What we hold of the same name, and may show; for the caller to close.  What came over http does for
-        https only where its name proves it."""
-        name = shareable_name(request.key)
-        fresh = "no-cache" in cache_directives(request.fields)  # the client has its reasons: a wrong digest, say
-        if not name or fresh or field_value(request.fields, "Authorization") is not None:
-            return []
-        sure = digest_in_name(request.key) is not None
-        any_way = request.target.scheme == "http" or sure
-        open_to = ("http:", "https:") if any_way else ("https:",)
-        held = [look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
-                for key in ([*self._store.names.lookup(name), request.key.replace("%2B", "+")]
-                            if self._sharing or sure else ())
-                if key != request.key and key.startswith(open_to)]
-        for path in self._store.adopted.lookup(name) if self._adopt else ():
-            file, info = _open(path) if path.startswith(self._adopt) else (None, _NO_STAT)
+    def _open_same_name(self, request: Request) -> Iterator[StoredResponse]:
+        name, has_digest = shareable_name(request.key), digest_in_name(request.key) is not None
+        # A client that says no-cache doubts what the proxy has: it may have seen a wrong digest, say.
+        doubted = "no-cache" in cache_directives(request.fields)
+        if not name or doubted or field_value(request.fields, "Authorization") is not None:
+            return
+        # A file fetched over http is never used for an https URL, unless a digest in the URL proves it.
+        schemes = ("http:", "https:") if request.target.scheme == "http" or has_digest else ("https:",)
+        if self._sharing or has_digest:
+            for key in [*self._store.names.lookup(name), request.key.replace("%2B", "+")]:
+                if key != request.key and key.startswith(schemes):
+                    stored = look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
+                    if stored is not None:
+                        yield stored
+        for path in self._store.adopted.lookup(name) if self._adopted_folders else ():
+            file, info = _open(path) if path.startswith(self._adopted_folders) else (None, _NO_STAT)
             if file is not None:
                 head = replace_fields(_bare_head(request.key, info), same_as="an adopted file")
-                held.append(StoredResponse(file, head, "", False))
-        found = []
-        for other in held:
-            coded = other and field_value(other.head.fields, "Content-Encoding")
-            if other and not other.head.vary and not coded:
-                found.append(other)
-            else:
-                _close(other)
-        return found
+                yield StoredResponse(file, head, "", False)
 
-    def _match_digest(self, request: Request, held: list[StoredResponse]) -> StoredResponse | None:
-        """The first that has the digest in its name.  Of its head, what is the file's."""
-        for other in held:
-            if _has_named_digest(request.key, other):
-                fields = tuple(field for field in other.head.fields
+    def _match_digest(self, request: Request, candidates: list[StoredResponse]) -> StoredResponse | None:
+        """Take the first candidate that has the digest in the name, with those of its fields that describe
+        the file and not the mirror it came from."""
+        for candidate in candidates:
+            if _has_named_digest(request.key, candidate):
+                candidates.remove(candidate)
+                fields = tuple(field for field in candidate.head.fields
                                if field[0].lower() in ("content-type", "last-modified", "date"))
-                return _under_other_head(other, replace_fields(other.head, fields=fields, key=request.key))
+                head = replace_fields(candidate.head, fields=fields, key=request.key)
+                return _under_other_head(candidate, head)
         return None
 
-    def _match_probe(self, request: Request, forward: OriginRequest, held: list[StoredResponse],
-               config: Config) -> tuple[StoredResponse | None, OriginResponse | None]:
-        """The one that the origin shows to be the same; or its answer, if it shows no parts."""
-        forward = replace_fields(forward, deadline=time.monotonic() + VALIDATION_TIMEOUT)
-        first_range = (("Range", "bytes=0-%d" % (PROOF_SIZE - 1)),)
-        response = self._origin.fetch(replace_fields(forward, fields=forward.fields + first_range))
+    def _match_probe(self, request: Request, origin_request: OriginRequest, candidates: list[StoredResponse],
+                     config: Config) -> StoredResponse | OriginResponse | None:
+        """Take the candidate whose size, first and last bytes are those that the origin shows."""
+        origin_request = replace_fields(origin_request, deadline=time.monotonic() + VALIDATION_TIMEOUT)
+        fields = origin_request.fields + (("Range", "bytes=0-%d" % (PROOF_SIZE - 1)),)
+        response = self._origin.fetch(replace_fields(origin_request, fields=fields))
         if response.head.status not in (206, 304, 416):
-            return None, response
+            return response
         with contextlib.closing(response):
-            first = _read_proof(response, forward)
+            first = _read_proof(response, origin_request)
         start, stop, size = content_range(response.head) or (0, 0, 0)
         head = complete_head(request, response.head)
-        private = why_not_storable(replace_fields(request, method="GET"), head, config)
-        if private or start or stop != min(PROOF_SIZE, size) or not size:
-            return None, None
-        same = [other for other in held if other.head.size == size and other.read_at(stop, 0) == first]
+        if why_not_storable(replace_fields(request, method="GET"), head, config) or start or not size \
+                or stop != min(PROOF_SIZE, size):
+            return None
+        same = [one for one in candidates if one.head.size == size and one.read_at(stop, 0) == first]
         tail = max(stop, size - PROOF_SIZE)
         if same and tail < size:
-            with contextlib.closing(self._origin.fetch_remainder(forward, head, size, tail)) as rest:
-                last = _read_proof(rest, forward)
-            same = [other for other in same if other.read_at(PROOF_SIZE, tail) == last]
-        for other in held:
-            if other.name:
-                self._store.names.record_comparison(mirror_prefixes(request.key, other.head.key), other in same)
-        return (_under_other_head(same[0], head) if same else None), None
+            with contextlib.closing(self._origin.fetch_remainder(origin_request, head, size, tail)) as rest:
+                last = _read_proof(rest, origin_request)
+            same = [one for one in same if one.read_at(PROOF_SIZE, tail) == last]
+        for one in candidates:
+            if one.name:
+                prefixes = mirror_prefixes(request.key, one.head.key)
+                self._store.names.record_comparison(prefixes, one in same)
+        if not same:
+            return None
+        candidates.remove(same[0])
+        return _under_other_head(same[0], head)
 
 
-@dataclasses.dataclass(frozen=True)
-class Download:
-    """One flight's way from its origin to the disk."""
-
-    response: OriginResponse | None  # None: the partial is to be gone on with
-    partial: PartialFile
-    flight: Flight
-    forward: OriginRequest  # asks for the whole again
-    outcome: Outcome
+# The writer
 
 
 class DownloadLocks:
-    """Which of the instances that share a root downloads what, by their locks or leases.  For the caller:
-    take, end, release, lost, flying, spoil; for Watch: partials and leases."""
+    """Decides which of the instances that share a cache root downloads a key.
 
-    def __init__(self, store: Store, leases: LeaseManager) -> None:
+    With ``--barrier``, memcached leases decide; else the lock on the partial file does.
+    """
+
+    def __init__(self, store: Store, config: Config) -> None:
+        why = "" if config.barrier else why_locks_fail(store.metadata_folder)
+        if why:
+            log.warning("Instances that share %s would download each on its own: %s. --barrier "
+                        "memcached://HOST:PORT lets them share.", store.root, why)
         self.partials = PartialStore(store)
-        self.leases = leases
+        self.leases = LeaseManager(config.barrier, bool(why))
 
     def acquire(self, key: str) -> PartialFile | None:
-        """The partial of a key, for the caller to write and then to end, or to release; None where another
-        instance writes it; LocalFailure."""
+        """Lock a key, and return its partial file; None if another instance downloads it; StorageError.
+
+        The caller must call release() at the end, or discard() if nothing was written.
+        """
         owner, sole = self.leases.acquire(key)
         if sole is False:
             return None
@@ -5267,22 +5278,22 @@ class DownloadLocks:
             raise
 
     def discard(self, partial: PartialFile | None) -> None:
-        """Nothing is to be stored."""
+        """Remove a partial file that was not written, and unlock its key."""
         if partial is not None:
             partial.discard()
             self.release(partial)
 
     def release(self, partial: PartialFile) -> None:
-        """It has been stored, kept or discarded."""
+        """Unlock the key of a partial file that was stored, kept or discarded."""
         partial.release()
         self.leases.release(partial.head.key, partial.owner)
 
     def is_lost(self, partial: PartialFile) -> bool:
-        """Whether another instance has taken over."""
+        """Return whether another instance has taken over, because the lease was not renewed in time."""
         return self.leases.is_lost(partial.owner)
 
     def is_downloading_elsewhere(self, key: str) -> bool:
-        """Whether another instance downloads a key."""
+        """Return whether another instance downloads a key."""
         holder = self.leases.holder(key)
         partial = None if holder or self.leases.uses_memcached else self.partials.open_for_reading(key)
         if partial is None:
@@ -5295,171 +5306,263 @@ class DownloadLocks:
         return False
 
     def invalidate(self, key: str) -> None:
-        """Let other instances not store what they download under a key."""
+        """Prevent other instances from storing what they are downloading under a key."""
         self.partials.unlink(key, self.leases.holder(key))
 
     def close(self) -> None:
-        """Nothing is downloaded any more."""
+        """Stop renewing leases."""
         self.leases.close()
 
 
-class Downloader:
-    """Downloads responses into partials, each in a thread of its own, which is the only writer.  A download
-    belongs to the cache: it goes on when its clients leave.  For the caller: start, and in a thread: fill."""
+class OrphanLimiter:
+    """Limits how many downloads continue without a client: the oldest ones may, if they are fast enough."""
 
-    def __init__(self, barrier: SingleFlight, claims: DownloadLocks, origin: OriginClient, troubles: RecentFailures, orphans: OrphanLimiter,
-                 updated: Callable[[OriginRequest], None]) -> None:
-        self.barrier = barrier
-        self._claims = claims
-        self._origin = origin
-        self._troubles = troubles
-        self._orphans = orphans
-        self._updated = updated  # told of what has been stored in a new generation
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()  # guards _orphans
+        self._orphans: dict[int, tuple[float, int]] = {}  # time (monotonic) and size at the last speed check
+
+    def may_continue(self, partial: PartialFile) -> bool:
+        """Return whether a download may continue: it has clients, or it is one of the permitted orphans."""
+        has_readers, now = partial.has_readers(), time.monotonic()
+        with self._lock:
+            since, size = self._orphans.get(id(partial), (now, partial.size))
+            check_due = now - since > RATE_WINDOW
+            if has_readers or check_due and partial.size - size < MIN_RATE * (now - since):
+                self._orphans.pop(id(partial), None)
+                return has_readers
+            if check_due or id(partial) not in self._orphans and len(self._orphans) < self._limit:
+                self._orphans[id(partial)] = now, partial.size
+            return id(partial) in self._orphans
+
+    def remove(self, partial: PartialFile) -> None:
+        """Forget a download that has ended."""
+        with self._lock:
+            self._orphans.pop(id(partial), None)
+
+
+class Downloader:
+    """The tee: downloads responses into partial files, from which all their clients read.
+
+    Each download runs in a thread of its own, which is the only writer of its partial file (invariant 2).  It
+    belongs to the cache and not to a client: it continues when clients leave, and no client slows it down.
+
+    Public: ``start``; ``download`` for a thread that already exists; ``snapshot``.
+    """
+
+    def __init__(self, config: Config, store: Store, flights: SingleFlight, origin: OriginClient,
+                 failures: RecentFailures, on_replaced: Callable[[OriginRequest], None]) -> None:
+        self.store = store
+        self.flights = flights
+        self.origin = origin
+        self.failures = failures
+        self.locks = DownloadLocks(store, config)
+        self._on_replaced = on_replaced  # called when a stored response was replaced by a newer one
+        self._orphans = OrphanLimiter(config.max_orphans)
         self._lock = threading.Lock()  # guards _running
-        self._running: dict[PartialFile, tuple[float, int]] = {}  # since when (monotonic), and from which byte
+        self._running: dict[PartialFile, tuple[float, int]] = {}  # start (monotonic), first offset
 
     def snapshot(self) -> list[dict[str, Any]]:
-        """The downloads in flight, the oldest first: bytes so far and in all, bytes a second, clients."""
+        """Describe the running downloads for the status page, the oldest first; rates are in bytes/s."""
         now = time.monotonic()
         with self._lock:
             running = list(itertools.islice(self._running.items(), MAX_ROWS))
         return [{"uri": displayable_uri(partial.head.key), "bytes": partial.size, "length": partial.length,
-                 "rate": int((partial.size - begun) / max(now - since, 0.001)), "clients": partial.reader_count()}
-                for partial, (since, begun) in running]
+                 "rate": int((partial.size - start) / max(now - since, 0.001)),
+                 "clients": partial.reader_count()}
+                for partial, (since, start) in running]
 
-    def start(self, download: Download) -> None:
-        """Download in a new thread, and let followers join; LocalFailure if no thread can be started."""
-        start_thread(self.download, download)
-        download.flight.publish(download.partial)
+    def start(self, request: Request, decision: CacheDecision, head: ResponseHead,
+              download: Download) -> Response:
+        """Start a download, and return the response for its first client; StorageError.
+
+        ``head`` is the origin's, of the whole representation.  Followers may join as soon as the flight has
+        the partial file.
+        """
+        response, partial = download.response, download.partial
+        assert response is not None  # noqa: S101 (for the type checker)
+        stored_head = replace_fields(head, fields=storable_fields(head.fields))
+        # What is left of an earlier download is kept only if this response continues it (start > 0).
+        length = None if response.length is None else response.length + response.start
+        partial.start(stored_head, length, response.start)
+        outcome = Outcome.UPDATED if download.replaces else Outcome.MISS
+        status = CacheStatus(outcome, decision.forward, response.head.status, stored=True)
+        status = shared_cache_status(decision, head) if head.same_as else status
+        # Only this client gets the fields that are not stored, such as Set-Cookie.
+        own_head = replace_fields(stored_head, fields=end_to_end(head.fields))
+        partial.acquire()
+        result = response_from_partial(request, download, self.origin, status, own_head)
+        try:
+            start_thread(self.download, download)
+        except StorageError:
+            result.body.close()
+            raise
+        download.flight.publish(partial)
+        return result
 
     def download(self, download: Download) -> None:
-        """Download to the end, store the result, and end the flight with its last bytes (invariant 3)."""
+        """Download to the end, store the result, and finish the flight; in a thread of its own.
+
+        1. Receive: read from the origin, write to the partial file, announce all but the last bytes.
+        2. Commit: flush the file and give it its place in the cache, or discard it.
+        3. Finish the flight: take it out of the barrier, then announce the last bytes (invariant 3).  A
+           client that has them and asks again finds the response stored.
+        4. Release the lock: with memcached that may take a moment, so no client waits for it.
+        """
         partial, flight = download.partial, download.flight
-        landing = FlightResult.FAILED
-        failure: Exception | None = None
+        result = FlightResult.FAILED
+        error: Exception | None = None
         try:
-            self._download(download)
-            landing = FlightResult.WHOLE
-            landing = self._commit(partial, flight, download.forward.timings)
-        except StorageError as error:
-            self._troubles.disk_failed(error)
-            landing, failure = FlightResult.WHOLE if landing is FlightResult.WHOLE else FlightResult.ALONE, error
-            partial.discard(cut=landing is FlightResult.ALONE)
-            if download.outcome is Outcome.UPDATED:
-                partial.delete_stored()  # the old one is known to be wrong
-        except OriginError as error:
-            log.warning("%s was not stored: %s", partial.head.key, error)
-            if isinstance(error, DownloadAbandonedError):
-                landing = FlightResult.ALONE  # for whoever joined at the last moment
-            else:
-                failure = error
+            self._receive(download)
+            result = FlightResult.WHOLE
+            result = self._commit(download)
+        except StorageError as failure:
+            # If all bytes were received, readers have them.  Else each asks the origin for the remainder.
+            error, result = failure, result if result is FlightResult.WHOLE else FlightResult.ALONE
+            self.failures.disk_failed(failure)
+            partial.discard(cut=result is FlightResult.ALONE)
+            if download.replaces:
+                partial.delete_stored()  # the stored response is outdated, and its successor is not stored
+        except OriginError as failure:
+            log.warning("%s was not stored: %s", partial.head.key, failure)
+            if isinstance(failure, DownloadAbandonedError):
+                result = FlightResult.ALONE  # a client that joined at the last moment asks the origin
+            error = None if result is FlightResult.ALONE else failure
             partial.keep_for_resume()
         finally:
-            self._forget(partial)
-            self.barrier.finish(flight, landing, failure, partial.size)
-            self._claims.release(partial)  # after the last bytes: memcached may take its time
-        if landing is FlightResult.STORED and download.outcome is Outcome.UPDATED:
-            self._updated(download.forward)
+            self._orphans.remove(partial)
+            with self._lock:
+                self._running.pop(partial, None)
+            self.flights.finish(flight, result, error, partial.size)
+            self.locks.release(partial)
+        if result is FlightResult.STORED and download.replaces:
+            self._on_replaced(download.origin_request)
 
-    def _forget(self, partial: PartialFile) -> None:
-        self._orphans.remove(partial)
+    def _receive(self, download: Download) -> None:
+        """Write the whole body, over as many connections as it takes; OriginError, StorageError."""
+        partial, response = download.partial, download.response
         with self._lock:
-            self._running.pop(partial, None)
+            self._running[partial] = time.monotonic(), partial.size
+        if response is None and partial.size == partial.length:
+            return  # the instance that died had received everything
 
-    def _commit(self, partial: PartialFile, flight: Flight, timings: dict[str, float] | None) -> FlightResult:
-        """Store what is complete, unless something has made it invalid meanwhile; LocalFailure."""
-        if not flight.finish_receiving() or self._claims.is_lost(partial):
-            partial.discard()
-            return FlightResult.WHOLE
-        if not matches_digest_in_name(partial.head.key, partial):
+        def ask(offset: int) -> OriginResponse:
+            if partial.size:
+                _publish()
+            request = replace_fields(download.origin_request, deadline=time.monotonic() + RESUME_TIMEOUT)
+            remainder = self.origin.fetch_remainder(request, partial.head, partial.length, offset)
+            remainder.on_idle(_publish)
+            return remainder
+
+        def _publish() -> None:
+            with contextlib.suppress(OSError):
+                partial.publish()
+
+        # Other instances can read the partial file once its metadata is written.  That costs a file, which
+        # most downloads do not need: it is written if the origin pauses, or if the download takes a while.
+        publish_at = time.monotonic() + PUBLISH_DELAY
+        if response is not None:
+            response.on_idle(_publish)
+        pieces = resumable_body(partial.head, partial.length, partial.size, ask, response)
+        with contextlib.closing(pieces):
+            for data in pieces:
+                self._write(download, data)
+                if time.monotonic() > publish_at and partial.size != partial.length:
+                    _publish()
+
+    def _write(self, download: Download, data: bytes) -> None:
+        """Append data to the partial file, and wake the readers; OriginError, StorageError."""
+        partial, flight = download.partial, download.flight
+        if not self._orphans.may_continue(partial):
+            self.flights.remove(flight)  # no client can join any more, but one may have joined just before
+            if not partial.has_readers():
+                raise DownloadAbandonedError("Its clients have left, and it is too slow, or too many other "
+                                             "downloads continue without clients.")
+        if partial.length is not None and partial.size + len(data) > partial.length:
+            raise CannotResumeError("The origin sends more than it has declared.")
+        try:
+            partial.write(data)
+        except OSError as error:
+            raise StorageError(error) from error
+        if partial.size != partial.length:  # the last bytes are announced after the commit (invariant 3)
+            flight.set_received(partial.size)
+
+    def _commit(self, download: Download) -> FlightResult:
+        """Store a complete body, unless it has become invalid; StorageError.
+
+        A POST, say, may invalidate it at any time (RFC 9111 §4.4).  Hence the flight is asked twice: before
+        the file gets its place, and again afterwards, because the POST may have come in between.
+        """
+        partial, flight = download.partial, download.flight
+        may_store = flight.finish_receiving() and not self.locks.is_lost(partial)
+        if may_store and not matches_digest_in_name(partial.head.key, partial):
             log.warning("%s was not stored: its bytes have another digest than its name", partial.head.key)
+            may_store = False
+        if not may_store:
             partial.discard()
             return FlightResult.WHOLE
         partial.commit()
-        mark(timings, "stored")
-        self._troubles.disk_recovered()
+        mark(download.origin_request.timings, "stored")
+        self.failures.disk_recovered()
         if not flight.finish_receiving():
             partial.delete_stored()
         return FlightResult.STORED
 
-    def _download(self, download: Download) -> None:
-        """Write all bytes, over as many connections as it takes; OriginFailure, LocalFailure."""
-        partial = download.partial
-        with self._lock:
-            self._running[partial] = time.monotonic(), partial.size
-        if download.response is None and partial.size == partial.length:
-            return
-        tee = PartialWriter(partial, download.flight, functools.partial(self._should_continue, download))
-
-        def ask(offset: int) -> OriginResponse:
-            if partial.size:
-                tee.tell()
-            forward = replace_fields(download.forward, deadline=time.monotonic() + RESUME_TIMEOUT)
-            response = self._origin.fetch_remainder(forward, partial.head, partial.length, offset)
-            response.on_idle(tee.tell)
-            return response
-
-        if download.response is not None:
-            download.response.on_idle(tee.tell)
-        pieces = resumable_body(partial.head, partial.length, partial.size, ask, download.response)
-        with contextlib.closing(pieces):
-            for data in pieces:
-                tee.write(data)
-
-    def _should_continue(self, download: Download) -> bool:
-        if self._orphans.may_continue(download.partial):
-            return True
-        self.barrier.remove(download.flight)  # nobody joins it any more; who just has is not let down
-        return download.partial.has_readers()
-
 
 class PeerFollower:
-    """Follows what another instance downloads, for the clients of this one, and takes its place where it
-    dies.  For the caller: run, in a thread of its own."""
+    """Follows another instance's download, and takes it over if that instance dies.
 
-    def __init__(self, store: Store, claims: DownloadLocks, filler: Downloader, request: Request, forward: OriginRequest,
+    One runs for each flight whose key another instance has locked, in a thread of its own: ``run``.  It reads
+    the other's partial file and its metadata:
+
+    1. The other instance locks its partial file, or gets the lease, and asks the origin.
+    2. It publishes the metadata.  From now on our clients read its file, as far as it has been written.
+    3. It renames the file into the cache, or removes it, and unlocks it.
+    4. Our attempt to lock succeeds: it has finished, or it has died.  The store tells which.
+    """
+
+    def __init__(self, downloader: Downloader, request: Request, origin_request: OriginRequest,
                  flight: Flight) -> None:
-        self._store = store
-        self._claims = claims
-        self._filler = filler
-        self._request = request  # whose download it would be
-        self._forward = forward
+        self._downloader = downloader
+        self._locks = downloader.locks
+        self._request = request  # the leader's, to download for if the other instance dies
+        self._origin_request = origin_request
         self._flight = flight
-        self._partial: PartialFile | None = None  # the other's
-        self._published = False
-        self._owner = ""  # the other; "": who locks its file
-        self._own = ""  # ours, once we hold the lease
+        self._partial: PartialFile | None = None  # the other instance's
+        self._published = False  # whether our clients read it
+        self._owner = ""  # the other instance, as its lease names it; "": the file itself is locked
+        self._own_lease = ""  # ours, once we hold it
 
     def run(self) -> None:
-        """Until the other has ended; then end the flight, or go on with the download."""
-        landing: FlightResult | None = FlightResult.ALONE
+        """Follow until the other instance has finished; then finish the flight, or continue the download."""
+        result: FlightResult | None = FlightResult.ALONE
         try:
             if self._follow():
-                landing = self._finish()
-            else:  # whoever comes next shall not wait for it as well
-                self._claims.partials.unlink(self._flight.key, self._owner)
+                result = self._finish()
+            else:  # it stands still: later requests must not wait for it as well
+                self._locks.partials.unlink(self._flight.key, self._owner)
         except (OSError, StorageError) as error:
             log.debug("%s cannot be followed: %s", self._flight.key, error)
         finally:
-            if landing is not None:
-                self._close(landing)
+            if result is not None:
+                self._close(result)
 
-    def _close(self, landing: FlightResult) -> None:
+    def _close(self, result: FlightResult) -> None:
         partial = self._partial
         if partial is not None:
             partial.unlock()
         received = partial.size if partial is not None and self._published else None
-        self._filler.barrier.finish(self._flight, landing, received=received)
+        self._downloader.flights.finish(self._flight, result, received=received)
         if partial is not None:
             partial.release()
-        self._claims.leases.release(self._flight.key, self._own)
+        self._locks.leases.release(self._flight.key, self._own_lease)
 
     def _follow(self) -> bool:
-        """Tell our clients what the other has written; False where that stands still."""
+        """Announce what the other instance has written until it finishes; False if it stands still."""
         pause, deadline = 0.001, time.monotonic() + FOLLOWER_HEAD_TIMEOUT
         while time.monotonic() < deadline:
             if self._partial is None:
-                self._partial = self._claims.partials.open_for_reading(self._flight.key, self._owner)
+                self._partial = self._locks.partials.open_for_reading(self._flight.key, self._owner)
             if self._try_take_over():
                 return True
             if self._partial is not None and self._has_grown(self._partial):
@@ -5472,6 +5575,7 @@ class PeerFollower:
         return False
 
     def _has_grown(self, partial: PartialFile) -> bool:
+        """Announce what has been written since the last call; return whether that is anything."""
         before = partial.size
         if not self._published:
             self._published = partial.load_metadata()
@@ -5484,319 +5588,227 @@ class PeerFollower:
         return partial.size > before
 
     def _try_take_over(self) -> bool:
-        """Whether nobody leads any more but we ourselves."""
+        """Try to become the writer; True if the other instance no longer is.
+
+        The lock is on an open file, and the file may have lost its name meanwhile:
+
+        1. the other instance renames or removes its file, and a third one creates a new file of that name;
+        2. we lock the old file, which nobody locks any more;
+        3. the name leads to another file: open that one and try again, if no client reads the old one yet.
+        """
+        if self._locks.leases.uses_memcached:
+            return self._try_take_lease()
         partial = self._partial
-        if not self._claims.leases.uses_memcached:
-            if partial is not None and partial.try_lock() and not self._published and not partial.still_exists():
-                partial.release()  # it was begun anew, or has ended
-                partial = self._partial = self._claims.partials.open_for_reading(self._flight.key)
-            return partial is None or partial.try_lock()
+        if partial is not None and partial.try_lock() and not self._published and not partial.still_exists():
+            partial.release()
+            partial = self._partial = self._locks.partials.open_for_reading(self._flight.key)
+        return partial is None or partial.try_lock()
+
+    def _try_take_lease(self) -> bool:
         try:
-            owner, ours = self._claims.leases.try_acquire(self._flight.key)
-        except OSError:  # then its file tells
-            return partial is None or not partial.still_exists()
-        if ours:
-            self._own = owner
+            owner, is_ours = self._locks.leases.try_acquire(self._flight.key)
+        except OSError:  # memcached cannot be asked: the other instance's file disappears when it finishes
+            return self._partial is None or not self._partial.still_exists()
+        if is_ours:
+            self._own_lease = owner
         elif owner != self._owner:
             self._switch_writer(owner)
-        return ours
+        return is_ours
 
     def _switch_writer(self, owner: str) -> None:
-        """Another has become the owner: who has a part already reads on in that one's copy of it."""
-        other = self._claims.partials.open_for_reading(self._flight.key, owner)
-        old = self._partial
+        """Follow a new owner of the lease, whose file begins as a copy of the old one.
+
+        If clients read the old file already, they may continue only in the same bytes, which a strong
+        validator must prove.
+        """
+        other, old = self._locks.partials.open_for_reading(self._flight.key, owner), self._partial
         if not self._published or old is None:
             self._partial, self._owner = other, owner
             if old is not None:
                 old.release()
         elif other is not None:
-            same = other.load_metadata() and other.head.fields == old.head.fields and strong_validator(old.head)
-            if same and other.size >= old.size:
+            same = other.load_metadata() and other.head.fields == old.head.fields
+            if same and strong_validator(old.head) and other.size >= old.size:
                 old.switch_to(other)
                 self._owner = owner
             else:
                 other.release()
 
     def _finish(self) -> FlightResult | None:
-        """How it ended; None where we have gone on with it."""
-        partial, stored = self._partial, self._store.lookup(self._flight.key)
+        """Return how the other instance's download ended; None if it was continued here."""
+        partial, stored = self._partial, self._downloader.store.lookup(self._flight.key)
         if stored is not None:
             with contextlib.closing(stored):
                 return self._finish_stored(stored)
         if partial is None or not partial.still_exists():
-            whole = partial is not None and self._published and partial.size == partial.length
-            return FlightResult.WHOLE if whole else FlightResult.ALONE
+            is_whole = partial is not None and self._published and partial.size == partial.length
+            return FlightResult.WHOLE if is_whole else FlightResult.ALONE
         if not self._published and not partial.load_metadata():
-            return FlightResult.AGAIN  # it died too soon
-        return self._take_over(partial)
+            return FlightResult.AGAIN  # it died before it had anything
+        return self._continue_download(partial)
 
     def _finish_stored(self, stored: StoredResponse) -> FlightResult:
-        """It is stored, perhaps by yet another instance: then who has a part reads on there, if by its
-        validator it is the same."""
+        """Let clients that have a part already continue in the stored file, if it is the same.
+
+        A third instance may have stored it.  Then a strong validator must prove that it is the same.
+        """
         partial = self._partial
         if partial is not None and self._published and not partial.is_stored_as(stored):
-            tag = strong_validator(partial.head)
-            same = tag is not None and tag == strong_validator(stored.head)
+            validator = strong_validator(partial.head)
+            same = validator is not None and validator == strong_validator(stored.head)
             if not same or partial.length not in (None, stored.head.size):
                 return FlightResult.ALONE
             partial.switch_to(stored)
         return FlightResult.STORED
 
-    def _take_over(self, partial: PartialFile) -> FlightResult | None:
-        """Go on where the other has died, in its file or in our copy of that; LocalFailure, OSError."""
+    def _continue_download(self, partial: PartialFile) -> FlightResult | None:
+        """Resume the download of an instance that died, in its file or in our copy; StorageError, OSError."""
         request, head = self._request, partial.head
         if strong_validator(head) is None:
             partial.discard()
         if not may_share_download(request, head) or strong_validator(head) is None:
             return FlightResult.ALONE
-        if self._claims.leases.uses_memcached:
-            heir = self._claims.partials.open_for_writing(self._flight.key, self._own)
-            if heir is None or heir.head.fields != head.fields or heir.size < partial.size:
-                self._claims.discard(heir)
+        if self._locks.leases.uses_memcached:
+            own = self._locks.partials.open_for_writing(self._flight.key, self._own_lease)
+            if own is None or own.head.fields != head.fields or own.size < partial.size:
+                self._locks.discard(own)
                 return FlightResult.ALONE
-            partial.switch_to(heir)
+            partial.switch_to(own)
         partial.refresh_size()
         partial.start(head, partial.length, partial.size)
         if not self._published:
             self._flight.publish(partial)
-        self._filler.download(Download(None, partial, self._flight, self._forward, Outcome.MISS))
+        self._downloader.download(Download(partial, self._flight, self._origin_request))
         return None
-
-
-class ResponseStorer:
-    """Takes in an origin's answers: into the store while they go to their clients, or only to these.  For
-    the caller: fetch, take."""
-
-    def __init__(self, store: Store, claims: DownloadLocks, origin: OriginClient, troubles: RecentFailures,
-                 filler: Downloader) -> None:
-        self._store = store
-        self._claims = claims
-        self._origin = origin
-        self._troubles = troubles
-        self._filler = filler
-
-    def fetch_full(self, forward: OriginRequest) -> OriginResponse:
-        """Ask for a whole representation; what is no answer to that is a failure of the origin."""
-        response = self._origin.fetch(forward)
-        conditional = any(name.startswith("If-") for name, _ in forward.fields)
-        if response.head.status in (206, 416) or response.head.status == 304 and not conditional:
-            response.close()
-            raise OriginError("%s answered %d to a plain request." % (
-                forward.target.authority, response.head.status))
-        return response
-
-    def store_or_relay(self, request: Request, response: OriginResponse, decision: CacheDecision, flight: Flight,
-              config: Config, partial: PartialFile | None = None) -> tuple[Response, FlightResult | None]:
-        """Store an answer while it goes to the client, or relay it where it can't be stored.  It may be the
-        rest of what the partial, if we have one already, has begun with."""
-        begun = response.start > 0
-        if response.head.status < 500 and not (response.head.same_as and digest_in_name(request.key)):
-            self._troubles.origin_answered(request)
-        live = partial.head if partial is not None and begun else replace_fields(
-            response.head, key=request.key, vary=selecting_fields(request, response.head))
-        forward = full_request(request, decision, config)
-        try:
-            reason = why_not_storable(replace_fields(request, method="GET"), live, config)
-            reason = reason or ("" if response.end_is_known else "no declared length")
-            if not reason:
-                if partial is None:
-                    partial = self._take_claim(request.key)
-                return self._store_live(request, live, decision, Download(
-                    response, partial, flight, forward,
-                    Outcome.UPDATED if decision.action is Action.VALIDATE else Outcome.MISS)), None
-        except StorageError as failure:
-            reason = self._troubles.disk_failed(failure)
-        except BaseException:
-            response.close()
-            self._claims.discard(partial)
-            raise
-        self._claims.discard(partial)
-        if replaces_stored(decision, response.head) and is_shareable(request, response.head):
-            self._store.delete(request.key)  # what is stored is known to be wrong, and can't be replaced
-        if begun:
-            response.close()
-            response = self.fetch_full(forward)
-        return response_from_origin(request, response, decision, reason), FlightResult.ALONE
-
-    def _take_claim(self, key: str) -> PartialFile:
-        partial = self._claims.acquire(key)
-        if partial is None:
-            raise StorageError(OSError(errno.EAGAIN, "another instance writes it"))
-        return partial
-
-    def _store_live(self, request: Request, live: ResponseHead, decision: CacheDecision, download: Download) -> Response:
-        """Begin to store a response; what its first client gets; LocalFailure."""
-        response, partial = download.response, download.partial
-        assert response is not None  # noqa: S101 (for the type checker)
-        length, start = response.length, response.start
-        head = replace_fields(live, fields=storable_fields(live.fields))
-        # Left-over bytes are kept only if this response continues them (start > 0).
-        partial.start(head, length if length is None else length + start, start)
-        status = CacheStatus(download.outcome, decision.forward, response.head.status, stored=True)
-        status = shared_cache_status(decision, live) if live.same_as else status
-        # What the others won't get: Set-Cookie.
-        own = replace_fields(head, fields=end_to_end(live.fields))
-        partial.acquire()
-        reply = response_from_partial(request, own, download.flight, partial, status,
-                             functools.partial(self._origin.fetch_remainder, download.forward))
-        try:
-            self._filler.start(download)
-        except StorageError:
-            reply.body.close()
-            raise
-        return reply
-
-
-def open_lease_manager(config: Config, store: Store) -> LeaseManager:
-    """How we agree with other instances, and a word in the log where we can't."""
-    why = "" if config.barrier else why_locks_fail(store.metadata_folder)
-    if why:
-        log.warning("Instances that share %s would download each on its own: %s. --barrier "
-                    "memcached://HOST:PORT lets them share.", store.root, why)
-    return LeaseManager(config.barrier, bool(why))
 
 
 # ---------------------------------------------------------------------------------------------
 # 10 Proxy
 # ---------------------------------------------------------------------------------------------
+#
+# Proxy.respond() is the path of every request; start reading there.
 
 REVALIDATION_INTERVAL = 3600.0  # seconds between two validations of one response in the background
 MAX_BACKGROUND_VALIDATIONS = 4  # validations at one time that no client waits for
-# Fields that tell of the very bytes of a body.
-_OF_BODY = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
-            "content-digest", "repr-digest")
+# Request fields with which a large stored response may have a small answer.
+_PART_FIELDS = ("range", "if-none-match", "if-modified-since")
+# Fields that describe the very bytes of a body, and so not those of a body with rewritten links.
+_BODY_FIELDS = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
+                "content-digest", "repr-digest")
 
 
-def rewrite_for_prefix(request: Request, reply: Response) -> Response:
-    """A reply whose links lead back here.  The validators of the original are none of its."""
-    links = link_pattern_for(request, reply.head)
+def rewrite_for_prefix(request: Request, response: Response) -> Response:
+    """Make the links of a response lead through the proxy, if its client put the proxy's address before the
+    URL; else return the response as it is."""
+    links = link_pattern_for(request, response.head)
     if links is None:
-        return reply
-    fields = without_fields(reply.head.fields, _OF_BODY)
+        return response
+    head = replace_fields(response.head, fields=without_fields(response.head.fields, _BODY_FIELDS))
     host = field_value(request.fields, "Host")
-    body = LinkRewritingBody(reply.body, links, "http://%s/" % host if host else "/", request.target)
-
-    def instead(failure: Exception) -> Response:
-        if reply.fallback is None:
-            raise failure
-        return rewrite_for_prefix(request, reply.fallback(failure))
-
-    return replace_fields(reply, head=replace_fields(reply.head, fields=fields), body=body,
-                   fallback=reply.fallback and instead)
+    body = LinkRewritingBody(response.body, links, "http://%s/" % host if host else "/", request.target)
+    return replace_fields(response, head=head, body=body)
 
 
 def check_target_allowed(request: Request, config: Config) -> None:
-    """Failure where a request has come in a circle, or may not go where it wants."""
+    """Raise ProxyError if a request has come in a loop, or if its client may not reach its target."""
     if is_loop(request, config):
         raise ProxyError("The request has come through this proxy before: its target leads back here.", 508)
     if not request.client_is_local and is_protected_host(request.target.host):
         raise ProxyError("Only the proxy's own host may reach %s through it." % request.target.host, 403)
 
 
-class PreparedHit(NamedTuple):
-    """A small reply from the store, as it leaves."""
+def answer_as_final_recipient(request: Request) -> Response:
+    """Answer a TRACE or OPTIONS that may go no further (RFC 9110 §7.6.2, §9.3.7, §9.3.8)."""
+    if request.method == "OPTIONS":
+        methods = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE, CONNECT"
+        head = generated_head(200, more=(("Allow", methods),))
+        return Response(head, bytes_body(b""), CacheStatus(Outcome.OWN))
+    fields = without_fields(request.fields, ("authorization", "cookie", "proxy-authorization"))
+    lines = ["%s %s HTTP/%d.%d" % (request.method, request.uri, *request.version)]
+    lines += ["%s: %s" % field for field in fields]
+    text = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    return Response(generated_head(200, "message/http"), bytes_body(text), CacheStatus(Outcome.OWN))
 
-    head: bytes
-    span: tuple[int, int]  # of the stored body
+
+# Small hits, which the event loop sends without a thread
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HotEntry:
+    """A small hit as it is sent: rendered head and body."""
+
+    request: Request
     status: int
     cache_status: CacheStatus
-    close: bool  # the connection, after it
-
-
-class HotEntry:
-    """A small reply that has left, to be sent again as it is."""
-
-    __slots__ = ("body", "data", "mark", "ready", "request", "stored", "text")
-
-    def __init__(self, request: Request, ready: PreparedHit, body: bytes, stored: StoredResponse, mark: Any) -> None:
-        self.request = request
-        self.ready = ready
-        self.body = body
-        self.data = ready.head + body
-        self.stored = stored  # open: its descriptor tells whether the file is still what it was
-        self.mark = mark  # of the file
-        self.text = log_text(request, ready.cache_status)
+    close: bool  # whether the connection is closed after it
+    data: bytes  # head and body
+    body_size: int
+    stored: StoredResponse  # open: its descriptor tells whether the file is still the same
+    version: tuple[int, int, int]  # of that file
+    text: str  # for the log
 
 
 def file_version(stored: StoredResponse) -> tuple[int, int, int]:
-    """What changes when a file is removed, replaced or written to; OSError."""
+    """Return what changes when a file is removed, replaced or written to; OSError."""
     info = os.fstat(stored.fileno())
     return info.st_nlink, info.st_ctime_ns, info.st_size
 
 
 class HotCache:
-    """Replies of this second, for whoever asks for the same: a fleet does so in the same moment.
+    """Rendered small responses of the current second, for clients that ask for the same at the same time.
 
-    A copy is good while its file is what it was, which a look at the open descriptor tells, one for all who
-    have asked when it is made, and until the second ends: its Age is for that one.
+    An entry may be used until the second ends (its Age field is right for that long), and while its file is
+    unchanged.  The file is looked at once for all requests that had arrived by then: ``start_turn`` and
+    ``recheck`` say that the next ones have arrived later.
     """
 
     def __init__(self) -> None:
-        self._copies: dict[Any, HotEntry] = {}  # by the request's head, and whose it is
-        self._era: tuple[int, Config | None] = (0, None)  # the second and the configuration they are of
-        self._verified: set[HotEntry] = set()  # have been looked at since the last doubt
+        self._entries: dict[Any, HotEntry] = {}  # by the bytes of the request's head, and the client's access
+        self._valid_for: tuple[int, Config | None] = (0, None)  # the second, and the configuration
+        self._verified: set[HotEntry] = set()  # entries whose files were looked at since the last recheck
 
-    def start_turn(self, era: tuple[int, Config]) -> None:
-        """From now on it is this second, and what is asked was asked before."""
-        if era != self._era:
+    def start_turn(self, valid_for: tuple[int, Config]) -> None:
+        """Begin a turn of the event loop, in this second and with this configuration."""
+        if valid_for != self._valid_for:
             self.clear()
-            self._era = era
+            self._valid_for = valid_for
         self.recheck()
 
     def recheck(self) -> None:
-        """What is asked from now on may have been asked after a file was removed or replaced."""
+        """Look at each file again before its entry is used: it may have changed before the next request."""
         self._verified.clear()
 
     def get(self, asked: Any, config: Config) -> HotEntry | None:
-        """The copy for a request, if it is still good."""
-        copy = self._copies.get(asked) if config is self._era[1] else None
-        if copy is None or copy in self._verified:
-            return copy
+        """Return the entry for a request, if it may still be used."""
+        entry = self._entries.get(asked) if config is self._valid_for[1] else None
+        if entry is None or entry in self._verified:
+            return entry
         with contextlib.suppress(OSError):
-            if file_version(copy.stored) == copy.mark:
-                self._verified.add(copy)
-                return copy
+            if file_version(entry.stored) == entry.version:
+                self._verified.add(entry)
+                return entry
         return None
 
-    def put(self, asked: Any, copy: HotEntry) -> None:
-        """Keep a copy; without room for it, where its file has gone already, or where an open file can't be
-        removed, just close that."""
-        old = self._copies.pop(asked, None)
+    def put(self, asked: Any, entry: HotEntry) -> None:
+        """Keep an entry, or just close its file: if the cache is full, if the file has already been removed,
+        and on Windows, where an open file cannot be removed."""
+        old = self._entries.pop(asked, None)
         if old is not None:
             old.stored.close()
-        if len(self._copies) < HOT_CACHE_SIZE and copy.mark[0] and os.name != "nt":
-            self._copies[asked] = copy
+        if len(self._entries) < HOT_CACHE_SIZE and entry.version[0] and os.name != "nt":
+            self._entries[asked] = entry
         else:
-            copy.stored.close()
+            entry.stored.close()
 
     def clear(self) -> None:
-        """Let go of all."""
-        copies, self._copies = self._copies, {}
-        for copy in copies.values():
-            copy.stored.close()
-
-
-@functools.lru_cache(LARGE_MEMO // 4)
-def prepare_hit(request: Request, stored: ResponseHead, config: Config, now: float) -> PreparedHit | None:
-    """The reply to a request from a stored response, where it is small and there is nobody to ask; a pure
-    function, remembered because a fleet asks for the same thing in the same moment."""
-    with contextlib.suppress(ProxyError):
-        check_target_allowed(request, config)
-        decision = decide(request, stored, config, now)
-        selection = select_response(request, with_age(stored, now), stored.size, "")
-        spans = () if request.method == "HEAD" else selection.spans
-        span = spans[0] if spans else (0, 0)
-        if decision.action is not Action.SERVE or decision.refresh or link_pattern_for(request, selection.head) or \
-                len(spans) > 1 or isinstance(span, bytes) or span[1] - span[0] > SMALL_BODY:
-            return None
-        close, status = not wants_keep_alive(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
-        head = render_response_head(request, selection.head, selection.length, status, close, config)
-        return PreparedHit(head, span, selection.head.status, status, close)
-    return None
+        """Remove all entries."""
+        entries, self._entries = self._entries, {}
+        for entry in entries.values():
+            entry.stored.close()
 
 
 def read_without_blocking(file: io.FileIO, start: int, stop: int) -> bytes | None:
-    """A part of a file, None where it is not in memory (as far as the system tells) or not there."""
+    """Read a part of a file if it is in memory, as far as the system tells; None if not, or on an error."""
     buffer = bytearray(stop - start)
     try:
         try:
@@ -5812,295 +5824,457 @@ def read_without_blocking(file: io.FileIO, start: int, stop: int) -> bytes | Non
 
 
 def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now: float) -> HotEntry | None:
-    """The reply to a request from a stored response, if it is at hand; else that is closed."""
-    mark = file_version(stored)  # before it is read
-    ready = prepare_hit(request, stored.head, config, now)
-    body = read_without_blocking(stored.file, *ready.span) if ready else None
-    if ready is None or body is None:
-        stored.close()
+    """Render the response to a request if it is small and nothing must be waited for; None if not.
+
+    The caller closes ``stored``, also by way of the entry.  OSError.
+    """
+    # Most large files are recognised here, before the work that their thread will do again.
+    if stored.head.size > SMALL_BODY and request.method == "GET" and not any(
+            name.lower() in _PART_FIELDS for name, _ in request.fields):
         return None
-    return HotEntry(request, ready, body, stored, mark)
+    version = file_version(stored)  # before it is read
+    with contextlib.suppress(ProxyError):
+        check_target_allowed(request, config)
+        decision = decide(request, stored.head, config, now)
+        selection = select_response(request, with_age(stored.head, now), stored.head.size, "")
+        spans = () if request.method == "HEAD" else selection.spans
+        span = spans[0] if spans else (0, 0)
+        if decision.action is not Action.SERVE or decision.refresh or \
+                link_pattern_for(request, selection.head) or len(spans) > 1 or isinstance(span, bytes) or \
+                span[1] - span[0] > SMALL_BODY:
+            return None
+        body = read_without_blocking(stored.file, *span)
+        if body is None:
+            return None
+        close, status = not wants_keep_alive(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
+        head = render_response_head(request, selection.head, selection.length, status, close, config)
+        return HotEntry(request, selection.head.status, status, close, head + body, len(body), stored,
+                        version, log_text(request, status))
+    return None
 
 
-def answer_as_final_recipient(request: Request) -> Response:
-    """Our own answer to a TRACE or OPTIONS that may go no further (RFC 9110 §7.6.2, §9.3.7, §9.3.8)."""
-    if request.method == "OPTIONS":
-        methods = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE, CONNECT"
-        return Response(generated_head(200, more=(("Allow", methods),)), BytesBody(b""), CacheStatus(Outcome.OWN))
-    fields = without_fields(request.fields, ("authorization", "cookie", "proxy-authorization"))
-    lines = ["%s %s HTTP/%d.%d" % (request.method, request.uri, *request.version)]
-    lines += ["%s: %s" % field for field in fields]
-    text = "\r\n".join([*lines, "", ""]).encode("latin-1")
-    return Response(generated_head(200, "message/http"), BytesBody(text), CacheStatus(Outcome.OWN))
+# Fetches that clients share
 
 
+def fetch_full(origin: OriginClient, origin_request: OriginRequest) -> OriginResponse:
+    """Ask for a whole representation; OriginError, also if the response does not answer that."""
+    response = origin.fetch(origin_request)
+    status = response.head.status
+    is_conditional = any(name.startswith("If-") for name, _ in origin_request.fields)
+    if status in (206, 416) or status == 304 and not is_conditional:
+        response.close()
+        raise OriginError("%s answered %d to a plain request." % (origin_request.target.authority, status))
+    return response
+
+
+def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, request: Request,
+                      stored: StoredResponse, config: Config) -> ResponseHead | None:
+    """Return the origin's head for a body file without one, if size and date show that it is the same."""
+    response = origin.fetch(replace_fields(origin_request, method="HEAD"))
+    response.close()
+    head, size = response.head, content_length(response.head.fields)
+    modified = parse_date(field_value(head.fields, "Last-Modified"))
+    same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
+    if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
+        return None
+    return replace_fields(stored.head, fields=storable_fields(head.fields), final_uri=head.final_uri,
+                          request_time=head.request_time, response_time=head.response_time)
+
+
+@dataclasses.dataclass(frozen=True)
 class FlightLeader:
-    """Makes the fetches that others may share.  For the caller: lead, which returns how the flight
-    ended, or None where a thread is still filling, or watching, and will end it."""
+    """Runs the fetch that other clients share: a miss or a revalidation.  One object for each fetch.
 
-    def __init__(self, store: Store, claims: DownloadLocks, origin: OriginClient, troubles: RecentFailures,
-                 filler: Downloader, mirrors: MirrorDeduplicator) -> None:
-        self._store = store
-        self._claims = claims
-        self._origin = origin
-        self._troubles = troubles
-        self._filler = filler
-        self._mirrors = mirrors
-        self._intake = ResponseStorer(store, claims, origin, troubles, filler)
+    Each step returns the leader's own response and how the flight has ended.  A FlightResult of None means
+    that a thread is still running, a download or a PeerFollower, which finishes the flight later.
+    """
 
-    def fetch(self, request: Request, flight: Flight, config: Config, missing: bool,
-             alone: bool) -> tuple[Response | None, FlightResult | None]:
-        """The leader's own reply to a GET or HEAD, None where that is a follower's of another instance;
-        Failure where the origin has none.  ``missing``: a moment ago nothing was stored.  ``alone``: nobody,
-        in other instances neither, waits for the response before it is known to be for all."""
-        stored, partial = None if missing else look_up_for_client(self._store, self._origin, request), None
+    downloader: Downloader
+    mirrors: MirrorDeduplicator
+    request: Request
+    flight: Flight
+    config: Config
+
+    def lead(self, missing: bool, alone: bool) -> Response | None:
+        """Fetch a response for all followers, and finish the flight; ProxyError.
+
+        The response is None if another instance downloads it: then this request follows as well.
+
+        ``missing``: the store has been looked in a moment ago.  ``alone``: no client, of other instances
+        neither, may wait for this response before its head shows that it is for all.
+        """
+        result: FlightResult | None = FlightResult.ALONE
+        failure: Exception | None = None
+        try:
+            response, result = self._fetch(missing, alone)
+        except OriginError as error:
+            result, failure = FlightResult.FAILED, error
+            raise
+        finally:
+            if result is not None:
+                self.downloader.flights.finish(self.flight, result, failure)
+        return response
+
+    def _fetch(self, missing: bool, alone: bool) -> tuple[Response | None, FlightResult | None]:
+        """Look in the store again (invariant 4), then validate or fetch.
+
+
+        1. Request A looks in the store, and finds nothing.
+        2. Request B, which leads a flight for the same key, stores the response and leaves the barrier.
+        3. Request A joins the barrier, and leads a new flight.  Without another look it would download again.
+
+        The same goes for the lock between instances, so the look that counts is the one after it.
+        """
+        request, partial = self.request, None
+        store, origin = self.downloader.store, self.downloader.origin
+        stored = None if missing else look_up_for_client(store, origin, request)
         try:
             if stored is None and not alone:
-                partial = self._claims.acquire(request.key)
+                partial = self.downloader.locks.acquire(request.key)
                 mark(request.timings, "locked")
                 if partial is None:
-                    forward = full_request(request, decide(request, None, config, time.time()), config)
-                    watch = PeerFollower(self._store, self._claims, self._filler, request, forward, flight)
-                    start_thread(watch.run)
+                    origin_request = full_request(request, self.config)
+                    start_thread(PeerFollower(self.downloader, request, origin_request, self.flight).run)
                     return None, None
-                stored = look_up_for_client(self._store, self._origin, request)  # invariant 4
-        except StorageError as failure:
-            log.debug("%s: %s", request.key, failure)  # who tries to store it says so aloud
-        if stored is not None:
-            self._claims.discard(partial)
-            return self._serve_or_validate(request, flight, config, stored)
-        return self._fetch_missing(request, flight, config, partial)
-
-    def _serve_or_validate(self, request: Request, flight: Flight, config: Config,
-                     stored: StoredResponse) -> tuple[Response, FlightResult | None]:
-        decision = decide(request, stored.head, config, time.time())
+                stored = look_up_for_client(store, origin, request)
+        except StorageError as error:
+            log.debug("%s: %s", request.key, error)  # logged aloud when the response cannot be stored
+        if stored is None:
+            return self._fetch_missing(partial)
+        self.downloader.locks.discard(partial)
+        decision = decide(request, stored.head, self.config, time.time())
         if decision.action is Action.SERVE:
             status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
-            return response_from_store(request, stored, status, time.time()), FlightResult.AGAIN
+            return response_from_store(request, stored, status), FlightResult.AGAIN
         try:
-            return self._validate(request, decision, flight, stored, config)
+            return self._validate(decision, stored)
         except BaseException:
             stored.close()
             raise
 
-    def _fetch_missing(self, request: Request, flight: Flight, config: Config,
-                    partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
-        """Fetch what is not stored, from where a left-over partial ends if there is one; or find it at hand,
-        as another mirror's."""
-        decision = decide(request, None, config, time.time())
-        forward = full_request(request, decision, config, time.monotonic() + RESPONSE_HEAD_TIMEOUT)
+    def _fetch_missing(self, partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
+        """Fetch a response that is not stored: find it under another mirror's name, or resume what is left of
+        an earlier download, or ask for the whole."""
+        request = self.request
+        decision = decide(request, None, self.config, time.time())
+        deadline = time.monotonic() + RESPONSE_HEAD_TIMEOUT
+        origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline)
         try:
-            twin, response = self._mirrors.find_identical(request, forward, config)
-            if twin is not None:
-                return self._serve_identical(request, decision, flight, config, partial, twin)
-            response = response or self._fetch_rest(request, forward, partial) or self._intake.fetch_full(forward)
-            self._mirrors.check_status(request, response)
+            found = self.mirrors.find_identical(request, origin_request, self.config)
+            if isinstance(found, StoredResponse):
+                return self._serve_identical(decision, found, partial)
+            response = found or self._resume(origin_request, partial) or fetch_full(origin, origin_request)
+            self.mirrors.check_status(request, response)
         except BaseException:
-            self._claims.discard(partial)
+            self.downloader.locks.discard(partial)
             raise
-        return self._intake.store_or_relay(request, response, decision, flight, config, partial)
+        return self._store_or_relay(response, decision, partial)
 
-    def _serve_identical(self, request: Request, decision: CacheDecision, flight: Flight, config: Config,
-               partial: PartialFile | None, twin: StoredResponse) -> tuple[Response, FlightResult | None]:
-        """Serve the same file of another mirror: one file on the disk, or a copy where that can't be."""
+    def _serve_identical(self, decision: CacheDecision, stored: StoredResponse,
+                         partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
+        """Serve the same file of another mirror, and store it under this key as well: as a link to the file,
+        or as a copy if the file system refuses links."""
+        request = self.request
         try:
-            self._store.link(twin)
+            self.downloader.store.link(stored)
         except OSError as error:
             log.debug("%s is copied: %s", request.key, error)
-            return self._intake.store_or_relay(request, LocalFileResponse(twin), decision, flight, config, partial)
-        if not flight.finish_receiving():
-            self._store.delete(request.key)
-        self._claims.discard(partial)
-        self._troubles.disk_recovered()
-        return response_from_store(request, twin, shared_cache_status(decision, twin.head), time.time()), FlightResult.STORED
+            return self._store_or_relay(LocalFileResponse(stored), decision, partial)
+        if not self.flight.finish_receiving():
+            self.downloader.store.delete(request.key)
+        self.downloader.locks.discard(partial)
+        self.downloader.failures.disk_recovered()
+        status = shared_cache_status(decision, stored.head)
+        return response_from_store(request, stored, status), FlightResult.STORED
 
-    def _fetch_rest(self, request: Request, forward: OriginRequest, partial: PartialFile | None) -> OriginResponse | None:
-        """What is missing of a left-over partial; None where it is of no use, and is begun anew."""
-        if partial is not None and partial.size and may_share_download(request, partial.head):
+    def _resume(self, origin_request: OriginRequest, partial: PartialFile | None) -> OriginResponse | None:
+        """Ask for what an earlier download lacks; None if nothing is left of one, or if it does not fit."""
+        if partial is not None and partial.size and may_share_download(self.request, partial.head):
             with contextlib.suppress(CannotResumeError):
-                return self._origin.fetch_remainder(forward, partial.head, partial.length, partial.size)
+                return self.downloader.origin.fetch_remainder(
+                    origin_request, partial.head, partial.length, partial.size)
         return None
 
-    def _validate(self, request: Request, decision: CacheDecision, flight: Flight, stored: StoredResponse,
-                  config: Config) -> tuple[Response, FlightResult | None]:
-        """Ask whether a stored response is still right (RFC 9111 §4.3); stale beats nothing."""
-        spare = may_serve_stale_on_error(decision, stored.head)
-        trouble = self._troubles.origin_down_reason(request) if spare else None
-        if trouble:
-            return self._serve_stale(request, decision, stored, trouble)
-        try:
-            answer = self._revalidate(request, decision, stored, config, spare)
-        except OriginError as error:
-            if not spare:
-                raise
-            self._troubles.origin_failed(request, error)
-            return self._serve_stale(request, decision, stored, str(error))
-        if isinstance(answer, ResponseHead):
-            self._troubles.origin_answered(request)
-            return self._serve_validated(request, decision, stored, answer)
-        stored.close()
-        return self._intake.store_or_relay(request, answer, decision, flight, config)
+    def _validate(self, decision: CacheDecision,
+                  stored: StoredResponse) -> tuple[Response, FlightResult | None]:
+        """Ask the origin whether a stored response is still right (RFC 9111 §4.3); OriginError."""
+        answer = self._revalidate(decision, stored)
+        if isinstance(answer, OriginResponse):
+            stored.close()
+            return self._store_or_relay(answer, decision, None)
+        request = self.request
+        self.downloader.failures.origin_answered(request)
+        head = replace_fields(answer, vary=selecting_fields(request, answer))
+        if is_shareable(request, head):
+            self.downloader.store.update_head(stored, head)
+        status = CacheStatus(Outcome.VALIDATED, decision.forward, 304)
+        response = response_from_store(request, replace_fields(stored, head=head), status)
+        return response, FlightResult.STORED
 
-    def _revalidate(self, request: Request, decision: CacheDecision, stored: StoredResponse, config: Config,
-                   spare: bool) -> ResponseHead | OriginResponse:
-        """A head that confirms what is stored, or the response to store instead; OriginFailure."""
-        deadline = time.monotonic() + VALIDATION_TIMEOUT if spare else None
-        forward = full_request(request, decision, config, deadline)
+    def _revalidate(self, decision: CacheDecision, stored: StoredResponse) -> ResponseHead | OriginResponse:
+        """Return the head that confirms a stored response, or the response that replaces it; OriginError."""
+        request, may_be_stale = self.request, may_serve_stale_on_error(decision, stored.head)
+        deadline = time.monotonic() + VALIDATION_TIMEOUT if may_be_stale else None
+        origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline)
         if not stored.described:
-            adopted = self._confirm_bare_file(request, forward, stored, config)
-            return adopted or self._intake.fetch_full(forward)
-        # Who doubts what was found to be the same as another mirror's gets what this one has.
+            head = confirm_bare_file(origin, origin_request, request, stored, self.config)
+            return head or fetch_full(origin, origin_request)
+        # A client that doubts a file found at another mirror gets the file that this mirror has.
         doubted = stored.head.same_as and "no-cache" in cache_directives(request.fields)
         conditions = () if doubted or decision.forward == "vary-miss" else validators(stored.head)
-        response = self._intake.fetch_full(replace_fields(forward, fields=forward.fields + conditions))
+        conditional = replace_fields(origin_request, fields=origin_request.fields + conditions)
+        response = fetch_full(origin, conditional)
         if response.head.status == 304:
             response.close()
             if is_304_for(stored.head, response.head):
                 return freshen_head(stored.head, response.head)
-            response = self._intake.fetch_full(forward)
-        if response.head.status in UNAVAILABLE_STATUSES and spare:
+            response = fetch_full(origin, origin_request)
+        if response.head.status in UNAVAILABLE_STATUSES and may_be_stale:
             response.close()
             final = parse_target(response.head.final_uri)
             raise OriginError("%s answers %d." % (final.authority, response.head.status), final)
         return response
 
-    def _confirm_bare_file(self, request: Request, forward: OriginRequest, stored: StoredResponse, config: Config) -> ResponseHead | None:
-        """The origin's head for a body that has none, if by size and date it is the same file."""
-        response = self._origin.fetch(replace_fields(forward, method="HEAD"))
-        response.close()
-        head, size = response.head, content_length(response.head.fields)
-        modified = parse_date(field_value(head.fields, "Last-Modified"))
-        same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
-        if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
-            return None
-        return replace_fields(stored.head, fields=storable_fields(head.fields), final_uri=head.final_uri,
-                       request_time=head.request_time, response_time=head.response_time)
+    def _store_or_relay(self, response: OriginResponse, decision: CacheDecision,
+                        partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
+        """Store a response while it is sent to the client, or only send it if it cannot be stored.
 
-    def _serve_validated(self, request: Request, decision: CacheDecision, stored: StoredResponse,
-                   head: ResponseHead) -> tuple[Response, FlightResult | None]:
-        """Serve what the origin says is still right, under the head that this makes."""
-        head = replace_fields(head, vary=selecting_fields(request, head))
-        if is_shareable(request, head):
-            self._store.update_head(stored, head)
-        status = CacheStatus(Outcome.VALIDATED, decision.forward, 304)
-        reply = response_from_store(request, replace_fields(stored, head=head), status, time.time())
-        return reply, FlightResult.STORED
+        ``partial`` is ours and locked; None if it must still be locked.  The response may be the remainder
+        of what ``partial`` has (``response.start`` > 0).
+        """
+        request, resumes = self.request, response.start > 0
+        if response.head.status < 500 and not (response.head.same_as and digest_in_name(request.key)):
+            self.downloader.failures.origin_answered(request)
+        head = partial.head if partial is not None and resumes else replace_fields(
+            response.head, key=request.key, vary=selecting_fields(request, response.head))
+        origin_request = full_request(request, self.config)
+        try:
+            reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
+            reason = reason or ("" if response.end_is_known else "no declared length")
+            if not reason:
+                partial = partial or self.downloader.locks.acquire(request.key)
+                if partial is None:
+                    raise StorageError(OSError(errno.EAGAIN, "another instance writes it"))
+                download = Download(partial, self.flight, origin_request, response,
+                                    replaces=decision.action is Action.VALIDATE)
+                return self.downloader.start(request, decision, head, download), None
+        except StorageError as error:
+            reason = self.downloader.failures.disk_failed(error)
+        except BaseException:
+            response.close()
+            self.downloader.locks.discard(partial)
+            raise
+        self.downloader.locks.discard(partial)
+        if replaces_stored(decision, response.head) and is_shareable(request, response.head):
+            # What is stored is known to be outdated, and its successor cannot be stored.
+            self.downloader.store.delete(request.key)
+        if resumes:
+            response.close()
+            response = fetch_full(self.downloader.origin, origin_request)
+        return response_from_origin(request, response, decision, reason), FlightResult.ALONE
 
-    def _serve_stale(self, request: Request, decision: CacheDecision, stored: StoredResponse,
-               reason: str) -> tuple[Response, FlightResult | None]:
-        status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
-        return response_from_store(request, stored, status, time.time()), FlightResult.STALE
+
+@dataclasses.dataclass(frozen=True)
+class SharedFetch:
+    """Fetches a response together with all clients that ask for the same key now.  One object a request.
+
+    The first client leads a flight, the others follow it:
+
+        leader                                followers
+        SingleFlight.join: a new flight       SingleFlight.join: the same flight
+        FlightLeader.lead: asks the origin    Flight.wait_for_head
+        Downloader.start: Flight.publish ───► read the partial file as it grows
+        the Downloader's thread: finish ────► have the last bytes
+
+    A request with Authorization has a flight of its own that no other request can join: its response may be
+    for this client alone, which only its head will tell (RFC 9111 §3.5).
+    """
+
+    downloader: Downloader
+    mirrors: MirrorDeduplicator
+    request: Request
+    decision: CacheDecision
+    config: Config
+
+    def fetch(self) -> Response | FlightResult:
+        """Return a response; ALONE if this request cannot share one, AGAIN if it must be decided anew;
+        ProxyError."""
+        alone = field_value(self.request.fields, "Authorization") is not None
+        key, deadline = self.request.key, time.monotonic() + VALIDATION_TIMEOUT
+        flight, is_leader = (Flight(key), True) if alone else self.downloader.flights.join(key)
+        missing = self.decision.action is Action.FETCH
+        response = self._leader(flight).lead(missing, alone) if is_leader else None
+        result = response or self._follow(flight)
+        if self.decision.action is Action.VALIDATE and isinstance(result, Response) and isinstance(
+                result.body, TailingBody):
+            # The stored copy could answer, so do not wait long for a first byte: a second at least.
+            result.body.first_byte_deadline = max(deadline, time.monotonic() + 1)
+        return result
+
+    def _leader(self, flight: Flight) -> FlightLeader:
+        request = without_private_fields(self.request)
+        return FlightLeader(self.downloader, self.mirrors, request, flight, self.config)
+
+    def _follow(self, flight: Flight) -> Response | FlightResult:
+        """Share a flight that another client leads, or another instance.
+
+        If the leader fails, its request may be to blame (invariant 12), so each follower asks the origin once
+        by itself; but not if the origin is unreachable, or if the failure took its time.
+        """
+        request, origin, began = self.request, self.downloader.origin, time.monotonic()
+        status = CacheStatus(Outcome.COLLAPSED, self.decision.forward)
+        try:
+            partial, result = flight.wait_for_head(FOLLOWER_HEAD_TIMEOUT)
+        except OriginError as error:
+            if error.unreachable or time.monotonic() - began > VALIDATION_TIMEOUT:
+                raise
+            response = self._leader(Flight(request.key)).lead(missing=False, alone=True)
+            return response or FlightResult.ALONE
+        if partial is not None:
+            if may_share_download(request, partial.head):
+                download = Download(partial, flight, full_request(request, self.config))
+                return response_from_partial(request, download, origin, status, partial.head)
+            partial.release()
+        elif result is FlightResult.STORED:
+            stored = look_up_for_client(self.downloader.store, origin, request)
+            if stored is not None and selecting_fields(request, stored.head) == stored.head.vary:
+                return response_from_store(request, stored, status)
+            _close(stored)
+        return FlightResult.AGAIN if result is FlightResult.AGAIN else FlightResult.ALONE
+
+
+# Background work
 
 
 class EvictionThread:
-    """Keeps the cache within its bounds, in a thread of its own.  For the caller: start, wake, stop."""
+    """Keeps the cache within its bounds, in a thread of its own."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._janitor = Evictor(store)
-        # What it found last, and has removed since the start.
+        self._evictor = Evictor(store)
+        # For the status page: what the last run found, and what all runs have removed.
         self.last_report: dict[str, float] = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
         self._wake = store.space.scarce
-        self._stop = threading.Event()
+        self._stopped = threading.Event()
 
     def start(self, config: Config) -> None:
-        """Sweep now, and again and again."""
+        """Run now, and then every EVICTION_INTERVAL seconds."""
         threading.Thread(target=self._run, args=(config,), daemon=True).start()
 
     def request_run(self) -> None:
-        """Sweep soon: the disk is full."""
+        """Run soon: the disk is full."""
         self._wake.set()
 
     def stop(self) -> None:
-        """No more."""
-        self._stop.set()
+        """End the thread after the current run."""
+        self._stopped.set()
         self._wake.set()
 
     def _run(self, config: Config) -> None:
-        looked = -ADOPT_SCAN_INTERVAL
-        while not self._stop.is_set():
+        scanned_at = -ADOPT_SCAN_INTERVAL
+        while not self._stopped.is_set():
             self._wake.clear()
             try:
-                if config.adopt and time.monotonic() - looked > ADOPT_SCAN_INTERVAL:
+                if config.adopt and time.monotonic() - scanned_at > ADOPT_SCAN_INTERVAL:
                     self._store.adopted.rebuild(adoptable_packages(config.adopt))
-                    looked = time.monotonic()
-                self._note(self._janitor.run(config, time.time()))
+                    scanned_at = time.monotonic()
+                self._record(self._evictor.run(config, time.time()))
             except OSError as error:
-                log.debug("The cache cannot be swept: %s", error)
+                log.debug("The eviction failed: %s", error)
             except Exception:
-                log.exception("Sweeping the cache failed: this is a bug")
-            self._stop.wait(MIN_EVICTION_PAUSE)  # a disk that is full again and again is no reason to sweep more
+                log.exception("The eviction failed: this is a bug")
+            self._stopped.wait(MIN_EVICTION_PAUSE)  # a disk that stays full must not keep this thread busy
             self._wake.wait(EVICTION_INTERVAL)
 
-    def _note(self, swept: EvictionReport) -> None:
-        if swept.removed:
-            log.info("Swept %d of %d stored files, %d of %d MB", swept.removed, swept.files,
-                     swept.freed // 10**6, swept.size // 10**6)
-        self.last_report = {"at": time.time(), "files": swept.files - swept.removed,
-                      "bytes": swept.size - swept.freed,
-                      "removedFiles": self.last_report["removedFiles"] + swept.removed,
-                      "removedBytes": self.last_report["removedBytes"] + swept.freed}
+    def _record(self, report: EvictionReport) -> None:
+        if report.removed:
+            log.info("Evicted %d of %d stored files, %d of %d MB", report.removed, report.files,
+                     report.freed // 10**6, report.size // 10**6)
+        last = self.last_report
+        self.last_report = {
+            "at": time.time(), "files": report.files - report.removed, "bytes": report.size - report.freed,
+            "removedFiles": last["removedFiles"] + report.removed,
+            "removedBytes": last["removedBytes"] + report.freed}
 
 
 class BackgroundRevalidator:
-    """Validations that no client waits for.  For the caller: refresh, renew."""
+    """Revalidates stored responses in the background."""
 
-    def __init__(self, respond: Callable[[Request], Response], barrier: SingleFlight) -> None:
+    def __init__(self, respond: Callable[[Request], Response], store: Store, flights: SingleFlight) -> None:
         self._respond = respond
-        self._barrier = barrier
+        self._store = store
+        self._flights = flights
         self._running = threading.BoundedSemaphore(MAX_BACKGROUND_VALIDATIONS)
         self._attempts = RecentEvents()  # by cache key
 
-    def revalidate(self, target: Target, key: str, vary: Fields, near: bool) -> None:
-        """Validate a stored response in the background; not at all where there is too much of that, or has
-        been for this one lately."""
-        if not self._attempts.note_first(key, REVALIDATION_INTERVAL) or self._barrier.is_in_flight(key):
+    def revalidate(self, target: Target, vary: Fields, client_is_local: bool) -> None:
+        """Revalidate a stored response, unless that was tried lately, or too many revalidations are running.
+
+        ``vary`` holds the request fields that select the stored response among its variants.
+        """
+        key = cache_key(target)
+        if not self._attempts.note_first(key, REVALIDATION_INTERVAL) or self._flights.is_in_flight(key):
             return
         if not self._running.acquire(blocking=False):
             return
         fields = (("Host", target.authority), ("Cache-Control", "max-age=0")) + tuple(
             (name, text) for name, text in vary if text)
-        request = Request("GET", target.uri, target, fields, received=time.time(), key=key, client_is_local=near)
+        request = Request("GET", target.uri, target, fields, received=time.time(), key=key,
+                          client_is_local=client_is_local)
         try:
             threading.Thread(target=self._run, args=(request,), daemon=True).start()
-        except RuntimeError:
+        except RuntimeError:  # no more threads: later, then
             self._running.release()
 
-    def revalidate_now(self, target: Target, key: str, vary: Fields, near: bool) -> None:
-        """The same, whatever has been tried lately."""
-        self._attempts.forget(key)
-        self.revalidate(target, key, vary, near)
+    def revalidate_signatures(self, origin_request: OriginRequest) -> None:
+        """Revalidate the stored signatures of an index that was replaced, even if that was tried lately.
+
+        An index and its signature must be of one generation, or its clients refuse both.
+        """
+        if classify_name(cache_key(origin_request.target)) is NameClass.INDEX:
+            for target in detached_signatures(origin_request.target):
+                stored = self._store.lookup(cache_key(target))
+                if stored is not None:
+                    stored.close()
+                    self._attempts.forget(cache_key(target))
+                    self.revalidate(target, stored.head.vary, origin_request.client_is_local)
 
     def _run(self, request: Request) -> None:
         try:
             with contextlib.closing(self._respond(request).body) as body:
-                for _ in body.chunks():  # to its end, so that so many downloads go on at one time
+                for _ in body.chunks():  # read to the end, so that the limit counts running downloads
                     pass
-        except (ProxyError, OSError) as failure:
-            log.debug("%s was not validated: %s", request.key, failure)
+        except (ProxyError, OSError) as error:
+            log.debug("%s was not validated: %s", request.key, error)
         finally:
             self._running.release()
 
 
 class Proxy:
-    """Answers requests.  For the caller: respond, and the counters."""
+    """Answers requests from the cache, from a running download, or from the origin."""
 
     def __init__(self, config: Config, store: Store, count_received: Callable[[int], object]) -> None:
+        """``count_received`` is called with the number of body bytes whenever some arrive from an origin."""
         self.config = config  # replaced as a whole when the filters are read again
         self._store = store
-        self._barrier = SingleFlight()
         self._origin = OriginClient(count_received, config)
-        self.sweeper = EvictionThread(store)
-        self._troubles = RecentFailures(self.sweeper.request_run)
-        self._claims = DownloadLocks(store, open_lease_manager(config, store))
-        self._filler = Downloader(self._barrier, self._claims, self._origin, self._troubles,
-                                  OrphanLimiter(config.max_orphans), self._revalidate_signatures)
+        self.evictor = EvictionThread(store)
+        self._failures = RecentFailures(self.evictor.request_run)
+        self._barrier = SingleFlight()
+        self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier)
+        self._downloader = Downloader(config, store, self._barrier, self._origin, self._failures,
+                                      self._revalidator.revalidate_signatures)
+        self._locks = self._downloader.locks
         self._mirrors = MirrorDeduplicator(store, self._origin, config)
-        self._leader = FlightLeader(store, self._claims, self._origin, self._troubles, self._filler, self._mirrors)
-        self._refresher = BackgroundRevalidator(self.respond, self._barrier)
 
     def respond(self, request: Request) -> Response:
-        """The reply to a request; Failure where there is none to be had."""
+        """Respond to a request; ProxyError if that is impossible.
+
+        If the response's body fails before its first byte, call ``response.fallback(error)`` for another.
+        """
+        return rewrite_for_prefix(request, self._respond(request))
+
+    def _respond(self, request: Request) -> Response:
         config = self.config
         check_target_allowed(request, config)
         if max_forwards(request) == 0:
@@ -6108,188 +6282,182 @@ class Proxy:
         stored = None if request.known_missing else look_up_for_client(self._store, self._origin, request)
         mark(request.timings, "looked up")
         decision = decide(request, stored.head if stored else None, config, time.time())
-        if decision.action is Action.SERVE and stored is not None:
+        try:
+            response = self._serve(request, decision, stored) if stored is not None else None
+            response = response or self._forward(request, decision, config)
+        except OriginError as error:
+            return self._respond_despite(request, decision, error)
+        if response.fallback is not None:
+            return response
+        return replace_fields(response, fallback=functools.partial(self.fallback, request, decision))
+
+    def _serve(self, request: Request, decision: CacheDecision, stored: StoredResponse) -> Response | None:
+        """Serve a hit, or a stale response without asking an origin that is known to be down; None if
+        ``stored`` cannot be used like that, and is closed."""
+        if decision.action is Action.SERVE:
             if decision.refresh:
-                self._refresher.revalidate(request.target, request.key, stored.head.vary, request.client_is_local)
-            return response_from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl), time.time(),
-                              functools.partial(self._serve_unreadable, request, decision))
-        _close(stored)
+                self._revalidator.revalidate(request.target, stored.head.vary, request.client_is_local)
+            status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
+            return response_from_store(request, stored, status)
+        if decision.action is Action.VALIDATE and may_serve_stale_on_error(decision, stored.head):
+            reason = self._failures.origin_down_reason(request)
+            if reason:
+                return self._serve_stale(request, decision, stored, reason)
+        stored.close()
+        return None
+
+    def _forward(self, request: Request, decision: CacheDecision, config: Config) -> Response:
+        """Respond to a request for which nothing stored can be used as it is."""
         if decision.action is Action.REFUSE:
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
-            return self._stale_or_raise(request, decision, ProxyError("No stored response fits, and %s." % reason, 504))
+            error = ProxyError("No stored response fits, and %s." % reason, 504)
+            return self._respond_despite(request, decision, error)
         if decision.action is Action.PASS or self._should_pass_range(request, decision):
             return self._pass(request, decision, config)
-        return self._fetch_shared(request, decision, config)
+        result = SharedFetch(self._downloader, self._mirrors, request, decision, config).fetch()
+        if isinstance(result, Response):
+            return result
+        if result is FlightResult.AGAIN:
+            return self._respond(replace_fields(request, known_missing=False))
+        return self._pass(request, decision, config, "not collapsed")
+
+    def _pass(self, request: Request, decision: CacheDecision, config: Config, detail: str = "") -> Response:
+        """Ask the origin for this client alone.  A method that changes things invalidates stored responses
+        (RFC 9111 §4.4)."""
+        fields = origin_request_fields(request, config, identity=False)
+        private = sorted(private_fields(request))
+        follow = decision.forward not in ("bypass", "method") and decision.policy.redirects and not private
+        if private and decision.forward == "request":
+            detail = "for this client alone: " + ", ".join(private)
+        response = self._origin.fetch(OriginRequest(
+            request.method, request.target, fields, request.body, request.length, request.client_is_local,
+            follow, client=request.client, timings=request.timings))
+        for key in invalidated_keys(request, response.head):
+            # In this order: a download that is stored between two of these steps is deleted by the last.
+            self._barrier.invalidate(key)
+            self._locks.invalidate(key)
+            self._store.delete(key)
+        return response_from_origin(request, response, decision, detail)
+
+    def _should_pass_range(self, request: Request, decision: CacheDecision) -> bool:
+        """Return whether a range is too short, or too far from the start, to download a whole file for it.
+
+        A download that is already running serves the range.  It may end while this looks for it, so the store
+        is looked in last.
+        """
+        key = request.key
+        if decision.action is not Action.FETCH or field_value(request.fields, "Range") is None \
+                or is_worth_full_download(request, FULL_DOWNLOAD_RANGE) or self._barrier.is_in_flight(key) \
+                or self._locks.is_downloading_elsewhere(key) or self._mirrors.has_candidates(request):
+            return False
+        stored = look_up_for_client(self._store, self._origin, request)
+        _close(stored)
+        return stored is None
+
+    # When a response fails
+
+    def fallback(self, request: Request, decision: CacheDecision, error: Exception) -> Response:
+        """Respond to a request whose response has failed before its first byte; ProxyError."""
+        return rewrite_for_prefix(request, self._respond_despite(request, decision, error))
+
+    def _respond_despite(self, request: Request, decision: CacheDecision, error: Exception) -> Response:
+        """Respond despite an error; the one place where a failed response is replaced by another.
+
+        - The stored file cannot be read: ask the origin (invariant 6).
+        - The origin fails: serve the stored copy, stale, or the same file of another mirror.  If neither may
+          be served, raise the error with the reason, for Cache-Status and the log.
+        """
+        if not isinstance(error, ProxyError):
+            log.warning("The stored file of %s cannot be read: %s", loggable_uri(request.uri), error)
+            if self.config.offline or "only-if-cached" in cache_directives(request.fields):
+                raise ProxyError("The stored file cannot be read: %s." % error, 504)
+            return self._pass(request, decision, self.config, "not read: %s" % error)
+        stored = self._find_stale(request, decision, error)
+        if isinstance(stored, str):
+            raise error.with_reason("" if decision.action is Action.REFUSE else decision.forward, stored)
+        if isinstance(error, OriginError):
+            self._failures.origin_failed(request, error)
+        return self._serve_stale(request, decision, stored, str(error))
+
+    def _find_stale(self, request: Request, decision: CacheDecision,
+                    error: ProxyError) -> StoredResponse | str:
+        """Return a stored response that may be served instead of an error, or why there is none."""
+        if decision.action is Action.PASS:
+            return "the request bypasses the cache"
+        stored = look_up_for_client(self._store, self._origin, request)
+        # Only the operator may decide that another mirror's file is served without asking this mirror first.
+        may_substitute = isinstance(error, OriginError) or self.config.offline or digest_in_name(request.key)
+        is_substitute = stored is None and decision.forward == "uri-miss" and bool(may_substitute)
+        if is_substitute:
+            stored = self._mirrors.find_substitute(request)
+        if stored is None:
+            return "no stored copy"
+        if not is_substitute and selecting_fields(request, stored.head) != stored.head.vary:
+            reason = "the stored copy is for other request fields"
+        elif not may_serve_stale_on_error(decision, stored.head) or (
+                decision.action is Action.REFUSE and not is_substitute):
+            reason = "the stored copy must be revalidated"
+        else:
+            return stored
+        stored.close()
+        return reason
+
+    def _serve_stale(self, request: Request, decision: CacheDecision, stored: StoredResponse,
+                     reason: str) -> Response:
+        if stored.head.key != request.key:
+            reason += " Same name as " + stored.head.key.partition("?")[0]
+        status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
+        return response_from_store(request, stored, status)
+
+    # For the event loop, for tunnels, and for the operator
 
     def prepare_hit(self, request: Request, now: float) -> tuple[HotEntry | None, bool]:
-        """The reply to a request as it leaves, and its body, where nothing has to be waited for, its file for
-        the caller to close; and whether nothing is stored."""
+        """Render a hit that nothing must be waited for, and return it with whether nothing is stored.
+
+        The caller closes the entry's file.
+        """
         stored = self._store.lookup(request.key)
-        if stored is not None and not request.client_is_local and (stored.head.local_clients_only or not stored.described):
+        if stored is None:
+            return None, True
+        # Whether a client on another host may have a body file without a head takes a DNS lookup.
+        is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
+        entry = hot_entry_for(request, stored, self.config, now) if is_open else None
+        if entry is None:
             stored.close()
-            return None, False  # to find out whether its client may have it takes time
-        return (None, True) if stored is None else (hot_entry_for(request, stored, self.config, now), False)
-
-    def snapshot(self) -> dict[str, Any]:
-        """Describe what goes on now, for the status page: plain data of bounded size."""
-        return {"downloads": self._filler.snapshot(), "troubles": self._troubles.snapshot(),
-                "swept": self.sweeper.last_report, "unstored": self._troubles.disk_error()}
-
-    def add_listening_port(self, port: int) -> None:
-        """What leads back to this port of ours is a loop."""
-        self._origin.guard.listening_ports.add(port)
+        return entry, False
 
     def connect_tunnel(self, request: Request) -> socket.socket:
-        """The connection that a CONNECT asks for; Failure."""
+        """Open the connection that a CONNECT asks for; ProxyError."""
         check_target_allowed(request, self.config)
         if self.config.offline:
             raise ProxyError("This proxy is offline.", 504)
         if request.target.port not in self.config.connect_ports:
             raise ProxyError("CONNECT may not lead to port %d; the operator can add --connect-ports. What is "
-                          "fetched with http:// needs none, and is cached." % request.target.port, 403)
+                             "fetched with http:// needs none, and is cached." % request.target.port, 403)
         return self._origin.connect(request.target, request.client_is_local, request.client)
 
-    def close_idle(self) -> None:
-        """Close what has been idle for too long; costs nothing where it was done a moment ago."""
-        self._origin.close_idle()
+    def add_listening_port(self, port: int) -> None:
+        """Treat requests that lead back to a port of this proxy as loops."""
+        self._origin.guard.listening_ports.add(port)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Describe what goes on now, for the status page: plain data of bounded size."""
+        return {"downloads": self._downloader.snapshot(), "troubles": self._failures.snapshot(),
+                "swept": self.evictor.last_report, "unstored": self._failures.disk_error()}
 
     def start(self) -> None:
-        """Begin what goes on in the background."""
-        self.sweeper.start(self.config)
+        """Start the background work."""
+        self.evictor.start(self.config)
+
+    def close_idle(self) -> None:
+        """Close connections to origins that have been idle for too long; cheap if called often."""
+        self._origin.close_idle()
 
     def close(self) -> None:
-        """Close what is idle, end what goes on in the background."""
-        self.sweeper.stop()
-        self._claims.close()
+        """End the background work, and close idle connections."""
+        self.evictor.stop()
+        self._locks.close()
         self._origin.close()
-
-    def _should_pass_range(self, request: Request, decision: CacheDecision) -> bool:
-        """Whether a range is too far or too short to download a whole file for it (DESIGN §6.5)."""
-        key = request.key
-        if decision.action is not Action.FETCH or field_value(request.fields, "Range") is None or \
-                is_worth_full_download(request, FULL_DOWNLOAD_RANGE) or self._barrier.is_in_flight(key) or self._claims.is_downloading_elsewhere(key) or \
-                self._mirrors.has_candidates(request):
-            return False
-        stored = look_up_for_client(self._store, self._origin, request)  # what was flying may have landed meanwhile
-        _close(stored)
-        return stored is None
-
-    def _pass(self, request: Request, decision: CacheDecision, config: Config, detail: str = "") -> Response:
-        """Ask the origin for this client alone; a method that changes things invalidates (RFC 9111 §4.4)."""
-        fields, private = origin_request_fields(request, config, identity=False), sorted(private_fields(request))
-        follow = decision.forward not in ("bypass", "method") and decision.policy.redirects and not private
-        if private and decision.forward == "request":
-            detail = "for this client alone: " + ", ".join(private)
-        response = self._origin.fetch(OriginRequest(request.method, request.target, fields, request.body,
-                                              request.length, request.client_is_local, follow, client=request.client,
-                                              timings=request.timings))
-        for key in invalidated_keys(request, response.head):
-            self._barrier.invalidate(key)
-            self._claims.invalidate(key)  # before: what lands between the two is retracted
-            self._store.delete(key)
-        return response_from_origin(request, response, decision, detail)
-
-    def _fetch_shared(self, request: Request, decision: CacheDecision, config: Config) -> Response:
-        alone = field_value(request.fields, "Authorization") is not None
-        flight, leader = (Flight(request.key), True) if alone else self._barrier.join(request.key)
-        deadline = time.monotonic() + VALIDATION_TIMEOUT
-        missing = decision.action is Action.FETCH
-        try:
-            reply = self._lead(request, flight, config, missing, alone) if leader else None
-            if reply is None:
-                reply = self._follow(request, decision, flight, config)
-            return self._with_stale_fallback(request, decision, reply, deadline)
-        except OriginError as error:
-            return self._stale_or_raise(request, decision, error)
-
-    def _lead(self, request: Request, flight: Flight, config: Config, missing: bool,
-              alone: bool) -> Response | None:
-        """The leader's reply; None where another instance leads."""
-        landing: FlightResult | None = FlightResult.ALONE
-        failure: Exception | None = None
-        request = without_private_fields(request)
-        try:
-            reply, landing = self._leader.fetch(request, flight, config, missing, alone)
-        except OriginError as error:
-            landing, failure = FlightResult.FAILED, error
-            raise
-        finally:
-            if landing is not None:
-                self._barrier.finish(flight, landing, failure)
-        return reply
-
-    def _with_stale_fallback(self, request: Request, decision: CacheDecision, reply: Response, deadline: float) -> Response:
-        """Where a stored response can answer, a new one that does not begin to come is not waited for."""
-        body = reply.body
-        if decision.action is not Action.VALIDATE or not isinstance(body, TailingBody):
-            return reply
-        body.first_byte_deadline = max(deadline, time.monotonic() + 1)  # what is on its way may take a second
-        return replace_fields(reply, fallback=functools.partial(self._stale_or_raise, request, decision))
-
-    def _serve_unreadable(self, request: Request, decision: CacheDecision, failure: Exception) -> Response:
-        """What is stored cannot be read: the origin's answer instead (invariant 6)."""
-        log.warning("The stored file of %s cannot be read: %s", loggable_uri(request.uri), failure)
-        if self.config.offline or "only-if-cached" in cache_directives(request.fields):
-            raise ProxyError("The stored file cannot be read: %s." % failure, 504)
-        return self._pass(request, decision, self.config, "not read: %s" % failure)
-
-    def _stale_or_raise(self, request: Request, decision: CacheDecision, failure: Exception) -> Response:
-        """The stored response, or another mirror's, in place of a failure; the failure where there is none
-        that may."""
-        missing = decision.forward == "uri-miss"
-        # Nobody but the operator decides, without a request to the mirror, that another stands in for it.
-        tried = isinstance(failure, OriginError) or self.config.offline or digest_in_name(request.key)
-        stored = self._mirrors.find_substitute(request) if missing and tried else None
-        stored = look_up_for_client(self._store, self._origin, request) if decision.action is Action.VALIDATE else stored
-        if stored is None or not may_serve_stale_on_error(decision, stored.head):
-            _close(stored)
-            raise failure
-        if isinstance(failure, OriginError):
-            self._troubles.origin_failed(request, failure)
-        same = " Same name as " + stored.head.key.partition("?")[0] if missing else ""
-        status = CacheStatus(Outcome.STALE, decision.forward, detail="%s%s" % (failure, same))
-        return response_from_store(request, stored, status, time.time())
-
-    def _follow(self, request: Request, decision: CacheDecision, flight: Flight, config: Config) -> Response:
-        """Share another client's fetch; go alone where it can't be shared (invariant 10), or where it failed:
-        that client's request may be to blame (invariant 12)."""
-        partial, landing = self._wait_for_head(flight)
-        if partial is not None:
-            if may_share_download(request, partial.head):
-                status = CacheStatus(Outcome.COLLAPSED, decision.forward)
-                rest = functools.partial(self._origin.fetch_remainder, full_request(request, decision, config))
-                return response_from_partial(request, partial.head, flight, partial, status, rest)
-            partial.release()
-        elif landing is FlightResult.AGAIN:
-            return self.respond(replace_fields(request, known_missing=False))
-        elif landing in (FlightResult.FAILED, FlightResult.STALE):
-            reply = self._lead(request, Flight(request.key), config, missing=False, alone=True)
-            if reply is not None:
-                return reply
-        stored = look_up_for_client(self._store, self._origin, request) if landing is FlightResult.STORED else None
-        if stored is None or selecting_fields(request, stored.head) != stored.head.vary:
-            _close(stored)
-            return self._pass(request, decision, config, "not collapsed")
-        return response_from_store(request, stored, CacheStatus(Outcome.COLLAPSED, decision.forward), time.time())
-
-    def _wait_for_head(self, flight: Flight) -> tuple[PartialFile | None, FlightResult]:
-        """What a flight brings; OriginFailure if it is no use to ask again, or too late."""
-        began = time.monotonic()
-        try:
-            return flight.wait_for_head(FOLLOWER_HEAD_TIMEOUT)
-        except OriginError as failure:
-            if failure.unreachable or time.monotonic() - began > VALIDATION_TIMEOUT:
-                raise
-            return None, FlightResult.FAILED
-
-    def _revalidate_signatures(self, forward: OriginRequest) -> None:
-        """A new generation of an index is here: let its stored signatures be of the same."""
-        if classify_name(cache_key(forward.target)) is NameClass.INDEX:
-            for other in detached_signatures(forward.target):
-                stored = self._store.lookup(cache_key(other))
-                if stored is not None:
-                    stored.close()
-                    self._refresher.revalidate_now(other, cache_key(other), stored.head.vary, forward.client_is_local)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7138,8 +7306,9 @@ class RequestBody:
 
 def error_response(error: ProxyError) -> Response:
     """Return the response for an error: one sentence of plain text."""
-    return Response(error_head(error.status), BytesBody((str(error) + "\n").encode()),
-                    CacheStatus(error.outcome, detail=str(error)))
+    detail = "%s; %s" % (str(error).rstrip("."), error.reason) if error.reason else str(error)
+    return Response(error_head(error.status), bytes_body((str(error) + "\n").encode()),
+                    CacheStatus(error.outcome, error.forward, detail=detail))
 
 
 def set_events(selector: selectors.BaseSelector, sock: socket.socket, events: int, data: Any = None) -> None:
@@ -7651,7 +7820,7 @@ class Dispatcher:
         """Return the response to a request that came to this port of the server; ProxyError."""
         self._check_name(request, may_block=True)
         if not request.is_own_page:
-            return rewrite_for_prefix(request, self.proxy.respond(request))
+            return self.proxy.respond(request)
         if request.method == "OPTIONS":
             return answer_as_final_recipient(request)
         if request.method not in ("GET", "HEAD"):
@@ -7667,7 +7836,7 @@ class Dispatcher:
             raise ProxyError("No such page. To fetch through this proxy, set http_proxy=http://%s/ or request"
                              " /http://host/path" % Target("", host, port, "").authority, 404)
         return Response(generated_head(page.status, page.media, (("Vary", "Accept"),), page.policy),
-                        BytesBody(page.text.encode()), CacheStatus(Outcome.OWN))
+                        bytes_body(page.text.encode()), CacheStatus(Outcome.OWN))
 
     def snapshot(self) -> dict[str, Any]:
         """Return the data of the status pages, with the command line as Go's expvar shows it."""
@@ -7717,7 +7886,7 @@ class Dispatcher:
 
     def record_hot(self, entry: HotEntry, results: list[tuple[str, SendResult]]) -> None:
         """Count and log what the event loop has sent of one entry, by client."""
-        self._record(entry.request, entry.ready.status, entry.ready.cache_status, results, entry.text)
+        self._record(entry.request, entry.status, entry.cache_status, results, entry.text)
 
     def _record(self, request: Request, status: int, cache_status: CacheStatus,
                 results: list[tuple[str, SendResult]], text: str = "") -> None:
@@ -7952,12 +8121,12 @@ class EventLoop:
         if not is_pending:
             connection.answered = True
             self._note_sent(connection, entry, b"", began)
-            if entry.ready.close:
+            if entry.close:
                 self._close(connection)
 
     def _note_sent(self, connection: ClientConnection, entry: HotEntry, left: bytes, began: float) -> None:
         """Note that an entry has been sent, but for the bytes that are ``left`` of head and body."""
-        size = max(0, len(entry.body) - len(left))
+        size = max(0, entry.body_size - len(left))
         result = SendResult(size, size, time.monotonic() - began, not left)
         self._sent.setdefault(entry, []).append((connection.host, result))
 
@@ -8095,7 +8264,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _handle_connect(self, request: Request) -> bool:
         """Serve a tunnel until it ends; return False: nothing can follow it."""
         head, dispatcher = ResponseHead(200, "Connection established", ()), self.server.dispatcher
-        response, count, whole = Response(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), 0, False
+        response, count, whole = Response(head, bytes_body(b""), CacheStatus(Outcome.TUNNEL)), 0, False
         try:
             with dispatcher.open_tunnel(request) as origin:
                 try:
@@ -8187,7 +8356,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         files are sent by the kernel.  A body of a declared length must have it (invariant 7): one that is
         longer would be taken for the next response, one that is shorter would leave the client waiting.
         """
-        is_live = isinstance(body, (TailingBody, PassThroughBody))  # whose next bytes may be long in coming
         # Bytes to be written, the number of those that belong to the body, and the size of the body so far.
         waiting, count, total = head, 0, 0
         for part in body.chunks():
@@ -8204,7 +8372,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             data = read_file_slice(part) if isinstance(part, FileSlice) else part
             waiting += b"%x\r\n%s\r\n" % (len(data), data) if framing is Framing.CHUNKED and data else data
             count += len(data)
-            if len(waiting) > SMALL_BODY or is_live:
+            if len(waiting) > SMALL_BODY or body.live:  # the next bytes may be long in coming
                 self._write(request, waiting, count)
                 waiting, count = b"", 0
         if body.length not in (None, total):

@@ -395,7 +395,7 @@ class ProxyCase(unittest.TestCase):
     def settle(self):
         """Wait until no reply, no flight and no validation in the background is under way."""
         until(lambda: not self.server.replies_running and not self.proxy._barrier.in_flight()
-              and self.proxy._refresher._running._value == pkgproxy.MAX_BACKGROUND_VALIDATIONS, "the end of replies")
+              and self.proxy._revalidator._running._value == pkgproxy.MAX_BACKGROUND_VALIDATIONS, "the end of replies")
 
     def _no_threads_left(self):
         until(lambda: threading.active_count() <= self.threads, "the end of all threads")
@@ -2858,6 +2858,20 @@ class MissAndHitTest(ProxyCase):
         self.assertLessEqual(set(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER))), {"heads", "partials"})
 
 
+class TimingsTest(ProxyCase):
+    """Where the time of a request goes."""
+
+    def test_a_miss_and_a_hit_record_when_they_reach_each_step(self):
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000)
+        url = self.origin.url("/x_1.0_all.deb")
+        for steps in (["looked up", "locked", "connected", "origin head", "stored"], ["looked up"]):
+            asked = dataclasses.replace(request(url), key=url, client_is_local=True, timings={})
+            with contextlib.closing(self.proxy.respond(asked).body) as body:
+                self.assertEqual(sum(part.size if isinstance(part, pkgproxy.FileSlice) else len(part) for part in body.chunks()), 1000)
+            self.settle()
+            self.assertEqual(sorted(asked.timings, key=asked.timings.get), steps)
+
+
 class CollapsedRequestsTest(ProxyCase):
     """The barrier: two clients of one file at once."""
 
@@ -3792,7 +3806,7 @@ class MirrorSharingTest(ProxyCase):
         url = self.publish()
         self.ask(self.HERE)
         self.ask(url)
-        self.proxy._refresher.revalidate(pkgproxy.parse_target(url), url, (), True)
+        self.proxy._revalidator.revalidate(pkgproxy.parse_target(url), (), True)
         self.settle()
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
         self.assertEqual(self.other.log[-1][2]["if-none-match"], '"there"')
@@ -4037,8 +4051,7 @@ class MirrorSharingTest(ProxyCase):
         url = self.publish()
         self.ask(self.HERE)
         far = pkgproxy.cache_key(pkgproxy.parse_target(url))
-        held = self.proxy._mirrors._candidates(dataclasses.replace(request(url), key=far, client_is_local=False))
-        self.assertEqual(held, [])
+        self.assertFalse(self.proxy._mirrors.has_candidates(dataclasses.replace(request(url), key=far, client_is_local=False)))
         self.assertTrue(self.proxy._mirrors.has_candidates(dataclasses.replace(request(url), key=far, client_is_local=True)))
         with contextlib.closing(self.proxy._store.lookup(self.origin.url(self.HERE))) as twin:
             self.assertTrue(twin.head.local_clients_only)
@@ -4084,7 +4097,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual(self.ask(self.publish()).body, self.BODY)
 
         def cut(copy, size=0):
-            copy._twin.file.close()
+            copy._stored.file.close()
             raise pkgproxy.TruncatedBodyError("cut")
 
         with mock.patch.object(pkgproxy.LocalFileResponse, "read", cut):
@@ -4161,9 +4174,9 @@ class MirrorSharingTest(ProxyCase):
         self.other.close()
         self.assertEqual(self.ask(self.other.url("/mirrors/pub/pool/v3_1.0_all.deb")).status, 502)
         asked = request(self.other.url("/x"))
-        self.proxy._troubles.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
+        self.proxy._failures.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
         self.assertEqual(self.ask(self.other.url("/repodata/" + digest)).body, self.HELD)
-        self.assertEqual(self.proxy._troubles.origin_down_reason(asked), "It is down.", "nobody has asked it")
+        self.assertEqual(self.proxy._failures.origin_down_reason(asked), "It is down.", "nobody has asked it")
 
     def test_what_is_no_longer_to_be_adopted_is_left_alone(self):
         self.adopt(**{"x_1.0_all": self.BODY})
@@ -4525,6 +4538,32 @@ class SemanticsTest(ProxyCase):
             self.start()
         self.assertEqual(wrong, [])
         self.assertGreater(len(seen), 100)
+
+
+class FailureReasonTest(ProxyCase):
+    """Why a request failed although something may be stored."""
+
+    def test_a_failure_keeps_its_decision_and_says_why_no_stored_copy_was_used(self):
+        self.origin.pages["/page"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=0, must-revalidate"), ("ETag", '"1"')])
+        self.origin.pages["/vary"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=999"), ("Vary", "Accept")])
+        self.ask("/page")
+        self.ask("/vary", Accept="a")
+        self.settle()
+        self.origin.close()
+        for path, fields, status, forward, reason in (
+                ("/new_1.0_all.deb", {}, 502, "fwd=uri-miss; ", "no stored copy"),
+                ("/page", {}, 502, "fwd=stale; ", "the stored copy must be revalidated"),
+                ("/vary", {"Accept": "b"}, 502, "fwd=vary-miss; ", "the stored copy is for other request fields"),
+                ("/vary", {"Cache-Control": "no-store", "Accept": "c"}, 502, "fwd=vary-miss; ", "the request bypasses the cache"),
+                ("/page", {"Cache-Control": "only-if-cached"}, 504, "", "the stored copy must be revalidated"),
+                ("/new_1.0_all.deb", {"Cache-Control": "only-if-cached"}, 504, "", "no stored copy")):
+            with self.subTest(path=path, fields=fields), self.assertLogs("pkgproxy", "INFO") as logged:
+                answer = self.ask(path, **{name.replace("-", "_"): text for name, text in fields.items()})
+                self.settle()
+                self.assertEqual(answer.status, status)
+                self.assertRegex(self.outcome(answer), r'\Apkgproxy; %sdetail="[^"]+; %s"\Z' % (forward, reason))
+                self.assertIn("; %s)" % reason, logged.output[-1])
+                self.assertNotIn(reason.encode(), answer.body, "a client's user needs one sentence")
 
 
 class TroubleTest(ProxyCase):
@@ -5366,7 +5405,7 @@ class SmallDiskTest(ProxyCase):
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
-        self.proxy.sweeper.start(config)
+        self.proxy.evictor.start(config)
 
     def mount(self):
         options = "size=%d,nr_inodes=%d" % (self.SIZE, self.INODES)
@@ -6051,7 +6090,7 @@ class FaultTest(ProxyCase):
     def _(self):
         precious = Path(self.folder, "precious")
         precious.write_bytes(b"precious")
-        link = Path(self.proxy._claims.partials.path(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.NEW))), ""))
+        link = Path(self.proxy._locks.partials.path(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.NEW))), ""))
         link.symlink_to(precious)
         self.here.callback(link.unlink)
         got = self.get()
@@ -6722,7 +6761,7 @@ class InstancesTest(InstancesCase):
 
     def stuck(self, key):
         """The path of a partial that is there, and empty."""
-        path = Path(self.proxy._claims.partials.path(key, ""))
+        path = Path(self.proxy._locks.partials.path(key, ""))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         return str(path)
@@ -6842,9 +6881,9 @@ class InstancesTest(InstancesCase):
             with self.subTest(tag=tag):
                 fields = (("ETag", tag),) if tag else ()
                 old, other = (mock.Mock(head=ResponseHead(200, "OK", fields, key="http://a/x", response_time=CLOCK), size=5) for _ in range(2))
-                claims = mock.Mock()
-                claims.partials.open_for_reading.return_value = other
-                watch = pkgproxy.PeerFollower(None, claims, None, None, None, mock.Mock())
+                downloader = mock.Mock()
+                downloader.locks.partials.open_for_reading.return_value = other
+                watch = pkgproxy.PeerFollower(downloader, None, None, mock.Mock())
                 watch._partial, watch._published = old, True
                 watch._switch_writer("another")
                 self.assertEqual((old.switch_to.called, other.release.called), (same, not same))
@@ -7022,7 +7061,7 @@ class MemcachedTest(InstancesCase):
         gate = self.held()
         response = self.begin(self.address)
         self.memcached.say("set %s 0 5 5\r\nother\r\n" % self.lease())
-        leases = self.proxy._claims.leases
+        leases = self.proxy._locks.leases
         until(lambda: any(leases.is_lost(owner) for owner in list(leases._held)), "the loss of a lease")
         gate.open()
         self.assertEqual(response.read(), self.body[1:])
@@ -7055,7 +7094,7 @@ class MemcachedTest(InstancesCase):
         self.assertEqual(self.origin.asked(self.BIG), ["GET"])
         self.assertEqual(set(self.files()), {self.place(self.BIG[1:]), self.place("y_1.0_all.deb")})
         self.memcached.start()
-        for server in self.proxy._claims.leases._servers:
+        for server in self.proxy._locks.leases._servers:
             until(lambda server=server: time.monotonic() > server._trouble, "the end of the trouble")
         with self.assertLogs("pkgproxy", "WARNING") as caught:
             self.assertEqual(self.ask("/z_1.0_all.deb").body, b"z")
@@ -7393,7 +7432,7 @@ class PagesTest(ProxyCase):
         self.origin.pages["/dists/x/InRelease"] = ScriptedResponse(b"", 503)
         self.assertIn("stale", self.outcome(self.ask("/dists/x/InRelease")))
         self.settle()
-        self.proxy.sweeper._note(self.proxy.sweeper._janitor.run(self.config, time.time()))
+        self.proxy.evictor._record(self.proxy.evictor._evictor.run(self.config, time.time()))
         view = self.view()
         self.assertEqual([(row["origin"], row["reason"]) for row in view["troubles"]],
                          [(self.origin.url("/dists/x/InRelease"), "127.0.0.1:%d answers 503." % self.origin.port)])
@@ -8817,8 +8856,8 @@ class EventLoopTest(ProxyCase):
                 self.ask("/n%d_1.0.deb" % number)
             self.settle()
         before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-        self.assertLessEqual(len(self.server.event_loop._hot_cache._copies), pkgproxy.HOT_CACHE_SIZE)
-        until(lambda: not self.server.event_loop._hot_cache._copies)
+        self.assertLessEqual(len(self.server.event_loop._hot_cache._entries), pkgproxy.HOT_CACHE_SIZE)
+        until(lambda: not self.server.event_loop._hot_cache._entries)
         if before:
             self.assertLess(len(os.listdir("/proc/self/fd")), before + 10)
 
