@@ -378,7 +378,7 @@ class ProxyCase(unittest.TestCase):
         else:
             self.addCleanup(self.stop)
         self.server = self.server_of(make_dispatcher(config or self.config, pkgproxy.Store(self.root)))
-        self.proxy = self.server.desk.proxy
+        self.proxy = self.server.dispatcher.proxy
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
@@ -396,7 +396,7 @@ class ProxyCase(unittest.TestCase):
     def settle(self):
         """Wait until no reply, no flight and no validation in the background is under way."""
         until(lambda: not self.server.replies_running and not self.proxy._barrier.in_flight()
-              and self.proxy._refresher._running._value == pkgproxy.MAX_BACKGROUND_VALIDATIONS, "the end of replies")
+              and self.proxy._revalidator._running._value == pkgproxy.MAX_BACKGROUND_VALIDATIONS, "the end of replies")
 
     def _no_threads_left(self):
         until(lambda: threading.active_count() <= self.threads, "the end of all threads")
@@ -447,7 +447,7 @@ class ProxyCase(unittest.TestCase):
         self.settle()
         now = time.monotonic()
         until(lambda: self.server.last_iteration > now, "a turn of the loop")  # which counts after it has sent
-        return self.server.desk.statistics.counters.snapshot()
+        return self.server.dispatcher.statistics.counters.snapshot()
 
     def files(self):
         """The visible tree: {name below the root: bytes}."""
@@ -601,7 +601,7 @@ class StructureTest(unittest.TestCase):
     """Structure, promises and budgets."""
 
     FORWARD = {("PartialFile", "Store"), ("OriginResponse", "OriginConnection"), ("OriginConnection", "OriginClient"),
-               ("ProxyHandler", "ProxyServer")}  # annotations
+               ("ProxyHandler", "ProxyServer"), ("EventLoop", "ProxyServer")}  # annotations
 
     @classmethod
     def setUpClass(cls):
@@ -3005,6 +3005,20 @@ class MissAndHitTest(ProxyCase):
         self.assertLessEqual(set(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER))), {"heads", "partials"})
 
 
+class TimingsTest(ProxyCase):
+    """Where the time of a request goes."""
+
+    def test_a_miss_and_a_hit_record_when_they_reach_each_step(self):
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000)
+        url = self.origin.url("/x_1.0_all.deb")
+        for steps in (["looked up", "locked", "connected", "origin head", "stored"], ["looked up"]):
+            asked = dataclasses.replace(request(url), key=url, client_is_local=True, timings={})
+            with contextlib.closing(self.proxy.respond(asked).body) as body:
+                self.assertEqual(sum(part.size if isinstance(part, pkgproxy.FileSlice) else len(part) for part in body.chunks()), 1000)
+            self.settle()
+            self.assertEqual(sorted(asked.timings, key=asked.timings.get), steps)
+
+
 class CollapsedRequestsTest(ProxyCase):
     """The barrier: two clients of one file at once."""
 
@@ -3727,13 +3741,13 @@ class TlsOriginTest(ProxyCase):
         thread.start()
         try:
             with mock.patch.object(pkgproxy, "resolve_addresses", lambda host, port: place if host == "mirror.test" else [(*place[0][:4], (host, port))]):
-                yield "127.0.0.1:%d" % server.server_address[1], server.desk.statistics
+                yield "127.0.0.1:%d" % server.server_address[1], server.dispatcher.statistics
         finally:
             self.proxy._origin.pool.close()
             server.shutdown()
             server.server_close()
             thread.join(PATIENCE)
-            server.desk.proxy.close()
+            server.dispatcher.proxy.close()
 
     def test_https_origins_and_tunnels_go_through_a_parents_connect(self):
         self.secure.context = self.certificates.context("mirror", names="DNS:mirror.test")
@@ -3939,7 +3953,7 @@ class MirrorSharingTest(ProxyCase):
         url = self.publish()
         self.ask(self.HERE)
         self.ask(url)
-        self.proxy._refresher.revalidate(pkgproxy.parse_target(url), url, (), True)
+        self.proxy._revalidator.revalidate(pkgproxy.parse_target(url), (), True)
         self.settle()
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
         self.assertEqual(self.other.log[-1][2]["if-none-match"], '"there"')
@@ -3973,7 +3987,7 @@ class MirrorSharingTest(ProxyCase):
             self.assertTrue(self.outcome(answer).startswith('pkgproxy; hit; detail="same as ' + self.origin.url("/a/")))
             self.assertEqual(self.outcome(self.ask(self.other.url("/b" + path))), "pkgproxy; hit")
         self.assertEqual(len(self.origin.log), 2, "the digest counts, not what is written around it")
-        self.assertEqual(self.server.desk.statistics.counters.snapshot()["statsDownBytes"], 2 * len(self.HELD))
+        self.assertEqual(self.server.dispatcher.statistics.counters.snapshot()["statsDownBytes"], 2 * len(self.HELD))
 
     def test_a_body_that_does_not_match_its_name_is_passed_on_and_not_kept(self):
         path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
@@ -4184,8 +4198,7 @@ class MirrorSharingTest(ProxyCase):
         url = self.publish()
         self.ask(self.HERE)
         far = pkgproxy.cache_key(pkgproxy.parse_target(url))
-        held = self.proxy._mirrors._candidates(dataclasses.replace(request(url), key=far, client_is_local=False))
-        self.assertEqual(held, [])
+        self.assertFalse(self.proxy._mirrors.has_candidates(dataclasses.replace(request(url), key=far, client_is_local=False)))
         self.assertTrue(self.proxy._mirrors.has_candidates(dataclasses.replace(request(url), key=far, client_is_local=True)))
         with contextlib.closing(self.proxy._store.lookup(self.origin.url(self.HERE))) as twin:
             self.assertTrue(twin.head.local_clients_only)
@@ -4231,7 +4244,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual(self.ask(self.publish()).body, self.BODY)
 
         def cut(copy, size=0):
-            copy._twin.file.close()
+            copy._stored.file.close()
             raise pkgproxy.TruncatedBodyError("cut")
 
         with mock.patch.object(pkgproxy.LocalFileResponse, "read", cut):
@@ -4308,9 +4321,9 @@ class MirrorSharingTest(ProxyCase):
         self.other.close()
         self.assertEqual(self.ask(self.other.url("/mirrors/pub/pool/v3_1.0_all.deb")).status, 502)
         asked = request(self.other.url("/x"))
-        self.proxy._troubles.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
+        self.proxy._failures.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
         self.assertEqual(self.ask(self.other.url("/repodata/" + digest)).body, self.HELD)
-        self.assertEqual(self.proxy._troubles.origin_down_reason(asked), "It is down.", "nobody has asked it")
+        self.assertEqual(self.proxy._failures.origin_down_reason(asked), "It is down.", "nobody has asked it")
 
     def test_what_is_no_longer_to_be_adopted_is_left_alone(self):
         self.adopt(**{"x_1.0_all": self.BODY})
@@ -4672,6 +4685,32 @@ class SemanticsTest(ProxyCase):
             self.start()
         self.assertEqual(wrong, [])
         self.assertGreater(len(seen), 100)
+
+
+class FailureReasonTest(ProxyCase):
+    """Why a request failed although something may be stored."""
+
+    def test_a_failure_keeps_its_decision_and_says_why_no_stored_copy_was_used(self):
+        self.origin.pages["/page"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=0, must-revalidate"), ("ETag", '"1"')])
+        self.origin.pages["/vary"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=999"), ("Vary", "Accept")])
+        self.ask("/page")
+        self.ask("/vary", Accept="a")
+        self.settle()
+        self.origin.close()
+        for path, fields, status, forward, reason in (
+                ("/new_1.0_all.deb", {}, 502, "fwd=uri-miss; ", "no stored copy"),
+                ("/page", {}, 502, "fwd=stale; ", "the stored copy must be revalidated"),
+                ("/vary", {"Accept": "b"}, 502, "fwd=vary-miss; ", "the stored copy is for other request fields"),
+                ("/vary", {"Cache-Control": "no-store", "Accept": "c"}, 502, "fwd=vary-miss; ", "the request bypasses the cache"),
+                ("/page", {"Cache-Control": "only-if-cached"}, 504, "", "the stored copy must be revalidated"),
+                ("/new_1.0_all.deb", {"Cache-Control": "only-if-cached"}, 504, "", "no stored copy")):
+            with self.subTest(path=path, fields=fields), self.assertLogs("pkgproxy", "INFO") as logged:
+                answer = self.ask(path, **{name.replace("-", "_"): text for name, text in fields.items()})
+                self.settle()
+                self.assertEqual(answer.status, status)
+                self.assertRegex(self.outcome(answer), r'\Apkgproxy; %sdetail="[^"]+; %s"\Z' % (forward, reason))
+                self.assertIn("; %s)" % reason, logged.output[-1])
+                self.assertNotIn(reason.encode(), answer.body, "a client's user needs one sentence")
 
 
 class TroubleTest(ProxyCase):
@@ -5507,11 +5546,11 @@ class SmallDiskTest(ProxyCase):
             self.addCleanup(self.stop)
         store = pkgproxy.Store(self.root, min_free=config.min_free, max_size=config.max_size)
         self.server = self.server_of(make_dispatcher(config, store))
-        self.proxy = self.server.desk.proxy
+        self.proxy = self.server.dispatcher.proxy
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
-        self.proxy.sweeper.start(config)
+        self.proxy.evictor.start(config)
 
     def mount(self):
         options = "size=%d,nr_inodes=%d" % (self.SIZE, self.INODES)
@@ -6196,7 +6235,7 @@ class FaultTest(ProxyCase):
     def _(self):
         precious = Path(self.folder, "precious")
         precious.write_bytes(b"precious")
-        link = Path(self.proxy._claims.partials.path(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.NEW))), ""))
+        link = Path(self.proxy._locks.partials.path(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.NEW))), ""))
         link.symlink_to(precious)
         self.here.callback(link.unlink)
         got = self.get()
@@ -6363,7 +6402,7 @@ class FaultsOfTwoTest(FaultTest):
         super().start(config)
         self.local = threading.local()
         self.other = self.server_of(make_dispatcher(config or self.config, pkgproxy.Store(self.root), 100))
-        self.also = self.other.desk.proxy
+        self.also = self.other.dispatcher.proxy
         self.other_address = self.other.server_address
         self._serving_too = threading.Thread(target=self.other.serve_forever, args=(0.01,))
         self._serving_too.start()
@@ -6867,7 +6906,7 @@ class InstancesTest(InstancesCase):
 
     def stuck(self, key):
         """The path of a partial that is there, and empty."""
-        path = Path(self.proxy._claims.partials.path(key, ""))
+        path = Path(self.proxy._locks.partials.path(key, ""))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         return str(path)
@@ -6902,7 +6941,7 @@ class InstancesTest(InstancesCase):
         store = pkgproxy.Store(self.root)
         store.boot = boot or store.boot
         server = self.server_of(make_dispatcher(self.config, store, 100))
-        other = server.desk.proxy
+        other = server.dispatcher.proxy
         serving = threading.Thread(target=server.serve_forever, args=(0.01,))
         serving.start()
         try:
@@ -6987,9 +7026,9 @@ class InstancesTest(InstancesCase):
             with self.subTest(tag=tag):
                 fields = (("ETag", tag),) if tag else ()
                 old, other = (mock.Mock(head=ResponseHead(200, "OK", fields, key="http://a/x", response_time=CLOCK), size=5) for _ in range(2))
-                claims = mock.Mock()
-                claims.partials.open_for_reading.return_value = other
-                watch = pkgproxy.PeerFollower(None, claims, None, None, None, mock.Mock())
+                downloader = mock.Mock()
+                downloader.locks.partials.open_for_reading.return_value = other
+                watch = pkgproxy.PeerFollower(downloader, None, None, mock.Mock())
                 watch._partial, watch._published = old, True
                 watch._switch_writer("another")
                 self.assertEqual((old.switch_to.called, other.release.called), (same, not same))
@@ -7167,7 +7206,7 @@ class MemcachedTest(InstancesCase):
         gate = self.held()
         response = self.begin(self.address)
         self.memcached.say("set %s 0 5 5\r\nother\r\n" % self.lease())
-        leases = self.proxy._claims.leases
+        leases = self.proxy._locks.leases
         until(lambda: any(leases.is_lost(owner) for owner in list(leases._held)), "the loss of a lease")
         gate.open()
         self.assertEqual(response.read(), self.body[1:])
@@ -7200,7 +7239,7 @@ class MemcachedTest(InstancesCase):
         self.assertEqual(self.origin.asked(self.BIG), ["GET"])
         self.assertEqual(set(self.files()), {self.place(self.BIG[1:]), self.place("y_1.0_all.deb")})
         self.memcached.start()
-        for server in self.proxy._claims.leases._servers:
+        for server in self.proxy._locks.leases._servers:
             until(lambda server=server: time.monotonic() > server._backoff_until, "the end of the trouble")
         with self.assertLogs("pkgproxy", "WARNING") as caught:
             self.assertEqual(self.ask("/z_1.0_all.deb").body, b"z")
@@ -7479,7 +7518,7 @@ class PagesTest(ProxyCase):
         gathered = {"recent": [row], "origins": {evil: {"requests": 1, "bytes": 1, "cached": 1}}, "swept": {"at": 0.0},
                     "downloads": [{"uri": evil, "bytes": 1, "length": 2, "rate": 1, "clients": 1}],
                     "troubles": [{"origin": evil, "reason": evil, "seconds": 1}], "unstored": evil}
-        snapshot = {**self.server.desk.snapshot(), **gathered}
+        snapshot = {**self.server.dispatcher.snapshot(), **gathered}
         text = pkgproxy.status_page(pkgproxy.page_view(snapshot), "a:1").text.replace("<script>" + pkgproxy.SCRIPT, "")
         self.assertGreater(text.count("alert(1)"), 8)
         self.assertNotIn("<script", text)
@@ -7538,7 +7577,7 @@ class PagesTest(ProxyCase):
         self.origin.pages["/dists/x/InRelease"] = ScriptedResponse(b"", 503)
         self.assertIn("stale", self.outcome(self.ask("/dists/x/InRelease")))
         self.settle()
-        self.proxy.sweeper._note(self.proxy.sweeper._janitor.run(self.config, time.time()))
+        self.proxy.evictor._record(self.proxy.evictor._evictor.run(self.config, time.time()))
         view = self.view()
         self.assertEqual([(row["origin"], row["reason"]) for row in view["troubles"]],
                          [(self.origin.url("/dists/x/InRelease"), "127.0.0.1:%d answers 503." % self.origin.port)])
@@ -7570,7 +7609,7 @@ class PagesTest(ProxyCase):
         for host, sizes in (("a", (10, 10)), ("b", (99,)), ("c", (1,))):
             for size in sizes:
                 sent = pkgproxy.SendResult(size, 0, 0.25, True)
-                self.server.desk.statistics.recent.note(request("http://%s/%d" % (host, size)), 200, CacheStatus(Outcome.MISS), [("10.0.0.1", sent)])
+                self.server.dispatcher.statistics.recent.note(request("http://%s/%d" % (host, size)), 200, CacheStatus(Outcome.MISS), [("10.0.0.1", sent)])
         view = self.view()
         self.assertEqual(list(view["origins"]), ["b", "a", "c"])
         self.assertEqual([row["uri"] for row in view["recent"]], ["http://c/1", "http://b/99", "http://a/10", "http://a/10"])
@@ -7601,9 +7640,9 @@ class PagesTest(ProxyCase):
                 answer = self.own("/healthz")
                 self.assertEqual(answer.status, 503)
                 self.assertIn(reason, answer.body)
-        desk = self.server.desk
+        dispatcher = self.server.dispatcher
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
-            self.assertEqual(desk.health_problem(), "Cannot start any more threads.")
+            self.assertEqual(dispatcher.health_problem(), "Cannot start any more threads.")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full on this machine")
     def test_it_is_not_well_on_a_full_disk_and_leaves_nothing_there(self):
@@ -7627,7 +7666,7 @@ class PagesTest(ProxyCase):
         client = threading.Thread(target=self.ask, args=("/x_1.0_all.deb",))
         client.start()
         until(lambda: self.view()["downloads"])
-        self.server.room.most = 2  # the client's, and the one that asks
+        self.server.limiter.max_connections = 2  # the client's, and the one that asks
         answer = self.own("/healthz")
         self.assertEqual((answer.status, answer.body), (503, b"All 2 connections are busy.\n"))
         gate.open()
@@ -7819,16 +7858,16 @@ class ServerTest(ProxyCase):
         failed.assert_not_called()
 
     def test_when_there_is_no_room_the_longest_idle_makes_place(self):
-        self.server.room.most = 3
+        self.server.limiter.max_connections = 3
         with contextlib.ExitStack() as stack:
             idle = [stack.enter_context(socket.create_connection(self.address, PATIENCE)) for _ in range(3)]
             for connection in idle:
                 connection.sendall(self.line("/x_1.deb"))
                 self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
-            until(lambda: sum(visitor.answered for visitor in self.server.room._visitors) == 3)
-            victim = min(self.server.room._visitors, key=lambda visitor: visitor.waiting_since).connection.getpeername()
+            until(lambda: sum(each.answered and each.waiting for each in self.server.limiter._connections) == 3)
+            victim = min(self.server.limiter._connections, key=lambda each: each.waiting_since).sock.getpeername()
             self.assertEqual(self.ask("/x_2.deb").status, 200)
-            until(lambda: self.server.room._count == 2)
+            until(lambda: self.server.limiter._count == 2)
             gone = next(connection for connection in idle if connection.getsockname() == victim)
             self.assertEqual(b"".join(iter(lambda: gone.recv(999), b""))[-100:], b"1" * 100)
             for connection in idle:
@@ -7858,6 +7897,34 @@ class ServerTest(ProxyCase):
         lines = [record.getMessage() for record in caught.records]
         self.assertRegex(lines[0], r"\A\[  1\] 127\.0\.0\.1       miss      200       100 bytes   \d\.\d\d\d s  GET http://127\.0\.0\.1:\d+/x_1\.deb\Z")
         self.assertRegex(lines[1], r"\A\[  2\] .* hit +200 +100 bytes ")
+
+    def test_a_verbose_log_shows_where_the_time_of_a_request_went(self):
+        with self.assertLogs("pkgproxy", "DEBUG") as caught:
+            self.ask("/x_1.deb")
+            until(lambda: caught.records)
+        text, _, steps = caught.records[0].getMessage().partition(" [dispatched ")
+        self.assertRegex(text, r" miss .* GET \S+/x_1\.deb\Z")
+        self.assertRegex(steps, r"\A\d+\.\d, looked up \d+\.\d, locked \d+\.\d, connected \d+\.\d, origin head \d+\.\d, .* ms\]\Z")
+        self.assertIn("first byte ", steps)
+        times = [float(time) for time in re.findall(r"\d+\.\d", steps)]
+        self.assertEqual(times, sorted(times), "all since the request arrived")
+
+    def test_a_pipelined_request_in_a_thread_gets_its_own_answer(self):
+        """Its head is read as the first one was, and what is known of the first is not taken for known of it."""
+        stored = self.line("/x_1.deb")
+        self.ask("/x_1.deb")
+        self.settle()
+        with socket.create_connection(self.address, PATIENCE) as connection:
+            connection.sendall(self.line("/x_2.deb") + b"\r\n" + stored.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            answer = b"".join(iter(lambda: connection.recv(999), b""))
+        self.assertEqual(re.findall(rb"pkgproxy; (?:hit|fwd=[a-z-]+)", answer), [b"pkgproxy; fwd=uri-miss", b"pkgproxy; hit"])
+
+    def test_an_overlong_head_is_refused_when_it_is_too_long_and_not_before_its_time(self):
+        line, field = pkgproxy.MAX_LINE, b"A: " + b"x" * 9000 + b"\r\n"
+        for data, status in ((b"GET http://a/" + b"x" * line, 414), (b"GET http://a/ HTTP/1.1\r\nHost: a\r\n" + field * 8, 431),
+                             (b"GET http://a/ HTTP/1.1\r\nHost: a\r\nA: " + b"x" * line, 431), (b"\r\nGET http://a/" + b"x" * line, 414)):
+            with self.subTest(data[:40]):
+                self.assertIn(b"HTTP/1.1 %d " % status, self.raw(data))
 
 
 class StrictServerTest(ProxyCase):
@@ -8416,7 +8483,7 @@ class AccessTest(ProxyCase):
                 socket.create_connection(self.address, PATIENCE, (self.FAR, 0)) as one:
             one.sendall(b"G")
             self.assertTrue(b"".join(iter(lambda: one.recv(65536), b"")).startswith(b"HTTP/1.1 403"))
-            until(lambda: len(self.server.lobby._visitors) < 2, "its end, though it has not closed")
+            until(lambda: len(self.server.event_loop._connections) < 2, "its end, though it has not closed")
             silent.sendall(b"G")
             self.assertTrue(silent.recv(12).startswith(b"HTTP/1.1 403"), "who has said nothing yet is told all the same")
 
@@ -8615,11 +8682,11 @@ class TunnelTest(ProxyCase):
             self.assertIn(b"HTTP/1.1 200 ", other.recv(999))
         for end in ends[0]:
             end.close()
-        until(lambda: self.server.room.tunnels._used["127.0.0.1"] < 2)
+        until(lambda: self.server.limiter.tunnels._used["127.0.0.1"] < 2)
         self.open()
 
     def test_no_more_than_so_many_tunnels_at_once(self):
-        self.server.room.tunnels = pkgproxy.Quota(1)
+        self.server.limiter.tunnels = pkgproxy.Quota(1)
         self.open()
         answer = self.raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
         self.assertIn(b"HTTP/1.1 503 ", answer)
@@ -8664,7 +8731,7 @@ class EventLoopTest(ProxyCase):
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(self.address)
         slow.sendall(self.line("/z_1.0.deb") * 200)
-        until(lambda: self.server.lobby.sending)
+        until(lambda: self.server.event_loop.sending)
         return slow
 
     def no_threads(self):
@@ -8690,11 +8757,11 @@ class EventLoopTest(ProxyCase):
         until(lambda: self.snapshot()["statsOutcomes"]["hit"] == 8)
 
     def snapshot(self):
-        return self.server.desk.snapshot()
+        return self.server.dispatcher.snapshot()
 
     def test_what_may_block_goes_to_a_thread_and_the_connection_comes_back(self):
         attend, seen = self.server.serve_in_thread, []
-        self.patched(self.server, "serve_in_thread", lambda visitor: (seen.append(visitor), attend(visitor)))
+        self.patched(self.server, "serve_in_thread", lambda connection: (seen.append(connection), attend(connection)))
         self.origin.pages["/y_1.0.deb"] = ScriptedResponse(b"y")
         one = self.visit()
         for path, length, threads in (("/x_1.0.deb", 4096, 0), ("/y_1.0.deb", 1, 1), ("/x_1.0.deb", 4096, 1),
@@ -8738,7 +8805,7 @@ class EventLoopTest(ProxyCase):
         self.read(self.visit(self.line()), 4096)
         until(lambda: self.server.replies_running == 1)
         with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.05):
-            until(lambda: not self.server.lobby.sending)
+            until(lambda: not self.server.event_loop.sending)
 
     def test_what_was_sent_in_pieces_is_whole_and_counted(self):
         before = self.snapshot()["statsCacheBytes"]
@@ -8765,7 +8832,7 @@ class EventLoopTest(ProxyCase):
         lookup = self.patched(self.proxy._store, "lookup", mock.Mock(wraps=self.proxy._store.lookup))
         started = self.patched(pkgproxy.threading, "Thread", mock.Mock(wraps=threading.Thread))
         for path in ("/other_1.0.deb", "/another_1.0.deb"):
-            until(lambda: self.server._crew._idle)  # since the visits before
+            until(lambda: self.server._thread_pool._unreserved_idle)  # since the visits before
             self.assertEqual(self.ask(path).body, b"other")
         self.assertEqual((started.call_count, parse.call_count), (2, 2), "the downloads' threads alone")
         self.assertEqual(lookup.call_count, 4, "for each once before the claim, and once after it (invariant 4)")
@@ -8807,7 +8874,7 @@ class EventLoopTest(ProxyCase):
 
     def test_who_asks_again_over_one_connection_gets_no_file_that_has_gone(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
-        answer = self.patched(self.server.desk, "try_hot_path", mock.Mock(wraps=self.server.desk.try_hot_path))
+        answer = self.patched(self.server.dispatcher, "try_hot_path", mock.Mock(wraps=self.server.dispatcher.try_hot_path))
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
             one = self.visit()
             for _ in range(3):
@@ -8822,7 +8889,7 @@ class EventLoopTest(ProxyCase):
     def test_who_comes_when_a_file_has_gone_does_not_get_it_in_the_same_turn(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
-        early, late, find = self.visit(), [], self.server.lobby._shelf.get
+        early, late, find = self.visit(), [], self.server.event_loop._hot_cache.get
 
         def found(asked, config):
             copy = find(asked, config)
@@ -8835,7 +8902,7 @@ class EventLoopTest(ProxyCase):
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
             early.sendall(self.line())
             self.assertIn(b"; hit", self.read(early, 4096))
-            self.patched(self.server.lobby._shelf, "get", found)
+            self.patched(self.server.event_loop._hot_cache, "get", found)
             early.sendall(self.line())
             self.assertIn(b"; hit", self.read(early, 4096))
             self.assertTrue(self.read(late[0], 4096).endswith(b"n"))
@@ -8843,7 +8910,7 @@ class EventLoopTest(ProxyCase):
     def test_who_asks_for_more_when_a_file_has_gone_does_not_get_it_in_the_same_turn(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
-        find, select, gate, came, late = self.server.lobby._shelf.get, self.server.lobby.watchman.select, Gate(), Gate(), []
+        find, select, gate, came, late = self.server.event_loop._hot_cache.get, self.server.event_loop.selector.select, Gate(), Gate(), []
 
         def come(there):
             with contextlib.suppress(BlockingIOError):
@@ -8865,11 +8932,11 @@ class EventLoopTest(ProxyCase):
             for guest in guests:
                 guest.sendall(self.line())
                 self.assertIn(b"; hit", self.read(guest, 4096))
-            there = {visitor.address: visitor.connection for visitor in self.server.lobby._visitors}
+            there = {each.address: each.sock for each in self.server.event_loop._connections}
             pairs = [(guest, there[guest.getsockname()]) for guest in guests]
-            self.patched(self.server.lobby.watchman, "select", lambda timeout: (came.open(), gate.pass_through(), select(timeout))[2])
+            self.patched(self.server.event_loop.selector, "select", lambda timeout: (came.open(), gate.pass_through(), select(timeout))[2])
             came.pass_through()
-            self.patched(self.server.lobby._shelf, "get", found)
+            self.patched(self.server.event_loop._hot_cache, "get", found)
             for guest in guests:
                 guest.sendall(self.line())
             until(lambda: all(come(there) for _, there in pairs))
@@ -8901,15 +8968,15 @@ class EventLoopTest(ProxyCase):
         with mock.patch.object(pkgproxy, "SHUTDOWN_GRACE", 0.05), self.assertLogs("pkgproxy", "INFO") as caught:
             self.server.shutdown()
             self.server.server_close()
-        self.assertEqual(sum("broken off" in line for line in caught.output), 1)
+        self.assertEqual(sum("incomplete" in line for line in caught.output), 1)
         self.assertGreater(self.snapshot()["statsOutcomes"]["hit"], before)
 
     def test_what_is_given_in_one_turn_is_counted_and_logged_for_each(self):
         before, guests = self.snapshot(), [self.visit() for _ in range(20)]
-        until(lambda: len(self.server.lobby._visitors) >= 20)
-        select = self.server.lobby.watchman.select
+        until(lambda: len(self.server.event_loop._connections) >= 20)
+        select = self.server.event_loop.selector.select
         gate = Gate()
-        self.patched(self.server.lobby.watchman, "select", lambda timeout: (gate.pass_through(), select(timeout))[1])
+        self.patched(self.server.event_loop.selector, "select", lambda timeout: (gate.pass_through(), select(timeout))[1])
         with self.assertLogs("pkgproxy", "INFO") as caught:
             for guest in guests:
                 guest.sendall(self.line() * 3)
@@ -8934,8 +9001,8 @@ class EventLoopTest(ProxyCase):
                 self.ask("/n%d_1.0.deb" % number)
             self.settle()
         before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-        self.assertLessEqual(len(self.server.lobby._shelf._copies), pkgproxy.HOT_CACHE_SIZE)
-        until(lambda: not self.server.lobby._shelf._copies)
+        self.assertLessEqual(len(self.server.event_loop._hot_cache._entries), pkgproxy.HOT_CACHE_SIZE)
+        until(lambda: not self.server.event_loop._hot_cache._entries)
         if before:
             self.assertLess(len(os.listdir("/proc/self/fd")), before + 10)
 
@@ -8955,17 +9022,17 @@ class EventLoopTest(ProxyCase):
         self.assertLessEqual(threading.active_count(), before + 1)
 
     def test_who_asks_for_much_at_once_takes_turns_with_the_others(self):
-        order, others, desk = [], [], self.server.desk
-        answer = desk.try_hot_path
+        order, others, dispatcher = [], [], self.server.dispatcher
+        answer = dispatcher.try_hot_path
         greedy = self.visit()
 
-        def noted(visitor, *more):
+        def noted(connection, *more):
             if not order:  # while the first of fifty is answered, another client comes
                 others.append(self.visit(self.line()))
-            order.append(visitor.address == greedy.getsockname())
-            return answer(visitor, *more)
+            order.append(connection.address == greedy.getsockname())
+            return answer(connection, *more)
 
-        self.patched(desk, "try_hot_path", noted)
+        self.patched(dispatcher, "try_hot_path", noted)
         greedy.sendall(self.line() * 50)
         until(lambda: len(order) == 51)
         self.assertLess(order.index(False), 49)
@@ -8973,28 +9040,29 @@ class EventLoopTest(ProxyCase):
 
     def test_an_answer_under_way_is_not_cut_to_make_room(self):
         self.one_that_does_not_read()
-        room = self.server.room
-        with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", -1.0), mock.patch.object(room, "most", 0):
-            self.assertFalse(room.reserve())
-        self.assertFalse(room._leaving)
+        limiter = self.server.limiter
+        with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", -1.0), mock.patch.object(limiter, "max_connections", 0):
+            self.assertFalse(limiter.reserve())
+            limiter.close_idle_for_new()
+        self.assertFalse(limiter._closing)
 
     def test_who_was_parked_for_long_is_served_all_the_same(self):
-        visitor = next(iter(self.parked_for_long()))
-        self.server.lobby.add(visitor)
-        until(lambda: visitor.answered)
+        connection = next(iter(self.parked_for_long()))
+        self.server.event_loop.add(connection)
+        until(lambda: connection.answered)
 
     def parked_for_long(self):
         mine, theirs = socket.socketpair()
         self.addCleanup(theirs.close)
-        self.server.room.reserve()
-        visitor = pkgproxy.ClientConnection(mine, ("127.0.0.1", 9), self.server.lobby.add)
-        visitor._place = ("127.0.0.1", self.server.server_address[1])
-        visitor.waiting_since -= 1000
+        self.server.limiter.reserve()
+        connection = pkgproxy.ClientConnection(mine, ("127.0.0.1", 9), self.server.event_loop.add)
+        connection.server_address = ("127.0.0.1", self.server.server_address[1])
+        connection.waiting_since -= 1000
         theirs.sendall(self.line())
-        yield visitor
+        yield connection
 
     def test_who_comes_as_it_starts_is_let_in_at_once(self):
-        server = self.server_of(self.server.desk)
+        server = self.server_of(self.server.dispatcher)
         serving = threading.Thread(target=server.serve_forever, args=(3600.0,))
         serving.start()
         try:
@@ -9007,20 +9075,20 @@ class EventLoopTest(ProxyCase):
             serving.join()
 
     def test_what_fails_in_the_loop_does_not_end_it(self):
-        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "admit_parked", side_effect=[ValueError, None]) as relieve:
+        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.limiter, "admit_parked", side_effect=[ValueError, None]) as relieve:
             until(lambda: relieve.call_count >= 2)
         self.read(self.visit(self.line()), 4096)
 
     def test_what_fails_in_the_loop_each_time_keeps_nobody_out(self):
-        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "admit_parked", side_effect=ValueError) as relieve:
+        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.limiter, "admit_parked", side_effect=ValueError) as relieve:
             for times in (2, 4):
                 until(lambda times=times: relieve.call_count >= times)
                 self.read(self.visit(self.line()), 4096)
 
     def test_a_bug_costs_its_client_and_nobody_else(self):
-        answer = self.server.desk.try_hot_path
-        self.patched(self.server.desk, "try_hot_path", lambda visitor, *more: (
-            1 // 0 if b"bug" in visitor.buffered else answer(visitor, *more)))
+        answer = self.server.dispatcher.try_hot_path
+        self.patched(self.server.dispatcher, "try_hot_path", lambda connection, *more: (
+            1 // 0 if b"bug" in connection.buffered else answer(connection, *more)))
         with self.assertLogs("pkgproxy", "ERROR"):
             self.assertEqual(self.visit(self.line("/bug")).recv(999), b"")
         self.read(self.visit(self.line()), 4096)
@@ -9043,7 +9111,7 @@ class CPUAffinityTest(ProxyCase):
         moves = []
         with mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, create=True), mock.patch.object(
                 os, "sched_setaffinity", lambda _, where: moves.append(where), create=True), mock.patch.object(pkgproxy, "LARGE_SEND", 200_000):
-            self.server.desk.seat.pin(6)
+            self.server.dispatcher.affinity.pin(6)
             self.assertEqual(moves, [{2}])
             for path, length, whither in (("/short_1.0_all.deb", 150_000, []), ("/long_1.0_all.deb", 250_000, [{0, 1, 2, 3}, {2}])):
                 self.origin.pages[path] = ScriptedResponse(b"x" * length)
@@ -9070,11 +9138,11 @@ class CPUAffinityTest(ProxyCase):
 
     def test_where_it_cannot_be_chosen_all_goes_on(self):
         with mock.patch.object(os, "sched_setaffinity", side_effect=PermissionError, create=True):
-            self.server.desk.seat.pin(0)
-            with self.server.desk.seat.unpinned():
+            self.server.dispatcher.affinity.pin(0)
+            with self.server.dispatcher.affinity.unpinned():
                 pass
         with mock.patch.object(pkgproxy, "usable_processors", list):
-            self.server.desk.seat.pin(0)
+            self.server.dispatcher.affinity.pin(0)
 
 
 class ThreadPoolTest(unittest.TestCase):
@@ -9092,7 +9160,7 @@ class ThreadPoolTest(unittest.TestCase):
             self.crew.submit(self.work)
             self.did.get(timeout=PATIENCE)
             until(lambda: threading.active_count() == self.before)
-        self.assertEqual(self.crew._idle, 0)
+        self.assertEqual(self.crew._unreserved_idle, 0)
 
     def test_what_is_given_to_one_that_is_about_to_go_is_done(self):
         with mock.patch.object(pkgproxy, "THREAD_IDLE_TIMEOUT", 0.0001):
@@ -9108,7 +9176,7 @@ class ThreadPoolTest(unittest.TestCase):
                 self.crew.submit(lambda: (gate.pass_through(), self.work()))
             gate.open()
             self.assertEqual(len({self.did.get(timeout=PATIENCE) for _ in range(8)}), 8)
-            until(lambda: (threading.active_count(), self.crew._idle) == (self.before + 3, 3))
+            until(lambda: (threading.active_count(), self.crew._unreserved_idle) == (self.before + 3, 3))
         self.crew.close()
         until(lambda: threading.active_count() == self.before)
         self.crew.submit(self.work)
@@ -9135,34 +9203,34 @@ class ConnectionLimiterTest(ProxyCase):
         return one.recv(12)
 
     def test_half_a_head_makes_place_where_there_is_no_room(self):
-        self.server.room.most = 4
+        self.server.limiter.max_connections = 4
         with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", 0.05):
             for _ in range(12):
                 self.visit(data=b"GET http")
             self.assertEqual(self.get(), b"HTTP/1.1 200")
 
     def test_one_client_has_half_the_room_and_the_others_are_served(self):
-        self.server.room.most = 8
+        self.server.limiter.max_connections = 8
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
         line = b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.url("/slow_1.0.deb").encode()
         greedy = [self.visit(data=line) for _ in range(10)]
-        until(lambda: len(self.server.room._parked) == 6)
+        until(lambda: len(self.server.limiter._parked) == 6)
         self.assertEqual(self.get("127.0.0.2"), b"HTTP/1.1 200")
         gate.open()
         for one in greedy:
             self.assertTrue(b"".join(iter(lambda: one.recv(999), b"")).endswith(b"slow"))  # noqa: B023
 
     def test_slow_ones_that_are_parked_are_not_in_the_way_for_long(self):
-        self.server.room.most = 8
+        self.server.limiter.max_connections = 8
         with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", 0.05):
             for _ in range(11):
                 self.visit(data=b"GET http")
             self.assertEqual(self.get(), b"HTTP/1.1 200")
 
     def test_who_reads_a_trickle_makes_room_when_it_is_needed_and_who_reads_does_not(self):
-        self.server.room.most = 5
+        self.server.limiter.max_connections = 5
         body = os.urandom(12 << 20)
         self.origin.pages["/large_1.0.deb"] = ScriptedResponse(body)
         self.assertEqual(self.ask("/large_1.0.deb").body, body)
@@ -9174,62 +9242,62 @@ class ConnectionLimiterTest(ProxyCase):
                 received += data
                 time.sleep(0.002)  # a client that is slow, but reads
 
-        self.addCleanup(until, lambda: not self.server.room._visitors)  # after the connections are closed
+        self.addCleanup(until, lambda: not self.server.limiter._connections)  # after the connections are closed
         self.addCleanup(self.stack.close)
         with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.1):
             reader, received = self.visit("127.0.0.3", line), bytearray()
             reading = threading.Thread(target=read, args=(reader, received))
             reading.start()
             trickling = [self.visit("127.0.0.4", line) for _ in range(4)]
-            until(lambda: sum(visitor.rate < pkgproxy.MIN_RATE for visitor in tuple(self.server.room._visitors)) >= 4)
-            self.assertEqual(len(self.server.room._visitors), 5, "nobody had to leave while there was room")
+            until(lambda: sum(each.rate < pkgproxy.MIN_RATE for each in tuple(self.server.limiter._connections)) >= 4)
+            self.assertEqual(len(self.server.limiter._connections), 5, "nobody had to leave while there was room")
             self.assertEqual(self.get("127.0.0.2"), b"HTTP/1.1 200")
             reading.join(PATIENCE)
         self.assertEqual(received.partition(b"\r\n\r\n")[2], body)
         self.assertEqual(len(trickling), 4)
 
     def test_a_network_of_addresses_is_one_client(self):
-        room, began = pkgproxy.ConnectionLimiter(4), []
+        limiter, began = pkgproxy.ConnectionLimiter(4), []
         for number, (mine, theirs) in enumerate([socket.socketpair() for _ in range(6)]):
             self.addCleanup(mine.close)
             self.addCleanup(theirs.close)
-            room.reserve()
-            room.admit(pkgproxy.ClientConnection(mine, ("2001:db8::%x:1" % number, 9), began.append))
-        self.assertEqual((len(began), len(room._parked)), (4, 2))
+            limiter.reserve()
+            limiter.admit(pkgproxy.ClientConnection(mine, ("2001:db8::%x:1" % number, 9), began.append))
+        self.assertEqual((len(began), len(limiter._parked)), (4, 2))
         self.assertEqual(len({pkgproxy.client_network(address) for address in (
             "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2%eth0", "2001:db8:0:1::1")}), 4)
 
     def test_who_has_left_is_not_parked_any_longer(self):
-        room, ends = pkgproxy.ConnectionLimiter(4), [socket.socketpair() for _ in range(6)]
-        began, visitors = [], []
+        limiter, ends = pkgproxy.ConnectionLimiter(4), [socket.socketpair() for _ in range(6)]
+        began, connections = [], []
         for mine, theirs in ends:
             self.addCleanup(mine.close)
             self.addCleanup(theirs.close)
-            self.assertTrue(room.reserve() or True)
-            visitors.append(pkgproxy.ClientConnection(mine, ("192.0.2.1", 9), began.append))
-            room.admit(visitors[-1])
-        self.assertEqual((len(began), len(room._parked)), (4, 2))
+            self.assertTrue(limiter.reserve() or True)
+            connections.append(pkgproxy.ClientConnection(mine, ("192.0.2.1", 9), began.append))
+            limiter.admit(connections[-1])
+        self.assertEqual((len(began), len(limiter._parked)), (4, 2))
         ends[4][1].close()
-        room.admit_parked()
-        self.assertEqual(len(room._parked), 1)
-        room.release(visitors[0])
-        room.admit_parked()
-        self.assertEqual((len(began), len(room._parked)), (5, 0))
+        limiter.admit_parked()
+        self.assertEqual(len(limiter._parked), 1)
+        limiter.release(connections[0])
+        limiter.admit_parked()
+        self.assertEqual((len(began), len(limiter._parked)), (5, 0))
 
     def test_a_client_that_leaves_when_it_is_asked_to_go_on_is_not_the_origins_fault(self):
         one = mock.Mock(**{"send.side_effect": BrokenPipeError})
-        self.assertRaises(BadRequestError, pkgproxy.ExpectContinueBody(mock.Mock(), one).read)
+        self.assertRaises(BadRequestError, pkgproxy.RequestBody(mock.Mock(), 1, mock.Mock(), one).read)
 
     def test_a_client_with_far_too_many_connections_is_told_so(self):
-        self.server.room.most = 4
+        self.server.limiter.max_connections = 4
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
-        self.server.room._per_client_limit = lambda: 1
+        self.server.limiter._per_client_limit = lambda: 1
         line = b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % self.origin.url("/slow_1.0.deb").encode()
         for _ in range(5):
             self.visit(data=line)
-        until(lambda: len(self.server.room._parked) == 4)
+        until(lambda: len(self.server.limiter._parked) == 4)
         one = self.visit()
         answer = b"".join(iter(lambda: one.recv(999), b""))
         self.assertEqual(answer[:12], b"HTTP/1.1 503")
