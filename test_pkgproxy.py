@@ -9557,7 +9557,7 @@ class CommandLineTest(unittest.TestCase):
     def test_without_options_the_configs_own_defaults_hold(self):
         with mock.patch.dict(os.environ, clear=True):
             config, level = pkgproxy.parse_options([])
-        self.assertEqual(dataclasses.replace(config, pseudonym="pkgproxy", no_proxy=()), Config())
+        self.assertEqual(vars(dataclasses.replace(config, pseudonym="pkgproxy", no_proxy=())), vars(Config()))
         self.assertEqual(level, logging.INFO)
         shown = {option.field: option.help for options in pkgproxy.OPTIONS.values() for option in options}
         for field, text in (("addrs", config.addrs[0]), ("allow", ", ".join(config.allow)), ("connect_ports", "443"), ("max_orphans", config.max_orphans)):
