@@ -56,7 +56,7 @@ import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest import mock
 
 try:
@@ -5306,18 +5306,26 @@ class OfflineTest(ProxyCase):
         self.assertEqual(len(self.origin.log), asked)
 
 
-FAULTS: list[Any] = []  # (what happens, what the client gets, what does it), in the order of their definition
+def fault(client_gets="whole"):
+    """Make a test of a method of FaultTest that injects a fault and returns what the client received.
 
+    ``client_gets``: "whole", the complete file; a status, if the fault occurs before the first byte; or "cut", a
+    connection that closes before the declared end.
+    """
 
-def fault(what, gets="whole"):
-    """A row of the fault table.  What the client gets: the whole file; a status, if the fault strikes before
-    the first byte; or "cut", a connection that closes before the declared end."""
+    def decorate(inject):
+        @functools.wraps(inject)
+        def test(self):
+            self.prepare()
+            try:
+                self.assertEqual(inject(self), client_gets, "what the client gets")
+            finally:
+                self.cleanups.close()
+            self.check_nothing_lost()
 
-    def row(inject):
-        FAULTS.append((what, gets, inject))
-        return inject
+        return test
 
-    return row
+    return decorate
 
 
 class EndlessBody:
@@ -5601,65 +5609,41 @@ class SmallDiskTest(ProxyCase):
 
 
 class FaultTest(ProxyCase):
-    """The fault table: each row is injected for real, and then nothing is lost.
+    """Each test injects one fault and returns what the client received; then nothing must be lost.
 
-    Nothing: what was stored before is whole and is served without asking; what was asked for while the
-    fault lasted is whole as soon as it is over; and no partial is left behind.
+    After the fault, files that were stored before it are complete and served without asking the origin, files
+    requested during the fault can be downloaded completely, and no partial file is left behind.
     """
 
     NEW, KEPT, INDEX = "/new_2.0_all.deb", "/kept_1.0_all.deb", "/InRelease"
-    ALONE: tuple[str, ...] = ()
 
     def setUp(self):
         super().setUp()
         self.bodies = {path: random.Random(path).randbytes(1 << 20) for path in (self.NEW, self.KEPT, self.INDEX)}
-        self.here = contextlib.ExitStack()
-        self.addCleanup(lambda: self.here.close())
+        self.cleanups = contextlib.ExitStack()
+        self.addCleanup(lambda: self.cleanups.close())
         for name, seconds in (("RESUME_BACKOFF", (0.0, 0.01, 0.01)), ("VALIDATION_TIMEOUT", 0.3), ("CONNECT_TIMEOUT", 0.3), ("DNS_TIMEOUT", 0.3)):
             self.patch(pkgproxy, name, seconds, self.addCleanup)
 
     def patch(self, where, name, what, cleanup=None):
         patcher = mock.patch.object(where, name, what)
         patcher.start()
-        (cleanup or self.here.callback)(patcher.stop)
+        (cleanup or self.cleanups.callback)(patcher.stop)
 
-    def test_the_fault_table(self):
-        self.assertGreaterEqual(len(FAULTS), 25)
-        for what, gets, inject in FAULTS:
-            with self.subTest(what):
-                if what in self.ALONE:
-                    continue
-                self.fresh()
-                try:
-                    self.assertEqual(inject(self), gets, "what the client gets")
-                finally:
-                    self.here.close()
-                self.check_nothing_lost()
-
-    def empty(self):
-        """A new proxy over an empty root."""
-        self.stop()
-        shutil.rmtree(self.root, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.unlink(self.root)
-        os.mkdir(self.root)
-        self.start()
-
-    def fresh(self):
-        """An empty root, a well-behaved origin, and two stored files."""
-        self.empty()
-        self.heal()
+    def prepare(self):
+        """Store two files from a well-behaved origin."""
+        self.restore_origin()
         for path in (self.KEPT, self.INDEX):
             self.assertEqual(self.ask(path).body, self.bodies[path])
         self.settle()
 
-    def heal(self):
+    def restore_origin(self):
         for path, body in self.bodies.items():
             self.origin.pages[path] = ScriptedResponse(body, etag='"%s"' % path[1:4])
 
     def check_nothing_lost(self):
         self.settle()
-        self.heal()
+        self.restore_origin()
         if not os.path.isdir(self.root):
             os.unlink(self.root)
         for name, body in self.files().items():
@@ -5672,8 +5656,8 @@ class FaultTest(ProxyCase):
         partials = os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")
         self.assertEqual(os.listdir(partials) if os.path.isdir(partials) else [], [])
 
-    def get(self, path=NEW, meanwhile=lambda: None, **fields):
-        """Ask, let something happen after the first byte, and tell what came."""
+    def download(self, path=NEW, meanwhile=lambda: None, **fields):
+        """Request a file and call ``meanwhile`` after its first byte; return "whole", "cut", or an error's status."""
         with self.connection() as one:
             one.request("GET", self.origin.url(path), headers=fields)
             response = one.getresponse()
@@ -5690,19 +5674,19 @@ class FaultTest(ProxyCase):
             self.assertEqual(body, self.bodies[path])
             return "whole"
 
-    def answer(self, *steps, path=NEW):
-        """Let the origin answer so, bytes and gates in turn, and then close; once, if more is to come."""
+    def answer_with(self, *steps, path=NEW):
+        """Request a file for which the origin sends these bytes, waiting at each gate, and then closes."""
         self.origin.pages[path] = ScriptedResponse(steps=list(steps))
-        return self.get(path)
+        return self.download(path)
 
-    def begun(self, *then, count=400_000, extra=b'ETag: "new"\r\n'):
-        """Let the origin break off after ``count`` bytes, and answer the next requests with ``then``."""
+    def break_off(self, *then, count=400_000, extra=b'ETag: "new"\r\n'):
+        """Request a file that breaks off after ``count`` bytes; ``then`` answers the next requests."""
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n" % (1 << 20, extra)
         self.origin.pages[self.NEW] = [ScriptedResponse(steps=[head + self.bodies[self.NEW][:count]]), *then]
-        return self.get()
+        return self.download()
 
-    def elsewhere(self, address):
-        """Let the name of the origin lead to another address; a gate: to none before it opens."""
+    def resolve_origin_to(self, address):
+        """Request a file from a name that resolves to these addresses, or to none after a gate has opened."""
         real = socket.getaddrinfo
 
         def lead(host, *arguments, **more):
@@ -5718,66 +5702,78 @@ class FaultTest(ProxyCase):
 
     # The origin
 
-    @fault("the origin refuses the connection", 502)
-    def _(self):
-        return self.elsewhere([self.here.enter_context(refusing_address())]).status
+    @fault(502)
+    def test_the_origin_refuses_the_connection(self):
+        return self.resolve_origin_to([self.cleanups.enter_context(refusing_address())]).status
 
-    @fault("its name is unknown", 502)
-    def _(self):
+    @fault(502)
+    def test_the_origins_name_is_unknown(self):
         return self.ask("http://nowhere.invalid/new_2.0_all.deb").status
 
-    @fault("the name server is mute", 504)
-    def _(self):
+    @fault(504)
+    def test_the_name_server_does_not_answer(self):
         gate = Gate()
-        self.here.callback(until, lambda: not self.proxy._origin._addresses._lookups)
-        self.here.callback(gate.open)
-        answer = self.elsewhere(gate)
+        self.cleanups.callback(until, lambda: not self.proxy._origin._addresses._lookups)
+        self.cleanups.callback(gate.open)
+        answer = self.resolve_origin_to(gate)
         self.assertIn(b"in time", answer.body)
         return answer.status
 
-    @fault("the origin swallows packets", 504)
-    def _(self):
-        return self.elsewhere([self.here.enter_context(unresponsive_address())]).status
+    @fault(504)
+    def test_the_origin_drops_packets(self):
+        return self.resolve_origin_to([self.cleanups.enter_context(unresponsive_address())]).status
 
-    @fault("one address of the origin is dead, another well")
-    def _(self):
-        dead = [self.here.enter_context(address) for address in (unresponsive_address(), refusing_address())]
-        answer = self.elsewhere([*dead, ("127.0.0.1", self.origin.port)])
+    @fault()
+    def test_one_address_of_the_origin_is_dead_and_another_works(self):
+        dead = [self.cleanups.enter_context(address) for address in (unresponsive_address(), refusing_address())]
+        answer = self.resolve_origin_to([*dead, ("127.0.0.1", self.origin.port)])
         return "whole" if answer.body == self.bodies[self.NEW] else answer.status
 
-    @fault("it accepts, and says nothing", 504)
-    def _(self):
+    @fault(504)
+    def test_the_origin_accepts_and_sends_nothing(self):
         self.patch(pkgproxy, "ORIGIN_TIMEOUT", 0.2)
         gate = Gate()
-        self.here.callback(gate.open)
-        return self.answer(gate)
+        self.cleanups.callback(gate.open)
+        return self.answer_with(gate)
 
-    for _what, _data in (
-            ("it closes without an answer", b""),
-            ("it answers garbage", b"220 mail.example.org ESMTP\r\n\r\n"),
-            ("its head is cut off before the blank line", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX: y\r\n"),
-            ("its head ends its lines in bare LF", b"HTTP/1.1 200 OK\nContent-Length: 5\n\nwrong"),
-            ("it declares two lengths", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nwrong!")):
-        fault(_what, 502)(lambda self, data=_data: self.answer(data))
+    @fault(502)
+    def test_the_origin_closes_without_an_answer(self):
+        return self.answer_with(b"")
 
-    @fault("it sends 103 Early Hints first")
-    def _(self):
-        return self.answer(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (1 << 20),
+    @fault(502)
+    def test_the_origin_answers_garbage(self):
+        return self.answer_with(b"220 mail.example.org ESMTP\r\n\r\n")
+
+    @fault(502)
+    def test_the_head_is_cut_off_before_the_blank_line(self):
+        return self.answer_with(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX: y\r\n")
+
+    @fault(502)
+    def test_the_head_ends_its_lines_with_bare_lf(self):
+        return self.answer_with(b"HTTP/1.1 200 OK\nContent-Length: 5\n\nwrong")
+
+    @fault(502)
+    def test_the_head_declares_two_lengths(self):
+        return self.answer_with(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nwrong!")
+
+    @fault()
+    def test_the_origin_sends_103_early_hints_first(self):
+        return self.answer_with(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (1 << 20),
                            self.bodies[self.NEW])
 
-    @fault("it has closed the connection that was kept")
-    def _(self):
+    @fault()
+    def test_the_origin_has_closed_the_idle_connection(self):
         self.origin.drop()
-        return self.get()
+        return self.download()
 
-    @fault("it breaks off, and again")
-    def _(self):
+    @fault()
+    def test_the_origin_breaks_off_twice(self):
         rest = b'HTTP/1.1 206 Partial\r\nContent-Range: bytes 400000-%d/%d\r\nContent-Length: %d\r\nETag: "new"\r\n\r\n' % (
             (1 << 20) - 1, 1 << 20, (1 << 20) - 400_000)
-        return self.begun(ScriptedResponse(steps=[rest + self.bodies[self.NEW][400_000:700_000]]), self.origin.pages[self.NEW])
+        return self.break_off(ScriptedResponse(steps=[rest + self.bodies[self.NEW][400_000:700_000]]), self.origin.pages[self.NEW])
 
-    @fault("it resets the connection in the middle")
-    def _(self):
+    @fault()
+    def test_the_origin_resets_the_connection_during_the_body(self):
         gate, head = Gate(), b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: "new"\r\n\r\n' % (1 << 20)
 
         def reset():
@@ -5786,105 +5782,105 @@ class FaultTest(ProxyCase):
             gate.open()
 
         self.origin.pages[self.NEW] = [ScriptedResponse(steps=[head + self.bodies[self.NEW][:400_000], gate]), self.origin.pages[self.NEW]]
-        return self.get(meanwhile=reset)
+        return self.download(meanwhile=reset)
 
-    @fault("it falls silent in the middle")
-    def _(self):
+    @fault()
+    def test_the_origin_stalls_during_the_body(self):
         self.patch(pkgproxy, "ORIGIN_TIMEOUT", 0.2)
         gate = Gate()
-        self.here.callback(gate.open)
+        self.cleanups.callback(gate.open)
         self.origin.pages[self.NEW] = [ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000), self.origin.pages[self.NEW]]
         with self.connection() as leader:
             leader.request("GET", self.origin.url(self.NEW))
             leader.getresponse()
-            return self.get()
+            return self.download()
 
-    @fault("it pauses, for less than its time")
-    def _(self):
+    @fault()
+    def test_the_origin_pauses_for_less_than_the_timeout(self):
         self.patch(pkgproxy, "ORIGIN_TIMEOUT", 2.0)
         gate = Gate()
         self.origin.pages[self.NEW] = ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000)
         threading.Timer(0.3, gate.open).start()
-        return self.get()
+        return self.download()
 
-    @fault("it falls silent before an index")
-    def _(self):
+    @fault()
+    def test_the_origin_stalls_before_an_index(self):
         gate = Gate()
-        self.here.callback(gate.open)
-        return self.answer(gate, path=self.INDEX)
+        self.cleanups.callback(gate.open)
+        return self.answer_with(gate, path=self.INDEX)
 
-    @fault("it answers 503 for an index")
-    def _(self):
+    @fault()
+    def test_the_origin_answers_503_for_an_index(self):
         self.origin.pages[self.INDEX] = ScriptedResponse(b"no", 503)
-        return self.get(self.INDEX)
+        return self.download(self.INDEX)
 
-    @fault("a chunk is broken", "cut")
-    def _(self):
-        return self.answer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n" + self.bodies[self.NEW][:5] + b"\r\nzz\r\n")
+    @fault("cut")
+    def test_a_chunk_is_malformed(self):
+        return self.answer_with(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n" + self.bodies[self.NEW][:5] + b"\r\nzz\r\n")
 
-    @fault("it breaks off, and has no validator", "cut")
-    def _(self):
-        return self.begun(ScriptedResponse(self.bodies[self.NEW]), count=200_000, extra=b"")
+    @fault("cut")
+    def test_the_origin_breaks_off_and_sends_no_validator(self):
+        return self.break_off(ScriptedResponse(self.bodies[self.NEW]), count=200_000, extra=b"")
 
-    @fault("it breaks off, and is busy for a while")
-    def _(self):
-        return self.begun(ScriptedResponse(b"", 503), ScriptedResponse(b"", 429), self.origin.pages[self.NEW])
+    @fault()
+    def test_the_origin_breaks_off_and_is_overloaded_for_a_while(self):
+        return self.break_off(ScriptedResponse(b"", 503), ScriptedResponse(b"", 429), self.origin.pages[self.NEW])
 
-    @fault("it breaks off, and has another file then", "cut")
-    def _(self):
-        return self.begun(ScriptedResponse(os.urandom(1 << 20), etag='"other"'))
+    @fault("cut")
+    def test_the_origin_breaks_off_and_the_file_changes(self):
+        return self.break_off(ScriptedResponse(os.urandom(1 << 20), etag='"other"'))
 
-    @fault("it breaks off, and knows no ranges", "cut")
-    def _(self):
-        return self.begun(ScriptedResponse(self.bodies[self.NEW], etag='"new"', ranges=False))
+    @fault("cut")
+    def test_the_origin_breaks_off_and_does_not_support_ranges(self):
+        return self.break_off(ScriptedResponse(self.bodies[self.NEW], etag='"new"', ranges=False))
 
-    @fault("it breaks off, and sends a range of another file", "cut")
-    def _(self):
-        return self.begun(ScriptedResponse(os.urandom((1 << 20) + 1), etag='"new"'))
+    @fault("cut")
+    def test_the_origin_breaks_off_and_sends_a_range_of_another_file(self):
+        return self.break_off(ScriptedResponse(os.urandom((1 << 20) + 1), etag='"new"'))
 
-    @fault("it breaks off, and its rest is shorter than it says", "cut")
-    def _(self):
+    @fault("cut")
+    def test_the_origin_breaks_off_and_the_remainder_is_shorter_than_declared(self):
         rest = b'HTTP/1.1 206 Partial\r\nContent-Range: bytes 400000-%d/%d\r\nETag: "new"\r\n%%s\r\n' % ((1 << 20) - 1, 1 << 20)
         short = self.bodies[self.NEW][400_000:400_005]
         for more in (rest % b"" + short, rest % b"Transfer-Encoding: chunked\r\n" + b"5\r\n%s\r\n0\r\n\r\n" % short):
-            self.assertEqual(self.begun(ScriptedResponse(steps=[more])), "cut")
+            self.assertEqual(self.break_off(ScriptedResponse(steps=[more])), "cut")
             self.settle()
-            self.clean()
+            self.empty_root()
         return "cut"
 
-    @fault("it breaks off a chunked body, whose rest is shorter than it says", "cut")
-    def _(self):
+    @fault("cut")
+    def test_the_origin_breaks_off_a_chunked_body_and_the_remainder_is_too_short(self):
         head = b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nETag: "new"\r\n\r\n%x\r\n' % 500_000
         rest = (b'HTTP/1.1 206 Partial\r\nContent-Range: bytes 400000-%d/%d\r\nETag: "new"\r\nTransfer-Encoding: chunked\r\n\r\n'
                 b"5\r\n%s\r\n0\r\n\r\n" % ((1 << 20) - 1, 1 << 20, self.bodies[self.NEW][400_000:400_005]))
         self.origin.pages[self.NEW] = [ScriptedResponse(steps=[head + self.bodies[self.NEW][:400_000]]), ScriptedResponse(steps=[rest])]
-        return self.get()
+        return self.download()
 
-    @fault("it breaks off, and sends a rest in another coding", "cut")
-    def _(self):
-        return self.begun(ScriptedResponse(self.bodies[self.NEW], etag='"new"', fields=[("Content-Encoding", "gzip")]))
+    @fault("cut")
+    def test_the_origin_breaks_off_and_the_remainder_has_another_coding(self):
+        return self.break_off(ScriptedResponse(self.bodies[self.NEW], etag='"new"', fields=[("Content-Encoding", "gzip")]))
 
-    @fault("it breaks off a chunked body before the first byte")
-    def _(self):
+    @fault()
+    def test_the_origin_breaks_off_a_chunked_body_before_the_first_byte(self):
         head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         self.origin.pages[self.NEW] = [ScriptedResponse(steps=[head]), ScriptedResponse(self.bodies[self.NEW], etag="", modified="", chunked=True)]
-        return self.get()
+        return self.download()
 
-    @fault("it breaks off, and answers 416", "cut")
-    def _(self):
-        return self.begun(ScriptedResponse(b"", 416))
+    @fault("cut")
+    def test_the_origin_breaks_off_and_answers_416(self):
+        return self.break_off(ScriptedResponse(b"", 416))
 
-    @fault("it breaks off before the first byte, and has no validator")
-    def _(self):
-        return self.begun(ScriptedResponse(self.bodies[self.NEW], etag="", modified=""), count=0, extra=b"")
+    @fault()
+    def test_the_origin_breaks_off_before_the_first_byte_without_a_validator(self):
+        return self.break_off(ScriptedResponse(self.bodies[self.NEW], etag="", modified=""), count=0, extra=b"")
 
     # The disk
 
     def small_disk(self, size):
-        """A file system of its own for the root, and on it what is stored; False where that can't be."""
+        """Move the root to a file system of ``size`` bytes; return False if none can be mounted."""
         copy = self.root + ".copy"
         os.rename(self.root, copy)
-        self.here.callback(shutil.rmtree, copy, True)
+        self.cleanups.callback(shutil.rmtree, copy, True)
         os.mkdir(self.root)
         mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=%d" % size, "none", self.root], capture_output=True).returncode == 0
         if not mounted:
@@ -5899,42 +5895,42 @@ class FaultTest(ProxyCase):
             os.rmdir(self.root)
             os.rename(copy, self.root)
 
-        self.here.callback(unmount)
+        self.cleanups.callback(unmount)
         return True
 
-    @fault("the disk is full at the start")
-    def _(self):
+    @fault()
+    def test_the_disk_is_full_before_the_download(self):
         if not self.small_disk(5 << 19):
             self.patch(pkgproxy.shutil, "disk_usage", lambda path: mock.Mock(free=10, total=1000))
-        return self.get()
+        return self.download()
 
-    @fault("the disk is full in the middle")
-    def _(self):
+    @fault()
+    def test_the_disk_fills_up_during_the_download(self):
         self.origin.pages[self.NEW].chunked = True
         if not self.small_disk((5 << 19) + 200_000):
             self.patch(pkgproxy.PartialFile, "write", mock.Mock(side_effect=OSError(28, "No space left on device")))
         self.patch(pkgproxy.Store, "free_space", lambda store: 1 << 30)
-        return self.get()
+        return self.download()
 
     def limit_files(self, size):
-        """Let who downloads write no file beyond this size."""
+        """Limit the size of files that this process may write."""
         soft, hard = pkgproxy.resource.getrlimit(pkgproxy.resource.RLIMIT_FSIZE)
-        self.here.callback(pkgproxy.resource.setrlimit, pkgproxy.resource.RLIMIT_FSIZE, (soft, hard))
+        self.cleanups.callback(pkgproxy.resource.setrlimit, pkgproxy.resource.RLIMIT_FSIZE, (soft, hard))
         pkgproxy.resource.setrlimit(pkgproxy.resource.RLIMIT_FSIZE, (size, hard))
 
-    @fault("a file may be no larger than so")
-    def _(self):
+    @fault()
+    def test_the_file_size_limit_is_exceeded(self):
         self.limit_files(300_000)
-        return self.get()
+        return self.download()
 
-    @fault("a file may be no larger than so, and nobody knows how large it gets")
-    def _(self):
+    @fault()
+    def test_the_file_size_limit_is_exceeded_by_a_body_of_unknown_length(self):
         self.limit_files(2000)
         self.origin.pages[self.NEW] = ScriptedResponse(self.bodies[self.NEW], chunked=True, etag="", modified="")
-        return self.get()
+        return self.download()
 
-    @fault("the disk refuses, and the origin breaks off too")
-    def _(self):
+    @fault()
+    def test_the_disk_is_full_and_the_origin_breaks_off(self):
         write = pkgproxy.PartialFile.write
 
         def full(partial, data):
@@ -5945,10 +5941,10 @@ class FaultTest(ProxyCase):
         self.patch(pkgproxy.PartialFile, "write", full)
         real, close = self.origin.pages[self.NEW], mock.Mock(**{"pass_through.side_effect": OSError})
         self.origin.pages[self.NEW] = [real, ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=close, first=200_000), real]
-        return self.get()
+        return self.download()
 
-    @fault("a stored file cannot be read")
-    def _(self):
+    @fault()
+    def test_a_stored_file_cannot_be_read(self):
         class Unreadable(io.FileIO):
             def read(self, *arguments):
                 raise OSError(5, "Input/output error")
@@ -5965,167 +5961,167 @@ class FaultTest(ProxyCase):
         self.patch(pkgproxy, "_open", opened)
         if hasattr(os, "preadv"):
             self.patch(os, "preadv", mock.Mock(side_effect=OSError(5, "Input/output error")))
-        return self.get(self.KEPT)
+        return self.download(self.KEPT)
 
-    @fault("the disk fails as it flushes")
-    def _(self):
+    @fault()
+    def test_fsync_fails(self):
         self.patch(os, "fsync", mock.Mock(side_effect=OSError(5, "Input/output error")))
-        return self.get()
+        return self.download()
 
-    @fault("the root becomes read-only")
-    def _(self):
+    @fault()
+    def test_the_root_becomes_read_only(self):
         if not self.small_disk(8 << 20) or subprocess.run(["mount", "-o", "remount,ro", self.root], check=False).returncode:
             self.patch(pkgproxy, "make_directory", mock.Mock(side_effect=OSError(30, "Read-only file system")))
-        return self.get()
+        return self.download()
 
-    @fault("the root is removed")
-    def _(self):
+    @fault()
+    def test_the_root_is_removed(self):
         shutil.rmtree(self.root)
-        return self.get()
+        return self.download()
 
-    @fault("the root is a file now")
-    def _(self):
+    @fault()
+    def test_the_root_is_replaced_by_a_file(self):
         shutil.rmtree(self.root)
         Path(self.root).write_bytes(b"")
-        return self.get()
+        return self.download()
 
-    def held(self):
-        """Let the origin wait in the middle of the new file; opens the gate."""
+    def pause_origin(self):
+        """Let the origin pause in the middle of the new file; return the function that resumes it."""
         gate = Gate()
         self.origin.pages[self.NEW] = ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000)
         return gate.open
 
-    def clean(self):
+    def empty_root(self):
         subprocess.run("rm -rf -- * .pkgproxy", shell=True, cwd=self.root, check=True)
 
-    @fault("rm -rf in the middle of a download")
-    def _(self):
-        go_on = self.held()
-        return self.get(meanwhile=lambda: (self.clean(), go_on()))
+    @fault()
+    def test_the_root_is_emptied_during_a_download(self):
+        resume = self.pause_origin()
+        return self.download(meanwhile=lambda: (self.empty_root(), resume()))
 
-    @fault("the root is replaced in the middle of a download")
-    def _(self):
-        go_on = self.held()
-        return self.get(meanwhile=lambda: (os.rename(self.root, self.root + ".old"), self.here.callback(shutil.rmtree, self.root + ".old"),
-                                           os.mkdir(self.root), go_on()))
+    @fault()
+    def test_the_root_is_replaced_during_a_download(self):
+        resume = self.pause_origin()
+        return self.download(meanwhile=lambda: (os.rename(self.root, self.root + ".old"), self.cleanups.callback(shutil.rmtree, self.root + ".old"),
+                                           os.mkdir(self.root), resume()))
 
-    @fault("rm -rf in the middle of a hit")
-    def _(self):
-        return self.get(self.KEPT, self.clean)
+    @fault()
+    def test_the_root_is_emptied_during_a_hit(self):
+        return self.download(self.KEPT, self.empty_root)
 
-    @fault("all bookkeeping is lost")
-    def _(self):
+    @fault()
+    def test_all_metadata_is_lost(self):
         shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
-        return self.get(self.KEPT)
+        return self.download(self.KEPT)
 
-    @fault("a head file is damaged")
-    def _(self):
+    @fault()
+    def test_a_metadata_file_is_damaged(self):
         for path in Path(self.root, pkgproxy.METADATA_FOLDER, "heads").rglob("*^head"):
             path.write_bytes(path.read_bytes()[:100])
-        return self.get(self.INDEX)
+        return self.download(self.INDEX)
 
-    def by_hand(self, change):
+    def change_stored_file(self, change):
         path = Path(self.root, self.place(self.KEPT[1:]))
         change(path)
-        got = self.get(self.KEPT)
+        got = self.download(self.KEPT)
         self.settle()
         if os.path.lexists(path) and not path.is_dir():
-            path.unlink()  # what a hand made is not ours to repair
+            path.unlink()  # the proxy does not repair such files
         return got
 
-    @fault("a FIFO lies in the place of a head file")
-    def _(self):
+    @fault()
+    def test_a_metadata_file_is_replaced_by_a_fifo(self):
         for path in Path(self.root, pkgproxy.METADATA_FOLDER, "heads").rglob("kept*^head"):
             path.unlink()
             os.mkfifo(path)
-            self.here.callback(path.unlink)
-        return self.get(self.KEPT)
+            self.cleanups.callback(path.unlink)
+        return self.download(self.KEPT)
 
-    @fault("a link out of the root lies in the place of a partial")
-    def _(self):
+    @fault()
+    def test_a_partial_file_is_a_symlink_that_leaves_the_root(self):
         precious = Path(self.folder, "precious")
         precious.write_bytes(b"precious")
         link = Path(self.proxy._claims.partials.path(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.NEW))), ""))
         link.symlink_to(precious)
-        self.here.callback(link.unlink)
-        got = self.get()
+        self.cleanups.callback(link.unlink)
+        got = self.download()
         self.assertEqual(precious.read_bytes(), b"precious")
         return got
 
-    @fault("a stored file is cut by hand")
-    def _(self):
-        return self.by_hand(lambda path: os.truncate(path, 1000))
+    @fault()
+    def test_a_stored_file_is_truncated(self):
+        return self.change_stored_file(lambda path: os.truncate(path, 1000))
 
-    @fault("a stored file is emptied by hand")
-    def _(self):
-        return self.by_hand(lambda path: path.write_bytes(b""))
+    @fault()
+    def test_a_stored_file_is_emptied(self):
+        return self.change_stored_file(lambda path: path.write_bytes(b""))
 
-    @fault("a stored file is replaced by hand, by one of its size")
-    def _(self):
-        return self.by_hand(lambda path: path.write_bytes(bytes(1 << 20)))
+    @fault()
+    def test_a_stored_file_is_overwritten_with_one_of_the_same_size(self):
+        return self.change_stored_file(lambda path: path.write_bytes(bytes(1 << 20)))
 
-    @fault("a folder lies in the place of a stored file")
-    def _(self):
-        return self.by_hand(lambda path: (path.unlink(), self.here.callback(path.rmdir), path.mkdir()))
+    @fault()
+    def test_a_stored_file_is_replaced_by_a_folder(self):
+        return self.change_stored_file(lambda path: (path.unlink(), self.cleanups.callback(path.rmdir), path.mkdir()))
 
-    @fault("a FIFO lies in the place of a stored file")
-    def _(self):
-        return self.by_hand(lambda path: (path.unlink(), os.mkfifo(path)))
+    @fault()
+    def test_a_stored_file_is_replaced_by_a_fifo(self):
+        return self.change_stored_file(lambda path: (path.unlink(), os.mkfifo(path)))
 
-    @fault("a link to nowhere lies in the place of a stored file")
-    def _(self):
-        return self.by_hand(lambda path: (path.unlink(), path.symlink_to("nowhere")))
+    @fault()
+    def test_a_stored_file_is_replaced_by_a_dangling_symlink(self):
+        return self.change_stored_file(lambda path: (path.unlink(), path.symlink_to("nowhere")))
 
-    @fault("a changed index cannot be stored")
-    def _(self):
+    @fault()
+    def test_a_changed_index_cannot_be_stored(self):
         self.bodies[self.INDEX] = bytes(reversed(self.bodies[self.INDEX]))
         self.origin.pages[self.INDEX] = ScriptedResponse(self.bodies[self.INDEX])
         self.patch(pkgproxy.shutil, "disk_usage", lambda path: mock.Mock(free=10, total=1000))
-        got = self.get(self.INDEX)
+        got = self.download(self.INDEX)
         self.origin.pages[self.INDEX] = ScriptedResponse(b"no", 503)
         self.assertEqual(self.ask(self.INDEX).status, 503, "the old one is not served any more")
         return got
 
     # The machine, the process, the clients
 
-    def power_fails(self):
-        """The machine has started anew: who knows what the disk has."""
+    def fail_power(self):
+        """Simulate a reboot, after which unsynced data on the disk cannot be trusted."""
         self.proxy._store.boot = "another"
 
-    def killed(self):
-        """The new file asked of another process on the same root, which is killed in the middle."""
-        go_on = self.held()
+    def kill_another_process(self):
+        """Kill another process over the same root while it downloads the new file."""
+        resume = self.pause_origin()
         process = ProxyProcess(self.root)
         try:
             with contextlib.closing(http.client.HTTPConnection(*process.address, timeout=PATIENCE)) as one:
                 one.request("GET", self.origin.url(self.NEW))
                 one.getresponse().read(400_000)
-                until(self.is_described, "the head of what has come, after a moment")
+                until(self.has_partial_metadata, "the metadata of the partial file")
         finally:
             process.kill()
-            go_on()
-        self.heal()
+            resume()
+        self.restore_origin()
 
-    def is_described(self):
+    def has_partial_metadata(self):
         return any(name.endswith("^head") for name in os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")))
 
-    @fault("kill -9 in the middle of a download")
-    def _(self):
-        self.killed()
-        got = self.get()
+    @fault()
+    def test_another_process_is_killed_during_a_download(self):
+        self.kill_another_process()
+        got = self.download()
         self.assertEqual(self.origin.log[-1][2]["range"], "bytes=400000-", "no byte is downloaded twice")
         return got
 
-    @fault("the power fails in the middle of a download")
-    def _(self):
-        self.killed()
-        self.power_fails()
-        got = self.get()
+    @fault()
+    def test_the_power_fails_during_a_download(self):
+        self.kill_another_process()
+        self.fail_power()
+        got = self.download()
         self.assertNotIn("range", self.origin.log[-1][2])
         return got
 
-    @fault("there is no thread to be had")
-    def _(self):
+    @fault()
+    def test_no_thread_can_be_started(self):
         real = threading.Thread.start
 
         def refuse(thread):
@@ -6134,61 +6130,61 @@ class FaultTest(ProxyCase):
             real(thread)
 
         self.patch(threading.Thread, "start", refuse)
-        return self.get()
+        return self.download()
 
-    @fault("the client hangs up in the middle")
-    def _(self):
-        go_on = self.held()
+    @fault()
+    def test_the_client_disconnects_during_the_download(self):
+        resume = self.pause_origin()
         with self.connection() as one:
             one.request("GET", self.origin.url(self.NEW))
             one.getresponse().read(1000)
-        go_on()
+        resume()
         self.settle()
         self.assertIn(self.place(self.NEW[1:]), self.files(), "the download goes on")
-        return self.get()
+        return self.download()
 
-    @fault("a client reads nothing")
-    def _(self):
+    @fault()
+    def test_a_client_does_not_read(self):
         with self.connection() as slow:
             slow.request("GET", self.origin.url(self.NEW))
-            return self.get()
+            return self.download()
 
-    @fault("the download of others stands still")
-    def _(self):
+    @fault()
+    def test_the_download_of_another_client_stalls(self):
         gate = Gate()
-        self.here.callback(gate.open)
+        self.cleanups.callback(gate.open)
         self.patch(pkgproxy, "FOLLOWER_STALL_TIMEOUT", 0.2)
         self.origin.pages[self.NEW] = [ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000), self.origin.pages[self.NEW]]
         with self.connection() as leader:
             leader.request("GET", self.origin.url(self.NEW))
             leader.getresponse()
-            return self.get()
+            return self.download()
 
-    @fault("the clock is far in the past")
-    def _(self):
+    @fault()
+    def test_the_clock_is_far_in_the_past(self):
         self.patch(time, "time", lambda: 86400.0)
-        return self.get()
+        return self.download()
 
-    @fault("the clock jumps to and fro")
-    def _(self):
+    @fault()
+    def test_the_clock_jumps_back_and_forth(self):
         clock = itertools.cycle((0.0, 4e9, CLOCK))
         self.patch(time, "time", lambda: next(clock))
-        self.assertEqual([self.get(self.KEPT), self.get(self.INDEX)], ["whole"] * 2)
-        return self.get()
+        self.assertEqual([self.download(self.KEPT), self.download(self.INDEX)], ["whole"] * 2)
+        return self.download()
 
-    @fault("the log's device is full")
-    def _(self):
+    @fault()
+    def test_the_device_of_the_log_is_full(self):
         device = "/dev/full" if os.path.exists("/dev/full") else os.devnull
         handler = logging.StreamHandler(io.TextIOWrapper(io.FileIO(device, "w"), write_through=True))
-        self.here.callback(handler.stream.detach().close)
+        self.cleanups.callback(handler.stream.detach().close)
         self.patch(logging, "raiseExceptions", False)
         pkgproxy.log.addHandler(handler)
-        self.here.callback(pkgproxy.log.removeHandler, handler)
-        return self.get()
+        self.cleanups.callback(pkgproxy.log.removeHandler, handler)
+        return self.download()
 
 
-class Either:
-    """What one of two clients got, or the other."""
+class EitherResult:
+    """Equal to the result of either of two clients."""
 
     def __init__(self, *got):
         self.got = got
@@ -6201,33 +6197,34 @@ class Either:
 
 
 class FaultsOfTwoTest(FaultTest):
-    """The fault table again, where a client of another instance over the same root has asked a moment before."""
+    """The same faults after a client of another instance over the same root has requested the file."""
 
-    # The origin's second answer is another file: which of two clients gets that, and whether it has had
-    # a byte of the first by then, is a matter of luck.
-    ALONE = ("the disk refuses, and the origin breaks off too", "it breaks off, and has another file then",
-             "it breaks off, and sends a range of another file")
+    # In these three, the origin's second answer is another file.  Which of the two clients gets it, and whether
+    # it has received a byte of the first file by then, depends on timing.
+    test_the_disk_is_full_and_the_origin_breaks_off = None
+    test_the_origin_breaks_off_and_the_file_changes = None
+    test_the_origin_breaks_off_and_sends_a_range_of_another_file = None
 
     def start(self, config=None):
         super().start(config)
         self.local = threading.local()
-        self.also = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))
-        self.other = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Dispatcher(self.also, pkgproxy.ConnectionLimiter(100), told))
-        self.other_address = self.other.server_address
-        self._serving_too = threading.Thread(target=self.other.serve_forever, args=(0.01,))
-        self._serving_too.start()
+        self.other_proxy = pkgproxy.Proxy(config or self.config, pkgproxy.Store(self.root))
+        self.other_server = pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), pkgproxy.Dispatcher(self.other_proxy, pkgproxy.ConnectionLimiter(100), told))
+        self.other_address = self.other_server.server_address
+        self._other_serving = threading.Thread(target=self.other_server.serve_forever, args=(0.01,))
+        self._other_serving.start()
 
     def stop(self):
-        self.other.shutdown()
-        self.other.server_close()
-        self._serving_too.join(PATIENCE)
+        self.other_server.shutdown()
+        self.other_server.server_close()
+        self._other_serving.join(PATIENCE)
         self.settle()
-        self.also.close()
+        self.other_proxy.close()
         super().stop()
 
     def settle(self):
         super().settle()
-        until(lambda: not self.other.replies_running and not self.also._barrier.in_flight(), "the end of the other's replies")
+        until(lambda: not self.other_server.replies_running and not self.other_proxy._barrier.in_flight(), "the end of the other's replies")
 
     @contextlib.contextmanager
     def connection(self):
@@ -6236,27 +6233,27 @@ class FaultsOfTwoTest(FaultTest):
             yield connection
 
     def other_downloads(self):
-        return self.also._barrier.in_flight() > 0
+        return self.other_proxy._barrier.in_flight() > 0
 
-    def get(self, path=FaultTest.NEW, meanwhile=lambda: None, **fields):
-        get, luck = super().get, isinstance(self.origin.pages.get(path), list)
+    def download(self, path=FaultTest.NEW, meanwhile=lambda: None, **fields):
+        download, depends_on_timing = super().download, isinstance(self.origin.pages.get(path), list)
 
         def ask_the_other():
             self.local.address = self.other_address
-            return get(path, **fields)
+            return download(path, **fields)
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             other = pool.submit(ask_the_other)
             until(lambda: self.other_downloads() or other.done(), "the other's request")
-            got = get(path, meanwhile, **fields)
-        if luck:  # the origin's answers differ, and which of two clients gets which is told by nobody
-            return Either(got, other.result())
-        self.assertIn(got, (other.result(), "whole"), "what our own client gets: no less")
+            got = download(path, meanwhile, **fields)
+        if depends_on_timing:  # the answers differ, and either client may get either
+            return EitherResult(got, other.result())
+        self.assertIn(got, (other.result(), "whole"), "our own client gets no less")
         return other.result()
 
-    def power_fails(self):
-        super().power_fails()
-        self.also._store.boot = "another"
+    def fail_power(self):
+        super().fail_power()
+        self.other_proxy._store.boot = "another"
 
 
 @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc on this machine")
