@@ -128,19 +128,34 @@ def until(predicate, what="what was waited for"):
         time.sleep(0.002)
 
 
-class ScriptedResponse:
-    """What a scripted origin answers under one path: as a mirror would, or as told.
+class LoggedRequest:
+    """A request that an origin received, logged before the first byte of its response is sent."""
 
-    ``steps``: instead of a well-behaved answer, these bytes and gates in turn, then the connection
-    is closed.
+    def __init__(self, method, target, fields, body):
+        self.method, self.target, self.fields, self.body = method, target, fields, body
+        self.path = urllib.parse.unquote(target.partition("?")[0])
+        self.status = 0
+        self.sent = 0  # body bytes handed to the connection
+
+    def __repr__(self):
+        return f"{self.method} {self.target} {self.status} {self.sent}"
+
+
+class ScriptedResponse:
+    """What a scripted origin answers for one target: by default what a mirror would, with validators and ranges.
+
+    ``steps``: send these bytes, waiting at each gate, and close the connection, instead of a regular response.
+    ``respond``: a function that makes the response from the request's fields.
     """
 
     modified = DATE
     steps = None
-    length = True  # whether it is declared
+    respond = None
+    length = True  # whether Content-Length is declared
     chunked = False
-    gate = None  # after the first bytes
-    first = 0
+    gate = None  # to wait at after the first bytes of the body
+    first = 0  # how many these are
+    limit = None  # after how many body bytes the connection breaks off
     ranges = True
 
     def __init__(self, body=b"", status=200, fields=(), **more):
@@ -149,33 +164,93 @@ class ScriptedResponse:
         for name, setting in more.items():
             setattr(self, name, setting)
 
+    def select(self, fields):
+        """Return status, fields and body for a request: evaluate its conditions and ranges (RFC 9110)."""
+        head = self.fields + [pair for pair in (("ETag", self.etag), ("Last-Modified", self.modified)) if pair[1]]
+        if self.status != 200:
+            return self.status, head, self.body
+        if self._is_not_modified(fields):
+            return 304, head, b""
+        ranges, size = self._requested_ranges(fields), len(self.body)
+        if ranges is None:
+            return 200, head, self.body
+        if not ranges:
+            return 416, [*head, ("Content-Range", "bytes */%d" % size)], b""
+        if len(ranges) == 1:
+            start, stop = ranges[0]
+            return 206, [*head, ("Content-Range", "bytes %d-%d/%d" % (start, stop - 1, size))], self.body[start:stop]
+        parts = [b"\r\n--PART\r\nContent-Type: application/octet-stream\r\nContent-Range: bytes %d-%d/%d\r\n\r\n%b"
+                 % (start, stop - 1, size, self.body[start:stop]) for start, stop in ranges]
+        head = [pair for pair in head if pair[0] != "Content-Type"]
+        return (206, [*head, ("Content-Type", "multipart/byteranges; boundary=PART")],
+                b"".join(parts) + b"\r\n--PART--\r\n")
+
+    def _is_not_modified(self, fields):
+        if "if-none-match" in fields:
+            return bool(self.etag) and self.etag in fields["if-none-match"]
+        return bool(self.modified) and fields.get("if-modified-since") == self.modified
+
+    def _requested_ranges(self, fields):
+        """Return the satisfiable ranges that a request asks for, or None if it gets the whole body."""
+        asked, size = re.fullmatch(r"bytes=([-0-9, ]+)", fields.get("range", "")), len(self.body)
+        if not self.ranges or not asked or fields.get("if-range", self.etag) not in (self.etag, self.modified):
+            return None
+        found = []
+        for first, last in re.findall(r"(\d*)-(\d*)", asked[1]):
+            start = int(first) if first else max(0, size - int(last))
+            stop = min(size, int(last) + 1) if first and last else size
+            found += [(start, stop)] if start < stop else []
+        return found
+
 
 class ScriptedOrigin:
-    """A scripted origin on loopback.  It speaks HTTP by itself, so that it can also speak it badly."""
+    """An origin on loopback.  It speaks HTTP without a library, so that it can also speak it badly."""
 
     def __init__(self, address="127.0.0.1", context=None):
         self.context = context  # for TLS
-        self.pages = {}
+        self.pages = {}  # {target: ScriptedResponse, or a list of them: one after another, the last again and again}
         self.address = address
-        self.log = []  # (method, target, {field: value}, body)
-        self.sent = 0  # body bytes
+        self.port = 0
+        self.log = []  # of LoggedRequest
+        self.sent = 0  # body bytes that the connections have accepted
         self.connections = 0
+        self.open_connections = set()
         self._lock = threading.Lock()
-        self._open = set()
-        self._socket = socket.create_server((address, 0), backlog=64)
-        self.port = self._socket.getsockname()[1]
+        self.listen()
+
+    def listen(self):
+        """Start to accept connections; after close(), at the same port."""
         self._threads = []
+        self._socket = socket.create_server((self.address, self.port), backlog=64)
+        self.port = self._socket.getsockname()[1]
         self._accepting = threading.Thread(target=self._accept)
         self._accepting.start()
 
-    def url(self, path):
-        return "%s://%s:%d%s" % ("https" if self.context else "http", self.address, self.port, path)
+    @property
+    def name(self):
+        return "%s:%d" % (self.address, self.port)
 
-    def asked(self, path=None):
-        """The methods asked, for one path or all."""
-        return [row[0] for row in list(self.log) if path in (None, row[1])]
+    @property
+    def base_url(self):
+        return "%s://%s" % ("https" if self.context else "http", self.name)
+
+    def url(self, target):
+        return self.base_url + target
+
+    def methods(self, target=None):
+        """Return the methods of the requests received for this target, or for all."""
+        return [entry.method for entry in list(self.log) if target in (None, entry.target)]
+
+    def requests(self, part=""):
+        """Return the logged requests with ``part`` in their path."""
+        return [entry for entry in list(self.log) if part in entry.path]
+
+    def paths_sent(self, part=""):
+        """Return the paths with ``part`` in them of which body bytes were sent, sorted."""
+        return sorted(entry.path for entry in self.requests(part) if entry.sent and entry.status in (200, 206))
 
     def close(self):
+        """Stop listening and close all connections."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -187,7 +262,7 @@ class ScriptedOrigin:
     def drop(self):
         """Close every open connection."""
         with self._lock:
-            connections = list(self._open)
+            connections = list(self.open_connections)
         for connection in connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -201,7 +276,7 @@ class ScriptedOrigin:
             if self.context:
                 connection = self.context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
             with self._lock:
-                self._open.add(connection)
+                self.open_connections.add(connection)
                 self.connections += 1
             thread = threading.Thread(target=self._serve, args=(connection,))
             thread.start()
@@ -210,13 +285,14 @@ class ScriptedOrigin:
     def _serve(self, connection):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with contextlib.suppress(OSError, ValueError), connection.makefile("rb") as file:
-            while self._answer(connection, file):
+            while self.answer_request(connection, file):
                 pass
         with self._lock:
-            self._open.discard(connection)
+            self.open_connections.discard(connection)
         connection.close()
 
-    def _answer(self, connection, file):
+    def answer_request(self, connection, file):
+        """Read and answer one request; return whether another may follow on this connection."""
         line = file.readline().decode("latin-1").split()
         if not line:
             return False
@@ -226,13 +302,14 @@ class ScriptedOrigin:
                 return False
             name, _, text = raw.decode("latin-1").partition(":")
             fields[name.lower()] = text.strip()
-        body = self._read_body(file, fields)
+        body = self.read_body(file, fields)
         if len(body) < int(fields.get("content-length", 0)):
             return False
-        self.log.append((line[0], line[1], fields, body))
-        page = self._page(line[1])
+        entry = LoggedRequest(line[0], line[1], fields, body)
+        self.log.append(entry)
+        page = self.response_for(entry)
         if page.steps is None:
-            return self._behave(connection, line[0], fields, page)
+            return self._respond(connection, entry, page.respond(fields) if page.respond else page)
         for step in page.steps:
             if isinstance(step, Gate):
                 step.pass_through()
@@ -240,13 +317,15 @@ class ScriptedOrigin:
                 connection.sendall(step)
         return False
 
-    def _page(self, target):
-        page = self.pages.get(target) or self.pages.get(target.partition("?")[0])
-        if isinstance(page, list):  # one after another, the last for ever
+    def response_for(self, entry):
+        """Return the ScriptedResponse to a request."""
+        page = self.pages.get(entry.target) or self.pages.get(entry.target.partition("?")[0])
+        if isinstance(page, list):
             return page.pop(0) if len(page) > 1 else page[0]
         return page or ScriptedResponse(b"not here\n", 404, etag="", modified="")
 
-    def _read_body(self, file, fields):
+    def read_body(self, file, fields):
+        """Read a request's body."""
         if fields.get("transfer-encoding") == "chunked":
             body = b""
             while True:
@@ -257,42 +336,71 @@ class ScriptedOrigin:
                     return body
         return file.read(int(fields.get("content-length", 0)))
 
-    def _behave(self, connection, method, fields, page):
-        """ClientResponse like a mirror: conditions, single ranges."""
-        status, body, head = page.status, page.body, list(page.fields)
-        head += [("ETag", page.etag)] if page.etag else []
-        head += [("Last-Modified", page.modified)] if page.modified else []
-        tag, since = fields.get("if-none-match"), fields.get("if-modified-since")
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", fields.get("range", ""))
-        if status == 200 and (tag and tag == page.etag or not tag and since and since == page.modified):
-            status, body = 304, b""
-        elif status == 200 and match and page.ranges and fields.get("if-range", page.etag) in (
-                page.etag, page.modified):
-            start, stop = int(match[1]), int(match[2] or len(body) - 1) + 1
-            head.append(("Content-Range", "bytes %d-%d/%d" % (start, min(stop, len(body)) - 1, len(body))))
-            status, body = 206, body[start:stop]
-        lines = ["HTTP/1.1 %d Whatever" % status] + ["%s: %s" % pair for pair in head]
+    def _respond(self, connection, entry, page):
+        entry.status, fields, body = page.select(entry.fields)
+        has_body = entry.method != "HEAD" and entry.status != 304
+        lines = ["HTTP/1.1 %d Whatever" % entry.status] + ["%s: %s" % pair for pair in fields]
         if page.chunked:
             lines.append("Transfer-Encoding: chunked")
-        elif page.length and status != 304:
+        elif page.length and entry.status != 304:
             lines.append("Content-Length: %d" % len(body))
         connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-        if method != "HEAD" and status != 304:
-            self._send_body(connection, body, page)
-        return page.length or page.chunked or method == "HEAD"
+        if has_body:
+            self._send_body(connection, entry, body[:page.limit], page)
+        if page.limit is not None or entry.fields.get("connection") == "close":
+            return False
+        return page.length or page.chunked or entry.method == "HEAD"
 
-    def _send_body(self, connection, body, page):
+    def _send_body(self, connection, entry, body, page):
         pieces = [body[:page.first], body[page.first:]] if page.gate else [body]
         for number, piece in enumerate(pieces):
             if number:
                 page.gate.pass_through()
             for at in range(0, len(piece), 1 << 20):
                 part = piece[at:at + (1 << 20)]
+                entry.sent += len(part)
                 connection.sendall(b"%x\r\n%s\r\n" % (len(part), part) if page.chunked else part)
                 with self._lock:
                     self.sent += len(part)
         if page.chunked:
             connection.sendall(b"0\r\n\r\n")
+
+
+class FileOrigin(ScriptedOrigin):
+    """A mirror of a folder."""
+
+    TYPES = {".html": "text/html", ".json": "application/json"}
+
+    def __init__(self, folder, validators=True, context=None):
+        self.folder, self.validators = Path(folder), validators
+        self.limits = {}  # {path: after how many bytes each next response breaks off}
+        self.redirect_to = ""  # where everything is redirected to
+        super().__init__(context=context)
+
+    def response_for(self, entry):
+        bare = {"etag": "", "modified": "", "ranges": False}
+        if self.redirect_to:
+            return ScriptedResponse(b"", 301, [("Location", self.redirect_to + entry.target)], **bare)
+        file = self.folder / entry.path.lstrip("/")
+        if file.is_dir():
+            file /= "index.html"
+        if not file.is_file():
+            return ScriptedResponse(b"There is no such file.\n", 404, [("Content-Type", "text/plain")], **bare)
+        about, fields = file.stat(), [("Content-Type", self.TYPES.get(file.suffix, "application/octet-stream"))]
+        limits = self.limits.get(entry.path, []) if entry.method == "GET" else []
+        more = {"limit": limits.pop(0) if limits else None}
+        if self.validators:
+            fields.append(("Accept-Ranges", "bytes"))
+            more.update(etag=f'"{about.st_mtime_ns:x}-{about.st_size:x}"',
+                        modified=email.utils.formatdate(int(about.st_mtime), usegmt=True))
+        else:
+            more.update(bare)
+        return ScriptedResponse(file.read_bytes(), fields=fields, **more)
+
+
+def read_to_end(connection):
+    """Return all bytes until the other end closes the connection."""
+    return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 class ClientResponse:
@@ -424,13 +532,30 @@ class ProxyCase(unittest.TestCase):
             connection.request("GET", path, headers={"Connection": "close"})
             return ClientResponse(connection.getresponse())
 
-    def raw(self, data, until_closed=True):
-        """Send bytes, return all that comes until the proxy closes."""
-        with socket.create_connection(self.address, PATIENCE) as connection:
-            connection.sendall(data)
-            if until_closed:
-                return b"".join(iter(lambda: connection.recv(65536), b""))
-            return connection.recv(65536)
+    def open_client(self, data=b"", source=None):
+        """Connect to the proxy, from the address ``source``, and send ``data``; the test's end closes the socket."""
+        client = socket.create_connection(self.address, PATIENCE, source and (source, 0))
+        self.addCleanup(client.close)
+        client.sendall(data)
+        return client
+
+    def raw_request(self, path="/x_1.0.deb", more=b"", method=b"GET", version=b"1.1"):
+        """Return the bytes of a request in absolute form, with ``more`` field lines."""
+        return b"%s %s HTTP/%s\r\nHost: a\r\n%s\r\n" % (method, self.origin.url(path).encode(), version, more)
+
+    def read_response(self, client, length):
+        """Read at least ``length`` bytes of body; return the head and the body."""
+        data = b""
+        while len(data.partition(b"\r\n\r\n")[2]) < length:
+            more = client.recv(65536)
+            self.assertTrue(more, data[:300])
+            data += more
+        return data
+
+    def send_raw(self, data):
+        """Send bytes and return all that the proxy sends until it closes the connection."""
+        with self.open_client(data) as client:
+            return read_to_end(client)
 
     def outcome(self, answer):
         return answer["Cache-Status"]
@@ -2467,12 +2592,12 @@ class OriginTest(unittest.TestCase):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
         self.assertEqual(self.read(), b"x")
         self.origin.drop()
-        until(lambda: not self.origin._open)
+        until(lambda: not self.origin.open_connections)
         self.assertEqual(self.read(), b"x")
         # The same when it closes only as the request arrives.
         with mock.patch.object(pkgproxy.OriginConnection, "is_idle", return_value=True):
             self.origin.drop()
-            until(lambda: not self.origin._open)
+            until(lambda: not self.origin.open_connections)
             self.assertEqual(self.read(), b"x")
 
     def test_a_short_body_is_truncated_not_complete(self):
@@ -2514,8 +2639,8 @@ class OriginTest(unittest.TestCase):
 
     def test_an_answer_that_comes_before_the_body_is_whole_is_heard(self):
         self.origin.pages["/x"] = ScriptedResponse(b"too large", 413)
-        real = self.origin._read_body
-        with mock.patch.object(self.origin, "_read_body", lambda file, fields: real(file, {}) + b" " * int(fields["content-length"])):
+        real = self.origin.read_body
+        with mock.patch.object(self.origin, "read_body", lambda file, fields: real(file, {}) + b" " * int(fields["content-length"])):
             target = pkgproxy.parse_target(self.origin.url("/x"))
             sent = forward("POST", target, (("Host", "a"), ("Content-Length", str(1 << 26)), ("Connection", "close")),
                                        io.BytesIO(b"x" * (1 << 26)), 1 << 26)
@@ -2528,7 +2653,7 @@ class OriginTest(unittest.TestCase):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
         self.read()
         with mock.patch.object(pkgproxy.OriginConnection, "is_idle", return_value=True):
-            for connection in list(self.origin._open):
+            for connection in list(self.origin.open_connections):
                 connection.sendall(b"<html>garbage")
             self.assertEqual(self.read(), b"x")
 
@@ -2542,7 +2667,7 @@ class OriginTest(unittest.TestCase):
                 response = self.client.fetch(forward("GET", target, (("Host", "a"),)))
                 response.read(9)
                 response.close()
-            until(lambda: sum(len(other._open) for other in others) == 2)
+            until(lambda: sum(len(other.open_connections) for other in others) == 2)
 
     def test_no_connection_is_used_again_after_head(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
@@ -2555,7 +2680,7 @@ class OriginTest(unittest.TestCase):
             port = closed.getsockname()[1]
         self.origin.pages["/x"] = ScriptedResponse(b"moved", 302, [("Location", "http://127.0.0.1:%d/" % port)])
         self.assertRaises(OriginError, self.fetch, follow_redirects=True)
-        until(lambda: not self.origin._open, "the end of the first connection")
+        until(lambda: not self.origin.open_connections, "the end of the first connection")
 
     def test_garbage_is_a_502(self):
         ok = b"HTTP/1.1 200 OK\r\n"
@@ -2643,7 +2768,7 @@ class OriginTest(unittest.TestCase):
         self.assertEqual(len(self.client._pool._idle), 1)
         with mock.patch.object(pkgproxy, "POOL_IDLE_TIMEOUT", 0.0), mock.patch.object(pkgproxy, "POOL_CLEANUP_INTERVAL", -1.0):
             self.client.close_idle()
-        until(lambda: not self.origin._open)
+        until(lambda: not self.origin.open_connections)
 
     def test_an_unknown_name_is_a_502(self):
         with self.assertRaises(OriginError) as caught:
@@ -2689,8 +2814,8 @@ class OriginTest(unittest.TestCase):
         with contextlib.suppress(OriginError):  # where localhost is ::1 only
             fields = (("Host", "h"), ("Authorization", "a"), ("Cookie", "c"))
             self.client.fetch(forward("GET", target, fields, follow_redirects=True)).close()
-            self.assertFalse({"authorization", "cookie"} & set(self.origin.log[-1][2]))
-            self.assertTrue(self.origin.log[-1][2]["host"].startswith("localhost"))
+            self.assertFalse({"authorization", "cookie"} & set(self.origin.log[-1].fields))
+            self.assertTrue(self.origin.log[-1].fields["host"].startswith("localhost"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2714,7 +2839,7 @@ class MissAndHitTest(ProxyCase):
         self.assertEqual((hit.status, hit.body), (200, self.BODY))
         self.assertIn("fwd=uri-miss; fwd-status=200; stored", miss["Cache-Status"])
         self.assertEqual(hit["Cache-Status"], "pkgproxy; hit")
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
         self.assertEqual(self.files(), {self.place("x_1.0_all.deb"): self.BODY})
         self.assertEqual(self.counters()["statsDownBytes"], len(self.BODY))
         self.assertEqual(self.counters()["statsCacheBytes"], len(self.BODY))
@@ -2746,7 +2871,7 @@ class MissAndHitTest(ProxyCase):
                 self.assertEqual(answer["Content-Range"], "bytes %d-%d/%d" % (start, stop - 1, size))
         answer = self.ask("/x_1.0_all.deb", Range="bytes=%d-" % size)
         self.assertEqual((answer.status, answer["Content-Range"]), (416, "bytes */%d" % size))
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
     def test_if_range_with_a_changed_file_sends_it_whole(self):
         tag = self.ask("/x_1.0_all.deb")["ETag"]
@@ -2766,7 +2891,7 @@ class MissAndHitTest(ProxyCase):
         tag = self.ask("/x_1.0_all.deb")["ETag"]
         self.assertEqual(self.ask("/x_1.0_all.deb", If_None_Match=tag).status, 304)
         self.assertEqual(self.ask("/x_1.0_all.deb", If_Modified_Since=DATE).status, 304)
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
     def test_a_conditional_request_on_a_miss_fills_the_cache(self):
         answer = self.ask("/x_1.0_all.deb", If_Modified_Since=DATE)
@@ -2782,7 +2907,7 @@ class MissAndHitTest(ProxyCase):
         self.assertEqual(self.ask("/x_1.0_all.deb").body, self.BODY)
         answer = self.ask("/x_1.0_all.deb", "HEAD")
         self.assertEqual((answer["Content-Length"], answer["Cache-Status"]), (str(len(self.BODY)), "pkgproxy; hit"))
-        self.assertEqual(self.origin.asked(), ["HEAD", "HEAD", "GET"])
+        self.assertEqual(self.origin.methods(), ["HEAD", "HEAD", "GET"])
 
     def test_cleaning_with_rm_at_any_time(self):
         self.ask("/x_1.0_all.deb")
@@ -2790,7 +2915,7 @@ class MissAndHitTest(ProxyCase):
         shutil.rmtree(self.root)
         for _ in range(2):
             self.assertEqual(self.ask("/x_1.0_all.deb").body, self.BODY)
-        self.assertEqual(self.origin.asked(), ["GET", "GET"])
+        self.assertEqual(self.origin.methods(), ["GET", "GET"])
         self.settle()
         self.assertEqual(self.ask("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
 
@@ -2823,7 +2948,7 @@ class MissAndHitTest(ProxyCase):
         self.origin.pages["/e_1.0_all.deb"] = ScriptedResponse(b"")
         for _ in range(2):
             self.assertEqual((self.ask("/e_1.0_all.deb").body, self.ask("/e_1.0_all.deb").status), (b"", 200))
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
     def test_same_path_on_two_hosts_is_two_files(self):
         other = ScriptedOrigin()
@@ -2843,7 +2968,7 @@ class MissAndHitTest(ProxyCase):
             with self.subTest(uri=uri[:40]):
                 path = uri[len("http://a"):]
                 self.origin.pages[path] = ScriptedResponse(b"hostile")
-                answer = self.raw(b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.url(path).encode())
+                answer = self.send_raw(self.raw_request(path, b"Connection: close\r\n"))
                 self.assertIn(answer[9:12], (b"200", b"404"))
         self.settle()
         self.assertEqual(os.listdir(self.folder), ["root"])
@@ -2959,7 +3084,7 @@ class CollapsedRequestsTest(ProxyCase):
             self.assertEqual(first.read(), self.body[1 << 20:])
             self.assertEqual(second.read(), self.body[1 << 20:])
             self.assertIn("collapsed", second.getheader("Cache-Status"))
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
         counters = self.counters()
         self.assertEqual((counters["statsDownBytes"], counters["statsCacheBytes"]), (self.SIZE, self.SIZE))
 
@@ -2970,7 +3095,7 @@ class CollapsedRequestsTest(ProxyCase):
             self.assertEqual((second.status, second.read()), (206, self.body[100:200]))
             self.gate.open()
         self.settle()
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
     def test_a_slow_first_client_holds_nobody_back(self):
         self.gate.open()
@@ -2987,7 +3112,7 @@ class CollapsedRequestsTest(ProxyCase):
         self.gate.open()
         self.settle()
         self.assertEqual(self.ask("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
     def test_whoever_received_a_whole_body_finds_it_stored(self):
         self.gate.open()
@@ -3023,7 +3148,7 @@ class CollapsedRequestsTest(ProxyCase):
         gate = Gate()
         self.origin.pages["/t_1.0_all.deb"] = ScriptedResponse(
             steps=[b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n", gate])
-        with socket.create_connection(self.address, PATIENCE) as connection:
+        with self.open_client() as connection:
             connection.sendall(b"GET %s HTTP/1.0\r\n\r\n" % self.origin.url("/t_1.0_all.deb").encode())
             data = b""
             while not data.endswith(b"short"):
@@ -3039,7 +3164,7 @@ class CollapsedRequestsTest(ProxyCase):
         threads = [threading.Thread(target=lambda: answers.append(self.ask("/s_1.0_all.deb").body)) for _ in range(3)]
         for thread in threads:
             thread.start()
-        until(lambda: self.origin.asked("/s_1.0_all.deb"))
+        until(lambda: self.origin.methods("/s_1.0_all.deb"))
         gate.open()
         for thread in threads:
             thread.join(PATIENCE)
@@ -3084,7 +3209,7 @@ class CollapsedRequestsTest(ProxyCase):
         for thread in threads:
             thread.join(30)
         self.assertEqual(results, [(zlib.crc32(body), len(body))] * 20)
-        self.assertEqual((self.origin.asked("/l_1.0_all.deb"), self.origin.sent), (["GET"], len(body)))
+        self.assertEqual((self.origin.methods("/l_1.0_all.deb"), self.origin.sent), (["GET"], len(body)))
 
 
 class IndexTest(ProxyCase):
@@ -3098,8 +3223,8 @@ class IndexTest(ProxyCase):
         self.ask("/InRelease")
         answer = self.ask("/InRelease")
         self.assertEqual((answer.body, answer["Cache-Status"]), (b"generation 1", "pkgproxy; fwd=stale; fwd-status=304"))
-        self.assertEqual(self.origin.log[-1][2]["if-none-match"], self.origin.pages["/InRelease"].etag)
-        self.assertEqual(self.origin.log[-1][2]["if-modified-since"], DATE)
+        self.assertEqual(self.origin.log[-1].fields["if-none-match"], self.origin.pages["/InRelease"].etag)
+        self.assertEqual(self.origin.log[-1].fields["if-modified-since"], DATE)
 
     def test_a_new_index_is_seen_at_once(self):
         self.ask("/InRelease")
@@ -3118,7 +3243,7 @@ class IndexTest(ProxyCase):
         self.assertEqual(self.ask("/InRelease", If_None_Match=tag).status, 304)
         self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 2")
         self.assertEqual(self.ask("/InRelease", If_None_Match=tag).body, b"generation 2")
-        self.assertEqual(self.origin.asked(), ["GET"] * 3)
+        self.assertEqual(self.origin.methods(), ["GET"] * 3)
 
     def test_head_of_an_index_asks_too(self):
         self.ask("/InRelease")
@@ -3163,11 +3288,11 @@ class PassTest(ProxyCase):
         for method in ("POST", "PUT", "DELETE", "PATCH", "PROPFIND"):
             answer = self.ask("/api", method, b"a body")
             self.assertEqual((answer.status, answer.body, answer["X"]), (200, b"done", "y"))
-            self.assertEqual((self.origin.log[-1][0], self.origin.log[-1][3]), (method, b"a body"))
+            self.assertEqual((self.origin.log[-1].method, self.origin.log[-1].body), (method, b"a body"))
         self.ask("/api", "POST", iter([b"chunk", b"ed"]))
-        self.assertEqual(self.origin.log[-1][3], b"chunked")
+        self.assertEqual(self.origin.log[-1].body, b"chunked")
         self.ask("/api", "OPTIONS")
-        self.assertEqual(self.origin.log[-1][0], "OPTIONS")
+        self.assertEqual(self.origin.log[-1].method, "OPTIONS")
         self.assertEqual(self.files(), {})
 
     def test_a_method_that_changes_things_invalidates(self):
@@ -3185,7 +3310,7 @@ class PassTest(ProxyCase):
             self.assertIn("fwd=bypass", self.ask("/x_1.0_all.deb")["Cache-Status"])
             self.ask("/x_2.0_all.deb")
         self.assertEqual(list(self.files()), [self.place("x_2.0_all.deb")])
-        self.assertEqual(len(self.origin.asked("/x_1.0_all.deb")), 2)
+        self.assertEqual(len(self.origin.methods("/x_1.0_all.deb")), 2)
 
     def test_a_captive_portals_page_is_not_a_package(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"pay here", fields=[("Content-Type", "text/html")])
@@ -3228,7 +3353,7 @@ class PassTest(ProxyCase):
         with mock.patch.object(self.proxy._barrier, "is_in_flight", lands):
             answer = self.ask("/x_1.0_all.deb", Range="bytes=3000000-3000009")
         self.assertEqual((answer.status, answer.body), (206, body[3000000:3000010]))
-        self.assertEqual(self.origin.asked("/x_1.0_all.deb"), ["GET"])
+        self.assertEqual(self.origin.methods("/x_1.0_all.deb"), ["GET"])
 
     def test_a_loop_is_cut(self):
         self.assertEqual(self.ask("/x", Via="1.1 tested").status, 508)
@@ -3243,8 +3368,8 @@ class PassTest(ProxyCase):
     def test_userinfo_is_not_sent_on(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x")
         self.ask("http://me:secret@127.0.0.1:%d/x_1.0_all.deb" % self.origin.port, Authorization="Basic eA==")
-        self.assertEqual(self.origin.log[-1][1], "/x_1.0_all.deb")
-        self.assertEqual(self.origin.log[-1][2]["authorization"], "Basic eA==")
+        self.assertEqual(self.origin.log[-1].target, "/x_1.0_all.deb")
+        self.assertEqual(self.origin.log[-1].fields["authorization"], "Basic eA==")
         self.assertEqual(self.files(), {})
 
 
@@ -3260,18 +3385,18 @@ class RequestFormsTest(ProxyCase):
         for way in ("http://%s", "/http://%s", "/http:/%s", "/http%%3A/%s", "/%s"):
             answer = self.own(way % self.name + "/pool/x_1.0_all.deb")
             self.assertEqual((answer.status, answer.body), (200, b"package"))
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
         self.assertEqual(self.files(), {self.place("pool/x_1.0_all.deb"): b"package"})
 
     def test_what_a_firewall_leads_here_goes_where_its_host_field_says(self):
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
         with mock.patch.object(pkgproxy, "resolve_addresses", return_value=place), self.assertLogs("pkgproxy", "INFO") as caught:
             for _ in range(2):
-                answer = self.raw(b"GET /pool/x_1.0_all.deb HTTP/1.1\r\nHost: mirror.test\r\nConnection: close\r\n\r\n")
+                answer = self.send_raw(b"GET /pool/x_1.0_all.deb HTTP/1.1\r\nHost: mirror.test\r\nConnection: close\r\n\r\n")
                 self.assertTrue(answer.endswith(b"\r\n\r\npackage"))
                 self.settle()
-            self.raw(b"OPTIONS * HTTP/1.1\r\nHost: mirror.test\r\nConnection: close\r\n\r\n")
-        self.assertEqual([(*row[:2], row[2]["host"]) for row in self.origin.log],
+            self.send_raw(b"OPTIONS * HTTP/1.1\r\nHost: mirror.test\r\nConnection: close\r\n\r\n")
+        self.assertEqual([(entry.method, entry.target, entry.fields["host"]) for entry in self.origin.log],
                          [("GET", "/pool/x_1.0_all.deb", "mirror.test"), ("OPTIONS", "*", "mirror.test")])
         self.assertRegex(caught.output[1], r" hit +200 .* GET http://mirror\.test/pool/x_1\.0_all\.deb\Z")
 
@@ -3315,7 +3440,7 @@ class RequestFormsTest(ProxyCase):
             with self.connection() as connection:
                 connection.request("GET", path, headers={"Connection": "close", "Cookie": "a=b"})
                 connection.getresponse().read()
-            self.assertEqual(self.origin.log[-1][2].get("cookie"), cookie)
+            self.assertEqual(self.origin.log[-1].fields.get("cookie"), cookie)
 
     def test_a_prefix_that_leads_back_here_is_a_508(self):
         ours = "127.0.0.1:%d" % self.address[1]
@@ -3325,7 +3450,7 @@ class RequestFormsTest(ProxyCase):
     def test_a_prefix_opens_nothing_to_strangers(self):
         with mock.patch.object(pkgproxy, "is_local_client", lambda address: address != "127.0.0.2"):
             for path, host in (("/http://%s/x" % self.name, "a"), ("/%s/x" % self.name, "a"), ("/localhost/x", "a"), ("/x", "127.0.0.1"), ("/x", "169.254.169.254")):
-                with socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as far:
+                with self.open_client(source="127.0.0.2") as far:
                     far.sendall(("GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % (path, host)).encode())
                     expected = b"HTTP/1.1 404" if host == "127.0.0.1" else b"HTTP/1.1 403"  # that is our address
                     self.assertEqual(far.recv(12), expected, path)
@@ -3366,15 +3491,15 @@ class ParentTest(ProxyCase):
             answer = self.ask(self.url(n), Proxy_Authorization="Basic the-clients-own")
             self.assertEqual(answer.body, b"%d" % n)
             self.settle()
-        self.assertEqual([(row[0], row[1]) for row in self.parent.log], [("GET", self.url(0)), ("GET", self.url(1))])
-        for row in self.parent.log:
-            self.assertEqual((row[2]["host"], row[2]["proxy-authorization"]), ("mirror.test", "Basic bWU6c2VjcmV0"))
+        self.assertEqual([(entry.method, entry.target) for entry in self.parent.log], [("GET", self.url(0)), ("GET", self.url(1))])
+        for entry in self.parent.log:
+            self.assertEqual((entry.fields["host"], entry.fields["proxy-authorization"]), ("mirror.test", "Basic bWU6c2VjcmV0"))
         self.assertEqual(self.parent.connections, 1)
 
     def test_this_host_is_asked_without_it(self):
         self.origin.pages["/x"] = ScriptedResponse(b"direct")
         self.assertEqual(self.ask("/x").body, b"direct")
-        self.assertNotIn("proxy-authorization", self.origin.log[0][2])
+        self.assertNotIn("proxy-authorization", self.origin.log[0].fields)
         self.assertEqual(self.parent.log, [])
 
     def test_one_that_fails_is_named_and_replaced_only_where_asked(self):
@@ -3422,7 +3547,7 @@ class ParentTest(ProxyCase):
                 self.assertEqual(parent.recv(999), b"CONNECT mirror.test:443 HTTP/1.1\r\nHost: mirror.test:443\r\n"
                                                    b"Proxy-Authorization: Basic bWU6c2VjcmV0\r\n\r\n")
                 parent.sendall(b"HTTP/1.1 200 OK\r\nX: y\r\n\r\nhello")
-            answer = b"".join(iter(lambda: client.recv(999), b""))
+            answer = read_to_end(client)
         self.assertTrue(answer.endswith(b"\r\n\r\nhello"), answer)
 
     def test_one_that_wants_a_password_is_no_matter_of_the_client(self):
@@ -3443,14 +3568,14 @@ class ParentTest(ProxyCase):
         self.known["mirror.test"] = "203.0.113.80"
         for url in (self.url(0), "http://2130706433/x", "http://0x7f.1/x", "http://127.1/x", "http://localhost/x", "http://169.254.169.254/x"):
             self.assertEqual(self.ask_from_far(url)[9:12], b"403", url)
-        self.assertEqual([row[1] for row in self.parent.log], [self.url(0)])
+        self.assertEqual([entry.target for entry in self.parent.log], [self.url(0)])
 
     def ask_from_far(self, url):
         """What a client on another machine gets."""
         with mock.patch.object(pkgproxy, "is_local_client", lambda address: address != "127.0.0.2"), \
-                socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as far:
+                self.open_client(source="127.0.0.2") as far:
             far.sendall(("GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % url).encode())
-            return b"".join(iter(lambda: far.recv(9999), b""))
+            return read_to_end(far)
 
     def test_a_name_that_leads_here_is_refused_to_strangers_before_a_parent_on_this_host_resolves_it(self):
         for address, status in (("203.0.113.80", b"200"), ("127.0.0.1", b"403"), ("169.254.169.254", b"403"), ("168.63.129.16", b"403"), (None, b"502")):
@@ -3505,8 +3630,8 @@ class TlsOriginTest(ProxyCase):
         for way in (self.secure.url, lambda path: "/" + self.secure.url(path)):
             for path, body in (("/pool/x_1.0_all.deb", b"secure"), ("/InRelease", b"secure index")):
                 self.assertEqual(self.own(way(path)).body, body)
-        self.assertEqual(self.secure.asked("/pool/x_1.0_all.deb"), ["GET"])
-        self.assertEqual(self.secure.asked("/InRelease"), ["GET", "GET"], "the second is a validation")
+        self.assertEqual(self.secure.methods("/pool/x_1.0_all.deb"), ["GET"])
+        self.assertEqual(self.secure.methods("/InRelease"), ["GET", "GET"], "the second is a validation")
         self.settle()
         self.assertEqual(self.secure.connections, 1, "it stays open for the next request")
         self.assertEqual(set(self.files()), {"https^" + "127.0.0.1:%d%s" % (self.secure.port, path) for path in self.secure.pages})
@@ -3533,7 +3658,7 @@ class TlsOriginTest(ProxyCase):
             self.assertEqual(self.ask(secure).body, b"secure")
             with mock.patch.object(pkgproxy, "resolve_addresses", return_value=place):
                 self.assertEqual(self.ask(plain).body, b"plain")
-        self.assertEqual((self.origin.log[0][2]["range"], len(self.origin.log), len(self.secure.log)), ("bytes=0-4095", 2, 1))
+        self.assertEqual((self.origin.log[0].fields["range"], len(self.origin.log), len(self.secure.log)), ("bytes=0-4095", 2, 1))
         self.assertEqual(sorted(self.files().values()), [b"plain", b"secure"])
 
     def test_a_certificate_that_is_refused_is_named_in_a_sentence(self):
@@ -3629,7 +3754,7 @@ class MirrorSharingTest(ProxyCase):
         return os.path.join(self.root, "127.0.0.1:%d/mirrors/pub/pool/%s" % (self.other.port, name))
 
     def asked(self):
-        return [(row[0], row[2].get("range")) for row in self.other.log]
+        return [(entry.method, entry.fields.get("range")) for entry in self.other.log]
 
     def check_sent(self, count, origin=None):
         """So many body bytes have come from the other mirror, which counts them when it has sent them."""
@@ -3789,7 +3914,7 @@ class MirrorSharingTest(ProxyCase):
         self.proxy._refresher.revalidate(pkgproxy.parse_target(url), url, (), True)
         self.settle()
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
-        self.assertEqual(self.other.log[-1][2]["if-none-match"], '"there"')
+        self.assertEqual(self.other.log[-1].fields["if-none-match"], '"there"')
 
     def test_a_download_that_broke_off_gives_way_to_what_another_mirror_has(self):
         url = self.publish(body=self.BODY * 10)
@@ -4258,19 +4383,19 @@ class SemanticsTest(ProxyCase):
         self.assertEqual(self.ask(self.PACKAGE).body, b"first", "served at once")
         until(lambda: self.ask(self.PACKAGE).body == b"again", "a validation in the background")
         self.settle()
-        self.assertEqual(len(self.origin.asked()), 2)
+        self.assertEqual(len(self.origin.methods()), 2)
 
     def test_a_package_that_is_still_right_is_asked_for_once_a_day(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
         self.ask(self.PACKAGE)
         self.age_stored("x_1.0_all.deb", 90000)
         self.ask(self.PACKAGE)
-        until(lambda: len(self.origin.asked()) == 2)
+        until(lambda: len(self.origin.methods()) == 2)
         self.settle()
         self.assertEqual(self.ask(self.PACKAGE).body, b"first")
         self.settle()
-        self.assertEqual(len(self.origin.asked()), 2)
-        self.assertEqual(self.origin.log[-1][2].get("if-none-match"), self.origin.pages[self.PACKAGE].etag)
+        self.assertEqual(len(self.origin.methods()), 2)
+        self.assertEqual(self.origin.log[-1].fields.get("if-none-match"), self.origin.pages[self.PACKAGE].etag)
 
     def test_a_dead_origin_is_no_matter_for_a_package_of_yesterday(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
@@ -4295,7 +4420,7 @@ class SemanticsTest(ProxyCase):
         self.origin.pages[path] = ScriptedResponse(b"x")
         for _ in range(2):
             self.ask(path, Cache_Control="max-age=0")
-        self.assertEqual(len(self.origin.asked()), 1)
+        self.assertEqual(len(self.origin.methods()), 1)
 
     def test_a_file_without_head_is_adopted_if_size_and_date_are_the_origins(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first", fields=[("Content-Type", "application/x")])
@@ -4305,7 +4430,7 @@ class SemanticsTest(ProxyCase):
         self.assertEqual((answer.body, answer["Last-Modified"], answer["ETag"]), (b"first", DATE, None))
         self.settle()
         until(lambda: self.ask(self.PACKAGE)["Content-Type"] == "application/x", "adoption")
-        self.assertEqual(self.origin.asked(), ["GET", "HEAD"])
+        self.assertEqual(self.origin.methods(), ["GET", "HEAD"])
 
     def test_a_file_without_head_that_is_not_the_origins_is_fetched_anew(self):
         for body, modified in ((b"first", "Sun, 06 Nov 1994 08:49:38 GMT"), (b"longer", DATE), (b"none!", "")):
@@ -4352,7 +4477,7 @@ class SemanticsTest(ProxyCase):
             response.read(1)
             poster = threading.Thread(target=self.ask, args=("/api", "POST", b"change"))
             poster.start()
-            until(lambda: "POST" in self.origin.asked())
+            until(lambda: "POST" in self.origin.methods())
             gate.open()
             poster.join(PATIENCE)
             self.assertEqual(len(response.read()), 2999)
@@ -4420,8 +4545,8 @@ class SemanticsTest(ProxyCase):
         self.ask(path, User_Agent="apt")
         until(lambda: len(self.origin.log) == 2)
         self.settle()
-        self.assertEqual((self.origin.log[-1][1], self.origin.log[-1][2]["user-agent"]), (path, "apt"))
-        self.assertIn("if-none-match", self.origin.log[-1][2])
+        self.assertEqual((self.origin.log[-1].target, self.origin.log[-1].fields["user-agent"]), (path, "apt"))
+        self.assertIn("if-none-match", self.origin.log[-1].fields)
         self.assertEqual(self.ask(path, User_Agent="apt")["Cache-Status"], "pkgproxy; hit")
 
     def test_a_response_without_date_gets_that_of_its_receipt(self):
@@ -4546,7 +4671,7 @@ class TroubleTest(ProxyCase):
         """Let the validation of a stored page find nobody: the origin's address refuses connections."""
         with mock.patch.object(pkgproxy, "connect_fastest", side_effect=ConnectionRefusedError(errno.ECONNREFUSED, "refused")):
             self.origin.drop()
-            until(lambda: not self.origin._open)
+            until(lambda: not self.origin.open_connections)
             return self.ask(path)
 
     def test_an_answer_ends_the_trouble(self):
@@ -4633,14 +4758,6 @@ class TroubleTest(ProxyCase):
         self.assertEqual(self.ask("/x").status, 503)
 
 
-class FieldOrigin(ScriptedOrigin):
-    """A scripted origin whose pages may depend on the request: ``respond`` makes the page from its fields."""
-
-    def _behave(self, connection, method, fields, page):
-        respond = getattr(page, "respond", None)
-        return super()._behave(connection, method, fields, respond(fields) if respond else page)
-
-
 class IsolationTest(ProxyCase):
     """No client's request decides what another client gets."""
 
@@ -4649,7 +4766,7 @@ class IsolationTest(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        self.origin = FieldOrigin()
+        self.origin = ScriptedOrigin()
         self.addCleanup(self.origin.close)
 
     def guard_pages(self, control, *more, **settings):
@@ -4744,7 +4861,7 @@ class IsolationTest(ProxyCase):
                         answer = ClientResponse(connection.getresponse())
                     self.settle()
                     self.assertRegex(self.outcome(answer), outcome)
-                self.assertLessEqual(set(self.origin.log[-1][2]), {"host", "via", "accept", "accept-language", "accept-encoding", "cache-control",
+                self.assertLessEqual(set(self.origin.log[-1].fields), {"host", "via", "accept", "accept-language", "accept-encoding", "cache-control",
                                                                    "pragma", "user-agent", "if-none-match", "if-modified-since"})
 
     def test_a_request_with_another_field_is_for_its_client_alone(self):
@@ -4791,7 +4908,7 @@ class IsolationTest(ProxyCase):
         """The answers to a client whose request waits at the origin until another waits for the same, and to that."""
         self.settle()
         self.origin.drop()  # a connection that was used before would be replaced without a word
-        until(lambda: not self.origin._open)
+        until(lambda: not self.origin.open_connections)
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages[path] = [ScriptedResponse(steps=[gate, *pages[0]]), *pages[1:]]
@@ -4814,7 +4931,7 @@ class IsolationTest(ProxyCase):
                 self.assertEqual((leader.status, follower.status, follower.body), (502, 200, b"x"))
                 self.assertIn("hit", self.outcome(self.ask(path)))
         leader, follower = self.follow("/g_1.0_all.deb", [b""], ScriptedResponse(steps=[b""]))
-        self.assertEqual((leader.status, follower.status, self.origin.asked("/g_1.0_all.deb")), (502, 502, ["GET"] * 2))
+        self.assertEqual((leader.status, follower.status, self.origin.methods("/g_1.0_all.deb")), (502, 502, ["GET"] * 2))
 
     def test_a_follower_gets_no_stale_index_because_of_its_leader(self):
         self.origin.pages[self.INDEX] = ScriptedResponse(b"old")
@@ -4913,7 +5030,7 @@ class UserinfoTest(ProxyCase):
                          "GET http://me:secret@127.0.0.1:1/ HTTP/2.0", "GET http://me:secret@@127.0.0.1:1/@x HTTP/1.1"):
                 for more in ("Host: a", "Host: me:secret@host", "Authorization : Basic secret", "Host: a\r\n secret", "Authorization: secret\1"):
                     with self.subTest(line=line, more=more):
-                        answer = self.raw(("%s\r\n%s\r\nConnection: close\r\n\r\n" % (line, more)).encode())
+                        answer = self.send_raw(("%s\r\n%s\r\nConnection: close\r\n\r\n" % (line, more)).encode())
                         self.assertRegex(answer, rb"\AHTTP/1\.1 [45]")
                         self.assertNotIn(b"secret", answer)
                 self.settle()
@@ -5091,8 +5208,8 @@ class ResumeTest(ProxyCase):
         self.origin.pages[self.path] = [self.broken(300_000), self.broken(300_000, start=300_000), ScriptedResponse(self.body, etag='"x"')]
         answer = self.ask(self.path)
         self.assertEqual(answer.body, self.body)
-        self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=300000-", "bytes=600000-"])
-        self.assertEqual([row[2].get("if-range") for row in self.origin.log], [None, '"x"', '"x"'])
+        self.assertEqual([entry.fields.get("range") for entry in self.origin.log], [None, "bytes=300000-", "bytes=600000-"])
+        self.assertEqual([entry.fields.get("if-range") for entry in self.origin.log], [None, '"x"', '"x"'])
         self.assertEqual(self.files(), {self.place("x_1.0_all.deb"): self.body})
         self.assertEqual(self.counters()["statsDownBytes"], len(self.body))
 
@@ -5123,7 +5240,7 @@ class ResumeTest(ProxyCase):
                 one.request("GET", self.origin.url(self.path))
                 self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
             self.settle()
-        self.assertNotIn("range", [name for row in self.origin.log for name in row[2]])
+        self.assertNotIn("range", [name for entry in self.origin.log for name in entry.fields])
 
     def test_a_503_on_the_way_is_waited_out(self):
         self.origin.pages[self.path] = [self.broken(300_000), ScriptedResponse(b"no", 503), ScriptedResponse(b"no", 429), ScriptedResponse(self.body, etag='"x"')]
@@ -5152,7 +5269,7 @@ class ResumeTest(ProxyCase):
         self.start()
         answer = self.ask(self.path)
         self.assertEqual((answer.status, answer.body), (200, self.body))
-        self.assertEqual(self.origin.log[-1][2]["range"], "bytes=300000-")
+        self.assertEqual(self.origin.log[-1].fields["range"], "bytes=300000-")
         self.settle()
         self.assertEqual(self.ask(self.path)["Cache-Status"], "pkgproxy; hit")
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
@@ -5197,7 +5314,7 @@ class OrphanTest(ProxyCase):
         self.assertEqual(self.files(), {})
         with mock.patch.object(pkgproxy.PartialFile, "has_readers", return_value=True):
             self.assertEqual(self.ask("/x_1_all.deb").body, body)
-        self.assertEqual(self.origin.log[-1][2]["range"], "bytes=400000-")
+        self.assertEqual(self.origin.log[-1].fields["range"], "bytes=400000-")
 
 
     def test_one_that_brings_a_trickle_stops(self):
@@ -5249,7 +5366,7 @@ class LookupTest(ProxyCase):
             return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
 
         def visit(name, address):
-            one = socket.create_connection(self.address, PATIENCE, (address, 0))
+            one = self.open_client(source=address)
             self.addCleanup(one.close)
             one.sendall(b"GET http://%s.test/x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % name)
             return one
@@ -5263,17 +5380,17 @@ class LookupTest(ProxyCase):
                 if number < 2:
                     until(lambda: len(asked) == number + 1)  # noqa: B023
                 else:
-                    answer = b"".join(iter(lambda: waiting.recv(999), b""))  # noqa: B023
+                    answer = read_to_end(waiting)
                     self.assertRegex(answer, rb"(?s)\AHTTP/1\.1 503 .*Retry-After: 5\r\n.*Too many names are being looked up\.\n\Z")
                 waiting.close()
             self.assertEqual(asked, [b"mute0.test", b"mute1.test"])
             other = visit(b"quick", "127.0.0.2")
-            self.assertIn(b"HTTP/1.1 200 ", b"".join(iter(lambda: other.recv(999), b"")))
+            self.assertIn(b"HTTP/1.1 200 ", read_to_end(other))
             gate.open()
             self.settle()
             until(lambda: not self.proxy._origin._addresses._quota._used)
             again = visit(b"mute9", "127.0.0.1")
-            self.assertIn(b"HTTP/1.1 200 ", b"".join(iter(lambda: again.recv(999), b"")))
+            self.assertIn(b"HTTP/1.1 200 ", read_to_end(again))
 
     def test_what_is_remembered_of_failures_takes_little_memory_however_many_and_long_their_names_are(self):
         tracemalloc.start()
@@ -5777,7 +5894,7 @@ class FaultTest(ProxyCase):
         gate, head = Gate(), b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: "new"\r\n\r\n' % (1 << 20)
 
         def reset():
-            for connection in list(self.origin._open):
+            for connection in list(self.origin.open_connections):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             gate.open()
 
@@ -6109,7 +6226,7 @@ class FaultTest(ProxyCase):
     def test_another_process_is_killed_during_a_download(self):
         self.kill_another_process()
         got = self.download()
-        self.assertEqual(self.origin.log[-1][2]["range"], "bytes=400000-", "no byte is downloaded twice")
+        self.assertEqual(self.origin.log[-1].fields["range"], "bytes=400000-", "no byte is downloaded twice")
         return got
 
     @fault()
@@ -6117,7 +6234,7 @@ class FaultTest(ProxyCase):
         self.kill_another_process()
         self.fail_power()
         got = self.download()
-        self.assertNotIn("range", self.origin.log[-1][2])
+        self.assertNotIn("range", self.origin.log[-1].fields)
         return got
 
     @fault()
@@ -6297,8 +6414,8 @@ class BoundsTest(ProxyCase):
         self.origin.pages["/x_1_all.deb"] = ScriptedResponse(b"x")
         with contextlib.ExitStack() as stack:
             for _ in range(500):
-                one = stack.enter_context(socket.create_connection(self.address, PATIENCE))
-                one.sendall(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % self.origin.url("/x_1_all.deb").encode())
+                one = stack.enter_context(self.open_client())
+                one.sendall(self.raw_request("/x_1_all.deb"))
                 self.assertTrue(one.recv(12).startswith(b"HTTP/1.1 200"))
             self.assertEqual(self.ask("/x_1_all.deb").body, b"x")
             self.assertLess(process.status("VmRSS") - self.before[2], 40_000)
@@ -6308,7 +6425,7 @@ class BoundsTest(ProxyCase):
         process = self.start_process()
         self.origin.pages["/x_1_all.deb"] = ScriptedResponse(b"x")
         with contextlib.ExitStack() as stack:
-            slow = [stack.enter_context(socket.create_connection(self.address, PATIENCE)) for _ in range(500)]
+            slow = [stack.enter_context(self.open_client()) for _ in range(500)]
             for round_ in b"GET h":
                 for one in slow:
                     one.send(bytes([round_]))
@@ -6610,7 +6727,7 @@ class InstancesCase(ProxyCase):
         self.assertEqual([path for path, body in done if bodies[path] != body], [])
         self.assertEqual(len(done), 100 * len(jobs))
         self.settle()
-        self.assertEqual({path: self.origin.asked(path) for path in bodies}, dict.fromkeys(bodies, ["GET"]))
+        self.assertEqual({path: self.origin.methods(path) for path in bodies}, dict.fromkeys(bodies, ["GET"]))
         self.assertEqual(self.files(), {self.place(path[1:]): body for path, body in bodies.items()})
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
@@ -6625,7 +6742,7 @@ class InstancesCase(ProxyCase):
         gate.open()
         self.assertEqual([b"".join((self.body[:1], each.read())) == self.body for each in followers], [True] * 3)
         self.settle()
-        self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=400000-"])
+        self.assertEqual([entry.fields.get("range") for entry in self.origin.log], [None, "bytes=400000-"])
         self.assertEqual(self.files(), {self.place(self.BIG[1:]): self.body})
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
@@ -6650,7 +6767,7 @@ class InstancesTest(InstancesCase):
         gate.open()
         self.assertEqual(follower.read(), self.body[400_000:])
         self.assertEqual(first.read(), self.body[1:])
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
     def test_the_leader_is_killed_and_the_followers_go_on(self):
         self.check_the_leader_is_killed(self.another())
@@ -6670,7 +6787,7 @@ class InstancesTest(InstancesCase):
         threading.Timer(0.1, gate.open).start()
         self.assertEqual(self.ask(self.BIG, Range="bytes=700000-700009").body, self.body[700_000:700_010])
         self.assertEqual(first.read(), self.body[1:])
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
     def test_what_another_instance_may_not_store_each_asks_for_itself(self):
         gate = Gate()
@@ -6740,7 +6857,7 @@ class InstancesTest(InstancesCase):
             os.truncate(partial.path, 400_000)
             gate.open()
             self.assertEqual((follower.read(), first.read()), (self.body[1:], self.body[400_000:]))
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
     @contextlib.contextmanager
     def instance(self, boot=""):
@@ -6803,7 +6920,7 @@ class InstancesTest(InstancesCase):
         gate.open()
         self.address = self.under_the_unit().address
         self.assertEqual(self.ask(self.BIG).body, self.body)
-        self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=400000-"])
+        self.assertEqual([entry.fields.get("range") for entry in self.origin.log], [None, "bytes=400000-"])
 
     def test_an_instance_under_the_unit_and_one_started_by_hand_follow_each_other(self):
         unit = self.under_the_unit()
@@ -6815,7 +6932,7 @@ class InstancesTest(InstancesCase):
             self.assertEqual((first.read(), second.read()), (self.body[400_000 - 399_999:], self.body[400_000:]))
             self.settle()
             self.ask(self.BIG, "DELETE")
-        self.assertEqual(self.origin.asked(self.BIG).count("GET"), 2)
+        self.assertEqual(self.origin.methods(self.BIG).count("GET"), 2)
 
     def test_the_name_of_a_boot_is_one_whoever_tells_it(self):
         for told, environment, name in (
@@ -6922,7 +7039,7 @@ class SharedAddressTest(InstancesCase):
                     self.assertRaises((http.client.IncompleteRead, OSError), client.read)
                 else:
                     self.assertEqual(self.body[:1] + client.read(), self.body)
-        self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=400000-"], "one download in all")
+        self.assertEqual([entry.fields.get("range") for entry in self.origin.log], [None, "bytes=400000-"], "one download in all")
         for _ in range(8):  # all clients come to the other
             self.assertEqual(self.body[:1] + self.begin(self.shared).read(), self.body)
         self.assertEqual(len(self.origin.log), 2)
@@ -6997,7 +7114,7 @@ class MemcachedTest(InstancesCase):
         leader.process.kill()
         gate.open()
         self.assertEqual([b"".join((self.body[:1], each.read())) == self.body for each in followers], [True] * 2)
-        self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=400000-"])
+        self.assertEqual([entry.fields.get("range") for entry in self.origin.log], [None, "bytes=400000-"])
 
     def test_a_lease_lasts_as_long_as_its_download(self):
         gate, other = self.held(), self.another()
@@ -7007,7 +7124,7 @@ class MemcachedTest(InstancesCase):
         follower = self.begin(self.address)
         gate.open()
         self.assertEqual((response.read(), follower.read()), (self.body[1:], self.body[1:]))
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
     def test_who_has_lost_its_lease_gives_what_it_has_and_stores_nothing(self):
         gate = self.held()
@@ -7043,7 +7160,7 @@ class MemcachedTest(InstancesCase):
             self.assertEqual((first.read(), follower.read()), (self.body[1:], self.body[1:]))
             self.settle()
         self.assertEqual([re.sub(r" at .*", "", line) for line in caught.output], ["WARNING:pkgproxy:memcached"])
-        self.assertEqual(self.origin.asked(self.BIG), ["GET"])
+        self.assertEqual(self.origin.methods(self.BIG), ["GET"])
         self.assertEqual(set(self.files()), {self.place(self.BIG[1:]), self.place("y_1.0_all.deb")})
         self.memcached.start()
         for server in self.proxy._claims.leases._servers:
@@ -7061,7 +7178,7 @@ class MemcachedTest(InstancesCase):
         gate.open()
         self.memcached.say("delete %s\r\n" % self.lease())
         self.assertEqual(self.ask(self.BIG).body, self.body)
-        self.assertEqual(self.origin.log[-1][2]["range"], "bytes=400000-")
+        self.assertEqual(self.origin.log[-1].fields["range"], "bytes=400000-")
         self.settle()
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
@@ -7302,19 +7419,19 @@ class PagesTest(ProxyCase):
         us = "http://127.0.0.1:%d" % self.address[1]
         self.assertIn(b"export http_proxy=" + us.encode(), self.ask(us + "/", Accept="text/plain").body)
         self.assertEqual(self.ask(us + "/healthz?x").body, b"ok\n")
-        self.assertEqual(self.raw(b"GET %s HTTP/1.0\r\n\r\n" % us.encode()).partition(b" ")[2][:3], b"200")
+        self.assertEqual(self.send_raw(b"GET %s HTTP/1.0\r\n\r\n" % us.encode()).partition(b" ")[2][:3], b"200")
 
     def test_the_address_is_that_by_which_the_page_was_reached(self):
         for host, shown in (("Proxy.lan:3142", b"proxy.lan:3142"), ("proxy", b"proxy:80"),
                             ("me:pw@[::1]:9", b"[::1]:9"), (None, b"127.0.0.1:%d" % self.address[1])):
             lines = b"GET / HTTP/1.0\r\n" + (b"Host: %s\r\n" % host.encode() if host else b"")
             with self.subTest(host=host):
-                self.assertIn(b"export http_proxy=http://" + shown + b"\n", self.raw(lines + b"\r\n"))
+                self.assertIn(b"export http_proxy=http://" + shown + b"\n", self.send_raw(lines + b"\r\n"))
 
     def test_a_hostile_host_shows_nowhere(self):
         for host in (b"<script>", b'a"b', b"a'b;reboot", b"a b", b"a:b", b"$(reboot)"):
             with self.subTest(host=host):
-                answer = self.raw(b"GET /setup/detect.sh HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
+                answer = self.send_raw(b"GET /setup/detect.sh HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
                 self.assertIn(b"HTTP/1.1 400", answer)
                 self.assertNotIn(b"#!/bin/sh", answer)
 
@@ -7547,9 +7664,6 @@ class ServerTest(ProxyCase):
         super().setUp()
         self.origin.pages.update({"/x_%d.deb" % n: ScriptedResponse(b"%d" % n * 100) for n in range(10)})
 
-    def line(self, path, version=b"1.1", more=b""):
-        return b"GET %s HTTP/%s\r\nHost: a\r\n%s\r\n" % (self.origin.url(path).encode(), version, more)
-
     def test_connections_stay_open(self):
         with self.connection() as connection:
             connection.connect()
@@ -7560,31 +7674,31 @@ class ServerTest(ProxyCase):
             self.assertIs(connection.sock, first)
 
     def test_ten_pipelined_requests_are_answered_in_order(self):
-        data = b"".join(self.line("/x_%d.deb" % n) for n in range(9)) + self.line("/x_9.deb", more=b"Connection: close\r\n")
+        data = b"".join(self.raw_request("/x_%d.deb" % n) for n in range(9)) + self.raw_request("/x_9.deb", more=b"Connection: close\r\n")
         for _ in range(2):
-            answers = self.raw(data).split(b"HTTP/1.1 200 Whatever\r\n")[1:]
+            answers = self.send_raw(data).split(b"HTTP/1.1 200 Whatever\r\n")[1:]
             self.assertEqual([answer[-100:] for answer in answers], [b"%d" % n * 100 for n in range(10)])
 
     def test_a_head_in_many_pieces(self):
-        with socket.create_connection(self.address, PATIENCE) as connection:
-            for byte in self.line("/x_1.deb", more=b"Connection: close\r\n"):
+        with self.open_client() as connection:
+            for byte in self.raw_request("/x_1.deb", more=b"Connection: close\r\n"):
                 connection.sendall(bytes([byte]))
-            self.assertTrue(b"".join(iter(lambda: connection.recv(999), b"")).endswith(b"1" * 100))
+            self.assertTrue(read_to_end(connection).endswith(b"1" * 100))
 
     def test_http_1_0(self):
         for _ in range(2):
-            answer = self.raw(self.line("/x_1.deb", b"1.0"))
+            answer = self.send_raw(self.raw_request("/x_1.deb", version=b"1.0"))
             self.assertIn(b"\r\nConnection: close\r\n", answer)
             self.assertTrue(answer.endswith(b"1" * 100))
         self.origin.pages["/c_1.0.deb"] = ScriptedResponse(b"c" * 100, chunked=True)
-        answer = self.raw(self.line("/c_1.0.deb", b"1.0"))
+        answer = self.send_raw(self.raw_request("/c_1.0.deb", version=b"1.0"))
         self.assertNotIn(b"chunked", answer)
         self.assertTrue(answer.endswith(b"\r\n\r\n" + b"c" * 100))
 
     def test_an_http_1_0_client_may_keep_its_connection(self):
-        with socket.create_connection(self.address, PATIENCE) as connection:
+        with self.open_client() as connection:
             for _ in range(2):
-                connection.sendall(self.line("/x_1.deb", b"1.0", b"Connection: keep-alive\r\n"))
+                connection.sendall(self.raw_request("/x_1.deb", version=b"1.0", more=b"Connection: keep-alive\r\n"))
                 data = b""
                 while not data.endswith(b"1" * 100):
                     data += connection.recv(999)
@@ -7592,27 +7706,27 @@ class ServerTest(ProxyCase):
 
     def test_head_and_small_body_leave_together(self):
         self.ask("/x_1.deb")
-        with socket.create_connection(self.address, PATIENCE) as connection:
-            connection.sendall(self.line("/x_1.deb"))
+        with self.open_client() as connection:
+            connection.sendall(self.raw_request("/x_1.deb"))
             self.assertTrue(connection.recv(65536).endswith(b"1" * 100))
 
     def test_expect_100_continue(self):
-        with mock.patch.object(pkgproxy, "CONTINUE_TIMEOUT", 0.05), socket.create_connection(self.address, PATIENCE) as connection:
+        with mock.patch.object(pkgproxy, "CONTINUE_TIMEOUT", 0.05), self.open_client() as connection:
             connection.sendall(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nExpect: 100-continue\r\n"
                                b"Connection: close\r\n\r\n" % self.origin.url("/x_1.deb").encode())
             self.assertEqual(connection.recv(999), b"HTTP/1.1 100 Continue\r\n\r\n")
             connection.sendall(b"body")
-            self.assertIn(b" 200 ", b"".join(iter(lambda: connection.recv(999), b"")))
-        self.assertEqual(self.origin.log[-1][3], b"body")
+            self.assertIn(b" 200 ", read_to_end(connection))
+        self.assertEqual(self.origin.log[-1].body, b"body")
 
     def test_a_body_that_does_not_come_is_the_clients_fault(self):
         data = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nshort" % self.origin.url("/x_1.deb").encode()
-        with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.1), socket.create_connection(self.address, PATIENCE) as connection:
+        with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.1), self.open_client() as connection:
             connection.sendall(data)
             self.assertEqual(connection.recv(12), b"HTTP/1.1 408")
 
     def test_a_head_that_drips_is_cut_off(self):
-        with mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.2), socket.create_connection(self.address, PATIENCE) as connection:
+        with mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.2), self.open_client() as connection:
             with contextlib.suppress(OSError):
                 while True:
                     connection.sendall(b"G")
@@ -7621,15 +7735,15 @@ class ServerTest(ProxyCase):
             self.assertEqual(connection.recv(12), b"HTTP/1.1 408")
 
     def test_an_idle_connection_is_closed_without_a_word(self):
-        with mock.patch.object(pkgproxy, "IDLE_TIMEOUT", 0.1), socket.create_connection(self.address, PATIENCE) as connection:
-            connection.sendall(self.line("/x_1.deb"))
-            answer = b"".join(iter(lambda: connection.recv(999), b""))
+        with mock.patch.object(pkgproxy, "IDLE_TIMEOUT", 0.1), self.open_client() as connection:
+            connection.sendall(self.raw_request("/x_1.deb"))
+            answer = read_to_end(connection)
         self.assertEqual(len(re.findall(rb"(?m)^HTTP/1\.1 ", answer)), 1)
         self.assertTrue(answer.endswith(b"1" * 100))
 
     def test_what_was_refused_is_named_in_the_log(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
-            self.raw(b"CONNECT example.org:22 HTTP/1.1\r\nHost: example.org\r\n\r\n")
+            self.send_raw(b"CONNECT example.org:22 HTTP/1.1\r\nHost: example.org\r\n\r\n")
             until(lambda: caught.records)
         self.assertIn("CONNECT example.org:22 (", caught.records[0].getMessage())
 
@@ -7638,7 +7752,7 @@ class ServerTest(ProxyCase):
                          ["10.0.0.1", "::1", "10.0.0.1", "::ffff:a00:1"])
 
     def test_a_body_that_ends_early_is_not_sent_on_as_whole(self):
-        with socket.create_connection(self.address, PATIENCE) as connection:
+        with self.open_client() as connection:
             connection.sendall(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nshort" % self.origin.url("/x_1.deb").encode())
             connection.shutdown(socket.SHUT_WR)
             self.assertEqual(connection.recv(12), b"HTTP/1.1 400")
@@ -7646,9 +7760,9 @@ class ServerTest(ProxyCase):
 
     def test_who_may_not_come_in_gets_a_403(self):
         self.start(Config(allow=("203.0.113.0/24",)))
-        with socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as connection:
-            connection.sendall(self.line("/x_1.deb", more=b"Connection: close\r\n"))
-            answer = b"".join(iter(lambda: connection.recv(999), b""))
+        with self.open_client(source="127.0.0.2") as connection:
+            connection.sendall(self.raw_request("/x_1.deb", more=b"Connection: close\r\n"))
+            answer = read_to_end(connection)
         self.assertEqual(answer[:12], b"HTTP/1.1 403")
         self.assertIn(b"127.0.0.2 may not use this proxy; its operator can add --allow", answer)
         self.assertEqual(self.origin.log, [])
@@ -7658,8 +7772,8 @@ class ServerTest(ProxyCase):
         self.origin.pages["/big_1.0.deb"] = ScriptedResponse(os.urandom(8 << 20))
         with mock.patch.object(self.server, "handle_error") as failed:
             for _ in range(2):
-                with socket.create_connection(self.address, PATIENCE) as connection:
-                    connection.sendall(self.line("/big_1.0.deb"))
+                with self.open_client() as connection:
+                    connection.sendall(self.raw_request("/big_1.0.deb"))
                     connection.recv(10)
                 self.settle()
         failed.assert_not_called()
@@ -7667,19 +7781,19 @@ class ServerTest(ProxyCase):
     def test_when_there_is_no_room_the_longest_idle_makes_place(self):
         self.server.room.most = 3
         with contextlib.ExitStack() as stack:
-            idle = [stack.enter_context(socket.create_connection(self.address, PATIENCE)) for _ in range(3)]
+            idle = [stack.enter_context(self.open_client()) for _ in range(3)]
             for connection in idle:
-                connection.sendall(self.line("/x_1.deb"))
+                connection.sendall(self.raw_request("/x_1.deb"))
                 self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
             until(lambda: sum(visitor.answered for visitor in self.server.room._visitors) == 3)
             victim = min(self.server.room._visitors, key=lambda visitor: visitor.waiting_since).connection.getpeername()
             self.assertEqual(self.ask("/x_2.deb").status, 200)
             until(lambda: self.server.room._count == 2)
             gone = next(connection for connection in idle if connection.getsockname() == victim)
-            self.assertEqual(b"".join(iter(lambda: gone.recv(999), b""))[-100:], b"1" * 100)
+            self.assertEqual(read_to_end(gone)[-100:], b"1" * 100)
             for connection in idle:
                 if connection is not gone:
-                    connection.sendall(self.line("/x_1.deb"))
+                    connection.sendall(self.raw_request("/x_1.deb"))
                     self.assertTrue(connection.recv(999))
 
     def test_descriptors_that_are_out_are_waited_for(self):
@@ -7859,7 +7973,7 @@ class StrictServerTest(ProxyCase):
         self.assertGreater(len(self.REQUESTS), 80)
         for data, status, section in self.REQUESTS:
             with self.subTest(data=data[:90], section=section):
-                answer = self.raw((data + self.GOOD + b"\r\n").replace(self.URL, url))
+                answer = self.send_raw((data + self.GOOD + b"\r\n").replace(self.URL, url))
                 self.assertEqual(answer[:12], b"HTTP/1.1 %d" % status)
                 self.assertEqual(len(re.findall(rb"(?m)^HTTP/1\.1 ", answer)), 1, "and nothing after it")
                 self.assertIn(b"\r\nConnection: close\r\n", answer)
@@ -7906,11 +8020,11 @@ class StrictServerTest(ProxyCase):
                 (post.replace(b"POST", b"GET") + b"Content-Length: 4\r\n\r\nbody", b"body"),
                 (b"POST %s HTTP/1.0\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\nbody" % url, b"body")):
             with self.subTest(data=data):
-                self.assertIn(b"x" * 50, self.raw(data))
-                method, target, fields, received = self.origin.log[-1]
-                self.assertEqual((target, received), ("/x_1.0.deb", body))
-                self.assertEqual(fields["host"], "127.0.0.1:%d" % self.origin.port)
-                self.assertEqual({"upgrade", "te", "connection", "x-private", "proxy-connection", "trailer", "expect"} & set(fields), set())
+                self.assertIn(b"x" * 50, self.send_raw(data))
+                entry = self.origin.log[-1]
+                self.assertEqual((entry.target, entry.body), ("/x_1.0.deb", body))
+                self.assertEqual(entry.fields["host"], "127.0.0.1:%d" % self.origin.port)
+                self.assertEqual({"upgrade", "te", "connection", "x-private", "proxy-connection", "trailer", "expect"} & set(entry.fields), set())
 
     def test_an_origin_that_is_odd_but_clear(self):
         body = b"Content-Length: 4\r\n\r\nbody"
@@ -7928,8 +8042,8 @@ class StrictServerTest(ProxyCase):
         url = self.origin.url("/x").encode()
         data = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n" % url
         # One that refuses gets no body, and the client is not asked for it.
-        self.origin._answer = lambda connection, file: connection.sendall(b"HTTP/1.1 417 No\r\nContent-Length: 0\r\n\r\n")
-        self.assertEqual(self.raw(data)[:12], b"HTTP/1.1 417")
+        self.origin.answer_request = lambda connection, file: connection.sendall(b"HTTP/1.1 417 No\r\nContent-Length: 0\r\n\r\n")
+        self.assertEqual(self.send_raw(data)[:12], b"HTTP/1.1 417")
         # One that says nothing gets it after a moment; one that agrees, at once.
         for wait in (0.05, PATIENCE):
             def agree(connection, file, wait=wait):
@@ -7938,12 +8052,12 @@ class StrictServerTest(ProxyCase):
                     connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
                 connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n" + (file.read(4) if b"100-continue" in head else b"lost"))
 
-            self.origin._answer = agree
-            with mock.patch.object(pkgproxy, "CONTINUE_TIMEOUT", wait), socket.create_connection(self.address, PATIENCE) as one:
+            self.origin.answer_request = agree
+            with mock.patch.object(pkgproxy, "CONTINUE_TIMEOUT", wait), self.open_client() as one:
                 one.sendall(data)
                 self.assertEqual(one.recv(99), b"HTTP/1.1 100 Continue\r\n\r\n")
                 one.sendall(b"body")
-                self.assertTrue(b"".join(iter(lambda: one.recv(999), b"")).endswith(b"\r\n\r\nbody"))
+                self.assertTrue(read_to_end(one).endswith(b"\r\n\r\nbody"))
 
     def test_over_tls_nobody_looks_ahead_for_an_answer_to_expect(self):
         tls = mock.Mock(spec=["pending", "recv"])
@@ -7961,13 +8075,13 @@ class StrictServerTest(ProxyCase):
         answer = self.ask("/x", "OPTIONS", Max_Forwards="0")
         self.assertEqual((answer.status, answer.body), (200, b""))
         self.assertIn("GET, HEAD", answer["Allow"])
-        self.assertIn(b"\r\nAllow: GET, HEAD", self.raw(b"OPTIONS * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"))
+        self.assertIn(b"\r\nAllow: GET, HEAD", self.send_raw(b"OPTIONS * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"))
         self.assertEqual(self.origin.log, [])
         for method, sent, passed in (("OPTIONS", "7", "6"), ("TRACE", "1", "0"), ("GET", "0", None), ("OPTIONS", None, None)):
             self.ask("/x", method, **({"Max_Forwards": sent} if sent else {}))
-            self.assertEqual(self.origin.log[-1][2].get("max-forwards"), passed)
-        self.raw(b"OPTIONS http://127.0.0.1:%d HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.port)
-        self.assertEqual(self.origin.log[-1][:2], ("OPTIONS", "*"))
+            self.assertEqual(self.origin.log[-1].fields.get("max-forwards"), passed)
+        self.send_raw(b"OPTIONS http://127.0.0.1:%d HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.port)
+        self.assertEqual((self.origin.log[-1].method, self.origin.log[-1].target), ("OPTIONS", "*"))
 
     def test_our_own_answers_run_nothing_and_change_nothing(self):
         for method, path, status in (("GET", "/", 200), ("HEAD", "/debug/vars", 200), ("POST", "/", 405), ("DELETE", "/debug/vars", 405),
@@ -7986,8 +8100,8 @@ class StrictServerTest(ProxyCase):
 
     def test_what_comes_from_outside_is_harmless_in_the_log(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
-            self.raw(b"GET http://a/\x1b[31m HTTP/1.1\r\nHost: a\r\n\r\n")
-            self.raw(b"G\x9bT http://a/ HTTP/1.1\r\nHost: a\r\n\r\n")
+            self.send_raw(b"GET http://a/\x1b[31m HTTP/1.1\r\nHost: a\r\n\r\n")
+            self.send_raw(b"G\x9bT http://a/ HTTP/1.1\r\nHost: a\r\n\r\n")
             until(lambda: len(caught.records) == 2)
         for record in caught.records:
             self.assertTrue(record.getMessage().isprintable(), record.getMessage())
@@ -8058,10 +8172,10 @@ class FuzzTest(ProxyCase):
         with self.assertNoBug(), mock.patch.object(pkgproxy, "resolve_addresses", side_effect=OSError("no such name")), mock.patch.object(
                 pkgproxy, "CLIENT_TIMEOUT", 0.05), mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.05):
             for data in self.mutants(250):
-                with contextlib.suppress(ConnectionError), socket.create_connection(self.address, PATIENCE) as one:
+                with contextlib.suppress(ConnectionError), self.open_client() as one:
                     one.sendall(data)
                     one.shutdown(socket.SHUT_WR)
-                    answer = b"".join(iter(lambda: one.recv(65536), b""))
+                    answer = read_to_end(one)
                     self.assertRegex(answer[:13], rb"\A(?:HTTP/1\.1 [1-5]\d\d |\Z)", data)
             self.settle()
         self.assertEqual(self.own("/debug/vars").status, 200)
@@ -8087,9 +8201,9 @@ class AccessTest(ProxyCase):
 
     def ask_as(self, client, line):
         """The answer to a request line, from a client on this host or on another."""
-        with socket.create_connection(self.address, PATIENCE, (client, 0)) as one:
+        with self.open_client(source=client) as one:
             one.sendall(line.encode() + b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-            return b"".join(iter(lambda: one.recv(65536), b""))
+            return read_to_end(one)
 
     def test_what_only_this_host_may_reach(self):
         for address, guarded in (
@@ -8151,12 +8265,12 @@ class AccessTest(ProxyCase):
             self.assertEqual(answer[:12], b"HTTP/1.1 403")
             self.assertNotIn(b"secret", answer)
             self.assertIn(b"secret", self.ask_as("127.0.0.1", url + path), "they still have it")
-        with socket.create_connection(self.address, PATIENCE) as near:
+        with self.open_client() as near:
             near.sendall(("%s/slow_1.0.deb HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % url).encode())
             self.assertIn(b"200", near.recv(12))
             self.assertEqual(self.ask_as(self.FAR, url + "/slow_1.0.deb")[:12], b"HTTP/1.1 403")
             gate.open()
-            self.assertTrue(b"".join(iter(lambda: near.recv(999), b"")).endswith(b"secret" * 9))
+            self.assertTrue(read_to_end(near).endswith(b"secret" * 9))
 
     def test_a_client_on_this_host_is_not_refused_for_another_that_leads(self):
         gate, answers = Gate(), []
@@ -8248,9 +8362,9 @@ class AccessTest(ProxyCase):
             tried = [stack.enter_context(parser) for parser in parsers]
             for data in sent:
                 with self.subTest(data=data[:40]):
-                    with socket.create_connection(self.address, PATIENCE, (self.FAR, 0)) as one:
+                    with self.open_client(source=self.FAR) as one:
                         one.sendall(data)
-                        answer = b"".join(iter(lambda: one.recv(65536), b""))
+                        answer = read_to_end(one)
                     head, _, body = answer.partition(b"\r\n\r\n")
                     self.assertEqual((head[:12], body), (b"HTTP/1.1 403", b"127.0.0.2 may not use this proxy; its operator can add --allow.\n"))
                     self.assertIn(b"\r\nContent-Length: %d\r\n" % len(body), head)
@@ -8258,10 +8372,10 @@ class AccessTest(ProxyCase):
 
     def test_a_refused_client_that_does_not_leave_is_seen_off(self):
         self.start(Config(allow=("203.0.113.0/24",)))
-        with mock.patch.object(pkgproxy, "LINGER_TIMEOUT", 0.1), socket.create_connection(self.address, PATIENCE, (self.FAR, 0)) as silent, \
-                socket.create_connection(self.address, PATIENCE, (self.FAR, 0)) as one:
+        with mock.patch.object(pkgproxy, "LINGER_TIMEOUT", 0.1), self.open_client(source=self.FAR) as silent, \
+                self.open_client(source=self.FAR) as one:
             one.sendall(b"G")
-            self.assertTrue(b"".join(iter(lambda: one.recv(65536), b"")).startswith(b"HTTP/1.1 403"))
+            self.assertTrue(read_to_end(one).startswith(b"HTTP/1.1 403"))
             until(lambda: len(self.server.lobby._visitors) < 2, "its end, though it has not closed")
             silent.sendall(b"G")
             self.assertTrue(silent.recv(12).startswith(b"HTTP/1.1 403"), "who has said nothing yet is told all the same")
@@ -8326,7 +8440,7 @@ class AccessTest(ProxyCase):
                 ("localhost.evil.example", False), ("local.evil.example", False), ("evil.example.org", False), ("notgiven.example.org", False)):
             for path in (*paths, "http://%s:%d/%s" % (host, port, url)):
                 with self.subTest(host=host, path=path):
-                    answer = self.raw(("GET %s HTTP/1.1\r\nHost: %s:%d\r\nConnection: close\r\n\r\n" % (path, host, port)).encode())
+                    answer = self.send_raw(("GET %s HTTP/1.1\r\nHost: %s:%d\r\nConnection: close\r\n\r\n" % (path, host, port)).encode())
                     status, body = int(answer[9:12]), answer.partition(b"\r\n\r\n")[2]
                     self.assertEqual(status, 421 if not ours else 404 if path == "/nothing" else 200)
                     if not ours:
@@ -8336,8 +8450,8 @@ class AccessTest(ProxyCase):
         for host in ("evil.example", "wpad.evil.example"):
             for line in ("GET http://127.0.0.1:%d/x_1.0.deb HTTP/1.1" % self.origin.port, "GET /wpad.dat HTTP/1.1"):
                 with self.subTest("no matter", host=host, line=line):
-                    self.assertIn(b" 200 ", self.raw(("%s\r\nHost: %s:%d\r\nConnection: close\r\n\r\n" % (line, host, port)).encode())[:13])
-        self.assertIn(b" 200 ", self.raw(b"GET /status.json HTTP/1.0\r\n\r\n")[:13], "what sends no Host field is no browser")
+                    self.assertIn(b" 200 ", self.send_raw(("%s\r\nHost: %s:%d\r\nConnection: close\r\n\r\n" % (line, host, port)).encode())[:13])
+        self.assertIn(b" 200 ", self.send_raw(b"GET /status.json HTTP/1.0\r\n\r\n")[:13], "what sends no Host field is no browser")
 
     def test_no_password_is_written_to_the_log(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
@@ -8349,7 +8463,7 @@ class AccessTest(ProxyCase):
         self.assertEqual([pkgproxy.parse_ports(text) for text in ("none", "443", "443,8443")], [(), (443,), (443, 8443)])
         for text in ("", "x", "0", "70000", "443,", "443 8443", "-1"):
             self.assertRaises(ValueError, pkgproxy.parse_ports, text)
-        answer = self.raw(b"CONNECT a.test:8443 HTTP/1.1\r\nHost: a.test\r\n\r\n")
+        answer = self.send_raw(b"CONNECT a.test:8443 HTTP/1.1\r\nHost: a.test\r\n\r\n")
         self.assertIn(b"CONNECT may not lead to port 8443; the operator can add --connect-ports. What is fetched with http:// needs none", answer)
 
 
@@ -8366,7 +8480,7 @@ class TunnelTest(ProxyCase):
 
     def open(self, early=b""):
         """Both ends of a tunnel."""
-        client = socket.create_connection(self.address, PATIENCE)
+        client = self.open_client()
         self.addCleanup(client.close)
         client.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port + early)
         server, _ = self.listener.accept()
@@ -8380,10 +8494,10 @@ class TunnelTest(ProxyCase):
         self.assertEqual(server.recv(99), b"hello")
         client.sendall(b"more")
         client.shutdown(socket.SHUT_WR)
-        self.assertEqual(b"".join(iter(lambda: server.recv(99), b"")), b"more")
+        self.assertEqual(read_to_end(server), b"more")
         server.sendall(b"answer")
         server.close()
-        self.assertEqual(b"".join(iter(lambda: client.recv(99), b"")), b"answer")
+        self.assertEqual(read_to_end(client), b"answer")
         counters = self.counters()
         self.assertEqual((counters["statsTunnelBytes"], counters["statsOutcomes"]["tunnel"]), (15, 1))
         self.assertEqual((counters["statsDownBytes"], counters["statsCacheBytes"]), (0, 0))
@@ -8431,7 +8545,7 @@ class TunnelTest(ProxyCase):
             return real(proxy, asked)
 
         with mock.patch.object(pkgproxy.Proxy, "connect_tunnel", late), self.assertLogs("pkgproxy", "INFO") as caught:
-            one = socket.create_connection(self.address, PATIENCE)
+            one = self.open_client()
             one.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
             until(lambda: self.server.replies_running)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -8443,20 +8557,20 @@ class TunnelTest(ProxyCase):
 
     def test_failures_are_told_in_a_sentence(self):
         self.listener.close()
-        answer = self.raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
+        answer = self.send_raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
         self.assertRegex(answer, rb"(?s)\AHTTP/1\.1 502 .*\r\n\r\n127\.0\.0\.1:\d+ cannot be asked: Connection refused\.\n\Z")
         self.start(Config(addrs=(), connect_ports=()))
-        self.assertIn(b" 403 ", self.raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port))
+        self.assertIn(b" 403 ", self.send_raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port))
         self.start(Config(addrs=(), offline=True))
-        self.assertIn(b" 504 ", self.raw(b"CONNECT 127.0.0.1:443 HTTP/1.1\r\nHost: a\r\n\r\n"))
+        self.assertIn(b" 504 ", self.send_raw(b"CONNECT 127.0.0.1:443 HTTP/1.1\r\nHost: a\r\n\r\n"))
 
     def test_one_client_has_half_of_the_tunnels(self):
         with mock.patch.object(pkgproxy, "MAX_CONNECTIONS", 8):
             self.start(Config(addrs=(), connect_ports=(self.port,)))
         ask = b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port
         ends = [self.open() for _ in range(2)]
-        self.assertIn(b"HTTP/1.1 503 ", self.raw(ask))
-        with socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as other:
+        self.assertIn(b"HTTP/1.1 503 ", self.send_raw(ask))
+        with self.open_client(source="127.0.0.2") as other:
             other.sendall(ask)
             self.assertIn(b"HTTP/1.1 200 ", other.recv(999))
         for end in ends[0]:
@@ -8467,7 +8581,7 @@ class TunnelTest(ProxyCase):
     def test_no_more_than_so_many_tunnels_at_once(self):
         self.server.room.tunnels = pkgproxy.Quota(1)
         self.open()
-        answer = self.raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
+        answer = self.send_raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
         self.assertIn(b"HTTP/1.1 503 ", answer)
         self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
 
@@ -8485,22 +8599,6 @@ class EventLoopTest(ProxyCase):
         self.stack = contextlib.ExitStack()
         self.addCleanup(lambda: self.stack.close())
 
-    def visit(self, data=b""):
-        one = self.stack.enter_context(socket.create_connection(self.address, PATIENCE))
-        one.sendall(data)
-        return one
-
-    def line(self, path="/x_1.0.deb", more=b"", method=b"GET"):
-        return b"%s %s HTTP/1.1\r\nHost: a\r\n%s\r\n" % (method, self.origin.url(path).encode(), more)
-
-    def read(self, one, length):
-        data = b""
-        while len(data.partition(b"\r\n\r\n")[2]) < length:
-            more = one.recv(65536)
-            self.assertTrue(more, data[:300])
-            data += more
-        return data
-
     def one_that_does_not_read(self):
         """A client that asks for 200 hits of 60 KB, and for which the first is being sent."""
         self.origin.pages["/z_1.0.deb"] = ScriptedResponse(b"z" * 60_000)
@@ -8509,7 +8607,7 @@ class EventLoopTest(ProxyCase):
         slow = self.stack.enter_context(socket.socket())
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(self.address)
-        slow.sendall(self.line("/z_1.0.deb") * 200)
+        slow.sendall(self.raw_request("/z_1.0.deb") * 200)
         until(lambda: self.server.lobby.sending)
         return slow
 
@@ -8528,8 +8626,8 @@ class EventLoopTest(ProxyCase):
                 (b"", b"GET", b"200", 4096), (b"", b"HEAD", b"200", 0), (b"Range: bytes=0-9\r\n", b"GET", b"206", 10),
                 (b"If-None-Match: %s\r\n" % tag, b"GET", b"304", 0)):
             with self.subTest(method=method, more=more):
-                one = self.visit(self.line(more=more, method=method) * 2)
-                data = self.read(one, 2 * length)
+                one = self.open_client(self.raw_request(more=more, method=method) * 2)
+                data = self.read_response(one, 2 * length)
                 while data.count(b"HTTP/1.1 ") < 2:
                     data += one.recv(65536)
                 self.assertEqual(data[9:12], status)
@@ -8542,18 +8640,18 @@ class EventLoopTest(ProxyCase):
         attend, seen = self.server.serve_in_thread, []
         self.patched(self.server, "serve_in_thread", lambda visitor: (seen.append(visitor), attend(visitor)))
         self.origin.pages["/y_1.0.deb"] = ScriptedResponse(b"y")
-        one = self.visit()
+        one = self.open_client()
         for path, length, threads in (("/x_1.0.deb", 4096, 0), ("/y_1.0.deb", 1, 1), ("/x_1.0.deb", 4096, 1),
                                       ("/big_1.0.deb", 3_000_000, 2), ("/x_1.0.deb", 4096, 2)):
-            one.sendall(self.line(path))
-            self.read(one, length)
+            one.sendall(self.raw_request(path))
+            self.read_response(one, length)
             self.assertEqual(len(seen), threads)
 
     def test_requests_sent_at_once_are_answered_in_order(self):
         self.origin.pages["/y_1.0.deb"] = ScriptedResponse(b"y" * 5000)
         order = ["/x_1.0.deb", "/y_1.0.deb", "/x_1.0.deb", "/big_1.0.deb", "/x_1.0.deb", "/y_1.0.deb"]
         bodies = {"/x_1.0.deb": bytes(range(256)) * 16, "/y_1.0.deb": b"y" * 5000, "/big_1.0.deb": b"b" * 3_000_000}
-        one = self.visit(b"".join(map(self.line, order)))
+        one = self.open_client(b"".join(map(self.raw_request, order)))
         with one.makefile("rb") as file:
             for path in order:
                 head = b"".join(iter(file.readline, b"\r\n"))
@@ -8562,26 +8660,26 @@ class EventLoopTest(ProxyCase):
 
     def test_a_head_that_comes_byte_by_byte_waits_there(self):
         self.no_threads()
-        one = self.visit()
+        one = self.open_client()
         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for byte in self.line():
+        for byte in self.raw_request():
             one.sendall(bytes((byte,)))
-        self.assertTrue(self.read(one, 4096).startswith(b"HTTP/1.1 200 "))
+        self.assertTrue(self.read_response(one, 4096).startswith(b"HTTP/1.1 200 "))
 
     def test_a_head_that_never_ends_is_told_so(self):
         with mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.1):
-            self.assertTrue(self.visit(b"GET http://a/x HTTP/1.1\r\nHo").recv(999).startswith(b"HTTP/1.1 408 "))
-            self.assertEqual(self.visit().recv(999), b"")
+            self.assertTrue(self.open_client(b"GET http://a/x HTTP/1.1\r\nHo").recv(999).startswith(b"HTTP/1.1 408 "))
+            self.assertEqual(self.open_client().recv(999), b"")
 
     def test_an_idle_connection_is_closed(self):
         with mock.patch.object(pkgproxy, "IDLE_TIMEOUT", 0.1):
-            one = self.visit(self.line())
-            self.read(one, 4096)
+            one = self.open_client(self.raw_request())
+            self.read_response(one, 4096)
             self.assertEqual(one.recv(999), b"")
 
     def test_a_client_that_does_not_read_holds_up_nobody_and_is_seen_off(self):
         self.one_that_does_not_read()
-        self.read(self.visit(self.line()), 4096)
+        self.read_response(self.open_client(self.raw_request()), 4096)
         until(lambda: self.server.replies_running == 1)
         with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.05):
             until(lambda: not self.server.lobby.sending)
@@ -8655,36 +8753,36 @@ class EventLoopTest(ProxyCase):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         answer = self.patched(self.server.desk, "try_hot_path", mock.Mock(wraps=self.server.desk.try_hot_path))
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
-            one = self.visit()
+            one = self.open_client()
             for _ in range(3):
-                one.sendall(self.line())
-                self.assertIn(b"; hit", self.read(one, 4096))
+                one.sendall(self.raw_request())
+                self.assertIn(b"; hit", self.read_response(one, 4096))
             self.assertEqual(answer.call_count, 1, "the others are known by their bytes")
             self.page.body, self.page.etag = b"n" * 4096, '"new"'
             os.unlink(path)
-            one.sendall(self.line())
-            self.assertTrue(self.read(one, 4096).endswith(b"n"))
+            one.sendall(self.raw_request())
+            self.assertTrue(self.read_response(one, 4096).endswith(b"n"))
 
     def test_who_comes_when_a_file_has_gone_does_not_get_it_in_the_same_turn(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
-        early, late, find = self.visit(), [], self.server.lobby._shelf.get
+        early, late, find = self.open_client(), [], self.server.lobby._shelf.get
 
         def found(asked, config):
             copy = find(asked, config)
             if copy is not None and not late:  # it was good just now: somebody removes it, and comes
                 os.unlink(path)
-                late.append(self.visit(self.line()))
+                late.append(self.open_client(self.raw_request()))
                 self.server._accept()
             return copy
 
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
-            early.sendall(self.line())
-            self.assertIn(b"; hit", self.read(early, 4096))
+            early.sendall(self.raw_request())
+            self.assertIn(b"; hit", self.read_response(early, 4096))
             self.patched(self.server.lobby._shelf, "get", found)
-            early.sendall(self.line())
-            self.assertIn(b"; hit", self.read(early, 4096))
-            self.assertTrue(self.read(late[0], 4096).endswith(b"n"))
+            early.sendall(self.raw_request())
+            self.assertIn(b"; hit", self.read_response(early, 4096))
+            self.assertTrue(self.read_response(late[0], 4096).endswith(b"n"))
 
     def test_who_asks_for_more_when_a_file_has_gone_does_not_get_it_in_the_same_turn(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
@@ -8701,27 +8799,27 @@ class EventLoopTest(ProxyCase):
             if copy is not None and not late:  # it was good just now: somebody removes it, and asks once more
                 os.unlink(path)
                 guest, there = next(pair for pair in pairs if come(pair[1]))
-                guest.sendall(self.line())
-                until(lambda: come(there) == 2 * len(self.line()))
+                guest.sendall(self.raw_request())
+                until(lambda: come(there) == 2 * len(self.raw_request()))
                 late.append(guest)
             return copy
 
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
-            guests = [self.visit(), self.visit()]
+            guests = [self.open_client(), self.open_client()]
             for guest in guests:
-                guest.sendall(self.line())
-                self.assertIn(b"; hit", self.read(guest, 4096))
+                guest.sendall(self.raw_request())
+                self.assertIn(b"; hit", self.read_response(guest, 4096))
             there = {visitor.address: visitor.connection for visitor in self.server.lobby._visitors}
             pairs = [(guest, there[guest.getsockname()]) for guest in guests]
             self.patched(self.server.lobby.watchman, "select", lambda timeout: (came.open(), gate.pass_through(), select(timeout))[2])
             came.pass_through()
             self.patched(self.server.lobby._shelf, "get", found)
             for guest in guests:
-                guest.sendall(self.line())
+                guest.sendall(self.raw_request())
             until(lambda: all(come(there) for _, there in pairs))
             gate.open()
             until(lambda: late)
-            self.assertTrue(self.read(late[0], 2 * 4096).endswith(b"n"))
+            self.assertTrue(self.read_response(late[0], 2 * 4096).endswith(b"n"))
 
     def test_a_file_that_goes_while_it_is_looked_up_is_sent_once(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
@@ -8736,10 +8834,10 @@ class EventLoopTest(ProxyCase):
 
         self.patched(self.proxy._store, "lookup", lookup)
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
-            one = self.visit(self.line())
-            self.assertIn(b"; hit", self.read(one, 4096))  # it was there when it was asked for
-            one.sendall(self.line())
-            self.assertTrue(self.read(one, 4096).endswith(b"n"))
+            one = self.open_client(self.raw_request())
+            self.assertIn(b"; hit", self.read_response(one, 4096))  # it was there when it was asked for
+            one.sendall(self.raw_request())
+            self.assertTrue(self.read_response(one, 4096).endswith(b"n"))
 
     def test_what_is_cut_off_at_the_end_is_counted_and_logged(self):
         self.one_that_does_not_read()
@@ -8751,14 +8849,14 @@ class EventLoopTest(ProxyCase):
         self.assertGreater(self.snapshot()["statsOutcomes"]["hit"], before)
 
     def test_what_is_given_in_one_turn_is_counted_and_logged_for_each(self):
-        before, guests = self.snapshot(), [self.visit() for _ in range(20)]
+        before, guests = self.snapshot(), [self.open_client() for _ in range(20)]
         until(lambda: len(self.server.lobby._visitors) >= 20)
         select = self.server.lobby.watchman.select
         gate = Gate()
         self.patched(self.server.lobby.watchman, "select", lambda timeout: (gate.pass_through(), select(timeout))[1])
         with self.assertLogs("pkgproxy", "INFO") as caught:
             for guest in guests:
-                guest.sendall(self.line() * 3)
+                guest.sendall(self.raw_request() * 3)
             gate.open()
             for guest in guests:
                 with guest.makefile("rb") as file:
@@ -8795,27 +8893,27 @@ class EventLoopTest(ProxyCase):
 
     def test_five_hundred_idle_connections_take_no_thread(self):
         before = threading.active_count()
-        guests = [self.visit(self.line()) for _ in range(500)]
+        guests = [self.open_client(self.raw_request()) for _ in range(500)]
         for guest in guests:
-            self.read(guest, 4096)
+            self.read_response(guest, 4096)
         self.assertLessEqual(threading.active_count(), before + 1)
 
     def test_who_asks_for_much_at_once_takes_turns_with_the_others(self):
         order, others, desk = [], [], self.server.desk
         answer = desk.try_hot_path
-        greedy = self.visit()
+        greedy = self.open_client()
 
         def noted(visitor, *more):
             if not order:  # while the first of fifty is answered, another client comes
-                others.append(self.visit(self.line()))
+                others.append(self.open_client(self.raw_request()))
             order.append(visitor.address == greedy.getsockname())
             return answer(visitor, *more)
 
         self.patched(desk, "try_hot_path", noted)
-        greedy.sendall(self.line() * 50)
+        greedy.sendall(self.raw_request() * 50)
         until(lambda: len(order) == 51)
         self.assertLess(order.index(False), 49)
-        self.read(others[0], 4096)
+        self.read_response(others[0], 4096)
 
     def test_an_answer_under_way_is_not_cut_to_make_room(self):
         self.one_that_does_not_read()
@@ -8836,7 +8934,7 @@ class EventLoopTest(ProxyCase):
         visitor = pkgproxy.ClientConnection(mine, ("127.0.0.1", 9), self.server.lobby.add)
         visitor._place = ("127.0.0.1", self.server.server_address[1])
         visitor.waiting_since -= 1000
-        theirs.sendall(self.line())
+        theirs.sendall(self.raw_request())
         yield visitor
 
     def test_who_comes_as_it_starts_is_let_in_at_once(self):
@@ -8845,8 +8943,8 @@ class EventLoopTest(ProxyCase):
         serving.start()
         try:
             with socket.create_connection(server.server_address, PATIENCE) as one:
-                one.sendall(self.line())
-                self.read(one, 4096)
+                one.sendall(self.raw_request())
+                self.read_response(one, 4096)
         finally:
             server.shutdown()
             server.server_close()
@@ -8855,21 +8953,21 @@ class EventLoopTest(ProxyCase):
     def test_what_fails_in_the_loop_does_not_end_it(self):
         with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "admit_parked", side_effect=[ValueError, None]) as relieve:
             until(lambda: relieve.call_count >= 2)
-        self.read(self.visit(self.line()), 4096)
+        self.read_response(self.open_client(self.raw_request()), 4096)
 
     def test_what_fails_in_the_loop_each_time_keeps_nobody_out(self):
         with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "admit_parked", side_effect=ValueError) as relieve:
             for times in (2, 4):
                 until(lambda times=times: relieve.call_count >= times)
-                self.read(self.visit(self.line()), 4096)
+                self.read_response(self.open_client(self.raw_request()), 4096)
 
     def test_a_bug_costs_its_client_and_nobody_else(self):
         answer = self.server.desk.try_hot_path
         self.patched(self.server.desk, "try_hot_path", lambda visitor, *more: (
             1 // 0 if b"bug" in visitor.buffered else answer(visitor, *more)))
         with self.assertLogs("pkgproxy", "ERROR"):
-            self.assertEqual(self.visit(self.line("/bug")).recv(999), b"")
-        self.read(self.visit(self.line()), 4096)
+            self.assertEqual(self.open_client(self.raw_request("/bug")).recv(999), b"")
+        self.read_response(self.open_client(self.raw_request()), 4096)
 
     def test_where_a_head_ends(self):
         for data, end in ((b"", 0), (b"GET / HTTP/1.1\r\n", 0), (b"GET / HTTP/1.1\r\n\r\nmore", 18), (b"GET /\n\n", -1),
@@ -8968,44 +9066,37 @@ class ConnectionLimiterTest(ProxyCase):
     def setUp(self):
         super().setUp()
         self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"x")
-        self.stack = contextlib.ExitStack()
-        self.addCleanup(lambda: self.stack.close())
 
-    def visit(self, address="127.0.0.1", data=b""):
-        one = self.stack.enter_context(socket.create_connection(self.address, PATIENCE, (address, 0)))
-        one.sendall(data)
-        return one
-
-    def get(self, address="127.0.0.1"):
-        one = self.visit(address, b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % self.origin.url("/x_1.0.deb").encode())
+    def ask_from(self, address="127.0.0.1"):
+        one = self.open_client(source=address, data=self.raw_request("/x_1.0.deb"))
         return one.recv(12)
 
     def test_half_a_head_makes_place_where_there_is_no_room(self):
         self.server.room.most = 4
         with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", 0.05):
             for _ in range(12):
-                self.visit(data=b"GET http")
-            self.assertEqual(self.get(), b"HTTP/1.1 200")
+                self.open_client(b"GET http")
+            self.assertEqual(self.ask_from(), b"HTTP/1.1 200")
 
     def test_one_client_has_half_the_room_and_the_others_are_served(self):
         self.server.room.most = 8
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
-        line = b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.url("/slow_1.0.deb").encode()
-        greedy = [self.visit(data=line) for _ in range(10)]
+        line = self.raw_request("/slow_1.0.deb", b"Connection: close\r\n")
+        greedy = [self.open_client(line) for _ in range(10)]
         until(lambda: len(self.server.room._parked) == 6)
-        self.assertEqual(self.get("127.0.0.2"), b"HTTP/1.1 200")
+        self.assertEqual(self.ask_from("127.0.0.2"), b"HTTP/1.1 200")
         gate.open()
         for one in greedy:
-            self.assertTrue(b"".join(iter(lambda: one.recv(999), b"")).endswith(b"slow"))  # noqa: B023
+            self.assertTrue(read_to_end(one).endswith(b"slow"))
 
     def test_slow_ones_that_are_parked_are_not_in_the_way_for_long(self):
         self.server.room.most = 8
         with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", 0.05):
             for _ in range(11):
-                self.visit(data=b"GET http")
-            self.assertEqual(self.get(), b"HTTP/1.1 200")
+                self.open_client(b"GET http")
+            self.assertEqual(self.ask_from(), b"HTTP/1.1 200")
 
     def test_who_reads_a_trickle_makes_room_when_it_is_needed_and_who_reads_does_not(self):
         self.server.room.most = 5
@@ -9013,23 +9104,22 @@ class ConnectionLimiterTest(ProxyCase):
         self.origin.pages["/large_1.0.deb"] = ScriptedResponse(body)
         self.assertEqual(self.ask("/large_1.0.deb").body, body)
         self.settle()
-        line = b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.url("/large_1.0.deb").encode()
+        line = self.raw_request("/large_1.0.deb", b"Connection: close\r\n")
 
         def read(one, received):
             while data := one.recv(64 << 10):
                 received += data
                 time.sleep(0.002)  # a client that is slow, but reads
 
-        self.addCleanup(until, lambda: not self.server.room._visitors)  # after the connections are closed
-        self.addCleanup(self.stack.close)
+        self.addCleanup(until, lambda: not self.server.room._visitors)  # runs after the connections are closed
         with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.1):
-            reader, received = self.visit("127.0.0.3", line), bytearray()
+            reader, received = self.open_client(line, "127.0.0.3"), bytearray()
             reading = threading.Thread(target=read, args=(reader, received))
             reading.start()
-            trickling = [self.visit("127.0.0.4", line) for _ in range(4)]
+            trickling = [self.open_client(line, "127.0.0.4") for _ in range(4)]
             until(lambda: sum(visitor.rate < pkgproxy.MIN_RATE for visitor in tuple(self.server.room._visitors)) >= 4)
             self.assertEqual(len(self.server.room._visitors), 5, "nobody had to leave while there was room")
-            self.assertEqual(self.get("127.0.0.2"), b"HTTP/1.1 200")
+            self.assertEqual(self.ask_from("127.0.0.2"), b"HTTP/1.1 200")
             reading.join(PATIENCE)
         self.assertEqual(received.partition(b"\r\n\r\n")[2], body)
         self.assertEqual(len(trickling), 4)
@@ -9072,18 +9162,18 @@ class ConnectionLimiterTest(ProxyCase):
         self.addCleanup(gate.open)
         self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
         self.server.room._per_client_limit = lambda: 1
-        line = b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % self.origin.url("/slow_1.0.deb").encode()
+        line = self.raw_request("/slow_1.0.deb")
         for _ in range(5):
-            self.visit(data=line)
+            self.open_client(line)
         until(lambda: len(self.server.room._parked) == 4)
-        one = self.visit()
-        answer = b"".join(iter(lambda: one.recv(999), b""))
+        one = self.open_client()
+        answer = read_to_end(one)
         self.assertEqual(answer[:12], b"HTTP/1.1 503")
         self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
 
     def test_a_body_that_drips_is_cut_off(self):
         with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.1):
-            one = self.visit(data=b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n" % self.origin.url("/x_1.0.deb").encode())
+            one = self.open_client(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n" % self.origin.url("/x_1.0.deb").encode())
             with contextlib.suppress(OSError):
                 while not select.select([one], [], [], 0.02)[0]:
                     one.sendall(b"x")
@@ -9573,179 +9663,6 @@ NAMES = [name for name, _, _ in PACKAGES]
 
 # --- The harness: an origin, a proxy, and clients that are run with a deadline -------------------
 
-class LoggedRequest:
-    """One request that an origin was asked, noted before the first byte of its answer leaves."""
-
-    def __init__(self, method, path, fields):
-        self.method, self.path, self.fields = method, urllib.parse.unquote(path), fields
-        self.status = 0
-        self.sent = 0  # body bytes handed to the connection
-
-    def __repr__(self):
-        return f"{self.method} {self.path} {self.status} {self.sent}"
-
-
-class OriginHandler(http.server.BaseHTTPRequestHandler):
-    """Files with all that RFC 9110 says about validators, preconditions and ranges."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    timeout = 30
-    server: OriginServer
-
-    def log_message(self, *_):
-        """Stay silent: the log is a list."""
-
-    def do_GET(self):
-        self.asked = LoggedRequest(self.command, self.path.partition("?")[0], self.headers)
-        self.server.log.append(self.asked)
-        file = self.server.folder / self.asked.path.lstrip("/")
-        if self.server.served.onward:
-            return self.answer(301, {"Location": self.server.served.onward + self.path}, b"")
-        if file.is_dir():
-            file /= "index.html"
-        if not file.is_file():
-            return self.answer(404, {"Content-Type": "text/plain"}, b"There is no such file.\n")
-        about, body = file.stat(), file.read_bytes()
-        media = {".html": "text/html", ".json": "application/json"}
-        fields = {"Content-Type": media.get(file.suffix, "application/octet-stream")}
-        if not self.server.validators:
-            return self.answer(200, fields, body)
-        fields.update({
-            "ETag": f'"{about.st_mtime_ns:x}-{about.st_size:x}"', "Accept-Ranges": "bytes",
-            "Last-Modified": email.utils.formatdate(int(about.st_mtime), usegmt=True)})
-        if self.not_modified(fields, int(about.st_mtime)):
-            return self.answer(304, fields, b"")
-        ranges = self.ranges(fields, len(body))
-        if ranges is None:
-            return self.answer(200, fields, body)
-        return self.answer_ranges(fields, body, ranges)
-
-    do_HEAD = do_GET
-
-    def not_modified(self, fields, modified):
-        if "If-None-Match" in self.headers:
-            return fields["ETag"] in self.headers["If-None-Match"]
-        since = email.utils.parsedate_to_datetime(self.headers.get("If-Modified-Since", EPOCH))
-        return modified <= since.timestamp()
-
-    def ranges(self, fields, size):
-        """The satisfiable ranges that are asked for, or None where the whole file is."""
-        asked = re.fullmatch(r"bytes=([-0-9, ]+)", self.headers.get("Range", ""))
-        condition = self.headers.get("If-Range", fields["ETag"])
-        if not asked or condition not in (fields["ETag"], fields["Last-Modified"]):
-            return None
-        found = []
-        for first, last in re.findall(r"(\d*)-(\d*)", asked[1]):
-            begin = int(first) if first else max(0, size - int(last))
-            end = min(size, int(last) + 1) if first and last else size
-            found += [(begin, end)] if begin < end else []
-        return found
-
-    def answer_ranges(self, fields, body, ranges):
-        size = len(body)
-        if not ranges:
-            return self.answer(416, {"Content-Range": f"bytes */{size}"}, b"")
-        if len(ranges) == 1:
-            begin, end = ranges[0]
-            fields["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
-            return self.answer(206, fields, body[begin:end])
-        fields["Content-Type"] = "multipart/byteranges; boundary=PART"
-        parts = [b"\r\n--PART\r\nContent-Type: application/octet-stream\r\nContent-Range: bytes "
-                 b"%d-%d/%d\r\n\r\n%b" % (begin, end - 1, size, body[begin:end])
-                 for begin, end in ranges]
-        return self.answer(206, fields, b"".join(parts) + b"\r\n--PART--\r\n")
-
-    def answer(self, status, fields, body):
-        self.asked.status = status
-        self.send_response(status)
-        for name, value in fields.items():
-            self.send_header(name, value)
-        if status != 304:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        breaks = self.server.breaks.get(self.asked.path)
-        if breaks:
-            body, self.close_connection = body[:breaks.pop(0)], True
-        self.asked.sent = len(body)
-        self.wfile.write(body)
-
-
-EPOCH = "Thu, 01 Jan 1970 00:00:00 GMT"
-
-
-class OriginServer(http.server.ThreadingHTTPServer):
-    """A server whose connections can be cut, as those of a machine that goes down are."""
-
-    daemon_threads = False  # so that server_close() waits for the handlers
-    request_queue_size = 64
-
-    def __init__(self, address, served):
-        self.served = served
-        self.folder, self.log, self.breaks = served.folder, served.log, served.breaks
-        self.validators = served.validators
-        self.connections = []
-        super().__init__(address, OriginHandler)
-
-    def get_request(self):
-        connection, address = super().get_request()
-        self.connections.append(connection)
-        return connection, address
-
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], OSError):  # a client that left is none of our faults
-            super().handle_error(request, client_address)
-
-
-class FileOrigin:
-    """A folder on 127.0.0.1, served as a mirror would; `log` is what it was asked."""
-
-    def __init__(self, folder, validators=True, context=None):
-        self.folder, self.validators, self.context = Path(folder), validators, context
-        self.log = []
-        self.breaks = {}  # path: after how many bytes each next answer breaks off
-        self.onward = ""  # where everything is redirected to
-        self.port = 0
-        self.server = None
-        self.start()
-
-    @property
-    def name(self):
-        return f"127.0.0.1:{self.port}"
-
-    @property
-    def url(self):
-        return f"http://{self.name}"
-
-    def start(self):
-        self.server = OriginServer(("127.0.0.1", self.port), self)
-        self.port = self.server.server_address[1]
-        if self.context:
-            self.server.socket = self.context.wrap_socket(self.server.socket, server_side=True)
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def stop(self):
-        if not self.server:
-            return
-        self.server.shutdown()
-        for connection in self.server.connections:
-            with contextlib.suppress(OSError):  # closed long ago
-                connection.shutdown(socket.SHUT_RDWR)
-        self.server.server_close()
-        self.server = None
-
-    def asked(self, part=""):
-        """What was asked for with `part` in its path."""
-        return [asked for asked in self.log if part in asked.path]
-
-    def bodies(self, part=""):
-        """The paths with `part` in them of which bytes were sent, sorted."""
-        return sorted(asked.path for asked in self.asked(part)
-                      if asked.sent and asked.status in (200, 206))
-
-
 class ClientCase(unittest.TestCase):
     """A temporary folder, origins and proxies that go away with the test, and runs of clients."""
 
@@ -9783,7 +9700,7 @@ class ClientCase(unittest.TestCase):
 
     def serve(self, folder, validators=True):
         served = FileOrigin(folder, validators)
-        self.addCleanup(served.stop)
+        self.addCleanup(served.close)
         return served
 
     def run_client(self, *command, accept="0", **environment):
@@ -9945,7 +9862,7 @@ class AptRepository(Repository):
             self.write(f"{self.INDEX}/{name}", data)
             self.write(f"{self.INDEX}/by-hash/SHA256/{sha256(data)}", data)
             lines.append(f" {sha256(data)} {len(data)} main/binary-amd64/{name}\n")
-        release = (f"ScriptedOrigin: Test\nSuite: stable\nCodename: stable\nArchitectures: amd64\n"
+        release = (f"Origin: Test\nSuite: stable\nCodename: stable\nArchitectures: amd64\n"
                    f"Components: main\nAcquire-By-Hash: yes\nSHA256:\n{''.join(lines)}"
                    f"Date: {email.utils.formatdate(date, usegmt=True)}\n").encode()
         self.write("dists/stable/Release", release)
@@ -10265,7 +10182,7 @@ class PackageManagerScenarios(Mixin):
         raise NotImplementedError
 
     def source(self, url=None):
-        return url or self.origin.url
+        return url or self.origin.base_url
 
     def machine(self, name):
         return self.make_client(self, name, self.proxy_url, self.source())
@@ -10285,14 +10202,14 @@ class PackageManagerScenarios(Mixin):
     def other_mirror(self):
         """A mirror of the same repository, on another address and in another folder: itself, and its URL."""
         other = self.serve(self.repository.folder.parent)
-        return other, f"{other.url}/{self.repository.folder.name}"
+        return other, f"{other.base_url}/{self.repository.folder.name}"
 
     def check_only_proven(self, mirror, names=NAMES):
         """No byte of a package has come from a mirror but those that prove that it is the same."""
         for name in names:
             path = self.repository.packages[name]
             size = (self.repository.folder / path).stat().st_size
-            sent = sum(asked.sent for asked in mirror.asked(Path(path).name))
+            sent = sum(entry.sent for entry in mirror.requests(Path(path).name))
             self.assertEqual(sent, min(size, 2 * pkgproxy.PROOF_SIZE), path)
 
     def test_cold_every_package_arrives_and_is_stored_under_its_own_name(self):
@@ -10300,7 +10217,7 @@ class PackageManagerScenarios(Mixin):
         machine.fetch(*NAMES)
         self.check_all_arrived(machine)
         paths = sorted(f"/{path}" for path in self.repository.packages.values())
-        self.assertEqual(self.origin.bodies(self.package), paths, "each is asked for once")
+        self.assertEqual(self.origin.paths_sent(self.package), paths, "each is asked for once")
         stored = self.stored(self.origin)
         for path in paths:
             body = stored[path] if path in stored else stored[path.replace("+", "%2B")]  # as the client writes it
@@ -10311,10 +10228,10 @@ class PackageManagerScenarios(Mixin):
         machine = self.machine("second")
         machine.fetch(*NAMES)
         self.check_all_arrived(machine)
-        self.assertEqual(self.origin.asked(self.package), [])
-        self.assertEqual(self.origin.asked(self.content_named), [])
-        self.assertEqual(self.origin.bodies(), [])
-        self.assertEqual(sorted({asked.path for asked in self.origin.log}), self.revalidated)
+        self.assertEqual(self.origin.requests(self.package), [])
+        self.assertEqual(self.origin.requests(self.content_named), [])
+        self.assertEqual(self.origin.paths_sent(), [])
+        self.assertEqual(sorted({entry.path for entry in self.origin.log}), self.revalidated)
 
     def test_updated_a_version_published_in_between_is_seen_at_once(self):
         first = self.machine("first")
@@ -10325,14 +10242,14 @@ class PackageManagerScenarios(Mixin):
         second.fetch(*NAMES)
         self.check_all_arrived(second)
         new = [f"/{self.repository.packages['hello']}"]
-        self.assertEqual(self.origin.bodies(self.package), new)
+        self.assertEqual(self.origin.paths_sent(self.package), new)
         first.fetch("hello")
         self.assertIn(self.repository.digests(["hello"])[0], first.digests())
-        self.assertEqual(self.origin.bodies(self.package), new, "the second fetched it for both")
+        self.assertEqual(self.origin.paths_sent(self.package), new, "the second fetched it for both")
 
     def test_stopped_a_second_machine_gets_everything_without_the_origin(self):
         self.fill_the_cache()
-        self.origin.stop()
+        self.origin.close()
         machine = self.machine("second")
         machine.fetch(*NAMES)
         self.check_all_arrived(machine)
@@ -10340,10 +10257,10 @@ class PackageManagerScenarios(Mixin):
 
     def test_a_prefix_before_the_url_works_without_the_proxy_setting_and_with_it(self):
         for name, proxy_url in (("first", ""), ("second", self.proxy_url)):
-            machine = self.make_client(self, name, proxy_url, self.source(f"{self.proxy_url}/{self.origin.url}"))
+            machine = self.make_client(self, name, proxy_url, self.source(f"{self.proxy_url}/{self.origin.base_url}"))
             machine.fetch("libhello++")
             self.assertEqual(machine.digests(), self.repository.digests(["libhello++"]))
-        self.assertEqual(len(self.origin.bodies(self.package)), 1)
+        self.assertEqual(len(self.origin.paths_sent(self.package)), 1)
 
 
 class SignedCase(ClientCase):
@@ -10378,7 +10295,7 @@ class AptTest(PackageManagerScenarios, SignedCase):
         return AptRepository(self.folder / "repository", self.signer)
 
     def source(self, url=None):
-        return self.repository.source(url or self.origin.url)
+        return self.repository.source(url or self.origin.base_url)
 
     def test_another_mirror_sends_no_index_and_no_package_beyond_the_proof(self):
         self.fill_the_cache(options=["Acquire::By-Hash=force"])
@@ -10387,7 +10304,7 @@ class AptTest(PackageManagerScenarios, SignedCase):
         machine.fetch(*NAMES, options=["Acquire::By-Hash=force"])
         self.check_all_arrived(machine)
         self.check_only_proven(other)
-        self.assertEqual([asked.path for asked in other.log if asked.status == 200 and "/pool/" not in asked.path],
+        self.assertEqual([entry.path for entry in other.log if entry.status == 200 and "/pool/" not in entry.path],
                          ["/repository/dists/stable/InRelease"])
 
     def test_packages_that_apt_has_kept_are_adopted_also_those_with_an_epoch(self):
@@ -10412,7 +10329,7 @@ class AptTest(PackageManagerScenarios, SignedCase):
         self.machine("first").update(force)
         self.origin.log.clear()
         self.machine("second").update(force)
-        self.assertEqual([(asked.path, asked.status) for asked in self.origin.log],
+        self.assertEqual([(entry.path, entry.status) for entry in self.origin.log],
                          [("/dists/stable/InRelease", 304)])
 
     def test_without_by_hash_the_index_is_revalidated_and_never_outlives_its_release_file(self):
@@ -10420,14 +10337,14 @@ class AptTest(PackageManagerScenarios, SignedCase):
         self.machine("first").update(off)
         self.origin.log.clear()
         self.machine("second").update(off)
-        self.assertEqual([(asked.path, asked.status) for asked in self.origin.log],
+        self.assertEqual([(entry.path, entry.status) for entry in self.origin.log],
                          [("/dists/stable/InRelease", 304), (self.INDEX, 304)])
         self.publish_an_update()
         for name in ("third", "fourth"):
             machine = self.machine(name)
             machine.fetch("hello", options=off)
             self.assertEqual(machine.digests(), self.repository.digests(["hello"]))
-            self.origin.stop()  # the fourth has to do without it
+            self.origin.close()  # the fourth has to do without it
 
     def test_no_cache_asks_the_origin_again_for_everything_and_moves_nothing(self):
         no_cache = ["Acquire::http::No-Cache=true"]
@@ -10436,9 +10353,9 @@ class AptTest(PackageManagerScenarios, SignedCase):
             machine = self.machine(name)
             machine.fetch(*NAMES, options=no_cache)
             self.check_all_arrived(machine)
-            self.origin.stop()  # the third has to do without it
-        self.assertEqual({asked.status for asked in self.origin.log}, {304})
-        self.assertEqual(len(self.origin.asked("/pool/")), len(NAMES))
+            self.origin.close()  # the third has to do without it
+        self.assertEqual({entry.status for entry in self.origin.log}, {304})
+        self.assertEqual(len(self.origin.requests("/pool/")), len(NAMES))
 
     def test_no_store_passes_everything_and_stores_nothing(self):
         machine = self.machine("first")
@@ -10451,7 +10368,7 @@ class AptTest(PackageManagerScenarios, SignedCase):
         machine.update()
         self.origin.log.clear()
         self.assertRegex(machine.apt_get("update"), r"(?m)^Hit:1 .* InRelease$")
-        self.assertEqual([asked.status for asked in self.origin.log], [304])
+        self.assertEqual([entry.status for entry in self.origin.log], [304])
 
     def test_a_partial_package_is_completed_from_the_cache(self):
         self.fill_the_cache()
@@ -10474,8 +10391,8 @@ class AptTest(PackageManagerScenarios, SignedCase):
             raise failure
         for machine in machines:
             self.check_all_arrived(machine)
-        self.assertEqual(len(self.origin.bodies("/pool/")), len(NAMES))
-        self.assertEqual(len(self.origin.bodies("/by-hash/")), 1)
+        self.assertEqual(len(self.origin.paths_sent("/pool/")), len(NAMES))
+        self.assertEqual(len(self.origin.paths_sent("/by-hash/")), 1)
 
 
 def at_once(*jobs):
@@ -10513,12 +10430,12 @@ class PlainMirrorTest(SignedCase):
         repository.publish(int(time.time()) - 9 * DAY)
         origin = self.serve(repository.folder, validators=False)
         proxy_url = self.start_proxy()
-        AptClient(self, "first", proxy_url, repository.source(origin.url)).fetch(*NAMES)
+        AptClient(self, "first", proxy_url, repository.source(origin.base_url)).fetch(*NAMES)
         origin.log.clear()
-        machine = AptClient(self, "second", proxy_url, repository.source(origin.url))
+        machine = AptClient(self, "second", proxy_url, repository.source(origin.base_url))
         machine.fetch(*NAMES)
         self.assertEqual(machine.digests(), repository.digests())
-        self.assertEqual([asked.path for asked in origin.log], ["/dists/stable/InRelease"])
+        self.assertEqual([entry.path for entry in origin.log], ["/dists/stable/InRelease"])
 
 
 class HttpsTest(SignedCase):
@@ -10534,7 +10451,7 @@ class HttpsTest(SignedCase):
         self.repository.add_all()
         self.repository.publish(int(time.time()) - 9 * DAY)
         self.origin = FileOrigin(self.repository.folder, context=certificates.context())
-        self.addCleanup(self.origin.stop)
+        self.addCleanup(self.origin.close)
         self.url = f"https://localhost:{self.origin.port}"
 
     def test_apt_is_served_from_the_cache_by_each_way_in(self):
@@ -10545,13 +10462,13 @@ class HttpsTest(SignedCase):
             machine = AptClient(self, name, set_as_proxy, self.repository.source(source))
             machine.fetch(*NAMES)
             self.assertEqual(machine.digests(), self.repository.digests())
-        self.assertEqual(len(self.origin.bodies("/pool/")), len(NAMES))
+        self.assertEqual(len(self.origin.paths_sent("/pool/")), len(NAMES))
         self.assertEqual(len(self.stored_below(f"https^{place}", "/pool/")), len(NAMES))
 
     def test_apt_is_served_from_the_cache_where_http_redirects_to_https(self):
         plain = self.serve(self.repository.folder)
-        plain.onward = self.url
-        machine = AptClient(self, "machine", self.start_proxy("--ca-file", self.certificate), self.repository.source(plain.url))
+        plain.redirect_to = self.url
+        machine = AptClient(self, "machine", self.start_proxy("--ca-file", self.certificate), self.repository.source(plain.base_url))
         machine.fetch(*NAMES)
         self.assertEqual(machine.digests(), self.repository.digests())
         self.assertEqual(len(self.stored_below(plain.name, "/pool/")), len(NAMES))
@@ -10593,7 +10510,7 @@ class IndexedTest(ClientCase):
         folder.mkdir()
         served = FileOrigin(folder, context=self.certificates.context())
         served.url_here = f"https://localhost:{served.port}"
-        self.addCleanup(served.stop)
+        self.addCleanup(served.close)
         return served
 
     def write(self, served, path, data):
@@ -10627,8 +10544,8 @@ class IndexedTest(ClientCase):
         data = self.publish_wheels()
         for name in ("one", "two"):
             self.assertEqual(self.pip(name, "--index-url", f"{self.proxy_url}/{self.index.url_here}/simple/"), data)
-        self.assertEqual([asked.status for asked in self.index.asked("/simple/")], [200, 304])
-        self.assertEqual(len(self.files.bodies(".whl")), 1)
+        self.assertEqual([entry.status for entry in self.index.requests("/simple/")], [200, 304])
+        self.assertEqual(len(self.files.paths_sent(".whl")), 1)
 
     def test_npm_through_a_prefix_finds_the_files_in_the_cache_too(self):
         if not shutil.which("npm"):
@@ -10644,7 +10561,7 @@ class IndexedTest(ClientCase):
             self.run_client("npm", "pack", "@test/hello.json", "--registry", f"{self.proxy_url}/{self.index.url_here}/", "--cache", self.folder / name,
                             "--pack-destination", self.folder / name)
             self.assertEqual((self.folder / name / "test-hello-1.0.0.tgz").read_bytes(), data)
-        self.assertEqual(len(self.files.bodies(".tgz")), 1)
+        self.assertEqual(len(self.files.paths_sent(".tgz")), 1)
 
 
 class Browser:
@@ -10923,7 +10840,7 @@ class SetupTest(SignedCase):
         self.assertTrue(self.stored(self.origin))
 
     def apt(self, folder, text):
-        machine = AptClient(self, folder, "", self.repository.source(self.origin.url))
+        machine = AptClient(self, folder, "", self.repository.source(self.origin.base_url))
         with open(machine.folder / "apt.conf", "a") as file:
             file.write(text)
         return machine
@@ -10948,12 +10865,12 @@ class SetupTest(SignedCase):
         self.origin.log.clear()
         machine = self.apt("traveller", named)
         machine.fetch("hello")
-        self.assertTrue(self.origin.bodies("/pool/"), "from the origin itself")
+        self.assertTrue(self.origin.paths_sent("/pool/"), "from the origin itself")
 
     @unittest.skipUnless(os.geteuid() == 0, "dnf does its work for root only")
     def test_dnf(self):
         self.prepare(RpmRepository(self.folder / "repository", self.signer), "dnf", "rpmbuild", "createrepo_c")
-        machine = DnfClient(self, "machine", "", self.origin.url)
+        machine = DnfClient(self, "machine", "", self.origin.base_url)
         machine.write("dnf.conf", "[main]\n" + self.setup("dnf"))
         repo = machine.folder / "repos" / "test.repo"
         repo.write_text(repo.read_text().replace("proxy=\n", ""))
@@ -10964,12 +10881,12 @@ class SetupTest(SignedCase):
         """SUSE's /etc/profile.d reads that file into the environment; its library reads it itself."""
         self.prepare(RpmRepository(self.folder / "repository", self.signer), "zypper", "rpmbuild", "createrepo_c")
         script = self.setup("zypper") + '[ "$PROXY_ENABLED" = yes ] && printf %s "$HTTP_PROXY"\n'
-        self.check(ZypperClient(self, "machine", checked("sh", "-c", script).decode(), self.origin.url))
+        self.check(ZypperClient(self, "machine", checked("sh", "-c", script).decode(), self.origin.base_url))
 
     @unittest.skipUnless(os.geteuid() == 0, "pacman does its work for root only")
     def test_pacman(self):
         self.prepare(PacmanRepository(self.folder / "repository"), "pacman", "curl")
-        machine = PacmanClient(self, "machine", "", self.origin.url)
+        machine = PacmanClient(self, "machine", "", self.origin.base_url)
         machine.write("pkgproxy", self.setup("pacman"))
         more = pkgproxy.SETUP["pacman"][2].replace("/etc/pacman.conf", str(machine.folder / "pacman.conf"))
         checked("sh", "-c", "true" + more.replace("/etc/pacman.d/pkgproxy", str(machine.folder / "pkgproxy")))
@@ -10981,8 +10898,8 @@ class SetupTest(SignedCase):
         for name in ("env", "apk", "xbps"):
             file.write_text(self.setup(name))
             self.run_client("sh", "-c", ". %s; curl -fsS -o %s %s/core/os/x86_64/core.db" % (
-                file, self.folder / "db", self.origin.url), no_proxy="")
-        self.assertEqual(len(self.origin.bodies("core.db")), 1)
+                file, self.folder / "db", self.origin.base_url), no_proxy="")
+        self.assertEqual(len(self.origin.paths_sent("core.db")), 1)
 
 
 @unittest.skipUnless(shutil.which("ip") and hasattr(os, "geteuid") and os.geteuid() == 0, "no network namespaces for this user")
@@ -11112,7 +11029,7 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
                     gate.open()
                     self.assertEqual(data + response.read(), body)
                 self.assertEqual(head + first.stdout.read() == body, not dies)
-                self.assertEqual([row[2].get("range") for row in origin.log[before:]], [None, "bytes=400000-"][:1 + dies])
+                self.assertEqual([entry.fields.get("range") for entry in origin.log[before:]], [None, "bytes=400000-"][:1 + dies])
 
 
 class InterceptionTest(SignedCase):
@@ -11329,9 +11246,9 @@ class PacmanTest(PackageManagerScenarios, ClientCase):
             machine.fetch(*NAMES)
             self.check_all_arrived(machine)
             if name == "second":
-                self.origin.stop()  # the third is told 502, and takes that as well
-        signatures = self.origin.asked("/core.db.sig")
-        self.assertEqual([asked.status for asked in signatures], [404, 404])
+                self.origin.close()  # the third is told 502, and takes that as well
+        signatures = self.origin.requests("/core.db.sig")
+        self.assertEqual([entry.status for entry in signatures], [404, 404])
         self.assertEqual([path for path in self.stored(self.origin) if path.endswith(".sig")], [])
 
     def test_another_mirror_in_another_folder_sends_no_package_byte_beyond_the_proof(self):
@@ -11347,7 +11264,7 @@ class PacmanTest(PackageManagerScenarios, ClientCase):
         other, url = self.other_mirror()
         machine = self.make_client(self, "second", self.proxy_url, url)
         machine.fetch(*NAMES[:4])
-        other.stop()
+        other.close()
         machine.pacman("-Sw", *NAMES)
         self.check_all_arrived(machine)
 
@@ -11357,7 +11274,7 @@ class PacmanTest(PackageManagerScenarios, ClientCase):
         before = self.counters(self.proxy_url)
         machine.pacman("-Sy")
         after = self.counters(self.proxy_url)
-        self.assertEqual([asked.status for asked in self.origin.log], [200, 304])
+        self.assertEqual([entry.status for entry in self.origin.log], [200, 304])
         for counter in ("statsCacheBytes", "statsDownBytes"):
             self.assertEqual(after[counter], before[counter])
 
@@ -11383,7 +11300,7 @@ class DnfTest(RpmOccasions, SignedCase):
     revalidated = ["/repodata/repomd.xml"]
 
     def test_a_signed_index_and_its_signature_are_always_of_one_generation(self):
-        place = f"baseurl={self.origin.url}"
+        place = f"baseurl={self.origin.base_url}"
         first, second = self.machine("first"), self.machine("second")
         first.point_to(place, signed=True)
         second.point_to(place, signed=True)
@@ -11392,42 +11309,42 @@ class DnfTest(RpmOccasions, SignedCase):
         for machine in (first, second):
             machine.fetch("hello")
             self.assertEqual(machine.digests(), self.repository.digests(["hello"]))
-            self.origin.stop()  # the second has to do without it
+            self.origin.close()  # the second has to do without it
 
     def test_a_metalink_leads_past_a_dead_mirror(self):
         dead = self.serve(self.repository.folder)
-        dead.stop()
-        self.repository.write_metalink(dead.url, self.origin.url)
+        dead.close()
+        self.repository.write_metalink(dead.base_url, self.origin.base_url)
         machine = self.machine("first")
-        machine.point_to(f"metalink={self.origin.url}/metalink?repo=test&arch=x86_64")
+        machine.point_to(f"metalink={self.origin.base_url}/metalink?repo=test&arch=x86_64")
         machine.fetch(*NAMES)
         self.check_all_arrived(machine)
 
     def test_a_metalink_that_names_another_mirror_each_time_costs_a_proof(self):
         other, url = self.other_mirror()
-        place = f"metalink={self.origin.url}/metalink?repo=test&arch=x86_64"
-        for name, urls in (("first", (self.origin.url, url)), ("second", (url, self.origin.url))):
+        place = f"metalink={self.origin.base_url}/metalink?repo=test&arch=x86_64"
+        for name, urls in (("first", (self.origin.base_url, url)), ("second", (url, self.origin.base_url))):
             self.repository.write_metalink(*urls)
             machine = self.machine(name)
             machine.point_to(place)
             machine.fetch(*NAMES, options=["--setopt=max_parallel_downloads=1"])
             self.check_all_arrived(machine)
-        proven = [name for name in NAMES if other.asked(Path(self.repository.packages[name]).name)]
+        proven = [name for name in NAMES if other.requests(Path(self.repository.packages[name]).name)]
         self.assertTrue(proven)
         self.check_only_proven(other, proven)
-        self.assertEqual([path for path in other.bodies("-primary.xml")], [])
+        self.assertEqual([path for path in other.paths_sent("-primary.xml")], [])
 
     def test_a_mirror_list_is_asked_for_again_each_time(self):
-        self.repository.write("mirrorlist", f"{self.origin.url}\n".encode())
+        self.repository.write("mirrorlist", f"{self.origin.base_url}\n".encode())
         machine = self.machine("first")
-        machine.point_to(f"mirrorlist={self.origin.url}/mirrorlist")
+        machine.point_to(f"mirrorlist={self.origin.base_url}/mirrorlist")
         machine.fetch("hello")
         other = self.serve(self.repository.folder)
-        self.repository.write("mirrorlist", f"{other.url}\n".encode())
+        self.repository.write("mirrorlist", f"{other.base_url}\n".encode())
         second = self.machine("second")
-        second.point_to(f"mirrorlist={self.origin.url}/mirrorlist")
+        second.point_to(f"mirrorlist={self.origin.base_url}/mirrorlist")
         second.fetch("hello")
-        self.assertEqual(len(set(other.bodies(".rpm"))), 1)
+        self.assertEqual(len(set(other.paths_sent(".rpm"))), 1)
 
 
 class ZypperTest(RpmOccasions, SignedCase):
@@ -11458,7 +11375,7 @@ class DownloadTest(ClientCase):
         (self.folder / "origin/thing_1.0_all.deb").write_bytes(self.data)
         self.origin = self.serve(self.folder / "origin")
         self.proxy_url = self.start_proxy()
-        self.url = f"{self.origin.url}/thing_1.0_all.deb"
+        self.url = f"{self.origin.base_url}/thing_1.0_all.deb"
         self.file = self.folder / "got.deb"
 
     def need(self, command):
@@ -11511,14 +11428,14 @@ class DownloadTest(ClientCase):
         self.check_whole()
 
     def test_curl_notices_nothing_of_an_origin_that_breaks_off_in_the_middle(self):
-        self.origin.breaks["/thing_1.0_all.deb"] = [1_500_000, 500_000]
+        self.origin.limits["/thing_1.0_all.deb"] = [1_500_000, 500_000]
         self.curl()
         self.check_whole()
-        self.assertEqual(sum(asked.sent for asked in self.origin.log), self.SIZE)
+        self.assertEqual(sum(entry.sent for entry in self.origin.log), self.SIZE)
 
     def test_curl_sees_a_failure_where_the_origin_never_sends_the_whole(self):
-        self.origin.server.validators = False  # else it would be asked for the rest, again and again
-        self.origin.breaks["/thing_1.0_all.deb"] = [1_500_000] + [0] * 50
+        self.origin.validators = False  # else it would be asked for the rest, again and again
+        self.origin.limits["/thing_1.0_all.deb"] = [1_500_000] + [0] * 50
         self.curl(accept="18 22 56")  # cut short, an error status, or reset: never 0
         self.assertEqual(self.stored(self.origin), {})
 
@@ -11533,7 +11450,7 @@ class DownloadTest(ClientCase):
                     "--piece-length=1M", "--file-allocation=none",
                     f"--dir={self.folder}", f"--out={name}", self.url)
                 self.check_whole()
-                self.assertEqual(sum(asked.sent for asked in self.origin.log), self.SIZE)
+                self.assertEqual(sum(entry.sent for entry in self.origin.log), self.SIZE)
 
 
 class ZchunkTest(ClientCase):
@@ -11555,7 +11472,7 @@ class ZchunkTest(ClientCase):
         shutil.copy(self.new, self.folder / "origin/repodata" / name)
         self.origin = self.serve(self.folder / "origin")
         self.proxy_url = self.start_proxy()
-        self.url = f"{self.origin.url}/repodata/{name}"
+        self.url = f"{self.origin.base_url}/repodata/{name}"
         self.got = self.folder / name
 
     def zchunk(self, name, chunks):
