@@ -571,6 +571,10 @@ class ProxyCase(unittest.TestCase):
         return {str(path.relative_to(self.root)): path.read_bytes() for path in Path(self.root).rglob("*")
                 if path.is_file() and pkgproxy.METADATA_FOLDER not in path.parts}
 
+    def has_partial_metadata(self):
+        """Return whether a partial file's metadata has been written, which happens after a moment."""
+        return any(name.endswith("^head") for name in os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")))
+
     def place(self, name):
         return "127.0.0.1:%d/%s" % (self.origin.port, name)
 
@@ -744,7 +748,7 @@ class StructureTest(unittest.TestCase):
                  if isinstance(use, ast.Name) and isinstance(use.ctx, ast.Load) and use.id in rooms and rooms[use.id].lineno > room.lineno}
         self.assertEqual(wrong, self.FORWARD)
 
-    def test_what_is_changed_of_a_dataclass_is_a_field_of_one(self):
+    def test_replace_fields_names_existing_fields(self):
         fields = {field.name for kind in vars(pkgproxy).values() if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)}
         used = {keyword.arg for call in ast.walk(self.tree) if isinstance(call, ast.Call) and ast.unparse(call.func) == "replace_fields" for keyword in call.keywords}
         self.assertGreater(len(used), 10)
@@ -753,7 +757,7 @@ class StructureTest(unittest.TestCase):
         self.assertEqual(pkgproxy.replace_fields(before, path="/x"), dataclasses.replace(before, path="/x"))
         self.assertEqual(before.path, "/")
 
-    def test_store_and_barrier_do_not_know_each_other(self):
+    def test_store_and_single_flight_do_not_depend_on_each_other(self):
         sections = self._sections()
         for section, foreign in ((5, r"\b(SingleFlight|Flight)\b"), (6, r"\b(Store|StoredResponse|PartialStore)\b"),
                                  (8, r"\b(Store|SingleFlight|Flight|PartialFile)\b")):
@@ -768,7 +772,7 @@ class StructureTest(unittest.TestCase):
         classes = [node.name for node in rules if isinstance(node, ast.ClassDef)]
         self.assertEqual(classes, ["SelectedResponse", "Framing"], "data without behaviour")
 
-    def test_imports_are_the_standard_librarys(self):
+    def test_only_the_standard_library_is_imported(self):
         modules = {alias.name.partition(".")[0] for node in ast.walk(self.tree)
                    if isinstance(node, ast.Import) for alias in node.names}
         modules |= {node.module.partition(".")[0] for node in ast.walk(self.tree)
@@ -779,7 +783,7 @@ class StructureTest(unittest.TestCase):
             self.assertTrue(origin in ("built-in", "frozen") or os.path.realpath(origin).startswith(folder), module)
             self.assertNotIn("site-packages", origin)
 
-    def test_sizes_stay_liveable(self):
+    def test_sizes_stay_within_the_budget(self):
         code = self._code_lines()
         self.assertLessEqual(len(code), 6150)
         for node in ast.walk(self.tree):
@@ -788,7 +792,7 @@ class StructureTest(unittest.TestCase):
                 size = len(code & set(range(node.lineno, node.end_lineno + 1)))
                 self.assertLessEqual(size, limit, node.name)
 
-    def test_every_public_name_says_what_it_is(self):
+    def test_every_public_name_has_a_docstring(self):
         silent = [node.name for node in ast.walk(self.tree)
                   if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
                   and not ast.get_docstring(node)]
@@ -835,7 +839,7 @@ class MessageRulesTest(unittest.TestCase):
                     self.assertRaises(ValueError, pkgproxy.parse_fields, [line])
         self.assertRaises(ValueError, pkgproxy.parse_fields, ["A: b"] * (pkgproxy.MAX_FIELDS + 1))
 
-    def test_framing_of_a_request_is_certain_or_refused(self):
+    def test_ambiguous_framing_of_a_request_is_refused(self):
         for fields, expected in (
                 ((), 0), ((("Content-Length", "5"),), 5), ((("Content-Length", "5"), ("content-length", "5")), 400),
                 ((("Transfer-Encoding", "chunked"),), None), ((("Transfer-Encoding", "Chunked"),), None),
@@ -854,24 +858,24 @@ class MessageRulesTest(unittest.TestCase):
                     self.assertEqual(pkgproxy.request_framing((1, 1), fields), expected)
         self.assertRaises(BadRequestError, pkgproxy.request_framing, (1, 0), (("Transfer-Encoding", "chunked"),))
 
-    def test_hop_by_hop_fields_go_and_the_rest_stays_in_order(self):
+    def test_hop_by_hop_fields_are_removed_and_the_order_is_kept(self):
         fields = (("A", "1"), ("Connection", "close, X-Hop"), ("x-hop", "2"), ("B", "3"), ("Keep-Alive", "4"),
                   ("TE", "trailers"), ("Proxy-Authorization", "secret"), ("Upgrade", "h2c"), ("a", "5"))
         self.assertEqual(pkgproxy.end_to_end(fields), (("A", "1"), ("B", "3"), ("a", "5")))
 
-    def test_forwarding_does_not_touch_the_request_and_adds_after_it_removes(self):
+    def test_forwarding_leaves_the_request_unchanged_and_removes_fields_before_it_adds_any(self):
         asked = request("http://u:p@a:8080/x", Connection="Via", Via="1.0 b", Accept_Encoding="gzip", Range="bytes=1-")
         before = asked.fields
         fields = pkgproxy.origin_request_fields(asked, Config(pseudonym="me"), identity=True)
         self.assertEqual(asked.fields, before)
         self.assertEqual(fields, (("Host", "a:8080"), ("Accept-Encoding", "identity"), ("Via", "1.0 b, 1.1 me")))
 
-    def test_a_loop_is_seen_in_via(self):
+    def test_a_loop_is_detected_by_via(self):
         for via, expected in (("1.1 me", True), ("1.1 a, HTTP/1.1 me (x)", True), ("1.1 you", False), ("me", False)):
             with self.subTest(via=via):
                 self.assertEqual(pkgproxy.is_loop(request(Via=via), Config(pseudonym="me")), expected)
 
-    def test_framing_of_a_reply(self):
+    def test_framing_of_a_response(self):
         F = pkgproxy.Framing
         for version, status, length, expected in (
                 ((1, 1), 200, 5, F.LENGTH), ((1, 1), 200, 0, F.LENGTH), ((1, 1), 200, None, F.CHUNKED),
@@ -879,7 +883,7 @@ class MessageRulesTest(unittest.TestCase):
             asked = Request("GET", "/", Target("http", "a", 80, "/"), (), version)
             self.assertIs(pkgproxy.response_framing(asked, ResponseHead(status, "", ()), length), expected)
 
-    def test_cache_status_says_what_happened(self):
+    def test_cache_status_describes_the_outcome(self):
         for status, expected in (
                 (CacheStatus(Outcome.HIT), "pkgproxy; hit"),
                 (CacheStatus(Outcome.HIT, ttl=30), "pkgproxy; hit; ttl=30"),
@@ -1005,7 +1009,7 @@ class PatternTest(unittest.TestCase):
                 flags = [eval(ast.unparse(argument), {"re": re}) for argument in node.args if "re." in ast.unparse(argument)]
                 yield "line %d" % node.lineno, re.compile(node.args[0].value, *flags), node.func.attr
 
-    def test_each_takes_linear_time(self):
+    def test_each_pattern_takes_linear_time(self):
         known = 0
         for name, pattern, method in self.patterns():
             known += 1
@@ -1016,7 +1020,7 @@ class PatternTest(unittest.TestCase):
                 self.assertIsNone(Hostile(pattern).slow(call))
         self.assertGreater(known, 60)
 
-    def test_what_is_quadratic_is_found(self):
+    def test_a_quadratic_pattern_is_detected(self):
         for text in (r"a+b", r"/([^/]+?)\.(?:orig[\w.-]*\.)?gz", r"[.-](?:latest|new)[.-][^/]*$", r"(?:/dists/(?!.*\.u?deb$).*)$"):
             with self.subTest(text):
                 self.assertIsNotNone(Hostile(re.compile(text)).slow(re.compile(text).search))
@@ -1026,7 +1030,7 @@ class PatternTest(unittest.TestCase):
                                          "_EPOCH", "_WRITTEN_OUT", "_NAMED", "_DIRECTIVE", "_TAG")
                        for _, unit in Hostile(getattr(pkgproxy, name)).runs() if unit.isprintable() and " " not in unit})
 
-    def test_names_and_fields_made_of_their_pieces_take_no_time(self):
+    def test_names_and_fields_made_of_pattern_fragments_are_matched_quickly(self):
         chance, fragments = random.Random("pieces " + os.environ.get("PKGPROXY_CHAOS_SEED", "1")), self.fragments()
 
         def take(text):
@@ -1054,7 +1058,7 @@ class PatternTest(unittest.TestCase):
                     best = min(best, time.thread_time() - began)
             self.assertLess(best, 0.05, text[:200])
 
-    def test_a_name_that_no_file_system_holds_has_no_class(self):
+    def test_a_name_too_long_for_a_file_system_has_no_class(self):
         for path, known in (("/a_%s.deb", NameClass.PACKAGE), ("/Contents-%s", NameClass.INDEX), ("/dists/%s/Release", NameClass.INDEX),
                             ("/by-hash/%s/" + "0" * 64, NameClass.CONTENT)):
             self.assertIs(pkgproxy.classify_name("http://a" + path % ("1" * 200)), known)
@@ -1064,7 +1068,7 @@ class PatternTest(unittest.TestCase):
 class MemoryTest(unittest.TestCase):
     """What strangers ask for is not kept in memory."""
 
-    def test_long_names_and_heads_are_forgotten(self):
+    def test_long_names_and_heads_are_not_memoized(self):
         def ask(number):
             lines = ["GET http://a.test/%d%s/x_1.0_all.deb HTTP/1.1" % (number, "x" * 15000), "Host: a.test", "If-Modified-Since: %d%s" % (number, "x" * 15000)]
             asked = pkgproxy.parse_request(lines)
@@ -1093,14 +1097,14 @@ class ChunkTest(unittest.TestCase):
     def reader(self, data):
         return pkgproxy.ChunkedReader(io.BufferedReader(io.BytesIO(data), 64 * 1024))
 
-    def test_small_chunks_are_read_together(self):
+    def test_small_chunks_are_read_in_one_go(self):
         body = os.urandom(20 * 10_000)
         reader = self.reader(b"".join(b"14;a=b\r\n%s\r\n" % body[at:at + 20] for at in range(0, len(body), 20)) + b"0\r\n\r\n")
         pieces = list(iter(lambda: reader.read(pkgproxy.COPY_SIZE), b""))
         self.assertEqual(b"".join(pieces), body)
         self.assertLess(len(pieces), 50)
 
-    def test_any_sizes_and_any_reads_give_the_same_bytes(self):
+    def test_chunk_sizes_and_read_sizes_do_not_change_the_bytes(self):
         chance = random.Random("chunks " + os.environ.get("PKGPROXY_CHAOS_SEED", "1"))
         for _ in range(40):
             pieces = [chance.randbytes(chance.choice((1, 9, 300, 5000, 70_000, 300_000))) for _ in range(chance.randrange(1, 30))]
@@ -1111,7 +1115,7 @@ class ChunkTest(unittest.TestCase):
                 found.append(data)
             self.assertEqual((b"".join(found), reader.ended), (b"".join(pieces), True))
 
-    def test_framing_that_outweighs_its_data_is_refused(self):
+    def test_chunk_framing_larger_than_its_data_is_refused(self):
         for chunk in (b"1\r\nx\r\n", b"00000000000001\r\nx\r\n", b"2;" + b"a" * 9000 + b"\r\nxx\r\n"):
             with self.subTest(chunk[:9]):
                 reader = self.reader(chunk * (1 + (1 << 20) // len(chunk)) + b"0\r\n\r\n")
@@ -1119,7 +1123,7 @@ class ChunkTest(unittest.TestCase):
                     while reader.read(pkgproxy.COPY_SIZE):
                         pass
 
-    def test_what_is_wrong_behind_small_chunks_is_found(self):
+    def test_errors_after_small_chunks_are_detected(self):
         for end in (b"3\r\nabcd\r\n", b"x\r\n", b"3\r\nab", b"-1\r\n", b"0\r\n"):
             reader = self.reader(b"2\r\nab\r\n" * 9 + end)
             self.assertEqual(reader.read(pkgproxy.COPY_SIZE), b"ab" * 9)
@@ -1147,7 +1151,7 @@ class NameRulesTest(unittest.TestCase):
                 else:
                     self.assertRaises(BadRequestError, pkgproxy.parse_target, uri)
 
-    def test_ways_in(self):
+    def test_request_forms(self):
         """What is a target, behind a prefix or not, and what is one of our own pages."""
         deb, proxy = "http://deb.test/x", "proxy:9999"
         for uri, host, target, prefix in (
@@ -1186,12 +1190,12 @@ class NameRulesTest(unittest.TestCase):
         for uri in ("/http://a b/", "/http://a%0D%0Ab/x", "/https://a:99999/x", "/http://.pkgproxy/x", "/http://..%2f/x"):
             self.assertRaises(BadRequestError, pkgproxy.parse_request_target, "GET", uri, proxy, ("10.0.0.1", 9999))
 
-    def test_on_port_80_our_own_pages_win(self):
+    def test_on_port_80_own_pages_take_precedence(self):
         for uri, own in (("/", True), ("/debug/vars", True), ("/healthz?x", True), ("/debian/x", False), ("/metrics/x", False)):
             target, _ = pkgproxy.parse_request_target("GET", uri, "proxy.test", ("10.0.0.1", 80))
             self.assertEqual(target is None, own, uri)
 
-    def test_a_redirect_leads_through_the_prefix_again(self):
+    def test_a_redirect_keeps_the_prefix(self):
         for prefix, location, expected in (
                 ("", "https://b/x", "https://b/x"), ("/", "https://b/x?y#z", "/https://b/x?y"), ("/", "../z", "/http://a/z"), ("/", "//b/z", "/http://b/z"),
                 ("/", "ftp://b/z", "ftp://b/z"), ("http://HTTPS///", "https://b:444/x", "http://HTTPS///b:444/x"), ("http://HTTPS///", "http://b/x", "http://b/x")):
@@ -1202,7 +1206,7 @@ class NameRulesTest(unittest.TestCase):
             self.assertEqual(pkgproxy.field_value(fields, "Set-Cookie"), None if prefix else "a=b")
             self.assertEqual(pkgproxy.field_value(fields, "Content-Security-Policy"), "sandbox" if prefix else None)
 
-    def test_links_lead_through_the_prefix_again(self):
+    def test_links_keep_the_prefix(self):
         html, pypi, npm = "text/html", "application/vnd.pypi.simple.v1+json", "application/json"
         us, page = "http://us/", "https://a:444/simple/x/"
         for media, path, prefix, text, expected in (
@@ -1230,7 +1234,7 @@ class NameRulesTest(unittest.TestCase):
         for head in (coded, ResponseHead(404, "No", (("Content-Type", npm),))):
             self.assertIsNone(pkgproxy.link_pattern_for(pkgproxy.dataclasses.replace(request("https://a/x"), client_prefix="/"), head))
 
-    def test_a_cache_key_has_one_form(self):
+    def test_equivalent_urls_have_one_cache_key(self):
         for uri, key in (
                 ("http://A/x", "http://a/x"), ("http://a:80/x", "http://a/x"), ("https://a:443/x", "https://a/x"),
                 ("http://a:443/x", "http://a:443/x"), ("http://a/%7efoo", "http://a/~foo"),
@@ -1249,7 +1253,7 @@ class NameRulesTest(unittest.TestCase):
                "http://a/" + "x/" * 300, "http://a/^2F", "http://a/~", "http://a/%2F", "http://a/.", "http://a/..",
                "http://a/...", "http://a/a^head", "http://a/" + "%00" * 300)
 
-    def test_no_key_leaves_its_hosts_folder(self):
+    def test_no_key_escapes_the_folder_of_its_host(self):
         for uri in self.HOSTILE:
             for windows in (False, True):
                 for name in pkgproxy.cache_file_names(pkgproxy.cache_key(pkgproxy.parse_target(uri)), windows):
@@ -1265,7 +1269,7 @@ class NameRulesTest(unittest.TestCase):
                         self.assertLess(max(map(len, parts)), 245)
                         self.assertFalse(name.endswith("^head"))
 
-    def test_no_two_keys_share_a_name(self):
+    def test_different_keys_have_different_file_names(self):
         keys = ["http://a/x", "https://a/x", "http://a:443/x", "http://a/x/", "http://a/x?", "http://a/x?/", "http://a//x",
                 "http://a/x//", "http://a/x?%2F", "http://a/x?%5E", "http://a/x%3F", "http://a/", "http://a/?",
                 "http://a/%5E", "http://a/X", "http://a/x/y", "http://a/x%2Fy", "http://a/x?y", "http://a/x?y/",
@@ -1274,7 +1278,7 @@ class NameRulesTest(unittest.TestCase):
             names = [name for key in keys for name in pkgproxy.cache_file_names(key, windows)]
             self.assertEqual(len(names), len(set(names)))
 
-    def test_names_are_the_origins_where_they_can_be(self):
+    def test_file_names_are_those_of_the_origin_where_possible(self):
         for key, name in (
                 ("http://a/debian/pool/c/c++_1.0-1_amd64.deb", "a/debian/pool/c/c++_1.0-1_amd64.deb"),
                 ("http://a:8080/FreeBSD:14:amd64/x.pkg", "a:8080/FreeBSD:14:amd64/x.pkg"),
@@ -1343,7 +1347,7 @@ class NameRulesTest(unittest.TestCase):
                 with self.subTest(path=path):
                     self.assertIs(pkgproxy.classify_name("http://mirror.example.org" + path), expected)
 
-    def test_a_digest_is_believed_only_where_it_is_that_of_the_very_body(self):
+    def test_a_digest_in_a_url_counts_only_if_it_is_the_digest_of_the_body(self):
         for path, algorithm in (
                 ("/by-hash/SHA256/" + self.HEX, "sha256"), ("/by-hash/SHA512/" + 2 * self.HEX, "sha512"),
                 ("/f/repodata/%s-primary.xml.gz" % self.HEX, "sha256"), ("/f/repodata/%s-primary.xml.zst" % (2 * self.HEX), "sha512"),
@@ -1358,7 +1362,7 @@ class NameRulesTest(unittest.TestCase):
                 expected = (algorithm, self.HEX * (2 if algorithm == "sha512" else 1)) if algorithm else None
                 self.assertEqual(pkgproxy.digest_in_name("http://a" + path), expected)
 
-    def test_a_name_means_the_same_file_on_each_mirror_or_nothing(self):
+    def test_a_shareable_name_means_the_same_file_on_each_mirror(self):
         for path, name in (
                 ("/debian/pool/c/c++_1.0-1_amd64.deb", "c++_1.0-1_amd64.deb"), ("/c%2b%2b_1.0-1_amd64.deb", "c++_1.0-1_amd64.deb"),
                 ("/archives/ssh_1%3a9.2-1_amd64.deb", "ssh_9.2-1_amd64.deb"), ("/x/ssh_9.2-1_amd64.deb", "ssh_9.2-1_amd64.deb"),
@@ -1369,7 +1373,7 @@ class NameRulesTest(unittest.TestCase):
             with self.subTest(path=path):
                 self.assertEqual(pkgproxy.shareable_name("http://a" + path), name)
 
-    def test_two_mirrors_are_their_folders_never_less_than_their_hosts(self):
+    def test_the_prefixes_of_two_mirrors_include_their_hosts(self):
         for one, other, folders in (
                 ("http://a/x/pool/b_1.deb", "http://b/pool/b_1.deb", ("http://a/x", "http://b")),
                 ("http://a/b_1.deb", "https://a/b_1.deb", ("http://a", "https://a")),
@@ -1377,17 +1381,17 @@ class NameRulesTest(unittest.TestCase):
                 ("http://a/x/b%2F1.deb", "http://b/x/b_1.deb", ("http://a/x/b%2F1.deb", "http://b/x/b_1.deb"))):
             self.assertEqual(pkgproxy.mirror_prefixes(one, other), folders)
 
-    def test_a_query_does_not_make_the_class(self):
+    def test_a_query_does_not_change_the_class(self):
         self.assertIs(pkgproxy.classify_name("http://a/metalink?repo=curl-1.0.rpm"), NameClass.INDEX)
         self.assertIs(pkgproxy.classify_name("http://a/x?file=/curl_1.0_all.deb"), NameClass.OTHER)
 
-    def test_filters_are_searched_and_bad_lines_are_told(self):
+    def test_filters_are_searched_and_bad_lines_are_reported(self):
         filters, complaints = pkgproxy.parse_filters(
             "# a comment\n\n /nightly/ \n([\n\\.iso$\na{99999999999999999999}\n" + "(" * 20000)
         self.assertEqual([f.pattern for f in filters], ["/nightly/", r"\.iso$"])
         self.assertEqual([complaint[:6] for complaint in complaints], ["line 4", "line 6", "line 7"])
 
-    def test_who_may_come_in(self):
+    def test_allowed_client_networks(self):
         for address, allow, expected in (
                 ("127.0.0.1", ("loopback",), True), ("::1", ("loopback",), True), ("10.1.2.3", ("loopback",), False),
                 ("192.168.1.1", ("private",), True), ("172.16.0.1", ("private",), True), ("172.32.0.1", ("private",), False),
@@ -1399,7 +1403,7 @@ class NameRulesTest(unittest.TestCase):
                 self.assertEqual(pkgproxy.is_client_allowed(address, allow), expected)
         self.assertRaises(ValueError, pkgproxy.parse_networks, ["lan"])
 
-    def test_parents_come_from_the_option_or_the_environment(self):
+    def test_parent_proxies_come_from_the_option_or_the_environment(self):
         def found(option, **environment):
             return [(scheme, parent.place.authority, parent.or_direct) for scheme, parent in pkgproxy.parent_proxies(option, environment)]
 
@@ -1419,7 +1423,7 @@ class NameRulesTest(unittest.TestCase):
         self.assertEqual(pkgproxy.parse_parent_proxy("http://me:p%40w@p.test").fields, (("Proxy-Authorization", "Basic bWU6cEB3"),))
         self.assertEqual(pkgproxy.parse_parent_proxy("http://me@p.test").fields, (("Proxy-Authorization", "Basic bWU6"),), "me: and no password")
 
-    def test_what_is_asked_without_the_parent(self):
+    def test_requests_that_bypass_the_parent_proxy(self):
         parent = pkgproxy.parse_parent_proxy("p.test:3128")
         for entries, uri, through in (
                 ("", "http://a.test/", True), ("", "https://a.test/", True), ("", "http://localhost/", False), ("", "http://127.0.0.9/", False),
@@ -1433,7 +1437,7 @@ class NameRulesTest(unittest.TestCase):
                 config = Config(parents=(("http", parent), ("https", parent)), no_proxy=tuple(entries.split(",")))
                 self.assertEqual(pkgproxy.parent_proxy_for(pkgproxy.parse_target(uri), config) is not None, through)
 
-    def test_text_from_outside_is_harmless_in_a_log(self):
+    def test_untrusted_text_is_escaped_in_the_log(self):
         self.assertEqual(pkgproxy.escape_control("a\x1b[31m\r\n\x9bb"), r"a\x1b[31m\x0d\x0a\x9bb")
 
 
@@ -1490,7 +1494,7 @@ class CacheRulesTest(unittest.TestCase):
                 head = None if head is None else stored(uri, **head)
                 self.assertEqual(self.decide(request(uri, **fields), head), expected)
 
-    def test_a_package_not_validated_for_a_day_is_served_and_validated_behind(self):
+    def test_a_package_not_validated_for_a_day_is_served_and_validated_in_the_background(self):
         for uri, age, expected in (("http://a/x_1.0_all.deb", 86401, True), ("http://a/x_1.0_all.deb", 86399, False),
                                    ("http://a/by-hash/SHA256/" + "0" * 64, 10**8, False)):
             decision = pkgproxy.decide(request(uri), stored(uri), Config(), CLOCK + age)
@@ -1500,7 +1504,7 @@ class CacheRulesTest(unittest.TestCase):
         head = stored("http://a/x_1.0_all.deb", received=CLOCK + 10 * 86400)
         self.assertTrue(pkgproxy.decide(request("http://a/x_1.0_all.deb"), head, Config(), CLOCK).refresh)
 
-    def test_what_may_answer_stale(self):
+    def test_when_a_stale_response_may_be_served(self):
         for uri, fields, expected in (
                 ("http://a/InRelease", {"Cache_Control": "must-revalidate"}, True), ("http://a/x_1.0_all.deb", {"Cache_Control": "no-cache"}, True),
                 ("http://a/x", {}, True), ("http://a/x", {"Cache_Control": "must-revalidate"}, False),
@@ -1509,7 +1513,7 @@ class CacheRulesTest(unittest.TestCase):
             head = stored(uri, **fields)
             self.assertEqual(pkgproxy.may_serve_stale_on_error(pkgproxy.decide(request(uri), head, Config(), CLOCK), head), expected, fields)
 
-    def test_what_a_method_makes_invalid(self):
+    def test_keys_that_a_method_invalidates(self):
         for method, status, fields, expected in (
                 ("POST", 200, {}, ["http://a/x"]), ("POST", 404, {}, []), ("GET", 200, {}, []), ("OPTIONS", 200, {}, []),
                 ("PUT", 201, {"Location": "/y"}, ["http://a/x", "http://a/y"]), ("DELETE", 204, {"Location": "http://b/y"}, ["http://a/x"]),
@@ -1519,7 +1523,7 @@ class CacheRulesTest(unittest.TestCase):
                              [key for key in expected if key != "http://a/x"])
             self.assertEqual(bool(pkgproxy.invalidated_keys(request(method=method), head)), bool(expected))
 
-    def test_the_rest_of_a_representation_is_known_by_validator_and_place(self):
+    def test_a_remainder_is_recognized_by_validator_and_offset(self):
         head = stored(ETag='"x"', Last_Modified=DATE)
         for offset, status, fields, expected in (
                 (4, 206, {"ETag": '"x"', "Content_Range": "bytes 4-9/10"}, True), (4, 206, {"Content_Range": "bytes 4-9/10"}, False),
@@ -1548,14 +1552,14 @@ class CacheRulesTest(unittest.TestCase):
                                  ({"Last_Modified": DATE, "Date": later}, DATE), ({"Last_Modified": DATE, "Date": DATE}, None)):
             self.assertEqual(pkgproxy.strong_validator(stored(**fields)), expected)
 
-    def test_huge_fields_are_read_once(self):
+    def test_huge_fields_are_parsed_in_linear_time(self):
         """Each took seconds: patterns that try again from every place."""
         self.assertRaises(ValueError, pkgproxy.parse_fields, ["X:" + " " * 16000 + "\x01"] * 4)
         pkgproxy.cache_directives((("Cache-Control", '"' + '\\"' * 8000),))
         pkgproxy.cache_directives((("Cache-Control", 'a="' + '\\",a="' * 8000),))
         self.assertIs(pkgproxy.classify_name("http://a/a" + ".sig" * 3900), NameClass.OTHER)
 
-    def test_without_heuristics_what_has_no_freshness_is_asked_again(self):
+    def test_without_heuristics_a_response_without_freshness_is_validated(self):
         self.assertEqual(self.decide(request(), stored(), config=Config(heuristics=False)), (Action.VALIDATE, "stale"))
 
     def test_heuristic_freshness_ends_after_a_day(self):
@@ -1568,7 +1572,7 @@ class CacheRulesTest(unittest.TestCase):
         for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH", "PROPFIND"):
             self.assertEqual(self.decide(request(method=method), stored()), (Action.PASS, "method"))
 
-    def test_head_is_never_stored(self):
+    def test_the_response_to_head_is_never_stored(self):
         self.assertEqual(self.decide(request(method="HEAD"), None), (Action.PASS, "uri-miss"))
         self.assertEqual(self.decide(request("http://a/x_1.0_all.deb", "HEAD"), stored()), (Action.SERVE, ""))
 
@@ -1633,7 +1637,7 @@ class CacheRulesTest(unittest.TestCase):
             with self.subTest(text=text):
                 self.assertEqual(pkgproxy.parse_date(text), expected)
 
-    def test_a_304_freshens_a_head(self):
+    def test_a_304_updates_the_stored_head(self):
         head = stored(ETag='"x"', Content_Type="a/b", X="old", Expires="0", Age="99", Content_Encoding="gzip")
         answer = stored(received=CLOCK + 9, ETag='W/"x"', Content_Type="c/d", Content_Length="0", X="new", Connection="Y", Y="1",
                         Content_Encoding="br", Content_Range="bytes 0-0/1", Set_Cookie="a")
@@ -1642,7 +1646,7 @@ class CacheRulesTest(unittest.TestCase):
                                             "Content-Encoding": "gzip"})
         self.assertEqual((new.response_time, new.key, new.size), (CLOCK + 9, head.key, head.size))
 
-    def test_a_304_with_another_tag_confirms_nothing(self):
+    def test_a_304_with_another_etag_confirms_nothing(self):
         later = "Sun, 06 Nov 1994 08:49:38 GMT"
         for mine, theirs, expected in (
                 ({"ETag": '"x"'}, {"ETag": '"x"'}, True), ({"ETag": '"x"'}, {"ETag": '"y"'}, False), ({"ETag": '"x"'}, {}, True),
@@ -1652,7 +1656,7 @@ class CacheRulesTest(unittest.TestCase):
             with self.subTest(mine=mine, theirs=theirs):
                 self.assertEqual(pkgproxy.is_304_for(stored(**mine), stored(**theirs)), expected)
 
-    def test_credentials_stay_at_one_site(self):
+    def test_credentials_are_not_sent_to_another_site(self):
         for onward, expected in ((("http", "a", 80), True), (("https", "a", 443), True), (("http", "a", 81), False),
                                  (("http", "b", 80), False), (("https", "b", 443), False)):
             self.assertEqual(pkgproxy.is_same_site(Target("http", "a", 80, "/"), Target(*onward, "/x")), expected)
@@ -1700,7 +1704,7 @@ class SelectRulesTest(unittest.TestCase):
             with self.subTest(text=text[:30]):
                 self.assertEqual(pkgproxy.parse_range(text, 10), expected)
 
-    def test_if_range_wants_the_same_bytes(self):
+    def test_if_range_requires_a_strong_match(self):
         minute, second = "Sun, 06 Nov 1994 08:50:37 GMT", "Sun, 06 Nov 1994 08:49:38 GMT"
         for condition, etag, date, expected in (
                 ('"x"', '"x"', minute, [(0, 5)]), ('"y"', '"x"', minute, None), ('W/"x"', 'W/"x"', minute, None),
@@ -1715,7 +1719,7 @@ class SelectRulesTest(unittest.TestCase):
         head = stored(ETag='"x"', Last_Modified=DATE, Content_Type="a/b")
         return pkgproxy.select_response(request(**fields), head, size, "SEP")
 
-    def test_one_range_is_a_206_with_its_place(self):
+    def test_one_range_is_a_206_with_content_range(self):
         selection = self.select(Range="bytes=2-4")
         self.assertEqual((selection.head.status, selection.spans, selection.length), (206, ((2, 5),), 3))
         self.assertEqual(pkgproxy.field_value(selection.head.fields, "Content-Range"), "bytes 2-4/10")
@@ -1742,7 +1746,7 @@ class SelectRulesTest(unittest.TestCase):
         self.assertEqual((selection.head.status, selection.spans), (304, ()))
         self.assertEqual(dict(selection.head.fields), {"ETag": '"x"', "Last-Modified": DATE})
 
-    def test_ranges_worth_a_whole_download(self):
+    def test_ranges_that_start_a_full_download(self):
         for text, expected in (("bytes=0-", True), ("bytes=500-", True), ("bytes=0-4999", True), ("bytes=0-9", False),
                                ("bytes=5000-", False), ("bytes=-5", False), ("bytes=0-0,9-", False), ("nonsense", True)):
             self.assertEqual(pkgproxy.is_worth_full_download(request(Range=text), 1000), expected, text)
@@ -1791,7 +1795,7 @@ class StoreCase(unittest.TestCase):
 class StoreTest(StoreCase):
     """Stored responses on disk."""
 
-    def test_a_folder_is_made_again_where_somebody_removes_the_one_above(self):
+    def test_a_folder_is_created_again_if_its_parent_is_removed(self):
         with tempfile.TemporaryDirectory() as top:
             above, mkdir, made = os.path.join(top, "above"), os.mkdir, []
 
@@ -1805,7 +1809,7 @@ class StoreTest(StoreCase):
                 pkgproxy.make_directory(os.path.join(above, "below"))
             self.assertTrue(os.path.isdir(os.path.join(above, "below")))
 
-    def test_what_is_stored_is_found_with_its_head(self):
+    def test_a_stored_response_is_found_with_its_head(self):
         self.put(self.PACKAGE, b"body", Last_Modified=DATE, ETag='"x"', X="1")
         found = self.store.lookup(self.PACKAGE)
         with contextlib.closing(found):
@@ -1815,7 +1819,7 @@ class StoreTest(StoreCase):
         self.assertEqual(int(os.stat(self.path("a/pool/x_1.0_all.deb")).st_mtime), CLOCK)
         self.assertIsNone(self.get("https://a/pool/x_1.0_all.deb"))
 
-    def test_nobody_else_may_write_stored_files(self):
+    def test_stored_files_are_writable_by_their_owner_only(self):
         old = os.umask(0)
         self.addCleanup(os.umask, old)
         self.put(self.PACKAGE, b"body")
@@ -1831,7 +1835,7 @@ class StoreTest(StoreCase):
         partial.release()
         self.assertEqual(os.listdir(self.path(pkgproxy.METADATA_FOLDER + "/partials")), [])
 
-    def test_a_body_changed_by_hand_is_not_served_as_the_original(self):
+    def test_a_body_changed_outside_the_proxy_is_not_served_as_the_original(self):
         for change in (b"bodies", b"bod", b"", b"hand"):
             with self.subTest(change=change):
                 self.put(self.PACKAGE, b"body", Last_Modified=DATE)
@@ -1846,14 +1850,14 @@ class StoreTest(StoreCase):
                 self.assertEqual(Path(self.path("a/pool/x_1.0_all.deb")).read_bytes(), change)
                 shutil.rmtree(self.root)
 
-    def test_a_new_body_with_an_old_head_mixes_nothing(self):
+    def test_a_new_body_is_never_combined_with_an_old_head(self):
         self.put(self.INDEX, b"old one", Last_Modified=DATE, ETag='"old"')
         kept = Path(self.path(".pkgproxy/heads/a/dists/x/InRelease^head")).read_bytes()
         self.put(self.INDEX, b"new one", Last_Modified=DATE, ETag='"new"')
         Path(self.path(".pkgproxy/heads/a/dists/x/InRelease^head")).write_bytes(kept)
         self.assertIsNone(self.get(self.INDEX), "same size, same second: the fraction tells them apart")
 
-    def test_between_the_two_steps_of_a_replacement_the_old_body_keeps_its_head(self):
+    def test_during_a_replacement_the_old_body_keeps_its_head(self):
         self.put(self.INDEX, b"old one", ETag='"old"')
         with mock.patch.object(pkgproxy, "_rename", side_effect=OSError(5, "crash")):
             self.assertRaises(pkgproxy.StorageError, self.put, self.INDEX, b"new one", ETag='"new"')
@@ -1861,7 +1865,7 @@ class StoreTest(StoreCase):
         with contextlib.closing(found):
             self.assertEqual((found.file.read(), dict(found.head.fields)["ETag"]), (b"old one", '"old"'))
 
-    def test_a_package_without_head_is_served_an_index_is_not(self):
+    def test_a_package_without_metadata_is_served_but_an_index_is_not(self):
         self.put(self.PACKAGE, b"body", Last_Modified=DATE)
         self.put(self.INDEX, b"index")
         shutil.rmtree(self.path(pkgproxy.METADATA_FOLDER))
@@ -1872,7 +1876,7 @@ class StoreTest(StoreCase):
             self.assertFalse(found.described)
         self.assertIsNone(self.get(self.INDEX))
 
-    def test_damaged_heads_are_no_heads(self):
+    def test_damaged_metadata_is_ignored(self):
         name = ".pkgproxy/heads/a/pool/x_1.0_all.deb^head"
         for damage in (b"", b"[", b"[1]", b"[{}]", b"{}", b"null", b"\xff\xfe", b"[" * 9999,
                        b'[{"status": 200, "reason": "OK", "fields": [["A", "b\\r\\nC: d"]], "vary": []}]',
@@ -1895,13 +1899,13 @@ class StoreTest(StoreCase):
                 self.assertEqual(self.get(key), key.encode())
             shutil.rmtree(self.root)
 
-    def test_names_that_a_file_system_refuses_are_stored_all_the_same(self):
+    def test_responses_whose_names_a_file_system_refuses_are_stored_under_other_names(self):
         for key in ("http://a/" + "x" * 255, "http://a/" + "x" * 3000, "http://a/" + "x/" * 2500 + "y",
                     "http://a/?" + "q/" * 200):
             self.put(key, key.encode())
             self.assertEqual(self.get(key), key.encode())
 
-    def test_files_that_are_not_ours_are_neither_replaced_nor_removed(self):
+    def test_foreign_files_are_neither_replaced_nor_removed(self):
         self.write("a/dists/x/InRelease", b"somebody's")
         self.put(self.INDEX, b"origin's")
         self.assertEqual(Path(self.path("a/dists/x/InRelease")).read_bytes(), b"somebody's")
@@ -1910,17 +1914,17 @@ class StoreTest(StoreCase):
         self.assertIsNone(self.get(self.INDEX))
         self.assertEqual(Path(self.path("a/dists/x/InRelease")).read_bytes(), b"somebody's")
 
-    def test_where_the_root_may_hold_anything_no_bare_file_is_served(self):
+    def test_in_a_root_with_foreign_files_no_file_without_metadata_is_served(self):
         self.write("backups/home-2024.01.tar.gz", b"secret")
         self.assertEqual(self.get("http://backups/home-2024.01.tar.gz"), b"secret", "a root that is ours")
         self.store = pkgproxy.Store(self.root, trust_bare=False)
         self.assertIsNone(self.get("http://backups/home-2024.01.tar.gz"))
 
-    def test_a_root_that_is_cleaned_this_moment_holds_nothing(self):
+    def test_a_root_that_is_being_cleaned_is_treated_as_empty(self):
         shutil.rmtree(self.root)
         self.assertEqual(self.store.list_hosts(), [])
 
-    def test_a_root_that_ignores_case_gives_no_other_files_body(self):
+    def test_a_case_insensitive_root_does_not_return_the_body_of_another_file(self):
         real_open, real_exists = pkgproxy._open, os.path.lexists
 
         def found(path):
@@ -1941,13 +1945,13 @@ class StoreTest(StoreCase):
             self.assertEqual(self.get("http://a/Pool/X_1.0_all.deb"), b"upper")
             self.assertEqual(self.get("http://a/Pool/x_1.0_all.deb"), b"lower")
 
-    def test_links_lead_nowhere(self):
+    def test_symlinks_are_not_followed(self):
         self.write("elsewhere/secret", b"secret")
         os.makedirs(self.path("a/pool"))
         os.symlink(self.path("elsewhere/secret"), self.path("a/pool/x_1.0_all.deb"))
         self.assertIsNone(self.get(self.PACKAGE))
 
-    def test_a_users_file_in_the_place_of_a_cleaned_one_is_left_alone(self):
+    def test_a_users_file_that_replaces_a_removed_one_is_left_alone(self):
         self.put(self.INDEX, b"origin's")
         shutil.rmtree(self.path("a"))
         self.write("a/dists/x/InRelease", b"somebody's")
@@ -1955,18 +1959,18 @@ class StoreTest(StoreCase):
         self.store.delete(self.INDEX)
         self.assertEqual(Path(self.path("a/dists/x/InRelease")).read_bytes(), b"somebody's")
 
-    def test_bookkeeping_may_be_lost_again_and_again(self):
+    def test_metadata_may_be_lost_at_any_time(self):
         for number in range(4):
             self.put(self.INDEX, b"%d" % number)
             self.assertEqual(self.get(self.INDEX), b"%d" % number)
             shutil.rmtree(self.path(pkgproxy.METADATA_FOLDER))
 
-    def test_a_host_whose_place_is_taken_by_a_file_is_a_local_failure(self):
+    def test_a_file_in_the_place_of_a_hosts_folder_is_a_storage_error(self):
         self.write("a", b"somebody's")
         self.assertRaises(pkgproxy.StorageError, self.put, self.PACKAGE, b"body")
         self.assertEqual(Path(self.path("a")).read_bytes(), b"somebody's")
 
-    def test_a_body_whose_file_has_another_size_than_was_counted_or_declared_is_not_stored(self):
+    def test_a_body_whose_file_size_differs_from_the_received_or_declared_size_is_not_stored(self):
         for what, length, more in (("longer", 10, b"another writer's"), ("cut", 10, None), ("shorter than declared", 11, b""),
                                    ("longer, of no declared length", None, b"x")):
             with self.subTest(what):
@@ -2013,7 +2017,7 @@ class StoreTest(StoreCase):
                 partial.release()
             shutil.rmtree(self.root)
 
-    def test_the_growing_file_of_another_download_is_never_placed_whenever_the_books_are_removed(self):
+    def test_a_partial_file_of_another_download_is_never_committed_when_the_metadata_is_removed(self):
         for links in (True, False):
             for step in ("link" if links else "rename", "utime", "lstat", "_write_heads", "_rename"):
                 with self.subTest(step, links=links), self.removed_while_landing(step, links) as theirs:
@@ -2024,13 +2028,13 @@ class StoreTest(StoreCase):
                     self.assertEqual(self.get(self.PACKAGE), b"0123456789")
                     self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
 
-    def test_where_there_are_no_links_bodies_are_renamed(self):
+    def test_without_hard_links_bodies_are_renamed(self):
         with mock.patch.object(os, "link", side_effect=OSError(errno.EOPNOTSUPP, "no links here")):
             self.put(self.PACKAGE, b"body")
         self.assertEqual(self.get(self.PACKAGE), b"body")
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
 
-    def test_what_another_instance_spoils_in_the_moment_of_its_landing_does_not_stay(self):
+    def test_a_response_invalidated_by_another_instance_during_its_commit_is_not_kept(self):
         write_heads = pkgproxy._write_heads
 
         def spoiled(*what):
@@ -2042,7 +2046,7 @@ class StoreTest(StoreCase):
             self.assertRaises(pkgproxy.StorageError, self.put, self.INDEX, b"outdated")
         self.assertIsNone(self.get(self.INDEX))
 
-    def test_the_head_of_a_removed_partial_says_nothing_of_a_new_one_with_its_inode_number(self):
+    def test_the_metadata_of_a_removed_partial_file_does_not_apply_to_a_new_one_with_the_same_inode(self):
         old = receive(self.store, ResponseHead(200, "OK", (("ETag", '"old"'),), key=self.PACKAGE, response_time=CLOCK), 10)
         old.write(b"0")
         old.publish()
@@ -2052,7 +2056,7 @@ class StoreTest(StoreCase):
         for partial in (old, new):
             partial.release()
 
-    def test_who_begins_a_leftover_anew_leaves_alone_what_another_instance_has_put_in_its_place(self):
+    def test_restarting_a_leftover_does_not_touch_the_file_that_another_instance_put_in_its_place(self):
         head = ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, response_time=CLOCK)
         left = receive(self.store, head, 1 << 20)
         left.write(b"1" * 400_000)
@@ -2065,7 +2069,7 @@ class StoreTest(StoreCase):
         theirs.release()
         self.assertEqual(self.get(self.PACKAGE), b"22")
 
-    def test_of_a_leftover_only_what_was_flushed_is_read_until_who_goes_on_with_it_tells_more(self):
+    def test_only_the_flushed_part_of_a_leftover_is_read_until_its_new_writer_publishes_more(self):
         for remote in (False, True):
             with self.subTest(remote=remote):
                 self.store.remote = remote
@@ -2088,7 +2092,7 @@ class StoreTest(StoreCase):
                 for partial in (left, follower, heir):
                     partial.release()
 
-    def test_a_leftover_with_more_than_was_received_is_not_kept(self):
+    def test_a_leftover_larger_than_what_was_received_is_discarded(self):
         left = receive(self.store, ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, response_time=CLOCK), 1 << 20)
         left.write(b"1" * 400_000)
         os.truncate(left.path, 400_001)
@@ -2096,7 +2100,7 @@ class StoreTest(StoreCase):
         left.release()
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
 
-    def test_a_partial_that_another_instance_made_anew_is_not_ours_to_place(self):
+    def test_a_partial_file_that_another_instance_recreated_is_not_committed(self):
         head = ResponseHead(200, "OK", (), key=self.PACKAGE, response_time=CLOCK)
         ours = receive(self.store, head, 10)
         ours.write(b"0123456789")
@@ -2111,7 +2115,7 @@ class StoreTest(StoreCase):
         ours.release()
         theirs.release()
 
-    def test_a_new_partial_forgets_the_head_of_the_one_before(self):
+    def test_a_new_partial_file_discards_the_metadata_of_the_previous_one(self):
         """Else kill -9 would leave the bytes of one generation under the head of another."""
         big = ResponseHead(200, "OK", (("ETag", '"1"'),), key=self.INDEX)
         partial = receive(self.store, big, 10**6)
@@ -2127,12 +2131,12 @@ class StoreTest(StoreCase):
         self.assertEqual(partial.size, 0)
         partial.release()
 
-    def test_a_large_head_is_read_again(self):
+    def test_large_metadata_is_read_back(self):
         self.put(self.INDEX, b"1", X="\xff" * 60_000)
         self.put(self.INDEX, b"2", X="\xff" * 60_000)
         self.assertEqual(self.get(self.INDEX), b"2")
 
-    def test_litter_in_the_place_of_a_file_does_no_harm(self):
+    def test_leftover_objects_in_the_place_of_a_file_do_no_harm(self):
         place = self.path("a/pool/x_1.0_all.deb")
         os.makedirs(os.path.dirname(place))
         for litter in (lambda: os.mkdir(place), lambda: os.mkfifo(place), lambda: os.symlink("nowhere", place),
@@ -2144,7 +2148,7 @@ class StoreTest(StoreCase):
             self.store.delete(self.PACKAGE)
             os.rmdir(place) if os.path.isdir(place) else os.unlink(place)
 
-    def test_another_process_that_writes_the_same_partial_keeps_us_out(self):
+    def test_a_partial_file_that_another_process_writes_is_locked(self):
         head = ResponseHead(200, "OK", (), key=self.PACKAGE)
         partial = receive(self.store, head, 1)
         code = "import pkgproxy, sys\nif pkgproxy.PartialStore(pkgproxy.Store(sys.argv[1])).open_for_writing(sys.argv[2]) is None: print('kept out')"
@@ -2153,10 +2157,10 @@ class StoreTest(StoreCase):
         partial.release()
         self.assertEqual(ran.stdout.strip(), b"kept out", ran.stderr)
 
-    def test_too_little_space_is_a_local_failure_before_the_first_byte(self):
+    def test_too_little_space_is_a_storage_error_before_the_first_byte(self):
         self.assertRaises(pkgproxy.StorageError, receive, self.store, ResponseHead(200, "OK", (), key=self.PACKAGE), 2**60)
 
-    def test_a_cleaning_in_the_middle_is_survived(self):
+    def test_removing_the_root_during_a_download_is_survived(self):
         partial = receive(self.store, ResponseHead(200, "OK", (), key=self.PACKAGE), 4)
         partial.write(b"bo")
         shutil.rmtree(self.root)
@@ -2167,7 +2171,7 @@ class StoreTest(StoreCase):
         self.put(self.PACKAGE, b"body")
         self.assertEqual(self.get(self.PACKAGE), b"body")
 
-    def test_where_open_files_cannot_be_renamed_they_are_copied(self):
+    def test_files_that_cannot_be_renamed_while_open_are_copied(self):
         real = os.replace
 
         def refuse(source, target):
@@ -2214,11 +2218,11 @@ class SpaceTest(StoreCase):
     def names(self):
         return sorted(path.name for path in Path(self.root).rglob("*") if path.is_file() and pkgproxy.METADATA_FOLDER not in path.parts)
 
-    def test_without_bounds_nothing_goes(self):
+    def test_without_limits_nothing_is_evicted(self):
         self.fill()
         self.assertEqual(self.sweep(), pkgproxy.EvictionReport(6, 6000, 0, 0))
 
-    def test_the_least_recently_used_goes_first_and_indexes_last(self):
+    def test_the_least_recently_used_package_is_evicted_first_and_indexes_last(self):
         self.fill()
         self.assertEqual(self.sweep(max_size=3500), pkgproxy.EvictionReport(6, 6000, 3, 3000))
         self.assertEqual(self.names(), ["InRelease", "x_3_all.deb", "x_4_all.deb"])
@@ -2227,7 +2231,7 @@ class SpaceTest(StoreCase):
         self.sweep(max_size=500)
         self.assertEqual(self.names(), [])
 
-    def test_a_hit_is_remembered(self):
+    def test_a_hit_updates_the_access_time(self):
         self.fill()
         self.assertEqual(self.get("http://a/pool/0/x_0_all.deb"), b"x" * 1000)
         self.sweep(max_size=3500)
@@ -2235,23 +2239,23 @@ class SpaceTest(StoreCase):
         self.assertGreater(os.stat(self.path("a/pool/0/x_0_all.deb")).st_atime, time.time() - 60)
         self.assertEqual(self.get("http://a/pool/0/x_0_all.deb"), b"x" * 1000, "and it still has its head")
 
-    def test_what_was_used_a_moment_ago_stays(self):
+    def test_recently_used_files_are_not_evicted(self):
         self.put(self.PACKAGE, b"x" * 1000)
         self.sweep(max_size=1)
         self.assertEqual(self.get(self.PACKAGE), b"x" * 1000)
 
-    def test_what_nobody_has_used_for_long_goes(self):
+    def test_files_unused_for_long_are_evicted(self):
         self.fill()
         self.assertEqual(self.sweep(max_age=3.5 * 86400).removed, 3)
         self.assertEqual(self.names(), ["x_2_all.deb", "x_3_all.deb", "x_4_all.deb"])
 
-    def test_a_clock_that_has_been_put_right_leaves_nothing_that_stays_for_ever(self):
+    def test_access_times_in_the_future_do_not_prevent_eviction(self):
         self.fill()
         for number in range(5):
             self.use("a/pool/%d/x_%d_all.deb" % (number, number), -365 + number)
         self.assertEqual(self.sweep(max_size=3500).removed, 3)
 
-    def test_a_reserve_is_kept_free(self):
+    def test_the_free_space_reserve_is_kept(self):
         self.fill()
         with mock.patch.object(self.store, "free_space", lambda: -1500):
             self.assertEqual(self.sweep().removed, 2)
@@ -2262,7 +2266,7 @@ class SpaceTest(StoreCase):
             with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=100 * 10**9, total=total)):
                 self.assertEqual(store.free_space(), expected)
 
-    def test_what_is_not_ours_stays_whatever_the_bounds(self):
+    def test_foreign_files_are_never_evicted(self):
         self.fill()
         self.write("a/pool/0/notes.txt", b"somebody's")
         self.write("a/pool/1/x_1_all.deb", b"changed by hand")
@@ -2270,7 +2274,7 @@ class SpaceTest(StoreCase):
         self.sweep(max_size=0)
         self.assertEqual(self.names(), ["copied_1.0_all.deb", "notes.txt", "x_1_all.deb"])
 
-    def test_leftovers_of_a_day_go_younger_ones_stay(self):
+    def test_leftovers_are_evicted_after_a_day(self):
         partials = self.path(".pkgproxy/partials")
         os.makedirs(partials)
         for name, age in (("old", 90000), ("young", 80000)):
@@ -2283,11 +2287,11 @@ class SpaceTest(StoreCase):
         self.assertEqual(os.listdir(partials), ["young"])
         self.assertFalse(os.path.exists(self.path(".pkgproxy/heads/a/pool/x_1.0_all.deb^head")))
 
-    def test_a_part_of_the_space_is_kept_free_for_what_comes(self):
+    def test_eviction_frees_some_space_beyond_the_limit(self):
         self.fill(19)
         self.assertEqual(self.sweep(max_size=20_000).removed, 1, "a twentieth")
 
-    def test_a_refused_download_says_how_much_it_lacks(self):
+    def test_a_refused_download_says_how_much_space_it_lacks(self):
         for length, expected in ((0, 0), (2500, 3), (6000, 6), (7000, 0)):
             with self.subTest(length=length):
                 self.fill()
@@ -2298,7 +2302,7 @@ class SpaceTest(StoreCase):
                         self.assertEqual(self.sweep().removed, expected, "no more than it needs, and nothing for one that can never fit")
                         self.assertEqual(self.sweep().removed, 0, "once")
 
-    def test_all_that_lies_below_the_root_counts(self):
+    def test_all_files_below_the_root_count(self):
         self.fill(2)
         before = self.sweep().size
         for name in ("partials/" + "a" * 64, "names/mirrors-" + "b" * 64, "adopted/ab", "history.json"):
@@ -2308,7 +2312,7 @@ class SpaceTest(StoreCase):
             heads = {os.path.join(top, name) for top, folders, files in os.walk(self.path(".pkgproxy/heads")) for name in [*folders, *files]}
             self.assertGreaterEqual(self.sweep().size, 2 * len(heads), "heads and folders")
 
-    def test_leftover_partials_go_first_but_none_that_is_written(self):
+    def test_leftover_partial_files_are_evicted_first_but_none_in_use(self):
         self.fill()
         names = ["%x" % number * 64 for number in range(4)] + ["e" * 64 + ".owner"]
         for name in names:
@@ -2329,7 +2333,7 @@ class SpaceTest(StoreCase):
         partial.release()
         self.assertEqual(self.get("http://a/new"), b"n" * 2000)
 
-    def test_files_that_say_which_mirrors_are_the_same_go_too(self):
+    def test_records_of_identical_mirrors_are_evicted_too(self):
         self.fill()
         self.sweep()
         name = self.path(".pkgproxy/names/mirrors-" + "b" * 64)
@@ -2351,7 +2355,7 @@ class SpaceTest(StoreCase):
             self.assertRaises(ValueError, pkgproxy.parse_duration, text)
 
 
-    def test_a_file_of_two_mirrors_takes_its_space_once(self):
+    def test_a_file_shared_by_two_mirrors_is_counted_once(self):
         self.put("http://a/pool/x_1.0_all.deb", b"x" * 1000)
         twin = self.store.lookup("http://a/pool/x_1.0_all.deb")
         with contextlib.closing(twin):
@@ -2374,7 +2378,7 @@ class ShareTest(StoreCase):
             between()
             self.store.link(dataclasses.replace(twin, head=dataclasses.replace(twin.head, key=self.KEY)))
 
-    def test_both_have_a_head_of_their_own_and_nothing_else_is_left(self):
+    def test_both_keys_have_their_own_metadata_and_nothing_else_is_left(self):
         self.put(self.PACKAGE, b"body")
         for _ in range(2):
             self.share()
@@ -2387,7 +2391,7 @@ class ShareTest(StoreCase):
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
         self.assertEqual(self.get(self.KEY), b"body")
 
-    def test_one_that_has_been_replaced_meanwhile_or_is_not_ours_is_not_linked(self):
+    def test_a_file_that_was_replaced_meanwhile_or_is_foreign_is_not_linked(self):
         self.put(self.PACKAGE, b"body")
         self.assertRaises(OSError, self.share, lambda: self.put(self.PACKAGE, b"another"))
         shutil.rmtree(self.path(".pkgproxy/heads"))
@@ -2404,7 +2408,7 @@ class NamesTest(StoreCase):
     def find(self, name="x_1.0_all.deb"):
         return self.store.names.lookup(name)
 
-    def test_the_newest_comes_first_and_none_twice(self):
+    def test_the_newest_file_comes_first_and_none_twice(self):
         self.assertEqual(self.find(), [])
         for key in (*self.KEYS, self.KEYS[0], "http://c/y_1.0_all.deb", "http://c/dists/x/InRelease"):
             self.put(key, b"x")
@@ -2413,7 +2417,7 @@ class NamesTest(StoreCase):
             self.put("http://h%d/x_1.0_all.deb" % number, b"x")
         self.assertEqual(self.find(), ["http://h%d/x_1.0_all.deb" % number for number in range(8, 0, -1)])
 
-    def test_a_sweep_makes_them_anew_where_they_are_lost_and_for_what_was_stored_before_there_were_any(self):
+    def test_an_eviction_run_rebuilds_the_index_where_it_is_lost(self):
         for key in self.KEYS:
             self.put(key, b"x")
         shutil.rmtree(self.path(".pkgproxy/names"))
@@ -2425,14 +2429,14 @@ class NamesTest(StoreCase):
             shutil.rmtree(self.path("c"), ignore_errors=True)  # what is gone is found, and is nothing when it is looked at
         self.assertEqual([name for name in os.listdir(self.path(".pkgproxy")) if name.startswith("names")], ["names"])
 
-    def test_however_many_names_there_are_a_request_reads_one_small_file(self):
+    def test_a_lookup_reads_one_small_file_however_many_names_there_are(self):
         self.store.names.rebuild(("x%d_1.0_all.deb" % number, "http://mirror.test/debian/pool/main/x/x/x%d_1.0_all.deb" % number)
                                  for number in range(20_000))
         sizes = [path.stat().st_size for path in Path(self.path(".pkgproxy/names")).iterdir()]
         self.assertLess(max(sizes), 10 * 1024, "ten times as much for 200,000")
         self.assertEqual(self.find("x7777_1.0_all.deb"), ["http://mirror.test/debian/pool/main/x/x/x7777_1.0_all.deb"])
 
-    def test_new_names_lie_in_one_file_until_a_sweep_spreads_them(self):
+    def test_new_names_are_in_one_file_until_an_eviction_run_distributes_them(self):
         keys = ["http://a/x%d_1.0_all.deb" % number for number in range(300)] + ["http://b/x1_1.0_all.deb"]
         folder = Path(self.path(".pkgproxy/names"))
         for key in keys:
@@ -2447,13 +2451,13 @@ class NamesTest(StoreCase):
         self.assertEqual([name for name in os.listdir(folder) if not re.fullmatch("[0-9a-f]{2}|recent|whole-256", name)], [])
         self.assertEqual([self.find("x%d_1.0_all.deb" % number) for number in (0, 1, 299)], [found[0], ["http://c/x1_1.0_all.deb", *found[1]], found[299]])
 
-    def test_more_new_names_than_one_file_may_hold_are_spread_before_a_sweep(self):
+    def test_new_names_are_distributed_early_when_their_file_is_full(self):
         with mock.patch.object(pkgproxy, "_MAX_RECENT", 3000):
             for number in range(300):
                 self.store.names.add("x%d_1.0_all.deb" % number, "http://a/x%d_1.0_all.deb" % number)
             self.assertEqual([number for number in range(300) if not self.find("x%d_1.0_all.deb" % number)], [])
 
-    def test_new_names_whose_spreading_was_killed_are_spread_by_the_next(self):
+    def test_an_interrupted_distribution_is_completed_by_the_next(self):
         self.store.names.add("x_1.0_all.deb", "http://a/x_1.0_all.deb")
         folder = Path(self.path(".pkgproxy/names"))
         (folder / "recent").rename(folder / "recent^12345678")
@@ -2466,14 +2470,14 @@ class NamesTest(StoreCase):
         self.assertEqual([self.find("x_1.0_all.deb"), self.find("y_1.0_all.deb")], [["http://a/x_1.0_all.deb"], ["http://a/y_1.0_all.deb"]])
         self.assertEqual([name for name in os.listdir(folder) if "recent" in name], [])
 
-    def test_a_file_of_names_that_grows_too_long_loses_its_older_half(self):
+    def test_an_index_file_that_is_too_long_drops_its_older_half(self):
         with mock.patch.object(pkgproxy, "_MAX_NAMES", 1000), mock.patch.object(pkgproxy, "_MAX_RECENT", 1000):
             for number in range(100):
                 self.store.names.add("x_1.0_all.deb", "http://h%d/x_1.0_all.deb" % number)
                 self.assertEqual(self.find()[0], "http://h%d/x_1.0_all.deb" % number)
         self.assertLess(sum(path.stat().st_size for path in Path(self.path(".pkgproxy/names")).iterdir()), 1100)
 
-    def test_damage_and_a_folder_that_cannot_be_written_cost_nothing_else(self):
+    def test_a_damaged_or_unwritable_index_has_no_other_effect(self):
         self.put(self.KEYS[0], b"x")
         place = next(Path(self.path(".pkgproxy/names")).iterdir())
         place.write_bytes(b"\xff\xfe no line\n" + place.read_bytes() + b"half a li")
@@ -2483,13 +2487,13 @@ class NamesTest(StoreCase):
         self.put(self.KEYS[1], b"x")
         self.assertEqual((self.find(), self.get(self.KEYS[1])), ([], b"x"))
 
-    def test_mirrors_vouch_for_each_other_after_some_proofs_until_one_fails(self):
+    def test_mirrors_count_as_identical_after_some_proofs_until_one_fails(self):
         pair = ("http://a/x", "http://b")
         for proof, vouched in ((True, False), (True, False), (True, True), (True, True), (False, False), (True, False)):
             self.store.names.record_comparison(pair, proof)
             self.assertEqual(self.store.names.are_mirrors(pair[::-1]), vouched)
 
-    def test_the_users_own_packages_are_found_by_the_names_that_mirrors_have(self):
+    def test_adopted_packages_are_found_by_the_names_used_on_mirrors(self):
         folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
         self.addCleanup(shutil.rmtree, folder)
         for name in ("ssh_1%3a9.2-1_amd64.deb", "lock", "old/debian/y_1.0_all.deb", ".pkgproxy/z_1.0_all.deb", "a\nb_1.0_all.deb"):
@@ -2509,7 +2513,7 @@ class NamesTest(StoreCase):
 class BarrierTest(unittest.TestCase):
     """Flights."""
 
-    def test_one_leads_the_others_follow_until_it_leaves(self):
+    def test_the_first_leads_and_the_others_follow_until_it_leaves(self):
         barrier = pkgproxy.SingleFlight()
         flight, leader = barrier.join("k")
         self.assertTrue(leader)
@@ -2518,7 +2522,7 @@ class BarrierTest(unittest.TestCase):
         barrier.remove(flight)
         self.assertTrue(barrier.join("k")[1])
 
-    def test_many_at_once_find_one_leader(self):
+    def test_concurrent_joins_elect_one_leader(self):
         barrier, leaders, start = pkgproxy.SingleFlight(), [], threading.Barrier(16)
 
         def join():
@@ -2532,7 +2536,7 @@ class BarrierTest(unittest.TestCase):
             thread.join()
         self.assertEqual(leaders.count(True), 1)
 
-    def test_a_flight_ends_once(self):
+    def test_a_flight_finishes_once(self):
         flight = pkgproxy.Flight("k")
         flight.finish(pkgproxy.FlightResult.STORED, received=5)
         flight.finish(pkgproxy.FlightResult.FAILED, OriginError("late"))
@@ -2544,7 +2548,7 @@ class BarrierTest(unittest.TestCase):
         self.assertEqual(flight.wait_for_head(0.01), (None, pkgproxy.FlightResult.ALONE))
         self.assertRaises(pkgproxy.StorageError, flight.wait_for_bytes, 0, 0.01)
 
-    def test_a_failure_is_everybodys(self):
+    def test_a_failure_reaches_all_followers(self):
         flight = pkgproxy.Flight("k")
         flight.finish(pkgproxy.FlightResult.FAILED, OriginError("gone"))
         self.assertRaises(OriginError, flight.wait_for_head, 1)
@@ -2575,7 +2579,7 @@ class OriginTest(unittest.TestCase):
         with contextlib.closing(response):
             return b"".join(iter(lambda: response.read(7), b""))
 
-    def test_connections_are_kept_and_used_again(self):
+    def test_connections_are_reused(self):
         self.origin.pages.update({"/x": ScriptedResponse(b"x" * 99), "/c": ScriptedResponse(b"y" * 99, chunked=True)})
         for _ in range(3):
             self.assertEqual(self.read("/x"), b"x" * 99)
@@ -2583,12 +2587,12 @@ class OriginTest(unittest.TestCase):
         self.assertEqual(self.origin.connections, 1)
         self.assertEqual(sum(self.counted), 6 * 99)
 
-    def test_a_response_left_unread_does_not_pollute_the_next(self):
+    def test_an_unread_response_does_not_affect_the_next_one(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x" * 99)
         self.fetch().close()
         self.assertEqual(self.read(), b"x" * 99)
 
-    def test_a_kept_connection_that_the_origin_closed_costs_a_silent_second_try(self):
+    def test_a_request_is_retried_when_the_origin_has_closed_the_idle_connection(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
         self.assertEqual(self.read(), b"x")
         self.origin.drop()
@@ -2619,12 +2623,12 @@ class OriginTest(unittest.TestCase):
                         data += more
                 self.assertEqual(data, got)
 
-    def test_early_hints_are_not_the_answer(self):
+    def test_early_hints_are_not_the_final_response(self):
         self.origin.pages["/x"] = ScriptedResponse(steps=[b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
                                               b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"])
         self.assertEqual(self.read(), b"ok")
 
-    def test_an_origin_that_gives_hints_for_ever_or_drips_is_a_504(self):
+    def test_an_origin_that_sends_endless_hints_or_single_bytes_is_a_504(self):
         for step in (b"HTTP/1.1 103 Early Hints\r\n\r\n", b"H"):
             stop = Gate()
 
@@ -2637,7 +2641,7 @@ class OriginTest(unittest.TestCase):
                 self.fetch(deadline=time.monotonic() + 0.2)
             stop.open()
 
-    def test_an_answer_that_comes_before_the_body_is_whole_is_heard(self):
+    def test_a_response_that_arrives_before_the_request_body_is_complete_is_read(self):
         self.origin.pages["/x"] = ScriptedResponse(b"too large", 413)
         real = self.origin.read_body
         with mock.patch.object(self.origin, "read_body", lambda file, fields: real(file, {}) + b" " * int(fields["content-length"])):
@@ -2649,7 +2653,7 @@ class OriginTest(unittest.TestCase):
             self.assertEqual(response.head.status, 413)
             response.close()
 
-    def test_a_kept_connection_with_garbage_on_it_costs_a_silent_second_try(self):
+    def test_a_request_is_retried_when_an_idle_connection_contains_garbage(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
         self.read()
         with mock.patch.object(pkgproxy.OriginConnection, "is_idle", return_value=True):
@@ -2669,13 +2673,13 @@ class OriginTest(unittest.TestCase):
                 response.close()
             until(lambda: sum(len(other.open_connections) for other in others) == 2)
 
-    def test_no_connection_is_used_again_after_head(self):
+    def test_no_connection_is_reused_after_head(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
         self.fetch("/x", "HEAD").close()
         self.read()
         self.assertEqual(self.origin.connections, 2)
 
-    def test_redirects_to_nowhere_leave_no_connection_behind(self):
+    def test_a_failed_redirect_leaves_no_connection_open(self):
         with socket.create_server(("127.0.0.1", 0)) as closed:
             port = closed.getsockname()[1]
         self.origin.pages["/x"] = ScriptedResponse(b"moved", 302, [("Location", "http://127.0.0.1:%d/" % port)])
@@ -2697,11 +2701,11 @@ class OriginTest(unittest.TestCase):
                     self.fetch()
                 self.assertEqual(caught.exception.status, 502)
 
-    def test_nobody_there_is_a_502_with_the_reason(self):
+    def test_a_refused_connection_is_a_502_with_the_reason(self):
         with refusing_address() as (host, port), self.assertRaisesRegex(OriginError, "refused"):
             self.client.fetch(forward("GET", Target("http", host, port, "/"), ()))
 
-    def test_a_dead_address_of_a_name_does_not_hold_up_the_next(self):
+    def test_a_dead_address_does_not_delay_the_next(self):
         """RFC 8305 in spirit, with addresses that refuse, that swallow packets, and that nobody can speak."""
         self.origin.pages["/x"] = ScriptedResponse(b"x")
         with unresponsive_address() as deaf, refusing_address() as nobody:
@@ -2718,7 +2722,7 @@ class OriginTest(unittest.TestCase):
                         mock.patch.object(pkgproxy, "CONNECT_ATTEMPT_DELAY", 0.02), self.assertRaisesRegex(OriginError, error):
                     self.fetch(deadline=time.monotonic() + 0.3)
 
-    def test_families_take_turns(self):
+    def test_address_families_alternate(self):
         six, four = (socket.AF_INET6, 1, 6, "", ("::1", 80)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 80))
         with mock.patch.object(socket, "getaddrinfo", return_value=[six, six, four]):
             self.assertEqual(pkgproxy.resolve_addresses("a", 80), [six, four, six])
@@ -2733,14 +2737,14 @@ class OriginTest(unittest.TestCase):
                     addresses.mark_failed("127.0.0." + lame)
                 self.assertEqual("".join(row[4][0][-1] for row in addresses.resolve("a", 80, 1)), order)
 
-    def test_a_download_that_breaks_off_tells_of_its_address(self):
+    def test_an_interrupted_download_marks_its_address_as_failed(self):
         for steps in ([b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"], [b""], [b"garbage\r\n\r\n"]):
             self.origin.pages["/x"] = ScriptedResponse(steps=steps)
             with mock.patch.object(self.client._addresses, "mark_failed") as failed:
                 self.assertRaises(OriginError, self.read)
             failed.assert_called_with("127.0.0.1")
 
-    def test_a_mute_name_server_is_asked_once_by_all_who_wait_and_not_for_ever(self):
+    def test_concurrent_lookups_of_a_name_share_one_query_with_a_timeout(self):
         gate, asked = Gate(), []
 
         def mute(host, *arguments, **more):
@@ -2775,7 +2779,7 @@ class OriginTest(unittest.TestCase):
             self.client.fetch(forward("GET", Target("http", "nowhere.invalid", 80, "/"), ()))
         self.assertEqual(caught.exception.status, 502)
 
-    def test_silence_is_a_504(self):
+    def test_an_origin_that_does_not_answer_is_a_504(self):
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/x"] = ScriptedResponse(steps=[gate])
@@ -2783,14 +2787,14 @@ class OriginTest(unittest.TestCase):
             self.fetch(deadline=time.monotonic() + 0.05)
         self.assertEqual(caught.exception.status, 504)
 
-    def test_a_body_without_declared_end_is_read_but_not_proven(self):
+    def test_a_body_without_declared_end_is_read_but_not_known_to_be_complete(self):
         self.origin.pages["/x"] = ScriptedResponse(steps=[b"HTTP/1.1 200 OK\r\n\r\nbody"])
         response = self.fetch()
         with contextlib.closing(response):
             self.assertFalse(response.end_is_known)
             self.assertEqual(b"".join(iter(lambda: response.read(100), b"")), b"body")
 
-    def test_redirects_are_followed_within_reason(self):
+    def test_redirects_are_followed_up_to_a_limit(self):
         self.origin.pages.update({
             "/x": ScriptedResponse(status=302, fields=[("Location", "/y")]), "/y": ScriptedResponse(b"there"),
             "/loop": ScriptedResponse(status=302, fields=[("Location", "/loop")]),
@@ -2844,7 +2848,7 @@ class MissAndHitTest(ProxyCase):
         self.assertEqual(self.counters()["statsDownBytes"], len(self.BODY))
         self.assertEqual(self.counters()["statsCacheBytes"], len(self.BODY))
 
-    def test_both_have_the_origins_fields_in_order(self):
+    def test_miss_and_hit_have_the_origins_fields_in_order(self):
         for answer in (self.ask("/x_1.0_all.deb"), self.ask("/x_1.0_all.deb")):
             self.assertEqual((answer["Content-Type"], answer["Last-Modified"]), ("application/x", DATE))
             self.assertEqual([text for name, text in answer.fields if name == "X-Two"], ["1", "2"])
@@ -2854,7 +2858,7 @@ class MissAndHitTest(ProxyCase):
             self.assertTrue(answer["Date"])
         self.assertIsNone(answer["Set-Cookie"], "a cookie is for one client only")
 
-    def test_a_hit_survives_a_restart_and_the_origins_end(self):
+    def test_hits_survive_a_restart_and_the_loss_of_the_origin(self):
         self.ask("/x_1.0_all.deb")
         self.origin.close()
         self.start()
@@ -2873,13 +2877,13 @@ class MissAndHitTest(ProxyCase):
         self.assertEqual((answer.status, answer["Content-Range"]), (416, "bytes */%d" % size))
         self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_if_range_with_a_changed_file_sends_it_whole(self):
+    def test_if_range_with_a_changed_file_sends_the_complete_file(self):
         tag = self.ask("/x_1.0_all.deb")["ETag"]
         self.assertEqual(self.ask("/x_1.0_all.deb", Range="bytes=0-1", If_Range=tag).status, 206)
         self.assertEqual(self.ask("/x_1.0_all.deb", Range="bytes=0-1", If_Range=DATE).status, 206)
         self.assertEqual(self.ask("/x_1.0_all.deb", Range="bytes=0-1", If_Range='"old"').body, self.BODY)
 
-    def test_several_ranges_come_as_multipart(self):
+    def test_several_ranges_are_sent_as_multipart(self):
         self.ask("/x_1.0_all.deb")
         answer = self.ask("/x_1.0_all.deb", Range="bytes=0-9,100-109")
         self.assertEqual(answer.status, 206)
@@ -2899,7 +2903,7 @@ class MissAndHitTest(ProxyCase):
         self.settle()
         self.assertEqual(self.files(), {self.place("x_1.0_all.deb"): self.BODY})
 
-    def test_head_does_not_poison_get(self):
+    def test_a_head_request_does_not_affect_get(self):
         for _ in range(2):
             answer = self.ask("/x_1.0_all.deb", "HEAD")
             self.assertEqual((answer.status, answer.body, answer["Content-Length"]), (200, b"", str(len(self.BODY))))
@@ -2909,7 +2913,7 @@ class MissAndHitTest(ProxyCase):
         self.assertEqual((answer["Content-Length"], answer["Cache-Status"]), (str(len(self.BODY)), "pkgproxy; hit"))
         self.assertEqual(self.origin.methods(), ["HEAD", "HEAD", "GET"])
 
-    def test_cleaning_with_rm_at_any_time(self):
+    def test_the_cache_may_be_removed_with_rm_at_any_time(self):
         self.ask("/x_1.0_all.deb")
         shutil.rmtree(os.path.join(self.root, os.listdir(self.root)[0]))
         shutil.rmtree(self.root)
@@ -2950,7 +2954,7 @@ class MissAndHitTest(ProxyCase):
             self.assertEqual((self.ask("/e_1.0_all.deb").body, self.ask("/e_1.0_all.deb").status), (b"", 200))
         self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_same_path_on_two_hosts_is_two_files(self):
+    def test_the_same_path_on_two_hosts_is_stored_twice(self):
         other = ScriptedOrigin()
         self.addCleanup(other.close)
         other.pages["/x_1.0_all.deb"] = ScriptedResponse(b"another")
@@ -2958,12 +2962,12 @@ class MissAndHitTest(ProxyCase):
         self.assertEqual(self.ask(other.url("/x_1.0_all.deb")).body, b"another")
         self.assertEqual(self.ask("/x_1.0_all.deb").body, self.BODY)
 
-    def test_the_query_is_part_of_the_name(self):
+    def test_the_query_is_part_of_the_cache_key(self):
         self.origin.pages.update({"/metalink?a=1": ScriptedResponse(b"one"), "/metalink?a=2": ScriptedResponse(b"two")})
         for _ in range(2):
             self.assertEqual(self.ask("/metalink?a=1").body + self.ask("/metalink?a=2").body, b"onetwo")
 
-    def test_hostile_targets_stay_inside_and_are_answered(self):
+    def test_hostile_targets_do_not_escape_the_root(self):
         for uri in NameRulesTest.HOSTILE:
             with self.subTest(uri=uri[:40]):
                 path = uri[len("http://a"):]
@@ -2993,7 +2997,7 @@ class CollapsedRequestsTest(ProxyCase):
         return connection.getresponse()
 
     @unittest.skipUnless(hasattr(os, "sendfile"), "this system sends no files itself")
-    def test_a_follower_goes_on_from_the_origin_where_what_has_come_cannot_be_read(self):
+    def test_a_follower_continues_from_the_origin_if_the_partial_file_cannot_be_read(self):
         body, gate = random.Random(1).randbytes(3 << 20), Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(body, gate=gate, first=1 << 20)
@@ -3021,7 +3025,7 @@ class CollapsedRequestsTest(ProxyCase):
                 self.assertEqual(follower.response.read(), body[300_000:])
             self.assertEqual(leader.response.read(), body[1 << 20:])
 
-    def test_the_first_client_has_its_last_bytes_before_memcached_is_told(self):
+    def test_the_first_client_gets_its_last_bytes_before_memcached_is_contacted(self):
         gate, release = Gate(), pkgproxy.LeaseManager.release
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 400_000)
@@ -3030,7 +3034,7 @@ class CollapsedRequestsTest(ProxyCase):
             gate.open()
             self.settle()
 
-    def test_what_is_being_downloaded_is_described_for_other_instances_only_where_it_takes_a_moment(self):
+    def test_partial_metadata_is_written_only_for_downloads_that_take_a_moment(self):
         wrote, gates = [], [Gate(), Gate()]
         for gate in gates:
             self.addCleanup(gate.open)
@@ -3050,7 +3054,7 @@ class CollapsedRequestsTest(ProxyCase):
         self.assertEqual(len(wrote), 1)
 
     @unittest.skipUnless(hasattr(os, "sendfile"), "this system sends no files itself")
-    def test_the_kernel_sends_a_follower_what_has_come_and_we_where_the_file_system_knows_no_such_thing(self):
+    def test_followers_are_served_with_sendfile_where_the_file_system_supports_it(self):
         body, gate = random.Random(1).randbytes(600_000), Gate()
         self.addCleanup(gate.open)
         for number, error in enumerate((None, OSError(errno.EINVAL, "not here"), OSError(errno.ENOTSUP, "nor here"))):
@@ -3068,14 +3072,14 @@ class CollapsedRequestsTest(ProxyCase):
                 self.settle()
                 self.assertEqual(self.ask(path).body, body)
 
-    def test_a_client_that_reads_nothing_does_not_hold_up_the_download(self):
+    def test_a_client_that_does_not_read_does_not_delay_the_download(self):
         self.origin.pages["/big_1.0_all.deb"] = ScriptedResponse(bytes(8 << 20))
         with self.connection() as slow:
             slow.request("GET", self.origin.url("/big_1.0_all.deb"))
             until(lambda: self.ask("/big_1.0_all.deb", Cache_Control="only-if-cached").status == 200)
             self.assertEqual(slow.getresponse().read(), bytes(8 << 20))
 
-    def test_a_second_client_streams_from_the_first_ones_download(self):
+    def test_a_second_client_streams_from_the_download_of_the_first(self):
         with self.connection() as one, self.connection() as two:
             first, second = self.begin(one), self.begin(two)
             self.assertEqual(first.read(1 << 20), self.body[:1 << 20])
@@ -3088,7 +3092,7 @@ class CollapsedRequestsTest(ProxyCase):
         counters = self.counters()
         self.assertEqual((counters["statsDownBytes"], counters["statsCacheBytes"]), (self.SIZE, self.SIZE))
 
-    def test_a_range_is_served_from_the_growing_partial(self):
+    def test_a_range_is_served_from_the_growing_partial_file(self):
         with self.connection() as one, self.connection() as two:
             self.begin(one).read(10)
             second = self.begin(two, Range="bytes=100-199")
@@ -3097,7 +3101,7 @@ class CollapsedRequestsTest(ProxyCase):
         self.settle()
         self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_a_slow_first_client_holds_nobody_back(self):
+    def test_a_slow_first_client_does_not_delay_others(self):
         self.gate.open()
         with self.connection() as one, self.connection() as two:
             one.connect()
@@ -3106,7 +3110,7 @@ class CollapsedRequestsTest(ProxyCase):
             self.assertEqual(self.begin(two).read(), self.body)
         self.assertEqual(self.ask("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
 
-    def test_the_download_outlives_its_client(self):
+    def test_a_download_continues_after_its_client_has_left(self):
         with self.connection() as one:
             self.begin(one).read(10)
         self.gate.open()
@@ -3114,7 +3118,7 @@ class CollapsedRequestsTest(ProxyCase):
         self.assertEqual(self.ask("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
         self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_whoever_received_a_whole_body_finds_it_stored(self):
+    def test_a_complete_body_is_stored_when_its_client_has_received_it(self):
         self.gate.open()
         for number in range(20):
             path = "/y_%d_all.deb" % number
@@ -3124,7 +3128,7 @@ class CollapsedRequestsTest(ProxyCase):
                 one.getresponse().read()
                 self.assertIn(self.place(path[1:]), self.files())
 
-    def test_a_truncated_body_is_neither_stored_nor_passed_off_as_whole(self):
+    def test_a_truncated_body_is_neither_stored_nor_presented_as_complete(self):
         for answer in (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort",
                        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n"):
             with self.subTest(answer=answer):
@@ -3156,7 +3160,7 @@ class CollapsedRequestsTest(ProxyCase):
             gate.open()
             self.assertRaises(ConnectionResetError, connection.recv, 100)
 
-    def test_an_answer_that_is_not_for_sharing_is_fetched_by_each(self):
+    def test_a_response_that_must_not_be_shared_is_fetched_by_each_client(self):
         gate = Gate()
         self.origin.pages["/s_1.0_all.deb"] = ScriptedResponse(
             steps=[gate, b"HTTP/1.1 200 OK\r\nCache-Control: private\r\nContent-Length: 2\r\n\r\nmy"])
@@ -3171,7 +3175,7 @@ class CollapsedRequestsTest(ProxyCase):
         self.assertEqual(answers, [b"my"] * 3)
         self.assertEqual(self.files(), {})
 
-    def test_a_dead_origin_fails_all_who_wait_at_once(self):
+    def test_a_dead_origin_fails_all_waiting_clients_at_once(self):
         gate = Gate()
         self.origin.pages["/d_1.0_all.deb"] = ScriptedResponse(steps=[gate])
         opener = threading.Thread(target=lambda: (until(lambda: self.server.replies_running == 3), gate.open()))
@@ -3219,39 +3223,39 @@ class IndexTest(ProxyCase):
         super().setUp()
         self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 1")
 
-    def test_an_index_is_asked_for_each_time_and_sent_from_the_file_on_304(self):
+    def test_an_index_is_validated_each_time_and_served_from_the_cache_on_304(self):
         self.ask("/InRelease")
         answer = self.ask("/InRelease")
         self.assertEqual((answer.body, answer["Cache-Status"]), (b"generation 1", "pkgproxy; fwd=stale; fwd-status=304"))
         self.assertEqual(self.origin.log[-1].fields["if-none-match"], self.origin.pages["/InRelease"].etag)
         self.assertEqual(self.origin.log[-1].fields["if-modified-since"], DATE)
 
-    def test_a_new_index_is_seen_at_once(self):
+    def test_a_changed_index_is_served_at_once(self):
         self.ask("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 2")
         self.assertEqual(self.ask("/InRelease").body, b"generation 2")
         self.assertEqual(self.files()[self.place("InRelease")], b"generation 2")
 
-    def test_a_mirror_without_validators_is_asked_whole_each_time(self):
+    def test_an_index_without_validators_is_fetched_each_time(self):
         self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 1", etag="", modified="")
         self.ask("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 2", etag="", modified="")
         self.assertEqual(self.ask("/InRelease").body, b"generation 2")
 
-    def test_a_clients_own_condition_is_answered_after_asking(self):
+    def test_a_conditional_request_is_answered_after_validation(self):
         tag = self.ask("/InRelease")["ETag"]
         self.assertEqual(self.ask("/InRelease", If_None_Match=tag).status, 304)
         self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 2")
         self.assertEqual(self.ask("/InRelease", If_None_Match=tag).body, b"generation 2")
         self.assertEqual(self.origin.methods(), ["GET"] * 3)
 
-    def test_head_of_an_index_asks_too(self):
+    def test_head_of_an_index_validates_too(self):
         self.ask("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 22")
         self.assertEqual(self.ask("/InRelease", "HEAD")["Content-Length"], "13")
         self.assertEqual(self.ask("/InRelease").body, b"generation 22")
 
-    def test_an_origin_that_cannot_be_asked_leaves_the_stored_one(self):
+    def test_an_unreachable_origin_leaves_the_stored_index_in_use(self):
         self.ask("/InRelease")
         for page in (ScriptedResponse(b"down", 503), ScriptedResponse(b"down", 502), ScriptedResponse(steps=[b""])):
             self.origin.pages["/InRelease"] = page
@@ -3262,7 +3266,7 @@ class IndexTest(ProxyCase):
         self.assertEqual(self.ask("/InRelease").body, b"generation 1")
         self.assertEqual(self.counters()["statsOutcomes"]["stale"], 4)
 
-    def test_a_404_is_the_origins_word(self):
+    def test_a_404_for_an_index_is_passed_on(self):
         self.ask("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"gone", 404)
         self.assertEqual(self.ask("/InRelease").status, 404)
@@ -3276,14 +3280,14 @@ class IndexTest(ProxyCase):
 class PassTest(ProxyCase):
     """What is passed through, and what is not kept."""
 
-    def test_nothing_but_a_complete_200_is_stored(self):
+    def test_only_a_complete_200_is_stored(self):
         for status in (203, 204, 301, 302, 400, 403, 404, 410, 500, 503):
             with self.subTest(status=status):
                 self.origin.pages["/n_%d.deb" % status] = ScriptedResponse(b"" if status == 204 else b"text", status)
                 self.assertEqual(self.ask("/n_%d.deb" % status).status, status)
         self.assertEqual(self.files(), {})
 
-    def test_other_methods_pass_with_their_bodies(self):
+    def test_other_methods_are_passed_through_with_their_bodies(self):
         self.origin.pages["/api"] = ScriptedResponse(b"done", fields=[("X", "y")])
         for method in ("POST", "PUT", "DELETE", "PATCH", "PROPFIND"):
             answer = self.ask("/api", method, b"a body")
@@ -3295,7 +3299,7 @@ class PassTest(ProxyCase):
         self.assertEqual(self.origin.log[-1].method, "OPTIONS")
         self.assertEqual(self.files(), {})
 
-    def test_a_method_that_changes_things_invalidates(self):
+    def test_an_unsafe_method_invalidates(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"old")
         self.ask("/x_1.0_all.deb")
         self.ask("/x_1.0_all.deb", "DELETE")
@@ -3312,17 +3316,17 @@ class PassTest(ProxyCase):
         self.assertEqual(list(self.files()), [self.place("x_2.0_all.deb")])
         self.assertEqual(len(self.origin.methods("/x_1.0_all.deb")), 2)
 
-    def test_a_captive_portals_page_is_not_a_package(self):
+    def test_a_captive_portals_page_is_not_stored_as_a_package(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"pay here", fields=[("Content-Type", "text/html")])
         self.assertEqual(self.ask("/x_1.0_all.deb").body, b"pay here")
         self.assertEqual(self.files(), {})
 
-    def test_a_body_without_declared_end_is_passed_not_kept(self):
+    def test_a_body_without_declared_end_is_not_stored(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000, length=False)
         self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x" * 1000)
         self.assertEqual(self.files(), {})
 
-    def test_redirects_are_stored_under_what_was_asked(self):
+    def test_a_redirected_response_is_stored_under_the_requested_url(self):
         self.origin.pages.update({"/x_1.0_all.deb": ScriptedResponse(status=302, fields=[("Location", "/cdn?signature=1")]),
                                   "/cdn?signature=1": ScriptedResponse(b"x"), "/other": ScriptedResponse(status=302, fields=[("Location", "/y")])})
         for _ in range(2):
@@ -3330,7 +3334,7 @@ class PassTest(ProxyCase):
         self.assertEqual(list(self.files()), [self.place("x_1.0_all.deb")])
         self.assertEqual((self.ask("/other").status, self.ask("/other")["Location"]), (302, "/y"))
 
-    def test_an_early_range_downloads_the_file_a_far_one_does_not(self):
+    def test_only_a_range_near_the_start_downloads_the_complete_file(self):
         body = os.urandom(4 << 20)
         self.origin.pages.update({"/x_1.0_all.deb": ScriptedResponse(body), "/y_1.0_all.deb": ScriptedResponse(body)})
         answer = self.ask("/x_1.0_all.deb", Range="bytes=1000-")
@@ -3340,7 +3344,7 @@ class PassTest(ProxyCase):
         self.settle()
         self.assertEqual(list(self.files()), [self.place("x_1.0_all.deb")])
 
-    def test_a_far_range_of_what_lands_as_it_is_looked_for_is_a_hit(self):
+    def test_a_far_range_of_a_file_stored_during_the_lookup_is_a_hit(self):
         body, flying, landed = os.urandom(4 << 20), self.proxy._barrier.is_in_flight, []
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(body)
 
@@ -3355,10 +3359,10 @@ class PassTest(ProxyCase):
         self.assertEqual((answer.status, answer.body), (206, body[3000000:3000010]))
         self.assertEqual(self.origin.methods("/x_1.0_all.deb"), ["GET"])
 
-    def test_a_loop_is_cut(self):
+    def test_a_loop_is_refused(self):
         self.assertEqual(self.ask("/x", Via="1.1 tested").status, 508)
 
-    def test_an_origin_that_is_not_there_is_a_502_in_one_sentence(self):
+    def test_an_unreachable_origin_is_a_502_in_one_sentence(self):
         self.origin.close()
         answer = self.ask("/x_1.0_all.deb")
         self.assertEqual((answer.status, answer["Content-Type"]), (502, "text/plain; charset=utf-8"))
@@ -3381,14 +3385,14 @@ class RequestFormsTest(ProxyCase):
         self.origin.pages["/pool/x_1.0_all.deb"] = ScriptedResponse(b"package")
         self.name = "127.0.0.1:%d" % self.origin.port
 
-    def test_every_way_leads_to_one_stored_response(self):
+    def test_all_request_forms_share_one_stored_response(self):
         for way in ("http://%s", "/http://%s", "/http:/%s", "/http%%3A/%s", "/%s"):
             answer = self.own(way % self.name + "/pool/x_1.0_all.deb")
             self.assertEqual((answer.status, answer.body), (200, b"package"))
         self.assertEqual(self.origin.methods(), ["GET"])
         self.assertEqual(self.files(), {self.place("pool/x_1.0_all.deb"): b"package"})
 
-    def test_what_a_firewall_leads_here_goes_where_its_host_field_says(self):
+    def test_an_intercepted_request_goes_to_its_host_field(self):
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
         with mock.patch.object(pkgproxy, "resolve_addresses", return_value=place), self.assertLogs("pkgproxy", "INFO") as caught:
             for _ in range(2):
@@ -3405,12 +3409,12 @@ class RequestFormsTest(ProxyCase):
         self.own("/http:/%s/pool/x_1.0_all.deb" % self.name)
         self.assertEqual(self.files(), {})
 
-    def test_a_relayed_redirect_stays_behind_the_prefix(self):
+    def test_a_relayed_redirect_keeps_the_prefix(self):
         self.origin.pages["/old"] = ScriptedResponse(b"", 302, [("Location", "/new"), ("Set-Cookie", "a=b")])
         answer = self.own("/%s/old" % self.name)
         self.assertEqual((answer.status, answer["Location"], answer["Set-Cookie"]), (302, "/http://%s/new" % self.name, None))
 
-    def test_links_of_an_index_lead_through_the_prefix_and_the_stored_one_stays_as_it_is(self):
+    def test_links_are_rewritten_for_the_prefix_and_the_stored_index_is_not(self):
         text = b"".join(b'<a href="http://files.test/x-%d.whl">' % n for n in range(20_000))
         self.origin.pages["/simple/x/"] = ScriptedResponse(text, fields=[("Content-Type", "text/html"), ("Cache-Control", "max-age=99")])
         ours = text.replace(b"http://files", b"http://127.0.0.1:%d/http://files" % self.address[1])
@@ -3425,7 +3429,7 @@ class RequestFormsTest(ProxyCase):
         for _ in range(3):  # a small hit, too
             self.assertIn(b'"http://127.0.0.1:%d/http://' % self.address[1], self.own("/http://%s/simple/y/" % self.name).body)
 
-    def test_a_part_of_a_page_is_all_of_it_where_its_links_are_others(self):
+    def test_a_range_of_a_page_with_rewritten_links_gets_the_complete_page(self):
         self.origin.pages["/simple/x/"] = ScriptedResponse(b'<a href="/x.whl">' * 9, fields=[("Content-Type", "text/html"), ("Digest", "md5=x")])
         whole = self.own("/%s/simple/x/" % self.name)
         self.assertEqual((whole.status, whole["Digest"], self.ask("/simple/x/", Range="bytes=0-7").body), (200, None, b"<a href="))
@@ -3435,19 +3439,19 @@ class RequestFormsTest(ProxyCase):
                 answer = ClientResponse(connection.getresponse())
             self.assertEqual((answer.status, answer.body, answer["Content-Range"]), (200, whole.body, None))
 
-    def test_a_cookie_for_our_address_goes_to_no_site_behind_it(self):
+    def test_a_cookie_for_the_proxys_address_is_not_sent_to_a_prefixed_site(self):
         for path, cookie in (("/http://%s/x" % self.name, None), ("http://%s/x" % self.name, "a=b")):
             with self.connection() as connection:
                 connection.request("GET", path, headers={"Connection": "close", "Cookie": "a=b"})
                 connection.getresponse().read()
             self.assertEqual(self.origin.log[-1].fields.get("cookie"), cookie)
 
-    def test_a_prefix_that_leads_back_here_is_a_508(self):
+    def test_a_prefix_that_leads_back_to_the_proxy_is_a_508(self):
         ours = "127.0.0.1:%d" % self.address[1]
         for path in ("/http://%s/" % ours, "/%s/debug/vars" % ours, "/http://%s/http://%s/x" % (ours, self.name)):
             self.assertEqual(self.own(path).status, 508)
 
-    def test_a_prefix_opens_nothing_to_strangers(self):
+    def test_a_prefix_gives_remote_clients_no_further_access(self):
         with mock.patch.object(pkgproxy, "is_local_client", lambda address: address != "127.0.0.2"):
             for path, host in (("/http://%s/x" % self.name, "a"), ("/%s/x" % self.name, "a"), ("/localhost/x", "a"), ("/x", "127.0.0.1"), ("/x", "169.254.169.254")):
                 with self.open_client(source="127.0.0.2") as far:
@@ -3486,7 +3490,7 @@ class ParentTest(ProxyCase):
     def url(self, n):
         return "http://mirror.test/pool/x_%d.0_all.deb" % n
 
-    def test_origins_are_asked_through_it_over_one_connection(self):
+    def test_origins_are_reached_through_the_parent_over_one_connection(self):
         for n in (0, 1, 0):
             answer = self.ask(self.url(n), Proxy_Authorization="Basic the-clients-own")
             self.assertEqual(answer.body, b"%d" % n)
@@ -3496,13 +3500,13 @@ class ParentTest(ProxyCase):
             self.assertEqual((entry.fields["host"], entry.fields["proxy-authorization"]), ("mirror.test", "Basic bWU6c2VjcmV0"))
         self.assertEqual(self.parent.connections, 1)
 
-    def test_this_host_is_asked_without_it(self):
+    def test_this_host_is_reached_without_the_parent(self):
         self.origin.pages["/x"] = ScriptedResponse(b"direct")
         self.assertEqual(self.ask("/x").body, b"direct")
         self.assertNotIn("proxy-authorization", self.origin.log[0].fields)
         self.assertEqual(self.parent.log, [])
 
-    def test_one_that_fails_is_named_and_replaced_only_where_asked(self):
+    def test_a_failed_parent_is_named_and_bypassed_only_if_configured(self):
         place = refusing_address()
         self.addCleanup(place.__exit__, None, None, None)
         dead = "%s:%d" % place.__enter__()
@@ -3520,7 +3524,7 @@ class ParentTest(ProxyCase):
                 self.proxy._origin._pool.close()
         self.assertEqual(connect.call_count, 3, "it is not tried again at once")
 
-    def test_one_that_is_there_and_does_not_do_its_work_is_replaced_as_well(self):
+    def test_a_malfunctioning_parent_is_bypassed_too(self):
         """It closes, speaks no HTTP, or wants a password, on a new connection or one that was kept."""
         self.through("127.0.0.1:%d,direct" % self.parent.port)
         for n, answer in enumerate((ScriptedResponse(steps=[]), ScriptedResponse(steps=[b"hello\r\n\r\n"]), ScriptedResponse(b"", 407))):
@@ -3536,7 +3540,7 @@ class ParentTest(ProxyCase):
                 self.assertEqual(self.ask(self.url(n) + "?").body, body)
                 self.settle()
 
-    def test_a_tunnel_loses_no_byte_of_who_speaks_first(self):
+    def test_a_tunnel_loses_no_byte_of_a_server_that_speaks_first(self):
         with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
             self.through("http://me:secret@127.0.0.1:%d" % listener.getsockname()[1])
             client.settimeout(PATIENCE)
@@ -3550,20 +3554,20 @@ class ParentTest(ProxyCase):
             answer = read_to_end(client)
         self.assertTrue(answer.endswith(b"\r\n\r\nhello"), answer)
 
-    def test_one_that_wants_a_password_is_no_matter_of_the_client(self):
+    def test_a_parents_407_is_not_passed_to_the_client(self):
         self.parent.pages[self.url(0)] = ScriptedResponse(b"no", 407, [("Proxy-Authenticate", "Basic")])
         answer = self.ask(self.url(0))
         self.assertEqual((answer.status, answer["Proxy-Authenticate"]), (502, None))
         self.assertIn(b"The parent proxy 127.0.0.1:%d cannot be asked: it wants another name and password." % self.parent.port, answer.body)
 
-    def test_we_are_not_our_own_parent(self):
+    def test_the_proxy_is_not_its_own_parent(self):
         origin, parents = self.proxy._origin, pkgproxy.parent_proxies("127.0.0.1:%d" % self.address[1], {})
         origin._config = pkgproxy.dataclasses.replace(origin._config, parents=parents)
         self.assertEqual(self.ask(self.url(0)).status, 508)
         origin.guard.listening_ports.clear()  # as behind a NAT
         self.assertEqual(self.ask(self.url(0)).status, 508)
 
-    def test_strangers_reach_no_more_through_it(self):
+    def test_remote_clients_reach_no_more_through_the_parent(self):
         self.parent.pages[self.url(0)] = ScriptedResponse(b"", 302, [("Location", "http://169.254.169.254/x_1.0_all.deb")])
         self.known["mirror.test"] = "203.0.113.80"
         for url in (self.url(0), "http://2130706433/x", "http://0x7f.1/x", "http://127.1/x", "http://localhost/x", "http://169.254.169.254/x"):
@@ -3577,7 +3581,7 @@ class ParentTest(ProxyCase):
             far.sendall(("GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % url).encode())
             return read_to_end(far)
 
-    def test_a_name_that_leads_here_is_refused_to_strangers_before_a_parent_on_this_host_resolves_it(self):
+    def test_a_name_of_this_host_is_refused_to_remote_clients_before_a_local_parent_resolves_it(self):
         for address, status in (("203.0.113.80", b"200"), ("127.0.0.1", b"403"), ("169.254.169.254", b"403"), ("168.63.129.16", b"403"), (None, b"502")):
             with self.subTest(address=address):  # over a connection that is kept, too: the parent looks it up for each request
                 self.known["mirror.test"] = address
@@ -3587,7 +3591,7 @@ class ParentTest(ProxyCase):
                 self.assertEqual((answer[9:12], b"secret" in answer, len(self.parent.log) - asked), (status, status == b"200", status == b"200"))
         self.assertIn(b"mirror.test cannot be checked, and the parent proxy is on this host: Temporary failure in name resolution.", answer)
 
-    def test_what_a_parent_on_this_host_brought_for_a_client_on_it_is_for_no_stranger(self):
+    def test_a_response_from_a_local_parent_to_a_local_client_is_not_served_to_remote_clients(self):
         self.assertEqual(self.ask(self.url(0)).body, b"0")
         self.settle()
         self.assertIn("hit", self.outcome(self.ask(self.url(0))))
@@ -3626,7 +3630,7 @@ class TlsOriginTest(ProxyCase):
         self.addCleanup(origin.close)
         return origin
 
-    def test_a_repository_that_has_https_alone_is_cached_through_either_way_in(self):
+    def test_an_https_only_repository_is_cached_through_either_request_form(self):
         for way in (self.secure.url, lambda path: "/" + self.secure.url(path)):
             for path, body in (("/pool/x_1.0_all.deb", b"secure"), ("/InRelease", b"secure index")):
                 self.assertEqual(self.own(way(path)).body, body)
@@ -3636,7 +3640,7 @@ class TlsOriginTest(ProxyCase):
         self.assertEqual(self.secure.connections, 1, "it stays open for the next request")
         self.assertEqual(set(self.files()), {"https^" + "127.0.0.1:%d%s" % (self.secure.port, path) for path in self.secure.pages})
 
-    def test_a_host_name_with_its_last_dot_has_the_certificate_of_the_one_without(self):
+    def test_a_host_name_with_a_trailing_dot_has_the_certificate_of_the_name_without(self):
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.secure.port))]
         with mock.patch.object(pkgproxy, "resolve_addresses", return_value=place):
             self.assertEqual(self.ask("https://localhost.:%d/InRelease" % self.secure.port).body, b"secure index")
@@ -3649,7 +3653,7 @@ class TlsOriginTest(ProxyCase):
             self.assertIn(outcome, self.outcome(answer))
         self.assertEqual(self.files(), {self.place("pool/x_1.0_all.deb"): b"secure"})
 
-    def test_https_and_http_never_stand_in_for_each_other(self):
+    def test_https_and_http_responses_are_never_interchanged(self):
         """Not even where both have the same host and port."""
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
         self.origin.pages["/pool/x_1.0_all.deb"] = ScriptedResponse(b"plain")
@@ -3671,7 +3675,7 @@ class TlsOriginTest(ProxyCase):
             words = re.escape(words).replace(r"\[\-\ \]", "[- ]")
             self.assertRegex(answer.body.decode(), r"\A127\.0\.0\.1:\d+ cannot be asked: its certificate is refused: %s\.\n\Z" % words)
 
-    def test_what_is_no_tls_and_a_python_without_it_are_told(self):
+    def test_a_server_without_tls_and_a_python_without_ssl_are_reported(self):
         with socket.create_server(("127.0.0.1", 0)) as plain:
             def answer_in_clear():
                 with plain.accept()[0] as connection:
@@ -3726,7 +3730,7 @@ class TlsOriginTest(ProxyCase):
             self.proxy._origin._pool.close()
             until(lambda: parent.counters.snapshot()["statsOutcomes"]["tunnel"] == 2)
 
-    def test_without_the_file_the_systems_trust_alone_counts(self):
+    def test_without_ca_file_only_the_systems_certificates_are_trusted(self):
         self.start()
         self.assertEqual(self.ask(self.secure.url("/x")).status, 502)
 
@@ -3762,7 +3766,7 @@ class MirrorSharingTest(ProxyCase):
         until(lambda: origin.sent >= count, "the last of %d bytes" % count)
         self.assertEqual(origin.sent, count)
 
-    def test_a_package_costs_its_head_and_its_tail_and_is_one_file_on_the_disk(self):
+    def test_an_identical_package_costs_two_probes_and_is_stored_once(self):
         url = self.publish()
         self.ask(self.HERE)
         answer = self.ask(url)
@@ -3776,7 +3780,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual(counted["statsOutcomes"]["shared"], 1)
         self.assertIn(Outcome.SHARED, pkgproxy.CACHE_OUTCOMES)
 
-    def test_what_was_shared_is_stored_like_any_other_and_is_its_mirrors_own(self):
+    def test_a_shared_file_is_stored_for_each_mirror(self):
         url = self.publish()
         self.ask(self.HERE)
         self.ask(url)
@@ -3788,7 +3792,7 @@ class MirrorSharingTest(ProxyCase):
         os.unlink(os.path.join(self.root, self.place(self.HERE[1:])))
         self.assertEqual(self.ask(url).body, self.BODY)
 
-    def test_without_sharing_digests_alone_prove_anything(self):
+    def test_without_sharing_only_digests_count_as_proof(self):
         self.stop()
         self.start(Config(addrs=(), sharing=False))
         url = self.publish()
@@ -3800,7 +3804,7 @@ class MirrorSharingTest(ProxyCase):
         self.ask(url)
         self.assertEqual(self.counters()["statsOutcomes"]["shared"], 1)
 
-    def test_other_bytes_under_the_same_name_are_fetched_whole(self):
+    def test_a_different_file_of_the_same_name_is_downloaded_completely(self):
         flipped = bytes([self.BODY[0] ^ 1])
         for case, other in (("head", flipped + self.BODY[1:]), ("tail", self.BODY[:-1] + b"?"), ("longer", self.BODY + b"?"),
                             ("shorter", self.BODY[:-1]), ("small", b"?"), ("empty", b"")):
@@ -3813,7 +3817,7 @@ class MirrorSharingTest(ProxyCase):
                 self.assertIn(self.MISS, self.outcome(answer))
                 self.assertEqual(self.ask("/debian/pool/" + name).body, self.BODY)
 
-    def test_small_files_are_compared_whole(self):
+    def test_small_files_are_compared_completely(self):
         sent = 0
         for size in (1, pkgproxy.PROOF_SIZE - 1, pkgproxy.PROOF_SIZE, pkgproxy.PROOF_SIZE + 1, 2 * pkgproxy.PROOF_SIZE):
             with self.subTest(size=size):
@@ -3825,14 +3829,14 @@ class MirrorSharingTest(ProxyCase):
                 sent += size
                 self.check_sent(sent)
 
-    def test_a_mirror_without_ranges_is_asked_once_and_its_answer_is_the_download(self):
+    def test_the_response_of_a_mirror_without_ranges_becomes_the_download(self):
         url = self.publish(ranges=False)
         self.ask(self.HERE)
         answer = self.ask(url)
         self.assertEqual((answer.body, self.asked()), (self.BODY, [("GET", "bytes=0-4095")]))
         self.assertIn(self.MISS, self.outcome(answer))
 
-    def test_a_mirror_that_changes_the_file_between_head_and_tail_or_has_no_strong_validator_is_no_proof(self):
+    def test_a_file_that_changes_between_the_probes_or_has_no_strong_validator_is_not_shared(self):
         for name, second in (("a", ScriptedResponse(self.BODY, etag='"newer"')), ("b", None)):
             url = self.publish(name + "_1.0_all.deb", etag='W/"weak"' if second is None else '"old"')
             path = "/mirrors/pub/pool/%s_1.0_all.deb" % name
@@ -3843,7 +3847,7 @@ class MirrorSharingTest(ProxyCase):
             self.assertEqual(answer.body, self.BODY)
             self.assertIn(self.MISS, self.outcome(answer))
 
-    def test_what_may_not_be_stored_or_is_asked_for_with_a_password_or_anew_is_not_shared(self):
+    def test_no_store_authorized_and_no_cache_requests_are_not_shared(self):
         for number, (page, fields) in enumerate((
                 ({"fields": [("Cache-Control", "private")]}, {}), ({"fields": [("Cache-Control", "no-store")]}, {}),
                 ({"fields": [("Vary", "*")]}, {}), ({}, {"Authorization": "Basic x"}), ({}, {"Cache_Control": "no-cache"}),
@@ -3857,14 +3861,14 @@ class MirrorSharingTest(ProxyCase):
                 self.assertNotIn("fwd-status=206", self.outcome(answer))
                 self.assertNotIn("same as", self.outcome(answer))
 
-    def test_a_filter_keeps_a_mirror_out_of_it(self):
+    def test_a_filtered_mirror_takes_no_part_in_sharing(self):
         url = self.publish()
         self.ask(self.HERE)
         self.start(dataclasses.replace(self.config, filters=(re.compile("/mirrors/pub"),)))
         self.assertIn("fwd=bypass", self.outcome(self.ask(url)))
         self.assertEqual(self.asked(), [("GET", None)])
 
-    def test_many_clients_wait_for_one_proof(self):
+    def test_many_clients_share_one_proof(self):
         url = self.publish()
         self.ask(self.HERE)
         self.assertEqual([answer.body for answer in self.ask_together(url, 8)], [self.BODY] * 8)
@@ -3877,7 +3881,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual((answer.status, answer.body), (206, (self.BODY * 20)[2000000:2000100]))
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
 
-    def test_where_the_file_system_has_no_links_the_file_is_copied(self):
+    def test_without_hard_links_the_file_is_copied(self):
         url = self.publish()
         self.ask(self.HERE)
         with mock.patch.object(os, "link", side_effect=OSError(errno.EXDEV, "no")):
@@ -3889,7 +3893,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual(os.stat(self.there()).st_nlink, 1)
         self.assertEqual(self.counters()["statsCacheBytes"], 2 * len(self.BODY))
 
-    def test_a_cache_that_cannot_be_written_costs_no_client_its_answer(self):
+    def test_an_unwritable_cache_does_not_prevent_the_response(self):
         url = self.publish()
         self.ask(self.HERE)
         with mock.patch.object(pkgproxy.PartialStore, "open_for_writing", side_effect=pkgproxy.StorageError(OSError(errno.ENOSPC, "full"))), \
@@ -3897,7 +3901,7 @@ class MirrorSharingTest(ProxyCase):
             self.assertEqual(self.ask(url).body, self.BODY)
         self.assertFalse(os.path.exists(self.there()))
 
-    def test_what_a_client_doubts_is_fetched_from_its_own_mirror(self):
+    def test_a_no_cache_request_is_fetched_from_its_own_mirror(self):
         """A mirror's file with the same ends but other bytes between them, which only a client can tell."""
         bad = self.BODY[:50_000] + b"!" + self.BODY[50_001:]
         url = self.publish(body=bad, other=self.BODY)
@@ -3907,7 +3911,7 @@ class MirrorSharingTest(ProxyCase):
         self.settle()
         self.assertEqual((self.ask(url).body, self.ask(self.HERE).body), (self.BODY, bad))
 
-    def test_a_validation_in_the_background_fetches_nothing(self):
+    def test_a_background_validation_downloads_nothing(self):
         url = self.publish()
         self.ask(self.HERE)
         self.ask(url)
@@ -3916,7 +3920,7 @@ class MirrorSharingTest(ProxyCase):
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
         self.assertEqual(self.other.log[-1].fields["if-none-match"], '"there"')
 
-    def test_a_download_that_broke_off_gives_way_to_what_another_mirror_has(self):
+    def test_an_interrupted_download_is_replaced_by_another_mirrors_file(self):
         url = self.publish(body=self.BODY * 10)
         page = self.other.pages[self.THERE]
         whole = b"HTTP/1.1 200 OK\r\nETag: %s\r\nLast-Modified: %s\r\nContent-Length: %d\r\n\r\n" % (
@@ -3933,7 +3937,7 @@ class MirrorSharingTest(ProxyCase):
 
     HELD = b"an index" * 1000
 
-    def test_a_digest_in_the_name_is_proof_without_a_question(self):
+    def test_a_digest_in_the_name_is_proof_without_a_request(self):
         names = ("/dists/x/by-hash/SHA256/" + sha256(self.HELD), "/repodata/%s-primary.xml.gz" % sha256(self.HELD),
                  "/repodata/%s-primary.xml.gz" % hashlib.sha512(self.HELD).hexdigest())
         self.other.close()
@@ -3947,7 +3951,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual(len(self.origin.log), 2, "the digest counts, not what is written around it")
         self.assertEqual(self.proxy.counters.snapshot()["statsDownBytes"], 2 * len(self.HELD))
 
-    def test_a_body_that_does_not_match_its_name_is_passed_on_and_not_kept(self):
+    def test_a_body_that_does_not_match_the_digest_in_its_name_is_not_stored(self):
         path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
         self.origin.pages[path] = [ScriptedResponse(b"another index"), ScriptedResponse(self.HELD)]
         with self.assertLogs("pkgproxy", "WARNING") as logged:
@@ -3958,7 +3962,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual([self.ask(path).body, self.ask(path).body], [self.HELD] * 2)
         self.assertEqual(len(self.origin.log), 2)
 
-    def test_the_earlier_part_of_a_resumed_download_counts_for_its_digest(self):
+    def test_the_digest_of_a_resumed_download_covers_the_earlier_part(self):
         held = self.HELD * 100
         path = "/dists/x/by-hash/SHA256/" + sha256(held)
         whole = b"HTTP/1.1 200 OK\r\nETag: %s\r\nContent-Length: %d\r\n\r\n" % (ScriptedResponse(held).etag.encode(), len(held))
@@ -3971,7 +3975,7 @@ class MirrorSharingTest(ProxyCase):
             shutil.rmtree(self.root)
             os.mkdir(self.root)
 
-    def test_what_has_rotted_on_the_disk_is_not_shared_by_its_digest(self):
+    def test_a_file_corrupted_on_the_disk_is_not_shared_by_its_digest(self):
         path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
         self.origin.pages["/a" + path] = self.other.pages["/b" + path] = ScriptedResponse(self.HELD)
         self.ask("/a" + path)
@@ -3982,7 +3986,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual(self.ask(self.other.url("/b" + path)).body, self.HELD)
         self.assertEqual(len(self.other.log), 1)
 
-    def test_whose_file_it_is_is_told_without_its_query(self):
+    def test_the_log_names_the_other_mirrors_file_without_its_query(self):
         path = "/repodata/%s-primary.xml.gz" % sha256(self.HELD)
         self.origin.pages["/a" + path], self.other.pages["/b" + path] = ScriptedResponse(self.HELD), ScriptedResponse(b"", 503)
         self.ask("/a" + path + "?token=secret")
@@ -3992,7 +3996,7 @@ class MirrorSharingTest(ProxyCase):
             self.assertRegex(self.outcome(answer), "ame as http://[^?]+/a/repodata/")
             self.assertNotIn("secret", self.outcome(answer))
 
-    def test_what_the_disk_does_not_give_back_is_no_proof_and_no_bug(self):
+    def test_an_unreadable_file_is_neither_proof_nor_an_error(self):
         path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
         self.origin.pages["/a" + path], self.other.pages["/b" + path] = ScriptedResponse(self.HELD), ScriptedResponse(b"down", 503)
         self.ask("/a" + path)
@@ -4012,7 +4016,7 @@ class MirrorSharingTest(ProxyCase):
             self.ask("/debian/pool/v%d_1.0_all.deb" % number)
             self.assertIn(self.PART, self.outcome(self.ask(url)))
 
-    def test_a_mirror_that_is_down_is_stood_in_for_by_one_that_has_always_had_the_same(self):
+    def test_an_unreachable_mirror_is_replaced_by_an_identical_one(self):
         url = self.publish()
         self.ask(self.HERE)
         self.other.close()
@@ -4036,7 +4040,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual(self.ask(self.other.url(self.THERE)).body, self.BODY)
         self.assertEqual(self.ask(self.other.url("/elsewhere/x_1.0_all.deb")).status, 504)
 
-    def test_a_healthy_mirror_is_not_stood_in_for(self):
+    def test_a_healthy_mirror_is_not_replaced(self):
         self.vouch()
         self.publish(other=b"?" * len(self.BODY))
         self.ask(self.HERE)
@@ -4046,7 +4050,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual(self.ask(url, Cache_Control="only-if-cached").status, 504)
         self.assertEqual(self.ask(url).body, b"?" * len(self.BODY))
 
-    def test_names_that_differ_in_a_plus_alone_share_a_file_if_it_is_the_same(self):
+    def test_names_that_differ_only_in_an_encoded_plus_share_an_identical_file(self):
         plain, coded = ("/debian/pool/g%s_1.0_all.deb" % plus for plus in ("++", "%2B%2B"))
         for other, outcome in ((b"?" * len(self.BODY), self.MISS), (self.BODY, self.PART)):
             for keep in (True, False):  # whether the first is described, or somebody put it there
@@ -4064,7 +4068,7 @@ class MirrorSharingTest(ProxyCase):
                     self.settle()
                     self.assertEqual(self.files(), {self.place(plain[1:]): self.BODY, self.place(coded[1:]): other})
 
-    def test_a_mirror_that_falls_silent_at_the_proof_is_not_waited_for_much_longer(self):
+    def test_a_mirror_that_stalls_before_the_proof_causes_little_delay(self):
         self.vouch()
         self.publish()
         self.ask(self.HERE)
@@ -4078,7 +4082,7 @@ class MirrorSharingTest(ProxyCase):
             self.assertEqual((answer.body, self.ask(self.other.url(self.THERE)).body), (self.BODY, self.BODY))
         self.assertEqual(len(self.other.log), asked + 1, "another stands in for it only where it has just failed")
 
-    def test_nor_is_one_that_falls_silent_in_the_middle_of_it(self):
+    def test_a_mirror_that_stalls_during_the_proof_causes_little_delay(self):
         url = self.publish()
         self.ask(self.HERE)
         silent, page = Gate(), self.other.pages[self.THERE]
@@ -4089,7 +4093,7 @@ class MirrorSharingTest(ProxyCase):
             answer = self.ask(url)
         self.assertEqual((answer.body, self.asked()), (self.BODY, [("GET", "bytes=0-4095"), ("GET", None)]))
 
-    def test_a_write_that_comes_during_the_proof_wins(self):
+    def test_an_invalidation_during_the_proof_prevents_sharing(self):
         url = self.publish()
         self.ask(self.HERE)
         gate, page = Gate(), self.other.pages[self.THERE]
@@ -4104,7 +4108,7 @@ class MirrorSharingTest(ProxyCase):
         self.settle()
         self.assertFalse(os.path.exists(self.there()))
 
-    def test_one_file_that_is_not_the_same_ends_that(self):
+    def test_one_different_file_ends_the_replacement_of_mirrors(self):
         self.vouch()
         url = self.publish("w_1.0_all.deb", other=b"?" * len(self.BODY))
         self.ask("/debian/pool/w_1.0_all.deb")
@@ -4115,7 +4119,7 @@ class MirrorSharingTest(ProxyCase):
         self.ask(self.HERE)
         self.assertEqual(self.ask(self.other.url(self.THERE)).status, 502)
 
-    def test_an_index_is_never_another_mirrors(self):
+    def test_an_index_is_never_shared(self):
         self.vouch()
         url = self.publish("InRelease", b"here", b"there")
         self.assertEqual((self.ask("/debian/pool/InRelease").body, self.ask(url).body), (b"here", b"there"))
@@ -4137,7 +4141,7 @@ class MirrorSharingTest(ProxyCase):
                 self.proxy._origin._pool.close()
                 self.other.close()
 
-    def test_https_proves_for_http_but_http_for_https_only_by_a_digest(self):
+    def test_a_file_fetched_over_http_is_used_for_https_only_with_a_digest(self):
         path = "/pool/by-hash/SHA256/" + sha256(self.HELD)
         with self.secure():
             url = self.publish()
@@ -4152,7 +4156,7 @@ class MirrorSharingTest(ProxyCase):
             self.assertEqual(self.ask(self.other.url("/mirrors/pub" + path)).body, self.HELD)
             self.assertEqual(len(self.other.log), 2)
 
-    def test_what_only_this_host_may_reach_is_shown_to_no_other(self):
+    def test_a_file_of_this_host_is_not_shared_with_remote_clients(self):
         url = self.publish()
         self.ask(self.HERE)
         far = pkgproxy.cache_key(pkgproxy.parse_target(url))
@@ -4163,7 +4167,7 @@ class MirrorSharingTest(ProxyCase):
             self.assertTrue(twin.head.local_clients_only)
             self.assertTrue(pkgproxy._under_other_head(twin, ResponseHead(200, "", ())).head.local_clients_only, "wherever its ends were shown")
 
-    def test_a_variant_or_a_coding_is_not_shown(self):
+    def test_a_variant_or_an_encoded_body_is_not_shared(self):
         for name, field in (("v", ("Vary", "Accept")), ("c", ("Content-Encoding", "x")), ("plain", ("X", "x"))):
             self.origin.pages["/debian/pool/%s_1.0_all.deb" % name] = ScriptedResponse(self.BODY, fields=[field])
             self.ask("/debian/pool/%s_1.0_all.deb" % name, Accept="1")
@@ -4180,7 +4184,7 @@ class MirrorSharingTest(ProxyCase):
         self.proxy._store.adopted.rebuild(pkgproxy.adoptable_packages(config.adopt))
         return folder
 
-    def test_a_package_that_the_user_has_is_not_downloaded_and_never_touched(self):
+    def test_an_adopted_package_is_not_downloaded_and_never_modified(self):
         folder = self.adopt(**{"x_1__1.0_all": self.BODY})
         place = os.path.join(folder, "x_1%3a1.0_all.deb")
         os.utime(place, (1, 1))
@@ -4198,7 +4202,7 @@ class MirrorSharingTest(ProxyCase):
         self.ask(url, "DELETE")
         self.assertEqual(os.listdir(folder), ["x_1%3a1.0_all.deb"])
 
-    def test_an_adopted_file_that_is_another_or_is_cut_while_it_is_read_costs_nothing(self):
+    def test_an_adopted_file_that_differs_or_is_truncated_meanwhile_is_not_used(self):
         folder = self.adopt(**{"x_1.0_all": self.BODY[:-1], "y_1.0_all": self.BODY})
         self.assertEqual(self.ask(self.publish()).body, self.BODY)
 
@@ -4214,7 +4218,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual(self.ask(self.publish("z_1.0_all.deb")).body, self.BODY)
         self.assertEqual(self.asked()[asked:], [("GET", None)], "a link is none of the user's packages")
 
-    def test_a_local_copy_never_continues_what_a_broken_off_download_left(self):
+    def test_a_local_copy_never_completes_an_interrupted_download(self):
         body = random.Random(1).randbytes(1 << 20)
         digest = "/by-hash/SHA256/" + sha256(body)
         head = b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: "x"\r\n\r\n' % len(body)
@@ -4255,7 +4259,7 @@ class MirrorSharingTest(ProxyCase):
                 self.assertEqual(self.outcome(answer), "pkgproxy; hit")
                 self.assertEqual({name: data == body for name, data in self.files().items()}, dict.fromkeys(self.files(), True))
 
-    def test_an_adopted_file_that_is_written_while_it_is_copied_spoils_nothing(self):
+    def test_an_adopted_file_written_during_its_copy_does_no_harm(self):
         body = random.Random(1).randbytes(1 << 20)
         path, read = os.path.join(self.adopt(**{"x_1.0_all": body}), "x_1.0_all.deb"), pkgproxy.LocalFileResponse.read
 
@@ -4269,7 +4273,7 @@ class MirrorSharingTest(ProxyCase):
         self.settle()
         self.assertEqual({name: data == body for name, data in self.files().items()}, {os.path.relpath(self.there(), self.root): True})
 
-    def test_adopted_packages_stand_in_for_no_mirror_but_by_a_digest(self):
+    def test_adopted_packages_replace_a_mirror_only_with_a_digest(self):
         self.adopt(**{"v%d_1.0_all" % number: self.BODY for number in range(4)})
         digest = "%s-primary.xml.gz" % sha256(self.HELD)
         os.mkdir(os.path.join(self.folder, "archives", "repodata"))
@@ -4284,7 +4288,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual(self.ask(self.other.url("/repodata/" + digest)).body, self.HELD)
         self.assertEqual(self.proxy._troubles.origin_down_reason(asked), "It is down.", "nobody has asked it")
 
-    def test_what_is_no_longer_to_be_adopted_is_left_alone(self):
+    def test_packages_no_longer_adopted_are_left_alone(self):
         self.adopt(**{"x_1.0_all": self.BODY})
         for adopt in ((), (os.path.join(self.folder, "arch"),)):
             self.start(dataclasses.replace(self.config, adopt=adopt))
@@ -4306,27 +4310,27 @@ class LocalFailureTest(ProxyCase):
         self.assertEqual(len(caught.output), 1, "one warning")
         self.assertEqual(self.files(), {})
 
-    def test_a_root_that_cannot_be_written(self):
+    def test_the_root_is_not_writable(self):
         for error in (PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")):
             with mock.patch.object(pkgproxy, "make_directory", side_effect=error):
                 self.check()
 
-    def test_a_root_that_became_a_file(self):
+    def test_the_root_is_a_file(self):
         shutil.rmtree(self.root)
         Path(self.root).write_bytes(b"")
         self.check()
 
-    def test_a_disk_that_is_full_at_the_start(self):
+    def test_the_disk_is_full_before_the_download(self):
         with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)):
             self.check()
 
-    def test_a_disk_that_fails_at_the_end(self):
+    def test_the_disk_fails_at_the_end_of_the_download(self):
         for name in ("fsync", "replace"):
             self.start()
             with mock.patch.object(pkgproxy.os, name, side_effect=OSError(28, "No space left on device")):
                 self.check()
 
-    def test_another_machines_disk_that_hangs_holds_nobody_up(self):
+    def test_a_hanging_network_file_system_delays_nobody(self):
         gate, write = Gate(), pkgproxy.PartialFile.write
         self.addCleanup(gate.open)
         with mock.patch.object(pkgproxy, "is_remote", lambda _: True):
@@ -4336,7 +4340,7 @@ class LocalFailureTest(ProxyCase):
             gate.open()
             self.settle()
 
-    def test_no_thread_to_fill(self):
+    def test_no_thread_can_be_started_for_a_download(self):
         real = threading.Thread.start
 
         def refuse(thread):
@@ -4354,7 +4358,7 @@ class LocalFailureTest(ProxyCase):
         self.ask("/x_1.0_all.deb")
         self.assertEqual(self.ask("/x_1.0_all.deb", Cache_Control="only-if-cached").status, 200)
 
-    def test_a_stored_file_that_cannot_be_read(self):
+    def test_an_unreadable_stored_file_is_fetched_again(self):
         self.ask("/x_1.0_all.deb")
         with mock.patch.object(pkgproxy.os, "open", side_effect=PermissionError(13, "no")):
             self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x" * 100_000)
@@ -4374,7 +4378,7 @@ class SemanticsTest(ProxyCase):
             row["request_time"] -= seconds
         Path(path).write_text(json.dumps(rows), encoding="utf-8")
 
-    def test_a_package_uploaded_again_heals_by_itself_after_a_day(self):
+    def test_a_package_uploaded_again_is_replaced_after_a_day(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
         self.ask(self.PACKAGE)
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"again")
@@ -4385,7 +4389,7 @@ class SemanticsTest(ProxyCase):
         self.settle()
         self.assertEqual(len(self.origin.methods()), 2)
 
-    def test_a_package_that_is_still_right_is_asked_for_once_a_day(self):
+    def test_an_unchanged_package_is_validated_once_a_day(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
         self.ask(self.PACKAGE)
         self.age_stored("x_1.0_all.deb", 90000)
@@ -4397,7 +4401,7 @@ class SemanticsTest(ProxyCase):
         self.assertEqual(len(self.origin.methods()), 2)
         self.assertEqual(self.origin.log[-1].fields.get("if-none-match"), self.origin.pages[self.PACKAGE].etag)
 
-    def test_a_dead_origin_is_no_matter_for_a_package_of_yesterday(self):
+    def test_a_package_is_served_although_its_origin_is_unreachable(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
         self.ask(self.PACKAGE)
         self.age_stored("x_1.0_all.deb", 90000)
@@ -4406,7 +4410,7 @@ class SemanticsTest(ProxyCase):
             self.assertEqual(self.ask(self.PACKAGE).body, b"first")
             self.settle()
 
-    def test_no_cache_sees_a_package_uploaded_again_at_once(self):
+    def test_no_cache_fetches_a_package_uploaded_again_at_once(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
         self.ask(self.PACKAGE)
         self.assertIn("fwd=request; fwd-status=304", self.ask(self.PACKAGE, Cache_Control="no-cache")["Cache-Status"])
@@ -4415,14 +4419,14 @@ class SemanticsTest(ProxyCase):
             self.assertEqual(self.ask(self.PACKAGE, **fields).body, b"again")
         self.assertEqual(self.ask(self.PACKAGE).body, b"again")
 
-    def test_by_hash_knows_better_than_max_age_0(self):
+    def test_by_hash_names_override_max_age_0(self):
         path = "/by-hash/SHA256/" + sha256(b"x")
         self.origin.pages[path] = ScriptedResponse(b"x")
         for _ in range(2):
             self.ask(path, Cache_Control="max-age=0")
         self.assertEqual(len(self.origin.methods()), 1)
 
-    def test_a_file_without_head_is_adopted_if_size_and_date_are_the_origins(self):
+    def test_a_file_without_metadata_is_used_if_size_and_date_match_the_origins(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first", fields=[("Content-Type", "application/x")])
         self.ask(self.PACKAGE)
         shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
@@ -4432,7 +4436,7 @@ class SemanticsTest(ProxyCase):
         until(lambda: self.ask(self.PACKAGE)["Content-Type"] == "application/x", "adoption")
         self.assertEqual(self.origin.methods(), ["GET", "HEAD"])
 
-    def test_a_file_without_head_that_is_not_the_origins_is_fetched_anew(self):
+    def test_a_file_without_metadata_that_differs_is_fetched_again(self):
         for body, modified in ((b"first", "Sun, 06 Nov 1994 08:49:38 GMT"), (b"longer", DATE), (b"none!", "")):
             with self.subTest(body=body):
                 self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
@@ -4445,7 +4449,7 @@ class SemanticsTest(ProxyCase):
                 self.settle()
                 shutil.rmtree(self.root)
 
-    def test_a_206_or_a_304_to_a_plain_request_is_no_answer(self):
+    def test_a_206_or_304_to_an_unconditional_request_is_an_error(self):
         for steps in ([b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1\r\nContent-Range: bytes 0-0/2\r\n\r\nx"],
                       [b"HTTP/1.1 304 Not Modified\r\n\r\n"], [b"HTTP/1.1 416 Range Not Satisfiable\r\nContent-Length: 0\r\n\r\n"]):
             self.origin.pages["/y_1.0_all.deb"] = ScriptedResponse(steps=steps)
@@ -4468,7 +4472,7 @@ class SemanticsTest(ProxyCase):
             thread.join(PATIENCE)
         self.assertEqual(answers, {"a": b"A", "b": b"B"})
 
-    def test_a_method_that_changes_things_spoils_a_download_under_way(self):
+    def test_an_unsafe_method_invalidates_a_download_in_progress(self):
         gate = Gate()
         self.origin.pages["/api"] = ScriptedResponse(b"old" * 1000, fields=[("Cache-Control", "max-age=600")], gate=gate, first=10)
         with self.connection() as one:
@@ -4498,14 +4502,14 @@ class SemanticsTest(ProxyCase):
             self.ask("/api", "PUT", b"x")
             self.assertEqual(self.files(), {})
 
-    def test_a_portals_page_does_not_live_on_by_a_304_that_speaks_of_another_file(self):
+    def test_a_304_for_another_file_does_not_confirm_a_stored_portal_page(self):
         self.origin.pages["/InRelease"] = ScriptedResponse(b"pay", etag="", modified="Sun, 06 Nov 1994 09:49:37 GMT", fields=[("Content-Type", "text/html")])
         self.ask("/InRelease")
         for fields in (b'ETag: "real"', b"Last-Modified: " + DATE.encode()):
             self.origin.pages["/InRelease"] = [ScriptedResponse(steps=[b"HTTP/1.1 304 Not Modified\r\n%s\r\n\r\n" % fields]), ScriptedResponse(b"real")]
             self.assertEqual(self.ask("/InRelease").body, b"real")
 
-    def test_a_new_generation_that_does_not_come_leaves_the_stored_one(self):
+    def test_a_failed_download_of_a_new_version_keeps_the_stored_one(self):
         head = b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\nETag: W/"2"\r\n\r\n'
         gate = Gate()
         self.addCleanup(gate.open)
@@ -4520,7 +4524,7 @@ class SemanticsTest(ProxyCase):
             gate.open()
             self.start()  # else the trouble is remembered
 
-    def test_what_cannot_be_validated_in_the_background_is_not_asked_for_at_each_hit(self):
+    def test_a_failed_background_validation_is_not_repeated_at_each_hit(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
         for page in (ScriptedResponse(b"gone", 404), ScriptedResponse(b"pay", fields=[("Content-Type", "text/html")]), ScriptedResponse(b"no", 403)):
             self.start()
@@ -4537,7 +4541,7 @@ class SemanticsTest(ProxyCase):
             self.assertEqual(len(self.origin.log) - before, 1)
             shutil.rmtree(self.root)
 
-    def test_a_refresh_asks_for_the_same_variant_by_the_same_path(self):
+    def test_a_background_validation_requests_the_same_variant_of_the_same_path(self):
         path = "/g%2B%2B_1.0_all.deb"
         self.origin.pages[path] = ScriptedResponse(b"x", fields=[("Vary", "User-Agent, Origin, Cookie")])
         self.ask(path, User_Agent="apt")
@@ -4549,21 +4553,21 @@ class SemanticsTest(ProxyCase):
         self.assertIn("if-none-match", self.origin.log[-1].fields)
         self.assertEqual(self.ask(path, User_Agent="apt")["Cache-Status"], "pkgproxy; hit")
 
-    def test_a_response_without_date_gets_that_of_its_receipt(self):
+    def test_a_response_without_date_gets_the_time_of_receipt(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"x")
         self.ask(self.PACKAGE)
         date = self.ask(self.PACKAGE)["Date"]
         self.age_stored("x_1.0_all.deb", 5000)
         self.assertEqual(self.ask(self.PACKAGE)["Date"], date)
 
-    def test_a_304_may_bring_a_vary(self):
+    def test_a_304_may_add_vary(self):
         self.origin.pages["/InRelease"] = ScriptedResponse(b"x")
         self.ask("/InRelease", User_Agent="a")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"x", fields=[("Vary", "User-Agent")])
         for _ in range(3):
             self.assertIn("fwd-status=304", self.ask("/InRelease", User_Agent="a")["Cache-Status"])
 
-    def test_an_adopted_file_has_all_its_fields(self):
+    def test_a_file_confirmed_by_its_origin_gets_all_fields(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first", fields=[("Vary", "X-V"), ("Content-Type", "application/x")])
         self.ask(self.PACKAGE)
         shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
@@ -4585,13 +4589,13 @@ class SemanticsTest(ProxyCase):
         self.assertEqual(found.file.read(), b"new one")
         found.close()
 
-    def test_several_ranges_count_their_bytes_only(self):
+    def test_only_the_bytes_of_several_ranges_are_counted(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"x" * 1000)
         self.ask(self.PACKAGE)
         self.ask(self.PACKAGE, Range="bytes=0-9,20-29")
         self.assertEqual(self.counters()["statsCacheBytes"], 20)
 
-    def test_signatures_follow_their_index_to_a_new_generation(self):
+    def test_a_changed_index_revalidates_its_signatures(self):
         self.origin.pages.update({"/repodata/repomd.xml": ScriptedResponse(b"1"), "/repodata/repomd.xml.asc": ScriptedResponse(b"signature 1")})
         for path in ("/repodata/repomd.xml", "/repodata/repomd.xml.asc"):
             self.ask(path)
@@ -4655,7 +4659,7 @@ class TroubleTest(ProxyCase):
         self.addCleanup(self.gate.open)
         self.origin.pages.update({"/InRelease": ScriptedResponse(b"release"), "/main/Packages": ScriptedResponse(b"packages"), "/x_1.0_all.deb": ScriptedResponse(b"x")})
 
-    def test_a_silent_origin_is_waited_for_once_and_not_for_long(self):
+    def test_a_stalled_origin_delays_one_request_only(self):
         for path in ("/InRelease", "/main/Packages"):
             self.ask(path)
         self.origin.pages.update({"/InRelease": ScriptedResponse(steps=[self.gate]), "/main/Packages": ScriptedResponse(steps=[self.gate])})
@@ -4674,7 +4678,7 @@ class TroubleTest(ProxyCase):
             until(lambda: not self.origin.open_connections)
             return self.ask(path)
 
-    def test_an_answer_ends_the_trouble(self):
+    def test_a_response_ends_the_backoff(self):
         self.ask("/InRelease")
         self.fail("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"release 2")
@@ -4682,7 +4686,7 @@ class TroubleTest(ProxyCase):
         self.ask("/x_1.0_all.deb")
         self.assertEqual(self.ask("/InRelease").body, b"release 2")
 
-    def test_what_one_request_was_refused_others_ask_for_themselves(self):
+    def test_an_error_for_one_request_does_not_answer_others(self):
         for path in ("/InRelease", "/main/Packages"):
             self.ask(path)
         for page in (ScriptedResponse(b"no", 503), ScriptedResponse(steps=[b""]), ScriptedResponse(steps=[b"garbage\r\n\r\n"])):
@@ -4695,7 +4699,7 @@ class TroubleTest(ProxyCase):
         self.origin.pages["/InRelease"] = ScriptedResponse(b"release 2")
         self.assertEqual(self.ask("/InRelease").body, b"release 2")
 
-    def test_a_password_that_an_origin_does_not_answer_is_no_trouble_of_others(self):
+    def test_a_timeout_with_credentials_does_not_affect_other_clients(self):
         for path in ("/InRelease", "/main/Packages"):
             self.ask(path)
         self.origin.pages["/InRelease"] = [ScriptedResponse(steps=[self.gate]), ScriptedResponse(b"release 2")]
@@ -4704,14 +4708,14 @@ class TroubleTest(ProxyCase):
         self.assertIn("fwd-status=304", self.ask("/main/Packages")["Cache-Status"])
         self.assertEqual(self.ask("/InRelease").body, b"release 2")
 
-    def test_trouble_is_over_after_its_time(self):
+    def test_the_backoff_expires(self):
         self.ask("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"release 2")
         with mock.patch.object(pkgproxy, "ORIGIN_BACKOFF", 0.0):
             self.assertEqual(self.fail("/InRelease").body, b"release")
             self.assertEqual(self.ask("/InRelease").body, b"release 2")
 
-    def test_a_mirror_in_trouble_is_not_its_redirectors_trouble(self):
+    def test_a_failed_mirror_does_not_put_its_redirector_into_backoff(self):
         mirror = ScriptedOrigin()
         self.addCleanup(mirror.close)
         mirror.pages["/InRelease"] = ScriptedResponse(b"release")
@@ -4725,7 +4729,7 @@ class TroubleTest(ProxyCase):
             self.assertIn("127.0.0.1:%d" % mirror.port, answer["Cache-Status"])
             self.assertIn("fwd-status=304", self.ask("/main/Packages")["Cache-Status"])
 
-    def test_a_miss_answered_503_does_not_end_the_trouble(self):
+    def test_a_miss_answered_503_does_not_end_the_backoff(self):
         self.ask("/InRelease")
         self.origin.pages.update({"/InRelease": ScriptedResponse(b"no", 503), "/x_1.0_all.deb": ScriptedResponse(b"no", 503)})
         self.fail("/InRelease")
@@ -4734,12 +4738,12 @@ class TroubleTest(ProxyCase):
         self.assertEqual(self.ask("/InRelease").body, b"release")
         self.assertEqual(len(self.origin.log), asked)
 
-    def test_all_steps_to_an_answer_share_one_deadline(self):
+    def test_all_steps_of_a_validation_share_one_deadline(self):
         late = forward("GET", Target("http", "a", 80, "/"), (), deadline=time.monotonic() + 5)
         self.assertTrue(0 < late.timeout_for(30) <= 5)
         self.assertRaises(socket.timeout, pkgproxy.dataclasses.replace(late, deadline=time.monotonic()).timeout_for, 30)
 
-    def test_one_warning_tells_of_it(self):
+    def test_one_warning_reports_an_unreachable_origin(self):
         self.ask("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"no", 503)
         with self.assertLogs("pkgproxy", "WARNING") as caught:
@@ -4751,7 +4755,7 @@ class TroubleTest(ProxyCase):
         self.assertRegex(caught.output[0], r"127\.0\.0\.1:\d+ answers 503\. Serving the stored copy\.")
         self.assertRegex(caught.output[1], r"127\.0\.0\.1:\d+ cannot be asked: .*\. Serving the stored copy for the next 30 s\.")
 
-    def test_another_name_obeys_must_revalidate(self):
+    def test_an_unknown_name_obeys_must_revalidate(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=0, must-revalidate")])
         self.ask("/x")
         self.origin.pages["/x"] = ScriptedResponse(b"no", 503)
@@ -4779,7 +4783,7 @@ class IsolationTest(ProxyCase):
         for path in (self.PACKAGE, self.INDEX):
             self.origin.pages[path] = ScriptedResponse(respond=respond)
 
-    def test_what_came_with_a_password_is_for_others_only_if_the_origin_says_so(self):
+    def test_a_response_to_credentials_is_shared_only_if_the_origin_permits(self):
         for control, more, shared in (
                 ("max-age=60", (), False), ("must-revalidate", (), False), ("max-age=0, must-revalidate", (), False),
                 ("proxy-revalidate", (), False), ("s-maxage=0", (), False), ("s-maxage=x", (), False), ("no-cache", (), False),
@@ -4798,7 +4802,7 @@ class IsolationTest(ProxyCase):
                         self.origin.pages[path] = ScriptedResponse(b"down", 503)
                         self.assertEqual(self.ask(path).status, 503, "nor when the origin is down")
 
-    def test_nobody_joins_a_download_with_a_password(self):
+    def test_a_download_with_credentials_is_not_shared(self):
         gate = Gate()
         self.addCleanup(gate.open)
         other = pkgproxy.Proxy(self.config, pkgproxy.Store(self.root))
@@ -4815,7 +4819,7 @@ class IsolationTest(ProxyCase):
             gate.open()
             self.assertEqual(response.read(), b"vate")
 
-    def test_nobody_waits_for_the_head_of_a_response_to_a_password(self):
+    def test_no_client_waits_for_the_response_to_credentials(self):
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages[self.PACKAGE] = [ScriptedResponse(steps=[gate]), ScriptedResponse(b"public")]
@@ -4827,7 +4831,7 @@ class IsolationTest(ProxyCase):
         gate.open()
         thread.join(PATIENCE)
 
-    def test_a_response_to_a_password_changes_nothing_of_what_is_stored(self):
+    def test_a_response_to_credentials_does_not_change_the_cache(self):
         def respond(fields):
             return ScriptedResponse(*pages["authorization" in fields])
 
@@ -4841,7 +4845,7 @@ class IsolationTest(ProxyCase):
         self.assertEqual(self.ask(self.INDEX, Authorization=self.PASSWORD)["X"], "private")
         self.assertIsNone(self.ask(self.INDEX)["X"], "nor its fields")
 
-    def test_the_fields_of_package_managers_keep_packages_cacheable(self):
+    def test_request_fields_of_package_managers_keep_packages_cacheable(self):
         for number, fields in enumerate((
                 {"Accept": "text/*", "Cache-Control": "max-age=0", "User-Agent": "Debian APT-HTTP/1.3 (2.6.1)"},
                 {"X-ZYpp-AnonymousId": "1", "X-ZYpp-DistributionFlavor": "appliance"},
@@ -4864,7 +4868,7 @@ class IsolationTest(ProxyCase):
                 self.assertLessEqual(set(self.origin.log[-1].fields), {"host", "via", "accept", "accept-language", "accept-encoding", "cache-control",
                                                                    "pragma", "user-agent", "if-none-match", "if-modified-since"})
 
-    def test_a_request_with_another_field_is_for_its_client_alone(self):
+    def test_a_request_with_an_unknown_field_is_not_shared(self):
         for number, (name, from_cache) in enumerate((
                 ("Cookie", False), ("PRIVATE-TOKEN", False), ("JOB-TOKEN", False), ("X-JFrog-Art-Api", False), ("X-Auth-Token", False),
                 ("X-Api-Key", False), ("npm-otp", False), ("X-Amz-Security-Token", False), ("X-Session", False), ("Signature", False),
@@ -4893,7 +4897,7 @@ class IsolationTest(ProxyCase):
             self.assertEqual(answer.body, (referer or "none").encode())
             self.assertIn(outcome, self.outcome(answer))
 
-    def test_a_redirect_takes_no_private_field_elsewhere(self):
+    def test_a_redirect_sends_no_private_field_to_another_site(self):
         elsewhere = ScriptedOrigin("127.0.0.2")
         self.addCleanup(elsewhere.close)
         elsewhere.pages[self.PACKAGE] = ScriptedResponse(b"x")
@@ -4923,7 +4927,7 @@ class IsolationTest(ProxyCase):
             thread.join(PATIENCE)
         return answers["leader"], answers["follower"]
 
-    def test_a_follower_asks_once_itself_where_its_leader_failed(self):
+    def test_a_follower_tries_once_itself_after_its_leader_failed(self):
         for number, steps in enumerate(([b""], [b"garbage\r\n\r\n"], [b"HTTP/1.1 206 Part\r\nContent-Length: 0\r\n\r\n"])):
             with self.subTest(steps=steps):
                 path = "/f%d_1.0_all.deb" % number
@@ -4996,7 +5000,7 @@ class IsolationTest(ProxyCase):
             if not seen.items() <= mine.items():
                 wrong.append((seed, name, number, fields, seen, self.outcome(answer)))
 
-    def test_random_requests_never_get_what_was_fetched_with_anothers_fields(self):
+    def test_random_requests_never_get_a_response_to_private_fields_of_another_client(self):
         paths = ("/r_1.0_all.deb", "/dists/r/InRelease", "/r", "/r.html")
         for seed in range(6):
             with self.subTest(seed=seed):
@@ -5016,7 +5020,7 @@ class IsolationTest(ProxyCase):
 class UserinfoTest(ProxyCase):
     """No page, log line or error shows a password."""
 
-    def test_a_password_in_a_request_that_is_not_valid_is_not_shown(self):
+    def test_a_password_in_an_invalid_request_is_not_shown(self):
         long = "secret" * 50
         with self.assertLogs("pkgproxy", "DEBUG") as caught:
             for line in ("GET http:/me:secret@host/ HTTP/1.1", "GET //me:secret@host/x HTTP/1.1", "GET http:///me:secret@host/x HTTP/1.1",
@@ -5038,7 +5042,7 @@ class UserinfoTest(ProxyCase):
                 self.assertNotIn(b"secret", self.own("/").body)
         self.assertNotIn("secret", " ".join(caught.output))
 
-    def test_what_is_left_can_be_read(self):
+    def test_urls_without_their_password_remain_readable(self):
         for uri, expected in (
                 ("http://me:secret@a/@x?q=@", "http://a/@x?q=@"), ("http://a/@x", "http://a/@x"), ("http:/me:pw@a:80/x", "http:/a:80/x"),
                 ("//me:pw@a/x", "//a/x"), ("me:pw@a:443", "a:443"), ("a:443", "a:443"), ("/status.json", "/status.json"), ("GET", "GET"),
@@ -5066,7 +5070,7 @@ class DiskTest(ProxyCase):
 
         return mock.patch.object(pkgproxy.PartialFile, "write", write)
 
-    def test_clients_go_on_from_their_own_offset(self):
+    def test_clients_continue_from_their_own_offset(self):
         later = [("Date", "Sun, 06 Nov 1994 09:49:37 GMT")]
         for count, page in ((0, ScriptedResponse(self.body)), (300_000, ScriptedResponse(self.body)), (300_000, ScriptedResponse(self.body, etag="", fields=later)),
                             (0, ScriptedResponse(self.body, chunked=False, etag="", modified=""))):
@@ -5077,12 +5081,12 @@ class DiskTest(ProxyCase):
                 self.settle()
                 self.assertEqual(self.files(), {})
 
-    def test_a_range_goes_on_too(self):
+    def test_a_range_continues_too(self):
         self.origin.pages[self.path] = ScriptedResponse(self.body)
         with self.fail_after(300_000):
             self.assertEqual(self.ask(self.path, Range="bytes=1000-").body, self.body[1000:])
 
-    def test_an_index_that_changed_and_cannot_be_stored_is_not_served_from_the_file_any_more(self):
+    def test_a_changed_index_that_cannot_be_stored_replaces_the_old_one(self):
         self.origin.pages["/InRelease"] = ScriptedResponse(b"old")
         for full in (mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)), self.fail_after(0)):
             self.origin.pages["/InRelease"] = ScriptedResponse(b"old")
@@ -5095,14 +5099,14 @@ class DiskTest(ProxyCase):
             self.origin.pages["/InRelease"] = ScriptedResponse(b"no", 503)
             self.assertEqual(self.ask("/InRelease").status, 503)
 
-    def test_a_portal_does_not_cost_a_stored_package(self):
+    def test_a_captive_portals_page_does_not_replace_a_stored_package(self):
         self.origin.pages[self.path] = ScriptedResponse(b"package")
         self.ask(self.path)
         self.origin.pages[self.path] = ScriptedResponse(b"pay", fields=[("Content-Type", "text/html")])
         self.assertEqual(self.ask(self.path, Cache_Control="no-cache").body, b"pay")
         self.assertEqual(self.ask(self.path).body, b"package")
 
-    def test_what_cannot_be_resumed_honestly_is_cut(self):
+    def test_a_response_that_cannot_be_resumed_is_cut_off(self):
         gate = Gate()
         self.origin.pages[self.path] = [ScriptedResponse(self.body, gate=gate, first=300_000), ScriptedResponse(os.urandom(1 << 20))]
         with self.fail_after(600_000), self.connection() as one:
@@ -5113,7 +5117,7 @@ class DiskTest(ProxyCase):
             with self.assertRaises(http.client.IncompleteRead):
                 response.read()
 
-    def test_a_rest_that_is_short_is_not_ended_cleanly(self):
+    def test_a_short_remainder_does_not_end_the_response_cleanly(self):
         tag, gate = b'ETag: "x"\r\n', Gate()
         self.origin.pages[self.path] = [
             ScriptedResponse(steps=[b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n" % (1 << 20, tag) + self.body[:100_000], gate, self.body[100_000:]]),
@@ -5126,7 +5130,7 @@ class DiskTest(ProxyCase):
             gate.open()
             self.assertRaises(http.client.IncompleteRead, response.read)
 
-    def test_bytes_from_the_origin_are_not_counted_as_the_caches(self):
+    def test_bytes_from_the_origin_are_not_counted_as_cache_bytes(self):
         gate = Gate()
         self.origin.pages[self.path] = [ScriptedResponse(self.body, gate=gate, first=200_000), ScriptedResponse(self.body)]
         with self.fail_after(300_000), self.connection() as one, self.connection() as two:
@@ -5139,7 +5143,7 @@ class DiskTest(ProxyCase):
             self.assertEqual([len(response.read()) for response in responses], [len(self.body) - 1000] * 2)
         self.assertLessEqual(self.counters()["statsCacheBytes"], 300_000)
 
-    def test_a_slow_disk_does_not_cut_a_whole_download(self):
+    def test_a_slow_disk_does_not_cut_off_a_complete_download(self):
         gate, real = Gate(), os.fsync
 
         def slow(descriptor):
@@ -5154,7 +5158,7 @@ class DiskTest(ProxyCase):
             threading.Timer(0.3, gate.open).start()
             self.assertEqual(data + response.read(), self.body)
 
-    def test_one_warning_for_many_requests_with_the_remedy(self):
+    def test_one_warning_for_many_requests_includes_the_remedy(self):
         full = mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000))
         with full, self.assertLogs("pkgproxy", "WARNING") as caught:
             for number in range(3):
@@ -5163,7 +5167,7 @@ class DiskTest(ProxyCase):
         self.assertEqual(len(caught.output), 1)
         self.assertIn("Free some space", caught.output[0])
 
-    def test_another_instance_at_the_same_index_is_no_warning(self):
+    def test_another_instance_downloading_the_same_index_causes_no_warning(self):
         self.origin.pages["/InRelease"] = ScriptedResponse(b"old")
         self.ask("/InRelease")
         self.settle()
@@ -5204,7 +5208,7 @@ class ResumeTest(ProxyCase):
         head = b"HTTP/1.1 %s\r\nContent-Length: %d\r\nETag: %s\r\n%s\r\n" % (status, len(body) - start, tag.encode(), extra)
         return ScriptedResponse(steps=[head + body[start:start + count]])
 
-    def test_a_download_goes_on_where_it_broke_off(self):
+    def test_an_interrupted_download_is_resumed(self):
         self.origin.pages[self.path] = [self.broken(300_000), self.broken(300_000, start=300_000), ScriptedResponse(self.body, etag='"x"')]
         answer = self.ask(self.path)
         self.assertEqual(answer.body, self.body)
@@ -5213,13 +5217,13 @@ class ResumeTest(ProxyCase):
         self.assertEqual(self.files(), {self.place("x_1.0_all.deb"): self.body})
         self.assertEqual(self.counters()["statsDownBytes"], len(self.body))
 
-    def test_a_chunked_download_goes_on_too(self):
+    def test_an_interrupted_chunked_download_is_resumed(self):
         self.origin.pages[self.path] = [
             ScriptedResponse(steps=[b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nETag: "x"\r\n\r\n%x\r\n' % 500_000 + self.body[:400_000]]),
             ScriptedResponse(self.body, etag='"x"')]
         self.assertEqual(self.ask(self.path).body, self.body)
 
-    def test_odd_answers_never_splice_two_generations(self):
+    def test_odd_responses_never_splice_two_versions(self):
         other = os.urandom(1 << 20)
         for odd in (ScriptedResponse(other, etag='"y"'), ScriptedResponse(other, etag='"x"', ranges=False), self.broken(9, start=200_000), self.broken(9, other[:-1], start=300_000),
                     self.broken(1 << 20, start=300_000, tag='"y"'), ScriptedResponse(b"gone", 404), ScriptedResponse(b"", 416), ScriptedResponse(steps=[b"garbage"])):
@@ -5242,11 +5246,11 @@ class ResumeTest(ProxyCase):
             self.settle()
         self.assertNotIn("range", [name for entry in self.origin.log for name in entry.fields])
 
-    def test_a_503_on_the_way_is_waited_out(self):
+    def test_a_503_while_resuming_is_retried(self):
         self.origin.pages[self.path] = [self.broken(300_000), ScriptedResponse(b"no", 503), ScriptedResponse(b"no", 429), ScriptedResponse(self.body, etag='"x"')]
         self.assertEqual(self.ask(self.path).body, self.body)
 
-    def test_a_silent_origin_is_not_asked_twice_for_the_sake_of_a_leftover(self):
+    def test_a_stalled_origin_is_not_asked_twice_because_of_a_leftover(self):
         self.origin.pages[self.path] = [self.broken(300_000), ScriptedResponse(b"no", 503)]
         with self.connection() as one:
             one.request("GET", self.origin.url(self.path))
@@ -5259,7 +5263,7 @@ class ResumeTest(ProxyCase):
             self.assertEqual(self.ask(self.path).status, 504)
         self.assertEqual(len(self.origin.log), asked + 1)
 
-    def test_an_origin_that_comes_back_later_is_asked_for_the_rest_only(self):
+    def test_a_later_request_resumes_a_leftover(self):
         self.origin.pages[self.path] = [self.broken(300_000), ScriptedResponse(b"no", 503)]
         with self.connection() as one:
             one.request("GET", self.origin.url(self.path))
@@ -5274,8 +5278,8 @@ class ResumeTest(ProxyCase):
         self.assertEqual(self.ask(self.path)["Cache-Status"], "pkgproxy; hit")
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
-    def test_a_leftover_of_another_generation_is_begun_anew(self):
-        self.test_an_origin_that_comes_back_later_is_asked_for_the_rest_only()
+    def test_a_leftover_of_another_version_is_discarded(self):
+        self.test_a_later_request_resumes_a_leftover()
         shutil.rmtree(self.root)
         self.origin.pages[self.path] = [self.broken(300_000), ScriptedResponse(b"no", 503)]
         with self.connection() as one:
@@ -5291,7 +5295,7 @@ class ResumeTest(ProxyCase):
 class OrphanTest(ProxyCase):
     """Downloads whose clients have left."""
 
-    def test_the_oldest_go_on_and_newer_ones_stop(self):
+    def test_the_oldest_orphans_continue_and_newer_ones_stop(self):
         read, first, second = (mock.Mock(**{"has_readers.return_value": value}) for value in (True, False, False))
         orphans = pkgproxy.OrphanLimiter(1)
         self.assertEqual([orphans.may_continue(partial) for partial in (read, first, second, read, first)], [True, True, False, True, True])
@@ -5301,7 +5305,7 @@ class OrphanTest(ProxyCase):
         second.has_readers.return_value = False
         self.assertEqual([orphans.may_continue(partial) for partial in (second, first)], [True, False])
 
-    def test_one_too_many_stops_and_is_gone_on_with_later(self):
+    def test_an_orphan_beyond_the_limit_stops_and_is_resumed_later(self):
         self.start(Config(max_orphans=0, pseudonym="tested"))
         body, gate = os.urandom(1 << 20), Gate()
         self.origin.pages["/x_1_all.deb"] = ScriptedResponse(body, gate=gate, first=400_000)
@@ -5317,7 +5321,7 @@ class OrphanTest(ProxyCase):
         self.assertEqual(self.origin.log[-1].fields["range"], "bytes=400000-")
 
 
-    def test_one_that_brings_a_trickle_stops(self):
+    def test_a_slow_orphan_stops(self):
         gates = [Gate() for _ in range(8)]
         for gate in gates:
             self.addCleanup(gate.open)
@@ -5340,7 +5344,7 @@ class OrphanTest(ProxyCase):
             self.settle()  # while the origin would still go on
         self.assertIn("too slow", caught.output[0])
 
-    def test_one_that_gets_on_goes_on(self):
+    def test_a_fast_orphan_continues(self):
         orphans, partial = pkgproxy.OrphanLimiter(1), mock.Mock(**{"has_readers.return_value": False}, size=0)
         with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.0):
             for _ in range(9):
@@ -5354,7 +5358,7 @@ class OrphanTest(ProxyCase):
 class LookupTest(ProxyCase):
     """Name servers that say nothing."""
 
-    def test_they_hold_few_threads_and_one_client_half_of_them(self):
+    def test_lookups_use_few_threads_and_one_client_at_most_half_of_them(self):
         gate, asked, real = Gate(), [], socket.getaddrinfo
 
         def mute(host, *arguments, **more):
@@ -5392,7 +5396,7 @@ class LookupTest(ProxyCase):
             again = visit(b"mute9", "127.0.0.1")
             self.assertIn(b"HTTP/1.1 200 ", read_to_end(again))
 
-    def test_what_is_remembered_of_failures_takes_little_memory_however_many_and_long_their_names_are(self):
+    def test_remembered_failures_take_little_memory(self):
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         events = pkgproxy.RecentEvents()
@@ -5407,7 +5411,7 @@ class LookupTest(ProxyCase):
 class OfflineTest(ProxyCase):
     """--offline: stored responses only."""
 
-    def test_what_is_stored_is_served_the_rest_is_504_and_nobody_is_asked(self):
+    def test_stored_responses_are_served_and_all_else_is_a_504(self):
         self.origin.pages.update({"/InRelease": ScriptedResponse(b"i"), "/x_1.0_all.deb": ScriptedResponse(b"x"), "/y": ScriptedResponse(b"y", fields=[("Cache-Control", "max-age=0")])})
         for path in self.origin.pages:
             self.ask(path)
@@ -5537,13 +5541,13 @@ class SmallDiskTest(ProxyCase):
             done.set()
             thread.join(PATIENCE)
 
-    def test_a_full_disk_makes_room_for_what_comes(self):
+    def test_a_full_disk_makes_room_for_new_downloads(self):
         for number in range(30):
             self.until_stored("/x_%d_all.deb" % number, 2 << 20)
         self.assertGreaterEqual(self.free(), self.RESERVE - self.SLACK)
         self.assertGreater(len(self.files()), 8, "and no more than that")
 
-    def test_leftovers_of_broken_downloads_make_room(self):
+    def test_leftovers_of_interrupted_downloads_are_evicted(self):
         self.get("/kept_1_all.deb", 2 << 20)
         body = self.put("/broken_1_all.deb", 12 << 20)
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: \"x\"\r\n\r\n" % len(body)
@@ -5561,7 +5565,7 @@ class SmallDiskTest(ProxyCase):
             self.assertEqual(self.own("/healthz").status, 200, number)
         self.until_stored("/y/%s/x_1_all.deb" % "/".join("abcdefghijklmnopqrst"), 1)
 
-    def test_a_disk_that_others_have_filled_heals(self):
+    def test_a_disk_filled_by_others_recovers(self):
         self.get("/x_1_all.deb", 1 << 20)
         with contextlib.suppress(OSError):
             for number in range(self.INODES):
@@ -5570,7 +5574,7 @@ class SmallDiskTest(ProxyCase):
         until(lambda: self.own("/healthz").status == 200, "a healthy proxy")
         self.assertEqual(len([name for name in os.listdir(self.root) if name.startswith("other")]) > 3000, True, "what is not ours stays")
 
-    def test_the_size_of_the_cache_binds_with_heads_and_folders(self):
+    def test_the_cache_size_limit_includes_metadata_and_folders(self):
         self.start(dataclasses.replace(self.config, min_free=0, max_size=4 << 20))
         for number in range(150):
             self.origin.pages["/%d/x_%d_all.deb" % (number, number)] = ScriptedResponse(b"x", fields=[("X-Long", "y" * 15_000)] * 4)
@@ -5578,7 +5582,7 @@ class SmallDiskTest(ProxyCase):
         self.settle()
         self.assertGreaterEqual(self.free(), self.SIZE - (4 << 20) - self.SLACK)
 
-    def test_a_download_larger_than_the_cache_is_passed_on_and_evicts_nothing(self):
+    def test_a_download_larger_than_the_cache_is_not_stored_and_evicts_nothing(self):
         self.start(dataclasses.replace(self.config, min_free=0, max_size=6 << 20))
         self.get("/kept_1_all.deb", 1 << 20)
         for chunked in (False, True):
@@ -5592,7 +5596,7 @@ class SmallDiskTest(ProxyCase):
             if not chunked:
                 self.assertTrue(self.is_stored("/kept_1_all.deb"))
 
-    def test_declared_downloads_together_leave_the_reserve(self):
+    def test_concurrent_downloads_of_known_size_leave_the_reserve(self):
         names, gate = ["/x_%d_all.deb" % number for number in range(4)], Gate()
         bodies = [self.put(name, 10 << 20) for name in names]
         for name in names:
@@ -5628,7 +5632,7 @@ class SmallDiskTest(ProxyCase):
                 response.close()
             return True
 
-    def test_an_endless_body_is_passed_on_but_leaves_the_reserve(self):
+    def test_an_endless_body_is_passed_through_and_leaves_the_reserve(self):
         for fields in (b"", b'ETag: "x"\r\n'):
             with self.subTest(fields=fields), self.watched() as least:
                 self.origin.pages["/endless_1_all.deb"] = ScriptedResponse(steps=EndlessBody(fields))
@@ -5637,7 +5641,7 @@ class SmallDiskTest(ProxyCase):
                 self.settle()
             self.assertGreaterEqual(least[0], self.RESERVE - self.SLACK)
 
-    def test_a_body_that_has_outgrown_the_disk_is_not_stored_the_next_time(self):
+    def test_a_body_that_was_too_large_for_the_disk_is_not_stored_the_next_time(self):
         body = self.put("/large_1_all.deb", 60 << 20)
         page = self.origin.pages["/large_1_all.deb"]
         page.chunked, page.etag, page.modified = True, "", ""
@@ -5652,7 +5656,7 @@ class SmallDiskTest(ProxyCase):
             self.assertEqual(answer.body == body, True)
             self.assertIn("not enough free space", answer["Cache-Status"])
 
-    def test_an_endless_body_whose_client_has_left_ends(self):
+    def test_an_endless_download_stops_when_its_client_leaves(self):
         with self.watched() as least, self.connection() as one:
             self.origin.pages["/endless_1_all.deb"] = ScriptedResponse(steps=EndlessBody())
             one.request("GET", self.origin.url("/endless_1_all.deb"))
@@ -5664,7 +5668,7 @@ class SmallDiskTest(ProxyCase):
         self.assertGreaterEqual(least[0], self.RESERVE - self.SLACK)
         until(lambda: self.free() > self.SIZE - (2 << 20), "the space that it has taken")
 
-    def test_a_slow_reader_does_not_keep_the_space_of_what_is_discarded(self):
+    def test_a_slow_reader_does_not_keep_discarded_files_on_the_disk(self):
         body = self.put("/large_1_all.deb", 60 << 20)
         self.origin.pages["/large_1_all.deb"].chunked = True
         with self.watched() as least, self.connection() as one:
@@ -5699,7 +5703,7 @@ class SmallDiskTest(ProxyCase):
                 if not whole.startswith(got):
                     wrong.append(name)
 
-    def test_any_mix_of_downloads_leaves_the_reserve_and_gives_the_right_bytes(self):
+    def test_random_concurrent_downloads_leave_the_reserve_and_return_the_right_bytes(self):
         """Random downloads at once, from a seed: PKGPROXY_CHAOS_SEED gives another course."""
         chance = random.Random("space " + os.environ.get("PKGPROXY_CHAOS_SEED", "1"))
         bodies, wrong = {}, []
@@ -6219,9 +6223,6 @@ class FaultTest(ProxyCase):
             resume()
         self.restore_origin()
 
-    def has_partial_metadata(self):
-        return any(name.endswith("^head") for name in os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")))
-
     @fault()
     def test_another_process_is_killed_during_a_download(self):
         self.kill_another_process()
@@ -6409,7 +6410,7 @@ class BoundsTest(ProxyCase):
         self.assertNotIn("Traceback", process.log())
         self.check_back(process)
 
-    def test_500_idle_connections_hold_nobody_up_and_cost_little(self):
+    def test_500_idle_connections_delay_nobody_and_take_little_memory(self):
         process = self.start_process()
         self.origin.pages["/x_1_all.deb"] = ScriptedResponse(b"x")
         with contextlib.ExitStack() as stack:
@@ -6421,7 +6422,7 @@ class BoundsTest(ProxyCase):
             self.assertLess(process.status("VmRSS") - self.before[2], 40_000)
         self.check_back(process)
 
-    def test_500_slow_clients_hold_up_nobody(self):
+    def test_500_slow_clients_delay_nobody(self):
         process = self.start_process()
         self.origin.pages["/x_1_all.deb"] = ScriptedResponse(b"x")
         with contextlib.ExitStack() as stack:
@@ -6605,16 +6606,16 @@ class ChaosTest(ProxyCase):
                     body = Path(path).read_bytes()
                     self.assertTrue(name.startswith("^") or body in self.published[path[len(top):]], path)
 
-    def test_whatever_happens_each_delivered_byte_is_the_origins(self):
+    def test_random_clients_and_faults_never_deliver_a_wrong_byte(self):
         self.run_clients()
         self.check_files()
 
-    def test_nor_is_there_a_wrong_byte_where_nothing_can_be_linked(self):
+    def test_random_clients_and_faults_without_hard_links(self):
         with mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here")):
             self.run_clients()
         self.check_files()
 
-    def test_kill_9_at_any_point_leaves_whole_files_and_no_wrong_byte(self):
+    def test_kill_9_at_any_point_leaves_complete_files_and_no_wrong_byte(self):
         chance = random.Random(self.seed)
 
         def kill_again_and_again(deadline):
@@ -6658,14 +6659,14 @@ class ChaosTest(ProxyCase):
         self.addresses = []
         self.check_files()
 
-    def test_kill_9_of_either_of_two_instances_leaves_whole_files_and_no_wrong_byte(self):
+    def test_kill_9_of_either_of_two_instances_leaves_complete_files_and_no_wrong_byte(self):
         self.kill_one_of_two()
 
-    def test_so_it_does_where_nothing_can_be_linked(self):
+    def test_kill_9_of_either_of_two_instances_without_hard_links(self):
         self.kill_one_of_two(before=LINKLESS)
 
     @unittest.skipUnless(shutil.which("memcached"), "memcached is not installed")
-    def test_so_it_does_where_they_agree_by_memcached(self):
+    def test_kill_9_of_either_of_two_instances_with_memcached(self):
         memcached = MemcachedServer()
         self.addCleanup(memcached.stop)
         self.kill_one_of_two("--barrier", "memcached://" + memcached.place)
@@ -6753,11 +6754,11 @@ class InstancesTest(InstancesCase):
     def test_two_processes_download_each_of_a_hundred_files_once(self):
         self.check_hundred_files_at_once(self.another().address, self.another().address)
 
-    def test_two_proxies_in_one_process_do_too(self):
+    def test_two_proxies_in_one_process_download_each_of_a_hundred_files_once(self):
         with self.instance() as address:
             self.check_hundred_files_at_once(self.address, address)
 
-    def test_a_follower_streams_what_another_process_downloads(self):
+    def test_a_follower_streams_the_download_of_another_process(self):
         gate = self.held()
         other = self.another()
         first = self.begin(other.address)
@@ -6769,10 +6770,10 @@ class InstancesTest(InstancesCase):
         self.assertEqual(first.read(), self.body[1:])
         self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_the_leader_is_killed_and_the_followers_go_on(self):
+    def test_the_leader_is_killed_and_a_follower_takes_over(self):
         self.check_the_leader_is_killed(self.another())
 
-    def test_without_a_validator_a_dead_leaders_followers_are_cut_and_the_next_client_gets_all(self):
+    def test_without_a_validator_the_followers_of_a_killed_leader_are_cut_off(self):
         gate, leader = self.held(tag=b""), self.another()
         self.begin(leader.address)
         follower = self.begin(self.address)
@@ -6781,7 +6782,7 @@ class InstancesTest(InstancesCase):
         self.assertRaises(http.client.IncompleteRead, follower.read)
         self.assertEqual(self.ask(self.BIG).body, self.body)
 
-    def test_a_far_range_is_served_from_what_another_instance_downloads(self):
+    def test_a_far_range_is_served_from_the_download_of_another_instance(self):
         gate, other = self.held(), self.another()
         first = self.begin(other.address)
         threading.Timer(0.1, gate.open).start()
@@ -6789,7 +6790,7 @@ class InstancesTest(InstancesCase):
         self.assertEqual(first.read(), self.body[1:])
         self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_what_another_instance_may_not_store_each_asks_for_itself(self):
+    def test_a_response_that_another_instance_must_not_store_is_fetched_by_each(self):
         gate = Gate()
         self.addCleanup(gate.open)
         answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nCache-Control: private\r\n\r\n"
@@ -6804,7 +6805,7 @@ class InstancesTest(InstancesCase):
                 gate.open()
                 self.assertEqual((second.result().body, one.getresponse().read()), (b"1", b"2"))
 
-    def test_a_post_to_one_instance_spoils_what_another_downloads(self):
+    def test_a_post_to_one_instance_invalidates_the_download_of_another(self):
         gate, body = Gate(), os.urandom(300_000)
         self.origin.pages["/x"] = [ScriptedResponse(body, gate=gate, first=200_000, fields=[("Cache-Control", "max-age=99")]), ScriptedResponse(b"done", etag="", modified=""), ScriptedResponse(b"new")]
         with self.instance() as address, self.connection() as one, self.assertLogs("pkgproxy", "WARNING"):
@@ -6819,7 +6820,7 @@ class InstancesTest(InstancesCase):
             self.settle()
             self.assertEqual(self.files(), {})
 
-    def test_an_instance_that_stands_still_is_waited_for_once(self):
+    def test_a_stalled_instance_delays_one_request_only(self):
         self.origin.pages[self.BIG] = ScriptedResponse(self.body)
         key = pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.BIG)))
         with contextlib.closing(io.FileIO(self.stuck(key), "r+b")) as file, mock.patch.object(pkgproxy, "FOLLOWER_HEAD_TIMEOUT", 0.1):
@@ -6835,7 +6836,7 @@ class InstancesTest(InstancesCase):
         path.touch()
         return str(path)
 
-    def test_on_another_machine_only_what_was_flushed_is_read(self):
+    def test_from_another_machine_only_flushed_data_is_read(self):
         gate = self.held()
         self.proxy._store.remote = True
         with mock.patch.object(pkgproxy, "FLUSH_INTERVAL", 0.0), self.instance(boot="another machine") as address:
@@ -6877,7 +6878,7 @@ class InstancesTest(InstancesCase):
             until(lambda: not other._barrier.in_flight(), "the end of the other's flights")
             other.close()
 
-    def test_where_locks_do_not_work_each_is_on_its_own(self):
+    def test_without_working_locks_each_instance_downloads_for_itself(self):
         for refusal, words in ((mock.Mock(side_effect=OSError(37, "No locks available")), "refuses locks (No locks available)"),
                                (mock.Mock(return_value=True), "ignores locks")):
             with self.subTest(words), mock.patch.object(pkgproxy, "try_lock_file", refusal):
@@ -6912,17 +6913,17 @@ class InstancesTest(InstancesCase):
         self.addCleanup(process.kill)
         return process
 
-    def test_under_the_unit_what_a_crash_left_is_gone_on_with(self):
+    def test_a_leftover_of_a_crash_is_resumed_under_the_systemd_unit(self):
         gate, killed = self.held(), self.under_the_unit()
         self.begin(killed.address).read(399_999)
-        until(lambda: FaultTest.is_described(self), "the head of what has come, after a moment")
+        until(self.has_partial_metadata, "the metadata of the partial file")
         killed.kill()
         gate.open()
         self.address = self.under_the_unit().address
         self.assertEqual(self.ask(self.BIG).body, self.body)
         self.assertEqual([entry.fields.get("range") for entry in self.origin.log], [None, "bytes=400000-"])
 
-    def test_an_instance_under_the_unit_and_one_started_by_hand_follow_each_other(self):
+    def test_an_instance_under_the_systemd_unit_and_one_outside_follow_each_other(self):
         unit = self.under_the_unit()
         for leader, follower in ((unit.address, self.address), (self.address, unit.address)):
             gate = self.held()
@@ -6934,7 +6935,7 @@ class InstancesTest(InstancesCase):
             self.ask(self.BIG, "DELETE")
         self.assertEqual(self.origin.methods(self.BIG).count("GET"), 2)
 
-    def test_the_name_of_a_boot_is_one_whoever_tells_it(self):
+    def test_the_boot_id_is_the_same_from_each_source(self):
         for told, environment, name in (
                 ("4E2c0f6a-9a43-4d0b-8b9e-000000000001\n", "", "4e2c0f6a9a434d0b8b9e000000000001"),
                 (None, "4e2c0f6a9a434d0b8b9e000000000001", "4e2c0f6a9a434d0b8b9e000000000001"),
@@ -6945,7 +6946,7 @@ class InstancesTest(InstancesCase):
         with mock.patch("builtins.open", side_effect=OSError), mock.patch.dict(os.environ, PKGPROXY_BOOT_ID=""):
             self.assertNotEqual(pkgproxy.boot_id(), pkgproxy.boot_id(), "each process has one of its own")
 
-    def test_who_has_a_part_reads_on_with_a_new_owner_only_by_a_strong_validator(self):
+    def test_a_follower_continues_with_a_new_writer_only_by_a_strong_validator(self):
         for tag, same in (('"x"', True), ('W/"x"', False), (None, False)):
             with self.subTest(tag=tag):
                 fields = (("ETag", tag),) if tag else ()
@@ -6957,13 +6958,13 @@ class InstancesTest(InstancesCase):
                 watch._switch_writer("another")
                 self.assertEqual((old.switch_to.called, other.release.called), (same, not same))
 
-    def test_a_system_without_flock_says_so(self):
+    def test_a_system_without_flock_is_reported(self):
         with mock.patch.object(pkgproxy, "fcntl", None):
             self.assertEqual(pkgproxy.why_locks_fail(self.root), "this system has no flock")
         self.assertEqual(pkgproxy.why_locks_fail(self.root + "/new"), "")
         self.assertEqual(pkgproxy.why_locks_fail("/proc/nowhere"), "")
 
-    def test_whoever_reads_what_was_left_reads_on_when_it_is_begun_anew(self):
+    def test_a_reader_of_a_leftover_continues_when_the_download_restarts(self):
         store = pkgproxy.Store(self.root)
         one, two = (ResponseHead(200, "OK", (("ETag", tag),), key="http://a/x", response_time=CLOCK) for tag in ('"1"', '"2"'))
         left = receive(store, one, 1 << 20)
@@ -6977,7 +6978,7 @@ class InstancesTest(InstancesCase):
             partial.discard()
             partial.release()
 
-    def test_what_came_before_a_break_is_told_before_the_origin_is_asked_for_the_rest(self):
+    def test_received_bytes_are_published_before_the_download_is_resumed(self):
         gate = Gate()
         self.addCleanup(gate.open)
         head = b'HTTP/1.1 %s\r\nContent-Length: %d\r\nETag: "x"\r\n%s\r\n'
@@ -7018,7 +7019,7 @@ class SharedAddressTest(InstancesCase):
             response = client.getresponse()
             return response, response.read()
 
-    def test_one_that_is_killed_breaks_the_connections_of_its_own_clients_only(self):
+    def test_killing_an_instance_breaks_only_its_own_connections(self):
         processes = [self.another("--reuse-port") for _ in range(2)]
         names = {self.page(one, "/healthz")[0].getheader("Via"): one for one in processes}
         self.assertEqual(len(names), 2)
@@ -7044,7 +7045,7 @@ class SharedAddressTest(InstancesCase):
             self.assertEqual(self.body[:1] + self.begin(self.shared).read(), self.body)
         self.assertEqual(len(self.origin.log), 2)
 
-    def test_each_counts_for_itself_and_keeps_a_history_of_its_own(self):
+    def test_each_instance_has_its_own_counters_and_history(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000)
         for run in (1, 2):
             processes = {name: self.another("--instance", name) for name in ("1", "2")}
@@ -7061,25 +7062,25 @@ class SharedAddressTest(InstancesCase):
                          ["history-1.json", "history-2.json"])
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "this system does not let us choose a processor")
-    def test_the_threads_of_each_share_a_processor_of_those_we_may_use(self):
+    def test_the_threads_of_each_instance_share_one_allowed_processor(self):
         processes = [self.another("--instance", name) for name in ("1", "2")]
         chosen = [set().union(*(os.sched_getaffinity(int(task)) for task in os.listdir("/proc/%d/task" % one.process.pid))) for one in processes]
         self.assertEqual([len(one) for one in chosen], [1, 1])
         self.assertLessEqual(chosen[0] | chosen[1], os.sched_getaffinity(0))
         self.assertEqual(len(chosen[0] | chosen[1]), min(2, len(pkgproxy.usable_processors())))
 
-    def test_an_instance_without_a_name_is_the_only_one(self):
+    def test_an_instance_without_a_name_is_not_one_of_several(self):
         for words, expected in (([], (False, "")), (["--instance="], (False, "")), (["--instance=2"], (True, "2")), (["--reuse-port"], (True, ""))):
             config, _ = pkgproxy.parse_options(words)
             self.assertEqual((config.reuse_port, config.instance), expected)
 
-    def test_without_the_option_an_address_is_for_one_alone(self):
+    def test_without_reuse_port_an_address_cannot_be_shared(self):
         self.another("--reuse-port")
         with self.assertRaises(pkgproxy.StartupError) as caught:
             pkgproxy.open_sockets(Config(addrs=("%s:%d" % self.shared,)), {})
         self.assertIn("Cannot listen on %s:%d: Address already in use." % self.shared, str(caught.exception))
 
-    def test_a_system_that_cannot_do_it_is_told_of(self):
+    def test_a_system_without_reuse_port_is_reported(self):
         self.addCleanup(setattr, socket, "SO_REUSEPORT", socket.SO_REUSEPORT)
         del socket.SO_REUSEPORT
         with self.assertRaisesRegex(pkgproxy.StartupError, "no SO_REUSEPORT: leave out --reuse-port"):
@@ -7107,7 +7108,7 @@ class MemcachedTest(InstancesCase):
         self.check_hundred_files_at_once(self.another().address, self.another().address)
         until(lambda: "curr_items 0" in self.memcached.say("stats\r\n"), "the end of all leases")
 
-    def test_of_many_followers_in_other_processes_one_goes_on(self):
+    def test_one_of_many_followers_in_other_processes_takes_over(self):
         gate, leader, third = self.held(), self.another(), self.another()
         self.begin(leader.address).read(399_999)
         followers = [self.begin(address) for address in (self.address, third.address)]
@@ -7116,7 +7117,7 @@ class MemcachedTest(InstancesCase):
         self.assertEqual([b"".join((self.body[:1], each.read())) == self.body for each in followers], [True] * 2)
         self.assertEqual([entry.fields.get("range") for entry in self.origin.log], [None, "bytes=400000-"])
 
-    def test_a_lease_lasts_as_long_as_its_download(self):
+    def test_a_lease_is_renewed_during_the_download(self):
         gate, other = self.held(), self.another()
         response = self.begin(other.address)
         time.sleep(2.1)  # seconds: longer than the lease
@@ -7126,7 +7127,7 @@ class MemcachedTest(InstancesCase):
         self.assertEqual((response.read(), follower.read()), (self.body[1:], self.body[1:]))
         self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_who_has_lost_its_lease_gives_what_it_has_and_stores_nothing(self):
+    def test_a_download_that_has_lost_its_lease_is_not_stored(self):
         gate = self.held()
         response = self.begin(self.address)
         self.memcached.say("set %s 0 5 5\r\nother\r\n" % self.lease())
@@ -7137,7 +7138,7 @@ class MemcachedTest(InstancesCase):
         self.settle()
         self.assertEqual(self.files(), {})
 
-    def test_a_memcached_that_forgets_is_reminded(self):
+    def test_a_lease_that_memcached_forgot_is_set_again(self):
         gate = self.held()
         response = self.begin(self.address)
         self.memcached.say("flush_all\r\n")
@@ -7147,7 +7148,7 @@ class MemcachedTest(InstancesCase):
         self.settle()
         self.assertEqual(self.files(), {self.place(self.BIG[1:]): self.body})
 
-    def test_memcached_stops_in_the_middle_and_nobody_notices(self):
+    def test_clients_do_not_notice_when_memcached_stops(self):
         gate, other = self.held(), self.another()
         self.origin.pages["/y_1.0_all.deb"] = ScriptedResponse(b"y")
         self.origin.pages["/z_1.0_all.deb"] = ScriptedResponse(b"z")
@@ -7169,10 +7170,10 @@ class MemcachedTest(InstancesCase):
             self.assertEqual(self.ask("/z_1.0_all.deb").body, b"z")
         self.assertIn("works again", caught.output[0])
 
-    def test_what_a_crash_left_is_gone_on_with(self):
+    def test_a_leftover_of_a_crash_is_resumed(self):
         gate, other = self.held(), self.another()
         self.begin(other.address).read(399_999)
-        until(lambda: FaultTest.is_described(self), "the head of what has come, after a moment")
+        until(self.has_partial_metadata, "the metadata of the partial file")
         other.process.kill()
         other.process.wait()
         gate.open()
@@ -7186,11 +7187,11 @@ class MemcachedTest(InstancesCase):
 class BugTest(ProxyCase):
     """The house survives its own faults."""
 
-    def test_a_bug_is_a_500_and_a_line_in_the_log(self):
+    def test_an_unexpected_exception_is_a_500_and_a_log_line(self):
         with mock.patch.object(pkgproxy, "decide", side_effect=ZeroDivisionError), self.assertLogs("pkgproxy", "ERROR"):
             self.assertEqual(self.ask("/x").status, 500)
 
-    def test_a_bug_while_leading_leaves_no_flight_behind(self):
+    def test_an_unexpected_exception_in_a_leader_leaves_no_flight(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x")
         with mock.patch.object(pkgproxy, "why_not_storable", side_effect=ZeroDivisionError), self.assertLogs("pkgproxy", "ERROR"):
             self.assertEqual(self.ask("/x_1.0_all.deb").status, 500)
@@ -7214,7 +7215,7 @@ class WatchTest(unittest.TestCase):
         sent = pkgproxy.SendResult(size, cached, 0.25, True)
         self.recent.note(request(uri), 200, CacheStatus(outcome, **status), [(client, sent)])
 
-    def test_requests_and_origins_are_told_apart(self):
+    def test_requests_and_origins_are_recorded(self):
         self.note()
         self.note("http://a/y", Outcome.MISS, cached=0)
         self.note("http://[::1]:81/z", Outcome.MISS, cached=0)
@@ -7227,7 +7228,7 @@ class WatchTest(unittest.TestCase):
         self.assertEqual({key: found["recent"][-1][key] for key in ("client", "method", "bytes", "seconds", "outcome")},
                          {"client": "10.0.0.1", "method": "GET", "bytes": 100, "seconds": 0.25, "outcome": "hit"})
 
-    def test_many_origins_are_bounded_and_none_of_their_bytes_is_lost(self):
+    def test_the_number_of_origins_is_bounded_and_no_bytes_are_lost(self):
         for number in range(3 * pkgproxy.MAX_ORIGINS):
             self.note("http://host%d/x" % number)
         for _ in range(5):
@@ -7237,22 +7238,22 @@ class WatchTest(unittest.TestCase):
         self.assertEqual(origins["busy"]["requests"], 5)
         self.assertEqual(sum(row["bytes"] for row in origins.values()), 100 * (3 * pkgproxy.MAX_ORIGINS + 5))
 
-    def test_origins_that_are_shown_alike_are_added_up(self):
+    def test_origins_displayed_alike_are_summed(self):
         for letter in "ab":
             self.note("http://%s.%s.%s/x" % ("h" * 60, letter * 30, "h" * 60))
         self.assertEqual([row["requests"] for row in self.recent.gather()["origins"].values()], [2])
 
-    def test_what_it_gathers_is_small_whatever_comes(self):
+    def test_the_recorded_data_stays_small(self):
         for number in range(100):
             host = "http://%s%03d/" % (".".join(["h" * 60] * 4), number)
             self.note(host + "\\\"" * 4000, client="f" * 90, detail="\\\"" * 4000)
         self.assertLess(len(json.dumps(self.recent.gather())), 24 * 1024)
 
-    def test_a_query_is_not_shown_it_may_be_a_password(self):
+    def test_queries_are_not_shown(self):
         self.note("http://me:secret@a/x?token=secret")
         self.assertNotIn("secret", json.dumps(self.recent.gather()))
 
-    def test_users_who_are_about_to_lose_are_told_once(self):
+    def test_a_usage_hint_is_logged_once(self):
         rows = (({"outcome": Outcome.TUNNEL}, "isn't cached. Begin"),
                 ({"outcome": Outcome.MISS}, "another file"), ({"outcome": Outcome.BYPASS}, "filter"),
                 ({"outcome": Outcome.FAILED}, "cannot be asked"),
@@ -7266,13 +7267,13 @@ class WatchTest(unittest.TestCase):
                 self.assertEqual(len(caught.records), 1, caught.output)
                 self.assertRegex(caught.records[0].getMessage(), expected)
 
-    def test_what_was_refused_keeps_no_hint_back(self):
+    def test_refused_requests_do_not_suppress_a_hint(self):
         with self.assertLogs("pkgproxy", "WARNING") as caught:
             for number in range(100):
                 self.note(outcome=Outcome.REFUSED if number == 7 else Outcome.MISS)
         self.assertIn("Not one of the first 99 requests was a hit", caught.records[0].getMessage())
 
-    def test_users_who_lose_nothing_are_left_alone(self):
+    def test_no_hint_is_logged_without_need(self):
         logging.getLogger("pkgproxy").warning = lambda *words: self.fail(words)
         self.addCleanup(delattr, logging.getLogger("pkgproxy"), "warning")
         for number in range(200):
@@ -7303,7 +7304,7 @@ class HistoryTest(unittest.TestCase):
         self.addCleanup(history.stop)
         return history
 
-    def test_it_outlives_a_restart(self):
+    def test_the_history_survives_a_restart(self):
         first = self.started()
         self.totals = {"statsCacheBytes": 70, "statsDownBytes": 30, "hit": 2}
         first.stop()
@@ -7315,7 +7316,7 @@ class HistoryTest(unittest.TestCase):
         for plot in found["plots"].values():
             self.assertEqual([sum(column) for column in zip(*plot["bytes"])], [75, 31])
 
-    def test_each_instance_keeps_its_own(self):
+    def test_each_instance_has_its_own_history(self):
         for name, count in (("one", 70), ("[::1]:9999,/\\..", 5)):
             history = self.started(name)
             self.totals["hit"] = count
@@ -7323,14 +7324,14 @@ class HistoryTest(unittest.TestCase):
         self.assertEqual(len(os.listdir(self.books)), 2)
         self.assertEqual([self.started(name).snapshot(5.0)["allTime"]["hit"] for name in ("one", "[::1]:9999,/\\..")], [70, 5])
 
-    def test_the_first_instance_inherits_the_file_that_was_one_for_all(self):
+    def test_the_first_instance_inherits_the_former_common_file(self):
         os.makedirs(self.books)
         slots = {name: {} for name in pkgproxy.PLOTS}
         Path(self.books, "history.json").write_text(json.dumps({"since": 1, "era": "x", "all": {"hit": 7}, "last": {"hit": 2}, "slots": slots}))
         found = [self.started(name).snapshot(5.0)["allTime"]["hit"] for name in ("one", "two", "one")]
         self.assertEqual(found, [7, 0, 7])
 
-    def test_bytes_stand_where_they_came_and_go_when_they_are_old(self):
+    def test_bytes_are_recorded_by_time_and_expire(self):
         history = self.history()
         now = 21600.0 * 100_000
         for at, count in ((now, 10), (now + 60, 30), (now + 61, 60)):
@@ -7343,7 +7344,7 @@ class HistoryTest(unittest.TestCase):
         history.record(now + 7200)
         self.assertEqual(history._slots["hour"], {})
 
-    def test_a_damaged_file_is_ignored(self):
+    def test_a_damaged_history_file_is_ignored(self):
         os.makedirs(os.path.dirname(self.path))
         good = {"since": 1, "all": {"hit": 7}, "slots": {name: {} for name in pkgproxy.PLOTS}}
         rows = (b"", b"{", b"[]", b"\xff", b"[" * 100_000, json.dumps({**good, "since": "x"}).encode(),
@@ -7358,13 +7359,13 @@ class HistoryTest(unittest.TestCase):
         Path(self.path).write_text(json.dumps(good))
         self.assertEqual(self.started().snapshot(5.0)["allTime"]["hit"], 7)
 
-    def test_nothing_is_written_where_nothing_has_happened(self):
+    def test_nothing_is_written_without_changes(self):
         history = self.started()
         history.save()
         history.stop()
         self.assertFalse(os.path.exists(os.path.dirname(self.path)))
 
-    def test_a_root_that_cannot_be_written_costs_nothing(self):
+    def test_an_unwritable_root_does_no_harm(self):
         Path(os.path.dirname(self.path)).write_text("no folder")
         history = self.started()
         self.totals["hit"] = 1
@@ -7383,7 +7384,7 @@ class PagesTest(ProxyCase):
     def view(self):
         return json.loads(self.own("/status.json").body)
 
-    def test_debug_vars_is_what_the_originals_scripts_read(self):
+    def test_debug_vars_is_compatible_with_the_original(self):
         answer = self.own("/debug/vars")
         self.assertEqual((answer.status, answer["Content-Type"]), (200, "application/json; charset=utf-8"))
         found = json.loads(answer.body)
@@ -7415,27 +7416,27 @@ class PagesTest(ProxyCase):
         self.assertIn(b"Set up this machine", answer.body)
         self.assertIn(b"<dd>0 B</dd><dd>nothing has come yet</dd>", answer.body)
 
-    def test_whose_proxy_we_are_gets_our_pages_too(self):
+    def test_proxy_clients_get_the_own_pages_too(self):
         us = "http://127.0.0.1:%d" % self.address[1]
         self.assertIn(b"export http_proxy=" + us.encode(), self.ask(us + "/", Accept="text/plain").body)
         self.assertEqual(self.ask(us + "/healthz?x").body, b"ok\n")
         self.assertEqual(self.send_raw(b"GET %s HTTP/1.0\r\n\r\n" % us.encode()).partition(b" ")[2][:3], b"200")
 
-    def test_the_address_is_that_by_which_the_page_was_reached(self):
+    def test_pages_show_the_address_by_which_they_were_reached(self):
         for host, shown in (("Proxy.lan:3142", b"proxy.lan:3142"), ("proxy", b"proxy:80"),
                             ("me:pw@[::1]:9", b"[::1]:9"), (None, b"127.0.0.1:%d" % self.address[1])):
             lines = b"GET / HTTP/1.0\r\n" + (b"Host: %s\r\n" % host.encode() if host else b"")
             with self.subTest(host=host):
                 self.assertIn(b"export http_proxy=http://" + shown + b"\n", self.send_raw(lines + b"\r\n"))
 
-    def test_a_hostile_host_shows_nowhere(self):
+    def test_a_hostile_host_field_is_not_shown(self):
         for host in (b"<script>", b'a"b', b"a'b;reboot", b"a b", b"a:b", b"$(reboot)"):
             with self.subTest(host=host):
                 answer = self.send_raw(b"GET /setup/detect.sh HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
                 self.assertIn(b"HTTP/1.1 400", answer)
                 self.assertNotIn(b"#!/bin/sh", answer)
 
-    def test_whatever_comes_from_outside_is_escaped(self):
+    def test_untrusted_text_is_escaped(self):
         evil = "http://x/<script>alert(1)</script>'\"&lt;"
         row = {"at": 0.0, "client": evil, "method": evil, "uri": evil, "status": 200, "bytes": 1, "seconds": 1.0,
                "outcome": "hit", "detail": evil}
@@ -7450,7 +7451,7 @@ class PagesTest(ProxyCase):
         metrics = pkgproxy.metrics_text(pkgproxy.page_view(snapshot))
         self.assertIn(r"""origin="http://x/<script>alert(1)</script>'\"&lt;"} 1""", metrics)
 
-    def test_nothing_runs_but_the_pages_own_script(self):
+    def test_only_the_pages_own_script_runs(self):
         answer = self.html()
         policy = answer["Content-Security-Policy"]
         for kind in ("script", "style"):
@@ -7462,7 +7463,7 @@ class PagesTest(ProxyCase):
         self.assertNotIn("unsafe", policy)
         self.assertEqual(self.own("/metrics")["Content-Security-Policy"], "default-src 'none'")
 
-    def test_it_tells_of_requests_origins_and_bytes(self):
+    def test_the_page_shows_requests_origins_and_bytes(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1500)
         for _ in range(2):
             self.ask("/x_1.0_all.deb")
@@ -7477,7 +7478,7 @@ class PagesTest(ProxyCase):
         self.assertIn("<dd>50 %</dd><dd>1 of 2 requests", view["html"]["figures"])
         self.assertIn("2 requests answered, 1.5 kB saved.", view["html"]["state"])
 
-    def test_it_tells_of_downloads_while_they_last(self):
+    def test_the_page_shows_running_downloads(self):
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000, gate=gate, first=400)
@@ -7494,7 +7495,7 @@ class PagesTest(ProxyCase):
         self.settle()
         self.assertEqual(self.view()["downloads"], [])
 
-    def test_it_tells_of_origins_in_trouble_and_of_the_disk(self):
+    def test_the_page_shows_failing_origins_and_disk_errors(self):
         self.origin.pages["/dists/x/InRelease"] = ScriptedResponse(b"x")
         self.ask("/dists/x/InRelease")
         self.settle()
@@ -7509,7 +7510,7 @@ class PagesTest(ProxyCase):
         self.assertIn("1 stale answer since the start", view["html"]["disk"])
         self.assertIn("is in trouble:", view["html"]["disk"])
 
-    def test_a_clock_that_was_put_right_changes_nothing_of_how_long_it_runs(self):
+    def test_the_uptime_does_not_depend_on_the_wall_clock(self):
         real = time.time
         for ahead in (-90 * DAY, 0.5, 90 * DAY):
             with self.subTest(ahead=ahead), mock.patch.object(pkgproxy.time, "time", lambda ahead=ahead: real() + ahead):
@@ -7517,7 +7518,7 @@ class PagesTest(ProxyCase):
                 self.assertTrue(0 <= view["now"] - view["since"] < 60, view["since"])
                 self.assertEqual(view["since"], self.view()["since"] if abs(ahead) < 60 else mock.ANY)
 
-    def test_it_tells_why_nothing_can_be_stored_until_something_is(self):
+    def test_the_page_shows_why_nothing_can_be_stored(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000)
         with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)):
             self.ask("/x_1.0_all.deb")
@@ -7529,7 +7530,7 @@ class PagesTest(ProxyCase):
         self.settle()
         self.assertNotIn("Nothing can be stored", self.view()["html"]["disk"])
 
-    def test_the_newest_request_and_the_busiest_origin_come_first(self):
+    def test_the_newest_request_and_the_busiest_origin_are_listed_first(self):
         for host, sizes in (("a", (10, 10)), ("b", (99,)), ("c", (1,))):
             for size in sizes:
                 sent = pkgproxy.SendResult(size, 0, 0.25, True)
@@ -7538,7 +7539,7 @@ class PagesTest(ProxyCase):
         self.assertEqual(list(view["origins"]), ["b", "a", "c"])
         self.assertEqual([row["uri"] for row in view["recent"]], ["http://c/1", "http://b/99", "http://a/10", "http://a/10"])
 
-    def test_its_colours_can_be_read_by_day_and_by_night(self):
+    def test_colours_have_enough_contrast_in_both_themes(self):
         def luminance(colour):
             channels = [int(colour[at:at + 2], 16) / 255 for at in (0, 2, 4)]
             linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
@@ -7553,7 +7554,7 @@ class PagesTest(ProxyCase):
                     low, high = sorted((hues[front], hues[ground]))
                     self.assertGreaterEqual((high + 0.05) / (low + 0.05), 4.5, (front, ground))  # WCAG 1.4.3
 
-    def test_health_is_that_of_the_root_and_of_the_threads(self):
+    def test_health_covers_the_root_and_the_threads(self):
         answer = self.own("/healthz")
         self.assertEqual((answer.status, answer.body), (200, b"ok\n"))
         self.assertEqual(self.files(), {})
@@ -7569,7 +7570,7 @@ class PagesTest(ProxyCase):
             self.assertEqual(desk.health_problem(), "No more threads are to be had.")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full on this machine")
-    def test_it_is_not_well_on_a_full_disk_and_leaves_nothing_there(self):
+    def test_a_full_disk_is_unhealthy_and_the_check_leaves_no_file(self):
         def full(path, flags):
             """The empty file is there, and nothing can be put into it."""
             os.close(os.open(path, flags, 0o600))
@@ -7583,7 +7584,7 @@ class PagesTest(ProxyCase):
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER)), [])
         self.assertEqual(self.own("/healthz").status, 200)
 
-    def test_it_is_not_well_while_every_connection_is_busy(self):
+    def test_the_proxy_is_unhealthy_while_every_connection_is_busy(self):
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000, gate=gate, first=400)
@@ -7597,7 +7598,7 @@ class PagesTest(ProxyCase):
         client.join(PATIENCE)
         until(lambda: self.own("/healthz").status == 200)
 
-    def test_what_is_normal_is_not_logged(self):
+    def test_normal_events_are_not_logged(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
             for path in ("/", "/status.json", "/metrics", "/healthz"):
                 self.own(path)
@@ -7612,7 +7613,7 @@ class PagesTest(ProxyCase):
             self.assertEqual(answer["Content-Type"], "application/x-ns-proxy-autoconfig")
             self.assertIn(b'"PROXY 127.0.0.1:%d; DIRECT"' % self.address[1], answer.body)
 
-    def test_setup_texts_name_the_proxy_and_end_in_a_line(self):
+    def test_setup_texts_name_the_proxy_and_end_with_a_newline(self):
         for name in pkgproxy.SETUP:
             with self.subTest(name):
                 answer = self.own("/setup/" + name)
@@ -7624,7 +7625,7 @@ class PagesTest(ProxyCase):
             self.assertEqual(answer.status, 404)
             self.assertIn(b"NAME is one of apt, dnf, ", answer.body)
 
-    def test_what_is_pasted_writes_what_setup_says(self):
+    def test_pasted_setup_commands_write_the_documented_files(self):
         for name, (_, place, more) in pkgproxy.SETUP.items():
             line = pkgproxy.setup_line(name, "proxy:9999")
             with self.subTest(name):
@@ -7633,7 +7634,7 @@ class PagesTest(ProxyCase):
                 written = checked("sh", "-c", line[:-len(place + more)]).decode()
                 self.assertEqual(written, pkgproxy.SETUP[name][0] % "proxy:9999" + "\n")
 
-    def test_what_is_pasted_into_a_shell_holds_in_that_shell_too(self):
+    def test_pasted_setup_commands_apply_to_the_current_shell(self):
         line = pkgproxy.setup_line("env", "proxy:9999").replace("/etc/profile.d", self.folder)
         self.assertEqual(checked("sh", "-c", line + "; echo $http_proxy"), b"http://proxy:9999\n")
 
@@ -7664,7 +7665,7 @@ class ServerTest(ProxyCase):
         super().setUp()
         self.origin.pages.update({"/x_%d.deb" % n: ScriptedResponse(b"%d" % n * 100) for n in range(10)})
 
-    def test_connections_stay_open(self):
+    def test_connections_are_persistent(self):
         with self.connection() as connection:
             connection.connect()
             first = connection.sock
@@ -7679,7 +7680,7 @@ class ServerTest(ProxyCase):
             answers = self.send_raw(data).split(b"HTTP/1.1 200 Whatever\r\n")[1:]
             self.assertEqual([answer[-100:] for answer in answers], [b"%d" % n * 100 for n in range(10)])
 
-    def test_a_head_in_many_pieces(self):
+    def test_a_head_may_arrive_in_many_pieces(self):
         with self.open_client() as connection:
             for byte in self.raw_request("/x_1.deb", more=b"Connection: close\r\n"):
                 connection.sendall(bytes([byte]))
@@ -7719,13 +7720,13 @@ class ServerTest(ProxyCase):
             self.assertIn(b" 200 ", read_to_end(connection))
         self.assertEqual(self.origin.log[-1].body, b"body")
 
-    def test_a_body_that_does_not_come_is_the_clients_fault(self):
+    def test_a_missing_request_body_is_a_408(self):
         data = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nshort" % self.origin.url("/x_1.deb").encode()
         with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.1), self.open_client() as connection:
             connection.sendall(data)
             self.assertEqual(connection.recv(12), b"HTTP/1.1 408")
 
-    def test_a_head_that_drips_is_cut_off(self):
+    def test_a_head_sent_too_slowly_is_a_408(self):
         with mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.2), self.open_client() as connection:
             with contextlib.suppress(OSError):
                 while True:
@@ -7734,31 +7735,31 @@ class ServerTest(ProxyCase):
                         break
             self.assertEqual(connection.recv(12), b"HTTP/1.1 408")
 
-    def test_an_idle_connection_is_closed_without_a_word(self):
+    def test_an_idle_connection_is_closed_without_a_response(self):
         with mock.patch.object(pkgproxy, "IDLE_TIMEOUT", 0.1), self.open_client() as connection:
             connection.sendall(self.raw_request("/x_1.deb"))
             answer = read_to_end(connection)
         self.assertEqual(len(re.findall(rb"(?m)^HTTP/1\.1 ", answer)), 1)
         self.assertTrue(answer.endswith(b"1" * 100))
 
-    def test_what_was_refused_is_named_in_the_log(self):
+    def test_a_refused_request_is_logged_with_its_target(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
             self.send_raw(b"CONNECT example.org:22 HTTP/1.1\r\nHost: example.org\r\n\r\n")
             until(lambda: caught.records)
         self.assertIn("CONNECT example.org:22 (", caught.records[0].getMessage())
 
-    def test_an_ipv4_client_of_both_protocols_is_shown_as_such(self):
+    def test_an_ipv4_mapped_address_is_shown_as_ipv4(self):
         self.assertEqual([pkgproxy.unmap_ipv4(text) for text in ("::ffff:10.0.0.1", "::1", "10.0.0.1", "::ffff:a00:1")],
                          ["10.0.0.1", "::1", "10.0.0.1", "::ffff:a00:1"])
 
-    def test_a_body_that_ends_early_is_not_sent_on_as_whole(self):
+    def test_a_truncated_request_body_is_not_forwarded_as_complete(self):
         with self.open_client() as connection:
             connection.sendall(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nshort" % self.origin.url("/x_1.deb").encode())
             connection.shutdown(socket.SHUT_WR)
             self.assertEqual(connection.recv(12), b"HTTP/1.1 400")
         self.assertEqual(self.origin.log, [])
 
-    def test_who_may_not_come_in_gets_a_403(self):
+    def test_a_client_that_is_not_allowed_gets_a_403(self):
         self.start(Config(allow=("203.0.113.0/24",)))
         with self.open_client(source="127.0.0.2") as connection:
             connection.sendall(self.raw_request("/x_1.deb", more=b"Connection: close\r\n"))
@@ -7768,7 +7769,7 @@ class ServerTest(ProxyCase):
         self.assertEqual(self.origin.log, [])
         self.assertEqual(self.ask("/x_1.deb").status, 200, "from our own address, whatever it is")
 
-    def test_a_client_that_hangs_up_is_no_traceback(self):
+    def test_a_disconnecting_client_causes_no_traceback(self):
         self.origin.pages["/big_1.0.deb"] = ScriptedResponse(os.urandom(8 << 20))
         with mock.patch.object(self.server, "handle_error") as failed:
             for _ in range(2):
@@ -7778,7 +7779,7 @@ class ServerTest(ProxyCase):
                 self.settle()
         failed.assert_not_called()
 
-    def test_when_there_is_no_room_the_longest_idle_makes_place(self):
+    def test_the_longest_idle_connection_is_closed_when_the_limit_is_reached(self):
         self.server.room.most = 3
         with contextlib.ExitStack() as stack:
             idle = [stack.enter_context(self.open_client()) for _ in range(3)]
@@ -7796,7 +7797,7 @@ class ServerTest(ProxyCase):
                     connection.sendall(self.raw_request("/x_1.deb"))
                     self.assertTrue(connection.recv(999))
 
-    def test_descriptors_that_are_out_are_waited_for(self):
+    def test_accept_backs_off_when_descriptors_are_exhausted(self):
         real, calls = socket.socket.accept, []
 
         def accept(listener):
@@ -7980,7 +7981,7 @@ class StrictServerTest(ProxyCase):
         self.settle()
         self.assertEqual(self.origin.log, [], "nothing of it is passed on")
 
-    def test_malformed_answers(self):
+    def test_malformed_responses(self):
         self.addCleanup(mock.patch.stopall)
         mock.patch.object(pkgproxy, "RESUME_BACKOFF", ()).start()
         for number, (data, expected, section) in enumerate(self.ANSWERS):
@@ -7999,7 +8000,7 @@ class StrictServerTest(ProxyCase):
         self.assertEqual(self.files(), {}, "nothing of it is stored")
         self.assertEqual(self.origin.connections, len(self.origin.log), "no connection is used again")
 
-    def test_odd_requests_that_are_none_the_less_clear(self):
+    def test_odd_but_unambiguous_requests(self):
         self.origin.pages.update({"/x_1.0.deb": ScriptedResponse(b"x" * 50), "/": ScriptedResponse(b"root")})
         url, close = self.origin.url("/x_1.0.deb").encode(), b"Connection: close\r\n"
         post = b"POST %s HTTP/1.1\r\nHost: a\r\n%s" % (url, close)
@@ -8026,7 +8027,7 @@ class StrictServerTest(ProxyCase):
                 self.assertEqual(entry.fields["host"], "127.0.0.1:%d" % self.origin.port)
                 self.assertEqual({"upgrade", "te", "connection", "x-private", "proxy-connection", "trailer", "expect"} & set(entry.fields), set())
 
-    def test_an_origin_that_is_odd_but_clear(self):
+    def test_odd_but_unambiguous_responses(self):
         body = b"Content-Length: 4\r\n\r\nbody"
         for number, data in enumerate((
                 b"HTTP/1.1 200\r\n" + body, b"HTTP/1.1 200 \r\n" + body, b"HTTP/1.1 200 \xe4\xf6\r\n" + body, b"HTTP/1.0 200 OK\r\n" + body,
@@ -8038,7 +8039,7 @@ class StrictServerTest(ProxyCase):
                 answer = self.ask("/y_%d.0.deb" % number)
                 self.assertEqual((answer.status, answer.body, answer["Trailer"]), (200, b"body", None))
 
-    def test_expect_is_the_origins_to_answer(self):
+    def test_expect_is_answered_by_the_origin(self):
         url = self.origin.url("/x").encode()
         data = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n" % url
         # One that refuses gets no body, and the client is not asked for it.
@@ -8059,7 +8060,7 @@ class StrictServerTest(ProxyCase):
                 one.sendall(b"body")
                 self.assertTrue(read_to_end(one).endswith(b"\r\n\r\nbody"))
 
-    def test_over_tls_nobody_looks_ahead_for_an_answer_to_expect(self):
+    def test_over_tls_the_proxy_does_not_peek_for_a_response_to_expect(self):
         tls = mock.Mock(spec=["pending", "recv"])
         self.assertFalse(pkgproxy.is_answered_before_body(tls, forward("PUT", Target("https", "a", 443, "/"), (("Expect", "100-continue"),))))
         tls.recv.assert_not_called()
@@ -8083,7 +8084,7 @@ class StrictServerTest(ProxyCase):
         self.send_raw(b"OPTIONS http://127.0.0.1:%d HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.port)
         self.assertEqual((self.origin.log[-1].method, self.origin.log[-1].target), ("OPTIONS", "*"))
 
-    def test_our_own_answers_run_nothing_and_change_nothing(self):
+    def test_generated_responses_contain_nothing_executable(self):
         for method, path, status in (("GET", "/", 200), ("HEAD", "/debug/vars", 200), ("POST", "/", 405), ("DELETE", "/debug/vars", 405),
                                      ("GET", "/nothing", 404), ("OPTIONS", "/", 200)):
             answer = ClientResponse(self.own_answer(method, path))
@@ -8098,7 +8099,7 @@ class StrictServerTest(ProxyCase):
         connection.request(method, path, headers={"Connection": "close"})
         return connection.getresponse()
 
-    def test_what_comes_from_outside_is_harmless_in_the_log(self):
+    def test_control_characters_are_escaped_in_the_log(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
             self.send_raw(b"GET http://a/\x1b[31m HTTP/1.1\r\nHost: a\r\n\r\n")
             self.send_raw(b"G\x9bT http://a/ HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -8135,7 +8136,7 @@ class FuzzTest(ProxyCase):
                     data[at:at] = data[:chance.randrange(40)]
             yield bytes(data)
 
-    def test_the_parsers_accept_or_refuse_and_nothing_else(self):
+    def test_the_parsers_accept_or_refuse_mutated_input(self):
         self.accepted = 0
         for data in self.mutants(6000):
             file = io.BytesIO(data)
@@ -8168,7 +8169,7 @@ class FuzzTest(ProxyCase):
                 self.assertFalse(name and ({"..", ".", "", pkgproxy.METADATA_FOLDER} & set(name.split("/"))), name)
             pkgproxy.decide(asked, None, Config(), CLOCK)
 
-    def test_the_door_answers_or_closes_and_goes_on(self):
+    def test_the_server_survives_mutated_requests(self):
         with self.assertNoBug(), mock.patch.object(pkgproxy, "resolve_addresses", side_effect=OSError("no such name")), mock.patch.object(
                 pkgproxy, "CLIENT_TIMEOUT", 0.05), mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.05):
             for data in self.mutants(250):
@@ -8205,7 +8206,7 @@ class AccessTest(ProxyCase):
             one.sendall(line.encode() + b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
             return read_to_end(one)
 
-    def test_what_only_this_host_may_reach(self):
+    def test_addresses_that_only_local_clients_may_reach(self):
         for address, guarded in (
                 ("127.0.0.1", True), ("127.255.0.1", True), ("0.0.0.0", True), ("0.1.2.3", True), ("169.254.169.254", True), ("224.0.0.1", True),
                 ("255.255.255.255", True), ("::1", True), ("::", True), ("fe80::1", True), ("fe80::1%eth0", True), ("fec0::1", True), ("ff02::1", True),
@@ -8222,7 +8223,7 @@ class AccessTest(ProxyCase):
         for name, guarded in (("localhost", True), ("LOCALHOST".lower() + ".", True), ("a.localhost", True), ("localhost.example", False), ("127.0.0.1", True)):
             self.assertEqual(pkgproxy.is_protected_host(name), guarded)
 
-    def test_a_client_from_elsewhere_reaches_nothing_of_this_host(self):
+    def test_a_remote_client_cannot_reach_services_of_this_host(self):
         self.origin.pages["/x"] = ScriptedResponse(b"secret", fields=[("Cache-Control", "max-age=99")])
         self.assertEqual(self.ask("/x").body, b"secret", "from here it may be reached")
         port, asked = self.origin.port, len(self.origin.log)
@@ -8249,7 +8250,7 @@ class AccessTest(ProxyCase):
         self.assertEqual(len(self.origin.log), asked)
         self.assertTrue(rebound)
 
-    def test_what_came_from_this_host_is_for_clients_on_it_alone(self):
+    def test_responses_from_this_host_are_served_to_local_clients_only(self):
         """Neither hits, nor stale answers, nor downloads under way give it to others."""
         url = "GET http://127.1:%d" % self.origin.port
         gate = Gate()
@@ -8272,7 +8273,7 @@ class AccessTest(ProxyCase):
             gate.open()
             self.assertTrue(read_to_end(near).endswith(b"secret" * 9))
 
-    def test_a_client_on_this_host_is_not_refused_for_another_that_leads(self):
+    def test_a_local_client_is_not_refused_because_a_remote_client_leads(self):
         gate, answers = Gate(), []
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"secret")
@@ -8296,13 +8297,13 @@ class AccessTest(ProxyCase):
                 thread.join(PATIENCE)
         self.assertEqual(sorted(answers), [b"200", b"403"])
 
-    def test_the_guard_does_not_open_where_it_cannot_look(self):
+    def test_the_address_policy_fails_closed(self):
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("192.0.2.1", 80))]
         far = pkgproxy.OriginRequest("GET", Target("http", "a", 80, "/"), ())
         with mock.patch.object(socket, "socket", side_effect=OSError(24, "Too many open files")):
             self.assertRaisesRegex(pkgproxy.ProxyError, "cannot be checked: Too many open files", pkgproxy.AddressPolicy().filter, place, far)
 
-    def test_an_address_of_a_family_that_is_not_spoken_costs_the_others_nothing(self):
+    def test_an_unsupported_address_family_does_not_affect_the_others(self):
         four, six = ((socket.AF_INET, 1, 0, "", ("192.0.2.1", 80)), (socket.AF_INET6, 1, 0, "", ("2001:db8::1", 80, 0, 0)))
         real = socket.socket
 
@@ -8314,7 +8315,7 @@ class AccessTest(ProxyCase):
         with mock.patch.object(socket, "socket", spoken):
             self.assertEqual(pkgproxy.AddressPolicy().filter([six, four], pkgproxy.OriginRequest("GET", Target("http", "a", 80, "/"), ())), [four])
 
-    def test_a_kept_connection_of_this_host_is_not_lent_to_others(self):
+    def test_a_pooled_connection_to_this_host_is_not_used_for_remote_clients(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
         target = Target("http", "mirror.test", self.origin.port, "/x")
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
@@ -8326,7 +8327,7 @@ class AccessTest(ProxyCase):
                 self.proxy._origin.fetch(pkgproxy.OriginRequest("GET", target, (("Host", "a"),)))
         self.assertEqual(caught.exception.status, 403)
 
-    def test_of_several_addresses_only_those_that_may_be_reached_are_tried(self):
+    def test_only_permitted_addresses_are_tried(self):
         guard, tcp = pkgproxy.AddressPolicy(), (socket.AF_INET, socket.SOCK_STREAM, 0, "")
         good, bad = (*tcp, ("192.0.2.1", 80)), (*tcp, ("127.0.0.1", 80))
         far = pkgproxy.OriginRequest("GET", Target("http", "a", 80, "/"), ())
@@ -8334,14 +8335,14 @@ class AccessTest(ProxyCase):
         self.assertEqual(guard.filter([bad, good], pkgproxy.dataclasses.replace(far, client_is_local=True)), [bad, good])
         self.assertRaises(pkgproxy.ProxyError, guard.filter, [bad], far)
 
-    def test_what_leads_back_to_us_is_a_508(self):
+    def test_a_request_that_leads_back_to_the_proxy_is_a_508(self):
         port = self.address[1]
         for url in ("http://127.0.0.1:%d/x_1.0.deb" % port, "http://localhost:%d/" % port, "http://127.0.0.9:%d/x_1.0.deb" % port):
             answer = self.ask(url)
             self.assertEqual((answer.status, answer.reason), (508, "Loop Detected"))
             self.assertIn(b"leads back to this proxy", answer.body)
 
-    def test_refused_clients_are_told_of_once_and_let_go(self):
+    def test_refused_clients_are_logged_once_and_closed(self):
         self.start(Config(allow=("203.0.113.0/24",)))
         with self.assertLogs("pkgproxy", "INFO") as caught:
             for line in ["GET http://a/"] * 3 + ["GET  http://a/"] * 3 + ["CONNECT a:443"]:
@@ -8352,7 +8353,7 @@ class AccessTest(ProxyCase):
         self.assertEqual(len(caught.records), 1)
         self.assertEqual(self.counters()["statsOutcomes"]["refused"], 7)
 
-    def test_nothing_that_a_refused_client_sends_is_parsed(self):
+    def test_requests_of_refused_clients_are_not_parsed(self):
         self.start(Config(allow=("203.0.113.0/24",)))
         parsers = [mock.patch.object(pkgproxy, name, side_effect=AssertionError(name)) for name in ("parse_request_line", "parse_fields", "parse_request_head", "read_head_lines")]
         sent = (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"GET http://a/ HTTP/1.1\r\nX: " + b"\xe9" * 16_000 + b"\r\n\r\n", b"GET http://a/" + b"\xe9" * 16_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -8370,7 +8371,7 @@ class AccessTest(ProxyCase):
                     self.assertIn(b"\r\nContent-Length: %d\r\n" % len(body), head)
             self.assertEqual([parser.call_count for parser in tried], [0] * len(tried))
 
-    def test_a_refused_client_that_does_not_leave_is_seen_off(self):
+    def test_a_refused_client_that_stays_connected_is_closed(self):
         self.start(Config(allow=("203.0.113.0/24",)))
         with mock.patch.object(pkgproxy, "LINGER_TIMEOUT", 0.1), self.open_client(source=self.FAR) as silent, \
                 self.open_client(source=self.FAR) as one:
@@ -8380,7 +8381,7 @@ class AccessTest(ProxyCase):
             silent.sendall(b"G")
             self.assertTrue(silent.recv(12).startswith(b"HTTP/1.1 403"), "who has said nothing yet is told all the same")
 
-    def test_a_file_that_has_lost_its_head_is_no_strangers_if_its_host_is_this_one(self):
+    def test_a_file_of_this_host_without_metadata_is_not_served_to_remote_clients(self):
         """The mark that it came from here is lost with the bookkeeping folder; the name servers' word is not."""
         known = {b"inside.test": "127.0.0.1", b"outside.test": "203.0.113.80", b"metadata.test": "100.100.100.200"}
         real = socket.getaddrinfo
@@ -8419,7 +8420,7 @@ class AccessTest(ProxyCase):
                     shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER), ignore_errors=True)
                     self.assertEqual(status_and_hit(host), expected)
 
-    def test_pages_and_prefixes_are_for_who_calls_us_by_our_name(self):
+    def test_pages_and_prefixes_require_a_host_field_that_names_the_proxy(self):
         """A web page of evil.example cannot lead its name here and read them (DNS rebinding)."""
         look_up = mock.Mock(return_value="box.Corp.example")
         for name, instead in (("gethostname", lambda: "Box"), ("getfqdn", look_up)):
@@ -8453,7 +8454,7 @@ class AccessTest(ProxyCase):
                     self.assertIn(b" 200 ", self.send_raw(("%s\r\nHost: %s:%d\r\nConnection: close\r\n\r\n" % (line, host, port)).encode())[:13])
         self.assertIn(b" 200 ", self.send_raw(b"GET /status.json HTTP/1.0\r\n\r\n")[:13], "what sends no Host field is no browser")
 
-    def test_no_password_is_written_to_the_log(self):
+    def test_no_password_is_logged(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
             self.ask_as("127.0.0.1", "GET http://me:secret@127.0.0.1:%d/x" % self.origin.port)
             self.settle()
@@ -8489,7 +8490,7 @@ class TunnelTest(ProxyCase):
         self.assertTrue(client.recv(999).startswith(b"HTTP/1.1 200 "))
         return client, server
 
-    def test_bytes_go_both_ways_with_half_close_and_are_counted(self):
+    def test_bytes_are_relayed_both_ways_with_half_close_and_are_counted(self):
         client, server = self.open(early=b"hello")
         self.assertEqual(server.recv(99), b"hello")
         client.sendall(b"more")
@@ -8502,7 +8503,7 @@ class TunnelTest(ProxyCase):
         self.assertEqual((counters["statsTunnelBytes"], counters["statsOutcomes"]["tunnel"]), (15, 1))
         self.assertEqual((counters["statsDownBytes"], counters["statsCacheBytes"]), (0, 0))
 
-    def test_both_ends_may_send_much_at_once(self):
+    def test_both_ends_may_send_large_data_at_once(self):
         client, server = self.open()
         data = os.urandom(8 << 20)
         received = {}
@@ -8522,13 +8523,13 @@ class TunnelTest(ProxyCase):
             thread.join(PATIENCE)
         self.assertEqual([received[name] == data for name in ("client", "server")], [True, True])
 
-    def test_a_tunnel_through_which_nothing_moves_is_closed(self):
+    def test_an_idle_tunnel_is_closed(self):
         with mock.patch.object(pkgproxy, "TUNNEL_IDLE_TIMEOUT", 0.1):
             client, server = self.open()
             self.assertEqual((client.recv(9), server.recv(9)), (b"", b""))
         self.settle()
 
-    def test_either_end_may_vanish(self):
+    def test_either_end_may_reset_the_connection(self):
         for end in (0, 1):
             ends = self.open()
             ends[end].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -8537,7 +8538,7 @@ class TunnelTest(ProxyCase):
                 self.assertEqual(ends[1 - end].recv(9), b"")
         self.settle()
 
-    def test_a_client_that_leaves_before_its_tunnel_stands_is_no_bug(self):
+    def test_a_client_that_leaves_before_its_tunnel_is_open_causes_no_error(self):
         gate, real = Gate(), pkgproxy.Proxy.connect_tunnel
 
         def late(proxy, asked):
@@ -8555,7 +8556,7 @@ class TunnelTest(ProxyCase):
         self.assertEqual([record.levelname for record in caught.records], ["INFO"])
         self.assertEqual(self.counters()["statsOutcomes"]["tunnel"], 1)
 
-    def test_failures_are_told_in_a_sentence(self):
+    def test_failures_are_reported_in_a_sentence(self):
         self.listener.close()
         answer = self.send_raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
         self.assertRegex(answer, rb"(?s)\AHTTP/1\.1 502 .*\r\n\r\n127\.0\.0\.1:\d+ cannot be asked: Connection refused\.\n\Z")
@@ -8564,7 +8565,7 @@ class TunnelTest(ProxyCase):
         self.start(Config(addrs=(), offline=True))
         self.assertIn(b" 504 ", self.send_raw(b"CONNECT 127.0.0.1:443 HTTP/1.1\r\nHost: a\r\n\r\n"))
 
-    def test_one_client_has_half_of_the_tunnels(self):
+    def test_one_client_may_open_half_of_the_tunnels(self):
         with mock.patch.object(pkgproxy, "MAX_CONNECTIONS", 8):
             self.start(Config(addrs=(), connect_ports=(self.port,)))
         ask = b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port
@@ -8578,7 +8579,7 @@ class TunnelTest(ProxyCase):
         until(lambda: self.server.room.tunnels._used["127.0.0.1"] < 2)
         self.open()
 
-    def test_no_more_than_so_many_tunnels_at_once(self):
+    def test_the_number_of_tunnels_is_limited(self):
         self.server.room.tunnels = pkgproxy.Quota(1)
         self.open()
         answer = self.send_raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
@@ -8619,7 +8620,7 @@ class EventLoopTest(ProxyCase):
         self.stack.enter_context(patch)
         return new
 
-    def test_small_hits_validations_ranges_and_heads_take_no_thread(self):
+    def test_small_hits_are_answered_without_a_thread(self):
         self.no_threads()
         tag = self.page.etag.encode()
         for more, method, status, length in (
@@ -8636,7 +8637,7 @@ class EventLoopTest(ProxyCase):
     def snapshot(self):
         return self.server.desk.snapshot()
 
-    def test_what_may_block_goes_to_a_thread_and_the_connection_comes_back(self):
+    def test_requests_that_may_block_go_to_a_thread_and_the_connection_returns(self):
         attend, seen = self.server.serve_in_thread, []
         self.patched(self.server, "serve_in_thread", lambda visitor: (seen.append(visitor), attend(visitor)))
         self.origin.pages["/y_1.0.deb"] = ScriptedResponse(b"y")
@@ -8647,7 +8648,7 @@ class EventLoopTest(ProxyCase):
             self.read_response(one, length)
             self.assertEqual(len(seen), threads)
 
-    def test_requests_sent_at_once_are_answered_in_order(self):
+    def test_pipelined_requests_are_answered_in_order(self):
         self.origin.pages["/y_1.0.deb"] = ScriptedResponse(b"y" * 5000)
         order = ["/x_1.0.deb", "/y_1.0.deb", "/x_1.0.deb", "/big_1.0.deb", "/x_1.0.deb", "/y_1.0.deb"]
         bodies = {"/x_1.0.deb": bytes(range(256)) * 16, "/y_1.0.deb": b"y" * 5000, "/big_1.0.deb": b"b" * 3_000_000}
@@ -8658,7 +8659,7 @@ class EventLoopTest(ProxyCase):
                 length = int(re.search(rb"Content-Length: (\d+)", head)[1])
                 self.assertEqual(file.read(length), bodies[path])
 
-    def test_a_head_that_comes_byte_by_byte_waits_there(self):
+    def test_a_head_that_arrives_byte_by_byte_waits_in_the_loop(self):
         self.no_threads()
         one = self.open_client()
         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -8666,7 +8667,7 @@ class EventLoopTest(ProxyCase):
             one.sendall(bytes((byte,)))
         self.assertTrue(self.read_response(one, 4096).startswith(b"HTTP/1.1 200 "))
 
-    def test_a_head_that_never_ends_is_told_so(self):
+    def test_an_incomplete_head_is_a_408(self):
         with mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.1):
             self.assertTrue(self.open_client(b"GET http://a/x HTTP/1.1\r\nHo").recv(999).startswith(b"HTTP/1.1 408 "))
             self.assertEqual(self.open_client().recv(999), b"")
@@ -8677,14 +8678,14 @@ class EventLoopTest(ProxyCase):
             self.read_response(one, 4096)
             self.assertEqual(one.recv(999), b"")
 
-    def test_a_client_that_does_not_read_holds_up_nobody_and_is_seen_off(self):
+    def test_a_client_that_does_not_read_delays_nobody_and_is_closed(self):
         self.one_that_does_not_read()
         self.read_response(self.open_client(self.raw_request()), 4096)
         until(lambda: self.server.replies_running == 1)
         with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.05):
             until(lambda: not self.server.lobby.sending)
 
-    def test_what_was_sent_in_pieces_is_whole_and_counted(self):
+    def test_a_response_sent_in_pieces_is_complete_and_counted(self):
         before = self.snapshot()["statsCacheBytes"]
         slow = self.one_that_does_not_read()
         with slow.makefile("rb") as file:
@@ -8693,7 +8694,7 @@ class EventLoopTest(ProxyCase):
                 self.assertEqual(file.read(60_000), b"z" * 60_000, head)
         until(lambda: self.snapshot()["statsCacheBytes"] == before + 200 * 60_000)
 
-    def test_a_stored_file_that_goes_or_changes_is_not_remembered(self):
+    def test_a_removed_or_changed_file_is_not_served_from_memory(self):
         self.assertIn("; hit", self.ask("/x_1.0.deb")["Cache-Status"])
         self.page.body, self.page.etag = b"new", '"new"'
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
@@ -8703,7 +8704,7 @@ class EventLoopTest(ProxyCase):
         self.page.body = b"newer"
         self.assertEqual(self.ask("/x_1.0.deb").body, b"newer")
 
-    def test_a_thread_does_one_request_after_another_and_parses_none_anew(self):
+    def test_a_thread_serves_one_request_after_another_and_parses_each_once(self):
         self.origin.pages["/other_1.0.deb"] = self.origin.pages["/another_1.0.deb"] = ScriptedResponse(b"other")
         parse = self.patched(pkgproxy, "parse_request", mock.Mock(wraps=pkgproxy.parse_request))
         lookup = self.patched(self.proxy._store, "lookup", mock.Mock(wraps=self.proxy._store.lookup))
@@ -8714,7 +8715,7 @@ class EventLoopTest(ProxyCase):
         self.assertEqual((started.call_count, parse.call_count), (2, 2), "the downloads' threads alone")
         self.assertEqual(lookup.call_count, 4, "for each once before the claim, and once after it (invariant 4)")
 
-    def test_a_request_that_its_thread_takes_up_when_we_listen_no_more_is_answered(self):
+    def test_a_request_dispatched_during_shutdown_is_answered(self):
         came, gate, finish = Gate(), Gate(), self.server.finish_request
         self.patched(self.server, "finish_request", lambda *what: (came.open(), gate.pass_through(), finish(*what)))
         with self.connection() as connection:
@@ -8725,7 +8726,7 @@ class EventLoopTest(ProxyCase):
             gate.open()
             self.assertEqual(connection.getresponse().status, 404)
 
-    def test_what_was_sent_a_moment_ago_is_sent_again_only_while_it_is_right(self):
+    def test_the_hot_cache_is_used_only_while_it_is_valid(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         other = os.path.join(self.root, "other")
 
@@ -8749,7 +8750,7 @@ class EventLoopTest(ProxyCase):
                 change()
                 self.assertNotIn("; hit", self.ask("/x_1.0.deb")["Cache-Status"])
 
-    def test_who_asks_again_over_one_connection_gets_no_file_that_has_gone(self):
+    def test_a_removed_file_is_not_served_to_a_later_request_on_the_same_connection(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         answer = self.patched(self.server.desk, "try_hot_path", mock.Mock(wraps=self.server.desk.try_hot_path))
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
@@ -8763,7 +8764,7 @@ class EventLoopTest(ProxyCase):
             one.sendall(self.raw_request())
             self.assertTrue(self.read_response(one, 4096).endswith(b"n"))
 
-    def test_who_comes_when_a_file_has_gone_does_not_get_it_in_the_same_turn(self):
+    def test_a_removed_file_is_not_served_to_a_new_connection(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
         early, late, find = self.open_client(), [], self.server.lobby._shelf.get
@@ -8784,7 +8785,7 @@ class EventLoopTest(ProxyCase):
             self.assertIn(b"; hit", self.read_response(early, 4096))
             self.assertTrue(self.read_response(late[0], 4096).endswith(b"n"))
 
-    def test_who_asks_for_more_when_a_file_has_gone_does_not_get_it_in_the_same_turn(self):
+    def test_a_removed_file_is_not_served_to_a_later_pipelined_request(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
         find, select, gate, came, late = self.server.lobby._shelf.get, self.server.lobby.watchman.select, Gate(), Gate(), []
@@ -8821,7 +8822,7 @@ class EventLoopTest(ProxyCase):
             until(lambda: late)
             self.assertTrue(self.read_response(late[0], 2 * 4096).endswith(b"n"))
 
-    def test_a_file_that_goes_while_it_is_looked_up_is_sent_once(self):
+    def test_a_file_removed_during_its_lookup_is_served_once(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
         real, gone = self.proxy._store.lookup, []
@@ -8839,7 +8840,7 @@ class EventLoopTest(ProxyCase):
             one.sendall(self.raw_request())
             self.assertTrue(self.read_response(one, 4096).endswith(b"n"))
 
-    def test_what_is_cut_off_at_the_end_is_counted_and_logged(self):
+    def test_a_response_cut_off_at_shutdown_is_counted_and_logged(self):
         self.one_that_does_not_read()
         before = self.snapshot()["statsOutcomes"]["hit"]
         with mock.patch.object(pkgproxy, "SHUTDOWN_GRACE", 0.05), self.assertLogs("pkgproxy", "INFO") as caught:
@@ -8848,7 +8849,7 @@ class EventLoopTest(ProxyCase):
         self.assertEqual(sum("broken off" in line for line in caught.output), 1)
         self.assertGreater(self.snapshot()["statsOutcomes"]["hit"], before)
 
-    def test_what_is_given_in_one_turn_is_counted_and_logged_for_each(self):
+    def test_each_of_many_hits_in_one_loop_iteration_is_counted_and_logged(self):
         before, guests = self.snapshot(), [self.open_client() for _ in range(20)]
         until(lambda: len(self.server.lobby._visitors) >= 20)
         select = self.server.lobby.watchman.select
@@ -8871,7 +8872,7 @@ class EventLoopTest(ProxyCase):
         self.assertEqual(len({line.partition("]")[0] for line in caught.output}), 60, "each has a number of its own")
         self.assertEqual(len(self.snapshot()["recent"]), pkgproxy.MAX_ROWS)
 
-    def test_what_was_sent_a_moment_ago_holds_few_files_open_and_not_for_long(self):
+    def test_the_hot_cache_keeps_few_files_open_and_briefly(self):
         self.origin.pages.update({"/n%d_1.0.deb" % number: ScriptedResponse(b"n") for number in range(40)})
         for _ in range(2):
             for number in range(40):
@@ -8883,7 +8884,7 @@ class EventLoopTest(ProxyCase):
         if before:
             self.assertLess(len(os.listdir("/proc/self/fd")), before + 10)
 
-    def test_what_is_not_in_memory_is_left_to_a_thread(self):
+    def test_a_file_that_is_not_in_memory_is_read_by_a_thread(self):
         if not hasattr(os, "preadv"):
             self.skipTest("no preadv here")
         attend = self.patched(self.server, "serve_in_thread", mock.Mock(wraps=self.server.serve_in_thread))
@@ -8898,7 +8899,7 @@ class EventLoopTest(ProxyCase):
             self.read_response(guest, 4096)
         self.assertLessEqual(threading.active_count(), before + 1)
 
-    def test_who_asks_for_much_at_once_takes_turns_with_the_others(self):
+    def test_a_client_that_pipelines_many_requests_takes_turns_with_others(self):
         order, others, desk = [], [], self.server.desk
         answer = desk.try_hot_path
         greedy = self.open_client()
@@ -8915,14 +8916,14 @@ class EventLoopTest(ProxyCase):
         self.assertLess(order.index(False), 49)
         self.read_response(others[0], 4096)
 
-    def test_an_answer_under_way_is_not_cut_to_make_room(self):
+    def test_a_response_in_progress_is_not_cut_off_to_admit_another_client(self):
         self.one_that_does_not_read()
         room = self.server.room
         with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", -1.0), mock.patch.object(room, "most", 0):
             self.assertFalse(room.reserve())
         self.assertFalse(room._leaving)
 
-    def test_who_was_parked_for_long_is_served_all_the_same(self):
+    def test_a_connection_parked_for_long_is_served(self):
         visitor = next(iter(self.parked_for_long()))
         self.server.lobby.add(visitor)
         until(lambda: visitor.answered)
@@ -8937,7 +8938,7 @@ class EventLoopTest(ProxyCase):
         theirs.sendall(self.raw_request())
         yield visitor
 
-    def test_who_comes_as_it_starts_is_let_in_at_once(self):
+    def test_a_client_that_connects_at_start_is_accepted_at_once(self):
         server = self.server_of(self.proxy)
         serving = threading.Thread(target=server.serve_forever, args=(3600.0,))
         serving.start()
@@ -8950,18 +8951,18 @@ class EventLoopTest(ProxyCase):
             server.server_close()
             serving.join()
 
-    def test_what_fails_in_the_loop_does_not_end_it(self):
+    def test_an_exception_in_the_loop_does_not_end_it(self):
         with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "admit_parked", side_effect=[ValueError, None]) as relieve:
             until(lambda: relieve.call_count >= 2)
         self.read_response(self.open_client(self.raw_request()), 4096)
 
-    def test_what_fails_in_the_loop_each_time_keeps_nobody_out(self):
+    def test_a_repeated_exception_in_the_loop_locks_nobody_out(self):
         with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "admit_parked", side_effect=ValueError) as relieve:
             for times in (2, 4):
                 until(lambda times=times: relieve.call_count >= times)
                 self.read_response(self.open_client(self.raw_request()), 4096)
 
-    def test_a_bug_costs_its_client_and_nobody_else(self):
+    def test_an_exception_for_one_client_does_not_affect_others(self):
         answer = self.server.desk.try_hot_path
         self.patched(self.server.desk, "try_hot_path", lambda visitor, *more: (
             1 // 0 if b"bug" in visitor.buffered else answer(visitor, *more)))
@@ -8983,7 +8984,7 @@ class EventLoopTest(ProxyCase):
 class CPUAffinityTest(ProxyCase):
     """The processor that our threads share."""
 
-    def test_a_thread_leaves_it_only_while_the_kernel_sends_a_long_file(self):
+    def test_a_thread_is_unpinned_only_while_the_kernel_sends_a_large_file(self):
         moves = []
         with mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, create=True), mock.patch.object(
                 os, "sched_setaffinity", lambda _, where: moves.append(where), create=True), mock.patch.object(pkgproxy, "LARGE_SEND", 200_000):
@@ -9012,7 +9013,7 @@ class CPUAffinityTest(ProxyCase):
             speeds.update(dict.fromkeys(speeds))
             self.assertEqual(pkgproxy.usable_processors(), [0, 1, 2, 3])
 
-    def test_where_it_cannot_be_chosen_all_goes_on(self):
+    def test_without_cpu_affinity_the_proxy_works(self):
         with mock.patch.object(os, "sched_setaffinity", side_effect=PermissionError, create=True):
             self.server.desk.seat.pin(0)
             with self.server.desk.seat.unpinned():
@@ -9031,21 +9032,21 @@ class ThreadPoolTest(unittest.TestCase):
     def work(self):
         self.did.put(threading.get_ident())
 
-    def test_who_has_nothing_to_do_for_a_while_goes(self):
+    def test_an_idle_thread_ends(self):
         with mock.patch.object(pkgproxy, "THREAD_IDLE_TIMEOUT", 0.01):
             self.crew.submit(self.work)
             self.did.get(timeout=PATIENCE)
             until(lambda: threading.active_count() == self.before)
         self.assertEqual(self.crew._idle, 0)
 
-    def test_what_is_given_to_one_that_is_about_to_go_is_done(self):
+    def test_work_given_to_a_thread_that_is_about_to_end_is_done(self):
         with mock.patch.object(pkgproxy, "THREAD_IDLE_TIMEOUT", 0.0001):
             for _ in range(300):
                 self.crew.submit(self.work)
                 self.did.get(timeout=PATIENCE)
             until(lambda: threading.active_count() == self.before)
 
-    def test_not_many_wait_and_none_after_the_end(self):
+    def test_few_idle_threads_are_kept_and_none_after_close(self):
         gate = Gate()
         with mock.patch.object(pkgproxy, "MAX_IDLE_THREADS", 3):
             for _ in range(8):
@@ -9071,14 +9072,14 @@ class ConnectionLimiterTest(ProxyCase):
         one = self.open_client(source=address, data=self.raw_request("/x_1.0.deb"))
         return one.recv(12)
 
-    def test_half_a_head_makes_place_where_there_is_no_room(self):
+    def test_a_connection_with_an_incomplete_head_is_closed_when_the_limit_is_reached(self):
         self.server.room.most = 4
         with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", 0.05):
             for _ in range(12):
                 self.open_client(b"GET http")
             self.assertEqual(self.ask_from(), b"HTTP/1.1 200")
 
-    def test_one_client_has_half_the_room_and_the_others_are_served(self):
+    def test_one_client_may_use_half_of_the_connections(self):
         self.server.room.most = 8
         gate = Gate()
         self.addCleanup(gate.open)
@@ -9091,14 +9092,14 @@ class ConnectionLimiterTest(ProxyCase):
         for one in greedy:
             self.assertTrue(read_to_end(one).endswith(b"slow"))
 
-    def test_slow_ones_that_are_parked_are_not_in_the_way_for_long(self):
+    def test_parked_slow_clients_do_not_block_others_for_long(self):
         self.server.room.most = 8
         with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", 0.05):
             for _ in range(11):
                 self.open_client(b"GET http")
             self.assertEqual(self.ask_from(), b"HTTP/1.1 200")
 
-    def test_who_reads_a_trickle_makes_room_when_it_is_needed_and_who_reads_does_not(self):
+    def test_a_slow_reader_is_closed_when_the_limit_is_reached_and_a_steady_one_is_not(self):
         self.server.room.most = 5
         body = os.urandom(12 << 20)
         self.origin.pages["/large_1.0.deb"] = ScriptedResponse(body)
@@ -9124,7 +9125,7 @@ class ConnectionLimiterTest(ProxyCase):
         self.assertEqual(received.partition(b"\r\n\r\n")[2], body)
         self.assertEqual(len(trickling), 4)
 
-    def test_a_network_of_addresses_is_one_client(self):
+    def test_addresses_of_one_network_count_as_one_client(self):
         room, began = pkgproxy.ConnectionLimiter(4), []
         for number, (mine, theirs) in enumerate([socket.socketpair() for _ in range(6)]):
             self.addCleanup(mine.close)
@@ -9135,7 +9136,7 @@ class ConnectionLimiterTest(ProxyCase):
         self.assertEqual(len({pkgproxy.client_network(address) for address in (
             "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2%eth0", "2001:db8:0:1::1")}), 4)
 
-    def test_who_has_left_is_not_parked_any_longer(self):
+    def test_a_client_that_has_left_is_no_longer_parked(self):
         room, ends = pkgproxy.ConnectionLimiter(4), [socket.socketpair() for _ in range(6)]
         began, visitors = [], []
         for mine, theirs in ends:
@@ -9152,11 +9153,11 @@ class ConnectionLimiterTest(ProxyCase):
         room.admit_parked()
         self.assertEqual((len(began), len(room._parked)), (5, 0))
 
-    def test_a_client_that_leaves_when_it_is_asked_to_go_on_is_not_the_origins_fault(self):
+    def test_a_client_that_leaves_at_100_continue_is_not_an_origin_error(self):
         one = mock.Mock(**{"send.side_effect": BrokenPipeError})
         self.assertRaises(BadRequestError, pkgproxy.ExpectContinueBody(mock.Mock(), one).read)
 
-    def test_a_client_with_far_too_many_connections_is_told_so(self):
+    def test_a_client_with_far_too_many_connections_gets_a_503(self):
         self.server.room.most = 4
         gate = Gate()
         self.addCleanup(gate.open)
@@ -9171,7 +9172,7 @@ class ConnectionLimiterTest(ProxyCase):
         self.assertEqual(answer[:12], b"HTTP/1.1 503")
         self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
 
-    def test_a_body_that_drips_is_cut_off(self):
+    def test_a_body_sent_too_slowly_is_a_408(self):
         with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.1):
             one = self.open_client(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n" % self.origin.url("/x_1.0.deb").encode())
             with contextlib.suppress(OSError):
@@ -9209,7 +9210,7 @@ class CommandLineTest(unittest.TestCase):
     def run_to_end(self, *arguments, env=None):
         return subprocess.run([*program(), *arguments], cwd=self.folder, capture_output=True, text=True, timeout=60, env=env)
 
-    def test_it_says_what_it_found_serves_and_stops(self):
+    def test_it_logs_its_settings_serves_and_stops(self):
         process, lines = self.start("-r", "packages/", command=SCRIPT)
         stamp = r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d "
         self.assertEqual(len(lines), 3)
@@ -9225,13 +9226,13 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual(process.wait(PATIENCE), 0)
         self.assertTrue(os.path.isdir(os.path.join(self.folder, "packages")))
 
-    def test_it_says_who_may_connect_and_warns_root(self):
+    def test_it_logs_who_may_connect_and_warns_root(self):
         proxy = ProxyProcess(os.path.join(self.folder, "root"), ["--allow", "10.0.0.0/8", "--allow", "loopback"])
         proxy.stop()
         self.assertIn("Clients may come from: 10.0.0.0/8, loopback\n", proxy.log())
         self.assertEqual("Running as root: an account without privileges is enough" in proxy.log(), os.geteuid() == 0)
 
-    def test_it_adopts_packages_from_folders_that_are_there(self):
+    def test_it_adopts_packages_from_existing_folders(self):
         root, folder = os.path.join(self.folder, "root"), os.path.join(self.folder, "archives")
         os.mkdir(folder)
         Path(folder, "x_1%3a1.0_all.deb").write_bytes(b"x" * 20_000)
@@ -9257,7 +9258,7 @@ class CommandLineTest(unittest.TestCase):
         self.assertIn("Asking http origins through the parent proxy proxy.test:3128\n", proxy.log())
         self.assertNotIn("secret", proxy.log())
 
-    def test_what_it_counted_survives_its_end(self):
+    def test_the_counters_survive_a_restart(self):
         root, served = Path(self.folder, "root"), []
         for _ in range(2):
             proxy = ProxyProcess(root)
@@ -9275,7 +9276,7 @@ class CommandLineTest(unittest.TestCase):
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(PATIENCE), 0)
 
-    def test_the_grace_is_one_for_all_addresses(self):
+    def test_the_shutdown_grace_is_shared_by_all_addresses(self):
         proxy = ProxyProcess(os.path.join(self.folder, "root"), ("-a", "127.0.0.2:0"), program=lambda: program(SHUTDOWN_GRACE=1.5))
         until(lambda: proxy.log().count("Starting") == 2)
         origin = ScriptedOrigin()
@@ -9293,7 +9294,7 @@ class CommandLineTest(unittest.TestCase):
             proxy.stop()
             self.assertLess(time.monotonic() - began, 2.9)
 
-    def test_a_running_reply_is_finished_first(self):
+    def test_a_response_in_progress_is_finished_before_shutdown(self):
         origin, gate = ScriptedOrigin(), Gate()
         self.addCleanup(origin.close)
         self.addCleanup(gate.open)
@@ -9309,7 +9310,7 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual(response.read(), b"x" * 990)
         self.assertEqual(process.wait(PATIENCE), 0)
 
-    def test_sighup_reads_the_filters_again(self):
+    def test_sighup_reloads_the_filters(self):
         path = os.path.join(self.folder, "filters.txt")
         Path(path).write_text("a\nb\n")
         process, lines = self.start("-f", path)
@@ -9336,11 +9337,11 @@ class CommandLineTest(unittest.TestCase):
                 connection.request("GET", "/")
                 self.assertEqual(connection.getresponse().status, 200)
 
-    def test_several_addresses(self):
+    def test_several_addresses_are_served(self):
         process, lines = self.start("-a", "127.0.0.1:0")
         self.assertIn("Starting proxy server at 127.0.0.1:", process.stderr.readline())
 
-    def test_what_cannot_work_is_one_clear_line(self):
+    def test_invalid_settings_are_reported_in_one_line(self):
         Path(self.folder, "file").write_text("")
         Path(self.folder, "binary").write_bytes(b"\xff\xfe\x00")
         Path(self.folder, "endless").write_bytes(bytes(2 << 20))  # as much of /dev/zero
@@ -9369,7 +9370,7 @@ class CommandLineTest(unittest.TestCase):
                     self.assertNotIn("Traceback", ran.stderr)
                     self.assertNotIn("while attempting", ran.stderr, "Python's words")
 
-    def test_without_r_nothing_of_the_current_folder_is_given_away(self):
+    def test_without_r_no_existing_file_of_the_current_folder_is_served(self):
         Path(self.folder, "backups").mkdir()
         Path(self.folder, "backups", "home-2024.01.tar.gz").write_bytes(b"secret")
         for arguments, status in (((), 502), (("-r", "."), 200)):
@@ -9379,13 +9380,13 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual(one.getresponse().status, status)
         self.assertEqual(Path(self.folder, "backups", "home-2024.01.tar.gz").read_bytes(), b"secret")
 
-    def test_only_the_journals_own_stream_does_without_time_stamps(self):
+    def test_time_stamps_are_omitted_for_the_journal_only(self):
         info = os.fstat(2)
         self.assertTrue(pkgproxy.stderr_is_journal("%d:%d" % (info.st_dev, info.st_ino)))
         for stream in ("", "1:1", "x"):
             self.assertFalse(pkgproxy.stderr_is_journal(stream))
 
-    def test_a_byte_order_mark_is_no_filter(self):
+    def test_a_byte_order_mark_is_not_part_of_a_filter(self):
         path = os.path.join(self.folder, "filters.txt")
         Path(path).write_bytes(b"\xef\xbb\xbf# comment\na\n")
         self.assertEqual([f.pattern for f in pkgproxy.load_filters(path)], ["a"])
@@ -9400,7 +9401,7 @@ class CommandLineTest(unittest.TestCase):
             for line, (group, *_) in zip(lines, pkgproxy.OPTIONS):
                 self.assertRegex(line, r"  \S.*\(.+\)\Z" if group != "log and help" else r"\S  +\S", "with its default")
 
-    def test_a_log_that_nobody_reads_holds_nobody_up(self):
+    def test_an_unread_log_delays_nobody(self):
         process, lines = self.start()
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", int(lines[2].rpartition(":")[2]), timeout=PATIENCE)) as one:
             for _ in range(40):  # lines of 8,000 bytes: more than a pipe of 64 KB holds
@@ -9411,7 +9412,7 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(process.wait(PATIENCE), 0)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full on this machine")
-    def test_a_full_log_device_harms_nothing(self):
+    def test_a_full_log_device_does_no_harm(self):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         with open("/dev/full", "wb") as full:
@@ -9462,7 +9463,7 @@ class ServiceTest(unittest.TestCase):
             connection.request("GET", "/healthz")
             return connection.getresponse().read() == b"ok\n"
 
-    def test_it_says_when_it_is_ready_reads_its_filters_again_and_stops(self):
+    def test_systemd_is_notified_of_start_reload_and_stop(self):
         Path(self.folder, "filters").write_text("x", encoding="utf-8")
         for place in (os.path.join(self.folder, "notify"), "\0pkgproxy-test-%d" % os.getpid()):
             with self.subTest(place=place):
@@ -9476,7 +9477,7 @@ class ServiceTest(unittest.TestCase):
                 self.hear(ear, "STOPPING=1")
                 self.assertEqual(proxy.process.returncode, 0)
 
-    def test_it_is_well_only_while_its_loops_turn(self):
+    def test_the_watchdog_is_served_only_while_the_loops_run(self):
         ear, environment = self.listen("\0pkgproxy-test-well-%d" % os.getpid())
         ear.setblocking(False)
         for age, told in ((0, True), (0.9, True), (1.1, False)):
@@ -9487,11 +9488,11 @@ class ServiceTest(unittest.TestCase):
         pkgproxy.SystemdNotifier({}, pkgproxy.Counters()).send_watchdog(time.monotonic())
         self.assertFalse(select.select([ear], [], [], 0)[0])
 
-    def test_a_watchdog_that_is_none_makes_nobody_hurry(self):
+    def test_an_invalid_watchdog_interval_is_ignored(self):
         for text in ("0", "", "x", "-1"):
             self.assertEqual(pkgproxy.SystemdNotifier({"WATCHDOG_USEC": text}, pkgproxy.Counters()).pause, 1.0, text)
 
-    def test_a_process_is_well_while_each_of_its_loops_turns(self):
+    def test_the_process_is_healthy_while_each_loop_runs(self):
         heard, manager = queue.SimpleQueue(), mock.Mock()
         heard.put("SIGTERM")
         manager.pause = 1.0
@@ -9499,7 +9500,7 @@ class ServiceTest(unittest.TestCase):
         pkgproxy.wait_for_shutdown(servers, mock.Mock(), heard, manager)
         manager.send_watchdog.assert_called_once_with(5.0)
 
-    def test_a_manager_that_is_gone_harms_nothing(self):
+    def test_a_missing_service_manager_does_no_harm(self):
         proxy = self.start(environment={"NOTIFY_SOCKET": os.path.join(self.folder, "nobody")})
         self.assertTrue(self.healthy(proxy.address))
         proxy.stop()
@@ -9510,7 +9511,7 @@ class ServiceTest(unittest.TestCase):
         starter = "import os, sys; os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.argv[1], sys.argv[1:])"
         return {"prefix": (sys.executable, "-c", starter % sock.fileno()), "pass_fds": [sock.fileno()]}
 
-    def test_it_serves_on_the_sockets_that_it_is_handed(self):
+    def test_it_serves_on_sockets_passed_by_systemd(self):
         with socket.create_server(("127.0.0.1", 0)) as listening:
             proxy = self.start(**self.handed(listening))
             self.assertEqual(proxy.address, listening.getsockname(), "in the place of -a")
@@ -9518,12 +9519,12 @@ class ServiceTest(unittest.TestCase):
             proxy.stop()
             self.assertEqual(proxy.process.returncode, 0)
 
-    def test_sockets_handed_to_another_process_are_not_ours(self):
+    def test_sockets_for_another_process_are_ignored(self):
         with socket.create_server(("127.0.0.1", 0)) as listening:
             proxy = self.start(environment={"LISTEN_PID": "1", "LISTEN_FDS": "1"})
             self.assertNotEqual(proxy.address, listening.getsockname())
 
-    def test_a_listening_socket_does_not_block_and_knows_what_it_is(self):
+    def test_a_listening_socket_is_nonblocking(self):
         with pkgproxy.open_socket("127.0.0.1", 0) as listening:
             self.assertRaises(BlockingIOError, listening.accept)
             with socket.create_connection(listening.getsockname()) as one:
@@ -9533,13 +9534,13 @@ class ServiceTest(unittest.TestCase):
                     self.assertEqual((other.family, other.type), (listening.family, listening.type))
             self.assertEqual((listening.family, listening.type), (socket.AF_INET, socket.SOCK_STREAM))
 
-    def test_what_is_no_number_of_sockets_is_none(self):
+    def test_an_invalid_number_of_sockets_means_none(self):
         for text in ("", "x", "-1", "1.5"):
             for listening in pkgproxy.open_sockets(Config(addrs=("127.0.0.1:0",)), {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": text}):
                 self.assertEqual(listening.getsockname()[0], "127.0.0.1")
                 listening.close()
 
-    def test_what_is_no_listening_socket_is_told_of(self):
+    def test_a_socket_that_does_not_listen_is_reported(self):
         for kind in (socket.AF_INET, socket.AF_UNIX):
             with self.subTest(kind=kind), socket.socket(kind) as sock:
                 with self.assertRaises(AssertionError) as caught:
@@ -9575,7 +9576,7 @@ class ReadmeTest(unittest.TestCase):
     def setUp(self):
         self.text = README.read_text(encoding="utf-8")
 
-    def test_it_quotes_the_help(self):
+    def test_the_readme_quotes_the_help(self):
         """The layout is 3.13's; every version's options are compared."""
         ran = subprocess.run([*SCRIPT, "--help"], capture_output=True, text=True, timeout=60,
                              env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"})
@@ -9585,7 +9586,7 @@ class ReadmeTest(unittest.TestCase):
         if sys.version_info[:2] == (3, 13):
             self.assertEqual(ran.stdout, quoted)
 
-    def test_it_names_every_outcome(self):
+    def test_the_readme_names_every_outcome(self):
         for outcome in Outcome:
             self.assertIn("`%s`" % outcome.value, self.text)
 
@@ -9602,7 +9603,7 @@ class ReadmeTest(unittest.TestCase):
             self.assertTrue(any(f.search("http://mirror.example.org" + path) for f in filters), path)
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
-    def test_the_unit_is_sound_as_one_service_and_as_one_of_several(self):
+    def test_the_systemd_unit_is_valid_as_a_service_and_as_a_template(self):
         for name in ("pkgproxy.service", "pkgproxy@.service", "pkgproxy@2.service"):
             with self.subTest(name), tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as folder:
                 shutil.copy(HERE / "pkgproxy.service", os.path.join(folder, name))
@@ -9610,16 +9611,16 @@ class ReadmeTest(unittest.TestCase):
                                      capture_output=True, text=True, timeout=60)
                 self.assertEqual((ran.returncode, ran.stderr), (0, ""))
 
-    def test_what_needs_a_tool_that_is_absent_is_skipped(self):
-        names = ("TlsOriginTest", "HttpsTest", "InterceptionTest", "MemcachedTest", "MirrorSharingTest.test_https_proves_for_http_but_http_for_https_only_by_a_digest",
-                 "ReadmeTest.test_the_unit_starts_what_is_installed_from_its_byte_code_and_allows_what_it_asks_of_the_kernel")
+    def test_tests_that_need_a_missing_tool_are_skipped(self):
+        names = ("TlsOriginTest", "HttpsTest", "InterceptionTest", "MemcachedTest", "MirrorSharingTest.test_a_file_fetched_over_http_is_used_for_https_only_with_a_digest",
+                 "ReadmeTest.test_the_systemd_unit_runs_byte_code_and_permits_the_system_calls_in_use")
         with tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as empty:
             ran = subprocess.run([sys.executable, __file__, *names], env={**os.environ, "PATH": empty}, capture_output=True, text=True, timeout=60)
         self.assertEqual(ran.returncode, 0, ran.stderr)
         self.assertIn("OK (skipped=", ran.stderr)
 
     @unittest.skipUnless(shutil.which("install") and shutil.which("sh"), "install is not installed")
-    def test_the_unit_starts_what_is_installed_from_its_byte_code_and_allows_what_it_asks_of_the_kernel(self):
+    def test_the_systemd_unit_runs_byte_code_and_permits_the_system_calls_in_use(self):
         unit = (HERE / "pkgproxy.service").read_text(encoding="utf-8")
         self.assertEqual(re.findall("^SystemCallFilter=(.*)$", unit, re.M), ["@system-service", "~@privileged @resources", "sched_setaffinity"])
         home, command = (re.search("^%s=(.*)$" % name, unit, re.M)[1] for name in ("WorkingDirectory", "ExecStart"))
@@ -10212,7 +10213,7 @@ class PackageManagerScenarios(Mixin):
             sent = sum(entry.sent for entry in mirror.requests(Path(path).name))
             self.assertEqual(sent, min(size, 2 * pkgproxy.PROOF_SIZE), path)
 
-    def test_cold_every_package_arrives_and_is_stored_under_its_own_name(self):
+    def test_on_a_cold_cache_every_package_arrives_and_is_stored_under_its_own_name(self):
         machine = self.machine("first")
         machine.fetch(*NAMES)
         self.check_all_arrived(machine)
@@ -10223,7 +10224,7 @@ class PackageManagerScenarios(Mixin):
             body = stored[path] if path in stored else stored[path.replace("+", "%2B")]  # as the client writes it
             self.assertEqual(body, (self.repository.folder / path[1:]).read_bytes())
 
-    def test_warm_a_second_machine_gets_no_body_byte_from_the_origin(self):
+    def test_on_a_warm_cache_a_second_machine_gets_no_body_byte_from_the_origin(self):
         self.fill_the_cache()
         machine = self.machine("second")
         machine.fetch(*NAMES)
@@ -10233,7 +10234,7 @@ class PackageManagerScenarios(Mixin):
         self.assertEqual(self.origin.paths_sent(), [])
         self.assertEqual(sorted({entry.path for entry in self.origin.log}), self.revalidated)
 
-    def test_updated_a_version_published_in_between_is_seen_at_once(self):
+    def test_a_version_published_in_between_is_seen_at_once(self):
         first = self.machine("first")
         first.fetch(*NAMES)
         self.publish_an_update()
@@ -10247,7 +10248,7 @@ class PackageManagerScenarios(Mixin):
         self.assertIn(self.repository.digests(["hello"])[0], first.digests())
         self.assertEqual(self.origin.paths_sent(self.package), new, "the second fetched it for both")
 
-    def test_stopped_a_second_machine_gets_everything_without_the_origin(self):
+    def test_a_second_machine_gets_everything_without_the_origin(self):
         self.fill_the_cache()
         self.origin.close()
         machine = self.machine("second")
@@ -10255,7 +10256,7 @@ class PackageManagerScenarios(Mixin):
         self.check_all_arrived(machine)
 
 
-    def test_a_prefix_before_the_url_works_without_the_proxy_setting_and_with_it(self):
+    def test_a_prefix_works_with_and_without_the_proxy_setting(self):
         for name, proxy_url in (("first", ""), ("second", self.proxy_url)):
             machine = self.make_client(self, name, proxy_url, self.source(f"{self.proxy_url}/{self.origin.base_url}"))
             machine.fetch("libhello++")
@@ -10307,7 +10308,7 @@ class AptTest(PackageManagerScenarios, SignedCase):
         self.assertEqual([entry.path for entry in other.log if entry.status == 200 and "/pool/" not in entry.path],
                          ["/repository/dists/stable/InRelease"])
 
-    def test_packages_that_apt_has_kept_are_adopted_also_those_with_an_epoch(self):
+    def test_packages_kept_by_apt_are_adopted(self):
         self.repository.add("hello-epoch", "1:1.0", 30_000)
         self.repository.publish(self.long_ago)
         names = ["hello-data", "hello-epoch"]
@@ -10324,7 +10325,7 @@ class AptTest(PackageManagerScenarios, SignedCase):
         self.check_only_proven(self.origin, names)
         self.assertEqual(first.digests(), second.digests())
 
-    def test_with_by_hash_forced_only_the_release_file_is_asked_for_by_name(self):
+    def test_with_by_hash_forced_only_the_release_file_is_requested_by_name(self):
         force = ["Acquire::By-Hash=force"]
         self.machine("first").update(force)
         self.origin.log.clear()
@@ -10346,7 +10347,7 @@ class AptTest(PackageManagerScenarios, SignedCase):
             self.assertEqual(machine.digests(), self.repository.digests(["hello"]))
             self.origin.close()  # the fourth has to do without it
 
-    def test_no_cache_asks_the_origin_again_for_everything_and_moves_nothing(self):
+    def test_no_cache_validates_everything_and_downloads_nothing(self):
         no_cache = ["Acquire::http::No-Cache=true"]
         self.fill_the_cache()
         for name in ("second", "third"):
@@ -10357,7 +10358,7 @@ class AptTest(PackageManagerScenarios, SignedCase):
         self.assertEqual({entry.status for entry in self.origin.log}, {304})
         self.assertEqual(len(self.origin.requests("/pool/")), len(NAMES))
 
-    def test_no_store_passes_everything_and_stores_nothing(self):
+    def test_no_store_passes_everything_through(self):
         machine = self.machine("first")
         machine.fetch(*NAMES, options=["Acquire::http::No-Store=true"])
         self.check_all_arrived(machine)
@@ -10418,13 +10419,13 @@ class PlainMirrorTest(SignedCase):
 
     needs = ("apt-get", "gpg")
 
-    def test_the_packages_of_these_tests_are_packages(self):
+    def test_dpkg_accepts_the_packages_of_these_tests(self):
         repository = AptRepository(self.folder / "repository", self.signer)
         repository.add_all()
         file = repository.folder / repository.packages["libhello++"]
         self.assertIn(b"Package: libhello++", checked("dpkg-deb", "--info", file))
 
-    def test_warm_only_the_release_file_is_fetched_again(self):
+    def test_on_a_warm_cache_only_the_release_file_is_fetched_again(self):
         repository = AptRepository(self.folder / "repository", self.signer)
         repository.add_all()
         repository.publish(int(time.time()) - 9 * DAY)
@@ -10454,7 +10455,7 @@ class HttpsTest(SignedCase):
         self.addCleanup(self.origin.close)
         self.url = f"https://localhost:{self.origin.port}"
 
-    def test_apt_is_served_from_the_cache_by_each_way_in(self):
+    def test_apt_is_served_from_the_cache_by_each_request_form(self):
         """The last two are apt-cacher-ng's, whose users change the port alone."""
         proxy_url, place = self.start_proxy("--ca-file", self.certificate), f"localhost:{self.origin.port}"
         for name, set_as_proxy, source in (
@@ -10465,7 +10466,7 @@ class HttpsTest(SignedCase):
         self.assertEqual(len(self.origin.paths_sent("/pool/")), len(NAMES))
         self.assertEqual(len(self.stored_below(f"https^{place}", "/pool/")), len(NAMES))
 
-    def test_apt_is_served_from_the_cache_where_http_redirects_to_https(self):
+    def test_apt_is_served_from_the_cache_when_http_redirects_to_https(self):
         plain = self.serve(self.repository.folder)
         plain.redirect_to = self.url
         machine = AptClient(self, "machine", self.start_proxy("--ca-file", self.certificate), self.repository.source(plain.base_url))
@@ -10489,7 +10490,7 @@ class HttpsTest(SignedCase):
         until(lambda: self.counters(proxy_url)["statsOutcomes"]["tunnel"] >= 2)
         self.assertGreater(self.counters(proxy_url)["statsTunnelBytes"], release.stat().st_size)
 
-    def test_a_port_that_is_not_open_is_told_to_the_user(self):
+    def test_connect_to_a_port_that_is_not_allowed_is_reported_to_the_user(self):
         proxy_url = self.start_proxy()
         output = self.run_client("curl", "--silent", "--show-error", "--proxy", proxy_url, self.url, accept="56")
         self.assertIn("403", output)
@@ -10723,7 +10724,7 @@ class BrowserTest(ClientCase):
         tab.shot(folder / (name + ".png"))
         self.assertGreater((folder / (name + ".png")).stat().st_size, 10_000)
 
-    def test_a_download_is_seen_as_it_grows_and_its_bytes_when_it_is_over(self):
+    def test_a_running_download_is_shown_and_then_its_bytes(self):
         gates = [Gate(), Gate()]
         for gate in gates:
             self.addCleanup(gate.open)
@@ -10756,7 +10757,7 @@ class BrowserTest(ClientCase):
         self.assertEqual(tab.said(), [])
         self.assertEqual({url for url in tab.asked() if not url.startswith((self.url, "data:,"))} - {"about:blank"}, set())
 
-    def test_it_works_without_scripts(self):
+    def test_the_page_works_without_scripts(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1500)
         self.fetch("/x_1.0_all.deb")
         tab = self.tab(scripts=False)
@@ -10768,7 +10769,7 @@ class BrowserTest(ClientCase):
         self.keep(tab, "no-scripts")
         self.assertEqual(tab.asked() - {"about:blank", "data:,"}, {self.url + "/"})
 
-    def test_it_fits_a_phone_and_the_keyboard_reaches_the_plots(self):
+    def test_the_page_fits_a_phone_and_the_keyboard_reaches_the_plots(self):
         for number in range(3):
             self.origin.pages["/%s-%d_1.0_all.deb" % ("long-name" * 12, number)] = ScriptedResponse(os.urandom(200_000))
             self.fetch("/%s-%d_1.0_all.deb" % ("long-name" * 12, number))
@@ -10786,7 +10787,7 @@ class BrowserTest(ClientCase):
         self.assertEqual(tab.run(ago), '" ago"', "there is no room for a head")
         self.keep(tab, "phone")
 
-    def test_its_autoconfiguration_sends_http_and_nothing_else_through_it(self):
+    def test_autoconfiguration_sends_only_http_through_the_proxy(self):
         rows = (("http://mirror.example.org/x", "mirror.example.org", "PROXY %s; DIRECT" % self.url[7:]),
                 ("https://mirror.example.org/x", "mirror.example.org", "DIRECT"),
                 (self.url + "/", "127.0.0.1", "DIRECT"), ("http://localhost/", "localhost", "DIRECT"))
@@ -10797,7 +10798,7 @@ class BrowserTest(ClientCase):
         found = self.tab().run("%s%s%s.map(row => FindProxyForURL(row[0], row[1]))" % (shape, script, json.dumps(rows)))
         self.assertEqual(found, [row[2] for row in rows])
 
-    def test_a_hostile_name_is_shown_harmlessly(self):
+    def test_a_hostile_name_is_escaped(self):
         self.origin.pages["/y"] = ScriptedResponse(b"y")
         with socket.create_connection(tuple(self.proxies[0].address), PATIENCE) as connection:
             for name in (b"/<svg/onload=document.title=1>'\"&amp;_1.0_all.deb", b"/%3Cimg%20src=x%20onerror=document.title=1%3E"):
@@ -10849,7 +10850,7 @@ class SetupTest(SignedCase):
         self.prepare(AptRepository(self.folder / "repository", self.signer), "apt-get")
         self.check(self.apt("machine", self.setup("apt")))
 
-    def test_apt_that_detects_the_proxy(self):
+    def test_apt_with_proxy_detection(self):
         self.prepare(AptRepository(self.folder / "repository", self.signer), "apt-get")
         script = self.folder / "detect"
         script.write_text(self.setup("detect.sh"))
@@ -10953,7 +10954,7 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
                  "--proxy", self.proxy_url] + ["--proxytunnel"] * tunnel
         return self.run_client("ip", "netns", "exec", self.name, *words, url, accept="0 56")
 
-    def test_a_stranger_reaches_other_machines_and_nothing_of_ours(self):
+    def test_a_remote_client_reaches_other_machines_but_not_this_host(self):
         origin = ScriptedOrigin()
         self.addCleanup(origin.close)
         origin.pages["/x"] = ScriptedResponse(b"secret")
@@ -10978,7 +10979,7 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
                     self.assertEqual(self.ask(f"http://{place}/x", tunnel=True), status)
         self.assertEqual(origin.log, [])
 
-    def test_a_stranger_stays_one_where_sockets_may_be_bound_to_any_address(self):
+    def test_a_remote_client_stays_one_with_ip_nonlocal_bind(self):
         """Keepalived and HAProxy set ip_nonlocal_bind; the systemd unit hides that setting.  Here the proxy is in the namespace."""
         also, ours6, also6, here6 = "198.18.77.4", "fd77::2", "fd77::4", "fd77::1"
         device = f"pkp{os.getpid()}"[:14]
@@ -11096,7 +11097,7 @@ class InterceptionTest(SignedCase):
         """What curl gets, with the fields before it."""
         return self.run_client("curl", "--silent", "--show-error", "--include", url)
 
-    def test_plain_http_is_cached_by_name_and_by_address_and_the_rest_goes_past(self):
+    def test_intercepted_http_is_cached_and_other_ports_are_not(self):
         (self.folder / "mirror").mkdir()
         (self.folder / "mirror" / "x_1.0_all.deb").write_text("a package")
         log, past = self.serve(self.folder / "mirror"), self.serve(self.folder / "mirror", 8080)
@@ -11114,7 +11115,7 @@ class InterceptionTest(SignedCase):
         self.assertNotIn("Cache-Status", self.curl(f"http://{self.NAME}:8080/x_1.0_all.deb"))
         until(lambda: past, "a line in the log")
 
-    def test_apt_without_any_setting_fetches_from_the_cache(self):
+    def test_apt_without_any_setting_is_served_from_the_cache(self):
         repository = AptRepository(self.folder / "debian", self.signer)
         for name, version, size in PACKAGES:
             repository.add(name, version, size)
@@ -11165,7 +11166,7 @@ class RealAptTest(ClientCase):
     def down_bytes(self):
         return self.counters(self.proxy_url)["statsDownBytes"]
 
-    def test_cold_then_warm_costs_the_mirror_at_most_the_release_file(self):
+    def test_a_warm_cache_costs_the_mirror_at_most_the_release_file(self):
         no_diffs = ["Acquire::PDiffs=false"]
         first = self.machine("first")
         first.update(no_diffs)
@@ -11259,7 +11260,7 @@ class PacmanTest(PackageManagerScenarios, ClientCase):
         self.check_all_arrived(machine)
         self.check_only_proven(other)
 
-    def test_a_mirror_that_goes_down_is_stood_in_for(self):
+    def test_an_unreachable_mirror_is_replaced(self):
         self.fill_the_cache()
         other, url = self.other_mirror()
         machine = self.make_client(self, "second", self.proxy_url, url)
@@ -11268,7 +11269,7 @@ class PacmanTest(PackageManagerScenarios, ClientCase):
         machine.pacman("-Sw", *NAMES)
         self.check_all_arrived(machine)
 
-    def test_a_database_that_did_not_change_moves_no_byte_to_pacman_either(self):
+    def test_an_unchanged_database_is_not_sent_to_pacman(self):
         machine = self.machine("first")
         machine.pacman("-Sy")
         before = self.counters(self.proxy_url)
@@ -11299,7 +11300,7 @@ class DnfTest(RpmOccasions, SignedCase):
     make_client = DnfClient
     revalidated = ["/repodata/repomd.xml"]
 
-    def test_a_signed_index_and_its_signature_are_always_of_one_generation(self):
+    def test_a_signed_index_and_its_signature_are_always_of_one_version(self):
         place = f"baseurl={self.origin.base_url}"
         first, second = self.machine("first"), self.machine("second")
         first.point_to(place, signed=True)
@@ -11311,7 +11312,7 @@ class DnfTest(RpmOccasions, SignedCase):
             self.assertEqual(machine.digests(), self.repository.digests(["hello"]))
             self.origin.close()  # the second has to do without it
 
-    def test_a_metalink_leads_past_a_dead_mirror(self):
+    def test_a_metalink_bypasses_a_dead_mirror(self):
         dead = self.serve(self.repository.folder)
         dead.close()
         self.repository.write_metalink(dead.base_url, self.origin.base_url)
@@ -11320,7 +11321,7 @@ class DnfTest(RpmOccasions, SignedCase):
         machine.fetch(*NAMES)
         self.check_all_arrived(machine)
 
-    def test_a_metalink_that_names_another_mirror_each_time_costs_a_proof(self):
+    def test_a_metalink_with_changing_mirrors_costs_a_proof(self):
         other, url = self.other_mirror()
         place = f"metalink={self.origin.base_url}/metalink?repo=test&arch=x86_64"
         for name, urls in (("first", (self.origin.base_url, url)), ("second", (url, self.origin.base_url))):
@@ -11334,7 +11335,7 @@ class DnfTest(RpmOccasions, SignedCase):
         self.check_only_proven(other, proven)
         self.assertEqual([path for path in other.paths_sent("-primary.xml")], [])
 
-    def test_a_mirror_list_is_asked_for_again_each_time(self):
+    def test_a_mirror_list_is_requested_each_time(self):
         self.repository.write("mirrorlist", f"{self.origin.base_url}\n".encode())
         machine = self.machine("first")
         machine.point_to(f"mirrorlist={self.origin.base_url}/mirrorlist")
@@ -11401,7 +11402,7 @@ class DownloadTest(ClientCase):
         """What a client has that lost its connection after a million bytes."""
         self.file.write_bytes(self.data[:1_000_000])
 
-    def test_curl_completes_a_broken_download_cold_and_from_the_cache(self):
+    def test_curl_completes_an_interrupted_download_with_a_cold_and_a_warm_cache(self):
         self.begin()
         self.curl("--continue-at", "-")
         self.check_whole()
@@ -11413,7 +11414,7 @@ class DownloadTest(ClientCase):
         self.check_whole()
         self.assertEqual(self.origin.log, [])
 
-    def test_wget_completes_a_broken_download_cold_and_from_the_cache(self):
+    def test_wget_completes_an_interrupted_download_with_a_cold_and_a_warm_cache(self):
         self.begin()
         self.wget("--continue")
         self.check_whole()
@@ -11427,13 +11428,13 @@ class DownloadTest(ClientCase):
         self.assertIn("already fully retrieved", self.wget("--continue"))  # it is told 416
         self.check_whole()
 
-    def test_curl_notices_nothing_of_an_origin_that_breaks_off_in_the_middle(self):
+    def test_curl_does_not_notice_an_origin_that_breaks_off(self):
         self.origin.limits["/thing_1.0_all.deb"] = [1_500_000, 500_000]
         self.curl()
         self.check_whole()
         self.assertEqual(sum(entry.sent for entry in self.origin.log), self.SIZE)
 
-    def test_curl_sees_a_failure_where_the_origin_never_sends_the_whole(self):
+    def test_curl_reports_an_error_if_the_origin_never_sends_the_complete_file(self):
         self.origin.validators = False  # else it would be asked for the rest, again and again
         self.origin.limits["/thing_1.0_all.deb"] = [1_500_000] + [0] * 50
         self.curl(accept="18 22 56")  # cut short, an error status, or reset: never 0
@@ -11488,10 +11489,10 @@ class ZchunkTest(ClientCase):
         self.assertEqual(sha256(self.got.read_bytes()), sha256(self.new.read_bytes()))
         return self.counters(self.proxy_url)["statsCacheBytes"] - before
 
-    def test_cold_the_changed_chunks_arrive(self):
+    def test_on_a_cold_cache_the_changed_chunks_arrive(self):
         self.download()
 
-    def test_warm_the_changed_chunks_come_from_the_cache_and_alone(self):
+    def test_on_a_warm_cache_only_the_changed_chunks_are_sent(self):
         self.run_client("curl", "--silent", "--fail", "--proxy", self.proxy_url, "--output",
                         self.folder / "whole", self.url)
         self.origin.log.clear()
