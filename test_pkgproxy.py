@@ -1,8 +1,18 @@
 #!/usr/bin/env python3
-"""Tests of pkgproxy, in the order of its floors.  Run: python3 test_pkgproxy.py
+"""Tests of pkgproxy, roughly in the order of its sections.
 
-Everything binds to 127.0.0.1 port 0 and leaves nothing behind.  What needs a tool that is absent
-skips and says so.  Gates instead of sleeps: a gate that is not opened in time fails its test.
+    python3 test_pkgproxy.py                                    everything, with the examples in docstrings
+    python3 -m unittest test_pkgproxy.EventLoopTest             one class
+    python3 -m unittest test_pkgproxy.FaultTest.test_fsync_fails   one test
+
+All classes take two to four minutes in sequence; .ci/run deals them to several processes.  Tests that
+need a tool that is not installed, root, or a network are skipped with the reason.
+
+Sockets are bound to 127.0.0.1 (port 0 where possible), and nothing is left behind: each test ends with as
+many threads as it began.  Most tests use ProxyCase: a ScriptedOrigin, an empty cache root and a proxy in
+this process.  Tests of other programs use ClientCase and ProxyProcess, a proxy in a process of its own.
+Tests wait for events instead of sleeping: until() polls, and a Gate blocks an origin until the test opens it;
+both fail after PATIENCE seconds.
 """
 from __future__ import annotations
 
@@ -495,8 +505,16 @@ class ProxyCase(unittest.TestCase):
 
     def wait_until_idle(self):
         """Wait until no response, no flight and no background validation is in progress."""
-        until(lambda: not self.server.replies_running and not self.proxy._barrier.in_flight()
+        until(lambda: not self.server.replies_running and not self.downloads_in_flight()
               and self.proxy._refresher._running._value == pkgproxy.MAX_BACKGROUND_VALIDATIONS, "the end of all responses")
+
+    def downloads_in_flight(self, proxy=None):
+        """Return how many downloads are in progress: the only look into a proxy's SingleFlight."""
+        return (proxy or self.proxy)._barrier.in_flight()
+
+    def drop_idle_connections(self):
+        """Close the proxy's idle connections to origins."""
+        self.proxy._origin._pool.close()
 
     def _no_threads_left(self):
         until(lambda: threading.active_count() <= self.threads, "the end of all threads")
@@ -743,9 +761,10 @@ class StructureTest(unittest.TestCase):
                 if line.strip() and not line.lstrip().startswith("#") and at not in docs}
 
     def test_each_name_is_used_only_below_its_definition(self):
-        rooms = {node.name: node for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-        wrong = {(name, use.id) for name, room in rooms.items() for use in ast.walk(room)
-                 if isinstance(use, ast.Name) and isinstance(use.ctx, ast.Load) and use.id in rooms and rooms[use.id].lineno > room.lineno}
+        definitions = {node.name: node for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        wrong = {(name, use.id) for name, definition in definitions.items() for use in ast.walk(definition)
+                 if isinstance(use, ast.Name) and isinstance(use.ctx, ast.Load) and use.id in definitions
+                 and definitions[use.id].lineno > definition.lineno}
         self.assertEqual(wrong, self.FORWARD)
 
     def test_replace_fields_names_existing_fields(self):
@@ -1753,7 +1772,7 @@ class RangeRulesTest(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# 3 Store
+# 5 Store
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2037,12 +2056,12 @@ class StoreTest(StoreCase):
     def test_a_response_invalidated_by_another_instance_during_its_commit_is_not_kept(self):
         write_heads = pkgproxy._write_heads
 
-        def spoiled(*what):
+        def invalidated(*what):
             pkgproxy.PartialStore(self.store).unlink(self.INDEX, "")
             self.store.delete(self.INDEX)
             write_heads(*what)
 
-        with mock.patch.object(pkgproxy, "_write_heads", spoiled):
+        with mock.patch.object(pkgproxy, "_write_heads", invalidated):
             self.assertRaises(pkgproxy.StorageError, self.store_response, self.INDEX, b"outdated")
         self.assertIsNone(self.lookup(self.INDEX))
 
@@ -2190,7 +2209,7 @@ class EvictionTest(StoreCase):
 
     def setUp(self):
         super().setUp()
-        self.janitor = pkgproxy.Evictor(self.store)
+        self.evictor = pkgproxy.Evictor(self.store)
         free = mock.patch.object(self.store, "free_space", lambda: 2**40)
         free.start()
         self.addCleanup(free.stop)
@@ -2213,7 +2232,7 @@ class EvictionTest(StoreCase):
         os.utime(self.path(name), ns=(int((time.time() - days * 86400) * 10**9), info.st_mtime_ns))
 
     def evict(self, **config):
-        return self.janitor.run(Config(**config), time.time())
+        return self.evictor.run(Config(**config), time.time())
 
     def names(self):
         return sorted(path.name for path in Path(self.root).rglob("*") if path.is_file() and pkgproxy.METADATA_FOLDER not in path.parts)
@@ -2357,9 +2376,9 @@ class EvictionTest(StoreCase):
 
     def test_a_file_shared_by_two_mirrors_is_counted_once(self):
         self.store_response("http://a/pool/x_1.0_all.deb", b"x" * 1000)
-        twin = self.store.lookup("http://a/pool/x_1.0_all.deb")
-        with contextlib.closing(twin):
-            self.store.link(dataclasses.replace(twin, head=dataclasses.replace(twin.head, key="http://b/y/x_1.0_all.deb")))
+        stored = self.store.lookup("http://a/pool/x_1.0_all.deb")
+        with contextlib.closing(stored):
+            self.store.link(dataclasses.replace(stored, head=dataclasses.replace(stored.head, key="http://b/y/x_1.0_all.deb")))
         for name in ("a/pool/x_1.0_all.deb", "b/y/x_1.0_all.deb"):
             self.set_access_time(name, 5)
         self.store.take_access_times()
@@ -2374,9 +2393,9 @@ class SharedFileTest(StoreCase):
     KEY = "http://b/y/x_1.0_all.deb"
 
     def share(self, between=lambda: None):
-        with contextlib.closing(self.store.lookup(self.PACKAGE)) as twin:
+        with contextlib.closing(self.store.lookup(self.PACKAGE)) as stored:
             between()
-            self.store.link(dataclasses.replace(twin, head=dataclasses.replace(twin.head, key=self.KEY)))
+            self.store.link(dataclasses.replace(stored, head=dataclasses.replace(stored.head, key=self.KEY)))
 
     def test_both_keys_have_their_own_metadata_and_nothing_else_is_left(self):
         self.store_response(self.PACKAGE, b"body")
@@ -2386,8 +2405,8 @@ class SharedFileTest(StoreCase):
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
         self.store.delete(self.PACKAGE)
         self.assertEqual((self.lookup(self.PACKAGE), self.lookup(self.KEY)), (None, b"body"))
-        with contextlib.closing(self.store.lookup(self.KEY)) as twin:
-            self.store.link(twin)  # with itself
+        with contextlib.closing(self.store.lookup(self.KEY)) as stored:
+            self.store.link(stored)  # with itself
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
         self.assertEqual(self.lookup(self.KEY), b"body")
 
@@ -2506,7 +2525,7 @@ class NameIndexTest(StoreCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# 4 Barrier
+# 6 Barrier
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2556,7 +2575,7 @@ class SingleFlightTest(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# 5 Origin
+# 7-8 Sockets and origin client
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2823,7 +2842,7 @@ class OriginTest(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# 6 Proxy
+# 9-10 Downloads and proxy
 # ---------------------------------------------------------------------------------------------
 
 
@@ -3345,16 +3364,16 @@ class PassThroughTest(ProxyCase):
         self.assertEqual(list(self.visible_files()), [self.visible_name("x_1.0_all.deb")])
 
     def test_a_far_range_of_a_file_stored_during_the_lookup_is_a_hit(self):
-        body, flying, landed = os.urandom(4 << 20), self.proxy._barrier.is_in_flight, []
+        body, is_in_flight, stored = os.urandom(4 << 20), self.proxy._barrier.is_in_flight, []
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(body)
 
-        def lands(key):
-            if not landed:
-                landed.append(self.request("/x_1.0_all.deb"))
+        def store_meanwhile(key):
+            if not stored:
+                stored.append(self.request("/x_1.0_all.deb"))
                 until(self.visible_files)
-            return flying(key)
+            return is_in_flight(key)
 
-        with mock.patch.object(self.proxy._barrier, "is_in_flight", lands):
+        with mock.patch.object(self.proxy._barrier, "is_in_flight", store_meanwhile):
             answer = self.request("/x_1.0_all.deb", Range="bytes=3000000-3000009")
         self.assertEqual((answer.status, answer.body), (206, body[3000000:3000010]))
         self.assertEqual(self.origin.methods("/x_1.0_all.deb"), ["GET"])
@@ -3521,7 +3540,7 @@ class ParentTest(ProxyCase):
             for _ in range(2):
                 self.assertEqual(self.request("http://mirror.test/x").body, b"direct")
                 self.wait_until_idle()
-                self.proxy._origin._pool.close()
+                self.drop_idle_connections()
         self.assertEqual(connect.call_count, 3, "the parent is not tried again at once")
 
     def test_a_malfunctioning_parent_is_bypassed_too(self):
@@ -3534,7 +3553,7 @@ class ParentTest(ProxyCase):
             for n in range(3):
                 self.assertEqual(self.request(self.url(n)).body, b"direct")
                 self.wait_until_idle()
-                self.proxy._origin._pool.close()
+                self.drop_idle_connections()
             self.parent.pages[self.url(0) + "?"], self.parent.pages[self.url(2) + "?"] = ScriptedResponse(b"through it"), ScriptedResponse(b"", 407)
             for n, body in ((0, b"through it"), (2, b"direct")):
                 self.assertEqual(self.request(self.url(n) + "?").body, body)
@@ -3705,7 +3724,7 @@ class TlsOriginTest(ProxyCase):
             with mock.patch.object(pkgproxy, "resolve_addresses", lambda host, port: place if host == "mirror.test" else [(*place[0][:4], (host, port))]):
                 yield "127.0.0.1:%d" % server.server_address[1], proxy
         finally:
-            self.proxy._origin._pool.close()
+            self.drop_idle_connections()
             server.shutdown()
             server.server_close()
             thread.join(PATIENCE)
@@ -3727,7 +3746,7 @@ class TlsOriginTest(ProxyCase):
                 self.assertEqual(client.getresponse().read(), b"secure index")
             answer = self.request("https://mirror.test:444/x")
             self.assertRegex(answer.body, rb"\AThe parent proxy 127\.0\.0\.1:\d+ cannot be asked: to CONNECT it answers 'HTTP/1\.1 403 ")
-            self.proxy._origin._pool.close()
+            self.drop_idle_connections()
             until(lambda: parent.counters.snapshot()["statsOutcomes"]["tunnel"] == 2)
 
     def test_without_ca_file_only_the_systems_certificates_are_trusted(self):
@@ -3935,35 +3954,35 @@ class MirrorSharingTest(ProxyCase):
             self.assertEqual(self.request(url).body, page.body)
             self.wait_until_idle()
 
-    HELD = b"an index" * 1000
+    INDEX_BODY = b"an index" * 1000
 
     def test_a_digest_in_the_name_is_proof_without_a_request(self):
-        names = ("/dists/x/by-hash/SHA256/" + sha256(self.HELD), "/repodata/%s-primary.xml.gz" % sha256(self.HELD),
-                 "/repodata/%s-primary.xml.gz" % hashlib.sha512(self.HELD).hexdigest())
+        names = ("/dists/x/by-hash/SHA256/" + sha256(self.INDEX_BODY), "/repodata/%s-primary.xml.gz" % sha256(self.INDEX_BODY),
+                 "/repodata/%s-primary.xml.gz" % hashlib.sha512(self.INDEX_BODY).hexdigest())
         self.other.close()
         for path in names:
-            self.origin.pages["/a" + path] = ScriptedResponse(self.HELD, fields=[("Content-Type", "application/x")])
+            self.origin.pages["/a" + path] = ScriptedResponse(self.INDEX_BODY, fields=[("Content-Type", "application/x")])
             self.request("/a" + path)
             answer = self.request(self.other.url("/b" + path))
-            self.assertEqual((answer.body, answer["Content-Type"], answer["ETag"]), (self.HELD, "application/x", None))
+            self.assertEqual((answer.body, answer["Content-Type"], answer["ETag"]), (self.INDEX_BODY, "application/x", None))
             self.assertTrue(self.cache_status(answer).startswith('pkgproxy; hit; detail="same as ' + self.origin.url("/a/")))
             self.assertEqual(self.cache_status(self.request(self.other.url("/b" + path))), "pkgproxy; hit")
         self.assertEqual(len(self.origin.log), 2, "only the digest counts, not the rest of the name")
-        self.assertEqual(self.proxy.counters.snapshot()["statsDownBytes"], 2 * len(self.HELD))
+        self.assertEqual(self.proxy.counters.snapshot()["statsDownBytes"], 2 * len(self.INDEX_BODY))
 
     def test_a_body_that_does_not_match_the_digest_in_its_name_is_not_stored(self):
-        path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
-        self.origin.pages[path] = [ScriptedResponse(b"another index"), ScriptedResponse(self.HELD)]
+        path = "/dists/x/by-hash/SHA256/" + sha256(self.INDEX_BODY)
+        self.origin.pages[path] = [ScriptedResponse(b"another index"), ScriptedResponse(self.INDEX_BODY)]
         with self.assertLogs("pkgproxy", "WARNING") as logged:
             self.assertEqual(self.request(path).body, b"another index")
             self.wait_until_idle()
         self.assertIn("its bytes have another digest than its name", logged.output[0])
         self.assertEqual(self.visible_files(), {})
-        self.assertEqual([self.request(path).body, self.request(path).body], [self.HELD] * 2)
+        self.assertEqual([self.request(path).body, self.request(path).body], [self.INDEX_BODY] * 2)
         self.assertEqual(len(self.origin.log), 2)
 
     def test_the_digest_of_a_resumed_download_covers_the_earlier_part(self):
-        held = self.HELD * 100
+        held = self.INDEX_BODY * 100
         path = "/dists/x/by-hash/SHA256/" + sha256(held)
         whole = b"HTTP/1.1 200 OK\r\nETag: %s\r\nContent-Length: %d\r\n\r\n" % (ScriptedResponse(held).etag.encode(), len(held))
         for first, kept in ((held[:400_000], True), (b"?" * 400_000, False)):
@@ -3976,29 +3995,29 @@ class MirrorSharingTest(ProxyCase):
             os.mkdir(self.root)
 
     def test_a_file_corrupted_on_the_disk_is_not_shared_by_its_digest(self):
-        path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
-        self.origin.pages["/a" + path] = self.other.pages["/b" + path] = ScriptedResponse(self.HELD)
+        path = "/dists/x/by-hash/SHA256/" + sha256(self.INDEX_BODY)
+        self.origin.pages["/a" + path] = self.other.pages["/b" + path] = ScriptedResponse(self.INDEX_BODY)
         self.request("/a" + path)
         place = os.path.join(self.root, self.visible_name("a" + path))
         info = os.stat(place)
-        Path(place).write_bytes(b"?" * len(self.HELD))
+        Path(place).write_bytes(b"?" * len(self.INDEX_BODY))
         os.utime(place, ns=(info.st_atime_ns, info.st_mtime_ns))
-        self.assertEqual(self.request(self.other.url("/b" + path)).body, self.HELD)
+        self.assertEqual(self.request(self.other.url("/b" + path)).body, self.INDEX_BODY)
         self.assertEqual(len(self.other.log), 1)
 
     def test_the_log_names_the_other_mirrors_file_without_its_query(self):
-        path = "/repodata/%s-primary.xml.gz" % sha256(self.HELD)
-        self.origin.pages["/a" + path], self.other.pages["/b" + path] = ScriptedResponse(self.HELD), ScriptedResponse(b"", 503)
+        path = "/repodata/%s-primary.xml.gz" % sha256(self.INDEX_BODY)
+        self.origin.pages["/a" + path], self.other.pages["/b" + path] = ScriptedResponse(self.INDEX_BODY), ScriptedResponse(b"", 503)
         self.request("/a" + path + "?token=secret")
         for asked in ({"Cache_Control": "only-if-cached"}, {}):
             answer = self.request(self.other.url("/b" + path), **asked)
-            self.assertEqual(answer.body, self.HELD)
+            self.assertEqual(answer.body, self.INDEX_BODY)
             self.assertRegex(self.cache_status(answer), "ame as http://[^?]+/a/repodata/")
             self.assertNotIn("secret", self.cache_status(answer))
 
     def test_an_unreadable_file_is_neither_proof_nor_an_error(self):
-        path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
-        self.origin.pages["/a" + path], self.other.pages["/b" + path] = ScriptedResponse(self.HELD), ScriptedResponse(b"down", 503)
+        path = "/dists/x/by-hash/SHA256/" + sha256(self.INDEX_BODY)
+        self.origin.pages["/a" + path], self.other.pages["/b" + path] = ScriptedResponse(self.INDEX_BODY), ScriptedResponse(b"down", 503)
         self.request("/a" + path)
         for _ in range(3):  # the two mirrors have had the same packages
             self.proxy._store.names.record_comparison((self.origin.url("/a"), self.other.url("/b")), True)
@@ -4007,7 +4026,7 @@ class MirrorSharingTest(ProxyCase):
             self.assertEqual(self.request(self.other.url("/b" + path)).body, b"down")
             self.other.close()
             self.assertEqual(self.request(self.other.url("/b" + path)).status, 502)
-        self.assertEqual(self.request(self.other.url("/b" + path)).body, self.HELD)
+        self.assertEqual(self.request(self.other.url("/b" + path)).body, self.INDEX_BODY)
 
     def prove_mirrors_identical(self):
         """Let the two mirrors be proven identical, three times."""
@@ -4138,11 +4157,11 @@ class MirrorSharingTest(ProxyCase):
             try:
                 yield
             finally:
-                self.proxy._origin._pool.close()
+                self.drop_idle_connections()
                 self.other.close()
 
     def test_a_file_fetched_over_http_is_used_for_https_only_with_a_digest(self):
-        path = "/pool/by-hash/SHA256/" + sha256(self.HELD)
+        path = "/pool/by-hash/SHA256/" + sha256(self.INDEX_BODY)
         with self.start_https_mirror():
             url = self.publish()
             self.request(self.HERE)
@@ -4151,9 +4170,9 @@ class MirrorSharingTest(ProxyCase):
             url = self.publish("y_1.0_all.deb")
             self.assertEqual((self.request(url).body, self.request("/debian/pool/y_1.0_all.deb").body), (self.BODY, self.BODY))
             self.check_sent(len(self.BODY) + 2 * pkgproxy.PROOF_SIZE, self.origin)
-            self.origin.pages["/debian" + path] = ScriptedResponse(self.HELD)
+            self.origin.pages["/debian" + path] = ScriptedResponse(self.INDEX_BODY)
             self.request("/debian" + path)
-            self.assertEqual(self.request(self.other.url("/mirrors/pub" + path)).body, self.HELD)
+            self.assertEqual(self.request(self.other.url("/mirrors/pub" + path)).body, self.INDEX_BODY)
             self.assertEqual(len(self.other.log), 2)
 
     def test_a_file_of_this_host_is_not_shared_with_remote_clients(self):
@@ -4163,9 +4182,9 @@ class MirrorSharingTest(ProxyCase):
         held = self.proxy._mirrors._candidates(dataclasses.replace(make_request(url), key=far, client_is_local=False))
         self.assertEqual(held, [])
         self.assertTrue(self.proxy._mirrors.has_candidates(dataclasses.replace(make_request(url), key=far, client_is_local=True)))
-        with contextlib.closing(self.proxy._store.lookup(self.origin.url(self.HERE))) as twin:
-            self.assertTrue(twin.head.local_clients_only)
-            self.assertTrue(pkgproxy._under_other_head(twin, ResponseHead(200, "", ())).head.local_clients_only, "wherever its probes matched")
+        with contextlib.closing(self.proxy._store.lookup(self.origin.url(self.HERE))) as stored:
+            self.assertTrue(stored.head.local_clients_only)
+            self.assertTrue(pkgproxy._under_other_head(stored, ResponseHead(200, "", ())).head.local_clients_only, "wherever its probes matched")
 
     def test_a_variant_or_an_encoded_body_is_not_shared(self):
         for name, field in (("v", ("Vary", "Accept")), ("c", ("Content-Encoding", "x")), ("plain", ("X", "x"))):
@@ -4235,9 +4254,9 @@ class MirrorSharingTest(ProxyCase):
         linkless = mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here"))
         as_ever = contextlib.nullcontext()
         for what, path, prepare, circumstances in (
-                ("an adopted file", self.HERE, adopt, as_ever), ("a twin without a head", self.HERE, lose_heads, as_ever),
-                ("a twin that cannot be linked", self.HERE, lambda: self.request(self.HERE), linkless),
-                ("a twin by its digest", digest, lambda: self.request(digest), linkless),
+                ("an adopted file", self.HERE, adopt, as_ever), ("a file without metadata", self.HERE, lose_heads, as_ever),
+                ("a file that cannot be linked", self.HERE, lambda: self.request(self.HERE), linkless),
+                ("a file found by its digest", digest, lambda: self.request(digest), linkless),
                 ("an adopted file, and partials of owners", self.HERE, adopt, named)):
             with self.subTest(what), circumstances, mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
                 shutil.rmtree(self.root)
@@ -4275,9 +4294,9 @@ class MirrorSharingTest(ProxyCase):
 
     def test_adopted_packages_replace_a_mirror_only_with_a_digest(self):
         self.adopt(**{"v%d_1.0_all" % number: self.BODY for number in range(4)})
-        digest = "%s-primary.xml.gz" % sha256(self.HELD)
+        digest = "%s-primary.xml.gz" % sha256(self.INDEX_BODY)
         os.mkdir(os.path.join(self.folder, "archives", "repodata"))
-        Path(self.folder, "archives", "repodata", digest).write_bytes(self.HELD)
+        Path(self.folder, "archives", "repodata", digest).write_bytes(self.INDEX_BODY)
         self.adopt()
         for number in range(3):
             self.assertIn("same as an adopted file", self.cache_status(self.request(self.publish("v%d_1.0_all.deb" % number))))
@@ -4285,7 +4304,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual(self.request(self.other.url("/mirrors/pub/pool/v3_1.0_all.deb")).status, 502)
         asked = make_request(self.other.url("/x"))
         self.proxy._troubles.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
-        self.assertEqual(self.request(self.other.url("/repodata/" + digest)).body, self.HELD)
+        self.assertEqual(self.request(self.other.url("/repodata/" + digest)).body, self.INDEX_BODY)
         self.assertEqual(self.proxy._troubles.origin_down_reason(asked), "It is down.", "the mirror got no request")
 
     def test_packages_no_longer_adopted_are_left_alone(self):
@@ -4535,7 +4554,7 @@ class SemanticsTest(ProxyCase):
             before = len(self.origin.log)
             for _ in range(5):
                 self.assertEqual(self.request(self.PACKAGE).body, b"first")
-                until(lambda: not self.proxy._barrier.in_flight())
+                until(lambda: not self.downloads_in_flight())
             until(lambda before=before: len(self.origin.log) > before)
             self.wait_until_idle()
             self.assertEqual(len(self.origin.log) - before, 1)
@@ -5340,7 +5359,7 @@ class OrphanTest(ProxyCase):
                 one.getresponse().read(1)
             for number, gate in enumerate(gates[:-1]):
                 gate.open()
-                until(lambda: self.partial.size > number + 1 or not self.proxy._barrier.in_flight())  # noqa: B023
+                until(lambda: self.partial.size > number + 1 or not self.downloads_in_flight())  # noqa: B023
             self.wait_until_idle()  # although the origin could still send more
         self.assertIn("too slow", caught.output[0])
 
@@ -5607,7 +5626,7 @@ class SmallDiskTest(ProxyCase):
             for thread in threads:
                 thread.start()
             until(lambda: len(self.origin.log) == 4, "all requests")
-            until(lambda: self.proxy._barrier.in_flight() == 2, "two downloads that are stored")
+            until(lambda: self.downloads_in_flight() == 2, "two downloads that are stored")
             gate.open()
             for thread in threads:
                 thread.join(PATIENCE)
@@ -5649,7 +5668,7 @@ class SmallDiskTest(ProxyCase):
             one.request("GET", self.origin.url("/large_1_all.deb"))
             response = one.getresponse()
             response.read(1000)
-            until(lambda: not self.proxy._barrier.in_flight(), "a full disk")
+            until(lambda: not self.downloads_in_flight(), "a full disk")
             response.read()
         for _ in range(2):
             answer = self.request("/large_1_all.deb")
@@ -6342,7 +6361,7 @@ class FaultsOfTwoTest(FaultTest):
 
     def wait_until_idle(self):
         super().wait_until_idle()
-        until(lambda: not self.other_server.replies_running and not self.other_proxy._barrier.in_flight(), "the end of the other's replies")
+        until(lambda: not self.other_server.replies_running and not self.downloads_in_flight(self.other_proxy), "the end of the other's replies")
 
     @contextlib.contextmanager
     def connection(self):
@@ -6351,7 +6370,7 @@ class FaultsOfTwoTest(FaultTest):
             yield connection
 
     def other_downloads(self):
-        return self.other_proxy._barrier.in_flight() > 0
+        return self.downloads_in_flight(self.other_proxy) > 0
 
     def download(self, path=FaultTest.NEW, meanwhile=lambda: None, **fields):
         download, depends_on_timing = super().download, isinstance(self.origin.pages.get(path), list)
@@ -6384,7 +6403,7 @@ class BoundsTest(ProxyCase):
         def limit():
             pkgproxy.resource.setrlimit(pkgproxy.resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
-        process = ProxyProcess(self.root, command=lambda: pkgproxy_command(POOL_IDLE_TIMEOUT=0.2, POOL_CLEANUP_INTERVAL=0.2), preexec_fn=limit if descriptors else None)
+        process = ProxyProcess(self.root, command=lambda: pkgproxy_command(POOL_IDLE_TIMEOUT=0.2, POOL_CLEANUP_INTERVAL=0.2, THREAD_IDLE_TIMEOUT=0.5), preexec_fn=limit if descriptors else None)
         self.addCleanup(process.stop)
         self.address = process.address
         self.request("/warm")
@@ -6875,7 +6894,7 @@ class InstancesTest(InstancesCase):
             server.shutdown()
             server.server_close()
             serving.join(PATIENCE)
-            until(lambda: not other._barrier.in_flight(), "the end of the other instance's flights")
+            until(lambda: not self.downloads_in_flight(other), "the end of the other instance's flights")
             other.close()
 
     def test_without_working_locks_each_instance_downloads_for_itself(self):
@@ -7153,7 +7172,7 @@ class MemcachedTest(InstancesCase):
         self.origin.pages["/y_1.0_all.deb"] = ScriptedResponse(b"y")
         self.origin.pages["/z_1.0_all.deb"] = ScriptedResponse(b"z")
         first, follower = self.start_download(other.address), self.start_download(self.address)
-        with self.assertLogs("pkgproxy", "WARNING") as caught, mock.patch.object(pkgproxy, "ORIGIN_BACKOFF", 1.0):
+        with self.assertLogs("pkgproxy", "WARNING") as caught, mock.patch.object(pkgproxy, "MEMCACHED_BACKOFF", 2.0):
             self.memcached.stop()
             until(lambda: caught.output, "a warning")
             self.assertEqual(self.request("/y_1.0_all.deb").body, b"y")
@@ -8291,7 +8310,7 @@ class AccessTest(ProxyCase):
             for client in (self.FAR, "127.0.0.1"):
                 threads.append(threading.Thread(target=lambda client=client: answers.append(self.request_from(client, line)[9:12])))
                 threads[-1].start()
-                until(lambda: self.server.replies_running == len(threads) and self.proxy._barrier.in_flight())
+                until(lambda: self.server.replies_running == len(threads) and self.downloads_in_flight())
             gate.open()
             for thread in threads:
                 thread.join(PATIENCE)
@@ -8799,24 +8818,24 @@ class EventLoopTest(ProxyCase):
             copy = find(asked, config)
             if copy is not None and not late:  # just found valid: the file is removed, and then a client sends another request
                 os.unlink(path)
-                guest, there = next(pair for pair in pairs if come(pair[1]))
-                guest.sendall(self.raw_request())
+                client, there = next(pair for pair in pairs if come(pair[1]))
+                client.sendall(self.raw_request())
                 until(lambda: come(there) == 2 * len(self.raw_request()))
-                late.append(guest)
+                late.append(client)
             return copy
 
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
-            guests = [self.open_client(), self.open_client()]
-            for guest in guests:
-                guest.sendall(self.raw_request())
-                self.assertIn(b"; hit", self.read_response(guest, 4096))
+            clients = [self.open_client(), self.open_client()]
+            for client in clients:
+                client.sendall(self.raw_request())
+                self.assertIn(b"; hit", self.read_response(client, 4096))
             there = {visitor.address: visitor.connection for visitor in self.server.lobby._visitors}
-            pairs = [(guest, there[guest.getsockname()]) for guest in guests]
+            pairs = [(client, there[client.getsockname()]) for client in clients]
             self.patch(self.server.lobby.watchman, "select", lambda timeout: (came.open(), gate.pass_through(), select(timeout))[2])
             came.pass_through()
             self.patch(self.server.lobby._shelf, "get", found)
-            for guest in guests:
-                guest.sendall(self.raw_request())
+            for client in clients:
+                client.sendall(self.raw_request())
             until(lambda: all(come(there) for _, there in pairs))
             gate.open()
             until(lambda: late)
@@ -8850,17 +8869,17 @@ class EventLoopTest(ProxyCase):
         self.assertGreater(self.snapshot()["statsOutcomes"]["hit"], before)
 
     def test_each_of_many_hits_in_one_loop_iteration_is_counted_and_logged(self):
-        before, guests = self.snapshot(), [self.open_client() for _ in range(20)]
+        before, clients = self.snapshot(), [self.open_client() for _ in range(20)]
         until(lambda: len(self.server.lobby._visitors) >= 20)
         select = self.server.lobby.watchman.select
         gate = Gate()
         self.patch(self.server.lobby.watchman, "select", lambda timeout: (gate.pass_through(), select(timeout))[1])
         with self.assertLogs("pkgproxy", "INFO") as caught:
-            for guest in guests:
-                guest.sendall(self.raw_request() * 3)
+            for client in clients:
+                client.sendall(self.raw_request() * 3)
             gate.open()
-            for guest in guests:
-                with guest.makefile("rb") as file:
+            for client in clients:
+                with client.makefile("rb") as file:
                     for _ in range(3):
                         self.assertTrue(b"".join(iter(file.readline, b"\r\n")))
                         self.assertEqual(len(file.read(4096)), 4096)
@@ -8894,9 +8913,9 @@ class EventLoopTest(ProxyCase):
 
     def test_five_hundred_idle_connections_take_no_thread(self):
         before = threading.active_count()
-        guests = [self.open_client(self.raw_request()) for _ in range(500)]
-        for guest in guests:
-            self.read_response(guest, 4096)
+        clients = [self.open_client(self.raw_request()) for _ in range(500)]
+        for client in clients:
+            self.read_response(client, 4096)
         self.assertLessEqual(threading.active_count(), before + 1)
 
     def test_a_client_that_pipelines_many_requests_takes_turns_with_others(self):
