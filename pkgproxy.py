@@ -1,65 +1,138 @@
 #!/usr/bin/env python3
 """pkgproxy: a caching HTTP proxy for package managers, in one file.
 
-It stands between a fleet of machines and the mirrors that they install from, and downloads each
-package once.  Start it with ``python3 pkgproxy.py -r packages/``, tell the clients
-``http_proxy=http://this-host:9999/``, and that is all.  It stores what package managers fetch, never
-serves wrong bytes, and never refuses what it could have passed on.  It is no general web cache, no
-load balancer, no TLS interceptor and no mirror generator.
+Copyright (c) 2014 Piotr S. Staszewski (design of the original pkgproxy)
+Copyright (c) 2026 the pkgproxy contributors
+Two-clause BSD licence, see LICENSE.txt.
 
-One request's way through the house::
+pkgproxy runs between a group of machines and the mirrors from which they install packages, and
+downloads each package once.  Start it with ``python3 pkgproxy.py -r packages/`` and set
+``http_proxy=http://this-host:9999/`` on the clients.
 
-    client ──> Door      ProxyHandler: bytes → Request (parsed by Rules)
-                 │
-               Proxy     respond(request)
-                 │         stored = Store.lookup(key)
-                 │         decide(request, stored, config, now)              (Rules)
-                 ├─ SERVE ─────── the file itself: preconditions, ranges
-                 ├─ PASS ──────── Origin.fetch, bytes copied through, nothing kept
-                 └─ FETCH, VALIDATE
-                       Barrier.join(key)
-                         ├─ leader    claim the partial → look again → Origin.fetch → a thread fills
-                         │            it; where another instance holds it, a thread watches it grow
-                         └─ follower  wait for the leader's head
-                       both read the growing partial from byte 0, or from their range
-                 │
-    client <── Door      Reply → bytes
+Scope: pkgproxy stores what package managers download, never serves wrong bytes, and never refuses a
+request that it could have forwarded.  It is not a general web cache, a load balancer, a TLS
+interceptor, a mirror generator or a process manager.
 
-The floors, top to bottom; each uses only what stands above it, and a test holds us to that:
+Where to start reading
+----------------------
+Read decide() in section 3 and Proxy.respond() in section 10 first, then Flight and SingleFlight in
+section 6 and Downloader in section 9: they are the core.  Five types connect everything:
 
-    1 Words     Config, Request, Head, Reply, Outcome, Decision, errors, limits
-    2 Rules     pure functions: targets, keys, names, fields, freshness, ranges … decide()
-    3 Store     stored responses on disk
-    4 Barrier   who is fetching what: one Flight per cache key, one lease among instances
-    5 Origin    one forward request, and the pool of connections to origins
-    6 Proxy     the only one that knows 3, 4 and 5
-    7 Pages     the proxy's own pages
-    8 Door      sockets in, sockets out
-    9 Porch     options, signals, main
+    Request        a client's request, as received; frozen
+    ResponseHead   status line and fields of a response, received or stored; frozen
+    CacheDecision  what decide() says: the action, the class of the name, and the reason
+    Response       an answer to a client: head, body, and how the cache produced it
+    Flight         a download in progress, with its PartialFile: the only mutable state that requests
+                   share; it holds a lock, the number of bytes received, and the result
 
-What always holds.  Code and tests cite these by number.
+The path of a request
+---------------------
+::
 
- 1. A file under the visible cache tree is complete: counted, flushed to disk, then renamed.  It is
-    never written again, only replaced by rename or removed.
- 2. At most one flight per cache key, in all processes that share a root; only its leader writes
-    its partial.
- 3. A flight ends exactly once, and is gone from the barrier before its waiters wake.  Land, then
-    tell: rename, leave the barrier, then announce the last bytes.  Whoever received a whole
-    representation with a declared length finds it stored.
- 4. After winning leadership, look again in the store.
- 5. No lock is held across network or disk; no two locks are held together; every lock's line says
-    what it guards.
- 6. A local failure (disk full, no permission, root removed, bad metadata) costs the cache, never
-    the reply.
- 7. After the first byte of a reply, the only honest error is closing the connection; a body shorter
-    than declared is never ended cleanly.
- 8. The incoming Request is never modified; hop-by-hop fields go before any are added.
- 9. No request can name a path outside the root, a bookkeeping name, or another key's file.
-10. Every wait has a deadline, after which the waiter goes to the origin alone.
-11. Nothing is deleted that pkgproxy did not store itself.
-12. Clients are decoupled: no client's speed, fault or departure changes what another client gets.
+    accept ─ EventLoop ── small hit: prepare_hit, send ──────────────────────────────► client
+                │ anything else, once the head is complete                      (event loop thread)
+                ▼
+          ThreadPool ─ ProxyHandler: RequestReader parses a Request                 (worker thread)
+                         Dispatcher.respond: check access; own pages are answered here
+                         Proxy.respond
+                            stored   = Store.lookup(key)
+                            decision = decide(request, stored, config, now)
+                            SERVE      → the stored file
+                            PASS       → OriginClient; the body is passed through, not stored
+                            FETCH, VALIDATE → flight, is_leader = SingleFlight.join(key)
+                               leader:   PartialStore.open_for_writing: no other instance writes it
+                                         look in the store again, send the request to the origin
+                                         304 → the stored file
+                                         200 → Downloader, in a thread of its own:
+                                               read, write, announce the bytes, commit, finish
+                                         (if another instance downloads: PeerFollower instead)
+                               follower: wait for the head
+                               both →    TailingBody, from byte 0 or from the requested range
+                         ProxyHandler: send the head, then the chunks of the body ──► client
+                            error before the first byte → stored response if allowed, or the error
 
-Words follow RFC 9110 (semantics), 9111 (caching), 9112 (HTTP/1.1) and 9211 (Cache-Status).
+Any number of clients may request one file at the same time: the origin sends it once, and each client
+reads it at its own speed while it arrives.  The download continues if its clients disconnect.
+
+Threads
+-------
+    main              starts the rest, waits for signals, sends watchdog messages
+    event loop        one per listening address: waits on idle connections, answers small hits
+    worker            ThreadPool: reads a request, answers it, and returns the connection to the loop
+    download          Downloader: one per download; it never waits for a client
+    peer follower     PeerFollower: one per download that another instance runs
+    lease renewal     LeaseManager: one, if instances coordinate through memcached
+    name lookup       Resolver: one per lookup, because getaddrinfo() has no timeout
+    eviction          EvictionThread: one; also looks for packages to adopt
+    revalidation      BackgroundRevalidator: a few at most
+    history           TrafficHistory: one; saves the statistics
+    log               QueueLogHandler: one; writes the log
+
+All of them but main are daemon threads: a blocked client, origin or disk never delays the exit.
+
+Sections
+--------
+Each section uses only names that are defined above it, and sections 2 to 4 are pure (no clock, disk
+or socket).  Store and Barrier do not use each other.  Only Downloads and Proxy use Store, Barrier and
+Origin client together.  Tests enforce this, and a maximum size for each section.
+
+     1  Types and limits   configuration, requests, responses, errors; constants with their reasons
+     2  HTTP messages      fields, targets, framing, ranges, preconditions, forwarding
+     3  Cache rules        name classes, cache keys, file names, freshness, storability, decide()
+     4  Access rules       client networks, protected addresses, targets without a parent proxy
+     5  Store              stored responses, partial files, metadata, disk space, eviction
+     6  Barrier            at most one download per key: in this process, and among instances
+     7  Sockets            reading with deadlines, header lines, chunked bodies
+     8  Origin client      name lookup, address policy, TLS, connections, redirects
+     9  Downloads          bodies, downloading and resuming, other instances, sharing among mirrors
+    10  Proxy              answers a request: hit, fetch, validate, pass through, stale
+    11  Statistics         counters, history, recent requests
+    12  Pages              status page, JSON, metrics, client configuration
+    13  Server             connections, event loop, worker threads, request handler, tunnels
+    14  Command line       options, start, signals, service manager, log
+
+Invariants
+----------
+Code and tests cite these by number.
+
+ 1. A file in the visible cache tree is complete: its bytes were counted, flushed to disk (fsync), and
+    then the file was renamed into place.  It is never written again, only replaced by a rename or
+    removed.
+ 2. There is at most one flight per cache key, in all processes that share a cache root.  Only the
+    flight's leader writes its partial file.
+ 3. A flight finishes exactly once, and has left SingleFlight before its waiters wake up.  The order
+    is: rename, leave, then announce the last bytes.  So when a client has received a complete response
+    of declared length, the file is stored and counted.
+ 4. A new leader looks in the store again before it contacts the origin.
+ 5. No lock is held during a network or disk operation.  No two locks are held at the same time.  A
+    comment at each lock names the data that it guards.
+ 6. A local failure (full disk, missing permission, removed root, damaged metadata) disables caching,
+    but never fails a request.
+ 7. After the first byte of a response has been sent, the only honest way to report an error is to
+    close the connection.  A body that is shorter than declared is never ended as if it were complete.
+ 8. A client's Request is never modified.  Hop-by-hop fields are removed before any field is added.
+ 9. No request can name a path outside the root, a metadata file, or the file of another key.
+10. Every wait has a deadline, after which the waiter contacts the origin itself.
+11. pkgproxy deletes only files that it stored itself.
+12. Clients are independent: no client's speed, error or departure changes what another one receives.
+
+Two traps behind 1 and 7, in Python 3.9 to 3.13: shutil.copyfileobj() over an http.client response
+copies a truncated body without an error; and http.client reads a head that was cut off as an empty
+200, and takes an informational 103 for the final response.
+
+Specifications
+--------------
+Names in code, log and pages are those of the RFCs:
+
+    RFC 9110  HTTP semantics: fields, ranges, preconditions, Via    sections 2, 10
+    RFC 9111  HTTP caching: storing, freshness, validation          sections 3, 10
+    RFC 9112  HTTP/1.1: messages, framing, connections              sections 2, 7, 8, 13
+    RFC 9211  the Cache-Status field                                section 2
+    RFC 3986  URIs: parsing and normalisation                       section 2
+    RFC 5861  stale-while-revalidate                                section 3
+    RFC 1918, 4193, 6598 and others: special address ranges         section 4
+    RFC 8305  connecting over IPv4 and IPv6 ("happy eyeballs")      section 8
+    RFC 7617  Basic authentication, to a parent proxy               section 14
 """
 from __future__ import annotations
 
@@ -67,6 +140,7 @@ import argparse
 import base64
 import calendar
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import enum
@@ -105,11 +179,11 @@ from typing import Any, Callable, NamedTuple, Protocol, TypeVar, Union
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: there the barrier ends at the process, or is memcached's
+except ImportError:  # Windows has no flock(): instances coordinate through memcached or not at all
     fcntl = None  # type: ignore[assignment]
 try:
     import resource as _resource
-except ImportError:  # nor limits on descriptors
+except ImportError:  # Windows has no limit on file descriptors that could be read
     resource: Any = None
 else:
     resource = _resource
@@ -123,246 +197,263 @@ log = logging.getLogger("pkgproxy")
 # 1 Types and limits
 # ---------------------------------------------------------------------------------------------
 
-Fields = tuple[tuple[str, str], ...]  # in the order of the wire; names compare without case
-UNAVAILABLE_STATUSES = (500, 502, 503, 504)  # an origin's words for "not now": stale beats them
-# Limits, with their reasons.
-MAX_LINE = 16 * 1024  # request line, status line, one field: RFC 9112 §3 asks for 8,000; CDNs sign long
-MAX_HEAD = 64 * 1024  # a whole head: as much as Apache lets one grow (100 fields of 8 KiB) in practice
-MAX_FIELDS = 200  # lines in a head: Apache allows 100, Go's http2 about 250
-MAX_RANGES = 512  # in one request: librepo asks for 256 at most and halves on refusal
-MAX_CONNECTIONS = 4000  # of clients, and fewer where descriptors are few: a thread each
-MAX_LOOKUPS = 64  # names being looked up at once: a thread each, and no deadline
-HOT_CACHE_SIZE = 32  # small replies of this second, at hand to be sent again, each with an open file
-LARGE_MEMO = 1000  # results of a pure function that a hit needs again and again
-MAX_MEMOIZED = 1000  # characters of an argument whose result is remembered; only strangers send longer names
-MAX_EVENTS = 10_000  # failures, or attempts, remembered
-MAX_LOG_LINES = 10_000  # that wait to be written; what is more is lost
-MAX_REDIRECTS = 10  # followed inside for one request, as Go's client did for the original
-COPY_SIZE = 256 * 1024  # bytes moved at a time, where it is not the kernel that moves them
-SMALL_BODY = 64 * 1024  # bytes: a body up to this leaves together with its head
-LISTEN_BACKLOG = 256  # connections that wait to be accepted: a fleet that wakes up by cron comes all at once
-REQUESTS_PER_TURN = 4  # requests of one client that are answered before the next client's
-MAX_IDLE_THREADS = 16  # threads that wait for more to do
-THREAD_IDLE_TIMEOUT = 5.0  # seconds that they do so
-LARGE_SEND = 8 * 1024 * 1024  # bytes: to send so many takes longer than to go to another processor
-PUBLISH_DELAY = 0.05  # seconds without a byte from an origin: time to let other instances see what has come
-SPACE_STEP = 1024 * 1024  # bytes that a download writes between two looks at the free space
-BLOCK = 4096  # bytes that a small file takes on most file systems
-SPARE_INODES = 500  # that eviction keeps free for new downloads, beyond the reserve
-MAX_SPARE = 10**9  # bytes that eviction keeps free for new downloads, beyond the limits
-MAX_FILTERS = 1024 * 1024  # characters in a filters file
-MAX_MEMOIZED_HEAD = 4096  # bytes: a request head up to this is worth remembering
-MULTIPART_BOUNDARY = secrets.token_hex(12)  # between the parts of multipart/byteranges
-FULL_DOWNLOAD_RANGE = 1024 * 1024  # bytes: a range that starts and reaches so far is worth a whole download
-PROOF_SIZE = 4096  # bytes at each end of a package, that show whether another mirror's is the same
-MAX_CANDIDATES = 8  # places that one name is looked for in
-MIN_MATCHING_FILES = 3  # proofs in a row, after which one mirror's folder may stand in for another's
-MAX_ROWS = 20  # requests, and downloads, on the status page
-MAX_ORIGINS = 40  # told apart there and in /metrics; what is more counts as "other"
-HINT_AFTER_REQUESTS = (20, 100)  # requests: by then it can be told that a proxy is of no use to its clients
-# Times, all in seconds.
-CONNECT_ATTEMPT_DELAY = 0.25  # a try of another address of the same name: RFC 8305 §8 recommends it
-DNS_TIMEOUT = 20.0  # for the addresses of a name: a resolver asks a dead name server for 5 to 10 s
-PARENT_CONNECT_TIMEOUT = 3.0  # for a connection to a parent proxy, where origins may be asked without it
-CONNECT_TIMEOUT = 10.0  # to all addresses of a name: pacman drops a server that says nothing for 10 s
-ORIGIN_TIMEOUT = 30.0  # of silence from an origin: dnf gives up after 30 s under 1,000 B/s
-RESPONSE_HEAD_TIMEOUT = 40.0  # for the head of an answer, redirects and all: who waits is told within 45 s
-RESUME_TIMEOUT = 10.0  # the same for the rest of a download: all tries fit into a stalled client's 90 s
-FOLLOWER_HEAD_TIMEOUT = 45.0  # a follower's wait for its leader's head: what that may take, and some
-FOLLOWER_STALL_TIMEOUT = 45.0  # a follower's wait for one more byte of a partial: a stall, and a resumption
-PEER_POLL_INTERVAL = 0.03  # between two looks at what another instance downloads
-LEASE_DURATION = 10  # a lease in memcached lapses after so long: then a follower takes over
-LEASE_RENEWAL_INTERVAL = 3.0  # so often its leader renews it
-MEMCACHED_TIMEOUT = 1.0  # for memcached's answer
-MEMCACHED_BACKOFF = 5.0  # one that could not be asked is left alone for so long: less than a lease
-COMMIT_TIMEOUT = 900.0  # and for a complete one to reach the disk: 10 GB at 12 MB/s
-VALIDATION_TIMEOUT = 9.0  # for an origin, where a stored response can answer: pacman gives up after 10 s
-RESUME_BACKOFF = (0.1, 0.3, 1.0, 2.0, 4.0)  # before each new try to go on with a download that broke off
-ORIGIN_BACKOFF = 30.0  # an origin that could not be asked is not waited for again, where a stored one can answer
-IDLE_TIMEOUT = 60.0  # of a client between two requests: apt thinks for long between two .debs
-REQUEST_HEAD_TIMEOUT = 30.0  # for a whole request head once it has begun (Apache gives 40 s, nginx 60)
-LINGER_TIMEOUT = 2.0  # reading what a client still sends after our last answer
-CLIENT_TIMEOUT = 60.0  # of a client that neither reads nor writes in the middle of a message
-MIN_BODY_RATE = 1000  # bytes a second that a request's body must reach in the long run, as dnf asks of a mirror
-MIN_RATE = 4000  # bytes a second: a slower reply makes room for other clients, a slower orphan stops
-RATE_WINDOW = 10.0  # over which that is measured: a modem's acknowledgements come in bursts
-CONTINUE_TIMEOUT = 1.0  # for an origin's word on Expect: 100-continue; then the body is sent all the same
-SLOW_HEAD_AGE = 1.0  # a request head that takes longer makes place for another client, where there is no room
-TUNNEL_IDLE_TIMEOUT = 300.0  # a tunnel through which nothing moves is closed
-REFUSAL_LOG_INTERVAL = 60.0  # between two log lines that tell of one refused client
-POOL_IDLE_TIMEOUT = 15.0  # an origin's connection waits this long for its next request (nginx closes at 75)
-LOG_BATCH_DELAY = 0.02  # a log line waits so long for others, that they are written together
-POOL_CLEANUP_INTERVAL = 5.0  # between two looks at what waits too long
-OPEN_FOR = 3600.0  # a host is looked at so seldom, where only a body without a head is to be given away
+Fields = tuple[tuple[str, str], ...]  # header fields in wire order; names compare case-insensitively
+# The origin is unavailable, so a stale stored response is better than its error (RFC 9111 §4.2.4).
+UNAVAILABLE_STATUSES = (500, 502, 503, 504)
+
+# Limits of messages, in bytes unless noted.  They bound what one peer can make the proxy hold in memory.
+MAX_LINE = 16 * 1024  # a start line or field; RFC 9112 §3 asks for 8,000, and CDNs sign with long URLs
+MAX_HEAD = 64 * 1024  # a whole head; in practice as much as Apache allows (100 fields of 8 KiB)
+MAX_FIELDS = 200  # field lines in a head; Apache allows 100, Go's HTTP/2 about 250
+MAX_RANGES = 512  # ranges in one request; librepo sends up to 256 and halves that when refused
+MAX_FILTERS = 1024 * 1024  # characters in a filters file; far more than a person writes
+MAX_MEMOIZED_HEAD = 4096  # request heads up to this are memoized; longer ones rarely repeat
+MAX_MEMOIZED = 1000  # characters of an argument that is memoized; longer names come only from attackers
+# An unguessable separator: a stored body that contained it could forge parts of a multipart response.
+MULTIPART_BOUNDARY = secrets.token_hex(12)
+
+# Limits of the server.
+MAX_CONNECTIONS = 4000  # clients; fewer if descriptors are short.  Each busy one takes a thread
+LISTEN_BACKLOG = 256  # connections waiting for accept(); a fleet started by cron arrives at once
+REQUESTS_PER_TURN = 4  # requests of one client answered before the next client's turn
+MAX_IDLE_THREADS = 16  # idle threads kept; ready for the next burst of requests
+THREAD_IDLE_TIMEOUT = 5.0  # seconds an idle thread waits; within a burst the gaps are shorter
+HOT_CACHE_SIZE = 32  # small responses ready to be sent again; each holds a descriptor
+SMALL_BODY = 64 * 1024  # bytes; a body up to this is sent together with its head
+COPY_SIZE = 256 * 1024  # bytes per read or write where sendfile() is not used
+LARGE_SEND = 8 * 1024 * 1024  # bytes; sending this takes longer than moving to another processor
+MAX_EVENTS = 10_000  # failures or attempts remembered; bounds the memory that unknown hosts can take
+MAX_LOG_LINES = 10_000  # log lines waiting for a slow disk; more are dropped, because requests go first
+MAX_ROWS = 20  # requests, and downloads, on the status page; about a screenful
+MAX_ORIGINS = 40  # origins counted separately, against label explosion in Prometheus; the rest is "other"
+LARGE_MEMO = 1000  # results of a pure function that hits need again
+
+# Limits of downloads and of the cache.
+MAX_REDIRECTS = 10  # followed for one request, as by Go's http.Client
+MAX_LOOKUPS = 64  # concurrent DNS look-ups; each takes a thread, because getaddrinfo() has no timeout
+POOL_SIZE = 8  # idle connections kept to one origin; dnf downloads 3 files at a time by default
+POOL_TOTAL = 24  # idle connections kept in all; each holds a descriptor
+SPACE_STEP = 1024 * 1024  # bytes written between two checks of the free space
+BLOCK = 4096  # bytes a small file occupies on most file systems
+SPARE_INODES = 500  # free inodes, beyond the reserve, that eviction makes for new downloads
+MAX_SPARE = 10**9  # free bytes, beyond the limits, that eviction makes for new downloads
+FULL_DOWNLOAD_RANGE = 1024 * 1024  # bytes; a range that starts below this and is as long downloads the whole
+PROOF_SIZE = 4096  # bytes compared at each end of a package; another build of it differs in one of them
+MAX_CANDIDATES = 8  # stored files of one name that are compared; each is an open file
+MIN_MATCHING_FILES = 3  # matches in a row before one mirror's files may stand in for another's
+
+# Timeouts of connections to origins, in seconds.  pacman gives up after 10 s of silence, dnf after 30 s, so
+# a stale response or an error should be sent before that.
+CONNECT_ATTEMPT_DELAY = 0.25  # before another address of the same name is tried (RFC 8305 §8)
+DNS_TIMEOUT = 20.0  # a resolver tries each name server for 5 to 10 s
+PARENT_CONNECT_TIMEOUT = 3.0  # to a parent proxy that may be bypassed, so that both fit into 10 s
+CONNECT_TIMEOUT = 10.0  # to all addresses of a name; pacman drops a server after 10 s of silence
+ORIGIN_TIMEOUT = 30.0  # of silence from an origin; dnf gives up after 30 s below 1,000 B/s
+RESPONSE_HEAD_TIMEOUT = 40.0  # for a head, redirects included; less than FOLLOWER_HEAD_TIMEOUT
+RESUME_TIMEOUT = 10.0  # for a head when resuming; all attempts fit into the 90 s that clients wait
+RESUME_BACKOFF = (0.1, 0.3, 1.0, 2.0, 4.0)  # before each attempt to resume a download
+VALIDATION_TIMEOUT = 9.0  # for an origin if a stored response can answer; pacman waits 10 s
+ORIGIN_BACKOFF = 30.0  # an origin that failed is not waited for again if a stored response can answer
 ADDRESS_PENALTY = 300.0  # an address that failed is tried after the others of its name
-POOL_SIZE = 8  # idle connections kept to one origin
-POOL_TOTAL = 24  # and to all: each is a descriptor
-SHUTDOWN_GRACE = 8.0  # running replies get this long after SIGTERM; systemd and docker kill after 10
+CONTINUE_TIMEOUT = 1.0  # for 100 (Continue), then the body is sent all the same (RFC 9110 §10.1.1)
+POOL_IDLE_TIMEOUT = 15.0  # a pooled connection waits for its next request; nginx closes it after 75 s
+
+# Timeouts of clients, in seconds, and rates in bytes a second.
+IDLE_TIMEOUT = 60.0  # between two requests; apt thinks for a long time between two packages
+REQUEST_HEAD_TIMEOUT = 30.0  # for a complete head; Apache allows 40 s, nginx 60 s
+SLOW_HEAD_AGE = 1.0  # a head that takes longer may lose its connection to a new client when full
+CLIENT_TIMEOUT = 60.0  # without progress in the middle of a message, as in nginx
+LINGER_TIMEOUT = 2.0  # reading after the last response, so that a reset does not destroy it
+TUNNEL_IDLE_TIMEOUT = 300.0  # a tunnel without traffic is closed
+MIN_BODY_RATE = 1000  # of a request body in the long run, as dnf demands of a mirror
+MIN_RATE = 4000  # a slower response gives way to new clients, a slower download without client stops
+RATE_WINDOW = 10.0  # over which a rate is measured; a modem acknowledges in bursts
+REFUSAL_LOG_INTERVAL = 60.0  # between two log lines about one refused client, lest it fills the log
+
+# Timeouts among requests, processes and threads, in seconds.
+FOLLOWER_HEAD_TIMEOUT = 45.0  # a follower waits for its leader's head: RESPONSE_HEAD_TIMEOUT and some
+FOLLOWER_STALL_TIMEOUT = 45.0  # a follower waits for the next byte: a stall of the origin, and a resumption
+PEER_POLL_INTERVAL = 0.03  # between two looks at another instance's download; not noticeable to a person
+PUBLISH_DELAY = 0.05  # without data from the origin, after which other instances see what has arrived
+LEASE_DURATION = 10  # a memcached lease lapses and a follower takes over; its protocol has whole seconds
+LEASE_RENEWAL_INTERVAL = 3.0  # between two renewals; two may fail
+MEMCACHED_TIMEOUT = 1.0  # for memcached's reply; it answers in a millisecond or is down
+MEMCACHED_BACKOFF = 5.0  # before a failed memcached is tried again; less than a lease
+COMMIT_TIMEOUT = 900.0  # for a complete body to reach the disk: 10 GB at 12 MB/s
+SHUTDOWN_GRACE = 8.0  # for running responses after SIGTERM; docker kills after 10 s
+NOTIFY_INTERVAL = 10.0  # between two status texts to the service manager
+LOG_BATCH_DELAY = 0.02  # a log line waits for others, so that a burst is one write
+
+# Intervals of the cache, in seconds.
 DAY = 86400.0
-EVICTION_INTERVAL = 300.0  # between two looks at the disk
-MIN_EVICTION_PAUSE = 10.0  # at least, however often the disk is full
-MIN_EVICTION_AGE = 60.0  # what was used so lately is not swept
-ADOPT_SCAN_INTERVAL = 6 * 3600.0  # between two looks at the folders of --adopt
-NOTIFY_INTERVAL = 10.0  # between two of our states that a service manager shows
-HISTORY_SAVE_INTERVAL = 60.0  # between two looks at whether the counters have to be saved
-# What the status page plots: seconds a slot, and how many slots.
-PLOTS = {"hour": (60, 60), "day": (900, 96), "month": (21600, 120)}
+EVICTION_INTERVAL = 300.0  # between two checks of the disk; a walk over a large cache takes seconds
+MIN_EVICTION_PAUSE = 10.0  # between two runs of the evictor, however often the disk is full
+MIN_EVICTION_AGE = 60.0  # a file used more recently is kept: a client may be about to ask for it again
+OPEN_FOR = 3600.0  # a host's protection is rechecked this seldom if a bare file is all that could leak
+ADOPT_SCAN_INTERVAL = 6 * 3600.0  # between two scans of the --adopt folders, which may be large
+HISTORY_SAVE_INTERVAL = 60.0  # between two checks whether to save the counters; a crash loses no more
+
 _T = TypeVar("_T")
 
 
 def replace_fields(original: _T, **changes: Any) -> _T:
-    """A dataclass of ours with other values.  dataclasses.replace takes four times as long, and a miss makes
-    ten of them."""
+    """Return a copy of a dataclass instance with some fields replaced.
+
+    Does not check the names.  dataclasses.replace() takes four times as long, and a miss makes ten calls.
+    """
     copy = object.__new__(type(original))
     vars(copy).update(vars(original), **changes)
     return copy
 
 
 def memoize(function: Callable[[str], _T]) -> Callable[[str], _T]:
-    """Remember the results of a pure function for the last short arguments."""
+    """Memoize a pure function for the most recent arguments of up to MAX_MEMOIZED characters."""
     known = functools.lru_cache(LARGE_MEMO)(function)
     return functools.wraps(function)(lambda text: (known if len(text) <= MAX_MEMOIZED else function)(text))
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a request goes (RFC 9110 §7.1), userinfo and fragment dropped."""
+    """The target of a request: scheme, host, port and path (RFC 9110 §7.1), without userinfo or fragment."""
 
     scheme: str
     host: str  # lower case; an IPv6 address without its brackets
     port: int
-    path: str  # path and query, as the client wrote them, never empty
+    path: str  # path and query as the client wrote them; "*" or "" for OPTIONS * and CONNECT
 
     @property
     def authority(self) -> str:
-        """``host[:port]`` as it goes into Host and into names; the default port is left out."""
+        """``host[:port]`` as in the Host field; the default port is omitted."""
         host = "[%s]" % self.host if ":" in self.host else self.host
         default = 443 if self.scheme == "https" else 80
         return host if self.port == default else "%s:%d" % (host, self.port)
 
     @property
     def uri(self) -> str:
-        """The target in absolute-form."""
+        """The target in absolute-form (RFC 9112 §3.2.2)."""
         return "%s://%s%s" % (self.scheme, self.authority, self.path)
 
 
-@dataclasses.dataclass(frozen=True)
-class ParentProxy:
-    """A proxy that origins are asked through."""
+class ParentProxy(NamedTuple):
+    """A parent proxy through which origins are reached."""
 
     place: Target
-    fields: Fields = ()  # Proxy-Authorization, where its URL has a name and a password
-    or_direct: bool = False  # origins are asked without it where it can't be
+    fields: Fields = ()  # Proxy-Authorization, if the proxy's URL contains credentials
+    or_direct: bool = False  # connect to origins directly while the parent is unreachable
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Config:
-    """What the options say.  The options table of floor 9 takes its defaults from here."""
+    """The settings from the command line.  The table of options takes its defaults from here.
 
-    addrs: tuple[str, ...] = (":9999",)
-    root: str | None = None  # None: the current folder, which may hold anything
-    filters_file: str | None = None
-    allow: tuple[str, ...] = ("loopback", "private")
-    connect_ports: tuple[int, ...] = (443,)  # that CONNECT may lead to
-    heuristics: bool = True
-    offline: bool = False
-    max_size: int | None = None  # bytes below the root that are pkgproxy's; None: no limit but min_free
-    min_free: int | None = None  # bytes left on the file system; None: 5 %, at most 10 GB
-    max_orphans: int = 8  # downloads that go on when their last client has left
-    max_age: float | None = None  # seconds since a stored response was last used
-    reuse_port: bool = False  # other instances may listen on our addresses
-    instance: str = ""  # our name among several; none: the addresses tell them apart
-    sharing: bool = True  # of files between mirrors, where no digest in the name proves them
-    filters: tuple[re.Pattern[str], ...] = ()  # parsed from filters_file, at start and on SIGHUP
-    barrier: tuple[tuple[str, int], ...] = ()  # memcached servers; none: the file system's locks
-    pseudonym: str = "pkgproxy"  # our name in Via and Cache-Status (RFC 9110 §7.6.3)
-    ca_file: str | None = None  # certificates (PEM) that are trusted besides the system's
-    parents: tuple[tuple[str, ParentProxy], ...] = ()  # by the scheme of the origins
-    no_proxy: tuple[str, ...] = ()  # origins that are asked without a parent
-    adopt: tuple[str, ...] = ()  # folders with packages that are the user's own
-    names: tuple[str, ...] = ()  # by which clients call this proxy, besides the host's own
+    Compared by identity: functions that memoize results by their Config hash it for each hit.
+    """
 
-    def __hash__(self) -> int:
-        """Enough to remember results by."""
-        return hash(self.pseudonym)
+    addrs: tuple[str, ...] = (":9999",)  # to listen on
+    root: str | None = None  # cache directory; None: the current one, which may also hold other files
+    filters_file: str | None = None  # path of the file that `filters` are read from
+    allow: tuple[str, ...] = ("loopback", "private")  # client networks: names of NETWORKS, or CIDR
+    connect_ports: tuple[int, ...] = (443,)  # allowed for CONNECT
+    heuristics: bool = True  # heuristic freshness (RFC 9111 §4.2.2)
+    offline: bool = False  # never contact an origin
+    max_size: int | None = None  # bytes the cache may occupy; None: bounded by min_free only
+    min_free: int | None = None  # bytes to leave free on the file system; None: 5 %, at most 10 GB
+    max_orphans: int = 8  # downloads that may continue after their last client has left
+    max_age: float | None = None  # seconds since its last use after which a stored response is removed
+    reuse_port: bool = False  # let other instances listen on the same addresses
+    instance: str = ""  # name of this instance; "": the addresses tell instances apart
+    sharing: bool = True  # share files between mirrors even without a digest in the name
+    filters: tuple[re.Pattern[str], ...] = ()  # URIs that are never cached; reread on SIGHUP
+    barrier: tuple[tuple[str, int], ...] = ()  # memcached servers; none: file locks coordinate instances
+    pseudonym: str = "pkgproxy"  # this proxy in Via and Cache-Status (RFC 9110 §7.6.3)
+    ca_file: str | None = None  # certificates (PEM) trusted in addition to the system's
+    parents: tuple[tuple[str, ParentProxy], ...] = ()  # by the scheme of the origin
+    no_proxy: tuple[str, ...] = ()  # origins to reach without a parent
+    adopt: tuple[str, ...] = ()  # directories with the user's own packages, never modified
+    names: tuple[str, ...] = ()  # host names of this proxy, in addition to the machine's
 
 
 class Readable(Protocol):
-    """What a request's body, an origin's response and a file have in common."""
+    """A request's body, an origin's response, or a file."""
 
     def read(self, size: int = -1, /) -> bytes:
-        """Return up to ``size`` bytes, b"" at the end."""
-        ...
+        """Return up to ``size`` bytes; b"" at the end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One request, as it came in.  Never modified (invariant 8)."""
+    """A client's request, as received; never modified (invariant 8)."""
 
     method: str
-    uri: str  # the request target as received: what filters search and the log shows
+    uri: str  # the request target; filters search it and the log shows it
     target: Target
     fields: Fields
     version: tuple[int, int] = (1, 1)
     body: Readable | None = None
-    length: int | None = 0  # of the body; None: chunked
+    length: int | None = 0  # bytes of the body; None: chunked
     client: str = "127.0.0.1"
-    server_address: str = ""  # our address by which the client reached us
-    received: float = 0.0  # clock time
-    key: str = ""  # cache key (RFC 9111 §2)
-    is_own_page: bool = False  # for our own pages
+    server_address: str = ""  # local address of the client's connection
+    received: float = 0.0  # wall clock
+    key: str = ""  # cache key (RFC 9111 §2); "" if the target cannot be cached
+    is_own_page: bool = False  # for a page of the proxy itself
     client_prefix: str = ""  # what the client wrote before the target: "/", or HTTPS_HOST
-    client_is_local: bool = False  # the client is on this host
-    known_missing: bool = False  # a moment ago nothing was stored for it
+    client_is_local: bool = False  # the client runs on this host
+    known_missing: bool = False  # the event loop has just found nothing stored
+    timings: dict[str, float] | None = None  # monotonic time of each step, by name; None: they are not logged
 
     def __hash__(self) -> int:
-        """Enough to remember results by: a body has none, and all fields take long."""
+        """Hash the URI only: it tells most requests apart, and hashing all fields takes long."""
         return hash(self.uri)
+
+
+def mark(timings: dict[str, float] | None, step: str) -> None:
+    """Record when a request first reached a step, for the log line that ``-v`` writes.
+
+    Another thread may be adding a step: copy ``timings`` before iterating over it.
+    """
+    if timings is not None:
+        timings.setdefault(step, time.monotonic())
 
 
 @dataclasses.dataclass(frozen=True)
 class ResponseHead:
-    """Status and fields of a response, live or stored.  Times are clock seconds."""
+    """Status line and header fields of a response, plus what the cache knows about it."""
 
     status: int
     reason: str
     fields: Fields
-    key: str = ""  # requested: what it is stored under
-    final_uri: str = ""  # the target that answered, after redirects
-    vary: Fields = ()  # the request's fields that Vary names (RFC 9111 §4.1)
-    request_time: float = 0.0  # when the request for it, or its last validation, was sent
-    response_time: float = 0.0  # when it, or its last validation, arrived
-    size: int = -1  # of the body it describes
-    mtime_ns: int = 0  # of the body it describes: with size, the body's name (DESIGN §4)
-    boot_id: str = ""  # of the machine, where its body may not have reached the disk yet
-    flushed_size: int = -1  # bytes of such a body that have, as far as is known
-    local_clients_only: bool = False  # it came from where only clients on this host may go: it is for them alone
-    same_as: str = ""  # what its body was found to be the same as, instead of being fetched
+    key: str = ""  # cache key of the request
+    final_uri: str = ""  # target of the response, after redirects
+    vary: Fields = ()  # request fields named by Vary (RFC 9111 §4.1)
+    request_time: float = 0.0  # wall clock: when the request, or the last validation, was sent
+    response_time: float = 0.0  # wall clock: when the response to it arrived
+    size: int = -1  # bytes of the stored body
+    mtime_ns: int = 0  # of the body file; with the size it tells one stored body from another
+    local_clients_only: bool = False  # from an origin that only clients on this host may reach
+    same_as: str = ""  # the identical stored file that was used in place of a download
 
     def __hash__(self) -> int:
-        """Enough to remember results by."""
+        """Hash what tells two stored heads apart; hashing all fields takes long."""
         return hash((self.key, self.mtime_ns, self.response_time))
 
 
 class RandomAccessFile(Protocol):
-    """An open file whose readers do not move the position that its writer is at."""
+    """An open file that many threads read at positions of their own."""
 
     def fileno(self) -> int:
-        """Its descriptor."""
-        ...
+        """Return the file descriptor."""
 
     def read_at(self, size: int, offset: int) -> bytes:
-        """Up to ``size`` bytes from ``offset``; OSError."""
-        ...
+        """Return up to ``size`` bytes from ``offset``; raise OSError."""
 
 
 class FileSlice(NamedTuple):
-    """A part of an open file, for the kernel to send: ``stop`` is exclusive."""
+    """A byte range of an open file that can be sent with sendfile()."""
 
     file: RandomAccessFile
     start: int
-    stop: int
-    fallback: Callable[[int, int], Iterator[bytes]] | None = None  # what comes instead where it cannot be read
+    stop: int  # exclusive
+    fallback: Callable[[int, int], Iterator[bytes]] | None = None  # yields [start, stop) if reading fails
 
     @property
     def size(self) -> int:
@@ -370,191 +461,175 @@ class FileSlice(NamedTuple):
         return self.stop - self.start
 
 
-UNKNOWN_END = 2**62  # the stop of a span that ends where the body ends
-Span = Union[bytes, "tuple[int, int]"]  # literal bytes, or [start, stop) of a representation
-
-
-@dataclasses.dataclass(frozen=True)
-class EvictionReport:
-    """What a sweep found and did."""
-
-    files: int  # stored responses found
-    size: int  # bytes on the disk of all that is pkgproxy's: bodies, bookkeeping, downloads
-    removed: int  # stored responses
-    freed: int  # bytes
-
-
 class ResponseBody(Protocol):
-    """A reply's body.  Whoever holds it closes it; close() may be called again."""
+    """The body of a response; yields bytes or file slices.  Its owner closes it, perhaps more than once."""
 
-    length: int | None  # bytes; None: known only at its end
+    length: int | None  # bytes; None: unknown until the end
 
     @property
     def origin_bytes(self) -> int:
-        """Bytes so far that did not come from the cache: an origin's, and multipart lines."""
-        ...
+        """Bytes so far that are not from the cache: from an origin, or multipart delimiters."""
 
     def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield the body in order; raise OSError or Failure where it cannot be completed."""
-        ...
+        """Yield the body in order; raise OSError or ProxyError if it cannot be completed."""
 
     def close(self) -> None:
         """Release files and connections."""
-        ...
 
 
 class Outcome(enum.Enum):
-    """How a request was answered.  Log, counters, Cache-Status and pages share these words."""
+    """How a request was answered: the word for log, counters and pages, and all that depends on it.
 
-    HIT = "hit"  # from the file, nobody asked
-    VALIDATED = "validated"  # from the file, after the origin said 304
-    STALE = "stale"  # from the file, because the origin cannot be asked
-    COLLAPSED = "collapsed"  # from another client's download
-    SHARED = "shared"  # from another mirror's file, which is the same
-    MISS = "miss"  # downloaded, and being stored
-    UPDATED = "updated"  # stored before, but the origin has a new one, being stored
-    RELAYED = "relayed"  # from the origin, not kept: the answer may not be, or the disk refused
-    BYPASS = "bypass"  # from the origin, not kept: a filter or the method says so
-    TUNNEL = "tunnel"  # bytes both ways, unseen (CONNECT)
-    OWN = "own"  # a page of ours
-    REFUSED = "refused"  # the request's fault, or not allowed
-    FAILED = "failed"  # the origin's fault
+    >>> Outcome("shared").from_cache, Outcome.FAILED.value, Outcome.FAILED.colour
+    (True, 'failed', 'bad')
+    """
 
+    from_cache: bool  # the body came from a stored file or a download that another request had started
+    in_hit_rate: bool  # counts as a request that the cache might have answered
+    colour: str  # class in the status page: "cache", "origin" or "bad"
+    hint: str  # why there is no hit, if this is the most frequent outcome; "": the response's detail
 
-CACHE_OUTCOMES = (Outcome.HIT, Outcome.VALIDATED, Outcome.STALE, Outcome.COLLAPSED, Outcome.SHARED)
+    def __new__(cls, word: str, colour: str = "origin", in_hit_rate: bool = False, from_cache: bool = False,
+                hint: str = "") -> Outcome:
+        """Make a member whose value is its word alone, so that Outcome(word) finds it."""
+        member = object.__new__(cls)
+        member._value_, member.colour, member.in_hit_rate = word, colour, in_hit_rate
+        member.from_cache, member.hint = from_cache, hint
+        return member
 
-
-class SendResult(NamedTuple):
-    """What has left of an answer."""
-
-    size: int  # bytes of its body
-    cached: int  # of which no origin had to send for it
-    took: float  # seconds
-    whole: bool
-    quiet: bool = False  # nothing to log
+    #           word         colour    in rate  cached
+    HIT = "hit", "cache", True, True  # from a stored file, without asking the origin
+    VALIDATED = "validated", "cache", True, True  # from a stored file, after the origin's 304
+    STALE = "stale", "bad", True, True  # from a stored file, because the origin is unavailable
+    COLLAPSED = "collapsed", "cache", True, True  # from a download started for another client
+    SHARED = "shared", "cache", True, True  # from an identical file of another mirror
+    MISS = ("miss", "origin", True, False,  # downloaded and stored
+            "each was for another file. That is normal while the cache fills; otherwise let all machines use"
+            " the same mirror")
+    UPDATED = "updated", "origin", True, False  # downloaded to replace an outdated stored file
+    RELAYED = "relayed", "origin", True, False  # not stored: the response forbids it, or the disk failed
+    BYPASS = ("bypass", "origin", True, False,  # not stored: because of a filter or the method
+              "most matched a filter, or were not GET requests. Indexes need no filters")
+    TUNNEL = "tunnel", "origin", False, False  # opaque bytes in both directions (CONNECT)
+    OWN = "own", "origin", False, False  # a page of the proxy itself
+    REFUSED = "refused", "bad", False, False  # an invalid or forbidden request
+    FAILED = "failed", "bad", False, False, "most origins are unreachable"  # an error of the origin
 
 
 class Action(enum.Enum):
-    """What decide() orders."""
+    """What decide() tells the proxy to do."""
 
-    SERVE = "serve"
-    VALIDATE = "validate"
-    FETCH = "fetch"
-    PASS = "pass"
-    REFUSE = "refuse"
+    SERVE = "serve"  # send the stored response
+    VALIDATE = "validate"  # ask the origin whether the stored response is current
+    FETCH = "fetch"  # download and store
+    PASS = "pass"  # forward this client's request, and store nothing
+    REFUSE = "refuse"  # send an error, because no origin may be asked
 
 
 class NameClass(enum.Enum):
-    """What a file's name says about its life (see the decision table in the README)."""
+    """What a file name tells about how the file changes; POLICIES has the consequences."""
 
-    CONTENT = "content-named"
-    PACKAGE = "package"
-    INDEX = "index"
-    OTHER = "other"
-
-
-@dataclasses.dataclass(frozen=True)
-class CachePolicy:
-    """Where a name's class overrules what the origin says of a response."""
-
-    lifetime: float | None  # seconds it is fresh; None: the origin's word (RFC 9111 §4.2)
-    refresh: float | None  # seconds since its last validation, after which a hit starts another behind it
-    heeds_max_age: bool  # whether a client's max-age leads to a validation
-    redirects: bool  # followed inside, and the file stored under the requested name
-    html: bool  # whether text/html can be what was asked for
-    always_stale: bool  # may answer stale whatever the origin says, where that can't be asked
+    CONTENT = "content-named"  # contains a digest of the content, or something as unique: never changes
+    PACKAGE = "package"  # name and version: one file, unless it is uploaded again
+    INDEX = "index"  # changes at any time, and must match its neighbours
+    OTHER = "other"  # unknown: the response's own fields decide
 
 
-# A mirror's max-age knows nothing of packages: this is the one place where its word doesn't count.
+class CachePolicy(NamedTuple):
+    """How one class of names is cached, whatever the origin's headers say."""
+
+    lifetime: float | None  # seconds of freshness; None: by the response's fields (RFC 9111 §4.2)
+    refresh: float | None = None  # seconds since the last validation, after which a hit starts another
+    heeds_max_age: bool = True  # the client's max-age can force a validation
+    redirects: bool = True  # follow redirects, and store the file under the requested name
+    html: bool = False  # text/html can be the requested file, not a captive portal's or error page
+    always_stale: bool = True  # may be served stale if the origin is unavailable, whatever its fields say
+
+
+# Mirrors send the same max-age for packages and indexes, so this table is the one place that overrides it.
 POLICIES = {
-    # A name that holds a digest of its content, or as good as one, never means anything else.
-    NameClass.CONTENT: CachePolicy(math.inf, None, heeds_max_age=False, redirects=True, html=False,
-                              always_stale=True),
-    # A package's name and version mean one file, but for those that are uploaded again.
-    NameClass.PACKAGE: CachePolicy(math.inf, DAY, heeds_max_age=True, redirects=True, html=False,
-                              always_stale=True),
-    # An index must be right now, and fit its neighbours; its clients check its signature and date.
-    NameClass.INDEX: CachePolicy(0, None, heeds_max_age=True, redirects=True, html=True, always_stale=True),
-    NameClass.OTHER: CachePolicy(None, None, heeds_max_age=True, redirects=False, html=True, always_stale=False),
+    NameClass.CONTENT: CachePolicy(math.inf, heeds_max_age=False),  # a max-age could only confirm the file
+    NameClass.PACKAGE: CachePolicy(math.inf, refresh=DAY),  # some repositories do upload a version again
+    NameClass.INDEX: CachePolicy(0, html=True),  # stale is safe: clients check signature and date
+    NameClass.OTHER: CachePolicy(None, redirects=False, html=True, always_stale=False),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheDecision:
-    """What to do with a request, and why: ``forward`` is the reason in Cache-Status' words."""
+    """What to do with a request, and why."""
 
     action: Action
     name_class: NameClass
-    forward: str = ""  # RFC 9211 §2.2: uri-miss, vary-miss, stale, request, bypass, method
-    ttl: int | None = None  # seconds of freshness left, where that is known
-    refresh: bool = False  # serve, and validate in the background
+    forward: str = ""  # fwd of Cache-Status (RFC 9211 §2.2): uri-miss, vary-miss, stale, request ...
+    ttl: int | None = None  # seconds of freshness left, negative if stale; None: unknown or unlimited
+    refresh: bool = False  # after SERVE, validate in the background
 
     @property
     def policy(self) -> CachePolicy:
-        """What the name's class overrules."""
+        """The policy of the name's class."""
         return POLICIES[self.name_class]
 
 
-@dataclasses.dataclass(frozen=True)
-class CacheStatus:
+class CacheStatus(NamedTuple):
     """One member of the Cache-Status field (RFC 9211)."""
 
     outcome: Outcome
-    forward: str = ""
-    forward_status: int = 0
-    stored: bool = False
-    ttl: int | None = None
-    detail: str = ""
+    forward: str = ""  # fwd: why the origin was asked (§2.2); "": it was not
+    forward_status: int = 0  # fwd-status: the origin's status (§2.3)
+    stored: bool = False  # the response is being stored (§2.5)
+    ttl: int | None = None  # seconds of freshness left (§2.4)
+    detail: str = ""  # for people: what else led to the outcome (§2.8)
 
 
 class ProxyError(Exception):
-    """A request that cannot be satisfied; ``status`` and the sentence go to the client."""
+    """A request that cannot be satisfied; carries the status and the message for the client."""
 
     status = 500
     outcome = Outcome.REFUSED
 
-    def __init__(self, sentence: str, status: int = 0) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
         self.status = status or self.status
 
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """What the Door sends."""
+    """A response to a client: head, body, and how the cache produced it."""
 
     head: ResponseHead
     body: ResponseBody
     cache_status: CacheStatus
-    counts_as_cached: bool = False  # its body bytes come from the cache
+    counts_as_cached: bool = False  # count the bytes of its body as sent from the cache
     fallback: Callable[[Exception], Response] | None = None  # if the body fails before its first byte
 
 
 class HeadTooLargeError(ValueError):
-    """A head, or a line of one, that is larger than we take; ``status`` is what a client is told."""
+    """A head that exceeds a limit; ``status`` is for the client (414, or 431: RFC 6585 §5)."""
 
-    def __init__(self, sentence: str, status: int = 431) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str, status: int = 431) -> None:
+        super().__init__(message)
         self.status = status
 
 
 class BadRequestError(ProxyError):
-    """The client's message breaks RFC 9112 (400, 414, 431 …): the connection is closed."""
+    """A malformed or ambiguous request (400, 414, 431 ...); its connection is closed (RFC 9112 §2.2)."""
 
     status = 400
 
 
 class OriginError(ProxyError):
-    """The origin refused the connection, or answered what is no HTTP (502)."""
+    """The origin is unreachable, or its response is not valid HTTP (502)."""
 
     status = 502
     outcome = Outcome.FAILED
 
-    def __init__(self, sentence: str, target: Target | None = None, unreachable: bool = False,
+    def __init__(self, message: str, target: Target | None = None, unreachable: bool = False,
                  status: int = 0) -> None:
-        super().__init__(sentence, status)
-        self.target = target  # which of the origins on the way failed; None: the one that was asked
-        # Whether other requests to this host would fail as well, or wait in vain.  Not set for errors that
-        # the request itself may have caused: a status, or a connection that the origin closed.
+        super().__init__(message, status)
+        self.target = target  # the origin that failed, after redirects; None: the requested one
+        # Other requests to this host would fail, too.  Not set for errors that the request itself may
+        # have caused, such as an error status or a connection closed early.
         self.unreachable = unreachable or self.status == 504
 
 
@@ -569,15 +644,15 @@ class TruncatedBodyError(OriginError):
 
 
 class CannotResumeError(OriginError):
-    """What has begun cannot be, or is not to be, gone on with: the origin has another file now, say."""
+    """The download cannot be resumed, for example because the file has changed at the origin."""
 
 
 class DownloadAbandonedError(CannotResumeError):
-    """Nobody waits for a download any more, and others without a client go on already."""
+    """The download has no client left, and as many others as allowed already continue without one."""
 
 
 class StorageError(Exception):
-    """The cache cannot be used; the reply must not suffer (invariant 6)."""
+    """The cache could not be used; the client still gets its response from the origin (invariant 6)."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(error.strerror or str(error))
@@ -585,7 +660,7 @@ class StorageError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------
-# 2 HTTP messages: pure functions, no clock, no disk, no socket
+# 2 HTTP messages: pure functions, without clock, disk or socket
 # ---------------------------------------------------------------------------------------------
 
 # Fields (RFC 9110 §5) ------------------------------------------------------------------------
@@ -593,19 +668,15 @@ class StorageError(Exception):
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 §5.6.2
 _TOKEN = re.compile(TOKEN)
-_NO_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # no field value holds these (RFC 9110 §5.5)
-# A quoted string that never ends goes to the end, lest it is searched for again and again.
-_DIRECTIVE = re.compile(
-    r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|(%s)(?:[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)(?:"|\\?\Z)|([^\s,]*)))?' % TOKEN,
-    re.S)
-# RFC 9110 §7.6.1, and what older software sends; Connection adds names of its own.
+_NO_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # forbidden in field values (RFC 9110 §5.5)
+# RFC 9110 §7.6.1, and the fields of older software.  Connection names further ones.
 HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization",
      "proxy-authentication-info", "te", "trailer", "transfer-encoding", "upgrade"))
 
 
 def field_values(fields: Fields, name: str) -> tuple[str, ...]:
-    """Every value of a field, in order.
+    """Return all values of a field, in order.
 
     >>> field_values((("Via", "1.1 a"), ("via", "1.1 b")), "Via")
     ('1.1 a', '1.1 b')
@@ -615,7 +686,7 @@ def field_values(fields: Fields, name: str) -> tuple[str, ...]:
 
 
 def field_value(fields: Fields, name: str) -> str | None:
-    """The first value of a field, or None: absent is not empty."""
+    """Return the first value of a field; None, and not "", if the field is absent."""
     name = name.lower()
     for other, text in fields:
         if other.lower() == name:
@@ -624,28 +695,30 @@ def field_value(fields: Fields, name: str) -> str | None:
 
 
 def list_members(fields: Fields, name: str) -> list[str]:
-    """The members of a list-valued field without quoted strings, in lower case (RFC 9110 §5.6.1)."""
+    """Return the lower-cased members of a list-valued field without quoted strings (RFC 9110 §5.6.1)."""
     parts = ",".join(field_values(fields, name)).lower().split(",")
     return [part.strip(" \t") for part in parts if part.strip(" \t")]
 
 
 def without_fields(fields: Fields, names: Iterable[str]) -> Fields:
-    """The fields whose names (lower case) are not among ``names``."""
+    """Return the fields whose names are not among ``names`` (lower case)."""
     drop = frozenset(names)
     return tuple((name, text) for name, text in fields if name.lower() not in drop)
 
 
-def _only(fields: Fields, names: frozenset[str]) -> Fields:
-    return tuple(field for field in fields if field[0].lower() in names)
-
-
 def end_to_end(fields: Fields) -> Fields:
-    """The fields that a proxy passes on: RFC 9110 §7.6.1.  Content-Length is the framing's."""
+    """Return the fields that a proxy forwards (RFC 9110 §7.6.1), without Content-Length.
+
+    The proxy writes Content-Length itself, because it may frame the body differently.
+    """
     return without_fields(fields, HOP_BY_HOP.union(list_members(fields, "Connection"), ("content-length",)))
 
 
 def parse_fields(lines: list[str]) -> Fields:
-    """Parse field lines without their CRLF (RFC 9112 §5); ValueError says what is wrong.
+    """Parse field lines without their CRLF (RFC 9112 §5); raise ValueError.
+
+    White space before the colon and folded lines are errors (§5.1, §5.2): two parsers could read them
+    differently, which allows request smuggling.
 
     >>> parse_fields(["Host: a", "X:  b c "])
     (('Host', 'a'), ('X', 'b c'))
@@ -656,18 +729,14 @@ def parse_fields(lines: list[str]) -> Fields:
     for line in lines:
         name, colon, text = line.partition(":")
         if not (colon and _TOKEN.fullmatch(name)) or _NO_TEXT.search(text):
-            raise ValueError("no field line: %.60r" % (name if colon else ""))  # its value may be a password
+            # Show the name at most: the value may be a password.
+            raise ValueError("invalid field line: %.60r" % (name if colon else ""))
         fields.append((name, text.strip(" \t")))
     return tuple(fields)
 
 
-def storable_fields(fields: Fields) -> Fields:
-    """What is stored of a response's fields: a cookie is for one client only."""
-    return without_fields(end_to_end(fields), ("set-cookie",))
-
-
 def parse_delta_seconds(text: str | None) -> int:
-    """delta-seconds (RFC 9111 §1.2.2): what is none counts as 0, what is huge as 2**31.
+    """Parse delta-seconds (RFC 9111 §1.2.2): an invalid value counts as 0, a huge one as 2**31.
 
     >>> [parse_delta_seconds(text) for text in ("60", "-1", None, "9" * 30, "1.5")]
     [60, 0, 0, 2147483648, 0]
@@ -675,23 +744,6 @@ def parse_delta_seconds(text: str | None) -> int:
     if text is None or not (text.isascii() and text.isdigit()):
         return 0
     return min(int(text[:12]), 2**31)
-
-
-def cache_directives(fields: Fields, name: str = "Cache-Control") -> dict[str, str | None]:
-    """Parse Cache-Control (RFC 9111 §5.2); of a repeated directive the smaller argument counts.
-
-    >>> cache_directives((("Cache-Control", 'max-age=5, private="a, b"'), ("cache-control", "MAX-AGE=3")))
-    {'max-age': '3', 'private': 'a, b'}
-    """
-    found: dict[str, str | None] = {}
-    for match in _DIRECTIVE.finditer(",".join(field_values(fields, name))):
-        if match[1] is None:
-            continue  # a quoted string on its own
-        key = match[1].lower()
-        argument = match[2] if match[2] is not None else match[3]
-        if key not in found or (argument or "0").isdigit() and parse_delta_seconds(argument) < parse_delta_seconds(found[key]):
-            found[key] = argument
-    return found
 
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -704,7 +756,9 @@ _DATES = tuple(
 
 
 def parse_date(text: str | None) -> float | None:
-    """An HTTP-date in any of its three formats (RFC 9110 §5.6.7) as clock seconds, else None.
+    """Parse an HTTP-date in any of its three formats (RFC 9110 §5.6.7).
+
+    Returns clock seconds, or None if it is invalid.
 
     >>> [parse_date(text) for text in ("Sun, 06 Nov 1994 08:49:37 GMT",
     ...     "Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994", "0")]
@@ -715,17 +769,17 @@ def parse_date(text: str | None) -> float | None:
         if not match or match["m"].lower() not in _MONTHS:
             continue
         year = int(match["y"])
-        year += 0 if year > 99 else 2000 if year < 70 else 1900
+        year += 0 if year > 99 else 2000 if year < 70 else 1900  # RFC 850 has two digits
         hour, minute, second = (int(part) for part in match["t"].split(":"))
         day, month = int(match["d"]), _MONTHS.index(match["m"].lower()) + 1
-        if not (1 <= day <= 31 and hour < 24 and minute < 60 and second <= 60):
+        if not (1 <= day <= 31 and hour < 24 and minute < 60 and second <= 60):  # 60: a leap second
             return None
         return float(calendar.timegm((year, month, day, hour, minute, second)))
     return None
 
 
 def format_http_date(clock: float) -> str:
-    """An IMF-fixdate (RFC 9110 §5.6.7)."""
+    """Format clock seconds as an IMF-fixdate (RFC 9110 §5.6.7)."""
     return formatdate(int(clock), usegmt=True)
 
 
@@ -733,7 +787,7 @@ def format_http_date(clock: float) -> str:
 
 
 def parse_request_line(line: str) -> tuple[str, str, tuple[int, int]]:
-    """Method, target and version of a request line without its CRLF (RFC 9112 §3).
+    """Parse a request line without its CRLF into method, target and version (RFC 9112 §3).
 
     >>> parse_request_line("GET http://a/b HTTP/1.1")
     ('GET', 'http://a/b', (1, 1))
@@ -742,40 +796,43 @@ def parse_request_line(line: str) -> tuple[str, str, tuple[int, int]]:
     if len(parts) != 3 or not _TOKEN.fullmatch(parts[0]) or not parts[1]:
         raise BadRequestError("The request line is not 'METHOD target HTTP/1.1'.")
     if re.search(r"[\x00-\x20\x7f]", parts[1]):
-        raise BadRequestError("The request target holds a control character.")
+        raise BadRequestError("The request target contains a control character.")
     match = re.fullmatch(r"HTTP/(\d)\.(\d)", parts[2])
     if not match:
         raise BadRequestError("The request line does not end in an HTTP version.")
     if match[1] != "1":
-        raise BadRequestError("HTTP/%s.%s is not spoken here; use HTTP/1.1." % (match[1], match[2]), 505)
-    return parts[0], parts[1], (1, min(int(match[2]), 1))
+        raise BadRequestError("%s is not supported; use HTTP/1.1." % match[0], 505)
+    return parts[0], parts[1], (1, min(int(match[2]), 1))  # a later minor version is read as 1.1 (§2.3)
 
 
 def parse_status_line(line: str) -> tuple[tuple[int, int], int, str]:
-    """Version, status and reason of a status line without its CRLF (RFC 9112 §4); or ValueError.
+    """Parse a status line without its CRLF into version, status and reason (RFC 9112 §4); raise ValueError.
 
     >>> parse_status_line("HTTP/1.1 200 OK")
     ((1, 1), 200, 'OK')
     """
     match = re.fullmatch(r"HTTP/1\.(\d) ([1-5]\d\d)(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?", line)
     if not match:
-        raise ValueError("no HTTP/1 status line: %.60r" % line)
+        raise ValueError("not an HTTP/1 status line: %.60r" % line)
     return (1, min(int(match[1]), 1)), int(match[2]), match[3] or ""
 
 
 def content_length(fields: Fields) -> int | None:
-    """The one Content-Length (RFC 9112 §6.2), None without; ValueError where they are in doubt."""
+    """Return Content-Length, or None if absent (RFC 9112 §6.2); raise ValueError if invalid.
+
+    Equal values may be repeated, as §6.3 step 5 allows; request_framing() is stricter.
+    """
     found = {part.strip(" \t") for text in field_values(fields, "Content-Length") for part in text.split(",")}
     if not found:
         return None
     text = found.pop()
     if found or not (text.isascii() and text.isdigit()) or len(text) > 18:
-        raise ValueError("Content-Length in doubt")
+        raise ValueError("invalid or contradictory Content-Length")
     return int(text)
 
 
 def is_chunked(fields: Fields) -> bool:
-    """Whether the body is chunked (RFC 9112 §6.1); ValueError for a coding that we don't speak."""
+    """Return whether the body is chunked (RFC 9112 §6.1); raise ValueError for any other coding."""
     codings = list_members(fields, "Transfer-Encoding")
     if not codings and field_value(fields, "Transfer-Encoding") is None:
         return False
@@ -788,27 +845,36 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7
 
 
 def parse_chunk_size(line: bytes) -> int:
-    """The size in a chunk's first line, with its CRLF (RFC 9112 §7.1); ValueError.
+    """Parse the first line of a chunk, CRLF included (RFC 9112 §7.1); raise ValueError.
 
-    >>> parse_chunk_size(b"1f;name=field_value\\r\\n")
+    >>> parse_chunk_size(b"1f;name=value\\r\\n")
     31
     """
     match = _CHUNK_SIZE.fullmatch(line)
     if not match:
-        raise ValueError("no chunk size: %.20r" % line)
+        raise ValueError("invalid chunk size: %.20r" % line)
     return int(match[1], 16)
 
 
 def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
-    """The length of a request's body, None if chunked (RFC 9112 §6.3); BadRequest where in doubt."""
+    """Return the length of a request's body, None if chunked (RFC 9112 §6.3); raise BadRequestError.
+
+    §6.3 allows to repair some contradictions.  The proxy refuses all of them, because a client and a
+    server that disagree about where a message ends are what request smuggling needs.
+    """
     try:
         length, chunked = content_length(fields), is_chunked(fields)
     except ValueError as error:
-        raise BadRequestError("The body's framing is not clear: %s." % error) from None
-    if len(field_values(fields, "Content-Length")) > 1 or "," in (field_value(fields, "Content-Length") or ""):
-        raise BadRequestError("The body's framing is not clear: more than one Content-Length.")
+        raise BadRequestError("The length of the body is ambiguous: %s." % error) from None
+    # Step 5: repeated lengths, even equal ones.
+    lengths = field_values(fields, "Content-Length")
+    if len(lengths) > 1 or "," in "".join(lengths):
+        raise BadRequestError("The length of the body is ambiguous: more than one Content-Length.")
+    # Step 3: Transfer-Encoding would override the length.  HTTP/1.0 has no Transfer-Encoding (§6.1).
     if chunked and (length is not None or version < (1, 1)):
-        raise BadRequestError("The body's framing is not clear: both Content-Length and Transfer-Encoding.")
+        raise BadRequestError("The length of the body is ambiguous: Transfer-Encoding with Content-Length, or"
+                              " with HTTP/1.0.")
+    # Step 4: chunked.  Step 6: the declared length.  Step 7: a request without either has no body.
     return None if chunked else length or 0
 
 
@@ -817,49 +883,48 @@ def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
 _HOST = re.compile(r"(?!\.)(?!.*\.\.)[a-z0-9._-]{1,253}")
 _USERINFO = re.compile(r"[A-Za-z0-9\-._~!$&'()*+,;=:%]*")
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-_ODD = re.compile(r"[^A-Za-z0-9\-._~!$&'()*+,;=:@/?%\[\]]")  # what RFC 3986 has no place for
+_ODD = re.compile(r"[^A-Za-z0-9\-._~!$&'()*+,;=:@/?%\[\]]")  # not allowed in a URI (RFC 3986)
 _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
 
 
 def split_authority(authority: str, default_port: int) -> tuple[str, int]:
-    """Host and port of ``[userinfo@]host[:port]``; BadRequest where it is none."""
-    userinfo, _, place = authority.rpartition("@")
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::(\d{0,5}))?", place)
+    """Split ``[userinfo@]host[:port]`` into host and port; raise BadRequestError.
+
+    The errors do not show the text, except for a host: it may contain a part of a password.
+    """
+    userinfo, _, host_port = authority.rpartition("@")
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::(\d{0,5}))?", host_port)
     if not match or not _USERINFO.fullmatch(userinfo):
-        raise BadRequestError("The URL has no valid host and port.")  # what it has may be part of a password
+        raise BadRequestError("The URL has no valid host and port.")
     host, port = match[1].lower(), int(match[2] or default_port)
     if host.startswith("["):
         try:
             host = ipaddress.IPv6Address(host[1:-1]).compressed
         except ValueError:
-            raise BadRequestError("'%.80s' is no IPv6 address." % host) from None
+            raise BadRequestError("'%.80s' is not an IPv6 address." % host) from None
     elif not _HOST.fullmatch(host):
-        raise BadRequestError("'%.80s' is no host name." % host)
+        raise BadRequestError("'%.80s' is not a host name." % host)
     if not 0 < port < 65536:
-        raise BadRequestError("%d is no port." % port)
+        raise BadRequestError("%d is not a port." % port)
     return host, port
 
 
 def is_address(host: str) -> bool:
-    """Whether a host is an address, not a name."""
+    """Return whether a host is an IP address and not a name."""
     try:
         return bool(ipaddress.ip_address(host))
     except ValueError:
         return False
 
 
-def _percent(match: re.Match[str]) -> str:
+def _percent_encode(match: re.Match[str]) -> str:
     return "".join("%%%02X" % byte for byte in match[0].encode("latin-1", "replace"))
 
 
-def _normal(text: str, keep: frozenset[str]) -> str:
-    """Percent-encoding without choice: decoded where in ``keep``, in capitals elsewhere."""
-
-    def one(match: re.Match[str]) -> str:
-        char = chr(int(match[1], 16))
-        return char if char in keep else match[0].upper()
-
-    return _PERCENT.sub(one, text)
+def _normalize_escape(match: re.Match[str]) -> str:
+    """Decode an unreserved character, and capitalize any other percent-encoding (RFC 3986 §6.2.2)."""
+    char = chr(int(match[1], 16))
+    return char if char in _UNRESERVED else match[0].upper()
 
 
 def _without_dots(path: str) -> str:
@@ -878,7 +943,9 @@ def _without_dots(path: str) -> str:
 
 @memoize
 def parse_target(uri: str) -> Target:
-    """An absolute-form target (RFC 9112 §3.2.2); userinfo and fragment are dropped.
+    """Parse an absolute-form target (RFC 9112 §3.2.2), dropping userinfo and fragment.
+
+    The path is normalized, so that the origin is asked for exactly what the cache key says.
 
     >>> parse_target("HTTP://me:pw@Example.org:80?q#f")
     Target(scheme='http', host='example.org', port=80, path='/?q')
@@ -888,48 +955,53 @@ def parse_target(uri: str) -> Target:
         raise BadRequestError("The request target is not an http or https URL.")
     scheme = match[1].lower()
     host, port = split_authority(match[2], 443 if scheme == "https" else 80)
-    path, mark, query = _ODD.sub(_percent, match[3]).partition("?")
-    # What the origin is asked for is what the cache key says: without dot segments (RFC 3986 §6.2.2).
-    path = _without_dots(_normal(path if path.startswith("/") else "/" + path, _UNRESERVED))
-    return Target(scheme, host, port, path + mark + query)
+    path, mark, query = _ODD.sub(_percent_encode, match[3]).partition("?")
+    path = _PERCENT.sub(_normalize_escape, path if path.startswith("/") else "/" + path)
+    return Target(scheme, host, port, _without_dots(path) + mark + query)
 
 
-# What a client may write before a URL, or in place of its scheme, when it fetches from us as from a
-# mirror.  zypper makes one slash of two, pip comes back with %3A for a colon, and apt-cacher-ng's
-# users write HTTPS/// where that has to fetch with TLS.
+# A client that uses the proxy as a mirror writes a prefix before the origin's URL, or replaces its scheme:
+#   /http://host/path    zypper merges the two slashes; pip sends %3A for the colon
+#   /HTTPS///host/path   apt-cacher-ng's form for a repository that must be fetched with TLS
 HTTPS_HOST = "http://HTTPS///"
 _HTTPS_HOST = re.compile(r"https?://HTTPS(?::\d*)?/{2,3}([^/].*)", re.I | re.S)
 _WRITTEN_OUT = re.compile(r"/(?:((?i:https?))(?::|(?i:%3A))|HTTPS)/{1,3}([^/?]+)(.*)", re.S)
-# apt-cacher-ng's /host.name/path: a dot, a port or localhost tells a host from a page of ours, and so
-# does the slash behind it.
+# apt-cacher-ng's form without scheme, /host.name/path.  A dot, a port or "localhost", followed by a slash,
+# distinguishes a host from a page of the proxy.
 _NAMED = re.compile(r"/((?:localhost|[\w-]+(?:\.[\w-]+)+|\[[0-9a-f:.]+\])(?:(?::|%3A)\d+)?"
                     r"|[\w-]+(?::|%3A)\d+)(/.*)", re.I | re.A | re.S)
-# Our own pages, also those that browsers and monitors look for.
+# The proxy's own pages, and those that browsers and monitors look for.
 _OWN_PAGE = re.compile(r"/(?:debug/.*|setup/.*|status\.json|metrics|healthz|wpad\.dat|proxy\.pac|favicon\.ico"
                        r"|robots\.txt)?(?:\?.*)?", re.S)
 
 
 def is_transparent(path: str, host: str, local: tuple[str, int]) -> bool:
-    """Whether a client that asks for a path of a host believes to talk to that host itself, on port 80,
-    from where a firewall led it to us: ``local``, our address and port.  Our own name has our port, is
-    our address, or has no dot."""
+    """Return whether an origin-form request was intercepted: a firewall redirected it from port 80.
+
+    ``host`` is its Host field, ``local`` the address and port that received it.  The request is for the
+    proxy itself if the host has another port, is the local address, or is a name without a dot.
+    """
     name, port = split_authority(host, 80) if host else ("", 0)
     if port != 80 or name == local[0] or "." not in name and ":" not in name:
         return False
+    # These three ask for a page of the proxy even under another name: by another address of the machine, on
+    # port 80 itself, or for the WPAD file, which browsers request from wpad.<domain>.
     ours = is_address(name) or local[1] == 80 or path.startswith("/wpad.dat")
     return not (ours and _OWN_PAGE.fullmatch(path))
 
 
 def parse_origin_form(path: str, host: str, local: tuple[str, int]) -> tuple[Target | None, str]:
-    """Where a request in origin-form goes, None for our own pages; and the prefix before the target's URL.
+    """Return the target of an origin-form request, and the prefix that the client wrote before it.
+
+    The target is None for the proxy's own pages.
 
     >>> parse_origin_form("/https%3A/example.org%3A444/x", "proxy:9999", ("10.0.0.1", 9999))
     (Target(scheme='https', host='example.org', port=444, path='/x'), '/')
     """
     match = _WRITTEN_OUT.fullmatch(path)
     if match:
-        written = match[1] or "https", urllib.parse.unquote(match[2]), match[3]
-        return parse_target("%s://%s%s" % written), "/"
+        parts = match[1] or "https", urllib.parse.unquote(match[2]), match[3]
+        return parse_target("%s://%s%s" % parts), "/"
     if is_transparent(path, host, local):
         target = parse_target("http://" + host + path.lstrip("*"))
         return replace_fields(target, path=path) if path == "*" else target, ""
@@ -939,48 +1011,36 @@ def parse_origin_form(path: str, host: str, local: tuple[str, int]) -> tuple[Tar
     return None, ""
 
 
-def parse_host_name(text: str) -> str:
-    """A host name in lower case; ValueError.
-
-    >>> parse_host_name("Proxy.example.org.")
-    'proxy.example.org'
-    """
-    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?", text, re.A):
-        raise ValueError("'%s' is not a host name; write proxy.example.org" % text)
-    return text.lower().rstrip(".")
-
-
-def called_name(request: Request) -> str:
-    """The name by which a browser believes to know this proxy, "" if it does not matter: an ordinary target,
-    a client without a Host field (no browser), or wpad.dat, which is asked for under any domain's wpad and
-    tells no more than the name."""
-    if not (request.is_own_page or request.client_prefix) or request.is_own_page and request.uri.startswith("/wpad.dat"):
-        return ""
-    return split_authority(field_value(request.fields, "Host") or "localhost", 80)[0].rstrip(".")
-
-
 def with_client_prefix(prefix: str, target: Target) -> str:
-    """How a client that writes a prefix must write a target, so that it comes through us again."""
+    """Return the URL by which a client that writes ``prefix`` reaches a target through the proxy."""
     if prefix == HTTPS_HOST:
         return target.uri if target.scheme == "http" else HTTPS_HOST + target.authority + target.path
     return prefix + target.uri
 
 
-def parse_request_target(method: str, uri: str, host: str, local: tuple[str, int]) -> tuple[Target | None, str]:
-    """Where a request goes (RFC 9112 §3.2, §3.3), None for our own pages; and the prefix before it."""
+def parse_request_target(method: str, uri: str, host: str, local: tuple[str, int]
+                         ) -> tuple[Target | None, str]:
+    """Return a request's target (RFC 9112 §3.2), and the prefix that the client wrote before it.
+
+    ``host`` is the Host field, ``local`` the address and port that received the request.  The target is
+    None for the proxy's own pages.
+    """
+    # §3.2.3: authority-form, for CONNECT only.
     if method == "CONNECT":
         if "@" in uri or not re.search(r":\d+$", uri):
-            raise BadRequestError("CONNECT wants host:port.")
+            raise BadRequestError("The target of CONNECT is not host:port.")
         return Target("https", *split_authority(uri, 443), ""), ""
+    # §3.2.4: asterisk-form, for OPTIONS only.  §3.2.1: origin-form.
     if uri == "*" and method == "OPTIONS" or uri.startswith("/"):
         return parse_origin_form(uri, host, local)
+    # §3.2.2: absolute-form.  It overrides Host.
     match = _HTTPS_HOST.fullmatch(uri)
     if match:
         return parse_target("https://" + match[1]), HTTPS_HOST
     target = parse_target(uri)
-    if method == "OPTIONS" and re.fullmatch(r"https?://[^/?#]+", uri, re.I):  # RFC 9112 §3.2.4
-        return replace_fields(target, path="*"), ""
-    # Who knows us as a proxy sends what has our prefix to us as a proxy, too.
+    if method == "OPTIONS" and re.fullmatch(r"https?://[^/?#]+", uri, re.I):
+        return replace_fields(target, path="*"), ""  # §3.2.4: without a path it means the server
+    # A client configured to use the proxy also sends it the URLs that begin with the proxy's own address.
     if target.port == local[1] and (target.host == local[0] or _WRITTEN_OUT.fullmatch(target.path)):
         inner, prefix = parse_origin_form(target.path, "", local)
         return inner or (None if _OWN_PAGE.fullmatch(target.path) else target), prefix
@@ -988,70 +1048,65 @@ def parse_request_target(method: str, uri: str, host: str, local: tuple[str, int
 
 
 def parse_host_field(version: tuple[int, int], fields: Fields) -> str:
-    """The one Host field (RFC 9112 §3.2), "" where there is none, or nothing in it; BadRequest."""
+    """Return the one Host field (RFC 9112 §3.2), "" if it is absent or empty; raise BadRequestError."""
     hosts = field_values(fields, "Host")
     if len(hosts) > 1 or not hosts and version >= (1, 1):
         raise BadRequestError("The request has no Host field, or several.")
     if hosts and hosts[0]:
-        split_authority(hosts[0], 80)  # some send userinfo there too
+        split_authority(hosts[0], 80)  # only to check it; some clients send userinfo, too
     return hosts[0] if hosts else ""
 
 
 def cache_key(target: Target) -> str:
-    """The primary cache key (RFC 9111 §2), after safe normalisation (RFC 3986 §6.2.2).
+    """Return the primary cache key (RFC 9111 §2), after safe normalization (RFC 3986 §6.2.2).
 
-    ``%2B`` and ``+`` are two keys (RFC 3986 §2.2): object stores read ``+`` as a space.  Clients that write
-    one package's name differently still share the file, by the proof that mirrors' files need.
+    ``%2B`` and ``+`` make two keys (RFC 3986 §2.2), because object stores read ``+`` as a space.  Clients
+    that encode one package's name differently still share its file, in the way that mirrors do.
 
     >>> cache_key(parse_target("http://A:80/x/../b%2b+%7e%2fc?q=%2b"))
     'http://a/b%2B+~%2Fc?q=%2B'
     """
     path, mark, query = target.path.partition("?")
-    path = _without_dots(_normal(path, _UNRESERVED))
-    return "%s://%s%s%s%s" % (target.scheme, target.authority, path, mark, _normal(query, _UNRESERVED))
+    # parse_target() has normalized the path; again here, because no key may lead out of the cache directory.
+    path = _without_dots(_PERCENT.sub(_normalize_escape, path))
+    query = _PERCENT.sub(_normalize_escape, query)
+    return "%s://%s%s%s%s" % (target.scheme, target.authority, path, mark, query)
 
 
 def parse_request(lines: list[str], local: tuple[str, int] = ("", 0)) -> Request:
-    """A request from the lines of its head, its body still to come (RFC 9112); BadRequest, Failure.
+    """Make a request from the lines of its head (RFC 9112); its body is still to be read.
 
-    ``local``: our address and port, where it came in.
+    ``local`` is the address and port that received it.  Raises BadRequestError.
     """
     method, uri, version = parse_request_line(lines[0])
     try:
         fields = parse_fields(lines[1:])
     except ValueError as error:
-        raise BadRequestError("A field is not clear: %s." % error, getattr(error, "status", 400)) from None
+        status = getattr(error, "status", 400)
+        raise BadRequestError("A header field is invalid: %s." % error, status) from None
     length = request_framing(version, fields)
     target, prefix = parse_request_target(method, uri, parse_host_field(version, fields), local)
     if method == "CONNECT" and (length != 0 or field_value(fields, "Content-Length") is not None):
-        raise BadRequestError("CONNECT has no body.")
+        raise BadRequestError("CONNECT must not have a body.")
     key = cache_key(target) if target and target.path not in ("", "*") else ""
     if target is None:
-        uri = re.sub(r"\A\w+://[^/?]*", "", uri) or "/"  # our own page's path
+        uri = re.sub(r"\A\w+://[^/?]*", "", uri) or "/"  # the path of the proxy's own page
     elif prefix or uri.startswith("/"):
-        uri = target.uri  # what filters and readers of the log look for
+        uri = target.uri  # filters and readers of the log expect the origin's URL
     return Request(method, uri, target or Target("", "", 0, uri), fields, version, length=length, key=key,
                    is_own_page=target is None, client_prefix=prefix)
 
 
-# Name classes (index and package names of every package manager) -----------------------------
+# Validators and partial content (RFC 9110 §8.8, §14, §15.3.7) -----------------------------------
 
-# Strangers choose the names, so each pattern must take linear time (a test times them all): nothing unbounded
-# may follow what can begin at many places of one segment.
 
-MAX_NAME = 255  # bytes of a path segment that has a name class: what file systems allow
-_INDEX_FOLDER = re.compile(
-    r"/(?:project/trace|indices|media\.1|boot/[^/]+|media_info|refs/heads|delta-indexes)/")
-# Metadata services of clouds at addresses that are not link-local.  They give a machine's secrets to
-# whatever connects from it.
-_METADATA = tuple(map(ipaddress.ip_network, (
-    "168.63.129.16", "100.100.100.200", "fd00:100::100:200", "192.0.0.192",  # Azure, Alibaba, Alibaba, Oracle
-    "fd00:ec2::/32", "fd20:ce::254", "fd00:c1::a9fe:a9fe",  # AWS (all local services), Google, Oracle
-    "fd00:42::42", "fd00:a9fe:a9fe::1")))  # Scaleway, Akamai
+def media_type(head: ResponseHead) -> str:
+    """Return the media type in lower case, without parameters; "" if there is none."""
+    return (field_value(head.fields, "Content-Type") or "").partition(";")[0].strip().lower()
 
 
 def validators(head: ResponseHead) -> Fields:
-    """The preconditions that ask whether a stored response is still right (RFC 9111 §4.3.1)."""
+    """Return the preconditions that validate a stored response (RFC 9111 §4.3.1)."""
     tag, date = field_value(head.fields, "ETag"), field_value(head.fields, "Last-Modified")
     return ((("If-None-Match", tag),) if tag else ()) + ((("If-Modified-Since", date),) if date else ())
 
@@ -1063,37 +1118,44 @@ def _weak(tag: str) -> str:
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
-def content_range(answer: ResponseHead) -> tuple[int, int, int] | None:
-    """The part [start, stop) that a 206 brings, and the size of the whole (RFC 9110 §14.4); None where it
-    does not say, and for other answers."""
-    match = _CONTENT_RANGE.fullmatch(field_value(answer.fields, "Content-Range") or "")
-    return (int(match[1]), int(match[2]) + 1, int(match[3])) if match and answer.status == 206 else None
+def content_range(response: ResponseHead) -> tuple[int, int, int] | None:
+    """Return the range [start, stop) of a 206, and the complete size (RFC 9110 §14.4).
+
+    Returns None for other responses, and if the field is absent or lacks the size.
+    """
+    match = _CONTENT_RANGE.fullmatch(field_value(response.fields, "Content-Range") or "")
+    return (int(match[1]), int(match[2]) + 1, int(match[3])) if match and response.status == 206 else None
 
 
-def is_remainder(answer: ResponseHead, head: ResponseHead, size: int | None, offset: int) -> bool:
-    """Whether an answer is the rest, from ``offset``, of the representation of ``size`` bytes that ``head``
-    belongs to.  Bytes of two generations are never spliced."""
-    both = head.fields, answer.fields
-    mine, theirs = (field_value(fields, "Last-Modified") for fields in both)
-    coding, their_coding = (field_value(fields, "Content-Encoding") for fields in both)
-    same = field_value(head.fields, "ETag") == field_value(answer.fields, "ETag")  # §15.3.7: a 206 has that of the 200
-    # It may leave out the date, which If-Range has compared, and the coding.
-    same = same and (mine == theirs or bool(offset) and None in (mine, theirs))
-    if not same or their_coding not in ((coding, None) if offset else (coding,)):
-        return False
+def is_remainder(response: ResponseHead, head: ResponseHead, size: int | None, offset: int) -> bool:
+    """Return whether ``response`` continues, from ``offset``, the representation that ``head`` began.
+
+    ``size`` is the complete size, if known.  When in doubt the answer is False: bytes of two versions of a
+    file must never be combined (RFC 9110 §15.3.7.3).
+    """
+    # 1. The same version: a 206 repeats ETag (§15.3.7).  It may omit the date, which If-Range has compared,
+    #    and the coding.
+    for name in ("ETag", "Last-Modified", "Content-Encoding"):
+        before, after = field_value(head.fields, name), field_value(response.fields, name)
+        omitted = after is None and name != "ETag" or before is None and name == "Last-Modified"
+        if before != after and not (offset and omitted):
+            return False
+    # 2. From the start: a 200 with the whole.
     if not offset:
-        return answer.status == 200 and (size is None or content_length(answer.fields) == size)
-    part = content_range(answer)
-    if part is None:
+        return response.status == 200 and (size is None or content_length(response.fields) == size)
+    # 3. From the offset: a 206 with exactly the rest.
+    part = content_range(response)
+    if part is None or content_length(response.fields) not in (None, part[1] - part[0]):
         return False
     start, stop, total = part
-    if content_length(answer.fields) not in (None, stop - start):
-        return False
     return start == offset and stop == total and size in (None, total)
 
 
 def strong_date(head: ResponseHead) -> str | None:
-    """A Last-Modified that was at least a minute old, and so names one content (RFC 9110 §8.8.2.2)."""
+    """Return Last-Modified if it is a strong validator, else None (RFC 9110 §8.8.2.2).
+
+    It is strong if it was at least a minute old: the file may have changed twice within one second.
+    """
     date = field_value(head.fields, "Last-Modified")
     modified = parse_date(date)
     sent = parse_date(field_value(head.fields, "Date")) or head.response_time
@@ -1101,101 +1163,15 @@ def strong_date(head: ResponseHead) -> str | None:
 
 
 def strong_validator(head: ResponseHead) -> str | None:
-    """What a range may be asked for with: an ETag that isn't weak, or a strong date (RFC 9110 §8.8)."""
+    """Return the validator for If-Range (RFC 9110 §13.1.5): a strong ETag, or a strong date without ETag."""
     tag = field_value(head.fields, "ETag")
     return strong_date(head) if not tag else None if tag.startswith("W/") else tag
 
 
-# Which of a request's fields an origin gets ----------------------------------------------------
-
-# A response may go to other clients only if nothing else than its key has shaped it.  So a fetch that is
-# stored or joined sends these fields of its client and no others; Host, Via, the coding, ranges and
-# conditions are the proxy's own.  Origins name Accept and Accept-Language in Vary if they heed them, a few
-# mirrors refuse clients without User-Agent, and for Authorization there are rules (is_shareable).
-
-SHARED_FIELDS = frozenset(
-    ("accept", "accept-language", "authorization", "cache-control", "pragma", "user-agent"))
-# Fields that shape the proxy's own answer, and what it writes into its request.
-_OWN_FIELDS = frozenset(("host", "via", "range", "if-range", "if-match", "if-none-match", "if-modified-since",
-                         "if-unmodified-since"))
-# Fields that need not reach an origin: what browsers, npm, bundler, cargo, NuGet,
-# Maven, zypper and flatpak say about themselves, what a proxy before this one adds, and tracing.
-_NEEDLESS = re.compile(
-    r"accept-(?:encoding|charset)|expect|content-type|date|expires|cache-store|from|referer|dnt|max-forwards"
-    r"|priority|save-data|upgrade-insecure-requests|sec-(?:ch|fetch|gpc)(?:-[a-z-]+)?|forwarded|x-real-ip"
-    r"|want-(?:(?:content|repr)-)?digest|x-forwarded-[a-z]+|x-(?:request|correlation)-id|traceparent|tracestate"
-    r"|x-b3-[a-z]+|baggage"
-    r"|npm-(?:auth-type|command|in-ci|scope|session)|pacote-[a-z-]+|x-gemfile-source|cargo-protocol"
-    r"|x-nuget-[a-z-]+|x-zypp-[a-z]+|flatpak-[a-z-]+|disable-module-fetch")
-_CREDENTIAL = re.compile("api|auth|cookie|cred|jwt|key|login|otp|pass|saml|secret|session|sign|token|user")
-
-
-def _private_fields(fields: Fields) -> frozenset[str]:
-    names = frozenset(name.lower() for name, _ in end_to_end(fields)) - SHARED_FIELDS - _OWN_FIELDS
-    return frozenset(name for name in names if not _NEEDLESS.fullmatch(name))
-
-
-def private_fields(request: Request) -> frozenset[str]:
-    """The names of a request's fields that may ask for a response for its client alone.  Such a request is
-    never stored or joined; a field that looks like a credential is not even answered from the cache."""
-    found = _private_fields(request.fields)
-    return found - {"cookie"} if request.client_prefix else found  # a browser's, which no origin gets
-
-
-def without_private_fields(request: Request) -> Request:
-    """A request as its origin sees it if the response may be shared: what Vary names is taken from this."""
-    return replace_fields(request, fields=_only(request.fields, SHARED_FIELDS | _OWN_FIELDS))
-
-
-# What may be stored, what may be used (RFC 9111 §3, §4) --------------------------------------
-
-
-def media_type(head: ResponseHead) -> str:
-    """The media type without parameters, in lower case."""
-    return (field_value(head.fields, "Content-Type") or "").partition(";")[0].strip().lower()
-
-
-def is_shareable(request: Request, head: ResponseHead) -> bool:
-    """Whether the response to a request with Authorization is for other clients as well (RFC 9111 §3.5).
-
-    ``must-revalidate``, which the RFC also accepts, is not enough: it obliges a cache to let the origin see
-    each client's credentials, but packages are served without asking, and indexes while it is down.
-    """
-    control = cache_directives(head.fields)
-    allowed = "public" in control or parse_delta_seconds(control.get("s-maxage")) > 0
-    return field_value(request.fields, "Authorization") is None or (
-        allowed and "authorization" not in list_members(head.fields, "Vary"))
-
-
-def selecting_fields(request: Request, head: ResponseHead) -> Fields:
-    """The request's fields that Vary names (RFC 9111 §4.1).  We choose Accept-Encoding ourselves."""
-    names = [name for name in list_members(head.fields, "Vary") if name != "accept-encoding"]
-    return tuple((name, ", ".join(part.strip() for text in field_values(request.fields, name)
-                                  for part in text.split(","))) for name in sorted(set(names)))
-
-
-def complete_head(request: Request, part: ResponseHead) -> ResponseHead:
-    """The head that the answer to a request for the whole has, by that of a part (RFC 9110 §15.3.7)."""
-    fields = without_fields(storable_fields(part.fields), ("content-range", "content-length"))
-    return replace_fields(part, status=200, reason="OK", fields=fields, key=request.key,
-                   vary=selecting_fields(request, part))
-
-
-def _passed_if_private(request: Request, stored: ResponseHead | None, decision: CacheDecision) -> CacheDecision:
-    """A decision, or to pass the request for its client alone if its fields may shape the response."""
-    private = private_fields(request)
-    if private and decision.action is not Action.SERVE or any(map(_CREDENTIAL.search, private)):
-        return replace_fields(decision, action=Action.PASS, forward="request", refresh=False)
-    if decision.forward == "vary-miss" and stored is not None and selecting_fields(
-            without_private_fields(request), stored) == stored.vary:  # it names a field that is not shared
-        return replace_fields(decision, action=Action.PASS)
-    return decision
-
-
 # Links behind a prefix ------------------------------------------------------------------------
 
-# Links that lead away from the prefix of who follows them: those of a page that pip reads (PEP 503, PEP 691)
-# and those of an npm document.  Nothing else is ever rewritten.
+# A client that writes a prefix leaves the proxy by an absolute link.  Two kinds of pages consist of such
+# links and are rewritten: those that pip reads (PEP 503, PEP 691), and npm's documents.
 
 _PAGE_LINK = re.compile(rb"""(\shref\s{0,8}=\s{0,8}["']?)(https?:|/{1,2})""", re.I)
 _FILE_LINK = re.compile(rb'("url"\s{0,8}:\s{0,8}")(https?:|/{1,2})')
@@ -1203,14 +1179,16 @@ _TARBALL_LINK = re.compile(rb'("tarball"\s{0,8}:\s{0,8}")(https?:)')
 _LINKS = {"text/html": _PAGE_LINK, "application/vnd.pypi.simple.v1+html": _PAGE_LINK,
           "application/vnd.pypi.simple.v1+json": _FILE_LINK, "application/json": _TARBALL_LINK,
           "application/vnd.npm.install-v1+json": _TARBALL_LINK}
-_LONGEST_LINK = 64  # bytes of a match, at most
+_LONGEST_LINK = 64  # bytes; more than any match of these patterns
 
 
 def link_pattern_for(request: Request, head: ResponseHead) -> re.Pattern[bytes] | None:
-    """What finds the links of a response that must lead through the client's prefix; None: there are none."""
-    if request.client_prefix != "/" or head.status != 200 or field_value(head.fields, "Content-Encoding") is not None:
+    """Return the pattern of the links to rewrite in a response; None: leave it unchanged."""
+    is_coded = field_value(head.fields, "Content-Encoding") is not None
+    if request.client_prefix != "/" or head.status != 200 or is_coded:
         return None
-    for_pip = "pypi.simple" in (field_value(request.fields, "Accept") or "") or "simple/" in request.target.path
+    accept = field_value(request.fields, "Accept") or ""
+    for_pip = "pypi.simple" in accept or "simple/" in request.target.path
     media = media_type(head)
     return _LINKS.get(media) if for_pip or media != "text/html" else None
 
@@ -1221,7 +1199,7 @@ _TAG = re.compile(r'(?:W/)?"[^"]*"')
 
 
 def _tag_among(tag: str | None, lists: Iterable[str], strong: bool) -> bool:
-    """Compare entity tags (RFC 9110 §8.8.3.2)."""
+    """Compare an entity tag with those of If-Match or If-None-Match (RFC 9110 §8.8.3.2)."""
     listed = ",".join(lists)
     if listed.strip() == "*":
         return True
@@ -1232,26 +1210,31 @@ def _tag_among(tag: str | None, lists: Iterable[str], strong: bool) -> bool:
 
 
 def evaluate_preconditions(request: Request, head: ResponseHead) -> int:
-    """The status that the preconditions give, in the order of RFC 9110 §13.2.2: 200, 304 or 412."""
+    """Evaluate the preconditions of a request in the order of RFC 9110 §13.2.2: return 200, 304 or 412."""
     tag, modified = field_value(head.fields, "ETag"), parse_date(field_value(head.fields, "Last-Modified"))
-    match, none_match = field_values(request.fields, "If-Match"), field_values(request.fields, "If-None-Match")
+    match, none_match = (field_values(request.fields, name) for name in ("If-Match", "If-None-Match"))
     unmodified_since = parse_date(field_value(request.fields, "If-Unmodified-Since"))
     modified_since = parse_date(field_value(request.fields, "If-Modified-Since"))
+    # Step 1: If-Match.
     if match:
         if not _tag_among(tag, match, strong=True):
             return 412
+    # Step 2: If-Unmodified-Since, without If-Match.
     elif unmodified_since is not None and modified is not None and modified > unmodified_since:
         return 412
+    # Step 3: If-None-Match.
     if none_match:
         return 304 if _tag_among(tag, none_match, strong=False) else 200
+    # Step 4: If-Modified-Since, without If-None-Match.  Step 5, If-Range, is for requested_ranges().
     unmodified = modified_since is not None and modified is not None and modified <= modified_since
     return 304 if unmodified else 200
 
 
 def parse_range(text: str, size: int) -> list[tuple[int, int]] | None:
-    """Byte ranges as [start, stop) (RFC 9110 §14.1.2): None to be ignored, [] unsatisfiable.
+    """Parse a Range field into ranges [start, stop) of ``size`` bytes (RFC 9110 §14.1.2).
 
-    A set that asks for more bytes than there are is an attack or a dumb client, and ignored.
+    Returns None if the field is to be ignored, and [] if no range can be satisfied.  Ranges that add up to
+    more than the whole are ignored, as §14.2 suggests against attacks.
 
     >>> [parse_range("bytes=" + text, 10) for text in ("0-3", "8-99", "-3", "5-", "10-", "3-1", "0-0,-1")]
     [[(0, 4)], [(8, 10)], [(7, 10)], [(5, 10)], [], None, [(0, 1), (9, 10)]]
@@ -1269,263 +1252,266 @@ def parse_range(text: str, size: int) -> list[tuple[int, int]] | None:
         stop = min(size, int(match[2]) + 1) if match[1] and match[2] else size
         if start < stop:
             ranges.append((start, stop))
-    if sum(stop - start for start, stop in ranges) > size:
-        return None
-    return ranges
+    return ranges if sum(stop - start for start, stop in ranges) <= size else None
 
 
 def requested_ranges(request: Request, head: ResponseHead, size: int) -> list[tuple[int, int]] | None:
-    """The ranges to send of a representation, after If-Range (RFC 9110 §13.1.5); None: all of it."""
+    """Return the ranges of a representation to send; None: all of it (RFC 9110 §14.2).
+
+    Range is ignored if If-Range does not match (§13.1.5), and for pages with rewritten links, whose bytes
+    have other positions.
+    """
     text = field_value(request.fields, "Range")
     if text is None or request.method != "GET" or link_pattern_for(request, head):
-        return None  # the parts of a page with other links are others
+        return None
     condition = field_value(request.fields, "If-Range")
     if condition is not None and condition not in (strong_validator(head), strong_date(head)):
-        return None  # apt sends our Last-Modified back byte for byte
+        return None  # compared as text: apt sends the date back byte for byte
     return parse_range(text, size)
 
 
-# Replies --------------------------------------------------------------------------------------
+# Responses ------------------------------------------------------------------------------------
+
+UNKNOWN_END = 2**62  # the stop of a range that ends where the body ends
+Span = Union[bytes, "tuple[int, int]"]  # literal bytes, or a range [start, stop) of a representation
 
 
 @dataclasses.dataclass(frozen=True)
 class SelectedResponse:
-    """What of a representation goes to the client: a head, and the spans of its body."""
+    """The part of a representation that the client gets: a head, and the spans of the body."""
 
     head: ResponseHead
     spans: tuple[Span, ...]
 
     @property
     def overhead(self) -> int:
-        """Bytes of the body that are not the representation's."""
+        """Bytes of the body that are not part of the representation."""
         return sum(len(span) for span in self.spans if isinstance(span, bytes))
 
     @property
     def length(self) -> int | None:
-        """Bytes of the body, None where that is unknown."""
+        """Bytes of the body, None if unknown."""
         if any(span[1] == UNKNOWN_END for span in self.spans if isinstance(span, tuple)):
             return None
         return sum(len(span) if isinstance(span, bytes) else span[1] - span[0] for span in self.spans)
 
 
-def _partial_content(head: ResponseHead, size: int, ranges: list[tuple[int, int]], boundary: str) -> SelectedResponse:
-    """206, single or multipart/byteranges (RFC 9110 §15.3.7)."""
+def _partial_content(head: ResponseHead, size: int, ranges: list[tuple[int, int]], boundary: str
+                     ) -> SelectedResponse:
+    """Make a 206: with one range, or as multipart/byteranges (RFC 9110 §15.3.7)."""
     labels = ["bytes %d-%d/%d" % (start, stop - 1, size) for start, stop in ranges]
     fields = without_fields(head.fields, ("content-range",))
+    spans: list[Span] = [*ranges]
     if len(ranges) == 1:
         fields += (("Content-Range", labels[0]),)
-        return SelectedResponse(replace_fields(head, status=206, reason="Partial Content", fields=fields), (ranges[0],))
-    kind = field_value(head.fields, "Content-Type") or "application/octet-stream"
-    spans: list[Span] = []
-    for span, label in zip(ranges, labels):
-        lines = "\r\n--%s\r\nContent-Type: %s\r\nContent-Range: %s\r\n\r\n" % (boundary, kind, label)
-        spans += [lines.encode("latin-1"), span]
-    spans.append(("\r\n--%s--\r\n" % boundary).encode("latin-1"))
-    fields = without_fields(fields, ("content-type",))
-    fields += (("Content-Type", "multipart/byteranges; boundary=" + boundary),)
-    return SelectedResponse(replace_fields(head, status=206, reason="Partial Content", fields=fields), tuple(spans))
+    else:
+        part = "\r\n--%s\r\nContent-Type: %s\r\nContent-Range: %s\r\n\r\n"
+        media = field_value(head.fields, "Content-Type") or "application/octet-stream"
+        delimiters = [(part % (boundary, media, label)).encode("latin-1") for label in labels]
+        spans = [span for pair in zip(delimiters, ranges) for span in pair]
+        spans.append(("\r\n--%s--\r\n" % boundary).encode("latin-1"))
+        fields = without_fields(fields, ("content-type",))
+        fields += (("Content-Type", "multipart/byteranges; boundary=" + boundary),)
+    head = replace_fields(head, status=206, reason="Partial Content", fields=fields)
+    return SelectedResponse(head, tuple(spans))
 
 
 def generated_head(status: int, media: str = "text/plain; charset=utf-8", more: Fields = (),
-             policy: str = "default-src 'none'") -> ResponseHead:
-    """The head of an answer of our own: nothing in it is run but what ``policy`` names (CSP), nothing is
-    guessed at, or kept."""
+                   policy: str = "default-src 'none'") -> ResponseHead:
+    """Make the head of a response that the proxy itself generates.
+
+    It must not be stored, and a browser must not guess its type, nor load or run anything that ``policy``
+    (CSP) does not allow: an error message quotes text from outside.
+    """
     return ResponseHead(status, http.client.responses.get(status, "Error"), (
         ("Content-Type", media), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
         ("Content-Security-Policy", policy), *more))
 
 
 def error_head(status: int) -> ResponseHead:
-    """The head of an error of our own, with what its client shall know (RFC 9110 §10.2.1, §10.2.3)."""
+    """Make the head of an error, with Allow or Retry-After (RFC 9110 §10.2.1, §10.2.3)."""
     more = {405: (("Allow", "GET, HEAD, OPTIONS"),), 503: (("Retry-After", "5"),)}
     return generated_head(status, more=more.get(status, ()))
 
 
-def select_response(request: Request, head: ResponseHead, size: int | None, boundary: str) -> SelectedResponse:
-    """Apply preconditions and ranges to a representation of ``size`` bytes.
+def select_response(request: Request, head: ResponseHead, size: int | None, boundary: str
+                    ) -> SelectedResponse:
+    """Apply the preconditions and ranges of a request to a representation of ``size`` bytes.
 
-    Where the size is not known yet (None), ranges are ignored: that is always allowed.
+    Ranges are ignored while the size is unknown (None); RFC 9110 §14.2 always allows that.
     """
     status = evaluate_preconditions(request, head)
     if status == 304:
         names = ("content-type", "content-length", "content-encoding", "content-range")
-        return SelectedResponse(replace_fields(head, status=304, reason="Not Modified",
-                                 fields=without_fields(head.fields, names)), ())
+        fields = without_fields(head.fields, names)
+        return SelectedResponse(replace_fields(head, status=304, reason="Not Modified", fields=fields), ())
     if status == 412:
-        return SelectedResponse(error_head(412), (b"The representation is another than the request's condition.\n",))
+        return SelectedResponse(error_head(412), (b"The file does not meet the request's precondition.\n",))
     ranges = None if size is None else requested_ranges(request, head, size)
     if ranges is None or size is None:
         return SelectedResponse(head, ((0, UNKNOWN_END if size is None else size),))
-    if not ranges:
+    if not ranges:  # RFC 9110 §15.5.17
         unsatisfied = error_head(416)
         fields = unsatisfied.fields + (("Content-Range", "bytes */%d" % size),)
-        text = b"The representation has %d bytes; none of them was asked for.\n" % size
+        text = b"The file has %d bytes, and the requested range is beyond its end.\n" % size
         return SelectedResponse(replace_fields(unsatisfied, fields=fields), (text,))
     return _partial_content(head, size, ranges, boundary)
 
 
 def redirect_target(head: ResponseHead, target: Target) -> Target | None:
-    """Where a redirect leads, if it is one to follow (RFC 9110 §15.4); None to relay it.
+    """Return the target of a redirect that the proxy follows (RFC 9110 §15.4); None: relay it to the client.
 
-    Not followed: from https down to http, and one that only adds a slash (the client must learn it).
+    Not followed are redirects from https to http, which lose protection, and those that only add a slash:
+    the client must learn the folder's URL, because links are relative to it.
     """
     location = field_value(head.fields, "Location")
     if head.status not in (301, 302, 303, 307, 308) or not location:
         return None
     try:
-        onward = parse_target(urllib.parse.urljoin(target.uri, location))
+        new_target = parse_target(urllib.parse.urljoin(target.uri, location))
     except (BadRequestError, ValueError):
         return None
-    if target.scheme == "https" and onward.scheme != "https" or onward.uri == target.uri + "/":
+    if target.scheme == "https" and new_target.scheme != "https" or new_target.uri == target.uri + "/":
         return None
-    return onward
+    return new_target
 
 
 def via_value(fields: Fields, version: tuple[int, int], config: Config) -> str:
-    """The Via field with us added (RFC 9110 §7.6.3)."""
+    """Return the value of Via with this proxy appended (RFC 9110 §7.6.3); ``version`` is the message's."""
     return ", ".join([*field_values(fields, "Via"), "%d.%d %s" % (*version, config.pseudonym)])
 
 
-def is_same_site(target: Target, onward: Target) -> bool:
-    """Whether a redirect stays where it was, so that credentials may go along; http may become https."""
-    ports = (target.port, onward.port)
-    return target.host == onward.host and (ports[0] == ports[1] or ports == (80, 443))
+def is_same_site(target: Target, new_target: Target) -> bool:
+    """Return whether credentials may follow a redirect: same host and port, or from http to https."""
+    ports = (target.port, new_target.port)
+    return target.host == new_target.host and (ports[0] == ports[1] or ports == (80, 443))
 
 
 def max_forwards(request: Request) -> int | None:
-    """How many proxies a TRACE or OPTIONS may still pass (RFC 9110 §7.6.2); None: as many as it likes."""
+    """Return how many proxies may forward a TRACE or OPTIONS (RFC 9110 §7.6.2); None: any number."""
     found = field_values(request.fields, "Max-Forwards") if request.method in ("TRACE", "OPTIONS") else []
     return min(map(parse_delta_seconds, found)) if found else None
 
 
-def origin_request_fields(request: Request, config: Config, identity: bool) -> Fields:
-    """The fields of a request to an origin (RFC 9110 §7.6): end-to-end ones, Host, Via.
-
-    ``identity``: the answer may be stored, so send SHARED_FIELDS only, and ask for no coding.
-    """
-    own = ["host", "via"]
-    own += ["cookie"] if request.client_prefix else []  # a browser's, for another service on our host
-    hops = max_forwards(request)
-    own += ["max-forwards"] if hops is not None else []
-    own += ["expect"] if request.version < (1, 1) else []  # RFC 9110 §10.1.1
-    fields = without_fields(end_to_end(request.fields), own)
-    fields = (("Host", request.target.authority),) + (_only(fields, SHARED_FIELDS) if identity else fields)
-    if hops is not None:
-        fields += (("Max-Forwards", str(hops - 1)),)
-    if identity:
-        fields += (("Accept-Encoding", "identity"),)
-    elif request.length is None:
-        fields += (("Transfer-Encoding", "chunked"),)
-    elif request.length or field_value(request.fields, "Content-Length") is not None:
-        fields += (("Content-Length", str(request.length)),)
-    return fields + (("Via", via_value(request.fields, request.version, config)),)
-
-
 def is_loop(request: Request, config: Config) -> bool:
-    """Whether a request has passed through us before (RFC 9110 §7.6.3)."""
-    return any(member.split()[1:2] == [config.pseudonym.lower()] for member in list_members(request.fields, "Via"))
+    """Return whether a request has passed through this proxy before (RFC 9110 §7.6.3)."""
+    pseudonym = config.pseudonym.lower()
+    return any(member.split()[1:2] == [pseudonym] for member in list_members(request.fields, "Via"))
 
 
 def cache_status_field(status: CacheStatus) -> str:
-    """One member of Cache-Status (RFC 9211).
+    """Return one member of Cache-Status (RFC 9211 §2).
+
+    ``hit`` and ``fwd`` exclude each other: a response is a hit if the request was not forwarded (§2.1).
 
     >>> cache_status_field(CacheStatus(Outcome.MISS, "uri-miss", stored=True))
     'pkgproxy; fwd=uri-miss; stored'
     """
-    parts = ["pkgproxy"]
-    kept = status.outcome in (Outcome.STALE, Outcome.SHARED) and not status.forward
-    if status.outcome is Outcome.HIT or kept:
+    parts, outcome = ["pkgproxy"], status.outcome
+    if outcome is Outcome.HIT or outcome in (Outcome.STALE, Outcome.SHARED) and not status.forward:
         parts.append("hit")
     elif status.forward:
         parts.append("fwd=" + status.forward)
-    if status.forward_status:
-        parts.append("fwd-status=%d" % status.forward_status)
+    parts += ["fwd-status=%d" % status.forward_status] if status.forward_status else []
     parts += ["stored"] if status.stored else []
-    parts += ["collapsed"] if status.outcome is Outcome.COLLAPSED else []
+    parts += ["collapsed"] if outcome is Outcome.COLLAPSED else []
     parts += ["ttl=%d" % status.ttl] if status.ttl is not None else []
     parts += ['detail="%s"' % re.sub(r'[^ !#-\[\]-~]', "", status.detail)] if status.detail else []
     return "; ".join(parts)
 
 
 def render_head(head: ResponseHead, fields: Fields) -> bytes:
-    """Status line and fields, with the empty line (RFC 9112 §2.1)."""
+    """Return status line, fields and the empty line as sent (RFC 9112 §2.1)."""
     lines = ["HTTP/1.1 %d %s" % (head.status, head.reason)] + ["%s: %s" % field for field in fields]
     return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
 
 class Framing(enum.Enum):
-    """How the end of a reply's body is told (RFC 9112 §6.3)."""
+    """How a client finds the end of a response's body (RFC 9112 §6.3)."""
 
     NONE = "none"  # there is no body
-    LENGTH = "length"
+    LENGTH = "length"  # Content-Length
     CHUNKED = "chunked"
-    CLOSE = "close"
+    CLOSE = "close"  # the end of the connection
 
 
 def response_framing(request: Request, head: ResponseHead, length: int | None) -> Framing:
-    """The framing of a reply whose body has ``length`` bytes, None where that is not known."""
-    if head.status in (204, 304) or head.status < 200:
+    """Choose the framing of a response with a body of ``length`` bytes, None if unknown."""
+    if head.status in (204, 304) or head.status < 200:  # §6.3 step 1
         return Framing.NONE
     if length is not None:
         return Framing.LENGTH
-    return Framing.CHUNKED if request.version >= (1, 1) else Framing.CLOSE
+    return Framing.CHUNKED if request.version >= (1, 1) else Framing.CLOSE  # §6.1: not to HTTP/1.0
 
 
 def wants_keep_alive(request: Request) -> bool:
-    """Whether a client wants its connection to stay open (RFC 9112 §9.3)."""
+    """Return whether a client wants its connection to stay open (RFC 9112 §9.3).
+
+    Old clients say so in Proxy-Connection.
+    """
     options = list_members(request.fields, "Connection") + list_members(request.fields, "Proxy-Connection")
     return "close" not in options and (request.version >= (1, 1) or "keep-alive" in options)
 
 
 def client_fields(head: ResponseHead, request: Request) -> Fields:
-    """A response's fields for a client that wrote a prefix: a redirect leads through us again.  To a browser
-    all sites behind us would be one: none gets a cookie, or runs a script that could read the others."""
+    """Return a response's fields as its client gets them.
+
+    For a client that writes a prefix, a redirect leads through the proxy again.  To a browser, all origins
+    behind the prefix are one site, so none may set a cookie, or run a script that could read the others.
+    """
     if not request.client_prefix:
         return head.fields
     fields = without_fields(head.fields, ("set-cookie",)) + (("Content-Security-Policy", "sandbox"),)
     location = field_value(fields, "Location")
-    with contextlib.suppress(BadRequestError, ValueError):
-        onward = parse_target(urllib.parse.urljoin(head.final_uri or request.target.uri, location or ""))
-        if location:
-            fields = without_fields(fields, ("location",)) + (("Location", with_client_prefix(request.client_prefix, onward)),)
+    if location:
+        with contextlib.suppress(BadRequestError, ValueError):
+            new_target = parse_target(urllib.parse.urljoin(head.final_uri or request.target.uri, location))
+            moved = with_client_prefix(request.client_prefix, new_target)
+            fields = without_fields(fields, ("location",)) + (("Location", moved),)
     return fields
 
 
-def rewrite_links(pieces: Iterable[bytes], links: re.Pattern[bytes], base: str, page: Target) -> Iterator[bytes]:
-    """A body with its absolute links behind ``base``, however it is cut into pieces.
+def rewrite_links(chunks: Iterable[bytes], links: re.Pattern[bytes], base: str, page: Target
+                  ) -> Iterator[bytes]:
+    """Yield a body with ``base`` before its absolute links, however it is divided into chunks.
 
-    >>> b"".join(rewrite_links([b'<a href="/x"'], _PAGE_LINK, "http://proxy:9999/", parse_target("https://a/")))
-    b'<a href="http://proxy:9999/https://a/x"'
+    >>> b"".join(rewrite_links([b'<a href="/x"'], _PAGE_LINK, "http://p:9999/", parse_target("https://a/")))
+    b'<a href="http://p:9999/https://a/x"'
     """
     site = base + page.scheme + "://"
     starts = {b"//": site.encode(), b"/": ("%s%s/" % (site, page.authority)).encode()}
 
-    def one(match: re.Match[bytes]) -> bytes:
+    def rewrite(match: re.Match[bytes]) -> bytes:
+        """Put the proxy's URL before one link."""
         return match[1] + (starts.get(match[2]) or base.encode() + match[2])
 
     rest = b""
-    for piece in itertools.chain(pieces, [b""]):
-        rest += piece
-        done = end = max(0, len(rest) - (_LONGEST_LINK if piece else 0))  # a link may go on in the next piece
+    for chunk in itertools.chain(chunks, [b""]):
+        rest += chunk
+        # A match may continue in the next chunk, so keep as many bytes as the longest has.
+        done = end = max(0, len(rest) - (_LONGEST_LINK if chunk else 0))
         for match in links.finditer(rest):
             if match.start() >= end:
                 break
             done = max(done, match.end())
         if done:
-            yield links.sub(one, rest[:done])
+            yield links.sub(rewrite, rest[:done])
         rest = rest[done:]
 
 
 def with_date(head: ResponseHead, now: float) -> ResponseHead:
-    """A head with Date (RFC 9110 §6.6.1): its own, or now."""
+    """Return a head with Date (RFC 9110 §6.6.1): the one it has, or ``now``."""
     if field_value(head.fields, "Date") is not None:
         return head
     return replace_fields(head, fields=head.fields + (("Date", format_http_date(now)),))
 
 
-def render_response_head(request: Request, head: ResponseHead, length: int | None, cache_status: CacheStatus, close: bool,
-              config: Config) -> bytes:
-    """The head of a reply with a body of ``length`` bytes as it leaves: with framing, Via, Cache-Status."""
+def render_response_head(request: Request, head: ResponseHead, length: int | None, cache_status: CacheStatus,
+                         close: bool, config: Config) -> bytes:
+    """Return the head of a response as sent, with framing, Via, Cache-Status and Connection.
+
+    ``length`` is that of the body, None if unknown; ``close`` announces the end of the connection.
+    """
     framing = response_framing(request, head, length)
     status = [*field_values(head.fields, "Cache-Status"), cache_status_field(cache_status)]
     fields = without_fields(client_fields(head, request), ("via", "cache-status"))
@@ -1539,14 +1525,18 @@ def render_response_head(request: Request, head: ResponseHead, length: int | Non
     return render_head(head, fields)
 
 
+# Text for the log and the pages ---------------------------------------------------------------
+
+
 def escape_control(text: str) -> str:
-    """Text from outside, safe for a log and a terminal."""
+    """Escape control characters, so that text from outside cannot forge log lines or drive a terminal."""
     return _CONTROL.sub(lambda match: "\\x%02x" % ord(match[0]), text)
 
 
 def cut_userinfo(text: str) -> str:
-    """A request target that is not valid, safe to show: nobody can tell where its userinfo begins or ends, so
-    everything before the last @ is cut but the scheme.
+    """Remove everything between the scheme and the last @ of an invalid request target.
+
+    The exact place of its userinfo, which may be a password, cannot be known.
 
     >>> cut_userinfo("http:/me:se/cret@a:80/x"), cut_userinfo("/me:secret@a"), cut_userinfo("http://a/x")
     ('http:/a:80/x', '/a', 'http://a/x')
@@ -1558,7 +1548,7 @@ def cut_userinfo(text: str) -> str:
 
 @memoize
 def loggable_uri(uri: str) -> str:
-    """A request target for the log: safe for a terminal, and without the userinfo, which may be a password.
+    """Return a request target for the log: without userinfo, and safe for a terminal.
 
     >>> loggable_uri("http://me:secret@a/@x")
     'http://a/@x'
@@ -1571,13 +1561,13 @@ def loggable_uri(uri: str) -> str:
 
 
 def log_text(request: Request, cache_status: CacheStatus) -> str:
-    """What the log says of a request, and of why it was answered so."""
+    """Return method, target and the reason for the outcome, as the log shows them."""
     detail = " (%s)" % escape_control(cache_status.detail) if cache_status.detail else ""
     return "%s %s%s" % (escape_control(request.method), loggable_uri(request.uri), detail)
 
 
 def truncate_middle(text: str, most: int) -> str:
-    """Text from outside for a page: ASCII without controls, long text without its middle.
+    """Return text from outside for a page: printable ASCII, at most ``most`` characters (the middle is cut).
 
     >>> truncate_middle("http://a/b", 20), truncate_middle("http://a/bcdefghijklmno", 11)
     ('http://a/b', 'http:...lmno')
@@ -1587,8 +1577,10 @@ def truncate_middle(text: str, most: int) -> str:
 
 
 def displayable_uri(uri: str) -> str:
-    """A request target for a page, which more people read than the log: without its query, which may be a
-    password too."""
+    """Return a request target for a page: without its query, which may be a password.
+
+    More people read the pages than the log.
+    """
     path, mark, _ = loggable_uri(uri).partition("?")
     return truncate_middle(path + mark, 120)
 
@@ -1596,6 +1588,144 @@ def displayable_uri(uri: str) -> str:
 # ---------------------------------------------------------------------------------------------
 # 3 Cache rules: pure functions
 # ---------------------------------------------------------------------------------------------
+
+# Cache-Control (RFC 9111 §5.2) ------------------------------------------------------------------
+
+# An unterminated quoted string extends to the end.  Otherwise the search would start again at each of its
+# characters, and take quadratic time.
+_DIRECTIVE = re.compile(
+    r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|(%s)(?:[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)(?:"|\\?\Z)|([^\s,]*)))?' % TOKEN,
+    re.S)
+
+
+def cache_directives(fields: Fields, name: str = "Cache-Control") -> dict[str, str | None]:
+    """Parse Cache-Control (RFC 9111 §5.2).
+
+    Of a repeated directive the smallest number counts, which is the most cautious reading (§4.2.1).
+
+    >>> cache_directives((("Cache-Control", 'max-age=5, private="a, b"'), ("cache-control", "MAX-AGE=3")))
+    {'max-age': '3', 'private': 'a, b'}
+    """
+    found: dict[str, str | None] = {}
+    for match in _DIRECTIVE.finditer(",".join(field_values(fields, name))):
+        if match[1] is None:
+            continue  # a quoted string without a name
+        key = match[1].lower()
+        argument = match[2] if match[2] is not None else match[3]
+        is_number = (argument or "0").isdigit()
+        if key not in found or is_number and parse_delta_seconds(argument) < parse_delta_seconds(found[key]):
+            found[key] = argument
+    return found
+
+
+# Which request fields may shape a shared response ----------------------------------------------
+
+# A response may be given to other clients only if nothing but its key (and Vary) has shaped it.  So a
+# request whose response is stored, or shared by a running download, has three kinds of fields:
+#   SHARED_FIELDS  are forwarded.  Origins that heed Accept or Accept-Language name them in Vary, some
+#                  mirrors refuse clients without User-Agent, and is_shareable() covers Authorization.
+#   _OWN_FIELDS    are replaced by the proxy's own, or shape only the response that the proxy makes.
+#   _NEEDLESS      are dropped: what clients tell about themselves, and what other proxies or tracing add.
+# Any other field might ask for a response for this client alone: see private_fields().
+
+SHARED_FIELDS = frozenset(
+    ("accept", "accept-language", "authorization", "cache-control", "pragma", "user-agent"))
+_OWN_FIELDS = frozenset(("host", "via", "range", "if-range", "if-match", "if-none-match", "if-modified-since",
+                         "if-unmodified-since"))
+# The last two lines: npm, bundler, cargo, NuGet, zypper, flatpak and Go.
+_NEEDLESS = re.compile(
+    r"accept-(?:encoding|charset)|expect|content-type|date|expires|cache-store|from|referer|dnt|max-forwards"
+    r"|priority|save-data|upgrade-insecure-requests|sec-(?:ch|fetch|gpc)(?:-[a-z-]+)?|forwarded|x-real-ip"
+    r"|want-(?:(?:content|repr)-)?digest|x-forwarded-[a-z]+|x-(?:request|correlation)-id|traceparent"
+    r"|tracestate|x-b3-[a-z]+|baggage"
+    r"|npm-(?:auth-type|command|in-ci|scope|session)|pacote-[a-z-]+|x-gemfile-source|cargo-protocol"
+    r"|x-nuget-[a-z-]+|x-zypp-[a-z]+|flatpak-[a-z-]+|disable-module-fetch")
+_CREDENTIAL = re.compile("api|auth|cookie|cred|jwt|key|login|otp|pass|saml|secret|session|sign|token|user")
+
+
+def _only(fields: Fields, names: frozenset[str]) -> Fields:
+    return tuple(field for field in fields if field[0].lower() in names)
+
+
+def private_fields(request: Request) -> frozenset[str]:
+    """Return the names of the fields that may ask for a response for this client alone.
+
+    Such a request is never stored, nor joined to a running download.  If a name looks like a credential's,
+    it is not even answered from the cache.
+    """
+    names = frozenset(name.lower() for name, _ in end_to_end(request.fields)) - SHARED_FIELDS - _OWN_FIELDS
+    # A browser that follows a prefixed link may have a cookie of the proxy's host; no origin gets it.
+    ignored = {"cookie"} if request.client_prefix else set()
+    return frozenset(name for name in names - ignored if not _NEEDLESS.fullmatch(name))
+
+
+def without_private_fields(request: Request) -> Request:
+    """Return the request that the origin of a shared response sees; Vary selects fields of this one."""
+    return replace_fields(request, fields=_only(request.fields, SHARED_FIELDS | _OWN_FIELDS))
+
+
+def origin_request_fields(request: Request, config: Config, identity: bool) -> Fields:
+    """Return the fields of a request to an origin (RFC 9110 §7.6).
+
+    ``identity``: the response may be stored.  Then send SHARED_FIELDS only, and ask for no content coding,
+    because one stored body serves all clients.
+    """
+    hops = max_forwards(request)
+    # 1. Remove hop-by-hop fields (§7.6.1), those that the proxy writes itself, a browser's cookie for
+    #    another service on the proxy's host, and Expect from HTTP/1.0 (§10.1.1).
+    removed = ["host", "via"] + (["cookie"] if request.client_prefix else [])
+    removed += ["max-forwards"] if hops is not None else []
+    removed += ["expect"] if request.version < (1, 1) else []
+    kept = without_fields(end_to_end(request.fields), removed)
+    # 2. Add: Host first (§7.2), Max-Forwards (§7.6.2), the framing of the body, Via last (§7.6.3).
+    fields = (("Host", request.target.authority),) + (_only(kept, SHARED_FIELDS) if identity else kept)
+    if hops is not None:
+        fields += (("Max-Forwards", str(hops - 1)),)
+    if identity:
+        fields += (("Accept-Encoding", "identity"),)
+    elif request.length is None:
+        fields += (("Transfer-Encoding", "chunked"),)
+    elif request.length or field_value(request.fields, "Content-Length") is not None:
+        fields += (("Content-Length", str(request.length)),)
+    return fields + (("Via", via_value(request.fields, request.version, config)),)
+
+
+def is_shareable(request: Request, head: ResponseHead) -> bool:
+    """Return whether a response to a request with Authorization may be stored (RFC 9111 §3.5).
+
+    ``must-revalidate``, which the RFC also accepts, is not enough.  It obliges a cache to let the origin
+    check each client's credentials, but the proxy serves packages without asking, and indexes while the
+    origin is down.
+    """
+    control = cache_directives(head.fields)
+    allowed = "public" in control or parse_delta_seconds(control.get("s-maxage")) > 0
+    return field_value(request.fields, "Authorization") is None or (
+        allowed and "authorization" not in list_members(head.fields, "Vary"))
+
+
+def selecting_fields(request: Request, head: ResponseHead) -> Fields:
+    """Return the request's fields that Vary names, normalized (RFC 9111 §4.1).
+
+    Accept-Encoding is left out, because the proxy chooses it itself.
+    """
+    names = [name for name in list_members(head.fields, "Vary") if name != "accept-encoding"]
+    return tuple((name, ", ".join(part.strip() for text in field_values(request.fields, name)
+                                  for part in text.split(","))) for name in sorted(set(names)))
+
+
+def storable_fields(fields: Fields) -> Fields:
+    """Return the response fields to store; never Set-Cookie, because a cookie is for one client only."""
+    return without_fields(end_to_end(fields), ("set-cookie",))
+
+
+def complete_head(request: Request, part: ResponseHead) -> ResponseHead:
+    """Return the head of the complete response, given that of a 206 (RFC 9110 §15.3.7)."""
+    fields = without_fields(storable_fields(part.fields), ("content-range", "content-length"))
+    return replace_fields(part, status=200, reason="OK", fields=fields, key=request.key,
+                          vary=selecting_fields(request, part))
+
+
+# Where a key's body is stored -----------------------------------------------------------------
 
 
 def _file_name(segment: str, windows: bool) -> str:
@@ -1609,12 +1739,11 @@ def _file_name(segment: str, windows: bool) -> str:
 
 
 def cache_file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
-    """Where a cache key's body may lie, relative to the root: its natural name and its hashed one.
+    """Return a cache key's two possible file names below the root: the natural and the hashed one.
 
-    A caret stands in no URL, so it marks what a file system can't hold as it is: ``^`` is an empty
-    segment, ``^2F`` a slash in a query.  The natural name is None where it would be too long; the
-    hashed one also serves where the natural one is taken (a URL that is both file and folder).
-    No two keys share a name.
+    The natural name is None if it would be too long for a file system.  The hashed name also serves if a
+    URL is both a file and a folder.  No two keys share a name.  No URL contains a caret, so it marks what a
+    file system cannot hold: ``^`` is an empty segment, ``^2F`` a slash in a query.
 
     >>> cache_file_names("http://a/b/metalink?x=/y")[0]
     'a/b/metalink?x=^2Fy'
@@ -1629,11 +1758,22 @@ def cache_file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
         folder = "^" + hashlib.sha256(folder.encode()).hexdigest()
     names = [_file_name(segment, windows) for segment in segments]
     digest = hashlib.sha256(key.encode("ascii", "replace")).hexdigest()
-    held = max(map(len, names)) <= 240 and sum(map(len, names)) <= 1000 and len(names) <= 100
-    natural = "/".join([folder, *names]) if held else None
+    # File systems allow 255 bytes a name and, with the root before it, about 4,000 a path.
+    fits = max(map(len, names)) <= 240 and sum(map(len, names)) <= 1000 and len(names) <= 100
+    natural = "/".join([folder, *names]) if fits else None
     return natural, "%s/^%s" % (folder, digest)
 
 
+# Name classes: index and package names of every package manager --------------------------------
+
+# To add a package manager's names, add its patterns to these tables and examples to the test of name classes.
+# Clients choose the names, so each pattern must match in linear time (a test measures them all): do not
+# let an unbounded repetition follow something that can begin at many places of one segment.
+
+MAX_NAME = 255  # bytes of a path segment that can have a class; no file system has longer names
+# Content-named files are cached forever, so a name belongs here only if it can never mean another content.
+# Without a digest that digest_in_name() can check, it is not enough to share the file between mirrors.
+# So add the name to _DIGEST as well if it contains the SHA-256 or SHA-512 of the very body.
 _CONTENT = re.compile(
     r"/by-hash/[^/]+/[0-9a-f]{32,128}$"  # apt
     r"|/repodata/[0-9a-f]{32,128}-[^/]+$"  # rpm-md
@@ -1648,6 +1788,9 @@ _CONTENT = re.compile(
     r"|/core/guids/[0-9a-f]{64}/")  # Amazon Linux
 _MOVING = re.compile(r"/(?:current|latest|latest-stable|snapshots|rawhide|nightly|[^/]+-SNAPSHOT)/", re.I)
 _SIGNATURE = re.compile(r"\.(?:sig2?|asc|gpg|sign|signature|minisig|md5|rmd160|sha(?:1|256|512)(?:sum)?)$")
+# Files that change in place.
+_INDEX_FOLDER = re.compile(
+    r"/(?:project/trace|indices|media\.1|boot/[^/]+|media_info|refs/heads|delta-indexes)/")
 _INDEX = re.compile(
     r"(?:/(?:In)?Release|/(?:Packages|Sources)(?:\.\w+)?|/(?:Translation|Contents|Components|Commands)-[^/]*"
     r"|/meta-release[^/]*|/ls-lR[^/]*|/[^/]*(?:MD5|SHA\d+)(?:SUMS?)?"
@@ -1670,21 +1813,30 @@ _INDEX = re.compile(
     r"|/(?:current_)?repodata[^/]*|/notices\.json"  # conda
     r"|/0[12](?:packages\.details|mailrc)\.txt\.gz|/PACKAGES(?:\.\w+)?|/texlive\.tlpdb[^/]*"
     r"|/setup\.(?:ini|xz|zst|bz2)|/repo(?:\.info)?|/base/(?:pkg|src)list[^/]*)$")
+# Packages: these need a version in the name, too.  It is searched after the platform, which has digits.
 _PACKAGE = re.compile(
     r"/([^/]+?)\.(?:u?deb|ddeb|dsc|debdelta|jigdo|template|d?rpm|apk|ipk|xbps|eopkg|hpkg|pkg|conda|whl|gem"
     r"|crate|snap|jar|war|pom|module|t(?:gz|xz|bz2?|lz)|pkg\.tar(?:\.\w+)?|gpkg\.tar"
     r"|(?:orig[\w.-]{0,64}\.|debian\.)?(?:tar|diff)\.(?:gz|xz|bz2|zst|lzo?|lz4|lzma|lrz|Z))")
 _PLATFORM = re.compile(
-    r"x86[-_]64|x86|i[3-6]86|amd64|arm64|armv\d\w*|aarch64|ppc64\w*|mips64\w*|riscv64|(?:linux|osx|win)-?(?:32|64)",
-    re.I)
+    r"x86[-_]64|x86|i[3-6]86|amd64|arm64|armv\d\w*|aarch64|ppc64\w*|mips64\w*|riscv64"
+    r"|(?:linux|osx|win)-?(?:32|64)", re.I)
 _VERSION = re.compile(r"[-_~@+.]v?\d")
 _VERSIONLESS = re.compile(r"[/_.-](?:latest|current|nightly|daily)[_.-]", re.I)
 _GO_MODULE = re.compile(r"/@v/v\d[^/]*\.(?:info|mod|zip)")
 
 
+def _has_package_name(path: str) -> bool:
+    """Return whether the last segment of a path is a package's file name with a version."""
+    start = path.rfind("/")
+    match = _PACKAGE.fullmatch(path, start)
+    versioned = match is not None and _VERSION.search(_PLATFORM.sub("", match[1]))
+    return bool(versioned and not _VERSIONLESS.search(path, start))
+
+
 @memoize
 def classify_name(key: str) -> NameClass:
-    """The class of the name that a cache key holds; a signature has that of what it signs.
+    """Return the class of the name in a cache key; a signature has the class of the signed file.
 
     >>> [classify_name("http://a" + path).value for path in ("/dists/x/by-hash/SHA256/" + "0" * 64,
     ...     "/pool/c/curl_7.88.1-10_amd64.deb", "/core.db.sig", "/jenkins_amd64.deb")]
@@ -1694,33 +1846,29 @@ def classify_name(key: str) -> NameClass:
     path = urllib.parse.unquote(path, "latin-1")
     if _CONTROL.search(path) or max(map(len, path.split("/"))) > MAX_NAME:
         return NameClass.OTHER
-    for _ in range(3):  # the signature of a checksum of a name
+    for _ in range(3):  # a name may be followed by a checksum's and a signature's suffix
         if _CONTENT.search(path):
             return NameClass.CONTENT
         if _MOVING.search(path):
             return NameClass.INDEX
         path = _SIGNATURE.sub("", path)
-    # Some apt repositories keep their pool below dists/.
-    dists = "/dists/" in path and not path.endswith((".deb", ".udeb"))
-    if dists or _INDEX_FOLDER.search(path) or _INDEX.search(path):
+    # Everything below dists/ is an index, except that some apt repositories keep their packages there.
+    in_dists = "/dists/" in path and not path.endswith((".deb", ".udeb"))
+    if in_dists or _INDEX_FOLDER.search(path) or _INDEX.search(path):
         return NameClass.INDEX
-    name = path.rfind("/")
-    package = _PACKAGE.fullmatch(path, name)
-    versioned = package and _VERSION.search(_PLATFORM.sub("", package[1]))
-    if versioned and not _VERSIONLESS.search(path, name) or _GO_MODULE.search(path):
-        return NameClass.PACKAGE
-    return NameClass.OTHER
+    return NameClass.PACKAGE if _has_package_name(path) or _GO_MODULE.search(path) else NameClass.OTHER
 
 
+# Only digests of the body itself: ostree's .filez, for one, is named after its uncompressed content.
 _DIGEST = re.compile(
     r"/(?:by-hash/SHA(?:256|512)/|repodata/|(?:blobs|manifests)/sha256:)"
     r"([0-9a-f]{128}|[0-9a-f]{64})(?:-[^/]+)?$"
     r"|/objects/([0-9a-f]{2}/[0-9a-f]{62})\.(?:commit|dirtree|dirmeta)$")  # .filez: of what is in it
-_EPOCH = re.compile(r"_\d+:(?=[^_]*_[^_]*deb)")  # apt writes it into names in /var/cache, mirrors don't
+_EPOCH = re.compile(r"_\d+:(?=[^_]*_[^_]*deb)")  # in apt's own cache, file names include the epoch
 
 
 def digest_in_name(key: str) -> tuple[str, str] | None:
-    """Algorithm and digest of the very body, where a content-named key holds one that nobody can forge.
+    """Return algorithm and digest of the body, if a content-named key contains one that cannot be forged.
 
     >>> digest_in_name("http://a/by-hash/SHA256/" + "0" * 64)[0]
     'sha256'
@@ -1733,19 +1881,24 @@ def digest_in_name(key: str) -> tuple[str, str] | None:
 
 
 def shareable_name(key: str) -> str:
-    """What a file is called on each mirror that has it: its digest, or a package's own name; "" for what
-    may be another file in each folder."""
+    """Return the name under which every mirror has the same file; "" if there is none.
+
+    That is the digest in the name, or else a package's file name.  Other content-named files are unique in
+    their own repository only, and a Go module's version says nothing without its path.
+    """
     digest = digest_in_name(key)
+    if digest is not None:
+        return digest[1]
+    path = urllib.parse.unquote(key, "latin-1")
     name = urllib.parse.unquote(key.rpartition("/")[2], "latin-1")
-    telling = len(name) > 5 and re.search(r"\d", name) and not _GO_MODULE.search(key)
-    if digest is None and ("?" in key or not telling
-                           or classify_name(key) not in (NameClass.PACKAGE, NameClass.CONTENT)):
-        return ""
-    return _EPOCH.sub("_", name) if digest is None else digest[1]
+    name_class = classify_name(key)
+    is_package = name_class is NameClass.PACKAGE or (
+        name_class is NameClass.CONTENT and _has_package_name("/" + name))
+    return _EPOCH.sub("_", name) if is_package and "?" not in key and not _GO_MODULE.search(path) else ""
 
 
 def mirror_prefixes(key: str, other: str) -> tuple[str, str]:
-    """Two keys without the end that they have in common: two mirrors of one repository.
+    """Return two keys without their common end: the folders of two mirrors of one repository.
 
     >>> mirror_prefixes("http://a/x/pool/b_1.deb", "http://b/y/z/pool/b_1.deb")
     ('http://a/x', 'http://b/y/z')
@@ -1756,80 +1909,105 @@ def mirror_prefixes(key: str, other: str) -> tuple[str, str]:
     return "/".join(one), "/".join(two)
 
 
-# Freshness (RFC 9111 §4.2) ------------------------------------------------------------------
+def detached_signatures(target: Target) -> list[Target]:
+    """Return the possible detached signatures of an index, which have to match it."""
+    suffixes = (".asc", ".sig", ".gpg", ".key") if "?" not in target.path else ()
+    return [replace_fields(target, path=target.path + suffix) for suffix in suffixes]
+
+
+# Freshness (RFC 9111 §4.2) --------------------------------------------------------------------
 
 
 def freshness_lifetime(head: ResponseHead) -> int | None:
-    """Explicit freshness lifetime in a shared cache, in seconds; None where the origin gives none.
+    """Return the explicit freshness lifetime in a shared cache, in seconds (RFC 9111 §4.2.1).
+
+    Returns None if the origin gives none.
 
     >>> freshness_lifetime(ResponseHead(200, "", (("Cache-Control", "max-age=60, s-maxage=5"),)))
     5
     """
+    # 1. s-maxage, because this cache is shared.  2. max-age.
     control = cache_directives(head.fields)
     for name in ("s-maxage", "max-age"):
         if name in control:
             return parse_delta_seconds(control[name])
+    # 3. Expires minus Date.  An invalid Expires, such as "0", is in the past (§5.3).  Without a valid Date,
+    #    the time of reception counts (RFC 9110 §6.6.1).
     if field_value(head.fields, "Expires") is None:
         return None
     end, start = parse_date(field_value(head.fields, "Expires")), parse_date(field_value(head.fields, "Date"))
-    # §5.3: an invalid Expires, "0" above all, is in the past.  RFC 9110 §6.6.1: without a Date, ours.
     return 0 if end is None else max(0, int(end - (head.response_time if start is None else start)))
 
 
 def heuristic_lifetime(head: ResponseHead, config: Config) -> int:
-    """Seconds that a response of no known class and freshness is used for (RFC 9111 §4.2.2)."""
-    html = (field_value(head.fields, "Content-Type") or "").lower().startswith(("text/html", "application/xhtml"))
-    if not config.heuristics or validators(head) or html or "?" in head.key or head.key.endswith("/"):
+    """Return the heuristic lifetime, in seconds, of a response without explicit freshness (RFC 9111 §4.2.2).
+
+    It is a day for what looks like a file and cannot be validated, else 0.
+    """
+    is_html = media_type(head).startswith(("text/html", "application/xhtml"))
+    if not config.heuristics or validators(head) or is_html or "?" in head.key or head.key.endswith("/"):
         return 0
     return int(DAY)
 
 
 def current_age(head: ResponseHead, now: float) -> int:
-    """Age of a stored response in seconds (RFC 9111 §4.2.3).  Received in the future: nobody knows how old
-    it is, so it is as old as can be; but clocks of several machines differ by a little."""
-    stated = parse_date(field_value(head.fields, "Date"))
-    apparent = 0.0 if stated is None else max(0.0, head.response_time - stated)
+    """Return the age of a stored response in seconds (RFC 9111 §4.2.3).
+
+    The age is as high as possible if it is unknown: if Age is repeated or invalid (§5.1), or if the
+    response was received in the future.  Up to a minute is a difference between the clocks of machines.
+    """
+    date = parse_date(field_value(head.fields, "Date"))
     ages = field_values(head.fields, "Age") or ["0"]
-    # What is no age, or two, tells of a cache that can't be trusted: as old as can be (§5.1).
-    age = parse_delta_seconds(ages[0]) if len(ages) == 1 and ages[0].isdigit() and head.response_time - now < 60 else 2**31
-    corrected = age + max(0.0, head.response_time - head.request_time)
-    return int(max(apparent, corrected) + max(0.0, now - head.response_time))
+    known = len(ages) == 1 and ages[0].isdigit() and head.response_time - now < 60
+    apparent_age = 0.0 if date is None else max(0.0, head.response_time - date)
+    age_value = parse_delta_seconds(ages[0]) if known else 2**31
+    corrected_age = age_value + max(0.0, head.response_time - head.request_time)  # plus response_delay
+    resident_time = max(0.0, now - head.response_time)
+    return int(max(apparent_age, corrected_age) + resident_time)
 
 
 def with_age(head: ResponseHead, now: float) -> ResponseHead:
-    """A stored response's head as it is served now (RFC 9111 §5.1)."""
+    """Return a stored response's head with Age as served now (RFC 9111 §5.1), and with Accept-Ranges."""
     fields = without_fields(head.fields, ("accept-ranges", "age"))
     return replace_fields(head, fields=fields + (
         ("Accept-Ranges", "bytes"), ("Age", str(current_age(head, now)))))
 
 
-def freshen_head(stored: ResponseHead, answer: ResponseHead) -> ResponseHead:
-    """A stored head brought up to date by a 304 (RFC 9111 §3.2, §4.3.4)."""
+def freshen_head(stored: ResponseHead, response: ResponseHead) -> ResponseHead:
+    """Return a stored head updated by a 304 (RFC 9111 §3.2, §4.3.4)."""
+    # Fields that describe the stored body stay as they are (§3.2), and the ETag by which it was validated.
     kept = ("content-length", "content-encoding", "content-range", "content-md5", "etag", "set-cookie")
-    new = without_fields(end_to_end(answer.fields), kept)
-    # The 304's Age counts, or that it has none (§4.2.3).
+    new = without_fields(end_to_end(response.fields), kept)
+    # The age restarts from that of the 304, so an old Age goes even if the 304 has none (§4.2.3).
     fields = without_fields(stored.fields, ["age", *(name.lower() for name, _ in new)]) + new
-    return replace_fields(stored, fields=fields, request_time=answer.request_time, response_time=answer.response_time)
+    return replace_fields(stored, fields=fields, request_time=response.request_time,
+                          response_time=response.response_time)
 
 
-def is_304_for(stored: ResponseHead, answer: ResponseHead) -> bool:
-    """Whether a 304 speaks of the stored response (RFC 9111 §4.3.4).  With another ETag, or another date, it
-    speaks of another: a mirror that compares dates says 304 to a captive portal's page of today, too."""
-    tag, date = field_value(answer.fields, "ETag"), field_value(answer.fields, "Last-Modified")
-    mine = field_value(stored.fields, "ETag")
-    same_tag = tag is None or mine is not None and _weak(tag) == _weak(mine)
+def is_304_for(stored: ResponseHead, response: ResponseHead) -> bool:
+    """Return whether a 304 confirms the stored response (RFC 9111 §4.3.4).
+
+    With another ETag or date it is about another response: a mirror that compares dates would also confirm
+    a captive portal's page that was stored today.
+    """
+    tag, date = field_value(response.fields, "ETag"), field_value(response.fields, "Last-Modified")
+    stored_tag = field_value(stored.fields, "ETag")
+    same_tag = tag is None or stored_tag is not None and _weak(tag) == _weak(stored_tag)
     return same_tag and date in (None, field_value(stored.fields, "Last-Modified") or date)
 
 
+# What may be stored (RFC 9111 §3, §4.4) --------------------------------------------------------
+
+
 def why_not_storable(request: Request, head: ResponseHead, config: Config) -> str:
-    """Why a response may not be stored (RFC 9111 §3), or "" where it may."""
+    """Return why a response must not be stored (RFC 9111 §3); "" if it may be."""
     control, policy = cache_directives(head.fields), POLICIES[classify_name(request.key)]
     lifetime = freshness_lifetime(head) if policy.lifetime is None else 1
     of_use = validators(head) or (heuristic_lifetime(head, config) if lifetime is None else lifetime)
     reasons = (
         (request.method != "GET" or head.status != 200, "not a 200 to a GET"),
         ("no-store" in cache_directives(request.fields), "no-store"),
-        ("no-store" in control and "must-understand" not in control, "no-store"),
+        ("no-store" in control and "must-understand" not in control, "no-store"),  # §5.2.2.3
         ("private" in control, "private"),
         ("*" in list_members(head.fields, "Vary"), "Vary: *"),
         (not is_shareable(request, head), "Authorization"),
@@ -1838,104 +2016,12 @@ def why_not_storable(request: Request, head: ResponseHead, config: Config) -> st
     return next((reason for applies, reason in reasons if applies), "")
 
 
-def _client_wants_validation(control: dict[str, str | None], policy: CachePolicy, age: int, ttl: float) -> bool:
-    """Whether the client's directives want the origin asked (RFC 9111 §5.2.1)."""
-    too_old = policy.heeds_max_age and "max-age" in control and age >= parse_delta_seconds(control["max-age"])
-    too_short = "min-fresh" in control and ttl < parse_delta_seconds(control["min-fresh"])
-    return "no-cache" in control or too_old or too_short
-
-
-def _may_serve_stale(control: dict[str, str | None], stored: ResponseHead, ttl: float) -> bool:
-    """Whether client or origin allow a stale answer without asking first (RFC 9111 §5.2.1.2, RFC 5861 §3)."""
-    told = cache_directives(stored.fields)
-    if {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(told):
-        return False
-    patience = parse_delta_seconds(control["max-stale"] or str(2**31)) if "max-stale" in control else 0
-    return -ttl < max(patience, parse_delta_seconds(told.get("stale-while-revalidate")))
-
-
-def _decide_stored(request: Request, control: dict[str, str | None], stored: ResponseHead,
-                   name_class: NameClass, config: Config, now: float) -> CacheDecision:
-    policy, age = POLICIES[name_class], current_age(stored, now)
-    lifetime: float | None = freshness_lifetime(stored) if policy.lifetime is None else policy.lifetime
-    ttl = (heuristic_lifetime(stored, config) if lifetime is None else lifetime) - age
-    known = None if math.isinf(ttl) else int(ttl)
-    if not control and "no-cache" in list_members(request.fields, "Pragma"):  # §5.4
-        control = {"no-cache": None}
-    # §4.3.2: these two conditions are for the origin to decide.
-    strict = any(field_value(request.fields, name) is not None for name in ("If-Match", "If-Unmodified-Since"))
-    if strict or _client_wants_validation(control, policy, age, ttl):
-        return CacheDecision(Action.VALIDATE, name_class, "request", known)
-    if policy.lifetime is not None and ttl > 0:
-        due = policy.refresh is not None and abs(now - stored.response_time) > policy.refresh  # clocks jump
-        return CacheDecision(Action.SERVE, name_class, refresh=due)
-    fresh = ttl > 0 and "no-cache" not in cache_directives(stored.fields)
-    if fresh or policy.lifetime is None and _may_serve_stale(control, stored, ttl):
-        return CacheDecision(Action.SERVE, name_class, ttl=known, refresh=not fresh)
-    return CacheDecision(Action.VALIDATE, name_class, "stale", known)
-
-
-def decide(request: Request, stored: ResponseHead | None, config: Config, now: float) -> CacheDecision:
-    """The decision table: what to do with a request, given what is stored for it."""
-    name_class = classify_name(request.key)
-    if config.offline:
-        usable = stored is not None and selecting_fields(request, stored) == stored.vary
-        usable = usable and request.method in ("GET", "HEAD")
-        return CacheDecision(Action.SERVE if usable else Action.REFUSE, name_class, "" if usable else "uri-miss")
-    if any(pattern.search(request.uri) for pattern in config.filters):
-        return CacheDecision(Action.PASS, name_class, "bypass")
-    plain = request.method in ("GET", "HEAD")
-    if not plain or request.length != 0:  # what a GET's body means is for the origin to say (RFC 9110 §9.3.1)
-        return CacheDecision(Action.PASS, name_class, "bypass" if plain else "method")
-    control = cache_directives(request.fields)
-    if stored is None:
-        decision = CacheDecision(Action.FETCH, name_class, "uri-miss")
-    elif selecting_fields(request, stored) != stored.vary:
-        decision = CacheDecision(Action.FETCH, name_class, "vary-miss")
-    else:
-        decision = _decide_stored(request, control, stored, name_class, config, now)
-    decision = _passed_if_private(request, stored, decision)
-    if decision.action is not Action.SERVE and "only-if-cached" in control:
-        return replace_fields(decision, action=Action.REFUSE)
-    if decision.action is Action.FETCH and (request.method == "HEAD" or "no-store" in control):
-        return replace_fields(decision, action=Action.PASS)
-    return decision
-
-
-def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> bool:
-    """Whether a stored response may answer where its origin can't be asked (RFC 9111 §4.2.4)."""
-    strict = {"must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"} & set(cache_directives(stored.fields))
-    return decision.forward != "vary-miss" and (decision.policy.always_stale or not strict)
-
-
-def replaces_stored(decision: CacheDecision, answer: ResponseHead) -> bool:
-    """Whether an answer tells that the stored response is wrong; a captive portal's page does not."""
-    portal = not decision.policy.html and "text/html" in media_type(answer)
-    return decision.action is Action.VALIDATE and answer.status == 200 and not portal
-
-
-def invalidated_keys(request: Request, answer: ResponseHead) -> list[str]:
-    """What a method that changes things makes invalid: its target, and what the answer's Location and
-    Content-Location name at the same origin (RFC 9111 §4.4)."""
-    if request.method in ("GET", "HEAD", "OPTIONS", "TRACE") or answer.status >= 400:
-        return []
-    keys = [request.key]
-    for name in ("Location", "Content-Location"):
-        with contextlib.suppress(BadRequestError, ValueError):
-            target = parse_target(urllib.parse.urljoin(request.target.uri, field_value(answer.fields, name) or ""))
-            if (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
-                keys.append(cache_key(target))
-    return keys
-
-
-def detached_signatures(target: Target) -> list[Target]:
-    """The detached signatures of an index, which must be of its generation."""
-    suffixes = (".asc", ".sig", ".gpg", ".key") if "?" not in target.path else ()
-    return [replace_fields(target, path=target.path + suffix) for suffix in suffixes]
-
-
 def is_worth_full_download(request: Request, size_limit: int) -> bool:
-    """Whether a request for a range is worth a whole download: open or long, from near the start."""
+    """Return whether to download a whole file although a range was requested.
+
+    It is if the range starts within ``size_limit`` bytes and is at least as long: then the client probably
+    resumes or reads on.  An invalid Range is ignored, so it asks for the whole file; several ranges do not.
+    """
     ranges = parse_range(field_value(request.fields, "Range") or "", 2**60)
     if not ranges or len(ranges) > 1:
         return ranges is None
@@ -1943,15 +2029,161 @@ def is_worth_full_download(request: Request, size_limit: int) -> bool:
     return start <= size_limit and stop - start >= size_limit
 
 
+def invalidated_keys(request: Request, response: ResponseHead) -> list[str]:
+    """Return the keys that a successful unsafe request invalidates (RFC 9111 §4.4).
+
+    These are its target, and the URLs in Location and Content-Location if they have the same origin.
+    """
+    if request.method in ("GET", "HEAD", "OPTIONS", "TRACE") or response.status >= 400:
+        return []
+    keys = [request.key]
+    for name in ("Location", "Content-Location"):
+        with contextlib.suppress(BadRequestError, ValueError):
+            location = field_value(response.fields, name) or ""
+            target = parse_target(urllib.parse.urljoin(request.target.uri, location))
+            if (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
+                keys.append(cache_key(target))
+    return keys
+
+
+# What to do with a request (RFC 9111 §4) -------------------------------------------------------
+
+# Directives of a response that forbid serving it stale (§4.2.4); s-maxage implies proxy-revalidate
+# (§5.2.2.10).
+_NEVER_STALE = frozenset(("must-revalidate", "proxy-revalidate", "no-cache", "s-maxage"))
+
+
+def _client_wants_validation(control: dict[str, str | None], policy: CachePolicy, age: int,
+                             ttl: float) -> bool:
+    """Return whether a client's directives demand a validation (RFC 9111 §5.2.1.1, §5.2.1.3, §5.2.1.4)."""
+    too_old = (policy.heeds_max_age and "max-age" in control
+               and age >= parse_delta_seconds(control["max-age"]))
+    too_short = "min-fresh" in control and ttl < parse_delta_seconds(control["min-fresh"])
+    return "no-cache" in control or too_old or too_short
+
+
+def _may_serve_stale(control: dict[str, str | None], stored: ResponseHead, ttl: float) -> bool:
+    """Return whether a stale response may be served without asking the origin first.
+
+    The client allows it with max-stale (RFC 9111 §5.2.1.2), the origin with stale-while-revalidate
+    (RFC 5861 §3).
+    """
+    response_control = cache_directives(stored.fields)
+    if not _NEVER_STALE.isdisjoint(response_control):
+        return False
+    allowed = parse_delta_seconds(control["max-stale"] or str(2**31)) if "max-stale" in control else 0
+    return -ttl < max(allowed, parse_delta_seconds(response_control.get("stale-while-revalidate")))
+
+
+def _decide_stored(request: Request, stored: ResponseHead, name_class: NameClass, config: Config,
+                   now: float) -> CacheDecision:
+    """Decide about a stored response that matches the request: SERVE or VALIDATE (RFC 9111 §4)."""
+    control, policy, age = cache_directives(request.fields), POLICIES[name_class], current_age(stored, now)
+    if not control and "no-cache" in list_members(request.fields, "Pragma"):  # §5.4
+        control = {"no-cache": None}
+    # 1. Freshness (§4.2): by the name's class, else explicit, else heuristic.
+    lifetime: float | None = freshness_lifetime(stored) if policy.lifetime is None else policy.lifetime
+    ttl = (heuristic_lifetime(stored, config) if lifetime is None else lifetime) - age
+    known_ttl = None if math.isinf(ttl) else int(ttl)
+    # 2. The client demands a validation, or sends one of the two conditions that only the origin can
+    #    evaluate (§4.3.2).
+    strict = field_values(request.fields, "If-Match") + field_values(request.fields, "If-Unmodified-Since")
+    if strict or _client_wants_validation(control, policy, age, ttl):
+        return CacheDecision(Action.VALIDATE, name_class, "request", known_ttl)
+    # 3. Names that do not change: serve, and look once a day whether they did after all.
+    if policy.lifetime is not None and ttl > 0:
+        due = policy.refresh is not None and abs(now - stored.response_time) > policy.refresh  # clocks jump
+        return CacheDecision(Action.SERVE, name_class, refresh=due)
+    # 4. Fresh, or allowed to be stale while it is validated in the background (§4.2.4).
+    fresh = ttl > 0 and "no-cache" not in cache_directives(stored.fields)
+    if fresh or policy.lifetime is None and _may_serve_stale(control, stored, ttl):
+        return CacheDecision(Action.SERVE, name_class, ttl=known_ttl, refresh=not fresh)
+    return CacheDecision(Action.VALIDATE, name_class, "stale", known_ttl)
+
+
+def _pass_if_private(request: Request, stored: ResponseHead | None, decision: CacheDecision) -> CacheDecision:
+    """Change a decision to PASS if fields of this client alone may shape the response."""
+    private = private_fields(request)
+    if private and decision.action is not Action.SERVE or any(map(_CREDENTIAL.search, private)):
+        return replace_fields(decision, action=Action.PASS, forward="request", refresh=False)
+    # Vary names a field that is not forwarded: a fetch would bring the stored response again.
+    if decision.forward == "vary-miss" and stored is not None and selecting_fields(
+            without_private_fields(request), stored) == stored.vary:
+        return replace_fields(decision, action=Action.PASS)
+    return decision
+
+
+def _decide_offline(request: Request, matches: bool, name_class: NameClass) -> CacheDecision:
+    usable = matches and request.method in ("GET", "HEAD")
+    return CacheDecision(Action.SERVE if usable else Action.REFUSE, name_class, "" if usable else "uri-miss")
+
+
+def decide(request: Request, stored: ResponseHead | None, config: Config, now: float) -> CacheDecision:
+    """Decide what to do with a request, given the head that is stored for its key (RFC 9111 §4).
+
+    The first row that applies decides:
+
+    ====  =====================================================  ===================  ===========
+    step  condition                                              action               fwd
+    ====  =====================================================  ===================  ===========
+    1     ``--offline``                                          SERVE or REFUSE      uri-miss
+    2     a filter matches                                       PASS                 bypass
+    3     the method is not GET or HEAD                          PASS                 method
+    4     the request has a body                                 PASS                 bypass
+    5     nothing is stored                                      FETCH                uri-miss
+    6     the stored response was selected by other fields       FETCH                vary-miss
+    7     a stored response matches                              SERVE or VALIDATE    stale, request
+    ====  =====================================================  ===================  ===========
+
+    The result of steps 5 to 7 is then restricted: PASS if the request has private fields; REFUSE if the
+    origin would be asked despite ``only-if-cached``; PASS instead of FETCH if there is nothing to store.
+    """
+    name_class = classify_name(request.key)
+    matches = stored is not None and selecting_fields(request, stored) == stored.vary  # RFC 9111 §4.1
+    if config.offline:
+        return _decide_offline(request, matches, name_class)
+    if any(pattern.search(request.uri) for pattern in config.filters):
+        return CacheDecision(Action.PASS, name_class, "bypass")
+    is_read = request.method in ("GET", "HEAD")
+    if not is_read or request.length != 0:  # only the origin knows what a GET's body means (RFC 9110 §9.3.1)
+        return CacheDecision(Action.PASS, name_class, "bypass" if is_read else "method")
+    if stored is None or not matches:
+        decision = CacheDecision(Action.FETCH, name_class, "uri-miss" if stored is None else "vary-miss")
+    else:
+        decision = _decide_stored(request, stored, name_class, config, now)
+    decision = _pass_if_private(request, stored, decision)
+    control = {} if decision.action is Action.SERVE else cache_directives(request.fields)
+    if "only-if-cached" in control:  # §5.2.1.7
+        return replace_fields(decision, action=Action.REFUSE)
+    if decision.action is Action.FETCH and (request.method == "HEAD" or "no-store" in control):
+        return replace_fields(decision, action=Action.PASS)
+    return decision
+
+
+def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> bool:
+    """Return whether a stored response may be served because its origin is unavailable (RFC 9111 §4.2.4)."""
+    allowed = decision.policy.always_stale or _NEVER_STALE.isdisjoint(cache_directives(stored.fields))
+    return allowed and decision.forward != "vary-miss"
+
+
+def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
+    """Return whether the answer to a validation shows that the stored response is outdated.
+
+    A captive portal's page does not.
+    """
+    portal = not decision.policy.html and "text/html" in media_type(response)
+    return decision.action is Action.VALIDATE and response.status == 200 and not portal
+
+
 # ---------------------------------------------------------------------------------------------
 # 4 Access rules: pure functions
 # ---------------------------------------------------------------------------------------------
 
-# Who may come in, what is never kept ----------------------------------------------------------
+# Which clients may use the proxy ----------------------------------------------------------------
 
 NETWORKS = {
     "loopback": ("127.0.0.0/8", "::1/128"),
-    # RFC 1918, 6598 (carrier-grade NAT, VPNs), 3927; RFC 4193 and link-local for IPv6
+    # RFC 1918; RFC 6598 (carrier-grade NAT, also VPNs); RFC 3927; for IPv6 RFC 4193 and link-local
     "private": ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16",
                 "fc00::/7", "fe80::/10"),
     "all": ("0.0.0.0/0", "::/0"),
@@ -1959,7 +2191,7 @@ NETWORKS = {
 
 
 def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
-    """The networks behind set names and CIDR texts; ValueError says what is allowed."""
+    """Return the networks that names of NETWORKS and CIDR texts stand for; raise ValueError with advice."""
     try:
         return [ipaddress.ip_network(text) for name in names for text in NETWORKS.get(name, (name,))]
     except ValueError as error:
@@ -1967,13 +2199,14 @@ def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddre
 
 
 def unmap_ipv4(text: str) -> str:
-    """An address without its disguise as IPv6: what a dual-stack socket calls ::ffff:10.0.0.1."""
+    """Return an IPv4-mapped address as IPv4: a dual-stack socket reports 10.0.0.1 as ::ffff:10.0.0.1."""
     return text[len("::ffff:"):] if text.startswith("::ffff:") and "." in text else text
 
 
 def client_network(address: str) -> str:
-    """What counts as one client where clients share something: an IPv4 address, or the /64 network of an IPv6
-    address, because one host there has all its addresses to choose from.
+    """Return what counts as one client in limits: an IPv4 address, or the /64 network of an IPv6 address.
+
+    One host can use all addresses of its /64 network.
 
     >>> client_network("10.0.0.1"), client_network("2001:db8::1%eth0") == client_network("2001:db8::ff:1")
     ('10.0.0.1', True)
@@ -1982,9 +2215,9 @@ def client_network(address: str) -> str:
     return ipaddress.IPv6Address(text).packed[:8].hex() if ":" in text else text
 
 
-@functools.lru_cache(LARGE_MEMO)
+@functools.lru_cache(LARGE_MEMO)  # needed for each request, and takes 45 µs
 def is_client_allowed(address: str, allow: Iterable[str]) -> bool:
-    """Whether a client's address is in the allowed networks.
+    """Return whether a client's address is in the allowed networks.
 
     >>> [is_client_allowed(a, ("private",)) for a in ("::ffff:10.0.0.1", "fe80::1%eth0", "8.8.8.8")]
     [True, True, False]
@@ -1993,21 +2226,31 @@ def is_client_allowed(address: str, allow: Iterable[str]) -> bool:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
-    ip = getattr(ip, "ipv4_mapped", None) or ip  # however it is written
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # also in hexadecimal, which unmap_ipv4() leaves alone
     return any(ip.version == network.version and ip in network for network in parse_networks(allow))
 
 
-# IPv6 addresses that stand for an IPv4 one, and how far to the right that is written in bits:
-# mapped and compatible (RFC 4291 §2.5.5), NAT64 (RFC 6052, 8215), 6to4 (RFC 3056)
+# Which origins are protected from clients on other hosts ----------------------------------------
+
+# Metadata services of clouds at addresses that are not link-local.  They give a machine's secrets to
+# anything that connects from it.
+_METADATA = tuple(map(ipaddress.ip_network, (
+    "168.63.129.16", "100.100.100.200", "fd00:100::100:200", "192.0.0.192",  # Azure, Alibaba, Alibaba, Oracle
+    "fd00:ec2::/32", "fd20:ce::254", "fd00:c1::a9fe:a9fe",  # AWS (all local services), Google, Oracle
+    "fd00:42::42", "fd00:a9fe:a9fe::1")))  # Scaleway, Akamai
+# IPv6 addresses that contain an IPv4 address, and by how many bits it is shifted to the left: mapped and
+# compatible (RFC 4291 §2.5.5), NAT64 (RFC 6052, 8215), 6to4 (RFC 3056).
 _EMBEDDED = tuple((ipaddress.IPv6Network(network), shift) for network, shift in (
     ("::ffff:0:0/96", 0), ("::/96", 0), ("64:ff9b::/96", 0), ("64:ff9b:1::/48", 0), ("2002::/16", 80)))
 
 
 def is_protected_address(address: str) -> bool:
-    """Whether an address is of this host or its link alone, and not for clients from elsewhere: loopback,
-    link-local, cloud metadata, unspecified, multicast, broadcast, in whatever disguise.
+    """Return whether only clients on this host may reach an address: one of this host or its link.
 
-    >>> [is_protected_address(a) for a in ("127.9.9.9", "::ffff:169.254.169.254", "2002:7f00:1::", "10.0.0.1")]
+    These are loopback, link-local, cloud metadata, unspecified, multicast and broadcast addresses, also when
+    embedded in an IPv6 address.
+
+    >>> [is_protected_address(a) for a in ("127.9.9.9", "::ffff:169.254.1.1", "2002:7f00:1::", "10.0.0.1")]
     [True, True, True, False]
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
@@ -2017,23 +2260,59 @@ def is_protected_address(address: str) -> bool:
         own = ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip.is_multicast or ip.is_site_local
         inner = [ipaddress.IPv4Address(int(ip) >> shift & 0xFFFFFFFF) for network, shift in _EMBEDDED
                  if ip in network]
-        inner += ip.teredo or ()
+        inner += ip.teredo or ()  # server and client (RFC 4380)
         return own or any(is_protected_address(str(other)) for other in inner)
     zero = int(ip) >> 24 == 0 or int(ip) == 0xFFFFFFFF  # this network (RFC 1122 §3.2.1.3), broadcast
     return zero or ip.is_loopback or ip.is_link_local or ip.is_multicast
 
 
 def is_numeric_host(host: str) -> bool:
-    """Whether a host is an address, in whatever form C's inet_aton takes: 127.1, 0x7f000001."""
+    """Return whether a host is an address in any form that C's inet_aton() accepts: 127.1, 0x7f000001."""
     return ":" in host or re.search(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$", host) is not None
 
 
-def is_own_name(name: str, names: tuple[str, ...]) -> bool:
-    """Whether a name that a client calls us by is certainly ours, or one of ``names``.
+def is_protected_host(host: str) -> bool:
+    """Return whether a host is protected, whatever DNS says: by address, or as localhost (RFC 6761 §6.3)."""
+    if is_address(host):
+        return is_protected_address(host)
+    name = host.rstrip(".")
+    return name == "localhost" or name.endswith(".localhost")
 
-    A web page of evil.example can read what this proxy answers to evil.example, if its name servers then
-    say that this is the proxy's address (DNS rebinding).  That takes a name in the public DNS: no address is
-    one, nor a name without a dot (docker's, a search domain's), nor a name below a private domain.
+
+# Which names the proxy answers to ---------------------------------------------------------------
+
+
+def parse_host_name(text: str) -> str:
+    """Return a host name in lower case, without a final dot; raise ValueError.
+
+    >>> parse_host_name("Proxy.example.org.")
+    'proxy.example.org'
+    """
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?", text, re.A):
+        raise ValueError("'%s' is not a host name; write proxy.example.org" % text)
+    return text.lower().rstrip(".")
+
+
+def called_name(request: Request) -> str:
+    """Return the name under which a browser knows this proxy; "" if the name does not matter.
+
+    It matters for the proxy's own pages and for targets behind a prefix, which a browser treats as content
+    of that name: see is_own_name().  It does not for wpad.dat, which is requested from the wpad host of any
+    domain and contains only that name.  A client without Host is not a browser.
+    """
+    is_wpad = request.is_own_page and request.uri.startswith("/wpad.dat")
+    if is_wpad or not (request.is_own_page or request.client_prefix):
+        return ""
+    return split_authority(field_value(request.fields, "Host") or "localhost", 80)[0].rstrip(".")
+
+
+def is_own_name(name: str, names: tuple[str, ...]) -> bool:
+    """Return whether a name is certainly this proxy's, or one of ``names``.
+
+    This prevents DNS rebinding: a web page of evil.example could read what the proxy answers to
+    evil.example, if its name servers then return the proxy's address.  The attack needs a name in the public
+    DNS, so an address is safe, and a name without a dot (docker's, or from a search domain) or below a
+    private domain.
 
     >>> [is_own_name(n, ("a.example",)) for n in ("10.0.0.1", "proxy", "a.example", "evil.example")]
     [True, True, True, False]
@@ -2042,15 +2321,14 @@ def is_own_name(name: str, names: tuple[str, ...]) -> bool:
     return "." not in name or is_numeric_host(name) or name.endswith(private) or name in names
 
 
-def is_protected_host(host: str) -> bool:
-    """Whether a host is guarded whatever its name servers say: an address, or localhost (RFC 6761 §6.3)."""
-    if is_address(host):
-        return is_protected_address(host)
-    name = host.rstrip(".")
-    return name == "localhost" or name.endswith(".localhost")
+# Which parent proxy leads to an origin ----------------------------------------------------------
 
 
-def _is_excepted(target: Target, entry: str) -> bool:
+def _matches_no_proxy(target: Target, entry: str) -> bool:
+    """Return whether an entry of no_proxy covers a target.
+
+    An entry is an address, a network, or a domain with all below it, each also with :port; or * for all.
+    """
     with contextlib.suppress(ValueError):
         network = ipaddress.ip_network(entry, strict=False)
         return is_address(target.host) and ipaddress.ip_address(target.host) in network
@@ -2062,9 +2340,12 @@ def _is_excepted(target: Target, entry: str) -> bool:
 
 
 def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
-    """The parent to ask for a target: none for this host and its link, nor for what no_proxy names: an
-    address, a network, or a domain with all below it, each also with :port; or * for all."""
-    if is_protected_host(target.host) or any(_is_excepted(target, entry) for entry in config.no_proxy if entry):
+    """Return the parent proxy for a target; None: connect directly.
+
+    This host and its link are always reached directly, and the origins in no_proxy.
+    """
+    if is_protected_host(target.host) or any(
+            _matches_no_proxy(target, entry) for entry in config.no_proxy if entry):
         return None
     return dict(config.parents).get(target.scheme)
 
@@ -2072,39 +2353,59 @@ def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
 # ---------------------------------------------------------------------------------------------
 # 5 Store
 # ---------------------------------------------------------------------------------------------
+#
+# Files below the cache root:
+#
+#   HOST/PATH                          a complete body (invariant 1), under its natural or hashed name
+#   .pkgproxy/heads/HOST/PATH^head     its head, in a JSON list; while a body is replaced, the old head too
+#   .pkgproxy/partials/SHA256[.OWNER]  a download in progress, or the rest of an interrupted one
+#   .pkgproxy/partials/...^head        its PartialMetadata: only if another process may need it
+#   .pkgproxy/names/, adopted/         NameIndex: the files of one name on different mirrors
+#   ...^RANDOM                         a temporary file, before it is renamed
 
-METADATA_FOLDER = ".pkgproxy"  # the bookkeeping folder below the root: heads and partials
+METADATA_FOLDER = ".pkgproxy"
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-# O_NONBLOCK: a FIFO would hang open().  O_NOFOLLOW: bodies are no links, least of all out of the root.
+# O_NONBLOCK: opening a FIFO must not block.  O_NOFOLLOW: bodies are never symbolic links, which could lead
+# out of the root.
 _REGULAR = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | _FLAGS
 _WRITABLE = os.O_RDWR | os.O_CREAT | _REGULAR
+# Errors by which a file system says that it cannot have a file of this name.
 _NAME_REFUSED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+# Errors that reading a damaged JSON file may raise.
+_DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 _NO_STAT = os.stat_result((0,) * 10)
-MIN_RESUMABLE_SIZE = 256 * 1024  # bytes: a smaller download is begun anew, and costs no head of its own
-FLUSH_INTERVAL = 0.5  # seconds, where another machine may read a partial as it grows
+MIN_RESUMABLE_SIZE = 256 * 1024  # bytes: a smaller download is restarted instead of resumed
+FLUSH_INTERVAL = 0.5  # seconds between two flushes of a partial file that other machines may read
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
-_MAX_NAMES = 1024 * 1024  # bytes in a file of names: 10,000 of them, and 256 files, are 2 million
-_RECENT_BUCKET = "recent"  # the file of names that none of those has yet
-_MAX_RECENT = 64 * 1024  # bytes in it, which every miss looks through
-_COMPLETE_MARK = "whole-256"  # says that they were made from all that is stored
-_MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads, escaped; a larger file is none of ours
+_MAX_NAMES = 1024 * 1024  # bytes in one bucket of a NameIndex: 10,000 names, 2 million in 256 buckets
+_RECENT_BUCKET = "recent"  # names that have not been sorted into their bucket yet
+_MAX_RECENT = 64 * 1024  # bytes in it: every miss reads all of it
+_COMPLETE_MARK = "whole-256"  # an empty file: the index was built from all stored responses
+_MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads with every byte escaped; a larger file is not a head file
+# Names that version 1.0 used in head files, and today's; None: no longer stored.
+_NAMES_IN_1_0: dict[str, str | None] = {
+    "final": "final_uri", "requested": "request_time", "received": "response_time",
+    "guarded": "local_clients_only", "like": "same_as", "boot": None, "flushed": None}
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredResponse:
-    """A stored response: an open body, and the head that describes just this body."""
+    """A stored response: an open body, and the head that describes exactly this body.
 
-    file: io.FileIO  # whoever holds the Stored closes it
-    head: ResponseHead  # size and mtime_ns are the open body's
-    name: str  # below the root
-    described: bool  # False: no head on disk, only what the file itself tells
+    The owner closes it.  The open file stays readable when the body is replaced or evicted.
+    """
+
+    file: io.FileIO
+    head: ResponseHead  # its size and mtime_ns are those of the open file
+    name: str  # path below the root; "": an adopted file
+    described: bool  # False: without a head file, so that the head was made from the file itself
 
     def fileno(self) -> int:
-        """The body's descriptor."""
+        """Return the body's descriptor."""
         return self.file.fileno()
 
     def read_at(self, size: int, offset: int) -> bytes:
-        """Up to ``size`` bytes from ``offset``; OSError."""
+        """Return up to ``size`` bytes from ``offset``.  Raises OSError."""
         self.file.seek(offset)
         return self.file.read(size) or b""
 
@@ -2113,37 +2414,72 @@ class StoredResponse:
         self.file.close()
 
 
+def _close(stored: StoredResponse | None) -> None:
+    if stored is not None:
+        stored.close()
+
+
 def _private_opener(path: str, flags: int) -> int:
-    """For open(): whatever the umask, nobody else writes; and what is no file makes nobody wait."""
+    """Open a file for open(): writable for this user only, whatever the umask, and without blocking."""
     return os.open(path, flags | _REGULAR, 0o644)
 
 
+def _temporary_name(path: str) -> str:
+    """Return a name beside ``path`` that no other thread or process uses."""
+    return "%s^%s" % (path, secrets.token_hex(8))
+
+
+def _unlink(path: str) -> None:
+    """Remove a file if it exists and can be removed.  Windows removes no open file."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def write_all(file: io.FileIO, data: bytes) -> None:
-    """Write data to its end; OSError (disk full …)."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left):]
+    """Write all of ``data`` to an unbuffered file.  Raises OSError."""
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[file.write(remaining):]
 
 
 def make_directory(path: str) -> None:
-    """Make a folder and those above it, for us alone to write; OSError."""
-    for last in (False, False, True):
+    """Create a folder and its missing parents, writable for this user only.  Raises OSError.
+
+    os.makedirs() would give the parents the umask's mode.
+    """
+    for attempt in (1, 2, 3):
         missing, folder = [], path
         while not os.path.isdir(folder):
             missing.append(folder)
             folder = os.path.dirname(folder)
         try:
             for folder in reversed(missing):
-                with contextlib.suppress(FileExistsError):  # another thread was quicker, or it is a file
+                with contextlib.suppress(FileExistsError):  # another thread made it, or it is a file
                     os.mkdir(folder, 0o755)
             return
-        except FileNotFoundError:  # somebody has just removed what was there: a cleaning rm -rf
-            if last:
+        except FileNotFoundError:  # a parent was removed meanwhile, by "rm -rf" for example
+            if attempt == 3:
                 raise
 
 
+def replace_file(path: str, data: str | bytes) -> None:
+    """Write a file under a temporary name and rename it to ``path``, creating its folder.
+
+    Readers see the old or the new content, never a mixture.  Raises OSError.
+    """
+    make_directory(os.path.dirname(path))
+    temporary = _temporary_name(path)
+    try:
+        with io.FileIO(temporary, "wb", opener=_private_opener) as file:
+            write_all(file, data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    except OSError:
+        _unlink(temporary)
+        raise
+
+
 def _open(path: str) -> tuple[io.FileIO | None, os.stat_result]:
-    """Open a body; None where there is none."""
+    """Open a body and return it with its status; None if there is no regular file of this name."""
     try:
         descriptor = os.open(path, _REGULAR)
     except (OSError, ValueError):
@@ -2151,16 +2487,18 @@ def _open(path: str) -> tuple[io.FileIO | None, os.stat_result]:
     info = os.fstat(descriptor)
     if stat.S_ISREG(info.st_mode):
         return io.FileIO(descriptor, "rb"), info
-    os.close(descriptor)  # a folder, a FIFO: litter in the place of a body
+    os.close(descriptor)
     return None, _NO_STAT
 
 
 def try_lock_file(file: io.FileIO) -> bool:
-    """Lock a file against other processes (invariant 2), for as long as it is open; False where one has it,
-    OSError."""
+    """Lock a file against other processes until it is closed (invariant 2).
+
+    Returns False if another process holds the lock.  Raises OSError if the file system has no locks.
+    """
     if fcntl is not None:
         try:
-            # flock, not lockf: that one is lost when any descriptor of the file is closed.
+            # flock, because a lock by lockf is lost as soon as any descriptor of the file is closed.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
@@ -2168,36 +2506,54 @@ def try_lock_file(file: io.FileIO) -> bool:
 
 
 def why_locks_fail(folder: str) -> str:
-    """Why files in a folder can't be locked against other processes; "" where they can, or where nothing can
-    be written anyway."""
-    path = os.path.join(folder, "lock-" + secrets.token_hex(8))
-    reason = "" if fcntl is not None else "this system has no flock"
+    """Return why files in a folder cannot be locked against other processes; "" if they can.
+
+    Also "" if nothing can be written there: then nothing has to be locked either.
+    """
+    path, reason = os.path.join(folder, "lock-" + secrets.token_hex(8)), ""
     with contextlib.suppress(OSError):
-        if not reason:
-            make_directory(folder)
-            with io.FileIO(path, "x+b") as one, io.FileIO(path, "r+b") as two:
-                os.unlink(path)
-                try:
-                    reason = "its file system ignores locks" if try_lock_file(one) and try_lock_file(two) else ""
-                except OSError as error:
-                    reason = "its file system refuses locks (%s)" % error.strerror
-            os.rmdir(folder)  # unless it is in use
-    return reason
+        make_directory(folder)
+        with io.FileIO(path, "x+b") as first, io.FileIO(path, "r+b") as second:
+            os.unlink(path)
+            try:
+                both = try_lock_file(first) and try_lock_file(second)
+                reason = "its file system ignores locks" if both else ""
+            except OSError as error:
+                reason = "its file system refuses locks (%s)" % error.strerror
+        os.rmdir(folder)  # fails if the folder is in use
+    return reason if fcntl is not None else "this system has no flock"
 
 
 def is_remote(path: str) -> bool:
-    """Whether a folder lies on a disk that other machines write too, as far as Linux tells."""
+    """Check whether a folder is on a file system that other machines may write too (Linux only)."""
     with contextlib.suppress(OSError, IndexError), open("/proc/self/mountinfo", encoding="utf-8",
                                                         errors="replace") as file:
         device = os.stat(path).st_dev
         name = "%d:%d" % (os.major(device), os.minor(device))
-        kinds = [line.rpartition(" - ")[2].split()[0] for line in file if line.split()[2] == name]
-        return bool(kinds) and kinds[-1].startswith(_REMOTE)
+        types = [line.rpartition(" - ")[2].split()[0] for line in file if line.split()[2] == name]
+        return bool(types) and types[-1].startswith(_REMOTE)
     return False
 
 
-def _head_from(row: dict[str, Any]) -> ResponseHead:
-    """A head from its JSON; ValueError, TypeError or KeyError where somebody damaged it."""
+def boot_id() -> str:
+    """Return an identifier of this boot of the machine, without hyphens.
+
+    The kernel's file comes first.  The systemd unit hides it and passes the same value as %b.  If neither
+    exists, the identifier is this process's own, so that no data of an earlier process is trusted.
+    """
+    known = os.environ.get("PKGPROXY_BOOT_ID", "")
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        known = file.read()
+    return known.strip().replace("-", "").lower() or secrets.token_hex(16)
+
+
+def _head_from(row: dict[Any, Any]) -> ResponseHead:
+    """Build a head from its JSON object, in today's or version 1.0's names.
+
+    Raises ValueError, TypeError or KeyError if the object is damaged.
+    """
+    row = {_NAMES_IN_1_0.get(name, name): value for name, value in row.items()}
+    row.pop(None, None)
     for name in ("fields", "vary"):
         row[name] = tuple((field, text) for field, text in row[name])
         if not all(isinstance(part, str) for pair in row[name] for part in pair):
@@ -2212,140 +2568,238 @@ def _head_from(row: dict[str, Any]) -> ResponseHead:
     return head
 
 
+def _read_json(path: str) -> Any:
+    """Return the content of a JSON file.  Raises one of _DAMAGED if it is missing or damaged."""
+    with open(path, "rb", opener=_private_opener) as file:
+        return json.loads(file.read(_MAX_HEAD_FILE))
+
+
 @functools.lru_cache(LARGE_MEMO)
 def _parsed_heads(path: str, *_identity: int) -> tuple[ResponseHead, ...]:
-    """The heads in a head file of this identity, which is only ever replaced; OSError, ValueError …"""
-    with open(path, "rb", opener=_private_opener) as file:
-        return tuple(_head_from(row) for row in json.loads(file.read(_MAX_HEAD_FILE)))
+    """Return the heads in a head file.  A head file is only ever replaced, so that inode, size and times
+    identify its content."""
+    return tuple(_head_from(row) for row in _read_json(path))
 
 
 def _read_heads(path: str) -> tuple[ResponseHead, ...]:
-    """The heads in a head file; none where it is missing, damaged or no file (a FIFO, say)."""
+    """Return the heads in a head file; none if it is missing, damaged, or not a regular file."""
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):
             return ()
         read = _parsed_heads if info.st_size <= MAX_MEMOIZED_HEAD else _parsed_heads.__wrapped__
         return read(path, info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+    except _DAMAGED:
         return ()
-
-
-def replace_file(path: str, text: str) -> None:
-    """Replace a file of the bookkeeping; OSError.  Another instance may do so at the same time."""
-    make_directory(os.path.dirname(path))
-    new = "%s^%s" % (path, secrets.token_hex(4))
-    try:
-        with io.FileIO(new, "wb", opener=_private_opener) as file:
-            write_all(file, text.encode())
-        os.replace(new, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(new)
-        raise
 
 
 def _write_heads(path: str, heads: list[ResponseHead]) -> None:
     replace_file(path, json.dumps([vars(head) for head in heads], ensure_ascii=False))
 
 
+def _describes(head: ResponseHead, info: os.stat_result) -> bool:
+    """Check whether a head belongs to this body, by size and modification time.
+
+    If the body's time has no fraction, a copy has lost it (rsync, tar); then only seconds are compared.
+    """
+    if head.size != info.st_size:
+        return False
+    same = head.mtime_ns == info.st_mtime_ns
+    return same or info.st_mtime_ns % 10**9 == 0 and head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
+
+
+def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
+    """Make a head for a body that has none, from its file's status."""
+    modified = info.st_mtime
+    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", format_http_date(modified)))
+    return ResponseHead(200, "OK", fields, key, key, (), modified, modified, info.st_size, info.st_mtime_ns)
+
+
+def _body_names(key: str) -> list[str]:
+    """Return the names that a cache key's body may have: the preferred one first, the hashed one last."""
+    return [name for name in cache_file_names(key, os.name == "nt") if name is not None]
+
+
+def _has_exact_name(root: str, name: str) -> bool:
+    """Check whether a file has exactly this name below the root.
+
+    File systems that ignore case, or know short names, open other files too.  A head would tell them apart;
+    this check is for bodies without one.
+    """
+    folder = root
+    with contextlib.suppress(OSError):
+        for part in name.split("/"):
+            if os.path.lexists(os.path.join(folder, part.swapcase())) and part not in os.listdir(folder):
+                return False
+            folder = os.path.join(folder, part)
+        return True
+    return False
+
+
 def size_on_disk(info: os.stat_result) -> int:
-    """Bytes that a file takes: whole blocks, but no less than its size where they are allocated later."""
+    """Return the bytes that a file takes: its blocks, or its size if they are allocated later."""
     return max(info.st_size, getattr(info, "st_blocks", 0) * 512)
 
 
 def inodes_for(key: str) -> int:
-    """Inodes that are needed at most to store a response under a cache key: two files, and their folders."""
+    """Return the most inodes that storing a response may take: two files and all their folders."""
     return 2 * key.count("/") + 4 if key else 0
 
 
 def head_size(head: ResponseHead) -> int:
-    """About as many bytes as a head takes, with its folders where they are deeper than most, which exist."""
+    """Estimate the bytes that a head file takes, and the folders of a key that is deeper than most."""
     fields = sum(len(name) + len(text) for name, text in head.fields)
     return fields + BLOCK * max(2, inodes_for(head.key) - 24)
 
 
 class RefCountedFile:
-    """An open file; the last of its users closes it."""
+    """An open file with one writer and any number of readers; the last of them closes it.
+
+    Who closes: the writer opens the file and counts as its first user.  A reader calls acquire() before it
+    uses the file; that fails if the last user has left meanwhile, and the reader looks into the store.  Each
+    user calls release() once, in any order: a slow reader may keep the file open long after the writer.
+    """
 
     def __init__(self, path: str, file: io.FileIO) -> None:
         self.path = path
         self._file = file
-        self._unlink_on_close = False  # whether its name is ours alone, and shall go with it
-        self._lock = threading.Lock()  # guards _users
-        self._refcount = 1  # the writer, and whoever reads
+        self._unlink_on_close = False  # for Windows, which removes no open file
+        self._lock = threading.Lock()  # guards _refcount
+        self._refcount = 1  # the writer and the readers
 
     def fileno(self) -> int:
-        """Its file's descriptor."""
+        """Return the file's descriptor."""
         return self._file.fileno()
 
     def read_at(self, size: int, offset: int) -> bytes:
-        """Up to ``size`` bytes from ``offset``, without moving anybody's position."""
+        """Return up to ``size`` bytes from ``offset``; the writer's position stays.  Raises OSError."""
         if hasattr(os, "pread"):
             return os.pread(self.fileno(), size, offset)
         with open(self.path, "rb") as file:
             file.seek(offset)
             return file.read(size)
 
+    def still_exists(self) -> bool:
+        """Check whether the file's name still leads to the open file.  Raises OSError."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
+        except FileNotFoundError:
+            return False
+
     def has_readers(self) -> bool:
-        """Whether anybody but the writer uses it."""
+        """Check whether anybody but the writer uses the file."""
         return self.reader_count() > 0
 
     def reader_count(self) -> int:
-        """How many use it beside the writer."""
+        """Return the number of users besides the writer."""
         with self._lock:
             return max(0, self._refcount - 1)
 
     def acquire(self) -> bool:
-        """One user more; False if it is closed already."""
+        """Add a user.  Returns False if the file is closed already."""
         with self._lock:
             self._refcount += 1 if self._refcount else 0
             return self._refcount > 0
 
     def release(self) -> None:
-        """One user less; the last closes the file."""
+        """Remove a user; the last one closes the file."""
         with self._lock:
             self._refcount -= 1
             last = self._refcount == 0
         if last:
             self._file.close()
             if self._unlink_on_close:
-                with contextlib.suppress(OSError):  # Windows removes no open file
-                    os.unlink(self.path)
+                _unlink(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartialMetadata:
+    """What a partial file's head file says about it, for other instances and for resuming.
+
+    After a power failure a file may be longer than the part of it that is on the disk, filled up with zeros.
+    So the bytes of a partial file are trusted up to its present size only while the boot lasts in which they
+    were written; otherwise up to ``flushed_size``.
+
+    ======================  ==============  ============  ===================
+    the writer              writer_boot_id  flushed_size  readable bytes
+    ======================  ==============  ============  ===================
+    writes, on this boot    this boot       any           the file's size
+    crashed, or is remote   another boot    None          none
+    writes, remote disk     another boot    a number      flushed_size
+    left the file           ""              a number      flushed_size
+    ======================  ==============  ============  ===================
+    """
+
+    head: ResponseHead  # as the response will be stored; without size and mtime_ns
+    inode: int  # the file that is described: a head file may survive its partial file
+    declared_length: int | None  # bytes of the complete body
+    writer_boot_id: str  # "" once the writer has left and all bytes are on the disk
+    flushed_size: int | None  # bytes known to be on the disk
+
+    def save(self, path: str) -> None:
+        """Replace the metadata of the partial file ``path``.  Raises OSError."""
+        replace_file(path + "^head", json.dumps({**vars(self), "head": vars(self.head)}, ensure_ascii=False))
+
+    @classmethod
+    def load(cls, path: str) -> PartialMetadata | None:
+        """Read the metadata of a partial file.
+
+        Returns None if it is missing, damaged, or of version 1.0: then the download starts anew.
+        """
+        with contextlib.suppress(*_DAMAGED):
+            row = _read_json(path + "^head")
+            found = cls(**{**row, "head": _head_from(row["head"])})
+            numbers = (found.inode, found.declared_length or 0, found.flushed_size or 0)
+            if all(isinstance(number, int) and number >= 0 for number in numbers):
+                return found
+        return None
 
 
 class PartialFile(RefCountedFile):
-    """An incomplete response (RFC 9111 §3.3): written by one, read by many while it grows.
+    """A download in progress (an incomplete response, RFC 9111 §3.3): one writer, any number of readers.
 
-    It ends once, in commit(), keep() or discard(); whoever reads it reads on.
-    Between instances, the lock on its file says who leads; one that has an ``owner`` is locked by its name,
-    which no other instance uses.  Its head file names the file that it describes by its inode.
+    The writer calls start() and write(), and at the end exactly one of commit(), keep_for_resume() and
+    discard().  Readers may read on after that, until they release() it.
+
+    Who may write: if ``owner`` is "", the holder of the file's lock.  Otherwise the instance that a lease
+    named ``owner``, which is the only one to use the file ``SHA256.owner``.
+
+    Two instances, one key, with locks:
+
+    1. A locks the file, writes, and calls publish().  B cannot lock it, and opens it for reading.
+    2. B loads the metadata, and follows the file's size (refresh_size).
+    3. If A commits, the file has its place in the store: B finds it there (is_stored_as).
+    4. If A dies, the kernel releases its lock: B locks the file (try_lock) and resumes the download in it.
+
+    With leases, A's file is its own.  If A's lease lapses, B copies the bytes into a file of its own
+    (copy_from), because A may only have been suspended, and lets its readers switch to that (switch_to).
     """
 
     def __init__(self, store: Store, key: str, owner: str, path: str, file: io.FileIO) -> None:
         super().__init__(path, file)
-        self.head = ResponseHead(0, "", (), key)  # of the live response, as it will be stored, or of what is left
-        self.length: int | None = None  # declared
+        self.head = ResponseHead(0, "", (), key)  # of the response as it will be stored, or of a leftover
+        self.length: int | None = None  # declared bytes of the body; None: unknown
         self.owner = owner
-        self.size = 0  # bytes written, or left and good to go on with
+        self.size = 0  # bytes written; of a leftover or another instance's file, bytes that may be read
         self._store = store
-        self._writer_is_local = True  # whether another instance that writes it is on this machine
-        self._writer_left = False  # whether that one has left it
-        self._published_at = 0.0  # monotonic time of the last word to other instances
-        self._checked = 0  # the size up to which space is known to be free
+        self._writer_is_local = True  # whether another instance that writes the file is on this machine
+        self._writer_left = False  # whether that instance has finished with the file
+        self._published_at = 0.0  # monotonic time of the last publish()
+        self._granted_size = 0  # size up to which Space has granted disk space
 
     def start(self, head: ResponseHead, length: int | None, offset: int = 0) -> None:
-        """Begin to write a response of ``length`` bytes (None: unknown), or go on at ``offset``;
-        LocalFailure."""
+        """Start writing a response of ``length`` bytes (None: unknown), or resume at ``offset``.
+
+        Raises StorageError.
+        """
         self.head, self.length, self.size = head, length, offset
         try:
-            self._checked = self._store.space.reserve(self, 1 if length is None else length - offset)
+            self._granted_size = self._store.space.reserve(self, 1 if length is None else length - offset)
             found = os.fstat(self.fileno()).st_size
             if found < offset:
-                raise OSError(errno.ESTALE, "the partial was cut")
+                raise OSError(errno.ESTALE, "the partial file was truncated")
             if not offset:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path + "^head")
+                self._remove_metadata()
                 if found and not self.owner:
                     self._replace_file()
             self._file.truncate(offset)
@@ -2355,29 +2809,35 @@ class PartialFile(RefCountedFile):
             raise StorageError(error) from error
 
     def _replace_file(self) -> None:
-        """Who reads what was left reads on: the new one gets a file of its own, locked before it is seen."""
+        """Continue in a new file, so that readers of the leftover keep its bytes.
+
+        The new file is locked before it gets the name: no other instance can lock it in between.
+        """
         if not self.still_exists():
-            raise OSError(errno.ESTALE, "somebody removed the partial")
-        new = "%s^%s" % (self.path, secrets.token_hex(8))  # never a file that another instance writes
-        file = io.FileIO(os.open(new, _WRITABLE | os.O_EXCL, 0o644), "r+b")
+            raise OSError(errno.ESTALE, "the partial file was removed")
+        temporary = _temporary_name(self.path)
+        file = io.FileIO(os.open(temporary, _WRITABLE | os.O_EXCL, 0o644), "r+b")
         try:
             try_lock_file(file)
             self._file.close()
-            os.replace(new, self.path)
+            os.replace(temporary, self.path)
         finally:
             self._file = file
 
     def write(self, data: bytes) -> int:
-        """Append all of ``data``; OSError (disk full …) comes through."""
-        if self.size + len(data) > self._checked:
-            self._checked = self._store.space.reserve(self, len(data))
+        """Append all of ``data`` and return its length.  Raises OSError (disk full ...)."""
+        if self.size + len(data) > self._granted_size:
+            self._granted_size = self._store.space.reserve(self, len(data))
         write_all(self._file, data)
         self.size += len(data)
         return len(data)
 
     def publish(self) -> None:
-        """Let other instances read what has been written so far.  On another machine's disk they may see it
-        in another order than we write it: there what they may read is flushed first; OSError."""
+        """Let other instances read the bytes written so far.  Raises OSError.
+
+        On this machine the metadata is written once: other instances then see the file grow.  Other machines
+        may see later blocks before earlier ones, so there the bytes are flushed before they are published.
+        """
         now = time.monotonic()
         if not self._published_at or self._store.remote and now - self._published_at > FLUSH_INTERVAL:
             self._published_at = now
@@ -2386,210 +2846,182 @@ class PartialFile(RefCountedFile):
             self._write_metadata(self._store.boot)
 
     def commit(self) -> None:
-        """Flush to disk, then give the body its place and its head (invariant 1); or LocalFailure."""
+        """Flush the body to the disk and store it under its key (invariant 1).  Raises StorageError.
+
+        Another instance that must not let this body be stored (an unsafe request has made it invalid) first
+        unlinks the partial file and then deletes the stored response.  Against that:
+
+        1. commit() checks that the partial file still exists,
+        2. gives the body its place, while the partial file keeps its name as well,
+        3. checks again, and deletes the stored response if the name has gone.
+        """
         try:
             os.fsync(self.fileno())
             if not self.still_exists():
-                raise OSError(errno.ENOENT, "somebody removed the partial")
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path + "^head")
+                raise OSError(errno.ENOENT, "the partial file was removed")
+            self._remove_metadata()
             linked = self._store.commit(self)
-            if linked and not self.still_exists():  # another instance spoiled it meanwhile
+            if linked and not self.still_exists():
                 self.delete_stored()
-                raise OSError(errno.ENOENT, "somebody removed the partial")
+                raise OSError(errno.ENOENT, "the partial file was removed")
         except OSError as error:
             self.discard()
             raise StorageError(error) from error
         if linked:
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                os.unlink(self.path)
-        self._unlink_on_close = bool(self.owner)
-        self.unlock()
+            _unlink(self.path)
+        self._close_for_writing()
 
     def keep_for_resume(self) -> None:
-        """Leave it for a later request to go on with (DESIGN §6.7), where it can be told what it is of."""
-        try:
-            if self.size < MIN_RESUMABLE_SIZE or strong_validator(self.head) is None or not self.still_exists():
-                raise OSError("not worth it")
-            if os.fstat(self.fileno()).st_size != self.size:
-                raise OSError("not what was received")
-            os.fsync(self.fileno())
-            self._write_metadata("")
-        except OSError:
-            self.discard(cut=self.size >= MIN_RESUMABLE_SIZE)
-        self.unlock()
+        """Leave the file for a later request to resume, if a strong validator identifies the response."""
+        large = self.size >= MIN_RESUMABLE_SIZE
+        with contextlib.suppress(OSError):
+            if (large and strong_validator(self.head) is not None and self.still_exists()
+                    and os.fstat(self.fileno()).st_size == self.size):  # else another process has written it
+                os.fsync(self.fileno())
+                self._write_metadata("")
+                self.unlock()
+                return
+        self.discard(cut=large)
 
     def discard(self, cut: bool = False) -> None:
-        """Forget the file.  Its readers read on.  Its writer may also ``cut`` it, so that slow readers do not
-        keep its space: they go on from the origin."""
+        """Remove the file.  Its readers read on.
+
+        With ``cut`` the file is emptied too, so that slow readers do not hold its disk space: they fetch the
+        remainder from the origin.
+        """
         self._store.space.release(self, kept=False)
         self._published_at = math.inf
         with contextlib.suppress(OSError, ValueError):
             if cut:
                 self._file.truncate(0)
             if self.still_exists():
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path + "^head")
+                self._remove_metadata()
                 os.unlink(self.path)
-        self._unlink_on_close = bool(self.owner)
-        self.unlock()
+        self._close_for_writing()
 
     def delete_stored(self) -> None:
-        """Remove what is stored under its key: it is no longer right."""
+        """Remove the response that is stored under the same key: it is known to be wrong."""
         self._store.delete(self.head.key)
 
-    # What other instances write
+    def unlock(self) -> None:
+        """Let other instances write the file, even if readers here still have it open."""
+        self._store.space.release(self)
+        if fcntl is not None and not self.owner:
+            with contextlib.suppress(OSError, ValueError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    # Methods for following another instance's download
 
     def try_lock(self) -> bool:
-        """Whether nobody else writes it any more, so that we may; OSError."""
+        """Become the file's only writer if no other process is.  Raises OSError."""
         return try_lock_file(self._file)
 
     def load_metadata(self) -> bool:
-        """What another instance has told of what it writes; False where that is nothing yet."""
-        with contextlib.suppress(OSError), open(self.path, "rb", opener=_private_opener):
-            pass  # so NFS looks anew
-        # An empty file may have the inode number of a removed one, whose head file is still there.
-        size = os.fstat(self.fileno()).st_size
-        head = self._read_metadata() if size else None
-        if head is None:
-            return False
-        self._writer_left = not head.boot_id
-        self._writer_is_local = head.boot_id == self._store.boot
-        self.head = replace_fields(head, boot_id="", flushed_size=-1, mtime_ns=0)
-        self.length = None if head.size < 0 else head.size
-        self.size = size if self._writer_is_local else min(size, max(0, head.flushed_size))
-        return True
+        """Read the metadata that another instance has published.  Returns False if there is none yet."""
+        with contextlib.suppress(OSError):
+            with open(self.path, "rb", opener=_private_opener):
+                pass  # opening the file makes an NFS client ask the server for its present size
+            info = os.fstat(self.fileno())
+            found = PartialMetadata.load(self.path) if info.st_size else None
+            # A new, empty file may have the inode number of a removed one whose metadata is left.
+            matches = found and (found.head.key, found.inode) == (self.head.key, info.st_ino)
+            if found and matches and self.still_exists():
+                self.head, self.length = found.head, found.declared_length
+                self._writer_left = not found.writer_boot_id
+                self._writer_is_local = found.writer_boot_id == self._store.boot
+                trusted = info.st_size if self._writer_is_local else found.flushed_size or 0
+                self.size = min(info.st_size, trusted)
+                return True
+        return False
 
     def refresh_size(self) -> None:
-        """See how far the other instance has come; OSError."""
+        """Update ``size`` to the bytes that the other instance has written by now.  Raises OSError."""
         if self._writer_is_local:
             self.size = os.fstat(self.fileno()).st_size
         else:
             self.load_metadata()
 
     def copy_from(self, old: PartialFile) -> None:
-        """Take over the bytes of an instance that may not be quite dead into this file, which is ours alone;
-        OSError."""
+        """Copy the bytes of another instance's file into this one.  Raises OSError.
+
+        Its writer may still be alive (a lease can be lost to a pause), so its file must not be written.
+        """
         while self.size < old.size:
             data = old.read_at(min(COPY_SIZE, old.size - self.size), self.size)
             if not data:
-                raise OSError(errno.EIO, "the partial was cut")
+                raise OSError(errno.EIO, "the partial file was truncated")
             self.write(data)
         self.head, self.length = old.head, old.length
 
     def switch_to(self, other: PartialFile | StoredResponse) -> None:
-        """Let whoever reads this read on in another file of the same bytes; OSError."""
+        """Let this file's readers continue in another file with the same bytes.  Raises OSError.
+
+        dup2() exchanges the file under the descriptor, which the readers keep using.
+        """
         os.dup2(other.fileno(), self.fileno(), inheritable=False)
         if isinstance(other, PartialFile):
-            self.path, self.owner, self.size, self._writer_is_local = other.path, other.owner, other.size, other._writer_is_local
+            self.path, self.owner, self.size = other.path, other.owner, other.size
+            self._writer_is_local = other._writer_is_local
             other.release()
         else:
             self.size = other.head.size
 
     def is_abandoned(self) -> bool:
-        """Whether it was left, or nobody has written it for a while; OSError."""
+        """Check whether the writer has left the file or has not written for a while.  Raises OSError."""
         return self._writer_left or time.time() - os.fstat(self.fileno()).st_mtime > MIN_EVICTION_AGE
 
-    # Inside
-
-    def _write_metadata(self, boot: str) -> None:
-        """Write down what it is of, and in which ``boot`` it is being written, "" once it is on the disk:
-        after a power cut a file may be longer than what has reached the disk of it; OSError."""
-        _write_heads(self.path + "^head", [replace_fields(
-            self.head, size=-1 if self.length is None else self.length, boot_id=boot, mtime_ns=self._inode(),
-            flushed_size=self.size if self._store.remote or not boot else -1)])
-
-    def _read_metadata(self) -> ResponseHead | None:
-        """What its head file says of just this file."""
-        heads = _read_heads(self.path + "^head")
-        with contextlib.suppress(OSError):
-            if heads and [(head.key, head.mtime_ns) for head in heads] == [(self.head.key, self._inode())]:
-                return heads[0] if self.still_exists() else None
-        return None
-
-    def _inode(self) -> int:
-        """The name that its head file knows it by."""
-        return os.fstat(self.fileno()).st_ino
-
-    def still_exists(self) -> bool:
-        """Whether the file that has its name is still the one that is open; OSError."""
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
-        except FileNotFoundError:
-            return False
-
     def is_stored_as(self, stored: StoredResponse) -> bool:
-        """Whether it has landed, as this body; then all of it may be read."""
+        """Check whether a stored body is this file, or has all its bytes; then all of it may be read."""
         if os.path.samestat(os.fstat(stored.fileno()), os.fstat(self.fileno())):
             self.size = stored.head.size
             return True
         return self.size == self.length
 
-    def unlock(self) -> None:
-        """Others need not wait until the last of our clients has read it."""
-        self._store.space.release(self)
-        if fcntl is not None and not self.owner:
-            with contextlib.suppress(OSError, ValueError):
-                fcntl.flock(self._file, fcntl.LOCK_UN)
+    def _write_metadata(self, writer_boot_id: str) -> None:
+        """Write the head file.  Raises OSError."""
+        flushed_size = self.size if self._store.remote or not writer_boot_id else None
+        PartialMetadata(self.head, os.fstat(self.fileno()).st_ino, self.length, writer_boot_id,
+                        flushed_size).save(self.path)
+
+    def _remove_metadata(self) -> None:
+        """Remove the head file.  Raises OSError: metadata of another response must not stay."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path + "^head")
+
+    def _close_for_writing(self) -> None:
+        """Give up the lock, and the name with the last reader."""
+        self._unlink_on_close = bool(self.owner)
+        self.unlock()
 
 
-def _close(stored: StoredResponse | None) -> None:
-    if stored is not None:
-        stored.close()
+def _save_access_time(path: str, used: float) -> None:
+    """Store the time of a response's last use as its file's access time.
 
-
-def _save_access_time(path: str, last: float) -> None:
-    """Write the time of a file's last use into its inode, not into that of one which replaces it now."""
+    The file is opened first, so that a file which replaces it meanwhile is not touched.
+    """
     with contextlib.suppress(OSError), open(path, "rb", opener=_private_opener) as file:
         target = file.fileno() if os.utime in os.supports_fd else path
-        os.utime(target, ns=(int(last * 10**9), os.fstat(file.fileno()).st_mtime_ns))
-
-
-def _remove_old(path: str, before: float) -> None:
-    """Remove a file of our books that nobody has written since ``before``."""
-    with contextlib.suppress(OSError):
-        if os.lstat(path).st_mtime < before:
-            os.unlink(path)
+        os.utime(target, ns=(int(used * 10**9), os.fstat(file.fileno()).st_mtime_ns))
 
 
 def _rename(path: str, place: str) -> None:
+    """Rename a complete body into its place.  Raises OSError."""
     try:
         os.replace(path, place)
     except PermissionError:
         if os.name != "nt":
             raise
-        # Windows renames no open file, and every reply from a partial holds it open.
-        new = os.path.join(os.path.dirname(place), "^" + os.path.basename(path))
-        shutil.copy2(path, new)
-        os.replace(new, place)
-
-
-def _describes(head: ResponseHead, info: os.stat_result) -> bool:
-    """Whether a head names this body.  Where a copy lost the fraction of the time, its second counts."""
-    if head.size != info.st_size:
-        return False
-    same = head.mtime_ns == info.st_mtime_ns
-    return same or info.st_mtime_ns % 10**9 == 0 and head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
-
-
-def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
-    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", format_http_date(info.st_mtime)))
-    return ResponseHead(200, "OK", fields, key, key, response_time=info.st_mtime, request_time=info.st_mtime,
-                size=info.st_size, mtime_ns=info.st_mtime_ns)
-
-
-def boot_id() -> str:
-    """A name of this start of the machine, without hyphens.  The systemd unit hides the kernel's file, and
-    passes the same name as %b.  Where the system tells none, one of this process: then what a crash left is
-    not trusted, whatever crashed."""
-    known = os.environ.get("PKGPROXY_BOOT_ID", "")
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        known = file.read()
-    return known.strip().replace("-", "").lower() or secrets.token_hex(16)
+        # Windows renames no open file, and each client of a download has the partial file open.
+        copy = os.path.join(os.path.dirname(place), "^" + os.path.basename(path))
+        shutil.copy2(path, copy)
+        os.replace(copy, place)
 
 
 def matches_digest_in_name(key: str, body: StoredResponse | PartialFile) -> bool:
-    """Whether a body is what its name says, where that holds a digest of it; LocalFailure."""
+    """Check a body against the digest in its key.
+
+    Returns True if the key contains none.  Raises StorageError if the body cannot be read.
+    """
     digest = digest_in_name(key)
     if digest is None:
         return True
@@ -2604,75 +3036,84 @@ def matches_digest_in_name(key: str, body: StoredResponse | PartialFile) -> bool
 
 
 class NameIndex:
-    """Where the files lie that mirrors call by one name: lines of a name's digest and a place, a cache key or
-    a path.  New ones come into one file; whoever sweeps spreads them over 256, so that 200,000 are 70 KB
-    each.  What is lost, or outdated, costs a download at most; it is looked through when it is asked.
+    """Finds files of the same name on different mirrors.
+
+    An index is a folder of text files with lines "DIGEST PLACE": the first 18 digits of the name's SHA-256,
+    and a cache key or a path.  Lines are in 256 buckets by the first two digits, so that a lookup reads
+    little: 70 KB if there are 200,000 names.  New lines go to the bucket ``recent`` until compact() sorts
+    them: else a small cache would have 256 files of one line each.
+
+    Entries may get lost and may be outdated.  A lost one costs a download at most, and the caller verifies
+    each place it gets.
     """
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
 
     def add(self, name: str, place: str) -> None:
-        """A file of this name lies there."""
+        """Record that a file of this name is at ``place``."""
         with contextlib.suppress(OSError):
-            self._add(self._folder, {_RECENT_BUCKET: [self._line(name, place)]})
+            self._append(self._folder, _RECENT_BUCKET, self._line(name, place))
 
     def lookup(self, name: str) -> list[str]:
-        """The places of a name, the newest first."""
-        start, lines, found = b"\n" + self._line(name, "")[:-1], b"\n", []
-        for bucket in (start[1:3].decode(), _RECENT_BUCKET):
+        """Return up to MAX_CANDIDATES places of a name, the newest first."""
+        prefix, lines = self._line(name, "")[:-1], b"\n"
+        for bucket in (prefix[:2].decode(), _RECENT_BUCKET):
             with contextlib.suppress(OSError):
                 lines += self._read(os.path.join(self._folder, bucket))
-        at = lines.find(start)
-        while at >= 0 and (end := lines.find(b"\n", at + 1)) >= 0:
-            found.append(lines[at + len(start):end])
-            at = lines.find(start, end)
-        places = [place.decode("utf-8", "surrogateescape") for place in reversed(found)]
-        return list(dict.fromkeys(places))[:MAX_CANDIDATES]
+        complete = lines[:lines.rindex(b"\n") + 1]
+        found = [part.partition(b"\n")[0] for part in complete.split(b"\n" + prefix)[1:]]
+        newest_first = dict.fromkeys(place.decode("utf-8", "surrogateescape") for place in reversed(found))
+        return list(newest_first)[:MAX_CANDIDATES]
 
     def compact(self) -> None:
-        """Give what is new its place, and what somebody died over.  What another process adds in this moment
-        may be lost."""
-        path = os.path.join(self._folder, _RECENT_BUCKET)
-        own = "%s^%s" % (path, secrets.token_hex(4))
+        """Sort the recent lines into their buckets.
+
+        1. Rename ``recent``: from now on no other process adds lines to it, or sorts it.  (A line of a
+           process that has just opened it may get lost.)
+        2. Append its lines to the buckets, then remove it.
+
+        A file that a process renamed but did not remove is sorted by the next call a minute later.
+        """
+        recent = os.path.join(self._folder, _RECENT_BUCKET)
+        own = _temporary_name(recent)
         with contextlib.suppress(OSError):
-            os.rename(path, own)
-        for left in glob.glob(glob.escape(path) + "^*"):
+            os.rename(recent, own)
+        for path in glob.glob(glob.escape(recent) + "^*"):
             with contextlib.suppress(OSError):
-                if left != own and time.time() - os.stat(left).st_mtime < MIN_EVICTION_AGE:
-                    continue  # somebody is at it
-                lines = self._read(left).splitlines(keepends=True)
-                self._add(self._folder, self._by_bucket(
-                    line for line in lines if re.match(rb"[0-9a-f]{18} .*\n", line)))
-                os.unlink(left)
+                if path == own or time.time() - os.stat(path).st_mtime > MIN_EVICTION_AGE:
+                    lines = self._read(path).splitlines(keepends=True)
+                    self._append_sorted(self._folder, (
+                        line for line in lines if re.match(rb"[0-9a-f]{18} .*\n", line)))
+                    os.unlink(path)
 
     def is_complete(self) -> bool:
-        """Whether it was ever made from all that is stored."""
+        """Check whether the index was ever built from all stored responses."""
         return os.path.exists(os.path.join(self._folder, _COMPLETE_MARK))
 
     def rebuild(self, entries: Iterable[tuple[str, str]]) -> None:
-        """Replace all of it: names and places; OSError."""
-        new = "%s^%s" % (self._folder, secrets.token_hex(4))
-        rows = iter(entries)
+        """Replace the index by these names and places.  Raises OSError."""
+        new = _temporary_name(self._folder)
+        lines = (self._line(name, place) for name, place in entries)
         try:
-            while part := list(itertools.islice(rows, 100_000)):
-                self._add(new, self._by_bucket(self._line(name, place) for name, place in part))
-            self._add(new, {_COMPLETE_MARK: [b""]})
+            while part := list(itertools.islice(lines, 100_000)):  # to bound the memory
+                self._append_sorted(new, part)
+            self._append(new, _COMPLETE_MARK, b"")
             shutil.rmtree(self._folder, ignore_errors=True)
             os.rename(new, self._folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
     def record_comparison(self, mirrors: tuple[str, str], same: bool) -> None:
-        """Two mirrors had, or had not, the same file under one name."""
+        """Record that two mirrors had, or did not have, the same file under one name."""
         with contextlib.suppress(OSError):
             if same:
-                self._add(self._folder, {self._pair(mirrors): [b"+"]})
+                self._append(self._folder, self._pair(mirrors), b"+")
             else:
                 os.unlink(os.path.join(self._folder, self._pair(mirrors)))
 
     def are_mirrors(self, mirrors: tuple[str, str]) -> bool:
-        """Whether two mirrors have always had the same files lately."""
+        """Check whether the last MIN_MATCHING_FILES comparisons of two mirrors all matched."""
         with contextlib.suppress(OSError):
             return os.path.getsize(os.path.join(self._folder, self._pair(mirrors))) >= MIN_MATCHING_FILES
         return False
@@ -2681,155 +3122,172 @@ class NameIndex:
         digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
         return ("%s %s\n" % (digest[:18], place)).encode("utf-8", "surrogateescape")
 
-    def _read(self, path: str) -> bytes:
-        """A file of names; OSError.  Its size is asked first: to make room for the largest takes longer."""
-        with io.FileIO(path, "rb", opener=_private_opener) as file:
-            return file.read(min(os.fstat(file.fileno()).st_size, 4 * _MAX_NAMES)) or b""
-
-    def _by_bucket(self, lines: Iterable[bytes]) -> dict[str, list[bytes]]:
-        """Lines by the file that each belongs to."""
-        found: dict[str, list[bytes]] = {}
-        for line in lines:
-            found.setdefault(line[:2].decode(), []).append(line)
-        return found
-
     def _pair(self, mirrors: tuple[str, str]) -> str:
         return "mirrors-" + hashlib.sha256(" ".join(sorted(mirrors)).encode("utf-8", "replace")).hexdigest()
 
-    def _add(self, folder: str, lines: dict[str, list[bytes]]) -> None:
-        """Append lines to files; one that grows too long loses its older half; OSError."""
+    def _read(self, path: str) -> bytes:
+        """Return the content of a bucket.  Raises OSError."""
+        with io.FileIO(path, "rb", opener=_private_opener) as file:
+            # A buffer for the largest file takes longer than asking for the size.
+            return file.read(min(os.fstat(file.fileno()).st_size, 4 * _MAX_NAMES)) or b""
+
+    def _append_sorted(self, folder: str, lines: Iterable[bytes]) -> None:
+        """Append lines to their buckets.  Raises OSError."""
+        buckets: dict[str, list[bytes]] = {}
+        for line in lines:
+            buckets.setdefault(line[:2].decode(), []).append(line)
+        for bucket, part in buckets.items():
+            self._append(folder, bucket, b"".join(part))
+
+    def _append(self, folder: str, bucket: str, data: bytes) -> None:
+        """Append to a file; drop the older half of one that grows too long.  Raises OSError."""
         make_directory(folder)
-        for bucket, more in lines.items():
-            path = os.path.join(folder, bucket)
-            with io.FileIO(path, "ab", opener=_private_opener) as file:
-                write_all(file, b"".join(more))
-                full = file.tell() > (_MAX_RECENT if bucket == _RECENT_BUCKET else _MAX_NAMES)
-            if full and bucket == _RECENT_BUCKET:
-                self.compact()
-            elif full:
-                with open(path, "rb", opener=_private_opener) as file:
-                    kept = file.read()[-_MAX_NAMES // 2:].partition(b"\n")[2]
-                new = "%s^%s" % (path, secrets.token_hex(4))
-                with open(new, "wb", opener=_private_opener) as file:
-                    file.write(kept)
-                os.replace(new, path)
+        path = os.path.join(folder, bucket)
+        with io.FileIO(path, "ab", opener=_private_opener) as file:
+            write_all(file, data)
+            size = file.tell()
+        if bucket == _RECENT_BUCKET and size > _MAX_RECENT:
+            self.compact()
+        elif size > _MAX_NAMES:
+            replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
 
 
 def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Names and paths of the packages in folders that are the user's own.  Links are not followed."""
+    """Yield the names and paths of packages below the folders of --adopt.  Links are not followed."""
     for top in folders:
-        for folder, below, files in os.walk(top):
-            below[:] = [name for name in below if name != METADATA_FOLDER]
+        for folder, subfolders, files in os.walk(top):
+            subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
             for path in (os.path.join(folder, file) for file in files):
-                below_top = os.path.relpath(path, top).replace(os.sep, "/")
-                # A % stays: apt and others write %3a where a URL would have it.
-                name = shareable_name("http://a/" + urllib.parse.quote(os.fsencode(below_top), "/%:+~"))
+                relative = os.path.relpath(path, top).replace(os.sep, "/")
+                # "%" is not quoted: apt and others write %3a into file names where the URL has it too.
+                name = shareable_name("http://a/" + urllib.parse.quote(os.fsencode(relative), "/%:+~"))
                 if name and "\n" not in path:
                     yield name, path
 
 
-def _body_names(key: str) -> list[str]:
-    """Where a cache key's body may lie, the place to prefer first, the hashed one last."""
-    return [name for name in cache_file_names(key, os.name == "nt") if name is not None]
-
-
 class Space:
-    """Decides whether downloads may use more disk space: what the file system has free, less a reserve, in
-    bytes and in inodes, and what --max-size leaves.  A download of a declared length reserves all of it, any
-    other SPACE_STEP bytes at a time.  For Partial: reserve, release; for Janitor: take, correct.
+    """Grants disk space to downloads, so that they leave the reserve free and keep to --max-size.
+
+    Usable are the file system's free bytes without the reserve or, if fewer, the bytes left by --max-size,
+    minus the space that running downloads have been granted but have not used yet.
+
+    A download with a declared length is granted all of it at its start, or is not stored.  Any other one is
+    granted SPACE_STEP bytes at a time.  If it does not fit in the end, its clients may be cut off; so its
+    size is remembered, and the next download of the same key must be granted as much at once.
+
+    If little is left, ``scarce`` is set, which starts an eviction.  The eviction counts all files and
+    corrects the size that is assumed here.
+
+    PartialFile calls reserve() and release(); Evictor calls take_demand() and correct().
     """
 
     def __init__(self, free: Callable[[], tuple[int, int]], max_size: int | None) -> None:
-        self.scarce = threading.Event()  # set when something has to be evicted
-        self._free = free  # bytes and inodes that may be used; OSError
+        self.scarce = threading.Event()
+        self._free = free  # returns free bytes and inodes without the reserve; raises OSError
         self._max_size = max_size
         self._lock = threading.Lock()  # guards all below
-        # The size that each download may reach, and the bytes of its head and folders when it is stored.
+        # The size that each running download may reach, and the bytes of its head file and folders.
         self._running: weakref.WeakKeyDictionary[PartialFile, tuple[int, int]] = weakref.WeakKeyDictionary()
-        self._stored = 0  # bytes below the root, without running downloads, as far as is known
-        self._needed = 0  # free bytes that refused downloads needed, or the next one is likely to need
-        self._spare = 0  # free bytes that eviction aims at
-        self._outgrown: dict[str, int] = {}  # by key: a size that did not fit, of bodies that declare none
+        self._stored = 0  # assumed bytes below the root, without running downloads
+        self._demand = 0  # free bytes that downloads lacked, or that the next one is likely to need
+        self._spare = 0  # free bytes that the last eviction aimed at
+        self._outgrown: dict[str, int] = {}  # by key: sizes of undeclared bodies that did not fit
 
     def reserve(self, partial: PartialFile, count: int) -> int:
-        """Let a download write ``count`` bytes more; return the size up to which it may be written before it
-        has to ask again; OSError (ENOSPC)."""
+        """Grant ``count`` more bytes to a download.
+
+        Returns the size up to which it may be written before the next call.  Raises OSError (ENOSPC).
+        """
         free, inodes = self._free()
         with self._lock:
-            size = partial.size
-            end, overhead = self._running.get(partial, (-1, head_size(partial.head)))
-            self._stored -= size if end < 0 else 0
-            if self._max_size is not None:
-                free = min(free, self._max_size - self._stored - sum(one.size for one in self._running))
-            if end < 0 and partial.length is None:  # a client that was cut off then gets all of it now
+            starts = partial not in self._running
+            if starts and partial.length is None:
                 count = max(count, self._outgrown.pop(partial.head.key, 0))
+            end, overhead = self._running.get(partial, (-1, head_size(partial.head)))
             needed = count
-            if size + count > end:  # else the others were granted what that left
-                needed += overhead + sum(max(0, other - one.size) + more for one, (other, more)
-                                         in self._running.items() if one is not partial)
-            likely = min(count, MAX_SPARE, 5 * self._spare)  # the next download is often as large
-            room, enough = free - needed, end >= 0 or inodes >= inodes_for(partial.head.key)
-            if room < max(0, likely, self._spare // 2) or not enough:
-                self.scarce.set()
-                wanted = likely if room >= 0 else needed
-                self._needed = max(self._needed, wanted if wanted <= (self._max_size or wanted) else 0)
-            if room >= 0 and enough:
-                ahead = 0 if partial.length is not None else min(room, max(0, SPACE_STEP - count))
-                self._running[partial] = max(end, size + count + ahead), overhead
-                return min(self._running[partial][0], size + SPACE_STEP)
+            if partial.size + count > end:  # otherwise the bytes have been granted already
+                needed += overhead + self._granted_to_others(partial)
+            if self._max_size is not None:
+                free = min(free, self._max_size - self._used())
+            fits = free >= needed and (not starts or inodes >= inodes_for(partial.head.key))
+            self._note_demand(count, needed, free - needed, fits)
+            if fits:
+                ahead = min(free - needed, max(0, SPACE_STEP - count)) if partial.length is None else 0
+                end = max(end, partial.size + count + ahead)
+                self._running[partial] = end, overhead
+                self._stored -= partial.size if starts else 0  # a leftover now counts as a download
+                return min(end, partial.size + SPACE_STEP)
             if partial.length is None and len(self._outgrown) < LARGE_MEMO:
-                self._outgrown[partial.head.key] = size + count
+                self._outgrown[partial.head.key] = partial.size + count
         raise OSError(errno.ENOSPC, "not enough free %s" % (
-            "space for %d bytes" % count if room < 0 else "inodes"))
+            "space for %d bytes" % count if free < needed else "inodes"))
 
     def release(self, partial: PartialFile, kept: bool = True) -> None:
-        """A download has ended; whether what it has written is ``kept``."""
+        """End a download's grant; ``kept`` says whether its bytes stay on the disk."""
         with self._lock:
-            mine = self._running.pop(partial, None)
-            if mine is not None and kept:
-                self._stored += partial.size + mine[1]
+            granted = self._running.pop(partial, None)
+            if granted is not None and kept:
+                self._stored += partial.size + granted[1]
 
-    def take(self) -> tuple[int, int]:
-        """Bytes below the root, as far as is known; free bytes that were needed since the last call."""
+    def take_demand(self) -> tuple[int, int]:
+        """Return the assumed bytes below the root, and the free bytes needed since the last call."""
         with self._lock:
-            needed, self._needed = self._needed, 0
-            return self._stored + sum(one.size for one in self._running), needed
+            demand, self._demand = self._demand, 0
+            return self._used(), demand
 
     def correct(self, difference: int, spare: int) -> None:
-        """Correct the known size by what counting has shown, and set what eviction aims at."""
+        """Add the difference between counted and assumed size; set the spare space of the eviction."""
         with self._lock:
             self._stored += difference
             self._spare = spare
 
+    def _used(self) -> int:
+        return self._stored + sum(other.size for other in self._running)
+
+    def _granted_to_others(self, partial: PartialFile) -> int:
+        return sum(max(0, end - other.size) + overhead for other, (end, overhead) in self._running.items()
+                   if other is not partial)
+
+    def _note_demand(self, count: int, needed: int, left: int, fits: bool) -> None:
+        """Start an eviction if a download does not fit, or if the next one, often as large, would not."""
+        likely = min(count, MAX_SPARE, 5 * self._spare)
+        if left < max(likely, self._spare // 2) or not fits:
+            self.scarce.set()
+            wanted = likely if left >= 0 else needed
+            if self._max_size is None or wanted <= self._max_size:
+                self._demand = max(self._demand, wanted)
+
 
 class Store:
-    """Stored responses below ``root``.  The file system is the truth; there is no index.
+    """Finds, stores, updates and deletes responses below the cache root.
 
-    For the caller: lookup, share, freshen, forget.  For Partial: place.  For Partials and Janitor: the rest.
+    There is no index: the file system holds all state, so that several processes may share a root and
+    people may copy, move and delete files at any time.
     """
 
     def __init__(self, root: str, trust_bare: bool = True, min_free: int | None = None,
                  max_size: int | None = None) -> None:
         self.root = os.path.abspath(root)
         self._top = os.path.join(self.root, "")
-        self.boot = boot_id()
-        self._min_free = min_free  # bytes
-        self.space = Space(lambda: (self.free_space(), self.free_inodes()), max_size)
-        self._lock = threading.Lock()  # guards _used
-        self._used: dict[str, float] = {}  # by name: clock time of the last use since the last sweep
-        self._places = memoize(self._find_places)
         self.metadata_folder = os.path.join(self.root, METADATA_FOLDER)
-        self.names = NameIndex(os.path.join(self.metadata_folder, "names"))  # of what is stored: common names, cache keys
-        self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of what is not ours: paths
+        self.boot = boot_id()
         self.remote = is_remote(self.root)
-        self._trust_bare = trust_bare  # whether the root is ours alone, so that a bare body is one of ours
+        self.space = Space(lambda: (self.free_space(), self.free_inodes()), max_size)
+        self.names = NameIndex(os.path.join(self.metadata_folder, "names"))  # of stored files: cache keys
+        self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of --adopt: paths
+        self._min_free = min_free  # bytes
+        self._trust_bare = trust_bare  # whether the root holds nothing but the cache
+        self._places = memoize(self._find_places)
+        self._lock = threading.Lock()  # guards _used
+        self._used: dict[str, float] = {}  # by name: clock time of the last use since the last eviction
 
     def lookup(self, key: str) -> StoredResponse | None:
-        """The stored response for a cache key, opened; None where there is none that may be used.
+        """Open the stored response for a cache key; None if there is none that may be used.
 
-        A body that no head describes is used if its name says what it is (content-named, package):
-        people copy and rsync such files, and may lose the bookkeeping folder; but not where the root
-        may hold anything (trust_bare).  A body that contradicts its head was changed by hand.
+        A body without a head is used if its name cannot stand for other content later (content-named,
+        package): people copy such files with rsync, and may lose the metadata folder.  It is not used if the
+        root may hold other files too (``trust_bare``).  A body that contradicts its head was changed by hand
+        and is never used.
         """
         bare = None
         for name, path, head_path in self._places(key):
@@ -2845,67 +3303,57 @@ class Store:
                     if head.mtime_ns != info.st_mtime_ns:
                         head = replace_fields(head, mtime_ns=info.st_mtime_ns)
                     return StoredResponse(file, head, name, True)
-            fixed = classify_name(key) in (NameClass.CONTENT, NameClass.PACKAGE)
-            if self._trust_bare and fixed and not (heads or bare) and self._is_exact(name):
+            immutable = classify_name(key) in (NameClass.CONTENT, NameClass.PACKAGE)
+            if self._trust_bare and immutable and not (heads or bare) and _has_exact_name(self.root, name):
                 bare = StoredResponse(file, _bare_head(key, info), name, False)
             else:
                 file.close()
         return bare
 
-    def _is_exact(self, name: str) -> bool:
-        """Whether a name is on the disk to the letter.  File systems that ignore case, or know short names,
-        open another file as well; only its head, which is missing here, would tell."""
-        folder = self.root
-        with contextlib.suppress(OSError):
-            for part in name.split("/"):
-                other = os.path.join(folder, part.swapcase())
-                if os.path.lexists(other) and part not in os.listdir(folder):
-                    return False
-                folder = os.path.join(folder, part)
-            return True
-        return False
-
-    def _find_places(self, key: str) -> list[tuple[str, str, str]]:
-        """Where a cache key's body may lie: its names, with their paths and those of their heads."""
-        return [(name, self.body_path(name), self.head_path(name)) for name in _body_names(key)]
-
     def commit(self, partial: PartialFile) -> bool:
-        """Give a complete body its natural name, or where that is taken its hashed one; OSError.  Whether
-        the partial still has its old name, too.
+        """Store a complete download under its key.
 
-        The head goes first, into a file that keeps the previous body's head beside the new one's, so
-        that at each moment the visible body has a head that describes it, and a reader between the
-        two steps, or a crash, mixes nothing.
+        Returns whether the partial file still has its old name too.  Raises OSError.
         """
         modified = parse_date(field_value(partial.head.fields, "Last-Modified"))
         if modified is None or not 0 <= modified < 2**33:
             modified = partial.head.response_time
-        # People see the origin's second; the fraction tells two bodies of one second apart.
+        # The seconds are the origin's, for people to see.  The fraction, from the clock, tells bodies of one
+        # second and size apart, so that no head of one ever describes the other.
         mtime_ns = int(modified) * 10**9 + time.time_ns() // 1000 % 10**6 * 1000
-        by_descriptor = os.utime in os.supports_fd
-        os.utime(partial.fileno() if by_descriptor else partial.path, ns=(time.time_ns(), mtime_ns))
-        info = os.fstat(partial.fileno())  # file systems keep times more or less fine
+        target = partial.fileno() if os.utime in os.supports_fd else partial.path
+        os.utime(target, ns=(time.time_ns(), mtime_ns))
+        info = os.fstat(partial.fileno())  # the file system may have rounded the time
         if info.st_size != partial.size or partial.length not in (None, partial.size):
-            raise OSError(errno.EIO, "the partial has %d bytes, not the %d received of %s" % (
+            raise OSError(errno.EIO, "the partial file has %d bytes, not the %d received of %s" % (
                 info.st_size, partial.size, partial.length))
         head = replace_fields(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
         return self._settle(partial.path, partial, head, may_move=True)
 
-    def link(self, twin: StoredResponse) -> None:
-        """Let a body that is stored already be found under its head's key as well: one file, two names;
-        OSError where the file system has no such thing, or the body is not ours."""
-        if not twin.described:
-            raise OSError(errno.EPERM, "it is not ours")
+    def link(self, stored: StoredResponse) -> None:
+        """Store a body under the key of its head as well, as a hard link.
+
+        Raises OSError if the file system has no hard links, or the body has no head file of its own.
+        """
+        if not stored.described:
+            raise OSError(errno.EPERM, "the file was not stored by pkgproxy")
         make_directory(os.path.join(self.metadata_folder, "partials"))
-        self._settle(self.body_path(twin.name), twin, twin.head, may_move=False)
+        self._settle(self.body_path(stored.name), stored, stored.head, may_move=False)
 
-    def _settle(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead, may_move: bool) -> bool:
-        """Give an open file its place, and return whether it keeps ``path`` as well; OSError.
+    def _settle(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead,
+                may_move: bool) -> bool:
+        """Give an open file the place of its key.  Returns whether it keeps ``path`` too.  Raises OSError.
 
-        Another instance may replace ``path`` at any time.  So the file first gets a name that nobody else
-        uses, and is compared with the open one under that.  That name is a link, because while ``path``
-        exists no other instance begins the same download.  Where links fail, a file that ``may_move`` is
-        renamed."""
+        Another instance may replace ``path`` at any time, for example if somebody removed the metadata
+        folder and a second download of the key has begun.  Its growing file must never become a body.  So:
+
+        1. link ``path`` to a name that no other process uses (or rename it, if the file system has no links),
+        2. compare the file of that name with the open one: from now on the name cannot lead elsewhere,
+        3. if they are the same file, rename it into its place; else rename it back.
+
+        A link is better than renaming because while ``path`` exists, no other instance starts to download
+        the same key again.
+        """
         own, linked = os.path.join(self.metadata_folder, "partials", "own^" + secrets.token_hex(8)), True
         try:
             os.link(path, own)
@@ -2913,7 +3361,7 @@ class Store:
             if not may_move:
                 raise
             if os.name == "nt":
-                own = path  # Windows neither renames nor removes an open file
+                own = path  # Windows can neither rename nor remove an open file
             else:
                 os.rename(path, own)
                 linked = False
@@ -2922,78 +3370,33 @@ class Store:
                 self._publish(own, head)
                 return linked
             if not linked:
-                os.replace(own, path)  # it belongs to another instance's download
-            raise OSError(errno.ESTALE, "it has been replaced")
+                os.replace(own, path)
+            raise OSError(errno.ESTALE, "the file has been replaced")
         finally:
-            with contextlib.suppress(OSError):  # rename() does nothing if both names are of one file
-                os.unlink(own)
+            _unlink(own)  # after rename() of two links to one file, both names exist still
 
     def _publish(self, path: str, head: ResponseHead) -> None:
-        """Give a file its place by its head's key; OSError."""
+        """Rename a body to its natural name, or to its hashed one if that is impossible.  Raises OSError."""
         *natural, hashed = _body_names(head.key)
         if shareable_name(head.key):
             self.names.add(shareable_name(head.key), head.key)
-        for name in natural:
-            taken, old = self._look(name, head.key)
-            if (old or not taken) and self._rename_into_place(path, name, head, old):  # else somebody's (invariant 11)
-                self.delete_file(hashed, head.key)
+        for name in (*natural, hashed):
+            exists, old = self._look(name, head.key)
+            # A file with the natural name that pkgproxy did not store stays (invariant 11).
+            if (old or not exists or name == hashed) and self._rename_into_place(path, name, head, old):
+                if name != hashed:
+                    self.delete_file(hashed, head.key)
                 return
-        if not self._rename_into_place(path, hashed, head, self.head_of(hashed, head.key)):
-            raise OSError(errno.EEXIST, "something else has its name")
-
-    def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
-        """Keep a head that a validation has brought up to date; a failure costs only that."""
-        head = replace_fields(head, size=stored.head.size, mtime_ns=stored.head.mtime_ns)
-        with contextlib.suppress(OSError):
-            if not _describes(head, os.lstat(self.body_path(stored.name))):
-                return  # another instance has stored a newer body meanwhile
-            _write_heads(self.head_path(stored.name), [head])
-
-    def delete(self, key: str) -> None:
-        """Remove a stored response, if it is ours (invariant 11)."""
-        for name in _body_names(key):
-            self.delete_file(name, key)
-
-    def take_access_times(self) -> dict[str, float]:
-        """The clock time of each name's last use since this was asked last: so a hit costs no write."""
-        with self._lock:
-            used, self._used = self._used, {}
-        return used
-
-    def free_space(self) -> int:
-        """Bytes that may be used: what is free, less the reserve; OSError."""
-        usage = shutil.disk_usage(self.root)
-        reserve = min(usage.total // 20, 10 * 10**9) if self._min_free is None else self._min_free
-        return usage.free - reserve
-
-    def free_inodes(self) -> int:
-        """Inodes that may be used: what is free, less 5 %, at most 10,000; OSError.  Many file systems make
-        them as they are needed."""
-        found = os.statvfs(self.root) if hasattr(os, "statvfs") else None
-        return found.f_favail - min(found.f_files // 20, 10_000) if found and found.f_files else sys.maxsize
-
-    def list_hosts(self) -> list[str]:
-        """The hosts that are stored; OSError where the root cannot be read."""
-        folders = []
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:  # a cleaning rm -rf
-            folders = [entry.name for entry in entries if entry.name != METADATA_FOLDER and entry.is_dir()]
-        return sorted(name for name in folders if os.path.isdir(self.head_path(name)[:-len("^head")]))
-
-    def head_of(self, name: str, key: str | None) -> ResponseHead | None:
-        """The head of the body that has this name, if we stored it for this key (None: for any)."""
-        return self._look(name, key)[1]
-
-    def _look(self, name: str, key: str | None) -> tuple[bool, ResponseHead | None]:
-        """Whether something has this name, and the head that describes it."""
-        try:
-            info = os.lstat(self.body_path(name))
-        except OSError:
-            return False, None
-        heads = (head for head in _read_heads(self.head_path(name)) if key in (None, head.key))
-        return True, next((head for head in heads if _describes(head, info)), None)
+        raise OSError(errno.EEXIST, "a file that pkgproxy did not store has its name")
 
     def _rename_into_place(self, path: str, name: str, head: ResponseHead, old: ResponseHead | None) -> bool:
-        """Give a body a name, in place of what ``old`` describes; False where the file system refuses it."""
+        """Rename a body to ``name``, replacing the one that ``old`` describes.
+
+        Returns False if the file system refuses the name.  Raises OSError.
+
+        The head is written first, into a file that keeps the old one too.  So at each moment, even after a
+        crash, the visible body has a head that describes it, and no reader mixes two generations.
+        """
         place = self.body_path(name)
         for last in (False, True):
             try:
@@ -3004,104 +3407,162 @@ class Store:
             except OSError as error:
                 if error.errno in _NAME_REFUSED:
                     return False
-                if last or error.errno != errno.ENOENT:  # a cleaning rm -rf came between two steps
+                if last or error.errno != errno.ENOENT:  # a folder was removed between two steps: once more
                     raise
         return True
 
+    def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
+        """Save a head that a validation has updated; a failure costs only the next validation."""
+        head = replace_fields(head, size=stored.head.size, mtime_ns=stored.head.mtime_ns)
+        with contextlib.suppress(OSError):
+            if _describes(head, os.lstat(self.body_path(stored.name))):  # else a newer body has been stored
+                _write_heads(self.head_path(stored.name), [head])
+
+    def delete(self, key: str) -> None:
+        """Delete the stored response for a key; other files are left alone (invariant 11)."""
+        for name in _body_names(key):
+            self.delete_file(name, key)
+
     def delete_file(self, name: str, key: str | None = None) -> bool:
-        """Remove a stored response, if it is ours (invariant 11), and for this key; or a head without a body.
-        Whether there was one."""
-        path = self.body_path(name)
-        found, ours = self._look(name, key)
-        with contextlib.suppress(OSError):
-            if ours:
-                os.unlink(path)
-        with contextlib.suppress(OSError):
-            if ours or not found:
-                os.unlink(self.head_path(name))
-        return ours is not None
+        """Delete the stored response of a name if pkgproxy stored it, for this key (None: for any).
+
+        A head without a body is deleted too.  Returns whether there was such a response.
+        """
+        exists, head = self._look(name, key)
+        if head:
+            _unlink(self.body_path(name))
+        if head or not exists:
+            _unlink(self.head_path(name))
+        return head is not None
+
+    def _look(self, name: str, key: str | None) -> tuple[bool, ResponseHead | None]:
+        """Return whether a file of this name exists, and the head that describes it (for this key)."""
+        try:
+            info = os.lstat(self.body_path(name))
+        except OSError:
+            return False, None
+        heads = (head for head in _read_heads(self.head_path(name)) if key in (None, head.key))
+        return True, next((head for head in heads if _describes(head, info)), None)
+
+    def take_access_times(self) -> dict[str, float]:
+        """Return the clock times of the last uses since the last call, by name.
+
+        They are kept in memory, so that a hit writes nothing to the disk.
+        """
+        with self._lock:
+            used, self._used = self._used, {}
+        return used
+
+    def free_space(self) -> int:
+        """Return the free bytes without the reserve, which may be negative.  Raises OSError."""
+        usage = shutil.disk_usage(self.root)
+        reserve = min(usage.total // 20, 10 * 10**9) if self._min_free is None else self._min_free
+        return usage.free - reserve
+
+    def free_inodes(self) -> int:
+        """Return the free inodes without a reserve of 5 %, at most 10,000.  Raises OSError.
+
+        File systems that allocate inodes on demand report none at all: there is no limit.
+        """
+        found = os.statvfs(self.root) if hasattr(os, "statvfs") else None
+        return found.f_favail - min(found.f_files // 20, 10_000) if found and found.f_files else sys.maxsize
+
+    def list_hosts(self) -> list[str]:
+        """Return the hosts with stored responses.  Raises OSError if the root cannot be read."""
+        folders = []
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            folders = [entry.name for entry in entries if entry.name != METADATA_FOLDER and entry.is_dir()]
+        return sorted(name for name in folders if os.path.isdir(self.head_path(name)[:-len("^head")]))
+
+    def _find_places(self, key: str) -> list[tuple[str, str, str]]:
+        """Return the names that a key's body may have, with the paths of body and head file."""
+        return [(name, self.body_path(name), self.head_path(name)) for name in _body_names(key)]
 
     def body_path(self, name: str) -> str:
-        """Where the body of a name lies."""
+        """Return the path of a name's body."""
         return self._top + name
 
     def head_path(self, name: str) -> str:
-        """Where the head file of a name lies."""
+        """Return the path of a name's head file."""
         return "%s/heads/%s^head" % (self.metadata_folder, name)
 
 
 class PartialStore:
-    """The partials below a root.  For the caller: claim, follow, spoil."""
+    """Opens and unlinks the partial files below a cache root."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def open_for_writing(self, key: str, owner: str = "", sole: bool = True) -> PartialFile | None:
-        """The partial of a key for us alone to write, with what a crash or a dead origin left of it; None
-        where another process writes it; LocalFailure.  With an ``owner`` it is a file of that name, and
-        the caller knows whether he is the ``sole`` one."""
+    def open_for_writing(self, key: str, owner: str = "", exclusive: bool = True) -> PartialFile | None:
+        """Open the partial file of a key as its only writer, with the rest of an interrupted download.
+
+        With an ``owner``, the file is SHA256.owner, and the caller has a lease instead of the file's lock;
+        ``exclusive`` tells whether the lease is certain to be the only one.
+
+        Returns None if another process writes the file.  Raises StorageError.
+        """
         path = self.path(key, owner)
         try:
             make_directory(os.path.dirname(path))
-            for _ in range(10):  # somebody may rename or remove it between open and lock
-                partial = self._opened(key, owner, os.O_CREAT)
+            # Between open and lock another process may commit or remove the file.  Then the lock is one on a
+            # file without a name, and the next attempt opens the new file.
+            for _ in range(10):
+                partial = self._open(key, owner, os.O_CREAT)
                 try:
-                    free = bool(owner) or partial.try_lock()
-                    if free and partial.still_exists():
+                    if not owner and not partial.try_lock():
+                        return None
+                    if partial.still_exists():
                         if not partial.load_metadata() and owner:
-                            self._adopt_leftovers(partial, sole)
+                            self._adopt_leftovers(partial, exclusive)
                         partial.acquire()
                         return partial
                 finally:
                     partial.release()
-                if not free:
-                    return None
-            raise OSError(errno.EAGAIN, "another process keeps taking it", path)
+            raise OSError(errno.EAGAIN, "another process keeps replacing it", path)
         except OSError as error:
             raise StorageError(error) from error
 
     def open_for_reading(self, key: str, owner: str = "") -> PartialFile | None:
-        """The partial that another instance writes, or has written; None where there is none."""
-        try:
-            return self._opened(key, owner, 0)
-        except OSError:
-            return None
+        """Open the partial file that another instance writes, or has written; None if there is none."""
+        with contextlib.suppress(OSError):
+            return self._open(key, owner, 0)
+        return None
 
-    def _opened(self, key: str, owner: str, flags: int) -> PartialFile:
+    def unlink(self, key: str, owner: str) -> None:
+        """Keep another process from storing its download, which is no longer valid."""
+        _unlink(self.path(key, owner))
+
+    def path(self, key: str, owner: str) -> str:
+        """Return the path of a key's partial file."""
+        name = hashlib.sha256(key.encode()).hexdigest() + ("." + owner if owner else "")
+        return "%s/partials/%s" % (self._store.metadata_folder, name)
+
+    def _open(self, key: str, owner: str, create: int) -> PartialFile:
         path = self.path(key, owner)
-        descriptor = os.open(path, _WRITABLE & ~os.O_CREAT | flags, 0o644)
+        descriptor = os.open(path, _WRITABLE & ~os.O_CREAT | create, 0o644)
         return PartialFile(self._store, key, owner, path, io.FileIO(descriptor, "r+b"))
 
-    def _adopt_leftovers(self, partial: PartialFile, sole: bool) -> None:
-        """Take over what another owner has left: anyone's, where we are the sole writer, else what nobody has
-        written for a while."""
-        name = os.path.basename(self.path(partial.head.key, ""))
-        with os.scandir(os.path.join(self._store.metadata_folder, "partials")) as entries:
-            owners = [entry.name[len(name) + 1:] for entry in entries
-                      if entry.name.startswith(name + ".") and "^" not in entry.name]
-        for owner in owners:
-            old = self.open_for_reading(partial.head.key, owner) if owner != partial.owner else None
+    def _adopt_leftovers(self, partial: PartialFile, exclusive: bool) -> None:
+        """Copy the bytes that another owner has left of the same download.  Raises OSError.
+
+        With an exclusive lease, no other owner writes any more.  Without, a file counts as left if nobody
+        has written it for a while.
+        """
+        for path in glob.glob(glob.escape(self.path(partial.head.key, "")) + ".*"):
+            owner = os.path.basename(path).partition(".")[2]
+            old = None if owner == partial.owner or "^" in owner else self.open_for_reading(
+                partial.head.key, owner)
             if old is not None:
                 try:
-                    if old.load_metadata() and (sole or old.is_abandoned()) and not partial.size:
+                    if old.load_metadata() and (exclusive or old.is_abandoned()) and not partial.size:
                         partial.copy_from(old)
                         old.discard()
                 finally:
                     old.release()
 
-    def unlink(self, key: str, owner: str) -> None:
-        """Let another process not store what it writes: it is no longer right."""
-        with contextlib.suppress(OSError):
-            os.unlink(self.path(key, owner))
-
-    def path(self, key: str, owner: str) -> str:
-        """Where the partial of a key lies."""
-        name = hashlib.sha256(key.encode()).hexdigest() + ("." + owner if owner else "")
-        return "%s/partials/%s" % (self._store.metadata_folder, name)
-
 
 def disk_usage(root: str) -> dict[str, int]:
-    """Bytes of a folder's file system, and free ones; nothing where it cannot be read."""
+    """Return the total and free bytes of a folder's file system; {} if it cannot be read."""
     with contextlib.suppress(OSError):
         found = shutil.disk_usage(root)
         return {"size": found.total, "free": found.free}
@@ -3109,153 +3570,208 @@ def disk_usage(root: str) -> dict[str, int]:
 
 
 def try_writing(folder: str) -> None:
-    """OSError where no file can be made there, and filled: a full disk still takes an empty one."""
+    """Raise OSError if no file with content can be made in a folder."""
+    # A full disk may still take an empty file.
     path = os.path.join(folder, "^probe-" + secrets.token_hex(4))
     replace_file(path, "x")
     os.unlink(path)
 
 
 class Entry(NamedTuple):
-    """A file of pkgproxy's below the root, or a response with its head, as eviction sees it."""
+    """A response with its head, or another file of pkgproxy's, as eviction sees it."""
 
-    last: float  # clock time of its last use
+    used: float  # clock time of the last use
     size: int  # bytes on the disk
-    name: str  # below the root; "": counted, but not evicted
+    name: str  # path below the root; "": counted, but never evicted
+
+    @property
+    def is_response(self) -> bool:
+        """Whether it is a stored response."""
+        return bool(self.name) and not self.name.startswith(METADATA_FOLDER)
 
 
 def _eviction_order(entry: Entry) -> tuple[bool, bool, float, int]:
-    """Left-over partials, then all else by its last use, indexes last.  Of one file with two names, the one
-    that frees nothing goes first."""
-    index = classify_name("http://" + entry.name) is NameClass.INDEX and not entry.name.startswith(METADATA_FOLDER)
-    return not entry.name.startswith(METADATA_FOLDER + "/partials"), index, entry.last, entry.size
+    """Sort leftovers of downloads first, then the least recently used, indexes last.
+
+    Of two links to one file, the one that frees nothing goes first.
+    """
+    is_index = entry.is_response and classify_name("http://" + entry.name) is NameClass.INDEX
+    return not entry.name.startswith(METADATA_FOLDER + "/partials"), is_index, entry.used, entry.size
+
+
+class EvictionReport(NamedTuple):
+    """The result of a run of the evictor."""
+
+    files: int  # stored responses found
+    size: int  # bytes on the disk of bodies, metadata and partial files
+    removed: int  # stored responses
+    freed: int  # bytes
 
 
 class Evictor:
-    """Keeps a store within its bounds.  For the caller: sweep."""
+    """Evicts stored responses to keep the cache within --max-size, --min-free and --max-age."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def run(self, config: Config, now: float) -> EvictionReport:
-        """Remove what has not been used for too long, and as much as is too much: left-over partials first,
-        then the least recently used, indexes last, never what pkgproxy did not store; OSError where the root
-        can't be read."""
-        used, (before, needed) = self._store.take_access_times(), self._store.space.take()
-        self._sweep_partials(now)
+        """Count all files of the cache, and evict expired and excess ones.
+
+        Also sorts the name index and removes old leftovers.  Files that pkgproxy did not store stay.  Raises
+        OSError if the root cannot be read.
+        """
+        assumed, demand = self._store.space.take_demand()
         self._store.names.compact()
-        found = list(self._find(used, now))
-        stored = [entry.name for entry in found if entry.name and not entry.name.startswith(METADATA_FOLDER)]
-        if stored and not self._store.names.is_complete():
+        entries = list(self._walk(self._store.take_access_times(), now))
+        responses = [entry.name for entry in entries if entry.is_response]
+        if responses and not self._store.names.is_complete():
             with contextlib.suppress(OSError):
-                self._store.names.rebuild(self._common_names(stored))
-        total, removed, freed, inodes = sum(entry.size for entry in found), 0, 0, 0
-        spare, room = min(total // 20, MAX_SPARE), self._store.free_space()
+                self._store.names.rebuild(
+                    (shareable_name(head.key), head.key) for name in responses
+                    for head in _read_heads(self._store.head_path(name)) if shareable_name(head.key))
+        total = sum(entry.size for entry in entries)
+        spare, free = min(total // 20, MAX_SPARE), self._store.free_space()
         if config.max_size is not None:
-            room = min(room, config.max_size - total)
-        # A download that would not even fit into an empty cache evicts nothing.
-        excess = max(spare, needed if needed - room <= total else 0) - room
+            free = min(free, config.max_size - total)
+        # A download that would not fit into an empty cache evicts nothing.
+        excess = max(spare, demand if demand - free <= total else 0) - free
+        removed, freed = self._evict(entries, config.max_age, excess, now)
+        self._store.space.correct(total - freed - assumed, spare)
+        return EvictionReport(len(responses), total, removed, freed)
+
+    def _evict(self, entries: list[Entry], max_age: float | None, excess: int, now: float) -> tuple[int, int]:
+        """Evict until ``excess`` bytes and enough inodes are free; return removed responses and bytes."""
         lacking = SPARE_INODES - self._store.free_inodes()
-        ordered = excess > 0 or lacking > 0 or config.max_age is not None  # else that costs nobody a moment
-        for entry in sorted(found, key=_eviction_order) if ordered else ():
-            expired = config.max_age is not None and now - entry.last > config.max_age
-            unused = abs(now - entry.last) > MIN_EVICTION_AGE  # in the future: by a clock that has been put right since
-            chosen = unused and (expired or freed < excess or inodes < lacking)
-            count = self._evict(entry.name) if chosen else 0
-            inodes, freed = inodes + count, freed + (entry.size if count else 0)
-            removed += count > 0 and not entry.name.startswith(METADATA_FOLDER)
-        self._store.space.correct(total - freed - before, spare)
-        return EvictionReport(len(stored), total, removed, freed)
+        removed = freed = inodes = 0
+        if excess <= 0 and lacking <= 0 and max_age is None:
+            return 0, 0  # sorting a large cache takes a while
+        for entry in sorted(entries, key=_eviction_order):
+            expired = max_age is not None and now - entry.used > max_age
+            # A time in the future comes from a clock that has been set back since.
+            unused = abs(now - entry.used) > MIN_EVICTION_AGE
+            if entry.name and unused and (expired or freed < excess or inodes < lacking):
+                count = self._remove(entry)
+                inodes, freed = inodes + count, freed + (entry.size if count else 0)
+                removed += count > 0 and entry.is_response
+        return removed, freed
 
-    def _common_names(self, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-        for name in names:
-            for head in _read_heads(self._store.head_path(name)):
-                if shareable_name(head.key):
-                    yield shareable_name(head.key), head.key
-
-    def _find(self, used: dict[str, float], now: float) -> Iterator[Entry]:
-        """All that is pkgproxy's below the root, from one walk."""
+    def _walk(self, used: dict[str, float], now: float) -> Iterator[Entry]:
+        """Yield everything below the root that is pkgproxy's, by walking the metadata folder only."""
         seen: set[tuple[int, int]] = set()
         for folder, _, files in os.walk(self._store.metadata_folder):
             part = folder[len(self._store.metadata_folder) + 1:].partition(os.sep)[0]
-            with contextlib.suppress(OSError):  # a folder of heads stands for one of bodies
-                yield Entry(now, size_on_disk(os.lstat(folder)) * (1 + (part == "heads")), "")
+            with contextlib.suppress(OSError):  # each folder of heads has a counterpart with bodies
+                yield Entry(now, size_on_disk(os.lstat(folder)) * (2 if part == "heads" else 1), "")
             for file in files:
                 with contextlib.suppress(OSError):
                     path = os.path.join(folder, file)
                     info = os.lstat(path)
-                    last = info.st_mtime
-                    if part == "partials" and "." not in file:
-                        last = min(last, now - MIN_EVICTION_AGE - 1)  # its lock tells whether it is in use
-                    fixed = part not in ("partials", "names") or "^" in file or file == _COMPLETE_MARK
-                    entry = Entry(last, size_on_disk(info), "" if fixed else "%s/%s/%s" % (METADATA_FOLDER, part, file))
-                    yield self._described(path, entry, used, seen, now) if part == "heads" else entry
+                    if part == "heads":
+                        yield self._response_entry(path, info, used, seen, now)
+                    elif part == "partials" and info.st_mtime < now - DAY:
+                        os.unlink(path)  # nobody has resumed it for a day
+                    else:
+                        yield self._other_entry(part, file, info, now)
 
-    def _described(self, path: str, head: Entry, used: dict[str, float], seen: set[tuple[int, int]],
-                   now: float) -> Entry:
-        """The stored response that a head file belongs to; OSError."""
-        top = os.path.join(self._store.metadata_folder, "heads")
+    def _other_entry(self, part: str, file: str, info: os.stat_result, now: float) -> Entry:
+        """Return the entry of a file that is not a head; leftovers and name buckets can be evicted."""
+        used = info.st_mtime
+        if part == "partials" and "." not in file:  # its lock, not its time, tells whether it is in use
+            used = min(used, now - MIN_EVICTION_AGE - 1)
+        evictable = part in ("partials", "names") and "^" not in file and file != _COMPLETE_MARK
+        name = "%s/%s/%s" % (METADATA_FOLDER, part, file) if evictable else ""
+        return Entry(used, size_on_disk(info), name)
+
+    def _response_entry(self, path: str, head: os.stat_result, used: dict[str, float],
+                        seen: set[tuple[int, int]], now: float) -> Entry:
+        """Return the entry of the response that a head file belongs to.  Raises OSError."""
+        top, size = os.path.join(self._store.metadata_folder, "heads"), size_on_disk(head)
         name = os.path.relpath(path, top)[:-len("^head")].replace(os.sep, "/")
+        body, info = self._store.body_path(name), _NO_STAT
         try:
-            info = os.lstat(self._store.body_path(name))
+            info = os.lstat(body)
         except (FileNotFoundError, NotADirectoryError):
-            _remove_old(path, now - DAY)  # its body was removed by hand
-            return head
+            if head.st_mtime < now - DAY:  # else a download may be about to rename the body into place
+                _unlink(path)
         if not (path.endswith("^head") and stat.S_ISREG(info.st_mode)):
-            return head
-        if name in used:  # remembered here, so that a hit costs no write
-            _save_access_time(self._store.body_path(name), used[name])
-        same = (info.st_dev, info.st_ino) in seen  # a file of two mirrors takes its space once
+            return Entry(head.st_mtime, size, "")
+        if name in used:
+            _save_access_time(body, used[name])
+        if (info.st_dev, info.st_ino) not in seen:  # links to one file take its space once
+            size += size_on_disk(info)
         if info.st_nlink > 1:
             seen.add((info.st_dev, info.st_ino))
-        last = max(used.get(name, 0.0), info.st_atime)
-        return Entry(last, head.size + (0 if same else size_on_disk(info)), name)
+        return Entry(max(used.get(name, 0.0), info.st_atime), size, name)
 
-    def _evict(self, name: str) -> int:
-        """Remove a response, or a file of the bookkeeping that is not locked; how many inodes that frees."""
-        count, path = 0, self._store.body_path(name)
+    def _remove(self, entry: Entry) -> int:
+        """Remove an entry's files, unless they are locked; return the number of freed inodes."""
+        name, path, count = entry.name, self._store.body_path(entry.name), 0
         with contextlib.suppress(OSError):
-            if name.startswith(METADATA_FOLDER):
+            if not entry.is_response:
                 with io.FileIO(os.open(path, _WRITABLE & ~os.O_CREAT), "r+b") as file:
                     if try_lock_file(file):
                         os.unlink(path)
                         count = 1
-                        os.unlink(path + "^head")  # a partial may have one
-            elif name and self._store.delete_file(name):
+                        os.unlink(path + "^head")
+            elif self._store.delete_file(name):
                 count = 2
                 while name := os.path.dirname(name):
                     for folder in (self._store.body_path(name), self._store.head_path(name)[:-len("^head")]):
-                        with contextlib.suppress(OSError):  # one that is not empty
+                        with contextlib.suppress(OSError):  # the folder is not empty
                             os.rmdir(folder)
                             count += 1
         return count
-
-    def _sweep_partials(self, now: float) -> None:
-        """Remove what crashes left and nobody has gone on with for a day."""
-        with contextlib.suppress(OSError), os.scandir(os.path.join(self._store.metadata_folder, "partials")) as entries:
-            for entry in entries:
-                _remove_old(entry.path, now - DAY)
 
 
 # ---------------------------------------------------------------------------------------------
 # 6 Barrier
 # ---------------------------------------------------------------------------------------------
+#
+# One download per cache key: SingleFlight ensures it among the threads of this process.  Among instances that
+# share a root, the lock on the partial file does (section 5) or, with --barrier, a lease in memcached.
 
 
 class FlightResult(enum.Enum):
-    """How a flight ended, for those who waited for it."""
+    """The result of a flight, by which its followers decide how to go on."""
 
-    STORED = "stored"  # look in the store
-    AGAIN = "again"  # nobody was asked: decide anew
-    WHOLE = "whole"  # all bytes have arrived, but the disk did not take them
-    STALE = "stale"  # its leader got a stale response: decide anew, alone
-    ALONE = "alone"  # the answer is not for sharing: ask the origin yourself
-    FAILED = "failed"  # before the first byte: ask once yourself; later, the error is yours too
+    STORED = "stored"  # the response is in the store, and all bytes of the partial file may be read
+    AGAIN = "again"  # the origin was not asked: decide anew
+    WHOLE = "whole"  # all bytes have arrived, but were not stored: read them from the partial file
+    STALE = "stale"  # the leader served a stale response: decide anew, without joining
+    ALONE = "alone"  # the response cannot be shared: ask the origin without joining
+    FAILED = "failed"  # before the head: ask the origin once; after it: the error is the follower's too
 
 
 class Flight:
-    """One fetch under way.  Its leader publishes a partial and ends it; followers wait on it.
+    """A download in progress: its leader reports progress, followers wait for it.
 
-    All waits end: when something happens, or at their deadline with Landing.ALONE (invariant 10).
+    ==========  ====================  ==================================================================
+    state       set by                followers
+    ==========  ====================  ==================================================================
+    started     SingleFlight.join()   wait for the head
+    receiving   publish()             read the partial file up to ``received``, wait for more
+    committing  finish_receiving()    the same; they wait longer, because the disk is slow, not the origin
+    finished    finish(result)        see FlightResult
+    ==========  ====================  ==================================================================
+
+    Any state may be followed by "finished".  forbid_storing() may come in any state.
+
+    Who ends it: the leader, exactly once (invariant 3), by SingleFlight.finish(); either the thread that
+    joined, or the Downloader or PeerFollower thread that it has started.
+
+    Order at the end of a download (invariant 3).  A client may ask for the same file as soon as it has the
+    last byte, and then must find it stored:
+
+    1. the writer writes the last bytes, but does not report them by set_received(),
+    2. calls finish_receiving() and, unless storing is forbidden, renames the file into the store,
+    3. SingleFlight removes the flight: new requests look into the store,
+    4. finish() reports the last bytes and wakes the followers.
+
+    An unsafe request (POST, say) that makes the response invalid at the same time calls forbid_storing()
+    before it deletes the stored response.  The writer asks before and after the rename: whichever of the two
+    comes last deletes it.
+
+    Every wait has a deadline, after which the follower asks the origin itself (invariant 10).
     """
 
     def __init__(self, key: str) -> None:
@@ -3263,141 +3779,150 @@ class Flight:
         self._changed = threading.Condition()  # guards all below
         self._partial: PartialFile | None = None
         self._received = 0  # bytes that may be read
-        self._complete = False  # all bytes are here, and go to the disk
-        self._spoiled = False  # its body must not be stored
-        self._landing: FlightResult | None = None
+        self._committing = False  # whether all bytes have arrived
+        self._storing_forbidden = False
+        self._result: FlightResult | None = None
         self._error: Exception | None = None
 
     def publish(self, partial: PartialFile) -> None:
-        """The head has arrived: followers may read."""
+        """Let followers read the partial file: its head has arrived."""
         with self._changed:
             self._partial = partial
+            # A resumed download begins with bytes; but the last ones are reported by finish() only.
             self._received = max(self._received, partial.size if partial.size != partial.length else 0)
             self._changed.notify_all()
 
     def set_received(self, received: int) -> None:
-        """So many bytes may be read."""
+        """Let followers read the first ``received`` bytes."""
         with self._changed:
             self._received = received
             self._changed.notify_all()
 
     def finish_receiving(self) -> bool:
-        """All bytes have arrived; whether they may be stored.  Waits from now on are for the disk."""
+        """Report that all bytes have arrived.  Returns whether they may be stored."""
         with self._changed:
-            self._complete = True
-            return not self._spoiled
+            self._committing = True
+            return not self._storing_forbidden
 
     def forbid_storing(self) -> None:
-        """What is on its way is no longer right: give it to those who wait, but don't store it."""
+        """Keep the response from being stored: it is no longer valid.  Followers still get it."""
         with self._changed:
-            self._spoiled = True
+            self._storing_forbidden = True
 
-    def finish(self, landing: FlightResult, error: Exception | None = None, received: int | None = None) -> None:
-        """Announce the end, and with it the last bytes (invariant 3).  Only the first call counts."""
+    def finish(self, result: FlightResult, error: Exception | None = None,
+               received: int | None = None) -> None:
+        """Report the result, and with it the last bytes.  Only the first call has an effect."""
         with self._changed:
-            if self._landing is None:
-                self._landing, self._error = landing, error
+            if self._result is None:
+                self._result, self._error = result, error
                 self._received = self._received if received is None else received
                 self._changed.notify_all()
 
-    def is_finished(self) -> bool:
-        """Whether it has been ended."""
-        with self._changed:
-            return self._landing is not None
-
     def wait_for_head(self, timeout: float) -> tuple[PartialFile | None, FlightResult]:
-        """A partial (acquired); or how the flight ended without one."""
+        """Wait for the partial file, which the caller must release(), or for the result without one.
+
+        Returns FlightResult.ALONE after ``timeout`` seconds.  Raises the flight's error if it failed.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._partial or self._landing, timeout)
-            partial, landing, error = self._partial, self._landing, self._error
-        if landing is FlightResult.FAILED and error:
+            self._changed.wait_for(lambda: self._partial or self._result, timeout)
+            partial, result, error = self._partial, self._result, self._error
+        if result is FlightResult.FAILED and error:
             raise error
         if partial and partial.acquire():
             return partial, FlightResult.STORED
-        return None, landing or FlightResult.ALONE
+        return None, result or FlightResult.ALONE
 
     def wait_for_bytes(self, offset: int, timeout: float) -> int:
-        """Bytes that may be read, more than ``offset`` unless it ended whole; the flight's error; or
-        LocalFailure where it stands still."""
+        """Wait for bytes beyond ``offset``, and return how many may be read.
+
+        They are no more than ``offset`` if the body ends there.  Raises the flight's error, or StorageError
+        if nothing arrives for ``timeout`` seconds.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._received > offset or self._landing, timeout)
-            if self._complete:  # a slow disk is no fault of the origin's
-                self._changed.wait_for(lambda: self._received > offset or self._landing, COMMIT_TIMEOUT)
-            if self._received > offset or self._landing in (FlightResult.STORED, FlightResult.WHOLE):
+            self._changed.wait_for(lambda: self._received > offset or self._result, timeout)
+            if self._committing:
+                self._changed.wait_for(lambda: self._received > offset or self._result, COMMIT_TIMEOUT)
+            if self._received > offset or self._result in (FlightResult.STORED, FlightResult.WHOLE):
                 return self._received
             error = self._error
         raise error or StorageError(OSError(errno.ETIMEDOUT, "the download stands still"))
 
 
 class SingleFlight:
-    """At most one flight per cache key (invariant 2)."""
+    """Ensures that one download per cache key runs in this process (invariant 2)."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _flights
         self._flights: dict[str, Flight] = {}
 
     def join(self, key: str) -> tuple[Flight, bool]:
-        """The flight for a key, and whether the caller leads it (and must leave and end it)."""
+        """Return the flight for a key, and whether the caller leads it and must finish it."""
         with self._lock:
-            flight = self._flights.get(key)
-            if flight is not None:
-                return flight, False
-            flight = self._flights[key] = Flight(key)
-            return flight, True
+            leads = key not in self._flights
+            if leads:
+                self._flights[key] = Flight(key)
+            return self._flights[key], leads
 
-    def finish(self, flight: Flight, landing: FlightResult, error: Exception | None = None,
-            received: int | None = None) -> None:
-        """Take a flight off, then announce its end, and with it the last bytes (invariant 3)."""
+    def finish(self, flight: Flight, result: FlightResult, error: Exception | None = None,
+               received: int | None = None) -> None:
+        """Remove a flight, then report its result and its last bytes (invariant 3)."""
         self.remove(flight)
-        flight.finish(landing, error, received)
+        flight.finish(result, error, received)
 
     def remove(self, flight: Flight) -> None:
-        """Let nobody join a flight any more."""
+        """Let no more requests join a flight."""
         with self._lock:
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
 
     def invalidate(self, key: str) -> None:
-        """Let no flight of now store its body, and nobody join it any more."""
+        """Keep a key's running download from being stored, and from being joined."""
         with self._lock:
             flight = self._flights.pop(key, None)
         if flight is not None:
             flight.forbid_storing()
 
     def is_in_flight(self, key: str) -> bool:
-        """Whether a key is being fetched."""
+        """Check whether a key is being downloaded."""
         with self._lock:
             return key in self._flights
 
     def in_flight(self) -> int:
-        """Flights under way."""
+        """Return the number of running flights."""
         with self._lock:
             return len(self._flights)
 
 
 class MemcachedClient:
-    """One memcached server, and as much of its text protocol as a lease needs (memcached's protocol.txt).
-    For the caller: add, holder, cas."""
+    """Stores lease owners in one memcached server (memcached's doc/protocol.txt).
 
-    def __init__(self, place: tuple[str, int]) -> None:
-        self._place = place
-        self._lock = threading.Lock()  # guards _idle and _trouble
-        self._idle: list[Any] = []  # files of connections
-        self._trouble = 0.0  # monotonic time until which it is left alone; 0: it is well
+    After an error the server is left alone for MEMCACHED_BACKOFF seconds: calls fail at once.
+    """
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._address = address
+        self._lock = threading.Lock()  # guards all below
+        self._idle: list[Any] = []  # buffered files of idle connections
+        self._backoff_until = 0.0  # monotonic time; 0: the last call succeeded
 
     def add(self, key: str, owner: str) -> bool:
-        """Whether a key had no owner and has this one now; OSError."""
+        """Set the owner of a key for LEASE_DURATION seconds if it has none.
+
+        Returns whether the owner was set.  Raises OSError.
+        """
         return self._ask("add %s 0 %d %d" % (key, LEASE_DURATION, len(owner)), owner)[0] == "STORED"
 
     def holder(self, key: str) -> tuple[str, str]:
-        """The owner of a key and memcached's unique number for that, "" for none; OSError."""
+        """Return the owner of a key, "" for none, and the unique number for cas().  Raises OSError."""
         words = self._ask("gets %s" % key)
-        return (words[-1], words[4]) if words[0] == "VALUE" else ("", "")
+        return (words[-1], words[4]) if words[0] == "VALUE" and len(words) > 5 else ("", "")
 
-    def cas(self, key: str, owner: str, unique: str, span: int) -> bool:
-        """Whether nobody else has written a key meanwhile, so that it is the owner's for ``span`` seconds
-        more (negative: no longer); OSError."""
-        command = "cas %s 0 %d %d %s" % (key, span, len(owner), unique)
+    def cas(self, key: str, owner: str, unique: str, seconds: int) -> bool:
+        """Extend a key by ``seconds`` (negative: delete it) if nobody has written it since holder().
+
+        Returns whether the key was written.  Raises OSError.
+        """
+        command = "cas %s 0 %d %d %s" % (key, seconds, len(owner), unique)
         return self._ask(command, owner)[0] == "STORED"
 
     def close(self) -> None:
@@ -3408,33 +3933,43 @@ class MemcachedClient:
             file.close()
 
     def _ask(self, command: str, data: str | None = None) -> list[str]:
-        """The words of an answer, and the data at its end if it has any; OSError."""
-        if time.monotonic() < self._trouble:
+        """Send a command; return the words of the response line, and the value if there is one.
+
+        Raises OSError.
+        """
+        if time.monotonic() < self._backoff_until:
             raise OSError(errno.EHOSTUNREACH, "memcached was unreachable a moment ago")
         message = (command + "\r\n" + ("" if data is None else data + "\r\n")).encode("ascii")
+        failure: Exception | None = None
         try:
             words = self._exchange(message)
         except (OSError, ValueError, IndexError) as error:
-            self._failed(error)
-            raise OSError(errno.EHOSTUNREACH, str(error)) from None
+            words, failure = [], error
         with self._lock:
-            again, self._trouble = self._trouble > 0, 0.0
-        if again:
-            log.warning("memcached at %s:%d works again.", *self._place)
+            failed_before = self._backoff_until > 0
+            self._backoff_until = time.monotonic() + MEMCACHED_BACKOFF if failure else 0.0
+        if failure:
+            log.log(logging.DEBUG if failed_before else logging.WARNING,
+                    "Cannot reach memcached at %s:%d (%s). Each instance downloads on its own.",
+                    *self._address, failure)
+            raise OSError(errno.EHOSTUNREACH, str(failure))
+        if failed_before:
+            log.warning("memcached at %s:%d works again.", *self._address)
         return words
 
     def _exchange(self, message: bytes) -> list[str]:
         with self._lock:
-            pooled = self._idle.pop() if self._idle else None
-        if pooled is not None:
-            with contextlib.suppress(OSError):  # it may have been restarted meanwhile
-                return self._talk(pooled, message)
-        with socket.create_connection(self._place, MEMCACHED_TIMEOUT) as sock:
+            idle = self._idle.pop() if self._idle else None
+        if idle is not None:
+            with contextlib.suppress(OSError):  # the server may have closed it: try a new connection
+                return self._exchange_on(idle, message)
+        with socket.create_connection(self._address, MEMCACHED_TIMEOUT) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             file = sock.makefile("rwb")
-        return self._talk(file, message)
+        return self._exchange_on(file, message)
 
-    def _talk(self, file: Any, message: bytes) -> list[str]:
+    def _exchange_on(self, file: Any, message: bytes) -> list[str]:
+        """Send a command and read the response; keep the connection if that was complete."""
         try:
             file.write(message)
             file.flush()
@@ -3448,11 +3983,10 @@ class MemcachedClient:
             file.close()
             raise
         with self._lock:
-            room = len(self._idle) < POOL_SIZE
-            if room:
+            if len(self._idle) < POOL_SIZE:
                 self._idle.append(file)
-        if not room:
-            file.close()
+                return words
+        file.close()
         return words
 
     def _read_words(self, file: Any) -> list[str]:
@@ -3461,55 +3995,70 @@ class MemcachedClient:
             raise ConnectionResetError(errno.ECONNRESET, "memcached closed the connection")
         return str(line).split()
 
-    def _failed(self, error: Exception) -> None:
-        with self._lock:
-            known, self._trouble = self._trouble > 0, time.monotonic() + MEMCACHED_BACKOFF
-        log.log(logging.DEBUG if known else logging.WARNING, "memcached at %s:%d cannot be asked (%s): each "
-                "instance downloads on its own.", *self._place, error)
+
+class LeaseState(enum.Enum):
+    """Who may download a key."""
+
+    OURS = "ours"  # the caller, and nobody else
+    TAKEN = "taken"  # another instance
+    UNSHARED = "unshared"  # the caller, but other instances may think the same: nobody could be asked
+
+
+class Lease(NamedTuple):
+    """The right to download a key, as far as other instances are concerned."""
+
+    owner: str  # suffix of the partial file; "": there are no leases, and the lock on the file decides
+    state: LeaseState
 
 
 class LeaseManager:
-    """Who leads among instances, where the lock on a partial does not tell it: for each key the owner that
-    memcached names, or, without memcached, whoever asks (each instance on its own)."""
+    """Grants leases among instances, through memcached.
+
+    Without memcached servers the locks on partial files decide, and if they do not work either, each instance
+    downloads on its own.
+
+    A lease lapses after LEASE_DURATION seconds, so that the followers of a dead instance can take over.  One
+    thread renews all leases of this process every LEASE_RENEWAL_INTERVAL seconds.  An instance that was
+    suspended for longer may find its lease taken; then it must not store its download (is_lost).
+    """
 
     def __init__(self, servers: tuple[tuple[str, int], ...], alone: bool) -> None:
-        self._servers = [MemcachedClient(place) for place in servers]
-        self._alone = alone  # without servers: whether locks don't work either
-        self._lock = threading.Lock()  # guards _held and _renewing
-        self._held: dict[str, str | None] = {}  # by owner: the key, None once it was lost
-        self._renewing = False
+        self._servers = [MemcachedClient(address) for address in servers]
+        self.uses_memcached = bool(servers)
+        self._alone = alone  # whether locks do not work, so that without servers each instance is on its own
+        self._lock = threading.Lock()  # guards _held
+        self._held: dict[str, str | None] = {}  # by owner: the key; None once the lease was lost
         self._stop = threading.Event()
-
-    @property
-    def uses_memcached(self) -> bool:
-        """Whether memcached names the owners, so that it can be asked."""
-        return bool(self._servers)
+        if servers:
+            threading.Thread(target=self._renew_all, daemon=True).start()
 
     def holder(self, key: str) -> str:
-        """Who downloads a key, as far as can be told."""
+        """Return the owner of a key's lease, "" if there is none or memcached cannot be reached."""
         with contextlib.suppress(OSError, IndexError):
             server, name = self._server(key)
             return server.holder(name)[0]
         return ""
 
-    def acquire(self, key: str) -> tuple[str, bool | None]:
-        """The owner of a key ("": who locks its file), and whether that is the caller, for it alone; None:
-        for the caller, but others may think the same."""
-        if not self._servers:
-            return (secrets.token_hex(8), None) if self._alone else ("", True)
-        try:
-            return self.try_acquire(key)
-        except OSError:
-            return secrets.token_hex(8), None
+    def acquire(self, key: str) -> Lease:
+        """Ask for the lease of a key; the caller must release() it unless it is taken."""
+        if not self._servers and not self._alone:
+            return Lease("", LeaseState.OURS)
+        with contextlib.suppress(OSError, IndexError):  # no servers, or out of reach
+            owner, ours = self.try_acquire(key)
+            return Lease(owner, LeaseState.OURS if ours else LeaseState.TAKEN)
+        return Lease(secrets.token_hex(8), LeaseState.UNSHARED)
 
     def try_acquire(self, key: str) -> tuple[str, bool]:
-        """The owner of a key, and whether it has none but the caller, who has just become it; OSError where
-        memcached can't be asked."""
+        """Return the owner of a key's lease, and whether the caller has just become it.
+
+        Raises OSError if memcached cannot be reached.
+        """
         server, name = self._server(key)
         owner = secrets.token_hex(8)
-        for _ in range(3):
+        for _ in range(3):  # the lease may lapse between add() and holder()
             if server.add(name, owner):
-                self._start_renewing(key, owner)
+                with self._lock:
+                    self._held[owner] = key
                 return owner, True
             holder, _ = server.holder(name)
             if holder:
@@ -3517,7 +4066,7 @@ class LeaseManager:
         raise OSError(errno.EAGAIN, "the lease comes and goes")
 
     def release(self, key: str, owner: str) -> None:
-        """The caller's no longer."""
+        """Give up a lease, if the caller has it."""
         with self._lock:
             held = self._held.pop(owner, None)
         if held is not None:
@@ -3525,26 +4074,20 @@ class LeaseManager:
                 self._renew(key, owner, -1)
 
     def is_lost(self, owner: str) -> bool:
-        """Whether another instance has taken what was this owner's."""
+        """Check whether another instance has taken this owner's lease."""
         with self._lock:
             return owner in self._held and self._held[owner] is None
 
     def close(self) -> None:
-        """Renew nothing any more."""
+        """Stop renewing leases."""
         self._stop.set()
         for server in self._servers:
             server.close()
 
     def _server(self, key: str) -> tuple[MemcachedClient, str]:
+        """Return the server that all instances ask about a key, and the key's name there."""
         digest = hashlib.sha256(key.encode()).hexdigest()
         return self._servers[int(digest, 16) % max(1, len(self._servers))], "pkgproxy:" + digest
-
-    def _start_renewing(self, key: str, owner: str) -> None:
-        with self._lock:
-            self._held[owner] = key
-            begin, self._renewing = not self._renewing, True
-        if begin:
-            threading.Thread(target=self._renew_all, daemon=True).start()
 
     def _renew_all(self) -> None:
         while not self._stop.wait(LEASE_RENEWAL_INTERVAL):
@@ -3554,16 +4097,16 @@ class LeaseManager:
                 with contextlib.suppress(OSError):
                     if key is not None and not self._renew(key, owner, LEASE_DURATION):
                         with self._lock:
-                            if owner in self._held:
+                            if owner in self._held:  # not released meanwhile
                                 self._held[owner] = None
 
-    def _renew(self, key: str, owner: str, span: int) -> bool:
-        """Whether a lease is its owner's for ``span`` seconds more; OSError."""
+    def _renew(self, key: str, owner: str, seconds: int) -> bool:
+        """Extend a lease, or end it (negative ``seconds``).  Returns False if it is lost.  Raises OSError."""
         server, name = self._server(key)
         holder, unique = server.holder(name)
         if holder == owner:
-            return server.cas(name, owner, unique, span)
-        return span > 0 and not holder and server.add(name, owner)  # memcached has forgotten it
+            return server.cas(name, owner, unique, seconds)
+        return seconds > 0 and not holder and server.add(name, owner)  # memcached was restarted
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3572,34 +4115,42 @@ class LeaseManager:
 
 
 class RecentEvents:
-    """When something last happened to a host, a file or a client, and why: failures, attempts, log lines."""
+    """When something last happened to a host, a file or a client, and why: failures, attempts, log lines.
+
+    A span of time is given when asking, not when recording, so that one record serves several questions.
+
+    Methods for the caller: note, note_first, find, gather, forget.  Safe for use by several threads.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # guards _events
-        self._events: dict[str, tuple[float, str]] = {}  # by name: monotonic time and reason
+        self._events: dict[str, tuple[float, str]] = {}  # by name: monotonic time and reason; oldest first
 
     def note(self, name: str, reason: str = "") -> None:
-        """It happens now."""
+        """Record that the event happens to ``name`` now."""
         with self._lock:
             if len(self._events) >= MAX_EVENTS:
-                self._events.clear()  # costs some attempts more, no memory
-            self.forget(name)  # to be the newest
+                self._events.clear()  # costs a few repeated attempts or log lines, but bounds the memory
+            self.forget(name)  # moves the name to the end
             self._events[self._key(name)] = time.monotonic(), reason[:MAX_MEMOIZED]
 
     def note_first(self, name: str, span: float) -> bool:
-        """Note it unless it has happened in the last ``span`` seconds; return whether it was noted."""
-        with self._lock:
-            first = self.find(name, span) is None
-            if first:
+        """Record the event and return True, unless it happened in the last ``span`` seconds."""
+        with self._lock:  # of several threads that ask at once, exactly one gets True
+            is_first = self.find(name, span) is None
+            if is_first:
                 self.note(name)
-            return first
+            return is_first
 
     def find(self, name: str, span: float) -> tuple[float, str] | None:
-        """Seconds since it happened, and why; None if that is ``span`` seconds ago, or more."""
+        """Return the event's age in seconds and its reason; None if it is ``span`` seconds old or older."""
         return next((row[1:] for row in self.gather(span, name)), None)
 
     def gather(self, span: float, *names: str) -> list[tuple[str, float, str]]:
-        """Names (all, or those given) with the seconds since it happened and why, the newest last."""
+        """Return (name, age in seconds, reason) of events younger than ``span`` seconds, the newest last.
+
+        ``names`` limits the result to these names; without any, all are returned.
+        """
         now = time.monotonic()
         with self._lock:
             keys = map(self._key, names or self._events)
@@ -3607,445 +4158,325 @@ class RecentEvents:
         return [(name, now - when, reason) for name, when, reason in rows if now - when < span]
 
     def forget(self, *names: str) -> None:
-        """It never happened."""
+        """Remove the events of these names."""
         with self._lock:
             for name in names:
                 self._events.pop(self._key(name), None)
 
     def _key(self, name: str) -> str:
-        # Strangers choose the length of names, and so the memory that they take.
+        # Clients choose the length of names, and MAX_EVENTS times the longest URL would be 160 MB.
         return name if len(name) <= MAX_MEMOIZED else hashlib.sha256(name.encode()).hexdigest()
 
 
-def wait_until_ready(sock: socket.socket, timeout: float, writing: bool = False) -> bool:
-    """Whether a socket has bytes or its end to read, or takes bytes or will fail; poll where there is one:
-    select stops at 1024."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(sock, select.POLLOUT if writing else select.POLLIN)
-        return bool(poll.poll(timeout * 1000))
-    wanted = ([], [sock], [sock]) if writing else ([sock], [], [])
-    return any(select.select(*wanted, timeout))
-
-
-def is_open_and_silent(sock: socket.socket) -> bool:
-    """Whether a connection is open, and nothing has come over it."""
-    try:
-        return not wait_until_ready(sock, 0)
-    except (OSError, ValueError):
-        return False
-
-
-class DeadlineReader(io.RawIOBase):
-    """The bytes of a socket, up to a deadline: a drip of single bytes must not hold a thread for ever.
-
-    A socket without TLS does not block, and is waited for only where there is nothing to read: Python's own
-    time-outs ask the system before each read.
-    """
-
-    def __init__(self, sock: socket.socket, patience: float, early: bytes = b"") -> None:
-        super().__init__()
-        self.prefetched = early  # has been received, and not been read
-        self.keepalive: io.RawIOBase | None = None  # what keeps the socket open, to be closed with this
-        self.on_idle: Callable[[], object] | None = None  # to be called where nothing comes for PAUSE
-        self._sock = sock
-        self._patience = patience  # seconds of silence
-        self._deadline: float | None = None  # monotonic
-
-    def set_deadline(self, seconds_left: float | None) -> None:
-        """From now on all reads together may take so long; None: each alone."""
-        self._deadline = None if seconds_left is None else time.monotonic() + seconds_left
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        """What http.client reads, which takes this for a socket."""
-        return io.BufferedReader(self, 64 * 1024)
-
-    def readable(self) -> bool:
-        """It is there to be read."""
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        """Read what comes; socket.timeout."""
-        if self.prefetched:
-            size = min(len(buffer), len(self.prefetched))
-            buffer[:size], self.prefetched = self.prefetched[:size], self.prefetched[size:]
-            return size
-        left = self._time_left()
-        if hasattr(self._sock, "pending"):  # TLS
-            if not self._sock.pending():
-                self._wait_briefly(left)
-            self._sock.settimeout(self._time_left())
-            return self._sock.recv_into(buffer)
-        while True:
-            try:
-                return self._sock.recv_into(buffer)
-            except BlockingIOError:
-                if not self._wait_briefly(left) and not wait_until_ready(self._sock, self._time_left()):
-                    raise socket.timeout("timed out") from None
-
-    def _wait_briefly(self, left: float) -> bool:
-        if self.on_idle is None:
-            return False
-        soon = wait_until_ready(self._sock, min(PUBLISH_DELAY, left))
-        if not soon:
-            self.on_idle()
-        return soon
-
-    def _time_left(self) -> float:
-        """Seconds that it may take; socket.timeout where that is none."""
-        if self._deadline is None:
-            return self._patience
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        return min(left, self._patience)
-
-    def close(self) -> None:
-        """Close it; the socket closes only what it has been given to hold."""
-        if self.keepalive is not None:
-            self.keepalive.close()
-        super().close()
-
-
-def read_head_lines(file: io.BufferedIOBase, limit: int = MAX_HEAD) -> list[str]:
-    """The lines of a head without their CRLF, up to the empty one (RFC 9112 §2.1).
-
-    [] at the end of the stream before the first byte; ValueError for a head that is cut off, too
-    large, or whose lines end in anything but CRLF.
-    """
-    lines: list[str] = []
-    total = 0
-    while True:
-        line = file.readline(MAX_LINE + 2)
-        total += len(line)
-        if not line and not lines:
-            return []
-        if not line.endswith(b"\r\n") and len(line) > MAX_LINE:
-            what, status = ("a field", 431) if lines else ("a first line", 414)
-            raise HeadTooLargeError("%s longer than %d bytes" % (what, MAX_LINE), status)
-        if not line.endswith(b"\r\n"):
-            raise ValueError("a line without CR" if line.endswith(b"\n") else "a head that is cut off")
-        if total > limit:
-            raise HeadTooLargeError("a head of more than %d bytes" % limit)
-        if line == b"\r\n":
-            return lines or [""]
-        lines.append(line[:-2].decode("latin-1"))
-
-
-class ChunkedReader:
-    """A chunked body (RFC 9112 §7.1); trailers are dropped.  http.client's own lets bad sizes pass."""
-
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        self._file = file
-        self._left = 0  # bytes of the current chunk
-        self._allowance = MAX_HEAD  # bytes of framing that may still come; data allows for more
-        self.ended = False
-
-    def read(self, size: int) -> bytes:
-        """Return up to ``size`` bytes, b"" after the last chunk; ValueError if the framing is invalid or far
-        larger than the data."""
-        data = self._read_small(size) if not self._left and not self.ended else b""
-        data = data or self._read_one(size)
-        self._allowance += 2 * len(data)
-        if self._allowance < 0:
-            raise ValueError("chunks too small for their framing")
-        return data
-
-    def _read_small(self, size: int) -> bytes:
-        """Join the chunks that are in the buffer as a whole: each on its own would cost a write to disk."""
-        buffered, pieces, at = self._file.peek(1), [], 0  # type: ignore[attr-defined]
-        while match := _CHUNK_SIZE.match(buffered, at):
-            count = int(match[1], 16)
-            stop = match.end() + count
-            if not 0 < count <= size or buffered[stop:stop + 2] != b"\r\n":
-                break
-            pieces.append(buffered[match.end():stop])
-            self._allowance -= stop + 2 - at - count
-            size, at = size - count, stop + 2
-        self._file.read(at)
-        return b"".join(pieces)
-
-    def _read_one(self, size: int) -> bytes:
-        """Return up to ``size`` bytes of the current chunk, or of the next; b"" after the last."""
-        if not self._left and not self.ended:
-            line = self._file.readline(MAX_LINE)
-            self._left = parse_chunk_size(line)
-            self._allowance -= len(line) + 2
-            if not self._left:
-                trailers = read_head_lines(self._file)
-                if not trailers:
-                    raise ValueError("a body cut off before its end")
-                parse_fields(trailers if trailers != [""] else [])
-                self.ended = True
-        data = self._file.read1(min(size, self._left)) if self._left else b""
-        if self._left and not data:
-            raise ValueError("a chunk cut off")
-        self._left -= len(data)
-        if data and not self._left and self._file.read(2) != b"\r\n":
-            raise ValueError("a chunk that does not end where it says")
-        return data
-
-
-class Quota:
-    """A limited number of things in use, of which one client may have half."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._lock = threading.Lock()  # guards _used
-        self._used: collections.Counter[str] = collections.Counter()  # by client_network()
-
-    def acquire(self, client: str) -> bool:
-        """Take one for a client's address; False if there is none left for it."""
-        client = client_network(client)
-        with self._lock:
-            free = sum(self._used.values()) < self._most and self._used[client] < max(1, self._most // 2)
-            self._used[client] += free
-            return free
-
-    def release(self, client: str) -> None:
-        """Return one."""
-        client = client_network(client)
-        with self._lock:
-            self._used[client] -= 1
-            self._used += collections.Counter()  # drops zeros
-
-
 def start_thread(work: Callable[..., object], *arguments: Any) -> None:
-    """Let a thread do it; LocalFailure where there can't be one more."""
+    """Run ``work`` in a new daemon thread; raise StorageError if the system allows no further thread."""
     try:
         threading.Thread(target=work, args=arguments, daemon=True).start()
     except RuntimeError as error:
         raise StorageError(OSError(errno.ENOMEM, str(error))) from None
 
 
-# ---------------------------------------------------------------------------------------------
-# 8 Origin client
-# ---------------------------------------------------------------------------------------------
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # select() ends at descriptor 1023
 
 
-class StrictHTTPResponse(http.client.HTTPResponse):
-    """http.client's response with a strict head.
+def wait_until_ready(sock: socket.socket, timeout: float, writing: bool = False) -> bool:
+    """Wait up to ``timeout`` seconds until a socket can be read (or written); return whether it can.
 
-    http.client takes a head that is cut off for an empty 200, any 1xx but 100 for the final answer,
-    lets bare LF pass, and leaves the conflict of two lengths to chance.
+    A socket that has failed or was closed by the peer counts as ready.
+    """
+    with _Selector() as selector:
+        selector.register(sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ)
+        return bool(selector.select(timeout))
+
+
+def is_open_and_silent(sock: socket.socket) -> bool:
+    """Return whether a connection is open and has no unread bytes."""
+    try:
+        return not wait_until_ready(sock, 0)
+    except (OSError, ValueError):
+        return False
+
+
+def time_left(deadline: float | None, limit: float) -> float:
+    """Return the seconds that a step may take: ``limit``, but no longer than until a monotonic deadline.
+
+    Raise socket.timeout if the deadline has passed.
+    """
+    left = limit if deadline is None else deadline - time.monotonic()
+    if left <= 0:
+        raise socket.timeout("timed out")
+    return min(left, limit)
+
+
+class DeadlineReader(io.RawIOBase):
+    """A raw stream over a socket whose reads respect an overall deadline.
+
+    A socket's own timeout starts anew with every read, so a peer that sends one byte now and then would
+    occupy a thread for ever.  Wrap the reader in io.BufferedReader.
+
+    ``timeout`` limits the silence before each read, in seconds; ``prefetched`` are bytes that were already
+    received from the socket.  A socket without TLS should be non-blocking: the reader then polls only if
+    there is nothing to read, whereas Python's timeouts poll before each read.
+
+    Methods for the caller: set_deadline.  Attributes: prefetched, on_idle.
     """
 
-    pairs: Fields = ()  # the fields, in the order of the wire
-
-    def __init__(self, sock: socket.socket, *arguments: Any, **more: Any) -> None:
-        self.patience = sock.gettimeout() or ORIGIN_TIMEOUT  # seconds until the whole head is there
+    def __init__(self, sock: socket.socket, timeout: float, prefetched: bytes = b"") -> None:
+        super().__init__()
+        self.prefetched = prefetched  # bytes not yet read
+        self.on_idle: Callable[[], object] | None = None  # called if no byte comes for PUBLISH_DELAY seconds
         self._sock = sock
-        self._timed = DeadlineReader(sock, ORIGIN_TIMEOUT)
-        self._timed.keepalive = sock.makefile("rb", buffering=0)  # http.client closes the socket before it reads
-        super().__init__(self._timed, *arguments, **more)  # type: ignore[arg-type]
-        if not hasattr(sock, "pending"):
-            sock.setblocking(False)
+        self._timeout = timeout
+        self._deadline: float | None = None  # monotonic
 
-    def hurry(self, seconds_left: float) -> None:
-        """From now on reading it may take so long in all."""
-        self._timed.set_deadline(seconds_left)
+    def set_deadline(self, seconds_left: float | None) -> None:
+        """Limit the time of all further reads together; None: only the time of each read."""
+        self._deadline = None if seconds_left is None else time.monotonic() + seconds_left
 
-    def on_pause(self, call: Callable[[], object]) -> None:
-        """What to do where nothing comes for PAUSE seconds."""
-        self._timed.on_idle = call
+    def readable(self) -> bool:
+        """Return True (io.BufferedReader asks)."""
+        return True
 
-    def begin(self, **_limits: Any) -> None:
-        """Read the final head, within the socket's time-out; ValueError or http.client.RemoteDisconnected."""
-        self._timed.set_deadline(self.patience)
-        self._read_head()
-        self._timed.set_deadline(None)
-
-    def _read_head(self) -> None:
+    def readinto(self, buffer: Any) -> int | None:
+        """Read the bytes that are available into a buffer, after waiting for the first; socket.timeout."""
+        if self.prefetched:
+            size = min(len(buffer), len(self.prefetched))
+            buffer[:size], self.prefetched = self.prefetched[:size], self.prefetched[size:]
+            return size
+        time_left(self._deadline, self._timeout)  # raises: even bytes that are there come too late
+        if hasattr(self._sock, "pending"):  # TLS: part of a record may have arrived, so recv() may block
+            if not self._sock.pending():
+                self._wait()
+            self._sock.settimeout(time_left(self._deadline, self._timeout))
         while True:
-            lines = read_head_lines(self.fp)
-            if not lines:
-                raise http.client.RemoteDisconnected("closed before an answer")
-            version, status, reason = parse_status_line(lines[0])
-            fields = parse_fields(lines[1:])
-            if status >= 200:
+            try:  # first: on a busy connection, bytes are mostly there, and waiting would cost a system call
+                return self._sock.recv_into(buffer)
+            except BlockingIOError:
+                self._wait()
+
+    def _wait(self) -> None:
+        """Wait until the socket has bytes; socket.timeout.
+
+        on_idle is called once per wait, after PUBLISH_DELAY: the owner of a download then publishes what has
+        arrived so far, so that other readers do not wait for a stalled origin's next byte.
+        """
+        if self.on_idle is not None:
+            if wait_until_ready(self._sock, time_left(self._deadline, PUBLISH_DELAY)):
+                return
+            self.on_idle()
+        if not wait_until_ready(self._sock, time_left(self._deadline, self._timeout)):
+            raise socket.timeout("timed out")
+
+
+def read_head_lines(file: io.BufferedIOBase) -> list[str]:
+    """Read the lines of a head, without their CRLF, up to and without the empty line (RFC 9112 §2.1).
+
+    Return [] if the stream ends before the first byte, and [""] if the first line is empty.  Raise
+    HeadTooLargeError, or ValueError for a head that is cut off or has a line that does not end in CRLF: a
+    bare LF, which a recipient may accept, is how one message is smuggled past another parser as two.
+    """
+    lines: list[str] = []
+    total = 0
+    while (line := file.readline(MAX_LINE + 2)) != b"\r\n":
+        total += len(line)
+        if not line and not lines:
+            return []
+        if not line.endswith(b"\r\n") and len(line) > MAX_LINE:
+            raise HeadTooLargeError("a line is longer than %d bytes" % MAX_LINE, 431 if lines else 414)
+        if not line.endswith(b"\r\n"):
+            raise ValueError("a line ends without CR" if line.endswith(b"\n") else "the head is cut off")
+        if total > MAX_HEAD:
+            raise HeadTooLargeError("the head is longer than %d bytes" % MAX_HEAD)
+        lines.append(line[:-2].decode("latin-1"))
+    return lines or [""]
+
+
+class ChunkedReader:
+    """Decodes a chunked body (RFC 9112 §7.1) and drops its trailers; http.client's decoder is too lax.
+
+    Method for the caller: read.  Attribute: ended (whether the last chunk and the trailers were read).
+    """
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self.ended = False
+        self._file = file
+        self._left = 0  # bytes of the current chunk
+        self._allowance = MAX_HEAD  # bytes of framing that may still come; each byte of data adds two
+
+    def read(self, size: int) -> bytes:
+        """Return up to ``size`` bytes, or b"" after the last chunk.
+
+        Raise ValueError if the framing is invalid or far larger than the data: extensions and one-byte
+        chunks must not cost more work than the body is worth.
+        """
+        if self.ended:
+            return b""
+        data = (b"" if self._left else self._read_small_chunks(size)) or self._read_one_chunk(size)
+        self._allowance += 2 * len(data)
+        if self._allowance < 0:
+            raise ValueError("the chunks are too small for their framing")
+        return data
+
+    def _read_small_chunks(self, size: int) -> bytes:
+        """Join the chunks that are completely in the buffer: one by one, each would cost a write to disk."""
+        buffered, pieces, position = self._file.peek(1), [], 0  # type: ignore[attr-defined]
+        while match := _CHUNK_SIZE.match(buffered, position):
+            length = int(match[1], 16)
+            end = match.end() + length
+            if not 0 < length <= size or buffered[end:end + 2] != b"\r\n":
                 break
-            if status == 101:
-                raise ValueError("101 without being asked")
-        self.status = self.code = status
-        self.version, self.reason, self.pairs = version[0] * 10 + version[1], reason, fields
-        self.headers = self.msg = http.client.HTTPMessage()
-        self._frame(version, fields)
+            pieces.append(buffered[match.end():end])
+            self._allowance -= end + 2 - position - length
+            size, position = size - length, end + 2
+        self._file.read(position)
+        return b"".join(pieces)
 
-    def _frame(self, version: tuple[int, int], fields: Fields) -> None:
-        """Where the body ends (RFC 9112 §6.3)."""
-        self.chunked = is_chunked(fields)
-        declared = field_value(fields, "Content-Length") or ("chunked" if self.chunked else "0")
-        if self.chunked and (version < (1, 1) or field_value(fields, "Content-Length") is not None):
-            raise ValueError("Transfer-Encoding with HTTP/1.0 or a Content-Length")
-        self.chunk_left = None
-        self.length = None if self.chunked else content_length(fields)
-        options = list_members(fields, "Connection")
-        self.will_close = "close" in options or version < (1, 1) and "keep-alive" not in options
-        if self._method == "HEAD" or self.status in (204, 304):  # type: ignore[attr-defined]
-            self.length, self.chunked = 0, False
-        elif not self.chunked and self.length is None:
-            self.will_close = True
-        if self.length == 0 and declared != "0":
-            self.will_close = True  # an answer without body that declares one: who knows what follows
-
-
-def resolve_addresses(host: str, port: int) -> list[tuple[Any, ...]]:
-    """The addresses of a name, the families in turn (RFC 8305 §4); OSError."""
-    # In bytes: for a str, Python loads a megabyte of tables for names beyond ASCII, which ours never are.
-    found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
-    first = [address for address in found if address[0] == found[0][0]]
-    other = [address for address in found if address[0] != found[0][0]]
-    pairs = itertools.zip_longest(first, other)
-    return [address for pair in pairs for address in pair if address is not None]
+    def _read_one_chunk(self, size: int) -> bytes:
+        """Return up to ``size`` bytes of the current chunk or, if it is used up, of the next one."""
+        if not self._left:
+            line = self._file.readline(MAX_LINE)
+            self._left = parse_chunk_size(line)
+            self._allowance -= len(line) + 2
+        if not self._left:
+            trailers = read_head_lines(self._file)
+            if not trailers:
+                raise ValueError("the body is cut off before its end")
+            parse_fields(trailers if trailers != [""] else [])
+            self.ended = True
+            return b""
+        data = self._file.read1(min(size, self._left))
+        if not data:
+            raise ValueError("a chunk is cut off")
+        self._left -= len(data)
+        if not self._left and self._file.read(2) != b"\r\n":
+            raise ValueError("a chunk is longer than its declared size")
+        return data
 
 
-def _detached(sock: Any, patience: float) -> socket.socket:
-    """The same connection in a socket of its own, which outlives the tries."""
-    own = socket.socket(sock.family, sock.type, sock.proto, sock.detach())
-    own.settimeout(patience)
-    return own
+# ---------------------------------------------------------------------------------------------
+# 8 Origin client
+#
+# A request to an origin takes this way:
+#
+#   OriginClient.fetch            follows redirects; one OriginRequest for each hop
+#     _send_with_retry            a pooled connection, then a new one, then one without the parent proxy
+#       OriginConnection.exchange   Resolver.resolve → AddressPolicy.filter → connect_fastest → TLS → request
+#         OriginResponse.begin        reads the head; the caller reads the body from it
+#
+# Its time limits, each within OriginRequest.deadline if that is set: DNS_TIMEOUT (getaddrinfo() has none),
+# CONNECT_TIMEOUT for all addresses together and again for TLS, ORIGIN_TIMEOUT of silence for the head, and
+# ORIGIN_TIMEOUT of silence for each read of the body.
+# ---------------------------------------------------------------------------------------------
 
-
-class DNSLookup:
-    """One question to the name servers, in a thread of its own: getaddrinfo knows no deadline."""
-
-    def __init__(self, host: str, port: int, done: Callable[[], None]) -> None:
-        self._place = (host, port)
-        self._done = done  # told of the end
-        self._ended = threading.Event()
-        self._found: list[tuple[Any, ...]] = []
-        self._failure: Exception | None = None
-        try:
-            threading.Thread(target=self._run, daemon=True).start()
-        except RuntimeError as error:
-            raise OSError(errno.ENOMEM, "no thread to look it up: %s" % error) from None
-
-    def _run(self) -> None:
-        try:
-            self._found = resolve_addresses(*self._place)
-        except (OSError, UnicodeError) as error:
-            self._failure = error
-        finally:
-            self._done()
-            self._ended.set()
-
-    def result(self, patience: float) -> list[tuple[Any, ...]]:
-        """The addresses; OSError, UnicodeError, socket.timeout."""
-        if not self._ended.wait(patience):
-            raise socket.timeout("the name servers say nothing")
-        if self._failure is not None:
-            raise self._failure
-        return list(self._found)
-
-
-class Resolver:
-    """The addresses of origins, and which of them failed lately.  For the caller: find, failed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _lookups
-        self._lookups: dict[tuple[str, int], DNSLookup] = {}  # under way: one a name, however many wait
-        self.failures = RecentEvents()  # by address, or the URL of a parent proxy
-        self._quota = Quota(MAX_LOOKUPS)
-
-    def resolve(self, host: str, port: int, patience: float, client: str = "") -> list[tuple[Any, ...]]:
-        """The addresses of a name, those that failed lately last; OSError, UnicodeError, socket.timeout, and
-        OriginFailure if too many names are being looked up, for the client or in all."""
-        if is_address(host):
-            found = resolve_addresses(host, port)  # nobody has to be asked
-        else:
-            found = self._lookup((host, port), client).result(patience)
-        return sorted(found, key=lambda address: -(self.failures.find(address[4][0], ADDRESS_PENALTY) or (math.inf,))[0])
-
-    def mark_failed(self, address: str) -> None:
-        """An address refused, broke off or said nothing."""
-        self.failures.note(address)
-
-    def _lookup(self, place: tuple[str, int], client: str) -> DNSLookup:
-        """The lookup of a name that is under way, or a new one; OSError, OriginFailure."""
-        free, started = self._quota.acquire(client), False
-        try:
-            with self._lock:
-                if place not in self._lookups:
-                    if not free:
-                        raise OriginError("Too many names are being looked up.", status=503)
-                    self._lookups[place] = DNSLookup(*place, functools.partial(self._looked_up, place, client))
-                    started = True
-                return self._lookups[place]
-        finally:
-            if free and not started:
-                self._quota.release(client)
-
-    def _looked_up(self, place: tuple[str, int], client: str) -> None:
-        with self._lock:
-            self._lookups.pop(place, None)
-        self._quota.release(client)
-
-
-def connect_fastest(addresses: list[tuple[Any, ...]], patience: float) -> socket.socket:
-    """A connection to whichever address answers first: a new one is tried every NEXT_ADDRESS seconds, and
-    at once when one refuses (RFC 8305 §5); OSError, socket.timeout."""
-    waiting, deadline = list(addresses), time.monotonic() + patience
-    failure: OSError = socket.timeout("timed out")
-    with selectors.DefaultSelector() as tries, contextlib.ExitStack() as others:
-        while waiting or tries.get_map():
-            if waiting:
-                family, kind, protocol, _, address = waiting.pop(0)
-                try:
-                    sock = others.enter_context(socket.socket(family, kind, protocol))
-                    sock.setblocking(False)
-                    code = sock.connect_ex(address)
-                    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-                        raise OSError(code, os.strerror(code))
-                    tries.register(sock, selectors.EVENT_WRITE)
-                except OSError as error:  # a family that this machine does not speak
-                    failure = error
-                    continue
-            left = deadline - time.monotonic()
-            for key, _ in tries.select(max(0.0, min(left, CONNECT_ATTEMPT_DELAY) if waiting else left)):
-                tries.unregister(key.fileobj)
-                code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # type: ignore[union-attr]
-                if not code:
-                    return _detached(key.fileobj, patience)
-                failure = OSError(code, os.strerror(code))
-            if time.monotonic() >= deadline:
-                raise socket.timeout("timed out")
-    raise failure
+Address = tuple[Any, ...]  # family, type, protocol, canonical name and socket address, as of getaddrinfo()
 
 
 @dataclasses.dataclass(frozen=True)
 class OriginRequest:
-    """One request to an origin."""
+    """A request to an origin server."""
 
     method: str
     target: Target
     fields: Fields
     body: Readable | None = None
     length: int | None = 0  # of the body; None: chunked
-    client_is_local: bool = False  # for a client on this host, which may reach what only this host may
-    follow_redirects: bool = False  # redirects, but not to HTML
-    deadline: float | None = None  # monotonic: by then a head, or a time-out; None: each step has its own
-    client: str = ""  # its address
+    client_is_local: bool = False  # the client is on this host, so it may reach addresses of this host, too
+    follow_redirects: bool = False  # except to HTML: see OriginClient.fetch
+    deadline: float | None = None  # monotonic: for the response's head; None: only each step is limited
+    client: str = ""  # the client's address
+    timings: dict[str, float] | None = None  # those of the client's request (see mark())
 
-    def timeout_for(self, most: float) -> float:
-        """Seconds for a step that may take ``most``; socket.timeout where there are none left."""
-        if self.deadline is None:
-            return most
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        return min(left, most)
+    def timeout_for(self, limit: float) -> float:
+        """Return the seconds that a step with its own ``limit`` may take; socket.timeout."""
+        return time_left(self.deadline, limit)
 
     @property
     def is_retryable(self) -> bool:
-        """Whether it may be sent twice (RFC 9110 §9.2.2), and whether it still can be."""
+        """Whether the request may be sent twice: a safe method (RFC 9110 §9.2.2) and no body."""
         return self.body is None and self.method in ("GET", "HEAD", "OPTIONS")
 
 
-def is_local_address(address: tuple[Any, ...]) -> bool:
-    """Whether an address is one of this machine's; OSError if that cannot be found out.  No packet is sent.
+def resolve_addresses(host: str, port: int) -> list[Address]:
+    """Return the addresses of a host name, alternating between the families (RFC 8305 §4); OSError."""
+    # As bytes: given a str, Python loads a megabyte of tables for names that are not ASCII.
+    found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
+    preferred = [address for address in found if address[0] == found[0][0]]
+    others = [address for address in found if address[0] != found[0][0]]
+    pairs = itertools.zip_longest(preferred, others)
+    return [address for pair in pairs for address in pair if address is not None]
 
-    bind() cannot tell: with Linux's ip_nonlocal_bind=1 it succeeds for any address, and /proc, which has
-    that setting and the list of addresses, may be hidden.  So the kernel is asked in other ways.
+
+class Resolver:
+    """Resolves host names with a timeout and remembers addresses that failed.
+
+    getaddrinfo() has no timeout, so each lookup runs in a thread of its own.  Requests for the same name
+    share one lookup.  At most MAX_LOOKUPS are in progress, half of them for one client: a client that asks
+    for names whose servers are silent does not use up the threads of the others.
+
+    Methods for the caller: resolve, mark_failed.  Attribute: failures.
+    """
+
+    def __init__(self) -> None:
+        self.failures = RecentEvents()  # by address, or by the URL of a parent proxy
+        self._lock = threading.Lock()  # guards _lookups
+        # Lookups in progress, by host and port, and the client network that started each.
+        self._lookups: dict[tuple[str, int], tuple[concurrent.futures.Future[list[Address]], str]] = {}
+
+    def resolve(self, host: str, port: int, timeout: float, client: str = "") -> list[Address]:
+        """Return the addresses of a host, those that failed recently last.
+
+        Raise OSError or UnicodeError if the host has none, socket.timeout, and OriginError (503) if too many
+        lookups are in progress, in total or for this client.
+        """
+        if is_address(host):
+            addresses = resolve_addresses(host, port)  # asks no name server
+        else:
+            try:
+                addresses = self._look_up((host, port), client_network(client)).result(timeout)
+            except concurrent.futures.TimeoutError:
+                raise socket.timeout("the name servers did not answer") from None
+        return sorted(addresses, key=self._rank)
+
+    def mark_failed(self, address: str) -> None:
+        """Remember that an address refused a connection, broke it or was silent."""
+        self.failures.note(address)
+
+    def _rank(self, address: Address) -> float:
+        failure = self.failures.find(address[4][0], ADDRESS_PENALTY)
+        return -math.inf if failure is None else -failure[0]  # after all others, the latest failure last
+
+    def _look_up(self, name: tuple[str, int], network: str) -> concurrent.futures.Future[list[Address]]:
+        """Return the lookup of a name that is in progress, or start one; OriginError."""
+        with self._lock:
+            if name in self._lookups:
+                return self._lookups[name][0]
+            networks = [running for _, running in self._lookups.values()]
+            if len(networks) >= MAX_LOOKUPS or networks.count(network) >= max(1, MAX_LOOKUPS // 2):
+                raise OriginError("Too many host names are being resolved.", status=503)
+            lookup: concurrent.futures.Future[list[Address]] = concurrent.futures.Future()
+            try:
+                start_thread(self._run, lookup, name)  # at its end, it waits for the lock
+            except StorageError:
+                raise OriginError("No thread is left to resolve a host name.", status=503) from None
+            self._lookups[name] = lookup, network
+            return lookup
+
+    def _run(self, lookup: concurrent.futures.Future[list[Address]], name: tuple[str, int]) -> None:
+        try:
+            finish = functools.partial(lookup.set_result, resolve_addresses(*name))
+        except (OSError, UnicodeError) as error:
+            finish = functools.partial(lookup.set_exception, error)
+        finally:
+            with self._lock:
+                del self._lookups[name]  # first, or a later request would get the result of this lookup
+        finish()
+
+
+def is_local_address(address: Address) -> bool:
+    """Return whether a socket address belongs to this machine; OSError if that cannot be determined.
+
+    No packet is sent.  bind() cannot tell: with Linux's ip_nonlocal_bind=1 it succeeds for any address, and
+    /proc, which has that setting and the list of addresses, may be hidden.
     """
     ip = ipaddress.ip_address(address[0].partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
@@ -4053,554 +4484,750 @@ def is_local_address(address: tuple[Any, ...]) -> bool:
         return True
     with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
         try:
-            if ip.version == 4:  # each address names its interface
+            if ip.version == 4:  # the kernel accepts only the address of an interface here
                 probe.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, ip.packed)
                 return True
-            probe.connect(address)  # packets to an own address come from just it (RFC 6724 §5, rule 1)
+            # To an own address, the kernel uses the same as source (RFC 6724 §5, rule 1).
+            probe.connect(address)
             return ipaddress.ip_address(probe.getsockname()[0].partition("%")[0]) == ip
-        except OSError as error:  # IPv6: there is no way to it
+        except OSError as error:  # IPv6: there is no route to the address
             if ip.version == 4 and error.errno != errno.EADDRNOTAVAIL:
                 raise
             return False
 
 
 def is_local_client(address: str) -> bool:
-    """Whether a client with this address is on this host; not, where that can't be found out."""
+    """Return whether a client with this IP address is on this host; False if that cannot be determined."""
     with contextlib.suppress(OSError, ValueError):
         return is_local_address((address, 9))
     return False
 
 
-def is_near(address: tuple[Any, ...]) -> bool:
-    """Whether only clients on this host may be led to an address; OSError if that cannot be found out."""
+def is_near(address: Address) -> bool:
+    """Return whether only clients on this host may reach a socket address; OSError if that cannot be told."""
     return is_protected_address(address[0]) or is_local_address(address)
 
 
 class AddressPolicy:
-    """Which addresses may be connected to.  For the caller: pass_by, and ports."""
+    """Decides which addresses the proxy may connect to (no loops, no internal hosts).
+
+    | the address                       | client on this host | client elsewhere |
+    |-----------------------------------|---------------------|------------------|
+    | of this host, a listening port    | 508                 | 508              |
+    | of this host, another port        | allowed             | 403              |
+    | link-local, metadata service, ... | allowed             | 403              |
+    | any other                         | allowed             | allowed          |
+
+    The order defeats DNS rebinding: 1. resolve the name, 2. check each address, 3. connect to an address
+    that was checked.  The name is not resolved again, so it cannot change between check and connection.
+
+    Method for the caller: filter.  Attribute: listening_ports.
+    """
 
     def __init__(self) -> None:
-        self.listening_ports: set[int] = set()  # that we listen on
+        self.listening_ports: set[int] = set()  # of this proxy
 
-    def filter(self, found: list[tuple[Any, ...]], forward: OriginRequest) -> list[tuple[Any, ...]]:
-        """Those of the addresses that a request may go to; Failure where there are none.
+    def filter(self, addresses: list[Address], origin_request: OriginRequest) -> list[Address]:
+        """Return the addresses to which a request may go; ProxyError if all of them are refused."""
+        refusals = [self._refusal(address[4], origin_request.client_is_local) for address in addresses]
+        allowed = [address for address, refusal in zip(addresses, refusals) if refusal is None]
+        if refusals and refusals[0] is not None and not allowed:
+            status, reason = refusals[0]
+            raise ProxyError("%s %s." % (origin_request.target.authority, reason), status)
+        return allowed
 
-        The address that is looked at is the one connected to: a name has no second chance to change.
-        """
-        reasons = [self._reason(address, forward) for address in found]
-        passed = [address for address, reason in zip(found, reasons) if reason is None]
-        if reasons and reasons[0] is not None and not passed:
-            status, sentence = reasons[0]
-            raise ProxyError("%s %s." % (forward.target.authority, sentence), status)
-        return passed
-
-    def _reason(self, found: tuple[Any, ...], forward: OriginRequest) -> tuple[int, str] | None:
-        address = found[4]
-        if forward.client_is_local and address[1] not in self.listening_ports:
+    def _refusal(self, address: Address, client_is_local: bool) -> tuple[int, str] | None:
+        """Return the status and the reason for which an address is refused, or None."""
+        listens_there = address[1] in self.listening_ports
+        if client_is_local and not listens_there:
             return None
         try:
-            own = is_local_address(address)
-        except OSError as error:  # a family that this machine does not speak, or no descriptor left
+            is_local = is_local_address(address)
+        except OSError as error:  # an address family that this machine lacks, or no descriptor is left
             return 502, "cannot be checked: %s" % error.strerror
-        if not own:
-            guarded = not forward.client_is_local and is_protected_address(address[0])
-            return (403, "is an address that only the proxy's own host may reach") if guarded else None
-        if address[1] in self.listening_ports:
+        if is_local and listens_there:
             return 508, "leads back to this proxy"
-        return None if forward.client_is_local else (403, "is the proxy's own host, which only it itself may reach")
+        if client_is_local or not (is_local or is_protected_address(address[0])):
+            return None
+        return 403, "is an address that only clients on the proxy's own host may reach"
 
 
-class TrustStore:
-    """Whose certificates are believed: the system's, and those of a file.  It can't be turned off."""
+def _start_connecting(address: Address, attempts: list[socket.socket]) -> None:
+    """Add a socket that is connecting to an address; OSError."""
+    family, kind, protocol, _, socket_address = address
+    attempts.append(socket.socket(family, kind, protocol))
+    attempts[-1].setblocking(False)
+    code = attempts[-1].connect_ex(socket_address)
+    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+        raise OSError(code, os.strerror(code))
 
-    def __init__(self, ca_file: str | None) -> None:
-        self._ca_file = ca_file
-        self._context: Any = None  # one for all, made when it is first needed: 20 ms and some MB
 
-    def context(self) -> Any:
-        """The ssl.SSLContext of all connections; OSError."""
-        if self._context is None:
-            try:
-                import ssl
-            except ImportError:
-                raise OSError(errno.EPROTONOSUPPORT, "this Python has no TLS (no ssl module)") from None
-            context = ssl.create_default_context()
-            context.set_alpn_protocols(["http/1.1"])
-            if self._ca_file:
-                context.load_verify_locations(self._ca_file)
-            self._context = context
-        return self._context
+def connect_fastest(addresses: list[Address], timeout: float) -> socket.socket:
+    """Return a connection to the address that answers first ("happy eyeballs", RFC 8305 §5).
+
+    1. Start to connect to the first address.
+    2. Wait for CONNECT_ATTEMPT_DELAY seconds, or until an attempt fails, and start with the next address; the
+       attempts that are in progress go on.
+    3. Return the first connection that succeeds and close the others.
+
+    So an address that swallows packets (IPv6 without a route, say) does not use up the ``timeout``, which is
+    for all together.  Raise the last error, or socket.timeout.
+    """
+    untried, deadline = list(addresses), time.monotonic() + timeout
+    failure: OSError = socket.timeout("timed out")
+    attempts: list[socket.socket] = []
+    try:
+        with selectors.DefaultSelector() as selector:
+            while untried or selector.get_map():
+                if untried:
+                    try:
+                        _start_connecting(untried.pop(0), attempts)
+                    except OSError as error:  # an address family that this machine lacks, say
+                        failure = error
+                        continue
+                    selector.register(attempts[-1], selectors.EVENT_WRITE)
+                left = max(0.0, deadline - time.monotonic())
+                for key, _ in selector.select(min(left, CONNECT_ATTEMPT_DELAY) if untried else left):
+                    sock: socket.socket = key.fileobj  # type: ignore[assignment]
+                    selector.unregister(sock)
+                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not code:
+                        attempts.remove(sock)
+                        sock.settimeout(timeout)
+                        return sock
+                    failure = OSError(code, os.strerror(code))
+                if time.monotonic() >= deadline:
+                    raise socket.timeout("timed out")
+        raise failure
+    finally:
+        for sock in attempts:
+            sock.close()
+
+
+def make_tls_context(ca_file: str | None) -> Any:
+    """Return an ssl.SSLContext that trusts the system's certificates and those in a file; OSError.
+
+    ssl is imported only here: it costs 20 ms and some MB, and many proxies never meet an https origin.
+    Verification cannot be turned off.
+    """
+    try:
+        import ssl
+    except ImportError:
+        raise OSError(errno.EPROTONOSUPPORT, "this Python has no TLS (no ssl module)") from None
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    if ca_file:
+        context.load_verify_locations(ca_file)
+    return context
 
 
 def explain_error(error: Exception) -> str:
-    """What an error of a connection means, in words for a client."""
-    refused = getattr(error, "verify_message", "").rstrip(".")  # ssl.SSLCertVerificationError has one
-    if refused:
-        unknown = re.search("self|issuer", refused) is not None
-        remedy = " (the operator can add its issuer with --ca-file)" if unknown else ""
-        return "its certificate is refused: %s%s" % (refused, remedy)
+    """Return the reason of a connection's error, in words for a client."""
+    refusal = getattr(error, "verify_message", "").rstrip(".")  # of ssl.SSLCertVerificationError
+    if refusal:
+        is_unknown = re.search("self|issuer", refusal)
+        remedy = " (the operator can add its issuer with --ca-file)" if is_unknown else ""
+        return "its certificate is not trusted: %s%s" % (refusal, remedy)
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    # "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)": only the words in the middle
     return re.sub(r"^\[[A-Z0-9_: ]+\] |^_ssl\.c:\d+: | \(_ssl\.c:\d+\)", "", text)
 
 
-PoolKey = tuple[str, str, int, bool, "ParentProxy | None"]  # what connections may stand in for each other
-
-
-def pool_key(forward: OriginRequest, parent: ParentProxy | None) -> PoolKey:
-    """Scheme, host, port, whether the connection may lead where only this host may go, and the way."""
-    target = forward.target
-    return target.scheme, target.host, target.port, forward.client_is_local, parent
-
-
 def connect_through_parent(sock: socket.socket, parent: ParentProxy, target: Target) -> None:
-    """Let a parent proxy connect us to an origin (RFC 9110 §9.3.6); OSError, ValueError."""
+    """Make a parent proxy open a tunnel to an origin (RFC 9110 §9.3.6); OSError, ValueError."""
     authority = "%s:%d" % ("[%s]" % target.host if ":" in target.host else target.host, target.port)
     lines = ["CONNECT %s HTTP/1.1" % authority, "Host: " + authority, *map(": ".join, parent.fields), "", ""]
     sock.sendall("\r\n".join(lines).encode("latin-1"))
-    timed = DeadlineReader(sock, ORIGIN_TIMEOUT)
-    timed.set_deadline(sock.gettimeout())
-    with io.BufferedReader(timed, 1) as file:  # what follows the head is not ours to read
+    reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
+    reader.set_deadline(sock.gettimeout())
+    with io.BufferedReader(reader, 1) as file:  # reads nothing beyond the head: the rest belongs to TLS
         lines = read_head_lines(file)
     if not lines or parse_status_line(lines[0])[1] // 100 != 2:
-        raise ValueError("to CONNECT it answers '%s'" % "".join(lines[:1]))
+        raise ValueError("it answered CONNECT with '%s'" % "".join(lines[:1]))
 
 
-class OriginConnection(http.client.HTTPConnection):
-    """A connection to an origin, or through a parent proxy."""
-
-    response_class = StrictHTTPResponse
-
-    def __init__(self, forward: OriginRequest, parent: ParentProxy | None, addresses: Resolver, guard: AddressPolicy,
-                 trust: TrustStore) -> None:
-        super().__init__(forward.target.host, forward.target.port)
-        self.place = pool_key(forward, parent)
-        self.parent = parent  # that it goes through
-        self.blamed_name = forward.target.authority  # whose fault it is if nothing comes of it
-        self.peer_address = ""  # the address that it is connected to
-        self.guarded = False  # whether only clients on this host may reach that
-        self.reached = False  # whether it has been open
-        self.reusable = True  # whether the check of its target holds for the next request as well
-        self.idle_since = 0.0  # monotonic
-        self._forward = forward
-        self._addresses = addresses
-        self._guard = guard
-        self._trust = trust
-
-    def connect_tcp(self) -> None:
-        """Open the connection, without TLS; OSError, Failure."""
-        if self.parent is not None:
-            try:
-                self._dial_through(self.parent)
-                return
-            except (OSError, ValueError) as error:
-                if self.sock is None:  # it is not the origin's fault
-                    self._addresses.mark_failed(self.parent.place.uri)
-                if not self.bypass_parent(error):
-                    raise
-        found = self._find(self._forward)
-        self._open(found, CONNECT_TIMEOUT)
-        # Clients on other machines were refused before.
-        self.guarded = self._forward.client_is_local and is_near(self.sock.getpeername())
-
-    def bypass_parent(self, error: Exception) -> bool:
-        """Whether it does without its parent from now on, which has failed."""
-        if self.parent is None or not self.parent.or_direct:
-            return False
-        log.debug("%s cannot be asked: %s.", self.blamed_name, explain_error(error))
-        self.close()
-        self.parent, self.blamed_name = None, self._forward.target.authority
-        return True
-
-    def _find(self, forward: OriginRequest) -> list[tuple[Any, ...]]:
-        """The addresses that a request may go to; OSError, Failure."""
-        target = forward.target
-        found = self._addresses.resolve(target.host, target.port, forward.timeout_for(DNS_TIMEOUT), forward.client)
-        return self._guard.filter(found, forward)
-
-    def _open(self, found: list[tuple[Any, ...]], patience: float) -> None:
-        self.sock = connect_fastest(found, self._forward.timeout_for(patience))
-        self.peer_address = self.sock.getpeername()[0]
-        for slower in itertools.takewhile(lambda address: address[4][0] != self.peer_address, found):
-            self._addresses.mark_failed(slower[4][0])
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def _dial_through(self, parent: ParentProxy) -> None:
-        """Connect through a parent.  One on another machine resolves names for itself."""
-        if parent.or_direct and self._addresses.failures.find(parent.place.uri, ORIGIN_BACKOFF):
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "it could not be asked a moment ago")
-        target, self.blamed_name = self._forward.target, "The parent proxy " + parent.place.authority
-        # It is the operator who leads us there: only a circle is refused.
-        found = self._find(replace_fields(self._forward, target=parent.place, client_is_local=True))
-        self._check_target(any(is_local_address(way[4]) for way in found))
-        self._open(found, PARENT_CONNECT_TIMEOUT if parent.or_direct else CONNECT_TIMEOUT)
-        if target.scheme == "https":
-            self.sock.settimeout(self._forward.timeout_for(CONNECT_TIMEOUT))
-            connect_through_parent(self.sock, parent, target)
-        self.blamed_name = target.authority
-
-    def _check_target(self, beside: bool) -> None:
-        """Check a target that a parent will connect to.  A parent on this host (``beside``) reaches all that
-        this host reaches, so a name is resolved here as well; Failure if it leads here, or nowhere.
-
-        The parent resolves it again, for each request: a name that changes in between is not noticed.
-        """
-        target, near = self._forward.target, self._forward.client_is_local
-        numeric = is_numeric_host(target.host)
-        try:
-            found = self._find(self._forward) if numeric or beside and not near else []
-        except (OSError, UnicodeError) as error:
-            raise OriginError("%s cannot be checked, and the parent proxy is on this host: %s." % (
-                target.authority, explain_error(error)), target) from None
-        # A client on this host does not wait for a name server: its name may have led anywhere.
-        self.guarded = near and (beside and not numeric or any(is_near(address[4]) for address in found))
-        self.reusable = near or numeric or not beside or target.scheme == "https"
-
-    def getresponse(self) -> http.client.HTTPResponse:
-        """The answer's head; OSError, ValueError, http.client.HTTPException."""
-        response = super().getresponse()
-        if response.status == 407 and self.parent is not None:
-            self.blamed_name = "The parent proxy " + self.parent.place.authority
-            raise OSError(errno.EACCES, "it wants another name and password")
-        return response
-
-    def request_line(self, target: Target) -> tuple[str, Fields]:
-        """The target of the request line, in absolute-form for a parent (RFC 9112 §3.2.2), and the fields
-        that are for the parent."""
-        if self.parent is None or target.scheme == "https":
-            return target.path, ()
-        return target.uri.rstrip("*") if target.path == "*" else target.uri, self.parent.fields
-
-    def connect(self) -> None:
-        """Open the connection, with TLS where the scheme asks for it; OSError, Failure."""
-        self.reached = False
-        self.connect_tcp()
-        self.reached = True
-        if self._forward.target.scheme == "https":
-            self.sock.settimeout(self._forward.timeout_for(CONNECT_TIMEOUT))
-            name = self.host.rstrip(".")  # as certificates and SNI have it (RFC 6066 §3)
-            self.sock = self._trust.context().wrap_socket(self.sock, server_hostname=name)
-
-    def is_idle(self) -> bool:
-        """Whether the origin has neither closed it nor sent what nobody asked for."""
-        return self.sock is not None and is_open_and_silent(self.sock)
+def send_body(connection: http.client.HTTPConnection, body: Readable, length: int | None) -> None:
+    """Send a request's body, as new chunks if its length is unknown (RFC 9112 §7.1)."""
+    while data := body.read(COPY_SIZE):
+        connection.send(b"%x\r\n%s\r\n" % (len(data), data) if length is None else data)
+    if length is None:
+        connection.send(b"0\r\n\r\n")
 
 
-class ConnectionPool:
-    """Idle connections to origins."""
+def is_answered_before_body(sock: socket.socket, origin_request: OriginRequest) -> bool:
+    """Return whether the origin answers Expect: 100-continue with a final status (RFC 9110 §10.1.1).
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _idle
-        self._idle: dict[PoolKey, list[OriginConnection]] = {}
-
-    def acquire(self, place: PoolKey, now: float) -> OriginConnection | None:
-        """A connection that seems alive, the last used first."""
-        while True:
-            with self._lock:
-                idle = self._idle.get(place)
-                connection = idle.pop() if idle else None
-                if not idle:
-                    self._idle.pop(place, None)
-            if connection is None:
-                return None
-            if now - connection.idle_since < POOL_IDLE_TIMEOUT and connection.is_idle():
-                return connection
-            connection.close()
-
-    def release(self, connection: OriginConnection, now: float) -> None:
-        """Keep a connection for the next request; close the oldest where there are too many."""
-        connection.idle_since = now
-        with self._lock:
-            idle = self._idle.setdefault(connection.place, [])
-            idle.append(connection)
-            surplus = idle[:-POOL_SIZE]
-            del idle[:-POOL_SIZE]
-            if sum(map(len, self._idle.values())) > POOL_TOTAL:
-                oldest = min(self._idle.values(), key=lambda waiting: waiting[0].idle_since)
-                surplus.append(oldest.pop(0))
-                if not oldest:
-                    del self._idle[next(place for place, waiting in self._idle.items() if waiting is oldest)]
-        for other in surplus:
-            other.close()
-
-    def close_expired(self, now: float) -> None:
-        """Close what has waited too long, and what its origin has closed."""
-        surplus = []
-        with self._lock:
-            for place, waiting in list(self._idle.items()):
-                surplus += [other for other in waiting
-                            if now - other.idle_since > POOL_IDLE_TIMEOUT or not other.is_idle()]
-                waiting[:] = [other for other in waiting if other not in surplus]
-                if not waiting:
-                    del self._idle[place]
-        for other in surplus:
-            other.close()
-
-    def close(self) -> None:
-        """Close them all."""
-        with self._lock:
-            idle = [connection for waiting in self._idle.values() for connection in waiting]
-            self._idle.clear()
-        for connection in idle:
-            connection.close()
-
-
-class OriginResponse:
-    """An answer of an origin: its head, and its body counted (DESIGN §3, the traps behind 1 and 7)."""
-
-    start = 0  # offset of its first byte in the representation; only a verified remainder has another
-
-    def __init__(self, head: ResponseHead, raw: StrictHTTPResponse, give_back: Callable[[bool], None],
-                 count: Callable[[int], None], broke_off: Callable[[], None]) -> None:
-        self.head = head
-        # Bytes; None: unknown.  http.client forgets it as it reads.
-        self.length: int | None = None if raw.chunked else raw.length
-        self.end_is_known = raw.chunked or raw.length is not None  # whether the end will be known as such
-        self._raw = raw
-        self._chunks = ChunkedReader(raw.fp) if raw.chunked else None
-        self._left = self.length
-        self._give_back = give_back  # called once: True if the connection may be used again
-        self._count = count  # told of each piece's bytes
-        self._broke_off = broke_off
-        self._open = True
-
-    def read(self, size: int = COPY_SIZE) -> bytes:
-        """Up to ``size`` body bytes as they come, b"" at the end; OriginFailure where it breaks off."""
-        if not self._open or self._left == 0:
-            self.close()
-            return b""
-        try:
-            data = self._read(size)
-        except OriginError:
-            self._broke_off()
-            raise
-        self._left = None if self._left is None else self._left - len(data)
-        self._count(len(data))
-        if not data or self._left == 0:
-            self._end(self._is_reusable())
-        return data
-
-    def set_deadline(self, seconds_left: float) -> None:
-        """From now on reading it may take so long in all."""
-        self._raw.hurry(seconds_left)
-
-    def on_idle(self, call: Callable[[], object]) -> None:
-        """What to do where nothing comes for PAUSE seconds."""
-        self._raw.on_pause(call)
-
-    def set_length(self, count: int) -> None:
-        """The body is known to have so many bytes, however it is framed."""
-        self.length = self._left = count
-        self.end_is_known = True
-
-    def _read(self, size: int) -> bytes:
-        most = size if self._left is None else min(size, self._left)
-        try:
-            data = self._chunks.read(most) if self._chunks else self._raw.fp.read1(most)
-        except (socket.timeout, TimeoutError):
-            raise OriginTimeoutError("The origin went silent.") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise TruncatedBodyError("The origin broke off: %s." % error) from None
-        if not data and self._left:
-            raise TruncatedBodyError("The origin closed the connection %d bytes early." % self._left)
-        return data
-
-    def close(self) -> None:
-        """Release the connection; one with unread bytes is closed."""
-        self._end(self._left == 0 and self._is_reusable())
-
-    def _is_reusable(self) -> bool:
-        return not self._raw.will_close and (self._chunks is None or self._chunks.ended)
-
-    def _end(self, reusable: bool) -> None:
-        if self._open:
-            self._open = False
-            self._give_back(reusable)
-
-
-def _keep(first: OriginResponse | None, response: OriginResponse) -> OriginResponse:
-    """The first of the redirects on the way; the others are closed."""
-    if first is None:
-        return response
-    response.close()
-    return first
-
-
-def remainder_request(forward: OriginRequest, head: ResponseHead, offset: int) -> OriginRequest:
-    """Ask for the rest of a representation, which may be no other (RFC 9110 §13.1.5, §14.2); OriginFailure
-    where it has no strong validator to say so."""
-    validator = strong_validator(head)
-    if offset and validator is None:
-        raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
-    more = (("Range", "bytes=%d-" % offset), ("If-Range", validator or "")) if offset else ()
-    return replace_fields(forward, fields=without_fields(forward.fields, ("range", "if-range")) + more)
-
-
-def resumable_body(head: ResponseHead, size: int | None, offset: int, ask: Callable[[int], OriginResponse],
-               response: OriginResponse | None = None) -> Generator[bytes, None, None]:
-    """The bytes of a representation from ``offset`` to its end, over as many connections as it takes: the
-    answer's at hand, if there is one, then what ``ask`` fetches from an offset (DESIGN §6.4); OriginFailure
-    where that leads no further."""
-    pauses = list(RESUME_BACKOFF)
-    while True:
-        begun = offset
-        try:
-            with contextlib.closing(response or ask(offset)) as answer:
-                while data := answer.read(COPY_SIZE):
-                    offset += len(data)
-                    yield data
-            if size in (None, offset):
-                return
-            raise TruncatedBodyError("The origin sent less than the rest.")
-        except CannotResumeError:
-            raise
-        except OriginError:
-            if offset >= begun + FULL_DOWNLOAD_RANGE:
-                pauses = list(RESUME_BACKOFF)  # it does get on
-            if not pauses or offset and strong_validator(head) is None:
-                raise
-        response = None
-        time.sleep(pauses.pop(0))
-
-
-def send_body(connection: OriginConnection, body: Readable, length: int | None) -> None:
-    """Send a request's body, framed anew if it is chunked (RFC 9112 §7.1)."""
-    while True:
-        data = body.read(COPY_SIZE)
-        if length is None:
-            connection.send(b"%x\r\n%s\r\n" % (len(data), data))
-        elif data:
-            connection.send(data)
-        if not data:
-            return
-
-
-def is_answered_before_body(sock: socket.socket, forward: OriginRequest) -> bool:
-    """Whether the origin of a request with Expect: 100-continue answers it without its body (RFC 9110
-    §10.1.1).  One that says nothing may not know the field: it gets the body after a moment."""
-    if list_members(forward.fields, "Expect") != ["100-continue"] or hasattr(sock, "pending"):
-        return False  # TLS lets nobody look ahead
+    An origin that does not answer may not know the field: after CONTINUE_TIMEOUT, it gets the body.
+    """
+    if list_members(origin_request.fields, "Expect") != ["100-continue"] or hasattr(sock, "pending"):
+        return False  # TLS has no MSG_PEEK
     if not wait_until_ready(sock, CONTINUE_TIMEOUT):
         return False
     status = sock.recv(len("HTTP/1.1 1"), socket.MSG_PEEK)[9:]
     return status not in (b"1", b"")
 
 
-class OriginClient:
-    """Sends requests to origins, over pooled connections."""
+class OriginResponse:
+    """A response from an origin; checks that its body has the declared length.
 
-    def __init__(self, count: Callable[[int], None], config: Config) -> None:
-        self._pool = ConnectionPool()
-        self._addresses = Resolver()
+    The response owns its connection: 1. begin() reads the head.  2. The caller reads the body.  3. At its
+    end, or when close() is called before, the connection goes back to the pool or is closed, exactly once.
+
+    It stands in for http.client.HTTPResponse, which
+    - takes a head that is cut off for an empty 200, and 103 for the final response;
+    - accepts bare LF as the end of a line, and two lengths that contradict each other;
+    - reports no error if read(size) meets the end of the connection in the middle of the body;
+    - has no deadline for the whole head.
+
+    http.client itself uses only begin(), will_close, isclosed() and close().
+
+    Methods for the caller: read, set_deadline, on_idle, set_length, close.  Attributes: head, length, start,
+    end_is_known.
+    """
+
+    start = 0  # offset of the first byte in the representation; not 0 only for a verified remainder
+    will_close = False  # True would make http.client close the socket at once; close() below does it later
+
+    def __init__(self, connection: OriginConnection) -> None:
+        sock = connection.sock
+        self.length: int | None = None  # bytes of the body; None: unknown
+        self._connection = connection
+        self._head_timeout = sock.gettimeout()
+        self._reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
+        self._file = io.BufferedReader(self._reader, 64 * 1024)
+        self._chunks: ChunkedReader | None = None
+        self._left: int | None = None  # bytes of the body that are unread; None: unknown
+        self._is_persistent = False  # whether another response may follow on this connection
+        self._is_open = True
+        if not hasattr(sock, "pending"):  # not TLS
+            sock.setblocking(False)  # DeadlineReader waits instead
+
+    def begin(self, **_limits: Any) -> None:
+        """Read the final head within the socket's timeout; ValueError, OSError."""
+        # The deadline is for the whole head, interim responses included: each line could arrive just in time.
+        self._reader.set_deadline(self._head_timeout)
+        while True:
+            lines = read_head_lines(self._file)
+            if not lines:
+                raise http.client.RemoteDisconnected("it closed the connection without a response")
+            version, status, reason = parse_status_line(lines[0])
+            fields = parse_fields(lines[1:])
+            if status >= 200:  # otherwise an interim response: 100, 103 (RFC 9110 §15.2)
+                break
+            if status == 101:
+                raise ValueError("it switched protocols without being asked")
+        self._reader.set_deadline(None)
+        now, connection = time.time(), self._connection
+        self.head = with_date(ResponseHead(
+            status, reason, fields, final_uri=connection.origin_request.target.uri,
+            request_time=connection.request_time, response_time=now,
+            local_clients_only=connection.guarded), now)
+        self._find_body(version, fields)
+
+    def _find_body(self, version: tuple[int, int], fields: Fields) -> None:
+        """Determine where the body ends (RFC 9112 §6.3) and whether the connection persists (§9.3).
+
+        1. HEAD, 204 and 304 have no body, whatever their fields say.
+        2. Transfer-Encoding together with Content-Length is an error here, as it may be an attempt to smuggle
+           a response (rule 3 would let the former win).
+        3. Chunked: up to the last chunk.
+        4. Content-Length: so many bytes.
+        5. Neither: up to the end of the connection.  Such a body is passed on, but never stored.
+        """
+        chunked, length = is_chunked(fields), field_value(fields, "Content-Length")
+        if chunked and (version < (1, 1) or length is not None):
+            raise ValueError("Transfer-Encoding with HTTP/1.0 or with Content-Length")
+        self.length = None if chunked else content_length(fields)
+        has_no_body = self._connection.origin_request.method == "HEAD" or self.head.status in (204, 304)
+        # If a response without body declares one, some origins send it all the same.
+        is_doubtful = has_no_body and (chunked or self.length)
+        if has_no_body:
+            self.length = 0
+        elif chunked:
+            self._chunks = ChunkedReader(self._file)
+        self._left = self.length
+        # Whether a complete body can be told from one that was cut off; not so in case 5.
+        self.end_is_known = self._chunks is not None or self.length is not None
+        options = list_members(fields, "Connection")
+        is_kept = "close" not in options and (version >= (1, 1) or "keep-alive" in options)
+        self._is_persistent = is_kept and self.end_is_known and not is_doubtful
+
+    def read(self, size: int = COPY_SIZE) -> bytes:
+        """Return up to ``size`` bytes of the body as they arrive, b"" at its end.
+
+        Raise OriginTimeoutError, or TruncatedBodyError if the body ends early or its framing is invalid.
+        """
+        if not self._is_open or self._left == 0:
+            self.close()
+            return b""
+        try:
+            data = self._read(size)
+        except OriginError:
+            self._connection.origin_client.resolver.mark_failed(self._connection.peer_address)
+            raise
+        self._connection.origin_client.count(len(data))
+        if not data:
+            self._left = 0
+        elif self._left is not None:
+            self._left -= len(data)
+        if self._left == 0:
+            self.close()  # at once: others can use the connection before the caller asks for more
+        return data
+
+    def _read(self, size: int) -> bytes:
+        limit = size if self._left is None else min(size, self._left)
+        try:
+            data = self._chunks.read(limit) if self._chunks else self._file.read1(limit)
+        except (socket.timeout, TimeoutError):
+            raise OriginTimeoutError("The origin stopped sending.") from None
+        except (OSError, ValueError) as error:
+            raise TruncatedBodyError("The response from the origin broke off: %s." % error) from None
+        if not data and self._left:
+            raise TruncatedBodyError("The origin closed the connection %d bytes early." % self._left)
+        return data
+
+    def set_deadline(self, seconds_left: float) -> None:
+        """Limit the time of all further reads together."""
+        self._reader.set_deadline(seconds_left)
+
+    def on_idle(self, call: Callable[[], object]) -> None:
+        """Set a function to be called if nothing arrives for PUBLISH_DELAY seconds."""
+        self._reader.on_idle = call
+
+    def set_length(self, length: int) -> None:
+        """Set the body's length in bytes, which is known from Content-Range, however the body is framed."""
+        self.length = self._left = length
+        self.end_is_known = True
+
+    def isclosed(self) -> bool:
+        """Return whether the connection was given back (http.client asks)."""
+        return not self._is_open
+
+    def close(self) -> None:
+        """Give the connection back; it is closed if it has unread bytes."""
+        if self._is_open:
+            self._is_open = False
+            self._file.close()
+            at_end = self._left == 0 and (self._chunks is None or self._chunks.ended)
+            self._connection.release(at_end and self._is_persistent)
+
+
+PoolKey = tuple[str, str, int, bool, "ParentProxy | None"]  # scheme, host, port, client_is_local, parent
+
+
+class OriginConnection(http.client.HTTPConnection):
+    """A connection to an origin server, direct or through a parent proxy.
+
+    http.client writes the requests: putrequest(), putheader(), endheaders() and send() reject line breaks in
+    names and values.  Overridden:
+    - connect(), to check addresses, to try several of them at once, and for parent proxies;
+    - response_class(), which http.client calls to create a response: its HTTPResponse is too lax.
+
+    Methods for the caller: exchange, connect_tcp, bypass_parent, is_idle, release, close.
+    """
+
+    def __init__(self, origin_client: OriginClient, origin_request: OriginRequest) -> None:
+        target = origin_request.target
+        super().__init__(target.host, target.port)
+        self.origin_client = origin_client
+        self.parent = parent_proxy_for(target, origin_client.config)  # None: direct
+        self.origin_request = origin_request  # the current one, or the last
+        self.pool_key = (target.scheme, target.host, target.port, origin_request.client_is_local, self.parent)
+        self.request_time = 0.0  # time.time() when it was sent
+        self.blamed_name = target.authority  # the party to name in an error
+        self.peer_address = ""  # IP address of the origin or parent
+        self.guarded = False  # whether only clients on this host may reach the origin's address
+        self.reached = False  # whether the connection was established, before TLS
+        self.idle_since = 0.0  # monotonic
+        self._is_reusable = True  # whether the check of the target is valid for the next request, too
+
+    def response_class(self, *_arguments: Any, **_more: Any) -> OriginResponse:  # type: ignore[override]
+        """Create the response to the request that was sent."""
+        return OriginResponse(self)
+
+    def exchange(self, origin_request: OriginRequest) -> OriginResponse:
+        """Send a request, after connecting if necessary, and return the response once its head has arrived.
+
+        Raise OSError, ValueError or http.client.HTTPException, and close the connection; ProxyError if the
+        address is not allowed.
+        """
+        self.origin_request, self.request_time = origin_request, time.time()
+        try:
+            if self.sock is None:
+                self.connect()
+                mark(origin_request.timings, "connected")
+            # The timeout of each send; OriginResponse.begin() takes it as the time for the whole head.
+            self.sock.settimeout(origin_request.timeout_for(ORIGIN_TIMEOUT))
+            # Host and Accept-Encoding come from the client's fields, not from http.client.
+            request_target, parent_fields = self._request_line(origin_request.target)
+            self.putrequest(origin_request.method, request_target, skip_host=True, skip_accept_encoding=True)
+            for name, text in origin_request.fields + parent_fields:
+                self.putheader(name, text.encode("latin-1"))
+            self.endheaders()
+            if origin_request.body is not None and not is_answered_before_body(self.sock, origin_request):
+                # An origin that rejects the body (413, say) may respond and close before it has read all.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    send_body(self, origin_request.body, origin_request.length)
+            response: OriginResponse = self.getresponse()  # type: ignore[assignment]
+            mark(origin_request.timings, "origin head")
+            if response.head.status == 407 and self.parent is not None:
+                self.blamed_name = "the parent proxy " + self.parent.place.authority
+                raise PermissionError(errno.EACCES, "it requires another user name or password")
+            return response
+        except BaseException:
+            self.close()
+            raise
+
+    def connect(self) -> None:
+        """Open the connection, with TLS for https; OSError, ProxyError."""
+        self.reached = False
+        self.connect_tcp()
+        self.reached = True
+        if self.origin_request.target.scheme == "https":
+            self.sock.settimeout(self.origin_request.timeout_for(CONNECT_TIMEOUT))
+            name = self.host.rstrip(".")  # certificates and SNI have no trailing dot (RFC 6066 §3)
+            self.sock = self.origin_client.tls_context.wrap_socket(self.sock, server_hostname=name)
+
+    def connect_tcp(self) -> None:
+        """Open the connection without TLS, through the parent proxy if there is one; OSError, ProxyError."""
+        if self.parent is not None:
+            try:
+                self._connect_parent(self.parent)
+                return
+            except (OSError, ValueError) as error:
+                if self.sock is None:  # the parent itself failed, not the origin behind it
+                    self.origin_client.resolver.mark_failed(self.parent.place.uri)
+                if not self.bypass_parent(error):
+                    raise
+        self._open(self._resolve(self.origin_request), CONNECT_TIMEOUT)
+        # For clients on other machines, _resolve() has refused such an address.
+        self.guarded = self.origin_request.client_is_local and is_near(self.sock.getpeername())
+
+    def bypass_parent(self, error: Exception) -> bool:
+        """Stop using the parent proxy, which has failed, if that is configured; return whether it is."""
+        if self.parent is None or not self.parent.or_direct:
+            return False
+        log.debug("Going without %s: %s.", self.blamed_name, explain_error(error))
+        self.close()
+        self.parent, self.blamed_name = None, self.origin_request.target.authority
+        return True
+
+    def _resolve(self, origin_request: OriginRequest) -> list[Address]:
+        """Return the addresses to which a request may go; OSError, ProxyError."""
+        target, resolver = origin_request.target, self.origin_client.resolver
+        timeout = origin_request.timeout_for(DNS_TIMEOUT)
+        addresses = resolver.resolve(target.host, target.port, timeout, origin_request.client)
+        return self.origin_client.guard.filter(addresses, origin_request)
+
+    def _open(self, addresses: list[Address], limit: float) -> None:
+        """Connect to the address that answers first; those before it in the list count as failed.
+
+        So the next request does not wait CONNECT_ATTEMPT_DELAY for each of them again.
+        """
+        self.sock = connect_fastest(addresses, self.origin_request.timeout_for(limit))
+        self.peer_address = self.sock.getpeername()[0]
+        for slower in itertools.takewhile(lambda address: address[4][0] != self.peer_address, addresses):
+            self.origin_client.resolver.mark_failed(slower[4][0])
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _connect_parent(self, parent: ParentProxy) -> None:
+        """Connect to a parent proxy and, for https, through it; OSError, ValueError, ProxyError."""
+        if parent.or_direct and self.origin_client.resolver.failures.find(parent.place.uri, ORIGIN_BACKOFF):
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "it failed a moment ago")
+        target, self.blamed_name = self.origin_request.target, "the parent proxy " + parent.place.authority
+        # The operator has chosen this address, so it may be an internal one; only loops are refused.
+        parent_request = replace_fields(self.origin_request, target=parent.place, client_is_local=True)
+        addresses = self._resolve(parent_request)
+        self._check_target(any(is_local_address(address[4]) for address in addresses))
+        self._open(addresses, PARENT_CONNECT_TIMEOUT if parent.or_direct else CONNECT_TIMEOUT)
+        if target.scheme == "https":
+            self.sock.settimeout(self.origin_request.timeout_for(CONNECT_TIMEOUT))
+            connect_through_parent(self.sock, parent, target)
+        self.blamed_name = target.authority
+
+    def _check_target(self, parent_is_local: bool) -> None:
+        """Check a target to which the parent proxy will connect; ProxyError.
+
+        A parent on this host reaches everything that this host reaches, so the name is resolved here, too.  A
+        parent on another machine resolves names itself; only numeric addresses are checked.  The parent
+        resolves the name again for each request: if it changes in between, that goes unnoticed.
+        """
+        target, client_is_local = self.origin_request.target, self.origin_request.client_is_local
+        is_numeric = is_numeric_host(target.host)
+        must_resolve = is_numeric or parent_is_local and not client_is_local
+        try:
+            addresses = self._resolve(self.origin_request) if must_resolve else []
+        except (OSError, UnicodeError) as error:
+            raise OriginError("%s cannot be checked, and the parent proxy is on this host: %s." % (
+                target.authority, explain_error(error)), target) from None
+        # A client on this host does not wait for the name server, so its name may lead to any address: the
+        # response may be given only to other clients on this host.
+        unchecked = parent_is_local and not is_numeric
+        self.guarded = client_is_local and (unchecked or any(is_near(address[4]) for address in addresses))
+        # Without a tunnel, the parent resolves the name again for the next request: it must be checked again.
+        self._is_reusable = client_is_local or not unchecked or target.scheme == "https"
+
+    def _request_line(self, target: Target) -> tuple[str, Fields]:
+        """Return the target as it is written in the request line, and fields for the parent proxy.
+
+        A parent that is not a tunnel gets the absolute form (RFC 9112 §3.2.2).
+        """
+        if self.parent is None or target.scheme == "https":
+            return target.path, ()
+        return target.uri.rstrip("*") if target.path == "*" else target.uri, self.parent.fields
+
+    def is_idle(self) -> bool:
+        """Return whether the connection is open and the origin has sent nothing since the last response."""
+        return self.sock is not None and is_open_and_silent(self.sock)
+
+    def release(self, at_message_end: bool) -> None:
+        """Keep the connection for another request, if it is at the end of a response; close it otherwise."""
+        # Some origins respond to HEAD with a body, which may arrive too late to be noticed.  Others go on
+        # reading a request's body after they have rejected it.
+        method, body = self.origin_request.method, self.origin_request.body
+        if at_message_end and self._is_reusable and method != "HEAD" and body is None:
+            self.origin_client.pool.release(self, time.monotonic())
+        else:
+            self.close()
+
+
+class ConnectionPool:
+    """Idle connections to origins, at most POOL_SIZE to one and POOL_TOTAL in all.
+
+    A list is searched instead of a dictionary by key: it has few entries, and its order says which one to
+    close.  Connections are closed after the lock is released (invariant 5).
+
+    Methods for the caller: acquire, release, close_expired, close.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _idle
+        self._idle: list[OriginConnection] = []  # the longest idle first
+
+    def acquire(self, key: PoolKey, now: float) -> OriginConnection | None:
+        """Take out a usable connection; ``now`` is monotonic.
+
+        The most recently used comes first: it is the least likely to be closed by the origin at this moment,
+        and the others can expire.
+        """
+        while True:
+            with self._lock:
+                connection = next((other for other in reversed(self._idle) if other.pool_key == key), None)
+                if connection is None:
+                    return None
+                self._idle.remove(connection)
+            if now - connection.idle_since < POOL_IDLE_TIMEOUT and connection.is_idle():
+                return connection
+            connection.close()
+
+    def release(self, connection: OriginConnection, now: float) -> None:
+        """Put in a connection; if there are too many, the longest idle one is closed."""
+        connection.idle_since = now
+        with self._lock:
+            self._idle.append(connection)
+            same_origin = [other for other in self._idle if other.pool_key == connection.pool_key]
+            surplus = same_origin[:-POOL_SIZE] or self._idle[:-POOL_TOTAL]
+            self._idle = [other for other in self._idle if other not in surplus]
+        for other in surplus:
+            other.close()
+
+    def close_expired(self, now: float) -> None:
+        """Close connections that were idle for POOL_IDLE_TIMEOUT seconds; ``now`` is monotonic."""
+        with self._lock:
+            expired = [other for other in self._idle if now - other.idle_since >= POOL_IDLE_TIMEOUT]
+            self._idle = [connection for connection in self._idle if connection not in expired]
+        for connection in expired:
+            connection.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.close_expired(math.inf)
+
+
+def remainder_request(origin_request: OriginRequest, head: ResponseHead, offset: int) -> OriginRequest:
+    """Return the request for the rest of a representation, from ``offset`` (RFC 9110 §13.1.5, §14.2).
+
+    Raise CannotResumeError if the response had no strong validator: without one, the origin could not say
+    that the file has changed, and bytes of two files would be joined.
+    """
+    validator = strong_validator(head)
+    if offset and validator is None:
+        raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
+    more = (("Range", "bytes=%d-" % offset), ("If-Range", validator or "")) if offset else ()
+    fields = without_fields(origin_request.fields, ("range", "if-range")) + more
+    return replace_fields(origin_request, fields=fields)
+
+
+def redirected_request(origin_request: OriginRequest, location: Target) -> OriginRequest:
+    """Return the request that follows a redirect; credentials never go to another host."""
+    credentials = () if is_same_site(origin_request.target, location) else ("authorization", "cookie")
+    fields = without_fields(origin_request.fields, ("host", *credentials))
+    return replace_fields(origin_request, target=location, fields=(("Host", location.authority), *fields))
+
+
+def resumable_body(head: ResponseHead, size: int | None, offset: int, ask: Callable[[int], OriginResponse],
+                   response: OriginResponse | None = None) -> Generator[bytes, None, None]:
+    """Yield a representation from ``offset`` to its end, over as many connections as it takes.
+
+    ``head`` is the representation's, ``size`` its length if that is known.  The bytes come from ``response``
+    (closed at the end) if it is given, then from the responses that ``ask(offset)`` fetches.  After each
+    failure comes one of the RESUME_BACKOFF pauses; a response that delivered FULL_DOWNLOAD_RANGE bytes makes
+    all of them available again.  Raise OriginError if no pause is left or the rest cannot be requested.
+    """
+    pauses = list(RESUME_BACKOFF)
+    while True:
+        began_at = offset
+        try:
+            with contextlib.closing(response or ask(offset)) as source:
+                while data := source.read(COPY_SIZE):
+                    offset += len(data)
+                    yield data
+            if size in (None, offset):
+                return
+            raise TruncatedBodyError("The origin sent less than the remaining bytes.")
+        except OriginError as error:
+            if offset >= began_at + FULL_DOWNLOAD_RANGE:
+                pauses = list(RESUME_BACKOFF)
+            cannot_resume = isinstance(error, CannotResumeError) or offset and strong_validator(head) is None
+            if cannot_resume or not pauses:
+                raise
+        response = None
+        time.sleep(pauses.pop(0))
+
+
+class OriginClient:
+    """Sends requests to origin servers and follows redirects.
+
+    ``count`` is called with the number of body bytes that arrive.  The resolver, the pool and the other
+    attributes are shared by all connections.
+
+    Methods for the caller: fetch, fetch_remainder, connect, is_open, close_idle, close.
+    """
+
+    def __init__(self, count: Callable[[int], object], config: Config) -> None:
+        self.count = count
+        self.pool = ConnectionPool()
+        self.resolver = Resolver()
         self.guard = AddressPolicy()
-        self._config = config
-        self._trust = TrustStore(config.ca_file)
-        self._count = count  # told of the body bytes that arrive
-        self._tidied = 0.0  # monotonic
-        self._open_hosts = functools.lru_cache(LARGE_MEMO)(self._is_open)
+        self.config = config
+        self._open_hosts = functools.lru_cache(LARGE_MEMO)(self._is_open)  # hits ask for it
+
+    @functools.cached_property
+    def tls_context(self) -> Any:
+        """The ssl.SSLContext of all connections; OSError."""
+        return make_tls_context(self.config.ca_file)
 
     def is_open(self, host: str) -> bool:
-        """Whether clients on other machines may be given what comes from a host; remembered, as hits ask."""
+        """Return whether clients on other machines may reach a host; remembered for OPEN_FOR seconds."""
         return self._open_hosts(host, int(time.time() / OPEN_FOR))
 
-    def _is_open(self, host: str, _span: int) -> bool:
+    def _is_open(self, host: str, _period: int) -> bool:
         try:
-            return not any(is_near(found[4]) for found in self._addresses.resolve(host, 80, DNS_TIMEOUT))
-        except (OSError, UnicodeError):  # without a network nothing is resolved, and people bring files
-            return self._config.offline
+            return not any(is_near(found[4]) for found in self.resolver.resolve(host, 80, DNS_TIMEOUT))
+        except (OSError, UnicodeError):  # offline, no name resolves, and people bring the files
+            return self.config.offline
 
-    def fetch(self, forward: OriginRequest) -> OriginResponse:
-        """Send a request and read the answer's head; OriginFailure or OriginTimeout.
+    def fetch(self, origin_request: OriginRequest) -> OriginResponse:
+        """Send a request, follow redirects if it asks for that, and return the response with its head read.
 
-        Where a redirect leads to HTML, the redirect itself is the answer: people shall see where a
-        captive portal sends them.
+        If the redirects end at an HTML page, the first of them is returned instead: a captive portal
+        redirects every request to its login page, and the user must see where that is.  Raise OriginError or
+        ProxyError.
         """
-        if forward.deadline is None and forward.is_retryable:
-            forward = replace_fields(forward, deadline=time.monotonic() + RESPONSE_HEAD_TIMEOUT)
-        first: OriginResponse | None = None
-        guarded = False
+        if origin_request.deadline is None and origin_request.is_retryable:
+            origin_request = replace_fields(origin_request, deadline=time.monotonic() + RESPONSE_HEAD_TIMEOUT)
+        first: OriginResponse | None = None  # redirect, still unread
+        local_clients_only = False
         try:
             for _ in range(MAX_REDIRECTS + 1):
-                response = self._send_with_retry(forward)
-                guarded = guarded or response.head.local_clients_only  # the way counts, not its end alone
-                if guarded:
-                    response.head = replace_fields(response.head, local_clients_only=True)
-                onward = redirect_target(response.head, forward.target) if forward.follow_redirects else None
-                if onward is None:
-                    portal_page = response.head.status < 300 and "text/html" in media_type(response.head)
-                    if first is None or not portal_page:
-                        return response
+                response = self._send_with_retry(origin_request)
+                # An internal host on the way counts as well as one at the end.
+                local_clients_only = local_clients_only or response.head.local_clients_only
+                response.head = replace_fields(response.head, local_clients_only=local_clients_only)
+                location = None
+                if origin_request.follow_redirects:
+                    location = redirect_target(response.head, origin_request.target)
+                if location is None:
+                    is_page = response.head.status < 300 and "text/html" in media_type(response.head)
+                    if first is not None and is_page:
+                        first, response = response, first
+                    return response
+                if first is None:
+                    first = response
+                else:
                     response.close()
-                    portal, first = first, None
-                    return portal
-                first = _keep(first, response)
-                fields = forward.fields
-                if not is_same_site(forward.target, onward):
-                    fields = without_fields(fields, ("authorization", "cookie"))
-                fields = (("Host", onward.authority),) + without_fields(fields, ("host",))
-                forward = replace_fields(forward, target=onward, fields=fields)
+                origin_request = redirected_request(origin_request, location)
         finally:
             if first is not None:
                 first.close()
-        raise OriginError("%s redirects more than %d times." % (forward.target.authority, MAX_REDIRECTS))
+        raise OriginError("%s: more than %d redirects." % (origin_request.target.authority, MAX_REDIRECTS))
 
-    def _send_with_retry(self, forward: OriginRequest) -> OriginResponse:
-        """One request.  A pooled connection that the origin has closed meanwhile, or polluted, costs a
-        silent second try, where the request may be repeated (RFC 9112 §9.3.1)."""
-        connection = self._connection(forward)
-        pooled = self._pool.acquire(connection.place, time.monotonic()) if forward.is_retryable else None
-        with self._translate_errors(connection, forward.target):
+    def _send_with_retry(self, origin_request: OriginRequest) -> OriginResponse:
+        """Send one request; retry if a pooled connection or the parent proxy fails.
+
+        An origin may close an idle connection at any moment, so also just as a request is sent over it.  A
+        request that may be repeated is then sent again over a new connection (RFC 9112 §9.3.1).
+        """
+        connection = OriginConnection(self, origin_request)
+        is_retryable = origin_request.is_retryable
+        pooled = self.pool.acquire(connection.pool_key, time.monotonic()) if is_retryable else None
+        with self._translate_errors(connection, origin_request.target):
             if pooled is not None:
-                connection.peer_address = pooled.peer_address  # if that one falls silent
-                # RemoteDisconnected is one, and a parent's 407 the second.
+                connection.peer_address = pooled.peer_address  # blamed for a timeout, which is not retried
+                # ConnectionError covers RemoteDisconnected; PermissionError is a parent's 407; ValueError is
+                # what remained unread on the connection.
                 with contextlib.suppress(ConnectionError, PermissionError, ValueError):
-                    return self._send_once(pooled, forward)
+                    return pooled.exchange(origin_request)
             try:
-                return self._send_once(connection, forward)
+                return connection.exchange(origin_request)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                if not forward.is_retryable or not connection.bypass_parent(error):
+                if not is_retryable or not connection.bypass_parent(error):
                     raise
-            return self._send_once(connection, forward)
+            return connection.exchange(origin_request)
 
-    def _connection(self, forward: OriginRequest) -> OriginConnection:
-        parent = parent_proxy_for(forward.target, self._config)
-        return OriginConnection(forward, parent, self._addresses, self.guard, self._trust)
-
-    def connect(self, target: Target, near: bool, client: str = "") -> socket.socket:
-        """A bare connection, for a tunnel; OriginFailure, Failure."""
+    def connect(self, target: Target, client_is_local: bool, client: str = "") -> socket.socket:
+        """Return a TCP connection to a target, for a tunnel; OriginError, ProxyError."""
         deadline = time.monotonic() + RESPONSE_HEAD_TIMEOUT
-        forward = OriginRequest("CONNECT", target, (), client_is_local=near, deadline=deadline, client=client)
-        connection = self._connection(forward)
+        origin_request = OriginRequest(
+            "CONNECT", target, (), client_is_local=client_is_local, deadline=deadline, client=client)
+        connection = OriginConnection(self, origin_request)
         with self._translate_errors(connection, target), contextlib.ExitStack() as stack:
             stack.callback(connection.close)
             connection.connect_tcp()
             stack.pop_all()
-        assert isinstance(connection.sock, socket.socket)  # noqa: S101 (for the type checker)
         return connection.sock
 
     @contextlib.contextmanager
     def _translate_errors(self, connection: OriginConnection, target: Target) -> Iterator[None]:
-        """Failures to ask become words for the client: 504 timed out, 502 all else."""
+        """Turn errors of a request into OriginTimeoutError (504) or OriginError (502)."""
         try:
             yield
         except (socket.timeout, TimeoutError) as error:
-            self._addresses.mark_failed(connection.peer_address)
-            why = ": " + explain_error(error) if str(error) not in ("", "timed out") else ""
-            raise OriginTimeoutError("%s did not answer in time%s." % (connection.blamed_name, why), target) from None
+            self.resolver.mark_failed(connection.peer_address)
+            reason = "" if str(error) in ("", "timed out") else ": " + explain_error(error)
+            sentence = "No answer from %s in time%s." % (connection.blamed_name, reason)
+            raise OriginTimeoutError(sentence, target) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            self._addresses.mark_failed(connection.peer_address)
-            sentence = "%s cannot be asked: %s." % (connection.blamed_name, explain_error(error))
-            raise OriginError(sentence, target, not connection.reached) from None
+            self.resolver.mark_failed(connection.peer_address)
+            failure = "The request to %s failed" if connection.reached else "Cannot connect to %s"
+            sentence = failure % connection.blamed_name + ": %s." % explain_error(error)
+            raise OriginError(sentence, target, unreachable=not connection.reached) from None
 
-    def fetch_remainder(self, forward: OriginRequest, head: ResponseHead, size: int | None, offset: int) -> OriginResponse:
-        """The rest, from ``offset``, of the representation that ``head`` belongs to; OriginFailure where
-        what comes is another."""
-        response = self.fetch(remainder_request(forward, head, offset))
-        if response.head.status in (*UNAVAILABLE_STATUSES, 429):
+    def fetch_remainder(self, origin_request: OriginRequest, head: ResponseHead, size: int | None,
+                        offset: int) -> OriginResponse:
+        """Return the response with the rest, from ``offset``, of the representation that ``head`` describes.
+
+        ``size`` is the representation's length, if known.  Raise OriginError if the origin cannot send it
+        now, CannotResumeError if the response does not fit the bytes before ``offset``.
+        """
+        response = self.fetch(remainder_request(origin_request, head, offset))
+        status = response.head.status
+        if status in (*UNAVAILABLE_STATUSES, 429):
             response.close()
-            raise OriginError("%s answers %d." % (forward.target.authority, response.head.status))
+            raise OriginError("%s answers %d." % (origin_request.target.authority, status))
         if not is_remainder(response.head, head, size, offset):
             response.close()
-            raise CannotResumeError("The download cannot be resumed: the origin has another file now.")
+            raise CannotResumeError("The download cannot be resumed: the file has changed on the origin.")
         part = content_range(response.head)
         if part is not None:
             response.set_length(part[1] - offset)
@@ -4608,52 +5235,12 @@ class OriginClient:
         return response
 
     def close_idle(self) -> None:
-        """Close connections that have been idle for too long."""
-        now = time.monotonic()
-        if now - self._tidied > POOL_CLEANUP_INTERVAL:
-            self._tidied = now
-            self._pool.close_expired(now)
+        """Close connections that were idle for too long; cheap enough to be called several times a second."""
+        self.pool.close_expired(time.monotonic())
 
     def close(self) -> None:
         """Close idle connections."""
-        self._pool.close()
-
-    def _send_once(self, connection: OriginConnection, forward: OriginRequest) -> OriginResponse:
-        requested = time.time()
-        try:
-            if connection.sock is None:
-                connection.connect()
-            connection.sock.settimeout(forward.timeout_for(ORIGIN_TIMEOUT))
-            line, more = connection.request_line(forward.target)
-            connection.putrequest(forward.method, line, skip_host=True, skip_accept_encoding=True)
-            for name, text in forward.fields + more:
-                connection.putheader(name, text.encode("latin-1"))
-            connection.endheaders()
-            if forward.body is not None and not is_answered_before_body(connection.sock, forward):
-                # An origin that refuses the body half-way (413, say) has answered before it closes.
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    send_body(connection, forward.body, forward.length)
-            raw = connection.getresponse()
-        except BaseException:
-            connection.close()
-            raise
-        assert isinstance(raw, StrictHTTPResponse)  # noqa: S101 (for the type checker)
-
-        def give_back(reusable: bool) -> None:
-            raw.close()
-            # Some answer HEAD with a body, which may come too late to be seen; and a body that was not
-            # asked for may be waited for all the same.
-            if reusable and connection.reusable and forward.method != "HEAD" and forward.body is None:
-                self._pool.release(connection, time.monotonic())
-            else:
-                connection.close()
-
-        received = time.time()
-        head = ResponseHead(raw.status, raw.reason, raw.pairs, final_uri=forward.target.uri, request_time=requested,
-                    response_time=received, local_clients_only=connection.guarded)
-        head = with_date(head, received)
-        broke_off = functools.partial(self._addresses.mark_failed, connection.peer_address)
-        return OriginResponse(head, raw, give_back, self._count, broke_off)
+        self.pool.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5024,7 +5611,7 @@ def full_request(request: Request, decision: CacheDecision, config: Config,
     """The request for a whole representation that may be stored, whatever part the client asked for."""
     fields = origin_request_fields(request, config, identity=True)
     return OriginRequest("GET", request.target, fields, client_is_local=request.client_is_local, follow_redirects=decision.policy.redirects,
-                   client=request.client, deadline=deadline)
+                   client=request.client, deadline=deadline, timings=request.timings)
 
 
 def shared_cache_status(decision: CacheDecision, head: ResponseHead) -> CacheStatus:
@@ -5244,13 +5831,13 @@ class DownloadLocks:
     def acquire(self, key: str) -> PartialFile | None:
         """The partial of a key, for the caller to write and then to end, or to release; None where another
         instance writes it; LocalFailure."""
-        owner, sole = self.leases.acquire(key)
-        if sole is False:
+        lease = self.leases.acquire(key)
+        if lease.state is LeaseState.TAKEN:
             return None
         try:
-            return self.partials.open_for_writing(key, owner, bool(sole))
+            return self.partials.open_for_writing(key, lease.owner, exclusive=lease.state is LeaseState.OURS)
         except StorageError:
-            self.leases.release(key, owner)
+            self.leases.release(key, lease.owner)
             raise
 
     def discard(self, partial: PartialFile | None) -> None:
@@ -5327,7 +5914,7 @@ class Downloader:
         try:
             self._download(download)
             landing = FlightResult.WHOLE
-            landing = self._commit(partial, flight)
+            landing = self._commit(partial, flight, download.forward.timings)
         except StorageError as error:
             self._troubles.disk_failed(error)
             landing, failure = FlightResult.WHOLE if landing is FlightResult.WHOLE else FlightResult.ALONE, error
@@ -5353,7 +5940,7 @@ class Downloader:
         with self._lock:
             self._running.pop(partial, None)
 
-    def _commit(self, partial: PartialFile, flight: Flight) -> FlightResult:
+    def _commit(self, partial: PartialFile, flight: Flight, timings: dict[str, float] | None) -> FlightResult:
         """Store what is complete, unless something has made it invalid meanwhile; LocalFailure."""
         if not flight.finish_receiving() or self._claims.is_lost(partial):
             partial.discard()
@@ -5363,6 +5950,7 @@ class Downloader:
             partial.discard()
             return FlightResult.WHOLE
         partial.commit()
+        mark(timings, "stored")
         self._troubles.disk_recovered()
         if not flight.finish_receiving():
             partial.delete_stored()
@@ -5843,6 +6431,7 @@ class FlightLeader:
         try:
             if stored is None and not alone:
                 partial = self._claims.acquire(request.key)
+                mark(request.timings, "locked")
                 if partial is None:
                     forward = full_request(request, decide(request, None, config, time.time()), config)
                     watch = PeerFollower(self._store, self._claims, self._filler, request, forward, flight)
@@ -6070,22 +6659,18 @@ class BackgroundRevalidator:
 class Proxy:
     """Answers requests.  For the caller: respond, and the counters."""
 
-    def __init__(self, config: Config, store: Store) -> None:
+    def __init__(self, config: Config, store: Store, count_received: Callable[[int], object]) -> None:
         self.config = config  # replaced as a whole when the filters are read again
-        self.counters = Counters()
         self._store = store
         self._barrier = SingleFlight()
-        self._origin = OriginClient(self.counters.add_down, config)
+        self._origin = OriginClient(count_received, config)
         self.sweeper = EvictionThread(store)
         self._troubles = RecentFailures(self.sweeper.request_run)
         self._claims = DownloadLocks(store, open_lease_manager(config, store))
-        filler = Downloader(self._barrier, self._claims, self._origin, self._troubles,
-                        OrphanLimiter(config.max_orphans), self._revalidate_signatures)
-        self.insight = StatusCollector(store, self.counters, config.instance or ",".join(config.addrs), lambda: {
-            "downloads": filler.snapshot(), "troubles": self._troubles.snapshot(), "swept": self.sweeper.last_report,
-            "unstored": self._troubles.disk_error()})
+        self._filler = Downloader(self._barrier, self._claims, self._origin, self._troubles,
+                                  OrphanLimiter(config.max_orphans), self._revalidate_signatures)
         self._mirrors = MirrorDeduplicator(store, self._origin, config)
-        self._leader = FlightLeader(store, self._claims, self._origin, self._troubles, filler, self._mirrors)
+        self._leader = FlightLeader(store, self._claims, self._origin, self._troubles, self._filler, self._mirrors)
         self._refresher = BackgroundRevalidator(self.respond, self._barrier)
 
     def respond(self, request: Request) -> Response:
@@ -6095,6 +6680,7 @@ class Proxy:
         if max_forwards(request) == 0:
             return answer_as_final_recipient(request)
         stored = None if request.known_missing else look_up_for_client(self._store, self._origin, request)
+        mark(request.timings, "looked up")
         decision = decide(request, stored.head if stored else None, config, time.time())
         if decision.action is Action.SERVE and stored is not None:
             if decision.refresh:
@@ -6118,6 +6704,11 @@ class Proxy:
             return None, False  # to find out whether its client may have it takes time
         return (None, True) if stored is None else (hot_entry_for(request, stored, self.config, now), False)
 
+    def snapshot(self) -> dict[str, Any]:
+        """Describe what goes on now, for the status page: plain data of bounded size."""
+        return {"downloads": self._filler.snapshot(), "troubles": self._troubles.snapshot(),
+                "swept": self.sweeper.last_report, "unstored": self._troubles.disk_error()}
+
     def add_listening_port(self, port: int) -> None:
         """What leads back to this port of ours is a loop."""
         self._origin.guard.listening_ports.add(port)
@@ -6139,13 +6730,11 @@ class Proxy:
     def start(self) -> None:
         """Begin what goes on in the background."""
         self.sweeper.start(self.config)
-        self.insight.history.start()
 
     def close(self) -> None:
         """Close what is idle, end what goes on in the background."""
         self.sweeper.stop()
         self._claims.close()
-        self.insight.history.stop()
         self._origin.close()
 
     def _should_pass_range(self, request: Request, decision: CacheDecision) -> bool:
@@ -6166,7 +6755,8 @@ class Proxy:
         if private and decision.forward == "request":
             detail = "for this client alone: " + ", ".join(private)
         response = self._origin.fetch(OriginRequest(request.method, request.target, fields, request.body,
-                                              request.length, request.client_is_local, follow, client=request.client))
+                                              request.length, request.client_is_local, follow, client=request.client,
+                                              timings=request.timings))
         for key in invalidated_keys(request, response.head):
             self._barrier.invalidate(key)
             self._claims.invalidate(key)  # before: what lands between the two is retracted
@@ -6279,178 +6869,205 @@ class Proxy:
 # ---------------------------------------------------------------------------------------------
 # 11 Statistics
 # ---------------------------------------------------------------------------------------------
+#
+# class             counts                              kept
+# Counters          requests and bytes                  since the start
+# TrafficHistory    the same, and bytes by time slot    over all time; saved by a thread of its own
+# RecentRequests    the last requests, busiest origins  since the start
+# StatusCollector   nothing: it collects the others' figures for the pages
+#
+# Every request passes Counters.add() and RecentRequests.note(), also those that the event loop answers from
+# memory, so these two only add. Sorting, shortening and escaping are left to the pages.
+# Lock order: TrafficHistory, then Counters. No lock is held while a file is read or written.
+
+# Requests after which to look for a reason to give a hint: tunnels are conspicuous early, a cache without
+# hits is not.
+HINT_AFTER_REQUESTS = (20, 100)
+# What the status page plots: seconds per slot, and number of slots.
+PLOTS = {"hour": (60, 60), "day": (900, 96), "month": (21600, 120)}
 
 
-def sum_by_name(rows: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
-    """Counts by name: those of one name added up.
+class SendResult(NamedTuple):
+    """What was sent of a response."""
 
-    >>> sum_by_name([("a", {"n": 1}), ("b", {"n": 2}), ("a", {"n": 4})])
-    {'a': {'n': 5}, 'b': {'n': 2}}
-    """
-    sums: dict[str, dict[str, int]] = {}
-    for name, row in rows:
-        known = sums.setdefault(name, dict.fromkeys(row, 0))
-        for key, count in row.items():
-            known[key] += count
-    return sums
+    size: int  # bytes of the body
+    cached: int  # bytes of it that came from the cache
+    took: float  # seconds
+    whole: bool  # nothing is missing
+    quiet: bool = False  # write no log line
 
 
 def usage_hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
-    """What users are about to lose, by how the first requests ended, and why; "" where all is well."""
-    heeded: dict[Outcome, int] = {one: outcomes[one.value] for one in Outcome
-                                  if one not in (Outcome.OWN, Outcome.REFUSED)}
-    total, tunnels = sum(heeded.values()), heeded[Outcome.TUNNEL]
+    """Explain why the cache saves nothing, or return "" if it does or if it is too early to tell.
+
+    Two situations are reported: almost all requests are tunnels, whose content cannot be cached, and none of
+    the first hundred requests was a hit.
+
+    ``outcomes``: number of requests by outcome, in the words of Outcome.  ``details``: why recent responses
+    were not stored ("" if they were), as in Cache-Status.
+    """
+    # Pages of the proxy and refused requests say nothing about the repositories that the clients use.
+    counts: dict[Outcome, int] = {outcome: outcomes[outcome.value] for outcome in Outcome
+                                  if outcome not in (Outcome.OWN, Outcome.REFUSED)}
+    total, tunnels = sum(counts.values()), counts[Outcome.TUNNEL]
     if total and tunnels >= 0.9 * total:
-        return ("%d of %d requests were CONNECT: https passes through unseen and isn't cached. Begin the "
-                "repositories' addresses with http://, where their packages are signed, or put the proxy's "
-                "own before them: http://this-host:9999/https://mirror.example.org/." % (tunnels, total))
-    # What was refused has been seen, too: else one such request, and this would never be said.
+        return ("%d of %d requests used CONNECT: https passes through unseen and cannot be cached. Use "
+                "http:// if packages are signed, or put the proxy's address in front of https:// addresses: "
+                "http://this-host:9999/https://mirror.example.org/." % (tunnels, total))
+    # The caller asks only once after the hundredth request of any kind, so refused requests must count here:
+    # with one of them among the hundred, ``total`` would still be below the threshold.
     seen = total + outcomes[Outcome.REFUSED.value]
-    if not total or seen < HINT_AFTER_REQUESTS[-1] or any(heeded[one] for one in CACHE_OUTCOMES):
+    if not total or seen < HINT_AFTER_REQUESTS[-1] or any(count and outcome.from_cache for outcome, count in counts.items()):
         return ""
-    most = max(heeded, key=lambda one: heeded[one])
-    known = collections.Counter(filter(None, details)).most_common(1)
-    why = {Outcome.MISS: "each was for another file. That is normal while the cache fills; else let all "
-                         "machines name the same mirror",
-           Outcome.BYPASS: "most were kept out by a filter, or are no GET. Indexes need no filters",
-           Outcome.FAILED: "most origins cannot be asked",
-           }.get(most, "most answers may not be kept%s" % (" (%s)" % known[0][0] if known else ""))
-    return "Not one of the first %d requests was a hit: %s." % (total, why)
+    most = max(counts, key=counts.__getitem__)
+    common = collections.Counter(filter(None, details)).most_common(1)
+    why = most.hint or "most responses must not be stored" + (" (%s)" % common[0][0] if common else "")
+    return "None of the first %d requests was a hit: %s." % (total, why)
 
 
 class Counters:
-    """What was answered, and how.  statsCacheBytes + statsDownBytes are the original's names.
+    """Count requests by outcome, and bytes, since the start.  All methods may be called from any thread.
 
-    ``down`` counts body bytes that arrived from origins; ``cache`` body bytes sent that no origin
-    had to send for it: hits, validated and stale ones, and downloads that others had begun.
+    ``statsCacheBytes`` and ``statsDownBytes`` have the names that the Go program gave them in /debug/vars:
+    body bytes sent to clients that no origin had to send for them (hits, validated and stale responses, and
+    downloads that another client had begun), and body bytes received from origins.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _counts
-        self._counts = dict.fromkeys(("down", "cache", "tunnelled", *(one.value for one in Outcome)), 0)
+        self._lock = threading.Lock()  # guards _totals
+        self._totals = {"statsCacheBytes": 0, "statsDownBytes": 0, "statsTunnelBytes": 0,
+                        **{outcome.value: 0 for outcome in Outcome}}
         self._started = time.time(), time.monotonic()
 
     def add_down(self, count: int) -> None:
-        """Body bytes from an origin."""
+        """Add body bytes received from an origin."""
         with self._lock:
-            self._counts["down"] += count
+            self._totals["statsDownBytes"] += count
 
     def add_tunnel(self, count: int) -> None:
-        """Bytes through tunnels, both ways together."""
+        """Add bytes that passed through a tunnel, in both directions together."""
         with self._lock:
-            self._counts["tunnelled"] += count
+            self._totals["statsTunnelBytes"] += count
 
     def add(self, outcome: Outcome, cached: int = 0, count: int = 1) -> None:
-        """So many answers, with so many body bytes from the cache."""
+        """Add ``count`` requests with this outcome, answered with ``cached`` body bytes from the cache."""
         with self._lock:
-            self._counts[outcome._value_] += count  # .value is a function of the library's
-            self._counts["cache"] += cached
+            self._totals[outcome._value_] += count  # a plain attribute; .value is a slow property
+            self._totals["statsCacheBytes"] += cached
 
-    def since(self, now: float) -> float:
-        """When it was started, by a clock that says ``now``: a machine that keeps no time while it is off
-        starts us by a wrong one, and puts it right later."""
-        clock, began = self._started
-        right = now - (time.monotonic() - began)
-        return clock if abs(right - clock) < 60 else right
+    def start_time(self, now: float) -> float:
+        """Return the clock time of the start, given the clock time ``now``.
+
+        A machine without a battery-backed clock boots with a wrong time, and sets its clock after the proxy
+        has started.  So if the clock has been changed by more than a minute, the start is computed again from
+        the monotonic clock; smaller corrections must not move a start time that is published in /metrics.
+        """
+        started, monotonic_start = self._started
+        corrected = now - (time.monotonic() - monotonic_start)
+        return started if abs(corrected - started) < 60 else corrected
+
+    def totals(self) -> dict[str, int]:
+        """Return all counters in one flat dictionary, whose values never decrease."""
+        with self._lock:
+            return dict(self._totals)
 
     def snapshot(self) -> dict[str, Any]:
-        """All of them."""
-        with self._lock:
-            counts = dict(self._counts)
-        outcomes = {outcome.value: counts[outcome.value] for outcome in Outcome}
-        return {"statsCacheBytes": counts["cache"], "statsDownBytes": counts["down"],
-                "statsTunnelBytes": counts["tunnelled"], "statsRequests": sum(outcomes.values()),
-                "statsOutcomes": outcomes}
+        """Return the counters as /debug/vars shows them, with the outcomes in a dictionary of their own."""
+        counts = self.totals()
+        outcomes = {outcome.value: counts.pop(outcome.value) for outcome in Outcome}
+        return {**counts, "statsRequests": sum(outcomes.values()), "statsOutcomes": outcomes}
 
 
-def _count(number: Any) -> int:
+def _parse_count(number: Any) -> int:
     if not isinstance(number, int) or not 0 <= number < 2**63:
-        raise ValueError("no count")
+        raise ValueError("not a counter")
     return number
 
 
 class TrafficHistory:
-    """Counters over all time, and when the bytes came: what outlives a restart.
+    """Keep counters over all time, and bytes per time slot for the plots, across restarts.
 
-    Each instance on a root has a file of its own, by its name.  A damaged or lost file costs the past,
-    nothing else.
+    Each instance on a cache root has a history file of its own, named after the instance: two processes that
+    wrote one file would lose each other's counts.  A lost or damaged file costs only the past; an unwritable
+    folder costs nothing until the next restart.
     """
 
-    def __init__(self, books: str, name: str, totals: Callable[[], dict[str, int]]) -> None:
-        self._old = os.path.join(books, "history.json")  # of versions that had one for all instances
-        self._path = os.path.join(books, "history-%s.json" % urllib.parse.quote(name, "")[:200])
-        self._totals = totals  # the counters since the start: they only grow
+    def __init__(self, metadata_folder: str, name: str, counters: Counters) -> None:
+        """``name``: --instance or the listening addresses.  ``counters``: polled, never changed."""
+        self._path = os.path.join(metadata_folder, "history-%s.json" % urllib.parse.quote(name, "")[:200])
+        self._counters = counters
         self._stop = threading.Event()
         self._saver: threading.Thread | None = None
+        self._saved = ""  # text of the file
         self._lock = threading.Lock()  # guards all below
-        self._since = int(time.time())
-        self._all: dict[str, int] = {}  # counters over all time, as of the last record
-        self._last: dict[str, int] = {}  # and of this run
-        # Of each plot, by their number: bytes from the cache, and from origins.
+        self._since = int(time.time())  # clock time of the very first start
+        self._all: collections.Counter[str] = collections.Counter()  # over all time, as of the last record()
+        self._recorded: dict[str, int] = {}  # of this run, as of the last record()
+        # For each plot, by slot number (clock time // width): bytes from the cache, bytes from origins.
         self._slots: dict[str, dict[int, list[int]]] = {name: {} for name in PLOTS}
-        self._saved = ""
 
     def start(self) -> None:
-        """Go on from what was saved, and save from now on."""
+        """Load the saved history, and start the thread that saves it every minute."""
         if not os.path.exists(self._path):
-            with contextlib.suppress(OSError):  # the first instance of this version inherits the old file
-                os.rename(self._old, self._path)
-        self.load()
-        self._saver = threading.Thread(target=self._save_again, daemon=True)
+            # Earlier versions had one file for all instances: the first one to start inherits it.
+            with contextlib.suppress(OSError):
+                os.rename(os.path.join(os.path.dirname(self._path), "history.json"), self._path)
+        self._load()
+        self._saver = threading.Thread(target=self._save_periodically, daemon=True)
         self._saver.start()
 
     def stop(self) -> None:
-        """Save for the last time, if it was started."""
+        """Stop the thread and save for the last time, if start() has been called."""
         self._stop.set()
         if self._saver is not None:
             self._saver.join(1.0)
             self.save()
 
-    def _save_again(self) -> None:
+    def _save_periodically(self) -> None:
         while not self._stop.wait(HISTORY_SAVE_INTERVAL):
             self.save()
 
     def record(self, now: float) -> None:
-        """Note what has been counted since the last time."""
-        totals = self._totals()
+        """Add everything counted since the last call to the history and to the slots of ``now``."""
         with self._lock:
-            gained = {name: max(0, count - self._last.get(name, 0)) for name, count in totals.items()}
-            for name, count in gained.items():
-                self._all[name] = self._all.get(name, 0) + count
-                self._last[name] = self._last.get(name, 0) + count
-            pair = gained["statsCacheBytes"], gained["statsDownBytes"]
+            totals = self._counters.totals()
+            gained = {name: count - self._recorded.get(name, 0) for name, count in totals.items()}
+            self._recorded = totals
+            self._all.update(gained)  # a Counter adds
+            traffic = gained["statsCacheBytes"], gained["statsDownBytes"]
             for name, (width, most) in PLOTS.items():
-                number, slots = int(now // width), self._slots[name]
-                if any(pair):
-                    slots[number] = [old + new for old, new in zip(slots.get(number, (0, 0)), pair)]
-                for old in [one for one in slots if abs(number - one) >= most]:
-                    del slots[old]
+                current, slots = int(now // width), self._slots[name]
+                if any(traffic):
+                    slots[current] = [old + new for old, new in zip(slots.get(current, (0, 0)), traffic)]
+                # abs(): after the clock was set back, slots of the future are dropped too.
+                for number in [number for number in slots if abs(current - number) >= most]:
+                    del slots[number]
 
     def snapshot(self, now: float) -> dict[str, Any]:
-        """Counters over all time, and each plot from its oldest slot to now."""
+        """Return the counters over all time, and the slots of each plot, oldest first, up to ``now``."""
         self.record(now)
         with self._lock:
             plots = {name: {"seconds": width, "bytes": [
-                self._slots[name].get(int(now // width) - back, [0, 0]) for back in range(most - 1, -1, -1)]}
+                self._slots[name].get(int(now // width) - age, [0, 0]) for age in range(most - 1, -1, -1)]}
                 for name, (width, most) in PLOTS.items()}
             return {"allTime": {"since": self._since, **self._all}, "plots": plots}
 
-    def load(self) -> None:
-        """Take over what was saved, if it can be read."""
+    def _load(self) -> None:
+        # The file may be damaged, or from another version: check each value before using it.
         try:
             with open(self._path, encoding="utf-8", opener=_private_opener) as file:
-                kept = json.loads(file.read(_MAX_HEAD_FILE))
-            since = _count(kept["since"])
-            counts = {str(key): _count(row) for key, row in kept["all"].items()}
-            slots = {name: {int(key): [_count(row[0]), _count(row[1])]
-                            for key, row in kept["slots"][name].items()} for name in PLOTS}
+                saved = json.loads(file.read(_MAX_HEAD_FILE))
+            since = _parse_count(saved["since"])
+            counts = {str(name): _parse_count(count) for name, count in saved["all"].items()}
+            slots = {name: {int(number): [_parse_count(row[0]), _parse_count(row[1])]
+                            for number, row in saved["slots"][name].items()} for name in PLOTS}
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return
         with self._lock:
-            self._since, self._all, self._slots = since, counts, slots
+            self._since, self._all, self._slots = since, collections.Counter(counts), slots
 
     def save(self) -> None:
-        """Write it down, where it has changed."""
+        """Write the history file, if there is anything to save that has changed; errors are ignored."""
         self.record(time.time())
         with self._lock:
             text = json.dumps({"since": self._since, "all": self._all, "slots": self._slots})
@@ -6461,22 +7078,23 @@ class TrafficHistory:
 
 
 class RecentRequests:
-    """The last requests, and the busiest origins.
+    """Remember the last requests and the busiest origins, and warn users whose proxy saves nothing."""
 
-    note() stands in the way of each hit: what can wait is done in gather().
-    """
-
-    def __init__(self, outcomes: Callable[[], dict[str, int]]) -> None:
-        self._outcomes = outcomes  # counted so far
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
         self._lock = threading.Lock()  # guards all below
-        self._seen = 0
-        self._hinted: set[str] = set()  # of what has been said, once
+        self._seen = 0  # requests, except those for pages of the proxy
+        self._warned: set[str] = set()  # topics about which a warning has been logged
         self._recent: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=MAX_ROWS)
-        self._origins: dict[tuple[str, int], list[int]] = {}  # by host and port: requests, bytes, cached ones
+        # By host and port: requests, bytes sent, bytes of these from the cache; ("", 0): all other origins.
+        self._origins: dict[tuple[str, int], list[int]] = {}
 
     def note(self, request: Request, status: int, cache_status: CacheStatus,
              answers: list[tuple[str, SendResult]]) -> None:
-        """What clients got for the same request at the same time, and was no page of ours."""
+        """Record one request, and the clients that were sent the same response at the same time.
+
+        ``answers``: for each client its address and the result of sending.  Not for the proxy's own pages.
+        """
         target, now = request.target, time.time()
         with self._lock:
             before = self._seen
@@ -6484,105 +7102,119 @@ class RecentRequests:
             for client, sent in answers[-MAX_ROWS:]:
                 self._recent.append((now, client, request.method, target, request.uri, status, sent,
                                      cache_status))
+            # Any client can invent host names: only those that gave a response take a row.
             if target.host and cache_status.outcome not in (Outcome.REFUSED, Outcome.FAILED):
-                place = target.host, target.port
-                row = self._origins.get(place) or self._admit(place)
+                origin = target.host, target.port
+                row = self._origins.get(origin) or self._add_origin(origin)
                 row[0] += len(answers)
                 for _, sent in answers:
                     row[1] += sent.size
                     row[2] += sent.cached
-        due = before < HINT_AFTER_REQUESTS[-1] and any(before < number <= seen for number in HINT_AFTER_REQUESTS)
-        if due or cache_status.forward == "bypass":
-            self._hint(request, due)
-
-    def _admit(self, place: tuple[str, int]) -> list[int]:
-        """A row for a new origin; where there are many, the least busy one gives way to it."""
-        if len(self._origins) > MAX_ORIGINS:
-            least = min((one for one in self._origins if one[0]), key=lambda one: self._origins[one][0])
-            others = self._origins.setdefault(("", 0), [0, 0, 0])
-            others[:] = map(sum, zip(others, self._origins.pop(least)))
-        return self._origins.setdefault(place, [0, 0, 0])
-
-    def _hint(self, request: Request, due: bool) -> None:
-        """Say, once each, where users are about to lose what this proxy is for."""
-        if due:
+        if before < HINT_AFTER_REQUESTS[-1] and any(before < due <= seen for due in HINT_AFTER_REQUESTS):
             with self._lock:
                 details = [row[-1].detail for row in self._recent]
-            topic, text = "outcomes", usage_hint(self._outcomes(), details)
-        elif classify_name(request.key) in (NameClass.PACKAGE, NameClass.CONTENT):
-            topic, text = "filters", "A filter keeps a package from the cache: %s." % displayable_uri(request.uri)
-        else:
-            return
-        with self._lock:
-            new = text and topic not in self._hinted
-            self._hinted.update([topic] if text else [])
-        if new:
-            log.warning("%s", text)
+            self._warn_once("outcomes", usage_hint(self._counters.snapshot()["statsOutcomes"], details))
+        elif cache_status.forward == "bypass" and classify_name(request.key) in (
+                NameClass.PACKAGE, NameClass.CONTENT):
+            self._warn_once("filters", "A filter excludes a package from the cache: %s." %
+                            displayable_uri(request.uri))
 
-    def gather(self) -> dict[str, Any]:
-        """All of it as plain data of bounded size: the newest request and the busiest origin first."""
+    def _add_origin(self, origin: tuple[str, int]) -> list[int]:
+        """Return a new row for an origin.  If the table is full, the least busy row is added to ("", 0)."""
+        if len(self._origins) > MAX_ORIGINS:
+            least = min((name for name in self._origins if name[0]), key=lambda name: self._origins[name][0])
+            others = self._origins.setdefault(("", 0), [0, 0, 0])
+            others[:] = map(sum, zip(others, self._origins.pop(least)))
+        return self._origins.setdefault(origin, [0, 0, 0])
+
+    def _warn_once(self, topic: str, text: str) -> None:
         with self._lock:
-            recent = list(self._recent)[::-1]
-            origins = sorted(((place, tuple(row)) for place, row in self._origins.items()),
-                             key=lambda one: -one[1][1])
-        return {
-            "recent": [{"at": at, "client": truncate_middle(client, 45), "method": truncate_middle(method, 16),
-                        "uri": displayable_uri(target.uri if target.host and method != "CONNECT" else uri),
-                        "status": code, "bytes": sent.size, "seconds": round(sent.took, 3),
-                        "outcome": status.outcome.value, "detail": truncate_middle(status.detail, 80)}
-                       for at, client, method, target, uri, code, sent, status in recent],
-            "origins": sum_by_name((truncate_middle(Target("http", host, port, "").authority, 80) if host else "other", {
-                "requests": requests, "bytes": sent, "cached": cached})
-                for (host, port), (requests, sent, cached) in origins)}
+            if not text or topic in self._warned:
+                return
+            self._warned.add(topic)
+        log.warning("%s", text)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the newest request first and the busiest origin (by bytes) first, in bounded size.
+
+        Everything here came from clients: it is shortened, and stripped of control characters and of queries.
+        """
+        with self._lock:
+            newest = list(self._recent)[::-1]
+            rows = [(origin, tuple(row)) for origin, row in self._origins.items()]
+        origins: dict[str, dict[str, int]] = {}
+        for (host, port), counts in sorted(rows, key=lambda item: -item[1][1]):
+            # Two long names can look alike when shortened: their counts are added up.
+            name = truncate_middle(Target("http", host, port, "").authority, 80) if host else "other"
+            sums = origins.setdefault(name, {"requests": 0, "bytes": 0, "cached": 0})
+            for key, count in zip(sums, counts):
+                sums[key] += count
+        return {"origins": origins, "recent": [
+            {"at": at, "client": truncate_middle(client, 45), "method": truncate_middle(method, 16),
+             "uri": displayable_uri(target.uri if target.host and method != "CONNECT" else uri),
+             "status": status, "bytes": sent.size, "seconds": round(sent.took, 3),
+             "outcome": cache_status.outcome.value, "detail": truncate_middle(cache_status.detail, 80)}
+            for at, client, method, target, uri, status, sent, cache_status in newest]}
 
 
 class StatusCollector:
-    """What the pages need to know.  For the caller: recent, history, snapshot, ailment."""
+    """Collect everything that the pages show about this process, and judge its health.
+
+    ``counters`` and ``recent`` are for the caller to feed, ``history`` to start and stop.
+    """
 
     def __init__(self, store: Store, counters: Counters, name: str,
-                 gather: Callable[[], dict[str, Any]]) -> None:
-        self.recent = RecentRequests(lambda: counters.snapshot()["statsOutcomes"])
-        self.history = TrafficHistory(store.metadata_folder, name, self._totals)
+                 more: Callable[[], dict[str, Any]]) -> None:
+        """``name``: of the history file.  ``more``: returns what only the proxy knows (Proxy.snapshot)."""
+        self.recent = RecentRequests(counters)
+        self.history = TrafficHistory(store.metadata_folder, name, counters)
+        self.counters = counters
         self._store = store
-        self._counters = counters
-        self._gather = gather  # what else there is to tell
-
-    def _totals(self) -> dict[str, int]:
-        """The counters since the start, as one level."""
-        counted = self._counters.snapshot()
-        return {**{name: counted[name] for name in ("statsCacheBytes", "statsDownBytes", "statsTunnelBytes")},
-                **counted["statsOutcomes"]}
+        self._more = more
 
     def snapshot(self) -> dict[str, Any]:
-        """All that the pages show."""
+        """Return the figures of all sources as plain data that json can write."""
         now = time.time()
-        return {**self._counters.snapshot(), "counters": self._totals(), **self.history.snapshot(now),
-                "now": now, "since": self._counters.since(now), "disk": disk_usage(self._store.root),
-                **self.recent.gather(), **self._gather()}
+        return {"now": now, "since": self.counters.start_time(now), "counters": self.counters.totals(),
+                **self.counters.snapshot(), **self.history.snapshot(now), **self.recent.snapshot(),
+                **self._more(), "disk": disk_usage(self._store.root)}
 
     def health_problem(self) -> str:
-        """Why this process cannot do its work, or cache; "" where it can."""
+        """Return why this process can neither serve nor store, or "" if it can: tried, not guessed."""
         try:
             try_writing(self._store.metadata_folder)
-            start_thread(int)
+            start_thread(int)  # a thread that ends at once
         except OSError as error:
-            self._store.space.scarce.set()  # it may be full
-            return "The cache root cannot be written: %s." % (error.strerror or error)
+            self._store.space.scarce.set()  # the disk may be full: let the next eviction run early
+            return "Cannot write to the cache root: %s." % (error.strerror or error)
         except StorageError:
-            return "No more threads are to be had."
+            return "Cannot start any more threads."
         return ""
 
 
 # ---------------------------------------------------------------------------------------------
 # 12 Pages
 # ---------------------------------------------------------------------------------------------
+#
+# path                    answer
+# /                       the status page for browsers, a greeting as text for curl (by the Accept field)
+# /status.json            the status page's figures, and its changed parts as HTML for its script
+# /metrics                the same figures for Prometheus
+# /debug/vars             counters as JSON, as the Go program had them
+# /healthz                200 "ok", or 503 and the reason
+# /setup/NAME             a package manager's configuration, with the address by which the client came
+# /proxy.pac, /wpad.dat   proxy autoconfiguration
+#
+# The functions here turn a snapshot of StatusCollector into text, and have no state. Host names and URIs in
+# it come from clients: whatever goes into HTML passes escape() first. The Content-Security-Policy allows the
+# page's own script and style by their digests, and nothing else.
 
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """One of our own pages."""
+    """A page that the proxy makes itself."""
 
-    media: str
+    media: str  # Content-Type
     text: str
     status: int = 200
     policy: str = "default-src 'none'"  # Content-Security-Policy
@@ -6597,10 +7229,10 @@ Set this as your HTTP proxy, for example (as root):
   apt       echo 'Acquire::http::Proxy "http://%(proxy)s";' > /etc/apt/apt.conf.d/01proxy
   others    export http_proxy=http://%(proxy)s
 
-More at http://%(proxy)s/ in a browser, counters at http://%(proxy)s/debug/vars
+Status page: http://%(proxy)s/ in a browser; counters: http://%(proxy)s/debug/vars
 """
-# For each package manager: what /setup/NAME says, where that belongs (after >> it is appended), and what
-# else there is to do.
+# For each package manager: the text of /setup/NAME, the redirection that puts it into the right file, and
+# the rest of the command line. %s is the proxy's address. apk and xbps read only the environment.
 SETUP = {
     "apt": ('Acquire::http::Proxy "http://%s";', "> /etc/apt/apt.conf.d/01proxy", ""),
     "dnf": ("proxy=http://%s", ">> /etc/dnf/dnf.conf", ""),
@@ -6617,7 +7249,7 @@ SETUP = {
         "export http_proxy=http://%s", "> /etc/profile.d/pkgproxy.sh", " && . /etc/profile.d/pkgproxy.sh")),
 }
 DETECT = """#!/bin/sh
-# The proxy for apt where it is well, else DIRECT: for laptops.  Name this file in apt.conf:
+# Tells apt to use the proxy if it is reachable and healthy, else to connect directly. In apt.conf:
 #   Acquire::http::Proxy-Auto-Detect "/usr/local/bin/pkgproxy-detect";
 if timeout 2 bash -c 'exec 3<>/dev/tcp/%(host)s/%(port)d && printf "GET /healthz HTTP/1.0\\r\\n\\r\\n" >&3 &&
     read -r _ status _ <&3 && [ "$status" = 200 ]' 2>/dev/null; then
@@ -6636,7 +7268,7 @@ AUTOCONFIG = """function FindProxyForURL(url, host) {
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people.
+    """Format a number of bytes for people, in decimal units.
 
     >>> format_bytes(999), format_bytes(53080), format_bytes(999_950)
     ('999 B', '53.1 kB', '1.0 MB')
@@ -6646,19 +7278,19 @@ def format_bytes(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds for people.
+    """Format a duration for people, rounded down to the largest unit of which there are enough.
 
     >>> format_duration(59), format_duration(90), format_duration(7200), format_duration(3e5)
     ('59 s', '1 min', '2 h', '3 days')
     """
-    for width, unit in ((2 * DAY, "days"), (7200, "h"), (60, "min")):
-        if seconds >= width:
-            return "%d %s" % (seconds // {"days": DAY, "h": 3600}.get(unit, 60), unit)
+    for least, width, unit in ((2 * DAY, DAY, "days"), (7200, 3600, "h"), (60, 60, "min")):
+        if seconds >= least:
+            return "%d %s" % (seconds // width, unit)
     return "%d s" % max(0, seconds)
 
 
 def format_count(count: int, noun: str) -> str:
-    """A count for people.
+    """Format a number with its noun.
 
     >>> format_count(1, "file"), format_count(12000, "file")
     ('1 file', '12,000 files')
@@ -6667,28 +7299,34 @@ def format_count(count: int, noun: str) -> str:
 
 
 def format_percent(part: int, whole: int) -> str:
-    """A share for people; a dash where there is nothing to have a share of."""
+    """Format a share as a percentage, rounded down; a dash if the whole is 0."""
     return "%d %%" % (100 * part // whole) if whole else "–"
 
 
 def hit_counts(counts: dict[str, int]) -> tuple[int, int]:
-    """How many answers came from the cache, and of how many for which that was to be hoped."""
-    found = sum(counts.get(outcome.value, 0) for outcome in CACHE_OUTCOMES)
-    others = (Outcome.MISS, Outcome.UPDATED, Outcome.RELAYED, Outcome.BYPASS)
-    return found, found + sum(counts.get(outcome.value, 0) for outcome in others)
+    """Return how many requests were answered from the cache, and how many could have been.
+
+    ``counts``: number of requests by outcome.  Tunnels, pages of the proxy, refused and failed requests
+    are in neither number, because a cache cannot answer them.
+    """
+    rated = [(outcome, counts.get(outcome.value, 0)) for outcome in Outcome if outcome.in_hit_rate]
+    return sum(count for outcome, count in rated if outcome.from_cache), sum(count for _, count in rated)
 
 
 def summary(view: dict[str, Any]) -> str:
-    """In one sentence, whether it works."""
-    counts = view["counters"]
+    """Say in one or two sentences whether the proxy works and what it has saved."""
+    counts, running = view["counters"], format_duration(view["now"] - view["since"])
     answered = sum(counts.get(outcome.value, 0) for outcome in Outcome if outcome is not Outcome.OWN)
     if not answered:
-        return "Running for %s, and waiting for its first request." % format_duration(view["now"] - view["since"])
+        return "Running for %s, waiting for the first request." % running
     return "Running for %s. %s answered, %s saved." % (
-        format_duration(view["now"] - view["since"]), format_count(answered, "request"), format_bytes(counts["statsCacheBytes"]))
+        running, format_count(answered, "request"), format_bytes(counts["statsCacheBytes"]))
 
 
-# The status page.  All that comes from outside goes through escape().
+# The status page: one file without external resources. Its script replaces the elements that have changed
+# every two seconds; without scripts the page reloads itself every ten.
+# STYLE's colours: bytes from the cache are blue, bytes from origins brown, everywhere. Each text colour has a
+# contrast of at least 4.5 to each background, by day and by night (WCAG 2.2 §1.4.3; a test computes it).
 STYLE = """
 :root{color-scheme:light dark;--back:#f5f6f8;--card:#fff;--text:#1b1f24;--soft:#5a6270;--line:#dfe2e7;
 --cache:#1c64c8;--origin:#a8570a;--bad:#b3261e}
@@ -6723,7 +7361,7 @@ progress{width:100%;accent-color:var(--cache)}ul{margin:0;padding:0}
 #setup ul{margin-top:.75rem}li{list-style:none;margin-bottom:.75rem}
 pre{margin:.25rem 0 0;padding:.5rem .75rem;background:var(--back);border-radius:.25rem;font-size:.8125rem;
 white-space:pre-wrap;overflow-wrap:anywhere;user-select:all}
-.bad{color:var(--bad)}.lost #state::after{content:" The connection to it is lost.";color:var(--bad)}
+.bad{color:var(--bad)}.lost #state::after{content:" The connection to pkgproxy is lost.";color:var(--bad)}
 @media(max-width:40rem){body{padding:1rem .5rem 2rem}section{padding:.75rem}.tall thead{display:none}
 .tall tr{display:block;border-top:1px solid var(--line);padding:.5rem 0}
 th,td{padding-right:.5rem}.name{min-width:6rem}
@@ -6755,60 +7393,65 @@ PAGE = """<!doctype html>
 <input type="radio" name="span" id="day"><label for="day">Day</label>
 <input type="radio" name="span" id="month"><label for="month">Month</label>
 <div id="plots">%(plots)s</div></section>
-<section><h2>Downloads in flight</h2><div id="downloads">%(downloads)s</div></section>
+<section><h2>Running downloads</h2><div id="downloads">%(downloads)s</div></section>
 <div class="two"><section><h2>Busiest origins</h2><div class="wide" tabindex="0" role="group"
 aria-label="Busiest origins"><table id="origins">%(origins)s</table></div></section>
-<section><h2>Disk and troubles</h2><div id="disk">%(disk)s</div></section></div>
-<section><h2>Last requests</h2><table id="recent" class="tall">%(recent)s</table></section>
-<section id="setup"><h2>Set up this machine</h2><p>As root, one of these; then update as always. Repositories'
-addresses must begin with http://, for https passes through unseen, or
-with http://%(proxy)s/https://. For another
-machine, open this page by an address of ours that it can reach.</p><ul>%(setup)s</ul>
-<p class="soft">Each is also text to fetch, as <a href="/setup/apt">/setup/apt</a>. Laptops that leave this
-network let apt run <a href="/setup/detect.sh">/setup/detect.sh</a>; others read
-<a href="/proxy.pac">/proxy.pac</a>. For machines: <a href="/status.json">/status.json</a>,
+<section><h2>Disk and problems</h2><div id="disk">%(disk)s</div></section></div>
+<section><h2>Recent requests</h2><table id="recent" class="tall">%(recent)s</table></section>
+<section id="setup"><h2>Set up this machine</h2><p>Run one of these commands as root, then update as usual.
+Repositories are cached if their addresses start with http:// or with http://%(proxy)s/https://; plain https
+is not cached. For another machine, open this page under an address that it can reach.</p><ul>%(setup)s</ul>
+<p class="soft">Each setting is also available as text, for example <a href="/setup/apt">/setup/apt</a>. On
+laptops that leave this network, let apt run <a href="/setup/detect.sh">/setup/detect.sh</a>; other clients
+can use <a href="/proxy.pac">/proxy.pac</a>. For monitoring: <a href="/status.json">/status.json</a>,
 <a href="/metrics">/metrics</a>, <a href="/debug/vars">/debug/vars</a>, <a href="/healthz">/healthz</a>.
 </p></section></main><script>%(script)s</script></body></html>
 """
 
 
-def _digest(text: str) -> str:
+def _hash(text: str) -> str:
+    """Return the CSP source that allows exactly this inline text (W3C CSP Level 3 §2.3.1)."""
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 POLICY = ("default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; "
-          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (_digest(STYLE), _digest(SCRIPT)))
+          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (_hash(STYLE), _hash(SCRIPT)))
 
 
-def _figures(view: dict[str, Any]) -> str:
+def _figures_html(view: dict[str, Any]) -> str:
+    """Return the savings and hit rates, since the start and over all time."""
     text = ""
     for title, key in (("since the start", "counters"), ("over all time", "allTime")):
         counts = view[key]
         saved, down = counts.get("statsCacheBytes", 0), counts.get("statsDownBytes", 0)
-        found, asked = hit_counts(counts)
+        share, (found, asked) = format_percent(saved, saved + down), hit_counts(counts)
         text += "<div><dt>Saved %s</dt><dd>%s</dd><dd>%s</dd></div>" % (
-            title, format_bytes(saved), "%s came from the cache, %s from origins" % (
-                format_percent(saved, saved + down), format_bytes(down)) if saved + down else "nothing has come yet")
+            title, format_bytes(saved), "no traffic yet" if saved + down == 0 else
+            "%s came from the cache, %s from origins" % (share, format_bytes(down)))
         text += "<div><dt>Hits %s</dt><dd>%s</dd><dd>%s of %s</dd></div>" % (
             title, format_percent(found, asked), f"{found:,}", format_count(asked, "request"))
     return text
 
 
 def _bars(rows: Iterable[tuple[float, float]]) -> str:
-    """An SVG path of bars, each from its lower end to its upper one, in hundredths of the plot's height."""
+    """Return an SVG path of one bar per row, from its lower to its upper end (percent of the height)."""
     return "".join("M%d %.1fh.8v%.1fh-.8z" % (at, 100 - top, top - low)
                    for at, (low, top) in enumerate(rows) if top > low)
 
 
+# A plot stretches to any width, so its bars are in units of a slot: x is the slot's number, 0 the oldest one,
+# y is the share of the busiest slot in percent. The page holds all three plots, and its style shows the one
+# whose radio button is checked: that works without scripts.
 PLOT = """<figure class="%(name)s"><figcaption><span><b class="cache">&#9632;</b> %(cache)s from the cache
-<b class="origin">&#9632;</b> %(origin)s from origins</span><span>at most %(peak)s in %(slot)s</span>
+<b class="origin">&#9632;</b> %(origin)s from origins</span><span>peak: %(peak)s in %(slot)s</span>
 </figcaption><svg viewBox="0 0 %(slots)d 100" preserveAspectRatio="none" role="img"
 aria-label="The last %(span)s: %(cache)s from the cache, %(origin)s from origins">
 <path class="cache" d="%(low)s"/><path class="origin" d="%(high)s"/></svg>
 <figcaption><span>%(span)s ago</span><span>now</span></figcaption></figure>"""
 
 
-def _plots(view: dict[str, Any]) -> str:
+def _plots_html(view: dict[str, Any]) -> str:
+    """Return the three plots: bytes from the cache, and stacked on them bytes from origins."""
     text = ""
     for name, plot in view["plots"].items():
         rows, width = plot["bytes"], plot["seconds"]
@@ -6816,152 +7459,164 @@ def _plots(view: dict[str, Any]) -> str:
         peak = max(map(sum, rows))
         scale = 100 / (peak or 1)
         text += PLOT % {
-            "name": name, "cache": format_bytes(cache), "origin": format_bytes(origin), "peak": format_bytes(peak),
-            "slot": format_duration(width), "slots": len(rows), "span": format_duration(width * len(rows)),
-            "low": _bars((0, one * scale) for one, _ in rows),
+            "name": name, "cache": format_bytes(cache), "origin": format_bytes(origin),
+            "peak": format_bytes(peak), "slot": format_duration(width), "slots": len(rows),
+            "span": format_duration(width * len(rows)), "low": _bars((0, one * scale) for one, _ in rows),
             "high": _bars((one * scale, (one + other) * scale) for one, other in rows)}
     return text
 
 
-def _named(uri: str) -> str:
-    """A file's name, and below it where it is from."""
-    folder, mark, name = escape(uri).rpartition("/")
-    if not name or "://" not in folder:
-        return folder + mark + name
-    return '%s <span class="soft">%s</span>' % (name, folder + mark)
+def _uri_html(uri: str) -> str:
+    """Return the name of a file, followed by the rest of its URI in a soft colour."""
+    folder, slash, name = escape(uri).rpartition("/")
+    soft = '%s <span class="soft">%s</span>' % (name, folder + slash)
+    return soft if name and "://" in folder else escape(uri)  # a CONNECT target has no file name
 
 
-def _downloads(view: dict[str, Any]) -> str:
+def _downloads_html(view: dict[str, Any]) -> str:
+    """Return the running downloads with their progress bars."""
     text = ""
     for row in view["downloads"]:
-        length = row["length"]
+        length = row["length"]  # None if the origin did not declare it: a bar without a value, which moves
         bar = "" if length is None else ' max="%d" value="%d"' % (length or 1, row["bytes"])
         text += ('<li class="name">%s<progress aria-label="%s"%s></progress>%s%s, %s/s, %s</li>' % (
-            _named(row["uri"]), escape(row["uri"]), bar, format_bytes(row["bytes"]),
+            _uri_html(row["uri"]), escape(row["uri"]), bar, format_bytes(row["bytes"]),
             "" if length is None else " of " + format_bytes(length), format_bytes(row["rate"]),
             format_count(row["clients"], "client")))
-    return "<ul>%s</ul>" % text if text else '<p class="soft">None at this moment.</p>'
+    return "<ul>%s</ul>" % text if text else '<p class="soft">None at the moment.</p>'
 
 
-def _recent(view: dict[str, Any]) -> str:
-    text = ('<thead><tr><th>Outcome<th>File<th class="n">Size<th class="n">Took<th>Client<th class="n">Ago'
+def _recent_html(view: dict[str, Any]) -> str:
+    """Return the rows of the table of recent requests, newest first."""
+    text = ('<thead><tr><th>Outcome<th>File<th class="n">Size<th class="n">Time<th>Client<th class="n">Ago'
             '</thead><tbody>')
     for row in view["recent"]:
-        outcome, took = Outcome(row["outcome"]), row["seconds"]
-        bad = outcome in (Outcome.FAILED, Outcome.REFUSED, Outcome.STALE)
-        told = [row["method"] if row["method"] != "GET" else "",
-                str(row["status"]) if row["status"] != 200 else "", row["detail"]]
+        outcome, seconds = Outcome(row["outcome"]), row["seconds"]
+        notes = [row["method"] if row["method"] != "GET" else "",  # only unusual values
+                 str(row["status"]) if row["status"] != 200 else "", row["detail"]]
         text += '<tr><td class="%s">%s<td class="name">%s %s' % (
-            "bad" if bad else "cache" if outcome in CACHE_OUTCOMES else "origin", outcome.value,
-            _named(row["uri"]), escape(", ".join(filter(None, told))))
+            outcome.colour, outcome.value, _uri_html(row["uri"]), escape(", ".join(filter(None, notes))))
         text += '<td class="n">%s<td class="n">%s<td>%s<td class="n">%s' % (
-            format_bytes(row["bytes"]), "%d ms" % (1000 * took) if took < 1 else "%.1f s" % took,
+            format_bytes(row["bytes"]), "%d ms" % (1000 * seconds) if seconds < 1 else "%.1f s" % seconds,
             escape(row["client"]), format_duration(view["now"] - row["at"]))
     return text + "</tbody>" if view["recent"] else '<tr><td class="soft">None yet.'
 
 
-def _origins(view: dict[str, Any]) -> str:
+def _origins_html(view: dict[str, Any]) -> str:
+    """Return the rows of the table of the ten busiest origins."""
     text = '<tr><th>Origin<th class="n">Requests<th class="n">Sent<th class="n">Cached'
     for name, row in list(view["origins"].items())[:10]:
+        sent, cached = format_bytes(row["bytes"]), format_percent(row["cached"], row["bytes"])
         text += '<tr><td class="name">%s<td class="n">%s<td class="n">%s<td class="n">%s' % (
-            escape(name), f"{row['requests']:,}", format_bytes(row["bytes"]), format_percent(row["cached"], row["bytes"]))
+            escape(name), f"{row['requests']:,}", sent, cached)
     return text if view["origins"] else '<tr><td class="soft">None yet.'
 
 
-def _disk(view: dict[str, Any]) -> str:
-    disk, swept, lines = view["disk"], view["swept"], []
-    if swept.get("at"):
-        lines += ["%s stored, %s on the disk: counted %s ago, as every %s." % (
-            format_count(swept["files"], "file"), format_bytes(swept["bytes"]), format_duration(view["now"] - swept["at"]),
-            format_duration(EVICTION_INTERVAL)),
-                  "Swept since the start: %s, %s." % (format_count(swept["removedFiles"], "file"),
-                                                      format_bytes(swept["removedBytes"]))]
-    lines += ["%s of %s are free on its disk." % (format_bytes(disk["free"]), format_bytes(disk["size"])) if disk
-              else '<span class="bad">The cache root cannot be read.</span>',
-              "%s since the start." % format_count(view["counters"]["stale"], "stale answer")]
+def _disk_html(view: dict[str, Any]) -> str:
+    """Return the size of the cache, the evictions, and current problems with the disk or with origins."""
+    disk, eviction, lines = view["disk"], view["swept"], []
+    if eviction.get("at"):  # else the files have not been counted yet
+        lines += ["%s stored, %s on disk (counted %s ago, and every %s)." % (
+            format_count(eviction["files"], "file"), format_bytes(eviction["bytes"]),
+            format_duration(view["now"] - eviction["at"]), format_duration(EVICTION_INTERVAL)),
+                  "Evicted since the start: %s, %s." % (
+            format_count(eviction["removedFiles"], "file"), format_bytes(eviction["removedBytes"]))]
+    lines += ["Disk: %s of %s free." % (format_bytes(disk["free"]), format_bytes(disk["size"])) if disk
+              else '<span class="bad">Cannot read the cache root.</span>',
+              "%s since the start." % format_count(view["counters"]["stale"], "stale response")]
     if view["unstored"]:
-        lines.append('<span class="bad">Nothing can be stored:</span> %s.' % escape(view["unstored"]))
-    lines += ['<span class="bad">%s is in trouble:</span> %s For %s more, what is stored is served stale.' % (
-        escape(row["origin"]), escape(row["reason"]), format_duration(row["seconds"])) for row in view["troubles"]]
+        lines.append('<span class="bad">Cannot store anything:</span> %s.' % escape(view["unstored"]))
+    for row in view["troubles"]:
+        lines.append('<span class="bad">%s is failing:</span> %s Serving cached copies for the next %s.' % (
+            escape(row["origin"]), escape(row["reason"]), format_duration(row["seconds"])))
     return "".join("<p>%s</p>" % line for line in lines)
 
 
 def setup_line(name: str, proxy: str) -> str:
-    """What to paste into a root shell so that a package manager uses the proxy."""
-    text, place, more = SETUP[name]
+    """Return the command that makes a package manager use the proxy, to be pasted into a root shell.
+
+    ``name``: a key of SETUP.  ``proxy``: the proxy's address, HOST:PORT.
+    """
+    text, redirection, more = SETUP[name]
     words = " ".join("'%s'" % line for line in (text % proxy).split("\n"))
-    return "%s %s %s" % ("printf '%s\\n'" if "' '" in words else "echo", words, place) + more
+    return "%s %s %s" % ("printf '%s\\n'" if "' '" in words else "echo", words, redirection) + more
 
 
 def status_html(view: dict[str, Any]) -> dict[str, str]:
-    """What changes on the status page, by the element that holds it."""
-    return {"state": summary(view), "figures": _figures(view), "plots": _plots(view), "disk": _disk(view),
-            "downloads": _downloads(view), "recent": _recent(view), "origins": _origins(view)}
+    """Return the changing parts of the status page, by the id of the element that holds each."""
+    return {"state": summary(view), "figures": _figures_html(view), "plots": _plots_html(view),
+            "disk": _disk_html(view), "downloads": _downloads_html(view), "recent": _recent_html(view),
+            "origins": _origins_html(view)}
 
 
 def status_page(view: dict[str, Any], proxy: str) -> Page:
-    """The status page, whole, for a browser with scripts or without."""
-    names: dict[str, list[str]] = {}
+    """Return the complete status page.  ``proxy``: the address by which the client reached it, HOST:PORT."""
+    names: dict[str, list[str]] = {}  # by command: several package managers share one
     for name in SETUP:
         names.setdefault(setup_line(name, proxy), []).append("others" if name == "env" else name)
-    lines = "".join("<li>%s<pre>%s</pre></li>" % (", ".join(row), escape(line))
-                    for line, row in names.items())
+    commands = "".join("<li>%s<pre>%s</pre></li>" % (", ".join(row), escape(line))
+                       for line, row in names.items())
     return Page("text/html; charset=utf-8", PAGE % {
-        **status_html(view), "setup": lines, "style": STYLE, "script": SCRIPT, "version": view["version"],
+        **status_html(view), "setup": commands, "style": STYLE, "script": SCRIPT, "version": view["version"],
         "proxy": escape(proxy)}, policy=POLICY)
 
 
 def _metrics(view: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[tuple[str, float]]]]:
-    """Name, meaning, and samples: the value of the one label, "" where there is none, and a number."""
-    counts, swept = view["counters"], view["swept"]
-    yield "build_info version", "Always 1.", [(view["version"], 1)]
-    yield "start_time_seconds", "When it was started.", [("", view["since"])]
+    """Yield each metric: its name and label ("NAME" or "NAME LABEL"), its help text, and its samples.
+
+    A sample is the value of the label ("" without a label) and a number.
+    """
+    counts, eviction = view["counters"], view["swept"]
+    yield "build_info version", "Version of pkgproxy; always 1.", [(view["version"], 1)]
+    yield "start_time_seconds", "Time of the start, in seconds since 1970.", [("", view["since"])]
     yield "requests_total outcome", "Requests answered, by outcome.", [
         (outcome.value, counts[outcome.value]) for outcome in Outcome]
-    for name, key, meaning in (("cache", "statsCacheBytes", "Body bytes that the cache served."),
+    for name, key, meaning in (("cache", "statsCacheBytes", "Body bytes served from the cache."),
                                ("downloaded", "statsDownBytes", "Body bytes downloaded from origins."),
-                               ("tunnel", "statsTunnelBytes", "Bytes through tunnels, both ways.")):
+                               ("tunnel", "statsTunnelBytes", "Bytes through tunnels, in both directions.")):
         yield name + "_bytes_total", meaning, [("", counts[key])]
     for name, key, meaning in (("requests", "requests", "Requests, by origin (the busiest ones)."),
-                               ("sent_bytes", "bytes", "Bytes sent to clients, by origin."),
-                               ("cached_bytes", "cached", "Those of them that came from the cache.")):
+                               ("sent_bytes", "bytes", "Body bytes sent to clients, by origin."),
+                               ("cached_bytes", "cached", "Body bytes served from the cache, by origin.")):
         yield "origin_%s_total origin" % name, meaning, [(o, row[key]) for o, row in view["origins"].items()]
-    yield "downloads", "Downloads in flight.", [("", len(view["downloads"]))]
-    yield "troubled_origins", "Origins that could not be asked a moment ago.", [("", len(view["troubles"]))]
-    for name, key, meaning in (("stored_files", "files", "Stored files, as of the last sweep."),
-                               ("stored_bytes", "bytes", "Bytes on the disk, bookkeeping included."),
-                               ("swept_files_total", "removedFiles", "Files that sweeps have removed."),
-                               ("swept_bytes_total", "removedBytes", "Bytes that sweeps have freed.")):
-        yield name, meaning, [("", swept.get(key, 0))]
+    yield "downloads", "Running downloads.", [("", len(view["downloads"]))]
+    yield "troubled_origins", "Origins that failed a moment ago.", [("", len(view["troubles"]))]
+    for name, key, meaning in (("stored_files", "files", "Stored files, when they were last counted."),
+                               ("stored_bytes", "bytes", "Bytes on disk at that time, with metadata."),
+                               ("swept_files_total", "removedFiles", "Files removed by eviction."),
+                               ("swept_bytes_total", "removedBytes", "Bytes freed by eviction.")):
+        yield name, meaning, [("", eviction.get(key, 0))]
     for key, count in view["disk"].items():
-        yield "disk_%s_bytes" % key, "Bytes of the cache's file system: %s." % key, [("", count)]
+        yield "disk_%s_bytes" % key, "File system of the cache: %s in bytes." % key, [("", count)]
 
 
 def metrics_text(view: dict[str, Any]) -> str:
-    """The counters in Prometheus' text format, version 0.0.4."""
+    """Return the figures in Prometheus' text format, version 0.0.4."""
     lines = []
     for names, meaning, samples in _metrics(view):
         name, _, label = ("pkgproxy_" + names).partition(" ")
         kind = "counter" if name.endswith("_total") else "gauge"
         lines += ["# HELP %s %s" % (name, meaning), "# TYPE %s %s" % (name, kind)]
         for text, count in samples:
+            # A line feed would have to be escaped too: truncate_middle() has removed those.
             quoted = re.sub(r'(["\\])', r"\\\1", text)
             lines.append("%s%s %s" % (name, '{%s="%s"}' % (label, quoted) if label else "", repr(count)))
     return "\n".join([*lines, ""])
 
 
 def page_view(snapshot: dict[str, Any]) -> dict[str, Any]:
-    """What the pages show, from what the proxy tells."""
+    """Select what /status.json publishes from a snapshot of StatusCollector; the other pages use the same."""
     keys = ("counters", "allTime", "plots", "now", "since", "disk", "recent", "downloads", "unstored",
             "troubles", "origins", "swept")
     return {"version": __version__, **{key: snapshot[key] for key in keys}}
 
 
-def _json(found: dict[str, Any], indent: int | None = None) -> Page:
-    return Page("application/json; charset=utf-8", json.dumps(found, indent=indent) + "\n")
+def _json_page(content: dict[str, Any], indent: int | None = None) -> Page:
+    return Page("application/json; charset=utf-8", json.dumps(content, indent=indent) + "\n")
 
 
 def _setup_page(name: str, names: dict[str, Any]) -> Page:
+    """Return /setup/NAME; the trailing line feed matters if the text is appended to a file."""
     if name == "detect.sh":
         return Page(TEXT, DETECT % names)
     if name not in SETUP:
@@ -6969,46 +7624,73 @@ def _setup_page(name: str, names: dict[str, Any]) -> Page:
     return Page(TEXT, SETUP[name][0] % names["proxy"] + "\n")
 
 
-def _figures_page(name: str, proxy: str, html: bool, snapshot: Callable[[], dict[str, Any]]) -> Page | None:
+def _statistics_page(name: str, proxy: str, accepts_html: bool, snapshot: dict[str, Any]) -> Page:
+    """Return the page of this name that shows figures; "" is the status page."""
     if name == "debug/vars":
-        return _json({key: row for key, row in snapshot().items()
-                      if key == "cmdline" or key.startswith("stats")}, 1)
-    if name not in ("", "status.json", "metrics"):
-        return None
-    view = page_view(snapshot())
+        return _json_page({key: value for key, value in snapshot.items()
+                           if key == "cmdline" or key.startswith("stats")}, 1)
+    view = page_view(snapshot)
     if name == "status.json":
-        return _json({**view, "html": status_html(view)})
+        return _json_page({**view, "html": status_html(view)})
     if name == "metrics":
         return Page("text/plain; version=0.0.4; charset=utf-8", metrics_text(view))
-    if html:
+    if accepts_html:
         return status_page(view, proxy)
     return Page(TEXT, WELCOME % {"version": __version__, "proxy": proxy, "state": summary(view)})
 
 
-def make_page(path: str, place: tuple[str, int], html: bool, snapshot: Callable[[], dict[str, Any]],
-             ailment: Callable[[], str]) -> Page | None:
-    """One of our own pages, None where there is none of that name; Failure.
+def make_page(path: str, address: tuple[str, int], accepts_html: bool,
+              snapshot: Callable[[], dict[str, Any]], health_problem: Callable[[], str]) -> Page | None:
+    """Return the page of this path, or None if there is none.  Raises ProxyError for an unknown /setup/NAME.
 
-    ``place``: host and port by which the client reached us; ``html``: whether it would rather have that;
-    ``ailment``: why we are not well, "" where we are.
+    ``path``: with a slash in front, and possibly a query.  ``address``: host and port by which the client
+    reached the proxy, and which therefore works in its configuration.  ``accepts_html``: the client is a
+    browser.  ``snapshot``, ``health_problem``: called only for the pages that need them.
     """
-    host, port = place
-    names = {"host": host, "port": port, "proxy": "[%s]:%d" % place if ":" in host else "%s:%d" % place}
-    kind, _, name = path.partition("?")[0][1:].partition("/")
-    whole = "/".join([kind, name]) if name else kind
-    if kind == "setup":
-        return _setup_page(name, names)
-    if whole in ("wpad.dat", "proxy.pac"):
+    host, port = address
+    names = {"host": host, "port": port, "proxy": ("[%s]:%d" if ":" in host else "%s:%d") % address}
+    page = path.partition("?")[0][1:].rstrip("/")
+    if page.partition("/")[0] == "setup":
+        return _setup_page(page[len("setup/"):], names)
+    if page in ("wpad.dat", "proxy.pac"):
         return Page("application/x-ns-proxy-autoconfig", AUTOCONFIG % names)
-    if whole == "healthz":
-        reason = ailment()
+    if page == "healthz":
+        reason = health_problem()
         return Page(TEXT, (reason or "ok") + "\n", 503 if reason else 200)
-    return _figures_page(whole, str(names["proxy"]), html, snapshot)
+    if page in ("", "status.json", "metrics", "debug/vars"):
+        return _statistics_page(page, str(names["proxy"]), accepts_html, snapshot())
+    return None
 
 
 # ---------------------------------------------------------------------------------------------
 # 13 Server
 # ---------------------------------------------------------------------------------------------
+
+
+class Quota:
+    """A limited number of resources in use, at most half of them by one client.
+
+    Methods for the caller: acquire, release.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()  # guards _used
+        self._used: collections.Counter[str] = collections.Counter()  # by client_network()
+
+    def acquire(self, client: str) -> bool:
+        """Take one resource for a client's address; return False if none is left for that client."""
+        network = client_network(client)
+        with self._lock:
+            is_free = sum(self._used.values()) < self._limit and self._used[network] < max(1, self._limit // 2)
+            self._used[network] += is_free
+            return is_free
+
+    def release(self, client: str) -> None:
+        """Give one resource back."""
+        with self._lock:
+            self._used[client_network(client)] -= 1
+            self._used += collections.Counter()  # drops zeros, so that the counter does not grow for ever
 
 
 class RequestBody:
@@ -7485,9 +8167,10 @@ class Dispatcher:
     For the handlers: reply_to, tunnelling, note, note_tunnel.  For the lobbies: admits, refuse, answer, told.
     """
 
-    def __init__(self, proxy: Proxy, room: ConnectionLimiter, tell: Callable[[list[str]], None],
-                 seat: CPUAffinity | None = None) -> None:
+    def __init__(self, proxy: Proxy, statistics: StatusCollector, room: ConnectionLimiter,
+                 tell: Callable[[list[str]], None], seat: CPUAffinity | None = None) -> None:
         self.proxy = proxy
+        self.statistics = statistics
         self.room = room
         self.seat = seat or CPUAffinity()
         self._tell = tell  # writes lines into the log
@@ -7553,13 +8236,13 @@ class Dispatcher:
     def snapshot(self) -> dict[str, Any]:
         """What the pages show, with the command line as Go's expvar has it."""
         words = [re.split(r"(?<=\A--parent=)", word) for word in sys.argv]
-        return {"cmdline": ["".join(map(loggable_uri, parts)) for parts in words], **self.proxy.insight.snapshot()}
+        return {"cmdline": ["".join(map(loggable_uri, parts)) for parts in words], **self.statistics.snapshot()}
 
     def health_problem(self) -> str:
         """Why this proxy is not well, "" where it is."""
         if self.room.busy_count() >= self.room.most:
             return "All %d connections are busy." % self.room.most
-        return self.proxy.insight.health_problem()
+        return self.statistics.health_problem()
 
     def record(self, request: Request, reply: Response, sent: int, took: float, whole: bool) -> None:
         """Count and log one answer."""
@@ -7572,9 +8255,9 @@ class Dispatcher:
               answers: list[tuple[str, SendResult]], text: str = "") -> None:
         """The same for all of them: what was asked, and what the answer was."""
         outcome = cache_status.outcome
-        self.proxy.counters.add(outcome, sum([sent.cached for _, sent in answers]), len(answers))
+        self.statistics.counters.add(outcome, sum([sent.cached for _, sent in answers]), len(answers))
         if outcome is not Outcome.OWN:
-            self.proxy.insight.recent.note(request, status, cache_status, answers)
+            self.statistics.recent.note(request, status, cache_status, answers)
         if log.isEnabledFor(logging.DEBUG if outcome is Outcome.OWN else logging.INFO):
             text = text or log_text(request, cache_status)
             self._tell(["[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s%s" % (
@@ -7583,7 +8266,7 @@ class Dispatcher:
 
     def record_tunnel(self, request: Request, head: ResponseHead, count: int, took: float, whole: bool) -> None:
         """Count and log one tunnel."""
-        self.proxy.counters.add_tunnel(count)
+        self.statistics.counters.add_tunnel(count)
         self.record(request, Response(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), count, took, whole)
 
     def try_hot_path(self, visitor: ClientConnection, size: int, shelf: HotCache) -> HotEntry | None:
@@ -8369,9 +9052,29 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 # 14 Command line
 # ---------------------------------------------------------------------------------------------
 
+# Values of options ----------------------------------------------------------------------------
+#
+# Each parser takes the text of an option's value and returns the value for Config.  It raises
+# ValueError with a sentence that names the invalid text and gives valid examples.
+
+_SIZE_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # in bytes
+_TIME_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}  # in seconds
+
+
+def parse_addr(text: str) -> tuple[str, int]:
+    """Parse a listening address; an empty host stands for all addresses of the machine.
+
+    >>> parse_addr("[::1]:9999"), parse_addr(":9999")
+    (('::1', 9999), ('', 9999))
+    """
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]]*)):(\d{1,5})", text)
+    if not match or int(match[3]) > 65535:
+        raise ValueError("Invalid address '%s'; use :9999, 192.168.0.1:9999 or [::1]:9999" % text)
+    return match[1] or match[2] or "", int(match[3])
+
 
 def parse_ports(text: str) -> tuple[int, ...]:
-    """Ports from a list such as 443,8443, or none; ValueError says what is allowed.
+    """Parse a comma-separated list of ports; "none" is the empty list.
 
     >>> parse_ports("443,8443"), parse_ports("none")
     ((443, 8443), ())
@@ -8380,32 +9083,73 @@ def parse_ports(text: str) -> tuple[int, ...]:
         return ()
     ports = text.split(",")
     if not all(port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536 for port in ports):
-        raise ValueError("'%s' is no list of ports; write 443,8443 or none" % text)
+        raise ValueError("Invalid port list '%s'; use 443,8443 or none" % text)
     return tuple(int(port) for port in ports)
 
 
+def parse_size(text: str) -> int:
+    """Parse a size; units are powers of 1024. Returns bytes.
+
+    >>> parse_size("1.5k"), parse_size("20G")
+    (1536, 21474836480)
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([BKMGT]?)(?:I?B)?", text.strip().upper())
+    if not match:
+        raise ValueError("Invalid size '%s'; use 500M, 20G or 1.5T" % text)
+    return int(float(match[1]) * _SIZE_UNITS[match[2]])
+
+
+def parse_duration(text: str) -> float:
+    """Parse a time with a unit.  Returns seconds.
+
+    >>> parse_duration("30d")
+    2592000.0
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhdw])", text.strip().lower())
+    if not match:
+        raise ValueError("Invalid time '%s'; use 90m, 12h, 30d or 8w" % text)
+    return float(match[1]) * _TIME_UNITS[match[2]]
+
+
+def parse_count(text: str) -> int:
+    """Parse a decimal number from 0 to 10,000."""
+    if not re.fullmatch(r"\d{1,5}", text, re.A) or int(text) > 10_000:
+        raise ValueError("Invalid number '%s'; use 0 to 10000" % text)
+    return int(text)
+
+
+def parse_path(text: str) -> str:
+    """Return the path of a file or directory unchanged.
+
+    An empty path is an error, because it usually comes from an unset shell variable, and would otherwise
+    mean the current directory.
+    """
+    if not text:
+        raise ValueError("Invalid path ''; use the name of a file or directory")
+    return text
+
+
 def parse_barrier(text: str) -> tuple[tuple[str, int], ...]:
-    """The memcached servers that instances agree by; ValueError.
+    """Parse the URL of the memcached servers through which instances coordinate.
 
     >>> parse_barrier("memcached://mc1.example.org,[::1]:11212")
     (('mc1.example.org', 11211), ('::1', 11212))
     """
-    scheme, mark, places = text.partition("://")
+    scheme, separator, authorities = text.partition("://")
     try:
-        servers = tuple(split_authority(place, 11211) for place in places.split(","))
+        servers = tuple(split_authority(authority, 11211) for authority in authorities.split(","))
     except ProxyError:
         servers = ()
-    if scheme != "memcached" or not mark or not all(host and port for host, port in servers) or not servers:
-        raise ValueError("'%s' is no barrier; write memcached://HOST:PORT[,HOST:PORT]" % text)
+    if scheme != "memcached" or not separator or not servers or not all(host for host, _ in servers):
+        raise ValueError("Invalid barrier '%s'; use memcached://HOST:PORT[,HOST:PORT]" % text)
     return servers
 
 
-# Parent proxies -------------------------------------------------------------------------------
-
-
 def parse_parent_proxy(text: str) -> ParentProxy | None:
-    """The proxy of a URL, or of host:port; None for "" or none.  With ,direct behind it origins may be
-    asked without it.  ValueError does not repeat the password.
+    """Parse a parent proxy, written as a URL or host:port; None for "" and "none".
+
+    ",direct" at the end allows direct connections if the proxy cannot be reached.  The error message does
+    not repeat the text, which may contain a password.
 
     >>> parse_parent_proxy("http://me:pw@proxy.test:3128,direct").fields
     (('Proxy-Authorization', 'Basic bWU6cHc='),)
@@ -8418,16 +9162,21 @@ def parse_parent_proxy(text: str) -> ParentProxy | None:
     except BadRequestError:
         target = None
     if match is None or target is None:
-        raise ValueError("a parent proxy is written http://[name:password@]host:port[,direct], or none")
+        raise ValueError("Invalid parent proxy; use http://[name:password@]host:port[,direct], or none")
     name, _, password = (match[1] or "").partition(":")
-    pair = urllib.parse.unquote_to_bytes("%s:%s" % (name, password))  # RFC 7617 §2: a colon even so
-    secret = base64.b64encode(pair).decode()
-    return ParentProxy(target, (("Proxy-Authorization", "Basic " + secret),) if match[1] else (), bool(match[3]))
+    # RFC 7617 §2: the colon is required even if there is no password.
+    credentials = urllib.parse.unquote_to_bytes("%s:%s" % (name, password))
+    basic = "Basic " + base64.b64encode(credentials).decode()
+    return ParentProxy(target, (("Proxy-Authorization", basic),) if match[1] else (), bool(match[3]))
 
 
 def parent_proxies(option: str | None, environment: Mapping[str, str]) -> tuple[tuple[str, ParentProxy], ...]:
-    """The parent of each scheme: --parent's, or what http_proxy and https_proxy say.  HTTP_PROXY may come
-    from a request where we run as CGI (CVE-2016-5385).  ValueError."""
+    """Return the parent proxy for each scheme that has one.
+
+    ``option`` is the value of --parent.  If it is None, http_proxy and https_proxy in the environment
+    apply; lower case takes precedence, as in curl.  HTTP_PROXY is ignored in a CGI environment, where a
+    client can set it with a Proxy field (CVE-2016-5385).  Raises ValueError.
+    """
     found = []
     for scheme in ("http", "https"):
         name = scheme + "_proxy"
@@ -8441,360 +9190,369 @@ def parent_proxies(option: str | None, environment: Mapping[str, str]) -> tuple[
 
 
 def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
-    """The regular expressions of a filters file, one a line, and a sentence for each bad line."""
-    filters, complaints = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
+    """Parse a filters file: one regular expression a line; blank lines and # comments are skipped.
+
+    Returns the compiled expressions, and an error message for each invalid line.  A deeply nested
+    expression exhausts the compiler's stack, and a huge repeat count overflows its counter.
+    """
+    filters, errors = [], []
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         try:
-            filters.append(re.compile(line))
+            filters += [re.compile(line)] if line and not line.startswith("#") else []
         except (re.error, OverflowError, RecursionError) as error:
-            complaints.append("line %d is no regular expression, skipped: %s: %s" % (number, line, error))
-    return filters, complaints
+            errors.append("line %d is not a regular expression, skipped: %s: %s" % (number, line, error))
+    return filters, errors
 
 
-_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+# Options --------------------------------------------------------------------------------------
+#
+# To add an option: add a field with its default to Config, and a row to OPTIONS.  parse_options() needs
+# no change: it passes each value to the field that the row names.  README.md quotes --help, which must
+# fit two screens: one line for each option, and 48 lines of 80 columns in all.  Tests check this.
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 500M, 20G or 1.5T; ValueError says what is allowed.
+class Option(NamedTuple):
+    """A row of the options table.  A new option needs one row here and one field in Config.
 
-    >>> parse_size("1.5k"), parse_size("20G")
-    (1536, 21474836480)
+    An option that is not given keeps the default of its field; the help text repeats it for the user.
     """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([BKMGT]?)(?:I?B)?", text.strip().upper())
-    if not match:
-        raise ValueError("'%s' is no size; write 500M, 20G or 1.5T" % text)
-    return int(float(match[1]) * _UNITS[match[2]])
+
+    usage: str  # its flags and, unless it is a switch, the name of its value
+    help: str  # one line, with the default in parentheses
+    field: str = ""  # the field of Config that it sets; "" for argparse's own actions
+    parse: Callable[[str], Any] | None = None  # from the text to the field's value; None: the text itself
+    more: Mapping[str, Any] = {}  # further arguments of ArgumentParser.add_argument()
 
 
-def parse_count(text: str, least: int, most: int) -> int:
-    """A number of things; ValueError says what is allowed."""
-    if not re.fullmatch(r"\d{1,9}", text, re.A) or not least <= int(text) <= most:
-        raise ValueError("'%s' is no number from %d to %d" % (text, least, most))
-    return int(text)
+REPEATED = {"action": "append"}  # the field is a tuple
+ON, OFF = {"action": "store_true"}, {"action": "store_false"}  # what a switch sets its field to
+VERSION = {"action": "version", "version": "pkgproxy " + __version__}
 
-
-def parse_duration(text: str) -> float:
-    """Seconds of a time such as 90m, 12h, 30d or 8w; ValueError says what is allowed.
-
-    >>> parse_duration("30d")
-    2592000.0
-    """
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhdw])", text.strip().lower())
-    if not match:
-        raise ValueError("'%s' is no time; write 90m, 12h, 30d or 8w" % text)
-    return float(match[1]) * _SPANS[match[2]]
-
-
-DEFAULTS = Config()
-REPEATED: dict[str, Any] = {"action": "append"}
-COUNTED: dict[str, Any] = {"action": "count", "default": 0}
-
-
-def _read_by(parse: Callable[[str], Any]) -> dict[str, Any]:
-    """For argparse, so that its message names the option and ends in what ``parse`` says."""
-
-    def one(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return {"type": one}
-
-
-def parse_name(text: str) -> str:
-    """The name of a file or a folder; ValueError where a shell's variable was empty."""
-    if not text:
-        raise ValueError("'' is no name")
-    return text
-
-
-# group, flags, what the value is called, help with the default in brackets, argparse's other words
-OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
-    ("clients", "-a --addr", "ADDR", "listen here; may be repeated (%s)" % DEFAULTS.addrs[0], REPEATED),
-    ("clients", "--allow", "NET", "who may connect; may be repeated (%s)" % ", ".join(DEFAULTS.allow),
-     REPEATED),
-    ("clients", "--name", "NAME", "its name, if not the host's; may be repeated (none)",
-     {**REPEATED, **_read_by(parse_host_name)}),
-    ("clients", "--connect-ports", "PORTS", "where CONNECT may lead (443)",
-     {"default": DEFAULTS.connect_ports, **_read_by(parse_ports)}),
-    ("clients", "--reuse-port", "", "let other instances listen here too (off)", {"action": "store_true"}),
-    ("clients", "--instance", "NAME", "one of several: own statistics, --reuse-port (none)", {"default": ""}),
-    ("cache", "-r --root", "DIR", "where it lies, made if missing (the current folder)",
-     _read_by(parse_name)),
-    ("cache", "--max-size", "SIZE", "most to store; least used goes first (no limit)", _read_by(parse_size)),
-    ("cache", "--min-free", "SIZE", "leave free on the disk (5 %%, at most 10 GB)", _read_by(parse_size)),
-    ("cache", "--max-age", "TIME", "remove what was not used for so long (keep it)", _read_by(parse_duration)),
-    ("cache", "-f --filters", "FILE", "what is never cached, as expressions (none)", _read_by(parse_name)),
-    ("cache", "--no-heuristics", "", "ask again where no lifetime is told (a day)",
-     {"action": "store_false", "dest": "heuristics"}),
-    ("cache", "--no-sharing", "", "share files of mirrors by digest only (by proof)",
-     {"action": "store_false", "dest": "sharing"}),
-    ("cache", "--barrier", "URL", "by what instances that share it agree (locks)",
-     {"default": (), **_read_by(parse_barrier)}),
-    ("origins", "--parent", "URL", "proxy to ask, or none ($http_proxy, $https_proxy)", {}),
-    ("origins", "--ca-file", "FILE", "PEM certificates to trust as well, for https (none)",
-     _read_by(parse_name)),
-    ("origins", "--adopt", "DIR", "also use packages found here; may be repeated (none)",
-     {**REPEATED, **_read_by(parse_name)}),
-    ("origins", "--offline", "", "never ask one, serve what is stored (off)", {"action": "store_true"}),
-    ("origins", "--max-orphans", "N", "downloads that go on without clients (%d)" % DEFAULTS.max_orphans,
-     {"default": DEFAULTS.max_orphans, **_read_by(lambda text: parse_count(text, 0, 10_000))}),
-    ("log and help", "-v --verbose", "", "log more", COUNTED),
-    ("log and help", "-q --quiet", "", "log no requests; twice: nothing but errors", COUNTED),
-    ("log and help", "-V --version", "", "show the version and exit",
-     {"action": "version", "version": "pkgproxy " + __version__}),
-    ("log and help", "-h --help", "", "show this and exit", {"action": "help"}),
-)
-EPILOG = """In brackets: the default.  What may be written:
+OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
+    "clients": (
+        # The text of these two is only checked here, and parsed where it is used.
+        Option("-a --addr ADDR", "address to listen on; repeatable (:9999)", "addrs",
+               lambda text: parse_addr(text) and text, REPEATED),
+        Option("--allow NET", "allowed clients; repeatable (loopback, private)", "allow",
+               lambda text: parse_networks([text]) and text, REPEATED),
+        Option("--name NAME", "another host name of the proxy; repeatable (none)", "names",
+               parse_host_name, REPEATED),
+        Option("--connect-ports PORTS", "ports that CONNECT may reach (443)", "connect_ports", parse_ports),
+        Option("--reuse-port", "share the addresses with other instances (off)", "reuse_port", more=ON),
+        Option("--instance NAME", "name of this instance; implies --reuse-port (none)", "instance"),
+    ),
+    "cache": (
+        Option("-r --root DIR", "cache directory, created if missing (.)", "root", parse_path),
+        Option("--max-size SIZE", "maximum size of the cache (unlimited)", "max_size", parse_size),
+        Option("--min-free SIZE", "disk space to keep free (5 %%, at most 10 GB)", "min_free", parse_size),
+        Option("--max-age TIME", "remove files not used for this long (never)", "max_age", parse_duration),
+        Option("-f --filters FILE", "expressions for URIs not to cache (none)", "filters_file", parse_path),
+        Option("--no-heuristics", "assume no lifetime if an origin gives none (off)", "heuristics", more=OFF),
+        Option("--no-sharing", "share files between mirrors only by digest (off)", "sharing", more=OFF),
+        Option("--barrier URL", "coordinate instances by memcached (file locks)", "barrier", parse_barrier),
+    ),
+    "origins": (
+        Option("--parent URL", "parent proxy, or none ($http_proxy, $https_proxy)", "parents"),
+        Option("--ca-file FILE", "PEM certificates to trust in addition (none)", "ca_file", parse_path),
+        Option("--adopt DIR", "also use packages found in DIR; repeatable (none)",
+               "adopt", lambda text: os.path.abspath(parse_path(text)), REPEATED),
+        Option("--offline", "serve only cached files, contact no origin (off)", "offline", more=ON),
+        Option("--max-orphans N", "downloads that continue without clients (8)", "max_orphans", parse_count),
+    ),
+    "log and help": (
+        Option("-v --verbose", "log more", "verbose", more={"action": "count"}),
+        Option("-q --quiet", "do not log requests; twice: only errors", "quiet", more={"action": "count"}),
+        Option("-V --version", "show the version and exit", more=VERSION),
+        Option("-h --help", "show this help and exit", more={"action": "help"}),
+    ),
+}
+EPILOG = """Defaults are in parentheses.  Formats:
   ADDR   :9999, 192.168.0.1:9999 or [::1]:9999
   NET    loopback, private, all, or a network such as 203.0.113.0/24
   PORTS  443,8443 or none
   SIZE   500M, 20G or 1.5T
   TIME   90m, 12h, 30d or 8w
-  FILE   for -f: regular expressions, one a line, each searched in the URI
+  FILE   for -f: one regular expression a line, searched in each URI
   URL    for --barrier memcached://HOST:PORT[,HOST:PORT]
          for --parent http://[NAME:PASSWORD@]HOST:PORT[,direct]
 
-Clients only set http_proxy=http://this-host:9999/, which also shows a page.
-Clean the cache with rm, at any time."""
+Clients need only http_proxy=http://this-host:9999/, which also shows a page.
+Files can be removed from the cache with rm at any time."""
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help with an option a line."""
+def _argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Wrap a parser for argparse, which would replace the message of a ValueError with its own."""
 
-    def __init__(self, prog: str, **more: Any) -> None:
-        super().__init__(prog, max_help_position=26, **more)
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-
-class StartupError(Exception):
-    """An option's value, or the machine, does not let us start: one clear line, then exit."""
-
-    def __init__(self, sentence: str, code: int = 1) -> None:
-        super().__init__(sentence)
-        self.code = code
+    return parse_argument
 
 
-def parse_addr(text: str) -> tuple[str, int]:
-    """Host and port to listen on; the host is empty for all.  ValueError says what is allowed.
-
-    >>> parse_addr("[::1]:9999"), parse_addr(":9999")
-    (('::1', 9999), ('', 9999))
-    """
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]]*)):(\d{1,5})", text)
-    if not match or int(match[3]) > 65535:
-        raise ValueError("'%s' is no address; write :9999, 192.168.0.1:9999 or [::1]:9999" % text)
-    return match[1] or match[2] or "", int(match[3])
+def make_argument_parser() -> argparse.ArgumentParser:
+    """Build the parser from OPTIONS. Options that are not given are absent from its result."""
+    parser = argparse.ArgumentParser(
+        "pkgproxy.py", "%(prog)s [options]", "A caching HTTP proxy for package managers.", EPILOG,
+        # EPILOG keeps its line breaks, and each help text gets enough columns for one line.
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26),
+        add_help=False, argument_default=argparse.SUPPRESS)
+    for heading, options in OPTIONS.items():
+        group = parser.add_argument_group(heading)
+        for option in options:
+            words = option.usage.split()
+            flags = [word for word in words if word.startswith("-")]
+            settings: dict[str, Any] = {"dest": option.field, "metavar": "".join(words[len(flags):]),
+                                        "type": option.parse and _argument_type(option.parse)}
+            group.add_argument(*flags, help=option.help, **option.more,
+                               **{name: value for name, value in settings.items() if value})
+    return parser
 
 
 def parse_options(arguments: list[str]) -> tuple[Config, int]:
-    """The configuration, and the log level; exits with 2 and one line where an option is bad."""
-    parser = argparse.ArgumentParser(
-        "pkgproxy.py", "%(prog)s [options]", "A caching HTTP proxy for package managers.", EPILOG,
-        formatter_class=HelpFormatter, add_help=False)
-    groups = {row[0]: parser.add_argument_group(row[0]) for row in OPTIONS}
-    for group, flags, metavar, text, words in OPTIONS:
-        if metavar:
-            words = {"metavar": metavar, **words}
-        groups[group].add_argument(*flags.split(), help=text, **words)
-    options = parser.parse_args(arguments)
-    addrs, allow = tuple(options.addr or DEFAULTS.addrs), tuple(options.allow or DEFAULTS.allow)
+    """Return the configuration and the log level.  Exits with code 2 and one line if an option is invalid.
+
+    Options that are not given keep the defaults of Config.  Four fields come from elsewhere: parents and
+    no_proxy also from the environment, reuse_port also from --instance, and pseudonym from a random number.
+    """
+    parser = make_argument_parser()
+    given = vars(parser.parse_args(arguments))
+    level = logging.INFO + 10 * given.pop("quiet", 0) - 10 * given.pop("verbose", 0)
+    values: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in given.items()}
     try:
-        for addr in addrs:
-            parse_addr(addr)
-        parse_networks(allow)
-        config = Config(addrs, options.root, options.filters, allow,
-                        options.connect_ports, options.heuristics, options.offline, options.max_size,
-                        options.min_free, max_age=options.max_age, max_orphans=options.max_orphans,
-                        reuse_port=options.reuse_port or bool(options.instance),
-                        instance=options.instance, sharing=options.sharing, barrier=options.barrier,
-                        pseudonym="pkgproxy-" + secrets.token_hex(4),
-                        ca_file=options.ca_file, parents=parent_proxies(options.parent, os.environ),
-                        no_proxy=tuple((os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
-                                        ).lower().replace(" ", "").split(",")),
-                        adopt=tuple(map(os.path.abspath, options.adopt or ())),
-                        names=tuple(options.name or ()))
+        values["parents"] = parent_proxies(values.get("parents"), os.environ)
     except ValueError as error:
         parser.error(str(error))
-    level = logging.INFO + 10 * options.quiet - 10 * options.verbose
-    return config, max(logging.DEBUG, min(level, logging.ERROR))
+    no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    values["no_proxy"] = tuple(no_proxy.lower().replace(" ", "").split(","))
+    values["reuse_port"] = bool(values.get("reuse_port") or values.get("instance"))
+    # Unique, so that this proxy recognizes its own requests in Via, but not those of another instance.
+    values["pseudonym"] = "pkgproxy-" + secrets.token_hex(4)
+    return Config(**values), max(logging.DEBUG, min(level, logging.ERROR))
+
+
+# Start ----------------------------------------------------------------------------------------
+
+
+class StartupError(Exception):
+    """pkgproxy cannot start, because an option's value cannot be used on this machine.
+
+    Its text is one or two sentences with the cause and a remedy; main() writes it to stderr.
+    """
 
 
 def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
-    """Read a filters file; OSError or UnicodeDecodeError.  Bad lines are reported and skipped."""
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read(MAX_FILTERS + 1)
-    if len(text) > MAX_FILTERS:  # a package, a device that never ends
-        raise OSError(errno.EFBIG, "it has more than %d characters" % MAX_FILTERS)
-    filters, complaints = parse_filters(text)
-    for complaint in complaints:
-        log.warning("%s: %s", path, complaint)
+    """Read a filters file.  Invalid lines are logged and skipped; raises StartupError if it is unreadable.
+
+    A byte order mark at its start is ignored; editors on Windows write one.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(MAX_FILTERS + 1)
+        if len(text) > MAX_FILTERS:  # probably the wrong file: a package, or a device such as /dev/zero
+            raise OSError(errno.EFBIG, "it has more than %d characters" % MAX_FILTERS)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError("Cannot read the filters file %s: %s." % (path, reason)) from None
+    filters, errors = parse_filters(text)
+    for message in errors:
+        log.warning("%s: %s", path, message)
     log.info("Parsed %d filters from %s", len(filters), path)
     return tuple(filters)
 
 
 def open_store(config: Config) -> Store:
-    """The store below the root, made if it is missing; Unusable where it is no folder to read."""
+    """Open the store, and create the cache directory if it is missing.  Raises StartupError."""
     store = Store(config.root or ".", config.root is not None, config.min_free, config.max_size)
     try:
         make_directory(store.root)
         hosts = store.list_hosts()
     except OSError as error:
-        raise StartupError("The cache root %s cannot be used: %s. Name another folder with -r." % (
+        raise StartupError("Cannot use the cache root %s: %s. Choose another directory with -r." % (
             store.root, error.strerror)) from None
-    found = "holds %d host%s" % (len(hosts), "s" if len(hosts) > 1 else "") if hosts else "nothing stored yet"
-    log.info("Cache root at %s (%s)", store.root, found)
+    content = format_count(len(hosts), "host") if hosts else "nothing"
+    log.info("Cache root at %s (%s stored%s)", store.root, content, "" if hosts else " yet")
     if not os.access(store.root, os.W_OK):
-        log.warning("The cache root cannot be written: requests are passed on, nothing is kept")
-    for folder in config.adopt:
-        if os.path.isdir(folder):
-            log.info("Adopting what is the same from %s", folder)
+        log.warning("The cache root is not writable. Requests are forwarded, but nothing is stored.")
+    for directory in config.adopt:
+        if os.path.isdir(directory):
+            log.info("Adopting identical packages from %s", directory)
         else:
-            log.warning("There is no folder %s to adopt packages from. It is looked for again after %d h.",
-                        folder, ADOPT_SCAN_INTERVAL // 3600)
+            log.warning("The directory %s, from which packages are to be adopted, does not exist. "
+                        "pkgproxy looks for it again every %d h.", directory, ADOPT_SCAN_INTERVAL // 3600)
     return store
 
 
 def check_access_settings(config: Config) -> None:
-    """Say who may come in, and which way we go out; Unusable where --ca-file holds no certificates."""
-    log.info("Clients may come from: %s", ", ".join(config.allow))
+    """Log which clients may connect and how origins are reached.  Raises StartupError.
+
+    A --ca-file without certificates is reported now instead of with the first https request.
+    """
+    log.info("Allowed clients: %s", ", ".join(config.allow))
     for scheme, parent in config.parents:
-        log.info("Asking %s origins through the parent proxy %s%s", scheme, parent.place.authority,
-                 ", or directly" if parent.or_direct else "")
+        log.info("Using the parent proxy %s for %s origins%s", parent.place.authority, scheme,
+                 ", with direct connections if it fails" if parent.or_direct else "")
     if config.ca_file is not None:
         try:
-            TrustStore(config.ca_file).context()
+            make_tls_context(config.ca_file)
         except OSError as error:
-            raise StartupError("The certificates in %s cannot be used: %s." % (
+            raise StartupError("Cannot use the certificates in %s: %s." % (
                 config.ca_file, explain_error(error))) from None
 
 
 def make_connection_limiter() -> ConnectionLimiter:
-    """Room for as many connections as the descriptors allow: each may take four, and one more is parked."""
+    """Limit connections by the file descriptors that this process may open, after raising that limit.
+
+    A connection uses up to four descriptors (client, origin, stored file, partial file), and for each one
+    another may be parked until the limit allows it. 40 are left for everything else.
+    """
     if resource is None:
         return ConnectionLimiter(MAX_CONNECTIONS)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: unlimited
     return ConnectionLimiter(max(4, min(MAX_CONNECTIONS, (soft - 40) // 5 if soft > 0 else MAX_CONNECTIONS)))
 
 
 def inherited_socket(descriptor: int) -> socket.socket:
-    """A listening socket that whoever started us has opened; OSError where it is none."""
+    """Take over a listening socket that the parent process opened.  Raises OSError if it is anything else."""
     listening = socket.socket(fileno=descriptor)
     if (listening.family not in (socket.AF_INET, socket.AF_INET6)
             or not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
-        raise OSError(errno.EINVAL, "it is no listening TCP socket")
+        raise OSError(errno.EINVAL, "it is not a listening TCP socket")
     return NonblockingListener(listening)
 
 
+def inherited_descriptors(environment: Mapping[str, str]) -> range:
+    """Return the descriptors of sockets passed by systemd socket activation (sd_listen_fds(3)).
+
+    LISTEN_PID tells them from variables that were inherited by mistake.
+    """
+    count = environment.get("LISTEN_FDS", "")
+    is_for_us = environment.get("LISTEN_PID") == str(os.getpid()) and count.isdecimal()
+    return range(3, 3 + int(count)) if is_for_us else range(0)
+
+
 def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.socket]:
-    """A listening socket for each address, or those that systemd hands over in their place (sd_listen_fds(3),
-    from descriptor 3 on); Unusable where one is taken or not ours."""
-    sockets: list[socket.socket] = []
-    ours, count = environment.get("LISTEN_PID") == str(os.getpid()), environment.get("LISTEN_FDS", "")
-    handed = range(3, 3 + int(count)) if ours and count.isdecimal() else range(0)
+    """Listen on each configured address, or take over the sockets that systemd passed instead.
+
+    Raises StartupError if one of them fails; the others are then closed.
+    """
     if config.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
-        raise StartupError("This system has no SO_REUSEPORT: leave out --reuse-port and --instance.")
-    for addr in handed or config.addrs:
+        raise StartupError("This system does not support SO_REUSEPORT; remove --reuse-port and --instance.")
+    sockets: list[socket.socket] = []
+    descriptors = inherited_descriptors(environment)
+    for addr in descriptors or config.addrs:
         try:
             sockets.append(inherited_socket(addr) if isinstance(addr, int)
                            else open_socket(*parse_addr(addr), config.reuse_port))
         except (OSError, OverflowError) as error:
             for listening in sockets:
                 listening.close()
-            # Without what create_server adds to it.
+            # create_server() appends "(while attempting to bind on address ...)", which repeats the address.
             reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]
-            what = "the socket %d of systemd: %s." if handed else "%s: %s. Name another with -a."
-            raise StartupError("Cannot listen on " + what % (addr, reason)) from None
+            message = "socket %d from systemd: %s." if descriptors else "%s: %s. Choose another with -a."
+            raise StartupError("Cannot listen on " + message % (addr, reason)) from None
         log.info("Starting proxy server at %s", display_address(sockets[-1]))
     return sockets
 
 
-def reload_filters(proxy: Proxy) -> None:
-    """Read the filters file again; a bad one keeps the old filters."""
+# Signals and the service manager --------------------------------------------------------------
+
+
+def install_signal_handlers() -> queue.SimpleQueue[str]:
+    """Return a queue that receives the names of the signals SIGTERM, SIGINT and SIGHUP.
+
+    A Python signal handler runs between any two instructions of the main thread.  SimpleQueue.put() is
+    reentrant, so a handler may call it; an Event or a log call could deadlock on a lock that the
+    interrupted code holds.
+    """
+    signals: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), lambda *_, name=name: signals.put(name))
+    return signals
+
+
+class SystemdNotifier:
+    """Sends state changes and watchdog messages to systemd, or nothing under any other parent (sd_notify(3)).
+
+    READY=1, RELOADING=1 and STOPPING=1 mark the states.  WATCHDOG=1 is sent while all event loops run; if it
+    stays away for WATCHDOG_USEC, systemd restarts the service.
+    """
+
+    def __init__(self, environment: Mapping[str, str], counters: Counters) -> None:
+        path = environment.get("NOTIFY_SOCKET", "") if hasattr(socket, "AF_UNIX") else ""
+        self._address = "\0" + path[1:] if path.startswith("@") else path  # "@": Linux's abstract namespace
+        self._counters = counters
+        timeout = (parse_delta_seconds(environment.get("WATCHDOG_USEC")) or 60_000_000) / 1e6  # seconds
+        self._max_silence = timeout / 2  # a loop that has not run for this long counts as stuck
+        self.pause = min(1.0, timeout / 4)  # maximum seconds between two calls of send_watchdog()
+        self._next = 0.0  # monotonic time of the next watchdog message
+
+    def notify(self, text: str) -> None:
+        """Send a message.  Errors are ignored, because the proxy works without a service manager."""
+        if self._address:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(1.0)
+                sock.sendto(text.encode(), self._address)
+
+    def send_watchdog(self, last_iteration: float) -> None:
+        """Send the watchdog message and a status line if it is time and all event loops run.
+
+        ``last_iteration`` is the monotonic time at which the slowest loop last ran.
+        """
+        now = time.monotonic()
+        if self._address and now >= self._next and now - last_iteration < self._max_silence:
+            self._next = now + min(self._max_silence / 2, NOTIFY_INTERVAL)
+            counted = self._counters.snapshot()
+            hits, requests = hit_counts(counted["statsOutcomes"])
+            self.notify("WATCHDOG=1\nSTATUS=%s, %s hits, %s saved" % (
+                format_count(requests, "request"), format_percent(hits, requests),
+                format_bytes(counted["statsCacheBytes"])))
+
+
+def reload_filters(proxy: Proxy, notifier: SystemdNotifier) -> None:
+    """Read the filters file again.  If that fails, the previous filters remain in force."""
+    notifier.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
     config = proxy.config
     if config.filters_file:
         try:
             proxy.config = replace_fields(config, filters=load_filters(config.filters_file))
-        except (OSError, UnicodeDecodeError) as error:
-            log.error("The filters file %s cannot be read: %s; the old filters stay", config.filters_file,
-                      getattr(error, "strerror", None) or error)
+        except StartupError as error:
+            log.error("%s The previous filters remain in force.", error)
+    notifier.notify("READY=1")
 
 
-def install_signal_handlers() -> queue.SimpleQueue[str]:
-    """From now on the names of the signals that we heed come out of this queue.  A handler may interrupt
-    anything: a SimpleQueue bears that, an Event or the log does not."""
-    heard: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), lambda *_, name=name: heard.put(name))
-    return heard
-
-
-class SystemdNotifier:
-    """The service manager that started us, where it wants to be told how we are (systemd, sd_notify(3))."""
-
-    def __init__(self, environment: Mapping[str, str], counters: Counters) -> None:
-        place = environment.get("NOTIFY_SOCKET", "") if hasattr(socket, "AF_UNIX") else ""
-        self._place = "\0" + place[1:] if place.startswith("@") else place
-        self._counters = counters
-        watch = (parse_delta_seconds(environment.get("WATCHDOG_USEC")) or 60_000_000) / 1e6  # seconds, then we are killed
-        self._max_silence = watch / 2  # seconds without a beat, then we are not well
-        self.pause = min(1.0, watch / 4)  # seconds, at most, between two calls of ping()
-        self._next = 0.0  # monotonic time of the next ping
-
-    def notify(self, text: str) -> None:
-        """Tell it, if it can be told."""
-        if self._place:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.settimeout(1.0)
-                sock.sendto(text.encode(), self._place)
-
-    def send_watchdog(self, beat: float) -> None:
-        """That we are well, where we were so at the monotonic time ``beat``, and what we have done."""
-        now = time.monotonic()
-        if self._place and now >= self._next and now - beat < self._max_silence:
-            self._next = now + min(self._max_silence / 2, NOTIFY_INTERVAL)
-            counted = self._counters.snapshot()
-            found, asked = hit_counts(counted["statsOutcomes"])
-            self.notify("WATCHDOG=1\nSTATUS=%s, %s hits, %s saved" % (
-                format_count(asked, "request"), format_percent(found, asked), format_bytes(counted["statsCacheBytes"])))
-
-    @contextlib.contextmanager
-    def reloading(self) -> Iterator[None]:
-        """While the filters are read again."""
-        self.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-        yield
-        self.notify("READY=1")
-
-
-def wait_for_shutdown(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str],
-                 manager: SystemdNotifier) -> None:
-    """Until SIGTERM or SIGINT; SIGHUP reads the filters again."""
+def wait_for_shutdown(servers: list[ProxyServer], proxy: Proxy, signals: queue.SimpleQueue[str],
+                      notifier: SystemdNotifier) -> None:
+    """Return on SIGTERM or SIGINT. Meanwhile, send watchdog messages, and reload the filters on SIGHUP."""
     while True:
-        manager.send_watchdog(min(server.last_iteration for server in servers))
+        notifier.send_watchdog(min(server.last_iteration for server in servers))
         with contextlib.suppress(queue.Empty):
-            name = heard.get(timeout=manager.pause)  # Windows delivers signals between waits only
+            name = signals.get(timeout=notifier.pause)  # Windows delivers signals only between two waits
             if name in ("SIGTERM", "SIGINT"):
                 return
             if name == "SIGHUP":
-                with manager.reloading():
-                    reload_filters(proxy)
+                reload_filters(proxy, notifier)
 
 
-def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str], manager: SystemdNotifier) -> None:
-    """Serve until a signal ends it; running replies get GRACE seconds."""
+def serve(servers: list[ProxyServer], proxy: Proxy, signals: queue.SimpleQueue[str],
+          notifier: SystemdNotifier) -> None:
+    """Serve until a signal arrives, then shut down.
+
+    Shutdown: 1. stop accepting, on all addresses at once; 2. wait for the running responses, at most
+    SHUTDOWN_GRACE seconds for all servers together; 3. close the proxy.
+    Threads that are still busy are daemons and end with the process.
+    """
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    manager.notify("READY=1")
-    wait_for_shutdown(servers, proxy, heard, manager)
-    manager.notify("STOPPING=1")
+    notifier.notify("READY=1")
+    wait_for_shutdown(servers, proxy, signals, notifier)
+    notifier.notify("STOPPING=1")
     log.info("Stopping")
     deadline = time.monotonic() + SHUTDOWN_GRACE
     for server in servers:
@@ -8807,112 +9565,130 @@ def serve(servers: list[ProxyServer], proxy: Proxy, heard: queue.SimpleQueue[str
     proxy.close()
 
 
+# Log ------------------------------------------------------------------------------------------
+
+
 class QueueLogHandler(logging.Handler):
-    """Writes the log in a thread of its own, several lines at a time: where nobody reads it any more (a
-    stopped pager, a stuck log driver), lines are lost, and nobody waits."""
+    """Writes log lines to stderr in a thread of its own, several at a time.
 
-    def __init__(self, stamped: bool) -> None:
+    If stderr blocks (a stopped pager, a stuck log driver), lines are dropped instead of stopping the proxy.
+    Lines that are still queued at exit are written by flush(), which logging.shutdown() calls.
+    """
+
+    def __init__(self, with_timestamps: bool) -> None:
         super().__init__()
-        self._stamped = stamped
-        self._stamp = (0, "")  # clock seconds, and how they are written
-        self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
-        self._threaded = False
-
-    def start(self) -> None:
-        """From now on a thread writes.  Before, no client waits."""
+        self._with_timestamps = with_timestamps
+        self._timestamp = (0, "")  # whole seconds, and their text: formatted once a second
+        self._queue: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()  # Event: set when written
         threading.Thread(target=self._run, daemon=True).start()
-        self._threaded = True
 
     def emit(self, record: logging.LogRecord) -> None:
-        """For the logging module."""
+        """Write a record of the logging module."""
         self.write([self.format(record)])
 
     def write(self, lines: list[str]) -> None:
-        """Put lines into the queue, or drop them; without logging's records, which cost as much as a hit."""
-        stamp, put = self._time(), self._lines.put
-        for line in lines[:max(0, MAX_LOG_LINES - self._lines.qsize())]:
-            put("%s%s\n" % (stamp, line))
-        while not (self._threaded or self._lines.empty()):
-            self._write_out([self._lines.get()])
+        """Write lines of the access log.  A LogRecord for each would cost as much as serving a hit."""
+        timestamp, put = self._current_timestamp(), self._queue.put
+        for line in lines[:max(0, MAX_LOG_LINES - self._queue.qsize())]:
+            put("%s%s\n" % (timestamp, line))
 
     def flush(self) -> None:
-        """Wait for what is in the queue, but not for long."""
+        """Wait until all queued lines are written, at most one second."""
         written = threading.Event()
-        self._lines.put(written)
-        written.wait(1.0 if self._threaded else 0.0)
+        self._queue.put(written)
+        written.wait(1.0)
 
-    def _time(self) -> str:
-        if not self._stamped:
+    def _current_timestamp(self) -> str:
+        """Return the local time in the format of the original's log, or "" if the journal adds it."""
+        if not self._with_timestamps:
             return ""
-        now, stamp = int(time.time()), self._stamp
-        if now != stamp[0]:
-            self._stamp = stamp = now, time.strftime("%Y/%m/%d %H:%M:%S ", time.localtime(now))
-        return stamp[1]
+        now, timestamp = int(time.time()), self._timestamp  # one read: another thread may replace it
+        if now != timestamp[0]:
+            self._timestamp = timestamp = now, time.strftime("%Y/%m/%d %H:%M:%S ", time.localtime(now))
+        return timestamp[1]
 
     def _run(self) -> None:
+        """Write batches of lines forever."""
         while True:
-            lines = [self._lines.get()]
-            time.sleep(LOG_BATCH_DELAY)
+            batch = [self._queue.get()]
+            time.sleep(LOG_BATCH_DELAY)  # more lines arrive meanwhile, and share the system call
             with contextlib.suppress(queue.Empty):
-                while len(lines) < MAX_LOG_LINES:
-                    lines.append(self._lines.get_nowait())
-            self._write_out(lines)
+                while len(batch) < MAX_LOG_LINES:
+                    batch.append(self._queue.get_nowait())
+            self._write_out(batch)
 
-    def _write_out(self, lines: list[str | threading.Event]) -> None:
-        text = "".join(line for line in lines if isinstance(line, str))
-        data = text.encode("utf-8", "backslashreplace")
-        with contextlib.suppress(OSError, ValueError):  # a full log device harms nothing
-            while data and (self._threaded or os.name == "nt" or select.select([], [2], [], 1.0)[1]):
+    def _write_out(self, batch: list[str | threading.Event]) -> None:
+        """Write the lines of a batch to descriptor 2, then set its events.
+
+        sys.stderr would keep lines that it failed to write (a full device), and fail again at exit.
+        """
+        data = "".join(line for line in batch if isinstance(line, str)).encode("utf-8", "backslashreplace")
+        with contextlib.suppress(OSError, ValueError):  # /dev/full, or stderr was closed
+            while data:
                 try:
                     data = data[os.write(2, data):]
-                except BlockingIOError:  # whoever started us wants it so
+                except BlockingIOError:  # the parent process made stderr non-blocking
                     time.sleep(LOG_BATCH_DELAY)
-        for line in lines:
+        for line in batch:
             if isinstance(line, threading.Event):
                 line.set()
 
 
-def load_configured_filters(config: Config) -> Config:
-    """The configuration with what its filters file says; Unusable."""
-    if not config.filters_file:
-        log.info("No filters file given")
-        return config
-    try:
-        return replace_fields(config, filters=load_filters(config.filters_file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupError("The filters file %s cannot be read: %s." % (
-            config.filters_file, getattr(error, "strerror", None) or error)) from None
-
-
-def run(config: Config, writer: QueueLogHandler) -> None:
-    """Start, serve, stop; Unusable."""
-    store = open_store(config)
-    config = load_configured_filters(config)
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        log.warning("Running as root: an account without privileges is enough, and safer")
-    check_access_settings(config)
-    heard = install_signal_handlers()
-    sockets = open_sockets(config, os.environ)
-    seat = CPUAffinity()
-    seat.pin(int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid())
-    writer.start()
-    proxy = Proxy(config, store)
-    proxy.start()
-    desk = Dispatcher(proxy, make_connection_limiter(), writer.write, seat)
-    serve([ProxyServer(listening, desk) for listening in sockets], proxy, heard,
-          SystemdNotifier(os.environ, proxy.counters))
-
-
 def stderr_is_journal(stream: str) -> bool:
-    """Whether stderr is the journal that systemd names in $JOURNAL_STREAM, which stamps the time itself."""
+    """Return whether stderr is the journal, which adds timestamps itself.
+
+    ``stream`` is $JOURNAL_STREAM: device and inode of the journal's socket (systemd.exec(5)).
+    """
     with contextlib.suppress(OSError, ValueError):
-        info = os.fstat(2)
-        return stream == "%d:%d" % (info.st_dev, info.st_ino)
+        return stream == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
     return False
 
 
+def start_logging(level: int) -> QueueLogHandler:
+    """Send log messages of at least ``level`` to stderr.  Returns the handler."""
+    handler = QueueLogHandler(not stderr_is_journal(os.environ.get("JOURNAL_STREAM", "")))
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+    return handler
+
+
+# Main -----------------------------------------------------------------------------------------
+
+
+def run(config: Config, level: int) -> None:
+    """Start pkgproxy, serve until a signal arrives, and stop.  Raises StartupError.
+
+    Everything that can fail is done before the first thread of the proxy starts, and the addresses are
+    opened last, so that clients of a proxy that cannot start are refused at once.
+    """
+    affinity = CPUAffinity()  # before the first thread, because threads inherit it
+    affinity.pin(int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid())
+    log_handler = start_logging(level)
+    store = open_store(config)
+    if config.filters_file:
+        config = replace_fields(config, filters=load_filters(config.filters_file))
+    else:
+        log.info("No filters file given")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        log.warning("Running as root: an unprivileged account is sufficient and safer")
+    check_access_settings(config)
+    signals = install_signal_handlers()  # before "Starting" is logged, after which a SIGTERM may come
+    sockets = open_sockets(config, os.environ)
+    counters = Counters()
+    proxy = Proxy(config, store, counters.add_down)
+    statistics = StatusCollector(store, counters, config.instance or ",".join(config.addrs), proxy.snapshot)
+    proxy.start()
+    statistics.history.start()
+    dispatcher = Dispatcher(proxy, statistics, make_connection_limiter(), log_handler.write, affinity)
+    serve([ProxyServer(listening, dispatcher) for listening in sockets], proxy, signals,
+          SystemdNotifier(os.environ, counters))
+    statistics.history.stop()
+
+
 def open_missing_standard_files() -> None:
-    """Open what was closed of 0, 1 and 2: the log would go into whatever gets that number."""
+    """Open /dev/null for each standard descriptor that is closed.
+
+    Otherwise the next file or socket would get its number, and the log would be written into it.
+    """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -8921,17 +9697,18 @@ def open_missing_standard_files() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run pkgproxy with command-line arguments (default: sys.argv).  Returns the exit code.
+
+    0: stopped by SIGTERM or SIGINT; 1: cannot start; 2 (from argparse): invalid option.
+    """
     open_missing_standard_files()
     config, level = parse_options(sys.argv[1:] if arguments is None else arguments)
-    writer = QueueLogHandler(not stderr_is_journal(os.environ.get("JOURNAL_STREAM", "")))
-    logging.basicConfig(level=level, format="%(message)s", handlers=[writer])
     try:
-        run(config, writer)
-    except StartupError as problem:
-        logging.shutdown()  # what was said before stands before
-        sys.stderr.write("pkgproxy: %s\n" % problem)
-        return problem.code
+        run(config, level)
+    except StartupError as error:
+        logging.shutdown()  # write the earlier log lines first
+        sys.stderr.write("pkgproxy: %s\n" % error)
+        return 1
     return 0
 
 

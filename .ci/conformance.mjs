@@ -20,6 +20,27 @@ const handlers = {
 // tests/surrogate-control.mjs is not in this list: only a reverse proxy obeys that field.
 const groups = (await load('tests/index.mjs')).default
 
+// The suite adds these fields to each request for its own use. The proxy does not know them, so it would
+// treat every request as private to its client. They travel in User-Agent instead, which the proxy forwards,
+// and the origin restores them. A request that the proxy makes by itself may lack them: then the suite counts
+// the requests at the origin instead.
+const SUITE_FIELDS = new Set(['test-name', 'test-id', 'req-num'])
+const USER_AGENT = 'http-cache-tests '
+
+function packSuiteFields (headers) {
+  const packed = headers.filter(([name]) => SUITE_FIELDS.has(name.toLowerCase()))
+  const others = headers.filter(([name]) => !SUITE_FIELDS.has(name.toLowerCase()))
+  return [...others, ['User-Agent', USER_AGENT + encodeURIComponent(JSON.stringify(packed))]]
+}
+
+function restoreSuiteFields (request) {
+  const agent = request.headers['user-agent'] || ''
+  if (!agent.startsWith(USER_AGENT)) return
+  for (const [name, value] of JSON.parse(decodeURIComponent(agent.slice(USER_AGENT.length)))) {
+    request.headers[name.toLowerCase()] = value
+  }
+}
+
 // The suite's server/server.mjs listens on all addresses; these are its handlers on loopback. Each test
 // has an origin of its own: the proxy remembers for a while that an origin has failed, and some tests make
 // it fail.
@@ -28,6 +49,7 @@ async function originFor (token) {
   if (!origins.has(token)) {
     const server = http.createServer((request, response) => {
       const [, name, ...segments] = new URL(request.url, 'http://origin/').pathname.split('/')
+      restoreSuiteFields(request)
       handlers[name](segments, request, response)
     })
     origins.set(token, new Promise(resolve => server.listen(0, '127.0.0.1', () => resolve(server))))
@@ -39,8 +61,8 @@ async function originFor (token) {
 // Redirects are not followed: the tests look at them.
 async function fetchThroughProxy (pathname, { method = 'GET', headers = [], body } = {}) {
   const authority = await originFor(pathname.split(/[/?]/)[2])
-  const fields = { Host: authority, Accept: '*/*', 'User-Agent': 'http-cache-tests' }
-  for (const [name, value] of headers) fields[name] = fields[name] ? [fields[name], value].flat() : value
+  const fields = { Host: authority, Accept: '*/*' }
+  for (const [name, value] of packSuiteFields(headers)) fields[name] = fields[name] ? [fields[name], value].flat() : value
   return new Promise((resolve, reject) => {
     const request = http.request({
       host: '127.0.0.1',
