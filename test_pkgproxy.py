@@ -496,7 +496,7 @@ class ProxyCase(unittest.TestCase):
         else:
             self.addCleanup(self.stop_proxy)
         self.server = self.make_server(make_dispatcher(config or self.config, pkgproxy.Store(self.root)))
-        self.proxy = self.server.desk.proxy
+        self.proxy = self.server.dispatcher.proxy
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
@@ -514,7 +514,7 @@ class ProxyCase(unittest.TestCase):
     def wait_until_idle(self):
         """Wait until no response, no flight and no background validation is in progress."""
         until(lambda: not self.server.replies_running and not self.downloads_in_flight()
-              and self.proxy._refresher._running._value == pkgproxy.MAX_BACKGROUND_VALIDATIONS, "the end of all responses")
+              and self.proxy._revalidator._running._value == pkgproxy.MAX_BACKGROUND_VALIDATIONS, "the end of all responses")
 
     def downloads_in_flight(self, proxy=None):
         """Return how many downloads are in progress: the only look into a proxy's SingleFlight."""
@@ -590,7 +590,7 @@ class ProxyCase(unittest.TestCase):
         self.wait_until_idle()
         now = time.monotonic()
         until(lambda: self.server.last_iteration > now, "an iteration of the loop")  # it counts after it has sent
-        return self.server.desk.statistics.counters.snapshot()
+        return self.server.dispatcher.statistics.counters.snapshot()
 
     def visible_files(self):
         """Return the visible files of the cache: {name below the root: bytes}."""
@@ -748,7 +748,7 @@ class StructureTest(unittest.TestCase):
     """Structure and budgets of the source.  A limit is only ever lowered."""
 
     FORWARD = {("PartialFile", "Store"), ("OriginResponse", "OriginConnection"), ("OriginConnection", "OriginClient"),
-               ("ProxyHandler", "ProxyServer")}  # annotations
+               ("ProxyHandler", "ProxyServer"), ("EventLoop", "ProxyServer")}  # annotations
 
     @classmethod
     def setUpClass(cls):
@@ -3153,6 +3153,20 @@ class MissAndHitTest(ProxyCase):
         self.assertLessEqual(set(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER))), {"heads", "partials"})
 
 
+class TimingsTest(ProxyCase):
+    """Where the time of a request goes."""
+
+    def test_a_miss_and_a_hit_record_when_they_reach_each_step(self):
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000)
+        url = self.origin.url("/x_1.0_all.deb")
+        for steps in (["looked up", "locked", "connected", "origin head", "stored"], ["looked up"]):
+            asked = dataclasses.replace(make_request(url), key=url, client_is_local=True, timings={})
+            with contextlib.closing(self.proxy.respond(asked).body) as body:
+                self.assertEqual(sum(part.size if isinstance(part, pkgproxy.FileSlice) else len(part) for part in body.chunks()), 1000)
+            self.wait_until_idle()
+            self.assertEqual(sorted(asked.timings, key=asked.timings.get), steps)
+
+
 class CollapsedRequestsTest(ProxyCase):
     """The barrier: concurrent clients of one file share one download."""
 
@@ -3875,13 +3889,13 @@ class TlsOriginTest(ProxyCase):
         thread.start()
         try:
             with mock.patch.object(pkgproxy, "resolve_addresses", lambda host, port: place if host == "mirror.test" else [(*place[0][:4], (host, port))]):
-                yield "127.0.0.1:%d" % server.server_address[1], server.desk.statistics
+                yield "127.0.0.1:%d" % server.server_address[1], server.dispatcher.statistics
         finally:
             self.proxy._origin.pool.close()
             server.shutdown()
             server.server_close()
             thread.join(PATIENCE)
-            server.desk.proxy.close()
+            server.dispatcher.proxy.close()
 
     def test_https_origins_and_tunnels_go_through_a_parents_connect(self):
         self.secure.context = self.certificates.context("mirror", names="DNS:mirror.test")
@@ -4087,7 +4101,7 @@ class MirrorSharingTest(ProxyCase):
         url = self.publish()
         self.request(self.HERE)
         self.request(url)
-        self.proxy._refresher.revalidate(pkgproxy.parse_target(url), url, (), True)
+        self.proxy._revalidator.revalidate(pkgproxy.parse_target(url), (), True)
         self.wait_until_idle()
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
         self.assertEqual(self.other.log[-1].fields["if-none-match"], '"there"')
@@ -4121,7 +4135,7 @@ class MirrorSharingTest(ProxyCase):
             self.assertTrue(self.cache_status(answer).startswith('pkgproxy; hit; detail="same as ' + self.origin.url("/a/")))
             self.assertEqual(self.cache_status(self.request(self.other.url("/b" + path))), "pkgproxy; hit")
         self.assertEqual(len(self.origin.log), 2, "only the digest counts, not the rest of the name")
-        self.assertEqual(self.server.desk.statistics.counters.snapshot()["statsDownBytes"], 2 * len(self.INDEX_BODY))
+        self.assertEqual(self.server.dispatcher.statistics.counters.snapshot()["statsDownBytes"], 2 * len(self.INDEX_BODY))
 
     def test_a_body_that_does_not_match_the_digest_in_its_name_is_not_stored(self):
         path = "/dists/x/by-hash/SHA256/" + sha256(self.INDEX_BODY)
@@ -4332,8 +4346,7 @@ class MirrorSharingTest(ProxyCase):
         url = self.publish()
         self.request(self.HERE)
         far = pkgproxy.cache_key(pkgproxy.parse_target(url))
-        held = self.proxy._mirrors._candidates(dataclasses.replace(make_request(url), key=far, client_is_local=False))
-        self.assertEqual(held, [])
+        self.assertFalse(self.proxy._mirrors.has_candidates(dataclasses.replace(make_request(url), key=far, client_is_local=False)))
         self.assertTrue(self.proxy._mirrors.has_candidates(dataclasses.replace(make_request(url), key=far, client_is_local=True)))
         with contextlib.closing(self.proxy._store.lookup(self.origin.url(self.HERE))) as stored:
             self.assertTrue(stored.head.local_clients_only)
@@ -4379,7 +4392,7 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual(self.request(self.publish()).body, self.BODY)
 
         def cut(copy, size=0):
-            copy._twin.file.close()
+            copy._stored.file.close()
             raise pkgproxy.TruncatedBodyError("cut")
 
         with mock.patch.object(pkgproxy.LocalFileResponse, "read", cut):
@@ -4456,9 +4469,9 @@ class MirrorSharingTest(ProxyCase):
         self.other.close()
         self.assertEqual(self.request(self.other.url("/mirrors/pub/pool/v3_1.0_all.deb")).status, 502)
         asked = make_request(self.other.url("/x"))
-        self.proxy._troubles.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
+        self.proxy._failures.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
         self.assertEqual(self.request(self.other.url("/repodata/" + digest)).body, self.INDEX_BODY)
-        self.assertEqual(self.proxy._troubles.origin_down_reason(asked), "It is down.", "the mirror got no request")
+        self.assertEqual(self.proxy._failures.origin_down_reason(asked), "It is down.", "the mirror got no request")
 
     def test_packages_no_longer_adopted_are_left_alone(self):
         self.adopt(**{"x_1.0_all": self.BODY})
@@ -4820,6 +4833,32 @@ class SemanticsTest(ProxyCase):
             self.start_proxy()
         self.assertEqual(wrong, [])
         self.assertGreater(len(seen), 100)
+
+
+class FailureReasonTest(ProxyCase):
+    """Why a request failed although something may be stored."""
+
+    def test_a_failure_keeps_its_decision_and_says_why_no_stored_copy_was_used(self):
+        self.origin.pages["/page"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=0, must-revalidate"), ("ETag", '"1"')])
+        self.origin.pages["/vary"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=999"), ("Vary", "Accept")])
+        self.request("/page")
+        self.request("/vary", Accept="a")
+        self.wait_until_idle()
+        self.origin.close()
+        for path, fields, status, forward, reason in (
+                ("/new_1.0_all.deb", {}, 502, "fwd=uri-miss; ", "no stored copy"),
+                ("/page", {}, 502, "fwd=stale; ", "the stored copy must be revalidated"),
+                ("/vary", {"Accept": "b"}, 502, "fwd=vary-miss; ", "the stored copy is for other request fields"),
+                ("/vary", {"Cache-Control": "no-store", "Accept": "c"}, 502, "fwd=vary-miss; ", "the request bypasses the cache"),
+                ("/page", {"Cache-Control": "only-if-cached"}, 504, "", "the stored copy must be revalidated"),
+                ("/new_1.0_all.deb", {"Cache-Control": "only-if-cached"}, 504, "", "no stored copy")):
+            with self.subTest(path=path, fields=fields), self.assertLogs("pkgproxy", "INFO") as logged:
+                answer = self.request(path, **{name.replace("-", "_"): text for name, text in fields.items()})
+                self.wait_until_idle()
+                self.assertEqual(answer.status, status)
+                self.assertRegex(self.cache_status(answer), r'\Apkgproxy; %sdetail="[^"]+; %s"\Z' % (forward, reason))
+                self.assertIn("; %s)" % reason, logged.output[-1])
+                self.assertNotIn(reason.encode(), answer.body, "a client's user needs one sentence")
 
 
 class OriginBackoffTest(ProxyCase):
@@ -5655,11 +5694,11 @@ class SmallDiskTest(ProxyCase):
             self.addCleanup(self.stop_proxy)
         store = pkgproxy.Store(self.root, min_free=config.min_free, max_size=config.max_size)
         self.server = self.make_server(make_dispatcher(config, store))
-        self.proxy = self.server.desk.proxy
+        self.proxy = self.server.dispatcher.proxy
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
-        self.proxy.sweeper.start(config)
+        self.proxy.evictor.start(config)
 
     def mount(self):
         options = "size=%d,nr_inodes=%d" % (self.SIZE, self.INODES)
@@ -6332,7 +6371,7 @@ class FaultTest(ProxyCase):
     def test_a_partial_file_is_a_symlink_that_leaves_the_root(self):
         precious = Path(self.folder, "precious")
         precious.write_bytes(b"precious")
-        link = Path(self.proxy._claims.partials.path(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.NEW))), ""))
+        link = Path(self.proxy._locks.partials.path(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.NEW))), ""))
         link.symlink_to(precious)
         self.cleanups.callback(link.unlink)
         got = self.download()
@@ -6497,7 +6536,7 @@ class FaultsOfTwoTest(FaultTest):
         super().start_proxy(config)
         self.local = threading.local()
         self.other_server = self.make_server(make_dispatcher(config or self.config, pkgproxy.Store(self.root), 100))
-        self.other_proxy = self.other_server.desk.proxy
+        self.other_proxy = self.other_server.dispatcher.proxy
         self.other_address = self.other_server.server_address
         self._other_serving = threading.Thread(target=self.other_server.serve_forever, args=(0.01,))
         self._other_serving.start()
@@ -7001,7 +7040,7 @@ class InstancesTest(InstancesCase):
 
     def make_empty_partial(self, key):
         """Create an empty partial file; return its path."""
-        path = Path(self.proxy._claims.partials.path(key, ""))
+        path = Path(self.proxy._locks.partials.path(key, ""))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         return str(path)
@@ -7036,7 +7075,7 @@ class InstancesTest(InstancesCase):
         store = pkgproxy.Store(self.root)
         store.boot = boot or store.boot
         server = self.make_server(make_dispatcher(self.config, store, 100))
-        other = server.desk.proxy
+        other = server.dispatcher.proxy
         serving = threading.Thread(target=server.serve_forever, args=(0.01,))
         serving.start()
         try:
@@ -7121,9 +7160,9 @@ class InstancesTest(InstancesCase):
             with self.subTest(tag=tag):
                 fields = (("ETag", tag),) if tag else ()
                 old, other = (mock.Mock(head=ResponseHead(200, "OK", fields, key="http://a/x", response_time=CLOCK), size=5) for _ in range(2))
-                claims = mock.Mock()
-                claims.partials.open_for_reading.return_value = other
-                watch = pkgproxy.PeerFollower(None, claims, None, None, None, mock.Mock())
+                downloader = mock.Mock()
+                downloader.locks.partials.open_for_reading.return_value = other
+                watch = pkgproxy.PeerFollower(downloader, None, None, mock.Mock())
                 watch._partial, watch._published = old, True
                 watch._switch_writer("another")
                 self.assertEqual((old.switch_to.called, other.release.called), (same, not same))
@@ -7301,7 +7340,7 @@ class MemcachedTest(InstancesCase):
         gate = self.pause_origin()
         response = self.start_download(self.address)
         self.memcached.say("set %s 0 5 5\r\nother\r\n" % self.lease())
-        leases = self.proxy._claims.leases
+        leases = self.proxy._locks.leases
         until(lambda: any(leases.is_lost(owner) for owner in list(leases._held)), "the loss of a lease")
         gate.open()
         self.assertEqual(response.read(), self.body[1:])
@@ -7334,7 +7373,7 @@ class MemcachedTest(InstancesCase):
         self.assertEqual(self.origin.methods(self.BIG), ["GET"])
         self.assertEqual(set(self.visible_files()), {self.visible_name(self.BIG[1:]), self.visible_name("y_1.0_all.deb")})
         self.memcached.start()
-        for server in self.proxy._claims.leases._servers:
+        for server in self.proxy._locks.leases._servers:
             until(lambda server=server: time.monotonic() > server._backoff_until, "the end of the backoff")
         with self.assertLogs("pkgproxy", "WARNING") as caught:
             self.assertEqual(self.request("/z_1.0_all.deb").body, b"z")
@@ -7613,7 +7652,7 @@ class PagesTest(ProxyCase):
         gathered = {"recent": [row], "origins": {evil: {"requests": 1, "bytes": 1, "cached": 1}}, "swept": {"at": 0.0},
                     "downloads": [{"uri": evil, "bytes": 1, "length": 2, "rate": 1, "clients": 1}],
                     "troubles": [{"origin": evil, "reason": evil, "seconds": 1}], "unstored": evil}
-        snapshot = {**self.server.desk.snapshot(), **gathered}
+        snapshot = {**self.server.dispatcher.snapshot(), **gathered}
         text = pkgproxy.status_page(pkgproxy.page_view(snapshot), "a:1").text.replace("<script>" + pkgproxy.SCRIPT, "")
         self.assertGreater(text.count("alert(1)"), 8)
         self.assertNotIn("<script", text)
@@ -7672,7 +7711,7 @@ class PagesTest(ProxyCase):
         self.origin.pages["/dists/x/InRelease"] = ScriptedResponse(b"", 503)
         self.assertIn("stale", self.cache_status(self.request("/dists/x/InRelease")))
         self.wait_until_idle()
-        self.proxy.sweeper._note(self.proxy.sweeper._janitor.run(self.config, time.time()))
+        self.proxy.evictor._record(self.proxy.evictor._evictor.run(self.config, time.time()))
         view = self.view()
         self.assertEqual([(row["origin"], row["reason"]) for row in view["troubles"]],
                          [(self.origin.url("/dists/x/InRelease"), "127.0.0.1:%d answers 503." % self.origin.port)])
@@ -7704,7 +7743,7 @@ class PagesTest(ProxyCase):
         for host, sizes in (("a", (10, 10)), ("b", (99,)), ("c", (1,))):
             for size in sizes:
                 sent = pkgproxy.SendResult(size, 0, 0.25, True)
-                self.server.desk.statistics.recent.note(make_request("http://%s/%d" % (host, size)), 200, CacheStatus(Outcome.MISS), [("10.0.0.1", sent)])
+                self.server.dispatcher.statistics.recent.note(make_request("http://%s/%d" % (host, size)), 200, CacheStatus(Outcome.MISS), [("10.0.0.1", sent)])
         view = self.view()
         self.assertEqual(list(view["origins"]), ["b", "a", "c"])
         self.assertEqual([row["uri"] for row in view["recent"]], ["http://c/1", "http://b/99", "http://a/10", "http://a/10"])
@@ -7735,9 +7774,9 @@ class PagesTest(ProxyCase):
                 answer = self.get_own_page("/healthz")
                 self.assertEqual(answer.status, 503)
                 self.assertIn(reason, answer.body)
-        desk = self.server.desk
+        dispatcher = self.server.dispatcher
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
-            self.assertEqual(desk.health_problem(), "Cannot start any more threads.")
+            self.assertEqual(dispatcher.health_problem(), "Cannot start any more threads.")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full on this machine")
     def test_a_full_disk_is_unhealthy_and_the_check_leaves_no_file(self):
@@ -7761,7 +7800,7 @@ class PagesTest(ProxyCase):
         client = threading.Thread(target=self.request, args=("/x_1.0_all.deb",))
         client.start()
         until(lambda: self.view()["downloads"])
-        self.server.room.most = 2  # the busy client's connection, and the one that checks
+        self.server.limiter.max_connections = 2  # the busy client's connection, and the one that checks
         answer = self.get_own_page("/healthz")
         self.assertEqual((answer.status, answer.body), (503, b"All 2 connections are busy.\n"))
         gate.open()
@@ -7950,16 +7989,16 @@ class ServerTest(ProxyCase):
         failed.assert_not_called()
 
     def test_the_longest_idle_connection_is_closed_when_the_limit_is_reached(self):
-        self.server.room.most = 3
+        self.server.limiter.max_connections = 3
         with contextlib.ExitStack() as stack:
             idle = [stack.enter_context(self.open_client()) for _ in range(3)]
             for connection in idle:
                 connection.sendall(self.raw_request("/x_1.deb"))
                 self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
-            until(lambda: sum(visitor.answered for visitor in self.server.room._visitors) == 3)
-            victim = min(self.server.room._visitors, key=lambda visitor: visitor.waiting_since).connection.getpeername()
+            until(lambda: sum(each.answered and each.waiting for each in self.server.limiter._connections) == 3)
+            victim = min(self.server.limiter._connections, key=lambda each: each.waiting_since).sock.getpeername()
             self.assertEqual(self.request("/x_2.deb").status, 200)
-            until(lambda: self.server.room._count == 2)
+            until(lambda: self.server.limiter._count == 2)
             gone = next(connection for connection in idle if connection.getsockname() == victim)
             self.assertEqual(read_to_end(gone)[-100:], b"1" * 100)
             for connection in idle:
@@ -7989,6 +8028,34 @@ class ServerTest(ProxyCase):
         lines = [record.getMessage() for record in caught.records]
         self.assertRegex(lines[0], r"\A\[  1\] 127\.0\.0\.1       miss      200       100 bytes   \d\.\d\d\d s  GET http://127\.0\.0\.1:\d+/x_1\.deb\Z")
         self.assertRegex(lines[1], r"\A\[  2\] .* hit +200 +100 bytes ")
+
+    def test_a_verbose_log_shows_where_the_time_of_a_request_went(self):
+        with self.assertLogs("pkgproxy", "DEBUG") as caught:
+            self.request("/x_1.deb")
+            until(lambda: caught.records)
+        text, _, steps = caught.records[0].getMessage().partition(" [dispatched ")
+        self.assertRegex(text, r" miss .* GET \S+/x_1\.deb\Z")
+        self.assertRegex(steps, r"\A\d+\.\d, looked up \d+\.\d, locked \d+\.\d, connected \d+\.\d, origin head \d+\.\d, .* ms\]\Z")
+        self.assertIn("first byte ", steps)
+        times = [float(time) for time in re.findall(r"\d+\.\d", steps)]
+        self.assertEqual(times, sorted(times), "all since the request arrived")
+
+    def test_a_pipelined_request_in_a_thread_gets_its_own_answer(self):
+        """Its head is read as the first one was, and what is known of the first is not taken for known of it."""
+        stored = self.raw_request("/x_1.deb")
+        self.request("/x_1.deb")
+        self.wait_until_idle()
+        with self.open_client() as connection:
+            connection.sendall(self.raw_request("/x_2.deb") + b"\r\n" + stored.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            answer = read_to_end(connection)
+        self.assertEqual(re.findall(rb"pkgproxy; (?:hit|fwd=[a-z-]+)", answer), [b"pkgproxy; fwd=uri-miss", b"pkgproxy; hit"])
+
+    def test_an_overlong_head_is_refused_when_it_is_too_long_and_not_before_its_time(self):
+        line, field = pkgproxy.MAX_LINE, b"A: " + b"x" * 9000 + b"\r\n"
+        for data, status in ((b"GET http://a/" + b"x" * line, 414), (b"GET http://a/ HTTP/1.1\r\nHost: a\r\n" + field * 8, 431),
+                             (b"GET http://a/ HTTP/1.1\r\nHost: a\r\nA: " + b"x" * line, 431), (b"\r\nGET http://a/" + b"x" * line, 414)):
+            with self.subTest(data[:40]):
+                self.assertIn(b"HTTP/1.1 %d " % status, self.send_raw(data))
 
 
 class StrictServerTest(ProxyCase):
@@ -8547,7 +8614,7 @@ class AccessTest(ProxyCase):
                 self.open_client(source=self.FAR) as one:
             one.sendall(b"G")
             self.assertTrue(read_to_end(one).startswith(b"HTTP/1.1 403"))
-            until(lambda: len(self.server.lobby._visitors) < 2, "the end of the connection, which the client has not closed")
+            until(lambda: len(self.server.event_loop._connections) < 2, "the end of the connection, which the client has not closed")
             silent.sendall(b"G")
             self.assertTrue(silent.recv(12).startswith(b"HTTP/1.1 403"), "a silent client gets the response, too")
 
@@ -8746,11 +8813,11 @@ class TunnelTest(ProxyCase):
             self.assertIn(b"HTTP/1.1 200 ", other.recv(999))
         for end in ends[0]:
             end.close()
-        until(lambda: self.server.room.tunnels._used["127.0.0.1"] < 2)
+        until(lambda: self.server.limiter.tunnels._used["127.0.0.1"] < 2)
         self.open()
 
     def test_the_number_of_tunnels_is_limited(self):
-        self.server.room.tunnels = pkgproxy.Quota(1)
+        self.server.limiter.tunnels = pkgproxy.Quota(1)
         self.open()
         answer = self.send_raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
         self.assertIn(b"HTTP/1.1 503 ", answer)
@@ -8779,7 +8846,7 @@ class EventLoopTest(ProxyCase):
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(self.address)
         slow.sendall(self.raw_request("/z_1.0.deb") * 200)
-        until(lambda: self.server.lobby.sending)
+        until(lambda: self.server.event_loop.sending)
         return slow
 
     def forbid_threads(self):
@@ -8805,11 +8872,11 @@ class EventLoopTest(ProxyCase):
         until(lambda: self.snapshot()["statsOutcomes"]["hit"] == 8)
 
     def snapshot(self):
-        return self.server.desk.snapshot()
+        return self.server.dispatcher.snapshot()
 
     def test_requests_that_may_block_go_to_a_thread_and_the_connection_returns(self):
         attend, seen = self.server.serve_in_thread, []
-        self.patch(self.server, "serve_in_thread", lambda visitor: (seen.append(visitor), attend(visitor)))
+        self.patch(self.server, "serve_in_thread", lambda connection: (seen.append(connection), attend(connection)))
         self.origin.pages["/y_1.0.deb"] = ScriptedResponse(b"y")
         one = self.open_client()
         for path, length, threads in (("/x_1.0.deb", 4096, 0), ("/y_1.0.deb", 1, 1), ("/x_1.0.deb", 4096, 1),
@@ -8853,7 +8920,7 @@ class EventLoopTest(ProxyCase):
         self.read_response(self.open_client(self.raw_request()), 4096)
         until(lambda: self.server.replies_running == 1)
         with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.05):
-            until(lambda: not self.server.lobby.sending)
+            until(lambda: not self.server.event_loop.sending)
 
     def test_a_response_sent_in_pieces_is_complete_and_counted(self):
         before = self.snapshot()["statsCacheBytes"]
@@ -8880,7 +8947,7 @@ class EventLoopTest(ProxyCase):
         lookup = self.patch(self.proxy._store, "lookup", mock.Mock(wraps=self.proxy._store.lookup))
         started = self.patch(pkgproxy.threading, "Thread", mock.Mock(wraps=threading.Thread))
         for path in ("/other_1.0.deb", "/another_1.0.deb"):
-            until(lambda: self.server._crew._idle)  # after the earlier requests
+            until(lambda: self.server._thread_pool._unreserved_idle)  # after the earlier requests
             self.assertEqual(self.request(path).body, b"other")
         self.assertEqual((started.call_count, parse.call_count), (2, 2), "only the threads of the downloads")
         self.assertEqual(lookup.call_count, 4, "each is looked up once before and once after taking the lock")
@@ -8922,7 +8989,7 @@ class EventLoopTest(ProxyCase):
 
     def test_a_removed_file_is_not_served_to_a_later_request_on_the_same_connection(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
-        answer = self.patch(self.server.desk, "try_hot_path", mock.Mock(wraps=self.server.desk.try_hot_path))
+        answer = self.patch(self.server.dispatcher, "try_hot_path", mock.Mock(wraps=self.server.dispatcher.try_hot_path))
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
             one = self.open_client()
             for _ in range(3):
@@ -8937,7 +9004,7 @@ class EventLoopTest(ProxyCase):
     def test_a_removed_file_is_not_served_to_a_new_connection(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
-        early, late, find = self.open_client(), [], self.server.lobby._shelf.get
+        early, late, find = self.open_client(), [], self.server.event_loop._hot_cache.get
 
         def found(asked, config):
             copy = find(asked, config)
@@ -8950,7 +9017,7 @@ class EventLoopTest(ProxyCase):
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
             early.sendall(self.raw_request())
             self.assertIn(b"; hit", self.read_response(early, 4096))
-            self.patch(self.server.lobby._shelf, "get", found)
+            self.patch(self.server.event_loop._hot_cache, "get", found)
             early.sendall(self.raw_request())
             self.assertIn(b"; hit", self.read_response(early, 4096))
             self.assertTrue(self.read_response(late[0], 4096).endswith(b"n"))
@@ -8958,7 +9025,7 @@ class EventLoopTest(ProxyCase):
     def test_a_removed_file_is_not_served_to_a_later_pipelined_request(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
-        find, select, gate, came, late = self.server.lobby._shelf.get, self.server.lobby.watchman.select, Gate(), Gate(), []
+        find, select, gate, came, late = self.server.event_loop._hot_cache.get, self.server.event_loop.selector.select, Gate(), Gate(), []
 
         def come(there):
             with contextlib.suppress(BlockingIOError):
@@ -8980,11 +9047,11 @@ class EventLoopTest(ProxyCase):
             for client in clients:
                 client.sendall(self.raw_request())
                 self.assertIn(b"; hit", self.read_response(client, 4096))
-            there = {visitor.address: visitor.connection for visitor in self.server.lobby._visitors}
+            there = {each.address: each.sock for each in self.server.event_loop._connections}
             pairs = [(client, there[client.getsockname()]) for client in clients]
-            self.patch(self.server.lobby.watchman, "select", lambda timeout: (came.open(), gate.pass_through(), select(timeout))[2])
+            self.patch(self.server.event_loop.selector, "select", lambda timeout: (came.open(), gate.pass_through(), select(timeout))[2])
             came.pass_through()
-            self.patch(self.server.lobby._shelf, "get", found)
+            self.patch(self.server.event_loop._hot_cache, "get", found)
             for client in clients:
                 client.sendall(self.raw_request())
             until(lambda: all(come(there) for _, there in pairs))
@@ -9016,15 +9083,15 @@ class EventLoopTest(ProxyCase):
         with mock.patch.object(pkgproxy, "SHUTDOWN_GRACE", 0.05), self.assertLogs("pkgproxy", "INFO") as caught:
             self.server.shutdown()
             self.server.server_close()
-        self.assertEqual(sum("broken off" in line for line in caught.output), 1)
+        self.assertEqual(sum("incomplete" in line for line in caught.output), 1)
         self.assertGreater(self.snapshot()["statsOutcomes"]["hit"], before)
 
     def test_each_of_many_hits_in_one_loop_iteration_is_counted_and_logged(self):
         before, clients = self.snapshot(), [self.open_client() for _ in range(20)]
-        until(lambda: len(self.server.lobby._visitors) >= 20)
-        select = self.server.lobby.watchman.select
+        until(lambda: len(self.server.event_loop._connections) >= 20)
+        select = self.server.event_loop.selector.select
         gate = Gate()
-        self.patch(self.server.lobby.watchman, "select", lambda timeout: (gate.pass_through(), select(timeout))[1])
+        self.patch(self.server.event_loop.selector, "select", lambda timeout: (gate.pass_through(), select(timeout))[1])
         with self.assertLogs("pkgproxy", "INFO") as caught:
             for client in clients:
                 client.sendall(self.raw_request() * 3)
@@ -9049,8 +9116,8 @@ class EventLoopTest(ProxyCase):
                 self.request("/n%d_1.0.deb" % number)
             self.wait_until_idle()
         before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-        self.assertLessEqual(len(self.server.lobby._shelf._copies), pkgproxy.HOT_CACHE_SIZE)
-        until(lambda: not self.server.lobby._shelf._copies)
+        self.assertLessEqual(len(self.server.event_loop._hot_cache._entries), pkgproxy.HOT_CACHE_SIZE)
+        until(lambda: not self.server.event_loop._hot_cache._entries)
         if before:
             self.assertLess(len(os.listdir("/proc/self/fd")), before + 10)
 
@@ -9070,17 +9137,17 @@ class EventLoopTest(ProxyCase):
         self.assertLessEqual(threading.active_count(), before + 1)
 
     def test_a_client_that_pipelines_many_requests_takes_turns_with_others(self):
-        order, others, desk = [], [], self.server.desk
-        answer = desk.try_hot_path
+        order, others, dispatcher = [], [], self.server.dispatcher
+        answer = dispatcher.try_hot_path
         greedy = self.open_client()
 
-        def noted(visitor, *more):
+        def noted(connection, *more):
             if not order:  # another client connects while the first of fifty requests is answered
                 others.append(self.open_client(self.raw_request()))
-            order.append(visitor.address == greedy.getsockname())
-            return answer(visitor, *more)
+            order.append(connection.address == greedy.getsockname())
+            return answer(connection, *more)
 
-        self.patch(desk, "try_hot_path", noted)
+        self.patch(dispatcher, "try_hot_path", noted)
         greedy.sendall(self.raw_request() * 50)
         until(lambda: len(order) == 51)
         self.assertLess(order.index(False), 49)
@@ -9088,28 +9155,29 @@ class EventLoopTest(ProxyCase):
 
     def test_a_response_in_progress_is_not_cut_off_to_admit_another_client(self):
         self.open_blocked_client()
-        room = self.server.room
-        with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", -1.0), mock.patch.object(room, "most", 0):
-            self.assertFalse(room.reserve())
-        self.assertFalse(room._leaving)
+        limiter = self.server.limiter
+        with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", -1.0), mock.patch.object(limiter, "max_connections", 0):
+            self.assertFalse(limiter.reserve())
+            limiter.close_idle_for_new()
+        self.assertFalse(limiter._closing)
 
     def test_a_connection_parked_for_long_is_served(self):
-        visitor = next(iter(self.make_parked_connection()))
-        self.server.lobby.add(visitor)
-        until(lambda: visitor.answered)
+        connection = next(iter(self.make_parked_connection()))
+        self.server.event_loop.add(connection)
+        until(lambda: connection.answered)
 
     def make_parked_connection(self):
         mine, theirs = socket.socketpair()
         self.addCleanup(theirs.close)
-        self.server.room.reserve()
-        visitor = pkgproxy.ClientConnection(mine, ("127.0.0.1", 9), self.server.lobby.add)
-        visitor._place = ("127.0.0.1", self.server.server_address[1])
-        visitor.waiting_since -= 1000
+        self.server.limiter.reserve()
+        connection = pkgproxy.ClientConnection(mine, ("127.0.0.1", 9), self.server.event_loop.add)
+        connection.server_address = ("127.0.0.1", self.server.server_address[1])
+        connection.waiting_since -= 1000
         theirs.sendall(self.raw_request())
-        yield visitor
+        yield connection
 
     def test_a_client_that_connects_at_start_is_accepted_at_once(self):
-        server = self.make_server(self.server.desk)
+        server = self.make_server(self.server.dispatcher)
         serving = threading.Thread(target=server.serve_forever, args=(3600.0,))
         serving.start()
         try:
@@ -9122,20 +9190,20 @@ class EventLoopTest(ProxyCase):
             serving.join()
 
     def test_an_exception_in_the_loop_does_not_end_it(self):
-        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "admit_parked", side_effect=[ValueError, None]) as relieve:
+        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.limiter, "admit_parked", side_effect=[ValueError, None]) as relieve:
             until(lambda: relieve.call_count >= 2)
         self.read_response(self.open_client(self.raw_request()), 4096)
 
     def test_a_repeated_exception_in_the_loop_locks_nobody_out(self):
-        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "admit_parked", side_effect=ValueError) as relieve:
+        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.limiter, "admit_parked", side_effect=ValueError) as relieve:
             for times in (2, 4):
                 until(lambda times=times: relieve.call_count >= times)
                 self.read_response(self.open_client(self.raw_request()), 4096)
 
     def test_an_exception_for_one_client_does_not_affect_others(self):
-        answer = self.server.desk.try_hot_path
-        self.patch(self.server.desk, "try_hot_path", lambda visitor, *more: (
-            1 // 0 if b"bug" in visitor.buffered else answer(visitor, *more)))
+        answer = self.server.dispatcher.try_hot_path
+        self.patch(self.server.dispatcher, "try_hot_path", lambda connection, *more: (
+            1 // 0 if b"bug" in connection.buffered else answer(connection, *more)))
         with self.assertLogs("pkgproxy", "ERROR"):
             self.assertEqual(self.open_client(self.raw_request("/bug")).recv(999), b"")
         self.read_response(self.open_client(self.raw_request()), 4096)
@@ -9158,7 +9226,7 @@ class CPUAffinityTest(ProxyCase):
         moves = []
         with mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, create=True), mock.patch.object(
                 os, "sched_setaffinity", lambda _, where: moves.append(where), create=True), mock.patch.object(pkgproxy, "LARGE_SEND", 200_000):
-            self.server.desk.seat.pin(6)
+            self.server.dispatcher.affinity.pin(6)
             self.assertEqual(moves, [{2}])
             for path, length, whither in (("/short_1.0_all.deb", 150_000, []), ("/long_1.0_all.deb", 250_000, [{0, 1, 2, 3}, {2}])):
                 self.origin.pages[path] = ScriptedResponse(b"x" * length)
@@ -9185,11 +9253,11 @@ class CPUAffinityTest(ProxyCase):
 
     def test_without_cpu_affinity_the_proxy_works(self):
         with mock.patch.object(os, "sched_setaffinity", side_effect=PermissionError, create=True):
-            self.server.desk.seat.pin(0)
-            with self.server.desk.seat.unpinned():
+            self.server.dispatcher.affinity.pin(0)
+            with self.server.dispatcher.affinity.unpinned():
                 pass
         with mock.patch.object(pkgproxy, "usable_processors", list):
-            self.server.desk.seat.pin(0)
+            self.server.dispatcher.affinity.pin(0)
 
 
 class ThreadPoolTest(unittest.TestCase):
@@ -9207,7 +9275,7 @@ class ThreadPoolTest(unittest.TestCase):
             self.crew.submit(self.work)
             self.did.get(timeout=PATIENCE)
             until(lambda: threading.active_count() == self.before)
-        self.assertEqual(self.crew._idle, 0)
+        self.assertEqual(self.crew._unreserved_idle, 0)
 
     def test_work_given_to_a_thread_that_is_about_to_end_is_done(self):
         with mock.patch.object(pkgproxy, "THREAD_IDLE_TIMEOUT", 0.0001):
@@ -9223,7 +9291,7 @@ class ThreadPoolTest(unittest.TestCase):
                 self.crew.submit(lambda: (gate.pass_through(), self.work()))
             gate.open()
             self.assertEqual(len({self.did.get(timeout=PATIENCE) for _ in range(8)}), 8)
-            until(lambda: (threading.active_count(), self.crew._idle) == (self.before + 3, 3))
+            until(lambda: (threading.active_count(), self.crew._unreserved_idle) == (self.before + 3, 3))
         self.crew.close()
         until(lambda: threading.active_count() == self.before)
         self.crew.submit(self.work)
@@ -9243,34 +9311,34 @@ class ConnectionLimiterTest(ProxyCase):
         return one.recv(12)
 
     def test_a_connection_with_an_incomplete_head_is_closed_when_the_limit_is_reached(self):
-        self.server.room.most = 4
+        self.server.limiter.max_connections = 4
         with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", 0.05):
             for _ in range(12):
                 self.open_client(b"GET http")
             self.assertEqual(self.request_from(), b"HTTP/1.1 200")
 
     def test_one_client_may_use_half_of_the_connections(self):
-        self.server.room.most = 8
+        self.server.limiter.max_connections = 8
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
         line = self.raw_request("/slow_1.0.deb", b"Connection: close\r\n")
         greedy = [self.open_client(line) for _ in range(10)]
-        until(lambda: len(self.server.room._parked) == 6)
+        until(lambda: len(self.server.limiter._parked) == 6)
         self.assertEqual(self.request_from("127.0.0.2"), b"HTTP/1.1 200")
         gate.open()
         for one in greedy:
             self.assertTrue(read_to_end(one).endswith(b"slow"))
 
     def test_parked_slow_clients_do_not_block_others_for_long(self):
-        self.server.room.most = 8
+        self.server.limiter.max_connections = 8
         with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", 0.05):
             for _ in range(11):
                 self.open_client(b"GET http")
             self.assertEqual(self.request_from(), b"HTTP/1.1 200")
 
     def test_a_slow_reader_is_closed_when_the_limit_is_reached_and_a_steady_one_is_not(self):
-        self.server.room.most = 5
+        self.server.limiter.max_connections = 5
         body = os.urandom(12 << 20)
         self.origin.pages["/large_1.0.deb"] = ScriptedResponse(body)
         self.assertEqual(self.request("/large_1.0.deb").body, body)
@@ -9282,61 +9350,61 @@ class ConnectionLimiterTest(ProxyCase):
                 received += data
                 time.sleep(0.002)  # a slow but steady reader
 
-        self.addCleanup(until, lambda: not self.server.room._visitors)  # runs after the connections are closed
+        self.addCleanup(until, lambda: not self.server.limiter._connections)  # runs after the connections are closed
         with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.1):
             reader, received = self.open_client(line, "127.0.0.3"), bytearray()
             reading = threading.Thread(target=read, args=(reader, received))
             reading.start()
             trickling = [self.open_client(line, "127.0.0.4") for _ in range(4)]
-            until(lambda: sum(visitor.rate < pkgproxy.MIN_RATE for visitor in tuple(self.server.room._visitors)) >= 4)
-            self.assertEqual(len(self.server.room._visitors), 5, "no connection was closed below the limit")
+            until(lambda: sum(each.rate < pkgproxy.MIN_RATE for each in tuple(self.server.limiter._connections)) >= 4)
+            self.assertEqual(len(self.server.limiter._connections), 5, "no connection was closed below the limit")
             self.assertEqual(self.request_from("127.0.0.2"), b"HTTP/1.1 200")
             reading.join(PATIENCE)
         self.assertEqual(received.partition(b"\r\n\r\n")[2], body)
         self.assertEqual(len(trickling), 4)
 
     def test_addresses_of_one_network_count_as_one_client(self):
-        room, began = pkgproxy.ConnectionLimiter(4), []
+        limiter, began = pkgproxy.ConnectionLimiter(4), []
         for number, (mine, theirs) in enumerate([socket.socketpair() for _ in range(6)]):
             self.addCleanup(mine.close)
             self.addCleanup(theirs.close)
-            room.reserve()
-            room.admit(pkgproxy.ClientConnection(mine, ("2001:db8::%x:1" % number, 9), began.append))
-        self.assertEqual((len(began), len(room._parked)), (4, 2))
+            limiter.reserve()
+            limiter.admit(pkgproxy.ClientConnection(mine, ("2001:db8::%x:1" % number, 9), began.append))
+        self.assertEqual((len(began), len(limiter._parked)), (4, 2))
         self.assertEqual(len({pkgproxy.client_network(address) for address in (
             "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2%eth0", "2001:db8:0:1::1")}), 4)
 
     def test_a_client_that_has_left_is_no_longer_parked(self):
-        room, ends = pkgproxy.ConnectionLimiter(4), [socket.socketpair() for _ in range(6)]
-        began, visitors = [], []
+        limiter, ends = pkgproxy.ConnectionLimiter(4), [socket.socketpair() for _ in range(6)]
+        began, connections = [], []
         for mine, theirs in ends:
             self.addCleanup(mine.close)
             self.addCleanup(theirs.close)
-            self.assertTrue(room.reserve() or True)
-            visitors.append(pkgproxy.ClientConnection(mine, ("192.0.2.1", 9), began.append))
-            room.admit(visitors[-1])
-        self.assertEqual((len(began), len(room._parked)), (4, 2))
+            self.assertTrue(limiter.reserve() or True)
+            connections.append(pkgproxy.ClientConnection(mine, ("192.0.2.1", 9), began.append))
+            limiter.admit(connections[-1])
+        self.assertEqual((len(began), len(limiter._parked)), (4, 2))
         ends[4][1].close()
-        room.admit_parked()
-        self.assertEqual(len(room._parked), 1)
-        room.release(visitors[0])
-        room.admit_parked()
-        self.assertEqual((len(began), len(room._parked)), (5, 0))
+        limiter.admit_parked()
+        self.assertEqual(len(limiter._parked), 1)
+        limiter.release(connections[0])
+        limiter.admit_parked()
+        self.assertEqual((len(began), len(limiter._parked)), (5, 0))
 
     def test_a_client_that_leaves_at_100_continue_is_not_an_origin_error(self):
         one = mock.Mock(**{"send.side_effect": BrokenPipeError})
-        self.assertRaises(BadRequestError, pkgproxy.ExpectContinueBody(mock.Mock(), one).read)
+        self.assertRaises(BadRequestError, pkgproxy.RequestBody(mock.Mock(), 1, mock.Mock(), one).read)
 
     def test_a_client_with_far_too_many_connections_gets_a_503(self):
-        self.server.room.most = 4
+        self.server.limiter.max_connections = 4
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
-        self.server.room._per_client_limit = lambda: 1
+        self.server.limiter._per_client_limit = lambda: 1
         line = self.raw_request("/slow_1.0.deb")
         for _ in range(5):
             self.open_client(line)
-        until(lambda: len(self.server.room._parked) == 4)
+        until(lambda: len(self.server.limiter._parked) == 4)
         one = self.open_client()
         answer = read_to_end(one)
         self.assertEqual(answer[:12], b"HTTP/1.1 503")
