@@ -5482,7 +5482,10 @@ def response_from_partial(request: Request, download: Download, origin: OriginCl
 
 def response_from_origin(request: Request, response: OriginResponse, decision: CacheDecision,
                          detail: str = "") -> Response:
-    """Pass an origin's response through to the client, without storing it."""
+    """Pass an origin's response through to the client, without storing it.
+
+    Hop-by-hop fields end here (RFC 9110 §7.6.1).  The length of a HEAD's body is that of the GET's.
+    """
     head = replace_fields(response.head, fields=end_to_end(response.head.fields))
     outcome = Outcome.BYPASS if decision.forward in ("bypass", "method") else Outcome.RELAYED
     status = CacheStatus(outcome, decision.forward, head.status, detail=detail)
@@ -5498,7 +5501,7 @@ def shared_cache_status(decision: CacheDecision, head: ResponseHead) -> CacheSta
     return CacheStatus(Outcome.SHARED, decision.forward, 206, stored=True, detail=detail)
 
 
-# What clients may have
+# What clients may have, and what origins are asked for
 
 
 def look_up_for_client(store: Store, origin: OriginClient, request: Request) -> StoredResponse | None:
@@ -5518,7 +5521,11 @@ def look_up_for_client(store: Store, origin: OriginClient, request: Request) -> 
 
 
 def may_share_download(request: Request, head: ResponseHead) -> bool:
-    """Return whether a request's client may have what is being downloaded for another client."""
+    """Return whether a request's client may have what is being downloaded for another client.
+
+    The key is the same.  What may differ is where the clients are, and the fields that Vary names: then the
+    follower asks the origin for itself.  Requests with Authorization never get here (see SharedFetch).
+    """
     allowed = request.client_is_local or not head.local_clients_only
     return allowed and selecting_fields(request, head) == head.vary
 
@@ -5529,6 +5536,31 @@ def full_request(request: Request, config: Config, deadline: float | None = None
         "GET", request.target, origin_request_fields(request, config, identity=True),
         client_is_local=request.client_is_local, client=request.client, deadline=deadline,
         follow_redirects=POLICIES[classify_name(request.key)].redirects, timings=request.timings)
+
+
+def fetch_full(origin: OriginClient, origin_request: OriginRequest) -> OriginResponse:
+    """Ask for a whole representation; OriginError, also if the response does not answer that."""
+    response = origin.fetch(origin_request)
+    status = response.head.status
+    is_conditional = any(name.startswith("If-") for name, _ in origin_request.fields)
+    if status in (206, 416) or status == 304 and not is_conditional:
+        response.close()
+        raise OriginError("%s answered %d to a plain request." % (origin_request.target.authority, status))
+    return response
+
+
+def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, request: Request,
+                      stored: StoredResponse, config: Config) -> ResponseHead | None:
+    """Return the origin's head for a body file without one, if size and date show that it is the same."""
+    response = origin.fetch(replace_fields(origin_request, method="HEAD"))
+    response.close()
+    head, size = response.head, content_length(response.head.fields)
+    modified = parse_date(field_value(head.fields, "Last-Modified"))
+    same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
+    if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
+        return None
+    return replace_fields(stored.head, fields=storable_fields(head.fields), final_uri=head.final_uri,
+                          request_time=head.request_time, response_time=head.response_time)
 
 
 # Failures
@@ -5542,7 +5574,8 @@ class RecentFailures:
     """Remembers origins and disk errors that failed a moment ago (a circuit breaker).
 
     Clients do not wait again for an origin that is known to be down, and the log has one line for each
-    failure, not one for each request.
+    failure, not one for each request.  Only requests that a stored copy can answer are spared the wait: all
+    others are still sent to the origin, and show when it is back.
     """
 
     def __init__(self, on_full_disk: Callable[[], None]) -> None:
@@ -5575,7 +5608,7 @@ class RecentFailures:
                 " for the next %d s" % ORIGIN_BACKOFF if lasts else "")
 
     def origin_answered(self, request: Request) -> None:
-        """Forget the failures of an origin."""
+        """Forget the failures of an origin: it has answered."""
         for events in (self._unreachable, self._errors):
             events.forget(_site(request.target), request.key)
 
@@ -5825,7 +5858,13 @@ class MirrorDeduplicator:
 class DownloadLocks:
     """Decides which of the instances that share a cache root downloads a key.
 
-    With ``--barrier``, memcached leases decide; else the lock on the partial file does.
+        ====================  ==================================  =================================
+        setting               who downloads                       each instance writes
+        ====================  ==================================  =================================
+        locks work            who has the lock on the file        the one partial file of the key
+        --barrier             who has the lease in memcached      a partial file named by its lease
+        neither               every instance, for its own clients a partial file with a random name
+        ====================  ==================================  =================================
     """
 
     def __init__(self, store: Store, config: Config) -> None:
@@ -5888,7 +5927,12 @@ class DownloadLocks:
 
 
 class OrphanLimiter:
-    """Limits how many downloads continue without a client: the oldest ones may, if they are fast enough."""
+    """Limits how many downloads continue without a client: the oldest ones may, if they are fast enough.
+
+    A client that breaks off often comes back for the same file, so its download should not be lost.  But a
+    client could start downloads and leave, again and again, and each holds a thread, a connection and disk
+    space.  What a stopped download has received is kept for the next request (see ``keep_for_resume``).
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -6047,7 +6091,8 @@ class Downloader:
         """Append data to the partial file, and wake the readers; OriginError, StorageError."""
         partial, flight = download.partial, download.flight
         if not self._orphans.may_continue(partial):
-            self.flights.remove(flight)  # no client can join any more, but one may have joined just before
+            # A client may join between the two checks, so first let nobody join, then look again.
+            self.flights.remove(flight)
             if not partial.has_readers():
                 raise DownloadAbandonedError("Its clients have left, and it is too slow, or too many other "
                                              "downloads continue without clients.")
@@ -6283,7 +6328,10 @@ def rewrite_for_prefix(request: Request, response: Response) -> Response:
 
 
 def check_target_allowed(request: Request, config: Config) -> None:
-    """Raise ProxyError if a request has come in a loop, or if its client may not reach its target."""
+    """Raise ProxyError if a request has come in a loop, or if its client may not reach its target.
+
+    Only names are checked here.  Addresses are checked as they are connected to, by AddressPolicy.
+    """
     if is_loop(request, config):
         raise ProxyError("The request has come through this proxy before: its target leads back here.", 508)
     if not request.client_is_local and is_protected_host(request.target.host):
@@ -6293,9 +6341,8 @@ def check_target_allowed(request: Request, config: Config) -> None:
 def answer_as_final_recipient(request: Request) -> Response:
     """Answer a TRACE or OPTIONS that may go no further (RFC 9110 §7.6.2, §9.3.7, §9.3.8)."""
     if request.method == "OPTIONS":
-        methods = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE, CONNECT"
-        head = generated_head(200, more=(("Allow", methods),))
-        return Response(head, bytes_body(b""), CacheStatus(Outcome.OWN))
+        allow = ("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE, CONNECT")
+        return Response(generated_head(200, more=(allow,)), bytes_body(b""), CacheStatus(Outcome.OWN))
     fields = without_fields(request.fields, ("authorization", "cookie", "proxy-authorization"))
     lines = ["%s %s HTTP/%d.%d" % (request.method, request.uri, *request.version)]
     lines += ["%s: %s" % field for field in fields]
@@ -6331,8 +6378,12 @@ class HotCache:
     """Rendered small responses of the current second, for clients that ask for the same at the same time.
 
     An entry may be used until the second ends (its Age field is right for that long), and while its file is
-    unchanged.  The file is looked at once for all requests that had arrived by then: ``start_turn`` and
-    ``recheck`` say that the next ones have arrived later.
+    unchanged.  One look at the file serves all requests that had arrived by then:
+
+    1. The event loop wakes with requests from many clients: ``start_turn``.
+    2. ``get`` for the first of them looks at the file, and for the others does not.
+    3. A client sees an answer, has the file removed or replaced, and asks again: that request is read in a
+       later turn, or after ``recheck``, so the file is looked at again.
     """
 
     def __init__(self) -> None:
@@ -6429,31 +6480,6 @@ def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now:
 # Fetches that clients share
 
 
-def fetch_full(origin: OriginClient, origin_request: OriginRequest) -> OriginResponse:
-    """Ask for a whole representation; OriginError, also if the response does not answer that."""
-    response = origin.fetch(origin_request)
-    status = response.head.status
-    is_conditional = any(name.startswith("If-") for name, _ in origin_request.fields)
-    if status in (206, 416) or status == 304 and not is_conditional:
-        response.close()
-        raise OriginError("%s answered %d to a plain request." % (origin_request.target.authority, status))
-    return response
-
-
-def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, request: Request,
-                      stored: StoredResponse, config: Config) -> ResponseHead | None:
-    """Return the origin's head for a body file without one, if size and date show that it is the same."""
-    response = origin.fetch(replace_fields(origin_request, method="HEAD"))
-    response.close()
-    head, size = response.head, content_length(response.head.fields)
-    modified = parse_date(field_value(head.fields, "Last-Modified"))
-    same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
-    if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
-        return None
-    return replace_fields(stored.head, fields=storable_fields(head.fields), final_uri=head.final_uri,
-                          request_time=head.request_time, response_time=head.response_time)
-
-
 @dataclasses.dataclass(frozen=True)
 class FlightLeader:
     """Runs the fetch that other clients share: a miss or a revalidation.  One object for each fetch.
@@ -6529,9 +6555,8 @@ class FlightLeader:
         """Fetch a response that is not stored: find it under another mirror's name, or resume what is left of
         an earlier download, or ask for the whole."""
         request = self.request
-        decision = decide(request, None, self.config, time.time())
-        deadline = time.monotonic() + RESPONSE_HEAD_TIMEOUT
-        origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline)
+        decision, origin = decide(request, None, self.config, time.time()), self.downloader.origin
+        origin_request = full_request(request, self.config, time.monotonic() + RESPONSE_HEAD_TIMEOUT)
         try:
             found = self.mirrors.find_identical(request, origin_request, self.config)
             if isinstance(found, StoredResponse):
@@ -6553,7 +6578,7 @@ class FlightLeader:
         except OSError as error:
             log.debug("%s is copied: %s", request.key, error)
             return self._store_or_relay(LocalFileResponse(stored), decision, partial)
-        if not self.flight.finish_receiving():
+        if not self.flight.finish_receiving():  # a POST has made it invalid meanwhile (RFC 9111 §4.4)
             self.downloader.store.delete(request.key)
         self.downloader.locks.discard(partial)
         self.downloader.failures.disk_recovered()
@@ -6570,12 +6595,14 @@ class FlightLeader:
 
     def _validate(self, decision: CacheDecision,
                   stored: StoredResponse) -> tuple[Response, FlightResult | None]:
-        """Ask the origin whether a stored response is still right (RFC 9111 §4.3); OriginError."""
-        answer = self._revalidate(decision, stored)
+        """Ask the origin whether a stored response is still right (RFC 9111 §4.3); OriginError.
+
+        The caller closes ``stored`` on an error.  If it may be served stale then, Proxy does that.
+        """
+        request, answer = self.request, self._revalidate(decision, stored)
         if isinstance(answer, OriginResponse):
             stored.close()
             return self._store_or_relay(answer, decision, None)
-        request = self.request
         self.downloader.failures.origin_answered(request)
         head = replace_fields(answer, vary=selecting_fields(request, answer))
         if is_shareable(request, head):
@@ -6594,9 +6621,8 @@ class FlightLeader:
             return head or fetch_full(origin, origin_request)
         # A client that doubts a file found at another mirror gets the file that this mirror has.
         doubted = stored.head.same_as and "no-cache" in cache_directives(request.fields)
-        conditions = () if doubted or decision.forward == "vary-miss" else validators(stored.head)
-        conditional = replace_fields(origin_request, fields=origin_request.fields + conditions)
-        response = fetch_full(origin, conditional)
+        more = () if doubted or decision.forward == "vary-miss" else validators(stored.head)
+        response = fetch_full(origin, replace_fields(origin_request, fields=origin_request.fields + more))
         if response.head.status == 304:
             response.close()
             if is_304_for(stored.head, response.head):
@@ -6626,10 +6652,11 @@ class FlightLeader:
             reason = reason or ("" if response.end_is_known else "no declared length")
             if not reason:
                 partial = partial or self.downloader.locks.acquire(request.key)
-                if partial is None:
-                    raise StorageError(OSError(errno.EAGAIN, "another instance writes it"))
-                download = Download(partial, self.flight, origin_request, response,
-                                    replaces=decision.action is Action.VALIDATE)
+                if partial is None:  # it will replace what is stored, or fail and leave it
+                    return response_from_origin(
+                        request, response, decision, "another instance is storing it"), FlightResult.ALONE
+                replaces = decision.action is Action.VALIDATE
+                download = Download(partial, self.flight, origin_request, response, replaces)
                 return self.downloader.start(request, decision, head, download), None
         except StorageError as error:
             reason = self.downloader.failures.disk_failed(error)
@@ -6720,13 +6747,17 @@ class SharedFetch:
 
 
 class EvictionThread:
-    """Keeps the cache within its bounds, in a thread of its own."""
+    """Keeps the cache within its bounds, in a thread of its own.
+
+    A response may be removed while it is read: the body has its file open, so the bytes stay until the last
+    reader closes it.  Partial files that are being written are locked, and stay.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._evictor = Evictor(store)
         # For the status page: what the last run found, and what all runs have removed.
-        self.last_report: dict[str, float] = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
+        self.last_report = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
         self._wake = store.space.scarce
         self._stopped = threading.Event()
 
@@ -6763,15 +6794,18 @@ class EvictionThread:
         if report.removed:
             log.info("Evicted %d of %d stored files, %d of %d MB", report.removed, report.files,
                      report.freed // 10**6, report.size // 10**6)
-        last = self.last_report
         self.last_report = {
             "at": time.time(), "files": report.files - report.removed, "bytes": report.size - report.freed,
-            "removedFiles": last["removedFiles"] + report.removed,
-            "removedBytes": last["removedBytes"] + report.freed}
+            "removedFiles": self.last_report["removedFiles"] + report.removed,
+            "removedBytes": self.last_report["removedBytes"] + report.freed}
 
 
 class BackgroundRevalidator:
-    """Revalidates stored responses in the background."""
+    """Revalidates stored responses in the background, after they were served as hits.
+
+    A revalidation is an ordinary request with ``max-age=0``, whose body nobody reads: so it joins a flight,
+    updates the stored head on a 304, and stores a new response, all as a client's request does.
+    """
 
     def __init__(self, respond: Callable[[Request], Response], store: Store, flights: SingleFlight) -> None:
         self._respond = respond
@@ -6843,7 +6877,14 @@ class Proxy:
     def respond(self, request: Request) -> Response:
         """Respond to a request; ProxyError if that is impossible.
 
-        If the response's body fails before its first byte, call ``response.fallback(error)`` for another.
+        1. Look up what is stored, and let ``decide`` say what to do with it.
+        2. Serve it as it is (``_serve``): a hit, or stale because the origin is known to be down.
+        3. Else ask the origin (``_forward``): for this client alone (``_pass``), or for all that ask for the
+           same now (``SharedFetch``), which stores or revalidates the response.
+        4. If the origin fails, serve the stored copy or raise the error (``_respond_despite``).
+
+        If the response's body fails before its first byte, the caller calls ``response.fallback(error)`` for
+        another response.
         """
         return rewrite_for_prefix(request, self._respond(request))
 
@@ -6860,8 +6901,6 @@ class Proxy:
             response = response or self._forward(request, decision, config)
         except OriginError as error:
             return self._respond_despite(request, decision, error)
-        if response.fallback is not None:
-            return response
         return replace_fields(response, fallback=functools.partial(self.fallback, request, decision))
 
     def _serve(self, request: Request, decision: CacheDecision, stored: StoredResponse) -> Response | None:
@@ -6958,17 +6997,15 @@ class Proxy:
         if decision.action is Action.PASS:
             return "the request bypasses the cache"
         stored = look_up_for_client(self._store, self._origin, request)
-        # Only the operator may decide that another mirror's file is served without asking this mirror first.
-        may_substitute = isinstance(error, OriginError) or self.config.offline or digest_in_name(request.key)
-        is_substitute = stored is None and decision.forward == "uri-miss" and bool(may_substitute)
-        if is_substitute:
-            stored = self._mirrors.find_substitute(request)
         if stored is None:
-            return "no stored copy"
-        if not is_substitute and selecting_fields(request, stored.head) != stored.head.vary:
+            # Only the operator may decide that another mirror's file is served without asking this mirror.
+            permitted = isinstance(error, OriginError) or self.config.offline or digest_in_name(request.key)
+            if decision.forward == "uri-miss" and permitted:
+                stored = self._mirrors.find_substitute(request)
+            return stored or "no stored copy"
+        if selecting_fields(request, stored.head) != stored.head.vary:
             reason = "the stored copy is for other request fields"
-        elif not may_serve_stale_on_error(decision, stored.head) or (
-                decision.action is Action.REFUSE and not is_substitute):
+        elif decision.action is Action.REFUSE or not may_serve_stale_on_error(decision, stored.head):
             reason = "the stored copy must be revalidated"
         else:
             return stored
