@@ -889,7 +889,7 @@ class StructureTest(unittest.TestCase):
         tunnel failure_reply processors shown_address heed_signals open_root check_ways make_room with_filters wait_for_end is_journal
         fill_standard_descriptors""".split())
     METAPHORS = re.compile(r"""(?<![A-Za-z])(?:
-        (?:floor|lobby|desk|visitor|janitor|crew|shelf|seat|watchman|porch|door|house|stored)s? | lobbies | shelves | watchmen
+        (?:floor|lobby|desk|visitor|janitor|crew|shelf|seat|watchman|porch|door|house|twin)s? | lobbies | shelves | watchmen
         | hush | whoever | who[ ]comes | goes[ ]on[ ]with | gone[ ]on[ ]with | what[ ]is[ ]told
         | (?<!there[ ])is[ ]no(?=[ ](?!longer\b|more\b|less\b|earlier\b|later\b))
         )(?![a-z])""", re.I | re.X)
