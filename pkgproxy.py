@@ -142,6 +142,7 @@ import calendar
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import enum
 import errno
@@ -161,7 +162,6 @@ import os
 import queue
 import re
 import secrets
-import select
 import selectors
 import shutil
 import signal
@@ -466,6 +466,7 @@ class ResponseBody(Protocol):
     """The body of a response; yields bytes or file slices.  Its owner closes it, perhaps more than once."""
 
     length: int | None  # bytes; None: unknown until the end
+    live: bool  # its chunks arrive over time, so each is sent at once
 
     @property
     def origin_bytes(self) -> int:
@@ -588,10 +589,21 @@ class ProxyError(Exception):
 
     status = 500
     outcome = Outcome.REFUSED
+    forward = ""  # as in CacheDecision, if the request got that far
+    reason = ""  # why no stored response was served instead
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status or self.status
+
+    def with_reason(self, forward: str, reason: str) -> ProxyError:
+        """Copy the error, and add why the origin was asked and why no stored response was served instead.
+
+        It is a copy because other clients of the same flight raise the same error.
+        """
+        error = copy.copy(self)
+        error.forward, error.reason = forward, reason
+        return error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5141,26 +5153,47 @@ class OriginClient:
 # ---------------------------------------------------------------------------------------------
 # 9 Downloads
 # ---------------------------------------------------------------------------------------------
+#
+# The way of a response that is stored.  One thread writes, any number of clients read:
+#
+#   origin ──► OriginResponse ──► Downloader.download ──► PartialFile ──► TailingBody ──► client
+#                                        │                               ▲
+#                                        └─ Flight.set_received ─────────┘ wakes the readers
+#
+# If another instance is the writer, a PeerFollower in this process takes the place of the Downloader: it
+# watches the other's partial file grow, and tells the flight.
 
 
-class BytesBody:
-    """A body that is at hand."""
+@dataclasses.dataclass
+class IterableBody:
+    """A response body whose chunks come from an iterable: bytes, file slices, or an origin's response.
 
-    def __init__(self, data: bytes) -> None:
-        self.length: int | None = len(data)
-        self.origin_bytes = 0
-        self._data = data
+    TailingBody is the one kind of body that must wait for its chunks, and LinkRewritingBody changes them.
+    """
+
+    length: int | None
+    parts: Iterable[bytes | FileSlice]
+    release: Callable[[], object] | None = None  # closes the file or the connection behind ``parts``
+    origin_bytes: int = 0
+    live: bool = False
 
     def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield it."""
-        yield self._data
+        """Yield the body in order."""
+        return iter(self.parts)
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Release the file or the connection."""
+        if self.release is not None:
+            self.release()
+
+
+def bytes_body(data: bytes) -> IterableBody:
+    """Make a body of bytes in memory."""
+    return IterableBody(len(data), (data,))
 
 
 def read_file_slice(part: FileSlice) -> bytes:
-    """The bytes of a small slice; LocalFailure where the disk fails, or the file has become shorter."""
+    """Read a small slice; StorageError if the disk fails, or if the file has become shorter."""
     try:
         data = part.file.read_at(part.size, part.start)
     except OSError as error:
@@ -5170,41 +5203,49 @@ def read_file_slice(part: FileSlice) -> bytes:
     return data
 
 
-class FileBody:
-    """Spans of a stored body."""
+@dataclasses.dataclass(frozen=True)
+class Download:
+    """A response on its way from an origin to the disk, with all that its writer and its readers need.
 
-    def __init__(self, stored: StoredResponse, selection: SelectedResponse) -> None:
-        self.length = selection.length
-        self.origin_bytes = selection.overhead
-        self._stored = stored
-        self._spans = selection.spans
+    Each follower makes one of its own: if the disk fails, it asks the origin with its own request.
+    """
 
-    def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield literal bytes and slices of the file."""
-        for span in self._spans:
-            yield span if isinstance(span, bytes) else FileSlice(self._stored, *span)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stored.close()
+    partial: PartialFile
+    flight: Flight
+    origin_request: OriginRequest  # for the whole representation; remainders are asked for with its fields
+    response: OriginResponse | None = None  # None: the writer resumes the partial file
+    replaces: bool = False  # the origin says that the stored response is outdated
 
 
 class TailingBody:
-    """Spans of a partial, as it grows: what every client of a flight reads, its first included."""
+    """A response body read from a partial file while it grows.
 
-    def __init__(self, flight: Flight, partial: PartialFile, selection: SelectedResponse,
-                 rest: Callable[[ResponseHead, int | None, int], OriginResponse]) -> None:
+    Every client of a flight reads one, also the client that started it:
+
+    1. the writer appends bytes to the partial file, then calls ``Flight.set_received``;
+    2. that wakes the readers, and each reads on from its own offset, as fast as its client takes it;
+    3. the last bytes are announced only when the file is in its place (invariant 3).
+
+    If the disk fails, or the download stands still, each reader fetches the remainder from the origin, from
+    its own offset (invariant 10).
+    """
+
+    live = True
+
+    def __init__(self, download: Download, selection: SelectedResponse, origin: OriginClient) -> None:
+        """Read ``download.partial``, which the caller has acquired and close() releases."""
         self.length = selection.length
         self.origin_bytes = selection.overhead
-        self.first_byte_deadline: float | None = None  # monotonic: by then, or a failure; None: as any other
-        self._flight = flight
-        self._partial: PartialFile | None = partial  # acquired
+        # Monotonic time by which the first byte must have come: set if a stored copy could answer instead.
+        self.first_byte_deadline: float | None = None
+        self._download = download
+        self._origin = origin
         self._spans = selection.spans
-        self._rest = rest  # asks the origin for what the disk did not take
-        self._begun = False  # whether a byte of the representation has been yielded
+        self._started = False  # whether a byte of the representation has been yielded
+        self._open = True
 
     def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield bytes when they have arrived; the flight's error where they won't."""
+        """Yield the body as it arrives; OriginError if it cannot be completed."""
         for span in self._spans:
             if isinstance(span, bytes):
                 yield span
@@ -5212,329 +5253,321 @@ class TailingBody:
                 yield from self._follow(*span)
 
     def _follow(self, offset: int, stop: int) -> Iterator[bytes | FileSlice]:
-        partial = self._partial
-        while offset < stop and partial is not None:
+        while offset < stop:
+            deadline = self.first_byte_deadline
             try:
-                received = min(stop, self._flight.wait_for_bytes(offset, self._timeout()))
+                timeout = max(0.0, deadline - time.monotonic()) if deadline else FOLLOWER_STALL_TIMEOUT
+                received = min(stop, self._download.flight.wait_for_bytes(offset, timeout))
                 if received <= offset:
-                    return  # landed whole, and its length was not known before
-                part = self._read(partial, offset, received)
-            except (StorageError, OSError) as failure:
-                if self.first_byte_deadline is not None and getattr(failure, "code", 0) == errno.ETIMEDOUT:
+                    return  # the body is complete; its length was not known before
+                part = self._read(offset, received)
+            except (StorageError, OSError) as error:
+                if deadline is not None and getattr(error, "code", 0) == errno.ETIMEDOUT:
                     raise OriginTimeoutError("The first byte did not come in time.") from None
-                yield from self._fetch_remainder(partial, offset, stop)
+                yield from self._fetch_remainder(offset, stop)
                 return
             offset += part.size if isinstance(part, FileSlice) else len(part)
             self.first_byte_deadline = None
-            self._begun = True
+            self._started = True
             yield part
 
-    def _read(self, partial: PartialFile, offset: int, received: int) -> bytes | FileSlice:
-        """Bytes that have been received; many of them are left to the kernel, where the client need not be
-        told of their number.  LocalFailure, OSError."""
-        by_kernel = received - offset > SMALL_BODY and self.length is not None and hasattr(os, "sendfile")
-        data = partial.read_at(1, received - 1) if by_kernel else partial.read_at(
+    def _read(self, offset: int, received: int) -> bytes | FileSlice:
+        """Read received bytes; OSError, StorageError.
+
+        Large parts are left to sendfile().  A body that is sent with chunked coding cannot use it: the size
+        of each chunk goes before its bytes.
+        """
+        partial = self._download.partial
+        use_sendfile = received - offset > SMALL_BODY and self.length is not None and hasattr(os, "sendfile")
+        # sendfile() on a file that was cut would wait for ever, so its last byte is read first.
+        data = partial.read_at(1, received - 1) if use_sendfile else partial.read_at(
             min(COPY_SIZE, received - offset), offset)
         if not data:
-            raise StorageError(OSError(errno.EIO, "the partial was cut"))
-        if not by_kernel:
-            return data
-        return FileSlice(partial, offset, received, functools.partial(self._fetch_remainder, partial))
+            raise StorageError(OSError(errno.EIO, "the partial file was cut"))
+        return FileSlice(partial, offset, received, self._fetch_remainder) if use_sendfile else data
 
-    def _timeout(self) -> float:
-        return FOLLOWER_STALL_TIMEOUT if self.first_byte_deadline is None else max(0.0, self.first_byte_deadline - time.monotonic())
-
-    def _fetch_remainder(self, partial: PartialFile, offset: int, stop: int) -> Iterator[bytes]:
-        """The disk failed, or the download stands still (invariant 10): this client goes on from its own
-        offset, straight from the origin."""
-        if self._begun and strong_validator(partial.head) is None:
+    def _fetch_remainder(self, offset: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes from ``offset`` to ``stop`` straight from the origin, for this client alone."""
+        partial = self._download.partial
+        if self._started and strong_validator(partial.head) is None:
             raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
-        ask = functools.partial(self._rest, partial.head, partial.length)
+        ask = functools.partial(
+            self._origin.fetch_remainder, self._download.origin_request, partial.head, partial.length)
         with contextlib.closing(resumable_body(partial.head, partial.length, offset, ask)) as pieces:
             for piece in pieces:
                 data = piece[:stop - offset]
                 offset += len(data)
                 self.origin_bytes += len(data)
-                self._begun = True
+                self._started = True
                 yield data
                 if offset >= stop:
                     return
 
     def close(self) -> None:
-        """Let go of the partial."""
-        if self._partial is not None:
-            self._partial.release()
-            self._partial = None
-
-
-class PassThroughBody:
-    """An origin's body, passed through."""
-
-    def __init__(self, response: OriginResponse, head_only: bool) -> None:
-        self.length = content_length(response.head.fields) if head_only else response.length
-        self.origin_bytes = 0
-        self._response = response
-
-    def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield it as it comes."""
-        while True:
-            data = self._response.read(COPY_SIZE)
-            if not data:
-                return
-            yield data
-
-    def close(self) -> None:
-        """Give the connection back."""
-        self._response.close()
+        """Release the partial file."""
+        if self._open:
+            self._open = False
+            self._download.partial.release()
 
 
 class LinkRewritingBody:
-    """A body with links that lead through us."""
+    """A response body whose links are rewritten on the way, so that they lead through the proxy."""
 
     length: int | None = None
+    live = False
 
     def __init__(self, body: ResponseBody, links: re.Pattern[bytes], base: str, page: Target) -> None:
         self._body = body
         self._links = links
-        self._about = base, page
+        self._base_and_page = base, page
 
     @property
     def origin_bytes(self) -> int:
-        """The origin's bytes."""
+        """Bytes of the original body that did not come from the cache."""
         return self._body.origin_bytes
 
     def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield the body as it comes."""
-        return rewrite_links(self._pieces(), self._links, *self._about)
+        """Yield the rewritten body as it arrives."""
+        return rewrite_links(self._pieces(), self._links, *self._base_and_page)
 
     def _pieces(self) -> Iterator[bytes]:
         for part in self._body.chunks():
             if isinstance(part, bytes):
                 yield part
                 continue
-            for at in range(part.start, part.stop, COPY_SIZE):
+            for start in range(part.start, part.stop, COPY_SIZE):
                 try:
-                    data = read_file_slice(FileSlice(part.file, at, min(at + COPY_SIZE, part.stop)))
+                    data = read_file_slice(FileSlice(part.file, start, min(start + COPY_SIZE, part.stop)))
                 except StorageError:
                     if part.fallback is None:
                         raise
-                    yield from part.fallback(at, part.stop)
+                    yield from part.fallback(start, part.stop)
                     break
                 yield data
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Close the original body."""
         self._body.close()
 
 
-class OrphanLimiter:
-    """Downloads that nobody reads any more: so many go on, the oldest; a newer one stops, and one that brings
-    less than MIN_RATE."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._lock = threading.Lock()  # guards _orphans
-        self._orphans: dict[int, tuple[float, int]] = {}  # time (monotonic) and size of the last check
-
-    def may_continue(self, partial: PartialFile) -> bool:
-        """Whether a download shall go on."""
-        read, now = partial.has_readers(), time.monotonic()
-        with self._lock:
-            since, size = self._orphans.get(id(partial), (now, partial.size))
-            late = now - since > RATE_WINDOW
-            if read or late and partial.size - size < MIN_RATE * (now - since):
-                self._orphans.pop(id(partial), None)
-                return read
-            if late or id(partial) not in self._orphans and len(self._orphans) < self._most:
-                self._orphans[id(partial)] = now, partial.size
-            return id(partial) in self._orphans
-
-    def remove(self, partial: PartialFile) -> None:
-        """A download has ended."""
-        with self._lock:
-            self._orphans.pop(id(partial), None)
+# Responses to clients, by where their bodies come from
 
 
-class PartialWriter:
-    """The disk writer: what arrives goes into the partial, then to those who wait for it.
+def response_from_store(request: Request, stored: StoredResponse, status: CacheStatus) -> Response:
+    """Answer with a stored response, which the body closes: preconditions, ranges, Age (RFC 9111 §5.1)."""
+    head = with_age(stored.head, time.time())
+    selection = select_response(request, head, head.size, MULTIPART_BOUNDARY)
+    parts = [span if isinstance(span, bytes) else FileSlice(stored, *span) for span in selection.spans]
+    body = IterableBody(selection.length, parts, stored.close, selection.overhead)
+    return Response(selection.head, body, status, counts_as_cached=True)
 
-    The last promised bytes are held back until the body has landed (invariant 3).
+
+def response_from_partial(request: Request, download: Download, origin: OriginClient, status: CacheStatus,
+                          head: ResponseHead) -> Response:
+    """Answer with a partial file while it grows; ``head`` is the head that this client may see.
+
+    The caller has acquired the partial file, and the body releases it.
     """
-
-    def __init__(self, partial: PartialFile, flight: Flight, may_go_on: Callable[[], bool]) -> None:
-        self._partial = partial
-        self._flight = flight
-        self._may_go_on = may_go_on
-        self._began = time.monotonic()
-
-    def write(self, data: bytes) -> None:
-        """Store, then tell; LocalFailure, Changed, or Abandoned where nobody wants it any more."""
-        if not self._may_go_on():
-            raise DownloadAbandonedError("Its clients have left, and it is too slow, or others without clients go on.")
-        if self._partial.length is not None and self._partial.size + len(data) > self._partial.length:
-            raise CannotResumeError("The origin sends more than it has declared.")
-        try:
-            self._partial.write(data)
-        except OSError as error:
-            raise StorageError(error) from error
-        if self._partial.size != self._partial.length:
-            self._flight.set_received(self._partial.size)
-            if time.monotonic() > self._began + PUBLISH_DELAY:
-                self.tell()
-
-    def tell(self) -> None:
-        """Let other instances read it too: not at once, because that takes a file, and most need it not."""
-        with contextlib.suppress(OSError):
-            self._partial.publish()
+    fields = without_fields(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
+    head = replace_fields(head, fields=fields)
+    selection = select_response(request, head, download.partial.length, MULTIPART_BOUNDARY)
+    counts_as_cached = status.outcome in (Outcome.COLLAPSED, Outcome.SHARED)
+    return Response(selection.head, TailingBody(download, selection, origin), status, counts_as_cached)
 
 
-def _place(target: Target) -> str:
-    return "%s://%s" % (target.scheme, target.authority)
+def response_from_origin(request: Request, response: OriginResponse, decision: CacheDecision,
+                         detail: str = "") -> Response:
+    """Pass an origin's response through to the client, without storing it.
+
+    Hop-by-hop fields end here (RFC 9110 §7.6.1).  The length of a HEAD's body is that of the GET's.
+    """
+    head = replace_fields(response.head, fields=end_to_end(response.head.fields))
+    outcome = Outcome.BYPASS if decision.forward in ("bypass", "method") else Outcome.RELAYED
+    status = CacheStatus(outcome, decision.forward, head.status, detail=detail)
+    length = content_length(response.head.fields) if request.method == "HEAD" else response.length
+    return Response(head, IterableBody(length, iter(response.read, b""), response.close, live=True), status)
 
 
-class RecentFailures:
-    """What went wrong a short while ago, so that nobody waits for it, or reads of it, again and again."""
+def shared_cache_status(decision: CacheDecision, head: ResponseHead) -> CacheStatus:
+    """Describe a response whose body was found to be the same as another mirror's file."""
+    detail = "same as " + head.same_as
+    if digest_in_name(head.key):  # the origin was not asked at all
+        return CacheStatus(Outcome.SHARED, detail=detail)
+    return CacheStatus(Outcome.SHARED, decision.forward, 206, stored=True, detail=detail)
 
-    def __init__(self, on_full_disk: Callable[[], None]) -> None:
-        self._on_full_disk = on_full_disk
-        self._unreachable = RecentEvents()  # by scheme and authority; by cache key, if a redirect leads there
-        self._errors = RecentEvents()  # by cache key: shown, but not heeded
-        self._lock = threading.Lock()  # guards all below
-        self._disk: StorageError | None = None  # that was complained about last, until something is stored
-        self._failed = 0.0  # monotonic time of the last one
 
-    def origin_down_reason(self, request: Request) -> str | None:
-        """Why the origin of a request is not to be waited for now; None if it is."""
-        known = self._unreachable.gather(ORIGIN_BACKOFF, _place(request.target), request.key)
-        return known[0][-1] if known else None
-
-    def origin_failed(self, request: Request, failure: OriginError) -> None:
-        """An origin is unreachable, or, behind a redirect, just for one file.  Any other failure is of this
-        file alone, and shown but not heeded: one client's request must not decide what others get."""
-        own = failure.target is None or _place(failure.target) == _place(request.target)
-        lasts = failure.unreachable and field_value(request.fields, "Authorization") is None
-        events = self._unreachable if lasts else self._errors
-        name = _place(request.target) if own and lasts else request.key
-        known = events.find(name, ORIGIN_BACKOFF)
-        events.note(name, str(failure))
-        log.log(logging.DEBUG if known else logging.WARNING, "%s Serving the stored copy%s.", failure,
-                " for the next %d s" % ORIGIN_BACKOFF if lasts else "")
-
-    def snapshot(self) -> list[dict[str, Any]]:
-        """The origins that are not waited for now, and the files that they have no response for, and why."""
-        known = self._errors.gather(ORIGIN_BACKOFF) + self._unreachable.gather(ORIGIN_BACKOFF)
-        return [{"origin": displayable_uri(name), "reason": truncate_middle(reason, 150), "seconds": round(ORIGIN_BACKOFF - age)}
-                for name, age, reason in known[-10:]]
-
-    def origin_answered(self, request: Request) -> None:
-        """An origin is well again."""
-        for events in (self._unreachable, self._errors):
-            events.forget(_place(request.target), request.key)
-
-    def disk_failed(self, failure: StorageError) -> str:
-        """Complain, once for each kind of failure, and tell the reason for Cache-Status."""
-        if failure.code == errno.EAGAIN:
-            return "another instance is storing it"
-        with self._lock:
-            known = self._disk is not None and self._disk.code == failure.code
-            self._disk, self._failed = failure, time.monotonic()
-        if failure.code == errno.ENOSPC:
-            self._on_full_disk()
-        remedy = {errno.ENOSPC: " Free some space.", errno.EACCES: " Let this user write the cache root.",
-                  errno.EROFS: " Mount the cache root for writing."}.get(failure.code or 0, "")
-        log.log(logging.DEBUG if known else logging.WARNING,
-                "Nothing can be stored: %s. Requests are passed on all the same.%s", failure, remedy)
-        return "not stored: %s" % failure
-
-    def disk_error(self) -> str:
-        """Why nothing could be stored lately; "" where it could; another process may have stored since."""
-        with self._lock:
-            lately = time.monotonic() - self._failed < EVICTION_INTERVAL
-            return truncate_middle(str(self._disk), 150) if self._disk and lately else ""
-
-    def disk_recovered(self) -> None:
-        """Something was stored."""
-        with self._lock:
-            again, self._disk = self._disk is not None, None
-        if again:
-            log.warning("The cache can be written again.")
+# What clients may have, and what origins are asked for
 
 
 def look_up_for_client(store: Store, origin: OriginClient, request: Request) -> StoredResponse | None:
-    """The stored response for a request, if its client may have it.  A body without a head may have come from
-    this host, so its host is looked at again."""
+    """Look up the stored response for a request; None if there is none that its client may have.
+
+    Responses that came from protected addresses are for clients on this host alone.  A body file without a
+    head does not tell where it came from, so the address of its host is checked again.
+    """
     stored = store.lookup(request.key)
     if stored is None or request.client_is_local:
         return stored
-    if stored.head.local_clients_only or not (stored.described or origin.is_open(parse_target(request.key).host)):
+    if stored.head.local_clients_only or not (
+            stored.described or origin.is_open(parse_target(request.key).host)):
         stored.close()
         return None
     return stored
 
 
 def may_share_download(request: Request, head: ResponseHead) -> bool:
-    """Whether a request's client may have what is being downloaded for another."""
-    return (request.client_is_local or not head.local_clients_only) and selecting_fields(request, head) == head.vary
+    """Return whether a request's client may have what is being downloaded for another client.
+
+    The key is the same.  What may differ is where the clients are, and the fields that Vary names: then the
+    follower asks the origin for itself.  Requests with Authorization never get here (see SharedFetch).
+    """
+    allowed = request.client_is_local or not head.local_clients_only
+    return allowed and selecting_fields(request, head) == head.vary
 
 
-def response_from_store(request: Request, stored: StoredResponse, status: CacheStatus, now: float,
-               instead: Callable[[Exception], Response] | None = None) -> Response:
-    """A reply from a stored body: preconditions, ranges, Age (RFC 9111 §5.1)."""
-    selection = select_response(request, with_age(stored.head, now), stored.head.size, MULTIPART_BOUNDARY)
-    return Response(selection.head, FileBody(stored, selection), status, True, instead)
+def full_request(request: Request, config: Config, deadline: float | None = None) -> OriginRequest:
+    """Make the request for a whole representation that may be stored, whatever part the client asked for."""
+    return OriginRequest(
+        "GET", request.target, origin_request_fields(request, config, identity=True),
+        client_is_local=request.client_is_local, client=request.client, deadline=deadline,
+        follow_redirects=POLICIES[classify_name(request.key)].redirects, timings=request.timings)
 
 
-def response_from_partial(request: Request, head: ResponseHead, flight: Flight, partial: PartialFile, status: CacheStatus,
-                 rest: Callable[[ResponseHead, int | None, int], OriginResponse]) -> Response:
-    """A reply from a partial (acquired) while it grows, with ``head`` as its own."""
-    fields = without_fields(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
-    selection = select_response(request, replace_fields(head, fields=fields), partial.length, MULTIPART_BOUNDARY)
-    body = TailingBody(flight, partial, selection, rest)
-    return Response(selection.head, body, status, status.outcome in (Outcome.COLLAPSED, Outcome.SHARED))
+def fetch_full(origin: OriginClient, origin_request: OriginRequest) -> OriginResponse:
+    """Ask for a whole representation; OriginError, also if the response does not answer that."""
+    response = origin.fetch(origin_request)
+    status = response.head.status
+    is_conditional = any(name.startswith("If-") for name, _ in origin_request.fields)
+    if status in (206, 416) or status == 304 and not is_conditional:
+        response.close()
+        raise OriginError("%s answered %d to a plain request." % (origin_request.target.authority, status))
+    return response
 
 
-def response_from_origin(request: Request, response: OriginResponse, decision: CacheDecision, detail: str = "") -> Response:
-    """A reply that passes an origin's answer through, and keeps nothing."""
-    head = replace_fields(response.head, fields=end_to_end(response.head.fields))
-    outcome = Outcome.BYPASS if decision.forward in ("bypass", "method") else Outcome.RELAYED
-    status = CacheStatus(outcome, decision.forward, head.status, detail=detail)
-    return Response(head, PassThroughBody(response, request.method == "HEAD"), status)
+def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, request: Request,
+                      stored: StoredResponse, config: Config) -> ResponseHead | None:
+    """Return the origin's head for a body file without one, if size and date show that it is the same."""
+    response = origin.fetch(replace_fields(origin_request, method="HEAD"))
+    response.close()
+    head, size = response.head, content_length(response.head.fields)
+    modified = parse_date(field_value(head.fields, "Last-Modified"))
+    same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
+    if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
+        return None
+    return replace_fields(stored.head, fields=storable_fields(head.fields), final_uri=head.final_uri,
+                          request_time=head.request_time, response_time=head.response_time)
 
 
-def full_request(request: Request, decision: CacheDecision, config: Config,
-                  deadline: float | None = None) -> OriginRequest:
-    """The request for a whole representation that may be stored, whatever part the client asked for."""
-    fields = origin_request_fields(request, config, identity=True)
-    return OriginRequest("GET", request.target, fields, client_is_local=request.client_is_local, follow_redirects=decision.policy.redirects,
-                   client=request.client, deadline=deadline, timings=request.timings)
+# Failures
 
 
-def shared_cache_status(decision: CacheDecision, head: ResponseHead) -> CacheStatus:
-    """What is told of a body that is the same as another mirror's."""
-    detail = "same as " + head.same_as
-    if digest_in_name(head.key):
-        return CacheStatus(Outcome.SHARED, detail=detail)
-    return CacheStatus(Outcome.SHARED, decision.forward, 206, stored=True, detail=detail)
+def _site(target: Target) -> str:
+    return "%s://%s" % (target.scheme, target.authority)
+
+
+class RecentFailures:
+    """Remembers origins and disk errors that failed a moment ago (a circuit breaker).
+
+    Clients do not wait again for an origin that is known to be down, and the log has one line for each
+    failure, not one for each request.  Only requests that a stored copy can answer are spared the wait: all
+    others are still sent to the origin, and show when it is back.
+    """
+
+    def __init__(self, on_full_disk: Callable[[], None]) -> None:
+        self._on_full_disk = on_full_disk
+        self._unreachable = RecentEvents()  # by scheme and authority; by cache key, if a redirect leads there
+        self._errors = RecentEvents()  # by cache key: shown on the status page, but not acted upon
+        self._lock = threading.Lock()  # guards all below
+        self._disk_error: StorageError | None = None  # the last that was logged; None: something was stored
+        self._disk_failed_at = 0.0  # monotonic
+
+    def origin_down_reason(self, request: Request) -> str:
+        """Return why the origin of a request was unreachable in the last ORIGIN_BACKOFF seconds, or ""."""
+        events = self._unreachable.gather(ORIGIN_BACKOFF, _site(request.target), request.key)
+        return events[0][-1] if events else ""
+
+    def origin_failed(self, request: Request, error: OriginError) -> None:
+        """Record that a cached copy is served because an origin failed.
+
+        Only a failure to connect counts for other requests: for the whole origin, or for one cache key if a
+        redirect led elsewhere.  Any other failure may be the fault of this very request, and one client's
+        request must not decide what other clients get (invariant 12).
+        """
+        lasts = error.unreachable and field_value(request.fields, "Authorization") is None
+        redirected = error.target is not None and _site(error.target) != _site(request.target)
+        events = self._unreachable if lasts else self._errors
+        name = _site(request.target) if lasts and not redirected else request.key
+        is_new = events.note_first(name, ORIGIN_BACKOFF)
+        events.note(name, str(error))
+        log.log(logging.WARNING if is_new else logging.DEBUG, "%s Serving the stored copy%s.", error,
+                " for the next %d s" % ORIGIN_BACKOFF if lasts else "")
+
+    def origin_answered(self, request: Request) -> None:
+        """Forget the failures of an origin: it has answered."""
+        for events in (self._unreachable, self._errors):
+            events.forget(_site(request.target), request.key)
+
+    def disk_failed(self, error: StorageError) -> str:
+        """Log a disk error once for each kind, and return the reason for Cache-Status."""
+        if error.code == errno.EAGAIN:
+            return "another instance is storing it"
+        with self._lock:
+            is_new = self._disk_error is None or self._disk_error.code != error.code
+            self._disk_error, self._disk_failed_at = error, time.monotonic()
+        if error.code == errno.ENOSPC:
+            self._on_full_disk()
+        remedy = {errno.ENOSPC: " Free some space.", errno.EACCES: " Let this user write the cache root.",
+                  errno.EROFS: " Mount the cache root for writing."}.get(error.code or 0, "")
+        log.log(logging.WARNING if is_new else logging.DEBUG,
+                "Nothing can be stored: %s. Requests are still passed to the origins.%s", error, remedy)
+        return "not stored: %s" % error
+
+    def disk_recovered(self) -> None:
+        """Record that a response was stored."""
+        with self._lock:
+            recovered, self._disk_error = self._disk_error is not None, None
+        if recovered:
+            log.warning("The cache can be written again.")
+
+    def disk_error(self) -> str:
+        """Return why nothing could be stored lately, or "".
+
+        An old error does not count: another process may have stored something since.
+        """
+        with self._lock:
+            is_recent = time.monotonic() - self._disk_failed_at < EVICTION_INTERVAL
+            return truncate_middle(str(self._disk_error), 150) if self._disk_error and is_recent else ""
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """Describe the last failures of origins for the status page, the newest last."""
+        events = self._errors.gather(ORIGIN_BACKOFF) + self._unreachable.gather(ORIGIN_BACKOFF)
+        return [{"origin": displayable_uri(name), "reason": truncate_middle(reason, 150),
+                 "seconds": round(ORIGIN_BACKOFF - age)} for name, age, reason in events[-10:]]
+
+
+# The same file from another mirror
 
 
 class LocalFileResponse(OriginResponse):
-    """A file of ours, as if it came from the origin whose file it was found to be: where it can't be read to
-    its end, the origin has the rest."""
+    """A stored file that is read as if an origin sent it, to make a copy of it.
 
-    def __init__(self, twin: StoredResponse) -> None:  # nothing of the base class's but its methods' meaning
-        self.head = twin.head
-        self.length: int | None = twin.head.size
+    If it cannot be read to its end, the download continues from the origin like any other.
+    """
+
+    def __init__(self, stored: StoredResponse) -> None:  # without the base class's, which needs a connection
+        self.head = stored.head
+        self.length: int | None = stored.head.size
         self.end_is_known = True
-        self._twin = twin
-        twin.file.seek(0)
+        self._stored = stored
+        stored.file.seek(0)
 
     def on_idle(self, call: Callable[[], object]) -> None:
-        """The disk makes none."""
+        """Do nothing: a disk does not pause."""
 
     def read(self, size: int = COPY_SIZE) -> bytes:
-        """Up to ``size`` bytes, b"" at the end; OriginFailure, also if the file has been changed in place."""
+        """Read up to ``size`` bytes, b"" at the end; OriginError if that fails or the file was changed."""
         try:
-            data, info = self._twin.file.read(size) or b"", os.fstat(self._twin.fileno())
+            data, info = self._stored.file.read(size) or b"", os.fstat(self._stored.fileno())
         except OSError as error:
             raise TruncatedBodyError("The copy cannot be read: %s." % error) from None
         if (info.st_size, info.st_mtime_ns) != (self.head.size, self.head.mtime_ns):
@@ -5543,189 +5576,205 @@ class LocalFileResponse(OriginResponse):
 
     def close(self) -> None:
         """Close the file."""
-        self._twin.close()
+        self._stored.close()
 
 
-def _read_proof(response: OriginResponse, forward: OriginRequest) -> bytes:
-    """A part that was asked for, and no more than one byte beyond; OriginFailure, socket.timeout."""
+def _read_proof(response: OriginResponse, origin_request: OriginRequest) -> bytes:
+    """Read a range of at most PROOF_SIZE bytes, and up to one byte more if the origin sends too many;
+    OriginError, socket.timeout."""
     data = b""
-    response.set_deadline(forward.timeout_for(VALIDATION_TIMEOUT))  # its client waits for the first byte
+    response.set_deadline(origin_request.timeout_for(VALIDATION_TIMEOUT))  # its client waits for a first byte
     while len(data) <= PROOF_SIZE and (piece := response.read(PROOF_SIZE)):
         data += piece
     return data
 
 
-def _under_other_head(twin: StoredResponse, head: ResponseHead) -> StoredResponse:
-    """A body under the head that it has elsewhere.  A query may be another client's password."""
-    return replace_fields(twin, head=replace_fields(
-        head, size=twin.head.size, mtime_ns=twin.head.mtime_ns, local_clients_only=head.local_clients_only or twin.head.local_clients_only,
-        same_as=twin.head.key.partition("?")[0] if twin.name else twin.head.same_as))
+def _under_other_head(stored: StoredResponse, head: ResponseHead) -> StoredResponse:
+    """Give a stored body the head that it has at another mirror."""
+    # A query may hold another client's password, so it is not shown.
+    same_as = stored.head.key.partition("?")[0] if stored.name else stored.head.same_as
+    local_clients_only = head.local_clients_only or stored.head.local_clients_only
+    return replace_fields(stored, head=replace_fields(
+        head, size=stored.head.size, mtime_ns=stored.head.mtime_ns, local_clients_only=local_clients_only,
+        same_as=same_as))
 
 
-def _has_named_digest(key: str, twin: StoredResponse) -> bool:
-    """Whether a body has the digest that is in a name, where there is one."""
-    with contextlib.suppress(StorageError):  # what can't be read proves nothing
-        return matches_digest_in_name(key, twin)
+def _has_named_digest(key: str, stored: StoredResponse) -> bool:
+    """Return whether a body has the digest in a key's name, if that has one.  An unreadable body has not."""
+    with contextlib.suppress(StorageError):
+        return matches_digest_in_name(key, stored)
     return False
 
 
 class MirrorDeduplicator:
-    """The same file from another mirror: what we hold of its name, and the proof that it is the same.  For
-    the caller: find, check, stand_in, holds.
+    """Finds a stored file that is identical to one requested from another mirror.
 
-    A digest in the name is proof enough.  A package is the same if the origin says so itself: by its size,
-    and the bytes at its head and its tail, where archives have their checksums.
+    Two files of one name are identical if that name holds their digest, or else if the origin shows it: by
+    the size and by the first and last bytes, which hold the checksums of an archive.
+
+    Public: ``find_identical``, ``find_substitute``, ``check_status``, ``has_candidates``.
     """
 
     def __init__(self, store: Store, origin: OriginClient, config: Config) -> None:
         self._store = store
         self._origin = origin
         self._sharing = config.sharing
-        self._adopt = tuple(os.path.join(folder, "") for folder in config.adopt)
+        self._adopted_folders = tuple(os.path.join(folder, "") for folder in config.adopt)
 
-    def find_identical(self, request: Request, forward: OriginRequest,
-             config: Config) -> tuple[StoredResponse | None, OriginResponse | None]:
-        """What we hold of the same file, under the head that it has here; or the origin's answer, where that
-        is one to a request for the whole; or neither.  OriginFailure where the origin can't be asked, and
-        another mirror's file can stand in."""
+    def find_identical(self, request: Request, origin_request: OriginRequest,
+                       config: Config) -> StoredResponse | OriginResponse | None:
+        """Find an identical file, under the head that it has at this mirror.
+
+        Return the origin's response instead if the origin answered the probe with the whole file, or None.
+        OriginError if the origin cannot be asked, and there is a substitute.
+        """
         try:
-            return self._find(request, forward, config)
-        except (CannotResumeError, StorageError, OSError) as failure:
-            log.debug("%s: %s", request.key, failure)
+            with self._candidates(request) as candidates:
+                if digest_in_name(request.key):
+                    return self._match_digest(request, candidates)
+                if candidates:
+                    return self._match_probe(request, origin_request, candidates, config)
+        except (CannotResumeError, StorageError, OSError) as error:
+            log.debug("%s: %s", request.key, error)
         except OriginError:
-            if self._has_stand_in(request):
+            if self._has_substitute(request):
                 raise
-        return None, None
+        return None
 
     def check_status(self, request: Request, response: OriginResponse) -> None:
-        """OriginFailure where a mirror says that it can't now, and another's file can stand in."""
-        if response.head.status in UNAVAILABLE_STATUSES and self._has_stand_in(request):
+        """Raise OriginError if a mirror is unavailable, and there is a substitute."""
+        if response.head.status in UNAVAILABLE_STATUSES and self._has_substitute(request):
             response.close()
             raise OriginError("%s answers %d." % (request.target.authority, response.head.status))
 
     def find_substitute(self, request: Request) -> StoredResponse | None:
-        """What we hold of the same name, where its mirror has proven lately to have the same files."""
-        found, named = None, digest_in_name(request.key) is not None
-        for other in self._candidates(request):
-            if found is None and (_has_named_digest(request.key, other) if named else other.name and
-                                  self._store.names.are_mirrors(mirror_prefixes(request.key, other.head.key))):
-                found = other
-            else:
-                other.close()
-        return found
+        """Find a file of the same name from a mirror that has lately been shown to have the same files."""
+        has_digest = digest_in_name(request.key) is not None
+        with self._candidates(request) as candidates:
+            for candidate in candidates:
+                prefixes = mirror_prefixes(request.key, candidate.head.key)
+                if _has_named_digest(request.key, candidate) if has_digest else (
+                        candidate.name and self._store.names.are_mirrors(prefixes)):
+                    candidates.remove(candidate)
+                    return candidate
+        return None
 
-    def _has_stand_in(self, request: Request) -> bool:
+    def _has_substitute(self, request: Request) -> bool:
         stored = self.find_substitute(request)
         _close(stored)
         return stored is not None
 
     def has_candidates(self, request: Request) -> bool:
-        """Whether there is anything to look at."""
-        held = self._candidates(request)
-        for other in held:
-            other.close()
-        return bool(held)
+        """Return whether any stored file might be identical."""
+        with self._candidates(request) as candidates:
+            return bool(candidates)
 
-    def _find(self, request: Request, forward: OriginRequest,
-              config: Config) -> tuple[StoredResponse | None, OriginResponse | None]:
-        held, twin, answer = self._candidates(request), None, None
+    @contextlib.contextmanager
+    def _candidates(self, request: Request) -> Iterator[list[StoredResponse]]:
+        """Open the files of the same name that the client may have; those left in the list are closed."""
+        candidates: list[StoredResponse] = []
         try:
-            if digest_in_name(request.key):
-                twin = self._match_digest(request, held)
-            elif held:
-                twin, answer = self._match_probe(request, forward, held, config)
-            return twin, answer
+            for stored in self._open_same_name(request):
+                if stored.head.vary or field_value(stored.head.fields, "Content-Encoding"):
+                    stored.close()
+                else:
+                    candidates.append(stored)
+            yield candidates
         finally:
-            for other in held:
-                if twin is None or other.file is not twin.file:
-                    other.close()
+            for stored in candidates:
+                stored.close()
 
-    def _candidates(self, request: Request) -> list[StoredResponse]:
-        """What we hold of the same name, and may show; for the caller to close.  What came over http does for
-        https only where its name proves it."""
-        name = shareable_name(request.key)
-        fresh = "no-cache" in cache_directives(request.fields)  # the client has its reasons: a wrong digest, say
-        if not name or fresh or field_value(request.fields, "Authorization") is not None:
-            return []
-        sure = digest_in_name(request.key) is not None
-        any_way = request.target.scheme == "http" or sure
-        open_to = ("http:", "https:") if any_way else ("https:",)
-        held = [look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
-                for key in ([*self._store.names.lookup(name), request.key.replace("%2B", "+")]
-                            if self._sharing or sure else ())
-                if key != request.key and key.startswith(open_to)]
-        for path in self._store.adopted.lookup(name) if self._adopt else ():
-            file, info = _open(path) if path.startswith(self._adopt) else (None, _NO_STAT)
+    def _open_same_name(self, request: Request) -> Iterator[StoredResponse]:
+        name, has_digest = shareable_name(request.key), digest_in_name(request.key) is not None
+        # A client that says no-cache doubts what the proxy has: it may have seen a wrong digest, say.
+        doubted = "no-cache" in cache_directives(request.fields)
+        if not name or doubted or field_value(request.fields, "Authorization") is not None:
+            return
+        # A file fetched over http is never used for an https URL, unless a digest in the URL proves it.
+        schemes = ("http:", "https:") if request.target.scheme == "http" or has_digest else ("https:",)
+        if self._sharing or has_digest:
+            for key in [*self._store.names.lookup(name), request.key.replace("%2B", "+")]:
+                if key != request.key and key.startswith(schemes):
+                    stored = look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
+                    if stored is not None:
+                        yield stored
+        for path in self._store.adopted.lookup(name) if self._adopted_folders else ():
+            file, info = _open(path) if path.startswith(self._adopted_folders) else (None, _NO_STAT)
             if file is not None:
                 head = replace_fields(_bare_head(request.key, info), same_as="an adopted file")
-                held.append(StoredResponse(file, head, "", False))
-        found = []
-        for other in held:
-            coded = other and field_value(other.head.fields, "Content-Encoding")
-            if other and not other.head.vary and not coded:
-                found.append(other)
-            else:
-                _close(other)
-        return found
+                yield StoredResponse(file, head, "", False)
 
-    def _match_digest(self, request: Request, held: list[StoredResponse]) -> StoredResponse | None:
-        """The first that has the digest in its name.  Of its head, what is the file's."""
-        for other in held:
-            if _has_named_digest(request.key, other):
-                fields = tuple(field for field in other.head.fields
+    def _match_digest(self, request: Request, candidates: list[StoredResponse]) -> StoredResponse | None:
+        """Take the first candidate that has the digest in the name, with those of its fields that describe
+        the file and not the mirror it came from."""
+        for candidate in candidates:
+            if _has_named_digest(request.key, candidate):
+                candidates.remove(candidate)
+                fields = tuple(field for field in candidate.head.fields
                                if field[0].lower() in ("content-type", "last-modified", "date"))
-                return _under_other_head(other, replace_fields(other.head, fields=fields, key=request.key))
+                head = replace_fields(candidate.head, fields=fields, key=request.key)
+                return _under_other_head(candidate, head)
         return None
 
-    def _match_probe(self, request: Request, forward: OriginRequest, held: list[StoredResponse],
-               config: Config) -> tuple[StoredResponse | None, OriginResponse | None]:
-        """The one that the origin shows to be the same; or its answer, if it shows no parts."""
-        forward = replace_fields(forward, deadline=time.monotonic() + VALIDATION_TIMEOUT)
-        first_range = (("Range", "bytes=0-%d" % (PROOF_SIZE - 1)),)
-        response = self._origin.fetch(replace_fields(forward, fields=forward.fields + first_range))
+    def _match_probe(self, request: Request, origin_request: OriginRequest, candidates: list[StoredResponse],
+                     config: Config) -> StoredResponse | OriginResponse | None:
+        """Take the candidate whose size, first and last bytes are those that the origin shows."""
+        origin_request = replace_fields(origin_request, deadline=time.monotonic() + VALIDATION_TIMEOUT)
+        fields = origin_request.fields + (("Range", "bytes=0-%d" % (PROOF_SIZE - 1)),)
+        response = self._origin.fetch(replace_fields(origin_request, fields=fields))
         if response.head.status not in (206, 304, 416):
-            return None, response
+            return response
         with contextlib.closing(response):
-            first = _read_proof(response, forward)
+            first = _read_proof(response, origin_request)
         start, stop, size = content_range(response.head) or (0, 0, 0)
         head = complete_head(request, response.head)
-        private = why_not_storable(replace_fields(request, method="GET"), head, config)
-        if private or start or stop != min(PROOF_SIZE, size) or not size:
-            return None, None
-        same = [other for other in held if other.head.size == size and other.read_at(stop, 0) == first]
+        if why_not_storable(replace_fields(request, method="GET"), head, config) or start or not size \
+                or stop != min(PROOF_SIZE, size):
+            return None
+        same = [one for one in candidates if one.head.size == size and one.read_at(stop, 0) == first]
         tail = max(stop, size - PROOF_SIZE)
         if same and tail < size:
-            with contextlib.closing(self._origin.fetch_remainder(forward, head, size, tail)) as rest:
-                last = _read_proof(rest, forward)
-            same = [other for other in same if other.read_at(PROOF_SIZE, tail) == last]
-        for other in held:
-            if other.name:
-                self._store.names.record_comparison(mirror_prefixes(request.key, other.head.key), other in same)
-        return (_under_other_head(same[0], head) if same else None), None
+            with contextlib.closing(self._origin.fetch_remainder(origin_request, head, size, tail)) as rest:
+                last = _read_proof(rest, origin_request)
+            same = [one for one in same if one.read_at(PROOF_SIZE, tail) == last]
+        for one in candidates:
+            if one.name:
+                prefixes = mirror_prefixes(request.key, one.head.key)
+                self._store.names.record_comparison(prefixes, one in same)
+        if not same:
+            return None
+        candidates.remove(same[0])
+        return _under_other_head(same[0], head)
 
 
-@dataclasses.dataclass(frozen=True)
-class Download:
-    """One flight's way from its origin to the disk."""
-
-    response: OriginResponse | None  # None: the partial is to be gone on with
-    partial: PartialFile
-    flight: Flight
-    forward: OriginRequest  # asks for the whole again
-    outcome: Outcome
+# The writer
 
 
 class DownloadLocks:
-    """Which of the instances that share a root downloads what, by their locks or leases.  For the caller:
-    take, end, release, lost, flying, spoil; for Watch: partials and leases."""
+    """Decides which of the instances that share a cache root downloads a key.
 
-    def __init__(self, store: Store, leases: LeaseManager) -> None:
+        ====================  ==================================  =================================
+        setting               who downloads                       each instance writes
+        ====================  ==================================  =================================
+        locks work            who has the lock on the file        the one partial file of the key
+        --barrier             who has the lease in memcached      a partial file named by its lease
+        neither               every instance, for its own clients a partial file with a random name
+        ====================  ==================================  =================================
+    """
+
+    def __init__(self, store: Store, config: Config) -> None:
+        why = "" if config.barrier else why_locks_fail(store.metadata_folder)
+        if why:
+            log.warning("Instances that share %s would download each on its own: %s. --barrier "
+                        "memcached://HOST:PORT lets them share.", store.root, why)
         self.partials = PartialStore(store)
-        self.leases = leases
+        self.leases = LeaseManager(config.barrier, bool(why))
 
     def acquire(self, key: str) -> PartialFile | None:
-        """The partial of a key, for the caller to write and then to end, or to release; None where another
-        instance writes it; LocalFailure."""
+        """Lock a key, and return its partial file; None if another instance downloads it; StorageError.
+
+        The caller must call release() at the end, or discard() if nothing was written.
+        """
         lease = self.leases.acquire(key)
         if lease.state is LeaseState.TAKEN:
             return None
@@ -5736,22 +5785,22 @@ class DownloadLocks:
             raise
 
     def discard(self, partial: PartialFile | None) -> None:
-        """Nothing is to be stored."""
+        """Remove a partial file that was not written, and unlock its key."""
         if partial is not None:
             partial.discard()
             self.release(partial)
 
     def release(self, partial: PartialFile) -> None:
-        """It has been stored, kept or discarded."""
+        """Unlock the key of a partial file that was stored, kept or discarded."""
         partial.release()
         self.leases.release(partial.head.key, partial.owner)
 
     def is_lost(self, partial: PartialFile) -> bool:
-        """Whether another instance has taken over."""
+        """Return whether another instance has taken over, because the lease was not renewed in time."""
         return self.leases.is_lost(partial.owner)
 
     def is_downloading_elsewhere(self, key: str) -> bool:
-        """Whether another instance downloads a key."""
+        """Return whether another instance downloads a key."""
         holder = self.leases.holder(key)
         partial = None if holder or self.leases.uses_memcached else self.partials.open_for_reading(key)
         if partial is None:
@@ -5764,171 +5813,269 @@ class DownloadLocks:
         return False
 
     def invalidate(self, key: str) -> None:
-        """Let other instances not store what they download under a key."""
+        """Prevent other instances from storing what they are downloading under a key."""
         self.partials.unlink(key, self.leases.holder(key))
 
     def close(self) -> None:
-        """Nothing is downloaded any more."""
+        """Stop renewing leases."""
         self.leases.close()
 
 
-class Downloader:
-    """Downloads responses into partials, each in a thread of its own, which is the only writer.  A download
-    belongs to the cache: it goes on when its clients leave.  For the caller: start, and in a thread: fill."""
+class OrphanLimiter:
+    """Limits how many downloads continue without a client: the oldest ones may, if they are fast enough.
 
-    def __init__(self, barrier: SingleFlight, claims: DownloadLocks, origin: OriginClient, troubles: RecentFailures, orphans: OrphanLimiter,
-                 updated: Callable[[OriginRequest], None]) -> None:
-        self.barrier = barrier
-        self._claims = claims
-        self._origin = origin
-        self._troubles = troubles
-        self._orphans = orphans
-        self._updated = updated  # told of what has been stored in a new generation
+    A client that breaks off often comes back for the same file, so its download should not be lost.  But a
+    client could start downloads and leave, again and again, and each holds a thread, a connection and disk
+    space.  What a stopped download has received is kept for the next request (see ``keep_for_resume``).
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()  # guards _orphans
+        self._orphans: dict[int, tuple[float, int]] = {}  # time (monotonic) and size at the last speed check
+
+    def may_continue(self, partial: PartialFile) -> bool:
+        """Return whether a download may continue: it has clients, or it is one of the permitted orphans."""
+        has_readers, now = partial.has_readers(), time.monotonic()
+        with self._lock:
+            since, size = self._orphans.get(id(partial), (now, partial.size))
+            check_due = now - since > RATE_WINDOW
+            if has_readers or check_due and partial.size - size < MIN_RATE * (now - since):
+                self._orphans.pop(id(partial), None)
+                return has_readers
+            if check_due or id(partial) not in self._orphans and len(self._orphans) < self._limit:
+                self._orphans[id(partial)] = now, partial.size
+            return id(partial) in self._orphans
+
+    def remove(self, partial: PartialFile) -> None:
+        """Forget a download that has ended."""
+        with self._lock:
+            self._orphans.pop(id(partial), None)
+
+
+class Downloader:
+    """The tee: downloads responses into partial files, from which all their clients read.
+
+    Each download runs in a thread of its own, which is the only writer of its partial file (invariant 2).  It
+    belongs to the cache and not to a client: it continues when clients leave, and no client slows it down.
+
+    Public: ``start``; ``download`` for a thread that already exists; ``snapshot``.
+    """
+
+    def __init__(self, config: Config, store: Store, flights: SingleFlight, origin: OriginClient,
+                 failures: RecentFailures, on_replaced: Callable[[OriginRequest], None]) -> None:
+        self.store = store
+        self.flights = flights
+        self.origin = origin
+        self.failures = failures
+        self.locks = DownloadLocks(store, config)
+        self._on_replaced = on_replaced  # called when a stored response was replaced by a newer one
+        self._orphans = OrphanLimiter(config.max_orphans)
         self._lock = threading.Lock()  # guards _running
-        self._running: dict[PartialFile, tuple[float, int]] = {}  # since when (monotonic), and from which byte
+        self._running: dict[PartialFile, tuple[float, int]] = {}  # start (monotonic), first offset
 
     def snapshot(self) -> list[dict[str, Any]]:
-        """The downloads in flight, the oldest first: bytes so far and in all, bytes a second, clients."""
+        """Describe the running downloads for the status page, the oldest first; rates are in bytes/s."""
         now = time.monotonic()
         with self._lock:
             running = list(itertools.islice(self._running.items(), MAX_ROWS))
         return [{"uri": displayable_uri(partial.head.key), "bytes": partial.size, "length": partial.length,
-                 "rate": int((partial.size - begun) / max(now - since, 0.001)), "clients": partial.reader_count()}
-                for partial, (since, begun) in running]
+                 "rate": int((partial.size - start) / max(now - since, 0.001)),
+                 "clients": partial.reader_count()}
+                for partial, (since, start) in running]
 
-    def start(self, download: Download) -> None:
-        """Download in a new thread, and let followers join; LocalFailure if no thread can be started."""
-        start_thread(self.download, download)
-        download.flight.publish(download.partial)
+    def start(self, request: Request, decision: CacheDecision, head: ResponseHead,
+              download: Download) -> Response:
+        """Start a download, and return the response for its first client; StorageError.
+
+        ``head`` is the origin's, of the whole representation.  Followers may join as soon as the flight has
+        the partial file.
+        """
+        response, partial = download.response, download.partial
+        assert response is not None  # noqa: S101 (for the type checker)
+        stored_head = replace_fields(head, fields=storable_fields(head.fields))
+        # What is left of an earlier download is kept only if this response continues it (start > 0).
+        length = None if response.length is None else response.length + response.start
+        partial.start(stored_head, length, response.start)
+        outcome = Outcome.UPDATED if download.replaces else Outcome.MISS
+        status = CacheStatus(outcome, decision.forward, response.head.status, stored=True)
+        status = shared_cache_status(decision, head) if head.same_as else status
+        # Only this client gets the fields that are not stored, such as Set-Cookie.
+        own_head = replace_fields(stored_head, fields=end_to_end(head.fields))
+        partial.acquire()
+        result = response_from_partial(request, download, self.origin, status, own_head)
+        try:
+            start_thread(self.download, download)
+        except StorageError:
+            result.body.close()
+            raise
+        download.flight.publish(partial)
+        return result
 
     def download(self, download: Download) -> None:
-        """Download to the end, store the result, and end the flight with its last bytes (invariant 3)."""
+        """Download to the end, store the result, and finish the flight; in a thread of its own.
+
+        1. Receive: read from the origin, write to the partial file, announce all but the last bytes.
+        2. Commit: flush the file and give it its place in the cache, or discard it.
+        3. Finish the flight: take it out of the barrier, then announce the last bytes (invariant 3).  A
+           client that has them and asks again finds the response stored.
+        4. Release the lock: with memcached that may take a moment, so no client waits for it.
+        """
         partial, flight = download.partial, download.flight
-        landing = FlightResult.FAILED
-        failure: Exception | None = None
+        result = FlightResult.FAILED
+        error: Exception | None = None
         try:
-            self._download(download)
-            landing = FlightResult.WHOLE
-            landing = self._commit(partial, flight, download.forward.timings)
-        except StorageError as error:
-            self._troubles.disk_failed(error)
-            landing, failure = FlightResult.WHOLE if landing is FlightResult.WHOLE else FlightResult.ALONE, error
-            partial.discard(cut=landing is FlightResult.ALONE)
-            if download.outcome is Outcome.UPDATED:
-                partial.delete_stored()  # the old one is known to be wrong
-        except OriginError as error:
-            log.warning("%s was not stored: %s", partial.head.key, error)
-            if isinstance(error, DownloadAbandonedError):
-                landing = FlightResult.ALONE  # for whoever joined at the last moment
-            else:
-                failure = error
+            self._receive(download)
+            result = FlightResult.WHOLE
+            result = self._commit(download)
+        except StorageError as failure:
+            # If all bytes were received, readers have them.  Else each asks the origin for the remainder.
+            error, result = failure, result if result is FlightResult.WHOLE else FlightResult.ALONE
+            self.failures.disk_failed(failure)
+            partial.discard(cut=result is FlightResult.ALONE)
+            if download.replaces:
+                partial.delete_stored()  # the stored response is outdated, and its successor is not stored
+        except OriginError as failure:
+            log.warning("%s was not stored: %s", partial.head.key, failure)
+            if isinstance(failure, DownloadAbandonedError):
+                result = FlightResult.ALONE  # a client that joined at the last moment asks the origin
+            error = None if result is FlightResult.ALONE else failure
             partial.keep_for_resume()
         finally:
-            self._forget(partial)
-            self.barrier.finish(flight, landing, failure, partial.size)
-            self._claims.release(partial)  # after the last bytes: memcached may take its time
-        if landing is FlightResult.STORED and download.outcome is Outcome.UPDATED:
-            self._updated(download.forward)
+            self._orphans.remove(partial)
+            with self._lock:
+                self._running.pop(partial, None)
+            self.flights.finish(flight, result, error, partial.size)
+            self.locks.release(partial)
+        if result is FlightResult.STORED and download.replaces:
+            self._on_replaced(download.origin_request)
 
-    def _forget(self, partial: PartialFile) -> None:
-        self._orphans.remove(partial)
+    def _receive(self, download: Download) -> None:
+        """Write the whole body, over as many connections as it takes; OriginError, StorageError."""
+        partial, response = download.partial, download.response
         with self._lock:
-            self._running.pop(partial, None)
+            self._running[partial] = time.monotonic(), partial.size
+        if response is None and partial.size == partial.length:
+            return  # the instance that died had received everything
 
-    def _commit(self, partial: PartialFile, flight: Flight, timings: dict[str, float] | None) -> FlightResult:
-        """Store what is complete, unless something has made it invalid meanwhile; LocalFailure."""
-        if not flight.finish_receiving() or self._claims.is_lost(partial):
-            partial.discard()
-            return FlightResult.WHOLE
-        if not matches_digest_in_name(partial.head.key, partial):
+        def ask(offset: int) -> OriginResponse:
+            if partial.size:
+                _publish()
+            request = replace_fields(download.origin_request, deadline=time.monotonic() + RESUME_TIMEOUT)
+            remainder = self.origin.fetch_remainder(request, partial.head, partial.length, offset)
+            remainder.on_idle(_publish)
+            return remainder
+
+        def _publish() -> None:
+            with contextlib.suppress(OSError):
+                partial.publish()
+
+        # Other instances can read the partial file once its metadata is written.  That costs a file, which
+        # most downloads do not need: it is written if the origin pauses, or if the download takes a while.
+        publish_at = time.monotonic() + PUBLISH_DELAY
+        if response is not None:
+            response.on_idle(_publish)
+        pieces = resumable_body(partial.head, partial.length, partial.size, ask, response)
+        with contextlib.closing(pieces):
+            for data in pieces:
+                self._write(download, data)
+                if time.monotonic() > publish_at and partial.size != partial.length:
+                    _publish()
+
+    def _write(self, download: Download, data: bytes) -> None:
+        """Append data to the partial file, and wake the readers; OriginError, StorageError."""
+        partial, flight = download.partial, download.flight
+        if not self._orphans.may_continue(partial):
+            # A client may join between the two checks, so first let nobody join, then look again.
+            self.flights.remove(flight)
+            if not partial.has_readers():
+                raise DownloadAbandonedError("Its clients have left, and it is too slow, or too many other "
+                                             "downloads continue without clients.")
+        if partial.length is not None and partial.size + len(data) > partial.length:
+            raise CannotResumeError("The origin sends more than it has declared.")
+        try:
+            partial.write(data)
+        except OSError as error:
+            raise StorageError(error) from error
+        if partial.size != partial.length:  # the last bytes are announced after the commit (invariant 3)
+            flight.set_received(partial.size)
+
+    def _commit(self, download: Download) -> FlightResult:
+        """Store a complete body, unless it has become invalid; StorageError.
+
+        A POST, say, may invalidate it at any time (RFC 9111 §4.4).  Hence the flight is asked twice: before
+        the file gets its place, and again afterwards, because the POST may have come in between.
+        """
+        partial, flight = download.partial, download.flight
+        may_store = flight.finish_receiving() and not self.locks.is_lost(partial)
+        if may_store and not matches_digest_in_name(partial.head.key, partial):
             log.warning("%s was not stored: its bytes have another digest than its name", partial.head.key)
+            may_store = False
+        if not may_store:
             partial.discard()
             return FlightResult.WHOLE
         partial.commit()
-        mark(timings, "stored")
-        self._troubles.disk_recovered()
+        mark(download.origin_request.timings, "stored")
+        self.failures.disk_recovered()
         if not flight.finish_receiving():
             partial.delete_stored()
         return FlightResult.STORED
 
-    def _download(self, download: Download) -> None:
-        """Write all bytes, over as many connections as it takes; OriginFailure, LocalFailure."""
-        partial = download.partial
-        with self._lock:
-            self._running[partial] = time.monotonic(), partial.size
-        if download.response is None and partial.size == partial.length:
-            return
-        tee = PartialWriter(partial, download.flight, functools.partial(self._should_continue, download))
-
-        def ask(offset: int) -> OriginResponse:
-            if partial.size:
-                tee.tell()
-            forward = replace_fields(download.forward, deadline=time.monotonic() + RESUME_TIMEOUT)
-            response = self._origin.fetch_remainder(forward, partial.head, partial.length, offset)
-            response.on_idle(tee.tell)
-            return response
-
-        if download.response is not None:
-            download.response.on_idle(tee.tell)
-        pieces = resumable_body(partial.head, partial.length, partial.size, ask, download.response)
-        with contextlib.closing(pieces):
-            for data in pieces:
-                tee.write(data)
-
-    def _should_continue(self, download: Download) -> bool:
-        if self._orphans.may_continue(download.partial):
-            return True
-        self.barrier.remove(download.flight)  # nobody joins it any more; who just has is not let down
-        return download.partial.has_readers()
-
 
 class PeerFollower:
-    """Follows what another instance downloads, for the clients of this one, and takes its place where it
-    dies.  For the caller: run, in a thread of its own."""
+    """Follows another instance's download, and takes it over if that instance dies.
 
-    def __init__(self, store: Store, claims: DownloadLocks, filler: Downloader, request: Request, forward: OriginRequest,
+    One runs for each flight whose key another instance has locked, in a thread of its own: ``run``.  It reads
+    the other's partial file and its metadata:
+
+    1. The other instance locks its partial file, or gets the lease, and asks the origin.
+    2. It publishes the metadata.  From now on our clients read its file, as far as it has been written.
+    3. It renames the file into the cache, or removes it, and unlocks it.
+    4. Our attempt to lock succeeds: it has finished, or it has died.  The store tells which.
+    """
+
+    def __init__(self, downloader: Downloader, request: Request, origin_request: OriginRequest,
                  flight: Flight) -> None:
-        self._store = store
-        self._claims = claims
-        self._filler = filler
-        self._request = request  # whose download it would be
-        self._forward = forward
+        self._downloader = downloader
+        self._locks = downloader.locks
+        self._request = request  # the leader's, to download for if the other instance dies
+        self._origin_request = origin_request
         self._flight = flight
-        self._partial: PartialFile | None = None  # the other's
-        self._published = False
-        self._owner = ""  # the other; "": who locks its file
-        self._own = ""  # ours, once we hold the lease
+        self._partial: PartialFile | None = None  # the other instance's
+        self._published = False  # whether our clients read it
+        self._owner = ""  # the other instance, as its lease names it; "": the file itself is locked
+        self._own_lease = ""  # ours, once we hold it
 
     def run(self) -> None:
-        """Until the other has ended; then end the flight, or go on with the download."""
-        landing: FlightResult | None = FlightResult.ALONE
+        """Follow until the other instance has finished; then finish the flight, or continue the download."""
+        result: FlightResult | None = FlightResult.ALONE
         try:
             if self._follow():
-                landing = self._finish()
-            else:  # whoever comes next shall not wait for it as well
-                self._claims.partials.unlink(self._flight.key, self._owner)
+                result = self._finish()
+            else:  # it stands still: later requests must not wait for it as well
+                self._locks.partials.unlink(self._flight.key, self._owner)
         except (OSError, StorageError) as error:
             log.debug("%s cannot be followed: %s", self._flight.key, error)
         finally:
-            if landing is not None:
-                self._close(landing)
+            if result is not None:
+                self._close(result)
 
-    def _close(self, landing: FlightResult) -> None:
+    def _close(self, result: FlightResult) -> None:
         partial = self._partial
         if partial is not None:
             partial.unlock()
         received = partial.size if partial is not None and self._published else None
-        self._filler.barrier.finish(self._flight, landing, received=received)
+        self._downloader.flights.finish(self._flight, result, received=received)
         if partial is not None:
             partial.release()
-        self._claims.leases.release(self._flight.key, self._own)
+        self._locks.leases.release(self._flight.key, self._own_lease)
 
     def _follow(self) -> bool:
-        """Tell our clients what the other has written; False where that stands still."""
+        """Announce what the other instance has written until it finishes; False if it stands still."""
         pause, deadline = 0.001, time.monotonic() + FOLLOWER_HEAD_TIMEOUT
         while time.monotonic() < deadline:
             if self._partial is None:
-                self._partial = self._claims.partials.open_for_reading(self._flight.key, self._owner)
+                self._partial = self._locks.partials.open_for_reading(self._flight.key, self._owner)
             if self._try_take_over():
                 return True
             if self._partial is not None and self._has_grown(self._partial):
@@ -5941,6 +6088,7 @@ class PeerFollower:
         return False
 
     def _has_grown(self, partial: PartialFile) -> bool:
+        """Announce what has been written since the last call; return whether that is anything."""
         before = partial.size
         if not self._published:
             self._published = partial.load_metadata()
@@ -5953,319 +6101,233 @@ class PeerFollower:
         return partial.size > before
 
     def _try_take_over(self) -> bool:
-        """Whether nobody leads any more but we ourselves."""
+        """Try to become the writer; True if the other instance no longer is.
+
+        The lock is on an open file, and the file may have lost its name meanwhile:
+
+        1. the other instance renames or removes its file, and a third one creates a new file of that name;
+        2. we lock the old file, which nobody locks any more;
+        3. the name leads to another file: open that one and try again, if no client reads the old one yet.
+        """
+        if self._locks.leases.uses_memcached:
+            return self._try_take_lease()
         partial = self._partial
-        if not self._claims.leases.uses_memcached:
-            if partial is not None and partial.try_lock() and not self._published and not partial.still_exists():
-                partial.release()  # it was begun anew, or has ended
-                partial = self._partial = self._claims.partials.open_for_reading(self._flight.key)
-            return partial is None or partial.try_lock()
+        if partial is not None and partial.try_lock() and not self._published and not partial.still_exists():
+            partial.release()
+            partial = self._partial = self._locks.partials.open_for_reading(self._flight.key)
+        return partial is None or partial.try_lock()
+
+    def _try_take_lease(self) -> bool:
         try:
-            owner, ours = self._claims.leases.try_acquire(self._flight.key)
-        except OSError:  # then its file tells
-            return partial is None or not partial.still_exists()
-        if ours:
-            self._own = owner
+            owner, is_ours = self._locks.leases.try_acquire(self._flight.key)
+        except OSError:  # memcached cannot be asked: the other instance's file disappears when it finishes
+            return self._partial is None or not self._partial.still_exists()
+        if is_ours:
+            self._own_lease = owner
         elif owner != self._owner:
             self._switch_writer(owner)
-        return ours
+        return is_ours
 
     def _switch_writer(self, owner: str) -> None:
-        """Another has become the owner: who has a part already reads on in that one's copy of it."""
-        other = self._claims.partials.open_for_reading(self._flight.key, owner)
-        old = self._partial
+        """Follow a new owner of the lease, whose file begins as a copy of the old one.
+
+        If clients read the old file already, they may continue only in the same bytes, which a strong
+        validator must prove.
+        """
+        other, old = self._locks.partials.open_for_reading(self._flight.key, owner), self._partial
         if not self._published or old is None:
             self._partial, self._owner = other, owner
             if old is not None:
                 old.release()
         elif other is not None:
-            same = other.load_metadata() and other.head.fields == old.head.fields and strong_validator(old.head)
-            if same and other.size >= old.size:
+            same = other.load_metadata() and other.head.fields == old.head.fields
+            if same and strong_validator(old.head) and other.size >= old.size:
                 old.switch_to(other)
                 self._owner = owner
             else:
                 other.release()
 
     def _finish(self) -> FlightResult | None:
-        """How it ended; None where we have gone on with it."""
-        partial, stored = self._partial, self._store.lookup(self._flight.key)
+        """Return how the other instance's download ended; None if it was continued here."""
+        partial, stored = self._partial, self._downloader.store.lookup(self._flight.key)
         if stored is not None:
             with contextlib.closing(stored):
                 return self._finish_stored(stored)
         if partial is None or not partial.still_exists():
-            whole = partial is not None and self._published and partial.size == partial.length
-            return FlightResult.WHOLE if whole else FlightResult.ALONE
+            is_whole = partial is not None and self._published and partial.size == partial.length
+            return FlightResult.WHOLE if is_whole else FlightResult.ALONE
         if not self._published and not partial.load_metadata():
-            return FlightResult.AGAIN  # it died too soon
-        return self._take_over(partial)
+            return FlightResult.AGAIN  # it died before it had anything
+        return self._continue_download(partial)
 
     def _finish_stored(self, stored: StoredResponse) -> FlightResult:
-        """It is stored, perhaps by yet another instance: then who has a part reads on there, if by its
-        validator it is the same."""
+        """Let clients that have a part already continue in the stored file, if it is the same.
+
+        A third instance may have stored it.  Then a strong validator must prove that it is the same.
+        """
         partial = self._partial
         if partial is not None and self._published and not partial.is_stored_as(stored):
-            tag = strong_validator(partial.head)
-            same = tag is not None and tag == strong_validator(stored.head)
+            validator = strong_validator(partial.head)
+            same = validator is not None and validator == strong_validator(stored.head)
             if not same or partial.length not in (None, stored.head.size):
                 return FlightResult.ALONE
             partial.switch_to(stored)
         return FlightResult.STORED
 
-    def _take_over(self, partial: PartialFile) -> FlightResult | None:
-        """Go on where the other has died, in its file or in our copy of that; LocalFailure, OSError."""
+    def _continue_download(self, partial: PartialFile) -> FlightResult | None:
+        """Resume the download of an instance that died, in its file or in our copy; StorageError, OSError."""
         request, head = self._request, partial.head
         if strong_validator(head) is None:
             partial.discard()
         if not may_share_download(request, head) or strong_validator(head) is None:
             return FlightResult.ALONE
-        if self._claims.leases.uses_memcached:
-            heir = self._claims.partials.open_for_writing(self._flight.key, self._own)
-            if heir is None or heir.head.fields != head.fields or heir.size < partial.size:
-                self._claims.discard(heir)
+        if self._locks.leases.uses_memcached:
+            own = self._locks.partials.open_for_writing(self._flight.key, self._own_lease)
+            if own is None or own.head.fields != head.fields or own.size < partial.size:
+                self._locks.discard(own)
                 return FlightResult.ALONE
-            partial.switch_to(heir)
+            partial.switch_to(own)
         partial.refresh_size()
         partial.start(head, partial.length, partial.size)
         if not self._published:
             self._flight.publish(partial)
-        self._filler.download(Download(None, partial, self._flight, self._forward, Outcome.MISS))
+        self._downloader.download(Download(partial, self._flight, self._origin_request))
         return None
-
-
-class ResponseStorer:
-    """Takes in an origin's answers: into the store while they go to their clients, or only to these.  For
-    the caller: fetch, take."""
-
-    def __init__(self, store: Store, claims: DownloadLocks, origin: OriginClient, troubles: RecentFailures,
-                 filler: Downloader) -> None:
-        self._store = store
-        self._claims = claims
-        self._origin = origin
-        self._troubles = troubles
-        self._filler = filler
-
-    def fetch_full(self, forward: OriginRequest) -> OriginResponse:
-        """Ask for a whole representation; what is no answer to that is a failure of the origin."""
-        response = self._origin.fetch(forward)
-        conditional = any(name.startswith("If-") for name, _ in forward.fields)
-        if response.head.status in (206, 416) or response.head.status == 304 and not conditional:
-            response.close()
-            raise OriginError("%s answered %d to a plain request." % (
-                forward.target.authority, response.head.status))
-        return response
-
-    def store_or_relay(self, request: Request, response: OriginResponse, decision: CacheDecision, flight: Flight,
-              config: Config, partial: PartialFile | None = None) -> tuple[Response, FlightResult | None]:
-        """Store an answer while it goes to the client, or relay it where it can't be stored.  It may be the
-        rest of what the partial, if we have one already, has begun with."""
-        begun = response.start > 0
-        if response.head.status < 500 and not (response.head.same_as and digest_in_name(request.key)):
-            self._troubles.origin_answered(request)
-        live = partial.head if partial is not None and begun else replace_fields(
-            response.head, key=request.key, vary=selecting_fields(request, response.head))
-        forward = full_request(request, decision, config)
-        try:
-            reason = why_not_storable(replace_fields(request, method="GET"), live, config)
-            reason = reason or ("" if response.end_is_known else "no declared length")
-            if not reason:
-                if partial is None:
-                    partial = self._take_claim(request.key)
-                return self._store_live(request, live, decision, Download(
-                    response, partial, flight, forward,
-                    Outcome.UPDATED if decision.action is Action.VALIDATE else Outcome.MISS)), None
-        except StorageError as failure:
-            reason = self._troubles.disk_failed(failure)
-        except BaseException:
-            response.close()
-            self._claims.discard(partial)
-            raise
-        self._claims.discard(partial)
-        if replaces_stored(decision, response.head) and is_shareable(request, response.head):
-            self._store.delete(request.key)  # what is stored is known to be wrong, and can't be replaced
-        if begun:
-            response.close()
-            response = self.fetch_full(forward)
-        return response_from_origin(request, response, decision, reason), FlightResult.ALONE
-
-    def _take_claim(self, key: str) -> PartialFile:
-        partial = self._claims.acquire(key)
-        if partial is None:
-            raise StorageError(OSError(errno.EAGAIN, "another instance writes it"))
-        return partial
-
-    def _store_live(self, request: Request, live: ResponseHead, decision: CacheDecision, download: Download) -> Response:
-        """Begin to store a response; what its first client gets; LocalFailure."""
-        response, partial = download.response, download.partial
-        assert response is not None  # noqa: S101 (for the type checker)
-        length, start = response.length, response.start
-        head = replace_fields(live, fields=storable_fields(live.fields))
-        # Left-over bytes are kept only if this response continues them (start > 0).
-        partial.start(head, length if length is None else length + start, start)
-        status = CacheStatus(download.outcome, decision.forward, response.head.status, stored=True)
-        status = shared_cache_status(decision, live) if live.same_as else status
-        # What the others won't get: Set-Cookie.
-        own = replace_fields(head, fields=end_to_end(live.fields))
-        partial.acquire()
-        reply = response_from_partial(request, own, download.flight, partial, status,
-                             functools.partial(self._origin.fetch_remainder, download.forward))
-        try:
-            self._filler.start(download)
-        except StorageError:
-            reply.body.close()
-            raise
-        return reply
-
-
-def open_lease_manager(config: Config, store: Store) -> LeaseManager:
-    """How we agree with other instances, and a word in the log where we can't."""
-    why = "" if config.barrier else why_locks_fail(store.metadata_folder)
-    if why:
-        log.warning("Instances that share %s would download each on its own: %s. --barrier "
-                    "memcached://HOST:PORT lets them share.", store.root, why)
-    return LeaseManager(config.barrier, bool(why))
 
 
 # ---------------------------------------------------------------------------------------------
 # 10 Proxy
 # ---------------------------------------------------------------------------------------------
+#
+# Proxy.respond() is the path of every request; start reading there.
 
 REVALIDATION_INTERVAL = 3600.0  # seconds between two validations of one response in the background
 MAX_BACKGROUND_VALIDATIONS = 4  # validations at one time that no client waits for
-# Fields that tell of the very bytes of a body.
-_OF_BODY = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
-            "content-digest", "repr-digest")
+# Request fields with which a large stored response may have a small answer.
+_PART_FIELDS = ("range", "if-none-match", "if-modified-since")
+# Fields that describe the very bytes of a body, and so not those of a body with rewritten links.
+_BODY_FIELDS = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
+                "content-digest", "repr-digest")
 
 
-def rewrite_for_prefix(request: Request, reply: Response) -> Response:
-    """A reply whose links lead back here.  The validators of the original are none of its."""
-    links = link_pattern_for(request, reply.head)
+def rewrite_for_prefix(request: Request, response: Response) -> Response:
+    """Make the links of a response lead through the proxy, if its client put the proxy's address before the
+    URL; else return the response as it is."""
+    links = link_pattern_for(request, response.head)
     if links is None:
-        return reply
-    fields = without_fields(reply.head.fields, _OF_BODY)
+        return response
+    head = replace_fields(response.head, fields=without_fields(response.head.fields, _BODY_FIELDS))
     host = field_value(request.fields, "Host")
-    body = LinkRewritingBody(reply.body, links, "http://%s/" % host if host else "/", request.target)
-
-    def instead(failure: Exception) -> Response:
-        if reply.fallback is None:
-            raise failure
-        return rewrite_for_prefix(request, reply.fallback(failure))
-
-    return replace_fields(reply, head=replace_fields(reply.head, fields=fields), body=body,
-                   fallback=reply.fallback and instead)
+    body = LinkRewritingBody(response.body, links, "http://%s/" % host if host else "/", request.target)
+    return replace_fields(response, head=head, body=body)
 
 
 def check_target_allowed(request: Request, config: Config) -> None:
-    """Failure where a request has come in a circle, or may not go where it wants."""
+    """Raise ProxyError if a request has come in a loop, or if its client may not reach its target.
+
+    Only names are checked here.  Addresses are checked as they are connected to, by AddressPolicy.
+    """
     if is_loop(request, config):
         raise ProxyError("The request has come through this proxy before: its target leads back here.", 508)
     if not request.client_is_local and is_protected_host(request.target.host):
         raise ProxyError("Only the proxy's own host may reach %s through it." % request.target.host, 403)
 
 
-class PreparedHit(NamedTuple):
-    """A small reply from the store, as it leaves."""
+def answer_as_final_recipient(request: Request) -> Response:
+    """Answer a TRACE or OPTIONS that may go no further (RFC 9110 §7.6.2, §9.3.7, §9.3.8)."""
+    if request.method == "OPTIONS":
+        allow = ("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE, CONNECT")
+        return Response(generated_head(200, more=(allow,)), bytes_body(b""), CacheStatus(Outcome.OWN))
+    fields = without_fields(request.fields, ("authorization", "cookie", "proxy-authorization"))
+    lines = ["%s %s HTTP/%d.%d" % (request.method, request.uri, *request.version)]
+    lines += ["%s: %s" % field for field in fields]
+    text = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    return Response(generated_head(200, "message/http"), bytes_body(text), CacheStatus(Outcome.OWN))
 
-    head: bytes
-    span: tuple[int, int]  # of the stored body
+
+# Small hits, which the event loop sends without a thread
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HotEntry:
+    """A small hit as it is sent: rendered head and body."""
+
+    request: Request
     status: int
     cache_status: CacheStatus
-    close: bool  # the connection, after it
-
-
-class HotEntry:
-    """A small reply that has left, to be sent again as it is."""
-
-    __slots__ = ("body", "data", "mark", "ready", "request", "stored", "text")
-
-    def __init__(self, request: Request, ready: PreparedHit, body: bytes, stored: StoredResponse, mark: Any) -> None:
-        self.request = request
-        self.ready = ready
-        self.body = body
-        self.data = ready.head + body
-        self.stored = stored  # open: its descriptor tells whether the file is still what it was
-        self.mark = mark  # of the file
-        self.text = log_text(request, ready.cache_status)
+    close: bool  # whether the connection is closed after it
+    data: bytes  # head and body
+    body_size: int
+    stored: StoredResponse  # open: its descriptor tells whether the file is still the same
+    version: tuple[int, int, int]  # of that file
+    text: str  # for the log
 
 
 def file_version(stored: StoredResponse) -> tuple[int, int, int]:
-    """What changes when a file is removed, replaced or written to; OSError."""
+    """Return what changes when a file is removed, replaced or written to; OSError."""
     info = os.fstat(stored.fileno())
     return info.st_nlink, info.st_ctime_ns, info.st_size
 
 
 class HotCache:
-    """Replies of this second, for whoever asks for the same: a fleet does so in the same moment.
+    """Rendered small responses of the current second, for clients that ask for the same at the same time.
 
-    A copy is good while its file is what it was, which a look at the open descriptor tells, one for all who
-    have asked when it is made, and until the second ends: its Age is for that one.
+    An entry may be used until the second ends (its Age field is right for that long), and while its file is
+    unchanged.  One look at the file serves all requests that had arrived by then:
+
+    1. The event loop wakes with requests from many clients: ``start_turn``.
+    2. ``get`` for the first of them looks at the file, and for the others does not.
+    3. A client sees an answer, has the file removed or replaced, and asks again: that request is read in a
+       later turn, or after ``recheck``, so the file is looked at again.
     """
 
     def __init__(self) -> None:
-        self._copies: dict[Any, HotEntry] = {}  # by the request's head, and whose it is
-        self._era: tuple[int, Config | None] = (0, None)  # the second and the configuration they are of
-        self._verified: set[HotEntry] = set()  # have been looked at since the last doubt
+        self._entries: dict[Any, HotEntry] = {}  # by the bytes of the request's head, and the client's access
+        self._valid_for: tuple[int, Config | None] = (0, None)  # the second, and the configuration
+        self._verified: set[HotEntry] = set()  # entries whose files were looked at since the last recheck
 
-    def start_turn(self, era: tuple[int, Config]) -> None:
-        """From now on it is this second, and what is asked was asked before."""
-        if era != self._era:
+    def start_turn(self, valid_for: tuple[int, Config]) -> None:
+        """Begin a turn of the event loop, in this second and with this configuration."""
+        if valid_for != self._valid_for:
             self.clear()
-            self._era = era
+            self._valid_for = valid_for
         self.recheck()
 
     def recheck(self) -> None:
-        """What is asked from now on may have been asked after a file was removed or replaced."""
+        """Look at each file again before its entry is used: it may have changed before the next request."""
         self._verified.clear()
 
     def get(self, asked: Any, config: Config) -> HotEntry | None:
-        """The copy for a request, if it is still good."""
-        copy = self._copies.get(asked) if config is self._era[1] else None
-        if copy is None or copy in self._verified:
-            return copy
+        """Return the entry for a request, if it may still be used."""
+        entry = self._entries.get(asked) if config is self._valid_for[1] else None
+        if entry is None or entry in self._verified:
+            return entry
         with contextlib.suppress(OSError):
-            if file_version(copy.stored) == copy.mark:
-                self._verified.add(copy)
-                return copy
+            if file_version(entry.stored) == entry.version:
+                self._verified.add(entry)
+                return entry
         return None
 
-    def put(self, asked: Any, copy: HotEntry) -> None:
-        """Keep a copy; without room for it, where its file has gone already, or where an open file can't be
-        removed, just close that."""
-        old = self._copies.pop(asked, None)
+    def put(self, asked: Any, entry: HotEntry) -> None:
+        """Keep an entry, or just close its file: if the cache is full, if the file has already been removed,
+        and on Windows, where an open file cannot be removed."""
+        old = self._entries.pop(asked, None)
         if old is not None:
             old.stored.close()
-        if len(self._copies) < HOT_CACHE_SIZE and copy.mark[0] and os.name != "nt":
-            self._copies[asked] = copy
+        if len(self._entries) < HOT_CACHE_SIZE and entry.version[0] and os.name != "nt":
+            self._entries[asked] = entry
         else:
-            copy.stored.close()
+            entry.stored.close()
 
     def clear(self) -> None:
-        """Let go of all."""
-        copies, self._copies = self._copies, {}
-        for copy in copies.values():
-            copy.stored.close()
-
-
-@functools.lru_cache(LARGE_MEMO // 4)
-def prepare_hit(request: Request, stored: ResponseHead, config: Config, now: float) -> PreparedHit | None:
-    """The reply to a request from a stored response, where it is small and there is nobody to ask; a pure
-    function, remembered because a fleet asks for the same thing in the same moment."""
-    with contextlib.suppress(ProxyError):
-        check_target_allowed(request, config)
-        decision = decide(request, stored, config, now)
-        selection = select_response(request, with_age(stored, now), stored.size, "")
-        spans = () if request.method == "HEAD" else selection.spans
-        span = spans[0] if spans else (0, 0)
-        if decision.action is not Action.SERVE or decision.refresh or link_pattern_for(request, selection.head) or \
-                len(spans) > 1 or isinstance(span, bytes) or span[1] - span[0] > SMALL_BODY:
-            return None
-        close, status = not wants_keep_alive(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
-        head = render_response_head(request, selection.head, selection.length, status, close, config)
-        return PreparedHit(head, span, selection.head.status, status, close)
-    return None
+        """Remove all entries."""
+        entries, self._entries = self._entries, {}
+        for entry in entries.values():
+            entry.stored.close()
 
 
 def read_without_blocking(file: io.FileIO, start: int, stop: int) -> bytes | None:
-    """A part of a file, None where it is not in memory (as far as the system tells) or not there."""
+    """Read a part of a file if it is in memory, as far as the system tells; None if not, or on an error."""
     buffer = bytearray(stop - start)
     try:
         try:
@@ -6281,184 +6343,302 @@ def read_without_blocking(file: io.FileIO, start: int, stop: int) -> bytes | Non
 
 
 def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now: float) -> HotEntry | None:
-    """The reply to a request from a stored response, if it is at hand; else that is closed."""
-    mark = file_version(stored)  # before it is read
-    ready = prepare_hit(request, stored.head, config, now)
-    body = read_without_blocking(stored.file, *ready.span) if ready else None
-    if ready is None or body is None:
-        stored.close()
+    """Render the response to a request if it is small and nothing must be waited for; None if not.
+
+    The caller closes ``stored``, also by way of the entry.  OSError.
+    """
+    # Most large files are recognised here, before the work that their thread will do again.
+    if stored.head.size > SMALL_BODY and request.method == "GET" and not any(
+            name.lower() in _PART_FIELDS for name, _ in request.fields):
         return None
-    return HotEntry(request, ready, body, stored, mark)
+    version = file_version(stored)  # before it is read
+    with contextlib.suppress(ProxyError):
+        check_target_allowed(request, config)
+        decision = decide(request, stored.head, config, now)
+        selection = select_response(request, with_age(stored.head, now), stored.head.size, "")
+        spans = () if request.method == "HEAD" else selection.spans
+        span = spans[0] if spans else (0, 0)
+        if decision.action is not Action.SERVE or decision.refresh or \
+                link_pattern_for(request, selection.head) or len(spans) > 1 or isinstance(span, bytes) or \
+                span[1] - span[0] > SMALL_BODY:
+            return None
+        body = read_without_blocking(stored.file, *span)
+        if body is None:
+            return None
+        close, status = not wants_keep_alive(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
+        head = render_response_head(request, selection.head, selection.length, status, close, config)
+        return HotEntry(request, selection.head.status, status, close, head + body, len(body), stored,
+                        version, log_text(request, status))
+    return None
 
 
-def answer_as_final_recipient(request: Request) -> Response:
-    """Our own answer to a TRACE or OPTIONS that may go no further (RFC 9110 §7.6.2, §9.3.7, §9.3.8)."""
-    if request.method == "OPTIONS":
-        methods = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE, CONNECT"
-        return Response(generated_head(200, more=(("Allow", methods),)), BytesBody(b""), CacheStatus(Outcome.OWN))
-    fields = without_fields(request.fields, ("authorization", "cookie", "proxy-authorization"))
-    lines = ["%s %s HTTP/%d.%d" % (request.method, request.uri, *request.version)]
-    lines += ["%s: %s" % field for field in fields]
-    text = "\r\n".join([*lines, "", ""]).encode("latin-1")
-    return Response(generated_head(200, "message/http"), BytesBody(text), CacheStatus(Outcome.OWN))
+# Fetches that clients share
 
 
+@dataclasses.dataclass(frozen=True)
 class FlightLeader:
-    """Makes the fetches that others may share.  For the caller: lead, which returns how the flight
-    ended, or None where a thread is still filling, or watching, and will end it."""
+    """Runs the fetch that other clients share: a miss or a revalidation.  One object for each fetch.
 
-    def __init__(self, store: Store, claims: DownloadLocks, origin: OriginClient, troubles: RecentFailures,
-                 filler: Downloader, mirrors: MirrorDeduplicator) -> None:
-        self._store = store
-        self._claims = claims
-        self._origin = origin
-        self._troubles = troubles
-        self._filler = filler
-        self._mirrors = mirrors
-        self._intake = ResponseStorer(store, claims, origin, troubles, filler)
+    Each step returns the leader's own response and how the flight has ended.  A FlightResult of None means
+    that a thread is still running, a download or a PeerFollower, which finishes the flight later.
+    """
 
-    def fetch(self, request: Request, flight: Flight, config: Config, missing: bool,
-             alone: bool) -> tuple[Response | None, FlightResult | None]:
-        """The leader's own reply to a GET or HEAD, None where that is a follower's of another instance;
-        Failure where the origin has none.  ``missing``: a moment ago nothing was stored.  ``alone``: nobody,
-        in other instances neither, waits for the response before it is known to be for all."""
-        stored, partial = None if missing else look_up_for_client(self._store, self._origin, request), None
+    downloader: Downloader
+    mirrors: MirrorDeduplicator
+    request: Request
+    flight: Flight
+    config: Config
+
+    def lead(self, missing: bool, alone: bool) -> Response | None:
+        """Fetch a response for all followers, and finish the flight; ProxyError.
+
+        The response is None if another instance downloads it: then this request follows as well.
+
+        ``missing``: the store has been looked in a moment ago.  ``alone``: no client, of other instances
+        neither, may wait for this response before its head shows that it is for all.
+        """
+        result: FlightResult | None = FlightResult.ALONE
+        failure: Exception | None = None
+        try:
+            response, result = self._fetch(missing, alone)
+        except OriginError as error:
+            result, failure = FlightResult.FAILED, error
+            raise
+        finally:
+            if result is not None:
+                self.downloader.flights.finish(self.flight, result, failure)
+        return response
+
+    def _fetch(self, missing: bool, alone: bool) -> tuple[Response | None, FlightResult | None]:
+        """Look in the store again (invariant 4), then validate or fetch.
+
+
+        1. Request A looks in the store, and finds nothing.
+        2. Request B, which leads a flight for the same key, stores the response and leaves the barrier.
+        3. Request A joins the barrier, and leads a new flight.  Without another look it would download again.
+
+        The same goes for the lock between instances, so the look that counts is the one after it.
+        """
+        request, partial = self.request, None
+        store, origin = self.downloader.store, self.downloader.origin
+        stored = None if missing else look_up_for_client(store, origin, request)
         try:
             if stored is None and not alone:
-                partial = self._claims.acquire(request.key)
+                partial = self.downloader.locks.acquire(request.key)
                 mark(request.timings, "locked")
                 if partial is None:
-                    forward = full_request(request, decide(request, None, config, time.time()), config)
-                    watch = PeerFollower(self._store, self._claims, self._filler, request, forward, flight)
-                    start_thread(watch.run)
+                    origin_request = full_request(request, self.config)
+                    start_thread(PeerFollower(self.downloader, request, origin_request, self.flight).run)
                     return None, None
-                stored = look_up_for_client(self._store, self._origin, request)  # invariant 4
-        except StorageError as failure:
-            log.debug("%s: %s", request.key, failure)  # who tries to store it says so aloud
-        if stored is not None:
-            self._claims.discard(partial)
-            return self._serve_or_validate(request, flight, config, stored)
-        return self._fetch_missing(request, flight, config, partial)
-
-    def _serve_or_validate(self, request: Request, flight: Flight, config: Config,
-                     stored: StoredResponse) -> tuple[Response, FlightResult | None]:
-        decision = decide(request, stored.head, config, time.time())
+                stored = look_up_for_client(store, origin, request)
+        except StorageError as error:
+            log.debug("%s: %s", request.key, error)  # logged aloud when the response cannot be stored
+        if stored is None:
+            return self._fetch_missing(partial)
+        self.downloader.locks.discard(partial)
+        decision = decide(request, stored.head, self.config, time.time())
         if decision.action is Action.SERVE:
             status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
-            return response_from_store(request, stored, status, time.time()), FlightResult.AGAIN
+            return response_from_store(request, stored, status), FlightResult.AGAIN
         try:
-            return self._validate(request, decision, flight, stored, config)
+            return self._validate(decision, stored)
         except BaseException:
             stored.close()
             raise
 
-    def _fetch_missing(self, request: Request, flight: Flight, config: Config,
-                    partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
-        """Fetch what is not stored, from where a left-over partial ends if there is one; or find it at hand,
-        as another mirror's."""
-        decision = decide(request, None, config, time.time())
-        forward = full_request(request, decision, config, time.monotonic() + RESPONSE_HEAD_TIMEOUT)
+    def _fetch_missing(self, partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
+        """Fetch a response that is not stored: find it under another mirror's name, or resume what is left of
+        an earlier download, or ask for the whole."""
+        request = self.request
+        decision, origin = decide(request, None, self.config, time.time()), self.downloader.origin
+        origin_request = full_request(request, self.config, time.monotonic() + RESPONSE_HEAD_TIMEOUT)
         try:
-            twin, response = self._mirrors.find_identical(request, forward, config)
-            if twin is not None:
-                return self._serve_identical(request, decision, flight, config, partial, twin)
-            response = response or self._fetch_rest(request, forward, partial) or self._intake.fetch_full(forward)
-            self._mirrors.check_status(request, response)
+            found = self.mirrors.find_identical(request, origin_request, self.config)
+            if isinstance(found, StoredResponse):
+                return self._serve_identical(decision, found, partial)
+            response = found or self._resume(origin_request, partial) or fetch_full(origin, origin_request)
+            self.mirrors.check_status(request, response)
         except BaseException:
-            self._claims.discard(partial)
+            self.downloader.locks.discard(partial)
             raise
-        return self._intake.store_or_relay(request, response, decision, flight, config, partial)
+        return self._store_or_relay(response, decision, partial)
 
-    def _serve_identical(self, request: Request, decision: CacheDecision, flight: Flight, config: Config,
-               partial: PartialFile | None, twin: StoredResponse) -> tuple[Response, FlightResult | None]:
-        """Serve the same file of another mirror: one file on the disk, or a copy where that can't be."""
+    def _serve_identical(self, decision: CacheDecision, stored: StoredResponse,
+                         partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
+        """Serve the same file of another mirror, and store it under this key as well: as a link to the file,
+        or as a copy if the file system refuses links."""
+        request = self.request
         try:
-            self._store.link(twin)
+            self.downloader.store.link(stored)
         except OSError as error:
             log.debug("%s is copied: %s", request.key, error)
-            return self._intake.store_or_relay(request, LocalFileResponse(twin), decision, flight, config, partial)
-        if not flight.finish_receiving():
-            self._store.delete(request.key)
-        self._claims.discard(partial)
-        self._troubles.disk_recovered()
-        return response_from_store(request, twin, shared_cache_status(decision, twin.head), time.time()), FlightResult.STORED
+            return self._store_or_relay(LocalFileResponse(stored), decision, partial)
+        if not self.flight.finish_receiving():  # a POST has made it invalid meanwhile (RFC 9111 §4.4)
+            self.downloader.store.delete(request.key)
+        self.downloader.locks.discard(partial)
+        self.downloader.failures.disk_recovered()
+        status = shared_cache_status(decision, stored.head)
+        return response_from_store(request, stored, status), FlightResult.STORED
 
-    def _fetch_rest(self, request: Request, forward: OriginRequest, partial: PartialFile | None) -> OriginResponse | None:
-        """What is missing of a left-over partial; None where it is of no use, and is begun anew."""
-        if partial is not None and partial.size and may_share_download(request, partial.head):
+    def _resume(self, origin_request: OriginRequest, partial: PartialFile | None) -> OriginResponse | None:
+        """Ask for what an earlier download lacks; None if nothing is left of one, or if it does not fit."""
+        if partial is not None and partial.size and may_share_download(self.request, partial.head):
             with contextlib.suppress(CannotResumeError):
-                return self._origin.fetch_remainder(forward, partial.head, partial.length, partial.size)
+                return self.downloader.origin.fetch_remainder(
+                    origin_request, partial.head, partial.length, partial.size)
         return None
 
-    def _validate(self, request: Request, decision: CacheDecision, flight: Flight, stored: StoredResponse,
-                  config: Config) -> tuple[Response, FlightResult | None]:
-        """Ask whether a stored response is still right (RFC 9111 §4.3); stale beats nothing."""
-        spare = may_serve_stale_on_error(decision, stored.head)
-        trouble = self._troubles.origin_down_reason(request) if spare else None
-        if trouble:
-            return self._serve_stale(request, decision, stored, trouble)
-        try:
-            answer = self._revalidate(request, decision, stored, config, spare)
-        except OriginError as error:
-            if not spare:
-                raise
-            self._troubles.origin_failed(request, error)
-            return self._serve_stale(request, decision, stored, str(error))
-        if isinstance(answer, ResponseHead):
-            self._troubles.origin_answered(request)
-            return self._serve_validated(request, decision, stored, answer)
-        stored.close()
-        return self._intake.store_or_relay(request, answer, decision, flight, config)
+    def _validate(self, decision: CacheDecision,
+                  stored: StoredResponse) -> tuple[Response, FlightResult | None]:
+        """Ask the origin whether a stored response is still right (RFC 9111 §4.3); OriginError.
 
-    def _revalidate(self, request: Request, decision: CacheDecision, stored: StoredResponse, config: Config,
-                   spare: bool) -> ResponseHead | OriginResponse:
-        """A head that confirms what is stored, or the response to store instead; OriginFailure."""
-        deadline = time.monotonic() + VALIDATION_TIMEOUT if spare else None
-        forward = full_request(request, decision, config, deadline)
+        The caller closes ``stored`` on an error.  If it may be served stale then, Proxy does that.
+        """
+        request, answer = self.request, self._revalidate(decision, stored)
+        if isinstance(answer, OriginResponse):
+            stored.close()
+            return self._store_or_relay(answer, decision, None)
+        self.downloader.failures.origin_answered(request)
+        head = replace_fields(answer, vary=selecting_fields(request, answer))
+        if is_shareable(request, head):
+            self.downloader.store.update_head(stored, head)
+        status = CacheStatus(Outcome.VALIDATED, decision.forward, 304)
+        response = response_from_store(request, replace_fields(stored, head=head), status)
+        return response, FlightResult.STORED
+
+    def _revalidate(self, decision: CacheDecision, stored: StoredResponse) -> ResponseHead | OriginResponse:
+        """Return the head that confirms a stored response, or the response that replaces it; OriginError."""
+        request, may_be_stale = self.request, may_serve_stale_on_error(decision, stored.head)
+        deadline = time.monotonic() + VALIDATION_TIMEOUT if may_be_stale else None
+        origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline)
         if not stored.described:
-            adopted = self._confirm_bare_file(request, forward, stored, config)
-            return adopted or self._intake.fetch_full(forward)
-        # Who doubts what was found to be the same as another mirror's gets what this one has.
+            head = confirm_bare_file(origin, origin_request, request, stored, self.config)
+            return head or fetch_full(origin, origin_request)
+        # A client that doubts a file found at another mirror gets the file that this mirror has.
         doubted = stored.head.same_as and "no-cache" in cache_directives(request.fields)
-        conditions = () if doubted or decision.forward == "vary-miss" else validators(stored.head)
-        response = self._intake.fetch_full(replace_fields(forward, fields=forward.fields + conditions))
+        more = () if doubted or decision.forward == "vary-miss" else validators(stored.head)
+        response = fetch_full(origin, replace_fields(origin_request, fields=origin_request.fields + more))
         if response.head.status == 304:
             response.close()
             if is_304_for(stored.head, response.head):
                 return freshen_head(stored.head, response.head)
-            response = self._intake.fetch_full(forward)
-        if response.head.status in UNAVAILABLE_STATUSES and spare:
+            response = fetch_full(origin, origin_request)
+        if response.head.status in UNAVAILABLE_STATUSES and may_be_stale:
             response.close()
             final = parse_target(response.head.final_uri)
             raise OriginError("%s answers %d." % (final.authority, response.head.status), final)
         return response
 
-    def _confirm_bare_file(self, request: Request, forward: OriginRequest, stored: StoredResponse, config: Config) -> ResponseHead | None:
-        """The origin's head for a body that has none, if by size and date it is the same file."""
-        response = self._origin.fetch(replace_fields(forward, method="HEAD"))
-        response.close()
-        head, size = response.head, content_length(response.head.fields)
-        modified = parse_date(field_value(head.fields, "Last-Modified"))
-        same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
-        if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
-            return None
-        return replace_fields(stored.head, fields=storable_fields(head.fields), final_uri=head.final_uri,
-                       request_time=head.request_time, response_time=head.response_time)
+    def _store_or_relay(self, response: OriginResponse, decision: CacheDecision,
+                        partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
+        """Store a response while it is sent to the client, or only send it if it cannot be stored.
 
-    def _serve_validated(self, request: Request, decision: CacheDecision, stored: StoredResponse,
-                   head: ResponseHead) -> tuple[Response, FlightResult | None]:
-        """Serve what the origin says is still right, under the head that this makes."""
-        head = replace_fields(head, vary=selecting_fields(request, head))
-        if is_shareable(request, head):
-            self._store.update_head(stored, head)
-        status = CacheStatus(Outcome.VALIDATED, decision.forward, 304)
-        reply = response_from_store(request, replace_fields(stored, head=head), status, time.time())
-        return reply, FlightResult.STORED
+        ``partial`` is ours and locked; None if it must still be locked.  The response may be the remainder
+        of what ``partial`` has (``response.start`` > 0).
+        """
+        request, resumes = self.request, response.start > 0
+        if response.head.status < 500 and not (response.head.same_as and digest_in_name(request.key)):
+            self.downloader.failures.origin_answered(request)
+        head = partial.head if partial is not None and resumes else replace_fields(
+            response.head, key=request.key, vary=selecting_fields(request, response.head))
+        origin_request = full_request(request, self.config)
+        try:
+            reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
+            reason = reason or ("" if response.end_is_known else "no declared length")
+            if not reason:
+                partial = partial or self.downloader.locks.acquire(request.key)
+                if partial is None:  # it will replace what is stored, or fail and leave it
+                    return response_from_origin(
+                        request, response, decision, "another instance is storing it"), FlightResult.ALONE
+                replaces = decision.action is Action.VALIDATE
+                download = Download(partial, self.flight, origin_request, response, replaces)
+                return self.downloader.start(request, decision, head, download), None
+        except StorageError as error:
+            reason = self.downloader.failures.disk_failed(error)
+        except BaseException:
+            response.close()
+            self.downloader.locks.discard(partial)
+            raise
+        self.downloader.locks.discard(partial)
+        if replaces_stored(decision, response.head) and is_shareable(request, response.head):
+            # What is stored is known to be outdated, and its successor cannot be stored.
+            self.downloader.store.delete(request.key)
+        if resumes:
+            response.close()
+            response = fetch_full(self.downloader.origin, origin_request)
+        return response_from_origin(request, response, decision, reason), FlightResult.ALONE
 
-    def _serve_stale(self, request: Request, decision: CacheDecision, stored: StoredResponse,
-               reason: str) -> tuple[Response, FlightResult | None]:
-        status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
-        return response_from_store(request, stored, status, time.time()), FlightResult.STALE
+
+@dataclasses.dataclass(frozen=True)
+class SharedFetch:
+    """Fetches a response together with all clients that ask for the same key now.  One object a request.
+
+    The first client leads a flight, the others follow it:
+
+        leader                                followers
+        SingleFlight.join: a new flight       SingleFlight.join: the same flight
+        FlightLeader.lead: asks the origin    Flight.wait_for_head
+        Downloader.start: Flight.publish ───► read the partial file as it grows
+        the Downloader's thread: finish ────► have the last bytes
+
+    A request with Authorization has a flight of its own that no other request can join: its response may be
+    for this client alone, which only its head will tell (RFC 9111 §3.5).
+    """
+
+    downloader: Downloader
+    mirrors: MirrorDeduplicator
+    request: Request
+    decision: CacheDecision
+    config: Config
+
+    def fetch(self) -> Response | FlightResult:
+        """Return a response; ALONE if this request cannot share one, AGAIN if it must be decided anew;
+        ProxyError."""
+        alone = field_value(self.request.fields, "Authorization") is not None
+        key, deadline = self.request.key, time.monotonic() + VALIDATION_TIMEOUT
+        flight, is_leader = (Flight(key), True) if alone else self.downloader.flights.join(key)
+        missing = self.decision.action is Action.FETCH
+        response = self._leader(flight).lead(missing, alone) if is_leader else None
+        result = response or self._follow(flight)
+        if self.decision.action is Action.VALIDATE and isinstance(result, Response) and isinstance(
+                result.body, TailingBody):
+            # The stored copy could answer, so do not wait long for a first byte: a second at least.
+            result.body.first_byte_deadline = max(deadline, time.monotonic() + 1)
+        return result
+
+    def _leader(self, flight: Flight) -> FlightLeader:
+        request = without_private_fields(self.request)
+        return FlightLeader(self.downloader, self.mirrors, request, flight, self.config)
+
+    def _follow(self, flight: Flight) -> Response | FlightResult:
+        """Share a flight that another client leads, or another instance.
+
+        If the leader fails, its request may be to blame (invariant 12), so each follower asks the origin once
+        by itself; but not if the origin is unreachable, or if the failure took its time.
+        """
+        request, origin, began = self.request, self.downloader.origin, time.monotonic()
+        status = CacheStatus(Outcome.COLLAPSED, self.decision.forward)
+        try:
+            partial, result = flight.wait_for_head(FOLLOWER_HEAD_TIMEOUT)
+        except OriginError as error:
+            if error.unreachable or time.monotonic() - began > VALIDATION_TIMEOUT:
+                raise
+            response = self._leader(Flight(request.key)).lead(missing=False, alone=True)
+            return response or FlightResult.ALONE
+        if partial is not None:
+            if may_share_download(request, partial.head):
+                download = Download(partial, flight, full_request(request, self.config))
+                return response_from_partial(request, download, origin, status, partial.head)
+            partial.release()
+        elif result is FlightResult.STORED:
+            stored = look_up_for_client(self.downloader.store, origin, request)
+            if stored is not None and selecting_fields(request, stored.head) == stored.head.vary:
+                return response_from_store(request, stored, status)
+            _close(stored)
+        return FlightResult.AGAIN if result is FlightResult.AGAIN else FlightResult.ALONE
+
+
+# Background work
 
 
 def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -6475,114 +6655,148 @@ def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 class EvictionThread:
-    """Keeps the cache within its bounds, in a thread of its own.  For the caller: start, wake, stop."""
+    """Keeps the cache within its bounds, in a thread of its own.
+
+    A response may be removed while it is read: the body has its file open, so the bytes stay until the last
+    reader closes it.  Partial files that are being written are locked, and stay.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._janitor = Evictor(store)
-        # What it found last, and has removed since the start.
-        self.last_report: dict[str, float] = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
+        self._evictor = Evictor(store)
+        # For the status page: what the last run found, and what all runs have removed.
+        self.last_report = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
         self._wake = store.space.scarce
-        self._stop = threading.Event()
+        self._stopped = threading.Event()
 
     def start(self, config: Config) -> None:
-        """Sweep now, and again and again."""
+        """Run now, and then every EVICTION_INTERVAL seconds."""
         threading.Thread(target=self._run, args=(config,), daemon=True).start()
 
     def request_run(self) -> None:
-        """Sweep soon: the disk is full."""
+        """Run soon: the disk is full."""
         self._wake.set()
 
     def stop(self) -> None:
-        """No more."""
-        self._stop.set()
+        """End the thread after the current run."""
+        self._stopped.set()
         self._wake.set()
 
     def _run(self, config: Config) -> None:
-        looked = -ADOPT_SCAN_INTERVAL
-        while not self._stop.is_set():
+        scanned_at = -ADOPT_SCAN_INTERVAL
+        while not self._stopped.is_set():
             self._wake.clear()
             try:
-                if config.adopt and time.monotonic() - looked > ADOPT_SCAN_INTERVAL:
+                if config.adopt and time.monotonic() - scanned_at > ADOPT_SCAN_INTERVAL:
                     self._store.adopted.rebuild(adoptable_packages(config.adopt))
-                    looked = time.monotonic()
-                self._note(self._janitor.run(config, time.time()))
+                    scanned_at = time.monotonic()
+                self._record(self._evictor.run(config, time.time()))
             except OSError as error:
-                log.debug("The cache cannot be swept: %s", error)
+                log.debug("The eviction failed: %s", error)
             except Exception:
-                log.exception("Sweeping the cache failed: this is a bug")
-            self._stop.wait(MIN_EVICTION_PAUSE)  # a disk that is full again and again is no reason to sweep more
+                log.exception("The eviction failed: this is a bug")
+            self._stopped.wait(MIN_EVICTION_PAUSE)  # a disk that stays full must not keep this thread busy
             self._wake.wait(EVICTION_INTERVAL)
 
-    def _note(self, swept: EvictionReport) -> None:
-        if swept.removed:
-            log.info("Swept %d of %d stored files, %d of %d MB", swept.removed, swept.files,
-                     swept.freed // 10**6, swept.size // 10**6)
-        self.last_report = {"at": time.time(), "files": swept.files - swept.removed,
-                      "bytes": swept.size - swept.freed,
-                      "removedFiles": self.last_report["removedFiles"] + swept.removed,
-                      "removedBytes": self.last_report["removedBytes"] + swept.freed}
+    def _record(self, report: EvictionReport) -> None:
+        if report.removed:
+            log.info("Evicted %d of %d stored files, %d of %d MB", report.removed, report.files,
+                     report.freed // 10**6, report.size // 10**6)
+        self.last_report = {
+            "at": time.time(), "files": report.files - report.removed, "bytes": report.size - report.freed,
+            "removedFiles": self.last_report["removedFiles"] + report.removed,
+            "removedBytes": self.last_report["removedBytes"] + report.freed}
 
 
 class BackgroundRevalidator:
-    """Validations that no client waits for.  For the caller: refresh, renew."""
+    """Revalidates stored responses in the background, after they were served as hits.
 
-    def __init__(self, respond: Callable[[Request], Response], barrier: SingleFlight) -> None:
+    A revalidation is an ordinary request with ``max-age=0``, whose body nobody reads: so it joins a flight,
+    updates the stored head on a 304, and stores a new response, all as a client's request does.
+    """
+
+    def __init__(self, respond: Callable[[Request], Response], store: Store, flights: SingleFlight) -> None:
         self._respond = respond
-        self._barrier = barrier
+        self._store = store
+        self._flights = flights
         self._running = threading.BoundedSemaphore(MAX_BACKGROUND_VALIDATIONS)
         self._attempts = RecentEvents()  # by cache key
 
-    def revalidate(self, target: Target, key: str, vary: Fields, near: bool) -> None:
-        """Validate a stored response in the background; not at all where there is too much of that, or has
-        been for this one lately."""
-        if not self._attempts.note_first(key, REVALIDATION_INTERVAL) or self._barrier.is_in_flight(key):
+    def revalidate(self, target: Target, vary: Fields, client_is_local: bool) -> None:
+        """Revalidate a stored response, unless that was tried lately, or too many revalidations are running.
+
+        ``vary`` holds the request fields that select the stored response among its variants.
+        """
+        key = cache_key(target)
+        if not self._attempts.note_first(key, REVALIDATION_INTERVAL) or self._flights.is_in_flight(key):
             return
         if not self._running.acquire(blocking=False):
             return
         fields = (("Host", target.authority), ("Cache-Control", "max-age=0")) + tuple(
             (name, text) for name, text in vary if text)
-        request = Request("GET", target.uri, target, fields, received=time.time(), key=key, client_is_local=near)
+        request = Request("GET", target.uri, target, fields, received=time.time(), key=key,
+                          client_is_local=client_is_local)
         try:
             threading.Thread(target=self._run, args=(request,), daemon=True).start()
-        except RuntimeError:
+        except RuntimeError:  # no more threads: later, then
             self._running.release()
 
-    def revalidate_now(self, target: Target, key: str, vary: Fields, near: bool) -> None:
-        """The same, whatever has been tried lately."""
-        self._attempts.forget(key)
-        self.revalidate(target, key, vary, near)
+    def revalidate_signatures(self, origin_request: OriginRequest) -> None:
+        """Revalidate the stored signatures of an index that was replaced, even if that was tried lately.
+
+        An index and its signature must be of one generation, or its clients refuse both.
+        """
+        if classify_name(cache_key(origin_request.target)) is NameClass.INDEX:
+            for target in detached_signatures(origin_request.target):
+                stored = self._store.lookup(cache_key(target))
+                if stored is not None:
+                    stored.close()
+                    self._attempts.forget(cache_key(target))
+                    self.revalidate(target, stored.head.vary, origin_request.client_is_local)
 
     def _run(self, request: Request) -> None:
         try:
             with contextlib.closing(self._respond(request).body) as body:
-                for _ in body.chunks():  # to its end, so that so many downloads go on at one time
+                for _ in body.chunks():  # read to the end, so that the limit counts running downloads
                     pass
-        except (ProxyError, OSError) as failure:
-            log.debug("%s was not validated: %s", request.key, failure)
+        except (ProxyError, OSError) as error:
+            log.debug("%s was not validated: %s", request.key, error)
         finally:
             self._running.release()
 
 
 class Proxy:
-    """Answers requests.  For the caller: respond, and the counters."""
+    """Answers requests from the cache, from a running download, or from the origin."""
 
     def __init__(self, config: Config, store: Store, count_received: Callable[[int], object]) -> None:
+        """``count_received`` is called with the number of body bytes whenever some arrive from an origin."""
         self.config = config  # replaced as a whole when the filters are read again
         self._store = store
-        self._barrier = SingleFlight()
         self._origin = OriginClient(count_received, config)
-        self.sweeper = EvictionThread(store)
-        self._troubles = RecentFailures(self.sweeper.request_run)
-        self._claims = DownloadLocks(store, open_lease_manager(config, store))
-        self._filler = Downloader(self._barrier, self._claims, self._origin, self._troubles,
-                                  OrphanLimiter(config.max_orphans), self._revalidate_signatures)
+        self.evictor = EvictionThread(store)
+        self._failures = RecentFailures(self.evictor.request_run)
+        self._barrier = SingleFlight()
+        self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier)
+        self._downloader = Downloader(config, store, self._barrier, self._origin, self._failures,
+                                      self._revalidator.revalidate_signatures)
+        self._locks = self._downloader.locks
         self._mirrors = MirrorDeduplicator(store, self._origin, config)
-        self._leader = FlightLeader(store, self._claims, self._origin, self._troubles, self._filler, self._mirrors)
-        self._refresher = BackgroundRevalidator(self.respond, self._barrier)
 
     def respond(self, request: Request) -> Response:
-        """The reply to a request; Failure where there is none to be had."""
+        """Respond to a request; ProxyError if that is impossible.
+
+        1. Look up what is stored, and let ``decide`` say what to do with it.
+        2. Serve it as it is (``_serve``): a hit, or stale because the origin is known to be down.
+        3. Else ask the origin (``_forward``): for this client alone (``_pass``), or for all that ask for the
+           same now (``SharedFetch``), which stores or revalidates the response.
+        4. If the origin fails, serve the stored copy or raise the error (``_respond_despite``).
+
+        If the response's body fails before its first byte, the caller calls ``response.fallback(error)`` for
+        another response.
+        """
+        return rewrite_for_prefix(request, self._respond(request))
+
+    def _respond(self, request: Request) -> Response:
         config = self.config
         check_target_allowed(request, config)
         if max_forwards(request) == 0:
@@ -6590,188 +6804,178 @@ class Proxy:
         stored = None if request.known_missing else look_up_for_client(self._store, self._origin, request)
         mark(request.timings, "looked up")
         decision = decide(request, stored.head if stored else None, config, time.time())
-        if decision.action is Action.SERVE and stored is not None:
+        try:
+            response = self._serve(request, decision, stored) if stored is not None else None
+            response = response or self._forward(request, decision, config)
+        except OriginError as error:
+            return self._respond_despite(request, decision, error)
+        return replace_fields(response, fallback=functools.partial(self.fallback, request, decision))
+
+    def _serve(self, request: Request, decision: CacheDecision, stored: StoredResponse) -> Response | None:
+        """Serve a hit, or a stale response without asking an origin that is known to be down; None if
+        ``stored`` cannot be used like that, and is closed."""
+        if decision.action is Action.SERVE:
             if decision.refresh:
-                self._refresher.revalidate(request.target, request.key, stored.head.vary, request.client_is_local)
-            return response_from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl), time.time(),
-                              functools.partial(self._serve_unreadable, request, decision))
-        _close(stored)
+                self._revalidator.revalidate(request.target, stored.head.vary, request.client_is_local)
+            status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
+            return response_from_store(request, stored, status)
+        if decision.action is Action.VALIDATE and may_serve_stale_on_error(decision, stored.head):
+            reason = self._failures.origin_down_reason(request)
+            if reason:
+                return self._serve_stale(request, decision, stored, reason)
+        stored.close()
+        return None
+
+    def _forward(self, request: Request, decision: CacheDecision, config: Config) -> Response:
+        """Respond to a request for which nothing stored can be used as it is."""
         if decision.action is Action.REFUSE:
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
-            return self._stale_or_raise(request, decision, ProxyError("No stored response fits, and %s." % reason, 504))
+            error = ProxyError("No stored response fits, and %s." % reason, 504)
+            return self._respond_despite(request, decision, error)
         if decision.action is Action.PASS or self._should_pass_range(request, decision):
             return self._pass(request, decision, config)
-        return self._fetch_shared(request, decision, config)
+        result = SharedFetch(self._downloader, self._mirrors, request, decision, config).fetch()
+        if isinstance(result, Response):
+            return result
+        if result is FlightResult.AGAIN:
+            return self._respond(replace_fields(request, known_missing=False))
+        return self._pass(request, decision, config, "not collapsed")
+
+    def _pass(self, request: Request, decision: CacheDecision, config: Config, detail: str = "") -> Response:
+        """Ask the origin for this client alone.  A method that changes things invalidates stored responses
+        (RFC 9111 §4.4)."""
+        fields = origin_request_fields(request, config, identity=False)
+        private = sorted(private_fields(request))
+        follow = decision.forward not in ("bypass", "method") and decision.policy.redirects and not private
+        if private and decision.forward == "request":
+            detail = "for this client alone: " + ", ".join(private)
+        response = self._origin.fetch(OriginRequest(
+            request.method, request.target, fields, request.body, request.length, request.client_is_local,
+            follow, client=request.client, timings=request.timings))
+        for key in invalidated_keys(request, response.head):
+            # In this order: a download that is stored between two of these steps is deleted by the last.
+            self._barrier.invalidate(key)
+            self._locks.invalidate(key)
+            self._store.delete(key)
+        return response_from_origin(request, response, decision, detail)
+
+    def _should_pass_range(self, request: Request, decision: CacheDecision) -> bool:
+        """Return whether a range is too short, or too far from the start, to download a whole file for it.
+
+        A download that is already running serves the range.  It may end while this looks for it, so the store
+        is looked in last.
+        """
+        key = request.key
+        if decision.action is not Action.FETCH or field_value(request.fields, "Range") is None \
+                or is_worth_full_download(request, FULL_DOWNLOAD_RANGE) or self._barrier.is_in_flight(key) \
+                or self._locks.is_downloading_elsewhere(key) or self._mirrors.has_candidates(request):
+            return False
+        stored = look_up_for_client(self._store, self._origin, request)
+        _close(stored)
+        return stored is None
+
+    # When a response fails
+
+    def fallback(self, request: Request, decision: CacheDecision, error: Exception) -> Response:
+        """Respond to a request whose response has failed before its first byte; ProxyError."""
+        return rewrite_for_prefix(request, self._respond_despite(request, decision, error))
+
+    def _respond_despite(self, request: Request, decision: CacheDecision, error: Exception) -> Response:
+        """Respond despite an error; the one place where a failed response is replaced by another.
+
+        - The stored file cannot be read: ask the origin (invariant 6).
+        - The origin fails: serve the stored copy, stale, or the same file of another mirror.  If neither may
+          be served, raise the error with the reason, for Cache-Status and the log.
+        """
+        if not isinstance(error, ProxyError):
+            log.warning("The stored file of %s cannot be read: %s", loggable_uri(request.uri), error)
+            if self.config.offline or "only-if-cached" in cache_directives(request.fields):
+                raise ProxyError("The stored file cannot be read: %s." % error, 504)
+            return self._pass(request, decision, self.config, "not read: %s" % error)
+        stored = self._find_stale(request, decision, error)
+        if isinstance(stored, str):
+            raise error.with_reason("" if decision.action is Action.REFUSE else decision.forward, stored)
+        if isinstance(error, OriginError):
+            self._failures.origin_failed(request, error)
+        return self._serve_stale(request, decision, stored, str(error))
+
+    def _find_stale(self, request: Request, decision: CacheDecision,
+                    error: ProxyError) -> StoredResponse | str:
+        """Return a stored response that may be served instead of an error, or why there is none."""
+        if decision.action is Action.PASS:
+            return "the request bypasses the cache"
+        stored = look_up_for_client(self._store, self._origin, request)
+        if stored is None:
+            # Only the operator may decide that another mirror's file is served without asking this mirror.
+            permitted = isinstance(error, OriginError) or self.config.offline or digest_in_name(request.key)
+            if decision.forward == "uri-miss" and permitted:
+                stored = self._mirrors.find_substitute(request)
+            return stored or "no stored copy"
+        if selecting_fields(request, stored.head) != stored.head.vary:
+            reason = "the stored copy is for other request fields"
+        elif decision.action is Action.REFUSE or not may_serve_stale_on_error(decision, stored.head):
+            reason = "the stored copy must be revalidated"
+        else:
+            return stored
+        stored.close()
+        return reason
+
+    def _serve_stale(self, request: Request, decision: CacheDecision, stored: StoredResponse,
+                     reason: str) -> Response:
+        if stored.head.key != request.key:
+            reason += " Same name as " + stored.head.key.partition("?")[0]
+        status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
+        return response_from_store(request, stored, status)
+
+    # For the event loop, for tunnels, and for the operator
 
     def prepare_hit(self, request: Request, now: float) -> tuple[HotEntry | None, bool]:
-        """The reply to a request as it leaves, and its body, where nothing has to be waited for, its file for
-        the caller to close; and whether nothing is stored."""
+        """Render a hit that nothing must be waited for, and return it with whether nothing is stored.
+
+        The caller closes the entry's file.
+        """
         stored = self._store.lookup(request.key)
-        if stored is not None and not request.client_is_local and (stored.head.local_clients_only or not stored.described):
+        if stored is None:
+            return None, True
+        # Whether a client on another host may have a body file without a head takes a DNS lookup.
+        is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
+        entry = hot_entry_for(request, stored, self.config, now) if is_open else None
+        if entry is None:
             stored.close()
-            return None, False  # to find out whether its client may have it takes time
-        return (None, True) if stored is None else (hot_entry_for(request, stored, self.config, now), False)
-
-    def snapshot(self) -> dict[str, Any]:
-        """Describe what goes on now, for the status page: plain data of bounded size."""
-        return {"downloads": self._filler.snapshot(), "troubles": self._troubles.snapshot(),
-                "swept": self.sweeper.last_report, "unstored": self._troubles.disk_error()}
-
-    def add_listening_port(self, port: int) -> None:
-        """What leads back to this port of ours is a loop."""
-        self._origin.guard.listening_ports.add(port)
+        return entry, False
 
     def connect_tunnel(self, request: Request) -> socket.socket:
-        """The connection that a CONNECT asks for; Failure."""
+        """Open the connection that a CONNECT asks for; ProxyError."""
         check_target_allowed(request, self.config)
         if self.config.offline:
             raise ProxyError("This proxy is offline.", 504)
         if request.target.port not in self.config.connect_ports:
             raise ProxyError("CONNECT may not lead to port %d; the operator can add --connect-ports. What is "
-                          "fetched with http:// needs none, and is cached." % request.target.port, 403)
+                             "fetched with http:// needs none, and is cached." % request.target.port, 403)
         return self._origin.connect(request.target, request.client_is_local, request.client)
 
-    def close_idle(self) -> None:
-        """Close what has been idle for too long; costs nothing where it was done a moment ago."""
-        self._origin.close_idle()
+    def add_listening_port(self, port: int) -> None:
+        """Treat requests that lead back to a port of this proxy as loops."""
+        self._origin.guard.listening_ports.add(port)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Describe what goes on now, for the status page: plain data of bounded size."""
+        return {"downloads": self._downloader.snapshot(), "troubles": self._failures.snapshot(),
+                "swept": self.evictor.last_report, "unstored": self._failures.disk_error()}
 
     def start(self) -> None:
-        """Begin what goes on in the background."""
-        self.sweeper.start(self.config)
+        """Start the background work."""
+        self.evictor.start(self.config)
+
+    def close_idle(self) -> None:
+        """Close connections to origins that have been idle for too long; cheap if called often."""
+        self._origin.close_idle()
 
     def close(self) -> None:
-        """Close what is idle, end what goes on in the background."""
-        self.sweeper.stop()
-        self._claims.close()
+        """End the background work, and close idle connections."""
+        self.evictor.stop()
+        self._locks.close()
         self._origin.close()
-
-    def _should_pass_range(self, request: Request, decision: CacheDecision) -> bool:
-        """Whether a range is too far or too short to download a whole file for it (DESIGN §6.5)."""
-        key = request.key
-        if decision.action is not Action.FETCH or field_value(request.fields, "Range") is None or \
-                is_worth_full_download(request, FULL_DOWNLOAD_RANGE) or self._barrier.is_in_flight(key) or self._claims.is_downloading_elsewhere(key) or \
-                self._mirrors.has_candidates(request):
-            return False
-        stored = look_up_for_client(self._store, self._origin, request)  # what was flying may have landed meanwhile
-        _close(stored)
-        return stored is None
-
-    def _pass(self, request: Request, decision: CacheDecision, config: Config, detail: str = "") -> Response:
-        """Ask the origin for this client alone; a method that changes things invalidates (RFC 9111 §4.4)."""
-        fields, private = origin_request_fields(request, config, identity=False), sorted(private_fields(request))
-        follow = decision.forward not in ("bypass", "method") and decision.policy.redirects and not private
-        if private and decision.forward == "request":
-            detail = "for this client alone: " + ", ".join(private)
-        response = self._origin.fetch(OriginRequest(request.method, request.target, fields, request.body,
-                                              request.length, request.client_is_local, follow, client=request.client,
-                                              timings=request.timings))
-        for key in invalidated_keys(request, response.head):
-            self._barrier.invalidate(key)
-            self._claims.invalidate(key)  # before: what lands between the two is retracted
-            self._store.delete(key)
-        return response_from_origin(request, response, decision, detail)
-
-    def _fetch_shared(self, request: Request, decision: CacheDecision, config: Config) -> Response:
-        alone = field_value(request.fields, "Authorization") is not None
-        flight, leader = (Flight(request.key), True) if alone else self._barrier.join(request.key)
-        deadline = time.monotonic() + VALIDATION_TIMEOUT
-        missing = decision.action is Action.FETCH
-        try:
-            reply = self._lead(request, flight, config, missing, alone) if leader else None
-            if reply is None:
-                reply = self._follow(request, decision, flight, config)
-            return self._with_stale_fallback(request, decision, reply, deadline)
-        except OriginError as error:
-            return self._stale_or_raise(request, decision, error)
-
-    def _lead(self, request: Request, flight: Flight, config: Config, missing: bool,
-              alone: bool) -> Response | None:
-        """The leader's reply; None where another instance leads."""
-        landing: FlightResult | None = FlightResult.ALONE
-        failure: Exception | None = None
-        request = without_private_fields(request)
-        try:
-            reply, landing = self._leader.fetch(request, flight, config, missing, alone)
-        except OriginError as error:
-            landing, failure = FlightResult.FAILED, error
-            raise
-        finally:
-            if landing is not None:
-                self._barrier.finish(flight, landing, failure)
-        return reply
-
-    def _with_stale_fallback(self, request: Request, decision: CacheDecision, reply: Response, deadline: float) -> Response:
-        """Where a stored response can answer, a new one that does not begin to come is not waited for."""
-        body = reply.body
-        if decision.action is not Action.VALIDATE or not isinstance(body, TailingBody):
-            return reply
-        body.first_byte_deadline = max(deadline, time.monotonic() + 1)  # what is on its way may take a second
-        return replace_fields(reply, fallback=functools.partial(self._stale_or_raise, request, decision))
-
-    def _serve_unreadable(self, request: Request, decision: CacheDecision, failure: Exception) -> Response:
-        """What is stored cannot be read: the origin's answer instead (invariant 6)."""
-        log.warning("The stored file of %s cannot be read: %s", loggable_uri(request.uri), failure)
-        if self.config.offline or "only-if-cached" in cache_directives(request.fields):
-            raise ProxyError("The stored file cannot be read: %s." % failure, 504)
-        return self._pass(request, decision, self.config, "not read: %s" % failure)
-
-    def _stale_or_raise(self, request: Request, decision: CacheDecision, failure: Exception) -> Response:
-        """The stored response, or another mirror's, in place of a failure; the failure where there is none
-        that may."""
-        missing = decision.forward == "uri-miss"
-        # Nobody but the operator decides, without a request to the mirror, that another stands in for it.
-        tried = isinstance(failure, OriginError) or self.config.offline or digest_in_name(request.key)
-        stored = self._mirrors.find_substitute(request) if missing and tried else None
-        stored = look_up_for_client(self._store, self._origin, request) if decision.action is Action.VALIDATE else stored
-        if stored is None or not may_serve_stale_on_error(decision, stored.head):
-            _close(stored)
-            raise failure
-        if isinstance(failure, OriginError):
-            self._troubles.origin_failed(request, failure)
-        same = " Same name as " + stored.head.key.partition("?")[0] if missing else ""
-        status = CacheStatus(Outcome.STALE, decision.forward, detail="%s%s" % (failure, same))
-        return response_from_store(request, stored, status, time.time())
-
-    def _follow(self, request: Request, decision: CacheDecision, flight: Flight, config: Config) -> Response:
-        """Share another client's fetch; go alone where it can't be shared (invariant 10), or where it failed:
-        that client's request may be to blame (invariant 12)."""
-        partial, landing = self._wait_for_head(flight)
-        if partial is not None:
-            if may_share_download(request, partial.head):
-                status = CacheStatus(Outcome.COLLAPSED, decision.forward)
-                rest = functools.partial(self._origin.fetch_remainder, full_request(request, decision, config))
-                return response_from_partial(request, partial.head, flight, partial, status, rest)
-            partial.release()
-        elif landing is FlightResult.AGAIN:
-            return self.respond(replace_fields(request, known_missing=False))
-        elif landing in (FlightResult.FAILED, FlightResult.STALE):
-            reply = self._lead(request, Flight(request.key), config, missing=False, alone=True)
-            if reply is not None:
-                return reply
-        stored = look_up_for_client(self._store, self._origin, request) if landing is FlightResult.STORED else None
-        if stored is None or selecting_fields(request, stored.head) != stored.head.vary:
-            _close(stored)
-            return self._pass(request, decision, config, "not collapsed")
-        return response_from_store(request, stored, CacheStatus(Outcome.COLLAPSED, decision.forward), time.time())
-
-    def _wait_for_head(self, flight: Flight) -> tuple[PartialFile | None, FlightResult]:
-        """What a flight brings; OriginFailure if it is no use to ask again, or too late."""
-        began = time.monotonic()
-        try:
-            return flight.wait_for_head(FOLLOWER_HEAD_TIMEOUT)
-        except OriginError as failure:
-            if failure.unreachable or time.monotonic() - began > VALIDATION_TIMEOUT:
-                raise
-            return None, FlightResult.FAILED
-
-    def _revalidate_signatures(self, forward: OriginRequest) -> None:
-        """A new generation of an index is here: let its stored signatures be of the same."""
-        if classify_name(cache_key(forward.target)) is NameClass.INDEX:
-            for other in detached_signatures(forward.target):
-                stored = self._store.lookup(cache_key(other))
-                if stored is not None:
-                    stored.close()
-                    self._refresher.revalidate_now(other, cache_key(other), stored.head.vary, forward.client_is_local)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6825,7 +7029,8 @@ def usage_hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
     # The caller asks only once after the hundredth request of any kind, so refused requests must count here:
     # with one of them among the hundred, ``total`` would still be below the threshold.
     seen = total + outcomes[Outcome.REFUSED.value]
-    if not total or seen < HINT_AFTER_REQUESTS[-1] or any(count and outcome.from_cache for outcome, count in counts.items()):
+    hits = sum(count for outcome, count in counts.items() if outcome.from_cache)
+    if not total or seen < HINT_AFTER_REQUESTS[-1] or hits:
         return ""
     most = max(counts, key=counts.__getitem__)
     common = collections.Counter(filter(None, details)).most_common(1)
@@ -7590,6 +7795,18 @@ def make_page(path: str, address: tuple[str, int], accepts_html: bool,
 # 13 Server
 # ---------------------------------------------------------------------------------------------
 
+# Which thread does what:
+#
+# 1. The thread of ProxyServer.serve_forever() accepts a connection and gives it to its EventLoop.
+# 2. The event loop, in the same thread, waits for requests on all idle connections.  It sends small hits
+#    itself, since that takes less time than waking another thread.
+# 3. Everything that may block goes to a worker thread (ThreadPool): ProxyHandler reads the request, has the
+#    Dispatcher answer it, and sends the response.
+# 4. The worker returns the connection to the event loop, or closes it.
+#
+# So a connection always has one owner, and needs no lock.  ConnectionLimiter and Dispatcher are shared by all
+# servers of the process, hence by their event loops and workers.
+
 
 class Quota:
     """A limited number of resources in use, at most half of them by one client.
@@ -7606,7 +7823,8 @@ class Quota:
         """Take one resource for a client's address; return False if none is left for that client."""
         network = client_network(client)
         with self._lock:
-            is_free = sum(self._used.values()) < self._limit and self._used[network] < max(1, self._limit // 2)
+            share = max(1, self._limit // 2)
+            is_free = sum(self._used.values()) < self._limit and self._used[network] < share
             self._used[network] += is_free
             return is_free
 
@@ -7617,49 +7835,18 @@ class Quota:
             self._used += collections.Counter()  # drops zeros, so that the counter does not grow for ever
 
 
-class RequestBody:
-    """A request's body: ``length`` bytes, or chunked where that is None."""
-
-    def __init__(self, file: io.BufferedIOBase, length: int | None, timed: DeadlineReader) -> None:
-        self._file = file
-        self._timed = timed
-        self._until = time.monotonic() + CLIENT_TIMEOUT  # and later with each byte
-        self._left = length or 0
-        self._chunks = ChunkedReader(file) if length is None else None
-
-    @property
-    def unread(self) -> bool:
-        """Whether there is more to come."""
-        return not self._chunks.ended if self._chunks else self._left > 0
-
-    def read(self, size: int = COPY_SIZE, /) -> bytes:
-        """Up to ``size`` bytes as they come; BadRequest where the client stops early, or for too long."""
-        try:
-            self._timed.set_deadline(self._until - time.monotonic())
-            if self._chunks:
-                data = self._chunks.read(size)
-            else:
-                data = self._file.read1(min(self._left, size)) if self._left else b""
-            self._timed.set_deadline(None)
-        except (socket.timeout, TimeoutError):
-            raise BadRequestError("The body did not come in time.", 408) from None
-        except (OSError, ValueError) as error:
-            raise BadRequestError("The body's framing is not clear: %s." % error) from None
-        if self._left and not data:
-            raise BadRequestError("The body ended %d bytes early." % self._left)
-        self._left -= 0 if self._chunks else len(data)
-        self._until += len(data) / MIN_BODY_RATE
-        return data
-
-
 def _wait_for_client(sock: socket.socket) -> None:
-    """Until a client takes more; socket.timeout."""
+    """Wait until a client's socket accepts more bytes; socket.timeout after CLIENT_TIMEOUT."""
     if not wait_until_ready(sock, CLIENT_TIMEOUT, writing=True):
         raise socket.timeout("timed out")
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
-    """Send to a client, who may take CLIENT_TIMEOUT for each step; OSError, socket.timeout."""
+    """Send all of ``data`` to a client.
+
+    The client may take CLIENT_TIMEOUT to accept the next bytes, however long the whole takes: a slow client
+    is not an error.  OSError if the connection breaks, socket.timeout if the client stalls.
+    """
     left = memoryview(data)
     while left:
         try:
@@ -7668,380 +7855,468 @@ def send_all(sock: socket.socket, data: bytes) -> None:
             _wait_for_client(sock)
 
 
-def _send_some(sock: socket.socket, part: FileSlice, start: int, by_kernel: bool) -> int:
+# What sendfile() fails with if the system or the file system does not support it.
+_NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+
+
+def send_some(sock: socket.socket, part: FileSlice, start: int) -> int:
+    """Send the next bytes of a file slice, with sendfile() if possible.
+
+    ``start`` is the offset in the file of the first byte to send.  Return how many bytes have been sent, 0
+    after a wait for the client.  StorageError if the file cannot be read or has become shorter, so that the
+    rest can come from elsewhere; OSError or socket.timeout if the client fails.
+    """
     try:
-        if by_kernel:
+        try:
             count = os.sendfile(sock.fileno(), part.file.fileno(), start, part.stop - start)
-        else:
+        except (AttributeError, OSError) as error:  # AttributeError: no sendfile in Python on this system
+            if getattr(error, "errno", errno.ENOSYS) not in _NO_SENDFILE:
+                raise
             count = sock.send(part.file.read_at(min(COPY_SIZE, part.stop - start), start))
-    except (BlockingIOError, ConnectionError, TimeoutError, socket.timeout):
-        raise
-    except OSError as error:
+    except BlockingIOError:
+        _wait_for_client(sock)
+        return 0
+    except (ConnectionError, TimeoutError, socket.timeout):
+        raise  # the client's
+    except OSError as error:  # the file's
         raise StorageError(error) from None
     if not count:
-        raise StorageError(OSError(errno.EIO, "the body was cut"))
+        raise StorageError(OSError(errno.EIO, "the file became shorter"))
     return count
 
 
-def send_slice(sock: socket.socket, part: FileSlice) -> Iterator[int]:
-    """Send a part of a file to a client as ``send_all`` does, by the kernel where that can; yields the bytes
-    of each step.  LocalFailure where the disk fails, or the file has become shorter."""
-    start, by_kernel = part.start, hasattr(os, "sendfile")
-    while start < part.stop:
-        try:
-            count = _send_some(sock, part, start, by_kernel)
-        except BlockingIOError:
-            _wait_for_client(sock)
-        except StorageError as failure:
-            if not by_kernel or failure.code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-                raise
-            by_kernel = False  # not from this file system
-        else:
-            start += count
-            yield count
+class RequestBody:
+    """The body of a client's request, read as the origin takes it.
 
+    ``length`` is in bytes; None means that the body is chunked (RFC 9112 §7.1).  ``timed`` is the raw
+    stream below ``file``, whose reads it limits: in the long run, a body must arrive with MIN_BODY_RATE.
+    ``awaiting`` is the client's socket if the client sends the body only after a 100 response (RFC 9110
+    §10.1.1), which is sent when the first byte is asked for, since the origin may refuse the request
+    without reading its body.
+    """
 
-class ExpectContinueBody:
-    """A body that its client sends only when told to (RFC 9110 §10.1.1)."""
-
-    def __init__(self, body: RequestBody, connection: socket.socket) -> None:
-        self._body = body
-        self._connection: socket.socket | None = connection
+    def __init__(self, file: io.BufferedIOBase, length: int | None, timed: DeadlineReader,
+                 awaiting: socket.socket | None = None) -> None:
+        self._file = file
+        self._timed = timed
+        self._deadline = time.monotonic() + CLIENT_TIMEOUT  # each received byte extends it
+        self._left = length or 0
+        self._chunks = ChunkedReader(file) if length is None else None
+        self._awaiting = awaiting
 
     @property
     def unread(self) -> bool:
-        """Whether there is more to come."""
-        return self._body.unread
+        """Whether the body has not been read to its end."""
+        return not self._chunks.ended if self._chunks else self._left > 0
 
     def read(self, size: int = COPY_SIZE, /) -> bytes:
-        """Ask for the body before its first byte."""
-        if self._connection is not None:
-            try:
-                send_all(self._connection, b"HTTP/1.1 100 Continue\r\n\r\n")
-            except OSError as error:
-                raise BadRequestError("The client has gone: %s." % error) from None
-            self._connection = None
-        return self._body.read(size)
+        """Read up to ``size`` bytes; BadRequestError if the client closes, stalls or breaks the framing."""
+        try:
+            if self._awaiting is not None:
+                send_all(self._awaiting, b"HTTP/1.1 100 Continue\r\n\r\n")
+                self._awaiting = None
+            self._timed.set_deadline(self._deadline - time.monotonic())
+            if self._chunks:
+                data = self._chunks.read(size)
+            else:
+                data = self._file.read1(min(self._left, size)) if self._left else b""
+            self._timed.set_deadline(None)
+        except (socket.timeout, TimeoutError):
+            raise BadRequestError("The request body did not arrive in time.", 408) from None
+        except (OSError, ValueError) as error:  # the connection broke, or the framing of chunks is invalid
+            raise BadRequestError("The request body could not be read: %s." % error) from None
+        if self._left and not data:
+            raise BadRequestError("The request body ended %d bytes early." % self._left)
+        self._left -= 0 if self._chunks else len(data)
+        self._deadline += len(data) / MIN_BODY_RATE
+        return data
 
 
-def error_response(failure: ProxyError) -> Response:
-    """An error of ours, as one plain sentence."""
-    return Response(error_head(failure.status), BytesBody((str(failure) + "\n").encode()),
-                 CacheStatus(failure.outcome, detail=str(failure)))
+def error_response(error: ProxyError) -> Response:
+    """Return the response for an error: one sentence of plain text."""
+    detail = "%s; %s" % (str(error).rstrip("."), error.reason) if error.reason else str(error)
+    return Response(error_head(error.status), bytes_body((str(error) + "\n").encode()),
+                    CacheStatus(error.outcome, error.forward, detail=detail))
+
+
+def set_events(selector: selectors.BaseSelector, sock: socket.socket, events: int, data: Any = None) -> None:
+    """Let a selector report ``events`` of a socket from now on, with ``data``.
+
+    0 means no events; the socket may be unknown to the selector, before and after.  OSError if the system
+    cannot watch more sockets.
+    """
+    # By number: the map's KeyError for an unknown socket would contain the socket's repr(), which is slow.
+    if sock.fileno() in selector.get_map():
+        selector.unregister(sock)
+    if events:
+        selector.register(sock, events, data)
 
 
 class TunnelDirection:
-    """One direction of a tunnel."""
+    """One direction of a tunnel.
+
+    It holds either bytes, and waits until the sink takes them, or none, and waits for the source: a slow sink
+    thus slows the source down, and a tunnel needs no more than SMALL_BODY bytes a direction.
+    """
 
     def __init__(self, source: socket.socket, sink: socket.socket, early: bytes = b"") -> None:
-        self.count = 0  # bytes that have gone through
-        self.ended = False  # the source has no more, and the sink knows
-        self._source = source
-        self._sink = sink
-        self._waiting = bytearray(early)
-        self._open = True  # whether more may come
+        self.count = 0  # bytes sent
+        self.ended = False  # the source has closed, and the end has been passed on
+        self._source, self._sink, self._data = source, sink, early
 
-    def wants(self, sock: socket.socket) -> int:
-        """What it waits for at a socket, in selectors' words."""
-        read = sock is self._source and self._open and len(self._waiting) < SMALL_BODY
-        write = sock is self._sink and self._waiting
-        return (selectors.EVENT_READ if read else 0) | (selectors.EVENT_WRITE if write else 0)
+    def wanted(self) -> tuple[socket.socket, int]:
+        """Return the socket, and the selector event, that this direction waits for."""
+        if self._data:
+            return self._sink, selectors.EVENT_WRITE
+        return self._source, 0 if self.ended else selectors.EVENT_READ
 
-    def move(self, ready: dict[Any, int]) -> None:
-        """Move what can be moved, the end included (a half-close); OSError."""
-        if ready.get(self._source, 0) & self.wants(self._source) & selectors.EVENT_READ:
-            data = self._source.recv(SMALL_BODY)
-            self._open = bool(data)
-            self._waiting += data
-        if ready.get(self._sink, 0) & self.wants(self._sink) & selectors.EVENT_WRITE:
-            sent = self._sink.send(self._waiting)
-            del self._waiting[:sent]
-            self.count += sent
-        if not self._open and not self._waiting and not self.ended:
+    def move(self) -> None:
+        """Receive if nothing is held; send what is held, or the end as a half-close.  OSError."""
+        self._data = self._data or self._source.recv(SMALL_BODY)
+        if self._data:
+            with contextlib.suppress(BlockingIOError):
+                sent = self._sink.send(self._data)
+                self._data, self.count = self._data[sent:], self.count + sent
+        else:
             self.ended = True
             self._sink.shutdown(socket.SHUT_WR)
 
 
 def relay_tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> int:
-    """Bytes both ways, until both ends have closed, one breaks, or nothing has moved for TUNNEL_IDLE.  The
-    number of them; ``early`` has come from the client already."""
-    ways = (TunnelDirection(client, origin, early), TunnelDirection(origin, client))
+    """Relay bytes both ways; return how many.
+
+    The tunnel ends when both sides have closed, one fails, or nothing moves for TUNNEL_IDLE_TIMEOUT.  If
+    one side closes its direction, the other direction stays open (a half-close): some protocols depend on
+    it.  ``early`` are bytes that have already been received from the client.
+    """
+    directions = (TunnelDirection(client, origin, early), TunnelDirection(origin, client))
     with contextlib.suppress(OSError), selectors.DefaultSelector() as selector:
-        for sock in (client, origin):
-            sock.setblocking(False)
-            selector.register(sock, selectors.EVENT_READ)
-        while not all(way.ended for way in ways):
-            for sock in (client, origin):
-                wanted = ways[0].wants(sock) | ways[1].wants(sock)
-                if sock in selector.get_map():
-                    selector.unregister(sock)
-                if wanted:
-                    selector.register(sock, wanted)
+        origin.setblocking(False)
+        while not all(direction.ended for direction in directions):
+            wanted = [direction.wanted() for direction in directions]
+            for sock in (client, origin):  # one direction may read from it, the other one write to it
+                set_events(selector, sock, sum(events for other, events in wanted if other is sock))
             ready = {key.fileobj: events for key, events in selector.select(TUNNEL_IDLE_TIMEOUT)}
             if not ready:
                 break
-            for way in ways:
-                way.move(ready)
-    return sum(way.count for way in ways)
+            for direction, (sock, events) in zip(directions, wanted):
+                if ready.get(sock, 0) & events:
+                    direction.move()
+    return sum(direction.count for direction in directions)
 
 
 def has_disconnected(sock: socket.socket) -> bool:
-    """Whether the other end has closed a connection on which nothing has been read yet."""
+    """Return whether the other end has closed a connection on which nothing has been read yet."""
     try:
         return wait_until_ready(sock, 0) and not sock.recv(1, socket.MSG_PEEK)
-    except (OSError, ValueError):  # closed
+    except (OSError, ValueError):  # closed on this side
         return True
 
 
 @functools.lru_cache(LARGE_MEMO // 4)
-def parse_request_head(data: bytes, near: bool, local: tuple[str, int]) -> Request:
-    """The request that a whole head makes, for a client on this host or elsewhere; BadRequest, ValueError."""
-    return replace_fields(parse_request(read_head_lines(io.BytesIO(data)), local), client_is_local=near)
+def parse_request_head(data: bytes, is_local: bool, server_address: tuple[str, int]) -> Request:
+    """Parse a complete request head; BadRequestError or ValueError.
+
+    ``is_local``: the client is on this host; ``server_address``: the proxy's address and port that it
+    connected to.  Memoized, since the machines of a fleet send the same heads, and since the event loop has
+    mostly parsed a head before the worker thread does.
+    """
+    # RFC 9112 §2.2: ignore an empty line before the request line; some clients send one after a body.
+    lines = read_head_lines(io.BytesIO(data[2:] if data.startswith(b"\r\n") else data))
+    return replace_fields(parse_request(lines, server_address), client_is_local=is_local)
 
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
 def find_head_end(data: bytes, seen: int = 0) -> int:
-    """Where the first head in ``data`` ends: 0 where more must come, -1 where no more is worth waiting for.
-    Of ``data``, so much has been ``seen`` before."""
+    """Find the end of the first request head in ``data``.
+
+    Return its length, 0 if more bytes are needed, or -1 if no further bytes can make it a valid head.  The
+    first ``seen`` bytes have been searched before: a head that arrives byte by byte must not take quadratic
+    time.
+    """
     end = data.find(b"\r\n\r\n", max(0, seen - 3))
     if end >= 0:
         return end + 4
-    long = len(data) > MAX_HEAD or len(data) - data.rfind(b"\n") > MAX_LINE + 2
-    return -1 if long or _BARE_LF.search(data, max(0, seen - 1)) else 0
+    too_long = len(data) > MAX_HEAD or len(data) - data.rfind(b"\n") > MAX_LINE + 2
+    return -1 if too_long or _BARE_LF.search(data, max(0, seen - 1)) else 0
 
 
 def progress(sock: socket.socket) -> tuple[int, bool]:
-    """How many bytes have gone over a connection, both ways, and whether the other end has yet to take some;
-    (0, False) if the system does not tell.  The offsets are those of Linux' struct tcp_info."""
+    """Ask the system how far a connection has come.
+
+    Return the bytes transferred both ways, and whether bytes are queued that the client has not acknowledged;
+    (0, False) if the system does not tell (only Linux does).
+    """
     with contextlib.suppress(AttributeError, OSError, struct.error):
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) if sys.platform == "linux" else b""
+        # Offsets in Linux' struct tcp_info: tcpi_bytes_acked and _received; tcpi_unacked and _notsent_bytes.
         acknowledged, received = struct.unpack_from("QQ", info, 120)
-        queued = struct.unpack_from("I", info, 24), struct.unpack_from("I", info, 144)  # sent, and not yet
+        queued = struct.unpack_from("I", info, 24), struct.unpack_from("I", info, 144)
         return acknowledged + received, queued != ((0,), (0,))
     return 0, False
 
 
-class PendingSend(NamedTuple):
-    """An answer of the lobby's that could not be sent at once."""
-
-    copy: HotEntry
-    left: bytes  # still to be sent, of head and body
-    began: float  # monotonic
-
-
-AccessKey = tuple[bool, tuple[str, int]]  # whether a client is near, and our address by which it came
+# Whether the client is on this host, and the proxy's address and port that it connected to.  With the bytes
+# of a request's head, it determines which stored response the client may get.
+AccessKey = tuple[bool, tuple[str, int]]
 
 
 class ClientConnection:
-    """A client's connection, as long as it lasts.  One thread at a time has to do with it."""
+    """A client's connection and its buffered input.  Only one thread at a time uses it.
 
-    def __init__(self, connection: socket.socket, address: Any, begin: Callable[[ClientConnection], None]) -> None:
-        self.connection = connection
-        self.address = address  # as accept() tells it
+    ==============================  =====================  =============================
+    State                           ``waiting``            owner
+    ==============================  =====================  =============================
+    parked (too many of a client)   False                  ConnectionLimiter
+    waits for a request             True                   EventLoop
+    a hit is being sent             True, with pending     EventLoop
+    a request is being answered     False                  a worker thread
+    ==============================  =====================  =============================
+    """
+
+    def __init__(self, sock: socket.socket, address: Any,
+                 on_admitted: Callable[[ClientConnection], None]) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.address = address  # as returned by accept()
         self.host = unmap_ipv4(address[0])
         self.network = client_network(self.host)
-        self.rate = math.inf  # bytes a second that it took lately, while it held up its reply
-        self._taken = 0  # bytes, when that was measured last
-        self._held = False  # whether it held up its reply then
-        self.on_admitted = begin  # to be called when it is admitted
-        self.buffered = b""  # has come, and has not been read
-        self.answered = False  # whether it has had an answer
-        self.waiting = False  # for its next request, or the rest of its head, and no thread serves it
-        self.waiting_since = time.monotonic()  # when it began to wait for that
-        self.keep_alive = False  # the connection, when no thread serves it any more
-        self.known_missing = False  # whether nothing is stored for its request that a thread is to answer
-        self.access_key: AccessKey | None = None  # None: it may not connect, or nobody has checked that yet
-        self.pending: PendingSend | None = None  # the lobby's answer, while it is being sent
-        self._place: tuple[str, int] | None = None
-        self._near: bool | None = None
+        self.on_admitted = on_admitted  # each connection knows its event loop: servers share one limiter
+        self.buffered = b""  # received, but not yet answered: mostly the beginning of a head
+        self.answered = False  # has got a response: from now on, the client must expect a close at any time
+        self.waiting = False
+        self.waiting_since = time.monotonic()  # when the connection became idle, or the current request began
+        self.keep_alive = False  # return the connection to the event loop when its thread is done
+        self.known_missing = False  # nothing is stored for the request that a thread is about to answer
+        self.access_key: AccessKey | None = None  # None: refused, or not checked yet
+        # A hit that could not be sent at once: the bytes left, and when it began (monotonic).
+        self.pending: tuple[HotEntry, bytes, float] | None = None
+        self.rate = math.inf  # bytes a second in the last RATE_WINDOW, if the client limited it
+        self._transferred = 0  # bytes, at the last measurement
+        self._was_slow = False  # the client limited the rate then
 
-    @property
-    def local_address(self) -> tuple[str, int]:
-        """Our address and port by which it reached us."""
-        if self._place is None:
-            name = self.connection.getsockname()
-            self._place = unmap_ipv4(name[0]), name[1]
-        return self._place
+    @functools.cached_property
+    def server_address(self) -> tuple[str, int]:
+        """The proxy's address and port that the client connected to."""
+        name = self.sock.getsockname()
+        return unmap_ipv4(name[0]), name[1]
 
-    @property
-    def local(self) -> str:
-        """Our address alone."""
-        return self.local_address[0]
+    @functools.cached_property
+    def is_local(self) -> bool:
+        """Whether the client is on this host."""
+        return self.host == self.server_address[0] or is_local_client(self.host)
 
-    @property
-    def near(self) -> bool:
-        """Whether it is on this host."""
-        if self._near is None:
-            self._near = self.host == self.local or is_local_client(self.host)
-        return self._near
+    def timeout(self) -> float:
+        """Return how many seconds the event loop may wait for the client."""
+        if self.pending:
+            return CLIENT_TIMEOUT
+        if self.buffered or not self.answered:
+            return REQUEST_HEAD_TIMEOUT
+        return IDLE_TIMEOUT if self.access_key else LINGER_TIMEOUT  # None: it has been refused
 
-    def measure(self, now: float, elapsed: float) -> None:
-        """Update the rate after so many seconds.  A reply that only its origin holds up counts after a while.
+    def measure_rate(self, now: float, elapsed: float) -> None:
+        """Update ``rate`` with what has been transferred in the last ``elapsed`` seconds.
+
+        A client counts as slow only if it was so at both ends of that time.
         """
-        taken, queued = progress(self.connection)
-        held = queued or not self.waiting and now - self.waiting_since > CLIENT_TIMEOUT
-        self.rate = (taken - self._taken) / elapsed if held and self._held else math.inf
-        self._taken, self._held = taken, held
+        transferred, queued = progress(self.sock)
+        # Nothing queued means that the origin is slow, not the client: that counts only after CLIENT_TIMEOUT.
+        is_slow = queued or not self.waiting and now - self.waiting_since > CLIENT_TIMEOUT
+        measured = is_slow and self._was_slow
+        self.rate = (transferred - self._transferred) / elapsed if measured else math.inf
+        self._transferred, self._was_slow = transferred, is_slow
+
+    def closing_rank(self, now: float) -> tuple[int, float] | None:
+        """Return how soon to close the connection if another client needs its place.
+
+        The lowest rank goes first: (0, since) for an idle connection, (1, since) for an incomplete head,
+        (2, rate) for a slow response.  None: it is not closed.
+        """
+        if self.waiting and not self.pending:
+            if self.answered and not self.buffered:
+                return 0, self.waiting_since  # idle between two requests: a client must expect that
+            if now - self.waiting_since > SLOW_HEAD_AGE:
+                return 1, self.waiting_since
+        return (2, self.rate) if self.rate < MIN_RATE else None
 
     def receive(self) -> bytes | None:
-        """What has come by now; b"" where it has gone, None where nothing has come."""
+        """Return the bytes that have arrived; b"" if the client has closed, None if nothing has arrived."""
         try:
-            return self.connection.recv(SMALL_BODY)
+            return self.sock.recv(SMALL_BODY)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:
             return b""
 
     def send(self, data: bytes) -> int | None:
-        """How much of ``data`` it takes now; None where it has gone."""
+        """Send as many bytes as possible without blocking; return how many, None if the client has closed."""
         try:
-            return self.connection.send(data)
+            return self.sock.send(data)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError:
             return None
 
+    def send_last(self, data: bytes) -> None:
+        """Send a short response, after which only the client's close is awaited."""
+        self.answered, self.waiting_since = True, time.monotonic()
+        self.send(data)
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+
 
 class ConnectionLimiter:
-    """A bound on connections: each may take a thread and up to four descriptors.
+    """Limits open connections, in total and per client.
 
-    When there is no room, the one that has been idle longest makes place for the next, then the one that
-    has taken longest over its request head, then the slowest below MIN_RATE; where none is, the next waits.
-    One client (an IPv6 /64 network counts as one) has no more than half of it: what it opens beyond is
-    parked, without a thread.
+    A connection may need a thread and up to four file descriptors.  At the limit, a new client makes the
+    limiter close the connection that has been idle longest; if there is none, the one with the oldest
+    incomplete request head; if there is none, the one with the slowest response below MIN_RATE.  Otherwise
+    the client waits until it is accepted.
+
+    A client (an IPv6 /64 network counts as one) may have half of the connections.  Further ones are parked:
+    accepted, but neither read nor counted, so that one client cannot keep the others out.
+
+    The life of a connection, as the limiter sees it:
+
+    1. reserve(), before accept(): there must be a place for the connection.
+    2. admit(), after it: now the client is known.  The connection is registered, or parked without its place.
+    3. admit_parked(), twice a second: parked connections get the places that have become free.
+    4. release(), when it has been closed.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.tunnels = Quota(max(2, most // 2))
+    def __init__(self, max_connections: int) -> None:
+        self.max_connections = max_connections
+        self.tunnels = Quota(max(2, max_connections // 2))
+        self.crowded = False  # clients wait for a place: a closed connection should wake the server
         self._lock = threading.Lock()  # guards all below
         self._count = 0
-        self._visitors: set[ClientConnection] = set()
-        self._hosts: dict[str, int] = {}  # connections by client
+        self._connections: set[ClientConnection] = set()
+        self._per_client: collections.Counter[str] = collections.Counter()  # by network
         self._parked: list[ClientConnection] = []
-        self._leaving: set[ClientConnection] = set()  # have been shed, and still count
+        self._closing: set[ClientConnection] = set()  # shut down, but not released yet
         self._measured = time.monotonic()
-        self.crowded = False  # whether somebody has found no room lately
 
-    def reserve(self, waits: bool = True) -> bool:
-        """Take room for one connection more; False where there is none yet: then one makes place for it, if
-        it really ``waits``."""
+    def reserve(self) -> bool:
+        """Reserve a place for a connection about to be accepted; False at the limit.
+
+        It closes nothing: the caller may not know yet whether a client waits at all.
+        """
         with self._lock:
-            free = self._count < self.most
-            if waits:
-                self.crowded = not free or bool(self._parked)
-                if not free:
-                    self._close_idle()
+            free = self._count < self.max_connections
             self._count += free
             return free
 
+    def close_idle_for_new(self) -> None:
+        """Make room for a waiting client, if a connection can be spared.  Its release() wakes the server."""
+        with self._lock:
+            self.crowded = True
+            self._close_idle()
+
     def busy_count(self) -> int:
-        """Connections that can't be spared."""
+        """Return the number of connections that are not waiting for a request."""
         with self._lock:
-            return self._count - sum(visitor.waiting for visitor in self._visitors)
+            return self._count - sum(connection.waiting for connection in self._connections)
 
-    def cancel(self) -> None:
-        """Nobody came in."""
+    def admit(self, connection: ClientConnection) -> bool:
+        """Admit an accepted connection, or park it; False if too many are parked already."""
         with self._lock:
-            self._count -= 1
-
-    def admit(self, visitor: ClientConnection) -> bool:
-        """Serve a visitor, or park him; False where even that is too much."""
-        with self._lock:
-            admitted = self._hosts.get(visitor.network, 0) < self._per_client_limit()
+            admitted = self._per_client[connection.network] < self._per_client_limit()
             if admitted:
-                self._register(visitor)
-            elif len(self._parked) < self.most:
+                self._register(connection)
+            elif len(self._parked) < self.max_connections:
                 self._count -= 1
-                self._parked.append(visitor)
+                self._parked.append(connection)
                 self.crowded = True
             else:
                 return False
         if admitted:
-            visitor.on_admitted(visitor)
+            connection.on_admitted(connection)
         return True
 
-    def release(self, visitor: ClientConnection) -> None:
-        """A connection has ended."""
+    def release(self, connection: ClientConnection | None) -> None:
+        """Free the place of a closed connection; None: one that was reserved, but not needed."""
         with self._lock:
             self._count -= 1
-            self._leaving.discard(visitor)
-            if visitor in self._visitors:
-                self._visitors.remove(visitor)
-                self._hosts[visitor.network] -= 1
-                if not self._hosts[visitor.network]:
-                    del self._hosts[visitor.network]
+            if connection in self._connections:
+                self._closing.discard(connection)
+                self._connections.remove(connection)
+                self._per_client[connection.network] -= 1
+                if not self._per_client[connection.network]:
+                    del self._per_client[connection.network]
 
     def admit_parked(self) -> None:
-        """Serve those who were parked, where there is place for them; make it where it can be spared."""
-        following, gone, stuck = [], [], set()
-        with self._lock:
-            self._measure(time.monotonic())
-            parked, self._parked = self._parked, []
-            for visitor in parked:
-                if visitor.network in stuck:
-                    self._parked.append(visitor)
-                elif has_disconnected(visitor.connection):
-                    gone.append(visitor)
-                elif self._count < self.most and self._hosts.get(visitor.network, 0) < self._per_client_limit():
-                    self._count += 1
-                    self._register(visitor)
-                    following.append(visitor)
-                else:
-                    stuck.add(visitor.network)
-                    self._parked.append(visitor)
-            self.crowded = bool(self._parked)
-            for host in stuck:
-                self._close_idle(host, sum(visitor.network == host for visitor in self._parked))
-        for visitor in gone:
-            visitor.connection.close()
-        for visitor in following:
-            visitor.on_admitted(visitor)
+        """Admit parked connections, the oldest first, as far as the limits allow.
 
-    def _measure(self, now: float) -> None:
-        if now - self._measured > RATE_WINDOW:
-            for visitor in self._visitors:
-                visitor.measure(now, now - self._measured)
-            self._measured = now
+        For the others, close connections of the same clients that can be spared.
+        """
+        admitted, blocked = [], set()
+        with self._lock:
+            self._measure_rates(time.monotonic())
+            parked, self._parked = self._parked, []
+            for connection in parked:
+                network = connection.network
+                if network not in blocked and has_disconnected(connection.sock):
+                    connection.sock.close()
+                elif network not in blocked and self._count < self.max_connections and (
+                        self._per_client[network] < self._per_client_limit()):
+                    self._count += 1
+                    self._register(connection)
+                    admitted.append(connection)
+                else:
+                    blocked.add(network)
+                    self._parked.append(connection)
+            self.crowded = bool(self._parked)
+            for network in blocked:
+                self._close_idle(network, sum(connection.network == network for connection in self._parked))
+        for connection in admitted:
+            connection.on_admitted(connection)
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """Close the parked connections."""
         with self._lock:
             parked, self._parked = self._parked, []
-        for visitor in parked:
-            visitor.connection.close()
+        for connection in parked:
+            connection.sock.close()
 
     def _per_client_limit(self) -> int:
-        return max(4, self.most // 2)
+        return max(4, self.max_connections // 2)
 
-    def _register(self, visitor: ClientConnection) -> None:
-        self._visitors.add(visitor)
-        self._hosts[visitor.network] = self._hosts.get(visitor.network, 0) + 1
+    def _register(self, connection: ClientConnection) -> None:
+        self._connections.add(connection)
+        self._per_client[connection.network] += 1
 
-    def _close_idle(self, host: str | None = None, most: int = 1) -> None:
-        """Close the connections (of one client) that can be spared best, as far as there are any."""
+    def _measure_rates(self, now: float) -> None:
+        if now - self._measured > RATE_WINDOW:
+            for connection in self._connections:
+                connection.measure_rate(now, now - self._measured)
+            self._measured = now
+
+    def _close_idle(self, network: str | None = None, count: int = 1) -> None:
+        """Close up to ``count`` connections (of one client), those being closed already included.
+
+        They are only shut down: the thread that owns a connection notices, and closes it.
+        """
         now = time.monotonic()
-        spare = [visitor for visitor in self._visitors
-                 if visitor.waiting and not visitor.pending and host in (None, visitor.network)
-                 and (not visitor.buffered and visitor.answered or now - visitor.waiting_since > SLOW_HEAD_AGE)]
-        spare.sort(key=lambda visitor: (bool(visitor.buffered) or not visitor.answered, visitor.waiting_since))
-        slow = [visitor for visitor in self._visitors
-                if visitor.rate < MIN_RATE and host in (None, visitor.network)]
-        spare += sorted(slow, key=lambda visitor: visitor.rate)
-        most -= sum(host in (None, visitor.network) for visitor in self._leaving)
-        for visitor in spare:
-            slow_one = visitor.rate < MIN_RATE
-            if most > 0 and visitor not in self._leaving and (slow_one or is_open_and_silent(visitor.connection)):
+        count -= sum(network in (None, connection.network) for connection in self._closing)
+        ranked = [(rank, connection) for connection in self._connections
+                  if network in (None, connection.network) and (rank := connection.closing_rank(now))]
+        for (kind, _), connection in sorted(ranked, key=lambda pair: pair[0]):
+            # The next request may have arrived just now: then the connection is not idle any more.
+            spare = kind == 2 or is_open_and_silent(connection.sock)
+            if count > 0 and spare and connection not in self._closing:
                 with contextlib.suppress(OSError):
-                    visitor.connection.shutdown(socket.SHUT_RDWR)
-                self._leaving.add(visitor)
-                most -= 1
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+                self._closing.add(connection)
+                count -= 1
 
 
 def usable_processors() -> list[int]:
-    """Those that we may use, the fast ones.  [] where the system does not let us choose (Linux does)."""
+    """Return the numbers of the fast processors that this process may use; [] if they cannot be chosen.
+
+    Slow ones are the efficiency cores of a hybrid processor.
+    """
     if not hasattr(os, "sched_setaffinity"):
         return []
     speeds = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0)
@@ -8053,494 +8328,502 @@ def usable_processors() -> list[int]:
 
 
 class CPUAffinity:
-    """The processor that the threads of a process share.  Where they run on two, nearly every system call of
-    the one hands the interpreter lock to the other, which must be woken there: eight clients took twice the
-    time for what is not stored yet.  For the caller: take, away."""
+    """Keeps the threads of this process on one processor.
+
+    Only one thread runs Python code at a time, so a second processor is of little use.  If they run on two,
+    nearly every system call of one thread passes the interpreter lock to a thread on the other processor,
+    which must be woken first: eight clients took twice as long for files not yet stored.
+    """
 
     def __init__(self) -> None:
-        self._own: set[int] = set()
+        self._pinned: set[int] = set()  # empty if not pinned
         self._all: set[int] = set()
 
     def pin(self, number: int) -> None:
-        """Keep the threads that this one will start together; other instances have other numbers."""
+        """Keep threads started from now on on one processor; instances with other numbers use other ones."""
         with contextlib.suppress(OSError):
-            found = usable_processors()
-            if found:
-                everywhere, own = os.sched_getaffinity(0), {found[number % len(found)]}
-                os.sched_setaffinity(0, own)
-                self._all, self._own = everywhere, own  # where we are let
+            usable = usable_processors()
+            if usable:
+                everywhere, pinned = os.sched_getaffinity(0), {usable[number % len(usable)]}
+                os.sched_setaffinity(0, pinned)
+                self._all, self._pinned = everywhere, pinned  # only if the system has allowed it
 
     @contextlib.contextmanager
     def unpinned(self) -> Iterator[None]:
-        """While the kernel has long work to do for a thread, that may go where its client is."""
-        if not self._own:
-            yield
-            return
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, self._all)
+        """Let the calling thread use any processor, while the kernel works for it for long."""
+        self._move_to(self._all)
         try:
             yield
         finally:
+            self._move_to(self._pinned)
+
+    def _move_to(self, processors: set[int]) -> None:
+        if processors:
             with contextlib.suppress(OSError):
-                os.sched_setaffinity(0, self._own)
+                os.sched_setaffinity(0, processors)
+
+
+def format_timings(timings: dict[str, float]) -> str:
+    """Format the steps of a request for the log, in milliseconds since it began to arrive; see mark().
+
+    >>> format_timings({"received": 5.0, "dispatched": 5.0004, "first byte": 5.02})
+    ' [dispatched 0.4, first byte 20.0 ms]'
+    """
+    steps = sorted(tuple(timings.items()), key=lambda step: step[1])  # a copy: a download may add "stored"
+    return " [%s ms]" % ", ".join(["%s %.1f" % (name, 1000 * (at - steps[0][1])) for name, at in steps[1:]])
+
+
+_SIMPLE_REQUESTS = (("GET", 0), ("HEAD", 0))  # method and length of the body: a small hit can answer them
 
 
 class Dispatcher:
-    """Answers requests, counts and logs the answers, for all servers of a process.
+    """Checks access, routes a request to a status page or the proxy, and logs it.
 
-    For the handlers: reply_to, tunnelling, note, note_tunnel.  For the lobbies: admits, refuse, answer, told.
+    All servers of a process share one.  ``write_log`` writes lines to the log without blocking.
     """
 
-    def __init__(self, proxy: Proxy, statistics: StatusCollector, room: ConnectionLimiter,
-                 tell: Callable[[list[str]], None], seat: CPUAffinity | None = None) -> None:
+    def __init__(self, proxy: Proxy, statistics: StatusCollector, limiter: ConnectionLimiter,
+                 write_log: Callable[[list[str]], None], affinity: CPUAffinity | None = None) -> None:
         self.proxy = proxy
         self.statistics = statistics
-        self.room = room
-        self.seat = seat or CPUAffinity()
-        self._tell = tell  # writes lines into the log
-        self._ids = itertools.cycle(range(1, 1000))
-        self._refusals = RecentEvents()  # by address
-        self._full_name = functools.lru_cache(1)(socket.getfqdn)  # when first needed: it may take seconds
+        self.limiter = limiter
+        self.affinity = affinity or CPUAffinity()
+        self._write_log = write_log
+        self._ids = itertools.cycle(range(1, 1000))  # of log lines
+        self._refused = RecentEvents()  # clients, by address
+        self._full_name = functools.lru_cache(1)(socket.getfqdn)  # only when needed: it may take seconds
 
-    def admits(self, visitor: ClientConnection) -> bool:
-        """Whether a client may connect.  The only check of its address, before anything is parsed."""
-        allowed = visitor.host == visitor.local or is_client_allowed(visitor.host, self.proxy.config.allow)
-        if allowed and visitor.access_key is None:
-            visitor.access_key = visitor.near, visitor.local_address
-        return allowed
+    # Access
 
-    def refuse(self, visitor: ClientConnection) -> bytes:
-        """The answer to a client that may not connect, whatever it sent; counted and logged."""
-        failure = ProxyError("%s may not use this proxy; its operator can add --allow." % visitor.host, 403)
-        reply, request = error_response(failure), Request("?", "?", Target("", "", 0, "/"), ())
-        size, quiet = reply.body.length or 0, not self._refusals.note_first(visitor.host, REFUSAL_LOG_INTERVAL)
-        self._note(request, 403, reply.cache_status, [(visitor.host, SendResult(size, 0, 0.0, True, quiet))])
-        head = with_date(reply.head, time.time())
-        return render_response_head(request, head, size, reply.cache_status, True, self.proxy.config) + b"%s\n" % (
-            str(failure).encode())
+    def check_access(self, connection: ClientConnection) -> bool:
+        """Return whether the client may connect; if not, send it one response.
 
-    def _check_name(self, request: Request) -> None:
-        """Failure if a request for an own page, or with a prefix, does not call this proxy by its name."""
+        The address is checked before anything is parsed.
+        """
+        host, own_address = connection.host, connection.server_address
+        if host == own_address[0] or is_client_allowed(host, self.proxy.config.allow):
+            connection.access_key = connection.is_local, own_address
+            return True
+        if not connection.answered:
+            connection.send_last(self._refuse(connection))
+        return False
+
+    def _refuse(self, connection: ClientConnection) -> bytes:
+        """Return the response to a client that may not connect; count it, and log it once in a while."""
+        error = ProxyError("%s may not use this proxy; its operator can add --allow." % connection.host, 403)
+        response, request = error_response(error), Request("?", "?", Target("", "", 0, "/"), ())
+        size = response.body.length or 0
+        quiet = not self._refused.note_first(connection.host, REFUSAL_LOG_INTERVAL)
+        result = SendResult(size, 0, 0.0, True, quiet)
+        self._record(request, 403, response.cache_status, [(connection.host, result)])
+        head = with_date(response.head, time.time())
+        return render_response_head(request, head, size, response.cache_status, True, self.proxy.config) + (
+            b"%s\n" % str(error).encode())
+
+    def _check_name(self, request: Request, may_block: bool) -> None:
+        """Raise ProxyError if the client calls the proxy by a name that is not its own (see is_own_name).
+
+        The host's own names are compared only if the caller ``may_block``: they take a look-up.
+        """
         name = called_name(request)
-        if not is_own_name(name, self.proxy.config.names) and name not in (
-                socket.gethostname().lower(), self._full_name().lower()):
-            raise ProxyError("This proxy does not answer to the name '%s'; its operator can add --name %s." % (
-                name, name), 421)
+        if not is_own_name(name, self.proxy.config.names) and not (
+                may_block and name in (socket.gethostname().lower(), self._full_name().lower())):
+            raise ProxyError("This proxy does not answer to the name '%s'; its operator can add --name %s."
+                             % (name, name), 421)
+
+    # Requests, in worker threads
 
     @contextlib.contextmanager
     def open_tunnel(self, request: Request) -> Iterator[socket.socket]:
-        """The connection that a CONNECT asks for, while its tunnel lasts; Failure."""
-        if not self.room.tunnels.acquire(request.client):
+        """Yield the connection to the origin that a CONNECT request asks for; ProxyError."""
+        if not self.limiter.tunnels.acquire(request.client):
             raise ProxyError("Too many tunnels are open.", 503)
         try:
             with self.proxy.connect_tunnel(request) as origin:
                 yield origin
         finally:
-            self.room.tunnels.release(request.client)
+            self.limiter.tunnels.release(request.client)
 
-    def respond(self, request: Request, authority: str) -> Response:
-        """Our own page, or the proxy's reply; Failure.  ``authority``: where we listen."""
-        self._check_name(request)
+    def respond(self, request: Request, port: int) -> Response:
+        """Return the response to a request that came to this port of the server; ProxyError."""
+        self._check_name(request, may_block=True)
         if not request.is_own_page:
-            return rewrite_for_prefix(request, self.proxy.respond(request))
+            return self.proxy.respond(request)
         if request.method == "OPTIONS":
             return answer_as_final_recipient(request)
         if request.method not in ("GET", "HEAD"):
-            raise ProxyError("Our own pages are for GET and HEAD.", 405)
-        listening = Target("", request.server_address, int(authority.rpartition(":")[2]), "").authority
+            raise ProxyError("The proxy's own pages support only GET and HEAD.", 405)
+        return self._own_page(request, port)
+
+    def _own_page(self, request: Request, port: int) -> Response:
+        listening = Target("", request.server_address, port, "").authority
         host, port = split_authority(field_value(request.fields, "Host") or listening, 80)
-        page = make_page(request.uri, (host, port), "text/html" in (field_value(request.fields, "Accept") or ""),
-                        self.snapshot, self.health_problem)
+        html = "text/html" in (field_value(request.fields, "Accept") or "")
+        page = make_page(request.uri, (host, port), html, self.snapshot, self.health_problem)
         if page is None:
-            raise ProxyError("There is no such page here. To fetch through this proxy, set http_proxy=http://%s/"
-                          " or ask for /http://host/path" % Target("", host, port, "").authority, 404)
+            raise ProxyError("No such page. To fetch through this proxy, set http_proxy=http://%s/ or request"
+                             " /http://host/path" % Target("", host, port, "").authority, 404)
         return Response(generated_head(page.status, page.media, (("Vary", "Accept"),), page.policy),
-                     BytesBody(page.text.encode()), CacheStatus(Outcome.OWN))
+                        bytes_body(page.text.encode()), CacheStatus(Outcome.OWN))
 
     def snapshot(self) -> dict[str, Any]:
-        """What the pages show, with the command line as Go's expvar has it."""
+        """Return the data of the status pages, with the command line as Go's expvar shows it."""
+        # loggable_uri() removes the password of a parent's URL; --parent=URL is split, to let it see the URL.
         words = [re.split(r"(?<=\A--parent=)", word) for word in sys.argv]
-        return {"cmdline": ["".join(map(loggable_uri, parts)) for parts in words], **self.statistics.snapshot()}
+        command_line = ["".join(map(loggable_uri, parts)) for parts in words]
+        return {"cmdline": command_line, **self.statistics.snapshot()}
 
     def health_problem(self) -> str:
-        """Why this proxy is not well, "" where it is."""
-        if self.room.busy_count() >= self.room.most:
-            return "All %d connections are busy." % self.room.most
+        """Return why the proxy is not healthy, "" if it is."""
+        if self.limiter.busy_count() >= self.limiter.max_connections:
+            return "All %d connections are busy." % self.limiter.max_connections
         return self.statistics.health_problem()
 
-    def record(self, request: Request, reply: Response, sent: int, took: float, whole: bool) -> None:
-        """Count and log one answer."""
-        counted = reply.counts_as_cached and reply.head.status in (200, 206)
-        cached = max(0, sent - reply.body.origin_bytes) if counted else 0
-        self._note(request, reply.head.status, reply.cache_status,
-                   [(request.client, SendResult(sent, cached, took, whole))])
+    # Small hits, in the event loop
 
-    def _note(self, request: Request, status: int, cache_status: CacheStatus,
-              answers: list[tuple[str, SendResult]], text: str = "") -> None:
-        """The same for all of them: what was asked, and what the answer was."""
+    def try_hot_path(self, connection: ClientConnection, size: int, hot_cache: HotCache) -> HotEntry | None:
+        """Return the response to a buffered head of ``size`` bytes, if nothing has to be waited for.
+
+        None sends the request to a thread.  ``connection.known_missing`` saves that thread the look-up if
+        this one has found nothing.
+        """
+        connection.known_missing = False
+        if size > MAX_MEMOIZED_HEAD or connection.access_key is None:
+            return None
+        key = connection.buffered[:size], connection.access_key
+        entry = hot_cache.get(key, self.proxy.config)
+        with contextlib.suppress(ProxyError, ValueError):  # the thread that gets the request sends the error
+            request = None if entry else parse_request_head(key[0], *key[1])
+            if request and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
+                self._check_name(request, may_block=False)
+                entry, connection.known_missing = self.proxy.prepare_hit(request, float(int(time.time())))
+                if entry is not None:
+                    hot_cache.put(key, entry)
+        return entry
+
+    # Counting and logging
+
+    def record(self, request: Request, response: Response, sent: int, began: float, whole: bool) -> None:
+        """Count and log a response, ``sent`` bytes of its body since ``began`` (monotonic), or a tunnel."""
+        if response.cache_status.outcome is Outcome.TUNNEL:
+            self.statistics.counters.add_tunnel(sent)
+        from_cache = response.counts_as_cached and response.head.status in (200, 206)
+        cached = max(0, sent - response.body.origin_bytes) if from_cache else 0
+        self._record(request, response.head.status, response.cache_status,
+                     [(request.client, SendResult(sent, cached, time.monotonic() - began, whole))])
+
+    def record_hot(self, entry: HotEntry, results: list[tuple[str, SendResult]]) -> None:
+        """Count and log what the event loop has sent of one entry, by client."""
+        self._record(entry.request, entry.status, entry.cache_status, results, entry.text)
+
+    def _record(self, request: Request, status: int, cache_status: CacheStatus,
+                results: list[tuple[str, SendResult]], text: str = "") -> None:
         outcome = cache_status.outcome
-        self.statistics.counters.add(outcome, sum([sent.cached for _, sent in answers]), len(answers))
+        self.statistics.counters.add(outcome, sum([result.cached for _, result in results]), len(results))
         if outcome is not Outcome.OWN:
-            self.statistics.recent.note(request, status, cache_status, answers)
+            self.statistics.recent.note(request, status, cache_status, results)
         if log.isEnabledFor(logging.DEBUG if outcome is Outcome.OWN else logging.INFO):
             text = text or log_text(request, cache_status)
-            self._tell(["[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s%s" % (
-                next(self._ids), client, outcome._value_, status, sent.size, sent.took, text,
-                "" if sent.whole else ", broken off") for client, sent in answers if not sent.quiet])
-
-    def record_tunnel(self, request: Request, head: ResponseHead, count: int, took: float, whole: bool) -> None:
-        """Count and log one tunnel."""
-        self.statistics.counters.add_tunnel(count)
-        self.record(request, Response(head, BytesBody(b""), CacheStatus(Outcome.TUNNEL)), count, took, whole)
-
-    def try_hot_path(self, visitor: ClientConnection, size: int, shelf: HotCache) -> HotEntry | None:
-        """The answer to a request with a head so long, where it is at hand."""
-        visitor.known_missing = False
-        if size > MAX_MEMOIZED_HEAD or visitor.access_key is None:
-            return None
-        asked = visitor.buffered[:size], visitor.access_key
-        copy = shelf.get(asked, self.proxy.config)
-        if copy is None:
-            copy, visitor.known_missing = self._prepare(asked, shelf)
-        return copy
-
-    def _prepare(self, asked: tuple[bytes, AccessKey], shelf: HotCache) -> tuple[HotEntry | None, bool]:
-        """What is at hand for a request that nobody has made in this second; whether nothing is stored."""
-        head, whence = asked
-        try:
-            request = parse_request_head(head, *whence)
-        except (ProxyError, ValueError):
-            return None, False
-        named = is_own_name(called_name(request), self.proxy.config.names)  # others may take a look-up
-        if request.is_own_page or not named or request.length != 0 or request.method not in ("GET", "HEAD"):
-            return None, False
-        copy, missing = self.proxy.prepare_hit(request, float(int(time.time())))
-        if copy is not None:
-            shelf.put(asked, copy)
-        return copy, missing
-
-    def record_hot(self, copy: HotEntry, answers: list[tuple[str, SendResult]]) -> None:
-        """Count and log what lobbies sent of a copy, to whom."""
-        self._note(copy.request, copy.ready.status, copy.ready.cache_status, answers, copy.text)
+            timings = format_timings(request.timings) if request.timings else ""
+            self._write_log(["[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s%s%s" % (
+                next(self._ids), client, outcome._value_, status, result.size, result.took, text,
+                "" if result.whole else ", incomplete", timings)
+                for client, result in results if not result.quiet])
 
 
-class LoopOwner(Protocol):
-    """Whose lobby it is."""
+class WakeableSelector(selectors.DefaultSelector):
+    """A selector that other threads can wake up."""
 
-    desk: Dispatcher
-
-    def serve_in_thread(self, visitor: ClientConnection) -> None:
-        """Serve a visitor, however long it takes; in a thread, that is."""
-
-    def shutdown_request(self, request: Any) -> None:
-        """A visitor leaves."""
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Tell of a bug."""
-
-
-class WakeableSelector:
-    """A selector whom other threads can call."""
-
-    def __init__(self, called: Callable[[], None]) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._watched: set[socket.socket] = set()  # whom the selector does not know costs it a long message
-        self._bell, self._button = socket.socketpair()
-        for sock in (self._bell, self._button):
-            sock.setblocking(False)
-        self.register(self._bell, selectors.EVENT_READ, called)
+    def __init__(self, on_wake: Callable[[], None]) -> None:
+        super().__init__()
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self.register(self._reader, selectors.EVENT_READ, on_wake)
 
     def wake(self) -> None:
-        """Let select() return, and what is ``called`` be among what it returns; from any thread."""
-        with contextlib.suppress(OSError):  # it rings already, or it has been closed
-            self._button.send(b"\0")
+        """Let select() return now, with ``on_wake`` among the data; from any thread."""
+        with contextlib.suppress(OSError):  # full, so that it wakes anyway; or closed
+            self._writer.send(b"\0")
 
     def drain(self) -> None:
-        """The bell has been heard."""
+        """Discard the wake-ups so far."""
         with contextlib.suppress(OSError):
-            self._bell.recv(4096)
-
-    def select(self, timeout: float) -> list[Any]:
-        """What belongs to the sockets that are ready now, or within ``timeout`` seconds."""
-        return [key.data for key, _ in self._selector.select(timeout)]
-
-    def register(self, sock: socket.socket, events: int, data: Any) -> None:
-        """From now on watch a socket for these events; OSError."""
-        if sock in self._watched:
-            self._selector.modify(sock, events, data)
-        else:
-            self._selector.register(sock, events, data)
-            self._watched.add(sock)
-
-    def unregister(self, sock: socket.socket) -> None:
-        """Watch a socket no more."""
-        if sock in self._watched:
-            self._watched.remove(sock)
-            self._selector.unregister(sock)
+            self._reader.recv(4096)
 
     def close(self) -> None:
-        """Watch nothing more."""
-        for thing in (self._selector, self._bell, self._button):
-            thing.close()
+        """Close the selector and its sockets."""
+        super().close()
+        self._reader.close()
+        self._writer.close()
 
 
 class EventLoop:
-    """Where visitors wait whom no thread serves: one selector, and one thread, for all of them.
+    """Waits for requests on idle connections; answers small hits, hands the rest to threads.
 
-    What they ask for that is at hand they get on the spot.  For all that may take longer they go to a
-    thread, and come back.  For the caller: welcome and close, from any thread; the rest from one.
+    A connection comes with add(), and leaves when it is handed to a thread (ProxyServer.serve_in_thread),
+    which adds it again, or when it is closed.  add() may be called from any thread; all other methods
+    belong to one.
+
+    A turn is one call of run_once(): all connections that are ready are served once.  Stored files are
+    checked once a turn, not once a request (see HotCache), and responses are counted and logged once a
+    turn.  That must not be noticed: a client that removes a file, or changes the settings, and *then* sends
+    a request must not get the old response.  So wherever bytes may have arrived after the turn began,
+    HotCache.recheck() comes first.
     """
 
-    def __init__(self, host: LoopOwner) -> None:
-        self._host = host
-        self._visitors: set[ClientConnection] = set()
-        self._coming: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()
-        self._again: list[ClientConnection] = []  # have asked for more than their turn allows
-        self._given: dict[HotEntry, list[tuple[str, SendResult]]] = {}  # in this turn, and to whom
+    def __init__(self, server: ProxyServer) -> None:
+        self._server = server
+        self._dispatcher = server.dispatcher
+        self._connections: set[ClientConnection] = set()
+        self._added: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()  # by other threads
+        self._postponed: list[ClientConnection] = []  # have buffered more requests than one turn allows
+        self._sent: dict[HotEntry, list[tuple[str, SendResult]]] = {}  # in this turn, not recorded yet
         self._closed = False
-        self._thread = 0  # that attends
-        self._shelf = HotCache()
-        self.watchman = WakeableSelector(self._take_new)
+        self._thread = 0  # the one that calls run_once()
+        self._hot_cache = HotCache()
+        self.selector = WakeableSelector(self._take_added)
 
-    def add(self, visitor: ClientConnection) -> None:
-        """Let a visitor wait for its next request."""
+    def add(self, connection: ClientConnection) -> None:
+        """Wait for the next request of a connection."""
         if self._thread == threading.get_ident() and not self._closed:
-            self._add(visitor)
+            self._add(connection)
             return
-        self._coming.put(visitor)
-        (self._take_new if self._closed else self.watchman.wake)()
+        # close() sets _closed before it empties the queue, so one of the two finds the connection.
+        self._added.put(connection)
+        (self._take_added if self._closed else self.selector.wake)()
 
     def run_once(self, timeout: float) -> None:
-        """Serve who wants something now, or within ``timeout`` seconds."""
+        """Serve all connections that are ready now, or as soon as one is, within ``timeout`` seconds."""
         self._thread = threading.get_ident()
-        again, self._again = self._again, []
-        found = self.watchman.select(0 if again else timeout)
-        self._shelf.start_turn((int(time.time()), self._host.desk.proxy.config))
-        for ready in found:
-            if not isinstance(ready, ClientConnection):
-                ready()
-            elif ready.waiting and ready not in again:
-                self._serve(ready)
-        for visitor in again:
-            if visitor.waiting:
-                self._serve(visitor, more=True)
+        postponed, self._postponed = self._postponed, []
+        ready = self.selector.select(0 if postponed else timeout)
+        self._hot_cache.start_turn((int(time.time()), self._dispatcher.proxy.config))
+        for key, _ in ready:
+            if not isinstance(key.data, ClientConnection):
+                key.data()  # a client waits to be accepted, or another thread has called wake()
+            elif key.data.waiting and key.data not in postponed:
+                self._serve(key.data)
+        for connection in postponed:
+            if connection.waiting:
+                self._serve(connection, buffered_only=True)
         self._record()
 
     @property
     def sending(self) -> int:
-        """Answers of its own under way."""
-        return sum(visitor.pending is not None for visitor in tuple(self._visitors))
+        """Hits that are being sent."""
+        return sum(connection.pending is not None for connection in tuple(self._connections))
 
     def close_timed_out(self, now: float) -> None:
-        """See off who has waited for too long; ``now`` is monotonic."""
-        for visitor in tuple(self._visitors):
-            patience = REQUEST_HEAD_TIMEOUT if visitor.buffered or not visitor.answered else (
-                IDLE_TIMEOUT if visitor.access_key else LINGER_TIMEOUT)
-            if now - visitor.waiting_since > (CLIENT_TIMEOUT if visitor.pending else patience):
-                told = visitor.buffered and not visitor.pending  # that its head did not come in time
-                (self._hand_to_thread if told else self._close)(visitor)
+        """Close connections that have exceeded their timeout; ``now`` is monotonic.
+
+        An incomplete head goes to a thread instead, which sends the error.
+        """
+        for connection in tuple(self._connections):
+            if now - connection.waiting_since > connection.timeout():
+                incomplete = connection.buffered and not connection.pending
+                (self._hand_to_thread if incomplete else self._close)(connection)
 
     def close(self) -> None:
-        """See everybody off."""
+        """Close all connections that no thread serves, and those that come later."""
         self._closed = True
-        self._take_new()
-        for visitor in tuple(self._visitors):
-            self._close(visitor)
+        self._take_added()
+        for connection in tuple(self._connections):
+            self._close(connection)
         self._record()
-        self._shelf.clear()
-        self.watchman.close()
+        self._hot_cache.clear()
+        self.selector.close()
 
-    def _take_new(self) -> None:
-        self.watchman.drain()
+    # Connections come and go
+
+    def _take_added(self) -> None:
+        self.selector.drain()
         with contextlib.suppress(queue.Empty):
             while True:
-                visitor = self._coming.get_nowait()
-                (self._host.shutdown_request if self._closed else self._add)(visitor)
+                connection = self._added.get_nowait()
+                (self._server.shutdown_request if self._closed else self._add)(connection)
 
-    def _add(self, visitor: ClientConnection) -> None:
-        """Hear at once what a visitor wants, which a new one has mostly said already; if that isn't all, let
-        him wait."""
-        visitor.connection.setblocking(False)
-        self._visitors.add(visitor)
-        visitor.waiting, visitor.waiting_since = True, time.monotonic()  # one may have been parked for long
-        self._shelf.recheck()  # it may have come after the others of this turn
-        self._serve(visitor)
-        if visitor.waiting and not visitor.pending:
-            self._watch(visitor)
+    def _add(self, connection: ClientConnection) -> None:
+        """Serve a connection at once, since a new one has usually sent its request; then wait for more."""
+        self._connections.add(connection)
+        # The time begins now, not when the connection was accepted: it may have been parked for long.
+        connection.waiting, connection.waiting_since = True, time.monotonic()
+        self._hot_cache.recheck()  # its request may be younger than this turn
+        self._serve(connection)
+        if connection.waiting and not connection.pending:
+            self._watch(connection)
 
-    def _watch(self, visitor: ClientConnection) -> None:
-        events = selectors.EVENT_WRITE if visitor.pending else selectors.EVENT_READ
+    def _watch(self, connection: ClientConnection) -> None:
+        events = selectors.EVENT_WRITE if connection.pending else selectors.EVENT_READ
         try:
-            self.watchman.register(visitor.connection, events, visitor)
-        except OSError as error:  # the system watches no more
-            log.warning("A connection cannot be waited for: %s", error)
-            self._close(visitor)
+            set_events(self.selector, connection.sock, events, connection)
+        except OSError as error:  # fs.epoll.max_user_watches, say
+            log.warning("Cannot watch a connection: %s", error)
+            self._close(connection)
 
-    def _remove(self, visitor: ClientConnection) -> None:
-        visitor.waiting = False
-        self._visitors.discard(visitor)
-        self.watchman.unregister(visitor.connection)
+    def _remove(self, connection: ClientConnection) -> None:
+        connection.waiting = False
+        self._connections.discard(connection)
+        set_events(self.selector, connection.sock, 0)
 
-    def _close(self, visitor: ClientConnection) -> None:
-        """Let a visitor leave, and note what was left of an answer to it."""
-        if visitor.pending:
-            (copy, left, began), visitor.pending = visitor.pending, None
-            self._note(visitor, copy, len(copy.body) - len(left), began, whole=False)
-        self._remove(visitor)
-        self._host.shutdown_request(visitor)
+    def _close(self, connection: ClientConnection) -> None:
+        if connection.pending:
+            (entry, left, began), connection.pending = connection.pending, None
+            self._note_sent(connection, entry, left, began)
+        self._remove(connection)
+        self._server.shutdown_request(connection)
 
-    def _hand_to_thread(self, visitor: ClientConnection) -> None:
-        self._remove(visitor)
-        self._host.serve_in_thread(visitor)
+    def _hand_to_thread(self, connection: ClientConnection) -> None:
+        self._remove(connection)
+        self._server.serve_in_thread(connection)
 
-    def _serve(self, visitor: ClientConnection, more: bool = False) -> None:
-        """Do what there is to do for a visitor; ``more``: of what he has asked for already.  A bug costs him,
-        not the others."""
+    # Requests
+
+    def _serve(self, connection: ClientConnection, buffered_only: bool = False) -> None:
+        """Do whatever is possible for a connection.  A bug costs this connection, not the others."""
         try:
-            if visitor.pending:
-                self._send(visitor, *visitor.pending)
-                self._serve_buffered(visitor)
-            elif more:
-                self._serve_buffered(visitor)
-            else:
-                self._on_readable(visitor)
+            if connection.pending:
+                self._send(connection, *connection.pending)
+            elif not buffered_only:
+                self._on_readable(connection)
+                return
+            self._serve_buffered(connection)
         except Exception:  # noqa: BLE001
-            self._host.handle_error(visitor, visitor.address)
-            if visitor.waiting:
-                self._close(visitor)
+            self._server.handle_error(connection, connection.address)
+            if connection.waiting:
+                self._close(connection)
 
-    def _on_readable(self, visitor: ClientConnection) -> None:
-        began, data = time.monotonic(), visitor.receive()
+    def _on_readable(self, connection: ClientConnection) -> None:
+        began, data = time.monotonic(), connection.receive()
         if not data:
             if data is not None:
-                self._close(visitor)
+                self._close(connection)
             return
-        known = visitor.access_key
-        if not known and not self._host.desk.admits(visitor):
-            self._refuse(visitor)
+        access_key = connection.access_key
+        if not access_key and not self._dispatcher.check_access(connection):
+            # Discard what the client sends until it closes, or for LINGER_TIMEOUT: unread bytes would turn
+            # the proxy's close into a reset, which may overtake the response.
             return
-        if not visitor.buffered:
-            visitor.waiting_since = began
-            if known:  # mostly it is one head, which somebody has sent a moment ago
-                copy = self._shelf.get((data, known), self._host.desk.proxy.config)
-                if copy is not None:
-                    self._send(visitor, copy, copy.data, began)
+        if not connection.buffered:
+            connection.waiting_since = began
+            if access_key:  # the usual case: one whole head, the same that somebody sent a moment ago
+                entry = self._hot_cache.get((data, access_key), self._dispatcher.proxy.config)
+                if entry is not None:
+                    self._send(connection, entry, entry.data, began)
                     return
-        seen, visitor.buffered = len(visitor.buffered), visitor.buffered + data
-        self._shelf.recheck()  # what follows a first head may have been sent in this turn
-        self._serve_buffered(visitor, seen)
+        seen, connection.buffered = len(connection.buffered), connection.buffered + data
+        self._hot_cache.recheck()  # a second request in ``data`` may be younger than this turn
+        self._serve_buffered(connection, seen)
 
-    def _refuse(self, visitor: ClientConnection) -> None:
-        """Answer a client that may not connect, once.  What it sends is dropped, until it closes or LINGER is
-        over: unread bytes would turn our close into a reset, which may overtake the answer."""
-        if not visitor.answered:
-            visitor.answered, visitor.waiting_since = True, time.monotonic()
-            visitor.send(self._host.desk.refuse(visitor))
-            with contextlib.suppress(OSError):
-                visitor.connection.shutdown(socket.SHUT_WR)
+    def _serve_buffered(self, connection: ClientConnection, seen: int = 0) -> None:
+        """Answer buffered requests one after another, as many as one turn allows.
 
-    def _serve_buffered(self, visitor: ClientConnection, seen: int = 0) -> None:
-        """Answer what can be answered on the spot, request after request, as long as a turn lasts."""
+        The first request that may block takes the connection, with all that is buffered, to a thread:
+        responses must leave in the order of the requests (RFC 9112 §9.3.2).  After REQUESTS_PER_TURN, the
+        other clients come first.  The first ``seen`` bytes are known to contain no end of a head.
+        """
         for _ in range(REQUESTS_PER_TURN):
-            began, free = time.monotonic(), visitor.waiting and not visitor.pending
-            size = find_head_end(visitor.buffered, seen) if free else 0
+            began, free = time.monotonic(), connection.waiting and not connection.pending
+            size = find_head_end(connection.buffered, seen) if free else 0
             if not size:
                 return
-            copy = self._host.desk.try_hot_path(visitor, size, self._shelf) if size > 0 else None
-            if copy is None:
-                self._hand_to_thread(visitor)
+            entry = self._dispatcher.try_hot_path(connection, size, self._hot_cache) if size > 0 else None
+            if entry is None:
+                self._hand_to_thread(connection)
                 return
-            visitor.buffered, seen = visitor.buffered[size:], 0
-            self._send(visitor, copy, copy.data, began)
-        self._again.append(visitor)
+            connection.buffered, seen = connection.buffered[size:], 0
+            self._send(connection, entry, entry.data, began)
+        self._postponed.append(connection)
 
-    def _send(self, visitor: ClientConnection, copy: HotEntry, left: bytes, began: float) -> None:
-        """Send what can be sent now of what is ``left`` of a copy, and note when that was all."""
-        waited, count = visitor.pending is not None, visitor.send(left)
-        whole = count == len(left)
-        visitor.pending = None if whole else PendingSend(copy, left[count or 0:], began)
+    def _send(self, connection: ClientConnection, entry: HotEntry, data: bytes, began: float) -> None:
+        """Send what is possible of ``data``, the rest of an entry; note when the entry has been sent."""
+        was_pending, count = connection.pending is not None, connection.send(data)
+        is_pending = count != len(data)
+        connection.pending = (entry, data[count or 0:], began) if is_pending else None
         if count is None:
-            self._close(visitor)
+            self._close(connection)
             return
-        visitor.waiting_since = time.monotonic()
-        if waited is whole:
-            self._watch(visitor)
-        if whole:
-            visitor.answered = True
-            self._note(visitor, copy, len(copy.body), began, whole=True)
-            if copy.ready.close:
-                self._close(visitor)
+        connection.waiting_since = time.monotonic()
+        if is_pending != was_pending:  # wait for writing instead of reading, or the reverse
+            self._watch(connection)
+        if not is_pending:
+            connection.answered = True
+            self._note_sent(connection, entry, b"", began)
+            if entry.close:
+                self._close(connection)
 
-    def _note(self, visitor: ClientConnection, copy: HotEntry, size: int, began: float, whole: bool) -> None:
-        """Keep in mind what a visitor was given: so many bytes of the body, or only some of the head."""
-        sent = SendResult(max(0, size), max(0, size), time.monotonic() - began, whole)
-        self._given.setdefault(copy, []).append((visitor.host, sent))
+    def _note_sent(self, connection: ClientConnection, entry: HotEntry, left: bytes, began: float) -> None:
+        """Note that an entry has been sent, but for the bytes that are ``left`` of head and body."""
+        size = max(0, entry.body_size - len(left))
+        result = SendResult(size, size, time.monotonic() - began, not left)
+        self._sent.setdefault(entry, []).append((connection.host, result))
 
     def _record(self) -> None:
-        """Let what was given be counted and logged, all that was given of one copy together."""
-        given, self._given = self._given, {}
-        for copy, answers in given.items():
-            self._host.desk.record_hot(copy, answers)
+        """Count and log what was sent in this turn: once per entry, which is cheaper than once per client."""
+        sent, self._sent = self._sent, {}
+        for entry, results in sent.items():
+            self._dispatcher.record_hot(entry, results)
 
 
 class RequestReader:
-    """Reads one client's requests.  For the caller: next, early, linger."""
+    """Reads the requests of a connection that the event loop has handed to a thread.
 
-    def __init__(self, visitor: ClientConnection) -> None:
-        self.line = "?"  # the last request's first
-        self._begun = False
-        self._visitor = visitor
-        self._timed = DeadlineReader(visitor.connection, CLIENT_TIMEOUT, visitor.buffered)
+    The event loop waits for heads, so there is only one place that does.  When a request comes here, its
+    head is complete in ``connection.buffered``, or never will be: then it is invalid, or it was not
+    complete in time, and next() raises the error to send.  Only bodies are waited for.
+    """
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self.line = "?"  # the request line, where only the rest of the head is wrong
+        self._connection = connection
+        self._timed = DeadlineReader(connection.sock, CLIENT_TIMEOUT, connection.buffered)
         self.file = io.BufferedReader(self._timed, 64 * 1024)
 
-    def next(self) -> Request | None:
-        """The next request, the head of which has come; None where the client has gone; BadRequest."""
-        self.line = "?"
-        request = self._known() or self._read()
-        if request is None:
-            return None
-        body: RequestBody | ExpectContinueBody | None = None
+    def next(self) -> Request:
+        """Return the request whose head is buffered; BadRequestError."""
+        connection = self._connection
+        request = self._parse_head(connection.buffered)
+        body = None
         if request.length != 0:
-            body = RequestBody(self.file, request.length, self._timed)
-            if list_members(request.fields, "Expect") == ["100-continue"] and request.version >= (1, 1):
-                body = ExpectContinueBody(body, self._visitor.connection)
-        visitor = self._visitor
-        return replace_fields(request, body=body, received=time.time(), client=visitor.host,
-                       server_address=visitor.local, client_is_local=visitor.near)
+            expects = list_members(request.fields, "Expect") == ["100-continue"] and request.version >= (1, 1)
+            body = RequestBody(self.file, request.length, self._timed, connection.sock if expects else None)
+        timings = {"received": connection.waiting_since} if log.isEnabledFor(logging.DEBUG) else None
+        mark(timings, "dispatched")
+        missing, connection.known_missing = connection.known_missing, False
+        return replace_fields(
+            request, body=body, received=time.time(), client=connection.host, timings=timings,
+            server_address=connection.server_address[0], known_missing=missing)
 
-    def _known(self) -> Request | None:
-        """The first request, where the lobby has parsed it already."""
-        early, size = self._timed.prefetched, 0 if self._begun else find_head_end(self._timed.prefetched)
-        self._begun = True
-        if 0 < size <= MAX_MEMOIZED_HEAD:
-            with contextlib.suppress(ProxyError, ValueError):
-                request = parse_request_head(early[:size], self._visitor.near, self._visitor.local_address)
-                self._timed.prefetched = early[size:]
-                return replace_fields(request, known_missing=self._visitor.known_missing)
-        return None
-
-    def _read(self) -> Request | None:
-        self._timed.set_deadline(max(0.0, self._visitor.waiting_since + REQUEST_HEAD_TIMEOUT - time.monotonic()))
-        lines = self._read_head()
-        self._timed.set_deadline(None)
-        if not lines:
-            return None
-        self.line = lines[0]
-        return parse_request(lines, self._visitor.local_address)
-
-    def _read_head(self) -> list[str]:
+    def _parse_head(self, data: bytes) -> Request:
+        """Parse the head at the start of ``data``, and consume it."""
+        self.line = "?"
+        size = find_head_end(data)
+        if not size:
+            raise BadRequestError("The request head took longer than %d s." % REQUEST_HEAD_TIMEOUT, 408)
         try:
-            lines = read_head_lines(self.file)
-            if lines == [""]:  # an empty line before the request line (RFC 9112 §2.2)
-                lines = read_head_lines(self.file)
-            return lines
+            parse = parse_request_head if 0 < size <= MAX_MEMOIZED_HEAD else parse_request_head.__wrapped__
+            # An invalid head is parsed for its error; the line end makes an overlong last line a whole one.
+            head = data[:size] if size > 0 else data + b"\r\n"
+            request = parse(head, self._connection.is_local, self._connection.server_address)
         except ValueError as error:
-            raise BadRequestError("The head is not clear: %s." % error, getattr(error, "status", 400)) from None
-        except (socket.timeout, TimeoutError):
-            raise BadRequestError("The head did not come within %d s." % REQUEST_HEAD_TIMEOUT, 408) from None
+            raise BadRequestError("Invalid head: %s." % error, getattr(error, "status", 400)) from None
+        except ProxyError:
+            self.line = data.lstrip(b"\r\n").partition(b"\r\n")[0].decode("latin-1")
+            raise
+        self.file.read(size)
+        return request
+
+    def failed_request(self) -> Request:
+        """Return what is known of a request whose head was invalid, for the log."""
+        method, _, uri = self.line.partition(" ")
+        # Before they are shortened: the @ behind a long password may be in the part that is left out.
+        method, uri = cut_userinfo(method), cut_userinfo(uri)
+        uri = (uri.rpartition(" ")[0] or uri)[:200]
+        return Request(method[:200], uri, Target("", "", 0, "/"), (), client=self._connection.host,
+                       server_address=self._connection.server_address[0])
 
     def buffered(self) -> bytes:
-        """What has come already of what follows."""
+        """Return the bytes that have been received but not read, without waiting for more."""
         self._timed.set_deadline(0.0)
         data = b""
         with contextlib.suppress(socket.timeout):
@@ -8548,217 +8831,228 @@ class RequestReader:
         return data + self._timed.prefetched
 
     def drain_and_close(self) -> None:
-        """Unread bytes would turn our close into a reset, which may overtake the answer."""
+        """Close for writing, and read until the client closes, for LINGER_TIMEOUT at most.
+
+        Unread bytes would turn the close into a reset, which may overtake the response.
+        """
         with contextlib.suppress(OSError):
-            self._visitor.connection.shutdown(socket.SHUT_WR)
+            self._connection.sock.shutdown(socket.SHUT_WR)
             self._timed.set_deadline(LINGER_TIMEOUT)
             while self.file.read1(COPY_SIZE):
                 pass
 
 
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
-    """One client connection: bytes to Request, Reply to bytes.  It decides nothing."""
+    """Reads requests from one connection and writes the responses.  It decides nothing.
+
+    It has the shape of every handler of http.server: one object per connection, whose setup(), handle() and
+    finish() are called by the constructor.  These three are overridden.  The parser and send_response() of
+    http.server are not used: the parser accepts heads that RFC 9112 wants refused, and responses leave as
+    rendered by section 2.
+
+    Unlike other handlers, this one does not keep its connection: when no further request is buffered, it ends
+    with ``keep_alive`` set, and the connection waits in the event loop, without a thread.
+    """
 
     server: ProxyServer
 
     def setup(self) -> None:
-        """Take over a visitor."""
-        self._visitor: ClientConnection = self.request
-        self.connection = self._visitor.connection  # which does not block
-        self._reader = RequestReader(self._visitor)
-        self.rfile = self._reader.file
+        """Prepare to read a connection; ``self.request`` is a ClientConnection here, not a socket."""
+        self._connection: ClientConnection = self.request
+        self._reader = RequestReader(self._connection)
 
     def handle(self) -> None:
-        """Answer the request that has come, and those that came with it (RFC 9112 §9.3)."""
+        """Answer the buffered request, and those that the client has sent with it (RFC 9112 §9.3.2)."""
+        connection = self._connection
         with contextlib.suppress(ConnectionError, socket.timeout, TimeoutError):
             while self._answer_one():
-                self._visitor.answered, self._visitor.waiting_since = True, time.monotonic()
-                self._visitor.buffered = self._reader.buffered()
-                if not find_head_end(self._visitor.buffered):
-                    self._visitor.keep_alive = True
+                connection.answered, connection.waiting_since = True, time.monotonic()
+                connection.buffered = self._reader.buffered()
+                if not find_head_end(connection.buffered):
+                    connection.keep_alive = True
                     return
 
     def finish(self) -> None:
-        """Let go of the visitor."""
-        self.rfile.close()
+        """Close the reader; the connection may go back to the event loop."""
+        self._reader.file.close()
 
     def _answer_one(self) -> bool:
-        """One request and its reply; whether the connection stays open."""
-        self._sent = 0  # body bytes of the reply that have left
-        self._bytes_sent = False  # whether any byte of it has left
+        """Answer one request; return whether the connection stays open."""
+        self._body_sent = 0  # bytes of the response's body
+        self._response_begun = False  # any byte of the response has been sent
         self._started = time.monotonic()
         try:
             request = self._reader.next()
-        except ProxyError as failure:
-            method, _, uri = self._reader.line.partition(" ")
-            # Before they are shortened: the @ behind a long password may be in the part that is left out.
-            method, uri = cut_userinfo(method), cut_userinfo(uri)
-            uri = (uri.rpartition(" ")[0] or uri)[:200]
-            request = Request(method[:200], uri, Target("", "", 0, "/"), (), client=self._visitor.host,
-                              server_address=self._visitor.local)
-            return self._answer(request, error_response(failure), close=True)
-        if request is None:
-            return False
-        self._started = time.monotonic()
-        with self.server.count_reply():
-            if request.method == "CONNECT":
-                return self._handle_connect(request)
-            return self._answer(request, self._reply_to(request))
+        except ProxyError as error:
+            return self._answer(self._reader.failed_request(), error_response(error), close=True)
+        if request.method == "CONNECT":
+            return self._handle_connect(request)
+        return self._answer(request, self._respond(request))
 
     def _handle_connect(self, request: Request) -> bool:
-        """Serve a tunnel to its end; False: nothing follows it."""
-        established, count, whole = ResponseHead(200, "Connection established", ()), 0, False
+        """Serve a tunnel until it ends; return False: nothing can follow it."""
+        head, dispatcher = ResponseHead(200, "Connection established", ()), self.server.dispatcher
+        response, count, whole = Response(head, bytes_body(b""), CacheStatus(Outcome.TUNNEL)), 0, False
         try:
-            with self.server.desk.open_tunnel(request) as origin:
+            with dispatcher.open_tunnel(request) as origin:
                 try:
-                    fields = (("Via", via_value((), (1, 1), self.server.desk.proxy.config)),)
-                    self._write(render_head(established, fields))
-                    count = relay_tunnel(self.connection, origin, self._reader.buffered())
-                    whole = True
+                    via = via_value((), (1, 1), dispatcher.proxy.config)
+                    self._write(request, render_head(head, (("Via", via),)))
+                    count, whole = relay_tunnel(self._connection.sock, origin, self._reader.buffered()), True
                 finally:
-                    took = time.monotonic() - self._started
-                    self.server.desk.record_tunnel(request, established, count, took, whole)
-        except ProxyError as failure:
-            return self._answer(request, error_response(failure), close=True)
+                    dispatcher.record(request, response, count, self._started, whole)
+        except ProxyError as error:
+            return self._answer(request, error_response(error), close=True)
         return False
 
-    def _reply_to(self, request: Request) -> Response:
-        """The server's reply; an error where there is none.  The one place where a bug becomes a 500."""
+    def _respond(self, request: Request) -> Response:
+        """Return the dispatcher's response, or an error response.
+
+        This is the one place where a bug becomes a status 500.
+        """
         try:
-            return self.server.desk.respond(request, self.server.authority)
-        except ProxyError as failure:
-            return error_response(failure)
+            return self.server.dispatcher.respond(request, self.server.server_address[1])
+        except ProxyError as error:
+            return error_response(error)
         except Exception:
             log.exception("%s %s failed: this is a bug", request.method, loggable_uri(request.uri))
-            return error_response(ProxyError("This proxy failed; its log says how.", 500))
+            return error_response(ProxyError("Internal error of the proxy; see its log.", 500))
 
-    def _answer(self, request: Request, reply: Response, close: bool = False) -> bool:
-        """Send a reply, or, if that fails before its first byte, an error; then note it."""
-        whole, open_after = False, False
+    def _answer(self, request: Request, response: Response, close: bool = False) -> bool:
+        """Send a response and record it; return whether the connection stays open.
+
+        If it fails before its first byte, another takes its place: a stale one, and at last an error, which
+        cannot fail.  After the first byte, the only honest error is closing the connection (invariant 7).
+        """
+        whole, stays_open = False, False
         try:
             while not whole:
                 try:
-                    open_after = self._send(request, reply, close)
+                    stays_open = self._send(request, response, close)
                     whole = True
-                except (ProxyError, StorageError) as failure:
-                    if self._bytes_sent:
-                        return False  # the only honest error is closing the connection (invariant 7)
-                    reply.body.close()
-                    reply = self._fallback(reply, failure)  # an error of ours at last, which does not fail
-            if not open_after and (close or wants_keep_alive(request) or getattr(request.body, "unread", False)):
+                except (ProxyError, StorageError) as error:
+                    if self._response_begun:
+                        return False
+                    response.body.close()
+                    response = self._fallback(response, error)
+            unread = getattr(request.body, "unread", False)
+            if not stays_open and (close or unread or wants_keep_alive(request)):
                 self._reader.drain_and_close()  # the client may still be sending
-            return open_after
+            return stays_open
         finally:
-            reply.body.close()
-            self.server.desk.record(request, reply, self._sent, time.monotonic() - self._started, whole)
+            response.body.close()
+            self.server.dispatcher.record(request, response, self._body_sent, self._started, whole)
 
-    def _fallback(self, reply: Response, failure: ProxyError | StorageError) -> Response:
-        """What goes to the client where a reply failed before its first byte."""
+    def _fallback(self, response: Response, error: ProxyError | StorageError) -> Response:
+        """Return the response that takes the place of one that failed before its first byte."""
         try:
-            if reply.fallback:
-                return reply.fallback(failure)
-        except ProxyError as error:
-            failure = error
-        return error_response(failure if isinstance(failure, ProxyError) else ProxyError(str(failure), 500))
+            if response.fallback:
+                return response.fallback(error)
+        except ProxyError as other:
+            error = other
+        return error_response(error if isinstance(error, ProxyError) else ProxyError(str(error), 500))
 
     # Writing
 
-    def _send(self, request: Request, reply: Response, close: bool) -> bool:
-        """Send a reply; whether the connection stays open.  Failure where the body can't be completed."""
-        framing = response_framing(request, reply.head, reply.body.length)
-        unread = getattr(request.body, "unread", False)
+    def _send(self, request: Request, response: Response, close: bool) -> bool:
+        """Send a response; return whether the connection stays open.
+
+        ProxyError or StorageError if its body fails; OSError or socket.timeout if the client does.
+        """
+        framing = response_framing(request, response.head, response.body.length)
+        unread = getattr(request.body, "unread", False)  # it would be taken for the next request
         close = close or unread or framing is Framing.CLOSE or not wants_keep_alive(request)
-        head = render_response_head(request, with_date(reply.head, time.time()), reply.body.length, reply.cache_status,
-                         close, self.server.desk.proxy.config)
+        head = render_response_head(request, with_date(response.head, time.time()), response.body.length,
+                                    response.cache_status, close, self.server.dispatcher.proxy.config)
         if request.method == "HEAD" or framing is Framing.NONE:
-            self._write(head)
+            self._write(request, head)
             return not close
         try:
-            self._write_body(head, reply, framing)
+            self._write_body(request, head, response.body, framing)
         except Exception:
-            if framing is Framing.CLOSE and self._bytes_sent:
-                # A plain close would pass for the end (invariant 7): reset the connection.
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.rfile.close()
-                self.connection.close()
+            if framing is Framing.CLOSE and self._response_begun:
+                # A normal close would mark the end of the body (invariant 7), so reset the connection.
+                self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self._connection.sock.close()
             raise
         return not close
 
-    def _write_body(self, head: bytes, reply: Response, framing: Framing) -> None:
-        """Head and first bytes leave in one segment where the body is small."""
-        body = reply.body
+    def _write_body(self, request: Request, head: bytes, body: ResponseBody, framing: Framing) -> None:
+        """Write head and body.
+
+        Small parts are collected, so that the head and a small body leave in one segment; large slices of
+        files are sent by the kernel.  A body of a declared length must have it (invariant 7): one that is
+        longer would be taken for the next response, one that is shorter would leave the client waiting.
+        """
+        # Bytes to be written, the number of those that belong to the body, and the size of the body so far.
         waiting, count, total = head, 0, 0
         for part in body.chunks():
             total += part.size if isinstance(part, FileSlice) else len(part)
             if body.length is not None and total > body.length:
                 raise ConnectionAbortedError(errno.EIO, "the body is longer than declared")
             if isinstance(part, FileSlice) and part.size > SMALL_BODY:
-                if not self._bytes_sent:  # an error can still be told
+                if not self._response_begun:  # an unreadable file can still become an error response
                     read_file_slice(FileSlice(part.file, part.start, part.start + 1))
-                self._write(waiting, count)
+                self._write(request, waiting, count)
                 waiting, count = b"", 0
-                self._send_file(part)
+                self._send_file(request, part)
                 continue
             data = read_file_slice(part) if isinstance(part, FileSlice) else part
             waiting += b"%x\r\n%s\r\n" % (len(data), data) if framing is Framing.CHUNKED and data else data
             count += len(data)
-            if len(waiting) > SMALL_BODY or isinstance(body, (TailingBody, PassThroughBody)):
-                self._write(waiting, count)
+            if len(waiting) > SMALL_BODY or body.live:  # the next bytes may be long in coming
+                self._write(request, waiting, count)
                 waiting, count = b"", 0
         if body.length not in (None, total):
             raise ConnectionAbortedError(errno.EIO, "the body is shorter than declared")
-        self._write(waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
+        self._write(request, waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
 
-    def _write(self, data: bytes, count: int = 0) -> None:
-        """Send bytes, ``count`` of them the body's."""
-        self._bytes_sent = self._bytes_sent or bool(data)
-        send_all(self.connection, data)
-        self._sent += count
+    def _write(self, request: Request, data: bytes, count: int = 0) -> None:
+        """Send bytes, ``count`` of which belong to the body."""
+        if data and not self._response_begun:
+            self._response_begun = True
+            mark(request.timings, "first byte")
+        send_all(self._connection.sock, data)
+        self._body_sent += count
 
-    def _send_file(self, part: FileSlice) -> None:
-        """Let the kernel send it; LocalFailure where it can't be read, and nothing comes instead."""
-        self._bytes_sent, at = True, part.start
+    def _send_file(self, request: Request, part: FileSlice) -> None:
+        """Send a file slice; if it cannot be read to its end, the slice's fallback provides the rest."""
+        dispatcher, offset = self.server.dispatcher, part.start
         try:
-            with self.server.desk.seat.unpinned() if part.size > LARGE_SEND else contextlib.nullcontext():
-                for count in send_slice(self.connection, part):
-                    self._sent += count
-                    at += count
+            with dispatcher.affinity.unpinned() if part.size > LARGE_SEND else contextlib.nullcontext():
+                while offset < part.stop:
+                    count = send_some(self._connection.sock, part, offset)
+                    self._body_sent += count
+                    offset += count
         except StorageError:
             if part.fallback is None:
                 raise
-            for data in part.fallback(at, part.stop):
-                self._write(data, len(data))
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """http.server's own log lines: the server's note() has said it all."""
+            for data in part.fallback(offset, part.stop):
+                self._write(request, data, len(data))
 
 
 class NonblockingListener(socket.socket):
-    """Takes over a socket that listens, and does not block: another process may be quicker to accept.
+    """A listening socket that takes over another one's descriptor, and does not block in accept().
 
-    accept() asks for the family and the type each time, of which socket makes enumerations: a tenth of the
-    time of a connection.
+    It must not block, because another process that shares it may be quicker to accept.  ``family`` and
+    ``type`` are attributes here, because accept() asks for them each time: socket's own properties, which
+    build enumerations, take a tenth of the time of a connection.
     """
 
+    family: socket.AddressFamily = socket.AF_INET
+    type: socket.SocketKind = socket.SOCK_STREAM
+
     def __init__(self, plain: socket.socket) -> None:
-        self._family, self._type = plain.family, plain.type
+        self.family, self.type = plain.family, plain.type
         super().__init__(plain.family, plain.type, plain.proto, plain.detach())
         self.setblocking(False)
 
-    @property
-    def family(self) -> socket.AddressFamily:
-        """Its address family."""
-        return self._family
-
-    @property
-    def type(self) -> socket.SocketKind:
-        """Its kind."""
-        return self._type
-
 
 def open_socket(host: str, port: int, reuse_port: bool = False) -> socket.socket:
-    """A socket that listens, for IPv4 and IPv6 where the host is empty and we can, where other processes may
-    listen too with ``reuse_port``; OSError, OverflowError."""
+    """Open a listening socket, for IPv4 and IPv6 if the host is empty; OSError, OverflowError.
+
+    With ``reuse_port``, other processes may listen on the same address.
+    """
     both = not host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
     return NonblockingListener(socket.create_server(
@@ -8766,209 +9060,247 @@ def open_socket(host: str, port: int, reuse_port: bool = False) -> socket.socket
 
 
 def display_address(listening: socket.socket) -> str:
-    """host:port of a listening socket; without the host where it is any."""
+    """Return host:port of a listening socket, without the host if it listens on all addresses."""
     host, port = listening.getsockname()[:2]
     shown = "[%s]" % host if ":" in host else host
     return "%s:%d" % ("" if ipaddress.ip_address(host).is_unspecified else shown, port)
 
 
 class ThreadPool:
-    """Threads that have done their work and wait a while for more: to start one costs as much as several
-    hits.  For the caller: do, close."""
+    """Reuses idle daemon threads; unlike ThreadPoolExecutor it never delays the exit.
+
+    ThreadPoolExecutor joins its threads at exit: with an open tunnel, the end after SIGTERM took 40 s
+    instead of SHUTDOWN_GRACE.  It also limits threads, which is ConnectionLimiter's task here.
+
+    Starting a thread costs as much as several hits, so up to MAX_IDLE_THREADS wait THREAD_IDLE_TIMEOUT for
+    more work.  How submit() and a thread that stops waiting agree:
+
+    1. submit() reserves an idle thread by decrementing _unreserved_idle, *before* it enqueues the task.
+    2. A thread that times out while the count is above 0 decrements it, and ends: it was not reserved, or
+       another one can do the reserved work instead.
+    3. A thread that times out and finds 0 is reserved: its task is about to be enqueued, and it waits for it.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _idle and _closed
-        self._work: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]]] = queue.SimpleQueue()
-        self._idle = 0  # threads that wait, and have not been counted on
+        self._lock = threading.Lock()  # guards _unreserved_idle and _closed
+        self._tasks: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]]] = queue.SimpleQueue()
+        self._unreserved_idle = 0
         self._closed = False
 
     def submit(self, work: Callable[..., object], *arguments: Any) -> None:
-        """Let a thread do it, which catches its errors; RuntimeError where there can't be one more."""
+        """Run ``work`` in a thread, where it must handle its own errors.
+
+        RuntimeError if the system has no more threads.
+        """
         with self._lock:
-            found = self._idle > 0
-            self._idle -= found
-        if found:
-            self._work.put((work, arguments))
+            reserved = self._unreserved_idle > 0
+            self._unreserved_idle -= reserved
+        if reserved:
+            self._tasks.put((work, arguments))
         else:
             threading.Thread(target=self._run, args=(work, arguments), daemon=True).start()
 
     def close(self) -> None:
-        """Send home who waits, and whoever comes back."""
+        """Stop idle workers now, and busy ones when they finish."""
         with self._lock:
-            self._closed, count, self._idle = True, self._idle, 0
+            self._closed, count, self._unreserved_idle = True, self._unreserved_idle, 0
         for _ in range(count):
-            self._work.put((int, ()))
+            self._tasks.put((int, ()))
 
     def _run(self, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
         while True:
             work(*arguments)
-            del work, arguments  # else their connection lives on
+            del work, arguments  # an idle thread must not keep a connection alive
             with self._lock:
-                if self._closed or self._idle >= MAX_IDLE_THREADS:
+                if self._closed or self._unreserved_idle >= MAX_IDLE_THREADS:
                     return
-                self._idle += 1
+                self._unreserved_idle += 1
             try:
-                work, arguments = self._work.get(timeout=THREAD_IDLE_TIMEOUT)
+                work, arguments = self._tasks.get(timeout=THREAD_IDLE_TIMEOUT)
             except queue.Empty:
                 with self._lock:
-                    if self._idle:
-                        self._idle -= 1
+                    if self._unreserved_idle:
+                        self._unreserved_idle -= 1
                         return
-                work, arguments = self._work.get()  # we are counted on
+                work, arguments = self._tasks.get()  # step 3
 
 
 class ProxyServer(http.server.ThreadingHTTPServer):
-    """Listens on one address; a thread for whatever may block."""
+    """Listens on one address and serves its connections.
 
-    def __init__(self, listening: socket.socket, desk: Dispatcher) -> None:
-        self.desk = desk
-        self.room = desk.room
-        self._lock = threading.Lock()  # guards _replying
-        self._replying = 0
-        self._until = math.inf  # monotonic: when serve_forever() ends at last
-        self._accept_soon = True  # whether somebody may wait for the room that there is now, as when it starts
-        self._resume = 0.0  # monotonic: until then nobody is let in
-        self.last_iteration = time.monotonic()  # of its loop, the last
+    It has the interface of every server of socketserver, but waits differently.  Overridden are:
+
+    ======================  ====================================================================
+    serve_forever           the event loop takes the place of socketserver's selector
+    shutdown                socketserver's own would wait for its own loop
+    service_actions         socketserver's hook for periodic work, several times a second
+    process_request         a connection starts in the event loop, not in a thread
+    process_request_thread  afterwards the connection returns to the event loop
+    shutdown_request        frees the connection's place
+    server_close            closes the event loop, too
+    handle_error            writes to the log instead of stderr
+    ======================  ====================================================================
+
+    ``request`` is a ClientConnection in all of them but process_request, where it is still a socket.
+
+    The end comes in four steps: stop() of all servers (nothing is accepted any more); the caller waits until
+    replies_running is 0, or for SHUTDOWN_GRACE; serve_forever() returns; server_close().
+    """
+
+    def __init__(self, listening: socket.socket, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
+        self.limiter = dispatcher.limiter
+        self._in_threads: set[ClientConnection] = set()  # served by threads; add() and discard() are atomic
+        self.last_iteration = time.monotonic()  # of the loop, for the watchdog
+        self._stop_at = math.inf  # monotonic: when serve_forever() returns at the latest
+        self._act_soon = True  # call service_actions at once: there may be a place for a waiting client
+        self._resume_at = 0.0  # monotonic: accept nothing until then
         self._ended = threading.Event()
         self._ended.set()
         super().__init__(listening.getsockname()[:2], ProxyHandler, bind_and_activate=False)
-        self.socket.close()  # socketserver's own
+        self.socket.close()  # socketserver has made one of its own
         self.socket = listening
-        self.authority = display_address(listening)  # for replies that outlast it, too
-        self.lobby = EventLoop(self)
-        self._crew = ThreadPool()
-        desk.proxy.add_listening_port(self.server_address[1])
+        self.event_loop = EventLoop(self)
+        self._thread_pool = ThreadPool()
+        dispatcher.proxy.add_listening_port(self.server_address[1])
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve until shutdown(): socketserver's loop, with the lobby in the place of its selector."""
+        """Serve until shutdown(), and then until the event loop has sent its responses, or SHUTDOWN_GRACE.
+
+        ``poll_interval``: seconds between two calls of service_actions().
+        """
         self._ended.clear()
         acted = 0.0
-        while time.monotonic() < self._until and (self._until == math.inf or self.lobby.sending):
+        while time.monotonic() < self._stop_at and (self._stop_at == math.inf or self.event_loop.sending):
             try:
-                self.lobby.run_once(0.0 if self._accept_soon else poll_interval)
+                self.event_loop.run_once(0.0 if self._act_soon else poll_interval)
                 now = time.monotonic()
-                if self._accept_soon or now - acted >= poll_interval:
-                    acted, self._accept_soon = now, False
+                if self._act_soon or now - acted >= poll_interval:
+                    acted, self._act_soon = now, False
                     self.service_actions()
-            except Exception:  # one client's fault, or one bug, is not the end of service
-                log.exception("Waiting for clients failed: this is a bug")
+            except Exception:  # a bug must not end the service of all clients
+                log.exception("The event loop failed: this is a bug")
                 time.sleep(poll_interval)
         self._ended.set()
 
     def stop(self) -> None:
-        """Accept no more; what is being sent may take GRACE."""
-        self._until = time.monotonic() + SHUTDOWN_GRACE
-        self.room.close()
-        self.lobby.watchman.wake()
+        """Stop accepting connections."""
+        self._stop_at = time.monotonic() + SHUTDOWN_GRACE
+        self.limiter.close()
+        self.event_loop.selector.wake()
 
     def shutdown(self) -> None:
-        """Stop, and wait for serve_forever() to end."""
-        if self._until == math.inf:
+        """Stop, and wait until serve_forever() has returned."""
+        if self._stop_at == math.inf:
             self.stop()
         self._ended.wait()
 
     def server_close(self) -> None:
-        """Close all that nobody serves."""
+        """Close the listening socket, and all connections that are not being served by a thread."""
         super().server_close()
-        self.lobby.close()
-        self._crew.close()
+        self.event_loop.close()
+        self._thread_pool.close()
 
     def service_actions(self) -> None:
-        """Called several times a second."""
+        """Do what is due several times a second.
+
+        That includes watching the listening socket again, after the limit or a lack of descriptors has
+        stopped it: while it is watched and nothing is accepted, the event loop would spin.
+        """
         now = self.last_iteration = time.monotonic()
-        if self._until < math.inf:
-            self.lobby.watchman.unregister(self.socket)
-        elif now >= self._resume:
-            self.lobby.watchman.register(self.socket, selectors.EVENT_READ, self._accept)
-        self.lobby.close_timed_out(now)
-        self.room.admit_parked()
-        self.desk.proxy.close_idle()
+        if self._stop_at < math.inf:
+            set_events(self.event_loop.selector, self.socket, 0)
+        elif now >= self._resume_at:
+            set_events(self.event_loop.selector, self.socket, selectors.EVENT_READ, self._accept)
+        self.event_loop.close_timed_out(now)
+        self.limiter.admit_parked()
+        self.dispatcher.proxy.close_idle()
+
+    # Accepting, in the thread of serve_forever()
 
     def _accept(self) -> None:
-        """Let in who waits at the door, a turn's worth of them."""
-        for number in range(REQUESTS_PER_TURN):
-            if not self._accept_one(waits=not number):
-                return
+        """Accept connections, as many as one turn and the limit allow.
 
-    def _accept_one(self, waits: bool) -> bool:
-        """Let one in, if there is room and one waits, as is known or not; don't spin where descriptors are
-        out."""
-        if not self.room.reserve(waits):
-            if waits:
-                self.lobby.watchman.unregister(self.socket)  # until the next service_actions
-            return False
-        try:
-            connection, address = self.get_request()
-        except OSError as error:
-            self.room.cancel()
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.lobby.watchman.unregister(self.socket)
-                self._resume = time.monotonic() + 0.1
-            return False
-        self.process_request(connection, address)
-        return True
+        At the limit, or if the process is out of file descriptors, the clients wait in the system's queue.
+        """
+        for number in range(REQUESTS_PER_TURN):
+            if not self.limiter.reserve():
+                if number == 0:  # the listening socket was ready, so a client really waits
+                    self.limiter.close_idle_for_new()
+                    set_events(self.event_loop.selector, self.socket, 0)  # until the next service_actions()
+                return
+            try:
+                sock, address = self.get_request()
+            except OSError as error:  # nobody waits (any more), mostly
+                self.limiter.release(None)
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    set_events(self.event_loop.selector, self.socket, 0)
+                    self._resume_at = time.monotonic() + 0.1
+                return
+            self.process_request(sock, address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Let a new connection into the lobby; turn it away where its client has far too many."""
-        with contextlib.suppress(OSError):  # it has gone already
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a head and a body sent apart
-        visitor = ClientConnection(request, client_address, self.lobby.add)  # cost 40 ms each
-        if self.room.admit(visitor):
-            return
-        reply = error_response(ProxyError("%s has too many connections open." % visitor.host, 503))
-        with contextlib.suppress(OSError):
-            request.setblocking(False)
-            request.send(render_head(reply.head, (*reply.head.fields, ("Connection", "close"))))
-        self.shutdown_request(visitor)
+        """Let the event loop serve a new socket.
 
-    def serve_in_thread(self, visitor: ClientConnection) -> None:
-        """Serve a visitor in a thread of its own."""
+        It is refused at once, without reading a request, if its client has so many connections that they
+        cannot even be parked.
+        """
+        with contextlib.suppress(OSError):  # it has been closed already
+            # Nagle's algorithm would delay a body that is sent after its head by 40 ms.
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = ClientConnection(request, client_address, self.event_loop.add)
+        if self.limiter.admit(connection):
+            return
+        head = error_response(ProxyError("%s has too many connections open." % connection.host, 503)).head
+        connection.send(render_head(head, (*head.fields, ("Connection", "close"))))
+        self.shutdown_request(connection)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection; wake the loop if another client waits for its place.
+
+        Called by the event loop and by worker threads.
+        """
+        request.sock.close()
+        self._in_threads.discard(request)
+        self.limiter.release(request)
+        if self.limiter.crowded:
+            self._act_soon = True
+            self.event_loop.selector.wake()
+
+    # Worker threads
+
+    def serve_in_thread(self, connection: ClientConnection) -> None:
+        """Let a thread answer the buffered requests of a connection."""
+        self._in_threads.add(connection)
         try:
-            self._crew.submit(self.process_request_thread, visitor, visitor.address)
-        except RuntimeError:  # no thread for it
-            self.handle_error(visitor, visitor.address)
-            self.shutdown_request(visitor)
+            self._thread_pool.submit(self.process_request_thread, connection, connection.address)
+        except RuntimeError:  # the system has no more threads
+            self.handle_error(connection, connection.address)
+            self.shutdown_request(connection)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """What that thread does; then the visitor waits in the lobby again."""
+        """Answer requests in a worker thread; then return the connection to the event loop, or close it.
+
+        From add() on, the event loop owns the connection: nothing here may touch it any more.
+        """
         request.keep_alive = False
         try:
             self.finish_request(request, client_address)
         except Exception:  # noqa: BLE001
             self.handle_error(request, client_address)
         if request.keep_alive:
-            self.lobby.add(request)
+            self._in_threads.discard(request)
+            self.event_loop.add(request)
         else:
             self.shutdown_request(request)
 
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection."""
-        request.connection.close()
-        self.room.release(request)
-        if self.room.crowded:
-            self._accept_soon = True
-            self.lobby.watchman.wake()
-
     @property
     def replies_running(self) -> int:
-        """Replies under way."""
-        with self._lock:
-            replying = self._replying
-        return replying + self.lobby.sending
-
-    @contextlib.contextmanager
-    def count_reply(self) -> Iterator[None]:
-        """Count a reply under way, so that SIGTERM can wait for it."""
-        with self._lock:
-            self._replying += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._replying -= 1
+        """The number of responses that are being prepared or sent, for which SIGTERM waits."""
+        return len(self._in_threads) + self.event_loop.sending
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """A bug, or no thread for a connection: say so, go on."""
+        """Log a bug, or the lack of threads; other connections are not affected."""
         log.error("A connection from %s failed.", client_address, exc_info=True)
 
 

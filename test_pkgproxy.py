@@ -1,8 +1,18 @@
 #!/usr/bin/env python3
-"""Tests of pkgproxy, in the order of its floors.  Run: python3 test_pkgproxy.py
+"""Tests of pkgproxy, roughly in the order of its sections.
 
-Everything binds to 127.0.0.1 port 0 and leaves nothing behind.  What needs a tool that is absent
-skips and says so.  Gates instead of sleeps: a gate that is not opened in time fails its test.
+    python3 test_pkgproxy.py                                    everything, with the examples in docstrings
+    python3 -m unittest test_pkgproxy.EventLoopTest             one class
+    python3 -m unittest test_pkgproxy.FaultTest.test_fsync_fails   one test
+
+All classes take two to four minutes in sequence; .ci/run deals them to several processes.  Tests that
+need a tool that is not installed, root, or a network are skipped with the reason.
+
+Sockets are bound to 127.0.0.1 (port 0 where possible), and nothing is left behind: each test ends with as
+many threads as it began.  Most tests use ProxyCase: a ScriptedOrigin, an empty cache root and a proxy in
+this process.  Tests of other programs use ClientCase and ProxyProcess, a proxy in a process of its own.
+Tests wait for events instead of sleeping: until() polls, and a Gate blocks an origin until the test opens it;
+both fail after PATIENCE seconds.
 """
 from __future__ import annotations
 
@@ -57,7 +67,7 @@ import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest import mock
 
 try:
@@ -86,18 +96,18 @@ from pkgproxy import (
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "pkgproxy.py").read_text(encoding="utf-8")
 README = HERE / "README.md"
-PATIENCE = 30.0  # seconds until a wait counts as hanging, on a machine that has much else to do
+PATIENCE = 30.0  # seconds until a wait counts as hanging, on a busy machine
 DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
-CLOCK = 784111777.0  # the same
+CLOCK = 784111777.0  # the same moment
 
 
 def examples():
-    """The docstrings' examples."""
+    """Return the examples in the docstrings as a test suite."""
     return doctest.DocTestSuite(pkgproxy)
 
 
 def load_tests(loader, tests, pattern):
-    """What python3 test_pkgproxy.py runs."""
+    """Add the docstring examples to the tests of this module (unittest's load_tests protocol)."""
     return unittest.TestSuite([examples(), tests])
 
 
@@ -107,7 +117,7 @@ def load_tests(loader, tests, pattern):
 
 
 class Gate:
-    """An event that somebody must open in time."""
+    """An event that must be opened in time."""
 
     def __init__(self):
         self._event = threading.Event()
@@ -120,8 +130,8 @@ class Gate:
             raise AssertionError("a gate was not opened in time")
 
 
-def until(predicate, what="what was waited for"):
-    """Wait until something outside our hands is so."""
+def until(predicate, what="the expected event"):
+    """Poll until ``predicate()`` is true; fail after PATIENCE seconds."""
     deadline = time.monotonic() + PATIENCE
     while not predicate():
         if time.monotonic() > deadline:
@@ -129,19 +139,34 @@ def until(predicate, what="what was waited for"):
         time.sleep(0.002)
 
 
-class ScriptedResponse:
-    """What a scripted origin answers under one path: as a mirror would, or as told.
+class LoggedRequest:
+    """A request that an origin received, logged before the first byte of its response is sent."""
 
-    ``steps``: instead of a well-behaved answer, these bytes and gates in turn, then the connection
-    is closed.
+    def __init__(self, method, target, fields, body):
+        self.method, self.target, self.fields, self.body = method, target, fields, body
+        self.path = urllib.parse.unquote(target.partition("?")[0])
+        self.status = 0
+        self.sent = 0  # body bytes handed to the connection
+
+    def __repr__(self):
+        return f"{self.method} {self.target} {self.status} {self.sent}"
+
+
+class ScriptedResponse:
+    """What a scripted origin answers for one target: by default what a mirror would, with validators and ranges.
+
+    ``steps``: send these bytes, waiting at each gate, and close the connection, instead of a regular response.
+    ``respond``: a function that makes the response from the request's fields.
     """
 
     modified = DATE
     steps = None
-    length = True  # whether it is declared
+    respond = None
+    length = True  # whether Content-Length is declared
     chunked = False
-    gate = None  # after the first bytes
-    first = 0
+    gate = None  # to wait at after the first bytes of the body
+    first = 0  # how many these are
+    limit = None  # after how many body bytes the connection breaks off
     ranges = True
 
     def __init__(self, body=b"", status=200, fields=(), **more):
@@ -150,33 +175,93 @@ class ScriptedResponse:
         for name, setting in more.items():
             setattr(self, name, setting)
 
+    def select(self, fields):
+        """Return status, fields and body for a request: evaluate its conditions and ranges (RFC 9110)."""
+        head = self.fields + [pair for pair in (("ETag", self.etag), ("Last-Modified", self.modified)) if pair[1]]
+        if self.status != 200:
+            return self.status, head, self.body
+        if self._is_not_modified(fields):
+            return 304, head, b""
+        ranges, size = self._requested_ranges(fields), len(self.body)
+        if ranges is None:
+            return 200, head, self.body
+        if not ranges:
+            return 416, [*head, ("Content-Range", "bytes */%d" % size)], b""
+        if len(ranges) == 1:
+            start, stop = ranges[0]
+            return 206, [*head, ("Content-Range", "bytes %d-%d/%d" % (start, stop - 1, size))], self.body[start:stop]
+        parts = [b"\r\n--PART\r\nContent-Type: application/octet-stream\r\nContent-Range: bytes %d-%d/%d\r\n\r\n%b"
+                 % (start, stop - 1, size, self.body[start:stop]) for start, stop in ranges]
+        head = [pair for pair in head if pair[0] != "Content-Type"]
+        return (206, [*head, ("Content-Type", "multipart/byteranges; boundary=PART")],
+                b"".join(parts) + b"\r\n--PART--\r\n")
+
+    def _is_not_modified(self, fields):
+        if "if-none-match" in fields:
+            return bool(self.etag) and self.etag in fields["if-none-match"]
+        return bool(self.modified) and fields.get("if-modified-since") == self.modified
+
+    def _requested_ranges(self, fields):
+        """Return the satisfiable ranges that a request asks for, or None if it gets the whole body."""
+        asked, size = re.fullmatch(r"bytes=([-0-9, ]+)", fields.get("range", "")), len(self.body)
+        if not self.ranges or not asked or fields.get("if-range", self.etag) not in (self.etag, self.modified):
+            return None
+        found = []
+        for first, last in re.findall(r"(\d*)-(\d*)", asked[1]):
+            start = int(first) if first else max(0, size - int(last))
+            stop = min(size, int(last) + 1) if first and last else size
+            found += [(start, stop)] if start < stop else []
+        return found
+
 
 class ScriptedOrigin:
-    """A scripted origin on loopback.  It speaks HTTP by itself, so that it can also speak it badly."""
+    """An origin on loopback.  It speaks HTTP without a library, so that it can also speak it badly."""
 
     def __init__(self, address="127.0.0.1", context=None):
         self.context = context  # for TLS
-        self.pages = {}
+        self.pages = {}  # {target: ScriptedResponse, or a list of them: one after another, the last again and again}
         self.address = address
-        self.log = []  # (method, target, {field: value}, body)
-        self.sent = 0  # body bytes
+        self.port = 0
+        self.log = []  # of LoggedRequest
+        self.sent = 0  # body bytes that the connections have accepted
         self.connections = 0
+        self.open_connections = set()
         self._lock = threading.Lock()
-        self._open = set()
-        self._socket = socket.create_server((address, 0), backlog=64)
-        self.port = self._socket.getsockname()[1]
+        self.listen()
+
+    def listen(self):
+        """Start to accept connections; after close(), at the same port."""
         self._threads = []
+        self._socket = socket.create_server((self.address, self.port), backlog=64)
+        self.port = self._socket.getsockname()[1]
         self._accepting = threading.Thread(target=self._accept)
         self._accepting.start()
 
-    def url(self, path):
-        return "%s://%s:%d%s" % ("https" if self.context else "http", self.address, self.port, path)
+    @property
+    def name(self):
+        return "%s:%d" % (self.address, self.port)
 
-    def asked(self, path=None):
-        """The methods asked, for one path or all."""
-        return [row[0] for row in list(self.log) if path in (None, row[1])]
+    @property
+    def base_url(self):
+        return "%s://%s" % ("https" if self.context else "http", self.name)
+
+    def url(self, target):
+        return self.base_url + target
+
+    def methods(self, target=None):
+        """Return the methods of the requests received for this target, or for all."""
+        return [entry.method for entry in list(self.log) if target in (None, entry.target)]
+
+    def requests(self, part=""):
+        """Return the logged requests with ``part`` in their path."""
+        return [entry for entry in list(self.log) if part in entry.path]
+
+    def paths_sent(self, part=""):
+        """Return the paths with ``part`` in them of which body bytes were sent, sorted."""
+        return sorted(entry.path for entry in self.requests(part) if entry.sent and entry.status in (200, 206))
 
     def close(self):
+        """Stop listening and close all connections."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -188,7 +273,7 @@ class ScriptedOrigin:
     def drop(self):
         """Close every open connection."""
         with self._lock:
-            connections = list(self._open)
+            connections = list(self.open_connections)
         for connection in connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -202,7 +287,7 @@ class ScriptedOrigin:
             if self.context:
                 connection = self.context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
             with self._lock:
-                self._open.add(connection)
+                self.open_connections.add(connection)
                 self.connections += 1
             thread = threading.Thread(target=self._serve, args=(connection,))
             thread.start()
@@ -211,13 +296,14 @@ class ScriptedOrigin:
     def _serve(self, connection):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with contextlib.suppress(OSError, ValueError), connection.makefile("rb") as file:
-            while self._answer(connection, file):
+            while self.answer_request(connection, file):
                 pass
         with self._lock:
-            self._open.discard(connection)
+            self.open_connections.discard(connection)
         connection.close()
 
-    def _answer(self, connection, file):
+    def answer_request(self, connection, file):
+        """Read and answer one request; return whether another may follow on this connection."""
         line = file.readline().decode("latin-1").split()
         if not line:
             return False
@@ -227,13 +313,14 @@ class ScriptedOrigin:
                 return False
             name, _, text = raw.decode("latin-1").partition(":")
             fields[name.lower()] = text.strip()
-        body = self._read_body(file, fields)
+        body = self.read_body(file, fields)
         if len(body) < int(fields.get("content-length", 0)):
             return False
-        self.log.append((line[0], line[1], fields, body))
-        page = self._page(line[1])
+        entry = LoggedRequest(line[0], line[1], fields, body)
+        self.log.append(entry)
+        page = self.response_for(entry)
         if page.steps is None:
-            return self._behave(connection, line[0], fields, page)
+            return self._respond(connection, entry, page.respond(fields) if page.respond else page)
         for step in page.steps:
             if isinstance(step, Gate):
                 step.pass_through()
@@ -241,13 +328,15 @@ class ScriptedOrigin:
                 connection.sendall(step)
         return False
 
-    def _page(self, target):
-        page = self.pages.get(target) or self.pages.get(target.partition("?")[0])
-        if isinstance(page, list):  # one after another, the last for ever
+    def response_for(self, entry):
+        """Return the ScriptedResponse to a request."""
+        page = self.pages.get(entry.target) or self.pages.get(entry.target.partition("?")[0])
+        if isinstance(page, list):
             return page.pop(0) if len(page) > 1 else page[0]
         return page or ScriptedResponse(b"not here\n", 404, etag="", modified="")
 
-    def _read_body(self, file, fields):
+    def read_body(self, file, fields):
+        """Read a request's body."""
         if fields.get("transfer-encoding") == "chunked":
             body = b""
             while True:
@@ -258,37 +347,29 @@ class ScriptedOrigin:
                     return body
         return file.read(int(fields.get("content-length", 0)))
 
-    def _behave(self, connection, method, fields, page):
-        """ClientResponse like a mirror: conditions, single ranges."""
-        status, body, head = page.status, page.body, list(page.fields)
-        head += [("ETag", page.etag)] if page.etag else []
-        head += [("Last-Modified", page.modified)] if page.modified else []
-        tag, since = fields.get("if-none-match"), fields.get("if-modified-since")
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", fields.get("range", ""))
-        if status == 200 and (tag and tag == page.etag or not tag and since and since == page.modified):
-            status, body = 304, b""
-        elif status == 200 and match and page.ranges and fields.get("if-range", page.etag) in (
-                page.etag, page.modified):
-            start, stop = int(match[1]), int(match[2] or len(body) - 1) + 1
-            head.append(("Content-Range", "bytes %d-%d/%d" % (start, min(stop, len(body)) - 1, len(body))))
-            status, body = 206, body[start:stop]
-        lines = ["HTTP/1.1 %d Whatever" % status] + ["%s: %s" % pair for pair in head]
+    def _respond(self, connection, entry, page):
+        entry.status, fields, body = page.select(entry.fields)
+        has_body = entry.method != "HEAD" and entry.status != 304
+        lines = ["HTTP/1.1 %d Whatever" % entry.status] + ["%s: %s" % pair for pair in fields]
         if page.chunked:
             lines.append("Transfer-Encoding: chunked")
-        elif page.length and status != 304:
+        elif page.length and entry.status != 304:
             lines.append("Content-Length: %d" % len(body))
         connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-        if method != "HEAD" and status != 304:
-            self._send_body(connection, body, page)
-        return page.length or page.chunked or method == "HEAD"
+        if has_body:
+            self._send_body(connection, entry, body[:page.limit], page)
+        if page.limit is not None or entry.fields.get("connection") == "close":
+            return False
+        return page.length or page.chunked or entry.method == "HEAD"
 
-    def _send_body(self, connection, body, page):
+    def _send_body(self, connection, entry, body, page):
         pieces = [body[:page.first], body[page.first:]] if page.gate else [body]
         for number, piece in enumerate(pieces):
             if number:
                 page.gate.pass_through()
             for at in range(0, len(piece), 1 << 20):
                 part = piece[at:at + (1 << 20)]
+                entry.sent += len(part)
                 connection.sendall(b"%x\r\n%s\r\n" % (len(part), part) if page.chunked else part)
                 with self._lock:
                     self.sent += len(part)
@@ -296,8 +377,45 @@ class ScriptedOrigin:
             connection.sendall(b"0\r\n\r\n")
 
 
+class FileOrigin(ScriptedOrigin):
+    """A mirror of a folder."""
+
+    TYPES = {".html": "text/html", ".json": "application/json"}
+
+    def __init__(self, folder, validators=True, context=None):
+        self.folder, self.validators = Path(folder), validators
+        self.limits = {}  # {path: after how many bytes each next response breaks off}
+        self.redirect_to = ""  # where everything is redirected to
+        super().__init__(context=context)
+
+    def response_for(self, entry):
+        bare = {"etag": "", "modified": "", "ranges": False}
+        if self.redirect_to:
+            return ScriptedResponse(b"", 301, [("Location", self.redirect_to + entry.target)], **bare)
+        file = self.folder / entry.path.lstrip("/")
+        if file.is_dir():
+            file /= "index.html"
+        if not file.is_file():
+            return ScriptedResponse(b"There is no such file.\n", 404, [("Content-Type", "text/plain")], **bare)
+        about, fields = file.stat(), [("Content-Type", self.TYPES.get(file.suffix, "application/octet-stream"))]
+        limits = self.limits.get(entry.path, []) if entry.method == "GET" else []
+        more = {"limit": limits.pop(0) if limits else None}
+        if self.validators:
+            fields.append(("Accept-Ranges", "bytes"))
+            more.update(etag=f'"{about.st_mtime_ns:x}-{about.st_size:x}"',
+                        modified=email.utils.formatdate(int(about.st_mtime), usegmt=True))
+        else:
+            more.update(bare)
+        return ScriptedResponse(file.read_bytes(), fields=fields, **more)
+
+
+def read_to_end(connection):
+    """Return all bytes until the other end closes the connection."""
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
 class ClientResponse:
-    """What a client got."""
+    """A response as a client received it."""
 
     def __init__(self, response):
         self.status, self.reason, self.fields = response.status, response.reason, response.getheaders()
@@ -309,7 +427,7 @@ class ClientResponse:
 
 
 class Certificates:
-    """A throw-away certificate authority, and what it signs for 127.0.0.1 and localhost."""
+    """A throw-away certificate authority, and certificates of it for 127.0.0.1 and localhost."""
 
     def __init__(self, folder):
         if not shutil.which("openssl"):
@@ -329,7 +447,7 @@ class Certificates:
         subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=60)
 
     def context(self, name="good", days="2", names="DNS:localhost,IP:127.0.0.1", signed=True):
-        """What a server needs that has such a certificate."""
+        """Return the TLS context of a server with such a certificate."""
         key, asked, certificate, extra = (self._path(name + end) for end in (".key", ".csr", ".pem", ".ext"))
         if not os.path.exists(certificate):
             Path(extra).write_text("subjectAltName=%s\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n" % names)
@@ -341,8 +459,8 @@ class Certificates:
         return context
 
 
-def told(lines):
-    """For a desk: its lines as log records, which assertLogs() catches."""
+def log_lines(lines):
+    """Log the lines that a Dispatcher writes, so that assertLogs() sees them."""
     for line in lines:
         pkgproxy.log.info("%s", line)
 
@@ -352,7 +470,7 @@ def make_dispatcher(config, store, connections=0):
     counters = pkgproxy.Counters()
     proxy = pkgproxy.Proxy(config, store, counters.add_down)
     statistics = pkgproxy.StatusCollector(store, counters, "test", proxy.snapshot)
-    return pkgproxy.Dispatcher(proxy, statistics, pkgproxy.ConnectionLimiter(connections or pkgproxy.MAX_CONNECTIONS), told)
+    return pkgproxy.Dispatcher(proxy, statistics, pkgproxy.ConnectionLimiter(connections or pkgproxy.MAX_CONNECTIONS), log_lines)
 
 
 class ProxyCase(unittest.TestCase):
@@ -369,34 +487,42 @@ class ProxyCase(unittest.TestCase):
         self.addCleanup(self._no_threads_left)
         self.origin = ScriptedOrigin()
         self.addCleanup(self.origin.close)
-        self.start()
+        self.start_proxy()
 
-    def start(self, config=None):
-        """Start a proxy over the root; an earlier one of this test is stopped."""
+    def start_proxy(self, config=None):
+        """Start a proxy over the root; stop an earlier one of this test."""
         if hasattr(self, "server"):
-            self.stop()
+            self.stop_proxy()
         else:
-            self.addCleanup(self.stop)
-        self.server = self.server_of(make_dispatcher(config or self.config, pkgproxy.Store(self.root)))
-        self.proxy = self.server.desk.proxy
+            self.addCleanup(self.stop_proxy)
+        self.server = self.make_server(make_dispatcher(config or self.config, pkgproxy.Store(self.root)))
+        self.proxy = self.server.dispatcher.proxy
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
 
-    def server_of(self, dispatcher):
+    def make_server(self, dispatcher):
         return pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), dispatcher)
 
-    def stop(self):
+    def stop_proxy(self):
         self.server.shutdown()
         self.server.server_close()
         self._serving.join(PATIENCE)
-        self.settle()
+        self.wait_until_idle()
         self.proxy.close()
 
-    def settle(self):
-        """Wait until no reply, no flight and no validation in the background is under way."""
-        until(lambda: not self.server.replies_running and not self.proxy._barrier.in_flight()
-              and self.proxy._refresher._running._value == pkgproxy.MAX_BACKGROUND_VALIDATIONS, "the end of replies")
+    def wait_until_idle(self):
+        """Wait until no response, no flight and no background validation is in progress."""
+        until(lambda: not self.server.replies_running and not self.downloads_in_flight()
+              and self.proxy._revalidator._running._value == pkgproxy.MAX_BACKGROUND_VALIDATIONS, "the end of all responses")
+
+    def downloads_in_flight(self, proxy=None):
+        """Return how many downloads are in progress: the only look into a proxy's SingleFlight."""
+        return (proxy or self.proxy)._barrier.in_flight()
+
+    def drop_idle_connections(self):
+        """Close the proxy's idle connections to origins."""
+        self.proxy._origin._pool.close()
 
     def _no_threads_left(self):
         until(lambda: threading.active_count() <= self.threads, "the end of all threads")
@@ -409,78 +535,99 @@ class ProxyCase(unittest.TestCase):
         finally:
             connection.close()
 
-    def ask(self, path, method="GET", body=None, **fields):
-        """Ask the proxy for a page of the origin, in absolute-form."""
+    def request(self, path, method="GET", body=None, **fields):
+        """Request a page of the origin through the proxy, in absolute form."""
         url = path if path.startswith("http") else self.origin.url(path)
         with self.connection() as connection:
             fields = {name.replace("_", "-"): text for name, text in fields.items()}
             connection.request(method, url, body, {"Connection": "close", **fields})
             return ClientResponse(connection.getresponse())
 
-    def ask_together(self, path, count):
-        """The answers to several clients at once."""
+    def request_together(self, path, count):
+        """Return the responses to ``count`` concurrent clients."""
         answers = []
-        threads = [threading.Thread(target=lambda: answers.append(self.ask(path))) for _ in range(count)]
+        threads = [threading.Thread(target=lambda: answers.append(self.request(path))) for _ in range(count)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(PATIENCE)
         return answers
 
-    def own(self, path):
+    def get_own_page(self, path):
         with self.connection() as connection:
             connection.request("GET", path, headers={"Connection": "close"})
             return ClientResponse(connection.getresponse())
 
-    def raw(self, data, until_closed=True):
-        """Send bytes, return all that comes until the proxy closes."""
-        with socket.create_connection(self.address, PATIENCE) as connection:
-            connection.sendall(data)
-            if until_closed:
-                return b"".join(iter(lambda: connection.recv(65536), b""))
-            return connection.recv(65536)
+    def open_client(self, data=b"", source=None):
+        """Connect to the proxy, from the address ``source``, and send ``data``; the test's end closes the socket."""
+        client = socket.create_connection(self.address, PATIENCE, source and (source, 0))
+        self.addCleanup(client.close)
+        client.sendall(data)
+        return client
 
-    def outcome(self, answer):
+    def raw_request(self, path="/x_1.0.deb", more=b"", method=b"GET", version=b"1.1"):
+        """Return the bytes of a request in absolute form, with ``more`` field lines."""
+        return b"%s %s HTTP/%s\r\nHost: a\r\n%s\r\n" % (method, self.origin.url(path).encode(), version, more)
+
+    def read_response(self, client, length):
+        """Read at least ``length`` bytes of body; return the head and the body."""
+        data = b""
+        while len(data.partition(b"\r\n\r\n")[2]) < length:
+            more = client.recv(65536)
+            self.assertTrue(more, data[:300])
+            data += more
+        return data
+
+    def send_raw(self, data):
+        """Send bytes and return all that the proxy sends until it closes the connection."""
+        with self.open_client(data) as client:
+            return read_to_end(client)
+
+    def cache_status(self, answer):
         return answer["Cache-Status"]
 
     def counters(self):
-        self.settle()
+        self.wait_until_idle()
         now = time.monotonic()
-        until(lambda: self.server.last_iteration > now, "a turn of the loop")  # which counts after it has sent
-        return self.server.desk.statistics.counters.snapshot()
+        until(lambda: self.server.last_iteration > now, "an iteration of the loop")  # it counts after it has sent
+        return self.server.dispatcher.statistics.counters.snapshot()
 
-    def files(self):
-        """The visible tree: {name below the root: bytes}."""
+    def visible_files(self):
+        """Return the visible files of the cache: {name below the root: bytes}."""
         return {str(path.relative_to(self.root)): path.read_bytes() for path in Path(self.root).rglob("*")
                 if path.is_file() and pkgproxy.METADATA_FOLDER not in path.parts}
 
-    def place(self, name):
+    def has_partial_metadata(self):
+        """Return whether a partial file's metadata has been written, which happens after a moment."""
+        return any(name.endswith("^head") for name in os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")))
+
+    def visible_name(self, name):
         return "127.0.0.1:%d/%s" % (self.origin.port, name)
 
 
-SCRIPT = (sys.executable, str(HERE / "pkgproxy.py"))  # as its users run it
+SCRIPT = (sys.executable, str(HERE / "pkgproxy.py"))  # as users run it
 
 
 @functools.cache
-def compiled():
-    """A folder with pkgproxy compiled: Python compiles a script at each start, which takes most of its time."""
+def compiled_folder():
+    """Return a folder with pkgproxy as byte code: compiling the script takes most of the time of a start."""
     folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     py_compile.compile(SCRIPT[1], os.path.join(folder, "pkgproxy.pyc"), doraise=True)
     return folder
 
 
-def program(**constants):
-    """The command that runs pkgproxy, with these constants in the place of its own."""
+def pkgproxy_command(**constants):
+    """Return the command that runs pkgproxy with these module constants replaced."""
     code = "import sys; sys.path[0], sys.argv[0] = %r, 'pkgproxy.py'; import pkgproxy; vars(pkgproxy).update(%r); sys.exit(pkgproxy.main())"
-    return sys.executable, "-c", code % (compiled(), constants)
+    return sys.executable, "-c", code % (compiled_folder(), constants)
 
 
 class ProxyProcess:
     """pkgproxy in a process of its own."""
 
-    def __init__(self, root, options=(), environment=None, program=program, prefix=(), **more):
-        command = [*prefix, *program(), "-a", "127.0.0.1:0", "-r", str(root), *options]
+    def __init__(self, root, options=(), environment=None, command=pkgproxy_command, prefix=(), **more):
+        command = [*prefix, *command(), "-a", "127.0.0.1:0", "-r", str(root), *options]
         self.lines = []
         self.address = self.url = None
         self.started = threading.Event()
@@ -500,7 +647,7 @@ class ProxyProcess:
                 self.address = (place[1], int(place[2]))
                 self.url = "http://%s:%d" % self.address
                 self.started.set()
-        self.started.set()  # it ended, perhaps without having begun
+        self.started.set()  # the process has ended, perhaps during its start
 
     def log(self):
         return "".join(self.lines)
@@ -525,7 +672,7 @@ class ProxyProcess:
             self.process.stderr.close()
 
     def status(self, name):
-        """A figure of /proc/PID/status: threads, or kB."""
+        """Return a number from /proc/PID/status: threads, or kB."""
         text = Path("/proc/%d/status" % self.process.pid).read_text()
         return int(re.search(r"%s:\s+(\d+)" % name, text)[1])
 
@@ -535,7 +682,7 @@ class ProxyProcess:
 
 @contextlib.contextmanager
 def unresponsive_address():
-    """An address whose queue is full: it answers no more."""
+    """Yield an address whose accept queue is full: connection attempts get no response."""
     with contextlib.ExitStack() as stack:
         deaf = stack.enter_context(socket.socket())
         deaf.bind(("127.0.0.1", 0))
@@ -549,32 +696,32 @@ def unresponsive_address():
 
 @contextlib.contextmanager
 def refusing_address():
-    """An address at which nobody listens, and which nobody else is given meanwhile."""
+    """Yield an address that refuses connections and that no other process can get meanwhile."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()
 
 
 def free_address():
-    """An address at which nobody listens, for a program to do so."""
+    """Return a free address for a program to listen on."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         return closed.getsockname()
 
 
-def request(uri="http://a/x", method="GET", received=CLOCK, **fields):
-    """A Request as the Door would make it."""
+def make_request(uri="http://a/x", method="GET", received=CLOCK, **fields):
+    """Return a Request as the server makes it."""
     pairs = (("Host", "a"),) + tuple((name.replace("_", "-"), text) for name, text in fields.items())
     target = pkgproxy.parse_target(uri)
     return Request(method, uri, target, pairs, received=received, key=pkgproxy.cache_key(target))
 
 
-def forward(*arguments, **more):
-    """A Forward for a client on this host."""
+def make_origin_request(*arguments, **more):
+    """Return an OriginRequest of a local client."""
     return pkgproxy.OriginRequest(*arguments, client_is_local=True, **more)
 
 
-def receive(store, head, length):
-    """A partial that is begun."""
+def start_partial(store, head, length):
+    """Return a started partial file."""
     partial = pkgproxy.PartialStore(store).open_for_writing(head.key)
     try:
         partial.start(head, length)
@@ -585,23 +732,23 @@ def receive(store, head, length):
     return partial
 
 
-def stored(uri="http://a/x", received=CLOCK, vary=(), size=10, **fields):
-    """A stored Head."""
+def make_stored_head(uri="http://a/x", received=CLOCK, vary=(), size=10, **fields):
+    """Return the head of a stored response."""
     pairs = tuple((name.replace("_", "-"), text) for name, text in fields.items())
     return ResponseHead(200, "OK", pairs, key=pkgproxy.cache_key(pkgproxy.parse_target(uri)), vary=vary,
                 request_time=received, response_time=received, size=size)
 
 
 # ---------------------------------------------------------------------------------------------
-# The house
+# Structure
 # ---------------------------------------------------------------------------------------------
 
 
 class StructureTest(unittest.TestCase):
-    """Structure, promises and budgets."""
+    """Structure and budgets of the source.  A limit is only ever lowered."""
 
     FORWARD = {("PartialFile", "Store"), ("OriginResponse", "OriginConnection"), ("OriginConnection", "OriginClient"),
-               ("ProxyHandler", "ProxyServer")}  # annotations
+               ("ProxyHandler", "ProxyServer"), ("EventLoop", "ProxyServer")}  # annotations
 
     @classmethod
     def setUpClass(cls):
@@ -609,7 +756,7 @@ class StructureTest(unittest.TestCase):
         cls.lines = SOURCE.splitlines()
 
     def _sections(self):
-        """First and last line of each section, by its number."""
+        """Return the first and last line of each section, by its number."""
         titles = [(int(match[1]), at) for at, line in enumerate(self.lines, 1) if (match := re.match(r"# (\d+) [A-Z]", line))]
         self.assertEqual([number for number, _ in titles], list(range(1, 15)))
         return {number: (start, stop) for (number, start), (_, stop) in zip(titles, [*titles[1:], (15, len(self.lines) + 1)])}
@@ -623,12 +770,13 @@ class StructureTest(unittest.TestCase):
                 if line.strip() and not line.lstrip().startswith("#") and at not in docs}
 
     def test_each_name_is_used_only_below_its_definition(self):
-        rooms = {node.name: node for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-        wrong = {(name, use.id) for name, room in rooms.items() for use in ast.walk(room)
-                 if isinstance(use, ast.Name) and isinstance(use.ctx, ast.Load) and use.id in rooms and rooms[use.id].lineno > room.lineno}
+        definitions = {node.name: node for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        wrong = {(name, use.id) for name, definition in definitions.items() for use in ast.walk(definition)
+                 if isinstance(use, ast.Name) and isinstance(use.ctx, ast.Load) and use.id in definitions
+                 and definitions[use.id].lineno > definition.lineno}
         self.assertEqual(wrong, self.FORWARD)
 
-    def test_what_is_changed_of_a_dataclass_is_a_field_of_one(self):
+    def test_replace_fields_names_existing_fields(self):
         fields = {field.name for kind in vars(pkgproxy).values() if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)}
         used = {keyword.arg for call in ast.walk(self.tree) if isinstance(call, ast.Call) and ast.unparse(call.func) == "replace_fields" for keyword in call.keywords}
         self.assertGreater(len(used), 10)
@@ -637,7 +785,7 @@ class StructureTest(unittest.TestCase):
         self.assertEqual(pkgproxy.replace_fields(before, path="/x"), dataclasses.replace(before, path="/x"))
         self.assertEqual(before.path, "/")
 
-    def test_store_and_barrier_do_not_know_each_other(self):
+    def test_store_and_single_flight_do_not_depend_on_each_other(self):
         sections = self._sections()
         for section, foreign in ((5, r"\b(SingleFlight|Flight)\b"), (6, r"\b(Store|StoredResponse|PartialStore)\b"),
                                  (8, r"\b(Store|SingleFlight|Flight|PartialFile)\b")):
@@ -652,7 +800,7 @@ class StructureTest(unittest.TestCase):
         classes = [node.name for node in rules if isinstance(node, ast.ClassDef)]
         self.assertEqual(classes, ["SelectedResponse", "Framing"], "data without behaviour")
 
-    def test_imports_are_the_standard_librarys(self):
+    def test_only_the_standard_library_is_imported(self):
         modules = {alias.name.partition(".")[0] for node in ast.walk(self.tree)
                    if isinstance(node, ast.Import) for alias in node.names}
         modules |= {node.module.partition(".")[0] for node in ast.walk(self.tree)
@@ -771,7 +919,7 @@ class StructureTest(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# 2 Rules
+# 2-4 Rules
 # ---------------------------------------------------------------------------------------------
 
 
@@ -810,7 +958,7 @@ class MessageRulesTest(unittest.TestCase):
                     self.assertRaises(ValueError, pkgproxy.parse_fields, [line])
         self.assertRaises(ValueError, pkgproxy.parse_fields, ["A: b"] * (pkgproxy.MAX_FIELDS + 1))
 
-    def test_framing_of_a_request_is_certain_or_refused(self):
+    def test_ambiguous_framing_of_a_request_is_refused(self):
         for fields, expected in (
                 ((), 0), ((("Content-Length", "5"),), 5), ((("Content-Length", "5"), ("content-length", "5")), 400),
                 ((("Transfer-Encoding", "chunked"),), None), ((("Transfer-Encoding", "Chunked"),), None),
@@ -829,24 +977,24 @@ class MessageRulesTest(unittest.TestCase):
                     self.assertEqual(pkgproxy.request_framing((1, 1), fields), expected)
         self.assertRaises(BadRequestError, pkgproxy.request_framing, (1, 0), (("Transfer-Encoding", "chunked"),))
 
-    def test_hop_by_hop_fields_go_and_the_rest_stays_in_order(self):
+    def test_hop_by_hop_fields_are_removed_and_the_order_is_kept(self):
         fields = (("A", "1"), ("Connection", "close, X-Hop"), ("x-hop", "2"), ("B", "3"), ("Keep-Alive", "4"),
                   ("TE", "trailers"), ("Proxy-Authorization", "secret"), ("Upgrade", "h2c"), ("a", "5"))
         self.assertEqual(pkgproxy.end_to_end(fields), (("A", "1"), ("B", "3"), ("a", "5")))
 
-    def test_forwarding_does_not_touch_the_request_and_adds_after_it_removes(self):
-        asked = request("http://u:p@a:8080/x", Connection="Via", Via="1.0 b", Accept_Encoding="gzip", Range="bytes=1-")
+    def test_forwarding_leaves_the_request_unchanged_and_removes_fields_before_it_adds_any(self):
+        asked = make_request("http://u:p@a:8080/x", Connection="Via", Via="1.0 b", Accept_Encoding="gzip", Range="bytes=1-")
         before = asked.fields
         fields = pkgproxy.origin_request_fields(asked, Config(pseudonym="me"), identity=True)
         self.assertEqual(asked.fields, before)
         self.assertEqual(fields, (("Host", "a:8080"), ("Accept-Encoding", "identity"), ("Via", "1.0 b, 1.1 me")))
 
-    def test_a_loop_is_seen_in_via(self):
+    def test_a_loop_is_detected_by_via(self):
         for via, expected in (("1.1 me", True), ("1.1 a, HTTP/1.1 me (x)", True), ("1.1 you", False), ("me", False)):
             with self.subTest(via=via):
-                self.assertEqual(pkgproxy.is_loop(request(Via=via), Config(pseudonym="me")), expected)
+                self.assertEqual(pkgproxy.is_loop(make_request(Via=via), Config(pseudonym="me")), expected)
 
-    def test_framing_of_a_reply(self):
+    def test_framing_of_a_response(self):
         F = pkgproxy.Framing
         for version, status, length, expected in (
                 ((1, 1), 200, 5, F.LENGTH), ((1, 1), 200, 0, F.LENGTH), ((1, 1), 200, None, F.CHUNKED),
@@ -854,7 +1002,7 @@ class MessageRulesTest(unittest.TestCase):
             asked = Request("GET", "/", Target("http", "a", 80, "/"), (), version)
             self.assertIs(pkgproxy.response_framing(asked, ResponseHead(status, "", ()), length), expected)
 
-    def test_cache_status_says_what_happened(self):
+    def test_cache_status_describes_the_outcome(self):
         for status, expected in (
                 (CacheStatus(Outcome.HIT), "pkgproxy; hit"),
                 (CacheStatus(Outcome.HIT, ttl=30), "pkgproxy; hit; ttl=30"),
@@ -865,8 +1013,8 @@ class MessageRulesTest(unittest.TestCase):
             self.assertEqual(pkgproxy.cache_status_field(status), expected)
 
 
-class Hostile:
-    """Strings made from a pattern's own parse tree, that make a backtracking matcher work hard.
+class HostileStrings:
+    """Strings made from a pattern's parse tree that make a backtracking matcher work hard.
 
     Each string leads to some part of the pattern, repeats samples of that part or of a few parts in sequence, and ends
     in a tail on which the match fails.
@@ -877,11 +1025,11 @@ class Hostile:
 
     def __init__(self, pattern):
         self.raw = isinstance(pattern.pattern, bytes)
-        # Without the flag of one kind of strings: samples are made as text.
+        # Without the flags for str or bytes: samples are made as text.
         self.tree = re_parser.parse(pattern.pattern.decode() if self.raw else pattern.pattern, pattern.flags & ~re.UNICODE)
 
     def sample(self, item):
-        """A short string that an item of a parse tree matches."""
+        """Return a short string that an item of a parse tree matches."""
         kind, about = str(item[0]), item[1]
         if kind == "LITERAL":
             return chr(about)
@@ -900,7 +1048,7 @@ class Hostile:
         return "".join(map(self.sample, items))
 
     def sequences(self, items):
-        """What a sequence stands for, each alternative in it in turn."""
+        """Yield a sequence with each of its alternatives in turn."""
         for at, (kind, about) in enumerate(items):
             inner = about[-1] if str(kind) == "SUBPATTERN" and len(about[-1]) == 1 else [(kind, about)]
             if str(inner[0][0]) == "BRANCH":
@@ -910,7 +1058,7 @@ class Hostile:
         yield items
 
     def parts(self, items):
-        """Every sequence in a tree, with a sample of what leads to it."""
+        """Yield every sequence in a tree, with a sample of the text before it."""
         for sequence in self.sequences(list(items)):
             yield "", sequence
             for at, (kind, about) in enumerate(sequence):
@@ -919,7 +1067,7 @@ class Hostile:
                     yield self.samples(sequence[:at]) + lead, inner
 
     def runs(self):
-        """What to repeat, and what to put before it."""
+        """Yield pairs of text to repeat and the text to put before it."""
         found = set()
         for lead, sequence in self.parts(self.tree):
             pieces = []
@@ -936,8 +1084,8 @@ class Hostile:
         text = run[0] + run[1] * (size // len(run[1])) + tail
         return text.encode("latin-1") if self.raw else text
 
-    def growth(self, call, run, tail, size, times):
-        """How much longer a call takes for twice the size; 0 if both take next to nothing."""
+    def growth_factor(self, call, run, tail, size, times):
+        """Return how much longer a call takes for twice the size, or 0 if both are too short to measure."""
         took = []
         for text in (self.text(run, tail, 2 * size), self.text(run, tail, size)):
             best = math.inf
@@ -951,15 +1099,15 @@ class Hostile:
         return took[0] / took[1]
 
     def slow(self, call):
-        """What takes more than linear time: measured again with larger strings before it counts."""
+        """Return the strings that take more than linear time, confirmed with larger ones."""
         for run, tail in itertools.product(self.runs(), self.TAILS):
-            if all(self.growth(call, run, tail, self.SIZE << more, 1 + 2 * more) > 3 for more in range(2)):
+            if all(self.growth_factor(call, run, tail, self.SIZE << more, 1 + 2 * more) > 3 for more in range(2)):
                 return run, tail
         return None
 
 
-class PatternTest(unittest.TestCase):
-    """Regular expressions see what strangers send, and hold the interpreter lock."""
+class RegularExpressionTest(unittest.TestCase):
+    """Regular expressions match untrusted text and hold the interpreter lock, so they must take linear time."""
 
     def compiled(self, thing):
         if isinstance(thing, re.Pattern):
@@ -969,7 +1117,7 @@ class PatternTest(unittest.TestCase):
                 yield from self.compiled(inner)
 
     def patterns(self):
-        """Every regular expression of the module, and how it is used; but the user's own filters."""
+        """Return every regular expression of the module, and how it is used, except the user's filters."""
         for name, thing in vars(pkgproxy).items():
             for pattern in self.compiled(thing):
                 for method in set(re.findall(r"\b%s\.(search|match|fullmatch|findall|finditer|sub)\(" % name, SOURCE)) or {"search", "fullmatch"}:
@@ -980,7 +1128,7 @@ class PatternTest(unittest.TestCase):
                 flags = [eval(ast.unparse(argument), {"re": re}) for argument in node.args if "re." in ast.unparse(argument)]
                 yield "line %d" % node.lineno, re.compile(node.args[0].value, *flags), node.func.attr
 
-    def test_each_takes_linear_time(self):
+    def test_each_pattern_takes_linear_time(self):
         known = 0
         for name, pattern, method in self.patterns():
             known += 1
@@ -988,20 +1136,20 @@ class PatternTest(unittest.TestCase):
             if method == "sub":
                 call = functools.partial(call, b"" if isinstance(pattern.pattern, bytes) else "")
             with self.subTest(name, method=method):
-                self.assertIsNone(Hostile(pattern).slow(call))
+                self.assertIsNone(HostileStrings(pattern).slow(call))
         self.assertGreater(known, 60)
 
-    def test_what_is_quadratic_is_found(self):
+    def test_a_quadratic_pattern_is_detected(self):
         for text in (r"a+b", r"/([^/]+?)\.(?:orig[\w.-]*\.)?gz", r"[.-](?:latest|new)[.-][^/]*$", r"(?:/dists/(?!.*\.u?deb$).*)$"):
             with self.subTest(text):
-                self.assertIsNotNone(Hostile(re.compile(text)).slow(re.compile(text).search))
+                self.assertIsNotNone(HostileStrings(re.compile(text)).slow(re.compile(text).search))
 
     def fragments(self):
         return sorted({unit for name in ("_CONTENT", "_MOVING", "_SIGNATURE", "_INDEX", "_PACKAGE", "_PLATFORM", "_VERSIONLESS", "_GO_MODULE", "_DIGEST",
                                          "_EPOCH", "_WRITTEN_OUT", "_NAMED", "_DIRECTIVE", "_TAG")
-                       for _, unit in Hostile(getattr(pkgproxy, name)).runs() if unit.isprintable() and " " not in unit})
+                       for _, unit in HostileStrings(getattr(pkgproxy, name)).runs() if unit.isprintable() and " " not in unit})
 
-    def test_names_and_fields_made_of_their_pieces_take_no_time(self):
+    def test_names_and_fields_made_of_pattern_fragments_are_matched_quickly(self):
         chance, fragments = random.Random("pieces " + os.environ.get("PKGPROXY_CHAOS_SEED", "1")), self.fragments()
 
         def take(text):
@@ -1029,17 +1177,17 @@ class PatternTest(unittest.TestCase):
                     best = min(best, time.thread_time() - began)
             self.assertLess(best, 0.05, text[:200])
 
-    def test_a_name_that_no_file_system_holds_has_no_class(self):
+    def test_a_name_too_long_for_a_file_system_has_no_class(self):
         for path, known in (("/a_%s.deb", NameClass.PACKAGE), ("/Contents-%s", NameClass.INDEX), ("/dists/%s/Release", NameClass.INDEX),
                             ("/by-hash/%s/" + "0" * 64, NameClass.CONTENT)):
             self.assertIs(pkgproxy.classify_name("http://a" + path % ("1" * 200)), known)
             self.assertIs(pkgproxy.classify_name("http://a" + path % ("1" * 256)), NameClass.OTHER)
 
 
-class MemoryTest(unittest.TestCase):
-    """What strangers ask for is not kept in memory."""
+class MemoizationTest(unittest.TestCase):
+    """Large untrusted input is not memoized."""
 
-    def test_long_names_and_heads_are_forgotten(self):
+    def test_long_names_and_heads_are_not_memoized(self):
         def ask(number):
             lines = ["GET http://a.test/%d%s/x_1.0_all.deb HTTP/1.1" % (number, "x" * 15000), "Host: a.test", "If-Modified-Since: %d%s" % (number, "x" * 15000)]
             asked = pkgproxy.parse_request(lines)
@@ -1062,20 +1210,20 @@ class MemoryTest(unittest.TestCase):
             tracemalloc.stop()
 
 
-class ChunkTest(unittest.TestCase):
-    """Chunked bodies, however they are cut."""
+class ChunkedReaderTest(unittest.TestCase):
+    """Chunked bodies, whatever the chunk sizes."""
 
     def reader(self, data):
         return pkgproxy.ChunkedReader(io.BufferedReader(io.BytesIO(data), 64 * 1024))
 
-    def test_small_chunks_are_read_together(self):
+    def test_small_chunks_are_read_in_one_go(self):
         body = os.urandom(20 * 10_000)
         reader = self.reader(b"".join(b"14;a=b\r\n%s\r\n" % body[at:at + 20] for at in range(0, len(body), 20)) + b"0\r\n\r\n")
         pieces = list(iter(lambda: reader.read(pkgproxy.COPY_SIZE), b""))
         self.assertEqual(b"".join(pieces), body)
         self.assertLess(len(pieces), 50)
 
-    def test_any_sizes_and_any_reads_give_the_same_bytes(self):
+    def test_chunk_sizes_and_read_sizes_do_not_change_the_bytes(self):
         chance = random.Random("chunks " + os.environ.get("PKGPROXY_CHAOS_SEED", "1"))
         for _ in range(40):
             pieces = [chance.randbytes(chance.choice((1, 9, 300, 5000, 70_000, 300_000))) for _ in range(chance.randrange(1, 30))]
@@ -1086,7 +1234,7 @@ class ChunkTest(unittest.TestCase):
                 found.append(data)
             self.assertEqual((b"".join(found), reader.ended), (b"".join(pieces), True))
 
-    def test_framing_that_outweighs_its_data_is_refused(self):
+    def test_chunk_framing_larger_than_its_data_is_refused(self):
         for chunk in (b"1\r\nx\r\n", b"00000000000001\r\nx\r\n", b"2;" + b"a" * 9000 + b"\r\nxx\r\n"):
             with self.subTest(chunk[:9]):
                 reader = self.reader(chunk * (1 + (1 << 20) // len(chunk)) + b"0\r\n\r\n")
@@ -1094,7 +1242,7 @@ class ChunkTest(unittest.TestCase):
                     while reader.read(pkgproxy.COPY_SIZE):
                         pass
 
-    def test_what_is_wrong_behind_small_chunks_is_found(self):
+    def test_errors_after_small_chunks_are_detected(self):
         for end in (b"3\r\nabcd\r\n", b"x\r\n", b"3\r\nab", b"-1\r\n", b"0\r\n"):
             reader = self.reader(b"2\r\nab\r\n" * 9 + end)
             self.assertEqual(reader.read(pkgproxy.COPY_SIZE), b"ab" * 9)
@@ -1122,12 +1270,12 @@ class NameRulesTest(unittest.TestCase):
                 else:
                     self.assertRaises(BadRequestError, pkgproxy.parse_target, uri)
 
-    def test_ways_in(self):
-        """What is a target, behind a prefix or not, and what is one of our own pages."""
+    def test_request_forms(self):
+        """Targets with and without a prefix, and the proxy's own pages."""
         deb, proxy = "http://deb.test/x", "proxy:9999"
         for uri, host, target, prefix in (
                 ("http://deb.test/x", "deb.test", deb, ""), ("https://deb.test/x", "deb.test", "https://deb.test/x", ""),
-                # written out behind ours
+                # written after the proxy's own address
                 ("/http://deb.test/x", proxy, deb, "/"), ("/http:/deb.test/x", proxy, deb, "/"), ("/HTTP://deb.test/x", proxy, deb, "/"),
                 ("/https://deb.test:444/x?y=//z", proxy, "https://deb.test:444/x?y=//z", "/"), ("/https://a/@s%2fn", proxy, "https://a/@s%2fn", "/"),
                 ("/https%3A/deb.test%3A444/x/", proxy, "https://deb.test:444/x/", "/"), ("/https%3a//deb.test/x", proxy, "https://deb.test/x", "/"),
@@ -1135,20 +1283,20 @@ class NameRulesTest(unittest.TestCase):
                 ("/http://deb.test", proxy, "http://deb.test/", "/"), ("/http://deb.test?q", proxy, "http://deb.test/?q", "/"),
                 ("/http://deb.test/http://b.test/", proxy, "http://deb.test/http://b.test/", "/"), ("/https://mirror/x", proxy, "https://mirror/x", "/"),
                 ("/http://deb.test/x", "deb.test", deb, "/"), ("/http://deb.test/x", "", deb, "/"),
-                # apt-cacher-ng's
+                # apt-cacher-ng's form
                 ("http://HTTPS///deb.test/x", "HTTPS", "https://deb.test/x", "http://HTTPS///"), ("http://https///deb.test/x", "https", "https://deb.test/x", "http://HTTPS///"),
                 ("/HTTPS///deb.test/x", proxy, "https://deb.test/x", "/"), ("/deb.test/x", proxy, deb, "/"), ("/deb.test:81/x?y", proxy, "http://deb.test:81/x?y", "/"),
                 ("/deb.test%3A81/x", proxy, "http://deb.test:81/x", "/"), ("/mirror:81/x", proxy, "http://mirror:81/x", "/"),
                 ("/localhost/x", proxy, "http://localhost/x", "/"), ("/10.1.2.3/x", proxy, "http://10.1.2.3/x", "/"), ("/[::1]/x", proxy, "http://[::1]/x", "/"),
                 ("http://https/a/x", "https", "http://https/a/x", ""), ("/deb.test/", proxy, "http://deb.test/", "/"),
-                # both a proxy and a prefix
+                # proxy and prefix together
                 ("http://proxy:9999/https://deb.test/x", proxy, "https://deb.test/x", "/"), ("http://10.0.0.1:9999/deb.test/x", "10.0.0.1:9999", deb, "/"),
                 ("http://proxy:9999/deb.test/x", proxy, "http://proxy:9999/deb.test/x", ""), ("http://10.0.0.1:9999/debug/vars", proxy, None, ""), ("http://10.0.0.1:9999/x", proxy, "http://10.0.0.1:9999/x", ""),
                 # intercepted
                 ("/x", "deb.test", deb, ""), ("/x?y", "deb.test:80", "http://deb.test/x?y", ""), ("/", "deb.test", "http://deb.test/", ""),
                 ("/debug/vars", "deb.test", "http://deb.test/debug/vars", ""), ("/b.test/x", "deb.test", "http://deb.test/b.test/x", ""),
                 ("/x", "10.1.2.3", "http://10.1.2.3/x", ""), ("/x", "[2001:db8::1]", "http://[2001:db8::1]/x", ""),
-                # ours
+                # own pages
                 ("/", proxy, None, ""), ("/debug/vars", proxy, None, ""), ("/", "10.0.0.1", None, ""), ("/x", "10.0.0.1", None, ""), ("/x", "proxy.test:9999", None, ""),
                 ("/x", "proxy", None, ""), ("/", "", None, ""), ("/wpad.dat", "wpad.test", None, ""), ("/status.json", "10.9.9.9", None, ""), ("/", "10.9.9.9", None, ""),
                 ("/wpad.dat", proxy, None, ""), ("/proxy.pac", proxy, None, ""), ("/favicon.ico", proxy, None, ""), ("/robots.txt", proxy, None, ""),
@@ -1161,23 +1309,23 @@ class NameRulesTest(unittest.TestCase):
         for uri in ("/http://a b/", "/http://a%0D%0Ab/x", "/https://a:99999/x", "/http://.pkgproxy/x", "/http://..%2f/x"):
             self.assertRaises(BadRequestError, pkgproxy.parse_request_target, "GET", uri, proxy, ("10.0.0.1", 9999))
 
-    def test_on_port_80_our_own_pages_win(self):
+    def test_on_port_80_own_pages_take_precedence(self):
         for uri, own in (("/", True), ("/debug/vars", True), ("/healthz?x", True), ("/debian/x", False), ("/metrics/x", False)):
             target, _ = pkgproxy.parse_request_target("GET", uri, "proxy.test", ("10.0.0.1", 80))
             self.assertEqual(target is None, own, uri)
 
-    def test_a_redirect_leads_through_the_prefix_again(self):
+    def test_a_redirect_keeps_the_prefix(self):
         for prefix, location, expected in (
                 ("", "https://b/x", "https://b/x"), ("/", "https://b/x?y#z", "/https://b/x?y"), ("/", "../z", "/http://a/z"), ("/", "//b/z", "/http://b/z"),
                 ("/", "ftp://b/z", "ftp://b/z"), ("http://HTTPS///", "https://b:444/x", "http://HTTPS///b:444/x"), ("http://HTTPS///", "http://b/x", "http://b/x")):
-            asked = pkgproxy.dataclasses.replace(request("http://a/x/y"), client_prefix=prefix)
+            asked = pkgproxy.dataclasses.replace(make_request("http://a/x/y"), client_prefix=prefix)
             head = ResponseHead(302, "Found", (("Location", location), ("Set-Cookie", "a=b")))
             fields = pkgproxy.client_fields(head, asked)
             self.assertEqual(pkgproxy.field_value(fields, "Location"), expected)
             self.assertEqual(pkgproxy.field_value(fields, "Set-Cookie"), None if prefix else "a=b")
             self.assertEqual(pkgproxy.field_value(fields, "Content-Security-Policy"), "sandbox" if prefix else None)
 
-    def test_links_lead_through_the_prefix_again(self):
+    def test_links_keep_the_prefix(self):
         html, pypi, npm = "text/html", "application/vnd.pypi.simple.v1+json", "application/json"
         us, page = "http://us/", "https://a:444/simple/x/"
         for media, path, prefix, text, expected in (
@@ -1190,7 +1338,7 @@ class NameRulesTest(unittest.TestCase):
                 (pypi, page, "/", b'{"url":"/x","y":"\\"url\\": \\"/x"}', b'{"url":"http://us/https://a:444/x","y":"\\"url\\": \\"/x"}'),
                 (npm, "https://a/@s%2fx", "/", b'{"tarball":"https://a/x.tgz","url":"https://b/"}', b'{"tarball":"http://us/https://a/x.tgz","url":"https://b/"}'),
                 (npm, "https://a/x", "http://HTTPS///", b'{"tarball":"https://a/x.tgz"}', None)):
-            asked = pkgproxy.dataclasses.replace(request(path), client_prefix=prefix)
+            asked = pkgproxy.dataclasses.replace(make_request(path), client_prefix=prefix)
             links = pkgproxy.link_pattern_for(asked, ResponseHead(200, "OK", (("Content-Type", media + "; charset=utf-8"),)))
             with self.subTest(text=text):
                 self.assertEqual(links is None, media == "text/plain" or prefix != "/" or path == "https://a/x")
@@ -1203,9 +1351,9 @@ class NameRulesTest(unittest.TestCase):
                         self.assertNotIn(b"", found)
         coded = ResponseHead(200, "OK", (("Content-Type", npm), ("Content-Encoding", "gzip")))
         for head in (coded, ResponseHead(404, "No", (("Content-Type", npm),))):
-            self.assertIsNone(pkgproxy.link_pattern_for(pkgproxy.dataclasses.replace(request("https://a/x"), client_prefix="/"), head))
+            self.assertIsNone(pkgproxy.link_pattern_for(pkgproxy.dataclasses.replace(make_request("https://a/x"), client_prefix="/"), head))
 
-    def test_a_cache_key_has_one_form(self):
+    def test_equivalent_urls_have_one_cache_key(self):
         for uri, key in (
                 ("http://A/x", "http://a/x"), ("http://a:80/x", "http://a/x"), ("https://a:443/x", "https://a/x"),
                 ("http://a:443/x", "http://a:443/x"), ("http://a/%7efoo", "http://a/~foo"),
@@ -1224,7 +1372,7 @@ class NameRulesTest(unittest.TestCase):
                "http://a/" + "x/" * 300, "http://a/^2F", "http://a/~", "http://a/%2F", "http://a/.", "http://a/..",
                "http://a/...", "http://a/a^head", "http://a/" + "%00" * 300)
 
-    def test_no_key_leaves_its_hosts_folder(self):
+    def test_no_key_escapes_the_folder_of_its_host(self):
         for uri in self.HOSTILE:
             for windows in (False, True):
                 for name in pkgproxy.cache_file_names(pkgproxy.cache_key(pkgproxy.parse_target(uri)), windows):
@@ -1240,7 +1388,7 @@ class NameRulesTest(unittest.TestCase):
                         self.assertLess(max(map(len, parts)), 245)
                         self.assertFalse(name.endswith("^head"))
 
-    def test_no_two_keys_share_a_name(self):
+    def test_different_keys_have_different_file_names(self):
         keys = ["http://a/x", "https://a/x", "http://a:443/x", "http://a/x/", "http://a/x?", "http://a/x?/", "http://a//x",
                 "http://a/x//", "http://a/x?%2F", "http://a/x?%5E", "http://a/x%3F", "http://a/", "http://a/?",
                 "http://a/%5E", "http://a/X", "http://a/x/y", "http://a/x%2Fy", "http://a/x?y", "http://a/x?y/",
@@ -1249,7 +1397,7 @@ class NameRulesTest(unittest.TestCase):
             names = [name for key in keys for name in pkgproxy.cache_file_names(key, windows)]
             self.assertEqual(len(names), len(set(names)))
 
-    def test_names_are_the_origins_where_they_can_be(self):
+    def test_file_names_are_those_of_the_origin_where_possible(self):
         for key, name in (
                 ("http://a/debian/pool/c/c++_1.0-1_amd64.deb", "a/debian/pool/c/c++_1.0-1_amd64.deb"),
                 ("http://a:8080/FreeBSD:14:amd64/x.pkg", "a:8080/FreeBSD:14:amd64/x.pkg"),
@@ -1318,13 +1466,13 @@ class NameRulesTest(unittest.TestCase):
                 with self.subTest(path=path):
                     self.assertIs(pkgproxy.classify_name("http://mirror.example.org" + path), expected)
 
-    def test_a_digest_is_believed_only_where_it_is_that_of_the_very_body(self):
+    def test_a_digest_in_a_url_counts_only_if_it_is_the_digest_of_the_body(self):
         for path, algorithm in (
                 ("/by-hash/SHA256/" + self.HEX, "sha256"), ("/by-hash/SHA512/" + 2 * self.HEX, "sha512"),
                 ("/f/repodata/%s-primary.xml.gz" % self.HEX, "sha256"), ("/f/repodata/%s-primary.xml.zst" % (2 * self.HEX), "sha512"),
                 ("/v2/x/blobs/sha256:" + self.HEX, "sha256"), ("/v2/x/manifests/sha256%3A" + self.HEX, "sha256"),
                 ("/repo/objects/%s/%s.commit" % (self.HEX[:2], self.HEX[2:]), "sha256"),
-                # Others can be forged, or are of something else: a signed file, what is compressed, a list of parts.
+                # Others can be forged, or are digests of something else: a signed file, uncompressed data, a list of parts.
                 ("/by-hash/MD5Sum/" + self.HEX[:32], None), ("/by-hash/SHA1/" + self.HEX[:40], None),
                 ("/f/repodata/%s-primary.xml.gz.asc" % self.HEX, None), ("/f/repodata/%s-other.xml.gz" % self.HEX[:40], None),
                 ("/repo/objects/%s/%s.filez" % (self.HEX[:2], self.HEX[2:]), None), ("/repo/summaries/%s.gz" % self.HEX, None),
@@ -1333,7 +1481,7 @@ class NameRulesTest(unittest.TestCase):
                 expected = (algorithm, self.HEX * (2 if algorithm == "sha512" else 1)) if algorithm else None
                 self.assertEqual(pkgproxy.digest_in_name("http://a" + path), expected)
 
-    def test_a_name_means_the_same_file_on_each_mirror_or_nothing(self):
+    def test_a_shareable_name_means_the_same_file_on_each_mirror(self):
         for path, name in (
                 ("/debian/pool/c/c++_1.0-1_amd64.deb", "c++_1.0-1_amd64.deb"), ("/c%2b%2b_1.0-1_amd64.deb", "c++_1.0-1_amd64.deb"),
                 ("/archives/ssh_1%3a9.2-1_amd64.deb", "ssh_9.2-1_amd64.deb"), ("/x/ssh_9.2-1_amd64.deb", "ssh_9.2-1_amd64.deb"),
@@ -1349,7 +1497,7 @@ class NameRulesTest(unittest.TestCase):
             with self.subTest(path=path):
                 self.assertEqual(pkgproxy.shareable_name("http://a" + path), name)
 
-    def test_two_mirrors_are_their_folders_never_less_than_their_hosts(self):
+    def test_the_prefixes_of_two_mirrors_include_their_hosts(self):
         for one, other, folders in (
                 ("http://a/x/pool/b_1.deb", "http://b/pool/b_1.deb", ("http://a/x", "http://b")),
                 ("http://a/b_1.deb", "https://a/b_1.deb", ("http://a", "https://a")),
@@ -1357,17 +1505,17 @@ class NameRulesTest(unittest.TestCase):
                 ("http://a/x/b%2F1.deb", "http://b/x/b_1.deb", ("http://a/x/b%2F1.deb", "http://b/x/b_1.deb"))):
             self.assertEqual(pkgproxy.mirror_prefixes(one, other), folders)
 
-    def test_a_query_does_not_make_the_class(self):
+    def test_a_query_does_not_change_the_class(self):
         self.assertIs(pkgproxy.classify_name("http://a/metalink?repo=curl-1.0.rpm"), NameClass.INDEX)
         self.assertIs(pkgproxy.classify_name("http://a/x?file=/curl_1.0_all.deb"), NameClass.OTHER)
 
-    def test_filters_are_searched_and_bad_lines_are_told(self):
+    def test_filters_are_searched_and_bad_lines_are_reported(self):
         filters, complaints = pkgproxy.parse_filters(
             "# a comment\n\n /nightly/ \n([\n\\.iso$\na{99999999999999999999}\n" + "(" * 20000)
         self.assertEqual([f.pattern for f in filters], ["/nightly/", r"\.iso$"])
         self.assertEqual([complaint[:6] for complaint in complaints], ["line 4", "line 6", "line 7"])
 
-    def test_who_may_come_in(self):
+    def test_allowed_client_networks(self):
         for address, allow, expected in (
                 ("127.0.0.1", ("loopback",), True), ("::1", ("loopback",), True), ("10.1.2.3", ("loopback",), False),
                 ("192.168.1.1", ("private",), True), ("172.16.0.1", ("private",), True), ("172.32.0.1", ("private",), False),
@@ -1379,7 +1527,7 @@ class NameRulesTest(unittest.TestCase):
                 self.assertEqual(pkgproxy.is_client_allowed(address, allow), expected)
         self.assertRaises(ValueError, pkgproxy.parse_networks, ["lan"])
 
-    def test_parents_come_from_the_option_or_the_environment(self):
+    def test_parent_proxies_come_from_the_option_or_the_environment(self):
         def found(option, **environment):
             return [(scheme, parent.place.authority, parent.or_direct) for scheme, parent in pkgproxy.parent_proxies(option, environment)]
 
@@ -1397,9 +1545,9 @@ class NameRulesTest(unittest.TestCase):
                 found(None, http_proxy=bad)
             self.assertNotIn("secret", str(caught.exception))
         self.assertEqual(pkgproxy.parse_parent_proxy("http://me:p%40w@p.test").fields, (("Proxy-Authorization", "Basic bWU6cEB3"),))
-        self.assertEqual(pkgproxy.parse_parent_proxy("http://me@p.test").fields, (("Proxy-Authorization", "Basic bWU6"),), "me: and no password")
+        self.assertEqual(pkgproxy.parse_parent_proxy("http://me@p.test").fields, (("Proxy-Authorization", "Basic bWU6"),), "the user name is kept, the password is not")
 
-    def test_what_is_asked_without_the_parent(self):
+    def test_requests_that_bypass_the_parent_proxy(self):
         parent = pkgproxy.parse_parent_proxy("p.test:3128")
         for entries, uri, through in (
                 ("", "http://a.test/", True), ("", "https://a.test/", True), ("", "http://localhost/", False), ("", "http://127.0.0.9/", False),
@@ -1413,7 +1561,7 @@ class NameRulesTest(unittest.TestCase):
                 config = Config(parents=(("http", parent), ("https", parent)), no_proxy=tuple(entries.split(",")))
                 self.assertEqual(pkgproxy.parent_proxy_for(pkgproxy.parse_target(uri), config) is not None, through)
 
-    def test_text_from_outside_is_harmless_in_a_log(self):
+    def test_untrusted_text_is_escaped_in_the_log(self):
         self.assertEqual(pkgproxy.escape_control("a\x1b[31m\r\n\x9bb"), r"a\x1b[31m\x0d\x0a\x9bb")
 
 
@@ -1432,7 +1580,7 @@ class CacheRulesTest(unittest.TestCase):
         for uri, fields, head, expected in (
                 (package, {}, None, fetch), (index, {}, None, fetch), (other, {}, None, fetch),
                 (package, {}, {}, serve), (content, {}, {}, serve), (index, {}, {}, ask_again),
-                # An origin's max-age says nothing of a package's or an index's life.
+                # An origin's max-age does not apply to packages and indexes.
                 (package, {}, {"Cache_Control": "max-age=0"}, serve),
                 (index, {}, {"Cache_Control": "max-age=9999"}, ask_again),
                 # RFC 9111 §5.2.1.4, §5.4: the client's no-cache validates; max-age=0 too, but by-hash knows better.
@@ -1448,7 +1596,7 @@ class CacheRulesTest(unittest.TestCase):
                 (other, {}, {"Last_Modified": DATE}, ask_again), (other, {}, {}, serve),
                 (other, {}, {"Content_Type": "text/html"}, ask_again), ("http://a/x?y", {}, {}, ask_again),
                 ("http://a/x/", {}, {}, ask_again),
-                # RFC 9111 §5.2.1: the client's own idea of freshness.
+                # RFC 9111 §5.2.1: the client's requirements on freshness.
                 (other, {"Cache_Control": "max-age=10"}, {"Cache_Control": "max-age=60", "Age": "10"}, asked_to),
                 (other, {"Cache_Control": "max-age=11"}, {"Cache_Control": "max-age=60", "Age": "10"}, serve),
                 (other, {"Cache_Control": "min-fresh=51"}, {"Cache_Control": "max-age=60", "Age": "10"}, asked_to),
@@ -1461,46 +1609,46 @@ class CacheRulesTest(unittest.TestCase):
                 # RFC 5861 §3.
                 (other, {}, {"Cache_Control": "max-age=5, stale-while-revalidate=9", "Age": "10"}, serve),
                 (other, {}, {"Cache_Control": "max-age=5, stale-while-revalidate=4", "Age": "10"}, ask_again),
-                # RFC 9111 §4.3.2: these are for the origin to decide.
+                # RFC 9111 §4.3.2: the origin evaluates these conditions.
                 (package, {"If_Match": '"x"'}, {}, asked_to), (package, {"If_Unmodified_Since": DATE}, {}, asked_to),
                 (package, {"Cache_Control": "only-if-cached"}, None, (Action.REFUSE, "uri-miss")),
                 (package, {"Cache_Control": "only-if-cached"}, {}, serve),
                 (package, {"Cache_Control": "no-store"}, None, (Action.PASS, "uri-miss"))):
             with self.subTest(uri=uri, fields=fields, head=head):
-                head = None if head is None else stored(uri, **head)
-                self.assertEqual(self.decide(request(uri, **fields), head), expected)
+                head = None if head is None else make_stored_head(uri, **head)
+                self.assertEqual(self.decide(make_request(uri, **fields), head), expected)
 
-    def test_a_package_not_validated_for_a_day_is_served_and_validated_behind(self):
+    def test_a_package_not_validated_for_a_day_is_served_and_validated_in_the_background(self):
         for uri, age, expected in (("http://a/x_1.0_all.deb", 86401, True), ("http://a/x_1.0_all.deb", 86399, False),
                                    ("http://a/by-hash/SHA256/" + "0" * 64, 10**8, False)):
-            decision = pkgproxy.decide(request(uri), stored(uri), Config(), CLOCK + age)
+            decision = pkgproxy.decide(make_request(uri), make_stored_head(uri), Config(), CLOCK + age)
             self.assertEqual((decision.action, decision.refresh), (Action.SERVE, expected))
 
     def test_a_package_from_the_future_is_validated_too(self):
-        head = stored("http://a/x_1.0_all.deb", received=CLOCK + 10 * 86400)
-        self.assertTrue(pkgproxy.decide(request("http://a/x_1.0_all.deb"), head, Config(), CLOCK).refresh)
+        head = make_stored_head("http://a/x_1.0_all.deb", received=CLOCK + 10 * 86400)
+        self.assertTrue(pkgproxy.decide(make_request("http://a/x_1.0_all.deb"), head, Config(), CLOCK).refresh)
 
-    def test_what_may_answer_stale(self):
+    def test_when_a_stale_response_may_be_served(self):
         for uri, fields, expected in (
                 ("http://a/InRelease", {"Cache_Control": "must-revalidate"}, True), ("http://a/x_1.0_all.deb", {"Cache_Control": "no-cache"}, True),
                 ("http://a/x", {}, True), ("http://a/x", {"Cache_Control": "must-revalidate"}, False),
                 ("http://a/x", {"Cache_Control": "proxy-revalidate"}, False), ("http://a/x", {"Cache_Control": "s-maxage=1"}, False),
                 ("http://a/x", {"Cache_Control": "no-cache"}, False)):
-            head = stored(uri, **fields)
-            self.assertEqual(pkgproxy.may_serve_stale_on_error(pkgproxy.decide(request(uri), head, Config(), CLOCK), head), expected, fields)
+            head = make_stored_head(uri, **fields)
+            self.assertEqual(pkgproxy.may_serve_stale_on_error(pkgproxy.decide(make_request(uri), head, Config(), CLOCK), head), expected, fields)
 
-    def test_what_a_method_makes_invalid(self):
+    def test_keys_that_a_method_invalidates(self):
         for method, status, fields, expected in (
                 ("POST", 200, {}, ["http://a/x"]), ("POST", 404, {}, []), ("GET", 200, {}, []), ("OPTIONS", 200, {}, []),
                 ("PUT", 201, {"Location": "/y"}, ["http://a/x", "http://a/y"]), ("DELETE", 204, {"Location": "http://b/y"}, ["http://a/x"]),
                 ("M-SEARCH", 200, {"Content_Location": "y"}, ["http://a/x", "http://a/y"]), ("POST", 303, {"Location": "http://["}, ["http://a/x"])):
-            head = pkgproxy.dataclasses.replace(stored(**fields), status=status)
-            self.assertEqual([key for key in pkgproxy.invalidated_keys(request(method=method), head) if key != "http://a/x"],
+            head = pkgproxy.dataclasses.replace(make_stored_head(**fields), status=status)
+            self.assertEqual([key for key in pkgproxy.invalidated_keys(make_request(method=method), head) if key != "http://a/x"],
                              [key for key in expected if key != "http://a/x"])
-            self.assertEqual(bool(pkgproxy.invalidated_keys(request(method=method), head)), bool(expected))
+            self.assertEqual(bool(pkgproxy.invalidated_keys(make_request(method=method), head)), bool(expected))
 
-    def test_the_rest_of_a_representation_is_known_by_validator_and_place(self):
-        head = stored(ETag='"x"', Last_Modified=DATE)
+    def test_a_remainder_is_recognized_by_validator_and_offset(self):
+        head = make_stored_head(ETag='"x"', Last_Modified=DATE)
         for offset, status, fields, expected in (
                 (4, 206, {"ETag": '"x"', "Content_Range": "bytes 4-9/10"}, True), (4, 206, {"Content_Range": "bytes 4-9/10"}, False),
                 (4, 206, {"ETag": '"y"', "Content_Range": "bytes 4-9/10"}, False), (4, 206, {"ETag": '"x"', "Content_Range": "bytes 4-9/11"}, False),
@@ -1513,50 +1661,50 @@ class CacheRulesTest(unittest.TestCase):
                 (0, 200, {"ETag": '"x"', "Last_Modified": DATE, "Content_Length": "11"}, False),
                 (0, 200, {"Content_Length": "10"}, False), (0, 404, {"Content_Length": "10"}, False)):
             with self.subTest(offset=offset, status=status, fields=fields):
-                answer = pkgproxy.dataclasses.replace(stored(**fields), status=status)
+                answer = pkgproxy.dataclasses.replace(make_stored_head(**fields), status=status)
                 self.assertEqual(pkgproxy.is_remainder(answer, head, 10, offset), expected)
 
-        dated = stored(Last_Modified=DATE)
+        dated = make_stored_head(Last_Modified=DATE)
         for fields, expected in (({"Last_Modified": DATE}, True), ({}, True), ({"ETag": '"new"'}, False),
                                  ({"Last_Modified": "Sun, 06 Nov 1994 08:49:38 GMT"}, False)):
-            answer = pkgproxy.dataclasses.replace(stored(Content_Range="bytes 4-9/10", **fields), status=206)
+            answer = pkgproxy.dataclasses.replace(make_stored_head(Content_Range="bytes 4-9/10", **fields), status=206)
             self.assertEqual(pkgproxy.is_remainder(answer, dated, 10, 4), expected, fields)
 
     def test_strong_validators(self):
         later = "Sun, 06 Nov 1994 08:50:37 GMT"
         for fields, expected in (({"ETag": '"x"'}, '"x"'), ({"ETag": 'W/"x"', "Last_Modified": DATE}, None), ({}, None),
                                  ({"Last_Modified": DATE, "Date": later}, DATE), ({"Last_Modified": DATE, "Date": DATE}, None)):
-            self.assertEqual(pkgproxy.strong_validator(stored(**fields)), expected)
+            self.assertEqual(pkgproxy.strong_validator(make_stored_head(**fields)), expected)
 
-    def test_huge_fields_are_read_once(self):
-        """Each took seconds: patterns that try again from every place."""
+    def test_huge_fields_are_parsed_in_linear_time(self):
+        """These fields once took seconds, with patterns that were retried from every position."""
         self.assertRaises(ValueError, pkgproxy.parse_fields, ["X:" + " " * 16000 + "\x01"] * 4)
         pkgproxy.cache_directives((("Cache-Control", '"' + '\\"' * 8000),))
         pkgproxy.cache_directives((("Cache-Control", 'a="' + '\\",a="' * 8000),))
         self.assertIs(pkgproxy.classify_name("http://a/a" + ".sig" * 3900), NameClass.OTHER)
 
-    def test_without_heuristics_what_has_no_freshness_is_asked_again(self):
-        self.assertEqual(self.decide(request(), stored(), config=Config(heuristics=False)), (Action.VALIDATE, "stale"))
+    def test_without_heuristics_a_response_without_freshness_is_validated(self):
+        self.assertEqual(self.decide(make_request(), make_stored_head(), config=Config(heuristics=False)), (Action.VALIDATE, "stale"))
 
     def test_heuristic_freshness_ends_after_a_day(self):
-        self.assertEqual(self.decide(request(), stored(), CLOCK + 86399)[0], Action.SERVE)
-        self.assertEqual(self.decide(request(), stored(), CLOCK + 86400)[0], Action.VALIDATE)
+        self.assertEqual(self.decide(make_request(), make_stored_head(), CLOCK + 86399)[0], Action.SERVE)
+        self.assertEqual(self.decide(make_request(), make_stored_head(), CLOCK + 86400)[0], Action.VALIDATE)
 
     def test_filters_and_methods_bypass(self):
         filtered = Config(filters=tuple(pkgproxy.parse_filters(r"x_1\.0")[0]))
-        self.assertEqual(self.decide(request("http://a/x_1.0_all.deb"), stored(), config=filtered), (Action.PASS, "bypass"))
+        self.assertEqual(self.decide(make_request("http://a/x_1.0_all.deb"), make_stored_head(), config=filtered), (Action.PASS, "bypass"))
         for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH", "PROPFIND"):
-            self.assertEqual(self.decide(request(method=method), stored()), (Action.PASS, "method"))
+            self.assertEqual(self.decide(make_request(method=method), make_stored_head()), (Action.PASS, "method"))
 
-    def test_head_is_never_stored(self):
-        self.assertEqual(self.decide(request(method="HEAD"), None), (Action.PASS, "uri-miss"))
-        self.assertEqual(self.decide(request("http://a/x_1.0_all.deb", "HEAD"), stored()), (Action.SERVE, ""))
+    def test_the_response_to_head_is_never_stored(self):
+        self.assertEqual(self.decide(make_request(method="HEAD"), None), (Action.PASS, "uri-miss"))
+        self.assertEqual(self.decide(make_request("http://a/x_1.0_all.deb", "HEAD"), make_stored_head()), (Action.SERVE, ""))
 
     def test_a_vary_that_does_not_match_is_a_miss(self):
-        head = stored(vary=(("accept", "text/html"),), Vary="Accept", Cache_Control="max-age=60")
-        self.assertEqual(self.decide(request(Accept="text/html"), head)[0], Action.SERVE)
-        self.assertEqual(self.decide(request(Accept="application/json"), head), (Action.FETCH, "vary-miss"))
-        self.assertEqual(self.decide(request(), head), (Action.FETCH, "vary-miss"))
+        head = make_stored_head(vary=(("accept", "text/html"),), Vary="Accept", Cache_Control="max-age=60")
+        self.assertEqual(self.decide(make_request(Accept="text/html"), head)[0], Action.SERVE)
+        self.assertEqual(self.decide(make_request(Accept="application/json"), head), (Action.FETCH, "vary-miss"))
+        self.assertEqual(self.decide(make_request(), head), (Action.FETCH, "vary-miss"))
 
     def test_what_may_be_stored(self):
         package, other = "http://a/x_1.0_all.deb", "http://a/x"
@@ -1574,10 +1722,10 @@ class CacheRulesTest(unittest.TestCase):
                 (other, {}, {"Cache_Control": "max-age=0", "ETag": '"x"'}, ""), (other, {}, {}, ""),
                 ("http://a/x?y", {}, {}, "neither fresh nor validated")):
             with self.subTest(uri=uri, fields=fields, head=head):
-                self.assertEqual(pkgproxy.why_not_storable(request(uri, **fields), stored(uri, **head), Config()), reason)
+                self.assertEqual(pkgproxy.why_not_storable(make_request(uri, **fields), make_stored_head(uri, **head), Config()), reason)
         for method, status in (("HEAD", 200), ("POST", 200), ("GET", 206), ("GET", 404), ("GET", 203), ("GET", 302)):
-            head = pkgproxy.dataclasses.replace(stored(package), status=status)
-            self.assertTrue(pkgproxy.why_not_storable(request(package, method), head, Config()))
+            head = pkgproxy.dataclasses.replace(make_stored_head(package), status=status)
+            self.assertTrue(pkgproxy.why_not_storable(make_request(package, method), head, Config()))
 
     def test_freshness_lifetime(self):
         for fields, expected in (
@@ -1588,21 +1736,21 @@ class CacheRulesTest(unittest.TestCase):
                 ({"Cache_Control": "max-age=" + "9" * 40}, 2**31), ({"Expires": DATE, "Date": DATE}, 0),
                 ({"Expires": "Sun, 06 Nov 1994 08:50:37 GMT", "Date": DATE}, 60), ({"Expires": "0", "Date": DATE}, 0),
                 ({"Expires": "Sun, 06 Nov 1994 08:50:37 GMT", "Date": DATE, "Cache_Control": "max-age=5"}, 5),
-                # RFC 9110 §6.6.1: without a Date that can be read, the time of receipt.
+                # RFC 9110 §6.6.1: without a valid Date, the time of receipt.
                 ({"Expires": "Sun, 06 Nov 1994 08:50:37 GMT"}, 60), ({"Expires": "Sun, 06 Nov 1994 08:50:37 GMT", "Date": "0"}, 60)):
             with self.subTest(fields=fields):
-                self.assertEqual(pkgproxy.freshness_lifetime(stored(**fields)), expected)
+                self.assertEqual(pkgproxy.freshness_lifetime(make_stored_head(**fields)), expected)
 
     def test_age(self):
         for fields, requested, received, now, expected in (
                 ({}, 0, 0, 0, 0), ({}, 0, 0, 9, 9), ({"Age": "5"}, 0, 0, 9, 14),
-                # RFC 9111 §5.1: what is no age makes a response as old as can be.
+                # RFC 9111 §5.1: an invalid Age makes a response as old as possible.
                 ({"Age": "x"}, 0, 0, 0, 2**31), ({"Age": "-1"}, 0, 0, 0, 2**31), ({"Age": "0, 0"}, 0, 0, 0, 2**31),
                 ({}, 0, 3, 9, 9), ({"Date": DATE}, 0, 0, 5, 5), ({}, 0, 0, -9, 0),
-                ({}, 0, 0, -99, 2**31),  # received in the future: a clock was wrong, and nobody knows
+                ({}, 0, 0, -99, 2**31),  # received in the future: a clock was wrong, so the age is unknown
                 ({"Date": "Sun, 06 Nov 1994 08:49:07 GMT"}, 0, 0, 5, 35), ({"Date": "Sun, 06 Nov 1994 09:49:37 GMT"}, 0, 0, 5, 5)):
             with self.subTest(fields=fields, now=now):
-                head = pkgproxy.dataclasses.replace(stored(**fields), request_time=CLOCK + requested, response_time=CLOCK + received)
+                head = pkgproxy.dataclasses.replace(make_stored_head(**fields), request_time=CLOCK + requested, response_time=CLOCK + received)
                 self.assertEqual(pkgproxy.current_age(head, CLOCK + now), expected)
 
     def test_dates(self):
@@ -1613,16 +1761,16 @@ class CacheRulesTest(unittest.TestCase):
             with self.subTest(text=text):
                 self.assertEqual(pkgproxy.parse_date(text), expected)
 
-    def test_a_304_freshens_a_head(self):
-        head = stored(ETag='"x"', Content_Type="a/b", X="old", Expires="0", Age="99", Content_Encoding="gzip")
-        answer = stored(received=CLOCK + 9, ETag='W/"x"', Content_Type="c/d", Content_Length="0", X="new", Connection="Y", Y="1",
+    def test_a_304_updates_the_stored_head(self):
+        head = make_stored_head(ETag='"x"', Content_Type="a/b", X="old", Expires="0", Age="99", Content_Encoding="gzip")
+        answer = make_stored_head(received=CLOCK + 9, ETag='W/"x"', Content_Type="c/d", Content_Length="0", X="new", Connection="Y", Y="1",
                         Content_Encoding="br", Content_Range="bytes 0-0/1", Set_Cookie="a")
         new = pkgproxy.freshen_head(head, answer)
         self.assertEqual(dict(new.fields), {"ETag": '"x"', "Content-Type": "c/d", "X": "new", "Expires": "0",
                                             "Content-Encoding": "gzip"})
         self.assertEqual((new.response_time, new.key, new.size), (CLOCK + 9, head.key, head.size))
 
-    def test_a_304_with_another_tag_confirms_nothing(self):
+    def test_a_304_with_another_etag_confirms_nothing(self):
         later = "Sun, 06 Nov 1994 08:49:38 GMT"
         for mine, theirs, expected in (
                 ({"ETag": '"x"'}, {"ETag": '"x"'}, True), ({"ETag": '"x"'}, {"ETag": '"y"'}, False), ({"ETag": '"x"'}, {}, True),
@@ -1630,9 +1778,9 @@ class CacheRulesTest(unittest.TestCase):
                 ({"Last_Modified": DATE}, {"Last_Modified": DATE}, True), ({"Last_Modified": DATE}, {"Last_Modified": later}, False),
                 ({"Last_Modified": later}, {"Last_Modified": DATE}, False), ({"ETag": '"x"'}, {"ETag": '"x"', "Last_Modified": DATE}, True)):
             with self.subTest(mine=mine, theirs=theirs):
-                self.assertEqual(pkgproxy.is_304_for(stored(**mine), stored(**theirs)), expected)
+                self.assertEqual(pkgproxy.is_304_for(make_stored_head(**mine), make_stored_head(**theirs)), expected)
 
-    def test_credentials_stay_at_one_site(self):
+    def test_credentials_are_not_sent_to_another_site(self):
         for onward, expected in ((("http", "a", 80), True), (("https", "a", 443), True), (("http", "a", 81), False),
                                  (("http", "b", 80), False), (("https", "b", 443), False)):
             self.assertEqual(pkgproxy.is_same_site(Target("http", "a", 80, "/"), Target(*onward, "/x")), expected)
@@ -1651,7 +1799,7 @@ class CacheRulesTest(unittest.TestCase):
                 self.assertEqual(onward.uri if onward else None, expected)
 
 
-class SelectRulesTest(unittest.TestCase):
+class RangeRulesTest(unittest.TestCase):
     """RFC 9110 §13 and §14: preconditions and ranges."""
 
     def test_preconditions_in_their_order(self):
@@ -1666,9 +1814,9 @@ class SelectRulesTest(unittest.TestCase):
                 ({"If_Match": '"x"', "If_Unmodified_Since": before}, 200), ({"If_Match": '"y"', "If_None_Match": '"x"'}, 412),
                 ({"If_Match": '"x"', "If_None_Match": '"x"'}, 304)):
             with self.subTest(fields=fields):
-                head = stored(ETag='"x"', Last_Modified=DATE)
-                self.assertEqual(pkgproxy.evaluate_preconditions(request(**fields), head), expected)
-        self.assertEqual(pkgproxy.evaluate_preconditions(request(If_Modified_Since=DATE), stored()), 200)
+                head = make_stored_head(ETag='"x"', Last_Modified=DATE)
+                self.assertEqual(pkgproxy.evaluate_preconditions(make_request(**fields), head), expected)
+        self.assertEqual(pkgproxy.evaluate_preconditions(make_request(If_Modified_Since=DATE), make_stored_head()), 200)
 
     def test_ranges(self):
         for text, expected in (
@@ -1680,22 +1828,22 @@ class SelectRulesTest(unittest.TestCase):
             with self.subTest(text=text[:30]):
                 self.assertEqual(pkgproxy.parse_range(text, 10), expected)
 
-    def test_if_range_wants_the_same_bytes(self):
+    def test_if_range_requires_a_strong_match(self):
         minute, second = "Sun, 06 Nov 1994 08:50:37 GMT", "Sun, 06 Nov 1994 08:49:38 GMT"
         for condition, etag, date, expected in (
                 ('"x"', '"x"', minute, [(0, 5)]), ('"y"', '"x"', minute, None), ('W/"x"', 'W/"x"', minute, None),
                 (DATE, '"x"', minute, [(0, 5)]), (DATE, "", minute, [(0, 5)]), (second, '"x"', minute, None),
-                (DATE, '"x"', second, None), (DATE, '"x"', DATE, None)):  # two generations in one minute: §8.8.2.2
+                (DATE, '"x"', second, None), (DATE, '"x"', DATE, None)):  # two versions in one minute: §8.8.2.2
             with self.subTest(condition=condition, date=date):
-                asked = request(Range="bytes=0-4", If_Range=condition)
-                head = stored(ETag=etag, Last_Modified=DATE, Date=date)
+                asked = make_request(Range="bytes=0-4", If_Range=condition)
+                head = make_stored_head(ETag=etag, Last_Modified=DATE, Date=date)
                 self.assertEqual(pkgproxy.requested_ranges(asked, head, 10), expected)
 
     def select(self, size=10, **fields):
-        head = stored(ETag='"x"', Last_Modified=DATE, Content_Type="a/b")
-        return pkgproxy.select_response(request(**fields), head, size, "SEP")
+        head = make_stored_head(ETag='"x"', Last_Modified=DATE, Content_Type="a/b")
+        return pkgproxy.select_response(make_request(**fields), head, size, "SEP")
 
-    def test_one_range_is_a_206_with_its_place(self):
+    def test_one_range_is_a_206_with_content_range(self):
         selection = self.select(Range="bytes=2-4")
         self.assertEqual((selection.head.status, selection.spans, selection.length), (206, ((2, 5),), 3))
         self.assertEqual(pkgproxy.field_value(selection.head.fields, "Content-Range"), "bytes 2-4/10")
@@ -1722,14 +1870,14 @@ class SelectRulesTest(unittest.TestCase):
         self.assertEqual((selection.head.status, selection.spans), (304, ()))
         self.assertEqual(dict(selection.head.fields), {"ETag": '"x"', "Last-Modified": DATE})
 
-    def test_ranges_worth_a_whole_download(self):
+    def test_ranges_that_start_a_full_download(self):
         for text, expected in (("bytes=0-", True), ("bytes=500-", True), ("bytes=0-4999", True), ("bytes=0-9", False),
                                ("bytes=5000-", False), ("bytes=-5", False), ("bytes=0-0,9-", False), ("nonsense", True)):
-            self.assertEqual(pkgproxy.is_worth_full_download(request(Range=text), 1000), expected, text)
+            self.assertEqual(pkgproxy.is_worth_full_download(make_request(Range=text), 1000), expected, text)
 
 
 # ---------------------------------------------------------------------------------------------
-# 3 Store
+# 5 Store
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1743,17 +1891,17 @@ class StoreCase(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.root, ignore_errors=True)
         self.store = pkgproxy.Store(self.root)
 
-    def put(self, key, body, **fields):
+    def store_response(self, key, body, **fields):
         pairs = tuple((name.replace("_", "-"), text) for name, text in fields.items())
         head = ResponseHead(200, "OK", pairs, key=key, request_time=CLOCK, response_time=CLOCK)
-        partial = receive(self.store, head, len(body))
+        partial = start_partial(self.store, head, len(body))
         partial.write(body)
         try:
             return partial.commit()
         finally:
             partial.release()
 
-    def get(self, key):
+    def lookup(self, key):
         found = self.store.lookup(key)
         if found is None:
             return None
@@ -1771,7 +1919,7 @@ class StoreCase(unittest.TestCase):
 class StoreTest(StoreCase):
     """Stored responses on disk."""
 
-    def test_a_folder_is_made_again_where_somebody_removes_the_one_above(self):
+    def test_a_folder_is_created_again_if_its_parent_is_removed(self):
         with tempfile.TemporaryDirectory() as top:
             above, mkdir, made = os.path.join(top, "above"), os.mkdir, []
 
@@ -1785,72 +1933,72 @@ class StoreTest(StoreCase):
                 pkgproxy.make_directory(os.path.join(above, "below"))
             self.assertTrue(os.path.isdir(os.path.join(above, "below")))
 
-    def test_what_is_stored_is_found_with_its_head(self):
-        self.put(self.PACKAGE, b"body", Last_Modified=DATE, ETag='"x"', X="1")
+    def test_a_stored_response_is_found_with_its_head(self):
+        self.store_response(self.PACKAGE, b"body", Last_Modified=DATE, ETag='"x"', X="1")
         found = self.store.lookup(self.PACKAGE)
         with contextlib.closing(found):
             self.assertEqual(found.file.read(), b"body")
             self.assertEqual(found.head.fields, (("Last-Modified", DATE), ("ETag", '"x"'), ("X", "1")))
             self.assertTrue(found.described)
         self.assertEqual(int(os.stat(self.path("a/pool/x_1.0_all.deb")).st_mtime), CLOCK)
-        self.assertIsNone(self.get("https://a/pool/x_1.0_all.deb"))
+        self.assertIsNone(self.lookup("https://a/pool/x_1.0_all.deb"))
 
-    def test_nobody_else_may_write_stored_files(self):
+    def test_stored_files_are_writable_by_their_owner_only(self):
         old = os.umask(0)
         self.addCleanup(os.umask, old)
-        self.put(self.PACKAGE, b"body")
+        self.store_response(self.PACKAGE, b"body")
         for path in Path(self.root).rglob("*"):
             self.assertEqual(path.stat().st_mode & 0o022, 0, path)
 
     def test_a_partial_is_not_in_the_visible_tree(self):
-        partial = receive(self.store, ResponseHead(200, "OK", (), key=self.PACKAGE), 4)
+        partial = start_partial(self.store, ResponseHead(200, "OK", (), key=self.PACKAGE), 4)
         partial.write(b"bo")
-        self.assertIsNone(self.get(self.PACKAGE))
+        self.assertIsNone(self.lookup(self.PACKAGE))
         self.assertEqual(os.listdir(self.root), [pkgproxy.METADATA_FOLDER])
         partial.discard()
         partial.release()
         self.assertEqual(os.listdir(self.path(pkgproxy.METADATA_FOLDER + "/partials")), [])
 
-    def test_a_body_changed_by_hand_is_not_served_as_the_original(self):
+    def test_a_body_changed_outside_the_proxy_is_not_served_as_the_original(self):
         for change in (b"bodies", b"bod", b"", b"hand"):
             with self.subTest(change=change):
-                self.put(self.PACKAGE, b"body", Last_Modified=DATE)
+                self.store_response(self.PACKAGE, b"body", Last_Modified=DATE)
                 Path(self.path("a/pool/x_1.0_all.deb")).write_bytes(change)
-                self.assertIsNone(self.get(self.PACKAGE))
-                self.put(self.PACKAGE, b"again")
-                self.assertEqual(self.get(self.PACKAGE), b"again")
-                # It may be somebody's work: it is left alone (invariant 11).
+                self.assertIsNone(self.lookup(self.PACKAGE))
+                self.store_response(self.PACKAGE, b"again")
+                self.assertEqual(self.lookup(self.PACKAGE), b"again")
+                # It may be a user's file, so it is left alone.
                 self.assertEqual(Path(self.path("a/pool/x_1.0_all.deb")).read_bytes(), change)
                 self.store.delete(self.PACKAGE)
-                self.assertIsNone(self.get(self.PACKAGE))
+                self.assertIsNone(self.lookup(self.PACKAGE))
                 self.assertEqual(Path(self.path("a/pool/x_1.0_all.deb")).read_bytes(), change)
                 shutil.rmtree(self.root)
 
-    def test_a_new_body_with_an_old_head_mixes_nothing(self):
-        self.put(self.INDEX, b"old one", Last_Modified=DATE, ETag='"old"')
+    def test_a_new_body_is_never_combined_with_an_old_head(self):
+        self.store_response(self.INDEX, b"old one", Last_Modified=DATE, ETag='"old"')
         kept = Path(self.path(".pkgproxy/heads/a/dists/x/InRelease^head")).read_bytes()
-        self.put(self.INDEX, b"new one", Last_Modified=DATE, ETag='"new"')
+        self.store_response(self.INDEX, b"new one", Last_Modified=DATE, ETag='"new"')
         Path(self.path(".pkgproxy/heads/a/dists/x/InRelease^head")).write_bytes(kept)
-        self.assertIsNone(self.get(self.INDEX), "same size, same second: the fraction tells them apart")
+        self.assertIsNone(self.lookup(self.INDEX), "the files differ only in the fraction of a second of their time stamps")
 
-    def test_between_the_two_steps_of_a_replacement_the_old_body_keeps_its_head(self):
-        self.put(self.INDEX, b"old one", ETag='"old"')
+    def test_during_a_replacement_the_old_body_keeps_its_head(self):
+        self.store_response(self.INDEX, b"old one", ETag='"old"')
         with mock.patch.object(pkgproxy, "_rename", side_effect=OSError(5, "crash")):
-            self.assertRaises(pkgproxy.StorageError, self.put, self.INDEX, b"new one", ETag='"new"')
+            self.assertRaises(pkgproxy.StorageError, self.store_response, self.INDEX, b"new one", ETag='"new"')
         found = self.store.lookup(self.INDEX)
         with contextlib.closing(found):
             self.assertEqual((found.file.read(), dict(found.head.fields)["ETag"]), (b"old one", '"old"'))
 
-    def test_a_package_without_head_is_served_an_index_is_not(self):
-        self.put(self.PACKAGE, b"body", Last_Modified=DATE)
-        self.put(self.INDEX, b"index")
+    def test_a_package_without_metadata_is_served_but_an_index_is_not(self):
+        self.store_response(self.PACKAGE, b"body", Last_Modified=DATE)
+        self.store_response(self.INDEX, b"index")
         shutil.rmtree(self.path(pkgproxy.METADATA_FOLDER))
         found = self.store.lookup(self.PACKAGE)
         with contextlib.closing(found):
             self.assertEqual(found.file.read(), b"body")
             self.assertEqual(dict(found.head.fields)["Last-Modified"], DATE)
             self.assertFalse(found.described)
-        self.assertIsNone(self.get(self.INDEX))
+        self.assertIsNone(self.lookup(self.INDEX))
 
     def test_a_cache_written_by_version_1_0_is_served_with_its_fields(self):
         self.write("a/pool/x_1.0_all.deb", b"body")
@@ -1868,7 +2016,7 @@ class StoreTest(StoreCase):
                 self.assertEqual((found.described, found.head, found.file.read()), (True, expected, b"body"))
                 self.store.update_head(found, found.head)
         self.store.delete(self.PACKAGE)
-        self.assertIsNone(self.get(self.PACKAGE), "it was pkgproxy's to delete")
+        self.assertIsNone(self.lookup(self.PACKAGE), "it was pkgproxy's to delete")
 
     def test_a_download_interrupted_under_version_1_0_is_begun_anew(self):
         partials = pkgproxy.PartialStore(self.store)
@@ -1881,11 +2029,11 @@ class StoreTest(StoreCase):
         partial = partials.open_for_writing(self.PACKAGE)
         self.assertEqual((partial.size, partial.length), (0, None))
         partial.release()
-        self.put(self.PACKAGE, b"new")
-        self.assertEqual(self.get(self.PACKAGE), b"new")
+        self.store_response(self.PACKAGE, b"new")
+        self.assertEqual(self.lookup(self.PACKAGE), b"new")
         self.assertEqual(os.listdir(path.parent), [])
 
-    def test_damaged_heads_are_no_heads(self):
+    def test_damaged_metadata_is_ignored(self):
         name = ".pkgproxy/heads/a/pool/x_1.0_all.deb^head"
         for damage in (b"", b"[", b"[1]", b"[{}]", b"{}", b"null", b"\xff\xfe", b"[" * 9999,
                        b'[{"status": 200, "reason": "OK", "fields": [["A", "b\\r\\nC: d"]], "vary": []}]',
@@ -1893,9 +2041,9 @@ class StoreTest(StoreCase):
                        b'[{"status": 200, "reason": "OK", "fields": [], "vary": [], "received": NaN}]',
                        b'[{"status": 200, "reason": 7, "fields": [], "vary": []}]', b'[{"fields": [7], "vary": []}]'):
             with self.subTest(damage=damage[:20]):
-                self.put(self.PACKAGE, b"body", Last_Modified=DATE)
+                self.store_response(self.PACKAGE, b"body", Last_Modified=DATE)
                 self.write(name, damage)
-                self.assertEqual(self.get(self.PACKAGE), b"body")
+                self.assertEqual(self.lookup(self.PACKAGE), b"body")
                 shutil.rmtree(self.root)
 
     def test_a_url_that_is_both_file_and_folder_is_stored_twice(self):
@@ -1903,37 +2051,37 @@ class StoreTest(StoreCase):
                 "http://a/simple/x_1.0.deb/y_1.0.deb/z_1.0.deb", "http://a/simple"]
         for order in (keys, keys[::-1]):
             for key in order:
-                self.put(key, key.encode())
+                self.store_response(key, key.encode())
             for key in order:
-                self.assertEqual(self.get(key), key.encode())
+                self.assertEqual(self.lookup(key), key.encode())
             shutil.rmtree(self.root)
 
-    def test_names_that_a_file_system_refuses_are_stored_all_the_same(self):
+    def test_responses_whose_names_a_file_system_refuses_are_stored_under_other_names(self):
         for key in ("http://a/" + "x" * 255, "http://a/" + "x" * 3000, "http://a/" + "x/" * 2500 + "y",
                     "http://a/?" + "q/" * 200):
-            self.put(key, key.encode())
-            self.assertEqual(self.get(key), key.encode())
+            self.store_response(key, key.encode())
+            self.assertEqual(self.lookup(key), key.encode())
 
-    def test_files_that_are_not_ours_are_neither_replaced_nor_removed(self):
+    def test_foreign_files_are_neither_replaced_nor_removed(self):
         self.write("a/dists/x/InRelease", b"somebody's")
-        self.put(self.INDEX, b"origin's")
+        self.store_response(self.INDEX, b"origin's")
         self.assertEqual(Path(self.path("a/dists/x/InRelease")).read_bytes(), b"somebody's")
-        self.assertEqual(self.get(self.INDEX), b"origin's")
+        self.assertEqual(self.lookup(self.INDEX), b"origin's")
         self.store.delete(self.INDEX)
-        self.assertIsNone(self.get(self.INDEX))
+        self.assertIsNone(self.lookup(self.INDEX))
         self.assertEqual(Path(self.path("a/dists/x/InRelease")).read_bytes(), b"somebody's")
 
-    def test_where_the_root_may_hold_anything_no_bare_file_is_served(self):
+    def test_in_a_root_with_foreign_files_no_file_without_metadata_is_served(self):
         self.write("backups/home-2024.01.tar.gz", b"secret")
-        self.assertEqual(self.get("http://backups/home-2024.01.tar.gz"), b"secret", "a root that is ours")
+        self.assertEqual(self.lookup("http://backups/home-2024.01.tar.gz"), b"secret", "a root that the proxy created")
         self.store = pkgproxy.Store(self.root, trust_bare=False)
-        self.assertIsNone(self.get("http://backups/home-2024.01.tar.gz"))
+        self.assertIsNone(self.lookup("http://backups/home-2024.01.tar.gz"))
 
-    def test_a_root_that_is_cleaned_this_moment_holds_nothing(self):
+    def test_a_root_that_is_being_cleaned_is_treated_as_empty(self):
         shutil.rmtree(self.root)
         self.assertEqual(self.store.list_hosts(), [])
 
-    def test_a_root_that_ignores_case_gives_no_other_files_body(self):
+    def test_a_case_insensitive_root_does_not_return_the_body_of_another_file(self):
         real_open, real_exists = pkgproxy._open, os.path.lexists
 
         def found(path):
@@ -1949,41 +2097,41 @@ class StoreTest(StoreCase):
             self.write("a/Pool/X_1.0_all.deb", b"upper")
             for name, body in (("Pool/X_1.0_all.deb", b"upper"), ("Pool/x_1.0_all.deb", None), ("pool/X_1.0_all.deb", None)):
                 with self.subTest(name=name):
-                    self.assertEqual(self.get("http://a/" + name), body)
+                    self.assertEqual(self.lookup("http://a/" + name), body)
             self.write(pkgproxy.cache_file_names("http://a/Pool/x_1.0_all.deb")[1], b"lower")  # where it was stored beside the other
-            self.assertEqual(self.get("http://a/Pool/X_1.0_all.deb"), b"upper")
-            self.assertEqual(self.get("http://a/Pool/x_1.0_all.deb"), b"lower")
+            self.assertEqual(self.lookup("http://a/Pool/X_1.0_all.deb"), b"upper")
+            self.assertEqual(self.lookup("http://a/Pool/x_1.0_all.deb"), b"lower")
 
-    def test_links_lead_nowhere(self):
+    def test_symlinks_are_not_followed(self):
         self.write("elsewhere/secret", b"secret")
         os.makedirs(self.path("a/pool"))
         os.symlink(self.path("elsewhere/secret"), self.path("a/pool/x_1.0_all.deb"))
-        self.assertIsNone(self.get(self.PACKAGE))
+        self.assertIsNone(self.lookup(self.PACKAGE))
 
-    def test_a_users_file_in_the_place_of_a_cleaned_one_is_left_alone(self):
-        self.put(self.INDEX, b"origin's")
+    def test_a_users_file_that_replaces_a_removed_one_is_left_alone(self):
+        self.store_response(self.INDEX, b"origin's")
         shutil.rmtree(self.path("a"))
         self.write("a/dists/x/InRelease", b"somebody's")
-        self.put(self.INDEX, b"origin's")
+        self.store_response(self.INDEX, b"origin's")
         self.store.delete(self.INDEX)
         self.assertEqual(Path(self.path("a/dists/x/InRelease")).read_bytes(), b"somebody's")
 
-    def test_bookkeeping_may_be_lost_again_and_again(self):
+    def test_metadata_may_be_lost_at_any_time(self):
         for number in range(4):
-            self.put(self.INDEX, b"%d" % number)
-            self.assertEqual(self.get(self.INDEX), b"%d" % number)
+            self.store_response(self.INDEX, b"%d" % number)
+            self.assertEqual(self.lookup(self.INDEX), b"%d" % number)
             shutil.rmtree(self.path(pkgproxy.METADATA_FOLDER))
 
-    def test_a_host_whose_place_is_taken_by_a_file_is_a_local_failure(self):
+    def test_a_file_in_the_place_of_a_hosts_folder_is_a_storage_error(self):
         self.write("a", b"somebody's")
-        self.assertRaises(pkgproxy.StorageError, self.put, self.PACKAGE, b"body")
+        self.assertRaises(pkgproxy.StorageError, self.store_response, self.PACKAGE, b"body")
         self.assertEqual(Path(self.path("a")).read_bytes(), b"somebody's")
 
-    def test_a_body_whose_file_has_another_size_than_was_counted_or_declared_is_not_stored(self):
+    def test_a_body_whose_file_size_differs_from_the_received_or_declared_size_is_not_stored(self):
         for what, length, more in (("longer", 10, b"another writer's"), ("cut", 10, None), ("shorter than declared", 11, b""),
                                    ("longer, of no declared length", None, b"x")):
             with self.subTest(what):
-                partial = receive(self.store, ResponseHead(200, "OK", (), key=self.PACKAGE, response_time=CLOCK), length)
+                partial = start_partial(self.store, ResponseHead(200, "OK", (), key=self.PACKAGE, response_time=CLOCK), length)
                 self.addCleanup(partial.release)
                 partial.write(b"0123456789")
                 if more is None:
@@ -1992,16 +2140,16 @@ class StoreTest(StoreCase):
                     with open(partial.path, "ab") as file:
                         file.write(more)
                 self.assertRaises(pkgproxy.StorageError, partial.commit)
-                self.assertIsNone(self.get(self.PACKAGE))
+                self.assertIsNone(self.lookup(self.PACKAGE))
                 self.assertFalse(os.path.exists(self.path("a/pool/x_1.0_all.deb")))
                 self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
 
     @contextlib.contextmanager
     def removed_while_landing(self, step, links):
-        """While a body lands, just before ``step``, somebody removes the bookkeeping folder and another
-        instance begins the same download; that one's partial."""
+        """Remove the metadata folder during a commit, just before ``step``, while another
+        instance starts the same download; return the partial file of that instance."""
         head = ResponseHead(200, "OK", (), key=self.PACKAGE, response_time=CLOCK)
-        ours, theirs, module = receive(self.store, head, 10), [], pkgproxy if hasattr(pkgproxy, step) else os
+        ours, theirs, module = start_partial(self.store, head, 10), [], pkgproxy if hasattr(pkgproxy, step) else os
         ours.write(b"0123456789")
         function, steps = getattr(module, step), []
 
@@ -2009,7 +2157,7 @@ class StoreTest(StoreCase):
             steps.append(step)
             if len(steps) == 1:
                 shutil.rmtree(self.path(pkgproxy.METADATA_FOLDER))
-                theirs.append(receive(pkgproxy.Store(self.root), head, 10))
+                theirs.append(start_partial(pkgproxy.Store(self.root), head, 10))
                 theirs[0].write(b"01")
             return function(*what, **more)
 
@@ -2026,69 +2174,69 @@ class StoreTest(StoreCase):
                 partial.release()
             shutil.rmtree(self.root)
 
-    def test_the_growing_file_of_another_download_is_never_placed_whenever_the_books_are_removed(self):
+    def test_a_partial_file_of_another_download_is_never_committed_when_the_metadata_is_removed(self):
         for links in (True, False):
             for step in ("link" if links else "rename", "utime", "lstat", "_write_heads", "_rename"):
                 with self.subTest(step, links=links), self.removed_while_landing(step, links) as theirs:
-                    self.assertIn(self.get(self.PACKAGE), (None, b"0123456789"))
-                    self.assertTrue(theirs.still_exists(), "it can still be stored")
+                    self.assertIn(self.lookup(self.PACKAGE), (None, b"0123456789"))
+                    self.assertTrue(theirs.still_exists(), "the response can still be stored")
                     theirs.write(b"23456789")
                     theirs.commit()
-                    self.assertEqual(self.get(self.PACKAGE), b"0123456789")
+                    self.assertEqual(self.lookup(self.PACKAGE), b"0123456789")
                     self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
 
-    def test_where_there_are_no_links_bodies_are_renamed(self):
+    def test_without_hard_links_bodies_are_renamed(self):
         with mock.patch.object(os, "link", side_effect=OSError(errno.EOPNOTSUPP, "no links here")):
-            self.put(self.PACKAGE, b"body")
-        self.assertEqual(self.get(self.PACKAGE), b"body")
+            self.store_response(self.PACKAGE, b"body")
+        self.assertEqual(self.lookup(self.PACKAGE), b"body")
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
 
-    def test_what_another_instance_spoils_in_the_moment_of_its_landing_does_not_stay(self):
+    def test_a_response_invalidated_by_another_instance_during_its_commit_is_not_kept(self):
         write_heads = pkgproxy._write_heads
 
-        def spoiled(*what):
+        def invalidated(*what):
             pkgproxy.PartialStore(self.store).unlink(self.INDEX, "")
             self.store.delete(self.INDEX)
             write_heads(*what)
 
-        with mock.patch.object(pkgproxy, "_write_heads", spoiled):
-            self.assertRaises(pkgproxy.StorageError, self.put, self.INDEX, b"outdated")
-        self.assertIsNone(self.get(self.INDEX))
+        with mock.patch.object(pkgproxy, "_write_heads", invalidated):
+            self.assertRaises(pkgproxy.StorageError, self.store_response, self.INDEX, b"outdated")
+        self.assertIsNone(self.lookup(self.INDEX))
 
-    def test_the_head_of_a_removed_partial_says_nothing_of_a_new_one_with_its_inode_number(self):
-        old = receive(self.store, ResponseHead(200, "OK", (("ETag", '"old"'),), key=self.PACKAGE, response_time=CLOCK), 10)
+    def test_the_metadata_of_a_removed_partial_file_does_not_apply_to_a_new_one_with_the_same_inode(self):
+        old = start_partial(self.store, ResponseHead(200, "OK", (("ETag", '"old"'),), key=self.PACKAGE, response_time=CLOCK), 10)
         old.write(b"0")
         old.publish()
-        os.truncate(old.path, 0)  # as a new file is that the file system gives the same number
+        os.truncate(old.path, 0)  # like a new file to which the file system gives the same number
         new = pkgproxy.PartialStore(self.store).open_for_reading(self.PACKAGE)
         self.assertFalse(new.load_metadata())
         for partial in (old, new):
             partial.release()
 
-    def test_who_begins_a_leftover_anew_leaves_alone_what_another_instance_has_put_in_its_place(self):
+    def test_restarting_a_leftover_does_not_touch_the_file_that_another_instance_put_in_its_place(self):
         head = ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, response_time=CLOCK)
-        left = receive(self.store, head, 1 << 20)
+        left = start_partial(self.store, head, 1 << 20)
         left.write(b"1" * 400_000)
         shutil.rmtree(self.path(pkgproxy.METADATA_FOLDER))
-        theirs = receive(pkgproxy.Store(self.root), head, 2)
+        theirs = start_partial(pkgproxy.Store(self.root), head, 2)
         self.assertRaises(pkgproxy.StorageError, left.start, head, 3)
         left.release()
         theirs.write(b"22")
         theirs.commit()
         theirs.release()
-        self.assertEqual(self.get(self.PACKAGE), b"22")
+        self.assertEqual(self.lookup(self.PACKAGE), b"22")
 
-    def test_of_a_leftover_only_what_was_flushed_is_read_until_who_goes_on_with_it_tells_more(self):
+    def test_only_the_flushed_part_of_a_leftover_is_read_until_its_new_writer_publishes_more(self):
         for remote in (False, True):
             with self.subTest(remote=remote):
                 self.store.remote = remote
-                left = receive(self.store, ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, response_time=CLOCK), 1 << 20)
+                left = start_partial(self.store, ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, response_time=CLOCK), 1 << 20)
                 left.write(b"1" * 400_000)
                 left.keep_for_resume()
                 follower, partials = pkgproxy.PartialStore(self.store).open_for_reading(self.PACKAGE), pkgproxy.PartialStore(self.store)
                 self.assertTrue(follower.load_metadata())
                 self.assertEqual(follower.size, 400_000)
-                os.truncate(left.path, 500_000)  # as another machine's part that is not all here, or a power cut
+                os.truncate(left.path, 500_000)  # like a file of another machine that is not all visible here, or after a power failure
                 follower.refresh_size()
                 heir = partials.open_for_writing(self.PACKAGE)
                 self.assertEqual((follower.size, heir.size), (400_000, 400_000))
@@ -2101,33 +2249,33 @@ class StoreTest(StoreCase):
                 for partial in (left, follower, heir):
                     partial.release()
 
-    def test_a_leftover_with_more_than_was_received_is_not_kept(self):
-        left = receive(self.store, ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, response_time=CLOCK), 1 << 20)
+    def test_a_leftover_larger_than_what_was_received_is_discarded(self):
+        left = start_partial(self.store, ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE, response_time=CLOCK), 1 << 20)
         left.write(b"1" * 400_000)
         os.truncate(left.path, 400_001)
         left.keep_for_resume()
         left.release()
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
 
-    def test_a_partial_that_another_instance_made_anew_is_not_ours_to_place(self):
+    def test_a_partial_file_that_another_instance_recreated_is_not_committed(self):
         head = ResponseHead(200, "OK", (), key=self.PACKAGE, response_time=CLOCK)
-        ours = receive(self.store, head, 10)
+        ours = start_partial(self.store, head, 10)
         ours.write(b"0123456789")
         shutil.rmtree(self.root)
-        theirs = receive(pkgproxy.Store(self.root), head, 10)
+        theirs = start_partial(pkgproxy.Store(self.root), head, 10)
         theirs.write(b"01")
         self.assertRaises(pkgproxy.StorageError, ours.commit)
-        self.assertIsNone(self.get(self.PACKAGE))
+        self.assertIsNone(self.lookup(self.PACKAGE))
         theirs.write(b"23456789")
         theirs.commit()
-        self.assertEqual(self.get(self.PACKAGE), b"0123456789")
+        self.assertEqual(self.lookup(self.PACKAGE), b"0123456789")
         ours.release()
         theirs.release()
 
-    def test_a_new_partial_forgets_the_head_of_the_one_before(self):
-        """Else kill -9 would leave the bytes of one generation under the head of another."""
+    def test_a_new_partial_file_discards_the_metadata_of_the_previous_one(self):
+        """Otherwise kill -9 would leave the bytes of one version with the metadata of another."""
         big = ResponseHead(200, "OK", (("ETag", '"1"'),), key=self.INDEX)
-        partial = receive(self.store, big, 10**6)
+        partial = start_partial(self.store, big, 10**6)
         partial.write(b"x" * 300_000)
         partial.keep_for_resume()
         partial.release()
@@ -2140,47 +2288,47 @@ class StoreTest(StoreCase):
         self.assertEqual(partial.size, 0)
         partial.release()
 
-    def test_a_large_head_is_read_again(self):
-        self.put(self.INDEX, b"1", X="\xff" * 60_000)
-        self.put(self.INDEX, b"2", X="\xff" * 60_000)
-        self.assertEqual(self.get(self.INDEX), b"2")
+    def test_large_metadata_is_read_back(self):
+        self.store_response(self.INDEX, b"1", X="\xff" * 60_000)
+        self.store_response(self.INDEX, b"2", X="\xff" * 60_000)
+        self.assertEqual(self.lookup(self.INDEX), b"2")
 
-    def test_litter_in_the_place_of_a_file_does_no_harm(self):
+    def test_leftover_objects_in_the_place_of_a_file_do_no_harm(self):
         place = self.path("a/pool/x_1.0_all.deb")
         os.makedirs(os.path.dirname(place))
         for litter in (lambda: os.mkdir(place), lambda: os.mkfifo(place), lambda: os.symlink("nowhere", place),
                        lambda: os.symlink(place, place)):
             litter()
-            self.assertIsNone(self.get(self.PACKAGE))
-            self.put(self.PACKAGE, b"body")
-            self.assertEqual(self.get(self.PACKAGE), b"body")
+            self.assertIsNone(self.lookup(self.PACKAGE))
+            self.store_response(self.PACKAGE, b"body")
+            self.assertEqual(self.lookup(self.PACKAGE), b"body")
             self.store.delete(self.PACKAGE)
             os.rmdir(place) if os.path.isdir(place) else os.unlink(place)
 
-    def test_another_process_that_writes_the_same_partial_keeps_us_out(self):
+    def test_a_partial_file_that_another_process_writes_is_locked(self):
         head = ResponseHead(200, "OK", (), key=self.PACKAGE)
-        partial = receive(self.store, head, 1)
+        partial = start_partial(self.store, head, 1)
         code = "import pkgproxy, sys\nif pkgproxy.PartialStore(pkgproxy.Store(sys.argv[1])).open_for_writing(sys.argv[2]) is None: print('kept out')"
-        ran = subprocess.run([sys.executable, "-c", code, self.root, self.PACKAGE], cwd=compiled(), capture_output=True, timeout=60)
+        ran = subprocess.run([sys.executable, "-c", code, self.root, self.PACKAGE], cwd=compiled_folder(), capture_output=True, timeout=60)
         partial.discard()
         partial.release()
         self.assertEqual(ran.stdout.strip(), b"kept out", ran.stderr)
 
-    def test_too_little_space_is_a_local_failure_before_the_first_byte(self):
-        self.assertRaises(pkgproxy.StorageError, receive, self.store, ResponseHead(200, "OK", (), key=self.PACKAGE), 2**60)
+    def test_too_little_space_is_a_storage_error_before_the_first_byte(self):
+        self.assertRaises(pkgproxy.StorageError, start_partial, self.store, ResponseHead(200, "OK", (), key=self.PACKAGE), 2**60)
 
-    def test_a_cleaning_in_the_middle_is_survived(self):
-        partial = receive(self.store, ResponseHead(200, "OK", (), key=self.PACKAGE), 4)
+    def test_removing_the_root_during_a_download_is_survived(self):
+        partial = start_partial(self.store, ResponseHead(200, "OK", (), key=self.PACKAGE), 4)
         partial.write(b"bo")
         shutil.rmtree(self.root)
         partial.write(b"dy")
         self.assertEqual(partial.read_at(9, 0), b"body")
         self.assertRaises(pkgproxy.StorageError, partial.commit)
         partial.release()
-        self.put(self.PACKAGE, b"body")
-        self.assertEqual(self.get(self.PACKAGE), b"body")
+        self.store_response(self.PACKAGE, b"body")
+        self.assertEqual(self.lookup(self.PACKAGE), b"body")
 
-    def test_where_open_files_cannot_be_renamed_they_are_copied(self):
+    def test_files_that_cannot_be_renamed_while_open_are_copied(self):
         real = os.replace
 
         def refuse(source, target):
@@ -2190,84 +2338,84 @@ class StoreTest(StoreCase):
 
         with mock.patch.object(os, "name", "nt"), mock.patch.object(os, "replace", refuse), \
                 mock.patch.object(pkgproxy.os.path, "abspath", str):
-            self.put(self.PACKAGE, b"body", Last_Modified=DATE)
-        self.assertEqual(self.get(self.PACKAGE), b"body")
+            self.store_response(self.PACKAGE, b"body", Last_Modified=DATE)
+        self.assertEqual(self.lookup(self.PACKAGE), b"body")
 
 
-class SpaceTest(StoreCase):
-    """The janitor keeps the cache within its bounds."""
+class EvictionTest(StoreCase):
+    """Eviction keeps the cache within its limits."""
 
     def setUp(self):
         super().setUp()
-        self.janitor = pkgproxy.Evictor(self.store)
+        self.evictor = pkgproxy.Evictor(self.store)
         free = mock.patch.object(self.store, "free_space", lambda: 2**40)
         free.start()
         self.addCleanup(free.stop)
-        # The sizes of heads and folders depend on the file system: here only bodies count.
+        # The sizes of metadata and folders depend on the file system: only bodies count here.
         sizes = mock.patch.object(pkgproxy, "size_on_disk", lambda info: info.st_size * (info.st_size % 500 == 0 and stat.S_ISREG(info.st_mode)))
         sizes.start()
         self.addCleanup(sizes.stop)
 
-    def fill(self, count=5, size=1000):
-        """Packages that were last used a day apart, the first one longest ago, and an older index."""
+    def store_packages(self, count=5, size=1000):
+        """Store packages last used one day apart, the first one longest ago, and an older index."""
         for number in range(count):
-            self.put("http://a/pool/%d/x_%d_all.deb" % (number, number), b"x" * size)
-            self.use("a/pool/%d/x_%d_all.deb" % (number, number), count - number)
-        self.put(self.INDEX, b"i" * size)
-        self.use("a/dists/x/InRelease", 99)
+            self.store_response("http://a/pool/%d/x_%d_all.deb" % (number, number), b"x" * size)
+            self.set_access_time("a/pool/%d/x_%d_all.deb" % (number, number), count - number)
+        self.store_response(self.INDEX, b"i" * size)
+        self.set_access_time("a/dists/x/InRelease", 99)
         self.store.take_access_times()
 
-    def use(self, name, days):
+    def set_access_time(self, name, days):
         info = os.stat(self.path(name))
         os.utime(self.path(name), ns=(int((time.time() - days * 86400) * 10**9), info.st_mtime_ns))
 
-    def sweep(self, **config):
-        return self.janitor.run(Config(**config), time.time())
+    def evict(self, **config):
+        return self.evictor.run(Config(**config), time.time())
 
     def names(self):
         return sorted(path.name for path in Path(self.root).rglob("*") if path.is_file() and pkgproxy.METADATA_FOLDER not in path.parts)
 
-    def test_without_bounds_nothing_goes(self):
-        self.fill()
-        self.assertEqual(self.sweep(), pkgproxy.EvictionReport(6, 6000, 0, 0))
+    def test_without_limits_nothing_is_evicted(self):
+        self.store_packages()
+        self.assertEqual(self.evict(), pkgproxy.EvictionReport(6, 6000, 0, 0))
 
-    def test_the_least_recently_used_goes_first_and_indexes_last(self):
-        self.fill()
-        self.assertEqual(self.sweep(max_size=3500), pkgproxy.EvictionReport(6, 6000, 3, 3000))
+    def test_the_least_recently_used_package_is_evicted_first_and_indexes_last(self):
+        self.store_packages()
+        self.assertEqual(self.evict(max_size=3500), pkgproxy.EvictionReport(6, 6000, 3, 3000))
         self.assertEqual(self.names(), ["InRelease", "x_3_all.deb", "x_4_all.deb"])
-        self.assertFalse(os.path.exists(self.path("a/pool/0")), "empty folders go too")
+        self.assertFalse(os.path.exists(self.path("a/pool/0")), "empty folders are removed, too")
         self.assertFalse(os.path.exists(self.path(".pkgproxy/heads/a/pool/0")))
-        self.sweep(max_size=500)
+        self.evict(max_size=500)
         self.assertEqual(self.names(), [])
 
-    def test_a_hit_is_remembered(self):
-        self.fill()
-        self.assertEqual(self.get("http://a/pool/0/x_0_all.deb"), b"x" * 1000)
-        self.sweep(max_size=3500)
+    def test_a_hit_updates_the_access_time(self):
+        self.store_packages()
+        self.assertEqual(self.lookup("http://a/pool/0/x_0_all.deb"), b"x" * 1000)
+        self.evict(max_size=3500)
         self.assertEqual(self.names(), ["InRelease", "x_0_all.deb", "x_4_all.deb"])
         self.assertGreater(os.stat(self.path("a/pool/0/x_0_all.deb")).st_atime, time.time() - 60)
-        self.assertEqual(self.get("http://a/pool/0/x_0_all.deb"), b"x" * 1000, "and it still has its head")
+        self.assertEqual(self.lookup("http://a/pool/0/x_0_all.deb"), b"x" * 1000, "its metadata is still there")
 
-    def test_what_was_used_a_moment_ago_stays(self):
-        self.put(self.PACKAGE, b"x" * 1000)
-        self.sweep(max_size=1)
-        self.assertEqual(self.get(self.PACKAGE), b"x" * 1000)
+    def test_recently_used_files_are_not_evicted(self):
+        self.store_response(self.PACKAGE, b"x" * 1000)
+        self.evict(max_size=1)
+        self.assertEqual(self.lookup(self.PACKAGE), b"x" * 1000)
 
-    def test_what_nobody_has_used_for_long_goes(self):
-        self.fill()
-        self.assertEqual(self.sweep(max_age=3.5 * 86400).removed, 3)
+    def test_files_unused_for_long_are_evicted(self):
+        self.store_packages()
+        self.assertEqual(self.evict(max_age=3.5 * 86400).removed, 3)
         self.assertEqual(self.names(), ["x_2_all.deb", "x_3_all.deb", "x_4_all.deb"])
 
-    def test_a_clock_that_has_been_put_right_leaves_nothing_that_stays_for_ever(self):
-        self.fill()
+    def test_access_times_in_the_future_do_not_prevent_eviction(self):
+        self.store_packages()
         for number in range(5):
-            self.use("a/pool/%d/x_%d_all.deb" % (number, number), -365 + number)
-        self.assertEqual(self.sweep(max_size=3500).removed, 3)
+            self.set_access_time("a/pool/%d/x_%d_all.deb" % (number, number), -365 + number)
+        self.assertEqual(self.evict(max_size=3500).removed, 3)
 
-    def test_a_reserve_is_kept_free(self):
-        self.fill()
+    def test_the_free_space_reserve_is_kept(self):
+        self.store_packages()
         with mock.patch.object(self.store, "free_space", lambda: -1500):
-            self.assertEqual(self.sweep().removed, 2)
+            self.assertEqual(self.evict().removed, 2)
 
     def test_the_reserve_is_5_percent_but_at_most_10_gb(self):
         for total, min_free, expected in ((10**12, None, 90 * 10**9), (10**11, None, 95 * 10**9), (10**11, 10**9, 99 * 10**9)):
@@ -2275,48 +2423,48 @@ class SpaceTest(StoreCase):
             with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=100 * 10**9, total=total)):
                 self.assertEqual(store.free_space(), expected)
 
-    def test_what_is_not_ours_stays_whatever_the_bounds(self):
-        self.fill()
+    def test_foreign_files_are_never_evicted(self):
+        self.store_packages()
         self.write("a/pool/0/notes.txt", b"somebody's")
         self.write("a/pool/1/x_1_all.deb", b"changed by hand")
         self.write("copied_1.0_all.deb", b"x" * 1000)
-        self.sweep(max_size=0)
+        self.evict(max_size=0)
         self.assertEqual(self.names(), ["copied_1.0_all.deb", "notes.txt", "x_1_all.deb"])
 
-    def test_leftovers_of_a_day_go_younger_ones_stay(self):
+    def test_leftovers_are_evicted_after_a_day(self):
         partials = self.path(".pkgproxy/partials")
         os.makedirs(partials)
         for name, age in (("old", 90000), ("young", 80000)):
             Path(partials, name).write_bytes(b"x")
             os.utime(Path(partials, name), (time.time() - age,) * 2)
-        self.put(self.PACKAGE, b"body")
+        self.store_response(self.PACKAGE, b"body")
         os.unlink(self.path("a/pool/x_1.0_all.deb"))
         os.utime(self.path(".pkgproxy/heads/a/pool/x_1.0_all.deb^head"), (1, 1))
-        self.sweep()
+        self.evict()
         self.assertEqual(os.listdir(partials), ["young"])
         self.assertFalse(os.path.exists(self.path(".pkgproxy/heads/a/pool/x_1.0_all.deb^head")))
 
-    def test_a_part_of_the_space_is_kept_free_for_what_comes(self):
-        self.fill(19)
-        self.assertEqual(self.sweep(max_size=20_000).removed, 1, "a twentieth")
+    def test_eviction_frees_some_space_beyond_the_limit(self):
+        self.store_packages(19)
+        self.assertEqual(self.evict(max_size=20_000).removed, 1, "a twentieth")
 
-    def test_a_refused_download_says_how_much_it_lacks(self):
+    def test_a_refused_download_says_how_much_space_it_lacks(self):
         for length, expected in ((0, 0), (2500, 3), (6000, 6), (7000, 0)):
             with self.subTest(length=length):
-                self.fill()
+                self.store_packages()
                 with mock.patch.object(self.store, "free_space", lambda: 0), mock.patch.object(pkgproxy, "head_size", lambda head: 0):
                     if length:
-                        self.assertRaises(pkgproxy.StorageError, receive, self.store, stored("http://a/new"), length)
+                        self.assertRaises(pkgproxy.StorageError, start_partial, self.store, make_stored_head("http://a/new"), length)
                     with mock.patch.object(self.store, "free_space", lambda: 300):
-                        self.assertEqual(self.sweep().removed, expected, "no more than it needs, and nothing for one that can never fit")
-                        self.assertEqual(self.sweep().removed, 0, "once")
+                        self.assertEqual(self.evict().removed, expected, "no more than needed, and nothing for a download that can never fit")
+                        self.assertEqual(self.evict().removed, 0, "once")
 
     def test_the_leftover_that_a_download_goes_on_with_counts_once(self):
         head = ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE)
         for max_size, fits in ((1_100_000, True), (990_000, False)):
             with self.subTest(max_size), mock.patch.object(pkgproxy, "head_size", lambda head: 0):
                 self.store.space = pkgproxy.Space(lambda: (2**40, 2**40), max_size)
-                left = receive(self.store, head, 900_000)
+                left = start_partial(self.store, head, 900_000)
                 left.write(b"1" * 400_000)
                 left.keep_for_resume()
                 left.release()
@@ -2327,46 +2475,46 @@ class SpaceTest(StoreCase):
                 heir.discard()
                 heir.release()
 
-    def test_all_that_lies_below_the_root_counts(self):
-        self.fill(2)
-        before = self.sweep().size
+    def test_all_files_below_the_root_count(self):
+        self.store_packages(2)
+        before = self.evict().size
         for name in ("partials/" + "a" * 64, "names/mirrors-" + "b" * 64, "adopted/ab", "history.json"):
             self.write(".pkgproxy/" + name, b"x" * 500)
-        self.assertEqual(self.sweep().size, before + 2000)
+        self.assertEqual(self.evict().size, before + 2000)
         with mock.patch.object(pkgproxy, "size_on_disk", lambda info: 1):
             heads = {os.path.join(top, name) for top, folders, files in os.walk(self.path(".pkgproxy/heads")) for name in [*folders, *files]}
-            self.assertGreaterEqual(self.sweep().size, 2 * len(heads), "heads and folders")
+            self.assertGreaterEqual(self.evict().size, 2 * len(heads), "metadata and folders")
 
-    def test_leftover_partials_go_first_but_none_that_is_written(self):
-        self.fill()
+    def test_leftover_partial_files_are_evicted_first_but_none_in_use(self):
+        self.store_packages()
         names = ["%x" % number * 64 for number in range(4)] + ["e" * 64 + ".owner"]
         for name in names:
             self.write(".pkgproxy/partials/" + name, b"x" * 1000)
             self.write(".pkgproxy/partials/" + name + "^head", b"[]")
-        partial = receive(self.store, ResponseHead(200, "OK", (), key="http://a/new"), 2000)
+        partial = start_partial(self.store, ResponseHead(200, "OK", (), key="http://a/new"), 2000)
         partial.write(b"n" * 1000)
         os.utime(partial.path, (time.time() - 7200,) * 2)
-        self.sweep(max_size=8000)
+        self.evict(max_size=8000)
         left = {os.path.basename(partial.path), names[-1], names[-1] + "^head"}
-        self.assertEqual(self.sweep(max_size=9000).removed, 0)
-        self.assertEqual(set(os.listdir(self.path(".pkgproxy/partials"))), left, "the owner of one may still write it")
+        self.assertEqual(self.evict(max_size=9000).removed, 0)
+        self.assertEqual(set(os.listdir(self.path(".pkgproxy/partials"))), left, "its owner may still write it")
         os.utime(self.path(".pkgproxy/partials/" + names[-1]), (time.time() - 7200,) * 2)
-        self.sweep(max_size=0)
+        self.evict(max_size=0)
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [os.path.basename(partial.path)])
         partial.write(b"n" * 1000)
         partial.commit()
         partial.release()
-        self.assertEqual(self.get("http://a/new"), b"n" * 2000)
+        self.assertEqual(self.lookup("http://a/new"), b"n" * 2000)
 
-    def test_files_that_say_which_mirrors_are_the_same_go_too(self):
-        self.fill()
-        self.sweep()
+    def test_records_of_identical_mirrors_are_evicted_too(self):
+        self.store_packages()
+        self.evict()
         name = self.path(".pkgproxy/names/mirrors-" + "b" * 64)
         Path(name).write_bytes(b"+" * 1000)
         os.utime(name, (1, 1))
-        self.sweep()
+        self.evict()
         self.assertTrue(os.path.exists(name))
-        self.sweep(max_size=7000)
+        self.evict(max_size=7000)
         self.assertFalse(os.path.exists(name))
         self.assertEqual(len(self.names()), 6)
 
@@ -2380,88 +2528,88 @@ class SpaceTest(StoreCase):
             self.assertRaises(ValueError, pkgproxy.parse_duration, text)
 
 
-    def test_a_file_of_two_mirrors_takes_its_space_once(self):
-        self.put("http://a/pool/x_1.0_all.deb", b"x" * 1000)
-        twin = self.store.lookup("http://a/pool/x_1.0_all.deb")
-        with contextlib.closing(twin):
-            self.store.link(dataclasses.replace(twin, head=dataclasses.replace(twin.head, key="http://b/y/x_1.0_all.deb")))
+    def test_a_file_shared_by_two_mirrors_is_counted_once(self):
+        self.store_response("http://a/pool/x_1.0_all.deb", b"x" * 1000)
+        stored = self.store.lookup("http://a/pool/x_1.0_all.deb")
+        with contextlib.closing(stored):
+            self.store.link(dataclasses.replace(stored, head=dataclasses.replace(stored.head, key="http://b/y/x_1.0_all.deb")))
         for name in ("a/pool/x_1.0_all.deb", "b/y/x_1.0_all.deb"):
-            self.use(name, 5)
+            self.set_access_time(name, 5)
         self.store.take_access_times()
-        self.assertEqual(self.sweep(), pkgproxy.EvictionReport(2, 1000, 0, 0))
-        self.assertEqual(self.sweep(max_size=1), pkgproxy.EvictionReport(2, 1000, 2, 1000))
+        self.assertEqual(self.evict(), pkgproxy.EvictionReport(2, 1000, 0, 0))
+        self.assertEqual(self.evict(max_size=1), pkgproxy.EvictionReport(2, 1000, 2, 1000))
         self.assertEqual(self.names(), [])
 
 
-class ShareTest(StoreCase):
-    """One body under two keys."""
+class SharedFileTest(StoreCase):
+    """One stored body under two keys."""
 
     KEY = "http://b/y/x_1.0_all.deb"
 
     def share(self, between=lambda: None):
-        with contextlib.closing(self.store.lookup(self.PACKAGE)) as twin:
+        with contextlib.closing(self.store.lookup(self.PACKAGE)) as stored:
             between()
-            self.store.link(dataclasses.replace(twin, head=dataclasses.replace(twin.head, key=self.KEY)))
+            self.store.link(dataclasses.replace(stored, head=dataclasses.replace(stored.head, key=self.KEY)))
 
-    def test_both_have_a_head_of_their_own_and_nothing_else_is_left(self):
-        self.put(self.PACKAGE, b"body")
+    def test_both_keys_have_their_own_metadata_and_nothing_else_is_left(self):
+        self.store_response(self.PACKAGE, b"body")
         for _ in range(2):
             self.share()
-        self.assertEqual((self.get(self.PACKAGE), self.get(self.KEY)), (b"body", b"body"))
+        self.assertEqual((self.lookup(self.PACKAGE), self.lookup(self.KEY)), (b"body", b"body"))
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
         self.store.delete(self.PACKAGE)
-        self.assertEqual((self.get(self.PACKAGE), self.get(self.KEY)), (None, b"body"))
-        with contextlib.closing(self.store.lookup(self.KEY)) as twin:
-            self.store.link(twin)  # with itself
+        self.assertEqual((self.lookup(self.PACKAGE), self.lookup(self.KEY)), (None, b"body"))
+        with contextlib.closing(self.store.lookup(self.KEY)) as stored:
+            self.store.link(stored)  # with itself
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
-        self.assertEqual(self.get(self.KEY), b"body")
+        self.assertEqual(self.lookup(self.KEY), b"body")
 
-    def test_one_that_has_been_replaced_meanwhile_or_is_not_ours_is_not_linked(self):
-        self.put(self.PACKAGE, b"body")
-        self.assertRaises(OSError, self.share, lambda: self.put(self.PACKAGE, b"another"))
+    def test_a_file_that_was_replaced_meanwhile_or_is_foreign_is_not_linked(self):
+        self.store_response(self.PACKAGE, b"body")
+        self.assertRaises(OSError, self.share, lambda: self.store_response(self.PACKAGE, b"another"))
         shutil.rmtree(self.path(".pkgproxy/heads"))
         self.assertRaises(OSError, self.share)
-        self.assertIsNone(self.get(self.KEY))
+        self.assertIsNone(self.lookup(self.KEY))
         self.assertEqual(os.listdir(self.path(".pkgproxy/partials")), [])
 
 
-class NamesTest(StoreCase):
-    """Where files of one name lie."""
+class NameIndexTest(StoreCase):
+    """The index of stored files by name."""
 
     KEYS = ("http://a/debian/x_1.0_all.deb", "http://b/x_1.0_all.deb")
 
     def find(self, name="x_1.0_all.deb"):
         return self.store.names.lookup(name)
 
-    def test_the_newest_comes_first_and_none_twice(self):
+    def test_the_newest_file_comes_first_and_none_twice(self):
         self.assertEqual(self.find(), [])
         for key in (*self.KEYS, self.KEYS[0], "http://c/y_1.0_all.deb", "http://c/dists/x/InRelease"):
-            self.put(key, b"x")
+            self.store_response(key, b"x")
         self.assertEqual(self.find(), list(self.KEYS))
         for number in range(9):
-            self.put("http://h%d/x_1.0_all.deb" % number, b"x")
+            self.store_response("http://h%d/x_1.0_all.deb" % number, b"x")
         self.assertEqual(self.find(), ["http://h%d/x_1.0_all.deb" % number for number in range(8, 0, -1)])
 
-    def test_a_sweep_makes_them_anew_where_they_are_lost_and_for_what_was_stored_before_there_were_any(self):
+    def test_an_eviction_run_rebuilds_the_index_where_it_is_lost(self):
         for key in self.KEYS:
-            self.put(key, b"x")
+            self.store_response(key, b"x")
         shutil.rmtree(self.path(".pkgproxy/names"))
         self.assertEqual(self.find(), [])
-        self.put("http://c/x_1.0_all.deb", b"x")
+        self.store_response("http://c/x_1.0_all.deb", b"x")
         for _ in range(2):
             pkgproxy.Evictor(self.store).run(Config(), time.time())
             self.assertEqual(set(self.find()), {*self.KEYS, "http://c/x_1.0_all.deb"})
-            shutil.rmtree(self.path("c"), ignore_errors=True)  # what is gone is found, and is nothing when it is looked at
+            shutil.rmtree(self.path("c"), ignore_errors=True)  # a removed file is listed, and skipped when it is examined
         self.assertEqual([name for name in os.listdir(self.path(".pkgproxy")) if name.startswith("names")], ["names"])
 
-    def test_however_many_names_there_are_a_request_reads_one_small_file(self):
+    def test_a_lookup_reads_one_small_file_however_many_names_there_are(self):
         self.store.names.rebuild(("x%d_1.0_all.deb" % number, "http://mirror.test/debian/pool/main/x/x/x%d_1.0_all.deb" % number)
                                  for number in range(20_000))
         sizes = [path.stat().st_size for path in Path(self.path(".pkgproxy/names")).iterdir()]
         self.assertLess(max(sizes), 10 * 1024, "ten times as much for 200,000")
         self.assertEqual(self.find("x7777_1.0_all.deb"), ["http://mirror.test/debian/pool/main/x/x/x7777_1.0_all.deb"])
 
-    def test_a_sweep_makes_all_buckets_so_that_no_miss_has_to(self):
+    def test_the_first_eviction_run_makes_all_buckets_so_that_no_miss_has_to(self):
         keys = ["http://a/x%d_1.0_all.deb" % number for number in range(300)] + ["http://b/x1_1.0_all.deb"]
         folder = Path(self.path(".pkgproxy/names"))
         pkgproxy.Evictor(self.store).run(Config(), time.time())
@@ -2477,30 +2625,30 @@ class NamesTest(StoreCase):
         self.assertEqual(sorted(os.listdir(folder)), files)
         self.assertEqual([self.find("x%d_1.0_all.deb" % number) for number in range(300)], found)
 
-    def test_a_file_of_names_that_grows_too_long_loses_its_older_half(self):
+    def test_an_index_file_that_is_too_long_drops_its_older_half(self):
         with mock.patch.object(pkgproxy, "_MAX_NAMES", 1000):
             for number in range(100):
                 self.store.names.add("x_1.0_all.deb", "http://h%d/x_1.0_all.deb" % number)
                 self.assertEqual(self.find()[0], "http://h%d/x_1.0_all.deb" % number)
         self.assertLess(sum(path.stat().st_size for path in Path(self.path(".pkgproxy/names")).iterdir()), 1100)
 
-    def test_damage_and_a_folder_that_cannot_be_written_cost_nothing_else(self):
-        self.put(self.KEYS[0], b"x")
+    def test_a_damaged_or_unwritable_index_has_no_other_effect(self):
+        self.store_response(self.KEYS[0], b"x")
         place = next(Path(self.path(".pkgproxy/names")).iterdir())
         place.write_bytes(b"\xff\xfe no line\n" + place.read_bytes() + b"half a li")
         self.assertEqual(self.find(), [self.KEYS[0]])
         shutil.rmtree(self.path(".pkgproxy/names"))
         self.write(".pkgproxy/names", b"a file in the way")
-        self.put(self.KEYS[1], b"x")
-        self.assertEqual((self.find(), self.get(self.KEYS[1])), ([], b"x"))
+        self.store_response(self.KEYS[1], b"x")
+        self.assertEqual((self.find(), self.lookup(self.KEYS[1])), ([], b"x"))
 
-    def test_mirrors_vouch_for_each_other_after_some_proofs_until_one_fails(self):
+    def test_mirrors_count_as_identical_after_some_proofs_until_one_fails(self):
         pair = ("http://a/x", "http://b")
         for proof, vouched in ((True, False), (True, False), (True, True), (True, True), (False, False), (True, False)):
             self.store.names.record_comparison(pair, proof)
             self.assertEqual(self.store.names.are_mirrors(pair[::-1]), vouched)
 
-    def test_the_users_own_packages_are_found_by_the_names_that_mirrors_have(self):
+    def test_adopted_packages_are_found_by_the_names_used_on_mirrors(self):
         folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
         self.addCleanup(shutil.rmtree, folder)
         for name in ("ssh_1%3a9.2-1_amd64.deb", "lock", "old/debian/y_1.0_all.deb", ".pkgproxy/z_1.0_all.deb", "a\nb_1.0_all.deb"):
@@ -2513,14 +2661,14 @@ class NamesTest(StoreCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# 4 Barrier
+# 6 Barrier
 # ---------------------------------------------------------------------------------------------
 
 
-class BarrierTest(unittest.TestCase):
-    """Flights."""
+class SingleFlightTest(unittest.TestCase):
+    """Joining, following and finishing flights."""
 
-    def test_one_leads_the_others_follow_until_it_leaves(self):
+    def test_the_first_leads_and_the_others_follow_until_it_leaves(self):
         barrier = pkgproxy.SingleFlight()
         flight, leader = barrier.join("k")
         self.assertTrue(leader)
@@ -2529,7 +2677,7 @@ class BarrierTest(unittest.TestCase):
         barrier.remove(flight)
         self.assertTrue(barrier.join("k")[1])
 
-    def test_many_at_once_find_one_leader(self):
+    def test_concurrent_joins_elect_one_leader(self):
         barrier, leaders, start = pkgproxy.SingleFlight(), [], threading.Barrier(16)
 
         def join():
@@ -2543,7 +2691,7 @@ class BarrierTest(unittest.TestCase):
             thread.join()
         self.assertEqual(leaders.count(True), 1)
 
-    def test_a_flight_ends_once(self):
+    def test_a_flight_finishes_once(self):
         flight = pkgproxy.Flight("k")
         flight.finish(pkgproxy.FlightResult.STORED, received=5)
         flight.finish(pkgproxy.FlightResult.FAILED, OriginError("late"))
@@ -2555,7 +2703,7 @@ class BarrierTest(unittest.TestCase):
         self.assertEqual(flight.wait_for_head(0.01), (None, pkgproxy.FlightResult.ALONE))
         self.assertRaises(pkgproxy.StorageError, flight.wait_for_bytes, 0, 0.01)
 
-    def test_a_failure_is_everybodys(self):
+    def test_a_failure_reaches_all_followers(self):
         flight = pkgproxy.Flight("k")
         flight.finish(pkgproxy.FlightResult.FAILED, OriginError("gone"))
         self.assertRaises(OriginError, flight.wait_for_head, 1)
@@ -2563,12 +2711,12 @@ class BarrierTest(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# 5 Origin
+# 7-8 Sockets and origin client
 # ---------------------------------------------------------------------------------------------
 
 
 class OriginTest(unittest.TestCase):
-    """Forward requests, against an origin that also answers badly."""
+    """Requests to an origin that also behaves badly."""
 
     def setUp(self):
         self.origin = ScriptedOrigin()
@@ -2579,37 +2727,37 @@ class OriginTest(unittest.TestCase):
 
     def fetch(self, path="/x", method="GET", **more):
         target = pkgproxy.parse_target(self.origin.url(path))
-        return self.client.fetch(forward(method, target, (("Host", target.authority),), **more))
+        return self.client.fetch(make_origin_request(method, target, (("Host", target.authority),), **more))
 
-    def read(self, *args, **more):
+    def fetch_body(self, *args, **more):
         response = self.fetch(*args, **more)
         with contextlib.closing(response):
             return b"".join(iter(lambda: response.read(7), b""))
 
-    def test_connections_are_kept_and_used_again(self):
+    def test_connections_are_reused(self):
         self.origin.pages.update({"/x": ScriptedResponse(b"x" * 99), "/c": ScriptedResponse(b"y" * 99, chunked=True)})
         for _ in range(3):
-            self.assertEqual(self.read("/x"), b"x" * 99)
-            self.assertEqual(self.read("/c"), b"y" * 99)
+            self.assertEqual(self.fetch_body("/x"), b"x" * 99)
+            self.assertEqual(self.fetch_body("/c"), b"y" * 99)
         self.assertEqual(self.origin.connections, 1)
         self.assertEqual(sum(self.counted), 6 * 99)
 
-    def test_a_response_left_unread_does_not_pollute_the_next(self):
+    def test_an_unread_response_does_not_affect_the_next_one(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x" * 99)
         self.fetch().close()
-        self.assertEqual(self.read(), b"x" * 99)
+        self.assertEqual(self.fetch_body(), b"x" * 99)
 
-    def test_a_kept_connection_that_the_origin_closed_costs_a_silent_second_try(self):
+    def test_a_request_is_retried_when_the_origin_has_closed_the_idle_connection(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
-        self.assertEqual(self.read(), b"x")
+        self.assertEqual(self.fetch_body(), b"x")
         self.origin.drop()
-        until(lambda: not self.origin._open)
-        self.assertEqual(self.read(), b"x")
-        # The same when it closes only as the request arrives.
+        until(lambda: not self.origin.open_connections)
+        self.assertEqual(self.fetch_body(), b"x")
+        # The same if it closes the connection when the request arrives.
         with mock.patch.object(pkgproxy.OriginConnection, "is_idle", return_value=True):
             self.origin.drop()
-            until(lambda: not self.origin._open)
-            self.assertEqual(self.read(), b"x")
+            until(lambda: not self.origin.open_connections)
+            self.assertEqual(self.fetch_body(), b"x")
 
     def test_a_short_body_is_truncated_not_complete(self):
         for steps, got in (([b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"], b"short"),
@@ -2626,16 +2774,16 @@ class OriginTest(unittest.TestCase):
                 with contextlib.closing(response), self.assertRaises(TruncatedBodyError):
                     while True:
                         more = response.read(100)
-                        self.assertTrue(more, "a broken body ended as if it were whole")
+                        self.assertTrue(more, "a truncated body ended as if it were complete")
                         data += more
                 self.assertEqual(data, got)
 
-    def test_early_hints_are_not_the_answer(self):
+    def test_early_hints_are_not_the_final_response(self):
         self.origin.pages["/x"] = ScriptedResponse(steps=[b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
                                               b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"])
-        self.assertEqual(self.read(), b"ok")
+        self.assertEqual(self.fetch_body(), b"ok")
 
-    def test_an_origin_that_gives_hints_for_ever_or_drips_is_a_504(self):
+    def test_an_origin_that_sends_endless_hints_or_single_bytes_is_a_504(self):
         for step in (b"HTTP/1.1 103 Early Hints\r\n\r\n", b"H"):
             stop = Gate()
 
@@ -2648,25 +2796,25 @@ class OriginTest(unittest.TestCase):
                 self.fetch(deadline=time.monotonic() + 0.2)
             stop.open()
 
-    def test_an_answer_that_comes_before_the_body_is_whole_is_heard(self):
+    def test_a_response_that_arrives_before_the_request_body_is_complete_is_read(self):
         self.origin.pages["/x"] = ScriptedResponse(b"too large", 413)
-        real = self.origin._read_body
-        with mock.patch.object(self.origin, "_read_body", lambda file, fields: real(file, {}) + b" " * int(fields["content-length"])):
+        real = self.origin.read_body
+        with mock.patch.object(self.origin, "read_body", lambda file, fields: real(file, {}) + b" " * int(fields["content-length"])):
             target = pkgproxy.parse_target(self.origin.url("/x"))
-            sent = forward("POST", target, (("Host", "a"), ("Content-Length", str(1 << 26)), ("Connection", "close")),
+            sent = make_origin_request("POST", target, (("Host", "a"), ("Content-Length", str(1 << 26)), ("Connection", "close")),
                                        io.BytesIO(b"x" * (1 << 26)), 1 << 26)
             self.origin.pages["/x"].length = True
             response = self.client.fetch(sent)
             self.assertEqual(response.head.status, 413)
             response.close()
 
-    def test_a_kept_connection_with_garbage_on_it_costs_a_silent_second_try(self):
+    def test_a_request_is_retried_when_an_idle_connection_contains_garbage(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
-        self.read()
+        self.fetch_body()
         with mock.patch.object(pkgproxy.OriginConnection, "is_idle", return_value=True):
-            for connection in list(self.origin._open):
+            for connection in list(self.origin.open_connections):
                 connection.sendall(b"<html>garbage")
-            self.assertEqual(self.read(), b"x")
+            self.assertEqual(self.fetch_body(), b"x")
 
     def test_idle_connections_are_bounded_over_all_origins(self):
         with mock.patch.object(pkgproxy, "POOL_TOTAL", 2):
@@ -2675,23 +2823,23 @@ class OriginTest(unittest.TestCase):
                 self.addCleanup(other.close)
                 other.pages["/x"] = ScriptedResponse(b"x")
                 target = pkgproxy.parse_target(other.url("/x"))
-                response = self.client.fetch(forward("GET", target, (("Host", "a"),)))
+                response = self.client.fetch(make_origin_request("GET", target, (("Host", "a"),)))
                 response.read(9)
                 response.close()
-            until(lambda: sum(len(other._open) for other in others) == 2)
+            until(lambda: sum(len(other.open_connections) for other in others) == 2)
 
-    def test_no_connection_is_used_again_after_head(self):
+    def test_no_connection_is_reused_after_head(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
         self.fetch("/x", "HEAD").close()
-        self.read()
+        self.fetch_body()
         self.assertEqual(self.origin.connections, 2)
 
-    def test_redirects_to_nowhere_leave_no_connection_behind(self):
+    def test_a_failed_redirect_leaves_no_connection_open(self):
         with socket.create_server(("127.0.0.1", 0)) as closed:
             port = closed.getsockname()[1]
         self.origin.pages["/x"] = ScriptedResponse(b"moved", 302, [("Location", "http://127.0.0.1:%d/" % port)])
         self.assertRaises(OriginError, self.fetch, follow_redirects=True)
-        until(lambda: not self.origin._open, "the end of the first connection")
+        until(lambda: not self.origin.open_connections, "the end of the first connection")
 
     def test_garbage_is_a_502(self):
         ok = b"HTTP/1.1 200 OK\r\n"
@@ -2708,12 +2856,12 @@ class OriginTest(unittest.TestCase):
                     self.fetch()
                 self.assertEqual(caught.exception.status, 502)
 
-    def test_nobody_there_is_a_502_with_the_reason(self):
+    def test_a_refused_connection_is_a_502_with_the_reason(self):
         with refusing_address() as (host, port), self.assertRaisesRegex(OriginError, "refused"):
-            self.client.fetch(forward("GET", Target("http", host, port, "/"), ()))
+            self.client.fetch(make_origin_request("GET", Target("http", host, port, "/"), ()))
 
-    def test_a_dead_address_of_a_name_does_not_hold_up_the_next(self):
-        """RFC 8305 in spirit, with addresses that refuse, that swallow packets, and that nobody can speak."""
+    def test_a_dead_address_does_not_delay_the_next(self):
+        """In the spirit of RFC 8305, with addresses that refuse, drop packets, or have an unsupported family."""
         self.origin.pages["/x"] = ScriptedResponse(b"x")
         with unresponsive_address() as deaf, refusing_address() as nobody:
             tcp = (socket.AF_INET, socket.SOCK_STREAM, 0, "")
@@ -2722,20 +2870,20 @@ class OriginTest(unittest.TestCase):
             for addresses in ([good], [refused, good], [dead, good], [strange, good], [dead, refused, strange, dead, good]):
                 with mock.patch.object(pkgproxy.Resolver, "resolve", return_value=list(addresses)), \
                         mock.patch.object(pkgproxy, "CONNECT_ATTEMPT_DELAY", 0.02):
-                    self.assertEqual(self.read(), b"x")
+                    self.assertEqual(self.fetch_body(), b"x")
                     self.client.close()
             for addresses, error in (([refused, refused], "refused"), ([dead], "in time")):
                 with mock.patch.object(pkgproxy.Resolver, "resolve", return_value=list(addresses)), \
                         mock.patch.object(pkgproxy, "CONNECT_ATTEMPT_DELAY", 0.02), self.assertRaisesRegex(OriginError, error):
                     self.fetch(deadline=time.monotonic() + 0.3)
 
-    def test_families_take_turns(self):
+    def test_address_families_alternate(self):
         six, four = (socket.AF_INET6, 1, 6, "", ("::1", 80)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 80))
         with mock.patch.object(socket, "getaddrinfo", return_value=[six, six, four]):
             self.assertEqual(pkgproxy.resolve_addresses("a", 80), [six, four, six])
 
     def test_an_address_that_failed_is_tried_after_the_others(self):
-        """So a download that broke off goes on over another address of the host."""
+        """Thus an interrupted download continues over another address of the host."""
         addresses = pkgproxy.Resolver()
         found = [(socket.AF_INET, 1, 6, "", ("127.0.0.%d" % number, 80)) for number in (1, 2, 3)]
         with mock.patch.object(socket, "getaddrinfo", return_value=found):
@@ -2744,14 +2892,14 @@ class OriginTest(unittest.TestCase):
                     addresses.mark_failed("127.0.0." + lame)
                 self.assertEqual("".join(row[4][0][-1] for row in addresses.resolve("a", 80, 1)), order)
 
-    def test_a_download_that_breaks_off_tells_of_its_address(self):
+    def test_an_interrupted_download_marks_its_address_as_failed(self):
         for steps in ([b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"], [b""], [b"garbage\r\n\r\n"]):
             self.origin.pages["/x"] = ScriptedResponse(steps=steps)
             with mock.patch.object(self.client.resolver, "mark_failed") as failed:
-                self.assertRaises(OriginError, self.read)
+                self.assertRaises(OriginError, self.fetch_body)
             failed.assert_called_with("127.0.0.1")
 
-    def test_a_mute_name_server_is_asked_once_by_all_who_wait_and_not_for_ever(self):
+    def test_concurrent_lookups_of_a_name_share_one_query_with_a_timeout(self):
         gate, asked = Gate(), []
 
         def mute(host, *arguments, **more):
@@ -2765,28 +2913,28 @@ class OriginTest(unittest.TestCase):
         with mock.patch.object(socket, "getaddrinfo", mute), mock.patch.object(pkgproxy, "DNS_TIMEOUT", 0.05):
             for _ in range(3):
                 with self.assertRaisesRegex(OriginTimeoutError, "in time: the name servers did not answer"):
-                    self.client.fetch(forward("GET", target, ()))
-            self.assertEqual(self.read(), b"x", "another origin is nobody's concern")
+                    self.client.fetch(make_origin_request("GET", target, ()))
+            self.assertEqual(self.fetch_body(), b"x", "another origin is not affected")
             gate.open()
             until(lambda: not self.client.resolver._lookups)
-            self.client.fetch(forward("GET", target, (("Host", "a"),))).close()
+            self.client.fetch(make_origin_request("GET", target, (("Host", "a"),))).close()
         self.assertEqual(asked, [b"origin.test", b"127.0.0.1", b"origin.test"])
 
     def test_idle_connections_are_closed_after_a_while(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
-        self.read()
+        self.fetch_body()
         self.client.close_idle()
         self.assertEqual(len(self.client.pool._idle), 1)
         with mock.patch.object(pkgproxy, "POOL_IDLE_TIMEOUT", 0.0):
             self.client.close_idle()
-        until(lambda: not self.origin._open)
+        until(lambda: not self.origin.open_connections)
 
     def test_an_unknown_name_is_a_502(self):
         with self.assertRaises(OriginError) as caught:
-            self.client.fetch(forward("GET", Target("http", "nowhere.invalid", 80, "/"), ()))
+            self.client.fetch(make_origin_request("GET", Target("http", "nowhere.invalid", 80, "/"), ()))
         self.assertEqual(caught.exception.status, 502)
 
-    def test_silence_is_a_504(self):
+    def test_an_origin_that_does_not_answer_is_a_504(self):
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/x"] = ScriptedResponse(steps=[gate])
@@ -2794,14 +2942,14 @@ class OriginTest(unittest.TestCase):
             self.fetch(deadline=time.monotonic() + 0.05)
         self.assertEqual(caught.exception.status, 504)
 
-    def test_a_body_without_declared_end_is_read_but_not_proven(self):
+    def test_a_body_without_declared_end_is_read_but_not_known_to_be_complete(self):
         self.origin.pages["/x"] = ScriptedResponse(steps=[b"HTTP/1.1 200 OK\r\n\r\nbody"])
         response = self.fetch()
         with contextlib.closing(response):
             self.assertFalse(response.end_is_known)
             self.assertEqual(b"".join(iter(lambda: response.read(100), b"")), b"body")
 
-    def test_redirects_are_followed_within_reason(self):
+    def test_redirects_are_followed_up_to_a_limit(self):
         self.origin.pages.update({
             "/x": ScriptedResponse(status=302, fields=[("Location", "/y")]), "/y": ScriptedResponse(b"there"),
             "/loop": ScriptedResponse(status=302, fields=[("Location", "/loop")]),
@@ -2822,20 +2970,20 @@ class OriginTest(unittest.TestCase):
         self.origin.pages.update({"/x": ScriptedResponse(status=302, fields=[("Location", self.origin.url("/y").replace("127.0.0.1", "localhost"))]),
                                   "/y": ScriptedResponse(b"there")})
         target = pkgproxy.parse_target(self.origin.url("/x"))
-        with contextlib.suppress(OriginError):  # where localhost is ::1 only
+        with contextlib.suppress(OriginError):  # in case localhost is ::1 only
             fields = (("Host", "h"), ("Authorization", "a"), ("Cookie", "c"))
-            self.client.fetch(forward("GET", target, fields, follow_redirects=True)).close()
-            self.assertFalse({"authorization", "cookie"} & set(self.origin.log[-1][2]))
-            self.assertTrue(self.origin.log[-1][2]["host"].startswith("localhost"))
+            self.client.fetch(make_origin_request("GET", target, fields, follow_redirects=True)).close()
+            self.assertFalse({"authorization", "cookie"} & set(self.origin.log[-1].fields))
+            self.assertTrue(self.origin.log[-1].fields["host"].startswith("localhost"))
 
 
 # ---------------------------------------------------------------------------------------------
-# 6 Proxy
+# 9-10 Downloads and proxy
 # ---------------------------------------------------------------------------------------------
 
 
 class MissAndHitTest(ProxyCase):
-    """The main job."""
+    """A miss is stored, and later requests are hits."""
 
     BODY = bytes(range(256)) * 4000
 
@@ -2845,90 +2993,90 @@ class MissAndHitTest(ProxyCase):
                                                                       ("X-Two", "2"), ("Set-Cookie", "a=b")])
 
     def test_a_miss_then_a_hit(self):
-        miss, hit = self.ask("/x_1.0_all.deb"), self.ask("/x_1.0_all.deb")
+        miss, hit = self.request("/x_1.0_all.deb"), self.request("/x_1.0_all.deb")
         self.assertEqual((miss.status, miss.body), (200, self.BODY))
         self.assertEqual((hit.status, hit.body), (200, self.BODY))
         self.assertIn("fwd=uri-miss; fwd-status=200; stored", miss["Cache-Status"])
         self.assertEqual(hit["Cache-Status"], "pkgproxy; hit")
-        self.assertEqual(self.origin.asked(), ["GET"])
-        self.assertEqual(self.files(), {self.place("x_1.0_all.deb"): self.BODY})
+        self.assertEqual(self.origin.methods(), ["GET"])
+        self.assertEqual(self.visible_files(), {self.visible_name("x_1.0_all.deb"): self.BODY})
         self.assertEqual(self.counters()["statsDownBytes"], len(self.BODY))
         self.assertEqual(self.counters()["statsCacheBytes"], len(self.BODY))
 
-    def test_both_have_the_origins_fields_in_order(self):
-        for answer in (self.ask("/x_1.0_all.deb"), self.ask("/x_1.0_all.deb")):
+    def test_miss_and_hit_have_the_origins_fields_in_order(self):
+        for answer in (self.request("/x_1.0_all.deb"), self.request("/x_1.0_all.deb")):
             self.assertEqual((answer["Content-Type"], answer["Last-Modified"]), ("application/x", DATE))
             self.assertEqual([text for name, text in answer.fields if name == "X-Two"], ["1", "2"])
             self.assertTrue(answer["ETag"])
             self.assertEqual(answer["Content-Length"], str(len(self.BODY)))
             self.assertEqual(answer["Via"], "1.1 tested")
             self.assertTrue(answer["Date"])
-        self.assertIsNone(answer["Set-Cookie"], "a cookie is for one client only")
+        self.assertIsNone(answer["Set-Cookie"], "a response with Set-Cookie is not stored")
 
-    def test_a_hit_survives_a_restart_and_the_origins_end(self):
-        self.ask("/x_1.0_all.deb")
+    def test_hits_survive_a_restart_and_the_loss_of_the_origin(self):
+        self.request("/x_1.0_all.deb")
         self.origin.close()
-        self.start()
-        self.assertEqual(self.ask("/x_1.0_all.deb").body, self.BODY)
+        self.start_proxy()
+        self.assertEqual(self.request("/x_1.0_all.deb").body, self.BODY)
 
     def test_ranges_of_a_hit_are_exact(self):
-        self.ask("/x_1.0_all.deb")
+        self.request("/x_1.0_all.deb")
         size = len(self.BODY)
         for text, start, stop in (("0-0", 0, 1), ("1000-2000", 1000, 2001), ("-500", size - 500, size), ("5-", 5, size),
                                   ("%d-9999999" % (size - 1), size - 1, size), ("0-%d" % (size - 1), 0, size)):
             with self.subTest(range=text):
-                answer = self.ask("/x_1.0_all.deb", Range="bytes=" + text)
+                answer = self.request("/x_1.0_all.deb", Range="bytes=" + text)
                 self.assertEqual((answer.status, answer.body), (206, self.BODY[start:stop]))
                 self.assertEqual(answer["Content-Range"], "bytes %d-%d/%d" % (start, stop - 1, size))
-        answer = self.ask("/x_1.0_all.deb", Range="bytes=%d-" % size)
+        answer = self.request("/x_1.0_all.deb", Range="bytes=%d-" % size)
         self.assertEqual((answer.status, answer["Content-Range"]), (416, "bytes */%d" % size))
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_if_range_with_a_changed_file_sends_it_whole(self):
-        tag = self.ask("/x_1.0_all.deb")["ETag"]
-        self.assertEqual(self.ask("/x_1.0_all.deb", Range="bytes=0-1", If_Range=tag).status, 206)
-        self.assertEqual(self.ask("/x_1.0_all.deb", Range="bytes=0-1", If_Range=DATE).status, 206)
-        self.assertEqual(self.ask("/x_1.0_all.deb", Range="bytes=0-1", If_Range='"old"').body, self.BODY)
+    def test_if_range_with_a_changed_file_sends_the_complete_file(self):
+        tag = self.request("/x_1.0_all.deb")["ETag"]
+        self.assertEqual(self.request("/x_1.0_all.deb", Range="bytes=0-1", If_Range=tag).status, 206)
+        self.assertEqual(self.request("/x_1.0_all.deb", Range="bytes=0-1", If_Range=DATE).status, 206)
+        self.assertEqual(self.request("/x_1.0_all.deb", Range="bytes=0-1", If_Range='"old"').body, self.BODY)
 
-    def test_several_ranges_come_as_multipart(self):
-        self.ask("/x_1.0_all.deb")
-        answer = self.ask("/x_1.0_all.deb", Range="bytes=0-9,100-109")
+    def test_several_ranges_are_sent_as_multipart(self):
+        self.request("/x_1.0_all.deb")
+        answer = self.request("/x_1.0_all.deb", Range="bytes=0-9,100-109")
         self.assertEqual(answer.status, 206)
         self.assertIn("multipart/byteranges", answer["Content-Type"])
         self.assertEqual(answer.body.count(b"Content-Range: bytes "), 2)
         self.assertIn(b"\r\n\r\n" + self.BODY[100:110] + b"\r\n--", answer.body)
 
     def test_conditional_requests_are_answered_from_the_file(self):
-        tag = self.ask("/x_1.0_all.deb")["ETag"]
-        self.assertEqual(self.ask("/x_1.0_all.deb", If_None_Match=tag).status, 304)
-        self.assertEqual(self.ask("/x_1.0_all.deb", If_Modified_Since=DATE).status, 304)
-        self.assertEqual(self.origin.asked(), ["GET"])
+        tag = self.request("/x_1.0_all.deb")["ETag"]
+        self.assertEqual(self.request("/x_1.0_all.deb", If_None_Match=tag).status, 304)
+        self.assertEqual(self.request("/x_1.0_all.deb", If_Modified_Since=DATE).status, 304)
+        self.assertEqual(self.origin.methods(), ["GET"])
 
     def test_a_conditional_request_on_a_miss_fills_the_cache(self):
-        answer = self.ask("/x_1.0_all.deb", If_Modified_Since=DATE)
+        answer = self.request("/x_1.0_all.deb", If_Modified_Since=DATE)
         self.assertEqual(answer.status, 304)
-        self.settle()
-        self.assertEqual(self.files(), {self.place("x_1.0_all.deb"): self.BODY})
+        self.wait_until_idle()
+        self.assertEqual(self.visible_files(), {self.visible_name("x_1.0_all.deb"): self.BODY})
 
-    def test_head_does_not_poison_get(self):
+    def test_a_head_request_does_not_affect_get(self):
         for _ in range(2):
-            answer = self.ask("/x_1.0_all.deb", "HEAD")
+            answer = self.request("/x_1.0_all.deb", "HEAD")
             self.assertEqual((answer.status, answer.body, answer["Content-Length"]), (200, b"", str(len(self.BODY))))
-        self.assertEqual(self.files(), {})
-        self.assertEqual(self.ask("/x_1.0_all.deb").body, self.BODY)
-        answer = self.ask("/x_1.0_all.deb", "HEAD")
+        self.assertEqual(self.visible_files(), {})
+        self.assertEqual(self.request("/x_1.0_all.deb").body, self.BODY)
+        answer = self.request("/x_1.0_all.deb", "HEAD")
         self.assertEqual((answer["Content-Length"], answer["Cache-Status"]), (str(len(self.BODY)), "pkgproxy; hit"))
-        self.assertEqual(self.origin.asked(), ["HEAD", "HEAD", "GET"])
+        self.assertEqual(self.origin.methods(), ["HEAD", "HEAD", "GET"])
 
-    def test_cleaning_with_rm_at_any_time(self):
-        self.ask("/x_1.0_all.deb")
+    def test_the_cache_may_be_removed_with_rm_at_any_time(self):
+        self.request("/x_1.0_all.deb")
         shutil.rmtree(os.path.join(self.root, os.listdir(self.root)[0]))
         shutil.rmtree(self.root)
         for _ in range(2):
-            self.assertEqual(self.ask("/x_1.0_all.deb").body, self.BODY)
-        self.assertEqual(self.origin.asked(), ["GET", "GET"])
-        self.settle()
-        self.assertEqual(self.ask("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
+            self.assertEqual(self.request("/x_1.0_all.deb").body, self.BODY)
+        self.assertEqual(self.origin.methods(), ["GET", "GET"])
+        self.wait_until_idle()
+        self.assertEqual(self.request("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
 
     def test_the_counters_are_exact_to_the_byte(self):
         self.origin.pages["/InRelease"] = ScriptedResponse(b"i" * 1000)
@@ -2943,52 +3091,66 @@ class MissAndHitTest(ProxyCase):
                 ("404", {}, "GET", "/nothing", len(b"not here\n"), 0), ("passed head", {}, "HEAD", "/nothing", 0, 0)):
             with self.subTest(what=what):
                 before = self.counters()
-                self.ask(path, method, **fields)
+                self.request(path, method, **fields)
                 after = self.counters()
                 self.assertEqual((after["statsDownBytes"] - before["statsDownBytes"],
                                   after["statsCacheBytes"] - before["statsCacheBytes"]), (down, cache))
 
     def test_a_chunked_body_is_stored_and_served_with_its_length(self):
         self.origin.pages["/y_1.0_all.deb"] = ScriptedResponse(self.BODY, chunked=True)
-        self.assertEqual(self.ask("/y_1.0_all.deb").body, self.BODY)
-        answer = self.ask("/y_1.0_all.deb")
+        self.assertEqual(self.request("/y_1.0_all.deb").body, self.BODY)
+        answer = self.request("/y_1.0_all.deb")
         self.assertEqual((answer.body, answer["Content-Length"]), (self.BODY, str(len(self.BODY))))
         self.assertEqual(self.counters()["statsDownBytes"], len(self.BODY))
 
     def test_an_empty_file_is_stored(self):
         self.origin.pages["/e_1.0_all.deb"] = ScriptedResponse(b"")
         for _ in range(2):
-            self.assertEqual((self.ask("/e_1.0_all.deb").body, self.ask("/e_1.0_all.deb").status), (b"", 200))
-        self.assertEqual(self.origin.asked(), ["GET"])
+            self.assertEqual((self.request("/e_1.0_all.deb").body, self.request("/e_1.0_all.deb").status), (b"", 200))
+        self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_same_path_on_two_hosts_is_two_files(self):
+    def test_the_same_path_on_two_hosts_is_stored_twice(self):
         other = ScriptedOrigin()
         self.addCleanup(other.close)
         other.pages["/x_1.0_all.deb"] = ScriptedResponse(b"another")
-        self.ask("/x_1.0_all.deb")
-        self.assertEqual(self.ask(other.url("/x_1.0_all.deb")).body, b"another")
-        self.assertEqual(self.ask("/x_1.0_all.deb").body, self.BODY)
+        self.request("/x_1.0_all.deb")
+        self.assertEqual(self.request(other.url("/x_1.0_all.deb")).body, b"another")
+        self.assertEqual(self.request("/x_1.0_all.deb").body, self.BODY)
 
-    def test_the_query_is_part_of_the_name(self):
+    def test_the_query_is_part_of_the_cache_key(self):
         self.origin.pages.update({"/metalink?a=1": ScriptedResponse(b"one"), "/metalink?a=2": ScriptedResponse(b"two")})
         for _ in range(2):
-            self.assertEqual(self.ask("/metalink?a=1").body + self.ask("/metalink?a=2").body, b"onetwo")
+            self.assertEqual(self.request("/metalink?a=1").body + self.request("/metalink?a=2").body, b"onetwo")
 
-    def test_hostile_targets_stay_inside_and_are_answered(self):
+    def test_hostile_targets_do_not_escape_the_root(self):
         for uri in NameRulesTest.HOSTILE:
             with self.subTest(uri=uri[:40]):
                 path = uri[len("http://a"):]
                 self.origin.pages[path] = ScriptedResponse(b"hostile")
-                answer = self.raw(b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.url(path).encode())
+                answer = self.send_raw(self.raw_request(path, b"Connection: close\r\n"))
                 self.assertIn(answer[9:12], (b"200", b"404"))
-        self.settle()
+        self.wait_until_idle()
         self.assertEqual(os.listdir(self.folder), ["root"])
         self.assertLessEqual(set(os.listdir(self.root)), {"127.0.0.1:%d" % self.origin.port, pkgproxy.METADATA_FOLDER})
         self.assertLessEqual(set(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER))), {"heads", "partials"})
 
 
+class TimingsTest(ProxyCase):
+    """Where the time of a request goes."""
+
+    def test_a_miss_and_a_hit_record_when_they_reach_each_step(self):
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000)
+        url = self.origin.url("/x_1.0_all.deb")
+        for steps in (["looked up", "locked", "connected", "origin head", "stored"], ["looked up"]):
+            asked = dataclasses.replace(make_request(url), key=url, client_is_local=True, timings={})
+            with contextlib.closing(self.proxy.respond(asked).body) as body:
+                self.assertEqual(sum(part.size if isinstance(part, pkgproxy.FileSlice) else len(part) for part in body.chunks()), 1000)
+            self.wait_until_idle()
+            self.assertEqual(sorted(asked.timings, key=asked.timings.get), steps)
+
+
 class CollapsedRequestsTest(ProxyCase):
-    """The barrier: two clients of one file at once."""
+    """The barrier: concurrent clients of one file share one download."""
 
     SIZE = 8 << 20
 
@@ -2999,12 +3161,12 @@ class CollapsedRequestsTest(ProxyCase):
         self.body = os.urandom(1 << 20) * 8
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(self.body, gate=self.gate, first=1 << 20)
 
-    def begin(self, connection, **fields):
+    def start_request(self, connection, **fields):
         connection.request("GET", self.origin.url("/x_1.0_all.deb"), headers=fields)
         return connection.getresponse()
 
     @unittest.skipUnless(hasattr(os, "sendfile"), "this system sends no files itself")
-    def test_a_follower_goes_on_from_the_origin_where_what_has_come_cannot_be_read(self):
+    def test_a_follower_continues_from_the_origin_if_the_partial_file_cannot_be_read(self):
         body, gate = random.Random(1).randbytes(3 << 20), Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(body, gate=gate, first=1 << 20)
@@ -3032,16 +3194,16 @@ class CollapsedRequestsTest(ProxyCase):
                 self.assertEqual(follower.response.read(), body[300_000:])
             self.assertEqual(leader.response.read(), body[1 << 20:])
 
-    def test_the_first_client_has_its_last_bytes_before_memcached_is_told(self):
+    def test_the_first_client_gets_its_last_bytes_before_memcached_is_contacted(self):
         gate, release = Gate(), pkgproxy.LeaseManager.release
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 400_000)
         with mock.patch.object(pkgproxy.LeaseManager, "release", lambda *what: (gate.pass_through(), release(*what))):
-            self.assertEqual(len(self.ask("/x_1.0_all.deb").body), 400_000)
+            self.assertEqual(len(self.request("/x_1.0_all.deb").body), 400_000)
             gate.open()
-            self.settle()
+            self.wait_until_idle()
 
-    def test_what_is_being_downloaded_is_described_for_other_instances_only_where_it_takes_a_moment(self):
+    def test_partial_metadata_is_written_only_for_downloads_that_take_a_moment(self):
         wrote, gates = [], [Gate(), Gate()]
         for gate in gates:
             self.addCleanup(gate.open)
@@ -3051,7 +3213,7 @@ class CollapsedRequestsTest(ProxyCase):
         describe = pkgproxy.PartialFile._write_metadata
         with mock.patch.object(pkgproxy, "PUBLISH_DELAY", 5.0), mock.patch.object(
                 pkgproxy.PartialFile, "_write_metadata", lambda partial, boot: (wrote.append(partial.size), describe(partial, boot))):
-            self.assertEqual(len(self.ask("/quick_1.0_all.deb").body), 400_000)
+            self.assertEqual(len(self.request("/quick_1.0_all.deb").body), 400_000)
             self.assertEqual(wrote, [])
             with mock.patch.object(pkgproxy, "PUBLISH_DELAY", 0.01), self.connection() as one:
                 one.request("GET", self.origin.url("/slow_1.0_all.deb"))
@@ -3061,7 +3223,7 @@ class CollapsedRequestsTest(ProxyCase):
         self.assertEqual(len(wrote), 1)
 
     @unittest.skipUnless(hasattr(os, "sendfile"), "this system sends no files itself")
-    def test_the_kernel_sends_a_follower_what_has_come_and_we_where_the_file_system_knows_no_such_thing(self):
+    def test_followers_are_served_with_sendfile_where_the_file_system_supports_it(self):
         body, gate = random.Random(1).randbytes(600_000), Gate()
         self.addCleanup(gate.open)
         for number, error in enumerate((None, OSError(errno.EINVAL, "not here"), OSError(errno.ENOTSUP, "nor here"))):
@@ -3076,56 +3238,56 @@ class CollapsedRequestsTest(ProxyCase):
                     gate.open()
                     self.assertEqual([one.response.read() for one in (leader, follower)], [body[300_000:]] * 2)
                 self.assertGreater(sendfile.call_count, 0)
-                self.settle()
-                self.assertEqual(self.ask(path).body, body)
+                self.wait_until_idle()
+                self.assertEqual(self.request(path).body, body)
 
-    def test_a_client_that_reads_nothing_does_not_hold_up_the_download(self):
+    def test_a_client_that_does_not_read_does_not_delay_the_download(self):
         self.origin.pages["/big_1.0_all.deb"] = ScriptedResponse(bytes(8 << 20))
         with self.connection() as slow:
             slow.request("GET", self.origin.url("/big_1.0_all.deb"))
-            until(lambda: self.ask("/big_1.0_all.deb", Cache_Control="only-if-cached").status == 200)
+            until(lambda: self.request("/big_1.0_all.deb", Cache_Control="only-if-cached").status == 200)
             self.assertEqual(slow.getresponse().read(), bytes(8 << 20))
 
-    def test_a_second_client_streams_from_the_first_ones_download(self):
+    def test_a_second_client_streams_from_the_download_of_the_first(self):
         with self.connection() as one, self.connection() as two:
-            first, second = self.begin(one), self.begin(two)
+            first, second = self.start_request(one), self.start_request(two)
             self.assertEqual(first.read(1 << 20), self.body[:1 << 20])
             self.assertEqual(second.read(1 << 20), self.body[:1 << 20])
             self.gate.open()
             self.assertEqual(first.read(), self.body[1 << 20:])
             self.assertEqual(second.read(), self.body[1 << 20:])
             self.assertIn("collapsed", second.getheader("Cache-Status"))
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
         counters = self.counters()
         self.assertEqual((counters["statsDownBytes"], counters["statsCacheBytes"]), (self.SIZE, self.SIZE))
 
-    def test_a_range_is_served_from_the_growing_partial(self):
+    def test_a_range_is_served_from_the_growing_partial_file(self):
         with self.connection() as one, self.connection() as two:
-            self.begin(one).read(10)
-            second = self.begin(two, Range="bytes=100-199")
+            self.start_request(one).read(10)
+            second = self.start_request(two, Range="bytes=100-199")
             self.assertEqual((second.status, second.read()), (206, self.body[100:200]))
             self.gate.open()
-        self.settle()
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.wait_until_idle()
+        self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_a_slow_first_client_holds_nobody_back(self):
+    def test_a_slow_first_client_does_not_delay_others(self):
         self.gate.open()
         with self.connection() as one, self.connection() as two:
             one.connect()
             one.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            self.begin(one).read(10)
-            self.assertEqual(self.begin(two).read(), self.body)
-        self.assertEqual(self.ask("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
+            self.start_request(one).read(10)
+            self.assertEqual(self.start_request(two).read(), self.body)
+        self.assertEqual(self.request("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
 
-    def test_the_download_outlives_its_client(self):
+    def test_a_download_continues_after_its_client_has_left(self):
         with self.connection() as one:
-            self.begin(one).read(10)
+            self.start_request(one).read(10)
         self.gate.open()
-        self.settle()
-        self.assertEqual(self.ask("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.wait_until_idle()
+        self.assertEqual(self.request("/x_1.0_all.deb")["Cache-Status"], "pkgproxy; hit")
+        self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_whoever_received_a_whole_body_finds_it_stored(self):
+    def test_a_complete_body_is_stored_when_its_client_has_received_it(self):
         self.gate.open()
         for number in range(20):
             path = "/y_%d_all.deb" % number
@@ -3133,9 +3295,9 @@ class CollapsedRequestsTest(ProxyCase):
             with self.connection() as one:
                 one.request("GET", self.origin.url(path))
                 one.getresponse().read()
-                self.assertIn(self.place(path[1:]), self.files())
+                self.assertIn(self.visible_name(path[1:]), self.visible_files())
 
-    def test_a_truncated_body_is_neither_stored_nor_passed_off_as_whole(self):
+    def test_a_truncated_body_is_neither_stored_nor_presented_as_complete(self):
         for answer in (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort",
                        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n"):
             with self.subTest(answer=answer):
@@ -3151,15 +3313,15 @@ class CollapsedRequestsTest(ProxyCase):
                     for response in responses:
                         with self.assertRaises(http.client.IncompleteRead):
                             response.read()
-                self.settle()
-                self.assertEqual(self.files(), {})
+                self.wait_until_idle()
+                self.assertEqual(self.visible_files(), {})
                 self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
     def test_an_http_1_0_client_sees_a_truncated_body_as_a_reset(self):
         gate = Gate()
         self.origin.pages["/t_1.0_all.deb"] = ScriptedResponse(
             steps=[b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n", gate])
-        with socket.create_connection(self.address, PATIENCE) as connection:
+        with self.open_client() as connection:
             connection.sendall(b"GET %s HTTP/1.0\r\n\r\n" % self.origin.url("/t_1.0_all.deb").encode())
             data = b""
             while not data.endswith(b"short"):
@@ -3167,31 +3329,31 @@ class CollapsedRequestsTest(ProxyCase):
             gate.open()
             self.assertRaises(ConnectionResetError, connection.recv, 100)
 
-    def test_an_answer_that_is_not_for_sharing_is_fetched_by_each(self):
+    def test_a_response_that_must_not_be_shared_is_fetched_by_each_client(self):
         gate = Gate()
         self.origin.pages["/s_1.0_all.deb"] = ScriptedResponse(
             steps=[gate, b"HTTP/1.1 200 OK\r\nCache-Control: private\r\nContent-Length: 2\r\n\r\nmy"])
         answers = []
-        threads = [threading.Thread(target=lambda: answers.append(self.ask("/s_1.0_all.deb").body)) for _ in range(3)]
+        threads = [threading.Thread(target=lambda: answers.append(self.request("/s_1.0_all.deb").body)) for _ in range(3)]
         for thread in threads:
             thread.start()
-        until(lambda: self.origin.asked("/s_1.0_all.deb"))
+        until(lambda: self.origin.methods("/s_1.0_all.deb"))
         gate.open()
         for thread in threads:
             thread.join(PATIENCE)
         self.assertEqual(answers, [b"my"] * 3)
-        self.assertEqual(self.files(), {})
+        self.assertEqual(self.visible_files(), {})
 
-    def test_a_dead_origin_fails_all_who_wait_at_once(self):
+    def test_a_dead_origin_fails_all_waiting_clients_at_once(self):
         gate = Gate()
         self.origin.pages["/d_1.0_all.deb"] = ScriptedResponse(steps=[gate])
         opener = threading.Thread(target=lambda: (until(lambda: self.server.replies_running == 3), gate.open()))
         opener.start()
-        self.assertEqual([answer.status for answer in self.ask_together("/d_1.0_all.deb", 3)], [502] * 3)
+        self.assertEqual([answer.status for answer in self.request_together("/d_1.0_all.deb", 3)], [502] * 3)
         opener.join(PATIENCE)
 
     def test_twenty_clients_of_one_large_file(self):
-        """50 MB once from the origin; each client's first byte before the tenth part is sent."""
+        """50 MB are fetched once, and each client gets its first byte before a tenth of them has been sent."""
         block, count = os.urandom(1000), 50_000
         body, gate, started = block * count, Gate(), threading.Semaphore(0)
         self.origin.pages["/l_1.0_all.deb"] = ScriptedResponse(body, gate=gate, first=len(body) // 20)
@@ -3214,254 +3376,254 @@ class CollapsedRequestsTest(ProxyCase):
         for thread in threads:
             thread.start()
         for _ in threads:
-            self.assertTrue(started.acquire(timeout=PATIENCE), "a first byte came too late")
+            self.assertTrue(started.acquire(timeout=PATIENCE), "a client got its first byte too late")
         self.assertLess(self.origin.sent, len(body) // 10)
         gate.open()
         for thread in threads:
             thread.join(30)
         self.assertEqual(results, [(zlib.crc32(body), len(body))] * 20)
-        self.assertEqual((self.origin.asked("/l_1.0_all.deb"), self.origin.sent), (["GET"], len(body)))
+        self.assertEqual((self.origin.methods("/l_1.0_all.deb"), self.origin.sent), (["GET"], len(body)))
 
 
 class IndexTest(ProxyCase):
-    """Indexes: revalidated on each request; stale beats nothing."""
+    """Indexes are validated on each request; a stale one is served if the origin is unreachable."""
 
     def setUp(self):
         super().setUp()
         self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 1")
 
-    def test_an_index_is_asked_for_each_time_and_sent_from_the_file_on_304(self):
-        self.ask("/InRelease")
-        answer = self.ask("/InRelease")
+    def test_an_index_is_validated_each_time_and_served_from_the_cache_on_304(self):
+        self.request("/InRelease")
+        answer = self.request("/InRelease")
         self.assertEqual((answer.body, answer["Cache-Status"]), (b"generation 1", "pkgproxy; fwd=stale; fwd-status=304"))
-        self.assertEqual(self.origin.log[-1][2]["if-none-match"], self.origin.pages["/InRelease"].etag)
-        self.assertEqual(self.origin.log[-1][2]["if-modified-since"], DATE)
+        self.assertEqual(self.origin.log[-1].fields["if-none-match"], self.origin.pages["/InRelease"].etag)
+        self.assertEqual(self.origin.log[-1].fields["if-modified-since"], DATE)
 
-    def test_a_new_index_is_seen_at_once(self):
-        self.ask("/InRelease")
+    def test_a_changed_index_is_served_at_once(self):
+        self.request("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 2")
-        self.assertEqual(self.ask("/InRelease").body, b"generation 2")
-        self.assertEqual(self.files()[self.place("InRelease")], b"generation 2")
+        self.assertEqual(self.request("/InRelease").body, b"generation 2")
+        self.assertEqual(self.visible_files()[self.visible_name("InRelease")], b"generation 2")
 
-    def test_a_mirror_without_validators_is_asked_whole_each_time(self):
+    def test_an_index_without_validators_is_fetched_each_time(self):
         self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 1", etag="", modified="")
-        self.ask("/InRelease")
+        self.request("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 2", etag="", modified="")
-        self.assertEqual(self.ask("/InRelease").body, b"generation 2")
+        self.assertEqual(self.request("/InRelease").body, b"generation 2")
 
-    def test_a_clients_own_condition_is_answered_after_asking(self):
-        tag = self.ask("/InRelease")["ETag"]
-        self.assertEqual(self.ask("/InRelease", If_None_Match=tag).status, 304)
+    def test_a_conditional_request_is_answered_after_validation(self):
+        tag = self.request("/InRelease")["ETag"]
+        self.assertEqual(self.request("/InRelease", If_None_Match=tag).status, 304)
         self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 2")
-        self.assertEqual(self.ask("/InRelease", If_None_Match=tag).body, b"generation 2")
-        self.assertEqual(self.origin.asked(), ["GET"] * 3)
+        self.assertEqual(self.request("/InRelease", If_None_Match=tag).body, b"generation 2")
+        self.assertEqual(self.origin.methods(), ["GET"] * 3)
 
-    def test_head_of_an_index_asks_too(self):
-        self.ask("/InRelease")
+    def test_head_of_an_index_validates_too(self):
+        self.request("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"generation 22")
-        self.assertEqual(self.ask("/InRelease", "HEAD")["Content-Length"], "13")
-        self.assertEqual(self.ask("/InRelease").body, b"generation 22")
+        self.assertEqual(self.request("/InRelease", "HEAD")["Content-Length"], "13")
+        self.assertEqual(self.request("/InRelease").body, b"generation 22")
 
-    def test_an_origin_that_cannot_be_asked_leaves_the_stored_one(self):
-        self.ask("/InRelease")
+    def test_an_unreachable_origin_leaves_the_stored_index_in_use(self):
+        self.request("/InRelease")
         for page in (ScriptedResponse(b"down", 503), ScriptedResponse(b"down", 502), ScriptedResponse(steps=[b""])):
             self.origin.pages["/InRelease"] = page
-            answer = self.ask("/InRelease")
+            answer = self.request("/InRelease")
             self.assertEqual((answer.status, answer.body), (200, b"generation 1"))
             self.assertIn("detail=", answer["Cache-Status"])
         self.origin.close()
-        self.assertEqual(self.ask("/InRelease").body, b"generation 1")
+        self.assertEqual(self.request("/InRelease").body, b"generation 1")
         self.assertEqual(self.counters()["statsOutcomes"]["stale"], 4)
 
-    def test_a_404_is_the_origins_word(self):
-        self.ask("/InRelease")
+    def test_a_404_for_an_index_is_passed_on(self):
+        self.request("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"gone", 404)
-        self.assertEqual(self.ask("/InRelease").status, 404)
+        self.assertEqual(self.request("/InRelease").status, 404)
 
     def test_a_304_of_another_generation_fetches_the_index_anew(self):
-        self.ask("/InRelease")
+        self.request("/InRelease")
         self.origin.pages["/InRelease"] = [ScriptedResponse(steps=[b'HTTP/1.1 304 Not Modified\r\nETag: "other"\r\n\r\n']), ScriptedResponse(b"new")]
-        self.assertEqual(self.ask("/InRelease").body, b"new")
+        self.assertEqual(self.request("/InRelease").body, b"new")
 
 
-class PassTest(ProxyCase):
-    """What is passed through, and what is not kept."""
+class PassThroughTest(ProxyCase):
+    """Responses that are passed through without being stored."""
 
-    def test_nothing_but_a_complete_200_is_stored(self):
+    def test_only_a_complete_200_is_stored(self):
         for status in (203, 204, 301, 302, 400, 403, 404, 410, 500, 503):
             with self.subTest(status=status):
                 self.origin.pages["/n_%d.deb" % status] = ScriptedResponse(b"" if status == 204 else b"text", status)
-                self.assertEqual(self.ask("/n_%d.deb" % status).status, status)
-        self.assertEqual(self.files(), {})
+                self.assertEqual(self.request("/n_%d.deb" % status).status, status)
+        self.assertEqual(self.visible_files(), {})
 
-    def test_other_methods_pass_with_their_bodies(self):
+    def test_other_methods_are_passed_through_with_their_bodies(self):
         self.origin.pages["/api"] = ScriptedResponse(b"done", fields=[("X", "y")])
         for method in ("POST", "PUT", "DELETE", "PATCH", "PROPFIND"):
-            answer = self.ask("/api", method, b"a body")
+            answer = self.request("/api", method, b"a body")
             self.assertEqual((answer.status, answer.body, answer["X"]), (200, b"done", "y"))
-            self.assertEqual((self.origin.log[-1][0], self.origin.log[-1][3]), (method, b"a body"))
-        self.ask("/api", "POST", iter([b"chunk", b"ed"]))
-        self.assertEqual(self.origin.log[-1][3], b"chunked")
-        self.ask("/api", "OPTIONS")
-        self.assertEqual(self.origin.log[-1][0], "OPTIONS")
-        self.assertEqual(self.files(), {})
+            self.assertEqual((self.origin.log[-1].method, self.origin.log[-1].body), (method, b"a body"))
+        self.request("/api", "POST", iter([b"chunk", b"ed"]))
+        self.assertEqual(self.origin.log[-1].body, b"chunked")
+        self.request("/api", "OPTIONS")
+        self.assertEqual(self.origin.log[-1].method, "OPTIONS")
+        self.assertEqual(self.visible_files(), {})
 
-    def test_a_method_that_changes_things_invalidates(self):
+    def test_an_unsafe_method_invalidates(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"old")
-        self.ask("/x_1.0_all.deb")
-        self.ask("/x_1.0_all.deb", "DELETE")
+        self.request("/x_1.0_all.deb")
+        self.request("/x_1.0_all.deb", "DELETE")
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"new")
-        self.assertEqual(self.ask("/x_1.0_all.deb").body, b"new")
+        self.assertEqual(self.request("/x_1.0_all.deb").body, b"new")
 
     def test_filters_keep_matching_uris_out_of_the_cache(self):
         filters, _ = pkgproxy.parse_filters(r"127\.0\.0\.1:\d+/.*_1\.0_")
-        self.start(Config(filters=tuple(filters)))
+        self.start_proxy(Config(filters=tuple(filters)))
         self.origin.pages.update({"/x_1.0_all.deb": ScriptedResponse(b"x"), "/x_2.0_all.deb": ScriptedResponse(b"x")})
         for _ in range(2):
-            self.assertIn("fwd=bypass", self.ask("/x_1.0_all.deb")["Cache-Status"])
-            self.ask("/x_2.0_all.deb")
-        self.assertEqual(list(self.files()), [self.place("x_2.0_all.deb")])
-        self.assertEqual(len(self.origin.asked("/x_1.0_all.deb")), 2)
+            self.assertIn("fwd=bypass", self.request("/x_1.0_all.deb")["Cache-Status"])
+            self.request("/x_2.0_all.deb")
+        self.assertEqual(list(self.visible_files()), [self.visible_name("x_2.0_all.deb")])
+        self.assertEqual(len(self.origin.methods("/x_1.0_all.deb")), 2)
 
-    def test_a_captive_portals_page_is_not_a_package(self):
+    def test_a_captive_portals_page_is_not_stored_as_a_package(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"pay here", fields=[("Content-Type", "text/html")])
-        self.assertEqual(self.ask("/x_1.0_all.deb").body, b"pay here")
-        self.assertEqual(self.files(), {})
+        self.assertEqual(self.request("/x_1.0_all.deb").body, b"pay here")
+        self.assertEqual(self.visible_files(), {})
 
-    def test_a_body_without_declared_end_is_passed_not_kept(self):
+    def test_a_body_without_declared_end_is_not_stored(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000, length=False)
-        self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x" * 1000)
-        self.assertEqual(self.files(), {})
+        self.assertEqual(self.request("/x_1.0_all.deb").body, b"x" * 1000)
+        self.assertEqual(self.visible_files(), {})
 
-    def test_redirects_are_stored_under_what_was_asked(self):
+    def test_a_redirected_response_is_stored_under_the_requested_url(self):
         self.origin.pages.update({"/x_1.0_all.deb": ScriptedResponse(status=302, fields=[("Location", "/cdn?signature=1")]),
                                   "/cdn?signature=1": ScriptedResponse(b"x"), "/other": ScriptedResponse(status=302, fields=[("Location", "/y")])})
         for _ in range(2):
-            self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x")
-        self.assertEqual(list(self.files()), [self.place("x_1.0_all.deb")])
-        self.assertEqual((self.ask("/other").status, self.ask("/other")["Location"]), (302, "/y"))
+            self.assertEqual(self.request("/x_1.0_all.deb").body, b"x")
+        self.assertEqual(list(self.visible_files()), [self.visible_name("x_1.0_all.deb")])
+        self.assertEqual((self.request("/other").status, self.request("/other")["Location"]), (302, "/y"))
 
-    def test_an_early_range_downloads_the_file_a_far_one_does_not(self):
+    def test_only_a_range_near_the_start_downloads_the_complete_file(self):
         body = os.urandom(4 << 20)
         self.origin.pages.update({"/x_1.0_all.deb": ScriptedResponse(body), "/y_1.0_all.deb": ScriptedResponse(body)})
-        answer = self.ask("/x_1.0_all.deb", Range="bytes=1000-")
+        answer = self.request("/x_1.0_all.deb", Range="bytes=1000-")
         self.assertEqual((answer.status, answer.body), (206, body[1000:]))
-        answer = self.ask("/y_1.0_all.deb", Range="bytes=3000000-3000009")
+        answer = self.request("/y_1.0_all.deb", Range="bytes=3000000-3000009")
         self.assertEqual((answer.status, answer.body), (206, body[3000000:3000010]))
-        self.settle()
-        self.assertEqual(list(self.files()), [self.place("x_1.0_all.deb")])
+        self.wait_until_idle()
+        self.assertEqual(list(self.visible_files()), [self.visible_name("x_1.0_all.deb")])
 
-    def test_a_far_range_of_what_lands_as_it_is_looked_for_is_a_hit(self):
-        body, flying, landed = os.urandom(4 << 20), self.proxy._barrier.is_in_flight, []
+    def test_a_far_range_of_a_file_stored_during_the_lookup_is_a_hit(self):
+        body, is_in_flight, stored = os.urandom(4 << 20), self.proxy._barrier.is_in_flight, []
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(body)
 
-        def lands(key):
-            if not landed:
-                landed.append(self.ask("/x_1.0_all.deb"))
-                until(self.files)
-            return flying(key)
+        def store_meanwhile(key):
+            if not stored:
+                stored.append(self.request("/x_1.0_all.deb"))
+                until(self.visible_files)
+            return is_in_flight(key)
 
-        with mock.patch.object(self.proxy._barrier, "is_in_flight", lands):
-            answer = self.ask("/x_1.0_all.deb", Range="bytes=3000000-3000009")
+        with mock.patch.object(self.proxy._barrier, "is_in_flight", store_meanwhile):
+            answer = self.request("/x_1.0_all.deb", Range="bytes=3000000-3000009")
         self.assertEqual((answer.status, answer.body), (206, body[3000000:3000010]))
-        self.assertEqual(self.origin.asked("/x_1.0_all.deb"), ["GET"])
+        self.assertEqual(self.origin.methods("/x_1.0_all.deb"), ["GET"])
 
-    def test_a_loop_is_cut(self):
-        self.assertEqual(self.ask("/x", Via="1.1 tested").status, 508)
+    def test_a_loop_is_refused(self):
+        self.assertEqual(self.request("/x", Via="1.1 tested").status, 508)
 
-    def test_an_origin_that_is_not_there_is_a_502_in_one_sentence(self):
+    def test_an_unreachable_origin_is_a_502_in_one_sentence(self):
         self.origin.close()
-        answer = self.ask("/x_1.0_all.deb")
+        answer = self.request("/x_1.0_all.deb")
         self.assertEqual((answer.status, answer["Content-Type"]), (502, "text/plain; charset=utf-8"))
         self.assertRegex(answer.body, rb"\ACannot connect to 127.0.0.1:\d+: .*refused.*\.\n\Z")
         self.assertTrue(answer["Via"] and answer["Cache-Status"])
 
     def test_userinfo_is_not_sent_on(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x")
-        self.ask("http://me:secret@127.0.0.1:%d/x_1.0_all.deb" % self.origin.port, Authorization="Basic eA==")
-        self.assertEqual(self.origin.log[-1][1], "/x_1.0_all.deb")
-        self.assertEqual(self.origin.log[-1][2]["authorization"], "Basic eA==")
-        self.assertEqual(self.files(), {})
+        self.request("http://me:secret@127.0.0.1:%d/x_1.0_all.deb" % self.origin.port, Authorization="Basic eA==")
+        self.assertEqual(self.origin.log[-1].target, "/x_1.0_all.deb")
+        self.assertEqual(self.origin.log[-1].fields["authorization"], "Basic eA==")
+        self.assertEqual(self.visible_files(), {})
 
 
 class RequestFormsTest(ProxyCase):
-    """Prefixes and interception lead to the same stored response as a proxy's absolute-form."""
+    """Prefixes and interception lead to the same stored response as the absolute form."""
 
     def setUp(self):
         super().setUp()
         self.origin.pages["/pool/x_1.0_all.deb"] = ScriptedResponse(b"package")
         self.name = "127.0.0.1:%d" % self.origin.port
 
-    def test_every_way_leads_to_one_stored_response(self):
+    def test_all_request_forms_share_one_stored_response(self):
         for way in ("http://%s", "/http://%s", "/http:/%s", "/http%%3A/%s", "/%s"):
-            answer = self.own(way % self.name + "/pool/x_1.0_all.deb")
+            answer = self.get_own_page(way % self.name + "/pool/x_1.0_all.deb")
             self.assertEqual((answer.status, answer.body), (200, b"package"))
-        self.assertEqual(self.origin.asked(), ["GET"])
-        self.assertEqual(self.files(), {self.place("pool/x_1.0_all.deb"): b"package"})
+        self.assertEqual(self.origin.methods(), ["GET"])
+        self.assertEqual(self.visible_files(), {self.visible_name("pool/x_1.0_all.deb"): b"package"})
 
-    def test_what_a_firewall_leads_here_goes_where_its_host_field_says(self):
+    def test_an_intercepted_request_goes_to_its_host_field(self):
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
         with mock.patch.object(pkgproxy, "resolve_addresses", return_value=place), self.assertLogs("pkgproxy", "INFO") as caught:
             for _ in range(2):
-                answer = self.raw(b"GET /pool/x_1.0_all.deb HTTP/1.1\r\nHost: mirror.test\r\nConnection: close\r\n\r\n")
+                answer = self.send_raw(b"GET /pool/x_1.0_all.deb HTTP/1.1\r\nHost: mirror.test\r\nConnection: close\r\n\r\n")
                 self.assertTrue(answer.endswith(b"\r\n\r\npackage"))
-                self.settle()
-            self.raw(b"OPTIONS * HTTP/1.1\r\nHost: mirror.test\r\nConnection: close\r\n\r\n")
-        self.assertEqual([(*row[:2], row[2]["host"]) for row in self.origin.log],
+                self.wait_until_idle()
+            self.send_raw(b"OPTIONS * HTTP/1.1\r\nHost: mirror.test\r\nConnection: close\r\n\r\n")
+        self.assertEqual([(entry.method, entry.target, entry.fields["host"]) for entry in self.origin.log],
                          [("GET", "/pool/x_1.0_all.deb", "mirror.test"), ("OPTIONS", "*", "mirror.test")])
         self.assertRegex(caught.output[1], r" hit +200 .* GET http://mirror\.test/pool/x_1\.0_all\.deb\Z")
 
     def test_filters_see_the_target_behind_a_prefix(self):
-        self.start(Config(filters=(re.compile(r"^http://127\.0\.0\.1:\d+/pool/"),)))
-        self.own("/http:/%s/pool/x_1.0_all.deb" % self.name)
-        self.assertEqual(self.files(), {})
+        self.start_proxy(Config(filters=(re.compile(r"^http://127\.0\.0\.1:\d+/pool/"),)))
+        self.get_own_page("/http:/%s/pool/x_1.0_all.deb" % self.name)
+        self.assertEqual(self.visible_files(), {})
 
-    def test_a_relayed_redirect_stays_behind_the_prefix(self):
+    def test_a_relayed_redirect_keeps_the_prefix(self):
         self.origin.pages["/old"] = ScriptedResponse(b"", 302, [("Location", "/new"), ("Set-Cookie", "a=b")])
-        answer = self.own("/%s/old" % self.name)
+        answer = self.get_own_page("/%s/old" % self.name)
         self.assertEqual((answer.status, answer["Location"], answer["Set-Cookie"]), (302, "/http://%s/new" % self.name, None))
 
-    def test_links_of_an_index_lead_through_the_prefix_and_the_stored_one_stays_as_it_is(self):
+    def test_links_are_rewritten_for_the_prefix_and_the_stored_index_is_not(self):
         text = b"".join(b'<a href="http://files.test/x-%d.whl">' % n for n in range(20_000))
         self.origin.pages["/simple/x/"] = ScriptedResponse(text, fields=[("Content-Type", "text/html"), ("Cache-Control", "max-age=99")])
         ours = text.replace(b"http://files", b"http://127.0.0.1:%d/http://files" % self.address[1])
         for _ in range(2):
-            answer = self.own("/http://%s/simple/x/" % self.name)
+            answer = self.get_own_page("/http://%s/simple/x/" % self.name)
             self.assertEqual((answer.status, answer.body == ours), (200, True))
             self.assertEqual([answer[name] for name in ("Content-Length", "ETag", "Last-Modified", "Accept-Ranges")], [None] * 4)
-        self.assertIn("hit", self.outcome(answer))
-        self.assertEqual(self.ask("/simple/x/").body, text)
-        self.assertEqual(list(self.files().values()), [text])
+        self.assertIn("hit", self.cache_status(answer))
+        self.assertEqual(self.request("/simple/x/").body, text)
+        self.assertEqual(list(self.visible_files().values()), [text])
         self.origin.pages["/simple/y/"] = ScriptedResponse(b'<a href="/y.whl">', fields=[("Content-Type", "text/html"), ("Cache-Control", "max-age=99")])
         for _ in range(3):  # a small hit, too
-            self.assertIn(b'"http://127.0.0.1:%d/http://' % self.address[1], self.own("/http://%s/simple/y/" % self.name).body)
+            self.assertIn(b'"http://127.0.0.1:%d/http://' % self.address[1], self.get_own_page("/http://%s/simple/y/" % self.name).body)
 
-    def test_a_part_of_a_page_is_all_of_it_where_its_links_are_others(self):
+    def test_a_range_of_a_page_with_rewritten_links_gets_the_complete_page(self):
         self.origin.pages["/simple/x/"] = ScriptedResponse(b'<a href="/x.whl">' * 9, fields=[("Content-Type", "text/html"), ("Digest", "md5=x")])
-        whole = self.own("/%s/simple/x/" % self.name)
-        self.assertEqual((whole.status, whole["Digest"], self.ask("/simple/x/", Range="bytes=0-7").body), (200, None, b"<a href="))
+        whole = self.get_own_page("/%s/simple/x/" % self.name)
+        self.assertEqual((whole.status, whole["Digest"], self.request("/simple/x/", Range="bytes=0-7").body), (200, None, b"<a href="))
         for part in ("bytes=9-", "bytes=0-1,4-5", "bytes=200-"):
             with self.connection() as connection:
                 connection.request("GET", "/%s/simple/x/" % self.name, headers={"Connection": "close", "Range": part})
                 answer = ClientResponse(connection.getresponse())
             self.assertEqual((answer.status, answer.body, answer["Content-Range"]), (200, whole.body, None))
 
-    def test_a_cookie_for_our_address_goes_to_no_site_behind_it(self):
+    def test_a_cookie_for_the_proxys_address_is_not_sent_to_a_prefixed_site(self):
         for path, cookie in (("/http://%s/x" % self.name, None), ("http://%s/x" % self.name, "a=b")):
             with self.connection() as connection:
                 connection.request("GET", path, headers={"Connection": "close", "Cookie": "a=b"})
                 connection.getresponse().read()
-            self.assertEqual(self.origin.log[-1][2].get("cookie"), cookie)
+            self.assertEqual(self.origin.log[-1].fields.get("cookie"), cookie)
 
-    def test_a_prefix_that_leads_back_here_is_a_508(self):
+    def test_a_prefix_that_leads_back_to_the_proxy_is_a_508(self):
         ours = "127.0.0.1:%d" % self.address[1]
         for path in ("/http://%s/" % ours, "/%s/debug/vars" % ours, "/http://%s/http://%s/x" % (ours, self.name)):
-            self.assertEqual(self.own(path).status, 508)
+            self.assertEqual(self.get_own_page(path).status, 508)
 
-    def test_a_prefix_opens_nothing_to_strangers(self):
+    def test_a_prefix_gives_remote_clients_no_further_access(self):
         with mock.patch.object(pkgproxy, "is_local_client", lambda address: address != "127.0.0.2"):
             for path, host in (("/http://%s/x" % self.name, "a"), ("/%s/x" % self.name, "a"), ("/localhost/x", "a"), ("/x", "127.0.0.1"), ("/x", "169.254.169.254")):
-                with socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as far:
+                with self.open_client(source="127.0.0.2") as far:
                     far.sendall(("GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % (path, host)).encode())
                     expected = b"HTTP/1.1 404" if host == "127.0.0.1" else b"HTTP/1.1 403"  # that is our address
                     self.assertEqual(far.recv(12), expected, path)
@@ -3469,21 +3631,21 @@ class RequestFormsTest(ProxyCase):
 
 
 class ParentTest(ProxyCase):
-    """Another proxy between us and the origins."""
+    """A parent proxy between the proxy and the origins."""
 
     def setUp(self):
         super().setUp()
         self.parent = ScriptedOrigin()
         self.addCleanup(self.parent.close)
         self.parent.pages.update({"http://mirror.test/pool/x_%d.0_all.deb" % n: ScriptedResponse(b"%d" % n) for n in range(3)})
-        self.known = {}  # names that resolve here as well: to an address, or to None for name servers that fail
-        patcher = mock.patch.object(pkgproxy, "resolve_addresses", self.resolve)
+        self.known = {}  # names that resolve here, too: to an address, or to None if the name servers fail
+        patcher = mock.patch.object(pkgproxy, "resolve_addresses", self.resolve_for_tests)
         patcher.start()
         self.addCleanup(patcher.stop)
-        self.through("http://me:secret@127.0.0.1:%d" % self.parent.port)
+        self.use_parents("http://me:secret@127.0.0.1:%d" % self.parent.port)
 
-    def resolve(self, host, port):
-        """The parent knows mirror.test, we don't; nor are addresses anybody's to look up."""
+    def resolve_for_tests(self, host, port):
+        """Resolve names for this process: only the parent knows mirror.test."""
         if host in self.known:
             host = self.known[host]
             if host is None:
@@ -3491,65 +3653,65 @@ class ParentTest(ProxyCase):
         self.assertRegex(host, r"\A[\dxa-f.]+\Z")
         return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (socket.inet_ntoa(socket.inet_aton(host)), port))]
 
-    def through(self, text):
-        self.start(Config(addrs=(), parents=pkgproxy.parent_proxies(text, {}), pseudonym="tested"))
+    def use_parents(self, text):
+        self.start_proxy(Config(addrs=(), parents=pkgproxy.parent_proxies(text, {}), pseudonym="tested"))
 
     def url(self, n):
         return "http://mirror.test/pool/x_%d.0_all.deb" % n
 
-    def test_origins_are_asked_through_it_over_one_connection(self):
+    def test_origins_are_reached_through_the_parent_over_one_connection(self):
         for n in (0, 1, 0):
-            answer = self.ask(self.url(n), Proxy_Authorization="Basic the-clients-own")
+            answer = self.request(self.url(n), Proxy_Authorization="Basic the-clients-own")
             self.assertEqual(answer.body, b"%d" % n)
-            self.settle()
-        self.assertEqual([(row[0], row[1]) for row in self.parent.log], [("GET", self.url(0)), ("GET", self.url(1))])
-        for row in self.parent.log:
-            self.assertEqual((row[2]["host"], row[2]["proxy-authorization"]), ("mirror.test", "Basic bWU6c2VjcmV0"))
+            self.wait_until_idle()
+        self.assertEqual([(entry.method, entry.target) for entry in self.parent.log], [("GET", self.url(0)), ("GET", self.url(1))])
+        for entry in self.parent.log:
+            self.assertEqual((entry.fields["host"], entry.fields["proxy-authorization"]), ("mirror.test", "Basic bWU6c2VjcmV0"))
         self.assertEqual(self.parent.connections, 1)
 
-    def test_this_host_is_asked_without_it(self):
+    def test_this_host_is_reached_without_the_parent(self):
         self.origin.pages["/x"] = ScriptedResponse(b"direct")
-        self.assertEqual(self.ask("/x").body, b"direct")
-        self.assertNotIn("proxy-authorization", self.origin.log[0][2])
+        self.assertEqual(self.request("/x").body, b"direct")
+        self.assertNotIn("proxy-authorization", self.origin.log[0].fields)
         self.assertEqual(self.parent.log, [])
 
-    def test_one_that_fails_is_named_and_replaced_only_where_asked(self):
+    def test_a_failed_parent_is_named_and_bypassed_only_if_configured(self):
         place = refusing_address()
         self.addCleanup(place.__exit__, None, None, None)
         dead = "%s:%d" % place.__enter__()
-        self.through(dead)
-        answer = self.ask(self.url(0))
+        self.use_parents(dead)
+        answer = self.request(self.url(0))
         self.assertEqual((answer.status, answer.body), (502, b"Cannot connect to the parent proxy %s: Connection refused.\n" % dead.encode()))
         self.origin.pages["/x"] = ScriptedResponse(b"direct")
         ours = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
-        self.through(dead + ",direct")
-        with mock.patch.object(pkgproxy, "resolve_addresses", lambda host, port: ours if host == "mirror.test" else self.resolve(host, port)), \
+        self.use_parents(dead + ",direct")
+        with mock.patch.object(pkgproxy, "resolve_addresses", lambda host, port: ours if host == "mirror.test" else self.resolve_for_tests(host, port)), \
                 mock.patch.object(pkgproxy, "connect_fastest", side_effect=pkgproxy.connect_fastest) as connect:
             for _ in range(2):
-                self.assertEqual(self.ask("http://mirror.test/x").body, b"direct")
-                self.settle()
+                self.assertEqual(self.request("http://mirror.test/x").body, b"direct")
+                self.wait_until_idle()
                 self.proxy._origin.pool.close()
-        self.assertEqual(connect.call_count, 3, "it is not tried again at once")
+        self.assertEqual(connect.call_count, 3, "the parent is not tried again at once")
 
-    def test_one_that_is_there_and_does_not_do_its_work_is_replaced_as_well(self):
-        """It closes, speaks no HTTP, or wants a password, on a new connection or one that was kept."""
-        self.through("127.0.0.1:%d,direct" % self.parent.port)
+    def test_a_malfunctioning_parent_is_bypassed_too(self):
+        """The parent closes the connection, does not speak HTTP, or requires a password, on new and idle connections."""
+        self.use_parents("127.0.0.1:%d,direct" % self.parent.port)
         for n, answer in enumerate((ScriptedResponse(steps=[]), ScriptedResponse(steps=[b"hello\r\n\r\n"]), ScriptedResponse(b"", 407))):
             self.origin.pages["/pool/x_%d.0_all.deb" % n], self.parent.pages[self.url(n)] = ScriptedResponse(b"direct"), answer
         ours = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
-        with mock.patch.object(pkgproxy, "resolve_addresses", lambda host, port: ours if host == "mirror.test" else self.resolve(host, port)):
+        with mock.patch.object(pkgproxy, "resolve_addresses", lambda host, port: ours if host == "mirror.test" else self.resolve_for_tests(host, port)):
             for n in range(3):
-                self.assertEqual(self.ask(self.url(n)).body, b"direct")
-                self.settle()
+                self.assertEqual(self.request(self.url(n)).body, b"direct")
+                self.wait_until_idle()
                 self.proxy._origin.pool.close()
             self.parent.pages[self.url(0) + "?"], self.parent.pages[self.url(2) + "?"] = ScriptedResponse(b"through it"), ScriptedResponse(b"", 407)
             for n, body in ((0, b"through it"), (2, b"direct")):
-                self.assertEqual(self.ask(self.url(n) + "?").body, body)
-                self.settle()
+                self.assertEqual(self.request(self.url(n) + "?").body, body)
+                self.wait_until_idle()
 
-    def test_a_tunnel_loses_no_byte_of_who_speaks_first(self):
+    def test_a_tunnel_loses_no_byte_of_a_server_that_speaks_first(self):
         with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
-            self.through("http://me:secret@127.0.0.1:%d" % listener.getsockname()[1])
+            self.use_parents("http://me:secret@127.0.0.1:%d" % listener.getsockname()[1])
             client.settimeout(PATIENCE)
             client.connect(self.address)
             client.sendall(b"CONNECT mirror.test:443 HTTP/1.1\r\nHost: mirror.test\r\n\r\n")
@@ -3558,61 +3720,61 @@ class ParentTest(ProxyCase):
                 self.assertEqual(parent.recv(999), b"CONNECT mirror.test:443 HTTP/1.1\r\nHost: mirror.test:443\r\n"
                                                    b"Proxy-Authorization: Basic bWU6c2VjcmV0\r\n\r\n")
                 parent.sendall(b"HTTP/1.1 200 OK\r\nX: y\r\n\r\nhello")
-            answer = b"".join(iter(lambda: client.recv(999), b""))
+            answer = read_to_end(client)
         self.assertTrue(answer.endswith(b"\r\n\r\nhello"), answer)
 
-    def test_one_that_wants_a_password_is_no_matter_of_the_client(self):
+    def test_a_parents_407_is_not_passed_to_the_client(self):
         self.parent.pages[self.url(0)] = ScriptedResponse(b"no", 407, [("Proxy-Authenticate", "Basic")])
-        answer = self.ask(self.url(0))
+        answer = self.request(self.url(0))
         self.assertEqual((answer.status, answer["Proxy-Authenticate"]), (502, None))
         self.assertIn(b"The request to the parent proxy 127.0.0.1:%d failed: it requires another user name or password." % self.parent.port, answer.body)
 
-    def test_we_are_not_our_own_parent(self):
+    def test_the_proxy_is_not_its_own_parent(self):
         origin, parents = self.proxy._origin, pkgproxy.parent_proxies("127.0.0.1:%d" % self.address[1], {})
         origin.config = pkgproxy.dataclasses.replace(origin.config, parents=parents)
-        self.assertEqual(self.ask(self.url(0)).status, 508)
-        origin.guard.listening_ports.clear()  # as behind a NAT
-        self.assertEqual(self.ask(self.url(0)).status, 508)
+        self.assertEqual(self.request(self.url(0)).status, 508)
+        origin.guard.listening_ports.clear()  # like behind a NAT
+        self.assertEqual(self.request(self.url(0)).status, 508)
 
-    def test_strangers_reach_no_more_through_it(self):
+    def test_remote_clients_reach_no_more_through_the_parent(self):
         self.parent.pages[self.url(0)] = ScriptedResponse(b"", 302, [("Location", "http://169.254.169.254/x_1.0_all.deb")])
         self.known["mirror.test"] = "203.0.113.80"
         for url in (self.url(0), "http://2130706433/x", "http://0x7f.1/x", "http://127.1/x", "http://localhost/x", "http://169.254.169.254/x"):
-            self.assertEqual(self.ask_from_far(url)[9:12], b"403", url)
-        self.assertEqual([row[1] for row in self.parent.log], [self.url(0)])
+            self.assertEqual(self.request_from_remote(url)[9:12], b"403", url)
+        self.assertEqual([entry.target for entry in self.parent.log], [self.url(0)])
 
-    def ask_from_far(self, url):
-        """What a client on another machine gets."""
+    def request_from_remote(self, url):
+        """Return the response to a client on another machine."""
         with mock.patch.object(pkgproxy, "is_local_client", lambda address: address != "127.0.0.2"), \
-                socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as far:
+                self.open_client(source="127.0.0.2") as far:
             far.sendall(("GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % url).encode())
-            return b"".join(iter(lambda: far.recv(9999), b""))
+            return read_to_end(far)
 
-    def test_a_name_that_leads_here_is_refused_to_strangers_before_a_parent_on_this_host_resolves_it(self):
+    def test_a_name_of_this_host_is_refused_to_remote_clients_before_a_local_parent_resolves_it(self):
         for address, status in (("203.0.113.80", b"200"), ("127.0.0.1", b"403"), ("169.254.169.254", b"403"), ("168.63.129.16", b"403"), (None, b"502")):
-            with self.subTest(address=address):  # over a connection that is kept, too: the parent looks it up for each request
+            with self.subTest(address=address):  # also over an idle connection, since the parent resolves the name for each request
                 self.known["mirror.test"] = address
                 asked, url = len(self.parent.log), self.url(0) + "?%s" % address
                 self.parent.pages[url] = ScriptedResponse(b"secret")
-                answer = self.ask_from_far(url)
+                answer = self.request_from_remote(url)
                 self.assertEqual((answer[9:12], b"secret" in answer, len(self.parent.log) - asked), (status, status == b"200", status == b"200"))
         self.assertIn(b"mirror.test cannot be checked, and the parent proxy is on this host: Temporary failure in name resolution.", answer)
 
-    def test_what_a_parent_on_this_host_brought_for_a_client_on_it_is_for_no_stranger(self):
-        self.assertEqual(self.ask(self.url(0)).body, b"0")
-        self.settle()
-        self.assertIn("hit", self.outcome(self.ask(self.url(0))))
+    def test_a_response_from_a_local_parent_to_a_local_client_is_not_served_to_remote_clients(self):
+        self.assertEqual(self.request(self.url(0)).body, b"0")
+        self.wait_until_idle()
+        self.assertIn("hit", self.cache_status(self.request(self.url(0))))
         self.known["mirror.test"] = "127.0.0.1"
-        self.assertEqual(self.ask_from_far(self.url(0))[9:12], b"403")
+        self.assertEqual(self.request_from_remote(self.url(0))[9:12], b"403")
 
     def test_a_parent_on_another_machine_resolves_names_itself(self):
         with mock.patch.object(pkgproxy, "is_local_address", lambda address: False):
-            self.assertEqual(self.ask_from_far(self.url(0))[9:12], b"200")
+            self.assertEqual(self.request_from_remote(self.url(0))[9:12], b"200")
 
 
 @unittest.skipUnless(shutil.which("openssl"), "openssl is not installed")
 class TlsOriginTest(ProxyCase):
-    """https origins: their certificates are checked, and what they send is kept apart."""
+    """https origins: certificates are verified, and responses are kept apart from those of http origins."""
 
     certificates: Certificates
 
@@ -3628,7 +3790,7 @@ class TlsOriginTest(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        self.start(Config(addrs=(), ca_file=self.certificates.authority, pseudonym="tested"))
+        self.start_proxy(Config(addrs=(), ca_file=self.certificates.authority, pseudonym="tested"))
         self.secure = self.serve(self.certificates.context())
         self.secure.pages.update({"/pool/x_1.0_all.deb": ScriptedResponse(b"secure"), "/InRelease": ScriptedResponse(b"secure index")})
 
@@ -3637,112 +3799,112 @@ class TlsOriginTest(ProxyCase):
         self.addCleanup(origin.close)
         return origin
 
-    def test_a_repository_that_has_https_alone_is_cached_through_either_way_in(self):
+    def test_an_https_only_repository_is_cached_through_either_request_form(self):
         for way in (self.secure.url, lambda path: "/" + self.secure.url(path)):
             for path, body in (("/pool/x_1.0_all.deb", b"secure"), ("/InRelease", b"secure index")):
-                self.assertEqual(self.own(way(path)).body, body)
-        self.assertEqual(self.secure.asked("/pool/x_1.0_all.deb"), ["GET"])
-        self.assertEqual(self.secure.asked("/InRelease"), ["GET", "GET"], "the second is a validation")
-        self.settle()
-        self.assertEqual(self.secure.connections, 1, "it stays open for the next request")
-        self.assertEqual(set(self.files()), {"https^" + "127.0.0.1:%d%s" % (self.secure.port, path) for path in self.secure.pages})
+                self.assertEqual(self.get_own_page(way(path)).body, body)
+        self.assertEqual(self.secure.methods("/pool/x_1.0_all.deb"), ["GET"])
+        self.assertEqual(self.secure.methods("/InRelease"), ["GET", "GET"], "the second is a validation")
+        self.wait_until_idle()
+        self.assertEqual(self.secure.connections, 1, "the connection stays open for the next request")
+        self.assertEqual(set(self.visible_files()), {"https^" + "127.0.0.1:%d%s" % (self.secure.port, path) for path in self.secure.pages})
 
-    def test_a_host_name_with_its_last_dot_has_the_certificate_of_the_one_without(self):
+    def test_a_host_name_with_a_trailing_dot_has_the_certificate_of_the_name_without(self):
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.secure.port))]
         with mock.patch.object(pkgproxy, "resolve_addresses", return_value=place):
-            self.assertEqual(self.ask("https://localhost.:%d/InRelease" % self.secure.port).body, b"secure index")
+            self.assertEqual(self.request("https://localhost.:%d/InRelease" % self.secure.port).body, b"secure index")
 
     def test_a_host_that_redirects_to_https_is_cached_under_its_http_url(self):
         self.origin.pages["/pool/x_1.0_all.deb"] = ScriptedResponse(b"", 301, [("Location", self.secure.url("/pool/x_1.0_all.deb"))])
         for outcome in ("fwd=uri-miss", "hit"):
-            answer = self.ask("/pool/x_1.0_all.deb")
+            answer = self.request("/pool/x_1.0_all.deb")
             self.assertEqual(answer.body, b"secure")
-            self.assertIn(outcome, self.outcome(answer))
-        self.assertEqual(self.files(), {self.place("pool/x_1.0_all.deb"): b"secure"})
+            self.assertIn(outcome, self.cache_status(answer))
+        self.assertEqual(self.visible_files(), {self.visible_name("pool/x_1.0_all.deb"): b"secure"})
 
-    def test_https_and_http_never_stand_in_for_each_other(self):
-        """Not even where both have the same host and port."""
+    def test_https_and_http_responses_are_never_interchanged(self):
+        """This holds even if both have the same host and port."""
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
         self.origin.pages["/pool/x_1.0_all.deb"] = ScriptedResponse(b"plain")
         plain, secure = "http://127.0.0.1:%d/pool/x_1.0_all.deb" % self.secure.port, self.secure.url("/pool/x_1.0_all.deb")
         for _ in range(2):
-            self.assertEqual(self.ask(secure).body, b"secure")
+            self.assertEqual(self.request(secure).body, b"secure")
             with mock.patch.object(pkgproxy, "resolve_addresses", return_value=place):
-                self.assertEqual(self.ask(plain).body, b"plain")
-        self.assertEqual((self.origin.log[0][2]["range"], len(self.origin.log), len(self.secure.log)), ("bytes=0-4095", 2, 1))
-        self.assertEqual(sorted(self.files().values()), [b"plain", b"secure"])
+                self.assertEqual(self.request(plain).body, b"plain")
+        self.assertEqual((self.origin.log[0].fields["range"], len(self.origin.log), len(self.secure.log)), ("bytes=0-4095", 2, 1))
+        self.assertEqual(sorted(self.visible_files().values()), [b"plain", b"secure"])
 
     def test_a_certificate_that_is_refused_is_named_in_a_sentence(self):
         for context, words in (
                 (self.certificates.context("old", days="-1"), "certificate has expired"),
                 (self.certificates.context("other", names="DNS:other.test"), "IP address mismatch, certificate is not valid for '127.0.0.1'"),
                 (self.certificates.context("self", signed=False), "self[- ]signed certificate (the operator can add its issuer with --ca-file)")):
-            answer = self.ask(self.serve(context).url("/x"))
+            answer = self.request(self.serve(context).url("/x"))
             self.assertEqual(answer.status, 502)
             words = re.escape(words).replace(r"\[\-\ \]", "[- ]")
             self.assertRegex(answer.body.decode(), r"\AThe request to 127\.0\.0\.1:\d+ failed: its certificate is not trusted: %s\.\n\Z" % words)
 
-    def test_what_is_no_tls_and_a_python_without_it_are_told(self):
+    def test_a_server_without_tls_and_a_python_without_ssl_are_reported(self):
         with socket.create_server(("127.0.0.1", 0)) as plain:
             def answer_in_clear():
                 with plain.accept()[0] as connection:
                     connection.sendall(b"no TLS here\r\n")
 
             threading.Thread(target=answer_in_clear).start()
-            answer = self.ask("https://127.0.0.1:%d/x" % plain.getsockname()[1])
+            answer = self.request("https://127.0.0.1:%d/x" % plain.getsockname()[1])
         self.assertRegex(answer.body.decode(), r"\AThe request to 127\.0\.0\.1:\d+ failed: [^\[(]*\.\n\Z")
         with socket.create_server(("127.0.0.1", 0)) as mute, mock.patch.object(pkgproxy, "CONNECT_TIMEOUT", 0.1):
-            answer = self.ask("https://127.0.0.1:%d/x" % mute.getsockname()[1])
+            answer = self.request("https://127.0.0.1:%d/x" % mute.getsockname()[1])
         self.assertRegex(answer.body.decode(), r"\ANo answer from 127\.0\.0\.1:\d+ in time: [^.:]*\.\n\Z")
-        self.start()
+        self.start_proxy()
         with mock.patch.dict(sys.modules, ssl=None):
-            answer = self.ask(self.secure.url("/x"))
+            answer = self.request(self.secure.url("/x"))
         self.assertEqual(answer.status, 502)
         self.assertIn(b"failed: this Python has no TLS", answer.body)
 
     @contextlib.contextmanager
     def parent(self):
-        """A parent proxy, which alone knows where mirror.test is: the text for --parent."""
+        """Start a parent proxy that alone can resolve mirror.test; return the text for --parent."""
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.secure.port))]
-        server = self.server_of(make_dispatcher(Config(addrs=(), connect_ports=(443,), pseudonym="parent"), pkgproxy.Store(os.path.join(self.folder, "parent"))))
+        server = self.make_server(make_dispatcher(Config(addrs=(), connect_ports=(443,), pseudonym="parent"), pkgproxy.Store(os.path.join(self.folder, "parent"))))
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
             with mock.patch.object(pkgproxy, "resolve_addresses", lambda host, port: place if host == "mirror.test" else [(*place[0][:4], (host, port))]):
-                yield "127.0.0.1:%d" % server.server_address[1], server.desk.statistics
+                yield "127.0.0.1:%d" % server.server_address[1], server.dispatcher.statistics
         finally:
             self.proxy._origin.pool.close()
             server.shutdown()
             server.server_close()
             thread.join(PATIENCE)
-            server.desk.proxy.close()
+            server.dispatcher.proxy.close()
 
     def test_https_origins_and_tunnels_go_through_a_parents_connect(self):
         self.secure.context = self.certificates.context("mirror", names="DNS:mirror.test")
         with self.parent() as (text, parent):
             config = Config(addrs=(), ca_file=self.certificates.authority, parents=pkgproxy.parent_proxies(text, {}))
-            self.start(config)
+            self.start_proxy(config)
             for _ in range(2):
-                self.assertEqual(self.ask("https://mirror.test/InRelease").body, b"secure index")
-                self.settle()
+                self.assertEqual(self.request("https://mirror.test/InRelease").body, b"secure index")
+                self.wait_until_idle()
             self.assertEqual(self.secure.connections, 1)
             context = ssl.create_default_context(cafile=self.certificates.authority)
             with contextlib.closing(http.client.HTTPSConnection(*self.address, timeout=PATIENCE, context=context)) as client:
                 client.set_tunnel("mirror.test", 443)
                 client.request("GET", "/InRelease", headers={"Connection": "close"})
                 self.assertEqual(client.getresponse().read(), b"secure index")
-            answer = self.ask("https://mirror.test:444/x")
+            answer = self.request("https://mirror.test:444/x")
             self.assertRegex(answer.body, rb"\ACannot connect to the parent proxy 127\.0\.0\.1:\d+: it answered CONNECT with 'HTTP/1\.1 403 ")
             self.proxy._origin.pool.close()
             until(lambda: parent.counters.snapshot()["statsOutcomes"]["tunnel"] == 2)
 
-    def test_without_the_file_the_systems_trust_alone_counts(self):
-        self.start()
-        self.assertEqual(self.ask(self.secure.url("/x")).status, 502)
+    def test_without_ca_file_only_the_systems_certificates_are_trusted(self):
+        self.start_proxy()
+        self.assertEqual(self.request(self.secure.url("/x")).status, 502)
 
 
 class MirrorSharingTest(ProxyCase):
-    """The same file from another mirror is proven to be the same, not downloaded."""
+    """A file that another mirror has, too, is proven to be identical instead of downloaded."""
 
     BODY = bytes(range(256)) * 400
     HERE, THERE = "/debian/pool/x_1.0_all.deb", "/mirrors/pub/pool/x_1.0_all.deb"
@@ -3755,105 +3917,105 @@ class MirrorSharingTest(ProxyCase):
         self.addCleanup(self.other.close)
 
     def publish(self, name="x_1.0_all.deb", body=BODY, other=None, **more):
-        """One file on two mirrors; its URL at the other."""
+        """Put one file on two mirrors; return its URL at the other."""
         self.origin.pages["/debian/pool/" + name] = ScriptedResponse(body)
         self.other.pages["/mirrors/pub/pool/" + name] = ScriptedResponse(body if other is None else other, modified=self.LATER, **{"etag": '"there"', **more})
         return self.other.url("/mirrors/pub/pool/" + name)
 
-    def there(self, name="x_1.0_all.deb"):
+    def other_url(self, name="x_1.0_all.deb"):
         return os.path.join(self.root, "127.0.0.1:%d/mirrors/pub/pool/%s" % (self.other.port, name))
 
-    def asked(self):
-        return [(row[0], row[2].get("range")) for row in self.other.log]
+    def other_requests(self):
+        return [(entry.method, entry.fields.get("range")) for entry in self.other.log]
 
     def check_sent(self, count, origin=None):
-        """So many body bytes have come from the other mirror, which counts them when it has sent them."""
+        """Check how many body bytes the other mirror has sent."""
         origin = origin or self.other
         until(lambda: origin.sent >= count, "the last of %d bytes" % count)
         self.assertEqual(origin.sent, count)
 
-    def test_a_package_costs_its_head_and_its_tail_and_is_one_file_on_the_disk(self):
+    def test_an_identical_package_costs_two_probes_and_is_stored_once(self):
         url = self.publish()
-        self.ask(self.HERE)
-        answer = self.ask(url)
+        self.request(self.HERE)
+        answer = self.request(url)
         self.assertEqual((answer.status, answer.body), (200, self.BODY))
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
-        self.assertEqual(self.outcome(answer), "pkgproxy; " + self.PART + '"same as %s"' % self.origin.url(self.HERE))
+        self.assertEqual(self.cache_status(answer), "pkgproxy; " + self.PART + '"same as %s"' % self.origin.url(self.HERE))
         self.assertEqual((answer["ETag"], answer["Last-Modified"], answer["Content-Length"]), ('"there"', self.LATER, str(len(self.BODY))))
-        self.assertTrue(os.path.samefile(self.there(), os.path.join(self.root, self.place(self.HERE[1:]))))
+        self.assertTrue(os.path.samefile(self.other_url(), os.path.join(self.root, self.visible_name(self.HERE[1:]))))
         counted = self.counters()
         self.assertEqual((counted["statsDownBytes"], counted["statsCacheBytes"]), (len(self.BODY) + 2 * pkgproxy.PROOF_SIZE, len(self.BODY)))
         self.assertEqual(counted["statsOutcomes"]["shared"], 1)
         self.assertTrue(Outcome.SHARED.from_cache)
 
-    def test_what_was_shared_is_stored_like_any_other_and_is_its_mirrors_own(self):
+    def test_a_shared_file_is_stored_for_each_mirror(self):
         url = self.publish()
-        self.ask(self.HERE)
-        self.ask(url)
+        self.request(self.HERE)
+        self.request(url)
         self.origin.close()
-        self.assertEqual(self.outcome(self.ask(url)), "pkgproxy; hit")
-        part = self.ask(url, Range="bytes=-10", If_Range='"there"')
+        self.assertEqual(self.cache_status(self.request(url)), "pkgproxy; hit")
+        part = self.request(url, Range="bytes=-10", If_Range='"there"')
         self.assertEqual((part.status, part.body), (206, self.BODY[-10:]))
-        self.assertIn("fwd-status=304", self.outcome(self.ask(url, Cache_Control="max-age=0")))
-        os.unlink(os.path.join(self.root, self.place(self.HERE[1:])))
-        self.assertEqual(self.ask(url).body, self.BODY)
+        self.assertIn("fwd-status=304", self.cache_status(self.request(url, Cache_Control="max-age=0")))
+        os.unlink(os.path.join(self.root, self.visible_name(self.HERE[1:])))
+        self.assertEqual(self.request(url).body, self.BODY)
 
-    def test_without_sharing_digests_alone_prove_anything(self):
-        self.stop()
-        self.start(Config(addrs=(), sharing=False))
+    def test_without_sharing_only_digests_count_as_proof(self):
+        self.stop_proxy()
+        self.start_proxy(Config(addrs=(), sharing=False))
         url = self.publish()
-        self.ask(self.HERE)
-        self.assertEqual(self.outcome(self.ask(url)), "pkgproxy; " + self.MISS)
+        self.request(self.HERE)
+        self.assertEqual(self.cache_status(self.request(url)), "pkgproxy; " + self.MISS)
         name = "by-hash/SHA256/" + hashlib.sha256(self.BODY).hexdigest()
         url = self.publish(name)
-        self.ask("/debian/pool/" + name)
-        self.ask(url)
+        self.request("/debian/pool/" + name)
+        self.request(url)
         self.assertEqual(self.counters()["statsOutcomes"]["shared"], 1)
 
-    def test_other_bytes_under_the_same_name_are_fetched_whole(self):
+    def test_a_different_file_of_the_same_name_is_downloaded_completely(self):
         flipped = bytes([self.BODY[0] ^ 1])
         for case, other in (("head", flipped + self.BODY[1:]), ("tail", self.BODY[:-1] + b"?"), ("longer", self.BODY + b"?"),
                             ("shorter", self.BODY[:-1]), ("small", b"?"), ("empty", b"")):
             with self.subTest(case):
                 name = case + "_1.0_all.deb"
                 url = self.publish(name, other=other)
-                self.ask("/debian/pool/" + name)
-                answer = self.ask(url)
-                self.assertTrue(answer.body == self.ask(url).body == other)
-                self.assertIn(self.MISS, self.outcome(answer))
-                self.assertEqual(self.ask("/debian/pool/" + name).body, self.BODY)
+                self.request("/debian/pool/" + name)
+                answer = self.request(url)
+                self.assertTrue(answer.body == self.request(url).body == other)
+                self.assertIn(self.MISS, self.cache_status(answer))
+                self.assertEqual(self.request("/debian/pool/" + name).body, self.BODY)
 
-    def test_small_files_are_compared_whole(self):
+    def test_small_files_are_compared_completely(self):
         sent = 0
         for size in (1, pkgproxy.PROOF_SIZE - 1, pkgproxy.PROOF_SIZE, pkgproxy.PROOF_SIZE + 1, 2 * pkgproxy.PROOF_SIZE):
             with self.subTest(size=size):
                 name = "s%d_1.0_all.deb" % size
                 url = self.publish(name, self.BODY[:size])
-                self.ask("/debian/pool/" + name)
-                self.assertIn(self.PART, self.outcome(self.ask(url)))
-                self.assertEqual(self.ask(url).body, self.BODY[:size])
+                self.request("/debian/pool/" + name)
+                self.assertIn(self.PART, self.cache_status(self.request(url)))
+                self.assertEqual(self.request(url).body, self.BODY[:size])
                 sent += size
                 self.check_sent(sent)
 
-    def test_a_mirror_without_ranges_is_asked_once_and_its_answer_is_the_download(self):
+    def test_the_response_of_a_mirror_without_ranges_becomes_the_download(self):
         url = self.publish(ranges=False)
-        self.ask(self.HERE)
-        answer = self.ask(url)
-        self.assertEqual((answer.body, self.asked()), (self.BODY, [("GET", "bytes=0-4095")]))
-        self.assertIn(self.MISS, self.outcome(answer))
+        self.request(self.HERE)
+        answer = self.request(url)
+        self.assertEqual((answer.body, self.other_requests()), (self.BODY, [("GET", "bytes=0-4095")]))
+        self.assertIn(self.MISS, self.cache_status(answer))
 
-    def test_a_mirror_that_changes_the_file_between_head_and_tail_or_has_no_strong_validator_is_no_proof(self):
+    def test_a_file_that_changes_between_the_probes_or_has_no_strong_validator_is_not_shared(self):
         for name, second in (("a", ScriptedResponse(self.BODY, etag='"newer"')), ("b", None)):
             url = self.publish(name + "_1.0_all.deb", etag='W/"weak"' if second is None else '"old"')
             path = "/mirrors/pub/pool/%s_1.0_all.deb" % name
             if second is not None:
                 self.other.pages[path] = [self.other.pages[path], second]
-            self.ask("/debian/pool/%s_1.0_all.deb" % name)
-            answer = self.ask(url)
+            self.request("/debian/pool/%s_1.0_all.deb" % name)
+            answer = self.request(url)
             self.assertEqual(answer.body, self.BODY)
-            self.assertIn(self.MISS, self.outcome(answer))
+            self.assertIn(self.MISS, self.cache_status(answer))
 
-    def test_what_may_not_be_stored_or_is_asked_for_with_a_password_or_anew_is_not_shared(self):
+    def test_no_store_authorized_and_no_cache_requests_are_not_shared(self):
         for number, (page, fields) in enumerate((
                 ({"fields": [("Cache-Control", "private")]}, {}), ({"fields": [("Cache-Control", "no-store")]}, {}),
                 ({"fields": [("Vary", "*")]}, {}), ({}, {"Authorization": "Basic x"}), ({}, {"Cache_Control": "no-cache"}),
@@ -3861,285 +4023,285 @@ class MirrorSharingTest(ProxyCase):
             with self.subTest(page=page, fields=fields):
                 name = "n%d_1.0_all.deb" % number
                 url = self.publish(name, **page)
-                self.ask("/debian/pool/" + name)
-                answer = self.ask(url, **fields)
+                self.request("/debian/pool/" + name)
+                answer = self.request(url, **fields)
                 self.assertEqual(answer.body, self.BODY)
-                self.assertNotIn("fwd-status=206", self.outcome(answer))
-                self.assertNotIn("same as", self.outcome(answer))
+                self.assertNotIn("fwd-status=206", self.cache_status(answer))
+                self.assertNotIn("same as", self.cache_status(answer))
 
-    def test_a_filter_keeps_a_mirror_out_of_it(self):
+    def test_a_filtered_mirror_takes_no_part_in_sharing(self):
         url = self.publish()
-        self.ask(self.HERE)
-        self.start(dataclasses.replace(self.config, filters=(re.compile("/mirrors/pub"),)))
-        self.assertIn("fwd=bypass", self.outcome(self.ask(url)))
-        self.assertEqual(self.asked(), [("GET", None)])
+        self.request(self.HERE)
+        self.start_proxy(dataclasses.replace(self.config, filters=(re.compile("/mirrors/pub"),)))
+        self.assertIn("fwd=bypass", self.cache_status(self.request(url)))
+        self.assertEqual(self.other_requests(), [("GET", None)])
 
-    def test_many_clients_wait_for_one_proof(self):
+    def test_many_clients_share_one_proof(self):
         url = self.publish()
-        self.ask(self.HERE)
-        self.assertEqual([answer.body for answer in self.ask_together(url, 8)], [self.BODY] * 8)
-        self.assertEqual(self.asked(), [("GET", "bytes=0-4095"), ("GET", "bytes=%d-" % (len(self.BODY) - 4096))])
+        self.request(self.HERE)
+        self.assertEqual([answer.body for answer in self.request_together(url, 8)], [self.BODY] * 8)
+        self.assertEqual(self.other_requests(), [("GET", "bytes=0-4095"), ("GET", "bytes=%d-" % (len(self.BODY) - 4096))])
 
     def test_a_far_range_is_served_from_the_proven_file(self):
         url = self.publish(body=self.BODY * 20)
-        self.ask(self.HERE)
-        answer = self.ask(url, Range="bytes=2000000-2000099")
+        self.request(self.HERE)
+        answer = self.request(url, Range="bytes=2000000-2000099")
         self.assertEqual((answer.status, answer.body), (206, (self.BODY * 20)[2000000:2000100]))
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
 
-    def test_where_the_file_system_has_no_links_the_file_is_copied(self):
+    def test_without_hard_links_the_file_is_copied(self):
         url = self.publish()
-        self.ask(self.HERE)
+        self.request(self.HERE)
         with mock.patch.object(os, "link", side_effect=OSError(errno.EXDEV, "no")):
-            answer = self.ask(url)
-            self.settle()
-        self.assertIn(self.PART, self.outcome(answer))
-        self.assertEqual((answer.body, self.ask(url).body), (self.BODY, self.BODY))
+            answer = self.request(url)
+            self.wait_until_idle()
+        self.assertIn(self.PART, self.cache_status(answer))
+        self.assertEqual((answer.body, self.request(url).body), (self.BODY, self.BODY))
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
-        self.assertEqual(os.stat(self.there()).st_nlink, 1)
+        self.assertEqual(os.stat(self.other_url()).st_nlink, 1)
         self.assertEqual(self.counters()["statsCacheBytes"], 2 * len(self.BODY))
 
-    def test_a_cache_that_cannot_be_written_costs_no_client_its_answer(self):
+    def test_an_unwritable_cache_does_not_prevent_the_response(self):
         url = self.publish()
-        self.ask(self.HERE)
+        self.request(self.HERE)
         with mock.patch.object(pkgproxy.PartialStore, "open_for_writing", side_effect=pkgproxy.StorageError(OSError(errno.ENOSPC, "full"))), \
                 mock.patch.object(os, "link", side_effect=OSError(errno.ENOSPC, "full")):
-            self.assertEqual(self.ask(url).body, self.BODY)
-        self.assertFalse(os.path.exists(self.there()))
+            self.assertEqual(self.request(url).body, self.BODY)
+        self.assertFalse(os.path.exists(self.other_url()))
 
-    def test_what_a_client_doubts_is_fetched_from_its_own_mirror(self):
-        """A mirror's file with the same ends but other bytes between them, which only a client can tell."""
+    def test_a_no_cache_request_is_fetched_from_its_own_mirror(self):
+        """The file has the same head and tail but other bytes between them, which only a client can detect."""
         bad = self.BODY[:50_000] + b"!" + self.BODY[50_001:]
         url = self.publish(body=bad, other=self.BODY)
-        self.ask(self.HERE)
-        self.assertEqual(self.ask(url).body, bad)
-        self.assertEqual(self.ask(url, Cache_Control="no-cache").body, self.BODY)
-        self.settle()
-        self.assertEqual((self.ask(url).body, self.ask(self.HERE).body), (self.BODY, bad))
+        self.request(self.HERE)
+        self.assertEqual(self.request(url).body, bad)
+        self.assertEqual(self.request(url, Cache_Control="no-cache").body, self.BODY)
+        self.wait_until_idle()
+        self.assertEqual((self.request(url).body, self.request(self.HERE).body), (self.BODY, bad))
 
-    def test_a_validation_in_the_background_fetches_nothing(self):
+    def test_a_background_validation_downloads_nothing(self):
         url = self.publish()
-        self.ask(self.HERE)
-        self.ask(url)
-        self.proxy._refresher.revalidate(pkgproxy.parse_target(url), url, (), True)
-        self.settle()
+        self.request(self.HERE)
+        self.request(url)
+        self.proxy._revalidator.revalidate(pkgproxy.parse_target(url), (), True)
+        self.wait_until_idle()
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
-        self.assertEqual(self.other.log[-1][2]["if-none-match"], '"there"')
+        self.assertEqual(self.other.log[-1].fields["if-none-match"], '"there"')
 
-    def test_a_download_that_broke_off_gives_way_to_what_another_mirror_has(self):
+    def test_an_interrupted_download_is_replaced_by_another_mirrors_file(self):
         url = self.publish(body=self.BODY * 10)
         page = self.other.pages[self.THERE]
         whole = b"HTTP/1.1 200 OK\r\nETag: %s\r\nLast-Modified: %s\r\nContent-Length: %d\r\n\r\n" % (
             page.etag.encode(), page.modified.encode(), len(page.body))
         self.other.pages[self.THERE] = ScriptedResponse(steps=[whole + page.body[:400_000]])
         with mock.patch.object(pkgproxy, "RESUME_BACKOFF", ()), self.assertRaises(http.client.HTTPException):
-            self.ask(url)
-        self.settle()
+            self.request(url)
+        self.wait_until_idle()
         for ranges in (False, True):
             self.other.pages[self.THERE] = ScriptedResponse(page.body, etag=page.etag, modified=page.modified, ranges=ranges)
-            self.ask(self.HERE)
-            self.assertEqual(self.ask(url).body, page.body)
-            self.settle()
+            self.request(self.HERE)
+            self.assertEqual(self.request(url).body, page.body)
+            self.wait_until_idle()
 
-    HELD = b"an index" * 1000
+    INDEX_BODY = b"an index" * 1000
 
-    def test_a_digest_in_the_name_is_proof_without_a_question(self):
-        names = ("/dists/x/by-hash/SHA256/" + sha256(self.HELD), "/repodata/%s-primary.xml.gz" % sha256(self.HELD),
-                 "/repodata/%s-primary.xml.gz" % hashlib.sha512(self.HELD).hexdigest())
+    def test_a_digest_in_the_name_is_proof_without_a_request(self):
+        names = ("/dists/x/by-hash/SHA256/" + sha256(self.INDEX_BODY), "/repodata/%s-primary.xml.gz" % sha256(self.INDEX_BODY),
+                 "/repodata/%s-primary.xml.gz" % hashlib.sha512(self.INDEX_BODY).hexdigest())
         self.other.close()
         for path in names:
-            self.origin.pages["/a" + path] = ScriptedResponse(self.HELD, fields=[("Content-Type", "application/x")])
-            self.ask("/a" + path)
-            answer = self.ask(self.other.url("/b" + path))
-            self.assertEqual((answer.body, answer["Content-Type"], answer["ETag"]), (self.HELD, "application/x", None))
-            self.assertTrue(self.outcome(answer).startswith('pkgproxy; hit; detail="same as ' + self.origin.url("/a/")))
-            self.assertEqual(self.outcome(self.ask(self.other.url("/b" + path))), "pkgproxy; hit")
-        self.assertEqual(len(self.origin.log), 2, "the digest counts, not what is written around it")
-        self.assertEqual(self.server.desk.statistics.counters.snapshot()["statsDownBytes"], 2 * len(self.HELD))
+            self.origin.pages["/a" + path] = ScriptedResponse(self.INDEX_BODY, fields=[("Content-Type", "application/x")])
+            self.request("/a" + path)
+            answer = self.request(self.other.url("/b" + path))
+            self.assertEqual((answer.body, answer["Content-Type"], answer["ETag"]), (self.INDEX_BODY, "application/x", None))
+            self.assertTrue(self.cache_status(answer).startswith('pkgproxy; hit; detail="same as ' + self.origin.url("/a/")))
+            self.assertEqual(self.cache_status(self.request(self.other.url("/b" + path))), "pkgproxy; hit")
+        self.assertEqual(len(self.origin.log), 2, "only the digest counts, not the rest of the name")
+        self.assertEqual(self.server.dispatcher.statistics.counters.snapshot()["statsDownBytes"], 2 * len(self.INDEX_BODY))
 
-    def test_a_body_that_does_not_match_its_name_is_passed_on_and_not_kept(self):
-        path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
-        self.origin.pages[path] = [ScriptedResponse(b"another index"), ScriptedResponse(self.HELD)]
+    def test_a_body_that_does_not_match_the_digest_in_its_name_is_not_stored(self):
+        path = "/dists/x/by-hash/SHA256/" + sha256(self.INDEX_BODY)
+        self.origin.pages[path] = [ScriptedResponse(b"another index"), ScriptedResponse(self.INDEX_BODY)]
         with self.assertLogs("pkgproxy", "WARNING") as logged:
-            self.assertEqual(self.ask(path).body, b"another index")
-            self.settle()
+            self.assertEqual(self.request(path).body, b"another index")
+            self.wait_until_idle()
         self.assertIn("its bytes have another digest than its name", logged.output[0])
-        self.assertEqual(self.files(), {})
-        self.assertEqual([self.ask(path).body, self.ask(path).body], [self.HELD] * 2)
+        self.assertEqual(self.visible_files(), {})
+        self.assertEqual([self.request(path).body, self.request(path).body], [self.INDEX_BODY] * 2)
         self.assertEqual(len(self.origin.log), 2)
 
-    def test_the_earlier_part_of_a_resumed_download_counts_for_its_digest(self):
-        held = self.HELD * 100
+    def test_the_digest_of_a_resumed_download_covers_the_earlier_part(self):
+        held = self.INDEX_BODY * 100
         path = "/dists/x/by-hash/SHA256/" + sha256(held)
         whole = b"HTTP/1.1 200 OK\r\nETag: %s\r\nContent-Length: %d\r\n\r\n" % (ScriptedResponse(held).etag.encode(), len(held))
         for first, kept in ((held[:400_000], True), (b"?" * 400_000, False)):
             self.origin.pages[path] = [ScriptedResponse(steps=[whole + first]), ScriptedResponse(held)]
             with mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
-                self.assertEqual(self.ask(path).body, first + held[400_000:])
-            self.settle()
-            self.assertEqual(self.files(), {self.place(path[1:]): held} if kept else {})
+                self.assertEqual(self.request(path).body, first + held[400_000:])
+            self.wait_until_idle()
+            self.assertEqual(self.visible_files(), {self.visible_name(path[1:]): held} if kept else {})
             shutil.rmtree(self.root)
             os.mkdir(self.root)
 
-    def test_what_has_rotted_on_the_disk_is_not_shared_by_its_digest(self):
-        path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
-        self.origin.pages["/a" + path] = self.other.pages["/b" + path] = ScriptedResponse(self.HELD)
-        self.ask("/a" + path)
-        place = os.path.join(self.root, self.place("a" + path))
+    def test_a_file_corrupted_on_the_disk_is_not_shared_by_its_digest(self):
+        path = "/dists/x/by-hash/SHA256/" + sha256(self.INDEX_BODY)
+        self.origin.pages["/a" + path] = self.other.pages["/b" + path] = ScriptedResponse(self.INDEX_BODY)
+        self.request("/a" + path)
+        place = os.path.join(self.root, self.visible_name("a" + path))
         info = os.stat(place)
-        Path(place).write_bytes(b"?" * len(self.HELD))
+        Path(place).write_bytes(b"?" * len(self.INDEX_BODY))
         os.utime(place, ns=(info.st_atime_ns, info.st_mtime_ns))
-        self.assertEqual(self.ask(self.other.url("/b" + path)).body, self.HELD)
+        self.assertEqual(self.request(self.other.url("/b" + path)).body, self.INDEX_BODY)
         self.assertEqual(len(self.other.log), 1)
 
-    def test_whose_file_it_is_is_told_without_its_query(self):
-        path = "/repodata/%s-primary.xml.gz" % sha256(self.HELD)
-        self.origin.pages["/a" + path], self.other.pages["/b" + path] = ScriptedResponse(self.HELD), ScriptedResponse(b"", 503)
-        self.ask("/a" + path + "?token=secret")
+    def test_the_log_names_the_other_mirrors_file_without_its_query(self):
+        path = "/repodata/%s-primary.xml.gz" % sha256(self.INDEX_BODY)
+        self.origin.pages["/a" + path], self.other.pages["/b" + path] = ScriptedResponse(self.INDEX_BODY), ScriptedResponse(b"", 503)
+        self.request("/a" + path + "?token=secret")
         for asked in ({"Cache_Control": "only-if-cached"}, {}):
-            answer = self.ask(self.other.url("/b" + path), **asked)
-            self.assertEqual(answer.body, self.HELD)
-            self.assertRegex(self.outcome(answer), "ame as http://[^?]+/a/repodata/")
-            self.assertNotIn("secret", self.outcome(answer))
+            answer = self.request(self.other.url("/b" + path), **asked)
+            self.assertEqual(answer.body, self.INDEX_BODY)
+            self.assertRegex(self.cache_status(answer), "ame as http://[^?]+/a/repodata/")
+            self.assertNotIn("secret", self.cache_status(answer))
 
-    def test_what_the_disk_does_not_give_back_is_no_proof_and_no_bug(self):
-        path = "/dists/x/by-hash/SHA256/" + sha256(self.HELD)
-        self.origin.pages["/a" + path], self.other.pages["/b" + path] = ScriptedResponse(self.HELD), ScriptedResponse(b"down", 503)
-        self.ask("/a" + path)
-        for _ in range(3):  # the two mirrors had the same packages
+    def test_an_unreadable_file_is_neither_proof_nor_an_error(self):
+        path = "/dists/x/by-hash/SHA256/" + sha256(self.INDEX_BODY)
+        self.origin.pages["/a" + path], self.other.pages["/b" + path] = ScriptedResponse(self.INDEX_BODY), ScriptedResponse(b"down", 503)
+        self.request("/a" + path)
+        for _ in range(3):  # the two mirrors have had the same packages
             self.proxy._store.names.record_comparison((self.origin.url("/a"), self.other.url("/b")), True)
-        self.settle()
+        self.wait_until_idle()
         with mock.patch.object(pkgproxy.StoredResponse, "read_at", side_effect=OSError(errno.EIO, "broken")):
-            self.assertEqual(self.ask(self.other.url("/b" + path)).body, b"down")
+            self.assertEqual(self.request(self.other.url("/b" + path)).body, b"down")
             self.other.close()
-            self.assertEqual(self.ask(self.other.url("/b" + path)).status, 502)
-        self.assertEqual(self.ask(self.other.url("/b" + path)).body, self.HELD)
+            self.assertEqual(self.request(self.other.url("/b" + path)).status, 502)
+        self.assertEqual(self.request(self.other.url("/b" + path)).body, self.INDEX_BODY)
 
-    def vouch(self):
-        """Let the two mirrors be proven the same, three times."""
+    def prove_mirrors_identical(self):
+        """Let the two mirrors be proven identical, three times."""
         for number in range(3):
             url = self.publish("v%d_1.0_all.deb" % number)
-            self.ask("/debian/pool/v%d_1.0_all.deb" % number)
-            self.assertIn(self.PART, self.outcome(self.ask(url)))
+            self.request("/debian/pool/v%d_1.0_all.deb" % number)
+            self.assertIn(self.PART, self.cache_status(self.request(url)))
 
-    def test_a_mirror_that_is_down_is_stood_in_for_by_one_that_has_always_had_the_same(self):
+    def test_an_unreachable_mirror_is_replaced_by_an_identical_one(self):
         url = self.publish()
-        self.ask(self.HERE)
+        self.request(self.HERE)
         self.other.close()
-        self.assertEqual(self.ask(url).status, 502, "nothing is known of the two")
+        self.assertEqual(self.request(url).status, 502, "nothing is known about the two mirrors")
         self.other = ScriptedOrigin()
         self.addCleanup(self.other.close)
-        self.vouch()
+        self.prove_mirrors_identical()
         self.publish()
         for pages in ({self.THERE: ScriptedResponse(b"", 503)}, {}):
             self.other.pages = pages
             if not pages:
                 self.other.close()
             for _ in range(2):
-                answer = self.ask(self.other.url(self.THERE))
+                answer = self.request(self.other.url(self.THERE))
                 self.assertEqual((answer.status, answer.body), (200, self.BODY))
-                self.assertRegex(self.outcome(answer), "fwd=uri-miss; detail=.*Same name as %s" % re.escape(self.origin.url(self.HERE)))
-        self.assertEqual([answer.body for answer in self.ask_together(self.other.url(self.THERE), 4)], [self.BODY] * 4)
-        self.assertFalse(os.path.exists(self.there()), "it is not this mirror's")
-        self.assertEqual(self.ask(self.other.url("/elsewhere/x_1.0_all.deb")).status, 502)
-        self.start(dataclasses.replace(self.config, offline=True))
-        self.assertEqual(self.ask(self.other.url(self.THERE)).body, self.BODY)
-        self.assertEqual(self.ask(self.other.url("/elsewhere/x_1.0_all.deb")).status, 504)
+                self.assertRegex(self.cache_status(answer), "fwd=uri-miss; detail=.*Same name as %s" % re.escape(self.origin.url(self.HERE)))
+        self.assertEqual([answer.body for answer in self.request_together(self.other.url(self.THERE), 4)], [self.BODY] * 4)
+        self.assertFalse(os.path.exists(self.other_url()), "the file is not this mirror's")
+        self.assertEqual(self.request(self.other.url("/elsewhere/x_1.0_all.deb")).status, 502)
+        self.start_proxy(dataclasses.replace(self.config, offline=True))
+        self.assertEqual(self.request(self.other.url(self.THERE)).body, self.BODY)
+        self.assertEqual(self.request(self.other.url("/elsewhere/x_1.0_all.deb")).status, 504)
 
-    def test_a_healthy_mirror_is_not_stood_in_for(self):
-        self.vouch()
+    def test_a_healthy_mirror_is_not_replaced(self):
+        self.prove_mirrors_identical()
         self.publish(other=b"?" * len(self.BODY))
-        self.ask(self.HERE)
+        self.request(self.HERE)
         index, url = self.other.url("/InRelease"), self.other.url(self.THERE)
         self.other.pages["/InRelease"] = [ScriptedResponse(b"index"), ScriptedResponse(b"", 503)]
-        self.assertEqual([self.ask(index).body for _ in range(2)], [b"index"] * 2)
-        self.assertEqual(self.ask(url, Cache_Control="only-if-cached").status, 504)
-        self.assertEqual(self.ask(url).body, b"?" * len(self.BODY))
+        self.assertEqual([self.request(index).body for _ in range(2)], [b"index"] * 2)
+        self.assertEqual(self.request(url, Cache_Control="only-if-cached").status, 504)
+        self.assertEqual(self.request(url).body, b"?" * len(self.BODY))
 
-    def test_names_that_differ_in_a_plus_alone_share_a_file_if_it_is_the_same(self):
+    def test_names_that_differ_only_in_an_encoded_plus_share_an_identical_file(self):
         plain, coded = ("/debian/pool/g%s_1.0_all.deb" % plus for plus in ("++", "%2B%2B"))
         for other, outcome in ((b"?" * len(self.BODY), self.MISS), (self.BODY, self.PART)):
-            for keep in (True, False):  # whether the first is described, or somebody put it there
+            for keep in (True, False):  # whether the first file has metadata, or a user put it there
                 with self.subTest(outcome=outcome, keep=keep):
                     shutil.rmtree(self.root)
                     os.mkdir(self.root)
                     self.origin.pages.update({plain: ScriptedResponse(self.BODY), coded: ScriptedResponse(other)})
-                    self.ask(plain)
-                    self.settle()
+                    self.request(plain)
+                    self.wait_until_idle()
                     if not keep:
                         shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
-                    answer = self.ask(coded.replace("B", "b"))
+                    answer = self.request(coded.replace("B", "b"))
                     self.assertEqual(answer.body, other)
-                    self.assertIn(outcome, self.outcome(answer))
-                    self.settle()
-                    self.assertEqual(self.files(), {self.place(plain[1:]): self.BODY, self.place(coded[1:]): other})
+                    self.assertIn(outcome, self.cache_status(answer))
+                    self.wait_until_idle()
+                    self.assertEqual(self.visible_files(), {self.visible_name(plain[1:]): self.BODY, self.visible_name(coded[1:]): other})
 
-    def test_a_mirror_that_falls_silent_at_the_proof_is_not_waited_for_much_longer(self):
-        self.vouch()
+    def test_a_mirror_that_stalls_before_the_proof_causes_little_delay(self):
+        self.prove_mirrors_identical()
         self.publish()
-        self.ask(self.HERE)
+        self.request(self.HERE)
         silent = Gate()
         self.addCleanup(silent.open)
         self.other.pages[self.THERE] = ScriptedResponse(steps=[silent])
         with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
-            answer = self.ask(self.other.url(self.THERE))
-            self.assertIn("No answer from", self.outcome(answer))
+            answer = self.request(self.other.url(self.THERE))
+            self.assertIn("No answer from", self.cache_status(answer))
             asked = len(self.other.log)
-            self.assertEqual((answer.body, self.ask(self.other.url(self.THERE)).body), (self.BODY, self.BODY))
-        self.assertEqual(len(self.other.log), asked + 1, "another stands in for it only where it has just failed")
+            self.assertEqual((answer.body, self.request(self.other.url(self.THERE)).body), (self.BODY, self.BODY))
+        self.assertEqual(len(self.other.log), asked + 1, "it is replaced only if it has just failed")
 
-    def test_nor_is_one_that_falls_silent_in_the_middle_of_it(self):
+    def test_a_mirror_that_stalls_during_the_proof_causes_little_delay(self):
         url = self.publish()
-        self.ask(self.HERE)
+        self.request(self.HERE)
         silent, page = Gate(), self.other.pages[self.THERE]
         self.addCleanup(silent.open)
         part = b"HTTP/1.1 206 Part\r\nETag: \"a\"\r\nContent-Range: bytes 0-4095/%d\r\n\r\n" % len(self.BODY)
         self.other.pages[self.THERE] = [ScriptedResponse(steps=[part + self.BODY[:1], silent]), page]
         with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
-            answer = self.ask(url)
-        self.assertEqual((answer.body, self.asked()), (self.BODY, [("GET", "bytes=0-4095"), ("GET", None)]))
+            answer = self.request(url)
+        self.assertEqual((answer.body, self.other_requests()), (self.BODY, [("GET", "bytes=0-4095"), ("GET", None)]))
 
-    def test_a_write_that_comes_during_the_proof_wins(self):
+    def test_an_invalidation_during_the_proof_prevents_sharing(self):
         url = self.publish()
-        self.ask(self.HERE)
+        self.request(self.HERE)
         gate, page = Gate(), self.other.pages[self.THERE]
         self.addCleanup(gate.open)
         self.other.pages[self.THERE] = [ScriptedResponse(self.BODY, modified=page.modified, etag=page.etag, gate=gate, first=1), page]
-        client = threading.Thread(target=self.ask, args=(url,))
+        client = threading.Thread(target=self.request, args=(url,))
         client.start()
         until(lambda: self.other.log)
-        self.ask(url, "DELETE")
+        self.request(url, "DELETE")
         gate.open()
         client.join(PATIENCE)
-        self.settle()
-        self.assertFalse(os.path.exists(self.there()))
+        self.wait_until_idle()
+        self.assertFalse(os.path.exists(self.other_url()))
 
-    def test_one_file_that_is_not_the_same_ends_that(self):
-        self.vouch()
+    def test_one_different_file_ends_the_replacement_of_mirrors(self):
+        self.prove_mirrors_identical()
         url = self.publish("w_1.0_all.deb", other=b"?" * len(self.BODY))
-        self.ask("/debian/pool/w_1.0_all.deb")
-        self.ask(url)
-        self.ask(self.HERE)
+        self.request("/debian/pool/w_1.0_all.deb")
+        self.request(url)
+        self.request(self.HERE)
         self.other.close()
         self.publish()
-        self.ask(self.HERE)
-        self.assertEqual(self.ask(self.other.url(self.THERE)).status, 502)
+        self.request(self.HERE)
+        self.assertEqual(self.request(self.other.url(self.THERE)).status, 502)
 
-    def test_an_index_is_never_another_mirrors(self):
-        self.vouch()
+    def test_an_index_is_never_shared(self):
+        self.prove_mirrors_identical()
         url = self.publish("InRelease", b"here", b"there")
-        self.assertEqual((self.ask("/debian/pool/InRelease").body, self.ask(url).body), (b"here", b"there"))
+        self.assertEqual((self.request("/debian/pool/InRelease").body, self.request(url).body), (b"here", b"there"))
         url = self.publish("Release", b"here", b"there")
-        self.ask("/debian/pool/Release")
+        self.request("/debian/pool/Release")
         self.other.close()
-        self.assertEqual(self.ask(url).status, 502)
+        self.assertEqual(self.request(url).status, 502)
 
     @contextlib.contextmanager
-    def secure(self):
-        """The other mirror, with https."""
+    def start_https_mirror(self):
+        """Start the other mirror with https."""
         with tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as folder:
             certificates = Certificates(folder)
-            self.start(dataclasses.replace(self.config, ca_file=certificates.authority))
+            self.start_proxy(dataclasses.replace(self.config, ca_file=certificates.authority))
             self.other = ScriptedOrigin(context=certificates.context())
             try:
                 yield
@@ -4147,37 +4309,36 @@ class MirrorSharingTest(ProxyCase):
                 self.proxy._origin.pool.close()
                 self.other.close()
 
-    def test_https_proves_for_http_but_http_for_https_only_by_a_digest(self):
-        path = "/pool/by-hash/SHA256/" + sha256(self.HELD)
-        with self.secure():
+    def test_a_file_fetched_over_http_is_used_for_https_only_with_a_digest(self):
+        path = "/pool/by-hash/SHA256/" + sha256(self.INDEX_BODY)
+        with self.start_https_mirror():
             url = self.publish()
-            self.ask(self.HERE)
-            self.assertEqual(self.ask(url).body, self.BODY)
-            self.assertEqual(self.asked(), [("GET", None)])
+            self.request(self.HERE)
+            self.assertEqual(self.request(url).body, self.BODY)
+            self.assertEqual(self.other_requests(), [("GET", None)])
             url = self.publish("y_1.0_all.deb")
-            self.assertEqual((self.ask(url).body, self.ask("/debian/pool/y_1.0_all.deb").body), (self.BODY, self.BODY))
+            self.assertEqual((self.request(url).body, self.request("/debian/pool/y_1.0_all.deb").body), (self.BODY, self.BODY))
             self.check_sent(len(self.BODY) + 2 * pkgproxy.PROOF_SIZE, self.origin)
-            self.origin.pages["/debian" + path] = ScriptedResponse(self.HELD)
-            self.ask("/debian" + path)
-            self.assertEqual(self.ask(self.other.url("/mirrors/pub" + path)).body, self.HELD)
+            self.origin.pages["/debian" + path] = ScriptedResponse(self.INDEX_BODY)
+            self.request("/debian" + path)
+            self.assertEqual(self.request(self.other.url("/mirrors/pub" + path)).body, self.INDEX_BODY)
             self.assertEqual(len(self.other.log), 2)
 
-    def test_what_only_this_host_may_reach_is_shown_to_no_other(self):
+    def test_a_file_of_this_host_is_not_shared_with_remote_clients(self):
         url = self.publish()
-        self.ask(self.HERE)
+        self.request(self.HERE)
         far = pkgproxy.cache_key(pkgproxy.parse_target(url))
-        held = self.proxy._mirrors._candidates(dataclasses.replace(request(url), key=far, client_is_local=False))
-        self.assertEqual(held, [])
-        self.assertTrue(self.proxy._mirrors.has_candidates(dataclasses.replace(request(url), key=far, client_is_local=True)))
-        with contextlib.closing(self.proxy._store.lookup(self.origin.url(self.HERE))) as twin:
-            self.assertTrue(twin.head.local_clients_only)
-            self.assertTrue(pkgproxy._under_other_head(twin, ResponseHead(200, "", ())).head.local_clients_only, "wherever its ends were shown")
+        self.assertFalse(self.proxy._mirrors.has_candidates(dataclasses.replace(make_request(url), key=far, client_is_local=False)))
+        self.assertTrue(self.proxy._mirrors.has_candidates(dataclasses.replace(make_request(url), key=far, client_is_local=True)))
+        with contextlib.closing(self.proxy._store.lookup(self.origin.url(self.HERE))) as stored:
+            self.assertTrue(stored.head.local_clients_only)
+            self.assertTrue(pkgproxy._under_other_head(stored, ResponseHead(200, "", ())).head.local_clients_only, "wherever its probes matched")
 
-    def test_a_variant_or_a_coding_is_not_shown(self):
+    def test_a_variant_or_an_encoded_body_is_not_shared(self):
         for name, field in (("v", ("Vary", "Accept")), ("c", ("Content-Encoding", "x")), ("plain", ("X", "x"))):
             self.origin.pages["/debian/pool/%s_1.0_all.deb" % name] = ScriptedResponse(self.BODY, fields=[field])
-            self.ask("/debian/pool/%s_1.0_all.deb" % name, Accept="1")
-            asked = request(self.other.url("/%s_1.0_all.deb" % name))
+            self.request("/debian/pool/%s_1.0_all.deb" % name, Accept="1")
+            asked = make_request(self.other.url("/%s_1.0_all.deb" % name))
             self.assertEqual(self.proxy._mirrors.has_candidates(dataclasses.replace(asked, client_is_local=True)), name == "plain", name)
 
     def adopt(self, **files):
@@ -4186,45 +4347,45 @@ class MirrorSharingTest(ProxyCase):
         for name, body in files.items():
             Path(folder, name.replace("__", "%3a") + ".deb").write_bytes(body)
         config = dataclasses.replace(self.config, adopt=(folder,))
-        self.start(config)
+        self.start_proxy(config)
         self.proxy._store.adopted.rebuild(pkgproxy.adoptable_packages(config.adopt))
         return folder
 
-    def test_a_package_that_the_user_has_is_not_downloaded_and_never_touched(self):
+    def test_an_adopted_package_is_not_downloaded_and_never_modified(self):
         folder = self.adopt(**{"x_1__1.0_all": self.BODY})
         place = os.path.join(folder, "x_1%3a1.0_all.deb")
         os.utime(place, (1, 1))
         before = os.stat(place)
         url = self.publish()
-        answer = self.ask(url)
-        self.settle()
+        answer = self.request(url)
+        self.wait_until_idle()
         self.assertEqual(answer.body, self.BODY)
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
-        self.assertIn('detail="same as an adopted file"', self.outcome(answer))
+        self.assertIn('detail="same as an adopted file"', self.cache_status(answer))
         after = os.stat(place)
         self.assertEqual((before.st_mtime_ns, before.st_ctime_ns, after.st_nlink), (after.st_mtime_ns, after.st_ctime_ns, 1))
         Path(place).write_bytes(b"rewritten in place")
-        self.assertEqual((self.ask(url).body, self.outcome(self.ask(url))), (self.BODY, "pkgproxy; hit"))
-        self.ask(url, "DELETE")
+        self.assertEqual((self.request(url).body, self.cache_status(self.request(url))), (self.BODY, "pkgproxy; hit"))
+        self.request(url, "DELETE")
         self.assertEqual(os.listdir(folder), ["x_1%3a1.0_all.deb"])
 
-    def test_an_adopted_file_that_is_another_or_is_cut_while_it_is_read_costs_nothing(self):
+    def test_an_adopted_file_that_differs_or_is_truncated_meanwhile_is_not_used(self):
         folder = self.adopt(**{"x_1.0_all": self.BODY[:-1], "y_1.0_all": self.BODY})
-        self.assertEqual(self.ask(self.publish()).body, self.BODY)
+        self.assertEqual(self.request(self.publish()).body, self.BODY)
 
         def cut(copy, size=0):
-            copy._twin.file.close()
+            copy._stored.file.close()
             raise pkgproxy.TruncatedBodyError("cut")
 
         with mock.patch.object(pkgproxy.LocalFileResponse, "read", cut):
-            self.assertEqual(self.ask(self.publish("y_1.0_all.deb")).body, self.BODY)
+            self.assertEqual(self.request(self.publish("y_1.0_all.deb")).body, self.BODY)
         os.symlink(os.path.join(folder, "y_1.0_all.deb"), os.path.join(folder, "z_1.0_all.deb"))
         self.adopt()
         asked = len(self.other.log)
-        self.assertEqual(self.ask(self.publish("z_1.0_all.deb")).body, self.BODY)
-        self.assertEqual(self.asked()[asked:], [("GET", None)], "a link is none of the user's packages")
+        self.assertEqual(self.request(self.publish("z_1.0_all.deb")).body, self.BODY)
+        self.assertEqual(self.other_requests()[asked:], [("GET", None)], "a symlink is not adopted")
 
-    def test_a_local_copy_never_continues_what_a_broken_off_download_left(self):
+    def test_a_local_copy_never_completes_an_interrupted_download(self):
         body = random.Random(1).randbytes(1 << 20)
         digest = "/by-hash/SHA256/" + sha256(body)
         head = b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: "x"\r\n\r\n' % len(body)
@@ -4234,38 +4395,38 @@ class MirrorSharingTest(ProxyCase):
             self.adopt(**{"x_1.0_all": body})
 
         def lose_heads():
-            self.ask(self.HERE)
+            self.request(self.HERE)
             shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "heads"))
 
         named = mock.patch.object(pkgproxy.LeaseManager, "acquire", lambda leases, key: pkgproxy.Lease(os.urandom(8).hex(), pkgproxy.LeaseState.OURS))
         linkless = mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here"))
         as_ever = contextlib.nullcontext()
         for what, path, prepare, circumstances in (
-                ("an adopted file", self.HERE, adopt, as_ever), ("a twin without a head", self.HERE, lose_heads, as_ever),
-                ("a twin that cannot be linked", self.HERE, lambda: self.ask(self.HERE), linkless),
-                ("a twin by its digest", digest, lambda: self.ask(digest), linkless),
+                ("an adopted file", self.HERE, adopt, as_ever), ("a file without metadata", self.HERE, lose_heads, as_ever),
+                ("a file that cannot be linked", self.HERE, lambda: self.request(self.HERE), linkless),
+                ("a file found by its digest", digest, lambda: self.request(digest), linkless),
                 ("an adopted file, and partials of owners", self.HERE, adopt, named)):
             with self.subTest(what), circumstances, mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
                 shutil.rmtree(self.root)
-                self.start()
+                self.start_proxy()
                 there = path if path == digest else self.THERE
                 self.origin.pages[path], url = ScriptedResponse(body), self.other.url(there)
                 self.other.pages[there] = list(broken)
                 with self.connection() as one:
                     one.request("GET", url)
                     self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
-                self.settle()
+                self.wait_until_idle()
                 self.assertTrue(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), "it is kept")
                 self.other.pages[there] = ScriptedResponse(body, etag='"x"')
                 prepare()
                 for _ in range(2):
-                    answer = self.ask(url)
+                    answer = self.request(url)
                     self.assertEqual((answer.status, answer["Content-Length"], answer.body == body), (200, str(len(body)), True))
-                    self.settle()
-                self.assertEqual(self.outcome(answer), "pkgproxy; hit")
-                self.assertEqual({name: data == body for name, data in self.files().items()}, dict.fromkeys(self.files(), True))
+                    self.wait_until_idle()
+                self.assertEqual(self.cache_status(answer), "pkgproxy; hit")
+                self.assertEqual({name: data == body for name, data in self.visible_files().items()}, dict.fromkeys(self.visible_files(), True))
 
-    def test_an_adopted_file_that_is_written_while_it_is_copied_spoils_nothing(self):
+    def test_an_adopted_file_written_during_its_copy_does_no_harm(self):
         body = random.Random(1).randbytes(1 << 20)
         path, read = os.path.join(self.adopt(**{"x_1.0_all": body}), "x_1.0_all.deb"), pkgproxy.LocalFileResponse.read
 
@@ -4275,34 +4436,34 @@ class MirrorSharingTest(ProxyCase):
             return read(copy, size)
 
         with mock.patch.object(pkgproxy.LocalFileResponse, "read", written_meanwhile), mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
-            self.assertTrue(self.ask(self.publish(body=body)).body == body)
-        self.settle()
-        self.assertEqual({name: data == body for name, data in self.files().items()}, {os.path.relpath(self.there(), self.root): True})
+            self.assertTrue(self.request(self.publish(body=body)).body == body)
+        self.wait_until_idle()
+        self.assertEqual({name: data == body for name, data in self.visible_files().items()}, {os.path.relpath(self.other_url(), self.root): True})
 
-    def test_adopted_packages_stand_in_for_no_mirror_but_by_a_digest(self):
+    def test_adopted_packages_replace_a_mirror_only_with_a_digest(self):
         self.adopt(**{"v%d_1.0_all" % number: self.BODY for number in range(4)})
-        digest = "%s-primary.xml.gz" % sha256(self.HELD)
+        digest = "%s-primary.xml.gz" % sha256(self.INDEX_BODY)
         os.mkdir(os.path.join(self.folder, "archives", "repodata"))
-        Path(self.folder, "archives", "repodata", digest).write_bytes(self.HELD)
+        Path(self.folder, "archives", "repodata", digest).write_bytes(self.INDEX_BODY)
         self.adopt()
         for number in range(3):
-            self.assertIn("same as an adopted file", self.outcome(self.ask(self.publish("v%d_1.0_all.deb" % number))))
+            self.assertIn("same as an adopted file", self.cache_status(self.request(self.publish("v%d_1.0_all.deb" % number))))
         self.other.close()
-        self.assertEqual(self.ask(self.other.url("/mirrors/pub/pool/v3_1.0_all.deb")).status, 502)
-        asked = request(self.other.url("/x"))
-        self.proxy._troubles.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
-        self.assertEqual(self.ask(self.other.url("/repodata/" + digest)).body, self.HELD)
-        self.assertEqual(self.proxy._troubles.origin_down_reason(asked), "It is down.", "nobody has asked it")
+        self.assertEqual(self.request(self.other.url("/mirrors/pub/pool/v3_1.0_all.deb")).status, 502)
+        asked = make_request(self.other.url("/x"))
+        self.proxy._failures.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
+        self.assertEqual(self.request(self.other.url("/repodata/" + digest)).body, self.INDEX_BODY)
+        self.assertEqual(self.proxy._failures.origin_down_reason(asked), "It is down.", "the mirror got no request")
 
-    def test_what_is_no_longer_to_be_adopted_is_left_alone(self):
+    def test_packages_no_longer_adopted_are_left_alone(self):
         self.adopt(**{"x_1.0_all": self.BODY})
         for adopt in ((), (os.path.join(self.folder, "arch"),)):
-            self.start(dataclasses.replace(self.config, adopt=adopt))
-            self.assertFalse(self.proxy._mirrors.has_candidates(request(self.other.url(self.THERE))))
+            self.start_proxy(dataclasses.replace(self.config, adopt=adopt))
+            self.assertFalse(self.proxy._mirrors.has_candidates(make_request(self.other.url(self.THERE))))
 
 
 class LocalFailureTest(ProxyCase):
-    """Invariant 6: a local failure costs the cache, never the reply."""
+    """A local failure affects the cache, never the response."""
 
     def setUp(self):
         super().setUp()
@@ -4310,43 +4471,43 @@ class LocalFailureTest(ProxyCase):
 
     def check(self):
         with self.assertLogs("pkgproxy", "WARNING") as caught:
-            answer = self.ask("/x_1.0_all.deb")
-            self.settle()
+            answer = self.request("/x_1.0_all.deb")
+            self.wait_until_idle()
         self.assertEqual((answer.status, answer.body), (200, b"x" * 100_000))
         self.assertEqual(len(caught.output), 1, "one warning")
-        self.assertEqual(self.files(), {})
+        self.assertEqual(self.visible_files(), {})
 
-    def test_a_root_that_cannot_be_written(self):
+    def test_the_root_is_not_writable(self):
         for error in (PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")):
             with mock.patch.object(pkgproxy, "make_directory", side_effect=error):
                 self.check()
 
-    def test_a_root_that_became_a_file(self):
+    def test_the_root_is_a_file(self):
         shutil.rmtree(self.root)
         Path(self.root).write_bytes(b"")
         self.check()
 
-    def test_a_disk_that_is_full_at_the_start(self):
+    def test_the_disk_is_full_before_the_download(self):
         with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)):
             self.check()
 
-    def test_a_disk_that_fails_at_the_end(self):
+    def test_the_disk_fails_at_the_end_of_the_download(self):
         for name in ("fsync", "replace"):
-            self.start()
+            self.start_proxy()
             with mock.patch.object(pkgproxy.os, name, side_effect=OSError(28, "No space left on device")):
                 self.check()
 
-    def test_another_machines_disk_that_hangs_holds_nobody_up(self):
+    def test_a_hanging_network_file_system_delays_nobody(self):
         gate, write = Gate(), pkgproxy.PartialFile.write
         self.addCleanup(gate.open)
         with mock.patch.object(pkgproxy, "is_remote", lambda _: True):
-            self.start()
+            self.start_proxy()
         with mock.patch.object(pkgproxy.PartialFile, "write", lambda *what: (gate.pass_through(), write(*what))[1]), mock.patch.object(pkgproxy, "FOLLOWER_STALL_TIMEOUT", 0.1):
-            self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x" * 100_000)
+            self.assertEqual(self.request("/x_1.0_all.deb").body, b"x" * 100_000)
             gate.open()
-            self.settle()
+            self.wait_until_idle()
 
-    def test_no_thread_to_fill(self):
+    def test_no_thread_can_be_started_for_a_download(self):
         real = threading.Thread.start
 
         def refuse(thread):
@@ -4357,118 +4518,118 @@ class LocalFailureTest(ProxyCase):
         with mock.patch.object(threading.Thread, "start", refuse):
             with self.assertLogs("pkgproxy", "WARNING") as caught:
                 for fields in ({}, {"Range": "bytes=1-"}):
-                    answer = self.ask("/x_1.0_all.deb", **fields)
+                    answer = self.request("/x_1.0_all.deb", **fields)
                     self.assertEqual((answer.status, answer.body), (200, b"x" * 100_000))
-                self.settle()
-            self.assertEqual((len(caught.output), self.files()), (1, {}))
-        self.ask("/x_1.0_all.deb")
-        self.assertEqual(self.ask("/x_1.0_all.deb", Cache_Control="only-if-cached").status, 200)
+                self.wait_until_idle()
+            self.assertEqual((len(caught.output), self.visible_files()), (1, {}))
+        self.request("/x_1.0_all.deb")
+        self.assertEqual(self.request("/x_1.0_all.deb", Cache_Control="only-if-cached").status, 200)
 
-    def test_a_stored_file_that_cannot_be_read(self):
-        self.ask("/x_1.0_all.deb")
+    def test_an_unreadable_stored_file_is_fetched_again(self):
+        self.request("/x_1.0_all.deb")
         with mock.patch.object(pkgproxy.os, "open", side_effect=PermissionError(13, "no")):
-            self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x" * 100_000)
+            self.assertEqual(self.request("/x_1.0_all.deb").body, b"x" * 100_000)
 
 
 class SemanticsTest(ProxyCase):
-    """RFC 9111 and DESIGN §5 over real sockets: what pure rules alone can't show."""
+    """The rules of caching over real sockets: what tests of the pure functions cannot show."""
 
     PACKAGE = "/x_1.0_all.deb"
 
     def age_stored(self, name, seconds):
-        """Make a stored response older than it is."""
-        path = os.path.join(self.root, pkgproxy.METADATA_FOLDER, "heads", self.place(name) + "^head")
+        """Make a stored response appear older than it is."""
+        path = os.path.join(self.root, pkgproxy.METADATA_FOLDER, "heads", self.visible_name(name) + "^head")
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         for row in rows:
             row["response_time"] -= seconds
             row["request_time"] -= seconds
         Path(path).write_text(json.dumps(rows), encoding="utf-8")
 
-    def test_a_package_uploaded_again_heals_by_itself_after_a_day(self):
+    def test_a_package_uploaded_again_is_replaced_after_a_day(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
-        self.ask(self.PACKAGE)
+        self.request(self.PACKAGE)
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"again")
-        self.assertEqual(self.ask(self.PACKAGE).body, b"first")
+        self.assertEqual(self.request(self.PACKAGE).body, b"first")
         self.age_stored("x_1.0_all.deb", 90000)
-        self.assertEqual(self.ask(self.PACKAGE).body, b"first", "served at once")
-        until(lambda: self.ask(self.PACKAGE).body == b"again", "a validation in the background")
-        self.settle()
-        self.assertEqual(len(self.origin.asked()), 2)
+        self.assertEqual(self.request(self.PACKAGE).body, b"first", "served at once")
+        until(lambda: self.request(self.PACKAGE).body == b"again", "a validation in the background")
+        self.wait_until_idle()
+        self.assertEqual(len(self.origin.methods()), 2)
 
-    def test_a_package_that_is_still_right_is_asked_for_once_a_day(self):
+    def test_an_unchanged_package_is_validated_once_a_day(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
-        self.ask(self.PACKAGE)
+        self.request(self.PACKAGE)
         self.age_stored("x_1.0_all.deb", 90000)
-        self.ask(self.PACKAGE)
-        until(lambda: len(self.origin.asked()) == 2)
-        self.settle()
-        self.assertEqual(self.ask(self.PACKAGE).body, b"first")
-        self.settle()
-        self.assertEqual(len(self.origin.asked()), 2)
-        self.assertEqual(self.origin.log[-1][2].get("if-none-match"), self.origin.pages[self.PACKAGE].etag)
+        self.request(self.PACKAGE)
+        until(lambda: len(self.origin.methods()) == 2)
+        self.wait_until_idle()
+        self.assertEqual(self.request(self.PACKAGE).body, b"first")
+        self.wait_until_idle()
+        self.assertEqual(len(self.origin.methods()), 2)
+        self.assertEqual(self.origin.log[-1].fields.get("if-none-match"), self.origin.pages[self.PACKAGE].etag)
 
-    def test_a_dead_origin_is_no_matter_for_a_package_of_yesterday(self):
+    def test_a_package_is_served_although_its_origin_is_unreachable(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
-        self.ask(self.PACKAGE)
+        self.request(self.PACKAGE)
         self.age_stored("x_1.0_all.deb", 90000)
         self.origin.close()
         for _ in range(3):
-            self.assertEqual(self.ask(self.PACKAGE).body, b"first")
-            self.settle()
+            self.assertEqual(self.request(self.PACKAGE).body, b"first")
+            self.wait_until_idle()
 
-    def test_no_cache_sees_a_package_uploaded_again_at_once(self):
+    def test_no_cache_fetches_a_package_uploaded_again_at_once(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
-        self.ask(self.PACKAGE)
-        self.assertIn("fwd=request; fwd-status=304", self.ask(self.PACKAGE, Cache_Control="no-cache")["Cache-Status"])
+        self.request(self.PACKAGE)
+        self.assertIn("fwd=request; fwd-status=304", self.request(self.PACKAGE, Cache_Control="no-cache")["Cache-Status"])
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"again")
         for fields in ({"Cache_Control": "no-cache"}, {"Cache_Control": "max-age=0"}, {"Pragma": "no-cache"}):
-            self.assertEqual(self.ask(self.PACKAGE, **fields).body, b"again")
-        self.assertEqual(self.ask(self.PACKAGE).body, b"again")
+            self.assertEqual(self.request(self.PACKAGE, **fields).body, b"again")
+        self.assertEqual(self.request(self.PACKAGE).body, b"again")
 
-    def test_by_hash_knows_better_than_max_age_0(self):
+    def test_by_hash_names_override_max_age_0(self):
         path = "/by-hash/SHA256/" + sha256(b"x")
         self.origin.pages[path] = ScriptedResponse(b"x")
         for _ in range(2):
-            self.ask(path, Cache_Control="max-age=0")
-        self.assertEqual(len(self.origin.asked()), 1)
+            self.request(path, Cache_Control="max-age=0")
+        self.assertEqual(len(self.origin.methods()), 1)
 
-    def test_a_file_without_head_is_adopted_if_size_and_date_are_the_origins(self):
+    def test_a_file_without_metadata_is_used_if_size_and_date_match_the_origins(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first", fields=[("Content-Type", "application/x")])
-        self.ask(self.PACKAGE)
+        self.request(self.PACKAGE)
         shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
-        answer = self.ask(self.PACKAGE)
+        answer = self.request(self.PACKAGE)
         self.assertEqual((answer.body, answer["Last-Modified"], answer["ETag"]), (b"first", DATE, None))
-        self.settle()
-        until(lambda: self.ask(self.PACKAGE)["Content-Type"] == "application/x", "adoption")
-        self.assertEqual(self.origin.asked(), ["GET", "HEAD"])
+        self.wait_until_idle()
+        until(lambda: self.request(self.PACKAGE)["Content-Type"] == "application/x", "adoption")
+        self.assertEqual(self.origin.methods(), ["GET", "HEAD"])
 
-    def test_a_file_without_head_that_is_not_the_origins_is_fetched_anew(self):
+    def test_a_file_without_metadata_that_differs_is_fetched_again(self):
         for body, modified in ((b"first", "Sun, 06 Nov 1994 08:49:38 GMT"), (b"longer", DATE), (b"none!", "")):
             with self.subTest(body=body):
                 self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
-                self.ask(self.PACKAGE)
-                self.settle()
+                self.request(self.PACKAGE)
+                self.wait_until_idle()
                 shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
                 self.origin.pages[self.PACKAGE] = ScriptedResponse(body, modified=modified)
-                self.start()
-                until(lambda body=body: self.ask(self.PACKAGE).body == body, "a new download")
-                self.settle()
+                self.start_proxy()
+                until(lambda body=body: self.request(self.PACKAGE).body == body, "a new download")
+                self.wait_until_idle()
                 shutil.rmtree(self.root)
 
-    def test_a_206_or_a_304_to_a_plain_request_is_no_answer(self):
+    def test_a_206_or_304_to_an_unconditional_request_is_an_error(self):
         for steps in ([b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1\r\nContent-Range: bytes 0-0/2\r\n\r\nx"],
                       [b"HTTP/1.1 304 Not Modified\r\n\r\n"], [b"HTTP/1.1 416 Range Not Satisfiable\r\nContent-Length: 0\r\n\r\n"]):
             self.origin.pages["/y_1.0_all.deb"] = ScriptedResponse(steps=steps)
-            self.assertEqual(self.ask("/y_1.0_all.deb").status, 502)
-        self.assertEqual(self.files(), {})
+            self.assertEqual(self.request("/y_1.0_all.deb").status, 502)
+        self.assertEqual(self.visible_files(), {})
 
     def test_a_follower_of_another_variant_gets_its_own(self):
         gate, vary = Gate(), [("Vary", "User-Agent")]
         self.origin.pages["/InRelease"] = ScriptedResponse(b"A", fields=vary)
-        self.ask("/InRelease", User_Agent="a")
+        self.request("/InRelease", User_Agent="a")
         self.origin.pages["/InRelease"] = [ScriptedResponse(steps=[gate, b"HTTP/1.1 304 Not Modified\r\n\r\n"]), ScriptedResponse(b"B", fields=vary)]
         answers = {}
-        threads = [threading.Thread(target=lambda v=v: answers.update({v: self.ask("/InRelease", User_Agent=v).body})) for v in "ab"]
+        threads = [threading.Thread(target=lambda v=v: answers.update({v: self.request("/InRelease", User_Agent=v).body})) for v in "ab"]
         threads[0].start()
         until(lambda: len(self.origin.log) == 2)
         threads[1].start()
@@ -4478,150 +4639,150 @@ class SemanticsTest(ProxyCase):
             thread.join(PATIENCE)
         self.assertEqual(answers, {"a": b"A", "b": b"B"})
 
-    def test_a_method_that_changes_things_spoils_a_download_under_way(self):
+    def test_an_unsafe_method_invalidates_a_download_in_progress(self):
         gate = Gate()
         self.origin.pages["/api"] = ScriptedResponse(b"old" * 1000, fields=[("Cache-Control", "max-age=600")], gate=gate, first=10)
         with self.connection() as one:
             one.request("GET", self.origin.url("/api"))
             response = one.getresponse()
             response.read(1)
-            poster = threading.Thread(target=self.ask, args=("/api", "POST", b"change"))
+            poster = threading.Thread(target=self.request, args=("/api", "POST", b"change"))
             poster.start()
-            until(lambda: "POST" in self.origin.asked())
+            until(lambda: "POST" in self.origin.methods())
             gate.open()
             poster.join(PATIENCE)
             self.assertEqual(len(response.read()), 2999)
-        self.settle()
-        self.assertEqual(self.files(), {})
+        self.wait_until_idle()
+        self.assertEqual(self.visible_files(), {})
 
     def test_an_age_from_before_the_last_validation_does_not_count(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=60"), ("Age", "100")])
-        self.ask("/x")
+        self.request("/x")
         self.origin.pages["/x"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=60")])
-        self.assertIn("fwd=stale", self.ask("/x")["Cache-Status"])
-        self.assertIn("hit; ttl=", self.ask("/x")["Cache-Status"])
+        self.assertIn("fwd=stale", self.request("/x")["Cache-Status"])
+        self.assertIn("hit; ttl=", self.request("/x")["Cache-Status"])
 
     def test_location_and_content_location_are_invalidated_too(self):
         for name in ("Location", "Content-Location"):
             self.origin.pages.update({"/y_1.0_all.deb": ScriptedResponse(b"old"), "/api": ScriptedResponse(b"", 201, [(name, "/y_1.0_all.deb")])})
-            self.ask("/y_1.0_all.deb")
-            self.ask("/api", "PUT", b"x")
-            self.assertEqual(self.files(), {})
+            self.request("/y_1.0_all.deb")
+            self.request("/api", "PUT", b"x")
+            self.assertEqual(self.visible_files(), {})
 
-    def test_a_portals_page_does_not_live_on_by_a_304_that_speaks_of_another_file(self):
+    def test_a_304_for_another_file_does_not_confirm_a_stored_portal_page(self):
         self.origin.pages["/InRelease"] = ScriptedResponse(b"pay", etag="", modified="Sun, 06 Nov 1994 09:49:37 GMT", fields=[("Content-Type", "text/html")])
-        self.ask("/InRelease")
+        self.request("/InRelease")
         for fields in (b'ETag: "real"', b"Last-Modified: " + DATE.encode()):
             self.origin.pages["/InRelease"] = [ScriptedResponse(steps=[b"HTTP/1.1 304 Not Modified\r\n%s\r\n\r\n" % fields]), ScriptedResponse(b"real")]
-            self.assertEqual(self.ask("/InRelease").body, b"real")
+            self.assertEqual(self.request("/InRelease").body, b"real")
 
-    def test_a_new_generation_that_does_not_come_leaves_the_stored_one(self):
+    def test_a_failed_download_of_a_new_version_keeps_the_stored_one(self):
         head = b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\nETag: W/"2"\r\n\r\n'
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/InRelease"] = ScriptedResponse(b"stored")
-        self.ask("/InRelease")
+        self.request("/InRelease")
         for steps in ([head], [head, gate]):
             self.origin.pages["/InRelease"] = ScriptedResponse(steps=steps)
             with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.3), mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0, 0.0)):
-                for answer in self.ask_together("/InRelease", 5):
+                for answer in self.request_together("/InRelease", 5):
                     self.assertEqual((answer.status, answer.body), (200, b"stored"))
                     self.assertIn("detail=", answer["Cache-Status"])
             gate.open()
-            self.start()  # else the trouble is remembered
+            self.start_proxy()  # otherwise the failure is remembered
 
-    def test_what_cannot_be_validated_in_the_background_is_not_asked_for_at_each_hit(self):
+    def test_a_failed_background_validation_is_not_repeated_at_each_hit(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
         for page in (ScriptedResponse(b"gone", 404), ScriptedResponse(b"pay", fields=[("Content-Type", "text/html")]), ScriptedResponse(b"no", 403)):
-            self.start()
+            self.start_proxy()
             self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first")
-            self.ask(self.PACKAGE)
+            self.request(self.PACKAGE)
             self.age_stored("x_1.0_all.deb", 90000)
             self.origin.pages[self.PACKAGE] = page
             before = len(self.origin.log)
             for _ in range(5):
-                self.assertEqual(self.ask(self.PACKAGE).body, b"first")
-                until(lambda: not self.proxy._barrier.in_flight())
+                self.assertEqual(self.request(self.PACKAGE).body, b"first")
+                until(lambda: not self.downloads_in_flight())
             until(lambda before=before: len(self.origin.log) > before)
-            self.settle()
+            self.wait_until_idle()
             self.assertEqual(len(self.origin.log) - before, 1)
             shutil.rmtree(self.root)
 
-    def test_a_refresh_asks_for_the_same_variant_by_the_same_path(self):
+    def test_a_background_validation_requests_the_same_variant_of_the_same_path(self):
         path = "/g%2B%2B_1.0_all.deb"
         self.origin.pages[path] = ScriptedResponse(b"x", fields=[("Vary", "User-Agent, Origin, Cookie")])
-        self.ask(path, User_Agent="apt")
+        self.request(path, User_Agent="apt")
         self.age_stored("g%2B%2B_1.0_all.deb", 90000)
-        self.ask(path, User_Agent="apt")
+        self.request(path, User_Agent="apt")
         until(lambda: len(self.origin.log) == 2)
-        self.settle()
-        self.assertEqual((self.origin.log[-1][1], self.origin.log[-1][2]["user-agent"]), (path, "apt"))
-        self.assertIn("if-none-match", self.origin.log[-1][2])
-        self.assertEqual(self.ask(path, User_Agent="apt")["Cache-Status"], "pkgproxy; hit")
+        self.wait_until_idle()
+        self.assertEqual((self.origin.log[-1].target, self.origin.log[-1].fields["user-agent"]), (path, "apt"))
+        self.assertIn("if-none-match", self.origin.log[-1].fields)
+        self.assertEqual(self.request(path, User_Agent="apt")["Cache-Status"], "pkgproxy; hit")
 
-    def test_a_response_without_date_gets_that_of_its_receipt(self):
+    def test_a_response_without_date_gets_the_time_of_receipt(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"x")
-        self.ask(self.PACKAGE)
-        date = self.ask(self.PACKAGE)["Date"]
+        self.request(self.PACKAGE)
+        date = self.request(self.PACKAGE)["Date"]
         self.age_stored("x_1.0_all.deb", 5000)
-        self.assertEqual(self.ask(self.PACKAGE)["Date"], date)
+        self.assertEqual(self.request(self.PACKAGE)["Date"], date)
 
-    def test_a_304_may_bring_a_vary(self):
+    def test_a_304_may_add_vary(self):
         self.origin.pages["/InRelease"] = ScriptedResponse(b"x")
-        self.ask("/InRelease", User_Agent="a")
+        self.request("/InRelease", User_Agent="a")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"x", fields=[("Vary", "User-Agent")])
         for _ in range(3):
-            self.assertIn("fwd-status=304", self.ask("/InRelease", User_Agent="a")["Cache-Status"])
+            self.assertIn("fwd-status=304", self.request("/InRelease", User_Agent="a")["Cache-Status"])
 
-    def test_an_adopted_file_has_all_its_fields(self):
+    def test_a_file_confirmed_by_its_origin_gets_all_fields(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first", fields=[("Vary", "X-V"), ("Content-Type", "application/x")])
-        self.ask(self.PACKAGE)
+        self.request(self.PACKAGE)
         shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
-        self.ask(self.PACKAGE)
-        until(lambda: self.ask(self.PACKAGE)["ETag"], "adoption")
-        self.assertEqual(self.ask(self.PACKAGE)["Cache-Status"], "pkgproxy; hit")
+        self.request(self.PACKAGE)
+        until(lambda: self.request(self.PACKAGE)["ETag"], "adoption")
+        self.assertEqual(self.request(self.PACKAGE)["Cache-Status"], "pkgproxy; hit")
 
     def test_a_late_304_does_not_touch_a_newer_body_of_another_instance(self):
         self.origin.pages["/InRelease"] = ScriptedResponse(b"old")
-        self.ask("/InRelease")
+        self.request("/InRelease")
         other = pkgproxy.Store(self.root)
         key = pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url("/InRelease")))
         found = other.lookup(key)
         self.origin.pages["/InRelease"] = ScriptedResponse(b"new one")
-        self.ask("/InRelease")
+        self.request("/InRelease")
         other.update_head(found, found.head)
         found.close()
         found = other.lookup(key)
         self.assertEqual(found.file.read(), b"new one")
         found.close()
 
-    def test_several_ranges_count_their_bytes_only(self):
+    def test_only_the_bytes_of_several_ranges_are_counted(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"x" * 1000)
-        self.ask(self.PACKAGE)
-        self.ask(self.PACKAGE, Range="bytes=0-9,20-29")
+        self.request(self.PACKAGE)
+        self.request(self.PACKAGE, Range="bytes=0-9,20-29")
         self.assertEqual(self.counters()["statsCacheBytes"], 20)
 
-    def test_signatures_follow_their_index_to_a_new_generation(self):
+    def test_a_changed_index_revalidates_its_signatures(self):
         self.origin.pages.update({"/repodata/repomd.xml": ScriptedResponse(b"1"), "/repodata/repomd.xml.asc": ScriptedResponse(b"signature 1")})
         for path in ("/repodata/repomd.xml", "/repodata/repomd.xml.asc"):
-            self.ask(path)
+            self.request(path)
         self.origin.pages.update({"/repodata/repomd.xml": ScriptedResponse(b"2"), "/repodata/repomd.xml.asc": ScriptedResponse(b"signature 2")})
-        self.assertEqual(self.ask("/repodata/repomd.xml").body, b"2")
-        until(lambda: self.files()[self.place("repodata/repomd.xml.asc")] == b"signature 2", "the signature's renewal")
+        self.assertEqual(self.request("/repodata/repomd.xml").body, b"2")
+        until(lambda: self.visible_files()[self.visible_name("repodata/repomd.xml.asc")] == b"signature 2", "the signature's renewal")
         self.origin.close()
-        self.assertEqual(self.ask("/repodata/repomd.xml").body, b"2")
-        self.assertEqual(self.ask("/repodata/repomd.xml.asc").body, b"signature 2")
+        self.assertEqual(self.request("/repodata/repomd.xml").body, b"2")
+        self.assertEqual(self.request("/repodata/repomd.xml.asc").body, b"signature 2")
 
     def mixed(self, answer, body):
-        """The answer, if it is not of the one generation that its ETag names."""
+        """Return the response unless it belongs entirely to the version that its ETag names."""
         place = re.match(r"bytes (\d+)-(\d+)", answer["Content-Range"] or "")
         expected = body[int(place[1]):int(place[2]) + 1] if place else b"" if answer.status == 304 else body
         right = answer.body == expected and answer["X-Generation"] == str(int(body[:6]))
         return [] if right else [(answer.status, answer.fields)]
 
     def test_generations_never_mix(self):
-        """An index that is replaced again and again, read whole, in ranges and on condition, by many
-        threads and across restarts: each answer is of one generation, body and fields."""
+        """An index is replaced again and again while many threads read it completely, in ranges and conditionally,
+        across restarts: each response belongs to one version, body and fields."""
         generations, seen = itertools.count(), {}
 
         def publish():
@@ -4636,7 +4797,7 @@ class SemanticsTest(ProxyCase):
             chance = random.Random(seed)
             for _ in range(40):
                 start = chance.randrange(6000)
-                answer = self.ask("/InRelease", **chance.choice((
+                answer = self.request("/InRelease", **chance.choice((
                     {}, {"Range": "bytes=%d-%d" % (start, start + 3000)}, {"Cache_Control": "no-cache"}, {"Range": "bytes=-600"},
                     {"If_None_Match": chance.choice(list(seen))},
                     {"Range": "bytes=%d-" % start, "If_Range": chance.choice(list(seen))})))
@@ -4651,13 +4812,39 @@ class SemanticsTest(ProxyCase):
                 thread.start()
             for thread in threads:
                 thread.join(30)
-            self.start()
+            self.start_proxy()
         self.assertEqual(wrong, [])
         self.assertGreater(len(seen), 100)
 
 
-class TroubleTest(ProxyCase):
-    """Stale beats nothing, and quickly."""
+class FailureReasonTest(ProxyCase):
+    """Why a request failed although something may be stored."""
+
+    def test_a_failure_keeps_its_decision_and_says_why_no_stored_copy_was_used(self):
+        self.origin.pages["/page"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=0, must-revalidate"), ("ETag", '"1"')])
+        self.origin.pages["/vary"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=999"), ("Vary", "Accept")])
+        self.request("/page")
+        self.request("/vary", Accept="a")
+        self.wait_until_idle()
+        self.origin.close()
+        for path, fields, status, forward, reason in (
+                ("/new_1.0_all.deb", {}, 502, "fwd=uri-miss; ", "no stored copy"),
+                ("/page", {}, 502, "fwd=stale; ", "the stored copy must be revalidated"),
+                ("/vary", {"Accept": "b"}, 502, "fwd=vary-miss; ", "the stored copy is for other request fields"),
+                ("/vary", {"Cache-Control": "no-store", "Accept": "c"}, 502, "fwd=vary-miss; ", "the request bypasses the cache"),
+                ("/page", {"Cache-Control": "only-if-cached"}, 504, "", "the stored copy must be revalidated"),
+                ("/new_1.0_all.deb", {"Cache-Control": "only-if-cached"}, 504, "", "no stored copy")):
+            with self.subTest(path=path, fields=fields), self.assertLogs("pkgproxy", "INFO") as logged:
+                answer = self.request(path, **{name.replace("-", "_"): text for name, text in fields.items()})
+                self.wait_until_idle()
+                self.assertEqual(answer.status, status)
+                self.assertRegex(self.cache_status(answer), r'\Apkgproxy; %sdetail="[^"]+; %s"\Z' % (forward, reason))
+                self.assertIn("; %s)" % reason, logged.output[-1])
+                self.assertNotIn(reason.encode(), answer.body, "a client's user needs one sentence")
+
+
+class OriginBackoffTest(ProxyCase):
+    """After a failure of an origin, stale responses are served without delay."""
 
     def setUp(self):
         super().setUp()
@@ -4665,115 +4852,107 @@ class TroubleTest(ProxyCase):
         self.addCleanup(self.gate.open)
         self.origin.pages.update({"/InRelease": ScriptedResponse(b"release"), "/main/Packages": ScriptedResponse(b"packages"), "/x_1.0_all.deb": ScriptedResponse(b"x")})
 
-    def test_a_silent_origin_is_waited_for_once_and_not_for_long(self):
+    def test_a_stalled_origin_delays_one_request_only(self):
         for path in ("/InRelease", "/main/Packages"):
-            self.ask(path)
+            self.request(path)
         self.origin.pages.update({"/InRelease": ScriptedResponse(steps=[self.gate]), "/main/Packages": ScriptedResponse(steps=[self.gate])})
         with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
-            self.assertEqual(self.ask("/InRelease").body, b"release")
+            self.assertEqual(self.request("/InRelease").body, b"release")
         for path, body in (("/InRelease", b"release"), ("/main/Packages", b"packages")):
-            answer = self.ask(path)
+            answer = self.request(path)
             self.assertEqual(answer.body, body)
             self.assertIn("detail=", answer["Cache-Status"])
-        self.assertEqual(len(self.origin.log), 3, "asked for once more only")
+        self.assertEqual(len(self.origin.log), 3, "only one more request")
 
-    def fail(self, path):
-        """Let the validation of a stored page find nobody: the origin's address refuses connections."""
+    def fail_validation(self, path):
+        """Let a validation fail: the origin's address refuses connections."""
         with mock.patch.object(pkgproxy, "connect_fastest", side_effect=ConnectionRefusedError(errno.ECONNREFUSED, "refused")):
             self.origin.drop()
-            until(lambda: not self.origin._open)
-            return self.ask(path)
+            until(lambda: not self.origin.open_connections)
+            return self.request(path)
 
-    def test_an_answer_ends_the_trouble(self):
-        self.ask("/InRelease")
-        self.fail("/InRelease")
+    def test_a_response_ends_the_backoff(self):
+        self.request("/InRelease")
+        self.fail_validation("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"release 2")
-        self.assertEqual(self.ask("/InRelease").body, b"release", "it is not waited for again")
-        self.ask("/x_1.0_all.deb")
-        self.assertEqual(self.ask("/InRelease").body, b"release 2")
+        self.assertEqual(self.request("/InRelease").body, b"release", "there is no second wait")
+        self.request("/x_1.0_all.deb")
+        self.assertEqual(self.request("/InRelease").body, b"release 2")
 
-    def test_what_one_request_was_refused_others_ask_for_themselves(self):
+    def test_an_error_for_one_request_does_not_answer_others(self):
         for path in ("/InRelease", "/main/Packages"):
-            self.ask(path)
+            self.request(path)
         for page in (ScriptedResponse(b"no", 503), ScriptedResponse(steps=[b""]), ScriptedResponse(steps=[b"garbage\r\n\r\n"])):
             self.origin.pages["/InRelease"] = page
             for _ in range(2):
                 asked = len(self.origin.log)
-                self.assertEqual(self.ask("/InRelease").body, b"release")
+                self.assertEqual(self.request("/InRelease").body, b"release")
                 self.assertGreater(len(self.origin.log), asked)
-            self.assertIn("fwd-status=304", self.ask("/main/Packages")["Cache-Status"])
+            self.assertIn("fwd-status=304", self.request("/main/Packages")["Cache-Status"])
         self.origin.pages["/InRelease"] = ScriptedResponse(b"release 2")
-        self.assertEqual(self.ask("/InRelease").body, b"release 2")
+        self.assertEqual(self.request("/InRelease").body, b"release 2")
 
-    def test_a_password_that_an_origin_does_not_answer_is_no_trouble_of_others(self):
+    def test_a_timeout_with_credentials_does_not_affect_other_clients(self):
         for path in ("/InRelease", "/main/Packages"):
-            self.ask(path)
+            self.request(path)
         self.origin.pages["/InRelease"] = [ScriptedResponse(steps=[self.gate]), ScriptedResponse(b"release 2")]
         with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
-            self.assertEqual(self.ask("/InRelease", Authorization="Basic eA==").body, b"release")
-        self.assertIn("fwd-status=304", self.ask("/main/Packages")["Cache-Status"])
-        self.assertEqual(self.ask("/InRelease").body, b"release 2")
+            self.assertEqual(self.request("/InRelease", Authorization="Basic eA==").body, b"release")
+        self.assertIn("fwd-status=304", self.request("/main/Packages")["Cache-Status"])
+        self.assertEqual(self.request("/InRelease").body, b"release 2")
 
-    def test_trouble_is_over_after_its_time(self):
-        self.ask("/InRelease")
+    def test_the_backoff_expires(self):
+        self.request("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"release 2")
         with mock.patch.object(pkgproxy, "ORIGIN_BACKOFF", 0.0):
-            self.assertEqual(self.fail("/InRelease").body, b"release")
-            self.assertEqual(self.ask("/InRelease").body, b"release 2")
+            self.assertEqual(self.fail_validation("/InRelease").body, b"release")
+            self.assertEqual(self.request("/InRelease").body, b"release 2")
 
-    def test_a_mirror_in_trouble_is_not_its_redirectors_trouble(self):
+    def test_a_failed_mirror_does_not_put_its_redirector_into_backoff(self):
         mirror = ScriptedOrigin()
         self.addCleanup(mirror.close)
         mirror.pages["/InRelease"] = ScriptedResponse(b"release")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"", 302, [("Location", mirror.url("/InRelease"))])
         for path in ("/InRelease", "/main/Packages"):
-            self.ask(path)
+            self.request(path)
         for page in (ScriptedResponse(b"<html>", 503, [("Content-Type", "text/html")]), ScriptedResponse(steps=[b""])):
             mirror.pages["/InRelease"] = page
-            answer = self.ask("/InRelease")
+            answer = self.request("/InRelease")
             self.assertEqual((answer.status, answer.body), (200, b"release"))
             self.assertIn("127.0.0.1:%d" % mirror.port, answer["Cache-Status"])
-            self.assertIn("fwd-status=304", self.ask("/main/Packages")["Cache-Status"])
+            self.assertIn("fwd-status=304", self.request("/main/Packages")["Cache-Status"])
 
-    def test_a_miss_answered_503_does_not_end_the_trouble(self):
-        self.ask("/InRelease")
+    def test_a_miss_answered_503_does_not_end_the_backoff(self):
+        self.request("/InRelease")
         self.origin.pages.update({"/InRelease": ScriptedResponse(b"no", 503), "/x_1.0_all.deb": ScriptedResponse(b"no", 503)})
-        self.fail("/InRelease")
-        self.assertEqual(self.ask("/x_1.0_all.deb").status, 503)
+        self.fail_validation("/InRelease")
+        self.assertEqual(self.request("/x_1.0_all.deb").status, 503)
         asked = len(self.origin.log)
-        self.assertEqual(self.ask("/InRelease").body, b"release")
+        self.assertEqual(self.request("/InRelease").body, b"release")
         self.assertEqual(len(self.origin.log), asked)
 
-    def test_all_steps_to_an_answer_share_one_deadline(self):
-        late = forward("GET", Target("http", "a", 80, "/"), (), deadline=time.monotonic() + 5)
+    def test_all_steps_of_a_validation_share_one_deadline(self):
+        late = make_origin_request("GET", Target("http", "a", 80, "/"), (), deadline=time.monotonic() + 5)
         self.assertTrue(0 < late.timeout_for(30) <= 5)
         self.assertRaises(socket.timeout, pkgproxy.dataclasses.replace(late, deadline=time.monotonic()).timeout_for, 30)
 
-    def test_one_warning_tells_of_it(self):
-        self.ask("/InRelease")
+    def test_one_warning_reports_an_unreachable_origin(self):
+        self.request("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"no", 503)
         with self.assertLogs("pkgproxy", "WARNING") as caught:
             for _ in range(3):
-                self.ask("/InRelease")
+                self.request("/InRelease")
             for _ in range(3):
-                self.fail("/InRelease")
+                self.fail_validation("/InRelease")
         self.assertEqual(len(caught.output), 2)
         self.assertRegex(caught.output[0], r"127\.0\.0\.1:\d+ answers 503\. Serving the stored copy\.")
         self.assertRegex(caught.output[1], r"Cannot connect to 127\.0\.0\.1:\d+: .*\. Serving the stored copy for the next 30 s\.")
 
-    def test_another_name_obeys_must_revalidate(self):
+    def test_an_unknown_name_obeys_must_revalidate(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=0, must-revalidate")])
-        self.ask("/x")
+        self.request("/x")
         self.origin.pages["/x"] = ScriptedResponse(b"no", 503)
-        self.assertEqual(self.ask("/x").status, 503)
-
-
-class FieldOrigin(ScriptedOrigin):
-    """A scripted origin whose pages may depend on the request: ``respond`` makes the page from its fields."""
-
-    def _behave(self, connection, method, fields, page):
-        respond = getattr(page, "respond", None)
-        return super()._behave(connection, method, fields, respond(fields) if respond else page)
+        self.assertEqual(self.request("/x").status, 503)
 
 
 class IsolationTest(ProxyCase):
@@ -4784,11 +4963,11 @@ class IsolationTest(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        self.origin = FieldOrigin()
+        self.origin = ScriptedOrigin()
         self.addCleanup(self.origin.close)
 
-    def guard_pages(self, control, *more, **settings):
-        """Let the origin give both pages to clients with the password only."""
+    def require_password(self, control, *more, **settings):
+        """Let the origin serve both pages only to clients with the password."""
         def respond(fields):
             if fields.get("authorization") != self.PASSWORD:
                 return ScriptedResponse(b"who are you?", 401)
@@ -4797,7 +4976,7 @@ class IsolationTest(ProxyCase):
         for path in (self.PACKAGE, self.INDEX):
             self.origin.pages[path] = ScriptedResponse(respond=respond)
 
-    def test_what_came_with_a_password_is_for_others_only_if_the_origin_says_so(self):
+    def test_a_response_to_credentials_is_shared_only_if_the_origin_permits(self):
         for control, more, shared in (
                 ("max-age=60", (), False), ("must-revalidate", (), False), ("max-age=0, must-revalidate", (), False),
                 ("proxy-revalidate", (), False), ("s-maxage=0", (), False), ("s-maxage=x", (), False), ("no-cache", (), False),
@@ -4807,59 +4986,59 @@ class IsolationTest(ProxyCase):
                 with self.subTest(control=control, more=more, path=path):
                     shutil.rmtree(self.root)
                     os.mkdir(self.root)
-                    self.guard_pages(control, *more)
-                    self.assertEqual(self.ask(path, Authorization=self.PASSWORD).body, b"private")
-                    self.settle()
-                    self.assertEqual(list(self.files().values()), [b"private"] if shared else [])
+                    self.require_password(control, *more)
+                    self.assertEqual(self.request(path, Authorization=self.PASSWORD).body, b"private")
+                    self.wait_until_idle()
+                    self.assertEqual(list(self.visible_files().values()), [b"private"] if shared else [])
                     if not shared:
-                        self.assertEqual(self.ask(path).status, 401)
+                        self.assertEqual(self.request(path).status, 401)
                         self.origin.pages[path] = ScriptedResponse(b"down", 503)
-                        self.assertEqual(self.ask(path).status, 503, "nor when the origin is down")
+                        self.assertEqual(self.request(path).status, 503, "and not when the origin is unreachable")
 
-    def test_nobody_joins_a_download_with_a_password(self):
+    def test_a_download_with_credentials_is_not_shared(self):
         gate = Gate()
         self.addCleanup(gate.open)
         other = pkgproxy.Proxy(self.config, pkgproxy.Store(self.root), int)
         self.addCleanup(other.close)
-        self.guard_pages("must-revalidate", gate=gate, first=3)
+        self.require_password("must-revalidate", gate=gate, first=3)
         with self.connection() as one:
             one.request("GET", self.origin.url(self.PACKAGE), headers={"Authorization": self.PASSWORD})
             response = one.getresponse()
             self.assertEqual(response.read(3), b"pri")
-            self.assertEqual(self.ask(self.PACKAGE).status, 401)
-            asked = dataclasses.replace(request(self.origin.url(self.PACKAGE)), client_is_local=True)
+            self.assertEqual(self.request(self.PACKAGE).status, 401)
+            asked = dataclasses.replace(make_request(self.origin.url(self.PACKAGE)), client_is_local=True)
             with contextlib.closing(other.respond(asked).body) as body:
-                self.assertEqual(b"".join(body.chunks()), b"who are you?", "in another instance neither")
+                self.assertEqual(b"".join(body.chunks()), b"who are you?", "and not in another instance")
             gate.open()
             self.assertEqual(response.read(), b"vate")
 
-    def test_nobody_waits_for_the_head_of_a_response_to_a_password(self):
+    def test_no_client_waits_for_the_response_to_credentials(self):
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages[self.PACKAGE] = [ScriptedResponse(steps=[gate]), ScriptedResponse(b"public")]
-        thread = threading.Thread(target=self.ask, args=(self.PACKAGE,), kwargs={"Authorization": self.PASSWORD})
+        thread = threading.Thread(target=self.request, args=(self.PACKAGE,), kwargs={"Authorization": self.PASSWORD})
         thread.start()
         until(lambda: self.origin.log)
-        self.assertEqual(self.ask(self.PACKAGE).body, b"public")
-        self.assertIn("hit", self.outcome(self.ask(self.PACKAGE)))
+        self.assertEqual(self.request(self.PACKAGE).body, b"public")
+        self.assertIn("hit", self.cache_status(self.request(self.PACKAGE)))
         gate.open()
         thread.join(PATIENCE)
 
-    def test_a_response_to_a_password_changes_nothing_of_what_is_stored(self):
+    def test_a_response_to_credentials_does_not_change_the_cache(self):
         def respond(fields):
             return ScriptedResponse(*pages["authorization" in fields])
 
         pages = {False: (b"public",), True: (b"private",)}
         self.origin.pages[self.INDEX] = ScriptedResponse(respond=respond)
-        self.ask(self.INDEX)
-        self.settle()
-        self.assertEqual(self.ask(self.INDEX, Authorization=self.PASSWORD).body, b"private")
-        self.assertIn("fwd-status=304", self.outcome(self.ask(self.INDEX)), "it is still stored")
+        self.request(self.INDEX)
+        self.wait_until_idle()
+        self.assertEqual(self.request(self.INDEX, Authorization=self.PASSWORD).body, b"private")
+        self.assertIn("fwd-status=304", self.cache_status(self.request(self.INDEX)), "it is still stored")
         pages[True] = (b"public", 200, [("X", "private")])
-        self.assertEqual(self.ask(self.INDEX, Authorization=self.PASSWORD)["X"], "private")
-        self.assertIsNone(self.ask(self.INDEX)["X"], "nor its fields")
+        self.assertEqual(self.request(self.INDEX, Authorization=self.PASSWORD)["X"], "private")
+        self.assertIsNone(self.request(self.INDEX)["X"], "and its fields")
 
-    def test_the_fields_of_package_managers_keep_packages_cacheable(self):
+    def test_request_fields_of_package_managers_keep_packages_cacheable(self):
         for number, fields in enumerate((
                 {"Accept": "text/*", "Cache-Control": "max-age=0", "User-Agent": "Debian APT-HTTP/1.3 (2.6.1)"},
                 {"X-ZYpp-AnonymousId": "1", "X-ZYpp-DistributionFlavor": "appliance"},
@@ -4877,12 +5056,12 @@ class IsolationTest(ProxyCase):
                     with self.connection() as connection:
                         connection.request("GET", self.origin.url(path), headers={"Connection": "close", **fields})
                         answer = ClientResponse(connection.getresponse())
-                    self.settle()
-                    self.assertRegex(self.outcome(answer), outcome)
-                self.assertLessEqual(set(self.origin.log[-1][2]), {"host", "via", "accept", "accept-language", "accept-encoding", "cache-control",
+                    self.wait_until_idle()
+                    self.assertRegex(self.cache_status(answer), outcome)
+                self.assertLessEqual(set(self.origin.log[-1].fields), {"host", "via", "accept", "accept-language", "accept-encoding", "cache-control",
                                                                    "pragma", "user-agent", "if-none-match", "if-modified-since"})
 
-    def test_a_request_with_another_field_is_for_its_client_alone(self):
+    def test_a_request_with_an_unknown_field_is_not_shared(self):
         for number, (name, from_cache) in enumerate((
                 ("Cookie", False), ("PRIVATE-TOKEN", False), ("JOB-TOKEN", False), ("X-JFrog-Art-Api", False), ("X-Auth-Token", False),
                 ("X-Api-Key", False), ("npm-otp", False), ("X-Amz-Security-Token", False), ("X-Session", False), ("Signature", False),
@@ -4892,46 +5071,46 @@ class IsolationTest(ProxyCase):
                 path = "/p%d_1.0_all.deb" % number
                 self.origin.pages[path] = ScriptedResponse(respond=lambda fields, name=name: ScriptedResponse(fields.get(name.lower(), "public").encode()))
                 field = {name: "mine"}
-                answer = self.ask(path, **field)
+                answer = self.request(path, **field)
                 self.assertEqual(answer.body, b"mine")
-                self.assertIn("for this client alone: " + name.lower(), self.outcome(answer))
-                self.assertEqual(self.ask(path, Only_If_Cached="", Cache_Control="only-if-cached", **field).status, 504)
-                self.settle()
-                self.assertEqual(self.ask(path).body, b"public")
-                self.settle()
-                self.assertEqual(self.ask(path, **field).body, b"public" if from_cache else b"mine")
-                self.assertEqual(self.ask(path).body, b"public")
+                self.assertIn("for this client alone: " + name.lower(), self.cache_status(answer))
+                self.assertEqual(self.request(path, Only_If_Cached="", Cache_Control="only-if-cached", **field).status, 504)
+                self.wait_until_idle()
+                self.assertEqual(self.request(path).body, b"public")
+                self.wait_until_idle()
+                self.assertEqual(self.request(path, **field).body, b"public" if from_cache else b"mine")
+                self.assertEqual(self.request(path).body, b"public")
 
     def test_a_field_that_a_shared_fetch_does_not_send_cannot_select_what_is_stored(self):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(respond=lambda fields: ScriptedResponse(fields.get("referer", "none").encode(), fields=[("Vary", "Referer")]))
-        self.ask(self.PACKAGE, Referer="a")
-        self.settle()
+        self.request(self.PACKAGE, Referer="a")
+        self.wait_until_idle()
         for referer, outcome in ((None, "hit"), ("a", "fwd=vary-miss"), ("b", "fwd=vary-miss"), (None, "hit")):
-            answer = self.ask(self.PACKAGE, **({"Referer": referer} if referer else {}))
+            answer = self.request(self.PACKAGE, **({"Referer": referer} if referer else {}))
             self.assertEqual(answer.body, (referer or "none").encode())
-            self.assertIn(outcome, self.outcome(answer))
+            self.assertIn(outcome, self.cache_status(answer))
 
-    def test_a_redirect_takes_no_private_field_elsewhere(self):
+    def test_a_redirect_sends_no_private_field_to_another_site(self):
         elsewhere = ScriptedOrigin("127.0.0.2")
         self.addCleanup(elsewhere.close)
         elsewhere.pages[self.PACKAGE] = ScriptedResponse(b"x")
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"", 302, [("Location", elsewhere.url(self.PACKAGE))])
         for name in ("PRIVATE-TOKEN", "X-Never-Heard-Of"):
-            self.assertEqual(self.ask(self.PACKAGE, **{name: "mine"}).status, 302)
-        self.assertEqual(self.ask(self.PACKAGE, Authorization=self.PASSWORD).body, b"x")
+            self.assertEqual(self.request(self.PACKAGE, **{name: "mine"}).status, 302)
+        self.assertEqual(self.request(self.PACKAGE, Authorization=self.PASSWORD).body, b"x")
         self.assertNotIn("mine", str(elsewhere.log))
         self.assertNotIn(self.PASSWORD, str(elsewhere.log))
 
-    def follow(self, path, *pages):
-        """The answers to a client whose request waits at the origin until another waits for the same, and to that."""
-        self.settle()
-        self.origin.drop()  # a connection that was used before would be replaced without a word
-        until(lambda: not self.origin._open)
+    def request_as_follower(self, path, *pages):
+        """Return the responses to a client whose request waits at the origin until a second client follows it, and to that one."""
+        self.wait_until_idle()
+        self.origin.drop()  # a reused connection would be replaced silently
+        until(lambda: not self.origin.open_connections)
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages[path] = [ScriptedResponse(steps=[gate, *pages[0]]), *pages[1:]]
         asked, answers = len(self.origin.log), {}
-        threads = [threading.Thread(target=lambda name=name: answers.update({name: self.ask(path)})) for name in ("leader", "follower")]
+        threads = [threading.Thread(target=lambda name=name: answers.update({name: self.request(path)})) for name in ("leader", "follower")]
         threads[0].start()
         until(lambda: len(self.origin.log) > asked)
         threads[1].start()
@@ -4941,22 +5120,22 @@ class IsolationTest(ProxyCase):
             thread.join(PATIENCE)
         return answers["leader"], answers["follower"]
 
-    def test_a_follower_asks_once_itself_where_its_leader_failed(self):
+    def test_a_follower_tries_once_itself_after_its_leader_failed(self):
         for number, steps in enumerate(([b""], [b"garbage\r\n\r\n"], [b"HTTP/1.1 206 Part\r\nContent-Length: 0\r\n\r\n"])):
             with self.subTest(steps=steps):
                 path = "/f%d_1.0_all.deb" % number
-                leader, follower = self.follow(path, steps, ScriptedResponse(b"x"))
+                leader, follower = self.request_as_follower(path, steps, ScriptedResponse(b"x"))
                 self.assertEqual((leader.status, follower.status, follower.body), (502, 200, b"x"))
-                self.assertIn("hit", self.outcome(self.ask(path)))
-        leader, follower = self.follow("/g_1.0_all.deb", [b""], ScriptedResponse(steps=[b""]))
-        self.assertEqual((leader.status, follower.status, self.origin.asked("/g_1.0_all.deb")), (502, 502, ["GET"] * 2))
+                self.assertIn("hit", self.cache_status(self.request(path)))
+        leader, follower = self.request_as_follower("/g_1.0_all.deb", [b""], ScriptedResponse(steps=[b""]))
+        self.assertEqual((leader.status, follower.status, self.origin.methods("/g_1.0_all.deb")), (502, 502, ["GET"] * 2))
 
     def test_a_follower_gets_no_stale_index_because_of_its_leader(self):
         self.origin.pages[self.INDEX] = ScriptedResponse(b"old")
-        self.ask(self.INDEX)
-        self.settle()
+        self.request(self.INDEX)
+        self.wait_until_idle()
         down = b"HTTP/1.1 503 Down\r\nContent-Length: 0\r\n\r\n"
-        leader, follower = self.follow(self.INDEX, [down], ScriptedResponse(b"new"))
+        leader, follower = self.request_as_follower(self.INDEX, [down], ScriptedResponse(b"new"))
         self.assertEqual((leader.body, follower.body), (b"old", b"new"))
 
     def test_followers_of_an_unreachable_origin_do_not_wait_for_it_again(self):
@@ -4969,7 +5148,7 @@ class IsolationTest(ProxyCase):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
 
         statuses = []
-        threads = [threading.Thread(target=lambda: statuses.append(self.ask(self.PACKAGE).status)) for _ in range(3)]
+        threads = [threading.Thread(target=lambda: statuses.append(self.request(self.PACKAGE).status)) for _ in range(3)]
         with mock.patch.object(pkgproxy, "connect_fastest", refuse):
             for thread in threads:
                 thread.start()
@@ -4986,7 +5165,7 @@ class IsolationTest(ProxyCase):
                 "proxy-revalidate, max-age=9", "public, max-age=0, must-revalidate")
 
     def random_page(self, chance, lock):
-        """A page that says which private fields it was made from, with a random Cache-Control and Vary."""
+        """Return a page that contains the private fields of its request, with random Cache-Control and Vary."""
         watched = {name.lower() for name in self.CREDENTIALS + self.UNKEYED}
 
         def respond(fields):
@@ -5005,16 +5184,16 @@ class IsolationTest(ProxyCase):
         for number in range(40):
             fields = {field: "%s-%d" % (name, number) for pool, share in ((self.CREDENTIALS, 0.1), (self.UNKEYED, 0.1), (self.HARMLESS, 0.3))
                       for field in pool if chance.random() < share}
-            answer = self.ask(chance.choice(paths), chance.choice(("GET", "GET", "GET", "HEAD")), **fields)
+            answer = self.request(chance.choice(paths), chance.choice(("GET", "GET", "GET", "HEAD")), **fields)
             mine = {field.lower(): text for field, text in fields.items()}
             seen = json.loads(answer.body or "{}")
             seen = seen[0] if isinstance(seen, list) else seen
             if "public" in (answer["X-Control"] or "") or "s-maxage" in (answer["X-Control"] or ""):
                 seen.pop("authorization", None)
             if not seen.items() <= mine.items():
-                wrong.append((seed, name, number, fields, seen, self.outcome(answer)))
+                wrong.append((seed, name, number, fields, seen, self.cache_status(answer)))
 
-    def test_random_requests_never_get_what_was_fetched_with_anothers_fields(self):
+    def test_random_requests_never_get_a_response_to_private_fields_of_another_client(self):
         paths = ("/r_1.0_all.deb", "/dists/r/InRelease", "/r", "/r.html")
         for seed in range(6):
             with self.subTest(seed=seed):
@@ -5027,14 +5206,14 @@ class IsolationTest(ProxyCase):
                     thread.start()
                 for thread in threads:
                     thread.join(6 * PATIENCE)
-                self.settle()
+                self.wait_until_idle()
                 self.assertEqual(wrong, [])
 
 
 class UserinfoTest(ProxyCase):
-    """No page, log line or error shows a password."""
+    """No page, log line or error contains a password."""
 
-    def test_a_password_in_a_request_that_is_not_valid_is_not_shown(self):
+    def test_a_password_in_an_invalid_request_is_not_shown(self):
         long = "secret" * 50
         with self.assertLogs("pkgproxy", "DEBUG") as caught:
             for line in ("GET http:/me:secret@host/ HTTP/1.1", "GET //me:secret@host/x HTTP/1.1", "GET http:///me:secret@host/x HTTP/1.1",
@@ -5048,15 +5227,15 @@ class UserinfoTest(ProxyCase):
                          "GET http://me:secret@127.0.0.1:1/ HTTP/2.0", "GET http://me:secret@@127.0.0.1:1/@x HTTP/1.1"):
                 for more in ("Host: a", "Host: me:secret@host", "Authorization : Basic secret", "Host: a\r\n secret", "Authorization: secret\1"):
                     with self.subTest(line=line, more=more):
-                        answer = self.raw(("%s\r\n%s\r\nConnection: close\r\n\r\n" % (line, more)).encode())
+                        answer = self.send_raw(("%s\r\n%s\r\nConnection: close\r\n\r\n" % (line, more)).encode())
                         self.assertRegex(answer, rb"\AHTTP/1\.1 [45]")
                         self.assertNotIn(b"secret", answer)
-                self.settle()
-                self.assertNotIn(b"secret", self.own("/status.json").body)
-                self.assertNotIn(b"secret", self.own("/").body)
+                self.wait_until_idle()
+                self.assertNotIn(b"secret", self.get_own_page("/status.json").body)
+                self.assertNotIn(b"secret", self.get_own_page("/").body)
         self.assertNotIn("secret", " ".join(caught.output))
 
-    def test_what_is_left_can_be_read(self):
+    def test_urls_without_their_password_remain_readable(self):
         for uri, expected in (
                 ("http://me:secret@a/@x?q=@", "http://a/@x?q=@"), ("http://a/@x", "http://a/@x"), ("http:/me:pw@a:80/x", "http:/a:80/x"),
                 ("//me:pw@a/x", "//a/x"), ("me:pw@a:443", "a:443"), ("a:443", "a:443"), ("/status.json", "/status.json"), ("GET", "GET"),
@@ -5066,7 +5245,7 @@ class UserinfoTest(ProxyCase):
 
 
 class DiskTest(ProxyCase):
-    """A disk that fails on the way costs nobody a byte."""
+    """A disk that fails during a download costs no client a byte."""
 
     def setUp(self):
         super().setUp()
@@ -5074,7 +5253,7 @@ class DiskTest(ProxyCase):
         self.path = "/x_1.0_all.deb"
 
     def fail_after(self, count):
-        """Let the disk take only so many bytes of a partial."""
+        """Let writes to a partial file fail after ``count`` bytes."""
         real = pkgproxy.PartialFile.write
 
         def write(partial, data):
@@ -5084,43 +5263,43 @@ class DiskTest(ProxyCase):
 
         return mock.patch.object(pkgproxy.PartialFile, "write", write)
 
-    def test_clients_go_on_from_their_own_offset(self):
+    def test_clients_continue_from_their_own_offset(self):
         later = [("Date", "Sun, 06 Nov 1994 09:49:37 GMT")]
         for count, page in ((0, ScriptedResponse(self.body)), (300_000, ScriptedResponse(self.body)), (300_000, ScriptedResponse(self.body, etag="", fields=later)),
                             (0, ScriptedResponse(self.body, chunked=False, etag="", modified=""))):
             with self.subTest(count=count), self.fail_after(count):
                 self.origin.pages[self.path] = page
-                bodies = [answer.body for answer in self.ask_together(self.path, 3)]
+                bodies = [answer.body for answer in self.request_together(self.path, 3)]
                 self.assertEqual([body == self.body for body in bodies], [True] * 3)
-                self.settle()
-                self.assertEqual(self.files(), {})
+                self.wait_until_idle()
+                self.assertEqual(self.visible_files(), {})
 
-    def test_a_range_goes_on_too(self):
+    def test_a_range_continues_too(self):
         self.origin.pages[self.path] = ScriptedResponse(self.body)
         with self.fail_after(300_000):
-            self.assertEqual(self.ask(self.path, Range="bytes=1000-").body, self.body[1000:])
+            self.assertEqual(self.request(self.path, Range="bytes=1000-").body, self.body[1000:])
 
-    def test_an_index_that_changed_and_cannot_be_stored_is_not_served_from_the_file_any_more(self):
+    def test_a_changed_index_that_cannot_be_stored_replaces_the_old_one(self):
         self.origin.pages["/InRelease"] = ScriptedResponse(b"old")
         for full in (mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)), self.fail_after(0)):
             self.origin.pages["/InRelease"] = ScriptedResponse(b"old")
-            self.ask("/InRelease")
-            self.settle()
+            self.request("/InRelease")
+            self.wait_until_idle()
             self.origin.pages["/InRelease"] = ScriptedResponse(b"new")
             with full:
-                self.assertEqual(self.ask("/InRelease").body, b"new")
-                self.settle()
+                self.assertEqual(self.request("/InRelease").body, b"new")
+                self.wait_until_idle()
             self.origin.pages["/InRelease"] = ScriptedResponse(b"no", 503)
-            self.assertEqual(self.ask("/InRelease").status, 503)
+            self.assertEqual(self.request("/InRelease").status, 503)
 
-    def test_a_portal_does_not_cost_a_stored_package(self):
+    def test_a_captive_portals_page_does_not_replace_a_stored_package(self):
         self.origin.pages[self.path] = ScriptedResponse(b"package")
-        self.ask(self.path)
+        self.request(self.path)
         self.origin.pages[self.path] = ScriptedResponse(b"pay", fields=[("Content-Type", "text/html")])
-        self.assertEqual(self.ask(self.path, Cache_Control="no-cache").body, b"pay")
-        self.assertEqual(self.ask(self.path).body, b"package")
+        self.assertEqual(self.request(self.path, Cache_Control="no-cache").body, b"pay")
+        self.assertEqual(self.request(self.path).body, b"package")
 
-    def test_what_cannot_be_resumed_honestly_is_cut(self):
+    def test_a_response_that_cannot_be_resumed_is_cut_off(self):
         gate = Gate()
         self.origin.pages[self.path] = [ScriptedResponse(self.body, gate=gate, first=300_000), ScriptedResponse(os.urandom(1 << 20))]
         with self.fail_after(600_000), self.connection() as one:
@@ -5131,20 +5310,20 @@ class DiskTest(ProxyCase):
             with self.assertRaises(http.client.IncompleteRead):
                 response.read()
 
-    def test_a_rest_that_is_short_is_not_ended_cleanly(self):
+    def test_a_short_remainder_does_not_end_the_response_cleanly(self):
         tag, gate = b'ETag: "x"\r\n', Gate()
         self.origin.pages[self.path] = [
             ScriptedResponse(steps=[b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n" % (1 << 20, tag) + self.body[:100_000], gate, self.body[100_000:]]),
             ScriptedResponse(steps=[b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 300000-%d/%d\r\nTransfer-Encoding: chunked\r\n%s\r\n"
                         b"5\r\nshort\r\n0\r\n\r\n" % ((1 << 20) - 1, 1 << 20, tag)])]
         with mock.patch.object(pkgproxy, "COPY_SIZE", 100_000), self.fail_after(300_000), self.connection() as one:
-            one.request("GET", self.origin.url(self.path), headers={"Range": "bytes=1-"})  # its thread does not drive the download
+            one.request("GET", self.origin.url(self.path), headers={"Range": "bytes=1-"})  # its thread does not run the download
             response = one.getresponse()
             response.read(1000)
             gate.open()
             self.assertRaises(http.client.IncompleteRead, response.read)
 
-    def test_bytes_from_the_origin_are_not_counted_as_the_caches(self):
+    def test_bytes_from_the_origin_are_not_counted_as_cache_bytes(self):
         gate = Gate()
         self.origin.pages[self.path] = [ScriptedResponse(self.body, gate=gate, first=200_000), ScriptedResponse(self.body)]
         with self.fail_after(300_000), self.connection() as one, self.connection() as two:
@@ -5157,7 +5336,7 @@ class DiskTest(ProxyCase):
             self.assertEqual([len(response.read()) for response in responses], [len(self.body) - 1000] * 2)
         self.assertLessEqual(self.counters()["statsCacheBytes"], 300_000)
 
-    def test_a_slow_disk_does_not_cut_a_whole_download(self):
+    def test_a_slow_disk_does_not_cut_off_a_complete_download(self):
         gate, real = Gate(), os.fsync
 
         def slow(descriptor):
@@ -5172,27 +5351,27 @@ class DiskTest(ProxyCase):
             threading.Timer(0.3, gate.open).start()
             self.assertEqual(data + response.read(), self.body)
 
-    def test_one_warning_for_many_requests_with_the_remedy(self):
+    def test_one_warning_for_many_requests_includes_the_remedy(self):
         full = mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000))
         with full, self.assertLogs("pkgproxy", "WARNING") as caught:
             for number in range(3):
                 self.origin.pages["/y_%d_all.deb" % number] = ScriptedResponse(b"y" * 100)
-                self.assertIn("not stored: not enough free space", self.ask("/y_%d_all.deb" % number)["Cache-Status"])
+                self.assertIn("not stored: not enough free space", self.request("/y_%d_all.deb" % number)["Cache-Status"])
         self.assertEqual(len(caught.output), 1)
         self.assertIn("Free some space", caught.output[0])
 
-    def test_another_instance_at_the_same_index_is_no_warning(self):
+    def test_another_instance_downloading_the_same_index_causes_no_warning(self):
         self.origin.pages["/InRelease"] = ScriptedResponse(b"old")
-        self.ask("/InRelease")
-        self.settle()
+        self.request("/InRelease")
+        self.wait_until_idle()
         self.origin.pages["/InRelease"] = ScriptedResponse(b"new")
         key = pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url("/InRelease")))
         with contextlib.ExitStack() as stack:
-            partial = receive(pkgproxy.Store(self.root), ResponseHead(200, "OK", (), key=key), 1)
+            partial = start_partial(pkgproxy.Store(self.root), ResponseHead(200, "OK", (), key=key), 1)
             stack.callback(partial.release)
             stack.callback(partial.discard)
             with self.assertNoWarning():
-                answer = self.ask("/InRelease")
+                answer = self.request("/InRelease")
         self.assertEqual(answer.body, b"new")
         self.assertIn("another instance is storing it", answer["Cache-Status"])
 
@@ -5200,12 +5379,12 @@ class DiskTest(ProxyCase):
     def assertNoWarning(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
             yield
-            self.settle()
+            self.wait_until_idle()
         self.assertEqual([record for record in caught.records if record.levelno > logging.INFO], [])
 
 
 class ResumeTest(ProxyCase):
-    """An origin that breaks off is asked for the rest; the clients notice nothing."""
+    """Downloads are resumed when an origin breaks off, and clients do not notice."""
 
     def setUp(self):
         super().setUp()
@@ -5215,112 +5394,112 @@ class ResumeTest(ProxyCase):
         pauses.start()
         self.addCleanup(pauses.stop)
 
-    def broken(self, count, body=None, tag='"x"', start=0, extra=b""):
-        """A page that breaks off after ``count`` bytes, from ``start``."""
+    def broken_response(self, count, body=None, tag='"x"', start=0, extra=b""):
+        """Return a response that breaks off after ``count`` bytes, from ``start``."""
         body = self.body if body is None else body
         status = b"200 OK" if not start else b"206 Partial Content\r\nContent-Range: bytes %d-%d/%d" % (start, len(body) - 1, len(body))
         head = b"HTTP/1.1 %s\r\nContent-Length: %d\r\nETag: %s\r\n%s\r\n" % (status, len(body) - start, tag.encode(), extra)
         return ScriptedResponse(steps=[head + body[start:start + count]])
 
-    def test_a_download_goes_on_where_it_broke_off(self):
-        self.origin.pages[self.path] = [self.broken(300_000), self.broken(300_000, start=300_000), ScriptedResponse(self.body, etag='"x"')]
-        answer = self.ask(self.path)
+    def test_an_interrupted_download_is_resumed(self):
+        self.origin.pages[self.path] = [self.broken_response(300_000), self.broken_response(300_000, start=300_000), ScriptedResponse(self.body, etag='"x"')]
+        answer = self.request(self.path)
         self.assertEqual(answer.body, self.body)
-        self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=300000-", "bytes=600000-"])
-        self.assertEqual([row[2].get("if-range") for row in self.origin.log], [None, '"x"', '"x"'])
-        self.assertEqual(self.files(), {self.place("x_1.0_all.deb"): self.body})
+        self.assertEqual([entry.fields.get("range") for entry in self.origin.log], [None, "bytes=300000-", "bytes=600000-"])
+        self.assertEqual([entry.fields.get("if-range") for entry in self.origin.log], [None, '"x"', '"x"'])
+        self.assertEqual(self.visible_files(), {self.visible_name("x_1.0_all.deb"): self.body})
         self.assertEqual(self.counters()["statsDownBytes"], len(self.body))
 
-    def test_a_chunked_download_goes_on_too(self):
+    def test_an_interrupted_chunked_download_is_resumed(self):
         self.origin.pages[self.path] = [
             ScriptedResponse(steps=[b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nETag: "x"\r\n\r\n%x\r\n' % 500_000 + self.body[:400_000]]),
             ScriptedResponse(self.body, etag='"x"')]
-        self.assertEqual(self.ask(self.path).body, self.body)
+        self.assertEqual(self.request(self.path).body, self.body)
 
-    def test_odd_answers_never_splice_two_generations(self):
+    def test_odd_responses_never_splice_two_versions(self):
         other = os.urandom(1 << 20)
-        for odd in (ScriptedResponse(other, etag='"y"'), ScriptedResponse(other, etag='"x"', ranges=False), self.broken(9, start=200_000), self.broken(9, other[:-1], start=300_000),
-                    self.broken(1 << 20, start=300_000, tag='"y"'), ScriptedResponse(b"gone", 404), ScriptedResponse(b"", 416), ScriptedResponse(steps=[b"garbage"])):
-            self.origin.pages[self.path] = [self.broken(300_000), odd]
+        for odd in (ScriptedResponse(other, etag='"y"'), ScriptedResponse(other, etag='"x"', ranges=False), self.broken_response(9, start=200_000), self.broken_response(9, other[:-1], start=300_000),
+                    self.broken_response(1 << 20, start=300_000, tag='"y"'), ScriptedResponse(b"gone", 404), ScriptedResponse(b"", 416), ScriptedResponse(steps=[b"garbage"])):
+            self.origin.pages[self.path] = [self.broken_response(300_000), odd]
             with self.connection() as one:
                 one.request("GET", self.origin.url(self.path))
                 with self.assertRaises(http.client.IncompleteRead) as caught:
                     one.getresponse().read()
                 self.assertEqual(caught.exception.partial, self.body[:300_000])
-            self.settle()
-            self.assertEqual(self.files(), {})
+            self.wait_until_idle()
+            self.assertEqual(self.visible_files(), {})
             shutil.rmtree(self.root)
 
     def test_without_a_strong_validator_nothing_is_resumed(self):
         for tag in ('W/"x"', ""):
-            self.origin.pages[self.path] = [self.broken(200_000, tag=tag), ScriptedResponse(self.body, etag=tag)]
+            self.origin.pages[self.path] = [self.broken_response(200_000, tag=tag), ScriptedResponse(self.body, etag=tag)]
             with self.connection() as one:
                 one.request("GET", self.origin.url(self.path))
                 self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
-            self.settle()
-        self.assertNotIn("range", [name for row in self.origin.log for name in row[2]])
+            self.wait_until_idle()
+        self.assertNotIn("range", [name for entry in self.origin.log for name in entry.fields])
 
-    def test_a_503_on_the_way_is_waited_out(self):
-        self.origin.pages[self.path] = [self.broken(300_000), ScriptedResponse(b"no", 503), ScriptedResponse(b"no", 429), ScriptedResponse(self.body, etag='"x"')]
-        self.assertEqual(self.ask(self.path).body, self.body)
+    def test_a_503_while_resuming_is_retried(self):
+        self.origin.pages[self.path] = [self.broken_response(300_000), ScriptedResponse(b"no", 503), ScriptedResponse(b"no", 429), ScriptedResponse(self.body, etag='"x"')]
+        self.assertEqual(self.request(self.path).body, self.body)
 
-    def test_a_silent_origin_is_not_asked_twice_for_the_sake_of_a_leftover(self):
-        self.origin.pages[self.path] = [self.broken(300_000), ScriptedResponse(b"no", 503)]
+    def test_a_stalled_origin_is_not_asked_twice_because_of_a_leftover(self):
+        self.origin.pages[self.path] = [self.broken_response(300_000), ScriptedResponse(b"no", 503)]
         with self.connection() as one:
             one.request("GET", self.origin.url(self.path))
             self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
-        self.settle()
+        self.wait_until_idle()
         gate, asked = Gate(), len(self.origin.log)
         self.addCleanup(gate.open)
         self.origin.pages[self.path] = ScriptedResponse(steps=[gate])
         with mock.patch.object(pkgproxy, "ORIGIN_TIMEOUT", 0.1):
-            self.assertEqual(self.ask(self.path).status, 504)
+            self.assertEqual(self.request(self.path).status, 504)
         self.assertEqual(len(self.origin.log), asked + 1)
 
-    def test_an_origin_that_comes_back_later_is_asked_for_the_rest_only(self):
-        self.origin.pages[self.path] = [self.broken(300_000), ScriptedResponse(b"no", 503)]
+    def test_a_later_request_resumes_a_leftover(self):
+        self.origin.pages[self.path] = [self.broken_response(300_000), ScriptedResponse(b"no", 503)]
         with self.connection() as one:
             one.request("GET", self.origin.url(self.path))
             self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
-        self.settle()
+        self.wait_until_idle()
         self.origin.pages[self.path] = ScriptedResponse(self.body, etag='"x"', fields=[("X", "y")])
-        self.start()
-        answer = self.ask(self.path)
+        self.start_proxy()
+        answer = self.request(self.path)
         self.assertEqual((answer.status, answer.body), (200, self.body))
-        self.assertEqual(self.origin.log[-1][2]["range"], "bytes=300000-")
-        self.settle()
-        self.assertEqual(self.ask(self.path)["Cache-Status"], "pkgproxy; hit")
+        self.assertEqual(self.origin.log[-1].fields["range"], "bytes=300000-")
+        self.wait_until_idle()
+        self.assertEqual(self.request(self.path)["Cache-Status"], "pkgproxy; hit")
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
-    def test_a_leftover_of_another_generation_is_begun_anew(self):
-        self.test_an_origin_that_comes_back_later_is_asked_for_the_rest_only()
+    def test_a_leftover_of_another_version_is_discarded(self):
+        self.test_a_later_request_resumes_a_leftover()
         shutil.rmtree(self.root)
-        self.origin.pages[self.path] = [self.broken(300_000), ScriptedResponse(b"no", 503)]
+        self.origin.pages[self.path] = [self.broken_response(300_000), ScriptedResponse(b"no", 503)]
         with self.connection() as one:
             one.request("GET", self.origin.url(self.path))
             self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
-        self.settle()
+        self.wait_until_idle()
         other = os.urandom(1 << 20)
         self.origin.pages[self.path] = ScriptedResponse(other)
-        self.assertEqual(self.ask(self.path).body, other)
-        self.assertEqual(self.files(), {self.place("x_1.0_all.deb"): other})
+        self.assertEqual(self.request(self.path).body, other)
+        self.assertEqual(self.visible_files(), {self.visible_name("x_1.0_all.deb"): other})
 
 
 class OrphanTest(ProxyCase):
-    """Downloads whose clients have left."""
+    """Downloads that continue after all their clients have left."""
 
-    def test_the_oldest_go_on_and_newer_ones_stop(self):
+    def test_the_oldest_orphans_continue_and_newer_ones_stop(self):
         read, first, second = (mock.Mock(**{"has_readers.return_value": value}) for value in (True, False, False))
         orphans = pkgproxy.OrphanLimiter(1)
         self.assertEqual([orphans.may_continue(partial) for partial in (read, first, second, read, first)], [True, True, False, True, True])
-        second.has_readers.return_value = True  # a client has joined it
+        second.has_readers.return_value = True  # a client follows it
         self.assertTrue(orphans.may_continue(second))
         orphans.remove(first)
         second.has_readers.return_value = False
         self.assertEqual([orphans.may_continue(partial) for partial in (second, first)], [True, False])
 
-    def test_one_too_many_stops_and_is_gone_on_with_later(self):
-        self.start(Config(max_orphans=0, pseudonym="tested"))
+    def test_an_orphan_beyond_the_limit_stops_and_is_resumed_later(self):
+        self.start_proxy(Config(max_orphans=0, pseudonym="tested"))
         body, gate = os.urandom(1 << 20), Gate()
         self.origin.pages["/x_1_all.deb"] = ScriptedResponse(body, gate=gate, first=400_000)
         with mock.patch.object(pkgproxy.PartialFile, "has_readers", lambda partial: partial.size < 400_000):
@@ -5328,14 +5507,14 @@ class OrphanTest(ProxyCase):
                 one.request("GET", self.origin.url("/x_1_all.deb"))
                 one.getresponse().read(400_000)
             gate.open()
-            self.settle()
-        self.assertEqual(self.files(), {})
+            self.wait_until_idle()
+        self.assertEqual(self.visible_files(), {})
         with mock.patch.object(pkgproxy.PartialFile, "has_readers", return_value=True):
-            self.assertEqual(self.ask("/x_1_all.deb").body, body)
-        self.assertEqual(self.origin.log[-1][2]["range"], "bytes=400000-")
+            self.assertEqual(self.request("/x_1_all.deb").body, body)
+        self.assertEqual(self.origin.log[-1].fields["range"], "bytes=400000-")
 
 
-    def test_one_that_brings_a_trickle_stops(self):
+    def test_a_slow_orphan_stops(self):
         gates = [Gate() for _ in range(8)]
         for gate in gates:
             self.addCleanup(gate.open)
@@ -5354,11 +5533,11 @@ class OrphanTest(ProxyCase):
                 one.getresponse().read(1)
             for number, gate in enumerate(gates[:-1]):
                 gate.open()
-                until(lambda: self.partial.size > number + 1 or not self.proxy._barrier.in_flight())  # noqa: B023
-            self.settle()  # while the origin would still go on
+                until(lambda: self.partial.size > number + 1 or not self.downloads_in_flight())  # noqa: B023
+            self.wait_until_idle()  # although the origin could still send more
         self.assertIn("too slow", caught.output[0])
 
-    def test_one_that_gets_on_goes_on(self):
+    def test_a_fast_orphan_continues(self):
         orphans, partial = pkgproxy.OrphanLimiter(1), mock.Mock(**{"has_readers.return_value": False}, size=0)
         with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.0):
             for _ in range(9):
@@ -5369,10 +5548,10 @@ class OrphanTest(ProxyCase):
             self.assertEqual([orphans.may_continue(partial), orphans._orphans], [False, {}])
 
 
-class LookupTest(ProxyCase):
-    """Name servers that say nothing."""
+class DNSLookupTest(ProxyCase):
+    """Name servers that do not answer."""
 
-    def test_they_hold_few_threads_and_one_client_half_of_them(self):
+    def test_lookups_use_few_threads_and_one_client_at_most_half_of_them(self):
         gate, asked, real = Gate(), [], socket.getaddrinfo
 
         def mute(host, *arguments, **more):
@@ -5384,7 +5563,7 @@ class LookupTest(ProxyCase):
             return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
 
         def visit(name, address):
-            one = socket.create_connection(self.address, PATIENCE, (address, 0))
+            one = self.open_client(source=address)
             self.addCleanup(one.close)
             one.sendall(b"GET http://%s.test/x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % name)
             return one
@@ -5396,19 +5575,19 @@ class LookupTest(ProxyCase):
                 if number < 2:
                     until(lambda: len(asked) == number + 1)  # noqa: B023
                 else:
-                    answer = b"".join(iter(lambda: waiting.recv(999), b""))  # noqa: B023
+                    answer = read_to_end(waiting)
                     self.assertRegex(answer, rb"(?s)\AHTTP/1\.1 503 .*Retry-After: 5\r\n.*Too many host names are being resolved\.\n\Z")
                 waiting.close()
             self.assertEqual(asked, [b"mute0.test", b"mute1.test"])
             other = visit(b"quick", "127.0.0.2")
-            self.assertIn(b"HTTP/1.1 200 ", b"".join(iter(lambda: other.recv(999), b"")))
+            self.assertIn(b"HTTP/1.1 200 ", read_to_end(other))
             gate.open()
-            self.settle()
+            self.wait_until_idle()
             until(lambda: not self.proxy._origin.resolver._lookups)
             again = visit(b"mute9", "127.0.0.1")
-            self.assertIn(b"HTTP/1.1 200 ", b"".join(iter(lambda: again.recv(999), b"")))
+            self.assertIn(b"HTTP/1.1 200 ", read_to_end(again))
 
-    def test_what_is_remembered_of_failures_takes_little_memory_however_many_and_long_their_names_are(self):
+    def test_remembered_failures_take_little_memory(self):
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         events = pkgproxy.RecentEvents()
@@ -5423,38 +5602,46 @@ class LookupTest(ProxyCase):
 class OfflineTest(ProxyCase):
     """--offline: stored responses only."""
 
-    def test_what_is_stored_is_served_the_rest_is_504_and_nobody_is_asked(self):
+    def test_stored_responses_are_served_and_all_else_is_a_504(self):
         self.origin.pages.update({"/InRelease": ScriptedResponse(b"i"), "/x_1.0_all.deb": ScriptedResponse(b"x"), "/y": ScriptedResponse(b"y", fields=[("Cache-Control", "max-age=0")])})
         for path in self.origin.pages:
-            self.ask(path)
-        self.start(Config(offline=True))
+            self.request(path)
+        self.start_proxy(Config(offline=True))
         asked = len(self.origin.log)
         for path, page in self.origin.pages.items():
-            answer = self.ask(path, Cache_Control="no-cache")
+            answer = self.request(path, Cache_Control="no-cache")
             self.assertEqual((answer.status, answer.body), (200, page.body))
         for method, path in (("GET", "/new"), ("POST", "/y"), ("HEAD", "/new")):
-            answer = self.ask(path, method)
+            answer = self.request(path, method)
             self.assertEqual(answer.status, 504)
-        self.assertIn(b"offline", self.ask("/new").body)
+        self.assertIn(b"offline", self.request("/new").body)
         self.assertEqual(len(self.origin.log), asked)
 
 
-FAULTS: list[Any] = []  # (what happens, what the client gets, what does it), in the order of their definition
+def fault(client_gets="whole"):
+    """Make a test of a method of FaultTest that injects a fault and returns what the client received.
 
+    ``client_gets``: "whole", the complete file; a status, if the fault occurs before the first byte; or "cut", a
+    connection that closes before the declared end.
+    """
 
-def fault(what, gets="whole"):
-    """A row of the fault table.  What the client gets: the whole file; a status, if the fault strikes before
-    the first byte; or "cut", a connection that closes before the declared end."""
+    def decorate(inject):
+        @functools.wraps(inject)
+        def test(self):
+            self.prepare()
+            try:
+                self.assertEqual(inject(self), client_gets, "what the client gets")
+            finally:
+                self.cleanups.close()
+            self.check_nothing_lost()
 
-    def row(inject):
-        FAULTS.append((what, gets, inject))
-        return inject
+        return test
 
-    return row
+    return decorate
 
 
 class EndlessBody:
-    """The steps of an answer that never ends."""
+    """The steps of a response that never ends."""
 
     CHUNK = bytes(range(256)) * 1024
 
@@ -5468,10 +5655,10 @@ class EndlessBody:
 
 
 class SmallDiskTest(ProxyCase):
-    """A small file system of its own for the root: its reserve holds, and the cache goes on storing."""
+    """On a small file system, the reserve of free space is kept and the cache keeps working."""
 
     SIZE, RESERVE, INODES = 32 << 20, 8 << 20, 4000
-    SLACK = 1 << 20  # bytes: heads and folders, and what is written between a measurement and its use
+    SLACK = 1 << 20  # bytes: metadata, folders, and data written between a measurement and its use
 
     def setUp(self):
         for name, setting in (("MIN_EVICTION_AGE", 0.0), ("MIN_EVICTION_PAUSE", 0.01), ("RESUME_BACKOFF", (0.0, 0.01))):
@@ -5480,20 +5667,20 @@ class SmallDiskTest(ProxyCase):
             self.addCleanup(patcher.stop)
         super().setUp()
 
-    def start(self, config=None):
+    def start_proxy(self, config=None):
         config = config or dataclasses.replace(self.config, min_free=self.RESERVE)
         if hasattr(self, "server"):
-            self.stop()
+            self.stop_proxy()
         else:
             self.mount()
-            self.addCleanup(self.stop)
+            self.addCleanup(self.stop_proxy)
         store = pkgproxy.Store(self.root, min_free=config.min_free, max_size=config.max_size)
-        self.server = self.server_of(make_dispatcher(config, store))
-        self.proxy = self.server.desk.proxy
+        self.server = self.make_server(make_dispatcher(config, store))
+        self.proxy = self.server.dispatcher.proxy
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
-        self.proxy.sweeper.start(config)
+        self.proxy.evictor.start(config)
 
     def mount(self):
         options = "size=%d,nr_inodes=%d" % (self.SIZE, self.INODES)
@@ -5501,41 +5688,41 @@ class SmallDiskTest(ProxyCase):
             self.skipTest("no file system can be mounted here")
         self.addCleanup(subprocess.run, ["umount", "-l", self.root], check=True)
 
-    def free(self):
+    def free_space(self):
         found = os.statvfs(self.root)
         return found.f_bavail * found.f_frsize
 
-    def put(self, name, size):
-        """Let the origin have a package; its body."""
+    def publish(self, name, size):
+        """Publish a package at the origin; return its body."""
         body = random.Random(name).randbytes(size)
         self.origin.pages[name] = ScriptedResponse(body)
         return body
 
-    def get(self, name, size):
-        body = self.put(name, size)
-        self.assertEqual(self.ask(name).body == body, True, name)
-        self.settle()
+    def download(self, name, size):
+        body = self.publish(name, size)
+        self.assertEqual(self.request(name).body == body, True, name)
+        self.wait_until_idle()
 
     def is_stored(self, name):
-        self.settle()
-        return self.ask(name, Cache_Control="only-if-cached").status == 200
+        self.wait_until_idle()
+        return self.request(name, Cache_Control="only-if-cached").status == 200
 
     def until_stored(self, name, size):
-        """Ask until it is stored: eviction has made room for it."""
+        """Request a package until it is stored, after eviction has made room."""
         def stored_now():
-            self.get(name, size)
+            self.download(name, size)
             return self.is_stored(name)
 
         until(stored_now, "room for " + name)
 
     @contextlib.contextmanager
-    def watched(self):
-        """Measure the least free space meanwhile."""
-        least, done = [self.free()], threading.Event()
+    def watch_free_space(self):
+        """Yield a list whose item is the least free space measured meanwhile."""
+        least, done = [self.free_space()], threading.Event()
 
         def watch():
             while not done.wait(0.0005):
-                least[0] = min(least[0], self.free())
+                least[0] = min(least[0], self.free_space())
 
         thread = threading.Thread(target=watch)
         thread.start()
@@ -5545,90 +5732,90 @@ class SmallDiskTest(ProxyCase):
             done.set()
             thread.join(PATIENCE)
 
-    def test_a_full_disk_makes_room_for_what_comes(self):
+    def test_a_full_disk_makes_room_for_new_downloads(self):
         for number in range(30):
             self.until_stored("/x_%d_all.deb" % number, 2 << 20)
-        self.assertGreaterEqual(self.free(), self.RESERVE - self.SLACK)
-        self.assertGreater(len(self.files()), 8, "and no more than that")
+        self.assertGreaterEqual(self.free_space(), self.RESERVE - self.SLACK)
+        self.assertGreater(len(self.visible_files()), 8, "and no more is evicted than necessary")
 
-    def test_leftovers_of_broken_downloads_make_room(self):
-        self.get("/kept_1_all.deb", 2 << 20)
-        body = self.put("/broken_1_all.deb", 12 << 20)
+    def test_leftovers_of_interrupted_downloads_are_evicted(self):
+        self.download("/kept_1_all.deb", 2 << 20)
+        body = self.publish("/broken_1_all.deb", 12 << 20)
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: \"x\"\r\n\r\n" % len(body)
         for number in range(2):
             self.origin.pages["/broken_%d_all.deb" % number] = ScriptedResponse(steps=[head + body[:8 << 20]])
             with self.assertRaises(http.client.IncompleteRead):
-                self.ask("/broken_%d_all.deb" % number)
-            self.settle()
+                self.request("/broken_%d_all.deb" % number)
+            self.wait_until_idle()
         self.until_stored("/x_1_all.deb", 10 << 20)
         self.assertTrue(self.is_stored("/kept_1_all.deb"))
 
     def test_inodes_are_a_limit_and_the_proxy_stays_healthy(self):
         for number in range(120):
-            self.get("/%d/%s/x_%d_all.deb" % (number, "/".join("abcdefghijklmnopqrst"), number), 1)
-            self.assertEqual(self.own("/healthz").status, 200, number)
+            self.download("/%d/%s/x_%d_all.deb" % (number, "/".join("abcdefghijklmnopqrst"), number), 1)
+            self.assertEqual(self.get_own_page("/healthz").status, 200, number)
         self.until_stored("/y/%s/x_1_all.deb" % "/".join("abcdefghijklmnopqrst"), 1)
 
-    def test_a_disk_that_others_have_filled_heals(self):
-        self.get("/x_1_all.deb", 1 << 20)
+    def test_a_disk_filled_by_others_recovers(self):
+        self.download("/x_1_all.deb", 1 << 20)
         with contextlib.suppress(OSError):
             for number in range(self.INODES):
                 Path(self.root, "other%d" % number).touch()
-        self.assertEqual(self.own("/healthz").status, 503)
-        until(lambda: self.own("/healthz").status == 200, "a healthy proxy")
-        self.assertEqual(len([name for name in os.listdir(self.root) if name.startswith("other")]) > 3000, True, "what is not ours stays")
+        self.assertEqual(self.get_own_page("/healthz").status, 503)
+        until(lambda: self.get_own_page("/healthz").status == 200, "a healthy proxy")
+        self.assertEqual(len([name for name in os.listdir(self.root) if name.startswith("other")]) > 3000, True, "foreign files stay")
 
-    def test_the_size_of_the_cache_binds_with_heads_and_folders(self):
-        self.start(dataclasses.replace(self.config, min_free=0, max_size=4 << 20))
+    def test_the_cache_size_limit_includes_metadata_and_folders(self):
+        self.start_proxy(dataclasses.replace(self.config, min_free=0, max_size=4 << 20))
         for number in range(150):
             self.origin.pages["/%d/x_%d_all.deb" % (number, number)] = ScriptedResponse(b"x", fields=[("X-Long", "y" * 15_000)] * 4)
-            self.ask("/%d/x_%d_all.deb" % (number, number))
-        self.settle()
-        self.assertGreaterEqual(self.free(), self.SIZE - (4 << 20) - self.SLACK)
+            self.request("/%d/x_%d_all.deb" % (number, number))
+        self.wait_until_idle()
+        self.assertGreaterEqual(self.free_space(), self.SIZE - (4 << 20) - self.SLACK)
 
-    def test_a_download_larger_than_the_cache_is_passed_on_and_evicts_nothing(self):
-        self.start(dataclasses.replace(self.config, min_free=0, max_size=6 << 20))
-        self.get("/kept_1_all.deb", 1 << 20)
+    def test_a_download_larger_than_the_cache_is_not_stored_and_evicts_nothing(self):
+        self.start_proxy(dataclasses.replace(self.config, min_free=0, max_size=6 << 20))
+        self.download("/kept_1_all.deb", 1 << 20)
         for chunked in (False, True):
-            body = self.put("/large_1_all.deb", 10 << 20)
+            body = self.publish("/large_1_all.deb", 10 << 20)
             self.origin.pages["/large_1_all.deb"].chunked = chunked
-            with self.watched() as least:
-                self.assertEqual(self.ask("/large_1_all.deb").body == body, True)
-                self.settle()
+            with self.watch_free_space() as least:
+                self.assertEqual(self.request("/large_1_all.deb").body == body, True)
+                self.wait_until_idle()
             self.assertGreaterEqual(least[0], self.SIZE - (6 << 20) - self.SLACK)
             self.assertFalse(self.is_stored("/large_1_all.deb"))
             if not chunked:
                 self.assertTrue(self.is_stored("/kept_1_all.deb"))
 
-    def test_declared_downloads_together_leave_the_reserve(self):
+    def test_concurrent_downloads_of_known_size_leave_the_reserve(self):
         names, gate = ["/x_%d_all.deb" % number for number in range(4)], Gate()
-        bodies = [self.put(name, 10 << 20) for name in names]
+        bodies = [self.publish(name, 10 << 20) for name in names]
         for name in names:
             self.origin.pages[name].gate, self.origin.pages[name].first = gate, 1000
         answers = {}
-        threads = [threading.Thread(target=lambda name=name: answers.update({name: self.ask(name).body})) for name in names]
-        with self.watched() as least:
+        threads = [threading.Thread(target=lambda name=name: answers.update({name: self.request(name).body})) for name in names]
+        with self.watch_free_space() as least:
             for thread in threads:
                 thread.start()
             until(lambda: len(self.origin.log) == 4, "all requests")
-            until(lambda: self.proxy._barrier.in_flight() == 2, "two that are stored")
+            until(lambda: self.downloads_in_flight() == 2, "two downloads that are stored")
             gate.open()
             for thread in threads:
                 thread.join(PATIENCE)
-            self.settle()
+            self.wait_until_idle()
         self.assertEqual([answers[name] == body for name, body in zip(names, bodies)], [True] * 4)
         self.assertGreaterEqual(least[0], self.RESERVE - self.SLACK)
-        self.assertEqual(sum(self.is_stored(name) for name in names), 2, "none was begun in vain")
+        self.assertEqual(sum(self.is_stored(name) for name in names), 2, "no download was started in vain")
 
-    def read_endless(self):
-        """Read 50 MB of an endless body; whether the connection lasted."""
+    def read_endless_body(self):
+        """Read 50 MB of an endless body; return whether the connection lasted."""
         with self.connection() as one:
             one.request("GET", self.origin.url("/endless_1_all.deb"))
             response = one.getresponse()
             try:
                 for _ in range(200):
                     self.assertEqual(response.read(len(EndlessBody.CHUNK)) == EndlessBody.CHUNK, True)
-                until(lambda: self.free() > self.SIZE - (2 << 20), "the space that it has taken")
+                until(lambda: self.free_space() > self.SIZE - (2 << 20), "the release of its space")
             except http.client.HTTPException:
                 return False
             finally:
@@ -5636,57 +5823,57 @@ class SmallDiskTest(ProxyCase):
                 response.close()
             return True
 
-    def test_an_endless_body_is_passed_on_but_leaves_the_reserve(self):
+    def test_an_endless_body_is_passed_through_and_leaves_the_reserve(self):
         for fields in (b"", b'ETag: "x"\r\n'):
-            with self.subTest(fields=fields), self.watched() as least:
+            with self.subTest(fields=fields), self.watch_free_space() as least:
                 self.origin.pages["/endless_1_all.deb"] = ScriptedResponse(steps=EndlessBody(fields))
-                # A client that lagged behind can't go on where the origin knows no ranges: but the second time, it can.
-                self.assertTrue(self.read_endless() or self.read_endless())
-                self.settle()
+                # A client that lags behind cannot continue without ranges, but succeeds at the second attempt.
+                self.assertTrue(self.read_endless_body() or self.read_endless_body())
+                self.wait_until_idle()
             self.assertGreaterEqual(least[0], self.RESERVE - self.SLACK)
 
-    def test_a_body_that_has_outgrown_the_disk_is_not_stored_the_next_time(self):
-        body = self.put("/large_1_all.deb", 60 << 20)
+    def test_a_body_that_was_too_large_for_the_disk_is_not_stored_the_next_time(self):
+        body = self.publish("/large_1_all.deb", 60 << 20)
         page = self.origin.pages["/large_1_all.deb"]
         page.chunked, page.etag, page.modified = True, "", ""
         with contextlib.suppress(http.client.HTTPException), self.connection() as one:
             one.request("GET", self.origin.url("/large_1_all.deb"))
             response = one.getresponse()
             response.read(1000)
-            until(lambda: not self.proxy._barrier.in_flight(), "a full disk")
+            until(lambda: not self.downloads_in_flight(), "a full disk")
             response.read()
         for _ in range(2):
-            answer = self.ask("/large_1_all.deb")
+            answer = self.request("/large_1_all.deb")
             self.assertEqual(answer.body == body, True)
             self.assertIn("not enough free space", answer["Cache-Status"])
 
-    def test_an_endless_body_whose_client_has_left_ends(self):
-        with self.watched() as least, self.connection() as one:
+    def test_an_endless_download_stops_when_its_client_leaves(self):
+        with self.watch_free_space() as least, self.connection() as one:
             self.origin.pages["/endless_1_all.deb"] = ScriptedResponse(steps=EndlessBody())
             one.request("GET", self.origin.url("/endless_1_all.deb"))
             response = one.getresponse()
             response.read(1000)
             one.sock.close()
             response.close()
-            self.settle()
+            self.wait_until_idle()
         self.assertGreaterEqual(least[0], self.RESERVE - self.SLACK)
-        until(lambda: self.free() > self.SIZE - (2 << 20), "the space that it has taken")
+        until(lambda: self.free_space() > self.SIZE - (2 << 20), "the release of its space")
 
-    def test_a_slow_reader_does_not_keep_the_space_of_what_is_discarded(self):
-        body = self.put("/large_1_all.deb", 60 << 20)
+    def test_a_slow_reader_does_not_keep_discarded_files_on_the_disk(self):
+        body = self.publish("/large_1_all.deb", 60 << 20)
         self.origin.pages["/large_1_all.deb"].chunked = True
-        with self.watched() as least, self.connection() as one:
+        with self.watch_free_space() as least, self.connection() as one:
             one.request("GET", self.origin.url("/large_1_all.deb"))
             response = one.getresponse()
             data = response.read(1000)
             until(lambda: least[0] < self.RESERVE + (4 << 20), "a full disk")
-            until(lambda: self.free() > self.SIZE - (2 << 20), "the space that it has taken")
-            self.assertEqual(data + response.read() == body, True, "and its reader goes on from the origin")
-            self.settle()
+            until(lambda: self.free_space() > self.SIZE - (2 << 20), "the release of its space")
+            self.assertEqual(data + response.read() == body, True, "and its reader continues from the origin")
+            self.wait_until_idle()
         self.assertGreaterEqual(least[0], self.RESERVE - self.SLACK)
 
-    def go(self, course, bodies, wrong):
-        """Download one after another, read some of them slowly, leave some; note all that is ``wrong``."""
+    def run_downloads(self, course, bodies, wrong):
+        """Download one file after another, read some slowly, leave some early; record errors in ``wrong``."""
         for name, leaves, step in course:
             most = 8 << 20 if name == "/endless" else 100_000 if leaves else math.inf
             with self.connection() as one:
@@ -5701,19 +5888,19 @@ class SmallDiskTest(ProxyCase):
                     elif got != bodies.get(name):
                         wrong.append((name, len(got)))
                 except (OSError, http.client.HTTPException) as error:
-                    if self.origin.pages[name].etag:  # others can't be resumed, and are cut honestly
+                    if self.origin.pages[name].etag:  # others cannot be resumed and are cut off
                         wrong.append((name, error))
                 whole = EndlessBody.CHUNK * 40 if name == "/endless" else bodies[name]
                 if not whole.startswith(got):
                     wrong.append(name)
 
-    def test_any_mix_of_downloads_leaves_the_reserve_and_gives_the_right_bytes(self):
-        """Random downloads at once, from a seed: PKGPROXY_CHAOS_SEED gives another course."""
+    def test_random_concurrent_downloads_leave_the_reserve_and_return_the_right_bytes(self):
+        """The random downloads depend on a seed, PKGPROXY_CHAOS_SEED."""
         chance = random.Random("space " + os.environ.get("PKGPROXY_CHAOS_SEED", "1"))
         bodies, wrong = {}, []
         for number in range(24):
             name = "/%d/x_%d_all.deb" % (number % 5, number)
-            bodies[name] = self.put(name, int(1 << chance.randrange(8, 25)) + chance.randrange(1000))
+            bodies[name] = self.publish(name, int(1 << chance.randrange(8, 25)) + chance.randrange(1000))
             page = self.origin.pages[name]
             page.chunked = chance.random() < 0.5
             page.etag = page.etag if chance.random() < 0.8 else ""
@@ -5721,92 +5908,68 @@ class SmallDiskTest(ProxyCase):
         self.origin.pages["/endless"] = ScriptedResponse(steps=EndlessBody(), etag="")
         courses = [[(chance.choice([*bodies, "/endless"]), chance.random() < 0.3, chance.choice((1 << 14, 1 << 18))) for _ in range(8)] for _ in range(6)]
 
-        with self.watched() as least:
-            threads = [threading.Thread(target=self.go, args=(course, bodies, wrong)) for course in courses]
+        with self.watch_free_space() as least:
+            threads = [threading.Thread(target=self.run_downloads, args=(course, bodies, wrong)) for course in courses]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join(PATIENCE)
-            self.settle()
+            self.wait_until_idle()
         self.assertEqual(wrong, [])
         self.assertGreaterEqual(least[0], self.RESERVE - self.SLACK)
         self.until_stored("/last_1_all.deb", 4 << 20)
 
 
 class FaultTest(ProxyCase):
-    """The fault table: each row is injected for real, and then nothing is lost.
+    """Each test injects one fault and returns what the client received; then nothing must be lost.
 
-    Nothing: what was stored before is whole and is served without asking; what was asked for while the
-    fault lasted is whole as soon as it is over; and no partial is left behind.
+    After the fault, files that were stored before it are complete and served without asking the origin, files
+    requested during the fault can be downloaded completely, and no partial file is left behind.
     """
 
     NEW, KEPT, INDEX = "/new_2.0_all.deb", "/kept_1.0_all.deb", "/InRelease"
-    ALONE: tuple[str, ...] = ()
 
     def setUp(self):
         super().setUp()
         self.bodies = {path: random.Random(path).randbytes(1 << 20) for path in (self.NEW, self.KEPT, self.INDEX)}
-        self.here = contextlib.ExitStack()
-        self.addCleanup(lambda: self.here.close())
+        self.cleanups = contextlib.ExitStack()
+        self.addCleanup(lambda: self.cleanups.close())
         for name, seconds in (("RESUME_BACKOFF", (0.0, 0.01, 0.01)), ("VALIDATION_TIMEOUT", 0.3), ("CONNECT_TIMEOUT", 0.3), ("DNS_TIMEOUT", 0.3)):
             self.patch(pkgproxy, name, seconds, self.addCleanup)
 
     def patch(self, where, name, what, cleanup=None):
         patcher = mock.patch.object(where, name, what)
         patcher.start()
-        (cleanup or self.here.callback)(patcher.stop)
+        (cleanup or self.cleanups.callback)(patcher.stop)
 
-    def test_the_fault_table(self):
-        self.assertGreaterEqual(len(FAULTS), 25)
-        for what, gets, inject in FAULTS:
-            with self.subTest(what):
-                if what in self.ALONE:
-                    continue
-                self.fresh()
-                try:
-                    self.assertEqual(inject(self), gets, "what the client gets")
-                finally:
-                    self.here.close()
-                self.check_nothing_lost()
-
-    def empty(self):
-        """A new proxy over an empty root."""
-        self.stop()
-        shutil.rmtree(self.root, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.unlink(self.root)
-        os.mkdir(self.root)
-        self.start()
-
-    def fresh(self):
-        """An empty root, a well-behaved origin, and two stored files."""
-        self.empty()
-        self.heal()
+    def prepare(self):
+        """Store two files from a well-behaved origin."""
+        self.restore_origin()
         for path in (self.KEPT, self.INDEX):
-            self.assertEqual(self.ask(path).body, self.bodies[path])
-        self.settle()
+            self.assertEqual(self.request(path).body, self.bodies[path])
+        self.wait_until_idle()
 
-    def heal(self):
+    def restore_origin(self):
         for path, body in self.bodies.items():
             self.origin.pages[path] = ScriptedResponse(body, etag='"%s"' % path[1:4])
 
     def check_nothing_lost(self):
-        self.settle()
-        self.heal()
+        self.wait_until_idle()
+        self.restore_origin()
         if not os.path.isdir(self.root):
             os.unlink(self.root)
-        for name, body in self.files().items():
+        for name, body in self.visible_files().items():
             self.assertIn(body, self.bodies.values(), "%s is not whole" % name)
-        self.start()  # without the fault
+        self.start_proxy()  # without the fault
         for path in (self.KEPT, self.NEW, self.INDEX, self.KEPT, self.NEW):
-            self.assertEqual(self.ask(path).body, self.bodies[path], path)
-            self.settle()
-        self.assertEqual([self.ask(path)["Cache-Status"] for path in (self.KEPT, self.NEW)], ["pkgproxy; hit"] * 2)
+            self.assertEqual(self.request(path).body, self.bodies[path], path)
+            self.wait_until_idle()
+        self.assertEqual([self.request(path)["Cache-Status"] for path in (self.KEPT, self.NEW)], ["pkgproxy; hit"] * 2)
         partials = os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")
         self.assertEqual(os.listdir(partials) if os.path.isdir(partials) else [], [])
 
-    def get(self, path=NEW, meanwhile=lambda: None, **fields):
-        """Ask, let something happen after the first byte, and tell what came."""
+    def download(self, path=NEW, meanwhile=lambda: None, **fields):
+        """Request a file and call ``meanwhile`` after its first byte; return "whole", "cut", or an error's status."""
         with self.connection() as one:
             one.request("GET", self.origin.url(path), headers=fields)
             response = one.getresponse()
@@ -5815,7 +5978,7 @@ class FaultTest(ProxyCase):
                 meanwhile()
                 body += response.read()
             except http.client.IncompleteRead as error:
-                self.assertTrue(self.bodies[path].startswith(body + error.partial), "bytes of another body")
+                self.assertTrue(self.bodies[path].startswith(body + error.partial), "the bytes are a prefix of the body")
                 return "cut"
             if response.status != 200:
                 self.assertRegex(body, rb"\A[^\n]+\.\n\Z", "one sentence")
@@ -5823,19 +5986,19 @@ class FaultTest(ProxyCase):
             self.assertEqual(body, self.bodies[path])
             return "whole"
 
-    def answer(self, *steps, path=NEW):
-        """Let the origin answer so, bytes and gates in turn, and then close; once, if more is to come."""
+    def answer_with(self, *steps, path=NEW):
+        """Request a file for which the origin sends these bytes, waiting at each gate, and then closes."""
         self.origin.pages[path] = ScriptedResponse(steps=list(steps))
-        return self.get(path)
+        return self.download(path)
 
-    def begun(self, *then, count=400_000, extra=b'ETag: "new"\r\n'):
-        """Let the origin break off after ``count`` bytes, and answer the next requests with ``then``."""
+    def break_off(self, *then, count=400_000, extra=b'ETag: "new"\r\n'):
+        """Request a file that breaks off after ``count`` bytes; ``then`` answers the next requests."""
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n" % (1 << 20, extra)
         self.origin.pages[self.NEW] = [ScriptedResponse(steps=[head + self.bodies[self.NEW][:count]]), *then]
-        return self.get()
+        return self.download()
 
-    def elsewhere(self, address):
-        """Let the name of the origin lead to another address; a gate: to none before it opens."""
+    def resolve_origin_to(self, address):
+        """Request a file from a name that resolves to these addresses, or to none after a gate has opened."""
         real = socket.getaddrinfo
 
         def lead(host, *arguments, **more):
@@ -5847,177 +6010,189 @@ class FaultTest(ProxyCase):
             return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", place) for place in address]
 
         self.patch(socket, "getaddrinfo", lead)
-        return self.ask(self.origin.url(self.NEW).replace("127.0.0.1", "origin.test"))
+        return self.request(self.origin.url(self.NEW).replace("127.0.0.1", "origin.test"))
 
     # The origin
 
-    @fault("the origin refuses the connection", 502)
-    def _(self):
-        return self.elsewhere([self.here.enter_context(refusing_address())]).status
+    @fault(502)
+    def test_the_origin_refuses_the_connection(self):
+        return self.resolve_origin_to([self.cleanups.enter_context(refusing_address())]).status
 
-    @fault("its name is unknown", 502)
-    def _(self):
-        return self.ask("http://nowhere.invalid/new_2.0_all.deb").status
+    @fault(502)
+    def test_the_origins_name_is_unknown(self):
+        return self.request("http://nowhere.invalid/new_2.0_all.deb").status
 
-    @fault("the name server is mute", 504)
-    def _(self):
+    @fault(504)
+    def test_the_name_server_does_not_answer(self):
         gate = Gate()
-        self.here.callback(until, lambda: not self.proxy._origin.resolver._lookups)
-        self.here.callback(gate.open)
-        answer = self.elsewhere(gate)
+        self.cleanups.callback(until, lambda: not self.proxy._origin.resolver._lookups)
+        self.cleanups.callback(gate.open)
+        answer = self.resolve_origin_to(gate)
         self.assertIn(b"in time", answer.body)
         return answer.status
 
-    @fault("the origin swallows packets", 504)
-    def _(self):
-        return self.elsewhere([self.here.enter_context(unresponsive_address())]).status
+    @fault(504)
+    def test_the_origin_drops_packets(self):
+        return self.resolve_origin_to([self.cleanups.enter_context(unresponsive_address())]).status
 
-    @fault("one address of the origin is dead, another well")
-    def _(self):
-        dead = [self.here.enter_context(address) for address in (unresponsive_address(), refusing_address())]
-        answer = self.elsewhere([*dead, ("127.0.0.1", self.origin.port)])
+    @fault()
+    def test_one_address_of_the_origin_is_dead_and_another_works(self):
+        dead = [self.cleanups.enter_context(address) for address in (unresponsive_address(), refusing_address())]
+        answer = self.resolve_origin_to([*dead, ("127.0.0.1", self.origin.port)])
         return "whole" if answer.body == self.bodies[self.NEW] else answer.status
 
-    @fault("it accepts, and says nothing", 504)
-    def _(self):
+    @fault(504)
+    def test_the_origin_accepts_and_sends_nothing(self):
         self.patch(pkgproxy, "ORIGIN_TIMEOUT", 0.2)
         gate = Gate()
-        self.here.callback(gate.open)
-        return self.answer(gate)
+        self.cleanups.callback(gate.open)
+        return self.answer_with(gate)
 
-    for _what, _data in (
-            ("it closes without an answer", b""),
-            ("it answers garbage", b"220 mail.example.org ESMTP\r\n\r\n"),
-            ("its head is cut off before the blank line", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX: y\r\n"),
-            ("its head ends its lines in bare LF", b"HTTP/1.1 200 OK\nContent-Length: 5\n\nwrong"),
-            ("it declares two lengths", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nwrong!")):
-        fault(_what, 502)(lambda self, data=_data: self.answer(data))
+    @fault(502)
+    def test_the_origin_closes_without_an_answer(self):
+        return self.answer_with(b"")
 
-    @fault("it sends 103 Early Hints first")
-    def _(self):
-        return self.answer(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (1 << 20),
+    @fault(502)
+    def test_the_origin_answers_garbage(self):
+        return self.answer_with(b"220 mail.example.org ESMTP\r\n\r\n")
+
+    @fault(502)
+    def test_the_head_is_cut_off_before_the_blank_line(self):
+        return self.answer_with(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX: y\r\n")
+
+    @fault(502)
+    def test_the_head_ends_its_lines_with_bare_lf(self):
+        return self.answer_with(b"HTTP/1.1 200 OK\nContent-Length: 5\n\nwrong")
+
+    @fault(502)
+    def test_the_head_declares_two_lengths(self):
+        return self.answer_with(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nwrong!")
+
+    @fault()
+    def test_the_origin_sends_103_early_hints_first(self):
+        return self.answer_with(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (1 << 20),
                            self.bodies[self.NEW])
 
-    @fault("it has closed the connection that was kept")
-    def _(self):
+    @fault()
+    def test_the_origin_has_closed_the_idle_connection(self):
         self.origin.drop()
-        return self.get()
+        return self.download()
 
-    @fault("it breaks off, and again")
-    def _(self):
+    @fault()
+    def test_the_origin_breaks_off_twice(self):
         rest = b'HTTP/1.1 206 Partial\r\nContent-Range: bytes 400000-%d/%d\r\nContent-Length: %d\r\nETag: "new"\r\n\r\n' % (
             (1 << 20) - 1, 1 << 20, (1 << 20) - 400_000)
-        return self.begun(ScriptedResponse(steps=[rest + self.bodies[self.NEW][400_000:700_000]]), self.origin.pages[self.NEW])
+        return self.break_off(ScriptedResponse(steps=[rest + self.bodies[self.NEW][400_000:700_000]]), self.origin.pages[self.NEW])
 
-    @fault("it resets the connection in the middle")
-    def _(self):
+    @fault()
+    def test_the_origin_resets_the_connection_during_the_body(self):
         gate, head = Gate(), b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: "new"\r\n\r\n' % (1 << 20)
 
         def reset():
-            for connection in list(self.origin._open):
+            for connection in list(self.origin.open_connections):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             gate.open()
 
         self.origin.pages[self.NEW] = [ScriptedResponse(steps=[head + self.bodies[self.NEW][:400_000], gate]), self.origin.pages[self.NEW]]
-        return self.get(meanwhile=reset)
+        return self.download(meanwhile=reset)
 
-    @fault("it falls silent in the middle")
-    def _(self):
+    @fault()
+    def test_the_origin_stalls_during_the_body(self):
         self.patch(pkgproxy, "ORIGIN_TIMEOUT", 0.2)
         gate = Gate()
-        self.here.callback(gate.open)
+        self.cleanups.callback(gate.open)
         self.origin.pages[self.NEW] = [ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000), self.origin.pages[self.NEW]]
         with self.connection() as leader:
             leader.request("GET", self.origin.url(self.NEW))
             leader.getresponse()
-            return self.get()
+            return self.download()
 
-    @fault("it pauses, for less than its time")
-    def _(self):
+    @fault()
+    def test_the_origin_pauses_for_less_than_the_timeout(self):
         self.patch(pkgproxy, "ORIGIN_TIMEOUT", 2.0)
         gate = Gate()
         self.origin.pages[self.NEW] = ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000)
         threading.Timer(0.3, gate.open).start()
-        return self.get()
+        return self.download()
 
-    @fault("it falls silent before an index")
-    def _(self):
+    @fault()
+    def test_the_origin_stalls_before_an_index(self):
         gate = Gate()
-        self.here.callback(gate.open)
-        return self.answer(gate, path=self.INDEX)
+        self.cleanups.callback(gate.open)
+        return self.answer_with(gate, path=self.INDEX)
 
-    @fault("it answers 503 for an index")
-    def _(self):
+    @fault()
+    def test_the_origin_answers_503_for_an_index(self):
         self.origin.pages[self.INDEX] = ScriptedResponse(b"no", 503)
-        return self.get(self.INDEX)
+        return self.download(self.INDEX)
 
-    @fault("a chunk is broken", "cut")
-    def _(self):
-        return self.answer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n" + self.bodies[self.NEW][:5] + b"\r\nzz\r\n")
+    @fault("cut")
+    def test_a_chunk_is_malformed(self):
+        return self.answer_with(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n" + self.bodies[self.NEW][:5] + b"\r\nzz\r\n")
 
-    @fault("it breaks off, and has no validator", "cut")
-    def _(self):
-        return self.begun(ScriptedResponse(self.bodies[self.NEW]), count=200_000, extra=b"")
+    @fault("cut")
+    def test_the_origin_breaks_off_and_sends_no_validator(self):
+        return self.break_off(ScriptedResponse(self.bodies[self.NEW]), count=200_000, extra=b"")
 
-    @fault("it breaks off, and is busy for a while")
-    def _(self):
-        return self.begun(ScriptedResponse(b"", 503), ScriptedResponse(b"", 429), self.origin.pages[self.NEW])
+    @fault()
+    def test_the_origin_breaks_off_and_is_overloaded_for_a_while(self):
+        return self.break_off(ScriptedResponse(b"", 503), ScriptedResponse(b"", 429), self.origin.pages[self.NEW])
 
-    @fault("it breaks off, and has another file then", "cut")
-    def _(self):
-        return self.begun(ScriptedResponse(os.urandom(1 << 20), etag='"other"'))
+    @fault("cut")
+    def test_the_origin_breaks_off_and_the_file_changes(self):
+        return self.break_off(ScriptedResponse(os.urandom(1 << 20), etag='"other"'))
 
-    @fault("it breaks off, and knows no ranges", "cut")
-    def _(self):
-        return self.begun(ScriptedResponse(self.bodies[self.NEW], etag='"new"', ranges=False))
+    @fault("cut")
+    def test_the_origin_breaks_off_and_does_not_support_ranges(self):
+        return self.break_off(ScriptedResponse(self.bodies[self.NEW], etag='"new"', ranges=False))
 
-    @fault("it breaks off, and sends a range of another file", "cut")
-    def _(self):
-        return self.begun(ScriptedResponse(os.urandom((1 << 20) + 1), etag='"new"'))
+    @fault("cut")
+    def test_the_origin_breaks_off_and_sends_a_range_of_another_file(self):
+        return self.break_off(ScriptedResponse(os.urandom((1 << 20) + 1), etag='"new"'))
 
-    @fault("it breaks off, and its rest is shorter than it says", "cut")
-    def _(self):
+    @fault("cut")
+    def test_the_origin_breaks_off_and_the_remainder_is_shorter_than_declared(self):
         rest = b'HTTP/1.1 206 Partial\r\nContent-Range: bytes 400000-%d/%d\r\nETag: "new"\r\n%%s\r\n' % ((1 << 20) - 1, 1 << 20)
         short = self.bodies[self.NEW][400_000:400_005]
         for more in (rest % b"" + short, rest % b"Transfer-Encoding: chunked\r\n" + b"5\r\n%s\r\n0\r\n\r\n" % short):
-            self.assertEqual(self.begun(ScriptedResponse(steps=[more])), "cut")
-            self.settle()
-            self.clean()
+            self.assertEqual(self.break_off(ScriptedResponse(steps=[more])), "cut")
+            self.wait_until_idle()
+            self.empty_root()
         return "cut"
 
-    @fault("it breaks off a chunked body, whose rest is shorter than it says", "cut")
-    def _(self):
+    @fault("cut")
+    def test_the_origin_breaks_off_a_chunked_body_and_the_remainder_is_too_short(self):
         head = b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nETag: "new"\r\n\r\n%x\r\n' % 500_000
         rest = (b'HTTP/1.1 206 Partial\r\nContent-Range: bytes 400000-%d/%d\r\nETag: "new"\r\nTransfer-Encoding: chunked\r\n\r\n'
                 b"5\r\n%s\r\n0\r\n\r\n" % ((1 << 20) - 1, 1 << 20, self.bodies[self.NEW][400_000:400_005]))
         self.origin.pages[self.NEW] = [ScriptedResponse(steps=[head + self.bodies[self.NEW][:400_000]]), ScriptedResponse(steps=[rest])]
-        return self.get()
+        return self.download()
 
-    @fault("it breaks off, and sends a rest in another coding", "cut")
-    def _(self):
-        return self.begun(ScriptedResponse(self.bodies[self.NEW], etag='"new"', fields=[("Content-Encoding", "gzip")]))
+    @fault("cut")
+    def test_the_origin_breaks_off_and_the_remainder_has_another_coding(self):
+        return self.break_off(ScriptedResponse(self.bodies[self.NEW], etag='"new"', fields=[("Content-Encoding", "gzip")]))
 
-    @fault("it breaks off a chunked body before the first byte")
-    def _(self):
+    @fault()
+    def test_the_origin_breaks_off_a_chunked_body_before_the_first_byte(self):
         head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         self.origin.pages[self.NEW] = [ScriptedResponse(steps=[head]), ScriptedResponse(self.bodies[self.NEW], etag="", modified="", chunked=True)]
-        return self.get()
+        return self.download()
 
-    @fault("it breaks off, and answers 416", "cut")
-    def _(self):
-        return self.begun(ScriptedResponse(b"", 416))
+    @fault("cut")
+    def test_the_origin_breaks_off_and_answers_416(self):
+        return self.break_off(ScriptedResponse(b"", 416))
 
-    @fault("it breaks off before the first byte, and has no validator")
-    def _(self):
-        return self.begun(ScriptedResponse(self.bodies[self.NEW], etag="", modified=""), count=0, extra=b"")
+    @fault()
+    def test_the_origin_breaks_off_before_the_first_byte_without_a_validator(self):
+        return self.break_off(ScriptedResponse(self.bodies[self.NEW], etag="", modified=""), count=0, extra=b"")
 
     # The disk
 
     def small_disk(self, size):
-        """A file system of its own for the root, and on it what is stored; False where that can't be."""
+        """Move the root to a file system of ``size`` bytes; return False if none can be mounted."""
         copy = self.root + ".copy"
         os.rename(self.root, copy)
-        self.here.callback(shutil.rmtree, copy, True)
+        self.cleanups.callback(shutil.rmtree, copy, True)
         os.mkdir(self.root)
         mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=%d" % size, "none", self.root], capture_output=True).returncode == 0
         if not mounted:
@@ -6027,47 +6202,47 @@ class FaultTest(ProxyCase):
         shutil.copytree(copy, self.root, dirs_exist_ok=True)
 
         def unmount():
-            self.settle()
+            self.wait_until_idle()
             subprocess.run(["umount", "-l", self.root], check=True)
             os.rmdir(self.root)
             os.rename(copy, self.root)
 
-        self.here.callback(unmount)
+        self.cleanups.callback(unmount)
         return True
 
-    @fault("the disk is full at the start")
-    def _(self):
+    @fault()
+    def test_the_disk_is_full_before_the_download(self):
         if not self.small_disk(5 << 19):
             self.patch(pkgproxy.shutil, "disk_usage", lambda path: mock.Mock(free=10, total=1000))
-        return self.get()
+        return self.download()
 
-    @fault("the disk is full in the middle")
-    def _(self):
+    @fault()
+    def test_the_disk_fills_up_during_the_download(self):
         self.origin.pages[self.NEW].chunked = True
         if not self.small_disk((5 << 19) + 200_000):
             self.patch(pkgproxy.PartialFile, "write", mock.Mock(side_effect=OSError(28, "No space left on device")))
         self.patch(pkgproxy.Store, "free_space", lambda store: 1 << 30)
-        return self.get()
+        return self.download()
 
     def limit_files(self, size):
-        """Let who downloads write no file beyond this size."""
+        """Limit the size of files that this process may write."""
         soft, hard = pkgproxy.resource.getrlimit(pkgproxy.resource.RLIMIT_FSIZE)
-        self.here.callback(pkgproxy.resource.setrlimit, pkgproxy.resource.RLIMIT_FSIZE, (soft, hard))
+        self.cleanups.callback(pkgproxy.resource.setrlimit, pkgproxy.resource.RLIMIT_FSIZE, (soft, hard))
         pkgproxy.resource.setrlimit(pkgproxy.resource.RLIMIT_FSIZE, (size, hard))
 
-    @fault("a file may be no larger than so")
-    def _(self):
+    @fault()
+    def test_the_file_size_limit_is_exceeded(self):
         self.limit_files(300_000)
-        return self.get()
+        return self.download()
 
-    @fault("a file may be no larger than so, and nobody knows how large it gets")
-    def _(self):
+    @fault()
+    def test_the_file_size_limit_is_exceeded_by_a_body_of_unknown_length(self):
         self.limit_files(2000)
         self.origin.pages[self.NEW] = ScriptedResponse(self.bodies[self.NEW], chunked=True, etag="", modified="")
-        return self.get()
+        return self.download()
 
-    @fault("the disk refuses, and the origin breaks off too")
-    def _(self):
+    @fault()
+    def test_the_disk_is_full_and_the_origin_breaks_off(self):
         write = pkgproxy.PartialFile.write
 
         def full(partial, data):
@@ -6078,10 +6253,10 @@ class FaultTest(ProxyCase):
         self.patch(pkgproxy.PartialFile, "write", full)
         real, close = self.origin.pages[self.NEW], mock.Mock(**{"pass_through.side_effect": OSError})
         self.origin.pages[self.NEW] = [real, ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=close, first=200_000), real]
-        return self.get()
+        return self.download()
 
-    @fault("a stored file cannot be read")
-    def _(self):
+    @fault()
+    def test_a_stored_file_cannot_be_read(self):
         class Unreadable(io.FileIO):
             def read(self, *arguments):
                 raise OSError(5, "Input/output error")
@@ -6098,167 +6273,164 @@ class FaultTest(ProxyCase):
         self.patch(pkgproxy, "_open", opened)
         if hasattr(os, "preadv"):
             self.patch(os, "preadv", mock.Mock(side_effect=OSError(5, "Input/output error")))
-        return self.get(self.KEPT)
+        return self.download(self.KEPT)
 
-    @fault("the disk fails as it flushes")
-    def _(self):
+    @fault()
+    def test_fsync_fails(self):
         self.patch(os, "fsync", mock.Mock(side_effect=OSError(5, "Input/output error")))
-        return self.get()
+        return self.download()
 
-    @fault("the root becomes read-only")
-    def _(self):
+    @fault()
+    def test_the_root_becomes_read_only(self):
         if not self.small_disk(8 << 20) or subprocess.run(["mount", "-o", "remount,ro", self.root], check=False).returncode:
             self.patch(pkgproxy, "make_directory", mock.Mock(side_effect=OSError(30, "Read-only file system")))
-        return self.get()
+        return self.download()
 
-    @fault("the root is removed")
-    def _(self):
+    @fault()
+    def test_the_root_is_removed(self):
         shutil.rmtree(self.root)
-        return self.get()
+        return self.download()
 
-    @fault("the root is a file now")
-    def _(self):
+    @fault()
+    def test_the_root_is_replaced_by_a_file(self):
         shutil.rmtree(self.root)
         Path(self.root).write_bytes(b"")
-        return self.get()
+        return self.download()
 
-    def held(self):
-        """Let the origin wait in the middle of the new file; opens the gate."""
+    def pause_origin(self):
+        """Let the origin pause in the middle of the new file; return the function that resumes it."""
         gate = Gate()
         self.origin.pages[self.NEW] = ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000)
         return gate.open
 
-    def clean(self):
+    def empty_root(self):
         subprocess.run("rm -rf -- * .pkgproxy", shell=True, cwd=self.root, check=True)
 
-    @fault("rm -rf in the middle of a download")
-    def _(self):
-        go_on = self.held()
-        return self.get(meanwhile=lambda: (self.clean(), go_on()))
+    @fault()
+    def test_the_root_is_emptied_during_a_download(self):
+        resume = self.pause_origin()
+        return self.download(meanwhile=lambda: (self.empty_root(), resume()))
 
-    @fault("the root is replaced in the middle of a download")
-    def _(self):
-        go_on = self.held()
-        return self.get(meanwhile=lambda: (os.rename(self.root, self.root + ".old"), self.here.callback(shutil.rmtree, self.root + ".old"),
-                                           os.mkdir(self.root), go_on()))
+    @fault()
+    def test_the_root_is_replaced_during_a_download(self):
+        resume = self.pause_origin()
+        return self.download(meanwhile=lambda: (os.rename(self.root, self.root + ".old"), self.cleanups.callback(shutil.rmtree, self.root + ".old"),
+                                           os.mkdir(self.root), resume()))
 
-    @fault("rm -rf in the middle of a hit")
-    def _(self):
-        return self.get(self.KEPT, self.clean)
+    @fault()
+    def test_the_root_is_emptied_during_a_hit(self):
+        return self.download(self.KEPT, self.empty_root)
 
-    @fault("all bookkeeping is lost")
-    def _(self):
+    @fault()
+    def test_all_metadata_is_lost(self):
         shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
-        return self.get(self.KEPT)
+        return self.download(self.KEPT)
 
-    @fault("a head file is damaged")
-    def _(self):
+    @fault()
+    def test_a_metadata_file_is_damaged(self):
         for path in Path(self.root, pkgproxy.METADATA_FOLDER, "heads").rglob("*^head"):
             path.write_bytes(path.read_bytes()[:100])
-        return self.get(self.INDEX)
+        return self.download(self.INDEX)
 
-    def by_hand(self, change):
-        path = Path(self.root, self.place(self.KEPT[1:]))
+    def change_stored_file(self, change):
+        path = Path(self.root, self.visible_name(self.KEPT[1:]))
         change(path)
-        got = self.get(self.KEPT)
-        self.settle()
+        got = self.download(self.KEPT)
+        self.wait_until_idle()
         if os.path.lexists(path) and not path.is_dir():
-            path.unlink()  # what a hand made is not ours to repair
+            path.unlink()  # the proxy does not repair such files
         return got
 
-    @fault("a FIFO lies in the place of a head file")
-    def _(self):
+    @fault()
+    def test_a_metadata_file_is_replaced_by_a_fifo(self):
         for path in Path(self.root, pkgproxy.METADATA_FOLDER, "heads").rglob("kept*^head"):
             path.unlink()
             os.mkfifo(path)
-            self.here.callback(path.unlink)
-        return self.get(self.KEPT)
+            self.cleanups.callback(path.unlink)
+        return self.download(self.KEPT)
 
-    @fault("a link out of the root lies in the place of a partial")
-    def _(self):
+    @fault()
+    def test_a_partial_file_is_a_symlink_that_leaves_the_root(self):
         precious = Path(self.folder, "precious")
         precious.write_bytes(b"precious")
-        link = Path(self.proxy._claims.partials.path(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.NEW))), ""))
+        link = Path(self.proxy._locks.partials.path(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.NEW))), ""))
         link.symlink_to(precious)
-        self.here.callback(link.unlink)
-        got = self.get()
+        self.cleanups.callback(link.unlink)
+        got = self.download()
         self.assertEqual(precious.read_bytes(), b"precious")
         return got
 
-    @fault("a stored file is cut by hand")
-    def _(self):
-        return self.by_hand(lambda path: os.truncate(path, 1000))
+    @fault()
+    def test_a_stored_file_is_truncated(self):
+        return self.change_stored_file(lambda path: os.truncate(path, 1000))
 
-    @fault("a stored file is emptied by hand")
-    def _(self):
-        return self.by_hand(lambda path: path.write_bytes(b""))
+    @fault()
+    def test_a_stored_file_is_emptied(self):
+        return self.change_stored_file(lambda path: path.write_bytes(b""))
 
-    @fault("a stored file is replaced by hand, by one of its size")
-    def _(self):
-        return self.by_hand(lambda path: path.write_bytes(bytes(1 << 20)))
+    @fault()
+    def test_a_stored_file_is_overwritten_with_one_of_the_same_size(self):
+        return self.change_stored_file(lambda path: path.write_bytes(bytes(1 << 20)))
 
-    @fault("a folder lies in the place of a stored file")
-    def _(self):
-        return self.by_hand(lambda path: (path.unlink(), self.here.callback(path.rmdir), path.mkdir()))
+    @fault()
+    def test_a_stored_file_is_replaced_by_a_folder(self):
+        return self.change_stored_file(lambda path: (path.unlink(), self.cleanups.callback(path.rmdir), path.mkdir()))
 
-    @fault("a FIFO lies in the place of a stored file")
-    def _(self):
-        return self.by_hand(lambda path: (path.unlink(), os.mkfifo(path)))
+    @fault()
+    def test_a_stored_file_is_replaced_by_a_fifo(self):
+        return self.change_stored_file(lambda path: (path.unlink(), os.mkfifo(path)))
 
-    @fault("a link to nowhere lies in the place of a stored file")
-    def _(self):
-        return self.by_hand(lambda path: (path.unlink(), path.symlink_to("nowhere")))
+    @fault()
+    def test_a_stored_file_is_replaced_by_a_dangling_symlink(self):
+        return self.change_stored_file(lambda path: (path.unlink(), path.symlink_to("nowhere")))
 
-    @fault("a changed index cannot be stored")
-    def _(self):
+    @fault()
+    def test_a_changed_index_cannot_be_stored(self):
         self.bodies[self.INDEX] = bytes(reversed(self.bodies[self.INDEX]))
         self.origin.pages[self.INDEX] = ScriptedResponse(self.bodies[self.INDEX])
         self.patch(pkgproxy.shutil, "disk_usage", lambda path: mock.Mock(free=10, total=1000))
-        got = self.get(self.INDEX)
+        got = self.download(self.INDEX)
         self.origin.pages[self.INDEX] = ScriptedResponse(b"no", 503)
-        self.assertEqual(self.ask(self.INDEX).status, 503, "the old one is not served any more")
+        self.assertEqual(self.request(self.INDEX).status, 503, "the old version is no longer served")
         return got
 
-    # The machine, the process, the clients
+    # The machine, the process and the clients
 
-    def power_fails(self):
-        """The machine has started anew: who knows what the disk has."""
+    def fail_power(self):
+        """Simulate a reboot, after which unsynced data on the disk cannot be trusted."""
         self.proxy._store.boot = "another"
 
-    def killed(self):
-        """The new file asked of another process on the same root, which is killed in the middle."""
-        go_on = self.held()
+    def kill_another_process(self):
+        """Kill another process over the same root while it downloads the new file."""
+        resume = self.pause_origin()
         process = ProxyProcess(self.root)
         try:
             with contextlib.closing(http.client.HTTPConnection(*process.address, timeout=PATIENCE)) as one:
                 one.request("GET", self.origin.url(self.NEW))
                 one.getresponse().read(400_000)
-                until(self.is_described, "the head of what has come, after a moment")
+                until(self.has_partial_metadata, "the metadata of the partial file")
         finally:
             process.kill()
-            go_on()
-        self.heal()
+            resume()
+        self.restore_origin()
 
-    def is_described(self):
-        return any(name.endswith("^head") for name in os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")))
-
-    @fault("kill -9 in the middle of a download")
-    def _(self):
-        self.killed()
-        got = self.get()
-        self.assertEqual(self.origin.log[-1][2]["range"], "bytes=400000-", "no byte is downloaded twice")
+    @fault()
+    def test_another_process_is_killed_during_a_download(self):
+        self.kill_another_process()
+        got = self.download()
+        self.assertEqual(self.origin.log[-1].fields["range"], "bytes=400000-", "no byte is downloaded twice")
         return got
 
-    @fault("the power fails in the middle of a download")
-    def _(self):
-        self.killed()
-        self.power_fails()
-        got = self.get()
-        self.assertNotIn("range", self.origin.log[-1][2])
+    @fault()
+    def test_the_power_fails_during_a_download(self):
+        self.kill_another_process()
+        self.fail_power()
+        got = self.download()
+        self.assertNotIn("range", self.origin.log[-1].fields)
         return got
 
-    @fault("there is no thread to be had")
-    def _(self):
+    @fault()
+    def test_no_thread_can_be_started(self):
         real = threading.Thread.start
 
         def refuse(thread):
@@ -6267,61 +6439,61 @@ class FaultTest(ProxyCase):
             real(thread)
 
         self.patch(threading.Thread, "start", refuse)
-        return self.get()
+        return self.download()
 
-    @fault("the client hangs up in the middle")
-    def _(self):
-        go_on = self.held()
+    @fault()
+    def test_the_client_disconnects_during_the_download(self):
+        resume = self.pause_origin()
         with self.connection() as one:
             one.request("GET", self.origin.url(self.NEW))
             one.getresponse().read(1000)
-        go_on()
-        self.settle()
-        self.assertIn(self.place(self.NEW[1:]), self.files(), "the download goes on")
-        return self.get()
+        resume()
+        self.wait_until_idle()
+        self.assertIn(self.visible_name(self.NEW[1:]), self.visible_files(), "the download goes on")
+        return self.download()
 
-    @fault("a client reads nothing")
-    def _(self):
+    @fault()
+    def test_a_client_does_not_read(self):
         with self.connection() as slow:
             slow.request("GET", self.origin.url(self.NEW))
-            return self.get()
+            return self.download()
 
-    @fault("the download of others stands still")
-    def _(self):
+    @fault()
+    def test_the_download_of_another_client_stalls(self):
         gate = Gate()
-        self.here.callback(gate.open)
+        self.cleanups.callback(gate.open)
         self.patch(pkgproxy, "FOLLOWER_STALL_TIMEOUT", 0.2)
         self.origin.pages[self.NEW] = [ScriptedResponse(self.bodies[self.NEW], etag='"new"', gate=gate, first=400_000), self.origin.pages[self.NEW]]
         with self.connection() as leader:
             leader.request("GET", self.origin.url(self.NEW))
             leader.getresponse()
-            return self.get()
+            return self.download()
 
-    @fault("the clock is far in the past")
-    def _(self):
+    @fault()
+    def test_the_clock_is_far_in_the_past(self):
         self.patch(time, "time", lambda: 86400.0)
-        return self.get()
+        return self.download()
 
-    @fault("the clock jumps to and fro")
-    def _(self):
+    @fault()
+    def test_the_clock_jumps_back_and_forth(self):
         clock = itertools.cycle((0.0, 4e9, CLOCK))
         self.patch(time, "time", lambda: next(clock))
-        self.assertEqual([self.get(self.KEPT), self.get(self.INDEX)], ["whole"] * 2)
-        return self.get()
+        self.assertEqual([self.download(self.KEPT), self.download(self.INDEX)], ["whole"] * 2)
+        return self.download()
 
-    @fault("the log's device is full")
-    def _(self):
+    @fault()
+    def test_the_device_of_the_log_is_full(self):
         device = "/dev/full" if os.path.exists("/dev/full") else os.devnull
         handler = logging.StreamHandler(io.TextIOWrapper(io.FileIO(device, "w"), write_through=True))
-        self.here.callback(handler.stream.detach().close)
+        self.cleanups.callback(handler.stream.detach().close)
         self.patch(logging, "raiseExceptions", False)
         pkgproxy.log.addHandler(handler)
-        self.here.callback(pkgproxy.log.removeHandler, handler)
-        return self.get()
+        self.cleanups.callback(pkgproxy.log.removeHandler, handler)
+        return self.download()
 
 
-class Either:
-    """What one of two clients got, or the other."""
+class EitherResult:
+    """Equal to the result of either of two clients."""
 
     def __init__(self, *got):
         self.got = got
@@ -6334,33 +6506,34 @@ class Either:
 
 
 class FaultsOfTwoTest(FaultTest):
-    """The fault table again, where a client of another instance over the same root has asked a moment before."""
+    """The same faults after a client of another instance over the same root has requested the file."""
 
-    # The origin's second answer is another file: which of two clients gets that, and whether it has had
-    # a byte of the first by then, is a matter of luck.
-    ALONE = ("the disk refuses, and the origin breaks off too", "it breaks off, and has another file then",
-             "it breaks off, and sends a range of another file")
+    # In these three, the origin's second answer is another file.  Which of the two clients gets it, and whether
+    # it has received a byte of the first file by then, depends on timing.
+    test_the_disk_is_full_and_the_origin_breaks_off = None
+    test_the_origin_breaks_off_and_the_file_changes = None
+    test_the_origin_breaks_off_and_sends_a_range_of_another_file = None
 
-    def start(self, config=None):
-        super().start(config)
+    def start_proxy(self, config=None):
+        super().start_proxy(config)
         self.local = threading.local()
-        self.other = self.server_of(make_dispatcher(config or self.config, pkgproxy.Store(self.root), 100))
-        self.also = self.other.desk.proxy
-        self.other_address = self.other.server_address
-        self._serving_too = threading.Thread(target=self.other.serve_forever, args=(0.01,))
-        self._serving_too.start()
+        self.other_server = self.make_server(make_dispatcher(config or self.config, pkgproxy.Store(self.root), 100))
+        self.other_proxy = self.other_server.dispatcher.proxy
+        self.other_address = self.other_server.server_address
+        self._other_serving = threading.Thread(target=self.other_server.serve_forever, args=(0.01,))
+        self._other_serving.start()
 
-    def stop(self):
-        self.other.shutdown()
-        self.other.server_close()
-        self._serving_too.join(PATIENCE)
-        self.settle()
-        self.also.close()
-        super().stop()
+    def stop_proxy(self):
+        self.other_server.shutdown()
+        self.other_server.server_close()
+        self._other_serving.join(PATIENCE)
+        self.wait_until_idle()
+        self.other_proxy.close()
+        super().stop_proxy()
 
-    def settle(self):
-        super().settle()
-        until(lambda: not self.other.replies_running and not self.also._barrier.in_flight(), "the end of the other's replies")
+    def wait_until_idle(self):
+        super().wait_until_idle()
+        until(lambda: not self.other_server.replies_running and not self.downloads_in_flight(self.other_proxy), "the end of the other's replies")
 
     @contextlib.contextmanager
     def connection(self):
@@ -6369,87 +6542,87 @@ class FaultsOfTwoTest(FaultTest):
             yield connection
 
     def other_downloads(self):
-        return self.also._barrier.in_flight() > 0
+        return self.downloads_in_flight(self.other_proxy) > 0
 
-    def get(self, path=FaultTest.NEW, meanwhile=lambda: None, **fields):
-        get, luck = super().get, isinstance(self.origin.pages.get(path), list)
+    def download(self, path=FaultTest.NEW, meanwhile=lambda: None, **fields):
+        download, depends_on_timing = super().download, isinstance(self.origin.pages.get(path), list)
 
         def ask_the_other():
             self.local.address = self.other_address
-            return get(path, **fields)
+            return download(path, **fields)
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             other = pool.submit(ask_the_other)
             until(lambda: self.other_downloads() or other.done(), "the other's request")
-            got = get(path, meanwhile, **fields)
-        if luck:  # the origin's answers differ, and which of two clients gets which is told by nobody
-            return Either(got, other.result())
-        self.assertIn(got, (other.result(), "whole"), "what our own client gets: no less")
+            got = download(path, meanwhile, **fields)
+        if depends_on_timing:  # the answers differ, and either client may get either
+            return EitherResult(got, other.result())
+        self.assertIn(got, (other.result(), "whole"), "our own client gets no less")
         return other.result()
 
-    def power_fails(self):
-        super().power_fails()
-        self.also._store.boot = "another"
+    def fail_power(self):
+        super().fail_power()
+        self.other_proxy._store.boot = "another"
 
 
 @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc on this machine")
 class BoundsTest(ProxyCase):
-    """Descriptors, threads and memory are bounded, and come back."""
+    """Descriptors, threads and memory are bounded and released."""
 
     def start_process(self, descriptors=None):
-        """Let a process of its own answer; nothing but its listening socket is open."""
+        """Start the proxy in a process of its own."""
 
         def limit():
             pkgproxy.resource.setrlimit(pkgproxy.resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
-        process = ProxyProcess(self.root, program=lambda: program(POOL_IDLE_TIMEOUT=0.2), preexec_fn=limit if descriptors else None)
+        process = ProxyProcess(self.root, command=lambda: pkgproxy_command(POOL_IDLE_TIMEOUT=0.2, THREAD_IDLE_TIMEOUT=0.5), preexec_fn=limit if descriptors else None)
         self.addCleanup(process.stop)
         self.address = process.address
-        self.ask("/warm")
+        self.request("/warm")
         self.before = process.descriptors(), process.status("Threads"), process.status("VmRSS")
         return process
 
     def check_back(self, process):
-        until(lambda: process.descriptors() <= self.before[0] and process.status("Threads") <= self.before[1], "the return to the start")
+        until(lambda: process.descriptors() <= self.before[0] and process.status("Threads") <= self.before[1], "the release of descriptors and threads")
 
     def test_200_clients_at_once_with_64_descriptors(self):
         process = self.start_process(64)
         for number in range(200):
             self.origin.pages["/x_%d_all.deb" % number] = ScriptedResponse(b"%d" % number * 10_000)
         right = []
-        threads = [threading.Thread(target=lambda path, page: right.append(self.ask(path).body == page.body), args=item)
+        threads = [threading.Thread(target=lambda path, page: right.append(self.request(path).body == page.body), args=item)
                    for item in self.origin.pages.items()]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(PATIENCE)
         self.assertEqual(right, [True] * 200)
-        self.assertEqual(len(self.files()), 200)
+        self.assertEqual(len(self.visible_files()), 200)
         self.assertNotIn("Traceback", process.log())
         self.check_back(process)
 
-    def test_500_idle_connections_hold_nobody_up_and_cost_little(self):
+    def test_500_idle_connections_delay_nobody_and_take_little_memory(self):
         process = self.start_process()
         self.origin.pages["/x_1_all.deb"] = ScriptedResponse(b"x")
         with contextlib.ExitStack() as stack:
             for _ in range(500):
-                one = stack.enter_context(socket.create_connection(self.address, PATIENCE))
-                one.sendall(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % self.origin.url("/x_1_all.deb").encode())
+                one = stack.enter_context(self.open_client())
+                one.sendall(self.raw_request("/x_1_all.deb"))
                 self.assertTrue(one.recv(12).startswith(b"HTTP/1.1 200"))
-            self.assertEqual(self.ask("/x_1_all.deb").body, b"x")
+            self.assertEqual(self.request("/x_1_all.deb").body, b"x")
             self.assertLess(process.status("VmRSS") - self.before[2], 40_000)
         self.check_back(process)
 
-    def test_500_slow_clients_hold_up_nobody(self):
+    def test_500_slow_clients_delay_nobody(self):
         process = self.start_process()
         self.origin.pages["/x_1_all.deb"] = ScriptedResponse(b"x")
         with contextlib.ExitStack() as stack:
-            slow = [stack.enter_context(socket.create_connection(self.address, PATIENCE)) for _ in range(500)]
+            slow = [stack.enter_context(self.open_client()) for _ in range(500)]
             for round_ in b"GET h":
                 for one in slow:
                     one.send(bytes([round_]))
                 began = time.monotonic()
-                self.assertEqual(self.ask("/x_1_all.deb").body, b"x")
+                self.assertEqual(self.request("/x_1_all.deb").body, b"x")
                 self.assertLess(time.monotonic() - began, 5)
         self.check_back(process)
 
@@ -6462,13 +6635,13 @@ class BoundsTest(ProxyCase):
                 self.assertEqual(one.getresponse().read(), b"%d" % number)
         self.origin.pages["/big_1_all.deb"] = ScriptedResponse(bytes(40 << 20))
         for _ in range(2):
-            self.assertEqual(len(self.ask("/big_1_all.deb").body), 40 << 20)
+            self.assertEqual(len(self.request("/big_1_all.deb").body), 40 << 20)
         self.assertLess(process.status("VmHWM") - self.before[2], 12_000)
         self.check_back(process)
 
 
 class MemcachedServer:
-    """Debian's memcached on a free port, which may be stopped and started again."""
+    """A memcached server on a free port, which may be stopped and started again."""
 
     def __init__(self):
         self.port = free_address()[1]
@@ -6494,9 +6667,9 @@ class MemcachedServer:
             return sock.recv(4096).decode()
 
 
-def fast_program(before="", **constants):
-    """The command that runs it with short pauses and leases, after some more code."""
-    python, option, code = program(RESUME_BACKOFF=(0.0, 0.01), LEASE_DURATION=2, LEASE_RENEWAL_INTERVAL=0.2, **constants)
+def fast_command(before="", **constants):
+    """Return the command that runs pkgproxy with short backoffs and leases, after the code ``before``."""
+    python, option, code = pkgproxy_command(RESUME_BACKOFF=(0.0, 0.01), LEASE_DURATION=2, LEASE_RENEWAL_INTERVAL=0.2, **constants)
     return python, option, before + code
 
 
@@ -6504,13 +6677,13 @@ LINKLESS = "import os\ndef link(*paths, **more): raise PermissionError(1, 'no li
 
 
 class ChaosTest(ProxyCase):
-    """Clients, ranges, hang-ups, faults of the origin and of the disk, all at once; among packages that
-    another mirror has, too, or the user (--adopt), with their heads and without.
+    """Random clients, ranges, disconnections, and faults of the origin and of the disk at the same time; also packages that
+    another mirror or the user (--adopt) has, with and without metadata.
 
-    PKGPROXY_CHAOS_SECONDS=600 makes it last; PKGPROXY_CHAOS_SEED gives another course.
+    PKGPROXY_CHAOS_SECONDS sets the duration, and PKGPROXY_CHAOS_SEED the random seed.
     """
 
-    TROUBLE = 0.02  # seconds: else the origin, which fails all the time, would hardly be asked
+    TROUBLE = 0.02  # seconds: a longer backoff would keep most requests from the origin, which fails all the time
 
     def setUp(self):
         super().setUp()
@@ -6520,26 +6693,26 @@ class ChaosTest(ProxyCase):
         fixed = {"/a_1.0_all.deb": bodies[0], "/b_2.0_all.deb": bodies[1], "/by-hash/SHA256/" + sha256(bodies[2]): bodies[2],
                  "/by-hash/SHA256/" + "0" * 64: b"another digest"}
         self.published = {mirror + path: [body] for path, body in fixed.items() for mirror in ("", "/pub/mirror")}
-        self.published.update({path: [] for path in ("/InRelease", "/main/Packages")})  # every body that ever was
+        self.published.update({path: [] for path in ("/InRelease", "/main/Packages")})  # {path: every body that was ever published}
         self.paths = tuple(self.published)
         self.adopted = os.path.join(self.folder, "archives")
         os.mkdir(self.adopted)
         Path(self.adopted, "b_2.0_all.deb").write_bytes(bodies[1])
-        self.start(dataclasses.replace(self.config, adopt=(self.adopted,)))
+        self.start_proxy(dataclasses.replace(self.config, adopt=(self.adopted,)))
         self.wrong = []
-        self.visits = 0  # that were answered
+        self.visits = 0  # requests that were answered
         self.addresses = []  # of several instances
         for name, what in (("RESUME_BACKOFF", (0.0, 0.01)), ("ORIGIN_BACKOFF", self.TROUBLE)):
             patcher = mock.patch.object(pkgproxy, name, what)
             patcher.start()
             self.addCleanup(patcher.stop)
 
-    def process(self, *options, before=""):
-        program = functools.partial(fast_program, before, ORIGIN_BACKOFF=self.TROUBLE)
-        return ProxyProcess(self.root, ("--adopt", self.adopted, *options), program=program)
+    def start_process(self, *options, before=""):
+        command = functools.partial(fast_command, before, ORIGIN_BACKOFF=self.TROUBLE)
+        return ProxyProcess(self.root, ("--adopt", self.adopted, *options), command=command)
 
     def publish(self, chance, path):
-        """A new body where the name allows it, behaving as chance will have it."""
+        """Publish a new body if the name permits it, served with random faults."""
         bodies = self.published[path]
         if not bodies or "_" not in path and "hash" not in path and chance.random() < 0.5:
             bodies.append(chance.randbytes(chance.choice((0, 10, 5_000, 400_000, 900_000))))
@@ -6551,24 +6724,24 @@ class ChaosTest(ProxyCase):
             ScriptedResponse(body, etag=tag), ScriptedResponse(body, etag=tag), ScriptedResponse(body, etag=tag, chunked=True), ScriptedResponse(body, etag="", modified=""),
             ScriptedResponse(steps=[head + body[:chance.randrange(len(body) + 1)]]), ScriptedResponse(steps=[head + body[:300_000]]), ScriptedResponse(b"no", 503), ScriptedResponse(steps=[b""]), ScriptedResponse(steps=[b"garbage\r\n\r\n"])))
 
-    def disturb(self, chance):
-        """Something happens to the cache."""
+    def disturb_cache(self, chance):
+        """Damage or remove a random part of the cache."""
         books = os.path.join(self.root, pkgproxy.METADATA_FOLDER)
-        place = os.path.join(self.root, self.place(chance.choice(self.paths)[1:]))
+        place = os.path.join(self.root, self.visible_name(chance.choice(self.paths)[1:]))
         with contextlib.suppress(OSError):
             chance.choices((lambda: shutil.rmtree(self.root), lambda: shutil.rmtree(books), lambda: os.unlink(place),
                             lambda: shutil.rmtree(os.path.join(books, "partials")), lambda: shutil.rmtree(os.path.join(books, "heads"))), (1, 1, 6, 1, 1))[0]()
 
-    def check(self, path, status, body, place, whole=False):
-        """The bytes must be those of one body that this path had, or of its beginning."""
+    def check_bytes(self, path, status, body, place, whole=False):
+        """Check that the bytes are one published body of this path, or a prefix of one."""
         first, last = (int(n) for n in re.findall(r"\d+", place)[:2]) if place else (0, 0)
         for known in list(self.published[path]):
             if status == 206 and known[first:last + 1][:len(body)] == body or status == 200 and known[:None if whole else len(body)] == body:
                 return
         self.wrong.append((path, status, place, len(body)))
 
-    def visit(self, chance):
-        """One client: whole, in part, or gone early."""
+    def run_one_client(self, chance):
+        """Run one client that requests everything or a part, and perhaps disconnects early."""
         path, fields = chance.choice(self.paths), {}
         if chance.random() < 0.4:
             fields["Range"] = "bytes=%d-%s" % (chance.randrange(500_000), chance.choice(("", "600000")))
@@ -6585,17 +6758,17 @@ class ChaosTest(ProxyCase):
             except http.client.IncompleteRead as error:
                 body, whole = error.partial, False
             if response.status in (200, 206):
-                self.check(path, response.status, body, response.getheader("Content-Range"), whole)
+                self.check_bytes(path, response.status, body, response.getheader("Content-Range"), whole)
 
-    def client(self, number, deadline):
+    def run_client(self, number, deadline):
         chance = random.Random("%s %d" % (self.seed, number))
         try:
             while time.monotonic() < deadline:
-                self.visit(chance)
+                self.run_one_client(chance)
                 if chance.random() < 0.3:
                     self.publish(chance, chance.choice(self.paths))
                 if chance.random() < 0.2:
-                    self.disturb(chance)
+                    self.disturb_cache(chance)
         except Exception as error:
             self.wrong.append(repr(error))
             raise
@@ -6605,40 +6778,40 @@ class ChaosTest(ProxyCase):
         for path in self.paths:
             self.publish(chance, path)
         deadline = time.monotonic() + self.seconds
-        threads = [threading.Thread(target=self.client, args=(number, deadline)) for number in range(6)]
+        threads = [threading.Thread(target=self.run_client, args=(number, deadline)) for number in range(6)]
         for thread in threads:
             thread.start()
         meanwhile(deadline)
         for thread in threads:
             thread.join(self.seconds + PATIENCE)
-        self.settle()
+        self.wait_until_idle()
         self.assertEqual(self.wrong, [])
 
     def check_files(self):
-        """Whatever is visible is whole."""
+        """Check that every visible file is complete."""
         top = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port)
         for folder, _, names in os.walk(top):
             for name in names:
-                with contextlib.suppress(OSError):  # somebody removes it this moment
+                with contextlib.suppress(OSError):  # it is being removed
                     path = os.path.join(folder, name)
                     body = Path(path).read_bytes()
                     self.assertTrue(name.startswith("^") or body in self.published[path[len(top):]], path)
 
-    def test_whatever_happens_each_delivered_byte_is_the_origins(self):
+    def test_random_clients_and_faults_never_deliver_a_wrong_byte(self):
         self.run_clients()
         self.check_files()
 
-    def test_nor_is_there_a_wrong_byte_where_nothing_can_be_linked(self):
+    def test_random_clients_and_faults_without_hard_links(self):
         with mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here")):
             self.run_clients()
         self.check_files()
 
-    def test_kill_9_at_any_point_leaves_whole_files_and_no_wrong_byte(self):
+    def test_kill_9_at_any_point_leaves_complete_files_and_no_wrong_byte(self):
         chance = random.Random(self.seed)
 
         def kill_again_and_again(deadline):
             while time.monotonic() < deadline:
-                proxy = self.process()
+                proxy = self.start_process()
                 self.address, self.enough = proxy.address, self.visits + chance.randrange(40)
                 until(lambda: self.visits > self.enough or time.monotonic() > deadline, "a few visits")
                 proxy.kill()
@@ -6655,7 +6828,7 @@ class ChaosTest(ProxyCase):
             yield connection
 
     def kill_one_of_two(self, *options, before=""):
-        """Two processes over one root; now the one is killed, now the other, and started again."""
+        """Run two processes over one root; kill and restart one or the other."""
         chance = random.Random(self.seed)
 
         def kill_again_and_again(deadline):
@@ -6666,32 +6839,32 @@ class ChaosTest(ProxyCase):
                 victim.kill()
                 self.assertNotIn("Traceback", victim.log())
                 self.check_files()
-                processes.append(self.process(*options, before=before))
+                processes.append(self.start_process(*options, before=before))
                 self.addresses = [each.address for each in processes]
 
         with contextlib.ExitStack() as stack:
-            processes = [self.process(*options, before=before) for _ in range(2)]
+            processes = [self.start_process(*options, before=before) for _ in range(2)]
             stack.callback(lambda: [each.kill() for each in processes])
             self.addresses = [each.address for each in processes]
             self.run_clients(kill_again_and_again)
         self.addresses = []
         self.check_files()
 
-    def test_kill_9_of_either_of_two_instances_leaves_whole_files_and_no_wrong_byte(self):
+    def test_kill_9_of_either_of_two_instances_leaves_complete_files_and_no_wrong_byte(self):
         self.kill_one_of_two()
 
-    def test_so_it_does_where_nothing_can_be_linked(self):
+    def test_kill_9_of_either_of_two_instances_without_hard_links(self):
         self.kill_one_of_two(before=LINKLESS)
 
     @unittest.skipUnless(shutil.which("memcached"), "memcached is not installed")
-    def test_so_it_does_where_they_agree_by_memcached(self):
+    def test_kill_9_of_either_of_two_instances_with_memcached(self):
         memcached = MemcachedServer()
         self.addCleanup(memcached.stop)
         self.kill_one_of_two("--barrier", "memcached://" + memcached.place)
 
 
 class InstancesCase(ProxyCase):
-    """Several instances over one root: the proxy of this process, and processes."""
+    """Several instances over one root: the proxy in this process, and other processes."""
 
     BIG = "/big_1.0_all.deb"
 
@@ -6703,15 +6876,15 @@ class InstancesCase(ProxyCase):
             patcher.start()
             self.addCleanup(patcher.stop)
 
-    def another(self, *options):
-        """One more process over the root."""
-        process = ProxyProcess(self.root, options, program=fast_program)
+    def start_instance(self, *options):
+        """Start another process over the root."""
+        process = ProxyProcess(self.root, options, command=fast_command)
         self.addCleanup(lambda: self.assertNotIn("Traceback", process.log()))
         self.addCleanup(process.kill)
         return process
 
-    def begin(self, address, path=BIG):
-        """A client of an instance that has had its first byte, and may have more."""
+    def start_download(self, address, path=BIG):
+        """Request the file from an instance; return the response after its first byte."""
         client = http.client.HTTPConnection(*address, timeout=PATIENCE)
         self.addCleanup(client.close)
         client.request("GET", self.origin.url(path), headers={"Connection": "close"})
@@ -6719,15 +6892,15 @@ class InstancesCase(ProxyCase):
         self.assertEqual(response.read(1), self.body[:1])
         return response
 
-    def held(self, *more, tag=b'ETag: "x"\r\n'):
-        """Let the origin send the first 400,000 bytes of the big file; the gate for the rest."""
+    def pause_origin(self, *more, tag=b'ETag: "x"\r\n'):
+        """Let the origin send the first 400,000 bytes of the big file; return the gate for the rest."""
         gate = Gate()
         self.addCleanup(gate.open)
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n" % (len(self.body), tag)
         self.origin.pages[self.BIG] = [ScriptedResponse(steps=[head + self.body[:400_000], gate, self.body[400_000:]]), *more, ScriptedResponse(self.body, etag='"x"')]
         return gate
 
-    def fetch_all(self, address, count, done):
+    def download_all(self, address, count, done):
         for number in range(count):
             with contextlib.closing(http.client.HTTPConnection(*address, timeout=PATIENCE)) as client:
                 path = "/%d_1.0_all.deb" % number
@@ -6738,95 +6911,95 @@ class InstancesCase(ProxyCase):
         bodies = {"/%d_1.0_all.deb" % number: random.Random(number).randbytes(number * 3000) for number in range(100)}
         self.origin.pages.update({path: ScriptedResponse(body) for path, body in bodies.items()})
         done = []
-        jobs = [threading.Thread(target=self.fetch_all, args=(address, 100, done)) for address in addresses for _ in range(2)]
+        jobs = [threading.Thread(target=self.download_all, args=(address, 100, done)) for address in addresses for _ in range(2)]
         for job in jobs:
             job.start()
         for job in jobs:
             job.join(6 * PATIENCE)
         self.assertEqual([path for path, body in done if bodies[path] != body], [])
         self.assertEqual(len(done), 100 * len(jobs))
-        self.settle()
-        self.assertEqual({path: self.origin.asked(path) for path in bodies}, dict.fromkeys(bodies, ["GET"]))
-        self.assertEqual(self.files(), {self.place(path[1:]): body for path, body in bodies.items()})
+        self.wait_until_idle()
+        self.assertEqual({path: self.origin.methods(path) for path in bodies}, dict.fromkeys(bodies, ["GET"]))
+        self.assertEqual(self.visible_files(), {self.visible_name(path[1:]): body for path, body in bodies.items()})
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
     def check_the_leader_is_killed(self, leader):
-        """... and the followers, of this process, notice nothing."""
-        gate = self.held()
-        first = self.begin(leader.address)
+        """Kill the leader during a download; the followers in this process must not notice."""
+        gate = self.pause_origin()
+        first = self.start_download(leader.address)
         first.read(399_999)
-        followers = [self.begin(self.address) for _ in range(3)]
+        followers = [self.start_download(self.address) for _ in range(3)]
         leader.process.kill()
         self.assertRaises((http.client.IncompleteRead, OSError), first.read)
         gate.open()
         self.assertEqual([b"".join((self.body[:1], each.read())) == self.body for each in followers], [True] * 3)
-        self.settle()
-        self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=400000-"])
-        self.assertEqual(self.files(), {self.place(self.BIG[1:]): self.body})
+        self.wait_until_idle()
+        self.assertEqual([entry.fields.get("range") for entry in self.origin.log], [None, "bytes=400000-"])
+        self.assertEqual(self.visible_files(), {self.visible_name(self.BIG[1:]): self.body})
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
 
 class InstancesTest(InstancesCase):
-    """They agree by the locks of the file system."""
+    """Instances that are coordinated by file locks."""
 
     def test_two_processes_download_each_of_a_hundred_files_once(self):
-        self.check_hundred_files_at_once(self.another().address, self.another().address)
+        self.check_hundred_files_at_once(self.start_instance().address, self.start_instance().address)
 
-    def test_two_proxies_in_one_process_do_too(self):
-        with self.instance() as address:
+    def test_two_proxies_in_one_process_download_each_of_a_hundred_files_once(self):
+        with self.start_instance_here() as address:
             self.check_hundred_files_at_once(self.address, address)
 
-    def test_a_follower_streams_what_another_process_downloads(self):
-        gate = self.held()
-        other = self.another()
-        first = self.begin(other.address)
-        follower = self.begin(self.address)
-        self.assertEqual(follower.read(399_999), self.body[1:400_000])  # before the rest is there
+    def test_a_follower_streams_the_download_of_another_process(self):
+        gate = self.pause_origin()
+        other = self.start_instance()
+        first = self.start_download(other.address)
+        follower = self.start_download(self.address)
+        self.assertEqual(follower.read(399_999), self.body[1:400_000])  # before the rest has arrived
         self.assertIn("collapsed", follower.getheader("Cache-Status"))
         gate.open()
         self.assertEqual(follower.read(), self.body[400_000:])
         self.assertEqual(first.read(), self.body[1:])
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_the_leader_is_killed_and_the_followers_go_on(self):
-        self.check_the_leader_is_killed(self.another())
+    def test_the_leader_is_killed_and_a_follower_takes_over(self):
+        self.check_the_leader_is_killed(self.start_instance())
 
-    def test_without_a_validator_a_dead_leaders_followers_are_cut_and_the_next_client_gets_all(self):
-        gate, leader = self.held(tag=b""), self.another()
-        self.begin(leader.address)
-        follower = self.begin(self.address)
+    def test_without_a_validator_the_followers_of_a_killed_leader_are_cut_off(self):
+        gate, leader = self.pause_origin(tag=b""), self.start_instance()
+        self.start_download(leader.address)
+        follower = self.start_download(self.address)
         leader.process.kill()
         gate.open()
         self.assertRaises(http.client.IncompleteRead, follower.read)
-        self.assertEqual(self.ask(self.BIG).body, self.body)
+        self.assertEqual(self.request(self.BIG).body, self.body)
 
-    def test_a_far_range_is_served_from_what_another_instance_downloads(self):
-        gate, other = self.held(), self.another()
-        first = self.begin(other.address)
+    def test_a_far_range_is_served_from_the_download_of_another_instance(self):
+        gate, other = self.pause_origin(), self.start_instance()
+        first = self.start_download(other.address)
         threading.Timer(0.1, gate.open).start()
-        self.assertEqual(self.ask(self.BIG, Range="bytes=700000-700009").body, self.body[700_000:700_010])
+        self.assertEqual(self.request(self.BIG, Range="bytes=700000-700009").body, self.body[700_000:700_010])
         self.assertEqual(first.read(), self.body[1:])
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_what_another_instance_may_not_store_each_asks_for_itself(self):
+    def test_a_response_that_another_instance_must_not_store_is_fetched_by_each(self):
         gate = Gate()
         self.addCleanup(gate.open)
         answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nCache-Control: private\r\n\r\n"
         self.origin.pages["/x"] = [ScriptedResponse(steps=[gate, answer + b"1"]), ScriptedResponse(steps=[answer + b"2"])]
-        with self.instance() as address, concurrent.futures.ThreadPoolExecutor(1) as pool:
-            second = pool.submit(self.ask, "/x")
+        with self.start_instance_here() as address, concurrent.futures.ThreadPoolExecutor(1) as pool:
+            second = pool.submit(self.request, "/x")
             until(lambda: self.origin.log, "the first request")
             with contextlib.closing(http.client.HTTPConnection(*address, timeout=PATIENCE)) as one:
                 one.request("GET", self.origin.url("/x"))
                 until(lambda: any("PeerFollower" in str(each._target) for each in threading.enumerate()
-                                                               if hasattr(each, "_target")), "a watch")
+                                                               if hasattr(each, "_target")), "a follower of the other instance")
                 gate.open()
                 self.assertEqual((second.result().body, one.getresponse().read()), (b"1", b"2"))
 
-    def test_a_post_to_one_instance_spoils_what_another_downloads(self):
+    def test_a_post_to_one_instance_invalidates_the_download_of_another(self):
         gate, body = Gate(), os.urandom(300_000)
         self.origin.pages["/x"] = [ScriptedResponse(body, gate=gate, first=200_000, fields=[("Cache-Control", "max-age=99")]), ScriptedResponse(b"done", etag="", modified=""), ScriptedResponse(b"new")]
-        with self.instance() as address, self.connection() as one, self.assertLogs("pkgproxy", "WARNING"):
+        with self.start_instance_here() as address, self.connection() as one, self.assertLogs("pkgproxy", "WARNING"):
             one.request("GET", self.origin.url("/x"))
             response = one.getresponse()
             data = response.read(200_000)
@@ -6835,56 +7008,56 @@ class InstancesTest(InstancesCase):
                 self.assertEqual(two.getresponse().read(), b"done")
             gate.open()
             self.assertEqual(data + response.read(), body)
-            self.settle()
-            self.assertEqual(self.files(), {})
+            self.wait_until_idle()
+            self.assertEqual(self.visible_files(), {})
 
-    def test_an_instance_that_stands_still_is_waited_for_once(self):
+    def test_a_stalled_instance_delays_one_request_only(self):
         self.origin.pages[self.BIG] = ScriptedResponse(self.body)
         key = pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.BIG)))
-        with contextlib.closing(io.FileIO(self.stuck(key), "r+b")) as file, mock.patch.object(pkgproxy, "FOLLOWER_HEAD_TIMEOUT", 0.1):
+        with contextlib.closing(io.FileIO(self.make_empty_partial(key), "r+b")) as file, mock.patch.object(pkgproxy, "FOLLOWER_HEAD_TIMEOUT", 0.1):
             self.assertTrue(pkgproxy.try_lock_file(file))
-            self.assertIn("not collapsed", self.ask(self.BIG)["Cache-Status"])
-            self.settle()
-            self.assertIn("stored", self.ask(self.BIG)["Cache-Status"])
+            self.assertIn("not collapsed", self.request(self.BIG)["Cache-Status"])
+            self.wait_until_idle()
+            self.assertIn("stored", self.request(self.BIG)["Cache-Status"])
 
-    def stuck(self, key):
-        """The path of a partial that is there, and empty."""
-        path = Path(self.proxy._claims.partials.path(key, ""))
+    def make_empty_partial(self, key):
+        """Create an empty partial file; return its path."""
+        path = Path(self.proxy._locks.partials.path(key, ""))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         return str(path)
 
-    def test_on_another_machine_only_what_was_flushed_is_read(self):
-        gate = self.held()
+    def test_from_another_machine_only_flushed_data_is_read(self):
+        gate = self.pause_origin()
         self.proxy._store.remote = True
-        with mock.patch.object(pkgproxy, "FLUSH_INTERVAL", 0.0), self.instance(boot="another machine") as address:
-            first = self.begin(self.address)
+        with mock.patch.object(pkgproxy, "FLUSH_INTERVAL", 0.0), self.start_instance_here(boot="another machine") as address:
+            first = self.start_download(self.address)
             first.read(399_999)
-            follower = self.begin(address)
+            follower = self.start_download(address)
             partial = pkgproxy.PartialStore(self.proxy._store).open_for_reading(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.BIG))))
             self.addCleanup(partial.release)
             partial._store = mock.Mock(boot="another machine")
             def told():
                 return json.loads(Path(partial.path + "^head").read_text())["flushed_size"]
 
-            until(lambda: told() == 400_000, "the last word before the gate")
+            until(lambda: told() == 400_000, "the last update before the gate")
             self.assertTrue(partial.load_metadata())
             self.assertEqual(partial.size, 400_000)
-            os.truncate(partial.path, 500_000)  # as if a later part had reached the server before an earlier one
+            os.truncate(partial.path, 500_000)  # as if a later part had reached the file server before an earlier one
             partial.refresh_size()
             self.assertLessEqual(partial.size, 400_000)
             os.truncate(partial.path, 400_000)
             gate.open()
             self.assertEqual((follower.read(), first.read()), (self.body[1:], self.body[400_000:]))
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
     @contextlib.contextmanager
-    def instance(self, boot=""):
-        """One more proxy in this process; its address."""
+    def start_instance_here(self, boot=""):
+        """Start another proxy in this process; return its address."""
         store = pkgproxy.Store(self.root)
         store.boot = boot or store.boot
-        server = self.server_of(make_dispatcher(self.config, store, 100))
-        other = server.desk.proxy
+        server = self.make_server(make_dispatcher(self.config, store, 100))
+        other = server.dispatcher.proxy
         serving = threading.Thread(target=server.serve_forever, args=(0.01,))
         serving.start()
         try:
@@ -6893,31 +7066,31 @@ class InstancesTest(InstancesCase):
             server.shutdown()
             server.server_close()
             serving.join(PATIENCE)
-            until(lambda: not other._barrier.in_flight(), "the end of the other's flights")
+            until(lambda: not self.downloads_in_flight(other), "the end of the other instance's flights")
             other.close()
 
-    def test_where_locks_do_not_work_each_is_on_its_own(self):
+    def test_without_working_locks_each_instance_downloads_for_itself(self):
         for refusal, words in ((mock.Mock(side_effect=OSError(37, "No locks available")), "refuses locks (No locks available)"),
                                (mock.Mock(return_value=True), "ignores locks")):
             with self.subTest(words), mock.patch.object(pkgproxy, "try_lock_file", refusal):
                 shutil.rmtree(self.root)
                 os.mkdir(self.root)
                 with self.assertLogs("pkgproxy", "WARNING") as caught:
-                    self.start()
+                    self.start_proxy()
                 self.assertIn(words, caught.output[0])
-                gate = self.held(ScriptedResponse(self.body, etag='"x"'))
-                with self.instance() as address:
-                    first = self.begin(self.address)
-                    second = self.begin(address)
+                gate = self.pause_origin(ScriptedResponse(self.body, etag='"x"'))
+                with self.start_instance_here() as address:
+                    first = self.start_download(self.address)
+                    second = self.start_download(address)
                     self.assertEqual(second.read(), self.body[1:])
                     gate.open()
                     self.assertEqual(first.read(), self.body[1:])
-                    self.settle()
-                self.assertEqual(self.files(), {self.place(self.BIG[1:]): self.body})
+                    self.wait_until_idle()
+                self.assertEqual(self.visible_files(), {self.visible_name(self.BIG[1:]): self.body})
                 self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
-    def under_the_unit(self):
-        """A process that sees of /proc what the systemd unit shows it, with the variables that this sets."""
+    def start_under_the_unit(self):
+        """Start a process with the /proc and the environment variables that the systemd unit provides."""
         hidden = ("unshare", "-m", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$@"', "sh")
         try:
             subprocess.run([*hidden, "true"], check=True, capture_output=True)
@@ -6927,33 +7100,33 @@ class InstancesTest(InstancesCase):
         self.assertIn("\nProcSubset=pid\n", unit)
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")
         variables = dict(line.replace("%b", boot).split("=", 1) for line in re.findall(r"(?m)^Environment=(.+)$", unit))
-        process = ProxyProcess(self.root, (), {**os.environ, **variables}, program=fast_program, prefix=hidden)
+        process = ProxyProcess(self.root, (), {**os.environ, **variables}, command=fast_command, prefix=hidden)
         self.addCleanup(process.kill)
         return process
 
-    def test_under_the_unit_what_a_crash_left_is_gone_on_with(self):
-        gate, killed = self.held(), self.under_the_unit()
-        self.begin(killed.address).read(399_999)
-        until(lambda: FaultTest.is_described(self), "the head of what has come, after a moment")
+    def test_a_leftover_of_a_crash_is_resumed_under_the_systemd_unit(self):
+        gate, killed = self.pause_origin(), self.start_under_the_unit()
+        self.start_download(killed.address).read(399_999)
+        until(self.has_partial_metadata, "the metadata of the partial file")
         killed.kill()
         gate.open()
-        self.address = self.under_the_unit().address
-        self.assertEqual(self.ask(self.BIG).body, self.body)
-        self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=400000-"])
+        self.address = self.start_under_the_unit().address
+        self.assertEqual(self.request(self.BIG).body, self.body)
+        self.assertEqual([entry.fields.get("range") for entry in self.origin.log], [None, "bytes=400000-"])
 
-    def test_an_instance_under_the_unit_and_one_started_by_hand_follow_each_other(self):
-        unit = self.under_the_unit()
+    def test_an_instance_under_the_systemd_unit_and_one_outside_follow_each_other(self):
+        unit = self.start_under_the_unit()
         for leader, follower in ((unit.address, self.address), (self.address, unit.address)):
-            gate = self.held()
-            first, second = self.begin(leader), self.begin(follower)
-            self.assertEqual(second.read(399_999), self.body[1:400_000])  # before the rest is there
+            gate = self.pause_origin()
+            first, second = self.start_download(leader), self.start_download(follower)
+            self.assertEqual(second.read(399_999), self.body[1:400_000])  # before the rest has arrived
             gate.open()
             self.assertEqual((first.read(), second.read()), (self.body[400_000 - 399_999:], self.body[400_000:]))
-            self.settle()
-            self.ask(self.BIG, "DELETE")
-        self.assertEqual(self.origin.asked(self.BIG).count("GET"), 2)
+            self.wait_until_idle()
+            self.request(self.BIG, "DELETE")
+        self.assertEqual(self.origin.methods(self.BIG).count("GET"), 2)
 
-    def test_the_name_of_a_boot_is_one_whoever_tells_it(self):
+    def test_the_boot_id_is_the_same_from_each_source(self):
         for told, environment, name in (
                 ("4E2c0f6a-9a43-4d0b-8b9e-000000000001\n", "", "4e2c0f6a9a434d0b8b9e000000000001"),
                 (None, "4e2c0f6a9a434d0b8b9e000000000001", "4e2c0f6a9a434d0b8b9e000000000001"),
@@ -6964,31 +7137,31 @@ class InstancesTest(InstancesCase):
         with mock.patch("builtins.open", side_effect=OSError), mock.patch.dict(os.environ, PKGPROXY_BOOT_ID=""):
             self.assertNotEqual(pkgproxy.boot_id(), pkgproxy.boot_id(), "each process has one of its own")
 
-    def test_who_has_a_part_reads_on_with_a_new_owner_only_by_a_strong_validator(self):
+    def test_a_follower_continues_with_a_new_writer_only_by_a_strong_validator(self):
         for tag, same in (('"x"', True), ('W/"x"', False), (None, False)):
             with self.subTest(tag=tag):
                 fields = (("ETag", tag),) if tag else ()
                 old, other = (mock.Mock(head=ResponseHead(200, "OK", fields, key="http://a/x", response_time=CLOCK), size=5) for _ in range(2))
-                claims = mock.Mock()
-                claims.partials.open_for_reading.return_value = other
-                watch = pkgproxy.PeerFollower(None, claims, None, None, None, mock.Mock())
+                downloader = mock.Mock()
+                downloader.locks.partials.open_for_reading.return_value = other
+                watch = pkgproxy.PeerFollower(downloader, None, None, mock.Mock())
                 watch._partial, watch._published = old, True
                 watch._switch_writer("another")
                 self.assertEqual((old.switch_to.called, other.release.called), (same, not same))
 
-    def test_a_system_without_flock_says_so(self):
+    def test_a_system_without_flock_is_reported(self):
         with mock.patch.object(pkgproxy, "fcntl", None):
             self.assertEqual(pkgproxy.why_locks_fail(self.root), "this system has no flock")
         self.assertEqual(pkgproxy.why_locks_fail(self.root + "/new"), "")
         self.assertEqual(pkgproxy.why_locks_fail("/proc/nowhere"), "")
 
-    def test_whoever_reads_what_was_left_reads_on_when_it_is_begun_anew(self):
+    def test_a_reader_of_a_leftover_continues_when_the_download_restarts(self):
         store = pkgproxy.Store(self.root)
         one, two = (ResponseHead(200, "OK", (("ETag", tag),), key="http://a/x", response_time=CLOCK) for tag in ('"1"', '"2"'))
-        left = receive(store, one, 1 << 20)
+        left = start_partial(store, one, 1 << 20)
         left.write(b"1" * 400_000)
         left.keep_for_resume()
-        anew = receive(store, two, 1 << 20)
+        anew = start_partial(store, two, 1 << 20)
         anew.write(b"2" * 400_000)
         self.assertEqual(left.read_at(9, 0), b"1" * 9)
         self.assertEqual(anew.read_at(9, 0), b"2" * 9)
@@ -6996,7 +7169,7 @@ class InstancesTest(InstancesCase):
             partial.discard()
             partial.release()
 
-    def test_what_came_before_a_break_is_told_before_the_origin_is_asked_for_the_rest(self):
+    def test_received_bytes_are_published_before_the_download_is_resumed(self):
         gate = Gate()
         self.addCleanup(gate.open)
         head = b'HTTP/1.1 %s\r\nContent-Length: %d\r\nETag: "x"\r\n%s\r\n'
@@ -7007,7 +7180,7 @@ class InstancesTest(InstancesCase):
         with mock.patch.object(pkgproxy, "PUBLISH_DELAY", 5.0), self.connection() as leader:
             leader.request("GET", self.origin.url(self.BIG))
             until(lambda: len(self.origin.log) == 2)
-            follower = self.begin(self.another().address)
+            follower = self.start_download(self.start_instance().address)
             gate.open()
             self.assertEqual(follower.read(), self.body[1:])
             self.assertEqual(leader.getresponse().read(), self.body)
@@ -7015,40 +7188,40 @@ class InstancesTest(InstancesCase):
 
 @unittest.skipUnless(hasattr(socket, "SO_REUSEPORT") and sys.platform == "linux", "only Linux spreads connections over sockets at one address")
 class SharedAddressTest(InstancesCase):
-    """Several instances at one address."""
+    """Several instances that share one address with SO_REUSEPORT."""
 
     def setUp(self):
         super().setUp()
-        bound = socket.socket()  # keeps the port, and gets no connection
+        bound = socket.socket()  # keeps the port, but does not listen
         self.addCleanup(bound.close)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         bound.bind(("127.0.0.1", 0))
         self.shared = bound.getsockname()
 
-    def another(self, *options):
-        """One that listens there too, beside an address of its own."""
-        process = super().another("-a", "%s:%d" % self.shared, *options)
+    def start_instance(self, *options):
+        """Start an instance that listens on the shared address and on an address of its own."""
+        process = super().start_instance("-a", "%s:%d" % self.shared, *options)
         until(lambda: process.log().count("Starting proxy server") == 2)
         return process
 
-    def page(self, process, path):
+    def get_page(self, process, path):
         with contextlib.closing(http.client.HTTPConnection(*process.address, timeout=PATIENCE)) as client:
             client.request("GET", path)
             response = client.getresponse()
             return response, response.read()
 
-    def test_one_that_is_killed_breaks_the_connections_of_its_own_clients_only(self):
-        processes = [self.another("--reuse-port") for _ in range(2)]
-        names = {self.page(one, "/healthz")[0].getheader("Via"): one for one in processes}
+    def test_killing_an_instance_breaks_only_its_own_connections(self):
+        processes = [self.start_instance("--reuse-port") for _ in range(2)]
+        names = {self.get_page(one, "/healthz")[0].getheader("Via"): one for one in processes}
         self.assertEqual(len(names), 2)
-        gate, clients, leader = self.held(), {name: [] for name in names}, ""
-        for _ in range(64):  # the kernel chooses by chance
-            response = self.begin(self.shared)
+        gate, clients, leader = self.pause_origin(), {name: [] for name in names}, ""
+        for _ in range(64):  # the kernel chooses at random
+            response = self.start_download(self.shared)
             leader = leader or response.getheader("Via")
             clients[response.getheader("Via")].append(response)
             if all(len(row) > 1 for row in clients.values()):
                 break
-        self.assertTrue(all(clients.values()), "each has clients")
+        self.assertTrue(all(clients.values()), "each instance has clients")
         self.assertEqual(clients[leader][0].read(399_999), self.body[1:400_000])
         names[leader].kill()
         gate.open()
@@ -7058,21 +7231,21 @@ class SharedAddressTest(InstancesCase):
                     self.assertRaises((http.client.IncompleteRead, OSError), client.read)
                 else:
                     self.assertEqual(self.body[:1] + client.read(), self.body)
-        self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=400000-"], "one download in all")
-        for _ in range(8):  # all clients come to the other
-            self.assertEqual(self.body[:1] + self.begin(self.shared).read(), self.body)
+        self.assertEqual([entry.fields.get("range") for entry in self.origin.log], [None, "bytes=400000-"], "one download in all")
+        for _ in range(8):  # all clients reach the other instance
+            self.assertEqual(self.body[:1] + self.start_download(self.shared).read(), self.body)
         self.assertEqual(len(self.origin.log), 2)
 
-    def test_each_counts_for_itself_and_keeps_a_history_of_its_own(self):
+    def test_each_instance_has_its_own_counters_and_history(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000)
         for run in (1, 2):
-            processes = {name: self.another("--instance", name) for name in ("1", "2")}
+            processes = {name: self.start_instance("--instance", name) for name in ("1", "2")}
             for name, count in (("1", 3), ("2", 5)):
                 for _ in range(count):
-                    self.page(processes[name], self.origin.url("/x_1.0_all.deb"))
+                    self.get_page(processes[name], self.origin.url("/x_1.0_all.deb"))
             for name, count in (("1", 3), ("2", 5)):
-                until(lambda: json.loads(self.page(processes[name], "/debug/vars")[1])["statsRequests"] >= count)  # noqa: B023
-                view = json.loads(self.page(processes[name], "/status.json")[1])
+                until(lambda: json.loads(self.get_page(processes[name], "/debug/vars")[1])["statsRequests"] >= count)  # noqa: B023
+                view = json.loads(self.get_page(processes[name], "/status.json")[1])
                 self.assertEqual([sum(view[what][word] for word in ("hit", "miss")) for what in ("counters", "allTime")], [count, run * count])
             for process in processes.values():
                 process.stop()
@@ -7080,25 +7253,25 @@ class SharedAddressTest(InstancesCase):
                          ["history-1.json", "history-2.json"])
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "this system does not let us choose a processor")
-    def test_the_threads_of_each_share_a_processor_of_those_we_may_use(self):
-        processes = [self.another("--instance", name) for name in ("1", "2")]
+    def test_the_threads_of_each_instance_share_one_allowed_processor(self):
+        processes = [self.start_instance("--instance", name) for name in ("1", "2")]
         chosen = [set().union(*(os.sched_getaffinity(int(task)) for task in os.listdir("/proc/%d/task" % one.process.pid))) for one in processes]
         self.assertEqual([len(one) for one in chosen], [1, 1])
         self.assertLessEqual(chosen[0] | chosen[1], os.sched_getaffinity(0))
         self.assertEqual(len(chosen[0] | chosen[1]), min(2, len(pkgproxy.usable_processors())))
 
-    def test_an_instance_without_a_name_is_the_only_one(self):
+    def test_an_instance_without_a_name_is_not_one_of_several(self):
         for words, expected in (([], (False, "")), (["--instance="], (False, "")), (["--instance=2"], (True, "2")), (["--reuse-port"], (True, ""))):
             config, _ = pkgproxy.parse_options(words)
             self.assertEqual((config.reuse_port, config.instance), expected)
 
-    def test_without_the_option_an_address_is_for_one_alone(self):
-        self.another("--reuse-port")
+    def test_without_reuse_port_an_address_cannot_be_shared(self):
+        self.start_instance("--reuse-port")
         with self.assertRaises(pkgproxy.StartupError) as caught:
             pkgproxy.open_sockets(Config(addrs=("%s:%d" % self.shared,)), {})
         self.assertIn("Cannot listen on %s:%d: Address already in use." % self.shared, str(caught.exception))
 
-    def test_a_system_that_cannot_do_it_is_told_of(self):
+    def test_a_system_without_reuse_port_is_reported(self):
         self.addCleanup(setattr, socket, "SO_REUSEPORT", socket.SO_REUSEPORT)
         del socket.SO_REUSEPORT
         with self.assertRaisesRegex(pkgproxy.StartupError, "does not support SO_REUSEPORT; remove --reuse-port"):
@@ -7107,7 +7280,7 @@ class SharedAddressTest(InstancesCase):
 
 @unittest.skipUnless(shutil.which("memcached"), "memcached is not installed")
 class MemcachedTest(InstancesCase):
-    """They agree by leases in memcached."""
+    """Instances that are coordinated by leases in memcached."""
 
     def setUp(self):
         self.memcached = MemcachedServer()
@@ -7115,129 +7288,129 @@ class MemcachedTest(InstancesCase):
         self.config = Config(addrs=(), pseudonym="tested", barrier=(("127.0.0.1", self.memcached.port),))
         super().setUp()
 
-    def another(self, *options):
-        return super().another("--barrier", "memcached://" + self.memcached.place, *options)
+    def start_instance(self, *options):
+        return super().start_instance("--barrier", "memcached://" + self.memcached.place, *options)
 
     def lease(self):
         key = pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.BIG)))
         return "pkgproxy:" + hashlib.sha256(key.encode()).hexdigest()
 
     def test_two_processes_download_each_of_a_hundred_files_once(self):
-        self.check_hundred_files_at_once(self.another().address, self.another().address)
+        self.check_hundred_files_at_once(self.start_instance().address, self.start_instance().address)
         until(lambda: "curr_items 0" in self.memcached.say("stats\r\n"), "the end of all leases")
 
-    def test_of_many_followers_in_other_processes_one_goes_on(self):
-        gate, leader, third = self.held(), self.another(), self.another()
-        self.begin(leader.address).read(399_999)
-        followers = [self.begin(address) for address in (self.address, third.address)]
+    def test_one_of_many_followers_in_other_processes_takes_over(self):
+        gate, leader, third = self.pause_origin(), self.start_instance(), self.start_instance()
+        self.start_download(leader.address).read(399_999)
+        followers = [self.start_download(address) for address in (self.address, third.address)]
         leader.process.kill()
         gate.open()
         self.assertEqual([b"".join((self.body[:1], each.read())) == self.body for each in followers], [True] * 2)
-        self.assertEqual([row[2].get("range") for row in self.origin.log], [None, "bytes=400000-"])
+        self.assertEqual([entry.fields.get("range") for entry in self.origin.log], [None, "bytes=400000-"])
 
-    def test_a_lease_lasts_as_long_as_its_download(self):
-        gate, other = self.held(), self.another()
-        response = self.begin(other.address)
+    def test_a_lease_is_renewed_during_the_download(self):
+        gate, other = self.pause_origin(), self.start_instance()
+        response = self.start_download(other.address)
         time.sleep(2.1)  # seconds: longer than the lease
         self.assertEqual(self.memcached.say("get %s\r\n" % self.lease()).split()[0], "VALUE")
-        follower = self.begin(self.address)
+        follower = self.start_download(self.address)
         gate.open()
         self.assertEqual((response.read(), follower.read()), (self.body[1:], self.body[1:]))
-        self.assertEqual(self.origin.asked(), ["GET"])
+        self.assertEqual(self.origin.methods(), ["GET"])
 
-    def test_who_has_lost_its_lease_gives_what_it_has_and_stores_nothing(self):
-        gate = self.held()
-        response = self.begin(self.address)
+    def test_a_download_that_has_lost_its_lease_is_not_stored(self):
+        gate = self.pause_origin()
+        response = self.start_download(self.address)
         self.memcached.say("set %s 0 5 5\r\nother\r\n" % self.lease())
-        leases = self.proxy._claims.leases
+        leases = self.proxy._locks.leases
         until(lambda: any(leases.is_lost(owner) for owner in list(leases._held)), "the loss of a lease")
         gate.open()
         self.assertEqual(response.read(), self.body[1:])
-        self.settle()
-        self.assertEqual(self.files(), {})
+        self.wait_until_idle()
+        self.assertEqual(self.visible_files(), {})
 
-    def test_a_memcached_that_forgets_is_reminded(self):
-        gate = self.held()
-        response = self.begin(self.address)
+    def test_a_lease_that_memcached_forgot_is_set_again(self):
+        gate = self.pause_origin()
+        response = self.start_download(self.address)
         self.memcached.say("flush_all\r\n")
         until(lambda: "VALUE" in self.memcached.say("get %s\r\n" % self.lease()), "a renewal")
         gate.open()
         self.assertEqual(response.read(), self.body[1:])
-        self.settle()
-        self.assertEqual(self.files(), {self.place(self.BIG[1:]): self.body})
+        self.wait_until_idle()
+        self.assertEqual(self.visible_files(), {self.visible_name(self.BIG[1:]): self.body})
 
-    def test_memcached_stops_in_the_middle_and_nobody_notices(self):
-        gate, other = self.held(), self.another()
+    def test_clients_do_not_notice_when_memcached_stops(self):
+        gate, other = self.pause_origin(), self.start_instance()
         self.origin.pages["/y_1.0_all.deb"] = ScriptedResponse(b"y")
         self.origin.pages["/z_1.0_all.deb"] = ScriptedResponse(b"z")
-        first, follower = self.begin(other.address), self.begin(self.address)
-        with self.assertLogs("pkgproxy", "WARNING") as caught, mock.patch.object(pkgproxy, "ORIGIN_BACKOFF", 1.0):
+        first, follower = self.start_download(other.address), self.start_download(self.address)
+        with self.assertLogs("pkgproxy", "WARNING") as caught, mock.patch.object(pkgproxy, "MEMCACHED_BACKOFF", 2.0):
             self.memcached.stop()
             until(lambda: caught.output, "a warning")
-            self.assertEqual(self.ask("/y_1.0_all.deb").body, b"y")
+            self.assertEqual(self.request("/y_1.0_all.deb").body, b"y")
             gate.open()
             self.assertEqual((first.read(), follower.read()), (self.body[1:], self.body[1:]))
-            self.settle()
+            self.wait_until_idle()
         self.assertEqual([re.sub(r" at .*", "", line) for line in caught.output], ["WARNING:pkgproxy:Cannot reach memcached"])
-        self.assertEqual(self.origin.asked(self.BIG), ["GET"])
-        self.assertEqual(set(self.files()), {self.place(self.BIG[1:]), self.place("y_1.0_all.deb")})
+        self.assertEqual(self.origin.methods(self.BIG), ["GET"])
+        self.assertEqual(set(self.visible_files()), {self.visible_name(self.BIG[1:]), self.visible_name("y_1.0_all.deb")})
         self.memcached.start()
-        for server in self.proxy._claims.leases._servers:
-            until(lambda server=server: time.monotonic() > server._backoff_until, "the end of the trouble")
+        for server in self.proxy._locks.leases._servers:
+            until(lambda server=server: time.monotonic() > server._backoff_until, "the end of the backoff")
         with self.assertLogs("pkgproxy", "WARNING") as caught:
-            self.assertEqual(self.ask("/z_1.0_all.deb").body, b"z")
+            self.assertEqual(self.request("/z_1.0_all.deb").body, b"z")
         self.assertIn("works again", caught.output[0])
 
-    def test_what_a_crash_left_is_gone_on_with(self):
-        gate, other = self.held(), self.another()
-        self.begin(other.address).read(399_999)
-        until(lambda: FaultTest.is_described(self), "the head of what has come, after a moment")
+    def test_a_leftover_of_a_crash_is_resumed(self):
+        gate, other = self.pause_origin(), self.start_instance()
+        self.start_download(other.address).read(399_999)
+        until(self.has_partial_metadata, "the metadata of the partial file")
         other.process.kill()
         other.process.wait()
         gate.open()
         self.memcached.say("delete %s\r\n" % self.lease())
-        self.assertEqual(self.ask(self.BIG).body, self.body)
-        self.assertEqual(self.origin.log[-1][2]["range"], "bytes=400000-")
-        self.settle()
+        self.assertEqual(self.request(self.BIG).body, self.body)
+        self.assertEqual(self.origin.log[-1].fields["range"], "bytes=400000-")
+        self.wait_until_idle()
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
 
-class BugTest(ProxyCase):
-    """The house survives its own faults."""
+class UnexpectedExceptionTest(ProxyCase):
+    """The server survives unexpected exceptions."""
 
-    def test_a_bug_is_a_500_and_a_line_in_the_log(self):
+    def test_an_unexpected_exception_is_a_500_and_a_log_line(self):
         with mock.patch.object(pkgproxy, "decide", side_effect=ZeroDivisionError), self.assertLogs("pkgproxy", "ERROR"):
-            self.assertEqual(self.ask("/x").status, 500)
+            self.assertEqual(self.request("/x").status, 500)
 
-    def test_a_bug_while_leading_leaves_no_flight_behind(self):
+    def test_an_unexpected_exception_in_a_leader_leaves_no_flight(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x")
         with mock.patch.object(pkgproxy, "why_not_storable", side_effect=ZeroDivisionError), self.assertLogs("pkgproxy", "ERROR"):
-            self.assertEqual(self.ask("/x_1.0_all.deb").status, 500)
-        self.assertEqual(self.ask("/x_1.0_all.deb").body, b"x")
+            self.assertEqual(self.request("/x_1.0_all.deb").status, 500)
+        self.assertEqual(self.request("/x_1.0_all.deb").body, b"x")
 
 
 # ---------------------------------------------------------------------------------------------
-# 7 Pages, 8 Door
+# 11-13 Statistics, pages, server
 # ---------------------------------------------------------------------------------------------
 
 
-class WatchTest(unittest.TestCase):
-    """What is gathered for the pages while requests go by."""
+class RecentRequestsTest(unittest.TestCase):
+    """Data recorded for the pages."""
 
     def setUp(self):
         self.counters = pkgproxy.Counters()
         self.recent = pkgproxy.RecentRequests(self.counters)
 
-    def note(self, uri="http://a/x_1.0_all.deb", outcome=Outcome.HIT, client="10.0.0.1", size=100, cached=100, **status):
+    def record(self, uri="http://a/x_1.0_all.deb", outcome=Outcome.HIT, client="10.0.0.1", size=100, cached=100, **status):
         self.counters.add(outcome)
         sent = pkgproxy.SendResult(size, cached, 0.25, True)
-        self.recent.note(request(uri), 200, CacheStatus(outcome, **status), [(client, sent)])
+        self.recent.note(make_request(uri), 200, CacheStatus(outcome, **status), [(client, sent)])
 
-    def test_requests_and_origins_are_told_apart(self):
-        self.note()
-        self.note("http://a/y", Outcome.MISS, cached=0)
-        self.note("http://[::1]:81/z", Outcome.MISS, cached=0)
-        self.note("http://nowhere/z", Outcome.FAILED, cached=0)
+    def test_requests_and_origins_are_recorded(self):
+        self.record()
+        self.record("http://a/y", Outcome.MISS, cached=0)
+        self.record("http://[::1]:81/z", Outcome.MISS, cached=0)
+        self.record("http://nowhere/z", Outcome.FAILED, cached=0)
         found = self.recent.snapshot()
         self.assertEqual(found["origins"], {"a": {"requests": 2, "bytes": 200, "cached": 100},
                                             "[::1]:81": {"requests": 1, "bytes": 100, "cached": 0}})
@@ -7246,32 +7419,32 @@ class WatchTest(unittest.TestCase):
         self.assertEqual({key: found["recent"][-1][key] for key in ("client", "method", "bytes", "seconds", "outcome")},
                          {"client": "10.0.0.1", "method": "GET", "bytes": 100, "seconds": 0.25, "outcome": "hit"})
 
-    def test_many_origins_are_bounded_and_none_of_their_bytes_is_lost(self):
+    def test_the_number_of_origins_is_bounded_and_no_bytes_are_lost(self):
         for number in range(3 * pkgproxy.MAX_ORIGINS):
-            self.note("http://host%d/x" % number)
+            self.record("http://host%d/x" % number)
         for _ in range(5):
-            self.note("http://busy/x")
+            self.record("http://busy/x")
         origins = self.recent.snapshot()["origins"]
         self.assertLessEqual(len(origins), pkgproxy.MAX_ORIGINS + 2)
         self.assertEqual(origins["busy"]["requests"], 5)
         self.assertEqual(sum(row["bytes"] for row in origins.values()), 100 * (3 * pkgproxy.MAX_ORIGINS + 5))
 
-    def test_origins_that_are_shown_alike_are_added_up(self):
+    def test_origins_displayed_alike_are_summed(self):
         for letter in "ab":
-            self.note("http://%s.%s.%s/x" % ("h" * 60, letter * 30, "h" * 60))
+            self.record("http://%s.%s.%s/x" % ("h" * 60, letter * 30, "h" * 60))
         self.assertEqual([row["requests"] for row in self.recent.snapshot()["origins"].values()], [2])
 
-    def test_what_it_gathers_is_small_whatever_comes(self):
+    def test_the_recorded_data_stays_small(self):
         for number in range(100):
             host = "http://%s%03d/" % (".".join(["h" * 60] * 4), number)
-            self.note(host + "\\\"" * 4000, client="f" * 90, detail="\\\"" * 4000)
+            self.record(host + "\\\"" * 4000, client="f" * 90, detail="\\\"" * 4000)
         self.assertLess(len(json.dumps(self.recent.snapshot())), 24 * 1024)
 
-    def test_a_query_is_not_shown_it_may_be_a_password(self):
-        self.note("http://me:secret@a/x?token=secret")
+    def test_queries_are_not_shown(self):
+        self.record("http://me:secret@a/x?token=secret")
         self.assertNotIn("secret", json.dumps(self.recent.snapshot()))
 
-    def test_users_who_are_about_to_lose_are_told_once(self):
+    def test_a_usage_hint_is_logged_once(self):
         rows = (({"outcome": Outcome.TUNNEL}, "cannot be cached"),
                 ({"outcome": Outcome.MISS}, "for another file"), ({"outcome": Outcome.BYPASS}, "filter"),
                 ({"outcome": Outcome.FAILED}, "are unreachable"),
@@ -7281,29 +7454,29 @@ class WatchTest(unittest.TestCase):
             with self.subTest(status=status), self.assertLogs("pkgproxy", "WARNING") as caught:
                 self.setUp()
                 for _ in range(100 if "forward" not in status else 19):
-                    self.note(**status)
+                    self.record(**status)
                 self.assertEqual(len(caught.records), 1, caught.output)
                 self.assertRegex(caught.records[0].getMessage(), expected)
 
-    def test_what_was_refused_keeps_no_hint_back(self):
+    def test_refused_requests_do_not_suppress_a_hint(self):
         with self.assertLogs("pkgproxy", "WARNING") as caught:
             for number in range(100):
-                self.note(outcome=Outcome.REFUSED if number == 7 else Outcome.MISS)
+                self.record(outcome=Outcome.REFUSED if number == 7 else Outcome.MISS)
         self.assertIn("None of the first 99 requests was a hit", caught.records[0].getMessage())
 
-    def test_users_who_lose_nothing_are_left_alone(self):
+    def test_no_hint_is_logged_without_need(self):
         logging.getLogger("pkgproxy").warning = lambda *words: self.fail(words)
         self.addCleanup(delattr, logging.getLogger("pkgproxy"), "warning")
         for number in range(200):
-            self.note(outcome=Outcome.HIT if number == 99 else Outcome.MISS)
-        self.note("http://a/dists/x/InRelease", Outcome.BYPASS, forward="bypass")
+            self.record(outcome=Outcome.HIT if number == 99 else Outcome.MISS)
+        self.record("http://a/dists/x/InRelease", Outcome.BYPASS, forward="bypass")
         self.setUp()
         for _ in range(100):
-            self.note(outcome=Outcome.REFUSED)
+            self.record(outcome=Outcome.REFUSED)
 
 
 class HistoryTest(unittest.TestCase):
-    """Counters and plots over all time."""
+    """Counters and plots that survive restarts."""
 
     def setUp(self):
         folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
@@ -7312,21 +7485,21 @@ class HistoryTest(unittest.TestCase):
         self.path = os.path.join(self.books, "history-one.json")
         self.totals = {"statsCacheBytes": 0, "statsDownBytes": 0, "hit": 0}
 
-    def history(self, name="one"):
+    def make_history(self, name="one"):
         return pkgproxy.TrafficHistory(self.books, name, mock.Mock(totals=lambda: dict(self.totals)))
 
-    def started(self, name="one"):
+    def start_history(self, name="one"):
         self.totals = dict.fromkeys(self.totals, 0)
-        history = self.history(name)
+        history = self.make_history(name)
         history.start()
         self.addCleanup(history.stop)
         return history
 
-    def test_it_outlives_a_restart(self):
-        first = self.started()
+    def test_the_history_survives_a_restart(self):
+        first = self.start_history()
         self.totals = {"statsCacheBytes": 70, "statsDownBytes": 30, "hit": 2}
         first.stop()
-        second = self.started()
+        second = self.start_history()
         self.totals = {"statsCacheBytes": 5, "statsDownBytes": 1, "hit": 1}
         found = second.snapshot(time.time())
         self.assertEqual({key: found["allTime"][key] for key in self.totals},
@@ -7334,23 +7507,23 @@ class HistoryTest(unittest.TestCase):
         for plot in found["plots"].values():
             self.assertEqual([sum(column) for column in zip(*plot["bytes"])], [75, 31])
 
-    def test_each_instance_keeps_its_own(self):
+    def test_each_instance_has_its_own_history(self):
         for name, count in (("one", 70), ("[::1]:9999,/\\..", 5)):
-            history = self.started(name)
+            history = self.start_history(name)
             self.totals["hit"] = count
             history.stop()
         self.assertEqual(len(os.listdir(self.books)), 2)
-        self.assertEqual([self.started(name).snapshot(5.0)["allTime"]["hit"] for name in ("one", "[::1]:9999,/\\..")], [70, 5])
+        self.assertEqual([self.start_history(name).snapshot(5.0)["allTime"]["hit"] for name in ("one", "[::1]:9999,/\\..")], [70, 5])
 
-    def test_the_first_instance_inherits_the_file_that_was_one_for_all(self):
+    def test_the_first_instance_inherits_the_former_common_file(self):
         os.makedirs(self.books)
         slots = {name: {} for name in pkgproxy.PLOTS}
         Path(self.books, "history.json").write_text(json.dumps({"since": 1, "era": "x", "all": {"hit": 7}, "last": {"hit": 2}, "slots": slots}))
-        found = [self.started(name).snapshot(5.0)["allTime"]["hit"] for name in ("one", "two", "one")]
+        found = [self.start_history(name).snapshot(5.0)["allTime"]["hit"] for name in ("one", "two", "one")]
         self.assertEqual(found, [7, 0, 7])
 
-    def test_bytes_stand_where_they_came_and_go_when_they_are_old(self):
-        history = self.history()
+    def test_bytes_are_recorded_by_time_and_expire(self):
+        history = self.make_history()
         now = 21600.0 * 100_000
         for at, count in ((now, 10), (now + 60, 30), (now + 61, 60)):
             self.totals["statsDownBytes"] = count
@@ -7362,7 +7535,7 @@ class HistoryTest(unittest.TestCase):
         history.record(now + 7200)
         self.assertEqual(history._slots["hour"], {})
 
-    def test_a_damaged_file_is_ignored(self):
+    def test_a_damaged_history_file_is_ignored(self):
         os.makedirs(os.path.dirname(self.path))
         good = {"since": 1, "all": {"hit": 7}, "slots": {name: {} for name in pkgproxy.PLOTS}}
         rows = (b"", b"{", b"[]", b"\xff", b"[" * 100_000, json.dumps({**good, "since": "x"}).encode(),
@@ -7373,19 +7546,19 @@ class HistoryTest(unittest.TestCase):
         for text in rows:
             with self.subTest(text=text[:60]):
                 Path(self.path).write_bytes(text)
-                self.assertEqual(self.started().snapshot(5.0)["allTime"]["hit"], 0)
+                self.assertEqual(self.start_history().snapshot(5.0)["allTime"]["hit"], 0)
         Path(self.path).write_text(json.dumps(good))
-        self.assertEqual(self.started().snapshot(5.0)["allTime"]["hit"], 7)
+        self.assertEqual(self.start_history().snapshot(5.0)["allTime"]["hit"], 7)
 
-    def test_nothing_is_written_where_nothing_has_happened(self):
-        history = self.started()
+    def test_nothing_is_written_without_changes(self):
+        history = self.start_history()
         history.save()
         history.stop()
         self.assertFalse(os.path.exists(os.path.dirname(self.path)))
 
-    def test_a_root_that_cannot_be_written_costs_nothing(self):
+    def test_an_unwritable_root_does_no_harm(self):
         Path(os.path.dirname(self.path)).write_text("no folder")
-        history = self.started()
+        history = self.start_history()
         self.totals["hit"] = 1
         history.stop()
         self.assertEqual(history.snapshot(5.0)["allTime"]["hit"], 1)
@@ -7400,16 +7573,16 @@ class PagesTest(ProxyCase):
             return ClientResponse(connection.getresponse())
 
     def view(self):
-        return json.loads(self.own("/status.json").body)
+        return json.loads(self.get_own_page("/status.json").body)
 
-    def test_debug_vars_is_what_the_originals_scripts_read(self):
-        answer = self.own("/debug/vars")
+    def test_debug_vars_is_compatible_with_the_original(self):
+        answer = self.get_own_page("/debug/vars")
         self.assertEqual((answer.status, answer["Content-Type"]), (200, "application/json; charset=utf-8"))
         found = json.loads(answer.body)
         self.assertEqual((found["statsCacheBytes"], found["statsDownBytes"]), (0, 0))
         self.assertEqual(found["cmdline"], sys.argv)
         with mock.patch.object(sys, "argv", ["pkgproxy", "--parent=http://me:secret@a", "--parent", "http://me:secret@a:81,direct"]):
-            self.assertEqual(json.loads(self.own("/debug/vars").body)["cmdline"], ["pkgproxy", "--parent=http://a", "--parent", "http://a:81,direct"])
+            self.assertEqual(json.loads(self.get_own_page("/debug/vars").body)["cmdline"], ["pkgproxy", "--parent=http://a", "--parent", "http://a:81,direct"])
         self.assertEqual(set(found), {"cmdline", "statsCacheBytes", "statsDownBytes", "statsTunnelBytes", "statsRequests",
                                       "statsOutcomes"})
         self.assertEqual(set(found["statsOutcomes"]), {outcome.value for outcome in Outcome})
@@ -7417,15 +7590,15 @@ class PagesTest(ProxyCase):
     def test_the_outcomes_add_up_to_the_requests(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x")
         for path in ("/x_1.0_all.deb", "/x_1.0_all.deb", "/nothing"):
-            self.ask(path)
-        self.own("/nothing")
+            self.request(path)
+        self.get_own_page("/nothing")
         counters = self.counters()
         self.assertEqual(counters["statsRequests"], 4)
         self.assertEqual({name: n for name, n in counters["statsOutcomes"].items() if n},
                          {"miss": 1, "hit": 1, "relayed": 1, "refused": 1})
 
     def test_curl_gets_a_short_greeting_and_a_browser_the_page(self):
-        answer = self.own("/")
+        answer = self.get_own_page("/")
         self.assertEqual(answer["Content-Type"], "text/plain; charset=utf-8")
         self.assertIn(b"http_proxy=http://127.0.0.1:%d" % self.address[1], answer.body)
         self.assertIn(b"waiting for the first request", answer.body)
@@ -7434,34 +7607,34 @@ class PagesTest(ProxyCase):
         self.assertIn(b"Set up this machine", answer.body)
         self.assertIn(b"<dd>0 B</dd><dd>no traffic yet</dd>", answer.body)
 
-    def test_whose_proxy_we_are_gets_our_pages_too(self):
+    def test_proxy_clients_get_the_own_pages_too(self):
         us = "http://127.0.0.1:%d" % self.address[1]
-        self.assertIn(b"export http_proxy=" + us.encode(), self.ask(us + "/", Accept="text/plain").body)
-        self.assertEqual(self.ask(us + "/healthz?x").body, b"ok\n")
-        self.assertEqual(self.raw(b"GET %s HTTP/1.0\r\n\r\n" % us.encode()).partition(b" ")[2][:3], b"200")
+        self.assertIn(b"export http_proxy=" + us.encode(), self.request(us + "/", Accept="text/plain").body)
+        self.assertEqual(self.request(us + "/healthz?x").body, b"ok\n")
+        self.assertEqual(self.send_raw(b"GET %s HTTP/1.0\r\n\r\n" % us.encode()).partition(b" ")[2][:3], b"200")
 
-    def test_the_address_is_that_by_which_the_page_was_reached(self):
+    def test_pages_show_the_address_by_which_they_were_reached(self):
         for host, shown in (("Proxy.lan:3142", b"proxy.lan:3142"), ("proxy", b"proxy:80"),
                             ("me:pw@[::1]:9", b"[::1]:9"), (None, b"127.0.0.1:%d" % self.address[1])):
             lines = b"GET / HTTP/1.0\r\n" + (b"Host: %s\r\n" % host.encode() if host else b"")
             with self.subTest(host=host):
-                self.assertIn(b"export http_proxy=http://" + shown + b"\n", self.raw(lines + b"\r\n"))
+                self.assertIn(b"export http_proxy=http://" + shown + b"\n", self.send_raw(lines + b"\r\n"))
 
-    def test_a_hostile_host_shows_nowhere(self):
+    def test_a_hostile_host_field_is_not_shown(self):
         for host in (b"<script>", b'a"b', b"a'b;reboot", b"a b", b"a:b", b"$(reboot)"):
             with self.subTest(host=host):
-                answer = self.raw(b"GET /setup/detect.sh HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
+                answer = self.send_raw(b"GET /setup/detect.sh HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
                 self.assertIn(b"HTTP/1.1 400", answer)
                 self.assertNotIn(b"#!/bin/sh", answer)
 
-    def test_whatever_comes_from_outside_is_escaped(self):
+    def test_untrusted_text_is_escaped(self):
         evil = "http://x/<script>alert(1)</script>'\"&lt;"
         row = {"at": 0.0, "client": evil, "method": evil, "uri": evil, "status": 200, "bytes": 1, "seconds": 1.0,
                "outcome": "hit", "detail": evil}
         gathered = {"recent": [row], "origins": {evil: {"requests": 1, "bytes": 1, "cached": 1}}, "swept": {"at": 0.0},
                     "downloads": [{"uri": evil, "bytes": 1, "length": 2, "rate": 1, "clients": 1}],
                     "troubles": [{"origin": evil, "reason": evil, "seconds": 1}], "unstored": evil}
-        snapshot = {**self.server.desk.snapshot(), **gathered}
+        snapshot = {**self.server.dispatcher.snapshot(), **gathered}
         text = pkgproxy.status_page(pkgproxy.page_view(snapshot), "a:1").text.replace("<script>" + pkgproxy.SCRIPT, "")
         self.assertGreater(text.count("alert(1)"), 8)
         self.assertNotIn("<script", text)
@@ -7469,23 +7642,23 @@ class PagesTest(ProxyCase):
         metrics = pkgproxy.metrics_text(pkgproxy.page_view(snapshot))
         self.assertIn(r"""origin="http://x/<script>alert(1)</script>'\"&lt;"} 1""", metrics)
 
-    def test_nothing_runs_but_the_pages_own_script(self):
+    def test_only_the_pages_own_script_runs(self):
         answer = self.html()
         policy = answer["Content-Security-Policy"]
         for kind in ("script", "style"):
             inner = re.search(rb"<%s>(.*?)</%s>" % (kind.encode(), kind.encode()), answer.body, re.S)[1]
             digest = base64.b64encode(hashlib.sha256(inner).digest()).decode()
             self.assertIn("%s-src 'sha256-%s';" % (kind, digest), policy)
-        self.assertIn(b'<link rel="icon" href="data:,">', answer.body, "else a browser asks for one")
+        self.assertIn(b'<link rel="icon" href="data:,">', answer.body, "otherwise a browser requests one")
         self.assertIn("default-src 'none'", policy)
         self.assertNotIn("unsafe", policy)
-        self.assertEqual(self.own("/metrics")["Content-Security-Policy"], "default-src 'none'")
+        self.assertEqual(self.get_own_page("/metrics")["Content-Security-Policy"], "default-src 'none'")
 
-    def test_it_tells_of_requests_origins_and_bytes(self):
+    def test_the_page_shows_requests_origins_and_bytes(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1500)
         for _ in range(2):
-            self.ask("/x_1.0_all.deb")
-            self.settle()
+            self.request("/x_1.0_all.deb")
+            self.wait_until_idle()
         view = self.view()
         self.assertEqual([(row["outcome"], row["bytes"]) for row in view["recent"]], [("hit", 1500), ("miss", 1500)])
         self.assertEqual(view["origins"], {"127.0.0.1:%d" % self.origin.port: {"requests": 2, "bytes": 3000, "cached": 1500}})
@@ -7496,11 +7669,11 @@ class PagesTest(ProxyCase):
         self.assertIn("<dd>50 %</dd><dd>1 of 2 requests", view["html"]["figures"])
         self.assertIn("2 requests answered, 1.5 kB saved.", view["html"]["state"])
 
-    def test_it_tells_of_downloads_while_they_last(self):
+    def test_the_page_shows_running_downloads(self):
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000, gate=gate, first=400)
-        threads = [threading.Thread(target=self.ask, args=("/x_1.0_all.deb",)) for _ in range(2)]
+        threads = [threading.Thread(target=self.request, args=("/x_1.0_all.deb",)) for _ in range(2)]
         for thread in threads:
             thread.start()
         until(lambda: [(row["bytes"], row["clients"]) for row in self.view()["downloads"]] == [(400, 2)])
@@ -7510,17 +7683,17 @@ class PagesTest(ProxyCase):
         gate.open()
         for thread in threads:
             thread.join(PATIENCE)
-        self.settle()
+        self.wait_until_idle()
         self.assertEqual(self.view()["downloads"], [])
 
-    def test_it_tells_of_origins_in_trouble_and_of_the_disk(self):
+    def test_the_page_shows_failing_origins_and_disk_errors(self):
         self.origin.pages["/dists/x/InRelease"] = ScriptedResponse(b"x")
-        self.ask("/dists/x/InRelease")
-        self.settle()
+        self.request("/dists/x/InRelease")
+        self.wait_until_idle()
         self.origin.pages["/dists/x/InRelease"] = ScriptedResponse(b"", 503)
-        self.assertIn("stale", self.outcome(self.ask("/dists/x/InRelease")))
-        self.settle()
-        self.proxy.sweeper._note(self.proxy.sweeper._janitor.run(self.config, time.time()))
+        self.assertIn("stale", self.cache_status(self.request("/dists/x/InRelease")))
+        self.wait_until_idle()
+        self.proxy.evictor._record(self.proxy.evictor._evictor.run(self.config, time.time()))
         view = self.view()
         self.assertEqual([(row["origin"], row["reason"]) for row in view["troubles"]],
                          [(self.origin.url("/dists/x/InRelease"), "127.0.0.1:%d answers 503." % self.origin.port)])
@@ -7528,7 +7701,7 @@ class PagesTest(ProxyCase):
         self.assertIn("1 stale response since the start", view["html"]["disk"])
         self.assertIn("is failing:", view["html"]["disk"])
 
-    def test_a_clock_that_was_put_right_changes_nothing_of_how_long_it_runs(self):
+    def test_the_uptime_does_not_depend_on_the_wall_clock(self):
         real = time.time
         for ahead in (-90 * DAY, 0.5, 90 * DAY):
             with self.subTest(ahead=ahead), mock.patch.object(pkgproxy.time, "time", lambda ahead=ahead: real() + ahead):
@@ -7536,28 +7709,28 @@ class PagesTest(ProxyCase):
                 self.assertTrue(0 <= view["now"] - view["since"] < 60, view["since"])
                 self.assertEqual(view["since"], self.view()["since"] if abs(ahead) < 60 else mock.ANY)
 
-    def test_it_tells_why_nothing_can_be_stored_until_something_is(self):
+    def test_the_page_shows_why_nothing_can_be_stored(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000)
         with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)):
-            self.ask("/x_1.0_all.deb")
-            self.settle()
+            self.request("/x_1.0_all.deb")
+            self.wait_until_idle()
         self.assertIn("Cannot store anything:</span> not enough free space for 1000 bytes.", self.view()["html"]["disk"])
-        with mock.patch.object(pkgproxy, "EVICTION_INTERVAL", 0.0):  # as later, where another process stores all
+        with mock.patch.object(pkgproxy, "EVICTION_INTERVAL", 0.0):  # as later, when another process stores everything
             self.assertEqual(self.view()["unstored"], "")
-        self.ask("/x_1.0_all.deb")
-        self.settle()
+        self.request("/x_1.0_all.deb")
+        self.wait_until_idle()
         self.assertNotIn("Cannot store anything", self.view()["html"]["disk"])
 
-    def test_the_newest_request_and_the_busiest_origin_come_first(self):
+    def test_the_newest_request_and_the_busiest_origin_are_listed_first(self):
         for host, sizes in (("a", (10, 10)), ("b", (99,)), ("c", (1,))):
             for size in sizes:
                 sent = pkgproxy.SendResult(size, 0, 0.25, True)
-                self.server.desk.statistics.recent.note(request("http://%s/%d" % (host, size)), 200, CacheStatus(Outcome.MISS), [("10.0.0.1", sent)])
+                self.server.dispatcher.statistics.recent.note(make_request("http://%s/%d" % (host, size)), 200, CacheStatus(Outcome.MISS), [("10.0.0.1", sent)])
         view = self.view()
         self.assertEqual(list(view["origins"]), ["b", "a", "c"])
         self.assertEqual([row["uri"] for row in view["recent"]], ["http://c/1", "http://b/99", "http://a/10", "http://a/10"])
 
-    def test_its_colours_can_be_read_by_day_and_by_night(self):
+    def test_colours_have_enough_contrast_in_both_themes(self):
         def luminance(colour):
             channels = [int(colour[at:at + 2], 16) / 255 for at in (0, 2, 4)]
             linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
@@ -7572,97 +7745,97 @@ class PagesTest(ProxyCase):
                     low, high = sorted((hues[front], hues[ground]))
                     self.assertGreaterEqual((high + 0.05) / (low + 0.05), 4.5, (front, ground))  # WCAG 1.4.3
 
-    def test_health_is_that_of_the_root_and_of_the_threads(self):
-        answer = self.own("/healthz")
+    def test_health_covers_the_root_and_the_threads(self):
+        answer = self.get_own_page("/healthz")
         self.assertEqual((answer.status, answer.body), (200, b"ok\n"))
-        self.assertEqual(self.files(), {})
-        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER)), [], "the probe is gone")
+        self.assertEqual(self.visible_files(), {})
+        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER)), [], "the probe file was removed")
         for name, faulty, reason in (("replace_file", OSError(28, "No space left on device"), b"Cannot write to the cache root: No space"),
                                      ("try_writing", OSError(30, "Read-only file system"), b"Read-only")):
             with self.subTest(name), mock.patch.object(pkgproxy, name, side_effect=faulty):
-                answer = self.own("/healthz")
+                answer = self.get_own_page("/healthz")
                 self.assertEqual(answer.status, 503)
                 self.assertIn(reason, answer.body)
-        desk = self.server.desk
+        dispatcher = self.server.dispatcher
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
-            self.assertEqual(desk.health_problem(), "Cannot start any more threads.")
+            self.assertEqual(dispatcher.health_problem(), "Cannot start any more threads.")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full on this machine")
-    def test_it_is_not_well_on_a_full_disk_and_leaves_nothing_there(self):
+    def test_a_full_disk_is_unhealthy_and_the_check_leaves_no_file(self):
         def full(path, flags):
             """The empty file is there, and nothing can be put into it."""
             os.close(os.open(path, flags, 0o600))
             return os.open("/dev/full", os.O_WRONLY)
 
         with mock.patch.object(pkgproxy, "_private_opener", full):
-            answer = self.own("/healthz")
+            answer = self.get_own_page("/healthz")
             self.assertEqual((answer.status, answer.body), (503, b"Cannot write to the cache root: No space left on device.\n"))
             with self.assertRaises(OSError):
                 pkgproxy.replace_file(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "history.json"), "{}")
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER)), [])
-        self.assertEqual(self.own("/healthz").status, 200)
+        self.assertEqual(self.get_own_page("/healthz").status, 200)
 
-    def test_it_is_not_well_while_every_connection_is_busy(self):
+    def test_the_proxy_is_unhealthy_while_every_connection_is_busy(self):
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000, gate=gate, first=400)
-        client = threading.Thread(target=self.ask, args=("/x_1.0_all.deb",))
+        client = threading.Thread(target=self.request, args=("/x_1.0_all.deb",))
         client.start()
         until(lambda: self.view()["downloads"])
-        self.server.room.most = 2  # the client's, and the one that asks
-        answer = self.own("/healthz")
+        self.server.limiter.max_connections = 2  # the busy client's connection, and the one that checks
+        answer = self.get_own_page("/healthz")
         self.assertEqual((answer.status, answer.body), (503, b"All 2 connections are busy.\n"))
         gate.open()
         client.join(PATIENCE)
-        until(lambda: self.own("/healthz").status == 200)
+        until(lambda: self.get_own_page("/healthz").status == 200)
 
-    def test_what_is_normal_is_not_logged(self):
+    def test_normal_events_are_not_logged(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
             for path in ("/", "/status.json", "/metrics", "/healthz"):
-                self.own(path)
-            self.own("/nothing")
-            self.settle()
+                self.get_own_page(path)
+            self.get_own_page("/nothing")
+            self.wait_until_idle()
         self.assertEqual([record.getMessage().split()[3:5] for record in caught.records], [["refused", "404"]])
-        self.assertEqual([row["outcome"] for row in self.view()["recent"]], ["refused"], "nor shown")
+        self.assertEqual([row["outcome"] for row in self.view()["recent"]], ["refused"], "and not shown")
 
     def test_proxy_autoconfiguration_is_for_http_alone(self):
         for path in ("/wpad.dat", "/proxy.pac"):
-            answer = self.own(path)
+            answer = self.get_own_page(path)
             self.assertEqual(answer["Content-Type"], "application/x-ns-proxy-autoconfig")
             self.assertIn(b'"PROXY 127.0.0.1:%d; DIRECT"' % self.address[1], answer.body)
 
-    def test_setup_texts_name_the_proxy_and_end_in_a_line(self):
+    def test_setup_texts_name_the_proxy_and_end_with_a_newline(self):
         for name in pkgproxy.SETUP:
             with self.subTest(name):
-                answer = self.own("/setup/" + name)
+                answer = self.get_own_page("/setup/" + name)
                 self.assertEqual((answer.status, answer["Content-Type"]), (200, "text/plain; charset=utf-8"))
                 self.assertIn(b"http://127.0.0.1:%d" % self.address[1], answer.body)
                 self.assertTrue(answer.body.endswith(b"\n"))
         for path in ("/setup/nothing", "/setup/", "/setup"):
-            answer = self.own(path)
+            answer = self.get_own_page(path)
             self.assertEqual(answer.status, 404)
             self.assertIn(b"NAME is one of apt, dnf, ", answer.body)
 
-    def test_what_is_pasted_writes_what_setup_says(self):
+    def test_pasted_setup_commands_write_the_documented_files(self):
         for name, (_, place, more) in pkgproxy.SETUP.items():
             line = pkgproxy.setup_line(name, "proxy:9999")
             with self.subTest(name):
                 self.assertEqual(subprocess.run(["sh", "-n", "-c", line], timeout=10).returncode, 0)
                 self.assertTrue(line.endswith(place + more))
-                written = checked("sh", "-c", line[:-len(place + more)]).decode()
+                written = tool_output("sh", "-c", line[:-len(place + more)]).decode()
                 self.assertEqual(written, pkgproxy.SETUP[name][0] % "proxy:9999" + "\n")
 
-    def test_what_is_pasted_into_a_shell_holds_in_that_shell_too(self):
+    def test_pasted_setup_commands_apply_to_the_current_shell(self):
         line = pkgproxy.setup_line("env", "proxy:9999").replace("/etc/profile.d", self.folder)
-        self.assertEqual(checked("sh", "-c", line + "; echo $http_proxy"), b"http://proxy:9999\n")
+        self.assertEqual(tool_output("sh", "-c", line + "; echo $http_proxy"), b"http://proxy:9999\n")
 
     @unittest.skipUnless(shutil.which("promtool"), "promtool is not installed")
     def test_prometheus_accepts_the_metrics(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1500)
         for path in ("/x_1.0_all.deb", "/x_1.0_all.deb", "http://[::1]:1/x"):
-            self.ask(path)
-        self.settle()
-        answer = self.own("/metrics")
+            self.request(path)
+        self.wait_until_idle()
+        answer = self.get_own_page("/metrics")
         self.assertEqual(answer["Content-Type"], "text/plain; version=0.0.4; charset=utf-8")
         ran = subprocess.run(["promtool", "check", "metrics"], input=answer.body, capture_output=True, timeout=60)
         self.assertEqual((ran.returncode, ran.stderr, ran.stdout), (0, b"", b""))
@@ -7671,22 +7844,19 @@ class PagesTest(ProxyCase):
             self.assertIn(line + b"\n", answer.body)
 
     def test_other_pages_are_a_404_that_helps(self):
-        answer = self.own("/debian/x")
+        answer = self.get_own_page("/debian/x")
         self.assertEqual(answer.status, 404)
         self.assertIn(b"http_proxy", answer.body)
 
 
 class ServerTest(ProxyCase):
-    """Bytes in, bytes out."""
+    """Connections, requests and responses."""
 
     def setUp(self):
         super().setUp()
         self.origin.pages.update({"/x_%d.deb" % n: ScriptedResponse(b"%d" % n * 100) for n in range(10)})
 
-    def line(self, path, version=b"1.1", more=b""):
-        return b"GET %s HTTP/%s\r\nHost: a\r\n%s\r\n" % (self.origin.url(path).encode(), version, more)
-
-    def test_connections_stay_open(self):
+    def test_connections_are_persistent(self):
         with self.connection() as connection:
             connection.connect()
             first = connection.sock
@@ -7696,59 +7866,59 @@ class ServerTest(ProxyCase):
             self.assertIs(connection.sock, first)
 
     def test_ten_pipelined_requests_are_answered_in_order(self):
-        data = b"".join(self.line("/x_%d.deb" % n) for n in range(9)) + self.line("/x_9.deb", more=b"Connection: close\r\n")
+        data = b"".join(self.raw_request("/x_%d.deb" % n) for n in range(9)) + self.raw_request("/x_9.deb", more=b"Connection: close\r\n")
         for _ in range(2):
-            answers = self.raw(data).split(b"HTTP/1.1 200 Whatever\r\n")[1:]
+            answers = self.send_raw(data).split(b"HTTP/1.1 200 Whatever\r\n")[1:]
             self.assertEqual([answer[-100:] for answer in answers], [b"%d" % n * 100 for n in range(10)])
 
-    def test_a_head_in_many_pieces(self):
-        with socket.create_connection(self.address, PATIENCE) as connection:
-            for byte in self.line("/x_1.deb", more=b"Connection: close\r\n"):
+    def test_a_head_may_arrive_in_many_pieces(self):
+        with self.open_client() as connection:
+            for byte in self.raw_request("/x_1.deb", more=b"Connection: close\r\n"):
                 connection.sendall(bytes([byte]))
-            self.assertTrue(b"".join(iter(lambda: connection.recv(999), b"")).endswith(b"1" * 100))
+            self.assertTrue(read_to_end(connection).endswith(b"1" * 100))
 
     def test_http_1_0(self):
         for _ in range(2):
-            answer = self.raw(self.line("/x_1.deb", b"1.0"))
+            answer = self.send_raw(self.raw_request("/x_1.deb", version=b"1.0"))
             self.assertIn(b"\r\nConnection: close\r\n", answer)
             self.assertTrue(answer.endswith(b"1" * 100))
         self.origin.pages["/c_1.0.deb"] = ScriptedResponse(b"c" * 100, chunked=True)
-        answer = self.raw(self.line("/c_1.0.deb", b"1.0"))
+        answer = self.send_raw(self.raw_request("/c_1.0.deb", version=b"1.0"))
         self.assertNotIn(b"chunked", answer)
         self.assertTrue(answer.endswith(b"\r\n\r\n" + b"c" * 100))
 
     def test_an_http_1_0_client_may_keep_its_connection(self):
-        with socket.create_connection(self.address, PATIENCE) as connection:
+        with self.open_client() as connection:
             for _ in range(2):
-                connection.sendall(self.line("/x_1.deb", b"1.0", b"Connection: keep-alive\r\n"))
+                connection.sendall(self.raw_request("/x_1.deb", version=b"1.0", more=b"Connection: keep-alive\r\n"))
                 data = b""
                 while not data.endswith(b"1" * 100):
                     data += connection.recv(999)
                 self.assertIn(b"\r\nConnection: keep-alive\r\n", data)
 
     def test_head_and_small_body_leave_together(self):
-        self.ask("/x_1.deb")
-        with socket.create_connection(self.address, PATIENCE) as connection:
-            connection.sendall(self.line("/x_1.deb"))
+        self.request("/x_1.deb")
+        with self.open_client() as connection:
+            connection.sendall(self.raw_request("/x_1.deb"))
             self.assertTrue(connection.recv(65536).endswith(b"1" * 100))
 
     def test_expect_100_continue(self):
-        with mock.patch.object(pkgproxy, "CONTINUE_TIMEOUT", 0.05), socket.create_connection(self.address, PATIENCE) as connection:
+        with mock.patch.object(pkgproxy, "CONTINUE_TIMEOUT", 0.05), self.open_client() as connection:
             connection.sendall(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nExpect: 100-continue\r\n"
                                b"Connection: close\r\n\r\n" % self.origin.url("/x_1.deb").encode())
             self.assertEqual(connection.recv(999), b"HTTP/1.1 100 Continue\r\n\r\n")
             connection.sendall(b"body")
-            self.assertIn(b" 200 ", b"".join(iter(lambda: connection.recv(999), b"")))
-        self.assertEqual(self.origin.log[-1][3], b"body")
+            self.assertIn(b" 200 ", read_to_end(connection))
+        self.assertEqual(self.origin.log[-1].body, b"body")
 
-    def test_a_body_that_does_not_come_is_the_clients_fault(self):
+    def test_a_missing_request_body_is_a_408(self):
         data = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nshort" % self.origin.url("/x_1.deb").encode()
-        with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.1), socket.create_connection(self.address, PATIENCE) as connection:
+        with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.1), self.open_client() as connection:
             connection.sendall(data)
             self.assertEqual(connection.recv(12), b"HTTP/1.1 408")
 
-    def test_a_head_that_drips_is_cut_off(self):
-        with mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.2), socket.create_connection(self.address, PATIENCE) as connection:
+    def test_a_head_sent_too_slowly_is_a_408(self):
+        with mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.2), self.open_client() as connection:
             with contextlib.suppress(OSError):
                 while True:
                     connection.sendall(b"G")
@@ -7756,69 +7926,69 @@ class ServerTest(ProxyCase):
                         break
             self.assertEqual(connection.recv(12), b"HTTP/1.1 408")
 
-    def test_an_idle_connection_is_closed_without_a_word(self):
-        with mock.patch.object(pkgproxy, "IDLE_TIMEOUT", 0.1), socket.create_connection(self.address, PATIENCE) as connection:
-            connection.sendall(self.line("/x_1.deb"))
-            answer = b"".join(iter(lambda: connection.recv(999), b""))
+    def test_an_idle_connection_is_closed_without_a_response(self):
+        with mock.patch.object(pkgproxy, "IDLE_TIMEOUT", 0.1), self.open_client() as connection:
+            connection.sendall(self.raw_request("/x_1.deb"))
+            answer = read_to_end(connection)
         self.assertEqual(len(re.findall(rb"(?m)^HTTP/1\.1 ", answer)), 1)
         self.assertTrue(answer.endswith(b"1" * 100))
 
-    def test_what_was_refused_is_named_in_the_log(self):
+    def test_a_refused_request_is_logged_with_its_target(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
-            self.raw(b"CONNECT example.org:22 HTTP/1.1\r\nHost: example.org\r\n\r\n")
+            self.send_raw(b"CONNECT example.org:22 HTTP/1.1\r\nHost: example.org\r\n\r\n")
             until(lambda: caught.records)
         self.assertIn("CONNECT example.org:22 (", caught.records[0].getMessage())
 
-    def test_an_ipv4_client_of_both_protocols_is_shown_as_such(self):
+    def test_an_ipv4_mapped_address_is_shown_as_ipv4(self):
         self.assertEqual([pkgproxy.unmap_ipv4(text) for text in ("::ffff:10.0.0.1", "::1", "10.0.0.1", "::ffff:a00:1")],
                          ["10.0.0.1", "::1", "10.0.0.1", "::ffff:a00:1"])
 
-    def test_a_body_that_ends_early_is_not_sent_on_as_whole(self):
-        with socket.create_connection(self.address, PATIENCE) as connection:
+    def test_a_truncated_request_body_is_not_forwarded_as_complete(self):
+        with self.open_client() as connection:
             connection.sendall(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nshort" % self.origin.url("/x_1.deb").encode())
             connection.shutdown(socket.SHUT_WR)
             self.assertEqual(connection.recv(12), b"HTTP/1.1 400")
         self.assertEqual(self.origin.log, [])
 
-    def test_who_may_not_come_in_gets_a_403(self):
-        self.start(Config(allow=("203.0.113.0/24",)))
-        with socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as connection:
-            connection.sendall(self.line("/x_1.deb", more=b"Connection: close\r\n"))
-            answer = b"".join(iter(lambda: connection.recv(999), b""))
+    def test_a_client_that_is_not_allowed_gets_a_403(self):
+        self.start_proxy(Config(allow=("203.0.113.0/24",)))
+        with self.open_client(source="127.0.0.2") as connection:
+            connection.sendall(self.raw_request("/x_1.deb", more=b"Connection: close\r\n"))
+            answer = read_to_end(connection)
         self.assertEqual(answer[:12], b"HTTP/1.1 403")
         self.assertIn(b"127.0.0.2 may not use this proxy; its operator can add --allow", answer)
         self.assertEqual(self.origin.log, [])
-        self.assertEqual(self.ask("/x_1.deb").status, 200, "from our own address, whatever it is")
+        self.assertEqual(self.request("/x_1.deb").status, 200, "local clients are always allowed")
 
-    def test_a_client_that_hangs_up_is_no_traceback(self):
+    def test_a_disconnecting_client_causes_no_traceback(self):
         self.origin.pages["/big_1.0.deb"] = ScriptedResponse(os.urandom(8 << 20))
         with mock.patch.object(self.server, "handle_error") as failed:
             for _ in range(2):
-                with socket.create_connection(self.address, PATIENCE) as connection:
-                    connection.sendall(self.line("/big_1.0.deb"))
+                with self.open_client() as connection:
+                    connection.sendall(self.raw_request("/big_1.0.deb"))
                     connection.recv(10)
-                self.settle()
+                self.wait_until_idle()
         failed.assert_not_called()
 
-    def test_when_there_is_no_room_the_longest_idle_makes_place(self):
-        self.server.room.most = 3
+    def test_the_longest_idle_connection_is_closed_when_the_limit_is_reached(self):
+        self.server.limiter.max_connections = 3
         with contextlib.ExitStack() as stack:
-            idle = [stack.enter_context(socket.create_connection(self.address, PATIENCE)) for _ in range(3)]
+            idle = [stack.enter_context(self.open_client()) for _ in range(3)]
             for connection in idle:
-                connection.sendall(self.line("/x_1.deb"))
+                connection.sendall(self.raw_request("/x_1.deb"))
                 self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
-            until(lambda: sum(visitor.answered for visitor in self.server.room._visitors) == 3)
-            victim = min(self.server.room._visitors, key=lambda visitor: visitor.waiting_since).connection.getpeername()
-            self.assertEqual(self.ask("/x_2.deb").status, 200)
-            until(lambda: self.server.room._count == 2)
+            until(lambda: sum(each.answered and each.waiting for each in self.server.limiter._connections) == 3)
+            victim = min(self.server.limiter._connections, key=lambda each: each.waiting_since).sock.getpeername()
+            self.assertEqual(self.request("/x_2.deb").status, 200)
+            until(lambda: self.server.limiter._count == 2)
             gone = next(connection for connection in idle if connection.getsockname() == victim)
-            self.assertEqual(b"".join(iter(lambda: gone.recv(999), b""))[-100:], b"1" * 100)
+            self.assertEqual(read_to_end(gone)[-100:], b"1" * 100)
             for connection in idle:
                 if connection is not gone:
-                    connection.sendall(self.line("/x_1.deb"))
+                    connection.sendall(self.raw_request("/x_1.deb"))
                     self.assertTrue(connection.recv(999))
 
-    def test_descriptors_that_are_out_are_waited_for(self):
+    def test_accept_backs_off_when_descriptors_are_exhausted(self):
         real, calls = socket.socket.accept, []
 
         def accept(listener):
@@ -7828,29 +7998,57 @@ class ServerTest(ProxyCase):
             return real(listener)
 
         with mock.patch.object(socket.socket, "accept", accept):
-            self.assertEqual(self.ask("/x_1.deb").status, 200)
-        self.assertGreater(calls[3] - calls[0], 0.2, "no spinning")
+            self.assertEqual(self.request("/x_1.deb").status, 200)
+        self.assertGreater(calls[3] - calls[0], 0.2, "no busy loop")
 
     def test_every_request_is_one_line_in_the_log(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
             for count in (1, 2):
-                self.ask("/x_1.deb")
-                until(lambda count=count: len(caught.records) == count)  # it is written when the answer has left
-                self.settle()
+                self.request("/x_1.deb")
+                until(lambda count=count: len(caught.records) == count)  # it is written after the response was sent
+                self.wait_until_idle()
         lines = [record.getMessage() for record in caught.records]
         self.assertRegex(lines[0], r"\A\[  1\] 127\.0\.0\.1       miss      200       100 bytes   \d\.\d\d\d s  GET http://127\.0\.0\.1:\d+/x_1\.deb\Z")
         self.assertRegex(lines[1], r"\A\[  2\] .* hit +200 +100 bytes ")
 
+    def test_a_verbose_log_shows_where_the_time_of_a_request_went(self):
+        with self.assertLogs("pkgproxy", "DEBUG") as caught:
+            self.request("/x_1.deb")
+            until(lambda: caught.records)
+        text, _, steps = caught.records[0].getMessage().partition(" [dispatched ")
+        self.assertRegex(text, r" miss .* GET \S+/x_1\.deb\Z")
+        self.assertRegex(steps, r"\A\d+\.\d, looked up \d+\.\d, locked \d+\.\d, connected \d+\.\d, origin head \d+\.\d, .* ms\]\Z")
+        self.assertIn("first byte ", steps)
+        times = [float(time) for time in re.findall(r"\d+\.\d", steps)]
+        self.assertEqual(times, sorted(times), "all since the request arrived")
+
+    def test_a_pipelined_request_in_a_thread_gets_its_own_answer(self):
+        """Its head is read as the first one was, and what is known of the first is not taken for known of it."""
+        stored = self.raw_request("/x_1.deb")
+        self.request("/x_1.deb")
+        self.wait_until_idle()
+        with self.open_client() as connection:
+            connection.sendall(self.raw_request("/x_2.deb") + b"\r\n" + stored.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            answer = read_to_end(connection)
+        self.assertEqual(re.findall(rb"pkgproxy; (?:hit|fwd=[a-z-]+)", answer), [b"pkgproxy; fwd=uri-miss", b"pkgproxy; hit"])
+
+    def test_an_overlong_head_is_refused_when_it_is_too_long_and_not_before_its_time(self):
+        line, field = pkgproxy.MAX_LINE, b"A: " + b"x" * 9000 + b"\r\n"
+        for data, status in ((b"GET http://a/" + b"x" * line, 414), (b"GET http://a/ HTTP/1.1\r\nHost: a\r\n" + field * 8, 431),
+                             (b"GET http://a/ HTTP/1.1\r\nHost: a\r\nA: " + b"x" * line, 431), (b"\r\nGET http://a/" + b"x" * line, 414)):
+            with self.subTest(data[:40]):
+                self.assertIn(b"HTTP/1.1 %d " % status, self.send_raw(data))
+
 
 class StrictServerTest(ProxyCase):
-    """RFC 9112 to the letter: what is ambiguous is refused, and nothing of it is passed on."""
+    """RFC 9112: ambiguous messages are refused, and no part of them is forwarded."""
 
     URL = b"http://origin.test/x_1.0.deb"
     GOOD = b"GET " + URL + b" HTTP/1.1\r\nHost: a\r\n"
     POST = b"POST " + URL + b" HTTP/1.1\r\nHost: a\r\n"
     CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
-    REQUESTS = (  # bytes, status, section of RFC 9112 where no other is named
+    REQUESTS = (  # bytes, status, section (of RFC 9112 unless another is named)
         (b"GET " + URL + b"\r\n\r\n", 400, "3: HTTP/0.9"),
         (b"GET  " + URL + b" HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3"),
         (b"GET " + URL + b"  HTTP/1.1\r\nHost: a\r\n\r\n", 400, "3"),
@@ -7953,7 +8151,7 @@ class StrictServerTest(ProxyCase):
         (CHUNKED + b"0\r\nbad\n", 400, "7.1.2"), (CHUNKED + b"0\r\n\n", 400, "7.1.2"),
     )
 
-    ANSWERS = (  # bytes, what the client gets: a status, or "cut"; section of RFC 9112 where no other is named
+    ANSWERS = (  # bytes, what the client gets: a status, or "cut"; section (of RFC 9112 unless another is named)
         (b"garbage\r\n\r\n", 502, "4"), (b"", 502, "9.5"), (b"<html>HTTP/0.9</html>", 502, "4"),
         (b"HTTP/2 200 OK\r\n\r\n", 502, "4"), (b"HTTP/1.1 99 No\r\n\r\n", 502, "9110 15"),
         (b"HTTP/1.1 600 No\r\n\r\n", 502, "9110 15"), (b"HTTP/1.1 20 No\r\n\r\n", 502, "4"),
@@ -7995,14 +8193,14 @@ class StrictServerTest(ProxyCase):
         self.assertGreater(len(self.REQUESTS), 80)
         for data, status, section in self.REQUESTS:
             with self.subTest(data=data[:90], section=section):
-                answer = self.raw((data + self.GOOD + b"\r\n").replace(self.URL, url))
+                answer = self.send_raw((data + self.GOOD + b"\r\n").replace(self.URL, url))
                 self.assertEqual(answer[:12], b"HTTP/1.1 %d" % status)
                 self.assertEqual(len(re.findall(rb"(?m)^HTTP/1\.1 ", answer)), 1, "and nothing after it")
                 self.assertIn(b"\r\nConnection: close\r\n", answer)
-        self.settle()
-        self.assertEqual(self.origin.log, [], "nothing of it is passed on")
+        self.wait_until_idle()
+        self.assertEqual(self.origin.log, [], "no part of it is forwarded")
 
-    def test_malformed_answers(self):
+    def test_malformed_responses(self):
         self.addCleanup(mock.patch.stopall)
         mock.patch.object(pkgproxy, "RESUME_BACKOFF", ()).start()
         for number, (data, expected, section) in enumerate(self.ANSWERS):
@@ -8010,18 +8208,18 @@ class StrictServerTest(ProxyCase):
                 path = "/x_%d.0.deb" % number
                 self.origin.pages[path] = ScriptedResponse(steps=[data])
                 try:
-                    answer = self.ask(path)
+                    answer = self.request(path)
                     got = answer.status
                     self.assertRegex(answer.body, rb"\A[^\n]+\.\n\Z", "one sentence")
                 except http.client.IncompleteRead as error:
                     got = "cut"
                     self.assertTrue(b"body".startswith(error.partial))
                 self.assertEqual(got, expected)
-        self.settle()
-        self.assertEqual(self.files(), {}, "nothing of it is stored")
-        self.assertEqual(self.origin.connections, len(self.origin.log), "no connection is used again")
+        self.wait_until_idle()
+        self.assertEqual(self.visible_files(), {}, "no part of it is stored")
+        self.assertEqual(self.origin.connections, len(self.origin.log), "no connection is reused")
 
-    def test_odd_requests_that_are_none_the_less_clear(self):
+    def test_odd_but_unambiguous_requests(self):
         self.origin.pages.update({"/x_1.0.deb": ScriptedResponse(b"x" * 50), "/": ScriptedResponse(b"root")})
         url, close = self.origin.url("/x_1.0.deb").encode(), b"Connection: close\r\n"
         post = b"POST %s HTTP/1.1\r\nHost: a\r\n%s" % (url, close)
@@ -8042,13 +8240,13 @@ class StrictServerTest(ProxyCase):
                 (post.replace(b"POST", b"GET") + b"Content-Length: 4\r\n\r\nbody", b"body"),
                 (b"POST %s HTTP/1.0\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\nbody" % url, b"body")):
             with self.subTest(data=data):
-                self.assertIn(b"x" * 50, self.raw(data))
-                method, target, fields, received = self.origin.log[-1]
-                self.assertEqual((target, received), ("/x_1.0.deb", body))
-                self.assertEqual(fields["host"], "127.0.0.1:%d" % self.origin.port)
-                self.assertEqual({"upgrade", "te", "connection", "x-private", "proxy-connection", "trailer", "expect"} & set(fields), set())
+                self.assertIn(b"x" * 50, self.send_raw(data))
+                entry = self.origin.log[-1]
+                self.assertEqual((entry.target, entry.body), ("/x_1.0.deb", body))
+                self.assertEqual(entry.fields["host"], "127.0.0.1:%d" % self.origin.port)
+                self.assertEqual({"upgrade", "te", "connection", "x-private", "proxy-connection", "trailer", "expect"} & set(entry.fields), set())
 
-    def test_an_origin_that_is_odd_but_clear(self):
+    def test_odd_but_unambiguous_responses(self):
         body = b"Content-Length: 4\r\n\r\nbody"
         for number, data in enumerate((
                 b"HTTP/1.1 200\r\n" + body, b"HTTP/1.1 200 \r\n" + body, b"HTTP/1.1 200 \xe4\xf6\r\n" + body, b"HTTP/1.0 200 OK\r\n" + body,
@@ -8057,16 +8255,16 @@ class StrictServerTest(ProxyCase):
                 b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4;x=y\r\nbody\r\n0\r\nTrailer: x\r\n\r\n")):
             with self.subTest(data=data):
                 self.origin.pages["/y_%d.0.deb" % number] = ScriptedResponse(steps=[data])
-                answer = self.ask("/y_%d.0.deb" % number)
+                answer = self.request("/y_%d.0.deb" % number)
                 self.assertEqual((answer.status, answer.body, answer["Trailer"]), (200, b"body", None))
 
-    def test_expect_is_the_origins_to_answer(self):
+    def test_expect_is_answered_by_the_origin(self):
         url = self.origin.url("/x").encode()
         data = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n" % url
-        # One that refuses gets no body, and the client is not asked for it.
-        self.origin._answer = lambda connection, file: connection.sendall(b"HTTP/1.1 417 No\r\nContent-Length: 0\r\n\r\n")
-        self.assertEqual(self.raw(data)[:12], b"HTTP/1.1 417")
-        # One that says nothing gets it after a moment; one that agrees, at once.
+        # An origin that refuses gets no body, and the client is not asked for it.
+        self.origin.answer_request = lambda connection, file: connection.sendall(b"HTTP/1.1 417 No\r\nContent-Length: 0\r\n\r\n")
+        self.assertEqual(self.send_raw(data)[:12], b"HTTP/1.1 417")
+        # An origin that does not respond gets the body after a timeout; one that agrees gets it at once.
         for wait in (0.05, PATIENCE):
             def agree(connection, file, wait=wait):
                 head = b"".join(iter(file.readline, b"\r\n"))
@@ -8074,63 +8272,63 @@ class StrictServerTest(ProxyCase):
                     connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
                 connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n" + (file.read(4) if b"100-continue" in head else b"lost"))
 
-            self.origin._answer = agree
-            with mock.patch.object(pkgproxy, "CONTINUE_TIMEOUT", wait), socket.create_connection(self.address, PATIENCE) as one:
+            self.origin.answer_request = agree
+            with mock.patch.object(pkgproxy, "CONTINUE_TIMEOUT", wait), self.open_client() as one:
                 one.sendall(data)
                 self.assertEqual(one.recv(99), b"HTTP/1.1 100 Continue\r\n\r\n")
                 one.sendall(b"body")
-                self.assertTrue(b"".join(iter(lambda: one.recv(999), b"")).endswith(b"\r\n\r\nbody"))
+                self.assertTrue(read_to_end(one).endswith(b"\r\n\r\nbody"))
 
-    def test_over_tls_nobody_looks_ahead_for_an_answer_to_expect(self):
+    def test_over_tls_the_proxy_does_not_peek_for_a_response_to_expect(self):
         tls = mock.Mock(spec=["pending", "recv"])
-        self.assertFalse(pkgproxy.is_answered_before_body(tls, forward("PUT", Target("https", "a", 443, "/"), (("Expect", "100-continue"),))))
+        self.assertFalse(pkgproxy.is_answered_before_body(tls, make_origin_request("PUT", Target("https", "a", 443, "/"), (("Expect", "100-continue"),))))
         tls.recv.assert_not_called()
 
     def test_max_forwards_counts_down(self):
         """RFC 9110 §7.6.2, §9.3.7, §9.3.8."""
         self.origin.pages.update({"/x": ScriptedResponse(b"x"), "*": ScriptedResponse(b"all")})
-        answer = self.ask("/x", "TRACE", Max_Forwards="0", Authorization="secret", X="y")
+        answer = self.request("/x", "TRACE", Max_Forwards="0", Authorization="secret", X="y")
         self.assertEqual((answer.status, answer["Content-Type"]), (200, "message/http"))
         self.assertTrue(answer.body.startswith(b"TRACE http://127.0.0.1:%d/x HTTP/1.1\r\n" % self.origin.port))
         self.assertIn(b"\r\nX: y\r\n", answer.body)
         self.assertNotIn(b"secret", answer.body)
-        answer = self.ask("/x", "OPTIONS", Max_Forwards="0")
+        answer = self.request("/x", "OPTIONS", Max_Forwards="0")
         self.assertEqual((answer.status, answer.body), (200, b""))
         self.assertIn("GET, HEAD", answer["Allow"])
-        self.assertIn(b"\r\nAllow: GET, HEAD", self.raw(b"OPTIONS * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"))
+        self.assertIn(b"\r\nAllow: GET, HEAD", self.send_raw(b"OPTIONS * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"))
         self.assertEqual(self.origin.log, [])
         for method, sent, passed in (("OPTIONS", "7", "6"), ("TRACE", "1", "0"), ("GET", "0", None), ("OPTIONS", None, None)):
-            self.ask("/x", method, **({"Max_Forwards": sent} if sent else {}))
-            self.assertEqual(self.origin.log[-1][2].get("max-forwards"), passed)
-        self.raw(b"OPTIONS http://127.0.0.1:%d HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.port)
-        self.assertEqual(self.origin.log[-1][:2], ("OPTIONS", "*"))
+            self.request("/x", method, **({"Max_Forwards": sent} if sent else {}))
+            self.assertEqual(self.origin.log[-1].fields.get("max-forwards"), passed)
+        self.send_raw(b"OPTIONS http://127.0.0.1:%d HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.port)
+        self.assertEqual((self.origin.log[-1].method, self.origin.log[-1].target), ("OPTIONS", "*"))
 
-    def test_our_own_answers_run_nothing_and_change_nothing(self):
+    def test_generated_responses_contain_nothing_executable(self):
         for method, path, status in (("GET", "/", 200), ("HEAD", "/debug/vars", 200), ("POST", "/", 405), ("DELETE", "/debug/vars", 405),
                                      ("GET", "/nothing", 404), ("OPTIONS", "/", 200)):
-            answer = ClientResponse(self.own_answer(method, path))
+            answer = ClientResponse(self.generated_response(method, path))
             self.assertEqual(answer.status, status)
             self.assertEqual((answer["Content-Security-Policy"], answer["X-Content-Type-Options"], answer["Access-Control-Allow-Origin"]),
                              ("default-src 'none'", "nosniff", None))
             self.assertEqual(bool(answer["Allow"]), status == 405 or method == "OPTIONS")
 
-    def own_answer(self, method, path):
+    def generated_response(self, method, path):
         connection = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
         self.addCleanup(connection.close)
         connection.request(method, path, headers={"Connection": "close"})
         return connection.getresponse()
 
-    def test_what_comes_from_outside_is_harmless_in_the_log(self):
+    def test_control_characters_are_escaped_in_the_log(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
-            self.raw(b"GET http://a/\x1b[31m HTTP/1.1\r\nHost: a\r\n\r\n")
-            self.raw(b"G\x9bT http://a/ HTTP/1.1\r\nHost: a\r\n\r\n")
+            self.send_raw(b"GET http://a/\x1b[31m HTTP/1.1\r\nHost: a\r\n\r\n")
+            self.send_raw(b"G\x9bT http://a/ HTTP/1.1\r\nHost: a\r\n\r\n")
             until(lambda: len(caught.records) == 2)
         for record in caught.records:
             self.assertTrue(record.getMessage().isprintable(), record.getMessage())
 
 
 class FuzzTest(ProxyCase):
-    """Random bytes, from a seed: PKGPROXY_CHAOS_SEED gives another course."""
+    """Randomly mutated messages.  PKGPROXY_CHAOS_SEED sets the random seed."""
 
     SEEDS = (b"GET http://a.test/pool/x_1.0_all.deb HTTP/1.1\r\nHost: a.test\r\nRange: bytes=0-9\r\nCache-Control: max-age=0\r\n\r\n",
              b"POST http://a.test:8080/x?y=%2f HTTP/1.1\r\nHost: a.test\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\nbody",
@@ -8157,19 +8355,19 @@ class FuzzTest(ProxyCase):
                     data[at:at] = data[:chance.randrange(40)]
             yield bytes(data)
 
-    def test_the_parsers_accept_or_refuse_and_nothing_else(self):
+    def test_the_parsers_accept_or_refuse_mutated_input(self):
         self.accepted = 0
         for data in self.mutants(6000):
             file = io.BytesIO(data)
             with contextlib.suppress(pkgproxy.ProxyError, ValueError):
                 lines = pkgproxy.read_head_lines(file)
                 if lines and lines[0].startswith("HTTP/"):
-                    self.check_answer(lines)
+                    self.check_response(lines)
                 elif lines:
                     self.check_request(lines, file)
         self.assertGreater(self.accepted, 500)
 
-    def check_answer(self, lines):
+    def check_response(self, lines):
         pkgproxy.parse_status_line(lines[0])
         head = ResponseHead(206, "", pkgproxy.parse_fields(lines[1:]))
         pkgproxy.is_remainder(head, head, None, 1)
@@ -8190,17 +8388,17 @@ class FuzzTest(ProxyCase):
                 self.assertFalse(name and ({"..", ".", "", pkgproxy.METADATA_FOLDER} & set(name.split("/"))), name)
             pkgproxy.decide(asked, None, Config(), CLOCK)
 
-    def test_the_door_answers_or_closes_and_goes_on(self):
+    def test_the_server_survives_mutated_requests(self):
         with self.assertNoBug(), mock.patch.object(pkgproxy, "resolve_addresses", side_effect=OSError("no such name")), mock.patch.object(
                 pkgproxy, "CLIENT_TIMEOUT", 0.05), mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.05):
             for data in self.mutants(250):
-                with contextlib.suppress(ConnectionError), socket.create_connection(self.address, PATIENCE) as one:
+                with contextlib.suppress(ConnectionError), self.open_client() as one:
                     one.sendall(data)
                     one.shutdown(socket.SHUT_WR)
-                    answer = b"".join(iter(lambda: one.recv(65536), b""))
+                    answer = read_to_end(one)
                     self.assertRegex(answer[:13], rb"\A(?:HTTP/1\.1 [1-5]\d\d |\Z)", data)
-            self.settle()
-        self.assertEqual(self.own("/debug/vars").status, 200)
+            self.wait_until_idle()
+        self.assertEqual(self.get_own_page("/debug/vars").status, 200)
 
     @contextlib.contextmanager
     def assertNoBug(self):
@@ -8211,7 +8409,7 @@ class FuzzTest(ProxyCase):
 
 
 class AccessTest(ProxyCase):
-    """Who may come in, and where they may go."""
+    """Which clients are allowed, and which addresses they may reach."""
 
     FAR = "127.0.0.2"  # stands for a client on another machine
 
@@ -8221,13 +8419,13 @@ class AccessTest(ProxyCase):
         patcher.start()
         self.addCleanup(patcher.stop)
 
-    def ask_as(self, client, line):
-        """The answer to a request line, from a client on this host or on another."""
-        with socket.create_connection(self.address, PATIENCE, (client, 0)) as one:
+    def request_from(self, client, line):
+        """Return the response to a request line of a local or remote client."""
+        with self.open_client(source=client) as one:
             one.sendall(line.encode() + b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-            return b"".join(iter(lambda: one.recv(65536), b""))
+            return read_to_end(one)
 
-    def test_what_only_this_host_may_reach(self):
+    def test_addresses_that_only_local_clients_may_reach(self):
         for address, guarded in (
                 ("127.0.0.1", True), ("127.255.0.1", True), ("0.0.0.0", True), ("0.1.2.3", True), ("169.254.169.254", True), ("224.0.0.1", True),
                 ("255.255.255.255", True), ("::1", True), ("::", True), ("fe80::1", True), ("fe80::1%eth0", True), ("fec0::1", True), ("ff02::1", True),
@@ -8244,11 +8442,11 @@ class AccessTest(ProxyCase):
         for name, guarded in (("localhost", True), ("LOCALHOST".lower() + ".", True), ("a.localhost", True), ("localhost.example", False), ("127.0.0.1", True)):
             self.assertEqual(pkgproxy.is_protected_host(name), guarded)
 
-    def test_a_client_from_elsewhere_reaches_nothing_of_this_host(self):
+    def test_a_remote_client_cannot_reach_services_of_this_host(self):
         self.origin.pages["/x"] = ScriptedResponse(b"secret", fields=[("Cache-Control", "max-age=99")])
-        self.assertEqual(self.ask("/x").body, b"secret", "from here it may be reached")
+        self.assertEqual(self.request("/x").body, b"secret", "a local client may reach it")
         port, asked = self.origin.port, len(self.origin.log)
-        self.start(Config(addrs=(), connect_ports=(port,)))
+        self.start_proxy(Config(addrs=(), connect_ports=(port,)))
         names = ("127.0.0.1", "localhost", "2130706433", "0x7f000001", "127.1", "017700000001", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]", "[::]",
                  "[::ffff:7f00:1]", "[64:ff9b::7f00:1]", "127.0.0.1.", "rebound.test")
         real = socket.getaddrinfo
@@ -8265,36 +8463,36 @@ class AccessTest(ProxyCase):
             for name in names:
                 for request_line in ("GET http://%s:%d/x" % (name, port), "POST http://%s:%d/x" % (name, port), "CONNECT %s:%d" % (name, port)):
                     with self.subTest(request_line=request_line):
-                        answer = self.ask_as(self.FAR, request_line)
+                        answer = self.request_from(self.FAR, request_line)
                         self.assertRegex(answer[:13], rb"HTTP/1\.1 (403|502) ")
                         self.assertNotIn(b"secret", answer)
         self.assertEqual(len(self.origin.log), asked)
         self.assertTrue(rebound)
 
-    def test_what_came_from_this_host_is_for_clients_on_it_alone(self):
-        """Neither hits, nor stale answers, nor downloads under way give it to others."""
+    def test_responses_from_this_host_are_served_to_local_clients_only(self):
+        """Remote clients get it neither as a hit, nor stale, nor from a download in progress."""
         url = "GET http://127.1:%d" % self.origin.port
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages.update({"/x_1.0.deb": ScriptedResponse(b"secret"), "/InRelease": ScriptedResponse(b"secret"), "/to_1.0.deb": ScriptedResponse(
             b"", 302, [("Location", "/x_1.0.deb")]), "/slow_1.0.deb": ScriptedResponse(b"secret" * 9, gate=gate, first=6)})
         for path in ("/x_1.0.deb", "/InRelease", "/to_1.0.deb"):
-            self.assertIn(b"secret", self.ask_as("127.0.0.1", url + path))
-            self.settle()
+            self.assertIn(b"secret", self.request_from("127.0.0.1", url + path))
+            self.wait_until_idle()
         self.origin.pages["/InRelease"] = ScriptedResponse(b"no", 503)
         for path in ("/x_1.0.deb", "/InRelease", "/to_1.0.deb"):
-            answer = self.ask_as(self.FAR, url + path)
+            answer = self.request_from(self.FAR, url + path)
             self.assertEqual(answer[:12], b"HTTP/1.1 403")
             self.assertNotIn(b"secret", answer)
-            self.assertIn(b"secret", self.ask_as("127.0.0.1", url + path), "they still have it")
-        with socket.create_connection(self.address, PATIENCE) as near:
+            self.assertIn(b"secret", self.request_from("127.0.0.1", url + path), "local clients still get it")
+        with self.open_client() as near:
             near.sendall(("%s/slow_1.0.deb HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % url).encode())
             self.assertIn(b"200", near.recv(12))
-            self.assertEqual(self.ask_as(self.FAR, url + "/slow_1.0.deb")[:12], b"HTTP/1.1 403")
+            self.assertEqual(self.request_from(self.FAR, url + "/slow_1.0.deb")[:12], b"HTTP/1.1 403")
             gate.open()
-            self.assertTrue(b"".join(iter(lambda: near.recv(999), b"")).endswith(b"secret" * 9))
+            self.assertTrue(read_to_end(near).endswith(b"secret" * 9))
 
-    def test_a_client_on_this_host_is_not_refused_for_another_that_leads(self):
+    def test_a_local_client_is_not_refused_because_a_remote_client_leads(self):
         gate, answers = Gate(), []
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"secret")
@@ -8310,21 +8508,21 @@ class AccessTest(ProxyCase):
         with mock.patch.object(socket, "getaddrinfo", lead):
             threads = []
             for client in (self.FAR, "127.0.0.1"):
-                threads.append(threading.Thread(target=lambda client=client: answers.append(self.ask_as(client, line)[9:12])))
+                threads.append(threading.Thread(target=lambda client=client: answers.append(self.request_from(client, line)[9:12])))
                 threads[-1].start()
-                until(lambda: self.server.replies_running == len(threads) and self.proxy._barrier.in_flight())
+                until(lambda: self.server.replies_running == len(threads) and self.downloads_in_flight())
             gate.open()
             for thread in threads:
                 thread.join(PATIENCE)
         self.assertEqual(sorted(answers), [b"200", b"403"])
 
-    def test_the_guard_does_not_open_where_it_cannot_look(self):
+    def test_the_address_policy_fails_closed(self):
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("192.0.2.1", 80))]
         far = pkgproxy.OriginRequest("GET", Target("http", "a", 80, "/"), ())
         with mock.patch.object(socket, "socket", side_effect=OSError(24, "Too many open files")):
             self.assertRaisesRegex(pkgproxy.ProxyError, "cannot be checked: Too many open files", pkgproxy.AddressPolicy().filter, place, far)
 
-    def test_an_address_of_a_family_that_is_not_spoken_costs_the_others_nothing(self):
+    def test_an_unsupported_address_family_does_not_affect_the_others(self):
         four, six = ((socket.AF_INET, 1, 0, "", ("192.0.2.1", 80)), (socket.AF_INET6, 1, 0, "", ("2001:db8::1", 80, 0, 0)))
         real = socket.socket
 
@@ -8336,19 +8534,19 @@ class AccessTest(ProxyCase):
         with mock.patch.object(socket, "socket", spoken):
             self.assertEqual(pkgproxy.AddressPolicy().filter([six, four], pkgproxy.OriginRequest("GET", Target("http", "a", 80, "/"), ())), [four])
 
-    def test_a_kept_connection_of_this_host_is_not_lent_to_others(self):
+    def test_a_pooled_connection_to_this_host_is_not_used_for_remote_clients(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
         target = Target("http", "mirror.test", self.origin.port, "/x")
         place = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
         with mock.patch.object(socket, "getaddrinfo", return_value=place):
-            response = self.proxy._origin.fetch(forward("GET", target, (("Host", "a"),)))
+            response = self.proxy._origin.fetch(make_origin_request("GET", target, (("Host", "a"),)))
             response.read()
             response.close()
             with self.assertRaises(pkgproxy.ProxyError) as caught:
                 self.proxy._origin.fetch(pkgproxy.OriginRequest("GET", target, (("Host", "a"),)))
         self.assertEqual(caught.exception.status, 403)
 
-    def test_of_several_addresses_only_those_that_may_be_reached_are_tried(self):
+    def test_only_permitted_addresses_are_tried(self):
         guard, tcp = pkgproxy.AddressPolicy(), (socket.AF_INET, socket.SOCK_STREAM, 0, "")
         good, bad = (*tcp, ("192.0.2.1", 80)), (*tcp, ("127.0.0.1", 80))
         far = pkgproxy.OriginRequest("GET", Target("http", "a", 80, "/"), ())
@@ -8356,26 +8554,26 @@ class AccessTest(ProxyCase):
         self.assertEqual(guard.filter([bad, good], pkgproxy.dataclasses.replace(far, client_is_local=True)), [bad, good])
         self.assertRaises(pkgproxy.ProxyError, guard.filter, [bad], far)
 
-    def test_what_leads_back_to_us_is_a_508(self):
+    def test_a_request_that_leads_back_to_the_proxy_is_a_508(self):
         port = self.address[1]
         for url in ("http://127.0.0.1:%d/x_1.0.deb" % port, "http://localhost:%d/" % port, "http://127.0.0.9:%d/x_1.0.deb" % port):
-            answer = self.ask(url)
+            answer = self.request(url)
             self.assertEqual((answer.status, answer.reason), (508, "Loop Detected"))
             self.assertIn(b"leads back to this proxy", answer.body)
 
-    def test_refused_clients_are_told_of_once_and_let_go(self):
-        self.start(Config(allow=("203.0.113.0/24",)))
+    def test_refused_clients_are_logged_once_and_closed(self):
+        self.start_proxy(Config(allow=("203.0.113.0/24",)))
         with self.assertLogs("pkgproxy", "INFO") as caught:
             for line in ["GET http://a/"] * 3 + ["GET  http://a/"] * 3 + ["CONNECT a:443"]:
-                answer = self.ask_as(self.FAR, line)
+                answer = self.request_from(self.FAR, line)
                 self.assertEqual(answer[:12], b"HTTP/1.1 403")
                 self.assertIn(b"\r\nConnection: close\r\n", answer)
-            self.settle()
+            self.wait_until_idle()
         self.assertEqual(len(caught.records), 1)
         self.assertEqual(self.counters()["statsOutcomes"]["refused"], 7)
 
-    def test_nothing_that_a_refused_client_sends_is_parsed(self):
-        self.start(Config(allow=("203.0.113.0/24",)))
+    def test_requests_of_refused_clients_are_not_parsed(self):
+        self.start_proxy(Config(allow=("203.0.113.0/24",)))
         parsers = [mock.patch.object(pkgproxy, name, side_effect=AssertionError(name)) for name in ("parse_request_line", "parse_fields", "parse_request_head", "read_head_lines")]
         sent = (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"GET http://a/ HTTP/1.1\r\nX: " + b"\xe9" * 16_000 + b"\r\n\r\n", b"GET http://a/" + b"\xe9" * 16_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
                 b"\xe9" * 1_000_000, b"\r\n", b"G",
@@ -8384,26 +8582,26 @@ class AccessTest(ProxyCase):
             tried = [stack.enter_context(parser) for parser in parsers]
             for data in sent:
                 with self.subTest(data=data[:40]):
-                    with socket.create_connection(self.address, PATIENCE, (self.FAR, 0)) as one:
+                    with self.open_client(source=self.FAR) as one:
                         one.sendall(data)
-                        answer = b"".join(iter(lambda: one.recv(65536), b""))
+                        answer = read_to_end(one)
                     head, _, body = answer.partition(b"\r\n\r\n")
                     self.assertEqual((head[:12], body), (b"HTTP/1.1 403", b"127.0.0.2 may not use this proxy; its operator can add --allow.\n"))
                     self.assertIn(b"\r\nContent-Length: %d\r\n" % len(body), head)
             self.assertEqual([parser.call_count for parser in tried], [0] * len(tried))
 
-    def test_a_refused_client_that_does_not_leave_is_seen_off(self):
-        self.start(Config(allow=("203.0.113.0/24",)))
-        with mock.patch.object(pkgproxy, "LINGER_TIMEOUT", 0.1), socket.create_connection(self.address, PATIENCE, (self.FAR, 0)) as silent, \
-                socket.create_connection(self.address, PATIENCE, (self.FAR, 0)) as one:
+    def test_a_refused_client_that_stays_connected_is_closed(self):
+        self.start_proxy(Config(allow=("203.0.113.0/24",)))
+        with mock.patch.object(pkgproxy, "LINGER_TIMEOUT", 0.1), self.open_client(source=self.FAR) as silent, \
+                self.open_client(source=self.FAR) as one:
             one.sendall(b"G")
-            self.assertTrue(b"".join(iter(lambda: one.recv(65536), b"")).startswith(b"HTTP/1.1 403"))
-            until(lambda: len(self.server.lobby._visitors) < 2, "its end, though it has not closed")
+            self.assertTrue(read_to_end(one).startswith(b"HTTP/1.1 403"))
+            until(lambda: len(self.server.event_loop._connections) < 2, "the end of the connection, which the client has not closed")
             silent.sendall(b"G")
-            self.assertTrue(silent.recv(12).startswith(b"HTTP/1.1 403"), "who has said nothing yet is told all the same")
+            self.assertTrue(silent.recv(12).startswith(b"HTTP/1.1 403"), "a silent client gets the response, too")
 
-    def test_a_file_that_has_lost_its_head_is_no_strangers_if_its_host_is_this_one(self):
-        """The mark that it came from here is lost with the bookkeeping folder; the name servers' word is not."""
+    def test_a_file_of_this_host_without_metadata_is_not_served_to_remote_clients(self):
+        """The mark of local responses is lost with the metadata folder, but the host still resolves to this host."""
         known = {b"inside.test": "127.0.0.1", b"outside.test": "203.0.113.80", b"metadata.test": "100.100.100.200"}
         real = socket.getaddrinfo
 
@@ -8413,14 +8611,14 @@ class AccessTest(ProxyCase):
             return real(known.get(host, host), *arguments, **more)
 
         def status_and_hit(host):
-            answer = self.ask_as(self.FAR, "GET http://%s:%d/x_1.0.deb" % (host, self.origin.port))
+            answer = self.request_from(self.FAR, "GET http://%s:%d/x_1.0.deb" % (host, self.origin.port))
             return int(answer[9:12]), b"secret" in answer
 
         self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"secret")
         with mock.patch.object(socket, "getaddrinfo", look_up), mock.patch.object(pkgproxy, "connect_fastest", side_effect=pkgproxy.connect_fastest) as connect:
             for host in ("127.1", "127.0.0.1", "localhost", "inside.test"):
-                self.assertIn(b"secret", self.ask_as("127.0.0.1", "GET http://%s:%d/x_1.0.deb" % (host, self.origin.port)))
-            self.settle()
+                self.assertIn(b"secret", self.request_from("127.0.0.1", "GET http://%s:%d/x_1.0.deb" % (host, self.origin.port)))
+            self.wait_until_idle()
             shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
             for host in ("outside.test", "unknown.test", "metadata.test"):
                 folder = Path(self.root, "%s:%d" % (host, self.origin.port))
@@ -8432,27 +8630,27 @@ class AccessTest(ProxyCase):
                     connect.reset_mock()
                     self.assertEqual(status_and_hit(host), expected)
                     connect.assert_not_called()
-                    near = self.ask_as("127.0.0.1", "GET http://%s:%d/x_1.0.deb" % (host, self.origin.port))
-                    self.assertIn(b"secret", near, "clients on this host still have it")
-                    self.settle()
-            self.start(Config(offline=True))
+                    near = self.request_from("127.0.0.1", "GET http://%s:%d/x_1.0.deb" % (host, self.origin.port))
+                    self.assertIn(b"secret", near, "local clients still get it")
+                    self.wait_until_idle()
+            self.start_proxy(Config(offline=True))
             for host, expected in (("inside.test", (504, False)), ("unknown.test", (200, True))):
                 with self.subTest(offline=host):
                     shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER), ignore_errors=True)
                     self.assertEqual(status_and_hit(host), expected)
 
-    def test_pages_and_prefixes_are_for_who_calls_us_by_our_name(self):
-        """A web page of evil.example cannot lead its name here and read them (DNS rebinding)."""
+    def test_pages_and_prefixes_require_a_host_field_that_names_the_proxy(self):
+        """Otherwise a web page of evil.example could resolve its name to the proxy and read them (DNS rebinding)."""
         look_up = mock.Mock(return_value="box.Corp.example")
         for name, instead in (("gethostname", lambda: "Box"), ("getfqdn", look_up)):
             patcher = mock.patch.object(socket, name, instead)
             patcher.start()
             self.addCleanup(patcher.stop)
-        self.start(Config(names=("given.example.org",), pseudonym="tested"))
+        self.start_proxy(Config(names=("given.example.org",), pseudonym="tested"))
         self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"secret")
         url, port = "http://127.0.0.1:%d/x_1.0.deb" % self.origin.port, self.address[1]
-        self.assertEqual(self.ask(url).body, b"secret")
-        self.settle()
+        self.assertEqual(self.request(url).body, b"secret")
+        self.wait_until_idle()
         paths = ("/status.json", "/", "/healthz", "/metrics", "/setup/detect.sh", "/proxy.pac", "/nothing", "/" + url, "/127.0.0.1:%d/x_1.0.deb" % self.origin.port)
         for host, ours in (
                 ("127.0.0.1", True), ("10.9.9.9", True), ("[::1]", True), ("[fd00::1]", True), ("localhost", True), ("localhost.", True), ("a.localhost", True),
@@ -8462,7 +8660,7 @@ class AccessTest(ProxyCase):
                 ("localhost.evil.example", False), ("local.evil.example", False), ("evil.example.org", False), ("notgiven.example.org", False)):
             for path in (*paths, "http://%s:%d/%s" % (host, port, url)):
                 with self.subTest(host=host, path=path):
-                    answer = self.raw(("GET %s HTTP/1.1\r\nHost: %s:%d\r\nConnection: close\r\n\r\n" % (path, host, port)).encode())
+                    answer = self.send_raw(("GET %s HTTP/1.1\r\nHost: %s:%d\r\nConnection: close\r\n\r\n" % (path, host, port)).encode())
                     status, body = int(answer[9:12]), answer.partition(b"\r\n\r\n")[2]
                     self.assertEqual(status, 421 if not ours else 404 if path == "/nothing" else 200)
                     if not ours:
@@ -8472,25 +8670,25 @@ class AccessTest(ProxyCase):
         for host in ("evil.example", "wpad.evil.example"):
             for line in ("GET http://127.0.0.1:%d/x_1.0.deb HTTP/1.1" % self.origin.port, "GET /wpad.dat HTTP/1.1"):
                 with self.subTest("no matter", host=host, line=line):
-                    self.assertIn(b" 200 ", self.raw(("%s\r\nHost: %s:%d\r\nConnection: close\r\n\r\n" % (line, host, port)).encode())[:13])
-        self.assertIn(b" 200 ", self.raw(b"GET /status.json HTTP/1.0\r\n\r\n")[:13], "what sends no Host field is no browser")
+                    self.assertIn(b" 200 ", self.send_raw(("%s\r\nHost: %s:%d\r\nConnection: close\r\n\r\n" % (line, host, port)).encode())[:13])
+        self.assertIn(b" 200 ", self.send_raw(b"GET /status.json HTTP/1.0\r\n\r\n")[:13], "browsers always send a Host field")
 
-    def test_no_password_is_written_to_the_log(self):
+    def test_no_password_is_logged(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
-            self.ask_as("127.0.0.1", "GET http://me:secret@127.0.0.1:%d/x" % self.origin.port)
-            self.settle()
+            self.request_from("127.0.0.1", "GET http://me:secret@127.0.0.1:%d/x" % self.origin.port)
+            self.wait_until_idle()
         self.assertNotIn("secret", " ".join(caught.output))
 
     def test_connect_ports(self):
         self.assertEqual([pkgproxy.parse_ports(text) for text in ("none", "443", "443,8443")], [(), (443,), (443, 8443)])
         for text in ("", "x", "0", "70000", "443,", "443 8443", "-1"):
             self.assertRaises(ValueError, pkgproxy.parse_ports, text)
-        answer = self.raw(b"CONNECT a.test:8443 HTTP/1.1\r\nHost: a.test\r\n\r\n")
+        answer = self.send_raw(b"CONNECT a.test:8443 HTTP/1.1\r\nHost: a.test\r\n\r\n")
         self.assertIn(b"CONNECT may not lead to port 8443; the operator can add --connect-ports. What is fetched with http:// needs none", answer)
 
 
 class TunnelTest(ProxyCase):
-    """CONNECT: bytes both ways."""
+    """CONNECT tunnels."""
 
     def setUp(self):
         super().setUp()
@@ -8498,11 +8696,11 @@ class TunnelTest(ProxyCase):
         self.addCleanup(self.listener.close)
         self.listener.settimeout(PATIENCE)
         self.port = self.listener.getsockname()[1]
-        self.start(Config(addrs=(), connect_ports=(self.port,)))
+        self.start_proxy(Config(addrs=(), connect_ports=(self.port,)))
 
     def open(self, early=b""):
-        """Both ends of a tunnel."""
-        client = socket.create_connection(self.address, PATIENCE)
+        """Open a tunnel; return its client and server sockets."""
+        client = self.open_client()
         self.addCleanup(client.close)
         client.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port + early)
         server, _ = self.listener.accept()
@@ -8511,20 +8709,20 @@ class TunnelTest(ProxyCase):
         self.assertTrue(client.recv(999).startswith(b"HTTP/1.1 200 "))
         return client, server
 
-    def test_bytes_go_both_ways_with_half_close_and_are_counted(self):
+    def test_bytes_are_relayed_both_ways_with_half_close_and_are_counted(self):
         client, server = self.open(early=b"hello")
         self.assertEqual(server.recv(99), b"hello")
         client.sendall(b"more")
         client.shutdown(socket.SHUT_WR)
-        self.assertEqual(b"".join(iter(lambda: server.recv(99), b"")), b"more")
+        self.assertEqual(read_to_end(server), b"more")
         server.sendall(b"answer")
         server.close()
-        self.assertEqual(b"".join(iter(lambda: client.recv(99), b"")), b"answer")
+        self.assertEqual(read_to_end(client), b"answer")
         counters = self.counters()
         self.assertEqual((counters["statsTunnelBytes"], counters["statsOutcomes"]["tunnel"]), (15, 1))
         self.assertEqual((counters["statsDownBytes"], counters["statsCacheBytes"]), (0, 0))
 
-    def test_both_ends_may_send_much_at_once(self):
+    def test_both_ends_may_send_large_data_at_once(self):
         client, server = self.open()
         data = os.urandom(8 << 20)
         received = {}
@@ -8544,22 +8742,22 @@ class TunnelTest(ProxyCase):
             thread.join(PATIENCE)
         self.assertEqual([received[name] == data for name in ("client", "server")], [True, True])
 
-    def test_a_tunnel_through_which_nothing_moves_is_closed(self):
+    def test_an_idle_tunnel_is_closed(self):
         with mock.patch.object(pkgproxy, "TUNNEL_IDLE_TIMEOUT", 0.1):
             client, server = self.open()
             self.assertEqual((client.recv(9), server.recv(9)), (b"", b""))
-        self.settle()
+        self.wait_until_idle()
 
-    def test_either_end_may_vanish(self):
+    def test_either_end_may_reset_the_connection(self):
         for end in (0, 1):
             ends = self.open()
             ends[end].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             ends[end].close()
             with contextlib.suppress(ConnectionError):
                 self.assertEqual(ends[1 - end].recv(9), b"")
-        self.settle()
+        self.wait_until_idle()
 
-    def test_a_client_that_leaves_before_its_tunnel_stands_is_no_bug(self):
+    def test_a_client_that_leaves_before_its_tunnel_is_open_causes_no_error(self):
         gate, real = Gate(), pkgproxy.Proxy.connect_tunnel
 
         def late(proxy, asked):
@@ -8567,194 +8765,178 @@ class TunnelTest(ProxyCase):
             return real(proxy, asked)
 
         with mock.patch.object(pkgproxy.Proxy, "connect_tunnel", late), self.assertLogs("pkgproxy", "INFO") as caught:
-            one = socket.create_connection(self.address, PATIENCE)
+            one = self.open_client()
             one.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
             until(lambda: self.server.replies_running)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             one.close()
             gate.open()
-            self.settle()
+            self.wait_until_idle()
         self.assertEqual([record.levelname for record in caught.records], ["INFO"])
         self.assertEqual(self.counters()["statsOutcomes"]["tunnel"], 1)
 
-    def test_failures_are_told_in_a_sentence(self):
+    def test_failures_are_reported_in_a_sentence(self):
         self.listener.close()
-        answer = self.raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
+        answer = self.send_raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
         self.assertRegex(answer, rb"(?s)\AHTTP/1\.1 502 .*\r\n\r\nCannot connect to 127\.0\.0\.1:\d+: Connection refused\.\n\Z")
-        self.start(Config(addrs=(), connect_ports=()))
-        self.assertIn(b" 403 ", self.raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port))
-        self.start(Config(addrs=(), offline=True))
-        self.assertIn(b" 504 ", self.raw(b"CONNECT 127.0.0.1:443 HTTP/1.1\r\nHost: a\r\n\r\n"))
+        self.start_proxy(Config(addrs=(), connect_ports=()))
+        self.assertIn(b" 403 ", self.send_raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port))
+        self.start_proxy(Config(addrs=(), offline=True))
+        self.assertIn(b" 504 ", self.send_raw(b"CONNECT 127.0.0.1:443 HTTP/1.1\r\nHost: a\r\n\r\n"))
 
-    def test_one_client_has_half_of_the_tunnels(self):
+    def test_one_client_may_open_half_of_the_tunnels(self):
         with mock.patch.object(pkgproxy, "MAX_CONNECTIONS", 8):
-            self.start(Config(addrs=(), connect_ports=(self.port,)))
+            self.start_proxy(Config(addrs=(), connect_ports=(self.port,)))
         ask = b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port
         ends = [self.open() for _ in range(2)]
-        self.assertIn(b"HTTP/1.1 503 ", self.raw(ask))
-        with socket.create_connection(self.address, PATIENCE, ("127.0.0.2", 0)) as other:
+        self.assertIn(b"HTTP/1.1 503 ", self.send_raw(ask))
+        with self.open_client(source="127.0.0.2") as other:
             other.sendall(ask)
             self.assertIn(b"HTTP/1.1 200 ", other.recv(999))
         for end in ends[0]:
             end.close()
-        until(lambda: self.server.room.tunnels._used["127.0.0.1"] < 2)
+        until(lambda: self.server.limiter.tunnels._used["127.0.0.1"] < 2)
         self.open()
 
-    def test_no_more_than_so_many_tunnels_at_once(self):
-        self.server.room.tunnels = pkgproxy.Quota(1)
+    def test_the_number_of_tunnels_is_limited(self):
+        self.server.limiter.tunnels = pkgproxy.Quota(1)
         self.open()
-        answer = self.raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
+        answer = self.send_raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
         self.assertIn(b"HTTP/1.1 503 ", answer)
         self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
 
 
 class EventLoopTest(ProxyCase):
-    """One thread for all who wait, and for what is at hand."""
+    """Idle connections wait in one thread, which also answers small hits."""
 
     def setUp(self):
         super().setUp()
         self.origin.pages["/x_1.0.deb"] = self.page = ScriptedResponse(bytes(range(256)) * 16)
         self.origin.pages["/big_1.0.deb"] = ScriptedResponse(b"b" * 3_000_000)
-        self.ask("/x_1.0.deb")
-        self.ask("/big_1.0.deb")
-        self.settle()
+        self.request("/x_1.0.deb")
+        self.request("/big_1.0.deb")
+        self.wait_until_idle()
         self.stack = contextlib.ExitStack()
         self.addCleanup(lambda: self.stack.close())
 
-    def visit(self, data=b""):
-        one = self.stack.enter_context(socket.create_connection(self.address, PATIENCE))
-        one.sendall(data)
-        return one
-
-    def line(self, path="/x_1.0.deb", more=b"", method=b"GET"):
-        return b"%s %s HTTP/1.1\r\nHost: a\r\n%s\r\n" % (method, self.origin.url(path).encode(), more)
-
-    def read(self, one, length):
-        data = b""
-        while len(data.partition(b"\r\n\r\n")[2]) < length:
-            more = one.recv(65536)
-            self.assertTrue(more, data[:300])
-            data += more
-        return data
-
-    def one_that_does_not_read(self):
-        """A client that asks for 200 hits of 60 KB, and for which the first is being sent."""
+    def open_blocked_client(self):
+        """Return a client that requests 200 hits of 60 KB and does not read; the first response is being sent."""
         self.origin.pages["/z_1.0.deb"] = ScriptedResponse(b"z" * 60_000)
-        self.ask("/z_1.0.deb")
-        self.settle()
+        self.request("/z_1.0.deb")
+        self.wait_until_idle()
         slow = self.stack.enter_context(socket.socket())
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(self.address)
-        slow.sendall(self.line("/z_1.0.deb") * 200)
-        until(lambda: self.server.lobby.sending)
+        slow.sendall(self.raw_request("/z_1.0.deb") * 200)
+        until(lambda: self.server.event_loop.sending)
         return slow
 
-    def no_threads(self):
-        return self.patched(self.server, "serve_in_thread", mock.Mock(side_effect=AssertionError("it went to a thread")))
+    def forbid_threads(self):
+        return self.patch(self.server, "serve_in_thread", mock.Mock(side_effect=AssertionError("the request went to a thread")))
 
-    def patched(self, thing, name, new):
+    def patch(self, thing, name, new):
         patch = mock.patch.object(thing, name, new)
         self.stack.enter_context(patch)
         return new
 
-    def test_small_hits_validations_ranges_and_heads_take_no_thread(self):
-        self.no_threads()
+    def test_small_hits_are_answered_without_a_thread(self):
+        self.forbid_threads()
         tag = self.page.etag.encode()
         for more, method, status, length in (
                 (b"", b"GET", b"200", 4096), (b"", b"HEAD", b"200", 0), (b"Range: bytes=0-9\r\n", b"GET", b"206", 10),
                 (b"If-None-Match: %s\r\n" % tag, b"GET", b"304", 0)):
             with self.subTest(method=method, more=more):
-                one = self.visit(self.line(more=more, method=method) * 2)
-                data = self.read(one, 2 * length)
+                one = self.open_client(self.raw_request(more=more, method=method) * 2)
+                data = self.read_response(one, 2 * length)
                 while data.count(b"HTTP/1.1 ") < 2:
                     data += one.recv(65536)
                 self.assertEqual(data[9:12], status)
         until(lambda: self.snapshot()["statsOutcomes"]["hit"] == 8)
 
     def snapshot(self):
-        return self.server.desk.snapshot()
+        return self.server.dispatcher.snapshot()
 
-    def test_what_may_block_goes_to_a_thread_and_the_connection_comes_back(self):
+    def test_requests_that_may_block_go_to_a_thread_and_the_connection_returns(self):
         attend, seen = self.server.serve_in_thread, []
-        self.patched(self.server, "serve_in_thread", lambda visitor: (seen.append(visitor), attend(visitor)))
+        self.patch(self.server, "serve_in_thread", lambda connection: (seen.append(connection), attend(connection)))
         self.origin.pages["/y_1.0.deb"] = ScriptedResponse(b"y")
-        one = self.visit()
+        one = self.open_client()
         for path, length, threads in (("/x_1.0.deb", 4096, 0), ("/y_1.0.deb", 1, 1), ("/x_1.0.deb", 4096, 1),
                                       ("/big_1.0.deb", 3_000_000, 2), ("/x_1.0.deb", 4096, 2)):
-            one.sendall(self.line(path))
-            self.read(one, length)
+            one.sendall(self.raw_request(path))
+            self.read_response(one, length)
             self.assertEqual(len(seen), threads)
 
-    def test_requests_sent_at_once_are_answered_in_order(self):
+    def test_pipelined_requests_are_answered_in_order(self):
         self.origin.pages["/y_1.0.deb"] = ScriptedResponse(b"y" * 5000)
         order = ["/x_1.0.deb", "/y_1.0.deb", "/x_1.0.deb", "/big_1.0.deb", "/x_1.0.deb", "/y_1.0.deb"]
         bodies = {"/x_1.0.deb": bytes(range(256)) * 16, "/y_1.0.deb": b"y" * 5000, "/big_1.0.deb": b"b" * 3_000_000}
-        one = self.visit(b"".join(map(self.line, order)))
+        one = self.open_client(b"".join(map(self.raw_request, order)))
         with one.makefile("rb") as file:
             for path in order:
                 head = b"".join(iter(file.readline, b"\r\n"))
                 length = int(re.search(rb"Content-Length: (\d+)", head)[1])
                 self.assertEqual(file.read(length), bodies[path])
 
-    def test_a_head_that_comes_byte_by_byte_waits_there(self):
-        self.no_threads()
-        one = self.visit()
+    def test_a_head_that_arrives_byte_by_byte_waits_in_the_loop(self):
+        self.forbid_threads()
+        one = self.open_client()
         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for byte in self.line():
+        for byte in self.raw_request():
             one.sendall(bytes((byte,)))
-        self.assertTrue(self.read(one, 4096).startswith(b"HTTP/1.1 200 "))
+        self.assertTrue(self.read_response(one, 4096).startswith(b"HTTP/1.1 200 "))
 
-    def test_a_head_that_never_ends_is_told_so(self):
+    def test_an_incomplete_head_is_a_408(self):
         with mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 0.1):
-            self.assertTrue(self.visit(b"GET http://a/x HTTP/1.1\r\nHo").recv(999).startswith(b"HTTP/1.1 408 "))
-            self.assertEqual(self.visit().recv(999), b"")
+            self.assertTrue(self.open_client(b"GET http://a/x HTTP/1.1\r\nHo").recv(999).startswith(b"HTTP/1.1 408 "))
+            self.assertEqual(self.open_client().recv(999), b"")
 
     def test_an_idle_connection_is_closed(self):
         with mock.patch.object(pkgproxy, "IDLE_TIMEOUT", 0.1):
-            one = self.visit(self.line())
-            self.read(one, 4096)
+            one = self.open_client(self.raw_request())
+            self.read_response(one, 4096)
             self.assertEqual(one.recv(999), b"")
 
-    def test_a_client_that_does_not_read_holds_up_nobody_and_is_seen_off(self):
-        self.one_that_does_not_read()
-        self.read(self.visit(self.line()), 4096)
+    def test_a_client_that_does_not_read_delays_nobody_and_is_closed(self):
+        self.open_blocked_client()
+        self.read_response(self.open_client(self.raw_request()), 4096)
         until(lambda: self.server.replies_running == 1)
         with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.05):
-            until(lambda: not self.server.lobby.sending)
+            until(lambda: not self.server.event_loop.sending)
 
-    def test_what_was_sent_in_pieces_is_whole_and_counted(self):
+    def test_a_response_sent_in_pieces_is_complete_and_counted(self):
         before = self.snapshot()["statsCacheBytes"]
-        slow = self.one_that_does_not_read()
+        slow = self.open_blocked_client()
         with slow.makefile("rb") as file:
             for _ in range(200):
                 head = b"".join(iter(file.readline, b"\r\n"))
                 self.assertEqual(file.read(60_000), b"z" * 60_000, head)
         until(lambda: self.snapshot()["statsCacheBytes"] == before + 200 * 60_000)
 
-    def test_a_stored_file_that_goes_or_changes_is_not_remembered(self):
-        self.assertIn("; hit", self.ask("/x_1.0.deb")["Cache-Status"])
+    def test_a_removed_or_changed_file_is_not_served_from_memory(self):
+        self.assertIn("; hit", self.request("/x_1.0.deb")["Cache-Status"])
         self.page.body, self.page.etag = b"new", '"new"'
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         os.unlink(path)
-        self.assertEqual(self.ask("/x_1.0.deb").body, b"new")
+        self.assertEqual(self.request("/x_1.0.deb").body, b"new")
         shutil.rmtree(self.root)
         self.page.body = b"newer"
-        self.assertEqual(self.ask("/x_1.0.deb").body, b"newer")
+        self.assertEqual(self.request("/x_1.0.deb").body, b"newer")
 
-    def test_a_thread_does_one_request_after_another_and_parses_none_anew(self):
+    def test_a_thread_serves_one_request_after_another_and_parses_each_once(self):
         self.origin.pages["/other_1.0.deb"] = self.origin.pages["/another_1.0.deb"] = ScriptedResponse(b"other")
-        parse = self.patched(pkgproxy, "parse_request", mock.Mock(wraps=pkgproxy.parse_request))
-        lookup = self.patched(self.proxy._store, "lookup", mock.Mock(wraps=self.proxy._store.lookup))
-        started = self.patched(pkgproxy.threading, "Thread", mock.Mock(wraps=threading.Thread))
+        parse = self.patch(pkgproxy, "parse_request", mock.Mock(wraps=pkgproxy.parse_request))
+        lookup = self.patch(self.proxy._store, "lookup", mock.Mock(wraps=self.proxy._store.lookup))
+        started = self.patch(pkgproxy.threading, "Thread", mock.Mock(wraps=threading.Thread))
         for path in ("/other_1.0.deb", "/another_1.0.deb"):
-            until(lambda: self.server._crew._idle)  # since the visits before
-            self.assertEqual(self.ask(path).body, b"other")
-        self.assertEqual((started.call_count, parse.call_count), (2, 2), "the downloads' threads alone")
-        self.assertEqual(lookup.call_count, 4, "for each once before the claim, and once after it (invariant 4)")
+            until(lambda: self.server._thread_pool._unreserved_idle)  # after the earlier requests
+            self.assertEqual(self.request(path).body, b"other")
+        self.assertEqual((started.call_count, parse.call_count), (2, 2), "only the threads of the downloads")
+        self.assertEqual(lookup.call_count, 4, "each is looked up once before and once after taking the lock")
 
-    def test_a_request_that_its_thread_takes_up_when_we_listen_no_more_is_answered(self):
+    def test_a_request_dispatched_during_shutdown_is_answered(self):
         came, gate, finish = Gate(), Gate(), self.server.finish_request
-        self.patched(self.server, "finish_request", lambda *what: (came.open(), gate.pass_through(), finish(*what)))
+        self.patch(self.server, "finish_request", lambda *what: (came.open(), gate.pass_through(), finish(*what)))
         with self.connection() as connection:
             connection.request("GET", self.origin.url("/new_1.0.deb"))
             came.pass_through()
@@ -8763,7 +8945,7 @@ class EventLoopTest(ProxyCase):
             gate.open()
             self.assertEqual(connection.getresponse().status, 404)
 
-    def test_what_was_sent_a_moment_ago_is_sent_again_only_while_it_is_right(self):
+    def test_the_hot_cache_is_used_only_while_it_is_valid(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         other = os.path.join(self.root, "other")
 
@@ -8771,61 +8953,61 @@ class EventLoopTest(ProxyCase):
             self.proxy.config = dataclasses.replace(self.proxy.config, filters=(re.compile("x_1"),))
 
         def invalidated():
-            self.ask("/x_1.0.deb", "POST", body=b"")
+            self.request("/x_1.0.deb", "POST", body=b"")
 
         for what, change in (("removed", lambda: os.unlink(path)), ("invalidated", invalidated),
                              ("with one name less", lambda: (os.link(path, other), os.unlink(path))),
                              ("cut", lambda: os.truncate(path, 100)), ("kept out by a filter", filtered)):
             with self.subTest(what), mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
                 shutil.rmtree(self.root)
-                self.ask("/x_1.0.deb")
-                self.settle()
-                lookup = self.patched(self.proxy._store, "lookup", mock.Mock(wraps=self.proxy._store.lookup))
-                for _ in range(3):  # the first looks it up, the others don't
-                    self.assertIn("; hit", self.ask("/x_1.0.deb")["Cache-Status"])
+                self.request("/x_1.0.deb")
+                self.wait_until_idle()
+                lookup = self.patch(self.proxy._store, "lookup", mock.Mock(wraps=self.proxy._store.lookup))
+                for _ in range(3):  # only the first looks it up
+                    self.assertIn("; hit", self.request("/x_1.0.deb")["Cache-Status"])
                 self.assertEqual(lookup.call_count, 1)
                 change()
-                self.assertNotIn("; hit", self.ask("/x_1.0.deb")["Cache-Status"])
+                self.assertNotIn("; hit", self.request("/x_1.0.deb")["Cache-Status"])
 
-    def test_who_asks_again_over_one_connection_gets_no_file_that_has_gone(self):
+    def test_a_removed_file_is_not_served_to_a_later_request_on_the_same_connection(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
-        answer = self.patched(self.server.desk, "try_hot_path", mock.Mock(wraps=self.server.desk.try_hot_path))
+        answer = self.patch(self.server.dispatcher, "try_hot_path", mock.Mock(wraps=self.server.dispatcher.try_hot_path))
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
-            one = self.visit()
+            one = self.open_client()
             for _ in range(3):
-                one.sendall(self.line())
-                self.assertIn(b"; hit", self.read(one, 4096))
-            self.assertEqual(answer.call_count, 1, "the others are known by their bytes")
+                one.sendall(self.raw_request())
+                self.assertIn(b"; hit", self.read_response(one, 4096))
+            self.assertEqual(answer.call_count, 1, "the others are recognized by their bytes")
             self.page.body, self.page.etag = b"n" * 4096, '"new"'
             os.unlink(path)
-            one.sendall(self.line())
-            self.assertTrue(self.read(one, 4096).endswith(b"n"))
+            one.sendall(self.raw_request())
+            self.assertTrue(self.read_response(one, 4096).endswith(b"n"))
 
-    def test_who_comes_when_a_file_has_gone_does_not_get_it_in_the_same_turn(self):
+    def test_a_removed_file_is_not_served_to_a_new_connection(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
-        early, late, find = self.visit(), [], self.server.lobby._shelf.get
+        early, late, find = self.open_client(), [], self.server.event_loop._hot_cache.get
 
         def found(asked, config):
             copy = find(asked, config)
-            if copy is not None and not late:  # it was good just now: somebody removes it, and comes
+            if copy is not None and not late:  # just found valid: the file is removed, and then a new client connects
                 os.unlink(path)
-                late.append(self.visit(self.line()))
+                late.append(self.open_client(self.raw_request()))
                 self.server._accept()
             return copy
 
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
-            early.sendall(self.line())
-            self.assertIn(b"; hit", self.read(early, 4096))
-            self.patched(self.server.lobby._shelf, "get", found)
-            early.sendall(self.line())
-            self.assertIn(b"; hit", self.read(early, 4096))
-            self.assertTrue(self.read(late[0], 4096).endswith(b"n"))
+            early.sendall(self.raw_request())
+            self.assertIn(b"; hit", self.read_response(early, 4096))
+            self.patch(self.server.event_loop._hot_cache, "get", found)
+            early.sendall(self.raw_request())
+            self.assertIn(b"; hit", self.read_response(early, 4096))
+            self.assertTrue(self.read_response(late[0], 4096).endswith(b"n"))
 
-    def test_who_asks_for_more_when_a_file_has_gone_does_not_get_it_in_the_same_turn(self):
+    def test_a_removed_file_is_not_served_to_a_later_pipelined_request(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
-        find, select, gate, came, late = self.server.lobby._shelf.get, self.server.lobby.watchman.select, Gate(), Gate(), []
+        find, select, gate, came, late = self.server.event_loop._hot_cache.get, self.server.event_loop.selector.select, Gate(), Gate(), []
 
         def come(there):
             with contextlib.suppress(BlockingIOError):
@@ -8834,32 +9016,32 @@ class EventLoopTest(ProxyCase):
 
         def found(asked, config):
             copy = find(asked, config)
-            if copy is not None and not late:  # it was good just now: somebody removes it, and asks once more
+            if copy is not None and not late:  # just found valid: the file is removed, and then a client sends another request
                 os.unlink(path)
-                guest, there = next(pair for pair in pairs if come(pair[1]))
-                guest.sendall(self.line())
-                until(lambda: come(there) == 2 * len(self.line()))
-                late.append(guest)
+                client, there = next(pair for pair in pairs if come(pair[1]))
+                client.sendall(self.raw_request())
+                until(lambda: come(there) == 2 * len(self.raw_request()))
+                late.append(client)
             return copy
 
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
-            guests = [self.visit(), self.visit()]
-            for guest in guests:
-                guest.sendall(self.line())
-                self.assertIn(b"; hit", self.read(guest, 4096))
-            there = {visitor.address: visitor.connection for visitor in self.server.lobby._visitors}
-            pairs = [(guest, there[guest.getsockname()]) for guest in guests]
-            self.patched(self.server.lobby.watchman, "select", lambda timeout: (came.open(), gate.pass_through(), select(timeout))[2])
+            clients = [self.open_client(), self.open_client()]
+            for client in clients:
+                client.sendall(self.raw_request())
+                self.assertIn(b"; hit", self.read_response(client, 4096))
+            there = {each.address: each.sock for each in self.server.event_loop._connections}
+            pairs = [(client, there[client.getsockname()]) for client in clients]
+            self.patch(self.server.event_loop.selector, "select", lambda timeout: (came.open(), gate.pass_through(), select(timeout))[2])
             came.pass_through()
-            self.patched(self.server.lobby._shelf, "get", found)
-            for guest in guests:
-                guest.sendall(self.line())
+            self.patch(self.server.event_loop._hot_cache, "get", found)
+            for client in clients:
+                client.sendall(self.raw_request())
             until(lambda: all(come(there) for _, there in pairs))
             gate.open()
             until(lambda: late)
-            self.assertTrue(self.read(late[0], 2 * 4096).endswith(b"n"))
+            self.assertTrue(self.read_response(late[0], 2 * 4096).endswith(b"n"))
 
-    def test_a_file_that_goes_while_it_is_looked_up_is_sent_once(self):
+    def test_a_file_removed_during_its_lookup_is_served_once(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
         real, gone = self.proxy._store.lookup, []
@@ -8870,34 +9052,34 @@ class EventLoopTest(ProxyCase):
                 gone.append(os.unlink(path))
             return stored
 
-        self.patched(self.proxy._store, "lookup", lookup)
+        self.patch(self.proxy._store, "lookup", lookup)
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
-            one = self.visit(self.line())
-            self.assertIn(b"; hit", self.read(one, 4096))  # it was there when it was asked for
-            one.sendall(self.line())
-            self.assertTrue(self.read(one, 4096).endswith(b"n"))
+            one = self.open_client(self.raw_request())
+            self.assertIn(b"; hit", self.read_response(one, 4096))  # the file existed when it was requested
+            one.sendall(self.raw_request())
+            self.assertTrue(self.read_response(one, 4096).endswith(b"n"))
 
-    def test_what_is_cut_off_at_the_end_is_counted_and_logged(self):
-        self.one_that_does_not_read()
+    def test_a_response_cut_off_at_shutdown_is_counted_and_logged(self):
+        self.open_blocked_client()
         before = self.snapshot()["statsOutcomes"]["hit"]
         with mock.patch.object(pkgproxy, "SHUTDOWN_GRACE", 0.05), self.assertLogs("pkgproxy", "INFO") as caught:
             self.server.shutdown()
             self.server.server_close()
-        self.assertEqual(sum("broken off" in line for line in caught.output), 1)
+        self.assertEqual(sum("incomplete" in line for line in caught.output), 1)
         self.assertGreater(self.snapshot()["statsOutcomes"]["hit"], before)
 
-    def test_what_is_given_in_one_turn_is_counted_and_logged_for_each(self):
-        before, guests = self.snapshot(), [self.visit() for _ in range(20)]
-        until(lambda: len(self.server.lobby._visitors) >= 20)
-        select = self.server.lobby.watchman.select
+    def test_each_of_many_hits_in_one_loop_iteration_is_counted_and_logged(self):
+        before, clients = self.snapshot(), [self.open_client() for _ in range(20)]
+        until(lambda: len(self.server.event_loop._connections) >= 20)
+        select = self.server.event_loop.selector.select
         gate = Gate()
-        self.patched(self.server.lobby.watchman, "select", lambda timeout: (gate.pass_through(), select(timeout))[1])
+        self.patch(self.server.event_loop.selector, "select", lambda timeout: (gate.pass_through(), select(timeout))[1])
         with self.assertLogs("pkgproxy", "INFO") as caught:
-            for guest in guests:
-                guest.sendall(self.line() * 3)
+            for client in clients:
+                client.sendall(self.raw_request() * 3)
             gate.open()
-            for guest in guests:
-                with guest.makefile("rb") as file:
+            for client in clients:
+                with client.makefile("rb") as file:
                     for _ in range(3):
                         self.assertTrue(b"".join(iter(file.readline, b"\r\n")))
                         self.assertEqual(len(file.read(4096)), 4096)
@@ -8906,106 +9088,107 @@ class EventLoopTest(ProxyCase):
         self.assertEqual(self.snapshot()["statsCacheBytes"], before["statsCacheBytes"] + 60 * 4096)
         origin, = self.snapshot()["origins"].values()
         self.assertEqual(origin["cached"], self.snapshot()["statsCacheBytes"])
-        self.assertEqual(len({line.partition("]")[0] for line in caught.output}), 60, "each has a number of its own")
+        self.assertEqual(len({line.partition("]")[0] for line in caught.output}), 60, "each line has its own request number")
         self.assertEqual(len(self.snapshot()["recent"]), pkgproxy.MAX_ROWS)
 
-    def test_what_was_sent_a_moment_ago_holds_few_files_open_and_not_for_long(self):
+    def test_the_hot_cache_keeps_few_files_open_and_briefly(self):
         self.origin.pages.update({"/n%d_1.0.deb" % number: ScriptedResponse(b"n") for number in range(40)})
         for _ in range(2):
             for number in range(40):
-                self.ask("/n%d_1.0.deb" % number)
-            self.settle()
+                self.request("/n%d_1.0.deb" % number)
+            self.wait_until_idle()
         before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-        self.assertLessEqual(len(self.server.lobby._shelf._copies), pkgproxy.HOT_CACHE_SIZE)
-        until(lambda: not self.server.lobby._shelf._copies)
+        self.assertLessEqual(len(self.server.event_loop._hot_cache._entries), pkgproxy.HOT_CACHE_SIZE)
+        until(lambda: not self.server.event_loop._hot_cache._entries)
         if before:
             self.assertLess(len(os.listdir("/proc/self/fd")), before + 10)
 
-    def test_what_is_not_in_memory_is_left_to_a_thread(self):
+    def test_a_file_that_is_not_in_memory_is_read_by_a_thread(self):
         if not hasattr(os, "preadv"):
             self.skipTest("no preadv here")
-        attend = self.patched(self.server, "serve_in_thread", mock.Mock(wraps=self.server.serve_in_thread))
-        self.patched(os, "preadv", mock.Mock(side_effect=BlockingIOError))
-        self.assertEqual(self.ask("/x_1.0.deb").body, bytes(range(256)) * 16)
+        attend = self.patch(self.server, "serve_in_thread", mock.Mock(wraps=self.server.serve_in_thread))
+        self.patch(os, "preadv", mock.Mock(side_effect=BlockingIOError))
+        self.assertEqual(self.request("/x_1.0.deb").body, bytes(range(256)) * 16)
         self.assertEqual(attend.call_count, 1)
 
     def test_five_hundred_idle_connections_take_no_thread(self):
         before = threading.active_count()
-        guests = [self.visit(self.line()) for _ in range(500)]
-        for guest in guests:
-            self.read(guest, 4096)
+        clients = [self.open_client(self.raw_request()) for _ in range(500)]
+        for client in clients:
+            self.read_response(client, 4096)
         self.assertLessEqual(threading.active_count(), before + 1)
 
-    def test_who_asks_for_much_at_once_takes_turns_with_the_others(self):
-        order, others, desk = [], [], self.server.desk
-        answer = desk.try_hot_path
-        greedy = self.visit()
+    def test_a_client_that_pipelines_many_requests_takes_turns_with_others(self):
+        order, others, dispatcher = [], [], self.server.dispatcher
+        answer = dispatcher.try_hot_path
+        greedy = self.open_client()
 
-        def noted(visitor, *more):
-            if not order:  # while the first of fifty is answered, another client comes
-                others.append(self.visit(self.line()))
-            order.append(visitor.address == greedy.getsockname())
-            return answer(visitor, *more)
+        def noted(connection, *more):
+            if not order:  # another client connects while the first of fifty requests is answered
+                others.append(self.open_client(self.raw_request()))
+            order.append(connection.address == greedy.getsockname())
+            return answer(connection, *more)
 
-        self.patched(desk, "try_hot_path", noted)
-        greedy.sendall(self.line() * 50)
+        self.patch(dispatcher, "try_hot_path", noted)
+        greedy.sendall(self.raw_request() * 50)
         until(lambda: len(order) == 51)
         self.assertLess(order.index(False), 49)
-        self.read(others[0], 4096)
+        self.read_response(others[0], 4096)
 
-    def test_an_answer_under_way_is_not_cut_to_make_room(self):
-        self.one_that_does_not_read()
-        room = self.server.room
-        with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", -1.0), mock.patch.object(room, "most", 0):
-            self.assertFalse(room.reserve())
-        self.assertFalse(room._leaving)
+    def test_a_response_in_progress_is_not_cut_off_to_admit_another_client(self):
+        self.open_blocked_client()
+        limiter = self.server.limiter
+        with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", -1.0), mock.patch.object(limiter, "max_connections", 0):
+            self.assertFalse(limiter.reserve())
+            limiter.close_idle_for_new()
+        self.assertFalse(limiter._closing)
 
-    def test_who_was_parked_for_long_is_served_all_the_same(self):
-        visitor = next(iter(self.parked_for_long()))
-        self.server.lobby.add(visitor)
-        until(lambda: visitor.answered)
+    def test_a_connection_parked_for_long_is_served(self):
+        connection = next(iter(self.make_parked_connection()))
+        self.server.event_loop.add(connection)
+        until(lambda: connection.answered)
 
-    def parked_for_long(self):
+    def make_parked_connection(self):
         mine, theirs = socket.socketpair()
         self.addCleanup(theirs.close)
-        self.server.room.reserve()
-        visitor = pkgproxy.ClientConnection(mine, ("127.0.0.1", 9), self.server.lobby.add)
-        visitor._place = ("127.0.0.1", self.server.server_address[1])
-        visitor.waiting_since -= 1000
-        theirs.sendall(self.line())
-        yield visitor
+        self.server.limiter.reserve()
+        connection = pkgproxy.ClientConnection(mine, ("127.0.0.1", 9), self.server.event_loop.add)
+        connection.server_address = ("127.0.0.1", self.server.server_address[1])
+        connection.waiting_since -= 1000
+        theirs.sendall(self.raw_request())
+        yield connection
 
-    def test_who_comes_as_it_starts_is_let_in_at_once(self):
-        server = self.server_of(self.server.desk)
+    def test_a_client_that_connects_at_start_is_accepted_at_once(self):
+        server = self.make_server(self.server.dispatcher)
         serving = threading.Thread(target=server.serve_forever, args=(3600.0,))
         serving.start()
         try:
             with socket.create_connection(server.server_address, PATIENCE) as one:
-                one.sendall(self.line())
-                self.read(one, 4096)
+                one.sendall(self.raw_request())
+                self.read_response(one, 4096)
         finally:
             server.shutdown()
             server.server_close()
             serving.join()
 
-    def test_what_fails_in_the_loop_does_not_end_it(self):
-        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "admit_parked", side_effect=[ValueError, None]) as relieve:
+    def test_an_exception_in_the_loop_does_not_end_it(self):
+        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.limiter, "admit_parked", side_effect=[ValueError, None]) as relieve:
             until(lambda: relieve.call_count >= 2)
-        self.read(self.visit(self.line()), 4096)
+        self.read_response(self.open_client(self.raw_request()), 4096)
 
-    def test_what_fails_in_the_loop_each_time_keeps_nobody_out(self):
-        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.room, "admit_parked", side_effect=ValueError) as relieve:
+    def test_a_repeated_exception_in_the_loop_locks_nobody_out(self):
+        with self.assertLogs("pkgproxy", "ERROR"), mock.patch.object(self.server.limiter, "admit_parked", side_effect=ValueError) as relieve:
             for times in (2, 4):
                 until(lambda times=times: relieve.call_count >= times)
-                self.read(self.visit(self.line()), 4096)
+                self.read_response(self.open_client(self.raw_request()), 4096)
 
-    def test_a_bug_costs_its_client_and_nobody_else(self):
-        answer = self.server.desk.try_hot_path
-        self.patched(self.server.desk, "try_hot_path", lambda visitor, *more: (
-            1 // 0 if b"bug" in visitor.buffered else answer(visitor, *more)))
+    def test_an_exception_for_one_client_does_not_affect_others(self):
+        answer = self.server.dispatcher.try_hot_path
+        self.patch(self.server.dispatcher, "try_hot_path", lambda connection, *more: (
+            1 // 0 if b"bug" in connection.buffered else answer(connection, *more)))
         with self.assertLogs("pkgproxy", "ERROR"):
-            self.assertEqual(self.visit(self.line("/bug")).recv(999), b"")
-        self.read(self.visit(self.line()), 4096)
+            self.assertEqual(self.open_client(self.raw_request("/bug")).recv(999), b"")
+        self.read_response(self.open_client(self.raw_request()), 4096)
 
     def test_where_a_head_ends(self):
         for data, end in ((b"", 0), (b"GET / HTTP/1.1\r\n", 0), (b"GET / HTTP/1.1\r\n\r\nmore", 18), (b"GET /\n\n", -1),
@@ -9019,20 +9202,20 @@ class EventLoopTest(ProxyCase):
 
 
 class CPUAffinityTest(ProxyCase):
-    """The processor that our threads share."""
+    """The processor that the threads of an instance share."""
 
-    def test_a_thread_leaves_it_only_while_the_kernel_sends_a_long_file(self):
+    def test_a_thread_is_unpinned_only_while_the_kernel_sends_a_large_file(self):
         moves = []
         with mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, create=True), mock.patch.object(
                 os, "sched_setaffinity", lambda _, where: moves.append(where), create=True), mock.patch.object(pkgproxy, "LARGE_SEND", 200_000):
-            self.server.desk.seat.pin(6)
+            self.server.dispatcher.affinity.pin(6)
             self.assertEqual(moves, [{2}])
             for path, length, whither in (("/short_1.0_all.deb", 150_000, []), ("/long_1.0_all.deb", 250_000, [{0, 1, 2, 3}, {2}])):
                 self.origin.pages[path] = ScriptedResponse(b"x" * length)
-                self.ask(path)
-                self.settle()
+                self.request(path)
+                self.wait_until_idle()
                 moves.clear()
-                self.assertEqual(len(self.ask(path).body), length)
+                self.assertEqual(len(self.request(path).body), length)
                 until(lambda: moves == whither)  # noqa: B023
 
     def test_slow_processors_are_left_out(self):
@@ -9050,17 +9233,17 @@ class CPUAffinityTest(ProxyCase):
             speeds.update(dict.fromkeys(speeds))
             self.assertEqual(pkgproxy.usable_processors(), [0, 1, 2, 3])
 
-    def test_where_it_cannot_be_chosen_all_goes_on(self):
+    def test_without_cpu_affinity_the_proxy_works(self):
         with mock.patch.object(os, "sched_setaffinity", side_effect=PermissionError, create=True):
-            self.server.desk.seat.pin(0)
-            with self.server.desk.seat.unpinned():
+            self.server.dispatcher.affinity.pin(0)
+            with self.server.dispatcher.affinity.unpinned():
                 pass
         with mock.patch.object(pkgproxy, "usable_processors", list):
-            self.server.desk.seat.pin(0)
+            self.server.dispatcher.affinity.pin(0)
 
 
 class ThreadPoolTest(unittest.TestCase):
-    """Threads that wait for more to do."""
+    """Worker threads that wait for more work."""
 
     def setUp(self):
         self.crew, self.did, self.before = pkgproxy.ThreadPool(), queue.SimpleQueue(), threading.active_count()
@@ -9069,28 +9252,28 @@ class ThreadPoolTest(unittest.TestCase):
     def work(self):
         self.did.put(threading.get_ident())
 
-    def test_who_has_nothing_to_do_for_a_while_goes(self):
+    def test_an_idle_thread_ends(self):
         with mock.patch.object(pkgproxy, "THREAD_IDLE_TIMEOUT", 0.01):
             self.crew.submit(self.work)
             self.did.get(timeout=PATIENCE)
             until(lambda: threading.active_count() == self.before)
-        self.assertEqual(self.crew._idle, 0)
+        self.assertEqual(self.crew._unreserved_idle, 0)
 
-    def test_what_is_given_to_one_that_is_about_to_go_is_done(self):
+    def test_work_given_to_a_thread_that_is_about_to_end_is_done(self):
         with mock.patch.object(pkgproxy, "THREAD_IDLE_TIMEOUT", 0.0001):
             for _ in range(300):
                 self.crew.submit(self.work)
                 self.did.get(timeout=PATIENCE)
             until(lambda: threading.active_count() == self.before)
 
-    def test_not_many_wait_and_none_after_the_end(self):
+    def test_few_idle_threads_are_kept_and_none_after_close(self):
         gate = Gate()
         with mock.patch.object(pkgproxy, "MAX_IDLE_THREADS", 3):
             for _ in range(8):
                 self.crew.submit(lambda: (gate.pass_through(), self.work()))
             gate.open()
             self.assertEqual(len({self.did.get(timeout=PATIENCE) for _ in range(8)}), 8)
-            until(lambda: (threading.active_count(), self.crew._idle) == (self.before + 3, 3))
+            until(lambda: (threading.active_count(), self.crew._unreserved_idle) == (self.before + 3, 3))
         self.crew.close()
         until(lambda: threading.active_count() == self.before)
         self.crew.submit(self.work)
@@ -9099,127 +9282,119 @@ class ThreadPoolTest(unittest.TestCase):
 
 
 class ConnectionLimiterTest(ProxyCase):
-    """No client starves another."""
+    """Limits on connections: no client starves another."""
 
     def setUp(self):
         super().setUp()
         self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"x")
-        self.stack = contextlib.ExitStack()
-        self.addCleanup(lambda: self.stack.close())
 
-    def visit(self, address="127.0.0.1", data=b""):
-        one = self.stack.enter_context(socket.create_connection(self.address, PATIENCE, (address, 0)))
-        one.sendall(data)
-        return one
-
-    def get(self, address="127.0.0.1"):
-        one = self.visit(address, b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % self.origin.url("/x_1.0.deb").encode())
+    def request_from(self, address="127.0.0.1"):
+        one = self.open_client(source=address, data=self.raw_request("/x_1.0.deb"))
         return one.recv(12)
 
-    def test_half_a_head_makes_place_where_there_is_no_room(self):
-        self.server.room.most = 4
+    def test_a_connection_with_an_incomplete_head_is_closed_when_the_limit_is_reached(self):
+        self.server.limiter.max_connections = 4
         with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", 0.05):
             for _ in range(12):
-                self.visit(data=b"GET http")
-            self.assertEqual(self.get(), b"HTTP/1.1 200")
+                self.open_client(b"GET http")
+            self.assertEqual(self.request_from(), b"HTTP/1.1 200")
 
-    def test_one_client_has_half_the_room_and_the_others_are_served(self):
-        self.server.room.most = 8
+    def test_one_client_may_use_half_of_the_connections(self):
+        self.server.limiter.max_connections = 8
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
-        line = b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.url("/slow_1.0.deb").encode()
-        greedy = [self.visit(data=line) for _ in range(10)]
-        until(lambda: len(self.server.room._parked) == 6)
-        self.assertEqual(self.get("127.0.0.2"), b"HTTP/1.1 200")
+        line = self.raw_request("/slow_1.0.deb", b"Connection: close\r\n")
+        greedy = [self.open_client(line) for _ in range(10)]
+        until(lambda: len(self.server.limiter._parked) == 6)
+        self.assertEqual(self.request_from("127.0.0.2"), b"HTTP/1.1 200")
         gate.open()
         for one in greedy:
-            self.assertTrue(b"".join(iter(lambda: one.recv(999), b"")).endswith(b"slow"))  # noqa: B023
+            self.assertTrue(read_to_end(one).endswith(b"slow"))
 
-    def test_slow_ones_that_are_parked_are_not_in_the_way_for_long(self):
-        self.server.room.most = 8
+    def test_parked_slow_clients_do_not_block_others_for_long(self):
+        self.server.limiter.max_connections = 8
         with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", 0.05):
             for _ in range(11):
-                self.visit(data=b"GET http")
-            self.assertEqual(self.get(), b"HTTP/1.1 200")
+                self.open_client(b"GET http")
+            self.assertEqual(self.request_from(), b"HTTP/1.1 200")
 
-    def test_who_reads_a_trickle_makes_room_when_it_is_needed_and_who_reads_does_not(self):
-        self.server.room.most = 5
+    def test_a_slow_reader_is_closed_when_the_limit_is_reached_and_a_steady_one_is_not(self):
+        self.server.limiter.max_connections = 5
         body = os.urandom(12 << 20)
         self.origin.pages["/large_1.0.deb"] = ScriptedResponse(body)
-        self.assertEqual(self.ask("/large_1.0.deb").body, body)
-        self.settle()
-        line = b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % self.origin.url("/large_1.0.deb").encode()
+        self.assertEqual(self.request("/large_1.0.deb").body, body)
+        self.wait_until_idle()
+        line = self.raw_request("/large_1.0.deb", b"Connection: close\r\n")
 
         def read(one, received):
             while data := one.recv(64 << 10):
                 received += data
-                time.sleep(0.002)  # a client that is slow, but reads
+                time.sleep(0.002)  # a slow but steady reader
 
-        self.addCleanup(until, lambda: not self.server.room._visitors)  # after the connections are closed
-        self.addCleanup(self.stack.close)
+        self.addCleanup(until, lambda: not self.server.limiter._connections)  # runs after the connections are closed
         with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.1):
-            reader, received = self.visit("127.0.0.3", line), bytearray()
+            reader, received = self.open_client(line, "127.0.0.3"), bytearray()
             reading = threading.Thread(target=read, args=(reader, received))
             reading.start()
-            trickling = [self.visit("127.0.0.4", line) for _ in range(4)]
-            until(lambda: sum(visitor.rate < pkgproxy.MIN_RATE for visitor in tuple(self.server.room._visitors)) >= 4)
-            self.assertEqual(len(self.server.room._visitors), 5, "nobody had to leave while there was room")
-            self.assertEqual(self.get("127.0.0.2"), b"HTTP/1.1 200")
+            trickling = [self.open_client(line, "127.0.0.4") for _ in range(4)]
+            until(lambda: sum(each.rate < pkgproxy.MIN_RATE for each in tuple(self.server.limiter._connections)) >= 4)
+            self.assertEqual(len(self.server.limiter._connections), 5, "no connection was closed below the limit")
+            self.assertEqual(self.request_from("127.0.0.2"), b"HTTP/1.1 200")
             reading.join(PATIENCE)
         self.assertEqual(received.partition(b"\r\n\r\n")[2], body)
         self.assertEqual(len(trickling), 4)
 
-    def test_a_network_of_addresses_is_one_client(self):
-        room, began = pkgproxy.ConnectionLimiter(4), []
+    def test_addresses_of_one_network_count_as_one_client(self):
+        limiter, began = pkgproxy.ConnectionLimiter(4), []
         for number, (mine, theirs) in enumerate([socket.socketpair() for _ in range(6)]):
             self.addCleanup(mine.close)
             self.addCleanup(theirs.close)
-            room.reserve()
-            room.admit(pkgproxy.ClientConnection(mine, ("2001:db8::%x:1" % number, 9), began.append))
-        self.assertEqual((len(began), len(room._parked)), (4, 2))
+            limiter.reserve()
+            limiter.admit(pkgproxy.ClientConnection(mine, ("2001:db8::%x:1" % number, 9), began.append))
+        self.assertEqual((len(began), len(limiter._parked)), (4, 2))
         self.assertEqual(len({pkgproxy.client_network(address) for address in (
             "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2%eth0", "2001:db8:0:1::1")}), 4)
 
-    def test_who_has_left_is_not_parked_any_longer(self):
-        room, ends = pkgproxy.ConnectionLimiter(4), [socket.socketpair() for _ in range(6)]
-        began, visitors = [], []
+    def test_a_client_that_has_left_is_no_longer_parked(self):
+        limiter, ends = pkgproxy.ConnectionLimiter(4), [socket.socketpair() for _ in range(6)]
+        began, connections = [], []
         for mine, theirs in ends:
             self.addCleanup(mine.close)
             self.addCleanup(theirs.close)
-            self.assertTrue(room.reserve() or True)
-            visitors.append(pkgproxy.ClientConnection(mine, ("192.0.2.1", 9), began.append))
-            room.admit(visitors[-1])
-        self.assertEqual((len(began), len(room._parked)), (4, 2))
+            self.assertTrue(limiter.reserve() or True)
+            connections.append(pkgproxy.ClientConnection(mine, ("192.0.2.1", 9), began.append))
+            limiter.admit(connections[-1])
+        self.assertEqual((len(began), len(limiter._parked)), (4, 2))
         ends[4][1].close()
-        room.admit_parked()
-        self.assertEqual(len(room._parked), 1)
-        room.release(visitors[0])
-        room.admit_parked()
-        self.assertEqual((len(began), len(room._parked)), (5, 0))
+        limiter.admit_parked()
+        self.assertEqual(len(limiter._parked), 1)
+        limiter.release(connections[0])
+        limiter.admit_parked()
+        self.assertEqual((len(began), len(limiter._parked)), (5, 0))
 
-    def test_a_client_that_leaves_when_it_is_asked_to_go_on_is_not_the_origins_fault(self):
+    def test_a_client_that_leaves_at_100_continue_is_not_an_origin_error(self):
         one = mock.Mock(**{"send.side_effect": BrokenPipeError})
-        self.assertRaises(BadRequestError, pkgproxy.ExpectContinueBody(mock.Mock(), one).read)
+        self.assertRaises(BadRequestError, pkgproxy.RequestBody(mock.Mock(), 1, mock.Mock(), one).read)
 
-    def test_a_client_with_far_too_many_connections_is_told_so(self):
-        self.server.room.most = 4
+    def test_a_client_with_far_too_many_connections_gets_a_503(self):
+        self.server.limiter.max_connections = 4
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
-        self.server.room._per_client_limit = lambda: 1
-        line = b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % self.origin.url("/slow_1.0.deb").encode()
+        self.server.limiter._per_client_limit = lambda: 1
+        line = self.raw_request("/slow_1.0.deb")
         for _ in range(5):
-            self.visit(data=line)
-        until(lambda: len(self.server.room._parked) == 4)
-        one = self.visit()
-        answer = b"".join(iter(lambda: one.recv(999), b""))
+            self.open_client(line)
+        until(lambda: len(self.server.limiter._parked) == 4)
+        one = self.open_client()
+        answer = read_to_end(one)
         self.assertEqual(answer[:12], b"HTTP/1.1 503")
         self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
 
-    def test_a_body_that_drips_is_cut_off(self):
+    def test_a_body_sent_too_slowly_is_a_408(self):
         with mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.1):
-            one = self.visit(data=b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n" % self.origin.url("/x_1.0.deb").encode())
+            one = self.open_client(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n" % self.origin.url("/x_1.0.deb").encode())
             with contextlib.suppress(OSError):
                 while not select.select([one], [], [], 0.02)[0]:
                     one.sendall(b"x")
@@ -9227,7 +9402,7 @@ class ConnectionLimiterTest(ProxyCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# 9 Porch
+# 14 Command line
 # ---------------------------------------------------------------------------------------------
 
 
@@ -9238,8 +9413,8 @@ class CommandLineTest(unittest.TestCase):
         self.folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
 
-    def start(self, *arguments, address="127.0.0.1:0", command=()):
-        process = subprocess.Popen([*(command or program()), "-a", address, *arguments], cwd=self.folder,
+    def start_process(self, *arguments, address="127.0.0.1:0", command=()):
+        process = subprocess.Popen([*(command or pkgproxy_command()), "-a", address, *arguments], cwd=self.folder,
                                    stderr=subprocess.PIPE, text=True)
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.wait, PATIENCE)
@@ -9253,10 +9428,10 @@ class CommandLineTest(unittest.TestCase):
         raise AssertionError("it did not start: %s" % lines)
 
     def run_to_end(self, *arguments, env=None):
-        return subprocess.run([*program(), *arguments], cwd=self.folder, capture_output=True, text=True, timeout=60, env=env)
+        return subprocess.run([*pkgproxy_command(), *arguments], cwd=self.folder, capture_output=True, text=True, timeout=60, env=env)
 
-    def test_it_says_what_it_found_serves_and_stops(self):
-        process, lines = self.start("-r", "packages/", command=SCRIPT)
+    def test_it_logs_its_settings_serves_and_stops(self):
+        process, lines = self.start_process("-r", "packages/", command=SCRIPT)
         stamp = r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d "
         self.assertEqual(len(lines), 3)
         self.assertRegex(lines[0], r"\A%sCache root at %s/packages \(nothing stored yet\)\Z" % (stamp, re.escape(os.path.realpath(self.folder))))
@@ -9271,13 +9446,13 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual(process.wait(PATIENCE), 0)
         self.assertTrue(os.path.isdir(os.path.join(self.folder, "packages")))
 
-    def test_it_says_who_may_connect_and_warns_root(self):
+    def test_it_logs_who_may_connect_and_warns_root(self):
         proxy = ProxyProcess(os.path.join(self.folder, "root"), ["--allow", "10.0.0.0/8", "--allow", "loopback"])
         proxy.stop()
         self.assertIn("Allowed clients: 10.0.0.0/8, loopback\n", proxy.log())
         self.assertEqual("Running as root: an unprivileged account is sufficient" in proxy.log(), os.geteuid() == 0)
 
-    def test_it_adopts_packages_from_folders_that_are_there(self):
+    def test_it_adopts_packages_from_existing_folders(self):
         root, folder = os.path.join(self.folder, "root"), os.path.join(self.folder, "archives")
         os.mkdir(folder)
         Path(folder, "x_1%3a1.0_all.deb").write_bytes(b"x" * 20_000)
@@ -9303,7 +9478,7 @@ class CommandLineTest(unittest.TestCase):
         self.assertIn("Using the parent proxy proxy.test:3128 for http origins\n", proxy.log())
         self.assertNotIn("secret", proxy.log())
 
-    def test_what_it_counted_survives_its_end(self):
+    def test_the_counters_survive_a_restart(self):
         root, served = Path(self.folder, "root"), []
         for _ in range(2):
             proxy = ProxyProcess(root)
@@ -9317,12 +9492,12 @@ class CommandLineTest(unittest.TestCase):
         self.assertTrue((root / pkgproxy.METADATA_FOLDER / "history-127.0.0.1%3A0.json").is_file())
 
     def test_ctrl_c_stops_it_too(self):
-        process, _ = self.start()
+        process, _ = self.start_process()
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(PATIENCE), 0)
 
-    def test_the_grace_is_one_for_all_addresses(self):
-        proxy = ProxyProcess(os.path.join(self.folder, "root"), ("-a", "127.0.0.2:0"), program=lambda: program(SHUTDOWN_GRACE=1.5))
+    def test_the_shutdown_grace_is_shared_by_all_addresses(self):
+        proxy = ProxyProcess(os.path.join(self.folder, "root"), ("-a", "127.0.0.2:0"), command=lambda: pkgproxy_command(SHUTDOWN_GRACE=1.5))
         until(lambda: proxy.log().count("Starting") == 2)
         origin = ScriptedOrigin()
         self.addCleanup(origin.close)
@@ -9339,12 +9514,12 @@ class CommandLineTest(unittest.TestCase):
             proxy.stop()
             self.assertLess(time.monotonic() - began, 2.9)
 
-    def test_a_running_reply_is_finished_first(self):
+    def test_a_response_in_progress_is_finished_before_shutdown(self):
         origin, gate = ScriptedOrigin(), Gate()
         self.addCleanup(origin.close)
         self.addCleanup(gate.open)
         origin.pages["/x_1.0.deb"] = ScriptedResponse(b"x" * 1000, gate=gate, first=500)
-        process, lines = self.start()
+        process, lines = self.start_process()
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", int(lines[2].rpartition(":")[2]), timeout=PATIENCE)) as one:
             one.request("GET", origin.url("/x_1.0.deb"))
             response = one.getresponse()
@@ -9355,10 +9530,10 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual(response.read(), b"x" * 990)
         self.assertEqual(process.wait(PATIENCE), 0)
 
-    def test_sighup_reads_the_filters_again(self):
+    def test_sighup_reloads_the_filters(self):
         path = os.path.join(self.folder, "filters.txt")
         Path(path).write_text("a\nb\n")
-        process, lines = self.start("-f", path)
+        process, lines = self.start_process("-f", path)
         self.assertIn("Parsed 2 filters", lines[1])
         for text, expected in (("a\n(\n", "line 2 is not a regular expression"), (None, "Parsed 1 filters")):
             if text:
@@ -9374,7 +9549,7 @@ class CommandLineTest(unittest.TestCase):
             socket.create_server(("::1", 0), family=socket.AF_INET6).close()
         except OSError:
             self.skipTest("no IPv6 on this machine")
-        process, lines = self.start(address=":0")
+        process, lines = self.start_process(address=":0")
         port = int(lines[2].rpartition(":")[2])
         self.assertTrue(lines[2].endswith(" :%d" % port))
         for host in ("127.0.0.1", "::1"):
@@ -9382,11 +9557,11 @@ class CommandLineTest(unittest.TestCase):
                 connection.request("GET", "/")
                 self.assertEqual(connection.getresponse().status, 200)
 
-    def test_several_addresses(self):
-        process, lines = self.start("-a", "127.0.0.1:0")
+    def test_several_addresses_are_served(self):
+        process, lines = self.start_process("-a", "127.0.0.1:0")
         self.assertIn("Starting proxy server at 127.0.0.1:", process.stderr.readline())
 
-    def test_what_cannot_work_is_one_clear_line(self):
+    def test_invalid_settings_are_reported_in_one_line(self):
         Path(self.folder, "file").write_text("")
         Path(self.folder, "binary").write_bytes(b"\xff\xfe\x00")
         Path(self.folder, "endless").write_bytes(bytes(2 << 20))  # as much of /dev/zero
@@ -9413,25 +9588,25 @@ class CommandLineTest(unittest.TestCase):
                     self.assertRegex(last, r"\Apkgproxy(\.py)?: ")
                     self.assertIn(expected, last)
                     self.assertNotIn("Traceback", ran.stderr)
-                    self.assertNotIn("while attempting", ran.stderr, "Python's words")
+                    self.assertNotIn("while attempting", ran.stderr, "argparse's message")
 
-    def test_without_r_nothing_of_the_current_folder_is_given_away(self):
+    def test_without_r_no_existing_file_of_the_current_folder_is_served(self):
         Path(self.folder, "backups").mkdir()
         Path(self.folder, "backups", "home-2024.01.tar.gz").write_bytes(b"secret")
         for arguments, status in (((), 502), (("-r", "."), 200)):
-            _, lines = self.start(*arguments)
+            _, lines = self.start_process(*arguments)
             with contextlib.closing(http.client.HTTPConnection("127.0.0.1", int(lines[2].rpartition(":")[2]), timeout=PATIENCE)) as one:
                 one.request("GET", "http://backups/home-2024.01.tar.gz")
                 self.assertEqual(one.getresponse().status, status)
         self.assertEqual(Path(self.folder, "backups", "home-2024.01.tar.gz").read_bytes(), b"secret")
 
-    def test_only_the_journals_own_stream_does_without_time_stamps(self):
+    def test_time_stamps_are_omitted_for_the_journal_only(self):
         info = os.fstat(2)
         self.assertTrue(pkgproxy.stderr_is_journal("%d:%d" % (info.st_dev, info.st_ino)))
         for stream in ("", "1:1", "x"):
             self.assertFalse(pkgproxy.stderr_is_journal(stream))
 
-    def test_a_byte_order_mark_is_no_filter(self):
+    def test_a_byte_order_mark_is_not_part_of_a_filter(self):
         path = os.path.join(self.folder, "filters.txt")
         Path(path).write_bytes(b"\xef\xbb\xbf# comment\na\n")
         self.assertEqual([f.pattern for f in pkgproxy.load_filters(path)], ["a"])
@@ -9439,13 +9614,13 @@ class CommandLineTest(unittest.TestCase):
     def test_version_and_help(self):
         self.assertEqual(self.run_to_end("--version").stdout, "pkgproxy %s\n" % pkgproxy.__version__)
         text = self.run_to_end("--help", env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}).stdout
-        self.assertLessEqual(len(text.splitlines()), 48, "two screens")
+        self.assertLessEqual(len(text.splitlines()), 48, "the help fits two screens")
         if sys.version_info >= (3, 13):  # the older ones repeat the metavar
             lines = [line for line in text.splitlines() if line.startswith("  -")]
             headings = [heading for heading, options in pkgproxy.OPTIONS.items() for _ in options]
-            self.assertEqual(len(lines), len(headings), "an option a line")
+            self.assertEqual(len(lines), len(headings), "one line for each option")
             for line, heading in zip(lines, headings):
-                self.assertRegex(line, r"  \S.*\(.+\)\Z" if heading != "log and help" else r"\S  +\S", "with its default")
+                self.assertRegex(line, r"  \S.*\(.+\)\Z" if heading != "log and help" else r"\S  +\S", "including its default")
 
     def test_an_option_sets_the_config_field_of_its_row(self):
         given = {"ADDR": ("127.0.0.1:0", "[::1]:0"), "NET": ("all", "loopback"), "PORTS": ("80",), "SIZE": ("1G",), "TIME": ("1d",),
@@ -9471,14 +9646,14 @@ class CommandLineTest(unittest.TestCase):
     def test_without_options_the_configs_own_defaults_hold(self):
         with mock.patch.dict(os.environ, clear=True):
             config, level = pkgproxy.parse_options([])
-        self.assertEqual(dataclasses.replace(config, pseudonym="pkgproxy", no_proxy=()), Config())
+        self.assertEqual(vars(dataclasses.replace(config, pseudonym="pkgproxy", no_proxy=())), vars(Config()))
         self.assertEqual(level, logging.INFO)
         shown = {option.field: option.help for options in pkgproxy.OPTIONS.values() for option in options}
         for field, text in (("addrs", config.addrs[0]), ("allow", ", ".join(config.allow)), ("connect_ports", "443"), ("max_orphans", config.max_orphans)):
             self.assertIn("(%s)" % text, shown[field])
 
-    def test_a_log_that_nobody_reads_holds_nobody_up(self):
-        process, lines = self.start()
+    def test_an_unread_log_delays_nobody(self):
+        process, lines = self.start_process()
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", int(lines[2].rpartition(":")[2]), timeout=PATIENCE)) as one:
             for _ in range(40):  # lines of 8,000 bytes: more than a pipe of 64 KB holds
                 one.request("GET", "/debug/vars?" + "x" * 8000)
@@ -9488,11 +9663,11 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(process.wait(PATIENCE), 0)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full on this machine")
-    def test_a_full_log_device_harms_nothing(self):
+    def test_a_full_log_device_does_no_harm(self):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         with open("/dev/full", "wb") as full:
-            process = subprocess.Popen([*program(), "-a", "127.0.0.1:%d" % port], stderr=full, cwd=self.folder)
+            process = subprocess.Popen([*pkgproxy_command(), "-a", "127.0.0.1:%d" % port], stderr=full, cwd=self.folder)
         self.addCleanup(process.wait, PATIENCE)
         self.addCleanup(process.kill)
 
@@ -9506,27 +9681,27 @@ class CommandLineTest(unittest.TestCase):
 
 @unittest.skipUnless(hasattr(os, "fork") and sys.platform == "linux", "systemd is on Linux only")
 class ServiceTest(unittest.TestCase):
-    """What systemd is told, and what it hands over: as a real process."""
+    """Notifications to systemd and sockets from it, with a real process."""
 
     def setUp(self):
         self.folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
 
-    def listen(self, place):
-        """A service manager's socket, and how the environment names it."""
+    def service_manager_socket(self, place):
+        """Return a service manager's socket and its name for the environment."""
         ear = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.addCleanup(ear.close)
         ear.settimeout(PATIENCE)
         ear.bind(place)
         return ear, {"NOTIFY_SOCKET": place.replace("\0", "@")}
 
-    def start(self, *options, environment=(), **more):
+    def start_process(self, *options, environment=(), **more):
         proxy = ProxyProcess(os.path.join(self.folder, "root"), options, {**os.environ, **dict(environment)}, **more)
         self.addCleanup(proxy.kill)
         return proxy
 
-    def hear(self, ear, *words):
-        """These messages come, pings between them."""
+    def expect_messages(self, ear, *words):
+        """Wait for these messages, with watchdog pings between them."""
         heard = []
         while len(heard) < len(words):
             message = ear.recv(4096).decode()
@@ -9534,27 +9709,27 @@ class ServiceTest(unittest.TestCase):
                 self.assertRegex(message, r"\A%s\Z" % words[len(heard)])
                 heard.append(message)
 
-    def healthy(self, address):
+    def is_healthy(self, address):
         with contextlib.closing(http.client.HTTPConnection(*address, timeout=PATIENCE)) as connection:
             connection.request("GET", "/healthz")
             return connection.getresponse().read() == b"ok\n"
 
-    def test_it_says_when_it_is_ready_reads_its_filters_again_and_stops(self):
+    def test_systemd_is_notified_of_start_reload_and_stop(self):
         Path(self.folder, "filters").write_text("x", encoding="utf-8")
         for place in (os.path.join(self.folder, "notify"), "\0pkgproxy-test-%d" % os.getpid()):
             with self.subTest(place=place):
-                ear, environment = self.listen(place)
-                proxy = self.start("-f", os.path.join(self.folder, "filters"), environment={**environment, "WATCHDOG_USEC": "2000000"})
-                self.hear(ear, "READY=1", r"WATCHDOG=1\nSTATUS=0 requests, – hits, 0 B saved")
-                self.assertTrue(self.healthy(proxy.address))
+                ear, environment = self.service_manager_socket(place)
+                proxy = self.start_process("-f", os.path.join(self.folder, "filters"), environment={**environment, "WATCHDOG_USEC": "2000000"})
+                self.expect_messages(ear, "READY=1", r"WATCHDOG=1\nSTATUS=0 requests, – hits, 0 B saved")
+                self.assertTrue(self.is_healthy(proxy.address))
                 proxy.process.send_signal(signal.SIGHUP)
-                self.hear(ear, r"RELOADING=1\nMONOTONIC_USEC=\d+", "READY=1", r"WATCHDOG=1\nSTATUS=.*")
+                self.expect_messages(ear, r"RELOADING=1\nMONOTONIC_USEC=\d+", "READY=1", r"WATCHDOG=1\nSTATUS=.*")
                 proxy.stop()
-                self.hear(ear, "STOPPING=1")
+                self.expect_messages(ear, "STOPPING=1")
                 self.assertEqual(proxy.process.returncode, 0)
 
-    def test_it_is_well_only_while_its_loops_turn(self):
-        ear, environment = self.listen("\0pkgproxy-test-well-%d" % os.getpid())
+    def test_the_watchdog_is_served_only_while_the_loops_run(self):
+        ear, environment = self.service_manager_socket("\0pkgproxy-test-well-%d" % os.getpid())
         ear.setblocking(False)
         for age, told in ((0, True), (0.9, True), (1.1, False)):
             with self.subTest(age=age):
@@ -9564,11 +9739,11 @@ class ServiceTest(unittest.TestCase):
         pkgproxy.SystemdNotifier({}, pkgproxy.Counters()).send_watchdog(time.monotonic())
         self.assertFalse(select.select([ear], [], [], 0)[0])
 
-    def test_a_watchdog_that_is_none_makes_nobody_hurry(self):
+    def test_an_invalid_watchdog_interval_is_ignored(self):
         for text in ("0", "", "x", "-1"):
             self.assertEqual(pkgproxy.SystemdNotifier({"WATCHDOG_USEC": text}, pkgproxy.Counters()).pause, 1.0, text)
 
-    def test_a_process_is_well_while_each_of_its_loops_turns(self):
+    def test_the_process_is_healthy_while_each_loop_runs(self):
         heard, manager = queue.SimpleQueue(), mock.Mock()
         heard.put("SIGTERM")
         manager.pause = 1.0
@@ -9576,31 +9751,31 @@ class ServiceTest(unittest.TestCase):
         pkgproxy.wait_for_shutdown(servers, mock.Mock(), heard, manager)
         manager.send_watchdog.assert_called_once_with(5.0)
 
-    def test_a_manager_that_is_gone_harms_nothing(self):
-        proxy = self.start(environment={"NOTIFY_SOCKET": os.path.join(self.folder, "nobody")})
-        self.assertTrue(self.healthy(proxy.address))
+    def test_a_missing_service_manager_does_no_harm(self):
+        proxy = self.start_process(environment={"NOTIFY_SOCKET": os.path.join(self.folder, "nobody")})
+        self.assertTrue(self.is_healthy(proxy.address))
         proxy.stop()
         self.assertEqual(proxy.process.returncode, 0)
 
-    def handed(self, sock):
-        """How systemd starts a process that it hands a socket over to."""
+    def command_with_socket(self, sock):
+        """Return the command that starts a process with a socket as systemd passes it."""
         starter = "import os, sys; os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.argv[1], sys.argv[1:])"
         return {"prefix": (sys.executable, "-c", starter % sock.fileno()), "pass_fds": [sock.fileno()]}
 
-    def test_it_serves_on_the_sockets_that_it_is_handed(self):
+    def test_it_serves_on_sockets_passed_by_systemd(self):
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            proxy = self.start(**self.handed(listening))
-            self.assertEqual(proxy.address, listening.getsockname(), "in the place of -a")
-            self.assertTrue(self.healthy(proxy.address))
+            proxy = self.start_process(**self.command_with_socket(listening))
+            self.assertEqual(proxy.address, listening.getsockname(), "instead of -a")
+            self.assertTrue(self.is_healthy(proxy.address))
             proxy.stop()
             self.assertEqual(proxy.process.returncode, 0)
 
-    def test_sockets_handed_to_another_process_are_not_ours(self):
+    def test_sockets_for_another_process_are_ignored(self):
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            proxy = self.start(environment={"LISTEN_PID": "1", "LISTEN_FDS": "1"})
+            proxy = self.start_process(environment={"LISTEN_PID": "1", "LISTEN_FDS": "1"})
             self.assertNotEqual(proxy.address, listening.getsockname())
 
-    def test_a_listening_socket_does_not_block_and_knows_what_it_is(self):
+    def test_a_listening_socket_is_nonblocking(self):
         with pkgproxy.open_socket("127.0.0.1", 0) as listening:
             self.assertRaises(BlockingIOError, listening.accept)
             with socket.create_connection(listening.getsockname()) as one:
@@ -9610,17 +9785,17 @@ class ServiceTest(unittest.TestCase):
                     self.assertEqual((other.family, other.type), (listening.family, listening.type))
             self.assertEqual((listening.family, listening.type), (socket.AF_INET, socket.SOCK_STREAM))
 
-    def test_what_is_no_number_of_sockets_is_none(self):
+    def test_an_invalid_number_of_sockets_means_none(self):
         for text in ("", "x", "-1", "1.5"):
             for listening in pkgproxy.open_sockets(Config(addrs=("127.0.0.1:0",)), {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": text}):
                 self.assertEqual(listening.getsockname()[0], "127.0.0.1")
                 listening.close()
 
-    def test_what_is_no_listening_socket_is_told_of(self):
+    def test_a_socket_that_does_not_listen_is_reported(self):
         for kind in (socket.AF_INET, socket.AF_UNIX):
             with self.subTest(kind=kind), socket.socket(kind) as sock:
                 with self.assertRaises(AssertionError) as caught:
-                    self.start(**self.handed(sock))
+                    self.start_process(**self.command_with_socket(sock))
                 self.assertIn("pkgproxy: Cannot listen on socket 3 from systemd: it is not a listening TCP socket.\n", str(caught.exception))
 
     @unittest.skipUnless(shutil.which("systemd-socket-activate"), "systemd-socket-activate is not installed")
@@ -9630,7 +9805,7 @@ class ServiceTest(unittest.TestCase):
         def ask():
             def well():
                 with contextlib.suppress(ConnectionError):
-                    return self.healthy(address)
+                    return self.is_healthy(address)
 
             until(well)
             answers.append("ok")
@@ -9638,7 +9813,7 @@ class ServiceTest(unittest.TestCase):
         client = threading.Thread(target=ask)
         client.start()
         try:
-            proxy = self.start(prefix=("systemd-socket-activate", "-l", "%s:%d" % address))
+            proxy = self.start_process(prefix=("systemd-socket-activate", "-l", "%s:%d" % address))
         finally:
             client.join(PATIENCE)
         self.assertEqual((proxy.address, answers), (address, ["ok"]))
@@ -9647,13 +9822,13 @@ class ServiceTest(unittest.TestCase):
 
 @unittest.skipUnless(README.exists(), "no README.md beside the test file")
 class ReadmeTest(unittest.TestCase):
-    """What the README promises."""
+    """The README matches the program."""
 
     def setUp(self):
         self.text = README.read_text(encoding="utf-8")
 
-    def test_it_quotes_the_help(self):
-        """The layout is 3.13's; every version's options are compared."""
+    def test_the_readme_quotes_the_help(self):
+        """The layout is that of Python 3.13; the options are compared in every version."""
         ran = subprocess.run([*SCRIPT, "--help"], capture_output=True, text=True, timeout=60,
                              env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"})
         quoted = re.search(r"```text\n(usage: .*?)```", self.text, re.S)[1]
@@ -9662,7 +9837,7 @@ class ReadmeTest(unittest.TestCase):
         if sys.version_info[:2] == (3, 13):
             self.assertEqual(ran.stdout, quoted)
 
-    def test_it_names_every_outcome(self):
+    def test_the_readme_names_every_outcome(self):
         for outcome in Outcome:
             self.assertIn("`%s`" % outcome.value, self.text)
 
@@ -9679,7 +9854,7 @@ class ReadmeTest(unittest.TestCase):
             self.assertTrue(any(f.search("http://mirror.example.org" + path) for f in filters), path)
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
-    def test_the_unit_is_sound_as_one_service_and_as_one_of_several(self):
+    def test_the_systemd_unit_is_valid_as_a_service_and_as_a_template(self):
         for name in ("pkgproxy.service", "pkgproxy@.service", "pkgproxy@2.service"):
             with self.subTest(name), tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as folder:
                 shutil.copy(HERE / "pkgproxy.service", os.path.join(folder, name))
@@ -9687,23 +9862,23 @@ class ReadmeTest(unittest.TestCase):
                                      capture_output=True, text=True, timeout=60)
                 self.assertEqual((ran.returncode, ran.stderr), (0, ""))
 
-    def test_what_needs_a_tool_that_is_absent_is_skipped(self):
-        names = ("TlsOriginTest", "HttpsTest", "InterceptionTest", "MemcachedTest", "MirrorSharingTest.test_https_proves_for_http_but_http_for_https_only_by_a_digest",
-                 "ReadmeTest.test_the_unit_starts_what_is_installed_from_its_byte_code_and_allows_what_it_asks_of_the_kernel")
+    def test_tests_that_need_a_missing_tool_are_skipped(self):
+        names = ("TlsOriginTest", "HttpsTest", "InterceptionTest", "MemcachedTest", "MirrorSharingTest.test_a_file_fetched_over_http_is_used_for_https_only_with_a_digest",
+                 "ReadmeTest.test_the_systemd_unit_runs_byte_code_and_permits_the_system_calls_in_use")
         with tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as empty:
             ran = subprocess.run([sys.executable, __file__, *names], env={**os.environ, "PATH": empty}, capture_output=True, text=True, timeout=60)
         self.assertEqual(ran.returncode, 0, ran.stderr)
         self.assertIn("OK (skipped=", ran.stderr)
 
     @unittest.skipUnless(shutil.which("install") and shutil.which("sh"), "install is not installed")
-    def test_the_unit_starts_what_is_installed_from_its_byte_code_and_allows_what_it_asks_of_the_kernel(self):
+    def test_the_systemd_unit_runs_byte_code_and_permits_the_system_calls_in_use(self):
         unit = (HERE / "pkgproxy.service").read_text(encoding="utf-8")
         self.assertEqual(re.findall("^SystemCallFilter=(.*)$", unit, re.M), ["@system-service", "~@privileged @resources", "sched_setaffinity"])
         home, command = (re.search("^%s=(.*)$" % name, unit, re.M)[1] for name in ("WorkingDirectory", "ExecStart"))
         with tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as folder:
             here = Path(folder + home)
             for line in re.findall("^#     (install -D .*|python3 -m compileall [^#]*)", unit, re.M):
-                self.assertIn(line.strip(), self.text, "README says the same")
+                self.assertIn(line.strip(), self.text, "the README has the same example")
                 line = line.replace("/usr/local", folder + "/usr/local").replace("python3", sys.executable)
                 subprocess.run(line, shell=True, check=True, cwd=HERE, timeout=60)
             self.assertEqual(len(list((here / "__pycache__").iterdir())), 1)
@@ -9719,16 +9894,16 @@ class ReadmeTest(unittest.TestCase):
 # Real clients
 #
 # Each test builds a small repository in a temporary folder, serves it on loopback, and lets a
-# real client fetch from it through a real pkgproxy process.  Nothing of the machine's own package
-# manager is read or written: every client has a scratch root.  RealAptTest alone leaves this
-# machine, and goes to the Debian mirror that its apt is configured with.
+# real client fetch from it through a real pkgproxy process.  The machine's own package manager
+# is neither read nor changed: every client has a scratch root.  Only RealAptTest leaves this
+# machine: it uses the Debian mirror that apt is configured with.
 # ---------------------------------------------------------------------------------------------
 
 CLIENT_TIMEOUT = 60  # seconds: no client run here takes five
 DAY = 86400
 
-# What every repository here holds: name, version, bytes of payload. The names and versions are
-# those that get escaped, or not, in a different way by every client.
+# The packages of every repository here: name, version, bytes of payload.  Clients differ in how
+# they escape these names and versions.
 PACKAGES = (
     ("hello", "1.0", 2_000), ("libhello++", "2.0~rc1+b1", 3_000), ("hello-doc", "1.0", 20_000),
     ("python3-hello", "1.0.1", 5_000), ("hello.js", "3.2", 1_000), ("gtk+hello", "3.24", 10_000),
@@ -9738,183 +9913,10 @@ PACKAGES = (
 NAMES = [name for name, _, _ in PACKAGES]
 
 
-# --- The harness: an origin, a proxy, and clients that are run with a deadline -------------------
-
-class LoggedRequest:
-    """One request that an origin was asked, noted before the first byte of its answer leaves."""
-
-    def __init__(self, method, path, fields):
-        self.method, self.path, self.fields = method, urllib.parse.unquote(path), fields
-        self.status = 0
-        self.sent = 0  # body bytes handed to the connection
-
-    def __repr__(self):
-        return f"{self.method} {self.path} {self.status} {self.sent}"
-
-
-class OriginHandler(http.server.BaseHTTPRequestHandler):
-    """Files with all that RFC 9110 says about validators, preconditions and ranges."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    timeout = 30
-    server: OriginServer
-
-    def log_message(self, *_):
-        """Stay silent: the log is a list."""
-
-    def do_GET(self):
-        self.asked = LoggedRequest(self.command, self.path.partition("?")[0], self.headers)
-        self.server.log.append(self.asked)
-        file = self.server.folder / self.asked.path.lstrip("/")
-        if self.server.served.onward:
-            return self.answer(301, {"Location": self.server.served.onward + self.path}, b"")
-        if file.is_dir():
-            file /= "index.html"
-        if not file.is_file():
-            return self.answer(404, {"Content-Type": "text/plain"}, b"There is no such file.\n")
-        about, body = file.stat(), file.read_bytes()
-        media = {".html": "text/html", ".json": "application/json"}
-        fields = {"Content-Type": media.get(file.suffix, "application/octet-stream")}
-        if not self.server.validators:
-            return self.answer(200, fields, body)
-        fields.update({
-            "ETag": f'"{about.st_mtime_ns:x}-{about.st_size:x}"', "Accept-Ranges": "bytes",
-            "Last-Modified": email.utils.formatdate(int(about.st_mtime), usegmt=True)})
-        if self.not_modified(fields, int(about.st_mtime)):
-            return self.answer(304, fields, b"")
-        ranges = self.ranges(fields, len(body))
-        if ranges is None:
-            return self.answer(200, fields, body)
-        return self.answer_ranges(fields, body, ranges)
-
-    do_HEAD = do_GET
-
-    def not_modified(self, fields, modified):
-        if "If-None-Match" in self.headers:
-            return fields["ETag"] in self.headers["If-None-Match"]
-        since = email.utils.parsedate_to_datetime(self.headers.get("If-Modified-Since", EPOCH))
-        return modified <= since.timestamp()
-
-    def ranges(self, fields, size):
-        """The satisfiable ranges that are asked for, or None where the whole file is."""
-        asked = re.fullmatch(r"bytes=([-0-9, ]+)", self.headers.get("Range", ""))
-        condition = self.headers.get("If-Range", fields["ETag"])
-        if not asked or condition not in (fields["ETag"], fields["Last-Modified"]):
-            return None
-        found = []
-        for first, last in re.findall(r"(\d*)-(\d*)", asked[1]):
-            begin = int(first) if first else max(0, size - int(last))
-            end = min(size, int(last) + 1) if first and last else size
-            found += [(begin, end)] if begin < end else []
-        return found
-
-    def answer_ranges(self, fields, body, ranges):
-        size = len(body)
-        if not ranges:
-            return self.answer(416, {"Content-Range": f"bytes */{size}"}, b"")
-        if len(ranges) == 1:
-            begin, end = ranges[0]
-            fields["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
-            return self.answer(206, fields, body[begin:end])
-        fields["Content-Type"] = "multipart/byteranges; boundary=PART"
-        parts = [b"\r\n--PART\r\nContent-Type: application/octet-stream\r\nContent-Range: bytes "
-                 b"%d-%d/%d\r\n\r\n%b" % (begin, end - 1, size, body[begin:end])
-                 for begin, end in ranges]
-        return self.answer(206, fields, b"".join(parts) + b"\r\n--PART--\r\n")
-
-    def answer(self, status, fields, body):
-        self.asked.status = status
-        self.send_response(status)
-        for name, value in fields.items():
-            self.send_header(name, value)
-        if status != 304:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        breaks = self.server.breaks.get(self.asked.path)
-        if breaks:
-            body, self.close_connection = body[:breaks.pop(0)], True
-        self.asked.sent = len(body)
-        self.wfile.write(body)
-
-
-EPOCH = "Thu, 01 Jan 1970 00:00:00 GMT"
-
-
-class OriginServer(http.server.ThreadingHTTPServer):
-    """A server whose connections can be cut, as those of a machine that goes down are."""
-
-    daemon_threads = False  # so that server_close() waits for the handlers
-    request_queue_size = 64
-
-    def __init__(self, address, served):
-        self.served = served
-        self.folder, self.log, self.breaks = served.folder, served.log, served.breaks
-        self.validators = served.validators
-        self.connections = []
-        super().__init__(address, OriginHandler)
-
-    def get_request(self):
-        connection, address = super().get_request()
-        self.connections.append(connection)
-        return connection, address
-
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], OSError):  # a client that left is none of our faults
-            super().handle_error(request, client_address)
-
-
-class FileOrigin:
-    """A folder on 127.0.0.1, served as a mirror would; `log` is what it was asked."""
-
-    def __init__(self, folder, validators=True, context=None):
-        self.folder, self.validators, self.context = Path(folder), validators, context
-        self.log = []
-        self.breaks = {}  # path: after how many bytes each next answer breaks off
-        self.onward = ""  # where everything is redirected to
-        self.port = 0
-        self.server = None
-        self.start()
-
-    @property
-    def name(self):
-        return f"127.0.0.1:{self.port}"
-
-    @property
-    def url(self):
-        return f"http://{self.name}"
-
-    def start(self):
-        self.server = OriginServer(("127.0.0.1", self.port), self)
-        self.port = self.server.server_address[1]
-        if self.context:
-            self.server.socket = self.context.wrap_socket(self.server.socket, server_side=True)
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def stop(self):
-        if not self.server:
-            return
-        self.server.shutdown()
-        for connection in self.server.connections:
-            with contextlib.suppress(OSError):  # closed long ago
-                connection.shutdown(socket.SHUT_RDWR)
-        self.server.server_close()
-        self.server = None
-
-    def asked(self, part=""):
-        """What was asked for with `part` in its path."""
-        return [asked for asked in self.log if part in asked.path]
-
-    def bodies(self, part=""):
-        """The paths with `part` in them of which bytes were sent, sorted."""
-        return sorted(asked.path for asked in self.asked(part)
-                      if asked.sent and asked.status in (200, 206))
-
+# --- The harness: a proxy, and clients that are run with a deadline --------------------------------
 
 class ClientCase(unittest.TestCase):
-    """A temporary folder, origins and proxies that go away with the test, and runs of clients."""
+    """A temporary folder, origins, proxies and clients that end with the test."""
 
     needs: tuple[str, ...] = ()  # the commands without which the whole class is skipped
     needs_root = False
@@ -9934,7 +9936,7 @@ class ClientCase(unittest.TestCase):
         self.proxies = []
 
     def environment(self, **more):
-        """An environment in which no proxy, home or locale of this machine counts."""
+        """Return an environment without the proxy, home and locale settings of this machine."""
         path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
         return {"PATH": path, "HOME": str(self.folder), "LC_ALL": "C.UTF-8", **more}
 
@@ -9950,15 +9952,15 @@ class ClientCase(unittest.TestCase):
 
     def serve(self, folder, validators=True):
         served = FileOrigin(folder, validators)
-        self.addCleanup(served.stop)
+        self.addCleanup(served.close)
         return served
 
     def run_client(self, *command, accept="0", **environment):
-        """Run a client to its end; its output, or a failure that tells the whole story.
+        """Run a client to its end and return its output; a failure includes all output and the proxy's log.
 
-        `accept` names the exit statuses that are no failure.
+        ``accept`` lists the exit statuses that count as success.
         """
-        code, output = run(command, self.environment(**environment))
+        code, output = run_command(command, self.environment(**environment))
         if code not in accept.split():
             logs = "".join(proxy.log() for proxy in self.proxies)
             self.fail(f"{' '.join(map(str, command))}\nended with {code}:\n{output}\n"
@@ -9970,14 +9972,14 @@ class ClientCase(unittest.TestCase):
             return json.load(reply)
 
     def stored(self, origin):
-        """The visible cache tree of an origin: the files' bytes by their path."""
+        """Return the visible files of an origin in the cache: {path: bytes}."""
         top = self.root / origin.name
         return {f"/{file.relative_to(top)}": file.read_bytes()
                 for file in top.rglob("*") if file.is_file()}
 
 
-def run(command, environment, timeout=CLIENT_TIMEOUT):
-    """Exit status and output of a command that gets, with all its children, a deadline."""
+def run_command(command, environment, timeout=CLIENT_TIMEOUT):
+    """Run a command with a deadline; return its exit status and output."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen([str(word) for word in command], env=environment,
                                    cwd=environment["HOME"], stdin=subprocess.DEVNULL,
@@ -9993,8 +9995,8 @@ def run(command, environment, timeout=CLIENT_TIMEOUT):
         return code, output.read().decode("utf-8", "replace")
 
 
-def checked(*command, environment=None, data=None):
-    """The standard output of a tool that a repository is built with."""
+def tool_output(*command, environment=None, data=None):
+    """Return the standard output of a tool, which must succeed."""
     done = subprocess.run([str(word) for word in command], env=environment, input=data,
                           capture_output=True, timeout=CLIENT_TIMEOUT)
     if done.returncode:
@@ -10004,8 +10006,8 @@ def checked(*command, environment=None, data=None):
 
 # --- The repositories ----------------------------------------------------------------------------
 
-def noise(name, size):
-    """The same incompressible bytes for the same name, on every run."""
+def random_bytes(name, size):
+    """Return incompressible bytes that depend only on the name."""
     return random.Random(name).randbytes(size)
 
 
@@ -10014,7 +10016,7 @@ def sha256(data):
 
 
 def tar_gz(members):
-    """A gzipped tar of the given files, by name."""
+    """Return a gzipped tar archive of the files {name: bytes}."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
         for name, data in members.items():
@@ -10025,7 +10027,7 @@ def tar_gz(members):
 
 
 class Signer:
-    """A throw-away key in a keyring of its own: a folder that nobody else may read."""
+    """A throw-away key in a private keyring."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -10034,15 +10036,15 @@ class Signer:
         self.public = self.gpg("--export")
 
     def gpg(self, *arguments, data=None):
-        return checked("gpg", "--batch", "--quiet", *arguments, data=data,
+        return tool_output("gpg", "--batch", "--quiet", *arguments, data=data,
                        environment=self.environment)
 
     def close(self):
-        checked("gpgconf", "--kill", "gpg-agent", environment=self.environment)
+        tool_output("gpgconf", "--kill", "gpg-agent", environment=self.environment)
 
 
 class Repository:
-    """A folder to be served. `add` prepares a package, `publish` makes all of them visible."""
+    """A folder to be served.  add() prepares a package, publish() makes all of them visible."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -10064,12 +10066,12 @@ class Repository:
         raise NotImplementedError
 
     def stamp(self, date, *paths):
-        """Give files their date on the mirror, which becomes their Last-Modified."""
+        """Set the modification time of files, which becomes their Last-Modified."""
         for path in paths:
             os.utime(self.folder / path, (date, date))
 
     def digests(self, names=None):
-        """The digests of the latest packages, as Client.digests tells those that arrived."""
+        """Return the digests of the latest packages, like Client.digests() for those that arrived."""
         paths = [path for name, path in self.packages.items() if names is None or name in names]
         return sorted(sha256((self.folder / path).read_bytes()) for path in paths)
 
@@ -10097,7 +10099,7 @@ class AptRepository(Repository):
                    f"Description: {name} for a test\n")
         deb = ar({"debian-binary": b"2.0\n",
                   "control.tar.gz": tar_gz({"./control": control.encode()}),
-                  "data.tar.gz": tar_gz({f"./usr/share/{name}/data": noise(name, size)})})
+                  "data.tar.gz": tar_gz({f"./usr/share/{name}/data": random_bytes(name, size)})})
         self.write(path, deb)
         self.packages[name] = path
         self.paragraphs[name] = (f"{control}Filename: {path}\nSize: {len(deb)}\n"
@@ -10112,7 +10114,7 @@ class AptRepository(Repository):
             self.write(f"{self.INDEX}/{name}", data)
             self.write(f"{self.INDEX}/by-hash/SHA256/{sha256(data)}", data)
             lines.append(f" {sha256(data)} {len(data)} main/binary-amd64/{name}\n")
-        release = (f"ScriptedOrigin: Test\nSuite: stable\nCodename: stable\nArchitectures: amd64\n"
+        release = (f"Origin: Test\nSuite: stable\nCodename: stable\nArchitectures: amd64\n"
                    f"Components: main\nAcquire-By-Hash: yes\nSHA256:\n{''.join(lines)}"
                    f"Date: {email.utils.formatdate(date, usegmt=True)}\n").encode()
         self.write("dists/stable/Release", release)
@@ -10123,15 +10125,15 @@ class AptRepository(Repository):
         self.fresh.clear()
 
     def source(self, url):
-        """The line for sources.list."""
+        """Return the line for sources.list."""
         return f"deb [arch=amd64 signed-by={self.folder}/key.gpg] {url} stable main"
 
 
 def wheel(name, version, size):
-    """The smallest wheel that pip takes."""
+    """Return the smallest wheel that pip accepts."""
     buffer, about = io.BytesIO(), f"{name}-{version}.dist-info"
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr(f"{name}.py", noise(name, size).hex())
+        archive.writestr(f"{name}.py", random_bytes(name, size).hex())
         archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{about}/RECORD", "")
@@ -10139,7 +10141,7 @@ def wheel(name, version, size):
 
 
 def ar(members):
-    """An ar archive, which is what a .deb is."""
+    """Return an ar archive, the format of a .deb."""
     parts = [b"!<arch>\n"]
     for name, data in members.items():
         parts.append(f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode())
@@ -10148,7 +10150,7 @@ def ar(members):
 
 
 class PacmanRepository(Repository):
-    """A pacman repository called core. Versions have an epoch: the names have a colon in them."""
+    """A pacman repository called core.  Versions have an epoch, so names contain a colon."""
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -10159,7 +10161,7 @@ class PacmanRepository(Repository):
         path = f"core/os/x86_64/{name}-{version}-any.pkg.tar.gz"
         info = (f"pkgname = {name}\npkgver = {version}\npkgdesc = {name} for a test\n"
                 f"builddate = 1\npackager = Nobody\nsize = {size}\narch = any\n").encode()
-        package = tar_gz({".PKGINFO": info, f"usr/share/{name}/data": noise(name, size)})
+        package = tar_gz({".PKGINFO": info, f"usr/share/{name}/data": random_bytes(name, size)})
         self.write(path, package)
         self.packages[name] = path
         fields = {"FILENAME": Path(path).name, "NAME": name, "VERSION": version, "ARCH": "any",
@@ -10194,13 +10196,13 @@ class RpmRepository(Repository):
         self.pending.append((name, version))
         data = self.build / "files/usr/share" / name / "data"
         data.parent.mkdir(parents=True, exist_ok=True)
-        data.write_bytes(noise(name, size))
+        data.write_bytes(random_bytes(name, size))
 
     def publish(self, date):
         self.date = date
         if self.pending:
             self.build_pending()
-        checked("createrepo_c", "--quiet", "--retain-old-md=5", "--general-compress-type=gz",
+        tool_output("createrepo_c", "--quiet", "--retain-old-md=5", "--general-compress-type=gz",
                 "--no-database", f"--revision={date}", "--set-timestamp-to-revision",
                 self.folder, environment=self.environment())
         index = self.folder / "repodata/repomd.xml"
@@ -10211,7 +10213,7 @@ class RpmRepository(Repository):
                    "repodata/repomd.xml.key", *self.packages.values())
 
     def build_pending(self):
-        """One run of rpmbuild makes all pending packages, as subpackages of one source."""
+        """Build all pending packages in one run of rpmbuild, as subpackages of one source."""
         spec = ["Name: batch\nVersion: 1\nRelease: 1\nSummary: A batch\nLicense: none\n"
                 "BuildArch: noarch\n%description\n%install\n"
                 f"mkdir -p %{{buildroot}}\ncp -r {self.build}/files/. %{{buildroot}}\n"]
@@ -10225,7 +10227,7 @@ class RpmRepository(Repository):
                   "_dbpath": self.build / "db"}
         defines = [word for name, value in macros.items()
                    for word in ("--define", f"{name} {value}")]
-        checked("rpmbuild", "-bb", "--quiet", *defines, self.build / "batch.spec",
+        tool_output("rpmbuild", "-bb", "--quiet", *defines, self.build / "batch.spec",
                 environment=self.environment())
         shutil.rmtree(self.build)
         self.pending.clear()
@@ -10236,7 +10238,7 @@ class RpmRepository(Repository):
         return {**os.environ, "HOME": str(self.build), "LC_ALL": "C.UTF-8"}
 
     def write_metalink(self, *urls):
-        """A metalink of today's repomd.xml, the first of the mirrors preferred."""
+        """Write a metalink of the current repomd.xml that prefers the first of the mirrors."""
         index = (self.folder / "repodata/repomd.xml").read_bytes()
         places = "".join(
             f'<url protocol="http" type="http" preference="{100 - rank}">'
@@ -10250,12 +10252,12 @@ class RpmRepository(Repository):
             f"<resources>{places}</resources></file></files></metalink>").encode())
 
 
-# --- The clients: each one machine with nothing on it ---------------------------------------------
+# --- The clients: each is a machine with nothing installed ------------------------------------------
 
 class Client:
-    """A package manager in a scratch root. `fetch` refreshes the indexes and downloads."""
+    """A package manager in a scratch root.  fetch() refreshes the indexes and downloads packages."""
 
-    packages = ""  # where downloaded packages lie, and how they are named, as a pattern
+    packages = ""  # a glob pattern of the downloaded packages
 
     def __init__(self, case, folder, proxy_url, source):
         self.case, self.folder = case, case.folder / folder
@@ -10275,12 +10277,12 @@ class Client:
         file.write_text(text)
 
     def digests(self):
-        """The digests of the packages that arrived."""
+        """Return the digests of the packages that arrived."""
         return sorted(sha256(file.read_bytes()) for file in self.folder.glob(self.packages))
 
 
 class AptClient(Client):
-    """apt-get; APT_CONFIG is read before the machine's configuration, and points away from it."""
+    """apt-get.  APT_CONFIG is read before the machine's configuration and replaces it."""
 
     packages = "var/cache/apt/archives/*.deb"
     architecture = "amd64"
@@ -10306,7 +10308,7 @@ class AptClient(Client):
                                     APT_CONFIG=str(self.folder / "apt.conf"))
 
     def update(self, options=()):
-        """`apt-get update`, which ends with 0 even if it had to warn; here it may not warn."""
+        """Run apt-get update, which must not warn (it exits with 0 even then)."""
         output = self.apt_get("update", options=options)
         self.case.assertNotRegex(output, r"(?m)^[WE]:")
 
@@ -10347,7 +10349,7 @@ class PacmanClient(Client):
 
 
 class DnfClient(Client):
-    """dnf, whose proxy is a line of its repository's file."""
+    """dnf, which takes its proxy from the file of its repository."""
 
     packages = "down/*.rpm"
 
@@ -10357,7 +10359,7 @@ class DnfClient(Client):
         self.point_to(f"baseurl={self.source}")
 
     def point_to(self, place, signed=False):
-        """Say where the repository is, and whether its index must be signed."""
+        """Set the location of the repository, and whether its index must be signed."""
         self.write("repos/test.repo", (
             f"[test]\nname=test\n{place}\nproxy={self.proxy_url}\ngpgcheck=0\n"
             f"repo_gpgcheck={int(signed)}\ngpgkey={self.source}/repodata/repomd.xml.key\n"
@@ -10379,8 +10381,8 @@ class DnfClient(Client):
 class ZypperClient(Client):
     """zypper, which takes its proxy from the environment.
 
-    Its library knows one place for cookies, /var/lib/YaST2/cookies: an empty jar is all that any
-    of these tests leaves on the machine.
+    Its library always writes cookies to /var/lib/YaST2/cookies: an empty jar is all that these
+    tests leave on the machine.
     """
 
     packages = "var/cache/zypp/packages/test/**/*.rpm"
@@ -10399,7 +10401,7 @@ class ZypperClient(Client):
             ZYPP_LOGFILE=str(self.folder / "zypper.log"))
 
     def fetch(self, *names, options=()):
-        self.zypper("download", *options, *names)  # autorefresh=1: it looks at repomd.xml first
+        self.zypper("download", *options, *names)  # autorefresh=1: it requests repomd.xml first
 
 
 # --- The tests -----------------------------------------------------------------------------------
@@ -10407,17 +10409,17 @@ class ZypperClient(Client):
 if TYPE_CHECKING:
     Mixin = ClientCase
 else:
-    Mixin = object  # so that unittest finds the tests in the classes below alone
+    Mixin = object  # so that unittest finds these tests only in the subclasses
 
 
 class PackageManagerScenarios(Mixin):
-    """What every package manager must live through. A mixin: each manager brings its client."""
+    """Scenarios for every package manager.  A mixin: each subclass provides its client."""
 
     make_client: type[Client]
-    update = ("hello", "2.0", 2_500)  # the version that is published in between
-    package = ""  # a part of the path of each package, and of no index
-    content_named = "\n"  # a part of the path of each index that is named by its content
-    revalidated: list[str] = []  # the indexes that a second machine makes the proxy ask for again
+    update = ("hello", "2.0", 2_500)  # the version that is published between two clients
+    package = ""  # a substring of the path of each package, and of no index
+    content_named = "\n"  # a substring of the path of each index that is named by its content
+    revalidated: list[str] = []  # the indexes that the proxy validates for a second machine
 
     def setUp(self):
         super().setUp()
@@ -10432,7 +10434,7 @@ class PackageManagerScenarios(Mixin):
         raise NotImplementedError
 
     def source(self, url=None):
-        return url or self.origin.url
+        return url or self.origin.base_url
 
     def machine(self, name):
         return self.make_client(self, name, self.proxy_url, self.source())
@@ -10442,7 +10444,7 @@ class PackageManagerScenarios(Mixin):
         self.repository.publish(self.long_ago + DAY)
 
     def fill_the_cache(self, **more):
-        """Let a first machine fetch everything, and begin a new page in the origin's log."""
+        """Let a first machine fetch everything, then clear the origin's log."""
         self.machine("first").fetch(*NAMES, **more)
         self.origin.log.clear()
 
@@ -10450,40 +10452,40 @@ class PackageManagerScenarios(Mixin):
         self.assertEqual(machine.digests(), self.repository.digests())
 
     def other_mirror(self):
-        """A mirror of the same repository, on another address and in another folder: itself, and its URL."""
+        """Start a mirror of the same repository at another address and path; return it and its URL."""
         other = self.serve(self.repository.folder.parent)
-        return other, f"{other.url}/{self.repository.folder.name}"
+        return other, f"{other.base_url}/{self.repository.folder.name}"
 
     def check_only_proven(self, mirror, names=NAMES):
-        """No byte of a package has come from a mirror but those that prove that it is the same."""
+        """Check that a mirror has sent only the probes that prove its packages to be identical."""
         for name in names:
             path = self.repository.packages[name]
             size = (self.repository.folder / path).stat().st_size
-            sent = sum(asked.sent for asked in mirror.asked(Path(path).name))
+            sent = sum(entry.sent for entry in mirror.requests(Path(path).name))
             self.assertEqual(sent, min(size, 2 * pkgproxy.PROOF_SIZE), path)
 
-    def test_cold_every_package_arrives_and_is_stored_under_its_own_name(self):
+    def test_on_a_cold_cache_every_package_arrives_and_is_stored_under_its_own_name(self):
         machine = self.machine("first")
         machine.fetch(*NAMES)
         self.check_all_arrived(machine)
         paths = sorted(f"/{path}" for path in self.repository.packages.values())
-        self.assertEqual(self.origin.bodies(self.package), paths, "each is asked for once")
+        self.assertEqual(self.origin.paths_sent(self.package), paths, "each is requested once")
         stored = self.stored(self.origin)
         for path in paths:
             body = stored[path] if path in stored else stored[path.replace("+", "%2B")]  # as the client writes it
             self.assertEqual(body, (self.repository.folder / path[1:]).read_bytes())
 
-    def test_warm_a_second_machine_gets_no_body_byte_from_the_origin(self):
+    def test_on_a_warm_cache_a_second_machine_gets_no_body_byte_from_the_origin(self):
         self.fill_the_cache()
         machine = self.machine("second")
         machine.fetch(*NAMES)
         self.check_all_arrived(machine)
-        self.assertEqual(self.origin.asked(self.package), [])
-        self.assertEqual(self.origin.asked(self.content_named), [])
-        self.assertEqual(self.origin.bodies(), [])
-        self.assertEqual(sorted({asked.path for asked in self.origin.log}), self.revalidated)
+        self.assertEqual(self.origin.requests(self.package), [])
+        self.assertEqual(self.origin.requests(self.content_named), [])
+        self.assertEqual(self.origin.paths_sent(), [])
+        self.assertEqual(sorted({entry.path for entry in self.origin.log}), self.revalidated)
 
-    def test_updated_a_version_published_in_between_is_seen_at_once(self):
+    def test_a_version_published_in_between_is_seen_at_once(self):
         first = self.machine("first")
         first.fetch(*NAMES)
         self.publish_an_update()
@@ -10492,29 +10494,29 @@ class PackageManagerScenarios(Mixin):
         second.fetch(*NAMES)
         self.check_all_arrived(second)
         new = [f"/{self.repository.packages['hello']}"]
-        self.assertEqual(self.origin.bodies(self.package), new)
+        self.assertEqual(self.origin.paths_sent(self.package), new)
         first.fetch("hello")
         self.assertIn(self.repository.digests(["hello"])[0], first.digests())
-        self.assertEqual(self.origin.bodies(self.package), new, "the second fetched it for both")
+        self.assertEqual(self.origin.paths_sent(self.package), new, "the second machine fetched it for both")
 
-    def test_stopped_a_second_machine_gets_everything_without_the_origin(self):
+    def test_a_second_machine_gets_everything_without_the_origin(self):
         self.fill_the_cache()
-        self.origin.stop()
+        self.origin.close()
         machine = self.machine("second")
         machine.fetch(*NAMES)
         self.check_all_arrived(machine)
 
 
-    def test_a_prefix_before_the_url_works_without_the_proxy_setting_and_with_it(self):
+    def test_a_prefix_works_with_and_without_the_proxy_setting(self):
         for name, proxy_url in (("first", ""), ("second", self.proxy_url)):
-            machine = self.make_client(self, name, proxy_url, self.source(f"{self.proxy_url}/{self.origin.url}"))
+            machine = self.make_client(self, name, proxy_url, self.source(f"{self.proxy_url}/{self.origin.base_url}"))
             machine.fetch("libhello++")
             self.assertEqual(machine.digests(), self.repository.digests(["libhello++"]))
-        self.assertEqual(len(self.origin.bodies(self.package)), 1)
+        self.assertEqual(len(self.origin.paths_sent(self.package)), 1)
 
 
 class SignedCase(ClientCase):
-    """Tests whose repositories are signed, all with one key."""
+    """Tests of repositories that are signed with one common key."""
 
     signer: Signer
 
@@ -10524,7 +10526,7 @@ class SignedCase(ClientCase):
         cls.signer = Signer(tempfile.mkdtemp(prefix="gpg-"))
 
     @classmethod
-    def tearDownClass(cls):  # class clean-ups are those of all classes before 3.11
+    def tearDownClass(cls):  # before 3.11, class clean-ups run at the end of all classes
         cls.signer.close()
         shutil.rmtree(cls.signer.folder, ignore_errors=True)
         super().tearDownClass()
@@ -10545,7 +10547,7 @@ class AptTest(PackageManagerScenarios, SignedCase):
         return AptRepository(self.folder / "repository", self.signer)
 
     def source(self, url=None):
-        return self.repository.source(url or self.origin.url)
+        return self.repository.source(url or self.origin.base_url)
 
     def test_another_mirror_sends_no_index_and_no_package_beyond_the_proof(self):
         self.fill_the_cache(options=["Acquire::By-Hash=force"])
@@ -10554,10 +10556,10 @@ class AptTest(PackageManagerScenarios, SignedCase):
         machine.fetch(*NAMES, options=["Acquire::By-Hash=force"])
         self.check_all_arrived(machine)
         self.check_only_proven(other)
-        self.assertEqual([asked.path for asked in other.log if asked.status == 200 and "/pool/" not in asked.path],
+        self.assertEqual([entry.path for entry in other.log if entry.status == 200 and "/pool/" not in entry.path],
                          ["/repository/dists/stable/InRelease"])
 
-    def test_packages_that_apt_has_kept_are_adopted_also_those_with_an_epoch(self):
+    def test_packages_kept_by_apt_are_adopted(self):
         self.repository.add("hello-epoch", "1:1.0", 30_000)
         self.repository.publish(self.long_ago)
         names = ["hello-data", "hello-epoch"]
@@ -10574,12 +10576,12 @@ class AptTest(PackageManagerScenarios, SignedCase):
         self.check_only_proven(self.origin, names)
         self.assertEqual(first.digests(), second.digests())
 
-    def test_with_by_hash_forced_only_the_release_file_is_asked_for_by_name(self):
+    def test_with_by_hash_forced_only_the_release_file_is_requested_by_name(self):
         force = ["Acquire::By-Hash=force"]
         self.machine("first").update(force)
         self.origin.log.clear()
         self.machine("second").update(force)
-        self.assertEqual([(asked.path, asked.status) for asked in self.origin.log],
+        self.assertEqual([(entry.path, entry.status) for entry in self.origin.log],
                          [("/dists/stable/InRelease", 304)])
 
     def test_without_by_hash_the_index_is_revalidated_and_never_outlives_its_release_file(self):
@@ -10587,27 +10589,27 @@ class AptTest(PackageManagerScenarios, SignedCase):
         self.machine("first").update(off)
         self.origin.log.clear()
         self.machine("second").update(off)
-        self.assertEqual([(asked.path, asked.status) for asked in self.origin.log],
+        self.assertEqual([(entry.path, entry.status) for entry in self.origin.log],
                          [("/dists/stable/InRelease", 304), (self.INDEX, 304)])
         self.publish_an_update()
         for name in ("third", "fourth"):
             machine = self.machine(name)
             machine.fetch("hello", options=off)
             self.assertEqual(machine.digests(), self.repository.digests(["hello"]))
-            self.origin.stop()  # the fourth has to do without it
+            self.origin.close()  # the fourth client has to work without it
 
-    def test_no_cache_asks_the_origin_again_for_everything_and_moves_nothing(self):
+    def test_no_cache_validates_everything_and_downloads_nothing(self):
         no_cache = ["Acquire::http::No-Cache=true"]
         self.fill_the_cache()
         for name in ("second", "third"):
             machine = self.machine(name)
             machine.fetch(*NAMES, options=no_cache)
             self.check_all_arrived(machine)
-            self.origin.stop()  # the third has to do without it
-        self.assertEqual({asked.status for asked in self.origin.log}, {304})
-        self.assertEqual(len(self.origin.asked("/pool/")), len(NAMES))
+            self.origin.close()  # the third client has to work without it
+        self.assertEqual({entry.status for entry in self.origin.log}, {304})
+        self.assertEqual(len(self.origin.requests("/pool/")), len(NAMES))
 
-    def test_no_store_passes_everything_and_stores_nothing(self):
+    def test_no_store_passes_everything_through(self):
         machine = self.machine("first")
         machine.fetch(*NAMES, options=["Acquire::http::No-Store=true"])
         self.check_all_arrived(machine)
@@ -10618,7 +10620,7 @@ class AptTest(PackageManagerScenarios, SignedCase):
         machine.update()
         self.origin.log.clear()
         self.assertRegex(machine.apt_get("update"), r"(?m)^Hit:1 .* InRelease$")
-        self.assertEqual([asked.status for asked in self.origin.log], [304])
+        self.assertEqual([entry.status for entry in self.origin.log], [304])
 
     def test_a_partial_package_is_completed_from_the_cache(self):
         self.fill_the_cache()
@@ -10630,23 +10632,23 @@ class AptTest(PackageManagerScenarios, SignedCase):
         os.utime(part, (self.long_ago, self.long_ago))
         before = self.counters(self.proxy_url)["statsCacheBytes"]
         machine.download("hello-data")
-        until(lambda: self.counters(self.proxy_url)["statsCacheBytes"] > before)  # it counts when all has left
+        until(lambda: self.counters(self.proxy_url)["statsCacheBytes"] > before)  # it is counted when everything has been sent
         moved = self.counters(self.proxy_url)["statsCacheBytes"] - before
         self.assertEqual(machine.digests(), self.repository.digests(["hello-data"]))
         self.assertEqual(moved, whole.stat().st_size - 100_000, "only the rest was sent")
 
     def test_two_machines_at_once_cost_the_origin_one_download(self):
         machines = [self.machine("first"), self.machine("second")]
-        for failure in at_once(*(lambda each=each: each.fetch(*NAMES) for each in machines)):
+        for failure in run_concurrently(*(lambda each=each: each.fetch(*NAMES) for each in machines)):
             raise failure
         for machine in machines:
             self.check_all_arrived(machine)
-        self.assertEqual(len(self.origin.bodies("/pool/")), len(NAMES))
-        self.assertEqual(len(self.origin.bodies("/by-hash/")), 1)
+        self.assertEqual(len(self.origin.paths_sent("/pool/")), len(NAMES))
+        self.assertEqual(len(self.origin.paths_sent("/by-hash/")), 1)
 
 
-def at_once(*jobs):
-    """Run jobs in threads of their own, and return what they raised."""
+def run_concurrently(*jobs):
+    """Run jobs in threads of their own; return the exceptions that they raised."""
     raised = []
 
     def guarded(job):
@@ -10664,32 +10666,32 @@ def at_once(*jobs):
 
 
 class PlainMirrorTest(SignedCase):
-    """apt and a mirror without ETag, Last-Modified and ranges."""
+    """apt with a mirror that supports neither validators nor ranges."""
 
     needs = ("apt-get", "gpg")
 
-    def test_the_packages_of_these_tests_are_packages(self):
+    def test_dpkg_accepts_the_packages_of_these_tests(self):
         repository = AptRepository(self.folder / "repository", self.signer)
         repository.add_all()
         file = repository.folder / repository.packages["libhello++"]
-        self.assertIn(b"Package: libhello++", checked("dpkg-deb", "--info", file))
+        self.assertIn(b"Package: libhello++", tool_output("dpkg-deb", "--info", file))
 
-    def test_warm_only_the_release_file_is_fetched_again(self):
+    def test_on_a_warm_cache_only_the_release_file_is_fetched_again(self):
         repository = AptRepository(self.folder / "repository", self.signer)
         repository.add_all()
         repository.publish(int(time.time()) - 9 * DAY)
         origin = self.serve(repository.folder, validators=False)
         proxy_url = self.start_proxy()
-        AptClient(self, "first", proxy_url, repository.source(origin.url)).fetch(*NAMES)
+        AptClient(self, "first", proxy_url, repository.source(origin.base_url)).fetch(*NAMES)
         origin.log.clear()
-        machine = AptClient(self, "second", proxy_url, repository.source(origin.url))
+        machine = AptClient(self, "second", proxy_url, repository.source(origin.base_url))
         machine.fetch(*NAMES)
         self.assertEqual(machine.digests(), repository.digests())
-        self.assertEqual([asked.path for asked in origin.log], ["/dists/stable/InRelease"])
+        self.assertEqual([entry.path for entry in origin.log], ["/dists/stable/InRelease"])
 
 
 class HttpsTest(SignedCase):
-    """A server with a throw-away certificate: through CONNECT it is not cached, through the other ways in it is."""
+    """An https repository: requests through CONNECT are not cached, the other request forms are."""
 
     needs = ("apt-get", "gpg", "openssl", "curl")
 
@@ -10701,24 +10703,24 @@ class HttpsTest(SignedCase):
         self.repository.add_all()
         self.repository.publish(int(time.time()) - 9 * DAY)
         self.origin = FileOrigin(self.repository.folder, context=certificates.context())
-        self.addCleanup(self.origin.stop)
+        self.addCleanup(self.origin.close)
         self.url = f"https://localhost:{self.origin.port}"
 
-    def test_apt_is_served_from_the_cache_by_each_way_in(self):
-        """The last two are apt-cacher-ng's, whose users change the port alone."""
+    def test_apt_is_served_from_the_cache_by_each_request_form(self):
+        """The last two forms are apt-cacher-ng's, whose users then need to change only the port."""
         proxy_url, place = self.start_proxy("--ca-file", self.certificate), f"localhost:{self.origin.port}"
         for name, set_as_proxy, source in (
                 ("prefix", "", f"{proxy_url}/{self.url}"), ("url", "", f"{proxy_url}/HTTPS///{place}"), ("proxy", proxy_url, f"http://HTTPS///{place}")):
             machine = AptClient(self, name, set_as_proxy, self.repository.source(source))
             machine.fetch(*NAMES)
             self.assertEqual(machine.digests(), self.repository.digests())
-        self.assertEqual(len(self.origin.bodies("/pool/")), len(NAMES))
+        self.assertEqual(len(self.origin.paths_sent("/pool/")), len(NAMES))
         self.assertEqual(len(self.stored_below(f"https^{place}", "/pool/")), len(NAMES))
 
-    def test_apt_is_served_from_the_cache_where_http_redirects_to_https(self):
+    def test_apt_is_served_from_the_cache_when_http_redirects_to_https(self):
         plain = self.serve(self.repository.folder)
-        plain.onward = self.url
-        machine = AptClient(self, "machine", self.start_proxy("--ca-file", self.certificate), self.repository.source(plain.url))
+        plain.redirect_to = self.url
+        machine = AptClient(self, "machine", self.start_proxy("--ca-file", self.certificate), self.repository.source(plain.base_url))
         machine.fetch(*NAMES)
         self.assertEqual(machine.digests(), self.repository.digests())
         self.assertEqual(len(self.stored_below(plain.name, "/pool/")), len(NAMES))
@@ -10739,14 +10741,14 @@ class HttpsTest(SignedCase):
         until(lambda: self.counters(proxy_url)["statsOutcomes"]["tunnel"] >= 2)
         self.assertGreater(self.counters(proxy_url)["statsTunnelBytes"], release.stat().st_size)
 
-    def test_a_port_that_is_not_open_is_told_to_the_user(self):
+    def test_connect_to_a_port_that_is_not_allowed_is_reported_to_the_user(self):
         proxy_url = self.start_proxy()
         output = self.run_client("curl", "--silent", "--show-error", "--proxy", proxy_url, self.url, accept="56")
         self.assertIn("403", output)
 
 
-class IndexedTest(ClientCase):
-    """pip and npm, whose indexes and files are on two https servers with throw-away certificates."""
+class PipAndNpmTest(ClientCase):
+    """pip and npm, whose indexes and files are on two https servers."""
 
     needs = ("openssl",)
 
@@ -10760,7 +10762,7 @@ class IndexedTest(ClientCase):
         folder.mkdir()
         served = FileOrigin(folder, context=self.certificates.context())
         served.url_here = f"https://localhost:{served.port}"
-        self.addCleanup(served.stop)
+        self.addCleanup(served.close)
         return served
 
     def write(self, served, path, data):
@@ -10769,7 +10771,7 @@ class IndexedTest(ClientCase):
         file.write_bytes(data)
 
     def pip(self, name, *options):
-        """Download hello in a fresh place; the wheel's bytes."""
+        """Download hello to a new folder; return the bytes of the wheel."""
         if importlib.util.find_spec("pip") is None:
             self.skipTest("pip is not installed")
         self.run_client(sys.executable, "-m", "pip", "--isolated", "download", "--no-cache-dir", "--no-deps", "--disable-pip-version-check",
@@ -10794,8 +10796,8 @@ class IndexedTest(ClientCase):
         data = self.publish_wheels()
         for name in ("one", "two"):
             self.assertEqual(self.pip(name, "--index-url", f"{self.proxy_url}/{self.index.url_here}/simple/"), data)
-        self.assertEqual([asked.status for asked in self.index.asked("/simple/")], [200, 304])
-        self.assertEqual(len(self.files.bodies(".whl")), 1)
+        self.assertEqual([entry.status for entry in self.index.requests("/simple/")], [200, 304])
+        self.assertEqual(len(self.files.paths_sent(".whl")), 1)
 
     def test_npm_through_a_prefix_finds_the_files_in_the_cache_too(self):
         if not shutil.which("npm"):
@@ -10811,15 +10813,15 @@ class IndexedTest(ClientCase):
             self.run_client("npm", "pack", "@test/hello.json", "--registry", f"{self.proxy_url}/{self.index.url_here}/", "--cache", self.folder / name,
                             "--pack-destination", self.folder / name)
             self.assertEqual((self.folder / name / "test-hello-1.0.0.tgz").read_bytes(), data)
-        self.assertEqual(len(self.files.bodies(".tgz")), 1)
+        self.assertEqual(len(self.files.paths_sent(".tgz")), 1)
 
 
 class Browser:
-    """A real Chromium, spoken to over two pipes (the DevTools protocol, a NUL behind each message)."""
+    """A real Chromium, controlled over two pipes (DevTools protocol, a NUL after each message)."""
 
     def __init__(self, folder):
         mine, theirs = os.pipe(), os.pipe()
-        ends = [pkgproxy.fcntl.fcntl(end, pkgproxy.fcntl.F_DUPFD, 10) for end in (theirs[0], mine[1])]  # it reads 3, and writes 4
+        ends = [pkgproxy.fcntl.fcntl(end, pkgproxy.fcntl.F_DUPFD, 10) for end in (theirs[0], mine[1])]  # Chromium reads from 3 and writes to 4
         for end in (theirs[0], mine[1]):
             os.close(end)
         start = "import os, sys; os.dup2(%d, 3); os.dup2(%d, 4); os.execvp(sys.argv[1], sys.argv[1:])" % tuple(ends)
@@ -10867,7 +10869,7 @@ class Browser:
 
 
 class Tab:
-    """One page of a browser, and all that it does."""
+    """One tab of a browser, and its events."""
 
     def __init__(self, browser, width=1100, dark=False, scripts=True):
         self.browser, self.events = browser, browser.events
@@ -10904,12 +10906,12 @@ class Tab:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         return self.call("DOM.getOuterHTML", nodeId=root)["outerHTML"]
 
-    def key(self, name):
+    def press_key(self, name):
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name,
                       windowsVirtualKeyCode={"Tab": 9, "ArrowRight": 39}[name])
 
-    def shot(self, path):
+    def save_screenshot(self, path):
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         found = self.call("Page.captureScreenshot", captureBeyondViewport=True,
                           clip={"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1})
@@ -10918,17 +10920,17 @@ class Tab:
     def close(self):
         self.browser.call("Target.closeTarget", targetId=self.target)
 
-    def said(self):
-        """What went to the console, or into it from the browser itself."""
+    def console_messages(self):
+        """Return all messages to the console, including the browser's own."""
         return [found["params"] for found in self.events
                 if found.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")]
 
-    def asked(self):
+    def requested_urls(self):
         return {found["params"]["request"]["url"] for found in self.events if found.get("method") == "Network.requestWillBeSent"}
 
 
 class BrowserTest(ClientCase):
-    """The status page in a real browser.  $SCREENSHOTS names a folder in which its pictures are kept."""
+    """The status page in a real browser.  Screenshots are kept in the folder $SCREENSHOTS, if set."""
 
     needs = ("chromium",)
     browser: Browser
@@ -10957,23 +10959,23 @@ class BrowserTest(ClientCase):
         return tab
 
     def fetch(self, path):
-        before = self.answered()
+        before = self.count_responses()
         with contextlib.closing(http.client.HTTPConnection(self.url[7:], timeout=PATIENCE)) as connection:
             connection.request("GET", self.origin.url(path), headers={"Connection": "close"})
             body = connection.getresponse().read()
-        until(lambda: self.answered() > before)  # it is counted when it has been sent
+        until(lambda: self.count_responses() > before)  # it is counted after it has been sent
         return body
 
-    def answered(self):
+    def count_responses(self):
         outcomes = self.counters(self.url)["statsOutcomes"]
         return sum(outcomes.values()) - outcomes["own"]
 
-    def keep(self, tab, name):
+    def save_screenshot(self, tab, name):
         folder = Path(os.environ.get("SCREENSHOTS") or self.folder)
-        tab.shot(folder / (name + ".png"))
+        tab.save_screenshot(folder / (name + ".png"))
         self.assertGreater((folder / (name + ".png")).stat().st_size, 10_000)
 
-    def test_a_download_is_seen_as_it_grows_and_its_bytes_when_it_is_over(self):
+    def test_a_running_download_is_shown_and_then_its_bytes(self):
         gates = [Gate(), Gate()]
         for gate in gates:
             self.addCleanup(gate.open)
@@ -10987,14 +10989,14 @@ class BrowserTest(ClientCase):
         bar = "(document.querySelector('progress') || {value: 0}).value"
         until(lambda: tab.run(bar) == 300_000, "the bar")
         self.assertIn("300.0 kB of 900.0 kB", tab.text("#downloads"))
-        self.keep(tab, "download")
+        self.save_screenshot(tab, "download")
         gates[0].open()
         until(lambda: tab.run(bar) == 600_000, "the bar's progress")
         gates[1].open()
         client.join(PATIENCE)
         self.fetch("/big_1.0_all.deb")
         until(lambda: "hit" in tab.run("update().then(() => document.getElementById('recent').innerText)"))
-        until(lambda: self.counters(self.url)["statsOutcomes"]["miss"])  # which is counted when it has been sent
+        until(lambda: self.counters(self.url)["statsOutcomes"]["miss"])  # it is counted after it has been sent
         tab.run("update()")
         self.assertIn("None at the moment", tab.text("#downloads"))
         counted = self.counters(self.url)
@@ -11002,11 +11004,11 @@ class BrowserTest(ClientCase):
         for shown in ("900.0 kB", "50 % came from the cache, 900.0 kB from origins", "1 of 2 requests"):
             self.assertIn(shown, tab.text("#figures"))
         self.assertIn("2 requests answered, 900.0 kB saved.", tab.text("#state"))
-        self.keep(tab, "after")
-        self.assertEqual(tab.said(), [])
-        self.assertEqual({url for url in tab.asked() if not url.startswith((self.url, "data:,"))} - {"about:blank"}, set())
+        self.save_screenshot(tab, "after")
+        self.assertEqual(tab.console_messages(), [])
+        self.assertEqual({url for url in tab.requested_urls() if not url.startswith((self.url, "data:,"))} - {"about:blank"}, set())
 
-    def test_it_works_without_scripts(self):
+    def test_the_page_works_without_scripts(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1500)
         self.fetch("/x_1.0_all.deb")
         tab = self.tab(scripts=False)
@@ -11015,10 +11017,10 @@ class BrowserTest(ClientCase):
         for shown in ("x_1.0_all.deb", "1.5 kB from origins", 'http-equiv="refresh"', "Set up this machine"):
             self.assertIn(shown, text)
         self.assertIn('Acquire::http::Proxy "%s";' % self.url, html.unescape(text))
-        self.keep(tab, "no-scripts")
-        self.assertEqual(tab.asked() - {"about:blank", "data:,"}, {self.url + "/"})
+        self.save_screenshot(tab, "no-scripts")
+        self.assertEqual(tab.requested_urls() - {"about:blank", "data:,"}, {self.url + "/"})
 
-    def test_it_fits_a_phone_and_the_keyboard_reaches_the_plots(self):
+    def test_the_page_fits_a_phone_and_the_keyboard_reaches_the_plots(self):
         for number in range(3):
             self.origin.pages["/%s-%d_1.0_all.deb" % ("long-name" * 12, number)] = ScriptedResponse(os.urandom(200_000))
             self.fetch("/%s-%d_1.0_all.deb" % ("long-name" * 12, number))
@@ -11026,28 +11028,28 @@ class BrowserTest(ClientCase):
         tab.open(self.url + "/")
         self.assertLessEqual(tab.run("document.documentElement.scrollWidth"), 360)
         tab.run("document.getElementById('hour').focus()")
-        tab.key("ArrowRight")
+        tab.press_key("ArrowRight")
         shown = "[...document.querySelectorAll('figure')].filter(one => one.offsetHeight).map(one => one.className)"
         self.assertEqual(tab.run(shown + ".join()"), "day")
         for part, law in (("input", "document.querySelector(`label[for=${one.id}]`)"), ("svg", "one.getAttribute('aria-label')"),
                           ("pre", "one.scrollWidth <= one.clientWidth"), ("section", "one.querySelector('h2') || one.getAttribute('aria-label')")):
             self.assertTrue(tab.run("[...document.querySelectorAll('%s')].every(one => %s)" % (part, law)), part)
         ago = "getComputedStyle(document.querySelector('#recent tbody td:last-child'), '::after').content"
-        self.assertEqual(tab.run(ago), '" ago"', "there is no room for a head")
-        self.keep(tab, "phone")
+        self.assertEqual(tab.run(ago), '" ago"', "there is no space for a header")
+        self.save_screenshot(tab, "phone")
 
-    def test_its_autoconfiguration_sends_http_and_nothing_else_through_it(self):
+    def test_autoconfiguration_sends_only_http_through_the_proxy(self):
         rows = (("http://mirror.example.org/x", "mirror.example.org", "PROXY %s; DIRECT" % self.url[7:]),
                 ("https://mirror.example.org/x", "mirror.example.org", "DIRECT"),
                 (self.url + "/", "127.0.0.1", "DIRECT"), ("http://localhost/", "localhost", "DIRECT"))
         with contextlib.closing(http.client.HTTPConnection(self.url[7:], timeout=PATIENCE)) as connection:
             connection.request("GET", "/wpad.dat")
             script = connection.getresponse().read().decode()
-        shape = "const shExpMatch = (text, shape) => text.startsWith(shape.slice(0, -1));"  # stands in for the browser's
+        shape = "const shExpMatch = (text, shape) => text.startsWith(shape.slice(0, -1));"  # replaces the browser's function
         found = self.tab().run("%s%s%s.map(row => FindProxyForURL(row[0], row[1]))" % (shape, script, json.dumps(rows)))
         self.assertEqual(found, [row[2] for row in rows])
 
-    def test_a_hostile_name_is_shown_harmlessly(self):
+    def test_a_hostile_name_is_escaped(self):
         self.origin.pages["/y"] = ScriptedResponse(b"y")
         with socket.create_connection(tuple(self.proxies[0].address), PATIENCE) as connection:
             for name in (b"/<svg/onload=document.title=1>'\"&amp;_1.0_all.deb", b"/%3Cimg%20src=x%20onerror=document.title=1%3E"):
@@ -11059,16 +11061,16 @@ class BrowserTest(ClientCase):
         tab.run("update()")
         self.assertIn("onload=document.title=1", tab.text("#recent"))
         self.assertEqual(tab.run("document.title + document.querySelectorAll('main img, #recent svg').length"), "pkgproxy0")
-        self.assertEqual(tab.said(), [])
+        self.assertEqual(tab.console_messages(), [])
 
 
-class SetupTest(SignedCase):
-    """What /setup says, given to those for whom it is."""
+class SetupPagesTest(SignedCase):
+    """The instructions of /setup, applied to the clients that they are written for."""
 
     needs = ("gpg",)
 
-    def prepare(self, repository, *needs):
-        """A repository, its origin and a proxy; the test is skipped where one of these commands is missing."""
+    def prepare_repository(self, repository, *needs):
+        """Start a repository's origin and a proxy; skip the test if one of these commands is missing."""
         for command in needs:
             if not shutil.which(command):
                 self.skipTest("%s is not installed" % command)
@@ -11078,85 +11080,85 @@ class SetupTest(SignedCase):
         self.origin = self.serve(repository.folder)
         self.proxy_url = self.start_proxy()
 
-    def setup(self, name):
+    def setup_text(self, name):
         with contextlib.closing(http.client.HTTPConnection(self.proxy_url[7:], timeout=PATIENCE)) as connection:
             connection.request("GET", "/setup/" + name)
             return connection.getresponse().read().decode()
 
-    def check(self, machine):
-        """A package arrives, and comes through the proxy."""
+    def check_package_arrives(self, machine):
+        """Check that a package arrives through the proxy."""
         machine.fetch("hello")
         self.assertEqual(machine.digests(), self.repository.digests(["hello"]))
         self.assertTrue(self.stored(self.origin))
 
-    def apt(self, folder, text):
-        machine = AptClient(self, folder, "", self.repository.source(self.origin.url))
+    def install_with_apt(self, folder, text):
+        machine = AptClient(self, folder, "", self.repository.source(self.origin.base_url))
         with open(machine.folder / "apt.conf", "a") as file:
             file.write(text)
         return machine
 
     def test_apt(self):
-        self.prepare(AptRepository(self.folder / "repository", self.signer), "apt-get")
-        self.check(self.apt("machine", self.setup("apt")))
+        self.prepare_repository(AptRepository(self.folder / "repository", self.signer), "apt-get")
+        self.check_package_arrives(self.install_with_apt("machine", self.setup_text("apt")))
 
-    def test_apt_that_detects_the_proxy(self):
-        self.prepare(AptRepository(self.folder / "repository", self.signer), "apt-get")
+    def test_apt_with_proxy_detection(self):
+        self.prepare_repository(AptRepository(self.folder / "repository", self.signer), "apt-get")
         script = self.folder / "detect"
-        script.write_text(self.setup("detect.sh"))
+        script.write_text(self.setup_text("detect.sh"))
         script.chmod(0o755)
         if shutil.which("shellcheck"):
-            checked("shellcheck", "--severity=warning", script)
+            tool_output("shellcheck", "--severity=warning", script)
         named = 'Acquire::http::Proxy-Auto-Detect "%s";\n' % script
         self.assertEqual(self.run_client(script, "http://a/"), self.proxy_url + "\n")
-        self.check(self.apt("machine", named))
+        self.check_package_arrives(self.install_with_apt("machine", named))
         self.proxies[0].process.send_signal(signal.SIGTERM)
         self.proxies[0].process.wait(PATIENCE)
         self.assertEqual(self.run_client(script, "http://a/"), "DIRECT\n")
         self.origin.log.clear()
-        machine = self.apt("traveller", named)
+        machine = self.install_with_apt("traveller", named)
         machine.fetch("hello")
-        self.assertTrue(self.origin.bodies("/pool/"), "from the origin itself")
+        self.assertTrue(self.origin.paths_sent("/pool/"), "directly from the origin")
 
     @unittest.skipUnless(os.geteuid() == 0, "dnf does its work for root only")
     def test_dnf(self):
-        self.prepare(RpmRepository(self.folder / "repository", self.signer), "dnf", "rpmbuild", "createrepo_c")
-        machine = DnfClient(self, "machine", "", self.origin.url)
-        machine.write("dnf.conf", "[main]\n" + self.setup("dnf"))
+        self.prepare_repository(RpmRepository(self.folder / "repository", self.signer), "dnf", "rpmbuild", "createrepo_c")
+        machine = DnfClient(self, "machine", "", self.origin.base_url)
+        machine.write("dnf.conf", "[main]\n" + self.setup_text("dnf"))
         repo = machine.folder / "repos" / "test.repo"
         repo.write_text(repo.read_text().replace("proxy=\n", ""))
-        self.check(machine)
+        self.check_package_arrives(machine)
 
     @unittest.skipUnless(os.geteuid() == 0, "zypper does its work for root only")
     def test_zypper(self):
-        """SUSE's /etc/profile.d reads that file into the environment; its library reads it itself."""
-        self.prepare(RpmRepository(self.folder / "repository", self.signer), "zypper", "rpmbuild", "createrepo_c")
-        script = self.setup("zypper") + '[ "$PROXY_ENABLED" = yes ] && printf %s "$HTTP_PROXY"\n'
-        self.check(ZypperClient(self, "machine", checked("sh", "-c", script).decode(), self.origin.url))
+        """SUSE's /etc/profile.d reads that file into the environment, and zypper's library reads it, too."""
+        self.prepare_repository(RpmRepository(self.folder / "repository", self.signer), "zypper", "rpmbuild", "createrepo_c")
+        script = self.setup_text("zypper") + '[ "$PROXY_ENABLED" = yes ] && printf %s "$HTTP_PROXY"\n'
+        self.check_package_arrives(ZypperClient(self, "machine", tool_output("sh", "-c", script).decode(), self.origin.base_url))
 
     @unittest.skipUnless(os.geteuid() == 0, "pacman does its work for root only")
     def test_pacman(self):
-        self.prepare(PacmanRepository(self.folder / "repository"), "pacman", "curl")
-        machine = PacmanClient(self, "machine", "", self.origin.url)
-        machine.write("pkgproxy", self.setup("pacman"))
+        self.prepare_repository(PacmanRepository(self.folder / "repository"), "pacman", "curl")
+        machine = PacmanClient(self, "machine", "", self.origin.base_url)
+        machine.write("pkgproxy", self.setup_text("pacman"))
         more = pkgproxy.SETUP["pacman"][2].replace("/etc/pacman.conf", str(machine.folder / "pacman.conf"))
-        checked("sh", "-c", "true" + more.replace("/etc/pacman.d/pkgproxy", str(machine.folder / "pkgproxy")))
-        self.check(machine)
+        tool_output("sh", "-c", "true" + more.replace("/etc/pacman.d/pkgproxy", str(machine.folder / "pkgproxy")))
+        self.check_package_arrives(machine)
 
     def test_the_environment(self):
-        self.prepare(PacmanRepository(self.folder / "repository"), "curl")
+        self.prepare_repository(PacmanRepository(self.folder / "repository"), "curl")
         file = self.folder / "pkgproxy.sh"
         for name in ("env", "apk", "xbps"):
-            file.write_text(self.setup(name))
+            file.write_text(self.setup_text(name))
             self.run_client("sh", "-c", ". %s; curl -fsS -o %s %s/core/os/x86_64/core.db" % (
-                file, self.folder / "db", self.origin.url), no_proxy="")
-        self.assertEqual(len(self.origin.bodies("core.db")), 1)
+                file, self.folder / "db", self.origin.base_url), no_proxy="")
+        self.assertEqual(len(self.origin.paths_sent("core.db")), 1)
 
 
 @unittest.skipUnless(shutil.which("ip") and hasattr(os, "geteuid") and os.geteuid() == 0, "no network namespaces for this user")
-class StrangersTest(ClientCase):
-    """A client on another machine, which is a network namespace with an address of its own."""
+class RemoteClientTest(ClientCase):
+    """A client on another machine, represented by a network namespace with its own address."""
 
-    HERE, THERE, ALSO = "198.18.77.1", "198.18.77.2", "198.18.77.3"  # two addresses of one network are ours
+    HERE, THERE, ALSO = "198.18.77.1", "198.18.77.2", "198.18.77.3"  # HERE and ALSO belong to this machine
 
     SERVER = """
 import http.server, sys
@@ -11175,15 +11177,15 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
         self.name = f"pkgproxy-{os.getpid()}"
         device = f"pkp{os.getpid()}"[:14]
         try:
-            checked("ip", "netns", "add", self.name)
-            self.addCleanup(checked, "ip", "netns", "delete", self.name)
-            checked("ip", "link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", self.name)
-            self.addCleanup(checked, "ip", "link", "delete", device)  # at once, for the next test
+            tool_output("ip", "netns", "add", self.name)
+            self.addCleanup(tool_output, "ip", "netns", "delete", self.name)
+            tool_output("ip", "link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", self.name)
+            self.addCleanup(tool_output, "ip", "link", "delete", device)  # at once: the next test uses the name again
             for address in (f"{self.HERE}/29", f"{self.ALSO}/29"):
-                checked("ip", "address", "add", address, "dev", device)
-            checked("ip", "link", "set", device, "up")
+                tool_output("ip", "address", "add", address, "dev", device)
+            tool_output("ip", "link", "set", device, "up")
             for words in (("address", "add", f"{self.THERE}/29", "dev", "eth0"), ("link", "set", "eth0", "up"), ("link", "set", "lo", "up")):
-                checked("ip", "-n", self.name, *words)
+                tool_output("ip", "-n", self.name, *words)
         except RuntimeError as failure:
             self.skipTest(f"no network namespaces here: {failure}")
         self.there = subprocess.Popen(["ip", "netns", "exec", self.name, sys.executable, "-c", self.SERVER, self.THERE],
@@ -11197,13 +11199,13 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
             return True
         return False
 
-    def ask(self, url, tunnel=False):
-        """What curl in the other machine gets: the status."""
+    def request(self, url, tunnel=False):
+        """Return the status that curl on the other machine gets."""
         words = ["curl", "--silent", "--output", "/dev/null", "--write-out", "%{http_connect}" if tunnel else "%{http_code}", "--noproxy", "",
                  "--proxy", self.proxy_url] + ["--proxytunnel"] * tunnel
         return self.run_client("ip", "netns", "exec", self.name, *words, url, accept="0 56")
 
-    def test_a_stranger_reaches_other_machines_and_nothing_of_ours(self):
+    def test_a_remote_client_reaches_other_machines_but_not_this_host(self):
         origin = ScriptedOrigin()
         self.addCleanup(origin.close)
         origin.pages["/x"] = ScriptedResponse(b"secret")
@@ -11213,7 +11215,7 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
         until(lambda: proxy.log().count("Starting") == 2)
         port = int(re.findall(r"Starting proxy server at \S+:(\d+)", proxy.log())[1])
         self.proxy_url = f"http://{self.HERE}:{port}"
-        with socket.create_server((self.HERE, 0)) as service:  # of this machine, on the address that all see
+        with socket.create_server((self.HERE, 0)) as service:  # a service of this machine on its public address
             other = service.getsockname()[1]
             for url, status in (
                     (f"http://{self.THERE}:8080/x", "200"), (f"http://127.0.0.1:{origin.port}/x", "403"), (f"http://localhost:{origin.port}/x", "403"),
@@ -11221,22 +11223,22 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
                     (f"http://{self.THERE}:8080/to/127.0.0.1:{origin.port}/x_1.0.deb", "403"), (f"{self.proxy_url}/x_1.0.deb", "508"),
                     (f"http://{self.THERE}:8080/to/{self.HERE}:{other}/x_1.0.deb", "403")):
                 with self.subTest(url=url):
-                    self.assertEqual(self.ask(url), status)
+                    self.assertEqual(self.request(url), status)
             for place, status in ((f"{self.THERE}:8080", "200"), (f"127.0.0.1:{origin.port}", "403"), (f"{self.HERE}:{port}", "403"),
                                   (f"{self.HERE}:443", "403"), ("[::1]:443", "403")):
                 with self.subTest(place=place):
-                    self.assertEqual(self.ask(f"http://{place}/x", tunnel=True), status)
+                    self.assertEqual(self.request(f"http://{place}/x", tunnel=True), status)
         self.assertEqual(origin.log, [])
 
-    def test_a_stranger_stays_one_where_sockets_may_be_bound_to_any_address(self):
-        """Keepalived and HAProxy set ip_nonlocal_bind; the systemd unit hides that setting.  Here the proxy is in the namespace."""
+    def test_a_remote_client_stays_one_with_ip_nonlocal_bind(self):
+        """Keepalived and HAProxy set ip_nonlocal_bind, and the systemd unit hides that setting.  Here the proxy runs in the namespace."""
         also, ours6, also6, here6 = "198.18.77.4", "fd77::2", "fd77::4", "fd77::1"
         device = f"pkp{os.getpid()}"[:14]
-        checked("ip", "-6", "address", "add", f"{here6}/64", "dev", device, "nodad")
+        tool_output("ip", "-6", "address", "add", f"{here6}/64", "dev", device, "nodad")
         for address in (f"{also}/29", f"{ours6}/64", f"{also6}/64"):
-            checked("ip", "-n", self.name, "address", "add", address, "dev", "eth0", *["nodad"] * (":" in address))
+            tool_output("ip", "-n", self.name, "address", "add", address, "dev", "eth0", *["nodad"] * (":" in address))
         for family in (4, 6):
-            checked("ip", "netns", "exec", self.name, "sh", "-c", f"echo 1 > /proc/sys/net/ipv{family}/ip_nonlocal_bind")
+            tool_output("ip", "netns", "exec", self.name, "sh", "-c", f"echo 1 > /proc/sys/net/ipv{family}/ip_nonlocal_bind")
         origin = ScriptedOrigin(self.HERE)
         self.addCleanup(origin.close)
         origin.pages["/x"] = ScriptedResponse(b"x")
@@ -11253,7 +11255,7 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
                     self.assertEqual(self.run_client("curl", "--silent", "--output", "/dev/null", "--write-out", "%{http_code}", "--noproxy", "",
                                                      "--proxy", f"http://{self.THERE}:{port}", url), status)
             near = self.run_client("ip", "netns", "exec", self.name, "curl", "--silent", "--noproxy", "", "--proxy", f"http://{self.THERE}:{port}", f"http://{self.THERE}:8080/x")
-            self.assertEqual(near, "there", "who is on that machine may")
+            self.assertEqual(near, "there", "clients on that machine may")
 
     def test_two_machines_with_one_root_share_a_download_and_one_may_die(self):
         origin, body = ScriptedOrigin(self.HERE), random.Random(1).randbytes(1 << 20)
@@ -11279,13 +11281,13 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8080), Handler).serve_forever()
                     gate.open()
                     self.assertEqual(data + response.read(), body)
                 self.assertEqual(head + first.stdout.read() == body, not dies)
-                self.assertEqual([row[2].get("range") for row in origin.log[before:]], [None, "bytes=400000-"][:1 + dies])
+                self.assertEqual([entry.fields.get("range") for entry in origin.log[before:]], [None, "bytes=400000-"][:1 + dies])
 
 
 class InterceptionTest(SignedCase):
-    """Clients that nobody has configured, behind a router that leads their plain http to the proxy on it, as the README says.
+    """Unconfigured clients behind a router that redirects their http to the proxy, as described in the README.
 
-    Three machines, which are network namespaces: the client's only way to the origin is through the router.
+    There are three machines (network namespaces): the client reaches the origin only through the router.
     """
 
     needs = ("ip", "nft", "curl", "gpg")
@@ -11299,37 +11301,37 @@ class InterceptionTest(SignedCase):
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n{self.ORIGIN} {self.NAME}\n")
         try:
             for machine in (self.client, self.router, self.there):
-                checked("ip", "netns", "add", machine)
-                self.addCleanup(checked, "ip", "netns", "delete", machine)
-                checked("ip", "-n", machine, "link", "set", "lo", "up")
-            self.link(self.client, f"{self.CLIENT}/24", "lan0", f"{self.ROUTER}/24")
-            self.link(self.there, f"{self.ORIGIN}/30", "wan0", "198.18.78.1/30")
-            checked("ip", "-n", self.client, "route", "add", "default", "via", self.ROUTER)
-            checked("ip", "-n", self.there, "route", "add", "default", "via", "198.18.78.1")
-            checked(*self.at(self.router), "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+                tool_output("ip", "netns", "add", machine)
+                self.addCleanup(tool_output, "ip", "netns", "delete", machine)
+                tool_output("ip", "-n", machine, "link", "set", "lo", "up")
+            self.connect_machine(self.client, f"{self.CLIENT}/24", "lan0", f"{self.ROUTER}/24")
+            self.connect_machine(self.there, f"{self.ORIGIN}/30", "wan0", "198.18.78.1/30")
+            tool_output("ip", "-n", self.client, "route", "add", "default", "via", self.ROUTER)
+            tool_output("ip", "-n", self.there, "route", "add", "default", "via", "198.18.78.1")
+            tool_output(*self.in_machine(self.router), "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
             for line in re.findall("(?m)^nft .*$", README.read_text(encoding="utf-8")):
-                checked(*self.at(self.router), "sh", "-c", line)
+                tool_output(*self.in_machine(self.router), "sh", "-c", line)
         except RuntimeError as failure:
             self.skipTest(f"no network namespaces or nftables here: {failure}")
-        self.proxy = ProxyProcess(self.root, ("-a", ":9999"), self.environment(), prefix=self.at(self.router))
+        self.proxy = ProxyProcess(self.root, ("-a", ":9999"), self.environment(), prefix=self.in_machine(self.router))
         self.proxies.append(self.proxy)
         self.addCleanup(self.stop_proxy, self.proxy)
         until(lambda: ":9999" in self.proxy.log(), "the start at port 9999")
 
-    def link(self, machine, address, device, routers):
-        """A line from a machine to the router."""
-        checked("ip", "link", "add", device, "netns", self.router, "type", "veth", "peer", "name", "eth0", "netns", machine)
+    def connect_machine(self, machine, address, device, routers):
+        """Connect a machine to the router."""
+        tool_output("ip", "link", "add", device, "netns", self.router, "type", "veth", "peer", "name", "eth0", "netns", machine)
         for name, end, place in ((machine, "eth0", address), (self.router, device, routers)):
-            checked("ip", "-n", name, "address", "add", place, "dev", end)
-            checked("ip", "-n", name, "link", "set", end, "up")
+            tool_output("ip", "-n", name, "address", "add", place, "dev", end)
+            tool_output("ip", "-n", name, "link", "set", end, "up")
 
-    def at(self, machine):
-        """What comes before a command there, where the origin has a name."""
+    def in_machine(self, machine):
+        """Return the command prefix that runs a command on that machine, where the origin's name resolves."""
         return ("ip", "netns", "exec", machine, "sh", "-c", f'mount --bind {self.folder}/hosts /etc/hosts && exec "$@"', "sh")
 
     def serve(self, folder, port=80):
-        """A plain file server there; the lines of its log."""
-        server = subprocess.Popen([*self.at(self.there), sys.executable, "-u", "-m", "http.server", "--bind", self.ORIGIN, "--directory", str(folder), str(port)],
+        """Start a file server on the origin's machine; return the list of its log lines."""
+        server = subprocess.Popen([*self.in_machine(self.there), sys.executable, "-u", "-m", "http.server", "--bind", self.ORIGIN, "--directory", str(folder), str(port)],
                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
         lines = []
         reader = threading.Thread(target=lambda: lines.extend(iter(server.stderr.readline, "")))
@@ -11340,13 +11342,13 @@ class InterceptionTest(SignedCase):
         return lines
 
     def run_client(self, *command, accept="0", **environment):
-        return super().run_client(*self.at(self.client), *command, accept=accept, **environment)
+        return super().run_client(*self.in_machine(self.client), *command, accept=accept, **environment)
 
     def curl(self, url):
-        """What curl gets, with the fields before it."""
+        """Return the response of curl, including its head."""
         return self.run_client("curl", "--silent", "--show-error", "--include", url)
 
-    def test_plain_http_is_cached_by_name_and_by_address_and_the_rest_goes_past(self):
+    def test_intercepted_http_is_cached_and_other_ports_are_not(self):
         (self.folder / "mirror").mkdir()
         (self.folder / "mirror" / "x_1.0_all.deb").write_text("a package")
         log, past = self.serve(self.folder / "mirror"), self.serve(self.folder / "mirror", 8080)
@@ -11364,7 +11366,7 @@ class InterceptionTest(SignedCase):
         self.assertNotIn("Cache-Status", self.curl(f"http://{self.NAME}:8080/x_1.0_all.deb"))
         until(lambda: past, "a line in the log")
 
-    def test_apt_without_any_setting_fetches_from_the_cache(self):
+    def test_apt_without_any_setting_is_served_from_the_cache(self):
         repository = AptRepository(self.folder / "debian", self.signer)
         for name, version, size in PACKAGES:
             repository.add(name, version, size)
@@ -11373,7 +11375,7 @@ class InterceptionTest(SignedCase):
         for machine in ("first", "second"):
             log.clear()
             apt = AptClient(self, machine, "DIRECT", repository.source(f"http://{self.NAME}"))
-            apt.fetch(*repository.packages, options=["Acquire::EnableSrvRecords=false"])  # nobody here answers
+            apt.fetch(*repository.packages, options=["Acquire::EnableSrvRecords=false"])  # there is no name server here
             self.assertEqual(apt.digests(), repository.digests())
             sent.append([urllib.parse.unquote(name) for line in log for name in re.findall(r'"GET (\S+) HTTP/1.1" 200', line)])
         self.assertEqual(sorted(name for name in sent[0] if name.endswith(".deb")), sorted(f"/{path}" for path in repository.packages.values()))
@@ -11381,10 +11383,10 @@ class InterceptionTest(SignedCase):
 
 
 class RealAptTest(ClientCase):
-    """One suite, and a dozen small packages, of the mirror this machine's apt is configured with.
+    """One suite and a dozen small packages of the mirror that this machine's apt is configured with.
 
-    Nobody sees that mirror's log: what it was asked is told by pkgproxy's counters, which the
-    hermetic tests have shown to be true, and by the cache tree.
+    The log of that mirror is not available, so the test relies on pkgproxy's counters, which the other
+    tests verify, and on the files in the cache.
     """
 
     needs = ("apt-get", "dpkg")
@@ -11401,11 +11403,11 @@ class RealAptTest(ClientCase):
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             opener.open(request, timeout=10).close()
         except urllib.error.HTTPError as answer:
-            answer.close()  # it does answer, and that is all we want to know
+            answer.close()  # any response shows that the mirror is reachable
         except (OSError, http.client.HTTPException) as failure:
             self.skipTest(f"the configured mirror does not answer: {failure}")
         signed = f" signed-by={keyring}" if keyring else ""
-        architecture = checked("dpkg", "--print-architecture").decode().strip()
+        architecture = tool_output("dpkg", "--print-architecture").decode().strip()
         self.source = f"deb [arch={architecture}{signed}] {self.url} {self.suite} main"
         self.proxy_url = self.start_proxy()
 
@@ -11415,7 +11417,7 @@ class RealAptTest(ClientCase):
     def down_bytes(self):
         return self.counters(self.proxy_url)["statsDownBytes"]
 
-    def test_cold_then_warm_costs_the_mirror_at_most_the_release_file(self):
+    def test_a_warm_cache_costs_the_mirror_at_most_the_release_file(self):
         no_diffs = ["Acquire::PDiffs=false"]
         first = self.machine("first")
         first.update(no_diffs)
@@ -11438,9 +11440,9 @@ class RealAptTest(ClientCase):
 
 
 def machine_sources():
-    """URI, suite and keyring ("" for the common ones) of each http source of main, as configured.
+    """Return URI, suite and keyring ("" for the default) of each configured http source of main.
 
-    Security and update suites come last: the first one has the most packages.
+    Security and update suites come last, since the first suite should have the most packages.
     """
     found = []
     places = Path("/etc/apt/sources.list.d")
@@ -11464,7 +11466,7 @@ def machine_sources():
 
 
 def small_packages(lists, count=12):
-    """The names of some packages of 5 to 40 kB that depend on nothing."""
+    """Return the names of some packages of 5 to 40 kB without dependencies."""
     index, = lists.glob("*_Packages")
     names = []
     for paragraph in index.read_text(encoding="utf-8").split("\n\n"):
@@ -11496,9 +11498,9 @@ class PacmanTest(PackageManagerScenarios, ClientCase):
             machine.fetch(*NAMES)
             self.check_all_arrived(machine)
             if name == "second":
-                self.origin.stop()  # the third is told 502, and takes that as well
-        signatures = self.origin.asked("/core.db.sig")
-        self.assertEqual([asked.status for asked in signatures], [404, 404])
+                self.origin.close()  # the third client gets a 502 and accepts that, too
+        signatures = self.origin.requests("/core.db.sig")
+        self.assertEqual([entry.status for entry in signatures], [404, 404])
         self.assertEqual([path for path in self.stored(self.origin) if path.endswith(".sig")], [])
 
     def test_another_mirror_in_another_folder_sends_no_package_byte_beyond_the_proof(self):
@@ -11509,27 +11511,27 @@ class PacmanTest(PackageManagerScenarios, ClientCase):
         self.check_all_arrived(machine)
         self.check_only_proven(other)
 
-    def test_a_mirror_that_goes_down_is_stood_in_for(self):
+    def test_an_unreachable_mirror_is_replaced(self):
         self.fill_the_cache()
         other, url = self.other_mirror()
         machine = self.make_client(self, "second", self.proxy_url, url)
         machine.fetch(*NAMES[:4])
-        other.stop()
+        other.close()
         machine.pacman("-Sw", *NAMES)
         self.check_all_arrived(machine)
 
-    def test_a_database_that_did_not_change_moves_no_byte_to_pacman_either(self):
+    def test_an_unchanged_database_is_not_sent_to_pacman(self):
         machine = self.machine("first")
         machine.pacman("-Sy")
         before = self.counters(self.proxy_url)
         machine.pacman("-Sy")
         after = self.counters(self.proxy_url)
-        self.assertEqual([asked.status for asked in self.origin.log], [200, 304])
+        self.assertEqual([entry.status for entry in self.origin.log], [200, 304])
         for counter in ("statsCacheBytes", "statsDownBytes"):
             self.assertEqual(after[counter], before[counter])
 
 
-class RpmOccasions(PackageManagerScenarios):
+class RpmScenarios(PackageManagerScenarios):
     """What dnf and zypper have in common."""
 
     package = ".rpm"
@@ -11541,7 +11543,7 @@ class RpmOccasions(PackageManagerScenarios):
         return RpmRepository(self.folder / "repository", self.signer)
 
 
-class DnfTest(RpmOccasions, SignedCase):
+class DnfTest(RpmScenarios, SignedCase):
     """dnf makecache and dnf install --downloadonly."""
 
     needs = ("dnf", "rpmbuild", "createrepo_c", "gpg")
@@ -11549,8 +11551,8 @@ class DnfTest(RpmOccasions, SignedCase):
     make_client = DnfClient
     revalidated = ["/repodata/repomd.xml"]
 
-    def test_a_signed_index_and_its_signature_are_always_of_one_generation(self):
-        place = f"baseurl={self.origin.url}"
+    def test_a_signed_index_and_its_signature_are_always_of_one_version(self):
+        place = f"baseurl={self.origin.base_url}"
         first, second = self.machine("first"), self.machine("second")
         first.point_to(place, signed=True)
         second.point_to(place, signed=True)
@@ -11559,45 +11561,45 @@ class DnfTest(RpmOccasions, SignedCase):
         for machine in (first, second):
             machine.fetch("hello")
             self.assertEqual(machine.digests(), self.repository.digests(["hello"]))
-            self.origin.stop()  # the second has to do without it
+            self.origin.close()  # the second client has to work without it
 
-    def test_a_metalink_leads_past_a_dead_mirror(self):
+    def test_a_metalink_bypasses_a_dead_mirror(self):
         dead = self.serve(self.repository.folder)
-        dead.stop()
-        self.repository.write_metalink(dead.url, self.origin.url)
+        dead.close()
+        self.repository.write_metalink(dead.base_url, self.origin.base_url)
         machine = self.machine("first")
-        machine.point_to(f"metalink={self.origin.url}/metalink?repo=test&arch=x86_64")
+        machine.point_to(f"metalink={self.origin.base_url}/metalink?repo=test&arch=x86_64")
         machine.fetch(*NAMES)
         self.check_all_arrived(machine)
 
-    def test_a_metalink_that_names_another_mirror_each_time_costs_a_proof(self):
+    def test_a_metalink_with_changing_mirrors_costs_a_proof(self):
         other, url = self.other_mirror()
-        place = f"metalink={self.origin.url}/metalink?repo=test&arch=x86_64"
-        for name, urls in (("first", (self.origin.url, url)), ("second", (url, self.origin.url))):
+        place = f"metalink={self.origin.base_url}/metalink?repo=test&arch=x86_64"
+        for name, urls in (("first", (self.origin.base_url, url)), ("second", (url, self.origin.base_url))):
             self.repository.write_metalink(*urls)
             machine = self.machine(name)
             machine.point_to(place)
             machine.fetch(*NAMES, options=["--setopt=max_parallel_downloads=1"])
             self.check_all_arrived(machine)
-        proven = [name for name in NAMES if other.asked(Path(self.repository.packages[name]).name)]
+        proven = [name for name in NAMES if other.requests(Path(self.repository.packages[name]).name)]
         self.assertTrue(proven)
         self.check_only_proven(other, proven)
-        self.assertEqual([path for path in other.bodies("-primary.xml")], [])
+        self.assertEqual([path for path in other.paths_sent("-primary.xml")], [])
 
-    def test_a_mirror_list_is_asked_for_again_each_time(self):
-        self.repository.write("mirrorlist", f"{self.origin.url}\n".encode())
+    def test_a_mirror_list_is_requested_each_time(self):
+        self.repository.write("mirrorlist", f"{self.origin.base_url}\n".encode())
         machine = self.machine("first")
-        machine.point_to(f"mirrorlist={self.origin.url}/mirrorlist")
+        machine.point_to(f"mirrorlist={self.origin.base_url}/mirrorlist")
         machine.fetch("hello")
         other = self.serve(self.repository.folder)
-        self.repository.write("mirrorlist", f"{other.url}\n".encode())
+        self.repository.write("mirrorlist", f"{other.base_url}\n".encode())
         second = self.machine("second")
-        second.point_to(f"mirrorlist={self.origin.url}/mirrorlist")
+        second.point_to(f"mirrorlist={self.origin.base_url}/mirrorlist")
         second.fetch("hello")
-        self.assertEqual(len(set(other.bodies(".rpm"))), 1)
+        self.assertEqual(len(set(other.paths_sent(".rpm"))), 1)
 
 
-class ZypperTest(RpmOccasions, SignedCase):
+class ZypperTest(RpmScenarios, SignedCase):
     """zypper refresh and zypper download."""
 
     needs = ("zypper", "rpmbuild", "createrepo_c", "gpg")
@@ -11614,31 +11616,31 @@ class ZypperTest(RpmOccasions, SignedCase):
 
 
 class DownloadTest(ClientCase):
-    """Downloads that break off and go on, and downloads in pieces."""
+    """Downloads that are interrupted and resumed, and downloads in several ranges."""
 
     SIZE = 3_000_000
 
     def setUp(self):
         super().setUp()
-        self.data = noise("download", self.SIZE)
+        self.data = random_bytes("download", self.SIZE)
         (self.folder / "origin").mkdir()
         (self.folder / "origin/thing_1.0_all.deb").write_bytes(self.data)
         self.origin = self.serve(self.folder / "origin")
         self.proxy_url = self.start_proxy()
-        self.url = f"{self.origin.url}/thing_1.0_all.deb"
+        self.url = f"{self.origin.base_url}/thing_1.0_all.deb"
         self.file = self.folder / "got.deb"
 
-    def need(self, command):
+    def require(self, command):
         if not shutil.which(command):
             self.skipTest(f"{command} is not installed")
 
     def curl(self, *options, **more):
-        self.need("curl")
+        self.require("curl")
         return self.run_client("curl", "--silent", "--show-error", "--fail", "--proxy",
                                self.proxy_url, "--output", self.file, *options, self.url, **more)
 
     def wget(self, *options):
-        self.need("wget")
+        self.require("wget")
         return self.run_client("wget", "--tries=2", "--waitretry=0", "--timeout=20",
                                f"--output-document={self.file}", *options, self.url,
                                http_proxy=self.proxy_url)
@@ -11647,50 +11649,50 @@ class DownloadTest(ClientCase):
         self.assertEqual(self.file.stat().st_size, self.SIZE)
         self.assertEqual(sha256(self.file.read_bytes()), sha256(self.data))
 
-    def begin(self):
-        """What a client has that lost its connection after a million bytes."""
+    def start_interrupted_download(self):
+        """Write what a client has that lost its connection after a million bytes."""
         self.file.write_bytes(self.data[:1_000_000])
 
-    def test_curl_completes_a_broken_download_cold_and_from_the_cache(self):
-        self.begin()
+    def test_curl_completes_an_interrupted_download_with_a_cold_and_a_warm_cache(self):
+        self.start_interrupted_download()
         self.curl("--continue-at", "-")
         self.check_whole()
         self.file.unlink()
         self.curl()
         self.origin.log.clear()
-        self.begin()
+        self.start_interrupted_download()
         self.curl("--continue-at", "-")
         self.check_whole()
         self.assertEqual(self.origin.log, [])
 
-    def test_wget_completes_a_broken_download_cold_and_from_the_cache(self):
-        self.begin()
+    def test_wget_completes_an_interrupted_download_with_a_cold_and_a_warm_cache(self):
+        self.start_interrupted_download()
         self.wget("--continue")
         self.check_whole()
         self.file.unlink()
         self.wget()
         self.origin.log.clear()
-        self.begin()
+        self.start_interrupted_download()
         self.wget("--continue")
         self.check_whole()
         self.assertEqual(self.origin.log, [])
-        self.assertIn("already fully retrieved", self.wget("--continue"))  # it is told 416
+        self.assertIn("already fully retrieved", self.wget("--continue"))  # wget gets a 416
         self.check_whole()
 
-    def test_curl_notices_nothing_of_an_origin_that_breaks_off_in_the_middle(self):
-        self.origin.breaks["/thing_1.0_all.deb"] = [1_500_000, 500_000]
+    def test_curl_does_not_notice_an_origin_that_breaks_off(self):
+        self.origin.limits["/thing_1.0_all.deb"] = [1_500_000, 500_000]
         self.curl()
         self.check_whole()
-        self.assertEqual(sum(asked.sent for asked in self.origin.log), self.SIZE)
+        self.assertEqual(sum(entry.sent for entry in self.origin.log), self.SIZE)
 
-    def test_curl_sees_a_failure_where_the_origin_never_sends_the_whole(self):
-        self.origin.server.validators = False  # else it would be asked for the rest, again and again
-        self.origin.breaks["/thing_1.0_all.deb"] = [1_500_000] + [0] * 50
-        self.curl(accept="18 22 56")  # cut short, an error status, or reset: never 0
+    def test_curl_reports_an_error_if_the_origin_never_sends_the_complete_file(self):
+        self.origin.validators = False  # otherwise the proxy would request the remainder repeatedly
+        self.origin.limits["/thing_1.0_all.deb"] = [1_500_000] + [0] * 50
+        self.curl(accept="18 22 56")  # truncated, an error status, or reset, but never 0
         self.assertEqual(self.stored(self.origin), {})
 
     def test_aria2_with_several_connections_costs_the_origin_one_download(self):
-        self.need("aria2c")
+        self.require("aria2c")
         for name in ("cold", "warm"):
             with self.subTest(name):
                 self.file = self.folder / name
@@ -11700,18 +11702,18 @@ class DownloadTest(ClientCase):
                     "--piece-length=1M", "--file-allocation=none",
                     f"--dir={self.folder}", f"--out={name}", self.url)
                 self.check_whole()
-                self.assertEqual(sum(asked.sent for asked in self.origin.log), self.SIZE)
+                self.assertEqual(sum(entry.sent for entry in self.origin.log), self.SIZE)
 
 
 class ZchunkTest(ClientCase):
-    """zckdl, which asks for the chunks that changed, in many ranges at once. Debian's dnf does
-    not: its librepo and createrepo_c are built without zchunk."""
+    """zckdl, which requests the changed chunks in many ranges at once.  Debian's dnf does not:
+    its librepo and createrepo_c are built without zchunk."""
 
     needs = ("zck", "zckdl", "curl")
 
     def setUp(self):
         super().setUp()
-        chunks = [b"<package>" + base64.b64encode(noise(f"chunk {number}", 4_000))
+        chunks = [b"<package>" + base64.b64encode(random_bytes(f"chunk {number}", 4_000))
                   for number in range(40)]
         self.old = self.zchunk("old", chunks)
         for number in (3, 9, 15, 21, 27, 33):
@@ -11722,26 +11724,26 @@ class ZchunkTest(ClientCase):
         shutil.copy(self.new, self.folder / "origin/repodata" / name)
         self.origin = self.serve(self.folder / "origin")
         self.proxy_url = self.start_proxy()
-        self.url = f"{self.origin.url}/repodata/{name}"
+        self.url = f"{self.origin.base_url}/repodata/{name}"
         self.got = self.folder / name
 
     def zchunk(self, name, chunks):
         file = self.folder / name
         file.write_bytes(b"".join(chunks))
-        checked("zck", "--manual-chunk", "--split=<package>", f"--output={file}.zck", file)
+        tool_output("zck", "--manual-chunk", "--split=<package>", f"--output={file}.zck", file)
         return Path(f"{file}.zck")
 
     def download(self):
-        """Download the new file, with the old one at hand; the cache bytes that it took."""
+        """Download the new file, given the old one; return the number of bytes served from the cache."""
         before = self.counters(self.proxy_url)["statsCacheBytes"]
         self.run_client("zckdl", "--source", self.old, self.url, http_proxy=self.proxy_url)
         self.assertEqual(sha256(self.got.read_bytes()), sha256(self.new.read_bytes()))
         return self.counters(self.proxy_url)["statsCacheBytes"] - before
 
-    def test_cold_the_changed_chunks_arrive(self):
+    def test_on_a_cold_cache_the_changed_chunks_arrive(self):
         self.download()
 
-    def test_warm_the_changed_chunks_come_from_the_cache_and_alone(self):
+    def test_on_a_warm_cache_only_the_changed_chunks_are_sent(self):
         self.run_client("curl", "--silent", "--fail", "--proxy", self.proxy_url, "--output",
                         self.folder / "whole", self.url)
         self.origin.log.clear()
