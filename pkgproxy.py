@@ -3100,6 +3100,19 @@ class NameIndex:
             replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
 
 
+def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield the names and paths of packages below the folders of --adopt.  Links are not followed."""
+    for top in folders:
+        for folder, subfolders, files in os.walk(top):
+            subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
+            for path in (os.path.join(folder, file) for file in files):
+                relative = os.path.relpath(path, top).replace(os.sep, "/")
+                # "%" is not quoted: apt and others write %3a into file names where the URL has it too.
+                name = shareable_name("http://a/" + urllib.parse.quote(os.fsencode(relative), "/%:+~"))
+                if name and "\n" not in path:
+                    yield name, path
+
+
 class Space:
     """Grants disk space to downloads, so that they leave the reserve free and keep to --max-size.
 
@@ -6639,19 +6652,6 @@ class SharedFetch:
 
 
 # Background work
-
-
-def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield the names and paths of packages below the folders of --adopt.  Links are not followed."""
-    for top in folders:
-        for folder, subfolders, files in os.walk(top):
-            subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
-            for path in (os.path.join(folder, file) for file in files):
-                relative = os.path.relpath(path, top).replace(os.sep, "/")
-                # "%" is not quoted: apt and others write %3a into file names where the URL has it too.
-                name = shareable_name("http://a/" + urllib.parse.quote(os.fsencode(relative), "/%:+~"))
-                if name and "\n" not in path:
-                    yield name, path
 
 
 class EvictionThread:
