@@ -7884,33 +7884,6 @@ def make_page(path: str, address: tuple[str, int], accepts_html: bool,
 # servers of the process, hence by their event loops and workers.
 
 
-class Quota:
-    """A limited number of resources in use, at most half of them by one client.
-
-    Methods for the caller: acquire, release.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()  # guards _used
-        self._used: collections.Counter[str] = collections.Counter()  # by client_network()
-
-    def acquire(self, client: str) -> bool:
-        """Take one resource for a client's address; return False if none is left for that client."""
-        network = client_network(client)
-        with self._lock:
-            share = max(1, self._limit // 2)
-            is_free = sum(self._used.values()) < self._limit and self._used[network] < share
-            self._used[network] += is_free
-            return is_free
-
-    def release(self, client: str) -> None:
-        """Give one resource back."""
-        with self._lock:
-            self._used[client_network(client)] -= 1
-            self._used += collections.Counter()  # drops zeros, so that the counter does not grow for ever
-
-
 def _wait_for_client(sock: socket.socket) -> None:
     """Wait until a client's socket accepts more bytes; socket.timeout after CLIENT_TIMEOUT."""
     if not wait_until_ready(sock, CLIENT_TIMEOUT, writing=True):
@@ -8252,7 +8225,8 @@ class ConnectionLimiter:
     the client waits until it is accepted.
 
     A client (an IPv6 /64 network counts as one) may have half of the connections.  Further ones are parked:
-    accepted, but neither read nor counted, so that one client cannot keep the others out.
+    accepted, but neither read nor counted, so that one client cannot keep the others out.  At most
+    half of the connections may be tunnels, which stay open for long, and half of these one client's.
 
     The life of a connection, as the limiter sees it:
 
@@ -8264,7 +8238,7 @@ class ConnectionLimiter:
 
     def __init__(self, max_connections: int) -> None:
         self.max_connections = max_connections
-        self.tunnels = Quota(max(2, max_connections // 2))
+        self.max_tunnels = max(2, max_connections // 2)
         self.crowded = False  # clients wait for a place: a closed connection should wake the server
         self._lock = threading.Lock()  # guards all below
         self._count = 0
@@ -8273,6 +8247,7 @@ class ConnectionLimiter:
         self._parked: list[ClientConnection] = []
         self._closing: set[ClientConnection] = set()  # shut down, but not released yet
         self._measured = time.monotonic()
+        self._tunnels: collections.Counter[str] = collections.Counter()  # open ones, by network
 
     def reserve(self) -> bool:
         """Reserve a place for a connection about to be accepted; False at the limit.
@@ -8348,6 +8323,21 @@ class ConnectionLimiter:
                 self._close_idle(network, sum(connection.network == network for connection in self._parked))
         for connection in admitted:
             connection.on_admitted(connection)
+
+    @contextlib.contextmanager
+    def tunnel(self, client: str) -> Iterator[None]:
+        """Count a tunnel of a client as long as it is open; ProxyError if the limits allow no further one."""
+        network = client_network(client)
+        with self._lock:
+            share = max(1, self.max_tunnels // 2)
+            if sum(self._tunnels.values()) >= self.max_tunnels or self._tunnels[network] >= share:
+                raise ProxyError("Too many tunnels are open.", 503)
+            self._tunnels[network] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._tunnels -= collections.Counter([network])  # drops zeros, so it cannot grow for ever
 
     def close(self) -> None:
         """Close the parked connections."""
@@ -8508,17 +8498,6 @@ class Dispatcher:
                              % (name, name), 421)
 
     # Requests, in worker threads
-
-    @contextlib.contextmanager
-    def open_tunnel(self, request: Request) -> Iterator[socket.socket]:
-        """Yield the connection to the origin that a CONNECT request asks for; ProxyError."""
-        if not self.limiter.tunnels.acquire(request.client):
-            raise ProxyError("Too many tunnels are open.", 503)
-        try:
-            with self.proxy.connect_tunnel(request) as origin:
-                yield origin
-        finally:
-            self.limiter.tunnels.release(request.client)
 
     def respond(self, request: Request, port: int) -> Response:
         """Return the response to a request that came to this port of the server; ProxyError."""
@@ -8969,11 +8948,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Serve a tunnel until it ends; return False: nothing can follow it."""
         head, dispatcher = ResponseHead(200, "Connection established", ()), self.server.dispatcher
         response, count, whole = Response(head, bytes_body(b""), CacheStatus(Outcome.TUNNEL)), 0, False
+        proxy = dispatcher.proxy
         try:
-            with dispatcher.open_tunnel(request) as origin:
+            with self.server.limiter.tunnel(request.client), proxy.connect_tunnel(request) as origin:
                 try:
-                    via = via_value((), (1, 1), dispatcher.proxy.config)
-                    self._write(request, render_head(head, (("Via", via),)))
+                    self._write(request, render_head(head, (("Via", via_value((), (1, 1), proxy.config)),)))
                     count, whole = relay_tunnel(self._connection.sock, origin, self._reader.buffered()), True
                 finally:
                     dispatcher.record(request, response, count, self._started, whole)

@@ -8813,11 +8813,11 @@ class TunnelTest(ProxyCase):
             self.assertIn(b"HTTP/1.1 200 ", other.recv(999))
         for end in ends[0]:
             end.close()
-        until(lambda: self.server.limiter.tunnels._used["127.0.0.1"] < 2)
+        until(lambda: self.server.limiter._tunnels["127.0.0.1"] < 2)
         self.open()
 
     def test_the_number_of_tunnels_is_limited(self):
-        self.server.limiter.tunnels = pkgproxy.Quota(1)
+        self.server.limiter.max_tunnels = 1
         self.open()
         answer = self.send_raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
         self.assertIn(b"HTTP/1.1 503 ", answer)
