@@ -8001,57 +8001,39 @@ def set_events(selector: selectors.BaseSelector, sock: socket.socket, events: in
         selector.register(sock, events, data)
 
 
-class TunnelDirection:
-    """One direction of a tunnel.
-
-    It holds either bytes, and waits until the sink takes them, or none, and waits for the source: a slow sink
-    thus slows the source down, and a tunnel needs no more than SMALL_BODY bytes a direction.
-    """
-
-    def __init__(self, source: socket.socket, sink: socket.socket, early: bytes = b"") -> None:
-        self.count = 0  # bytes sent
-        self.ended = False  # the source has closed, and the end has been passed on
-        self._source, self._sink, self._data = source, sink, early
-
-    def wanted(self) -> tuple[socket.socket, int]:
-        """Return the socket, and the selector event, that this direction waits for."""
-        if self._data:
-            return self._sink, selectors.EVENT_WRITE
-        return self._source, 0 if self.ended else selectors.EVENT_READ
-
-    def move(self) -> None:
-        """Receive if nothing is held; send what is held, or the end as a half-close.  OSError."""
-        self._data = self._data or self._source.recv(SMALL_BODY)
-        if self._data:
-            with contextlib.suppress(BlockingIOError):
-                sent = self._sink.send(self._data)
-                self._data, self.count = self._data[sent:], self.count + sent
-        else:
-            self.ended = True
-            self._sink.shutdown(socket.SHUT_WR)
-
-
 def relay_tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> int:
     """Relay bytes both ways; return how many.
 
     The tunnel ends when both sides have closed, one fails, or nothing moves for TUNNEL_IDLE_TIMEOUT.  If
     one side closes its direction, the other direction stays open (a half-close): some protocols depend on
     it.  ``early`` are bytes that have already been received from the client.
+
+    A direction holds either bytes, and waits until the sink takes them, or none, and waits for the source: a
+    slow sink thus slows the source down, and a tunnel needs no more than SMALL_BODY bytes a direction.
     """
-    directions = (TunnelDirection(client, origin, early), TunnelDirection(origin, client))
+    sinks = {client: origin, origin: client}  # by source, until the source has closed
+    held, count = {client: early, origin: b""}, 0  # bytes not yet sent, by source; how many have been sent
     with contextlib.suppress(OSError), selectors.DefaultSelector() as selector:
         origin.setblocking(False)
-        while not all(direction.ended for direction in directions):
-            wanted = [direction.wanted() for direction in directions]
-            for sock in (client, origin):  # one direction may read from it, the other one write to it
-                set_events(selector, sock, sum(events for other, events in wanted if other is sock))
+        while sinks:
+            wanted = [(source, sink, selectors.EVENT_WRITE) if held[source] else
+                      (source, source, selectors.EVENT_READ) for source, sink in sinks.items()]
+            for sock in held:  # one direction may read from it, the other one write to it
+                set_events(selector, sock, sum(events for _, other, events in wanted if other is sock))
             ready = {key.fileobj: events for key, events in selector.select(TUNNEL_IDLE_TIMEOUT)}
             if not ready:
                 break
-            for direction, (sock, events) in zip(directions, wanted):
-                if ready.get(sock, 0) & events:
-                    direction.move()
-    return sum(direction.count for direction in directions)
+            for source, sock, events in wanted:
+                if not ready.get(sock, 0) & events:
+                    continue
+                held[source] = held[source] or source.recv(SMALL_BODY)
+                if not held[source]:
+                    sinks.pop(source).shutdown(socket.SHUT_WR)
+                    continue
+                with contextlib.suppress(BlockingIOError):
+                    sent = sinks[source].send(held[source])
+                    held[source], count = held[source][sent:], count + sent
+    return count
 
 
 def has_disconnected(sock: socket.socket) -> bool:
