@@ -8375,40 +8375,38 @@ def usable_processors() -> list[int]:
     return [number for number, speed in speeds.items() if speed >= 0.8 * max(speeds.values())]
 
 
-class CPUAffinity:
-    """Keeps the threads of this process on one processor.
+def pin_threads(number: int) -> tuple[set[int], set[int]]:
+    """Keep threads started from now on on one processor; instances with other numbers use other ones.
+
+    Return what unpinned() needs: all processors, and the one; both are empty if none could be chosen.
 
     Only one thread runs Python code at a time, so a second processor is of little use.  If they run on two,
     nearly every system call of one thread passes the interpreter lock to a thread on the other processor,
     which must be woken first: eight clients took twice as long for files not yet stored.
     """
+    with contextlib.suppress(OSError):
+        usable = usable_processors()
+        if usable:
+            everywhere, pinned = os.sched_getaffinity(0), {usable[number % len(usable)]}
+            os.sched_setaffinity(0, pinned)
+            return everywhere, pinned
+    return set(), set()
 
-    def __init__(self) -> None:
-        self._pinned: set[int] = set()  # empty if not pinned
-        self._all: set[int] = set()
 
-    def pin(self, number: int) -> None:
-        """Keep threads started from now on on one processor; instances with other numbers use other ones."""
+@contextlib.contextmanager
+def unpinned(everywhere: set[int], pinned: set[int]) -> Iterator[None]:
+    """Let the calling thread use any processor, while the kernel works for it for long."""
+    _move_thread(everywhere)
+    try:
+        yield
+    finally:
+        _move_thread(pinned)
+
+
+def _move_thread(processors: set[int]) -> None:
+    if processors:
         with contextlib.suppress(OSError):
-            usable = usable_processors()
-            if usable:
-                everywhere, pinned = os.sched_getaffinity(0), {usable[number % len(usable)]}
-                os.sched_setaffinity(0, pinned)
-                self._all, self._pinned = everywhere, pinned  # only if the system has allowed it
-
-    @contextlib.contextmanager
-    def unpinned(self) -> Iterator[None]:
-        """Let the calling thread use any processor, while the kernel works for it for long."""
-        self._move_to(self._all)
-        try:
-            yield
-        finally:
-            self._move_to(self._pinned)
-
-    def _move_to(self, processors: set[int]) -> None:
-        if processors:
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(0, processors)
+            os.sched_setaffinity(0, processors)
 
 
 def format_timings(timings: dict[str, float]) -> str:
@@ -8431,11 +8429,12 @@ class Dispatcher:
     """
 
     def __init__(self, proxy: Proxy, statistics: StatusCollector, limiter: ConnectionLimiter,
-                 write_log: Callable[[list[str]], None], affinity: CPUAffinity | None = None) -> None:
+                 write_log: Callable[[list[str]], None],
+                 affinity: tuple[set[int], set[int]] | None = None) -> None:
         self.proxy = proxy
         self.statistics = statistics
         self.limiter = limiter
-        self.affinity = affinity or CPUAffinity()
+        self.affinity = affinity or (set(), set())  # the result of pin_threads()
         self._write_log = write_log
         self._ids = itertools.cycle(range(1, 1000))  # of log lines
         self._refused = RecentEvents()  # clients, by address
@@ -9056,7 +9055,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Send a file slice; if it cannot be read to its end, the slice's fallback provides the rest."""
         dispatcher, offset = self.server.dispatcher, part.start
         try:
-            with dispatcher.affinity.unpinned() if part.size > LARGE_SEND else contextlib.nullcontext():
+            with unpinned(*dispatcher.affinity) if part.size > LARGE_SEND else contextlib.nullcontext():
                 while offset < part.stop:
                     count = send_some(self._connection.sock, part, offset)
                     self._body_sent += count
@@ -9953,8 +9952,8 @@ def run(config: Config, level: int) -> None:
     Everything that can fail is done before the first thread of the proxy starts, and the addresses are
     opened last, so that clients of a proxy that cannot start are refused at once.
     """
-    affinity = CPUAffinity()  # before the first thread, because threads inherit it
-    affinity.pin(int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid())
+    number = int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid()
+    affinity = pin_threads(number)  # before the first thread, because threads inherit it
     log_handler = start_logging(level)
     store = open_store(config)
     if config.filters_file:

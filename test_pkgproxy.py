@@ -9226,7 +9226,7 @@ class CPUAffinityTest(ProxyCase):
         moves = []
         with mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, create=True), mock.patch.object(
                 os, "sched_setaffinity", lambda _, where: moves.append(where), create=True), mock.patch.object(pkgproxy, "LARGE_SEND", 200_000):
-            self.server.dispatcher.affinity.pin(6)
+            self.server.dispatcher.affinity = pkgproxy.pin_threads(6)
             self.assertEqual(moves, [{2}])
             for path, length, whither in (("/short_1.0_all.deb", 150_000, []), ("/long_1.0_all.deb", 250_000, [{0, 1, 2, 3}, {2}])):
                 self.origin.pages[path] = ScriptedResponse(b"x" * length)
@@ -9253,11 +9253,11 @@ class CPUAffinityTest(ProxyCase):
 
     def test_without_cpu_affinity_the_proxy_works(self):
         with mock.patch.object(os, "sched_setaffinity", side_effect=PermissionError, create=True):
-            self.server.dispatcher.affinity.pin(0)
-            with self.server.dispatcher.affinity.unpinned():
+            self.assertEqual(pkgproxy.pin_threads(0), (set(), set()))
+            with pkgproxy.unpinned({0}, {0}):
                 pass
         with mock.patch.object(pkgproxy, "usable_processors", list):
-            self.server.dispatcher.affinity.pin(0)
+            self.assertEqual(pkgproxy.pin_threads(0), (set(), set()))
 
 
 class ThreadPoolTest(unittest.TestCase):
