@@ -8036,14 +8036,6 @@ def relay_tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> 
     return count
 
 
-def has_disconnected(sock: socket.socket) -> bool:
-    """Return whether the other end has closed a connection on which nothing has been read yet."""
-    try:
-        return wait_until_ready(sock, 0) and not sock.recv(1, socket.MSG_PEEK)
-    except (OSError, ValueError):  # closed on this side
-        return True
-
-
 @functools.lru_cache(LARGE_MEMO // 4)
 def parse_request_head(data: bytes, is_local: bool, server_address: tuple[str, int]) -> Request:
     """Parse a complete request head; BadRequestError or ValueError.
@@ -8172,10 +8164,10 @@ class ClientConnection:
                 return 1, self.waiting_since
         return (2, self.rate) if self.rate < MIN_RATE else None
 
-    def receive(self) -> bytes | None:
+    def receive(self, flags: int = 0) -> bytes | None:
         """Return the bytes that have arrived; b"" if the client has closed, None if nothing has arrived."""
         try:
-            return self.sock.recv(SMALL_BODY)
+            return self.sock.recv(SMALL_BODY, flags)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:
@@ -8290,7 +8282,7 @@ class ConnectionLimiter:
             parked, self._parked = self._parked, []
             for connection in parked:
                 network = connection.network
-                if network not in blocked and has_disconnected(connection.sock):
+                if network not in blocked and connection.receive(socket.MSG_PEEK) == b"":
                     connection.sock.close()
                 elif network not in blocked and self._count < self.max_connections and (
                         self._per_client[network] < self._per_client_limit()):
