@@ -8893,12 +8893,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Answer the buffered request, and those that the client has sent with it (RFC 9112 §9.3.2)."""
         connection = self._connection
         with contextlib.suppress(ConnectionError, socket.timeout, TimeoutError):
-            while self._answer_one():
+            while not connection.keep_alive and self._answer_one():
                 connection.answered, connection.waiting_since = True, time.monotonic()
                 connection.buffered = self._reader.buffered()
-                if not find_head_end(connection.buffered):
-                    connection.keep_alive = True
-                    return
+                connection.keep_alive = not find_head_end(connection.buffered)
 
     def finish(self) -> None:
         """Close the reader; the connection may go back to the event loop."""
