@@ -8454,7 +8454,7 @@ class Dispatcher:
         size = response.body.length or 0
         quiet = not self._refused.note_first(connection.host, REFUSAL_LOG_INTERVAL)
         result = SendResult(size, 0, 0.0, True, quiet)
-        self._record(request, 403, response.cache_status, [(connection.host, result)])
+        self.record_results(request, 403, response.cache_status, [(connection.host, result)])
         head = with_date(response.head, time.time())
         return render_response_head(request, head, size, response.cache_status, True, self.proxy.config) + (
             b"%s\n" % str(error).encode())
@@ -8537,15 +8537,12 @@ class Dispatcher:
             self.statistics.counters.add_tunnel(sent)
         from_cache = response.counts_as_cached and response.head.status in (200, 206)
         cached = max(0, sent - response.body.origin_bytes) if from_cache else 0
-        self._record(request, response.head.status, response.cache_status,
-                     [(request.client, SendResult(sent, cached, time.monotonic() - began, whole))])
+        result = SendResult(sent, cached, time.monotonic() - began, whole)
+        self.record_results(request, response.head.status, response.cache_status, [(request.client, result)])
 
-    def record_hot(self, entry: HotEntry, results: list[tuple[str, SendResult]]) -> None:
-        """Count and log what the event loop has sent of one entry, by client."""
-        self._record(entry.request, entry.status, entry.cache_status, results, entry.text)
-
-    def _record(self, request: Request, status: int, cache_status: CacheStatus,
-                results: list[tuple[str, SendResult]], text: str = "") -> None:
+    def record_results(self, request: Request, status: int, cache_status: CacheStatus,
+                       results: list[tuple[str, SendResult]], text: str = "") -> None:
+        """Count and log one response that was sent to several clients; ``text`` is log_text(), if known."""
         outcome = cache_status.outcome
         self.statistics.counters.add(outcome, sum([result.cached for _, result in results]), len(results))
         if outcome is not Outcome.OWN:
@@ -8790,7 +8787,7 @@ class EventLoop:
         """Count and log what was sent in this turn: once per entry, which is cheaper than once per client."""
         sent, self._sent = self._sent, {}
         for entry, results in sent.items():
-            self._dispatcher.record_hot(entry, results)
+            self._dispatcher.record_results(entry.request, entry.status, entry.cache_status, results, entry.text)
 
 
 class RequestReader:
