@@ -7969,7 +7969,6 @@ class RequestBody:
                 data = self._chunks.read(size)
             else:
                 data = self._file.read1(min(self._left, size)) if self._left else b""
-            self._timed.set_deadline(None)
         except (socket.timeout, TimeoutError):
             raise BadRequestError("The request body did not arrive in time.", 408) from None
         except (OSError, ValueError) as error:  # the connection broke, or the framing of chunks is invalid
