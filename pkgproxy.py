@@ -9068,6 +9068,8 @@ class NonblockingListener(socket.socket):
         self.family, self.type = plain.family, plain.type
         super().__init__(plain.family, plain.type, plain.proto, plain.detach())
         self.setblocking(False)
+        # Accepted sockets inherit it: Nagle's algorithm would delay a body that follows its head by 40 ms.
+        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def open_socket(host: str, port: int, reuse_port: bool = False) -> socket.socket:
@@ -9267,9 +9269,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         It is refused at once, without reading a request, if its client has so many connections that they
         cannot even be parked.
         """
-        with contextlib.suppress(OSError):  # it has been closed already
-            # Nagle's algorithm would delay a body that is sent after its head by 40 ms.
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = ClientConnection(request, client_address, self.event_loop.add)
         if self.limiter.admit(connection):
             return
