@@ -8786,7 +8786,8 @@ class EventLoop:
         """Count and log what was sent in this turn: once per entry, which is cheaper than once per client."""
         sent, self._sent = self._sent, {}
         for entry, results in sent.items():
-            self._dispatcher.record_results(entry.request, entry.status, entry.cache_status, results, entry.text)
+            self._dispatcher.record_results(
+                entry.request, entry.status, entry.cache_status, results, entry.text)
 
 
 class RequestReader:
