@@ -9054,43 +9054,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self._write(request, data, len(data))
 
 
-class NonblockingListener(socket.socket):
-    """A listening socket that takes over another one's descriptor, and does not block in accept().
-
-    It must not block, because another process that shares it may be quicker to accept.  ``family`` and
-    ``type`` are attributes here, because accept() asks for them each time: socket's own properties, which
-    build enumerations, take a tenth of the time of a connection.
-    """
-
-    family: socket.AddressFamily = socket.AF_INET
-    type: socket.SocketKind = socket.SOCK_STREAM
-
-    def __init__(self, plain: socket.socket) -> None:
-        self.family, self.type = plain.family, plain.type
-        super().__init__(plain.family, plain.type, plain.proto, plain.detach())
-        self.setblocking(False)
-        # Accepted sockets inherit it: Nagle's algorithm would delay a body that follows its head by 40 ms.
-        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def open_socket(host: str, port: int, reuse_port: bool = False) -> socket.socket:
-    """Open a listening socket, for IPv4 and IPv6 if the host is empty; OSError, OverflowError.
-
-    With ``reuse_port``, other processes may listen on the same address.
-    """
-    both = not host and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-    return NonblockingListener(socket.create_server(
-        (host, port), family=family, backlog=LISTEN_BACKLOG, reuse_port=reuse_port, dualstack_ipv6=both))
-
-
-def display_address(listening: socket.socket) -> str:
-    """Return host:port of a listening socket, without the host if it listens on all addresses."""
-    host, port = listening.getsockname()[:2]
-    shown = "[%s]" % host if ":" in host else host
-    return "%s:%d" % ("" if ipaddress.ip_address(host).is_unspecified else shown, port)
-
-
 class ThreadPool:
     """Reuses idle daemon threads; unlike ThreadPoolExecutor it never delays the exit.
 
@@ -9693,6 +9656,43 @@ def make_connection_limiter() -> ConnectionLimiter:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: unlimited
     return ConnectionLimiter(max(4, min(MAX_CONNECTIONS, (soft - 40) // 5 if soft > 0 else MAX_CONNECTIONS)))
+
+
+class NonblockingListener(socket.socket):
+    """A listening socket that takes over another one's descriptor, and does not block in accept().
+
+    It must not block, because another process that shares it may be quicker to accept.  ``family`` and
+    ``type`` are attributes here, because accept() asks for them each time: socket's own properties, which
+    build enumerations, take a tenth of the time of a connection.
+    """
+
+    family: socket.AddressFamily = socket.AF_INET
+    type: socket.SocketKind = socket.SOCK_STREAM
+
+    def __init__(self, plain: socket.socket) -> None:
+        self.family, self.type = plain.family, plain.type
+        super().__init__(plain.family, plain.type, plain.proto, plain.detach())
+        self.setblocking(False)
+        # Accepted sockets inherit it: Nagle's algorithm would delay a body that follows its head by 40 ms.
+        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def open_socket(host: str, port: int, reuse_port: bool = False) -> socket.socket:
+    """Open a listening socket, for IPv4 and IPv6 if the host is empty; OSError, OverflowError.
+
+    With ``reuse_port``, other processes may listen on the same address.
+    """
+    both = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+    return NonblockingListener(socket.create_server(
+        (host, port), family=family, backlog=LISTEN_BACKLOG, reuse_port=reuse_port, dualstack_ipv6=both))
+
+
+def display_address(listening: socket.socket) -> str:
+    """Return host:port of a listening socket, without the host if it listens on all addresses."""
+    host, port = listening.getsockname()[:2]
+    shown = "[%s]" % host if ":" in host else host
+    return "%s:%d" % ("" if ipaddress.ip_address(host).is_unspecified else shown, port)
 
 
 def inherited_socket(descriptor: int) -> socket.socket:
