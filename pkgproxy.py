@@ -8384,6 +8384,12 @@ def pin_threads(number: int) -> tuple[set[int], set[int]]:
     return set(), set()
 
 
+def _move_thread(processors: set[int]) -> None:
+    if processors:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, processors)
+
+
 @contextlib.contextmanager
 def unpinned(everywhere: set[int], pinned: set[int]) -> Iterator[None]:
     """Let the calling thread use any processor, while the kernel works for it for long."""
@@ -8392,12 +8398,6 @@ def unpinned(everywhere: set[int], pinned: set[int]) -> Iterator[None]:
         yield
     finally:
         _move_thread(pinned)
-
-
-def _move_thread(processors: set[int]) -> None:
-    if processors:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, processors)
 
 
 def format_timings(timings: dict[str, float]) -> str:
