@@ -4121,6 +4121,14 @@ class LeaseManager:
         return seconds > 0 and not holder and server.add(name, owner)  # memcached was restarted
 
 
+def start_thread(work: Callable[..., object], *arguments: Any) -> None:
+    """Run ``work`` in a new daemon thread; raise StorageError if the system allows no further thread."""
+    try:
+        threading.Thread(target=work, args=arguments, daemon=True).start()
+    except RuntimeError as error:
+        raise StorageError(OSError(errno.ENOMEM, str(error))) from None
+
+
 # ---------------------------------------------------------------------------------------------
 # 7 Sockets
 # ---------------------------------------------------------------------------------------------
@@ -4180,23 +4188,13 @@ class RecentEvents:
         return name if len(name) <= MAX_MEMOIZED else hashlib.sha256(name.encode()).hexdigest()
 
 
-def start_thread(work: Callable[..., object], *arguments: Any) -> None:
-    """Run ``work`` in a new daemon thread; raise StorageError if the system allows no further thread."""
-    try:
-        threading.Thread(target=work, args=arguments, daemon=True).start()
-    except RuntimeError as error:
-        raise StorageError(OSError(errno.ENOMEM, str(error))) from None
-
-
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # select() ends at descriptor 1023
-
-
 def wait_until_ready(sock: socket.socket, timeout: float, writing: bool = False) -> bool:
     """Wait up to ``timeout`` seconds until a socket can be read (or written); return whether it can.
 
     A socket that has failed or was closed by the peer counts as ready.
     """
-    with _Selector() as selector:
+    # Not select(), if possible, since it ends at descriptor 1023; epoll would need more system calls.
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
         selector.register(sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ)
         return bool(selector.select(timeout))
 
