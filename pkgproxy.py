@@ -4029,6 +4029,14 @@ class LeaseManager:
         return seconds > 0 and not holder and server.add(name, owner)  # memcached was restarted
 
 
+def start_thread(work: Callable[..., object], *arguments: Any) -> None:
+    """Run ``work`` in a new daemon thread; raise StorageError if the system allows no further thread."""
+    try:
+        threading.Thread(target=work, args=arguments, daemon=True).start()
+    except RuntimeError as error:
+        raise StorageError(OSError(errno.ENOMEM, str(error))) from None
+
+
 # ---------------------------------------------------------------------------------------------
 # 7 Sockets
 # ---------------------------------------------------------------------------------------------
@@ -4088,23 +4096,13 @@ class RecentEvents:
         return name if len(name) <= MAX_MEMOIZED else hashlib.sha256(name.encode()).hexdigest()
 
 
-def start_thread(work: Callable[..., object], *arguments: Any) -> None:
-    """Run ``work`` in a new daemon thread; raise StorageError if the system allows no further thread."""
-    try:
-        threading.Thread(target=work, args=arguments, daemon=True).start()
-    except RuntimeError as error:
-        raise StorageError(OSError(errno.ENOMEM, str(error))) from None
-
-
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # select() ends at descriptor 1023
-
-
 def wait_until_ready(sock: socket.socket, timeout: float, writing: bool = False) -> bool:
     """Wait up to ``timeout`` seconds until a socket can be read (or written); return whether it can.
 
     A socket that has failed or was closed by the peer counts as ready.
     """
-    with _Selector() as selector:
+    # Not select(), if possible, since it ends at descriptor 1023; epoll would need more system calls.
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
         selector.register(sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ)
         return bool(selector.select(timeout))
 
@@ -7808,33 +7806,6 @@ def make_page(path: str, address: tuple[str, int], accepts_html: bool,
 # servers of the process, hence by their event loops and workers.
 
 
-class Quota:
-    """A limited number of resources in use, at most half of them by one client.
-
-    Methods for the caller: acquire, release.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()  # guards _used
-        self._used: collections.Counter[str] = collections.Counter()  # by client_network()
-
-    def acquire(self, client: str) -> bool:
-        """Take one resource for a client's address; return False if none is left for that client."""
-        network = client_network(client)
-        with self._lock:
-            share = max(1, self._limit // 2)
-            is_free = sum(self._used.values()) < self._limit and self._used[network] < share
-            self._used[network] += is_free
-            return is_free
-
-    def release(self, client: str) -> None:
-        """Give one resource back."""
-        with self._lock:
-            self._used[client_network(client)] -= 1
-            self._used += collections.Counter()  # drops zeros, so that the counter does not grow for ever
-
-
 def _wait_for_client(sock: socket.socket) -> None:
     """Wait until a client's socket accepts more bytes; socket.timeout after CLIENT_TIMEOUT."""
     if not wait_until_ready(sock, CLIENT_TIMEOUT, writing=True):
@@ -7920,7 +7891,6 @@ class RequestBody:
                 data = self._chunks.read(size)
             else:
                 data = self._file.read1(min(self._left, size)) if self._left else b""
-            self._timed.set_deadline(None)
         except (socket.timeout, TimeoutError):
             raise BadRequestError("The request body did not arrive in time.", 408) from None
         except (OSError, ValueError) as error:  # the connection broke, or the framing of chunks is invalid
@@ -7952,65 +7922,39 @@ def set_events(selector: selectors.BaseSelector, sock: socket.socket, events: in
         selector.register(sock, events, data)
 
 
-class TunnelDirection:
-    """One direction of a tunnel.
-
-    It holds either bytes, and waits until the sink takes them, or none, and waits for the source: a slow sink
-    thus slows the source down, and a tunnel needs no more than SMALL_BODY bytes a direction.
-    """
-
-    def __init__(self, source: socket.socket, sink: socket.socket, early: bytes = b"") -> None:
-        self.count = 0  # bytes sent
-        self.ended = False  # the source has closed, and the end has been passed on
-        self._source, self._sink, self._data = source, sink, early
-
-    def wanted(self) -> tuple[socket.socket, int]:
-        """Return the socket, and the selector event, that this direction waits for."""
-        if self._data:
-            return self._sink, selectors.EVENT_WRITE
-        return self._source, 0 if self.ended else selectors.EVENT_READ
-
-    def move(self) -> None:
-        """Receive if nothing is held; send what is held, or the end as a half-close.  OSError."""
-        self._data = self._data or self._source.recv(SMALL_BODY)
-        if self._data:
-            with contextlib.suppress(BlockingIOError):
-                sent = self._sink.send(self._data)
-                self._data, self.count = self._data[sent:], self.count + sent
-        else:
-            self.ended = True
-            self._sink.shutdown(socket.SHUT_WR)
-
-
 def relay_tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> int:
     """Relay bytes both ways; return how many.
 
     The tunnel ends when both sides have closed, one fails, or nothing moves for TUNNEL_IDLE_TIMEOUT.  If
     one side closes its direction, the other direction stays open (a half-close): some protocols depend on
     it.  ``early`` are bytes that have already been received from the client.
+
+    A direction holds either bytes, and waits until the sink takes them, or none, and waits for the source: a
+    slow sink thus slows the source down, and a tunnel needs no more than SMALL_BODY bytes a direction.
     """
-    directions = (TunnelDirection(client, origin, early), TunnelDirection(origin, client))
+    sinks = {client: origin, origin: client}  # by source, until the source has closed
+    held, count = {client: early, origin: b""}, 0  # bytes not yet sent, by source; how many have been sent
     with contextlib.suppress(OSError), selectors.DefaultSelector() as selector:
         origin.setblocking(False)
-        while not all(direction.ended for direction in directions):
-            wanted = [direction.wanted() for direction in directions]
-            for sock in (client, origin):  # one direction may read from it, the other one write to it
-                set_events(selector, sock, sum(events for other, events in wanted if other is sock))
+        while sinks:
+            wanted = [(source, sink, selectors.EVENT_WRITE) if held[source] else
+                      (source, source, selectors.EVENT_READ) for source, sink in sinks.items()]
+            for sock in held:  # one direction may read from it, the other one write to it
+                set_events(selector, sock, sum(events for _, other, events in wanted if other is sock))
             ready = {key.fileobj: events for key, events in selector.select(TUNNEL_IDLE_TIMEOUT)}
             if not ready:
                 break
-            for direction, (sock, events) in zip(directions, wanted):
-                if ready.get(sock, 0) & events:
-                    direction.move()
-    return sum(direction.count for direction in directions)
-
-
-def has_disconnected(sock: socket.socket) -> bool:
-    """Return whether the other end has closed a connection on which nothing has been read yet."""
-    try:
-        return wait_until_ready(sock, 0) and not sock.recv(1, socket.MSG_PEEK)
-    except (OSError, ValueError):  # closed on this side
-        return True
+            for source, sock, events in wanted:
+                if not ready.get(sock, 0) & events:
+                    continue
+                held[source] = held[source] or source.recv(SMALL_BODY)
+                if not held[source]:
+                    sinks.pop(source).shutdown(socket.SHUT_WR)
+                    continue
+                with contextlib.suppress(BlockingIOError):
+                    sent = sinks[source].send(held[source])
+                    held[source], count = held[source][sent:], count + sent
+    return count
 
 
 @functools.lru_cache(LARGE_MEMO // 4)
@@ -8141,10 +8085,10 @@ class ClientConnection:
                 return 1, self.waiting_since
         return (2, self.rate) if self.rate < MIN_RATE else None
 
-    def receive(self) -> bytes | None:
+    def receive(self, flags: int = 0) -> bytes | None:
         """Return the bytes that have arrived; b"" if the client has closed, None if nothing has arrived."""
         try:
-            return self.sock.recv(SMALL_BODY)
+            return self.sock.recv(SMALL_BODY, flags)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:
@@ -8176,7 +8120,8 @@ class ConnectionLimiter:
     the client waits until it is accepted.
 
     A client (an IPv6 /64 network counts as one) may have half of the connections.  Further ones are parked:
-    accepted, but neither read nor counted, so that one client cannot keep the others out.
+    accepted, but neither read nor counted, so that one client cannot keep the others out.  At most
+    half of the connections may be tunnels, which stay open for long, and half of these one client's.
 
     The life of a connection, as the limiter sees it:
 
@@ -8188,7 +8133,7 @@ class ConnectionLimiter:
 
     def __init__(self, max_connections: int) -> None:
         self.max_connections = max_connections
-        self.tunnels = Quota(max(2, max_connections // 2))
+        self.max_tunnels = max(2, max_connections // 2)
         self.crowded = False  # clients wait for a place: a closed connection should wake the server
         self._lock = threading.Lock()  # guards all below
         self._count = 0
@@ -8197,6 +8142,7 @@ class ConnectionLimiter:
         self._parked: list[ClientConnection] = []
         self._closing: set[ClientConnection] = set()  # shut down, but not released yet
         self._measured = time.monotonic()
+        self._tunnels: collections.Counter[str] = collections.Counter()  # open ones, by network
 
     def reserve(self) -> bool:
         """Reserve a place for a connection about to be accepted; False at the limit.
@@ -8257,7 +8203,7 @@ class ConnectionLimiter:
             parked, self._parked = self._parked, []
             for connection in parked:
                 network = connection.network
-                if network not in blocked and has_disconnected(connection.sock):
+                if network not in blocked and connection.receive(socket.MSG_PEEK) == b"":
                     connection.sock.close()
                 elif network not in blocked and self._count < self.max_connections and (
                         self._per_client[network] < self._per_client_limit()):
@@ -8272,6 +8218,21 @@ class ConnectionLimiter:
                 self._close_idle(network, sum(connection.network == network for connection in self._parked))
         for connection in admitted:
             connection.on_admitted(connection)
+
+    @contextlib.contextmanager
+    def tunnel(self, client: str) -> Iterator[None]:
+        """Count a tunnel of a client as long as it is open; ProxyError if the limits allow no further one."""
+        network = client_network(client)
+        with self._lock:
+            share = max(1, self.max_tunnels // 2)
+            if sum(self._tunnels.values()) >= self.max_tunnels or self._tunnels[network] >= share:
+                raise ProxyError("Too many tunnels are open.", 503)
+            self._tunnels[network] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._tunnels -= collections.Counter([network])  # drops zeros, so it cannot grow for ever
 
     def close(self) -> None:
         """Close the parked connections."""
@@ -8327,40 +8288,38 @@ def usable_processors() -> list[int]:
     return [number for number, speed in speeds.items() if speed >= 0.8 * max(speeds.values())]
 
 
-class CPUAffinity:
-    """Keeps the threads of this process on one processor.
+def pin_threads(number: int) -> tuple[set[int], set[int]]:
+    """Keep threads started from now on on one processor; instances with other numbers use other ones.
+
+    Return what unpinned() needs: all processors, and the one; both are empty if none could be chosen.
 
     Only one thread runs Python code at a time, so a second processor is of little use.  If they run on two,
     nearly every system call of one thread passes the interpreter lock to a thread on the other processor,
     which must be woken first: eight clients took twice as long for files not yet stored.
     """
+    with contextlib.suppress(OSError):
+        usable = usable_processors()
+        if usable:
+            everywhere, pinned = os.sched_getaffinity(0), {usable[number % len(usable)]}
+            os.sched_setaffinity(0, pinned)
+            return everywhere, pinned
+    return set(), set()
 
-    def __init__(self) -> None:
-        self._pinned: set[int] = set()  # empty if not pinned
-        self._all: set[int] = set()
 
-    def pin(self, number: int) -> None:
-        """Keep threads started from now on on one processor; instances with other numbers use other ones."""
+def _move_thread(processors: set[int]) -> None:
+    if processors:
         with contextlib.suppress(OSError):
-            usable = usable_processors()
-            if usable:
-                everywhere, pinned = os.sched_getaffinity(0), {usable[number % len(usable)]}
-                os.sched_setaffinity(0, pinned)
-                self._all, self._pinned = everywhere, pinned  # only if the system has allowed it
+            os.sched_setaffinity(0, processors)
 
-    @contextlib.contextmanager
-    def unpinned(self) -> Iterator[None]:
-        """Let the calling thread use any processor, while the kernel works for it for long."""
-        self._move_to(self._all)
-        try:
-            yield
-        finally:
-            self._move_to(self._pinned)
 
-    def _move_to(self, processors: set[int]) -> None:
-        if processors:
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(0, processors)
+@contextlib.contextmanager
+def unpinned(everywhere: set[int], pinned: set[int]) -> Iterator[None]:
+    """Let the calling thread use any processor, while the kernel works for it for long."""
+    _move_thread(everywhere)
+    try:
+        yield
+    finally:
+        _move_thread(pinned)
 
 
 def format_timings(timings: dict[str, float]) -> str:
@@ -8383,11 +8342,12 @@ class Dispatcher:
     """
 
     def __init__(self, proxy: Proxy, statistics: StatusCollector, limiter: ConnectionLimiter,
-                 write_log: Callable[[list[str]], None], affinity: CPUAffinity | None = None) -> None:
+                 write_log: Callable[[list[str]], None],
+                 affinity: tuple[set[int], set[int]] | None = None) -> None:
         self.proxy = proxy
         self.statistics = statistics
         self.limiter = limiter
-        self.affinity = affinity or CPUAffinity()
+        self.affinity = affinity or (set(), set())  # the result of pin_threads()
         self._write_log = write_log
         self._ids = itertools.cycle(range(1, 1000))  # of log lines
         self._refused = RecentEvents()  # clients, by address
@@ -8415,7 +8375,7 @@ class Dispatcher:
         size = response.body.length or 0
         quiet = not self._refused.note_first(connection.host, REFUSAL_LOG_INTERVAL)
         result = SendResult(size, 0, 0.0, True, quiet)
-        self._record(request, 403, response.cache_status, [(connection.host, result)])
+        self.record_results(request, 403, response.cache_status, [(connection.host, result)])
         head = with_date(response.head, time.time())
         return render_response_head(request, head, size, response.cache_status, True, self.proxy.config) + (
             b"%s\n" % str(error).encode())
@@ -8432,17 +8392,6 @@ class Dispatcher:
                              % (name, name), 421)
 
     # Requests, in worker threads
-
-    @contextlib.contextmanager
-    def open_tunnel(self, request: Request) -> Iterator[socket.socket]:
-        """Yield the connection to the origin that a CONNECT request asks for; ProxyError."""
-        if not self.limiter.tunnels.acquire(request.client):
-            raise ProxyError("Too many tunnels are open.", 503)
-        try:
-            with self.proxy.connect_tunnel(request) as origin:
-                yield origin
-        finally:
-            self.limiter.tunnels.release(request.client)
 
     def respond(self, request: Request, port: int) -> Response:
         """Return the response to a request that came to this port of the server; ProxyError."""
@@ -8509,15 +8458,12 @@ class Dispatcher:
             self.statistics.counters.add_tunnel(sent)
         from_cache = response.counts_as_cached and response.head.status in (200, 206)
         cached = max(0, sent - response.body.origin_bytes) if from_cache else 0
-        self._record(request, response.head.status, response.cache_status,
-                     [(request.client, SendResult(sent, cached, time.monotonic() - began, whole))])
+        result = SendResult(sent, cached, time.monotonic() - began, whole)
+        self.record_results(request, response.head.status, response.cache_status, [(request.client, result)])
 
-    def record_hot(self, entry: HotEntry, results: list[tuple[str, SendResult]]) -> None:
-        """Count and log what the event loop has sent of one entry, by client."""
-        self._record(entry.request, entry.status, entry.cache_status, results, entry.text)
-
-    def _record(self, request: Request, status: int, cache_status: CacheStatus,
-                results: list[tuple[str, SendResult]], text: str = "") -> None:
+    def record_results(self, request: Request, status: int, cache_status: CacheStatus,
+                       results: list[tuple[str, SendResult]], text: str = "") -> None:
+        """Count and log one response that was sent to several clients; ``text`` is log_text(), if known."""
         outcome = cache_status.outcome
         self.statistics.counters.add(outcome, sum([result.cached for _, result in results]), len(results))
         if outcome is not Outcome.OWN:
@@ -8762,7 +8708,8 @@ class EventLoop:
         """Count and log what was sent in this turn: once per entry, which is cheaper than once per client."""
         sent, self._sent = self._sent, {}
         for entry, results in sent.items():
-            self._dispatcher.record_hot(entry, results)
+            self._dispatcher.record_results(
+                entry.request, entry.status, entry.cache_status, results, entry.text)
 
 
 class RequestReader:
@@ -8865,12 +8812,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Answer the buffered request, and those that the client has sent with it (RFC 9112 §9.3.2)."""
         connection = self._connection
         with contextlib.suppress(ConnectionError, socket.timeout, TimeoutError):
-            while self._answer_one():
+            while not connection.keep_alive and self._answer_one():
                 connection.answered, connection.waiting_since = True, time.monotonic()
                 connection.buffered = self._reader.buffered()
-                if not find_head_end(connection.buffered):
-                    connection.keep_alive = True
-                    return
+                connection.keep_alive = not find_head_end(connection.buffered)
 
     def finish(self) -> None:
         """Close the reader; the connection may go back to the event loop."""
@@ -8893,11 +8838,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Serve a tunnel until it ends; return False: nothing can follow it."""
         head, dispatcher = ResponseHead(200, "Connection established", ()), self.server.dispatcher
         response, count, whole = Response(head, bytes_body(b""), CacheStatus(Outcome.TUNNEL)), 0, False
+        proxy = dispatcher.proxy
         try:
-            with dispatcher.open_tunnel(request) as origin:
+            with self.server.limiter.tunnel(request.client), proxy.connect_tunnel(request) as origin:
                 try:
-                    via = via_value((), (1, 1), dispatcher.proxy.config)
-                    self._write(request, render_head(head, (("Via", via),)))
+                    self._write(request, render_head(head, (("Via", via_value((), (1, 1), proxy.config)),)))
                     count, whole = relay_tunnel(self._connection.sock, origin, self._reader.buffered()), True
                 finally:
                     dispatcher.record(request, response, count, self._started, whole)
@@ -9019,7 +8964,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Send a file slice; if it cannot be read to its end, the slice's fallback provides the rest."""
         dispatcher, offset = self.server.dispatcher, part.start
         try:
-            with dispatcher.affinity.unpinned() if part.size > LARGE_SEND else contextlib.nullcontext():
+            with unpinned(*dispatcher.affinity) if part.size > LARGE_SEND else contextlib.nullcontext():
                 while offset < part.stop:
                     count = send_some(self._connection.sock, part, offset)
                     self._body_sent += count
@@ -9029,41 +8974,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 raise
             for data in part.fallback(offset, part.stop):
                 self._write(request, data, len(data))
-
-
-class NonblockingListener(socket.socket):
-    """A listening socket that takes over another one's descriptor, and does not block in accept().
-
-    It must not block, because another process that shares it may be quicker to accept.  ``family`` and
-    ``type`` are attributes here, because accept() asks for them each time: socket's own properties, which
-    build enumerations, take a tenth of the time of a connection.
-    """
-
-    family: socket.AddressFamily = socket.AF_INET
-    type: socket.SocketKind = socket.SOCK_STREAM
-
-    def __init__(self, plain: socket.socket) -> None:
-        self.family, self.type = plain.family, plain.type
-        super().__init__(plain.family, plain.type, plain.proto, plain.detach())
-        self.setblocking(False)
-
-
-def open_socket(host: str, port: int, reuse_port: bool = False) -> socket.socket:
-    """Open a listening socket, for IPv4 and IPv6 if the host is empty; OSError, OverflowError.
-
-    With ``reuse_port``, other processes may listen on the same address.
-    """
-    both = not host and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-    return NonblockingListener(socket.create_server(
-        (host, port), family=family, backlog=LISTEN_BACKLOG, reuse_port=reuse_port, dualstack_ipv6=both))
-
-
-def display_address(listening: socket.socket) -> str:
-    """Return host:port of a listening socket, without the host if it listens on all addresses."""
-    host, port = listening.getsockname()[:2]
-    shown = "[%s]" % host if ":" in host else host
-    return "%s:%d" % ("" if ipaddress.ip_address(host).is_unspecified else shown, port)
 
 
 class ThreadPool:
@@ -9245,9 +9155,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         It is refused at once, without reading a request, if its client has so many connections that they
         cannot even be parked.
         """
-        with contextlib.suppress(OSError):  # it has been closed already
-            # Nagle's algorithm would delay a body that is sent after its head by 40 ms.
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = ClientConnection(request, client_address, self.event_loop.add)
         if self.limiter.admit(connection):
             return
@@ -9673,6 +9580,43 @@ def make_connection_limiter() -> ConnectionLimiter:
     return ConnectionLimiter(max(4, min(MAX_CONNECTIONS, (soft - 40) // 5 if soft > 0 else MAX_CONNECTIONS)))
 
 
+class NonblockingListener(socket.socket):
+    """A listening socket that takes over another one's descriptor, and does not block in accept().
+
+    It must not block, because another process that shares it may be quicker to accept.  ``family`` and
+    ``type`` are attributes here, because accept() asks for them each time: socket's own properties, which
+    build enumerations, take a tenth of the time of a connection.
+    """
+
+    family: socket.AddressFamily = socket.AF_INET
+    type: socket.SocketKind = socket.SOCK_STREAM
+
+    def __init__(self, plain: socket.socket) -> None:
+        self.family, self.type = plain.family, plain.type
+        super().__init__(plain.family, plain.type, plain.proto, plain.detach())
+        self.setblocking(False)
+        # Accepted sockets inherit it: Nagle's algorithm would delay a body that follows its head by 40 ms.
+        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def open_socket(host: str, port: int, reuse_port: bool = False) -> socket.socket:
+    """Open a listening socket, for IPv4 and IPv6 if the host is empty; OSError, OverflowError.
+
+    With ``reuse_port``, other processes may listen on the same address.
+    """
+    both = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+    return NonblockingListener(socket.create_server(
+        (host, port), family=family, backlog=LISTEN_BACKLOG, reuse_port=reuse_port, dualstack_ipv6=both))
+
+
+def display_address(listening: socket.socket) -> str:
+    """Return host:port of a listening socket, without the host if it listens on all addresses."""
+    host, port = listening.getsockname()[:2]
+    shown = "[%s]" % host if ":" in host else host
+    return "%s:%d" % ("" if ipaddress.ip_address(host).is_unspecified else shown, port)
+
+
 def inherited_socket(descriptor: int) -> socket.socket:
     """Take over a listening socket that the parent process opened.  Raises OSError if it is anything else."""
     listening = socket.socket(fileno=descriptor)
@@ -9916,8 +9860,8 @@ def run(config: Config, level: int) -> None:
     Everything that can fail is done before the first thread of the proxy starts, and the addresses are
     opened last, so that clients of a proxy that cannot start are refused at once.
     """
-    affinity = CPUAffinity()  # before the first thread, because threads inherit it
-    affinity.pin(int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid())
+    number = int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid()
+    affinity = pin_threads(number)  # before the first thread, because threads inherit it
     log_handler = start_logging(level)
     store = open_store(config)
     if config.filters_file:

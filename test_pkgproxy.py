@@ -8795,11 +8795,11 @@ class TunnelTest(ProxyCase):
             self.assertIn(b"HTTP/1.1 200 ", other.recv(999))
         for end in ends[0]:
             end.close()
-        until(lambda: self.server.limiter.tunnels._used["127.0.0.1"] < 2)
+        until(lambda: self.server.limiter._tunnels["127.0.0.1"] < 2)
         self.open()
 
     def test_the_number_of_tunnels_is_limited(self):
-        self.server.limiter.tunnels = pkgproxy.Quota(1)
+        self.server.limiter.max_tunnels = 1
         self.open()
         answer = self.send_raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
         self.assertIn(b"HTTP/1.1 503 ", answer)
@@ -9208,7 +9208,7 @@ class CPUAffinityTest(ProxyCase):
         moves = []
         with mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, create=True), mock.patch.object(
                 os, "sched_setaffinity", lambda _, where: moves.append(where), create=True), mock.patch.object(pkgproxy, "LARGE_SEND", 200_000):
-            self.server.dispatcher.affinity.pin(6)
+            self.server.dispatcher.affinity = pkgproxy.pin_threads(6)
             self.assertEqual(moves, [{2}])
             for path, length, whither in (("/short_1.0_all.deb", 150_000, []), ("/long_1.0_all.deb", 250_000, [{0, 1, 2, 3}, {2}])):
                 self.origin.pages[path] = ScriptedResponse(b"x" * length)
@@ -9235,11 +9235,11 @@ class CPUAffinityTest(ProxyCase):
 
     def test_without_cpu_affinity_the_proxy_works(self):
         with mock.patch.object(os, "sched_setaffinity", side_effect=PermissionError, create=True):
-            self.server.dispatcher.affinity.pin(0)
-            with self.server.dispatcher.affinity.unpinned():
+            self.assertEqual(pkgproxy.pin_threads(0), (set(), set()))
+            with pkgproxy.unpinned({0}, {0}):
                 pass
         with mock.patch.object(pkgproxy, "usable_processors", list):
-            self.server.dispatcher.affinity.pin(0)
+            self.assertEqual(pkgproxy.pin_threads(0), (set(), set()))
 
 
 class ThreadPoolTest(unittest.TestCase):
