@@ -2521,17 +2521,18 @@ def why_locks_fail(folder: str) -> str:
 
     Also "" if nothing can be written there: then nothing has to be locked either.
     """
-    path = os.path.join(folder, "lock-" + secrets.token_hex(8))
+    path, reason = os.path.join(folder, "lock-" + secrets.token_hex(8)), ""
     with contextlib.suppress(OSError):
         make_directory(folder)
         with io.FileIO(path, "x+b") as first, io.FileIO(path, "r+b") as second:
             os.unlink(path)
             try:
-                if fcntl is not None and try_lock_file(first) and try_lock_file(second):
-                    return "its file system ignores locks"
+                both = try_lock_file(first) and try_lock_file(second)
+                reason = "its file system ignores locks" if both else ""
             except OSError as error:
-                return "its file system refuses locks (%s)" % error.strerror
-    return "" if fcntl is not None else "this system has no flock"
+                reason = "its file system refuses locks (%s)" % error.strerror
+        os.rmdir(folder)  # fails if the folder is in use
+    return reason if fcntl is not None else "this system has no flock"
 
 
 def is_remote(path: str) -> bool:
@@ -3545,7 +3546,7 @@ class Evictor:
         assumed, demand = self._store.space.take_demand()
         entries = list(self._walk(self._store.take_access_times(), now))
         responses = [entry.name for entry in entries if entry.is_response]
-        if not self._store.names.is_complete():
+        if responses and not self._store.names.is_complete():
             with contextlib.suppress(OSError):
                 self._store.names.rebuild(
                     (shareable_name(head.key), head.key) for name in responses
