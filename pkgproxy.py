@@ -432,6 +432,7 @@ class ResponseHead:
     mtime_ns: int = 0  # of the body file; with the size it tells one stored body from another
     local_clients_only: bool = False  # from an origin that only clients on this host may reach
     same_as: str = ""  # the identical stored file that was used in place of a download
+    behind_login: bool = False  # a redirect on the way, to a request with a password, did not permit sharing
 
     def __hash__(self) -> int:
         """Hash what tells two stored heads apart; hashing all fields takes long."""
@@ -1703,17 +1704,26 @@ def origin_request_fields(request: Request, config: Config, identity: bool) -> F
     return fields + (("Via", via_value(request.fields, request.version, config)),)
 
 
+def permits_sharing(head: ResponseHead) -> bool:
+    """Return whether a response to a request with Authorization says that it is for all clients."""
+    control = cache_directives(head.fields)
+    allowed = "public" in control or parse_delta_seconds(control.get("s-maxage")) > 0
+    return allowed and "authorization" not in list_members(head.fields, "Vary")
+
+
 def is_shareable(request: Request, head: ResponseHead) -> bool:
     """Return whether a response to a request with Authorization may be stored (RFC 9111 §3.5).
+
+    Every redirect that answered the password must permit that as well: it may lead to a signed URL, whose
+    response is public only for those who know the URL.  Without Authorization, ``no-store`` on a redirect is
+    about the redirect alone, because every client gets such a URL for the asking.
 
     ``must-revalidate``, which the RFC also accepts, is not enough.  It obliges a cache to let the origin
     check each client's credentials, but the proxy serves packages without asking, and indexes while the
     origin is down.
     """
-    control = cache_directives(head.fields)
-    allowed = "public" in control or parse_delta_seconds(control.get("s-maxage")) > 0
     return field_value(request.fields, "Authorization") is None or (
-        allowed and "authorization" not in list_members(head.fields, "Vary"))
+        permits_sharing(head) and not head.behind_login)
 
 
 def selecting_fields(request: Request, head: ResponseHead) -> Fields:
@@ -1994,7 +2004,7 @@ def freshen_head(stored: ResponseHead, response: ResponseHead) -> ResponseHead:
     # The age restarts from that of the 304, so an old Age goes even if the 304 has none (§4.2.3).
     fields = without_fields(stored.fields, ["age", *(name.lower() for name, _ in new)]) + new
     return replace_fields(stored, fields=fields, request_time=response.request_time,
-                          response_time=response.response_time)
+                          response_time=response.response_time, behind_login=response.behind_login)
 
 
 def is_304_for(stored: ResponseHead, response: ResponseHead) -> bool:
@@ -5056,13 +5066,14 @@ class OriginClient:
         if origin_request.deadline is None and origin_request.is_retryable:
             origin_request = replace_fields(origin_request, deadline=time.monotonic() + RESPONSE_HEAD_TIMEOUT)
         first: OriginResponse | None = None  # redirect, still unread
-        local_clients_only = False
+        local_clients_only = behind_login = False
         try:
             for _ in range(MAX_REDIRECTS + 1):
                 response = self._send_with_retry(origin_request)
                 # An internal host on the way counts as well as one at the end.
                 local_clients_only = local_clients_only or response.head.local_clients_only
-                response.head = replace_fields(response.head, local_clients_only=local_clients_only)
+                response.head = replace_fields(
+                    response.head, local_clients_only=local_clients_only, behind_login=behind_login)
                 location = None
                 if origin_request.follow_redirects:
                     location = redirect_target(response.head, origin_request.target)
@@ -5075,6 +5086,8 @@ class OriginClient:
                     first = response
                 else:
                     response.close()
+                has_password = field_value(origin_request.fields, "Authorization") is not None
+                behind_login = behind_login or has_password and not permits_sharing(response.head)
                 origin_request = redirected_request(origin_request, location)
         finally:
             if first is not None:

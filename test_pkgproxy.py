@@ -4994,6 +4994,42 @@ class IsolationTest(ProxyCase):
                         self.origin.pages[path] = ScriptedResponse(b"down", 503)
                         self.assertEqual(self.request(path).status, 503, "and not when the origin is unreachable")
 
+    def test_each_redirect_of_a_request_with_credentials_must_permit_sharing(self):
+        """A redirect that only the password yields leads to a signed URL, whose response calls itself public."""
+        signed, final = "/signed/x?sig=SECRET", ScriptedResponse(b"file", fields=[("Cache-Control", "public, max-age=0")])
+        elsewhere = ScriptedOrigin("127.0.0.2")
+        self.addCleanup(elsewhere.close)
+        self.origin.pages[signed] = elsewhere.pages[signed] = final
+        for origin, control, path in itertools.product(
+                (self.origin, elsewhere), ("private, no-store", "max-age=60", "public"), (self.PACKAGE, self.INDEX)):
+            shared = control == "public"
+            with self.subTest(host=origin.address, control=control, path=path):
+                shutil.rmtree(self.root)
+                os.mkdir(self.root)
+                redirect = ScriptedResponse(b"", 302, [("Location", origin.url(signed)), ("Cache-Control", control)], etag="", modified="")
+                self.origin.pages[path] = ScriptedResponse(respond=lambda fields, redirect=redirect: (
+                    redirect if fields.get("authorization") == self.PASSWORD else ScriptedResponse(b"who are you?", 401)))
+                for _ in range(2):  # a miss, then a validation if it is stored
+                    self.assertEqual(self.request(path, Authorization=self.PASSWORD, Cache_Control="max-age=0").body, b"file")
+                    self.wait_until_idle()
+                self.assertEqual(list(self.visible_files().values()), [b"file"] if shared else [])
+                if not shared:
+                    for method, fields in (("GET", {}), ("HEAD", {}), ("GET", {"Range": "bytes=0-1"})):
+                        self.assertEqual(self.request(path, method, **fields).status, 401)
+
+    def test_a_validation_behind_a_login_does_not_change_the_stored_head(self):
+        """The same redirect answers all, but the one that the password yields does not permit sharing."""
+        self.origin.pages["/file"] = ScriptedResponse(b"file", fields=[("Cache-Control", "public"), ("X", "all")])
+        self.origin.pages["/mine"] = ScriptedResponse(b"file", fields=[("Cache-Control", "public"), ("X", "mine")])
+        self.origin.pages[self.INDEX] = ScriptedResponse(respond=lambda fields: ScriptedResponse(
+            b"", 302, [("Location", "/mine" if "authorization" in fields else "/file"), ("Cache-Control", "no-store")], etag="", modified=""))
+        self.request(self.INDEX)
+        self.wait_until_idle()
+        answer = self.request(self.INDEX, Authorization=self.PASSWORD, Cache_Control="max-age=0")
+        self.assertEqual((answer["X"], "fwd-status=304" in self.cache_status(answer)), ("mine", True))
+        with contextlib.closing(self.proxy._store.lookup(self.origin.url(self.INDEX))) as stored:
+            self.assertIn(("X", "all"), stored.head.fields)
+
     def test_a_download_with_credentials_is_not_shared(self):
         gate = Gate()
         self.addCleanup(gate.open)
