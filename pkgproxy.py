@@ -1182,6 +1182,15 @@ def strong_validator(head: ResponseHead) -> str | None:
     return strong_date(head) if not tag else None if tag.startswith("W/") else tag
 
 
+def resume_validator(head: ResponseHead) -> str | None:
+    """Return the validator with which a download may be resumed, or taken over from another instance.
+
+    None for a copy of a local file: it is proven by its size and ends alone, so what there is of it may
+    differ from what the origin has, and must never be joined to the origin's bytes.
+    """
+    return None if head.same_as else strong_validator(head)
+
+
 # Links behind a prefix ------------------------------------------------------------------------
 
 # A client that writes a prefix leaves the proxy by an absolute link.  Two kinds of pages consist of such
@@ -2874,7 +2883,7 @@ class PartialFile(RefCountedFile):
         """Leave the file for a later request to resume, if a strong validator identifies the response."""
         large = self.size >= MIN_RESUMABLE_SIZE
         with contextlib.suppress(OSError):
-            if (large and strong_validator(self.head) is not None and self.still_exists()
+            if (large and resume_validator(self.head) is not None and self.still_exists()
                     and os.fstat(self.fileno()).st_size == self.size):  # else another process has written it
                 os.fsync(self.fileno())
                 self._write_metadata("")
@@ -5017,7 +5026,7 @@ def resumable_body(head: ResponseHead, size: int | None, offset: int, ask: Calla
         except OriginError as error:
             if offset >= began_at + FULL_DOWNLOAD_RANGE:
                 pauses = list(RESUME_BACKOFF)
-            cannot_resume = isinstance(error, CannotResumeError) or offset and strong_validator(head) is None
+            cannot_resume = isinstance(error, CannotResumeError) or offset and resume_validator(head) is None
             if cannot_resume or not pauses:
                 raise
         response = None
@@ -5314,8 +5323,8 @@ class TailingBody:
     def _fetch_remainder(self, offset: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes from ``offset`` to ``stop`` straight from the origin, for this client alone."""
         partial = self._download.partial
-        if self._started and strong_validator(partial.head) is None:
-            raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
+        if self._started and resume_validator(partial.head) is None:
+            raise CannotResumeError("The download cannot be resumed: no strong validator identifies it.")
         ask = functools.partial(
             self._origin.fetch_remainder, self._download.origin_request, partial.head, partial.length)
         with contextlib.closing(resumable_body(partial.head, partial.length, offset, ask)) as pieces:
@@ -5576,7 +5585,9 @@ class RecentFailures:
 class LocalFileResponse(OriginResponse):
     """A stored file that is read as if an origin sent it, to make a copy of it.
 
-    If it cannot be read to its end, the download continues from the origin like any other.
+    If it cannot be read to its end, or changes meanwhile, the copy is discarded (see resume_validator): the
+    download begins anew at the origin if nothing was read yet, else each client that has no byte yet asks
+    the origin for itself, and the others are cut off (invariant 7).
     """
 
     def __init__(self, stored: StoredResponse) -> None:  # without the base class's, which needs a connection
@@ -5962,8 +5973,9 @@ class Downloader:
                 partial.delete_stored()  # the stored response is outdated, and its successor is not stored
         except OriginError as failure:
             log.warning("%s was not stored: %s", partial.head.key, failure)
-            if isinstance(failure, DownloadAbandonedError):
-                result = FlightResult.ALONE  # a client that joined at the last moment asks the origin
+            if isinstance(failure, DownloadAbandonedError) or partial.head.same_as:
+                # A client that joined at the last moment, or has no byte of a copy yet, asks the origin.
+                result = FlightResult.ALONE
             error = None if result is FlightResult.ALONE else failure
             partial.keep_for_resume()
         finally:
@@ -6166,7 +6178,7 @@ class PeerFollower:
                 old.release()
         elif other is not None:
             same = other.load_metadata() and other.head.fields == old.head.fields
-            if same and strong_validator(old.head) and other.size >= old.size:
+            if same and resume_validator(old.head) and other.size >= old.size:
                 old.switch_to(other)
                 self._owner = owner
             else:
@@ -6192,7 +6204,7 @@ class PeerFollower:
         """
         partial = self._partial
         if partial is not None and self._published and not partial.is_stored_as(stored):
-            validator = strong_validator(partial.head)
+            validator = resume_validator(partial.head)
             same = validator is not None and validator == strong_validator(stored.head)
             if not same or partial.length not in (None, stored.head.size):
                 return FlightResult.ALONE
@@ -6202,9 +6214,9 @@ class PeerFollower:
     def _continue_download(self, partial: PartialFile) -> FlightResult | None:
         """Resume the download of an instance that died, in its file or in our copy; StorageError, OSError."""
         request, head = self._request, partial.head
-        if strong_validator(head) is None:
+        if resume_validator(head) is None:
             partial.discard()
-        if not may_share_download(request, head) or strong_validator(head) is None:
+        if not may_share_download(request, head) or resume_validator(head) is None:
             return FlightResult.ALONE
         if self._locks.leases.uses_memcached:
             own = self._locks.partials.open_for_writing(self._flight.key, self._own_lease)
@@ -6507,7 +6519,8 @@ class FlightLeader:
 
     def _resume(self, origin_request: OriginRequest, partial: PartialFile | None) -> OriginResponse | None:
         """Ask for what an earlier download lacks; None if nothing is left of one, or if it does not fit."""
-        if partial is not None and partial.size and may_share_download(self.request, partial.head):
+        is_resumable = partial is not None and partial.size and resume_validator(partial.head)
+        if partial is not None and is_resumable and may_share_download(self.request, partial.head):
             with contextlib.suppress(CannotResumeError):
                 return self.downloader.origin.fetch_remainder(
                     origin_request, partial.head, partial.length, partial.size)

@@ -4439,6 +4439,52 @@ class MirrorSharingTest(ProxyCase):
         self.wait_until_idle()
         self.assertEqual({name: data == body for name, data in self.visible_files().items()}, {os.path.relpath(self.other_url(), self.root): True})
 
+    def test_a_copy_that_fails_in_the_middle_is_never_continued_with_bytes_of_the_origin(self):
+        # Size and ends prove a local file; its middle may differ, so the two must not be joined.
+        body, read = random.Random(1).randbytes(1 << 20), pkgproxy.LocalFileResponse.read
+        linkless = OSError(errno.EPERM, "no links here")
+        local = body[:300_000] + b"local" + body[300_005:]
+        url = self.publish(body=body)
+        self.origin.pages[self.HERE] = ScriptedResponse(local)
+        for what in ("an adopted file", "the file of another mirror"):
+            with self.subTest(what), mock.patch.object(os, "link", side_effect=linkless), mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
+                shutil.rmtree(self.root)
+                path = os.path.join(self.root, self.visible_name(self.HERE[1:]))
+                if what == "an adopted file":
+                    path = os.path.join(self.adopt(**{"x_1.0_all": local}), "x_1.0_all.deb")
+                else:
+                    self.start_proxy()
+                    self.request(self.HERE)
+                    self.wait_until_idle()
+                copied, gate, asked = [], Gate(), len(self.other.log)
+                self.addCleanup(gate.open)
+
+                def written_after_a_part(copy, size=0, path=path, copied=copied, gate=gate):
+                    if sum(copied) > 400_000:
+                        gate.pass_through()
+                        with open(path, "r+b") as file:
+                            file.write(bytes(1 << 20))
+                    data = read(copy, size)
+                    copied.append(len(data))
+                    return data
+
+                with mock.patch.object(pkgproxy.LocalFileResponse, "read", written_after_a_part), self.connection() as one:
+                    one.request("GET", url)
+                    response = one.getresponse()
+                    start = response.read(1)
+                    gate.open()
+                    with self.assertRaises(http.client.IncompleteRead) as caught:
+                        response.read()
+                    self.assertTrue(local.startswith(start + caught.exception.partial))
+                    self.wait_until_idle()
+                self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
+                self.assertFalse(os.path.exists(self.other_url()))
+                self.assertTrue(self.request(url).body == body)
+                self.wait_until_idle()
+                self.assertTrue(Path(self.other_url()).read_bytes() == body)
+                ranges = {entry.fields.get("range") for entry in self.other.log[asked:]}
+                self.assertLessEqual(ranges, {None, "bytes=0-%d" % (pkgproxy.PROOF_SIZE - 1), "bytes=%d-" % (len(body) - pkgproxy.PROOF_SIZE)})
+
     def test_adopted_packages_replace_a_mirror_only_with_a_digest(self):
         self.adopt(**{"v%d_1.0_all" % number: self.BODY for number in range(4)})
         digest = "%s-primary.xml.gz" % sha256(self.INDEX_BODY)
