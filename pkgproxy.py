@@ -5724,16 +5724,16 @@ class MirrorDeduplicator:
         name, has_digest = shareable_name(request.key), digest_in_name(request.key) is not None
         # A client that says no-cache doubts what the proxy has: it may have seen a wrong digest, say.
         doubted = "no-cache" in cache_directives(request.fields)
-        if not name or doubted or field_value(request.fields, "Authorization") is not None:
+        unproven = not self._sharing and not has_digest
+        if not name or doubted or unproven or field_value(request.fields, "Authorization") is not None:
             return
         # A file fetched over http is never used for an https URL, unless a digest in the URL proves it.
         schemes = ("http:", "https:") if request.target.scheme == "http" or has_digest else ("https:",)
-        if self._sharing or has_digest:
-            for key in [*self._store.names.lookup(name), request.key.replace("%2B", "+")]:
-                if key != request.key and key.startswith(schemes):
-                    stored = look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
-                    if stored is not None:
-                        yield stored
+        for key in [*self._store.names.lookup(name), request.key.replace("%2B", "+")]:
+            if key != request.key and key.startswith(schemes):
+                stored = look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
+                if stored is not None:
+                    yield stored
         for path in self._store.adopted.lookup(name) if self._adopted_folders else ():
             file, info = _open(path) if path.startswith(self._adopted_folders) else (None, _NO_STAT)
             if file is not None:

@@ -4340,12 +4340,12 @@ class MirrorSharingTest(ProxyCase):
             asked = make_request(self.other.url("/%s_1.0_all.deb" % name))
             self.assertEqual(self.proxy._mirrors.has_candidates(dataclasses.replace(asked, client_is_local=True)), name == "plain", name)
 
-    def adopt(self, **files):
+    def adopt(self, sharing=True, **files):
         folder = os.path.join(self.folder, "archives")
         os.makedirs(folder, exist_ok=True)
         for name, body in files.items():
             Path(folder, name.replace("__", "%3a") + ".deb").write_bytes(body)
-        config = dataclasses.replace(self.config, adopt=(folder,))
+        config = dataclasses.replace(self.config, adopt=(folder,), sharing=sharing)
         self.start_proxy(config)
         self.proxy._store.adopted.rebuild(pkgproxy.adoptable_packages(config.adopt))
         return folder
@@ -4367,6 +4367,16 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual((self.request(url).body, self.cache_status(self.request(url))), (self.BODY, "pkgproxy; hit"))
         self.request(url, "DELETE")
         self.assertEqual(os.listdir(folder), ["x_1%3a1.0_all.deb"])
+
+    def test_without_sharing_an_adopted_package_needs_a_digest_in_its_name(self):
+        folder = self.adopt(sharing=False, **{"x_1.0_all": self.BODY[:5000] + b"?" + self.BODY[5001:]})
+        url, name = self.publish(), "%s-primary.xml.gz" % sha256(self.INDEX_BODY)
+        answer = self.request(url)
+        self.assertEqual((answer.body, self.cache_status(answer)), (self.BODY, "pkgproxy; " + self.MISS))
+        os.mkdir(os.path.join(folder, "repodata"))
+        Path(folder, "repodata", name).write_bytes(self.INDEX_BODY)
+        self.adopt(sharing=False)
+        self.assertEqual(self.request(self.other.url("/repodata/" + name)).body, self.INDEX_BODY)
 
     def test_an_adopted_file_that_differs_or_is_truncated_meanwhile_is_not_used(self):
         folder = self.adopt(**{"x_1.0_all": self.BODY[:-1], "y_1.0_all": self.BODY})
@@ -4439,46 +4449,54 @@ class MirrorSharingTest(ProxyCase):
         self.wait_until_idle()
         self.assertEqual({name: data == body for name, data in self.visible_files().items()}, {os.path.relpath(self.other_url(), self.root): True})
 
+    def check_broken_copy(self, url, path, local):
+        """Request a copy of ``path``, which is written when a part of it has been copied: the client gets this part and no more."""
+        read, copied, gate = pkgproxy.LocalFileResponse.read, [], Gate()
+        self.addCleanup(gate.open)
+
+        def written_after_a_part(copy, size=0):
+            if sum(copied) > 400_000:
+                gate.pass_through()
+                with open(path, "r+b") as file:
+                    file.write(bytes(1 << 20))
+            data = read(copy, size)
+            copied.append(len(data))
+            return data
+
+        with mock.patch.object(pkgproxy.LocalFileResponse, "read", written_after_a_part), self.connection() as one:
+            one.request("GET", url)
+            response = one.getresponse()
+            start = response.read(1)
+            gate.open()
+            with self.assertRaises(http.client.IncompleteRead) as caught:
+                response.read()
+            self.assertTrue(local.startswith(start + caught.exception.partial))
+            self.wait_until_idle()
+        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
+        self.assertFalse(os.path.exists(self.other_url()))
+
     def test_a_copy_that_fails_in_the_middle_is_never_continued_with_bytes_of_the_origin(self):
         # Size and ends prove a local file; its middle may differ, so the two must not be joined.
-        body, read = random.Random(1).randbytes(1 << 20), pkgproxy.LocalFileResponse.read
-        linkless = OSError(errno.EPERM, "no links here")
+        body = random.Random(1).randbytes(1 << 20)
         local = body[:300_000] + b"local" + body[300_005:]
         url = self.publish(body=body)
         self.origin.pages[self.HERE] = ScriptedResponse(local)
-        for what in ("an adopted file", "the file of another mirror"):
-            with self.subTest(what), mock.patch.object(os, "link", side_effect=linkless), mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
+        linkless = mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here"))
+
+        def adopt():
+            return os.path.join(self.adopt(**{"x_1.0_all": local}), "x_1.0_all.deb")
+
+        def share():
+            self.start_proxy()
+            self.request(self.HERE)
+            self.wait_until_idle()
+            return os.path.join(self.root, self.visible_name(self.HERE[1:]))
+
+        for prepare in (adopt, share):
+            with self.subTest(prepare.__name__), linkless, mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
                 shutil.rmtree(self.root)
-                path = os.path.join(self.root, self.visible_name(self.HERE[1:]))
-                if what == "an adopted file":
-                    path = os.path.join(self.adopt(**{"x_1.0_all": local}), "x_1.0_all.deb")
-                else:
-                    self.start_proxy()
-                    self.request(self.HERE)
-                    self.wait_until_idle()
-                copied, gate, asked = [], Gate(), len(self.other.log)
-                self.addCleanup(gate.open)
-
-                def written_after_a_part(copy, size=0, path=path, copied=copied, gate=gate):
-                    if sum(copied) > 400_000:
-                        gate.pass_through()
-                        with open(path, "r+b") as file:
-                            file.write(bytes(1 << 20))
-                    data = read(copy, size)
-                    copied.append(len(data))
-                    return data
-
-                with mock.patch.object(pkgproxy.LocalFileResponse, "read", written_after_a_part), self.connection() as one:
-                    one.request("GET", url)
-                    response = one.getresponse()
-                    start = response.read(1)
-                    gate.open()
-                    with self.assertRaises(http.client.IncompleteRead) as caught:
-                        response.read()
-                    self.assertTrue(local.startswith(start + caught.exception.partial))
-                    self.wait_until_idle()
-                self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
-                self.assertFalse(os.path.exists(self.other_url()))
+                asked = len(self.other.log)
+                self.check_broken_copy(url, prepare(), local)
                 self.assertTrue(self.request(url).body == body)
                 self.wait_until_idle()
                 self.assertTrue(Path(self.other_url()).read_bytes() == body)
