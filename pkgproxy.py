@@ -432,6 +432,7 @@ class ResponseHead:
     mtime_ns: int = 0  # of the body file; with the size it tells one stored body from another
     local_clients_only: bool = False  # from an origin that only clients on this host may reach
     same_as: str = ""  # the identical stored file that was used in place of a download
+    behind_login: bool = False  # a redirect on the way, to a request with a password, did not permit sharing
 
     def __hash__(self) -> int:
         """Hash what tells two stored heads apart; hashing all fields takes long."""
@@ -1181,6 +1182,15 @@ def strong_validator(head: ResponseHead) -> str | None:
     return strong_date(head) if not tag else None if tag.startswith("W/") else tag
 
 
+def resume_validator(head: ResponseHead) -> str | None:
+    """Return the validator with which a download may be resumed, or taken over from another instance.
+
+    None for a copy of a local file: it is proven by its size and ends alone, so what there is of it may
+    differ from what the origin has, and must never be joined to the origin's bytes.
+    """
+    return None if head.same_as else strong_validator(head)
+
+
 # Links behind a prefix ------------------------------------------------------------------------
 
 # A client that writes a prefix leaves the proxy by an absolute link.  Two kinds of pages consist of such
@@ -1653,6 +1663,7 @@ _NEEDLESS = re.compile(
     r"|tracestate|x-b3-[a-z]+|baggage"
     r"|npm-(?:auth-type|command|in-ci|scope|session)|pacote-[a-z-]+|x-gemfile-source|cargo-protocol"
     r"|x-nuget-[a-z-]+|x-zypp-[a-z]+|flatpak-[a-z-]+|disable-module-fetch")
+_VIA_ELEMENT = re.compile(r"[ \t]*(?:[a-z]{1,9}/)?[0-9.]{1,9}[ \t]+[a-z0-9._:\[\]-]{1,255}[ \t]*", re.I)
 _CREDENTIAL = re.compile("api|auth|cookie|cred|jwt|key|login|otp|pass|saml|secret|session|sign|token|user")
 
 
@@ -1677,6 +1688,20 @@ def without_private_fields(request: Request) -> Request:
     return replace_fields(request, fields=_only(request.fields, SHARED_FIELDS | _OWN_FIELDS))
 
 
+def _shared_request_fields(fields: Fields) -> Fields:
+    """Return the request fields to send if the response may be stored.
+
+    A demand for a fresh response is passed on to caches on the way, but not in the client's words: an origin
+    that echoes them would let the client write into what others get.
+    """
+    control, kept = cache_directives(fields), _only(fields, SHARED_FIELDS - {"cache-control", "pragma"})
+    if "no-cache" in control or not control and "no-cache" in list_members(fields, "Pragma"):  # RFC 9111 §5.4
+        return (*kept, ("Cache-Control", "no-cache"))
+    if "max-age" in control and not parse_delta_seconds(control["max-age"]):
+        return (*kept, ("Cache-Control", "max-age=0"))
+    return kept
+
+
 def origin_request_fields(request: Request, config: Config, identity: bool) -> Fields:
     """Return the fields of a request to an origin (RFC 9110 §7.6).
 
@@ -1691,7 +1716,7 @@ def origin_request_fields(request: Request, config: Config, identity: bool) -> F
     removed += ["expect"] if request.version < (1, 1) else []
     kept = without_fields(end_to_end(request.fields), removed)
     # 2. Add: Host first (§7.2), Max-Forwards (§7.6.2), the framing of the body, Via last (§7.6.3).
-    fields = (("Host", request.target.authority),) + (_only(kept, SHARED_FIELDS) if identity else kept)
+    fields = (("Host", request.target.authority),) + (_shared_request_fields(kept) if identity else kept)
     if hops is not None:
         fields += (("Max-Forwards", str(hops - 1)),)
     if identity:
@@ -1700,20 +1725,35 @@ def origin_request_fields(request: Request, config: Config, identity: bool) -> F
         fields += (("Transfer-Encoding", "chunked"),)
     elif request.length or field_value(request.fields, "Content-Length") is not None:
         fields += (("Content-Length", str(request.length)),)
-    return fields + (("Via", via_value(request.fields, request.version, config)),)
+    # Other proxies find loops by their elements of Via, so these stay.  Comments (RFC 9110 §7.6.3) may be any
+    # text, and no loop through this proxy depends on an element with one: its own has none (see is_loop).
+    received = request.fields
+    if identity:
+        elements = ",".join(field_values(request.fields, "Via")).split(",")
+        received = tuple(("Via", element.strip()) for element in elements if _VIA_ELEMENT.fullmatch(element))
+    return fields + (("Via", via_value(received, request.version, config)),)
+
+
+def permits_sharing(head: ResponseHead) -> bool:
+    """Return whether a response to a request with Authorization says that it is for all clients."""
+    control = cache_directives(head.fields)
+    allowed = "public" in control or parse_delta_seconds(control.get("s-maxage")) > 0
+    return allowed and "authorization" not in list_members(head.fields, "Vary")
 
 
 def is_shareable(request: Request, head: ResponseHead) -> bool:
     """Return whether a response to a request with Authorization may be stored (RFC 9111 §3.5).
 
+    Every redirect that answered the password must permit that as well: it may lead to a signed URL, whose
+    response is public only for those who know the URL.  Without Authorization, ``no-store`` on a redirect is
+    about the redirect alone, because every client gets such a URL for the asking.
+
     ``must-revalidate``, which the RFC also accepts, is not enough.  It obliges a cache to let the origin
     check each client's credentials, but the proxy serves packages without asking, and indexes while the
     origin is down.
     """
-    control = cache_directives(head.fields)
-    allowed = "public" in control or parse_delta_seconds(control.get("s-maxage")) > 0
     return field_value(request.fields, "Authorization") is None or (
-        allowed and "authorization" not in list_members(head.fields, "Vary"))
+        permits_sharing(head) and not head.behind_login)
 
 
 def selecting_fields(request: Request, head: ResponseHead) -> Fields:
@@ -1994,7 +2034,7 @@ def freshen_head(stored: ResponseHead, response: ResponseHead) -> ResponseHead:
     # The age restarts from that of the 304, so an old Age goes even if the 304 has none (§4.2.3).
     fields = without_fields(stored.fields, ["age", *(name.lower() for name, _ in new)]) + new
     return replace_fields(stored, fields=fields, request_time=response.request_time,
-                          response_time=response.response_time)
+                          response_time=response.response_time, behind_login=response.behind_login)
 
 
 def is_304_for(stored: ResponseHead, response: ResponseHead) -> bool:
@@ -2864,7 +2904,7 @@ class PartialFile(RefCountedFile):
         """Leave the file for a later request to resume, if a strong validator identifies the response."""
         large = self.size >= MIN_RESUMABLE_SIZE
         with contextlib.suppress(OSError):
-            if (large and strong_validator(self.head) is not None and self.still_exists()
+            if (large and resume_validator(self.head) is not None and self.still_exists()
                     and os.fstat(self.fileno()).st_size == self.size):  # else another process has written it
                 os.fsync(self.fileno())
                 self._write_metadata("")
@@ -5007,7 +5047,7 @@ def resumable_body(head: ResponseHead, size: int | None, offset: int, ask: Calla
         except OriginError as error:
             if offset >= began_at + FULL_DOWNLOAD_RANGE:
                 pauses = list(RESUME_BACKOFF)
-            cannot_resume = isinstance(error, CannotResumeError) or offset and strong_validator(head) is None
+            cannot_resume = isinstance(error, CannotResumeError) or offset and resume_validator(head) is None
             if cannot_resume or not pauses:
                 raise
         response = None
@@ -5056,13 +5096,14 @@ class OriginClient:
         if origin_request.deadline is None and origin_request.is_retryable:
             origin_request = replace_fields(origin_request, deadline=time.monotonic() + RESPONSE_HEAD_TIMEOUT)
         first: OriginResponse | None = None  # redirect, still unread
-        local_clients_only = False
+        local_clients_only = behind_login = False
         try:
             for _ in range(MAX_REDIRECTS + 1):
                 response = self._send_with_retry(origin_request)
                 # An internal host on the way counts as well as one at the end.
                 local_clients_only = local_clients_only or response.head.local_clients_only
-                response.head = replace_fields(response.head, local_clients_only=local_clients_only)
+                response.head = replace_fields(
+                    response.head, local_clients_only=local_clients_only, behind_login=behind_login)
                 location = None
                 if origin_request.follow_redirects:
                     location = redirect_target(response.head, origin_request.target)
@@ -5075,6 +5116,8 @@ class OriginClient:
                     first = response
                 else:
                     response.close()
+                has_password = field_value(origin_request.fields, "Authorization") is not None
+                behind_login = behind_login or has_password and not permits_sharing(response.head)
                 origin_request = redirected_request(origin_request, location)
         finally:
             if first is not None:
@@ -5301,8 +5344,8 @@ class TailingBody:
     def _fetch_remainder(self, offset: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes from ``offset`` to ``stop`` straight from the origin, for this client alone."""
         partial = self._download.partial
-        if self._started and strong_validator(partial.head) is None:
-            raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
+        if self._started and resume_validator(partial.head) is None:
+            raise CannotResumeError("The download cannot be resumed: no strong validator identifies it.")
         ask = functools.partial(
             self._origin.fetch_remainder, self._download.origin_request, partial.head, partial.length)
         with contextlib.closing(resumable_body(partial.head, partial.length, offset, ask)) as pieces:
@@ -5563,7 +5606,9 @@ class RecentFailures:
 class LocalFileResponse(OriginResponse):
     """A stored file that is read as if an origin sent it, to make a copy of it.
 
-    If it cannot be read to its end, the download continues from the origin like any other.
+    If it cannot be read to its end, or changes meanwhile, the copy is discarded (see resume_validator): the
+    download begins anew at the origin if nothing was read yet, else each client that has no byte yet asks
+    the origin for itself, and the others are cut off (invariant 7).
     """
 
     def __init__(self, stored: StoredResponse) -> None:  # without the base class's, which needs a connection
@@ -5700,16 +5745,16 @@ class MirrorDeduplicator:
         name, has_digest = shareable_name(request.key), digest_in_name(request.key) is not None
         # A client that says no-cache doubts what the proxy has: it may have seen a wrong digest, say.
         doubted = "no-cache" in cache_directives(request.fields)
-        if not name or doubted or field_value(request.fields, "Authorization") is not None:
+        unproven = not self._sharing and not has_digest
+        if not name or doubted or unproven or field_value(request.fields, "Authorization") is not None:
             return
         # A file fetched over http is never used for an https URL, unless a digest in the URL proves it.
         schemes = ("http:", "https:") if request.target.scheme == "http" or has_digest else ("https:",)
-        if self._sharing or has_digest:
-            for key in [*self._store.names.lookup(name), request.key.replace("%2B", "+")]:
-                if key != request.key and key.startswith(schemes):
-                    stored = look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
-                    if stored is not None:
-                        yield stored
+        for key in [*self._store.names.lookup(name), request.key.replace("%2B", "+")]:
+            if key != request.key and key.startswith(schemes):
+                stored = look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
+                if stored is not None:
+                    yield stored
         for path in self._store.adopted.lookup(name) if self._adopted_folders else ():
             file, info = _open(path) if path.startswith(self._adopted_folders) else (None, _NO_STAT)
             if file is not None:
@@ -5949,8 +5994,9 @@ class Downloader:
                 partial.delete_stored()  # the stored response is outdated, and its successor is not stored
         except OriginError as failure:
             log.warning("%s was not stored: %s", partial.head.key, failure)
-            if isinstance(failure, DownloadAbandonedError):
-                result = FlightResult.ALONE  # a client that joined at the last moment asks the origin
+            if isinstance(failure, DownloadAbandonedError) or partial.head.same_as:
+                # A client that joined at the last moment, or has no byte of a copy yet, asks the origin.
+                result = FlightResult.ALONE
             error = None if result is FlightResult.ALONE else failure
             partial.keep_for_resume()
         finally:
@@ -6153,7 +6199,7 @@ class PeerFollower:
                 old.release()
         elif other is not None:
             same = other.load_metadata() and other.head.fields == old.head.fields
-            if same and strong_validator(old.head) and other.size >= old.size:
+            if same and resume_validator(old.head) and other.size >= old.size:
                 old.switch_to(other)
                 self._owner = owner
             else:
@@ -6179,7 +6225,7 @@ class PeerFollower:
         """
         partial = self._partial
         if partial is not None and self._published and not partial.is_stored_as(stored):
-            validator = strong_validator(partial.head)
+            validator = resume_validator(partial.head)
             same = validator is not None and validator == strong_validator(stored.head)
             if not same or partial.length not in (None, stored.head.size):
                 return FlightResult.ALONE
@@ -6189,9 +6235,9 @@ class PeerFollower:
     def _continue_download(self, partial: PartialFile) -> FlightResult | None:
         """Resume the download of an instance that died, in its file or in our copy; StorageError, OSError."""
         request, head = self._request, partial.head
-        if strong_validator(head) is None:
+        if resume_validator(head) is None:
             partial.discard()
-        if not may_share_download(request, head) or strong_validator(head) is None:
+        if not may_share_download(request, head) or resume_validator(head) is None:
             return FlightResult.ALONE
         if self._locks.leases.uses_memcached:
             own = self._locks.partials.open_for_writing(self._flight.key, self._own_lease)
@@ -6494,7 +6540,8 @@ class FlightLeader:
 
     def _resume(self, origin_request: OriginRequest, partial: PartialFile | None) -> OriginResponse | None:
         """Ask for what an earlier download lacks; None if nothing is left of one, or if it does not fit."""
-        if partial is not None and partial.size and may_share_download(self.request, partial.head):
+        is_resumable = partial is not None and partial.size and resume_validator(partial.head)
+        if partial is not None and is_resumable and may_share_download(self.request, partial.head):
             with contextlib.suppress(CannotResumeError):
                 return self.downloader.origin.fetch_remainder(
                     origin_request, partial.head, partial.length, partial.size)
@@ -6515,8 +6562,7 @@ class FlightLeader:
         if is_shareable(request, head):
             self.downloader.store.update_head(stored, head)
         status = CacheStatus(Outcome.VALIDATED, decision.forward, 304)
-        response = response_from_store(request, replace_fields(stored, head=head), status)
-        return response, FlightResult.STORED
+        return response_from_store(request, replace_fields(stored, head=head), status), FlightResult.STORED
 
     def _revalidate(self, decision: CacheDecision, stored: StoredResponse) -> ResponseHead | OriginResponse:
         """Return the head that confirms a stored response, or the response that replaces it; OriginError."""

@@ -989,6 +989,27 @@ class MessageRulesTest(unittest.TestCase):
         self.assertEqual(asked.fields, before)
         self.assertEqual(fields, (("Host", "a:8080"), ("Accept-Encoding", "identity"), ("Via", "1.0 b, 1.1 me")))
 
+    def test_a_request_whose_response_may_be_stored_carries_no_free_text_of_its_client_in_via_and_cache_control(self):
+        for fields, via, control in (
+                ({"Via": "1.1 a, HTTP/1.1 b:80 , 1.0 c (<script>, 1.1 d), x y, e, 1.1 f;g", "Cache-Control": 'x="evil", NO-CACHE="y"'},
+                 "1.1 a, HTTP/1.1 b:80, 1.1 me", "no-cache"),
+                ({"Pragma": "evil, no-cache"}, "1.1 me", "no-cache"), ({"Pragma": "evil"}, "1.1 me", None),
+                ({"Cache-Control": "evil, max-age=00"}, "1.1 me", "max-age=0"), ({"Cache-Control": "max-age=5, max-stale=evil"}, "1.1 me", None)):
+            with self.subTest(fields=fields):
+                asked = make_request("http://a/x_1.0_all.deb", **{name.replace("-", "_"): text for name, text in fields.items()})
+                sent = pkgproxy.origin_request_fields(asked, Config(pseudonym="me"), identity=True)
+                self.assertEqual([text for name, text in sent if name == "Via"], [via])
+                self.assertEqual([text for name, text in sent if name in ("Cache-Control", "Pragma")], [control] if control else [])
+                relayed = pkgproxy.origin_request_fields(asked, Config(pseudonym="me"), identity=False)
+                self.assertLessEqual(set(fields.items()) - {("Via", fields.get("Via"))}, set(relayed))
+
+    def test_a_loop_through_another_proxy_is_detected(self):
+        sent, names = make_request("http://a/x", Via="1.1 first (comment)"), ("one", "two")
+        for name in names:
+            self.assertFalse(pkgproxy.is_loop(sent, Config(pseudonym=name)))
+            sent = dataclasses.replace(sent, fields=pkgproxy.origin_request_fields(sent, Config(pseudonym=name), identity=True))
+        self.assertEqual([pkgproxy.is_loop(sent, Config(pseudonym=name)) for name in names], [True, True])
+
     def test_a_loop_is_detected_by_via(self):
         for via, expected in (("1.1 me", True), ("1.1 a, HTTP/1.1 me (x)", True), ("1.1 you", False), ("me", False)):
             with self.subTest(via=via):
@@ -4340,12 +4361,12 @@ class MirrorSharingTest(ProxyCase):
             asked = make_request(self.other.url("/%s_1.0_all.deb" % name))
             self.assertEqual(self.proxy._mirrors.has_candidates(dataclasses.replace(asked, client_is_local=True)), name == "plain", name)
 
-    def adopt(self, **files):
+    def adopt(self, sharing=True, **files):
         folder = os.path.join(self.folder, "archives")
         os.makedirs(folder, exist_ok=True)
         for name, body in files.items():
             Path(folder, name.replace("__", "%3a") + ".deb").write_bytes(body)
-        config = dataclasses.replace(self.config, adopt=(folder,))
+        config = dataclasses.replace(self.config, adopt=(folder,), sharing=sharing)
         self.start_proxy(config)
         self.proxy._store.adopted.rebuild(pkgproxy.adoptable_packages(config.adopt))
         return folder
@@ -4367,6 +4388,16 @@ class MirrorSharingTest(ProxyCase):
         self.assertEqual((self.request(url).body, self.cache_status(self.request(url))), (self.BODY, "pkgproxy; hit"))
         self.request(url, "DELETE")
         self.assertEqual(os.listdir(folder), ["x_1%3a1.0_all.deb"])
+
+    def test_without_sharing_an_adopted_package_needs_a_digest_in_its_name(self):
+        folder = self.adopt(sharing=False, **{"x_1.0_all": self.BODY[:5000] + b"?" + self.BODY[5001:]})
+        url, name = self.publish(), "%s-primary.xml.gz" % sha256(self.INDEX_BODY)
+        answer = self.request(url)
+        self.assertEqual((answer.body, self.cache_status(answer)), (self.BODY, "pkgproxy; " + self.MISS))
+        os.mkdir(os.path.join(folder, "repodata"))
+        Path(folder, "repodata", name).write_bytes(self.INDEX_BODY)
+        self.adopt(sharing=False)
+        self.assertEqual(self.request(self.other.url("/repodata/" + name)).body, self.INDEX_BODY)
 
     def test_an_adopted_file_that_differs_or_is_truncated_meanwhile_is_not_used(self):
         folder = self.adopt(**{"x_1.0_all": self.BODY[:-1], "y_1.0_all": self.BODY})
@@ -4438,6 +4469,60 @@ class MirrorSharingTest(ProxyCase):
             self.assertTrue(self.request(self.publish(body=body)).body == body)
         self.wait_until_idle()
         self.assertEqual({name: data == body for name, data in self.visible_files().items()}, {os.path.relpath(self.other_url(), self.root): True})
+
+    def check_broken_copy(self, url, path, local):
+        """Request a copy of ``path``, which is written when a part of it has been copied: the client gets this part and no more."""
+        read, copied, gate = pkgproxy.LocalFileResponse.read, [], Gate()
+        self.addCleanup(gate.open)
+
+        def written_after_a_part(copy, size=0):
+            if sum(copied) > 400_000:
+                gate.pass_through()
+                with open(path, "r+b") as file:
+                    file.write(bytes(1 << 20))
+            data = read(copy, size)
+            copied.append(len(data))
+            return data
+
+        with mock.patch.object(pkgproxy.LocalFileResponse, "read", written_after_a_part), self.connection() as one:
+            one.request("GET", url)
+            response = one.getresponse()
+            start = response.read(1)
+            gate.open()
+            with self.assertRaises(http.client.IncompleteRead) as caught:
+                response.read()
+            self.assertTrue(local.startswith(start + caught.exception.partial))
+            self.wait_until_idle()
+        self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
+        self.assertFalse(os.path.exists(self.other_url()))
+
+    def test_a_copy_that_fails_in_the_middle_is_never_continued_with_bytes_of_the_origin(self):
+        # Size and ends prove a local file; its middle may differ, so the two must not be joined.
+        body = random.Random(1).randbytes(1 << 20)
+        local = body[:300_000] + b"local" + body[300_005:]
+        url = self.publish(body=body)
+        self.origin.pages[self.HERE] = ScriptedResponse(local)
+        linkless = mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here"))
+
+        def adopt():
+            return os.path.join(self.adopt(**{"x_1.0_all": local}), "x_1.0_all.deb")
+
+        def share():
+            self.start_proxy()
+            self.request(self.HERE)
+            self.wait_until_idle()
+            return os.path.join(self.root, self.visible_name(self.HERE[1:]))
+
+        for prepare in (adopt, share):
+            with self.subTest(prepare.__name__), linkless, mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
+                shutil.rmtree(self.root)
+                asked = len(self.other.log)
+                self.check_broken_copy(url, prepare(), local)
+                self.assertTrue(self.request(url).body == body)
+                self.wait_until_idle()
+                self.assertTrue(Path(self.other_url()).read_bytes() == body)
+                ranges = {entry.fields.get("range") for entry in self.other.log[asked:]}
+                self.assertLessEqual(ranges, {None, "bytes=0-%d" % (pkgproxy.PROOF_SIZE - 1), "bytes=%d-" % (len(body) - pkgproxy.PROOF_SIZE)})
 
     def test_adopted_packages_replace_a_mirror_only_with_a_digest(self):
         self.adopt(**{"v%d_1.0_all" % number: self.BODY for number in range(4)})
@@ -4993,6 +5078,42 @@ class IsolationTest(ProxyCase):
                         self.assertEqual(self.request(path).status, 401)
                         self.origin.pages[path] = ScriptedResponse(b"down", 503)
                         self.assertEqual(self.request(path).status, 503, "and not when the origin is unreachable")
+
+    def test_each_redirect_of_a_request_with_credentials_must_permit_sharing(self):
+        """A redirect that only the password yields leads to a signed URL, whose response calls itself public."""
+        signed, final = "/signed/x?sig=SECRET", ScriptedResponse(b"file", fields=[("Cache-Control", "public, max-age=0")])
+        elsewhere = ScriptedOrigin("127.0.0.2")
+        self.addCleanup(elsewhere.close)
+        self.origin.pages[signed] = elsewhere.pages[signed] = final
+        for origin, control, path in itertools.product(
+                (self.origin, elsewhere), ("private, no-store", "max-age=60", "public"), (self.PACKAGE, self.INDEX)):
+            shared = control == "public"
+            with self.subTest(host=origin.address, control=control, path=path):
+                shutil.rmtree(self.root)
+                os.mkdir(self.root)
+                redirect = ScriptedResponse(b"", 302, [("Location", origin.url(signed)), ("Cache-Control", control)], etag="", modified="")
+                self.origin.pages[path] = ScriptedResponse(respond=lambda fields, redirect=redirect: (
+                    redirect if fields.get("authorization") == self.PASSWORD else ScriptedResponse(b"who are you?", 401)))
+                for _ in range(2):  # a miss, then a validation if it is stored
+                    self.assertEqual(self.request(path, Authorization=self.PASSWORD, Cache_Control="max-age=0").body, b"file")
+                    self.wait_until_idle()
+                self.assertEqual(list(self.visible_files().values()), [b"file"] if shared else [])
+                if not shared:
+                    for method, fields in (("GET", {}), ("HEAD", {}), ("GET", {"Range": "bytes=0-1"})):
+                        self.assertEqual(self.request(path, method, **fields).status, 401)
+
+    def test_a_validation_behind_a_login_does_not_change_the_stored_head(self):
+        """The same redirect answers all, but the one that the password yields does not permit sharing."""
+        self.origin.pages["/file"] = ScriptedResponse(b"file", fields=[("Cache-Control", "public"), ("X", "all")])
+        self.origin.pages["/mine"] = ScriptedResponse(b"file", fields=[("Cache-Control", "public"), ("X", "mine")])
+        self.origin.pages[self.INDEX] = ScriptedResponse(respond=lambda fields: ScriptedResponse(
+            b"", 302, [("Location", "/mine" if "authorization" in fields else "/file"), ("Cache-Control", "no-store")], etag="", modified=""))
+        self.request(self.INDEX)
+        self.wait_until_idle()
+        answer = self.request(self.INDEX, Authorization=self.PASSWORD, Cache_Control="max-age=0")
+        self.assertEqual((answer["X"], "fwd-status=304" in self.cache_status(answer)), ("mine", True))
+        with contextlib.closing(self.proxy._store.lookup(self.origin.url(self.INDEX))) as stored:
+            self.assertIn(("X", "all"), stored.head.fields)
 
     def test_a_download_with_credentials_is_not_shared(self):
         gate = Gate()
