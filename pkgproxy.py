@@ -2252,9 +2252,10 @@ _METADATA = tuple(map(ipaddress.ip_network, (
     "fd00:ec2::/32", "fd20:ce::254", "fd00:c1::a9fe:a9fe",  # AWS (all local services), Google, Oracle
     "fd00:42::42", "fd00:a9fe:a9fe::1")))  # Scaleway, Akamai
 # IPv6 addresses that contain an IPv4 address, and by how many bits it is shifted to the left: mapped and
-# compatible (RFC 4291 §2.5.5), NAT64 (RFC 6052, 8215), 6to4 (RFC 3056).
+# compatible (RFC 4291 §2.5.5), translated (RFC 7915), NAT64 (RFC 6052, 8215), 6to4 (RFC 3056).
 _EMBEDDED = tuple((ipaddress.IPv6Network(network), shift) for network, shift in (
-    ("::ffff:0:0/96", 0), ("::/96", 0), ("64:ff9b::/96", 0), ("64:ff9b:1::/48", 0), ("2002::/16", 80)))
+    ("::ffff:0:0/96", 0), ("::/96", 0), ("::ffff:0:0:0/96", 0), ("64:ff9b::/96", 0), ("64:ff9b:1::/48", 0),
+    ("2002::/16", 80)))
 
 
 def is_protected_address(address: str) -> bool:
@@ -4427,6 +4428,9 @@ def is_near(address: Address) -> bool:
     return is_protected_address(address[0]) or is_local_address(address)
 
 
+_LOCAL_ONLY = "is an address that only clients on the proxy's own host may reach"
+
+
 class AddressPolicy:
     """Decides which addresses the proxy may connect to (no loops, no internal hosts).
 
@@ -4446,12 +4450,19 @@ class AddressPolicy:
     def __init__(self) -> None:
         self.listening_ports: set[int] = set()  # of this proxy
 
-    def filter(self, addresses: list[Address], origin_request: OriginRequest) -> list[Address]:
-        """Return the addresses to which a request may go; ProxyError if all of them are refused."""
+    def filter(self, addresses: list[Address], origin_request: OriginRequest,
+               need_all: bool = False) -> list[Address]:
+        """Return the addresses to which a request may go; ProxyError if all of them are refused.
+
+        With ``need_all``, one that is refused is enough: a parent proxy on this host gets the name, and may
+        connect to any of its addresses.
+        """
         refusals = [self._refusal(address[4], origin_request.client_is_local) for address in addresses]
         allowed = [address for address, refusal in zip(addresses, refusals) if refusal is None]
-        if refusals and refusals[0] is not None and not allowed:
-            status, reason = refusals[0]
+        # The family that gives a 502 is missing for a parent on this host as well.
+        fatal = [refusal for refusal in refusals if refusal and (not allowed or need_all and refusal[0] != 502)]
+        if fatal:
+            status, reason = fatal[0]
             raise ProxyError("%s %s." % (origin_request.target.authority, reason), status)
         return allowed
 
@@ -4463,12 +4474,14 @@ class AddressPolicy:
         try:
             is_local = is_local_address(address)
         except OSError as error:  # an address family that this machine lacks, or no descriptor is left
-            return 502, "cannot be checked: %s" % error.strerror
+            if not client_is_local and is_protected_address(address[0]):
+                return 403, _LOCAL_ONLY
+            return 502 if error.errno == errno.EAFNOSUPPORT else 503, "cannot be checked: %s" % error.strerror
         if is_local and listens_there:
             return 508, "leads back to this proxy"
         if client_is_local or not (is_local or is_protected_address(address[0])):
             return None
-        return 403, "is an address that only clients on the proxy's own host may reach"
+        return 403, _LOCAL_ONLY
 
 
 def _start_connecting(address: Address, attempts: list[socket.socket]) -> None:
@@ -4831,12 +4844,12 @@ class OriginConnection(http.client.HTTPConnection):
         self.parent, self.blamed_name = None, self.origin_request.target.authority
         return True
 
-    def _resolve(self, origin_request: OriginRequest) -> list[Address]:
+    def _resolve(self, origin_request: OriginRequest, need_all: bool = False) -> list[Address]:
         """Return the addresses to which a request may go; OSError, ProxyError."""
         target, resolver = origin_request.target, self.origin_client.resolver
         timeout = origin_request.timeout_for(DNS_TIMEOUT)
         addresses = resolver.resolve(target.host, target.port, timeout, origin_request.client)
-        return self.origin_client.guard.filter(addresses, origin_request)
+        return self.origin_client.guard.filter(addresses, origin_request, need_all)
 
     def _open(self, addresses: list[Address], limit: float) -> None:
         """Connect to the address that answers first; those before it in the list count as failed.
@@ -4875,7 +4888,7 @@ class OriginConnection(http.client.HTTPConnection):
         is_numeric = is_numeric_host(target.host)
         must_resolve = is_numeric or parent_is_local and not client_is_local
         try:
-            addresses = self._resolve(self.origin_request) if must_resolve else []
+            addresses = self._resolve(self.origin_request, parent_is_local) if must_resolve else []
         except (OSError, UnicodeError) as error:
             raise OriginError("%s cannot be checked, and the parent proxy is on this host: %s." % (
                 target.authority, explain_error(error)), target) from None

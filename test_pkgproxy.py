@@ -3649,8 +3649,8 @@ class ParentTest(ProxyCase):
             host = self.known[host]
             if host is None:
                 raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-        self.assertRegex(host, r"\A[\dxa-f.]+\Z")
-        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (socket.inet_ntoa(socket.inet_aton(host)), port))]
+        self.assertRegex(host, r"\A[\dxa-f. ]+\Z")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (socket.inet_ntoa(socket.inet_aton(one)), port)) for one in host.split()]
 
     def use_parents(self, text):
         self.start_proxy(Config(addrs=(), parents=pkgproxy.parent_proxies(text, {}), pseudonym="tested"))
@@ -3750,10 +3750,11 @@ class ParentTest(ProxyCase):
             return read_to_end(far)
 
     def test_a_name_of_this_host_is_refused_to_remote_clients_before_a_local_parent_resolves_it(self):
-        for address, status in (("203.0.113.80", b"200"), ("127.0.0.1", b"403"), ("169.254.169.254", b"403"), ("168.63.129.16", b"403"), (None, b"502")):
+        for address, status in (("203.0.113.80", b"200"), ("127.0.0.1", b"403"), ("169.254.169.254", b"403"), ("168.63.129.16", b"403"),
+                                ("203.0.113.80 203.0.113.81", b"200"), ("203.0.113.80 127.0.0.1", b"403"), ("169.254.169.254 203.0.113.80", b"403"), (None, b"502")):
             with self.subTest(address=address):  # also over an idle connection, since the parent resolves the name for each request
                 self.known["mirror.test"] = address
-                asked, url = len(self.parent.log), self.url(0) + "?%s" % address
+                asked, url = len(self.parent.log), self.url(0) + "?%s" % urllib.parse.quote(str(address))
                 self.parent.pages[url] = ScriptedResponse(b"secret")
                 answer = self.request_from_remote(url)
                 self.assertEqual((answer[9:12], b"secret" in answer, len(self.parent.log) - asked), (status, status == b"200", status == b"200"))
@@ -8428,7 +8429,7 @@ class AccessTest(ProxyCase):
         for address, guarded in (
                 ("127.0.0.1", True), ("127.255.0.1", True), ("0.0.0.0", True), ("0.1.2.3", True), ("169.254.169.254", True), ("224.0.0.1", True),
                 ("255.255.255.255", True), ("::1", True), ("::", True), ("fe80::1", True), ("fe80::1%eth0", True), ("fec0::1", True), ("ff02::1", True),
-                ("::ffff:127.0.0.1", True), ("::ffff:7f00:1", True), ("::127.0.0.1", True), ("64:ff9b::7f00:1", True), ("64:ff9b:1::a9fe:a9fe", True),
+                ("::ffff:127.0.0.1", True), ("::ffff:7f00:1", True), ("::127.0.0.1", True), ("64:ff9b::7f00:1", True), ("::ffff:0:127.0.0.1", True), ("64:ff9b:1::a9fe:a9fe", True),
                 ("2002:7f00:1::", True), ("2002:a9fe:a9fe::1", True), ("2001:0:7f00:1::", True),
                 # clouds' metadata
                 ("168.63.129.16", True), ("100.100.100.200", True), ("192.0.0.192", True), ("fd00:ec2::254", True), ("fd00:ec2::23", True),
@@ -8544,6 +8545,17 @@ class AccessTest(ProxyCase):
             with self.assertRaises(pkgproxy.ProxyError) as caught:
                 self.proxy._origin.fetch(pkgproxy.OriginRequest("GET", target, (("Host", "a"),)))
         self.assertEqual(caught.exception.status, 403)
+
+    def test_a_missing_address_family_does_not_matter_to_a_local_parent_either(self):
+        guard, far = pkgproxy.AddressPolicy(), pkgproxy.OriginRequest("GET", Target("http", "a", 80, "/"), ())
+        good, six = (socket.AF_INET, 1, 0, "", ("192.0.2.1", 80)), (socket.AF_INET6, 1, 0, "", ("2001:db8::1", 80, 0, 0))
+        near = (socket.AF_INET6, 1, 0, "", ("fe80::1", 80, 0, 0))
+        for number, addresses, allowed in ((errno.EAFNOSUPPORT, [good, six], True), (errno.EMFILE, [good, six], False), (errno.EAFNOSUPPORT, [good, near], False)):
+            with self.subTest(number=number, addresses=addresses), mock.patch.object(
+                    pkgproxy, "is_local_address", lambda address, number=number: False if ":" not in address[0] else (_ for _ in ()).throw(OSError(number, "no"))):
+                self.assertEqual(guard.filter(addresses, far), [good])
+                with contextlib.nullcontext() if allowed else self.assertRaises(pkgproxy.ProxyError):
+                    self.assertEqual(guard.filter(addresses, far, need_all=True), [good])
 
     def test_only_permitted_addresses_are_tried(self):
         guard, tcp = pkgproxy.AddressPolicy(), (socket.AF_INET, socket.SOCK_STREAM, 0, "")
