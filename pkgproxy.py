@@ -903,7 +903,7 @@ _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
 def split_authority(authority: str, default_port: int) -> tuple[str, int]:
     """Split ``[userinfo@]host[:port]`` into host and port; raise BadRequestError.
 
-    The errors do not show the text, except for a host: it may contain a part of a password.
+    The errors do not show the text: any of it may be a part of a password.
     """
     userinfo, _, host_port = authority.rpartition("@")
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::(\d{0,5}))?", host_port)
@@ -914,11 +914,11 @@ def split_authority(authority: str, default_port: int) -> tuple[str, int]:
         try:
             host = ipaddress.IPv6Address(host[1:-1]).compressed
         except ValueError:
-            raise BadRequestError("'%.80s' is not an IPv6 address." % host) from None
+            raise BadRequestError("The host in brackets is not an IPv6 address.") from None
     elif not _HOST.fullmatch(host):
-        raise BadRequestError("'%.80s' is not a host name." % host)
+        raise BadRequestError("The host is not a valid name.")
     if not 0 < port < 65536:
-        raise BadRequestError("%d is not a port." % port)
+        raise BadRequestError("The port is not between 1 and 65535.")
     return host, port
 
 
@@ -1546,17 +1546,29 @@ def escape_control(text: str) -> str:
     return _CONTROL.sub(lambda match: "\\x%02x" % ord(match[0]), text)
 
 
+# A host with something behind its colon that is not a port: a password whose @ is missing, say.
+_NO_PORT = re.compile(r"/*(?:\w+(?::|%3A)/+)?(?:\[[^\]/]*\]|[^:/?#\[]*?)(?::|%(?:25)*3A)"
+                      r"(?!\d{0,5}(?:[/?#\s]|\Z))", re.I)
+# The userinfo of a URL within the path or query of another.
+_INNER_USERINFO = re.compile(r"((?::|%3A|HTTPS)/{1,3})[^/?]*(?:@|%(?:25)*40)", re.I)
+
+
 def cut_userinfo(text: str) -> str:
     """Remove everything between the scheme and the last @ of an invalid request target.
 
-    The exact place of its userinfo, which may be a password, cannot be known.
+    The exact place of its userinfo, which may be a password, cannot be known.  Without an @, everything
+    behind the host is removed if no port follows it.
 
     >>> cut_userinfo("http:/me:se/cret@a:80/x"), cut_userinfo("/me:secret@a"), cut_userinfo("http://a/x")
     ('http:/a:80/x', '/a', 'http://a/x')
+    >>> cut_userinfo("http://me:secret/x")
+    'http://me:...'
     """
-    rest = re.split("@|%40", text)[-1]
+    rest = re.split("@|%(?:25)*40", text)[-1]
     scheme = re.match("(?:https?:)?/*", text, re.I)
-    return text if rest == text or scheme is None else scheme[0] + rest
+    shown = text if rest == text or scheme is None else scheme[0] + rest
+    no_port = _NO_PORT.match(shown)
+    return no_port[0] + "..." if no_port else shown
 
 
 @memoize
@@ -1570,7 +1582,7 @@ def loggable_uri(uri: str) -> str:
         parse_target(uri)
     except BadRequestError:
         return escape_control(cut_userinfo(uri))
-    return escape_control(re.sub(r"\A(\w+://)[^/?]*@", r"\1", uri.partition("#")[0]))
+    return escape_control(_INNER_USERINFO.sub(r"\1", uri.partition("#")[0]))
 
 
 def log_text(request: Request, cache_status: CacheStatus) -> str:
@@ -4460,7 +4472,7 @@ class AddressPolicy:
         refusals = [self._refusal(address[4], origin_request.client_is_local) for address in addresses]
         allowed = [address for address, refusal in zip(addresses, refusals) if refusal is None]
         # The family that gives a 502 is missing for a parent on this host as well.
-        fatal = [refusal for refusal in refusals if refusal and (not allowed or need_all and refusal[0] != 502)]
+        fatal = [found for found in refusals if found and (not allowed or need_all and found[0] != 502)]
         if fatal:
             status, reason = fatal[0]
             raise ProxyError("%s %s." % (origin_request.target.authority, reason), status)

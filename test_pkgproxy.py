@@ -5224,7 +5224,12 @@ class UserinfoTest(ProxyCase):
                          "GET me:secret@host HTTP/1.1", "GET http://HTTPS///me:secret@ho,st/x HTTP/1.1", "GET /https://me:secret@ho,st/x HTTP/1.1",
                          "GET http://127.0.0.1:%d/https://me:secret@ho,st/x HTTP/1.1" % self.address[1],
                          "GET http://me:secret@[::bad]/ HTTP/1.1", "GET http://me:secret%40host/ HTTP/1.1", "GET http://me:secret@127.0.0.1:1/ HTTP/1.1",
-                         "GET http://me:secret@127.0.0.1:1/ HTTP/2.0", "GET http://me:secret@@127.0.0.1:1/@x HTTP/1.1"):
+                         "GET http://me:secret@127.0.0.1:1/ HTTP/2.0", "GET http://me:secret@@127.0.0.1:1/@x HTTP/1.1",
+                         "GET http://me%3Asecret%40host/x HTTP/1.1", "GET http://me%3Asecret/x HTTP/1.1", "GET http://127.0.0.1:1/http://me:secret@mirror/x HTTP/1.1",
+                         "GET http://127.0.0.1:1/http%3A/me:secret@mirror/x HTTP/1.1", "GET http://127.0.0.1:1/HTTPS///me:secret%40mirror/x HTTP/1.1",
+                         "GET http://127.0.0.1:1/x?http://me:secret@mirror HTTP/1.1", "GET http://me:secret HTTP/1.1", "GET /http://me:secret HTTP/1.1",
+                         "CONNECT me:secret HTTP/1.1", "CONNECT me:secret%40host:443 HTTP/1.1", "GET http://me:secret%2540host/ HTTP/1.1",
+                         "GET http://me:secret%2540host:80/ HTTP/1.1", "GET ftp://me:secret/ HTTP/1.1", "http://me:secret/ HTTP/1.1", "http://me:secret"):
                 for more in ("Host: a", "Host: me:secret@host", "Authorization : Basic secret", "Host: a\r\n secret", "Authorization: secret\1"):
                     with self.subTest(line=line, more=more):
                         answer = self.send_raw(("%s\r\n%s\r\nConnection: close\r\n\r\n" % (line, more)).encode())
@@ -5239,7 +5244,10 @@ class UserinfoTest(ProxyCase):
         for uri, expected in (
                 ("http://me:secret@a/@x?q=@", "http://a/@x?q=@"), ("http://a/@x", "http://a/@x"), ("http:/me:pw@a:80/x", "http:/a:80/x"),
                 ("//me:pw@a/x", "//a/x"), ("me:pw@a:443", "a:443"), ("a:443", "a:443"), ("/status.json", "/status.json"), ("GET", "GET"),
-                ("http://me:p/w@a,b/", "http://a,b/"), ("HTTPS://me:pw@a,b/", "HTTPS://a,b/"), ("http://me:#pw@a/", "http://me:")):
+                ("http://me:p/w@a,b/", "http://a,b/"), ("HTTPS://me:pw@a,b/", "HTTPS://a,b/"), ("http://me:#pw@a/", "http://me:"),
+                ("http://a:1/http://me:pw@b/x", "http://a:1/http://b/x"), ("http://a/x:1/@y", "http://a/x:1/@y"), ("http://me:pw", "http://me:..."),
+                ("me:pw", "me:..."), ("http://me:pw%2540a/x", "http://a/x"), ("http://[::1]:80/x", "http://[::1]:80/x"), ("http://[::x]/y", "http://[::x]/y"),
+                ("[::1]:443", "[::1]:443"), ("http://a,b:80/x:y", "http://a,b:80/x:y"), ("ftp://a/x", "ftp://a/x"), ("/http://a,b/x", "/http://a,b/x")):
             with self.subTest(uri=uri):
                 self.assertEqual((pkgproxy.loggable_uri(uri), pkgproxy.loggable_uri(pkgproxy.loggable_uri(uri))), (expected, expected))
 
