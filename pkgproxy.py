@@ -1616,6 +1616,8 @@ def displayable_uri(uri: str) -> str:
 
 # Cache-Control (RFC 9111 §5.2) ------------------------------------------------------------------
 
+MAX_CACHE_CONTROL = 1000  # characters of all values together
+
 # An unterminated quoted string extends to the end.  Otherwise the search would start again at each of its
 # characters, and take quadratic time.
 _DIRECTIVE = re.compile(
@@ -1626,13 +1628,17 @@ _DIRECTIVE = re.compile(
 def cache_directives(fields: Fields, name: str = "Cache-Control") -> dict[str, str | None]:
     """Parse Cache-Control (RFC 9111 §5.2).
 
-    Of a repeated directive the smallest number counts, which is the most cautious reading (§4.2.1).
+    Of a repeated directive the smallest number counts, which is the most cautious reading (§4.2.1).  A field
+    of more than MAX_CACHE_CONTROL characters counts as ``no-store, no-cache``: what it says is not parsed.
 
     >>> cache_directives((("Cache-Control", 'max-age=5, private="a, b"'), ("cache-control", "MAX-AGE=3")))
     {'max-age': '3', 'private': 'a, b'}
     """
     found: dict[str, str | None] = {}
-    for match in _DIRECTIVE.finditer(",".join(field_values(fields, name))):
+    text = ",".join(field_values(fields, name))
+    if len(text) > MAX_CACHE_CONTROL:
+        return {"no-store": None, "no-cache": None}
+    for match in _DIRECTIVE.finditer(text):
         if match[1] is None:
             continue  # a quoted string without a name
         key = match[1].lower()
@@ -1795,7 +1801,10 @@ def cache_file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
 # Clients choose the names, so each pattern must match in linear time (a test measures them all): do not
 # let an unbounded repetition follow something that can begin at many places of one segment.
 
-MAX_NAME = 255  # bytes of a path segment that can have a class; no file system has longer names
+# A path beyond these limits has no class: matching costs time for each byte and segment.
+MAX_NAME = 255  # bytes of a segment; no file system has longer names
+MAX_CLASSIFIED_PATH = 2048  # characters of the path
+MAX_CLASSIFIED_SEGMENTS = 100
 # Content-named files are cached forever, so a name belongs here only if it can never mean another content.
 # Without a digest that digest_in_name() can check, it is not enough to share the file between mirrors.
 # So add the name to _DIGEST as well if it contains the SHA-256 or SHA-512 of the very body.
@@ -1868,8 +1877,11 @@ def classify_name(key: str) -> NameClass:
     ['content-named', 'package', 'index', 'other']
     """
     path = "/" + key.partition("://")[2].partition("/")[2].partition("?")[0]
+    if len(path) > MAX_CLASSIFIED_PATH:
+        return NameClass.OTHER
     path = urllib.parse.unquote(path, "latin-1")
-    if _CONTROL.search(path) or max(map(len, path.split("/"))) > MAX_NAME:
+    segments = path.split("/")[1:]
+    if len(segments) > MAX_CLASSIFIED_SEGMENTS or max(map(len, segments)) > MAX_NAME or _CONTROL.search(path):
         return NameClass.OTHER
     for _ in range(3):  # a name may be followed by a checksum's and a signature's suffix
         if _CONTENT.search(path):
@@ -1898,8 +1910,10 @@ def digest_in_name(key: str) -> tuple[str, str] | None:
     >>> digest_in_name("http://a/by-hash/SHA256/" + "0" * 64)[0]
     'sha256'
     """
-    match = None if _SIGNATURE.search(key) else _DIGEST.search(urllib.parse.unquote(key, "latin-1"))
-    if match is None or classify_name(key) is not NameClass.CONTENT:
+    if classify_name(key) is not NameClass.CONTENT or _SIGNATURE.search(key):
+        return None
+    match = _DIGEST.search(urllib.parse.unquote(key, "latin-1"))
+    if match is None:
         return None
     digest = (match[1] or match[2]).replace("/", "")
     return "sha256" if len(digest) == 64 else "sha512", digest
@@ -1914,9 +1928,11 @@ def shareable_name(key: str) -> str:
     digest = digest_in_name(key)
     if digest is not None:
         return digest[1]
+    name_class = classify_name(key)
+    if name_class is NameClass.OTHER:
+        return ""  # at once: the name may be long
     path = urllib.parse.unquote(key, "latin-1")
     name = urllib.parse.unquote(key.rpartition("/")[2], "latin-1")
-    name_class = classify_name(key)
     is_package = name_class is NameClass.PACKAGE or (
         name_class is NameClass.CONTENT and _has_package_name("/" + name))
     return _EPOCH.sub("_", name) if is_package and "?" not in key and not _GO_MODULE.search(path) else ""

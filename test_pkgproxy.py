@@ -1182,6 +1182,33 @@ class RegularExpressionTest(unittest.TestCase):
                             ("/by-hash/%s/" + "0" * 64, NameClass.CONTENT)):
             self.assertIs(pkgproxy.classify_name("http://a" + path % ("1" * 200)), known)
             self.assertIs(pkgproxy.classify_name("http://a" + path % ("1" * 256)), NameClass.OTHER)
+        for folders, known in (("/a" * 99, NameClass.PACKAGE), ("/a" * 100, NameClass.OTHER), (("/" + "a" * 200) * 9, NameClass.PACKAGE),
+                               (("/" + "a" * 200) * 11, NameClass.OTHER)):
+            self.assertIs(pkgproxy.classify_name("http://a" + folders + "/x_1.0_all.deb"), known)
+
+    def test_a_long_path_or_cache_control_costs_little(self):
+        for path, text in (("/" * 16000, ""), ("/a" * 8000, ""), ("/dists" * 2600, ""), ("/x_1.0_all.deb", "a," * 8000)):
+            best = math.inf
+            for attempt in range(9):
+                began = time.thread_time()
+                asked = pkgproxy.parse_request(["GET http://a.test%s%d HTTP/1.1" % (path, attempt), "Host: a", "Cache-Control: " + text], ("10.0.0.1", 9999))
+                head = ResponseHead(200, "", (("Cache-Control", text),), request_time=CLOCK, response_time=CLOCK)
+                for stored in (None, head, head, head):
+                    pkgproxy.decide(asked, stored, Config(), CLOCK)
+                    pkgproxy.shareable_name(asked.key)
+                    pkgproxy.why_not_storable(asked, head, Config())
+                best = min(best, time.thread_time() - began)
+            with self.subTest(path=path[:20], text=text[:20]):
+                self.assertLess(best, 0.01)
+
+    def test_a_long_cache_control_is_read_as_no_store(self):
+        for text, stored in (("max-age=60", True), ("max-age=60," + "x" * 2000, False),
+                             ("x" * 2000 + ",private", False), ("must-understand," + "x" * 2000 + ",no-store", False)):
+            for asked, answered in (("", text), (text, "max-age=60")):
+                with self.subTest(text=text[:30], asked=bool(asked)):
+                    request = Request("GET", "http://a/x", Target("http", "a", 80, "/x"), (("Cache-Control", asked),), key="http://a/x")
+                    head = ResponseHead(200, "", (("Cache-Control", answered),), request_time=CLOCK, response_time=CLOCK)
+                    self.assertEqual(pkgproxy.why_not_storable(request, head, Config()), "" if stored else "no-store")
 
 
 class MemoizationTest(unittest.TestCase):
