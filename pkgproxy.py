@@ -246,6 +246,7 @@ MIN_MATCHING_FILES = 3  # matches in a row before one mirror's files may stand i
 # Timeouts of connections to origins, in seconds.  pacman gives up after 10 s of silence, dnf after 30 s, so
 # a stale response or an error should be sent before that.
 CONNECT_ATTEMPT_DELAY = 0.25  # before another address of the same name is tried (RFC 8305 §8)
+NAME_RETRY = 60.0  # until this host's full name is looked up again, if it is unknown
 DNS_TIMEOUT = 20.0  # a resolver tries each name server for 5 to 10 s
 PARENT_CONNECT_TIMEOUT = 3.0  # to a parent proxy that may be bypassed, so that both fit into 10 s
 CONNECT_TIMEOUT = 10.0  # to all addresses of a name; pacman drops a server after 10 s of silence
@@ -8393,7 +8394,9 @@ class Dispatcher:
         self._write_log = write_log
         self._ids = itertools.cycle(range(1, 1000))  # of log lines
         self._refused = RecentEvents()  # clients, by address
-        self._full_name = functools.lru_cache(1)(socket.getfqdn)  # only when needed: it may take seconds
+        self._full_name = ""  # of this host; "" until it is known
+        self._name_lock = threading.Lock()  # guards _next_lookup
+        self._next_lookup = 0.0  # monotonic; infinite while a look-up is in progress
 
     # Access
 
@@ -8422,14 +8425,33 @@ class Dispatcher:
         return render_response_head(request, head, size, response.cache_status, True, self.proxy.config) + (
             b"%s\n" % str(error).encode())
 
-    def _check_name(self, request: Request, may_block: bool) -> None:
-        """Raise ProxyError if the client calls the proxy by a name that is not its own (see is_own_name).
+    def host_names(self) -> tuple[str, str]:
+        """Return this host's short and full name without waiting; the full name is "" while it is unknown.
 
-        The host's own names are compared only if the caller ``may_block``: they take a look-up.
+        Then start to look it up: in one thread, as it may take seconds, and NAME_RETRY seconds after the
+        end of the last attempt.
         """
+        with self._name_lock:
+            is_due = not self._full_name and time.monotonic() >= self._next_lookup
+            if is_due:
+                self._next_lookup = math.inf
+        if is_due:
+            try:
+                start_thread(self._look_up_name)
+            except StorageError:
+                self._next_lookup = time.monotonic() + NAME_RETRY
+        return socket.gethostname().lower(), self._full_name
+
+    def _look_up_name(self) -> None:
+        with contextlib.suppress(UnicodeError):  # a name that no name server can have
+            name = socket.getfqdn().lower()  # the short name if the look-up fails
+            self._full_name = name if "." in name else ""
+        self._next_lookup = time.monotonic() + NAME_RETRY
+
+    def _check_name(self, request: Request) -> None:
+        """Raise ProxyError if the client calls the proxy by a name that is not its own (see is_own_name)."""
         name = called_name(request)
-        if not is_own_name(name, self.proxy.config.names) and not (
-                may_block and name in (socket.gethostname().lower(), self._full_name().lower())):
+        if not is_own_name(name, self.proxy.config.names) and name not in self.host_names():
             raise ProxyError("This proxy does not answer to the name '%s'; its operator can add --name %s."
                              % (name, name), 421)
 
@@ -8437,7 +8459,7 @@ class Dispatcher:
 
     def respond(self, request: Request, port: int) -> Response:
         """Return the response to a request that came to this port of the server; ProxyError."""
-        self._check_name(request, may_block=True)
+        self._check_name(request)
         if not request.is_own_page:
             return self.proxy.respond(request)
         if request.method == "OPTIONS":
@@ -8486,7 +8508,7 @@ class Dispatcher:
         with contextlib.suppress(ProxyError, ValueError):  # the thread that gets the request sends the error
             request = None if entry else parse_request_head(key[0], *key[1])
             if request and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
-                self._check_name(request, may_block=False)
+                self._check_name(request)
                 entry, connection.known_missing = self.proxy.prepare_hit(request, float(int(time.time())))
                 if entry is not None:
                     hot_cache.put(key, entry)
@@ -9921,6 +9943,7 @@ def run(config: Config, level: int) -> None:
     proxy.start()
     statistics.history.start()
     dispatcher = Dispatcher(proxy, statistics, make_connection_limiter(), log_handler.write, affinity)
+    dispatcher.host_names()  # starts the look-up of the full name
     serve([ProxyServer(listening, dispatcher) for listening in sockets], proxy, signals,
           SystemdNotifier(os.environ, counters))
     statistics.history.stop()

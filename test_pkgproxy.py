@@ -8693,6 +8693,7 @@ class AccessTest(ProxyCase):
             patcher.start()
             self.addCleanup(patcher.stop)
         self.start_proxy(Config(names=("given.example.org",), pseudonym="tested"))
+        until(lambda: self.server.dispatcher.host_names()[1], "the look-up of the full name")
         self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"secret")
         url, port = "http://127.0.0.1:%d/x_1.0.deb" % self.origin.port, self.address[1]
         self.assertEqual(self.request(url).body, b"secret")
@@ -8718,6 +8719,28 @@ class AccessTest(ProxyCase):
                 with self.subTest("no matter", host=host, line=line):
                     self.assertIn(b" 200 ", self.send_raw(("%s\r\nHost: %s:%d\r\nConnection: close\r\n\r\n" % (line, host, port)).encode())[:13])
         self.assertIn(b" 200 ", self.send_raw(b"GET /status.json HTTP/1.0\r\n\r\n")[:13], "browsers always send a Host field")
+
+    def test_the_full_name_is_looked_up_in_one_thread_until_it_is_known(self):
+        ready, names = threading.Event(), iter(("box", "Box.corp.example"))
+        self.addCleanup(ready.set)
+
+        def look_up():
+            ready.wait(PATIENCE)
+            return next(names)
+
+        def status():
+            return self.send_raw(b"GET /healthz HTTP/1.1\r\nHost: box.corp.example:%d\r\nConnection: close\r\n\r\n" % self.address[1])[9:12]
+
+        with mock.patch.object(socket, "getfqdn", mock.Mock(side_effect=look_up)) as asked, mock.patch.object(socket, "gethostname", lambda: "box"):
+            self.assertEqual([status() for _ in range(20)], [b"421"] * 20, "nobody waits for the look-up")
+            self.assertEqual(asked.call_count, 1)
+            ready.set()
+            until(lambda: self.server.dispatcher._next_lookup < math.inf, "the end of the look-up, which fails")
+            self.assertEqual([status(), asked.call_count], [b"421", 1], "it is not repeated at once")
+            self.server.dispatcher._next_lookup = time.monotonic()
+            status()
+            until(lambda: status() == b"200", "the end of the second look-up")
+            self.assertEqual(asked.call_count, 2)
 
     def test_no_password_is_logged(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
