@@ -1055,7 +1055,8 @@ def parse_request_target(method: str, uri: str, host: str, local: tuple[str, int
     if method == "OPTIONS" and re.fullmatch(r"https?://[^/?#]+", uri, re.I):
         return replace_fields(target, path="*"), ""  # §3.2.4: without a path it means the server
     # A client configured to use the proxy also sends it the URLs that begin with the proxy's own address.
-    if target.port == local[1] and (target.host == local[0] or _WRITTEN_OUT.fullmatch(target.path)):
+    own_hosts = (local[0], "localhost") if local[0] in ("127.0.0.1", "::1") else (local[0],)
+    if target.port == local[1] and (target.host in own_hosts or _WRITTEN_OUT.fullmatch(target.path)):
         inner, prefix = parse_origin_form(target.path, "", local)
         return inner or (None if _OWN_PAGE.fullmatch(target.path) else target), prefix
     return target, ""
@@ -1549,7 +1550,7 @@ def escape_control(text: str) -> str:
 
 # A host with something behind its colon that is not a port: a password whose @ is missing, say.
 _NO_PORT = re.compile(r"/*(?:\w+(?::|%3A)/+)?(?:\[[^\]/]*\]|[^:/?#\[]*?)(?::|%(?:25)*3A)"
-                      r"(?!\d{0,5}(?:[/?#\s]|\Z))", re.I)
+                      r"(?!\d{0,5}(?:[/?#\s]|(?:,direct)?\Z))", re.I)  # ,direct: of --parent
 # The userinfo of a URL within the path or query of another.
 _INNER_USERINFO = re.compile(r"((?::|%3A|HTTPS)/{1,3})[^/?]*(?:@|%(?:25)*40)", re.I)
 
@@ -2047,14 +2048,15 @@ def why_not_storable(request: Request, head: ResponseHead, config: Config) -> st
     lifetime = freshness_lifetime(head) if policy.lifetime is None else 1
     of_use = validators(head) or (heuristic_lifetime(head, config) if lifetime is None else lifetime)
     reasons = (
-        (request.method != "GET" or head.status != 200, "not a 200 to a GET"),
+        (request.method != "GET", "only GET is stored"),
+        (head.status != 200, "status %d is not stored" % head.status),
         ("no-store" in cache_directives(request.fields), "no-store"),
         ("no-store" in control and "must-understand" not in control, "no-store"),  # §5.2.2.3
         ("private" in control, "private"),
         ("*" in list_members(head.fields, "Vary"), "Vary: *"),
         (not is_shareable(request, head), "Authorization"),
         (not policy.html and "text/html" in media_type(head), "text/html for a package"),
-        (not of_use, "neither fresh nor validated"))
+        (not of_use, "no lifetime and no validator"))
     return next((reason for applies, reason in reasons if applies), "")
 
 
@@ -6043,8 +6045,8 @@ class Downloader:
             # A client may join between the two checks, so first let nobody join, then look again.
             self.flights.remove(flight)
             if not partial.has_readers():
-                raise DownloadAbandonedError("Its clients have left, and it is too slow, or too many other "
-                                             "downloads continue without clients.")
+                raise DownloadAbandonedError("its clients have left, and it was too slow or one of too many "
+                                             "such downloads.")
         if partial.length is not None and partial.size + len(data) > partial.length:
             raise CannotResumeError("The origin sends more than it has declared.")
         try:
@@ -8483,7 +8485,8 @@ class Dispatcher:
         """Return the data of the status pages, with the command line as Go's expvar shows it."""
         # loggable_uri() removes the password of a parent's URL; --parent=URL is split, to let it see the URL.
         words = [re.split(r"(?<=\A--parent=)", word) for word in sys.argv]
-        command_line = ["".join(map(loggable_uri, parts)) for parts in words]
+        command_line = ["".join(loggable_uri(part) if re.search("@|://", part) else part for part in parts)
+                        for parts in words]
         return {"cmdline": command_line, **self.statistics.snapshot()}
 
     def health_problem(self) -> str:
@@ -9586,7 +9589,7 @@ def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
     filters, errors = parse_filters(text)
     for message in errors:
         log.warning("%s: %s", path, message)
-    log.info("Parsed %d filters from %s", len(filters), path)
+    log.info("Parsed %s from %s", format_count(len(filters), "filter"), path)
     return tuple(filters)
 
 
@@ -9788,6 +9791,8 @@ def reload_filters(proxy: Proxy, notifier: SystemdNotifier) -> None:
             proxy.config = replace_fields(config, filters=load_filters(config.filters_file))
         except StartupError as error:
             log.error("%s The previous filters remain in force.", error)
+    else:
+        log.info("No filters file to reload")
     notifier.notify("READY=1")
 
 

@@ -1745,9 +1745,9 @@ class CacheRulesTest(unittest.TestCase):
                 (package, {"Authorization": "x"}, {"Cache_Control": "s-maxage=5"}, ""),
                 (package, {}, {"Content_Type": "Text/HTML; charset=x"}, "text/html for a package"),
                 (other, {}, {"Content_Type": "text/html", "ETag": '"x"'}, ""),
-                (other, {}, {"Cache_Control": "max-age=0"}, "neither fresh nor validated"),
+                (other, {}, {"Cache_Control": "max-age=0"}, "no lifetime and no validator"),
                 (other, {}, {"Cache_Control": "max-age=0", "ETag": '"x"'}, ""), (other, {}, {}, ""),
-                ("http://a/x?y", {}, {}, "neither fresh nor validated")):
+                ("http://a/x?y", {}, {}, "no lifetime and no validator")):
             with self.subTest(uri=uri, fields=fields, head=head):
                 self.assertEqual(pkgproxy.why_not_storable(make_request(uri, **fields), make_stored_head(uri, **head), Config()), reason)
         for method, status in (("HEAD", 200), ("POST", 200), ("GET", 206), ("GET", 404), ("GET", 203), ("GET", 302)):
@@ -7616,8 +7616,9 @@ class PagesTest(ProxyCase):
         found = json.loads(answer.body)
         self.assertEqual((found["statsCacheBytes"], found["statsDownBytes"]), (0, 0))
         self.assertEqual(found["cmdline"], sys.argv)
-        with mock.patch.object(sys, "argv", ["pkgproxy", "--parent=http://me:secret@a", "--parent", "http://me:secret@a:81,direct"]):
-            self.assertEqual(json.loads(self.get_own_page("/debug/vars").body)["cmdline"], ["pkgproxy", "--parent=http://a", "--parent", "http://a:81,direct"])
+        with mock.patch.object(sys, "argv", ["pkgproxy", "--parent=http://me:secret@a", "--parent", "http://me:secret@a:81,direct", "--allow", "fd00::/8"]):
+            self.assertEqual(json.loads(self.get_own_page("/debug/vars").body)["cmdline"],
+                             ["pkgproxy", "--parent=http://a", "--parent", "http://a:81,direct", "--allow", "fd00::/8"])
         self.assertEqual(set(found), {"cmdline", "statsCacheBytes", "statsDownBytes", "statsTunnelBytes", "statsRequests",
                                       "statsOutcomes"})
         self.assertEqual(set(found["statsOutcomes"]), {outcome.value for outcome in Outcome})
@@ -7646,6 +7647,9 @@ class PagesTest(ProxyCase):
         us = "http://127.0.0.1:%d" % self.address[1]
         self.assertIn(b"export http_proxy=" + us.encode(), self.request(us + "/", Accept="text/plain").body)
         self.assertEqual(self.request(us + "/healthz?x").body, b"ok\n")
+        self.assertEqual(self.request("http://localhost:%d/healthz" % self.address[1]).body, b"ok\n")
+        for local, is_own in ((("127.0.0.1", 9999), True), (("::1", 9999), True), (("127.0.0.1", 9998), False), (("10.0.0.1", 9999), False)):
+            self.assertEqual(pkgproxy.parse_request_target("GET", "http://localhost:9999/", "a", local)[0] is None, is_own)
         self.assertEqual(self.send_raw(b"GET %s HTTP/1.0\r\n\r\n" % us.encode()).partition(b" ")[2][:3], b"200")
 
     def test_pages_show_the_address_by_which_they_were_reached(self):
@@ -8602,7 +8606,7 @@ class AccessTest(ProxyCase):
 
     def test_a_request_that_leads_back_to_the_proxy_is_a_508(self):
         port = self.address[1]
-        for url in ("http://127.0.0.1:%d/x_1.0.deb" % port, "http://localhost:%d/" % port, "http://127.0.0.9:%d/x_1.0.deb" % port):
+        for url in ("http://127.0.0.1:%d/x_1.0.deb" % port, "http://localhost:%d/x_1.0.deb" % port, "http://127.0.0.9:%d/x_1.0.deb" % port):
             answer = self.request(url)
             self.assertEqual((answer.status, answer.reason), (508, "Loop Detected"))
             self.assertIn(b"leads back to this proxy", answer.body)
@@ -9604,7 +9608,7 @@ class CommandLineTest(unittest.TestCase):
         Path(path).write_text("a\nb\n")
         process, lines = self.start_process("-f", path)
         self.assertIn("Parsed 2 filters", lines[1])
-        for text, expected in (("a\n(\n", "line 2 is not a regular expression"), (None, "Parsed 1 filters")):
+        for text, expected in (("a\n(\n", "line 2 is not a regular expression"), (None, "Parsed 1 filter from")):
             if text:
                 Path(path).write_text(text)
                 process.send_signal(signal.SIGHUP)
@@ -9612,6 +9616,11 @@ class CommandLineTest(unittest.TestCase):
         os.unlink(path)
         process.send_signal(signal.SIGHUP)
         self.assertIn("The previous filters remain in force.", process.stderr.readline())
+
+    def test_sighup_without_a_filters_file_is_logged(self):
+        process, _ = self.start_process()
+        process.send_signal(signal.SIGHUP)
+        self.assertIn("No filters file to reload", process.stderr.readline())
 
     def test_it_listens_on_both_protocols(self):
         try:
