@@ -246,6 +246,7 @@ MIN_MATCHING_FILES = 3  # matches in a row before one mirror's files may stand i
 # Timeouts of connections to origins, in seconds.  pacman gives up after 10 s of silence, dnf after 30 s, so
 # a stale response or an error should be sent before that.
 CONNECT_ATTEMPT_DELAY = 0.25  # before another address of the same name is tried (RFC 8305 §8)
+NAME_RETRY = 60.0  # until this host's full name is looked up again, if it is unknown
 DNS_TIMEOUT = 20.0  # a resolver tries each name server for 5 to 10 s
 PARENT_CONNECT_TIMEOUT = 3.0  # to a parent proxy that may be bypassed, so that both fit into 10 s
 CONNECT_TIMEOUT = 10.0  # to all addresses of a name; pacman drops a server after 10 s of silence
@@ -904,7 +905,7 @@ _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
 def split_authority(authority: str, default_port: int) -> tuple[str, int]:
     """Split ``[userinfo@]host[:port]`` into host and port; raise BadRequestError.
 
-    The errors do not show the text, except for a host: it may contain a part of a password.
+    The errors do not show the text: any of it may be a part of a password.
     """
     userinfo, _, host_port = authority.rpartition("@")
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::(\d{0,5}))?", host_port)
@@ -915,11 +916,11 @@ def split_authority(authority: str, default_port: int) -> tuple[str, int]:
         try:
             host = ipaddress.IPv6Address(host[1:-1]).compressed
         except ValueError:
-            raise BadRequestError("'%.80s' is not an IPv6 address." % host) from None
+            raise BadRequestError("The host in brackets is not an IPv6 address.") from None
     elif not _HOST.fullmatch(host):
-        raise BadRequestError("'%.80s' is not a host name." % host)
+        raise BadRequestError("The host is not a valid name.")
     if not 0 < port < 65536:
-        raise BadRequestError("%d is not a port." % port)
+        raise BadRequestError("The port is not between 1 and 65535.")
     return host, port
 
 
@@ -1055,7 +1056,8 @@ def parse_request_target(method: str, uri: str, host: str, local: tuple[str, int
     if method == "OPTIONS" and re.fullmatch(r"https?://[^/?#]+", uri, re.I):
         return replace_fields(target, path="*"), ""  # §3.2.4: without a path it means the server
     # A client configured to use the proxy also sends it the URLs that begin with the proxy's own address.
-    if target.port == local[1] and (target.host == local[0] or _WRITTEN_OUT.fullmatch(target.path)):
+    own_hosts = (local[0], "localhost") if local[0] in ("127.0.0.1", "::1") else (local[0],)
+    if target.port == local[1] and (target.host in own_hosts or _WRITTEN_OUT.fullmatch(target.path)):
         inner, prefix = parse_origin_form(target.path, "", local)
         return inner or (None if _OWN_PAGE.fullmatch(target.path) else target), prefix
     return target, ""
@@ -1556,17 +1558,29 @@ def escape_control(text: str) -> str:
     return _CONTROL.sub(lambda match: "\\x%02x" % ord(match[0]), text)
 
 
+# A host with something behind its colon that is not a port: a password whose @ is missing, say.
+_NO_PORT = re.compile(r"/*(?:\w+(?::|%3A)/+)?(?:\[[^\]/]*\]|[^:/?#\[]*?)(?::|%(?:25)*3A)"
+                      r"(?!\d{0,5}(?:[/?#\s]|(?:,direct)?\Z))", re.I)  # ,direct: of --parent
+# The userinfo of a URL within the path or query of another.
+_INNER_USERINFO = re.compile(r"((?::|%3A|HTTPS)/{1,3})[^/?]*(?:@|%(?:25)*40)", re.I)
+
+
 def cut_userinfo(text: str) -> str:
     """Remove everything between the scheme and the last @ of an invalid request target.
 
-    The exact place of its userinfo, which may be a password, cannot be known.
+    The exact place of its userinfo, which may be a password, cannot be known.  Without an @, everything
+    behind the host is removed if no port follows it.
 
     >>> cut_userinfo("http:/me:se/cret@a:80/x"), cut_userinfo("/me:secret@a"), cut_userinfo("http://a/x")
     ('http:/a:80/x', '/a', 'http://a/x')
+    >>> cut_userinfo("http://me:secret/x")
+    'http://me:...'
     """
-    rest = re.split("@|%40", text)[-1]
+    rest = re.split("@|%(?:25)*40", text)[-1]
     scheme = re.match("(?:https?:)?/*", text, re.I)
-    return text if rest == text or scheme is None else scheme[0] + rest
+    shown = text if rest == text or scheme is None else scheme[0] + rest
+    no_port = _NO_PORT.match(shown)
+    return no_port[0] + "..." if no_port else shown
 
 
 @memoize
@@ -1580,7 +1594,7 @@ def loggable_uri(uri: str) -> str:
         parse_target(uri)
     except BadRequestError:
         return escape_control(cut_userinfo(uri))
-    return escape_control(re.sub(r"\A(\w+://)[^/?]*@", r"\1", uri.partition("#")[0]))
+    return escape_control(_INNER_USERINFO.sub(r"\1", uri.partition("#")[0]))
 
 
 def log_text(request: Request, cache_status: CacheStatus) -> str:
@@ -1614,6 +1628,8 @@ def displayable_uri(uri: str) -> str:
 
 # Cache-Control (RFC 9111 §5.2) ------------------------------------------------------------------
 
+MAX_CACHE_CONTROL = 1000  # characters of all values together
+
 # An unterminated quoted string extends to the end.  Otherwise the search would start again at each of its
 # characters, and take quadratic time.
 _DIRECTIVE = re.compile(
@@ -1624,13 +1640,17 @@ _DIRECTIVE = re.compile(
 def cache_directives(fields: Fields, name: str = "Cache-Control") -> dict[str, str | None]:
     """Parse Cache-Control (RFC 9111 §5.2).
 
-    Of a repeated directive the smallest number counts, which is the most cautious reading (§4.2.1).
+    Of a repeated directive the smallest number counts, which is the most cautious reading (§4.2.1).  A field
+    of more than MAX_CACHE_CONTROL characters counts as ``no-store, no-cache``: what it says is not parsed.
 
     >>> cache_directives((("Cache-Control", 'max-age=5, private="a, b"'), ("cache-control", "MAX-AGE=3")))
     {'max-age': '3', 'private': 'a, b'}
     """
     found: dict[str, str | None] = {}
-    for match in _DIRECTIVE.finditer(",".join(field_values(fields, name))):
+    text = ",".join(field_values(fields, name))
+    if len(text) > MAX_CACHE_CONTROL:
+        return {"no-store": None, "no-cache": None}
+    for match in _DIRECTIVE.finditer(text):
         if match[1] is None:
             continue  # a quoted string without a name
         key = match[1].lower()
@@ -1823,7 +1843,10 @@ def cache_file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
 # Clients choose the names, so each pattern must match in linear time (a test measures them all): do not
 # let an unbounded repetition follow something that can begin at many places of one segment.
 
-MAX_NAME = 255  # bytes of a path segment that can have a class; no file system has longer names
+# A path beyond these limits has no class: matching costs time for each byte and segment.
+MAX_NAME = 255  # bytes of a segment; no file system has longer names
+MAX_CLASSIFIED_PATH = 2048  # characters of the path
+MAX_CLASSIFIED_SEGMENTS = 100
 # Content-named files are cached forever, so a name belongs here only if it can never mean another content.
 # Without a digest that digest_in_name() can check, it is not enough to share the file between mirrors.
 # So add the name to _DIGEST as well if it contains the SHA-256 or SHA-512 of the very body.
@@ -1896,8 +1919,11 @@ def classify_name(key: str) -> NameClass:
     ['content-named', 'package', 'index', 'other']
     """
     path = "/" + key.partition("://")[2].partition("/")[2].partition("?")[0]
+    if len(path) > MAX_CLASSIFIED_PATH:
+        return NameClass.OTHER
     path = urllib.parse.unquote(path, "latin-1")
-    if _CONTROL.search(path) or max(map(len, path.split("/"))) > MAX_NAME:
+    segments = path.split("/")[1:]
+    if len(segments) > MAX_CLASSIFIED_SEGMENTS or max(map(len, segments)) > MAX_NAME or _CONTROL.search(path):
         return NameClass.OTHER
     for _ in range(3):  # a name may be followed by a checksum's and a signature's suffix
         if _CONTENT.search(path):
@@ -1926,8 +1952,10 @@ def digest_in_name(key: str) -> tuple[str, str] | None:
     >>> digest_in_name("http://a/by-hash/SHA256/" + "0" * 64)[0]
     'sha256'
     """
-    match = None if _SIGNATURE.search(key) else _DIGEST.search(urllib.parse.unquote(key, "latin-1"))
-    if match is None or classify_name(key) is not NameClass.CONTENT:
+    if classify_name(key) is not NameClass.CONTENT or _SIGNATURE.search(key):
+        return None
+    match = _DIGEST.search(urllib.parse.unquote(key, "latin-1"))
+    if match is None:
         return None
     digest = (match[1] or match[2]).replace("/", "")
     return "sha256" if len(digest) == 64 else "sha512", digest
@@ -1942,9 +1970,11 @@ def shareable_name(key: str) -> str:
     digest = digest_in_name(key)
     if digest is not None:
         return digest[1]
+    name_class = classify_name(key)
+    if name_class is NameClass.OTHER:
+        return ""  # at once: the name may be long
     path = urllib.parse.unquote(key, "latin-1")
     name = urllib.parse.unquote(key.rpartition("/")[2], "latin-1")
-    name_class = classify_name(key)
     is_package = name_class is NameClass.PACKAGE or (
         name_class is NameClass.CONTENT and _has_package_name("/" + name))
     return _EPOCH.sub("_", name) if is_package and "?" not in key and not _GO_MODULE.search(path) else ""
@@ -2058,14 +2088,15 @@ def why_not_storable(request: Request, head: ResponseHead, config: Config) -> st
     lifetime = freshness_lifetime(head) if policy.lifetime is None else 1
     of_use = validators(head) or (heuristic_lifetime(head, config) if lifetime is None else lifetime)
     reasons = (
-        (request.method != "GET" or head.status != 200, "not a 200 to a GET"),
+        (request.method != "GET", "only GET is stored"),
+        (head.status != 200, "status %d is not stored" % head.status),
         ("no-store" in cache_directives(request.fields), "no-store"),
         ("no-store" in control and "must-understand" not in control, "no-store"),  # §5.2.2.3
         ("private" in control, "private"),
         ("*" in list_members(head.fields, "Vary"), "Vary: *"),
         (not is_shareable(request, head), "Authorization"),
         (not policy.html and "text/html" in media_type(head), "text/html for a package"),
-        (not of_use, "neither fresh nor validated"))
+        (not of_use, "no lifetime and no validator"))
     return next((reason for applies, reason in reasons if applies), "")
 
 
@@ -2292,9 +2323,10 @@ _METADATA = tuple(map(ipaddress.ip_network, (
     "fd00:ec2::/32", "fd20:ce::254", "fd00:c1::a9fe:a9fe",  # AWS (all local services), Google, Oracle
     "fd00:42::42", "fd00:a9fe:a9fe::1")))  # Scaleway, Akamai
 # IPv6 addresses that contain an IPv4 address, and by how many bits it is shifted to the left: mapped and
-# compatible (RFC 4291 §2.5.5), NAT64 (RFC 6052, 8215), 6to4 (RFC 3056).
+# compatible (RFC 4291 §2.5.5), translated (RFC 7915), NAT64 (RFC 6052, 8215), 6to4 (RFC 3056).
 _EMBEDDED = tuple((ipaddress.IPv6Network(network), shift) for network, shift in (
-    ("::ffff:0:0/96", 0), ("::/96", 0), ("64:ff9b::/96", 0), ("64:ff9b:1::/48", 0), ("2002::/16", 80)))
+    ("::ffff:0:0/96", 0), ("::/96", 0), ("::ffff:0:0:0/96", 0), ("64:ff9b::/96", 0), ("64:ff9b:1::/48", 0),
+    ("2002::/16", 80)))
 
 
 def is_protected_address(address: str) -> bool:
@@ -4467,6 +4499,9 @@ def is_near(address: Address) -> bool:
     return is_protected_address(address[0]) or is_local_address(address)
 
 
+_LOCAL_ONLY = "is an address that only clients on the proxy's own host may reach"
+
+
 class AddressPolicy:
     """Decides which addresses the proxy may connect to (no loops, no internal hosts).
 
@@ -4486,12 +4521,19 @@ class AddressPolicy:
     def __init__(self) -> None:
         self.listening_ports: set[int] = set()  # of this proxy
 
-    def filter(self, addresses: list[Address], origin_request: OriginRequest) -> list[Address]:
-        """Return the addresses to which a request may go; ProxyError if all of them are refused."""
+    def filter(self, addresses: list[Address], origin_request: OriginRequest,
+               need_all: bool = False) -> list[Address]:
+        """Return the addresses to which a request may go; ProxyError if all of them are refused.
+
+        With ``need_all``, one that is refused is enough: a parent proxy on this host gets the name, and may
+        connect to any of its addresses.
+        """
         refusals = [self._refusal(address[4], origin_request.client_is_local) for address in addresses]
         allowed = [address for address, refusal in zip(addresses, refusals) if refusal is None]
-        if refusals and refusals[0] is not None and not allowed:
-            status, reason = refusals[0]
+        # The family that gives a 502 is missing for a parent on this host as well.
+        fatal = [found for found in refusals if found and (not allowed or need_all and found[0] != 502)]
+        if fatal:
+            status, reason = fatal[0]
             raise ProxyError("%s %s." % (origin_request.target.authority, reason), status)
         return allowed
 
@@ -4503,12 +4545,14 @@ class AddressPolicy:
         try:
             is_local = is_local_address(address)
         except OSError as error:  # an address family that this machine lacks, or no descriptor is left
-            return 502, "cannot be checked: %s" % error.strerror
+            if not client_is_local and is_protected_address(address[0]):
+                return 403, _LOCAL_ONLY
+            return 502 if error.errno == errno.EAFNOSUPPORT else 503, "cannot be checked: %s" % error.strerror
         if is_local and listens_there:
             return 508, "leads back to this proxy"
         if client_is_local or not (is_local or is_protected_address(address[0])):
             return None
-        return 403, "is an address that only clients on the proxy's own host may reach"
+        return 403, _LOCAL_ONLY
 
 
 def _start_connecting(address: Address, attempts: list[socket.socket]) -> None:
@@ -4871,12 +4915,12 @@ class OriginConnection(http.client.HTTPConnection):
         self.parent, self.blamed_name = None, self.origin_request.target.authority
         return True
 
-    def _resolve(self, origin_request: OriginRequest) -> list[Address]:
+    def _resolve(self, origin_request: OriginRequest, need_all: bool = False) -> list[Address]:
         """Return the addresses to which a request may go; OSError, ProxyError."""
         target, resolver = origin_request.target, self.origin_client.resolver
         timeout = origin_request.timeout_for(DNS_TIMEOUT)
         addresses = resolver.resolve(target.host, target.port, timeout, origin_request.client)
-        return self.origin_client.guard.filter(addresses, origin_request)
+        return self.origin_client.guard.filter(addresses, origin_request, need_all)
 
     def _open(self, addresses: list[Address], limit: float) -> None:
         """Connect to the address that answers first; those before it in the list count as failed.
@@ -4915,7 +4959,7 @@ class OriginConnection(http.client.HTTPConnection):
         is_numeric = is_numeric_host(target.host)
         must_resolve = is_numeric or parent_is_local and not client_is_local
         try:
-            addresses = self._resolve(self.origin_request) if must_resolve else []
+            addresses = self._resolve(self.origin_request, parent_is_local) if must_resolve else []
         except (OSError, UnicodeError) as error:
             raise OriginError("%s cannot be checked, and the parent proxy is on this host: %s." % (
                 target.authority, explain_error(error)), target) from None
@@ -6047,8 +6091,8 @@ class Downloader:
             # A client may join between the two checks, so first let nobody join, then look again.
             self.flights.remove(flight)
             if not partial.has_readers():
-                raise DownloadAbandonedError("Its clients have left, and it is too slow, or too many other "
-                                             "downloads continue without clients.")
+                raise DownloadAbandonedError("its clients have left, and it was too slow or one of too many "
+                                             "such downloads.")
         if partial.length is not None and partial.size + len(data) > partial.length:
             raise CannotResumeError("The origin sends more than it has declared.")
         try:
@@ -8398,7 +8442,9 @@ class Dispatcher:
         self._write_log = write_log
         self._ids = itertools.cycle(range(1, 1000))  # of log lines
         self._refused = RecentEvents()  # clients, by address
-        self._full_name = functools.lru_cache(1)(socket.getfqdn)  # only when needed: it may take seconds
+        self._full_name = ""  # of this host; "" until it is known
+        self._name_lock = threading.Lock()  # guards _next_lookup
+        self._next_lookup = 0.0  # monotonic; infinite while a look-up is in progress
 
     # Access
 
@@ -8427,14 +8473,33 @@ class Dispatcher:
         return render_response_head(request, head, size, response.cache_status, True, self.proxy.config) + (
             b"%s\n" % str(error).encode())
 
-    def _check_name(self, request: Request, may_block: bool) -> None:
-        """Raise ProxyError if the client calls the proxy by a name that is not its own (see is_own_name).
+    def host_names(self) -> tuple[str, str]:
+        """Return this host's short and full name without waiting; the full name is "" while it is unknown.
 
-        The host's own names are compared only if the caller ``may_block``: they take a look-up.
+        Then start to look it up: in one thread, as it may take seconds, and NAME_RETRY seconds after the
+        end of the last attempt.
         """
+        with self._name_lock:
+            is_due = not self._full_name and time.monotonic() >= self._next_lookup
+            if is_due:
+                self._next_lookup = math.inf
+        if is_due:
+            try:
+                start_thread(self._look_up_name)
+            except StorageError:
+                self._next_lookup = time.monotonic() + NAME_RETRY
+        return socket.gethostname().lower(), self._full_name
+
+    def _look_up_name(self) -> None:
+        with contextlib.suppress(UnicodeError):  # a name that no name server can have
+            name = socket.getfqdn().lower()  # the short name if the look-up fails
+            self._full_name = name if "." in name else ""
+        self._next_lookup = time.monotonic() + NAME_RETRY
+
+    def _check_name(self, request: Request) -> None:
+        """Raise ProxyError if the client calls the proxy by a name that is not its own (see is_own_name)."""
         name = called_name(request)
-        if not is_own_name(name, self.proxy.config.names) and not (
-                may_block and name in (socket.gethostname().lower(), self._full_name().lower())):
+        if not is_own_name(name, self.proxy.config.names) and name not in self.host_names():
             raise ProxyError("This proxy does not answer to the name '%s'; its operator can add --name %s."
                              % (name, name), 421)
 
@@ -8442,7 +8507,7 @@ class Dispatcher:
 
     def respond(self, request: Request, port: int) -> Response:
         """Return the response to a request that came to this port of the server; ProxyError."""
-        self._check_name(request, may_block=True)
+        self._check_name(request)
         if not request.is_own_page:
             return self.proxy.respond(request)
         if request.method == "OPTIONS":
@@ -8466,7 +8531,8 @@ class Dispatcher:
         """Return the data of the status pages, with the command line as Go's expvar shows it."""
         # loggable_uri() removes the password of a parent's URL; --parent=URL is split, to let it see the URL.
         words = [re.split(r"(?<=\A--parent=)", word) for word in sys.argv]
-        command_line = ["".join(map(loggable_uri, parts)) for parts in words]
+        command_line = ["".join(loggable_uri(part) if re.search("@|://", part) else part for part in parts)
+                        for parts in words]
         return {"cmdline": command_line, **self.statistics.snapshot()}
 
     def health_problem(self) -> str:
@@ -8491,7 +8557,7 @@ class Dispatcher:
         with contextlib.suppress(ProxyError, ValueError):  # the thread that gets the request sends the error
             request = None if entry else parse_request_head(key[0], *key[1])
             if request and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
-                self._check_name(request, may_block=False)
+                self._check_name(request)
                 entry, connection.known_missing = self.proxy.prepare_hit(request, float(int(time.time())))
                 if entry is not None:
                     hot_cache.put(key, entry)
@@ -9569,7 +9635,7 @@ def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
     filters, errors = parse_filters(text)
     for message in errors:
         log.warning("%s: %s", path, message)
-    log.info("Parsed %d filters from %s", len(filters), path)
+    log.info("Parsed %s from %s", format_count(len(filters), "filter"), path)
     return tuple(filters)
 
 
@@ -9771,6 +9837,8 @@ def reload_filters(proxy: Proxy, notifier: SystemdNotifier) -> None:
             proxy.config = replace_fields(config, filters=load_filters(config.filters_file))
         except StartupError as error:
             log.error("%s The previous filters remain in force.", error)
+    else:
+        log.info("No filters file to reload")
     notifier.notify("READY=1")
 
 
@@ -9926,6 +9994,7 @@ def run(config: Config, level: int) -> None:
     proxy.start()
     statistics.history.start()
     dispatcher = Dispatcher(proxy, statistics, make_connection_limiter(), log_handler.write, affinity)
+    dispatcher.host_names()  # starts the look-up of the full name
     serve([ProxyServer(listening, dispatcher) for listening in sockets], proxy, signals,
           SystemdNotifier(os.environ, counters))
     statistics.history.stop()

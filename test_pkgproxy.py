@@ -1203,6 +1203,33 @@ class RegularExpressionTest(unittest.TestCase):
                             ("/by-hash/%s/" + "0" * 64, NameClass.CONTENT)):
             self.assertIs(pkgproxy.classify_name("http://a" + path % ("1" * 200)), known)
             self.assertIs(pkgproxy.classify_name("http://a" + path % ("1" * 256)), NameClass.OTHER)
+        for folders, known in (("/a" * 99, NameClass.PACKAGE), ("/a" * 100, NameClass.OTHER), (("/" + "a" * 200) * 9, NameClass.PACKAGE),
+                               (("/" + "a" * 200) * 11, NameClass.OTHER)):
+            self.assertIs(pkgproxy.classify_name("http://a" + folders + "/x_1.0_all.deb"), known)
+
+    def test_a_long_path_or_cache_control_costs_little(self):
+        for path, text in (("/" * 16000, ""), ("/a" * 8000, ""), ("/dists" * 2600, ""), ("/x_1.0_all.deb", "a," * 8000)):
+            best = math.inf
+            for attempt in range(9):
+                began = time.thread_time()
+                asked = pkgproxy.parse_request(["GET http://a.test%s%d HTTP/1.1" % (path, attempt), "Host: a", "Cache-Control: " + text], ("10.0.0.1", 9999))
+                head = ResponseHead(200, "", (("Cache-Control", text),), request_time=CLOCK, response_time=CLOCK)
+                for stored in (None, head, head, head):
+                    pkgproxy.decide(asked, stored, Config(), CLOCK)
+                    pkgproxy.shareable_name(asked.key)
+                    pkgproxy.why_not_storable(asked, head, Config())
+                best = min(best, time.thread_time() - began)
+            with self.subTest(path=path[:20], text=text[:20]):
+                self.assertLess(best, 0.01)
+
+    def test_a_long_cache_control_is_read_as_no_store(self):
+        for text, stored in (("max-age=60", True), ("max-age=60," + "x" * 2000, False),
+                             ("x" * 2000 + ",private", False), ("must-understand," + "x" * 2000 + ",no-store", False)):
+            for asked, answered in (("", text), (text, "max-age=60")):
+                with self.subTest(text=text[:30], asked=bool(asked)):
+                    request = Request("GET", "http://a/x", Target("http", "a", 80, "/x"), (("Cache-Control", asked),), key="http://a/x")
+                    head = ResponseHead(200, "", (("Cache-Control", answered),), request_time=CLOCK, response_time=CLOCK)
+                    self.assertEqual(pkgproxy.why_not_storable(request, head, Config()), "" if stored else "no-store")
 
 
 class MemoizationTest(unittest.TestCase):
@@ -1739,9 +1766,9 @@ class CacheRulesTest(unittest.TestCase):
                 (package, {"Authorization": "x"}, {"Cache_Control": "s-maxage=5"}, ""),
                 (package, {}, {"Content_Type": "Text/HTML; charset=x"}, "text/html for a package"),
                 (other, {}, {"Content_Type": "text/html", "ETag": '"x"'}, ""),
-                (other, {}, {"Cache_Control": "max-age=0"}, "neither fresh nor validated"),
+                (other, {}, {"Cache_Control": "max-age=0"}, "no lifetime and no validator"),
                 (other, {}, {"Cache_Control": "max-age=0", "ETag": '"x"'}, ""), (other, {}, {}, ""),
-                ("http://a/x?y", {}, {}, "neither fresh nor validated")):
+                ("http://a/x?y", {}, {}, "no lifetime and no validator")):
             with self.subTest(uri=uri, fields=fields, head=head):
                 self.assertEqual(pkgproxy.why_not_storable(make_request(uri, **fields), make_stored_head(uri, **head), Config()), reason)
         for method, status in (("HEAD", 200), ("POST", 200), ("GET", 206), ("GET", 404), ("GET", 203), ("GET", 302)):
@@ -3670,8 +3697,8 @@ class ParentTest(ProxyCase):
             host = self.known[host]
             if host is None:
                 raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-        self.assertRegex(host, r"\A[\dxa-f.]+\Z")
-        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (socket.inet_ntoa(socket.inet_aton(host)), port))]
+        self.assertRegex(host, r"\A[\dxa-f. ]+\Z")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (socket.inet_ntoa(socket.inet_aton(one)), port)) for one in host.split()]
 
     def use_parents(self, text):
         self.start_proxy(Config(addrs=(), parents=pkgproxy.parent_proxies(text, {}), pseudonym="tested"))
@@ -3771,10 +3798,11 @@ class ParentTest(ProxyCase):
             return read_to_end(far)
 
     def test_a_name_of_this_host_is_refused_to_remote_clients_before_a_local_parent_resolves_it(self):
-        for address, status in (("203.0.113.80", b"200"), ("127.0.0.1", b"403"), ("169.254.169.254", b"403"), ("168.63.129.16", b"403"), (None, b"502")):
+        for address, status in (("203.0.113.80", b"200"), ("127.0.0.1", b"403"), ("169.254.169.254", b"403"), ("168.63.129.16", b"403"),
+                                ("203.0.113.80 203.0.113.81", b"200"), ("203.0.113.80 127.0.0.1", b"403"), ("169.254.169.254 203.0.113.80", b"403"), (None, b"502")):
             with self.subTest(address=address):  # also over an idle connection, since the parent resolves the name for each request
                 self.known["mirror.test"] = address
-                asked, url = len(self.parent.log), self.url(0) + "?%s" % address
+                asked, url = len(self.parent.log), self.url(0) + "?%s" % urllib.parse.quote(str(address))
                 self.parent.pages[url] = ScriptedResponse(b"secret")
                 answer = self.request_from_remote(url)
                 self.assertEqual((answer[9:12], b"secret" in answer, len(self.parent.log) - asked), (status, status == b"200", status == b"200"))
@@ -5344,7 +5372,12 @@ class UserinfoTest(ProxyCase):
                          "GET me:secret@host HTTP/1.1", "GET http://HTTPS///me:secret@ho,st/x HTTP/1.1", "GET /https://me:secret@ho,st/x HTTP/1.1",
                          "GET http://127.0.0.1:%d/https://me:secret@ho,st/x HTTP/1.1" % self.address[1],
                          "GET http://me:secret@[::bad]/ HTTP/1.1", "GET http://me:secret%40host/ HTTP/1.1", "GET http://me:secret@127.0.0.1:1/ HTTP/1.1",
-                         "GET http://me:secret@127.0.0.1:1/ HTTP/2.0", "GET http://me:secret@@127.0.0.1:1/@x HTTP/1.1"):
+                         "GET http://me:secret@127.0.0.1:1/ HTTP/2.0", "GET http://me:secret@@127.0.0.1:1/@x HTTP/1.1",
+                         "GET http://me%3Asecret%40host/x HTTP/1.1", "GET http://me%3Asecret/x HTTP/1.1", "GET http://127.0.0.1:1/http://me:secret@mirror/x HTTP/1.1",
+                         "GET http://127.0.0.1:1/http%3A/me:secret@mirror/x HTTP/1.1", "GET http://127.0.0.1:1/HTTPS///me:secret%40mirror/x HTTP/1.1",
+                         "GET http://127.0.0.1:1/x?http://me:secret@mirror HTTP/1.1", "GET http://me:secret HTTP/1.1", "GET /http://me:secret HTTP/1.1",
+                         "CONNECT me:secret HTTP/1.1", "CONNECT me:secret%40host:443 HTTP/1.1", "GET http://me:secret%2540host/ HTTP/1.1",
+                         "GET http://me:secret%2540host:80/ HTTP/1.1", "GET ftp://me:secret/ HTTP/1.1", "http://me:secret/ HTTP/1.1", "http://me:secret"):
                 for more in ("Host: a", "Host: me:secret@host", "Authorization : Basic secret", "Host: a\r\n secret", "Authorization: secret\1"):
                     with self.subTest(line=line, more=more):
                         answer = self.send_raw(("%s\r\n%s\r\nConnection: close\r\n\r\n" % (line, more)).encode())
@@ -5359,7 +5392,10 @@ class UserinfoTest(ProxyCase):
         for uri, expected in (
                 ("http://me:secret@a/@x?q=@", "http://a/@x?q=@"), ("http://a/@x", "http://a/@x"), ("http:/me:pw@a:80/x", "http:/a:80/x"),
                 ("//me:pw@a/x", "//a/x"), ("me:pw@a:443", "a:443"), ("a:443", "a:443"), ("/status.json", "/status.json"), ("GET", "GET"),
-                ("http://me:p/w@a,b/", "http://a,b/"), ("HTTPS://me:pw@a,b/", "HTTPS://a,b/"), ("http://me:#pw@a/", "http://me:")):
+                ("http://me:p/w@a,b/", "http://a,b/"), ("HTTPS://me:pw@a,b/", "HTTPS://a,b/"), ("http://me:#pw@a/", "http://me:"),
+                ("http://a:1/http://me:pw@b/x", "http://a:1/http://b/x"), ("http://a/x:1/@y", "http://a/x:1/@y"), ("http://me:pw", "http://me:..."),
+                ("me:pw", "me:..."), ("http://me:pw%2540a/x", "http://a/x"), ("http://[::1]:80/x", "http://[::1]:80/x"), ("http://[::x]/y", "http://[::x]/y"),
+                ("[::1]:443", "[::1]:443"), ("http://a,b:80/x:y", "http://a,b:80/x:y"), ("ftp://a/x", "ftp://a/x"), ("/http://a,b/x", "/http://a,b/x")):
             with self.subTest(uri=uri):
                 self.assertEqual((pkgproxy.loggable_uri(uri), pkgproxy.loggable_uri(pkgproxy.loggable_uri(uri))), (expected, expected))
 
@@ -7701,8 +7737,9 @@ class PagesTest(ProxyCase):
         found = json.loads(answer.body)
         self.assertEqual((found["statsCacheBytes"], found["statsDownBytes"]), (0, 0))
         self.assertEqual(found["cmdline"], sys.argv)
-        with mock.patch.object(sys, "argv", ["pkgproxy", "--parent=http://me:secret@a", "--parent", "http://me:secret@a:81,direct"]):
-            self.assertEqual(json.loads(self.get_own_page("/debug/vars").body)["cmdline"], ["pkgproxy", "--parent=http://a", "--parent", "http://a:81,direct"])
+        with mock.patch.object(sys, "argv", ["pkgproxy", "--parent=http://me:secret@a", "--parent", "http://me:secret@a:81,direct", "--allow", "fd00::/8"]):
+            self.assertEqual(json.loads(self.get_own_page("/debug/vars").body)["cmdline"],
+                             ["pkgproxy", "--parent=http://a", "--parent", "http://a:81,direct", "--allow", "fd00::/8"])
         self.assertEqual(set(found), {"cmdline", "statsCacheBytes", "statsDownBytes", "statsTunnelBytes", "statsRequests",
                                       "statsOutcomes"})
         self.assertEqual(set(found["statsOutcomes"]), {outcome.value for outcome in Outcome})
@@ -7731,6 +7768,9 @@ class PagesTest(ProxyCase):
         us = "http://127.0.0.1:%d" % self.address[1]
         self.assertIn(b"export http_proxy=" + us.encode(), self.request(us + "/", Accept="text/plain").body)
         self.assertEqual(self.request(us + "/healthz?x").body, b"ok\n")
+        self.assertEqual(self.request("http://localhost:%d/healthz" % self.address[1]).body, b"ok\n")
+        for local, is_own in ((("127.0.0.1", 9999), True), (("::1", 9999), True), (("127.0.0.1", 9998), False), (("10.0.0.1", 9999), False)):
+            self.assertEqual(pkgproxy.parse_request_target("GET", "http://localhost:9999/", "a", local)[0] is None, is_own)
         self.assertEqual(self.send_raw(b"GET %s HTTP/1.0\r\n\r\n" % us.encode()).partition(b" ")[2][:3], b"200")
 
     def test_pages_show_the_address_by_which_they_were_reached(self):
@@ -8549,7 +8589,7 @@ class AccessTest(ProxyCase):
         for address, guarded in (
                 ("127.0.0.1", True), ("127.255.0.1", True), ("0.0.0.0", True), ("0.1.2.3", True), ("169.254.169.254", True), ("224.0.0.1", True),
                 ("255.255.255.255", True), ("::1", True), ("::", True), ("fe80::1", True), ("fe80::1%eth0", True), ("fec0::1", True), ("ff02::1", True),
-                ("::ffff:127.0.0.1", True), ("::ffff:7f00:1", True), ("::127.0.0.1", True), ("64:ff9b::7f00:1", True), ("64:ff9b:1::a9fe:a9fe", True),
+                ("::ffff:127.0.0.1", True), ("::ffff:7f00:1", True), ("::127.0.0.1", True), ("64:ff9b::7f00:1", True), ("::ffff:0:127.0.0.1", True), ("64:ff9b:1::a9fe:a9fe", True),
                 ("2002:7f00:1::", True), ("2002:a9fe:a9fe::1", True), ("2001:0:7f00:1::", True),
                 # clouds' metadata
                 ("168.63.129.16", True), ("100.100.100.200", True), ("192.0.0.192", True), ("fd00:ec2::254", True), ("fd00:ec2::23", True),
@@ -8666,6 +8706,17 @@ class AccessTest(ProxyCase):
                 self.proxy._origin.fetch(pkgproxy.OriginRequest("GET", target, (("Host", "a"),)))
         self.assertEqual(caught.exception.status, 403)
 
+    def test_a_missing_address_family_does_not_matter_to_a_local_parent_either(self):
+        guard, far = pkgproxy.AddressPolicy(), pkgproxy.OriginRequest("GET", Target("http", "a", 80, "/"), ())
+        good, six = (socket.AF_INET, 1, 0, "", ("192.0.2.1", 80)), (socket.AF_INET6, 1, 0, "", ("2001:db8::1", 80, 0, 0))
+        near = (socket.AF_INET6, 1, 0, "", ("fe80::1", 80, 0, 0))
+        for number, addresses, allowed in ((errno.EAFNOSUPPORT, [good, six], True), (errno.EMFILE, [good, six], False), (errno.EAFNOSUPPORT, [good, near], False)):
+            with self.subTest(number=number, addresses=addresses), mock.patch.object(
+                    pkgproxy, "is_local_address", lambda address, number=number: False if ":" not in address[0] else (_ for _ in ()).throw(OSError(number, "no"))):
+                self.assertEqual(guard.filter(addresses, far), [good])
+                with contextlib.nullcontext() if allowed else self.assertRaises(pkgproxy.ProxyError):
+                    self.assertEqual(guard.filter(addresses, far, need_all=True), [good])
+
     def test_only_permitted_addresses_are_tried(self):
         guard, tcp = pkgproxy.AddressPolicy(), (socket.AF_INET, socket.SOCK_STREAM, 0, "")
         good, bad = (*tcp, ("192.0.2.1", 80)), (*tcp, ("127.0.0.1", 80))
@@ -8676,7 +8727,7 @@ class AccessTest(ProxyCase):
 
     def test_a_request_that_leads_back_to_the_proxy_is_a_508(self):
         port = self.address[1]
-        for url in ("http://127.0.0.1:%d/x_1.0.deb" % port, "http://localhost:%d/" % port, "http://127.0.0.9:%d/x_1.0.deb" % port):
+        for url in ("http://127.0.0.1:%d/x_1.0.deb" % port, "http://localhost:%d/x_1.0.deb" % port, "http://127.0.0.9:%d/x_1.0.deb" % port):
             answer = self.request(url)
             self.assertEqual((answer.status, answer.reason), (508, "Loop Detected"))
             self.assertIn(b"leads back to this proxy", answer.body)
@@ -8767,6 +8818,7 @@ class AccessTest(ProxyCase):
             patcher.start()
             self.addCleanup(patcher.stop)
         self.start_proxy(Config(names=("given.example.org",), pseudonym="tested"))
+        until(lambda: self.server.dispatcher.host_names()[1], "the look-up of the full name")
         self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"secret")
         url, port = "http://127.0.0.1:%d/x_1.0.deb" % self.origin.port, self.address[1]
         self.assertEqual(self.request(url).body, b"secret")
@@ -8792,6 +8844,28 @@ class AccessTest(ProxyCase):
                 with self.subTest("no matter", host=host, line=line):
                     self.assertIn(b" 200 ", self.send_raw(("%s\r\nHost: %s:%d\r\nConnection: close\r\n\r\n" % (line, host, port)).encode())[:13])
         self.assertIn(b" 200 ", self.send_raw(b"GET /status.json HTTP/1.0\r\n\r\n")[:13], "browsers always send a Host field")
+
+    def test_the_full_name_is_looked_up_in_one_thread_until_it_is_known(self):
+        ready, names = threading.Event(), iter(("box", "Box.corp.example"))
+        self.addCleanup(ready.set)
+
+        def look_up():
+            ready.wait(PATIENCE)
+            return next(names)
+
+        def status():
+            return self.send_raw(b"GET /healthz HTTP/1.1\r\nHost: box.corp.example:%d\r\nConnection: close\r\n\r\n" % self.address[1])[9:12]
+
+        with mock.patch.object(socket, "getfqdn", mock.Mock(side_effect=look_up)) as asked, mock.patch.object(socket, "gethostname", lambda: "box"):
+            self.assertEqual([status() for _ in range(20)], [b"421"] * 20, "nobody waits for the look-up")
+            self.assertEqual(asked.call_count, 1)
+            ready.set()
+            until(lambda: self.server.dispatcher._next_lookup < math.inf, "the end of the look-up, which fails")
+            self.assertEqual([status(), asked.call_count], [b"421", 1], "it is not repeated at once")
+            self.server.dispatcher._next_lookup = time.monotonic()
+            status()
+            until(lambda: status() == b"200", "the end of the second look-up")
+            self.assertEqual(asked.call_count, 2)
 
     def test_no_password_is_logged(self):
         with self.assertLogs("pkgproxy", "INFO") as caught:
@@ -9655,7 +9729,7 @@ class CommandLineTest(unittest.TestCase):
         Path(path).write_text("a\nb\n")
         process, lines = self.start_process("-f", path)
         self.assertIn("Parsed 2 filters", lines[1])
-        for text, expected in (("a\n(\n", "line 2 is not a regular expression"), (None, "Parsed 1 filters")):
+        for text, expected in (("a\n(\n", "line 2 is not a regular expression"), (None, "Parsed 1 filter from")):
             if text:
                 Path(path).write_text(text)
                 process.send_signal(signal.SIGHUP)
@@ -9663,6 +9737,11 @@ class CommandLineTest(unittest.TestCase):
         os.unlink(path)
         process.send_signal(signal.SIGHUP)
         self.assertIn("The previous filters remain in force.", process.stderr.readline())
+
+    def test_sighup_without_a_filters_file_is_logged(self):
+        process, _ = self.start_process()
+        process.send_signal(signal.SIGHUP)
+        self.assertIn("No filters file to reload", process.stderr.readline())
 
     def test_it_listens_on_both_protocols(self):
         try:
