@@ -232,6 +232,7 @@ LARGE_MEMO = 1000  # results of a pure function that hits need again
 # Limits of downloads and of the cache.
 MAX_REDIRECTS = 10  # followed for one request, as by Go's http.Client
 MAX_LOOKUPS = 64  # concurrent DNS look-ups; each takes a thread, because getaddrinfo() has no timeout
+MAX_LOOKUP_WAITERS = 256  # requests of one client that wait for look-ups; each takes a thread
 POOL_SIZE = 8  # idle connections kept to one origin; dnf downloads 3 files at a time by default
 POOL_TOTAL = 24  # idle connections kept in all; each holds a descriptor
 SPACE_STEP = 1024 * 1024  # bytes written between two checks of the free space
@@ -4332,14 +4333,17 @@ class Resolver:
 
     getaddrinfo() has no timeout, so each lookup runs in a thread of its own.  Requests for the same name
     share one lookup.  At most MAX_LOOKUPS are in progress, half of them for one client: a client that asks
-    for names whose servers are silent does not use up the threads of the others.
+    for names whose servers are silent does not use up the threads of the others.  At most
+    MAX_LOOKUP_WAITERS requests of one client wait for lookups: each holds a thread, even if its client has
+    left.  The limit is high, because a whole fleet behind one address may ask for the same mirror at once.
 
     Methods for the caller: resolve, mark_failed.  Attribute: failures.
     """
 
     def __init__(self) -> None:
         self.failures = RecentEvents()  # by address, or by the URL of a parent proxy
-        self._lock = threading.Lock()  # guards _lookups
+        self._lock = threading.Lock()  # guards _lookups and _waiters
+        self._waiters: collections.Counter[str] = collections.Counter()  # requests, by client network
         # Lookups in progress, by host and port, and the client network that started each.
         self._lookups: dict[tuple[str, int], tuple[concurrent.futures.Future[list[Address]], str]] = {}
 
@@ -4347,15 +4351,19 @@ class Resolver:
         """Return the addresses of a host, those that failed recently last.
 
         Raise OSError or UnicodeError if the host has none, socket.timeout, and OriginError (503) if too many
-        lookups are in progress, in total or for this client.
+        lookups are in progress, in total or for this client, or too many of its requests wait for one.
         """
+        network = client_network(client)
         if is_address(host):
             addresses = resolve_addresses(host, port)  # asks no name server
         else:
             try:
-                addresses = self._look_up((host, port), client_network(client)).result(timeout)
+                addresses = self._look_up((host, port), network).result(timeout)
             except concurrent.futures.TimeoutError:
                 raise socket.timeout("the name servers did not answer") from None
+            finally:
+                with self._lock:
+                    self._waiters -= collections.Counter([network])  # drops zeros
         return sorted(addresses, key=self._rank)
 
     def mark_failed(self, address: str) -> None:
@@ -4367,8 +4375,11 @@ class Resolver:
         return -math.inf if failure is None else -failure[0]  # after all others, the latest failure last
 
     def _look_up(self, name: tuple[str, int], network: str) -> concurrent.futures.Future[list[Address]]:
-        """Return the lookup of a name that is in progress, or start one; OriginError."""
+        """Return the lookup of a name that is in progress, or start one, and count a waiter; OriginError."""
         with self._lock:
+            self._waiters[network] += 1  # also if an error follows: resolve() undoes it
+            if self._waiters[network] > MAX_LOOKUP_WAITERS:
+                raise OriginError("Too many requests wait for host names to be resolved.", status=503)
             if name in self._lookups:
                 return self._lookups[name][0]
             networks = [running for _, running in self._lookups.values()]

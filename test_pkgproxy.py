@@ -5586,6 +5586,32 @@ class DNSLookupTest(ProxyCase):
             again = visit(b"mute9", "127.0.0.1")
             self.assertIn(b"HTTP/1.1 200 ", read_to_end(again))
 
+    def test_the_requests_of_one_client_that_wait_for_one_name_are_limited(self):
+        gate, asked, really = Gate(), [], socket.getaddrinfo
+        self.addCleanup(gate.open)
+
+        def mute(host, *arguments, **options):
+            if host != b"mute.test":
+                return really(host, *arguments, **options)
+            asked.append(host)
+            gate.pass_through()
+            return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
+
+        def ask(number, address="127.0.0.1"):
+            return self.open_client(b"GET http://mute.test/x%d HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % number, address)
+
+        resolver = self.proxy._origin.resolver
+        with mock.patch.object(pkgproxy, "MAX_LOOKUP_WAITERS", 2), mock.patch.object(socket, "getaddrinfo", mute):
+            waiting = [ask(0), ask(1)]
+            until(lambda: resolver._waiters["127.0.0.1"] == 2)
+            self.assertRegex(read_to_end(ask(2)), rb"(?s)\AHTTP/1\.1 503 .*Retry-After: 5\r\n.*Too many requests wait for host names")
+            waiting.append(ask(3, "127.0.0.2"))
+            until(lambda: resolver._waiters["127.0.0.2"] == 1)
+            gate.open()
+            for one in waiting:
+                self.assertRegex(read_to_end(one), rb"\AHTTP/1\.1 404 ")
+        self.assertEqual((asked, resolver._waiters), ([b"mute.test"], {}))
+
     def test_remembered_failures_take_little_memory(self):
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
