@@ -232,6 +232,7 @@ LARGE_MEMO = 1000  # results of a pure function that hits need again
 # Limits of downloads and of the cache.
 MAX_REDIRECTS = 10  # followed for one request, as by Go's http.Client
 MAX_LOOKUPS = 64  # concurrent DNS look-ups; each takes a thread, because getaddrinfo() has no timeout
+MAX_LOOKUP_WAITERS = 256  # requests of one client that wait for look-ups; each takes a thread
 POOL_SIZE = 8  # idle connections kept to one origin; dnf downloads 3 files at a time by default
 POOL_TOTAL = 24  # idle connections kept in all; each holds a descriptor
 SPACE_STEP = 1024 * 1024  # bytes written between two checks of the free space
@@ -264,11 +265,14 @@ POOL_IDLE_TIMEOUT = 15.0  # a pooled connection waits for its next request; ngin
 IDLE_TIMEOUT = 60.0  # between two requests; apt thinks for a long time between two packages
 REQUEST_HEAD_TIMEOUT = 30.0  # for a complete head; Apache allows 40 s, nginx 60 s
 SLOW_HEAD_AGE = 1.0  # a head that takes longer may lose its connection to a new client when full
+MIN_SHARE = 4  # connections of a client; with fewer, none is closed for other clients while it is busy
+PLACES_PER_TURN = 4  # how often room for new clients is made until the limiter is called again
 CLIENT_TIMEOUT = 60.0  # without progress in the middle of a message, as in nginx
 LINGER_TIMEOUT = 2.0  # reading after the last response, so that a reset does not destroy it
 TUNNEL_IDLE_TIMEOUT = 300.0  # a tunnel without traffic is closed
 MIN_BODY_RATE = 1000  # of a request body in the long run, as dnf demands of a mirror
 MIN_RATE = 4000  # a slower response gives way to new clients, a slower download without client stops
+ORPHAN_RATE = 50_000  # a slower download without clients gives way to another one
 RATE_WINDOW = 10.0  # over which a rate is measured; a modem acknowledges in bursts
 REFUSAL_LOG_INTERVAL = 60.0  # between two log lines about one refused client, lest it fills the log
 
@@ -4402,14 +4406,17 @@ class Resolver:
 
     getaddrinfo() has no timeout, so each lookup runs in a thread of its own.  Requests for the same name
     share one lookup.  At most MAX_LOOKUPS are in progress, half of them for one client: a client that asks
-    for names whose servers are silent does not use up the threads of the others.
+    for names whose servers are silent does not use up the threads of the others.  At most
+    MAX_LOOKUP_WAITERS requests of one client wait for lookups: each holds a thread, even if its client has
+    left.  The limit is high, because a whole fleet behind one address may ask for the same mirror at once.
 
     Methods for the caller: resolve, mark_failed.  Attribute: failures.
     """
 
     def __init__(self) -> None:
         self.failures = RecentEvents()  # by address, or by the URL of a parent proxy
-        self._lock = threading.Lock()  # guards _lookups
+        self._lock = threading.Lock()  # guards _lookups and _waiters
+        self._waiters: collections.Counter[str] = collections.Counter()  # requests, by client network
         # Lookups in progress, by host and port, and the client network that started each.
         self._lookups: dict[tuple[str, int], tuple[concurrent.futures.Future[list[Address]], str]] = {}
 
@@ -4417,15 +4424,19 @@ class Resolver:
         """Return the addresses of a host, those that failed recently last.
 
         Raise OSError or UnicodeError if the host has none, socket.timeout, and OriginError (503) if too many
-        lookups are in progress, in total or for this client.
+        lookups are in progress, in total or for this client, or too many of its requests wait for one.
         """
+        network = client_network(client)
         if is_address(host):
             addresses = resolve_addresses(host, port)  # asks no name server
         else:
             try:
-                addresses = self._look_up((host, port), client_network(client)).result(timeout)
+                addresses = self._look_up((host, port), network).result(timeout)
             except concurrent.futures.TimeoutError:
                 raise socket.timeout("the name servers did not answer") from None
+            finally:
+                with self._lock:
+                    self._waiters -= collections.Counter([network])  # drops zeros
         return sorted(addresses, key=self._rank)
 
     def mark_failed(self, address: str) -> None:
@@ -4437,8 +4448,11 @@ class Resolver:
         return -math.inf if failure is None else -failure[0]  # after all others, the latest failure last
 
     def _look_up(self, name: tuple[str, int], network: str) -> concurrent.futures.Future[list[Address]]:
-        """Return the lookup of a name that is in progress, or start one; OriginError."""
+        """Return the lookup of a name that is in progress, or start one, and count a waiter; OriginError."""
         with self._lock:
+            self._waiters[network] += 1  # also if an error follows: resolve() undoes it
+            if self._waiters[network] > MAX_LOOKUP_WAITERS:
+                raise OriginError("Too many requests wait for host names to be resolved.", status=503)
             if name in self._lookups:
                 return self._lookups[name][0]
             networks = [running for _, running in self._lookups.values()]
@@ -5925,6 +5939,8 @@ class DownloadLocks:
 class OrphanLimiter:
     """Limits how many downloads continue without a client: the oldest ones may, if they are fast enough.
 
+    At the limit, the slowest one below ORPHAN_RATE gives way to a new one: it stops at its next check.
+
     A client that breaks off often comes back for the same file, so its download should not be lost.  But a
     client could start downloads and leave, again and again, and each holds a thread, a connection and disk
     space.  What a stopped download has received is kept for the next request (see ``keep_for_resume``).
@@ -5933,20 +5949,30 @@ class OrphanLimiter:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()  # guards _orphans
-        self._orphans: dict[int, tuple[float, int]] = {}  # time (monotonic) and size at the last speed check
+        # Time (monotonic) and size at the last speed check; time -inf: it stops at the next one.
+        self._orphans: dict[int, tuple[float, int, PartialFile]] = {}
 
     def may_continue(self, partial: PartialFile) -> bool:
         """Return whether a download may continue: it has clients, or it is one of the permitted orphans."""
         has_readers, now = partial.has_readers(), time.monotonic()
         with self._lock:
-            since, size = self._orphans.get(id(partial), (now, partial.size))
+            since, size, _ = self._orphans.get(id(partial), (now, partial.size, partial))
             check_due = now - since > RATE_WINDOW
             if has_readers or check_due and partial.size - size < MIN_RATE * (now - since):
                 self._orphans.pop(id(partial), None)
                 return has_readers
-            if check_due or id(partial) not in self._orphans and len(self._orphans) < self._limit:
-                self._orphans[id(partial)] = now, partial.size
+            if check_due or id(partial) not in self._orphans and self._make_room(now):
+                self._orphans[id(partial)] = now, partial.size, partial
             return id(partial) in self._orphans
+
+    def _make_room(self, now: float) -> bool:
+        """Return whether one more may continue.  Those told to stop may be at most as many as the limit."""
+        # Not the ones told to stop already, nor those whose rate is not known yet.
+        rates = [((p.size - n) / (now - t), id(p)) for t, n, p in self._orphans.values() if 0 <= t < now - 1]
+        rate, slowest = min(rates, default=(math.inf, 0))
+        if rate < ORPHAN_RATE and self._limit <= len(self._orphans) < 2 * self._limit:
+            self._orphans[slowest] = (-math.inf, *self._orphans[slowest][1:])
+        return len(self._orphans) < (2 * self._limit if rate < ORPHAN_RATE else self._limit)
 
     def remove(self, partial: PartialFile) -> None:
         """Forget a download that has ended."""
@@ -8128,6 +8154,7 @@ class ClientConnection:
         self.access_key: AccessKey | None = None  # None: refused, or not checked yet
         # A hit that could not be sent at once: the bytes left, and when it began (monotonic).
         self.pending: tuple[HotEntry, bytes, float] | None = None
+        self.is_tunnel = False
         self.rate = math.inf  # bytes a second in the last RATE_WINDOW, if the client limited it
         self._transferred = 0  # bytes, at the last measurement
         self._was_slow = False  # the client limited the rate then
@@ -8163,18 +8190,19 @@ class ClientConnection:
         self.rate = (transferred - self._transferred) / elapsed if measured else math.inf
         self._transferred, self._was_slow = transferred, is_slow
 
-    def closing_rank(self, now: float) -> tuple[int, float] | None:
+    def closing_rank(self, now: float) -> tuple[int, float, float]:
         """Return how soon to close the connection if another client needs its place.
 
-        The lowest rank goes first: (0, since) for an idle connection, (1, since) for an incomplete head,
-        (2, rate) for a slow response.  None: it is not closed.
+        The lowest rank goes first: (0, since, 0) for an idle connection, (1, since, 0) for an incomplete
+        head, (2, rate, since) for a slow response.  Anything else (3, or 4 for a tunnel) is closed only if
+        its client has more connections than its share.
         """
         if self.waiting and not self.pending:
             if self.answered and not self.buffered:
-                return 0, self.waiting_since  # idle between two requests: a client must expect that
+                return 0, self.waiting_since, 0  # idle between two requests: a client must expect that
             if now - self.waiting_since > SLOW_HEAD_AGE:
-                return 1, self.waiting_since
-        return (2, self.rate) if self.rate < MIN_RATE else None
+                return 1, self.waiting_since, 0
+        return 2 if self.rate < MIN_RATE else 3 + self.is_tunnel, self.rate, self.waiting_since
 
     def receive(self, flags: int = 0) -> bytes | None:
         """Return the bytes that have arrived; b"" if the client has closed, None if nothing has arrived."""
@@ -8207,19 +8235,25 @@ class ConnectionLimiter:
 
     A connection may need a thread and up to four file descriptors.  At the limit, a new client makes the
     limiter close the connection that has been idle longest; if there is none, the one with the oldest
-    incomplete request head; if there is none, the one with the slowest response below MIN_RATE.  Otherwise
-    the client waits until it is accepted.
+    incomplete request head; if there is none, the one with the slowest response below MIN_RATE.  If there is
+    none either, the client with the most connections loses one, whatever it is doing, as long as it has
+    MIN_SHARE, and more than the new client will have.  So the connections are shared out evenly among the
+    clients that want some, but a client alone loses nothing.
 
     A client (an IPv6 /64 network counts as one) may have half of the connections.  Further ones are parked:
-    accepted, but neither read nor counted, so that one client cannot keep the others out.  At most
-    half of the connections may be tunnels, which stay open for long, and half of these one client's.
+    accepted, but neither read nor counted, so that one client cannot keep the others out.  So are those that
+    find no place, since only accept() tells whose they are.  At most half of the connections may be tunnels,
+    which stay open for long, and half of these one client's.
 
     The life of a connection, as the limiter sees it:
 
-    1. reserve(), before accept(): there must be a place for the connection.
-    2. admit(), after it: now the client is known.  The connection is registered, or parked without its place.
-    3. admit_parked(), twice a second: parked connections get the places that have become free.
-    4. release(), when it has been closed.
+    1. admit(), when it has been accepted.  The connection is registered, or parked without a place.
+    2. admit_parked(), twice a second: parked connections get the places that have become free, those of the
+       client with the fewest connections first.
+    3. release(), when it has been closed.
+
+    A thread notices only after a while that its connection has been closed, if it waits for an origin.  Up
+    to a quarter of the places do not wait for that: they are free as soon as the connection is shut down.
     """
 
     def __init__(self, max_connections: int) -> None:
@@ -8227,86 +8261,69 @@ class ConnectionLimiter:
         self.max_tunnels = max(2, max_connections // 2)
         self.crowded = False  # clients wait for a place: a closed connection should wake the server
         self._lock = threading.Lock()  # guards all below
-        self._count = 0
         self._connections: set[ClientConnection] = set()
         self._per_client: collections.Counter[str] = collections.Counter()  # by network
         self._parked: list[ClientConnection] = []
+        self._attempts = 0  # to make room, since the last admit_parked()
         self._closing: set[ClientConnection] = set()  # shut down, but not released yet
+        self._abandoned: set[ClientConnection] = set()  # the same, but their places are free already
         self._measured = time.monotonic()
         self._tunnels: collections.Counter[str] = collections.Counter()  # open ones, by network
-
-    def reserve(self) -> bool:
-        """Reserve a place for a connection about to be accepted; False at the limit.
-
-        It closes nothing: the caller may not know yet whether a client waits at all.
-        """
-        with self._lock:
-            free = self._count < self.max_connections
-            self._count += free
-            return free
-
-    def close_idle_for_new(self) -> None:
-        """Make room for a waiting client, if a connection can be spared.  Its release() wakes the server."""
-        with self._lock:
-            self.crowded = True
-            self._close_idle()
 
     def busy_count(self) -> int:
         """Return the number of connections that are not waiting for a request."""
         with self._lock:
-            return self._count - sum(connection.waiting for connection in self._connections)
+            return sum(not connection.waiting for connection in self._connections)
 
-    def admit(self, connection: ClientConnection) -> bool:
-        """Admit an accepted connection, or park it; False if too many are parked already."""
+    def admit(self, connection: ClientConnection) -> ClientConnection | None:
+        """Admit an accepted connection, or park it; return one to be refused if too many are parked."""
         with self._lock:
-            admitted = self._per_client[connection.network] < self._per_client_limit()
-            if admitted:
-                self._register(connection)
-            elif len(self._parked) < self.max_connections:
-                self._count -= 1
-                self._parked.append(connection)
+            admitted = self._may_have_more(connection.network) and self._make_room(connection.network)
+            if not admitted:
                 self.crowded = True
-            else:
-                return False
-        if admitted:
-            connection.on_admitted(connection)
-        return True
+                self._parked.append(connection)
+                is_full = len(self._parked) > self.max_connections
+                return self._parked.pop(self._last_of_most()) if is_full else None
+            self._register(connection)
+        connection.on_admitted(connection)
+        return None
 
-    def release(self, connection: ClientConnection | None) -> None:
-        """Free the place of a closed connection; None: one that was reserved, but not needed."""
+    def release(self, connection: ClientConnection) -> None:
+        """Free the place of a closed connection."""
         with self._lock:
-            self._count -= 1
-            if connection in self._connections:
-                self._closing.discard(connection)
-                self._connections.remove(connection)
-                self._per_client[connection.network] -= 1
-                if not self._per_client[connection.network]:
-                    del self._per_client[connection.network]
+            self._abandoned.discard(connection)
+            self._unregister(connection)
 
     def admit_parked(self) -> None:
-        """Admit parked connections, the oldest first, as far as the limits allow.
+        """Admit parked connections as far as the limits allow: the clients with the fewest first.
 
         For the others, close connections of the same clients that can be spared.
         """
-        admitted, blocked = [], set()
+        admitted, blocked = [], set[str]()
         with self._lock:
+            self._attempts = 0
             self._measure_rates(time.monotonic())
-            parked, self._parked = self._parked, []
-            for connection in parked:
+            counts, parked, self._parked = self._per_client.copy(), self._parked, []
+
+            def count_with(connection: ClientConnection) -> int:  # the client's connections, up to this one
+                counts[connection.network] += 1
+                return counts[connection.network]
+
+            for connection in sorted(parked, key=count_with):
                 network = connection.network
-                if network not in blocked and connection.receive(socket.MSG_PEEK) == b"":
+                if network in blocked:
+                    self._parked.append(connection)
+                elif connection.receive(socket.MSG_PEEK) == b"":
                     connection.sock.close()
-                elif network not in blocked and self._count < self.max_connections and (
-                        self._per_client[network] < self._per_client_limit()):
-                    self._count += 1
+                elif self._may_have_more(network) and self._make_room(network, len(blocked) + 1):
                     self._register(connection)
                     admitted.append(connection)
                 else:
                     blocked.add(network)
                     self._parked.append(connection)
             self.crowded = bool(self._parked)
-            for network in blocked:
-                self._close_idle(network, sum(connection.network == network for connection in self._parked))
+            for network in itertools.filterfalse(self._may_have_more, blocked):
+                self._close_spare(sum(each.network == network for each in self._parked), network)
         for connection in admitted:
             connection.on_admitted(connection)
 
@@ -8335,9 +8352,35 @@ class ConnectionLimiter:
     def _per_client_limit(self) -> int:
         return max(4, self.max_connections // 2)
 
+    def _may_have_more(self, network: str) -> bool:
+        return self._per_client[network] < self._per_client_limit()
+
     def _register(self, connection: ClientConnection) -> None:
         self._connections.add(connection)
         self._per_client[connection.network] += 1
+
+    def _unregister(self, connection: ClientConnection) -> None:
+        self._closing.discard(connection)
+        if connection in self._connections:
+            self._connections.remove(connection)
+            self._per_client[connection.network] -= 1
+            if not self._per_client[connection.network]:
+                del self._per_client[connection.network]
+
+    def _last_of_most(self) -> int:
+        """Return the index of the latest parked connection of the client that has the most of them."""
+        networks = [connection.network for connection in reversed(self._parked)]
+        heaviest = collections.Counter(networks).most_common(1)[0][0]
+        return len(networks) - 1 - networks.index(heaviest)
+
+    def _make_room(self, network: str, count: int = 1) -> bool:
+        """Make room for ``count`` new connections, if needed; return whether ``network`` has room now."""
+        if len(self._connections) >= self.max_connections and self._attempts < PLACES_PER_TURN:
+            self._attempts += 1  # it takes long, since it looks at all connections
+            heaviest, most = self._per_client.most_common(1)[0]
+            above_share = most >= max(MIN_SHARE, self._per_client[network] + 2)
+            self._close_spare(count, above_share=heaviest if above_share else None)
+        return len(self._connections) < self.max_connections
 
     def _measure_rates(self, now: float) -> None:
         if now - self._measured > RATE_WINDOW:
@@ -8345,23 +8388,27 @@ class ConnectionLimiter:
                 connection.measure_rate(now, now - self._measured)
             self._measured = now
 
-    def _close_idle(self, network: str | None = None, count: int = 1) -> None:
+    def _close_spare(self, count: int, network: str | None = None, above_share: str | None = None) -> None:
         """Close up to ``count`` connections (of one client), those being closed already included.
 
-        They are only shut down: the thread that owns a connection notices, and closes it.
+        They are only shut down: the thread that owns a connection notices, and closes it.  Busy ones are
+        closed only if they belong to the client ``above_share``.
         """
         now = time.monotonic()
         count -= sum(network in (None, connection.network) for connection in self._closing)
-        ranked = [(rank, connection) for connection in self._connections
-                  if network in (None, connection.network) and (rank := connection.closing_rank(now))]
-        for (kind, _), connection in sorted(ranked, key=lambda pair: pair[0]):
+        ranked = [(rank, connection) for connection in self._connections - self._closing
+                  if network in (None, connection.network)
+                  and ((rank := connection.closing_rank(now))[0] <= 2 or connection.network == above_share)]
+        for rank, connection in sorted(ranked, key=lambda pair: pair[0]):
             # The next request may have arrived just now: then the connection is not idle any more.
-            spare = kind == 2 or is_open_and_silent(connection.sock)
-            if count > 0 and spare and connection not in self._closing:
+            if count > 0 and (rank[0] >= 2 or is_open_and_silent(connection.sock)):
                 with contextlib.suppress(OSError):
                     connection.sock.shutdown(socket.SHUT_RDWR)
                 self._closing.add(connection)
                 count -= 1
+                if not (network or connection.waiting) and 4 * len(self._abandoned) < self.max_connections:
+                    self._unregister(connection)
+                    self._abandoned.add(connection)
 
 
 def usable_processors() -> list[int]:
@@ -8954,6 +9001,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         proxy = dispatcher.proxy
         try:
             with self.server.limiter.tunnel(request.client), proxy.connect_tunnel(request) as origin:
+                self._connection.is_tunnel = True
                 try:
                     self._write(request, render_head(head, (("Via", via_value((), (1, 1), proxy.config)),)))
                     count, whole = relay_tunnel(self._connection.sock, origin, self._reader.buffered()), True
@@ -9227,8 +9275,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def service_actions(self) -> None:
         """Do what is due several times a second.
 
-        That includes watching the listening socket again, after the limit or a lack of descriptors has
-        stopped it: while it is watched and nothing is accepted, the event loop would spin.
+        That includes watching the listening socket again, after a lack of descriptors has stopped it: while
+        it is watched and nothing is accepted, the event loop would spin.
         """
         now = self.last_iteration = time.monotonic()
         if self._stop_at < math.inf:
@@ -9242,20 +9290,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     # Accepting, in the thread of serve_forever()
 
     def _accept(self) -> None:
-        """Accept connections, as many as one turn and the limit allow.
+        """Accept connections, as many as one turn allows.
 
-        At the limit, or if the process is out of file descriptors, the clients wait in the system's queue.
+        If the process is out of file descriptors, the clients wait in the system's queue.
         """
-        for number in range(REQUESTS_PER_TURN):
-            if not self.limiter.reserve():
-                if number == 0:  # the listening socket was ready, so a client really waits
-                    self.limiter.close_idle_for_new()
-                    set_events(self.event_loop.selector, self.socket, 0)  # until the next service_actions()
-                return
+        for _ in range(REQUESTS_PER_TURN):
             try:
                 sock, address = self.get_request()
             except OSError as error:  # nobody waits (any more), mostly
-                self.limiter.release(None)
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     set_events(self.event_loop.selector, self.socket, 0)
                     self._resume_at = time.monotonic() + 0.1
@@ -9265,11 +9307,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Let the event loop serve a new socket.
 
-        It is refused at once, without reading a request, if its client has so many connections that they
-        cannot even be parked.
+        If so many connections wait that no further one can even be parked, one of the client that has the
+        most of them is refused, without reading a request.
         """
-        connection = ClientConnection(request, client_address, self.event_loop.add)
-        if self.limiter.admit(connection):
+        connection = self.limiter.admit(ClientConnection(request, client_address, self.event_loop.add))
+        if not connection:
             return
         head = error_response(ProxyError("%s has too many connections open." % connection.host, 503)).head
         connection.send(render_head(head, (*head.fields, ("Connection", "close"))))
@@ -9681,8 +9723,9 @@ def check_access_settings(config: Config) -> None:
 def make_connection_limiter() -> ConnectionLimiter:
     """Limit connections by the file descriptors that this process may open, after raising that limit.
 
-    A connection uses up to four descriptors (client, origin, stored file, partial file), and for each one
-    another may be parked until the limit allows it. 40 are left for everything else.
+    A connection uses up to four descriptors (client, origin, stored file, partial file).  For each one,
+    another may be parked until the limit allows it; for every fourth, an abandoned one may still use its
+    four.  40 are left for everything else.
     """
     if resource is None:
         return ConnectionLimiter(MAX_CONNECTIONS)
@@ -9690,7 +9733,7 @@ def make_connection_limiter() -> ConnectionLimiter:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: unlimited
-    return ConnectionLimiter(max(4, min(MAX_CONNECTIONS, (soft - 40) // 5 if soft > 0 else MAX_CONNECTIONS)))
+    return ConnectionLimiter(max(4, min(MAX_CONNECTIONS, (soft - 40) // 6 if soft > 0 else MAX_CONNECTIONS)))
 
 
 class NonblockingListener(socket.socket):

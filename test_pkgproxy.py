@@ -5693,6 +5693,20 @@ class OrphanTest(ProxyCase):
             self.wait_until_idle()  # although the origin could still send more
         self.assertIn("too slow", caught.output[0])
 
+    def test_a_slow_orphan_gives_way_to_a_new_one(self):
+        orphans = pkgproxy.OrphanLimiter(2)
+        slow, slower, first, second, third = (mock.Mock(**{"has_readers.return_value": False}, size=0) for _ in range(5))
+        with mock.patch.object(pkgproxy.time, "monotonic") as clock:
+            clock.return_value = 0.0
+            self.assertEqual([orphans.may_continue(partial) for partial in (slow, slower)], [True, True])
+            clock.return_value, slow.size, slower.size = 5.0, 30_000, 25_000
+            self.assertEqual([orphans.may_continue(partial) for partial in (first, slow, slower)], [True, True, False])
+            clock.return_value, slow.size, first.size = 8.0, 10**6, 10**6
+            self.assertEqual([orphans.may_continue(partial) for partial in (second, slow, first)], [False, True, True])
+            slow.size = first.size = 0
+            self.assertEqual([orphans.may_continue(partial) for partial in (second, third, second)], [True, True, True])
+            self.assertFalse(orphans.may_continue(slower), "as many as the limit have not stopped yet")
+
     def test_a_fast_orphan_continues(self):
         orphans, partial = pkgproxy.OrphanLimiter(1), mock.Mock(**{"has_readers.return_value": False}, size=0)
         with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.0):
@@ -5742,6 +5756,32 @@ class DNSLookupTest(ProxyCase):
             until(lambda: not self.proxy._origin.resolver._lookups)
             again = visit(b"mute9", "127.0.0.1")
             self.assertIn(b"HTTP/1.1 200 ", read_to_end(again))
+
+    def test_the_requests_of_one_client_that_wait_for_one_name_are_limited(self):
+        gate, asked, really = Gate(), [], socket.getaddrinfo
+        self.addCleanup(gate.open)
+
+        def mute(host, *arguments, **options):
+            if host != b"mute.test":
+                return really(host, *arguments, **options)
+            asked.append(host)
+            gate.pass_through()
+            return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
+
+        def ask(number, address="127.0.0.1"):
+            return self.open_client(b"GET http://mute.test/x%d HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % number, address)
+
+        resolver = self.proxy._origin.resolver
+        with mock.patch.object(pkgproxy, "MAX_LOOKUP_WAITERS", 2), mock.patch.object(socket, "getaddrinfo", mute):
+            waiting = [ask(0), ask(1)]
+            until(lambda: resolver._waiters["127.0.0.1"] == 2)
+            self.assertRegex(read_to_end(ask(2)), rb"(?s)\AHTTP/1\.1 503 .*Retry-After: 5\r\n.*Too many requests wait for host names")
+            waiting.append(ask(3, "127.0.0.2"))
+            until(lambda: resolver._waiters["127.0.0.2"] == 1)
+            gate.open()
+            for one in waiting:
+                self.assertRegex(read_to_end(one), rb"\AHTTP/1\.1 404 ")
+        self.assertEqual((asked, resolver._waiters), ([b"mute.test"], {}))
 
     def test_remembered_failures_take_little_memory(self):
         tracemalloc.start()
@@ -8140,7 +8180,7 @@ class ServerTest(ProxyCase):
             until(lambda: sum(each.answered and each.waiting for each in self.server.limiter._connections) == 3)
             victim = min(self.server.limiter._connections, key=lambda each: each.waiting_since).sock.getpeername()
             self.assertEqual(self.request("/x_2.deb").status, 200)
-            until(lambda: self.server.limiter._count == 2)
+            until(lambda: len(self.server.limiter._connections) == 2)
             gone = next(connection for connection in idle if connection.getsockname() == victim)
             self.assertEqual(read_to_end(gone)[-100:], b"1" * 100)
             for connection in idle:
@@ -9333,8 +9373,7 @@ class EventLoopTest(ProxyCase):
         self.open_blocked_client()
         limiter = self.server.limiter
         with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", -1.0), mock.patch.object(limiter, "max_connections", 0):
-            self.assertFalse(limiter.reserve())
-            limiter.close_idle_for_new()
+            self.assertFalse(limiter._make_room("192.0.2.1"))
         self.assertFalse(limiter._closing)
 
     def test_a_connection_parked_for_long_is_served(self):
@@ -9345,7 +9384,6 @@ class EventLoopTest(ProxyCase):
     def make_parked_connection(self):
         mine, theirs = socket.socketpair()
         self.addCleanup(theirs.close)
-        self.server.limiter.reserve()
         connection = pkgproxy.ClientConnection(mine, ("127.0.0.1", 9), self.server.event_loop.add)
         connection.server_address = ("127.0.0.1", self.server.server_address[1])
         connection.waiting_since -= 1000
@@ -9489,7 +9527,7 @@ class ConnectionLimiterTest(ProxyCase):
     def test_a_connection_with_an_incomplete_head_is_closed_when_the_limit_is_reached(self):
         self.server.limiter.max_connections = 4
         with mock.patch.object(pkgproxy, "SLOW_HEAD_AGE", 0.05):
-            for _ in range(12):
+            for _ in range(7):
                 self.open_client(b"GET http")
             self.assertEqual(self.request_from(), b"HTTP/1.1 200")
 
@@ -9505,6 +9543,71 @@ class ConnectionLimiterTest(ProxyCase):
         gate.open()
         for one in greedy:
             self.assertTrue(read_to_end(one).endswith(b"slow"))
+
+    def test_a_new_client_gets_a_place_of_those_that_have_the_most(self):
+        limiter = self.server.limiter
+        limiter.max_connections = 8
+        origin_gate, gate = Gate(), Gate()
+        self.addCleanup(gate.open)
+        self.addCleanup(origin_gate.open)
+        self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
+        self.origin.pages["/mute_1.0.deb"] = ScriptedResponse(b"mute", gate=origin_gate, first=0)
+        post = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\nx" % self.origin.url("/x_1.0.deb").encode()
+        for data in (self.raw_request("/slow_1.0.deb"), self.raw_request("/mute_1.0.deb"), post, b"GET http"):
+            for address in ("127.0.0.2", "127.0.0.3"):
+                self.open_client(data, address)
+        until(lambda: len(limiter._connections) == 8)
+        for number in range(4):  # they wait, but their clients have their shares
+            self.open_client(b"GET http", "127.0.0.%d" % (2 + number % 2))
+        until(lambda: len(limiter._parked) == 4)
+        for address in ("127.0.0.4", "127.0.0.5"):
+            self.assertEqual(self.request_from(address), b"HTTP/1.1 200")
+
+    def test_no_place_is_taken_from_clients_that_have_few(self):
+        limiter, clients = pkgproxy.ConnectionLimiter(8), []
+        for number in range(10):
+            mine, theirs = socket.socketpair()
+            self.addCleanup(mine.close)
+            self.addCleanup(theirs.close)
+            clients.append(pkgproxy.ClientConnection(mine, ("192.0.2.%d" % (number // 3), 9), lambda _: None))
+            limiter.admit(clients[-1])
+        limiter.admit_parked()
+        self.assertEqual((limiter._connections, set(limiter._parked)), (set(clients[:8]), set(clients[8:])))
+
+    def test_the_slowest_and_then_the_oldest_goes_first_and_tunnels_last(self):
+        limiter, clients = pkgproxy.ConnectionLimiter(8), []
+        for number in range(9):
+            mine, theirs = socket.socketpair()
+            self.addCleanup(mine.close)
+            self.addCleanup(theirs.close)
+            clients.append(pkgproxy.ClientConnection(mine, ("192.0.2.%d" % (number // 4), 9), lambda _: None))
+            if number < 4:
+                clients[-1].is_tunnel, clients[-1].waiting_since = number == 0, number
+                clients[-1].rate = 5000.0 if number == 2 else math.inf
+            if number < 8:
+                limiter.admit(clients[-1])
+        limiter._close_spare(2, above_share="192.0.2.0")
+        self.assertEqual(limiter._abandoned, {clients[2], clients[1]})
+        limiter._close_spare(2, above_share="192.0.2.0")
+        self.assertEqual(limiter._closing, {clients[3], clients[0]})
+        for client in clients[:4]:
+            limiter.release(client)
+        self.assertEqual((limiter._connections, limiter._abandoned, limiter._closing), (set(clients[4:8]), set(), set()))
+
+    def test_parking_is_shared_out_too(self):
+        self.server.limiter.max_connections = 4
+        self.server.limiter._per_client_limit = lambda: 1
+        line, gate = self.raw_request("/slow_1.0.deb"), Gate()
+        self.addCleanup(gate.open)
+        self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
+        for _ in range(4):
+            self.open_client(line)
+        waiting = self.open_client()
+        until(lambda: len(self.server.limiter._parked) == 4)
+        self.open_client(line, "127.0.0.2")
+        until(lambda: len(self.server.limiter._connections) == 2)
+        self.open_client(line, "127.0.0.2")
+        self.assertEqual(read_to_end(waiting)[:12], b"HTTP/1.1 503")
 
     def test_parked_slow_clients_do_not_block_others_for_long(self):
         self.server.limiter.max_connections = 8
@@ -9544,7 +9647,6 @@ class ConnectionLimiterTest(ProxyCase):
         for number, (mine, theirs) in enumerate([socket.socketpair() for _ in range(6)]):
             self.addCleanup(mine.close)
             self.addCleanup(theirs.close)
-            limiter.reserve()
             limiter.admit(pkgproxy.ClientConnection(mine, ("2001:db8::%x:1" % number, 9), began.append))
         self.assertEqual((len(began), len(limiter._parked)), (4, 2))
         self.assertEqual(len({pkgproxy.client_network(address) for address in (
@@ -9556,7 +9658,6 @@ class ConnectionLimiterTest(ProxyCase):
         for mine, theirs in ends:
             self.addCleanup(mine.close)
             self.addCleanup(theirs.close)
-            self.assertTrue(limiter.reserve() or True)
             connections.append(pkgproxy.ClientConnection(mine, ("192.0.2.1", 9), began.append))
             limiter.admit(connections[-1])
         self.assertEqual((len(began), len(limiter._parked)), (4, 2))
