@@ -641,9 +641,9 @@ class OriginError(ProxyError):
                  status: int = 0) -> None:
         super().__init__(message, status)
         self.target = target  # the origin that failed, after redirects; None: the requested one
-        # Other requests to this host would fail, too.  Not set for errors that the request itself may
-        # have caused, such as an error status or a connection closed early.
-        self.unreachable = unreachable or self.status == 504
+        # There was no connection, so other requests to this host would fail, too.  Not set for errors that
+        # the request itself may have caused: an error status, a connection closed early, silence.
+        self.unreachable = unreachable
 
 
 class OriginTimeoutError(OriginError):
@@ -4757,6 +4757,7 @@ class OriginConnection(http.client.HTTPConnection):
         self.peer_address = ""  # IP address of the origin or parent
         self.guarded = False  # whether only clients on this host may reach the origin's address
         self.reached = False  # whether the connection was established, before TLS
+        self.established = False  # the same, with TLS
         self.idle_since = 0.0  # monotonic
         self._is_reusable = True  # whether the check of the target is valid for the next request, too
 
@@ -4799,13 +4800,14 @@ class OriginConnection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         """Open the connection, with TLS for https; OSError, ProxyError."""
-        self.reached = False
+        self.reached = self.established = False
         self.connect_tcp()
         self.reached = True
         if self.origin_request.target.scheme == "https":
             self.sock.settimeout(self.origin_request.timeout_for(CONNECT_TIMEOUT))
             name = self.host.rstrip(".")  # certificates and SNI have no trailing dot (RFC 6066 §3)
             self.sock = self.origin_client.tls_context.wrap_socket(self.sock, server_hostname=name)
+        self.established = True
 
     def connect_tcp(self) -> None:
         """Open the connection without TLS, through the parent proxy if there is one; OSError, ProxyError."""
@@ -5092,7 +5094,8 @@ class OriginClient:
         pooled = self.pool.acquire(connection.pool_key, time.monotonic()) if is_retryable else None
         with self._translate_errors(connection, origin_request.target):
             if pooled is not None:
-                connection.peer_address = pooled.peer_address  # blamed for a timeout, which is not retried
+                # A timeout is not retried; the errors below speak of ``connection``.
+                connection.peer_address, connection.established = pooled.peer_address, True
                 # ConnectionError covers RemoteDisconnected; PermissionError is a parent's 407; ValueError is
                 # what remained unread on the connection.
                 with contextlib.suppress(ConnectionError, PermissionError, ValueError):
@@ -5125,7 +5128,7 @@ class OriginClient:
             self.resolver.mark_failed(connection.peer_address)
             reason = "" if str(error) in ("", "timed out") else ": " + explain_error(error)
             sentence = "No answer from %s in time%s." % (connection.blamed_name, reason)
-            raise OriginTimeoutError(sentence, target) from None
+            raise OriginTimeoutError(sentence, target, unreachable=not connection.established) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.resolver.mark_failed(connection.peer_address)
             failure = "The request to %s failed" if connection.reached else "Cannot connect to %s"
@@ -5487,28 +5490,37 @@ class RecentFailures:
 
     def __init__(self, on_full_disk: Callable[[], None]) -> None:
         self._on_full_disk = on_full_disk
-        self._unreachable = RecentEvents()  # by scheme and authority; by cache key, if a redirect leads there
+        self._unreachable = RecentEvents()  # by scheme and authority, or by cache key: see origin_failed
         self._errors = RecentEvents()  # by cache key: shown on the status page, but not acted upon
         self._lock = threading.Lock()  # guards all below
         self._disk_error: StorageError | None = None  # the last that was logged; None: something was stored
         self._disk_failed_at = 0.0  # monotonic
 
     def origin_down_reason(self, request: Request) -> str:
-        """Return why the origin of a request was unreachable in the last ORIGIN_BACKOFF seconds, or ""."""
+        """Return why a request is not sent to its origin, which failed in the last ORIGIN_BACKOFF seconds."""
         events = self._unreachable.gather(ORIGIN_BACKOFF, _site(request.target), request.key)
         return events[0][-1] if events else ""
 
     def origin_failed(self, request: Request, error: OriginError) -> None:
         """Record that a cached copy is served because an origin failed.
 
-        Only a failure to connect counts for other requests: for the whole origin, or for one cache key if a
-        redirect led elsewhere.  Any other failure may be the fault of this very request, and one client's
-        request must not decide what other clients get (invariant 12).
+        ======================================  ======================================================
+        failure                                 what is not waited for in the next ORIGIN_BACKOFF s
+        ======================================  ======================================================
+        to connect                              the whole origin
+        to connect where a redirect led         this cache key
+        silence on a connection                 this cache key: it may answer others, to other clients
+        any other, or with Authorization        nothing
+        ======================================  ======================================================
+
+        All but the first may be the fault of this very request, which must not decide what clients get from
+        the rest of the origin (invariant 12).
         """
-        lasts = error.unreachable and field_value(request.fields, "Authorization") is None
+        lasts = error.unreachable or isinstance(error, OriginTimeoutError)
+        lasts = lasts and field_value(request.fields, "Authorization") is None
         redirected = error.target is not None and _site(error.target) != _site(request.target)
         events = self._unreachable if lasts else self._errors
-        name = _site(request.target) if lasts and not redirected else request.key
+        name = _site(request.target) if lasts and error.unreachable and not redirected else request.key
         is_new = events.note_first(name, ORIGIN_BACKOFF)
         events.note(name, str(error))
         log.log(logging.WARNING if is_new else logging.DEBUG, "%s Serving the stored copy%s.", error,

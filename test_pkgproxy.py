@@ -4851,17 +4851,34 @@ class OriginBackoffTest(ProxyCase):
         self.addCleanup(self.gate.open)
         self.origin.pages.update({"/InRelease": ScriptedResponse(b"release"), "/main/Packages": ScriptedResponse(b"packages"), "/x_1.0_all.deb": ScriptedResponse(b"x")})
 
-    def test_a_stalled_origin_delays_one_request_only(self):
+    def test_a_silent_origin_delays_one_request_for_each_index_only(self):
         for path in ("/InRelease", "/main/Packages"):
             self.request(path)
         self.origin.pages.update({"/InRelease": ScriptedResponse(steps=[self.gate]), "/main/Packages": ScriptedResponse(steps=[self.gate])})
         with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
-            self.assertEqual(self.request("/InRelease").body, b"release")
-        for path, body in (("/InRelease", b"release"), ("/main/Packages", b"packages")):
-            answer = self.request(path)
-            self.assertEqual(answer.body, body)
-            self.assertIn("detail=", answer["Cache-Status"])
-        self.assertEqual(len(self.origin.log), 3, "only one more request")
+            for path, body in 2 * (("/InRelease", b"release"), ("/main/Packages", b"packages")):
+                answer = self.request(path)
+                self.assertEqual(answer.body, body)
+                self.assertIn("detail=", answer["Cache-Status"])
+        self.assertEqual(len(self.origin.log), 4, "only one more request for each")
+
+    def test_silence_for_one_client_does_not_make_the_other_files_of_an_origin_stale(self):
+        pages = {"/InRelease": ScriptedResponse(b"release"), "/main/Packages": ScriptedResponse(b"packages")}
+        for pooled in (True, False):
+            gate = Gate()
+            self.origin.pages.update(pages)
+            for path in pages:
+                self.request(path, Cache_Control="no-cache")
+            self.wait_until_idle()
+            if not pooled:
+                self.proxy._origin.pool.close()
+            self.origin.pages["/InRelease"] = ScriptedResponse(respond=lambda fields, gate=gate: (
+                gate.pass_through() if fields["user-agent"] == "evil" else None, pages["/InRelease"])[1])
+            self.origin.pages["/main/Packages"] = ScriptedResponse(b"packages 2")
+            with self.subTest(pooled=pooled), mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
+                self.assertIn("No answer", self.cache_status(self.request("/InRelease", User_Agent="evil")))
+                self.assertEqual(self.request("/main/Packages").body, b"packages 2")
+            gate.open()
 
     def fail_validation(self, path):
         """Let a validation fail: the origin's address refuses connections."""
