@@ -272,6 +272,7 @@ RATE_WINDOW = 10.0  # over which a rate is measured; a modem acknowledges in bur
 REFUSAL_LOG_INTERVAL = 60.0  # between two log lines about one refused client, lest it fills the log
 
 # Timeouts among requests, processes and threads, in seconds.
+FOLLOWER_PATIENCE = 5.0  # then one follower asks as well: the leader's request may be why nothing comes
 FOLLOWER_HEAD_TIMEOUT = 45.0  # a follower waits for its leader's head: RESPONSE_HEAD_TIMEOUT and some
 FOLLOWER_STALL_TIMEOUT = 45.0  # a follower waits for the next byte: a stall of the origin, and a resumption
 PEER_POLL_INTERVAL = 0.03  # between two looks at another instance's download; not noticeable to a person
@@ -3660,7 +3661,7 @@ class FlightResult(enum.Enum):
     WHOLE = "whole"  # all bytes have arrived, but were not stored: read them from the partial file
     STALE = "stale"  # the leader served a stale response: decide anew, without joining
     ALONE = "alone"  # the response cannot be shared: ask the origin without joining
-    FAILED = "failed"  # before the head: ask the origin once; after it: the error is the follower's too
+    FAILED = "failed"  # before the head: join anew; after it: ask the origin for the remainder
 
 
 class Flight:
@@ -3739,10 +3740,10 @@ class Flight:
                 self._received = self._received if received is None else received
                 self._changed.notify_all()
 
-    def wait_for_head(self, timeout: float) -> tuple[PartialFile | None, FlightResult]:
+    def wait_for_head(self, timeout: float) -> tuple[PartialFile | None, FlightResult | None]:
         """Wait for the partial file, which the caller must release(), or for the result without one.
 
-        Returns FlightResult.ALONE after ``timeout`` seconds.  Raises the flight's error if it failed.
+        Both are None after ``timeout`` seconds.  Raises the flight's error if it failed.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._partial or self._result, timeout)
@@ -3751,7 +3752,7 @@ class Flight:
             raise error
         if partial and partial.acquire():
             return partial, FlightResult.STORED
-        return None, result or FlightResult.ALONE
+        return None, result
 
     def wait_for_bytes(self, offset: int, timeout: float) -> int:
         """Wait for bytes beyond ``offset``, and return how many may be read.
@@ -5534,7 +5535,7 @@ class RecentFailures:
     def disk_failed(self, error: StorageError) -> str:
         """Log a disk error once for each kind, and return the reason for Cache-Status."""
         if error.code == errno.EAGAIN:
-            return "another instance is storing it"
+            return "another download is storing it"
         with self._lock:
             is_new = self._disk_error is None or self._disk_error.code != error.code
             self._disk_error, self._disk_failed_at = error, time.monotonic()
@@ -5794,12 +5795,14 @@ class DownloadLocks:
         self.partials = PartialStore(store)
         self.leases = LeaseManager(config.barrier, bool(why))
 
-    def acquire(self, key: str) -> PartialFile | None:
-        """Lock a key, and return its partial file; None if another instance downloads it; StorageError.
+    def acquire(self, key: str, ignores_lock: bool = False) -> PartialFile | None:
+        """Lock a key, and return its partial file; None if another download has the lock; StorageError.
 
-        The caller must call release() at the end, or discard() if nothing was written.
+        With ``ignores_lock``, return a partial file of a random name instead.  The caller must call release()
+        at the end, or discard() if nothing was written.
         """
-        lease = self.leases.acquire(key)
+        unshared = Lease(secrets.token_hex(8), LeaseState.UNSHARED)
+        lease = unshared if ignores_lock else self.leases.acquire(key)
         if lease.state is LeaseState.TAKEN:
             return None
         try:
@@ -6412,6 +6415,8 @@ class FlightLeader:
     request: Request
     flight: Flight
     config: Config
+    deadline: float  # monotonic: by then, a stored response is served stale
+    ignores_lock: bool = False  # another leader has the key's lock, and no response head yet
 
     def lead(self, missing: bool, alone: bool) -> Response | None:
         """Fetch a response for all followers, and finish the flight; ProxyError.
@@ -6448,7 +6453,7 @@ class FlightLeader:
         stored = None if missing else look_up_for_client(store, origin, request)
         try:
             if stored is None and not alone:
-                partial = self.downloader.locks.acquire(request.key)
+                partial = self.downloader.locks.acquire(request.key, self.ignores_lock)
                 mark(request.timings, "locked")
                 if partial is None:
                     origin_request = full_request(request, self.config)
@@ -6533,7 +6538,7 @@ class FlightLeader:
     def _revalidate(self, decision: CacheDecision, stored: StoredResponse) -> ResponseHead | OriginResponse:
         """Return the head that confirms a stored response, or the response that replaces it; OriginError."""
         request, may_be_stale = self.request, may_serve_stale_on_error(decision, stored.head)
-        deadline = time.monotonic() + VALIDATION_TIMEOUT if may_be_stale else None
+        deadline = max(self.deadline, time.monotonic() + 1) if may_be_stale else None
         origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline)
         if not stored.described:
             head = confirm_bare_file(origin, origin_request, request, stored, self.config)
@@ -6570,10 +6575,10 @@ class FlightLeader:
             reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
             reason = reason or ("" if response.end_is_known else "no declared length")
             if not reason:
-                partial = partial or self.downloader.locks.acquire(request.key)
+                partial = partial or self.downloader.locks.acquire(request.key, self.ignores_lock)
                 if partial is None:  # it will replace what is stored, or fail and leave it
                     return response_from_origin(
-                        request, response, decision, "another instance is storing it"), FlightResult.ALONE
+                        request, response, decision, "another download is storing it"), FlightResult.ALONE
                 replaces = decision.action is Action.VALIDATE
                 download = Download(partial, self.flight, origin_request, response, replaces)
                 return self.downloader.start(request, decision, head, download), None
@@ -6605,6 +6610,14 @@ class SharedFetch:
         Downloader.start: Flight.publish ───► read the partial file as it grows
         the Downloader's thread: finish ────► have the last bytes
 
+    What the leader's request causes must not decide what the followers get (invariant 12):
+
+    - It fails, although there was a connection: all join again, one of them leads, the others follow that one.
+      After a second failure, each asks on its own.
+    - No head has come for FOLLOWER_PATIENCE seconds: the same.  The first leader may still have the lock, so
+      the new one writes a partial file of another name.  So if the origin is slow, it gets one more request
+      every FOLLOWER_PATIENCE seconds, however many followers there are.
+
     A request with Authorization has a flight of its own that no other request can join: its response may be
     for this client alone, which only its head will tell (RFC 9111 §3.5).
     """
@@ -6618,37 +6631,68 @@ class SharedFetch:
     def fetch(self) -> Response | FlightResult:
         """Return a response; ALONE if this request cannot share one, AGAIN if it must be decided anew;
         ProxyError."""
-        alone = field_value(self.request.fields, "Authorization") is not None
-        key, deadline = self.request.key, time.monotonic() + VALIDATION_TIMEOUT
-        flight, is_leader = (Flight(key), True) if alone else self.downloader.flights.join(key)
-        missing = self.decision.action is Action.FETCH
-        response = self._leader(flight).lead(missing, alone) if is_leader else None
-        result = response or self._follow(flight)
+        deadline = time.monotonic() + VALIDATION_TIMEOUT
+        result = self._share(deadline) if field_value(self.request.fields, "Authorization") is None else (
+            self._lead_alone(deadline, self.decision.action is Action.FETCH))
         if self.decision.action is Action.VALIDATE and isinstance(result, Response) and isinstance(
                 result.body, TailingBody):
             # The stored copy could answer, so do not wait long for a first byte: a second at least.
             result.body.first_byte_deadline = max(deadline, time.monotonic() + 1)
         return result
 
-    def _leader(self, flight: Flight) -> FlightLeader:
+    def _leader(self, flight: Flight, deadline: float, ignores_lock: bool = False) -> FlightLeader:
         request = without_private_fields(self.request)
-        return FlightLeader(self.downloader, self.mirrors, request, flight, self.config)
+        return FlightLeader(
+            self.downloader, self.mirrors, request, flight, self.config, deadline, ignores_lock)
 
-    def _follow(self, flight: Flight) -> Response | FlightResult:
-        """Share a flight that another client leads, or another instance.
+    def _lead_alone(self, deadline: float, missing: bool) -> Response | FlightResult:
+        """Ask the origin in a flight that no other request can join."""
+        return self._leader(Flight(self.request.key), deadline).lead(missing, alone=True) or FlightResult.ALONE
 
-        If the leader fails, its request may be to blame (invariant 12), so each follower asks the origin once
-        by itself; but not if the origin is unreachable, or if the failure took its time.
-        """
-        request, origin, began = self.request, self.downloader.origin, time.monotonic()
+    def _share(self, deadline: float) -> Response | FlightResult:
+        """Lead a flight, or follow one; another one if it fails or if its head takes too long."""
+        flights, key = self.downloader.flights, self.request.key
+        missing, is_overdue = self.decision.action is Action.FETCH, False
+        has_failed = False
+        give_up_at = time.monotonic() + FOLLOWER_HEAD_TIMEOUT
+        while True:
+            flight, is_leader = flights.join(key)
+            if is_leader:
+                response = self._leader(flight, deadline, is_overdue).lead(missing, alone=False)
+                if response is not None:
+                    return response
+            missing = False  # another flight may have stored it
+            try:
+                patience = max(0.0, min(FOLLOWER_PATIENCE, give_up_at - time.monotonic()))
+                partial, result = flight.wait_for_head(patience)
+            except OriginError as error:
+                if self._concerns_all(error, deadline):
+                    raise
+                if has_failed:
+                    return self._lead_alone(deadline, missing)
+                has_failed = True
+                continue
+            if partial is not None or result is not None:
+                return self._response_of(flight, partial, result)
+            if time.monotonic() >= give_up_at:
+                return FlightResult.ALONE
+            # It must not store what a POST may invalidate, now that SingleFlight does not know it any more.
+            flight.forbid_storing()
+            flights.remove(flight)
+            is_overdue = True
+
+    def _concerns_all(self, error: OriginError, deadline: float) -> bool:
+        """Return whether a leader's error is its followers' as well: there is no connection to the origin,
+        or no time left to ask it because a stored response must answer."""
+        is_here = error.target is None or _site(error.target) == _site(self.request.target)
+        is_late = self.decision.action is Action.VALIDATE and time.monotonic() >= deadline
+        return error.unreachable and is_here or is_late
+
+    def _response_of(self, flight: Flight, partial: PartialFile | None,
+                     result: FlightResult | None) -> Response | FlightResult:
+        """Return the response that another client's flight, or another instance, has got."""
+        request, origin = self.request, self.downloader.origin
         status = CacheStatus(Outcome.COLLAPSED, self.decision.forward)
-        try:
-            partial, result = flight.wait_for_head(FOLLOWER_HEAD_TIMEOUT)
-        except OriginError as error:
-            if error.unreachable or time.monotonic() - began > VALIDATION_TIMEOUT:
-                raise
-            response = self._leader(Flight(request.key)).lead(missing=False, alone=True)
-            return response or FlightResult.ALONE
         if partial is not None:
             if may_share_download(request, partial.head):
                 download = Download(partial, flight, full_request(request, self.config))

@@ -2699,7 +2699,7 @@ class SingleFlightTest(unittest.TestCase):
 
     def test_waits_have_deadlines(self):
         flight = pkgproxy.Flight("k")
-        self.assertEqual(flight.wait_for_head(0.01), (None, pkgproxy.FlightResult.ALONE))
+        self.assertEqual(flight.wait_for_head(0.01), (None, None))
         self.assertRaises(pkgproxy.StorageError, flight.wait_for_bytes, 0, 0.01)
 
     def test_a_failure_reaches_all_followers(self):
@@ -5146,6 +5146,64 @@ class IsolationTest(ProxyCase):
         leader, follower = self.request_as_follower("/g_1.0_all.deb", [b""], ScriptedResponse(steps=[b""]))
         self.assertEqual((leader.status, follower.status, self.origin.methods("/g_1.0_all.deb")), (502, 502, ["GET"] * 2))
 
+    def start_followers(self, path, count, *pages, **patched):
+        """Return the responses to ``count`` clients that follow one whose request gets no answer until they have joined."""
+        gate, answers = Gate(), []
+        self.addCleanup(gate.open)
+        self.origin.pages[path] = [ScriptedResponse(steps=[gate]), *pages]
+        threads = [threading.Thread(target=self.request, args=(path,))]
+        threads += [threading.Thread(target=lambda: answers.append(self.request(path))) for _ in range(count)]
+        with contextlib.ExitStack() as stack:
+            for name, seconds in patched.items():
+                stack.enter_context(mock.patch.object(pkgproxy, name, seconds))
+            threads[0].start()
+            until(lambda: self.origin.methods(path))
+            for thread in threads[1:]:
+                thread.start()
+            until(lambda: self.server.replies_running == count + 1 or answers)
+            if not patched:
+                gate.open()
+            for thread in threads[1:]:
+                thread.join(PATIENCE)
+        gate.open()
+        threads[0].join(PATIENCE)
+        return answers
+
+    def test_one_follower_leads_anew_after_a_failure_and_the_others_follow_it(self):
+        body = os.urandom(200_000)
+        answers = self.start_followers(self.PACKAGE, 12, ScriptedResponse(body))
+        self.assertEqual([answer.body for answer in answers], [body] * 12)
+        self.assertEqual(self.origin.methods(self.PACKAGE), ["GET"] * 2)
+        self.assertNotIn("instance", str([self.cache_status(answer) for answer in answers]))
+
+    def test_followers_do_not_wait_long_for_a_request_that_hangs(self):
+        body = os.urandom(200_000)
+        answers = self.start_followers(self.PACKAGE, 12, ScriptedResponse(body), FOLLOWER_PATIENCE=0.5)
+        self.assertEqual([answer.body for answer in answers], [body] * 12)
+        self.assertEqual(self.origin.methods(self.PACKAGE), ["GET"] * 2)
+        self.wait_until_idle()
+        self.assertIn("hit", self.cache_status(self.request(self.PACKAGE)))
+
+    def test_a_slow_origin_gets_one_more_request_for_each_period_of_patience(self):
+        gates, answers, body = [], [], os.urandom(200_000)
+
+        def respond(_):
+            gates.append(Gate())
+            gates[-1].pass_through()
+            return ScriptedResponse(body)
+
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(respond=respond)
+        threads = [threading.Thread(target=lambda: answers.append(self.request(self.PACKAGE).body)) for _ in range(12)]
+        with mock.patch.object(pkgproxy, "FOLLOWER_PATIENCE", 0.5):
+            for thread in threads:
+                thread.start()
+            until(lambda: len(gates) == 3)
+            for gate in gates[:]:
+                gate.open()
+            for thread in threads:
+                thread.join(PATIENCE)
+        self.assertEqual((answers, len(gates)), ([body] * 12, 3))
+
     def test_a_follower_gets_no_stale_index_because_of_its_leader(self):
         self.origin.pages[self.INDEX] = ScriptedResponse(b"old")
         self.request(self.INDEX)
@@ -5389,7 +5447,7 @@ class DiskTest(ProxyCase):
             with self.assertNoWarning():
                 answer = self.request("/InRelease")
         self.assertEqual(answer.body, b"new")
-        self.assertIn("another instance is storing it", answer["Cache-Status"])
+        self.assertIn("another download is storing it", answer["Cache-Status"])
 
     @contextlib.contextmanager
     def assertNoWarning(self):
