@@ -5242,8 +5242,9 @@ class TailingBody:
     2. that wakes the readers, and each reads on from its own offset, as fast as its client takes it;
     3. the last bytes are announced only when the file is in its place (invariant 3).
 
-    If the disk fails, or the download stands still, each reader fetches the remainder from the origin, from
-    its own offset (invariant 10).
+    If the disk fails, or the download stands still or fails, each reader fetches the remainder from the
+    origin, from its own offset (invariant 10).  If it fails, the leader's request may be why (invariant 12),
+    so the leader itself does not ask again, and the others ask only once.
     """
 
     live = True
@@ -5277,6 +5278,11 @@ class TailingBody:
                 if received <= offset:
                     return  # the body is complete; its length was not known before
                 part = self._read(offset, received)
+            except OriginError as error:
+                if not self._may_ask_despite(error):
+                    raise
+                yield from self._fetch_once(offset, stop)
+                return
             except (StorageError, OSError) as error:
                 if deadline is not None and getattr(error, "code", 0) == errno.ETIMEDOUT:
                     raise OriginTimeoutError("The first byte did not come in time.") from None
@@ -5301,6 +5307,22 @@ class TailingBody:
         if not data:
             raise StorageError(OSError(errno.EIO, "the partial file was cut"))
         return FileSlice(partial, offset, received, self._fetch_remainder) if use_sendfile else data
+
+    def _may_ask_despite(self, error: OriginError) -> bool:
+        """Return whether this client's request may get what the leader's did not."""
+        is_follower = self._download.response is None
+        is_resumable = self._started and strong_validator(self._download.partial.head) is not None
+        return is_follower and is_resumable and not error.unreachable
+
+    def _fetch_once(self, offset: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes from ``offset`` to ``stop`` with one request for this client; OriginError."""
+        partial = self._download.partial
+        with contextlib.closing(self._origin.fetch_remainder(
+                self._download.origin_request, partial.head, partial.length, offset)) as response:
+            while offset < stop and (data := response.read(COPY_SIZE)[:stop - offset]):
+                offset += len(data)
+                self.origin_bytes += len(data)
+                yield data
 
     def _fetch_remainder(self, offset: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes from ``offset`` to ``stop`` straight from the origin, for this client alone."""
@@ -6612,8 +6634,8 @@ class SharedFetch:
 
     What the leader's request causes must not decide what the followers get (invariant 12):
 
-    - It fails, although there was a connection: all join again, one of them leads, the others follow that one.
-      After a second failure, each asks on its own.
+    - It fails, although there was a connection: all join again, one of them leads, the others follow.  After
+      a second failure, each asks on its own.
     - No head has come for FOLLOWER_PATIENCE seconds: the same.  The first leader may still have the lock, so
       the new one writes a partial file of another name.  So if the origin is slow, it gets one more request
       every FOLLOWER_PATIENCE seconds, however many followers there are.
@@ -6647,18 +6669,18 @@ class SharedFetch:
 
     def _lead_alone(self, deadline: float, missing: bool) -> Response | FlightResult:
         """Ask the origin in a flight that no other request can join."""
-        return self._leader(Flight(self.request.key), deadline).lead(missing, alone=True) or FlightResult.ALONE
+        response = self._leader(Flight(self.request.key), deadline).lead(missing, alone=True)
+        return response or FlightResult.ALONE
 
     def _share(self, deadline: float) -> Response | FlightResult:
         """Lead a flight, or follow one; another one if it fails or if its head takes too long."""
-        flights, key = self.downloader.flights, self.request.key
-        missing, is_overdue = self.decision.action is Action.FETCH, False
-        has_failed = False
+        missing, has_failed = self.decision.action is Action.FETCH, False
+        overdue: Flight | None = None
         give_up_at = time.monotonic() + FOLLOWER_HEAD_TIMEOUT
-        while True:
-            flight, is_leader = flights.join(key)
+        while time.monotonic() < give_up_at:
+            flight, is_leader = self._join(overdue)
             if is_leader:
-                response = self._leader(flight, deadline, is_overdue).lead(missing, alone=False)
+                response = self._leader(flight, deadline, overdue is not None).lead(missing, alone=False)
                 if response is not None:
                     return response
             missing = False  # another flight may have stored it
@@ -6674,12 +6696,16 @@ class SharedFetch:
                 continue
             if partial is not None or result is not None:
                 return self._response_of(flight, partial, result)
-            if time.monotonic() >= give_up_at:
-                return FlightResult.ALONE
-            # It must not store what a POST may invalidate, now that SingleFlight does not know it any more.
-            flight.forbid_storing()
-            flights.remove(flight)
-            is_overdue = True
+            overdue = flight
+        return FlightResult.ALONE
+
+    def _join(self, overdue: Flight | None) -> tuple[Flight, bool]:
+        """Join the key's flight, but not the one whose head is overdue: that gives way to another."""
+        if overdue is not None:
+            # It must not store what a POST may invalidate, once SingleFlight does not know it any more.
+            overdue.forbid_storing()
+            self.downloader.flights.remove(overdue)
+        return self.downloader.flights.join(self.request.key)
 
     def _concerns_all(self, error: OriginError, deadline: float) -> bool:
         """Return whether a leader's error is its followers' as well: there is no connection to the origin,

@@ -5184,25 +5184,41 @@ class IsolationTest(ProxyCase):
         self.wait_until_idle()
         self.assertIn("hit", self.cache_status(self.request(self.PACKAGE)))
 
-    def test_a_slow_origin_gets_one_more_request_for_each_period_of_patience(self):
-        gates, answers, body = [], [], os.urandom(200_000)
+    def test_a_follower_fetches_the_remainder_that_its_leader_is_refused(self):
+        body, gate = os.urandom(600_000), Gate()
+        self.addCleanup(gate.open)
+        whole, first = ScriptedResponse(body), ScriptedResponse(body, gate=gate, first=300_000, limit=300_001)
 
-        def respond(_):
-            gates.append(Gate())
-            gates[-1].pass_through()
-            return ScriptedResponse(body)
+        def respond(fields):
+            if fields["user-agent"] != "evil":
+                return whole
+            return ScriptedResponse(b"no", 503) if "range" in fields else first
 
         self.origin.pages[self.PACKAGE] = ScriptedResponse(respond=respond)
+        with mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)), self.connection() as leader, self.connection() as follower:
+            for connection, agent in ((leader, "evil"), (follower, "good")):
+                connection.request("GET", self.origin.url(self.PACKAGE), headers={"User-Agent": agent})
+                connection.response = connection.getresponse()
+                self.assertEqual(connection.response.read(300_000), body[:300_000])
+            gate.open()
+            self.assertEqual(follower.response.read(), body[300_000:])
+            self.assertRaises(http.client.IncompleteRead, leader.response.read)
+        self.assertEqual(len(self.origin.methods(self.PACKAGE)), 3, "the leader asks twice, the follower once")
+
+    def test_a_slow_origin_gets_one_more_request_for_each_period_of_patience(self):
+        gate, answers, body = Gate(), [], os.urandom(200_000)
+        self.addCleanup(gate.open)
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(respond=lambda _: (gate.pass_through(), ScriptedResponse(body))[1])
         threads = [threading.Thread(target=lambda: answers.append(self.request(self.PACKAGE).body)) for _ in range(12)]
         with mock.patch.object(pkgproxy, "FOLLOWER_PATIENCE", 0.5):
             for thread in threads:
                 thread.start()
-            until(lambda: len(gates) == 3)
-            for gate in gates[:]:
-                gate.open()
+            until(lambda: len(self.origin.log) == 3)
+            gate.open()
             for thread in threads:
                 thread.join(PATIENCE)
-        self.assertEqual((answers, len(gates)), ([body] * 12, 3))
+        self.assertEqual(answers, [body] * 12)
+        self.assertLess(len(self.origin.log), 6)
 
     def test_a_follower_gets_no_stale_index_because_of_its_leader(self):
         self.origin.pages[self.INDEX] = ScriptedResponse(b"old")
