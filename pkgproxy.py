@@ -277,6 +277,7 @@ RATE_WINDOW = 10.0  # over which a rate is measured; a modem acknowledges in bur
 REFUSAL_LOG_INTERVAL = 60.0  # between two log lines about one refused client, lest it fills the log
 
 # Timeouts among requests, processes and threads, in seconds.
+FOLLOWER_PATIENCE = 5.0  # then one follower asks as well: the leader's request may be why nothing comes
 FOLLOWER_HEAD_TIMEOUT = 45.0  # a follower waits for its leader's head: RESPONSE_HEAD_TIMEOUT and some
 FOLLOWER_STALL_TIMEOUT = 45.0  # a follower waits for the next byte: a stall of the origin, and a resumption
 PEER_POLL_INTERVAL = 0.03  # between two looks at another instance's download; not noticeable to a person
@@ -647,9 +648,9 @@ class OriginError(ProxyError):
                  status: int = 0) -> None:
         super().__init__(message, status)
         self.target = target  # the origin that failed, after redirects; None: the requested one
-        # Other requests to this host would fail, too.  Not set for errors that the request itself may
-        # have caused, such as an error status or a connection closed early.
-        self.unreachable = unreachable or self.status == 504
+        # There was no connection, so other requests to this host would fail, too.  Not set for errors that
+        # the request itself may have caused: an error status, a connection closed early, silence.
+        self.unreachable = unreachable
 
 
 class OriginTimeoutError(OriginError):
@@ -3736,7 +3737,7 @@ class FlightResult(enum.Enum):
     WHOLE = "whole"  # all bytes have arrived, but were not stored: read them from the partial file
     STALE = "stale"  # the leader served a stale response: decide anew, without joining
     ALONE = "alone"  # the response cannot be shared: ask the origin without joining
-    FAILED = "failed"  # before the head: ask the origin once; after it: the error is the follower's too
+    FAILED = "failed"  # before the head: join anew; after it: ask the origin for the remainder
 
 
 class Flight:
@@ -3815,10 +3816,10 @@ class Flight:
                 self._received = self._received if received is None else received
                 self._changed.notify_all()
 
-    def wait_for_head(self, timeout: float) -> tuple[PartialFile | None, FlightResult]:
+    def wait_for_head(self, timeout: float) -> tuple[PartialFile | None, FlightResult | None]:
         """Wait for the partial file, which the caller must release(), or for the result without one.
 
-        Returns FlightResult.ALONE after ``timeout`` seconds.  Raises the flight's error if it failed.
+        Both are None after ``timeout`` seconds.  Raises the flight's error if it failed.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._partial or self._result, timeout)
@@ -3827,7 +3828,7 @@ class Flight:
             raise error
         if partial and partial.acquire():
             return partial, FlightResult.STORED
-        return None, result or FlightResult.ALONE
+        return None, result
 
     def wait_for_bytes(self, offset: int, timeout: float) -> int:
         """Wait for bytes beyond ``offset``, and return how many may be read.
@@ -4855,6 +4856,7 @@ class OriginConnection(http.client.HTTPConnection):
         self.peer_address = ""  # IP address of the origin or parent
         self.guarded = False  # whether only clients on this host may reach the origin's address
         self.reached = False  # whether the connection was established, before TLS
+        self.established = False  # the same, with TLS
         self.idle_since = 0.0  # monotonic
         self._is_reusable = True  # whether the check of the target is valid for the next request, too
 
@@ -4897,13 +4899,14 @@ class OriginConnection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         """Open the connection, with TLS for https; OSError, ProxyError."""
-        self.reached = False
+        self.reached = self.established = False
         self.connect_tcp()
         self.reached = True
         if self.origin_request.target.scheme == "https":
             self.sock.settimeout(self.origin_request.timeout_for(CONNECT_TIMEOUT))
             name = self.host.rstrip(".")  # certificates and SNI have no trailing dot (RFC 6066 §3)
             self.sock = self.origin_client.tls_context.wrap_socket(self.sock, server_hostname=name)
+        self.established = True
 
     def connect_tcp(self) -> None:
         """Open the connection without TLS, through the parent proxy if there is one; OSError, ProxyError."""
@@ -5193,7 +5196,8 @@ class OriginClient:
         pooled = self.pool.acquire(connection.pool_key, time.monotonic()) if is_retryable else None
         with self._translate_errors(connection, origin_request.target):
             if pooled is not None:
-                connection.peer_address = pooled.peer_address  # blamed for a timeout, which is not retried
+                # A timeout is not retried; the errors below speak of ``connection``.
+                connection.peer_address, connection.established = pooled.peer_address, True
                 # ConnectionError covers RemoteDisconnected; PermissionError is a parent's 407; ValueError is
                 # what remained unread on the connection.
                 with contextlib.suppress(ConnectionError, PermissionError, ValueError):
@@ -5226,7 +5230,7 @@ class OriginClient:
             self.resolver.mark_failed(connection.peer_address)
             reason = "" if str(error) in ("", "timed out") else ": " + explain_error(error)
             sentence = "No answer from %s in time%s." % (connection.blamed_name, reason)
-            raise OriginTimeoutError(sentence, target) from None
+            raise OriginTimeoutError(sentence, target, unreachable=not connection.established) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.resolver.mark_failed(connection.peer_address)
             failure = "The request to %s failed" if connection.reached else "Cannot connect to %s"
@@ -5339,8 +5343,9 @@ class TailingBody:
     2. that wakes the readers, and each reads on from its own offset, as fast as its client takes it;
     3. the last bytes are announced only when the file is in its place (invariant 3).
 
-    If the disk fails, or the download stands still, each reader fetches the remainder from the origin, from
-    its own offset (invariant 10).
+    If the disk fails, or the download stands still or fails, each reader fetches the remainder from the
+    origin, from its own offset (invariant 10).  If it fails, the leader's request may be why (invariant 12),
+    so the leader itself does not ask again, and the others ask only once.
     """
 
     live = True
@@ -5374,6 +5379,11 @@ class TailingBody:
                 if received <= offset:
                     return  # the body is complete; its length was not known before
                 part = self._read(offset, received)
+            except OriginError as error:
+                if not self._may_ask_despite(error):
+                    raise
+                yield from self._fetch_once(offset, stop)
+                return
             except (StorageError, OSError) as error:
                 if deadline is not None and getattr(error, "code", 0) == errno.ETIMEDOUT:
                     raise OriginTimeoutError("The first byte did not come in time.") from None
@@ -5398,6 +5408,22 @@ class TailingBody:
         if not data:
             raise StorageError(OSError(errno.EIO, "the partial file was cut"))
         return FileSlice(partial, offset, received, self._fetch_remainder) if use_sendfile else data
+
+    def _may_ask_despite(self, error: OriginError) -> bool:
+        """Return whether this client's request may get what the leader's did not."""
+        is_follower = self._download.response is None
+        is_resumable = self._started and strong_validator(self._download.partial.head) is not None
+        return is_follower and is_resumable and not error.unreachable
+
+    def _fetch_once(self, offset: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes from ``offset`` to ``stop`` with one request for this client; OriginError."""
+        partial = self._download.partial
+        with contextlib.closing(self._origin.fetch_remainder(
+                self._download.origin_request, partial.head, partial.length, offset)) as response:
+            while offset < stop and (data := response.read(COPY_SIZE)[:stop - offset]):
+                offset += len(data)
+                self.origin_bytes += len(data)
+                yield data
 
     def _fetch_remainder(self, offset: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes from ``offset`` to ``stop`` straight from the origin, for this client alone."""
@@ -5588,28 +5614,37 @@ class RecentFailures:
 
     def __init__(self, on_full_disk: Callable[[], None]) -> None:
         self._on_full_disk = on_full_disk
-        self._unreachable = RecentEvents()  # by scheme and authority; by cache key, if a redirect leads there
+        self._unreachable = RecentEvents()  # by scheme and authority, or by cache key: see origin_failed
         self._errors = RecentEvents()  # by cache key: shown on the status page, but not acted upon
         self._lock = threading.Lock()  # guards all below
         self._disk_error: StorageError | None = None  # the last that was logged; None: something was stored
         self._disk_failed_at = 0.0  # monotonic
 
     def origin_down_reason(self, request: Request) -> str:
-        """Return why the origin of a request was unreachable in the last ORIGIN_BACKOFF seconds, or ""."""
+        """Return why a request is not sent to its origin, which failed in the last ORIGIN_BACKOFF seconds."""
         events = self._unreachable.gather(ORIGIN_BACKOFF, _site(request.target), request.key)
         return events[0][-1] if events else ""
 
     def origin_failed(self, request: Request, error: OriginError) -> None:
         """Record that a cached copy is served because an origin failed.
 
-        Only a failure to connect counts for other requests: for the whole origin, or for one cache key if a
-        redirect led elsewhere.  Any other failure may be the fault of this very request, and one client's
-        request must not decide what other clients get (invariant 12).
+        ======================================  ======================================================
+        failure                                 what is not waited for in the next ORIGIN_BACKOFF s
+        ======================================  ======================================================
+        to connect                              the whole origin
+        to connect where a redirect led         this cache key
+        silence on a connection                 this cache key: it may answer others, to other clients
+        any other, or with Authorization        nothing
+        ======================================  ======================================================
+
+        All but the first may be the fault of this very request, which must not decide what clients get from
+        the rest of the origin (invariant 12).
         """
-        lasts = error.unreachable and field_value(request.fields, "Authorization") is None
+        lasts = error.unreachable or isinstance(error, OriginTimeoutError)
+        lasts = lasts and field_value(request.fields, "Authorization") is None
         redirected = error.target is not None and _site(error.target) != _site(request.target)
         events = self._unreachable if lasts else self._errors
-        name = _site(request.target) if lasts and not redirected else request.key
+        name = _site(request.target) if lasts and error.unreachable and not redirected else request.key
         is_new = events.note_first(name, ORIGIN_BACKOFF)
         events.note(name, str(error))
         log.log(logging.WARNING if is_new else logging.DEBUG, "%s Serving the stored copy%s.", error,
@@ -5623,7 +5658,7 @@ class RecentFailures:
     def disk_failed(self, error: StorageError) -> str:
         """Log a disk error once for each kind, and return the reason for Cache-Status."""
         if error.code == errno.EAGAIN:
-            return "another instance is storing it"
+            return "another download is storing it"
         with self._lock:
             is_new = self._disk_error is None or self._disk_error.code != error.code
             self._disk_error, self._disk_failed_at = error, time.monotonic()
@@ -5885,12 +5920,14 @@ class DownloadLocks:
         self.partials = PartialStore(store)
         self.leases = LeaseManager(config.barrier, bool(why))
 
-    def acquire(self, key: str) -> PartialFile | None:
-        """Lock a key, and return its partial file; None if another instance downloads it; StorageError.
+    def acquire(self, key: str, ignores_lock: bool = False) -> PartialFile | None:
+        """Lock a key, and return its partial file; None if another download has the lock; StorageError.
 
-        The caller must call release() at the end, or discard() if nothing was written.
+        With ``ignores_lock``, return a partial file of a random name instead.  The caller must call release()
+        at the end, or discard() if nothing was written.
         """
-        lease = self.leases.acquire(key)
+        unshared = Lease(secrets.token_hex(8), LeaseState.UNSHARED)
+        lease = unshared if ignores_lock else self.leases.acquire(key)
         if lease.state is LeaseState.TAKEN:
             return None
         try:
@@ -6516,6 +6553,8 @@ class FlightLeader:
     request: Request
     flight: Flight
     config: Config
+    deadline: float  # monotonic: by then, a stored response is served stale
+    ignores_lock: bool = False  # another leader has the key's lock, and no response head yet
 
     def lead(self, missing: bool, alone: bool) -> Response | None:
         """Fetch a response for all followers, and finish the flight; ProxyError.
@@ -6552,7 +6591,7 @@ class FlightLeader:
         stored = None if missing else look_up_for_client(store, origin, request)
         try:
             if stored is None and not alone:
-                partial = self.downloader.locks.acquire(request.key)
+                partial = self.downloader.locks.acquire(request.key, self.ignores_lock)
                 mark(request.timings, "locked")
                 if partial is None:
                     origin_request = full_request(request, self.config)
@@ -6637,7 +6676,7 @@ class FlightLeader:
     def _revalidate(self, decision: CacheDecision, stored: StoredResponse) -> ResponseHead | OriginResponse:
         """Return the head that confirms a stored response, or the response that replaces it; OriginError."""
         request, may_be_stale = self.request, may_serve_stale_on_error(decision, stored.head)
-        deadline = time.monotonic() + VALIDATION_TIMEOUT if may_be_stale else None
+        deadline = max(self.deadline, time.monotonic() + 1) if may_be_stale else None
         origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline)
         if not stored.described:
             head = confirm_bare_file(origin, origin_request, request, stored, self.config)
@@ -6674,10 +6713,10 @@ class FlightLeader:
             reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
             reason = reason or ("" if response.end_is_known else "no declared length")
             if not reason:
-                partial = partial or self.downloader.locks.acquire(request.key)
+                partial = partial or self.downloader.locks.acquire(request.key, self.ignores_lock)
                 if partial is None:  # it will replace what is stored, or fail and leave it
                     return response_from_origin(
-                        request, response, decision, "another instance is storing it"), FlightResult.ALONE
+                        request, response, decision, "another download is storing it"), FlightResult.ALONE
                 replaces = decision.action is Action.VALIDATE
                 download = Download(partial, self.flight, origin_request, response, replaces)
                 return self.downloader.start(request, decision, head, download), None
@@ -6709,6 +6748,14 @@ class SharedFetch:
         Downloader.start: Flight.publish ───► read the partial file as it grows
         the Downloader's thread: finish ────► have the last bytes
 
+    What the leader's request causes must not decide what the followers get (invariant 12):
+
+    - It fails, although there was a connection: all join again, one of them leads, the others follow.  After
+      a second failure, each asks on its own.
+    - No head has come for FOLLOWER_PATIENCE seconds: the same.  The first leader may still have the lock, so
+      the new one writes a partial file of another name.  So if the origin is slow, it gets one more request
+      every FOLLOWER_PATIENCE seconds, however many followers there are.
+
     A request with Authorization has a flight of its own that no other request can join: its response may be
     for this client alone, which only its head will tell (RFC 9111 §3.5).
     """
@@ -6722,37 +6769,72 @@ class SharedFetch:
     def fetch(self) -> Response | FlightResult:
         """Return a response; ALONE if this request cannot share one, AGAIN if it must be decided anew;
         ProxyError."""
-        alone = field_value(self.request.fields, "Authorization") is not None
-        key, deadline = self.request.key, time.monotonic() + VALIDATION_TIMEOUT
-        flight, is_leader = (Flight(key), True) if alone else self.downloader.flights.join(key)
-        missing = self.decision.action is Action.FETCH
-        response = self._leader(flight).lead(missing, alone) if is_leader else None
-        result = response or self._follow(flight)
+        deadline = time.monotonic() + VALIDATION_TIMEOUT
+        result = self._share(deadline) if field_value(self.request.fields, "Authorization") is None else (
+            self._lead_alone(deadline, self.decision.action is Action.FETCH))
         if self.decision.action is Action.VALIDATE and isinstance(result, Response) and isinstance(
                 result.body, TailingBody):
             # The stored copy could answer, so do not wait long for a first byte: a second at least.
             result.body.first_byte_deadline = max(deadline, time.monotonic() + 1)
         return result
 
-    def _leader(self, flight: Flight) -> FlightLeader:
+    def _leader(self, flight: Flight, deadline: float, ignores_lock: bool = False) -> FlightLeader:
         request = without_private_fields(self.request)
-        return FlightLeader(self.downloader, self.mirrors, request, flight, self.config)
+        return FlightLeader(
+            self.downloader, self.mirrors, request, flight, self.config, deadline, ignores_lock)
 
-    def _follow(self, flight: Flight) -> Response | FlightResult:
-        """Share a flight that another client leads, or another instance.
+    def _lead_alone(self, deadline: float, missing: bool) -> Response | FlightResult:
+        """Ask the origin in a flight that no other request can join."""
+        response = self._leader(Flight(self.request.key), deadline).lead(missing, alone=True)
+        return response or FlightResult.ALONE
 
-        If the leader fails, its request may be to blame (invariant 12), so each follower asks the origin once
-        by itself; but not if the origin is unreachable, or if the failure took its time.
-        """
-        request, origin, began = self.request, self.downloader.origin, time.monotonic()
+    def _share(self, deadline: float) -> Response | FlightResult:
+        """Lead a flight, or follow one; another one if it fails or if its head takes too long."""
+        missing, has_failed = self.decision.action is Action.FETCH, False
+        overdue: Flight | None = None
+        give_up_at = time.monotonic() + FOLLOWER_HEAD_TIMEOUT
+        while time.monotonic() < give_up_at:
+            flight, is_leader = self._join(overdue)
+            if is_leader:
+                response = self._leader(flight, deadline, overdue is not None).lead(missing, alone=False)
+                if response is not None:
+                    return response
+            missing = False  # another flight may have stored it
+            try:
+                patience = max(0.0, min(FOLLOWER_PATIENCE, give_up_at - time.monotonic()))
+                partial, result = flight.wait_for_head(patience)
+            except OriginError as error:
+                if self._concerns_all(error, deadline):
+                    raise
+                if has_failed:
+                    return self._lead_alone(deadline, missing)
+                has_failed = True
+                continue
+            if partial is not None or result is not None:
+                return self._response_of(flight, partial, result)
+            overdue = flight
+        return FlightResult.ALONE
+
+    def _join(self, overdue: Flight | None) -> tuple[Flight, bool]:
+        """Join the key's flight, but not the one whose head is overdue: that gives way to another."""
+        if overdue is not None:
+            # It must not store what a POST may invalidate, once SingleFlight does not know it any more.
+            overdue.forbid_storing()
+            self.downloader.flights.remove(overdue)
+        return self.downloader.flights.join(self.request.key)
+
+    def _concerns_all(self, error: OriginError, deadline: float) -> bool:
+        """Return whether a leader's error is its followers' as well: there is no connection to the origin,
+        or no time left to ask it because a stored response must answer."""
+        is_here = error.target is None or _site(error.target) == _site(self.request.target)
+        is_late = self.decision.action is Action.VALIDATE and time.monotonic() >= deadline
+        return error.unreachable and is_here or is_late
+
+    def _response_of(self, flight: Flight, partial: PartialFile | None,
+                     result: FlightResult | None) -> Response | FlightResult:
+        """Return the response that another client's flight, or another instance, has got."""
+        request, origin = self.request, self.downloader.origin
         status = CacheStatus(Outcome.COLLAPSED, self.decision.forward)
-        try:
-            partial, result = flight.wait_for_head(FOLLOWER_HEAD_TIMEOUT)
-        except OriginError as error:
-            if error.unreachable or time.monotonic() - began > VALIDATION_TIMEOUT:
-                raise
-            response = self._leader(Flight(request.key)).lead(missing=False, alone=True)
-            return response or FlightResult.ALONE
         if partial is not None:
             if may_share_download(request, partial.head):
                 download = Download(partial, flight, full_request(request, self.config))

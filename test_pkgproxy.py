@@ -2747,7 +2747,7 @@ class SingleFlightTest(unittest.TestCase):
 
     def test_waits_have_deadlines(self):
         flight = pkgproxy.Flight("k")
-        self.assertEqual(flight.wait_for_head(0.01), (None, pkgproxy.FlightResult.ALONE))
+        self.assertEqual(flight.wait_for_head(0.01), (None, None))
         self.assertRaises(pkgproxy.StorageError, flight.wait_for_bytes, 0, 0.01)
 
     def test_a_failure_reaches_all_followers(self):
@@ -4964,17 +4964,34 @@ class OriginBackoffTest(ProxyCase):
         self.addCleanup(self.gate.open)
         self.origin.pages.update({"/InRelease": ScriptedResponse(b"release"), "/main/Packages": ScriptedResponse(b"packages"), "/x_1.0_all.deb": ScriptedResponse(b"x")})
 
-    def test_a_stalled_origin_delays_one_request_only(self):
+    def test_a_silent_origin_delays_one_request_for_each_index_only(self):
         for path in ("/InRelease", "/main/Packages"):
             self.request(path)
         self.origin.pages.update({"/InRelease": ScriptedResponse(steps=[self.gate]), "/main/Packages": ScriptedResponse(steps=[self.gate])})
         with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
-            self.assertEqual(self.request("/InRelease").body, b"release")
-        for path, body in (("/InRelease", b"release"), ("/main/Packages", b"packages")):
-            answer = self.request(path)
-            self.assertEqual(answer.body, body)
-            self.assertIn("detail=", answer["Cache-Status"])
-        self.assertEqual(len(self.origin.log), 3, "only one more request")
+            for path, body in 2 * (("/InRelease", b"release"), ("/main/Packages", b"packages")):
+                answer = self.request(path)
+                self.assertEqual(answer.body, body)
+                self.assertIn("detail=", answer["Cache-Status"])
+        self.assertEqual(len(self.origin.log), 4, "only one more request for each")
+
+    def test_silence_for_one_client_does_not_make_the_other_files_of_an_origin_stale(self):
+        pages = {"/InRelease": ScriptedResponse(b"release"), "/main/Packages": ScriptedResponse(b"packages")}
+        for pooled in (True, False):
+            gate = Gate()
+            self.origin.pages.update(pages)
+            for path in pages:
+                self.request(path, Cache_Control="no-cache")
+            self.wait_until_idle()
+            if not pooled:
+                self.proxy._origin.pool.close()
+            self.origin.pages["/InRelease"] = ScriptedResponse(respond=lambda fields, gate=gate: (
+                gate.pass_through() if fields["user-agent"] == "evil" else None, pages["/InRelease"])[1])
+            self.origin.pages["/main/Packages"] = ScriptedResponse(b"packages 2")
+            with self.subTest(pooled=pooled), mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
+                self.assertIn("No answer", self.cache_status(self.request("/InRelease", User_Agent="evil")))
+                self.assertEqual(self.request("/main/Packages").body, b"packages 2")
+            gate.open()
 
     def fail_validation(self, path):
         """Let a validation fail: the origin's address refuses connections."""
@@ -5278,6 +5295,80 @@ class IsolationTest(ProxyCase):
         leader, follower = self.request_as_follower("/g_1.0_all.deb", [b""], ScriptedResponse(steps=[b""]))
         self.assertEqual((leader.status, follower.status, self.origin.methods("/g_1.0_all.deb")), (502, 502, ["GET"] * 2))
 
+    def start_followers(self, path, count, *pages, **patched):
+        """Return the responses to ``count`` clients that follow one whose request gets no answer until they have joined."""
+        gate, answers = Gate(), []
+        self.addCleanup(gate.open)
+        self.origin.pages[path] = [ScriptedResponse(steps=[gate]), *pages]
+        threads = [threading.Thread(target=self.request, args=(path,))]
+        threads += [threading.Thread(target=lambda: answers.append(self.request(path))) for _ in range(count)]
+        with contextlib.ExitStack() as stack:
+            for name, seconds in patched.items():
+                stack.enter_context(mock.patch.object(pkgproxy, name, seconds))
+            threads[0].start()
+            until(lambda: self.origin.methods(path))
+            for thread in threads[1:]:
+                thread.start()
+            until(lambda: self.server.replies_running == count + 1 or answers)
+            if not patched:
+                gate.open()
+            for thread in threads[1:]:
+                thread.join(PATIENCE)
+        gate.open()
+        threads[0].join(PATIENCE)
+        return answers
+
+    def test_one_follower_leads_anew_after_a_failure_and_the_others_follow_it(self):
+        body = os.urandom(200_000)
+        answers = self.start_followers(self.PACKAGE, 12, ScriptedResponse(body))
+        self.assertEqual([answer.body for answer in answers], [body] * 12)
+        self.assertEqual(self.origin.methods(self.PACKAGE), ["GET"] * 2)
+        self.assertNotIn("instance", str([self.cache_status(answer) for answer in answers]))
+
+    def test_followers_do_not_wait_long_for_a_request_that_hangs(self):
+        body = os.urandom(200_000)
+        answers = self.start_followers(self.PACKAGE, 12, ScriptedResponse(body), FOLLOWER_PATIENCE=0.5)
+        self.assertEqual([answer.body for answer in answers], [body] * 12)
+        self.assertEqual(self.origin.methods(self.PACKAGE), ["GET"] * 2)
+        self.wait_until_idle()
+        self.assertIn("hit", self.cache_status(self.request(self.PACKAGE)))
+
+    def test_a_follower_fetches_the_remainder_that_its_leader_is_refused(self):
+        body, gate = os.urandom(600_000), Gate()
+        self.addCleanup(gate.open)
+        whole, first = ScriptedResponse(body), ScriptedResponse(body, gate=gate, first=300_000, limit=300_001)
+
+        def respond(fields):
+            if fields["user-agent"] != "evil":
+                return whole
+            return ScriptedResponse(b"no", 503) if "range" in fields else first
+
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(respond=respond)
+        with mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)), self.connection() as leader, self.connection() as follower:
+            for connection, agent in ((leader, "evil"), (follower, "good")):
+                connection.request("GET", self.origin.url(self.PACKAGE), headers={"User-Agent": agent})
+                connection.response = connection.getresponse()
+                self.assertEqual(connection.response.read(300_000), body[:300_000])
+            gate.open()
+            self.assertEqual(follower.response.read(), body[300_000:])
+            self.assertRaises(http.client.IncompleteRead, leader.response.read)
+        self.assertEqual(len(self.origin.methods(self.PACKAGE)), 3, "the leader asks twice, the follower once")
+
+    def test_a_slow_origin_gets_one_more_request_for_each_period_of_patience(self):
+        gate, answers, body = Gate(), [], os.urandom(200_000)
+        self.addCleanup(gate.open)
+        self.origin.pages[self.PACKAGE] = ScriptedResponse(respond=lambda _: (gate.pass_through(), ScriptedResponse(body))[1])
+        threads = [threading.Thread(target=lambda: answers.append(self.request(self.PACKAGE).body)) for _ in range(12)]
+        with mock.patch.object(pkgproxy, "FOLLOWER_PATIENCE", 0.5):
+            for thread in threads:
+                thread.start()
+            until(lambda: len(self.origin.log) == 3)
+            gate.open()
+            for thread in threads:
+                thread.join(PATIENCE)
+        self.assertEqual(answers, [body] * 12)
+        self.assertLess(len(self.origin.log), 6)
+
     def test_a_follower_gets_no_stale_index_because_of_its_leader(self):
         self.origin.pages[self.INDEX] = ScriptedResponse(b"old")
         self.request(self.INDEX)
@@ -5529,7 +5620,7 @@ class DiskTest(ProxyCase):
             with self.assertNoWarning():
                 answer = self.request("/InRelease")
         self.assertEqual(answer.body, b"new")
-        self.assertIn("another instance is storing it", answer["Cache-Status"])
+        self.assertIn("another download is storing it", answer["Cache-Status"])
 
     @contextlib.contextmanager
     def assertNoWarning(self):
