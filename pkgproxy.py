@@ -8350,6 +8350,7 @@ class ConnectionLimiter:
         self._closing: set[ClientConnection] = set()  # shut down, but not released yet
         self._abandoned: set[ClientConnection] = set()  # the same, but their places are free already
         self._measured = time.monotonic()
+        self._released_at = 0.0  # monotonic: when a place last became free
         self._tunnels: collections.Counter[str] = collections.Counter()  # open ones, by network
 
     def busy_count(self) -> int:
@@ -8370,9 +8371,18 @@ class ConnectionLimiter:
         connection.on_admitted(connection)
         return None
 
+    def should_pause(self) -> bool:
+        """Return whether to accept no connection for a moment: no more can be parked, but places become free,
+        and only one client wants them.  So its connections are served in turn, and none is refused.
+        """
+        with self._lock:
+            is_full = len(self._parked) >= self.max_connections and len(self._per_client) == 1
+            return is_full and time.monotonic() - self._released_at < 1.0
+
     def release(self, connection: ClientConnection) -> None:
         """Free the place of a closed connection."""
         with self._lock:
+            self._released_at = time.monotonic()
             self._abandoned.discard(connection)
             self._unregister(connection)
 
@@ -9374,10 +9384,13 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def _accept(self) -> None:
         """Accept connections, as many as one turn allows.
 
-        If the process is out of file descriptors, the clients wait in the system's queue.
+        If the process is out of file descriptors, or so many connections wait that no further one can be
+        parked, the clients wait in the system's queue.
         """
         for _ in range(REQUESTS_PER_TURN):
             try:
+                if self.limiter.should_pause():
+                    raise OSError(errno.ENOBUFS, "too many connections wait")
                 sock, address = self.get_request()
             except OSError as error:  # nobody waits (any more), mostly
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):

@@ -7950,6 +7950,7 @@ class PagesTest(ProxyCase):
         for _ in range(2):
             self.request("/x_1.0_all.deb")
             self.wait_until_idle()
+        until(lambda: len(self.view()["recent"]) == 2, "the record of both requests")
         view = self.view()
         self.assertEqual([(row["outcome"], row["bytes"]) for row in view["recent"]], [("hit", 1500), ("miss", 1500)])
         self.assertEqual(view["origins"], {"127.0.0.1:%d" % self.origin.port: {"requests": 2, "bytes": 3000, "cached": 1500}})
