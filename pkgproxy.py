@@ -8304,13 +8304,6 @@ class ClientConnection:
         except OSError:
             return None
 
-    def send_last(self, data: bytes) -> None:
-        """Send a short response, after which only the client's close is awaited."""
-        self.answered, self.waiting_since = True, time.monotonic()
-        self.send(data)
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
-
 
 class ConnectionLimiter:
     """Limits open connections, in total and per client.
@@ -8361,8 +8354,7 @@ class ConnectionLimiter:
     def admit(self, connection: ClientConnection) -> ClientConnection | None:
         """Admit an accepted connection, or park it; return one to be refused if too many are parked."""
         with self._lock:
-            admitted = self._may_have_more(connection.network) and self._make_room(connection.network)
-            if not admitted:
+            if not self._may_have_more(connection.network) or not self._make_room(connection.network):
                 self.crowded = True
                 self._parked.append(connection)
                 is_full = len(self._parked) > self.max_connections
@@ -8403,11 +8395,10 @@ class ConnectionLimiter:
 
             for connection in sorted(parked, key=count_with):
                 network = connection.network
-                if network in blocked:
-                    self._parked.append(connection)
-                elif connection.receive(socket.MSG_PEEK) == b"":
+                is_next = network not in blocked
+                if is_next and connection.receive(socket.MSG_PEEK) == b"":
                     connection.sock.close()
-                elif self._may_have_more(network) and self._make_room(network, len(blocked) + 1):
+                elif is_next and self._may_have_more(network) and self._make_room(network, len(blocked) + 1):
                     self._register(connection)
                     admitted.append(connection)
                 else:
@@ -8455,15 +8446,12 @@ class ConnectionLimiter:
         self._closing.discard(connection)
         if connection in self._connections:
             self._connections.remove(connection)
-            self._per_client[connection.network] -= 1
-            if not self._per_client[connection.network]:
-                del self._per_client[connection.network]
+            self._per_client -= collections.Counter([connection.network])  # drops zeros
 
     def _last_of_most(self) -> int:
         """Return the index of the latest parked connection of the client that has the most of them."""
-        networks = [connection.network for connection in reversed(self._parked)]
-        heaviest = collections.Counter(networks).most_common(1)[0][0]
-        return len(networks) - 1 - networks.index(heaviest)
+        counts = collections.Counter(connection.network for connection in self._parked)
+        return max(range(len(self._parked)), key=lambda index: (counts[self._parked[index].network], index))
 
     def _make_room(self, network: str, count: int = 1) -> bool:
         """Make room for ``count`` new connections, if needed; return whether ``network`` has room now."""
@@ -8504,12 +8492,10 @@ class ConnectionLimiter:
 
 
 def usable_processors() -> list[int]:
-    """Return the numbers of the fast processors that this process may use; [] if they cannot be chosen.
+    """Return the numbers of the fast processors that this process may use.
 
-    Slow ones are the efficiency cores of a hybrid processor.
+    Slow ones are the efficiency cores of a hybrid processor.  AttributeError on some systems.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        return []
     speeds = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0)
     for number in speeds:
         with contextlib.suppress(OSError, ValueError), open(
@@ -8527,7 +8513,7 @@ def pin_threads(number: int) -> tuple[set[int], set[int]]:
     nearly every system call of one thread passes the interpreter lock to a thread on the other processor,
     which must be woken first: eight clients took twice as long for files not yet stored.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(AttributeError, OSError):  # AttributeError: the system offers no choice
         usable = usable_processors()
         if usable:
             everywhere, pinned = os.sched_getaffinity(0), {usable[number % len(usable)]}
@@ -8597,7 +8583,10 @@ class Dispatcher:
             connection.access_key = connection.is_local, own_address
             return True
         if not connection.answered:
-            connection.send_last(self._refuse(connection))
+            connection.answered, connection.waiting_since = True, time.monotonic()
+            connection.send(self._refuse(connection))
+            with contextlib.suppress(OSError):  # from now on, only the client's close is awaited
+                connection.sock.shutdown(socket.SHUT_WR)
         return False
 
     def _refuse(self, connection: ClientConnection) -> bytes:
@@ -8618,18 +8607,14 @@ class Dispatcher:
         Then start to look it up: in one thread, as it may take seconds, and NAME_RETRY seconds after the
         end of the last attempt.
         """
-        with self._name_lock:
-            is_due = not self._full_name and time.monotonic() >= self._next_lookup
-            if is_due:
-                self._next_lookup = math.inf
-        if is_due:
-            try:
+        with self._name_lock, contextlib.suppress(StorageError):
+            if not self._full_name and time.monotonic() >= self._next_lookup:
+                self._next_lookup = time.monotonic() + NAME_RETRY  # if no thread can be started
                 start_thread(self._look_up_name)
-            except StorageError:
-                self._next_lookup = time.monotonic() + NAME_RETRY
         return socket.gethostname().lower(), self._full_name
 
     def _look_up_name(self) -> None:
+        self._next_lookup = math.inf
         with contextlib.suppress(UnicodeError):  # a name that no name server can have
             name = socket.getfqdn().lower()  # the short name if the look-up fails
             self._full_name = name if "." in name else ""
@@ -8653,9 +8638,6 @@ class Dispatcher:
             return answer_as_final_recipient(request)
         if request.method not in ("GET", "HEAD"):
             raise ProxyError("The proxy's own pages support only GET and HEAD.", 405)
-        return self._own_page(request, port)
-
-    def _own_page(self, request: Request, port: int) -> Response:
         listening = Target("", request.server_address, port, "").authority
         host, port = split_authority(field_value(request.fields, "Host") or listening, 80)
         html = "text/html" in (field_value(request.fields, "Accept") or "")
@@ -8995,7 +8977,6 @@ class RequestReader:
 
     def _parse_head(self, data: bytes) -> Request:
         """Parse the head at the start of ``data``, and consume it."""
-        self.line = "?"
         size = find_head_end(data)
         if not size:
             raise BadRequestError("The request head took longer than %d s." % REQUEST_HEAD_TIMEOUT, 408)
@@ -9314,7 +9295,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.dispatcher = dispatcher
         self.limiter = dispatcher.limiter
         self._in_threads: set[ClientConnection] = set()  # served by threads; add() and discard() are atomic
-        self.last_iteration = time.monotonic()  # of the loop, for the watchdog
+        self.last_iteration = time.monotonic()  # last call of service_actions, also for the watchdog
         self._stop_at = math.inf  # monotonic: when serve_forever() returns at the latest
         self._act_soon = True  # call service_actions at once: there may be a place for a waiting client
         self._resume_at = 0.0  # monotonic: accept nothing until then
@@ -9333,13 +9314,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         ``poll_interval``: seconds between two calls of service_actions().
         """
         self._ended.clear()
-        acted = 0.0
         while time.monotonic() < self._stop_at and (self._stop_at == math.inf or self.event_loop.sending):
             try:
                 self.event_loop.run_once(0.0 if self._act_soon else poll_interval)
-                now = time.monotonic()
-                if self._act_soon or now - acted >= poll_interval:
-                    acted, self._act_soon = now, False
+                if self._act_soon or time.monotonic() - self.last_iteration >= poll_interval:
+                    self._act_soon = False
                     self.service_actions()
             except Exception:  # a bug must not end the service of all clients
                 log.exception("The event loop failed: this is a bug")
@@ -9371,10 +9350,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         it is watched and nothing is accepted, the event loop would spin.
         """
         now = self.last_iteration = time.monotonic()
-        if self._stop_at < math.inf:
-            set_events(self.event_loop.selector, self.socket, 0)
-        elif now >= self._resume_at:
-            set_events(self.event_loop.selector, self.socket, selectors.EVENT_READ, self._accept)
+        events = selectors.EVENT_READ if self._stop_at == math.inf and now >= self._resume_at else 0
+        set_events(self.event_loop.selector, self.socket, events, self._accept)
         self.event_loop.close_timed_out(now)
         self.limiter.admit_parked()
         self.dispatcher.proxy.close_idle()
