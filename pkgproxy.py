@@ -5086,15 +5086,17 @@ def redirected_request(origin_request: OriginRequest, location: Target) -> Origi
 
 
 def resumable_body(head: ResponseHead, size: int | None, offset: int, ask: Callable[[int], OriginResponse],
-                   response: OriginResponse | None = None) -> Generator[bytes, None, None]:
+                   response: OriginResponse | None = None, retry: bool = True
+                   ) -> Generator[bytes, None, None]:
     """Yield a representation from ``offset`` to its end, over as many connections as it takes.
 
     ``head`` is the representation's, ``size`` its length if that is known.  The bytes come from ``response``
     (closed at the end) if it is given, then from the responses that ``ask(offset)`` fetches.  After each
     failure comes one of the RESUME_BACKOFF pauses; a response that delivered FULL_DOWNLOAD_RANGE bytes makes
     all of them available again.  Raise OriginError if no pause is left or the rest cannot be requested.
+    Without ``retry`` there are no pauses, so the first failure is the last.
     """
-    pauses = list(RESUME_BACKOFF)
+    pauses = list(RESUME_BACKOFF) if retry else []
     while True:
         began_at = offset
         try:
@@ -5106,7 +5108,7 @@ def resumable_body(head: ResponseHead, size: int | None, offset: int, ask: Calla
                 return
             raise TruncatedBodyError("The origin sent less than the remaining bytes.")
         except OriginError as error:
-            if offset >= began_at + FULL_DOWNLOAD_RANGE:
+            if retry and offset >= began_at + FULL_DOWNLOAD_RANGE:
                 pauses = list(RESUME_BACKOFF)
             cannot_resume = isinstance(error, CannotResumeError) or offset and resume_validator(head) is None
             if cannot_resume or not pauses:
@@ -5379,15 +5381,12 @@ class TailingBody:
                 if received <= offset:
                     return  # the body is complete; its length was not known before
                 part = self._read(offset, received)
-            except OriginError as error:
-                if not self._may_ask_despite(error):
+            except (OriginError, StorageError, OSError) as error:
+                if isinstance(error, OriginError) and not self._may_ask_despite(error):
                     raise
-                yield from self._fetch_once(offset, stop)
-                return
-            except (StorageError, OSError) as error:
                 if deadline is not None and getattr(error, "code", 0) == errno.ETIMEDOUT:
                     raise OriginTimeoutError("The first byte did not come in time.") from None
-                yield from self._fetch_remainder(offset, stop)
+                yield from self._fetch_remainder(offset, stop, retry=not isinstance(error, OriginError))
                 return
             offset += part.size if isinstance(part, FileSlice) else len(part)
             self.first_byte_deadline = None
@@ -5415,24 +5414,15 @@ class TailingBody:
         is_resumable = self._started and strong_validator(self._download.partial.head) is not None
         return is_follower and is_resumable and not error.unreachable
 
-    def _fetch_once(self, offset: int, stop: int) -> Iterator[bytes]:
-        """Yield the bytes from ``offset`` to ``stop`` with one request for this client; OriginError."""
-        partial = self._download.partial
-        with contextlib.closing(self._origin.fetch_remainder(
-                self._download.origin_request, partial.head, partial.length, offset)) as response:
-            while offset < stop and (data := response.read(COPY_SIZE)[:stop - offset]):
-                offset += len(data)
-                self.origin_bytes += len(data)
-                yield data
-
-    def _fetch_remainder(self, offset: int, stop: int) -> Iterator[bytes]:
+    def _fetch_remainder(self, offset: int, stop: int, retry: bool = True) -> Iterator[bytes]:
         """Yield the bytes from ``offset`` to ``stop`` straight from the origin, for this client alone."""
         partial = self._download.partial
         if self._started and resume_validator(partial.head) is None:
             raise CannotResumeError("The download cannot be resumed: no strong validator identifies it.")
         ask = functools.partial(
             self._origin.fetch_remainder, self._download.origin_request, partial.head, partial.length)
-        with contextlib.closing(resumable_body(partial.head, partial.length, offset, ask)) as pieces:
+        pieces = resumable_body(partial.head, partial.length, offset, ask, retry=retry)
+        with contextlib.closing(pieces):
             for piece in pieces:
                 data = piece[:stop - offset]
                 offset += len(data)
