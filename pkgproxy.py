@@ -1688,7 +1688,6 @@ _NEEDLESS = re.compile(
     r"|tracestate|x-b3-[a-z]+|baggage"
     r"|npm-(?:auth-type|command|in-ci|scope|session)|pacote-[a-z-]+|x-gemfile-source|cargo-protocol"
     r"|x-nuget-[a-z-]+|x-zypp-[a-z]+|flatpak-[a-z-]+|disable-module-fetch")
-_VIA_ELEMENT = re.compile(r"[ \t]*(?:[a-z]{1,9}/)?[0-9.]{1,9}[ \t]+[a-z0-9._:\[\]-]{1,255}[ \t]*", re.I)
 _CREDENTIAL = re.compile("api|auth|cookie|cred|jwt|key|login|otp|pass|saml|secret|session|sign|token|user")
 
 
@@ -1713,20 +1712,6 @@ def without_private_fields(request: Request) -> Request:
     return replace_fields(request, fields=_only(request.fields, SHARED_FIELDS | _OWN_FIELDS))
 
 
-def _shared_request_fields(fields: Fields) -> Fields:
-    """Return the request fields to send if the response may be stored.
-
-    A demand for a fresh response is passed on to caches on the way, but not in the client's words: an origin
-    that echoes them would let the client write into what others get.
-    """
-    control, kept = cache_directives(fields), _only(fields, SHARED_FIELDS - {"cache-control", "pragma"})
-    if "no-cache" in control or not control and "no-cache" in list_members(fields, "Pragma"):  # RFC 9111 §5.4
-        return (*kept, ("Cache-Control", "no-cache"))
-    if "max-age" in control and not parse_delta_seconds(control["max-age"]):
-        return (*kept, ("Cache-Control", "max-age=0"))
-    return kept
-
-
 def origin_request_fields(request: Request, config: Config, identity: bool) -> Fields:
     """Return the fields of a request to an origin (RFC 9110 §7.6).
 
@@ -1741,7 +1726,7 @@ def origin_request_fields(request: Request, config: Config, identity: bool) -> F
     removed += ["expect"] if request.version < (1, 1) else []
     kept = without_fields(end_to_end(request.fields), removed)
     # 2. Add: Host first (§7.2), Max-Forwards (§7.6.2), the framing of the body, Via last (§7.6.3).
-    fields = (("Host", request.target.authority),) + (_shared_request_fields(kept) if identity else kept)
+    fields = (("Host", request.target.authority),) + (_only(kept, SHARED_FIELDS) if identity else kept)
     if hops is not None:
         fields += (("Max-Forwards", str(hops - 1)),)
     if identity:
@@ -1750,13 +1735,7 @@ def origin_request_fields(request: Request, config: Config, identity: bool) -> F
         fields += (("Transfer-Encoding", "chunked"),)
     elif request.length or field_value(request.fields, "Content-Length") is not None:
         fields += (("Content-Length", str(request.length)),)
-    # Other proxies find loops by their elements of Via, so these stay.  Comments (RFC 9110 §7.6.3) may be any
-    # text, and no loop through this proxy depends on an element with one: its own has none (see is_loop).
-    received = request.fields
-    if identity:
-        elements = ",".join(field_values(request.fields, "Via")).split(",")
-        received = tuple(("Via", element.strip()) for element in elements if _VIA_ELEMENT.fullmatch(element))
-    return fields + (("Via", via_value(received, request.version, config)),)
+    return fields + (("Via", via_value(request.fields, request.version, config)),)
 
 
 def permits_sharing(head: ResponseHead) -> bool:
@@ -6661,7 +6640,8 @@ class FlightLeader:
         if is_shareable(request, head):
             self.downloader.store.update_head(stored, head)
         status = CacheStatus(Outcome.VALIDATED, decision.forward, 304)
-        return response_from_store(request, replace_fields(stored, head=head), status), FlightResult.STORED
+        response = response_from_store(request, replace_fields(stored, head=head), status)
+        return response, FlightResult.STORED
 
     def _revalidate(self, decision: CacheDecision, stored: StoredResponse) -> ResponseHead | OriginResponse:
         """Return the head that confirms a stored response, or the response that replaces it; OriginError."""

@@ -989,27 +989,6 @@ class MessageRulesTest(unittest.TestCase):
         self.assertEqual(asked.fields, before)
         self.assertEqual(fields, (("Host", "a:8080"), ("Accept-Encoding", "identity"), ("Via", "1.0 b, 1.1 me")))
 
-    def test_a_request_whose_response_may_be_stored_carries_no_free_text_of_its_client_in_via_and_cache_control(self):
-        for fields, via, control in (
-                ({"Via": "1.1 a, HTTP/1.1 b:80 , 1.0 c (<script>, 1.1 d), x y, e, 1.1 f;g", "Cache-Control": 'x="evil", NO-CACHE="y"'},
-                 "1.1 a, HTTP/1.1 b:80, 1.1 me", "no-cache"),
-                ({"Pragma": "evil, no-cache"}, "1.1 me", "no-cache"), ({"Pragma": "evil"}, "1.1 me", None),
-                ({"Cache-Control": "evil, max-age=00"}, "1.1 me", "max-age=0"), ({"Cache-Control": "max-age=5, max-stale=evil"}, "1.1 me", None)):
-            with self.subTest(fields=fields):
-                asked = make_request("http://a/x_1.0_all.deb", **{name.replace("-", "_"): text for name, text in fields.items()})
-                sent = pkgproxy.origin_request_fields(asked, Config(pseudonym="me"), identity=True)
-                self.assertEqual([text for name, text in sent if name == "Via"], [via])
-                self.assertEqual([text for name, text in sent if name in ("Cache-Control", "Pragma")], [control] if control else [])
-                relayed = pkgproxy.origin_request_fields(asked, Config(pseudonym="me"), identity=False)
-                self.assertLessEqual(set(fields.items()) - {("Via", fields.get("Via"))}, set(relayed))
-
-    def test_a_loop_through_another_proxy_is_detected(self):
-        sent, names = make_request("http://a/x", Via="1.1 first (comment)"), ("one", "two")
-        for name in names:
-            self.assertFalse(pkgproxy.is_loop(sent, Config(pseudonym=name)))
-            sent = dataclasses.replace(sent, fields=pkgproxy.origin_request_fields(sent, Config(pseudonym=name), identity=True))
-        self.assertEqual([pkgproxy.is_loop(sent, Config(pseudonym=name)) for name in names], [True, True])
-
     def test_a_loop_is_detected_by_via(self):
         for via, expected in (("1.1 me", True), ("1.1 a, HTTP/1.1 me (x)", True), ("1.1 you", False), ("me", False)):
             with self.subTest(via=via):
