@@ -272,7 +272,6 @@ LINGER_TIMEOUT = 2.0  # reading after the last response, so that a reset does no
 TUNNEL_IDLE_TIMEOUT = 300.0  # a tunnel without traffic is closed
 MIN_BODY_RATE = 1000  # of a request body in the long run, as dnf demands of a mirror
 MIN_RATE = 4000  # a slower response gives way to new clients, a slower download without client stops
-ORPHAN_RATE = 50_000  # a slower download without clients gives way to another one
 RATE_WINDOW = 10.0  # over which a rate is measured; a modem acknowledges in bursts
 REFUSAL_LOG_INTERVAL = 60.0  # between two log lines about one refused client, lest it fills the log
 
@@ -5945,8 +5944,6 @@ class DownloadLocks:
 class OrphanLimiter:
     """Limits how many downloads continue without a client: the oldest ones may, if they are fast enough.
 
-    At the limit, the slowest one below ORPHAN_RATE gives way to a new one: it stops at its next check.
-
     A client that breaks off often comes back for the same file, so its download should not be lost.  But a
     client could start downloads and leave, again and again, and each holds a thread, a connection and disk
     space.  What a stopped download has received is kept for the next request (see ``keep_for_resume``).
@@ -5955,30 +5952,20 @@ class OrphanLimiter:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()  # guards _orphans
-        # Time (monotonic) and size at the last speed check; time -inf: it stops at the next one.
-        self._orphans: dict[int, tuple[float, int, PartialFile]] = {}
+        self._orphans: dict[int, tuple[float, int]] = {}  # time (monotonic) and size at the last speed check
 
     def may_continue(self, partial: PartialFile) -> bool:
         """Return whether a download may continue: it has clients, or it is one of the permitted orphans."""
         has_readers, now = partial.has_readers(), time.monotonic()
         with self._lock:
-            since, size, _ = self._orphans.get(id(partial), (now, partial.size, partial))
+            since, size = self._orphans.get(id(partial), (now, partial.size))
             check_due = now - since > RATE_WINDOW
             if has_readers or check_due and partial.size - size < MIN_RATE * (now - since):
                 self._orphans.pop(id(partial), None)
                 return has_readers
-            if check_due or id(partial) not in self._orphans and self._make_room(now):
-                self._orphans[id(partial)] = now, partial.size, partial
+            if check_due or id(partial) not in self._orphans and len(self._orphans) < self._limit:
+                self._orphans[id(partial)] = now, partial.size
             return id(partial) in self._orphans
-
-    def _make_room(self, now: float) -> bool:
-        """Return whether one more may continue.  Those told to stop may be at most as many as the limit."""
-        # Not the ones told to stop already, nor those whose rate is not known yet.
-        rates = [((p.size - n) / (now - t), id(p)) for t, n, p in self._orphans.values() if 0 <= t < now - 1]
-        rate, slowest = min(rates, default=(math.inf, 0))
-        if rate < ORPHAN_RATE and self._limit <= len(self._orphans) < 2 * self._limit:
-            self._orphans[slowest] = (-math.inf, *self._orphans[slowest][1:])
-        return len(self._orphans) < (2 * self._limit if rate < ORPHAN_RATE else self._limit)
 
     def remove(self, partial: PartialFile) -> None:
         """Forget a download that has ended."""

@@ -5763,20 +5763,6 @@ class OrphanTest(ProxyCase):
             self.wait_until_idle()  # although the origin could still send more
         self.assertIn("too slow", caught.output[0])
 
-    def test_a_slow_orphan_gives_way_to_a_new_one(self):
-        orphans = pkgproxy.OrphanLimiter(2)
-        slow, slower, first, second, third = (mock.Mock(**{"has_readers.return_value": False}, size=0) for _ in range(5))
-        with mock.patch.object(pkgproxy.time, "monotonic") as clock:
-            clock.return_value = 0.0
-            self.assertEqual([orphans.may_continue(partial) for partial in (slow, slower)], [True, True])
-            clock.return_value, slow.size, slower.size = 5.0, 30_000, 25_000
-            self.assertEqual([orphans.may_continue(partial) for partial in (first, slow, slower)], [True, True, False])
-            clock.return_value, slow.size, first.size = 8.0, 10**6, 10**6
-            self.assertEqual([orphans.may_continue(partial) for partial in (second, slow, first)], [False, True, True])
-            slow.size = first.size = 0
-            self.assertEqual([orphans.may_continue(partial) for partial in (second, third, second)], [True, True, True])
-            self.assertFalse(orphans.may_continue(slower), "as many as the limit have not stopped yet")
-
     def test_a_fast_orphan_continues(self):
         orphans, partial = pkgproxy.OrphanLimiter(1), mock.Mock(**{"has_readers.return_value": False}, size=0)
         with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.0):
