@@ -1816,8 +1816,7 @@ def cache_file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
     digest = hashlib.sha256(key.encode("ascii", "replace")).hexdigest()
     # File systems allow 255 bytes a name and, with the root before it, about 4,000 a path.
     fits = max(map(len, names)) <= 240 and sum(map(len, names)) <= 1000 and len(names) <= 100
-    natural = "/".join([folder, *names]) if fits else None
-    return natural, "%s/^%s" % (folder, digest)
+    return "/".join([folder, *names]) if fits else None, "%s/^%s" % (folder, digest)
 
 
 # Name classes: index and package names of every package manager --------------------------------
@@ -3713,7 +3712,6 @@ class FlightResult(enum.Enum):
     STORED = "stored"  # the response is in the store, and all bytes of the partial file may be read
     AGAIN = "again"  # the origin was not asked: decide anew
     WHOLE = "whole"  # all bytes have arrived, but were not stored: read them from the partial file
-    STALE = "stale"  # the leader served a stale response: decide anew, without joining
     ALONE = "alone"  # the response cannot be shared: ask the origin without joining
     FAILED = "failed"  # before the head: join anew; after it: ask the origin for the remainder
 
@@ -3862,11 +3860,6 @@ class SingleFlight:
         """Check whether a key is being downloaded."""
         with self._lock:
             return key in self._flights
-
-    def in_flight(self) -> int:
-        """Return the number of running flights."""
-        with self._lock:
-            return len(self._flights)
 
 
 class MemcachedClient:
@@ -9909,8 +9902,6 @@ def reload_filters(proxy: Proxy, notifier: SystemdNotifier) -> None:
             proxy.config = replace_fields(config, filters=load_filters(config.filters_file))
         except StartupError as error:
             log.error("%s The previous filters remain in force.", error)
-    else:
-        log.info("No filters file to reload")
     notifier.notify("READY=1")
 
 
