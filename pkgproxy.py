@@ -3071,8 +3071,7 @@ class NameIndex:
 
     An index is a folder of text files with lines "DIGEST PLACE": the first 18 digits of the name's SHA-256,
     and a cache key or a path.  Lines are in 256 buckets by the first two digits, so that a lookup reads
-    little: 70 KB if there are 200,000 names.  The first run of the evictor makes all buckets: on ext4, a new
-    file would take a tenth of a miss.
+    little: 70 KB if there are 200,000 names.
 
     Entries may get lost and may be outdated.  A lost one costs a download at most, and the caller verifies
     each place it gets.
@@ -3106,8 +3105,6 @@ class NameIndex:
         new, first_digits = _temporary_name(self._folder), operator.itemgetter(slice(2))
         lines = (self._line(name, place) for name, place in entries)
         try:
-            for number in range(256):
-                self._append(new, "%02x" % number, b"")
             while part := sorted(itertools.islice(lines, 100_000), key=first_digits):  # to bound the memory
                 for bucket, group in itertools.groupby(part, first_digits):
                     self._append(new, bucket.decode(), b"".join(group))
@@ -3600,7 +3597,8 @@ class Evictor:
         assumed, demand = self._store.space.take_demand()
         entries = list(self._walk(self._store.take_access_times(), now))
         responses = [entry.name for entry in entries if entry.is_response]
-        if responses and not self._store.names.is_complete():
+        # The new index takes up to 256 files, so it waits until there are enough inodes.
+        if responses and self._store.free_inodes() > SPARE_INODES and not self._store.names.is_complete():
             with contextlib.suppress(OSError):
                 self._store.names.rebuild(
                     (shareable_name(head.key), head.key) for name in responses
