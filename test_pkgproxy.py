@@ -5339,10 +5339,10 @@ class IsolationTest(ProxyCase):
         self.addCleanup(gate.open)
         self.origin.pages[self.PACKAGE] = ScriptedResponse(respond=lambda _: (gate.pass_through(), ScriptedResponse(body))[1])
         threads = [threading.Thread(target=lambda: answers.append(self.request(self.PACKAGE).body)) for _ in range(12)]
-        with mock.patch.object(pkgproxy, "FOLLOWER_PATIENCE", 0.5):
+        with mock.patch.object(pkgproxy, "FOLLOWER_PATIENCE", 2.0):
             for thread in threads:
                 thread.start()
-            until(lambda: len(self.origin.log) == 3)
+            until(lambda: len(self.origin.log) == 2)
             gate.open()
             for thread in threads:
                 thread.join(PATIENCE)
