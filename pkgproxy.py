@@ -217,6 +217,7 @@ MULTIPART_BOUNDARY = secrets.token_hex(12)
 MAX_CONNECTIONS = 4000  # clients; fewer if descriptors are short.  Each busy one takes a thread
 LISTEN_BACKLOG = 256  # connections waiting for accept(); a fleet started by cron arrives at once
 REQUESTS_PER_TURN = 4  # requests of one client answered before the next client's turn
+STACK_SIZE = 512 * 1024  # bytes of address space for a thread; the system's 8 MB do not fit small machines
 MAX_IDLE_THREADS = 16  # idle threads kept; ready for the next burst of requests
 THREAD_IDLE_TIMEOUT = 5.0  # seconds an idle thread waits; within a burst the gaps are shorter
 HOT_CACHE_SIZE = 32  # small responses ready to be sent again; each holds a descriptor
@@ -274,6 +275,7 @@ MIN_BODY_RATE = 1000  # of a request body in the long run, as dnf demands of a m
 MIN_RATE = 4000  # a slower response gives way to new clients, a slower download without client stops
 RATE_WINDOW = 10.0  # over which a rate is measured; a modem acknowledges in bursts
 REFUSAL_LOG_INTERVAL = 60.0  # between two log lines about one refused client, lest it fills the log
+LAN_INTERVAL = 5.0  # between two looks at this host's networks: many providers change the prefix daily
 
 # Timeouts among requests, processes and threads, in seconds.
 FOLLOWER_PATIENCE = 5.0  # then one follower asks as well: the leader's request may be why nothing comes
@@ -358,7 +360,8 @@ class Config:
     addrs: tuple[str, ...] = (":9999",)  # to listen on
     root: str | None = None  # cache directory; None: the current one, which may also hold other files
     filters_file: str | None = None  # path of the file that `filters` are read from
-    allow: tuple[str, ...] = ("loopback", "private")  # client networks: names of NETWORKS, or CIDR
+    allow: tuple[str, ...] = ("loopback", "private", "lan")  # client networks: names of NETWORKS, or CIDR
+    lan: tuple[str, ...] = ()  # what "lan" in `allow` stands for at the moment; looked up again and again
     connect_ports: tuple[int, ...] = (443,)  # allowed for CONNECT
     heuristics: bool = True  # heuristic freshness (RFC 9111 §4.2.2)
     offline: bool = False  # never contact an origin
@@ -370,6 +373,9 @@ class Config:
     instance: str = ""  # name of this instance; "": the addresses tell instances apart
     sharing: bool = True  # share files between mirrors even without a digest in the name
     filters: tuple[re.Pattern[str], ...] = ()  # URIs that are never cached; reread on SIGHUP
+    origins_file: str | None = None  # path of the file that `origins` are read from
+    origins: tuple[str, ...] | None = None  # hosts that may be reached; None: all.  Reread on SIGHUP
+    access_log: str | None = None  # path of the log in the combined format
     barrier: tuple[tuple[str, int], ...] = ()  # memcached servers; none: file locks coordinate instances
     pseudonym: str = "pkgproxy"  # this proxy in Via and Cache-Status (RFC 9110 §7.6.3)
     ca_file: str | None = None  # certificates (PEM) trusted in addition to the system's
@@ -1617,6 +1623,17 @@ def truncate_middle(text: str, most: int) -> str:
     return text if len(text) <= most else text[:most // 2] + "..." + text[-(most // 2 - 1):]
 
 
+def reason_phrase(message: str) -> str:
+    """Return the cause in an error message, for the status line: apt shows nothing else of a response.
+
+    The cause is the first sentence, without a remedy after a semicolon.
+
+    >>> reason_phrase("Nothing there; add some."), reason_phrase("Not \r\n a. b")
+    ('Nothing there', 'Not \\x0d\\x0a a')
+    """
+    return truncate_middle(re.split(r"[.;] ", message)[0].rstrip("."), 118)
+
+
 def displayable_uri(uri: str) -> str:
     """Return a request target for a page: without its query, which may be a password.
 
@@ -2252,7 +2269,9 @@ NETWORKS = {
     # RFC 1918; RFC 6598 (carrier-grade NAT, also VPNs); RFC 3927; for IPv6 RFC 4193 and link-local
     "private": ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16",
                 "fc00::/7", "fe80::/10"),
+    "lan": (),  # the networks of this host's interfaces, which are in Config.lan
     "all": ("0.0.0.0/0", "::/0"),
+    "none": (),  # as the first --allow: the defaults do not apply
 }
 
 
@@ -2262,6 +2281,35 @@ def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddre
         return [ipaddress.ip_network(text) for name in names for text in NETWORKS.get(name, (name,))]
     except ValueError as error:
         raise ValueError("%s; write %s or 203.0.113.0/24" % (error, ", ".join(NETWORKS))) from None
+
+
+def lan_networks(interfaces: Iterable[str]) -> tuple[str, ...]:
+    """Return the networks of interfaces, given as ADDRESS/PREFIX, apart from loopback and private ones.
+
+    A network that is wider than any home's or company's is a VPN's, and leads to the whole internet.
+
+    >>> lan_networks(["2001:db8::1/64", "192.168.0.1/24", "10.0.0.1/0"])
+    ('2001:db8::/64',)
+    """
+    known = parse_networks(("loopback", "private"))
+    found = {ipaddress.ip_interface(text).network for text in interfaces}
+    return tuple(sorted(str(network) for network in found
+                        if network.prefixlen >= (16 if network.version == 4 else 48)
+                        and not any(other.supernet_of(network) for other in known  # type: ignore[arg-type]
+                                    if other.version == network.version)))
+
+
+def not_allowed_error(address: str) -> ProxyError:
+    """Return the error for a client that is not allowed, with the option that lets it in.
+
+    For IPv6 that is an option for its network, because a host changes its address within it.
+
+    >>> str(not_allowed_error("2001:db8::9"))
+    '2001:db8::9 may not use this proxy: its operator can add --allow 2001:db8::/64.'
+    """
+    text = address.partition("%")[0]
+    network = ipaddress.ip_network((text, 64), strict=False) if ":" in text else text
+    return ProxyError("%s may not use this proxy: its operator can add --allow %s." % (address, network), 403)
 
 
 def unmap_ipv4(text: str) -> str:
@@ -2344,6 +2392,37 @@ def is_protected_host(host: str) -> bool:
         return is_protected_address(host)
     name = host.rstrip(".")
     return name == "localhost" or name.endswith(".localhost")
+
+
+# Which origins may be reached at all -------------------------------------------------------------
+
+
+def parse_origins(text: str) -> tuple[list[str], list[str]]:
+    """Parse a file of origins: an address, a host name or ``*.example.org`` a line; # begins a comment.
+
+    Returns the origins and, like parse_filters(), errors: none, because one invalid line makes all invalid.
+    Raises ValueError.  ``*.example.org`` stands for all names below example.org, but not for itself.
+    """
+    lines = [line.partition("#")[0].strip().lower() for line in text.splitlines()]
+    for number, line in enumerate(lines, 1):
+        if line and not is_address(line) and not re.fullmatch(r"(\*\.)?[\w-]+(\.[\w-]+)*\.?", line, re.A):
+            raise ValueError("line %d is not a host name; write deb.example.org or *.example.org" % number)
+    if not any(lines):  # a file that was just being written, say
+        raise ValueError("it has no line with a host name")
+    return [line.rstrip(".") for line in lines if line], []
+
+
+def check_target_allowed(target: Target, client_is_local: bool, origins: tuple[str, ...] | None) -> None:
+    """Raise ProxyError if a client may not reach the target of its request, or of a redirect.
+
+    Only names are checked here.  Addresses are checked as they are connected to, by AddressPolicy.
+    """
+    if not client_is_local and is_protected_host(target.host):
+        raise ProxyError("Only the proxy's own host may reach %s through it." % target.host, 403)
+    host = target.host.rstrip(".")
+    if origins is not None and not any(
+            host == origin or origin.startswith("*") and host.endswith(origin[1:]) for origin in origins):
+        raise ProxyError("%s is not an allowed origin; the operator can add it to --origins." % host, 403)
 
 
 # Which names the proxy answers to ---------------------------------------------------------------
@@ -4350,6 +4429,7 @@ class OriginRequest:
     deadline: float | None = None  # monotonic: for the response's head; None: only each step is limited
     client: str = ""  # the client's address
     timings: dict[str, float] | None = None  # those of the client's request (see mark())
+    origins: tuple[str, ...] | None = None  # to which redirects may lead; None: all
 
     def timeout_for(self, limit: float) -> float:
         """Return the seconds that a step with its own ``limit`` may take; socket.timeout."""
@@ -4608,6 +4688,11 @@ def make_tls_context(ca_file: str | None) -> Any:
     return context
 
 
+# OpenSSL's words for bytes that are not TLS, which depend on its version and on the bytes.
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL",
+           "HTTP_REQUEST", "BAD_RECORD_TYPE")
+
+
 def explain_error(error: Exception) -> str:
     """Return the reason of a connection's error, in words for a client."""
     refusal = getattr(error, "verify_message", "").rstrip(".")  # of ssl.SSLCertVerificationError
@@ -4616,6 +4701,7 @@ def explain_error(error: Exception) -> str:
         remedy = " (the operator can add its issuer with --ca-file)" if is_unknown else ""
         return "its certificate is not trusted: %s%s" % (refusal, remedy)
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    text = text[0].lower() + text[1:] if text[1:2].islower() else text  # the system's begin with a capital
     # "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)": only the words in the middle
     return re.sub(r"^\[[A-Z0-9_: ]+\] |^_ssl\.c:\d+: | \(_ssl\.c:\d+\)", "", text)
 
@@ -5048,7 +5134,8 @@ def remainder_request(origin_request: OriginRequest, head: ResponseHead, offset:
 
 
 def redirected_request(origin_request: OriginRequest, location: Target) -> OriginRequest:
-    """Return the request that follows a redirect; credentials never go to another host."""
+    """Return the request that follows a redirect; credentials never go to another host.  ProxyError."""
+    check_target_allowed(location, origin_request.client_is_local, origin_request.origins)
     credentials = () if is_same_site(origin_request.target, location) else ("authorization", "cookie")
     fields = without_fields(origin_request.fields, ("host", *credentials))
     return replace_fields(origin_request, target=location, fields=(("Host", location.authority), *fields))
@@ -5206,6 +5293,11 @@ class OriginClient:
             self.resolver.mark_failed(connection.peer_address)
             failure = "The request to %s failed" if connection.reached else "Cannot connect to %s"
             sentence = failure % connection.blamed_name + ": %s." % explain_error(error)
+            if isinstance(error, socket.gaierror):
+                reason = "" if error.errno == socket.EAI_NONAME else ": " + explain_error(error)
+                sentence = "Cannot resolve %s%s." % (connection.blamed_name, reason)
+            elif getattr(error, "reason", "") in _NO_TLS:
+                sentence = "%s does not speak TLS." % connection.blamed_name
             raise OriginError(sentence, target, unreachable=not connection.reached) from None
 
     def fetch_remainder(self, origin_request: OriginRequest, head: ResponseHead, size: int | None,
@@ -5526,7 +5618,7 @@ def may_share_download(request: Request, head: ResponseHead) -> bool:
 def full_request(request: Request, config: Config, deadline: float | None = None) -> OriginRequest:
     """Make the request for a whole representation that may be stored, whatever part the client asked for."""
     return OriginRequest(
-        "GET", request.target, origin_request_fields(request, config, identity=True),
+        "GET", request.target, origin_request_fields(request, config, identity=True), origins=config.origins,
         client_is_local=request.client_is_local, client=request.client, deadline=deadline,
         follow_redirects=POLICIES[classify_name(request.key)].redirects, timings=request.timings)
 
@@ -6334,15 +6426,11 @@ def rewrite_for_prefix(request: Request, response: Response) -> Response:
     return replace_fields(response, head=head, body=body)
 
 
-def check_target_allowed(request: Request, config: Config) -> None:
-    """Raise ProxyError if a request has come in a loop, or if its client may not reach its target.
-
-    Only names are checked here.  Addresses are checked as they are connected to, by AddressPolicy.
-    """
+def check_request_allowed(request: Request, config: Config) -> None:
+    """Raise ProxyError if a request has come in a loop, or if its client may not reach its target."""
     if is_loop(request, config):
         raise ProxyError("The request has come through this proxy before: its target leads back here.", 508)
-    if not request.client_is_local and is_protected_host(request.target.host):
-        raise ProxyError("Only the proxy's own host may reach %s through it." % request.target.host, 403)
+    check_target_allowed(request.target, request.client_is_local, config.origins)
 
 
 def answer_as_final_recipient(request: Request) -> Response:
@@ -6465,7 +6553,7 @@ def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now:
         return None
     version = file_version(stored)  # before it is read
     with contextlib.suppress(ProxyError):
-        check_target_allowed(request, config)
+        check_request_allowed(request, config)
         decision = decide(request, stored.head, config, now)
         selection = select_response(request, with_age(stored.head, now), stored.head.size, "")
         spans = () if request.method == "HEAD" else selection.spans
@@ -6943,7 +7031,7 @@ class Proxy:
 
     def _respond(self, request: Request) -> Response:
         config = self.config
-        check_target_allowed(request, config)
+        check_request_allowed(request, config)
         if max_forwards(request) == 0:
             return answer_as_final_recipient(request)
         stored = None if request.known_missing else look_up_for_client(self._store, self._origin, request)
@@ -6996,7 +7084,7 @@ class Proxy:
             detail = "for this client alone: " + ", ".join(private)
         response = self._origin.fetch(OriginRequest(
             request.method, request.target, fields, request.body, request.length, request.client_is_local,
-            follow, client=request.client, timings=request.timings))
+            follow, client=request.client, timings=request.timings, origins=self.config.origins))
         for key in invalidated_keys(request, response.head):
             # In this order: a download that is stored between two of these steps is deleted by the last.
             self._barrier.invalidate(key)
@@ -7091,12 +7179,12 @@ class Proxy:
 
     def connect_tunnel(self, request: Request) -> socket.socket:
         """Open the connection that a CONNECT asks for; ProxyError."""
-        check_target_allowed(request, self.config)
+        check_request_allowed(request, self.config)
         if self.config.offline:
             raise ProxyError("This proxy is offline.", 504)
         if request.target.port not in self.config.connect_ports:
-            raise ProxyError("CONNECT may not lead to port %d; the operator can add --connect-ports. What is "
-                             "fetched with http:// needs none, and is cached." % request.target.port, 403)
+            raise ProxyError("CONNECT to port %d is not allowed; the operator can add --connect-ports. What "
+                             "is fetched with http:// needs none, and is cached." % request.target.port, 403)
         return self._origin.connect(request.target, request.client_is_local, request.client)
 
     def add_listening_port(self, port: int) -> None:
@@ -8050,9 +8138,10 @@ class RequestBody:
 
 
 def error_response(error: ProxyError) -> Response:
-    """Return the response for an error: one sentence of plain text."""
+    """Return the response for an error: one sentence of plain text, and its cause in the status line."""
     detail = "%s; %s" % (str(error).rstrip("."), error.reason) if error.reason else str(error)
-    return Response(error_head(error.status), bytes_body((str(error) + "\n").encode()),
+    head = replace_fields(error_head(error.status), reason=reason_phrase(str(error)))
+    return Response(head, bytes_body((str(error) + "\n").encode()),
                     CacheStatus(error.outcome, error.forward, detail=detail))
 
 
@@ -8118,6 +8207,7 @@ def parse_request_head(data: bytes, is_local: bool, server_address: tuple[str, i
 
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
+TLS_HELLO = b"\x16\x03"  # how a client begins that takes the proxy for a server with TLS (RFC 8446 §5.1)
 
 
 def find_head_end(data: bytes, seen: int = 0) -> int:
@@ -8131,7 +8221,7 @@ def find_head_end(data: bytes, seen: int = 0) -> int:
     if end >= 0:
         return end + 4
     too_long = len(data) > MAX_HEAD or len(data) - data.rfind(b"\n") > MAX_LINE + 2
-    return -1 if too_long or _BARE_LF.search(data, max(0, seen - 1)) else 0
+    return -1 if too_long or data[:2] == TLS_HELLO or _BARE_LF.search(data, max(0, seen - 1)) else 0
 
 
 def progress(sock: socket.socket) -> tuple[int, bool]:
@@ -8513,11 +8603,11 @@ class Dispatcher:
         self.limiter = limiter
         self.affinity = affinity or (set(), set())  # the result of pin_threads()
         self._write_log = write_log
-        self._ids = itertools.cycle(range(1, 1000))  # of log lines
+        # Writes to the access log: request, status, outcome and what was sent to whom.  None: there is none.
+        self.log_access: Callable[[Request, int, Outcome, list[tuple[str, SendResult]]], None] | None = None
         self._refused = RecentEvents()  # clients, by address
         self._full_name = ""  # of this host; "" until it is known
-        self._name_lock = threading.Lock()  # guards _next_lookup
-        self._next_lookup = 0.0  # monotonic; infinite while a look-up is in progress
+        self._lookups = RecentEvents()  # of the full name
 
     # Access
 
@@ -8526,8 +8616,8 @@ class Dispatcher:
 
         The address is checked before anything is parsed.
         """
-        host, own_address = connection.host, connection.server_address
-        if host == own_address[0] or is_client_allowed(host, self.proxy.config.allow):
+        host, own_address, config = connection.host, connection.server_address, self.proxy.config
+        if host == own_address[0] or is_client_allowed(host, config.allow + config.lan):
             connection.access_key = connection.is_local, own_address
             return True
         if not connection.answered:
@@ -8539,34 +8629,30 @@ class Dispatcher:
 
     def _refuse(self, connection: ClientConnection) -> bytes:
         """Return the response to a client that may not connect; count it, and log it once in a while."""
-        error = ProxyError("%s may not use this proxy; its operator can add --allow." % connection.host, 403)
+        error = not_allowed_error(connection.host)
         response, request = error_response(error), Request("?", "?", Target("", "", 0, "/"), ())
-        size = response.body.length or 0
+        body = b"%s\n" % str(error).encode()
         quiet = not self._refused.note_first(connection.host, REFUSAL_LOG_INTERVAL)
-        result = SendResult(size, 0, 0.0, True, quiet)
+        result = SendResult(len(body), 0, 0.0, True, quiet)
         self.record_results(request, 403, response.cache_status, [(connection.host, result)])
-        head = with_date(response.head, time.time())
-        return render_response_head(request, head, size, response.cache_status, True, self.proxy.config) + (
-            b"%s\n" % str(error).encode())
+        head, status = with_date(response.head, time.time()), response.cache_status
+        return render_response_head(request, head, len(body), status, True, self.proxy.config) + body
 
     def host_names(self) -> tuple[str, str]:
         """Return this host's short and full name without waiting; the full name is "" while it is unknown.
 
-        Then start to look it up: in one thread, as it may take seconds, and NAME_RETRY seconds after the
-        end of the last attempt.
+        Then start to look it up: in a thread, as it may take seconds, and every NAME_RETRY seconds, which is
+        longer than a look-up takes.
         """
-        with self._name_lock, contextlib.suppress(StorageError):
-            if not self._full_name and time.monotonic() >= self._next_lookup:
-                self._next_lookup = time.monotonic() + NAME_RETRY  # if no thread can be started
+        if not self._full_name and self._lookups.note_first("", NAME_RETRY):
+            with contextlib.suppress(StorageError):  # no thread can be started
                 start_thread(self._look_up_name)
         return socket.gethostname().lower(), self._full_name
 
     def _look_up_name(self) -> None:
-        self._next_lookup = math.inf
         with contextlib.suppress(UnicodeError):  # a name that no name server can have
             name = socket.getfqdn().lower()  # the short name if the look-up fails
             self._full_name = name if "." in name else ""
-        self._next_lookup = time.monotonic() + NAME_RETRY
 
     def _check_name(self, request: Request) -> None:
         """Raise ProxyError if the client calls the proxy by a name that is not its own (see is_own_name)."""
@@ -8648,13 +8734,15 @@ class Dispatcher:
         """Count and log one response that was sent to several clients; ``text`` is log_text(), if known."""
         outcome = cache_status.outcome
         self.statistics.counters.add(outcome, sum([result.cached for _, result in results]), len(results))
+        if self.log_access:
+            self.log_access(request, status, outcome, results)
         if outcome is not Outcome.OWN:
             self.statistics.recent.note(request, status, cache_status, results)
         if log.isEnabledFor(logging.DEBUG if outcome is Outcome.OWN else logging.INFO):
             text = text or log_text(request, cache_status)
             timings = format_timings(request.timings) if request.timings else ""
-            self._write_log(["[%3d] %-15s %-9s %3d %9d bytes %7.3f s  %s%s%s" % (
-                next(self._ids), client, outcome._value_, status, result.size, result.took, text,
+            self._write_log(["%-12s %-6s %3d %8s %5.2fs %s%s%s" % (
+                client, outcome._value_, status, format_bytes(result.size), result.took, text,
                 "" if result.whole else ", incomplete", timings)
                 for client, result in results if not result.quiet])
 
@@ -8928,6 +9016,8 @@ class RequestReader:
         size = find_head_end(data)
         if not size:
             raise BadRequestError("The request head took longer than %d s." % REQUEST_HEAD_TIMEOUT, 408)
+        if data[:2] == TLS_HELLO:
+            raise BadRequestError("The proxy's address must start with http://, not https://.")
         try:
             parse = parse_request_head if 0 < size <= MAX_MEMOIZED_HEAD else parse_request_head.__wrapped__
             # An invalid head is parsed for its error; the line end makes an overlong last line a whole one.
@@ -9542,6 +9632,43 @@ def parse_filters(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
     return filters, errors
 
 
+class StartupError(Exception):
+    """pkgproxy cannot start, because an option's value cannot be used on this machine.
+
+    Its text is one or two sentences with the cause and a remedy; main() writes it to stderr.
+    """
+
+
+def load_file(name: str, path: str, parse: Callable[[str], tuple[list[Any], list[str]]]) -> tuple[Any, ...]:
+    """Read a file of filters or origins, as ``name`` says.  Raises StartupError if it cannot be used.
+
+    Messages from ``parse`` about lines that it has skipped are logged.  A byte order mark at the start is
+    ignored; editors on Windows write one.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(MAX_FILTERS + 1)
+        if len(text) > MAX_FILTERS:  # probably the wrong file: a package, or a device such as /dev/zero
+            raise OSError(errno.EFBIG, "it has more than %d characters" % MAX_FILTERS)
+        entries, errors = parse(text)
+    except (OSError, ValueError) as error:  # ValueError: also for text that is not UTF-8
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError("Cannot read the %s file %s: %s." % (name, path, reason)) from None
+    for message in errors:
+        log.warning("%s: %s", path, message)
+    log.info("Parsed %s from %s", format_count(len(entries), name[:-1]), path)
+    return tuple(entries)
+
+
+def load_files(config: Config) -> Config:
+    """Return the configuration with filters and origins as their files are now.  Raises StartupError."""
+    if config.filters_file:
+        config = replace_fields(config, filters=load_file("filters", config.filters_file, parse_filters))
+    if config.origins_file:
+        config = replace_fields(config, origins=load_file("origins", config.origins_file, parse_origins))
+    return config
+
+
 # Options --------------------------------------------------------------------------------------
 #
 # To add an option: add a field with its default to Config, and a row to OPTIONS.  parse_options() needs
@@ -9571,8 +9698,8 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
         # The text of these two is only checked here, and parsed where it is used.
         Option("-a --addr ADDR", "address to listen on; repeatable (:9999)", "addrs",
                lambda text: parse_addr(text) and text, REPEATED),
-        Option("--allow NET", "allowed clients; repeatable (loopback, private)", "allow",
-               lambda text: parse_networks([text]) and text, REPEATED),
+        Option("--allow NET", "further clients; repeatable (loopback, private, lan)", "allow",
+               lambda text: (text, parse_networks([text]))[0], REPEATED),
         Option("--name NAME", "another host name of the proxy; repeatable (none)", "names",
                parse_host_name, REPEATED),
         Option("--connect-ports PORTS", "ports that CONNECT may reach (443)", "connect_ports", parse_ports),
@@ -9590,6 +9717,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
         Option("--barrier URL", "coordinate instances by memcached (file locks)", "barrier", parse_barrier),
     ),
     "origins": (
+        Option("--origins FILE", "the only hosts that clients may reach (any)", "origins_file", parse_path),
         Option("--parent URL", "parent proxy, or none ($http_proxy, $https_proxy)", "parents"),
         Option("--ca-file FILE", "PEM certificates to trust in addition (none)", "ca_file", parse_path),
         Option("--adopt DIR", "also use packages found in DIR; repeatable (none)",
@@ -9598,6 +9726,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
         Option("--max-orphans N", "downloads that continue without clients (8)", "max_orphans", parse_count),
     ),
     "log and help": (
+        Option("--access-log FILE", "log for GoAccess and others (none)", "access_log", parse_path),
         Option("-v --verbose", "log more", "verbose", more={"action": "count"}),
         Option("-q --quiet", "do not log requests; twice: only errors", "quiet", more={"action": "count"}),
         Option("-V --version", "show the version and exit", more=VERSION),
@@ -9605,29 +9734,23 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
     ),
 }
 EPILOG = """Defaults are in parentheses.  Formats:
-  ADDR   :9999, 192.168.0.1:9999 or [::1]:9999
-  NET    loopback, private, all, or a network such as 203.0.113.0/24
-  PORTS  443,8443 or none
-  SIZE   500M, 20G or 1.5T
-  TIME   90m, 12h, 30d or 8w
+  ADDR   :9999, 192.168.0.1:9999 or [::1]:9999; PORTS 443,8443 or none
+  NET    all, or 203.0.113.0/24; "--allow none" first: without the defaults
+  SIZE   500M, 20G or 1.5T; TIME 90m, 12h, 30d or 8w
   FILE   for -f: one regular expression a line, searched in each URI
+         for --origins: one host name a line, or *.example.org
   URL    for --barrier memcached://HOST:PORT[,HOST:PORT]
          for --parent http://[NAME:PASSWORD@]HOST:PORT[,direct]
-
 Clients need only http_proxy=http://this-host:9999/, which also shows a page.
 Files can be removed from the cache with rm at any time."""
 
 
-def _argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Wrap a parser for argparse, which would replace the message of a ValueError with its own."""
-
-    def parse_argument(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse_argument
+def _parse_argument(parse: Callable[[str], Any], text: str) -> Any:
+    """Parse a value for argparse, which would replace the message of a ValueError with its own."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def make_argument_parser() -> argparse.ArgumentParser:
@@ -9642,8 +9765,9 @@ def make_argument_parser() -> argparse.ArgumentParser:
         for option in options:
             words = option.usage.split()
             flags = [word for word in words if word.startswith("-")]
-            settings: dict[str, Any] = {"dest": option.field, "metavar": "".join(words[len(flags):]),
-                                        "type": option.parse and _argument_type(option.parse)}
+            settings: dict[str, Any] = {
+                "dest": option.field, "metavar": "".join(words[len(flags):]),
+                "type": option.parse and functools.partial(_parse_argument, option.parse)}
             group.add_argument(*flags, help=option.help, **option.more,
                                **{name: value for name, value in settings.items() if value})
     return parser
@@ -9652,13 +9776,16 @@ def make_argument_parser() -> argparse.ArgumentParser:
 def parse_options(arguments: list[str]) -> tuple[Config, int]:
     """Return the configuration and the log level.  Exits with code 2 and one line if an option is invalid.
 
-    Options that are not given keep the defaults of Config.  Four fields come from elsewhere: parents and
+    Options that are not given keep the defaults of Config.  Some fields come from elsewhere: parents and
     no_proxy also from the environment, reuse_port also from --instance, and pseudonym from a random number.
+    --allow adds to the default, unless the first one is "none".
     """
     parser = make_argument_parser()
     given = vars(parser.parse_args(arguments))
     level = logging.INFO + 10 * given.pop("quiet", 0) - 10 * given.pop("verbose", 0)
     values: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in given.items()}
+    more = values.get("allow", ())
+    values["allow"] = more[1:] if more[:1] == ("none",) else Config.allow + more
     try:
         values["parents"] = parent_proxies(values.get("parents"), os.environ)
     except ValueError as error:
@@ -9672,33 +9799,6 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
 
 
 # Start ----------------------------------------------------------------------------------------
-
-
-class StartupError(Exception):
-    """pkgproxy cannot start, because an option's value cannot be used on this machine.
-
-    Its text is one or two sentences with the cause and a remedy; main() writes it to stderr.
-    """
-
-
-def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
-    """Read a filters file.  Invalid lines are logged and skipped; raises StartupError if it is unreadable.
-
-    A byte order mark at its start is ignored; editors on Windows write one.
-    """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read(MAX_FILTERS + 1)
-        if len(text) > MAX_FILTERS:  # probably the wrong file: a package, or a device such as /dev/zero
-            raise OSError(errno.EFBIG, "it has more than %d characters" % MAX_FILTERS)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StartupError("Cannot read the filters file %s: %s." % (path, reason)) from None
-    filters, errors = parse_filters(text)
-    for message in errors:
-        log.warning("%s: %s", path, message)
-    log.info("Parsed %s from %s", format_count(len(filters), "filter"), path)
-    return tuple(filters)
 
 
 def open_store(config: Config) -> Store:
@@ -9728,7 +9828,7 @@ def check_access_settings(config: Config) -> None:
 
     A --ca-file without certificates is reported now instead of with the first https request.
     """
-    log.info("Allowed clients: %s", ", ".join(config.allow))
+    log.info("Allowed clients: %s", ", ".join(config.allow) or "only this machine")
     for scheme, parent in config.parents:
         log.info("Using the parent proxy %s for %s origins%s", parent.place.authority, scheme,
                  ", with direct connections if it fails" if parent.or_direct else "")
@@ -9832,7 +9932,9 @@ def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.
             reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]
             message = "socket %d from systemd: %s." if descriptors else "%s: %s. Choose another with -a."
             raise StartupError("Cannot listen on " + message % (addr, reason)) from None
-        log.info("Starting proxy server at %s", display_address(sockets[-1]))
+        log.warning("Starting proxy server at %s", display_address(sockets[-1]))  # with -q, too
+    address = display_address(sockets[0])
+    log.info("Status page at http://%s/", socket.gethostname() + address if address[0] == ":" else address)
     return sockets
 
 
@@ -9891,29 +9993,76 @@ class SystemdNotifier:
                 format_bytes(counted["statsCacheBytes"])))
 
 
-def reload_filters(proxy: Proxy, notifier: SystemdNotifier) -> None:
-    """Read the filters file again.  If that fails, the previous filters remain in force."""
+def reload_files(proxy: Proxy, notifier: SystemdNotifier) -> None:
+    """Read the files of filters and origins again.  If that fails, the previous ones remain in force.
+
+    The access log needs nothing, because its file is opened for each write.
+    """
     notifier.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-    config = proxy.config
-    if config.filters_file:
-        try:
-            proxy.config = replace_fields(config, filters=load_filters(config.filters_file))
-        except StartupError as error:
-            log.error("%s The previous filters remain in force.", error)
+    try:
+        proxy.config = config = load_files(proxy.config)
+        if not (config.filters_file or config.origins_file):
+            log.info("Nothing to read again: neither --filters nor --origins is given")
+    except StartupError as error:
+        log.error("%s The previous filters and origins remain in force.", error)
     notifier.notify("READY=1")
+
+
+# Linux's requests for the address and the netmask of an interface (netdevice(7)).
+_SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
+
+
+def interface_addresses() -> Iterator[str]:
+    """Yield the addresses of this machine's interfaces as ADDRESS/PREFIX; OSError.
+
+    Outside Linux, only the IPv6 address from which the internet is reached, whose network is a /64
+    (RFC 4291 §2.5.4).  No packet is sent.
+    """
+    if sys.platform != "linux":
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            probe.connect(("2000::1", 9))
+            yield probe.getsockname()[0] + "/64"
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no IPv4 address
+                request = struct.pack("256s", name.encode())
+                yield "/".join(socket.inet_ntoa(fcntl.ioctl(probe, code, request)[20:24])
+                               for code in (_SIOCGIFADDR, _SIOCGIFNETMASK))
+    with open("/proc/self/net/if_inet6", encoding="ascii") as file:  # missing if IPv6 is disabled
+        for words in map(str.split, file):
+            yield "%s/%d" % (ipaddress.IPv6Address(bytes.fromhex(words[0])), int(words[2], 16))
+
+
+def with_lan(config: Config) -> Config:
+    """Return the configuration with this machine's present networks, if "lan" is allowed; log a change."""
+    interfaces: list[str] = []
+    with contextlib.suppress(OSError):
+        interfaces.extend(interface_addresses())  # keeps those before an error
+    lan = lan_networks(interfaces) if "lan" in config.allow else ()
+    if lan == config.lan:
+        return config
+    log.info("Networks of this machine, whose clients are allowed (lan): %s", ", ".join(lan) or "none")
+    return replace_fields(config, lan=lan)
 
 
 def wait_for_shutdown(servers: list[ProxyServer], proxy: Proxy, signals: queue.SimpleQueue[str],
                       notifier: SystemdNotifier) -> None:
-    """Return on SIGTERM or SIGINT. Meanwhile, send watchdog messages, and reload the filters on SIGHUP."""
+    """Return on SIGTERM or SIGINT.
+
+    Meanwhile, send watchdog messages, look at this machine's networks, and read files again on SIGHUP.
+    """
+    looks = RecentEvents()  # at the networks
     while True:
+        if looks.note_first("lan", LAN_INTERVAL):
+            proxy.config = with_lan(proxy.config)
         notifier.send_watchdog(min(server.last_iteration for server in servers))
         with contextlib.suppress(queue.Empty):
             name = signals.get(timeout=notifier.pause)  # Windows delivers signals only between two waits
             if name in ("SIGTERM", "SIGINT"):
                 return
             if name == "SIGHUP":
-                reload_filters(proxy, notifier)
+                reload_files(proxy, notifier)
 
 
 def serve(servers: list[ProxyServer], proxy: Proxy, signals: queue.SimpleQueue[str],
@@ -9951,8 +10100,10 @@ class QueueLogHandler(logging.Handler):
     Lines that are still queued at exit are written by flush(), which logging.shutdown() calls.
     """
 
-    def __init__(self, with_timestamps: bool) -> None:
+    def __init__(self, with_timestamps: bool,
+                 write_some: Callable[[bytes], int] = functools.partial(os.write, 2)) -> None:
         super().__init__()
+        self._write_some = write_some  # returns how many bytes it has written; OSError
         self._with_timestamps = with_timestamps
         self._timestamp = (0, "")  # whole seconds, and their text: formatted once a second
         self._queue: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()  # Event: set when written
@@ -9994,7 +10145,7 @@ class QueueLogHandler(logging.Handler):
             self._write_out(batch)
 
     def _write_out(self, batch: list[str | threading.Event]) -> None:
-        """Write the lines of a batch to descriptor 2, then set its events.
+        """Write the lines of a batch, then set its events.
 
         sys.stderr would keep lines that it failed to write (a full device), and fail again at exit.
         """
@@ -10002,12 +10153,45 @@ class QueueLogHandler(logging.Handler):
         with contextlib.suppress(OSError, ValueError):  # /dev/full, or stderr was closed
             while data:
                 try:
-                    data = data[os.write(2, data):]
+                    data = data[self._write_some(data):]
                 except BlockingIOError:  # the parent process made stderr non-blocking
                     time.sleep(LOG_BATCH_DELAY)
         for line in batch:
             if isinstance(line, threading.Event):
                 line.set()
+
+
+_append_errors = RecentEvents()  # by path
+
+
+def append_to_file(path: str, data: bytes) -> int:
+    """Append to a file and return how many bytes were written; OSError, which is also logged once a minute.
+
+    The file is opened each time, so that logrotate may rename it at any moment and need not copy it.
+    """
+    try:
+        with open(path, "ab", buffering=0) as file:
+            return file.write(data)
+    except OSError as error:
+        if _append_errors.note_first(path, REFUSAL_LOG_INTERVAL):
+            log.error("Cannot write to the access log %s: %s.", path, error.strerror)
+        raise
+
+
+def access_log_lines(request: Request, status: int, outcome: Outcome, results: list[tuple[str, SendResult]]
+                     ) -> list[str]:
+    """Return lines in the combined format of Apache and nginx, with the outcome as a further word.
+
+    The request line of a request that was not read is "-", as in Apache.  Characters that would end a
+    quoted string, or drive a terminal, are escaped as in nginx.
+    """
+    line = "%s %s HTTP/%d.%d" % (request.method, loggable_uri(request.uri), *request.version)
+    quoted = ['"%s"' % escape_control(text).replace("\\", "\\x5c").replace('"', "\\x22") for text in (
+        line if request.method != "?" else "-", loggable_uri(field_value(request.fields, "Referer") or "-"),
+        field_value(request.fields, "User-Agent") or "-")]
+    when = time.strftime("%d/%b/%Y:%H:%M:%S %z")
+    return [" ".join((client, "- - [%s]" % when, quoted[0], str(status), str(result.size), *quoted[1:],
+                      outcome._value_)) for client, result in results]
 
 
 def stderr_is_journal(stream: str) -> bool:
@@ -10039,10 +10223,11 @@ def run(config: Config, level: int) -> None:
     number = int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid()
     affinity = pin_threads(number)  # before the first thread, because threads inherit it
     log_handler = start_logging(level)
+    with contextlib.suppress(ValueError, RuntimeError):  # a size that this system does not support
+        threading.stack_size(STACK_SIZE)
     store = open_store(config)
-    if config.filters_file:
-        config = replace_fields(config, filters=load_filters(config.filters_file))
-    else:
+    config = with_lan(load_files(config))
+    if not config.filters_file:
         log.info("No filters file given")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         log.warning("Running as root: an unprivileged account is sufficient and safer")
@@ -10055,6 +10240,9 @@ def run(config: Config, level: int) -> None:
     proxy.start()
     statistics.history.start()
     dispatcher = Dispatcher(proxy, statistics, make_connection_limiter(), log_handler.write, affinity)
+    if config.access_log:
+        access_log = QueueLogHandler(False, functools.partial(append_to_file, config.access_log))
+        dispatcher.log_access = lambda *response: access_log.write(access_log_lines(*response))
     dispatcher.host_names()  # starts the look-up of the full name
     serve([ProxyServer(listening, dispatcher) for listening in sockets], proxy, signals,
           SystemdNotifier(os.environ, counters))

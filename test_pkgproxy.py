@@ -1553,7 +1553,7 @@ class NameRulesTest(unittest.TestCase):
                 ("203.0.113.9", ("203.0.113.0/24",), True), ("nonsense", ("all",), False)):
             with self.subTest(address=address, allow=allow):
                 self.assertEqual(pkgproxy.is_client_allowed(address, allow), expected)
-        self.assertRaises(ValueError, pkgproxy.parse_networks, ["lan"])
+        self.assertRaises(ValueError, pkgproxy.parse_networks, ["home"])
 
     def test_parent_proxies_come_from_the_option_or_the_environment(self):
         def found(option, **environment):
@@ -3708,7 +3708,7 @@ class ParentTest(ProxyCase):
         dead = "%s:%d" % place.__enter__()
         self.use_parents(dead)
         answer = self.request(self.url(0))
-        self.assertEqual((answer.status, answer.body), (502, b"Cannot connect to the parent proxy %s: Connection refused.\n" % dead.encode()))
+        self.assertEqual((answer.status, answer.body), (502, b"Cannot connect to the parent proxy %s: connection refused.\n" % dead.encode()))
         self.origin.pages["/x"] = ScriptedResponse(b"direct")
         ours = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", self.origin.port))]
         self.use_parents(dead + ",direct")
@@ -3786,7 +3786,7 @@ class ParentTest(ProxyCase):
                 self.parent.pages[url] = ScriptedResponse(b"secret")
                 answer = self.request_from_remote(url)
                 self.assertEqual((answer[9:12], b"secret" in answer, len(self.parent.log) - asked), (status, status == b"200", status == b"200"))
-        self.assertIn(b"mirror.test cannot be checked, and the parent proxy is on this host: Temporary failure in name resolution.", answer)
+        self.assertIn(b"mirror.test cannot be checked, and the parent proxy is on this host: temporary failure in name resolution.", answer)
 
     def test_a_response_from_a_local_parent_to_a_local_client_is_not_served_to_remote_clients(self):
         self.assertEqual(self.request(self.url(0)).body, b"0")
@@ -3880,7 +3880,7 @@ class TlsOriginTest(ProxyCase):
 
             threading.Thread(target=answer_in_clear).start()
             answer = self.request("https://127.0.0.1:%d/x" % plain.getsockname()[1])
-        self.assertRegex(answer.body.decode(), r"\AThe request to 127\.0\.0\.1:\d+ failed: [^\[(]*\.\n\Z")
+        self.assertRegex(answer.body.decode(), r"\A127\.0\.0\.1:\d+ does not speak TLS\.\n\Z")
         with socket.create_server(("127.0.0.1", 0)) as mute, mock.patch.object(pkgproxy, "CONNECT_TIMEOUT", 0.1):
             answer = self.request("https://127.0.0.1:%d/x" % mute.getsockname()[1])
         self.assertRegex(answer.body.decode(), r"\ANo answer from 127\.0\.0\.1:\d+ in time: [^.:]*\.\n\Z")
@@ -8053,7 +8053,7 @@ class PagesTest(ProxyCase):
                 self.get_own_page(path)
             self.get_own_page("/nothing")
             self.wait_until_idle()
-        self.assertEqual([record.getMessage().split()[3:5] for record in caught.records], [["refused", "404"]])
+        self.assertEqual([record.getMessage().split()[1:3] for record in caught.records], [["refused", "404"]])
         self.assertEqual([row["outcome"] for row in self.view()["recent"]], ["refused"], "and not shown")
 
     def test_proxy_autoconfiguration_is_for_http_alone(self):
@@ -8214,7 +8214,7 @@ class ServerTest(ProxyCase):
             connection.sendall(self.raw_request("/x_1.deb", more=b"Connection: close\r\n"))
             answer = read_to_end(connection)
         self.assertEqual(answer[:12], b"HTTP/1.1 403")
-        self.assertIn(b"127.0.0.2 may not use this proxy; its operator can add --allow", answer)
+        self.assertIn(b"127.0.0.2 may not use this proxy: its operator can add --allow 127.0.0.2", answer)
         self.assertEqual(self.origin.log, [])
         self.assertEqual(self.request("/x_1.deb").status, 200, "local clients are always allowed")
 
@@ -8266,8 +8266,8 @@ class ServerTest(ProxyCase):
                 until(lambda count=count: len(caught.records) == count)  # it is written after the response was sent
                 self.wait_until_idle()
         lines = [record.getMessage() for record in caught.records]
-        self.assertRegex(lines[0], r"\A\[  1\] 127\.0\.0\.1       miss      200       100 bytes   \d\.\d\d\d s  GET http://127\.0\.0\.1:\d+/x_1\.deb\Z")
-        self.assertRegex(lines[1], r"\A\[  2\] .* hit +200 +100 bytes ")
+        self.assertRegex(lines[0], r"\A127\.0\.0\.1    miss   200    100 B  \d\.\d\ds GET http://127\.0\.0\.1:\d+/x_1\.deb\Z")
+        self.assertRegex(lines[1], r"\A127\.0\.0\.1    hit    200    100 B ")
 
     def test_a_verbose_log_shows_where_the_time_of_a_request_went(self):
         with self.assertLogs("pkgproxy", "DEBUG") as caught:
@@ -8827,7 +8827,7 @@ class AccessTest(ProxyCase):
         port = self.address[1]
         for url in ("http://127.0.0.1:%d/x_1.0.deb" % port, "http://localhost:%d/x_1.0.deb" % port, "http://127.0.0.9:%d/x_1.0.deb" % port):
             answer = self.request(url)
-            self.assertEqual((answer.status, answer.reason), (508, "Loop Detected"))
+            self.assertEqual(answer.status, 508)
             self.assertIn(b"leads back to this proxy", answer.body)
 
     def test_refused_clients_are_logged_once_and_closed(self):
@@ -8855,7 +8855,7 @@ class AccessTest(ProxyCase):
                         one.sendall(data)
                         answer = read_to_end(one)
                     head, _, body = answer.partition(b"\r\n\r\n")
-                    self.assertEqual((head[:12], body), (b"HTTP/1.1 403", b"127.0.0.2 may not use this proxy; its operator can add --allow.\n"))
+                    self.assertEqual((head[:12], body), (b"HTTP/1.1 403", b"127.0.0.2 may not use this proxy: its operator can add --allow 127.0.0.2.\n"))
                     self.assertIn(b"\r\nContent-Length: %d\r\n" % len(body), head)
             self.assertEqual([parser.call_count for parser in tried], [0] * len(tried))
 
@@ -8944,12 +8944,13 @@ class AccessTest(ProxyCase):
         self.assertIn(b" 200 ", self.send_raw(b"GET /status.json HTTP/1.0\r\n\r\n")[:13], "browsers always send a Host field")
 
     def test_the_full_name_is_looked_up_in_one_thread_until_it_is_known(self):
-        ready, names = threading.Event(), iter(("box", "Box.corp.example"))
+        ready, names, ended = threading.Event(), iter(("box", "Box.corp.example")), []
         self.addCleanup(ready.set)
 
         def look_up():
             ready.wait(PATIENCE)
-            return next(names)
+            ended.append(next(names))
+            return ended[-1]
 
         def status():
             return self.send_raw(b"GET /healthz HTTP/1.1\r\nHost: box.corp.example:%d\r\nConnection: close\r\n\r\n" % self.address[1])[9:12]
@@ -8958,9 +8959,9 @@ class AccessTest(ProxyCase):
             self.assertEqual([status() for _ in range(20)], [b"421"] * 20, "nobody waits for the look-up")
             self.assertEqual(asked.call_count, 1)
             ready.set()
-            until(lambda: self.server.dispatcher._next_lookup < math.inf, "the end of the look-up, which fails")
+            until(lambda: ended, "the end of the look-up, which fails")
             self.assertEqual([status(), asked.call_count], [b"421", 1], "it is not repeated at once")
-            self.server.dispatcher._next_lookup = time.monotonic()
+            self.server.dispatcher._lookups.forget("")
             status()
             until(lambda: status() == b"200", "the end of the second look-up")
             self.assertEqual(asked.call_count, 2)
@@ -8976,7 +8977,7 @@ class AccessTest(ProxyCase):
         for text in ("", "x", "0", "70000", "443,", "443 8443", "-1"):
             self.assertRaises(ValueError, pkgproxy.parse_ports, text)
         answer = self.send_raw(b"CONNECT a.test:8443 HTTP/1.1\r\nHost: a.test\r\n\r\n")
-        self.assertIn(b"CONNECT may not lead to port 8443; the operator can add --connect-ports. What is fetched with http:// needs none", answer)
+        self.assertIn(b"CONNECT to port 8443 is not allowed; the operator can add --connect-ports. What is fetched with http:// needs none", answer)
 
 
 class TunnelTest(ProxyCase):
@@ -9070,7 +9071,7 @@ class TunnelTest(ProxyCase):
     def test_failures_are_reported_in_a_sentence(self):
         self.listener.close()
         answer = self.send_raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port)
-        self.assertRegex(answer, rb"(?s)\AHTTP/1\.1 502 .*\r\n\r\nCannot connect to 127\.0\.0\.1:\d+: Connection refused\.\n\Z")
+        self.assertRegex(answer, rb"(?s)\AHTTP/1\.1 502 .*\r\n\r\nCannot connect to 127\.0\.0\.1:\d+: connection refused\.\n\Z")
         self.start_proxy(Config(addrs=(), connect_ports=()))
         self.assertIn(b" 403 ", self.send_raw(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % self.port))
         self.start_proxy(Config(addrs=(), offline=True))
@@ -9774,10 +9775,10 @@ class CommandLineTest(unittest.TestCase):
         self.addCleanup(process.kill)
         lines = []
         for line in process.stderr:
-            if not re.search("Allowed clients|Running as root", line):
+            if not re.search("Allowed clients|Networks of this machine|Running as root", line):
                 lines.append(line.rstrip("\n"))
-            if "Starting" in line:
-                return process, lines
+            if "Status page" in line:
+                return process, lines[:-1]
         raise AssertionError("it did not start: %s" % lines)
 
     def run_to_end(self, *arguments, env=None):
@@ -9802,7 +9803,7 @@ class CommandLineTest(unittest.TestCase):
     def test_it_logs_who_may_connect_and_warns_root(self):
         proxy = ProxyProcess(os.path.join(self.folder, "root"), ["--allow", "10.0.0.0/8", "--allow", "loopback"])
         proxy.stop()
-        self.assertIn("Allowed clients: 10.0.0.0/8, loopback\n", proxy.log())
+        self.assertIn("Allowed clients: loopback, private, lan, 10.0.0.0/8, loopback\n", proxy.log())
         self.assertEqual("Running as root: an unprivileged account is sufficient" in proxy.log(), os.geteuid() == 0)
 
     def test_it_adopts_packages_from_existing_folders(self):
@@ -9895,7 +9896,7 @@ class CommandLineTest(unittest.TestCase):
             self.assertIn(expected, process.stderr.readline())
         os.unlink(path)
         process.send_signal(signal.SIGHUP)
-        self.assertIn("The previous filters remain in force.", process.stderr.readline())
+        self.assertIn("The previous filters and origins remain in force.", process.stderr.readline())
 
     def test_it_listens_on_both_protocols(self):
         try:
@@ -9912,7 +9913,7 @@ class CommandLineTest(unittest.TestCase):
 
     def test_several_addresses_are_served(self):
         process, lines = self.start_process("-a", "127.0.0.1:0")
-        self.assertIn("Starting proxy server at 127.0.0.1:", process.stderr.readline())
+        self.assertEqual(len([line for line in lines if "Starting proxy server at 127.0.0.1:" in line]), 2)
 
     def test_invalid_settings_are_reported_in_one_line(self):
         Path(self.folder, "file").write_text("")
@@ -9924,11 +9925,11 @@ class CommandLineTest(unittest.TestCase):
                 (["-f", "missing"], 1, "No such file"), (["-f", "binary"], 1, "Cannot read the filters file binary: "),
                 (["-f", "endless"], 1, "filters file endless: it has more than 1048576 characters"), (["-f", "."], 1, "directory"), (["-a", "9999"], 2, "use :9999"), (["-a", ":x"], 2, "use :9999"),
                 (["-a", ":70000"], 2, "use :9999"), (["-a", "nowhere.invalid:0"], 1, "Cannot listen"),
-                (["--parent", "socks5://a"], 2, "--parent: Invalid parent proxy; use http://"), (["--ca-file", "missing"], 1, "Cannot use the certificates in missing: No such file"),
+                (["--parent", "socks5://a"], 2, "--parent: Invalid parent proxy; use http://"), (["--ca-file", "missing"], 1, "Cannot use the certificates in missing: no such file"),
                 (["--ca-file", "file"], 1, "Cannot use the certificates in file: no certificate"), (["--barrier", "redis://a:1"], 2, "use memcached://"),
                 (["-r", ""], 2, "-r/--root: Invalid path ''"), (["--adopt", ""], 2, "--adopt: Invalid path ''"),
                 (["-f", ""], 2, "--filters: Invalid path ''"), (["--ca-file", ""], 2, "--ca-file: Invalid path ''"),
-                (["--connect-ports", "0"], 2, "--connect-ports: Invalid port list '0'; use 443,8443 or none"), (["--allow", "lan"], 2, "write loopback, private"), (["--name", "a b"], 2, "--name: 'a b' is not a host name; write proxy.example.org"),
+                (["--connect-ports", "0"], 2, "--connect-ports: Invalid port list '0'; use 443,8443 or none"), (["--allow", "home"], 2, "write loopback, private, lan, all, none or 203"), (["--name", "a b"], 2, "--name: 'a b' is not a host name; write proxy.example.org"),
                 (["--name", "http://a/"], 2, "is not a host name"), (["--allow", "10.0.0.1/8"], 2, "write loopback"),
                 (["--max-orphans", "x"], 2, "--max-orphans: Invalid number 'x'; use 0 to 10000"), (["--max-orphans", "-1"], 2, "use 0 to 10000"), (["--unknown"], 2, "unknown"),
                 (["--max-size", "much"], 2, "--max-size: Invalid size 'much'; use 500M, 20G or 1.5T"), (["--min-free", "5%"], 2, "--min-free: Invalid size '5%'"),
@@ -9962,7 +9963,7 @@ class CommandLineTest(unittest.TestCase):
     def test_a_byte_order_mark_is_not_part_of_a_filter(self):
         path = os.path.join(self.folder, "filters.txt")
         Path(path).write_bytes(b"\xef\xbb\xbf# comment\na\n")
-        self.assertEqual([f.pattern for f in pkgproxy.load_filters(path)], ["a"])
+        self.assertEqual([f.pattern for f in pkgproxy.load_file("filters", path, pkgproxy.parse_filters)], ["a"])
 
     def test_version_and_help(self):
         self.assertEqual(self.run_to_end("--version").stdout, "pkgproxy %s\n" % pkgproxy.__version__)
@@ -9979,7 +9980,8 @@ class CommandLineTest(unittest.TestCase):
         given = {"ADDR": ("127.0.0.1:0", "[::1]:0"), "NET": ("all", "loopback"), "PORTS": ("80",), "SIZE": ("1G",), "TIME": ("1d",),
                  "DIR": ("/a", "/b"), "FILE": ("/a",), "URL": ("memcached://a",), "N": ("3",), "NAME": ("a", "b")}
         expected = {"connect_ports": (80,), "max_size": 1 << 30, "min_free": 1 << 30, "max_age": 86400.0, "max_orphans": 3, "root": "/b",
-                    "barrier": (("a", 11211),), "instance": "b", "filters_file": "/a", "ca_file": "/a", "adopt": ("/a", "/b")}
+                    "barrier": (("a", 11211),), "instance": "b", "filters_file": "/a", "ca_file": "/a", "adopt": ("/a", "/b"), "allow": (*Config.allow, "all", "loopback"),
+                    "origins_file": "/a", "access_log": "/a"}
         default, seen = Config(), set()
         for usage, _, field, _, more in (option for options in pkgproxy.OPTIONS.values() for option in options):
             flag, *rest = usage.split()
@@ -9994,7 +9996,7 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual(found, expected.get(field, repeated))
                 self.assertNotEqual(found, getattr(default, field))
         others = {field.name for field in dataclasses.fields(Config)} - seen
-        self.assertEqual(others, {"filters", "pseudonym", "no_proxy", "parents"}, "an option that sets no field, or a field without one")
+        self.assertEqual(others, {"filters", "origins", "lan", "pseudonym", "no_proxy", "parents"}, "an option that sets no field, or a field without one")
 
     def test_without_options_the_configs_own_defaults_hold(self):
         with mock.patch.dict(os.environ, clear=True):
