@@ -217,7 +217,7 @@ MULTIPART_BOUNDARY = secrets.token_hex(12)
 MAX_CONNECTIONS = 4000  # clients; fewer if descriptors are short.  Each busy one takes a thread
 LISTEN_BACKLOG = 256  # connections waiting for accept(); a fleet started by cron arrives at once
 REQUESTS_PER_TURN = 4  # requests of one client answered before the next client's turn
-STACK_SIZE = 512 * 1024  # bytes of address space for a thread; the system's 8 MB do not fit small machines
+STACK_SIZE = 2 * 1024 * 1024  # bytes of address space for a thread, of the usual 8 MB; Python 3.13 needs 1.5 MB
 MAX_IDLE_THREADS = 16  # idle threads kept; ready for the next burst of requests
 THREAD_IDLE_TIMEOUT = 5.0  # seconds an idle thread waits; within a burst the gaps are shorter
 HOT_CACHE_SIZE = 32  # small responses ready to be sent again; each holds a descriptor
@@ -10214,6 +10214,20 @@ def start_logging(level: int) -> QueueLogHandler:
 # Main -----------------------------------------------------------------------------------------
 
 
+def limit_address_space() -> None:
+    """Let threads that start from now on take little address space, for machines and containers that limit it.
+
+    Besides 8 MB of stack for each thread, glibc reserves 64 MB for each of up to 8 heaps a processor, which
+    only keep threads that run at the same time from waiting for each other: Python's do not.
+    """
+    # Each exception is that of a system without the one or the other; MemoryError is systemd's
+    # MemoryDenyWriteExecute, under which ctypes may be unusable.
+    with contextlib.suppress(RuntimeError, ImportError, OSError, AttributeError, TypeError, MemoryError):
+        threading.stack_size(STACK_SIZE)
+        import ctypes
+        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX: 2 heaps
+
+
 def run(config: Config, level: int) -> None:
     """Start pkgproxy, serve until a signal arrives, and stop.  Raises StartupError.
 
@@ -10223,8 +10237,7 @@ def run(config: Config, level: int) -> None:
     number = int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid()
     affinity = pin_threads(number)  # before the first thread, because threads inherit it
     log_handler = start_logging(level)
-    with contextlib.suppress(ValueError, RuntimeError):  # a size that this system does not support
-        threading.stack_size(STACK_SIZE)
+    limit_address_space()
     store = open_store(config)
     config = with_lan(load_files(config))
     if not config.filters_file:

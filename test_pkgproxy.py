@@ -10034,6 +10034,340 @@ class CommandLineTest(unittest.TestCase):
         until(answers)
 
 
+class ErrorTextTest(ProxyCase):
+    """What apt shows of an error: the status line, which names the cause."""
+
+    def test_the_status_line_names_the_cause(self):
+        def raise_unknown(*_):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+        def raise_no_answer(*_):
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+        with refusing_address() as (host, port):
+            for url, look_up, status, reason in (
+                    ("http://nosuch.invalid/x_1.0.deb", raise_unknown, 502, "Cannot resolve nosuch.invalid"),
+                    ("http://nosuch.invalid/x_1.0.deb", raise_no_answer, 502, "Cannot resolve nosuch.invalid: temporary failure in name resolution"),
+                    ("http://%s:%d/x" % (host, port), pkgproxy.resolve_addresses, 502, "Cannot connect to %s:%d: connection refused" % (host, port)),
+                    ("http://127.0.0.1:%d/x" % self.address[1], pkgproxy.resolve_addresses, 508, "127.0.0.1:%d leads back to this proxy" % self.address[1])):
+                with self.subTest(reason=reason), mock.patch.object(pkgproxy, "resolve_addresses", look_up):
+                    answer = self.request(url)
+                    self.assertEqual((answer.status, answer.reason), (status, reason))
+                    self.assertEqual(answer.body, reason.encode() + b".\n")
+
+    def test_a_refused_tunnel_names_the_port(self):
+        answer = self.send_raw(b"CONNECT a.test:8443 HTTP/1.1\r\nHost: a.test\r\n\r\n")
+        self.assertEqual(answer.partition(b"\r\n")[0], b"HTTP/1.1 403 CONNECT to port 8443 is not allowed")
+
+    def test_tls_at_the_plain_port_is_answered_at_once(self):
+        with mock.patch.object(pkgproxy, "REQUEST_HEAD_TIMEOUT", 3 * PATIENCE):
+            hello = ssl.MemoryBIO()
+            with contextlib.suppress(ssl.SSLWantReadError):
+                ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), hello, server_hostname="a.test").do_handshake()
+            answer = self.send_raw(hello.read())
+        self.assertEqual(answer.partition(b"\r\n")[0], b"HTTP/1.1 400 The proxy's address must start with http://, not https://")
+
+    def test_nothing_from_outside_is_unescaped_in_a_reason_phrase(self):
+        for text in ("a\r\nSet-Cookie: b", "\x00\x1b[31m\x7f\x85", "caf\xe9 \u2713 \U0001f600", "x" * 500, "\n" * 500, "\u2713" * 200, "", ".", "; x", "a. b"):
+            with self.subTest(text=text):
+                response = pkgproxy.error_response(pkgproxy.ProxyError("Bad: %s." % text, 502))
+                self.assertRegex(response.head.reason, r"\ABad:[ -~]{0,116}\Z")
+                self.assertLessEqual(len(response.head.reason), 120)
+                line = pkgproxy.render_head(response.head, response.head.fields).partition(b"\r\n")[0]
+                self.assertRegex(line, rb"\AHTTP/1\.1 502 Bad:[ -~]*\Z")
+
+    def test_a_refused_client_is_told_the_option_and_its_network(self):
+        for address, network in (("203.0.113.9", "203.0.113.9"), ("2001:db8:1:2:3::9", "2001:db8:1:2::/64"), ("2001:db8::9%eth0", "2001:db8::/64")):
+            error = pkgproxy.error_response(pkgproxy.not_allowed_error(address))
+            self.assertEqual(error.head.reason, "%s may not use this proxy: its operator can add --allow %s" % (address, network))
+            pkgproxy.parse_networks([network])
+
+
+class OriginListTest(ProxyCase):
+    """--origins: only listed hosts may be reached."""
+
+    config = Config(addrs=(), pseudonym="tested", origins=("127.0.0.1", "deb.example.org", "*.example.net"))
+
+    def test_a_file_of_origins(self):
+        text = "# all\n\n deb.Example.org.  # a comment\n*.example.net\n192.0.2.1\n2001:db8::1\n"
+        self.assertEqual(pkgproxy.parse_origins(text)[0], ["deb.example.org", "*.example.net", "192.0.2.1", "2001:db8::1"])
+        for text in ("", "# nothing\n\n", "http://a/", "a b", "*", "*.", "a.*.b", "a:80", "caf\xe9.test", "**.a", "-\x00"):
+            self.assertRaises(ValueError, pkgproxy.parse_origins, text)
+
+    def test_which_hosts_are_in_the_list(self):
+        for host, allowed in (("deb.example.org", True), ("deb.example.org.", True), ("example.org", False), ("x.deb.example.org", False), ("a.example.net", True),
+                              ("a.b.example.net", True), ("example.net", False), ("badexample.net", False), ("127.0.0.1", True), ("127.1", False)):
+            with self.subTest(host=host):
+                try:
+                    pkgproxy.check_target_allowed(Target("http", host, 80, "/"), True, self.config.origins)
+                    self.assertTrue(allowed)
+                except pkgproxy.ProxyError as error:
+                    self.assertEqual((error.status, allowed), (403, False))
+
+    def test_other_hosts_are_a_403_in_every_form_of_request(self):
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"x" * 100)
+        self.assertEqual(self.request("/x_1.0.deb").status, 200)
+        url = b"localhost:%d/x_1.0.deb" % self.origin.port
+        for line, host in ((b"GET http://" + url, b"a"), (b"GET /http://" + url, b"127.0.0.1"), (b"GET /" + url, b"127.0.0.1"), (b"POST http://" + url, b"a"),
+                           (b"HEAD http://" + url, b"a"), (b"GET /x_1.0.deb", b"other.test"), (b"CONNECT localhost:443", b"localhost")):
+            with self.subTest(line=line):
+                answer = self.send_raw(line + b" HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % host)
+                self.assertRegex(answer, rb"\AHTTP/1\.1 403 \S+ is not an allowed origin\r\n")
+        self.assertEqual([entry.target for entry in self.origin.log], ["/x_1.0.deb"])
+        self.assertEqual(self.get_own_page("/healthz").status, 200)
+
+    def test_every_redirect_is_checked(self):
+        with contextlib.closing(ScriptedOrigin()) as other:
+            other.pages["/x_1.0.deb"] = ScriptedResponse(b"y" * 100)
+            self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"", 302, [("Location", "http://localhost:%d/x_1.0.deb" % other.port)])
+            answer = self.request("/x_1.0.deb")
+            self.assertEqual((answer.status, answer.reason, other.log), (403, "localhost is not an allowed origin", []))
+            self.start_proxy(dataclasses.replace(self.config, origins=(*self.config.origins, "localhost")))
+            self.assertEqual(self.request("/x_1.0.deb").body, b"y" * 100)
+
+    def test_what_is_stored_from_another_host_is_not_served(self):
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"x" * 100)
+        for origins, expected in ((("127.0.0.1",), 200), (("127.0.0.1",), 200), (("a.test",), 403), (None, 200)):
+            self.proxy.config = dataclasses.replace(self.proxy.config, origins=origins)
+            self.assertEqual(self.request("/x_1.0.deb").status, expected)
+            self.wait_until_idle()
+
+
+class LanTest(unittest.TestCase):
+    """Clients in the networks of this machine's interfaces are allowed."""
+
+    def test_networks_that_are_neither_private_nor_too_wide(self):
+        for interfaces, networks in (
+                ((), ()), (("127.0.0.1/8", "::1/128", "192.168.7.1/24", "10.1.2.3/255.0.0.0", "fe80::1/64", "fd00::1/64"), ()),
+                (("2001:db8:1:2:3::9/64", "2001:db8:1:2:4::9/64", "203.0.113.9/255.255.255.0"), ("2001:db8:1:2::/64", "203.0.113.0/24")),
+                (("2001:db8::1/128",), ("2001:db8::1/128",)), (("10.0.0.1/0.0.0.0", "2001:db8::1/0", "203.0.113.1/1"), ())):
+            self.assertEqual(pkgproxy.lan_networks(interfaces), networks)
+
+    @unittest.skipUnless(sys.platform == "linux", "reads Linux's list of interfaces")
+    def test_the_interfaces_of_this_machine(self):
+        found = set(pkgproxy.interface_addresses())
+        self.assertIn("127.0.0.1/255.0.0.0", found)
+        for line in Path("/proc/self/net/if_inet6").read_text().splitlines() if os.path.exists("/proc/self/net/if_inet6") else ():
+            digits, _, length = line.split()[:3]
+            self.assertIn("%s/%d" % (pkgproxy.ipaddress.ip_address(int(digits, 16).to_bytes(16, "big")), int(length, 16)), found)
+
+    def test_elsewhere_the_network_of_the_address_that_reaches_the_internet(self):
+        probe = mock.MagicMock()
+        probe.return_value.__enter__.return_value.getsockname.return_value = ("2001:db8:5::9", 1, 0, 0)
+        with mock.patch.object(sys, "platform", "darwin"), mock.patch.object(socket, "socket", probe):
+            self.assertEqual(pkgproxy.lan_networks(pkgproxy.interface_addresses()), ("2001:db8:5::/64",))
+
+    def test_a_client_is_allowed_while_its_network_is_the_machines(self):
+        config, names = Config(), {"2001:db8:5::9/64"}
+        with mock.patch.object(pkgproxy, "interface_addresses", lambda: iter(names)), self.assertLogs("pkgproxy", "INFO") as caught:
+            config = pkgproxy.with_lan(config)
+            self.assertIs(pkgproxy.with_lan(config), config)
+            self.assertEqual(config.lan, ("2001:db8:5::/64",))
+            self.assertEqual([pkgproxy.is_client_allowed(a, config.allow + config.lan) for a in ("2001:db8:5::1", "2001:db8:6::1")], [True, False])
+            names = {"2001:db8:6::9/64"}  # a new day, a new prefix
+            config = pkgproxy.with_lan(config)
+            self.assertEqual([pkgproxy.is_client_allowed(a, config.allow + config.lan) for a in ("2001:db8:5::1", "2001:db8:6::1")], [False, True])
+            self.assertEqual(pkgproxy.with_lan(dataclasses.replace(config, allow=("loopback",))).lan, ())
+        self.assertIn("Networks of this machine, whose clients are allowed (lan): 2001:db8:6::/64", caught.output[1])
+
+    def test_interfaces_that_cannot_be_listed_do_no_harm(self):
+        def fail_later():
+            yield "2001:db8:5::9/64"
+            raise FileNotFoundError("if_inet6")
+
+        with mock.patch.object(pkgproxy, "interface_addresses", fail_later):
+            self.assertEqual(pkgproxy.with_lan(Config()).lan, ("2001:db8:5::/64",))
+
+    def test_the_networks_are_looked_up_again_while_the_proxy_runs(self):
+        proxy, signals, manager = mock.Mock(config=Config()), queue.SimpleQueue(), mock.Mock(pause=0.01)
+        names = iter((["2001:db8:5::9/64"], ["2001:db8:6::9/64"]))
+
+        def interfaces():
+            yield from next(names)
+            if proxy.config.lan:
+                signals.put("SIGTERM")
+
+        with mock.patch.object(pkgproxy, "interface_addresses", interfaces), mock.patch.object(pkgproxy, "LAN_INTERVAL", 0.0):
+            pkgproxy.wait_for_shutdown([types.SimpleNamespace(last_iteration=0.0)], proxy, signals, manager)
+        self.assertEqual(proxy.config.lan, ("2001:db8:6::/64",))
+
+    def test_allow_adds_to_the_default_unless_it_begins_with_none(self):
+        for words, expected in (([], ("loopback", "private", "lan")), (["10.0.0.0/8"], ("loopback", "private", "lan", "10.0.0.0/8")), (["none"], ()),
+                                (["none", "lan", "::1"], ("lan", "::1"))):
+            self.assertEqual(pkgproxy.parse_options([part for word in words for part in ("--allow", word)])[0].allow, expected)
+
+
+class AccessLogTest(ProxyCase):
+    """--access-log: a file in the combined format."""
+
+    LINE = re.compile(r'(\S+) - - \[(\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4})\] "([^"]*)" (\d{3}) (\d+) "([^"]*)" "([^"]*)" (\w+)')
+
+    def setUp(self):
+        super().setUp()
+        self.path = os.path.join(self.folder, "access.log")
+        Path(self.folder, "origins").write_text("127.0.0.1\nno.invalid\n")
+        self.process = ProxyProcess(os.path.join(self.folder, "other"), ("-q", "--access-log", self.path, "--origins", os.path.join(self.folder, "origins")))
+        self.addCleanup(self.process.kill)
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"x" * 5000)
+
+    def fetch(self, path="/x_1.0.deb", **fields):
+        with urllib.request.build_opener(urllib.request.ProxyHandler({"http": self.process.url})).open(
+                urllib.request.Request(self.origin.url(path), headers=fields)) as answer:
+            return answer.read()
+
+    def rows(self, count):
+        """Return the fields of each line, when there are ``count``."""
+        until(lambda: os.path.exists(self.path) and Path(self.path).read_text().count("\n") >= count, "%d lines of the log" % count)
+        lines = Path(self.path).read_text().splitlines()
+        return [self.LINE.fullmatch(line).groups() for line in lines]
+
+    def test_a_line_has_the_combined_format_and_ends_in_the_outcome(self):
+        self.fetch(Referer='http://me:secret@a/"\\', **{"User-Agent": 'x"\\'})
+        self.fetch()
+        with socket.create_connection(self.process.address) as one:
+            one.sendall(b"nonsense\r\n\r\n")
+            read_to_end(one)
+        rows, url = self.rows(3), self.origin.url("/x_1.0.deb")
+        self.assertEqual(rows[0][0], "127.0.0.1")
+        self.assertLess(abs(time.mktime(time.strptime(rows[0][1][:20], "%d/%b/%Y:%H:%M:%S")) - time.time()), 60)
+        self.assertEqual(rows[0][2:], ("GET %s HTTP/1.1" % url, "200", "5000", "http://a/\\x22\\x5c", "x\\x22\\x5c", "miss"))
+        self.assertEqual((rows[1][2], rows[1][7]), ("GET %s HTTP/1.1" % url, "hit"))
+        self.assertEqual((rows[2][3], rows[2][7]), ("400", "refused"))
+
+    def test_lines_still_queued_at_the_end_are_written(self):
+        self.fetch()
+        self.process.stop()
+        self.assertEqual(len(self.rows(1)), 1)
+        self.assertRegex(self.process.log(), r"Starting proxy server at 127\.0\.0\.1:\d+\n", "-q says where it listens")
+        self.assertNotIn("Status page", self.process.log())
+
+    def test_a_renamed_log_is_reopened(self):
+        self.fetch()
+        self.rows(1)
+        os.rename(self.path, self.path + ".1")
+        self.process.process.send_signal(signal.SIGHUP)
+        self.fetch()
+        self.assertEqual(self.rows(1)[0][7], "hit")
+        self.assertEqual(Path(self.path + ".1").read_text().count("\n"), 1)
+
+    def test_a_disk_error_costs_no_reply_and_is_logged_once(self):
+        os.mkdir(self.path)
+        for _ in range(3):
+            self.assertEqual(self.fetch(), b"x" * 5000)
+        until(lambda: "access.log: Is a directory." in self.process.log())
+        os.rmdir(self.path)
+        self.fetch()
+        self.assertEqual(len(self.rows(1)), 1)
+        self.process.stop()
+        self.assertEqual(self.process.log().count("Cannot write to the access log"), 1)
+
+    @unittest.skipUnless(shutil.which("logrotate"), "logrotate is not installed")
+    def test_logrotate_needs_no_copytruncate(self):
+        rules = Path(self.folder, "rules")
+        rules.write_text("%s {\n rotate 3\n compress\n missingok\n nocreate\n postrotate\n kill -HUP %d\n endscript\n}\n" % (self.path, self.process.process.pid))
+        os.chmod(self.folder, 0o755)
+        for count in (1, 2):
+            self.fetch()
+            self.rows(1)
+            subprocess.run(["logrotate", "-f", "-s", os.path.join(self.folder, "state"), str(rules)], check=True, timeout=60)
+            self.assertTrue(os.path.exists("%s.%d.gz" % (self.path, count)))
+        self.fetch()
+        self.assertEqual(len(self.rows(1)), 1)
+        with gzip.open(self.path + ".2.gz", "rt") as first:
+            self.assertRegex(first.read(), r"\A\S+ .* miss\n\Z")
+
+    @unittest.skipUnless(shutil.which("goaccess"), "goaccess is not installed")
+    def test_goaccess_reads_every_line(self):
+        self.fetch()
+        self.fetch()
+        for data in (b"CONNECT no.invalid:443 HTTP/1.1\r\nHost: no.invalid\r\n\r\n", b"CONNECT no.invalid:444 HTTP/1.1\r\nHost: no.invalid\r\n\r\n",
+                     b"GET /healthz HTTP/1.0\r\n\r\n"):
+            with socket.create_connection(self.process.address) as one:
+                one.sendall(data)
+                read_to_end(one)
+        self.rows(5)
+        report = os.path.join(self.folder, "report.json")
+        subprocess.run(["goaccess", self.path, "--log-format=COMBINED", "--no-global-config", "-o", report], check=True, timeout=60,
+                       stdin=subprocess.DEVNULL, capture_output=True)
+        general = json.loads(Path(report).read_text(encoding="utf-8"))["general"]
+        self.assertEqual((general["total_requests"], general["valid_requests"], general["failed_requests"]), (5, 5, 0))
+
+    def test_sighup_reads_the_origins_again(self):
+        path = Path(self.folder, "origins")
+        for text, status, words in (("a.test\n", 403, "Parsed 1 origin from"), ("http://a\n", 403, "line 1 is not a host name"), ("", 403, "no line with a host name"),
+                                    (None, 403, "No such file"), ("127.0.0.1", 200, "Parsed 1 origin from")):
+            with self.subTest(text=text):
+                seen = len(self.process.lines)
+                path.unlink() if text is None else path.write_text(text)
+                self.process.process.send_signal(signal.SIGHUP)
+                if "Parsed" not in words:  # those are not logged with -q
+                    until(lambda seen=seen: len(self.process.lines) > seen)
+                    self.assertRegex(self.process.lines[-1], "Cannot read the origins file .*%s.* The previous filters and origins remain in force" % words)
+                with contextlib.closing(http.client.HTTPConnection(*self.process.address, timeout=PATIENCE)) as connection:
+                    def answers(status=status, connection=connection):
+                        connection.request("GET", self.origin.url("/x_1.0.deb"))
+                        response = connection.getresponse()
+                        response.read()
+                        return response.status == status
+
+                    until(answers, "status %d" % status)
+
+
+class SmallMachineTest(unittest.TestCase):
+    """A process whose address space is limited."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+    @unittest.skipUnless(sys.platform == "linux", "limits of other systems differ")
+    def test_forty_clients_fit_into_1_gb_of_address_space(self):
+        limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9)); os.execv(sys.argv[1], sys.argv[1:])"
+        origin, gate = ScriptedOrigin(), Gate()
+        self.addCleanup(origin.close)
+        self.addCleanup(gate.open)
+        proxy = ProxyProcess(os.path.join(self.folder, "root"), prefix=(sys.executable, "-c", limit))
+        self.addCleanup(proxy.kill)
+        clients = []
+        for number in range(40):
+            path = "/x%d_1.0.deb" % number
+            origin.pages[path] = ScriptedResponse(b"x" * 300_000, gate=gate, first=150_000)
+            clients.append(socket.create_connection(proxy.address, PATIENCE))
+            self.addCleanup(clients[-1].close)
+            clients[-1].sendall(b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % origin.url(path).encode())
+        until(lambda: len(origin.log) == 40, "40 downloads at a time")
+        self.assertLess(proxy.status("VmPeak"), 500_000, "kB")
+        gate.open()
+        for client in clients:
+            answer = read_to_end(client)
+            self.assertEqual((answer[9:12], len(answer.partition(b"\r\n\r\n")[2])), (b"200", 300_000))
+
+    def test_the_stack_of_a_thread_suffices_for_the_deepest_recursion(self):
+        code = ("import json, re, threading; import pkgproxy; pkgproxy.limit_address_space()\n"
+                "def dive(depth=0): return dive(depth + 1)\n"
+                "def work():\n"
+                "    for function in (dive, lambda: json.loads('[' * 100000), lambda: json.loads('{\"a\":' * 100000), lambda: re.compile('(' * 20000)):\n"
+                "        try: function()\n"
+                "        except RecursionError: print('refused')\n"
+                "thread = threading.Thread(target=work); thread.start(); thread.join()")
+        ran = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60)
+        self.assertEqual((ran.returncode, ran.stdout), (0, "refused\n" * 4), ran.stderr)
+
+    def test_most_request_lines_of_the_log_fit_120_columns(self):
+        urls = ("http://deb.debian.org/debian/dists/trixie/InRelease", "http://deb.debian.org/debian/pool/main/h/hello/hello_2.10-3_amd64.deb",
+                "http://security.debian.org/debian-security/dists/trixie-security/InRelease", "http://archive.ubuntu.com/ubuntu/pool/main/c/curl/curl_8.5.0-2ubuntu10_amd64.deb",
+                "http://dl-cdn.alpinelinux.org/alpine/v3.20/main/x86_64/APKINDEX.tar.gz", "http://mirror.example.org/archlinux/core/os/x86_64/core.db")
+        dispatcher, lines = make_dispatcher(Config(), pkgproxy.Store(self.folder)), []
+        self.addCleanup(dispatcher.proxy.close)
+        dispatcher._write_log = lines.extend
+        with mock.patch.object(pkgproxy.log, "level", logging.INFO), mock.patch.dict(pkgproxy.log._cache, clear=True):
+            for url in urls:
+                result = pkgproxy.SendResult(316_284, 0, 0.123, True)
+                dispatcher.record_results(make_request(url), 200, pkgproxy.CacheStatus(Outcome.HIT), [("192.168.178.42", result)])
+        self.assertEqual(lines[0], "192.168.178.42 hit    200 316.3 kB  0.12s GET " + urls[0])
+        self.assertEqual([line for line in lines if len(line) > 120], lines[3:4], "most do")
+
+
 @unittest.skipUnless(hasattr(os, "fork") and sys.platform == "linux", "systemd is on Linux only")
 class ServiceTest(unittest.TestCase):
     """Notifications to systemd and sockets from it, with a real process."""
@@ -10103,7 +10437,7 @@ class ServiceTest(unittest.TestCase):
         heard.put("SIGTERM")
         manager.pause = 1.0
         servers = [types.SimpleNamespace(last_iteration=beat) for beat in (7.0, 5.0)]
-        pkgproxy.wait_for_shutdown(servers, mock.Mock(), heard, manager)
+        pkgproxy.wait_for_shutdown(servers, mock.Mock(config=Config()), heard, manager)
         manager.send_watchdog.assert_called_once_with(5.0)
 
     def test_a_missing_service_manager_does_no_harm(self):
