@@ -10559,6 +10559,23 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(ran.returncode, 0, ran.stderr)
         self.assertIn("OK (skipped=", ran.stderr)
 
+    @unittest.skipUnless(shutil.which("nohup") and shutil.which("sh"), "nohup is not installed")
+    def test_the_recipes_without_systemd_keep_byte_code(self):
+        line = re.search(r"(?m)^nohup python3 .*$", self.text)[0]
+        for recipe in (line, *re.findall(r"(?m)^(?:@reboot|\*/5) .*$", self.text)):
+            self.assertIn(" python3 -m pkgproxy -r packages/ >> pkgproxy.log 2>&1", recipe)
+        with tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as folder:
+            shutil.copy(HERE / "pkgproxy.py", folder)
+            line = line.replace("python3", sys.executable).replace("-r packages/", "-r packages/ -a 127.0.0.1:0")
+            environment = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+            subprocess.run(["sh", "-c", line], check=True, cwd=folder, timeout=60, env=environment)
+            try:
+                until(lambda: "Starting proxy server" in Path(folder, "pkgproxy.log").read_text(encoding="utf-8"))
+                self.assertEqual(len(os.listdir(os.path.join(folder, "__pycache__"))), 1)
+            finally:
+                subprocess.run(["sh", "-c", "kill $(cat pkgproxy.pid)"], check=True, cwd=folder, timeout=60)
+            until(lambda: "Stopping" in Path(folder, "pkgproxy.log").read_text(encoding="utf-8"))
+
     @unittest.skipUnless(shutil.which("install") and shutil.which("sh"), "install is not installed")
     def test_the_systemd_unit_runs_byte_code_and_permits_the_system_calls_in_use(self):
         unit = (HERE / "pkgproxy.service").read_text(encoding="utf-8")
