@@ -1628,8 +1628,8 @@ def reason_phrase(message: str) -> str:
 
     The cause is the first sentence, without a remedy after a semicolon.
 
-    >>> reason_phrase("Nothing there; add some."), reason_phrase("Not \r\n a. b")
-    ('Nothing there', 'Not \\x0d\\x0a a')
+    >>> reason_phrase("CONNECT to port 25 is not allowed; the operator can add it.")
+    'CONNECT to port 25 is not allowed'
     """
     return truncate_middle(re.split(r"[.;] ", message)[0].rstrip("."), 118)
 
@@ -9507,12 +9507,10 @@ def parse_ports(text: str) -> tuple[int, ...]:
     >>> parse_ports("443,8443"), parse_ports("none")
     ((443, 8443), ())
     """
-    if text == "none":
-        return ()
-    ports = text.split(",")
-    if not all(port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536 for port in ports):
+    ports = [] if text == "none" else text.split(",")
+    if not all(re.fullmatch(r"\d{1,5}", port, re.A) and 0 < int(port) < 65536 for port in ports):
         raise ValueError("Invalid port list '%s'; use 443,8443 or none" % text)
-    return tuple(int(port) for port in ports)
+    return tuple(map(int, ports))
 
 
 def parse_size(text: str) -> int:
@@ -9563,14 +9561,12 @@ def parse_barrier(text: str) -> tuple[tuple[str, int], ...]:
     >>> parse_barrier("memcached://mc1.example.org,[::1]:11212")
     (('mc1.example.org', 11211), ('::1', 11212))
     """
-    scheme, separator, authorities = text.partition("://")
-    try:
+    scheme, _, authorities = text.partition("://")
+    with contextlib.suppress(ProxyError):
         servers = tuple(split_authority(authority, 11211) for authority in authorities.split(","))
-    except ProxyError:
-        servers = ()
-    if scheme != "memcached" or not separator or not servers or not all(host for host, _ in servers):
-        raise ValueError("Invalid barrier '%s'; use memcached://HOST:PORT[,HOST:PORT]" % text)
-    return servers
+        if scheme == "memcached" and all(host for host, _ in servers):
+            return servers
+    raise ValueError("Invalid barrier '%s'; use memcached://HOST:PORT[,HOST:PORT]" % text)
 
 
 def parse_parent_proxy(text: str) -> ParentProxy | None:
@@ -10024,9 +10020,10 @@ def interface_addresses() -> Iterator[str]:
             yield probe.getsockname()[0] + "/64"
         return
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
+        # socket.if_nameindex() needs AF_NETLINK, which pkgproxy.service does not permit.
+        for path in glob.glob("/sys/class/net/*"):
             with contextlib.suppress(OSError):  # it has no IPv4 address
-                request = struct.pack("256s", name.encode())
+                request = struct.pack("256s", os.path.basename(path).encode())
                 yield "/".join(socket.inet_ntoa(fcntl.ioctl(probe, code, request)[20:24])
                                for code in (_SIOCGIFADDR, _SIOCGIFNETMASK))
     with open("/proc/self/net/if_inet6", encoding="ascii") as file:  # missing if IPv6 is disabled
@@ -10186,12 +10183,12 @@ def access_log_lines(request: Request, status: int, outcome: Outcome, results: l
     quoted string, or drive a terminal, are escaped as in nginx.
     """
     line = "%s %s HTTP/%d.%d" % (request.method, loggable_uri(request.uri), *request.version)
-    quoted = ['"%s"' % escape_control(text).replace("\\", "\\x5c").replace('"', "\\x22") for text in (
-        line if request.method != "?" else "-", loggable_uri(field_value(request.fields, "Referer") or "-"),
-        field_value(request.fields, "User-Agent") or "-")]
+    referer, agent = (field_value(request.fields, name) or "-" for name in ("Referer", "User-Agent"))
+    line, referer, agent = (escape_control(text).replace("\\", "\\x5c").replace('"', "\\x22") for text in (
+        "-" if request.method == "?" else line, loggable_uri(referer), agent))
     when = time.strftime("%d/%b/%Y:%H:%M:%S %z")
-    return [" ".join((client, "- - [%s]" % when, quoted[0], str(status), str(result.size), *quoted[1:],
-                      outcome._value_)) for client, result in results]
+    return ['%s - - [%s] "%s" %d %d "%s" "%s" %s' % (client, when, line, status, result.size, referer, agent,
+                                                   outcome._value_) for client, result in results]
 
 
 def stderr_is_journal(stream: str) -> bool:
@@ -10236,8 +10233,8 @@ def run(config: Config, level: int) -> None:
     """
     number = int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid()
     affinity = pin_threads(number)  # before the first thread, because threads inherit it
+    limit_address_space()  # likewise
     log_handler = start_logging(level)
-    limit_address_space()
     store = open_store(config)
     config = with_lan(load_files(config))
     if not config.filters_file:
@@ -10254,6 +10251,8 @@ def run(config: Config, level: int) -> None:
     statistics.history.start()
     dispatcher = Dispatcher(proxy, statistics, make_connection_limiter(), log_handler.write, affinity)
     if config.access_log:
+        with contextlib.suppress(OSError):  # it is logged, now instead of with the first request
+            append_to_file(config.access_log, b"")
         access_log = QueueLogHandler(False, functools.partial(append_to_file, config.access_log))
         dispatcher.log_access = lambda *response: access_log.write(access_log_lines(*response))
     dispatcher.host_names()  # starts the look-up of the full name

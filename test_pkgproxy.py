@@ -813,7 +813,7 @@ class StructureTest(unittest.TestCase):
 
     # Code lines of sections 1 to 14.  Sections 5, 9 and 10 still exceed what they should have: 690, 690 and 517.
     # The module should have 5,700 code lines and 85 classes.
-    SECTION_LIMITS = (322, 517, 402, 115, 789, 276, 138, 598, 693, 549, 230, 414, 920, 517)
+    SECTION_LIMITS = (310, 517, 402, 104, 789, 276, 138, 598, 693, 549, 230, 414, 920, 486)
     MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 6150, 94, 40, 150, 0.25
     RULE = "A limit is only ever lowered: when something does not fit, something else goes first."
 
@@ -9381,7 +9381,7 @@ class EventLoopTest(ProxyCase):
         self.assertEqual(self.snapshot()["statsCacheBytes"], before["statsCacheBytes"] + 60 * 4096)
         origin, = self.snapshot()["origins"].values()
         self.assertEqual(origin["cached"], self.snapshot()["statsCacheBytes"])
-        self.assertEqual(len({line.partition("]")[0] for line in caught.output}), 60, "each line has its own request number")
+        self.assertEqual([line for line in caught.output if not re.search(r" hit +200 +4\.1 kB ", line)], [], "each is a line of its own")
         self.assertEqual(len(self.snapshot()["recent"]), pkgproxy.MAX_ROWS)
 
     def test_the_hot_cache_keeps_few_files_open_and_briefly(self):
@@ -10143,9 +10143,11 @@ class LanTest(unittest.TestCase):
                 (("2001:db8::1/128",), ("2001:db8::1/128",)), (("10.0.0.1/0.0.0.0", "2001:db8::1/0", "203.0.113.1/1"), ())):
             self.assertEqual(pkgproxy.lan_networks(interfaces), networks)
 
-    @unittest.skipUnless(sys.platform == "linux", "reads Linux's list of interfaces")
+    @unittest.skipUnless(sys.platform == "linux" and os.path.exists("/sys/class/net"), "reads Linux's list of interfaces")
     def test_the_interfaces_of_this_machine(self):
-        found = set(pkgproxy.interface_addresses())
+        real = socket.socket
+        with mock.patch.object(socket, "socket", side_effect=lambda family, kind: self.assertEqual(family, socket.AF_INET, "permitted by the unit") or real(family, kind)):
+            found = set(pkgproxy.interface_addresses())
         self.assertIn("127.0.0.1/255.0.0.0", found)
         for line in Path("/proc/self/net/if_inet6").read_text().splitlines() if os.path.exists("/proc/self/net/if_inet6") else ():
             digits, _, length = line.split()[:3]
@@ -10251,13 +10253,14 @@ class AccessLogTest(ProxyCase):
         self.assertEqual(Path(self.path + ".1").read_text().count("\n"), 1)
 
     def test_a_disk_error_costs_no_reply_and_is_logged_once(self):
+        os.unlink(self.path)  # empty: it is opened at the start
         os.mkdir(self.path)
         for _ in range(3):
             self.assertEqual(self.fetch(), b"x" * 5000)
         until(lambda: "access.log: Is a directory." in self.process.log())
         os.rmdir(self.path)
-        self.fetch()
-        self.assertEqual(len(self.rows(1)), 1)
+        self.fetch(**{"User-Agent": "last"})
+        until(lambda: self.rows(1)[-1][6] == "last")
         self.process.stop()
         self.assertEqual(self.process.log().count("Cannot write to the access log"), 1)
 
