@@ -66,7 +66,7 @@ Threads
     eviction          EvictionThread: one; also looks for packages to adopt
     revalidation      BackgroundRevalidator: a few at most
     history           TrafficHistory: one; saves the statistics
-    log               QueueLogHandler: one; writes the log
+    log               QueueLogHandler: one for the log, one for the access log; writes it
 
 All of them but main are daemon threads: a blocked client, origin or disk never delays the exit.
 

@@ -10225,7 +10225,9 @@ class AccessLogTest(ProxyCase):
 
     def test_a_line_has_the_combined_format_and_ends_in_the_outcome(self):
         self.fetch(Referer='http://me:secret@a/"\\', **{"User-Agent": 'x"\\'})
+        self.rows(1)  # a line is written after its response, so that the next request's may overtake it
         self.fetch()
+        self.rows(2)
         with socket.create_connection(self.process.address) as one:
             one.sendall(b"nonsense\r\n\r\n")
             read_to_end(one)
