@@ -7366,7 +7366,7 @@ class RecentRequests:
             found = target.host and outcome not in (Outcome.REFUSED, Outcome.FAILED)
             origin = self._row(self._origins, (target.host, target.port)) if found else [0, 0, 0, 0]
             for client, sent in answers if outcome is not Outcome.REFUSED else ():
-                for row in (origin, self._row(self._clients, client)):
+                for row in (origin, self._clients.get(client) or self._row(self._clients, client)):
                     row[:] = row[0] + 1, row[1] + sent.size, row[2] + sent.cached, now
         if before < HINT_AFTER_REQUESTS[-1] and any(before < due <= seen for due in HINT_AFTER_REQUESTS):
             with self._lock:
@@ -7716,7 +7716,7 @@ PAGE = """<!doctype html>
 </main><script>%(script)s</script></body></html>
 """
 SIZE = """<b>%s, %s, %s free on the disk</b><svg class="size" viewBox="0 0 100 1" preserveAspectRatio="none"
-aria-hidden="true"><path d="M0 0h%.2fv1H0z"/></svg>
+role="img" aria-label="Space in use"><path d="M0 0h%.2fv1H0z"/></svg>
 <span class="soft">Since the start: %s evicted (%s), %s.</span>"""
 SETUP_SECTION = """
 <section id="setup"><h2>Set up clients</h2><p>Run a line on the client, as root where it changes the system.

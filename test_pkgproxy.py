@@ -45,6 +45,7 @@ import queue
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -814,7 +815,7 @@ class StructureTest(unittest.TestCase):
 
     # Code lines of sections 1 to 14.  Sections 5, 9 and 10 still exceed what they should have: 690, 690 and 517.
     # The module should have 5,700 code lines and 85 classes.
-    SECTION_LIMITS = (322, 517, 402, 115, 789, 276, 138, 598, 693, 549, 230, 414, 920, 517)
+    SECTION_LIMITS = (322, 517, 402, 115, 789, 276, 138, 598, 693, 549, 214, 400, 920, 517)
     MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 6150, 94, 40, 150, 0.25
     RULE = "A limit is only ever lowered: when something does not fit, something else goes first."
 
@@ -8173,8 +8174,10 @@ class PagesForPeopleTest(ProxyCase):
 
     def test_a_burst_does_not_flatten_the_rest_of_a_plot(self):
         now = 21600.0 * 100_000
-        history = pkgproxy.TrafficHistory(self.root, "x", mock.Mock(totals=lambda: {"statsCacheBytes": total, "statsDownBytes": 0}))
+        counters = mock.Mock()
+        history = pkgproxy.TrafficHistory(self.root, "x", counters)
         for total, at in ((3_900_000, now), (4_939_000_000 + 3_900_000, now + 60)):
+            counters.totals.return_value = {"statsCacheBytes": total, "statsDownBytes": 0}
             history.record(at)
         view = pkgproxy.page_view({**self.server.dispatcher.snapshot(), **history.snapshot(now + 60)})
         hour = pkgproxy.status_html(view)["plots"].partition("</figure>")[0]
@@ -8185,7 +8188,9 @@ class PagesForPeopleTest(ProxyCase):
         self.assertEqual(re.findall(r"<span>([^<]*(?:min|ago|now))</span>", hour), ["60 min ago", "40 min", "20 min", "now"])
 
     def test_setting_up_comes_first_until_there_was_a_request(self):
-        order = lambda: re.findall(r'id="(setup|disk)"', self.get_own_page("/", Accept="text/html").body.decode())
+        def order():
+            return re.findall(r'id="(setup|disk)"', self.get_own_page("/", Accept="text/html").body.decode())
+
         self.assertEqual(order(), ["setup", "disk"])
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x")
         self.request("/x_1.0_all.deb")
@@ -8253,7 +8258,7 @@ class SetupCommandsTest(ProxyCase):
         return re.sub(r"(?<![\w:.])/(etc|usr/local/etc)/", "%s/\\1/" % self.top, text)
 
     def run_line(self, line):
-        environment = {"PATH": os.environ["PATH"], "HOME": str(self.top), "NO_UPDATE_NOTIFIER": "1", "PYENV_VERSION": os.environ.get("PYENV_VERSION", "")}
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.top), "npm_config_update_notifier": "false", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYENV_VERSION": os.environ.get("PYENV_VERSION", "")}
         ran = subprocess.run(["sh", "-c", self.moved(line)], cwd=self.top, env=environment, capture_output=True, text=True, timeout=CLIENT_TIMEOUT)
         self.assertEqual((ran.returncode, ran.stderr), (0, ""), line)
         return ran.stdout
@@ -11611,19 +11616,76 @@ class BrowserTest(ClientCase):
         for part, law in (("input", "document.querySelector(`label[for=${one.id}]`)"), ("svg", "one.getAttribute('aria-label')"),
                           ("pre", "one.scrollWidth <= one.clientWidth"), ("section", "one.querySelector('h2') || one.getAttribute('aria-label')")):
             self.assertTrue(tab.run("[...document.querySelectorAll('%s')].every(one => %s)" % (part, law)), part)
+        self.fetch("/missing")
+        tab.run("update()")
+        for choice, count in (("failed", 0), ("cached", 0), ("sent", 4), ("all", 4)):
+            tab.run("document.getElementById('%s').click()" % choice)
+            self.assertEqual(tab.run("[...document.querySelectorAll('#recent tbody tr')].filter(one => one.offsetHeight).length"), count, choice)
         ago = "getComputedStyle(document.querySelector('#recent tbody td:last-child'), '::after').content"
         self.assertEqual(tab.run(ago), '" ago"', "there is no space for a header")
         self.save_screenshot(tab, "phone")
 
+    def test_what_is_selected_or_chosen_survives_an_update(self):
+        self.origin.pages.update({"/x_%d_all.deb" % number: ScriptedResponse(b"x" * 1500) for number in (1, 2)})
+        self.fetch("/x_1_all.deb")
+        tab = self.tab()
+        tab.open(self.url + "/")
+        for choice in ("month", "sent", "to-pacman"):
+            tab.run("document.getElementById('%s').click()" % choice)
+        tab.run("update()")
+        tab.run("getSelection().selectAllChildren(document.querySelector('#recent td.name'))")
+        selected = tab.run("getSelection().toString()")
+        self.assertIn("x_1_all.deb", selected)
+        self.fetch("/x_2_all.deb")
+        until(lambda: "2 requests answered" in tab.run("update().then(() => document.getElementById('state').innerText)"))
+        self.assertEqual(tab.run("getSelection().toString()"), selected)
+        self.assertNotIn("x_2_all.deb", tab.text("#recent"))
+        self.assertEqual(tab.run("[...document.querySelectorAll(':checked')].map(one => one.id).join()"), "month,sent,to-pacman")
+        self.assertIn("CacheServer", tab.text("#setup"))
+        tab.run("getSelection().removeAllRanges()")
+        until(lambda: "x_2_all.deb" in tab.run("update().then(() => document.getElementById('recent').innerText)"))
+        self.save_screenshot(tab, "chosen")
+
+    def test_a_lost_connection_is_shown_and_so_is_its_return(self):
+        tab = self.tab()
+        tab.open(self.url + "/")
+        shown = "[...document.querySelectorAll('header b')].filter(one => one.offsetHeight).map(one => one.innerText).join()"
+        self.assertEqual(tab.run("update().then(() => %s)" % shown), "OK")
+        self.proxies[0].process.send_signal(signal.SIGSTOP)
+        try:
+            tab.run("AbortSignal.timeout = () => AbortSignal.abort()")
+            self.assertEqual(tab.run("update().then(() => %s)" % shown), "disconnected")
+            self.assertEqual(tab.run("document.title"), "disconnected")
+            self.save_screenshot(tab, "disconnected")
+        finally:
+            self.proxies[0].process.send_signal(signal.SIGCONT)
+        tab.run("AbortSignal.timeout = () => null")
+        until(lambda: tab.run("update().then(() => %s)" % shown) == "OK")
+
+    def test_trouble_is_named_at_the_top(self):
+        self.origin.pages["/dists/x/InRelease"] = ScriptedResponse(b"x")
+        self.fetch("/dists/x/InRelease")
+        self.origin.close()
+        self.fetch("/dists/x/InRelease")
+        tab = self.tab(dark=True)
+        tab.open(self.url + "/")
+        self.assertEqual(tab.text("#health"), "1 origin unreachable")
+        self.assertIn("Serving cached copies", tab.text("#problems"))
+        colour = "getComputedStyle(document.querySelector('%s')).color"
+        self.assertNotEqual(tab.run(colour % "tr.stale > td"), tab.run(colour % "#health b"), "stale is not a failure")
+        self.save_screenshot(tab, "trouble")
+
     def test_autoconfiguration_sends_only_http_through_the_proxy(self):
         rows = (("http://mirror.example.org/x", "mirror.example.org", "PROXY %s; DIRECT" % self.url[7:]),
                 ("https://mirror.example.org/x", "mirror.example.org", "DIRECT"),
-                (self.url + "/", "127.0.0.1", "DIRECT"), ("http://localhost/", "localhost", "DIRECT"))
+                (self.url + "/", "127.0.0.1", "DIRECT"), ("http://localhost/", "localhost", "DIRECT"),
+                *(("http://x/", host, "DIRECT") for host in ("nas", "nas.local", "Printer.Home.Arpa", "x.lan", "10.0.0.1", "192.168.3.4", "172.20.0.1",
+                                                             "169.254.1.1", "::1", "fd00::1")),
+                *(("http://x/", host, "PROXY %s; DIRECT" % self.url[7:]) for host in ("10.example.org", "172.32.0.1", "local.example.org", "198.51.100.7")))
         with contextlib.closing(http.client.HTTPConnection(self.url[7:], timeout=PATIENCE)) as connection:
             connection.request("GET", "/wpad.dat")
             script = connection.getresponse().read().decode()
-        shape = "const shExpMatch = (text, shape) => text.startsWith(shape.slice(0, -1));"  # replaces the browser's function
-        found = self.tab().run("%s%s%s.map(row => FindProxyForURL(row[0], row[1]))" % (shape, script, json.dumps(rows)))
+        found = self.tab().run("%s%s.map(row => FindProxyForURL(row[0], row[1]))" % (script, json.dumps(rows)))
         self.assertEqual(found, [row[2] for row in rows])
 
     def test_a_hostile_name_is_escaped(self):
@@ -11637,7 +11699,7 @@ class BrowserTest(ClientCase):
         tab.open(self.url + "/")
         tab.run("update()")
         self.assertIn("onload=document.title=1", tab.text("#recent"))
-        self.assertEqual(tab.run("document.title + document.querySelectorAll('main img, #recent svg').length"), "pkgproxy0")
+        self.assertRegex(tab.run("document.title + document.querySelectorAll('main img, #recent svg').length"), r"\AOK – pkgproxy on .+0\Z")
         self.assertEqual(tab.console_messages(), [])
 
 
@@ -11733,6 +11795,54 @@ class SetupPagesTest(SignedCase):
             self.run_client("sh", "-c", ". %s; curl -fsS -o %s %s/core/os/x86_64/core.db" % (
                 file, self.folder / "db", self.origin.base_url), no_proxy="")
         self.assertEqual(len(self.origin.paths_sent("core.db")), 1)
+
+
+class AutoAptProxyTest(ClientCase):
+    """Debian's auto-apt-proxy, in a network of its own, because the port that it tries is fixed."""
+
+    needs = ("auto-apt-proxy", "unshare", "ip")
+    needs_root = True
+
+    # Answers each query for an SRV record with the one of the arguments, and any other with an error.
+    NAME_SERVER = """
+import socket, struct, sys
+def name(text): return b"".join(bytes([len(part)]) + part.encode() for part in text.strip(".").split(".")) + b"\\0"
+owner, _, _, priority, weight, port, target = sys.argv[1:]
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 53))
+while True:
+    query, client = server.recvfrom(4096)
+    question = query[12:query.index(b"\\0", 12) + 5]
+    data = struct.pack(">HHH", int(priority), int(weight), int(port)) + name(target)
+    found = question == name(owner) + struct.pack(">HH", 33, 1)
+    server.sendto(query[:2] + struct.pack(">HHHHH", 0x8180 if found else 0x8183, 1, int(found), 0, 0) + question + (
+        b"\\xc0\\x0c" + struct.pack(">HHIH", 33, 1, 60, len(data)) + data) * found, client)
+"""
+
+    def find_proxy(self, *setup):
+        """Return what auto-apt-proxy finds after these shell commands, in new namespaces."""
+        lines = ["mount --bind hosts /etc/hosts; mount --bind resolv.conf /etc/resolv.conf", "hostname client; ip link set lo up", *setup,
+                 "AUTO_APT_PROXY_NO_CACHE=1 auto-apt-proxy", '[ -z "$!" ] || kill $!']
+        (self.folder / "hosts").write_text("127.0.0.1 localhost\n127.0.0.1 client.example.lan client\n")
+        (self.folder / "resolv.conf").write_text("nameserver 127.0.0.1\noptions attempts:1 timeout:5\n")
+        try:
+            tool_output("unshare", "--net", "--mount", "--uts", "true")
+        except RuntimeError as failure:
+            self.skipTest(f"no namespaces here: {failure}")
+        return self.run_client("unshare", "--net", "--mount", "--uts", "sh", "-c", "cd %s\n%s" % (self.folder, "\n".join(lines)), TMPDIR=str(self.folder))
+
+    def test_it_finds_the_proxy_on_the_port_of_apt_cacher_ng(self):
+        start = "%s -a 127.0.0.1:3142 -r cache 2>log &" % shlex.join(map(str, pkgproxy_command()))
+        wait = "for i in $(seq 100); do grep -q 'Starting proxy' log && break; sleep .1; done"
+        self.assertEqual(self.find_proxy(start, wait), "http://127.0.0.1:3142\n")
+        self.assertEqual(self.find_proxy(), "", "without a proxy")
+
+    def test_it_finds_the_proxy_through_the_srv_record_of_the_readme(self):
+        record = re.search(r"(?m)^(_apt_proxy\._tcp\.\S+) +IN +SRV +(\d+) +(\d+) +(\d+) +(\S+)$", README.read_text(encoding="utf-8"))
+        (self.folder / "names.py").write_text(self.NAME_SERVER)
+        words = [sys.executable, "names.py", *record[0].split()]
+        start = "%s & until grep -q ':0035 ' /proc/net/udp; do sleep .1; done" % shlex.join(words)
+        self.assertEqual(self.find_proxy(start), "http://%s:%s\n" % (record[5].rstrip("."), record[4]))
 
 
 @unittest.skipUnless(shutil.which("ip") and hasattr(os, "geteuid") and os.geteuid() == 0, "no network namespaces for this user")
