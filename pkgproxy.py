@@ -9690,7 +9690,8 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
                lambda text: parse_networks([text]) and text, REPEATED),
         Option("--name NAME", "another host name of the proxy; repeatable (none)", "names",
                parse_host_name, REPEATED),
-        Option("--connect-ports PORTS", "ports that CONNECT may reach (443)", "connect_ports", parse_ports),
+        Option("--connect-ports PORTS", "ports that CONNECT may reach, or none (443)", "connect_ports",
+               parse_ports),
         Option("--reuse-port", "share the addresses with other instances (off)", "reuse_port", more=ON),
         Option("--instance NAME", "name of this instance; implies --reuse-port (none)", "instance"),
         Option("--private", "hide clients' addresses and files on the pages (off)", "private", more=ON),
@@ -9723,7 +9724,6 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
 EPILOG = """Defaults are in parentheses.  Formats:
   ADDR   :9999, 192.168.0.1:9999 or [::1]:9999
   NET    loopback, private, all, or a network such as 203.0.113.0/24
-  PORTS  443,8443 or none
   SIZE   500M, 20G or 1.5T
   TIME   90m, 12h, 30d or 8w
   FILE   for -f: one regular expression a line, searched in each URI
