@@ -7745,10 +7745,10 @@ def problems(view: dict[str, Any]) -> list[tuple[str, str]]:
         found.append(("disk full" if " space" in view["unstored"] else "cannot store",
                       "Cannot store anything: %s." % view["unstored"]))
     # What is known about a whole origin has no path; an error is known for one file only.
-    sites = [urllib.parse.urlsplit(row["origin"]) for row in view["troubles"]]
+    sites = [row["origin"].partition("://")[2].partition("/") for row in view["troubles"]]
     if sites:
-        word = "failing" if any(site.path for site in sites) else "unreachable"
-        found.append(("%s %s" % (format_count(len({site.netloc for site in sites}), "origin"), word), ""))
+        word = "failing" if any(slash for _, slash, _ in sites) else "unreachable"
+        found.append(("%s %s" % (format_count(len({host for host, _, _ in sites}), "origin"), word), ""))
     return found + [("", "%s is failing: %s Serving cached copies for the next %s." % (
         row["origin"], row["reason"], format_duration(row["seconds"]))) for row in view["troubles"]]
 
@@ -7991,7 +7991,8 @@ def page_view(snapshot: dict[str, Any]) -> dict[str, Any]:
     view["health"] = ", ".join(word for word, _ in problems(view) if word) or "OK"
     if snapshot["config"].private:
         for row in view["recent"] + view["downloads"] + view["clients"] + view["troubles"]:
-            row.update({key: "hidden" for key in ("client", "uri", "detail", "origin") if key in row})
+            # The detail can be a URI, and is "" for most requests.
+            row.update({key: "hidden" for key in ("client", "uri", "detail", "origin") if row.get(key)})
     return view
 
 

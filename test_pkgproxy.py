@@ -8143,6 +8143,7 @@ class PagesForPeopleTest(ProxyCase):
                 text = self.get_own_page(path, Accept=accept).body.decode()
                 with self.subTest(path, private=private):
                     self.assertEqual(("secret" in text, "10.9.8.7" in text), (not private and path != "/metrics",) * 2)
+        self.assertEqual([(row["uri"], row["detail"]) for row in self.view()["recent"]], [("hidden", "hidden")])
         self.assertEqual({row["requests"] for row in self.view()["clients"]}, {1})
         self.assertEqual(self.view()["health"], "1 origin failing", "the host is counted although it is not shown")
         gate.open()
@@ -8151,7 +8152,7 @@ class PagesForPeopleTest(ProxyCase):
     def test_health_in_a_few_words(self):
         site, file = ({"origin": "http://a" + path, "reason": "x.", "seconds": 5} for path in ("", "/dists/x/InRelease"))
         rows = (({}, "OK"), ({"troubles": [site]}, "1 origin unreachable"), ({"troubles": [site, {**site, "origin": "https://b"}]}, "2 origins unreachable"),
-                ({"troubles": [file, file]}, "1 origin failing"), ({"unstored": "No space left on device"}, "disk full"),
+                ({"troubles": [file, file]}, "1 origin failing"), ({"troubles": [{**site, "origin": "http://[x"}]}, "1 origin unreachable"), ({"unstored": "No space left on device"}, "disk full"),
                 ({"unstored": "Permission denied"}, "cannot store"), ({"disk": {}}, "disk unreadable"),
                 ({"unstored": "No space left on device", "troubles": [site]}, "disk full, 1 origin unreachable"))
         for changes, expected in rows:
