@@ -7686,7 +7686,7 @@ SCRIPT = """
 async function update() {
   if (document.hidden) return;
   try {
-    const view = await (await fetch("/status.json", {signal: AbortSignal.timeout(5000)})).json();
+    const view = await (await fetch("/status.json", {signal: AbortSignal.timeout?.(5000)})).json();
     for (const [id, text] of Object.entries(view.html)) {
       const part = document.getElementById(id), chosen = getSelection();
       if (seen[id] !== text && (chosen.isCollapsed || !chosen.containsNode(part, true)))
