@@ -226,8 +226,8 @@ COPY_SIZE = 256 * 1024  # bytes per read or write where sendfile() is not used
 LARGE_SEND = 8 * 1024 * 1024  # bytes; sending this takes longer than moving to another processor
 MAX_EVENTS = 10_000  # failures or attempts remembered; bounds the memory that unknown hosts can take
 MAX_LOG_LINES = 10_000  # log lines waiting for a slow disk; more are dropped, because requests go first
-MAX_ROWS = 20  # requests, and downloads, on the status page; about a screenful
-MAX_ORIGINS = 40  # origins counted separately, against label explosion in Prometheus; the rest is "other"
+MAX_ROWS = 20  # requests of a colour, and downloads, on the status page; about a screenful
+MAX_ORIGINS = 40  # origins, and clients, counted separately, against label explosion; the rest is "other"
 LARGE_MEMO = 1000  # results of a pure function that hits need again
 
 # Limits of downloads and of the cache.
@@ -383,6 +383,7 @@ class Config:
     no_proxy: tuple[str, ...] = ()  # origins to reach without a parent
     adopt: tuple[str, ...] = ()  # directories with the user's own packages, never modified
     names: tuple[str, ...] = ()  # host names of this proxy, in addition to the machine's
+    private: bool = False  # the pages show neither clients' addresses nor files
 
 
 class Readable(Protocol):
@@ -500,7 +501,7 @@ class Outcome(enum.Enum):
 
     from_cache: bool  # the body came from a stored file or a download that another request had started
     in_hit_rate: bool  # counts as a request that the cache might have answered
-    colour: str  # class in the status page: "cache", "origin" or "bad"
+    colour: str  # class in the status page: "cache", "origin", "stale" or "bad"
     hint: str  # why there is no hit, if this is the most frequent outcome; "": the response's detail
 
     def __new__(cls, word: str, colour: str = "origin", in_hit_rate: bool = False, from_cache: bool = False,
@@ -514,7 +515,7 @@ class Outcome(enum.Enum):
     #           word         colour    in rate  cached
     HIT = "hit", "cache", True, True  # from a stored file, without asking the origin
     VALIDATED = "validated", "cache", True, True  # from a stored file, after the origin's 304
-    STALE = "stale", "bad", True, True  # from a stored file, because the origin is unavailable
+    STALE = "stale", "stale", True, True  # from a stored file, because the origin is unavailable
     COLLAPSED = "collapsed", "cache", True, True  # from a download started for another client
     SHARED = "shared", "cache", True, True  # from an identical file of another mirror
     MISS = ("miss", "origin", True, False,  # downloaded and stored
@@ -7343,7 +7344,7 @@ class TrafficHistory:
         self._path = os.path.join(metadata_folder, "history-%s.json" % urllib.parse.quote(name, "")[:200])
         self._counters = counters
         self._stop = threading.Event()
-        self._saver: threading.Thread | None = None
+        self._saver = threading.Thread(target=self._save_periodically, daemon=True)
         self._saved = ""  # text of the file
         self._lock = threading.Lock()  # guards all below
         self._since = int(time.time())  # clock time of the very first start
@@ -7359,13 +7360,12 @@ class TrafficHistory:
             with contextlib.suppress(OSError):
                 os.rename(os.path.join(os.path.dirname(self._path), "history.json"), self._path)
         self._load()
-        self._saver = threading.Thread(target=self._save_periodically, daemon=True)
         self._saver.start()
 
     def stop(self) -> None:
         """Stop the thread and save for the last time, if start() has been called."""
         self._stop.set()
-        if self._saver is not None:
+        if self._saver.ident is not None:
             self._saver.join(1.0)
             self.save()
 
@@ -7386,8 +7386,7 @@ class TrafficHistory:
                 if any(traffic):
                     slots[current] = [old + new for old, new in zip(slots.get(current, (0, 0)), traffic)]
                 # abs(): after the clock was set back, slots of the future are dropped too.
-                for number in [number for number in slots if abs(current - number) >= most]:
-                    del slots[number]
+                self._slots[name] = {at: row for at, row in slots.items() if abs(current - at) < most}
 
     def snapshot(self, now: float) -> dict[str, Any]:
         """Return the counters over all time, and the slots of each plot, oldest first, up to ``now``."""
@@ -7424,16 +7423,19 @@ class TrafficHistory:
 
 
 class RecentRequests:
-    """Remember the last requests and the busiest origins, and warn users whose proxy saves nothing."""
+    """Remember the last requests, clients and origins, and warn users whose proxy saves nothing."""
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
         self._lock = threading.Lock()  # guards all below
         self._seen = 0  # requests, except those for pages of the proxy
         self._warned: set[str] = set()  # topics about which a warning has been logged
-        self._recent: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=MAX_ROWS)
-        # By host and port: requests, bytes sent, bytes of these from the cache; ("", 0): all other origins.
-        self._origins: dict[tuple[str, int], list[int]] = {}
+        # The last requests by Outcome.colour, so that a burst of hits does not displace the failures.
+        self._recent: dict[str, Any] = {each.colour: collections.deque(maxlen=MAX_ROWS) for each in Outcome}
+        # By host and port, and by address: requests, bytes sent, bytes of these from the cache, time of the
+        # last request; None: all others.
+        self._origins: dict[Any, list[float]] = {}
+        self._clients: dict[Any, list[float]] = {}
 
     def note(self, request: Request, status: int, cache_status: CacheStatus,
              answers: list[tuple[str, SendResult]]) -> None:
@@ -7441,37 +7443,36 @@ class RecentRequests:
 
         ``answers``: for each client its address and the result of sending.  Not for the proxy's own pages.
         """
-        target, now = request.target, time.time()
+        target, outcome, now = request.target, cache_status.outcome, time.time()
         with self._lock:
             before = self._seen
             self._seen = seen = before + len(answers)
-            for client, sent in answers[-MAX_ROWS:]:
-                self._recent.append((now, client, request.method, target, request.uri, status, sent,
-                                     cache_status))
+            for number, (client, sent) in enumerate(answers[-MAX_ROWS:], before):
+                self._recent[outcome.colour].append((
+                    number, now, client, request.method, target, request.uri, status, sent, cache_status))
             # Any client can invent host names: only those that gave a response take a row.
-            if target.host and cache_status.outcome not in (Outcome.REFUSED, Outcome.FAILED):
-                origin = target.host, target.port
-                row = self._origins.get(origin) or self._add_origin(origin)
-                row[0] += len(answers)
-                for _, sent in answers:
-                    row[1] += sent.size
-                    row[2] += sent.cached
+            found = target.host and outcome not in (Outcome.REFUSED, Outcome.FAILED)
+            origin = self._row(self._origins, (target.host, target.port)) if found else [0, 0, 0, 0]
+            for client, sent in answers if outcome is not Outcome.REFUSED else ():
+                for row in (origin, self._clients.get(client) or self._row(self._clients, client)):
+                    row[:] = row[0] + 1, row[1] + sent.size, row[2] + sent.cached, now
         if before < HINT_AFTER_REQUESTS[-1] and any(before < due <= seen for due in HINT_AFTER_REQUESTS):
             with self._lock:
-                details = [row[-1].detail for row in self._recent]
+                details = [row[-1].detail for rows in self._recent.values() for row in rows]
             self._warn_once("outcomes", usage_hint(self._counters.snapshot()["statsOutcomes"], details))
         elif cache_status.forward == "bypass" and classify_name(request.key) in (
                 NameClass.PACKAGE, NameClass.CONTENT):
             self._warn_once("filters", "A filter excludes a package from the cache: %s." %
                             displayable_uri(request.uri))
 
-    def _add_origin(self, origin: tuple[str, int]) -> list[int]:
-        """Return a new row for an origin.  If the table is full, the least busy row is added to ("", 0)."""
-        if len(self._origins) > MAX_ORIGINS:
-            least = min((name for name in self._origins if name[0]), key=lambda name: self._origins[name][0])
-            others = self._origins.setdefault(("", 0), [0, 0, 0])
-            others[:] = map(sum, zip(others, self._origins.pop(least)))
-        return self._origins.setdefault(origin, [0, 0, 0])
+    @staticmethod
+    def _row(table: dict[Any, list[float]], key: Any) -> list[float]:
+        """Return the row of a key.  If the table is full, the least busy row is added to that of None."""
+        if key not in table and len(table) > MAX_ORIGINS:
+            least = min(filter(None, table), key=lambda name: table[name][0])
+            others, row = table.setdefault(None, [0, 0, 0, 0]), table.pop(least)
+            others[:] = [*map(sum, zip(others[:3], row)), max(others[3], row[3])]
+        return table.setdefault(key, [0, 0, 0, 0])
 
     def _warn_once(self, topic: str, text: str) -> None:
         with self._lock:
@@ -7481,26 +7482,28 @@ class RecentRequests:
         log.warning("%s", text)
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the newest request first and the busiest origin (by bytes) first, in bounded size.
+        """Return the newest request, and the client and origin with most bytes, first, in bounded size.
 
         Everything here came from clients: it is shortened, and stripped of control characters and of queries.
         """
         with self._lock:
-            newest = list(self._recent)[::-1]
-            rows = [(origin, tuple(row)) for origin, row in self._origins.items()]
-        origins: dict[str, dict[str, int]] = {}
-        for (host, port), counts in sorted(rows, key=lambda item: -item[1][1]):
+            newest = sorted(itertools.chain(*self._recent.values()), key=operator.itemgetter(0), reverse=True)
+            hosts, addresses = [sorted([(name, *row) for name, row in table.items()], key=lambda row: -row[2])
+                                for table in (self._origins, self._clients)]
+        origins: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        for host, *counts in hosts:
             # Two long names can look alike when shortened: their counts are added up.
-            name = truncate_middle(Target("http", host, port, "").authority, 80) if host else "other"
-            sums = origins.setdefault(name, {"requests": 0, "bytes": 0, "cached": 0})
-            for key, count in zip(sums, counts):
-                sums[key] += count
-        return {"origins": origins, "recent": [
+            name = truncate_middle(Target("http", host[0], host[1], "").authority, 80) if host else "other"
+            origins[name].update(dict(zip(("requests", "bytes", "cached"), counts)))  # a Counter adds
+        return {"origins": origins, "clients": [
+            {"client": truncate_middle(client or "others", 45), "requests": requests, "bytes": size,
+             "cached": cached, "seen": seen} for client, requests, size, cached, seen in addresses],
+            "recent": [
             {"at": at, "client": truncate_middle(client, 45), "method": truncate_middle(method, 16),
              "uri": displayable_uri(target.uri if target.host and method != "CONNECT" else uri),
              "status": status, "bytes": sent.size, "seconds": round(sent.took, 3),
              "outcome": cache_status.outcome.value, "detail": truncate_middle(cache_status.detail, 80)}
-            for at, client, method, target, uri, status, sent, cache_status in newest]}
+            for _, at, client, method, target, uri, status, sent, cache_status in newest]}
 
 
 def disk_usage(root: str) -> dict[str, int]:
@@ -7537,9 +7540,9 @@ class StatusCollector:
     def snapshot(self) -> dict[str, Any]:
         """Return the figures of all sources as plain data that json can write."""
         now = time.time()
-        return {"now": now, "since": self.counters.start_time(now), "counters": self.counters.totals(),
-                **self.counters.snapshot(), **self.history.snapshot(now), **self.recent.snapshot(),
-                **self._more(), "disk": disk_usage(self._store.root)}
+        return {"now": now, "since": self.counters.start_time(now), "disk": disk_usage(self._store.root),
+                "host": socket.gethostname(), "counters": self.counters.totals(), **self.counters.snapshot(),
+                **self.history.snapshot(now), **self.recent.snapshot(), **self._more()}
 
     def health_problem(self) -> str:
         """Return why this process can neither serve nor store, or "" if it can: tried, not guessed."""
@@ -7564,55 +7567,73 @@ class StatusCollector:
 # /metrics                the same figures for Prometheus
 # /debug/vars             counters as JSON, as the Go program had them
 # /healthz                200 "ok", or 503 and the reason
-# /setup/NAME             a package manager's configuration, with the address by which the client came
+# /setup/                 the commands that make package managers use the proxy, and those that undo it
+# /setup/NAME             one of them as text, with the address by which the client came
 # /proxy.pac, /wpad.dat   proxy autoconfiguration
+# /robots.txt, /favicon.ico   what browsers and crawlers ask every server for
 #
 # The functions here turn a snapshot of StatusCollector into text, and have no state. Host names and URIs in
 # it come from clients: whatever goes into HTML passes escape() first. The Content-Security-Policy allows the
 # page's own script and style by their digests, and nothing else.
 
 
-@dataclasses.dataclass(frozen=True)
-class Page:
+class Page(NamedTuple):
     """A page that the proxy makes itself."""
 
     media: str  # Content-Type
     text: str
     status: int = 200
     policy: str = "default-src 'none'"  # Content-Security-Policy
+    reason: str = ""  # reason phrase; "": the usual one
 
 
 TEXT = "text/plain; charset=utf-8"
 WELCOME = """pkgproxy %(version)s: a caching HTTP proxy for package managers.
 %(state)s
 
-Set this as your HTTP proxy, for example (as root):
+Set this as your HTTP proxy:
+  export http_proxy=http://%(proxy)s
 
-  apt       echo 'Acquire::http::Proxy "http://%(proxy)s";' > /etc/apt/apt.conf.d/01proxy
-  others    export http_proxy=http://%(proxy)s
-
-Status page: http://%(proxy)s/ in a browser; counters: http://%(proxy)s/debug/vars
+Package managers: http://%(proxy)s/setup/; status page: http://%(proxy)s/ in a browser
 """
-# For each package manager: the text of /setup/NAME, the redirection that puts it into the right file, and
-# the rest of the command line. %s is the proxy's address. apk and xbps read only the environment.
+# For each client: the text of its setting, the file that this belongs to, and the command that undoes it.  A
+# file that exists only for this is written, and one that others write too ("+") gets one line more; both are
+# undone by a rule (see setup_commands).  Without a file the text is a command, which changes nothing the
+# second time.  zypper and pacman have a distribution's file to change; apk, xbps and podman read only the
+# environment.  The real names of repositories are examples.
 SETUP = {
-    "apt": ('Acquire::http::Proxy "http://%s";', "> /etc/apt/apt.conf.d/01proxy", ""),
-    "dnf": ("proxy=http://%s", ">> /etc/dnf/dnf.conf", ""),
-    "yum": ("proxy=http://%s", ">> /etc/yum.conf", ""),
-    "zypper": ('PROXY_ENABLED="yes"\nHTTP_PROXY="http://%s"\nNO_PROXY="localhost, 127.0.0.1"',
-               "> /etc/sysconfig/proxy", ""),
-    "pacman": ("XferCommand = /usr/bin/env http_proxy=http://%s /usr/bin/curl -fL -C - -o %%o %%u",
-               "> /etc/pacman.d/pkgproxy",
-               " && sed -i '/^\\[options\\]/a Include = /etc/pacman.d/pkgproxy' /etc/pacman.conf"),
-    "pkg": ('PKG_ENV : { http_proxy: "http://%s" }', ">> /usr/local/etc/pkg.conf", ""),
-    "opkg": ("option http_proxy http://%s", "> /etc/opkg/pkgproxy.conf", ""),
-    "portage": ('http_proxy="http://%s"', ">> /etc/portage/make.conf", ""),
-    **dict.fromkeys(("apk", "xbps", "env"), (
-        "export http_proxy=http://%s", "> /etc/profile.d/pkgproxy.sh", " && . /etc/profile.d/pkgproxy.sh")),
+    "apt": ('Acquire::http::Proxy "http://%(proxy)s";', "/etc/apt/apt.conf.d/01proxy", ""),
+    "dnf": ("proxy=http://%(proxy)s", "+/etc/dnf/dnf.conf", ""),
+    "yum": ("proxy=http://%(proxy)s", "+/etc/yum.conf", ""),
+    "zypper": (r"f=/etc/sysconfig/proxy; [ -e $f.old ] || cp -p $f $f.old; sed -i -e 's|^PROXY_ENABLED=.*|"
+               r"""PROXY_ENABLED="yes"|' -e 's|^HTTP_PROXY=.*|HTTP_PROXY="http://%(proxy)s"|' $f""", "",
+               "mv /etc/sysconfig/proxy.old /etc/sysconfig/proxy"),
+    "pacman": ("d=/etc/pacman.d; sed -n 's|^Server *= *|CacheServer = http://%(proxy)s/|p' $d/mirrorlist > "
+               "$d/pkgproxy; grep -q $d/pkgproxy /etc/pacman.conf || sed -i "
+               r"'\|^Include.*/mirrorlist|i Include = /etc/pacman.d/pkgproxy' /etc/pacman.conf", "",
+               "sed -i '/pacman.d.pkgproxy$/d' /etc/pacman.conf; rm /etc/pacman.d/pkgproxy"),
+    **dict.fromkeys(("apk", "xbps", "podman", "env"), (
+        "export http_proxy=http://%(proxy)s", "/etc/profile.d/pkgproxy.sh", "")),
+    "pkg": ('PKG_ENV : { http_proxy: "http://%(proxy)s" }', "+/usr/local/etc/pkg.conf", ""),
+    "opkg": ("option http_proxy http://%(proxy)s", "/etc/opkg/pkgproxy.conf", ""),
+    "portage": ('http_proxy="http://%(proxy)s"', "+/etc/portage/make.conf", ""),
+    "apt-https": (r"sed -i 's| \(https://download.docker.com\)| http://%(proxy)s/\1|' "
+                  "/etc/apt/sources.list.d/*", "",
+                  "sed -i 's| http://[^ ]*/https://| https://|' /etc/apt/sources.list.d/*"),
+    "pip": ("pip config set global.index-url http://%(proxy)s/https://pypi.org/simple/; "
+            "pip config set global.trusted-host %(host)s", "",
+            "pip config unset global.index-url; pip config unset global.trusted-host"),
+    "npm": ("npm set registry=http://%(proxy)s/https://registry.npmjs.org", "", "npm config delete registry"),
+    "docker": ("docker build --build-arg http_proxy=http://%(proxy)s .", "", "docker build ."),
+    "github-runner": ("http_proxy=http://%(proxy)s", "+.env", ""),
+    "gitlab-runner": ("f=/etc/gitlab-runner/config.toml; grep -q '^ *environment *=' $f || sed -i "
+                      r"""'/^\[\[runners]]/a\  environment = ["http_proxy=http://%(proxy)s"]' $f""", "",
+                      "sed -i '/^  environment = ..http_proxy=[^,]*]$/d' /etc/gitlab-runner/config.toml"),
 }
 DETECT = """#!/bin/sh
 # Tells apt to use the proxy if it is reachable and healthy, else to connect directly. In apt.conf:
 #   Acquire::http::Proxy-Auto-Detect "/usr/local/bin/pkgproxy-detect";
+# To undo it, remove both files.
 if timeout 2 bash -c 'exec 3<>/dev/tcp/%(host)s/%(port)d && printf "GET /healthz HTTP/1.0\\r\\n\\r\\n" >&3 &&
     read -r _ status _ <&3 && [ "$status" = 200 ]' 2>/dev/null; then
     echo 'http://%(proxy)s'
@@ -7620,13 +7641,23 @@ else
     echo DIRECT
 fi
 """
-AUTOCONFIG = """function FindProxyForURL(url, host) {
-    if (url.substring(0, 5) != "http:" || host == "%(host)s" || host == "localhost" || host == "::1"
-            || shExpMatch(host, "127.*"))
+AVAHI = """<!DOCTYPE service-group SYSTEM "avahi-service.dtd">
+<!-- For squid-deb-proxy-client: /etc/avahi/services/pkgproxy.service on the proxy's machine; undo: rm it. -->
+<service-group><name replace-wildcards="yes">pkgproxy on %%h</name>
+<service><type>_apt_proxy._tcp</type><port>%(port)d</port></service></service-group>
+"""
+AUTOCONFIG = r"""function FindProxyForURL(url, host) {
+    if (url.substring(0, 5) != "http:" || host == "%(host)s" || host.indexOf(".") < 0
+            || /\.(local|lan|internal|localhost|home\.arpa)$/i.test(host)
+            || /^(10|127|169\.254|172\.(1[6-9]|2\d|3[01])|192\.168)\.[\d.]+$/.test(host))
         return "DIRECT";
     return "PROXY %(proxy)s; DIRECT";
 }
 """
+FIXED_PAGES = {  # media type and text by path
+    **dict.fromkeys(("wpad.dat", "proxy.pac"), ("application/x-ns-proxy-autoconfig", AUTOCONFIG)),
+    "setup/detect.sh": (TEXT, DETECT), "setup/avahi": (TEXT, AVAHI), "favicon.ico": ("image/x-icon", ""),
+    "robots.txt": (TEXT, "User-agent: *\nDisallow: /\n")}
 
 
 def format_bytes(count: float) -> str:
@@ -7677,98 +7708,113 @@ def hit_counts(counts: dict[str, int]) -> tuple[int, int]:
 
 def summary(view: dict[str, Any]) -> str:
     """Say in one or two sentences whether the proxy works and what it has saved."""
-    counts, running = view["counters"], format_duration(view["now"] - view["since"])
-    answered = sum(counts.get(outcome.value, 0) for outcome in Outcome if outcome is not Outcome.OWN)
-    if not answered:
-        return "Running for %s, waiting for the first request." % running
-    return "Running for %s. %s answered, %s saved." % (
-        running, format_count(answered, "request"), format_bytes(counts["statsCacheBytes"]))
+    answered = sum(view["counters"].get(each.value, 0) for each in Outcome if each is not Outcome.OWN)
+    done = ". %s answered, %s saved." % (
+        format_count(answered, "request"), format_bytes(view["counters"]["statsCacheBytes"]))
+    return "Running for %s%s" % (format_duration(view["now"] - view["since"]),
+                                 done if answered else ", waiting for the first request.")
 
 
 # The status page: one file without external resources. Its script replaces the elements that have changed
-# every two seconds; without scripts the page reloads itself every ten.
-# STYLE's colours: bytes from the cache are blue, bytes from origins brown, everywhere. Each text colour has a
-# contrast of at least 4.5 to each background, by day and by night (WCAG 2.2 §1.4.3; a test computes it).
+# every two seconds, but none in which text is selected; without scripts the page reloads itself every ten.
+# What the user has chosen stands outside these elements: radio buttons, whose state the style applies.
+# STYLE's colours: bytes from the cache are blue, from origins brown, stale is violet, everywhere. Each text
+# colour has a contrast of at least 4.5 to each background, by day and by night (WCAG 2.2 §1.4.3; a test
+# computes it).
 STYLE = """
 :root{color-scheme:light dark;--back:#f5f6f8;--card:#fff;--text:#1b1f24;--soft:#5a6270;--line:#dfe2e7;
---cache:#1c64c8;--origin:#a8570a;--bad:#b3261e}
+--cache:#1c64c8;--origin:#a8570a;--stale:#7a3fb5;--bad:#b3261e;--good:#1a7034}
 @media(prefers-color-scheme:dark){:root{--back:#14171b;--card:#1c2026;--text:#e6e8eb;--soft:#a0a8b4;
---line:#30363e;--cache:#6cabff;--origin:#eaa04e;--bad:#ff8a80}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:66rem;padding:1.5rem 1rem 3rem;background:var(--back);color:var(--text);
-font:1rem/1.5 system-ui,sans-serif;font-variant-numeric:tabular-nums}
-header{display:flex;flex-wrap:wrap;gap:.25rem 1rem;align-items:baseline}header a{margin-left:auto}
-h1{font-size:1.5rem;margin:0}h2{font-size:1rem;margin:0 0 .75rem}p{margin:.25rem 0}a{color:var(--cache)}
+--line:#30363e;--cache:#6cabff;--origin:#eaa04e;--stale:#c99cff;--bad:#ff8a80;--good:#5fc97b}}
+*{box-sizing:border-box}body{margin:0 auto;max-width:70rem;padding:1.5rem 1rem 3rem;background:var(--back);
+color:var(--text);font:1rem/1.5 system-ui,sans-serif;font-variant-numeric:tabular-nums}
+header{display:flex;flex-wrap:wrap;gap:.25rem 1rem;align-items:center}header a{margin-left:auto}
+header b{border:1px solid;border-radius:1rem;padding:0 .75rem}h1{font-size:1.5rem;margin:0;
+overflow-wrap:anywhere}h2{font-size:1rem;margin:0 0 .75rem}p{margin:.25rem 0}
 section{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem 1.25rem;
-margin-top:1rem;min-width:0}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:0 1rem}
-dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:1rem;margin:0}
-dt,dd+dd,.soft,th,figcaption{color:var(--soft);font-size:.875rem;font-weight:400}
-dd{margin:0}dt+dd{font-size:1.75rem;line-height:1.3;font-weight:600}
-.cache{color:var(--cache);fill:var(--cache)}.origin{color:var(--origin);fill:var(--origin)}
-svg{display:block;width:100%;height:9rem;border-bottom:1px solid var(--soft)}
-figure{margin:0;display:none}figcaption b:nth-of-type(2){margin-left:.75rem}
-figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1rem}
+margin-top:1rem;min-width:0}.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),
+1fr));gap:0 1rem}
+dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:1rem;margin:0}dd{margin:0}
+dt+dd{font-size:1.75rem;line-height:1.3;font-weight:600}dt,dd+dd,.soft,th,figcaption{color:var(--soft);
+font-size:.875rem;font-weight:400}
+.good{color:var(--good)}b.bad,p.bad,.bad>:first-child{color:var(--bad)}a,.cache>:first-child,
+b.cache{color:var(--cache)}.origin>:first-child,b.origin{color:var(--origin)}
+.stale>:first-child{color:var(--stale)}path{fill:var(--cache)}path.origin{fill:var(--origin)}
+path.grid{fill:none;stroke:var(--line);vector-effect:non-scaling-stroke}
+svg{display:block;width:100%;height:9rem;border-bottom:1px solid var(--soft)}.size{height:.75rem;
+margin:.5rem 0;border:0;border-radius:.375rem;background:var(--line)}figure{margin:0;display:none}
+figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1rem}figure>div{position:relative;
+margin:.5rem 5rem 0 0}figure i{position:absolute;left:100%;top:-.375rem;padding-left:.5rem;
+font:.75rem/1 system-ui;white-space:nowrap;color:var(--soft)}.half{margin-top:4.5rem}
+.quarter{margin-top:6.75rem}.zero{margin-top:9rem}div+figcaption{margin-right:5rem;font-size:.75rem}
 #hour:checked~div .hour,#day:checked~div .day,#month:checked~div .month{display:block}
-.tabs>input{position:absolute;opacity:0}
-.tabs>label{display:inline-block;padding:.125rem .75rem;margin:0 .25rem .75rem 0;border:1px solid var(--line);
-border-radius:1rem;font-size:.875rem;cursor:pointer}
-.tabs>input:checked+label{background:var(--cache);border-color:var(--cache);color:var(--card)}
-.tabs>input:focus-visible+label,:focus-visible{outline:2px solid var(--cache);outline-offset:2px}
-.wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.875rem}
-th,td{text-align:left;padding:.25rem 1rem .25rem 0;vertical-align:top;border-top:1px solid var(--line)}
-tr:first-child th{border:0}.n{text-align:right;white-space:nowrap}
-.name{overflow-wrap:anywhere;min-width:9rem}.name .soft{display:block}
-progress{width:100%;accent-color:var(--cache)}ul{margin:0;padding:0}
-#setup ul{margin-top:.75rem}li{list-style:none;margin-bottom:.75rem}
-pre{margin:.25rem 0 0;padding:.5rem .75rem;background:var(--back);border-radius:.25rem;font-size:.8125rem;
-white-space:pre-wrap;overflow-wrap:anywhere;user-select:all}
-.bad{color:var(--bad)}.lost #state::after{content:" The connection to pkgproxy is lost.";color:var(--bad)}
-@media(max-width:40rem){body{padding:1rem .5rem 2rem}section{padding:.75rem}.tall thead{display:none}
-.tall tr{display:block;border-top:1px solid var(--line);padding:.5rem 0}
-th,td{padding-right:.5rem}.name{min-width:6rem}
-.tall td{display:inline;border:0;padding:0 .5rem 0 0}.tall td.name{display:block}
-.tall td.n:last-child::after{content:" ago"}}
+#all:checked~table tr:nth-child(n+21),#cached:checked~* tbody :not(.cache,td,span),
+#sent:checked~* tbody :not(.origin,td,span),#stale:checked~* tbody :not(.stale,td,span),
+#failed:checked~* tbody :not(.bad,td,span),#setup label+div{display:none}input{position:absolute;opacity:0}
+label{display:inline-block;padding:.125rem .75rem;margin:0 .25rem .75rem 0;border:1px solid var(--line);
+border-radius:1rem;font-size:.875rem;cursor:pointer}:checked+label{background:var(--cache);
+border-color:var(--cache);color:var(--card)}:focus-visible+label{outline:2px solid var(--cache);
+outline-offset:2px}
+#setup>div{display:flex;flex-wrap:wrap;margin-top:.75rem}#setup :checked+label+div{display:block;order:1;
+width:100%}pre{margin:.25rem 0 .75rem;padding:.5rem .75rem;background:var(--back);border-radius:.25rem;
+font-size:.8125rem;white-space:pre-wrap;overflow-wrap:anywhere;user-select:all}
+table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.25rem 1rem .25rem 0;
+vertical-align:top;border-top:1px solid var(--line)}th{border:0}.n{text-align:right;white-space:nowrap}
+.n:last-child{padding-right:0}.name{overflow-wrap:anywhere;min-width:6rem}.name .soft{display:block}td,
+li{font-size:.875rem;list-style:none}li+li{margin-top:.75rem}ul{margin:0;padding:0}progress{display:block;
+width:100%;accent-color:var(--cache)}
+#lost,.lost #health{display:none}.lost #lost{display:inline}.lost main{opacity:.5}
+@media(max-width:40rem){body{padding:1rem .5rem 2rem}section{padding:.75rem}th,td{padding-right:.5rem}
+.tall thead{display:none}.tall tr{display:block;border-top:1px solid var(--line);padding:.5rem 0}
+.tall td{display:inline-block;border:0;padding:0 .5rem 0 0}.tall .name{display:block}
+.tall .n:last-child::after{content:" ago"}}
 """
 SCRIPT = """
 "use strict"; const seen = {};
 async function update() {
   if (document.hidden) return;
   try {
-    const view = await (await fetch("/status.json")).json();
-    for (const [id, text] of Object.entries(view.html))
-      if (seen[id] !== text) document.getElementById(id).innerHTML = seen[id] = text;
-    document.body.className = "";
-  } catch (error) { document.body.className = "lost"; }
+    const view = await (await fetch("/status.json", {signal: AbortSignal.timeout?.(5000)})).json();
+    for (const [id, text] of Object.entries(view.html)) {
+      const part = document.getElementById(id), chosen = getSelection();
+      if (seen[id] !== text && (chosen.isCollapsed || !chosen.containsNode(part, true)))
+        part.innerHTML = seen[id] = text;
+    }
+    document.body.className = ""; document.title = view.health + " – pkgproxy on " + view.host;
+  } catch (error) { document.body.className = "lost"; document.title = "disconnected"; }
 }
 setInterval(update, 2000);
 """
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>pkgproxy</title><link rel="icon" href="data:,"><style>%(style)s</style>
-<noscript><meta http-equiv="refresh" content="10"></noscript></head><body>
-<header><h1>pkgproxy</h1><span class="soft">a caching proxy for package managers, %(version)s</span>
-<a href="#setup">Set up this machine</a></header>
-<main><p id="state">%(state)s</p><section aria-label="Savings"><dl id="figures">%(figures)s</dl></section>
-<section class="tabs"><h2>Bytes from the cache and from origins</h2>
-<input type="radio" name="span" id="hour" checked><label for="hour">Hour</label>
-<input type="radio" name="span" id="day"><label for="day">Day</label>
-<input type="radio" name="span" id="month"><label for="month">Month</label>
-<div id="plots">%(plots)s</div></section>
+<title>%(word)s – pkgproxy on %(host)s</title><link rel="icon" href="data:,"><style>%(style)s</style>
+<noscript><meta http-equiv="refresh" content="10"></noscript></head><body><header>
+<h1>pkgproxy on %(host)s</h1><span id="health" role="status">%(health)s</span>
+<b id="lost" class="bad">disconnected</b><a href="#setup">Set up clients</a></header>
+<main><p id="state" class="soft">%(state)s</p><div id="problems">%(problems)s</div>%(first)s
+<section id="disk" aria-label="Size of the cache">%(disk)s</section>
+<section aria-label="Savings"><dl id="figures">%(figures)s</dl></section>
+<section><h2>Bytes from the cache and from origins</h2>%(spans)s<div id="plots">%(plots)s</div></section>
+<div class="two"><section><h2>Clients</h2><table id="clients">%(clients)s</table></section>
+<section><h2>Busiest origins</h2><table id="origins">%(origins)s</table></section></div>
 <section><h2>Running downloads</h2><div id="downloads">%(downloads)s</div></section>
-<div class="two"><section><h2>Busiest origins</h2><div class="wide" tabindex="0" role="group"
-aria-label="Busiest origins"><table id="origins">%(origins)s</table></div></section>
-<section><h2>Disk and problems</h2><div id="disk">%(disk)s</div></section></div>
-<section><h2>Recent requests</h2><table id="recent" class="tall">%(recent)s</table></section>
-<section id="setup"><h2>Set up this machine</h2><p>Run one of these commands as root, then update as usual.
-Repositories are cached if their addresses start with http:// or with http://%(proxy)s/https://; plain https
-is not cached. For another machine, open this page under an address that it can reach.</p><ul>%(setup)s</ul>
-<p class="soft">Each setting is also available as text, for example <a href="/setup/apt">/setup/apt</a>. On
-laptops that leave this network, let apt run <a href="/setup/detect.sh">/setup/detect.sh</a>; other clients
-can use <a href="/proxy.pac">/proxy.pac</a>. For monitoring: <a href="/status.json">/status.json</a>,
-<a href="/metrics">/metrics</a>, <a href="/debug/vars">/debug/vars</a>, <a href="/healthz">/healthz</a>.
-</p></section></main><script>%(script)s</script></body></html>
+<section><h2>Last requests</h2>%(outcomes)s<table id="recent" class="tall">%(recent)s</table></section>
+%(last)s<p class="soft">pkgproxy %(version)s. For monitoring: <a href="/status.json">/status.json</a>,
+<a href="/metrics">/metrics</a>, <a href="/debug/vars">/debug/vars</a>, <a href="/healthz">/healthz</a>.</p>
+</main><script>%(script)s</script></body></html>
 """
+SIZE = """<b>%s, %s, %s free on the disk</b><svg class="size" viewBox="0 0 100 1" preserveAspectRatio="none"
+role="img" aria-label="Space in use"><path d="M0 0h%.2fv1H0z"/></svg>
+<span class="soft">Since the start: %s evicted (%s), %s.</span>"""
+SETUP_SECTION = """
+<section id="setup"><h2>Set up clients</h2><p>Run a line on the client, as root where it changes the system.
+Repositories are cached if their addresses start with http:// or http://%(proxy)s/https://, not with https://.
+If a client cannot reach %(proxy)s, open this page under another address.</p><div>%(commands)s</div>
+<p class="soft">As text: <a href="/setup/">/setup/</a>. On laptops that leave this network, let apt run
+<a href="/setup/detect.sh">/setup/detect.sh</a>; other clients can use <a href="/proxy.pac">/proxy.pac</a>.
+</p></section>"""
+SETUP_CHOICE = """<input type="radio" name="setup" id="to-%s" %s><label for="to-%s">%s</label>
+<div><pre>%s</pre><span class="soft">To undo it:</span><pre>%s</pre></div>"""
 
 
 def _hash(text: str) -> str:
@@ -7780,10 +7826,47 @@ POLICY = ("default-src 'none'; style-src %s; script-src %s; connect-src 'self'; 
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (_hash(STYLE), _hash(SCRIPT)))
 
 
+def problems(view: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what is wrong at the moment: for each problem a few words, and sentences that explain it."""
+    found = [] if view["disk"] else [("disk unreadable", "Cannot read the cache directory.")]
+    if view["unstored"]:
+        found.append(("disk full" if " space" in view["unstored"] else "cannot store",
+                      "Cannot store anything: %s." % view["unstored"]))
+    # What is known about a whole origin has no path; an error is known for one file only.
+    sites = [row["origin"].partition("://")[2].partition("/") for row in view["troubles"]]
+    if sites:
+        word = "failing" if any(slash for _, slash, _ in sites) else "unreachable"
+        found.append(("%s %s" % (format_count(len({host for host, _, _ in sites}), "origin"), word), ""))
+    return found + [("", "%s is failing: %s Serving cached copies for the next %s." % (
+        row["origin"], row["reason"], format_duration(row["seconds"]))) for row in view["troubles"]]
+
+
+def _short(count: float) -> str:
+    """Format a number of bytes without a needless zero.
+
+    >>> _short(20e9), _short(4.3e9)
+    ('20 GB', '4.3 GB')
+    """
+    return format_bytes(count).replace(".0 ", " ")
+
+
+def _disk_html(view: dict[str, Any]) -> str:
+    """Return the size of the cache as a bar: of its limit, else of the space that it could take."""
+    size, most, swept = view["cached_bytes"], view["max_bytes"], view["swept"]
+    used, whole = _short(size), _short(most or 0)
+    if most:
+        used = "%s of %s" % (used[:-3] if used[-3:] == whole[-3:] else used, whole)
+    share = 100 * size / (most or size + view["free_bytes"] or 1)
+    return SIZE % (
+        used, format_count(view["cached_files"], "file"), _short(view["free_bytes"]), min(100, share),
+        format_count(swept["removedFiles"], "file"), _short(swept["removedBytes"]),
+        format_count(view["counters"]["stale"], "stale response"))
+
+
 def _figures_html(view: dict[str, Any]) -> str:
-    """Return the savings and hit rates, since the start and over all time."""
+    """Return the savings and hit rates, over all time and since the start."""
     text = ""
-    for title, key in (("since the start", "counters"), ("over all time", "allTime")):
+    for title, key in (("over all time", "allTime"), ("since the start", "counters")):
         counts = view[key]
         saved, down = counts.get("statsCacheBytes", 0), counts.get("statsDownBytes", 0)
         share, (found, asked) = format_percent(saved, saved + down), hit_counts(counts)
@@ -7795,21 +7878,26 @@ def _figures_html(view: dict[str, Any]) -> str:
     return text
 
 
-def _bars(rows: Iterable[tuple[float, float]]) -> str:
-    """Return an SVG path of one bar per row, from its lower to its upper end (percent of the height)."""
-    return "".join("M%d %.1fh.8v%.1fh-.8z" % (at, 100 - top, top - low)
-                   for at, (low, top) in enumerate(rows) if top > low)
-
-
-# A plot stretches to any width, so its bars are in units of a slot: x is the slot's number, 0 the oldest one,
-# y is the share of the busiest slot in percent. The page holds all three plots, and its style shows the one
-# whose radio button is checked: that works without scripts.
+# A plot stretches to any width, so its bars are in units of a slot: x is the slot's number, 0 the oldest one.
+# y is the square root of the share of the scale, in percent of the height: a burst is a hundred times what is
+# usual, and both must be seen.  The page holds all three plots, and its style shows the chosen one.
 PLOT = """<figure class="%(name)s"><figcaption><span><b class="cache">&#9632;</b> %(cache)s from the cache
-<b class="origin">&#9632;</b> %(origin)s from origins</span><span>peak: %(peak)s in %(slot)s</span>
-</figcaption><svg viewBox="0 0 %(slots)d 100" preserveAspectRatio="none" role="img"
+&ensp;<b class="origin">&#9632;</b> %(origin)s from origins</span>
+<span>bytes in %(slot)s, square-root scale</span></figcaption>
+<div><i>%(scale)s</i><i class="half">%(half)s</i><i class="quarter">%(quarter)s</i>
+<i class="zero">0</i><svg viewBox="0 0 %(slots)d 100" preserveAspectRatio="none" role="img"
 aria-label="The last %(span)s: %(cache)s from the cache, %(origin)s from origins">
-<path class="cache" d="%(low)s"/><path class="origin" d="%(high)s"/></svg>
-<figcaption><span>%(span)s ago</span><span>now</span></figcaption></figure>"""
+<path class="grid" d="M0 0H%(slots)dM0 50H%(slots)dM0 75H%(slots)dM%(third)d 0V100M%(two)d 0V100"/>
+<path d="%(low)s"/><path class="origin" d="%(high)s"/></svg></div>
+<figcaption><span>%(span)s ago</span><span>%(late)s</span><span>%(later)s</span><span>now</span></figcaption>
+</figure>"""
+
+
+def _bars(rows: Iterable[tuple[float, float]]) -> str:
+    """Return an SVG path of one bar per row, from its lower to its upper end (shares of the scale)."""
+    ends = [(10 * math.sqrt(100 * low), 10 * math.sqrt(100 * top)) for low, top in rows]
+    return "".join("M%d %.1fh.8v%.1fh-.8z" % (at, 100 - top, top - low)
+                   for at, (low, top) in enumerate(ends) if top > low)
 
 
 def _plots_html(view: dict[str, Any]) -> str:
@@ -7818,21 +7906,26 @@ def _plots_html(view: dict[str, Any]) -> str:
     for name, plot in view["plots"].items():
         rows, width = plot["bytes"], plot["seconds"]
         cache, origin = (sum(column) for column in zip(*rows))
-        peak = max(map(sum, rows))
-        scale = 100 / (peak or 1)
+        peak, third = max(map(sum, rows)), len(rows) // 3
+        # A round number that the peak does not exceed, at least a kilobyte; its quarters are round enough.
+        scale = next(base * 10**power for power in itertools.count(3) for base in (1, 2, 4, 6, 8)
+                     if base * 10**power >= peak)
         text += PLOT % {
-            "name": name, "cache": format_bytes(cache), "origin": format_bytes(origin),
-            "peak": format_bytes(peak), "slot": format_duration(width), "slots": len(rows),
-            "span": format_duration(width * len(rows)), "low": _bars((0, one * scale) for one, _ in rows),
-            "high": _bars((one * scale, (one + other) * scale) for one, other in rows)}
+            "name": name, "cache": format_bytes(cache), "origin": format_bytes(origin), "slots": len(rows),
+            "slot": format_duration(width), "span": format_duration(width * len(rows)),
+            "scale": _short(scale), "half": _short(scale / 4), "quarter": _short(scale / 16),
+            "third": third, "two": 2 * third, "late": format_duration(width * 2 * third),
+            "later": format_duration(width * third), "low": _bars((0, one / scale) for one, _ in rows),
+            "high": _bars((one / scale, (one + other) / scale) for one, other in rows)}
     return text
 
 
 def _uri_html(uri: str) -> str:
     """Return the name of a file, followed by the rest of its URI in a soft colour."""
     folder, slash, name = escape(uri).rpartition("/")
-    soft = '%s <span class="soft">%s</span>' % (name, folder + slash)
-    return soft if name and "://" in folder else escape(uri)  # a CONNECT target has no file name
+    if not name or "://" not in folder:  # a CONNECT target has no file name
+        return escape(uri)
+    return '%s <span class="soft">%s</span>' % (name, folder + slash)
 
 
 def _downloads_html(view: dict[str, Any]) -> str:
@@ -7848,79 +7941,85 @@ def _downloads_html(view: dict[str, Any]) -> str:
     return "<ul>%s</ul>" % text if text else '<p class="soft">None at the moment.</p>'
 
 
-def _recent_html(view: dict[str, Any]) -> str:
-    """Return the rows of the table of recent requests, newest first."""
-    text = ('<thead><tr><th>Outcome<th>File<th class="n">Size<th class="n">Time<th>Client<th class="n">Ago'
-            '</thead><tbody>')
-    for row in view["recent"]:
-        outcome, seconds = Outcome(row["outcome"]), row["seconds"]
-        notes = [row["method"] if row["method"] != "GET" else "",  # only unusual values
-                 str(row["status"]) if row["status"] != 200 else "", row["detail"]]
-        text += '<tr><td class="%s">%s<td class="name">%s %s' % (
-            outcome.colour, outcome.value, _uri_html(row["uri"]), escape(", ".join(filter(None, notes))))
-        text += '<td class="n">%s<td class="n">%s<td>%s<td class="n">%s' % (
-            format_bytes(row["bytes"]), "%d ms" % (1000 * seconds) if seconds < 1 else "%.1f s" % seconds,
-            escape(row["client"]), format_duration(view["now"] - row["at"]))
-    return text + "</tbody>" if view["recent"] else '<tr><td class="soft">None yet.'
+def _table(titles: str, rows: Iterable[tuple[str, ...]]) -> str:
+    """Return the rows of a table; each consists of its class and its cells, which are HTML.
 
-
-def _origins_html(view: dict[str, Any]) -> str:
-    """Return the rows of the table of the ten busiest origins."""
-    text = '<tr><th>Origin<th class="n">Requests<th class="n">Sent<th class="n">Cached'
-    for name, row in list(view["origins"].items())[:10]:
-        sent, cached = format_bytes(row["bytes"]), format_percent(row["cached"], row["bytes"])
-        text += '<tr><td class="name">%s<td class="n">%s<td class="n">%s<td class="n">%s' % (
-            escape(name), f"{row['requests']:,}", sent, cached)
-    return text if view["origins"] else '<tr><td class="soft">None yet.'
-
-
-def _disk_html(view: dict[str, Any]) -> str:
-    """Return the size of the cache, the evictions, and current problems with the disk or with origins."""
-    disk, eviction, lines = view["disk"], view["swept"], []
-    if eviction.get("at"):  # else the files have not been counted yet
-        lines += ["%s stored, %s on disk (counted %s ago, and every %s)." % (
-            format_count(eviction["files"], "file"), format_bytes(eviction["bytes"]),
-            format_duration(view["now"] - eviction["at"]), format_duration(EVICTION_INTERVAL)),
-                  "Evicted since the start: %s, %s." % (
-            format_count(eviction["removedFiles"], "file"), format_bytes(eviction["removedBytes"]))]
-    lines += ["Disk: %s of %s free." % (format_bytes(disk["free"]), format_bytes(disk["size"])) if disk
-              else '<span class="bad">Cannot read the cache root.</span>',
-              "%s since the start." % format_count(view["counters"]["stale"], "stale response")]
-    if view["unstored"]:
-        lines.append('<span class="bad">Cannot store anything:</span> %s.' % escape(view["unstored"]))
-    for row in view["troubles"]:
-        lines.append('<span class="bad">%s is failing:</span> %s Serving cached copies for the next %s.' % (
-            escape(row["origin"]), escape(row["reason"]), format_duration(row["seconds"])))
-    return "".join("<p>%s</p>" % line for line in lines)
-
-
-def setup_line(name: str, proxy: str) -> str:
-    """Return the command that makes a package manager use the proxy, to be pasted into a root shell.
-
-    ``name``: a key of SETUP.  ``proxy``: the proxy's address, HOST:PORT.
+    ``titles``: separated by spaces, each with the class of its column after a colon.
     """
-    text, redirection, more = SETUP[name]
-    words = " ".join("'%s'" % line for line in (text % proxy).split("\n"))
-    return "%s %s %s" % ("printf '%s\\n'" if "' '" in words else "echo", words, redirection) + more
+    columns = [title.partition(":")[::2] for title in titles.split()]
+    head = "".join("<th class=%s>%s" % (column, title.replace("_", " ")) for title, column in columns)
+    body = "".join("<tr class=%s>" % row[0] + "".join("<td class=%s>%s" % (column, cell)
+                   for (_, column), cell in zip(columns, row[1:])) for row in rows)
+    return "<thead><tr>%s</thead><tbody>%s" % (head, body) if body else '<tr><td class="soft">None yet.'
+
+
+def _tables_html(view: dict[str, Any]) -> dict[str, str]:
+    """Return the tables of the page by their ids: last requests, clients and origins with most bytes."""
+    recent = []
+    for row in view["recent"]:
+        seconds, notes = row["seconds"], [  # only unusual values
+            row["method"] if row["method"] != "GET" else "",
+            str(row["status"]) if row["status"] != 200 else "", row["detail"]]
+        recent.append((
+            Outcome(row["outcome"]).colour, row["outcome"],
+            "%s %s" % (_uri_html(row["uri"]), escape(", ".join(filter(None, notes)))),
+            format_bytes(row["bytes"]), "%d ms" % (1000 * seconds) if seconds < 1 else "%.1f s" % seconds,
+            escape(row["client"]), format_duration(view["now"] - row["at"])))
+    return {
+        "recent": _table("Outcome:t File:name Size:n Time:n Client:t Ago:n", recent),
+        "clients": _table("Address:name Requests:n Sent:n Last_seen:n", [(
+            "t", escape(row["client"]), f"{row['requests']:,}", format_bytes(row["bytes"]),
+            format_duration(view["now"] - row["seen"]) + " ago") for row in view["clients"][:10]]),
+        "origins": _table("Origin:name Requests:n Sent:n Cached:n", [(
+            "t", escape(name), f"{row['requests']:,}", format_bytes(row["bytes"]),
+            format_percent(row["cached"], row["bytes"])) for name, row in [*view["origins"].items()][:10]])}
+
+
+def setup_commands(name: str, names: dict[str, Any]) -> tuple[str, str]:
+    """Return the shell command that makes a client use the proxy, and the one that undoes it.
+
+    Run twice, the first does what it does when it is run once.  ``name``: a key of SETUP.  ``names``: the
+    proxy's address, as the texts use it.
+    """
+    text, file, undo = (part % names for part in SETUP[name])
+    words, path = "'%s'" % text, file.lstrip("+")
+    if not file:
+        return text, undo
+    if file != path:
+        return ("grep -sqxF %s %s || echo %s >> %s" % (words, path, words, path),
+                "f=%s; grep -vxF %s $f > $f.new; cat $f.new > $f && rm $f.new" % (path, words))
+    now, later = (" && . " + path, "; unset http_proxy") if path.endswith(".sh") else ("", "")
+    return "echo %s > %s%s" % (words, path, now), "rm -f %s%s" % (path, later)
+
+
+def _choices(group: str, **labels: str) -> str:
+    """Return a group of radio buttons with their labels, by their ids; the first one is chosen."""
+    return "".join('<input type="radio" name="%s" id="%s"%s><label for="%s">%s</label>' % (
+        group, name, "" if number else " checked", name, label)
+        for number, (name, label) in enumerate(labels.items()))
 
 
 def status_html(view: dict[str, Any]) -> dict[str, str]:
     """Return the changing parts of the status page, by the id of the element that holds each."""
-    return {"state": summary(view), "figures": _figures_html(view), "plots": _plots_html(view),
-            "disk": _disk_html(view), "downloads": _downloads_html(view), "recent": _recent_html(view),
-            "origins": _origins_html(view)}
+    return {"state": summary(view), "health": '<b class="%s">%s</b>' % (
+        "good" if view["health"] == "OK" else "bad", view["health"]),
+            "problems": "".join('<p class="bad">%s</p>' % escape(text) for _, text in problems(view) if text),
+            "disk": _disk_html(view), "figures": _figures_html(view), "plots": _plots_html(view),
+            "downloads": _downloads_html(view), **_tables_html(view)}
 
 
-def status_page(view: dict[str, Any], proxy: str) -> Page:
-    """Return the complete status page.  ``proxy``: the address by which the client reached it, HOST:PORT."""
-    names: dict[str, list[str]] = {}  # by command: several package managers share one
-    for name in SETUP:
-        names.setdefault(setup_line(name, proxy), []).append("others" if name == "env" else name)
-    commands = "".join("<li>%s<pre>%s</pre></li>" % (", ".join(row), escape(line))
-                       for line, row in names.items())
+def status_page(view: dict[str, Any], names: dict[str, Any]) -> Page:
+    """Return the complete status page.  ``names``: the address by which the client reached the proxy."""
+    choices = [SETUP_CHOICE % (name, "checked" * (name == "apt"), name, name, *map(
+        escape, setup_commands(name, names))) for name in SETUP]
+    setup = SETUP_SECTION % {"proxy": escape(names["proxy"]), "commands": "".join(choices)}
+    unused = not hit_counts(view["allTime"])[1]  # then setting up clients is what comes first
     return Page("text/html; charset=utf-8", PAGE % {
-        **status_html(view), "setup": commands, "style": STYLE, "script": SCRIPT, "version": view["version"],
-        "proxy": escape(proxy)}, policy=POLICY)
+        **status_html(view), "spans": _choices("span", hour="Hour", day="Day", month="Month"),
+        "outcomes": _choices("outcome", all="All", cached="From the cache", sent="From origins",
+                             stale="Stale", failed="Failed or refused"), "word": view["health"],
+        "host": escape(view["host"]), "style": STYLE, "script": SCRIPT, "version": view["version"],
+        "first": setup if unused else "", "last": "" if unused else setup}, policy=POLICY)
 
 
 def _metrics(view: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[tuple[str, float]]]]:
@@ -7967,10 +8066,22 @@ def metrics_text(view: dict[str, Any]) -> str:
 
 
 def page_view(snapshot: dict[str, Any]) -> dict[str, Any]:
-    """Select what /status.json publishes from a snapshot of StatusCollector; the other pages use the same."""
-    keys = ("counters", "allTime", "plots", "now", "since", "disk", "recent", "downloads", "unstored",
-            "troubles", "origins", "swept")
-    return {"version": __version__, **{key: snapshot[key] for key in keys}}
+    """Select what /status.json publishes from a snapshot of StatusCollector; the other pages use the same.
+
+    With --private, clients' addresses and the names of files are not published.
+    """
+    keys = ("counters allTime plots now since host disk recent downloads unstored troubles clients origins "
+            "swept cached_bytes cached_files free_bytes max_bytes").split()
+    swept, disk = snapshot["swept"], snapshot["disk"]
+    counted = {"cached_bytes": swept.get("bytes", 0), "cached_files": swept.get("files", 0),
+               "free_bytes": disk.get("free", 0), "max_bytes": snapshot["config"].max_size}
+    view = {"version": __version__, **counted, **{key: snapshot[key] for key in keys if key in snapshot}}
+    view["health"] = ", ".join(word for word, _ in problems(view) if word) or "OK"
+    if snapshot["config"].private:
+        for row in view["recent"] + view["downloads"] + view["clients"] + view["troubles"]:
+            # The detail can be a URI, and is "" for most requests.
+            row.update({key: "hidden" for key in ("client", "uri", "detail", "origin") if row.get(key)})
+    return view
 
 
 def _json_page(content: dict[str, Any], indent: int | None = None) -> Page:
@@ -7978,15 +8089,16 @@ def _json_page(content: dict[str, Any], indent: int | None = None) -> Page:
 
 
 def _setup_page(name: str, names: dict[str, Any]) -> Page:
-    """Return /setup/NAME; the trailing line feed matters if the text is appended to a file."""
-    if name == "detect.sh":
-        return Page(TEXT, DETECT % names)
-    if name not in SETUP:
-        raise ProxyError("In /setup/NAME, NAME is one of %s." % ", ".join([*SETUP, "detect.sh"]), 404)
-    return Page(TEXT, SETUP[name][0] % names["proxy"] + "\n")
+    """Return /setup/NAME, or the list of all for "".  The text of a file can be written to it as it is."""
+    if name in SETUP:
+        return Page(TEXT, "# Undo: %s\n%s\n" % (setup_commands(name, names)[1], SETUP[name][0] % names))
+    if name:
+        raise ProxyError("In /setup/NAME, NAME is one of %s, detect.sh, avahi." % ", ".join(SETUP), 404)
+    lines = ["%s: %s\n    undo: %s\n" % (key, *setup_commands(key, names)) for key in SETUP]
+    return Page(TEXT, "\n".join([*lines, "Files: /setup/detect.sh and /setup/avahi\n"]))
 
 
-def _statistics_page(name: str, proxy: str, accepts_html: bool, snapshot: dict[str, Any]) -> Page:
+def _statistics_page(name: str, names: dict[str, Any], fields: Fields, snapshot: dict[str, Any]) -> Page:
     """Return the page of this name that shows figures; "" is the status page."""
     if name == "debug/vars":
         return _json_page({key: value for key, value in snapshot.items()
@@ -7996,31 +8108,35 @@ def _statistics_page(name: str, proxy: str, accepts_html: bool, snapshot: dict[s
         return _json_page({**view, "html": status_html(view)})
     if name == "metrics":
         return Page("text/plain; version=0.0.4; charset=utf-8", metrics_text(view))
-    if accepts_html:
-        return status_page(view, proxy)
-    return Page(TEXT, WELCOME % {"version": __version__, "proxy": proxy, "state": summary(view)})
+    if "text/html" in (field_value(fields, "Accept") or ""):
+        return status_page(view, names)
+    # auto-apt-proxy sends apt to port 3142, and knows apt-cacher-ng by this answer to it.
+    is_apt = "APT-HTTP" in (field_value(fields, "User-Agent") or "")
+    text = WELCOME % {"version": __version__, "state": summary(view), **names}
+    return Page(TEXT, text, 406, reason="Usage Information") if is_apt else Page(TEXT, text)
 
 
-def make_page(path: str, address: tuple[str, int], accepts_html: bool,
+def make_page(path: str, address: tuple[str, int], fields: Fields,
               snapshot: Callable[[], dict[str, Any]], health_problem: Callable[[], str]) -> Page | None:
     """Return the page of this path, or None if there is none.  Raises ProxyError for an unknown /setup/NAME.
 
     ``path``: with a slash in front, and possibly a query.  ``address``: host and port by which the client
-    reached the proxy, and which therefore works in its configuration.  ``accepts_html``: the client is a
-    browser.  ``snapshot``, ``health_problem``: called only for the pages that need them.
+    reached the proxy, and which therefore works in its configuration.  ``fields``: of the request; they tell
+    a browser from apt and curl.  ``snapshot``, ``health_problem``: called only for the pages that need them.
     """
     host, port = address
     names = {"host": host, "port": port, "proxy": ("[%s]:%d" if ":" in host else "%s:%d") % address}
     page = path.partition("?")[0][1:].rstrip("/")
+    if page in FIXED_PAGES:
+        media, text = FIXED_PAGES[page]
+        return Page(media, text % names)
     if page.partition("/")[0] == "setup":
         return _setup_page(page[len("setup/"):], names)
-    if page in ("wpad.dat", "proxy.pac"):
-        return Page("application/x-ns-proxy-autoconfig", AUTOCONFIG % names)
     if page == "healthz":
         reason = health_problem()
         return Page(TEXT, (reason or "ok") + "\n", 503 if reason else 200)
     if page in ("", "status.json", "metrics", "debug/vars"):
-        return _statistics_page(page, str(names["proxy"]), accepts_html, snapshot())
+        return _statistics_page(page, names, fields, snapshot())
     return None
 
 
@@ -8674,12 +8790,12 @@ class Dispatcher:
             raise ProxyError("The proxy's own pages support only GET and HEAD.", 405)
         listening = Target("", request.server_address, port, "").authority
         host, port = split_authority(field_value(request.fields, "Host") or listening, 80)
-        html = "text/html" in (field_value(request.fields, "Accept") or "")
-        page = make_page(request.uri, (host, port), html, self.snapshot, self.health_problem)
+        page = make_page(request.uri, (host, port), request.fields, self.snapshot, self.health_problem)
         if page is None:
             raise ProxyError("No such page. To fetch through this proxy, set http_proxy=http://%s/ or request"
                              " /http://host/path" % Target("", host, port, "").authority, 404)
-        return Response(generated_head(page.status, page.media, (("Vary", "Accept"),), page.policy),
+        head = generated_head(page.status, page.media, (("Vary", "Accept"),), page.policy)
+        return Response(replace_fields(head, reason=page.reason or head.reason),
                         bytes_body(page.text.encode()), CacheStatus(Outcome.OWN))
 
     def snapshot(self) -> dict[str, Any]:
@@ -8688,7 +8804,7 @@ class Dispatcher:
         words = [re.split(r"(?<=\A--parent=)", word) for word in sys.argv]
         command_line = ["".join(loggable_uri(part) if re.search("@|://", part) else part for part in parts)
                         for parts in words]
-        return {"cmdline": command_line, **self.statistics.snapshot()}
+        return {"cmdline": command_line, "config": self.proxy.config, **self.statistics.snapshot()}
 
     def health_problem(self) -> str:
         """Return why the proxy is not healthy, "" if it is."""
@@ -9698,9 +9814,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
                lambda text: (text, parse_networks([text]))[0], REPEATED),
         Option("--name NAME", "another host name of the proxy; repeatable (none)", "names",
                parse_host_name, REPEATED),
-        Option("--connect-ports PORTS", "ports that CONNECT may reach (443)", "connect_ports", parse_ports),
+        Option("--connect-ports PORTS", "ports that CONNECT may reach, or none (443)", "connect_ports",
+               parse_ports),
         Option("--reuse-port", "share the addresses with other instances (off)", "reuse_port", more=ON),
         Option("--instance NAME", "name of this instance; implies --reuse-port (none)", "instance"),
+        Option("--private", "hide clients' addresses and files on the pages (off)", "private", more=ON),
     ),
     "cache": (
         Option("-r --root DIR", "cache directory, created if missing (.)", "root", parse_path),
