@@ -2076,10 +2076,10 @@ def freshness_lifetime(head: ResponseHead) -> int | None:
     return 0 if end is None else max(0, int(end - (head.response_time if start is None else start)))
 
 
-_TEXT_TYPE = re.compile(r"^text/|json|ya?ml|xml|html|script|toml|csv|urlencoded")
+_TEXT_TYPE = re.compile(r"^text/|json|ya?ml|xml|html|script|toml|csv|urlencoded|x-sh")
 _BINARY_NAME = re.compile(
     r"\w+://[^?]*/[^/?]*[^/?.]\.(?!(?:json|ya?ml|xml|x?html?|txt|toml|csv|md|[cm]?js|css|ini|cfg|conf|php\d?|aspx?"
-    r"|jsp|cgi|rss|atom|list|repo|log|asc|pem)$)\w{1,12}", re.I)
+    r"|jsp|cgi|rss|atom|list|repo|log|asc|pem|sh|ps1|py)$)\w{1,12}", re.I)
 
 
 def heuristic_lifetime(head: ResponseHead, config: Config) -> int:
@@ -5989,8 +5989,12 @@ class SmallAnswers:
         status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
         return Response(replace_fields(head, fields=aged), bytes_body(data), status, counts_as_cached=True)
 
-    def keep(self, response: OriginResponse, head: ResponseHead, answer: Response) -> Response:
-        """Read a response and keep it if it is small; return ``answer``, with its body; OriginError."""
+    def keep(self, flight: Flight, request: Request, response: OriginResponse, head: ResponseHead,
+             answer: Response) -> Response:
+        """Read a response and keep it if it may be kept and is small; return ``answer`` with the body that
+        was read; OriginError."""
+        if not is_small_answer(request, head) or not flight.finish_receiving():
+            return answer
         data = b""
         while piece := response.read():
             data += piece
@@ -6131,13 +6135,13 @@ class Downloader:
     """
 
     def __init__(self, config: Config, store: Store, flights: SingleFlight, origin: OriginClient,
-                 failures: RecentFailures, may_replace: Callable[[str, bool], bool]) -> None:
+                 failures: RecentFailures, may_store: Callable[[str, bool, bool], bool]) -> None:
         self.store = store
         self.flights = flights
         self.origin = origin
         self.failures = failures
         self.locks = DownloadLocks(store, config)
-        self._may_replace = may_replace  # see BackgroundRevalidator
+        self._may_store = may_store  # see BackgroundRevalidator
         self.small_answers = SmallAnswers()
         self._orphans = OrphanLimiter(config.max_orphans)
         self._lock = threading.Lock()  # guards _running
@@ -6280,7 +6284,7 @@ class Downloader:
             log.warning("%s was not stored: it is empty, or its digest is not that in its name", key)
             may_store = False
         client_is_local = download.origin_request.client_is_local
-        if not may_store or download.replaces and not self._may_replace(key, client_is_local):
+        if not may_store or not self._may_store(key, client_is_local, download.replaces):
             partial.discard()
             return FlightResult.WHOLE
         partial.commit()
@@ -6471,6 +6475,7 @@ class PeerFollower:
 # Proxy.respond() is the path of every request; start reading there.
 
 REVALIDATION_INTERVAL = 3600.0  # seconds between two validations of one response in the background
+PAIR_SPAN = 60.0  # seconds since its validation in which a file is taken for what a new signature signs
 MAX_BACKGROUND_VALIDATIONS = 4  # validations at one time that no client waits for
 # Request fields with which a large stored response may have a small answer.
 _PART_FIELDS = ("range", "if-none-match", "if-modified-since")
@@ -6839,9 +6844,8 @@ class FlightLeader:
             response.close()
             response = fetch_full(self.downloader.origin, origin_request)
         answer = response_from_origin(request, response, decision, reason)
-        if is_small_answer(request, head) and self.flight.finish_receiving():
-            return self.downloader.small_answers.keep(response, head, answer), FlightResult.AGAIN
-        return answer, FlightResult.ALONE
+        answer = self.downloader.small_answers.keep(self.flight, request, response, head, answer)
+        return answer, FlightResult.AGAIN if answer.cache_status.stored else FlightResult.ALONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -7033,8 +7037,13 @@ class BackgroundRevalidator:
         if self._attempts.note_first(key, REVALIDATION_INTERVAL) and not self._flights.is_in_flight(key):
             self._start([*signed_keys(key), key], client_is_local)
 
-    def may_replace(self, key: str, client_is_local: bool) -> bool:
-        """Return whether a new generation of a stored file may be stored now.
+    def is_older_than_signed(self, head: ResponseHead) -> bool:
+        """Return whether what a stored signature signs was validated, or stored, after the signature was."""
+        signed = filter(None, map(self._stored_head, signed_keys(head.key)))
+        return any(other.response_time > head.response_time for other in signed)
+
+    def may_store(self, key: str, client_is_local: bool, replaces: bool) -> bool:
+        """Return whether a file that has arrived, perhaps to replace a stored one, may be stored now.
 
         A file and its signature must be of one generation, or its clients refuse both:
 
@@ -7043,12 +7052,14 @@ class BackgroundRevalidator:
         3. The file is stored, unless the origin has failed in step 2: then the old pair stays.
 
         If the signature comes first, it is not stored: both are renewed in the background, the file first.
+        Where there was no signature, a file that was validated lately is not asked for again.
         """
-        signed = signed_keys(key)
-        if key in self._renewing or not any(self._request(name, client_is_local) for name in signed):
-            return self._renew(signature_keys(key), client_is_local)
-        self._start([*signed, key], client_is_local)
-        return False
+        signed = [head for head in map(self._stored_head, signed_keys(key)) if head is not None]
+        is_recent = not replaces and all(abs(time.time() - head.response_time) < PAIR_SPAN for head in signed)
+        if signed and not is_recent and key not in self._renewing:
+            self._start([*signed_keys(key), key], client_is_local)
+            return not replaces
+        return not replaces or self._renew(signature_keys(key), client_is_local)
 
     def _start(self, keys: list[str], client_is_local: bool) -> None:
         if self._running.acquire(blocking=False):
@@ -7063,24 +7074,22 @@ class BackgroundRevalidator:
         finally:
             self._running.release()
 
-    def _request(self, key: str, client_is_local: bool) -> Request | None:
-        """Make the request that revalidates a stored response; None if nothing is stored."""
-        stored, target = self._store.lookup(key), parse_target(key)
-        if stored is None:
-            return None
-        stored.close()
-        fields = (("Host", target.authority), ("Cache-Control", "max-age=0"), *stored.head.vary)
-        fields += (("Accept", FORMS["#" + key.partition("#")[2]]),) if "#" in key else ()
-        return Request("GET", target.uri, target, tuple(pair for pair in fields if pair[1]),
-                       received=time.time(), key=key, client_is_local=client_is_local)
+    def _stored_head(self, key: str) -> ResponseHead | None:
+        stored = self._store.lookup(key)
+        _close(stored)
+        return stored.head if stored is not None else None
 
     def _renew(self, keys: list[str], client_is_local: bool) -> bool:
         """Revalidate stored responses, up to the first that the origin does not confirm or replace; return
         whether there was none such."""
-        for key in keys:
-            request = self._request(key, client_is_local)
-            if request is None:
+        for key, head in zip(keys, map(self._stored_head, keys)):
+            if head is None:
                 continue
+            target, mark = parse_target(key), key.partition("#")[2]
+            fields = (("Host", target.authority), ("Cache-Control", "max-age=0"), *head.vary)
+            fields += (("Accept", FORMS["#" + mark]),) if mark else ()
+            request = Request("GET", target.uri, target, tuple(pair for pair in fields if pair[1]),
+                              received=time.time(), key=key, client_is_local=client_is_local)
             self._renewing.add(key)
             try:
                 response = self._respond(request)
@@ -7112,7 +7121,7 @@ class Proxy:
         self._barrier = SingleFlight()
         self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier)
         self._downloader = Downloader(config, store, self._barrier, self._origin, self._failures,
-                                      self._revalidator.may_replace)
+                                      self._revalidator.may_store)
         self._locks = self._downloader.locks
         self._mirrors = MirrorDeduplicator(store, self._origin, config)
 
@@ -7140,6 +7149,8 @@ class Proxy:
             return answer
         stored = None if request.known_missing else look_up_for_client(self._store, self._origin, request)
         mark(request.timings, "looked up")
+        if stored is not None and self._revalidator.is_older_than_signed(stored.head):
+            request = replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
         decision = decide(request, stored.head if stored else None, config, time.time())
         try:
             response = self._serve(request, decision, stored) if stored is not None else None
@@ -7275,6 +7286,9 @@ class Proxy:
         stored = self._store.lookup(request.key)
         if stored is None:
             return None, True
+        if signed_keys(request.key):  # whether it is of its file's generation takes another lookup
+            stored.close()
+            return None, False
         # Whether a client on another host may have a body file without a head takes a DNS lookup.
         is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
         entry = hot_entry_for(request, stored, self.config, now) if is_open else None

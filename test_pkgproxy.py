@@ -1760,7 +1760,7 @@ class CacheRulesTest(unittest.TestCase):
                 ("/repos/a/b/releases.bin", "application/vnd.github+json", 0), ("/x.bin", "application/vnd.pub.v2+json", 0),
                 ("/x.bin", "application/yaml", 0), ("/x.bin", "application/x-yaml", 0), ("/feed.bin", "application/atom+xml", 0), ("/x.bin", "text/plain", 0),
                 ("/x.bin", "application/javascript", 0), ("/x.bin", "application/xhtml+xml", 0), ("/list.txt", octets, 0), ("/x.JSON", octets, 0),
-                ("/install.sh", "application/x-sh", DAY), ("/status", octets, 0), ("/v1.2/status", octets, 0), ("/x.bin?y", octets, 0), ("/x/", octets, 0), ("/.bin", octets, 0)):
+                ("/install.sh", octets, 0), ("/x.bin", "application/x-sh", 0), ("/status", octets, 0), ("/v1.2/status", octets, 0), ("/x.bin?y", octets, 0), ("/x/", octets, 0), ("/.bin", octets, 0)):
             with self.subTest(uri=uri, media=media):
                 head = make_stored_head("http://a" + uri, **({"Content_Type": media} if media else {}))
                 self.assertEqual(pkgproxy.heuristic_lifetime(head, Config()), expected)
@@ -3590,6 +3590,34 @@ class PairTest(ProxyCase):
                     self.assertEqual(self.generations(first, other), [1, 1])
                     self.origin.listen()
                     self.proxy._failures.origin_answered(make_request(self.origin.url(path)))
+
+    def test_a_file_that_comes_anew_makes_its_old_signature_be_asked_about(self):
+        for path, suffix in (("/x-1.0-1-x86_64.pkg.tar.zst", ".sig"), ("/x_1.0.orig.tar.xz", ".asc"), ("/a-1.0.jar", ".sha1")):
+            with self.subTest(path=path):
+                self.publish(1, path, path + suffix)
+                self.generations(path, path + suffix)
+                self.proxy._store.delete(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(path))))  # evicted
+                self.publish(2, path, path + suffix)
+                self.assertEqual(self.generations(path, path + suffix), [2, 2])
+                self.wait_until_idle()
+                sent = len(self.origin.log)
+                self.assertEqual(self.generations(path, path + suffix), [2, 2])
+                self.assertEqual(len(self.origin.log), sent)
+
+    def test_a_signature_that_comes_later_renews_a_file_of_long_ago(self):
+        for path, suffix in (("/x-1.0-1-x86_64.pkg.tar.zst", ".sig"), ("/gradle-8.9-bin.zip", ".sha256")):
+            with self.subTest(path=path), mock.patch.object(pkgproxy, "PAIR_SPAN", 0):
+                self.publish(1, path)
+                self.generations(path)
+                self.publish(2, path, path + suffix)
+                self.assertEqual(self.generations(path + suffix), [2])
+                self.wait_until_idle()
+                self.assertEqual(self.generations(path, path + suffix), [2, 2])
+        with self.subTest("at once"):
+            self.publish(1, "/y-1.0.jar", "/y-1.0.jar.sha1")
+            self.generations("/y-1.0.jar", "/y-1.0.jar.sha1")
+            self.wait_until_idle()
+            self.assertEqual(len(self.origin.requests("/y-1.0.jar")), 2)
 
     def test_a_signature_alone_is_renewed_after_its_file_is_confirmed(self):
         self.publish(1, "/core.db", "/core.db.sig")
