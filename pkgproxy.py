@@ -35,6 +35,7 @@ The path of a request
           ThreadPool ─ ProxyHandler: RequestReader parses a Request                 (worker thread)
                          Dispatcher.respond: check access; own pages are answered here
                          Proxy.respond
+                            SmallAnswers: a 404, a redirect ... in memory; else:
                             stored   = Store.lookup(key)
                             decision = decide(request, stored, config, now)
                             SERVE      → the stored file
@@ -1891,8 +1892,8 @@ _CONTENT = re.compile(
     r"|/packages/[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{60}/[^/]+$"  # PyPI
     r"|/core/guids/[0-9a-f]{64}/")  # Amazon Linux
 # Dated archives and Maven's timestamped snapshots: nothing in them changes, whatever their names say.
-_DATED = re.compile(r"/\d{8}T\d{6}Z/.*[^/]$|/repos/\d{4}/\d\d/\d\d/.*[^/]$|/history/\d{8}/.*[^/]$"
-                    r"|-SNAPSHOT/[^/]*-\d{8}\.\d{6}-\d+[.-][^/]+$", re.S)
+_DATED = re.compile(r"/\d{8}T\d{6}Z/|/repos/\d{4}/\d\d/\d\d/|/history/\d{8}/"
+                    r"|-SNAPSHOT/[^/]*-\d{8}\.\d{6}-\d")
 _MOVING = re.compile(r"/(?:current|latest|latest-stable|snapshots|rawhide|nightly|[^/]+-SNAPSHOT)/", re.I)
 _SIGNATURE = re.compile(r"\.(?:sig2?|asc|gpg|sign|signature|minisig|md5|rmd160|sha(?:1|256|512)(?:sum)?)$")
 # Files that change in place.
@@ -1962,8 +1963,9 @@ def classify_name(key: str) -> NameClass:
     for _ in range(3):  # a name may be followed by a checksum's and a signature's suffix
         if _CONTENT.search(path):
             return NameClass.CONTENT
-        if _DATED.search(path) or _MOVING.search(path):
-            return NameClass.PACKAGE if _DATED.search(path) else NameClass.INDEX
+        is_dated = _DATED.search(path)
+        if is_dated or _MOVING.search(path):
+            return NameClass.INDEX if not is_dated else NameClass.PACKAGE if segments[-1] else NameClass.OTHER
         path = _SIGNATURE.sub("", path)
     # Everything below dists/ is an index, except that some apt repositories keep their packages there.
     in_dists = "/dists/" in path and not path.endswith((".deb", ".udeb"))
@@ -2139,9 +2141,6 @@ def is_304_for(stored: ResponseHead, response: ResponseHead) -> bool:
 # What may be stored (RFC 9111 §3, §4.4) --------------------------------------------------------
 
 
-_FOR_ONE_REQUEST = (200, 206, 304, 401, 407, 412, 416)
-
-
 def _who_forbids_storing(request: Request, head: ResponseHead) -> str:
     """Return the directive or field that forbids storing a response; "" if none does."""
     control = cache_directives(head.fields)
@@ -2185,7 +2184,7 @@ def is_small_answer(request: Request, head: ResponseHead) -> bool:
     """
     may_appear = classify_name(request.key) is NameClass.CONTENT or request.key.endswith(".narinfo")
     of_use = freshness_lifetime(head) and "no-cache" not in cache_directives(head.fields)  # never validated
-    return bool(of_use and not may_appear and head.status not in _FOR_ONE_REQUEST
+    return bool(of_use and not may_appear and head.status not in (200, 206, 304, 401, 407, 412, 416)
                 and not _who_forbids_storing(request, head))
 
 
@@ -6280,11 +6279,12 @@ class Downloader:
         """
         partial, flight, key = download.partial, download.flight, download.partial.head.key
         may_store = flight.finish_receiving() and not self.locks.is_lost(partial)
-        if may_store and (is_implausible(key, partial.size) or not matches_digest_in_name(key, partial)):
-            log.warning("%s was not stored: it is empty, or its digest is not that in its name", key)
+        if may_store and not matches_digest_in_name(key, partial):
+            log.warning("%s was not stored: its bytes have another digest than its name", key)
             may_store = False
         client_is_local = download.origin_request.client_is_local
-        if not may_store or not self._may_store(key, client_is_local, download.replaces):
+        if not may_store or is_implausible(key, partial.size) or not self._may_store(
+                key, client_is_local, download.replaces):
             partial.discard()
             return FlightResult.WHOLE
         partial.commit()

@@ -813,7 +813,7 @@ class StructureTest(unittest.TestCase):
 
     # Code lines of sections 1 to 14.  Sections 5, 9 and 10 still exceed what they should have: 690, 690 and 517.
     # The module should have 5,700 code lines and 85 classes.
-    SECTION_LIMITS = (322, 517, 402, 115, 789, 276, 138, 598, 693, 549, 230, 414, 920, 517)
+    SECTION_LIMITS = (322, 517, 400, 115, 789, 276, 138, 598, 693, 549, 230, 414, 920, 517)
     MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 6150, 94, 40, 150, 0.25
     RULE = "A limit is only ever lowered: when something does not fit, something else goes first."
 
@@ -1146,7 +1146,7 @@ class RegularExpressionTest(unittest.TestCase):
                 self.assertIsNotNone(HostileStrings(re.compile(text)).slow(re.compile(text).search))
 
     def fragments(self):
-        return sorted({unit for name in ("_CONTENT", "_MOVING", "_SIGNATURE", "_INDEX", "_PACKAGE", "_PLATFORM", "_VERSIONLESS", "_GO_MODULE", "_DIGEST",
+        return sorted({unit for name in ("_CONTENT", "_MOVING", "_SIGNATURE", "_INDEX", "_PACKAGE", "_PLATFORM", "_VERSIONLESS", "_VERSION_IN_PATH", "_DATED", "_DIGEST",
                                          "_EPOCH", "_WRITTEN_OUT", "_NAMED", "_DIRECTIVE", "_TAG")
                        for _, unit in HostileStrings(getattr(pkgproxy, name)).runs() if unit.isprintable() and " " not in unit})
 
@@ -1504,20 +1504,20 @@ class NameRulesTest(unittest.TestCase):
             "/v3-flatcontainer/x/1.2.3/x.1.2.3.nupkg.sha512", "/m2/g/a/1.0/a-1.0.aar", "/m2/g/a/1.0/a-1.0.klib", "/tarballs/phoenix-1.7.14.tar",
             "/quick/Marshal.4.8/rack-3.0.0.gemspec.rz", "/crates/serde/1.0.0/download", "/simple/x/x-1.0-py3-none-any.whl.metadata",
             "/tlnet/archive/foo.r12345.tar.xz", "/x/terraform-provider-aws_5.0.0_linux_amd64.zip", "/packages/http/versions/1.2.3.tar.gz",
-            # Dated archives and snapshots: nothing in them changes.
-            "/archive/debian/20250101T000000Z/dists/bookworm/InRelease", "/ubuntu/20250101T000000Z/dists/noble/main/binary-amd64/Packages.gz",
-            "/archive/debian/20250101T000000Z/pool/main/latest/x.deb", "/repos/2025/01/01/core/os/x86_64/core.db", "/repos/2025/01/01/core/os/x86_64/core.db.sig",
-            "/history/20250101/tumbleweed/repo/oss/repodata/repomd.xml", "/m2/g/a/1.0-SNAPSHOT/a-1.0-20250101.123456-1.jar",
-            "/m2/g/a/1.0-SNAPSHOT/a-1.0-20250101.123456-12-sources.jar.sha1"],
+            "/m2/g/a/1.0-SNAPSHOT/a-1.0-20250101.123456-1.jar", "/m2/g/a/1.0-SNAPSHOT/a-1.0-20250101.123456-12-sources.jar.sha1"],
         NameClass.OTHER: [
             "/", "/x", "/teams-for-linux_amd64.deb", "/google-chrome-stable_current_amd64.deb", "/jenkins.deb",
             "/x_x86_64.rpm", "/foo-latest.tar.gz", "/index.html", "/simple/rack/", "/pub/OpenBSD/7.5/packages/amd64/",
             "/x/photo-1.jpg", "/archive/7zip_amd64.deb", "/bin.zip", "/gradle-wrapper.zip", "/archive/debian/20250101T000000Z/pool/", "/repos/2025/01/01/",
             "/nar/0f1e2d3c.nar", "/artifact/" + HEX[:39], "/shards/x.msgpack.zst"],
     }
+    DATED = [  # indexes in archives of which nothing changes
+        "/archive/debian/20250101T000000Z/dists/bookworm/InRelease", "/ubuntu/20250101T000000Z/dists/noble/main/binary-amd64/Packages.gz",
+        "/archive/debian/20250101T000000Z/pool/main/latest/x.deb", "/repos/2025/01/01/core/os/x86_64/core.db", "/repos/2025/01/01/core/os/x86_64/core.db.sig",
+        "/history/20250101/tumbleweed/repo/oss/repodata/repomd.xml"]
 
     def test_name_classes(self):
-        for expected, paths in self.CLASSES.items():
+        for expected, paths in [*self.CLASSES.items(), (NameClass.PACKAGE, self.DATED)]:
             for path in paths:
                 with self.subTest(path=path):
                     self.assertIs(pkgproxy.classify_name("http://mirror.example.org" + path), expected)
@@ -3843,6 +3843,15 @@ class SmallAnswerTest(ProxyCase):
                 self.asked("/0", 1)
             self.assertEqual([self.asked("/%d" % number, 1) for number in (0, 2, 3, 1)], [0, 0, 0, 1])
 
+    def test_an_answer_from_a_protected_address_is_for_clients_on_this_host(self):
+        answers, asked = pkgproxy.SmallAnswers(), make_request()
+        head = pkgproxy.replace_fields(make_stored_head(Cache_Control="max-age=60", received=time.time()), status=404)
+        for guarded, is_local, expected in ((False, False, True), (False, True, True), (True, True, True), (True, False, False)):
+            with self.subTest(guarded=guarded, is_local=is_local):
+                answers._put(asked.key, pkgproxy.replace_fields(head, local_clients_only=guarded), b"x")
+                found = answers.respond(pkgproxy.replace_fields(asked, client_is_local=is_local), Config())
+                self.assertEqual(found is not None, expected)
+
     def test_many_clients_that_ask_at_once_cost_one_request(self):
         gate = Gate()
         self.publish("/x", gate=gate)
@@ -4393,7 +4402,7 @@ class MirrorSharingTest(ProxyCase):
                 self.request("/debian/pool/" + name)
                 answer = self.request(url)
                 self.assertTrue(answer.body == self.request(url).body == other)
-                self.assertIn(self.MISS, self.cache_status(answer))
+                self.assertIn(self.MISS if other else "no bytes", self.cache_status(answer))
                 self.assertEqual(self.request("/debian/pool/" + name).body, self.BODY)
 
     def test_small_files_are_compared_completely(self):
@@ -4494,7 +4503,7 @@ class MirrorSharingTest(ProxyCase):
         url = self.publish()
         self.request(self.HERE)
         self.request(url)
-        self.proxy._revalidator.revalidate(pkgproxy.parse_target(url), (), True)
+        self.proxy._revalidator.revalidate(pkgproxy.cache_key(pkgproxy.parse_target(url)), True)
         self.wait_until_idle()
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
         self.assertEqual(self.other.log[-1].fields["if-none-match"], '"there"')
@@ -7544,7 +7553,7 @@ class InstancesCase(ProxyCase):
                 done.append((path, client.getresponse().read()))
 
     def check_hundred_files_at_once(self, *addresses):
-        bodies = {"/%d_1.0_all.deb" % number: random.Random(number).randbytes(number * 3000) for number in range(100)}
+        bodies = {"/%d_1.0_all.deb" % number: random.Random(number).randbytes(number * 3000 + 1) for number in range(100)}
         self.origin.pages.update({path: ScriptedResponse(body) for path, body in bodies.items()})
         done = []
         jobs = [threading.Thread(target=self.download_all, args=(address, 100, done)) for address in addresses for _ in range(2)]
