@@ -35,8 +35,7 @@ The path of a request
           ThreadPool ─ ProxyHandler: RequestReader parses a Request                 (worker thread)
                          Dispatcher.respond: check access; own pages are answered here
                          Proxy.respond
-                            SmallAnswers: a 404, a redirect ... in memory; else:
-                            stored   = Store.lookup(key)
+                            stored   = Store.lookup(key), or SmallAnswers has a 404, a redirect ...
                             decision = decide(request, stored, config, now)
                             SERVE      → the stored file
                             PASS       → OriginClient; the body is passed through, not stored
@@ -718,8 +717,8 @@ def field_value(fields: Fields, name: str) -> str | None:
 
 def list_members(fields: Fields, name: str) -> list[str]:
     """Return the lower-cased members of a list-valued field without quoted strings (RFC 9110 §5.6.1)."""
-    parts = ",".join(field_values(fields, name)).lower().split(",")
-    return [part.strip(" \t") for part in parts if part.strip(" \t")]
+    members = ",".join(field_values(fields, name)).lower().split(",")
+    return [member for text in members if (member := text.strip(" \t"))]
 
 
 def without_fields(fields: Fields, names: Iterable[str]) -> Fields:
@@ -1134,10 +1133,6 @@ def validators(head: ResponseHead) -> Fields:
     return ((("If-None-Match", tag),) if tag else ()) + ((("If-Modified-Since", date),) if date else ())
 
 
-def _weak(tag: str) -> str:
-    return tag[2:] if tag.startswith("W/") else tag
-
-
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
@@ -1167,11 +1162,9 @@ def is_remainder(response: ResponseHead, head: ResponseHead, size: int | None, o
     if not offset:
         return response.status == 200 and (size is None or content_length(response.fields) == size)
     # 3. From the offset: a 206 with exactly the rest.
-    part = content_range(response)
-    if part is None or content_length(response.fields) not in (None, part[1] - part[0]):
-        return False
-    start, stop, total = part
-    return start == offset and stop == total and size in (None, total)
+    start, stop, total = content_range(response) or (-1, 0, 0)
+    is_complete = content_length(response.fields) in (None, stop - start)
+    return is_complete and start == offset and stop == total and size in (None, total)
 
 
 def strong_date(head: ResponseHead) -> str | None:
@@ -1239,7 +1232,7 @@ def _tag_among(tag: str | None, lists: Iterable[str], strong: bool) -> bool:
     if tag is None or strong and tag.startswith("W/"):
         return False
     found = _TAG.findall(listed)
-    return tag in found if strong else _weak(tag) in map(_weak, found)
+    return tag in found if strong else tag.removeprefix("W/") in [one.removeprefix("W/") for one in found]
 
 
 def evaluate_preconditions(request: Request, head: ResponseHead) -> int:
@@ -2133,8 +2126,8 @@ def is_304_for(stored: ResponseHead, response: ResponseHead) -> bool:
     a captive portal's page that was stored today.
     """
     tag, date = field_value(response.fields, "ETag"), field_value(response.fields, "Last-Modified")
-    stored_tag = field_value(stored.fields, "ETag")
-    same_tag = tag is None or stored_tag is not None and _weak(tag) == _weak(stored_tag)
+    stored_tag = field_value(stored.fields, "ETag") or "none"
+    same_tag = tag is None or tag.removeprefix("W/") == stored_tag.removeprefix("W/")
     return same_tag and date in (None, field_value(stored.fields, "Last-Modified") or date)
 
 
@@ -7092,20 +7085,27 @@ class BackgroundRevalidator:
                               received=time.time(), key=key, client_is_local=client_is_local)
             self._renewing.add(key)
             try:
-                response = self._respond(request)
-                with contextlib.closing(response.body) as body:
-                    for _ in body.chunks():  # read to the end, so that the limit counts running downloads
-                        pass
+                response = self._ask(request)
+                if response.cache_status.outcome is Outcome.COLLAPSED:  # perhaps from before the change
+                    response = self._ask(request)
             except (ProxyError, OSError) as error:
                 log.debug("%s was not validated: %s", key, error)
                 return False
             finally:
                 self._renewing.discard(key)
-            if response.head.status in (404, 410) and signed_keys(key):
+            if response.head.status in (403, 404, 410) and signed_keys(key):
                 self._store.delete(key)
-            elif response.cache_status.outcome not in (Outcome.VALIDATED, Outcome.UPDATED, Outcome.COLLAPSED):
+            is_right = response.cache_status.outcome in (Outcome.VALIDATED, Outcome.UPDATED)
+            if not is_right and self._stored_head(key) is not None:
                 return False
         return True
+
+    def _ask(self, request: Request) -> Response:
+        response = self._respond(request)
+        with contextlib.closing(response.body) as body:
+            # Read to the end, so that the limit counts running downloads.
+            collections.deque(body.chunks(), maxlen=0)
+        return response
 
 
 class Proxy:
@@ -7144,11 +7144,11 @@ class Proxy:
         check_target_allowed(request, config)
         if max_forwards(request) == 0:
             return answer_as_final_recipient(request)
-        answer = self._downloader.small_answers.respond(request, config)
-        if answer is not None:
-            return answer
         stored = None if request.known_missing else look_up_for_client(self._store, self._origin, request)
         mark(request.timings, "looked up")
+        answer = self._downloader.small_answers.respond(request, config) if stored is None else None
+        if answer is not None:
+            return answer
         if stored is not None and self._revalidator.is_older_than_signed(stored.head):
             request = replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
         decision = decide(request, stored.head if stored else None, config, time.time())

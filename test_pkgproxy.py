@@ -3629,13 +3629,17 @@ class PairTest(ProxyCase):
         self.assertEqual(self.generations("/core.db", "/core.db.sig"), [1, 2])
 
     def test_a_signature_that_has_gone_does_not_keep_the_new_file_out(self):
-        self.publish(1, "/core.db", "/core.db.sig")
-        self.generations("/core.db", "/core.db.sig")
-        self.publish(2, "/core.db")
-        self.origin.pages["/core.db.sig"] = ScriptedResponse(b"no", 404)
-        self.assertEqual(self.generations("/core.db"), [2])
-        self.wait_until_idle()
-        self.assertEqual(self.visible_files(), {self.visible_name("core.db"): b"generation 2 of /core.db"})
+        for status in (403, 404, 410):
+            path = "/%d/core.db" % status
+            with self.subTest(status=status):
+                self.publish(1, path, path + ".sig")
+                self.generations(path, path + ".sig")
+                self.publish(2, path)
+                self.origin.pages[path + ".sig"] = ScriptedResponse(b"no", status)
+                self.assertEqual(self.generations(path), [2])
+                self.wait_until_idle()
+                self.assertEqual(self.visible_files(), {self.visible_name(path[1:]): b"generation 2 of " + path.encode()})
+                self.proxy._store.delete(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(path))))
 
     def test_a_file_that_is_confirmed_costs_its_signature_nothing(self):
         self.publish(1, "/core.db", "/core.db.sig")
@@ -3834,6 +3838,17 @@ class SmallAnswerTest(ProxyCase):
         self.assertEqual(self.request("/core.db.sig").status, 404)
         self.assertEqual(self.request("/core.db.sig", Cache_Control="no-cache").body, b"signature")
         self.assertEqual(self.request("/core.db.sig").body, b"signature")
+
+    def test_an_answer_harms_nothing_that_is_stored(self):
+        for path in ("/x_1.0_all.deb", "/core.db"):
+            with self.subTest(path=path):
+                self.origin.pages[path] = ScriptedResponse(b"stored")
+                self.request(path)
+                self.publish(path)
+                self.assertEqual(self.request(path, Cache_Control="no-cache").status, 404)
+                self.origin.close()
+                self.assertEqual(self.request(path).body, b"stored")
+                self.origin.listen()
 
     def test_the_number_is_bounded_and_the_least_recently_used_goes_first(self):
         with mock.patch.object(pkgproxy, "MAX_ANSWERS", 3):
