@@ -1809,7 +1809,7 @@ def with_chosen_form(request: Request) -> Request:
         return request
     if weights["application/vnd.npm.install-v1+json"] > weights["application/json"]:
         mark = "#npm"
-    elif path.endswith("/") and (is_json or "/simple/" in path) and (is_json or is_html or not accepted):
+    elif path.endswith("/") and (is_json or "simple/" in path) and (is_json or is_html or not accepted):
         mark = "#json" if is_json and is_json >= is_html else ""
     else:
         return request
@@ -7146,14 +7146,12 @@ class Proxy:
             return answer_as_final_recipient(request)
         stored = None if request.known_missing else look_up_for_client(self._store, self._origin, request)
         mark(request.timings, "looked up")
-        answer = self._downloader.small_answers.respond(request, config) if stored is None else None
-        if answer is not None:
-            return answer
         if stored is not None and self._revalidator.is_older_than_signed(stored.head):
             request = replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
         decision = decide(request, stored.head if stored else None, config, time.time())
         try:
-            response = self._serve(request, decision, stored) if stored is not None else None
+            response = self._serve(request, decision, stored) if stored is not None else (
+                self._downloader.small_answers.respond(request, config))
             response = response or self._forward(request, decision, config)
         except OriginError as error:
             return self._respond_despite(request, decision, error)
@@ -7286,12 +7284,11 @@ class Proxy:
         stored = self._store.lookup(request.key)
         if stored is None:
             return None, True
-        if signed_keys(request.key):  # whether it is of its file's generation takes another lookup
-            stored.close()
-            return None, False
-        # Whether a client on another host may have a body file without a head takes a DNS lookup.
+        # Whether a client on another host may have a body file without a head takes a DNS lookup; whether a
+        # signature is of its file's generation, another lookup in the store.
         is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
-        entry = hot_entry_for(request, stored, self.config, now) if is_open else None
+        is_sure = is_open and not signed_keys(request.key)
+        entry = hot_entry_for(request, stored, self.config, now) if is_sure else None
         if entry is None:
             stored.close()
         return entry, False

@@ -813,7 +813,7 @@ class StructureTest(unittest.TestCase):
 
     # Code lines of sections 1 to 14.  Sections 5, 9 and 10 still exceed what they should have: 690, 690 and 517.
     # The module should have 5,700 code lines and 85 classes.
-    SECTION_LIMITS = (322, 517, 400, 115, 789, 276, 138, 598, 693, 549, 230, 414, 920, 517)
+    SECTION_LIMITS = (322, 513, 400, 115, 789, 276, 138, 598, 693, 549, 230, 414, 920, 517)
     MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 6150, 94, 40, 150, 0.25
     RULE = "A limit is only ever lowered: when something does not fit, something else goes first."
 
@@ -3720,6 +3720,7 @@ class NegotiatedPageTest(ProxyCase):
         for vary in (False, True):
             for path, turns in (
                     ("/simple/six/", [(self.PIP, "json"), (self.UV, "json"), (self.EASY_INSTALL, "html"), (self.OLD_PIP, "html"), (self.URLLIB, "html"), (None, "html")]),
+                    ("/root/pypi/+simple/six/", [(self.PIP, "json"), (self.OLD_PIP, "html"), (self.EASY_INSTALL, "html")]),
                     ("/lodash", [(self.NPM, "short"), (self.NPM_VIEW, "html")]), ("/@types%2fnode", [(self.NPM, "short"), (self.NPM_VIEW, "html")])):
                 self.vary, self.tag = vary, path + str(vary)
                 sent = len(self.origin.log)
