@@ -35,7 +35,7 @@ The path of a request
           ThreadPool ─ ProxyHandler: RequestReader parses a Request                 (worker thread)
                          Dispatcher.respond: check access; own pages are answered here
                          Proxy.respond
-                            stored   = Store.lookup(key)
+                            stored   = Store.lookup(key), or SmallAnswers has a 404, a redirect ...
                             decision = decide(request, stored, config, now)
                             SERVE      → the stored file
                             PASS       → OriginClient; the body is passed through, not stored
@@ -228,6 +228,8 @@ MAX_EVENTS = 10_000  # failures or attempts remembered; bounds the memory that u
 MAX_LOG_LINES = 10_000  # log lines waiting for a slow disk; more are dropped, because requests go first
 MAX_ROWS = 20  # requests of a colour, and downloads, on the status page; about a screenful
 MAX_ORIGINS = 40  # origins, and clients, counted separately, against label explosion; the rest is "other"
+MAX_ANSWERS = 1000  # responses other than 200 kept in memory; most are a 404 of a few hundred bytes
+MAX_ANSWER = 8 * 1024  # bytes of each of them
 LARGE_MEMO = 1000  # results of a pure function that hits need again
 
 # Limits of downloads and of the cache.
@@ -722,8 +724,8 @@ def field_value(fields: Fields, name: str) -> str | None:
 
 def list_members(fields: Fields, name: str) -> list[str]:
     """Return the lower-cased members of a list-valued field without quoted strings (RFC 9110 §5.6.1)."""
-    parts = ",".join(field_values(fields, name)).lower().split(",")
-    return [part.strip(" \t") for part in parts if part.strip(" \t")]
+    members = ",".join(field_values(fields, name)).lower().split(",")
+    return [member for text in members if (member := text.strip(" \t"))]
 
 
 def without_fields(fields: Fields, names: Iterable[str]) -> Fields:
@@ -1138,10 +1140,6 @@ def validators(head: ResponseHead) -> Fields:
     return ((("If-None-Match", tag),) if tag else ()) + ((("If-Modified-Since", date),) if date else ())
 
 
-def _weak(tag: str) -> str:
-    return tag[2:] if tag.startswith("W/") else tag
-
-
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
@@ -1171,11 +1169,9 @@ def is_remainder(response: ResponseHead, head: ResponseHead, size: int | None, o
     if not offset:
         return response.status == 200 and (size is None or content_length(response.fields) == size)
     # 3. From the offset: a 206 with exactly the rest.
-    part = content_range(response)
-    if part is None or content_length(response.fields) not in (None, part[1] - part[0]):
-        return False
-    start, stop, total = part
-    return start == offset and stop == total and size in (None, total)
+    start, stop, total = content_range(response) or (-1, 0, 0)
+    is_complete = content_length(response.fields) in (None, stop - start)
+    return is_complete and start == offset and stop == total and size in (None, total)
 
 
 def strong_date(head: ResponseHead) -> str | None:
@@ -1207,15 +1203,15 @@ def resume_validator(head: ResponseHead) -> str | None:
 # Links behind a prefix ------------------------------------------------------------------------
 
 # A client that writes a prefix leaves the proxy by an absolute link.  Two kinds of pages consist of such
-# links and are rewritten: those that pip reads (PEP 503, PEP 691), and npm's documents.
+# links and are rewritten: those that pip reads (PEP 503, PEP 691), npm's documents, and cargo's config.json.
 
-_PAGE_LINK = re.compile(rb"""(\shref\s{0,8}=\s{0,8}["']?)(https?:|/{1,2})""", re.I)
-_FILE_LINK = re.compile(rb'("url"\s{0,8}:\s{0,8}")(https?:|/{1,2})')
-_TARBALL_LINK = re.compile(rb'("tarball"\s{0,8}:\s{0,8}")(https?:)')
+_PAGE_LINK = re.compile(rb"""(\shref\s{0,8}=\s{0,8}["']?|"url"\s{0,8}:\s{0,8}")(https?:|/{1,2})""", re.I)
+_BASE_TAG = re.compile(rb"""<base\s(?:[^<>]{0,99}\s)?href\s{0,8}=\s{0,8}["']?([^"'<>\s]{1,300})""", re.I)
+_TARBALL_LINK = re.compile(rb'("(?:tarball|dl)"\s{0,8}:\s{0,8}")(https?:)')
 _LINKS = {"text/html": _PAGE_LINK, "application/vnd.pypi.simple.v1+html": _PAGE_LINK,
-          "application/vnd.pypi.simple.v1+json": _FILE_LINK, "application/json": _TARBALL_LINK,
+          "application/vnd.pypi.simple.v1+json": _PAGE_LINK, "application/json": _TARBALL_LINK,
           "application/vnd.npm.install-v1+json": _TARBALL_LINK}
-_LONGEST_LINK = 64  # bytes; more than any match of these patterns
+_LONGEST_LINK = 512  # bytes; more than any match of these patterns
 
 
 def link_pattern_for(request: Request, head: ResponseHead) -> re.Pattern[bytes] | None:
@@ -1223,9 +1219,10 @@ def link_pattern_for(request: Request, head: ResponseHead) -> re.Pattern[bytes] 
     is_coded = field_value(head.fields, "Content-Encoding") is not None
     if request.client_prefix != "/" or head.status != 200 or is_coded:
         return None
-    accept = field_value(request.fields, "Accept") or ""
-    for_pip = "pypi.simple" in accept or "simple/" in request.target.path
-    media = media_type(head)
+    path, media = request.target.path.partition("?")[0], media_type(head)
+    for_pip = "pypi.simple" in (field_value(request.fields, "Accept") or "") or "simple/" in path
+    if path.endswith("/config.json") or for_pip and path.endswith("/"):  # whatever their Content-Type says
+        return _PAGE_LINK if for_pip else _TARBALL_LINK
     return _LINKS.get(media) if for_pip or media != "text/html" else None
 
 
@@ -1242,7 +1239,7 @@ def _tag_among(tag: str | None, lists: Iterable[str], strong: bool) -> bool:
     if tag is None or strong and tag.startswith("W/"):
         return False
     found = _TAG.findall(listed)
-    return tag in found if strong else _weak(tag) in map(_weak, found)
+    return tag in found if strong else tag.removeprefix("W/") in [one.removeprefix("W/") for one in found]
 
 
 def evaluate_preconditions(request: Request, head: ResponseHead) -> int:
@@ -1511,19 +1508,23 @@ def rewrite_links(chunks: Iterable[bytes], links: re.Pattern[bytes], base: str, 
                   ) -> Iterator[bytes]:
     """Yield a body with ``base`` before its absolute links, however it is divided into chunks.
 
+    Links without a host are relative to ``page``, or to what the page's <base href> says.
+
     >>> b"".join(rewrite_links([b'<a href="/x"'], _PAGE_LINK, "http://p:9999/", parse_target("https://a/")))
     b'<a href="http://p:9999/https://a/x"'
     """
-    site = base + page.scheme + "://"
-    starts = {b"//": site.encode(), b"/": ("%s%s/" % (site, page.authority)).encode()}
+    rest, origin = b"", page
 
     def rewrite(match: re.Match[bytes]) -> bytes:
         """Put the proxy's URL before one link."""
-        return match[1] + (starts.get(match[2]) or base.encode() + match[2])
+        start = {b"//": origin.scheme + "://", b"/": "%s://%s/" % (origin.scheme, origin.authority)}
+        return match[1] + (base + start.get(match[2], match[2].decode())).encode()
 
-    rest = b""
     for chunk in itertools.chain(chunks, [b""]):
         rest += chunk
+        tag = _BASE_TAG.search(rest)
+        with contextlib.suppress(BadRequestError, ValueError):
+            origin = parse_target(urllib.parse.urljoin(page.uri, tag[1].decode("latin-1"))) if tag else origin
         # A match may continue in the next chunk, so keep as many bytes as the longest has.
         done = end = max(0, len(rest) - (_LONGEST_LINK if chunk else 0))
         for match in links.finditer(rest):
@@ -1537,9 +1538,8 @@ def rewrite_links(chunks: Iterable[bytes], links: re.Pattern[bytes], base: str, 
 
 def with_date(head: ResponseHead, now: float) -> ResponseHead:
     """Return a head with Date (RFC 9110 §6.6.1): the one it has, or ``now``."""
-    if field_value(head.fields, "Date") is not None:
-        return head
-    return replace_fields(head, fields=head.fields + (("Date", format_http_date(now)),))
+    date = field_value(head.fields, "Date") or format_http_date(now)
+    return replace_fields(head, fields=without_fields(head.fields, ("date",)) + (("Date", date),))
 
 
 def render_response_head(request: Request, head: ResponseHead, length: int | None, cache_status: CacheStatus,
@@ -1780,11 +1780,15 @@ def is_shareable(request: Request, head: ResponseHead) -> bool:
 def selecting_fields(request: Request, head: ResponseHead) -> Fields:
     """Return the request's fields that Vary names, normalized (RFC 9111 §4.1).
 
-    Accept-Encoding is left out, because the proxy chooses it itself.
+    Accept-Encoding is left out, because the proxy chooses it itself.  Language tags are compared without
+    regard to case (RFC 5646 §2.1.1).
     """
-    names = [name for name in list_members(head.fields, "Vary") if name != "accept-encoding"]
-    return tuple((name, ", ".join(part.strip() for text in field_values(request.fields, name)
-                                  for part in text.split(","))) for name in sorted(set(names)))
+    selected = []
+    for name in sorted(set(list_members(head.fields, "Vary")) - {"accept-encoding"}):
+        members = ",".join(field_values(request.fields, name)).split(",")
+        text = ", ".join(member.strip() for member in members)
+        selected.append((name, text.lower() if name == "accept-language" else text))
+    return tuple(selected)
 
 
 def storable_fields(fields: Fields) -> Fields:
@@ -1797,6 +1801,38 @@ def complete_head(request: Request, part: ResponseHead) -> ResponseHead:
     fields = without_fields(storable_fields(part.fields), ("content-range", "content-length"))
     return replace_fields(part, status=200, reason="OK", fields=fields, key=request.key,
                           vary=selecting_fields(request, part))
+
+
+# Pages that origins send in two forms by Accept, often without Vary: PyPI's (PEP 691), npm's documents.
+# A mark at the end of its cache key tells one form from the other.
+FORMS = {
+    "": "text/html", "#npm": "application/vnd.npm.install-v1+json; q=1.0, application/json; q=0.8, */*",
+    "#json": "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html"}
+_ACCEPTED = re.compile(r"([^;\s]+)\s*(?:;\s*q\s*=\s*([01](?:\.\d{0,3})?)\s*)?(?:;.*)?")
+
+
+def with_chosen_form(request: Request) -> Request:
+    """Return a request with Accept reduced to the form of a page that it chooses, and the form in its key.
+
+    So clients that choose the same in other words share one stored response.  Other requests stay as they
+    are.
+    """
+    accepted = [match for match in map(_ACCEPTED.fullmatch, list_members(request.fields, "Accept")) if match]
+    weights = collections.defaultdict(float, {match[1]: float(match[2] or 1) for match in accepted})
+    path = request.target.path.partition("?")[0]
+    is_json = max(weights["application/vnd.pypi.simple.%s+json" % version] for version in ("v1", "latest"))
+    is_html = max(weights[name] for name in (
+        "application/vnd.pypi.simple.v1+html", "text/html", "text/*", "*/*"))
+    if request.method not in ("GET", "HEAD") or not request.key or path.endswith(".tgz"):
+        return request
+    if weights["application/vnd.npm.install-v1+json"] > weights["application/json"]:
+        mark = "#npm"
+    elif path.endswith("/") and (is_json or "simple/" in path) and (is_json or is_html or not accepted):
+        mark = "#json" if is_json and is_json >= is_html else ""
+    else:
+        return request
+    fields = without_fields(request.fields, ("accept",)) + (("Accept", FORMS[mark]),)
+    return replace_fields(request, fields=fields, key=request.key + mark)
 
 
 # Where a key's body is stored -----------------------------------------------------------------
@@ -1857,11 +1893,18 @@ _CONTENT = re.compile(
     r"|/objects/[0-9a-f]{2}/[0-9a-f]{62}\.(?!commitmeta)[a-z.]+$"  # ostree
     r"|/deltas/[\w+-]{2}/[^/]+/(?:superblock|\d+)$|/summaries/[0-9a-f]{64}[.-][^/]+$"  # flatpak
     r"|/[a-z]{1,2}/[0-9a-f]{64}(?:-[0-9a-f]{64})?(?:\.gz)?$"  # freebsd-update
+    r"|/file/\d/[0-9a-f]{40,64}$|/files/[0-9a-f]{64}\.tar$"  # IPS, swupd
     r"|/All/Hashed/[^/]+$"  # FreeBSD pkg
-    r"|/nar/(?:\w+/)?[0-9a-z]{52}\.nar(?:\.\w+)?$"  # Nix
+    r"|/nar/(?:\w+/)?(?:[0-9a-z]{32}-)?(?:[0-9a-z]{52}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
+    r"\.nar(?:\.\w+)?$"  # Nix: named by a digest, or at random
+    r"|/[0-9a-f]{64}\.msgpack\.zst$"  # conda
+    r"|/(?:artifact|(?:package|registry)/[0-9a-f-]{36})/[0-9a-f]{40}$"  # Julia: the hash of a Git tree
     r"|/(?:blobs|manifests)/sha256:[0-9a-f]{64}$"  # OCI, Homebrew's bottles
     r"|/packages/[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{60}/[^/]+$"  # PyPI
     r"|/core/guids/[0-9a-f]{64}/")  # Amazon Linux
+# Dated archives and Maven's timestamped snapshots: nothing in them changes, whatever their names say.
+_DATED = re.compile(r"/\d{8}T\d{6}Z/|/repos/\d{4}/\d\d/\d\d/|/history/\d{8}/"
+                    r"|-SNAPSHOT/[^/]*-\d{8}\.\d{6}-\d")
 _MOVING = re.compile(r"/(?:current|latest|latest-stable|snapshots|rawhide|nightly|[^/]+-SNAPSHOT)/", re.I)
 _SIGNATURE = re.compile(r"\.(?:sig2?|asc|gpg|sign|signature|minisig|md5|rmd160|sha(?:1|256|512)(?:sum)?)$")
 # Files that change in place.
@@ -1885,21 +1928,24 @@ _INDEX = re.compile(
     r"|/index\.txt|/pkg_summary\.\w+|/SHA512\.\w+|/pkg-vulnerabilities[^/]*"  # OpenBSD, pkgsrc
     r"|/summary(?:\.idx)?|/config"  # ostree
     r"|/versions|/names|/info/[^/]+|/(?:latest_|prerelease_)?specs\.4\.8(?:\.gz)?"  # RubyGems
+    r"|/index\.yaml|/(?:channel-rust-[^/]+|release-stable)\.toml|/registries(?:\.\w+)?"  # Helm, Rust, Julia
     r"|/config\.json|/maven-metadata\.xml|/archetype-catalog\.xml|/@v/list|/@latest"
     r"|/(?:current_)?repodata[^/]*|/notices\.json"  # conda
     r"|/0[12](?:packages\.details|mailrc)\.txt\.gz|/PACKAGES(?:\.\w+)?|/texlive\.tlpdb[^/]*"
     r"|/setup\.(?:ini|xz|zst|bz2)|/repo(?:\.info)?|/base/(?:pkg|src)list[^/]*)$")
 # Packages: these need a version in the name, too.  It is searched after the platform, which has digits.
 _PACKAGE = re.compile(
-    r"/([^/]+?)\.(?:u?deb|ddeb|dsc|debdelta|jigdo|template|d?rpm|apk|ipk|xbps|eopkg|hpkg|pkg|conda|whl|gem"
-    r"|crate|snap|jar|war|pom|module|t(?:gz|xz|bz2?|lz)|pkg\.tar(?:\.\w+)?|gpkg\.tar"
+    r"/([^/]+?)\.(?:u?deb|ddeb|dsc|debdelta|jigdo|template|d?rpm|apk|ipk|xbps|eopkg|hpkg|pkg|conda|gem"
+    r"|whl(?:\.metadata)?|gemspec\.rz|crate|snap|[jwa]ar|klib|pom|module|s?nupkg|nuspec|vsix|zip|tar|msi"
+    r"|t(?:gz|xz|bz2?|lz)|pkg\.tar(?:\.\w+)?|gpkg\.tar"
     r"|(?:orig[\w.-]{0,64}\.|debian\.)?(?:tar|diff)\.(?:gz|xz|bz2|zst|lzo?|lz4|lzma|lrz|Z))")
 _PLATFORM = re.compile(
     r"x86[-_]64|x86|i[3-6]86|amd64|arm64|armv\d\w*|aarch64|ppc64\w*|mips64\w*|riscv64"
     r"|(?:linux|osx|win)-?(?:32|64)", re.I)
-_VERSION = re.compile(r"[-_~@+.]v?\d")
+_VERSION = re.compile(r"[-_~@+.][vr]?\d")
 _VERSIONLESS = re.compile(r"[/_.-](?:latest|current|nightly|daily)[_.-]", re.I)
-_GO_MODULE = re.compile(r"/@v/v\d[^/]*\.(?:info|mod|zip)")
+# Names that say what they are without the version in the last segment: Go's modules, and cargo's crates.
+_VERSION_IN_PATH = re.compile(r"/@v/v\d[^/]*\.(?:info|mod|zip)|/crates/[^/]+/\d[^/]*/download")
 
 
 def _has_package_name(path: str) -> bool:
@@ -1928,14 +1974,15 @@ def classify_name(key: str) -> NameClass:
     for _ in range(3):  # a name may be followed by a checksum's and a signature's suffix
         if _CONTENT.search(path):
             return NameClass.CONTENT
-        if _MOVING.search(path):
-            return NameClass.INDEX
+        is_dated = _DATED.search(path)
+        if is_dated or _MOVING.search(path):
+            return NameClass.INDEX if not is_dated else NameClass.PACKAGE if segments[-1] else NameClass.OTHER
         path = _SIGNATURE.sub("", path)
     # Everything below dists/ is an index, except that some apt repositories keep their packages there.
     in_dists = "/dists/" in path and not path.endswith((".deb", ".udeb"))
     if in_dists or _INDEX_FOLDER.search(path) or _INDEX.search(path):
         return NameClass.INDEX
-    return NameClass.PACKAGE if _has_package_name(path) or _GO_MODULE.search(path) else NameClass.OTHER
+    return NameClass.PACKAGE if _has_package_name(path) or _VERSION_IN_PATH.search(path) else NameClass.OTHER
 
 
 # Only digests of the body itself: ostree's .filez, for one, is named after its uncompressed content.
@@ -1975,9 +2022,9 @@ def shareable_name(key: str) -> str:
         return ""  # at once: the name may be long
     path = urllib.parse.unquote(key, "latin-1")
     name = urllib.parse.unquote(key.rpartition("/")[2], "latin-1")
-    is_package = name_class is NameClass.PACKAGE or (
-        name_class is NameClass.CONTENT and _has_package_name("/" + name))
-    return _EPOCH.sub("_", name) if is_package and "?" not in key and not _GO_MODULE.search(path) else ""
+    is_package = name_class is not NameClass.INDEX and _has_package_name(_SIGNATURE.sub("", "/" + name))
+    is_unique = is_package and "?" not in key and not _VERSION_IN_PATH.search(path)
+    return _EPOCH.sub("_", name) if is_unique else ""
 
 
 def mirror_prefixes(key: str, other: str) -> tuple[str, str]:
@@ -1992,10 +2039,30 @@ def mirror_prefixes(key: str, other: str) -> tuple[str, str]:
     return "/".join(one), "/".join(two)
 
 
-def detached_signatures(target: Target) -> list[Target]:
-    """Return the possible detached signatures of an index, which have to match it."""
-    suffixes = (".asc", ".sig", ".gpg", ".key") if "?" not in target.path else ()
-    return [replace_fields(target, path=target.path + suffix) for suffix in suffixes]
+_COMPRESSED_LIST = re.compile(r"(?<=/Packages)\.\w+$")  # opkg signs the list that is in it
+
+
+def signed_keys(key: str) -> list[str]:
+    """Return what a file may be the signature or checksum of; nothing if its name is not that of one.
+
+    >>> signed_keys("http://a/summary.sig"), signed_keys("http://a/summary")
+    (['http://a/summary'], [])
+    """
+    signed: list[str] = []
+    while _SIGNATURE.search(key) and len(signed) < 2:  # a checksum may have a signature
+        key = _SIGNATURE.sub("", key)
+        signed.append(key)
+    is_list = signed and key.endswith("/Packages")
+    return signed + [key + suffix for suffix in (".gz", ".xz", ".zst", ".bz2") if is_list]
+
+
+def signature_keys(key: str) -> list[str]:
+    """Return the possible signatures and checksums of a file, which have to be of its generation."""
+    suffixes = () if "?" in key or _SIGNATURE.search(key) else (
+        "sig", "sig2", "asc", "gpg", "key", "sign", "signature", "minisig", "md5", "sha1", "sha256", "sha512",
+        "rmd160", "sha1sum", "sha256sum", "sha512sum", "sha256.asc", "sha512.asc")
+    names = dict.fromkeys((key, _COMPRESSED_LIST.sub("", key)))
+    return [name + "." + suffix for name in names for suffix in suffixes]
 
 
 # Freshness (RFC 9111 §4.2) --------------------------------------------------------------------
@@ -2022,28 +2089,31 @@ def freshness_lifetime(head: ResponseHead) -> int | None:
     return 0 if end is None else max(0, int(end - (head.response_time if start is None else start)))
 
 
+_TEXT_TYPE = re.compile(r"^text/|json|ya?ml|xml|html|script|toml|csv|urlencoded|x-sh")
+_BINARY_NAME = re.compile(
+    r"\w+://[^?]*/[^/?]*[^/?.]\.(?!(?:json|ya?ml|xml|x?html?|txt|toml|csv|md|[cm]?js|css|ini|cfg|conf|php\d?|aspx?"
+    r"|jsp|cgi|rss|atom|list|repo|log|asc|pem|sh|ps1|py)$)\w{1,12}", re.I)
+
+
 def heuristic_lifetime(head: ResponseHead, config: Config) -> int:
     """Return the heuristic lifetime, in seconds, of a response without explicit freshness (RFC 9111 §4.2.2).
 
-    It is a day for what looks like a file and cannot be validated, else 0.
+    It is a day for a binary file that cannot be validated, else 0: text is often a list that changes.
     """
-    is_html = media_type(head).startswith(("text/html", "application/xhtml"))
-    if not config.heuristics or validators(head) or is_html or "?" in head.key or head.key.endswith("/"):
-        return 0
-    return int(DAY)
+    is_file = _BINARY_NAME.fullmatch(head.key) and not _TEXT_TYPE.search(media_type(head))
+    return int(DAY) if config.heuristics and is_file and not validators(head) else 0
 
 
 def current_age(head: ResponseHead, now: float) -> int:
     """Return the age of a stored response in seconds (RFC 9111 §4.2.3).
 
-    The age is as high as possible if it is unknown: if Age is repeated or invalid (§5.1), or if the
+    An invalid Age is ignored, and of several the first counts (§5.1).  The age is as high as possible if the
     response was received in the future.  Up to a minute is a difference between the clocks of machines.
     """
     date = parse_date(field_value(head.fields, "Date"))
-    ages = field_values(head.fields, "Age") or ["0"]
-    known = len(ages) == 1 and ages[0].isdigit() and head.response_time - now < 60
     apparent_age = 0.0 if date is None else max(0.0, head.response_time - date)
-    age_value = parse_delta_seconds(ages[0]) if known else 2**31
+    first = (field_value(head.fields, "Age") or "").partition(",")[0].strip(" \t")
+    age_value = parse_delta_seconds(first) if head.response_time - now < 60 else 2**31
     corrected_age = age_value + max(0.0, head.response_time - head.request_time)  # plus response_delay
     resident_time = max(0.0, now - head.response_time)
     return int(max(apparent_age, corrected_age) + resident_time)
@@ -2074,30 +2144,59 @@ def is_304_for(stored: ResponseHead, response: ResponseHead) -> bool:
     a captive portal's page that was stored today.
     """
     tag, date = field_value(response.fields, "ETag"), field_value(response.fields, "Last-Modified")
-    stored_tag = field_value(stored.fields, "ETag")
-    same_tag = tag is None or stored_tag is not None and _weak(tag) == _weak(stored_tag)
+    stored_tag = field_value(stored.fields, "ETag") or "none"
+    same_tag = tag is None or tag.removeprefix("W/") == stored_tag.removeprefix("W/")
     return same_tag and date in (None, field_value(stored.fields, "Last-Modified") or date)
 
 
 # What may be stored (RFC 9111 §3, §4.4) --------------------------------------------------------
 
 
+def _who_forbids_storing(request: Request, head: ResponseHead) -> str:
+    """Return the directive or field that forbids storing a response; "" if none does."""
+    control = cache_directives(head.fields)
+    # §5.2.2.3: must-understand overrides no-store, but allows only statuses whose caching rules are known.
+    understood = "must-understand" in control and head.status in http.client.responses
+    reasons = (
+        ("no-store" in cache_directives(request.fields), "no-store"),
+        ("no-store" in control and not understood, "no-store"),
+        ("must-understand" in control and not understood, "must-understand"),
+        ("private" in control, "private"),
+        ("*" in list_members(head.fields, "Vary"), "Vary: *"),
+        (not is_shareable(request, head), "Authorization"))
+    return next((reason for applies, reason in reasons if applies), "")
+
+
+def is_implausible(key: str, size: int | None) -> bool:
+    """Return whether a body's size cannot be true: no package is empty, nor what a digest names."""
+    return size == 0 and POLICIES[classify_name(key)].lifetime == math.inf
+
+
 def why_not_storable(request: Request, head: ResponseHead, config: Config) -> str:
     """Return why a response must not be stored (RFC 9111 §3); "" if it may be."""
-    control, policy = cache_directives(head.fields), POLICIES[classify_name(request.key)]
+    policy = POLICIES[classify_name(request.key)]
     lifetime = freshness_lifetime(head) if policy.lifetime is None else 1
     of_use = validators(head) or (heuristic_lifetime(head, config) if lifetime is None else lifetime)
     reasons = (
         (request.method != "GET", "only GET is stored"),
         (head.status != 200, "status %d is not stored" % head.status),
-        ("no-store" in cache_directives(request.fields), "no-store"),
-        ("no-store" in control and "must-understand" not in control, "no-store"),  # §5.2.2.3
-        ("private" in control, "private"),
-        ("*" in list_members(head.fields, "Vary"), "Vary: *"),
-        (not is_shareable(request, head), "Authorization"),
+        (bool(reason := _who_forbids_storing(request, head)), reason),
         (not policy.html and "text/html" in media_type(head), "text/html for a package"),
+        (is_implausible(request.key, content_length(head.fields)), "no bytes"),
         (not of_use, "no lifetime and no validator"))
     return next((reason for applies, reason in reasons if applies), "")
+
+
+def is_small_answer(request: Request, head: ResponseHead) -> bool:
+    """Return whether a response to a GET is kept in memory: not a 200, but with a lifetime (RFC 9111 §3).
+
+    Statuses that are about a condition, a range or credentials are for one request.  A content-named file,
+    and Nix's description of one, may appear at any moment.
+    """
+    may_appear = classify_name(request.key) is NameClass.CONTENT or request.key.endswith(".narinfo")
+    of_use = freshness_lifetime(head) and "no-cache" not in cache_directives(head.fields)  # never validated
+    return bool(of_use and not may_appear and head.status not in (200, 206, 304, 401, 407, 412, 416)
+                and not _who_forbids_storing(request, head))
 
 
 def is_worth_full_download(request: Request, size_limit: int) -> bool:
@@ -2127,7 +2226,7 @@ def invalidated_keys(request: Request, response: ResponseHead) -> list[str]:
             target = parse_target(urllib.parse.urljoin(request.target.uri, location))
             if (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
                 keys.append(cache_key(target))
-    return keys
+    return [key + mark for key in keys for mark in FORMS]
 
 
 # What to do with a request (RFC 9111 §4) -------------------------------------------------------
@@ -2222,7 +2321,8 @@ def decide(request: Request, stored: ResponseHead | None, config: Config, now: f
     The result of steps 5 to 7 is then restricted: PASS if the request has private fields; REFUSE if the
     origin would be asked despite ``only-if-cached``; PASS instead of FETCH if there is nothing to store.
     """
-    name_class = classify_name(request.key)
+    # Only a file changes as its name tells; any other answer, such as a 404, as its fields say.
+    name_class = classify_name(request.key) if stored is None or stored.status == 200 else NameClass.OTHER
     matches = stored is not None and selecting_fields(request, stored) == stored.vary  # RFC 9111 §4.1
     if config.offline:
         return _decide_offline(request, matches, name_class)
@@ -2253,10 +2353,11 @@ def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> b
 def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
     """Return whether the answer to a validation shows that the stored response is outdated.
 
-    A captive portal's page does not.
+    A captive portal's page does not, nor an empty package.
     """
     portal = not decision.policy.html and "text/html" in media_type(response)
-    return decision.action is Action.VALIDATE and response.status == 200 and not portal
+    doubtful = portal or is_implausible(response.key, content_length(response.fields))
+    return decision.action is Action.VALIDATE and response.status == 200 and not doubtful
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5949,6 +6050,58 @@ class MirrorDeduplicator:
         return _under_other_head(same[0], head)
 
 
+# Small responses other than 200
+
+
+class SmallAnswers:
+    """Keeps small responses other than 200 in memory, while they are fresh and the most recently used."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _kept
+        self._kept: dict[str, tuple[ResponseHead, bytes]] = {}  # by cache key, the most recently used last
+
+    def respond(self, request: Request, config: Config) -> Response | None:
+        """Answer a request from memory; None if that is impossible, and what was kept is then removed."""
+        head, data = self.pop(request.key)
+        if head is None or head.local_clients_only and not request.client_is_local:
+            return None
+        now = time.time()
+        decision = decide(request, head, config, now)
+        if decision.action is not Action.SERVE or decision.refresh:
+            return None
+        self._put(request.key, head, data)
+        aged = without_fields(head.fields, ("age",)) + (("Age", str(current_age(head, now))),)
+        status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
+        return Response(replace_fields(head, fields=aged), bytes_body(data), status, counts_as_cached=True)
+
+    def keep(self, flight: Flight, request: Request, response: OriginResponse, head: ResponseHead,
+             answer: Response) -> Response:
+        """Read a response and keep it if it may be kept and is small; return ``answer`` with the body that
+        was read; OriginError."""
+        if not is_small_answer(request, head) or not flight.finish_receiving():
+            return answer
+        data = b""
+        while piece := response.read():
+            data += piece
+            if len(data) > MAX_ANSWER:
+                rest = itertools.chain([data], iter(response.read, b""))
+                return replace_fields(answer, body=replace_fields(answer.body, parts=rest))
+        self._put(head.key, replace_fields(head, fields=storable_fields(head.fields)), data)
+        status = answer.cache_status._replace(outcome=Outcome.MISS, stored=True, detail="")
+        return replace_fields(answer, body=bytes_body(data), cache_status=status)
+
+    def pop(self, key: str) -> tuple[ResponseHead | None, bytes]:
+        """Remove and return what is kept for a key."""
+        with self._lock:
+            return self._kept.pop(key, (None, b""))
+
+    def _put(self, key: str, head: ResponseHead, data: bytes) -> None:
+        with self._lock:
+            self._kept[key] = head, data
+            if len(self._kept) > MAX_ANSWERS:
+                del self._kept[next(iter(self._kept))]
+
+
 # The writer
 
 
@@ -6067,13 +6220,14 @@ class Downloader:
     """
 
     def __init__(self, config: Config, store: Store, flights: SingleFlight, origin: OriginClient,
-                 failures: RecentFailures, on_replaced: Callable[[OriginRequest], None]) -> None:
+                 failures: RecentFailures, may_store: Callable[[str, bool, bool], bool]) -> None:
         self.store = store
         self.flights = flights
         self.origin = origin
         self.failures = failures
         self.locks = DownloadLocks(store, config)
-        self._on_replaced = on_replaced  # called when a stored response was replaced by a newer one
+        self._may_store = may_store  # see BackgroundRevalidator
+        self.small_answers = SmallAnswers()
         self._orphans = OrphanLimiter(config.max_orphans)
         self._lock = threading.Lock()  # guards _running
         self._running: dict[PartialFile, tuple[float, int]] = {}  # start (monotonic), first offset
@@ -6152,8 +6306,6 @@ class Downloader:
                 self._running.pop(partial, None)
             self.flights.finish(flight, result, error, partial.size)
             self.locks.release(partial)
-        if result is FlightResult.STORED and download.replaces:
-            self._on_replaced(download.origin_request)
 
     def _receive(self, download: Download) -> None:
         """Write the whole body, over as many connections as it takes; OriginError, StorageError."""
@@ -6211,12 +6363,14 @@ class Downloader:
         A POST, say, may invalidate it at any time (RFC 9111 §4.4).  Hence the flight is asked twice: before
         the file gets its place, and again afterwards, because the POST may have come in between.
         """
-        partial, flight = download.partial, download.flight
+        partial, flight, key = download.partial, download.flight, download.partial.head.key
         may_store = flight.finish_receiving() and not self.locks.is_lost(partial)
-        if may_store and not matches_digest_in_name(partial.head.key, partial):
-            log.warning("%s was not stored: its bytes have another digest than its name", partial.head.key)
+        if may_store and not matches_digest_in_name(key, partial):
+            log.warning("%s was not stored: its bytes have another digest than its name", key)
             may_store = False
-        if not may_store:
+        client_is_local = download.origin_request.client_is_local
+        if not may_store or is_implausible(key, partial.size) or not self._may_store(
+                key, client_is_local, download.replaces):
             partial.discard()
             return FlightResult.WHOLE
         partial.commit()
@@ -6407,6 +6561,7 @@ class PeerFollower:
 # Proxy.respond() is the path of every request; start reading there.
 
 REVALIDATION_INTERVAL = 3600.0  # seconds between two validations of one response in the background
+PAIR_SPAN = 60.0  # seconds since its validation in which a file is taken for what a new signature signs
 MAX_BACKGROUND_VALIDATIONS = 4  # validations at one time that no client waits for
 # Request fields with which a large stored response may have a small answer.
 _PART_FIELDS = ("range", "if-none-match", "if-modified-since")
@@ -6764,13 +6919,15 @@ class FlightLeader:
             self.downloader.locks.discard(partial)
             raise
         self.downloader.locks.discard(partial)
-        if replaces_stored(decision, response.head) and is_shareable(request, response.head):
+        if replaces_stored(decision, head) and is_shareable(request, response.head):
             # What is stored is known to be outdated, and its successor cannot be stored.
             self.downloader.store.delete(request.key)
         if resumes:
             response.close()
             response = fetch_full(self.downloader.origin, origin_request)
-        return response_from_origin(request, response, decision, reason), FlightResult.ALONE
+        answer = response_from_origin(request, response, decision, reason)
+        answer = self.downloader.small_answers.keep(self.flight, request, response, head, answer)
+        return answer, FlightResult.AGAIN if answer.cache_status.stored else FlightResult.ALONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -6955,48 +7112,89 @@ class BackgroundRevalidator:
         self._flights = flights
         self._running = threading.BoundedSemaphore(MAX_BACKGROUND_VALIDATIONS)
         self._attempts = RecentEvents()  # by cache key
+        self._renewing: set[str] = set()  # keys that are being renewed; one operation each, so without lock
 
-    def revalidate(self, target: Target, vary: Fields, client_is_local: bool) -> None:
-        """Revalidate a stored response, unless that was tried lately, or too many revalidations are running.
+    def revalidate(self, key: str, client_is_local: bool) -> None:
+        """Revalidate a stored response, unless that was tried lately, or too many revalidations run."""
+        if self._attempts.note_first(key, REVALIDATION_INTERVAL) and not self._flights.is_in_flight(key):
+            self._start([*signed_keys(key), key], client_is_local)
 
-        ``vary`` holds the request fields that select the stored response among its variants.
+    def is_older_than_signed(self, head: ResponseHead) -> bool:
+        """Return whether what a stored signature signs was validated, or stored, after the signature was."""
+        signed = filter(None, map(self._stored_head, signed_keys(head.key)))
+        return any(other.response_time > head.response_time for other in signed)
+
+    def may_store(self, key: str, client_is_local: bool, replaces: bool) -> bool:
+        """Return whether a file that has arrived, perhaps to replace a stored one, may be stored now.
+
+        A file and its signature must be of one generation, or its clients refuse both:
+
+        1. A new file has arrived whole, and is not stored yet.  No client has its last bytes.
+        2. Each stored signature is renewed.  If the origin has it no longer, it is removed.
+        3. The file is stored, unless the origin has failed in step 2: then the old pair stays.
+
+        If the signature comes first, it is not stored: both are renewed in the background, the file first.
+        Where there was no signature, a file that was validated lately is not asked for again.
         """
-        key = cache_key(target)
-        if not self._attempts.note_first(key, REVALIDATION_INTERVAL) or self._flights.is_in_flight(key):
-            return
-        if not self._running.acquire(blocking=False):
-            return
-        fields = (("Host", target.authority), ("Cache-Control", "max-age=0")) + tuple(
-            (name, text) for name, text in vary if text)
-        request = Request("GET", target.uri, target, fields, received=time.time(), key=key,
-                          client_is_local=client_is_local)
+        signed = [head for head in map(self._stored_head, signed_keys(key)) if head is not None]
+        is_recent = not replaces and all(abs(time.time() - head.response_time) < PAIR_SPAN for head in signed)
+        if signed and not is_recent and key not in self._renewing:
+            self._start([*signed_keys(key), key], client_is_local)
+            return not replaces
+        return not replaces or self._renew(signature_keys(key), client_is_local)
+
+    def _start(self, keys: list[str], client_is_local: bool) -> None:
+        if self._running.acquire(blocking=False):
+            try:
+                threading.Thread(target=self._run, args=(keys, client_is_local), daemon=True).start()
+            except RuntimeError:  # no more threads: later, then
+                self._running.release()
+
+    def _run(self, keys: list[str], client_is_local: bool) -> None:
         try:
-            threading.Thread(target=self._run, args=(request,), daemon=True).start()
-        except RuntimeError:  # no more threads: later, then
-            self._running.release()
-
-    def revalidate_signatures(self, origin_request: OriginRequest) -> None:
-        """Revalidate the stored signatures of an index that was replaced, even if that was tried lately.
-
-        An index and its signature must be of one generation, or its clients refuse both.
-        """
-        if classify_name(cache_key(origin_request.target)) is NameClass.INDEX:
-            for target in detached_signatures(origin_request.target):
-                stored = self._store.lookup(cache_key(target))
-                if stored is not None:
-                    stored.close()
-                    self._attempts.forget(cache_key(target))
-                    self.revalidate(target, stored.head.vary, origin_request.client_is_local)
-
-    def _run(self, request: Request) -> None:
-        try:
-            with contextlib.closing(self._respond(request).body) as body:
-                for _ in body.chunks():  # read to the end, so that the limit counts running downloads
-                    pass
-        except (ProxyError, OSError) as error:
-            log.debug("%s was not validated: %s", request.key, error)
+            self._renew(keys, client_is_local)
         finally:
             self._running.release()
+
+    def _stored_head(self, key: str) -> ResponseHead | None:
+        stored = self._store.lookup(key)
+        _close(stored)
+        return stored.head if stored is not None else None
+
+    def _renew(self, keys: list[str], client_is_local: bool) -> bool:
+        """Revalidate stored responses, up to the first that the origin does not confirm or replace; return
+        whether there was none such."""
+        for key, head in zip(keys, map(self._stored_head, keys)):
+            if head is None:
+                continue
+            target, mark = parse_target(key), key.partition("#")[2]
+            fields = (("Host", target.authority), ("Cache-Control", "max-age=0"), *head.vary)
+            fields += (("Accept", FORMS["#" + mark]),) if mark else ()
+            request = Request("GET", target.uri, target, tuple(pair for pair in fields if pair[1]),
+                              received=time.time(), key=key, client_is_local=client_is_local)
+            self._renewing.add(key)
+            try:
+                response = self._ask(request)
+                if response.cache_status.outcome is Outcome.COLLAPSED:  # perhaps from before the change
+                    response = self._ask(request)
+            except (ProxyError, OSError) as error:
+                log.debug("%s was not validated: %s", key, error)
+                return False
+            finally:
+                self._renewing.discard(key)
+            if response.head.status in (403, 404, 410) and signed_keys(key):
+                self._store.delete(key)
+            is_right = response.cache_status.outcome in (Outcome.VALIDATED, Outcome.UPDATED)
+            if not is_right and self._stored_head(key) is not None:
+                return False
+        return True
+
+    def _ask(self, request: Request) -> Response:
+        response = self._respond(request)
+        with contextlib.closing(response.body) as body:
+            # Read to the end, so that the limit counts running downloads.
+            collections.deque(body.chunks(), maxlen=0)
+        return response
 
 
 class Proxy:
@@ -7012,7 +7210,7 @@ class Proxy:
         self._barrier = SingleFlight()
         self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier)
         self._downloader = Downloader(config, store, self._barrier, self._origin, self._failures,
-                                      self._revalidator.revalidate_signatures)
+                                      self._revalidator.may_store)
         self._locks = self._downloader.locks
         self._mirrors = MirrorDeduplicator(store, self._origin, config)
 
@@ -7037,9 +7235,12 @@ class Proxy:
             return answer_as_final_recipient(request)
         stored = None if request.known_missing else look_up_for_client(self._store, self._origin, request)
         mark(request.timings, "looked up")
+        if stored is not None and self._revalidator.is_older_than_signed(stored.head):
+            request = replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
         decision = decide(request, stored.head if stored else None, config, time.time())
         try:
-            response = self._serve(request, decision, stored) if stored is not None else None
+            response = self._serve(request, decision, stored) if stored is not None else (
+                self._downloader.small_answers.respond(request, config))
             response = response or self._forward(request, decision, config)
         except OriginError as error:
             return self._respond_despite(request, decision, error)
@@ -7050,7 +7251,7 @@ class Proxy:
         ``stored`` cannot be used like that, and is closed."""
         if decision.action is Action.SERVE:
             if decision.refresh:
-                self._revalidator.revalidate(request.target, stored.head.vary, request.client_is_local)
+                self._revalidator.revalidate(request.key, request.client_is_local)
             status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
             return response_from_store(request, stored, status)
         if decision.action is Action.VALIDATE and may_serve_stale_on_error(decision, stored.head):
@@ -7091,6 +7292,7 @@ class Proxy:
             self._barrier.invalidate(key)
             self._locks.invalidate(key)
             self._store.delete(key)
+            self._downloader.small_answers.pop(key)
         return response_from_origin(request, response, decision, detail)
 
     def _should_pass_range(self, request: Request, decision: CacheDecision) -> bool:
@@ -7171,9 +7373,11 @@ class Proxy:
         stored = self._store.lookup(request.key)
         if stored is None:
             return None, True
-        # Whether a client on another host may have a body file without a head takes a DNS lookup.
+        # Whether a client on another host may have a body file without a head takes a DNS lookup; whether a
+        # signature is of its file's generation, another lookup in the store.
         is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
-        entry = hot_entry_for(request, stored, self.config, now) if is_open else None
+        is_sure = is_open and not signed_keys(request.key)
+        entry = hot_entry_for(request, stored, self.config, now) if is_sure else None
         if entry is None:
             stored.close()
         return entry, False
@@ -8319,7 +8523,7 @@ def parse_request_head(data: bytes, is_local: bool, server_address: tuple[str, i
     """
     # RFC 9112 §2.2: ignore an empty line before the request line; some clients send one after a body.
     lines = read_head_lines(io.BytesIO(data[2:] if data.startswith(b"\r\n") else data))
-    return replace_fields(parse_request(lines, server_address), client_is_local=is_local)
+    return with_chosen_form(replace_fields(parse_request(lines, server_address), client_is_local=is_local))
 
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -8829,7 +9033,8 @@ class Dispatcher:
             request = None if entry else parse_request_head(key[0], *key[1])
             if request and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
                 self._check_name(request)
-                entry, connection.known_missing = self.proxy.prepare_hit(request, float(int(time.time())))
+                # The end of this second, so that no Age is too low.
+                entry, connection.known_missing = self.proxy.prepare_hit(request, float(int(time.time()) + 1))
                 if entry is not None:
                     hot_cache.put(key, entry)
         return entry

@@ -815,7 +815,7 @@ class StructureTest(unittest.TestCase):
 
     # Code lines of sections 1 to 14.  Sections 5, 9 and 10 still exceed what they should have: 690, 690 and 517.
     # The module should have 5,700 code lines and 85 classes.
-    SECTION_LIMITS = (310, 517, 402, 104, 789, 276, 138, 598, 693, 549, 214, 400, 920, 486)
+    SECTION_LIMITS = (310, 517, 400, 104, 789, 276, 138, 598, 693, 549, 214, 400, 920, 486)
     MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 6150, 94, 40, 150, 0.25
     RULE = "A limit is only ever lowered: when something does not fit, something else goes first."
 
@@ -1148,7 +1148,7 @@ class RegularExpressionTest(unittest.TestCase):
                 self.assertIsNotNone(HostileStrings(re.compile(text)).slow(re.compile(text).search))
 
     def fragments(self):
-        return sorted({unit for name in ("_CONTENT", "_MOVING", "_SIGNATURE", "_INDEX", "_PACKAGE", "_PLATFORM", "_VERSIONLESS", "_GO_MODULE", "_DIGEST",
+        return sorted({unit for name in ("_CONTENT", "_MOVING", "_SIGNATURE", "_INDEX", "_PACKAGE", "_PLATFORM", "_VERSIONLESS", "_VERSION_IN_PATH", "_DATED", "_DIGEST",
                                          "_EPOCH", "_WRITTEN_OUT", "_NAMED", "_DIRECTIVE", "_TAG")
                        for _, unit in HostileStrings(getattr(pkgproxy, name)).runs() if unit.isprintable() and " " not in unit})
 
@@ -1363,7 +1363,20 @@ class NameRulesTest(unittest.TestCase):
                 (html, page, "/", b"<a class=y HREF = '/x.whl'>", b"<a class=y HREF = 'http://us/https://a:444/x.whl'>"),
                 (html, page, "/", b"<a href=//b/x.whl>/x</a>", b"<a href=http://us/https://b/x.whl>/x</a>"),
                 (html, page, "/", b'<a href="../../x.whl">https://b/', None), (html, page, "/", b'<a href="#x"><img src="/x">', None),
-                (html, page, "", b'<a href="https://b/x.whl">', None), (html, "https://a/x", "/", b'<a href="/x">', None), ("text/plain", page, "/", b' href="/x"', None),
+                (html, page, "", b'<a href="https://b/x.whl">', None), (html, "https://a/x", "/", b'<a href="/x">', None),
+                # A wrong Content-Type does not keep a page from being one.
+                ("text/plain", page, "/", b'<a href="/x">', b'<a href="http://us/https://a:444/x">'),
+                ("application/octet-stream", page, "/", b'{"url": "/x"}', b'{"url": "http://us/https://a:444/x"}'),
+                # RFC 3986 §5.1: links are relative to <base href>, which is a link itself.
+                (html, page, "/", b'<base href="https://b/y/"><a href="/x.whl"><a href="//c/x"><a href=z>',
+                 b'<base href="http://us/https://b/y/"><a href="http://us/https://b/x.whl"><a href="http://us/https://c/x"><a href=z>'),
+                (html, page, "/", b"<BASE target=_top HREF='http://b:81'>\n<a href='/x'>", b"<BASE target=_top HREF='http://us/http://b:81'>\n<a href='http://us/http://b:81/x'>"),
+                (html, page, "/", b'<base href="/y/"><a href="/x">', b'<base href="http://us/https://a:444/y/"><a href="http://us/https://a:444/x">'),
+                (html, page, "/", b'<base href="//b/"><a href="/x">', b'<base href="http://us/https://b/"><a href="http://us/https://b/x">'),
+                (html, page, "/", b'<base href="http://["><a href="/x">', b'<base href="http://us/http://["><a href="http://us/https://a:444/x">'),
+                # Where cargo finds crates; its API is for publishing, with a token.
+                ("text/plain", "https://a/config.json", "/", b'{"dl": "https://b/crates", "api": "https://b"}', b'{"dl": "http://us/https://b/crates", "api": "https://b"}'),
+                (npm, "https://a/index/config.json", "/", b'{"dl":"https://b"}', b'{"dl":"http://us/https://b"}'),
                 (pypi, page, "/", b'{"url": "http://b/x", "name": "/x"}', b'{"url": "http://us/http://b/x", "name": "/x"}'),
                 (pypi, page, "/", b'{"url":"/x","y":"\\"url\\": \\"/x"}', b'{"url":"http://us/https://a:444/x","y":"\\"url\\": \\"/x"}'),
                 (npm, "https://a/@s%2fx", "/", b'{"tarball":"https://a/x.tgz","url":"https://b/"}', b'{"tarball":"http://us/https://a/x.tgz","url":"https://b/"}'),
@@ -1371,7 +1384,7 @@ class NameRulesTest(unittest.TestCase):
             asked = pkgproxy.dataclasses.replace(make_request(path), client_prefix=prefix)
             links = pkgproxy.link_pattern_for(asked, ResponseHead(200, "OK", (("Content-Type", media + "; charset=utf-8"),)))
             with self.subTest(text=text):
-                self.assertEqual(links is None, media == "text/plain" or prefix != "/" or path == "https://a/x")
+                self.assertEqual(links is None, prefix != "/" or path == "https://a/x")
                 for size in (1, 7, len(text)) if links else ():
                     for before in (0, 60, 63, 200):
                         whole = b" " * before + text
@@ -1447,6 +1460,10 @@ class NameRulesTest(unittest.TestCase):
             "/repo/deltas/Bw/abc-def/superblock", "/14.1-RELEASE/amd64/f/%s.gz" % HEX,
             "/14.1-RELEASE/amd64/bp/%s-%s" % (HEX, HEX), "/nar/%s.nar.xz" % ("a1" * 26),
             "/FreeBSD:14:amd64/latest/All/Hashed/curl-8.9.1~abcdef.pkg",
+            "/nar/0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0.nar.zst", "/nar/%s-%s.nar" % ("b2" * 16, "a1" * 26),
+            "/conda-forge/noarch/shards/%s.msgpack.zst" % HEX, "/artifact/" + HEX[:40], "/update/41000/files/%s.tar" % HEX,
+            "/package/7876af07-990d-54b4-ab0e-23690620f79a/" + HEX[:40], "/registry/23338594-aafe-5451-b93e-139f81909106/" + HEX[:40],
+            "/solaris/file/1/" + HEX[:40], "/archive/debian/20250101T000000Z/dists/sid/by-hash/SHA256/" + HEX,
             "/v2/homebrew/core/curl/blobs/sha256:" + HEX, "/packages/ab/cd/%s/x-1.0-py3-none-any.whl" % HEX[:60]],
         NameClass.INDEX: [
             "/debian/dists/sid/InRelease", "/d/dists/sid/Release", "/d/dists/sid/Release.gpg", "/Release", "/Packages.gz",
@@ -1471,6 +1488,8 @@ class NameRulesTest(unittest.TestCase):
             "/versions", "/info/rack", "/latest_specs.4.8.gz", "/maven2/g/a/maven-metadata.xml.sha1",
             "/m2/g/a/1.0-SNAPSHOT/a-1.0-2026.jar", "/linux-64/repodata.json.zst", "/linux-64/current_repodata.json",
             "/m/@v/list", "/m/@latest", "/modules/02packages.details.txt.gz", "/src/contrib/PACKAGES.rds",
+            "/charts/index.yaml", "/dist/channel-rust-stable.toml", "/dist/channel-rust-stable.toml.sha256", "/rustup/release-stable.toml",
+            "/registries", "/m2/g/a/1.0-SNAPSHOT/maven-metadata.xml", "/m2/g/a/1.0-SNAPSHOT/a-1.0-SNAPSHOT.jar",
             "/tlpkg/texlive.tlpdb.sha512.asc", "/x86_64/setup.zst.sig", "/rawhide/Packages/c/curl-8.9-1.fc43.x86_64.rpm"],
         NameClass.PACKAGE: [
             "/debian/pool/main/c/curl/curl_7.88.1-10_amd64.deb", "/d/pool/x_1.0.orig.tar.xz", "/d/pool/x_1.0.orig.tar.xz.asc",
@@ -1483,15 +1502,24 @@ class NameRulesTest(unittest.TestCase):
             "/FreeBSD:14:amd64/quarterly/All/curl-8.9.1.pkg", "/pub/OpenBSD/7.5/packages/amd64/curl-8.6.0.tgz",
             "/gems/rack-3.0.0.gem", "/crates/serde/serde-1.0.0.crate", "/maven2/g/a/1.0/a-1.0.jar",
             "/maven2/g/a/1.0/a-1.0.jar.sha1", "/linux-64/curl-8.9.1-h123_0.conda", "/m/@v/v1.2.3.zip", "/m/@v/v1.2.3.mod",
-            "/x/-/x-1.2.3.tgz"],
+            "/x/-/x-1.2.3.tgz", "/distributions/gradle-8.9-bin.zip", "/distributions/gradle-8.9-bin.zip.sha256", "/v3-flatcontainer/x/1.2.3/x.1.2.3.nupkg",
+            "/v3-flatcontainer/x/1.2.3/x.1.2.3.nupkg.sha512", "/m2/g/a/1.0/a-1.0.aar", "/m2/g/a/1.0/a-1.0.klib", "/tarballs/phoenix-1.7.14.tar",
+            "/quick/Marshal.4.8/rack-3.0.0.gemspec.rz", "/crates/serde/1.0.0/download", "/simple/x/x-1.0-py3-none-any.whl.metadata",
+            "/tlnet/archive/foo.r12345.tar.xz", "/x/terraform-provider-aws_5.0.0_linux_amd64.zip", "/packages/http/versions/1.2.3.tar.gz",
+            "/m2/g/a/1.0-SNAPSHOT/a-1.0-20250101.123456-1.jar", "/m2/g/a/1.0-SNAPSHOT/a-1.0-20250101.123456-12-sources.jar.sha1"],
         NameClass.OTHER: [
             "/", "/x", "/teams-for-linux_amd64.deb", "/google-chrome-stable_current_amd64.deb", "/jenkins.deb",
             "/x_x86_64.rpm", "/foo-latest.tar.gz", "/index.html", "/simple/rack/", "/pub/OpenBSD/7.5/packages/amd64/",
-            "/x/photo-1.jpg", "/archive/7zip_amd64.deb"],
+            "/x/photo-1.jpg", "/archive/7zip_amd64.deb", "/bin.zip", "/gradle-wrapper.zip", "/archive/debian/20250101T000000Z/pool/", "/repos/2025/01/01/",
+            "/nar/0f1e2d3c.nar", "/artifact/" + HEX[:39], "/shards/x.msgpack.zst"],
     }
+    DATED = [  # indexes in archives of which nothing changes
+        "/archive/debian/20250101T000000Z/dists/bookworm/InRelease", "/ubuntu/20250101T000000Z/dists/noble/main/binary-amd64/Packages.gz",
+        "/archive/debian/20250101T000000Z/pool/main/latest/x.deb", "/repos/2025/01/01/core/os/x86_64/core.db", "/repos/2025/01/01/core/os/x86_64/core.db.sig",
+        "/history/20250101/tumbleweed/repo/oss/repodata/repomd.xml"]
 
     def test_name_classes(self):
-        for expected, paths in self.CLASSES.items():
+        for expected, paths in [*self.CLASSES.items(), (NameClass.PACKAGE, self.DATED)]:
             for path in paths:
                 with self.subTest(path=path):
                     self.assertIs(pkgproxy.classify_name("http://mirror.example.org" + path), expected)
@@ -1522,6 +1550,8 @@ class NameRulesTest(unittest.TestCase):
                 ("/nar/%s.nar.xz" % ("a1" * 26), ""), ("/f/repodata/%s-other.xml.gz" % self.HEX[:40], ""),
                 ("/x/main/binary-amd64/Packages.diff/T-2024-08-01-1401.12-F-2024-07-31-2000.50.gz", ""),
                 ("/m/%40v/v1.2.3.zip", ""),
+                ("/archive/debian/20250101T000000Z/dists/sid/InRelease", ""), ("/repos/2025/01/01/core/os/x86_64/core.db", ""), ("/crates/serde/1.0.0/download", ""),
+                ("/archive/debian/20250101T000000Z/pool/c/c++_1.0-1_amd64.deb", "c++_1.0-1_amd64.deb"),
                 ("/dists/x/InRelease", ""), ("/core.db", ""), ("/m/@v/v1.2.3.zip", ""), ("/repo/deltas/Bw/abc-def/superblock", ""),
                 ("/repo/deltas/Bw/abc-def/0", ""), ("/x_1.0_all.deb?token=1", ""), ("/latest/x_1.0_all.deb", ""), ("/x.iso", "")):
             with self.subTest(path=path):
@@ -1623,8 +1653,8 @@ class CacheRulesTest(unittest.TestCase):
                 (other, {}, {"Cache_Control": "max-age=60, no-cache"}, ask_again),
                 (other, {}, {"Cache_Control": "s-maxage=0, max-age=60"}, ask_again),
                 (other, {}, {"Expires": "0"}, ask_again), (other, {}, {"ETag": '"x"'}, ask_again),
-                (other, {}, {"Last_Modified": DATE}, ask_again), (other, {}, {}, serve),
-                (other, {}, {"Content_Type": "text/html"}, ask_again), ("http://a/x?y", {}, {}, ask_again),
+                (other, {}, {"Last_Modified": DATE}, ask_again), ("http://a/x.bin", {}, {}, serve),
+                (other, {}, {}, ask_again), ("http://a/x.bin", {}, {"Content_Type": "text/html"}, ask_again), ("http://a/x?y", {}, {}, ask_again),
                 ("http://a/x/", {}, {}, ask_again),
                 # RFC 9111 §5.2.1: the client's requirements on freshness.
                 (other, {"Cache_Control": "max-age=10"}, {"Cache_Control": "max-age=60", "Age": "10"}, asked_to),
@@ -1673,8 +1703,9 @@ class CacheRulesTest(unittest.TestCase):
                 ("PUT", 201, {"Location": "/y"}, ["http://a/x", "http://a/y"]), ("DELETE", 204, {"Location": "http://b/y"}, ["http://a/x"]),
                 ("M-SEARCH", 200, {"Content_Location": "y"}, ["http://a/x", "http://a/y"]), ("POST", 303, {"Location": "http://["}, ["http://a/x"])):
             head = pkgproxy.dataclasses.replace(make_stored_head(**fields), status=status)
-            self.assertEqual([key for key in pkgproxy.invalidated_keys(make_request(method=method), head) if key != "http://a/x"],
-                             [key for key in expected if key != "http://a/x"])
+            # Of a page in two forms, both.
+            self.assertEqual(set(pkgproxy.invalidated_keys(make_request(method=method), head)), {
+                key + mark for key in expected for mark in pkgproxy.FORMS})
             self.assertEqual(bool(pkgproxy.invalidated_keys(make_request(method=method), head)), bool(expected))
 
     def test_a_remainder_is_recognized_by_validator_and_offset(self):
@@ -1717,8 +1748,25 @@ class CacheRulesTest(unittest.TestCase):
         self.assertEqual(self.decide(make_request(), make_stored_head(), config=Config(heuristics=False)), (Action.VALIDATE, "stale"))
 
     def test_heuristic_freshness_ends_after_a_day(self):
-        self.assertEqual(self.decide(make_request(), make_stored_head(), CLOCK + 86399)[0], Action.SERVE)
-        self.assertEqual(self.decide(make_request(), make_stored_head(), CLOCK + 86400)[0], Action.VALIDATE)
+        head = make_stored_head("http://a/x.bin")
+        self.assertEqual(self.decide(make_request("http://a/x.bin"), head, CLOCK + 86399)[0], Action.SERVE)
+        self.assertEqual(self.decide(make_request("http://a/x.bin"), head, CLOCK + 86400)[0], Action.VALIDATE)
+
+    def test_heuristic_freshness_is_for_binary_files_alone(self):
+        octets = "application/octet-stream"
+        for uri, media, expected in (
+                ("/firmware.bin", octets, DAY), ("/y/x.img", "", DAY), ("/x.iso", "application/x-iso9660-image", DAY), ("/a.b/x.qcow2", octets, DAY),
+                ("/logo.png", "image/png", DAY),
+                # Helm, pub, a forge's API, S3's type for everything, scripts, feeds
+                ("/charts/index.yaml", "text/yaml", 0), ("/charts/index.yaml", octets, 0), ("/api/packages/http", "application/json", 0),
+                ("/repos/a/b/releases.bin", "application/vnd.github+json", 0), ("/x.bin", "application/vnd.pub.v2+json", 0),
+                ("/x.bin", "application/yaml", 0), ("/x.bin", "application/x-yaml", 0), ("/feed.bin", "application/atom+xml", 0), ("/x.bin", "text/plain", 0),
+                ("/x.bin", "application/javascript", 0), ("/x.bin", "application/xhtml+xml", 0), ("/list.txt", octets, 0), ("/x.JSON", octets, 0),
+                ("/install.sh", octets, 0), ("/x.bin", "application/x-sh", 0), ("/status", octets, 0), ("/v1.2/status", octets, 0), ("/x.bin?y", octets, 0), ("/x/", octets, 0), ("/.bin", octets, 0)):
+            with self.subTest(uri=uri, media=media):
+                head = make_stored_head("http://a" + uri, **({"Content_Type": media} if media else {}))
+                self.assertEqual(pkgproxy.heuristic_lifetime(head, Config()), expected)
+                self.assertEqual(pkgproxy.heuristic_lifetime(head, Config(heuristics=False)), 0)
 
     def test_filters_and_methods_bypass(self):
         filtered = Config(filters=tuple(pkgproxy.parse_filters(r"x_1\.0")[0]))
@@ -1749,7 +1797,9 @@ class CacheRulesTest(unittest.TestCase):
                 (package, {}, {"Content_Type": "Text/HTML; charset=x"}, "text/html for a package"),
                 (other, {}, {"Content_Type": "text/html", "ETag": '"x"'}, ""),
                 (other, {}, {"Cache_Control": "max-age=0"}, "no lifetime and no validator"),
-                (other, {}, {"Cache_Control": "max-age=0", "ETag": '"x"'}, ""), (other, {}, {}, ""),
+                (other, {}, {"Cache_Control": "max-age=0", "ETag": '"x"'}, ""), ("http://a/x.bin", {}, {}, ""), (other, {}, {}, "no lifetime and no validator"),
+                (package, {}, {"Content_Length": "0"}, "no bytes"), ("http://a/by-hash/SHA256/" + "0" * 64, {}, {"Content_Length": "0"}, "no bytes"),
+                (package + ".sha256", {}, {"Content_Length": "0"}, "no bytes"), ("http://a/InRelease", {}, {"Content_Length": "0"}, ""),
                 ("http://a/x?y", {}, {}, "no lifetime and no validator")):
             with self.subTest(uri=uri, fields=fields, head=head):
                 self.assertEqual(pkgproxy.why_not_storable(make_request(uri, **fields), make_stored_head(uri, **head), Config()), reason)
@@ -1774,8 +1824,9 @@ class CacheRulesTest(unittest.TestCase):
     def test_age(self):
         for fields, requested, received, now, expected in (
                 ({}, 0, 0, 0, 0), ({}, 0, 0, 9, 9), ({"Age": "5"}, 0, 0, 9, 14),
-                # RFC 9111 §5.1: an invalid Age makes a response as old as possible.
-                ({"Age": "x"}, 0, 0, 0, 2**31), ({"Age": "-1"}, 0, 0, 0, 2**31), ({"Age": "0, 0"}, 0, 0, 0, 2**31),
+                # RFC 9111 §5.1: an invalid Age is ignored, and of several the first counts.
+                ({"Age": "x"}, 0, 0, 0, 0), ({"Age": "-1"}, 0, 0, 0, 0), ({"Age": "1.5"}, 0, 0, 0, 0), ({"Age": "0, 7200"}, 0, 0, 0, 0),
+                ({"Age": "7, 0"}, 0, 0, 0, 7), ({"Age": "7", "age": "0"}, 0, 0, 0, 7),
                 ({}, 0, 3, 9, 9), ({"Date": DATE}, 0, 0, 5, 5), ({}, 0, 0, -9, 0),
                 ({}, 0, 0, -99, 2**31),  # received in the future: a clock was wrong, so the age is unknown
                 ({"Date": "Sun, 06 Nov 1994 08:49:07 GMT"}, 0, 0, 5, 35), ({"Date": "Sun, 06 Nov 1994 09:49:37 GMT"}, 0, 0, 5, 5)):
@@ -3133,9 +3184,9 @@ class MissAndHitTest(ProxyCase):
         self.assertEqual(self.counters()["statsDownBytes"], len(self.BODY))
 
     def test_an_empty_file_is_stored(self):
-        self.origin.pages["/e_1.0_all.deb"] = ScriptedResponse(b"")
+        self.origin.pages["/empty"] = ScriptedResponse(b"", fields=[("Cache-Control", "max-age=60")])
         for _ in range(2):
-            self.assertEqual((self.request("/e_1.0_all.deb").body, self.request("/e_1.0_all.deb").status), (b"", 200))
+            self.assertEqual((self.request("/empty").body, self.request("/empty").status), (b"", 200))
         self.assertEqual(self.origin.methods(), ["GET"])
 
     def test_the_same_path_on_two_hosts_is_stored_twice(self):
@@ -3473,6 +3524,363 @@ class IndexTest(ProxyCase):
         self.request("/InRelease")
         self.origin.pages["/InRelease"] = [ScriptedResponse(steps=[b'HTTP/1.1 304 Not Modified\r\nETag: "other"\r\n\r\n']), ScriptedResponse(b"new")]
         self.assertEqual(self.request("/InRelease").body, b"new")
+
+
+class PairTest(ProxyCase):
+    """A file and its signature are of one generation, whichever is asked for first, with a network and without."""
+
+    PAIRS = (("/p/x-1.0-1-x86_64.pkg.tar.zst", ".sig"), ("/void/x-1.0_1.x86_64.xbps", ".sig2"), ("/d/x_1.0.orig.tar.xz", ".asc"), ("/a/x-1.0.tgz", ".minisig"),
+             ("/d/gradle-8.9-bin.zip", ".sha256"), ("/n/x.1.2.3.nupkg", ".sha512"), ("/m2/g/a/1.0/a-1.0.jar", ".sha1"), ("/m2/g/a/1.0/a-1.0.pom", ".md5"),
+             ("/m2/g/a/maven-metadata.xml", ".sha1"), ("/repo/summary", ".sig"), ("/dists/x/Release", ".gpg"), ("/dist/channel-rust-stable.toml", ".sha256"),
+             ("/core.db", ".sig"), ("/repodata/repomd.xml", ".asc"), ("/k/repodata/repomd.xml", ".key"), ("/o/Packages.gz", "Packages.sig"), ("/q/Packages", ".sig"))
+
+    def signature_of(self, path, suffix):
+        return path.rpartition("/")[0] + "/" + suffix if suffix[0] != "." else path + suffix
+
+    def publish(self, generation, *paths):
+        for path in paths:
+            self.origin.pages[path] = ScriptedResponse(b"generation %d of %s" % (generation, path.encode()), modified=email.utils.formatdate(CLOCK + generation, usegmt=True))
+
+    def bodies_of(self, path):
+        return sum(entry.path == path and entry.status == 200 for entry in self.origin.log)
+
+    def generations(self, *paths, **fields):
+        return [int(self.request(path, **fields).body.split()[1]) for path in paths]
+
+    def test_a_new_file_renews_its_signature_before_it_is_stored(self):
+        for path, suffix in self.PAIRS:
+            signature = self.signature_of(path, suffix)
+            with self.subTest(path=path, signature=signature):
+                self.publish(1, path, signature)
+                self.assertEqual(self.generations(path, signature), [1, 1])
+                self.publish(2, path, signature)
+                self.assertEqual(self.generations(path, Cache_Control="max-age=0"), [2])
+                self.assertEqual(self.bodies_of(signature), 2)  # nobody has asked for it
+                self.assertEqual(self.generations(signature, path), [2, 2])
+                self.assertEqual((self.bodies_of(signature), self.bodies_of(path)), (2, 2))
+
+    def test_a_new_signature_renews_its_file_and_is_stored_after_it(self):
+        for path, suffix in self.PAIRS:
+            signature = self.signature_of(path, suffix)
+            if suffix == ".key":  # a key changes without what it has signed
+                continue
+            with self.subTest(path=path, signature=signature):
+                self.publish(1, path, signature)
+                self.assertEqual(self.generations(path, signature), [1, 1])
+                self.publish(2, path, signature)
+                self.assertEqual(self.generations(signature, Cache_Control="max-age=0"), [2])
+                self.wait_until_idle()
+                self.assertEqual(self.bodies_of(path), 2)
+                self.origin.close()
+                self.assertEqual(self.generations(path, signature), [2, 2])
+                self.origin.listen()
+                self.proxy._failures.origin_answered(make_request(self.origin.url(path)))
+
+    def test_without_a_network_the_pair_is_one_that_was_whole(self):
+        for path, suffix in (("/x-1.0.pkg.tar.zst", ".sig"), ("/core.db", ".sig"), ("/dists/x/Release", ".gpg")):
+            for first, other in ((path, path + suffix), (path + suffix, path)):
+                with self.subTest(first=first):
+                    self.publish(1, path, path + suffix)
+                    self.generations(path, path + suffix, Cache_Control="no-cache")
+                    self.wait_until_idle()
+                    self.generations(path, path + suffix, Cache_Control="no-cache")
+                    self.publish(2, first)
+                    self.origin.pages[other] = ScriptedResponse(steps=[b""])  # the network goes away in between
+                    self.assertEqual(self.generations(first, Cache_Control="max-age=0"), [2])
+                    self.wait_until_idle()
+                    self.origin.close()
+                    self.assertEqual(self.generations(first, other), [1, 1])
+                    self.origin.listen()
+                    self.proxy._failures.origin_answered(make_request(self.origin.url(path)))
+
+    def test_a_file_that_comes_anew_makes_its_old_signature_be_asked_about(self):
+        for path, suffix in (("/x-1.0-1-x86_64.pkg.tar.zst", ".sig"), ("/x_1.0.orig.tar.xz", ".asc"), ("/a-1.0.jar", ".sha1")):
+            with self.subTest(path=path):
+                self.publish(1, path, path + suffix)
+                self.generations(path, path + suffix)
+                self.proxy._store.delete(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(path))))  # evicted
+                self.publish(2, path, path + suffix)
+                self.assertEqual(self.generations(path, path + suffix), [2, 2])
+                self.wait_until_idle()
+                sent = len(self.origin.log)
+                self.assertEqual(self.generations(path, path + suffix), [2, 2])
+                self.assertEqual(len(self.origin.log), sent)
+
+    def test_a_signature_that_comes_later_renews_a_file_of_long_ago(self):
+        for path, suffix in (("/x-1.0-1-x86_64.pkg.tar.zst", ".sig"), ("/gradle-8.9-bin.zip", ".sha256")):
+            with self.subTest(path=path), mock.patch.object(pkgproxy, "PAIR_SPAN", 0):
+                self.publish(1, path)
+                self.generations(path)
+                self.publish(2, path, path + suffix)
+                self.assertEqual(self.generations(path + suffix), [2])
+                self.wait_until_idle()
+                self.assertEqual(self.generations(path, path + suffix), [2, 2])
+        with self.subTest("at once"):
+            self.publish(1, "/y-1.0.jar", "/y-1.0.jar.sha1")
+            self.generations("/y-1.0.jar", "/y-1.0.jar.sha1")
+            self.wait_until_idle()
+            self.assertEqual(len(self.origin.requests("/y-1.0.jar")), 2)
+
+    def test_a_signature_alone_is_renewed_after_its_file_is_confirmed(self):
+        self.publish(1, "/core.db", "/core.db.sig")
+        self.generations("/core.db", "/core.db.sig")
+        self.publish(2, "/core.db.sig")
+        self.assertEqual(self.generations("/core.db.sig"), [2])
+        self.wait_until_idle()
+        self.origin.close()
+        self.assertEqual(self.generations("/core.db", "/core.db.sig"), [1, 2])
+
+    def test_a_signature_that_has_gone_does_not_keep_the_new_file_out(self):
+        for status in (403, 404, 410):
+            path = "/%d/core.db" % status
+            with self.subTest(status=status):
+                self.publish(1, path, path + ".sig")
+                self.generations(path, path + ".sig")
+                self.publish(2, path)
+                self.origin.pages[path + ".sig"] = ScriptedResponse(b"no", status)
+                self.assertEqual(self.generations(path), [2])
+                self.wait_until_idle()
+                self.assertEqual(self.visible_files(), {self.visible_name(path[1:]): b"generation 2 of " + path.encode()})
+                self.proxy._store.delete(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(path))))
+
+    def test_a_file_that_is_confirmed_costs_its_signature_nothing(self):
+        self.publish(1, "/core.db", "/core.db.sig")
+        self.generations("/core.db", "/core.db.sig")
+        self.generations("/core.db", "/core.db")
+        self.wait_until_idle()
+        self.assertEqual([entry.path for entry in self.origin.log], ["/core.db", "/core.db.sig", "/core.db", "/core.db"])
+
+
+class ImplausibleFileTest(ProxyCase):
+    """Too little to be true, or with another digest than its name has: passed on, but not kept."""
+
+    NAMES = ("/x_1.0_all.deb", "/gradle-8.9-bin.zip", "/x-1.0.pkg.tar.zst.sig", "/FreeBSD:14:amd64/latest/All/Hashed/x-1.0~0a1b2c.pkg", "/nar/%s.nar.xz" % ("a1" * 26))
+
+    def test_an_empty_package_is_not_kept(self):
+        for path in self.NAMES:
+            for more in ({}, {"chunked": True}):
+                with self.subTest(path=path, **more):
+                    target = self.origin.url(path + "?%d" % bool(more)).partition(str(self.origin.port))[2]
+                    self.origin.pages[target] = [ScriptedResponse(b"", **more), ScriptedResponse(b"real" * 1000)]
+                    self.assertEqual([len(self.request(target).body) for _ in range(3)], [0, 4000, 4000])
+                    self.wait_until_idle()
+
+    def test_an_empty_package_does_not_replace_a_stored_one(self):
+        for more in ({}, {"chunked": True}):
+            self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"real")
+            self.request("/x_1.0_all.deb", Cache_Control="no-cache")
+            self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"", **more)
+            self.assertEqual(self.request("/x_1.0_all.deb", Cache_Control="no-cache").body, b"")
+            self.wait_until_idle()
+            self.assertEqual(self.request("/x_1.0_all.deb").body, b"real")
+
+    def test_a_body_with_another_digest_than_its_name_is_not_kept(self):
+        data = b"the body"
+        path = "/by-hash/SHA256/" + hashlib.sha256(data).hexdigest()
+        self.origin.pages[path] = [ScriptedResponse(b"a portal"), ScriptedResponse(data)]
+        self.assertEqual([self.request(path).body for _ in range(3)], [b"a portal", data, data])
+        self.assertEqual(len(self.origin.log), 2)
+
+
+class FollowedInsideTest(ProxyCase):
+    """Packages and content-named files are stored under the name that was asked for, wherever redirects lead."""
+
+    def test_one_body_for_two_clients_whatever_the_signed_url(self):
+        for path in ("/artifact/" + "0a" * 20, "/package/7876af07-990d-54b4-ab0e-23690620f79a/" + "0b" * 20, "/distributions/gradle-8.9-bin.zip",
+                     "/v3-flatcontainer/x/1.2.3/x.1.2.3.nupkg", "/m2/g/a/1.0/a-1.0.aar", "/tarballs/phoenix-1.7.14.tar", "/crates/serde/1.0.0/download",
+                     "/nar/0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0.nar.zst", "/noarch/shards/%s.msgpack.zst" % ("0c" * 32)):
+            with self.subTest(path=path):
+                self.origin.pages[path] = [ScriptedResponse(b"", 307, [("Location", "/signed?X-Amz-Signature=%d" % number)]) for number in range(2)]
+                for number in range(2):
+                    self.origin.pages["/signed?X-Amz-Signature=%d" % number] = ScriptedResponse(path.encode(), fields=[("Cache-Control", "no-cache")])
+                sent = len(self.origin.log)
+                self.assertEqual([self.request(path).body for _ in range(2)], [path.encode()] * 2)
+                self.assertEqual(len(self.origin.log) - sent, 2)
+
+
+class NegotiatedPageTest(ProxyCase):
+    """Pages that are JSON or HTML by Accept, from an origin that does not say so in Vary."""
+
+    PIP = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html; q=0.1, text/html; q=0.01"
+    UV = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.01"
+    OLD_PIP, EASY_INSTALL, URLLIB = "text/html", "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2", "*/*"
+    NPM, NPM_VIEW = "application/vnd.npm.install-v1+json; q=1.0, application/json; q=0.8, */*", "application/json"
+
+    def setUp(self):
+        super().setUp()
+        self.vary, self.tag = False, ""
+
+        def respond(fields):
+            form = "json" if "simple.v1+json" in fields.get("accept", "") else "short" if "npm.install" in fields.get("accept", "") else "html"
+            more = [("Vary", "Accept")] if self.vary else []
+            return ScriptedResponse(form.encode(), fields=[("Content-Type", "application/" + form), *more], etag='"%s%s"' % (form, self.tag), modified="")
+
+        for path in ("/simple/six/", "/root/pypi/+simple/six/", "/lodash", "/@types%2Fnode"):
+            self.origin.pages[path] = ScriptedResponse(respond=respond)
+
+    def test_each_client_gets_its_form_and_each_form_comes_once(self):
+        for vary in (False, True):
+            for path, turns in (
+                    ("/simple/six/", [(self.PIP, "json"), (self.UV, "json"), (self.EASY_INSTALL, "html"), (self.OLD_PIP, "html"), (self.URLLIB, "html"), (None, "html")]),
+                    ("/root/pypi/+simple/six/", [(self.PIP, "json"), (self.OLD_PIP, "html"), (self.EASY_INSTALL, "html")]),
+                    ("/lodash", [(self.NPM, "short"), (self.NPM_VIEW, "html")]), ("/@types%2fnode", [(self.NPM, "short"), (self.NPM_VIEW, "html")])):
+                self.vary, self.tag = vary, path + str(vary)
+                sent = len(self.origin.log)
+                for _ in range(5):
+                    for accept, form in turns:
+                        with self.subTest(path=path, vary=vary, accept=accept):
+                            self.assertEqual(self.request(path, **({"Accept": accept} if accept else {})).body, form.encode())
+                self.assertEqual([entry.status for entry in self.origin.log[sent:]].count(200), 2)
+
+    def test_accept_is_reduced_to_what_it_chooses(self):
+        for path, accept, mark in (
+                ("/simple/six/", self.PIP, "#json"), ("/simple/six/", self.UV, "#json"), ("/simple/six/", "application/vnd.pypi.simple.latest+json", "#json"),
+                ("/simple/six/", self.OLD_PIP, ""), ("/simple/", self.EASY_INSTALL, ""), ("/simple/", "application/vnd.pypi.simple.v1+json;q=0.1, text/html", ""),
+                ("/pypi/six/", self.PIP, "#json"), ("/lodash", self.NPM, "#npm"), ("/lodash", "application/vnd.npm.install-v1+json", "#npm"),
+                # These have one form.
+                ("/x/-/x-1.0.tgz", self.NPM, None), ("/lodash", self.NPM_VIEW, None), ("/simple/six/six-1.0.whl", self.URLLIB, None), ("/index.html", self.OLD_PIP, None),
+                ("/InRelease", "text/*", None), ("/simple/six/", "application/json", None)):
+            with self.subTest(path=path, accept=accept):
+                asked = make_request("http://a" + path, Accept=accept)
+                chosen = pkgproxy.with_chosen_form(asked)
+                self.assertEqual(chosen.key, "http://a" + path + (mark or ""))
+                self.assertEqual(pkgproxy.field_values(chosen.fields, "Accept"), (accept if mark is None else pkgproxy.FORMS[mark],))
+                self.assertIs(pkgproxy.with_chosen_form(make_request("http://a" + path, "POST", Accept=accept)).key[-1], path[-1])
+
+    def test_a_form_survives_the_origin(self):
+        for accept in (self.PIP, self.OLD_PIP):
+            self.request("/simple/six/", Accept=accept)
+        self.origin.close()
+        self.assertEqual([self.request("/simple/six/", Accept=accept).body for accept in (self.UV, self.EASY_INSTALL)], [b"json", b"html"])
+
+
+class SmallAnswerTest(ProxyCase):
+    """Small responses other than 200 with an explicit lifetime are kept in memory (RFC 9111 §3)."""
+
+    def publish(self, path, status=404, control="max-age=60", body=b"not here", **more):
+        more.setdefault("fields", [("Cache-Control", control)] if control else [])
+        body = b"" if status == 204 else body
+        self.origin.pages[path] = ScriptedResponse(body, status, etag="", modified="", **more)
+
+    def asked(self, path, times=2, **fields):
+        """Return how often the origin is asked if a client asks so many times."""
+        before, status = len(self.origin.log), self.origin.pages[path].status
+        for _ in range(times):
+            self.assertEqual(self.request(path, **fields).status, status)
+        return len(self.origin.log) - before
+
+    def test_what_is_kept(self):
+        for number, (path, status, fields, expected) in enumerate((
+                # pacman, apt, and what moved or has gone
+                ("/core.db.sig", 404, "max-age=60", 1), ("/dists/sid/main/i18n/Translation-de.xz", 404, "max-age=60", 1), ("/x", 404, "s-maxage=60, max-age=0", 1),
+                ("/x", 301, "max-age=60", 1), ("/x", 302, "max-age=60", 1), ("/x", 307, "public, max-age=60", 1), ("/x", 308, "max-age=60", 1), ("/x", 410, "max-age=60", 1),
+                ("/x", 204, "max-age=60", 1), ("/x", 203, "max-age=60", 1), ("/x", 400, "max-age=60", 1), ("/x", 503, "max-age=60", 1), ("/x", 599, "max-age=60", 1),
+                ("/x_1.0_all.deb", 404, "max-age=60", 1), ("/x", 404, "no-store, must-understand, max-age=60", 1),
+                # No lifetime, not for all, or not for this request alone
+                ("/x", 404, "", 2), ("/x", 404, "max-age=0", 2), ("/x", 404, "no-store, max-age=60", 2), ("/x", 404, "private, max-age=60", 2), ("/x", 404, "no-cache, max-age=60", 2),
+                ("/x", 599, "must-understand, max-age=60", 2), ("/x", 599, "no-store, must-understand, max-age=60", 2), ("/x", 401, "max-age=60", 2), ("/x", 412, "max-age=60", 2),
+                # They may appear at any moment.
+                ("/by-hash/SHA256/" + "0" * 64, 404, "max-age=60", 2), ("/0a1b2c.narinfo", 404, "max-age=60", 2))):
+            path = "%s?%d" % (path, number) if path == "/x" else path
+            with self.subTest(path=path, status=status, control=fields):
+                self.publish(path, status, fields)
+                self.assertEqual(self.asked(path), expected)
+
+    def test_the_answer_is_the_same_with_age_and_the_reason(self):
+        self.publish("/x", 302, fields=[("Cache-Control", "max-age=60"), ("Location", "/y"), ("Set-Cookie", "a=b"), ("Age", "7")])
+        first, second, head = self.request("/x"), self.request("/x"), self.request("/x", "HEAD")
+        self.assertEqual((first.status, first.body, first["Location"], first["Set-Cookie"]), (302, b"not here", "/y", "a=b"))
+        self.assertEqual((second.status, second.body, second["Location"], second["Set-Cookie"]), (302, b"not here", "/y", None))
+        self.assertEqual((head.status, head.body, head["Content-Length"]), (302, b"", "8"))
+        self.assertEqual(first["Cache-Status"], "pkgproxy; fwd=uri-miss; fwd-status=302; stored")
+        self.assertRegex(second["Cache-Status"], r"^pkgproxy; hit; ttl=5\d$")
+        self.assertIn(second["Age"], ("7", "8"))
+        self.assertEqual(self.visible_files(), {})
+
+    def test_every_framing_and_at_most_8_kB(self):
+        for number, (size, more, expected) in enumerate(((8192, {}, 1), (8193, {}, 2), (0, {}, 1), (100, {"chunked": True}, 1), (8193, {"chunked": True}, 2))):
+            with self.subTest(size=size, **more):
+                self.publish("/x%d" % number, body=b"x" * size, **more)
+                self.assertEqual(len(self.request("/x%d" % number).body), size)
+                self.assertEqual(self.asked("/x%d" % number, 1), expected - 1)
+
+    def test_an_answer_is_for_those_for_whom_it_is_meant(self):
+        self.publish("/vary", fields=[("Cache-Control", "max-age=60"), ("Vary", "Accept-Language")])
+        self.assertEqual(self.asked("/vary", Accept_Language="en, DE"), 1)
+        self.assertEqual(self.asked("/vary", 1, Accept_Language="EN,de"), 0)
+        self.assertEqual(self.asked("/vary", 1, Accept_Language="fr"), 1)
+        self.publish("/any", fields=[("Cache-Control", "max-age=60"), ("Vary", "*")])
+        self.assertEqual(self.asked("/any"), 2)
+        self.publish("/login")
+        self.assertEqual(self.asked("/login", Authorization="Basic eDp5"), 2)
+        self.publish("/login", control="public, max-age=60")
+        self.assertEqual(self.asked("/login", Authorization="Basic eDp5"), 1)
+        self.publish("/mine")
+        self.assertEqual(self.asked("/mine", Cookie="a=b"), 2)
+        self.publish("/secret")
+        self.assertEqual(self.asked("/secret", Cache_Control="no-store"), 2)
+
+    def test_an_answer_ends_with_its_lifetime_a_client_that_doubts_it_or_an_unsafe_method(self):
+        self.publish("/x", control="max-age=1")
+        self.assertEqual(self.asked("/x", 1), 1)
+        head, data = self.proxy._downloader.small_answers.pop(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url("/x"))))
+        self.proxy._downloader.small_answers._put(head.key, pkgproxy.replace_fields(head, response_time=head.response_time - 1), data)
+        self.assertEqual(self.asked("/x", 1), 1)
+        self.publish("/y")
+        self.assertEqual((self.asked("/y", 1), self.asked("/y", 1, Cache_Control="no-cache"), self.asked("/y", 1, Pragma="no-cache")), (1, 1, 1))
+        self.assertEqual(self.asked("/y", 1, Cache_Control="max-age=30"), 0)
+        self.origin.pages["/y"].status = 204
+        self.request("/y", "POST", b"x")
+        self.publish("/y")
+        self.assertEqual(self.asked("/y"), 1)
+
+    def test_what_appears_is_found_when_the_lifetime_ends_and_stays(self):
+        self.publish("/core.db.sig")
+        self.request("/core.db.sig")
+        self.origin.pages["/core.db.sig"] = ScriptedResponse(b"signature")
+        self.assertEqual(self.request("/core.db.sig").status, 404)
+        self.assertEqual(self.request("/core.db.sig", Cache_Control="no-cache").body, b"signature")
+        self.assertEqual(self.request("/core.db.sig").body, b"signature")
+
+    def test_an_answer_harms_nothing_that_is_stored(self):
+        for path in ("/x_1.0_all.deb", "/core.db"):
+            with self.subTest(path=path):
+                self.origin.pages[path] = ScriptedResponse(b"stored")
+                self.request(path)
+                self.publish(path)
+                self.assertEqual(self.request(path, Cache_Control="no-cache").status, 404)
+                self.origin.close()
+                self.assertEqual(self.request(path).body, b"stored")
+                self.origin.listen()
+
+    def test_the_number_is_bounded_and_the_least_recently_used_goes_first(self):
+        with mock.patch.object(pkgproxy, "MAX_ANSWERS", 3):
+            for number in range(4):
+                self.publish("/%d" % number)
+                self.asked("/%d" % number, 1)
+                self.asked("/0", 1)
+            self.assertEqual([self.asked("/%d" % number, 1) for number in (0, 2, 3, 1)], [0, 0, 0, 1])
+
+    def test_an_answer_from_a_protected_address_is_for_clients_on_this_host(self):
+        answers, asked = pkgproxy.SmallAnswers(), make_request()
+        head = pkgproxy.replace_fields(make_stored_head(Cache_Control="max-age=60", received=time.time()), status=404)
+        for guarded, is_local, expected in ((False, False, True), (False, True, True), (True, True, True), (True, False, False)):
+            with self.subTest(guarded=guarded, is_local=is_local):
+                answers._put(asked.key, pkgproxy.replace_fields(head, local_clients_only=guarded), b"x")
+                found = answers.respond(pkgproxy.replace_fields(asked, client_is_local=is_local), Config())
+                self.assertEqual(found is not None, expected)
+
+    def test_many_clients_that_ask_at_once_cost_one_request(self):
+        gate = Gate()
+        self.publish("/x", gate=gate)
+        threads = [threading.Thread(target=self.request, args=("/x",)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        until(lambda: self.server.replies_running == 8 or len(self.origin.log) > 1)
+        gate.open()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual(len(self.origin.log), 1)
 
 
 class PassThroughTest(ProxyCase):
@@ -4012,7 +4420,7 @@ class MirrorSharingTest(ProxyCase):
                 self.request("/debian/pool/" + name)
                 answer = self.request(url)
                 self.assertTrue(answer.body == self.request(url).body == other)
-                self.assertIn(self.MISS, self.cache_status(answer))
+                self.assertIn(self.MISS if other else "no bytes", self.cache_status(answer))
                 self.assertEqual(self.request("/debian/pool/" + name).body, self.BODY)
 
     def test_small_files_are_compared_completely(self):
@@ -4113,7 +4521,7 @@ class MirrorSharingTest(ProxyCase):
         url = self.publish()
         self.request(self.HERE)
         self.request(url)
-        self.proxy._revalidator.revalidate(pkgproxy.parse_target(url), (), True)
+        self.proxy._revalidator.revalidate(pkgproxy.cache_key(pkgproxy.parse_target(url)), True)
         self.wait_until_idle()
         self.check_sent(2 * pkgproxy.PROOF_SIZE)
         self.assertEqual(self.other.log[-1].fields["if-none-match"], '"there"')
@@ -7163,7 +7571,7 @@ class InstancesCase(ProxyCase):
                 done.append((path, client.getresponse().read()))
 
     def check_hundred_files_at_once(self, *addresses):
-        bodies = {"/%d_1.0_all.deb" % number: random.Random(number).randbytes(number * 3000) for number in range(100)}
+        bodies = {"/%d_1.0_all.deb" % number: random.Random(number).randbytes(number * 3000 + 1) for number in range(100)}
         self.origin.pages.update({path: ScriptedResponse(body) for path, body in bodies.items()})
         done = []
         jobs = [threading.Thread(target=self.download_all, args=(address, 100, done)) for address in addresses for _ in range(2)]
