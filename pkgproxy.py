@@ -292,6 +292,8 @@ LOG_BATCH_DELAY = 0.02  # a log line waits for others, so that a burst is one wr
 
 # Intervals of the cache, in seconds.
 DAY = 86400.0
+REVALIDATION_INTERVAL = 3600.0  # between two validations of one response in the background
+MAX_BACKGROUND_VALIDATIONS = 4  # at one time; no client waits for them
 EVICTION_INTERVAL = 300.0  # between two checks of the disk; a walk over a large cache takes seconds
 MIN_EVICTION_PAUSE = 10.0  # between two runs of the evictor, however often the disk is full
 MIN_EVICTION_AGE = 60.0  # a file used more recently is kept: a client may be about to ask for it again
@@ -2346,6 +2348,27 @@ def is_protected_host(host: str) -> bool:
     return name == "localhost" or name.endswith(".localhost")
 
 
+def check_target_allowed(request: Request, config: Config) -> None:
+    """Raise ProxyError if a request has come in a loop, or if its client may not reach its target.
+
+    Only names are checked here.  Addresses are checked as they are connected to, by AddressPolicy.
+    """
+    if is_loop(request, config):
+        raise ProxyError("The request has come through this proxy before: its target leads back here.", 508)
+    if not request.client_is_local and is_protected_host(request.target.host):
+        raise ProxyError("Only the proxy's own host may reach %s through it." % request.target.host, 403)
+
+
+def may_share_download(request: Request, head: ResponseHead) -> bool:
+    """Return whether a request's client may have what is being downloaded for another client.
+
+    The key is the same.  What may differ is where the clients are, and the fields that Vary names: then the
+    follower asks the origin for itself.  Requests with Authorization never get here (see SharedFetch).
+    """
+    allowed = request.client_is_local or not head.local_clients_only
+    return allowed and selecting_fields(request, head) == head.vary
+
+
 # Which names the proxy answers to ---------------------------------------------------------------
 
 
@@ -3827,8 +3850,15 @@ class SingleFlight:
         self._lock = threading.Lock()  # guards _flights
         self._flights: dict[str, Flight] = {}
 
-    def join(self, key: str) -> tuple[Flight, bool]:
-        """Return the flight for a key, and whether the caller leads it and must finish it."""
+    def join(self, key: str, overdue: Flight | None = None) -> tuple[Flight, bool]:
+        """Return the flight for a key, and whether the caller leads it and must finish it.
+
+        A flight whose head is ``overdue`` gives way to another.
+        """
+        if overdue is not None:
+            # It must not store what a POST may invalidate, once it is not known here any more.
+            overdue.forbid_storing()
+            self.remove(overdue)
         with self._lock:
             leads = key not in self._flights
             if leads:
@@ -4074,6 +4104,38 @@ class LeaseManager:
         if holder == owner:
             return server.cas(name, owner, unique, seconds)
         return seconds > 0 and not holder and server.add(name, owner)  # memcached was restarted
+
+
+class OrphanLimiter:
+    """Limits how many downloads continue without a client: the oldest ones may, if they are fast enough.
+
+    A client that breaks off often comes back for the same file, so its download should not be lost.  But a
+    client could start downloads and leave, again and again, and each holds a thread, a connection and disk
+    space.  What a stopped download has received is kept for the next request (see ``keep_for_resume``).
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()  # guards _orphans
+        self._orphans: dict[int, tuple[float, int]] = {}  # time (monotonic) and size at the last speed check
+
+    def may_continue(self, partial: PartialFile) -> bool:
+        """Return whether a download may continue: it has clients, or it is one of the permitted orphans."""
+        has_readers, now = partial.has_readers(), time.monotonic()
+        with self._lock:
+            since, size = self._orphans.get(id(partial), (now, partial.size))
+            check_due = now - since > RATE_WINDOW
+            if has_readers or check_due and partial.size - size < MIN_RATE * (now - since):
+                self._orphans.pop(id(partial), None)
+                return has_readers
+            if check_due or id(partial) not in self._orphans and len(self._orphans) < self._limit:
+                self._orphans[id(partial)] = now, partial.size
+            return id(partial) in self._orphans
+
+    def remove(self, partial: PartialFile) -> None:
+        """Forget a download that has ended."""
+        with self._lock:
+            self._orphans.pop(id(partial), None)
 
 
 def start_thread(work: Callable[..., object], *arguments: Any) -> None:
@@ -5291,6 +5353,12 @@ def read_file_slice(part: FileSlice) -> bytes:
     return data
 
 
+def file_version(stored: StoredResponse) -> tuple[int, int, int]:
+    """Return what changes when a file is removed, replaced or written to; OSError."""
+    info = os.fstat(stored.fileno())
+    return info.st_nlink, info.st_ctime_ns, info.st_size
+
+
 @dataclasses.dataclass(frozen=True)
 class Download:
     """A response on its way from an origin to the disk, with all that its writer and its readers need.
@@ -5408,6 +5476,11 @@ class TailingBody:
             self._download.partial.release()
 
 
+# Fields that describe the very bytes of a body, and so not those of a body with rewritten links.
+_BODY_FIELDS = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
+                "content-digest", "repr-digest")
+
+
 class LinkRewritingBody:
     """A response body whose links are rewritten on the way, so that they lead through the proxy."""
 
@@ -5446,6 +5519,18 @@ class LinkRewritingBody:
     def close(self) -> None:
         """Close the original body."""
         self._body.close()
+
+
+def rewrite_for_prefix(request: Request, response: Response) -> Response:
+    """Make the links of a response lead through the proxy, if its client put the proxy's address before the
+    URL; else return the response as it is."""
+    links = link_pattern_for(request, response.head)
+    if links is None:
+        return response
+    head = replace_fields(response.head, fields=without_fields(response.head.fields, _BODY_FIELDS))
+    host = field_value(request.fields, "Host")
+    body = LinkRewritingBody(response.body, links, "http://%s/" % host if host else "/", request.target)
+    return replace_fields(response, head=head, body=body)
 
 
 # Responses to clients, by where their bodies come from
@@ -5513,16 +5598,6 @@ def look_up_for_client(store: Store, origin: OriginClient, request: Request) -> 
     return stored
 
 
-def may_share_download(request: Request, head: ResponseHead) -> bool:
-    """Return whether a request's client may have what is being downloaded for another client.
-
-    The key is the same.  What may differ is where the clients are, and the fields that Vary names: then the
-    follower asks the origin for itself.  Requests with Authorization never get here (see SharedFetch).
-    """
-    allowed = request.client_is_local or not head.local_clients_only
-    return allowed and selecting_fields(request, head) == head.vary
-
-
 def full_request(request: Request, config: Config, deadline: float | None = None) -> OriginRequest:
     """Make the request for a whole representation that may be stored, whatever part the client asked for."""
     return OriginRequest(
@@ -5563,6 +5638,12 @@ def _site(target: Target) -> str:
     return "%s://%s" % (target.scheme, target.authority)
 
 
+def is_site_down(request: Request, error: OriginError) -> bool:
+    """Return whether there is no connection to a request's own origin, and not just where a redirect led."""
+    is_here = error.target is None or _site(error.target) == _site(request.target)
+    return error.unreachable and is_here
+
+
 class RecentFailures:
     """Remembers origins and disk errors that failed a moment ago (a circuit breaker).
 
@@ -5601,9 +5682,8 @@ class RecentFailures:
         """
         lasts = error.unreachable or isinstance(error, OriginTimeoutError)
         lasts = lasts and field_value(request.fields, "Authorization") is None
-        redirected = error.target is not None and _site(error.target) != _site(request.target)
         events = self._unreachable if lasts else self._errors
-        name = _site(request.target) if lasts and error.unreachable and not redirected else request.key
+        name = _site(request.target) if lasts and is_site_down(request, error) else request.key
         is_new = events.note_first(name, ORIGIN_BACKOFF)
         events.note(name, str(error))
         log.log(logging.WARNING if is_new else logging.DEBUG, "%s Serving the stored copy%s.", error,
@@ -5930,38 +6010,6 @@ class DownloadLocks:
     def close(self) -> None:
         """Stop renewing leases."""
         self.leases.close()
-
-
-class OrphanLimiter:
-    """Limits how many downloads continue without a client: the oldest ones may, if they are fast enough.
-
-    A client that breaks off often comes back for the same file, so its download should not be lost.  But a
-    client could start downloads and leave, again and again, and each holds a thread, a connection and disk
-    space.  What a stopped download has received is kept for the next request (see ``keep_for_resume``).
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()  # guards _orphans
-        self._orphans: dict[int, tuple[float, int]] = {}  # time (monotonic) and size at the last speed check
-
-    def may_continue(self, partial: PartialFile) -> bool:
-        """Return whether a download may continue: it has clients, or it is one of the permitted orphans."""
-        has_readers, now = partial.has_readers(), time.monotonic()
-        with self._lock:
-            since, size = self._orphans.get(id(partial), (now, partial.size))
-            check_due = now - since > RATE_WINDOW
-            if has_readers or check_due and partial.size - size < MIN_RATE * (now - since):
-                self._orphans.pop(id(partial), None)
-                return has_readers
-            if check_due or id(partial) not in self._orphans and len(self._orphans) < self._limit:
-                self._orphans[id(partial)] = now, partial.size
-            return id(partial) in self._orphans
-
-    def remove(self, partial: PartialFile) -> None:
-        """Forget a download that has ended."""
-        with self._lock:
-            self._orphans.pop(id(partial), None)
 
 
 class Downloader:
@@ -6313,36 +6361,8 @@ class PeerFollower:
 #
 # Proxy.respond() is the path of every request; start reading there.
 
-REVALIDATION_INTERVAL = 3600.0  # seconds between two validations of one response in the background
-MAX_BACKGROUND_VALIDATIONS = 4  # validations at one time that no client waits for
 # Request fields with which a large stored response may have a small answer.
 _PART_FIELDS = ("range", "if-none-match", "if-modified-since")
-# Fields that describe the very bytes of a body, and so not those of a body with rewritten links.
-_BODY_FIELDS = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
-                "content-digest", "repr-digest")
-
-
-def rewrite_for_prefix(request: Request, response: Response) -> Response:
-    """Make the links of a response lead through the proxy, if its client put the proxy's address before the
-    URL; else return the response as it is."""
-    links = link_pattern_for(request, response.head)
-    if links is None:
-        return response
-    head = replace_fields(response.head, fields=without_fields(response.head.fields, _BODY_FIELDS))
-    host = field_value(request.fields, "Host")
-    body = LinkRewritingBody(response.body, links, "http://%s/" % host if host else "/", request.target)
-    return replace_fields(response, head=head, body=body)
-
-
-def check_target_allowed(request: Request, config: Config) -> None:
-    """Raise ProxyError if a request has come in a loop, or if its client may not reach its target.
-
-    Only names are checked here.  Addresses are checked as they are connected to, by AddressPolicy.
-    """
-    if is_loop(request, config):
-        raise ProxyError("The request has come through this proxy before: its target leads back here.", 508)
-    if not request.client_is_local and is_protected_host(request.target.host):
-        raise ProxyError("Only the proxy's own host may reach %s through it." % request.target.host, 403)
 
 
 def answer_as_final_recipient(request: Request) -> Response:
@@ -6373,12 +6393,6 @@ class HotEntry:
     stored: StoredResponse  # open: its descriptor tells whether the file is still the same
     version: tuple[int, int, int]  # of that file
     text: str  # for the log
-
-
-def file_version(stored: StoredResponse) -> tuple[int, int, int]:
-    """Return what changes when a file is removed, replaced or written to; OSError."""
-    info = os.fstat(stored.fileno())
-    return info.st_nlink, info.st_ctime_ns, info.st_size
 
 
 class HotCache:
@@ -6719,32 +6733,30 @@ class SharedFetch:
         ProxyError."""
         deadline = time.monotonic() + VALIDATION_TIMEOUT
         result = self._share(deadline) if field_value(self.request.fields, "Authorization") is None else (
-            self._lead_alone(deadline, self.decision.action is Action.FETCH))
+            self._lead(deadline, self.decision.action is Action.FETCH))
         if self.decision.action is Action.VALIDATE and isinstance(result, Response) and isinstance(
                 result.body, TailingBody):
             # The stored copy could answer, so do not wait long for a first byte: a second at least.
             result.body.first_byte_deadline = max(deadline, time.monotonic() + 1)
-        return result
+        return result or FlightResult.ALONE
 
-    def _leader(self, flight: Flight, deadline: float, ignores_lock: bool = False) -> FlightLeader:
-        request = without_private_fields(self.request)
-        return FlightLeader(
-            self.downloader, self.mirrors, request, flight, self.config, deadline, ignores_lock)
+    def _lead(self, deadline: float, missing: bool, flight: Flight | None = None,
+              ignores_lock: bool = False) -> Response | None:
+        """Ask the origin in a flight; without one, in a new flight that no other request can join."""
+        request, own_flight = without_private_fields(self.request), flight or Flight(self.request.key)
+        leader = FlightLeader(
+            self.downloader, self.mirrors, request, own_flight, self.config, deadline, ignores_lock)
+        return leader.lead(missing, alone=flight is None)
 
-    def _lead_alone(self, deadline: float, missing: bool) -> Response | FlightResult:
-        """Ask the origin in a flight that no other request can join."""
-        response = self._leader(Flight(self.request.key), deadline).lead(missing, alone=True)
-        return response or FlightResult.ALONE
-
-    def _share(self, deadline: float) -> Response | FlightResult:
+    def _share(self, deadline: float) -> Response | FlightResult | None:
         """Lead a flight, or follow one; another one if it fails or if its head takes too long."""
         missing, has_failed = self.decision.action is Action.FETCH, False
         overdue: Flight | None = None
         give_up_at = time.monotonic() + FOLLOWER_HEAD_TIMEOUT
         while time.monotonic() < give_up_at:
-            flight, is_leader = self._join(overdue)
+            flight, is_leader = self.downloader.flights.join(self.request.key, overdue)
             if is_leader:
-                response = self._leader(flight, deadline, overdue is not None).lead(missing, alone=False)
+                response = self._lead(deadline, missing, flight, ignores_lock=overdue is not None)
                 if response is not None:
                     return response
             missing = False  # another flight may have stored it
@@ -6752,31 +6764,19 @@ class SharedFetch:
                 patience = max(0.0, min(FOLLOWER_PATIENCE, give_up_at - time.monotonic()))
                 partial, result = flight.wait_for_head(patience)
             except OriginError as error:
-                if self._concerns_all(error, deadline):
+                # It is also this request's error if there is no connection to the origin, or no time left to
+                # ask it because a stored response must answer.
+                is_late = self.decision.action is Action.VALIDATE and time.monotonic() >= deadline
+                if is_late or is_site_down(self.request, error):
                     raise
                 if has_failed:
-                    return self._lead_alone(deadline, missing)
+                    return self._lead(deadline, missing)
                 has_failed = True
                 continue
             if partial is not None or result is not None:
                 return self._response_of(flight, partial, result)
             overdue = flight
-        return FlightResult.ALONE
-
-    def _join(self, overdue: Flight | None) -> tuple[Flight, bool]:
-        """Join the key's flight, but not the one whose head is overdue: that gives way to another."""
-        if overdue is not None:
-            # It must not store what a POST may invalidate, once SingleFlight does not know it any more.
-            overdue.forbid_storing()
-            self.downloader.flights.remove(overdue)
-        return self.downloader.flights.join(self.request.key)
-
-    def _concerns_all(self, error: OriginError, deadline: float) -> bool:
-        """Return whether a leader's error is its followers' as well: there is no connection to the origin,
-        or no time left to ask it because a stored response must answer."""
-        is_here = error.target is None or _site(error.target) == _site(self.request.target)
-        is_late = self.decision.action is Action.VALIDATE and time.monotonic() >= deadline
-        return error.unreachable and is_here or is_late
+        return None
 
     def _response_of(self, flight: Flight, partial: PartialFile | None,
                      result: FlightResult | None) -> Response | FlightResult:
@@ -6811,16 +6811,12 @@ class EvictionThread:
         self._evictor = Evictor(store)
         # For the status page: what the last run found, and what all runs have removed.
         self.last_report = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
-        self._wake = store.space.scarce
+        self._wake = store.space.scarce  # the disk is full, or will soon be: run now
         self._stopped = threading.Event()
 
     def start(self, config: Config) -> None:
         """Run now, and then every EVICTION_INTERVAL seconds."""
         threading.Thread(target=self._run, args=(config,), daemon=True).start()
-
-    def request_run(self) -> None:
-        """Run soon: the disk is full."""
-        self._wake.set()
 
     def stop(self) -> None:
         """End the thread after the current run."""
@@ -6919,7 +6915,7 @@ class Proxy:
         self._store = store
         self._origin = OriginClient(count_received, config)
         self.evictor = EvictionThread(store)
-        self._failures = RecentFailures(self.evictor.request_run)
+        self._failures = RecentFailures(store.space.scarce.set)
         self._barrier = SingleFlight()
         self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier)
         self._downloader = Downloader(config, store, self._barrier, self._origin, self._failures,
@@ -6962,8 +6958,7 @@ class Proxy:
         if decision.action is Action.SERVE:
             if decision.refresh:
                 self._revalidator.revalidate(request.target, stored.head.vary, request.client_is_local)
-            status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
-            return response_from_store(request, stored, status)
+            return response_from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl))
         if decision.action is Action.VALIDATE and may_serve_stale_on_error(decision, stored.head):
             reason = self._failures.origin_down_reason(request)
             if reason:
