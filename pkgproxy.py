@@ -240,9 +240,7 @@ BLOCK = 4096  # bytes a small file occupies on most file systems
 SPARE_INODES = 500  # free inodes, beyond the reserve, that eviction makes for new downloads
 MAX_SPARE = 10**9  # free bytes, beyond the limits, that eviction makes for new downloads
 FULL_DOWNLOAD_RANGE = 1024 * 1024  # bytes; a range that starts below this and is as long downloads the whole
-PROOF_SIZE = 4096  # bytes compared at each end of a package; another build of it differs in one of them
 MAX_CANDIDATES = 8  # stored files of one name that are compared; each is an open file
-MIN_MATCHING_FILES = 3  # matches in a row before one mirror's files may stand in for another's
 
 # Timeouts of connections to origins, in seconds.  pacman gives up after 10 s of silence, dnf after 30 s, so
 # a stale response or an error should be sent before that.
@@ -370,7 +368,6 @@ class Config:
     max_age: float | None = None  # seconds since its last use after which a stored response is removed
     reuse_port: bool = False  # let other instances listen on the same addresses
     instance: str = ""  # name of this instance; "": the addresses tell instances apart
-    sharing: bool = True  # share files between mirrors even without a digest in the name
     filters: tuple[re.Pattern[str], ...] = ()  # URIs that are never cached; reread on SIGHUP
     barrier: tuple[tuple[str, int], ...] = ()  # memcached servers; none: file locks coordinate instances
     pseudonym: str = "pkgproxy"  # this proxy in Via and Cache-Status (RFC 9110 §7.6.3)
@@ -1193,8 +1190,8 @@ def strong_validator(head: ResponseHead) -> str | None:
 def resume_validator(head: ResponseHead) -> str | None:
     """Return the validator with which a download may be resumed, or taken over from another instance.
 
-    None for a copy of a local file: it is proven by its size and ends alone, so what there is of it may
-    differ from what the origin has, and must never be joined to the origin's bytes.
+    None for a copy of a local file: if it was adopted, its size and date alone confirm it, so it may differ
+    from what the origin has, and must never be joined to the origin's bytes.
     """
     return None if head.same_as else strong_validator(head)
 
@@ -1962,18 +1959,6 @@ def shareable_name(key: str) -> str:
     is_package = name_class is NameClass.PACKAGE or (
         name_class is NameClass.CONTENT and _has_package_name("/" + name))
     return _EPOCH.sub("_", name) if is_package and "?" not in key and not _GO_MODULE.search(path) else ""
-
-
-def mirror_prefixes(key: str, other: str) -> tuple[str, str]:
-    """Return two keys without their common end: the folders of two mirrors of one repository.
-
-    >>> mirror_prefixes("http://a/x/pool/b_1.deb", "http://b/y/z/pool/b_1.deb")
-    ('http://a/x', 'http://b/y/z')
-    """
-    one, two = key.split("/"), other.split("/")
-    while min(len(one), len(two)) > 3 and one[-1] == two[-1]:
-        del one[-1], two[-1]
-    return "/".join(one), "/".join(two)
 
 
 def detached_signatures(target: Target) -> list[Target]:
@@ -3090,7 +3075,7 @@ def matches_digest_in_name(key: str, body: StoredResponse | PartialFile) -> bool
 
 
 class NameIndex:
-    """Finds files of the same name on different mirrors.
+    """Finds files by the digest in their names on different mirrors, or by their name in folders to adopt.
 
     An index is a folder of text files with lines "DIGEST PLACE": the first 18 digits of the name's SHA-256,
     and a cache key or a path.  Lines are in 256 buckets by the first two digits, so that a lookup reads
@@ -3137,26 +3122,9 @@ class NameIndex:
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
-    def record_comparison(self, mirrors: tuple[str, str], same: bool) -> None:
-        """Record that two mirrors had, or did not have, the same file under one name."""
-        with contextlib.suppress(OSError):
-            if same:
-                self._append(self._folder, self._pair(mirrors), b"+")
-            else:
-                os.unlink(os.path.join(self._folder, self._pair(mirrors)))
-
-    def are_mirrors(self, mirrors: tuple[str, str]) -> bool:
-        """Check whether the last MIN_MATCHING_FILES comparisons of two mirrors all matched."""
-        with contextlib.suppress(OSError):
-            return os.path.getsize(os.path.join(self._folder, self._pair(mirrors))) >= MIN_MATCHING_FILES
-        return False
-
     def _line(self, name: str, place: str) -> bytes:
         digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
         return ("%s %s\n" % (digest[:18], place)).encode("utf-8", "surrogateescape")
-
-    def _pair(self, mirrors: tuple[str, str]) -> str:
-        return "mirrors-" + hashlib.sha256(" ".join(sorted(mirrors)).encode("utf-8", "replace")).hexdigest()
 
     def _read(self, path: str) -> bytes:
         """Return the content of a bucket.  Raises OSError."""
@@ -5572,11 +5540,11 @@ def response_from_origin(request: Request, response: OriginResponse, decision: C
 
 
 def shared_cache_status(decision: CacheDecision, head: ResponseHead) -> CacheStatus:
-    """Describe a response whose body was found to be the same as another mirror's file."""
+    """Describe a response whose body is a file of another mirror, or an adopted one."""
     detail = "same as " + head.same_as
     if digest_in_name(head.key):  # the origin was not asked at all
         return CacheStatus(Outcome.SHARED, detail=detail)
-    return CacheStatus(Outcome.SHARED, decision.forward, 206, stored=True, detail=detail)
+    return CacheStatus(Outcome.SHARED, decision.forward, head.status, stored=True, detail=detail)
 
 
 # What clients may have, and what origins are asked for
@@ -5619,7 +5587,10 @@ def fetch_full(origin: OriginClient, origin_request: OriginRequest) -> OriginRes
 
 def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, request: Request,
                       stored: StoredResponse, config: Config) -> ResponseHead | None:
-    """Return the origin's head for a body file without one, if size and date show that it is the same."""
+    """Return the origin's head for a body file without one, if size and date show that it is the same.
+
+    The answer to a HEAD tells them, so the file is not read.
+    """
     response = origin.fetch(replace_fields(origin_request, method="HEAD"))
     response.close()
     head, size = response.head, content_length(response.head.fields)
@@ -5627,8 +5598,9 @@ def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, reque
     same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
     if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
         return None
-    return replace_fields(stored.head, fields=storable_fields(head.fields), final_uri=head.final_uri,
-                          request_time=head.request_time, response_time=head.response_time)
+    return replace_fields(head, fields=storable_fields(head.fields), key=request.key,
+                          vary=selecting_fields(request, head), size=stored.head.size,
+                          mtime_ns=stored.head.mtime_ns, same_as=stored.head.same_as)
 
 
 # Failures
@@ -5768,172 +5740,76 @@ class LocalFileResponse(OriginResponse):
         self._stored.close()
 
 
-def _read_proof(response: OriginResponse, origin_request: OriginRequest) -> bytes:
-    """Read a range of at most PROOF_SIZE bytes, and up to one byte more if the origin sends too many;
-    OriginError, socket.timeout."""
-    data = b""
-    response.set_deadline(origin_request.timeout_for(VALIDATION_TIMEOUT))  # its client waits for a first byte
-    while len(data) <= PROOF_SIZE and (piece := response.read(PROOF_SIZE)):
-        data += piece
-    return data
+def _head_by_digest(request: Request, stored: StoredResponse) -> ResponseHead | None:
+    """Return the head of a body at another mirror, if the body has the digest in the request's key.
 
-
-def _under_other_head(stored: StoredResponse, head: ResponseHead) -> StoredResponse:
-    """Give a stored body the head that it has at another mirror."""
-    # A query may hold another client's password, so it is not shown.
-    same_as = stored.head.key.partition("?")[0] if stored.name else stored.head.same_as
-    local_clients_only = head.local_clients_only or stored.head.local_clients_only
-    return replace_fields(stored, head=replace_fields(
-        head, size=stored.head.size, mtime_ns=stored.head.mtime_ns, local_clients_only=local_clients_only,
-        same_as=same_as))
-
-
-def _has_named_digest(key: str, stored: StoredResponse) -> bool:
-    """Return whether a body has the digest in a key's name, if that has one.  An unreadable body has not."""
-    with contextlib.suppress(StorageError):
-        return matches_digest_in_name(key, stored)
-    return False
+    It has those of its fields that describe the file and not the mirror it came from.  StorageError.
+    """
+    if not matches_digest_in_name(request.key, stored):
+        return None
+    fields = tuple(field for field in stored.head.fields
+                   if field[0].lower() in ("content-type", "last-modified", "date"))
+    return replace_fields(stored.head, fields=fields, key=request.key)
 
 
 class MirrorDeduplicator:
-    """Finds a stored file that is identical to one requested from another mirror.
+    """Finds a file that is certainly the one requested, although it is not stored from the requested URL.
 
-    Two files of one name are identical if that name holds their digest, or else if the origin shows it: by
-    the size and by the first and last bytes, which hold the checksums of an archive.
-
-    Public: ``find_identical``, ``find_substitute``, ``check_status``, ``has_candidates``.
+    If the key contains a digest, that is any stored or adopted file of this digest, and no origin is asked.
+    Else it is an adopted file of the same name, if the origin confirms its size and date.
     """
 
     def __init__(self, store: Store, origin: OriginClient, config: Config) -> None:
         self._store = store
         self._origin = origin
-        self._sharing = config.sharing
         self._adopted_folders = tuple(os.path.join(folder, "") for folder in config.adopt)
 
-    def find_identical(self, request: Request, origin_request: OriginRequest,
-                       config: Config) -> StoredResponse | OriginResponse | None:
-        """Find an identical file, under the head that it has at this mirror.
+    def find_identical(self, request: Request, config: Config,
+                       origin_request: OriginRequest | None = None) -> StoredResponse | None:
+        """Find an identical file, under the head that it has at this mirror; None if there is none.
 
-        Return the origin's response instead if the origin answered the probe with the whole file, or None.
-        OriginError if the origin cannot be asked, and there is a substitute.
+        Without ``origin_request``, the origin is not asked.
         """
-        try:
-            with self._candidates(request) as candidates:
-                if digest_in_name(request.key):
-                    return self._match_digest(request, candidates)
-                if candidates:
-                    return self._match_probe(request, origin_request, candidates, config)
-        except (CannotResumeError, StorageError, OSError) as error:
-            log.debug("%s: %s", request.key, error)
-        except OriginError:
-            if self._has_substitute(request):
-                raise
-        return None
-
-    def check_status(self, request: Request, response: OriginResponse) -> None:
-        """Raise OriginError if a mirror is unavailable, and there is a substitute."""
-        if response.head.status in UNAVAILABLE_STATUSES and self._has_substitute(request):
-            response.close()
-            raise OriginError("%s answers %d." % (request.target.authority, response.head.status))
-
-    def find_substitute(self, request: Request) -> StoredResponse | None:
-        """Find a file of the same name from a mirror that has lately been shown to have the same files."""
         has_digest = digest_in_name(request.key) is not None
-        with self._candidates(request) as candidates:
-            for candidate in candidates:
-                prefixes = mirror_prefixes(request.key, candidate.head.key)
-                if _has_named_digest(request.key, candidate) if has_digest else (
-                        candidate.name and self._store.names.are_mirrors(prefixes)):
-                    candidates.remove(candidate)
-                    return candidate
+        for stored in self._candidates(request):
+            head = None
+            with contextlib.suppress(StorageError, OriginError):
+                if has_digest:
+                    head = _head_by_digest(request, stored)
+                elif origin_request is not None:
+                    timely = replace_fields(origin_request, deadline=time.monotonic() + VALIDATION_TIMEOUT)
+                    head = confirm_bare_file(self._origin, timely, request, stored, config)
+            if head is not None:
+                return replace_fields(stored, head=head)
+            stored.close()
         return None
 
-    def _has_substitute(self, request: Request) -> bool:
-        stored = self.find_substitute(request)
+    def has_candidates(self, request: Request) -> bool:
+        """Return whether any file might be identical."""
+        stored = next(self._candidates(request), None)
         _close(stored)
         return stored is not None
 
-    def has_candidates(self, request: Request) -> bool:
-        """Return whether any stored file might be identical."""
-        with self._candidates(request) as candidates:
-            return bool(candidates)
-
-    @contextlib.contextmanager
-    def _candidates(self, request: Request) -> Iterator[list[StoredResponse]]:
-        """Open the files of the same name that the client may have; those left in the list are closed."""
-        candidates: list[StoredResponse] = []
-        try:
-            for stored in self._open_same_name(request):
-                if stored.head.vary or field_value(stored.head.fields, "Content-Encoding"):
-                    stored.close()
-                else:
-                    candidates.append(stored)
-            yield candidates
-        finally:
-            for stored in candidates:
-                stored.close()
-
-    def _open_same_name(self, request: Request) -> Iterator[StoredResponse]:
+    def _candidates(self, request: Request) -> Iterator[StoredResponse]:
+        """Open the files of the same name that the client may have, one after the other."""
         name, has_digest = shareable_name(request.key), digest_in_name(request.key) is not None
         # A client that says no-cache doubts what the proxy has: it may have seen a wrong digest, say.
         doubted = "no-cache" in cache_directives(request.fields)
-        unproven = not self._sharing and not has_digest
-        if not name or doubted or unproven or field_value(request.fields, "Authorization") is not None:
+        if not name or doubted or field_value(request.fields, "Authorization") is not None:
             return
-        # A file fetched over http is never used for an https URL, unless a digest in the URL proves it.
-        schemes = ("http:", "https:") if request.target.scheme == "http" or has_digest else ("https:",)
-        for key in [*self._store.names.lookup(name), request.key.replace("%2B", "+")]:
-            if key != request.key and key.startswith(schemes):
-                stored = look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
-                if stored is not None:
-                    yield stored
+        for key in self._store.names.lookup(name) if has_digest else ():
+            stored = look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
+            if stored is not None and key != request.key and not (
+                    stored.head.vary or field_value(stored.head.fields, "Content-Encoding")):
+                # A query may hold another client's password, so it is not shown.
+                yield replace_fields(stored, head=replace_fields(stored.head, same_as=key.partition("?")[0]))
+            else:
+                _close(stored)
         for path in self._store.adopted.lookup(name) if self._adopted_folders else ():
             file, info = _open(path) if path.startswith(self._adopted_folders) else (None, _NO_STAT)
             if file is not None:
                 head = replace_fields(_bare_head(request.key, info), same_as="an adopted file")
                 yield StoredResponse(file, head, "", False)
-
-    def _match_digest(self, request: Request, candidates: list[StoredResponse]) -> StoredResponse | None:
-        """Take the first candidate that has the digest in the name, with those of its fields that describe
-        the file and not the mirror it came from."""
-        for candidate in candidates:
-            if _has_named_digest(request.key, candidate):
-                candidates.remove(candidate)
-                fields = tuple(field for field in candidate.head.fields
-                               if field[0].lower() in ("content-type", "last-modified", "date"))
-                head = replace_fields(candidate.head, fields=fields, key=request.key)
-                return _under_other_head(candidate, head)
-        return None
-
-    def _match_probe(self, request: Request, origin_request: OriginRequest, candidates: list[StoredResponse],
-                     config: Config) -> StoredResponse | OriginResponse | None:
-        """Take the candidate whose size, first and last bytes are those that the origin shows."""
-        origin_request = replace_fields(origin_request, deadline=time.monotonic() + VALIDATION_TIMEOUT)
-        fields = origin_request.fields + (("Range", "bytes=0-%d" % (PROOF_SIZE - 1)),)
-        response = self._origin.fetch(replace_fields(origin_request, fields=fields))
-        if response.head.status not in (206, 304, 416):
-            return response
-        with contextlib.closing(response):
-            first = _read_proof(response, origin_request)
-        start, stop, size = content_range(response.head) or (0, 0, 0)
-        head = complete_head(request, response.head)
-        if why_not_storable(replace_fields(request, method="GET"), head, config) or start or not size \
-                or stop != min(PROOF_SIZE, size):
-            return None
-        same = [one for one in candidates if one.head.size == size and one.read_at(stop, 0) == first]
-        tail = max(stop, size - PROOF_SIZE)
-        if same and tail < size:
-            with contextlib.closing(self._origin.fetch_remainder(origin_request, head, size, tail)) as rest:
-                last = _read_proof(rest, origin_request)
-            same = [one for one in same if one.read_at(PROOF_SIZE, tail) == last]
-        for one in candidates:
-            if one.name:
-                prefixes = mirror_prefixes(request.key, one.head.key)
-                self._store.names.record_comparison(prefixes, one in same)
-        if not same:
-            return None
-        candidates.remove(same[0])
-        return _under_other_head(same[0], head)
 
 
 # The writer
@@ -6581,11 +6457,10 @@ class FlightLeader:
         decision, origin = decide(request, None, self.config, time.time()), self.downloader.origin
         origin_request = full_request(request, self.config, time.monotonic() + RESPONSE_HEAD_TIMEOUT)
         try:
-            found = self.mirrors.find_identical(request, origin_request, self.config)
-            if isinstance(found, StoredResponse):
+            found = self.mirrors.find_identical(request, self.config, origin_request)
+            if found is not None:
                 return self._serve_identical(decision, found, partial)
-            response = found or self._resume(origin_request, partial) or fetch_full(origin, origin_request)
-            self.mirrors.check_status(request, response)
+            response = self._resume(origin_request, partial) or fetch_full(origin, origin_request)
         except BaseException:
             self.downloader.locks.discard(partial)
             raise
@@ -6666,7 +6541,7 @@ class FlightLeader:
         of what ``partial`` has (``response.start`` > 0).
         """
         request, resumes = self.request, response.start > 0
-        if response.head.status < 500 and not (response.head.same_as and digest_in_name(request.key)):
+        if response.head.status < 500 and not response.head.same_as:
             self.downloader.failures.origin_answered(request)
         head = partial.head if partial is not None and resumes else replace_fields(
             response.head, key=request.key, vary=selecting_fields(request, response.head))
@@ -6969,6 +6844,9 @@ class Proxy:
     def _forward(self, request: Request, decision: CacheDecision, config: Config) -> Response:
         """Respond to a request for which nothing stored can be used as it is."""
         if decision.action is Action.REFUSE:
+            found = self._mirrors.find_identical(request, config) if decision.forward == "uri-miss" else None
+            if found is not None:
+                return response_from_store(request, found, shared_cache_status(decision, found.head))
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
             error = ProxyError("No stored response fits, and %s." % reason, 504)
             return self._respond_despite(request, decision, error)
@@ -7046,11 +6924,7 @@ class Proxy:
             return "the request bypasses the cache"
         stored = look_up_for_client(self._store, self._origin, request)
         if stored is None:
-            # Only the operator may decide that another mirror's file is served without asking this mirror.
-            permitted = isinstance(error, OriginError) or self.config.offline or digest_in_name(request.key)
-            if decision.forward == "uri-miss" and permitted:
-                stored = self._mirrors.find_substitute(request)
-            return stored or "no stored copy"
+            return "no stored copy"
         if selecting_fields(request, stored.head) != stored.head.vary:
             reason = "the stored copy is for other request fields"
         elif decision.action is Action.REFUSE or not may_serve_stale_on_error(decision, stored.head):
@@ -7062,8 +6936,6 @@ class Proxy:
 
     def _serve_stale(self, request: Request, decision: CacheDecision, stored: StoredResponse,
                      reason: str) -> Response:
-        if stored.head.key != request.key:
-            reason += " Same name as " + stored.head.key.partition("?")[0]
         status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
         return response_from_store(request, stored, status)
 
@@ -9581,7 +9453,6 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
         Option("--max-age TIME", "remove files not used for this long (never)", "max_age", parse_duration),
         Option("-f --filters FILE", "expressions for URIs not to cache (none)", "filters_file", parse_path),
         Option("--no-heuristics", "assume no lifetime if an origin gives none (off)", "heuristics", more=OFF),
-        Option("--no-sharing", "share files between mirrors only by digest (off)", "sharing", more=OFF),
         Option("--barrier URL", "coordinate instances by memcached (file locks)", "barrier", parse_barrier),
     ),
     "origins": (
