@@ -2434,8 +2434,8 @@ def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
 #   HOST/PATH                          a complete body (invariant 1), under its natural or hashed name
 #   .pkgproxy/heads/HOST/PATH^head     its head, in a JSON list; while a body is replaced, the old head too
 #   .pkgproxy/partials/SHA256[.OWNER]  a download in progress, or the rest of an interrupted one
-#   .pkgproxy/partials/...^head        its PartialMetadata: only if another process may need it
-#   .pkgproxy/names/, adopted/         NameIndex: the files of one name on different mirrors
+#   .pkgproxy/partials/...^head        its metadata: only if another process may need it
+#   .pkgproxy/names/, adopted/         NameIndex: stored files with a digest in their name; packages to adopt
 #   ...^RANDOM                         a temporary file, before it is renamed
 
 METADATA_FOLDER = ".pkgproxy"
@@ -2453,7 +2453,6 @@ MIN_RESUMABLE_SIZE = 256 * 1024  # bytes: a smaller download is restarted instea
 FLUSH_INTERVAL = 0.5  # seconds between two flushes of a partial file that other machines may read
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
 _MAX_NAMES = 1024 * 1024  # bytes in one bucket of a NameIndex: 10,000 names, 2 million in 256 buckets
-_COMPLETE_MARK = "complete-256"  # an empty file: the index was built from all stored responses
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads with every byte escaped; a larger file is not a head file
 # Names that version 1.0 used in head files, and today's; None: no longer stored.
 _NAMES_IN_1_0: dict[str, str | None] = {
@@ -2628,10 +2627,7 @@ def _head_from(row: dict[Any, Any]) -> ResponseHead:
     row = {_NAMES_IN_1_0.get(name, name): value for name, value in row.items()}
     row.pop(None, None)
     for name in ("fields", "vary"):
-        row[name] = tuple((field, text) for field, text in row[name])
-        if not all(isinstance(part, str) for pair in row[name] for part in pair):
-            raise ValueError("a damaged field")
-        parse_fields(["%s: %s" % pair for pair in row[name]])
+        row[name] = parse_fields(["%s: %s" % (field, text) for field, text in row[name]])
     head = ResponseHead(**row)
     texts = (head.reason, head.key, head.final_uri, head.same_as)
     numbers = (head.request_time, head.response_time, head.size, head.mtime_ns)
@@ -2658,8 +2654,6 @@ def _read_heads(path: str) -> tuple[ResponseHead, ...]:
     """Return the heads in a head file; none if it is missing, damaged, or not a regular file."""
     try:
         info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):
-            return ()
         read = _parsed_heads if info.st_size <= MAX_MEMOIZED_HEAD else _parsed_heads.__wrapped__
         return read(path, info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size)
     except _DAMAGED:
@@ -2686,11 +2680,6 @@ def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
     modified = info.st_mtime
     fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", format_http_date(modified)))
     return ResponseHead(200, "OK", fields, key, key, (), modified, modified, info.st_size, info.st_mtime_ns)
-
-
-def _body_names(key: str) -> list[str]:
-    """Return the names that a cache key's body may have: the preferred one first, the hashed one last."""
-    return [name for name in cache_file_names(key, os.name == "nt") if name is not None]
 
 
 def _has_exact_name(root: str, name: str) -> bool:
@@ -2781,31 +2770,6 @@ class RefCountedFile:
                 self._file.close()
 
 
-@dataclasses.dataclass(frozen=True)
-class PartialMetadata:
-    """What a partial file's head file says about it, for other instances and for resuming.
-
-    After a power failure a file may be longer than the part of it that is on the disk, filled up with zeros.
-    So the bytes of a partial file are trusted up to its present size only while the boot lasts in which they
-    were written; otherwise up to ``flushed_size``.
-
-    ======================  ==============  ============  ===================
-    the writer              writer_boot_id  flushed_size  readable bytes
-    ======================  ==============  ============  ===================
-    writes, on this boot    this boot       any           the file's size
-    crashed, or is remote   another boot    None          none
-    writes, remote disk     another boot    a number      flushed_size
-    left the file           ""              a number      flushed_size
-    ======================  ==============  ============  ===================
-    """
-
-    head: ResponseHead  # as the response will be stored; without size and mtime_ns
-    inode: int  # the file that is described: a head file may survive its partial file
-    declared_length: int | None  # bytes of the complete body
-    writer_boot_id: str  # "" once the writer has left and all bytes are on the disk
-    flushed_size: int | None  # bytes known to be on the disk
-
-
 class PartialFile(RefCountedFile):
     """A download in progress (an incomplete response, RFC 9111 §3.3): one writer, any number of readers.
 
@@ -2824,6 +2788,20 @@ class PartialFile(RefCountedFile):
 
     With leases, A's file is its own.  If A's lease lapses, B copies the bytes into a file of its own, because
     A may only have been suspended, and lets its readers switch to that (switch_to).
+
+    The metadata, in a head file beside the partial file, are for other instances and for resuming.  After a
+    power failure a file may be longer than the part of it that is on the disk, filled up with zeros.  So the
+    bytes of a partial file are trusted up to its present size only while the boot lasts in which they were
+    written; otherwise up to ``flushed_size``.
+
+    ======================  ==============  ============  ===================
+    the writer              writer_boot_id  flushed_size  readable bytes
+    ======================  ==============  ============  ===================
+    writes, on this boot    this boot       any           the file's size
+    crashed, or is remote   another boot    0             none
+    writes, remote disk     another boot    a number      flushed_size
+    left the file           ""              a number      flushed_size
+    ======================  ==============  ============  ===================
     """
 
     def __init__(self, store: Store, key: str, owner: str, path: str, file: io.FileIO) -> None:
@@ -2899,27 +2877,20 @@ class PartialFile(RefCountedFile):
     def commit(self) -> None:
         """Flush the body to the disk and store it under its key (invariant 1).  Raises StorageError.
 
-        Another instance that must not let this body be stored (an unsafe request has made it invalid) first
-        unlinks the partial file and then deletes the stored response.  Against that:
-
-        1. commit() checks that the partial file still exists,
-        2. gives the body its place, while the partial file keeps its name as well,
-        3. checks again, and deletes the stored response if the name has gone.
+        The body gets its place by renaming the partial file, so other instances find one or the other.  An
+        instance that must not let this body be stored (an unsafe request has made it invalid) first unlinks
+        the partial file and then deletes the stored response: either there is nothing left to rename, or the
+        rename came first, and the response is deleted.
         """
         try:
             os.fsync(self.fileno())
             if not self.still_exists():
                 raise OSError(errno.ENOENT, "the partial file was removed")
             self._remove_metadata()
-            linked = self._store.commit(self)
-            if linked and not self.still_exists():
-                self.delete_stored()
-                raise OSError(errno.ENOENT, "the partial file was removed")
+            self._store.commit(self)
         except OSError as error:
             self.discard()
             raise StorageError(error) from error
-        if linked:
-            _unlink(self.path)
         self.unlock()
 
     def keep_for_resume(self) -> None:
@@ -2950,10 +2921,6 @@ class PartialFile(RefCountedFile):
                 os.unlink(self.path)
         self.unlock()
 
-    def delete_stored(self) -> None:
-        """Remove the response that is stored under the same key: it is known to be wrong."""
-        self._store.delete(self.head.key)
-
     def unlock(self) -> None:
         """Let other instances write the file, even if readers here still have it open."""
         self._store.space.release(self)
@@ -2976,16 +2943,15 @@ class PartialFile(RefCountedFile):
             with open(self.path, "rb", opener=_private_opener):
                 pass  # opening the file makes an NFS client ask the server for its present size
             info, row = os.fstat(self.fileno()), _read_json(self.path + "^head")
-            found = PartialMetadata(**{**row, "head": _head_from(row["head"])})
-            sizes = (found.declared_length or 0, found.flushed_size or 0)
-            valid = all(isinstance(size, int) and size >= 0 for size in sizes)
+            head, length, flushed_size = _head_from(row["head"]), row["length"], row["flushed_size"] or 0
+            valid = all(isinstance(size, int) and size >= 0 for size in (length or 0, flushed_size))
             # A new, empty file may have the inode number of a removed one whose metadata is left.
-            matches = info.st_size and (found.head.key, found.inode) == (self.head.key, info.st_ino)
+            matches = info.st_size and (head.key, row["inode"]) == (self.head.key, info.st_ino)
             if valid and matches and self.still_exists():
-                self.head, self.length = found.head, found.declared_length
-                self._writer_left = not found.writer_boot_id
-                self._writer_is_local = found.writer_boot_id == self._store.boot
-                self.size = info.st_size if self._writer_is_local else min(info.st_size, sizes[1])
+                self.head, self.length = head, length
+                self._writer_left = not row["writer_boot_id"]
+                self._writer_is_local = row["writer_boot_id"] == self._store.boot
+                self.size = info.st_size if self._writer_is_local else min(info.st_size, flushed_size)
                 return True
         return False
 
@@ -3022,10 +2988,11 @@ class PartialFile(RefCountedFile):
 
     def _write_metadata(self, writer_boot_id: str) -> None:
         """Write the head file.  Raises OSError."""
-        flushed_size = self.size if self._store.remote or not writer_boot_id else None
-        row = vars(PartialMetadata(
-            self.head, os.fstat(self.fileno()).st_ino, self.length, writer_boot_id, flushed_size))
-        replace_file(self.path + "^head", json.dumps({**row, "head": vars(self.head)}, ensure_ascii=False))
+        row = {"head": vars(self.head),  # as the response will be stored; without size and mtime_ns
+               "inode": os.fstat(self.fileno()).st_ino,  # a head file may survive its partial file
+               "length": self.length, "writer_boot_id": writer_boot_id,
+               "flushed_size": self.size if self._store.remote or not writer_boot_id else 0}
+        replace_file(self.path + "^head", json.dumps(row, ensure_ascii=False))
 
     def _remove_metadata(self) -> None:
         """Remove the head file.  Raises OSError: metadata of another response must not stay."""
@@ -3096,17 +3063,11 @@ class NameIndex:
 
     def lookup(self, name: str) -> list[str]:
         """Return up to MAX_CANDIDATES places of a name, the newest first."""
-        prefix, lines = self._line(name, "")[:-1], b"\n"
+        prefix, lines = self._line(name, "")[:-1], []
         with contextlib.suppress(OSError):
-            lines += self._read(os.path.join(self._folder, prefix[:2].decode()))
-        complete = lines[:lines.rindex(b"\n") + 1]
-        found = [part.partition(b"\n")[0] for part in complete.split(b"\n" + prefix)[1:]]
-        newest_first = dict.fromkeys(place.decode("utf-8", "surrogateescape") for place in reversed(found))
-        return list(newest_first)[:MAX_CANDIDATES]
-
-    def is_complete(self) -> bool:
-        """Check whether the index was ever built from all stored responses."""
-        return os.path.exists(os.path.join(self._folder, _COMPLETE_MARK))
+            lines = self._read(os.path.join(self._folder, prefix[:2].decode())).split(b"\n")[:-1]
+        newest_first = dict.fromkeys(line[len(prefix):] for line in reversed(lines) if line.startswith(prefix))
+        return [place.decode("utf-8", "surrogateescape") for place in newest_first][:MAX_CANDIDATES]
 
     def rebuild(self, entries: Iterable[tuple[str, str]]) -> None:
         """Replace the index by these names and places.  Raises OSError."""
@@ -3116,7 +3077,6 @@ class NameIndex:
             while part := sorted(itertools.islice(lines, 100_000), key=first_digits):  # to bound the memory
                 for bucket, group in itertools.groupby(part, first_digits):
                     self._append(new, bucket.decode(), b"".join(group))
-            self._append(new, _COMPLETE_MARK, b"")
             shutil.rmtree(self._folder, ignore_errors=True)
             os.rename(new, self._folder)
         finally:
@@ -3129,8 +3089,7 @@ class NameIndex:
     def _read(self, path: str) -> bytes:
         """Return the content of a bucket.  Raises OSError."""
         with io.FileIO(path, "rb", opener=_private_opener) as file:
-            # A buffer for the largest file takes longer than asking for the size.
-            return file.read(min(os.fstat(file.fileno()).st_size, 4 * _MAX_NAMES)) or b""
+            return file.readall() or b""
 
     def _append(self, folder: str, bucket: str, data: bytes) -> None:
         """Append to a file; drop the older half of one that grows too long.  Raises OSError."""
@@ -3288,11 +3247,8 @@ class Store:
                 file.close()
         return bare
 
-    def commit(self, partial: PartialFile) -> bool:
-        """Store a complete download under its key.
-
-        Returns whether the partial file still has its old name too.  Raises OSError.
-        """
+    def commit(self, partial: PartialFile) -> None:
+        """Store a complete download under its key.  Raises OSError."""
         modified = parse_date(field_value(partial.head.fields, "Last-Modified"))
         if modified is None or not 0 <= modified < 2**33:
             modified = partial.head.response_time
@@ -3306,7 +3262,7 @@ class Store:
             raise OSError(errno.EIO, "the partial file has %d bytes, not the %d received of %s" % (
                 info.st_size, partial.size, partial.length))
         head = replace_fields(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
-        return self._settle(partial.path, partial, head, may_move=True)
+        self._publish(partial.path, partial, head)
 
     def link(self, stored: StoredResponse) -> None:
         """Store a body under the key of its head as well, as a hard link.
@@ -3315,70 +3271,49 @@ class Store:
         """
         if not stored.described:
             raise OSError(errno.EPERM, "the file was not stored by pkgproxy")
-        make_directory(os.path.join(self.metadata_folder, "partials"))
-        self._settle(self.body_path(stored.name), stored, stored.head, may_move=False)
-
-    def _settle(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead,
-                may_move: bool) -> bool:
-        """Give an open file the place of its key.  Returns whether it keeps ``path`` too.  Raises OSError.
-
-        Another instance may replace ``path`` at any time, for example if somebody removed the metadata
-        folder and a second download of the key has begun.  Its growing file must never become a body.  So:
-
-        1. link ``path`` to a name that no other process uses (or rename it, if the file system has no links),
-        2. compare the file of that name with the open one: from now on the name cannot lead elsewhere,
-        3. if they are the same file, rename it into its place; else rename it back.
-
-        A link is better than renaming because while ``path`` exists, no other instance starts to download
-        the same key again.
-        """
-        own, linked = os.path.join(self.metadata_folder, "partials", "own^" + secrets.token_hex(8)), True
+        own = os.path.join(self.metadata_folder, "partials", "own^" + secrets.token_hex(8))
+        make_directory(os.path.dirname(own))
+        os.link(self.body_path(stored.name), own)
         try:
-            os.link(path, own)
-        except OSError:
-            if not may_move:
-                raise
-            if os.name == "nt":
-                own = path  # Windows can neither rename nor remove an open file
-            else:
-                os.rename(path, own)
-                linked = False
-        try:
-            if os.path.samestat(os.lstat(own), os.fstat(file.fileno())):
-                self._publish(own, head)
-                return linked
-            if not linked:
-                os.replace(own, path)
-            raise OSError(errno.ESTALE, "the file has been replaced")
+            self._publish(own, stored, stored.head)
         finally:
             _unlink(own)  # after rename() of two links to one file, both names exist still
 
-    def _publish(self, path: str, head: ResponseHead) -> None:
+    def _publish(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead) -> None:
         """Rename a body to its natural name, or to its hashed one if that is impossible.  Raises OSError."""
-        *natural, hashed = _body_names(head.key)
-        if shareable_name(head.key):
+        if digest_in_name(head.key):
             self.names.add(shareable_name(head.key), head.key)
-        for name in (*natural, hashed):
+        places = self._places(head.key)
+        hashed = places[-1][0]
+        for name, _, _ in places:
             exists, old = self._look(name, head.key)
             # A file with the natural name that pkgproxy did not store stays (invariant 11).
-            if (old or not exists or name == hashed) and self._rename_into_place(path, name, head, old):
+            if (old or not exists or name == hashed) and self._rename_into_place(
+                    path, file, name, [head, old] if old else [head]):
                 if name != hashed:
                     self.delete_file(hashed, head.key)
                 return
         raise OSError(errno.EEXIST, "a file that pkgproxy did not store has its name")
 
-    def _rename_into_place(self, path: str, name: str, head: ResponseHead, old: ResponseHead | None) -> bool:
-        """Rename a body to ``name``, replacing the one that ``old`` describes.
+    def _rename_into_place(self, path: str, file: StoredResponse | PartialFile, name: str,
+                           heads: list[ResponseHead]) -> bool:
+        """Rename the open file from ``path`` to ``name``.  Returns False if the file system refuses the name.
 
-        Returns False if the file system refuses the name.  Raises OSError.
+        Raises OSError.  The head is written first, into a file that keeps the head of a replaced body too.
+        So at each moment, even after a crash, the visible body has a head that describes it, and no reader
+        mixes two generations.
 
-        The head is written first, into a file that keeps the old one too.  So at each moment, even after a
-        crash, the visible body has a head that describes it, and no reader mixes two generations.
+        Another instance may replace ``path`` at any time, for example if somebody removed the metadata folder
+        and a second download of the key has begun.  Its growing file must not become a body:
+
+        1. rename ``path`` into its place (a growing file there is not used: no head describes it),
+        2. compare the file in the place with the open one,
+        3. if they are not the same, rename the other instance's file back to ``path``.
         """
         place = self.body_path(name)
         for last in (False, True):
             try:
-                _write_heads(self.head_path(name), [head, old] if old else [head])
+                _write_heads(self.head_path(name), heads)
                 make_directory(os.path.dirname(place))
                 _rename(path, place)
                 break
@@ -3387,6 +3322,9 @@ class Store:
                     return False
                 if last or error.errno != errno.ENOENT:  # a folder was removed between two steps: once more
                     raise
+        if os.name != "nt" and not os.path.samestat(os.lstat(place), os.fstat(file.fileno())):
+            os.replace(place, path)
+            raise OSError(errno.ESTALE, "the partial file was replaced")
         return True
 
     def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
@@ -3398,7 +3336,7 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Delete the stored response for a key; other files are left alone (invariant 11)."""
-        for name in _body_names(key):
+        for name, _, _ in self._places(key):
             self.delete_file(name, key)
 
     def delete_file(self, name: str, key: str | None = None) -> bool:
@@ -3453,8 +3391,12 @@ class Store:
         return sorted(name for name in folders if os.path.isdir(self.head_path(name)[:-len("^head")]))
 
     def _find_places(self, key: str) -> list[tuple[str, str, str]]:
-        """Return the names that a key's body may have, with the paths of body and head file."""
-        return [(name, self.body_path(name), self.head_path(name)) for name in _body_names(key)]
+        """Return the names that a key's body may have, with the paths of body and head file.
+
+        The preferred name comes first, the hashed one last.
+        """
+        names = cache_file_names(key, os.name == "nt")
+        return [(name, self.body_path(name), self.head_path(name)) for name in names if name is not None]
 
     def body_path(self, name: str) -> str:
         """Return the path of a name's body."""
@@ -3554,14 +3496,13 @@ class Entry(NamedTuple):
         """Whether it is a stored response."""
         return bool(self.name) and not self.name.startswith(METADATA_FOLDER)
 
+    def eviction_order(self) -> tuple[bool, bool, float, int]:
+        """Sort leftovers of downloads first, then the least recently used, indexes last.
 
-def _eviction_order(entry: Entry) -> tuple[bool, bool, float, int]:
-    """Sort leftovers of downloads first, then the least recently used, indexes last.
-
-    Of two links to one file, the one that frees nothing goes first.
-    """
-    is_index = entry.is_response and classify_name("http://" + entry.name) is NameClass.INDEX
-    return not entry.name.startswith(METADATA_FOLDER + "/partials"), is_index, entry.used, entry.size
+        Of two links to one file, the one that frees nothing goes first.
+        """
+        is_index = self.is_response and classify_name("http://" + self.name) is NameClass.INDEX
+        return self.is_response, is_index, self.used, self.size
 
 
 class EvictionReport(NamedTuple):
@@ -3582,39 +3523,32 @@ class Evictor:
     def run(self, config: Config, now: float) -> EvictionReport:
         """Count all files of the cache, and evict expired and excess ones.
 
-        Also builds a missing name index and removes old leftovers.  Files that pkgproxy did not store stay.
-        Raises OSError if the root cannot be read.
+        Also removes old leftovers.  Files that pkgproxy did not store stay.  Raises OSError if the root
+        cannot be read.
         """
         assumed, demand = self._store.space.take_demand()
         entries = list(self._walk(self._store.take_access_times(), now))
-        responses = [entry.name for entry in entries if entry.is_response]
-        # The new index takes up to 256 files, so it waits until there are enough inodes.
-        if responses and self._store.free_inodes() > SPARE_INODES and not self._store.names.is_complete():
-            with contextlib.suppress(OSError):
-                self._store.names.rebuild(
-                    (shareable_name(head.key), head.key) for name in responses
-                    for head in _read_heads(self._store.head_path(name)) if shareable_name(head.key))
         total = sum(entry.size for entry in entries)
         spare, free = min(total // 20, MAX_SPARE), self._store.free_space()
         if config.max_size is not None:
             free = min(free, config.max_size - total)
         # A download that would not fit into an empty cache evicts nothing.
         excess = max(spare, demand if demand - free <= total else 0) - free
-        removed, freed = self._evict(entries, config.max_age, excess, now)
+        removed, freed = self._evict([entry for entry in entries if entry.name], config.max_age, excess, now)
         self._store.space.correct(total - freed - assumed, spare)
-        return EvictionReport(len(responses), total, removed, freed)
+        return EvictionReport(sum(entry.is_response for entry in entries), total, removed, freed)
 
     def _evict(self, entries: list[Entry], max_age: float | None, excess: int, now: float) -> tuple[int, int]:
         """Evict until ``excess`` bytes and enough inodes are free; return removed responses and bytes."""
         removed, freed, inodes = 0, 0, self._store.free_inodes()
         if excess <= 0 and inodes >= SPARE_INODES and max_age is None:
             return 0, 0  # sorting a large cache takes a while
-        for entry in sorted(entries, key=_eviction_order):
+        for entry in sorted(entries, key=Entry.eviction_order):
             expired = max_age is not None and now - entry.used > max_age
             # A time in the future comes from a clock that has been set back since.
             unused = abs(now - entry.used) > MIN_EVICTION_AGE
             wanted = expired or freed < excess or inodes < SPARE_INODES
-            if entry.name and unused and wanted and self._remove(entry):
+            if unused and wanted and self._remove(entry):
                 removed, freed = removed + entry.is_response, freed + entry.size
                 inodes = self._store.free_inodes()
         return removed, freed
@@ -3635,16 +3569,10 @@ class Evictor:
                     elif part == "partials" and info.st_mtime < now - DAY:
                         os.unlink(path)  # nobody has resumed it for a day
                     else:
-                        yield self._other_entry(part, file, info, now)
-
-    def _other_entry(self, part: str, file: str, info: os.stat_result, now: float) -> Entry:
-        """Return the entry of a file that is not a head; leftovers and name buckets can be evicted."""
-        used = info.st_mtime
-        if part == "partials" and "." not in file:  # its lock, not its time, tells whether it is in use
-            used = min(used, now - MIN_EVICTION_AGE - 1)
-        evictable = part in ("partials", "names") and "^" not in file and file != _COMPLETE_MARK
-        name = "%s/%s/%s" % (METADATA_FOLDER, part, file) if evictable else ""
-        return Entry(used, size_on_disk(info), name)
+                        name = "%s/%s/%s" % (METADATA_FOLDER, part, file) if part == "partials" else ""
+                        # A lock tells whether a file is in use.  If it has an owner instead, its time does.
+                        last = math.inf if "." in file else now - MIN_EVICTION_AGE - 1
+                        yield Entry(min(info.st_mtime, last), size_on_disk(info), "" if "^" in file else name)
 
     def _response_entry(self, path: str, head: os.stat_result, used: dict[str, float],
                         seen: set[tuple[int, int]], now: float) -> Entry:
@@ -3930,12 +3858,12 @@ class MemcachedClient:
                 return self._exchange_on(idle, message)
         with socket.create_connection(self._address, MEMCACHED_TIMEOUT) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            file = sock.makefile("rwb")
-        return self._exchange_on(file, message)
+            return self._exchange_on(sock.makefile("rwb"), message)
 
     def _exchange_on(self, file: Any, message: bytes) -> list[str]:
         """Send a command and read the response; keep the connection if that was complete."""
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(file.close)
             file.write(message)
             file.flush()
             words = self._read_words(file)
@@ -3944,14 +3872,10 @@ class MemcachedClient:
                 words += data if data != ["END"] and self._read_words(file) == ["END"] else []
             if words[0] not in ("STORED", "NOT_STORED", "EXISTS", "NOT_FOUND", "END", "VALUE"):
                 raise OSError(errno.EPROTO, "memcached says %s" % " ".join(words))
-        except BaseException:
-            file.close()
-            raise
-        with self._lock:
-            if len(self._idle) < POOL_SIZE:
-                self._idle.append(file)
-                return words
-        file.close()
+            with self._lock:
+                if len(self._idle) < POOL_SIZE:
+                    self._idle.append(file)
+                    stack.pop_all()
         return words
 
     def _read_words(self, file: Any) -> list[str]:
@@ -3961,19 +3885,11 @@ class MemcachedClient:
         return str(line).split()
 
 
-class LeaseState(enum.Enum):
-    """Who may download a key."""
-
-    OURS = "ours"  # the caller, and nobody else
-    TAKEN = "taken"  # another instance
-    UNSHARED = "unshared"  # the caller, but other instances may think the same: nobody could be asked
-
-
 class Lease(NamedTuple):
     """The right to download a key, as far as other instances are concerned."""
 
     owner: str  # suffix of the partial file; "": there are no leases, and the lock on the file decides
-    state: LeaseState
+    exclusive: bool  # False: other instances may have it, too, because memcached could not be asked
 
 
 class LeaseManager:
@@ -4004,14 +3920,14 @@ class LeaseManager:
             return server.holder(name)[0]
         return ""
 
-    def acquire(self, key: str) -> Lease:
-        """Ask for the lease of a key; the caller must release() it unless it is taken."""
+    def acquire(self, key: str) -> Lease | None:
+        """Return the lease of a key, which the caller must release(); None if another instance has it."""
         if not self._servers and not self._alone:
-            return Lease("", LeaseState.OURS)
+            return Lease("", True)
         with contextlib.suppress(OSError, IndexError):  # no servers, or out of reach
             owner, ours = self.try_acquire(key)
-            return Lease(owner, LeaseState.OURS if ours else LeaseState.TAKEN)
-        return Lease(secrets.token_hex(8), LeaseState.UNSHARED)
+            return Lease(owner, True) if ours else None
+        return Lease(secrets.token_hex(8), False)
 
     def try_acquire(self, key: str) -> tuple[str, bool]:
         """Return the owner of a key's lease, and whether the caller has just become it.
@@ -5841,12 +5757,11 @@ class DownloadLocks:
         With ``ignores_lock``, return a partial file of a random name instead.  The caller must call release()
         at the end, or discard() if nothing was written.
         """
-        unshared = Lease(secrets.token_hex(8), LeaseState.UNSHARED)
-        lease = unshared if ignores_lock else self.leases.acquire(key)
-        if lease.state is LeaseState.TAKEN:
+        lease = Lease(secrets.token_hex(8), False) if ignores_lock else self.leases.acquire(key)
+        if lease is None:
             return None
         try:
-            return self.partials.open_for_writing(key, lease.owner, exclusive=lease.state is LeaseState.OURS)
+            return self.partials.open_for_writing(key, *lease)
         except StorageError:
             self.leases.release(key, lease.owner)
             raise
@@ -5969,7 +5884,8 @@ class Downloader:
             self.failures.disk_failed(failure)
             partial.discard(cut=result is FlightResult.ALONE)
             if download.replaces:
-                partial.delete_stored()  # the stored response is outdated, and its successor is not stored
+                # The stored response is outdated, and its successor is not stored.
+                self.store.delete(partial.head.key)
         except OriginError as failure:
             log.warning("%s was not stored: %s", partial.head.key, failure)
             if isinstance(failure, DownloadAbandonedError) or partial.head.same_as:
@@ -6054,7 +5970,7 @@ class Downloader:
         mark(download.origin_request.timings, "stored")
         self.failures.disk_recovered()
         if not flight.finish_receiving():
-            partial.delete_stored()
+            self.store.delete(partial.head.key)
         return FlightResult.STORED
 
 
