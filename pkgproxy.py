@@ -437,6 +437,8 @@ class ResponseHead:
     local_clients_only: bool = False  # from an origin that only clients on this host may reach
     same_as: str = ""  # the identical stored file that was used in place of a download
     behind_login: bool = False  # a redirect on the way, to a request with a password, did not permit sharing
+    displaced: bool = False  # stored under the hashed name because a foreign file has the natural one
+    verified: bool = True  # False: the body file was copied, so its origin is asked; never saved
 
     def __hash__(self) -> int:
         """Hash what tells two stored heads apart; hashing all fields takes long."""
@@ -2137,6 +2139,7 @@ def _decide_stored(request: Request, stored: ResponseHead, name_class: NameClass
     # 1. Freshness (§4.2): by the name's class, else explicit, else heuristic.
     lifetime: float | None = freshness_lifetime(stored) if policy.lifetime is None else policy.lifetime
     ttl = (heuristic_lifetime(stored, config) if lifetime is None else lifetime) - age
+    ttl = ttl if stored.verified else -math.inf
     known_ttl = None if math.isinf(ttl) else int(ttl)
     # 2. The client demands a validation, or sends one of the two conditions that only the origin can
     #    evaluate (§4.3.2).
@@ -2453,6 +2456,7 @@ MIN_RESUMABLE_SIZE = 256 * 1024  # bytes: a smaller download is restarted instea
 FLUSH_INTERVAL = 0.5  # seconds between two flushes of a partial file that other machines may read
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
 _MAX_NAMES = 1024 * 1024  # bytes in one bucket of a NameIndex: 10,000 names, 2 million in 256 buckets
+COUNT_STEP = 128 * 1024 * 1024  # bytes, or 1 % of --max-size if more, that land between two counts of all files
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads with every byte escaped; a larger file is not a head file
 # Names that version 1.0 used in head files, and today's; None: no longer stored.
 _NAMES_IN_1_0: dict[str, str | None] = {
@@ -2661,25 +2665,37 @@ def _read_heads(path: str) -> tuple[ResponseHead, ...]:
 
 
 def _write_heads(path: str, heads: list[ResponseHead]) -> None:
-    replace_file(path, json.dumps([vars(head) for head in heads], ensure_ascii=False))
+    rows = [{name: value for name, value in vars(head).items() if name != "verified"} for head in heads]
+    replace_file(path, json.dumps(rows, ensure_ascii=False))
 
 
-def _describes(head: ResponseHead, info: os.stat_result) -> bool:
-    """Check whether a head belongs to this body, by size and modification time.
+def _matching_head(heads: Iterable[ResponseHead], key: str | None, info: os.stat_result) -> ResponseHead | None:
+    """Return the head that describes a body (of this key; None: of any), with the file's time.
 
-    If the body's time has no fraction, a copy has lost it (rsync, tar); then only seconds are compared.
+    None if the body has another size than any head says: it is foreign (invariant 11).  The file's time tells
+    bodies of one size apart:
+
+    - It is the head's: the body is the one that was stored.
+    - It is the head's without the fraction of the second: a copy has lost that (rsync, tar).
+    - Only the fraction differs: it is another body, of a head that is not here.
+    - It is any other: a copy has lost it (``cp -r``, ``scp -r``).  The head is returned as not verified.
     """
-    if head.size != info.st_size:
-        return False
-    same = head.mtime_ns == info.st_mtime_ns
-    return same or info.st_mtime_ns % 10**9 == 0 and head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
+    fitting = (head for head in heads if head.size == info.st_size and key in (None, head.key))
+    head = min(fitting, key=lambda head: abs(head.mtime_ns - info.st_mtime_ns), default=None)
+    if head is None or head.mtime_ns == info.st_mtime_ns:
+        return head
+    same_second = head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
+    if same_second and info.st_mtime_ns % 10**9:
+        return None
+    return replace_fields(head, mtime_ns=info.st_mtime_ns, verified=same_second)
 
 
 def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
     """Make a head for a body that has none, from its file's status."""
     modified = info.st_mtime
     fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", format_http_date(modified)))
-    return ResponseHead(200, "OK", fields, key, key, (), modified, modified, info.st_size, info.st_mtime_ns)
+    return ResponseHead(200, "OK", fields, key, key, (), modified, modified, info.st_size, info.st_mtime_ns,
+                        verified=False)
 
 
 def _has_exact_name(root: str, name: str) -> bool:
@@ -3126,19 +3142,25 @@ class Space:
     so its size is remembered, and the next download of the same key must be granted as much at once.
 
     If little is left, ``scarce`` is set, which starts an eviction.  The eviction counts all files and
-    corrects the size that is assumed here.
+    corrects the size that is assumed here.  Other instances and people change the root, too.  So with
+    --max-size the files are also counted whenever 1 % of it, or COUNT_STEP if that is more, has landed.
 
-    PartialFile calls reserve() and release(); Evictor calls take_demand() and correct().
+    PartialFile calls reserve() and release(); Store calls add() and snapshot(); Evictor calls take_demand()
+    and correct().
     """
 
     def __init__(self, free: Callable[[], tuple[int, int]], max_size: int | None) -> None:
         self.scarce = threading.Event()
         self._free = free  # returns free bytes and inodes without the reserve; raises OSError
+        self._limit = max_size
         self._max_size = sys.maxsize if max_size is None else max_size
-        self._lock = threading.Lock()  # guards all below
+        self._count_step = max(COUNT_STEP, self._max_size // 100)
+        self._lock = threading.RLock()  # guards all below
         # The size that each running download may reach, with its head file and folders.
         self._running: weakref.WeakKeyDictionary[PartialFile, int] = weakref.WeakKeyDictionary()
         self._stored = 0  # assumed bytes below the root, without running downloads
+        self._files = 0  # assumed number of stored responses
+        self._landed = 0  # bytes stored since the last count
         self._demand = 0  # free bytes that downloads lacked, or that the next one is likely to need
         self._spare = 0  # free bytes that the last eviction aimed at
         self._outgrown: dict[str, int] = {}  # by key: sizes of undeclared bodies that did not fit
@@ -3177,18 +3199,36 @@ class Space:
         """End a download's grant; ``kept`` says whether its bytes stay on the disk."""
         with self._lock:
             if self._running.pop(partial, None) is not None and kept:
-                self._stored += partial.size + head_size(partial.head)
+                self.add(partial.size + head_size(partial.head), 0)
 
-    def take_demand(self) -> tuple[int, int]:
-        """Return the assumed bytes below the root, and the free bytes needed since the last call."""
-        with self._lock:
-            demand, self._demand = self._demand, 0
-            return self._used(), demand
+    def add(self, size: int, files: int) -> None:
+        """Count bytes and files that have landed, or have gone if negative.
 
-    def correct(self, difference: int, spare: int) -> None:
-        """Add the difference between counted and assumed size; set the spare space of the eviction."""
+        Starts an eviction if the limit is passed.
+        """
         with self._lock:
-            self._stored += difference
+            self._stored += size
+            self._files += files
+            self._landed += max(size, 0)
+            if self._used() > self._max_size or self._landed > self._count_step:
+                self.scarce.set()
+
+    def snapshot(self) -> dict[str, int | None]:
+        """Return the assumed bytes and files below the root, and the limit for bytes (None: none)."""
+        with self._lock:
+            return {"bytes": max(0, self._used()), "files": max(0, self._files), "limit": self._limit}
+
+    def take_demand(self) -> tuple[int, int, int]:
+        """Return the assumed bytes and files below the root, and the free bytes needed since the last call."""
+        with self._lock:
+            demand, self._demand, self._landed = self._demand, 0, 0
+            return self._used(), self._files, demand
+
+    def correct(self, size: int, files: int, spare: int) -> None:
+        """Add the differences between counted and assumed bytes and files; set the eviction's spare space."""
+        with self._lock:
+            self._stored += size
+            self._files += files
             self._spare = spare
 
     def _used(self) -> int:
@@ -3213,7 +3253,7 @@ class Store:
         self.names = NameIndex(os.path.join(self.metadata_folder, "names"))  # of stored files: cache keys
         self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of --adopt: paths
         self._min_free = min_free  # bytes
-        self._trust_bare = trust_bare  # whether the root holds nothing but the cache
+        self.trust_bare = trust_bare  # whether the root holds nothing but the cache
         self._places = memoize(self._find_places)
         self._lock = threading.Lock()  # guards _used
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last eviction
@@ -3221,27 +3261,30 @@ class Store:
     def lookup(self, key: str) -> StoredResponse | None:
         """Open the stored response for a cache key; None if there is none that may be used.
 
-        A body without a head is used if its name cannot stand for other content later (content-named,
-        package): people copy such files with rsync, and may lose the metadata folder.  It is not used if the
-        root may hold other files too (``trust_bare``).  A body that contradicts its head was changed by hand
-        and is never used.
+        People copy the root with cp, scp or rsync, which may lose the times of files or the metadata folder:
+
+        - A body without its time is used, but not ``verified``: decide() has its origin asked.  After that
+          update_head() saves the head with the new time.
+        - A body without a head, the same, if its name cannot stand for other content later (content-named,
+          package) and the root holds nothing but the cache (``trust_bare``).
+        - A body of another size than its head says was changed, or only partly copied: it is never used.
+        - A body under the hashed name that only made way for a foreign file is not used once that is removed:
+          people expect that a file which they have removed is fetched anew.
         """
-        bare = None
-        for name, path, head_path in self._places(key):
+        bare, places = None, self._places(key)
+        for name, path, head_path in places:
             file, info = _open(path)
             if file is None:
                 continue
             heads = _read_heads(head_path)
-            for head in heads:
-                if head.key == key and _describes(head, info):
-                    _close(bare)
-                    with self._lock:
-                        self._used[name] = time.time()
-                    if head.mtime_ns != info.st_mtime_ns:
-                        head = replace_fields(head, mtime_ns=info.st_mtime_ns)
-                    return StoredResponse(file, head, name, True)
+            head = _matching_head(heads, key, info)
+            if head is not None and not (head.displaced and not os.path.lexists(places[0][1])):
+                _close(bare)
+                with self._lock:
+                    self._used[name] = time.time()
+                return StoredResponse(file, head, name, True)
             immutable = classify_name(key) in (NameClass.CONTENT, NameClass.PACKAGE)
-            if self._trust_bare and immutable and not (heads or bare) and _has_exact_name(self.root, name):
+            if self.trust_bare and immutable and not (heads or bare) and _has_exact_name(self.root, name):
                 bare = StoredResponse(file, _bare_head(key, info), name, False)
             else:
                 file.close()
@@ -3286,17 +3329,18 @@ class Store:
         places = self._places(head.key)
         hashed = places[-1][0]
         for name, _, _ in places:
-            exists, old = self._look(name, head.key)
-            # A file with the natural name that pkgproxy did not store stays (invariant 11).
-            if (old or not exists or name == hashed) and self._rename_into_place(
-                    path, file, name, [head, old] if old else [head]):
+            exists, old = self.find_head(name, head.key)
+            if exists and not old and name != hashed:  # a foreign file stays (invariant 11)
+                head = replace_fields(head, displaced=True)
+            elif self._rename_into_place(path, file, name, head, old):
+                self.space.add(-old.size if old else 0, 0 if old else 1)
                 if name != hashed:
                     self.delete_file(hashed, head.key)
                 return
         raise OSError(errno.EEXIST, "a file that pkgproxy did not store has its name")
 
-    def _rename_into_place(self, path: str, file: StoredResponse | PartialFile, name: str,
-                           heads: list[ResponseHead]) -> bool:
+    def _rename_into_place(self, path: str, file: StoredResponse | PartialFile, name: str, head: ResponseHead,
+                           old: ResponseHead | None) -> bool:
         """Rename the open file from ``path`` to ``name``.  Returns False if the file system refuses the name.
 
         Raises OSError.  The head is written first, into a file that keeps the head of a replaced body too.
@@ -3310,10 +3354,10 @@ class Store:
         2. compare the file in the place with the open one,
         3. if they are not the same, rename the other instance's file back to ``path``.
         """
-        place = self.body_path(name)
+        place, head_path = self.body_path(name), self.head_path(name)
         for last in (False, True):
             try:
-                _write_heads(self.head_path(name), heads)
+                _write_heads(head_path, [head, old] if old and old.verified else [head])
                 make_directory(os.path.dirname(place))
                 _rename(path, place)
                 break
@@ -3325,14 +3369,23 @@ class Store:
         if os.name != "nt" and not os.path.samestat(os.lstat(place), os.fstat(file.fileno())):
             os.replace(place, path)
             raise OSError(errno.ESTALE, "the partial file was replaced")
+        if old:  # it would fit the new body as well if that had the same size and lost its time
+            with contextlib.suppress(OSError):
+                _write_heads(head_path, [head])
         return True
 
     def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
-        """Save a head that a validation has updated; a failure costs only the next validation."""
-        head = replace_fields(head, size=stored.head.size, mtime_ns=stored.head.mtime_ns)
+        """Save a head that a validation has updated; a failure costs only the next validation.
+
+        A body that had no head becomes pkgproxy's own by this: it is counted, and may be evicted.
+        """
+        known = {"size": stored.head.size, "mtime_ns": stored.head.mtime_ns}
         with contextlib.suppress(OSError):
-            if _describes(head, os.lstat(self.body_path(stored.name))):  # else a newer body has been stored
-                _write_heads(self.head_path(stored.name), [head])
+            info = os.lstat(self.body_path(stored.name))
+            if known == {"size": info.st_size, "mtime_ns": info.st_mtime_ns}:  # else a newer body is stored
+                _write_heads(self.head_path(stored.name), [replace_fields(head, **known)])
+                if not stored.described:
+                    self.space.add(info.st_size, 1)
 
     def delete(self, key: str) -> None:
         """Delete the stored response for a key; other files are left alone (invariant 11)."""
@@ -3344,21 +3397,23 @@ class Store:
 
         A head without a body is deleted too.  Returns whether there was such a response.
         """
-        exists, head = self._look(name, key)
+        exists, head = self.find_head(name, key)
         if head:
             _unlink(self.body_path(name))
         if head or not exists:
             _unlink(self.head_path(name))
         return head is not None
 
-    def _look(self, name: str, key: str | None) -> tuple[bool, ResponseHead | None]:
-        """Return whether a file of this name exists, and the head that describes it (for this key)."""
+    def find_head(self, name: str, key: str | None) -> tuple[bool, ResponseHead | None]:
+        """Return whether a file of this name exists, and the head by which it is pkgproxy's own.
+
+        ``key`` is the cache key that the head must have; None: any.
+        """
         try:
             info = os.lstat(self.body_path(name))
         except OSError:
             return False, None
-        heads = (head for head in _read_heads(self.head_path(name)) if key in (None, head.key))
-        return True, next((head for head in heads if _describes(head, info)), None)
+        return True, _matching_head(_read_heads(self.head_path(name)), key, info)
 
     def take_access_times(self) -> dict[str, float]:
         """Return the clock times of the last uses since the last call, by name.
@@ -3368,6 +3423,17 @@ class Store:
         with self._lock:
             used, self._used = self._used, {}
         return used
+
+    def snapshot(self) -> dict[str, int | None]:
+        """Describe the size of the cache for the status page, current to the last stored file.
+
+        ``bytes`` and ``files`` are pkgproxy's own, ``limit`` is --max-size (None: not set), and ``free`` are
+        the free bytes on the disk (None: unknown).
+        """
+        free = None
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self.root).free
+        return {**self.space.snapshot(), "free": free}
 
     def free_space(self) -> int:
         """Return the free bytes without the reserve, which may be negative.  Raises OSError."""
@@ -3526,7 +3592,7 @@ class Evictor:
         Also removes old leftovers.  Files that pkgproxy did not store stay.  Raises OSError if the root
         cannot be read.
         """
-        assumed, demand = self._store.space.take_demand()
+        assumed, assumed_files, demand = self._store.space.take_demand()
         entries = list(self._walk(self._store.take_access_times(), now))
         total = sum(entry.size for entry in entries)
         spare, free = min(total // 20, MAX_SPARE), self._store.free_space()
@@ -3535,8 +3601,28 @@ class Evictor:
         # A download that would not fit into an empty cache evicts nothing.
         excess = max(spare, demand if demand - free <= total else 0) - free
         removed, freed = self._evict([entry for entry in entries if entry.name], config.max_age, excess, now)
-        self._store.space.correct(total - freed - assumed, spare)
-        return EvictionReport(sum(entry.is_response for entry in entries), total, removed, freed)
+        files = sum(entry.is_response for entry in entries)
+        self._store.space.correct(total - freed - assumed, files - removed - assumed_files, spare)
+        return EvictionReport(files, total, removed, freed)
+
+    def log_foreign_files(self) -> None:
+        """Log how many visible files are not pkgproxy's own, and why.  Raises OSError."""
+        store, counts = self._store, collections.Counter[str]()
+        hosts = [""] if store.trust_bare else store.list_hosts()
+        for folder, subfolders, files in itertools.chain(*(os.walk(store.body_path(host)) for host in hosts)):
+            subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
+            for path in (os.path.join(folder, file) for file in files):
+                name = os.path.relpath(path, store.root).replace(os.sep, "/")
+                if store.find_head(name, None) == (True, None):
+                    has_head = os.path.exists(store.head_path(name))
+                    counts["another size than .pkgproxy says" if has_head else "no head in .pkgproxy"] += 1
+                    counts["bytes"] += os.lstat(path).st_size
+        size = counts.pop("bytes", 0)
+        if counts:
+            log.info("%d files (%d MB) in %s are not under pkgproxy's care, and are neither counted nor deleted: "
+                     "%s. Packages without a head are checked when they are requested.",
+                     sum(counts.values()), size // 10**6, store.root,
+                     ", ".join("%d have %s" % (number, reason) for reason, number in sorted(counts.items())))
 
     def _evict(self, entries: list[Entry], max_age: float | None, excess: int, now: float) -> tuple[int, int]:
         """Evict until ``excess`` bytes and enough inodes are free; return removed responses and bytes."""
@@ -3603,9 +3689,11 @@ class Evictor:
         path = self._store.body_path(entry.name)
         if entry.is_response:
             removed = self._store.delete_file(entry.name)
-            for place in (path, self._store.head_path(entry.name)) if removed else ():
+            for folder in map(os.path.dirname, (path, self._store.head_path(entry.name)) if removed else ()):
                 with contextlib.suppress(OSError):  # the folder is not empty
-                    os.removedirs(os.path.dirname(place))
+                    while folder not in (self._store.root, self._store.metadata_folder):
+                        os.rmdir(folder)
+                        folder = os.path.dirname(folder)
             return removed
         with contextlib.suppress(OSError), io.FileIO(os.open(path, _WRITABLE & ~os.O_CREAT), "r+b") as file:
             if try_lock_file(file):
@@ -5505,13 +5593,16 @@ def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, reque
                       stored: StoredResponse, config: Config) -> ResponseHead | None:
     """Return the origin's head for a body file without one, if size and date show that it is the same.
 
-    The answer to a HEAD tells them, so the file is not read.
+    The answer to a HEAD tells them, so the file is not read.  Below the root, where names tell versions apart,
+    the date of a copy that has lost its time is later than the origin's.
     """
     response = origin.fetch(replace_fields(origin_request, method="HEAD"))
     response.close()
     head, size = response.head, content_length(response.head.fields)
     modified = parse_date(field_value(head.fields, "Last-Modified"))
-    same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
+    written = stored.head.mtime_ns // 10**9
+    same_date = modified == written or bool(stored.name) and modified is not None and modified < written
+    same = size == stored.head.size and same_date
     if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
         return None
     return replace_fields(head, fields=storable_fields(head.fields), key=request.key,
@@ -6622,7 +6713,10 @@ class EvictionThread:
                 if config.adopt and time.monotonic() - scanned_at > ADOPT_SCAN_INTERVAL:
                     self._store.adopted.rebuild(adoptable_packages(config.adopt))
                     scanned_at = time.monotonic()
+                is_first = not self.last_report["at"]
                 self._record(self._evictor.run(config, time.time()))
+                if is_first:
+                    self._evictor.log_foreign_files()
             except OSError as error:
                 log.debug("The eviction failed: %s", error)
             except Exception:
@@ -6867,6 +6961,7 @@ class Proxy:
             return None, True
         # Whether a client on another host may have a body file without a head takes a DNS lookup.
         is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
+        is_open = is_open and not stored.head.displaced  # that takes a look at another file each time
         entry = hot_entry_for(request, stored, self.config, now) if is_open else None
         if entry is None:
             stored.close()
@@ -6889,7 +6984,8 @@ class Proxy:
     def snapshot(self) -> dict[str, Any]:
         """Describe what goes on now, for the status page: plain data of bounded size."""
         return {"downloads": self._downloader.snapshot(), "troubles": self._failures.snapshot(),
-                "swept": self.evictor.last_report, "unstored": self._failures.disk_error()}
+                "swept": self.evictor.last_report, "unstored": self._failures.disk_error(),
+                "cache": self._store.snapshot()}
 
     def start(self) -> None:
         """Start the background work."""

@@ -1980,7 +1980,7 @@ class StoreTest(StoreCase):
         self.assertEqual(os.listdir(self.path(pkgproxy.METADATA_FOLDER + "/partials")), [])
 
     def test_a_body_changed_outside_the_proxy_is_not_served_as_the_original(self):
-        for change in (b"bodies", b"bod", b"", b"hand"):
+        for change in (b"bodies", b"bod", b""):
             with self.subTest(change=change):
                 self.store_response(self.PACKAGE, b"body", Last_Modified=DATE)
                 Path(self.path("a/pool/x_1.0_all.deb")).write_bytes(change)
@@ -1993,6 +1993,44 @@ class StoreTest(StoreCase):
                 self.assertIsNone(self.lookup(self.PACKAGE))
                 self.assertEqual(Path(self.path("a/pool/x_1.0_all.deb")).read_bytes(), change)
                 shutil.rmtree(self.root)
+
+    def test_a_body_of_the_right_size_and_another_time_has_to_be_verified_and_is_pkgproxys_own(self):
+        for key in (self.PACKAGE, self.INDEX):
+            for copied in (True, False):
+                with self.subTest(key, copied=copied):
+                    self.store_response(key, b"body", Last_Modified=DATE, ETag='"x"')
+                    path = self.path(pkgproxy.cache_file_names(key)[0])
+                    if copied:
+                        os.utime(path, (2, 2))
+                    with contextlib.closing(self.store.lookup(key)) as found:
+                        self.assertEqual((found.described, found.head.verified), (True, not copied))
+                        self.assertEqual(found.head.mtime_ns, os.stat(path).st_mtime_ns)
+                        self.store.update_head(found, found.head)
+                    with contextlib.closing(self.store.lookup(key)) as found:
+                        self.assertTrue(found.head.verified)
+                    os.utime(path, (1, 1))
+                    self.store.delete(key)
+                    self.assertFalse(os.path.exists(path))
+
+    def test_a_replaced_head_is_forgotten_with_its_body(self):
+        self.store_response(self.INDEX, b"old one", ETag='"old"')
+        self.store_response(self.INDEX, b"new one", ETag='"new"')
+        os.utime(self.path("a/dists/x/InRelease"))
+        with contextlib.closing(self.store.lookup(self.INDEX)) as found:
+            self.assertEqual(found.head.fields, (("ETag", '"new"'),))
+
+    def test_a_file_that_was_stored_beside_a_foreign_one_is_not_used_once_that_is_removed(self):
+        for key, foreign in ((self.INDEX, b"somebody's"), (self.PACKAGE, b"somebody's")):
+            with self.subTest(key):
+                name, hashed = pkgproxy.cache_file_names(key)
+                self.write(name, foreign)
+                self.store_response(key, b"origin's")
+                self.assertEqual(self.lookup(key), b"origin's")
+                self.assertTrue(os.path.exists(self.path(hashed)))
+                os.unlink(self.path(name))
+                self.assertIsNone(self.lookup(key))
+                self.store_response(key, b"again")
+                self.assertEqual((self.lookup(key), os.path.exists(self.path(hashed))), (b"again", False))
 
     def test_a_new_body_is_never_combined_with_an_old_head(self):
         self.store_response(self.INDEX, b"old one", Last_Modified=DATE, ETag='"old"')
@@ -4509,10 +4547,9 @@ class SemanticsTest(ProxyCase):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first", fields=[("Content-Type", "application/x")])
         self.request(self.PACKAGE)
         shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
-        answer = self.request(self.PACKAGE)
-        self.assertEqual((answer.body, answer["Last-Modified"], answer["ETag"]), (b"first", DATE, None))
-        self.wait_until_idle()
-        until(lambda: self.request(self.PACKAGE)["Content-Type"] == "application/x", "adoption")
+        for _ in range(2):
+            answer = self.request(self.PACKAGE)
+            self.assertEqual((answer.body, answer["Last-Modified"], answer["Content-Type"]), (b"first", DATE, "application/x"))
         self.assertEqual(self.origin.methods(), ["GET", "HEAD"])
 
     def test_a_file_without_metadata_that_differs_is_fetched_again(self):
@@ -5289,6 +5326,214 @@ class UserinfoTest(ProxyCase):
                 ("[::1]:443", "[::1]:443"), ("http://a,b:80/x:y", "http://a,b:80/x:y"), ("ftp://a/x", "ftp://a/x"), ("/http://a,b/x", "/http://a,b/x")):
             with self.subTest(uri=uri):
                 self.assertEqual((pkgproxy.loggable_uri(uri), pkgproxy.loggable_uri(pkgproxy.loggable_uri(uri))), (expected, expected))
+
+
+class MovedCacheTest(ProxyCase):
+    """A cache that was copied, restored or changed by hand."""
+
+    PACKAGE, INDEX, OTHER = "/pool/x_1.0_all.deb", "/dists/x/InRelease", "/pool/y.dat"
+    LATER = "Sun, 06 Nov 1994 08:59:37 GMT"
+
+    def fill(self, *paths):
+        for path in paths or (self.PACKAGE, self.INDEX, self.OTHER):
+            self.origin.pages[path] = ScriptedResponse(path.encode() * 1000)
+            self.request(path)
+        self.wait_until_idle()
+        self.origin.log.clear()
+
+    def move(self, with_times=False, with_metadata=True, damage=lambda root: None, config=None):
+        """Replace the root by a copy of itself, and start a proxy there."""
+        copy = os.path.join(self.folder, "copy")
+        shutil.copytree(self.root, copy, copy_function=shutil.copy2 if with_times else shutil.copyfile)
+        if not with_metadata:
+            shutil.rmtree(os.path.join(copy, pkgproxy.METADATA_FOLDER))
+        shutil.rmtree(self.root)
+        os.rename(copy, self.root)
+        damage(os.path.join(self.root, self.origin.name))
+        self.start_proxy(config)
+
+    def outcomes(self, *paths):
+        """Request files; return the outcomes in Cache-Status, and the methods of the origin's requests."""
+        self.origin.log.clear()
+        words = []
+        for path in paths:
+            answer = self.request(path)
+            self.assertEqual(answer.body, path.encode() * 1000)
+            words.append(self.outcome(answer))
+            self.wait_until_idle()
+        return words, [(entry.method, entry.status) for entry in self.origin.log]
+
+    def outcome(self, answer):
+        status = self.cache_status(answer)
+        return "hit" if "; hit" in status else re.search("fwd=([a-z-]+)(?:; fwd-status=(304))?", status).group(2) or "miss"
+
+    def own_names(self):
+        return sorted(self.visible_files())
+
+    def evict_all(self):
+        with mock.patch.object(pkgproxy, "MIN_EVICTION_AGE", -1.0):
+            pkgproxy.Evictor(self.proxy._store).run(Config(max_size=0), time.time())
+        return self.own_names()
+
+    def test_a_copy_without_times_is_validated_once_and_then_pkgproxys_own_again(self):
+        self.fill()
+        names = self.own_names()
+        self.move()
+        self.assertEqual(self.outcomes(self.PACKAGE, self.OTHER, self.INDEX), (["304"] * 3, [("GET", 304)] * 3))
+        self.assertEqual(self.outcomes(self.PACKAGE, self.PACKAGE), (["hit"] * 2, []))
+        self.assertEqual(self.own_names(), names, "nothing was stored twice")
+        self.assertEqual(self.evict_all(), [])
+
+    def test_a_copy_without_times_is_evicted_even_if_nobody_has_requested_it(self):
+        self.fill()
+        self.move()
+        self.assertEqual(self.evict_all(), [])
+
+    def test_packages_of_a_cache_without_metadata_are_validated_once_and_then_pkgproxys_own_again(self):
+        for with_times in (True, False):
+            with self.subTest(with_times=with_times):
+                self.fill(self.PACKAGE)
+                names = self.own_names()
+                self.move(with_times, with_metadata=False)
+                self.assertEqual(self.evict_all(), names, "not yet: they might be somebody's")
+                self.assertEqual(self.outcomes(self.PACKAGE, self.PACKAGE), (["304", "hit"], [("HEAD", 200)]))
+                self.assertEqual(self.own_names(), names)
+                self.assertEqual(self.evict_all(), [])
+
+    def test_a_moved_cache_is_served_without_its_origin(self):
+        self.fill()
+        self.move(config=dataclasses.replace(self.config, offline=True))
+        self.assertEqual(self.outcomes(self.PACKAGE, self.INDEX, self.OTHER), (["hit"] * 3, []))
+        self.move()
+        self.origin.close()
+        self.assertEqual([self.request(path).status for path in (self.PACKAGE, self.INDEX, self.OTHER)], [200] * 3)
+
+    def test_other_content_of_the_same_size_is_replaced_in_its_place(self):
+        for more in ({"modified": self.LATER}, {"modified": self.LATER, "etag": ""}):
+            for with_metadata in (True, False):
+                with self.subTest(more, with_metadata=with_metadata):
+                    self.origin.pages[self.PACKAGE] = ScriptedResponse(b"y" * 1000)
+                    self.request(self.PACKAGE)
+                    self.wait_until_idle()
+                    names = self.own_names()
+                    self.move(with_times=not with_metadata, with_metadata=with_metadata)
+                    self.origin.pages[self.PACKAGE] = ScriptedResponse(b"z" * 1000, **more)
+                    self.assertEqual(self.request(self.PACKAGE).body, b"z" * 1000)
+                    self.wait_until_idle()
+                    self.assertEqual(self.request(self.PACKAGE).body, b"z" * 1000)
+                    if with_metadata:
+                        self.assertEqual(self.own_names(), names, "it was pkgproxy's own")
+                    shutil.rmtree(self.root)
+
+    def test_a_partly_copied_file_is_neither_served_nor_removed_and_its_successor_ends_with_it(self):
+        self.fill(self.PACKAGE)
+        [name] = self.own_names()
+        self.move(damage=lambda root: os.truncate(root + self.PACKAGE, 100))
+        self.assertEqual(self.outcomes(self.PACKAGE, self.PACKAGE), (["miss", "hit"], [("GET", 200)]))
+        self.assertEqual(len(self.visible_files()[name]), 100)
+        os.unlink(os.path.join(self.root, name))
+        self.assertEqual(self.outcomes(self.PACKAGE, self.PACKAGE), (["miss", "hit"], [("GET", 200)]))
+        self.assertEqual(self.own_names(), [name])
+
+    def test_the_log_says_at_the_start_how_many_files_are_not_under_its_care_and_why(self):
+        paths = [self.PACKAGE, "/pool/a_1.0_all.deb", "/pool/b_1.0_all.deb"]
+        self.fill(*paths)
+        heads = os.path.join(self.root, pkgproxy.METADATA_FOLDER, "heads", self.origin.name)
+        os.truncate(os.path.join(self.root, self.origin.name) + paths[0], 7)
+        for path in paths[1:]:
+            os.unlink(heads + path + "^head")
+        Path(self.root, "notes.txt").write_bytes(b"somebody's")
+        size = 7 + sum(len(path) for path in paths[1:]) * 1000
+        for trust_bare, expected in ((True, "3 have no head in .pkgproxy"), (False, "2 have no head in .pkgproxy")):
+            with self.subTest(trust_bare), self.assertLogs("pkgproxy", "INFO") as logged:
+                self.proxy._store.trust_bare = trust_bare
+                evictor = pkgproxy.EvictionThread(self.proxy._store)
+                with mock.patch.object(pkgproxy, "MIN_EVICTION_PAUSE", 0.0):
+                    evictor.start(self.config)
+                    until(lambda logged=logged: [line for line in logged.output if "care" in line])
+                    evictor.stop()
+            [line] = [line for line in logged.output if "care" in line]
+            self.assertIn("%d files (%d MB)" % (4 if trust_bare else 3, size // 10**6), line)
+            self.assertIn("1 have another size than .pkgproxy says, " + expected, line)
+        self.fill(*paths)
+
+    def test_a_cache_in_order_has_nothing_to_log_at_the_start(self):
+        self.fill()
+        self.move()
+        with self.assertLogs("pkgproxy", "INFO") as logged:
+            pkgproxy.Evictor(self.proxy._store).log_foreign_files()
+            pkgproxy.log.info("end")
+        self.assertEqual(len(logged.output), 1)
+
+
+class CacheSizeTest(StoreCase):
+    """The size that is known without a walk over all files."""
+
+    def snapshot(self):
+        found = self.store.snapshot()
+        return found["bytes"], found["files"], found["limit"]
+
+    def setUp(self):
+        super().setUp()
+        for name, value in (("head_size", lambda head: 0), ("size_on_disk", lambda info: info.st_size * (info.st_size % 500 == 0 and stat.S_ISREG(info.st_mode))),
+                            ("COUNT_STEP", 1200)):
+            patcher = mock.patch.object(pkgproxy, name, value)
+            patcher.start()
+            self.addCleanup(patcher.stop)
+        self.store = pkgproxy.Store(self.root, max_size=100_000)
+
+    def count(self, store=None):
+        return pkgproxy.Evictor(store or self.store).run(Config(max_size=100_000), time.time())
+
+    def test_the_snapshot_is_current_to_the_last_landing(self):
+        self.assertEqual(self.snapshot(), (0, 0, 100_000))
+        self.assertEqual(self.store.snapshot()["free"] // 10**10, shutil.disk_usage(self.root).free // 10**10)
+        for number in range(3):
+            self.store_response("http://a/x_%d_all.deb" % number, b"x" * 1000)
+            self.assertEqual(self.snapshot(), ((number + 1) * 1000, number + 1, 100_000))
+        self.store_response("http://a/x_0_all.deb", b"x" * 1500)
+        self.assertEqual(self.snapshot(), (3500, 3, 100_000), "a file that is replaced is gone")
+        self.count()
+        self.assertEqual(self.snapshot(), (3500, 3, 100_000))
+        self.store.delete("http://a/x_0_all.deb")
+        self.count()
+        self.assertEqual(self.snapshot(), (2000, 2, 100_000))
+        self.assertIsNone(pkgproxy.Store(self.root).snapshot()["limit"])
+
+    def test_a_file_that_becomes_pkgproxys_own_is_counted(self):
+        self.write("a/pool/x_1.0_all.deb", b"x" * 1000)
+        self.count()
+        self.assertEqual(self.snapshot(), (0, 0, 100_000))
+        for _ in range(2):
+            with contextlib.closing(self.store.lookup(self.PACKAGE)) as found:
+                self.store.update_head(found, found.head)
+            self.assertEqual(self.snapshot(), (1000, 1, 100_000))
+
+    def test_a_count_starts_when_the_limit_is_passed_or_a_hundredth_of_it_has_landed(self):
+        self.store_response("http://a/x_0_all.deb", b"x" * 1000)
+        self.assertFalse(self.store.space.scarce.is_set())
+        self.store_response("http://a/x_1_all.deb", b"x" * 500)
+        self.assertTrue(self.store.space.scarce.is_set())
+        self.store.space.scarce.clear()
+        self.count()
+        self.store.space.add(100_000, 1)
+        self.assertTrue(self.store.space.scarce.is_set(), "somebody's copies were adopted")
+
+    def test_two_instances_keep_to_one_limit(self):
+        """Each counts all files after it has stored 1,200 bytes, so they are never over by more than that each."""
+        stores = [pkgproxy.Store(self.root, max_size=10_000) for _ in range(2)]
+        largest = 0
+        with mock.patch.object(pkgproxy, "MIN_EVICTION_AGE", -1.0):
+            for number in range(60):
+                self.store = stores[number % 2]
+                with contextlib.suppress(pkgproxy.StorageError):
+                    self.store_response("http://a/x_%d_all.deb" % number, b"x" * 500)
+                if self.store.space.scarce.is_set():
+                    self.store.space.scarce.clear()
+                    pkgproxy.Evictor(self.store).run(Config(max_size=10_000), time.time())
+                largest = max(largest, sum(path.stat().st_size for path in Path(self.root, "a").iterdir()))
+        self.assertLessEqual(largest, 10_000 + 2 * 1500)
+        self.assertGreater(largest, 9000)
 
 
 class DiskTest(ProxyCase):
