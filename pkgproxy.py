@@ -157,7 +157,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import queue
 import re
@@ -2456,7 +2455,7 @@ MIN_RESUMABLE_SIZE = 256 * 1024  # bytes: a smaller download is restarted instea
 FLUSH_INTERVAL = 0.5  # seconds between two flushes of a partial file that other machines may read
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
 _MAX_NAMES = 1024 * 1024  # bytes in one bucket of a NameIndex: 10,000 names, 2 million in 256 buckets
-COUNT_STEP = 128 * 1024 * 1024  # bytes, or 1 % of --max-size if more, that land between two counts of all files
+COUNT_STEP = 128 * 1024 * 1024  # bytes, or 1 % of --max-size if more, that land until all files are counted
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads with every byte escaped; a larger file is not a head file
 # Names that version 1.0 used in head files, and today's; None: no longer stored.
 _NAMES_IN_1_0: dict[str, str | None] = {
@@ -2669,7 +2668,8 @@ def _write_heads(path: str, heads: list[ResponseHead]) -> None:
     replace_file(path, json.dumps(rows, ensure_ascii=False))
 
 
-def _matching_head(heads: Iterable[ResponseHead], key: str | None, info: os.stat_result) -> ResponseHead | None:
+def _matching_head(heads: Iterable[ResponseHead], key: str | None,
+                   info: os.stat_result) -> ResponseHead | None:
     """Return the head that describes a body (of this key; None: of any), with the file's time.
 
     None if the body has another size than any head says: it is foreign (invariant 11).  The file's time tells
@@ -2704,13 +2704,9 @@ def _has_exact_name(root: str, name: str) -> bool:
     File systems that ignore case, or know short names, open other files too.  A head would tell them apart;
     this check is for bodies without one.
     """
-    folder = root
+    folder, *parts = root, *name.split("/")
     with contextlib.suppress(OSError):
-        for part in name.split("/"):
-            if os.path.lexists(os.path.join(folder, part.swapcase())) and part not in os.listdir(folder):
-                return False
-            folder = os.path.join(folder, part)
-        return True
+        return all(part in os.listdir("/".join((folder, *parts[:depth]))) for depth, part in enumerate(parts))
     return False
 
 
@@ -3074,45 +3070,45 @@ class NameIndex:
     def add(self, name: str, place: str) -> None:
         """Record that a file of this name is at ``place``."""
         with contextlib.suppress(OSError):
-            line = self._line(name, place)
-            self._append(self._folder, line[:2].decode(), line)
+            self._append(name, place)
 
     def lookup(self, name: str) -> list[str]:
         """Return up to MAX_CANDIDATES places of a name, the newest first."""
-        prefix, lines = self._line(name, "")[:-1], []
+        path, prefix = self._bucket(name)
         with contextlib.suppress(OSError):
-            lines = self._read(os.path.join(self._folder, prefix[:2].decode())).split(b"\n")[:-1]
-        newest_first = dict.fromkeys(line[len(prefix):] for line in reversed(lines) if line.startswith(prefix))
-        return [place.decode("utf-8", "surrogateescape") for place in newest_first][:MAX_CANDIDATES]
+            lines = reversed(self._read(path).split(b"\n")[:-1])
+            newest_first = dict.fromkeys(line[len(prefix):] for line in lines if line.startswith(prefix))
+            return [place.decode("utf-8", "surrogateescape") for place in newest_first][:MAX_CANDIDATES]
+        return []
 
     def rebuild(self, entries: Iterable[tuple[str, str]]) -> None:
         """Replace the index by these names and places.  Raises OSError."""
-        new, first_digits = _temporary_name(self._folder), operator.itemgetter(slice(2))
-        lines = (self._line(name, place) for name, place in entries)
+        new = NameIndex(_temporary_name(self._folder))
         try:
-            while part := sorted(itertools.islice(lines, 100_000), key=first_digits):  # to bound the memory
-                for bucket, group in itertools.groupby(part, first_digits):
-                    self._append(new, bucket.decode(), b"".join(group))
+            make_directory(new._folder)
+            for name, place in entries:
+                new._append(name, place)
             shutil.rmtree(self._folder, ignore_errors=True)
-            os.rename(new, self._folder)
+            os.rename(new._folder, self._folder)
         finally:
-            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(new._folder, ignore_errors=True)
 
-    def _line(self, name: str, place: str) -> bytes:
+    def _bucket(self, name: str) -> tuple[str, bytes]:
+        """Return the path of a name's bucket, and how the name's lines in it begin."""
         digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
-        return ("%s %s\n" % (digest[:18], place)).encode("utf-8", "surrogateescape")
+        return os.path.join(self._folder, digest[:2]), b"%s " % digest[:18].encode()
 
     def _read(self, path: str) -> bytes:
         """Return the content of a bucket.  Raises OSError."""
         with io.FileIO(path, "rb", opener=_private_opener) as file:
             return file.readall() or b""
 
-    def _append(self, folder: str, bucket: str, data: bytes) -> None:
-        """Append to a file; drop the older half of one that grows too long.  Raises OSError."""
-        make_directory(folder)
-        path = os.path.join(folder, bucket)
+    def _append(self, name: str, place: str) -> None:
+        """Append a line to its bucket; drop the older half of one that grows too long.  Raises OSError."""
+        path, prefix = self._bucket(name)
+        make_directory(self._folder)
         with io.FileIO(path, "ab", opener=_private_opener) as file:
-            write_all(file, data)
+            write_all(file, b"%s%s\n" % (prefix, place.encode("utf-8", "surrogateescape")))
             size = file.tell()
         if size > _MAX_NAMES:
             replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
@@ -3219,7 +3215,7 @@ class Space:
             return {"bytes": max(0, self._used()), "files": max(0, self._files), "limit": self._limit}
 
     def take_demand(self) -> tuple[int, int, int]:
-        """Return the assumed bytes and files below the root, and the free bytes needed since the last call."""
+        """Return the assumed bytes and files, and the free bytes needed since the last call."""
         with self._lock:
             demand, self._demand, self._landed = self._demand, 0, 0
             return self._used(), self._files, demand
@@ -3451,10 +3447,10 @@ class Store:
 
     def list_hosts(self) -> list[str]:
         """Return the hosts with stored responses.  Raises OSError if the root cannot be read."""
-        folders = []
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
-            folders = [entry.name for entry in entries if entry.name != METADATA_FOLDER and entry.is_dir()]
-        return sorted(name for name in folders if os.path.isdir(self.head_path(name)[:-len("^head")]))
+        with contextlib.suppress(FileNotFoundError):
+            names = os.listdir(self.head_path("")[:-len("^head")])
+            return sorted(name for name in names if os.path.isdir(self.body_path(name)))
+        return []
 
     def _find_places(self, key: str) -> list[tuple[str, str, str]]:
         """Return the names that a key's body may have, with the paths of body and head file.
@@ -3619,8 +3615,8 @@ class Evictor:
                     counts["bytes"] += os.lstat(path).st_size
         size = counts.pop("bytes", 0)
         if counts:
-            log.info("%d files (%d MB) in %s are not under pkgproxy's care, and are neither counted nor deleted: "
-                     "%s. Packages without a head are checked when they are requested.",
+            log.info("%d files (%d MB) in %s are not under pkgproxy's care, and are neither counted nor "
+                     "deleted: %s. Packages without a head are checked when they are requested.",
                      sum(counts.values()), size // 10**6, store.root,
                      ", ".join("%d have %s" % (number, reason) for reason, number in sorted(counts.items())))
 
@@ -5593,8 +5589,8 @@ def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, reque
                       stored: StoredResponse, config: Config) -> ResponseHead | None:
     """Return the origin's head for a body file without one, if size and date show that it is the same.
 
-    The answer to a HEAD tells them, so the file is not read.  Below the root, where names tell versions apart,
-    the date of a copy that has lost its time is later than the origin's.
+    The answer to a HEAD tells them, so the file is not read.  Below the root, where names tell versions
+    apart, a file with a later date than the origin's is a copy that has lost its time.
     """
     response = origin.fetch(replace_fields(origin_request, method="HEAD"))
     response.close()

@@ -813,7 +813,7 @@ class StructureTest(unittest.TestCase):
 
     # Code lines of sections 1 to 14.  Sections 5, 9 and 10 still exceed what they should have: 690, 690 and 517.
     # The module should have 5,700 code lines and 85 classes.
-    SECTION_LIMITS = (322, 517, 402, 115, 789, 276, 138, 598, 693, 549, 230, 414, 920, 517)
+    SECTION_LIMITS = (322, 517, 402, 115, 776, 250, 138, 598, 693, 549, 230, 414, 920, 517)
     MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 6150, 94, 40, 150, 0.25
     RULE = "A limit is only ever lowered: when something does not fit, something else goes first."
 
@@ -2140,7 +2140,7 @@ class StoreTest(StoreCase):
         self.assertEqual(self.store.list_hosts(), [])
 
     def test_a_case_insensitive_root_does_not_return_the_body_of_another_file(self):
-        real_open, real_exists = pkgproxy._open, os.path.lexists
+        real_open = pkgproxy._open
 
         def found(path):
             """The path of what a file system that ignores case finds under a path (simulated)."""
@@ -2150,8 +2150,7 @@ class StoreTest(StoreCase):
                 path = os.path.join(path, next((name for name in names if name.lower() == part.lower()), part))
             return path
 
-        with mock.patch.object(pkgproxy, "_open", lambda path: real_open(found(path))), \
-                mock.patch.object(os.path, "lexists", lambda path: real_exists(found(path))):
+        with mock.patch.object(pkgproxy, "_open", lambda path: real_open(found(path))):
             self.write("a/Pool/X_1.0_all.deb", b"upper")
             for name, body in (("Pool/X_1.0_all.deb", b"upper"), ("Pool/x_1.0_all.deb", None), ("pool/X_1.0_all.deb", None)):
                 with self.subTest(name=name):
@@ -2648,6 +2647,8 @@ class NameIndexTest(StoreCase):
         sizes = [path.stat().st_size for path in Path(self.path(".pkgproxy/names")).iterdir()]
         self.assertLess(max(sizes), 10 * 1024, "ten times as much for 200,000")
         self.assertEqual(self.find("x7777_1.0_all.deb"), ["http://mirror.test/debian/pool/main/x/x/x7777_1.0_all.deb"])
+        self.store.names.rebuild(())
+        self.assertEqual(self.find("x7777_1.0_all.deb"), [])
         self.assertEqual([name for name in os.listdir(self.path(".pkgproxy")) if name.startswith("names")], ["names"])
 
     def test_names_are_found_in_damaged_files(self):
