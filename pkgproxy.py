@@ -437,6 +437,7 @@ class ResponseHead:
     same_as: str = ""  # the identical stored file that was used in place of a download
     behind_login: bool = False  # a redirect on the way, to a request with a password, did not permit sharing
     displaced: bool = False  # stored under the hashed name because a foreign file has the natural one
+    sha256: str = ""  # of the stored body; "" if it was stored by an earlier version
     verified: bool = True  # False: the body file was copied, so its origin is asked; never saved
 
     def __hash__(self) -> int:
@@ -2632,7 +2633,7 @@ def _head_from(row: dict[Any, Any]) -> ResponseHead:
     for name in ("fields", "vary"):
         row[name] = parse_fields(["%s: %s" % (field, text) for field, text in row[name]])
     head = ResponseHead(**row)
-    texts = (head.reason, head.key, head.final_uri, head.same_as)
+    texts = (head.reason, head.key, head.final_uri, head.same_as, head.sha256)
     numbers = (head.request_time, head.response_time, head.size, head.mtime_ns)
     if not (head.status == 200 and all(isinstance(text, str) and not _CONTROL.search(text) for text in texts)
             and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)):
@@ -2677,17 +2678,18 @@ def _matching_head(heads: Iterable[ResponseHead], key: str | None,
 
     - It is the head's: the body is the one that was stored.
     - It is the head's without the fraction of the second: a copy has lost that (rsync, tar).
-    - Only the fraction differs: it is another body, of a head that is not here.
     - It is any other: a copy has lost it (``cp -r``, ``scp -r``).  The head is returned as not verified.
+    - If only the fraction differs and the head has no digest by which to verify that, it is another body.
     """
     fitting = (head for head in heads if head.size == info.st_size and key in (None, head.key))
     head = min(fitting, key=lambda head: abs(head.mtime_ns - info.st_mtime_ns), default=None)
     if head is None or head.mtime_ns == info.st_mtime_ns:
         return head
     same_second = head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
-    if same_second and info.st_mtime_ns % 10**9:
+    truncated = info.st_mtime_ns % 10**9 == 0
+    if same_second and not truncated and not head.sha256:
         return None
-    return replace_fields(head, mtime_ns=info.st_mtime_ns, verified=same_second)
+    return replace_fields(head, mtime_ns=info.st_mtime_ns, verified=same_second and truncated)
 
 
 def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
@@ -2724,6 +2726,15 @@ def head_size(head: ResponseHead) -> int:
     """Estimate the bytes that a head file takes, and the folders of a key that is deeper than most."""
     fields = sum(len(name) + len(text) for name, text in head.fields)
     return fields + BLOCK * max(2, inodes_for(head.key) - 24)
+
+
+def hash_body(algorithm: str, body: RandomAccessFile) -> Any:
+    """Return the hash of a body.  Raises OSError."""
+    found, offset = hashlib.new(algorithm), 0
+    while data := body.read_at(COPY_SIZE, offset):
+        found.update(data)
+        offset += len(data)
+    return found
 
 
 class RefCountedFile:
@@ -2822,6 +2833,7 @@ class PartialFile(RefCountedFile):
         self.length: int | None = None  # declared bytes of the body; None: unknown
         self.owner = owner
         self.size = 0  # bytes written; of a leftover or another instance's file, bytes that may be read
+        self.hash = hashlib.sha256()  # of the bytes written since start()
         self._store = store
         self._writer_is_local = True  # whether another instance that writes the file is on this machine
         self._writer_left = False  # whether that instance has finished with the file
@@ -2845,6 +2857,7 @@ class PartialFile(RefCountedFile):
                     self._replace_file()
             self._file.truncate(offset)
             self._file.seek(offset)
+            self.hash = hash_body("sha256", self) if offset else hashlib.sha256()
         except OSError as error:
             self._store.space.release(self)
             raise StorageError(error) from error
@@ -2870,6 +2883,7 @@ class PartialFile(RefCountedFile):
         if self.size + len(data) > self._granted_size:
             self._granted_size = self._store.space.reserve(self, len(data))
         write_all(self._file, data)
+        self.hash.update(data)
         self.size += len(data)
         return len(data)
 
@@ -3040,17 +3054,13 @@ def matches_digest_in_name(key: str, body: StoredResponse | PartialFile) -> bool
 
     Returns True if the key contains none.  Raises StorageError if the body cannot be read.
     """
-    digest = digest_in_name(key)
-    if digest is None:
-        return True
-    found, offset = hashlib.new(digest[0]), 0
+    algorithm, digest = digest_in_name(key) or ("", "")
+    if isinstance(body, PartialFile) and algorithm == "sha256":
+        return body.hash.hexdigest() == digest
     try:
-        while data := body.read_at(COPY_SIZE, offset):
-            found.update(data)
-            offset += len(data)
+        return not algorithm or hash_body(algorithm, body).hexdigest() == digest
     except OSError as error:
         raise StorageError(error) from error
-    return found.hexdigest() == digest[1]
 
 
 class NameIndex:
@@ -3259,8 +3269,8 @@ class Store:
 
         People copy the root with cp, scp or rsync, which may lose the times of files or the metadata folder:
 
-        - A body without its time is used, but not ``verified``: decide() has its origin asked.  After that
-          update_head() saves the head with the new time.
+        - A body without its time is used, but not ``verified``: either verify_copy() finds that it has the
+          digest in its head, or decide() has its origin asked.  Then update_head() saves the new time.
         - A body without a head, the same, if its name cannot stand for other content later (content-named,
           package) and the root holds nothing but the cache (``trust_bare``).
         - A body of another size than its head says was changed, or only partly copied: it is never used.
@@ -3300,7 +3310,8 @@ class Store:
         if info.st_size != partial.size or partial.length not in (None, partial.size):
             raise OSError(errno.EIO, "the partial file has %d bytes, not the %d received of %s" % (
                 info.st_size, partial.size, partial.length))
-        head = replace_fields(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
+        head = replace_fields(
+            partial.head, size=partial.size, mtime_ns=info.st_mtime_ns, sha256=partial.hash.hexdigest())
         self._publish(partial.path, partial, head)
 
     def link(self, stored: StoredResponse) -> None:
@@ -3467,6 +3478,21 @@ class Store:
     def head_path(self, name: str) -> str:
         """Return the path of a name's head file."""
         return "%s/heads/%s^head" % (self.metadata_folder, name)
+
+
+def verify_copy(store: Store, stored: StoredResponse) -> StoredResponse | None:
+    """Check a copied body against the digest in its head, and save its new time.
+
+    Returns None, and closes the body, if it is another one; ``stored`` if that is known or cannot be told.
+    """
+    if stored.head.verified or not stored.head.sha256:
+        return stored
+    with contextlib.suppress(OSError):
+        if hash_body("sha256", stored).hexdigest() == stored.head.sha256:
+            store.update_head(stored, stored.head)
+            return replace_fields(stored, head=replace_fields(stored.head, verified=True))
+    stored.close()
+    return None
 
 
 class PartialStore:
@@ -5557,6 +5583,7 @@ def look_up_for_client(store: Store, origin: OriginClient, request: Request) -> 
     head does not tell where it came from, so the address of its host is checked again.
     """
     stored = store.lookup(request.key)
+    stored = verify_copy(store, stored) if stored is not None else None
     if stored is None or request.client_is_local:
         return stored
     if stored.head.local_clients_only or not (
@@ -6957,7 +6984,8 @@ class Proxy:
             return None, True
         # Whether a client on another host may have a body file without a head takes a DNS lookup.
         is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
-        is_open = is_open and not stored.head.displaced  # that takes a look at another file each time
+        # A copied file may have to be read to its end, and a displaced one depends on another file.
+        is_open = is_open and stored.head.verified and not stored.head.displaced
         entry = hot_entry_for(request, stored, self.config, now) if is_open else None
         if entry is None:
             stored.close()
