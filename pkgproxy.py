@@ -113,7 +113,7 @@ Code and tests cite these by number.
  8. A client's Request is never modified.  Hop-by-hop fields are removed before any field is added.
  9. No request can name a path outside the root, a metadata file, or the file of another key.
 10. Every wait has a deadline, after which the waiter contacts the origin itself.
-11. pkgproxy deletes only files that it stored itself.
+11. pkgproxy deletes only files that it stored itself: those of the name and size that a head says.
 12. Clients are independent: no client's speed, error or departure changes what another one receives.
 
 Two traps behind 1 and 7, in Python 3.9 to 3.13: shutil.copyfileobj() over an http.client response
