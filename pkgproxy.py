@@ -6372,6 +6372,9 @@ def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now:
     if stored.head.size > SMALL_BODY and request.method == "GET" and not any(
             name.lower() in _PART_FIELDS for name, _ in request.fields):
         return None
+    # A copied file may have to be read to its end, and a displaced one depends on another file.
+    if stored.head.displaced or not stored.head.verified:
+        return None
     version = file_version(stored)  # before it is read
     with contextlib.suppress(ProxyError):
         check_target_allowed(request, config)
@@ -6973,8 +6976,6 @@ class Proxy:
             return None, True
         # Whether a client on another host may have a body file without a head takes a DNS lookup.
         is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
-        # A copied file may have to be read to its end, and a displaced one depends on another file.
-        is_open = is_open and stored.head.verified and not stored.head.displaced
         entry = hot_entry_for(request, stored, self.config, now) if is_open else None
         if entry is None:
             stored.close()
