@@ -6998,8 +6998,7 @@ class Proxy:
     def snapshot(self) -> dict[str, Any]:
         """Describe what goes on now, for the status page: plain data of bounded size."""
         return {"downloads": self._downloader.snapshot(), "troubles": self._failures.snapshot(),
-                "swept": self.evictor.last_report, "unstored": self._failures.disk_error(),
-                "cache": self._store.snapshot()}
+                "swept": self.evictor.last_report, "unstored": self._failures.disk_error()}
 
     def start(self) -> None:
         """Start the background work."""
