@@ -6207,7 +6207,8 @@ class PeerFollower:
         partial, stored = self._partial, self._downloader.store.lookup(self._flight.key)
         if stored is not None:
             with contextlib.closing(stored):
-                return self._finish_stored(stored)
+                if stored.head.verified:  # else it was there before, copied or changed by hand
+                    return self._finish_stored(stored)
         if partial is None or not partial.still_exists():
             is_whole = partial is not None and self._published and partial.size == partial.length
             return FlightResult.WHOLE if is_whole else FlightResult.ALONE
