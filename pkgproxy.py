@@ -113,7 +113,7 @@ Code and tests cite these by number.
  8. A client's Request is never modified.  Hop-by-hop fields are removed before any field is added.
  9. No request can name a path outside the root, a metadata file, or the file of another key.
 10. Every wait has a deadline, after which the waiter contacts the origin itself.
-11. pkgproxy deletes only files that it stored itself.
+11. pkgproxy deletes only files that it stored itself: those of the name and size that a head says.
 12. Clients are independent: no client's speed, error or departure changes what another one receives.
 
 Two traps behind 1 and 7, in Python 3.9 to 3.13: shutil.copyfileobj() over an http.client response
@@ -243,9 +243,7 @@ BLOCK = 4096  # bytes a small file occupies on most file systems
 SPARE_INODES = 500  # free inodes, beyond the reserve, that eviction makes for new downloads
 MAX_SPARE = 10**9  # free bytes, beyond the limits, that eviction makes for new downloads
 FULL_DOWNLOAD_RANGE = 1024 * 1024  # bytes; a range that starts below this and is as long downloads the whole
-PROOF_SIZE = 4096  # bytes compared at each end of a package; another build of it differs in one of them
 MAX_CANDIDATES = 8  # stored files of one name that are compared; each is an open file
-MIN_MATCHING_FILES = 3  # matches in a row before one mirror's files may stand in for another's
 
 # Timeouts of connections to origins, in seconds.  pacman gives up after 10 s of silence, dnf after 30 s, so
 # a stale response or an error should be sent before that.
@@ -296,6 +294,8 @@ LOG_BATCH_DELAY = 0.02  # a log line waits for others, so that a burst is one wr
 
 # Intervals of the cache, in seconds.
 DAY = 86400.0
+REVALIDATION_INTERVAL = 3600.0  # between two validations of one response in the background
+MAX_BACKGROUND_VALIDATIONS = 4  # at one time; no client waits for them
 EVICTION_INTERVAL = 300.0  # between two checks of the disk; a walk over a large cache takes seconds
 MIN_EVICTION_PAUSE = 10.0  # between two runs of the evictor, however often the disk is full
 MIN_EVICTION_AGE = 60.0  # a file used more recently is kept: a client may be about to ask for it again
@@ -373,7 +373,6 @@ class Config:
     max_age: float | None = None  # seconds since its last use after which a stored response is removed
     reuse_port: bool = False  # let other instances listen on the same addresses
     instance: str = ""  # name of this instance; "": the addresses tell instances apart
-    sharing: bool = True  # share files between mirrors even without a digest in the name
     filters: tuple[re.Pattern[str], ...] = ()  # URIs that are never cached; reread on SIGHUP
     origins_file: str | None = None  # path of the file that `origins` are read from
     origins: tuple[str, ...] | None = None  # hosts that may be reached; None: all.  Reread on SIGHUP
@@ -447,6 +446,9 @@ class ResponseHead:
     local_clients_only: bool = False  # from an origin that only clients on this host may reach
     same_as: str = ""  # the identical stored file that was used in place of a download
     behind_login: bool = False  # a redirect on the way, to a request with a password, did not permit sharing
+    displaced: bool = False  # stored under the hashed name because a foreign file has the natural one
+    sha256: str = ""  # of the stored body; "" if it was stored by an earlier version
+    verified: bool = True  # False: the body file was copied, so its origin is asked; never saved
 
     def __hash__(self) -> int:
         """Hash what tells two stored heads apart; hashing all fields takes long."""
@@ -1194,8 +1196,8 @@ def strong_validator(head: ResponseHead) -> str | None:
 def resume_validator(head: ResponseHead) -> str | None:
     """Return the validator with which a download may be resumed, or taken over from another instance.
 
-    None for a copy of a local file: it is proven by its size and ends alone, so what there is of it may
-    differ from what the origin has, and must never be joined to the origin's bytes.
+    None for a copy of a local file: if it was adopted, its size and date alone confirm it, so it may differ
+    from what the origin has, and must never be joined to the origin's bytes.
     """
     return None if head.same_as else strong_validator(head)
 
@@ -2027,18 +2029,6 @@ def shareable_name(key: str) -> str:
     return _EPOCH.sub("_", name) if is_unique else ""
 
 
-def mirror_prefixes(key: str, other: str) -> tuple[str, str]:
-    """Return two keys without their common end: the folders of two mirrors of one repository.
-
-    >>> mirror_prefixes("http://a/x/pool/b_1.deb", "http://b/y/z/pool/b_1.deb")
-    ('http://a/x', 'http://b/y/z')
-    """
-    one, two = key.split("/"), other.split("/")
-    while min(len(one), len(two)) > 3 and one[-1] == two[-1]:
-        del one[-1], two[-1]
-    return "/".join(one), "/".join(two)
-
-
 _COMPRESSED_LIST = re.compile(r"(?<=/Packages)\.\w+$")  # opkg signs the list that is in it
 
 
@@ -2267,6 +2257,7 @@ def _decide_stored(request: Request, stored: ResponseHead, name_class: NameClass
     # 1. Freshness (§4.2): by the name's class, else explicit, else heuristic.
     lifetime: float | None = freshness_lifetime(stored) if policy.lifetime is None else policy.lifetime
     ttl = (heuristic_lifetime(stored, config) if lifetime is None else lifetime) - age
+    ttl = ttl if stored.verified else -math.inf
     known_ttl = None if math.isinf(ttl) else int(ttl)
     # 2. The client demands a validation, or sends one of the two conditions that only the origin can
     #    evaluate (§4.3.2).
@@ -2527,6 +2518,16 @@ def check_target_allowed(target: Target, client_is_local: bool, origins: tuple[s
         raise ProxyError("%s is not an allowed origin; the operator can add it to --origins." % host, 403)
 
 
+def may_share_download(request: Request, head: ResponseHead) -> bool:
+    """Return whether a request's client may have what is being downloaded for another client.
+
+    The key is the same.  What may differ is where the clients are, and the fields that Vary names: then the
+    follower asks the origin for itself.  Requests with Authorization never get here (see SharedFetch).
+    """
+    allowed = request.client_is_local or not head.local_clients_only
+    return allowed and selecting_fields(request, head) == head.vary
+
+
 # Which names the proxy answers to ---------------------------------------------------------------
 
 
@@ -2607,8 +2608,8 @@ def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
 #   HOST/PATH                          a complete body (invariant 1), under its natural or hashed name
 #   .pkgproxy/heads/HOST/PATH^head     its head, in a JSON list; while a body is replaced, the old head too
 #   .pkgproxy/partials/SHA256[.OWNER]  a download in progress, or the rest of an interrupted one
-#   .pkgproxy/partials/...^head        its PartialMetadata: only if another process may need it
-#   .pkgproxy/names/, adopted/         NameIndex: the files of one name on different mirrors
+#   .pkgproxy/partials/...^head        its metadata: only if another process may need it
+#   .pkgproxy/names/, adopted/         NameIndex: stored files with a digest in their name; packages to adopt
 #   ...^RANDOM                         a temporary file, before it is renamed
 
 METADATA_FOLDER = ".pkgproxy"
@@ -2626,7 +2627,7 @@ MIN_RESUMABLE_SIZE = 256 * 1024  # bytes: a smaller download is restarted instea
 FLUSH_INTERVAL = 0.5  # seconds between two flushes of a partial file that other machines may read
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
 _MAX_NAMES = 1024 * 1024  # bytes in one bucket of a NameIndex: 10,000 names, 2 million in 256 buckets
-_COMPLETE_MARK = "complete-256"  # an empty file: the index was built from all stored responses
+COUNT_STEP = 128 * 1024 * 1024  # bytes, or 1 % of --max-size if more, that land until all files are counted
 _MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads with every byte escaped; a larger file is not a head file
 # Names that version 1.0 used in head files, and today's; None: no longer stored.
 _NAMES_IN_1_0: dict[str, str | None] = {
@@ -2801,12 +2802,9 @@ def _head_from(row: dict[Any, Any]) -> ResponseHead:
     row = {_NAMES_IN_1_0.get(name, name): value for name, value in row.items()}
     row.pop(None, None)
     for name in ("fields", "vary"):
-        row[name] = tuple((field, text) for field, text in row[name])
-        if not all(isinstance(part, str) for pair in row[name] for part in pair):
-            raise ValueError("a damaged field")
-        parse_fields(["%s: %s" % pair for pair in row[name]])
+        row[name] = parse_fields(["%s: %s" % (field, text) for field, text in row[name]])
     head = ResponseHead(**row)
-    texts = (head.reason, head.key, head.final_uri, head.same_as)
+    texts = (head.reason, head.key, head.final_uri, head.same_as, head.sha256)
     numbers = (head.request_time, head.response_time, head.size, head.mtime_ns)
     if not (head.status == 200 and all(isinstance(text, str) and not _CONTROL.search(text) for text in texts)
             and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)):
@@ -2831,8 +2829,6 @@ def _read_heads(path: str) -> tuple[ResponseHead, ...]:
     """Return the heads in a head file; none if it is missing, damaged, or not a regular file."""
     try:
         info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):
-            return ()
         read = _parsed_heads if info.st_size <= MAX_MEMOIZED_HEAD else _parsed_heads.__wrapped__
         return read(path, info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size)
     except _DAMAGED:
@@ -2840,30 +2836,39 @@ def _read_heads(path: str) -> tuple[ResponseHead, ...]:
 
 
 def _write_heads(path: str, heads: list[ResponseHead]) -> None:
-    replace_file(path, json.dumps([vars(head) for head in heads], ensure_ascii=False))
+    rows = [{name: value for name, value in vars(head).items() if name != "verified"} for head in heads]
+    replace_file(path, json.dumps(rows, ensure_ascii=False))
 
 
-def _describes(head: ResponseHead, info: os.stat_result) -> bool:
-    """Check whether a head belongs to this body, by size and modification time.
+def _matching_head(heads: Iterable[ResponseHead], key: str | None,
+                   info: os.stat_result) -> ResponseHead | None:
+    """Return the head that describes a body (of this key; None: of any), with the file's time.
 
-    If the body's time has no fraction, a copy has lost it (rsync, tar); then only seconds are compared.
+    None if the body has another size than any head says: it is foreign (invariant 11).  The file's time tells
+    bodies of one size apart:
+
+    - It is the head's: the body is the one that was stored.
+    - It is the head's without the fraction of the second: a copy has lost that (rsync, tar).
+    - It is any other: a copy has lost it (``cp -r``, ``scp -r``).  The head is returned as not verified.
+    - If only the fraction differs and the head has no digest by which to verify that, it is another body.
     """
-    if head.size != info.st_size:
-        return False
-    same = head.mtime_ns == info.st_mtime_ns
-    return same or info.st_mtime_ns % 10**9 == 0 and head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
+    fitting = (head for head in heads if head.size == info.st_size and key in (None, head.key))
+    head = min(fitting, key=lambda head: abs(head.mtime_ns - info.st_mtime_ns), default=None)
+    if head is None or head.mtime_ns == info.st_mtime_ns:
+        return head
+    same_second = head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
+    truncated = info.st_mtime_ns % 10**9 == 0
+    if same_second and not truncated and not head.sha256:
+        return None
+    return replace_fields(head, mtime_ns=info.st_mtime_ns, verified=same_second and truncated)
 
 
 def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
     """Make a head for a body that has none, from its file's status."""
     modified = info.st_mtime
     fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", format_http_date(modified)))
-    return ResponseHead(200, "OK", fields, key, key, (), modified, modified, info.st_size, info.st_mtime_ns)
-
-
-def _body_names(key: str) -> list[str]:
-    """Return the names that a cache key's body may have: the preferred one first, the hashed one last."""
-    return [name for name in cache_file_names(key, os.name == "nt") if name is not None]
+    return ResponseHead(200, "OK", fields, key, key, (), modified, modified, info.st_size, info.st_mtime_ns,
+                        verified=False)
 
 
 def _has_exact_name(root: str, name: str) -> bool:
@@ -2872,13 +2877,9 @@ def _has_exact_name(root: str, name: str) -> bool:
     File systems that ignore case, or know short names, open other files too.  A head would tell them apart;
     this check is for bodies without one.
     """
-    folder = root
+    folder, *parts = root, *name.split("/")
     with contextlib.suppress(OSError):
-        for part in name.split("/"):
-            if os.path.lexists(os.path.join(folder, part.swapcase())) and part not in os.listdir(folder):
-                return False
-            folder = os.path.join(folder, part)
-        return True
+        return all(part in os.listdir("/".join((folder, *parts[:depth]))) for depth, part in enumerate(parts))
     return False
 
 
@@ -2896,6 +2897,15 @@ def head_size(head: ResponseHead) -> int:
     """Estimate the bytes that a head file takes, and the folders of a key that is deeper than most."""
     fields = sum(len(name) + len(text) for name, text in head.fields)
     return fields + BLOCK * max(2, inodes_for(head.key) - 24)
+
+
+def hash_body(algorithm: str, body: RandomAccessFile) -> Any:
+    """Return the hash of a body.  Raises OSError."""
+    found, offset = hashlib.new(algorithm), 0
+    while data := body.read_at(COPY_SIZE, offset):
+        found.update(data)
+        offset += len(data)
+    return found
 
 
 class RefCountedFile:
@@ -2954,31 +2964,6 @@ class RefCountedFile:
                 self._file.close()
 
 
-@dataclasses.dataclass(frozen=True)
-class PartialMetadata:
-    """What a partial file's head file says about it, for other instances and for resuming.
-
-    After a power failure a file may be longer than the part of it that is on the disk, filled up with zeros.
-    So the bytes of a partial file are trusted up to its present size only while the boot lasts in which they
-    were written; otherwise up to ``flushed_size``.
-
-    ======================  ==============  ============  ===================
-    the writer              writer_boot_id  flushed_size  readable bytes
-    ======================  ==============  ============  ===================
-    writes, on this boot    this boot       any           the file's size
-    crashed, or is remote   another boot    None          none
-    writes, remote disk     another boot    a number      flushed_size
-    left the file           ""              a number      flushed_size
-    ======================  ==============  ============  ===================
-    """
-
-    head: ResponseHead  # as the response will be stored; without size and mtime_ns
-    inode: int  # the file that is described: a head file may survive its partial file
-    declared_length: int | None  # bytes of the complete body
-    writer_boot_id: str  # "" once the writer has left and all bytes are on the disk
-    flushed_size: int | None  # bytes known to be on the disk
-
-
 class PartialFile(RefCountedFile):
     """A download in progress (an incomplete response, RFC 9111 §3.3): one writer, any number of readers.
 
@@ -2997,6 +2982,20 @@ class PartialFile(RefCountedFile):
 
     With leases, A's file is its own.  If A's lease lapses, B copies the bytes into a file of its own, because
     A may only have been suspended, and lets its readers switch to that (switch_to).
+
+    The metadata, in a head file beside the partial file, are for other instances and for resuming.  After a
+    power failure a file may be longer than the part of it that is on the disk, filled up with zeros.  So the
+    bytes of a partial file are trusted up to its present size only while the boot lasts in which they were
+    written; otherwise up to ``flushed_size``.
+
+    ======================  ==============  ============  ===================
+    the writer              writer_boot_id  flushed_size  readable bytes
+    ======================  ==============  ============  ===================
+    writes, on this boot    this boot       any           the file's size
+    crashed, or is remote   another boot    0             none
+    writes, remote disk     another boot    a number      flushed_size
+    left the file           ""              a number      flushed_size
+    ======================  ==============  ============  ===================
     """
 
     def __init__(self, store: Store, key: str, owner: str, path: str, file: io.FileIO) -> None:
@@ -3005,6 +3004,7 @@ class PartialFile(RefCountedFile):
         self.length: int | None = None  # declared bytes of the body; None: unknown
         self.owner = owner
         self.size = 0  # bytes written; of a leftover or another instance's file, bytes that may be read
+        self._hash: Any = None  # SHA-256 of the bytes written; None: of a leftover, not yet computed
         self._store = store
         self._writer_is_local = True  # whether another instance that writes the file is on this machine
         self._writer_left = False  # whether that instance has finished with the file
@@ -3028,6 +3028,7 @@ class PartialFile(RefCountedFile):
                     self._replace_file()
             self._file.truncate(offset)
             self._file.seek(offset)
+            self._hash = None if offset else hashlib.sha256()
         except OSError as error:
             self._store.space.release(self)
             raise StorageError(error) from error
@@ -3052,9 +3053,16 @@ class PartialFile(RefCountedFile):
         """Append all of ``data`` and return its length.  Raises OSError (disk full ...)."""
         if self.size + len(data) > self._granted_size:
             self._granted_size = self._store.space.reserve(self, len(data))
+        if self._hash is None:  # not in start(): nobody waits here, because readers have the leftover's bytes
+            self._hash = hash_body("sha256", self)
         write_all(self._file, data)
+        self._hash.update(data)
         self.size += len(data)
         return len(data)
+
+    def sha256(self) -> str:
+        """Return the digest of the bytes written.  Raises OSError."""
+        return str((self._hash or hash_body("sha256", self)).hexdigest())
 
     def publish(self) -> None:
         """Let other instances read the bytes written so far.  Raises OSError.
@@ -3072,27 +3080,20 @@ class PartialFile(RefCountedFile):
     def commit(self) -> None:
         """Flush the body to the disk and store it under its key (invariant 1).  Raises StorageError.
 
-        Another instance that must not let this body be stored (an unsafe request has made it invalid) first
-        unlinks the partial file and then deletes the stored response.  Against that:
-
-        1. commit() checks that the partial file still exists,
-        2. gives the body its place, while the partial file keeps its name as well,
-        3. checks again, and deletes the stored response if the name has gone.
+        The body gets its place by renaming the partial file, so other instances find one or the other.  An
+        instance that must not let this body be stored (an unsafe request has made it invalid) first unlinks
+        the partial file and then deletes the stored response: either there is nothing left to rename, or the
+        rename came first, and the response is deleted.
         """
         try:
             os.fsync(self.fileno())
             if not self.still_exists():
                 raise OSError(errno.ENOENT, "the partial file was removed")
             self._remove_metadata()
-            linked = self._store.commit(self)
-            if linked and not self.still_exists():
-                self.delete_stored()
-                raise OSError(errno.ENOENT, "the partial file was removed")
+            self._store.commit(self)
         except OSError as error:
             self.discard()
             raise StorageError(error) from error
-        if linked:
-            _unlink(self.path)
         self.unlock()
 
     def keep_for_resume(self) -> None:
@@ -3123,10 +3124,6 @@ class PartialFile(RefCountedFile):
                 os.unlink(self.path)
         self.unlock()
 
-    def delete_stored(self) -> None:
-        """Remove the response that is stored under the same key: it is known to be wrong."""
-        self._store.delete(self.head.key)
-
     def unlock(self) -> None:
         """Let other instances write the file, even if readers here still have it open."""
         self._store.space.release(self)
@@ -3149,16 +3146,15 @@ class PartialFile(RefCountedFile):
             with open(self.path, "rb", opener=_private_opener):
                 pass  # opening the file makes an NFS client ask the server for its present size
             info, row = os.fstat(self.fileno()), _read_json(self.path + "^head")
-            found = PartialMetadata(**{**row, "head": _head_from(row["head"])})
-            sizes = (found.declared_length or 0, found.flushed_size or 0)
-            valid = all(isinstance(size, int) and size >= 0 for size in sizes)
+            head, length, flushed_size = _head_from(row["head"]), row["length"], row["flushed_size"] or 0
+            valid = all(isinstance(size, int) and size >= 0 for size in (length or 0, flushed_size))
             # A new, empty file may have the inode number of a removed one whose metadata is left.
-            matches = info.st_size and (found.head.key, found.inode) == (self.head.key, info.st_ino)
+            matches = info.st_size and (head.key, row["inode"]) == (self.head.key, info.st_ino)
             if valid and matches and self.still_exists():
-                self.head, self.length = found.head, found.declared_length
-                self._writer_left = not found.writer_boot_id
-                self._writer_is_local = found.writer_boot_id == self._store.boot
-                self.size = info.st_size if self._writer_is_local else min(info.st_size, sizes[1])
+                self.head, self.length = head, length
+                self._writer_left = not row["writer_boot_id"]
+                self._writer_is_local = row["writer_boot_id"] == self._store.boot
+                self.size = info.st_size if self._writer_is_local else min(info.st_size, flushed_size)
                 return True
         return False
 
@@ -3195,10 +3191,11 @@ class PartialFile(RefCountedFile):
 
     def _write_metadata(self, writer_boot_id: str) -> None:
         """Write the head file.  Raises OSError."""
-        flushed_size = self.size if self._store.remote or not writer_boot_id else None
-        row = vars(PartialMetadata(
-            self.head, os.fstat(self.fileno()).st_ino, self.length, writer_boot_id, flushed_size))
-        replace_file(self.path + "^head", json.dumps({**row, "head": vars(self.head)}, ensure_ascii=False))
+        row = {"head": vars(self.head),  # as the response will be stored; without size and mtime_ns
+               "inode": os.fstat(self.fileno()).st_ino,  # a head file may survive its partial file
+               "length": self.length, "writer_boot_id": writer_boot_id,
+               "flushed_size": self.size if self._store.remote or not writer_boot_id else 0}
+        replace_file(self.path + "^head", json.dumps(row, ensure_ascii=False))
 
     def _remove_metadata(self) -> None:
         """Remove the head file.  Raises OSError: metadata of another response must not stay."""
@@ -3206,27 +3203,12 @@ class PartialFile(RefCountedFile):
             os.unlink(self.path + "^head")
 
 
-def _save_access_time(path: str, used: float) -> None:
-    """Store the time of a response's last use as its file's access time.
-
-    The file is opened first, so that a file which replaces it meanwhile is not touched.
-    """
-    with contextlib.suppress(OSError), open(path, "rb", opener=_private_opener) as file:
-        target = file.fileno() if os.utime in os.supports_fd else path
-        os.utime(target, ns=(int(used * 10**9), os.fstat(file.fileno()).st_mtime_ns))
-
-
 def _rename(path: str, place: str) -> None:
     """Rename a complete body into its place.  Raises OSError."""
-    try:
-        os.replace(path, place)
-    except PermissionError:
-        if os.name != "nt":
-            raise
-        # Windows renames no open file, and each client of a download has the partial file open.
+    if os.name == "nt":  # which renames no open file, and a download's writer and readers have it open
         copy = os.path.join(os.path.dirname(place), "^" + os.path.basename(path))
-        shutil.copy2(path, copy)
-        os.replace(copy, place)
+        path = shutil.copy2(path, copy)
+    os.replace(path, place)
 
 
 def matches_digest_in_name(key: str, body: StoredResponse | PartialFile) -> bool:
@@ -3234,21 +3216,17 @@ def matches_digest_in_name(key: str, body: StoredResponse | PartialFile) -> bool
 
     Returns True if the key contains none.  Raises StorageError if the body cannot be read.
     """
-    digest = digest_in_name(key)
-    if digest is None:
-        return True
-    found, offset = hashlib.new(digest[0]), 0
+    algorithm, digest = digest_in_name(key) or ("", "")
     try:
-        while data := body.read_at(COPY_SIZE, offset):
-            found.update(data)
-            offset += len(data)
+        if isinstance(body, PartialFile) and algorithm == "sha256":
+            return body.sha256() == digest
+        return not algorithm or hash_body(algorithm, body).hexdigest() == digest
     except OSError as error:
         raise StorageError(error) from error
-    return found.hexdigest() == digest[1]
 
 
 class NameIndex:
-    """Finds files of the same name on different mirrors.
+    """Finds files by the digest in their names on different mirrors, or by their name in folders to adopt.
 
     An index is a folder of text files with lines "DIGEST PLACE": the first 18 digits of the name's SHA-256,
     and a cache key or a path.  Lines are in 256 buckets by the first two digits, so that a lookup reads
@@ -3264,70 +3242,45 @@ class NameIndex:
     def add(self, name: str, place: str) -> None:
         """Record that a file of this name is at ``place``."""
         with contextlib.suppress(OSError):
-            line = self._line(name, place)
-            self._append(self._folder, line[:2].decode(), line)
+            self._append(name, place)
 
     def lookup(self, name: str) -> list[str]:
         """Return up to MAX_CANDIDATES places of a name, the newest first."""
-        prefix, lines = self._line(name, "")[:-1], b"\n"
+        path, prefix = self._bucket(name)
         with contextlib.suppress(OSError):
-            lines += self._read(os.path.join(self._folder, prefix[:2].decode()))
-        complete = lines[:lines.rindex(b"\n") + 1]
-        found = [part.partition(b"\n")[0] for part in complete.split(b"\n" + prefix)[1:]]
-        newest_first = dict.fromkeys(place.decode("utf-8", "surrogateescape") for place in reversed(found))
-        return list(newest_first)[:MAX_CANDIDATES]
-
-    def is_complete(self) -> bool:
-        """Check whether the index was ever built from all stored responses."""
-        return os.path.exists(os.path.join(self._folder, _COMPLETE_MARK))
+            lines = reversed(self._read(path).split(b"\n")[:-1])
+            newest_first = dict.fromkeys(line[len(prefix):] for line in lines if line.startswith(prefix))
+            return [place.decode("utf-8", "surrogateescape") for place in newest_first][:MAX_CANDIDATES]
+        return []
 
     def rebuild(self, entries: Iterable[tuple[str, str]]) -> None:
         """Replace the index by these names and places.  Raises OSError."""
-        new, first_digits = _temporary_name(self._folder), operator.itemgetter(slice(2))
-        lines = (self._line(name, place) for name, place in entries)
+        new = NameIndex(_temporary_name(self._folder))
         try:
-            while part := sorted(itertools.islice(lines, 100_000), key=first_digits):  # to bound the memory
-                for bucket, group in itertools.groupby(part, first_digits):
-                    self._append(new, bucket.decode(), b"".join(group))
-            self._append(new, _COMPLETE_MARK, b"")
+            make_directory(new._folder)
+            for name, place in entries:
+                new._append(name, place)
             shutil.rmtree(self._folder, ignore_errors=True)
-            os.rename(new, self._folder)
+            os.rename(new._folder, self._folder)
         finally:
-            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(new._folder, ignore_errors=True)
 
-    def record_comparison(self, mirrors: tuple[str, str], same: bool) -> None:
-        """Record that two mirrors had, or did not have, the same file under one name."""
-        with contextlib.suppress(OSError):
-            if same:
-                self._append(self._folder, self._pair(mirrors), b"+")
-            else:
-                os.unlink(os.path.join(self._folder, self._pair(mirrors)))
-
-    def are_mirrors(self, mirrors: tuple[str, str]) -> bool:
-        """Check whether the last MIN_MATCHING_FILES comparisons of two mirrors all matched."""
-        with contextlib.suppress(OSError):
-            return os.path.getsize(os.path.join(self._folder, self._pair(mirrors))) >= MIN_MATCHING_FILES
-        return False
-
-    def _line(self, name: str, place: str) -> bytes:
+    def _bucket(self, name: str) -> tuple[str, bytes]:
+        """Return the path of a name's bucket, and how the name's lines in it begin."""
         digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
-        return ("%s %s\n" % (digest[:18], place)).encode("utf-8", "surrogateescape")
-
-    def _pair(self, mirrors: tuple[str, str]) -> str:
-        return "mirrors-" + hashlib.sha256(" ".join(sorted(mirrors)).encode("utf-8", "replace")).hexdigest()
+        return os.path.join(self._folder, digest[:2]), b"%s " % digest[:18].encode()
 
     def _read(self, path: str) -> bytes:
         """Return the content of a bucket.  Raises OSError."""
         with io.FileIO(path, "rb", opener=_private_opener) as file:
-            # A buffer for the largest file takes longer than asking for the size.
-            return file.read(min(os.fstat(file.fileno()).st_size, 4 * _MAX_NAMES)) or b""
+            return file.readall() or b""
 
-    def _append(self, folder: str, bucket: str, data: bytes) -> None:
-        """Append to a file; drop the older half of one that grows too long.  Raises OSError."""
-        make_directory(folder)
-        path = os.path.join(folder, bucket)
+    def _append(self, name: str, place: str) -> None:
+        """Append a line to its bucket; drop the older half of one that grows too long.  Raises OSError."""
+        path, prefix = self._bucket(name)
+        make_directory(self._folder)
         with io.FileIO(path, "ab", opener=_private_opener) as file:
-            write_all(file, data)
+            write_all(file, b"%s%s\n" % (prefix, place.encode("utf-8", "surrogateescape")))
             size = file.tell()
         if size > _MAX_NAMES:
             replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
@@ -3357,19 +3310,24 @@ class Space:
     so its size is remembered, and the next download of the same key must be granted as much at once.
 
     If little is left, ``scarce`` is set, which starts an eviction.  The eviction counts all files and
-    corrects the size that is assumed here.
+    corrects the size that is assumed here.  Other instances and people change the root, too.  So with
+    --max-size the files are also counted whenever 1 % of it, or COUNT_STEP if that is more, has landed.
 
-    PartialFile calls reserve() and release(); Evictor calls take_demand() and correct().
+    PartialFile calls reserve() and release(); Store calls add() and snapshot(); Evictor calls take_demand()
+    and correct().
     """
 
     def __init__(self, free: Callable[[], tuple[int, int]], max_size: int | None) -> None:
         self.scarce = threading.Event()
         self._free = free  # returns free bytes and inodes without the reserve; raises OSError
         self._max_size = sys.maxsize if max_size is None else max_size
-        self._lock = threading.Lock()  # guards all below
+        self._count_step = max(COUNT_STEP, self._max_size // 100)
+        self._lock = threading.RLock()  # guards all below
         # The size that each running download may reach, with its head file and folders.
         self._running: weakref.WeakKeyDictionary[PartialFile, int] = weakref.WeakKeyDictionary()
         self._stored = 0  # assumed bytes below the root, without running downloads
+        self._files = 0  # assumed number of stored responses
+        self._landed = 0  # bytes stored since the last count
         self._demand = 0  # free bytes that downloads lacked, or that the next one is likely to need
         self._spare = 0  # free bytes that the last eviction aimed at
         self._outgrown: dict[str, int] = {}  # by key: sizes of undeclared bodies that did not fit
@@ -3408,18 +3366,37 @@ class Space:
         """End a download's grant; ``kept`` says whether its bytes stay on the disk."""
         with self._lock:
             if self._running.pop(partial, None) is not None and kept:
-                self._stored += partial.size + head_size(partial.head)
+                self.add(partial.size + head_size(partial.head), 0)
 
-    def take_demand(self) -> tuple[int, int]:
-        """Return the assumed bytes below the root, and the free bytes needed since the last call."""
-        with self._lock:
-            demand, self._demand = self._demand, 0
-            return self._used(), demand
+    def add(self, size: int, files: int) -> None:
+        """Count bytes and files that have landed, or have gone if negative.
 
-    def correct(self, difference: int, spare: int) -> None:
-        """Add the difference between counted and assumed size; set the spare space of the eviction."""
+        Starts an eviction if the limit is passed.
+        """
         with self._lock:
-            self._stored += difference
+            self._stored += size
+            self._files += files
+            self._landed += max(size, 0)
+            if self._used() > self._max_size or self._landed > self._count_step:
+                self.scarce.set()
+
+    def snapshot(self) -> dict[str, int | None]:
+        """Return the assumed bytes and files below the root, and the limit for bytes (None: none)."""
+        with self._lock:
+            limit = self._max_size if self._max_size < sys.maxsize else None
+            return {"bytes": max(0, self._used()), "files": max(0, self._files), "limit": limit}
+
+    def take_demand(self) -> tuple[int, int, int]:
+        """Return the assumed bytes and files, and the free bytes needed since the last call."""
+        with self._lock:
+            demand, self._demand, self._landed = self._demand, 0, 0
+            return self._used(), self._files, demand
+
+    def correct(self, size: int, files: int, spare: int) -> None:
+        """Add the differences between counted and assumed bytes and files; set the eviction's spare space."""
+        with self._lock:
+            self._stored += size
+            self._files += files
             self._spare = spare
 
     def _used(self) -> int:
@@ -3444,7 +3421,7 @@ class Store:
         self.names = NameIndex(os.path.join(self.metadata_folder, "names"))  # of stored files: cache keys
         self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of --adopt: paths
         self._min_free = min_free  # bytes
-        self._trust_bare = trust_bare  # whether the root holds nothing but the cache
+        self.trust_bare = trust_bare  # whether the root holds nothing but the cache
         self._places = memoize(self._find_places)
         self._lock = threading.Lock()  # guards _used
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last eviction
@@ -3452,51 +3429,51 @@ class Store:
     def lookup(self, key: str) -> StoredResponse | None:
         """Open the stored response for a cache key; None if there is none that may be used.
 
-        A body without a head is used if its name cannot stand for other content later (content-named,
-        package): people copy such files with rsync, and may lose the metadata folder.  It is not used if the
-        root may hold other files too (``trust_bare``).  A body that contradicts its head was changed by hand
-        and is never used.
+        People copy the root with cp, scp or rsync, which may lose the times of files or the metadata folder:
+
+        - A body without its time is used, but not ``verified``: either verify_copy() finds that it has the
+          digest in its head, or decide() has its origin asked.  Then update_head() saves the new time.
+        - A body without a head, the same, if its name cannot stand for other content later (content-named,
+          package) and the root holds nothing but the cache (``trust_bare``).
+        - A body of another size than its head says was changed, or only partly copied: it is never used.
+        - A body under the hashed name that only made way for a foreign file is not used once that is removed:
+          people expect that a file which they have removed is fetched anew.
         """
-        bare = None
-        for name, path, head_path in self._places(key):
+        bare, places = None, self._places(key)
+        for name, path, head_path in places:
             file, info = _open(path)
             if file is None:
                 continue
             heads = _read_heads(head_path)
-            for head in heads:
-                if head.key == key and _describes(head, info):
-                    _close(bare)
-                    with self._lock:
-                        self._used[name] = time.time()
-                    if head.mtime_ns != info.st_mtime_ns:
-                        head = replace_fields(head, mtime_ns=info.st_mtime_ns)
-                    return StoredResponse(file, head, name, True)
+            head = _matching_head(heads, key, info)
+            if head is not None and not (head.displaced and not os.path.lexists(places[0][1])):
+                _close(bare)
+                with self._lock:
+                    self._used[name] = time.time()
+                return StoredResponse(file, head, name, True)
             immutable = classify_name(key) in (NameClass.CONTENT, NameClass.PACKAGE)
-            if self._trust_bare and immutable and not (heads or bare) and _has_exact_name(self.root, name):
+            if self.trust_bare and immutable and not (heads or bare) and _has_exact_name(self.root, name):
                 bare = StoredResponse(file, _bare_head(key, info), name, False)
             else:
                 file.close()
         return bare
 
-    def commit(self, partial: PartialFile) -> bool:
-        """Store a complete download under its key.
-
-        Returns whether the partial file still has its old name too.  Raises OSError.
-        """
+    def commit(self, partial: PartialFile) -> None:
+        """Store a complete download under its key.  Raises OSError."""
         modified = parse_date(field_value(partial.head.fields, "Last-Modified"))
         if modified is None or not 0 <= modified < 2**33:
             modified = partial.head.response_time
         # The seconds are the origin's, for people to see.  The fraction, from the clock, tells bodies of one
         # second and size apart, so that no head of one ever describes the other.
         mtime_ns = int(modified) * 10**9 + time.time_ns() // 1000 % 10**6 * 1000
-        target = partial.fileno() if os.utime in os.supports_fd else partial.path
-        os.utime(target, ns=(time.time_ns(), mtime_ns))
+        os.utime(partial.path, ns=(time.time_ns(), mtime_ns))
         info = os.fstat(partial.fileno())  # the file system may have rounded the time
         if info.st_size != partial.size or partial.length not in (None, partial.size):
             raise OSError(errno.EIO, "the partial file has %d bytes, not the %d received of %s" % (
                 info.st_size, partial.size, partial.length))
-        head = replace_fields(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
-        return self._settle(partial.path, partial, head, may_move=True)
+        head = replace_fields(
+            partial.head, size=partial.size, mtime_ns=info.st_mtime_ns, sha256=partial.sha256())
+        self._publish(partial.path, partial, head)
 
     def link(self, stored: StoredResponse) -> None:
         """Store a body under the key of its head as well, as a hard link.
@@ -3505,70 +3482,50 @@ class Store:
         """
         if not stored.described:
             raise OSError(errno.EPERM, "the file was not stored by pkgproxy")
-        make_directory(os.path.join(self.metadata_folder, "partials"))
-        self._settle(self.body_path(stored.name), stored, stored.head, may_move=False)
-
-    def _settle(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead,
-                may_move: bool) -> bool:
-        """Give an open file the place of its key.  Returns whether it keeps ``path`` too.  Raises OSError.
-
-        Another instance may replace ``path`` at any time, for example if somebody removed the metadata
-        folder and a second download of the key has begun.  Its growing file must never become a body.  So:
-
-        1. link ``path`` to a name that no other process uses (or rename it, if the file system has no links),
-        2. compare the file of that name with the open one: from now on the name cannot lead elsewhere,
-        3. if they are the same file, rename it into its place; else rename it back.
-
-        A link is better than renaming because while ``path`` exists, no other instance starts to download
-        the same key again.
-        """
-        own, linked = os.path.join(self.metadata_folder, "partials", "own^" + secrets.token_hex(8)), True
+        own = os.path.join(self.metadata_folder, "partials", "own^" + secrets.token_hex(8))
+        make_directory(os.path.dirname(own))
+        os.link(self.body_path(stored.name), own)
         try:
-            os.link(path, own)
-        except OSError:
-            if not may_move:
-                raise
-            if os.name == "nt":
-                own = path  # Windows can neither rename nor remove an open file
-            else:
-                os.rename(path, own)
-                linked = False
-        try:
-            if os.path.samestat(os.lstat(own), os.fstat(file.fileno())):
-                self._publish(own, head)
-                return linked
-            if not linked:
-                os.replace(own, path)
-            raise OSError(errno.ESTALE, "the file has been replaced")
+            self._publish(own, stored, stored.head)
         finally:
             _unlink(own)  # after rename() of two links to one file, both names exist still
 
-    def _publish(self, path: str, head: ResponseHead) -> None:
+    def _publish(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead) -> None:
         """Rename a body to its natural name, or to its hashed one if that is impossible.  Raises OSError."""
-        *natural, hashed = _body_names(head.key)
-        if shareable_name(head.key):
+        if digest_in_name(head.key):
             self.names.add(shareable_name(head.key), head.key)
-        for name in (*natural, hashed):
-            exists, old = self._look(name, head.key)
-            # A file with the natural name that pkgproxy did not store stays (invariant 11).
-            if (old or not exists or name == hashed) and self._rename_into_place(path, name, head, old):
+        places = self._places(head.key)
+        hashed = places[-1][0]
+        for name, _, _ in places:
+            exists, old = self.find_head(name, head.key)
+            if exists and not old and name != hashed:  # a foreign file stays (invariant 11)
+                head = replace_fields(head, displaced=True)
+            elif self._rename_into_place(path, file, name, head, old):
+                self.space.add(-old.size if old else 0, 0 if old else 1)
                 if name != hashed:
                     self.delete_file(hashed, head.key)
                 return
         raise OSError(errno.EEXIST, "a file that pkgproxy did not store has its name")
 
-    def _rename_into_place(self, path: str, name: str, head: ResponseHead, old: ResponseHead | None) -> bool:
-        """Rename a body to ``name``, replacing the one that ``old`` describes.
+    def _rename_into_place(self, path: str, file: StoredResponse | PartialFile, name: str, head: ResponseHead,
+                           old: ResponseHead | None) -> bool:
+        """Rename the open file from ``path`` to ``name``.  Returns False if the file system refuses the name.
 
-        Returns False if the file system refuses the name.  Raises OSError.
+        Raises OSError.  The head is written first, into a file that keeps the head of a replaced body too.
+        So at each moment, even after a crash, the visible body has a head that describes it, and no reader
+        mixes two generations.
 
-        The head is written first, into a file that keeps the old one too.  So at each moment, even after a
-        crash, the visible body has a head that describes it, and no reader mixes two generations.
+        Another instance may replace ``path`` at any time, for example if somebody removed the metadata folder
+        and a second download of the key has begun.  Its growing file must not become a body:
+
+        1. rename ``path`` into its place (a growing file there is not used: no head describes it),
+        2. compare the file in the place with the open one,
+        3. if they are not the same, rename the other instance's file back to ``path``.
         """
-        place = self.body_path(name)
+        place, head_path = self.body_path(name), self.head_path(name)
         for last in (False, True):
             try:
-                _write_heads(self.head_path(name), [head, old] if old else [head])
+                _write_heads(head_path, [head, old] if old and old.verified else [head])
                 make_directory(os.path.dirname(place))
                 _rename(path, place)
                 break
@@ -3577,18 +3534,30 @@ class Store:
                     return False
                 if last or error.errno != errno.ENOENT:  # a folder was removed between two steps: once more
                     raise
+        if os.name != "nt" and not os.path.samestat(os.lstat(place), os.fstat(file.fileno())):
+            os.replace(place, path)
+            raise OSError(errno.ESTALE, "the partial file was replaced")
+        if old:  # it would fit the new body as well if that had the same size and lost its time
+            with contextlib.suppress(OSError):
+                _write_heads(head_path, [head])
         return True
 
     def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
-        """Save a head that a validation has updated; a failure costs only the next validation."""
-        head = replace_fields(head, size=stored.head.size, mtime_ns=stored.head.mtime_ns)
+        """Save a head that a validation has updated; a failure costs only the next validation.
+
+        A body that had no head becomes pkgproxy's own by this: it is counted, and may be evicted.
+        """
+        known = {"size": stored.head.size, "mtime_ns": stored.head.mtime_ns}
         with contextlib.suppress(OSError):
-            if _describes(head, os.lstat(self.body_path(stored.name))):  # else a newer body has been stored
-                _write_heads(self.head_path(stored.name), [head])
+            info = os.lstat(self.body_path(stored.name))
+            if known == {"size": info.st_size, "mtime_ns": info.st_mtime_ns}:  # else a newer body is stored
+                _write_heads(self.head_path(stored.name), [replace_fields(head, **known)])
+                if not stored.described:
+                    self.space.add(info.st_size, 1)
 
     def delete(self, key: str) -> None:
         """Delete the stored response for a key; other files are left alone (invariant 11)."""
-        for name in _body_names(key):
+        for name, _, _ in self._places(key):
             self.delete_file(name, key)
 
     def delete_file(self, name: str, key: str | None = None) -> bool:
@@ -3596,21 +3565,24 @@ class Store:
 
         A head without a body is deleted too.  Returns whether there was such a response.
         """
-        exists, head = self._look(name, key)
+        exists, head = self.find_head(name, key)
         if head:
             _unlink(self.body_path(name))
         if head or not exists:
             _unlink(self.head_path(name))
         return head is not None
 
-    def _look(self, name: str, key: str | None) -> tuple[bool, ResponseHead | None]:
-        """Return whether a file of this name exists, and the head that describes it (for this key)."""
+    def find_head(self, name: str, key: str | None) -> tuple[bool, ResponseHead | None]:
+        """Return whether a file of this name exists, and the head by which it is pkgproxy's own.
+
+        ``key`` is the cache key that the head must have; None: any.
+        """
         try:
             info = os.lstat(self.body_path(name))
         except OSError:
             return False, None
-        heads = (head for head in _read_heads(self.head_path(name)) if key in (None, head.key))
-        return True, next((head for head in heads if _describes(head, info)), None)
+        heads = _read_heads(self.head_path(name)) if stat.S_ISREG(info.st_mode) else ()
+        return True, _matching_head(heads, key, info)
 
     def take_access_times(self) -> dict[str, float]:
         """Return the clock times of the last uses since the last call, by name.
@@ -3620,6 +3592,17 @@ class Store:
         with self._lock:
             used, self._used = self._used, {}
         return used
+
+    def snapshot(self) -> dict[str, int | None]:
+        """Describe the size of the cache for the status page, current to the last stored file.
+
+        ``bytes`` and ``files`` are pkgproxy's own, ``limit`` is --max-size (None: not set), and ``free`` are
+        the free bytes on the disk (None: unknown).
+        """
+        free = None
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self.root).free
+        return {**self.space.snapshot(), "free": free}
 
     def free_space(self) -> int:
         """Return the free bytes without the reserve, which may be negative.  Raises OSError."""
@@ -3637,14 +3620,18 @@ class Store:
 
     def list_hosts(self) -> list[str]:
         """Return the hosts with stored responses.  Raises OSError if the root cannot be read."""
-        folders = []
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
-            folders = [entry.name for entry in entries if entry.name != METADATA_FOLDER and entry.is_dir()]
-        return sorted(name for name in folders if os.path.isdir(self.head_path(name)[:-len("^head")]))
+        with contextlib.suppress(FileNotFoundError):
+            names = os.listdir(self.head_path("")[:-len("^head")])
+            return sorted(name for name in names if os.path.isdir(self.body_path(name)))
+        return []
 
     def _find_places(self, key: str) -> list[tuple[str, str, str]]:
-        """Return the names that a key's body may have, with the paths of body and head file."""
-        return [(name, self.body_path(name), self.head_path(name)) for name in _body_names(key)]
+        """Return the names that a key's body may have, with the paths of body and head file.
+
+        The preferred name comes first, the hashed one last.
+        """
+        names = cache_file_names(key, os.name == "nt")
+        return [(name, self.body_path(name), self.head_path(name)) for name in names if name is not None]
 
     def body_path(self, name: str) -> str:
         """Return the path of a name's body."""
@@ -3653,6 +3640,21 @@ class Store:
     def head_path(self, name: str) -> str:
         """Return the path of a name's head file."""
         return "%s/heads/%s^head" % (self.metadata_folder, name)
+
+
+def verify_copy(store: Store, stored: StoredResponse) -> StoredResponse | None:
+    """Check a copied body against the digest in its head, and save its new time.
+
+    Returns None, and closes the body, if it is another one; ``stored`` if that is known or cannot be told.
+    """
+    if stored.head.verified or not stored.head.sha256:
+        return stored
+    with contextlib.suppress(OSError):
+        if hash_body("sha256", stored).hexdigest() == stored.head.sha256:
+            store.update_head(stored, stored.head)
+            return replace_fields(stored, head=replace_fields(stored.head, verified=True))
+    stored.close()
+    return None
 
 
 class PartialStore:
@@ -3737,21 +3739,16 @@ class Entry(NamedTuple):
 
     used: float  # clock time of the last use
     size: int  # bytes on the disk
-    name: str  # path below the root; "": counted, but never evicted
+    name: str = ""  # path below the root; "": counted, but never evicted
+    is_response: bool = False
 
-    @property
-    def is_response(self) -> bool:
-        """Whether it is a stored response."""
-        return bool(self.name) and not self.name.startswith(METADATA_FOLDER)
+    def eviction_order(self) -> tuple[bool, bool, float, int]:
+        """Sort leftovers of downloads first, then the least recently used, indexes last.
 
-
-def _eviction_order(entry: Entry) -> tuple[bool, bool, float, int]:
-    """Sort leftovers of downloads first, then the least recently used, indexes last.
-
-    Of two links to one file, the one that frees nothing goes first.
-    """
-    is_index = entry.is_response and classify_name("http://" + entry.name) is NameClass.INDEX
-    return not entry.name.startswith(METADATA_FOLDER + "/partials"), is_index, entry.used, entry.size
+        Of two links to one file, the one that frees nothing goes first.
+        """
+        is_index = self.is_response and classify_name("http://" + self.name) is NameClass.INDEX
+        return self.is_response, is_index, self.used, self.size
 
 
 class EvictionReport(NamedTuple):
@@ -3772,39 +3769,52 @@ class Evictor:
     def run(self, config: Config, now: float) -> EvictionReport:
         """Count all files of the cache, and evict expired and excess ones.
 
-        Also builds a missing name index and removes old leftovers.  Files that pkgproxy did not store stay.
-        Raises OSError if the root cannot be read.
+        Also removes old leftovers.  Files that pkgproxy did not store stay.  Raises OSError if the root
+        cannot be read.
         """
-        assumed, demand = self._store.space.take_demand()
+        assumed, assumed_files, demand = self._store.space.take_demand()
         entries = list(self._walk(self._store.take_access_times(), now))
-        responses = [entry.name for entry in entries if entry.is_response]
-        # The new index takes up to 256 files, so it waits until there are enough inodes.
-        if responses and self._store.free_inodes() > SPARE_INODES and not self._store.names.is_complete():
-            with contextlib.suppress(OSError):
-                self._store.names.rebuild(
-                    (shareable_name(head.key), head.key) for name in responses
-                    for head in _read_heads(self._store.head_path(name)) if shareable_name(head.key))
         total = sum(entry.size for entry in entries)
         spare, free = min(total // 20, MAX_SPARE), self._store.free_space()
         if config.max_size is not None:
             free = min(free, config.max_size - total)
         # A download that would not fit into an empty cache evicts nothing.
         excess = max(spare, demand if demand - free <= total else 0) - free
-        removed, freed = self._evict(entries, config.max_age, excess, now)
-        self._store.space.correct(total - freed - assumed, spare)
-        return EvictionReport(len(responses), total, removed, freed)
+        removed, freed = self._evict([entry for entry in entries if entry.name], config.max_age, excess, now)
+        files = sum(entry.is_response for entry in entries)
+        self._store.space.correct(total - freed - assumed, files - removed - assumed_files, spare)
+        return EvictionReport(files, total, removed, freed)
+
+    def log_foreign_files(self) -> None:
+        """Log how many visible files are not pkgproxy's own, and why.  Raises OSError."""
+        store, counts = self._store, collections.Counter[str]()
+        hosts = [""] if store.trust_bare else store.list_hosts()
+        for folder, subfolders, files in itertools.chain(*(os.walk(store.body_path(host)) for host in hosts)):
+            subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
+            for path in (os.path.join(folder, file) for file in files):
+                name = os.path.relpath(path, store.root).replace(os.sep, "/")
+                if store.find_head(name, None) == (True, None):
+                    has_head = os.path.exists(store.head_path(name))
+                    counts["another size than .pkgproxy says" if has_head else "no head in .pkgproxy"] += 1
+                    counts["bytes"] += os.lstat(path).st_size
+        size = counts.pop("bytes", 0)
+        if counts:
+            log.info("%d files (%d MB) in %s are not under pkgproxy's care, and are never deleted: %s. "
+                     "Packages without a head are checked when they are requested.",
+                     sum(counts.values()), size // 10**6, store.root,
+                     ", ".join("%d have %s" % (number, reason) for reason, number in sorted(counts.items())))
 
     def _evict(self, entries: list[Entry], max_age: float | None, excess: int, now: float) -> tuple[int, int]:
         """Evict until ``excess`` bytes and enough inodes are free; return removed responses and bytes."""
         removed, freed, inodes = 0, 0, self._store.free_inodes()
         if excess <= 0 and inodes >= SPARE_INODES and max_age is None:
             return 0, 0  # sorting a large cache takes a while
-        for entry in sorted(entries, key=_eviction_order):
+        for entry in sorted(entries, key=Entry.eviction_order):
             expired = max_age is not None and now - entry.used > max_age
             # A time in the future comes from a clock that has been set back since.
             unused = abs(now - entry.used) > MIN_EVICTION_AGE
             wanted = expired or freed < excess or inodes < SPARE_INODES
-            if entry.name and unused and wanted and self._remove(entry):
+            if unused and wanted and self._remove(entry):
                 removed, freed = removed + entry.is_response, freed + entry.size
                 inodes = self._store.free_inodes()
         return removed, freed
@@ -3815,7 +3825,7 @@ class Evictor:
         for folder, _, files in os.walk(self._store.metadata_folder):
             part = folder[len(self._store.metadata_folder) + 1:].partition(os.sep)[0]
             with contextlib.suppress(OSError):  # each folder of heads has a counterpart with bodies
-                yield Entry(now, size_on_disk(os.lstat(folder)) * (2 if part == "heads" else 1), "")
+                yield Entry(now, size_on_disk(os.lstat(folder)) * (2 if part == "heads" else 1))
             for file in files:
                 with contextlib.suppress(OSError):
                     path = os.path.join(folder, file)
@@ -3825,16 +3835,10 @@ class Evictor:
                     elif part == "partials" and info.st_mtime < now - DAY:
                         os.unlink(path)  # nobody has resumed it for a day
                     else:
-                        yield self._other_entry(part, file, info, now)
-
-    def _other_entry(self, part: str, file: str, info: os.stat_result, now: float) -> Entry:
-        """Return the entry of a file that is not a head; leftovers and name buckets can be evicted."""
-        used = info.st_mtime
-        if part == "partials" and "." not in file:  # its lock, not its time, tells whether it is in use
-            used = min(used, now - MIN_EVICTION_AGE - 1)
-        evictable = part in ("partials", "names") and "^" not in file and file != _COMPLETE_MARK
-        name = "%s/%s/%s" % (METADATA_FOLDER, part, file) if evictable else ""
-        return Entry(used, size_on_disk(info), name)
+                        name = "%s/%s/%s" % (METADATA_FOLDER, part, file) if part == "partials" else ""
+                        # A lock tells whether a file is in use.  If it has an owner instead, its time does.
+                        last = math.inf if "." in file else now - MIN_EVICTION_AGE - 1
+                        yield Entry(min(info.st_mtime, last), size_on_disk(info), "" if "^" in file else name)
 
     def _response_entry(self, path: str, head: os.stat_result, used: dict[str, float],
                         seen: set[tuple[int, int]], now: float) -> Entry:
@@ -3848,14 +3852,16 @@ class Evictor:
             if head.st_mtime < now - DAY:  # else a download may be about to rename the body into place
                 _unlink(path)
         if not (path.endswith("^head") and stat.S_ISREG(info.st_mode)):
-            return Entry(head.st_mtime, size, "")
+            return Entry(head.st_mtime, size)
         if name in used:
-            _save_access_time(body, used[name])
+            # If another body takes the place just now, it gets a wrong time, and is verified by its digest.
+            with contextlib.suppress(OSError):
+                os.utime(body, ns=(int(used[name] * 10**9), info.st_mtime_ns))
         if (info.st_dev, info.st_ino) not in seen:  # links to one file take its space once
             size += size_on_disk(info)
         if info.st_nlink > 1:
             seen.add((info.st_dev, info.st_ino))
-        return Entry(max(used.get(name, 0.0), info.st_atime), size, name)
+        return Entry(max(used.get(name, 0.0), info.st_atime), size, name, True)
 
     def _remove(self, entry: Entry) -> bool:
         """Remove an entry's files, and the folders that become empty.
@@ -3865,9 +3871,11 @@ class Evictor:
         path = self._store.body_path(entry.name)
         if entry.is_response:
             removed = self._store.delete_file(entry.name)
-            for place in (path, self._store.head_path(entry.name)) if removed else ():
+            for folder in map(os.path.dirname, (path, self._store.head_path(entry.name)) if removed else ()):
                 with contextlib.suppress(OSError):  # the folder is not empty
-                    os.removedirs(os.path.dirname(place))
+                    while folder not in (self._store.root, self._store.metadata_folder):
+                        os.rmdir(folder)
+                        folder = os.path.dirname(folder)
             return removed
         with contextlib.suppress(OSError), io.FileIO(os.open(path, _WRITABLE & ~os.O_CREAT), "r+b") as file:
             if try_lock_file(file):
@@ -4008,8 +4016,15 @@ class SingleFlight:
         self._lock = threading.Lock()  # guards _flights
         self._flights: dict[str, Flight] = {}
 
-    def join(self, key: str) -> tuple[Flight, bool]:
-        """Return the flight for a key, and whether the caller leads it and must finish it."""
+    def join(self, key: str, overdue: Flight | None = None) -> tuple[Flight, bool]:
+        """Return the flight for a key, and whether the caller leads it and must finish it.
+
+        A flight whose head is ``overdue`` gives way to another.
+        """
+        if overdue is not None:
+            # It must not store what a POST may invalidate, once it is not known here any more.
+            overdue.forbid_storing()
+            self.remove(overdue)
         with self._lock:
             leads = key not in self._flights
             if leads:
@@ -4113,12 +4128,12 @@ class MemcachedClient:
                 return self._exchange_on(idle, message)
         with socket.create_connection(self._address, MEMCACHED_TIMEOUT) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            file = sock.makefile("rwb")
-        return self._exchange_on(file, message)
+            return self._exchange_on(sock.makefile("rwb"), message)
 
     def _exchange_on(self, file: Any, message: bytes) -> list[str]:
         """Send a command and read the response; keep the connection if that was complete."""
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(file.close)
             file.write(message)
             file.flush()
             words = self._read_words(file)
@@ -4127,14 +4142,10 @@ class MemcachedClient:
                 words += data if data != ["END"] and self._read_words(file) == ["END"] else []
             if words[0] not in ("STORED", "NOT_STORED", "EXISTS", "NOT_FOUND", "END", "VALUE"):
                 raise OSError(errno.EPROTO, "memcached says %s" % " ".join(words))
-        except BaseException:
-            file.close()
-            raise
-        with self._lock:
-            if len(self._idle) < POOL_SIZE:
-                self._idle.append(file)
-                return words
-        file.close()
+            with self._lock:
+                if len(self._idle) < POOL_SIZE:
+                    self._idle.append(file)
+                    stack.pop_all()
         return words
 
     def _read_words(self, file: Any) -> list[str]:
@@ -4144,19 +4155,11 @@ class MemcachedClient:
         return str(line).split()
 
 
-class LeaseState(enum.Enum):
-    """Who may download a key."""
-
-    OURS = "ours"  # the caller, and nobody else
-    TAKEN = "taken"  # another instance
-    UNSHARED = "unshared"  # the caller, but other instances may think the same: nobody could be asked
-
-
 class Lease(NamedTuple):
     """The right to download a key, as far as other instances are concerned."""
 
     owner: str  # suffix of the partial file; "": there are no leases, and the lock on the file decides
-    state: LeaseState
+    exclusive: bool  # False: other instances may have it, too, because memcached could not be asked
 
 
 class LeaseManager:
@@ -4187,14 +4190,14 @@ class LeaseManager:
             return server.holder(name)[0]
         return ""
 
-    def acquire(self, key: str) -> Lease:
-        """Ask for the lease of a key; the caller must release() it unless it is taken."""
+    def acquire(self, key: str) -> Lease | None:
+        """Return the lease of a key, which the caller must release(); None if another instance has it."""
         if not self._servers and not self._alone:
-            return Lease("", LeaseState.OURS)
+            return Lease("", True)
         with contextlib.suppress(OSError, IndexError):  # no servers, or out of reach
             owner, ours = self.try_acquire(key)
-            return Lease(owner, LeaseState.OURS if ours else LeaseState.TAKEN)
-        return Lease(secrets.token_hex(8), LeaseState.UNSHARED)
+            return Lease(owner, True) if ours else None
+        return Lease(secrets.token_hex(8), False)
 
     def try_acquire(self, key: str) -> tuple[str, bool]:
         """Return the owner of a key's lease, and whether the caller has just become it.
@@ -4255,6 +4258,38 @@ class LeaseManager:
         if holder == owner:
             return server.cas(name, owner, unique, seconds)
         return seconds > 0 and not holder and server.add(name, owner)  # memcached was restarted
+
+
+class OrphanLimiter:
+    """Limits how many downloads continue without a client: the oldest ones may, if they are fast enough.
+
+    A client that breaks off often comes back for the same file, so its download should not be lost.  But a
+    client could start downloads and leave, again and again, and each holds a thread, a connection and disk
+    space.  What a stopped download has received is kept for the next request (see ``keep_for_resume``).
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()  # guards _orphans
+        self._orphans: dict[int, tuple[float, int]] = {}  # time (monotonic) and size at the last speed check
+
+    def may_continue(self, partial: PartialFile) -> bool:
+        """Return whether a download may continue: it has clients, or it is one of the permitted orphans."""
+        has_readers, now = partial.has_readers(), time.monotonic()
+        with self._lock:
+            since, size = self._orphans.get(id(partial), (now, partial.size))
+            check_due = now - since > RATE_WINDOW
+            if has_readers or check_due and partial.size - size < MIN_RATE * (now - since):
+                self._orphans.pop(id(partial), None)
+                return has_readers
+            if check_due or id(partial) not in self._orphans and len(self._orphans) < self._limit:
+                self._orphans[id(partial)] = now, partial.size
+            return id(partial) in self._orphans
+
+    def remove(self, partial: PartialFile) -> None:
+        """Forget a download that has ended."""
+        with self._lock:
+            self._orphans.pop(id(partial), None)
 
 
 def start_thread(work: Callable[..., object], *arguments: Any) -> None:
@@ -5485,6 +5520,12 @@ def read_file_slice(part: FileSlice) -> bytes:
     return data
 
 
+def file_version(stored: StoredResponse) -> tuple[int, int, int]:
+    """Return what changes when a file is removed, replaced or written to; OSError."""
+    info = os.fstat(stored.fileno())
+    return info.st_nlink, info.st_ctime_ns, info.st_size
+
+
 @dataclasses.dataclass(frozen=True)
 class Download:
     """A response on its way from an origin to the disk, with all that its writer and its readers need.
@@ -5602,6 +5643,11 @@ class TailingBody:
             self._download.partial.release()
 
 
+# Fields that describe the very bytes of a body, and so not those of a body with rewritten links.
+_BODY_FIELDS = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
+                "content-digest", "repr-digest")
+
+
 class LinkRewritingBody:
     """A response body whose links are rewritten on the way, so that they lead through the proxy."""
 
@@ -5640,6 +5686,18 @@ class LinkRewritingBody:
     def close(self) -> None:
         """Close the original body."""
         self._body.close()
+
+
+def rewrite_for_prefix(request: Request, response: Response) -> Response:
+    """Make the links of a response lead through the proxy, if its client put the proxy's address before the
+    URL; else return the response as it is."""
+    links = link_pattern_for(request, response.head)
+    if links is None:
+        return response
+    head = replace_fields(response.head, fields=without_fields(response.head.fields, _BODY_FIELDS))
+    host = field_value(request.fields, "Host")
+    body = LinkRewritingBody(response.body, links, "http://%s/" % host if host else "/", request.target)
+    return replace_fields(response, head=head, body=body)
 
 
 # Responses to clients, by where their bodies come from
@@ -5681,11 +5739,11 @@ def response_from_origin(request: Request, response: OriginResponse, decision: C
 
 
 def shared_cache_status(decision: CacheDecision, head: ResponseHead) -> CacheStatus:
-    """Describe a response whose body was found to be the same as another mirror's file."""
+    """Describe a response whose body is a file of another mirror, or an adopted one."""
     detail = "same as " + head.same_as
     if digest_in_name(head.key):  # the origin was not asked at all
         return CacheStatus(Outcome.SHARED, detail=detail)
-    return CacheStatus(Outcome.SHARED, decision.forward, 206, stored=True, detail=detail)
+    return CacheStatus(Outcome.SHARED, decision.forward, head.status, stored=True, detail=detail)
 
 
 # What clients may have, and what origins are asked for
@@ -5698,6 +5756,7 @@ def look_up_for_client(store: Store, origin: OriginClient, request: Request) -> 
     head does not tell where it came from, so the address of its host is checked again.
     """
     stored = store.lookup(request.key)
+    stored = verify_copy(store, stored) if stored is not None else None
     if stored is None or request.client_is_local:
         return stored
     if stored.head.local_clients_only or not (
@@ -5705,16 +5764,6 @@ def look_up_for_client(store: Store, origin: OriginClient, request: Request) -> 
         stored.close()
         return None
     return stored
-
-
-def may_share_download(request: Request, head: ResponseHead) -> bool:
-    """Return whether a request's client may have what is being downloaded for another client.
-
-    The key is the same.  What may differ is where the clients are, and the fields that Vary names: then the
-    follower asks the origin for itself.  Requests with Authorization never get here (see SharedFetch).
-    """
-    allowed = request.client_is_local or not head.local_clients_only
-    return allowed and selecting_fields(request, head) == head.vary
 
 
 def full_request(request: Request, config: Config, deadline: float | None = None) -> OriginRequest:
@@ -5738,16 +5787,23 @@ def fetch_full(origin: OriginClient, origin_request: OriginRequest) -> OriginRes
 
 def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, request: Request,
                       stored: StoredResponse, config: Config) -> ResponseHead | None:
-    """Return the origin's head for a body file without one, if size and date show that it is the same."""
+    """Return the origin's head for a body file without one, if size and date show that it is the same.
+
+    The answer to a HEAD tells them, so the file is not read.  Below the root, where names tell versions
+    apart, a file with a later date than the origin's is a copy that has lost its time.
+    """
     response = origin.fetch(replace_fields(origin_request, method="HEAD"))
     response.close()
     head, size = response.head, content_length(response.head.fields)
     modified = parse_date(field_value(head.fields, "Last-Modified"))
-    same = size == stored.head.size and modified == stored.head.mtime_ns // 10**9
+    written = stored.head.mtime_ns // 10**9
+    same_date = modified == written or bool(stored.name) and modified is not None and modified < written
+    same = size == stored.head.size and same_date
     if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
         return None
-    return replace_fields(stored.head, fields=storable_fields(head.fields), final_uri=head.final_uri,
-                          request_time=head.request_time, response_time=head.response_time)
+    return replace_fields(head, fields=storable_fields(head.fields), key=request.key,
+                          vary=selecting_fields(request, head), size=stored.head.size,
+                          mtime_ns=stored.head.mtime_ns, same_as=stored.head.same_as)
 
 
 # Failures
@@ -5755,6 +5811,12 @@ def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, reque
 
 def _site(target: Target) -> str:
     return "%s://%s" % (target.scheme, target.authority)
+
+
+def is_site_down(request: Request, error: OriginError) -> bool:
+    """Return whether there is no connection to a request's own origin, and not just where a redirect led."""
+    is_here = error.target is None or _site(error.target) == _site(request.target)
+    return error.unreachable and is_here
 
 
 class RecentFailures:
@@ -5795,9 +5857,8 @@ class RecentFailures:
         """
         lasts = error.unreachable or isinstance(error, OriginTimeoutError)
         lasts = lasts and field_value(request.fields, "Authorization") is None
-        redirected = error.target is not None and _site(error.target) != _site(request.target)
         events = self._unreachable if lasts else self._errors
-        name = _site(request.target) if lasts and error.unreachable and not redirected else request.key
+        name = _site(request.target) if lasts and is_site_down(request, error) else request.key
         is_new = events.note_first(name, ORIGIN_BACKOFF)
         events.note(name, str(error))
         log.log(logging.WARNING if is_new else logging.DEBUG, "%s Serving the stored copy%s.", error,
@@ -5882,172 +5943,76 @@ class LocalFileResponse(OriginResponse):
         self._stored.close()
 
 
-def _read_proof(response: OriginResponse, origin_request: OriginRequest) -> bytes:
-    """Read a range of at most PROOF_SIZE bytes, and up to one byte more if the origin sends too many;
-    OriginError, socket.timeout."""
-    data = b""
-    response.set_deadline(origin_request.timeout_for(VALIDATION_TIMEOUT))  # its client waits for a first byte
-    while len(data) <= PROOF_SIZE and (piece := response.read(PROOF_SIZE)):
-        data += piece
-    return data
+def _head_by_digest(request: Request, stored: StoredResponse) -> ResponseHead | None:
+    """Return the head of a body at another mirror, if the body has the digest in the request's key.
 
-
-def _under_other_head(stored: StoredResponse, head: ResponseHead) -> StoredResponse:
-    """Give a stored body the head that it has at another mirror."""
-    # A query may hold another client's password, so it is not shown.
-    same_as = stored.head.key.partition("?")[0] if stored.name else stored.head.same_as
-    local_clients_only = head.local_clients_only or stored.head.local_clients_only
-    return replace_fields(stored, head=replace_fields(
-        head, size=stored.head.size, mtime_ns=stored.head.mtime_ns, local_clients_only=local_clients_only,
-        same_as=same_as))
-
-
-def _has_named_digest(key: str, stored: StoredResponse) -> bool:
-    """Return whether a body has the digest in a key's name, if that has one.  An unreadable body has not."""
-    with contextlib.suppress(StorageError):
-        return matches_digest_in_name(key, stored)
-    return False
+    It has those of its fields that describe the file and not the mirror it came from.  StorageError.
+    """
+    if not matches_digest_in_name(request.key, stored):
+        return None
+    fields = tuple(field for field in stored.head.fields
+                   if field[0].lower() in ("content-type", "last-modified", "date"))
+    return replace_fields(stored.head, fields=fields, key=request.key)
 
 
 class MirrorDeduplicator:
-    """Finds a stored file that is identical to one requested from another mirror.
+    """Finds a file that is certainly the one requested, although it is not stored from the requested URL.
 
-    Two files of one name are identical if that name holds their digest, or else if the origin shows it: by
-    the size and by the first and last bytes, which hold the checksums of an archive.
-
-    Public: ``find_identical``, ``find_substitute``, ``check_status``, ``has_candidates``.
+    If the key contains a digest, that is any stored or adopted file of this digest, and no origin is asked.
+    Else it is an adopted file of the same name, if the origin confirms its size and date.
     """
 
     def __init__(self, store: Store, origin: OriginClient, config: Config) -> None:
         self._store = store
         self._origin = origin
-        self._sharing = config.sharing
         self._adopted_folders = tuple(os.path.join(folder, "") for folder in config.adopt)
 
-    def find_identical(self, request: Request, origin_request: OriginRequest,
-                       config: Config) -> StoredResponse | OriginResponse | None:
-        """Find an identical file, under the head that it has at this mirror.
+    def find_identical(self, request: Request, config: Config,
+                       origin_request: OriginRequest | None = None) -> StoredResponse | None:
+        """Find an identical file, under the head that it has at this mirror; None if there is none.
 
-        Return the origin's response instead if the origin answered the probe with the whole file, or None.
-        OriginError if the origin cannot be asked, and there is a substitute.
+        Without ``origin_request``, the origin is not asked.
         """
-        try:
-            with self._candidates(request) as candidates:
-                if digest_in_name(request.key):
-                    return self._match_digest(request, candidates)
-                if candidates:
-                    return self._match_probe(request, origin_request, candidates, config)
-        except (CannotResumeError, StorageError, OSError) as error:
-            log.debug("%s: %s", request.key, error)
-        except OriginError:
-            if self._has_substitute(request):
-                raise
-        return None
-
-    def check_status(self, request: Request, response: OriginResponse) -> None:
-        """Raise OriginError if a mirror is unavailable, and there is a substitute."""
-        if response.head.status in UNAVAILABLE_STATUSES and self._has_substitute(request):
-            response.close()
-            raise OriginError("%s answers %d." % (request.target.authority, response.head.status))
-
-    def find_substitute(self, request: Request) -> StoredResponse | None:
-        """Find a file of the same name from a mirror that has lately been shown to have the same files."""
         has_digest = digest_in_name(request.key) is not None
-        with self._candidates(request) as candidates:
-            for candidate in candidates:
-                prefixes = mirror_prefixes(request.key, candidate.head.key)
-                if _has_named_digest(request.key, candidate) if has_digest else (
-                        candidate.name and self._store.names.are_mirrors(prefixes)):
-                    candidates.remove(candidate)
-                    return candidate
+        for stored in self._candidates(request):
+            head = None
+            with contextlib.suppress(StorageError, OriginError):
+                if has_digest:
+                    head = _head_by_digest(request, stored)
+                elif origin_request is not None:
+                    timely = replace_fields(origin_request, deadline=time.monotonic() + VALIDATION_TIMEOUT)
+                    head = confirm_bare_file(self._origin, timely, request, stored, config)
+            if head is not None:
+                return replace_fields(stored, head=head)
+            stored.close()
         return None
 
-    def _has_substitute(self, request: Request) -> bool:
-        stored = self.find_substitute(request)
+    def has_candidates(self, request: Request) -> bool:
+        """Return whether any file might be identical."""
+        stored = next(self._candidates(request), None)
         _close(stored)
         return stored is not None
 
-    def has_candidates(self, request: Request) -> bool:
-        """Return whether any stored file might be identical."""
-        with self._candidates(request) as candidates:
-            return bool(candidates)
-
-    @contextlib.contextmanager
-    def _candidates(self, request: Request) -> Iterator[list[StoredResponse]]:
-        """Open the files of the same name that the client may have; those left in the list are closed."""
-        candidates: list[StoredResponse] = []
-        try:
-            for stored in self._open_same_name(request):
-                if stored.head.vary or field_value(stored.head.fields, "Content-Encoding"):
-                    stored.close()
-                else:
-                    candidates.append(stored)
-            yield candidates
-        finally:
-            for stored in candidates:
-                stored.close()
-
-    def _open_same_name(self, request: Request) -> Iterator[StoredResponse]:
+    def _candidates(self, request: Request) -> Iterator[StoredResponse]:
+        """Open the files of the same name that the client may have, one after the other."""
         name, has_digest = shareable_name(request.key), digest_in_name(request.key) is not None
         # A client that says no-cache doubts what the proxy has: it may have seen a wrong digest, say.
         doubted = "no-cache" in cache_directives(request.fields)
-        unproven = not self._sharing and not has_digest
-        if not name or doubted or unproven or field_value(request.fields, "Authorization") is not None:
+        if not name or doubted or field_value(request.fields, "Authorization") is not None:
             return
-        # A file fetched over http is never used for an https URL, unless a digest in the URL proves it.
-        schemes = ("http:", "https:") if request.target.scheme == "http" or has_digest else ("https:",)
-        for key in [*self._store.names.lookup(name), request.key.replace("%2B", "+")]:
-            if key != request.key and key.startswith(schemes):
-                stored = look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
-                if stored is not None:
-                    yield stored
+        for key in self._store.names.lookup(name) if has_digest else ():
+            stored = look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
+            if stored is not None and key != request.key and not (
+                    stored.head.vary or field_value(stored.head.fields, "Content-Encoding")):
+                # A query may hold another client's password, so it is not shown.
+                yield replace_fields(stored, head=replace_fields(stored.head, same_as=key.partition("?")[0]))
+            else:
+                _close(stored)
         for path in self._store.adopted.lookup(name) if self._adopted_folders else ():
             file, info = _open(path) if path.startswith(self._adopted_folders) else (None, _NO_STAT)
             if file is not None:
                 head = replace_fields(_bare_head(request.key, info), same_as="an adopted file")
                 yield StoredResponse(file, head, "", False)
-
-    def _match_digest(self, request: Request, candidates: list[StoredResponse]) -> StoredResponse | None:
-        """Take the first candidate that has the digest in the name, with those of its fields that describe
-        the file and not the mirror it came from."""
-        for candidate in candidates:
-            if _has_named_digest(request.key, candidate):
-                candidates.remove(candidate)
-                fields = tuple(field for field in candidate.head.fields
-                               if field[0].lower() in ("content-type", "last-modified", "date"))
-                head = replace_fields(candidate.head, fields=fields, key=request.key)
-                return _under_other_head(candidate, head)
-        return None
-
-    def _match_probe(self, request: Request, origin_request: OriginRequest, candidates: list[StoredResponse],
-                     config: Config) -> StoredResponse | OriginResponse | None:
-        """Take the candidate whose size, first and last bytes are those that the origin shows."""
-        origin_request = replace_fields(origin_request, deadline=time.monotonic() + VALIDATION_TIMEOUT)
-        fields = origin_request.fields + (("Range", "bytes=0-%d" % (PROOF_SIZE - 1)),)
-        response = self._origin.fetch(replace_fields(origin_request, fields=fields))
-        if response.head.status not in (206, 304, 416):
-            return response
-        with contextlib.closing(response):
-            first = _read_proof(response, origin_request)
-        start, stop, size = content_range(response.head) or (0, 0, 0)
-        head = complete_head(request, response.head)
-        if why_not_storable(replace_fields(request, method="GET"), head, config) or start or not size \
-                or stop != min(PROOF_SIZE, size):
-            return None
-        same = [one for one in candidates if one.head.size == size and one.read_at(stop, 0) == first]
-        tail = max(stop, size - PROOF_SIZE)
-        if same and tail < size:
-            with contextlib.closing(self._origin.fetch_remainder(origin_request, head, size, tail)) as rest:
-                last = _read_proof(rest, origin_request)
-            same = [one for one in same if one.read_at(PROOF_SIZE, tail) == last]
-        for one in candidates:
-            if one.name:
-                prefixes = mirror_prefixes(request.key, one.head.key)
-                self._store.names.record_comparison(prefixes, one in same)
-        if not same:
-            return None
-        candidates.remove(same[0])
-        return _under_other_head(same[0], head)
 
 
 # Small responses other than 200
@@ -6131,12 +6096,11 @@ class DownloadLocks:
         With ``ignores_lock``, return a partial file of a random name instead.  The caller must call release()
         at the end, or discard() if nothing was written.
         """
-        unshared = Lease(secrets.token_hex(8), LeaseState.UNSHARED)
-        lease = unshared if ignores_lock else self.leases.acquire(key)
-        if lease.state is LeaseState.TAKEN:
+        lease = Lease(secrets.token_hex(8), False) if ignores_lock else self.leases.acquire(key)
+        if lease is None:
             return None
         try:
-            return self.partials.open_for_writing(key, lease.owner, exclusive=lease.state is LeaseState.OURS)
+            return self.partials.open_for_writing(key, *lease)
         except StorageError:
             self.leases.release(key, lease.owner)
             raise
@@ -6176,38 +6140,6 @@ class DownloadLocks:
     def close(self) -> None:
         """Stop renewing leases."""
         self.leases.close()
-
-
-class OrphanLimiter:
-    """Limits how many downloads continue without a client: the oldest ones may, if they are fast enough.
-
-    A client that breaks off often comes back for the same file, so its download should not be lost.  But a
-    client could start downloads and leave, again and again, and each holds a thread, a connection and disk
-    space.  What a stopped download has received is kept for the next request (see ``keep_for_resume``).
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()  # guards _orphans
-        self._orphans: dict[int, tuple[float, int]] = {}  # time (monotonic) and size at the last speed check
-
-    def may_continue(self, partial: PartialFile) -> bool:
-        """Return whether a download may continue: it has clients, or it is one of the permitted orphans."""
-        has_readers, now = partial.has_readers(), time.monotonic()
-        with self._lock:
-            since, size = self._orphans.get(id(partial), (now, partial.size))
-            check_due = now - since > RATE_WINDOW
-            if has_readers or check_due and partial.size - size < MIN_RATE * (now - since):
-                self._orphans.pop(id(partial), None)
-                return has_readers
-            if check_due or id(partial) not in self._orphans and len(self._orphans) < self._limit:
-                self._orphans[id(partial)] = now, partial.size
-            return id(partial) in self._orphans
-
-    def remove(self, partial: PartialFile) -> None:
-        """Forget a download that has ended."""
-        with self._lock:
-            self._orphans.pop(id(partial), None)
 
 
 class Downloader:
@@ -6292,7 +6224,8 @@ class Downloader:
             self.failures.disk_failed(failure)
             partial.discard(cut=result is FlightResult.ALONE)
             if download.replaces:
-                partial.delete_stored()  # the stored response is outdated, and its successor is not stored
+                # The stored response is outdated, and its successor is not stored.
+                self.store.delete(partial.head.key)
         except OriginError as failure:
             log.warning("%s was not stored: %s", partial.head.key, failure)
             if isinstance(failure, DownloadAbandonedError) or partial.head.same_as:
@@ -6377,7 +6310,7 @@ class Downloader:
         mark(download.origin_request.timings, "stored")
         self.failures.disk_recovered()
         if not flight.finish_receiving():
-            partial.delete_stored()
+            self.store.delete(partial.head.key)
         return FlightResult.STORED
 
 
@@ -6511,7 +6444,8 @@ class PeerFollower:
         partial, stored = self._partial, self._downloader.store.lookup(self._flight.key)
         if stored is not None:
             with contextlib.closing(stored):
-                return self._finish_stored(stored)
+                if stored.head.verified:  # else it was there before, copied or changed by hand
+                    return self._finish_stored(stored)
         if partial is None or not partial.still_exists():
             is_whole = partial is not None and self._published and partial.size == partial.length
             return FlightResult.WHOLE if is_whole else FlightResult.ALONE
@@ -6560,26 +6494,9 @@ class PeerFollower:
 #
 # Proxy.respond() is the path of every request; start reading there.
 
-REVALIDATION_INTERVAL = 3600.0  # seconds between two validations of one response in the background
 PAIR_SPAN = 60.0  # seconds since its validation in which a file is taken for what a new signature signs
-MAX_BACKGROUND_VALIDATIONS = 4  # validations at one time that no client waits for
 # Request fields with which a large stored response may have a small answer.
 _PART_FIELDS = ("range", "if-none-match", "if-modified-since")
-# Fields that describe the very bytes of a body, and so not those of a body with rewritten links.
-_BODY_FIELDS = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
-                "content-digest", "repr-digest")
-
-
-def rewrite_for_prefix(request: Request, response: Response) -> Response:
-    """Make the links of a response lead through the proxy, if its client put the proxy's address before the
-    URL; else return the response as it is."""
-    links = link_pattern_for(request, response.head)
-    if links is None:
-        return response
-    head = replace_fields(response.head, fields=without_fields(response.head.fields, _BODY_FIELDS))
-    host = field_value(request.fields, "Host")
-    body = LinkRewritingBody(response.body, links, "http://%s/" % host if host else "/", request.target)
-    return replace_fields(response, head=head, body=body)
 
 
 def check_request_allowed(request: Request, config: Config) -> None:
@@ -6617,12 +6534,6 @@ class HotEntry:
     stored: StoredResponse  # open: its descriptor tells whether the file is still the same
     version: tuple[int, int, int]  # of that file
     text: str  # for the log
-
-
-def file_version(stored: StoredResponse) -> tuple[int, int, int]:
-    """Return what changes when a file is removed, replaced or written to; OSError."""
-    info = os.fstat(stored.fileno())
-    return info.st_nlink, info.st_ctime_ns, info.st_size
 
 
 class HotCache:
@@ -6706,6 +6617,9 @@ def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now:
     # Most large files are recognised here, before the work that their thread will do again.
     if stored.head.size > SMALL_BODY and request.method == "GET" and not any(
             name.lower() in _PART_FIELDS for name, _ in request.fields):
+        return None
+    # A copied file may have to be read to its end, and a displaced one depends on another file.
+    if stored.head.displaced or not stored.head.verified:
         return None
     version = file_version(stored)  # before it is read
     with contextlib.suppress(ProxyError):
@@ -6811,11 +6725,10 @@ class FlightLeader:
         decision, origin = decide(request, None, self.config, time.time()), self.downloader.origin
         origin_request = full_request(request, self.config, time.monotonic() + RESPONSE_HEAD_TIMEOUT)
         try:
-            found = self.mirrors.find_identical(request, origin_request, self.config)
-            if isinstance(found, StoredResponse):
+            found = self.mirrors.find_identical(request, self.config, origin_request)
+            if found is not None:
                 return self._serve_identical(decision, found, partial)
-            response = found or self._resume(origin_request, partial) or fetch_full(origin, origin_request)
-            self.mirrors.check_status(request, response)
+            response = self._resume(origin_request, partial) or fetch_full(origin, origin_request)
         except BaseException:
             self.downloader.locks.discard(partial)
             raise
@@ -6896,7 +6809,7 @@ class FlightLeader:
         of what ``partial`` has (``response.start`` > 0).
         """
         request, resumes = self.request, response.start > 0
-        if response.head.status < 500 and not (response.head.same_as and digest_in_name(request.key)):
+        if response.head.status < 500 and not response.head.same_as:
             self.downloader.failures.origin_answered(request)
         head = partial.head if partial is not None and resumes else replace_fields(
             response.head, key=request.key, vary=selecting_fields(request, response.head))
@@ -6965,32 +6878,30 @@ class SharedFetch:
         ProxyError."""
         deadline = time.monotonic() + VALIDATION_TIMEOUT
         result = self._share(deadline) if field_value(self.request.fields, "Authorization") is None else (
-            self._lead_alone(deadline, self.decision.action is Action.FETCH))
+            self._lead(deadline, self.decision.action is Action.FETCH))
         if self.decision.action is Action.VALIDATE and isinstance(result, Response) and isinstance(
                 result.body, TailingBody):
             # The stored copy could answer, so do not wait long for a first byte: a second at least.
             result.body.first_byte_deadline = max(deadline, time.monotonic() + 1)
-        return result
+        return result or FlightResult.ALONE
 
-    def _leader(self, flight: Flight, deadline: float, ignores_lock: bool = False) -> FlightLeader:
-        request = without_private_fields(self.request)
-        return FlightLeader(
-            self.downloader, self.mirrors, request, flight, self.config, deadline, ignores_lock)
+    def _lead(self, deadline: float, missing: bool, flight: Flight | None = None,
+              ignores_lock: bool = False) -> Response | None:
+        """Ask the origin in a flight; without one, in a new flight that no other request can join."""
+        request, own_flight = without_private_fields(self.request), flight or Flight(self.request.key)
+        leader = FlightLeader(
+            self.downloader, self.mirrors, request, own_flight, self.config, deadline, ignores_lock)
+        return leader.lead(missing, alone=flight is None)
 
-    def _lead_alone(self, deadline: float, missing: bool) -> Response | FlightResult:
-        """Ask the origin in a flight that no other request can join."""
-        response = self._leader(Flight(self.request.key), deadline).lead(missing, alone=True)
-        return response or FlightResult.ALONE
-
-    def _share(self, deadline: float) -> Response | FlightResult:
+    def _share(self, deadline: float) -> Response | FlightResult | None:
         """Lead a flight, or follow one; another one if it fails or if its head takes too long."""
         missing, has_failed = self.decision.action is Action.FETCH, False
         overdue: Flight | None = None
         give_up_at = time.monotonic() + FOLLOWER_HEAD_TIMEOUT
         while time.monotonic() < give_up_at:
-            flight, is_leader = self._join(overdue)
+            flight, is_leader = self.downloader.flights.join(self.request.key, overdue)
             if is_leader:
-                response = self._leader(flight, deadline, overdue is not None).lead(missing, alone=False)
+                response = self._lead(deadline, missing, flight, ignores_lock=overdue is not None)
                 if response is not None:
                     return response
             missing = False  # another flight may have stored it
@@ -6998,31 +6909,19 @@ class SharedFetch:
                 patience = max(0.0, min(FOLLOWER_PATIENCE, give_up_at - time.monotonic()))
                 partial, result = flight.wait_for_head(patience)
             except OriginError as error:
-                if self._concerns_all(error, deadline):
+                # It is also this request's error if there is no connection to the origin, or no time left to
+                # ask it because a stored response must answer.
+                is_late = self.decision.action is Action.VALIDATE and time.monotonic() >= deadline
+                if is_late or is_site_down(self.request, error):
                     raise
                 if has_failed:
-                    return self._lead_alone(deadline, missing)
+                    return self._lead(deadline, missing)
                 has_failed = True
                 continue
             if partial is not None or result is not None:
                 return self._response_of(flight, partial, result)
             overdue = flight
-        return FlightResult.ALONE
-
-    def _join(self, overdue: Flight | None) -> tuple[Flight, bool]:
-        """Join the key's flight, but not the one whose head is overdue: that gives way to another."""
-        if overdue is not None:
-            # It must not store what a POST may invalidate, once SingleFlight does not know it any more.
-            overdue.forbid_storing()
-            self.downloader.flights.remove(overdue)
-        return self.downloader.flights.join(self.request.key)
-
-    def _concerns_all(self, error: OriginError, deadline: float) -> bool:
-        """Return whether a leader's error is its followers' as well: there is no connection to the origin,
-        or no time left to ask it because a stored response must answer."""
-        is_here = error.target is None or _site(error.target) == _site(self.request.target)
-        is_late = self.decision.action is Action.VALIDATE and time.monotonic() >= deadline
-        return error.unreachable and is_here or is_late
+        return None
 
     def _response_of(self, flight: Flight, partial: PartialFile | None,
                      result: FlightResult | None) -> Response | FlightResult:
@@ -7057,16 +6956,12 @@ class EvictionThread:
         self._evictor = Evictor(store)
         # For the status page: what the last run found, and what all runs have removed.
         self.last_report = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
-        self._wake = store.space.scarce
+        self._wake = store.space.scarce  # the disk is full, or will soon be: run now
         self._stopped = threading.Event()
 
     def start(self, config: Config) -> None:
         """Run now, and then every EVICTION_INTERVAL seconds."""
         threading.Thread(target=self._run, args=(config,), daemon=True).start()
-
-    def request_run(self) -> None:
-        """Run soon: the disk is full."""
-        self._wake.set()
 
     def stop(self) -> None:
         """End the thread after the current run."""
@@ -7081,7 +6976,10 @@ class EvictionThread:
                 if config.adopt and time.monotonic() - scanned_at > ADOPT_SCAN_INTERVAL:
                     self._store.adopted.rebuild(adoptable_packages(config.adopt))
                     scanned_at = time.monotonic()
+                is_first = not self.last_report["at"]
                 self._record(self._evictor.run(config, time.time()))
+                if is_first:
+                    self._evictor.log_foreign_files()
             except OSError as error:
                 log.debug("The eviction failed: %s", error)
             except Exception:
@@ -7206,7 +7104,7 @@ class Proxy:
         self._store = store
         self._origin = OriginClient(count_received, config)
         self.evictor = EvictionThread(store)
-        self._failures = RecentFailures(self.evictor.request_run)
+        self._failures = RecentFailures(store.space.scarce.set)
         self._barrier = SingleFlight()
         self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier)
         self._downloader = Downloader(config, store, self._barrier, self._origin, self._failures,
@@ -7252,8 +7150,7 @@ class Proxy:
         if decision.action is Action.SERVE:
             if decision.refresh:
                 self._revalidator.revalidate(request.key, request.client_is_local)
-            status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
-            return response_from_store(request, stored, status)
+            return response_from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl))
         if decision.action is Action.VALIDATE and may_serve_stale_on_error(decision, stored.head):
             reason = self._failures.origin_down_reason(request)
             if reason:
@@ -7264,6 +7161,9 @@ class Proxy:
     def _forward(self, request: Request, decision: CacheDecision, config: Config) -> Response:
         """Respond to a request for which nothing stored can be used as it is."""
         if decision.action is Action.REFUSE:
+            found = self._mirrors.find_identical(request, config) if decision.forward == "uri-miss" else None
+            if found is not None:
+                return response_from_store(request, found, shared_cache_status(decision, found.head))
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
             error = ProxyError("No stored response fits, and %s." % reason, 504)
             return self._respond_despite(request, decision, error)
@@ -7342,11 +7242,7 @@ class Proxy:
             return "the request bypasses the cache"
         stored = look_up_for_client(self._store, self._origin, request)
         if stored is None:
-            # Only the operator may decide that another mirror's file is served without asking this mirror.
-            permitted = isinstance(error, OriginError) or self.config.offline or digest_in_name(request.key)
-            if decision.forward == "uri-miss" and permitted:
-                stored = self._mirrors.find_substitute(request)
-            return stored or "no stored copy"
+            return "no stored copy"
         if selecting_fields(request, stored.head) != stored.head.vary:
             reason = "the stored copy is for other request fields"
         elif decision.action is Action.REFUSE or not may_serve_stale_on_error(decision, stored.head):
@@ -7358,8 +7254,6 @@ class Proxy:
 
     def _serve_stale(self, request: Request, decision: CacheDecision, stored: StoredResponse,
                      reason: str) -> Response:
-        if stored.head.key != request.key:
-            reason += " Same name as " + stored.head.key.partition("?")[0]
         status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
         return response_from_store(request, stored, status)
 
@@ -10032,7 +9926,6 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
         Option("--max-age TIME", "remove files not used for this long (never)", "max_age", parse_duration),
         Option("-f --filters FILE", "expressions for URIs not to cache (none)", "filters_file", parse_path),
         Option("--no-heuristics", "assume no lifetime if an origin gives none (off)", "heuristics", more=OFF),
-        Option("--no-sharing", "share files between mirrors only by digest (off)", "sharing", more=OFF),
         Option("--barrier URL", "coordinate instances by memcached (file locks)", "barrier", parse_barrier),
     ),
     "origins": (

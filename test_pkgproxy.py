@@ -717,6 +717,18 @@ def make_request(uri="http://a/x", method="GET", received=CLOCK, **fields):
     return Request(method, uri, target, pairs, received=received, key=pkgproxy.cache_key(target))
 
 
+def connect_except(refused):
+    """Return a connect_fastest() that one address refuses."""
+    connect = pkgproxy.connect_fastest
+
+    def connect_fastest(addresses, timeout):
+        if addresses[0][4][0] == refused:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        return connect(addresses, timeout)
+
+    return connect_fastest
+
+
 def make_origin_request(*arguments, **more):
     """Return an OriginRequest of a local client."""
     return pkgproxy.OriginRequest(*arguments, client_is_local=True, **more)
@@ -815,7 +827,7 @@ class StructureTest(unittest.TestCase):
 
     # Code lines of sections 1 to 14.  Sections 5, 9 and 10 still exceed what they should have: 690, 690 and 517.
     # The module should have 5,700 code lines and 85 classes.
-    SECTION_LIMITS = (310, 517, 400, 104, 789, 276, 138, 598, 693, 549, 214, 400, 920, 486)
+    SECTION_LIMITS = (310, 517, 400, 104, 788, 250, 138, 598, 693, 549, 214, 400, 920, 486)
     MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 6150, 94, 40, 150, 0.25
     RULE = "A limit is only ever lowered: when something does not fit, something else goes first."
 
@@ -1557,14 +1569,6 @@ class NameRulesTest(unittest.TestCase):
             with self.subTest(path=path):
                 self.assertEqual(pkgproxy.shareable_name("http://a" + path), name)
 
-    def test_the_prefixes_of_two_mirrors_include_their_hosts(self):
-        for one, other, folders in (
-                ("http://a/x/pool/b_1.deb", "http://b/pool/b_1.deb", ("http://a/x", "http://b")),
-                ("http://a/b_1.deb", "https://a/b_1.deb", ("http://a", "https://a")),
-                ("http://a/x/b_1.deb", "http://a/y/b_1.deb", ("http://a/x", "http://a/y")),
-                ("http://a/x/b%2F1.deb", "http://b/x/b_1.deb", ("http://a/x/b%2F1.deb", "http://b/x/b_1.deb"))):
-            self.assertEqual(pkgproxy.mirror_prefixes(one, other), folders)
-
     def test_a_query_does_not_change_the_class(self):
         self.assertIs(pkgproxy.classify_name("http://a/metalink?repo=curl-1.0.rpm"), NameClass.INDEX)
         self.assertIs(pkgproxy.classify_name("http://a/x?file=/curl_1.0_all.deb"), NameClass.OTHER)
@@ -1984,6 +1988,7 @@ class StoreCase(unittest.TestCase):
 
     def lookup(self, key):
         found = self.store.lookup(key)
+        found = found and pkgproxy.verify_copy(self.store, found)
         if found is None:
             return None
         with contextlib.closing(found):
@@ -2041,7 +2046,7 @@ class StoreTest(StoreCase):
         self.assertEqual(os.listdir(self.path(pkgproxy.METADATA_FOLDER + "/partials")), [])
 
     def test_a_body_changed_outside_the_proxy_is_not_served_as_the_original(self):
-        for change in (b"bodies", b"bod", b"", b"hand"):
+        for change in (b"bodies", b"bod", b""):  # one of the same size is told by its digest: MovedCacheTest
             with self.subTest(change=change):
                 self.store_response(self.PACKAGE, b"body", Last_Modified=DATE)
                 Path(self.path("a/pool/x_1.0_all.deb")).write_bytes(change)
@@ -2054,6 +2059,51 @@ class StoreTest(StoreCase):
                 self.assertIsNone(self.lookup(self.PACKAGE))
                 self.assertEqual(Path(self.path("a/pool/x_1.0_all.deb")).read_bytes(), change)
                 shutil.rmtree(self.root)
+
+    def test_a_body_of_the_right_size_and_another_time_has_to_be_verified_and_is_pkgproxys_own(self):
+        for key in (self.PACKAGE, self.INDEX):
+            for copied in (True, False):
+                with self.subTest(key, copied=copied):
+                    self.store_response(key, b"body", Last_Modified=DATE, ETag='"x"')
+                    path = self.path(pkgproxy.cache_file_names(key)[0])
+                    if copied:
+                        os.utime(path, (2, 2))
+                    with contextlib.closing(self.store.lookup(key)) as found:
+                        self.assertEqual((found.described, found.head.verified), (True, not copied))
+                        self.assertEqual(found.head.mtime_ns, os.stat(path).st_mtime_ns)
+                        self.store.update_head(found, found.head)
+                    with contextlib.closing(self.store.lookup(key)) as found:
+                        self.assertTrue(found.head.verified)
+                    os.utime(path, (1, 1))
+                    self.store.delete(key)
+                    self.assertFalse(os.path.exists(path))
+
+    def test_a_replaced_head_is_forgotten_with_its_body(self):
+        self.store_response(self.INDEX, b"old one", ETag='"old"')
+        self.store_response(self.INDEX, b"new one", ETag='"new"')
+        os.utime(self.path("a/dists/x/InRelease"))
+        with contextlib.closing(self.store.lookup(self.INDEX)) as found:
+            self.assertEqual(found.head.fields, (("ETag", '"new"'),))
+
+    def test_a_link_of_a_users_is_not_taken_for_a_body_of_its_length(self):
+        self.store_response(self.PACKAGE, b"body")
+        os.unlink(self.path("a/pool/x_1.0_all.deb"))
+        os.symlink("link", self.path("a/pool/x_1.0_all.deb"))
+        self.store.delete(self.PACKAGE)
+        self.assertTrue(os.path.islink(self.path("a/pool/x_1.0_all.deb")))
+
+    def test_a_file_that_was_stored_beside_a_foreign_one_is_not_used_once_that_is_removed(self):
+        for key, foreign in ((self.INDEX, b"somebody's"), (self.PACKAGE, b"somebody's")):
+            with self.subTest(key):
+                name, hashed = pkgproxy.cache_file_names(key)
+                self.write(name, foreign)
+                self.store_response(key, b"origin's")
+                self.assertEqual(self.lookup(key), b"origin's")
+                self.assertTrue(os.path.exists(self.path(hashed)))
+                os.unlink(self.path(name))
+                self.assertIsNone(self.lookup(key))
+                self.store_response(key, b"again")
+                self.assertEqual((self.lookup(key), os.path.exists(self.path(hashed))), (b"again", False))
 
     def test_a_new_body_is_never_combined_with_an_old_head(self):
         self.store_response(self.INDEX, b"old one", Last_Modified=DATE, ETag='"old"')
@@ -2163,7 +2213,7 @@ class StoreTest(StoreCase):
         self.assertEqual(self.store.list_hosts(), [])
 
     def test_a_case_insensitive_root_does_not_return_the_body_of_another_file(self):
-        real_open, real_exists = pkgproxy._open, os.path.lexists
+        real_open = pkgproxy._open
 
         def found(path):
             """The path of what a file system that ignores case finds under a path (simulated)."""
@@ -2173,8 +2223,7 @@ class StoreTest(StoreCase):
                 path = os.path.join(path, next((name for name in names if name.lower() == part.lower()), part))
             return path
 
-        with mock.patch.object(pkgproxy, "_open", lambda path: real_open(found(path))), \
-                mock.patch.object(os.path, "lexists", lambda path: real_exists(found(path))):
+        with mock.patch.object(pkgproxy, "_open", lambda path: real_open(found(path))):
             self.write("a/Pool/X_1.0_all.deb", b"upper")
             for name, body in (("Pool/X_1.0_all.deb", b"upper"), ("Pool/x_1.0_all.deb", None), ("pool/X_1.0_all.deb", None)):
                 with self.subTest(name=name):
@@ -2256,8 +2305,8 @@ class StoreTest(StoreCase):
             shutil.rmtree(self.root)
 
     def test_a_partial_file_of_another_download_is_never_committed_when_the_metadata_is_removed(self):
-        for links in (True, False):
-            for step in ("link" if links else "rename", "utime", "lstat", "_write_heads", "_rename"):
+        for step in ("utime", "lstat", "_write_heads", "_rename"):
+            for links in (True, False):
                 with self.subTest(step, links=links), self.removed_while_landing(step, links) as theirs:
                     self.assertIn(self.lookup(self.PACKAGE), (None, b"0123456789"))
                     self.assertTrue(theirs.still_exists(), "the response can still be stored")
@@ -2587,18 +2636,6 @@ class EvictionTest(StoreCase):
         partial.release()
         self.assertEqual(self.lookup("http://a/new"), b"n" * 2000)
 
-    def test_records_of_identical_mirrors_are_evicted_too(self):
-        self.store_packages()
-        self.evict()
-        name = self.path(".pkgproxy/names/mirrors-" + "b" * 64)
-        Path(name).write_bytes(b"+" * 1000)
-        os.utime(name, (1, 1))
-        self.evict()
-        self.assertTrue(os.path.exists(name))
-        self.evict(max_size=7000)
-        self.assertFalse(os.path.exists(name))
-        self.assertEqual(len(self.names()), 6)
-
     def test_sizes_and_times(self):
         for text, expected in (("1", 1), ("1k", 1024), ("1.5K", 1536), ("2 MiB", 2**21), ("20G", 20 * 2**30), ("1tb", 2**40)):
             self.assertEqual(pkgproxy.parse_size(text), expected)
@@ -2657,10 +2694,11 @@ class SharedFileTest(StoreCase):
 class NameIndexTest(StoreCase):
     """The index of stored files by name."""
 
-    KEYS = ("http://a/debian/x_1.0_all.deb", "http://b/x_1.0_all.deb")
+    DIGEST = "by-hash/SHA256/" + hashlib.sha256(b"x").hexdigest()
+    KEYS = ("http://a/debian/dists/x/" + DIGEST, "http://b/" + DIGEST)
 
-    def find(self, name="x_1.0_all.deb"):
-        return self.store.names.lookup(name)
+    def find(self, name=None):
+        return self.store.names.lookup(name or pkgproxy.shareable_name(self.KEYS[0]))
 
     def test_the_newest_file_comes_first_and_none_twice(self):
         self.assertEqual(self.find(), [])
@@ -2668,20 +2706,13 @@ class NameIndexTest(StoreCase):
             self.store_response(key, b"x")
         self.assertEqual(self.find(), list(self.KEYS))
         for number in range(9):
-            self.store_response("http://h%d/x_1.0_all.deb" % number, b"x")
-        self.assertEqual(self.find(), ["http://h%d/x_1.0_all.deb" % number for number in range(8, 0, -1)])
+            self.store_response("http://h%d/%s" % (number, self.DIGEST), b"x")
+        self.assertEqual(self.find(), ["http://h%d/%s" % (number, self.DIGEST) for number in range(8, 0, -1)])
 
-    def test_an_eviction_run_rebuilds_the_index_where_it_is_lost(self):
-        for key in self.KEYS:
-            self.store_response(key, b"x")
-        shutil.rmtree(self.path(".pkgproxy/names"))
-        self.assertEqual(self.find(), [])
-        self.store_response("http://c/x_1.0_all.deb", b"x")
-        for _ in range(2):
-            pkgproxy.Evictor(self.store).run(Config(), time.time())
-            self.assertEqual(set(self.find()), {*self.KEYS, "http://c/x_1.0_all.deb"})
-            shutil.rmtree(self.path("c"), ignore_errors=True)  # a removed file is listed, and skipped when it is examined
-        self.assertEqual([name for name in os.listdir(self.path(".pkgproxy")) if name.startswith("names")], ["names"])
+    def test_only_files_with_a_digest_in_their_name_are_listed(self):
+        self.store_response("http://c/y_1.0_all.deb", b"x")
+        self.store_response("http://c/dists/x/InRelease", b"x")
+        self.assertFalse(os.path.exists(self.path(".pkgproxy/names")))
 
     def test_a_lookup_reads_one_small_file_however_many_names_there_are(self):
         self.store.names.rebuild(("x%d_1.0_all.deb" % number, "http://mirror.test/debian/pool/main/x/x/x%d_1.0_all.deb" % number)
@@ -2689,12 +2720,13 @@ class NameIndexTest(StoreCase):
         sizes = [path.stat().st_size for path in Path(self.path(".pkgproxy/names")).iterdir()]
         self.assertLess(max(sizes), 10 * 1024, "ten times as much for 200,000")
         self.assertEqual(self.find("x7777_1.0_all.deb"), ["http://mirror.test/debian/pool/main/x/x/x7777_1.0_all.deb"])
+        self.store.names.rebuild(())
+        self.assertEqual(self.find("x7777_1.0_all.deb"), [])
+        self.assertEqual([name for name in os.listdir(self.path(".pkgproxy")) if name.startswith("names")], ["names"])
 
-    def test_names_are_found_in_damaged_files_and_an_empty_cache_gets_none(self):
+    def test_names_are_found_in_damaged_files(self):
         keys = ["http://a/x%d_1.0_all.deb" % number for number in range(300)] + ["http://b/x1_1.0_all.deb"]
         folder = Path(self.path(".pkgproxy/names"))
-        pkgproxy.Evictor(self.store).run(Config(), time.time())
-        self.assertFalse(folder.exists())
         for key in keys:
             self.store.names.add(pkgproxy.shareable_name(key), key)
         for path in folder.iterdir():
@@ -2709,7 +2741,7 @@ class NameIndexTest(StoreCase):
         with mock.patch.object(pkgproxy, "_MAX_NAMES", 1000):
             for number in range(100):
                 self.store.names.add("x_1.0_all.deb", "http://h%d/x_1.0_all.deb" % number)
-                self.assertEqual(self.find()[0], "http://h%d/x_1.0_all.deb" % number)
+                self.assertEqual(self.find("x_1.0_all.deb")[0], "http://h%d/x_1.0_all.deb" % number)
         self.assertLess(sum(path.stat().st_size for path in Path(self.path(".pkgproxy/names")).iterdir()), 1100)
 
     def test_a_damaged_or_unwritable_index_has_no_other_effect(self):
@@ -2721,12 +2753,6 @@ class NameIndexTest(StoreCase):
         self.write(".pkgproxy/names", b"a file in the way")
         self.store_response(self.KEYS[1], b"x")
         self.assertEqual((self.find(), self.lookup(self.KEYS[1])), ([], b"x"))
-
-    def test_mirrors_count_as_identical_after_some_proofs_until_one_fails(self):
-        pair = ("http://a/x", "http://b")
-        for proof, vouched in ((True, False), (True, False), (True, True), (True, True), (False, False), (True, False)):
-            self.store.names.record_comparison(pair, proof)
-            self.assertEqual(self.store.names.are_mirrors(pair[::-1]), vouched)
 
     def test_adopted_packages_are_found_by_the_names_used_on_mirrors(self):
         folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
@@ -4342,12 +4368,14 @@ class TlsOriginTest(ProxyCase):
 
 
 class MirrorSharingTest(ProxyCase):
-    """A file that another mirror has, too, is proven to be identical instead of downloaded."""
+    """A file that is certainly the one requested is not downloaded: by its digest, or adopted and confirmed by its mirror."""
 
     BODY = bytes(range(256)) * 400
     HERE, THERE = "/debian/pool/x_1.0_all.deb", "/mirrors/pub/pool/x_1.0_all.deb"
     LATER = "Mon, 01 Jun 2020 00:00:00 GMT"
-    PART, MISS = "fwd=uri-miss; fwd-status=206; stored; detail=", "fwd=uri-miss; fwd-status=200; stored"
+    MISS = "fwd=uri-miss; fwd-status=200; stored"
+    ADOPTED = MISS + '; detail="same as an adopted file"'
+    HASHED = "by-hash/SHA256/" + hashlib.sha256(BODY).hexdigest()
 
     def setUp(self):
         super().setUp()
@@ -4372,174 +4400,105 @@ class MirrorSharingTest(ProxyCase):
         until(lambda: origin.sent >= count, "the last of %d bytes" % count)
         self.assertEqual(origin.sent, count)
 
-    def test_an_identical_package_costs_two_probes_and_is_stored_once(self):
-        url = self.publish()
-        self.request(self.HERE)
-        answer = self.request(url)
-        self.assertEqual((answer.status, answer.body), (200, self.BODY))
-        self.check_sent(2 * pkgproxy.PROOF_SIZE)
-        self.assertEqual(self.cache_status(answer), "pkgproxy; " + self.PART + '"same as %s"' % self.origin.url(self.HERE))
-        self.assertEqual((answer["ETag"], answer["Last-Modified"], answer["Content-Length"]), ('"there"', self.LATER, str(len(self.BODY))))
-        self.assertTrue(os.path.samefile(self.other_url(), os.path.join(self.root, self.visible_name(self.HERE[1:]))))
-        counted = self.counters()
-        self.assertEqual((counted["statsDownBytes"], counted["statsCacheBytes"]), (len(self.BODY) + 2 * pkgproxy.PROOF_SIZE, len(self.BODY)))
-        self.assertEqual(counted["statsOutcomes"]["shared"], 1)
-        self.assertTrue(Outcome.SHARED.from_cache)
+    def share(self, body=BODY):
+        """Store a file from one mirror under its digest; return its URL at the other mirror."""
+        name = "by-hash/SHA256/" + sha256(body)
+        url = self.publish(name, body)
+        self.request("/debian/pool/" + name)
+        self.wait_until_idle()
+        return url
 
-    def test_a_shared_file_is_stored_for_each_mirror(self):
-        url = self.publish()
-        self.request(self.HERE)
-        self.request(url)
+    def test_a_shared_file_is_stored_for_each_mirror_and_occupies_the_disk_once(self):
+        url = self.share()
+        self.assertIn("same as " + self.origin.url("/debian/pool/"), self.cache_status(self.request(url)))
         self.origin.close()
         self.assertEqual(self.cache_status(self.request(url)), "pkgproxy; hit")
-        part = self.request(url, Range="bytes=-10", If_Range='"there"')
+        self.assertTrue(os.path.samefile(self.other_url(self.HASHED), os.path.join(self.root, self.visible_name("debian/pool/" + self.HASHED))))
+        part = self.request(url, Range="bytes=-10")
         self.assertEqual((part.status, part.body), (206, self.BODY[-10:]))
-        self.assertIn("fwd-status=304", self.cache_status(self.request(url, Cache_Control="max-age=0")))
-        os.unlink(os.path.join(self.root, self.visible_name(self.HERE[1:])))
+        os.unlink(os.path.join(self.root, self.visible_name("debian/pool/" + self.HASHED)))
         self.assertEqual(self.request(url).body, self.BODY)
+        self.assertEqual((self.other.log, self.counters()["statsOutcomes"]["shared"]), ([], 1))
 
-    def test_without_sharing_only_digests_count_as_proof(self):
-        self.stop_proxy()
-        self.start_proxy(Config(addrs=(), sharing=False))
-        url = self.publish()
-        self.request(self.HERE)
-        self.assertEqual(self.cache_status(self.request(url)), "pkgproxy; " + self.MISS)
-        name = "by-hash/SHA256/" + hashlib.sha256(self.BODY).hexdigest()
-        url = self.publish(name)
-        self.request("/debian/pool/" + name)
-        self.request(url)
-        self.assertEqual(self.counters()["statsOutcomes"]["shared"], 1)
-
-    def test_a_different_file_of_the_same_name_is_downloaded_completely(self):
-        flipped = bytes([self.BODY[0] ^ 1])
-        for case, other in (("head", flipped + self.BODY[1:]), ("tail", self.BODY[:-1] + b"?"), ("longer", self.BODY + b"?"),
-                            ("shorter", self.BODY[:-1]), ("small", b"?"), ("empty", b"")):
-            with self.subTest(case):
-                name = case + "_1.0_all.deb"
+    def test_a_package_without_a_digest_is_downloaded_from_its_own_mirror(self):
+        for name, other in (("x_1.0_all.deb", self.BODY), ("y-1-any.pkg.tar.zst", self.BODY[:5000] + b"?" + self.BODY[5001:]), ("z-1.0.rpm", b"")):
+            with self.subTest(name):
                 url = self.publish(name, other=other)
                 self.request("/debian/pool/" + name)
                 answer = self.request(url)
-                self.assertTrue(answer.body == self.request(url).body == other)
+                self.assertEqual(answer.body, other)
                 self.assertIn(self.MISS if other else "no bytes", self.cache_status(answer))
                 self.assertEqual(self.request("/debian/pool/" + name).body, self.BODY)
-
-    def test_small_files_are_compared_completely(self):
-        sent = 0
-        for size in (1, pkgproxy.PROOF_SIZE - 1, pkgproxy.PROOF_SIZE, pkgproxy.PROOF_SIZE + 1, 2 * pkgproxy.PROOF_SIZE):
-            with self.subTest(size=size):
-                name = "s%d_1.0_all.deb" % size
-                url = self.publish(name, self.BODY[:size])
-                self.request("/debian/pool/" + name)
-                self.assertIn(self.PART, self.cache_status(self.request(url)))
-                self.assertEqual(self.request(url).body, self.BODY[:size])
-                sent += size
-                self.check_sent(sent)
-
-    def test_the_response_of_a_mirror_without_ranges_becomes_the_download(self):
-        url = self.publish(ranges=False)
-        self.request(self.HERE)
-        answer = self.request(url)
-        self.assertEqual((answer.body, self.other_requests()), (self.BODY, [("GET", "bytes=0-4095")]))
-        self.assertIn(self.MISS, self.cache_status(answer))
-
-    def test_a_file_that_changes_between_the_probes_or_has_no_strong_validator_is_not_shared(self):
-        for name, second in (("a", ScriptedResponse(self.BODY, etag='"newer"')), ("b", None)):
-            url = self.publish(name + "_1.0_all.deb", etag='W/"weak"' if second is None else '"old"')
-            path = "/mirrors/pub/pool/%s_1.0_all.deb" % name
-            if second is not None:
-                self.other.pages[path] = [self.other.pages[path], second]
-            self.request("/debian/pool/%s_1.0_all.deb" % name)
-            answer = self.request(url)
-            self.assertEqual(answer.body, self.BODY)
-            self.assertIn(self.MISS, self.cache_status(answer))
+        self.assertEqual(self.other_requests(), [("GET", None)] * 3)
 
     def test_no_store_authorized_and_no_cache_requests_are_not_shared(self):
+        self.share()
+        self.adopt(**{"n%d_1.0_all" % number: self.BODY for number in range(9)})
         for number, (page, fields) in enumerate((
                 ({"fields": [("Cache-Control", "private")]}, {}), ({"fields": [("Cache-Control", "no-store")]}, {}),
-                ({"fields": [("Vary", "*")]}, {}), ({}, {"Authorization": "Basic x"}), ({}, {"Cache_Control": "no-cache"}),
-                ({}, {"Cache_Control": "no-store"}), ({"fields": [("Content-Type", "text/html")]}, {}), ({"status": 404}, {}))):
-            with self.subTest(page=page, fields=fields):
-                name = "n%d_1.0_all.deb" % number
-                url = self.publish(name, **page)
-                self.request("/debian/pool/" + name)
-                answer = self.request(url, **fields)
-                self.assertEqual(answer.body, self.BODY)
-                self.assertNotIn("fwd-status=206", self.cache_status(answer))
-                self.assertNotIn("same as", self.cache_status(answer))
+                ({"fields": [("Vary", "*")]}, {}), ({"fields": [("Content-Type", "text/html")]}, {}), ({"status": 404}, {}),
+                ({}, {"Authorization": "Basic x"}), ({}, {"Cache_Control": "no-cache"}), ({}, {"Cache_Control": "no-store"}))):
+            for name in ["n%d_1.0_all.deb" % number] + [self.HASHED] * bool(fields):
+                with self.subTest(name, page=page, fields=fields):
+                    answer = self.request(self.publish(name, **page), **fields)
+                    self.assertEqual(answer.body, self.BODY)
+                    self.assertNotIn("same as", self.cache_status(answer))
 
     def test_a_filtered_mirror_takes_no_part_in_sharing(self):
-        url = self.publish()
-        self.request(self.HERE)
+        url = self.share()
         self.start_proxy(dataclasses.replace(self.config, filters=(re.compile("/mirrors/pub"),)))
         self.assertIn("fwd=bypass", self.cache_status(self.request(url)))
         self.assertEqual(self.other_requests(), [("GET", None)])
 
-    def test_many_clients_share_one_proof(self):
-        url = self.publish()
-        self.request(self.HERE)
-        self.assertEqual([answer.body for answer in self.request_together(url, 8)], [self.BODY] * 8)
-        self.assertEqual(self.other_requests(), [("GET", "bytes=0-4095"), ("GET", "bytes=%d-" % (len(self.BODY) - 4096))])
+    def test_many_clients_share_one_confirmation(self):
+        self.adopt(**{"x_1.0_all": self.BODY})
+        self.assertEqual([answer.body for answer in self.request_together(self.publish(), 8)], [self.BODY] * 8)
+        self.assertEqual(self.other_requests(), [("HEAD", None)])
 
-    def test_a_far_range_is_served_from_the_proven_file(self):
-        url = self.publish(body=self.BODY * 20)
-        self.request(self.HERE)
-        answer = self.request(url, Range="bytes=2000000-2000099")
-        self.assertEqual((answer.status, answer.body), (206, (self.BODY * 20)[2000000:2000100]))
-        self.check_sent(2 * pkgproxy.PROOF_SIZE)
+    def test_a_far_range_is_served_from_the_identical_file(self):
+        body = self.BODY * 20
+        self.adopt(**{"x_1.0_all": body})
+        for url in (self.share(body), self.publish(body=body)):
+            answer = self.request(url, Range="bytes=2000000-2000099")
+            self.assertEqual((answer.status, answer.body), (206, body[2000000:2000100]))
+        self.assertEqual(self.other_requests(), [("HEAD", None)])
 
     def test_without_hard_links_the_file_is_copied(self):
-        url = self.publish()
-        self.request(self.HERE)
+        url = self.share()
         with mock.patch.object(os, "link", side_effect=OSError(errno.EXDEV, "no")):
             answer = self.request(url)
             self.wait_until_idle()
-        self.assertIn(self.PART, self.cache_status(answer))
+        self.assertIn("same as", self.cache_status(answer))
         self.assertEqual((answer.body, self.request(url).body), (self.BODY, self.BODY))
-        self.check_sent(2 * pkgproxy.PROOF_SIZE)
-        self.assertEqual(os.stat(self.other_url()).st_nlink, 1)
+        self.assertEqual((self.other.log, os.stat(self.other_url(self.HASHED)).st_nlink), ([], 1))
         self.assertEqual(self.counters()["statsCacheBytes"], 2 * len(self.BODY))
 
     def test_an_unwritable_cache_does_not_prevent_the_response(self):
-        url = self.publish()
-        self.request(self.HERE)
+        url = self.share()
         with mock.patch.object(pkgproxy.PartialStore, "open_for_writing", side_effect=pkgproxy.StorageError(OSError(errno.ENOSPC, "full"))), \
                 mock.patch.object(os, "link", side_effect=OSError(errno.ENOSPC, "full")):
             self.assertEqual(self.request(url).body, self.BODY)
-        self.assertFalse(os.path.exists(self.other_url()))
+        self.assertFalse(os.path.exists(self.other_url(self.HASHED)))
 
     def test_a_no_cache_request_is_fetched_from_its_own_mirror(self):
-        """The file has the same head and tail but other bytes between them, which only a client can detect."""
+        """The adopted file has the same size and time but other bytes, which only a client can detect."""
         bad = self.BODY[:50_000] + b"!" + self.BODY[50_001:]
-        url = self.publish(body=bad, other=self.BODY)
-        self.request(self.HERE)
+        self.adopt(**{"x_1.0_all": bad})
+        url = self.publish()
         self.assertEqual(self.request(url).body, bad)
         self.assertEqual(self.request(url, Cache_Control="no-cache").body, self.BODY)
         self.wait_until_idle()
-        self.assertEqual((self.request(url).body, self.request(self.HERE).body), (self.BODY, bad))
+        self.assertEqual(self.request(url).body, self.BODY)
 
     def test_a_background_validation_downloads_nothing(self):
+        self.adopt(**{"x_1.0_all": self.BODY})
         url = self.publish()
-        self.request(self.HERE)
         self.request(url)
+        self.wait_until_idle()
         self.proxy._revalidator.revalidate(pkgproxy.cache_key(pkgproxy.parse_target(url)), True)
         self.wait_until_idle()
-        self.check_sent(2 * pkgproxy.PROOF_SIZE)
+        self.check_sent(0)
         self.assertEqual(self.other.log[-1].fields["if-none-match"], '"there"')
-
-    def test_an_interrupted_download_is_replaced_by_another_mirrors_file(self):
-        url = self.publish(body=self.BODY * 10)
-        page = self.other.pages[self.THERE]
-        whole = b"HTTP/1.1 200 OK\r\nETag: %s\r\nLast-Modified: %s\r\nContent-Length: %d\r\n\r\n" % (
-            page.etag.encode(), page.modified.encode(), len(page.body))
-        self.other.pages[self.THERE] = ScriptedResponse(steps=[whole + page.body[:400_000]])
-        with mock.patch.object(pkgproxy, "RESUME_BACKOFF", ()), self.assertRaises(http.client.HTTPException):
-            self.request(url)
-        self.wait_until_idle()
-        for ranges in (False, True):
-            self.other.pages[self.THERE] = ScriptedResponse(page.body, etag=page.etag, modified=page.modified, ranges=ranges)
-            self.request(self.HERE)
-            self.assertEqual(self.request(url).body, page.body)
-            self.wait_until_idle()
 
     INDEX_BODY = b"an index" * 1000
 
@@ -4606,8 +4565,6 @@ class MirrorSharingTest(ProxyCase):
         path = "/dists/x/by-hash/SHA256/" + sha256(self.INDEX_BODY)
         self.origin.pages["/a" + path], self.other.pages["/b" + path] = ScriptedResponse(self.INDEX_BODY), ScriptedResponse(b"down", 503)
         self.request("/a" + path)
-        for _ in range(3):  # the two mirrors have had the same packages
-            self.proxy._store.names.record_comparison((self.origin.url("/a"), self.other.url("/b")), True)
         self.wait_until_idle()
         with mock.patch.object(pkgproxy.StoredResponse, "read_at", side_effect=OSError(errno.EIO, "broken")):
             self.assertEqual(self.request(self.other.url("/b" + path)).body, b"down")
@@ -4615,118 +4572,47 @@ class MirrorSharingTest(ProxyCase):
             self.assertEqual(self.request(self.other.url("/b" + path)).status, 502)
         self.assertEqual(self.request(self.other.url("/b" + path)).body, self.INDEX_BODY)
 
-    def prove_mirrors_identical(self):
-        """Let the two mirrors be proven identical, three times."""
-        for number in range(3):
-            url = self.publish("v%d_1.0_all.deb" % number)
-            self.request("/debian/pool/v%d_1.0_all.deb" % number)
-            self.assertIn(self.PART, self.cache_status(self.request(url)))
-
-    def test_an_unreachable_mirror_is_replaced_by_an_identical_one(self):
-        url = self.publish()
+    def test_an_unreachable_mirror_is_replaced_only_by_its_digest(self):
+        url, package = self.share(), self.publish()
         self.request(self.HERE)
         self.other.close()
-        self.assertEqual(self.request(url).status, 502, "nothing is known about the two mirrors")
-        self.other = ScriptedOrigin()
-        self.addCleanup(self.other.close)
-        self.prove_mirrors_identical()
-        self.publish()
-        for pages in ({self.THERE: ScriptedResponse(b"", 503)}, {}):
-            self.other.pages = pages
-            if not pages:
-                self.other.close()
-            for _ in range(2):
-                answer = self.request(self.other.url(self.THERE))
-                self.assertEqual((answer.status, answer.body), (200, self.BODY))
-                self.assertRegex(self.cache_status(answer), "fwd=uri-miss; detail=.*Same name as %s" % re.escape(self.origin.url(self.HERE)))
-        self.assertEqual([answer.body for answer in self.request_together(self.other.url(self.THERE), 4)], [self.BODY] * 4)
-        self.assertFalse(os.path.exists(self.other_url()), "the file is not this mirror's")
-        self.assertEqual(self.request(self.other.url("/elsewhere/x_1.0_all.deb")).status, 502)
+        self.assertEqual(self.request(package).status, 502)
         self.start_proxy(dataclasses.replace(self.config, offline=True))
-        self.assertEqual(self.request(self.other.url(self.THERE)).body, self.BODY)
-        self.assertEqual(self.request(self.other.url("/elsewhere/x_1.0_all.deb")).status, 504)
+        self.assertEqual((self.request(url).body, self.request(package).status), (self.BODY, 504))
+        self.start_proxy()
+        self.assertEqual([answer.body for answer in self.request_together(url, 4)], [self.BODY] * 4)
 
-    def test_a_healthy_mirror_is_not_replaced(self):
-        self.prove_mirrors_identical()
-        self.publish(other=b"?" * len(self.BODY))
-        self.request(self.HERE)
-        index, url = self.other.url("/InRelease"), self.other.url(self.THERE)
-        self.other.pages["/InRelease"] = [ScriptedResponse(b"index"), ScriptedResponse(b"", 503)]
-        self.assertEqual([self.request(index).body for _ in range(2)], [b"index"] * 2)
-        self.assertEqual(self.request(url, Cache_Control="only-if-cached").status, 504)
-        self.assertEqual(self.request(url).body, b"?" * len(self.BODY))
-
-    def test_names_that_differ_only_in_an_encoded_plus_share_an_identical_file(self):
-        plain, coded = ("/debian/pool/g%s_1.0_all.deb" % plus for plus in ("++", "%2B%2B"))
-        for other, outcome in ((b"?" * len(self.BODY), self.MISS), (self.BODY, self.PART)):
-            for keep in (True, False):  # whether the first file has metadata, or a user put it there
-                with self.subTest(outcome=outcome, keep=keep):
-                    shutil.rmtree(self.root)
-                    os.mkdir(self.root)
-                    self.origin.pages.update({plain: ScriptedResponse(self.BODY), coded: ScriptedResponse(other)})
-                    self.request(plain)
-                    self.wait_until_idle()
-                    if not keep:
-                        shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
-                    answer = self.request(coded.replace("B", "b"))
-                    self.assertEqual(answer.body, other)
-                    self.assertIn(outcome, self.cache_status(answer))
-                    self.wait_until_idle()
-                    self.assertEqual(self.visible_files(), {self.visible_name(plain[1:]): self.BODY, self.visible_name(coded[1:]): other})
-
-    def test_a_mirror_that_stalls_before_the_proof_causes_little_delay(self):
-        self.prove_mirrors_identical()
-        self.publish()
-        self.request(self.HERE)
-        silent = Gate()
+    def test_a_mirror_that_does_not_confirm_an_adopted_file_is_asked_for_it(self):
+        url, silent = self.publish(), Gate()
         self.addCleanup(silent.open)
-        self.other.pages[self.THERE] = ScriptedResponse(steps=[silent])
-        with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
-            answer = self.request(self.other.url(self.THERE))
-            self.assertIn("No answer from", self.cache_status(answer))
-            asked = len(self.other.log)
-            self.assertEqual((answer.body, self.request(self.other.url(self.THERE)).body), (self.BODY, self.BODY))
-        self.assertEqual(len(self.other.log), asked + 1, "it is replaced only if it has just failed")
+        page = self.other.pages[self.THERE]
+        for reply in ([silent], [b""], [b"garbage\r\n\r\n"], [b"HTTP/1.1 405 No\r\nContent-Length: 0\r\n\r\n"]):
+            with self.subTest(reply[0]), mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
+                shutil.rmtree(self.root)
+                self.adopt(**{"x_1.0_all": self.BODY})
+                self.other.pages[self.THERE] = [ScriptedResponse(steps=reply), page]
+                answer = self.request(url)
+                self.wait_until_idle()
+                self.assertEqual((answer.body, self.cache_status(answer)), (self.BODY, "pkgproxy; " + self.MISS))
+                self.assertEqual(self.other_requests()[-1], ("GET", None))
 
-    def test_a_mirror_that_stalls_during_the_proof_causes_little_delay(self):
-        url = self.publish()
-        self.request(self.HERE)
-        silent, page = Gate(), self.other.pages[self.THERE]
-        self.addCleanup(silent.open)
-        part = b"HTTP/1.1 206 Part\r\nETag: \"a\"\r\nContent-Range: bytes 0-4095/%d\r\n\r\n" % len(self.BODY)
-        self.other.pages[self.THERE] = [ScriptedResponse(steps=[part + self.BODY[:1], silent]), page]
-        with mock.patch.object(pkgproxy, "VALIDATION_TIMEOUT", 0.2):
-            answer = self.request(url)
-        self.assertEqual((answer.body, self.other_requests()), (self.BODY, [("GET", "bytes=0-4095"), ("GET", None)]))
+    def test_an_invalidation_during_the_search_prevents_sharing(self):
+        self.adopt(**{"x_1.0_all": self.BODY})
+        for url, place in ((self.share(), self.other_url(self.HASHED)), (self.publish(), self.other_url())):
+            with self.subTest(url):
+                real = pkgproxy.MirrorDeduplicator.find_identical
 
-    def test_an_invalidation_during_the_proof_prevents_sharing(self):
-        url = self.publish()
-        self.request(self.HERE)
-        gate, page = Gate(), self.other.pages[self.THERE]
-        self.addCleanup(gate.open)
-        self.other.pages[self.THERE] = [ScriptedResponse(self.BODY, modified=page.modified, etag=page.etag, gate=gate, first=1), page]
-        client = threading.Thread(target=self.request, args=(url,))
-        client.start()
-        until(lambda: self.other.log)
-        self.request(url, "DELETE")
-        gate.open()
-        client.join(PATIENCE)
-        self.wait_until_idle()
-        self.assertFalse(os.path.exists(self.other_url()))
+                def invalidate_meanwhile(*arguments, url=url, real=real):
+                    found = real(*arguments)
+                    self.request(url, "DELETE")
+                    return found
 
-    def test_one_different_file_ends_the_replacement_of_mirrors(self):
-        self.prove_mirrors_identical()
-        url = self.publish("w_1.0_all.deb", other=b"?" * len(self.BODY))
-        self.request("/debian/pool/w_1.0_all.deb")
-        self.request(url)
-        self.request(self.HERE)
-        self.other.close()
-        self.publish()
-        self.request(self.HERE)
-        self.assertEqual(self.request(self.other.url(self.THERE)).status, 502)
+                with mock.patch.object(pkgproxy.MirrorDeduplicator, "find_identical", invalidate_meanwhile):
+                    self.assertEqual(self.request(url).body, self.BODY)
+                self.wait_until_idle()
+                self.assertFalse(os.path.exists(place))
 
     def test_an_index_is_never_shared(self):
-        self.prove_mirrors_identical()
         url = self.publish("InRelease", b"here", b"there")
         self.assertEqual((self.request("/debian/pool/InRelease").body, self.request(url).body), (b"here", b"there"))
         url = self.publish("Release", b"here", b"there")
@@ -4754,37 +4640,49 @@ class MirrorSharingTest(ProxyCase):
             self.request(self.HERE)
             self.assertEqual(self.request(url).body, self.BODY)
             self.assertEqual(self.other_requests(), [("GET", None)])
-            url = self.publish("y_1.0_all.deb")
-            self.assertEqual((self.request(url).body, self.request("/debian/pool/y_1.0_all.deb").body), (self.BODY, self.BODY))
-            self.check_sent(len(self.BODY) + 2 * pkgproxy.PROOF_SIZE, self.origin)
             self.origin.pages["/debian" + path] = ScriptedResponse(self.INDEX_BODY)
             self.request("/debian" + path)
             self.assertEqual(self.request(self.other.url("/mirrors/pub" + path)).body, self.INDEX_BODY)
-            self.assertEqual(len(self.other.log), 2)
+            self.assertEqual(len(self.other.log), 1)
 
     def test_a_file_of_this_host_is_not_shared_with_remote_clients(self):
-        url = self.publish()
-        self.request(self.HERE)
-        far = pkgproxy.cache_key(pkgproxy.parse_target(url))
-        self.assertFalse(self.proxy._mirrors.has_candidates(dataclasses.replace(make_request(url), key=far, client_is_local=False)))
-        self.assertTrue(self.proxy._mirrors.has_candidates(dataclasses.replace(make_request(url), key=far, client_is_local=True)))
-        with contextlib.closing(self.proxy._store.lookup(self.origin.url(self.HERE))) as stored:
+        url = self.share()
+        asked = dataclasses.replace(make_request(url), key=pkgproxy.cache_key(pkgproxy.parse_target(url)))
+        for is_local in (False, True):
+            asked = dataclasses.replace(asked, client_is_local=is_local)
+            self.assertEqual(self.proxy._mirrors.has_candidates(asked), is_local)
+        with contextlib.closing(self.proxy._mirrors.find_identical(asked, self.config)) as stored:
             self.assertTrue(stored.head.local_clients_only)
-            self.assertTrue(pkgproxy._under_other_head(stored, ResponseHead(200, "", ())).head.local_clients_only, "wherever its probes matched")
+
+    def test_a_file_without_metadata_is_confirmed_for_the_clients_that_may_reach_its_mirror(self):
+        self.adopt(**{"x_1.0_all": self.BODY})
+        url = self.publish()
+        self.request(url)
+        self.wait_until_idle()
+        shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
+        self.assertIn("fwd-status=200", self.cache_status(self.request(self.publish("y_1.0_all.deb"))))
+        self.request(url, Cache_Control="no-cache")
+        with contextlib.closing(self.proxy._store.lookup(url)) as stored:
+            self.assertEqual((stored.described, stored.head.local_clients_only), (True, True))
 
     def test_a_variant_or_an_encoded_body_is_not_shared(self):
-        for name, field in (("v", ("Vary", "Accept")), ("c", ("Content-Encoding", "x")), ("plain", ("X", "x"))):
-            self.origin.pages["/debian/pool/%s_1.0_all.deb" % name] = ScriptedResponse(self.BODY, fields=[field])
-            self.request("/debian/pool/%s_1.0_all.deb" % name, Accept="1")
-            asked = make_request(self.other.url("/%s_1.0_all.deb" % name))
-            self.assertEqual(self.proxy._mirrors.has_candidates(dataclasses.replace(asked, client_is_local=True)), name == "plain", name)
+        for number, field in enumerate((("Vary", "Accept"), ("Content-Encoding", "x"), ("X", "x"))):
+            body = self.BODY + bytes([number])
+            path = "/by-hash/SHA256/" + sha256(body)
+            self.origin.pages[path] = ScriptedResponse(body, fields=[field])
+            self.request(path, Accept="1")
+            asked = make_request(self.other.url(path))
+            self.assertEqual(self.proxy._mirrors.has_candidates(dataclasses.replace(asked, client_is_local=True)), field[0] == "X", field)
 
-    def adopt(self, sharing=True, **files):
+    def adopt(self, modified=LATER, **files):
+        """Start a proxy that adopts these files, with the time at which the other mirror says they were modified."""
         folder = os.path.join(self.folder, "archives")
         os.makedirs(folder, exist_ok=True)
         for name, body in files.items():
-            Path(folder, name.replace("__", "%3a") + ".deb").write_bytes(body)
-        config = dataclasses.replace(self.config, adopt=(folder,), sharing=sharing)
+            path = Path(folder, name.replace("__", "%3a") + ".deb")
+            path.write_bytes(body)
+            os.utime(path, (pkgproxy.parse_date(modified),) * 2)
+        config = dataclasses.replace(self.config, adopt=(folder,))
         self.start_proxy(config)
         self.proxy._store.adopted.rebuild(pkgproxy.adoptable_packages(config.adopt))
         return folder
@@ -4792,14 +4690,12 @@ class MirrorSharingTest(ProxyCase):
     def test_an_adopted_package_is_not_downloaded_and_never_modified(self):
         folder = self.adopt(**{"x_1__1.0_all": self.BODY})
         place = os.path.join(folder, "x_1%3a1.0_all.deb")
-        os.utime(place, (1, 1))
         before = os.stat(place)
         url = self.publish()
         answer = self.request(url)
         self.wait_until_idle()
-        self.assertEqual(answer.body, self.BODY)
-        self.check_sent(2 * pkgproxy.PROOF_SIZE)
-        self.assertIn('detail="same as an adopted file"', self.cache_status(answer))
+        self.assertEqual((answer.body, answer["ETag"], answer["Last-Modified"]), (self.BODY, '"there"', self.LATER))
+        self.assertEqual((self.other_requests(), self.cache_status(answer)), ([("HEAD", None)], "pkgproxy; " + self.ADOPTED))
         after = os.stat(place)
         self.assertEqual((before.st_mtime_ns, before.st_ctime_ns, after.st_nlink), (after.st_mtime_ns, after.st_ctime_ns, 1))
         Path(place).write_bytes(b"rewritten in place")
@@ -4807,14 +4703,16 @@ class MirrorSharingTest(ProxyCase):
         self.request(url, "DELETE")
         self.assertEqual(os.listdir(folder), ["x_1%3a1.0_all.deb"])
 
-    def test_without_sharing_an_adopted_package_needs_a_digest_in_its_name(self):
-        folder = self.adopt(sharing=False, **{"x_1.0_all": self.BODY[:5000] + b"?" + self.BODY[5001:]})
-        url, name = self.publish(), "%s-primary.xml.gz" % sha256(self.INDEX_BODY)
-        answer = self.request(url)
-        self.assertEqual((answer.body, self.cache_status(answer)), (self.BODY, "pkgproxy; " + self.MISS))
+    def test_an_adopted_package_of_another_time_or_size_needs_a_digest_in_its_name(self):
+        folder = self.adopt(modified=DATE, **{"x_1.0_all": self.BODY})
+        self.adopt(**{"y_1.0_all": self.BODY[1:]})
+        name = "%s-primary.xml.gz" % sha256(self.INDEX_BODY)
+        for package in ("x_1.0_all.deb", "y_1.0_all.deb"):
+            answer = self.request(self.publish(package))
+            self.assertEqual((answer.body, self.cache_status(answer)), (self.BODY, "pkgproxy; " + self.MISS))
         os.mkdir(os.path.join(folder, "repodata"))
         Path(folder, "repodata", name).write_bytes(self.INDEX_BODY)
-        self.adopt(sharing=False)
+        self.adopt()
         self.assertEqual(self.request(self.other.url("/repodata/" + name)).body, self.INDEX_BODY)
 
     def test_an_adopted_file_that_differs_or_is_truncated_meanwhile_is_not_used(self):
@@ -4843,17 +4741,17 @@ class MirrorSharingTest(ProxyCase):
             self.adopt(**{"x_1.0_all": body})
 
         def lose_heads():
-            self.request(self.HERE)
+            self.request(digest)
             shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "heads"))
 
-        named = mock.patch.object(pkgproxy.LeaseManager, "acquire", lambda leases, key: pkgproxy.Lease(os.urandom(8).hex(), pkgproxy.LeaseState.OURS))
+        named = mock.patch.object(pkgproxy.LeaseManager, "acquire", lambda leases, key: pkgproxy.Lease(os.urandom(8).hex(), True))
         linkless = mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here"))
         as_ever = contextlib.nullcontext()
         for what, path, prepare, circumstances in (
-                ("an adopted file", self.HERE, adopt, as_ever), ("a file without metadata", self.HERE, lose_heads, as_ever),
-                ("a file that cannot be linked", self.HERE, lambda: self.request(self.HERE), linkless),
-                ("a file found by its digest", digest, lambda: self.request(digest), linkless),
-                ("an adopted file, and partials of owners", self.HERE, adopt, named)):
+                ("an adopted file", self.HERE, adopt, as_ever), ("an adopted file, and partials of owners", self.HERE, adopt, named),
+                ("a file found by its digest", digest, lambda: self.request(digest), as_ever),
+                ("a file without metadata", digest, lose_heads, as_ever),
+                ("a file that cannot be linked", digest, lambda: self.request(digest), linkless)):
             with self.subTest(what), circumstances, mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
                 shutil.rmtree(self.root)
                 self.start_proxy()
@@ -4865,7 +4763,7 @@ class MirrorSharingTest(ProxyCase):
                     self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
                 self.wait_until_idle()
                 self.assertTrue(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), "it is kept")
-                self.other.pages[there] = ScriptedResponse(body, etag='"x"')
+                self.other.pages[there] = ScriptedResponse(body, etag='"x"', modified=self.LATER)
                 prepare()
                 for _ in range(2):
                     answer = self.request(url)
@@ -4915,43 +4813,25 @@ class MirrorSharingTest(ProxyCase):
         self.assertFalse(os.path.exists(self.other_url()))
 
     def test_a_copy_that_fails_in_the_middle_is_never_continued_with_bytes_of_the_origin(self):
-        # Size and ends prove a local file; its middle may differ, so the two must not be joined.
+        # Size and time confirm an adopted file; its middle may differ, so the two must not be joined.
         body = random.Random(1).randbytes(1 << 20)
         local = body[:300_000] + b"local" + body[300_005:]
         url = self.publish(body=body)
-        self.origin.pages[self.HERE] = ScriptedResponse(local)
-        linkless = mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here"))
-
-        def adopt():
-            return os.path.join(self.adopt(**{"x_1.0_all": local}), "x_1.0_all.deb")
-
-        def share():
-            self.start_proxy()
-            self.request(self.HERE)
+        with mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
+            self.check_broken_copy(url, os.path.join(self.adopt(**{"x_1.0_all": local}), "x_1.0_all.deb"), local)
+            self.assertTrue(self.request(url).body == body)
             self.wait_until_idle()
-            return os.path.join(self.root, self.visible_name(self.HERE[1:]))
-
-        for prepare in (adopt, share):
-            with self.subTest(prepare.__name__), linkless, mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
-                shutil.rmtree(self.root)
-                asked = len(self.other.log)
-                self.check_broken_copy(url, prepare(), local)
-                self.assertTrue(self.request(url).body == body)
-                self.wait_until_idle()
-                self.assertTrue(Path(self.other_url()).read_bytes() == body)
-                ranges = {entry.fields.get("range") for entry in self.other.log[asked:]}
-                self.assertLessEqual(ranges, {None, "bytes=0-%d" % (pkgproxy.PROOF_SIZE - 1), "bytes=%d-" % (len(body) - pkgproxy.PROOF_SIZE)})
+        self.assertTrue(Path(self.other_url()).read_bytes() == body)
+        self.assertEqual({entry.fields.get("range") for entry in self.other.log}, {None})
 
     def test_adopted_packages_replace_a_mirror_only_with_a_digest(self):
-        self.adopt(**{"v%d_1.0_all" % number: self.BODY for number in range(4)})
+        self.adopt(**{"v_1.0_all": self.BODY})
         digest = "%s-primary.xml.gz" % sha256(self.INDEX_BODY)
         os.mkdir(os.path.join(self.folder, "archives", "repodata"))
         Path(self.folder, "archives", "repodata", digest).write_bytes(self.INDEX_BODY)
         self.adopt()
-        for number in range(3):
-            self.assertIn("same as an adopted file", self.cache_status(self.request(self.publish("v%d_1.0_all.deb" % number))))
         self.other.close()
-        self.assertEqual(self.request(self.other.url("/mirrors/pub/pool/v3_1.0_all.deb")).status, 502)
+        self.assertEqual(self.request(self.other.url("/mirrors/pub/pool/v_1.0_all.deb")).status, 502)
         asked = make_request(self.other.url("/x"))
         self.proxy._failures.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
         self.assertEqual(self.request(self.other.url("/repodata/" + digest)).body, self.INDEX_BODY)
@@ -5099,10 +4979,9 @@ class SemanticsTest(ProxyCase):
         self.origin.pages[self.PACKAGE] = ScriptedResponse(b"first", fields=[("Content-Type", "application/x")])
         self.request(self.PACKAGE)
         shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
-        answer = self.request(self.PACKAGE)
-        self.assertEqual((answer.body, answer["Last-Modified"], answer["ETag"]), (b"first", DATE, None))
-        self.wait_until_idle()
-        until(lambda: self.request(self.PACKAGE)["Content-Type"] == "application/x", "adoption")
+        for _ in range(2):
+            answer = self.request(self.PACKAGE)
+            self.assertEqual((answer.body, answer["Last-Modified"], answer["Content-Type"]), (b"first", DATE, "application/x"))
         self.assertEqual(self.origin.methods(), ["GET", "HEAD"])
 
     def test_a_file_without_metadata_that_differs_is_fetched_again(self):
@@ -5879,6 +5758,261 @@ class UserinfoTest(ProxyCase):
                 ("[::1]:443", "[::1]:443"), ("http://a,b:80/x:y", "http://a,b:80/x:y"), ("ftp://a/x", "ftp://a/x"), ("/http://a,b/x", "/http://a,b/x")):
             with self.subTest(uri=uri):
                 self.assertEqual((pkgproxy.loggable_uri(uri), pkgproxy.loggable_uri(pkgproxy.loggable_uri(uri))), (expected, expected))
+
+
+class MovedCacheTest(ProxyCase):
+    """A cache that was copied, restored or changed by hand."""
+
+    PACKAGE, INDEX, OTHER = "/pool/x_1.0_all.deb", "/dists/x/InRelease", "/pool/y.dat"
+    LATER = "Sun, 06 Nov 1994 08:59:37 GMT"
+
+    def fill(self, *paths):
+        for path in paths or (self.PACKAGE, self.INDEX, self.OTHER):
+            self.origin.pages[path] = ScriptedResponse(path.encode() * 1000)
+            self.request(path)
+        self.wait_until_idle()
+        self.origin.log.clear()
+
+    def move(self, with_times=False, with_metadata=True, damage=lambda root: None, config=None):
+        """Replace the root by a copy of itself, and start a proxy there."""
+        copy = os.path.join(self.folder, "copy")
+        shutil.copytree(self.root, copy, copy_function=shutil.copy2 if with_times else shutil.copyfile)
+        if not with_metadata:
+            shutil.rmtree(os.path.join(copy, pkgproxy.METADATA_FOLDER))
+        shutil.rmtree(self.root)
+        os.rename(copy, self.root)
+        damage(os.path.join(self.root, self.origin.name))
+        self.start_proxy(config)
+
+    def without_digests(self, root):
+        """Make the heads such as an earlier version wrote them."""
+        for path in Path(self.root, pkgproxy.METADATA_FOLDER, "heads").rglob("*^head"):
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps([dict(row, sha256="") for row in rows]), encoding="utf-8")
+
+    def outcomes(self, *paths):
+        """Request files; return the outcomes in Cache-Status, and the methods of the origin's requests."""
+        self.origin.log.clear()
+        words = []
+        for path in paths:
+            answer = self.request(path)
+            self.assertEqual(answer.body, path.encode() * 1000)
+            words.append(self.outcome(answer))
+            self.wait_until_idle()
+        return words, [(entry.method, entry.status) for entry in self.origin.log]
+
+    def outcome(self, answer):
+        status = self.cache_status(answer)
+        return "hit" if "; hit" in status else re.search("fwd=([a-z-]+)(?:; fwd-status=(304))?", status).group(2) or "miss"
+
+    def own_names(self):
+        return sorted(self.visible_files())
+
+    def evict_all(self):
+        with mock.patch.object(pkgproxy, "MIN_EVICTION_AGE", -1.0):
+            pkgproxy.Evictor(self.proxy._store).run(Config(max_size=0), time.time())
+        return self.own_names()
+
+    def test_a_copy_without_times_is_checked_by_its_digest_and_is_then_pkgproxys_own_again(self):
+        self.fill()
+        names = self.own_names()
+        self.move()
+        with mock.patch.object(pkgproxy, "hash_body", side_effect=pkgproxy.hash_body) as hashed:
+            self.assertEqual(self.outcomes(self.PACKAGE, self.PACKAGE, self.OTHER, self.INDEX), (["hit", "hit", "304", "304"], [("GET", 304)] * 2))
+            self.assertEqual(hashed.call_count, 3)
+        self.assertEqual(self.own_names(), names, "nothing was stored twice")
+        self.assertEqual(self.evict_all(), [])
+
+    def test_other_bytes_of_the_same_size_are_never_served(self):
+        for offline in (False, True):
+            self.fill()
+            for path in (self.PACKAGE, self.INDEX, self.OTHER):
+                with self.subTest(path, offline=offline):
+                    Path(self.root, self.origin.name + path).write_bytes(bytes(len(path) * 1000))
+                    self.start_proxy(dataclasses.replace(self.config, offline=offline))
+                    if offline:
+                        self.assertEqual(self.request(path).status, 504)
+                    else:
+                        self.assertEqual(self.outcomes(path), (["miss"], [("GET", 200)]))
+                        self.assertEqual(self.visible_files()[self.origin.name + path], path.encode() * 1000)
+
+    def test_a_resumed_download_has_the_digest_of_the_whole_body(self):
+        store, body = pkgproxy.Store(self.root), os.urandom(400_000)
+        head = ResponseHead(200, "OK", (("ETag", '"x"'),), key="http://a/x_1.0_all.deb", response_time=CLOCK)
+        left = start_partial(store, head, len(body))
+        left.write(body[:300_000])
+        left.keep_for_resume()
+        left.release()
+        heir = pkgproxy.PartialStore(store).open_for_writing(head.key)
+        heir.start(heir.head, len(body), heir.size)
+        heir.write(body[300_000:])
+        heir.commit()
+        heir.release()
+        with contextlib.closing(store.lookup(head.key)) as found:
+            self.assertEqual(found.head.sha256, sha256(body))
+
+    def test_a_copy_without_times_and_digests_is_validated_once_and_then_pkgproxys_own_again(self):
+        self.fill()
+        names = self.own_names()
+        self.move(damage=self.without_digests)
+        self.assertEqual(self.outcomes(self.PACKAGE, self.OTHER, self.INDEX), (["304"] * 3, [("GET", 304)] * 3))
+        self.assertEqual(self.outcomes(self.PACKAGE, self.PACKAGE), (["hit"] * 2, []))
+        self.assertEqual(self.own_names(), names, "nothing was stored twice")
+        self.assertEqual(self.evict_all(), [])
+
+    def test_a_copy_without_times_is_evicted_even_if_nobody_has_requested_it(self):
+        self.fill()
+        self.move()
+        self.assertEqual(self.evict_all(), [])
+
+    def test_packages_of_a_cache_without_metadata_are_validated_once_and_then_pkgproxys_own_again(self):
+        for with_times in (True, False):
+            with self.subTest(with_times=with_times):
+                self.fill(self.PACKAGE)
+                names = self.own_names()
+                self.move(with_times, with_metadata=False)
+                self.assertEqual(self.evict_all(), names, "not yet: they might be somebody's")
+                self.assertEqual(self.outcomes(self.PACKAGE, self.PACKAGE), (["304", "hit"], [("HEAD", 200)]))
+                self.assertEqual(self.own_names(), names)
+                self.assertEqual(self.evict_all(), [])
+
+    def test_a_moved_cache_is_served_without_its_origin(self):
+        self.fill()
+        self.move(config=dataclasses.replace(self.config, offline=True))
+        self.assertEqual(self.outcomes(self.PACKAGE, self.INDEX, self.OTHER), (["hit"] * 3, []))
+
+    def test_a_moved_cache_is_served_if_its_origin_fails_even_if_nothing_could_be_checked(self):
+        self.fill()
+        self.move(damage=self.without_digests)
+        self.origin.close()
+        self.assertEqual([self.request(path).status for path in (self.PACKAGE, self.INDEX, self.OTHER)], [200] * 3)
+
+    def test_other_content_of_the_same_size_is_replaced_in_its_place(self):
+        for more in ({"modified": self.LATER}, {"modified": self.LATER, "etag": ""}):
+            for with_metadata in (True, False):
+                with self.subTest(more, with_metadata=with_metadata):
+                    self.origin.pages[self.PACKAGE] = ScriptedResponse(b"y" * 1000)
+                    self.request(self.PACKAGE)
+                    self.wait_until_idle()
+                    names = self.own_names()
+                    self.move(with_times=not with_metadata, with_metadata=with_metadata, damage=self.without_digests)
+                    self.origin.pages[self.PACKAGE] = ScriptedResponse(b"z" * 1000, **more)
+                    self.assertEqual(self.request(self.PACKAGE).body, b"z" * 1000)
+                    self.wait_until_idle()
+                    self.assertEqual(self.request(self.PACKAGE).body, b"z" * 1000)
+                    if with_metadata:
+                        self.assertEqual(self.own_names(), names, "it was pkgproxy's own")
+                    shutil.rmtree(self.root)
+
+    def test_a_partly_copied_file_is_neither_served_nor_removed_and_its_successor_ends_with_it(self):
+        self.fill(self.PACKAGE)
+        [name] = self.own_names()
+        self.move(damage=lambda root: os.truncate(root + self.PACKAGE, 100))
+        self.assertEqual(self.outcomes(self.PACKAGE, self.PACKAGE), (["miss", "hit"], [("GET", 200)]))
+        self.assertEqual(len(self.visible_files()[name]), 100)
+        os.unlink(os.path.join(self.root, name))
+        self.assertEqual(self.outcomes(self.PACKAGE, self.PACKAGE), (["miss", "hit"], [("GET", 200)]))
+        self.assertEqual(self.own_names(), [name])
+
+    def test_the_log_says_at_the_start_how_many_files_are_not_under_its_care_and_why(self):
+        paths = [self.PACKAGE, "/pool/a_1.0_all.deb", "/pool/b_1.0_all.deb"]
+        self.fill(*paths)
+        heads = os.path.join(self.root, pkgproxy.METADATA_FOLDER, "heads", self.origin.name)
+        os.truncate(os.path.join(self.root, self.origin.name) + paths[0], 7)
+        for path in paths[1:]:
+            os.unlink(heads + path + "^head")
+        Path(self.root, "notes.txt").write_bytes(b"somebody's")
+        size = 7 + sum(len(path) for path in paths[1:]) * 1000
+        for trust_bare, expected in ((True, "3 have no head in .pkgproxy"), (False, "2 have no head in .pkgproxy")):
+            with self.subTest(trust_bare), self.assertLogs("pkgproxy", "INFO") as logged:
+                self.proxy._store.trust_bare = trust_bare
+                evictor = pkgproxy.EvictionThread(self.proxy._store)
+                with mock.patch.object(pkgproxy, "MIN_EVICTION_PAUSE", 0.0):
+                    evictor.start(self.config)
+                    until(lambda logged=logged: [line for line in logged.output if "care" in line])
+                    evictor.stop()
+            [line] = [line for line in logged.output if "care" in line]
+            self.assertIn("%d files (%d MB)" % (4 if trust_bare else 3, size // 10**6), line)
+            self.assertIn("1 have another size than .pkgproxy says, " + expected, line)
+        self.fill(*paths)
+
+    def test_a_cache_in_order_has_nothing_to_log_at_the_start(self):
+        self.fill()
+        self.move()
+        with self.assertLogs("pkgproxy", "INFO") as logged:
+            pkgproxy.Evictor(self.proxy._store).log_foreign_files()
+            pkgproxy.log.info("end")
+        self.assertEqual(len(logged.output), 1)
+
+
+class CacheSizeTest(StoreCase):
+    """The size that is known without a walk over all files."""
+
+    def snapshot(self):
+        found = self.store.snapshot()
+        return found["bytes"], found["files"], found["limit"]
+
+    def setUp(self):
+        super().setUp()
+        for name, value in (("head_size", lambda head: 0), ("size_on_disk", lambda info: info.st_size * (info.st_size % 500 == 0 and stat.S_ISREG(info.st_mode))),
+                            ("COUNT_STEP", 1200)):
+            patcher = mock.patch.object(pkgproxy, name, value)
+            patcher.start()
+            self.addCleanup(patcher.stop)
+        self.store = pkgproxy.Store(self.root, max_size=100_000)
+
+    def count(self, store=None):
+        return pkgproxy.Evictor(store or self.store).run(Config(max_size=100_000), time.time())
+
+    def test_the_snapshot_is_current_to_the_last_landing(self):
+        self.assertEqual(self.snapshot(), (0, 0, 100_000))
+        self.assertEqual(self.store.snapshot()["free"] // 10**10, shutil.disk_usage(self.root).free // 10**10)
+        for number in range(3):
+            self.store_response("http://a/x_%d_all.deb" % number, b"x" * 1000)
+            self.assertEqual(self.snapshot(), ((number + 1) * 1000, number + 1, 100_000))
+        self.store_response("http://a/x_0_all.deb", b"x" * 1500)
+        self.assertEqual(self.snapshot(), (3500, 3, 100_000), "a file that is replaced is gone")
+        self.count()
+        self.assertEqual(self.snapshot(), (3500, 3, 100_000))
+        self.store.delete("http://a/x_0_all.deb")
+        self.count()
+        self.assertEqual(self.snapshot(), (2000, 2, 100_000))
+        self.assertIsNone(pkgproxy.Store(self.root).snapshot()["limit"])
+
+    def test_a_file_that_becomes_pkgproxys_own_is_counted(self):
+        self.write("a/pool/x_1.0_all.deb", b"x" * 1000)
+        self.count()
+        self.assertEqual(self.snapshot(), (0, 0, 100_000))
+        for _ in range(2):
+            with contextlib.closing(self.store.lookup(self.PACKAGE)) as found:
+                self.store.update_head(found, found.head)
+            self.assertEqual(self.snapshot(), (1000, 1, 100_000))
+
+    def test_a_count_starts_when_the_limit_is_passed_or_a_hundredth_of_it_has_landed(self):
+        self.store_response("http://a/x_0_all.deb", b"x" * 1000)
+        self.assertFalse(self.store.space.scarce.is_set())
+        self.store_response("http://a/x_1_all.deb", b"x" * 500)
+        self.assertTrue(self.store.space.scarce.is_set())
+        self.store.space.scarce.clear()
+        self.count()
+        self.store.space.add(100_000, 1)
+        self.assertTrue(self.store.space.scarce.is_set(), "somebody's copies were adopted")
+
+    def test_two_instances_keep_to_one_limit(self):
+        """Each counts all files after it has stored 1,200 bytes, so they are never over by more than that each."""
+        stores = [pkgproxy.Store(self.root, max_size=10_000) for _ in range(2)]
+        largest = 0
+        with mock.patch.object(pkgproxy, "MIN_EVICTION_AGE", -1.0):
+            for number in range(60):
+                self.store = stores[number % 2]
+                with contextlib.suppress(pkgproxy.StorageError):
+                    self.store_response("http://a/x_%d_all.deb" % number, b"x" * 500)
+                if self.store.space.scarce.is_set():
+                    self.store.space.scarce.clear()
+                    pkgproxy.Evictor(self.store).run(Config(max_size=10_000), time.time())
+                largest = max(largest, sum(path.stat().st_size for path in Path(self.root, "a").iterdir()))
+        self.assertLessEqual(largest, 10_000 + 2 * 1500)
+        self.assertGreater(largest, 9000)
 
 
 class DiskTest(ProxyCase):
@@ -7361,6 +7495,7 @@ class ChaosTest(ProxyCase):
         self.adopted = os.path.join(self.folder, "archives")
         os.mkdir(self.adopted)
         Path(self.adopted, "b_2.0_all.deb").write_bytes(bodies[1])
+        os.utime(os.path.join(self.adopted, "b_2.0_all.deb"), (pkgproxy.parse_date(DATE),) * 2)
         self.start_proxy(dataclasses.replace(self.config, adopt=(self.adopted,)))
         self.wrong = []
         self.visits = 0  # requests that were answered
@@ -9522,7 +9657,8 @@ class AccessTest(ProxyCase):
             return int(answer[9:12]), b"secret" in answer
 
         self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"secret")
-        with mock.patch.object(socket, "getaddrinfo", look_up), mock.patch.object(pkgproxy, "connect_fastest", side_effect=pkgproxy.connect_fastest) as connect:
+        with mock.patch.object(socket, "getaddrinfo", look_up), \
+                mock.patch.object(pkgproxy, "connect_fastest", side_effect=connect_except(known[b"outside.test"])) as connect:
             for host in ("127.1", "127.0.0.1", "localhost", "inside.test"):
                 self.assertIn(b"secret", self.request_from("127.0.0.1", "GET http://%s:%d/x_1.0.deb" % (host, self.origin.port)))
             self.wait_until_idle()
@@ -9536,7 +9672,8 @@ class AccessTest(ProxyCase):
                 with self.subTest(host=host):
                     connect.reset_mock()
                     self.assertEqual(status_and_hit(host), expected)
-                    connect.assert_not_called()
+                    # The file of the other host is validated, or served stale because that cannot be reached.
+                    self.assertLessEqual(connect.call_count, host == "outside.test")
                     near = self.request_from("127.0.0.1", "GET http://%s:%d/x_1.0.deb" % (host, self.origin.port))
                     self.assertIn(b"secret", near, "local clients still get it")
                     self.wait_until_idle()
@@ -10448,18 +10585,18 @@ class CommandLineTest(unittest.TestCase):
         root, folder = os.path.join(self.folder, "root"), os.path.join(self.folder, "archives")
         os.mkdir(folder)
         Path(folder, "x_1%3a1.0_all.deb").write_bytes(b"x" * 20_000)
+        os.utime(os.path.join(folder, "x_1%3a1.0_all.deb"), (pkgproxy.parse_date(DATE),) * 2)
         origin = ScriptedOrigin()
         self.addCleanup(origin.close)
         origin.pages["/pool/x_1.0_all.deb"] = ScriptedResponse(b"x" * 20_000)
         proxy = ProxyProcess(root, ["--adopt", folder, "--adopt", folder + "2"])
         try:
-            until(lambda: os.path.exists(root + "/.pkgproxy/adopted/complete-256"))
+            until(lambda: os.path.isdir(root + "/.pkgproxy/adopted"))
             with urllib.request.build_opener(urllib.request.ProxyHandler({"http": proxy.url})).open(origin.url("/pool/x_1.0_all.deb")) as answer:
                 self.assertEqual(answer.read(), b"x" * 20_000)
         finally:
             proxy.stop()
-        until(lambda: origin.sent >= 2 * pkgproxy.PROOF_SIZE)
-        self.assertEqual(origin.sent, 2 * pkgproxy.PROOF_SIZE)
+        self.assertEqual([entry.method for entry in origin.log], ["HEAD"])
         self.assertIn("Adopting identical packages from %s\n" % folder, proxy.log())
         self.assertIn("The directory %s2, from which packages are to be adopted, does not exist." % folder, proxy.log())
 
@@ -11805,13 +11942,12 @@ class PackageManagerScenarios(Mixin):
         other = self.serve(self.repository.folder.parent)
         return other, f"{other.base_url}/{self.repository.folder.name}"
 
-    def check_only_proven(self, mirror, names=NAMES):
-        """Check that a mirror has sent only the probes that prove its packages to be identical."""
+    def check_each_package_is_sent_once(self, mirror, names=NAMES):
+        """Check that a mirror has sent each of these packages once, and that nothing else was asked for it."""
         for name in names:
             path = self.repository.packages[name]
-            size = (self.repository.folder / path).stat().st_size
-            sent = sum(entry.sent for entry in mirror.requests(Path(path).name))
-            self.assertEqual(sent, min(size, 2 * pkgproxy.PROOF_SIZE), path)
+            requests = mirror.requests(Path(path).name)
+            self.assertEqual([(entry.method, entry.status) for entry in requests], [("GET", 200)], path)
 
     def test_on_a_cold_cache_every_package_arrives_and_is_stored_under_its_own_name(self):
         machine = self.machine("first")
@@ -11898,13 +12034,13 @@ class AptTest(PackageManagerScenarios, SignedCase):
     def source(self, url=None):
         return self.repository.source(url or self.origin.base_url)
 
-    def test_another_mirror_sends_no_index_and_no_package_beyond_the_proof(self):
+    def test_another_mirror_sends_no_index_and_each_package_once(self):
         self.fill_the_cache(options=["Acquire::By-Hash=force"])
         other, url = self.other_mirror()
         machine = self.make_client(self, "second", self.proxy_url, self.source(url))
         machine.fetch(*NAMES, options=["Acquire::By-Hash=force"])
         self.check_all_arrived(machine)
-        self.check_only_proven(other)
+        self.check_each_package_is_sent_once(other)
         self.assertEqual([entry.path for entry in other.log if entry.status == 200 and "/pool/" not in entry.path],
                          ["/repository/dists/stable/InRelease"])
 
@@ -11918,11 +12054,13 @@ class AptTest(PackageManagerScenarios, SignedCase):
         self.assertTrue((archives / "hello-epoch_1%3a1.0_all.deb").is_file())
         self.origin.log.clear()
         proxy_url = self.start_proxy("--adopt", str(archives))
-        until(lambda: (self.root / ".pkgproxy/adopted/complete-256").exists())
+        until(lambda: (self.root / ".pkgproxy/adopted").exists())
         second = self.make_client(self, "second", proxy_url, self.source())
         second.fetch(*names)
         self.assertEqual(second.digests(), self.repository.digests(names))
-        self.check_only_proven(self.origin, names)
+        for name in names:
+            requests = self.origin.requests(Path(self.repository.packages[name]).name)
+            self.assertEqual([entry.method for entry in requests], ["HEAD"], name)
         self.assertEqual(first.digests(), second.digests())
 
     def test_with_by_hash_forced_only_the_release_file_is_requested_by_name(self):
@@ -12961,22 +13099,14 @@ class PacmanTest(PackageManagerScenarios, ClientCase):
         self.assertEqual([entry.status for entry in signatures], [404, 404])
         self.assertEqual([path for path in self.stored(self.origin) if path.endswith(".sig")], [])
 
-    def test_another_mirror_in_another_folder_sends_no_package_byte_beyond_the_proof(self):
+    def test_another_mirror_in_another_folder_sends_each_package_once(self):
         self.fill_the_cache()
         other, url = self.other_mirror()
-        machine = self.make_client(self, "second", self.proxy_url, url)
-        machine.fetch(*NAMES)
-        self.check_all_arrived(machine)
-        self.check_only_proven(other)
-
-    def test_an_unreachable_mirror_is_replaced(self):
-        self.fill_the_cache()
-        other, url = self.other_mirror()
-        machine = self.make_client(self, "second", self.proxy_url, url)
-        machine.fetch(*NAMES[:4])
-        other.close()
-        machine.pacman("-Sw", *NAMES)
-        self.check_all_arrived(machine)
+        for name in ("second", "third"):
+            machine = self.make_client(self, name, self.proxy_url, url)
+            machine.fetch(*NAMES)
+            self.check_all_arrived(machine)
+        self.check_each_package_is_sent_once(other)
 
     def test_an_unchanged_database_is_not_sent_to_pacman(self):
         machine = self.machine("first")
@@ -13030,7 +13160,7 @@ class DnfTest(RpmScenarios, SignedCase):
         machine.fetch(*NAMES)
         self.check_all_arrived(machine)
 
-    def test_a_metalink_with_changing_mirrors_costs_a_proof(self):
+    def test_a_metalink_with_changing_mirrors_costs_no_index(self):
         other, url = self.other_mirror()
         place = f"metalink={self.origin.base_url}/metalink?repo=test&arch=x86_64"
         for name, urls in (("first", (self.origin.base_url, url)), ("second", (url, self.origin.base_url))):
@@ -13039,9 +13169,9 @@ class DnfTest(RpmScenarios, SignedCase):
             machine.point_to(place)
             machine.fetch(*NAMES, options=["--setopt=max_parallel_downloads=1"])
             self.check_all_arrived(machine)
-        proven = [name for name in NAMES if other.requests(Path(self.repository.packages[name]).name)]
-        self.assertTrue(proven)
-        self.check_only_proven(other, proven)
+        sent = [name for name in NAMES if other.requests(Path(self.repository.packages[name]).name)]
+        self.assertTrue(sent)
+        self.check_each_package_is_sent_once(other, sent)
         self.assertEqual([path for path in other.paths_sent("-primary.xml")], [])
 
     def test_a_mirror_list_is_requested_each_time(self):
