@@ -3090,7 +3090,7 @@ class PartialFile(RefCountedFile):
         self.length: int | None = None  # declared bytes of the body; None: unknown
         self.owner = owner
         self.size = 0  # bytes written; of a leftover or another instance's file, bytes that may be read
-        self.hash = hashlib.sha256()  # of the bytes written since start()
+        self._hash: Any = None  # SHA-256 of the bytes written; None: of a leftover, not yet computed
         self._store = store
         self._writer_is_local = True  # whether another instance that writes the file is on this machine
         self._writer_left = False  # whether that instance has finished with the file
@@ -3114,7 +3114,7 @@ class PartialFile(RefCountedFile):
                     self._replace_file()
             self._file.truncate(offset)
             self._file.seek(offset)
-            self.hash = hash_body("sha256", self) if offset else hashlib.sha256()
+            self._hash = None if offset else hashlib.sha256()
         except OSError as error:
             self._store.space.release(self)
             raise StorageError(error) from error
@@ -3139,10 +3139,16 @@ class PartialFile(RefCountedFile):
         """Append all of ``data`` and return its length.  Raises OSError (disk full ...)."""
         if self.size + len(data) > self._granted_size:
             self._granted_size = self._store.space.reserve(self, len(data))
+        if self._hash is None:  # not in start(): nobody waits here, because readers have the leftover's bytes
+            self._hash = hash_body("sha256", self)
         write_all(self._file, data)
-        self.hash.update(data)
+        self._hash.update(data)
         self.size += len(data)
         return len(data)
+
+    def sha256(self) -> str:
+        """Return the digest of the bytes written.  Raises OSError."""
+        return str((self._hash or hash_body("sha256", self)).hexdigest())
 
     def publish(self) -> None:
         """Let other instances read the bytes written so far.  Raises OSError.
@@ -3283,27 +3289,12 @@ class PartialFile(RefCountedFile):
             os.unlink(self.path + "^head")
 
 
-def _save_access_time(path: str, used: float) -> None:
-    """Store the time of a response's last use as its file's access time.
-
-    The file is opened first, so that a file which replaces it meanwhile is not touched.
-    """
-    with contextlib.suppress(OSError), open(path, "rb", opener=_private_opener) as file:
-        target = file.fileno() if os.utime in os.supports_fd else path
-        os.utime(target, ns=(int(used * 10**9), os.fstat(file.fileno()).st_mtime_ns))
-
-
 def _rename(path: str, place: str) -> None:
     """Rename a complete body into its place.  Raises OSError."""
-    try:
-        os.replace(path, place)
-    except PermissionError:
-        if os.name != "nt":
-            raise
-        # Windows renames no open file, and each client of a download has the partial file open.
+    if os.name == "nt":  # which renames no open file, and a download's writer and readers have it open
         copy = os.path.join(os.path.dirname(place), "^" + os.path.basename(path))
-        shutil.copy2(path, copy)
-        os.replace(copy, place)
+        path = shutil.copy2(path, copy)
+    os.replace(path, place)
 
 
 def matches_digest_in_name(key: str, body: StoredResponse | PartialFile) -> bool:
@@ -3312,9 +3303,9 @@ def matches_digest_in_name(key: str, body: StoredResponse | PartialFile) -> bool
     Returns True if the key contains none.  Raises StorageError if the body cannot be read.
     """
     algorithm, digest = digest_in_name(key) or ("", "")
-    if isinstance(body, PartialFile) and algorithm == "sha256":
-        return body.hash.hexdigest() == digest
     try:
+        if isinstance(body, PartialFile) and algorithm == "sha256":
+            return body.sha256() == digest
         return not algorithm or hash_body(algorithm, body).hexdigest() == digest
     except OSError as error:
         raise StorageError(error) from error
@@ -3415,7 +3406,6 @@ class Space:
     def __init__(self, free: Callable[[], tuple[int, int]], max_size: int | None) -> None:
         self.scarce = threading.Event()
         self._free = free  # returns free bytes and inodes without the reserve; raises OSError
-        self._limit = max_size
         self._max_size = sys.maxsize if max_size is None else max_size
         self._count_step = max(COUNT_STEP, self._max_size // 100)
         self._lock = threading.RLock()  # guards all below
@@ -3479,7 +3469,8 @@ class Space:
     def snapshot(self) -> dict[str, int | None]:
         """Return the assumed bytes and files below the root, and the limit for bytes (None: none)."""
         with self._lock:
-            return {"bytes": max(0, self._used()), "files": max(0, self._files), "limit": self._limit}
+            limit = self._max_size if self._max_size < sys.maxsize else None
+            return {"bytes": max(0, self._used()), "files": max(0, self._files), "limit": limit}
 
     def take_demand(self) -> tuple[int, int, int]:
         """Return the assumed bytes and files, and the free bytes needed since the last call."""
@@ -3561,14 +3552,13 @@ class Store:
         # The seconds are the origin's, for people to see.  The fraction, from the clock, tells bodies of one
         # second and size apart, so that no head of one ever describes the other.
         mtime_ns = int(modified) * 10**9 + time.time_ns() // 1000 % 10**6 * 1000
-        target = partial.fileno() if os.utime in os.supports_fd else partial.path
-        os.utime(target, ns=(time.time_ns(), mtime_ns))
+        os.utime(partial.path, ns=(time.time_ns(), mtime_ns))
         info = os.fstat(partial.fileno())  # the file system may have rounded the time
         if info.st_size != partial.size or partial.length not in (None, partial.size):
             raise OSError(errno.EIO, "the partial file has %d bytes, not the %d received of %s" % (
                 info.st_size, partial.size, partial.length))
         head = replace_fields(
-            partial.head, size=partial.size, mtime_ns=info.st_mtime_ns, sha256=partial.hash.hexdigest())
+            partial.head, size=partial.size, mtime_ns=info.st_mtime_ns, sha256=partial.sha256())
         self._publish(partial.path, partial, head)
 
     def link(self, stored: StoredResponse) -> None:
@@ -3677,7 +3667,8 @@ class Store:
             info = os.lstat(self.body_path(name))
         except OSError:
             return False, None
-        return True, _matching_head(_read_heads(self.head_path(name)), key, info)
+        heads = _read_heads(self.head_path(name)) if stat.S_ISREG(info.st_mode) else ()
+        return True, _matching_head(heads, key, info)
 
     def version_of(self, key: str) -> tuple[int, int] | None:
         """Return size and modification time (ns) of the stored body for a key; this is no use of it."""
@@ -3842,12 +3833,8 @@ class Entry(NamedTuple):
 
     used: float  # clock time of the last use
     size: int  # bytes on the disk
-    name: str  # path below the root; "": counted, but never evicted
-
-    @property
-    def is_response(self) -> bool:
-        """Whether it is a stored response."""
-        return bool(self.name) and not self.name.startswith(METADATA_FOLDER)
+    name: str = ""  # path below the root; "": counted, but never evicted
+    is_response: bool = False
 
     def eviction_order(self) -> tuple[bool, bool, float, int]:
         """Sort leftovers of downloads first, then the least recently used, indexes last.
@@ -3906,8 +3893,8 @@ class Evictor:
                     counts["bytes"] += os.lstat(path).st_size
         size = counts.pop("bytes", 0)
         if counts:
-            log.info("%d files (%d MB) in %s are not under pkgproxy's care, and are neither counted nor "
-                     "deleted: %s. Packages without a head are checked when they are requested.",
+            log.info("%d files (%d MB) in %s are not under pkgproxy's care, and are never deleted: %s. "
+                     "Packages without a head are checked when they are requested.",
                      sum(counts.values()), size // 10**6, store.root,
                      ", ".join("%d have %s" % (number, reason) for reason, number in sorted(counts.items())))
 
@@ -3932,7 +3919,7 @@ class Evictor:
         for folder, _, files in os.walk(self._store.metadata_folder):
             part = folder[len(self._store.metadata_folder) + 1:].partition(os.sep)[0]
             with contextlib.suppress(OSError):  # each folder of heads has a counterpart with bodies
-                yield Entry(now, size_on_disk(os.lstat(folder)) * (2 if part == "heads" else 1), "")
+                yield Entry(now, size_on_disk(os.lstat(folder)) * (2 if part == "heads" else 1))
             for file in files:
                 with contextlib.suppress(OSError):
                     path = os.path.join(folder, file)
@@ -3959,14 +3946,16 @@ class Evictor:
             if head.st_mtime < now - DAY:  # else a download may be about to rename the body into place
                 _unlink(path)
         if not (path.endswith("^head") and stat.S_ISREG(info.st_mode)):
-            return Entry(head.st_mtime, size, "")
+            return Entry(head.st_mtime, size)
         if name in used:
-            _save_access_time(body, used[name])
+            # If another body takes the place just now, it gets a wrong time, and is verified by its digest.
+            with contextlib.suppress(OSError):
+                os.utime(body, ns=(int(used[name] * 10**9), info.st_mtime_ns))
         if (info.st_dev, info.st_ino) not in seen:  # links to one file take its space once
             size += size_on_disk(info)
         if info.st_nlink > 1:
             seen.add((info.st_dev, info.st_ino))
-        return Entry(max(used.get(name, 0.0), info.st_atime), size, name)
+        return Entry(max(used.get(name, 0.0), info.st_atime), size, name, True)
 
     def _remove(self, entry: Entry) -> bool:
         """Remove an entry's files, and the folders that become empty.
