@@ -2488,6 +2488,27 @@ def parse_index(kind: str, chunks: Iterator[bytes], base: str, key: str) -> Iter
             yield name, FileFacts(known, algorithm, binascii.unhexlify(digest[:64]) if algorithm else b"")
 
 
+def why_unexpected(expected: Iterable[FileFacts], size: int | None, digest: Callable[[str], str]) -> str:
+    """Return how a body contradicts all that is known about it; "" if it does not, or if nothing is known.
+
+    ``size`` is None if it is not known yet.  ``digest`` returns the hexadecimal digest by an algorithm of
+    hashlib, or "" if that is not known.
+
+    >>> why_unexpected([FileFacts(3, "", b"")], 4, str)
+    'it has 4 bytes, and its index says 3'
+    """
+    reason = ""
+    for facts in expected:
+        if size is not None and facts.size not in (None, size):
+            reason = "it has %d bytes, and its index says %d" % (size, facts.size or 0)
+            continue
+        found, named = digest(facts.algorithm) if facts.algorithm else "", facts.digest.hex()
+        if not found or found[:64] == named:
+            return ""
+        reason = "its %s is %s..., and its index or name says %s..." % (facts.algorithm, found[:16], named[:16])
+    return reason
+
+
 # ---------------------------------------------------------------------------------------------
 # 4 Access rules: pure functions
 # ---------------------------------------------------------------------------------------------
@@ -3297,22 +3318,14 @@ def _rename(path: str, place: str) -> None:
     os.replace(path, place)
 
 
-def matches_digest_in_name(key: str, body: StoredResponse | PartialFile) -> bool:
-    """Check a body against the digest in its key.
-
-    Returns True if the key contains none.  Raises StorageError if the body cannot be read.
-    """
-    algorithm, digest = digest_in_name(key) or ("", "")
-    try:
-        if isinstance(body, PartialFile) and algorithm == "sha256":
-            return body.sha256() == digest
-        return not algorithm or hash_body(algorithm, body).hexdigest() == digest
-    except OSError as error:
-        raise StorageError(error) from error
+def digest_of(body: StoredResponse | PartialFile, algorithm: str) -> str:
+    """Return the hexadecimal digest of a body, which is read unless the digest is known.  Raises OSError."""
+    known = body.sha256() if isinstance(body, PartialFile) else body.head.sha256
+    return known if known and algorithm == "sha256" else str(hash_body(algorithm, body).hexdigest())
 
 
 class NameIndex:
-    """Finds files by the digest in their names on different mirrors, or by their name in folders to adopt.
+    """Finds stored files by their digests, or packages to adopt by their names.
 
     An index is a folder of text files with lines "DIGEST PLACE": the first 18 digits of the name's SHA-256,
     and a cache key or a path.  Lines are in 256 buckets by the first two digits, so that a lookup reads
@@ -3509,7 +3522,10 @@ class Store:
         self._min_free = min_free  # bytes
         self.trust_bare = trust_bare  # whether the root holds nothing but the cache
         self._places = memoize(self._find_places)
-        self._lock = threading.Lock()  # guards _used
+        self._why_wrong = functools.lru_cache(LARGE_MEMO)(self._compare)
+        self._lock = threading.Lock()  # guards _used and checks
+        # Packages that had the size and digest in their index, or not, and damaged files that were removed.
+        self.checks = collections.Counter(verified=0, refused=0, healed=0)
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last eviction
 
     def lookup(self, key: str) -> StoredResponse | None:
@@ -3522,6 +3538,7 @@ class Store:
         - A body without a head, the same, if its name cannot stand for other content later (content-named,
           package) and the root holds nothing but the cache (``trust_bare``).
         - A body of another size than its head says was changed, or only partly copied: it is never used.
+        - A body that contradicts what an index says about it is not used (invariant 13).
         - A body under the hashed name that only made way for a foreign file is not used once that is removed:
           people expect that a file which they have removed is fetched anew.
         """
@@ -3532,6 +3549,9 @@ class Store:
                 continue
             heads = _read_heads(head_path)
             head = _matching_head(heads, key, info)
+            if head is not None and self._why_wrong(key, head.size, head.sha256, self.knowledge_version()):
+                file.close()
+                continue
             if head is not None and not (head.displaced and not os.path.lexists(places[0][1])):
                 _close(bare)
                 with self._lock:
@@ -3543,6 +3563,28 @@ class Store:
             else:
                 file.close()
         return bare
+
+    def expected(self, key: str) -> list[FileFacts]:
+        """Return what is known about a body in advance; each is right.  Here: the digest in its name."""
+        algorithm, digest = digest_in_name(key) or ("", "")
+        return [FileFacts(None, algorithm, bytes.fromhex(digest)[:32])] if algorithm else []
+
+    def knowledge_version(self) -> tuple[int, ...]:
+        """Return what changes when expected() may return something else than before."""
+        return ()
+
+    def _compare(self, key: str, size: int, sha256: str, _memo: tuple[int, ...]) -> str:
+        """Return why a stored body is not used; see why_unexpected()."""
+        known = {"sha256": sha256}
+        reason = why_unexpected(self.expected(key), size, lambda algorithm: known.get(algorithm, ""))
+        if reason:
+            log.info("The stored file of %s is not used: %s", loggable_uri(key), reason)
+        return reason
+
+    def count_check(self, result: str) -> None:
+        """Count a package as "verified", "refused" or "healed"."""
+        with self._lock:
+            self.checks[result] += 1
 
     def commit(self, partial: PartialFile) -> None:
         """Store a complete download under its key.  Raises OSError."""
@@ -3578,8 +3620,9 @@ class Store:
 
     def _publish(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead) -> None:
         """Rename a body to its natural name, or to its hashed one if that is impossible.  Raises OSError."""
-        if digest_in_name(head.key):
-            self.names.add(shareable_name(head.key), head.key)
+        if classify_name(head.key) in (NameClass.CONTENT, NameClass.PACKAGE):
+            for digest in {head.sha256, *(facts.digest.hex() for facts in Store.expected(self, head.key))}:
+                self.names.add(digest, head.key)
         places = self._places(head.key)
         hashed = places[-1][0]
         for name, _, _ in places:
@@ -3672,9 +3715,9 @@ class Store:
 
     def version_of(self, key: str) -> tuple[int, int] | None:
         """Return size and modification time (ns) of the stored body for a key; this is no use of it."""
-        for name in _body_names(key):
+        for _, path, _ in self._places(key):
             with contextlib.suppress(OSError):
-                info = os.lstat(self.body_path(name))
+                info = os.lstat(path)
                 return info.st_size, info.st_mtime_ns
         return None
 
@@ -4088,7 +4131,7 @@ def _run_zstd(file: io.FileIO, module: str) -> Iterator[bytes]:
 
 _KEY_SIZE = 10  # bytes of a name's SHA-256
 _ROW = struct.Struct(">%dsqB32s" % _KEY_SIZE)  # key, size (-1: unknown), algorithm, digest
-_FENCE = 32  # rows between two whose keys are kept in memory: 90 KB for Debian's main
+_FENCE = 64  # rows between two whose keys are kept in memory: 45 KB for Debian's main
 _ALGORITHMS = ("", "sha256", "sha512")
 _MAGIC = "pkgproxy index table 1"
 _CRC_RESIDUE = 0x2144DF1C  # the CRC-32 of any data with its own CRC-32 behind it
@@ -4157,7 +4200,7 @@ class IndexTable:
 # The reader
 
 MAX_QUEUED_INDEXES = 1000  # more are read when they are used again
-MAX_PLACES = 4000  # places whose tables are remembered; most have none
+MAX_PLACES = 500  # places, and tables, that are remembered; most places have no table
 CHECK_INTERVAL = 5.0  # seconds until the tables of a place are compared with the stored indexes again
 LEARNING_BACKOFF = 60.0  # seconds without reading after a failure of the disk
 
@@ -4237,7 +4280,7 @@ class IndexReader:
         with contextlib.closing(stored):
             version = stored.head.size, stored.head.mtime_ns
             path = self._path(place, key, version)
-            source = TableSource(key, base, *version, _sha256_of(stored))
+            source = TableSource(key, base, *version, digest_of(stored, "sha256"))
             try:
                 write_table(path, source, parse_index(kind, read_index(stored.file), base, key))
             except DamagedIndexError as error:
@@ -4273,6 +4316,34 @@ class IndexReader:
             return classify_name(source.key) is not NameClass.CONTENT
         return any(size in (None, source.size) and (algorithm != "sha256" or digest.hex() == source.sha256)
                    for size, algorithm, digest in facts)
+
+
+class IndexedStore(Store):
+    """A store that also knows its packages from the stored indexes (invariant 13)."""
+
+    def __init__(self, root: str, trust_bare: bool = True, min_free: int | None = None,
+                 max_size: int | None = None) -> None:
+        super().__init__(root, trust_bare, min_free, max_size)
+        self._reader = IndexReader(self)
+
+    def expected(self, key: str) -> list[FileFacts]:
+        """Return what is known about a body: the digest in its name, or what each index says about it."""
+        known = super().expected(key)
+        return known if known or classify_name(key) is NameClass.INDEX else self._reader.facts_for(key)
+
+    def knowledge_version(self) -> tuple[int, ...]:
+        """Return what changes when expected() may return something else; so do other processes, at times."""
+        return self._reader.generation, int(time.monotonic() / CHECK_INTERVAL)
+
+    def commit(self, partial: PartialFile) -> None:
+        """Store a complete download, and read it if it is an index.  Raises OSError."""
+        super().commit(partial)
+        self._reader.note(partial.head)
+
+    def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
+        """Save a validated head, and read the index that it belongs to if that was never done."""
+        super().update_head(stored, head)
+        self._reader.note(head)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6118,7 +6189,7 @@ def response_from_origin(request: Request, response: OriginResponse, decision: C
 def shared_cache_status(decision: CacheDecision, head: ResponseHead) -> CacheStatus:
     """Describe a response whose body is a file of another mirror, or an adopted one."""
     detail = "same as " + head.same_as
-    if digest_in_name(head.key):  # the origin was not asked at all
+    if head.sha256:  # found by its digest, so that the origin was not asked at all
         return CacheStatus(Outcome.SHARED, detail=detail)
     return CacheStatus(Outcome.SHARED, decision.forward, head.status, stored=True, detail=detail)
 
@@ -6320,23 +6391,24 @@ class LocalFileResponse(OriginResponse):
         self._stored.close()
 
 
-def _head_by_digest(request: Request, stored: StoredResponse) -> ResponseHead | None:
-    """Return the head of a body at another mirror, if the body has the digest in the request's key.
+def _head_by_digest(request: Request, stored: StoredResponse,
+                    expected: list[FileFacts]) -> ResponseHead | None:
+    """Return the head of a body at another mirror, if the body has an expected digest.
 
-    It has those of its fields that describe the file and not the mirror it came from.  StorageError.
+    It has those of its fields that describe the file and not the mirror it came from.  Raises OSError.
     """
-    if not matches_digest_in_name(request.key, stored):
+    if why_unexpected(expected, stored.head.size, functools.partial(digest_of, stored)):
         return None
     fields = tuple(field for field in stored.head.fields
                    if field[0].lower() in ("content-type", "last-modified", "date"))
-    return replace_fields(stored.head, fields=fields, key=request.key)
+    return replace_fields(stored.head, fields=fields, key=request.key, sha256=digest_of(stored, "sha256"))
 
 
 class MirrorDeduplicator:
     """Finds a file that is certainly the one requested, although it is not stored from the requested URL.
 
-    If the key contains a digest, that is any stored or adopted file of this digest, and no origin is asked.
-    Else it is an adopted file of the same name, if the origin confirms its size and date.
+    If its digest is known, from its name or an index, that is any stored or adopted file of this digest, and
+    no origin is asked.  Else it is an adopted file of the same name, if the origin confirms its size and date.
     """
 
     def __init__(self, store: Store, origin: OriginClient, config: Config) -> None:
@@ -6350,12 +6422,12 @@ class MirrorDeduplicator:
 
         Without ``origin_request``, the origin is not asked.
         """
-        has_digest = digest_in_name(request.key) is not None
+        expected = [facts for facts in self._store.expected(request.key) if facts.algorithm]
         for stored in self._candidates(request):
             head = None
-            with contextlib.suppress(StorageError, OriginError):
-                if has_digest:
-                    head = _head_by_digest(request, stored)
+            with contextlib.suppress(OSError, OriginError):
+                if expected:
+                    head = _head_by_digest(request, stored, expected)
                 elif origin_request is not None:
                     timely = replace_fields(origin_request, deadline=time.monotonic() + VALIDATION_TIMEOUT)
                     head = confirm_bare_file(self._origin, timely, request, stored, config)
@@ -6371,13 +6443,14 @@ class MirrorDeduplicator:
         return stored is not None
 
     def _candidates(self, request: Request) -> Iterator[StoredResponse]:
-        """Open the files of the same name that the client may have, one after the other."""
-        name, has_digest = shareable_name(request.key), digest_in_name(request.key) is not None
+        """Open files of an expected digest, or to adopt, that the client may have, one after the other."""
+        name, expected = shareable_name(request.key), self._store.expected(request.key)
         # A client that says no-cache doubts what the proxy has: it may have seen a wrong digest, say.
         doubted = "no-cache" in cache_directives(request.fields)
-        if not name or doubted or field_value(request.fields, "Authorization") is not None:
+        if doubted or field_value(request.fields, "Authorization") is not None:
             return
-        for key in self._store.names.lookup(name) if has_digest else ():
+        digests = [facts.digest.hex() for facts in expected if facts.algorithm]
+        for key in itertools.chain(*map(self._store.names.lookup, digests)):
             stored = look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
             if stored is not None and key != request.key and not (
                     stored.head.vary or field_value(stored.head.fields, "Content-Encoding")):
@@ -6385,9 +6458,11 @@ class MirrorDeduplicator:
                 yield replace_fields(stored, head=replace_fields(stored.head, same_as=key.partition("?")[0]))
             else:
                 _close(stored)
-        for path in self._store.adopted.lookup(name) if self._adopted_folders else ():
+        for path in self._store.adopted.lookup(name) if name and self._adopted_folders else ():
             file, info = _open(path) if path.startswith(self._adopted_folders) else (None, _NO_STAT)
-            if file is not None:
+            if file is not None and why_unexpected(expected, info.st_size, lambda _: ""):
+                file.close()
+            elif file is not None:
                 head = replace_fields(_bare_head(request.key, info), same_as="an adopted file")
                 yield StoredResponse(file, head, "", False)
 
@@ -6624,10 +6699,7 @@ class Downloader:
         """
         partial, flight = download.partial, download.flight
         may_store = flight.finish_receiving() and not self.locks.is_lost(partial)
-        if may_store and not matches_digest_in_name(partial.head.key, partial):
-            log.warning("%s was not stored: its bytes have another digest than its name", partial.head.key)
-            may_store = False
-        if not may_store:
+        if not may_store or self._is_refused(partial):
             partial.discard()
             return FlightResult.WHOLE
         partial.commit()
@@ -6636,6 +6708,19 @@ class Downloader:
         if not flight.finish_receiving():
             self.store.delete(partial.head.key)
         return FlightResult.STORED
+
+    def _is_refused(self, partial: PartialFile) -> bool:
+        """Return whether a complete body contradicts what is known about it; StorageError."""
+        expected = self.store.expected(partial.head.key)
+        try:
+            reason = why_unexpected(expected, partial.size, functools.partial(digest_of, partial))
+        except OSError as error:
+            raise StorageError(error) from error
+        if expected:
+            self.store.count_check("refused" if reason else "verified")
+        if reason:
+            log.warning("%s was not stored: %s", loggable_uri(partial.head.key), reason)
+        return bool(reason)
 
 
 class PeerFollower:
@@ -7128,6 +7213,7 @@ class FlightLeader:
         origin_request = full_request(request, self.config)
         try:
             reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
+            reason = reason or self._why_wrong_size(response)
             reason = reason or ("" if response.end_is_known else "no declared length")
             if not reason:
                 partial = partial or self.downloader.locks.acquire(request.key, self.ignores_lock)
@@ -7151,6 +7237,11 @@ class FlightLeader:
             response.close()
             response = fetch_full(self.downloader.origin, origin_request)
         return response_from_origin(request, response, decision, reason), FlightResult.ALONE
+
+    def _why_wrong_size(self, response: OriginResponse) -> str:
+        """Return how the declared length of a response contradicts an index; "" if it does not."""
+        size = None if response.length is None else response.length + response.start
+        return why_unexpected(self.downloader.store.expected(self.request.key), size, lambda _: "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10155,7 +10246,7 @@ def load_filters(path: str) -> tuple[re.Pattern[str], ...]:
 
 def open_store(config: Config) -> Store:
     """Open the store, and create the cache directory if it is missing.  Raises StartupError."""
-    store = Store(config.root or ".", config.root is not None, config.min_free, config.max_size)
+    store = IndexedStore(config.root or ".", config.root is not None, config.min_free, config.max_size)
     try:
         make_directory(store.root)
         hosts = store.list_hosts()
