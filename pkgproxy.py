@@ -299,6 +299,8 @@ DAY = 86400.0
 REVALIDATION_INTERVAL = 3600.0  # between two validations of one response in the background
 MAX_BACKGROUND_VALIDATIONS = 4  # at one time; no client waits for them
 EVICTION_INTERVAL = 300.0  # between two checks of the disk; a walk over a large cache takes seconds
+SCRUB_PAUSE = 60.0  # between two rounds, and after the last use of a stored file; a disk may sleep then
+SCRUB_RATE = 500_000  # bytes a second that are read to find damaged files; 43 GB a day
 MIN_EVICTION_PAUSE = 10.0  # between two runs of the evictor, however often the disk is full
 MIN_EVICTION_AGE = 60.0  # a file used more recently is kept: a client may be about to ask for it again
 OPEN_FOR = 3600.0  # a host's protection is rechecked this seldom if a bare file is all that could leak
@@ -370,6 +372,7 @@ class Config:
     offline: bool = False  # never contact an origin
     max_size: int | None = None  # bytes the cache may occupy; None: bounded by min_free only
     min_free: int | None = None  # bytes to leave free on the file system; None: 5 %, at most 10 GB
+    scrub: bool = True  # whether stored files are read again to find damaged ones
     max_orphans: int = 8  # downloads that may continue after their last client has left
     max_age: float | None = None  # seconds since its last use after which a stored response is removed
     reuse_port: bool = False  # let other instances listen on the same addresses
@@ -2505,7 +2508,8 @@ def why_unexpected(expected: Iterable[FileFacts], size: int | None, digest: Call
         found, named = digest(facts.algorithm) if facts.algorithm else "", facts.digest.hex()
         if not found or found[:64] == named:
             return ""
-        reason = "its %s is %s..., and its index or name says %s..." % (facts.algorithm, found[:16], named[:16])
+        reason = "its %s is %s..., and its index or name says %s..." % (
+            facts.algorithm, found[:16], named[:16])
     return reason
 
 
@@ -3527,6 +3531,8 @@ class Store:
         # Packages that had the size and digest in their index, or not, and damaged files that were removed.
         self.checks = collections.Counter(verified=0, refused=0, healed=0)
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last eviction
+        self.used_at = 0.0  # clock time of the last use of any stored response
+        self.unhashed = collections.deque[str](maxlen=LARGE_MEMO)  # names of bodies whose digests are needed
 
     def lookup(self, key: str) -> StoredResponse | None:
         """Open the stored response for a cache key; None if there is none that may be used.
@@ -3554,8 +3560,10 @@ class Store:
                 continue
             if head is not None and not (head.displaced and not os.path.lexists(places[0][1])):
                 _close(bare)
+                if not head.sha256 and name not in self.unhashed and self.expected(key):
+                    self.unhashed.append(name)
                 with self._lock:
-                    self._used[name] = time.time()
+                    self._used[name] = self.used_at = time.time()
                 return StoredResponse(file, head, name, True)
             immutable = classify_name(key) in (NameClass.CONTENT, NameClass.PACKAGE)
             if self.trust_bare and immutable and not (heads or bare) and _has_exact_name(self.root, name):
@@ -6408,7 +6416,7 @@ class MirrorDeduplicator:
     """Finds a file that is certainly the one requested, although it is not stored from the requested URL.
 
     If its digest is known, from its name or an index, that is any stored or adopted file of this digest, and
-    no origin is asked.  Else it is an adopted file of the same name, if the origin confirms its size and date.
+    no origin is asked.  Else it is an adopted file of the same name, if the origin confirms size and date.
     """
 
     def __init__(self, store: Store, origin: OriginClient, config: Config) -> None:
@@ -7398,6 +7406,98 @@ class EvictionThread:
             "removedBytes": self.last_report["removedBytes"] + report.freed}
 
 
+class Scrubber:
+    """Reads stored files again, in a thread of its own, and removes those that the disk has damaged.
+
+    It reads slowly, and only while the proxy is in use.  A file without a known digest gets its digest now.
+    The name of the last file is kept on the disk: the next one is always that which was not read for longest.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._last_path = os.path.join(store.metadata_folder, "scrubbed")
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def stop(self) -> None:
+        """End the thread, also in the middle of a file."""
+        self._stopped.set()
+
+    def check(self, name: str) -> None:
+        """Compare a stored body with its digest, and remove it if it is damaged or unreadable."""
+        file, info = _open(self._store.body_path(name))
+        head = self._store.find_head(name, None)[1] if file is not None else None
+        if file is None or head is None:
+            return None if file is None else file.close()
+        with contextlib.closing(StoredResponse(file, head, name, True)) as stored:
+            try:
+                found = self._hash(stored)
+            except OSError as error:
+                found = str(error.strerror)
+            if self._stopped.is_set() or found == head.sha256:
+                return None
+            if not head.sha256 and len(found) == 64:
+                return self._store.update_head(stored, replace_fields(head, sha256=found))
+            with contextlib.suppress(OSError):  # else it has been replaced, changed or removed meanwhile
+                if os.path.samestat(os.lstat(self._store.body_path(name)), info):
+                    self._store.delete_file(name)
+                    self._store.count_check("healed")
+                    log.warning("%s was damaged, and is removed: its digest is no longer the one it was stored "
+                                "with (%s). Check its disk.", self._store.body_path(name), found[:16])
+        return None
+
+    def _run(self) -> None:
+        while not self._stopped.wait(SCRUB_PAUSE):
+            try:
+                for name in self._names():
+                    self.check(name)
+            except OSError as error:
+                log.debug("The scrub failed: %s", error)
+            except Exception:
+                log.exception("The scrub failed: this is a bug")
+
+    def _names(self) -> Iterator[str]:
+        """Yield names to check: those whose digests are needed, and all others in order after the last."""
+        last, saved_at, top = self._load_last(), time.monotonic(), self._store.head_path("")[:-len("^head")]
+        for folder, subfolders, files in os.walk(top):
+            subfolders.sort()
+            for file in sorted(files):
+                while self._store.unhashed:
+                    yield self._store.unhashed.popleft()
+                name = os.path.relpath(os.path.join(folder, file), top)[:-len("^head")].replace(os.sep, "/")
+                if last:
+                    last = "" if name == last else last
+                    continue
+                yield name
+                if self._stopped.is_set():
+                    return
+                if time.monotonic() - saved_at > SCRUB_PAUSE:
+                    replace_file(self._last_path, name)
+                    saved_at = time.monotonic()
+        replace_file(self._last_path, "")
+
+    def _load_last(self) -> str:
+        with contextlib.suppress(OSError, ValueError), open(self._last_path, encoding="utf-8") as file:
+            return file.read()
+        return ""
+
+    def _hash(self, stored: StoredResponse) -> str:
+        """Return the SHA-256 of a body, read at SCRUB_RATE while the proxy is in use.  Raises OSError."""
+        found, offset = hashlib.sha256(), 0
+        while data := stored.read_at(SMALL_BODY, offset):
+            found.update(data)
+            offset += len(data)
+            self._stopped.wait(len(data) / SCRUB_RATE)
+            while time.time() - self._store.used_at > SCRUB_PAUSE and not self._stopped.wait(5.0):
+                pass
+            if self._stopped.is_set():
+                break
+        return found.hexdigest()
+
+
 class BackgroundRevalidator:
     """Revalidates stored responses in the background, after they were served as hits.
 
@@ -7464,6 +7564,7 @@ class Proxy:
         self._store = store
         self._origin = OriginClient(count_received, config)
         self.evictor = EvictionThread(store)
+        self._scrubber = Scrubber(store)
         self._failures = RecentFailures(store.space.scarce.set)
         self._barrier = SingleFlight()
         self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier)
@@ -7649,12 +7750,15 @@ class Proxy:
     def snapshot(self) -> dict[str, Any]:
         """Describe what goes on now, for the status page: plain data of bounded size."""
         return {"downloads": self._downloader.snapshot(), "troubles": self._failures.snapshot(),
-                "swept": self.evictor.last_report, "unstored": self._failures.disk_error(),
+                "swept": self.evictor.last_report, "checks": self._store.checks,
+                "unstored": self._failures.disk_error(),
                 "cache": self._store.snapshot()}
 
     def start(self) -> None:
         """Start the background work."""
         self.evictor.start(self.config)
+        if self.config.scrub:
+            self._scrubber.start()
 
     def close_idle(self) -> None:
         """Close connections to origins that have been idle for too long; cheap if called often."""
@@ -7663,6 +7767,7 @@ class Proxy:
     def close(self) -> None:
         """End the background work, and close idle connections."""
         self.evictor.stop()
+        self._scrubber.stop()
         self._locks.close()
         self._origin.close()
 
@@ -8404,6 +8509,8 @@ def _metrics(view: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[tuple[st
                                ("swept_files_total", "removedFiles", "Files removed by eviction."),
                                ("swept_bytes_total", "removedBytes", "Bytes freed by eviction.")):
         yield name, meaning, [("", eviction.get(key, 0))]
+    yield "packages_total check", "Packages that were compared with their index, or with their digest.", [
+        *view["checks"].items()]
     for key, count in view["disk"].items():
         yield "disk_%s_bytes" % key, "File system of the cache: %s in bytes." % key, [("", count)]
 
@@ -8425,7 +8532,7 @@ def metrics_text(view: dict[str, Any]) -> str:
 def page_view(snapshot: dict[str, Any]) -> dict[str, Any]:
     """Select what /status.json publishes from a snapshot of StatusCollector; the other pages use the same."""
     keys = ("counters", "allTime", "plots", "now", "since", "disk", "recent", "downloads", "unstored",
-            "troubles", "origins", "swept")
+            "troubles", "origins", "swept", "checks")
     return {"version": __version__, **{key: snapshot[key] for key in keys}}
 
 
@@ -10129,6 +10236,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
         Option("--min-free SIZE", "disk space to keep free (5 %%, at most 10 GB)", "min_free", parse_size),
         Option("--max-age TIME", "remove files not used for this long (never)", "max_age", parse_duration),
         Option("-f --filters FILE", "expressions for URIs not to cache (none)", "filters_file", parse_path),
+        Option("--no-scrub", "do not look for files that the disk has damaged (off)", "scrub", more=OFF),
         Option("--no-heuristics", "assume no lifetime if an origin gives none (off)", "heuristics", more=OFF),
         Option("--barrier URL", "coordinate instances by memcached (file locks)", "barrier", parse_barrier),
     ),
