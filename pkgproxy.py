@@ -15,8 +15,8 @@ interceptor, a mirror generator or a process manager.
 
 Where to start reading
 ----------------------
-Read decide() in section 3 and Proxy.respond() in section 10 first, then Flight and SingleFlight in
-section 6 and Downloader in section 9: they are the core.  Five types connect everything:
+Read decide() in section 3 and Proxy.respond() in section 11 first, then Flight and SingleFlight in
+section 7 and Downloader in section 10: they are the core.  Five types connect everything:
 
     Request        a client's request, as received; frozen
     ResponseHead   status line and fields of a response, received or stored; frozen
@@ -65,6 +65,7 @@ Threads
     name lookup       Resolver: one per lookup, because getaddrinfo() has no timeout
     eviction          EvictionThread: one; also looks for packages to adopt
     revalidation      BackgroundRevalidator: a few at most
+    index reader      IndexReader: one at most; reads indexes that were stored
     history           TrafficHistory: one; saves the statistics
     log               QueueLogHandler: one for the log, one for the access log; writes it
 
@@ -81,15 +82,16 @@ Origin client together.  Tests enforce this, and a maximum size for each section
      3  Cache rules        name classes, cache keys, file names, freshness, storability, decide()
      4  Access rules       client networks, protected addresses, targets without a parent proxy
      5  Store              stored responses, partial files, metadata, disk space, eviction
-     6  Barrier            at most one download per key: in this process, and among instances
-     7  Sockets            reading with deadlines, header lines, chunked bodies
-     8  Origin client      name lookup, address policy, TLS, connections, redirects
-     9  Downloads          bodies, downloading and resuming, other instances, sharing among mirrors
-    10  Proxy              answers a request: hit, fetch, validate, pass through, stale
-    11  Statistics         counters, history, recent requests
-    12  Pages              status page, JSON, metrics, client configuration
-    13  Server             connections, event loop, worker threads, request handler, tunnels
-    14  Command line       options, start, signals, service manager, log
+     6  What indexes tell  the size and digest of each package, as the stored indexes say
+     7  Barrier            at most one download per key: in this process, and among instances
+     8  Sockets            reading with deadlines, header lines, chunked bodies
+     9  Origin client      name lookup, address policy, TLS, connections, redirects
+    10  Downloads          bodies, downloading and resuming, other instances, sharing among mirrors
+    11  Proxy              answers a request: hit, fetch, validate, pass through, stale
+    12  Statistics         counters, history, recent requests
+    13  Pages              status page, JSON, metrics, client configuration
+    14  Server             connections, event loop, worker threads, request handler, tunnels
+    15  Command line       options, start, signals, service manager, log
 
 Invariants
 ----------
@@ -115,6 +117,7 @@ Code and tests cite these by number.
 10. Every wait has a deadline, after which the waiter contacts the origin itself.
 11. pkgproxy deletes only files that it stored itself: those of the name and size that a head says.
 12. Clients are independent: no client's speed, error or departure changes what another one receives.
+13. What a stored index says about a package (its size, its digest) is never contradicted by a hit.
 
 Two traps behind 1 and 7, in Python 3.9 to 3.13: shutil.copyfileobj() over an http.client response
 copies a truncated body without an error; and http.client reads a head that was cut off as an empty
@@ -124,20 +127,22 @@ Specifications
 --------------
 Names in code, log and pages are those of the RFCs:
 
-    RFC 9110  HTTP semantics: fields, ranges, preconditions, Via    sections 2, 10
-    RFC 9111  HTTP caching: storing, freshness, validation          sections 3, 10
-    RFC 9112  HTTP/1.1: messages, framing, connections              sections 2, 7, 8, 13
+    RFC 9110  HTTP semantics: fields, ranges, preconditions, Via    sections 2, 11
+    RFC 9111  HTTP caching: storing, freshness, validation          sections 3, 11
+    RFC 9112  HTTP/1.1: messages, framing, connections              sections 2, 8, 9, 14
     RFC 9211  the Cache-Status field                                section 2
     RFC 3986  URIs: parsing and normalisation                       section 2
     RFC 5861  stale-while-revalidate                                section 3
     RFC 1918, 4193, 6598 and others: special address ranges         section 4
-    RFC 8305  connecting over IPv4 and IPv6 ("happy eyeballs")      section 8
-    RFC 7617  Basic authentication, to a parent proxy               section 14
+    RFC 8305  connecting over IPv4 and IPv6 ("happy eyeballs")      section 9
+    RFC 7617  Basic authentication, to a parent proxy               section 15
 """
 from __future__ import annotations
 
 import argparse
 import base64
+import binascii
+import bisect
 import calendar
 import collections
 import concurrent.futures
@@ -151,6 +156,7 @@ import glob
 import hashlib
 import http.client
 import http.server
+import importlib
 import io
 import ipaddress
 import itertools
@@ -168,6 +174,7 @@ import signal
 import socket
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -175,7 +182,7 @@ import urllib.parse
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from email.utils import formatdate
-from html import escape
+from html import escape, unescape
 from typing import Any, Callable, NamedTuple, Protocol, TypeVar, Union
 
 try:
@@ -297,6 +304,8 @@ DAY = 86400.0
 REVALIDATION_INTERVAL = 3600.0  # between two validations of one response in the background
 MAX_BACKGROUND_VALIDATIONS = 4  # at one time; no client waits for them
 EVICTION_INTERVAL = 300.0  # between two checks of the disk; a walk over a large cache takes seconds
+SCRUB_PAUSE = 60.0  # between two rounds, and after the last use of a stored file; a disk may sleep then
+SCRUB_RATE = 500_000  # bytes a second that are read to find damaged files; 43 GB a day
 MIN_EVICTION_PAUSE = 10.0  # between two runs of the evictor, however often the disk is full
 MIN_EVICTION_AGE = 60.0  # a file used more recently is kept: a client may be about to ask for it again
 OPEN_FOR = 3600.0  # a host's protection is rechecked this seldom if a bare file is all that could leak
@@ -369,6 +378,7 @@ class Config:
     offline: bool = False  # never contact an origin
     max_size: int | None = None  # bytes the cache may occupy; None: bounded by min_free only
     min_free: int | None = None  # bytes to leave free on the file system; None: 5 %, at most 10 GB
+    scrub: bool = True  # whether stored files are read again to find damaged ones
     max_orphans: int = 8  # downloads that may continue after their last client has left
     max_age: float | None = None  # seconds since its last use after which a stored response is removed
     reuse_port: bool = False  # let other instances listen on the same addresses
@@ -2351,6 +2361,278 @@ def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
     return decision.action is Action.VALIDATE and response.status == 200 and not doubtful
 
 
+# What indexes say: bytes in, entries out
+
+MAX_STANZA = 4 * 1024 * 1024  # bytes about one package; a Release is one stanza, of 150 KB in Debian
+MAX_JSON_OBJECT = 64 * 1024  # bytes about one file in JSON; npm's have 1 KB
+MAX_ENTRIES = 400_000  # files that one index names: Debian's Sources 130,000
+
+
+class DamagedIndexError(Exception):
+    """An index cannot be read to its end; the message is for the log."""
+
+
+class FileFacts(NamedTuple):
+    """What an index says about one file."""
+
+    size: int | None
+    algorithm: str  # "sha256", "sha512", or "" if no digest is known
+    digest: bytes  # the first 32 bytes, which are all of a SHA-256
+
+
+_RawEntry = tuple[bytes, bytes, bytes]  # name, decimal size or b"", hexadecimal digest or b""
+_PROJECT = re.compile(r"([^/]+?)-\d[^/]*\.(?:whl|tar\.gz|zip)")
+
+
+def index_places(key: str) -> Iterator[str]:
+    """Yield the places of the indexes that may name a file.
+
+    >>> list(index_places("http://a/x/Foo_Bar-1.0.tar.gz"))
+    ['http://a/x/', 'http://a/x/simple/foo-bar/', 'http://a/', 'http://a/simple/foo-bar/']
+    """
+    folder, _, name = key.rpartition("/")
+    project = _PROJECT.fullmatch(name)
+    while 2 < folder.count("/") + 1 < 100 and "?" not in key:
+        yield folder + "/"
+        if project:
+            yield "%s/simple/%s/" % (folder, re.sub("[-_.]+", "-", project[1]).lower())
+        folder = folder.rpartition("/")[0]
+
+
+def name_below(base: str, key: str) -> bytes | None:
+    """Return the name that an index with this base has for a URL; None if it can have none.
+
+    >>> name_below("http://a/debian/", "http://a/debian/pool/g%2b%2b.deb")
+    b'pool/g++.deb'
+    """
+    is_below = key.startswith(base) and "?" not in key
+    return urllib.parse.unquote_to_bytes(key[len(base):]) if is_below else None
+
+
+def _stanzas(chunks: Iterable[bytes], separator: bytes = b"\n\n") -> Iterator[bytes]:
+    """Split a stream at each separator, with a newline before each stanza; leave out empty ones."""
+    rest = b""
+    for chunk in itertools.chain(filter(None, chunks), [separator]):
+        *complete, rest = (rest + chunk).split(separator)
+        if len(rest) > MAX_STANZA:
+            raise DamagedIndexError("an entry is longer than %d bytes" % MAX_STANZA)
+        yield from (b"\n" + stanza for stanza in complete if stanza)
+
+
+def _field(stanza: bytes, name: bytes) -> bytes:
+    """Return the value of the field that begins with ``name``, and its continuation lines; b"" if absent."""
+    found = re.search(b"\n" + name + rb"(.*(?:\n[ \t].*)*)", stanza)
+    return found[1].strip(b" \t\r\n\0") if found else b""  # NUL: a tar's padding
+
+
+def _file_lines(stanza: bytes, name: bytes) -> Iterator[list[bytes]]:
+    """Yield the lines ``digest size name`` of a field."""
+    return (words for words in map(bytes.split, _field(stanza, name).splitlines()) if len(words) == 3)
+
+
+def _parse_apt(chunks: Iterator[bytes], base: str, _key: str) -> Iterator[_RawEntry]:
+    """Parse Packages or Sources (deb822).  In a flat repository, names may begin with the index's folder."""
+    own = base.split("/")[-2].encode() + b"/"
+    for stanza in _stanzas(chunks):
+        directory = _field(stanza, b"Directory:") + b"/"
+        for digest, size, name in _file_lines(stanza, b"Checksums-Sha256:"):
+            yield directory + name, size, digest
+        digest = _field(stanza, b"SHA256:") or _field(stanza, b"SHA512:")
+        yield _field(stanza, b"Filename:").removeprefix(own), _field(stanza, b"Size:"), digest
+
+
+def _parse_release(chunks: Iterator[bytes], _base: str, _key: str) -> Iterator[_RawEntry]:
+    """Parse Release or InRelease: the Packages and Sources that it names, and their by-hash names."""
+    for stanza in _stanzas(chunks):
+        for algorithm in (b"SHA256", b"SHA512"):
+            for digest, size, name in _file_lines(stanza, algorithm + b":"):
+                if re.search(rb"(?:^|/)(?:Packages|Sources)(?:\.\w+)?$", name):
+                    yield name[:name.rfind(b"/") + 1] + b"by-hash/%b/%b" % (algorithm, digest), size, digest
+                    yield name, size, digest if algorithm == b"SHA256" else b""
+
+
+_LOCATION = re.compile(rb"""<location\s+href=["']([^"'>]*)["']\s*/?>""")  # with xml:base it is elsewhere
+_SIZE = re.compile(rb"""<size(?:\s[^>]{0,200}?\bpackage=["']|>)(\d+)""")
+_CHECKSUM = re.compile(rb"<checksum\s[^>]{0,200}>\s*([0-9a-f]+)\s*<")
+
+
+def _parse_rpm(chunks: Iterator[bytes], _base: str, key: str) -> Iterator[_RawEntry]:
+    """Parse primary.xml or repomd.xml.
+
+    Well-formed XML without ``<!`` has no entities of its own, and no text that looks like an element.  So it
+    can be scanned, at a quarter of the cost of an XML parser.
+    """
+    for stanza in _stanzas(chunks, b"</data>" if key.endswith("/repomd.xml") else b"</package>"):
+        if b"<!" in stanza:
+            raise DamagedIndexError("its XML has a document type, a comment or CDATA")
+        location, size, checksum = (pattern.search(stanza) for pattern in (_LOCATION, _SIZE, _CHECKSUM))
+        if location:
+            name = unescape(location[1].decode("utf-8", "replace")).encode("utf-8", "replace")
+            yield name, size[1] if size else b"", checksum[1] if checksum else b""
+
+
+def _tar_contents(chunks: Iterator[bytes], end: bytes) -> Iterator[bytes]:
+    """Yield the contents, padded, of a tar's regular files whose names end so; a blank line before each.
+
+    tarfile would keep every member in memory, and read a header of any length.
+    """
+    rest, blocks, wanted = b"", 0, False  # blocks: of the present file, still to come
+    for chunk in chunks:
+        rest += chunk
+        for at in range(0, len(rest) - 511, 512):
+            block = rest[at:at + 512]
+            if blocks:
+                blocks -= 1
+                yield block if wanted else b""
+            elif block.strip(b"\0"):  # not an end mark: apk's index is a tar behind another
+                size = re.fullmatch(rb"[ \0]*([0-7]{1,12})[ \0]*", block[124:136])
+                if block[257:262] != b"ustar" or not size:
+                    raise DamagedIndexError("it is not a tar archive, or damaged")
+                blocks = -(-int(size[1], 8) // 512)
+                # Not a link, a folder or a longer header.
+                wanted = block[156] in b"0\0" and block[:100].partition(b"\0")[0].endswith(end)
+                yield b"\n\n"
+        rest = rest[len(rest) // 512 * 512:]
+    if blocks:
+        raise DamagedIndexError("the tar archive ends early")
+
+
+def _parse_pacman(chunks: Iterator[bytes], _base: str, _key: str) -> Iterator[_RawEntry]:
+    """Parse NAME.db or NAME.files, whose desc files begin with %FILENAME%."""
+    mark = b"%FILENAME%\n"
+    for stanza in _stanzas(_tar_contents(chunks, b"desc"), mark):
+        name = stanza[1:].partition(b"\n")[0]
+        yield name, _field(stanza, b"%CSIZE%\n"), _field(stanza, b"%SHA256SUM%\n")
+
+
+def _parse_apk(chunks: Iterator[bytes], _base: str, _key: str) -> Iterator[_RawEntry]:
+    """Parse APKINDEX.tar.gz.  Its checksums cover only a part of a file, so it tells only the size."""
+    for stanza in _stanzas(_tar_contents(chunks, b"APKINDEX")):
+        yield b"%b-%b.apk" % (_field(stanza, b"P:"), _field(stanza, b"V:")), _field(stanza, b"S:"), b""
+
+
+_ANCHOR = re.compile(r"""\s[^>]*?\bhref\s*=\s*["']([^"'#]*)#?([^"']*)""")
+_INTEGRITY = re.compile(r"\bsha(?:512|256)-([\w+/]+=*)")
+# The beginning of an object about a file: the first alternative is npm's.  No string can contain it, because
+# its quotes would be escaped.
+_JSON_FILE = re.compile(r'(?:"dist"\s*:|"files"\s*:\s*\[|\}\s*,)\s*(?=\{\s*")')
+
+
+def _parse_page(chunks: Iterator[bytes], base: str, key: str) -> Iterator[_RawEntry]:
+    """Parse PyPI's pages in HTML (PEP 503) and JSON (PEP 691), and npm's documents."""
+    first = next(chunks, b"")
+    parse_links = _json_links if first.lstrip()[:1] == b"{" else _html_links
+    for link, size, digest in parse_links(itertools.chain([first], chunks)):
+        with contextlib.suppress(ValueError):  # of urljoin
+            yield name_below(base, urllib.parse.urljoin(key, link)) or b"", size.encode(), digest.encode()
+
+
+def _html_links(chunks: Iterator[bytes]) -> Iterator[tuple[str, str, str]]:
+    for stanza in _stanzas(chunks, b"<a"):
+        anchor = _ANCHOR.match(stanza[1:].decode("utf-8", "replace"))
+        if anchor:
+            yield unescape(anchor[1]), "", anchor[2].rpartition("=")[2]
+
+
+def _json_links(chunks: Iterator[bytes]) -> Iterator[tuple[str, str, str]]:
+    """Parse only the objects about files: a document may have 100 MB."""
+    text = ""
+    for chunk in itertools.chain(chunks, [b""]):
+        text, at = text + chunk.decode("latin-1"), 0  # URLs and digests are ASCII
+        found = _JSON_FILE.search(text)
+        while found and (not chunk or len(text) - found.start() > MAX_JSON_OBJECT):
+            try:
+                item, at = json.JSONDecoder().raw_decode(text, found.end())
+            except (ValueError, RecursionError):
+                raise DamagedIndexError("its JSON is damaged, or an object in it is too long") from None
+            yield _json_link(item)
+            found = _JSON_FILE.search(text, at - 1)
+        text = text[found.start() if found else max(0, at - 1, len(text) - 100):]
+
+
+def _json_link(item: dict[str, Any]) -> tuple[str, str, str]:
+    hashes, integrity = item.get("hashes"), _INTEGRITY.search(str(item.get("integrity")))
+    digest = hashes.get("sha256", hashes.get("sha512")) if isinstance(hashes, dict) else ""
+    with contextlib.suppress(ValueError):  # of Base64
+        digest = binascii.a2b_base64(integrity[1]).hex() if integrity else digest
+    return str(item.get("tarball", item.get("url"))), str(item.get("size")), str(digest)
+
+
+# To add a format, add a line: parser, place, and the pattern of its names, whose first group is the base.
+_INDEX_TYPES: dict[str, tuple[Callable[..., Iterator[_RawEntry]], str, str]] = {
+    "apt": (_parse_apt, "{0}", r"(.*?/)(?:dists/(?:.*/)?)?"
+            r"(?:(?:Packages|Sources)(?:\.\w+)?|by-hash/SHA(?:256|512)/[0-9a-f]{64,128})"),
+    "release": (_parse_release, "top {0}", "(.*/)(?:In)?Release"),
+    "rpm": (_parse_rpm, "{0}", r"(.*/)repodata/(?:[\w-]*-)?primary\.xml(?:\.(?:gz|xz|bz2|zst))?"),
+    "repomd": (_parse_rpm, "top {0}", r"(.*/)repodata/repomd\.xml"),
+    "pacman": (_parse_pacman, "{0}", r"(.*/)[^/]+\.(?:db|files)(?:\.tar(?:\.\w+)?)?"),
+    "apk": (_parse_apk, "{0}", r"(.*/)APKINDEX\.tar\.gz"),
+    "pypi": (_parse_page, "{0}simple/{1}/", r"(.*/)\+?simple/([^/]+)/(?:index\.html)?"),
+    "npm": (_parse_page, "", "")}  # recognized by its content type
+
+
+def index_type(key: str, content_type: str = "") -> tuple[str, str, str] | None:
+    """Return kind, base and place of an index; None if pkgproxy does not read the file.
+
+    The base is the URL of the folder that the names in the index are relative to; an index says nothing about
+    other URLs.  Tables are filed under a place: for a package, index_places() finds it.  Those whose place
+    begins with "top " name other indexes, and so tell which of them are current.
+
+    >>> index_type("http://a/debian/dists/sid/main/binary-amd64/Packages.xz")
+    ('apt', 'http://a/debian/', 'http://a/debian/')
+    """
+    if "?" in key or len(key) > 2048:  # matching may take time for each pair of segments
+        return None
+    for kind, (_, place, pattern) in _INDEX_TYPES.items():
+        found = re.fullmatch(pattern, key)
+        if found:
+            return kind, found[1], place.format(*found.groups())
+    base = key.replace("%2F", "/") + "/"  # an author wrote the document: it speaks for one package
+    is_npm = (content_type in ("application/json", "application/vnd.npm.install-v1+json")
+              and classify_name(key) is NameClass.OTHER)  # conda's repodata.json, for one, is an index
+    return ("npm", base, base) if is_npm else None
+
+
+_NOT_BELOW = re.compile(rb"(?<![^/])\.\.(?![^/])|[\0-\x1f\x7f]|^/|/$|^$")
+
+
+def parse_index(kind: str, chunks: Iterator[bytes], base: str, key: str) -> Iterator[tuple[bytes, FileFacts]]:
+    """Yield what a decompressed index says about each file that it names, with the name below its base.
+
+    Names that lead out of the base are left out.  Raises DamagedIndexError.
+    """
+    for count, (name, size, digest) in enumerate(_INDEX_TYPES[kind][0](chunks, base, key)):
+        if count == MAX_ENTRIES:
+            raise DamagedIndexError("it has more than %d entries" % MAX_ENTRIES)
+        name = re.sub(rb"(?<![^/])(?:\./)+", b"", name) if b"./" in name else name
+        known = int(size) if size.isdigit() and len(size) < 15 else None
+        algorithm = "sha%d" % (4 * len(digest)) if re.fullmatch(rb"(?:[0-9a-fA-F]{64}){1,2}", digest) else ""
+        if len(name) < 4096 and not _NOT_BELOW.search(name) and (algorithm or known is not None):
+            yield name, FileFacts(known, algorithm, binascii.unhexlify(digest[:64]) if algorithm else b"")
+
+
+def why_unexpected(expected: Iterable[FileFacts], size: int | None, digest: Callable[[str], str]) -> str:
+    """Return how a body contradicts all that is known about it; "" if it does not, or if nothing is known.
+
+    ``size`` is None if it is not known yet.  ``digest`` returns the hexadecimal digest by an algorithm of
+    hashlib, or "" if that is not known.
+
+    >>> why_unexpected([FileFacts(3, "", b"")], 4, str)
+    'it has 4 bytes, and its index says 3'
+    """
+    reason = ""
+    for facts in expected:
+        if size is not None and facts.size not in (None, size):
+            reason = "it has %d bytes, and its index says %d" % (size, facts.size or 0)
+            continue
+        found, named = digest(facts.algorithm) if facts.algorithm else "", facts.digest.hex()
+        if not found or found[:64] == named:
+            return ""
+        reason = "its %s is %s..., and its index or name says %s..." % (
+            facts.algorithm, found[:16], named[:16])
+    return reason
+
+
 # ---------------------------------------------------------------------------------------------
 # 4 Access rules: pure functions
 # ---------------------------------------------------------------------------------------------
@@ -3211,22 +3493,14 @@ def _rename(path: str, place: str) -> None:
     os.replace(path, place)
 
 
-def matches_digest_in_name(key: str, body: StoredResponse | PartialFile) -> bool:
-    """Check a body against the digest in its key.
-
-    Returns True if the key contains none.  Raises StorageError if the body cannot be read.
-    """
-    algorithm, digest = digest_in_name(key) or ("", "")
-    try:
-        if isinstance(body, PartialFile) and algorithm == "sha256":
-            return body.sha256() == digest
-        return not algorithm or hash_body(algorithm, body).hexdigest() == digest
-    except OSError as error:
-        raise StorageError(error) from error
+def digest_of(body: StoredResponse | PartialFile, algorithm: str) -> str:
+    """Return the hexadecimal digest of a body, which is read unless the digest is known.  Raises OSError."""
+    known = body.sha256() if isinstance(body, PartialFile) else body.head.sha256
+    return known if known and algorithm == "sha256" else str(hash_body(algorithm, body).hexdigest())
 
 
 class NameIndex:
-    """Finds files by the digest in their names on different mirrors, or by their name in folders to adopt.
+    """Finds stored files by their digests, or packages to adopt by their names.
 
     An index is a folder of text files with lines "DIGEST PLACE": the first 18 digits of the name's SHA-256,
     and a cache key or a path.  Lines are in 256 buckets by the first two digits, so that a lookup reads
@@ -3423,8 +3697,13 @@ class Store:
         self._min_free = min_free  # bytes
         self.trust_bare = trust_bare  # whether the root holds nothing but the cache
         self._places = memoize(self._find_places)
-        self._lock = threading.Lock()  # guards _used
+        self._why_wrong = functools.lru_cache(LARGE_MEMO)(self._compare)
+        self._lock = threading.Lock()  # guards _used and checks
+        # Packages that had the size and digest in their index, or not, and damaged files that were removed.
+        self.checks = collections.Counter(verified=0, refused=0, healed=0)
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last eviction
+        self.used_at = 0.0  # clock time of the last use of any stored response
+        self.unhashed = collections.deque[str](maxlen=LARGE_MEMO)  # names of bodies whose digests are needed
 
     def lookup(self, key: str) -> StoredResponse | None:
         """Open the stored response for a cache key; None if there is none that may be used.
@@ -3436,6 +3715,7 @@ class Store:
         - A body without a head, the same, if its name cannot stand for other content later (content-named,
           package) and the root holds nothing but the cache (``trust_bare``).
         - A body of another size than its head says was changed, or only partly copied: it is never used.
+        - A body that contradicts what an index says about it is not used (invariant 13).
         - A body under the hashed name that only made way for a foreign file is not used once that is removed:
           people expect that a file which they have removed is fetched anew.
         """
@@ -3446,10 +3726,15 @@ class Store:
                 continue
             heads = _read_heads(head_path)
             head = _matching_head(heads, key, info)
+            if head is not None and self._why_wrong(key, head.size, head.sha256, self.knowledge_version()):
+                file.close()
+                continue
             if head is not None and not (head.displaced and not os.path.lexists(places[0][1])):
                 _close(bare)
+                if not head.sha256 and name not in self.unhashed and self.expected(key):
+                    self.unhashed.append(name)
                 with self._lock:
-                    self._used[name] = time.time()
+                    self._used[name] = self.used_at = time.time()
                 return StoredResponse(file, head, name, True)
             immutable = classify_name(key) in (NameClass.CONTENT, NameClass.PACKAGE)
             if self.trust_bare and immutable and not (heads or bare) and _has_exact_name(self.root, name):
@@ -3457,6 +3742,28 @@ class Store:
             else:
                 file.close()
         return bare
+
+    def expected(self, key: str) -> list[FileFacts]:
+        """Return what is known about a body in advance; each is right.  Here: the digest in its name."""
+        algorithm, digest = digest_in_name(key) or ("", "")
+        return [FileFacts(None, algorithm, bytes.fromhex(digest)[:32])] if algorithm else []
+
+    def knowledge_version(self) -> tuple[int, ...]:
+        """Return what changes when expected() may return something else than before."""
+        return ()
+
+    def _compare(self, key: str, size: int, sha256: str, _memo: tuple[int, ...]) -> str:
+        """Return why a stored body is not used; see why_unexpected()."""
+        known = {"sha256": sha256}
+        reason = why_unexpected(self.expected(key), size, lambda algorithm: known.get(algorithm, ""))
+        if reason:
+            log.info("The stored file of %s is not used: %s", loggable_uri(key), reason)
+        return reason
+
+    def count_check(self, result: str) -> None:
+        """Count a package as "verified", "refused" or "healed"."""
+        with self._lock:
+            self.checks[result] += 1
 
     def commit(self, partial: PartialFile) -> None:
         """Store a complete download under its key.  Raises OSError."""
@@ -3492,8 +3799,9 @@ class Store:
 
     def _publish(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead) -> None:
         """Rename a body to its natural name, or to its hashed one if that is impossible.  Raises OSError."""
-        if digest_in_name(head.key):
-            self.names.add(shareable_name(head.key), head.key)
+        if classify_name(head.key) in (NameClass.CONTENT, NameClass.PACKAGE):
+            for digest in {head.sha256, *(facts.digest.hex() for facts in Store.expected(self, head.key))}:
+                self.names.add(digest, head.key)
         places = self._places(head.key)
         hashed = places[-1][0]
         for name, _, _ in places:
@@ -3583,6 +3891,14 @@ class Store:
             return False, None
         heads = _read_heads(self.head_path(name)) if stat.S_ISREG(info.st_mode) else ()
         return True, _matching_head(heads, key, info)
+
+    def version_of(self, key: str) -> tuple[int, int] | None:
+        """Return size and modification time (ns) of the stored body for a key; this is no use of it."""
+        for _, path, _ in self._places(key):
+            with contextlib.suppress(OSError):
+                info = os.lstat(path)
+                return info.st_size, info.st_mtime_ns
+        return None
 
     def take_access_times(self) -> dict[str, float]:
         """Return the clock times of the last uses since the last call, by name.
@@ -3886,7 +4202,331 @@ class Evictor:
 
 
 # ---------------------------------------------------------------------------------------------
-# 6 Barrier
+# 6 What indexes tell
+# ---------------------------------------------------------------------------------------------
+#
+# An index of a repository says how large each package is, and which digest it has.  IndexReader reads the
+# indexes that are stored, in a thread of its own, and answers for packages: invariant 13.
+
+READ_SIZE = 64 * 1024  # bytes of a compressed file, or of its content, at a time: about 2 ms of work
+MAX_INDEX = 1024 * 1024 * 1024  # bytes of an index, decompressed: Arch's extra.files has half as many
+MAX_RATIO = 200  # of decompressed to stored bytes, beyond the first 16 MiB; real indexes reach 50
+MAX_WINDOW = 72 * 1024 * 1024  # bytes of a decoder: `xz -9` needs 65 MiB, `xz -6` 9
+INDEX_TIMEOUT = 120.0  # seconds to read one index, pauses included; Debian's takes 4
+
+
+def read_index(file: io.FileIO) -> Iterator[bytes]:
+    """Decompress a stored index from its first byte, in chunks that are not small, because each costs time.
+
+    The pauses leave the interpreter lock to requests.  A low priority would do the opposite: while the thread
+    holds the lock and waits for a processor, every other thread of the process waits, too.
+
+    Raises OSError, and DamagedIndexError, also if the index is larger or slower to read than allowed.
+    """
+    limit = min(MAX_INDEX, 16 * 1024 * 1024 + MAX_RATIO * file.seek(0, io.SEEK_END))
+    file.seek(0)
+    deadline, worked = time.monotonic() + INDEX_TIMEOUT, time.thread_time()
+    total, joined = 0, bytearray()
+    for chunk in _decompress(file):
+        total += len(chunk)
+        joined += chunk
+        if total > limit or time.monotonic() > deadline:
+            raise DamagedIndexError("reading it takes more than %d bytes or %d s" % (limit, INDEX_TIMEOUT))
+        if len(joined) >= READ_SIZE:
+            yield bytes(joined)
+            joined.clear()
+            time.sleep(min(1.0, time.thread_time() - worked))
+            worked = time.thread_time()
+    yield bytes(joined)
+
+
+_DECODERS: tuple[tuple[bytes, str, str, str, dict[str, Any]], ...] = (
+    (b"\x1f\x8b", "zlib", "decompressobj", "error", {"wbits": 31}),
+    (b"BZh", "bz2", "BZ2Decompressor", "", {}),
+    (b"\xfd7zXZ\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
+    (b"\x5d\0\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
+    (b"\x28\xb5\x2f\xfd", "compression.zstd", "ZstdDecompressor", "ZstdError", {}))  # windows up to 128 MiB
+
+
+def _decompress(file: io.FileIO) -> Iterator[bytes]:
+    """Yield the contents of a file, whose first bytes tell the compression; more parts may follow."""
+    data = file.read(READ_SIZE)
+    while data:
+        known = [row[1:] for row in _DECODERS if data.startswith(row[0])]
+        if not known:
+            yield data
+            yield from iter(lambda: file.read(READ_SIZE), b"")
+            return
+        module, decoder, error, options = known[0]
+        try:
+            imported: Any = importlib.import_module(module)  # Python may have been built without it
+        except ImportError:
+            yield from _run_zstd(file, module)
+            return
+        try:
+            data = yield from _decode(file, data, getattr(imported, decoder)(**options))
+        except (getattr(imported, error, OSError), EOFError, ValueError) as failure:  # type: ignore[misc]
+            raise DamagedIndexError("cannot decompress it: %s" % failure) from None
+
+
+def _decode(file: io.FileIO, data: bytes, decoder: Any) -> Generator[bytes, None, bytes]:
+    """Decompress one part of a file.  Returns the beginning of the next part, without padding."""
+    output = data
+    while not decoder.eof:
+        if not data and not output:
+            raise EOFError("it ends early")
+        output = decoder.decompress(data, COPY_SIZE)
+        yield output  # even if empty, because each chunk is a chance to look at the clock
+        data = getattr(decoder, "unconsumed_tail", b"")  # zlib has this instead of needs_input
+        if not data and not decoder.eof and getattr(decoder, "needs_input", True):
+            data = file.read(READ_SIZE)
+    rest: bytes = decoder.unused_data.lstrip(b"\0")
+    while len(rest) < 8 and (data := file.read(READ_SIZE)):  # enough to recognize the next part
+        rest = (rest + data).lstrip(b"\0")
+    return rest
+
+
+def _run_zstd(file: io.FileIO, module: str) -> Iterator[bytes]:
+    """Decompress a file with the zstd program, which knows the other formats, too.
+
+    It waits for nothing but a complete file and its reader, which kills it when a limit is reached.
+    """
+    program = shutil.which("zstd")
+    if not program:
+        raise DamagedIndexError("there is neither %s in Python nor zstd on PATH" % module)
+    file.seek(0)
+    with subprocess.Popen([program, "-dcq", "--memory=%d" % MAX_WINDOW], stdin=file,  # noqa: S603
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as process:
+        try:
+            yield from iter(lambda: process.stdout.read(COPY_SIZE) if process.stdout else b"", b"")
+            if process.wait():
+                raise DamagedIndexError("zstd cannot decompress it")
+        finally:
+            process.kill()
+
+
+# A table holds what one index says.
+# A line of JSON, rows sorted by key, and a checksum, which reveals a table that a crash left incomplete.
+
+_KEY_SIZE = 10  # bytes of a name's SHA-256
+_ROW = struct.Struct(">%dsqB32s" % _KEY_SIZE)  # key, size (-1: unknown), algorithm, digest
+_FENCE = 64  # rows between two whose keys are kept in memory: 45 KB for Debian's main
+_ALGORITHMS = ("", "sha256", "sha512")
+_MAGIC = "pkgproxy index table 1"
+_CRC_RESIDUE = 0x2144DF1C  # the CRC-32 of any data with its own CRC-32 behind it
+
+
+class TableSource(NamedTuple):
+    """The stored index from which a table was made."""
+
+    key: str
+    base: str
+    size: int
+    mtime_ns: int
+    sha256: str  # hexadecimal, of the index as stored
+
+
+def write_table(path: str, source: TableSource, entries: Iterable[tuple[bytes, FileFacts]]) -> None:
+    """Write a table, or replace it, from what parse_index() yields.  Raises OSError, DamagedIndexError."""
+    buckets = [bytearray() for _ in range(16)]  # by the key's first digit: a row costs only its bytes
+    for name, (size, algorithm, digest) in entries:
+        key, known = hashlib.sha256(name).digest(), -1 if size is None else size
+        buckets[key[0] >> 4] += _ROW.pack(key, known, _ALGORITHMS.index(algorithm), digest)
+    data = bytearray(json.dumps([_MAGIC, *source]).encode() + b"\n")
+    for bucket in buckets:
+        data += b"".join(sorted({row for row, in struct.iter_unpack("%ds" % _ROW.size, bucket)}))
+        bucket.clear()
+    data += binascii.crc32(data).to_bytes(4, "little")
+    replace_file(path, bytes(data))
+
+
+class IndexTable:
+    """A table on disk.  Raises OSError; DamagedIndexError if the file is not a whole table.
+
+    The file is opened for each look-up, so that no descriptor is held, threads share no position, and Windows
+    can remove it.  It is read, not mapped: a bad sector, or another machine that truncates the file, would
+    kill a process that has it mapped.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        with io.FileIO(path) as file:
+            data = file.readall()
+        self._start = data.find(b"\n") + 1
+        rows = range(self._start, len(data) - _ROW.size, _ROW.size * _FENCE)
+        self._fences = [data[at:at + _KEY_SIZE] for at in rows]
+        try:
+            magic, *source = json.loads(data[:self._start])
+            self.source = TableSource(*source)
+        except (ValueError, TypeError, RecursionError):
+            magic = ""
+        if binascii.crc32(data) != _CRC_RESIDUE or magic != _MAGIC:
+            raise DamagedIndexError("the file is not a complete table of this version")
+
+    def look_up(self, name: bytes) -> list[FileFacts]:
+        """Return what the index says about a file; several if it contradicts itself.  Raises OSError."""
+        key = hashlib.sha256(name).digest()[:_KEY_SIZE]
+        first = max(0, bisect.bisect_left(self._fences, key) - 1) * _FENCE
+        with io.FileIO(self._path) as file:
+            file.seek(self._start + first * _ROW.size)
+            rows = file.read(2 * _FENCE * _ROW.size)
+        found = [_ROW.unpack_from(rows, at)[1:] for at in range(0, len(rows) - _ROW.size + 1, _ROW.size)
+                 if rows.startswith(key, at)]
+        return [FileFacts(size if size >= 0 else None, _ALGORITHMS[algorithm], digest if algorithm else b"")
+                for size, algorithm, digest in found]
+
+
+# The reader
+
+MAX_QUEUED_INDEXES = 1000  # more are read when they are used again
+MAX_PLACES = 500  # places, and tables, that are remembered; most places have no table
+CHECK_INTERVAL = 5.0  # seconds until the tables of a place are compared with the stored indexes again
+LEARNING_BACKOFF = 60.0  # seconds without reading after a failure of the disk
+
+
+class IndexReader:
+    """Reads indexes in a background thread, and answers what the current ones say about a package.
+
+    A table lies in ``indexes/<place>/<key and version of its index>``, both hashed: a package's URL leads to
+    the places, and their folders list the tables.  A table is believed while the very version of the index
+    from which it was made is stored, and is what the Release or repomd.xml above it names, if that is known.
+    An index with a digest in its own name remains stored when it is outdated, so it has to be named.  For a
+    damaged index the table is empty, so that it is not read again.
+
+    The thread runs only while indexes wait.  It works on an open file, which remains one version:
+
+    1. note() queues an index; from now on the table of its previous version is not believed;
+    2. the thread opens the index, and writes a table for the version that it has opened;
+    3. if the index is replaced meanwhile, this table is not believed, and note() has queued the new version.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._folder = os.path.join(store.metadata_folder, "indexes")
+        self._open_table = functools.lru_cache(MAX_PLACES)(IndexTable)
+        self._tables = functools.lru_cache(MAX_PLACES)(self._find_tables)
+        self._lock = threading.Lock()  # guards what follows
+        self._thread = threading.Thread()
+        self._queue: collections.OrderedDict[str, tuple[str, str, str]] = collections.OrderedDict()
+        self._failed = -LEARNING_BACKOFF  # monotonic time of the last failure of the disk
+        self.generation = 0  # of the answers: while it is the same, only other processes can change them
+
+    def note(self, head: ResponseHead) -> None:
+        """Queue an index that was stored, or is used, to be read unless it has been; ignore other files."""
+        found = index_type(head.key, media_type(head))
+        if found is None or os.path.exists(self._path(found[2], head.key, self._store.version_of(head.key))):
+            return
+        with self._lock:
+            if len(self._queue) < MAX_QUEUED_INDEXES and time.monotonic() - self._failed > LEARNING_BACKOFF:
+                self._queue[head.key] = found
+                self.generation += 1
+                if not self._thread.is_alive():
+                    self._thread = threading.Thread(target=self._run, daemon=True)
+                    with contextlib.suppress(RuntimeError):  # no further thread: the next index tries again
+                        self._thread.start()
+
+    def facts_for(self, key: str, prefix: str = "") -> list[FileFacts]:
+        """Return what the current indexes say about a file: each is right.  Empty if none names the file.
+
+        With the prefix "top ", the indexes that name other indexes are asked.
+        """
+        found: list[FileFacts] = []
+        moment = int(time.monotonic() / CHECK_INTERVAL)
+        for place in index_places(key):
+            for table in self._tables(prefix + place, self.generation, moment):
+                with contextlib.suppress(OSError):  # the table has just been deleted
+                    found += table.look_up(name_below(table.source.base, key) or b"")
+        return list(dict.fromkeys(found))
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._thread = threading.Thread()  # this one still lives, but looks at the queue no more
+                    return
+                key, found = self._queue.popitem(last=False)
+            try:
+                self._read(key, *found)
+            except OSError as error:
+                log.warning("Cannot learn from %s: %s", loggable_uri(key), error)
+                self._failed = time.monotonic()
+
+    def _read(self, key: str, kind: str, base: str, place: str) -> None:
+        is_unnamed = classify_name(key) is NameClass.CONTENT and not self.facts_for(key, "top ")
+        stored = None if is_unnamed else self._store.lookup(key)
+        if stored is None:
+            return
+        with contextlib.closing(stored):
+            version = stored.head.size, stored.head.mtime_ns
+            path = self._path(place, key, version)
+            source = TableSource(key, base, *version, digest_of(stored, "sha256"))
+            try:
+                write_table(path, source, parse_index(kind, read_index(stored.file), base, key))
+            except DamagedIndexError as error:
+                log.warning("Cannot learn from %s: %s", loggable_uri(key), error)
+                write_table(path, source, ())
+            self.generation += 1
+
+    def _path(self, place: str, *index: object) -> str:
+        """Return the path of the table for key and version of an index, or of the folder with its like."""
+        names = [hashlib.sha256(repr(part).encode()).hexdigest()[:32] for part in (place, index) if part]
+        return os.path.join(self._folder, *names)
+
+    def _find_tables(self, place: str, *_memo: int) -> list[IndexTable]:
+        """Return the tables of a place that are believed."""
+        with contextlib.suppress(OSError):
+            paths = [entry.path for entry in os.scandir(self._path(place)) if "^" not in entry.name]
+            tables = [table for table in map(self._open_current, paths) if table is not None]
+            return [table for table in tables if place.startswith("top ") or self._is_named(table.source)]
+        return []
+
+    def _open_current(self, path: str) -> IndexTable | None:
+        """Open a table; delete it if the version of the index from which it was made is no longer stored."""
+        with contextlib.suppress(OSError, DamagedIndexError):
+            table = self._open_table(path)
+            if self._store.version_of(table.source.key) == (table.source.size, table.source.mtime_ns):
+                return table
+        _unlink(path)
+        return None
+
+    def _is_named(self, source: TableSource) -> bool:
+        facts = self.facts_for(source.key, "top ")
+        if not facts:
+            return classify_name(source.key) is not NameClass.CONTENT
+        return any(size in (None, source.size) and (algorithm != "sha256" or digest.hex() == source.sha256)
+                   for size, algorithm, digest in facts)
+
+
+class IndexedStore(Store):
+    """A store that also knows its packages from the stored indexes (invariant 13)."""
+
+    def __init__(self, root: str, trust_bare: bool = True, min_free: int | None = None,
+                 max_size: int | None = None) -> None:
+        super().__init__(root, trust_bare, min_free, max_size)
+        self._reader = IndexReader(self)
+
+    def expected(self, key: str) -> list[FileFacts]:
+        """Return what is known about a body: the digest in its name, or what each index says about it."""
+        known = super().expected(key)
+        return known if known or classify_name(key) is NameClass.INDEX else self._reader.facts_for(key)
+
+    def knowledge_version(self) -> tuple[int, ...]:
+        """Return what changes when expected() may return something else; so do other processes, at times."""
+        return self._reader.generation, int(time.monotonic() / CHECK_INTERVAL)
+
+    def commit(self, partial: PartialFile) -> None:
+        """Store a complete download, and read it if it is an index.  Raises OSError."""
+        super().commit(partial)
+        self._reader.note(partial.head)
+
+    def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
+        """Save a validated head, and read the index that it belongs to if that was never done."""
+        super().update_head(stored, head)
+        self._reader.note(head)
+
+
+# ---------------------------------------------------------------------------------------------
+# 7 Barrier
 # ---------------------------------------------------------------------------------------------
 #
 # One download per cache key: SingleFlight ensures it among the threads of this process.  Among instances that
@@ -4301,7 +4941,7 @@ def start_thread(work: Callable[..., object], *arguments: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 7 Sockets
+# 8 Sockets
 # ---------------------------------------------------------------------------------------------
 
 
@@ -4535,7 +5175,7 @@ class ChunkedReader:
 
 
 # ---------------------------------------------------------------------------------------------
-# 8 Origin client
+# 9 Origin client
 #
 # A request to an origin takes this way:
 #
@@ -5468,7 +6108,7 @@ class OriginClient:
 
 
 # ---------------------------------------------------------------------------------------------
-# 9 Downloads
+# 10 Downloads
 # ---------------------------------------------------------------------------------------------
 #
 # The way of a response that is stored.  One thread writes, any number of clients read:
@@ -5741,7 +6381,7 @@ def response_from_origin(request: Request, response: OriginResponse, decision: C
 def shared_cache_status(decision: CacheDecision, head: ResponseHead) -> CacheStatus:
     """Describe a response whose body is a file of another mirror, or an adopted one."""
     detail = "same as " + head.same_as
-    if digest_in_name(head.key):  # the origin was not asked at all
+    if head.sha256:  # found by its digest, so that the origin was not asked at all
         return CacheStatus(Outcome.SHARED, detail=detail)
     return CacheStatus(Outcome.SHARED, decision.forward, head.status, stored=True, detail=detail)
 
@@ -5943,23 +6583,24 @@ class LocalFileResponse(OriginResponse):
         self._stored.close()
 
 
-def _head_by_digest(request: Request, stored: StoredResponse) -> ResponseHead | None:
-    """Return the head of a body at another mirror, if the body has the digest in the request's key.
+def _head_by_digest(request: Request, stored: StoredResponse,
+                    expected: list[FileFacts]) -> ResponseHead | None:
+    """Return the head of a body at another mirror, if the body has an expected digest.
 
-    It has those of its fields that describe the file and not the mirror it came from.  StorageError.
+    It has those of its fields that describe the file and not the mirror it came from.  Raises OSError.
     """
-    if not matches_digest_in_name(request.key, stored):
+    if why_unexpected(expected, stored.head.size, functools.partial(digest_of, stored)):
         return None
     fields = tuple(field for field in stored.head.fields
                    if field[0].lower() in ("content-type", "last-modified", "date"))
-    return replace_fields(stored.head, fields=fields, key=request.key)
+    return replace_fields(stored.head, fields=fields, key=request.key, sha256=digest_of(stored, "sha256"))
 
 
 class MirrorDeduplicator:
     """Finds a file that is certainly the one requested, although it is not stored from the requested URL.
 
-    If the key contains a digest, that is any stored or adopted file of this digest, and no origin is asked.
-    Else it is an adopted file of the same name, if the origin confirms its size and date.
+    If its digest is known, from its name or an index, that is any stored or adopted file of this digest, and
+    no origin is asked.  Else it is an adopted file of the same name, if the origin confirms size and date.
     """
 
     def __init__(self, store: Store, origin: OriginClient, config: Config) -> None:
@@ -5973,12 +6614,12 @@ class MirrorDeduplicator:
 
         Without ``origin_request``, the origin is not asked.
         """
-        has_digest = digest_in_name(request.key) is not None
+        expected = [facts for facts in self._store.expected(request.key) if facts.algorithm]
         for stored in self._candidates(request):
             head = None
-            with contextlib.suppress(StorageError, OriginError):
-                if has_digest:
-                    head = _head_by_digest(request, stored)
+            with contextlib.suppress(OSError, OriginError):
+                if expected:
+                    head = _head_by_digest(request, stored, expected)
                 elif origin_request is not None:
                     timely = replace_fields(origin_request, deadline=time.monotonic() + VALIDATION_TIMEOUT)
                     head = confirm_bare_file(self._origin, timely, request, stored, config)
@@ -5994,13 +6635,14 @@ class MirrorDeduplicator:
         return stored is not None
 
     def _candidates(self, request: Request) -> Iterator[StoredResponse]:
-        """Open the files of the same name that the client may have, one after the other."""
-        name, has_digest = shareable_name(request.key), digest_in_name(request.key) is not None
+        """Open files of an expected digest, or to adopt, that the client may have, one after the other."""
+        name, expected = shareable_name(request.key), self._store.expected(request.key)
         # A client that says no-cache doubts what the proxy has: it may have seen a wrong digest, say.
         doubted = "no-cache" in cache_directives(request.fields)
-        if not name or doubted or field_value(request.fields, "Authorization") is not None:
+        if doubted or field_value(request.fields, "Authorization") is not None:
             return
-        for key in self._store.names.lookup(name) if has_digest else ():
+        digests = [facts.digest.hex() for facts in expected if facts.algorithm]
+        for key in itertools.chain(*map(self._store.names.lookup, digests)):
             stored = look_up_for_client(self._store, self._origin, replace_fields(request, key=key))
             if stored is not None and key != request.key and not (
                     stored.head.vary or field_value(stored.head.fields, "Content-Encoding")):
@@ -6008,9 +6650,11 @@ class MirrorDeduplicator:
                 yield replace_fields(stored, head=replace_fields(stored.head, same_as=key.partition("?")[0]))
             else:
                 _close(stored)
-        for path in self._store.adopted.lookup(name) if self._adopted_folders else ():
+        for path in self._store.adopted.lookup(name) if name and self._adopted_folders else ():
             file, info = _open(path) if path.startswith(self._adopted_folders) else (None, _NO_STAT)
-            if file is not None:
+            if file is not None and why_unexpected(expected, info.st_size, lambda _: ""):
+                file.close()
+            elif file is not None:
                 head = replace_fields(_bare_head(request.key, info), same_as="an adopted file")
                 yield StoredResponse(file, head, "", False)
 
@@ -6298,12 +6942,9 @@ class Downloader:
         """
         partial, flight, key = download.partial, download.flight, download.partial.head.key
         may_store = flight.finish_receiving() and not self.locks.is_lost(partial)
-        if may_store and not matches_digest_in_name(key, partial):
-            log.warning("%s was not stored: its bytes have another digest than its name", key)
-            may_store = False
         client_is_local = download.origin_request.client_is_local
-        if not may_store or is_implausible(key, partial.size) or not self._may_store(
-                key, client_is_local, download.replaces):
+        if not may_store or self._is_refused(partial) or is_implausible(key, partial.size) or \
+                not self._may_store(key, client_is_local, download.replaces):
             partial.discard()
             return FlightResult.WHOLE
         partial.commit()
@@ -6312,6 +6953,19 @@ class Downloader:
         if not flight.finish_receiving():
             self.store.delete(partial.head.key)
         return FlightResult.STORED
+
+    def _is_refused(self, partial: PartialFile) -> bool:
+        """Return whether a complete body contradicts what is known about it; StorageError."""
+        expected = self.store.expected(partial.head.key)
+        try:
+            reason = why_unexpected(expected, partial.size, functools.partial(digest_of, partial))
+        except OSError as error:
+            raise StorageError(error) from error
+        if expected:
+            self.store.count_check("refused" if reason else "verified")
+        if reason:
+            log.warning("%s was not stored: %s", loggable_uri(partial.head.key), reason)
+        return bool(reason)
 
 
 class PeerFollower:
@@ -6489,7 +7143,7 @@ class PeerFollower:
 
 
 # ---------------------------------------------------------------------------------------------
-# 10 Proxy
+# 11 Proxy
 # ---------------------------------------------------------------------------------------------
 #
 # Proxy.respond() is the path of every request; start reading there.
@@ -6816,6 +7470,7 @@ class FlightLeader:
         origin_request = full_request(request, self.config)
         try:
             reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
+            reason = reason or self._why_wrong_size(response)
             reason = reason or ("" if response.end_is_known else "no declared length")
             if not reason:
                 partial = partial or self.downloader.locks.acquire(request.key, self.ignores_lock)
@@ -6841,6 +7496,11 @@ class FlightLeader:
         answer = response_from_origin(request, response, decision, reason)
         answer = self.downloader.small_answers.keep(self.flight, request, response, head, answer)
         return answer, FlightResult.AGAIN if answer.cache_status.stored else FlightResult.ALONE
+
+    def _why_wrong_size(self, response: OriginResponse) -> str:
+        """Return how the declared length of a response contradicts an index; "" if it does not."""
+        size = None if response.length is None else response.length + response.start
+        return why_unexpected(self.downloader.store.expected(self.request.key), size, lambda _: "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -6997,6 +7657,98 @@ class EvictionThread:
             "removedBytes": self.last_report["removedBytes"] + report.freed}
 
 
+class Scrubber:
+    """Reads stored files again, in a thread of its own, and removes those that the disk has damaged.
+
+    It reads slowly, and only while the proxy is in use.  A file without a known digest gets its digest now.
+    The name of the last file is kept on the disk: the next one is always that which was not read for longest.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._last_path = os.path.join(store.metadata_folder, "scrubbed")
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def stop(self) -> None:
+        """End the thread, also in the middle of a file."""
+        self._stopped.set()
+
+    def check(self, name: str) -> None:
+        """Compare a stored body with its digest, and remove it if it is damaged or unreadable."""
+        file, info = _open(self._store.body_path(name))
+        head = self._store.find_head(name, None)[1] if file is not None else None
+        if file is None or head is None:
+            return None if file is None else file.close()
+        with contextlib.closing(StoredResponse(file, head, name, True)) as stored:
+            try:
+                found = self._hash(stored)
+            except OSError as error:
+                found = str(error.strerror)
+            if self._stopped.is_set() or found == head.sha256:
+                return None
+            if not head.sha256 and len(found) == 64:
+                return self._store.update_head(stored, replace_fields(head, sha256=found))
+            with contextlib.suppress(OSError):  # else it has been replaced, changed or removed meanwhile
+                if os.path.samestat(os.lstat(self._store.body_path(name)), info):
+                    self._store.delete_file(name)
+                    self._store.count_check("healed")
+                    log.warning("%s was damaged, and is removed: its digest is no longer the one it was stored "
+                                "with (%s). Check its disk.", self._store.body_path(name), found[:16])
+        return None
+
+    def _run(self) -> None:
+        while not self._stopped.wait(SCRUB_PAUSE):
+            try:
+                for name in self._names():
+                    self.check(name)
+            except OSError as error:
+                log.debug("The scrub failed: %s", error)
+            except Exception:
+                log.exception("The scrub failed: this is a bug")
+
+    def _names(self) -> Iterator[str]:
+        """Yield names to check: those whose digests are needed, and all others in order after the last."""
+        last, saved_at, top = self._load_last(), time.monotonic(), self._store.head_path("")[:-len("^head")]
+        for folder, subfolders, files in os.walk(top):
+            subfolders.sort()
+            for file in sorted(files):
+                while self._store.unhashed:
+                    yield self._store.unhashed.popleft()
+                name = os.path.relpath(os.path.join(folder, file), top)[:-len("^head")].replace(os.sep, "/")
+                if last:
+                    last = "" if name == last else last
+                    continue
+                yield name
+                if self._stopped.is_set():
+                    return
+                if time.monotonic() - saved_at > SCRUB_PAUSE:
+                    replace_file(self._last_path, name)
+                    saved_at = time.monotonic()
+        replace_file(self._last_path, "")
+
+    def _load_last(self) -> str:
+        with contextlib.suppress(OSError, ValueError), open(self._last_path, encoding="utf-8") as file:
+            return file.read()
+        return ""
+
+    def _hash(self, stored: StoredResponse) -> str:
+        """Return the SHA-256 of a body, read at SCRUB_RATE while the proxy is in use.  Raises OSError."""
+        found, offset = hashlib.sha256(), 0
+        while data := stored.read_at(SMALL_BODY, offset):
+            found.update(data)
+            offset += len(data)
+            self._stopped.wait(len(data) / SCRUB_RATE)
+            while time.time() - self._store.used_at > SCRUB_PAUSE and not self._stopped.wait(5.0):
+                pass
+            if self._stopped.is_set():
+                break
+        return found.hexdigest()
+
+
 class BackgroundRevalidator:
     """Revalidates stored responses in the background, after they were served as hits.
 
@@ -7104,6 +7856,7 @@ class Proxy:
         self._store = store
         self._origin = OriginClient(count_received, config)
         self.evictor = EvictionThread(store)
+        self._scrubber = Scrubber(store)
         self._failures = RecentFailures(store.space.scarce.set)
         self._barrier = SingleFlight()
         self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier)
@@ -7293,11 +8046,14 @@ class Proxy:
     def snapshot(self) -> dict[str, Any]:
         """Describe what goes on now, for the status page: plain data of bounded size."""
         return {"downloads": self._downloader.snapshot(), "troubles": self._failures.snapshot(),
-                "swept": self.evictor.last_report, "unstored": self._failures.disk_error()}
+                "swept": self.evictor.last_report, "unstored": self._failures.disk_error(),
+                "checks": self._store.checks, "cache": self._store.snapshot()}
 
     def start(self) -> None:
         """Start the background work."""
         self.evictor.start(self.config)
+        if self.config.scrub:
+            self._scrubber.start()
 
     def close_idle(self) -> None:
         """Close connections to origins that have been idle for too long; cheap if called often."""
@@ -7306,12 +8062,13 @@ class Proxy:
     def close(self) -> None:
         """End the background work, and close idle connections."""
         self.evictor.stop()
+        self._scrubber.stop()
         self._locks.close()
         self._origin.close()
 
 
 # ---------------------------------------------------------------------------------------------
-# 11 Statistics
+# 12 Statistics
 # ---------------------------------------------------------------------------------------------
 #
 # class             counts                              kept
@@ -7656,7 +8413,7 @@ class StatusCollector:
 
 
 # ---------------------------------------------------------------------------------------------
-# 12 Pages
+# 13 Pages
 # ---------------------------------------------------------------------------------------------
 #
 # path                    answer
@@ -8145,6 +8902,8 @@ def _metrics(view: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[tuple[st
                                ("swept_files_total", "removedFiles", "Files removed by eviction."),
                                ("swept_bytes_total", "removedBytes", "Bytes freed by eviction.")):
         yield name, meaning, [("", eviction.get(key, 0))]
+    yield "packages_total check", "Packages that were compared with their index, or with their digest.", [
+        *view["checks"].items()]
     for key, count in view["disk"].items():
         yield "disk_%s_bytes" % key, "File system of the cache: %s in bytes." % key, [("", count)]
 
@@ -8169,11 +8928,10 @@ def page_view(snapshot: dict[str, Any]) -> dict[str, Any]:
     With --private, clients' addresses and the names of files are not published.
     """
     keys = ("counters allTime plots now since host disk recent downloads unstored troubles clients origins "
-            "swept cached_bytes cached_files free_bytes max_bytes").split()
-    swept, disk = snapshot["swept"], snapshot["disk"]
-    counted = {"cached_bytes": swept.get("bytes", 0), "cached_files": swept.get("files", 0),
-               "free_bytes": disk.get("free", 0), "max_bytes": snapshot["config"].max_size}
-    view = {"version": __version__, **counted, **{key: snapshot[key] for key in keys if key in snapshot}}
+            "swept checks").split()
+    cache = snapshot["cache"]
+    view = {"version": __version__, "cached_bytes": cache["bytes"], "cached_files": cache["files"],
+            "free_bytes": cache["free"] or 0, "max_bytes": cache["limit"], **{key: snapshot[key] for key in keys}}
     view["health"] = ", ".join(word for word, _ in problems(view) if word) or "OK"
     if snapshot["config"].private:
         for row in view["recent"] + view["downloads"] + view["clients"] + view["troubles"]:
@@ -8239,7 +8997,7 @@ def make_page(path: str, address: tuple[str, int], fields: Fields,
 
 
 # ---------------------------------------------------------------------------------------------
-# 13 Server
+# 14 Server
 # ---------------------------------------------------------------------------------------------
 
 # Which thread does what:
@@ -9692,7 +10450,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
 
 # ---------------------------------------------------------------------------------------------
-# 14 Command line
+# 15 Command line
 # ---------------------------------------------------------------------------------------------
 
 # Values of options ----------------------------------------------------------------------------
@@ -9925,6 +10683,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
         Option("--min-free SIZE", "disk space to keep free (5 %%, at most 10 GB)", "min_free", parse_size),
         Option("--max-age TIME", "remove files not used for this long (never)", "max_age", parse_duration),
         Option("-f --filters FILE", "expressions for URIs not to cache (none)", "filters_file", parse_path),
+        Option("--no-scrub", "do not look for files that the disk has damaged (off)", "scrub", more=OFF),
         Option("--no-heuristics", "assume no lifetime if an origin gives none (off)", "heuristics", more=OFF),
         Option("--barrier URL", "coordinate instances by memcached (file locks)", "barrier", parse_barrier),
     ),
@@ -10015,7 +10774,7 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
 
 def open_store(config: Config) -> Store:
     """Open the store, and create the cache directory if it is missing.  Raises StartupError."""
-    store = Store(config.root or ".", config.root is not None, config.min_free, config.max_size)
+    store = IndexedStore(config.root or ".", config.root is not None, config.min_free, config.max_size)
     try:
         make_directory(store.root)
         hosts = store.list_hosts()
