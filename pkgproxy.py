@@ -3134,8 +3134,9 @@ def _matching_head(heads: Iterable[ResponseHead], key: str | None,
     - It is any other: a copy has lost it (``cp -r``, ``scp -r``).  The head is returned as not verified.
     - If only the fraction differs and the head has no digest by which to verify that, it is another body.
     """
-    fitting = (head for head in heads if head.size == info.st_size and key in (None, head.key))
-    head = min(fitting, key=lambda head: abs(head.mtime_ns - info.st_mtime_ns), default=None)
+    fitting = [head for head in heads if head.size == info.st_size and key in (None, head.key)]
+    fitting.sort(key=lambda head: abs(head.mtime_ns - info.st_mtime_ns))
+    head = fitting[0] if fitting else None
     if head is None or head.mtime_ns == info.st_mtime_ns:
         return head
     same_second = head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
