@@ -6672,10 +6672,9 @@ class SmallAnswers:
 
     def respond(self, request: Request, config: Config) -> Response | None:
         """Answer a request from memory; None if that is impossible, and what was kept is then removed."""
-        head, data = self.pop(request.key)
+        (head, data), now = self.pop(request.key), time.time()
         if head is None or head.local_clients_only and not request.client_is_local:
             return None
-        now = time.time()
         decision = decide(request, head, config, now)
         if decision.action is not Action.SERVE or decision.refresh:
             return None
@@ -7819,8 +7818,8 @@ class BackgroundRevalidator:
             if head is None:
                 continue
             target, mark = parse_target(key), key.partition("#")[2]
-            fields = (("Host", target.authority), ("Cache-Control", "max-age=0"), *head.vary)
-            fields += (("Accept", FORMS["#" + mark]),) if mark else ()
+            accept = ("Accept", FORMS["#" + mark] if mark else "")
+            fields = (("Host", target.authority), ("Cache-Control", "max-age=0"), accept, *head.vary)
             request = Request("GET", target.uri, target, tuple(pair for pair in fields if pair[1]),
                               received=time.time(), key=key, client_is_local=client_is_local)
             self._renewing.add(key)
