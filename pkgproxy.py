@@ -7696,8 +7696,8 @@ class Scrubber:
                 if os.path.samestat(os.lstat(self._store.body_path(name)), info):
                     self._store.delete_file(name)
                     self._store.count_check("healed")
-                    log.warning("%s was damaged, and is removed: its digest is no longer the one it was stored "
-                                "with (%s). Check its disk.", self._store.body_path(name), found[:16])
+                    log.warning("%s was damaged, and is removed: it no longer has the digest with which it was "
+                                "stored (%s). Check its disk.", self._store.body_path(name), found[:16])
         return None
 
     def _run(self) -> None:
@@ -8931,7 +8931,8 @@ def page_view(snapshot: dict[str, Any]) -> dict[str, Any]:
             "swept checks").split()
     cache = snapshot["cache"]
     view = {"version": __version__, "cached_bytes": cache["bytes"], "cached_files": cache["files"],
-            "free_bytes": cache["free"] or 0, "max_bytes": cache["limit"], **{key: snapshot[key] for key in keys}}
+            "free_bytes": cache["free"] or 0, "max_bytes": cache["limit"]}
+    view.update({key: snapshot[key] for key in keys})
     view["health"] = ", ".join(word for word, _ in problems(view) if word) or "OK"
     if snapshot["config"].private:
         for row in view["recent"] + view["downloads"] + view["clients"] + view["troubles"]:

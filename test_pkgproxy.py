@@ -772,7 +772,7 @@ class StructureTest(unittest.TestCase):
     def _sections(self):
         """Return the first and last line of each section, by its number."""
         titles = [(int(match[1]), at) for at, line in enumerate(self.lines, 1) if (match := re.match(r"# (\d+) [A-Z]", line))]
-        self.assertEqual([number for number, _ in titles], list(range(1, 15)))
+        self.assertEqual([number for number, _ in titles], list(range(1, 16)))
         return {number: (start, stop) for (number, start), (_, stop) in zip(titles, [*titles[1:], (15, len(self.lines) + 1)])}
 
     def _code_lines(self):
