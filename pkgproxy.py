@@ -2381,7 +2381,7 @@ class FileFacts(NamedTuple):
 
 
 _RawEntry = tuple[bytes, bytes, bytes]  # name, decimal size or b"", hexadecimal digest or b""
-_PROJECT = re.compile(r"([^/]+?)-\d[^/]*\.(?:whl|tar\.gz|zip)")
+_PROJECT = re.compile(r"([^-]+(?:-(?!\d)[^-]*)*)-\d")  # the name in foo-bar-1.0.tar.gz
 
 
 def index_places(key: str) -> Iterator[str]:
@@ -2391,7 +2391,7 @@ def index_places(key: str) -> Iterator[str]:
     ['http://a/x/', 'http://a/x/simple/foo-bar/', 'http://a/', 'http://a/simple/foo-bar/']
     """
     folder, _, name = key.rpartition("/")
-    project = _PROJECT.fullmatch(name)
+    project = _PROJECT.match(name) if name.endswith((".whl", ".tar.gz", ".zip")) else None
     while 2 < folder.count("/") + 1 < 100 and "?" not in key:
         yield folder + "/"
         if project:
@@ -2419,10 +2419,14 @@ def _stanzas(chunks: Iterable[bytes], separator: bytes = b"\n\n") -> Iterator[by
         yield from (b"\n" + stanza for stanza in complete if stanza)
 
 
+_FIELD_VALUE = re.compile(rb".*(?:\n[ \t].*)*")
+
+
 def _field(stanza: bytes, name: bytes) -> bytes:
     """Return the value of the field that begins with ``name``, and its continuation lines; b"" if absent."""
-    found = re.search(b"\n" + name + rb"(.*(?:\n[ \t].*)*)", stanza)
-    return found[1].strip(b" \t\r\n\0") if found else b""  # NUL: a tar's padding
+    at = stanza.find(b"\n" + name)
+    found = _FIELD_VALUE.match(stanza, at + 1 + len(name)) if at >= 0 else None
+    return found[0].strip(b" \t\r\n\0") if found else b""  # NUL: a tar's padding
 
 
 def _file_lines(stanza: bytes, name: bytes) -> Iterator[list[bytes]]:

@@ -8711,7 +8711,7 @@ class PagesForPeopleTest(ProxyCase):
                 (21_000_000_000, 20_000_000_000, "21 of 20 GB, 1,234 files, 83 GB free on the disk", "h100.00v"))
         for size, limit, text, bar in rows:
             with self.subTest(size=size, limit=limit):
-                figures = {"cached_bytes": size, "cached_files": 1234, "free_bytes": 83_000_000_000, "max_bytes": limit}
+                figures = {"cache": {"bytes": size, "files": 1234, "free": 83_000_000_000, "limit": limit}}
                 shown = pkgproxy.status_html(pkgproxy.page_view({**self.server.dispatcher.snapshot(), **figures}))["disk"]
                 self.assertIn("<b>%s</b>" % text, shown)
                 self.assertIn(bar, shown)
