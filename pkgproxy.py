@@ -2562,17 +2562,14 @@ def _json_link(item: dict[str, Any]) -> tuple[str, str, str]:
     return str(item.get("tarball", item.get("url"))), str(item.get("size")), str(digest)
 
 
-# To add a format, add a line: parser, place, and the pattern of its names, whose first group is the base.
-_INDEX_TYPES: dict[str, tuple[Callable[..., Iterator[_RawEntry]], str, str]] = {
-    "apt": (_parse_apt, "{0}", r"(.*?/)(?:dists/(?:.*/)?)?"
-            r"(?:(?:Packages|Sources)(?:\.\w+)?|by-hash/SHA(?:256|512)/[0-9a-f]{64,128})"),
-    "release": (_parse_release, "top {0}", "(.*/)(?:In)?Release"),
-    "rpm": (_parse_rpm, "{0}", r"(.*/)repodata/(?:[\w-]*-)?primary\.xml(?:\.(?:gz|xz|bz2|zst))?"),
-    "repomd": (_parse_rpm, "top {0}", r"(.*/)repodata/repomd\.xml"),
-    "pacman": (_parse_pacman, "{0}", r"(.*/)[^/]+\.(?:db|files)(?:\.tar(?:\.\w+)?)?"),
-    "apk": (_parse_apk, "{0}", r"(.*/)APKINDEX\.tar\.gz"),
-    "pypi": (_parse_page, "{0}simple/{1}/", r"(.*/)\+?simple/([^/]+)/(?:index\.html)?"),
-    "npm": (_parse_page, "", "")}  # recognized by its content type
+# To add a format, add a line here, and a group to the pattern.
+_PARSERS: dict[str, Callable[..., Iterator[_RawEntry]]] = {
+    "release": _parse_release, "apt": _parse_apt, "repomd": _parse_rpm, "rpm": _parse_rpm,
+    "pacman": _parse_pacman, "apk": _parse_apk, "pypi": _parse_page, "npm": _parse_page}
+_INDEX_NAME = re.compile(
+    r"(?P<release>(?:In)?Release)|(?P<apt>(?:Packages|Sources)(?:\.\w+)?|(?:[0-9a-f]{64}){1,2})"
+    r"|(?P<repomd>repomd\.xml)|(?P<rpm>(?:[\w-]*-)?primary\.xml(?:\.(?:gz|xz|bz2|zst))?)"
+    r"|(?P<pacman>[^/]+\.(?:db|files)(?:\.tar(?:\.\w+)?)?)|(?P<apk>APKINDEX\.tar\.gz)")
 
 
 def index_type(key: str, content_type: str = "") -> tuple[str, str, str] | None:
@@ -2585,12 +2582,32 @@ def index_type(key: str, content_type: str = "") -> tuple[str, str, str] | None:
     >>> index_type("http://a/debian/dists/sid/main/binary-amd64/Packages.xz")
     ('apt', 'http://a/debian/', 'http://a/debian/')
     """
-    if "?" in key or len(key) > 2048:  # matching may take time for each pair of segments
-        return None
-    for kind, (_, place, pattern) in _INDEX_TYPES.items():
-        found = re.fullmatch(pattern, key)
-        if found:
-            return kind, found[1], place.format(*found.groups())
+    folder, _, name = key.removesuffix("index.html").rpartition("/")
+    above, _, last = folder.rpartition("/")
+    found = _INDEX_NAME.fullmatch(name) if "?" not in key and len(key) <= 2048 else None
+    if found is None:
+        return _page_type(key, content_type) if "?" not in key else None
+    kind, base = found.lastgroup or "", folder + "/"
+    if kind == "apt":
+        is_by_hash = above.endswith("/by-hash")
+        if name[0].islower() and not is_by_hash:
+            return None
+        at = key.find("/dists/")
+        base = key[:at + 1] if at >= 0 else above[:-len("by-hash")] if is_by_hash else base
+    elif kind in ("rpm", "repomd"):
+        if last != "repodata":
+            return None
+        base = above + "/"
+    return kind, base, "top " + base if kind in ("release", "repomd") else base
+
+
+def _page_type(key: str, content_type: str) -> tuple[str, str, str] | None:
+    """Return the same for a page of PyPI, or a document of npm."""
+    folder = key.removesuffix("index.html").rstrip("/")
+    above, _, project = folder.rpartition("/")
+    if folder != key and above.endswith(("/simple", "/+simple")):
+        base = above.rpartition("/")[0] + "/"
+        return "pypi", base, "%ssimple/%s/" % (base, project)
     base = key.replace("%2F", "/") + "/"  # an author wrote the document: it speaks for one package
     is_npm = (content_type in ("application/json", "application/vnd.npm.install-v1+json")
               and classify_name(key) is NameClass.OTHER)  # conda's repodata.json, for one, is an index
@@ -2605,7 +2622,7 @@ def parse_index(kind: str, chunks: Iterator[bytes], base: str, key: str) -> Iter
 
     Names that lead out of the base are left out.  Raises DamagedIndexError.
     """
-    for count, (name, size, digest) in enumerate(_INDEX_TYPES[kind][0](chunks, base, key)):
+    for count, (name, size, digest) in enumerate(_PARSERS[kind](chunks, base, key)):
         if count == MAX_ENTRIES:
             raise DamagedIndexError("it has more than %d entries" % MAX_ENTRIES)
         name = re.sub(rb"(?<![^/])(?:\./)+", b"", name) if b"./" in name else name
