@@ -199,8 +199,6 @@ log = logging.getLogger("pkgproxy")
 # ---------------------------------------------------------------------------------------------
 
 Fields = tuple[tuple[str, str], ...]  # header fields in wire order; names compare case-insensitively
-# The origin is unavailable, so a stale stored response is better than its error (RFC 9111 §4.2.4).
-UNAVAILABLE_STATUSES = (500, 502, 503, 504)
 
 # Limits of messages, in bytes unless noted.  They bound what one peer can make the proxy hold in memory.
 MAX_LINE = 16 * 1024  # a start line or field; RFC 9112 §3 asks for 8,000, and CDNs sign with long URLs
@@ -254,7 +252,10 @@ RESPONSE_HEAD_TIMEOUT = 40.0  # for a head, redirects included; less than FOLLOW
 RESUME_TIMEOUT = 10.0  # for a head when resuming; all attempts fit into the 90 s that clients wait
 RESUME_BACKOFF = (0.1, 0.3, 1.0, 2.0, 4.0)  # before each attempt to resume a download
 VALIDATION_TIMEOUT = 9.0  # for an origin if a stored response can answer; pacman waits 10 s
-ORIGIN_BACKOFF = 30.0  # an origin that failed is not waited for again if a stored response can answer
+ORIGIN_BACKOFF = 30.0  # a parent proxy that failed is avoided, a slow origin is watched without new requests
+QUICK_FAILURE = 1.0  # a failure that cost no more is risked again with the next request
+PROBE_INTERVAL = 2.0  # between two requests that look in the background whether a slow origin answers
+MAX_RETRY_AFTER = 3600.0  # an origin may ask to be left alone for longer, by mistake
 ADDRESS_PENALTY = 300.0  # an address that failed is tried after the others of its name
 CONTINUE_TIMEOUT = 1.0  # for 100 (Continue), then the body is sent all the same (RFC 9110 §10.1.1)
 POOL_IDLE_TIMEOUT = 15.0  # a pooled connection waits for its next request; nginx closes it after 75 s
@@ -292,6 +293,9 @@ LOG_BATCH_DELAY = 0.02  # a log line waits for others, so that a burst is one wr
 DAY = 86400.0
 REVALIDATION_INTERVAL = 3600.0  # between two validations of one response in the background
 MAX_BACKGROUND_VALIDATIONS = 4  # at one time; no client waits for them
+MAX_WATCHED = 16  # slow origins, or files of them, that are asked again in the background; each has a thread
+DOUBT_PERIOD = 60.0  # a client that asks for a package again so soon doubts it; retries follow in seconds
+DOUBT_INTERVAL = 5.0  # between two validations of a doubted package: many clients may share an address
 EVICTION_INTERVAL = 300.0  # between two checks of the disk; a walk over a large cache takes seconds
 MIN_EVICTION_PAUSE = 10.0  # between two runs of the evictor, however often the disk is full
 MIN_EVICTION_AGE = 60.0  # a file used more recently is kept: a client may be about to ask for it again
@@ -404,6 +408,7 @@ class Request:
     client_prefix: str = ""  # what the client wrote before the target: "/", or HTTPS_HOST
     client_is_local: bool = False  # the client runs on this host
     known_missing: bool = False  # the event loop has just found nothing stored
+    doubt: int = 0  # of a stored package that this client has just got: 1, validate it; 2, fetch it anew
     timings: dict[str, float] | None = None  # monotonic time of each step, by name; None: they are not logged
 
     def __hash__(self) -> int:
@@ -549,7 +554,6 @@ class CachePolicy(NamedTuple):
     refresh: float | None = None  # seconds since the last validation, after which a hit starts another
     heeds_max_age: bool = True  # the client's max-age can force a validation
     redirects: bool = True  # follow redirects, and store the file under the requested name
-    html: bool = False  # text/html can be the requested file, not a captive portal's or error page
     always_stale: bool = True  # may be served stale if the origin is unavailable, whatever its fields say
 
 
@@ -557,8 +561,8 @@ class CachePolicy(NamedTuple):
 POLICIES = {
     NameClass.CONTENT: CachePolicy(math.inf, heeds_max_age=False),  # a max-age could only confirm the file
     NameClass.PACKAGE: CachePolicy(math.inf, refresh=DAY),  # some repositories do upload a version again
-    NameClass.INDEX: CachePolicy(0, html=True),  # stale is safe: clients check signature and date
-    NameClass.OTHER: CachePolicy(None, redirects=False, html=True, always_stale=False),
+    NameClass.INDEX: CachePolicy(0),  # stale is safe: clients check signature and date
+    NameClass.OTHER: CachePolicy(None, redirects=False, always_stale=False),
 }
 
 
@@ -643,8 +647,9 @@ class OriginError(ProxyError):
     outcome = Outcome.FAILED
 
     def __init__(self, message: str, target: Target | None = None, unreachable: bool = False,
-                 status: int = 0) -> None:
+                 status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(message, status)
+        self.retry_after = retry_after  # seconds for which the origin asks to be left alone
         self.target = target  # the origin that failed, after redirects; None: the requested one
         # There was no connection, so other requests to this host would fail, too.  Not set for errors that
         # the request itself may have caused: an error status, a connection closed early, silence.
@@ -1967,6 +1972,42 @@ def detached_signatures(target: Target) -> list[Target]:
     return [replace_fields(target, path=target.path + suffix) for suffix in suffixes]
 
 
+# Pages in the place of files (captive portals, parked mirrors) ------------------------------------
+
+# A page's name, without the query.  An index is a page only as a folder's listing, or if its name says so.
+_PAGE = re.compile(r"/[^/.]*$|\.(?:x?html?|php|aspx?|jsp|cgi)$", re.I)
+_INDEX_PAGE = re.compile(r"/$|\.x?html?$", re.I)
+
+
+def is_html(head: ResponseHead) -> bool:
+    """Return whether a response is an HTML page."""
+    return media_type(head).startswith(("text/html", "application/xhtml"))
+
+
+def can_be_page(key: str) -> bool:
+    """Return whether a name can be that of an HTML page, so that it is not a captive portal's or error page.
+
+    >>> [can_be_page("http://a" + path) for path in ("/simple/x/", "/x.iso", "/InRelease", "/x-1.0.rpm")]
+    [True, False, False, False]
+    """
+    name_class, path = classify_name(key), key.partition("?")[0]
+    pages = {NameClass.OTHER: _PAGE, NameClass.INDEX: _INDEX_PAGE}.get(name_class)
+    return pages is not None and pages.search(path) is not None
+
+
+def is_misplaced_page(request: Request, stored: ResponseHead | None, response: ResponseHead) -> bool:
+    """Return whether a response is HTML in the place of a file: from a captive portal or a parked mirror.
+
+    What is ``stored``, if anything, tells whether it is a file; else the name does.
+    """
+    if not is_html(response) or response.status >= 300:
+        return False
+    if stored is None:
+        return not can_be_page(request.key)
+    prefers_html = (field_value(request.fields, "Accept") or "").lower().startswith("text/html")
+    return not is_html(stored) and not (prefers_html and can_be_page(request.key))
+
+
 # Freshness (RFC 9111 §4.2) --------------------------------------------------------------------
 
 
@@ -1996,10 +2037,8 @@ def heuristic_lifetime(head: ResponseHead, config: Config) -> int:
 
     It is a day for what looks like a file and cannot be validated, else 0.
     """
-    is_html = media_type(head).startswith(("text/html", "application/xhtml"))
-    if not config.heuristics or validators(head) or is_html or "?" in head.key or head.key.endswith("/"):
-        return 0
-    return int(DAY)
+    is_file = not is_html(head) and "?" not in head.key and not head.key.endswith("/")
+    return int(DAY) if config.heuristics and is_file and not validators(head) else 0
 
 
 def current_age(head: ResponseHead, now: float) -> int:
@@ -2064,7 +2103,7 @@ def why_not_storable(request: Request, head: ResponseHead, config: Config) -> st
         ("private" in control, "private"),
         ("*" in list_members(head.fields, "Vary"), "Vary: *"),
         (not is_shareable(request, head), "Authorization"),
-        (not policy.html and "text/html" in media_type(head), "text/html for a package"),
+        (is_misplaced_page(request, None, head), "text/html for a name that is not a page's"),
         (not of_use, "no lifetime and no validator"))
     return next((reason for applies, reason in reasons if applies), "")
 
@@ -2141,7 +2180,8 @@ def _decide_stored(request: Request, stored: ResponseHead, name_class: NameClass
     # 2. The client demands a validation, or sends one of the two conditions that only the origin can
     #    evaluate (§4.3.2).
     strict = field_values(request.fields, "If-Match") + field_values(request.fields, "If-Unmodified-Since")
-    if strict or _client_wants_validation(control, policy, age, ttl):
+    doubted = request.doubt and now - stored.response_time > DOUBT_INTERVAL
+    if strict or doubted or _client_wants_validation(control, policy, age, ttl):
         return CacheDecision(Action.VALIDATE, name_class, "request", known_ttl)
     # 3. Names that do not change: serve, and look once a day whether they did after all.
     if policy.lifetime is not None and ttl > 0:
@@ -2220,12 +2260,49 @@ def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> b
 
 
 def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
-    """Return whether the answer to a validation shows that the stored response is outdated.
+    """Return whether the answer to a validation shows that the stored response is outdated."""
+    return decision.action is Action.VALIDATE and response.status == 200
 
-    A captive portal's page does not.
+
+def insists_on_validation(request: Request) -> bool:
+    """Return whether a client sends no-cache for a file that never changes: then it doubts the file."""
+    never_changes = bool(POLICIES[classify_name(request.key)].lifetime)
+    return never_changes and "no-cache" in cache_directives(request.fields)
+
+
+def why_not_believed(request: Request, stored: ResponseHead, response: ResponseHead) -> str:
+    """Return why a stored response is better than the origin's answer to its validation; "" if it is not.
+
+    ================================  =================================================================
+    the answer                        the stored response
+    ================================  =================================================================
+    408, 429 or 5xx                   is better: the origin says "not now" (RFC 9111 §4.2.4)
+    HTML in the place of a file,      is better: a captive portal or a parked mirror has answered
+    or a redirect to it
+    any other, to a doubt             is better, unless it is a 200: the package may have been removed
+    403, 404, 410 and others          is not: that is the origin's answer.  It stays stored
+    ================================  =================================================================
     """
-    portal = not decision.policy.html and "text/html" in media_type(response)
-    return decision.action is Action.VALIDATE and response.status == 200 and not portal
+    follows = POLICIES[classify_name(request.key)].redirects
+    if response.status in (408, 429) or response.status >= 500 \
+            or request.doubt and response.status != 200:
+        return str(response.status)
+    # OriginClient.fetch returns a redirect that can be followed only if a page is at its end.
+    if follows and redirect_target(response, parse_target(response.final_uri)):
+        return "a redirect to an HTML page"
+    return "an HTML page instead of the file" if is_misplaced_page(request, stored, response) else ""
+
+
+def parse_retry_after(response: ResponseHead) -> float:
+    """Return for how many seconds an origin wants to be left alone (RFC 9110 §10.2.3), 0 if it does not say.
+
+    >>> parse_retry_after(ResponseHead(429, "", (("Retry-After", "60"),)))
+    60.0
+    """
+    text = field_value(response.fields, "Retry-After") or "0"
+    date = None if text.isdigit() else parse_date(text)
+    seconds = parse_delta_seconds(text) if date is None else date - response.response_time
+    return min(max(0.0, float(seconds)), MAX_RETRY_AFTER)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4131,13 +4208,14 @@ class RecentEvents:
         self._lock = threading.RLock()  # guards _events
         self._events: dict[str, tuple[float, str]] = {}  # by name: monotonic time and reason; oldest first
 
-    def note(self, name: str, reason: str = "") -> None:
-        """Record that the event happens to ``name`` now."""
+    def note(self, name: str, reason: str = "", ahead: float = 0.0) -> None:
+        """Record that the event happens to ``name`` now, or ``ahead`` seconds later: until then, its age is
+        below 0."""
         with self._lock:
             if len(self._events) >= MAX_EVENTS:
                 self._events.clear()  # costs a few repeated attempts or log lines, but bounds the memory
             self.forget(name)  # moves the name to the end
-            self._events[self._key(name)] = time.monotonic(), reason[:MAX_MEMOIZED]
+            self._events[self._key(name)] = time.monotonic() + ahead, reason[:MAX_MEMOIZED]
 
     def note_first(self, name: str, span: float) -> bool:
         """Record the event and return True, unless it happened in the last ``span`` seconds."""
@@ -5170,7 +5248,7 @@ class OriginClient:
                 if origin_request.follow_redirects:
                     location = redirect_target(response.head, origin_request.target)
                 if location is None:
-                    is_page = response.head.status < 300 and "text/html" in media_type(response.head)
+                    is_page = response.head.status < 300 and is_html(response.head)
                     if first is not None and is_page:
                         first, response = response, first
                     return response
@@ -5247,7 +5325,7 @@ class OriginClient:
         """
         response = self.fetch(remainder_request(origin_request, head, offset))
         status = response.head.status
-        if status in (*UNAVAILABLE_STATUSES, 429):
+        if status in (408, 429) or status >= 500:
             response.close()
             raise OriginError("%s answers %d." % (origin_request.target.authority, status))
         if not is_remainder(response.head, head, size, offset):
@@ -5616,55 +5694,89 @@ def is_site_down(request: Request, error: OriginError) -> bool:
     return error.unreachable and is_here
 
 
-class RecentFailures:
-    """Remembers origins and disk errors that failed a moment ago (a circuit breaker).
+def _same_request(request: Request) -> str:
+    """Return a name for requests that an origin cannot tell apart, if only their clients wrote them."""
+    return request.key + " ".join(["", *map(repr, _only(request.fields, _REFUSED_FIELDS))])
 
-    Clients do not wait again for an origin that is known to be down, and the log has one line for each
-    failure, not one for each request.  Only requests that a stored copy can answer are spared the wait: all
-    others are still sent to the origin, and show when it is back.
+
+# An origin may refuse a request because of these; refusals for other reasons are its answer to all clients.
+_REFUSED_FIELDS = SHARED_FIELDS - {"authorization", "cache-control", "pragma"}
+
+
+def not_believed_error(request: Request, head: ResponseHead, reason: str) -> OriginError:
+    """Make the error for an answer that is not believed: see why_not_believed()."""
+    final, wait = parse_target(head.final_uri), parse_retry_after(head)
+    name = "origin" if _site(final) == _site(request.target) else final.authority
+    pause = ", retry after %d s" % wait if wait else ""
+    return OriginError("%s from %s%s." % (reason, name, pause), final, retry_after=wait)
+
+
+class RecentFailures:
+    """Remembers which origins are not to be asked now, and disk errors (a circuit breaker).
+
+    Only requests that a stored copy can answer are spared: all others are still sent to the origin, and show
+    when it is back.
+
+    ==========================================  ====================  ====================================
+    failure                                     what is not asked     until
+    ==========================================  ====================  ====================================
+    no connection, after more than a second     the whole origin      it answers; a request in the
+    silence and others that cost as much        this cache key        background asks it every 2 s
+    a status with Retry-After                   this cache key, by    that time has passed, at most an hour
+                                                the same client
+                                                software
+    any that came quickly                       nothing               the next request asks again
+    any to a request with Authorization         nothing               the same
+    ==========================================  ====================  ====================================
+
+    All but the first may be the fault of this very request, which must not decide what clients get from the
+    rest of the origin, nor what others get for longer than a look in the background takes (invariant 12).
     """
 
     def __init__(self, on_full_disk: Callable[[], None]) -> None:
         self._on_full_disk = on_full_disk
-        self._unreachable = RecentEvents()  # by scheme and authority, or by cache key: see origin_failed
-        self._errors = RecentEvents()  # by cache key: shown on the status page, but not acted upon
+        self._not_now = RecentEvents()  # by scheme and authority, by cache key, or by _same_request()
+        self._errors = RecentEvents()  # by authority or cache key: logged, and shown on the status page
         self._lock = threading.Lock()  # guards all below
         self._disk_error: StorageError | None = None  # the last that was logged; None: something was stored
         self._disk_failed_at = 0.0  # monotonic
 
-    def origin_down_reason(self, request: Request) -> str:
-        """Return why a request is not sent to its origin, which failed in the last ORIGIN_BACKOFF seconds."""
-        events = self._unreachable.gather(ORIGIN_BACKOFF, _site(request.target), request.key)
-        return events[0][-1] if events else ""
+    def reason_not_to_ask(self, request: Request) -> str:
+        """Return why a request is not sent to its origin if a stored copy can answer; "" if it is."""
+        events = self._not_now.gather(0.0, _same_request(request))
+        return events[0][-1] if events else self.slow_origin(request)[1]
 
-    def origin_failed(self, request: Request, error: OriginError) -> None:
-        """Record that a cached copy is served because an origin failed.
+    def slow_origin(self, request: Request) -> tuple[str, str]:
+        """Return what is not waited for, an origin or a cache key, and why; empty strings if nothing is."""
+        events = self._not_now.gather(0.0, _site(request.target), request.key) if request.client else []
+        return (events[0][0], events[0][-1]) if events else ("", "")
 
-        ======================================  ======================================================
-        failure                                 what is not waited for in the next ORIGIN_BACKOFF s
-        ======================================  ======================================================
-        to connect                              the whole origin
-        to connect where a redirect led         this cache key
-        silence on a connection                 this cache key: it may answer others, to other clients
-        any other, or with Authorization        nothing
-        ======================================  ======================================================
+    def is_slow(self, name: str) -> bool:
+        """Return whether an origin or a cache key, as slow_origin() names it, is still not waited for."""
+        return self._not_now.find(name, 0.0) is not None
 
-        All but the first may be the fault of this very request, which must not decide what clients get from
-        the rest of the origin (invariant 12).
-        """
-        lasts = error.unreachable or isinstance(error, OriginTimeoutError)
-        lasts = lasts and field_value(request.fields, "Authorization") is None
-        events = self._unreachable if lasts else self._errors
-        name = _site(request.target) if lasts and is_site_down(request, error) else request.key
-        is_new = events.note_first(name, ORIGIN_BACKOFF)
-        events.note(name, str(error))
-        log.log(logging.WARNING if is_new else logging.DEBUG, "%s Serving the stored copy%s.", error,
-                " for the next %d s" % ORIGIN_BACKOFF if lasts else "")
+    def origin_failed(self, request: Request, error: OriginError, seconds: float) -> None:
+        """Record that a cached copy is served because an origin failed after some seconds."""
+        is_down = is_site_down(request, error)
+        name = _site(request.target) if is_down else request.key
+        self._not_now.forget(request.key, *([] if error.unreachable else [_site(request.target)]))
+        is_slow = seconds > QUICK_FAILURE and field_value(request.fields, "Authorization") is None
+        if is_slow:
+            self._not_now.note(name, str(error), PROBE_INTERVAL + VALIDATION_TIMEOUT + 2)
+        is_new = self._errors.note_first(name, ORIGIN_BACKOFF)
+        self._errors.note(name, str(error))
+        log.log(logging.WARNING if is_new else logging.DEBUG, "%s: %s Serving the stored copy%s.",
+                loggable_uri(request.uri), error, ", and asking again in the background" if is_slow else "")
+
+    def note_retry_after(self, request: Request, error: OriginError) -> None:
+        """Record for how long an origin asks to be left alone, before other requests follow this one."""
+        if error.retry_after and field_value(request.fields, "Authorization") is None:
+            self._not_now.note(_same_request(request), str(error), error.retry_after)
 
     def origin_answered(self, request: Request) -> None:
         """Forget the failures of an origin: it has answered."""
-        for events in (self._unreachable, self._errors):
-            events.forget(_site(request.target), request.key)
+        for events in (self._not_now, self._errors):
+            events.forget(_site(request.target), request.key, _same_request(request))
 
     def disk_failed(self, error: StorageError) -> str:
         """Log a disk error once for each kind, and return the reason for Cache-Status."""
@@ -5699,9 +5811,9 @@ class RecentFailures:
 
     def snapshot(self) -> list[dict[str, Any]]:
         """Describe the last failures of origins for the status page, the newest last."""
-        events = self._errors.gather(ORIGIN_BACKOFF) + self._unreachable.gather(ORIGIN_BACKOFF)
+        events = self._errors.gather(ORIGIN_BACKOFF)
         return [{"origin": displayable_uri(name), "reason": truncate_middle(reason, 150),
-                 "seconds": round(ORIGIN_BACKOFF - age)} for name, age, reason in events[-10:]]
+                 "seconds": round(age)} for name, age, reason in events[-10:]]
 
 
 # The same file from another mirror
@@ -6407,6 +6519,7 @@ class FlightLeader:
             response, result = self._fetch(missing, alone)
         except OriginError as error:
             result, failure = FlightResult.FAILED, error
+            self.downloader.failures.note_retry_after(self.request, error)
             raise
         finally:
             if result is not None:
@@ -6501,6 +6614,8 @@ class FlightLeader:
         request, answer = self.request, self._revalidate(decision, stored)
         if isinstance(answer, OriginResponse):
             stored.close()
+            if is_misplaced_page(request, stored.head, answer.head):
+                return response_from_origin(request, answer, decision, "an HTML page"), FlightResult.ALONE
             return self._store_or_relay(answer, decision, None)
         self.downloader.failures.origin_answered(request)
         head = replace_fields(answer, vary=selecting_fields(request, answer))
@@ -6515,23 +6630,25 @@ class FlightLeader:
         request, may_be_stale = self.request, may_serve_stale_on_error(decision, stored.head)
         deadline = max(self.deadline, time.monotonic() + 1) if may_be_stale else None
         origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline)
-        if not stored.described:
-            head = confirm_bare_file(origin, origin_request, request, stored, self.config)
-            return head or fetch_full(origin, origin_request)
+        head = None if stored.described else confirm_bare_file(
+            origin, origin_request, request, stored, self.config)
+        if head is not None:
+            return head
         # A client that doubts a file found at another mirror gets the file that this mirror has.
-        doubted = stored.head.same_as and "no-cache" in cache_directives(request.fields)
-        more = () if doubted or decision.forward == "vary-miss" else validators(stored.head)
+        is_doubted = request.doubt == 2 or not stored.described or (
+            stored.head.same_as and "no-cache" in cache_directives(request.fields))
+        more = () if is_doubted or decision.forward == "vary-miss" else validators(stored.head)
         response = fetch_full(origin, replace_fields(origin_request, fields=origin_request.fields + more))
         if response.head.status == 304:
             response.close()
             if is_304_for(stored.head, response.head):
                 return freshen_head(stored.head, response.head)
             response = fetch_full(origin, origin_request)
-        if response.head.status in UNAVAILABLE_STATUSES and may_be_stale:
-            response.close()
-            final = parse_target(response.head.final_uri)
-            raise OriginError("%s answers %d." % (final.authority, response.head.status), final)
-        return response
+        reason = why_not_believed(request, stored.head, response.head) if may_be_stale else ""
+        if not reason:
+            return response
+        response.close()
+        raise not_believed_error(request, response.head, reason)
 
     def _store_or_relay(self, response: OriginResponse, decision: CacheDecision,
                         partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
@@ -6642,7 +6759,8 @@ class SharedFetch:
                 # It is also this request's error if there is no connection to the origin, or no time left to
                 # ask it because a stored response must answer.
                 is_late = self.decision.action is Action.VALIDATE and time.monotonic() >= deadline
-                if is_late or is_site_down(self.request, error):
+                failures = self.downloader.failures
+                if is_late or is_site_down(self.request, error) or failures.reason_not_to_ask(self.request):
                     raise
                 if has_failed:
                     return self._lead(deadline, missing)
@@ -6737,6 +6855,9 @@ class BackgroundRevalidator:
         self._flights = flights
         self._running = threading.BoundedSemaphore(MAX_BACKGROUND_VALIDATIONS)
         self._attempts = RecentEvents()  # by cache key
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()  # guards _watched
+        self._watched: set[str] = set()  # origins and cache keys that are slow
 
     def revalidate(self, target: Target, vary: Fields, client_is_local: bool) -> None:
         """Revalidate a stored response, unless that was tried lately, or too many revalidations are running.
@@ -6748,14 +6869,40 @@ class BackgroundRevalidator:
             return
         if not self._running.acquire(blocking=False):
             return
+        try:
+            start_thread(self._run, self._request(target, vary, client_is_local))
+        except StorageError:  # no more threads: later, then
+            self._running.release()
+
+    def watch(self, name: str, request: Request, vary: Fields, is_slow: Callable[[str], bool]) -> None:
+        """Send a request again every PROBE_INTERVAL seconds while its origin is slow, ORIGIN_BACKOFF seconds
+        at most.  ``name``: what is slow, and watched only once."""
+        with self._lock:
+            if name in self._watched or len(self._watched) >= MAX_WATCHED:
+                return
+            self._watched.add(name)
+        try:
+            probe = self._request(request.target, vary, request.client_is_local)
+            start_thread(self._watch, name, probe, is_slow)
+        except StorageError:
+            self._watched.discard(name)
+
+    def _watch(self, name: str, request: Request, is_slow: Callable[[str], bool]) -> None:
+        until = time.monotonic() + ORIGIN_BACKOFF
+        while time.monotonic() < until and not self._stopped.wait(PROBE_INTERVAL) and is_slow(name):
+            self._validate(request)
+        with self._lock:
+            self._watched.discard(name)
+
+    def _request(self, target: Target, vary: Fields, client_is_local: bool) -> Request:
         fields = (("Host", target.authority), ("Cache-Control", "max-age=0")) + tuple(
             (name, text) for name, text in vary if text)
-        request = Request("GET", target.uri, target, fields, received=time.time(), key=key,
-                          client_is_local=client_is_local)
-        try:
-            threading.Thread(target=self._run, args=(request,), daemon=True).start()
-        except RuntimeError:  # no more threads: later, then
-            self._running.release()
+        return Request("GET", target.uri, target, fields, received=time.time(), key=cache_key(target),
+                       client="", client_is_local=client_is_local)
+
+    def stop(self) -> None:
+        """Stop to watch origins."""
+        self._stopped.set()
 
     def revalidate_signatures(self, origin_request: OriginRequest) -> None:
         """Revalidate the stored signatures of an index that was replaced, even if that was tried lately.
@@ -6772,13 +6919,69 @@ class BackgroundRevalidator:
 
     def _run(self, request: Request) -> None:
         try:
+            self._validate(request)
+        finally:
+            self._running.release()
+
+    def _validate(self, request: Request) -> None:
+        try:
             with contextlib.closing(self._respond(request).body) as body:
                 for _ in body.chunks():  # read to the end, so that the limit counts running downloads
                     pass
         except (ProxyError, OSError) as error:
             log.debug("%s was not validated: %s", request.key, error)
-        finally:
-            self._running.release()
+
+
+class PackageDoubts:
+    """Notices clients that doubt a package: they ask for it again within DOUBT_PERIOD seconds of getting it.
+
+    A package may have been uploaded again under its name; then its clients see a wrong digest, and try again.
+
+    1. A client has got the whole package: ``note_delivered``.
+    2. It asks again.  The package is validated, once for all who doubt it and at most every DOUBT_INTERVAL
+       seconds: many clients may share an address, and may want the same package.
+    3. If a 304 confirms it (``note_answer``), and it is still doubted, it is fetched without conditions: once
+       a day, because the doubt may be wrong.
+    """
+
+    def __init__(self, flights: SingleFlight) -> None:
+        self._flights = flights
+        self._delivered = RecentEvents()  # by client and cache key
+        self._validated = RecentEvents()  # by cache key: the last validation for a doubt
+        self._confirmed = RecentEvents()  # by cache key: the last 304 to a doubt or to no-cache
+        self._refetched = RecentEvents()  # by cache key, size and time of the file
+
+    def note_delivered(self, request: Request, client: str) -> None:
+        """Record that a client has got a whole response."""
+        if request.method == "GET" and classify_name(request.key) is NameClass.PACKAGE:
+            self._delivered.note("%s %s" % (client, request.key))
+
+    def is_due(self, request: Request, client: str) -> bool:
+        """Return whether a request doubts a package that is to be validated now, or is being validated."""
+        if self._delivered.find("%s %s" % (client, request.key), DOUBT_PERIOD) is None \
+                or request.method != "GET" or field_value(request.fields, "Range") is not None:
+            return False
+        if private_fields(request) or "only-if-cached" in cache_directives(request.fields):
+            return False  # it would be passed through as a whole, or refused
+        return self._flights.is_in_flight(request.key) or (
+            self._validated.find(request.key, DOUBT_INTERVAL) is None)
+
+    def assess(self, request: Request, head: ResponseHead) -> int:
+        """Return how a request doubts the stored response with this head."""
+        is_doubted = self.is_due(request, request.client)
+        if is_doubted:
+            self._validated.note_first(request.key, DOUBT_INTERVAL)
+        elif not insists_on_validation(request):
+            return 0
+        name = "%s %d %d" % (request.key, head.size, head.mtime_ns)
+        if self._confirmed.find(request.key, DOUBT_PERIOD) and self._refetched.note_first(name, DAY):
+            return 2
+        return int(is_doubted)
+
+    def note_answer(self, request: Request, outcome: Outcome) -> None:
+        """Record that the origin has confirmed a package that a client doubted."""
+        if outcome is Outcome.VALIDATED and (request.doubt or insists_on_validation(request)):
+            self._confirmed.note(request.key)
 
 
 class Proxy:
@@ -6797,6 +7000,7 @@ class Proxy:
                                       self._revalidator.revalidate_signatures)
         self._locks = self._downloader.locks
         self._mirrors = MirrorDeduplicator(store, self._origin, config)
+        self.doubts = PackageDoubts(self._barrier)
 
     def respond(self, request: Request) -> Response:
         """Respond to a request; ProxyError if that is impossible.
@@ -6819,13 +7023,17 @@ class Proxy:
             return answer_as_final_recipient(request)
         stored = None if request.known_missing else look_up_for_client(self._store, self._origin, request)
         mark(request.timings, "looked up")
+        began, doubt = time.monotonic(), self.doubts.assess(request, stored.head) if stored else 0
+        if doubt:
+            request = replace_fields(request, doubt=doubt)
         decision = decide(request, stored.head if stored else None, config, time.time())
         try:
             response = self._serve(request, decision, stored) if stored is not None else None
             response = response or self._forward(request, decision, config)
         except OriginError as error:
-            return self._respond_despite(request, decision, error)
-        return replace_fields(response, fallback=functools.partial(self.fallback, request, decision))
+            return self._respond_despite(request, decision, began, error)
+        self.doubts.note_answer(request, response.cache_status.outcome)
+        return replace_fields(response, fallback=functools.partial(self.fallback, request, decision, began))
 
     def _serve(self, request: Request, decision: CacheDecision, stored: StoredResponse) -> Response | None:
         """Serve a hit, or a stale response without asking an origin that is known to be down; None if
@@ -6835,7 +7043,7 @@ class Proxy:
                 self._revalidator.revalidate(request.target, stored.head.vary, request.client_is_local)
             return response_from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl))
         if decision.action is Action.VALIDATE and may_serve_stale_on_error(decision, stored.head):
-            reason = self._failures.origin_down_reason(request)
+            reason = self._failures.reason_not_to_ask(request)
             if reason:
                 return self._serve_stale(request, decision, stored, reason)
         stored.close()
@@ -6849,7 +7057,7 @@ class Proxy:
                 return response_from_store(request, found, shared_cache_status(decision, found.head))
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
             error = ProxyError("No stored response fits, and %s." % reason, 504)
-            return self._respond_despite(request, decision, error)
+            return self._respond_despite(request, decision, time.monotonic(), error)
         if decision.action is Action.PASS or self._should_pass_range(request, decision):
             return self._pass(request, decision, config)
         result = SharedFetch(self._downloader, self._mirrors, request, decision, config).fetch()
@@ -6894,31 +7102,34 @@ class Proxy:
 
     # When a response fails
 
-    def fallback(self, request: Request, decision: CacheDecision, error: Exception) -> Response:
+    def fallback(self, request: Request, decision: CacheDecision, began: float,
+                 error: Exception) -> Response:
         """Respond to a request whose response has failed before its first byte; ProxyError."""
-        return rewrite_for_prefix(request, self._respond_despite(request, decision, error))
+        return rewrite_for_prefix(request, self._respond_despite(request, decision, began, error))
 
-    def _respond_despite(self, request: Request, decision: CacheDecision, error: Exception) -> Response:
+    def _respond_despite(self, request: Request, decision: CacheDecision, began: float,
+                         error: Exception) -> Response:
         """Respond despite an error; the one place where a failed response is replaced by another.
 
         - The stored file cannot be read: ask the origin (invariant 6).
-        - The origin fails: serve the stored copy, stale, or the same file of another mirror.  If neither may
-          be served, raise the error with the reason, for Cache-Status and the log.
+        - The origin fails: serve the stored copy, stale.  If it may not be served, raise the error with the
+          reason, for Cache-Status and the log.
+
+        ``began``: when the origin was asked (monotonic).
         """
         if not isinstance(error, ProxyError):
             log.warning("The stored file of %s cannot be read: %s", loggable_uri(request.uri), error)
             if self.config.offline or "only-if-cached" in cache_directives(request.fields):
                 raise ProxyError("The stored file cannot be read: %s." % error, 504)
             return self._pass(request, decision, self.config, "not read: %s" % error)
-        stored = self._find_stale(request, decision, error)
+        stored = self._find_stale(request, decision)
         if isinstance(stored, str):
             raise error.with_reason("" if decision.action is Action.REFUSE else decision.forward, stored)
         if isinstance(error, OriginError):
-            self._failures.origin_failed(request, error)
+            self._failures.origin_failed(request, error, time.monotonic() - began)
         return self._serve_stale(request, decision, stored, str(error))
 
-    def _find_stale(self, request: Request, decision: CacheDecision,
-                    error: ProxyError) -> StoredResponse | str:
+    def _find_stale(self, request: Request, decision: CacheDecision) -> StoredResponse | str:
         """Return a stored response that may be served instead of an error, or why there is none."""
         if decision.action is Action.PASS:
             return "the request bypasses the cache"
@@ -6936,6 +7147,9 @@ class Proxy:
 
     def _serve_stale(self, request: Request, decision: CacheDecision, stored: StoredResponse,
                      reason: str) -> Response:
+        slow = self._failures.slow_origin(request)[0]
+        if slow:
+            self._revalidator.watch(slow, request, stored.head.vary, self._failures.is_slow)
         status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
         return response_from_store(request, stored, status)
 
@@ -6986,6 +7200,7 @@ class Proxy:
     def close(self) -> None:
         """End the background work, and close idle connections."""
         self.evictor.stop()
+        self._revalidator.stop()
         self._locks.close()
         self._origin.close()
 
@@ -8491,8 +8706,10 @@ class Dispatcher:
         key = connection.buffered[:size], connection.access_key
         entry = hot_cache.get(key, self.proxy.config)
         with contextlib.suppress(ProxyError, ValueError):  # the thread that gets the request sends the error
-            request = None if entry else parse_request_head(key[0], *key[1])
-            if request and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
+            request = entry.request if entry else parse_request_head(key[0], *key[1])
+            if self.proxy.doubts.is_due(request, connection.host):
+                return None
+            if not entry and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
                 self._check_name(request)
                 entry, connection.known_missing = self.proxy.prepare_hit(request, float(int(time.time())))
                 if entry is not None:
@@ -8515,6 +8732,9 @@ class Dispatcher:
         """Count and log one response that was sent to several clients; ``text`` is log_text(), if known."""
         outcome = cache_status.outcome
         self.statistics.counters.add(outcome, sum([result.cached for _, result in results]), len(results))
+        for client, result in results:
+            if status == 200 and result.whole:
+                self.proxy.doubts.note_delivered(request, client)
         if outcome is not Outcome.OWN:
             self.statistics.recent.note(request, status, cache_status, results)
         if log.isEnabledFor(logging.DEBUG if outcome is Outcome.OWN else logging.INFO):

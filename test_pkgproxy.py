@@ -4382,9 +4382,9 @@ class MirrorSharingTest(ProxyCase):
         self.other.close()
         self.assertEqual(self.request(self.other.url("/mirrors/pub/pool/v_1.0_all.deb")).status, 502)
         asked = make_request(self.other.url("/x"))
-        self.proxy._failures.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
+        self.proxy._failures.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True), 2.0)
         self.assertEqual(self.request(self.other.url("/repodata/" + digest)).body, self.INDEX_BODY)
-        self.assertEqual(self.proxy._failures.origin_down_reason(asked), "It is down.", "the mirror got no request")
+        self.assertEqual(self.proxy._failures.reason_not_to_ask(asked), "It is down.", "the mirror got no request")
 
     def test_packages_no_longer_adopted_are_left_alone(self):
         self.adopt(**{"x_1.0_all": self.BODY})
