@@ -5696,7 +5696,7 @@ def is_site_down(request: Request, error: OriginError) -> bool:
 
 def _same_request(request: Request) -> str:
     """Return a name for requests that an origin cannot tell apart, if only their clients wrote them."""
-    return request.key + " ".join(["", *map(repr, _only(request.fields, _REFUSED_FIELDS))])
+    return "%s %r" % (request.key, _only(request.fields, _REFUSED_FIELDS))
 
 
 # An origin may refuse a request because of these; refusals for other reasons are its answer to all clients.
@@ -5750,10 +5750,6 @@ class RecentFailures:
         """Return what is not waited for, an origin or a cache key, and why; empty strings if nothing is."""
         events = self._not_now.gather(0.0, _site(request.target), request.key) if request.client else []
         return (events[0][0], events[0][-1]) if events else ("", "")
-
-    def is_slow(self, name: str) -> bool:
-        """Return whether an origin or a cache key, as slow_origin() names it, is still not waited for."""
-        return self._not_now.find(name, 0.0) is not None
 
     def origin_failed(self, request: Request, error: OriginError, seconds: float) -> None:
         """Record that a cached copy is served because an origin failed after some seconds."""
@@ -6424,11 +6420,12 @@ class HotCache:
 
     def put(self, asked: Any, entry: HotEntry) -> None:
         """Keep an entry, or just close its file: if the cache is full, if the file has already been removed,
-        and on Windows, where an open file cannot be removed."""
+        on Windows, where an open file cannot be removed, and for packages, which a client may doubt."""
         old = self._entries.pop(asked, None)
         if old is not None:
             old.stored.close()
-        if len(self._entries) < HOT_CACHE_SIZE and entry.version[0] and os.name != "nt":
+        is_package = classify_name(entry.request.key) is NameClass.PACKAGE
+        if len(self._entries) < HOT_CACHE_SIZE and entry.version[0] and os.name != "nt" and not is_package:
             self._entries[asked] = entry
         else:
             entry.stored.close()
@@ -6645,10 +6642,10 @@ class FlightLeader:
                 return freshen_head(stored.head, response.head)
             response = fetch_full(origin, origin_request)
         reason = why_not_believed(request, stored.head, response.head) if may_be_stale else ""
-        if not reason:
-            return response
-        response.close()
-        raise not_believed_error(request, response.head, reason)
+        if reason:
+            response.close()
+            raise not_believed_error(request, response.head, reason)
+        return response
 
     def _store_or_relay(self, response: OriginResponse, decision: CacheDecision,
                         partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
@@ -6849,15 +6846,16 @@ class BackgroundRevalidator:
     updates the stored head on a 304, and stores a new response, all as a client's request does.
     """
 
-    def __init__(self, respond: Callable[[Request], Response], store: Store, flights: SingleFlight) -> None:
+    def __init__(self, respond: Callable[[Request], Response], store: Store, flights: SingleFlight,
+                 failures: RecentFailures) -> None:
         self._respond = respond
         self._store = store
         self._flights = flights
+        self._failures = failures
         self._running = threading.BoundedSemaphore(MAX_BACKGROUND_VALIDATIONS)
-        self._attempts = RecentEvents()  # by cache key
+        self._watching = threading.BoundedSemaphore(MAX_WATCHED)
+        self._attempts = RecentEvents()  # by cache key; of watch(), by what is slow
         self._stopped = threading.Event()
-        self._lock = threading.Lock()  # guards _watched
-        self._watched: set[str] = set()  # origins and cache keys that are slow
 
     def revalidate(self, target: Target, vary: Fields, client_is_local: bool) -> None:
         """Revalidate a stored response, unless that was tried lately, or too many revalidations are running.
@@ -6874,25 +6872,28 @@ class BackgroundRevalidator:
         except StorageError:  # no more threads: later, then
             self._running.release()
 
-    def watch(self, name: str, request: Request, vary: Fields, is_slow: Callable[[str], bool]) -> None:
-        """Send a request again every PROBE_INTERVAL seconds while its origin is slow, ORIGIN_BACKOFF seconds
-        at most.  ``name``: what is slow, and watched only once."""
-        with self._lock:
-            if name in self._watched or len(self._watched) >= MAX_WATCHED:
-                return
-            self._watched.add(name)
+    def watch(self, request: Request, vary: Fields) -> None:
+        """If a request's origin is slow, send the request again every PROBE_INTERVAL seconds until it is not, or
+        for ORIGIN_BACKOFF seconds."""
+        slow = "watch " + self._failures.slow_origin(request)[0]
+        if slow == "watch " or not self._attempts.note_first(slow, 2 * ORIGIN_BACKOFF):
+            return
+        probe = self._request(request.target, vary, request.client_is_local)
         try:
-            probe = self._request(request.target, vary, request.client_is_local)
-            start_thread(self._watch, name, probe, is_slow)
-        except StorageError:
-            self._watched.discard(name)
+            if self._watching.acquire(blocking=False):
+                start_thread(self._watch, slow, request, probe)
+        except StorageError:  # no more threads: the origin is waited for again soon
+            self._watching.release()
 
-    def _watch(self, name: str, request: Request, is_slow: Callable[[str], bool]) -> None:
+    def _watch(self, slow: str, request: Request, probe: Request) -> None:
         until = time.monotonic() + ORIGIN_BACKOFF
-        while time.monotonic() < until and not self._stopped.wait(PROBE_INTERVAL) and is_slow(name):
-            self._validate(request)
-        with self._lock:
-            self._watched.discard(name)
+        try:
+            while time.monotonic() < until and not self._stopped.wait(PROBE_INTERVAL) \
+                    and self._failures.slow_origin(request)[0]:
+                self._validate(probe)
+        finally:
+            self._attempts.forget(slow)
+            self._watching.release()
 
     def _request(self, target: Target, vary: Fields, client_is_local: bool) -> Request:
         fields = (("Host", target.authority), ("Cache-Control", "max-age=0")) + tuple(
@@ -6949,11 +6950,11 @@ class PackageDoubts:
         self._delivered = RecentEvents()  # by client and cache key
         self._validated = RecentEvents()  # by cache key: the last validation for a doubt
         self._confirmed = RecentEvents()  # by cache key: the last 304 to a doubt or to no-cache
-        self._refetched = RecentEvents()  # by cache key, size and time of the file
+        self._refetched = RecentEvents()  # by cache key, size and validators
 
-    def note_delivered(self, request: Request, client: str) -> None:
-        """Record that a client has got a whole response."""
-        if request.method == "GET" and classify_name(request.key) is NameClass.PACKAGE:
+    def note_delivered(self, request: Request, client: str, status: int) -> None:
+        """Record that a client has got all of a response."""
+        if (request.method, status) == ("GET", 200) and classify_name(request.key) is NameClass.PACKAGE:
             self._delivered.note("%s %s" % (client, request.key))
 
     def is_due(self, request: Request, client: str) -> bool:
@@ -6973,7 +6974,7 @@ class PackageDoubts:
             self._validated.note_first(request.key, DOUBT_INTERVAL)
         elif not insists_on_validation(request):
             return 0
-        name = "%s %d %d" % (request.key, head.size, head.mtime_ns)
+        name = "%s %d %s" % (request.key, head.size, validators(head))
         if self._confirmed.find(request.key, DOUBT_PERIOD) and self._refetched.note_first(name, DAY):
             return 2
         return int(is_doubted)
@@ -6995,7 +6996,7 @@ class Proxy:
         self.evictor = EvictionThread(store)
         self._failures = RecentFailures(store.space.scarce.set)
         self._barrier = SingleFlight()
-        self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier)
+        self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier, self._failures)
         self._downloader = Downloader(config, store, self._barrier, self._origin, self._failures,
                                       self._revalidator.revalidate_signatures)
         self._locks = self._downloader.locks
@@ -7147,9 +7148,7 @@ class Proxy:
 
     def _serve_stale(self, request: Request, decision: CacheDecision, stored: StoredResponse,
                      reason: str) -> Response:
-        slow = self._failures.slow_origin(request)[0]
-        if slow:
-            self._revalidator.watch(slow, request, stored.head.vary, self._failures.is_slow)
+        self._revalidator.watch(request, stored.head.vary)
         status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
         return response_from_store(request, stored, status)
 
@@ -8706,14 +8705,15 @@ class Dispatcher:
         key = connection.buffered[:size], connection.access_key
         entry = hot_cache.get(key, self.proxy.config)
         with contextlib.suppress(ProxyError, ValueError):  # the thread that gets the request sends the error
-            request = entry.request if entry else parse_request_head(key[0], *key[1])
-            if self.proxy.doubts.is_due(request, connection.host):
-                return None
-            if not entry and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
+            request = None if entry else parse_request_head(key[0], *key[1])
+            if request and self.proxy.doubts.is_due(request, connection.host):
+                return None  # a thread validates the package
+            if request and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
                 self._check_name(request)
                 entry, connection.known_missing = self.proxy.prepare_hit(request, float(int(time.time())))
                 if entry is not None:
                     hot_cache.put(key, entry)
+                    self.proxy.doubts.note_delivered(request, connection.host, entry.status)
         return entry
 
     # Counting and logging
@@ -8725,6 +8725,8 @@ class Dispatcher:
         from_cache = response.counts_as_cached and response.head.status in (200, 206)
         cached = max(0, sent - response.body.origin_bytes) if from_cache else 0
         result = SendResult(sent, cached, time.monotonic() - began, whole)
+        if whole:
+            self.proxy.doubts.note_delivered(request, request.client, response.head.status)
         self.record_results(request, response.head.status, response.cache_status, [(request.client, result)])
 
     def record_results(self, request: Request, status: int, cache_status: CacheStatus,
@@ -8732,9 +8734,6 @@ class Dispatcher:
         """Count and log one response that was sent to several clients; ``text`` is log_text(), if known."""
         outcome = cache_status.outcome
         self.statistics.counters.add(outcome, sum([result.cached for _, result in results]), len(results))
-        for client, result in results:
-            if status == 200 and result.whole:
-                self.proxy.doubts.note_delivered(request, client)
         if outcome is not Outcome.OWN:
             self.statistics.recent.note(request, status, cache_status, results)
         if log.isEnabledFor(logging.DEBUG if outcome is Outcome.OWN else logging.INFO):
