@@ -2087,6 +2087,12 @@ def is_304_for(stored: ResponseHead, response: ResponseHead) -> bool:
     return same_tag and date in (None, field_value(stored.fields, "Last-Modified") or date)
 
 
+def is_same_version(stored: ResponseHead, response: ResponseHead) -> bool:
+    """Return whether a 200 has the size and the validators of what is stored: some origins know no 304."""
+    known = validators(stored) and validators(stored) == validators(response) and response.status == 200
+    return bool(known) and content_length(response.fields) == stored.size
+
+
 # What may be stored (RFC 9111 §3, §4.4) --------------------------------------------------------
 
 
@@ -2180,7 +2186,7 @@ def _decide_stored(request: Request, stored: ResponseHead, name_class: NameClass
     # 2. The client demands a validation, or sends one of the two conditions that only the origin can
     #    evaluate (§4.3.2).
     strict = field_values(request.fields, "If-Match") + field_values(request.fields, "If-Unmodified-Since")
-    doubted = request.doubt and now - stored.response_time > DOUBT_INTERVAL
+    doubted = request.doubt == 2 or request.doubt and now - stored.response_time > DOUBT_INTERVAL
     if strict or doubted or _client_wants_validation(control, policy, age, ttl):
         return CacheDecision(Action.VALIDATE, name_class, "request", known_ttl)
     # 3. Names that do not change: serve, and look once a day whether they did after all.
@@ -2264,10 +2270,7 @@ def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
     return decision.action is Action.VALIDATE and response.status == 200
 
 
-def insists_on_validation(request: Request) -> bool:
-    """Return whether a client sends no-cache for a file that never changes: then it doubts the file."""
-    never_changes = bool(POLICIES[classify_name(request.key)].lifetime)
-    return never_changes and "no-cache" in cache_directives(request.fields)
+# What is not believed -------------------------------------------------------------------------
 
 
 def why_not_believed(request: Request, stored: ResponseHead, response: ResponseHead) -> str:
@@ -5735,44 +5738,45 @@ class RecentFailures:
 
     def __init__(self, on_full_disk: Callable[[], None]) -> None:
         self._on_full_disk = on_full_disk
-        self._not_now = RecentEvents()  # by scheme and authority, by cache key, or by _same_request()
-        self._errors = RecentEvents()  # by authority or cache key: logged, and shown on the status page
+        # By scheme and authority, by cache key, or by _same_request(): in the future if it is not asked until
+        # then.  All are shown on the status page.
+        self._events = RecentEvents()
         self._lock = threading.Lock()  # guards all below
         self._disk_error: StorageError | None = None  # the last that was logged; None: something was stored
         self._disk_failed_at = 0.0  # monotonic
 
     def reason_not_to_ask(self, request: Request) -> str:
         """Return why a request is not sent to its origin if a stored copy can answer; "" if it is."""
-        events = self._not_now.gather(0.0, _same_request(request))
+        events = self._events.gather(0.0, _same_request(request))
         return events[0][-1] if events else self.slow_origin(request)[1]
 
     def slow_origin(self, request: Request) -> tuple[str, str]:
-        """Return what is not waited for, an origin or a cache key, and why; empty strings if nothing is."""
-        events = self._not_now.gather(0.0, _site(request.target), request.key) if request.client else []
+        """Return what is not waited for, an origin or a cache key, and why; empty strings if nothing is.
+
+        Requests of the proxy itself have no client, and wait: they look whether the origin is back.
+        """
+        events = self._events.gather(0.0, _site(request.target), request.key) if request.client else []
         return (events[0][0], events[0][-1]) if events else ("", "")
 
     def origin_failed(self, request: Request, error: OriginError, seconds: float) -> None:
         """Record that a cached copy is served because an origin failed after some seconds."""
-        is_down = is_site_down(request, error)
-        name = _site(request.target) if is_down else request.key
-        self._not_now.forget(request.key, *([] if error.unreachable else [_site(request.target)]))
+        name = _site(request.target) if is_site_down(request, error) else request.key
         is_slow = seconds > QUICK_FAILURE and field_value(request.fields, "Authorization") is None
-        if is_slow:
-            self._not_now.note(name, str(error), PROBE_INTERVAL + VALIDATION_TIMEOUT + 2)
-        is_new = self._errors.note_first(name, ORIGIN_BACKOFF)
-        self._errors.note(name, str(error))
+        is_new = self._events.find(name, ORIGIN_BACKOFF) is None
+        if not error.unreachable:
+            self._events.forget(_site(request.target))
+        self._events.note(name, str(error), PROBE_INTERVAL + VALIDATION_TIMEOUT + 2 if is_slow else 0.0)
         log.log(logging.WARNING if is_new else logging.DEBUG, "%s: %s Serving the stored copy%s.",
                 loggable_uri(request.uri), error, ", and asking again in the background" if is_slow else "")
 
     def note_retry_after(self, request: Request, error: OriginError) -> None:
         """Record for how long an origin asks to be left alone, before other requests follow this one."""
         if error.retry_after and field_value(request.fields, "Authorization") is None:
-            self._not_now.note(_same_request(request), str(error), error.retry_after)
+            self._events.note(_same_request(request), str(error), error.retry_after)
 
     def origin_answered(self, request: Request) -> None:
         """Forget the failures of an origin: it has answered."""
-        for events in (self._not_now, self._errors):
-            events.forget(_site(request.target), request.key, _same_request(request))
+        self._events.forget(_site(request.target), request.key, _same_request(request))
 
     def disk_failed(self, error: StorageError) -> str:
         """Log a disk error once for each kind, and return the reason for Cache-Status."""
@@ -5807,9 +5811,9 @@ class RecentFailures:
 
     def snapshot(self) -> list[dict[str, Any]]:
         """Describe the last failures of origins for the status page, the newest last."""
-        events = self._errors.gather(ORIGIN_BACKOFF)
-        return [{"origin": displayable_uri(name), "reason": truncate_middle(reason, 150),
-                 "seconds": round(age)} for name, age, reason in events[-10:]]
+        events = self._events.gather(ORIGIN_BACKOFF)[-10:]
+        return [{"origin": displayable_uri(name.partition(" ")[0]), "reason": truncate_middle(reason, 150),
+                 "seconds": max(0, round(age))} for name, age, reason in events]
 
 
 # The same file from another mirror
@@ -6424,8 +6428,8 @@ class HotCache:
         old = self._entries.pop(asked, None)
         if old is not None:
             old.stored.close()
-        is_package = classify_name(entry.request.key) is NameClass.PACKAGE
-        if len(self._entries) < HOT_CACHE_SIZE and entry.version[0] and os.name != "nt" and not is_package:
+        may_be_doubted = DOUBT_PERIOD and classify_name(entry.request.key) is NameClass.PACKAGE
+        if len(self._entries) < HOT_CACHE_SIZE and entry.version[0] and os.name != "nt" and not may_be_doubted:
             self._entries[asked] = entry
         else:
             entry.stored.close()
@@ -6636,9 +6640,10 @@ class FlightLeader:
             stored.head.same_as and "no-cache" in cache_directives(request.fields))
         more = () if is_doubted or decision.forward == "vary-miss" else validators(stored.head)
         response = fetch_full(origin, replace_fields(origin_request, fields=origin_request.fields + more))
-        if response.head.status == 304:
+        is_same = request.doubt == 1 and is_same_version(stored.head, response.head)
+        if response.head.status == 304 or is_same:
             response.close()
-            if is_304_for(stored.head, response.head):
+            if is_same or is_304_for(stored.head, response.head):
                 return freshen_head(stored.head, response.head)
             response = fetch_full(origin, origin_request)
         reason = why_not_believed(request, stored.head, response.head) if may_be_stale else ""
@@ -6863,46 +6868,30 @@ class BackgroundRevalidator:
         ``vary`` holds the request fields that select the stored response among its variants.
         """
         key = cache_key(target)
-        if not self._attempts.note_first(key, REVALIDATION_INTERVAL) or self._flights.is_in_flight(key):
-            return
-        if not self._running.acquire(blocking=False):
-            return
-        try:
-            start_thread(self._run, self._request(target, vary, client_is_local))
-        except StorageError:  # no more threads: later, then
-            self._running.release()
+        if self._attempts.note_first(key, REVALIDATION_INTERVAL) and not self._flights.is_in_flight(key):
+            self._start(self._running, target, vary, client_is_local)
 
     def watch(self, request: Request, vary: Fields) -> None:
-        """If a request's origin is slow, send the request again every PROBE_INTERVAL seconds until it is not, or
-        for ORIGIN_BACKOFF seconds."""
-        slow = "watch " + self._failures.slow_origin(request)[0]
-        if slow == "watch " or not self._attempts.note_first(slow, 2 * ORIGIN_BACKOFF):
-            return
-        probe = self._request(request.target, vary, request.client_is_local)
-        try:
-            if self._watching.acquire(blocking=False):
-                start_thread(self._watch, slow, request, probe)
-        except StorageError:  # no more threads: the origin is waited for again soon
-            self._watching.release()
+        """If a request's origin is slow, ask it for the same in the background, every PROBE_INTERVAL seconds
+        until it answers, but for ORIGIN_BACKOFF seconds at most."""
+        slow = self._failures.slow_origin(request)[0]
+        if slow and self._attempts.note_first("watch " + slow, 2 * ORIGIN_BACKOFF):
+            self._start(self._watching, request.target, vary, request.client_is_local, request)
 
-    def _watch(self, slow: str, request: Request, probe: Request) -> None:
-        until = time.monotonic() + ORIGIN_BACKOFF
-        try:
-            while time.monotonic() < until and not self._stopped.wait(PROBE_INTERVAL) \
-                    and self._failures.slow_origin(request)[0]:
-                self._validate(probe)
-        finally:
-            self._attempts.forget(slow)
-            self._watching.release()
-
-    def _request(self, target: Target, vary: Fields, client_is_local: bool) -> Request:
+    def _start(self, slots: threading.BoundedSemaphore, target: Target, vary: Fields, client_is_local: bool,
+               watched: Request | None = None) -> None:
         fields = (("Host", target.authority), ("Cache-Control", "max-age=0")) + tuple(
             (name, text) for name, text in vary if text)
-        return Request("GET", target.uri, target, fields, received=time.time(), key=cache_key(target),
-                       client="", client_is_local=client_is_local)
+        request = Request("GET", target.uri, target, fields, received=time.time(), key=cache_key(target),
+                          client="", client_is_local=client_is_local)
+        if slots.acquire(blocking=False):
+            try:
+                start_thread(self._run, slots, request, watched)
+            except StorageError:  # no more threads: later, then
+                slots.release()
 
     def stop(self) -> None:
-        """Stop to watch origins."""
+        """Stop asking origins again."""
         self._stopped.set()
 
     def revalidate_signatures(self, origin_request: OriginRequest) -> None:
@@ -6918,19 +6907,27 @@ class BackgroundRevalidator:
                     self._attempts.forget(cache_key(target))
                     self.revalidate(target, stored.head.vary, origin_request.client_is_local)
 
-    def _run(self, request: Request) -> None:
+    def _run(self, slots: threading.BoundedSemaphore, request: Request, watched: Request | None) -> None:
+        """Send a request once, or while the origin of ``watched`` is slow."""
+        until = time.monotonic() + ORIGIN_BACKOFF
+        slow = self._failures.slow_origin(watched)[0] if watched else ""
         try:
-            self._validate(request)
-        finally:
-            self._running.release()
-
-    def _validate(self, request: Request) -> None:
-        try:
-            with contextlib.closing(self._respond(request).body) as body:
-                for _ in body.chunks():  # read to the end, so that the limit counts running downloads
-                    pass
+            while watched is None or time.monotonic() < until and not self._stopped.wait(PROBE_INTERVAL) \
+                    and self._failures.slow_origin(watched)[0]:
+                with contextlib.closing(self._respond(request).body) as body:
+                    for _ in body.chunks():  # read to the end, so that the limit counts running downloads
+                        pass
+                if watched is None:
+                    break
         except (ProxyError, OSError) as error:
             log.debug("%s was not validated: %s", request.key, error)
+        finally:
+            self._attempts.forget("watch " + slow)
+            slots.release()
+
+
+def _version(head: ResponseHead) -> str:
+    return "%s %d %s" % (head.key, head.size, validators(head))
 
 
 class PackageDoubts:
@@ -6957,31 +6954,36 @@ class PackageDoubts:
         if (request.method, status) == ("GET", 200) and classify_name(request.key) is NameClass.PACKAGE:
             self._delivered.note("%s %s" % (client, request.key))
 
-    def is_due(self, request: Request, client: str) -> bool:
-        """Return whether a request doubts a package that is to be validated now, or is being validated."""
+    def is_due(self, request: Request, client: str, head: ResponseHead) -> bool:
+        """Return whether a request doubts a stored package, and the origin is to be asked now, or is being
+        asked."""
         if self._delivered.find("%s %s" % (client, request.key), DOUBT_PERIOD) is None \
                 or request.method != "GET" or field_value(request.fields, "Range") is not None:
             return False
         if private_fields(request) or "only-if-cached" in cache_directives(request.fields):
             return False  # it would be passed through as a whole, or refused
-        return self._flights.is_in_flight(request.key) or (
+        return self._flights.is_in_flight(request.key) or self._may_refetch(head) or (
             self._validated.find(request.key, DOUBT_INTERVAL) is None)
 
     def assess(self, request: Request, head: ResponseHead) -> int:
         """Return how a request doubts the stored response with this head."""
-        is_doubted = self.is_due(request, request.client)
+        is_doubted = self.is_due(request, request.client, head)
+        never_changes = POLICIES[classify_name(request.key)].lifetime
         if is_doubted:
             self._validated.note_first(request.key, DOUBT_INTERVAL)
-        elif not insists_on_validation(request):
+        elif not never_changes or "no-cache" not in cache_directives(request.fields):
             return 0
-        name = "%s %d %s" % (request.key, head.size, validators(head))
-        if self._confirmed.find(request.key, DOUBT_PERIOD) and self._refetched.note_first(name, DAY):
+        if self._may_refetch(head) and self._refetched.note_first(_version(head), DAY):
             return 2
         return int(is_doubted)
 
+    def _may_refetch(self, head: ResponseHead) -> bool:
+        return self._confirmed.find(head.key, DOUBT_PERIOD) is not None and (
+            self._refetched.find(_version(head), DAY) is None)
+
     def note_answer(self, request: Request, outcome: Outcome) -> None:
-        """Record that the origin has confirmed a package that a client doubted."""
-        if outcome is Outcome.VALIDATED and (request.doubt or insists_on_validation(request)):
+        """Record that the origin has confirmed a stored response that a client doubted."""
+        if outcome is Outcome.VALIDATED and (request.doubt or "no-cache" in cache_directives(request.fields)):
             self._confirmed.note(request.key)
 
 
@@ -7154,7 +7156,7 @@ class Proxy:
 
     # For the event loop, for tunnels, and for the operator
 
-    def prepare_hit(self, request: Request, now: float) -> tuple[HotEntry | None, bool]:
+    def prepare_hit(self, request: Request, client: str) -> tuple[HotEntry | None, bool]:
         """Render a hit that nothing must be waited for, and return it with whether nothing is stored.
 
         The caller closes the entry's file.
@@ -7164,9 +7166,13 @@ class Proxy:
             return None, True
         # Whether a client on another host may have a body file without a head takes a DNS lookup.
         is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
+        is_open = is_open and not self.doubts.is_due(request, client, stored.head)
+        now = float(int(time.time()))
         entry = hot_entry_for(request, stored, self.config, now) if is_open else None
         if entry is None:
             stored.close()
+        else:
+            self.doubts.note_delivered(request, client, entry.status)
         return entry, False
 
     def connect_tunnel(self, request: Request) -> socket.socket:
@@ -7882,7 +7888,7 @@ def _disk_html(view: dict[str, Any]) -> str:
     if view["unstored"]:
         lines.append('<span class="bad">Cannot store anything:</span> %s.' % escape(view["unstored"]))
     for row in view["troubles"]:
-        lines.append('<span class="bad">%s is failing:</span> %s Serving cached copies for the next %s.' % (
+        lines.append('<span class="bad">%s is failing:</span> %s (%s ago) Serving cached copies.' % (
             escape(row["origin"]), escape(row["reason"]), format_duration(row["seconds"])))
     return "".join("<p>%s</p>" % line for line in lines)
 
@@ -8706,14 +8712,11 @@ class Dispatcher:
         entry = hot_cache.get(key, self.proxy.config)
         with contextlib.suppress(ProxyError, ValueError):  # the thread that gets the request sends the error
             request = None if entry else parse_request_head(key[0], *key[1])
-            if request and self.proxy.doubts.is_due(request, connection.host):
-                return None  # a thread validates the package
             if request and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
                 self._check_name(request)
-                entry, connection.known_missing = self.proxy.prepare_hit(request, float(int(time.time())))
+                entry, connection.known_missing = self.proxy.prepare_hit(request, connection.host)
                 if entry is not None:
                     hot_cache.put(key, entry)
-                    self.proxy.doubts.note_delivered(request, connection.host, entry.status)
         return entry
 
     # Counting and logging
@@ -8725,8 +8728,7 @@ class Dispatcher:
         from_cache = response.counts_as_cached and response.head.status in (200, 206)
         cached = max(0, sent - response.body.origin_bytes) if from_cache else 0
         result = SendResult(sent, cached, time.monotonic() - began, whole)
-        if whole:
-            self.proxy.doubts.note_delivered(request, request.client, response.head.status)
+        self.proxy.doubts.note_delivered(request, request.client, response.head.status if whole else 0)
         self.record_results(request, response.head.status, response.cache_status, [(request.client, result)])
 
     def record_results(self, request: Request, status: int, cache_status: CacheStatus,

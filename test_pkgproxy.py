@@ -3787,6 +3787,7 @@ class ParentTest(ProxyCase):
 
 
 @unittest.skipUnless(shutil.which("openssl"), "openssl is not installed")
+@mock.patch.object(pkgproxy, "DOUBT_PERIOD", 0.0)  # one client asks for the same package again and again
 class TlsOriginTest(ProxyCase):
     """https origins: certificates are verified, and responses are kept apart from those of http origins."""
 
@@ -3845,7 +3846,7 @@ class TlsOriginTest(ProxyCase):
             self.assertEqual(self.request(secure).body, b"secure")
             with mock.patch.object(pkgproxy, "resolve_addresses", return_value=place):
                 self.assertEqual(self.request(plain).body, b"plain")
-        self.assertEqual((self.origin.log[0].fields["range"], len(self.origin.log), len(self.secure.log)), ("bytes=0-4095", 2, 1))
+        self.assertEqual([len(self.origin.methods()), len(self.secure.methods())], [1, 1])
         self.assertEqual(sorted(self.visible_files().values()), [b"plain", b"secure"])
 
     def test_a_certificate_that_is_refused_is_named_in_a_sentence(self):
@@ -4462,6 +4463,7 @@ class LocalFailureTest(ProxyCase):
             self.assertEqual(self.request("/x_1.0_all.deb").body, b"x" * 100_000)
 
 
+@mock.patch.object(pkgproxy, "DOUBT_PERIOD", 0.0)  # one client asks for the same package again and again
 class SemanticsTest(ProxyCase):
     """The rules of caching over real sockets: what tests of the pure functions cannot show."""
 
@@ -4601,7 +4603,7 @@ class SemanticsTest(ProxyCase):
             self.assertEqual(self.visible_files(), {})
 
     def test_a_304_for_another_file_does_not_confirm_a_stored_portal_page(self):
-        self.origin.pages["/InRelease"] = ScriptedResponse(b"pay", etag="", modified="Sun, 06 Nov 1994 09:49:37 GMT", fields=[("Content-Type", "text/html")])
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"pay", etag="", modified="Sun, 06 Nov 1994 09:49:37 GMT", fields=[("Content-Type", "text/plain")])
         self.request("/InRelease")
         for fields in (b'ETag: "real"', b"Last-Modified: " + DATE.encode()):
             self.origin.pages["/InRelease"] = [ScriptedResponse(steps=[b"HTTP/1.1 304 Not Modified\r\n%s\r\n\r\n" % fields]), ScriptedResponse(b"real")]
@@ -4961,7 +4963,8 @@ class UnbelievedResponseTest(ProxyCase):
                     for _ in range(3):
                         self.check_stale(path, client, "%d from origin, retry after %s s" % (status, seconds))
                     self.assertEqual(len(self.origin.log), 1)
-                    with mock.patch.object(time, "monotonic", lambda now=time.monotonic(), wait=int(seconds): now + wait + 1):
+                    later = time.monotonic() + int(seconds) + 1
+                    with mock.patch.object(time, "monotonic", lambda later=later: later):
                         self.assertEqual(self.proxy._failures.reason_not_to_ask(make_request(self.origin.url(path))), "")
 
     def test_many_clients_of_a_busy_origin_cost_it_one_request(self):
@@ -4976,7 +4979,7 @@ class UnbelievedResponseTest(ProxyCase):
         gate.open()
         for thread in threads:
             thread.join(PATIENCE)
-        self.assertEqual(len(self.origin.log), 1)
+        self.assertLessEqual(len(self.origin.log), 2, "a client that is just about to join may ask once more")
 
     def test_one_clients_refusal_does_not_make_an_index_stale_for_other_software(self):
         path, client = self.INDEXES[0]
@@ -5214,14 +5217,14 @@ class DoubtedPackageTest(ProxyCase):
                 self.assertEqual(len(self.origin.log), 1)
                 self.assertIn("if-none-match", self.origin.log[0].fields)
 
-    def test_the_clients_behind_one_address_cost_one_validation(self):
+    def test_the_clients_behind_one_address_cost_one_validation_and_one_download(self):
         for path, client in self.PACKAGES:
             with self.subTest(path):
                 self.start(path, client)
                 for _ in range(10):
                     self.assertEqual(self.fetch(path, client).body, self.body(path, b"old"))
                 self.request_together(path, 5)
-                self.assertEqual(len(self.origin.log), 1)
+                self.assertEqual(["if-none-match" in entry.fields for entry in self.origin.log], [True, False])
 
     def test_an_origin_that_confirms_a_doubted_package_is_asked_for_all_of_it_once(self):
         for path, client in self.PACKAGES:
@@ -5242,6 +5245,25 @@ class DoubtedPackageTest(ProxyCase):
                         self.settle(path)
                         self.fetch(path, client)
                     self.assertLessEqual(sum("if-none-match" not in entry.fields for entry in self.origin.log), 2)
+
+    def test_an_origin_that_knows_no_304_sends_no_unchanged_package(self):
+        path, client = "/pool/huge_1.0_amd64.deb", APT_PACKAGE
+        page = ScriptedResponse(b"old" * 5_000_000)
+        self.origin.pages[path] = ScriptedResponse(respond=lambda fields: (fields.pop("if-none-match", None), fields.pop("if-modified-since", None), page)[2])
+        self.fetch(path, client)
+        self.settle(path)
+        sent = self.origin.sent
+        self.assertIn("fwd=request", self.cache_status(self.fetch(path, client)))
+        self.assertEqual(self.counters()["statsOutcomes"]["validated"], 1)
+        self.assertLess(self.origin.sent, 2 * sent)
+
+    def test_a_confirmed_package_that_is_still_doubted_is_fetched_at_once(self):
+        for path, client in self.PACKAGES:
+            with self.subTest(path):
+                self.start(path, client)
+                self.publish(path, b"new", etag=ScriptedResponse(self.body(path, b"old")).etag)
+                self.assertEqual([self.fetch(path, client).body[:3] for _ in range(4)], [b"old", b"old", b"new", b"new"])
+                self.assertLessEqual(len(self.origin.log), 3)
 
     def test_what_does_not_answer_a_doubt_leaves_the_package(self):
         login = [("Content-Type", "text/html")]
@@ -5745,8 +5767,8 @@ class DiskTest(ProxyCase):
         self.origin.pages[self.path] = ScriptedResponse(b"package")
         self.request(self.path)
         self.origin.pages[self.path] = ScriptedResponse(b"pay", fields=[("Content-Type", "text/html")])
-        self.assertEqual(self.request(self.path, Cache_Control="no-cache").body, b"pay")
-        self.assertEqual(self.request(self.path).body, b"package")
+        for fields in ({"Cache_Control": "no-cache"}, {}):
+            self.assertEqual(self.request(self.path, **fields).body, b"package")
 
     def test_a_response_that_cannot_be_resumed_is_cut_off(self):
         gate = Gate()
@@ -8177,7 +8199,7 @@ class PagesTest(ProxyCase):
         self.proxy.evictor._record(self.proxy.evictor._evictor.run(self.config, time.time()))
         view = self.view()
         self.assertEqual([(row["origin"], row["reason"]) for row in view["troubles"]],
-                         [(self.origin.url("/dists/x/InRelease"), "127.0.0.1:%d answers 503." % self.origin.port)])
+                         [(self.origin.url("/dists/x/InRelease"), "503 from origin.")])
         self.assertRegex(view["html"]["disk"], r"1 file stored, [0-9.]+ [kM]B on disk \(counted 0 s ago, and every 5 min\).")
         self.assertIn("1 stale response since the start", view["html"]["disk"])
         self.assertIn("is failing:", view["html"]["disk"])
@@ -9321,6 +9343,7 @@ class TunnelTest(ProxyCase):
         self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
 
 
+@mock.patch.object(pkgproxy, "DOUBT_PERIOD", 0.0)  # one client asks for the same package again and again
 class EventLoopTest(ProxyCase):
     """Idle connections wait in one thread, which also answers small hits."""
 
@@ -9794,6 +9817,7 @@ class ThreadPoolTest(unittest.TestCase):
         until(lambda: threading.active_count() == self.before)
 
 
+@mock.patch.object(pkgproxy, "DOUBT_PERIOD", 0.0)  # one client asks for the same package again and again
 class ConnectionLimiterTest(ProxyCase):
     """Limits on connections: no client starves another."""
 
