@@ -6428,8 +6428,8 @@ class HotCache:
         old = self._entries.pop(asked, None)
         if old is not None:
             old.stored.close()
-        may_be_doubted = DOUBT_PERIOD and classify_name(entry.request.key) is NameClass.PACKAGE
-        if len(self._entries) < HOT_CACHE_SIZE and entry.version[0] and os.name != "nt" and not may_be_doubted:
+        refused = os.name == "nt" or DOUBT_PERIOD and classify_name(entry.request.key) is NameClass.PACKAGE
+        if len(self._entries) < HOT_CACHE_SIZE and entry.version[0] and not refused:
             self._entries[asked] = entry
         else:
             entry.stored.close()
@@ -6584,18 +6584,17 @@ class FlightLeader:
                          partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
         """Serve the same file of another mirror, and store it under this key as well: as a link to the file,
         or as a copy if the file system refuses links."""
-        request = self.request
         try:
             self.downloader.store.link(stored)
         except OSError as error:
-            log.debug("%s is copied: %s", request.key, error)
+            log.debug("%s is copied: %s", self.request.key, error)
             return self._store_or_relay(LocalFileResponse(stored), decision, partial)
         if not self.flight.finish_receiving():  # a POST has made it invalid meanwhile (RFC 9111 §4.4)
-            self.downloader.store.delete(request.key)
+            self.downloader.store.delete(self.request.key)
         self.downloader.locks.discard(partial)
         self.downloader.failures.disk_recovered()
         status = shared_cache_status(decision, stored.head)
-        return response_from_store(request, stored, status), FlightResult.STORED
+        return response_from_store(self.request, stored, status), FlightResult.STORED
 
     def _resume(self, origin_request: OriginRequest, partial: PartialFile | None) -> OriginResponse | None:
         """Ask for what an earlier download lacks; None if nothing is left of one, or if it does not fit."""
@@ -6631,9 +6630,8 @@ class FlightLeader:
         request, may_be_stale = self.request, may_serve_stale_on_error(decision, stored.head)
         deadline = max(self.deadline, time.monotonic() + 1) if may_be_stale else None
         origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline)
-        head = None if stored.described else confirm_bare_file(
-            origin, origin_request, request, stored, self.config)
-        if head is not None:
+        if not stored.described and (
+                head := confirm_bare_file(origin, origin_request, request, stored, self.config)):
             return head
         # A client that doubts a file found at another mirror gets the file that this mirror has.
         is_doubted = request.doubt == 2 or not stored.described or (
@@ -6965,17 +6963,16 @@ class PackageDoubts:
         return self._flights.is_in_flight(request.key) or self._may_refetch(head) or (
             self._validated.find(request.key, DOUBT_INTERVAL) is None)
 
-    def assess(self, request: Request, head: ResponseHead) -> int:
-        """Return how a request doubts the stored response with this head."""
+    def assess(self, request: Request, head: ResponseHead) -> Request:
+        """Return the request with its ``doubt`` of the stored response that has this head."""
         is_doubted = self.is_due(request, request.client, head)
         never_changes = POLICIES[classify_name(request.key)].lifetime
         if is_doubted:
             self._validated.note_first(request.key, DOUBT_INTERVAL)
         elif not never_changes or "no-cache" not in cache_directives(request.fields):
-            return 0
-        if self._may_refetch(head) and self._refetched.note_first(_version(head), DAY):
-            return 2
-        return int(is_doubted)
+            return request
+        is_last = self._may_refetch(head) and self._refetched.note_first(_version(head), DAY)
+        return replace_fields(request, doubt=2 if is_last else int(is_doubted))
 
     def _may_refetch(self, head: ResponseHead) -> bool:
         return self._confirmed.find(head.key, DOUBT_PERIOD) is not None and (
@@ -7026,9 +7023,7 @@ class Proxy:
             return answer_as_final_recipient(request)
         stored = None if request.known_missing else look_up_for_client(self._store, self._origin, request)
         mark(request.timings, "looked up")
-        began, doubt = time.monotonic(), self.doubts.assess(request, stored.head) if stored else 0
-        if doubt:
-            request = replace_fields(request, doubt=doubt)
+        began, request = time.monotonic(), self.doubts.assess(request, stored.head) if stored else request
         decision = decide(request, stored.head if stored else None, config, time.time())
         try:
             response = self._serve(request, decision, stored) if stored is not None else None
@@ -7134,11 +7129,10 @@ class Proxy:
 
     def _find_stale(self, request: Request, decision: CacheDecision) -> StoredResponse | str:
         """Return a stored response that may be served instead of an error, or why there is none."""
-        if decision.action is Action.PASS:
-            return "the request bypasses the cache"
-        stored = look_up_for_client(self._store, self._origin, request)
+        is_pass = decision.action is Action.PASS
+        stored = None if is_pass else look_up_for_client(self._store, self._origin, request)
         if stored is None:
-            return "no stored copy"
+            return "the request bypasses the cache" if is_pass else "no stored copy"
         if selecting_fields(request, stored.head) != stored.head.vary:
             reason = "the stored copy is for other request fields"
         elif decision.action is Action.REFUSE or not may_serve_stale_on_error(decision, stored.head):
@@ -7167,8 +7161,7 @@ class Proxy:
         # Whether a client on another host may have a body file without a head takes a DNS lookup.
         is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
         is_open = is_open and not self.doubts.is_due(request, client, stored.head)
-        now = float(int(time.time()))
-        entry = hot_entry_for(request, stored, self.config, now) if is_open else None
+        entry = hot_entry_for(request, stored, self.config, float(int(time.time()))) if is_open else None
         if entry is None:
             stored.close()
         else:
