@@ -296,6 +296,7 @@ MAX_BACKGROUND_VALIDATIONS = 4  # at one time; no client waits for them
 MAX_WATCHED = 16  # slow origins, or files of them, that are asked again in the background; each has a thread
 DOUBT_PERIOD = 60.0  # a client that asks for a package again so soon doubts it; retries follow in seconds
 DOUBT_INTERVAL = 5.0  # between two validations of a doubted package: many clients may share an address
+DOUBTS_PER_CLIENT = 64  # packages that one address doubts in that time; a benchmark repeats more of them
 EVICTION_INTERVAL = 300.0  # between two checks of the disk; a walk over a large cache takes seconds
 MIN_EVICTION_PAUSE = 10.0  # between two runs of the evictor, however often the disk is full
 MIN_EVICTION_AGE = 60.0  # a file used more recently is kept: a client may be about to ask for it again
@@ -2089,8 +2090,8 @@ def is_304_for(stored: ResponseHead, response: ResponseHead) -> bool:
 
 def is_same_version(stored: ResponseHead, response: ResponseHead) -> bool:
     """Return whether a 200 has the size and the validators of what is stored: some origins know no 304."""
-    known = validators(stored) and validators(stored) == validators(response) and response.status == 200
-    return bool(known) and content_length(response.fields) == stored.size
+    return response.status == 200 and content_length(response.fields) == stored.size and (
+        validators(response) == validators(stored))
 
 
 # What may be stored (RFC 9111 §3, §4.4) --------------------------------------------------------
@@ -6634,11 +6635,11 @@ class FlightLeader:
                 head := confirm_bare_file(origin, origin_request, request, stored, self.config)):
             return head
         # A client that doubts a file found at another mirror gets the file that this mirror has.
-        is_doubted = request.doubt == 2 or not stored.described or (
-            stored.head.same_as and "no-cache" in cache_directives(request.fields))
+        is_doubted = request.doubt == 2 or not stored.described or stored.head.same_as and (
+            request.doubt or "no-cache" in cache_directives(request.fields))
         more = () if is_doubted or decision.forward == "vary-miss" else validators(stored.head)
         response = fetch_full(origin, replace_fields(origin_request, fields=origin_request.fields + more))
-        is_same = request.doubt == 1 and is_same_version(stored.head, response.head)
+        is_same = request.doubt == 1 and not is_doubted and is_same_version(stored.head, response.head)
         if response.head.status == 304 or is_same:
             response.close()
             if is_same or is_304_for(stored.head, response.head):
@@ -6924,6 +6925,10 @@ class BackgroundRevalidator:
             slots.release()
 
 
+def _slot(request: Request, client: str) -> str:
+    return "%s %d" % (client, hash(request.key) % DOUBTS_PER_CLIENT)
+
+
 def _version(head: ResponseHead) -> str:
     return "%s %d %s" % (head.key, head.size, validators(head))
 
@@ -6935,7 +6940,8 @@ class PackageDoubts:
 
     1. A client has got the whole package: ``note_delivered``.
     2. It asks again.  The package is validated, once for all who doubt it and at most every DOUBT_INTERVAL
-       seconds: many clients may share an address, and may want the same package.
+       seconds: many clients may share an address, and may want the same package.  If an address doubts very
+       many packages, most of them are served as they are.
     3. If a 304 confirms it (``note_answer``), and it is still doubted, it is fetched without conditions: once
        a day, because the doubt may be wrong.
     """
@@ -6943,7 +6949,7 @@ class PackageDoubts:
     def __init__(self, flights: SingleFlight) -> None:
         self._flights = flights
         self._delivered = RecentEvents()  # by client and cache key
-        self._validated = RecentEvents()  # by cache key: the last validation for a doubt
+        self._validated = RecentEvents()  # by cache key, and by _slot(): the last validation for a doubt
         self._confirmed = RecentEvents()  # by cache key: the last 304 to a doubt or to no-cache
         self._refetched = RecentEvents()  # by cache key, size and validators
 
@@ -6955,20 +6961,21 @@ class PackageDoubts:
     def is_due(self, request: Request, client: str, head: ResponseHead) -> bool:
         """Return whether a request doubts a stored package, and the origin is to be asked now, or is being
         asked."""
-        if self._delivered.find("%s %s" % (client, request.key), DOUBT_PERIOD) is None \
-                or request.method != "GET" or field_value(request.fields, "Range") is not None:
+        if self._delivered.find("%s %s" % (client, request.key), DOUBT_PERIOD) is None or not (
+                self._flights.is_in_flight(request.key) or self._may_refetch(head)
+                or not self._validated.gather(DOUBT_INTERVAL, request.key, _slot(request, client))):
             return False
-        if private_fields(request) or "only-if-cached" in cache_directives(request.fields):
-            return False  # it would be passed through as a whole, or refused
-        return self._flights.is_in_flight(request.key) or self._may_refetch(head) or (
-            self._validated.find(request.key, DOUBT_INTERVAL) is None)
+        # The others would be passed through as a whole, or refused.
+        return request.method == "GET" and field_value(request.fields, "Range") is None and not (
+            private_fields(request) or "only-if-cached" in cache_directives(request.fields))
 
     def assess(self, request: Request, head: ResponseHead) -> Request:
         """Return the request with its ``doubt`` of the stored response that has this head."""
         is_doubted = self.is_due(request, request.client, head)
         never_changes = POLICIES[classify_name(request.key)].lifetime
         if is_doubted:
-            self._validated.note_first(request.key, DOUBT_INTERVAL)
+            for name in (request.key, _slot(request, request.client)):
+                self._validated.note_first(name, DOUBT_INTERVAL)
         elif not never_changes or "no-cache" not in cache_directives(request.fields):
             return request
         is_last = self._may_refetch(head) and self._refetched.note_first(_version(head), DAY)

@@ -1736,7 +1736,7 @@ class CacheRulesTest(unittest.TestCase):
                 (package, {"Cache_Control": "no-store"}, {}, "no-store"), (package, {"Authorization": "x"}, {}, "Authorization"),
                 (package, {"Authorization": "x"}, {"Cache_Control": "public"}, ""),
                 (package, {"Authorization": "x"}, {"Cache_Control": "s-maxage=5"}, ""),
-                (package, {}, {"Content_Type": "Text/HTML; charset=x"}, "text/html for a package"),
+                (package, {}, {"Content_Type": "Text/HTML; charset=x"}, "text/html for a name that is not a page's"),
                 (other, {}, {"Content_Type": "text/html", "ETag": '"x"'}, ""),
                 (other, {}, {"Cache_Control": "max-age=0"}, "no lifetime and no validator"),
                 (other, {}, {"Cache_Control": "max-age=0", "ETag": '"x"'}, ""), (other, {}, {}, ""),
@@ -5193,7 +5193,8 @@ class DoubtedPackageTest(ProxyCase):
         with contextlib.closing(self.proxy._store.lookup(self.origin.url(path))) as stored:
             self.proxy._store.update_head(stored, dataclasses.replace(
                 stored.head, request_time=stored.head.request_time - 10, response_time=stored.head.response_time - 10))
-        self.proxy.doubts._validated.forget(self.origin.url(path))
+        url = self.origin.url(path)
+        self.proxy.doubts._validated.forget(url, "127.0.0.1 %d" % (hash(url) % pkgproxy.DOUBTS_PER_CLIENT))
 
     def start(self, path, client):
         """Store a package in its old version, for a machine at another address."""
@@ -5245,6 +5246,16 @@ class DoubtedPackageTest(ProxyCase):
                         self.settle(path)
                         self.fetch(path, client)
                     self.assertLessEqual(sum("if-none-match" not in entry.fields for entry in self.origin.log), 2)
+
+    def test_an_address_that_repeats_everything_costs_few_validations(self):
+        paths = ["/pool/r%d_1.0_all.deb" % number for number in range(60)]
+        for path in paths:
+            self.publish(path, b"old")
+        with mock.patch.object(pkgproxy, "DOUBTS_PER_CLIENT", 4):
+            for _ in range(3):
+                for path in paths:
+                    self.fetch(path, APT_PACKAGE)
+        self.assertLessEqual(len(self.origin.log), 60 + 4 + 4)
 
     def test_an_origin_that_knows_no_304_sends_no_unchanged_package(self):
         path, client = "/pool/huge_1.0_amd64.deb", APT_PACKAGE
