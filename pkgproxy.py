@@ -64,7 +64,7 @@ Threads
     lease renewal     LeaseManager: one, if instances coordinate through memcached
     name lookup       Resolver: one per lookup, because getaddrinfo() has no timeout
     eviction          EvictionThread: one; also looks for packages to adopt
-    revalidation      BackgroundRevalidator: a few at most
+    revalidation      BackgroundRevalidator: a few at most; also looks whether slow origins are back
     history           TrafficHistory: one; saves the statistics
     log               QueueLogHandler: one; writes the log
 
@@ -5761,8 +5761,10 @@ class RecentFailures:
 
     def origin_failed(self, request: Request, error: OriginError, seconds: float) -> None:
         """Record that a cached copy is served because an origin failed after some seconds."""
+        is_private = field_value(request.fields, "Authorization") is not None
         name = _site(request.target) if is_site_down(request, error) else request.key
-        is_slow = seconds > QUICK_FAILURE and field_value(request.fields, "Authorization") is None
+        name += " with a password" if is_private else ""  # what others get does not depend on it
+        is_slow = seconds > QUICK_FAILURE and not is_private
         is_new = self._events.find(name, ORIGIN_BACKOFF) is None
         if not error.unreachable:
             self._events.forget(_site(request.target))
@@ -6909,7 +6911,6 @@ class BackgroundRevalidator:
     def _run(self, slots: threading.BoundedSemaphore, request: Request, watched: Request | None) -> None:
         """Send a request once, or while the origin of ``watched`` is slow."""
         until = time.monotonic() + ORIGIN_BACKOFF
-        slow = self._failures.slow_origin(watched)[0] if watched else ""
         try:
             while watched is None or time.monotonic() < until and not self._stopped.wait(PROBE_INTERVAL) \
                     and self._failures.slow_origin(watched)[0]:
@@ -6921,7 +6922,7 @@ class BackgroundRevalidator:
         except (ProxyError, OSError) as error:
             log.debug("%s was not validated: %s", request.key, error)
         finally:
-            self._attempts.forget("watch " + slow)
+            self._attempts.forget(*("watch " + name for name in (_site(request.target), request.key)))
             slots.release()
 
 

@@ -5151,6 +5151,17 @@ class RecoveryTest(ProxyCase):
             until(lambda: self.proxy._failures.slow_origin(make_request(self.origin.url("/core.db"))) == ("", ""))
         self.assertEqual(self.bodies(), [b"new"] * 4)
 
+    def test_a_request_with_a_password_changes_nothing_for_others(self):
+        path, client = self.CLIENTS[0]
+        self.origin.pages[path] = ScriptedResponse(b"", 504)
+        with mock.patch.multiple(pkgproxy, PROBE_INTERVAL=PATIENCE):
+            with mock.patch.object(pkgproxy, "QUICK_FAILURE", -1.0):
+                self.request(path, **client, Authorization="Basic eA==")
+                self.assertEqual(self.proxy._failures.reason_not_to_ask(make_request(self.origin.url(path))), "")
+                self.request(path, **client)
+            self.request(path, **client, Authorization="Basic eA==")
+            self.assertEqual(self.proxy._failures.reason_not_to_ask(make_request(self.origin.url(path))), "504 from origin.")
+
     def test_a_slow_error_is_not_waited_for_either(self):
         path, client = self.CLIENTS[0]
         self.origin.pages[path] = ScriptedResponse(b"", 504)
