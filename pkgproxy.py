@@ -64,8 +64,9 @@ Threads
     lease renewal     LeaseManager: one, if instances coordinate through memcached
     name lookup       Resolver: one per lookup, because getaddrinfo() has no timeout
     eviction          EvictionThread: one; also looks for packages to adopt
-    revalidation      BackgroundRevalidator: a few at most
+    revalidation      BackgroundRevalidator: a few at most; also looks whether slow origins are back
     index reader      IndexReader: one at most; reads indexes that were stored
+    scrub             Scrubber: one; reads stored files again to find damaged ones
     history           TrafficHistory: one; saves the statistics
     log               QueueLogHandler: one for the log, one for the access log; writes it
 
@@ -206,8 +207,6 @@ log = logging.getLogger("pkgproxy")
 # ---------------------------------------------------------------------------------------------
 
 Fields = tuple[tuple[str, str], ...]  # header fields in wire order; names compare case-insensitively
-# The origin is unavailable, so a stale stored response is better than its error (RFC 9111 §4.2.4).
-UNAVAILABLE_STATUSES = (500, 502, 503, 504)
 
 # Limits of messages, in bytes unless noted.  They bound what one peer can make the proxy hold in memory.
 MAX_LINE = 16 * 1024  # a start line or field; RFC 9112 §3 asks for 8,000, and CDNs sign with long URLs
@@ -264,7 +263,10 @@ RESPONSE_HEAD_TIMEOUT = 40.0  # for a head, redirects included; less than FOLLOW
 RESUME_TIMEOUT = 10.0  # for a head when resuming; all attempts fit into the 90 s that clients wait
 RESUME_BACKOFF = (0.1, 0.3, 1.0, 2.0, 4.0)  # before each attempt to resume a download
 VALIDATION_TIMEOUT = 9.0  # for an origin if a stored response can answer; pacman waits 10 s
-ORIGIN_BACKOFF = 30.0  # an origin that failed is not waited for again if a stored response can answer
+ORIGIN_BACKOFF = 30.0  # a parent proxy that failed is avoided, a slow origin is watched without new requests
+QUICK_FAILURE = 1.0  # a failure that cost no more is risked again with the next request
+PROBE_INTERVAL = 2.0  # between two requests that look in the background whether a slow origin answers
+MAX_RETRY_AFTER = 3600.0  # an origin may ask to be left alone for longer, by mistake
 ADDRESS_PENALTY = 300.0  # an address that failed is tried after the others of its name
 CONTINUE_TIMEOUT = 1.0  # for 100 (Continue), then the body is sent all the same (RFC 9110 §10.1.1)
 POOL_IDLE_TIMEOUT = 15.0  # a pooled connection waits for its next request; nginx closes it after 75 s
@@ -303,6 +305,10 @@ LOG_BATCH_DELAY = 0.02  # a log line waits for others, so that a burst is one wr
 DAY = 86400.0
 REVALIDATION_INTERVAL = 3600.0  # between two validations of one response in the background
 MAX_BACKGROUND_VALIDATIONS = 4  # at one time; no client waits for them
+MAX_WATCHED = 16  # slow origins, or files of them, that are asked again in the background; each has a thread
+DOUBT_PERIOD = 60.0  # a client that asks for a package again so soon doubts it; retries follow in seconds
+DOUBT_INTERVAL = 5.0  # between two validations of a doubted package: many clients may share an address
+DOUBTS_PER_CLIENT = 64  # packages that one address doubts in that time; a benchmark repeats more of them
 EVICTION_INTERVAL = 300.0  # between two checks of the disk; a walk over a large cache takes seconds
 SCRUB_PAUSE = 60.0  # between two rounds, and after the last use of a stored file; a disk may sleep then
 SCRUB_RATE = 500_000  # bytes a second that are read to find damaged files; 43 GB a day
@@ -423,6 +429,7 @@ class Request:
     client_prefix: str = ""  # what the client wrote before the target: "/", or HTTPS_HOST
     client_is_local: bool = False  # the client runs on this host
     known_missing: bool = False  # the event loop has just found nothing stored
+    doubt: int = 0  # of a stored package that this client has just got: 1, validate it; 2, fetch it anew
     timings: dict[str, float] | None = None  # monotonic time of each step, by name; None: they are not logged
 
     def __hash__(self) -> int:
@@ -571,7 +578,6 @@ class CachePolicy(NamedTuple):
     refresh: float | None = None  # seconds since the last validation, after which a hit starts another
     heeds_max_age: bool = True  # the client's max-age can force a validation
     redirects: bool = True  # follow redirects, and store the file under the requested name
-    html: bool = False  # text/html can be the requested file, not a captive portal's or error page
     always_stale: bool = True  # may be served stale if the origin is unavailable, whatever its fields say
 
 
@@ -579,8 +585,8 @@ class CachePolicy(NamedTuple):
 POLICIES = {
     NameClass.CONTENT: CachePolicy(math.inf, heeds_max_age=False),  # a max-age could only confirm the file
     NameClass.PACKAGE: CachePolicy(math.inf, refresh=DAY),  # some repositories do upload a version again
-    NameClass.INDEX: CachePolicy(0, html=True),  # stale is safe: clients check signature and date
-    NameClass.OTHER: CachePolicy(None, redirects=False, html=True, always_stale=False),
+    NameClass.INDEX: CachePolicy(0),  # stale is safe: clients check signature and date
+    NameClass.OTHER: CachePolicy(None, redirects=False, always_stale=False),
 }
 
 
@@ -665,8 +671,9 @@ class OriginError(ProxyError):
     outcome = Outcome.FAILED
 
     def __init__(self, message: str, target: Target | None = None, unreachable: bool = False,
-                 status: int = 0) -> None:
+                 status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(message, status)
+        self.retry_after = retry_after  # seconds for which the origin asks to be left alone
         self.target = target  # the origin that failed, after redirects; None: the requested one
         # There was no connection, so other requests to this host would fail, too.  Not set for errors that
         # the request itself may have caused: an error status, a connection closed early, silence.
@@ -2065,6 +2072,42 @@ def signature_keys(key: str) -> list[str]:
     return [name + "." + suffix for name in names for suffix in suffixes]
 
 
+# Pages in the place of files (captive portals, parked mirrors) ------------------------------------
+
+# A page's name, without the query.  An index is a page only as a folder's listing, or if its name says so.
+_PAGE = re.compile(r"/[^/.]*$|\.(?:x?html?|php|aspx?|jsp|cgi)$", re.I)
+_INDEX_PAGE = re.compile(r"/$|\.x?html?$", re.I)
+
+
+def is_html(head: ResponseHead) -> bool:
+    """Return whether a response is an HTML page."""
+    return media_type(head).startswith(("text/html", "application/xhtml"))
+
+
+def can_be_page(key: str) -> bool:
+    """Return whether a name can be that of an HTML page, so that it is not a captive portal's or error page.
+
+    >>> [can_be_page("http://a" + path) for path in ("/simple/x/", "/x.iso", "/InRelease", "/x-1.0.rpm")]
+    [True, False, False, False]
+    """
+    name_class, path = classify_name(key), key.partition("?")[0]
+    pages = {NameClass.OTHER: _PAGE, NameClass.INDEX: _INDEX_PAGE}.get(name_class)
+    return pages is not None and pages.search(path) is not None
+
+
+def is_misplaced_page(request: Request, stored: ResponseHead | None, response: ResponseHead) -> bool:
+    """Return whether a response is HTML in the place of a file: from a captive portal or a parked mirror.
+
+    What is ``stored``, if anything, tells whether it is a file; else the name does.
+    """
+    if not is_html(response) or response.status >= 300:
+        return False
+    if stored is None:
+        return not can_be_page(request.key)
+    prefers_html = (field_value(request.fields, "Accept") or "").lower().startswith("text/html")
+    return not is_html(stored) and not (prefers_html and can_be_page(request.key))
+
+
 # Freshness (RFC 9111 §4.2) --------------------------------------------------------------------
 
 
@@ -2149,6 +2192,12 @@ def is_304_for(stored: ResponseHead, response: ResponseHead) -> bool:
     return same_tag and date in (None, field_value(stored.fields, "Last-Modified") or date)
 
 
+def is_same_version(stored: ResponseHead, response: ResponseHead) -> bool:
+    """Return whether a 200 has the size and the validators of what is stored: some origins know no 304."""
+    return response.status == 200 and content_length(response.fields) == stored.size and (
+        validators(response) == validators(stored))
+
+
 # What may be stored (RFC 9111 §3, §4.4) --------------------------------------------------------
 
 
@@ -2181,7 +2230,7 @@ def why_not_storable(request: Request, head: ResponseHead, config: Config) -> st
         (request.method != "GET", "only GET is stored"),
         (head.status != 200, "status %d is not stored" % head.status),
         (bool(reason := _who_forbids_storing(request, head)), reason),
-        (not policy.html and "text/html" in media_type(head), "text/html for a package"),
+        (is_misplaced_page(request, None, head), "text/html for a name that is not a page's"),
         (is_implausible(request.key, content_length(head.fields)), "no bytes"),
         (not of_use, "no lifetime and no validator"))
     return next((reason for applies, reason in reasons if applies), "")
@@ -2272,7 +2321,8 @@ def _decide_stored(request: Request, stored: ResponseHead, name_class: NameClass
     # 2. The client demands a validation, or sends one of the two conditions that only the origin can
     #    evaluate (§4.3.2).
     strict = field_values(request.fields, "If-Match") + field_values(request.fields, "If-Unmodified-Since")
-    if strict or _client_wants_validation(control, policy, age, ttl):
+    doubted = request.doubt == 2 or request.doubt and now - stored.response_time > DOUBT_INTERVAL
+    if strict or doubted or _client_wants_validation(control, policy, age, ttl):
         return CacheDecision(Action.VALIDATE, name_class, "request", known_ttl)
     # 3. Names that do not change: serve, and look once a day whether they did after all.
     if policy.lifetime is not None and ttl > 0:
@@ -2352,13 +2402,46 @@ def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> b
 
 
 def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
-    """Return whether the answer to a validation shows that the stored response is outdated.
+    """Return whether the answer to a validation shows that the stored response is outdated."""
+    return decision.action is Action.VALIDATE and response.status == 200
 
-    A captive portal's page does not, nor an empty package.
+
+# What is not believed -------------------------------------------------------------------------
+
+
+def why_not_believed(request: Request, stored: ResponseHead, response: ResponseHead) -> str:
+    """Return why a stored response is better than the origin's answer to its validation; "" if it is not.
+
+    ================================  =================================================================
+    the answer                        the stored response
+    ================================  =================================================================
+    408, 429 or 5xx                   is better: the origin says "not now" (RFC 9111 §4.2.4)
+    HTML in the place of a file,      is better: a captive portal or a parked mirror has answered
+    or a redirect to it
+    any other, to a doubt             is better, unless it is a 200: the package may have been removed
+    403, 404, 410 and others          is not: that is the origin's answer.  It stays stored
+    ================================  =================================================================
     """
-    portal = not decision.policy.html and "text/html" in media_type(response)
-    doubtful = portal or is_implausible(response.key, content_length(response.fields))
-    return decision.action is Action.VALIDATE and response.status == 200 and not doubtful
+    follows = POLICIES[classify_name(request.key)].redirects
+    if response.status in (408, 429) or response.status >= 500 \
+            or request.doubt and response.status != 200:
+        return str(response.status)
+    # OriginClient.fetch returns a redirect that can be followed only if a page is at its end.
+    if follows and redirect_target(response, parse_target(response.final_uri)):
+        return "a redirect to an HTML page"
+    return "an HTML page instead of the file" if is_misplaced_page(request, stored, response) else ""
+
+
+def parse_retry_after(response: ResponseHead) -> float:
+    """Return for how many seconds an origin wants to be left alone (RFC 9110 §10.2.3), 0 if it does not say.
+
+    >>> parse_retry_after(ResponseHead(429, "", (("Retry-After", "60"),)))
+    60.0
+    """
+    text = field_value(response.fields, "Retry-After") or "0"
+    date = None if text.isdigit() else parse_date(text)
+    seconds = parse_delta_seconds(text) if date is None else date - response.response_time
+    return min(max(0.0, float(seconds)), MAX_RETRY_AFTER)
 
 
 # What indexes say: bytes in, entries out
@@ -4979,13 +5062,14 @@ class RecentEvents:
         self._lock = threading.RLock()  # guards _events
         self._events: dict[str, tuple[float, str]] = {}  # by name: monotonic time and reason; oldest first
 
-    def note(self, name: str, reason: str = "") -> None:
-        """Record that the event happens to ``name`` now."""
+    def note(self, name: str, reason: str = "", ahead: float = 0.0) -> None:
+        """Record that the event happens to ``name`` now, or ``ahead`` seconds later: until then, its age is
+        below 0."""
         with self._lock:
             if len(self._events) >= MAX_EVENTS:
                 self._events.clear()  # costs a few repeated attempts or log lines, but bounds the memory
             self.forget(name)  # moves the name to the end
-            self._events[self._key(name)] = time.monotonic(), reason[:MAX_MEMOIZED]
+            self._events[self._key(name)] = time.monotonic() + ahead, reason[:MAX_MEMOIZED]
 
     def note_first(self, name: str, span: float) -> bool:
         """Record the event and return True, unless it happened in the last ``span`` seconds."""
@@ -6026,7 +6110,7 @@ class OriginClient:
                 if origin_request.follow_redirects:
                     location = redirect_target(response.head, origin_request.target)
                 if location is None:
-                    is_page = response.head.status < 300 and "text/html" in media_type(response.head)
+                    is_page = response.head.status < 300 and is_html(response.head)
                     if first is not None and is_page:
                         first, response = response, first
                     return response
@@ -6108,7 +6192,7 @@ class OriginClient:
         """
         response = self.fetch(remainder_request(origin_request, head, offset))
         status = response.head.status
-        if status in (*UNAVAILABLE_STATUSES, 429):
+        if status in (408, 429) or status >= 500:
             response.close()
             raise OriginError("%s answers %d." % (origin_request.target.authority, status))
         if not is_remainder(response.head, head, size, offset):
@@ -6481,55 +6565,88 @@ def is_site_down(request: Request, error: OriginError) -> bool:
     return error.unreachable and is_here
 
 
-class RecentFailures:
-    """Remembers origins and disk errors that failed a moment ago (a circuit breaker).
+def _same_request(request: Request) -> str:
+    """Return a name for requests that an origin cannot tell apart, if only their clients wrote them."""
+    return "%s %r" % (request.key, _only(request.fields, _REFUSED_FIELDS))
 
-    Clients do not wait again for an origin that is known to be down, and the log has one line for each
-    failure, not one for each request.  Only requests that a stored copy can answer are spared the wait: all
-    others are still sent to the origin, and show when it is back.
+
+# An origin may refuse a request because of these; refusals for other reasons are its answer to all clients.
+_REFUSED_FIELDS = SHARED_FIELDS - {"authorization", "cache-control", "pragma"}
+
+
+def not_believed_error(request: Request, head: ResponseHead, reason: str) -> OriginError:
+    """Make the error for an answer that is not believed: see why_not_believed()."""
+    final, wait = parse_target(head.final_uri), parse_retry_after(head)
+    name = "origin" if _site(final) == _site(request.target) else final.authority
+    pause = ", retry after %d s" % wait if wait else ""
+    return OriginError("%s from %s%s." % (reason, name, pause), final, retry_after=wait)
+
+
+class RecentFailures:
+    """Remembers which origins are not to be asked now, and disk errors (a circuit breaker).
+
+    Only requests that a stored copy can answer are spared: all others are still sent to the origin, and show
+    when it is back.
+
+    ==========================================  ====================  ====================================
+    failure                                     what is not asked     until
+    ==========================================  ====================  ====================================
+    no connection, after more than a second     the whole origin      it answers; a request in the
+    silence and others that cost as much        this cache key        background asks it every 2 s
+    a status with Retry-After                   this cache key, by    that time has passed, at most an hour
+                                                the same client
+                                                software
+    any that came quickly                       nothing               the next request asks again
+    any to a request with Authorization         nothing               the same
+    ==========================================  ====================  ====================================
+
+    All but the first may be the fault of this very request, which must not decide what clients get from the
+    rest of the origin, nor what others get for longer than a look in the background takes (invariant 12).
     """
 
     def __init__(self, on_full_disk: Callable[[], None]) -> None:
         self._on_full_disk = on_full_disk
-        self._unreachable = RecentEvents()  # by scheme and authority, or by cache key: see origin_failed
-        self._errors = RecentEvents()  # by cache key: shown on the status page, but not acted upon
+        # By scheme and authority, by cache key, or by _same_request(): in the future if it is not asked until
+        # then.  All are shown on the status page.
+        self._events = RecentEvents()
         self._lock = threading.Lock()  # guards all below
         self._disk_error: StorageError | None = None  # the last that was logged; None: something was stored
         self._disk_failed_at = 0.0  # monotonic
 
-    def origin_down_reason(self, request: Request) -> str:
-        """Return why a request is not sent to its origin, which failed in the last ORIGIN_BACKOFF seconds."""
-        events = self._unreachable.gather(ORIGIN_BACKOFF, _site(request.target), request.key)
-        return events[0][-1] if events else ""
+    def reason_not_to_ask(self, request: Request) -> str:
+        """Return why a request is not sent to its origin if a stored copy can answer; "" if it is."""
+        events = self._events.gather(0.0, _same_request(request))
+        return events[0][-1] if events else self.slow_origin(request)[1]
 
-    def origin_failed(self, request: Request, error: OriginError) -> None:
-        """Record that a cached copy is served because an origin failed.
+    def slow_origin(self, request: Request) -> tuple[str, str]:
+        """Return what is not waited for, an origin or a cache key, and why; empty strings if nothing is.
 
-        ======================================  ======================================================
-        failure                                 what is not waited for in the next ORIGIN_BACKOFF s
-        ======================================  ======================================================
-        to connect                              the whole origin
-        to connect where a redirect led         this cache key
-        silence on a connection                 this cache key: it may answer others, to other clients
-        any other, or with Authorization        nothing
-        ======================================  ======================================================
-
-        All but the first may be the fault of this very request, which must not decide what clients get from
-        the rest of the origin (invariant 12).
+        Requests of the proxy itself have no client, and wait: they look whether the origin is back.
         """
-        lasts = error.unreachable or isinstance(error, OriginTimeoutError)
-        lasts = lasts and field_value(request.fields, "Authorization") is None
-        events = self._unreachable if lasts else self._errors
-        name = _site(request.target) if lasts and is_site_down(request, error) else request.key
-        is_new = events.note_first(name, ORIGIN_BACKOFF)
-        events.note(name, str(error))
-        log.log(logging.WARNING if is_new else logging.DEBUG, "%s Serving the stored copy%s.", error,
-                " for the next %d s" % ORIGIN_BACKOFF if lasts else "")
+        events = self._events.gather(0.0, _site(request.target), request.key) if request.client else []
+        return (events[0][0], events[0][-1]) if events else ("", "")
+
+    def origin_failed(self, request: Request, error: OriginError, seconds: float) -> None:
+        """Record that a cached copy is served because an origin failed after some seconds."""
+        is_private = field_value(request.fields, "Authorization") is not None
+        name = _site(request.target) if is_site_down(request, error) else request.key
+        name += " with a password" if is_private else ""  # what others get does not depend on it
+        is_slow = seconds > QUICK_FAILURE and not is_private
+        is_new = self._events.find(name, ORIGIN_BACKOFF) is None
+        if not error.unreachable:
+            self._events.forget(_site(request.target))
+        self._events.note(name, str(error), PROBE_INTERVAL + VALIDATION_TIMEOUT + 2 if is_slow else 0.0)
+        log.log(logging.WARNING if is_new else logging.DEBUG, "%s: %s Serving the stored copy%s.",
+                loggable_uri(request.uri), error, ", and asking again in the background" if is_slow else "")
+
+    def note_retry_after(self, request: Request, error: OriginError) -> None:
+        """Record for how long an origin asks to be left alone, before other requests follow this one."""
+        if error.retry_after and field_value(request.fields, "Authorization") is None:
+            self._events.note(_same_request(request), str(error), error.retry_after)
 
     def origin_answered(self, request: Request) -> None:
         """Forget the failures of an origin: it has answered."""
-        for events in (self._unreachable, self._errors):
-            events.forget(_site(request.target), request.key)
+        self._events.forget(_site(request.target), request.key, _same_request(request))
 
     def disk_failed(self, error: StorageError) -> str:
         """Log a disk error once for each kind, and return the reason for Cache-Status."""
@@ -6564,9 +6681,9 @@ class RecentFailures:
 
     def snapshot(self) -> list[dict[str, Any]]:
         """Describe the last failures of origins for the status page, the newest last."""
-        events = self._errors.gather(ORIGIN_BACKOFF) + self._unreachable.gather(ORIGIN_BACKOFF)
-        return [{"origin": displayable_uri(name), "reason": truncate_middle(reason, 150),
-                 "seconds": round(ORIGIN_BACKOFF - age)} for name, age, reason in events[-10:]]
+        events = self._events.gather(ORIGIN_BACKOFF)[-10:]
+        return [{"origin": displayable_uri(name.partition(" ")[0]), "reason": truncate_middle(reason, 150),
+                 "seconds": max(0, round(age))} for name, age, reason in events]
 
 
 # The same file from another mirror
@@ -7252,11 +7369,12 @@ class HotCache:
 
     def put(self, asked: Any, entry: HotEntry) -> None:
         """Keep an entry, or just close its file: if the cache is full, if the file has already been removed,
-        and on Windows, where an open file cannot be removed."""
+        on Windows, where an open file cannot be removed, and for packages, which a client may doubt."""
         old = self._entries.pop(asked, None)
         if old is not None:
             old.stored.close()
-        if len(self._entries) < HOT_CACHE_SIZE and entry.version[0] and os.name != "nt":
+        refused = os.name == "nt" or DOUBT_PERIOD and classify_name(entry.request.key) is NameClass.PACKAGE
+        if len(self._entries) < HOT_CACHE_SIZE and entry.version[0] and not refused:
             self._entries[asked] = entry
         else:
             entry.stored.close()
@@ -7350,6 +7468,7 @@ class FlightLeader:
             response, result = self._fetch(missing, alone)
         except OriginError as error:
             result, failure = FlightResult.FAILED, error
+            self.downloader.failures.note_retry_after(self.request, error)
             raise
         finally:
             if result is not None:
@@ -7413,18 +7532,17 @@ class FlightLeader:
                          partial: PartialFile | None) -> tuple[Response, FlightResult | None]:
         """Serve the same file of another mirror, and store it under this key as well: as a link to the file,
         or as a copy if the file system refuses links."""
-        request = self.request
         try:
             self.downloader.store.link(stored)
         except OSError as error:
-            log.debug("%s is copied: %s", request.key, error)
+            log.debug("%s is copied: %s", self.request.key, error)
             return self._store_or_relay(LocalFileResponse(stored), decision, partial)
         if not self.flight.finish_receiving():  # a POST has made it invalid meanwhile (RFC 9111 §4.4)
-            self.downloader.store.delete(request.key)
+            self.downloader.store.delete(self.request.key)
         self.downloader.locks.discard(partial)
         self.downloader.failures.disk_recovered()
         status = shared_cache_status(decision, stored.head)
-        return response_from_store(request, stored, status), FlightResult.STORED
+        return response_from_store(self.request, stored, status), FlightResult.STORED
 
     def _resume(self, origin_request: OriginRequest, partial: PartialFile | None) -> OriginResponse | None:
         """Ask for what an earlier download lacks; None if nothing is left of one, or if it does not fit."""
@@ -7444,6 +7562,8 @@ class FlightLeader:
         request, answer = self.request, self._revalidate(decision, stored)
         if isinstance(answer, OriginResponse):
             stored.close()
+            if is_misplaced_page(request, stored.head, answer.head):
+                return response_from_origin(request, answer, decision, "an HTML page"), FlightResult.ALONE
             return self._store_or_relay(answer, decision, None)
         self.downloader.failures.origin_answered(request)
         head = replace_fields(answer, vary=selecting_fields(request, answer))
@@ -7458,22 +7578,24 @@ class FlightLeader:
         request, may_be_stale = self.request, may_serve_stale_on_error(decision, stored.head)
         deadline = max(self.deadline, time.monotonic() + 1) if may_be_stale else None
         origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline)
-        if not stored.described:
-            head = confirm_bare_file(origin, origin_request, request, stored, self.config)
-            return head or fetch_full(origin, origin_request)
+        if not stored.described and (
+                head := confirm_bare_file(origin, origin_request, request, stored, self.config)):
+            return head
         # A client that doubts a file found at another mirror gets the file that this mirror has.
-        doubted = stored.head.same_as and "no-cache" in cache_directives(request.fields)
-        more = () if doubted or decision.forward == "vary-miss" else validators(stored.head)
+        is_doubted = request.doubt == 2 or not stored.described or stored.head.same_as and (
+            request.doubt or "no-cache" in cache_directives(request.fields))
+        more = () if is_doubted or decision.forward == "vary-miss" else validators(stored.head)
         response = fetch_full(origin, replace_fields(origin_request, fields=origin_request.fields + more))
-        if response.head.status == 304:
+        is_same = request.doubt == 1 and not is_doubted and is_same_version(stored.head, response.head)
+        if response.head.status == 304 or is_same:
             response.close()
-            if is_304_for(stored.head, response.head):
+            if is_same or is_304_for(stored.head, response.head):
                 return freshen_head(stored.head, response.head)
             response = fetch_full(origin, origin_request)
-        if response.head.status in UNAVAILABLE_STATUSES and may_be_stale:
+        reason = why_not_believed(request, stored.head, response.head) if may_be_stale else ""
+        if reason:
             response.close()
-            final = parse_target(response.head.final_uri)
-            raise OriginError("%s answers %d." % (final.authority, response.head.status), final)
+            raise not_believed_error(request, response.head, reason)
         return response
 
     def _store_or_relay(self, response: OriginResponse, decision: CacheDecision,
@@ -7593,7 +7715,8 @@ class SharedFetch:
                 # It is also this request's error if there is no connection to the origin, or no time left to
                 # ask it because a stored response must answer.
                 is_late = self.decision.action is Action.VALIDATE and time.monotonic() >= deadline
-                if is_late or is_site_down(self.request, error):
+                failures = self.downloader.failures
+                if is_late or is_site_down(self.request, error) or failures.reason_not_to_ask(self.request):
                     raise
                 if has_failed:
                     return self._lead(deadline, missing)
@@ -7717,8 +7840,8 @@ class Scrubber:
                 if os.path.samestat(os.lstat(self._store.body_path(name)), info):
                     self._store.delete_file(name)
                     self._store.count_check("healed")
-                    log.warning("%s was damaged, and is removed: it no longer has the digest with which it was "
-                                "stored (%s). Check its disk.", self._store.body_path(name), found[:16])
+                    log.warning("%s was damaged, and is removed: it no longer has the digest with which it "
+                                "was stored (%s). Check its disk.", self._store.body_path(name), found[:16])
         return None
 
     def _run(self) -> None:
@@ -7777,18 +7900,22 @@ class BackgroundRevalidator:
     updates the stored head on a 304, and stores a new response, all as a client's request does.
     """
 
-    def __init__(self, respond: Callable[[Request], Response], store: Store, flights: SingleFlight) -> None:
+    def __init__(self, respond: Callable[[Request], Response], store: Store, flights: SingleFlight,
+                 failures: RecentFailures) -> None:
         self._respond = respond
         self._store = store
         self._flights = flights
+        self._failures = failures
         self._running = threading.BoundedSemaphore(MAX_BACKGROUND_VALIDATIONS)
-        self._attempts = RecentEvents()  # by cache key
+        self._attempts = RecentEvents()  # by cache key; of watch(), by what is slow
         self._renewing: set[str] = set()  # keys that are being renewed; one operation each, so without lock
+        self._watching = threading.BoundedSemaphore(MAX_WATCHED)
+        self._stopped = threading.Event()
 
     def revalidate(self, key: str, client_is_local: bool) -> None:
         """Revalidate a stored response, unless that was tried lately, or too many revalidations run."""
         if self._attempts.note_first(key, REVALIDATION_INTERVAL) and not self._flights.is_in_flight(key):
-            self._start([*signed_keys(key), key], client_is_local)
+            self._start(self._running, self._renew, [*signed_keys(key), key], client_is_local)
 
     def is_older_than_signed(self, head: ResponseHead) -> bool:
         """Return whether what a stored signature signs was validated, or stored, after the signature was."""
@@ -7810,22 +7937,46 @@ class BackgroundRevalidator:
         signed = [head for head in map(self._stored_head, signed_keys(key)) if head is not None]
         is_recent = not replaces and all(abs(time.time() - head.response_time) < PAIR_SPAN for head in signed)
         if signed and not is_recent and key not in self._renewing:
-            self._start([*signed_keys(key), key], client_is_local)
+            self._start(self._running, self._renew, [*signed_keys(key), key], client_is_local)
             return not replaces
         return not replaces or self._renew(signature_keys(key), client_is_local)
 
-    def _start(self, keys: list[str], client_is_local: bool) -> None:
-        if self._running.acquire(blocking=False):
-            try:
-                threading.Thread(target=self._run, args=(keys, client_is_local), daemon=True).start()
-            except RuntimeError:  # no more threads: later, then
-                self._running.release()
+    def watch(self, request: Request) -> None:
+        """If a request's origin is slow, ask it for the same in the background, every PROBE_INTERVAL seconds
+        until it answers, but for ORIGIN_BACKOFF seconds at most."""
+        slow = self._failures.slow_origin(request)[0]
+        if slow and self._attempts.note_first("watch " + slow, 2 * ORIGIN_BACKOFF):
+            self._start(self._watching, self._watch, request)
 
-    def _run(self, keys: list[str], client_is_local: bool) -> None:
+    def stop(self) -> None:
+        """Stop asking origins again."""
+        self._stopped.set()
+
+    def _start(self, slots: threading.BoundedSemaphore, run: Callable[..., object], *arguments: Any) -> None:
+        if slots.acquire(blocking=False):
+            try:
+                start_thread(self._run, slots, run, *arguments)
+            except StorageError:  # no more threads: later, then
+                slots.release()
+
+    def _run(self, slots: threading.BoundedSemaphore, run: Callable[..., object], *arguments: Any) -> None:
         try:
-            self._renew(keys, client_is_local)
+            run(*arguments)
+        except (ProxyError, OSError) as error:
+            log.debug("A revalidation failed: %s", error)
         finally:
-            self._running.release()
+            slots.release()
+
+    def _watch(self, watched: Request) -> None:
+        """Ask for the same as a request while its origin is slow."""
+        until = time.monotonic() + ORIGIN_BACKOFF
+        try:
+            while time.monotonic() < until and not self._stopped.wait(PROBE_INTERVAL) \
+                    and self._failures.slow_origin(watched)[0]:
+                head = self._stored_head(watched.key)
+                self._ask(watched.key, head.vary if head else (), watched.client_is_local)
+        finally:
+            self._attempts.forget(*("watch " + name for name in (_site(watched.target), watched.key)))
 
     def _stored_head(self, key: str) -> ResponseHead | None:
         stored = self._store.lookup(key)
@@ -7838,16 +7989,11 @@ class BackgroundRevalidator:
         for key, head in zip(keys, map(self._stored_head, keys)):
             if head is None:
                 continue
-            target, mark = parse_target(key), key.partition("#")[2]
-            accept = ("Accept", FORMS["#" + mark] if mark else "")
-            fields = (("Host", target.authority), ("Cache-Control", "max-age=0"), accept, *head.vary)
-            request = Request("GET", target.uri, target, tuple(pair for pair in fields if pair[1]),
-                              received=time.time(), key=key, client_is_local=client_is_local)
             self._renewing.add(key)
             try:
-                response = self._ask(request)
+                response = self._ask(key, head.vary, client_is_local)
                 if response.cache_status.outcome is Outcome.COLLAPSED:  # perhaps from before the change
-                    response = self._ask(request)
+                    response = self._ask(key, head.vary, client_is_local)
             except (ProxyError, OSError) as error:
                 log.debug("%s was not validated: %s", key, error)
                 return False
@@ -7860,12 +8006,83 @@ class BackgroundRevalidator:
                 return False
         return True
 
-    def _ask(self, request: Request) -> Response:
-        response = self._respond(request)
+    def _ask(self, key: str, vary: Fields, client_is_local: bool) -> Response:
+        """Send the request that validates a stored response; ``vary``: the request fields that select it."""
+        target, mark = parse_target(key), key.partition("#")[2]
+        accept = ("Accept", FORMS["#" + mark] if mark else "")
+        fields = (("Host", target.authority), ("Cache-Control", "max-age=0"), accept, *vary)
+        fields = tuple(pair for pair in fields if pair[1])
+        response = self._respond(Request("GET", target.uri, target, fields, received=time.time(), key=key,
+                                         client="", client_is_local=client_is_local))
         with contextlib.closing(response.body) as body:
-            # Read to the end, so that the limit counts running downloads.
-            collections.deque(body.chunks(), maxlen=0)
+            collections.deque(body.chunks(), maxlen=0)  # so that the limit counts running downloads
         return response
+
+
+def _slot(request: Request, client: str) -> str:
+    return "%s %d" % (client, hash(request.key) % DOUBTS_PER_CLIENT)
+
+
+def _version(head: ResponseHead) -> str:
+    return "%s %d %s" % (head.key, head.size, validators(head))
+
+
+class PackageDoubts:
+    """Notices clients that doubt a package: they ask for it again within DOUBT_PERIOD seconds of getting it.
+
+    A package may have been uploaded again under its name; then its clients see a wrong digest, and try again.
+
+    1. A client has got the whole package: ``note_delivered``.
+    2. It asks again.  The package is validated, once for all who doubt it and at most every DOUBT_INTERVAL
+       seconds: many clients may share an address, and may want the same package.  If an address doubts very
+       many packages, most of them are served as they are.
+    3. If a 304 confirms it (``note_answer``), and it is still doubted, it is fetched without conditions: once
+       a day, because the doubt may be wrong.
+    """
+
+    def __init__(self, flights: SingleFlight) -> None:
+        self._flights = flights
+        self._delivered = RecentEvents()  # by client and cache key
+        self._validated = RecentEvents()  # by cache key, and by _slot(): the last validation for a doubt
+        self._confirmed = RecentEvents()  # by cache key: the last 304 to a doubt or to no-cache
+        self._refetched = RecentEvents()  # by cache key, size and validators
+
+    def note_delivered(self, request: Request, client: str, status: int) -> None:
+        """Record that a client has got all of a response."""
+        if (request.method, status) == ("GET", 200) and classify_name(request.key) is NameClass.PACKAGE:
+            self._delivered.note("%s %s" % (client, request.key))
+
+    def is_due(self, request: Request, client: str, head: ResponseHead) -> bool:
+        """Return whether a request doubts a stored package, and the origin is to be asked now, or is being
+        asked."""
+        if self._delivered.find("%s %s" % (client, request.key), DOUBT_PERIOD) is None or not (
+                self._flights.is_in_flight(request.key) or self._may_refetch(head)
+                or not self._validated.gather(DOUBT_INTERVAL, request.key, _slot(request, client))):
+            return False
+        # The others would be passed through as a whole, or refused.
+        return request.method == "GET" and field_value(request.fields, "Range") is None and not (
+            private_fields(request) or "only-if-cached" in cache_directives(request.fields))
+
+    def assess(self, request: Request, head: ResponseHead) -> Request:
+        """Return the request with its ``doubt`` of the stored response that has this head."""
+        is_doubted = self.is_due(request, request.client, head)
+        never_changes = POLICIES[classify_name(request.key)].lifetime
+        if is_doubted:
+            for name in (request.key, _slot(request, request.client)):
+                self._validated.note_first(name, DOUBT_INTERVAL)
+        elif not never_changes or "no-cache" not in cache_directives(request.fields):
+            return request
+        is_last = self._may_refetch(head) and self._refetched.note_first(_version(head), DAY)
+        return replace_fields(request, doubt=2 if is_last else int(is_doubted))
+
+    def _may_refetch(self, head: ResponseHead) -> bool:
+        return self._confirmed.find(head.key, DOUBT_PERIOD) is not None and (
+            self._refetched.find(_version(head), DAY) is None)
+
+    def note_answer(self, request: Request, outcome: Outcome) -> None:
+        """Record that the origin has confirmed a stored response that a client doubted."""
+        if outcome is Outcome.VALIDATED and (request.doubt or "no-cache" in cache_directives(request.fields)):
+            self._confirmed.note(request.key)
 
 
 class Proxy:
@@ -7880,11 +8097,12 @@ class Proxy:
         self._scrubber = Scrubber(store)
         self._failures = RecentFailures(store.space.scarce.set)
         self._barrier = SingleFlight()
-        self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier)
+        self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier, self._failures)
         self._downloader = Downloader(config, store, self._barrier, self._origin, self._failures,
                                       self._revalidator.may_store)
         self._locks = self._downloader.locks
         self._mirrors = MirrorDeduplicator(store, self._origin, config)
+        self.doubts = PackageDoubts(self._barrier)
 
     def respond(self, request: Request) -> Response:
         """Respond to a request; ProxyError if that is impossible.
@@ -7907,16 +8125,20 @@ class Proxy:
             return answer_as_final_recipient(request)
         stored = None if request.known_missing else look_up_for_client(self._store, self._origin, request)
         mark(request.timings, "looked up")
-        if stored is not None and self._revalidator.is_older_than_signed(stored.head):
-            request = replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
+        began = time.monotonic()
+        if stored is not None:
+            if self._revalidator.is_older_than_signed(stored.head):
+                request = replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
+            request = self.doubts.assess(request, stored.head)
         decision = decide(request, stored.head if stored else None, config, time.time())
         try:
             response = self._serve(request, decision, stored) if stored is not None else (
                 self._downloader.small_answers.respond(request, config))
             response = response or self._forward(request, decision, config)
         except OriginError as error:
-            return self._respond_despite(request, decision, error)
-        return replace_fields(response, fallback=functools.partial(self.fallback, request, decision))
+            return self._respond_despite(request, decision, began, error)
+        self.doubts.note_answer(request, response.cache_status.outcome)
+        return replace_fields(response, fallback=functools.partial(self.fallback, request, decision, began))
 
     def _serve(self, request: Request, decision: CacheDecision, stored: StoredResponse) -> Response | None:
         """Serve a hit, or a stale response without asking an origin that is known to be down; None if
@@ -7926,7 +8148,7 @@ class Proxy:
                 self._revalidator.revalidate(request.key, request.client_is_local)
             return response_from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl))
         if decision.action is Action.VALIDATE and may_serve_stale_on_error(decision, stored.head):
-            reason = self._failures.origin_down_reason(request)
+            reason = self._failures.reason_not_to_ask(request)
             if reason:
                 return self._serve_stale(request, decision, stored, reason)
         stored.close()
@@ -7940,7 +8162,7 @@ class Proxy:
                 return response_from_store(request, found, shared_cache_status(decision, found.head))
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
             error = ProxyError("No stored response fits, and %s." % reason, 504)
-            return self._respond_despite(request, decision, error)
+            return self._respond_despite(request, decision, time.monotonic(), error)
         if decision.action is Action.PASS or self._should_pass_range(request, decision):
             return self._pass(request, decision, config)
         result = SharedFetch(self._downloader, self._mirrors, request, decision, config).fetch()
@@ -7986,37 +8208,39 @@ class Proxy:
 
     # When a response fails
 
-    def fallback(self, request: Request, decision: CacheDecision, error: Exception) -> Response:
+    def fallback(self, request: Request, decision: CacheDecision, began: float,
+                 error: Exception) -> Response:
         """Respond to a request whose response has failed before its first byte; ProxyError."""
-        return rewrite_for_prefix(request, self._respond_despite(request, decision, error))
+        return rewrite_for_prefix(request, self._respond_despite(request, decision, began, error))
 
-    def _respond_despite(self, request: Request, decision: CacheDecision, error: Exception) -> Response:
+    def _respond_despite(self, request: Request, decision: CacheDecision, began: float,
+                         error: Exception) -> Response:
         """Respond despite an error; the one place where a failed response is replaced by another.
 
         - The stored file cannot be read: ask the origin (invariant 6).
-        - The origin fails: serve the stored copy, stale, or the same file of another mirror.  If neither may
-          be served, raise the error with the reason, for Cache-Status and the log.
+        - The origin fails: serve the stored copy, stale.  If it may not be served, raise the error with the
+          reason, for Cache-Status and the log.
+
+        ``began``: when the origin was asked (monotonic).
         """
         if not isinstance(error, ProxyError):
             log.warning("The stored file of %s cannot be read: %s", loggable_uri(request.uri), error)
             if self.config.offline or "only-if-cached" in cache_directives(request.fields):
                 raise ProxyError("The stored file cannot be read: %s." % error, 504)
             return self._pass(request, decision, self.config, "not read: %s" % error)
-        stored = self._find_stale(request, decision, error)
+        stored = self._find_stale(request, decision)
         if isinstance(stored, str):
             raise error.with_reason("" if decision.action is Action.REFUSE else decision.forward, stored)
         if isinstance(error, OriginError):
-            self._failures.origin_failed(request, error)
+            self._failures.origin_failed(request, error, time.monotonic() - began)
         return self._serve_stale(request, decision, stored, str(error))
 
-    def _find_stale(self, request: Request, decision: CacheDecision,
-                    error: ProxyError) -> StoredResponse | str:
+    def _find_stale(self, request: Request, decision: CacheDecision) -> StoredResponse | str:
         """Return a stored response that may be served instead of an error, or why there is none."""
-        if decision.action is Action.PASS:
-            return "the request bypasses the cache"
-        stored = look_up_for_client(self._store, self._origin, request)
+        is_pass = decision.action is Action.PASS
+        stored = None if is_pass else look_up_for_client(self._store, self._origin, request)
         if stored is None:
-            return "no stored copy"
+            return "the request bypasses the cache" if is_pass else "no stored copy"
         if selecting_fields(request, stored.head) != stored.head.vary:
             reason = "the stored copy is for other request fields"
         elif decision.action is Action.REFUSE or not may_serve_stale_on_error(decision, stored.head):
@@ -8028,12 +8252,13 @@ class Proxy:
 
     def _serve_stale(self, request: Request, decision: CacheDecision, stored: StoredResponse,
                      reason: str) -> Response:
+        self._revalidator.watch(request)
         status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
         return response_from_store(request, stored, status)
 
     # For the event loop, for tunnels, and for the operator
 
-    def prepare_hit(self, request: Request, now: float) -> tuple[HotEntry | None, bool]:
+    def prepare_hit(self, request: Request, client: str) -> tuple[HotEntry | None, bool]:
         """Render a hit that nothing must be waited for, and return it with whether nothing is stored.
 
         The caller closes the entry's file.
@@ -8044,10 +8269,15 @@ class Proxy:
         # Whether a client on another host may have a body file without a head takes a DNS lookup; whether a
         # signature is of its file's generation, another lookup in the store.
         is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
-        is_sure = is_open and not signed_keys(request.key)
+        is_sure = is_open and not signed_keys(request.key) and not self.doubts.is_due(
+            request, client, stored.head)
+        # The end of this second, so that no Age is too low.
+        now = float(int(time.time()) + 1)
         entry = hot_entry_for(request, stored, self.config, now) if is_sure else None
         if entry is None:
             stored.close()
+        else:
+            self.doubts.note_delivered(request, client, entry.status)
         return entry, False
 
     def connect_tunnel(self, request: Request) -> socket.socket:
@@ -8084,6 +8314,7 @@ class Proxy:
         """End the background work, and close idle connections."""
         self.evictor.stop()
         self._scrubber.stop()
+        self._revalidator.stop()
         self._locks.close()
         self._origin.close()
 
@@ -9707,8 +9938,7 @@ class Dispatcher:
             request = None if entry else parse_request_head(key[0], *key[1])
             if request and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
                 self._check_name(request)
-                # The end of this second, so that no Age is too low.
-                entry, connection.known_missing = self.proxy.prepare_hit(request, float(int(time.time()) + 1))
+                entry, connection.known_missing = self.proxy.prepare_hit(request, connection.host)
                 if entry is not None:
                     hot_cache.put(key, entry)
         return entry
@@ -9722,6 +9952,7 @@ class Dispatcher:
         from_cache = response.counts_as_cached and response.head.status in (200, 206)
         cached = max(0, sent - response.body.origin_bytes) if from_cache else 0
         result = SendResult(sent, cached, time.monotonic() - began, whole)
+        self.proxy.doubts.note_delivered(request, request.client, response.head.status if whole else 0)
         self.record_results(request, response.head.status, response.cache_status, [(request.client, result)])
 
     def record_results(self, request: Request, status: int, cache_status: CacheStatus,

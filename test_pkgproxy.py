@@ -827,7 +827,7 @@ class StructureTest(unittest.TestCase):
 
     # Code lines of sections 1 to 14.  Sections 5, 9 and 10 still exceed what they should have: 690, 690 and 517.
     # The module should have 5,700 code lines and 85 classes.
-    SECTION_LIMITS = (310, 517, 400, 104, 788, 250, 138, 598, 693, 549, 214, 400, 920, 486)
+    SECTION_LIMITS = (310, 517, 400, 104, 788, 420, 250, 138, 598, 624, 549, 214, 400, 920, 486)
     MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 6150, 94, 40, 150, 0.25
     RULE = "A limit is only ever lowered: when something does not fit, something else goes first."
 
@@ -1798,7 +1798,7 @@ class CacheRulesTest(unittest.TestCase):
                 (package, {"Cache_Control": "no-store"}, {}, "no-store"), (package, {"Authorization": "x"}, {}, "Authorization"),
                 (package, {"Authorization": "x"}, {"Cache_Control": "public"}, ""),
                 (package, {"Authorization": "x"}, {"Cache_Control": "s-maxage=5"}, ""),
-                (package, {}, {"Content_Type": "Text/HTML; charset=x"}, "text/html for a package"),
+                (package, {}, {"Content_Type": "Text/HTML; charset=x"}, "text/html for a name that is not a page's"),
                 (other, {}, {"Content_Type": "text/html", "ETag": '"x"'}, ""),
                 (other, {}, {"Cache_Control": "max-age=0"}, "no lifetime and no validator"),
                 (other, {}, {"Cache_Control": "max-age=0", "ETag": '"x"'}, ""), ("http://a/x.bin", {}, {}, ""), (other, {}, {}, "no lifetime and no validator"),
@@ -4237,6 +4237,7 @@ class ParentTest(ProxyCase):
 
 
 @unittest.skipUnless(shutil.which("openssl"), "openssl is not installed")
+@mock.patch.object(pkgproxy, "DOUBT_PERIOD", 0.0)  # one client asks for the same package again and again
 class TlsOriginTest(ProxyCase):
     """https origins: certificates are verified, and responses are kept apart from those of http origins."""
 
@@ -4295,7 +4296,7 @@ class TlsOriginTest(ProxyCase):
             self.assertEqual(self.request(secure).body, b"secure")
             with mock.patch.object(pkgproxy, "resolve_addresses", return_value=place):
                 self.assertEqual(self.request(plain).body, b"plain")
-        self.assertEqual((self.origin.log[0].fields["range"], len(self.origin.log), len(self.secure.log)), ("bytes=0-4095", 2, 1))
+        self.assertEqual([len(self.origin.methods()), len(self.secure.methods())], [1, 1])
         self.assertEqual(sorted(self.visible_files().values()), [b"plain", b"secure"])
 
     def test_a_certificate_that_is_refused_is_named_in_a_sentence(self):
@@ -4833,9 +4834,9 @@ class MirrorSharingTest(ProxyCase):
         self.other.close()
         self.assertEqual(self.request(self.other.url("/mirrors/pub/pool/v_1.0_all.deb")).status, 502)
         asked = make_request(self.other.url("/x"))
-        self.proxy._failures.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True))
+        self.proxy._failures.origin_failed(asked, pkgproxy.OriginError("It is down.", unreachable=True), 2.0)
         self.assertEqual(self.request(self.other.url("/repodata/" + digest)).body, self.INDEX_BODY)
-        self.assertEqual(self.proxy._failures.origin_down_reason(asked), "It is down.", "the mirror got no request")
+        self.assertEqual(self.proxy._failures.reason_not_to_ask(asked), "It is down.", "the mirror got no request")
 
     def test_packages_no_longer_adopted_are_left_alone(self):
         self.adopt(**{"x_1.0_all": self.BODY})
@@ -4913,6 +4914,7 @@ class LocalFailureTest(ProxyCase):
             self.assertEqual(self.request("/x_1.0_all.deb").body, b"x" * 100_000)
 
 
+@mock.patch.object(pkgproxy, "DOUBT_PERIOD", 0.0)  # one client asks for the same package again and again
 class SemanticsTest(ProxyCase):
     """The rules of caching over real sockets: what tests of the pure functions cannot show."""
 
@@ -5051,7 +5053,7 @@ class SemanticsTest(ProxyCase):
             self.assertEqual(self.visible_files(), {})
 
     def test_a_304_for_another_file_does_not_confirm_a_stored_portal_page(self):
-        self.origin.pages["/InRelease"] = ScriptedResponse(b"pay", etag="", modified="Sun, 06 Nov 1994 09:49:37 GMT", fields=[("Content-Type", "text/html")])
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"pay", etag="", modified="Sun, 06 Nov 1994 09:49:37 GMT", fields=[("Content-Type", "text/plain")])
         self.request("/InRelease")
         for fields in (b'ETag: "real"', b"Last-Modified: " + DATE.encode()):
             self.origin.pages["/InRelease"] = [ScriptedResponse(steps=[b"HTTP/1.1 304 Not Modified\r\n%s\r\n\r\n" % fields]), ScriptedResponse(b"real")]
@@ -5271,7 +5273,8 @@ class OriginBackoffTest(ProxyCase):
 
     def test_a_response_ends_the_backoff(self):
         self.request("/InRelease")
-        self.fail_validation("/InRelease")
+        with mock.patch.object(pkgproxy, "QUICK_FAILURE", -1.0):
+            self.fail_validation("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"release 2")
         self.assertEqual(self.request("/InRelease").body, b"release", "there is no second wait")
         self.request("/x_1.0_all.deb")
@@ -5302,9 +5305,9 @@ class OriginBackoffTest(ProxyCase):
     def test_the_backoff_expires(self):
         self.request("/InRelease")
         self.origin.pages["/InRelease"] = ScriptedResponse(b"release 2")
-        with mock.patch.object(pkgproxy, "ORIGIN_BACKOFF", 0.0):
+        with mock.patch.multiple(pkgproxy, QUICK_FAILURE=-1.0, VALIDATION_TIMEOUT=-4.0):
             self.assertEqual(self.fail_validation("/InRelease").body, b"release")
-            self.assertEqual(self.request("/InRelease").body, b"release 2")
+        self.assertEqual(self.request("/InRelease").body, b"release 2")
 
     def test_a_failed_mirror_does_not_put_its_redirector_into_backoff(self):
         mirror = ScriptedOrigin()
@@ -5323,7 +5326,8 @@ class OriginBackoffTest(ProxyCase):
     def test_a_miss_answered_503_does_not_end_the_backoff(self):
         self.request("/InRelease")
         self.origin.pages.update({"/InRelease": ScriptedResponse(b"no", 503), "/x_1.0_all.deb": ScriptedResponse(b"no", 503)})
-        self.fail_validation("/InRelease")
+        with mock.patch.object(pkgproxy, "QUICK_FAILURE", -1.0):
+            self.fail_validation("/InRelease")
         self.assertEqual(self.request("/x_1.0_all.deb").status, 503)
         asked = len(self.origin.log)
         self.assertEqual(self.request("/InRelease").body, b"release")
@@ -5343,14 +5347,437 @@ class OriginBackoffTest(ProxyCase):
             for _ in range(3):
                 self.fail_validation("/InRelease")
         self.assertEqual(len(caught.output), 2)
-        self.assertRegex(caught.output[0], r"127\.0\.0\.1:\d+ answers 503\. Serving the stored copy\.")
-        self.assertRegex(caught.output[1], r"Cannot connect to 127\.0\.0\.1:\d+: .*\. Serving the stored copy for the next 30 s\.")
+        self.assertRegex(caught.output[0], r"http://127\.0\.0\.1:\d+/InRelease: 503 from origin\. Serving the stored copy\.")
+        self.assertRegex(caught.output[1], r"/InRelease: Cannot connect to 127\.0\.0\.1:\d+: .*\. Serving the stored copy\.")
 
     def test_an_unknown_name_obeys_must_revalidate(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x", fields=[("Cache-Control", "max-age=0, must-revalidate")])
         self.request("/x")
         self.origin.pages["/x"] = ScriptedResponse(b"no", 503)
         self.assertEqual(self.request("/x").status, 503)
+
+
+APT = {"User_Agent": "Debian APT-HTTP/1.3 (2.6.1) non-interactive", "Cache_Control": "max-age=0", "Accept": "text/*"}
+APT_PACKAGE = {"User_Agent": "Debian APT-HTTP/1.3 (2.6.1) non-interactive"}
+DNF = {"User_Agent": "libdnf (Fedora Linux 40; generic; Linux.x86_64)", "Accept": "*/*"}
+PACMAN = {"User_Agent": "pacman/6.1.0 (Linux x86_64) libalpm/14.0.0", "Accept": "*/*"}
+PKG = {"User_Agent": "pkg/1.21.3", "Accept": "*/*"}
+OPKG = {"User_Agent": "uclient-fetch"}
+NPM = {"User_Agent": "npm/10.2.4 node/v20.11.0 linux x64 workspaces/false", "npm_command": "install",
+       "Accept": "application/vnd.npm.install-v1+json; q=1.0, application/json; q=0.8, */*"}
+PIP = {"User_Agent": 'pip/24.0 {"ci":null,"cpu":"x86_64"}', "Cache_Control": "max-age=0",
+       "Accept": "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html; q=0.1, text/html; q=0.01"}
+
+
+class UnbelievedResponseTest(ProxyCase):
+    """What mirrors and portals answer in the place of a file does not replace, remove or hide what is stored."""
+
+    INDEXES = (("/dists/stable/InRelease", APT), ("/repodata/repomd.xml", DNF), ("/core/os/x86_64/core.db", PACMAN),
+               ("/FreeBSD:14:amd64/quarterly/packagesite.pkg", PKG), ("/lodash", NPM), ("/simple/requests/", PIP))
+
+    def publish(self, path, body=b"stored", **fields):
+        media = "application/json" if path in ("/lodash", "/simple/requests/") else "application/octet-stream"
+        self.origin.pages[path] = ScriptedResponse(body, fields=[("Content-Type", fields.pop("media", media)), *fields.items()])
+
+    def store(self, path, client):
+        self.publish(path)
+        self.assertEqual(self.request(path, **client).body, b"stored")
+        self.wait_until_idle()
+        self.origin.log.clear()
+
+    def check_stale(self, path, client, reason):
+        answer = self.request(path, **client)
+        self.wait_until_idle()
+        self.assertEqual((answer.status, answer.body), (200, b"stored"))
+        self.assertRegex(self.cache_status(answer), r'\Apkgproxy; fwd=(stale|request); detail="%s' % reason)
+        return answer
+
+    def test_an_origin_that_says_not_now_is_answered_for_by_the_stored_copy(self):
+        for path, client in self.INDEXES:
+            for status in (408, 429, 500, 502, 503, 504, 511, 521):
+                with self.subTest(path=path, status=status):
+                    self.store(path, client)
+                    self.origin.pages[path] = ScriptedResponse(b"later", status, etag="", modified="")
+                    self.check_stale(path, client, r"%d from origin\." % status)
+                    self.publish(path, b"new")
+                    self.assertEqual(self.request(path, **client).body, b"new", "what came quickly is asked again at once")
+
+    def test_an_origin_is_left_alone_for_as_long_as_it_asks(self):
+        far = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 90_000))
+        for path, client in self.INDEXES:
+            for status, text, seconds in ((429, "60", "60"), (503, "7", "7"), (429, "999999", "3600"), (429, far, "3600")):
+                with self.subTest(path=path, status=status, text=text):
+                    self.start_proxy()
+                    self.store(path, client)
+                    self.origin.pages[path] = ScriptedResponse(b"later", status, [("Retry-After", text)], etag="", modified="")
+                    for _ in range(3):
+                        self.check_stale(path, client, "%d from origin, retry after %s s" % (status, seconds))
+                    self.assertEqual(len(self.origin.log), 1)
+                    later = time.monotonic() + int(seconds) + 1
+                    with mock.patch.object(time, "monotonic", lambda later=later: later):
+                        self.assertEqual(self.proxy._failures.reason_not_to_ask(make_request(self.origin.url(path))), "")
+
+    def test_many_clients_of_a_busy_origin_cost_it_one_request(self):
+        path, client = self.INDEXES[0]
+        self.store(path, {})
+        gate = Gate()
+        self.origin.pages[path] = ScriptedResponse(respond=lambda _: (gate.pass_through(), ScriptedResponse(b"", 429, [("Retry-After", "60")]))[1])
+        threads = [threading.Thread(target=self.request, args=(path,)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        until(lambda: self.server.replies_running == 6 and self.origin.log)
+        gate.open()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertLessEqual(len(self.origin.log), 2, "a client that is just about to join may ask once more")
+
+    def test_one_clients_refusal_does_not_make_an_index_stale_for_other_software(self):
+        path, client = self.INDEXES[0]
+        self.store(path, client)
+        later, new = ScriptedResponse(b"", 429, [("Retry-After", "3600")]), ScriptedResponse(b"new")
+        self.origin.pages[path] = ScriptedResponse(respond=lambda fields: later if fields["user-agent"] == "evil" else new)
+        self.check_stale(path, {**client, "User_Agent": "evil"}, "429 from origin")
+        self.assertEqual(self.request(path, **client).body, b"new")
+
+    def test_not_now_is_relayed_if_nothing_is_stored(self):
+        for status in (408, 429, 503):
+            self.origin.pages["/InRelease"] = ScriptedResponse(b"later", status, [("Retry-After", "60")])
+            for _ in range(2):
+                answer = self.request("/InRelease", **APT)
+                self.assertEqual((answer.status, answer.body, answer["Retry-After"]), (status, b"later", "60"))
+        self.assertEqual(len(self.origin.log), 6)
+
+    def test_a_refusal_is_relayed_and_harms_nothing_that_is_stored(self):
+        for path, client in self.INDEXES:
+            for status in (401, 403, 404, 410, 451):
+                with self.subTest(path=path, status=status):
+                    self.store(path, client)
+                    self.origin.pages[path] = ScriptedResponse(b"<html>no", status, [("Content-Type", "text/html")], etag="", modified="")
+                    answer = self.request(path, **client)
+                    self.assertEqual((answer.status, answer.body), (status, b"<html>no"))
+                    self.origin.pages[path] = ScriptedResponse(b"", 503)
+                    self.check_stale(path, client, "503")
+
+    def test_a_page_does_not_replace_or_remove_a_stored_file(self):
+        login = ScriptedOrigin()
+        self.addCleanup(login.close)
+        login.pages["/login"] = ScriptedResponse(b"<html>pay", fields=[("Content-Type", "text/html")])
+        html, xhtml = [("Content-Type", "text/html; charset=utf-8")], [("Content-Type", "application/xhtml+xml")]
+        redirect = ScriptedResponse(b"", 302, [("Location", login.url("/login"))], etag="", modified="")
+        for path, client in self.INDEXES:
+            followed = path not in ("/lodash", "/simple/requests/")
+            for what, page in (("page", ScriptedResponse(b"<html>", fields=html)), ("xhtml", ScriptedResponse(b"<html>", fields=xhtml)),
+                               ("no-store", ScriptedResponse(b"<html>", fields=[*html, ("Cache-Control", "no-store")], etag="", modified="")),
+                               ("fresh", ScriptedResponse(b"<html>", fields=[*html, ("Cache-Control", "max-age=999")])),
+                               ("an empty page", ScriptedResponse(b"", 204, html, etag="", modified="")), *[("login", redirect)] * followed):
+                with self.subTest(path=path, what=what):
+                    self.store(path, client)
+                    self.origin.pages[path] = page
+                    for _ in range(2):
+                        self.check_stale(path, client, "a redirect to an HTML page" if what == "login" else "an HTML page instead of the file")
+                    self.assertGreaterEqual(len(self.origin.log), 2, "it is asked again each time")
+                    self.origin.pages[path] = ScriptedResponse(b"", 503)
+                    self.check_stale(path, client, "503 from origin")
+                    self.publish(path, b"new")
+                    self.assertEqual(self.request(path, **client).body, b"new")
+
+    def test_a_page_does_not_replace_a_file_that_must_be_validated_or_has_lost_its_metadata(self):
+        self.publish("/x.json", media="application/json", **{"Cache-Control": "max-age=0, must-revalidate"})
+        for path, body in (("/x.json", b"<html>"), ("/x_1.0_all.deb", b"stored")):
+            with self.subTest(path):
+                if path != "/x.json":
+                    self.publish(path)
+                self.request(path)
+                self.wait_until_idle()
+                if path != "/x.json":
+                    shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
+                self.origin.pages[path] = ScriptedResponse(b"<html>", fields=[("Content-Type", "text/html")])
+                self.assertEqual(self.request(path, **PACMAN, Cache_Control="no-cache").body, body)
+                self.wait_until_idle()
+                self.assertEqual(self.visible_files()[self.visible_name(path[1:])], b"stored")
+
+    def test_a_page_is_stored_only_under_the_name_of_a_page(self):
+        html, long = [("Content-Type", "text/html"), ("Cache-Control", "max-age=60")], b"<html>" * 10
+        for path, is_page in (("/dists/stable/InRelease", False), ("/core.db", False), ("/repodata/repomd.xml", False), ("/APKINDEX.tar.gz", False),
+                              ("/x_1.0_all.deb", False), ("/by-hash/SHA256/" + "0" * 64, False), ("/debian.iso", False), ("/tool.zip", False),
+                              ("/simple/requests/", True), ("/", True), ("/index.html", True), ("/wiki/Page", True), ("/current/", True), ("/simple/x", True)):
+            with self.subTest(path=path):
+                self.origin.pages[path] = ScriptedResponse(long, fields=html)
+                for client in (PACMAN, APT):
+                    self.assertEqual(self.request(path, **client).body, long)
+                    self.wait_until_idle()
+                self.assertEqual(bool(self.visible_files()), is_page)
+                if is_page:
+                    self.origin.pages[path] = ScriptedResponse(b"<html>new", fields=html)
+                    self.assertEqual(self.request(path, Cache_Control="no-cache").body, b"<html>new", "a page replaces a page")
+                self.wait_until_idle()
+                shutil.rmtree(self.root)
+
+
+class RecoveryTest(ProxyCase):
+    """An origin that is back is believed at once; one that costs time is looked for in the background."""
+
+    CLIENTS = (("/dists/stable/InRelease", APT), ("/core.db", PACMAN), ("/repodata/repomd.xml", DNF), ("/lodash", NPM))
+
+    def setUp(self):
+        super().setUp()
+        self.gate = Gate()
+        self.addCleanup(self.gate.open)
+        self.publish(b"old")
+        for path, client in self.CLIENTS:
+            self.request(path, **client)
+        self.wait_until_idle()
+
+    def publish(self, body):
+        self.origin.pages.update({path: ScriptedResponse(body) for path, _ in self.CLIENTS})
+
+    def bodies(self):
+        answers = [self.request(path, **client) for path, client in self.CLIENTS]
+        self.wait_until_idle()
+        return [answer.body for answer in answers]
+
+    def test_an_origin_that_failed_quickly_is_believed_at_once(self):
+        def fail(page):
+            self.origin.pages.update({path: page for path, _ in self.CLIENTS})
+
+        for what, begin, end in (("refuses", self.origin.close, self.origin.listen), ("503", lambda: fail(ScriptedResponse(b"", 503)), lambda: None),
+                                 ("closes", lambda: fail(ScriptedResponse(steps=[b""])), lambda: None),
+                                 ("garbage", lambda: fail(ScriptedResponse(steps=[b"?\r\n\r\n"])), lambda: None)):
+            with self.subTest(what):
+                begin()
+                self.assertEqual(self.bodies(), [b"old"] * 4)
+                end()
+                self.publish(b"new")
+                self.assertEqual(self.bodies(), [b"new"] * 4)
+                self.publish(b"old")
+                self.assertEqual(self.bodies(), [b"old"] * 4)
+
+    def test_a_status_is_trouble_of_one_file_only(self):
+        for status in (429, 500, 503):
+            self.publish(b"new %d" % status)
+            self.origin.pages["/core.db"] = ScriptedResponse(b"", status, [("Retry-After", "60")])
+            for _ in range(2):
+                self.assertEqual(self.bodies(), [b"new %d" % status, b"old", b"new %d" % status, b"new %d" % status])
+
+    def fall_silent(self):
+        """Let the origin accept requests and answer none, until the gate is opened."""
+        self.origin.log.clear()
+        pages = dict(self.origin.pages)
+        for path in pages:
+            self.origin.pages[path] = ScriptedResponse(respond=lambda _, page=pages[path]: (self.gate.pass_through(), page)[1])
+
+    def test_a_silent_origin_is_waited_for_once_and_looked_for_in_the_background(self):
+        self.publish(b"new")
+        self.fall_silent()
+        path, client = self.CLIENTS[0]
+        with mock.patch.multiple(pkgproxy, VALIDATION_TIMEOUT=0.3, PROBE_INTERVAL=0.05, QUICK_FAILURE=0.2):
+            self.assertEqual(self.request(path, **client).body, b"old")
+            for _ in range(20):
+                asked = len(self.origin.log)
+                self.assertEqual(self.request(path, **client).body, b"old")
+                self.assertLessEqual(len(self.origin.log), asked + 1, "nothing but the look in the background")
+            until(lambda: len(self.origin.log) > 1, "a look in the background")
+            self.assertNotIn("user-agent", self.origin.log[-1].fields)
+            self.gate.open()
+            until(lambda: self.proxy._failures.slow_origin(make_request(self.origin.url(path))) == ("", ""))
+            self.wait_until_idle()
+            self.assertEqual(self.request(path, **client).body, b"new", "without another client's request")
+        until(lambda: self.proxy._revalidator._watching._value == pkgproxy.MAX_WATCHED)
+
+    def test_an_origin_that_connects_slowly_is_not_waited_for_by_any_file(self):
+        def refuse(*_):
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+        real, calls = pkgproxy.connect_fastest, []
+        self.publish(b"new")
+        self.origin.drop()
+        until(lambda: not self.origin.open_connections)
+        with mock.patch.multiple(pkgproxy, PROBE_INTERVAL=0.05, QUICK_FAILURE=-1.0):
+            with mock.patch.object(pkgproxy, "connect_fastest", lambda *what: (calls.append(1), refuse())):
+                self.assertEqual([self.request(path, **client).body for path, client in self.CLIENTS], [b"old"] * 4)
+                until(lambda: len(calls) > 2, "a look in the background")
+                self.assertEqual(len(self.origin.log), 4, "no file reached it")
+            self.assertIsNotNone(real)
+            until(lambda: self.proxy._failures.slow_origin(make_request(self.origin.url("/core.db"))) == ("", ""))
+        self.assertEqual(self.bodies(), [b"new"] * 4)
+
+    def test_a_request_with_a_password_changes_nothing_for_others(self):
+        path, client = self.CLIENTS[0]
+        self.origin.pages[path] = ScriptedResponse(b"", 504)
+        with mock.patch.multiple(pkgproxy, PROBE_INTERVAL=PATIENCE):
+            with mock.patch.object(pkgproxy, "QUICK_FAILURE", -1.0):
+                self.request(path, **client, Authorization="Basic eA==")
+                self.assertEqual(self.proxy._failures.reason_not_to_ask(make_request(self.origin.url(path))), "")
+                self.request(path, **client)
+            self.request(path, **client, Authorization="Basic eA==")
+            self.assertEqual(self.proxy._failures.reason_not_to_ask(make_request(self.origin.url(path))), "504 from origin.")
+
+    def test_a_slow_error_is_not_waited_for_either(self):
+        path, client = self.CLIENTS[0]
+        self.origin.pages[path] = ScriptedResponse(b"", 504)
+        with mock.patch.multiple(pkgproxy, PROBE_INTERVAL=PATIENCE, QUICK_FAILURE=-1.0):
+            self.request(path, **client)
+            asked = len(self.origin.log)
+            self.assertEqual([self.request(path, **client).body for _ in range(3)], [b"old"] * 3)
+            self.assertEqual(len(self.origin.log), asked)
+            self.assertIn("fwd-status=304", self.cache_status(self.request("/core.db", **PACMAN)), "it is trouble of one file")
+
+    def test_looks_in_the_background_end(self):
+        self.fall_silent()
+        with mock.patch.multiple(pkgproxy, VALIDATION_TIMEOUT=0.1, PROBE_INTERVAL=0.05, QUICK_FAILURE=0.05, ORIGIN_BACKOFF=0.2):
+            self.request(*self.CLIENTS[0][:1])
+            until(lambda: self.proxy._revalidator._watching._value == pkgproxy.MAX_WATCHED)
+        self.gate.open()
+
+
+class DoubtedPackageTest(ProxyCase):
+    """A client that asks for a package again right after it got it has probably seen a wrong digest."""
+
+    PACKAGES = (("/pool/x_1.0_amd64.deb", APT_PACKAGE), ("/All/curl-8.9.1.pkg", PKG), ("/Packages/c/curl-8.9.1-1.fc40.x86_64.rpm", DNF),
+                ("/packages/base_1.0-r1_x86_64.ipk", OPKG), ("/core/curl-8.9.1-1-x86_64.pkg.tar.zst", PACMAN),
+                ("/pool/large_1.0_amd64.deb", APT_PACKAGE))
+
+    def body(self, path, text):
+        return text * (100_000 if "large" in path else 10)
+
+    def publish(self, path, text, **more):
+        self.origin.pages[path] = ScriptedResponse(self.body(path, text), **more)
+
+    def fetch(self, path, client, **fields):
+        """Request a package, and wait until it is known that its client got it."""
+        answer = self.request(path, **client, **fields)
+        self.wait_until_idle()
+        return answer
+
+    def settle(self, path):
+        """Let the last validation be longer ago than DOUBT_INTERVAL."""
+        with contextlib.closing(self.proxy._store.lookup(self.origin.url(path))) as stored:
+            self.proxy._store.update_head(stored, dataclasses.replace(
+                stored.head, request_time=stored.head.request_time - 10, response_time=stored.head.response_time - 10))
+        url = self.origin.url(path)
+        self.proxy.doubts._validated.forget(url, "127.0.0.1 %d" % (hash(url) % pkgproxy.DOUBTS_PER_CLIENT))
+
+    def start(self, path, client):
+        """Store a package in its old version, for a machine at another address."""
+        self.publish(path, b"old")
+        self.fetch(path, client)
+        self.proxy.doubts._delivered.forget("127.0.0.1 " + self.origin.url(path))
+        self.settle(path)
+        self.origin.log.clear()
+
+    def test_a_doubted_package_is_validated(self):
+        for path, client in self.PACKAGES:
+            with self.subTest(path):
+                self.start(path, client)
+                self.publish(path, b"new")
+                self.assertEqual(self.fetch(path, client).body, self.body(path, b"old"), "the first time it is a hit")
+                self.assertEqual(self.origin.log, [])
+                answer = self.fetch(path, client)
+                self.assertEqual(answer.body, self.body(path, b"new"))
+                self.assertIn("fwd=request; fwd-status=200; stored", self.cache_status(answer))
+                self.assertEqual(self.fetch(path, client).body, self.body(path, b"new"))
+                self.assertEqual(len(self.origin.log), 1)
+                self.assertIn("if-none-match", self.origin.log[0].fields)
+
+    def test_the_clients_behind_one_address_cost_one_validation_and_one_download(self):
+        for path, client in self.PACKAGES:
+            with self.subTest(path):
+                self.start(path, client)
+                for _ in range(10):
+                    self.assertEqual(self.fetch(path, client).body, self.body(path, b"old"))
+                self.request_together(path, 5)
+                self.assertEqual(["if-none-match" in entry.fields for entry in self.origin.log], [True, False])
+
+    def test_an_origin_that_confirms_a_doubted_package_is_asked_for_all_of_it_once(self):
+        for path, client in self.PACKAGES:
+            for insisting in ({}, {"Cache_Control": "no-cache"}):
+                with self.subTest(path, insisting=insisting):
+                    shutil.rmtree(self.root, ignore_errors=True)
+                    self.start_proxy()
+                    self.start(path, client)
+                    self.publish(path, b"new", etag=ScriptedResponse(self.body(path, b"old")).etag)  # the server compares names and dates only
+                    if not insisting:
+                        self.fetch(path, client)
+                    self.assertIn("fwd-status=304", self.cache_status(self.fetch(path, client, **insisting)))
+                    self.settle(path)
+                    self.assertEqual(self.fetch(path, client, **insisting).body, self.body(path, b"new"))
+                    self.assertEqual(["if-none-match" in entry.fields for entry in self.origin.log], [True, False])
+                    self.publish(path, b"new", etag=self.origin.pages[path].etag)
+                    for _ in range(4):
+                        self.settle(path)
+                        self.fetch(path, client)
+                    self.assertLessEqual(sum("if-none-match" not in entry.fields for entry in self.origin.log), 2)
+
+    def test_an_address_that_repeats_everything_costs_few_validations(self):
+        paths = ["/pool/r%d_1.0_all.deb" % number for number in range(60)]
+        for path in paths:
+            self.publish(path, b"old")
+        with mock.patch.object(pkgproxy, "DOUBTS_PER_CLIENT", 4):
+            for _ in range(3):
+                for path in paths:
+                    self.fetch(path, APT_PACKAGE)
+        self.assertLessEqual(len(self.origin.log), 60 + 4 + 4)
+
+    def test_an_origin_that_knows_no_304_sends_no_unchanged_package(self):
+        path, client = "/pool/huge_1.0_amd64.deb", APT_PACKAGE
+        page = ScriptedResponse(b"old" * 5_000_000)
+        self.origin.pages[path] = ScriptedResponse(respond=lambda fields: (fields.pop("if-none-match", None), fields.pop("if-modified-since", None), page)[2])
+        self.fetch(path, client)
+        self.settle(path)
+        sent = self.origin.sent
+        self.assertIn("fwd=request", self.cache_status(self.fetch(path, client)))
+        self.assertEqual(self.counters()["statsOutcomes"]["validated"], 1)
+        self.assertLess(self.origin.sent, 2 * sent)
+
+    def test_a_confirmed_package_that_is_still_doubted_is_fetched_at_once(self):
+        for path, client in self.PACKAGES:
+            with self.subTest(path):
+                self.start(path, client)
+                self.publish(path, b"new", etag=ScriptedResponse(self.body(path, b"old")).etag)
+                self.assertEqual([self.fetch(path, client).body[:3] for _ in range(4)], [b"old", b"old", b"new", b"new"])
+                self.assertLessEqual(len(self.origin.log), 3)
+
+    def test_what_does_not_answer_a_doubt_leaves_the_package(self):
+        login = [("Content-Type", "text/html")]
+        for path, client in self.PACKAGES:
+            for page in (ScriptedResponse(b"", 404), ScriptedResponse(b"", 403), ScriptedResponse(b"", 410), ScriptedResponse(b"", 503),
+                         ScriptedResponse(b"<html>", fields=login), ScriptedResponse(steps=[b""])):
+                with self.subTest(path, status=page.status):
+                    self.start(path, client)
+                    self.fetch(path, client)
+                    self.origin.pages[path] = page
+                    answer = self.fetch(path, client)
+                    self.assertEqual((answer.status, answer.body), (200, self.body(path, b"old")))
+                    self.assertTrue(self.origin.log)
+
+    def test_other_requests_are_not_doubts(self):
+        path, client = self.PACKAGES[0]
+        self.start(path, client)
+        self.publish("/dists/stable/InRelease", b"index")
+        self.publish(path, b"new")
+        for fields in ({"method": "HEAD"}, {"Range": "bytes=0-4"}):
+            for _ in range(2):
+                self.fetch(path, client, **fields)
+        self.fetch(path, client)
+        for fields in ({"method": "HEAD"}, {"Range": "bytes=0-4"}, {"Cache_Control": "only-if-cached"}, {"X_Private": "1"}):
+            self.assertLess(self.fetch(path, client, **fields).status, 300)
+        self.assertEqual(self.origin.log, [])
+        with mock.patch.object(pkgproxy, "DOUBT_PERIOD", 0.0):
+            self.fetch(path, client)
+        self.assertEqual(self.origin.log, [])
+
+    def test_a_client_that_broke_off_does_not_doubt(self):
+        path, client = "/pool/huge_1.0_amd64.deb", APT_PACKAGE
+        self.origin.pages[path] = ScriptedResponse(b"old" * 5_000_000)
+        self.fetch(path, client)
+        self.proxy.doubts._delivered.forget("127.0.0.1 " + self.origin.url(path))
+        self.settle(path)
+        with socket.create_connection(self.address, PATIENCE) as reader:
+            reader.sendall(self.raw_request(path))
+            reader.recv(1000)
+        self.wait_until_idle()
+        self.assertIn("hit", self.cache_status(self.fetch(path, client)))
+        self.assertEqual(len(self.origin.log), 1)
 
 
 class IsolationTest(ProxyCase):
@@ -6067,8 +6494,8 @@ class DiskTest(ProxyCase):
         self.origin.pages[self.path] = ScriptedResponse(b"package")
         self.request(self.path)
         self.origin.pages[self.path] = ScriptedResponse(b"pay", fields=[("Content-Type", "text/html")])
-        self.assertEqual(self.request(self.path, Cache_Control="no-cache").body, b"pay")
-        self.assertEqual(self.request(self.path).body, b"package")
+        for fields in ({"Cache_Control": "no-cache"}, {}):
+            self.assertEqual(self.request(self.path, **fields).body, b"package")
 
     def test_a_response_that_cannot_be_resumed_is_cut_off(self):
         gate = Gate()
@@ -8500,7 +8927,7 @@ class PagesTest(ProxyCase):
         self.proxy.evictor._record(self.proxy.evictor._evictor.run(self.config, time.time()))
         view = self.view()
         self.assertEqual([(row["origin"], row["reason"]) for row in view["troubles"]],
-                         [(self.origin.url("/dists/x/InRelease"), "127.0.0.1:%d answers 503." % self.origin.port)])
+                         [(self.origin.url("/dists/x/InRelease"), "503 from origin.")])
         self.assertRegex(view["html"]["disk"], r"<b>[0-9.]+ [kM]B, 1 file, [0-9.]+ [GT]B free on the disk</b>")
         self.assertIn("Since the start: 0 files evicted (0 B), 1 stale response.", view["html"]["disk"])
         self.assertIn("is failing:", view["html"]["problems"])
@@ -9874,6 +10301,7 @@ class TunnelTest(ProxyCase):
         self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
 
 
+@mock.patch.object(pkgproxy, "DOUBT_PERIOD", 0.0)  # one client asks for the same package again and again
 class EventLoopTest(ProxyCase):
     """Idle connections wait in one thread, which also answers small hits."""
 
@@ -10347,6 +10775,7 @@ class ThreadPoolTest(unittest.TestCase):
         until(lambda: threading.active_count() == self.before)
 
 
+@mock.patch.object(pkgproxy, "DOUBT_PERIOD", 0.0)  # one client asks for the same package again and again
 class ConnectionLimiterTest(ProxyCase):
     """Limits on connections: no client starves another."""
 
