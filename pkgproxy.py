@@ -222,6 +222,7 @@ THREAD_IDLE_TIMEOUT = 5.0  # seconds an idle thread waits; within a burst the ga
 HOT_CACHE_SIZE = 32  # small responses ready to be sent again; each holds a descriptor
 SMALL_BODY = 64 * 1024  # bytes; a body up to this is sent together with its head
 COPY_SIZE = 256 * 1024  # bytes per read or write where sendfile() is not used
+SMALL_DOWNLOAD = 256 * 1024  # bytes; a body up to this that comes at once is stored by its client's thread
 LARGE_SEND = 8 * 1024 * 1024  # bytes; sending this takes longer than moving to another processor
 MAX_EVENTS = 10_000  # failures or attempts remembered; bounds the memory that unknown hosts can take
 MAX_LOG_LINES = 10_000  # log lines waiting for a slow disk; more are dropped, because requests go first
@@ -2489,9 +2490,13 @@ def _private_opener(path: str, flags: int) -> int:
     return os.open(path, flags | _REGULAR, 0o644)
 
 
+# Temporary names have a random part for each process and a number for each file: no system call for a name.
+_PROCESS_ID, _file_numbers = secrets.token_hex(8), itertools.count()
+
+
 def _temporary_name(path: str) -> str:
     """Return a name beside ``path`` that no other thread or process uses."""
-    return "%s^%s" % (path, secrets.token_hex(8))
+    return "%s^%s%x" % (path, _PROCESS_ID, next(_file_numbers))
 
 
 def _unlink(path: str) -> None:
@@ -2527,16 +2532,33 @@ def make_directory(path: str) -> None:
                 raise
 
 
+def write_file(path: str, data: bytes, flags: int) -> None:
+    """Write all of ``data`` to a file opened with ``flags``.  Raises OSError.
+
+    A missing folder is created when that is found out: mostly it exists, and looking costs a system call.
+    Descriptors instead of file objects save three more.
+    """
+    try:
+        descriptor = os.open(path, flags | _WRITABLE, 0o644)
+    except FileNotFoundError:
+        make_directory(os.path.dirname(path))
+        descriptor = os.open(path, flags | _WRITABLE, 0o644)
+    try:
+        remaining = memoryview(data)
+        while remaining:
+            remaining = remaining[os.write(descriptor, remaining):]
+    finally:
+        os.close(descriptor)
+
+
 def replace_file(path: str, data: str | bytes) -> None:
     """Write a file under a temporary name and rename it to ``path``, creating its folder.
 
     Readers see the old or the new content, never a mixture.  Raises OSError.
     """
-    make_directory(os.path.dirname(path))
     temporary = _temporary_name(path)
     try:
-        with io.FileIO(temporary, "wb", opener=_private_opener) as file:
-            write_all(file, data.encode() if isinstance(data, str) else data)
+        write_file(temporary, data.encode() if isinstance(data, str) else data, os.O_TRUNC)
         os.replace(temporary, path)
     except OSError:
         _unlink(temporary)
@@ -2730,6 +2752,7 @@ class RefCountedFile:
         self._file = file
         self._lock = threading.Lock()  # guards _refcount
         self._refcount = 1  # the writer and the readers
+        self._status: os.stat_result | None = None  # device and inode of the open file, once known
 
     def fileno(self) -> int:
         """Return the file's descriptor."""
@@ -2745,8 +2768,9 @@ class RefCountedFile:
 
     def still_exists(self) -> bool:
         """Check whether the file's name still leads to the open file.  Raises OSError."""
+        self._status = self._status or os.fstat(self.fileno())
         try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
+            return os.path.samestat(os.stat(self.path), self._status)
         except FileNotFoundError:
             return False
 
@@ -2828,6 +2852,7 @@ class PartialFile(RefCountedFile):
         self._writer_is_local = True  # whether another instance that writes the file is on this machine
         self._writer_left = False  # whether that instance has finished with the file
         self._published_at = 0.0  # monotonic time of the last publish()
+        self._may_have_metadata = True  # whether a head file may lie beside the file
         self._granted_size = 0  # size up to which Space has granted disk space
 
     def start(self, head: ResponseHead, length: int | None, offset: int = 0) -> None:
@@ -2845,8 +2870,9 @@ class PartialFile(RefCountedFile):
                 self._remove_metadata()
                 if found and not self.owner:
                     self._replace_file()
-            self._file.truncate(offset)
-            self._file.seek(offset)
+            if found:
+                self._file.truncate(offset)
+                self._file.seek(offset)
         except OSError as error:
             self._store.space.release(self)
             raise StorageError(error) from error
@@ -2865,7 +2891,7 @@ class PartialFile(RefCountedFile):
             self._file.close()
             os.replace(temporary, self.path)
         finally:
-            self._file = file
+            self._file, self._status = file, None
 
     def write(self, data: bytes) -> int:
         """Append all of ``data`` and return its length.  Raises OSError (disk full ...)."""
@@ -2965,9 +2991,10 @@ class PartialFile(RefCountedFile):
         Returns False if there is none yet, or it is damaged or of version 1.0: then the download starts anew.
         """
         with contextlib.suppress(*_DAMAGED):
-            with open(self.path, "rb", opener=_private_opener):
-                pass  # opening the file makes an NFS client ask the server for its present size
-            info, row = os.fstat(self.fileno()), _read_json(self.path + "^head")
+            if self._store.remote:  # opening the file makes an NFS client ask the server for its present size
+                os.close(_private_opener(self.path, os.O_RDONLY))
+            info = os.fstat(self.fileno())
+            row = _read_json(self.path + "^head") if info.st_size else None
             found = PartialMetadata(**{**row, "head": _head_from(row["head"])})
             sizes = (found.declared_length or 0, found.flushed_size or 0)
             valid = all(isinstance(size, int) and size >= 0 for size in sizes)
@@ -2994,6 +3021,7 @@ class PartialFile(RefCountedFile):
         dup2() exchanges the file under the descriptor, which the readers keep using.
         """
         os.dup2(other.fileno(), self.fileno(), inheritable=False)
+        self._status = None
         if isinstance(other, PartialFile):
             self.path, self.owner, self.size = other.path, other.owner, other.size
             self._writer_is_local = other._writer_is_local
@@ -3015,14 +3043,17 @@ class PartialFile(RefCountedFile):
     def _write_metadata(self, writer_boot_id: str) -> None:
         """Write the head file.  Raises OSError."""
         flushed_size = self.size if self._store.remote or not writer_boot_id else None
+        self._may_have_metadata = True
         row = vars(PartialMetadata(
             self.head, os.fstat(self.fileno()).st_ino, self.length, writer_boot_id, flushed_size))
         replace_file(self.path + "^head", json.dumps({**row, "head": vars(self.head)}, ensure_ascii=False))
 
     def _remove_metadata(self) -> None:
         """Remove the head file.  Raises OSError: metadata of another response must not stay."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path + "^head")
+        if self._may_have_metadata:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path + "^head")
+            self._may_have_metadata = False
 
 
 def _save_access_time(path: str, used: float) -> None:
@@ -3143,12 +3174,9 @@ class NameIndex:
 
     def _append(self, folder: str, bucket: str, data: bytes) -> None:
         """Append to a file; drop the older half of one that grows too long.  Raises OSError."""
-        make_directory(folder)
         path = os.path.join(folder, bucket)
-        with io.FileIO(path, "ab", opener=_private_opener) as file:
-            write_all(file, data)
-            size = file.tell()
-        if size > _MAX_NAMES:
+        write_file(path, data, os.O_APPEND)
+        if os.stat(path).st_size > _MAX_NAMES:
             replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
 
 
@@ -3341,7 +3369,7 @@ class Store:
         A link is better than renaming because while ``path`` exists, no other instance starts to download
         the same key again.
         """
-        own, linked = os.path.join(self.metadata_folder, "partials", "own^" + secrets.token_hex(8)), True
+        own, linked = _temporary_name(os.path.join(self.metadata_folder, "partials", "own")), True
         try:
             os.link(path, own)
         except OSError:
@@ -3371,7 +3399,7 @@ class Store:
             exists, old = self._look(name, head.key)
             # A file with the natural name that pkgproxy did not store stays (invariant 11).
             if (old or not exists or name == hashed) and self._rename_into_place(path, name, head, old):
-                if name != hashed:
+                if name != hashed and os.path.lexists(self.body_path(hashed)):
                     self.delete_file(hashed, head.key)
                 return
         raise OSError(errno.EEXIST, "a file that pkgproxy did not store has its name")
@@ -3385,16 +3413,17 @@ class Store:
         crash, the visible body has a head that describes it, and no reader mixes two generations.
         """
         place = self.body_path(name)
-        for last in (False, True):
+        for attempt in (1, 2, 3):
             try:
                 _write_heads(self.head_path(name), [head, old] if old else [head])
-                make_directory(os.path.dirname(place))
+                if attempt > 1:
+                    make_directory(os.path.dirname(place))
                 _rename(path, place)
                 break
             except OSError as error:
                 if error.errno in _NAME_REFUSED:
                     return False
-                if last or error.errno != errno.ENOENT:  # a folder was removed between two steps: once more
+                if attempt == 3 or error.errno != errno.ENOENT:  # a new folder, or one that was removed again
                     raise
         return True
 
@@ -3490,7 +3519,6 @@ class PartialStore:
         """
         path = self.path(key, owner)
         try:
-            make_directory(os.path.dirname(path))
             # Between open and lock another process may commit or remove the file.  Then the lock is one on a
             # file without a name, and the next attempt opens the new file.
             for _ in range(10):
@@ -3526,7 +3554,13 @@ class PartialStore:
 
     def _open(self, key: str, owner: str, create: int) -> PartialFile:
         path = self.path(key, owner)
-        descriptor = os.open(path, _WRITABLE & ~os.O_CREAT | create, 0o644)
+        try:
+            descriptor = os.open(path, _WRITABLE & ~os.O_CREAT | create, 0o644)
+        except FileNotFoundError:
+            if not create:
+                raise
+            make_directory(os.path.dirname(path))
+            descriptor = os.open(path, _WRITABLE, 0o644)
         return PartialFile(self._store, key, owner, path, io.FileIO(descriptor, "r+b"))
 
     def _adopt_leftovers(self, partial: PartialFile, exclusive: bool) -> None:
@@ -4143,13 +4177,16 @@ class RecentEvents:
         return name if len(name) <= MAX_MEMOIZED else hashlib.sha256(name.encode()).hexdigest()
 
 
+# Not select(), if possible, since it ends at descriptor 1023; epoll would need more system calls.
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
 def wait_until_ready(sock: socket.socket, timeout: float, writing: bool = False) -> bool:
     """Wait up to ``timeout`` seconds until a socket can be read (or written); return whether it can.
 
     A socket that has failed or was closed by the peer counts as ready.
     """
-    # Not select(), if possible, since it ends at descriptor 1023; epoll would need more system calls.
-    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+    with _Selector() as selector:
         selector.register(sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ)
         return bool(selector.select(timeout))
 
@@ -4326,7 +4363,7 @@ class ChunkedReader:
 #   OriginClient.fetch            follows redirects; one OriginRequest for each hop
 #     _send_with_retry            a pooled connection, then a new one, then one without the parent proxy
 #       OriginConnection.exchange   Resolver.resolve → AddressPolicy.filter → connect_fastest → TLS → request
-#         OriginResponse.begin        reads the head; the caller reads the body from it
+#         OriginResponse              reads the head; the caller reads the body from it
 #
 # Its time limits, each within OriginRequest.deadline if that is set: DNS_TIMEOUT (getaddrinfo() has none),
 # CONNECT_TIMEOUT for all addresses together and again for TLS, ORIGIN_TIMEOUT of silence for the head, and
@@ -4564,7 +4601,7 @@ def connect_fastest(addresses: list[Address], timeout: float) -> socket.socket:
     failure: OSError = socket.timeout("timed out")
     attempts: list[socket.socket] = []
     try:
-        with selectors.DefaultSelector() as selector:
+        with _Selector() as selector:
             while untried or selector.get_map():
                 if untried:
                     try:
@@ -4620,25 +4657,31 @@ def explain_error(error: Exception) -> str:
     return re.sub(r"^\[[A-Z0-9_: ]+\] |^_ssl\.c:\d+: | \(_ssl\.c:\d+\)", "", text)
 
 
+# Characters of a request's head that end a line, or are invalid in a field (RFC 9110 §5.5).
+_UNSAFE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+def render_request_head(method: str, request_target: str, fields: Fields) -> bytes:
+    """Return a request's head as sent (RFC 9112 §3, §5).
+
+    ValueError if a part contains what would end it: then the origin would read another request, or two.
+    """
+    lines = ["%s %s HTTP/1.1" % (method, request_target.encode("ascii").decode()), *map(": ".join, fields)]
+    if _UNSAFE.search("".join(lines)) or lines[0].count(" ") != 2:
+        raise ValueError("a control character in the request")
+    return "\r\n".join((*lines, "", "")).encode("latin-1")
+
+
 def connect_through_parent(sock: socket.socket, parent: ParentProxy, target: Target) -> None:
     """Make a parent proxy open a tunnel to an origin (RFC 9110 §9.3.6); OSError, ValueError."""
     authority = "%s:%d" % ("[%s]" % target.host if ":" in target.host else target.host, target.port)
-    lines = ["CONNECT %s HTTP/1.1" % authority, "Host: " + authority, *map(": ".join, parent.fields), "", ""]
-    sock.sendall("\r\n".join(lines).encode("latin-1"))
+    sock.sendall(render_request_head("CONNECT", authority, (("Host", authority), *parent.fields)))
     reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
     reader.set_deadline(sock.gettimeout())
     with io.BufferedReader(reader, 1) as file:  # reads nothing beyond the head: the rest belongs to TLS
         lines = read_head_lines(file)
     if not lines or parse_status_line(lines[0])[1] // 100 != 2:
         raise ValueError("it answered CONNECT with '%s'" % "".join(lines[:1]))
-
-
-def send_body(connection: http.client.HTTPConnection, body: Readable, length: int | None) -> None:
-    """Send a request's body, as new chunks if its length is unknown (RFC 9112 §7.1)."""
-    while data := body.read(COPY_SIZE):
-        connection.send(b"%x\r\n%s\r\n" % (len(data), data) if length is None else data)
-    if length is None:
-        connection.send(b"0\r\n\r\n")
 
 
 def is_answered_before_body(sock: socket.socket, origin_request: OriginRequest) -> bool:
@@ -4657,58 +4700,45 @@ def is_answered_before_body(sock: socket.socket, origin_request: OriginRequest) 
 class OriginResponse:
     """A response from an origin; checks that its body has the declared length.
 
-    The response owns its connection: 1. begin() reads the head.  2. The caller reads the body.  3. At its
-    end, or when close() is called before, the connection goes back to the pool or is closed, exactly once.
+    The response owns its connection: 1. The constructor reads the head.  2. The caller reads the body.  3. At
+    its end, or when close() is called before, the connection goes back to the pool or is closed, exactly once.
 
-    It stands in for http.client.HTTPResponse, which
-    - takes a head that is cut off for an empty 200, and 103 for the final response;
-    - accepts bare LF as the end of a line, and two lengths that contradict each other;
-    - reports no error if read(size) meets the end of the connection in the middle of the body;
-    - has no deadline for the whole head.
-
-    http.client itself uses only begin(), will_close, isclosed() and close().
-
-    Methods for the caller: read, set_deadline, on_idle, set_length, close.  Attributes: head, length, start,
-    end_is_known.
+    Methods for the caller: read, read_ahead, set_deadline, on_idle, set_length, close.  Attributes: head,
+    length, start, end_is_known.
     """
 
     start = 0  # offset of the first byte in the representation; not 0 only for a verified remainder
-    will_close = False  # True would make http.client close the socket at once; close() below does it later
 
     def __init__(self, connection: OriginConnection) -> None:
-        sock = connection.sock
+        """Read the final head; ValueError, OSError."""
+        sock, origin_request = connection.sock, connection.origin_request
         self.length: int | None = None  # bytes of the body; None: unknown
         self._connection = connection
-        self._head_timeout = sock.gettimeout()
         self._reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
         self._file = io.BufferedReader(self._reader, 64 * 1024)
         self._chunks: ChunkedReader | None = None
+        self._ahead = b""  # bytes of the body that read_ahead() has received
         self._left: int | None = None  # bytes of the body that are unread; None: unknown
         self._is_persistent = False  # whether another response may follow on this connection
         self._is_open = True
-        if not hasattr(sock, "pending"):  # not TLS
+        if sock.gettimeout() and not hasattr(sock, "pending"):  # not TLS
             sock.setblocking(False)  # DeadlineReader waits instead
-
-    def begin(self, **_limits: Any) -> None:
-        """Read the final head within the socket's timeout; ValueError, OSError."""
         # The deadline is for the whole head, interim responses included: each line could arrive just in time.
-        self._reader.set_deadline(self._head_timeout)
-        while True:
+        self._reader.set_deadline(origin_request.timeout_for(ORIGIN_TIMEOUT))
+        status = 0
+        while status < 200:  # an interim response comes before the final one: 100, 103 (RFC 9110 §15.2)
             lines = read_head_lines(self._file)
             if not lines:
-                raise http.client.RemoteDisconnected("it closed the connection without a response")
+                raise ConnectionResetError("it closed the connection without a response")
             version, status, reason = parse_status_line(lines[0])
             fields = parse_fields(lines[1:])
-            if status >= 200:  # otherwise an interim response: 100, 103 (RFC 9110 §15.2)
-                break
             if status == 101:
                 raise ValueError("it switched protocols without being asked")
         self._reader.set_deadline(None)
-        now, connection = time.time(), self._connection
+        now = time.time()
         self.head = with_date(ResponseHead(
-            status, reason, fields, final_uri=connection.origin_request.target.uri,
-            request_time=connection.request_time, response_time=now,
-            local_clients_only=connection.guarded), now)
+            status, reason, fields, final_uri=origin_request.target.uri, request_time=connection.request_time,
+            response_time=now, local_clients_only=connection.guarded), now)
         self._find_body(version, fields)
 
     def _find_body(self, version: tuple[int, int], fields: Fields) -> None:
@@ -4763,6 +4793,9 @@ class OriginResponse:
 
     def _read(self, size: int) -> bytes:
         limit = size if self._left is None else min(size, self._left)
+        if self._ahead:
+            data, self._ahead = self._ahead[:limit], self._ahead[limit:]
+            return data
         try:
             data = self._chunks.read(limit) if self._chunks else self._file.read1(limit)
         except (socket.timeout, TimeoutError):
@@ -4772,6 +4805,20 @@ class OriginResponse:
         if not data and self._left:
             raise TruncatedBodyError("The origin closed the connection %d bytes early." % self._left)
         return data
+
+    def read_ahead(self, limit: int, timeout: float) -> bool:
+        """Receive a body of up to ``limit`` bytes into memory for the reads that follow.
+
+        Return whether all of it came within ``timeout`` seconds, so that reading it takes no time.
+        """
+        if self._left is None or self._left > limit:
+            return False
+        self._reader.set_deadline(timeout)
+        with contextlib.suppress(OSError):  # the next read meets a failure again
+            while data := self._file.read1(self._left - len(self._ahead)):
+                self._ahead += data
+        self._reader.set_deadline(None)
+        return len(self._ahead) == self._left
 
     def set_deadline(self, seconds_left: float) -> None:
         """Limit the time of all further reads together."""
@@ -4786,10 +4833,6 @@ class OriginResponse:
         self.length = self._left = length
         self.end_is_known = True
 
-    def isclosed(self) -> bool:
-        """Return whether the connection was given back (http.client asks)."""
-        return not self._is_open
-
     def close(self) -> None:
         """Give the connection back; it is closed if it has unread bytes."""
         if self._is_open:
@@ -4802,20 +4845,16 @@ class OriginResponse:
 PoolKey = tuple[str, str, int, bool, "ParentProxy | None"]  # scheme, host, port, client_is_local, parent
 
 
-class OriginConnection(http.client.HTTPConnection):
+class OriginConnection:
     """A connection to an origin server, direct or through a parent proxy.
 
-    http.client writes the requests: putrequest(), putheader(), endheaders() and send() reject line breaks in
-    names and values.  Overridden:
-    - connect(), to check addresses, to try several of them at once, and for parent proxies;
-    - response_class(), which http.client calls to create a response: its HTTPResponse is too lax.
-
-    Methods for the caller: exchange, connect_tcp, bypass_parent, is_idle, release, close.
+    Methods for the caller: exchange, connect_tcp, bypass_parent, is_idle, release, close.  Attribute: sock.
     """
 
     def __init__(self, origin_client: OriginClient, origin_request: OriginRequest) -> None:
         target = origin_request.target
-        super().__init__(target.host, target.port)
+        # TCP or TLS; None: not connected.  Without TLS it is non-blocking once a response has been read.
+        self.sock: Any = None
         self.origin_client = origin_client
         self.parent = parent_proxy_for(target, origin_client.config)  # None: direct
         self.origin_request = origin_request  # the current one, or the last
@@ -4829,34 +4868,27 @@ class OriginConnection(http.client.HTTPConnection):
         self.idle_since = 0.0  # monotonic
         self._is_reusable = True  # whether the check of the target is valid for the next request, too
 
-    def response_class(self, *_arguments: Any, **_more: Any) -> OriginResponse:  # type: ignore[override]
-        """Create the response to the request that was sent."""
-        return OriginResponse(self)
-
     def exchange(self, origin_request: OriginRequest) -> OriginResponse:
         """Send a request, after connecting if necessary, and return the response once its head has arrived.
 
-        Raise OSError, ValueError or http.client.HTTPException, and close the connection; ProxyError if the
-        address is not allowed.
+        Raise OSError or ValueError, and close the connection; ProxyError if the address is not allowed.
         """
         self.origin_request, self.request_time = origin_request, time.time()
+        body, length = origin_request.body, origin_request.length
         try:
             if self.sock is None:
                 self.connect()
                 mark(origin_request.timings, "connected")
-            # The timeout of each send; OriginResponse.begin() takes it as the time for the whole head.
-            self.sock.settimeout(origin_request.timeout_for(ORIGIN_TIMEOUT))
-            # Host and Accept-Encoding come from the client's fields, not from http.client.
             request_target, parent_fields = self._request_line(origin_request.target)
-            self.putrequest(origin_request.method, request_target, skip_host=True, skip_accept_encoding=True)
-            for name, text in origin_request.fields + parent_fields:
-                self.putheader(name, text.encode("latin-1"))
-            self.endheaders()
-            if origin_request.body is not None and not is_answered_before_body(self.sock, origin_request):
+            self._send(render_request_head(
+                origin_request.method, request_target, origin_request.fields + parent_fields))
+            if body is not None and not is_answered_before_body(self.sock, origin_request):
                 # An origin that rejects the body (413, say) may respond and close before it has read all.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    send_body(self, origin_request.body, origin_request.length)
-            response: OriginResponse = self.getresponse()  # type: ignore[assignment]
+                    while data := body.read(COPY_SIZE):  # as new chunks if the length is unknown (§7.1)
+                        self._send(b"%x\r\n%s\r\n" % (len(data), data) if length is None else data)
+                    self._send(b"0\r\n\r\n" if length is None else b"")
+            response = OriginResponse(self)
             mark(origin_request.timings, "origin head")
             if response.head.status == 407 and self.parent is not None:
                 self.blamed_name = "the parent proxy " + self.parent.place.authority
@@ -4866,6 +4898,16 @@ class OriginConnection(http.client.HTTPConnection):
             self.close()
             raise
 
+    def _send(self, data: bytes) -> None:
+        """Send all of ``data``; OSError.  A pooled connection takes a head at once, so only the rest waits."""
+        sent = 0
+        if not self.sock.gettimeout():  # it is non-blocking
+            with contextlib.suppress(BlockingIOError):
+                sent = self.sock.send(data)
+        if sent < len(data):
+            self.sock.settimeout(self.origin_request.timeout_for(ORIGIN_TIMEOUT))
+            self.sock.sendall(data[sent:])
+
     def connect(self) -> None:
         """Open the connection, with TLS for https; OSError, ProxyError."""
         self.reached = self.established = False
@@ -4873,7 +4915,7 @@ class OriginConnection(http.client.HTTPConnection):
         self.reached = True
         if self.origin_request.target.scheme == "https":
             self.sock.settimeout(self.origin_request.timeout_for(CONNECT_TIMEOUT))
-            name = self.host.rstrip(".")  # certificates and SNI have no trailing dot (RFC 6066 §3)
+            name = self.origin_request.target.host.rstrip(".")  # certificates and SNI have no trailing dot (RFC 6066 §3)
             self.sock = self.origin_client.tls_context.wrap_socket(self.sock, server_hostname=name)
         self.established = True
 
@@ -4968,6 +5010,12 @@ class OriginConnection(http.client.HTTPConnection):
     def is_idle(self) -> bool:
         """Return whether the connection is open and the origin has sent nothing since the last response."""
         return self.sock is not None and is_open_and_silent(self.sock)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
 
     def release(self, at_message_end: bool) -> None:
         """Keep the connection for another request, if it is at the end of a response; close it otherwise."""
@@ -5169,13 +5217,12 @@ class OriginClient:
             if pooled is not None:
                 # A timeout is not retried; the errors below speak of ``connection``.
                 connection.peer_address, connection.established = pooled.peer_address, True
-                # ConnectionError covers RemoteDisconnected; PermissionError is a parent's 407; ValueError is
-                # what remained unread on the connection.
+                # PermissionError is a parent's 407; ValueError is what remained unread on the connection.
                 with contextlib.suppress(ConnectionError, PermissionError, ValueError):
                     return pooled.exchange(origin_request)
             try:
                 return connection.exchange(origin_request)
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except (OSError, ValueError) as error:
                 if not is_retryable or not connection.bypass_parent(error):
                     raise
             return connection.exchange(origin_request)
@@ -5202,7 +5249,7 @@ class OriginClient:
             reason = "" if str(error) in ("", "timed out") else ": " + explain_error(error)
             sentence = "No answer from %s in time%s." % (connection.blamed_name, reason)
             raise OriginTimeoutError(sentence, target, unreachable=not connection.established) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, ValueError) as error:
             self.resolver.mark_failed(connection.peer_address)
             failure = "The request to %s failed" if connection.reached else "Cannot connect to %s"
             sentence = failure % connection.blamed_name + ": %s." % explain_error(error)
@@ -5673,6 +5720,10 @@ class LocalFileResponse(OriginResponse):
     def on_idle(self, call: Callable[[], object]) -> None:
         """Do nothing: a disk does not pause."""
 
+    def read_ahead(self, limit: int, timeout: float) -> bool:
+        """Return whether the file is small: reading it takes no time then."""
+        return self.head.size <= limit
+
     def read(self, size: int = COPY_SIZE) -> bytes:
         """Read up to ``size`` bytes, b"" at the end; OriginError if that fails or the file was changed."""
         try:
@@ -5885,8 +5936,7 @@ class DownloadLocks:
         With ``ignores_lock``, return a partial file of a random name instead.  The caller must call release()
         at the end, or discard() if nothing was written.
         """
-        unshared = Lease(secrets.token_hex(8), LeaseState.UNSHARED)
-        lease = unshared if ignores_lock else self.leases.acquire(key)
+        lease = Lease(secrets.token_hex(8), LeaseState.UNSHARED) if ignores_lock else self.leases.acquire(key)
         if lease.state is LeaseState.TAKEN:
             return None
         try:
@@ -6015,12 +6065,15 @@ class Downloader:
         own_head = replace_fields(stored_head, fields=end_to_end(head.fields))
         partial.acquire()
         result = response_from_partial(request, download, self.origin, status, own_head)
+        download.flight.publish(partial)
         try:
-            start_thread(self.download, download)
+            if response.read_ahead(SMALL_DOWNLOAD, PUBLISH_DELAY):
+                self.download(download)
+            else:
+                start_thread(self.download, download)
         except StorageError:
             result.body.close()
             raise
-        download.flight.publish(partial)
         return result
 
     def download(self, download: Download) -> None:
