@@ -1944,6 +1944,7 @@ def digest_in_name(key: str) -> tuple[str, str] | None:
     return "sha256" if len(digest) == 64 else "sha512", digest
 
 
+@memoize
 def shareable_name(key: str) -> str:
     """Return the name under which every mirror has the same file; "" if there is none.
 
@@ -2412,10 +2413,11 @@ def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
 
     This host and its link are always reached directly, and the origins in no_proxy.
     """
-    if is_protected_host(target.host) or any(
+    parent = dict(config.parents).get(target.scheme)
+    if parent is None or is_protected_host(target.host) or any(
             _matches_no_proxy(target, entry) for entry in config.no_proxy if entry):
         return None
-    return dict(config.parents).get(target.scheme)
+    return parent
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2774,6 +2776,11 @@ class RefCountedFile:
         except FileNotFoundError:
             return False
 
+    @property
+    def size_when_seen(self) -> int:
+        """The file's size when still_exists() was called first."""
+        return self._status.st_size if self._status else 0
+
     def has_readers(self) -> bool:
         """Check whether anybody but the writer uses the file."""
         return self.reader_count() > 0
@@ -2920,14 +2927,12 @@ class PartialFile(RefCountedFile):
         Another instance that must not let this body be stored (an unsafe request has made it invalid) first
         unlinks the partial file and then deletes the stored response.  Against that:
 
-        1. commit() checks that the partial file still exists,
+        1. commit() links the partial file, which fails if it has been removed,
         2. gives the body its place, while the partial file keeps its name as well,
-        3. checks again, and deletes the stored response if the name has gone.
+        3. looks whether it still has, and deletes the stored response if not.
         """
         try:
             os.fsync(self.fileno())
-            if not self.still_exists():
-                raise OSError(errno.ENOENT, "the partial file was removed")
             self._remove_metadata()
             linked = self._store.commit(self)
             if linked and not self.still_exists():
@@ -3343,7 +3348,7 @@ class Store:
             raise OSError(errno.EIO, "the partial file has %d bytes, not the %d received of %s" % (
                 info.st_size, partial.size, partial.length))
         head = replace_fields(partial.head, size=partial.size, mtime_ns=info.st_mtime_ns)
-        return self._settle(partial.path, partial, head, may_move=True)
+        return self._settle(partial.path, info, head, may_move=True)
 
     def link(self, stored: StoredResponse) -> None:
         """Store a body under the key of its head as well, as a hard link.
@@ -3353,11 +3358,12 @@ class Store:
         if not stored.described:
             raise OSError(errno.EPERM, "the file was not stored by pkgproxy")
         make_directory(os.path.join(self.metadata_folder, "partials"))
-        self._settle(self.body_path(stored.name), stored, stored.head, may_move=False)
+        self._settle(self.body_path(stored.name), os.fstat(stored.fileno()), stored.head, may_move=False)
 
-    def _settle(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead,
-                may_move: bool) -> bool:
-        """Give an open file the place of its key.  Returns whether it keeps ``path`` too.  Raises OSError.
+    def _settle(self, path: str, info: os.stat_result, head: ResponseHead, may_move: bool) -> bool:
+        """Give the open file with status ``info`` the place of its key.  Raises OSError.
+
+        Returns whether it keeps ``path`` too.
 
         Another instance may replace ``path`` at any time, for example if somebody removed the metadata
         folder and a second download of the key has begun.  Its growing file must never become a body.  So:
@@ -3381,14 +3387,16 @@ class Store:
                 os.rename(path, own)
                 linked = False
         try:
-            if os.path.samestat(os.lstat(own), os.fstat(file.fileno())):
+            if os.path.samestat(os.lstat(own), info):
                 self._publish(own, head)
+                own = "" if may_move else own  # after rename() of two links to one file, both names exist still
                 return linked
             if not linked:
                 os.replace(own, path)
             raise OSError(errno.ESTALE, "the file has been replaced")
         finally:
-            _unlink(own)  # after rename() of two links to one file, both names exist still
+            if own:
+                _unlink(own)
 
     def _publish(self, path: str, head: ResponseHead) -> None:
         """Rename a body to its natural name, or to its hashed one if that is impossible.  Raises OSError."""
@@ -3527,7 +3535,8 @@ class PartialStore:
                     if not owner and not partial.try_lock():
                         return None
                     if partial.still_exists():
-                        if not partial.load_metadata() and owner:
+                        # Mostly the file is new and empty.
+                        if not (partial.size_when_seen and partial.load_metadata()) and owner:
                             self._adopt_leftovers(partial, exclusive)
                         partial.acquire()
                         return partial
@@ -4806,19 +4815,19 @@ class OriginResponse:
             raise TruncatedBodyError("The origin closed the connection %d bytes early." % self._left)
         return data
 
-    def read_ahead(self, limit: int, timeout: float) -> bool:
-        """Receive a body of up to ``limit`` bytes into memory for the reads that follow.
+    def read_ahead(self, limit: int, timeout: float) -> bytes:
+        """Receive a body of up to ``limit`` bytes, and keep it for the reads that follow.
 
-        Return whether all of it came within ``timeout`` seconds, so that reading it takes no time.
+        Return b"" if it is longer, or if not all of it came within ``timeout`` seconds.
         """
         if self._left is None or self._left > limit:
-            return False
+            return b""
         self._reader.set_deadline(timeout)
         with contextlib.suppress(OSError):  # the next read meets a failure again
             while data := self._file.read1(self._left - len(self._ahead)):
                 self._ahead += data
         self._reader.set_deadline(None)
-        return len(self._ahead) == self._left
+        return self._ahead if len(self._ahead) == self._left else b""
 
     def set_deadline(self, seconds_left: float) -> None:
         """Limit the time of all further reads together."""
@@ -5350,6 +5359,7 @@ class Download:
     origin_request: OriginRequest  # for the whole representation; remainders are asked for with its fields
     response: OriginResponse | None = None  # None: the writer resumes the partial file
     replaces: bool = False  # the origin says that the stored response is outdated
+    body: bytes = b""  # the whole body, if it was small and came at once
 
 
 class TailingBody:
@@ -5385,6 +5395,8 @@ class TailingBody:
         for span in self._spans:
             if isinstance(span, bytes):
                 yield span
+            elif self._download.body:
+                yield self._download.body[slice(*span)]
             else:
                 yield from self._follow(*span)
 
@@ -5720,9 +5732,9 @@ class LocalFileResponse(OriginResponse):
     def on_idle(self, call: Callable[[], object]) -> None:
         """Do nothing: a disk does not pause."""
 
-    def read_ahead(self, limit: int, timeout: float) -> bool:
-        """Return whether the file is small: reading it takes no time then."""
-        return self.head.size <= limit
+    def read_ahead(self, limit: int, timeout: float) -> bytes:
+        """Return b"": the file is copied in a thread."""
+        return b""
 
     def read(self, size: int = COPY_SIZE) -> bytes:
         """Read up to ``size`` bytes, b"" at the end; OriginError if that fails or the file was changed."""
@@ -6063,11 +6075,13 @@ class Downloader:
         status = shared_cache_status(decision, head) if head.same_as else status
         # Only this client gets the fields that are not stored, such as Set-Cookie.
         own_head = replace_fields(stored_head, fields=end_to_end(head.fields))
+        download.flight.publish(partial)
+        body = b"" if response.start else response.read_ahead(SMALL_DOWNLOAD, PUBLISH_DELAY)
+        download = replace_fields(download, body=body)
         partial.acquire()
         result = response_from_partial(request, download, self.origin, status, own_head)
-        download.flight.publish(partial)
         try:
-            if response.read_ahead(SMALL_DOWNLOAD, PUBLISH_DELAY):
+            if body:  # nothing must be waited for, so another thread would only cost time
                 self.download(download)
             else:
                 start_thread(self.download, download)
@@ -6077,7 +6091,9 @@ class Downloader:
         return result
 
     def download(self, download: Download) -> None:
-        """Download to the end, store the result, and finish the flight; in a thread of its own.
+        """Download to the end, store the result, and finish the flight.
+
+        Runs in a thread of its own, or in the first client's thread if the whole body has been received.
 
         1. Receive: read from the origin, write to the partial file, announce all but the last bytes.
         2. Commit: flush the file and give it its place in the cache, or discard it.
