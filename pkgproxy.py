@@ -222,7 +222,7 @@ THREAD_IDLE_TIMEOUT = 5.0  # seconds an idle thread waits; within a burst the ga
 HOT_CACHE_SIZE = 32  # small responses ready to be sent again; each holds a descriptor
 SMALL_BODY = 64 * 1024  # bytes; a body up to this is sent together with its head
 COPY_SIZE = 256 * 1024  # bytes per read or write where sendfile() is not used
-SMALL_DOWNLOAD = 256 * 1024  # bytes; a body up to this that comes at once is stored by its client's thread
+SMALL_DOWNLOAD = 512 * 1024  # bytes; a body up to this that comes at once is stored by its client's thread
 LARGE_SEND = 8 * 1024 * 1024  # bytes; sending this takes longer than moving to another processor
 MAX_EVENTS = 10_000  # failures or attempts remembered; bounds the memory that unknown hosts can take
 MAX_LOG_LINES = 10_000  # log lines waiting for a slow disk; more are dropped, because requests go first
@@ -4822,12 +4822,15 @@ class OriginResponse:
         """
         if self._left is None or self._left > limit:
             return b""
+        pieces, missing = [], self._left
         self._reader.set_deadline(timeout)
         with contextlib.suppress(OSError):  # the next read meets a failure again
-            while data := self._file.read1(self._left - len(self._ahead)):
-                self._ahead += data
+            while missing and (data := self._file.read1(missing)):
+                pieces.append(data)
+                missing -= len(data)
         self._reader.set_deadline(None)
-        return self._ahead if len(self._ahead) == self._left else b""
+        self._ahead = b"".join(pieces)
+        return b"" if missing else self._ahead
 
     def set_deadline(self, seconds_left: float) -> None:
         """Limit the time of all further reads together."""
