@@ -2507,11 +2507,11 @@ def _unlink(path: str) -> None:
         os.unlink(path)
 
 
-def write_all(file: io.FileIO, data: bytes) -> None:
-    """Write all of ``data`` to an unbuffered file.  Raises OSError."""
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of ``data``.  Raises OSError."""
     remaining = memoryview(data)
     while remaining:
-        remaining = remaining[file.write(remaining):]
+        remaining = remaining[os.write(descriptor, remaining):]
 
 
 def make_directory(path: str) -> None:
@@ -2534,21 +2534,23 @@ def make_directory(path: str) -> None:
                 raise
 
 
-def write_file(path: str, data: bytes, flags: int) -> None:
-    """Write all of ``data`` to a file opened with ``flags``.  Raises OSError.
+def create_file(path: str, flags: int) -> int:
+    """Open a file for writing, and create it if necessary, with its folder; return its descriptor; OSError.
 
-    A missing folder is created when that is found out: mostly it exists, and looking costs a system call.
-    Descriptors instead of file objects save three more.
+    That the folder is missing is found out by trying: mostly it exists, and looking costs a system call.
     """
     try:
-        descriptor = os.open(path, flags | _WRITABLE, 0o644)
+        return os.open(path, flags | _WRITABLE, 0o644)
     except FileNotFoundError:
         make_directory(os.path.dirname(path))
-        descriptor = os.open(path, flags | _WRITABLE, 0o644)
+        return os.open(path, flags | _WRITABLE, 0o644)
+
+
+def store_bytes(path: str, data: bytes, flags: int) -> None:
+    """Write ``data`` to a file opened with ``flags``.  Raises OSError."""
+    descriptor = create_file(path, flags)
     try:
-        remaining = memoryview(data)
-        while remaining:
-            remaining = remaining[os.write(descriptor, remaining):]
+        write_all(descriptor, data)
     finally:
         os.close(descriptor)
 
@@ -2560,7 +2562,7 @@ def replace_file(path: str, data: str | bytes) -> None:
     """
     temporary = _temporary_name(path)
     try:
-        write_file(temporary, data.encode() if isinstance(data, str) else data, os.O_TRUNC)
+        store_bytes(temporary, data.encode() if isinstance(data, str) else data, os.O_TRUNC)
         os.replace(temporary, path)
     except OSError:
         _unlink(temporary)
@@ -2754,7 +2756,7 @@ class RefCountedFile:
         self._file = file
         self._lock = threading.Lock()  # guards _refcount
         self._refcount = 1  # the writer and the readers
-        self._status: os.stat_result | None = None  # device and inode of the open file, once known
+        self.status: os.stat_result | None = None  # when still_exists() was called first; for device and inode
 
     def fileno(self) -> int:
         """Return the file's descriptor."""
@@ -2770,16 +2772,11 @@ class RefCountedFile:
 
     def still_exists(self) -> bool:
         """Check whether the file's name still leads to the open file.  Raises OSError."""
-        self._status = self._status or os.fstat(self.fileno())
+        self.status = self.status or os.fstat(self.fileno())
         try:
-            return os.path.samestat(os.stat(self.path), self._status)
+            return os.path.samestat(os.stat(self.path), self.status)
         except FileNotFoundError:
             return False
-
-    @property
-    def size_when_seen(self) -> int:
-        """The file's size when still_exists() was called first."""
-        return self._status.st_size if self._status else 0
 
     def has_readers(self) -> bool:
         """Check whether anybody but the writer uses the file."""
@@ -2898,18 +2895,18 @@ class PartialFile(RefCountedFile):
             self._file.close()
             os.replace(temporary, self.path)
         finally:
-            self._file, self._status = file, None
+            self._file, self.status = file, None
 
     def write(self, data: bytes) -> int:
         """Append all of ``data`` and return its length.  Raises OSError (disk full ...)."""
         if self.size + len(data) > self._granted_size:
             self._granted_size = self._store.space.reserve(self, len(data))
-        write_all(self._file, data)
+        write_all(self.fileno(), data)
         self.size += len(data)
         return len(data)
 
     def publish(self) -> None:
-        """Let other instances read the bytes written so far.  Raises OSError.
+        """Let other instances read the bytes written so far, unless that fails.
 
         On this machine the metadata is written once: other instances then see the file grow.  Other machines
         may see later blocks before earlier ones, so there the bytes are flushed before they are published.
@@ -2917,9 +2914,10 @@ class PartialFile(RefCountedFile):
         now = time.monotonic()
         if not self._published_at or self._store.remote and now - self._published_at > FLUSH_INTERVAL:
             self._published_at = now
-            if self._store.remote:
-                os.fsync(self.fileno())
-            self._write_metadata(self._store.boot)
+            with contextlib.suppress(OSError):
+                if self._store.remote:
+                    os.fsync(self.fileno())
+                self._write_metadata(self._store.boot)
 
     def commit(self) -> None:
         """Flush the body to the disk and store it under its key (invariant 1).  Raises StorageError.
@@ -2999,7 +2997,7 @@ class PartialFile(RefCountedFile):
             if self._store.remote:  # opening the file makes an NFS client ask the server for its present size
                 os.close(_private_opener(self.path, os.O_RDONLY))
             info = os.fstat(self.fileno())
-            row = _read_json(self.path + "^head") if info.st_size else None
+            row = _read_json(self.path + "^head") if info.st_size else {}
             found = PartialMetadata(**{**row, "head": _head_from(row["head"])})
             sizes = (found.declared_length or 0, found.flushed_size or 0)
             valid = all(isinstance(size, int) and size >= 0 for size in sizes)
@@ -3026,7 +3024,7 @@ class PartialFile(RefCountedFile):
         dup2() exchanges the file under the descriptor, which the readers keep using.
         """
         os.dup2(other.fileno(), self.fileno(), inheritable=False)
-        self._status = None
+        self.status = None
         if isinstance(other, PartialFile):
             self.path, self.owner, self.size = other.path, other.owner, other.size
             self._writer_is_local = other._writer_is_local
@@ -3180,7 +3178,7 @@ class NameIndex:
     def _append(self, folder: str, bucket: str, data: bytes) -> None:
         """Append to a file; drop the older half of one that grows too long.  Raises OSError."""
         path = os.path.join(folder, bucket)
-        write_file(path, data, os.O_APPEND)
+        store_bytes(path, data, os.O_APPEND)
         if os.stat(path).st_size > _MAX_NAMES:
             replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
 
@@ -3389,7 +3387,7 @@ class Store:
         try:
             if os.path.samestat(os.lstat(own), info):
                 self._publish(own, head)
-                own = "" if may_move else own  # after rename() of two links to one file, both names exist still
+                own = "" if may_move else own  # rename() of a link to the same file leaves both names
                 return linked
             if not linked:
                 os.replace(own, path)
@@ -3530,13 +3528,13 @@ class PartialStore:
             # Between open and lock another process may commit or remove the file.  Then the lock is one on a
             # file without a name, and the next attempt opens the new file.
             for _ in range(10):
-                partial = self._open(key, owner, os.O_CREAT)
+                partial = self._open(key, owner, create=True)
                 try:
                     if not owner and not partial.try_lock():
                         return None
                     if partial.still_exists():
                         # Mostly the file is new and empty.
-                        if not (partial.size_when_seen and partial.load_metadata()) and owner:
+                        if not (partial.status and partial.status.st_size and partial.load_metadata()) and owner:
                             self._adopt_leftovers(partial, exclusive)
                         partial.acquire()
                         return partial
@@ -3549,7 +3547,7 @@ class PartialStore:
     def open_for_reading(self, key: str, owner: str = "") -> PartialFile | None:
         """Open the partial file that another instance writes, or has written; None if there is none."""
         with contextlib.suppress(OSError):
-            return self._open(key, owner, 0)
+            return self._open(key, owner, create=False)
         return None
 
     def unlink(self, key: str, owner: str) -> None:
@@ -3561,15 +3559,9 @@ class PartialStore:
         name = hashlib.sha256(key.encode()).hexdigest() + ("." + owner if owner else "")
         return "%s/partials/%s" % (self._store.metadata_folder, name)
 
-    def _open(self, key: str, owner: str, create: int) -> PartialFile:
+    def _open(self, key: str, owner: str, create: bool) -> PartialFile:
         path = self.path(key, owner)
-        try:
-            descriptor = os.open(path, _WRITABLE & ~os.O_CREAT | create, 0o644)
-        except FileNotFoundError:
-            if not create:
-                raise
-            make_directory(os.path.dirname(path))
-            descriptor = os.open(path, _WRITABLE, 0o644)
+        descriptor = create_file(path, 0) if create else os.open(path, _WRITABLE & ~os.O_CREAT)
         return PartialFile(self._store, key, owner, path, io.FileIO(descriptor, "r+b"))
 
     def _adopt_leftovers(self, partial: PartialFile, exclusive: bool) -> None:
@@ -4186,16 +4178,13 @@ class RecentEvents:
         return name if len(name) <= MAX_MEMOIZED else hashlib.sha256(name.encode()).hexdigest()
 
 
-# Not select(), if possible, since it ends at descriptor 1023; epoll would need more system calls.
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
-
-
 def wait_until_ready(sock: socket.socket, timeout: float, writing: bool = False) -> bool:
     """Wait up to ``timeout`` seconds until a socket can be read (or written); return whether it can.
 
     A socket that has failed or was closed by the peer counts as ready.
     """
-    with _Selector() as selector:
+    # Not select(), if possible, since it ends at descriptor 1023; epoll would need more system calls.
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
         selector.register(sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ)
         return bool(selector.select(timeout))
 
@@ -4610,7 +4599,7 @@ def connect_fastest(addresses: list[Address], timeout: float) -> socket.socket:
     failure: OSError = socket.timeout("timed out")
     attempts: list[socket.socket] = []
     try:
-        with _Selector() as selector:
+        with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
             while untried or selector.get_map():
                 if untried:
                     try:
@@ -4709,8 +4698,8 @@ def is_answered_before_body(sock: socket.socket, origin_request: OriginRequest) 
 class OriginResponse:
     """A response from an origin; checks that its body has the declared length.
 
-    The response owns its connection: 1. The constructor reads the head.  2. The caller reads the body.  3. At
-    its end, or when close() is called before, the connection goes back to the pool or is closed, exactly once.
+    The response owns its connection: 1. The constructor reads the head.  2. The caller reads the body.
+    3. At its end, or when close() is called before, the connection goes back to the pool or is closed, once.
 
     Methods for the caller: read, read_ahead, set_deadline, on_idle, set_length, close.  Attributes: head,
     length, start, end_is_known.
@@ -4734,13 +4723,14 @@ class OriginResponse:
             sock.setblocking(False)  # DeadlineReader waits instead
         # The deadline is for the whole head, interim responses included: each line could arrive just in time.
         self._reader.set_deadline(origin_request.timeout_for(ORIGIN_TIMEOUT))
-        status = 0
-        while status < 200:  # an interim response comes before the final one: 100, 103 (RFC 9110 §15.2)
+        while True:
             lines = read_head_lines(self._file)
             if not lines:
                 raise ConnectionResetError("it closed the connection without a response")
             version, status, reason = parse_status_line(lines[0])
             fields = parse_fields(lines[1:])
+            if status >= 200:  # otherwise an interim response: 100, 103 (RFC 9110 §15.2)
+                break
             if status == 101:
                 raise ValueError("it switched protocols without being asked")
         self._reader.set_deadline(None)
@@ -4836,7 +4826,7 @@ class OriginResponse:
         """Limit the time of all further reads together."""
         self._reader.set_deadline(seconds_left)
 
-    def on_idle(self, call: Callable[[], object]) -> None:
+    def on_idle(self, call: Callable[[], object] | None) -> None:
         """Set a function to be called if nothing arrives for PUBLISH_DELAY seconds."""
         self._reader.on_idle = call
 
@@ -4911,7 +4901,7 @@ class OriginConnection:
             raise
 
     def _send(self, data: bytes) -> None:
-        """Send all of ``data``; OSError.  A pooled connection takes a head at once, so only the rest waits."""
+        """Send all of ``data``; OSError.  A pooled connection takes a head without a wait."""
         sent = 0
         if not self.sock.gettimeout():  # it is non-blocking
             with contextlib.suppress(BlockingIOError):
@@ -4927,7 +4917,8 @@ class OriginConnection:
         self.reached = True
         if self.origin_request.target.scheme == "https":
             self.sock.settimeout(self.origin_request.timeout_for(CONNECT_TIMEOUT))
-            name = self.origin_request.target.host.rstrip(".")  # certificates and SNI have no trailing dot (RFC 6066 §3)
+            # Certificates and SNI have no trailing dot (RFC 6066 §3).
+            name = self.origin_request.target.host.rstrip(".")
             self.sock = self.origin_client.tls_context.wrap_socket(self.sock, server_hostname=name)
         self.established = True
 
@@ -5115,21 +5106,23 @@ def redirected_request(origin_request: OriginRequest, location: Target) -> Origi
 
 
 def resumable_body(head: ResponseHead, size: int | None, offset: int, ask: Callable[[int], OriginResponse],
-                   response: OriginResponse | None = None, retry: bool = True
-                   ) -> Generator[bytes, None, None]:
+                   response: OriginResponse | None = None, retry: bool = True,
+                   on_idle: Callable[[], object] | None = None) -> Generator[bytes, None, None]:
     """Yield a representation from ``offset`` to its end, over as many connections as it takes.
 
     ``head`` is the representation's, ``size`` its length if that is known.  The bytes come from ``response``
     (closed at the end) if it is given, then from the responses that ``ask(offset)`` fetches.  After each
     failure comes one of the RESUME_BACKOFF pauses; a response that delivered FULL_DOWNLOAD_RANGE bytes makes
     all of them available again.  Raise OriginError if no pause is left or the rest cannot be requested.
-    Without ``retry`` there are no pauses, so the first failure is the last.
+    Without ``retry`` there are no pauses, so the first failure is the last.  ``on_idle`` is called if the origin
+    sends nothing for PUBLISH_DELAY seconds.
     """
     pauses = list(RESUME_BACKOFF) if retry else []
     while True:
         began_at = offset
         try:
             with contextlib.closing(response or ask(offset)) as source:
+                source.on_idle(on_idle)
                 while data := source.read(COPY_SIZE):
                     offset += len(data)
                     yield data
@@ -5249,7 +5242,8 @@ class OriginClient:
             stack.callback(connection.close)
             connection.connect_tcp()
             stack.pop_all()
-        return connection.sock
+        sock: socket.socket = connection.sock
+        return sock
 
     @contextlib.contextmanager
     def _translate_errors(self, connection: OriginConnection, target: Target) -> Iterator[None]:
@@ -5729,15 +5723,12 @@ class LocalFileResponse(OriginResponse):
         self.head = stored.head
         self.length: int | None = stored.head.size
         self.end_is_known = True
+        self._left = None  # so that read_ahead() does nothing
         self._stored = stored
         stored.file.seek(0)
 
-    def on_idle(self, call: Callable[[], object]) -> None:
+    def on_idle(self, call: Callable[[], object] | None) -> None:
         """Do nothing: a disk does not pause."""
-
-    def read_ahead(self, limit: int, timeout: float) -> bytes:
-        """Return b"": the file is copied in a thread."""
-        return b""
 
     def read(self, size: int = COPY_SIZE) -> bytes:
         """Read up to ``size`` bytes, b"" at the end; OriginError if that fails or the file was changed."""
@@ -5971,10 +5962,6 @@ class DownloadLocks:
         partial.release()
         self.leases.release(partial.head.key, partial.owner)
 
-    def is_lost(self, partial: PartialFile) -> bool:
-        """Return whether another instance has taken over, because the lease was not renewed in time."""
-        return self.leases.is_lost(partial.owner)
-
     def is_downloading_elsewhere(self, key: str) -> bool:
         """Return whether another instance downloads a key."""
         holder = self.leases.holder(key)
@@ -6079,12 +6066,14 @@ class Downloader:
         # Only this client gets the fields that are not stored, such as Set-Cookie.
         own_head = replace_fields(stored_head, fields=end_to_end(head.fields))
         download.flight.publish(partial)
-        body = b"" if response.start else response.read_ahead(SMALL_DOWNLOAD, PUBLISH_DELAY)
-        download = replace_fields(download, body=body)
+        # A network file system or memcached may hang, and that must not keep the client from its bytes.
+        may_hang = self.store.remote or self.locks.leases.uses_memcached
+        if not may_hang and not response.start:
+            download = replace_fields(download, body=response.read_ahead(SMALL_DOWNLOAD, PUBLISH_DELAY))
         partial.acquire()
         result = response_from_partial(request, download, self.origin, status, own_head)
         try:
-            if body:  # nothing must be waited for, so another thread would only cost time
+            if download.body:  # only the disk must be waited for, so another thread would only cost time
                 self.download(download)
             else:
                 start_thread(self.download, download)
@@ -6144,27 +6133,20 @@ class Downloader:
 
         def ask(offset: int) -> OriginResponse:
             if partial.size:
-                _publish()
-            request = replace_fields(download.origin_request, deadline=time.monotonic() + RESUME_TIMEOUT)
-            remainder = self.origin.fetch_remainder(request, partial.head, partial.length, offset)
-            remainder.on_idle(_publish)
-            return remainder
-
-        def _publish() -> None:
-            with contextlib.suppress(OSError):
                 partial.publish()
+            request = replace_fields(download.origin_request, deadline=time.monotonic() + RESUME_TIMEOUT)
+            return self.origin.fetch_remainder(request, partial.head, partial.length, offset)
 
         # Other instances can read the partial file once its metadata is written.  That costs a file, which
         # most downloads do not need: it is written if the origin pauses, or if the download takes a while.
         publish_at = time.monotonic() + PUBLISH_DELAY
-        if response is not None:
-            response.on_idle(_publish)
-        pieces = resumable_body(partial.head, partial.length, partial.size, ask, response)
+        pieces = resumable_body(
+            partial.head, partial.length, partial.size, ask, response, on_idle=partial.publish)
         with contextlib.closing(pieces):
             for data in pieces:
                 self._write(download, data)
                 if time.monotonic() > publish_at and partial.size != partial.length:
-                    _publish()
+                    partial.publish()
 
     def _write(self, download: Download, data: bytes) -> None:
         """Append data to the partial file, and wake the readers; OriginError, StorageError."""
@@ -6191,7 +6173,8 @@ class Downloader:
         the file gets its place, and again afterwards, because the POST may have come in between.
         """
         partial, flight = download.partial, download.flight
-        may_store = flight.finish_receiving() and not self.locks.is_lost(partial)
+        # A lease that was not renewed in time is lost: another instance has taken over.
+        may_store = flight.finish_receiving() and not self.locks.leases.is_lost(partial.owner)
         if may_store and not matches_digest_in_name(partial.head.key, partial):
             log.warning("%s was not stored: its bytes have another digest than its name", partial.head.key)
             may_store = False

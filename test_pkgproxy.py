@@ -3225,7 +3225,10 @@ class CollapsedRequestsTest(ProxyCase):
         gate, release = Gate(), pkgproxy.LeaseManager.release
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 400_000)
-        with mock.patch.object(pkgproxy.LeaseManager, "release", lambda *what: (gate.pass_through(), release(*what))):
+        leases = self.proxy._locks.leases
+        acquire = lambda key: pkgproxy.Lease("", pkgproxy.LeaseState.OURS)  # noqa: E731
+        with mock.patch.object(pkgproxy.LeaseManager, "release", lambda *what: (gate.pass_through(), release(*what))), \
+                mock.patch.object(leases, "uses_memcached", True), mock.patch.object(leases, "acquire", acquire):
             self.assertEqual(len(self.request("/x_1.0_all.deb").body), 400_000)
             gate.open()
             self.wait_until_idle()
@@ -4607,7 +4610,7 @@ class LocalFailureTest(ProxyCase):
                 raise RuntimeError("can't start new thread")
             real(thread)
 
-        with mock.patch.object(threading.Thread, "start", refuse):
+        with mock.patch.object(threading.Thread, "start", refuse), mock.patch.object(pkgproxy, "SMALL_DOWNLOAD", 0):
             with self.assertLogs("pkgproxy", "WARNING") as caught:
                 for fields in ({}, {"Range": "bytes=1-"}):
                     answer = self.request("/x_1.0_all.deb", **fields)
