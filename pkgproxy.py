@@ -3290,7 +3290,8 @@ class Store:
         self.metadata_folder = os.path.join(self.root, METADATA_FOLDER)
         self.boot = boot_id()
         self.remote = is_remote(self.root)
-        self.space = Space(lambda: (self.free_space(), self.free_inodes()), max_size)
+        inodes = functools.lru_cache(1)(lambda _second: self.free_inodes())  # their reserve is large
+        self.space = Space(lambda: (self.free_space(), inodes(int(time.monotonic()))), max_size)
         self.names = NameIndex(os.path.join(self.metadata_folder, "names"))  # of stored files: cache keys
         self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of --adopt: paths
         self._min_free = min_free  # bytes
