@@ -2756,7 +2756,7 @@ class RefCountedFile:
         self._file = file
         self._lock = threading.Lock()  # guards _refcount
         self._refcount = 1  # the writer and the readers
-        self.status: os.stat_result | None = None  # when still_exists() was called first; for device and inode
+        self.status: os.stat_result | None = None  # when still_exists() was called first
 
     def fileno(self) -> int:
         """Return the file's descriptor."""
@@ -2865,9 +2865,10 @@ class PartialFile(RefCountedFile):
         Raises StorageError.
         """
         self.head, self.length, self.size = head, length, offset
+        seen = None if offset or self._granted_size else self.status  # not written since it was locked
         try:
             self._granted_size = self._store.space.reserve(self, 1 if length is None else length - offset)
-            found = os.fstat(self.fileno()).st_size
+            found = (seen or os.fstat(self.fileno())).st_size
             if found < offset:
                 raise OSError(errno.ESTALE, "the partial file was truncated")
             if not offset:
@@ -3534,8 +3535,8 @@ class PartialStore:
                     if not owner and not partial.try_lock():
                         return None
                     if partial.still_exists():
-                        # Mostly the file is new and empty.
-                        if not (partial.status and partial.status.st_size and partial.load_metadata()) and owner:
+                        is_empty = partial.status is not None and not partial.status.st_size  # mostly
+                        if (is_empty or not partial.load_metadata()) and owner:
                             self._adopt_leftovers(partial, exclusive)
                         partial.acquire()
                         return partial
@@ -4827,7 +4828,7 @@ class OriginResponse:
         """Limit the time of all further reads together."""
         self._reader.set_deadline(seconds_left)
 
-    def on_idle(self, call: Callable[[], object] | None) -> None:
+    def on_idle(self, call: Callable[[], object]) -> None:
         """Set a function to be called if nothing arrives for PUBLISH_DELAY seconds."""
         self._reader.on_idle = call
 
@@ -5107,23 +5108,21 @@ def redirected_request(origin_request: OriginRequest, location: Target) -> Origi
 
 
 def resumable_body(head: ResponseHead, size: int | None, offset: int, ask: Callable[[int], OriginResponse],
-                   response: OriginResponse | None = None, retry: bool = True,
-                   on_idle: Callable[[], object] | None = None) -> Generator[bytes, None, None]:
+                   response: OriginResponse | None = None, retry: bool = True
+                   ) -> Generator[bytes, None, None]:
     """Yield a representation from ``offset`` to its end, over as many connections as it takes.
 
     ``head`` is the representation's, ``size`` its length if that is known.  The bytes come from ``response``
     (closed at the end) if it is given, then from the responses that ``ask(offset)`` fetches.  After each
     failure comes one of the RESUME_BACKOFF pauses; a response that delivered FULL_DOWNLOAD_RANGE bytes makes
     all of them available again.  Raise OriginError if no pause is left or the rest cannot be requested.
-    Without ``retry`` there are no pauses, so the first failure is the last.  ``on_idle`` is called if the origin
-    sends nothing for PUBLISH_DELAY seconds.
+    Without ``retry`` there are no pauses, so the first failure is the last.
     """
     pauses = list(RESUME_BACKOFF) if retry else []
     while True:
         began_at = offset
         try:
             with contextlib.closing(response or ask(offset)) as source:
-                source.on_idle(on_idle)
                 while data := source.read(COPY_SIZE):
                     offset += len(data)
                     yield data
@@ -5728,7 +5727,7 @@ class LocalFileResponse(OriginResponse):
         self._stored = stored
         stored.file.seek(0)
 
-    def on_idle(self, call: Callable[[], object] | None) -> None:
+    def on_idle(self, call: Callable[[], object]) -> None:
         """Do nothing: a disk does not pause."""
 
     def read(self, size: int = COPY_SIZE) -> bytes:
@@ -6136,13 +6135,16 @@ class Downloader:
             if partial.size:
                 partial.publish()
             request = replace_fields(download.origin_request, deadline=time.monotonic() + RESUME_TIMEOUT)
-            return self.origin.fetch_remainder(request, partial.head, partial.length, offset)
+            remainder = self.origin.fetch_remainder(request, partial.head, partial.length, offset)
+            remainder.on_idle(partial.publish)
+            return remainder
 
         # Other instances can read the partial file once its metadata is written.  That costs a file, which
         # most downloads do not need: it is written if the origin pauses, or if the download takes a while.
         publish_at = time.monotonic() + PUBLISH_DELAY
-        pieces = resumable_body(
-            partial.head, partial.length, partial.size, ask, response, on_idle=partial.publish)
+        if response is not None:
+            response.on_idle(partial.publish)
+        pieces = resumable_body(partial.head, partial.length, partial.size, ask, response)
         with contextlib.closing(pieces):
             for data in pieces:
                 self._write(download, data)
