@@ -43,7 +43,7 @@ The path of a request
                                leader:   PartialStore.open_for_writing: no other instance writes it
                                          look in the store again, send the request to the origin
                                          304 → the stored file
-                                         200 → Downloader, in a thread of its own:
+                                         200 → Downloader, in a thread of its own unless it is small:
                                                read, write, announce the bytes, commit, finish
                                          (if another instance downloads: PeerFollower instead)
                                follower: wait for the head
@@ -59,7 +59,7 @@ Threads
     main              starts the rest, waits for signals, sends watchdog messages
     event loop        one per listening address: waits on idle connections, answers small hits
     worker            ThreadPool: reads a request, answers it, and returns the connection to the loop
-    download          Downloader: one per download; it never waits for a client
+    download          Downloader: one per download that takes a while; it never waits for a client
     peer follower     PeerFollower: one per download that another instance runs
     lease renewal     LeaseManager: one, if instances coordinate through memcached
     name lookup       Resolver: one per lookup, because getaddrinfo() has no timeout
@@ -4717,7 +4717,6 @@ class OriginResponse:
         self._reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
         self._file = io.BufferedReader(self._reader, 64 * 1024)
         self._chunks: ChunkedReader | None = None
-        self._ahead = b""  # bytes of the body that read_ahead() has received
         self._left: int | None = None  # bytes of the body that are unread; None: unknown
         self._is_persistent = False  # whether another response may follow on this connection
         self._is_open = True
@@ -4794,9 +4793,6 @@ class OriginResponse:
 
     def _read(self, size: int) -> bytes:
         limit = size if self._left is None else min(size, self._left)
-        if self._ahead:
-            data, self._ahead = self._ahead[:limit], self._ahead[limit:]
-            return data
         try:
             data = self._chunks.read(limit) if self._chunks else self._file.read1(limit)
         except (socket.timeout, TimeoutError):
@@ -4821,8 +4817,8 @@ class OriginResponse:
                 pieces.append(data)
                 missing -= len(data)
         self._reader.set_deadline(None)
-        self._ahead = b"".join(pieces)
-        return b"" if missing else self._ahead
+        self._reader.prefetched = b"".join(pieces)
+        return b"" if missing else self._reader.prefetched
 
     def set_deadline(self, seconds_left: float) -> None:
         """Limit the time of all further reads together."""
@@ -4844,9 +4840,6 @@ class OriginResponse:
             self._file.close()
             at_end = self._left == 0 and (self._chunks is None or self._chunks.ended)
             self._connection.release(at_end and self._is_persistent)
-
-
-PoolKey = tuple[str, str, int, bool, "ParentProxy | None"]  # scheme, host, port, client_is_local, parent
 
 
 class OriginConnection:
@@ -5046,7 +5039,7 @@ class ConnectionPool:
         self._lock = threading.Lock()  # guards _idle
         self._idle: list[OriginConnection] = []  # the longest idle first
 
-    def acquire(self, key: PoolKey, now: float) -> OriginConnection | None:
+    def acquire(self, key: tuple[Any, ...], now: float) -> OriginConnection | None:
         """Take out a usable connection; ``now`` is monotonic.
 
         The most recently used comes first: it is the least likely to be closed by the origin at this moment,
@@ -5242,8 +5235,7 @@ class OriginClient:
             stack.callback(connection.close)
             connection.connect_tcp()
             stack.pop_all()
-        sock: socket.socket = connection.sock
-        return sock
+        return connection.sock  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def _translate_errors(self, connection: OriginConnection, target: Target) -> Iterator[None]:
@@ -5300,6 +5292,10 @@ class OriginClient:
 #   origin ──► OriginResponse ──► Downloader.download ──► PartialFile ──► TailingBody ──► client
 #                                        │                               ▲
 #                                        └─ Flight.set_received ─────────┘ wakes the readers
+#
+# A small body that comes at once takes a short cut: the first client's own thread receives it into memory,
+# calls Downloader.download, and sends it.  No thread is started, nothing is read back from the file, and the
+# other clients notice no difference.
 #
 # If another instance is the writer, a PeerFollower in this process takes the place of the Downloader: it
 # watches the other's partial file grow, and tells the flight.
@@ -5979,10 +5975,6 @@ class DownloadLocks:
         """Prevent other instances from storing what they are downloading under a key."""
         self.partials.unlink(key, self.leases.holder(key))
 
-    def close(self) -> None:
-        """Stop renewing leases."""
-        self.leases.close()
-
 
 class OrphanLimiter:
     """Limits how many downloads continue without a client: the oldest ones may, if they are fast enough.
@@ -6019,7 +6011,8 @@ class OrphanLimiter:
 class Downloader:
     """The tee: downloads responses into partial files, from which all their clients read.
 
-    Each download runs in a thread of its own, which is the only writer of its partial file (invariant 2).  It
+    Each download runs in one thread, which is the only writer of its partial file (invariant 2): one of its
+    own, or the first client's for a small body that is in memory before the client gets its first byte.  It
     belongs to the cache and not to a client: it continues when clients leave, and no client slows it down.
 
     Public: ``start``; ``download`` for a thread that already exists; ``snapshot``.
@@ -6085,13 +6078,26 @@ class Downloader:
     def download(self, download: Download) -> None:
         """Download to the end, store the result, and finish the flight.
 
-        Runs in a thread of its own, or in the first client's thread if the whole body has been received.
+        Runs in a thread of its own, or in the first client's if the whole body has been received already.
 
         1. Receive: read from the origin, write to the partial file, announce all but the last bytes.
         2. Commit: flush the file and give it its place in the cache, or discard it.
         3. Finish the flight: take it out of the barrier, then announce the last bytes (invariant 3).  A
            client that has them and asks again finds the response stored.
         4. Release the lock: with memcached that may take a moment, so no client waits for it.
+
+        A miss of one read needs these system calls, besides those of its threads' locks; a test counts them:
+
+        - read the request, and hand the connection to a thread and back                               5
+        - look in the store, again as leader (invariant 4), and in the index of names                  5
+        - create the partial file, lock it, and check that the name still leads to it                  5
+        - the origin: check that the pooled connection is open, send, receive                          3
+        - ask for the free space, and remove metadata that may be left of another download             2
+        - write and flush the body, set its times and read them back                                   4
+        - link it, compare the link, check that no other file has the name in the cache, add the
+          name to the index, write the head and rename it, rename the body                            13
+        - check that nothing has invalidated it meanwhile, remove the partial's name, unlock, close    4
+        - send head and body                                                                           1
         """
         partial, flight = download.partial, download.flight
         result = FlightResult.FAILED
@@ -7177,7 +7183,7 @@ class Proxy:
     def close(self) -> None:
         """End the background work, and close idle connections."""
         self.evictor.stop()
-        self._locks.close()
+        self._locks.leases.close()
         self._origin.close()
 
 
