@@ -4666,7 +4666,8 @@ def render_request_head(method: str, request_target: str, fields: Fields) -> byt
 
     ValueError if a part contains what would end it: then the origin would read another request, or two.
     """
-    lines = ["%s %s HTTP/1.1" % (method, request_target.encode("ascii").decode()), *map(": ".join, fields)]
+    target = request_target.encode("ascii").decode() or "/"
+    lines = ["%s %s HTTP/1.1" % (method, target), *map(": ".join, fields)]
     if _UNSAFE.search("".join(lines)) or lines[0].count(" ") != 2:
         raise ValueError("a control character in the request")
     return "\r\n".join((*lines, "", "")).encode("latin-1")
@@ -6060,8 +6061,7 @@ class Downloader:
         own_head = replace_fields(stored_head, fields=end_to_end(head.fields))
         download.flight.publish(partial)
         # A network file system or memcached may hang, and that must not keep the client from its bytes.
-        may_hang = self.store.remote or self.locks.leases.uses_memcached
-        if not may_hang and not response.start:
+        if not (response.start or self.store.remote or self.locks.leases.uses_memcached):
             download = replace_fields(download, body=response.read_ahead(SMALL_DOWNLOAD, PUBLISH_DELAY))
         partial.acquire()
         result = response_from_partial(request, download, self.origin, status, own_head)
