@@ -4661,13 +4661,12 @@ def explain_error(error: Exception) -> str:
 _UNSAFE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
-def render_request_head(method: str, request_target: str, fields: Fields) -> bytes:
+def render_request_head(method: str, target: str, fields: Fields) -> bytes:
     """Return a request's head as sent (RFC 9112 §3, §5).
 
     ValueError if a part contains what would end it: then the origin would read another request, or two.
     """
-    target = request_target.encode("ascii").decode() or "/"
-    lines = ["%s %s HTTP/1.1" % (method, target), *map(": ".join, fields)]
+    lines = ["%s %s HTTP/1.1" % (method, target.encode("ascii").decode() or "/"), *map(": ".join, fields)]
     if _UNSAFE.search("".join(lines)) or lines[0].count(" ") != 2:
         raise ValueError("a control character in the request")
     return "\r\n".join((*lines, "", "")).encode("latin-1")
@@ -4709,6 +4708,7 @@ class OriginResponse:
     """
 
     start = 0  # offset of the first byte in the representation; not 0 only for a verified remainder
+    _left: int | None = None  # bytes of the body that are unread; None: unknown
 
     def __init__(self, connection: OriginConnection) -> None:
         """Read the final head; ValueError, OSError."""
@@ -4718,7 +4718,6 @@ class OriginResponse:
         self._reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
         self._file = io.BufferedReader(self._reader, 64 * 1024)
         self._chunks: ChunkedReader | None = None
-        self._left: int | None = None  # bytes of the body that are unread; None: unknown
         self._is_persistent = False  # whether another response may follow on this connection
         self._is_open = True
         if sock.gettimeout() and not hasattr(sock, "pending"):  # not TLS
@@ -5720,7 +5719,6 @@ class LocalFileResponse(OriginResponse):
         self.head = stored.head
         self.length: int | None = stored.head.size
         self.end_is_known = True
-        self._left = None  # so that read_ahead() does nothing
         self._stored = stored
         stored.file.seek(0)
 
