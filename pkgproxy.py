@@ -43,7 +43,7 @@ The path of a request
                                leader:   PartialStore.open_for_writing: no other instance writes it
                                          look in the store again, send the request to the origin
                                          304 → the stored file
-                                         200 → Downloader, in a thread of its own:
+                                         200 → Downloader, in a thread of its own unless it is small:
                                                read, write, announce the bytes, commit, finish
                                          (if another instance downloads: PeerFollower instead)
                                follower: wait for the head
@@ -59,7 +59,7 @@ Threads
     main              starts the rest, waits for signals, sends watchdog messages
     event loop        one per listening address: waits on idle connections, answers small hits
     worker            ThreadPool: reads a request, answers it, and returns the connection to the loop
-    download          Downloader: one per download; it never waits for a client
+    download          Downloader: one per download that takes a while; it never waits for a client
     peer follower     PeerFollower: one per download that another instance runs
     lease renewal     LeaseManager: one, if instances coordinate through memcached
     name lookup       Resolver: one per lookup, because getaddrinfo() has no timeout
@@ -229,6 +229,7 @@ THREAD_IDLE_TIMEOUT = 5.0  # seconds an idle thread waits; within a burst the ga
 HOT_CACHE_SIZE = 32  # small responses ready to be sent again; each holds a descriptor
 SMALL_BODY = 64 * 1024  # bytes; a body up to this is sent together with its head
 COPY_SIZE = 256 * 1024  # bytes per read or write where sendfile() is not used
+SMALL_DOWNLOAD = 512 * 1024  # bytes; a body up to this that comes at once is stored by its client's thread
 LARGE_SEND = 8 * 1024 * 1024  # bytes; sending this takes longer than moving to another processor
 MAX_EVENTS = 10_000  # failures or attempts remembered; bounds the memory that unknown hosts can take
 MAX_LOG_LINES = 10_000  # log lines waiting for a slow disk; more are dropped, because requests go first
@@ -2027,6 +2028,7 @@ def digest_in_name(key: str) -> tuple[str, str] | None:
     return "sha256" if len(digest) == 64 else "sha512", digest
 
 
+@memoize
 def shareable_name(key: str) -> str:
     """Return the name under which every mirror has the same file; "" if there is none.
 
@@ -2979,10 +2981,11 @@ def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
 
     This host and its link are always reached directly, and the origins in no_proxy.
     """
-    if is_protected_host(target.host) or any(
+    parent = dict(config.parents).get(target.scheme)
+    if parent is None or is_protected_host(target.host) or any(
             _matches_no_proxy(target, entry) for entry in config.no_proxy if entry):
         return None
-    return dict(config.parents).get(target.scheme)
+    return parent
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3057,9 +3060,13 @@ def _private_opener(path: str, flags: int) -> int:
     return os.open(path, flags | _REGULAR, 0o644)
 
 
+# Temporary names have a random part for each process and a number for each file: no system call for a name.
+_PROCESS_ID, _file_numbers = secrets.token_hex(8), itertools.count()
+
+
 def _temporary_name(path: str) -> str:
     """Return a name beside ``path`` that no other thread or process uses."""
-    return "%s^%s" % (path, secrets.token_hex(8))
+    return "%s^%s%x" % (path, _PROCESS_ID, next(_file_numbers))
 
 
 def _unlink(path: str) -> None:
@@ -3068,11 +3075,11 @@ def _unlink(path: str) -> None:
         os.unlink(path)
 
 
-def write_all(file: io.FileIO, data: bytes) -> None:
-    """Write all of ``data`` to an unbuffered file.  Raises OSError."""
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of ``data``.  Raises OSError."""
     remaining = memoryview(data)
     while remaining:
-        remaining = remaining[file.write(remaining):]
+        remaining = remaining[os.write(descriptor, remaining):]
 
 
 def make_directory(path: str) -> None:
@@ -3095,16 +3102,35 @@ def make_directory(path: str) -> None:
                 raise
 
 
+def create_file(path: str, flags: int) -> int:
+    """Open a file for writing, and create it if necessary, with its folder; return its descriptor; OSError.
+
+    That the folder is missing is found out by trying: mostly it exists, and looking costs a system call.
+    """
+    try:
+        return os.open(path, flags | _WRITABLE, 0o644)
+    except FileNotFoundError:
+        make_directory(os.path.dirname(path))
+        return os.open(path, flags | _WRITABLE, 0o644)
+
+
+def store_bytes(path: str, data: bytes, flags: int) -> None:
+    """Write ``data`` to a file opened with ``flags``.  Raises OSError."""
+    descriptor = create_file(path, flags)
+    try:
+        write_all(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
 def replace_file(path: str, data: str | bytes) -> None:
     """Write a file under a temporary name and rename it to ``path``, creating its folder.
 
     Readers see the old or the new content, never a mixture.  Raises OSError.
     """
-    make_directory(os.path.dirname(path))
     temporary = _temporary_name(path)
     try:
-        with io.FileIO(temporary, "wb", opener=_private_opener) as file:
-            write_all(file, data.encode() if isinstance(data, str) else data)
+        store_bytes(temporary, data.encode() if isinstance(data, str) else data, os.O_TRUNC)
         os.replace(temporary, path)
     except OSError:
         _unlink(temporary)
@@ -3308,6 +3334,7 @@ class RefCountedFile:
         self._file = file
         self._lock = threading.Lock()  # guards _refcount
         self._refcount = 1  # the writer and the readers
+        self.status: os.stat_result | None = None  # when still_exists() was called first
 
     def fileno(self) -> int:
         """Return the file's descriptor."""
@@ -3323,8 +3350,9 @@ class RefCountedFile:
 
     def still_exists(self) -> bool:
         """Check whether the file's name still leads to the open file.  Raises OSError."""
+        self.status = self.status or os.fstat(self.fileno())
         try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
+            return os.path.samestat(os.stat(self.path), self.status)
         except FileNotFoundError:
             return False
 
@@ -3396,6 +3424,7 @@ class PartialFile(RefCountedFile):
         self._writer_is_local = True  # whether another instance that writes the file is on this machine
         self._writer_left = False  # whether that instance has finished with the file
         self._published_at = 0.0  # monotonic time of the last publish()
+        self._may_have_metadata = True  # whether a head file may lie beside the file
         self._granted_size = 0  # size up to which Space has granted disk space
 
     def start(self, head: ResponseHead, length: int | None, offset: int = 0) -> None:
@@ -3404,17 +3433,19 @@ class PartialFile(RefCountedFile):
         Raises StorageError.
         """
         self.head, self.length, self.size = head, length, offset
+        seen = None if offset or self._granted_size else self.status  # not written since it was locked
         try:
             self._granted_size = self._store.space.reserve(self, 1 if length is None else length - offset)
-            found = os.fstat(self.fileno()).st_size
+            found = (seen or os.fstat(self.fileno())).st_size
             if found < offset:
                 raise OSError(errno.ESTALE, "the partial file was truncated")
             if not offset:
                 self._remove_metadata()
                 if found and not self.owner:
                     self._replace_file()
-            self._file.truncate(offset)
-            self._file.seek(offset)
+            if found:
+                self._file.truncate(offset)
+                self._file.seek(offset)
             self._hash = None if offset else hashlib.sha256()
         except OSError as error:
             self._store.space.release(self)
@@ -3434,7 +3465,7 @@ class PartialFile(RefCountedFile):
             self._file.close()
             os.replace(temporary, self.path)
         finally:
-            self._file = file
+            self._file, self.status = file, None
 
     def write(self, data: bytes) -> int:
         """Append all of ``data`` and return its length.  Raises OSError (disk full ...)."""
@@ -3442,7 +3473,7 @@ class PartialFile(RefCountedFile):
             self._granted_size = self._store.space.reserve(self, len(data))
         if self._hash is None:  # not in start(): nobody waits here, because readers have the leftover's bytes
             self._hash = hash_body("sha256", self)
-        write_all(self._file, data)
+        write_all(self.fileno(), data)
         self._hash.update(data)
         self.size += len(data)
         return len(data)
@@ -3452,7 +3483,7 @@ class PartialFile(RefCountedFile):
         return str((self._hash or hash_body("sha256", self)).hexdigest())
 
     def publish(self) -> None:
-        """Let other instances read the bytes written so far.  Raises OSError.
+        """Let other instances read the bytes written so far, unless that fails.
 
         On this machine the metadata is written once: other instances then see the file grow.  Other machines
         may see later blocks before earlier ones, so there the bytes are flushed before they are published.
@@ -3460,9 +3491,10 @@ class PartialFile(RefCountedFile):
         now = time.monotonic()
         if not self._published_at or self._store.remote and now - self._published_at > FLUSH_INTERVAL:
             self._published_at = now
-            if self._store.remote:
-                os.fsync(self.fileno())
-            self._write_metadata(self._store.boot)
+            with contextlib.suppress(OSError):
+                if self._store.remote:
+                    os.fsync(self.fileno())
+                self._write_metadata(self._store.boot)
 
     def commit(self) -> None:
         """Flush the body to the disk and store it under its key (invariant 1).  Raises StorageError.
@@ -3474,8 +3506,6 @@ class PartialFile(RefCountedFile):
         """
         try:
             os.fsync(self.fileno())
-            if not self.still_exists():
-                raise OSError(errno.ENOENT, "the partial file was removed")
             self._remove_metadata()
             self._store.commit(self)
         except OSError as error:
@@ -3530,9 +3560,10 @@ class PartialFile(RefCountedFile):
         Returns False if there is none yet, or it is damaged or of version 1.0: then the download starts anew.
         """
         with contextlib.suppress(*_DAMAGED):
-            with open(self.path, "rb", opener=_private_opener):
-                pass  # opening the file makes an NFS client ask the server for its present size
-            info, row = os.fstat(self.fileno()), _read_json(self.path + "^head")
+            if self._store.remote:  # opening the file makes an NFS client ask the server for its present size
+                os.close(_private_opener(self.path, os.O_RDONLY))
+            info = os.fstat(self.fileno())
+            row = _read_json(self.path + "^head") if info.st_size else {}
             head, length, flushed_size = _head_from(row["head"]), row["length"], row["flushed_size"] or 0
             valid = all(isinstance(size, int) and size >= 0 for size in (length or 0, flushed_size))
             # A new, empty file may have the inode number of a removed one whose metadata is left.
@@ -3558,6 +3589,7 @@ class PartialFile(RefCountedFile):
         dup2() exchanges the file under the descriptor, which the readers keep using.
         """
         os.dup2(other.fileno(), self.fileno(), inheritable=False)
+        self.status = None
         if isinstance(other, PartialFile):
             self.path, self.owner, self.size = other.path, other.owner, other.size
             self._writer_is_local = other._writer_is_local
@@ -3578,6 +3610,7 @@ class PartialFile(RefCountedFile):
 
     def _write_metadata(self, writer_boot_id: str) -> None:
         """Write the head file.  Raises OSError."""
+        self._may_have_metadata = True
         row = {"head": vars(self.head),  # as the response will be stored; without size and mtime_ns
                "inode": os.fstat(self.fileno()).st_ino,  # a head file may survive its partial file
                "length": self.length, "writer_boot_id": writer_boot_id,
@@ -3586,8 +3619,10 @@ class PartialFile(RefCountedFile):
 
     def _remove_metadata(self) -> None:
         """Remove the head file.  Raises OSError: metadata of another response must not stay."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path + "^head")
+        if self._may_have_metadata:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path + "^head")
+            self._may_have_metadata = False
 
 
 def _rename(path: str, place: str) -> None:
@@ -3657,11 +3692,8 @@ class NameIndex:
     def _append(self, name: str, place: str) -> None:
         """Append a line to its bucket; drop the older half of one that grows too long.  Raises OSError."""
         path, prefix = self._bucket(name)
-        make_directory(self._folder)
-        with io.FileIO(path, "ab", opener=_private_opener) as file:
-            write_all(file, b"%s%s\n" % (prefix, place.encode("utf-8", "surrogateescape")))
-            size = file.tell()
-        if size > _MAX_NAMES:
+        store_bytes(path, b"%s%s\n" % (prefix, place.encode("utf-8", "surrogateescape")), os.O_APPEND)
+        if os.stat(path).st_size > _MAX_NAMES:
             replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
 
 
@@ -3796,7 +3828,8 @@ class Store:
         self.metadata_folder = os.path.join(self.root, METADATA_FOLDER)
         self.boot = boot_id()
         self.remote = is_remote(self.root)
-        self.space = Space(lambda: (self.free_space(), self.free_inodes()), max_size)
+        inodes = functools.lru_cache(1)(lambda _second: self.free_inodes())  # their reserve is large
+        self.space = Space(lambda: (self.free_space(), inodes(int(time.monotonic()))), max_size)
         self.names = NameIndex(os.path.join(self.metadata_folder, "names"))  # of stored files: cache keys
         self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of --adopt: paths
         self._min_free = min_free  # bytes
@@ -3900,7 +3933,8 @@ class Store:
         try:
             self._publish(own, stored, stored.head)
         finally:
-            _unlink(own)  # after rename() of two links to one file, both names exist still
+            if own:
+                _unlink(own)
 
     def _publish(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead) -> None:
         """Rename a body to its natural name, or to its hashed one if that is impossible.  Raises OSError."""
@@ -3915,7 +3949,7 @@ class Store:
                 head = replace_fields(head, displaced=True)
             elif self._rename_into_place(path, file, name, head, old):
                 self.space.add(-old.size if old else 0, 0 if old else 1)
-                if name != hashed:
+                if name != hashed and os.path.lexists(places[-1][1]):
                     self.delete_file(hashed, head.key)
                 return
         raise OSError(errno.EEXIST, "a file that pkgproxy did not store has its name")
@@ -3936,16 +3970,17 @@ class Store:
         3. if they are not the same, rename the other instance's file back to ``path``.
         """
         place, head_path = self.body_path(name), self.head_path(name)
-        for last in (False, True):
+        for attempt in (1, 2, 3):
             try:
                 _write_heads(head_path, [head, old] if old and old.verified else [head])
-                make_directory(os.path.dirname(place))
+                if attempt > 1:
+                    make_directory(os.path.dirname(place))
                 _rename(path, place)
                 break
             except OSError as error:
                 if error.errno in _NAME_REFUSED:
                     return False
-                if last or error.errno != errno.ENOENT:  # a folder was removed between two steps: once more
+                if attempt == 3 or error.errno != errno.ENOENT:  # a new folder, or one that was removed again
                     raise
         if os.name != "nt" and not os.path.samestat(os.lstat(place), os.fstat(file.fileno())):
             os.replace(place, path)
@@ -4094,16 +4129,16 @@ class PartialStore:
         """
         path = self.path(key, owner)
         try:
-            make_directory(os.path.dirname(path))
             # Between open and lock another process may commit or remove the file.  Then the lock is one on a
             # file without a name, and the next attempt opens the new file.
             for _ in range(10):
-                partial = self._open(key, owner, os.O_CREAT)
+                partial = self._open(key, owner, create=True)
                 try:
                     if not owner and not partial.try_lock():
                         return None
                     if partial.still_exists():
-                        if not partial.load_metadata() and owner:
+                        is_empty = partial.status is not None and not partial.status.st_size  # mostly
+                        if (is_empty or not partial.load_metadata()) and owner:
                             self._adopt_leftovers(partial, exclusive)
                         partial.acquire()
                         return partial
@@ -4116,7 +4151,7 @@ class PartialStore:
     def open_for_reading(self, key: str, owner: str = "") -> PartialFile | None:
         """Open the partial file that another instance writes, or has written; None if there is none."""
         with contextlib.suppress(OSError):
-            return self._open(key, owner, 0)
+            return self._open(key, owner, create=False)
         return None
 
     def unlink(self, key: str, owner: str) -> None:
@@ -4128,9 +4163,9 @@ class PartialStore:
         name = hashlib.sha256(key.encode()).hexdigest() + ("." + owner if owner else "")
         return "%s/partials/%s" % (self._store.metadata_folder, name)
 
-    def _open(self, key: str, owner: str, create: int) -> PartialFile:
+    def _open(self, key: str, owner: str, create: bool) -> PartialFile:
         path = self.path(key, owner)
-        descriptor = os.open(path, _WRITABLE & ~os.O_CREAT | create, 0o644)
+        descriptor = create_file(path, 0) if create else os.open(path, _WRITABLE & ~os.O_CREAT)
         return PartialFile(self._store, key, owner, path, io.FileIO(descriptor, "r+b"))
 
     def _adopt_leftovers(self, partial: PartialFile, exclusive: bool) -> None:
@@ -5288,7 +5323,7 @@ class ChunkedReader:
 #   OriginClient.fetch            follows redirects; one OriginRequest for each hop
 #     _send_with_retry            a pooled connection, then a new one, then one without the parent proxy
 #       OriginConnection.exchange   Resolver.resolve → AddressPolicy.filter → connect_fastest → TLS → request
-#         OriginResponse.begin        reads the head; the caller reads the body from it
+#         OriginResponse              reads the head; the caller reads the body from it
 #
 # Its time limits, each within OriginRequest.deadline if that is set: DNS_TIMEOUT (getaddrinfo() has none),
 # CONNECT_TIMEOUT for all addresses together and again for TLS, ORIGIN_TIMEOUT of silence for the head, and
@@ -5527,7 +5562,7 @@ def connect_fastest(addresses: list[Address], timeout: float) -> socket.socket:
     failure: OSError = socket.timeout("timed out")
     attempts: list[socket.socket] = []
     try:
-        with selectors.DefaultSelector() as selector:
+        with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
             while untried or selector.get_map():
                 if untried:
                     try:
@@ -5589,25 +5624,31 @@ def explain_error(error: Exception) -> str:
     return re.sub(r"^\[[A-Z0-9_: ]+\] |^_ssl\.c:\d+: | \(_ssl\.c:\d+\)", "", text)
 
 
+# Characters of a request's head that end a line, or are invalid in a field (RFC 9110 §5.5).
+_UNSAFE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+def render_request_head(method: str, target: str, fields: Fields) -> bytes:
+    """Return a request's head as sent (RFC 9112 §3, §5).
+
+    ValueError if a part contains what would end it: then the origin would read another request, or two.
+    """
+    lines = ["%s %s HTTP/1.1" % (method, target.encode("ascii").decode() or "/"), *map(": ".join, fields)]
+    if _UNSAFE.search("".join(lines)) or lines[0].count(" ") != 2:
+        raise ValueError("a control character in the request")
+    return "\r\n".join((*lines, "", "")).encode("latin-1")
+
+
 def connect_through_parent(sock: socket.socket, parent: ParentProxy, target: Target) -> None:
     """Make a parent proxy open a tunnel to an origin (RFC 9110 §9.3.6); OSError, ValueError."""
     authority = "%s:%d" % ("[%s]" % target.host if ":" in target.host else target.host, target.port)
-    lines = ["CONNECT %s HTTP/1.1" % authority, "Host: " + authority, *map(": ".join, parent.fields), "", ""]
-    sock.sendall("\r\n".join(lines).encode("latin-1"))
+    sock.sendall(render_request_head("CONNECT", authority, (("Host", authority), *parent.fields)))
     reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
     reader.set_deadline(sock.gettimeout())
     with io.BufferedReader(reader, 1) as file:  # reads nothing beyond the head: the rest belongs to TLS
         lines = read_head_lines(file)
     if not lines or parse_status_line(lines[0])[1] // 100 != 2:
         raise ValueError("it answered CONNECT with '%s'" % "".join(lines[:1]))
-
-
-def send_body(connection: http.client.HTTPConnection, body: Readable, length: int | None) -> None:
-    """Send a request's body, as new chunks if its length is unknown (RFC 9112 §7.1)."""
-    while data := body.read(COPY_SIZE):
-        connection.send(b"%x\r\n%s\r\n" % (len(data), data) if length is None else data)
-    if length is None:
-        connection.send(b"0\r\n\r\n")
 
 
 def is_answered_before_body(sock: socket.socket, origin_request: OriginRequest) -> bool:
@@ -5626,46 +5667,34 @@ def is_answered_before_body(sock: socket.socket, origin_request: OriginRequest) 
 class OriginResponse:
     """A response from an origin; checks that its body has the declared length.
 
-    The response owns its connection: 1. begin() reads the head.  2. The caller reads the body.  3. At its
-    end, or when close() is called before, the connection goes back to the pool or is closed, exactly once.
+    The response owns its connection: 1. The constructor reads the head.  2. The caller reads the body.
+    3. At its end, or when close() is called before, the connection goes back to the pool or is closed, once.
 
-    It stands in for http.client.HTTPResponse, which
-    - takes a head that is cut off for an empty 200, and 103 for the final response;
-    - accepts bare LF as the end of a line, and two lengths that contradict each other;
-    - reports no error if read(size) meets the end of the connection in the middle of the body;
-    - has no deadline for the whole head.
-
-    http.client itself uses only begin(), will_close, isclosed() and close().
-
-    Methods for the caller: read, set_deadline, on_idle, set_length, close.  Attributes: head, length, start,
-    end_is_known.
+    Methods for the caller: read, read_ahead, set_deadline, on_idle, set_length, close.  Attributes: head,
+    length, start, end_is_known.
     """
 
     start = 0  # offset of the first byte in the representation; not 0 only for a verified remainder
-    will_close = False  # True would make http.client close the socket at once; close() below does it later
+    _left: int | None = None  # bytes of the body that are unread; None: unknown
 
     def __init__(self, connection: OriginConnection) -> None:
-        sock = connection.sock
+        """Read the final head; ValueError, OSError."""
+        sock, origin_request = connection.sock, connection.origin_request
         self.length: int | None = None  # bytes of the body; None: unknown
         self._connection = connection
-        self._head_timeout = sock.gettimeout()
         self._reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
         self._file = io.BufferedReader(self._reader, 64 * 1024)
         self._chunks: ChunkedReader | None = None
-        self._left: int | None = None  # bytes of the body that are unread; None: unknown
         self._is_persistent = False  # whether another response may follow on this connection
         self._is_open = True
-        if not hasattr(sock, "pending"):  # not TLS
+        if sock.gettimeout() and not hasattr(sock, "pending"):  # not TLS
             sock.setblocking(False)  # DeadlineReader waits instead
-
-    def begin(self, **_limits: Any) -> None:
-        """Read the final head within the socket's timeout; ValueError, OSError."""
         # The deadline is for the whole head, interim responses included: each line could arrive just in time.
-        self._reader.set_deadline(self._head_timeout)
+        self._reader.set_deadline(origin_request.timeout_for(ORIGIN_TIMEOUT))
         while True:
             lines = read_head_lines(self._file)
             if not lines:
-                raise http.client.RemoteDisconnected("it closed the connection without a response")
+                raise ConnectionResetError("it closed the connection without a response")
             version, status, reason = parse_status_line(lines[0])
             fields = parse_fields(lines[1:])
             if status >= 200:  # otherwise an interim response: 100, 103 (RFC 9110 §15.2)
@@ -5673,11 +5702,10 @@ class OriginResponse:
             if status == 101:
                 raise ValueError("it switched protocols without being asked")
         self._reader.set_deadline(None)
-        now, connection = time.time(), self._connection
+        now = time.time()
         self.head = with_date(ResponseHead(
-            status, reason, fields, final_uri=connection.origin_request.target.uri,
-            request_time=connection.request_time, response_time=now,
-            local_clients_only=connection.guarded), now)
+            status, reason, fields, final_uri=origin_request.target.uri, request_time=connection.request_time,
+            response_time=now, local_clients_only=connection.guarded), now)
         self._find_body(version, fields)
 
     def _find_body(self, version: tuple[int, int], fields: Fields) -> None:
@@ -5742,6 +5770,23 @@ class OriginResponse:
             raise TruncatedBodyError("The origin closed the connection %d bytes early." % self._left)
         return data
 
+    def read_ahead(self, limit: int, timeout: float) -> bytes:
+        """Receive a body of up to ``limit`` bytes, and keep it for the reads that follow.
+
+        Return b"" if it is longer, or if not all of it came within ``timeout`` seconds.
+        """
+        if self._left is None or self._left > limit:
+            return b""
+        pieces, missing = [], self._left
+        self._reader.set_deadline(timeout)
+        with contextlib.suppress(OSError):  # the next read meets a failure again
+            while missing and (data := self._file.read1(missing)):
+                pieces.append(data)
+                missing -= len(data)
+        self._reader.set_deadline(None)
+        self._reader.prefetched = b"".join(pieces)
+        return b"" if missing else self._reader.prefetched
+
     def set_deadline(self, seconds_left: float) -> None:
         """Limit the time of all further reads together."""
         self._reader.set_deadline(seconds_left)
@@ -5755,10 +5800,6 @@ class OriginResponse:
         self.length = self._left = length
         self.end_is_known = True
 
-    def isclosed(self) -> bool:
-        """Return whether the connection was given back (http.client asks)."""
-        return not self._is_open
-
     def close(self) -> None:
         """Give the connection back; it is closed if it has unread bytes."""
         if self._is_open:
@@ -5768,23 +5809,16 @@ class OriginResponse:
             self._connection.release(at_end and self._is_persistent)
 
 
-PoolKey = tuple[str, str, int, bool, "ParentProxy | None"]  # scheme, host, port, client_is_local, parent
-
-
-class OriginConnection(http.client.HTTPConnection):
+class OriginConnection:
     """A connection to an origin server, direct or through a parent proxy.
 
-    http.client writes the requests: putrequest(), putheader(), endheaders() and send() reject line breaks in
-    names and values.  Overridden:
-    - connect(), to check addresses, to try several of them at once, and for parent proxies;
-    - response_class(), which http.client calls to create a response: its HTTPResponse is too lax.
-
-    Methods for the caller: exchange, connect_tcp, bypass_parent, is_idle, release, close.
+    Methods for the caller: exchange, connect_tcp, bypass_parent, is_idle, release, close.  Attribute: sock.
     """
 
     def __init__(self, origin_client: OriginClient, origin_request: OriginRequest) -> None:
         target = origin_request.target
-        super().__init__(target.host, target.port)
+        # TCP or TLS; None: not connected.  Without TLS it is non-blocking once a response has been read.
+        self.sock: Any = None
         self.origin_client = origin_client
         self.parent = parent_proxy_for(target, origin_client.config)  # None: direct
         self.origin_request = origin_request  # the current one, or the last
@@ -5798,34 +5832,27 @@ class OriginConnection(http.client.HTTPConnection):
         self.idle_since = 0.0  # monotonic
         self._is_reusable = True  # whether the check of the target is valid for the next request, too
 
-    def response_class(self, *_arguments: Any, **_more: Any) -> OriginResponse:  # type: ignore[override]
-        """Create the response to the request that was sent."""
-        return OriginResponse(self)
-
     def exchange(self, origin_request: OriginRequest) -> OriginResponse:
         """Send a request, after connecting if necessary, and return the response once its head has arrived.
 
-        Raise OSError, ValueError or http.client.HTTPException, and close the connection; ProxyError if the
-        address is not allowed.
+        Raise OSError or ValueError, and close the connection; ProxyError if the address is not allowed.
         """
         self.origin_request, self.request_time = origin_request, time.time()
+        body, length = origin_request.body, origin_request.length
         try:
             if self.sock is None:
                 self.connect()
                 mark(origin_request.timings, "connected")
-            # The timeout of each send; OriginResponse.begin() takes it as the time for the whole head.
-            self.sock.settimeout(origin_request.timeout_for(ORIGIN_TIMEOUT))
-            # Host and Accept-Encoding come from the client's fields, not from http.client.
             request_target, parent_fields = self._request_line(origin_request.target)
-            self.putrequest(origin_request.method, request_target, skip_host=True, skip_accept_encoding=True)
-            for name, text in origin_request.fields + parent_fields:
-                self.putheader(name, text.encode("latin-1"))
-            self.endheaders()
-            if origin_request.body is not None and not is_answered_before_body(self.sock, origin_request):
+            self._send(render_request_head(
+                origin_request.method, request_target, origin_request.fields + parent_fields))
+            if body is not None and not is_answered_before_body(self.sock, origin_request):
                 # An origin that rejects the body (413, say) may respond and close before it has read all.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    send_body(self, origin_request.body, origin_request.length)
-            response: OriginResponse = self.getresponse()  # type: ignore[assignment]
+                    while data := body.read(COPY_SIZE):  # as new chunks if the length is unknown (§7.1)
+                        self._send(b"%x\r\n%s\r\n" % (len(data), data) if length is None else data)
+                    self._send(b"0\r\n\r\n" if length is None else b"")
+            response = OriginResponse(self)
             mark(origin_request.timings, "origin head")
             if response.head.status == 407 and self.parent is not None:
                 self.blamed_name = "the parent proxy " + self.parent.place.authority
@@ -5835,6 +5862,16 @@ class OriginConnection(http.client.HTTPConnection):
             self.close()
             raise
 
+    def _send(self, data: bytes) -> None:
+        """Send all of ``data``; OSError.  A pooled connection takes a head without a wait."""
+        sent = 0
+        if not self.sock.gettimeout():  # it is non-blocking
+            with contextlib.suppress(BlockingIOError):
+                sent = self.sock.send(data)
+        if sent < len(data):
+            self.sock.settimeout(self.origin_request.timeout_for(ORIGIN_TIMEOUT))
+            self.sock.sendall(data[sent:])
+
     def connect(self) -> None:
         """Open the connection, with TLS for https; OSError, ProxyError."""
         self.reached = self.established = False
@@ -5842,7 +5879,8 @@ class OriginConnection(http.client.HTTPConnection):
         self.reached = True
         if self.origin_request.target.scheme == "https":
             self.sock.settimeout(self.origin_request.timeout_for(CONNECT_TIMEOUT))
-            name = self.host.rstrip(".")  # certificates and SNI have no trailing dot (RFC 6066 §3)
+            # Certificates and SNI have no trailing dot (RFC 6066 §3).
+            name = self.origin_request.target.host.rstrip(".")
             self.sock = self.origin_client.tls_context.wrap_socket(self.sock, server_hostname=name)
         self.established = True
 
@@ -5938,6 +5976,12 @@ class OriginConnection(http.client.HTTPConnection):
         """Return whether the connection is open and the origin has sent nothing since the last response."""
         return self.sock is not None and is_open_and_silent(self.sock)
 
+    def close(self) -> None:
+        """Close the connection."""
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
     def release(self, at_message_end: bool) -> None:
         """Keep the connection for another request, if it is at the end of a response; close it otherwise."""
         # Some origins respond to HEAD with a body, which may arrive too late to be noticed.  Others go on
@@ -5962,7 +6006,7 @@ class ConnectionPool:
         self._lock = threading.Lock()  # guards _idle
         self._idle: list[OriginConnection] = []  # the longest idle first
 
-    def acquire(self, key: PoolKey, now: float) -> OriginConnection | None:
+    def acquire(self, key: tuple[Any, ...], now: float) -> OriginConnection | None:
         """Take out a usable connection; ``now`` is monotonic.
 
         The most recently used comes first: it is the least likely to be closed by the origin at this moment,
@@ -6139,13 +6183,12 @@ class OriginClient:
             if pooled is not None:
                 # A timeout is not retried; the errors below speak of ``connection``.
                 connection.peer_address, connection.established = pooled.peer_address, True
-                # ConnectionError covers RemoteDisconnected; PermissionError is a parent's 407; ValueError is
-                # what remained unread on the connection.
+                # PermissionError is a parent's 407; ValueError is what remained unread on the connection.
                 with contextlib.suppress(ConnectionError, PermissionError, ValueError):
                     return pooled.exchange(origin_request)
             try:
                 return connection.exchange(origin_request)
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except (OSError, ValueError) as error:
                 if not is_retryable or not connection.bypass_parent(error):
                     raise
             return connection.exchange(origin_request)
@@ -6160,7 +6203,7 @@ class OriginClient:
             stack.callback(connection.close)
             connection.connect_tcp()
             stack.pop_all()
-        return connection.sock
+        return connection.sock  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def _translate_errors(self, connection: OriginConnection, target: Target) -> Iterator[None]:
@@ -6172,7 +6215,7 @@ class OriginClient:
             reason = "" if str(error) in ("", "timed out") else ": " + explain_error(error)
             sentence = "No answer from %s in time%s." % (connection.blamed_name, reason)
             raise OriginTimeoutError(sentence, target, unreachable=not connection.established) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, ValueError) as error:
             self.resolver.mark_failed(connection.peer_address)
             failure = "The request to %s failed" if connection.reached else "Cannot connect to %s"
             sentence = failure % connection.blamed_name + ": %s." % explain_error(error)
@@ -6222,6 +6265,10 @@ class OriginClient:
 #   origin ──► OriginResponse ──► Downloader.download ──► PartialFile ──► TailingBody ──► client
 #                                        │                               ▲
 #                                        └─ Flight.set_received ─────────┘ wakes the readers
+#
+# A small body that comes at once takes a short cut: the first client's own thread receives it into memory,
+# calls Downloader.download, and sends it.  No thread is started, nothing is read back from the file, and the
+# other clients notice no difference.
 #
 # If another instance is the writer, a PeerFollower in this process takes the place of the Downloader: it
 # watches the other's partial file grow, and tells the flight.
@@ -6284,6 +6331,7 @@ class Download:
     origin_request: OriginRequest  # for the whole representation; remainders are asked for with its fields
     response: OriginResponse | None = None  # None: the writer resumes the partial file
     replaces: bool = False  # the origin says that the stored response is outdated
+    body: bytes = b""  # the whole body, if it was small and came at once
 
 
 class TailingBody:
@@ -6319,6 +6367,8 @@ class TailingBody:
         for span in self._spans:
             if isinstance(span, bytes):
                 yield span
+            elif self._download.body:
+                yield self._download.body[slice(*span)]
             else:
                 yield from self._follow(*span)
 
@@ -6898,10 +6948,6 @@ class DownloadLocks:
         partial.release()
         self.leases.release(partial.head.key, partial.owner)
 
-    def is_lost(self, partial: PartialFile) -> bool:
-        """Return whether another instance has taken over, because the lease was not renewed in time."""
-        return self.leases.is_lost(partial.owner)
-
     def is_downloading_elsewhere(self, key: str) -> bool:
         """Return whether another instance downloads a key."""
         holder = self.leases.holder(key)
@@ -6919,15 +6965,12 @@ class DownloadLocks:
         """Prevent other instances from storing what they are downloading under a key."""
         self.partials.unlink(key, self.leases.holder(key))
 
-    def close(self) -> None:
-        """Stop renewing leases."""
-        self.leases.close()
-
 
 class Downloader:
     """The tee: downloads responses into partial files, from which all their clients read.
 
-    Each download runs in a thread of its own, which is the only writer of its partial file (invariant 2).  It
+    Each download runs in one thread, which is the only writer of its partial file (invariant 2): one of its
+    own, or the first client's for a small body that is in memory before the client gets its first byte.  It
     belongs to the cache and not to a client: it continues when clients leave, and no client slows it down.
 
     Public: ``start``; ``download`` for a thread that already exists; ``snapshot``.
@@ -6974,24 +7017,45 @@ class Downloader:
         status = shared_cache_status(decision, head) if head.same_as else status
         # Only this client gets the fields that are not stored, such as Set-Cookie.
         own_head = replace_fields(stored_head, fields=end_to_end(head.fields))
+        download.flight.publish(partial)
+        # A network file system or memcached may hang, and that must not keep the client from its bytes.
+        if not (response.start or self.store.remote or self.locks.leases.uses_memcached):
+            download = replace_fields(download, body=response.read_ahead(SMALL_DOWNLOAD, PUBLISH_DELAY))
         partial.acquire()
         result = response_from_partial(request, download, self.origin, status, own_head)
         try:
-            start_thread(self.download, download)
+            if download.body:  # only the disk must be waited for, so another thread would only cost time
+                self.download(download)
+            else:
+                start_thread(self.download, download)
         except StorageError:
             result.body.close()
             raise
-        download.flight.publish(partial)
         return result
 
     def download(self, download: Download) -> None:
-        """Download to the end, store the result, and finish the flight; in a thread of its own.
+        """Download to the end, store the result, and finish the flight.
+
+        Runs in a thread of its own, or in the first client's if the whole body has been received already.
 
         1. Receive: read from the origin, write to the partial file, announce all but the last bytes.
         2. Commit: flush the file and give it its place in the cache, or discard it.
         3. Finish the flight: take it out of the barrier, then announce the last bytes (invariant 3).  A
            client that has them and asks again finds the response stored.
         4. Release the lock: with memcached that may take a moment, so no client waits for it.
+
+        A miss of one read needs these system calls, besides those of its threads' locks; a test counts them:
+
+        - read the request, and hand the connection to a thread and back                               5
+        - look in the store, again as leader (invariant 4), and in the index of names                  5
+        - create the partial file, lock it, and check that the name still leads to it                  5
+        - the origin: check that the pooled connection is open, send, receive                          3
+        - ask for the free space, and remove metadata that may be left of another download             2
+        - write and flush the body, set its times and read them back                                   4
+        - link it, compare the link, check that no other file has the name in the cache, add the
+          name to the index, write the head and rename it, rename the body                            13
+        - check that nothing has invalidated it meanwhile, remove the partial's name, unlock, close    4
+        - send head and body                                                                           1
         """
         partial, flight = download.partial, download.flight
         result = FlightResult.FAILED
@@ -7032,27 +7096,23 @@ class Downloader:
 
         def ask(offset: int) -> OriginResponse:
             if partial.size:
-                _publish()
+                partial.publish()
             request = replace_fields(download.origin_request, deadline=time.monotonic() + RESUME_TIMEOUT)
             remainder = self.origin.fetch_remainder(request, partial.head, partial.length, offset)
-            remainder.on_idle(_publish)
+            remainder.on_idle(partial.publish)
             return remainder
-
-        def _publish() -> None:
-            with contextlib.suppress(OSError):
-                partial.publish()
 
         # Other instances can read the partial file once its metadata is written.  That costs a file, which
         # most downloads do not need: it is written if the origin pauses, or if the download takes a while.
         publish_at = time.monotonic() + PUBLISH_DELAY
         if response is not None:
-            response.on_idle(_publish)
+            response.on_idle(partial.publish)
         pieces = resumable_body(partial.head, partial.length, partial.size, ask, response)
         with contextlib.closing(pieces):
             for data in pieces:
                 self._write(download, data)
                 if time.monotonic() > publish_at and partial.size != partial.length:
-                    _publish()
+                    partial.publish()
 
     def _write(self, download: Download, data: bytes) -> None:
         """Append data to the partial file, and wake the readers; OriginError, StorageError."""
@@ -7079,7 +7139,8 @@ class Downloader:
         the file gets its place, and again afterwards, because the POST may have come in between.
         """
         partial, flight, key = download.partial, download.flight, download.partial.head.key
-        may_store = flight.finish_receiving() and not self.locks.is_lost(partial)
+        # A lease that was not renewed in time is lost: another instance has taken over.
+        may_store = flight.finish_receiving() and not self.locks.leases.is_lost(partial.owner)
         client_is_local = download.origin_request.client_is_local
         if not may_store or self._is_refused(partial) or is_implausible(key, partial.size) or \
                 not self._may_store(key, client_is_local, download.replaces):
@@ -8315,7 +8376,7 @@ class Proxy:
         self.evictor.stop()
         self._scrubber.stop()
         self._revalidator.stop()
-        self._locks.close()
+        self._locks.leases.close()
         self._origin.close()
 
 
