@@ -216,13 +216,14 @@ MULTIPART_BOUNDARY = secrets.token_hex(12)
 # Limits of the server.
 MAX_CONNECTIONS = 4000  # clients; fewer if descriptors are short.  Each busy one takes a thread
 LISTEN_BACKLOG = 256  # connections waiting for accept(); a fleet started by cron arrives at once
-REQUESTS_PER_TURN = 4  # requests of one client answered before the next client's turn
+SENDS_PER_TURN = 3  # of one hit, of SEND_SIZE at most, before the next client's turn
+ACCEPTS_PER_TURN = 4  # connections accepted before the open ones have their turn
 MAX_IDLE_THREADS = 16  # idle threads kept; ready for the next burst of requests
 THREAD_IDLE_TIMEOUT = 5.0  # seconds an idle thread waits; within a burst the gaps are shorter
-HOT_CACHE_SIZE = 32  # small responses ready to be sent again; each holds a descriptor
+HOT_CACHE_SIZE = 32  # hits ready to be sent again; each holds a descriptor and up to SMALL_BODY bytes
 SMALL_BODY = 64 * 1024  # bytes; a body up to this is sent together with its head
 COPY_SIZE = 256 * 1024  # bytes per read or write where sendfile() is not used
-LARGE_SEND = 8 * 1024 * 1024  # bytes; sending this takes longer than moving to another processor
+SEND_SIZE = 512 * 1024  # bytes of a file sent at a time; the event loop's other clients wait for it
 MAX_EVENTS = 10_000  # failures or attempts remembered; bounds the memory that unknown hosts can take
 MAX_LOG_LINES = 10_000  # log lines waiting for a slow disk; more are dropped, because requests go first
 MAX_ROWS = 20  # requests, and downloads, on the status page; about a screenful
@@ -6315,8 +6316,6 @@ class PeerFollower:
 
 REVALIDATION_INTERVAL = 3600.0  # seconds between two validations of one response in the background
 MAX_BACKGROUND_VALIDATIONS = 4  # validations at one time that no client waits for
-# Request fields with which a large stored response may have a small answer.
-_PART_FIELDS = ("range", "if-none-match", "if-modified-since")
 # Fields that describe the very bytes of a body, and so not those of a body with rewritten links.
 _BODY_FIELDS = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
                 "content-digest", "repr-digest")
@@ -6357,22 +6356,29 @@ def answer_as_final_recipient(request: Request) -> Response:
     return Response(generated_head(200, "message/http"), bytes_body(text), CacheStatus(Outcome.OWN))
 
 
-# Small hits, which the event loop sends without a thread
+# Hits, which the event loop sends without a thread
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HotEntry:
-    """A small hit as it is sent: rendered head and body."""
+class PreparedHit:
+    """A hit as it is sent: the rendered head, and a body that is in memory, as far as the system tells.
+
+    Its file is closed with the last reference to it, of the HotCache or of a connection.
+    """
 
     request: Request
     status: int
     cache_status: CacheStatus
     close: bool  # whether the connection is closed after it
-    data: bytes  # head and body
+    data: bytes  # the head, and a small body
+    part: FileSlice  # a body that is not small; empty if there is none
     body_size: int
     stored: StoredResponse  # open: its descriptor tells whether the file is still the same
     version: tuple[int, int, int]  # of that file
     text: str  # for the log
+
+    def __del__(self) -> None:
+        self.stored.close()
 
 
 def file_version(stored: StoredResponse) -> tuple[int, int, int]:
@@ -6382,36 +6388,33 @@ def file_version(stored: StoredResponse) -> tuple[int, int, int]:
 
 
 class HotCache:
-    """Rendered small responses of the current second, for clients that ask for the same at the same time.
+    """Prepared hits of the current second, for clients that ask for the same at the same time.
 
     An entry may be used until the second ends (its Age field is right for that long), and while its file is
     unchanged.  One look at the file serves all requests that had arrived by then:
 
-    1. The event loop wakes with requests from many clients: ``start_turn``.
+    1. The event loop wakes with requests from many clients: ``recheck``.
     2. ``get`` for the first of them looks at the file, and for the others does not.
-    3. A client sees an answer, has the file removed or replaced, and asks again: that request is read in a
-       later turn, or after ``recheck``, so the file is looked at again.
+    3. A client sees an answer, has the file removed or replaced, and asks again: that request is read after
+       another ``recheck``, so the file is looked at again.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Any, HotEntry] = {}  # by the bytes of the request's head, and the client's access
+        self._entries: dict[Any, PreparedHit] = {}  # by the bytes of the head, and the client's access
         self._valid_for: tuple[int, Config | None] = (0, None)  # the second, and the configuration
-        self._verified: set[HotEntry] = set()  # entries whose files were looked at since the last recheck
+        self._verified: set[PreparedHit] = set()  # those whose files were looked at since the last recheck
 
-    def start_turn(self, valid_for: tuple[int, Config]) -> None:
-        """Begin a turn of the event loop, in this second and with this configuration."""
-        if valid_for != self._valid_for:
-            self.clear()
-            self._valid_for = valid_for
-        self.recheck()
-
-    def recheck(self) -> None:
+    def recheck(self, config: Config) -> None:
         """Look at each file again before its entry is used: it may have changed before the next request."""
+        valid_for = int(time.time()), config
+        if valid_for != self._valid_for:
+            self._entries.clear()
+            self._valid_for = valid_for
         self._verified.clear()
 
-    def get(self, asked: Any, config: Config) -> HotEntry | None:
+    def get(self, asked: Any) -> PreparedHit | None:
         """Return the entry for a request, if it may still be used."""
-        entry = self._entries.get(asked) if config is self._valid_for[1] else None
+        entry = self._entries.get(asked)
         if entry is None or entry in self._verified:
             return entry
         with contextlib.suppress(OSError):
@@ -6420,22 +6423,21 @@ class HotCache:
                 return entry
         return None
 
-    def put(self, asked: Any, entry: HotEntry) -> None:
-        """Keep an entry, or just close its file: if the cache is full, if the file has already been removed,
-        and on Windows, where an open file cannot be removed."""
-        old = self._entries.pop(asked, None)
-        if old is not None:
-            old.stored.close()
-        if len(self._entries) < HOT_CACHE_SIZE and entry.version[0] and os.name != "nt":
+    def put(self, asked: Any, entry: PreparedHit) -> None:
+        """Keep an entry, unless its file has already been removed; the oldest one makes room for it.
+
+        Nothing is kept on Windows, where an open file cannot be removed.
+        """
+        self._entries.pop(asked, None)
+        if entry.version[0] and os.name != "nt":
             self._entries[asked] = entry
-        else:
-            entry.stored.close()
+            if len(self._entries) > HOT_CACHE_SIZE:
+                del self._entries[next(iter(self._entries))]
 
     def clear(self) -> None:
         """Remove all entries."""
-        entries, self._entries = self._entries, {}
-        for entry in entries.values():
-            entry.stored.close()
+        self._entries.clear()
+        self._verified.clear()
 
 
 def read_without_blocking(file: io.FileIO, start: int, stop: int) -> bytes | None:
@@ -6454,15 +6456,11 @@ def read_without_blocking(file: io.FileIO, start: int, stop: int) -> bytes | Non
     return bytes(buffer) if count == stop - start else None
 
 
-def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now: float) -> HotEntry | None:
-    """Render the response to a request if it is small and nothing must be waited for; None if not.
+def render_hit(request: Request, stored: StoredResponse, config: Config, now: float) -> PreparedHit | None:
+    """Render the response to a request if it is a hit that nothing must be waited for; None if not.
 
-    The caller closes ``stored``, also by way of the entry.  OSError.
+    The caller closes ``stored`` if there is none.  OSError.
     """
-    # Most large files are recognised here, before the work that their thread will do again.
-    if stored.head.size > SMALL_BODY and request.method == "GET" and not any(
-            name.lower() in _PART_FIELDS for name, _ in request.fields):
-        return None
     version = file_version(stored)  # before it is read
     with contextlib.suppress(ProxyError):
         check_target_allowed(request, config)
@@ -6471,16 +6469,19 @@ def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now:
         spans = () if request.method == "HEAD" else selection.spans
         span = spans[0] if spans else (0, 0)
         if decision.action is not Action.SERVE or decision.refresh or \
-                link_pattern_for(request, selection.head) or len(spans) > 1 or isinstance(span, bytes) or \
-                span[1] - span[0] > SMALL_BODY:
+                link_pattern_for(request, selection.head) or len(spans) > 1 or isinstance(span, bytes):
             return None
-        body = read_without_blocking(stored.file, *span)
+        size = span[1] - span[0]
+        is_small = size <= SMALL_BODY
+        body = read_without_blocking(stored.file, *span) if is_small else b""
         if body is None:
             return None
         close, status = not wants_keep_alive(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
         head = render_response_head(request, selection.head, selection.length, status, close, config)
-        return HotEntry(request, selection.head.status, status, close, head + body, len(body), stored,
-                        version, log_text(request, status))
+        return PreparedHit(
+            request, selection.head.status, status, close, head + body if is_small else head,
+            FileSlice(stored, span[1] if is_small else span[0], span[1]), size, stored, version,
+            log_text(request, status))
     return None
 
 
@@ -7074,20 +7075,17 @@ class Proxy:
 
     # For the event loop, for tunnels, and for the operator
 
-    def prepare_hit(self, request: Request, now: float) -> tuple[HotEntry | None, bool]:
-        """Render a hit that nothing must be waited for, and return it with whether nothing is stored.
-
-        The caller closes the entry's file.
-        """
+    def prepare_hit(self, request: Request, now: float) -> tuple[PreparedHit | None, bool]:
+        """Return a hit that nothing must be waited for, and whether nothing is stored."""
         stored = self._store.lookup(request.key)
         if stored is None:
             return None, True
         # Whether a client on another host may have a body file without a head takes a DNS lookup.
         is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
-        entry = hot_entry_for(request, stored, self.config, now) if is_open else None
-        if entry is None:
+        hit = render_hit(request, stored, self.config, now) if is_open else None
+        if hit is None:
             stored.close()
-        return entry, False
+        return hit, False
 
     def connect_tunnel(self, request: Request) -> socket.socket:
         """Open the connection that a CONNECT asks for; ProxyError."""
@@ -7953,10 +7951,32 @@ def make_page(path: str, address: tuple[str, int], accepts_html: bool,
 # servers of the process, hence by their event loops and workers.
 
 
-def _wait_for_client(sock: socket.socket) -> None:
-    """Wait until a client's socket accepts more bytes; socket.timeout after CLIENT_TIMEOUT."""
-    if not wait_until_ready(sock, CLIENT_TIMEOUT, writing=True):
-        raise socket.timeout("timed out")
+def progress(sock: socket.socket) -> tuple[int, bool]:
+    """Ask the system how far a connection has come.
+
+    Return the bytes transferred both ways, and whether bytes are queued that the client has not acknowledged;
+    (0, False) if the system does not tell (only Linux does).
+    """
+    with contextlib.suppress(AttributeError, OSError, struct.error):
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) if sys.platform == "linux" else b""
+        # Offsets in Linux' struct tcp_info: tcpi_bytes_acked and _received; tcpi_unacked and _notsent_bytes.
+        acknowledged, received = struct.unpack_from("QQ", info, 120)
+        queued = struct.unpack_from("I", info, 24), struct.unpack_from("I", info, 144)
+        return acknowledged + received, queued != ((0,), (0,))
+    return 0, False
+
+
+def wait_for_client(sock: socket.socket) -> None:
+    """Wait until a client's socket accepts more bytes; socket.timeout after CLIENT_TIMEOUT without progress.
+
+    A client with a large buffer makes room in it seldom, but is alive as long as its system takes bytes.
+    """
+    before = progress(sock)
+    while not wait_until_ready(sock, CLIENT_TIMEOUT, writing=True):
+        now = progress(sock)
+        if now == before:
+            raise socket.timeout("timed out")
+        before = now
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
@@ -7970,37 +7990,89 @@ def send_all(sock: socket.socket, data: bytes) -> None:
         try:
             left = left[sock.send(left):]
         except BlockingIOError:
-            _wait_for_client(sock)
+            wait_for_client(sock)
 
 
+_MORE = getattr(socket, "MSG_MORE", 0)  # the body follows: send the head with its first bytes
 # What sendfile() fails with if the system or the file system does not support it.
 _NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def send_some(sock: socket.socket, part: FileSlice, start: int) -> int:
-    """Send the next bytes of a file slice, with sendfile() if possible.
+    """Send the next bytes of a file slice, up to SEND_SIZE, with sendfile() if possible.
 
-    ``start`` is the offset in the file of the first byte to send.  Return how many bytes have been sent, 0
-    after a wait for the client.  StorageError if the file cannot be read or has become shorter, so that the
-    rest can come from elsewhere; OSError or socket.timeout if the client fails.
+    ``start`` is the offset in the file of the first byte to send.  Return how many bytes have been sent;
+    BlockingIOError if the client's system takes none now.  StorageError if the file cannot be read or has
+    become shorter, so that the rest can come from elsewhere; OSError if the client fails.
     """
+    size = min(SEND_SIZE, part.stop - start)
     try:
         try:
-            count = os.sendfile(sock.fileno(), part.file.fileno(), start, part.stop - start)
+            count = os.sendfile(sock.fileno(), part.file.fileno(), start, size)
         except (AttributeError, OSError) as error:  # AttributeError: no sendfile in Python on this system
             if getattr(error, "errno", errno.ENOSYS) not in _NO_SENDFILE:
                 raise
-            count = sock.send(part.file.read_at(min(COPY_SIZE, part.stop - start), start))
-    except BlockingIOError:
-        _wait_for_client(sock)
-        return 0
-    except (ConnectionError, TimeoutError, socket.timeout):
+            count = sock.send(part.file.read_at(min(COPY_SIZE, size), start))
+    except (BlockingIOError, ConnectionError, TimeoutError, socket.timeout):
         raise  # the client's
     except OSError as error:  # the file's
         raise StorageError(error) from None
     if not count:
         raise StorageError(OSError(errno.EIO, "the file became shorter"))
     return count
+
+
+class HitTransfer:
+    """A hit on its way to one client, some bytes at a time.
+
+    Begun by the event loop, and continued by a thread if the file has to be read from the disk.  The request
+    is counted before the last bytes leave, so that a client that has them finds it counted.
+    """
+
+    __slots__ = ("_is_counted", "_offset", "began", "hit", "unsent")
+
+    def __init__(self, hit: PreparedHit, began: float) -> None:
+        """``began``: monotonic."""
+        self.hit = hit
+        self.began = began
+        self.unsent = hit.data
+        self._offset = hit.part.start  # of the next byte in the file
+        self._is_counted = False
+
+    def must_wait_for_disk(self) -> bool:
+        """Return whether the next bytes are not in memory, as far as the system tells.
+
+        One byte tells it of all that are sent with it: the system reads ahead, and keeps and drops files in
+        large pieces.
+        """
+        stop = min(self._offset + SEND_SIZE, self.hit.part.stop)
+        return read_without_blocking(self.hit.stored.file, stop - 1, stop) is None
+
+    def send_some(self, sock: socket.socket, counters: Counters) -> SendResult | None:
+        """Send the next bytes; return the result if they were the last.
+
+        BlockingIOError if the client's system takes none now; OSError if the client fails, StorageError if
+        the file does.
+        """
+        hit, stop = self.hit, self.hit.part.stop
+        if not self._is_counted and stop - self._offset <= SEND_SIZE:
+            self._is_counted = True
+            counters.add(hit.cache_status.outcome, hit.body_size)
+        if self.unsent:
+            self.unsent = self.unsent[sock.send(self.unsent, _MORE if self._offset < stop else 0):]
+        else:
+            self._offset += send_some(sock, hit.part, self._offset)
+        if self.unsent or self._offset < stop:
+            return None
+        return SendResult(hit.body_size, hit.body_size, time.monotonic() - self.began, True)
+
+    def abort(self, counters: Counters) -> SendResult:
+        """Return what has been sent of a hit whose end will not be, and count it."""
+        left = len(self.unsent) + self.hit.part.stop - self._offset
+        size = max(0, self.hit.body_size - left)
+        if not self._is_counted:
+            counters.add(self.hit.cache_status.outcome, size)
+        return SendResult(size, size, time.monotonic() - self.began, False)
 
 
 class RequestBody:
@@ -8063,9 +8135,12 @@ def set_events(selector: selectors.BaseSelector, sock: socket.socket, events: in
     cannot watch more sockets.
     """
     # By number: the map's KeyError for an unknown socket would contain the socket's repr(), which is slow.
-    if sock.fileno() in selector.get_map():
+    is_known = sock.fileno() in selector.get_map()
+    if is_known and events:
+        selector.modify(sock, events, data)
+    elif is_known:
         selector.unregister(sock)
-    if events:
+    elif events:
         selector.register(sock, events, data)
 
 
@@ -8134,21 +8209,6 @@ def find_head_end(data: bytes, seen: int = 0) -> int:
     return -1 if too_long or _BARE_LF.search(data, max(0, seen - 1)) else 0
 
 
-def progress(sock: socket.socket) -> tuple[int, bool]:
-    """Ask the system how far a connection has come.
-
-    Return the bytes transferred both ways, and whether bytes are queued that the client has not acknowledged;
-    (0, False) if the system does not tell (only Linux does).
-    """
-    with contextlib.suppress(AttributeError, OSError, struct.error):
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) if sys.platform == "linux" else b""
-        # Offsets in Linux' struct tcp_info: tcpi_bytes_acked and _received; tcpi_unacked and _notsent_bytes.
-        acknowledged, received = struct.unpack_from("QQ", info, 120)
-        queued = struct.unpack_from("I", info, 24), struct.unpack_from("I", info, 144)
-        return acknowledged + received, queued != ((0,), (0,))
-    return 0, False
-
-
 # Whether the client is on this host, and the proxy's address and port that it connected to.  With the bytes
 # of a request's head, it determines which stored response the client may get.
 AccessKey = tuple[bool, tuple[str, int]]
@@ -8182,9 +8242,10 @@ class ClientConnection:
         self.keep_alive = False  # return the connection to the event loop when its thread is done
         self.known_missing = False  # nothing is stored for the request that a thread is about to answer
         self.access_key: AccessKey | None = None  # None: refused, or not checked yet
-        # A hit that could not be sent at once: the bytes left, and when it began (monotonic).
-        self.pending: tuple[HotEntry, bytes, float] | None = None
+        self.pending: HitTransfer | None = None  # the hit that is being sent
+        self.watched = 0  # events for which the event loop's selector watches the socket
         self.is_tunnel = False
+        self._acknowledged = 0  # bytes, at the last call of has_progressed()
         self.rate = math.inf  # bytes a second in the last RATE_WINDOW, if the client limited it
         self._transferred = 0  # bytes, at the last measurement
         self._was_slow = False  # the client limited the rate then
@@ -8207,6 +8268,14 @@ class ClientConnection:
         if self.buffered or not self.answered:
             return REQUEST_HEAD_TIMEOUT
         return IDLE_TIMEOUT if self.access_key else LINGER_TIMEOUT  # None: it has been refused
+
+    def has_progressed(self) -> bool:
+        """Return whether bytes have been transferred since the last call, as far as the system tells.
+
+        A client with a large buffer makes room in it seldom, but is alive as long as its system takes bytes.
+        """
+        before, self._acknowledged = self._acknowledged, progress(self.sock)[0]
+        return self._acknowledged != before
 
     def measure_rate(self, now: float, elapsed: float) -> None:
         """Update ``rate`` with what has been transferred in the last ``elapsed`` seconds.
@@ -8243,14 +8312,10 @@ class ClientConnection:
         except OSError:
             return b""
 
-    def send(self, data: bytes) -> int | None:
-        """Send as many bytes as possible without blocking; return how many, None if the client has closed."""
-        try:
-            return self.sock.send(data)
-        except (BlockingIOError, InterruptedError):
-            return 0
-        except OSError:
-            return None
+    def send(self, data: bytes) -> None:
+        """Send as many bytes as possible without blocking; a failure shows when the close is read."""
+        with contextlib.suppress(OSError):
+            self.sock.send(data)
 
 
 class ConnectionLimiter:
@@ -8439,53 +8504,6 @@ class ConnectionLimiter:
                     self._abandoned.add(connection)
 
 
-def usable_processors() -> list[int]:
-    """Return the numbers of the fast processors that this process may use.
-
-    Slow ones are the efficiency cores of a hybrid processor.  AttributeError on some systems.
-    """
-    speeds = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0)
-    for number in speeds:
-        with contextlib.suppress(OSError, ValueError), open(
-                "/sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq" % number, encoding="ascii") as file:
-            speeds[number] = int(file.read())
-    return [number for number, speed in speeds.items() if speed >= 0.8 * max(speeds.values())]
-
-
-def pin_threads(number: int) -> tuple[set[int], set[int]]:
-    """Keep threads started from now on on one processor; instances with other numbers use other ones.
-
-    Return what unpinned() needs: all processors, and the one; both are empty if none could be chosen.
-
-    Only one thread runs Python code at a time, so a second processor is of little use.  If they run on two,
-    nearly every system call of one thread passes the interpreter lock to a thread on the other processor,
-    which must be woken first: eight clients took twice as long for files not yet stored.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # AttributeError: the system offers no choice
-        usable = usable_processors()
-        if usable:
-            everywhere, pinned = os.sched_getaffinity(0), {usable[number % len(usable)]}
-            os.sched_setaffinity(0, pinned)
-            return everywhere, pinned
-    return set(), set()
-
-
-def _move_thread(processors: set[int]) -> None:
-    if processors:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, processors)
-
-
-@contextlib.contextmanager
-def unpinned(everywhere: set[int], pinned: set[int]) -> Iterator[None]:
-    """Let the calling thread use any processor, while the kernel works for it for long."""
-    _move_thread(everywhere)
-    try:
-        yield
-    finally:
-        _move_thread(pinned)
-
-
 def format_timings(timings: dict[str, float]) -> str:
     """Format the steps of a request for the log, in milliseconds since it began to arrive; see mark().
 
@@ -8496,7 +8514,7 @@ def format_timings(timings: dict[str, float]) -> str:
     return " [%s ms]" % ", ".join(["%s %.1f" % (name, 1000 * (at - steps[0][1])) for name, at in steps[1:]])
 
 
-_SIMPLE_REQUESTS = (("GET", 0), ("HEAD", 0))  # method and length of the body: a small hit can answer them
+_SIMPLE_REQUESTS = (("GET", 0), ("HEAD", 0))  # method and length of the body: a hit can answer them
 
 
 class Dispatcher:
@@ -8506,12 +8524,10 @@ class Dispatcher:
     """
 
     def __init__(self, proxy: Proxy, statistics: StatusCollector, limiter: ConnectionLimiter,
-                 write_log: Callable[[list[str]], None],
-                 affinity: tuple[set[int], set[int]] | None = None) -> None:
+                 write_log: Callable[[list[str]], None]) -> None:
         self.proxy = proxy
         self.statistics = statistics
         self.limiter = limiter
-        self.affinity = affinity or (set(), set())  # the result of pin_threads()
         self._write_log = write_log
         self._ids = itertools.cycle(range(1, 1000))  # of log lines
         self._refused = RecentEvents()  # clients, by address
@@ -8544,6 +8560,7 @@ class Dispatcher:
         size = response.body.length or 0
         quiet = not self._refused.note_first(connection.host, REFUSAL_LOG_INTERVAL)
         result = SendResult(size, 0, 0.0, True, quiet)
+        self.count(response, size)
         self.record_results(request, 403, response.cache_status, [(connection.host, result)])
         head = with_date(response.head, time.time())
         return render_response_head(request, head, size, response.cache_status, True, self.proxy.config) + (
@@ -8610,9 +8627,10 @@ class Dispatcher:
             return "All %d connections are busy." % self.limiter.max_connections
         return self.statistics.health_problem()
 
-    # Small hits, in the event loop
+    # Hits, in the event loop
 
-    def try_hot_path(self, connection: ClientConnection, size: int, hot_cache: HotCache) -> HotEntry | None:
+    def try_hot_path(self, connection: ClientConnection, size: int,
+                     hot_cache: HotCache) -> PreparedHit | None:
         """Return the response to a buffered head of ``size`` bytes, if nothing has to be waited for.
 
         None sends the request to a thread.  ``connection.known_missing`` saves that thread the look-up if
@@ -8622,32 +8640,38 @@ class Dispatcher:
         if size > MAX_MEMOIZED_HEAD or connection.access_key is None:
             return None
         key = connection.buffered[:size], connection.access_key
-        entry = hot_cache.get(key, self.proxy.config)
+        hit = hot_cache.get(key)
         with contextlib.suppress(ProxyError, ValueError):  # the thread that gets the request sends the error
-            request = None if entry else parse_request_head(key[0], *key[1])
+            request = None if hit else parse_request_head(key[0], *key[1])
             if request and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
                 self._check_name(request)
-                entry, connection.known_missing = self.proxy.prepare_hit(request, float(int(time.time())))
-                if entry is not None:
-                    hot_cache.put(key, entry)
-        return entry
+                hit, connection.known_missing = self.proxy.prepare_hit(request, float(int(time.time())))
+                if hit is not None:
+                    hot_cache.put(key, hit)
+        return hit
 
     # Counting and logging
 
-    def record(self, request: Request, response: Response, sent: int, began: float, whole: bool) -> None:
-        """Count and log a response, ``sent`` bytes of its body since ``began`` (monotonic), or a tunnel."""
-        if response.cache_status.outcome is Outcome.TUNNEL:
+    def count(self, response: Response, sent: int) -> None:
+        """Count a response with ``sent`` bytes of its body, or a tunnel."""
+        outcome = response.cache_status.outcome
+        if outcome is Outcome.TUNNEL:
             self.statistics.counters.add_tunnel(sent)
+        self.statistics.counters.add(outcome, self._cached_bytes(response, sent))
+
+    def _cached_bytes(self, response: Response, sent: int) -> int:
         from_cache = response.counts_as_cached and response.head.status in (200, 206)
-        cached = max(0, sent - response.body.origin_bytes) if from_cache else 0
-        result = SendResult(sent, cached, time.monotonic() - began, whole)
+        return max(0, sent - response.body.origin_bytes) if from_cache else 0
+
+    def record(self, request: Request, response: Response, sent: int, began: float, whole: bool) -> None:
+        """Log a response, ``sent`` bytes of its body since ``began`` (monotonic), and add it to the pages."""
+        result = SendResult(sent, self._cached_bytes(response, sent), time.monotonic() - began, whole)
         self.record_results(request, response.head.status, response.cache_status, [(request.client, result)])
 
     def record_results(self, request: Request, status: int, cache_status: CacheStatus,
                        results: list[tuple[str, SendResult]], text: str = "") -> None:
-        """Count and log one response that was sent to several clients; ``text`` is log_text(), if known."""
+        """Log one response that was sent to several clients; ``text`` is log_text(), if known."""
         outcome = cache_status.outcome
-        self.statistics.counters.add(outcome, sum([result.cached for _, result in results]), len(results))
         if outcome is not Outcome.OWN:
             self.statistics.recent.note(request, status, cache_status, results)
         if log.isEnabledFor(logging.DEBUG if outcome is Outcome.OWN else logging.INFO):
@@ -8687,26 +8711,32 @@ class WakeableSelector(selectors.DefaultSelector):
 
 
 class EventLoop:
-    """Waits for requests on idle connections; answers small hits, hands the rest to threads.
+    """Waits for requests on idle connections; answers hits, hands the rest to threads.
 
     A connection comes with add(), and leaves when it is handed to a thread (ProxyServer.serve_in_thread),
     which adds it again, or when it is closed.  add() may be called from any thread; all other methods
     belong to one.
 
-    A turn is one call of run_once(): all connections that are ready are served once.  Stored files are
-    checked once a turn, not once a request (see HotCache), and responses are counted and logged once a
+    A turn is one call of run_once().  Each connection that is ready gets some bytes of its hit sent, or one
+    request answered; further requests that it has buffered are postponed to the next turn.
+
+    The path of a hit: run_once → _serve → _read_request → Dispatcher.try_hot_path → HotCache.get, or
+    Proxy.prepare_hit → _send → HitTransfer.send_some → _finish.
+
+    Stored files are checked once a turn, not once a request (see HotCache), and responses are logged once a
     turn.  That must not be noticed: a client that removes a file, or changes the settings, and *then* sends
-    a request must not get the old response.  So wherever bytes may have arrived after the turn began,
+    a request must not get the old response.  So where a request may have arrived after the turn began,
     HotCache.recheck() comes first.
     """
 
     def __init__(self, server: ProxyServer) -> None:
         self._server = server
         self._dispatcher = server.dispatcher
+        self._counters = server.dispatcher.statistics.counters
         self._connections: set[ClientConnection] = set()
         self._added: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()  # by other threads
-        self._postponed: list[ClientConnection] = []  # have buffered more requests than one turn allows
-        self._sent: dict[HotEntry, list[tuple[str, SendResult]]] = {}  # in this turn, not recorded yet
+        self._postponed: list[ClientConnection] = []  # have answered one request and buffered another
+        self._sent: dict[PreparedHit, list[tuple[str, SendResult]]] = {}  # in this turn, not recorded yet
         self._closed = False
         self._thread = 0  # the one that calls run_once()
         self._hot_cache = HotCache()
@@ -8726,7 +8756,7 @@ class EventLoop:
         self._thread = threading.get_ident()
         postponed, self._postponed = self._postponed, []
         ready = self.selector.select(0 if postponed else timeout)
-        self._hot_cache.start_turn((int(time.time()), self._dispatcher.proxy.config))
+        self._hot_cache.recheck(self._dispatcher.proxy.config)
         for key, _ in ready:
             if not isinstance(key.data, ClientConnection):
                 key.data()  # a client waits to be accepted, or another thread has called wake()
@@ -8734,13 +8764,14 @@ class EventLoop:
                 self._serve(key.data)
         for connection in postponed:
             if connection.waiting:
-                self._serve(connection, buffered_only=True)
+                self._serve(connection, is_readable=False)
         self._record()
 
     @property
     def sending(self) -> int:
-        """Hits that are being sent."""
-        return sum(connection.pending is not None for connection in tuple(self._connections))
+        """Connections that a hit is being sent to, or that have buffered another request."""
+        blocked = [each for each in tuple(self._connections) if each.watched == selectors.EVENT_WRITE]
+        return len(blocked) + len(self._postponed)
 
     def close_timed_out(self, now: float) -> None:
         """Close connections that have exceeded their timeout; ``now`` is monotonic.
@@ -8748,9 +8779,14 @@ class EventLoop:
         An incomplete head goes to a thread instead, which sends the error.
         """
         for connection in tuple(self._connections):
-            if now - connection.waiting_since > connection.timeout():
-                incomplete = connection.buffered and not connection.pending
-                (self._hand_to_thread if incomplete else self._close)(connection)
+            if now - connection.waiting_since <= connection.timeout():
+                continue
+            if connection.pending and connection.has_progressed():
+                connection.waiting_since = now
+            elif connection.buffered and not connection.pending:
+                self._hand_to_thread(connection)
+            else:
+                self._close(connection)
 
     def close(self) -> None:
         """Close all connections that no thread serves, and those that come later."""
@@ -8776,28 +8812,32 @@ class EventLoop:
         self._connections.add(connection)
         # The time begins now, not when the connection was accepted: it may have been parked for long.
         connection.waiting, connection.waiting_since = True, time.monotonic()
-        self._hot_cache.recheck()  # its request may be younger than this turn
+        self._hot_cache.recheck(self._dispatcher.proxy.config)  # its request may be younger than this turn
         self._serve(connection)
-        if connection.waiting and not connection.pending:
+        if connection.waiting:
             self._watch(connection)
 
     def _watch(self, connection: ClientConnection) -> None:
+        """Wait until the rest of a hit can be sent, or else until the next request comes."""
         events = selectors.EVENT_WRITE if connection.pending else selectors.EVENT_READ
+        if events == connection.watched:
+            return
         try:
             set_events(self.selector, connection.sock, events, connection)
+            connection.watched = events
         except OSError as error:  # fs.epoll.max_user_watches, say
             log.warning("Cannot watch a connection: %s", error)
             self._close(connection)
 
     def _remove(self, connection: ClientConnection) -> None:
-        connection.waiting = False
+        connection.waiting, connection.watched = False, 0
         self._connections.discard(connection)
         set_events(self.selector, connection.sock, 0)
 
     def _close(self, connection: ClientConnection) -> None:
-        if connection.pending:
-            (entry, left, began), connection.pending = connection.pending, None
-            self._note_sent(connection, entry, left, began)
+        transfer, connection.pending = connection.pending, None
+        if transfer:
+            self._sent.setdefault(transfer.hit, []).append((connection.host, transfer.abort(self._counters)))
         self._remove(connection)
         self._server.shutdown_request(connection)
 
@@ -8807,91 +8847,88 @@ class EventLoop:
 
     # Requests
 
-    def _serve(self, connection: ClientConnection, buffered_only: bool = False) -> None:
-        """Do whatever is possible for a connection.  A bug costs this connection, not the others."""
+    def _serve(self, connection: ClientConnection, is_readable: bool = True) -> None:
+        """Do for a connection what one turn allows.  A bug costs this connection, not the others."""
         try:
-            if connection.pending:
-                self._send(connection, *connection.pending)
-            elif not buffered_only:
-                self._on_readable(connection)
-                return
-            self._serve_buffered(connection)
+            if connection.pending is None:
+                self._read_request(connection, is_readable)
+            if connection.pending is not None:
+                self._send(connection, connection.pending)
         except Exception:  # noqa: BLE001
             self._server.handle_error(connection, connection.address)
             if connection.waiting:
                 self._close(connection)
 
-    def _on_readable(self, connection: ClientConnection) -> None:
-        began, data = time.monotonic(), connection.receive()
-        if not data:
-            if data is not None:
-                self._close(connection)
-            return
-        access_key = connection.access_key
-        if not access_key and not self._dispatcher.check_access(connection):
-            # Discard what the client sends until it closes, or for LINGER_TIMEOUT: unread bytes would turn
-            # the proxy's close into a reset, which may overtake the response.
-            return
-        if not connection.buffered:
-            connection.waiting_since = began
-            if access_key:  # the usual case: one whole head, the same that somebody sent a moment ago
-                entry = self._hot_cache.get((data, access_key), self._dispatcher.proxy.config)
-                if entry is not None:
-                    self._send(connection, entry, entry.data, began)
-                    return
-        seen, connection.buffered = len(connection.buffered), connection.buffered + data
-        self._hot_cache.recheck()  # a second request in ``data`` may be younger than this turn
-        self._serve_buffered(connection, seen)
+    def _read_request(self, connection: ClientConnection, is_readable: bool) -> None:
+        """Find the hit that answers the next request, or hand the connection to a thread.
 
-    def _serve_buffered(self, connection: ClientConnection, seen: int = 0) -> None:
-        """Answer buffered requests one after another, as many as one turn allows.
-
-        The first request that may block takes the connection, with all that is buffered, to a thread:
-        responses must leave in the order of the requests (RFC 9112 §9.3.2).  After REQUESTS_PER_TURN, the
-        other clients come first.  The first ``seen`` bytes are known to contain no end of a head.
+        A request that may block takes the connection, with all that is buffered, to a thread: responses must
+        leave in the order of the requests (RFC 9112 §9.3.2).
         """
-        for _ in range(REQUESTS_PER_TURN):
-            began, free = time.monotonic(), connection.waiting and not connection.pending
-            size = find_head_end(connection.buffered, seen) if free else 0
-            if not size:
+        began, seen = time.monotonic(), len(connection.buffered)
+        if is_readable:
+            data = connection.receive()
+            if not data:
+                if data is not None:
+                    self._close(connection)
                 return
-            entry = self._dispatcher.try_hot_path(connection, size, self._hot_cache) if size > 0 else None
-            if entry is None:
-                self._hand_to_thread(connection)
+            access_key = connection.access_key
+            if not access_key and not self._dispatcher.check_access(connection):
+                # Discard what the client sends until it closes, or for LINGER_TIMEOUT: unread bytes would
+                # turn the proxy's close into a reset, which may overtake the response.
                 return
-            connection.buffered, seen = connection.buffered[size:], 0
-            self._send(connection, entry, entry.data, began)
-        self._postponed.append(connection)
+            if not seen:
+                connection.waiting_since = began
+                hit = self._hot_cache.get((data, access_key))
+                if hit is not None:  # mostly: one whole head, the same that somebody sent a moment ago
+                    connection.pending = HitTransfer(hit, began)
+                    return
+            connection.buffered += data
+        size = find_head_end(connection.buffered, seen if is_readable else 0)
+        hit = self._dispatcher.try_hot_path(connection, size, self._hot_cache) if size > 0 else None
+        if hit is not None:
+            connection.buffered = connection.buffered[size:]
+            connection.pending = HitTransfer(hit, began)
+        elif size:
+            self._hand_to_thread(connection)
 
-    def _send(self, connection: ClientConnection, entry: HotEntry, data: bytes, began: float) -> None:
-        """Send what is possible of ``data``, the rest of an entry; note when the entry has been sent."""
-        was_pending, count = connection.pending is not None, connection.send(data)
-        is_pending = count != len(data)
-        connection.pending = (entry, data[count or 0:], began) if is_pending else None
-        if count is None:
+    def _send(self, connection: ClientConnection, transfer: HitTransfer) -> None:
+        """Send the next bytes of a hit; a thread goes on if they are not in memory."""
+        try:
+            for _ in range(SENDS_PER_TURN):
+                if not transfer.unsent and transfer.must_wait_for_disk():
+                    self._hand_to_thread(connection)
+                    return
+                result = transfer.send_some(connection.sock, self._counters)
+                if result:
+                    self._finish(connection, transfer.hit, result)
+                    return
+        except BlockingIOError:
+            connection.has_progressed()  # from now on
+        except (OSError, StorageError):
             self._close(connection)
             return
         connection.waiting_since = time.monotonic()
-        if is_pending != was_pending:  # wait for writing instead of reading, or the reverse
-            self._watch(connection)
-        if not is_pending:
-            connection.answered = True
-            self._note_sent(connection, entry, b"", began)
-            if entry.close:
-                self._close(connection)
+        self._watch(connection)
 
-    def _note_sent(self, connection: ClientConnection, entry: HotEntry, left: bytes, began: float) -> None:
-        """Note that an entry has been sent, but for the bytes that are ``left`` of head and body."""
-        size = max(0, entry.body_size - len(left))
-        result = SendResult(size, size, time.monotonic() - began, not left)
-        self._sent.setdefault(entry, []).append((connection.host, result))
+    def _finish(self, connection: ClientConnection, hit: PreparedHit, result: SendResult) -> None:
+        """Go on with a connection to which a hit has been sent."""
+        connection.pending, connection.answered = None, True
+        self._sent.setdefault(hit, []).append((connection.host, result))
+        if hit.close:
+            self._close(connection)
+            return
+        connection.waiting_since = time.monotonic()
+        if connection.watched == selectors.EVENT_WRITE:
+            self._watch(connection)
+        if connection.buffered:
+            self._postponed.append(connection)
 
     def _record(self) -> None:
-        """Count and log what was sent in this turn: once per entry, which is cheaper than once per client."""
+        """Log what was sent in this turn: once per hit, which is cheaper than once per client."""
         sent, self._sent = self._sent, {}
-        for entry, results in sent.items():
-            self._dispatcher.record_results(
-                entry.request, entry.status, entry.cache_status, results, entry.text)
+        for hit, results in sent.items():
+            self._dispatcher.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
 
 
 class RequestReader:
@@ -9004,8 +9041,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _answer_one(self) -> bool:
         """Answer one request; return whether the connection stays open."""
+        if self._connection.pending is not None:
+            return self._finish_hit(self._connection.pending)
         self._body_sent = 0  # bytes of the response's body
         self._response_begun = False  # any byte of the response has been sent
+        self._counted = False
         self._started = time.monotonic()
         try:
             request = self._reader.next()
@@ -9014,6 +9054,24 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if request.method == "CONNECT":
             return self._handle_connect(request)
         return self._answer(request, self._respond(request))
+
+    def _finish_hit(self, transfer: HitTransfer) -> bool:
+        """Send the rest of a hit that the event loop has begun; return whether the connection stays open."""
+        hit, connection, dispatcher = transfer.hit, self._connection, self.server.dispatcher
+        counters, result = dispatcher.statistics.counters, None
+        try:
+            while result is None:
+                try:
+                    result = transfer.send_some(connection.sock, counters)
+                except BlockingIOError:
+                    wait_for_client(connection.sock)
+        except StorageError as error:
+            log.warning("The stored file of %s cannot be read: %s", loggable_uri(hit.request.uri), error)
+        finally:
+            connection.pending = None
+            results = [(connection.host, result or transfer.abort(counters))]
+            dispatcher.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
+        return result is not None and not hit.close
 
     def _handle_connect(self, request: Request) -> bool:
         """Serve a tunnel until it ends; return False: nothing can follow it."""
@@ -9027,6 +9085,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                     self._write(request, render_head(head, (("Via", via_value((), (1, 1), proxy.config)),)))
                     count, whole = relay_tunnel(self._connection.sock, origin, self._reader.buffered()), True
                 finally:
+                    dispatcher.count(response, count)
                     dispatcher.record(request, response, count, self._started, whole)
         except ProxyError as error:
             return self._answer(request, error_response(error), close=True)
@@ -9068,7 +9127,15 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return stays_open
         finally:
             response.body.close()
+            self._count(response, self._body_sent)
             self.server.dispatcher.record(request, response, self._body_sent, self._started, whole)
+
+    def _count(self, response: Response, sent: int) -> None:
+        """Count a response, once: before its last bytes leave, so that a client that has them finds it
+        counted, or when it has failed."""
+        if not self._counted:
+            self._counted = True
+            self.server.dispatcher.count(response, sent)
 
     def _fallback(self, response: Response, error: ProxyError | StorageError) -> Response:
         """Return the response that takes the place of one that failed before its first byte."""
@@ -9092,10 +9159,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         head = render_response_head(request, with_date(response.head, time.time()), response.body.length,
                                     response.cache_status, close, self.server.dispatcher.proxy.config)
         if request.method == "HEAD" or framing is Framing.NONE:
+            self._count(response, 0)
             self._write(request, head)
             return not close
         try:
-            self._write_body(request, head, response.body, framing)
+            self._write_body(request, head, response, framing)
         except Exception:
             if framing is Framing.CLOSE and self._response_begun:
                 # A normal close would mark the end of the body (invariant 7), so reset the connection.
@@ -9104,7 +9172,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             raise
         return not close
 
-    def _write_body(self, request: Request, head: bytes, body: ResponseBody, framing: Framing) -> None:
+    def _write_body(self, request: Request, head: bytes, response: Response, framing: Framing) -> None:
         """Write head and body.
 
         Small parts are collected, so that the head and a small body leave in one segment; large slices of
@@ -9112,7 +9180,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         longer would be taken for the next response, one that is shorter would leave the client waiting.
         """
         # Bytes to be written, the number of those that belong to the body, and the size of the body so far.
-        waiting, count, total = head, 0, 0
+        body, waiting, count, total = response.body, head, 0, 0
         for part in body.chunks():
             total += part.size if isinstance(part, FileSlice) else len(part)
             if body.length is not None and total > body.length:
@@ -9122,16 +9190,19 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                     read_file_slice(FileSlice(part.file, part.start, part.start + 1))
                 self._write(request, waiting, count)
                 waiting, count = b"", 0
-                self._send_file(request, part)
+                self._send_file(request, part, response if total == body.length else None)
                 continue
             data = read_file_slice(part) if isinstance(part, FileSlice) else part
             waiting += b"%x\r\n%s\r\n" % (len(data), data) if framing is Framing.CHUNKED and data else data
             count += len(data)
             if len(waiting) > SMALL_BODY or body.live:  # the next bytes may be long in coming
+                if total == body.length:
+                    self._count(response, total)
                 self._write(request, waiting, count)
                 waiting, count = b"", 0
         if body.length not in (None, total):
             raise ConnectionAbortedError(errno.EIO, "the body is shorter than declared")
+        self._count(response, total)
         self._write(request, waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
 
     def _write(self, request: Request, data: bytes, count: int = 0) -> None:
@@ -9142,15 +9213,23 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         send_all(self._connection.sock, data)
         self._body_sent += count
 
-    def _send_file(self, request: Request, part: FileSlice) -> None:
-        """Send a file slice; if it cannot be read to its end, the slice's fallback provides the rest."""
-        dispatcher, offset = self.server.dispatcher, part.start
+    def _send_file(self, request: Request, part: FileSlice, last_of: Response | None) -> None:
+        """Send a file slice; if it cannot be read to its end, the slice's fallback provides the rest.
+
+        ``last_of``: the response that the slice completes.
+        """
+        offset = part.start
         try:
-            with unpinned(*dispatcher.affinity) if part.size > LARGE_SEND else contextlib.nullcontext():
-                while offset < part.stop:
+            while offset < part.stop:
+                if last_of and part.stop - offset <= SEND_SIZE:
+                    self._count(last_of, last_of.body.length or 0)
+                try:
                     count = send_some(self._connection.sock, part, offset)
-                    self._body_sent += count
-                    offset += count
+                except BlockingIOError:
+                    wait_for_client(self._connection.sock)
+                    continue
+                self._body_sent += count
+                offset += count
         except StorageError:
             if part.fallback is None:
                 raise
@@ -9312,7 +9391,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         If the process is out of file descriptors, or so many connections wait that no further one can be
         parked, the clients wait in the system's queue.
         """
-        for _ in range(REQUESTS_PER_TURN):
+        for _ in range(ACCEPTS_PER_TURN):
             try:
                 if self.limiter.should_pause():
                     raise OSError(errno.ENOBUFS, "too many connections wait")
@@ -10036,8 +10115,6 @@ def run(config: Config, level: int) -> None:
     Everything that can fail is done before the first thread of the proxy starts, and the addresses are
     opened last, so that clients of a proxy that cannot start are refused at once.
     """
-    number = int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid()
-    affinity = pin_threads(number)  # before the first thread, because threads inherit it
     log_handler = start_logging(level)
     store = open_store(config)
     if config.filters_file:
@@ -10054,7 +10131,7 @@ def run(config: Config, level: int) -> None:
     statistics = StatusCollector(store, counters, config.instance or ",".join(config.addrs), proxy.snapshot)
     proxy.start()
     statistics.history.start()
-    dispatcher = Dispatcher(proxy, statistics, make_connection_limiter(), log_handler.write, affinity)
+    dispatcher = Dispatcher(proxy, statistics, make_connection_limiter(), log_handler.write)
     dispatcher.host_names()  # starts the look-up of the full name
     serve([ProxyServer(listening, dispatcher) for listening in sockets], proxy, signals,
           SystemdNotifier(os.environ, counters))

@@ -7505,14 +7505,6 @@ class SharedAddressTest(InstancesCase):
         self.assertEqual(sorted(name for name in os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER)) if "history" in name),
                          ["history-1.json", "history-2.json"])
 
-    @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "this system does not let us choose a processor")
-    def test_the_threads_of_each_instance_share_one_allowed_processor(self):
-        processes = [self.start_instance("--instance", name) for name in ("1", "2")]
-        chosen = [set().union(*(os.sched_getaffinity(int(task)) for task in os.listdir("/proc/%d/task" % one.process.pid))) for one in processes]
-        self.assertEqual([len(one) for one in chosen], [1, 1])
-        self.assertLessEqual(chosen[0] | chosen[1], os.sched_getaffinity(0))
-        self.assertEqual(len(chosen[0] | chosen[1]), min(2, len(pkgproxy.usable_processors())))
-
     def test_an_instance_without_a_name_is_not_one_of_several(self):
         for words, expected in (([], (False, "")), (["--instance="], (False, "")), (["--instance=2"], (True, "2")), (["--reuse-port"], (True, ""))):
             config, _ = pkgproxy.parse_options(words)
@@ -9131,7 +9123,7 @@ class EventLoopTest(ProxyCase):
         self.stack.enter_context(patch)
         return new
 
-    def test_small_hits_are_answered_without_a_thread(self):
+    def test_hits_are_answered_without_a_thread(self):
         self.forbid_threads()
         tag = self.page.etag.encode()
         for more, method, status, length in (
@@ -9154,7 +9146,7 @@ class EventLoopTest(ProxyCase):
         self.origin.pages["/y_1.0.deb"] = ScriptedResponse(b"y")
         one = self.open_client()
         for path, length, threads in (("/x_1.0.deb", 4096, 0), ("/y_1.0.deb", 1, 1), ("/x_1.0.deb", 4096, 1),
-                                      ("/big_1.0.deb", 3_000_000, 2), ("/x_1.0.deb", 4096, 2)):
+                                      ("/big_1.0.deb", 3_000_000, 1), ("/x_1.0.deb", 4096, 1)):
             one.sendall(self.raw_request(path))
             self.read_response(one, length)
             self.assertEqual(len(seen), threads)
@@ -9280,8 +9272,8 @@ class EventLoopTest(ProxyCase):
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
         early, late, find = self.open_client(), [], self.server.event_loop._hot_cache.get
 
-        def found(asked, config):
-            copy = find(asked, config)
+        def found(asked):
+            copy = find(asked)
             if copy is not None and not late:  # just found valid: the file is removed, and then a new client connects
                 os.unlink(path)
                 late.append(self.open_client(self.raw_request()))
@@ -9306,8 +9298,8 @@ class EventLoopTest(ProxyCase):
                 return len(there.recv(65536, socket.MSG_PEEK))
             return 0
 
-        def found(asked, config):
-            copy = find(asked, config)
+        def found(asked):
+            copy = find(asked)
             if copy is not None and not late:  # just found valid: the file is removed, and then a client sends another request
                 os.unlink(path)
                 client, there = next(pair for pair in pairs if come(pair[1]))
@@ -9352,13 +9344,16 @@ class EventLoopTest(ProxyCase):
             self.assertTrue(self.read_response(one, 4096).endswith(b"n"))
 
     def test_a_response_cut_off_at_shutdown_is_counted_and_logged(self):
-        self.open_blocked_client()
         before = self.snapshot()["statsOutcomes"]["hit"]
+        logged = self.stack.enter_context(self.assertLogs("pkgproxy", "INFO"))
+        self.open_blocked_client()
         with mock.patch.object(pkgproxy, "SHUTDOWN_GRACE", 0.05), self.assertLogs("pkgproxy", "INFO") as caught:
             self.server.shutdown()
             self.server.server_close()
         self.assertEqual(sum("incomplete" in line for line in caught.output), 1)
-        self.assertGreater(self.snapshot()["statsOutcomes"]["hit"], before)
+        hits = [line for line in logged.output + caught.output if " hit " in line]
+        self.assertGreater(len(hits), 1)
+        self.assertEqual(self.snapshot()["statsOutcomes"]["hit"], before + len(hits))
 
     def test_each_of_many_hits_in_one_loop_iteration_is_counted_and_logged(self):
         before, clients = self.snapshot(), [self.open_client() for _ in range(20)]
@@ -9491,45 +9486,118 @@ class EventLoopTest(ProxyCase):
                     self.assertEqual(max(pieces, default=0), end)
 
 
-class CPUAffinityTest(ProxyCase):
-    """The processor that the threads of an instance share."""
+class LargeHitTest(ProxyCase):
+    """Hits of any size, which the event loop sends in pieces as long as the file is in memory."""
 
-    def test_a_thread_is_unpinned_only_while_the_kernel_sends_a_large_file(self):
-        moves = []
-        with mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, create=True), mock.patch.object(
-                os, "sched_setaffinity", lambda _, where: moves.append(where), create=True), mock.patch.object(pkgproxy, "LARGE_SEND", 200_000):
-            self.server.dispatcher.affinity = pkgproxy.pin_threads(6)
-            self.assertEqual(moves, [{2}])
-            for path, length, whither in (("/short_1.0_all.deb", 150_000, []), ("/long_1.0_all.deb", 250_000, [{0, 1, 2, 3}, {2}])):
-                self.origin.pages[path] = ScriptedResponse(b"x" * length)
-                self.request(path)
+    PATH, SIZE = "/large_1.0_all.deb", 8_000_000
+
+    def setUp(self):
+        super().setUp()
+        self.body = random.Random(1).randbytes(self.SIZE)
+        self.origin.pages[self.PATH] = ScriptedResponse(self.body)
+        self.request(self.PATH)
+        self.wait_until_idle()
+        self.in_thread = mock.Mock(side_effect=self.server.serve_in_thread)
+        patch = mock.patch.object(self.server, "serve_in_thread", self.in_thread)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def open_slow_client(self, data):
+        """Return a client that has not read anything yet, with a small buffer."""
+        client = socket.socket()
+        self.addCleanup(client.close)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+        client.settimeout(PATIENCE)
+        client.connect(self.address)
+        client.sendall(data)
+        until(lambda: self.server.replies_running)
+        time.sleep(0.05)  # until its buffers are full
+        return client
+
+    def test_whole_files_and_ranges_need_no_thread(self):
+        for field, start, stop in (("bytes=0-", 0, self.SIZE), ("bytes=5-", 5, self.SIZE), ("bytes=1000-1999999", 1000, 2_000_000),
+                                   ("bytes=-100000", self.SIZE - 100_000, self.SIZE)):
+            with self.subTest(field):
+                answer = self.request(self.PATH, Range=field)
+                self.assertEqual(answer.body, self.body[start:stop])
+                self.assertIn("; hit", answer["Cache-Status"])
+        self.assertEqual(self.request(self.PATH).body, self.body)
+        self.assertEqual(self.request(self.PATH, "HEAD")["Content-Length"], str(self.SIZE))
+        self.in_thread.assert_not_called()
+
+    def test_a_slow_client_gets_all_while_others_are_served(self):
+        slow = self.open_slow_client(self.raw_request(self.PATH) + self.raw_request(self.PATH, b"Connection: close\r\n"))
+        for _ in range(3):
+            self.assertEqual(self.request(self.PATH).body, self.body)
+        self.assertEqual(read_to_end(slow).count(self.body), 2)
+        self.in_thread.assert_not_called()
+
+    def test_a_thread_sends_the_rest_of_a_file_that_has_to_be_read_from_the_disk(self):
+        for pieces in (0, 2):
+            with self.subTest(pieces=pieces):
+                self.in_thread.reset_mock()
+                answers = itertools.chain([False] * pieces, itertools.repeat(True))
+                with mock.patch.object(pkgproxy.HitTransfer, "must_wait_for_disk", lambda _: next(answers)):  # noqa: B023
+                    one = self.open_client(self.raw_request(self.PATH) + self.raw_request(self.PATH, b"Connection: close\r\n"))
+                    self.assertEqual(read_to_end(one).count(self.body), 2)
+                self.in_thread.assert_called_once()
+
+    def test_the_system_tells_whether_a_file_is_in_memory(self):
+        if not hasattr(os, "preadv"):
+            self.skipTest("no preadv here")
+        with mock.patch.object(os, "preadv", side_effect=BlockingIOError):
+            self.assertEqual(self.request(self.PATH).body, self.body)
+        self.in_thread.assert_called_once()
+
+    def test_a_file_that_is_cut_while_it_is_sent_ends_the_connection(self):
+        name = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, self.PATH[1:])
+        for in_thread in (False, True):
+            with self.subTest(in_thread=in_thread), self.assertLogs("pkgproxy", "INFO") as caught, mock.patch.object(
+                    pkgproxy.HitTransfer, "must_wait_for_disk", return_value=in_thread):
+                slow = self.open_slow_client(self.raw_request(self.PATH))
+                os.truncate(name, 10)
+                self.assertLess(len(read_to_end(slow)), self.SIZE)
+                until(lambda: any("incomplete" in line for line in caught.output))  # noqa: B023
+                os.unlink(name)
+                self.request(self.PATH)
                 self.wait_until_idle()
-                moves.clear()
-                self.assertEqual(len(self.request(path).body), length)
-                until(lambda: moves == whither)  # noqa: B023
 
-    def test_slow_processors_are_left_out(self):
-        speeds = {0: 5_300_000, 1: 4_900_000, 2: 1_800_000, 3: None}
+    def test_a_client_that_leaves_in_the_middle_is_counted_with_what_it_got(self):
+        before = self.server.dispatcher.statistics.counters.totals()
+        for in_thread in (False, True):
+            with mock.patch.object(pkgproxy.HitTransfer, "must_wait_for_disk", return_value=in_thread):
+                self.open_slow_client(self.raw_request(self.PATH)).close()
+                until(lambda: not self.server.replies_running)
+        totals = self.server.dispatcher.statistics.counters.totals()
+        self.assertEqual(totals["hit"], before["hit"] + 2)
+        self.assertTrue(0 < totals["statsCacheBytes"] - before["statsCacheBytes"] < 2 * self.SIZE - 100_000)
 
-        def opened(path, **_):
-            speed = speeds[int(re.search(r"cpu(\d+)/cpufreq", path)[1])]
-            if speed is None:
-                raise FileNotFoundError(path)
-            return io.StringIO("%d\n" % speed)
 
-        with mock.patch.object(pkgproxy.os, "sched_getaffinity", lambda _: set(speeds), create=True), mock.patch.object(pkgproxy.os, "sched_setaffinity", create=True), \
-                mock.patch("builtins.open", opened):
-            self.assertEqual(pkgproxy.usable_processors(), [0, 1])
-            speeds.update(dict.fromkeys(speeds))
-            self.assertEqual(pkgproxy.usable_processors(), [0, 1, 2, 3])
+class ExactCountTest(ProxyCase):
+    """A client that has its whole answer finds it counted (each thread stops for a moment after it has sent something)."""
 
-    def test_without_cpu_affinity_the_proxy_works(self):
-        with mock.patch.object(os, "sched_setaffinity", side_effect=PermissionError, create=True):
-            self.assertEqual(pkgproxy.pin_threads(0), (set(), set()))
-            with pkgproxy.unpinned({0}, {0}):
-                pass
-        with mock.patch.object(pkgproxy, "usable_processors", list):
-            self.assertEqual(pkgproxy.pin_threads(0), (set(), set()))
+    def test_an_answer_is_counted_before_its_last_byte_leaves(self):
+        pages = {"/small_1.0_all.deb": 4000, "/medium_1.0_all.deb": 300_000, "/large_1.0_all.deb": 2_000_000}
+        self.origin.pages.update({path: ScriptedResponse(b"x" * size) for path, size in pages.items()})
+        self.origin.pages["/chunked"] = ScriptedResponse(b"x" * 5000, chunked=True, fields=[("Cache-Control", "no-store")])
+        counters, slow = self.server.dispatcher.statistics.counters, mock.Mock(wraps=pkgproxy.os.sendfile)
+        send = pkgproxy.send_all
+        self.addCleanup(setattr, pkgproxy, "send_all", send)
+        pkgproxy.send_all = lambda sock, data: (send(sock, data), time.sleep(0.02))
+        slow.side_effect = lambda *what: [os_sendfile(*what), time.sleep(0.02)][0]
+        os_sendfile = os.sendfile
+        cases = [(path, "miss", False) for path in pages] + [(path, "hit", in_thread) for path in pages for in_thread in (False, True)]
+        with mock.patch.object(os, "sendfile", slow):
+            for path, outcome, in_thread in [*cases, ("/chunked", "relayed", False)]:
+                with self.subTest(path, outcome=outcome, in_thread=in_thread), mock.patch.object(
+                        pkgproxy.HitTransfer, "must_wait_for_disk", return_value=in_thread), self.connection() as connection:
+                    before = counters.totals()
+                    connection.request("GET", self.origin.url(path))
+                    size = len(connection.getresponse().read())
+                    after = counters.totals()
+                    self.assertEqual((after[outcome] - before[outcome], after["statsCacheBytes"] - before["statsCacheBytes"]),
+                                     (1, size if outcome == "hit" else 0))
+                self.wait_until_idle()
 
 
 class ThreadPoolTest(unittest.TestCase):
@@ -10226,7 +10294,7 @@ class ReadmeTest(unittest.TestCase):
     @unittest.skipUnless(shutil.which("install") and shutil.which("sh"), "install is not installed")
     def test_the_systemd_unit_runs_byte_code_and_permits_the_system_calls_in_use(self):
         unit = (HERE / "pkgproxy.service").read_text(encoding="utf-8")
-        self.assertEqual(re.findall("^SystemCallFilter=(.*)$", unit, re.M), ["@system-service", "~@privileged @resources", "sched_setaffinity"])
+        self.assertEqual(re.findall("^SystemCallFilter=(.*)$", unit, re.M), ["@system-service", "~@privileged @resources"])
         home, command = (re.search("^%s=(.*)$" % name, unit, re.M)[1] for name in ("WorkingDirectory", "ExecStart"))
         with tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as folder:
             here = Path(folder + home)
