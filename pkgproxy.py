@@ -29,10 +29,10 @@ The path of a request
 ---------------------
 ::
 
-    accept ─ EventLoop ── small hit: prepare_hit, send ──────────────────────────────► client
+    accept ─ EventLoop ── hit: HotCache, or Proxy.prepare_hit; HitTransfer ──────────► client
                 │ anything else, once the head is complete                      (event loop thread)
                 ▼
-          ThreadPool ─ ProxyHandler: RequestReader parses a Request                 (worker thread)
+          thread ─ ProxyHandler: parse a Request                                     (worker thread)
                          Dispatcher.respond: check access; own pages are answered here
                          Proxy.respond
                             stored   = Store.lookup(key)
@@ -57,8 +57,8 @@ reads it at its own speed while it arrives.  The download continues if its clien
 Threads
 -------
     main              starts the rest, waits for signals, sends watchdog messages
-    event loop        one per listening address: waits on idle connections, answers small hits
-    worker            ThreadPool: reads a request, answers it, and returns the connection to the loop
+    event loop        one per listening address: waits on idle connections, sends hits
+    worker            one per connection that needs one: answers requests, returns the connection to the loop
     download          Downloader: one per download; it never waits for a client
     peer follower     PeerFollower: one per download that another instance runs
     lease renewal     LeaseManager: one, if instances coordinate through memcached
@@ -150,7 +150,6 @@ import functools
 import glob
 import hashlib
 import http.client
-import http.server
 import io
 import ipaddress
 import itertools
@@ -218,8 +217,7 @@ MAX_CONNECTIONS = 4000  # clients; fewer if descriptors are short.  Each busy on
 LISTEN_BACKLOG = 256  # connections waiting for accept(); a fleet started by cron arrives at once
 SENDS_PER_TURN = 3  # of one hit, of SEND_SIZE at most, before the next client's turn
 ACCEPTS_PER_TURN = 4  # connections accepted before the open ones have their turn
-MAX_IDLE_THREADS = 16  # idle threads kept; ready for the next burst of requests
-THREAD_IDLE_TIMEOUT = 5.0  # seconds an idle thread waits; within a burst the gaps are shorter
+THREAD_IDLE_TIMEOUT = 0.1  # seconds that a thread waits for its client's next request after a miss
 HOT_CACHE_SIZE = 32  # hits ready to be sent again; each holds a descriptor and up to SMALL_BODY bytes
 SMALL_BODY = 64 * 1024  # bytes; a body up to this is sent together with its head
 COPY_SIZE = 256 * 1024  # bytes per read or write where sendfile() is not used
@@ -6434,11 +6432,6 @@ class HotCache:
             if len(self._entries) > HOT_CACHE_SIZE:
                 del self._entries[next(iter(self._entries))]
 
-    def clear(self) -> None:
-        """Remove all entries."""
-        self._entries.clear()
-        self._verified.clear()
-
 
 def read_without_blocking(file: io.FileIO, start: int, stop: int) -> bytes | None:
     """Read a part of a file if it is in memory, as far as the system tells; None if not, or on an error."""
@@ -7941,10 +7934,10 @@ def make_page(path: str, address: tuple[str, int], accepts_html: bool,
 # Which thread does what:
 #
 # 1. The thread of ProxyServer.serve_forever() accepts a connection and gives it to its EventLoop.
-# 2. The event loop, in the same thread, waits for requests on all idle connections.  It sends small hits
-#    itself, since that takes less time than waking another thread.
-# 3. Everything that may block goes to a worker thread (ThreadPool): ProxyHandler reads the request, has the
-#    Dispatcher answer it, and sends the response.
+# 2. The event loop, in the same thread, waits for requests on all idle connections.  It sends hits itself, as
+#    long as their files are in memory, since that takes less time than starting another thread.
+# 3. Everything that may block goes to a worker thread: ProxyHandler reads the request, has the Dispatcher
+#    answer it, and sends the response.  It also sends the rest of a hit that must be read from the disk.
 # 4. The worker returns the connection to the event loop, or closes it.
 #
 # So a connection always has one owner, and needs no lock.  ConnectionLimiter and Dispatcher are shared by all
@@ -7971,12 +7964,20 @@ def wait_for_client(sock: socket.socket) -> None:
 
     A client with a large buffer makes room in it seldom, but is alive as long as its system takes bytes.
     """
-    before = progress(sock)
+    now = progress(sock)
     while not wait_until_ready(sock, CLIENT_TIMEOUT, writing=True):
-        now = progress(sock)
+        before, now = now, progress(sock)
         if now == before:
             raise socket.timeout("timed out")
-        before = now
+
+
+def send_patiently(sock: socket.socket, send: Callable[..., _T], *arguments: Any) -> _T:
+    """Return send(*arguments), after waiting for a client whose system takes no bytes now."""
+    while True:
+        try:
+            return send(*arguments)
+        except BlockingIOError:
+            wait_for_client(sock)
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
@@ -7987,10 +7988,7 @@ def send_all(sock: socket.socket, data: bytes) -> None:
     """
     left = memoryview(data)
     while left:
-        try:
-            left = left[sock.send(left):]
-        except BlockingIOError:
-            wait_for_client(sock)
+        left = left[send_patiently(sock, sock.send, left):]
 
 
 _MORE = getattr(socket, "MSG_MORE", 0)  # the body follows: send the head with its first bytes
@@ -8048,8 +8046,8 @@ class HitTransfer:
         stop = min(self._offset + SEND_SIZE, self.hit.part.stop)
         return read_without_blocking(self.hit.stored.file, stop - 1, stop) is None
 
-    def send_some(self, sock: socket.socket, counters: Counters) -> SendResult | None:
-        """Send the next bytes; return the result if they were the last.
+    def send_some(self, sock: socket.socket, counters: Counters) -> bool:
+        """Send the next bytes; return whether they were the last.
 
         BlockingIOError if the client's system takes none now; OSError if the client fails, StorageError if
         the file does.
@@ -8062,17 +8060,15 @@ class HitTransfer:
             self.unsent = self.unsent[sock.send(self.unsent, _MORE if self._offset < stop else 0):]
         else:
             self._offset += send_some(sock, hit.part, self._offset)
-        if self.unsent or self._offset < stop:
-            return None
-        return SendResult(hit.body_size, hit.body_size, time.monotonic() - self.began, True)
+        return self._offset == stop and not self.unsent
 
-    def abort(self, counters: Counters) -> SendResult:
-        """Return what has been sent of a hit whose end will not be, and count it."""
+    def result(self, counters: Counters) -> SendResult:
+        """Return what has been sent in the end, and count it if it is not counted yet."""
         left = len(self.unsent) + self.hit.part.stop - self._offset
         size = max(0, self.hit.body_size - left)
         if not self._is_counted:
             counters.add(self.hit.cache_status.outcome, size)
-        return SendResult(size, size, time.monotonic() - self.began, False)
+        return SendResult(size, size, time.monotonic() - self.began, not left)
 
 
 class RequestBody:
@@ -8135,12 +8131,9 @@ def set_events(selector: selectors.BaseSelector, sock: socket.socket, events: in
     cannot watch more sockets.
     """
     # By number: the map's KeyError for an unknown socket would contain the socket's repr(), which is slow.
-    is_known = sock.fileno() in selector.get_map()
-    if is_known and events:
-        selector.modify(sock, events, data)
-    elif is_known:
+    if sock.fileno() in selector.get_map():
         selector.unregister(sock)
-    elif events:
+    if events:
         selector.register(sock, events, data)
 
 
@@ -8239,7 +8232,6 @@ class ClientConnection:
         self.answered = False  # has got a response: from now on, the client must expect a close at any time
         self.waiting = False
         self.waiting_since = time.monotonic()  # when the connection became idle, or the current request began
-        self.keep_alive = False  # return the connection to the event loop when its thread is done
         self.known_missing = False  # nothing is stored for the request that a thread is about to answer
         self.access_key: AccessKey | None = None  # None: refused, or not checked yet
         self.pending: HitTransfer | None = None  # the hit that is being sent
@@ -8261,19 +8253,20 @@ class ClientConnection:
         """Whether the client is on this host."""
         return self.host == self.server_address[0] or is_local_client(self.host)
 
-    def timeout(self) -> float:
-        """Return how many seconds the event loop may wait for the client."""
-        if self.pending:
-            return CLIENT_TIMEOUT
-        if self.buffered or not self.answered:
-            return REQUEST_HEAD_TIMEOUT
-        return IDLE_TIMEOUT if self.access_key else LINGER_TIMEOUT  # None: it has been refused
-
-    def has_progressed(self) -> bool:
-        """Return whether bytes have been transferred since the last call, as far as the system tells.
+    def has_timed_out(self, now: float) -> bool:
+        """Return whether the event loop has waited too long for the client, at the monotonic time ``now``.
 
         A client with a large buffer makes room in it seldom, but is alive as long as its system takes bytes.
         """
+        idle = IDLE_TIMEOUT if self.access_key else LINGER_TIMEOUT  # None: it has been refused
+        head = REQUEST_HEAD_TIMEOUT if self.buffered or not self.answered else idle
+        limit = CLIENT_TIMEOUT if self.pending else head
+        if now - self.waiting_since > limit and self.pending and self.has_progressed():
+            self.waiting_since = now
+        return now - self.waiting_since > limit
+
+    def has_progressed(self) -> bool:
+        """Return whether bytes have been transferred since the last call, as far as the system tells."""
         before, self._acknowledged = self._acknowledged, progress(self.sock)[0]
         return self._acknowledged != before
 
@@ -8356,8 +8349,6 @@ class ConnectionLimiter:
         self._closing: set[ClientConnection] = set()  # shut down, but not released yet
         self._abandoned: set[ClientConnection] = set()  # the same, but their places are free already
         self._measured = time.monotonic()
-        self._released_at = 0.0  # monotonic: when a place last became free
-        self._tunnels: collections.Counter[str] = collections.Counter()  # open ones, by network
 
     def busy_count(self) -> int:
         """Return the number of connections that are not waiting for a request."""
@@ -8367,27 +8358,21 @@ class ConnectionLimiter:
     def admit(self, connection: ClientConnection) -> ClientConnection | None:
         """Admit an accepted connection, or park it; return one to be refused if too many are parked."""
         with self._lock:
-            if not self._may_have_more(connection.network) or not self._make_room(connection.network):
+            if not self._make_room(connection.network):
                 self.crowded = True
                 self._parked.append(connection)
-                is_full = len(self._parked) > self.max_connections
-                return self._parked.pop(self._last_of_most()) if is_full else None
+                if len(self._parked) <= self.max_connections:
+                    return None
+                counts = collections.Counter(each.network for each in self._parked)
+                return self._parked.pop(max(  # the latest of the client that has the most
+                    range(len(self._parked)), key=lambda index: (counts[self._parked[index].network], index)))
             self._register(connection)
         connection.on_admitted(connection)
         return None
 
-    def should_pause(self) -> bool:
-        """Return whether to accept no connection for a moment: no more can be parked, but places become free,
-        and only one client wants them.  So its connections are served in turn, and none is refused.
-        """
-        with self._lock:
-            is_full = len(self._parked) >= self.max_connections and len(self._per_client) == 1
-            return is_full and time.monotonic() - self._released_at < 1.0
-
     def release(self, connection: ClientConnection) -> None:
         """Free the place of a closed connection."""
         with self._lock:
-            self._released_at = time.monotonic()
             self._abandoned.discard(connection)
             self._unregister(connection)
 
@@ -8411,7 +8396,7 @@ class ConnectionLimiter:
                 is_next = network not in blocked
                 if is_next and connection.receive(socket.MSG_PEEK) == b"":
                     connection.sock.close()
-                elif is_next and self._may_have_more(network) and self._make_room(network, len(blocked) + 1):
+                elif is_next and self._make_room(network, len(blocked) + 1):
                     self._register(connection)
                     admitted.append(connection)
                 else:
@@ -8423,20 +8408,14 @@ class ConnectionLimiter:
         for connection in admitted:
             connection.on_admitted(connection)
 
-    @contextlib.contextmanager
-    def tunnel(self, client: str) -> Iterator[None]:
-        """Count a tunnel of a client as long as it is open; ProxyError if the limits allow no further one."""
-        network = client_network(client)
+    def open_tunnel(self, connection: ClientConnection) -> None:
+        """Count a connection as a tunnel from now on; ProxyError if the limits allow no further one."""
         with self._lock:
+            tunnels = [each.network for each in self._connections if each.is_tunnel]
             share = max(1, self.max_tunnels // 2)
-            if sum(self._tunnels.values()) >= self.max_tunnels or self._tunnels[network] >= share:
+            if len(tunnels) >= self.max_tunnels or tunnels.count(connection.network) >= share:
                 raise ProxyError("Too many tunnels are open.", 503)
-            self._tunnels[network] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._tunnels -= collections.Counter([network])  # drops zeros, so it cannot grow for ever
+            connection.is_tunnel = True
 
     def close(self) -> None:
         """Close the parked connections."""
@@ -8461,13 +8440,10 @@ class ConnectionLimiter:
             self._connections.remove(connection)
             self._per_client -= collections.Counter([connection.network])  # drops zeros
 
-    def _last_of_most(self) -> int:
-        """Return the index of the latest parked connection of the client that has the most of them."""
-        counts = collections.Counter(connection.network for connection in self._parked)
-        return max(range(len(self._parked)), key=lambda index: (counts[self._parked[index].network], index))
-
     def _make_room(self, network: str, count: int = 1) -> bool:
         """Make room for ``count`` new connections, if needed; return whether ``network`` has room now."""
+        if not self._may_have_more(network):
+            return False
         if len(self._connections) >= self.max_connections and self._attempts < PLACES_PER_TURN:
             self._attempts += 1  # it takes long, since it looks at all connections
             heaviest, most = self._per_client.most_common(1)[0]
@@ -8653,11 +8629,8 @@ class Dispatcher:
     # Counting and logging
 
     def count(self, response: Response, sent: int) -> None:
-        """Count a response with ``sent`` bytes of its body, or a tunnel."""
-        outcome = response.cache_status.outcome
-        if outcome is Outcome.TUNNEL:
-            self.statistics.counters.add_tunnel(sent)
-        self.statistics.counters.add(outcome, self._cached_bytes(response, sent))
+        """Count a response with ``sent`` bytes of its body."""
+        self.statistics.counters.add(response.cache_status.outcome, self._cached_bytes(response, sent))
 
     def _cached_bytes(self, response: Response, sent: int) -> int:
         from_cache = response.counts_as_cached and response.head.status in (200, 206)
@@ -8684,24 +8657,35 @@ class Dispatcher:
 
 
 class WakeableSelector(selectors.DefaultSelector):
-    """A selector that other threads can wake up."""
+    """A selector that other threads can wake up, and give connections to."""
 
-    def __init__(self, on_wake: Callable[[], None]) -> None:
+    def __init__(self, on_given: Callable[[ClientConnection], None]) -> None:
+        """``on_given`` is called for each connection that was given, by take()."""
         super().__init__()
+        self._on_given = on_given
+        self._given: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        self.register(self._reader, selectors.EVENT_READ, on_wake)
+        self.register(self._reader, selectors.EVENT_READ, self.take)
 
     def wake(self) -> None:
-        """Let select() return now, with ``on_wake`` among the data; from any thread."""
+        """Let select() return now, with ``take`` among the data; from any thread."""
         with contextlib.suppress(OSError):  # full, so that it wakes anyway; or closed
             self._writer.send(b"\0")
 
-    def drain(self) -> None:
-        """Discard the wake-ups so far."""
+    def give(self, connection: ClientConnection) -> None:
+        """Give a connection to the thread that calls select(); from any thread."""
+        self._given.put(connection)
+        self.wake()
+
+    def take(self) -> None:
+        """Discard the wake-ups so far, and take the connections that were given."""
         with contextlib.suppress(OSError):
             self._reader.recv(4096)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._on_given(self._given.get_nowait())
 
     def close(self) -> None:
         """Close the selector and its sockets."""
@@ -8734,22 +8718,21 @@ class EventLoop:
         self._dispatcher = server.dispatcher
         self._counters = server.dispatcher.statistics.counters
         self._connections: set[ClientConnection] = set()
-        self._added: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()  # by other threads
         self._postponed: list[ClientConnection] = []  # have answered one request and buffered another
         self._sent: dict[PreparedHit, list[tuple[str, SendResult]]] = {}  # in this turn, not recorded yet
         self._closed = False
         self._thread = 0  # the one that calls run_once()
         self._hot_cache = HotCache()
-        self.selector = WakeableSelector(self._take_added)
+        self.selector = WakeableSelector(self._take)
 
     def add(self, connection: ClientConnection) -> None:
         """Wait for the next request of a connection."""
         if self._thread == threading.get_ident() and not self._closed:
             self._add(connection)
-            return
-        # close() sets _closed before it empties the queue, so one of the two finds the connection.
-        self._added.put(connection)
-        (self._take_added if self._closed else self.selector.wake)()
+        else:
+            self.selector.give(connection)
+            if self._closed:  # set before close() takes what was given: one of the two finds the connection
+                self.selector.take()
 
     def run_once(self, timeout: float) -> None:
         """Serve all connections that are ready now, or as soon as one is, within ``timeout`` seconds."""
@@ -8770,8 +8753,8 @@ class EventLoop:
     @property
     def sending(self) -> int:
         """Connections that a hit is being sent to, or that have buffered another request."""
-        blocked = [each for each in tuple(self._connections) if each.watched == selectors.EVENT_WRITE]
-        return len(blocked) + len(self._postponed)
+        blocked = sum(each.watched == selectors.EVENT_WRITE for each in tuple(self._connections))
+        return blocked + len(self._postponed)
 
     def close_timed_out(self, now: float) -> None:
         """Close connections that have exceeded their timeout; ``now`` is monotonic.
@@ -8779,33 +8762,24 @@ class EventLoop:
         An incomplete head goes to a thread instead, which sends the error.
         """
         for connection in tuple(self._connections):
-            if now - connection.waiting_since <= connection.timeout():
-                continue
-            if connection.pending and connection.has_progressed():
-                connection.waiting_since = now
-            elif connection.buffered and not connection.pending:
-                self._hand_to_thread(connection)
-            else:
-                self._close(connection)
+            if connection.has_timed_out(now):
+                incomplete = connection.buffered and not connection.pending
+                (self._hand_to_thread if incomplete else self._close)(connection)
 
     def close(self) -> None:
         """Close all connections that no thread serves, and those that come later."""
         self._closed = True
-        self._take_added()
+        self.selector.take()
         for connection in tuple(self._connections):
             self._close(connection)
         self._record()
-        self._hot_cache.clear()
+        self._hot_cache = HotCache()  # closes the files
         self.selector.close()
 
     # Connections come and go
 
-    def _take_added(self) -> None:
-        self.selector.drain()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                connection = self._added.get_nowait()
-                (self._server.shutdown_request if self._closed else self._add)(connection)
+    def _take(self, connection: ClientConnection) -> None:
+        (self._server.close_connection if self._closed else self._add)(connection)
 
     def _add(self, connection: ClientConnection) -> None:
         """Serve a connection at once, since a new one has usually sent its request; then wait for more."""
@@ -8835,11 +8809,10 @@ class EventLoop:
         set_events(self.selector, connection.sock, 0)
 
     def _close(self, connection: ClientConnection) -> None:
-        transfer, connection.pending = connection.pending, None
-        if transfer:
-            self._sent.setdefault(transfer.hit, []).append((connection.host, transfer.abort(self._counters)))
+        if connection.pending:
+            self._note_sent(connection, connection.pending)
         self._remove(connection)
-        self._server.shutdown_request(connection)
+        self._server.close_connection(connection)
 
     def _hand_to_thread(self, connection: ClientConnection) -> None:
         self._remove(connection)
@@ -8855,7 +8828,7 @@ class EventLoop:
             if connection.pending is not None:
                 self._send(connection, connection.pending)
         except Exception:  # noqa: BLE001
-            self._server.handle_error(connection, connection.address)
+            self._server.handle_error(connection)
             if connection.waiting:
                 self._close(connection)
 
@@ -8865,32 +8838,36 @@ class EventLoop:
         A request that may block takes the connection, with all that is buffered, to a thread: responses must
         leave in the order of the requests (RFC 9112 §9.3.2).
         """
-        began, seen = time.monotonic(), len(connection.buffered)
+        began, seen = time.monotonic(), 0
         if is_readable:
-            data = connection.receive()
+            data = self._receive(connection)
             if not data:
-                if data is not None:
-                    self._close(connection)
                 return
-            access_key = connection.access_key
-            if not access_key and not self._dispatcher.check_access(connection):
-                # Discard what the client sends until it closes, or for LINGER_TIMEOUT: unread bytes would
-                # turn the proxy's close into a reset, which may overtake the response.
-                return
-            if not seen:
+            if not connection.buffered:
                 connection.waiting_since = began
-                hit = self._hot_cache.get((data, access_key))
+                hit = self._hot_cache.get((data, connection.access_key))
                 if hit is not None:  # mostly: one whole head, the same that somebody sent a moment ago
                     connection.pending = HitTransfer(hit, began)
                     return
-            connection.buffered += data
-        size = find_head_end(connection.buffered, seen if is_readable else 0)
+            seen, connection.buffered = len(connection.buffered), connection.buffered + data
+        size = find_head_end(connection.buffered, seen)
         hit = self._dispatcher.try_hot_path(connection, size, self._hot_cache) if size > 0 else None
         if hit is not None:
             connection.buffered = connection.buffered[size:]
             connection.pending = HitTransfer(hit, began)
         elif size:
             self._hand_to_thread(connection)
+
+    def _receive(self, connection: ClientConnection) -> bytes | None:
+        """Return what a client that may use the proxy has sent; close the connection if the client has."""
+        data = connection.receive()
+        if data == b"":
+            self._close(connection)
+        elif data and not connection.access_key and not self._dispatcher.check_access(connection):
+            # Discard what the client sends until it closes, or for LINGER_TIMEOUT: unread bytes would turn
+            # the proxy's close into a reset, which may overtake the response.
+            return None
+        return data
 
     def _send(self, connection: ClientConnection, transfer: HitTransfer) -> None:
         """Send the next bytes of a hit; a thread goes on if they are not in memory."""
@@ -8899,9 +8876,8 @@ class EventLoop:
                 if not transfer.unsent and transfer.must_wait_for_disk():
                     self._hand_to_thread(connection)
                     return
-                result = transfer.send_some(connection.sock, self._counters)
-                if result:
-                    self._finish(connection, transfer.hit, result)
+                if transfer.send_some(connection.sock, self._counters):
+                    self._finish(connection, transfer)
                     return
         except BlockingIOError:
             connection.has_progressed()  # from now on
@@ -8911,18 +8887,20 @@ class EventLoop:
         connection.waiting_since = time.monotonic()
         self._watch(connection)
 
-    def _finish(self, connection: ClientConnection, hit: PreparedHit, result: SendResult) -> None:
+    def _finish(self, connection: ClientConnection, transfer: HitTransfer) -> None:
         """Go on with a connection to which a hit has been sent."""
-        connection.pending, connection.answered = None, True
-        self._sent.setdefault(hit, []).append((connection.host, result))
-        if hit.close:
+        connection.answered, connection.waiting_since = True, time.monotonic()
+        self._note_sent(connection, transfer)
+        if transfer.hit.close:
             self._close(connection)
             return
-        connection.waiting_since = time.monotonic()
-        if connection.watched == selectors.EVENT_WRITE:
-            self._watch(connection)
+        self._watch(connection)
         if connection.buffered:
             self._postponed.append(connection)
+
+    def _note_sent(self, connection: ClientConnection, transfer: HitTransfer) -> None:
+        connection.pending = None
+        self._sent.setdefault(transfer.hit, []).append((connection.host, transfer.result(self._counters)))
 
     def _record(self) -> None:
         """Log what was sent in this turn: once per hit, which is cheaper than once per client."""
@@ -8931,28 +8909,258 @@ class EventLoop:
             self._dispatcher.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
 
 
-class RequestReader:
-    """Reads the requests of a connection that the event loop has handed to a thread.
+class ResponseWriter:
+    """Writes one response to a client, in a thread, and counts it before its last bytes leave.
+
+    So a client that has a whole response finds it counted.
+    """
+
+    def __init__(self, sock: socket.socket, request: Request, response: Response,
+                 dispatcher: Dispatcher) -> None:
+        self.begun = self.whole = self._is_counted = False  # any byte has been sent, and all bytes
+        self._sock = sock
+        self._request = request
+        self._response = response
+        self._dispatcher = dispatcher
+        self._sent = 0  # bytes of the body
+
+    def send(self, close: bool) -> bool:
+        """Send the response; return whether the connection stays open.
+
+        ProxyError or StorageError if its body fails; OSError or socket.timeout if the client does.
+        """
+        request, response = self._request, self._response
+        framing = response_framing(request, response.head, response.body.length)
+        unread = getattr(request.body, "unread", False)  # it would be taken for the next request
+        close = close or unread or framing is Framing.CLOSE or not wants_keep_alive(request)
+        head = render_response_head(request, with_date(response.head, time.time()), response.body.length,
+                                    response.cache_status, close, self._dispatcher.proxy.config)
+        try:
+            if request.method == "HEAD" or framing is Framing.NONE:
+                self._count(0)
+                self._write(head)
+            else:
+                self._write_body(head, response.body, framing)
+        except Exception:
+            if framing is Framing.CLOSE and self.begun:
+                # A normal close would mark the end of the body (invariant 7), so reset the connection.
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self._sock.close()
+            raise
+        self.whole = True
+        return not close
+
+    def finish(self, started: float) -> None:
+        """Close the body, and record what has been sent since ``started`` (monotonic)."""
+        self._response.body.close()
+        self._count(self._sent)
+        self._dispatcher.record(self._request, self._response, self._sent, started, self.whole)
+
+    def _count(self, sent: int) -> None:
+        if not self._is_counted:
+            self._is_counted = True
+            self._dispatcher.count(self._response, sent)
+
+    def _write_body(self, head: bytes, body: ResponseBody, framing: Framing) -> None:
+        """Write head and body.
+
+        Small parts are collected, so that the head and a small body leave in one segment; large slices of
+        files are sent by the kernel.  A body of a declared length must have it (invariant 7): one that is
+        longer would be taken for the next response, one that is shorter would leave the client waiting.
+        """
+        # Bytes to be written, the number of those that belong to the body, and the size of the body so far.
+        waiting, count, total = head, 0, 0
+        for part in body.chunks():
+            total += part.size if isinstance(part, FileSlice) else len(part)
+            if body.length is not None and total > body.length:
+                raise ConnectionAbortedError(errno.EIO, "the body is longer than declared")
+            if isinstance(part, FileSlice) and part.size > SMALL_BODY:
+                if not self.begun:  # an unreadable file can still become an error response
+                    read_file_slice(FileSlice(part.file, part.start, part.start + 1))
+                self._write(waiting, count)
+                waiting, count = b"", 0
+                self._send_file(part, total == body.length)
+                continue
+            data = read_file_slice(part) if isinstance(part, FileSlice) else part
+            waiting += b"%x\r\n%s\r\n" % (len(data), data) if framing is Framing.CHUNKED and data else data
+            count += len(data)
+            if len(waiting) > SMALL_BODY or body.live:  # the next bytes may be long in coming
+                if total == body.length:
+                    self._count(total)
+                self._write(waiting, count)
+                waiting, count = b"", 0
+        if body.length not in (None, total):
+            raise ConnectionAbortedError(errno.EIO, "the body is shorter than declared")
+        self._count(total)
+        self._write(waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
+
+    def _write(self, data: bytes, count: int = 0) -> None:
+        """Send bytes, ``count`` of which belong to the body."""
+        if data and not self.begun:
+            self.begun = True
+            mark(self._request.timings, "first byte")
+        send_all(self._sock, data)
+        self._sent += count
+
+    def _send_file(self, part: FileSlice, is_last: bool) -> None:
+        """Send a file slice; if it cannot be read to its end, the slice's fallback provides the rest.
+
+        ``is_last``: it completes the body.
+        """
+        offset = part.start
+        try:
+            while offset < part.stop:
+                if is_last and part.stop - offset <= SEND_SIZE:
+                    self._count(self._sent + part.stop - offset)
+                count = send_patiently(self._sock, send_some, self._sock, part, offset)
+                self._sent += count
+                offset += count
+        except StorageError:
+            if part.fallback is None:
+                raise
+            for data in part.fallback(offset, part.stop):
+                self._write(data, len(data))
+
+
+class ProxyHandler:
+    """Reads requests from one connection and writes the responses, in a thread.  It decides nothing.
 
     The event loop waits for heads, so there is only one place that does.  When a request comes here, its
     head is complete in ``connection.buffered``, or never will be: then it is invalid, or it was not
-    complete in time, and next() raises the error to send.  Only bodies are waited for.
+    complete in time, and the error is sent.  Only bodies are waited for.
     """
 
-    def __init__(self, connection: ClientConnection) -> None:
-        self.line = "?"  # the request line, where only the rest of the head is wrong
+    def __init__(self, server: ProxyServer, connection: ClientConnection) -> None:
+        self._server = server
         self._connection = connection
-        self._timed = DeadlineReader(connection.sock, CLIENT_TIMEOUT, connection.buffered)
-        self.file = io.BufferedReader(self._timed, 64 * 1024)
+        self._lingers = False  # the client probably asks for something else that is not stored
 
-    def next(self) -> Request:
+    def handle(self) -> bool:
+        """Answer the buffered requests, and those that come within a moment after a miss; return whether the
+        connection stays open.
+
+        After a hit, the connection returns to the event loop at once, which may answer the next one itself.
+        """
+        connection = self._connection
+        with contextlib.suppress(ConnectionError, socket.timeout, TimeoutError, StorageError):
+            while self._answer_one():
+                connection.answered, connection.buffered = True, self._buffered()
+                if self._lingers and not connection.buffered and \
+                        wait_until_ready(connection.sock, THREAD_IDLE_TIMEOUT):
+                    connection.buffered = connection.receive() or b""
+                connection.waiting_since = time.monotonic()
+                if not find_head_end(connection.buffered):
+                    return True
+        return False
+
+    def _answer_one(self) -> bool:
+        """Answer one request; return whether the connection stays open."""
+        connection, self._lingers = self._connection, False
+        self._line = "?"  # the request line, where only the rest of the head is wrong
+        self._timed = DeadlineReader(connection.sock, CLIENT_TIMEOUT, connection.buffered)
+        self._file = io.BufferedReader(self._timed, 64 * 1024)
+        if connection.pending is not None:
+            return self._finish_hit(connection.pending)
+        self._started = time.monotonic()
+        try:
+            request = self._next()
+        except ProxyError as error:
+            return self._answer(self._failed_request(), error_response(error), close=True)
+        if request.method == "CONNECT":
+            return self._handle_connect(request)
+        return self._answer(request, self._respond(request))
+
+    def _finish_hit(self, transfer: HitTransfer) -> bool:
+        """Send the rest of a hit that the event loop has begun; return whether the connection stays open."""
+        hit, connection, dispatcher = transfer.hit, self._connection, self._server.dispatcher
+        counters = dispatcher.statistics.counters
+        try:
+            while not send_patiently(connection.sock, transfer.send_some, connection.sock, counters):
+                pass
+        finally:
+            connection.pending = None
+            results = [(connection.host, transfer.result(counters))]
+            dispatcher.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
+        return not hit.close
+
+    def _handle_connect(self, request: Request) -> bool:
+        """Serve a tunnel until it ends; return False: nothing can follow it."""
+        head, dispatcher = ResponseHead(200, "Connection established", ()), self._server.dispatcher
+        response, count, whole = Response(head, bytes_body(b""), CacheStatus(Outcome.TUNNEL)), 0, False
+        try:
+            self._server.limiter.open_tunnel(self._connection)
+            with dispatcher.proxy.connect_tunnel(request) as origin:
+                try:
+                    fields = (("Via", via_value((), (1, 1), dispatcher.proxy.config)),)
+                    send_all(self._connection.sock, render_head(head, fields))
+                    mark(request.timings, "first byte")
+                    count, whole = relay_tunnel(self._connection.sock, origin, self._buffered()), True
+                finally:
+                    dispatcher.count(response, 0)
+                    dispatcher.statistics.counters.add_tunnel(count)
+                    dispatcher.record(request, response, count, self._started, whole)
+        except ProxyError as error:
+            return self._answer(request, error_response(error), close=True)
+        return False
+
+    def _respond(self, request: Request) -> Response:
+        """Return the dispatcher's response, or an error response.
+
+        This is the one place where a bug becomes a status 500.
+        """
+        try:
+            return self._server.dispatcher.respond(request, self._server.server_address[1])
+        except ProxyError as error:
+            return error_response(error)
+        except Exception:
+            log.exception("%s %s failed: this is a bug", request.method, loggable_uri(request.uri))
+            return error_response(ProxyError("Internal error of the proxy; see its log.", 500))
+
+    def _answer(self, request: Request, response: Response, close: bool = False) -> bool:
+        """Send a response and record it; return whether the connection stays open.
+
+        If it fails before its first byte, another takes its place: a stale one, and at last an error, which
+        cannot fail.  After the first byte, the only honest error is closing the connection (invariant 7).
+        """
+        sock, dispatcher, stays_open = self._connection.sock, self._server.dispatcher, False
+        writer = ResponseWriter(sock, request, response, dispatcher)
+        try:
+            while not writer.whole:
+                try:
+                    stays_open = writer.send(close)
+                except (ProxyError, StorageError) as error:
+                    if writer.begun:
+                        return False
+                    response.body.close()
+                    response = self._fallback(response, error)
+                    writer = ResponseWriter(sock, request, response, dispatcher)
+            unread = getattr(request.body, "unread", False)
+            if not stays_open and (close or unread or wants_keep_alive(request)):
+                self._drain_and_close()  # the client may still be sending
+            return stays_open
+        finally:
+            self._lingers = response.cache_status.outcome is not Outcome.HIT
+            writer.finish(self._started)
+
+    def _fallback(self, response: Response, error: ProxyError | StorageError) -> Response:
+        """Return the response that takes the place of one that failed before its first byte."""
+        try:
+            if response.fallback:
+                return response.fallback(error)
+        except ProxyError as other:
+            error = other
+        return error_response(error if isinstance(error, ProxyError) else ProxyError(str(error), 500))
+
+    # Reading
+
+    def _next(self) -> Request:
         """Return the request whose head is buffered; BadRequestError."""
         connection = self._connection
         request = self._parse_head(connection.buffered)
         body = None
         if request.length != 0:
             expects = list_members(request.fields, "Expect") == ["100-continue"] and request.version >= (1, 1)
-            body = RequestBody(self.file, request.length, self._timed, connection.sock if expects else None)
+            body = RequestBody(self._file, request.length, self._timed, connection.sock if expects else None)
         timings = {"received": connection.waiting_since} if log.isEnabledFor(logging.DEBUG) else None
         mark(timings, "dispatched")
         missing, connection.known_missing = connection.known_missing, False
@@ -8973,29 +9181,29 @@ class RequestReader:
         except ValueError as error:
             raise BadRequestError("Invalid head: %s." % error, getattr(error, "status", 400)) from None
         except ProxyError:
-            self.line = data.lstrip(b"\r\n").partition(b"\r\n")[0].decode("latin-1")
+            self._line = data.lstrip(b"\r\n").partition(b"\r\n")[0].decode("latin-1")
             raise
-        self.file.read(size)
+        self._file.read(size)
         return request
 
-    def failed_request(self) -> Request:
+    def _failed_request(self) -> Request:
         """Return what is known of a request whose head was invalid, for the log."""
-        method, _, uri = self.line.partition(" ")
+        method, _, uri = self._line.partition(" ")
         # Before they are shortened: the @ behind a long password may be in the part that is left out.
         method, uri = cut_userinfo(method), cut_userinfo(uri)
         uri = (uri.rpartition(" ")[0] or uri)[:200]
         return Request(method[:200], uri, Target("", "", 0, "/"), (), client=self._connection.host,
                        server_address=self._connection.server_address[0])
 
-    def buffered(self) -> bytes:
+    def _buffered(self) -> bytes:
         """Return the bytes that have been received but not read, without waiting for more."""
         self._timed.set_deadline(0.0)
         data = b""
         with contextlib.suppress(socket.timeout):
-            data = self.file.peek(1)
+            data = self._file.peek(1)
         return data + self._timed.prefetched
 
-    def drain_and_close(self) -> None:
+    def _drain_and_close(self) -> None:
         """Close for writing, and read until the client closes, for LINGER_TIMEOUT at most.
 
         Unread bytes would turn the close into a reset, which may overtake the response.
@@ -9003,342 +9211,36 @@ class RequestReader:
         with contextlib.suppress(OSError):
             self._connection.sock.shutdown(socket.SHUT_WR)
             self._timed.set_deadline(LINGER_TIMEOUT)
-            while self.file.read1(COPY_SIZE):
+            while self._file.read1(COPY_SIZE):
                 pass
 
 
-class ProxyHandler(http.server.BaseHTTPRequestHandler):
-    """Reads requests from one connection and writes the responses.  It decides nothing.
-
-    It has the shape of every handler of http.server: one object per connection, whose setup(), handle() and
-    finish() are called by the constructor.  These three are overridden.  The parser and send_response() of
-    http.server are not used: the parser accepts heads that RFC 9112 wants refused, and responses leave as
-    rendered by section 2.
-
-    Unlike other handlers, this one does not keep its connection: when no further request is buffered, it ends
-    with ``keep_alive`` set, and the connection waits in the event loop, without a thread.
-    """
-
-    server: ProxyServer
-
-    def setup(self) -> None:
-        """Prepare to read a connection; ``self.request`` is a ClientConnection here, not a socket."""
-        self._connection: ClientConnection = self.request
-        self._reader = RequestReader(self._connection)
-
-    def handle(self) -> None:
-        """Answer the buffered request, and those that the client has sent with it (RFC 9112 §9.3.2)."""
-        connection = self._connection
-        with contextlib.suppress(ConnectionError, socket.timeout, TimeoutError):
-            while not connection.keep_alive and self._answer_one():
-                connection.answered, connection.waiting_since = True, time.monotonic()
-                connection.buffered = self._reader.buffered()
-                connection.keep_alive = not find_head_end(connection.buffered)
-
-    def finish(self) -> None:
-        """Close the reader; the connection may go back to the event loop."""
-        self._reader.file.close()
-
-    def _answer_one(self) -> bool:
-        """Answer one request; return whether the connection stays open."""
-        if self._connection.pending is not None:
-            return self._finish_hit(self._connection.pending)
-        self._body_sent = 0  # bytes of the response's body
-        self._response_begun = False  # any byte of the response has been sent
-        self._counted = False
-        self._started = time.monotonic()
-        try:
-            request = self._reader.next()
-        except ProxyError as error:
-            return self._answer(self._reader.failed_request(), error_response(error), close=True)
-        if request.method == "CONNECT":
-            return self._handle_connect(request)
-        return self._answer(request, self._respond(request))
-
-    def _finish_hit(self, transfer: HitTransfer) -> bool:
-        """Send the rest of a hit that the event loop has begun; return whether the connection stays open."""
-        hit, connection, dispatcher = transfer.hit, self._connection, self.server.dispatcher
-        counters, result = dispatcher.statistics.counters, None
-        try:
-            while result is None:
-                try:
-                    result = transfer.send_some(connection.sock, counters)
-                except BlockingIOError:
-                    wait_for_client(connection.sock)
-        except StorageError as error:
-            log.warning("The stored file of %s cannot be read: %s", loggable_uri(hit.request.uri), error)
-        finally:
-            connection.pending = None
-            results = [(connection.host, result or transfer.abort(counters))]
-            dispatcher.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
-        return result is not None and not hit.close
-
-    def _handle_connect(self, request: Request) -> bool:
-        """Serve a tunnel until it ends; return False: nothing can follow it."""
-        head, dispatcher = ResponseHead(200, "Connection established", ()), self.server.dispatcher
-        response, count, whole = Response(head, bytes_body(b""), CacheStatus(Outcome.TUNNEL)), 0, False
-        proxy = dispatcher.proxy
-        try:
-            with self.server.limiter.tunnel(request.client), proxy.connect_tunnel(request) as origin:
-                self._connection.is_tunnel = True
-                try:
-                    self._write(request, render_head(head, (("Via", via_value((), (1, 1), proxy.config)),)))
-                    count, whole = relay_tunnel(self._connection.sock, origin, self._reader.buffered()), True
-                finally:
-                    dispatcher.count(response, count)
-                    dispatcher.record(request, response, count, self._started, whole)
-        except ProxyError as error:
-            return self._answer(request, error_response(error), close=True)
-        return False
-
-    def _respond(self, request: Request) -> Response:
-        """Return the dispatcher's response, or an error response.
-
-        This is the one place where a bug becomes a status 500.
-        """
-        try:
-            return self.server.dispatcher.respond(request, self.server.server_address[1])
-        except ProxyError as error:
-            return error_response(error)
-        except Exception:
-            log.exception("%s %s failed: this is a bug", request.method, loggable_uri(request.uri))
-            return error_response(ProxyError("Internal error of the proxy; see its log.", 500))
-
-    def _answer(self, request: Request, response: Response, close: bool = False) -> bool:
-        """Send a response and record it; return whether the connection stays open.
-
-        If it fails before its first byte, another takes its place: a stale one, and at last an error, which
-        cannot fail.  After the first byte, the only honest error is closing the connection (invariant 7).
-        """
-        whole, stays_open = False, False
-        try:
-            while not whole:
-                try:
-                    stays_open = self._send(request, response, close)
-                    whole = True
-                except (ProxyError, StorageError) as error:
-                    if self._response_begun:
-                        return False
-                    response.body.close()
-                    response = self._fallback(response, error)
-            unread = getattr(request.body, "unread", False)
-            if not stays_open and (close or unread or wants_keep_alive(request)):
-                self._reader.drain_and_close()  # the client may still be sending
-            return stays_open
-        finally:
-            response.body.close()
-            self._count(response, self._body_sent)
-            self.server.dispatcher.record(request, response, self._body_sent, self._started, whole)
-
-    def _count(self, response: Response, sent: int) -> None:
-        """Count a response, once: before its last bytes leave, so that a client that has them finds it
-        counted, or when it has failed."""
-        if not self._counted:
-            self._counted = True
-            self.server.dispatcher.count(response, sent)
-
-    def _fallback(self, response: Response, error: ProxyError | StorageError) -> Response:
-        """Return the response that takes the place of one that failed before its first byte."""
-        try:
-            if response.fallback:
-                return response.fallback(error)
-        except ProxyError as other:
-            error = other
-        return error_response(error if isinstance(error, ProxyError) else ProxyError(str(error), 500))
-
-    # Writing
-
-    def _send(self, request: Request, response: Response, close: bool) -> bool:
-        """Send a response; return whether the connection stays open.
-
-        ProxyError or StorageError if its body fails; OSError or socket.timeout if the client does.
-        """
-        framing = response_framing(request, response.head, response.body.length)
-        unread = getattr(request.body, "unread", False)  # it would be taken for the next request
-        close = close or unread or framing is Framing.CLOSE or not wants_keep_alive(request)
-        head = render_response_head(request, with_date(response.head, time.time()), response.body.length,
-                                    response.cache_status, close, self.server.dispatcher.proxy.config)
-        if request.method == "HEAD" or framing is Framing.NONE:
-            self._count(response, 0)
-            self._write(request, head)
-            return not close
-        try:
-            self._write_body(request, head, response, framing)
-        except Exception:
-            if framing is Framing.CLOSE and self._response_begun:
-                # A normal close would mark the end of the body (invariant 7), so reset the connection.
-                self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self._connection.sock.close()
-            raise
-        return not close
-
-    def _write_body(self, request: Request, head: bytes, response: Response, framing: Framing) -> None:
-        """Write head and body.
-
-        Small parts are collected, so that the head and a small body leave in one segment; large slices of
-        files are sent by the kernel.  A body of a declared length must have it (invariant 7): one that is
-        longer would be taken for the next response, one that is shorter would leave the client waiting.
-        """
-        # Bytes to be written, the number of those that belong to the body, and the size of the body so far.
-        body, waiting, count, total = response.body, head, 0, 0
-        for part in body.chunks():
-            total += part.size if isinstance(part, FileSlice) else len(part)
-            if body.length is not None and total > body.length:
-                raise ConnectionAbortedError(errno.EIO, "the body is longer than declared")
-            if isinstance(part, FileSlice) and part.size > SMALL_BODY:
-                if not self._response_begun:  # an unreadable file can still become an error response
-                    read_file_slice(FileSlice(part.file, part.start, part.start + 1))
-                self._write(request, waiting, count)
-                waiting, count = b"", 0
-                self._send_file(request, part, response if total == body.length else None)
-                continue
-            data = read_file_slice(part) if isinstance(part, FileSlice) else part
-            waiting += b"%x\r\n%s\r\n" % (len(data), data) if framing is Framing.CHUNKED and data else data
-            count += len(data)
-            if len(waiting) > SMALL_BODY or body.live:  # the next bytes may be long in coming
-                if total == body.length:
-                    self._count(response, total)
-                self._write(request, waiting, count)
-                waiting, count = b"", 0
-        if body.length not in (None, total):
-            raise ConnectionAbortedError(errno.EIO, "the body is shorter than declared")
-        self._count(response, total)
-        self._write(request, waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
-
-    def _write(self, request: Request, data: bytes, count: int = 0) -> None:
-        """Send bytes, ``count`` of which belong to the body."""
-        if data and not self._response_begun:
-            self._response_begun = True
-            mark(request.timings, "first byte")
-        send_all(self._connection.sock, data)
-        self._body_sent += count
-
-    def _send_file(self, request: Request, part: FileSlice, last_of: Response | None) -> None:
-        """Send a file slice; if it cannot be read to its end, the slice's fallback provides the rest.
-
-        ``last_of``: the response that the slice completes.
-        """
-        offset = part.start
-        try:
-            while offset < part.stop:
-                if last_of and part.stop - offset <= SEND_SIZE:
-                    self._count(last_of, last_of.body.length or 0)
-                try:
-                    count = send_some(self._connection.sock, part, offset)
-                except BlockingIOError:
-                    wait_for_client(self._connection.sock)
-                    continue
-                self._body_sent += count
-                offset += count
-        except StorageError:
-            if part.fallback is None:
-                raise
-            for data in part.fallback(offset, part.stop):
-                self._write(request, data, len(data))
-
-
-class ThreadPool:
-    """Reuses idle daemon threads; unlike ThreadPoolExecutor it never delays the exit.
-
-    ThreadPoolExecutor joins its threads at exit: with an open tunnel, the end after SIGTERM took 40 s
-    instead of SHUTDOWN_GRACE.  It also limits threads, which is ConnectionLimiter's task here.
-
-    Starting a thread costs as much as several hits, so up to MAX_IDLE_THREADS wait THREAD_IDLE_TIMEOUT for
-    more work.  How submit() and a thread that stops waiting agree:
-
-    1. submit() reserves an idle thread by decrementing _unreserved_idle, *before* it enqueues the task.
-    2. A thread that times out while the count is above 0 decrements it, and ends: it was not reserved, or
-       another one can do the reserved work instead.
-    3. A thread that times out and finds 0 is reserved: its task is about to be enqueued, and it waits for it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _unreserved_idle and _closed
-        self._tasks: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]]] = queue.SimpleQueue()
-        self._unreserved_idle = 0
-        self._closed = False
-
-    def submit(self, work: Callable[..., object], *arguments: Any) -> None:
-        """Run ``work`` in a thread, where it must handle its own errors.
-
-        RuntimeError if the system has no more threads.
-        """
-        with self._lock:
-            reserved = self._unreserved_idle > 0
-            self._unreserved_idle -= reserved
-        if reserved:
-            self._tasks.put((work, arguments))
-        else:
-            threading.Thread(target=self._run, args=(work, arguments), daemon=True).start()
-
-    def close(self) -> None:
-        """Stop idle workers now, and busy ones when they finish."""
-        with self._lock:
-            self._closed, count, self._unreserved_idle = True, self._unreserved_idle, 0
-        for _ in range(count):
-            self._tasks.put((int, ()))
-
-    def _run(self, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-        while True:
-            work(*arguments)
-            del work, arguments  # an idle thread must not keep a connection alive
-            with self._lock:
-                if self._closed or self._unreserved_idle >= MAX_IDLE_THREADS:
-                    return
-                self._unreserved_idle += 1
-            try:
-                work, arguments = self._tasks.get(timeout=THREAD_IDLE_TIMEOUT)
-            except queue.Empty:
-                with self._lock:
-                    if self._unreserved_idle:
-                        self._unreserved_idle -= 1
-                        return
-                work, arguments = self._tasks.get()  # step 3
-
-
-class ProxyServer(http.server.ThreadingHTTPServer):
+class ProxyServer:
     """Listens on one address and serves its connections.
-
-    It has the interface of every server of socketserver, but waits differently.  Overridden are:
-
-    ======================  ====================================================================
-    serve_forever           the event loop takes the place of socketserver's selector
-    shutdown                socketserver's own would wait for its own loop
-    service_actions         socketserver's hook for periodic work, several times a second
-    process_request         a connection starts in the event loop, not in a thread
-    process_request_thread  afterwards the connection returns to the event loop
-    shutdown_request        frees the connection's place
-    server_close            closes the event loop, too
-    handle_error            writes to the log instead of stderr
-    ======================  ====================================================================
-
-    ``request`` is a ClientConnection in all of them but process_request, where it is still a socket.
 
     The end comes in four steps: stop() of all servers (nothing is accepted any more); the caller waits until
     replies_running is 0, or for SHUTDOWN_GRACE; serve_forever() returns; server_close().
     """
 
     def __init__(self, listening: socket.socket, dispatcher: Dispatcher) -> None:
+        self.socket = listening
+        self.server_address: tuple[str, int] = listening.getsockname()[:2]
         self.dispatcher = dispatcher
         self.limiter = dispatcher.limiter
         self._in_threads: set[ClientConnection] = set()  # served by threads; add() and discard() are atomic
-        self.last_iteration = time.monotonic()  # last call of service_actions, also for the watchdog
+        self.last_iteration = time.monotonic()  # last call of do_periodic_work, also for the watchdog
         self._stop_at = math.inf  # monotonic: when serve_forever() returns at the latest
-        self._act_soon = True  # call service_actions at once: there may be a place for a waiting client
+        self._act_soon = True  # call do_periodic_work at once: there may be a place for a waiting client
         self._resume_at = 0.0  # monotonic: accept nothing until then
         self._ended = threading.Event()
         self._ended.set()
-        super().__init__(listening.getsockname()[:2], ProxyHandler, bind_and_activate=False)
-        self.socket.close()  # socketserver has made one of its own
-        self.socket = listening
         self.event_loop = EventLoop(self)
-        self._thread_pool = ThreadPool()
         dispatcher.proxy.add_listening_port(self.server_address[1])
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown(), and then until the event loop has sent its responses, or SHUTDOWN_GRACE.
 
-        ``poll_interval``: seconds between two calls of service_actions().
+        ``poll_interval``: seconds between two calls of do_periodic_work().
         """
         self._ended.clear()
         while time.monotonic() < self._stop_at and (self._stop_at == math.inf or self.event_loop.sending):
@@ -9346,7 +9248,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 self.event_loop.run_once(0.0 if self._act_soon else poll_interval)
                 if self._act_soon or time.monotonic() - self.last_iteration >= poll_interval:
                     self._act_soon = False
-                    self.service_actions()
+                    self.do_periodic_work()
             except Exception:  # a bug must not end the service of all clients
                 log.exception("The event loop failed: this is a bug")
                 time.sleep(poll_interval)
@@ -9366,11 +9268,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def server_close(self) -> None:
         """Close the listening socket, and all connections that are not being served by a thread."""
-        super().server_close()
+        self.socket.close()
         self.event_loop.close()
-        self._thread_pool.close()
 
-    def service_actions(self) -> None:
+    def do_periodic_work(self) -> None:
         """Do what is due several times a second.
 
         That includes watching the listening socket again, after a lack of descriptors has stopped it: while
@@ -9388,42 +9289,38 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def _accept(self) -> None:
         """Accept connections, as many as one turn allows.
 
-        If the process is out of file descriptors, or so many connections wait that no further one can be
-        parked, the clients wait in the system's queue.
+        If the process is out of file descriptors, the clients wait in the system's queue.
         """
         for _ in range(ACCEPTS_PER_TURN):
             try:
-                if self.limiter.should_pause():
-                    raise OSError(errno.ENOBUFS, "too many connections wait")
-                sock, address = self.get_request()
+                sock, address = self.socket.accept()
             except OSError as error:  # nobody waits (any more), mostly
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     set_events(self.event_loop.selector, self.socket, 0)
                     self._resume_at = time.monotonic() + 0.1
                 return
-            self.process_request(sock, address)
+            self._admit(ClientConnection(sock, address, self.event_loop.add))
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Let the event loop serve a new socket.
+    def _admit(self, connection: ClientConnection) -> None:
+        """Let the event loop serve a new connection, now or when the limits allow it.
 
         If so many connections wait that no further one can even be parked, one of the client that has the
         most of them is refused, without reading a request.
         """
-        connection = self.limiter.admit(ClientConnection(request, client_address, self.event_loop.add))
-        if not connection:
-            return
-        head = error_response(ProxyError("%s has too many connections open." % connection.host, 503)).head
-        connection.send(render_head(head, (*head.fields, ("Connection", "close"))))
-        self.shutdown_request(connection)
+        refused = self.limiter.admit(connection)
+        if refused:
+            head = error_response(ProxyError("%s has too many connections open." % refused.host, 503)).head
+            refused.send(render_head(head, (*head.fields, ("Connection", "close"))))
+            self.close_connection(refused)
 
-    def shutdown_request(self, request: Any) -> None:
+    def close_connection(self, connection: ClientConnection) -> None:
         """Close a connection; wake the loop if another client waits for its place.
 
         Called by the event loop and by worker threads.
         """
-        request.sock.close()
-        self._in_threads.discard(request)
-        self.limiter.release(request)
+        connection.sock.close()
+        self._in_threads.discard(connection)
+        self.limiter.release(connection)
         if self.limiter.crowded:
             self._act_soon = True
             self.event_loop.selector.wake()
@@ -9431,38 +9328,39 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     # Worker threads
 
     def serve_in_thread(self, connection: ClientConnection) -> None:
-        """Let a thread answer the buffered requests of a connection."""
+        """Let a thread answer the buffered requests of a connection.
+
+        A thread of its own for each, since a pool saves little: a thread answers all requests that its client
+        sends in quick succession.  ThreadPoolExecutor would also delay the exit until its threads end.
+        """
         self._in_threads.add(connection)
         try:
-            self._thread_pool.submit(self.process_request_thread, connection, connection.address)
-        except RuntimeError:  # the system has no more threads
-            self.handle_error(connection, connection.address)
-            self.shutdown_request(connection)
+            start_thread(self._answer_requests, connection)
+        except StorageError:
+            self.handle_error(connection)
+            self.close_connection(connection)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def _answer_requests(self, connection: ClientConnection) -> None:
         """Answer requests in a worker thread; then return the connection to the event loop, or close it.
 
         From add() on, the event loop owns the connection: nothing here may touch it any more.
         """
-        request.keep_alive = False
         try:
-            self.finish_request(request, client_address)
+            stays_open = ProxyHandler(self, connection).handle()
         except Exception:  # noqa: BLE001
-            self.handle_error(request, client_address)
-        if request.keep_alive:
-            self._in_threads.discard(request)
-            self.event_loop.add(request)
-        else:
-            self.shutdown_request(request)
+            self.handle_error(connection)
+            stays_open = False
+        self._in_threads.discard(connection)
+        (self.event_loop.add if stays_open else self.close_connection)(connection)
 
     @property
     def replies_running(self) -> int:
         """The number of responses that are being prepared or sent, for which SIGTERM waits."""
         return len(self._in_threads) + self.event_loop.sending
 
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+    def handle_error(self, connection: ClientConnection) -> None:
         """Log a bug, or the lack of threads; other connections are not affected."""
-        log.error("A connection from %s failed.", client_address, exc_info=True)
+        log.error("A connection from %s failed.", connection.address, exc_info=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10023,6 +9921,12 @@ def serve(servers: list[ProxyServer], proxy: Proxy, signals: queue.SimpleQueue[s
 # Log ------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(1)
+def _timestamp(second: int) -> str:
+    """Return a local time in the format of the original's log."""
+    return time.strftime("%Y/%m/%d %H:%M:%S ", time.localtime(second))
+
+
 class QueueLogHandler(logging.Handler):
     """Writes log lines to stderr in a thread of its own, several at a time.
 
@@ -10033,7 +9937,6 @@ class QueueLogHandler(logging.Handler):
     def __init__(self, with_timestamps: bool) -> None:
         super().__init__()
         self._with_timestamps = with_timestamps
-        self._timestamp = (0, "")  # whole seconds, and their text: formatted once a second
         self._queue: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()  # Event: set when written
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -10043,7 +9946,8 @@ class QueueLogHandler(logging.Handler):
 
     def write(self, lines: list[str]) -> None:
         """Write lines of the access log.  A LogRecord for each would cost as much as serving a hit."""
-        timestamp, put = self._current_timestamp(), self._queue.put
+        timestamp = _timestamp(int(time.time())) if self._with_timestamps else ""
+        put = self._queue.put
         for line in lines[:max(0, MAX_LOG_LINES - self._queue.qsize())]:
             put("%s%s\n" % (timestamp, line))
 
@@ -10052,15 +9956,6 @@ class QueueLogHandler(logging.Handler):
         written = threading.Event()
         self._queue.put(written)
         written.wait(1.0)
-
-    def _current_timestamp(self) -> str:
-        """Return the local time in the format of the original's log, or "" if the journal adds it."""
-        if not self._with_timestamps:
-            return ""
-        now, timestamp = int(time.time()), self._timestamp  # one read: another thread may replace it
-        if now != timestamp[0]:
-            self._timestamp = timestamp = now, time.strftime("%Y/%m/%d %H:%M:%S ", time.localtime(now))
-        return timestamp[1]
 
     def _run(self) -> None:
         """Write batches of lines forever."""

@@ -9079,7 +9079,7 @@ class TunnelTest(ProxyCase):
             self.assertIn(b"HTTP/1.1 200 ", other.recv(999))
         for end in ends[0]:
             end.close()
-        until(lambda: self.server.limiter._tunnels["127.0.0.1"] < 2)
+        until(lambda: sum(each.is_tunnel for each in tuple(self.server.limiter._connections) if each.network == "127.0.0.1") < 2)
         self.open()
 
     def test_the_number_of_tunnels_is_limited(self):
@@ -9212,15 +9212,18 @@ class EventLoopTest(ProxyCase):
         parse = self.patch(pkgproxy, "parse_request", mock.Mock(wraps=pkgproxy.parse_request))
         lookup = self.patch(self.proxy._store, "lookup", mock.Mock(wraps=self.proxy._store.lookup))
         started = self.patch(pkgproxy.threading, "Thread", mock.Mock(wraps=threading.Thread))
+        self.patch(pkgproxy, "THREAD_IDLE_TIMEOUT", PATIENCE)
+        one = self.open_client()
         for path in ("/other_1.0.deb", "/another_1.0.deb"):
-            until(lambda: self.server._thread_pool._unreserved_idle)  # after the earlier requests
-            self.assertEqual(self.request(path).body, b"other")
-        self.assertEqual((started.call_count, parse.call_count), (2, 2), "only the threads of the downloads")
+            one.sendall(self.raw_request(path))
+            self.assertTrue(self.read_response(one, 5).endswith(b"other"))
+        self.assertEqual((started.call_count, parse.call_count), (3, 2), "one thread for the client, and those of the downloads")
+        one.close()
         self.assertEqual(lookup.call_count, 4, "each is looked up once before and once after taking the lock")
 
     def test_a_request_dispatched_during_shutdown_is_answered(self):
-        came, gate, finish = Gate(), Gate(), self.server.finish_request
-        self.patch(self.server, "finish_request", lambda *what: (came.open(), gate.pass_through(), finish(*what)))
+        came, gate, handle = Gate(), Gate(), pkgproxy.ProxyHandler.handle
+        self.patch(pkgproxy.ProxyHandler, "handle", lambda handler: [came.open(), gate.pass_through(), handle(handler)][-1])
         with self.connection() as connection:
             connection.request("GET", self.origin.url("/new_1.0.deb"))
             came.pass_through()
@@ -9406,17 +9409,17 @@ class EventLoopTest(ProxyCase):
         self.assertLessEqual(threading.active_count(), before + 1)
 
     def test_a_client_that_pipelines_many_requests_takes_turns_with_others(self):
-        order, others, dispatcher = [], [], self.server.dispatcher
-        answer = dispatcher.try_hot_path
+        order, others, loop = [], [], self.server.event_loop
+        send = loop._send
         greedy = self.open_client()
 
-        def noted(connection, *more):
+        def noted(connection, transfer):
             if not order:  # another client connects while the first of fifty requests is answered
                 others.append(self.open_client(self.raw_request()))
             order.append(connection.address == greedy.getsockname())
-            return answer(connection, *more)
+            return send(connection, transfer)
 
-        self.patch(dispatcher, "try_hot_path", noted)
+        self.patch(loop, "_send", noted)
         greedy.sendall(self.raw_request() * 50)
         until(lambda: len(order) == 51)
         self.assertLess(order.index(False), 49)
@@ -9557,7 +9560,7 @@ class LargeHitTest(ProxyCase):
                 slow = self.open_slow_client(self.raw_request(self.PATH))
                 os.truncate(name, 10)
                 self.assertLess(len(read_to_end(slow)), self.SIZE)
-                until(lambda: any("incomplete" in line for line in caught.output))  # noqa: B023
+                until(lambda: any("incomplete" in line for line in caught.output))
                 os.unlink(name)
                 self.request(self.PATH)
                 self.wait_until_idle()
@@ -9598,45 +9601,6 @@ class ExactCountTest(ProxyCase):
                     self.assertEqual((after[outcome] - before[outcome], after["statsCacheBytes"] - before["statsCacheBytes"]),
                                      (1, size if outcome == "hit" else 0))
                 self.wait_until_idle()
-
-
-class ThreadPoolTest(unittest.TestCase):
-    """Worker threads that wait for more work."""
-
-    def setUp(self):
-        self.crew, self.did, self.before = pkgproxy.ThreadPool(), queue.SimpleQueue(), threading.active_count()
-        self.addCleanup(self.crew.close)
-
-    def work(self):
-        self.did.put(threading.get_ident())
-
-    def test_an_idle_thread_ends(self):
-        with mock.patch.object(pkgproxy, "THREAD_IDLE_TIMEOUT", 0.01):
-            self.crew.submit(self.work)
-            self.did.get(timeout=PATIENCE)
-            until(lambda: threading.active_count() == self.before)
-        self.assertEqual(self.crew._unreserved_idle, 0)
-
-    def test_work_given_to_a_thread_that_is_about_to_end_is_done(self):
-        with mock.patch.object(pkgproxy, "THREAD_IDLE_TIMEOUT", 0.0001):
-            for _ in range(300):
-                self.crew.submit(self.work)
-                self.did.get(timeout=PATIENCE)
-            until(lambda: threading.active_count() == self.before)
-
-    def test_few_idle_threads_are_kept_and_none_after_close(self):
-        gate = Gate()
-        with mock.patch.object(pkgproxy, "MAX_IDLE_THREADS", 3):
-            for _ in range(8):
-                self.crew.submit(lambda: (gate.pass_through(), self.work()))
-            gate.open()
-            self.assertEqual(len({self.did.get(timeout=PATIENCE) for _ in range(8)}), 8)
-            until(lambda: (threading.active_count(), self.crew._unreserved_idle) == (self.before + 3, 3))
-        self.crew.close()
-        until(lambda: threading.active_count() == self.before)
-        self.crew.submit(self.work)
-        self.did.get(timeout=PATIENCE)
-        until(lambda: threading.active_count() == self.before)
 
 
 class ConnectionLimiterTest(ProxyCase):
