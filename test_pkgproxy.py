@@ -9565,6 +9565,28 @@ class LargeHitTest(ProxyCase):
                 self.request(self.PATH)
                 self.wait_until_idle()
 
+    @unittest.skipUnless(sys.platform == "linux", "this system does not tell what a client has acknowledged")
+    def test_a_slow_client_with_large_buffers_is_alive_as_long_as_its_system_takes_bytes(self):
+        for in_thread in (False, True):
+            with self.subTest(in_thread=in_thread), mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.5), mock.patch.object(
+                    pkgproxy.HitTransfer, "must_wait_for_disk", return_value=in_thread):
+                slow = self.open_slow_client(self.raw_request(self.PATH, b"Connection: close\r\n"))
+                received, end = bytearray(), time.monotonic() + 2
+                while time.monotonic() < end:  # so little that the proxy cannot send any more
+                    received += slow.recv(4000)
+                    time.sleep(0.02)
+                self.assertLess(len(received), 700_000)
+                received += read_to_end(slow)
+                self.assertTrue(received.endswith(self.body))
+
+    def test_a_client_whose_system_takes_no_bytes_is_cut_off(self):
+        for in_thread in (False, True):
+            with self.subTest(in_thread=in_thread), mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.1), mock.patch.object(
+                    pkgproxy.HitTransfer, "must_wait_for_disk", return_value=in_thread):
+                slow = self.open_slow_client(self.raw_request(self.PATH))
+                until(lambda: not self.server.replies_running)
+                self.assertLess(len(read_to_end(slow)), self.SIZE)
+
     def test_a_client_that_leaves_in_the_middle_is_counted_with_what_it_got(self):
         before = self.server.dispatcher.statistics.counters.totals()
         for in_thread in (False, True):
@@ -9574,6 +9596,51 @@ class LargeHitTest(ProxyCase):
         totals = self.server.dispatcher.statistics.counters.totals()
         self.assertEqual(totals["hit"], before["hit"] + 2)
         self.assertTrue(0 < totals["statsCacheBytes"] - before["statsCacheBytes"] < 2 * self.SIZE - 100_000)
+
+
+@unittest.skipUnless(shutil.which("strace"), "strace is not installed")
+class SystemCallTest(ProxyCase):
+    """What a request asks of the kernel."""
+
+    REQUESTS = 100
+
+    def check_calls(self, most, most_futexes, *paths):
+        """Check the number of system calls, and of futex calls, of a request for one of ``paths``, on one connection."""
+        process, result = ProxyProcess(os.path.join(self.folder, "cache")), os.path.join(self.folder, "calls")
+        self.addCleanup(process.stop)
+        for _ in range(3):  # on a busy machine, the next request may come late, which costs another wait
+            with contextlib.closing(http.client.HTTPConnection(*process.address, timeout=PATIENCE)) as client:
+                for path in paths:
+                    self.fetch(client, path)
+                    self.fetch(client, path)
+                command = ["strace", "-f", "-c", "-o", result, "-p", str(process.process.pid)]
+                with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+                    if "attached" not in tracer.stderr.readline():
+                        self.skipTest("strace may not attach to a process here")
+                    for number in range(self.REQUESTS):
+                        self.fetch(client, paths[number % len(paths)])
+                    tracer.send_signal(signal.SIGINT)
+                    tracer.communicate(timeout=PATIENCE)
+            # Columns: share of time, seconds, microseconds a call, calls, errors if any, name.
+            rows = [line.split() for line in Path(result).read_text().splitlines()]
+            counts = {row[-1]: int(row[3]) for row in rows if len(row) >= 5 and row[3].isdigit()}
+            futexes = counts.pop("futex", 0) / self.REQUESTS
+            calls = sum(count for name, count in counts.items() if name != "total") / self.REQUESTS
+            if calls <= most and futexes <= most_futexes:
+                return
+        self.fail("a request takes %s system calls, and %s futex calls: %s" % (calls, futexes, counts))
+
+    def fetch(self, client, path):
+        client.request("GET", self.origin.url(path))
+        response = client.getresponse()
+        self.assertEqual((response.status, response.read()), (200, self.origin.pages[path].body))
+
+    def test_a_hit_needs_few_system_calls(self):
+        for size in (4000, 150_000):
+            with self.subTest(size=size):
+                pages = {"/%d-%d_1.0_all.deb" % (size, number): ScriptedResponse(b"x" * size) for number in range(50)}
+                self.origin.pages.update(pages)
+                self.check_calls(14, 3, *pages)
 
 
 class ExactCountTest(ProxyCase):
