@@ -7959,25 +7959,21 @@ def progress(sock: socket.socket) -> tuple[int, bool]:
     return 0, False
 
 
-def wait_for_client(sock: socket.socket) -> None:
-    """Wait until a client's socket accepts more bytes; socket.timeout after CLIENT_TIMEOUT without progress.
-
-    A client with a large buffer makes room in it seldom, but is alive as long as its system takes bytes.
-    """
-    now = progress(sock)
-    while not wait_until_ready(sock, CLIENT_TIMEOUT, writing=True):
-        before, now = now, progress(sock)
-        if now == before:
-            raise socket.timeout("timed out")
-
-
 def send_patiently(sock: socket.socket, send: Callable[..., _T], *arguments: Any) -> _T:
-    """Return send(*arguments), after waiting for a client whose system takes no bytes now."""
+    """Return send(*arguments), after waiting for a client whose system takes no bytes now.
+
+    socket.timeout after CLIENT_TIMEOUT without progress.  A client with a large buffer makes room in it
+    seldom, but is alive as long as its system takes bytes.
+    """
     while True:
         try:
             return send(*arguments)
         except BlockingIOError:
-            wait_for_client(sock)
+            now = progress(sock)
+            while not wait_until_ready(sock, CLIENT_TIMEOUT, writing=True):
+                before, now = now, progress(sock)
+                if now == before:
+                    raise socket.timeout("timed out") from None
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
@@ -8027,10 +8023,11 @@ class HitTransfer:
     is counted before the last bytes leave, so that a client that has them finds it counted.
     """
 
-    __slots__ = ("_is_counted", "_offset", "began", "hit", "unsent")
+    __slots__ = ("_counters", "_is_counted", "_offset", "began", "hit", "unsent")
 
-    def __init__(self, hit: PreparedHit, began: float) -> None:
+    def __init__(self, hit: PreparedHit, began: float, counters: Counters) -> None:
         """``began``: monotonic."""
+        self._counters = counters
         self.hit = hit
         self.began = began
         self.unsent = hit.data
@@ -8046,7 +8043,7 @@ class HitTransfer:
         stop = min(self._offset + SEND_SIZE, self.hit.part.stop)
         return read_without_blocking(self.hit.stored.file, stop - 1, stop) is None
 
-    def send_some(self, sock: socket.socket, counters: Counters) -> bool:
+    def send_some(self, sock: socket.socket) -> bool:
         """Send the next bytes; return whether they were the last.
 
         BlockingIOError if the client's system takes none now; OSError if the client fails, StorageError if
@@ -8055,19 +8052,19 @@ class HitTransfer:
         hit, stop = self.hit, self.hit.part.stop
         if not self._is_counted and stop - self._offset <= SEND_SIZE:
             self._is_counted = True
-            counters.add(hit.cache_status.outcome, hit.body_size)
+            self._counters.add(hit.cache_status.outcome, hit.body_size)
         if self.unsent:
             self.unsent = self.unsent[sock.send(self.unsent, _MORE if self._offset < stop else 0):]
         else:
             self._offset += send_some(sock, hit.part, self._offset)
         return self._offset == stop and not self.unsent
 
-    def result(self, counters: Counters) -> SendResult:
+    def result(self) -> SendResult:
         """Return what has been sent in the end, and count it if it is not counted yet."""
         left = len(self.unsent) + self.hit.part.stop - self._offset
         size = max(0, self.hit.body_size - left)
         if not self._is_counted:
-            counters.add(self.hit.cache_status.outcome, size)
+            self._counters.add(self.hit.cache_status.outcome, size)
         return SendResult(size, size, time.monotonic() - self.began, not left)
 
 
@@ -8349,6 +8346,7 @@ class ConnectionLimiter:
         self._closing: set[ClientConnection] = set()  # shut down, but not released yet
         self._abandoned: set[ClientConnection] = set()  # the same, but their places are free already
         self._measured = time.monotonic()
+        self._released_at = 0.0  # monotonic: when a place last became free
 
     def busy_count(self) -> int:
         """Return the number of connections that are not waiting for a request."""
@@ -8370,9 +8368,18 @@ class ConnectionLimiter:
         connection.on_admitted(connection)
         return None
 
+    def should_pause(self) -> bool:
+        """Return whether to accept no connection for a moment: no more can be parked, but places become free,
+        and only one client wants them.  So its connections are served in turn, and none is refused.
+        """
+        with self._lock:
+            is_full = len(self._parked) >= self.max_connections and len(self._per_client) == 1
+            return is_full and time.monotonic() - self._released_at < 1.0
+
     def release(self, connection: ClientConnection) -> None:
         """Free the place of a closed connection."""
         with self._lock:
+            self._released_at = time.monotonic()
             self._abandoned.discard(connection)
             self._unregister(connection)
 
@@ -8412,17 +8419,15 @@ class ConnectionLimiter:
         """Count a connection as a tunnel from now on; ProxyError if the limits allow no further one."""
         with self._lock:
             tunnels = [each.network for each in self._connections if each.is_tunnel]
-            share = max(1, self.max_tunnels // 2)
-            if len(tunnels) >= self.max_tunnels or tunnels.count(connection.network) >= share:
+            if self.max_tunnels <= max(len(tunnels), 2 * tunnels.count(connection.network)):
                 raise ProxyError("Too many tunnels are open.", 503)
             connection.is_tunnel = True
 
     def close(self) -> None:
         """Close the parked connections."""
         with self._lock:
-            parked, self._parked = self._parked, []
-        for connection in parked:
-            connection.sock.close()
+            while self._parked:
+                self._parked.pop().sock.close()
 
     def _per_client_limit(self) -> int:
         return max(4, self.max_connections // 2)
@@ -8723,7 +8728,8 @@ class EventLoop:
         self._closed = False
         self._thread = 0  # the one that calls run_once()
         self._hot_cache = HotCache()
-        self.selector = WakeableSelector(self._take)
+        self.selector = WakeableSelector(
+            lambda given: (server.close_connection if self._closed else self._add)(given))
 
     def add(self, connection: ClientConnection) -> None:
         """Wait for the next request of a connection."""
@@ -8753,8 +8759,7 @@ class EventLoop:
     @property
     def sending(self) -> int:
         """Connections that a hit is being sent to, or that have buffered another request."""
-        blocked = sum(each.watched == selectors.EVENT_WRITE for each in tuple(self._connections))
-        return blocked + len(self._postponed)
+        return len(self._postponed) + sum(each.pending is not None for each in tuple(self._connections))
 
     def close_timed_out(self, now: float) -> None:
         """Close connections that have exceeded their timeout; ``now`` is monotonic.
@@ -8777,9 +8782,6 @@ class EventLoop:
         self.selector.close()
 
     # Connections come and go
-
-    def _take(self, connection: ClientConnection) -> None:
-        (self._server.close_connection if self._closed else self._add)(connection)
 
     def _add(self, connection: ClientConnection) -> None:
         """Serve a connection at once, since a new one has usually sent its request; then wait for more."""
@@ -8847,14 +8849,14 @@ class EventLoop:
                 connection.waiting_since = began
                 hit = self._hot_cache.get((data, connection.access_key))
                 if hit is not None:  # mostly: one whole head, the same that somebody sent a moment ago
-                    connection.pending = HitTransfer(hit, began)
+                    connection.pending = HitTransfer(hit, began, self._counters)
                     return
             seen, connection.buffered = len(connection.buffered), connection.buffered + data
         size = find_head_end(connection.buffered, seen)
         hit = self._dispatcher.try_hot_path(connection, size, self._hot_cache) if size > 0 else None
         if hit is not None:
             connection.buffered = connection.buffered[size:]
-            connection.pending = HitTransfer(hit, began)
+            connection.pending = HitTransfer(hit, began, self._counters)
         elif size:
             self._hand_to_thread(connection)
 
@@ -8876,7 +8878,7 @@ class EventLoop:
                 if not transfer.unsent and transfer.must_wait_for_disk():
                     self._hand_to_thread(connection)
                     return
-                if transfer.send_some(connection.sock, self._counters):
+                if transfer.send_some(connection.sock):
                     self._finish(connection, transfer)
                     return
         except BlockingIOError:
@@ -8900,7 +8902,7 @@ class EventLoop:
 
     def _note_sent(self, connection: ClientConnection, transfer: HitTransfer) -> None:
         connection.pending = None
-        self._sent.setdefault(transfer.hit, []).append((connection.host, transfer.result(self._counters)))
+        self._sent.setdefault(transfer.hit, []).append((connection.host, transfer.result()))
 
     def _record(self) -> None:
         """Log what was sent in this turn: once per hit, which is cheaper than once per client."""
@@ -9033,7 +9035,6 @@ class ProxyHandler:
     def __init__(self, server: ProxyServer, connection: ClientConnection) -> None:
         self._server = server
         self._connection = connection
-        self._lingers = False  # the client probably asks for something else that is not stored
 
     def handle(self) -> bool:
         """Answer the buffered requests, and those that come within a moment after a miss; return whether the
@@ -9055,7 +9056,7 @@ class ProxyHandler:
 
     def _answer_one(self) -> bool:
         """Answer one request; return whether the connection stays open."""
-        connection, self._lingers = self._connection, False
+        connection, self._lingers = self._connection, False  # whether the next request may be a miss, too
         self._line = "?"  # the request line, where only the rest of the head is wrong
         self._timed = DeadlineReader(connection.sock, CLIENT_TIMEOUT, connection.buffered)
         self._file = io.BufferedReader(self._timed, 64 * 1024)
@@ -9073,13 +9074,12 @@ class ProxyHandler:
     def _finish_hit(self, transfer: HitTransfer) -> bool:
         """Send the rest of a hit that the event loop has begun; return whether the connection stays open."""
         hit, connection, dispatcher = transfer.hit, self._connection, self._server.dispatcher
-        counters = dispatcher.statistics.counters
         try:
-            while not send_patiently(connection.sock, transfer.send_some, connection.sock, counters):
+            while not send_patiently(connection.sock, transfer.send_some, connection.sock):
                 pass
         finally:
             connection.pending = None
-            results = [(connection.host, transfer.result(counters))]
+            results = [(connection.host, transfer.result())]
             dispatcher.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
         return not hit.close
 
@@ -9256,14 +9256,13 @@ class ProxyServer:
 
     def stop(self) -> None:
         """Stop accepting connections."""
-        self._stop_at = time.monotonic() + SHUTDOWN_GRACE
+        self._stop_at = min(self._stop_at, time.monotonic() + SHUTDOWN_GRACE)
         self.limiter.close()
         self.event_loop.selector.wake()
 
     def shutdown(self) -> None:
         """Stop, and wait until serve_forever() has returned."""
-        if self._stop_at == math.inf:
-            self.stop()
+        self.stop()
         self._ended.wait()
 
     def server_close(self) -> None:
@@ -9289,10 +9288,13 @@ class ProxyServer:
     def _accept(self) -> None:
         """Accept connections, as many as one turn allows.
 
-        If the process is out of file descriptors, the clients wait in the system's queue.
+        If the process is out of file descriptors, or so many connections wait that no further one can be
+        parked, the clients wait in the system's queue.
         """
         for _ in range(ACCEPTS_PER_TURN):
             try:
+                if self.limiter.should_pause():
+                    raise OSError(errno.ENOBUFS, "too many connections wait")
                 sock, address = self.socket.accept()
             except OSError as error:  # nobody waits (any more), mostly
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):

@@ -45,6 +45,7 @@ import queue
 import random
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -9112,7 +9113,7 @@ class EventLoopTest(ProxyCase):
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(self.address)
         slow.sendall(self.raw_request("/z_1.0.deb") * 200)
-        until(lambda: self.server.event_loop.sending)
+        until(lambda: any(each.watched == selectors.EVENT_WRITE for each in tuple(self.server.event_loop._connections)))
         return slow
 
     def forbid_threads(self):
@@ -9650,14 +9651,17 @@ class ExactCountTest(ProxyCase):
         pages = {"/small_1.0_all.deb": 4000, "/medium_1.0_all.deb": 300_000, "/large_1.0_all.deb": 2_000_000}
         self.origin.pages.update({path: ScriptedResponse(b"x" * size) for path, size in pages.items()})
         self.origin.pages["/chunked"] = ScriptedResponse(b"x" * 5000, chunked=True, fields=[("Cache-Control", "no-store")])
-        counters, slow = self.server.dispatcher.statistics.counters, mock.Mock(wraps=pkgproxy.os.sendfile)
-        send = pkgproxy.send_all
-        self.addCleanup(setattr, pkgproxy, "send_all", send)
-        pkgproxy.send_all = lambda sock, data: (send(sock, data), time.sleep(0.02))
-        slow.side_effect = lambda *what: [os_sendfile(*what), time.sleep(0.02)][0]
-        os_sendfile = os.sendfile
+        counters, send, sendfile = self.server.dispatcher.statistics.counters, pkgproxy.send_all, os.sendfile
+
+        def slowly(function):
+            def call(*arguments):
+                result = function(*arguments)
+                time.sleep(0.02)
+                return result
+            return call
+
         cases = [(path, "miss", False) for path in pages] + [(path, "hit", in_thread) for path in pages for in_thread in (False, True)]
-        with mock.patch.object(os, "sendfile", slow):
+        with mock.patch.object(os, "sendfile", slowly(sendfile)), mock.patch.object(pkgproxy, "send_all", slowly(send)):
             for path, outcome, in_thread in [*cases, ("/chunked", "relayed", False)]:
                 with self.subTest(path, outcome=outcome, in_thread=in_thread), mock.patch.object(
                         pkgproxy.HitTransfer, "must_wait_for_disk", return_value=in_thread), self.connection() as connection:
