@@ -6369,7 +6369,7 @@ class PreparedHit:
     cache_status: CacheStatus
     close: bool  # whether the connection is closed after it
     data: bytes  # the head, and a small body
-    part: FileSlice  # a body that is not small; empty if there is none
+    part: FileSlice | None  # a body that is not small
     body_size: int
     stored: StoredResponse  # open: its descriptor tells whether the file is still the same
     version: tuple[int, int, int]  # of that file
@@ -6464,17 +6464,17 @@ def render_hit(request: Request, stored: StoredResponse, config: Config, now: fl
         if decision.action is not Action.SERVE or decision.refresh or \
                 link_pattern_for(request, selection.head) or len(spans) > 1 or isinstance(span, bytes):
             return None
-        size = span[1] - span[0]
-        is_small = size <= SMALL_BODY
-        body = read_without_blocking(stored.file, *span) if is_small else b""
+        part = FileSlice(stored, *span)
+        is_small = part.size <= SMALL_BODY
+        # Of a body that is not small, the first byte: an unreadable file may still be replaced now.
+        body = read_without_blocking(stored.file, span[0], span[1] if is_small else span[0] + 1)
         if body is None:
             return None
         close, status = not wants_keep_alive(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
         head = render_response_head(request, selection.head, selection.length, status, close, config)
         return PreparedHit(
             request, selection.head.status, status, close, head + body if is_small else head,
-            FileSlice(stored, span[1] if is_small else span[0], span[1]), size, stored, version,
-            log_text(request, status))
+            None if is_small else part, part.size, stored, version, log_text(request, status))
     return None
 
 
@@ -8023,7 +8023,7 @@ class HitTransfer:
     is counted before the last bytes leave, so that a client that has them finds it counted.
     """
 
-    __slots__ = ("_counters", "_is_counted", "_offset", "began", "hit", "unsent")
+    __slots__ = ("_counters", "_is_counted", "_left", "began", "hit", "unsent")
 
     def __init__(self, hit: PreparedHit, began: float, counters: Counters) -> None:
         """``began``: monotonic."""
@@ -8031,8 +8031,7 @@ class HitTransfer:
         self.hit = hit
         self.began = began
         self.unsent = hit.data
-        self._offset = hit.part.start  # of the next byte in the file
-        self._is_counted = False
+        self._left, self._is_counted = hit.part.size if hit.part else 0, False  # bytes of the file
 
     def must_wait_for_disk(self) -> bool:
         """Return whether the next bytes are not in memory, as far as the system tells.
@@ -8040,8 +8039,8 @@ class HitTransfer:
         One byte tells it of all that are sent with it: the system reads ahead, and keeps and drops files in
         large pieces.
         """
-        stop = min(self._offset + SEND_SIZE, self.hit.part.stop)
-        return read_without_blocking(self.hit.stored.file, stop - 1, stop) is None
+        stop = self.hit.part.stop - max(0, self._left - SEND_SIZE) if self.hit.part else 0
+        return bool(stop) and read_without_blocking(self.hit.stored.file, stop - 1, stop) is None
 
     def send_some(self, sock: socket.socket) -> bool:
         """Send the next bytes; return whether they were the last.
@@ -8049,20 +8048,20 @@ class HitTransfer:
         BlockingIOError if the client's system takes none now; OSError if the client fails, StorageError if
         the file does.
         """
-        hit, stop = self.hit, self.hit.part.stop
-        if not self._is_counted and stop - self._offset <= SEND_SIZE:
+        hit = self.hit
+        if not self._is_counted and self._left <= SEND_SIZE:
             self._is_counted = True
             self._counters.add(hit.cache_status.outcome, hit.body_size)
         if self.unsent:
-            self.unsent = self.unsent[sock.send(self.unsent, _MORE if self._offset < stop else 0):]
-        else:
-            self._offset += send_some(sock, hit.part, self._offset)
-        return self._offset == stop and not self.unsent
+            self.unsent = self.unsent[sock.send(self.unsent, _MORE if self._left else 0):]
+        elif hit.part:
+            self._left -= send_some(sock, hit.part, hit.part.stop - self._left)
+        return not self._left and not self.unsent
 
     def result(self) -> SendResult:
         """Return what has been sent in the end, and count it if it is not counted yet."""
-        left = len(self.unsent) + self.hit.part.stop - self._offset
-        size = max(0, self.hit.body_size - left)
+        left = len(self.unsent) + self._left
+        size = max(0, self.hit.body_size - left) if left else self.hit.body_size
         if not self._is_counted:
             self._counters.add(self.hit.cache_status.outcome, size)
         return SendResult(size, size, time.monotonic() - self.began, not left)
@@ -8865,11 +8864,10 @@ class EventLoop:
         data = connection.receive()
         if data == b"":
             self._close(connection)
-        elif data and not connection.access_key and not self._dispatcher.check_access(connection):
-            # Discard what the client sends until it closes, or for LINGER_TIMEOUT: unread bytes would turn
-            # the proxy's close into a reset, which may overtake the response.
-            return None
-        return data
+        # Discard what a refused client sends until it closes, or for LINGER_TIMEOUT: unread bytes would turn
+        # the proxy's close into a reset, which may overtake the response.
+        is_allowed = connection.access_key or (data and self._dispatcher.check_access(connection))
+        return data if is_allowed else None
 
     def _send(self, connection: ClientConnection, transfer: HitTransfer) -> None:
         """Send the next bytes of a hit; a thread goes on if they are not in memory."""
@@ -8891,12 +8889,14 @@ class EventLoop:
 
     def _finish(self, connection: ClientConnection, transfer: HitTransfer) -> None:
         """Go on with a connection to which a hit has been sent."""
-        connection.answered, connection.waiting_since = True, time.monotonic()
+        connection.answered = True
         self._note_sent(connection, transfer)
         if transfer.hit.close:
             self._close(connection)
             return
-        self._watch(connection)
+        if connection.watched == selectors.EVENT_WRITE:
+            connection.waiting_since = time.monotonic()
+            self._watch(connection)
         if connection.buffered:
             self._postponed.append(connection)
 

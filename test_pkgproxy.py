@@ -9553,6 +9553,12 @@ class LargeHitTest(ProxyCase):
             self.assertEqual(self.request(self.PATH).body, self.body)
         self.in_thread.assert_called_once()
 
+    def test_a_file_that_cannot_be_read_costs_the_cache_and_not_the_client(self):
+        broken = OSError(errno.EIO, "Input/output error")
+        with mock.patch.object(pkgproxy, "read_without_blocking", return_value=None), mock.patch.object(
+                pkgproxy.StoredResponse, "read_at", side_effect=broken), self.assertLogs("pkgproxy", "WARNING"):
+            self.assertEqual(self.request(self.PATH).body, self.body)
+
     def test_a_file_that_is_cut_while_it_is_sent_ends_the_connection(self):
         name = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, self.PATH[1:])
         for in_thread in (False, True):
