@@ -215,13 +215,13 @@ MULTIPART_BOUNDARY = secrets.token_hex(12)
 # Limits of the server.
 MAX_CONNECTIONS = 4000  # clients; fewer if descriptors are short.  Each busy one takes a thread
 LISTEN_BACKLOG = 256  # connections waiting for accept(); a fleet started by cron arrives at once
-SENDS_PER_TURN = 3  # of one hit, of SEND_SIZE at most, before the next client's turn
+SENDS_PER_TURN = 2  # of one hit, its head included, before the next client has its turn
 ACCEPTS_PER_TURN = 4  # connections accepted before the open ones have their turn
 THREAD_IDLE_TIMEOUT = 0.1  # seconds that a thread waits for its client's next request after a miss
 HOT_CACHE_SIZE = 32  # hits ready to be sent again; each holds a descriptor and up to SMALL_BODY bytes
 SMALL_BODY = 64 * 1024  # bytes; a body up to this is sent together with its head
 COPY_SIZE = 256 * 1024  # bytes per read or write where sendfile() is not used
-SEND_SIZE = 512 * 1024  # bytes of a file sent at a time; the event loop's other clients wait for it
+SEND_SIZE = 256 * 1024  # bytes of a file sent at a time; larger pieces take more processor time, not less
 MAX_EVENTS = 10_000  # failures or attempts remembered; bounds the memory that unknown hosts can take
 MAX_LOG_LINES = 10_000  # log lines waiting for a slow disk; more are dropped, because requests go first
 MAX_ROWS = 20  # requests, and downloads, on the status page; about a screenful
