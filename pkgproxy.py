@@ -6424,10 +6424,11 @@ class HotCache:
     def put(self, asked: Any, entry: PreparedHit) -> None:
         """Keep an entry, unless its file has already been removed; the oldest one makes room for it.
 
-        Nothing is kept on Windows, where an open file cannot be removed.
+        Large files are not kept: an evicted one would go on taking space, and sending it costs far more than
+        preparing it again.  Nothing is kept on Windows, where an open file cannot be removed.
         """
         self._entries.pop(asked, None)
-        if entry.version[0] and os.name != "nt":
+        if entry.version[0] and not entry.part and os.name != "nt":
             self._entries[asked] = entry
             if len(self._entries) > HOT_CACHE_SIZE:
                 del self._entries[next(iter(self._entries))]
