@@ -29,10 +29,10 @@ The path of a request
 ---------------------
 ::
 
-    accept ─ EventLoop ── small hit: prepare_hit, send ──────────────────────────────► client
+    accept ─ EventLoop ── hit: HotCache, or Proxy.prepare_hit; HitTransfer ──────────► client
                 │ anything else, once the head is complete                      (event loop thread)
                 ▼
-          ThreadPool ─ ProxyHandler: RequestReader parses a Request                 (worker thread)
+          thread ─ ProxyHandler: parse a Request                                     (worker thread)
                          Dispatcher.respond: check access; own pages are answered here
                          Proxy.respond
                             stored   = Store.lookup(key), or SmallAnswers has a 404, a redirect ...
@@ -57,8 +57,8 @@ reads it at its own speed while it arrives.  The download continues if its clien
 Threads
 -------
     main              starts the rest, waits for signals, sends watchdog messages
-    event loop        one per listening address: waits on idle connections, answers small hits
-    worker            ThreadPool: reads a request, answers it, and returns the connection to the loop
+    event loop        one per listening address: waits on idle connections, sends hits
+    worker            one per connection that needs one: answers requests, returns the connection to the loop
     download          Downloader: one per download that takes a while; it never waits for a client
     peer follower     PeerFollower: one per download that another instance runs
     lease renewal     LeaseManager: one, if instances coordinate through memcached
@@ -156,7 +156,6 @@ import functools
 import glob
 import hashlib
 import http.client
-import http.server
 import importlib
 import io
 import ipaddress
@@ -222,15 +221,15 @@ MULTIPART_BOUNDARY = secrets.token_hex(12)
 # Limits of the server.
 MAX_CONNECTIONS = 4000  # clients; fewer if descriptors are short.  Each busy one takes a thread
 LISTEN_BACKLOG = 256  # connections waiting for accept(); a fleet started by cron arrives at once
-REQUESTS_PER_TURN = 4  # requests of one client answered before the next client's turn
 STACK_SIZE = 2 * 1024 * 1024  # bytes for a thread, instead of 8 MB; recursion in Python 3.13 needs 1.3 MB
-MAX_IDLE_THREADS = 16  # idle threads kept; ready for the next burst of requests
-THREAD_IDLE_TIMEOUT = 5.0  # seconds an idle thread waits; within a burst the gaps are shorter
-HOT_CACHE_SIZE = 32  # small responses ready to be sent again; each holds a descriptor
+SENDS_PER_TURN = 2  # of one hit, its head included, before the next client has its turn
+ACCEPTS_PER_TURN = 4  # connections accepted before the open ones have their turn
+THREAD_IDLE_TIMEOUT = 0.1  # seconds that a thread waits for its client's next request after a miss
+HOT_CACHE_SIZE = 32  # hits ready to be sent again; each holds a descriptor and up to SMALL_BODY bytes
 SMALL_BODY = 64 * 1024  # bytes; a body up to this is sent together with its head
 COPY_SIZE = 256 * 1024  # bytes per read or write where sendfile() is not used
+SEND_SIZE = 256 * 1024  # bytes of a file sent at a time; larger pieces take more processor time, not less
 SMALL_DOWNLOAD = 512 * 1024  # bytes; a body up to this that comes at once is stored by its client's thread
-LARGE_SEND = 8 * 1024 * 1024  # bytes; sending this takes longer than moving to another processor
 MAX_EVENTS = 10_000  # failures or attempts remembered; bounds the memory that unknown hosts can take
 MAX_LOG_LINES = 10_000  # log lines waiting for a slow disk; more are dropped, because requests go first
 MAX_ROWS = 20  # requests of a colour, and downloads, on the status page; about a screenful
@@ -7348,8 +7347,6 @@ class PeerFollower:
 # Proxy.respond() is the path of every request; start reading there.
 
 PAIR_SPAN = 60.0  # seconds since its validation in which a file is taken for what a new signature signs
-# Request fields with which a large stored response may have a small answer.
-_PART_FIELDS = ("range", "if-none-match", "if-modified-since")
 
 
 def check_request_allowed(request: Request, config: Config) -> None:
@@ -7371,55 +7368,60 @@ def answer_as_final_recipient(request: Request) -> Response:
     return Response(generated_head(200, "message/http"), bytes_body(text), CacheStatus(Outcome.OWN))
 
 
-# Small hits, which the event loop sends without a thread
+# Hits, which the event loop sends without a thread
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HotEntry:
-    """A small hit as it is sent: rendered head and body."""
+class PreparedHit:
+    """A hit as it is sent: the rendered head, and a body that is in memory, as far as the system tells.
+
+    Its file is closed with the last reference to it, of the HotCache or of a connection.
+    """
 
     request: Request
     status: int
     cache_status: CacheStatus
     close: bool  # whether the connection is closed after it
-    data: bytes  # head and body
+    data: bytes  # the head, and a small body
+    part: FileSlice | None  # a body that is not small
     body_size: int
     stored: StoredResponse  # open: its descriptor tells whether the file is still the same
     version: tuple[int, int, int]  # of that file
     text: str  # for the log
+    clients: set[str] = dataclasses.field(default_factory=set)  # that got it, and may doubt it now
+
+    def __del__(self) -> None:
+        self.stored.close()
 
 
 class HotCache:
-    """Rendered small responses of the current second, for clients that ask for the same at the same time.
+    """Prepared hits of the current second, for clients that ask for the same at the same time.
 
     An entry may be used until the second ends (its Age field is right for that long), and while its file is
     unchanged.  One look at the file serves all requests that had arrived by then:
 
-    1. The event loop wakes with requests from many clients: ``start_turn``.
+    1. The event loop wakes with requests from many clients: ``recheck``.
     2. ``get`` for the first of them looks at the file, and for the others does not.
-    3. A client sees an answer, has the file removed or replaced, and asks again: that request is read in a
-       later turn, or after ``recheck``, so the file is looked at again.
+    3. A client sees an answer, has the file removed or replaced, and asks again: that request is read after
+       another ``recheck``, so the file is looked at again.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Any, HotEntry] = {}  # by the bytes of the request's head, and the client's access
+        self._entries: dict[Any, PreparedHit] = {}  # by the bytes of the head, and the client's access
         self._valid_for: tuple[int, Config | None] = (0, None)  # the second, and the configuration
-        self._verified: set[HotEntry] = set()  # entries whose files were looked at since the last recheck
+        self._verified: set[PreparedHit] = set()  # those whose files were looked at since the last recheck
 
-    def start_turn(self, valid_for: tuple[int, Config]) -> None:
-        """Begin a turn of the event loop, in this second and with this configuration."""
-        if valid_for != self._valid_for:
-            self.clear()
-            self._valid_for = valid_for
-        self.recheck()
-
-    def recheck(self) -> None:
+    def recheck(self, config: Config) -> None:
         """Look at each file again before its entry is used: it may have changed before the next request."""
+        valid_for = int(time.time()), config
+        if valid_for != self._valid_for:
+            self._entries.clear()
+            self._valid_for = valid_for
         self._verified.clear()
 
-    def get(self, asked: Any, config: Config) -> HotEntry | None:
+    def get(self, asked: Any) -> PreparedHit | None:
         """Return the entry for a request, if it may still be used."""
-        entry = self._entries.get(asked) if config is self._valid_for[1] else None
+        entry = self._entries.get(asked)
         if entry is None or entry in self._verified:
             return entry
         with contextlib.suppress(OSError):
@@ -7428,23 +7430,17 @@ class HotCache:
                 return entry
         return None
 
-    def put(self, asked: Any, entry: HotEntry) -> None:
-        """Keep an entry, or just close its file: if the cache is full, if the file has already been removed,
-        on Windows, where an open file cannot be removed, and for packages, which a client may doubt."""
-        old = self._entries.pop(asked, None)
-        if old is not None:
-            old.stored.close()
-        refused = os.name == "nt" or DOUBT_PERIOD and classify_name(entry.request.key) is NameClass.PACKAGE
-        if len(self._entries) < HOT_CACHE_SIZE and entry.version[0] and not refused:
-            self._entries[asked] = entry
-        else:
-            entry.stored.close()
+    def put(self, asked: Any, entry: PreparedHit) -> None:
+        """Keep an entry, unless its file has already been removed; the oldest one makes room for it.
 
-    def clear(self) -> None:
-        """Remove all entries."""
-        entries, self._entries = self._entries, {}
-        for entry in entries.values():
-            entry.stored.close()
+        Large files are not kept: an evicted one would go on taking space, and sending it costs far more than
+        preparing it again.  Nothing is kept on Windows, where an open file cannot be removed.
+        """
+        self._entries.pop(asked, None)
+        if entry.version[0] and not entry.part and os.name != "nt":
+            self._entries[asked] = entry
+            if len(self._entries) > HOT_CACHE_SIZE:
+                del self._entries[next(iter(self._entries))]
 
 
 def read_without_blocking(file: io.FileIO, start: int, stop: int) -> bytes | None:
@@ -7463,15 +7459,11 @@ def read_without_blocking(file: io.FileIO, start: int, stop: int) -> bytes | Non
     return bytes(buffer) if count == stop - start else None
 
 
-def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now: float) -> HotEntry | None:
-    """Render the response to a request if it is small and nothing must be waited for; None if not.
+def render_hit(request: Request, stored: StoredResponse, config: Config, now: float) -> PreparedHit | None:
+    """Render the response to a request if it is a hit that nothing must be waited for; None if not.
 
-    The caller closes ``stored``, also by way of the entry.  OSError.
+    The caller closes ``stored`` if there is none.  OSError.
     """
-    # Most large files are recognised here, before the work that their thread will do again.
-    if stored.head.size > SMALL_BODY and request.method == "GET" and not any(
-            name.lower() in _PART_FIELDS for name, _ in request.fields):
-        return None
     # A copied file may have to be read to its end, and a displaced one depends on another file.
     if stored.head.displaced or not stored.head.verified:
         return None
@@ -7483,16 +7475,19 @@ def hot_entry_for(request: Request, stored: StoredResponse, config: Config, now:
         spans = () if request.method == "HEAD" else selection.spans
         span = spans[0] if spans else (0, 0)
         if decision.action is not Action.SERVE or decision.refresh or \
-                link_pattern_for(request, selection.head) or len(spans) > 1 or isinstance(span, bytes) or \
-                span[1] - span[0] > SMALL_BODY:
+                link_pattern_for(request, selection.head) or len(spans) > 1 or isinstance(span, bytes):
             return None
-        body = read_without_blocking(stored.file, *span)
+        part = FileSlice(stored, *span)
+        is_small = part.size <= SMALL_BODY
+        # Of a body that is not small, the first byte: an unreadable file may still be replaced now.
+        body = read_without_blocking(stored.file, span[0], span[1] if is_small else span[0] + 1)
         if body is None:
             return None
         close, status = not wants_keep_alive(request), CacheStatus(Outcome.HIT, ttl=decision.ttl)
         head = render_response_head(request, selection.head, selection.length, status, close, config)
-        return HotEntry(request, selection.head.status, status, close, head + body, len(body), stored,
-                        version, log_text(request, status))
+        return PreparedHit(
+            request, selection.head.status, status, close, head + body if is_small else head,
+            None if is_small else part, part.size, stored, version, log_text(request, status))
     return None
 
 
@@ -8319,27 +8314,20 @@ class Proxy:
 
     # For the event loop, for tunnels, and for the operator
 
-    def prepare_hit(self, request: Request, client: str) -> tuple[HotEntry | None, bool]:
-        """Render a hit that nothing must be waited for, and return it with whether nothing is stored.
-
-        The caller closes the entry's file.
-        """
+    def prepare_hit(self, request: Request) -> tuple[PreparedHit | None, bool]:
+        """Return a hit that nothing must be waited for, and whether nothing is stored."""
         stored = self._store.lookup(request.key)
         if stored is None:
             return None, True
         # Whether a client on another host may have a body file without a head takes a DNS lookup; whether a
         # signature is of its file's generation, another lookup in the store.
         is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
-        is_sure = is_open and not signed_keys(request.key) and not self.doubts.is_due(
-            request, client, stored.head)
+        is_sure = is_open and not signed_keys(request.key)
         # The end of this second, so that no Age is too low.
-        now = float(int(time.time()) + 1)
-        entry = hot_entry_for(request, stored, self.config, now) if is_sure else None
-        if entry is None:
+        hit = render_hit(request, stored, self.config, float(int(time.time()) + 1)) if is_sure else None
+        if hit is None:
             stored.close()
-        else:
-            self.doubts.note_delivered(request, client, entry.status)
-        return entry, False
+        return hit, False
 
     def connect_tunnel(self, request: Request) -> socket.socket:
         """Open the connection that a CONNECT asks for; ProxyError."""
@@ -9317,20 +9305,46 @@ def make_page(path: str, address: tuple[str, int], fields: Fields,
 # Which thread does what:
 #
 # 1. The thread of ProxyServer.serve_forever() accepts a connection and gives it to its EventLoop.
-# 2. The event loop, in the same thread, waits for requests on all idle connections.  It sends small hits
-#    itself, since that takes less time than waking another thread.
-# 3. Everything that may block goes to a worker thread (ThreadPool): ProxyHandler reads the request, has the
-#    Dispatcher answer it, and sends the response.
+# 2. The event loop, in the same thread, waits for requests on all idle connections.  It sends hits itself, as
+#    long as their files are in memory, since that takes less time than starting another thread.
+# 3. Everything that may block goes to a worker thread: ProxyHandler reads the request, has the Dispatcher
+#    answer it, and sends the response.  It also sends the rest of a hit that must be read from the disk.
 # 4. The worker returns the connection to the event loop, or closes it.
 #
 # So a connection always has one owner, and needs no lock.  ConnectionLimiter and Dispatcher are shared by all
 # servers of the process, hence by their event loops and workers.
 
 
-def _wait_for_client(sock: socket.socket) -> None:
-    """Wait until a client's socket accepts more bytes; socket.timeout after CLIENT_TIMEOUT."""
-    if not wait_until_ready(sock, CLIENT_TIMEOUT, writing=True):
-        raise socket.timeout("timed out")
+def progress(sock: socket.socket) -> tuple[int, bool]:
+    """Ask the system how far a connection has come.
+
+    Return the bytes transferred both ways, and whether bytes are queued that the client has not acknowledged;
+    (0, False) if the system does not tell (only Linux does).
+    """
+    with contextlib.suppress(AttributeError, OSError, struct.error):
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) if sys.platform == "linux" else b""
+        # Offsets in Linux' struct tcp_info: tcpi_bytes_acked and _received; tcpi_unacked and _notsent_bytes.
+        acknowledged, received = struct.unpack_from("QQ", info, 120)
+        queued = struct.unpack_from("I", info, 24), struct.unpack_from("I", info, 144)
+        return acknowledged + received, queued != ((0,), (0,))
+    return 0, False
+
+
+def send_patiently(sock: socket.socket, send: Callable[..., _T], *arguments: Any) -> _T:
+    """Return send(*arguments), after waiting for a client whose system takes no bytes now.
+
+    socket.timeout after CLIENT_TIMEOUT without progress.  A client with a large buffer makes room in it
+    seldom, but is alive as long as its system takes bytes.
+    """
+    while True:
+        try:
+            return send(*arguments)
+        except BlockingIOError:
+            now = progress(sock)
+            while not wait_until_ready(sock, CLIENT_TIMEOUT, writing=True):
+                before, now = now, progress(sock)
+                if now == before:
+                    raise socket.timeout("timed out") from None
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
@@ -9341,40 +9355,87 @@ def send_all(sock: socket.socket, data: bytes) -> None:
     """
     left = memoryview(data)
     while left:
-        try:
-            left = left[sock.send(left):]
-        except BlockingIOError:
-            _wait_for_client(sock)
+        left = left[send_patiently(sock, sock.send, left):]
 
 
+_MORE = getattr(socket, "MSG_MORE", 0)  # the body follows: send the head with its first bytes
 # What sendfile() fails with if the system or the file system does not support it.
 _NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def send_some(sock: socket.socket, part: FileSlice, start: int) -> int:
-    """Send the next bytes of a file slice, with sendfile() if possible.
+    """Send the next bytes of a file slice, up to SEND_SIZE, with sendfile() if possible.
 
-    ``start`` is the offset in the file of the first byte to send.  Return how many bytes have been sent, 0
-    after a wait for the client.  StorageError if the file cannot be read or has become shorter, so that the
-    rest can come from elsewhere; OSError or socket.timeout if the client fails.
+    ``start`` is the offset in the file of the first byte to send.  Return how many bytes have been sent;
+    BlockingIOError if the client's system takes none now.  StorageError if the file cannot be read or has
+    become shorter, so that the rest can come from elsewhere; OSError if the client fails.
     """
+    size = min(SEND_SIZE, part.stop - start)
     try:
         try:
-            count = os.sendfile(sock.fileno(), part.file.fileno(), start, part.stop - start)
+            count = os.sendfile(sock.fileno(), part.file.fileno(), start, size)
         except (AttributeError, OSError) as error:  # AttributeError: no sendfile in Python on this system
             if getattr(error, "errno", errno.ENOSYS) not in _NO_SENDFILE:
                 raise
-            count = sock.send(part.file.read_at(min(COPY_SIZE, part.stop - start), start))
-    except BlockingIOError:
-        _wait_for_client(sock)
-        return 0
-    except (ConnectionError, TimeoutError, socket.timeout):
+            count = sock.send(part.file.read_at(min(COPY_SIZE, size), start))
+    except (BlockingIOError, ConnectionError, TimeoutError, socket.timeout):
         raise  # the client's
     except OSError as error:  # the file's
         raise StorageError(error) from None
     if not count:
         raise StorageError(OSError(errno.EIO, "the file became shorter"))
     return count
+
+
+class HitTransfer:
+    """A hit on its way to one client, some bytes at a time.
+
+    Begun by the event loop, and continued by a thread if the file has to be read from the disk.  The request
+    is counted before the last bytes leave, so that a client that has them finds it counted.
+    """
+
+    __slots__ = ("_counters", "_is_counted", "_left", "began", "hit", "unsent")
+
+    def __init__(self, hit: PreparedHit, began: float, counters: Counters) -> None:
+        """``began``: monotonic."""
+        self._counters = counters
+        self.hit = hit
+        self.began = began
+        self.unsent = hit.data
+        self._left, self._is_counted = hit.part.size if hit.part else 0, False  # bytes of the file
+
+    def must_wait_for_disk(self) -> bool:
+        """Return whether the next bytes are not in memory, as far as the system tells.
+
+        One byte tells it of all that are sent with it: the system reads ahead, and keeps and drops files in
+        large pieces.
+        """
+        stop = self.hit.part.stop - max(0, self._left - SEND_SIZE) if self.hit.part else 0
+        return bool(stop) and read_without_blocking(self.hit.stored.file, stop - 1, stop) is None
+
+    def send_some(self, sock: socket.socket) -> bool:
+        """Send the next bytes; return whether they were the last.
+
+        BlockingIOError if the client's system takes none now; OSError if the client fails, StorageError if
+        the file does.
+        """
+        hit = self.hit
+        if not self._is_counted and self._left <= SEND_SIZE:
+            self._is_counted = True
+            self._counters.add(hit.cache_status.outcome, hit.body_size)
+        if self.unsent:
+            self.unsent = self.unsent[sock.send(self.unsent, _MORE if self._left else 0):]
+        elif hit.part:
+            self._left -= send_some(sock, hit.part, hit.part.stop - self._left)
+        return not self._left and not self.unsent
+
+    def result(self) -> SendResult:
+        """Return what has been sent in the end, and count it if it is not counted yet."""
+        left = len(self.unsent) + self._left
+        size = max(0, self.hit.body_size - left) if left else self.hit.body_size
+        if not self._is_counted:
+            self._counters.add(self.hit.cache_status.outcome, size)
+        return SendResult(size, size, time.monotonic() - self.began, not left)
 
 
 class RequestBody:
@@ -9510,21 +9571,6 @@ def find_head_end(data: bytes, seen: int = 0) -> int:
     return -1 if too_long or data[:2] == TLS_HELLO or _BARE_LF.search(data, max(0, seen - 1)) else 0
 
 
-def progress(sock: socket.socket) -> tuple[int, bool]:
-    """Ask the system how far a connection has come.
-
-    Return the bytes transferred both ways, and whether bytes are queued that the client has not acknowledged;
-    (0, False) if the system does not tell (only Linux does).
-    """
-    with contextlib.suppress(AttributeError, OSError, struct.error):
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) if sys.platform == "linux" else b""
-        # Offsets in Linux' struct tcp_info: tcpi_bytes_acked and _received; tcpi_unacked and _notsent_bytes.
-        acknowledged, received = struct.unpack_from("QQ", info, 120)
-        queued = struct.unpack_from("I", info, 24), struct.unpack_from("I", info, 144)
-        return acknowledged + received, queued != ((0,), (0,))
-    return 0, False
-
-
 # Whether the client is on this host, and the proxy's address and port that it connected to.  With the bytes
 # of a request's head, it determines which stored response the client may get.
 AccessKey = tuple[bool, tuple[str, int]]
@@ -9555,12 +9601,12 @@ class ClientConnection:
         self.answered = False  # has got a response: from now on, the client must expect a close at any time
         self.waiting = False
         self.waiting_since = time.monotonic()  # when the connection became idle, or the current request began
-        self.keep_alive = False  # return the connection to the event loop when its thread is done
         self.known_missing = False  # nothing is stored for the request that a thread is about to answer
         self.access_key: AccessKey | None = None  # None: refused, or not checked yet
-        # A hit that could not be sent at once: the bytes left, and when it began (monotonic).
-        self.pending: tuple[HotEntry, bytes, float] | None = None
+        self.pending: HitTransfer | None = None  # the hit that is being sent
+        self.watched = 0  # events for which the event loop's selector watches the socket
         self.is_tunnel = False
+        self._acknowledged = 0  # bytes, at the last call of has_progressed()
         self.rate = math.inf  # bytes a second in the last RATE_WINDOW, if the client limited it
         self._transferred = 0  # bytes, at the last measurement
         self._was_slow = False  # the client limited the rate then
@@ -9576,13 +9622,22 @@ class ClientConnection:
         """Whether the client is on this host."""
         return self.host == self.server_address[0] or is_local_client(self.host)
 
-    def timeout(self) -> float:
-        """Return how many seconds the event loop may wait for the client."""
-        if self.pending:
-            return CLIENT_TIMEOUT
-        if self.buffered or not self.answered:
-            return REQUEST_HEAD_TIMEOUT
-        return IDLE_TIMEOUT if self.access_key else LINGER_TIMEOUT  # None: it has been refused
+    def has_timed_out(self, now: float) -> bool:
+        """Return whether the event loop has waited too long for the client, at the monotonic time ``now``.
+
+        A client with a large buffer makes room in it seldom, but is alive as long as its system takes bytes.
+        """
+        idle = IDLE_TIMEOUT if self.access_key else LINGER_TIMEOUT  # None: it has been refused
+        head = REQUEST_HEAD_TIMEOUT if self.buffered or not self.answered else idle
+        limit = CLIENT_TIMEOUT if self.pending else head
+        if now - self.waiting_since > limit and self.pending and self.has_progressed():
+            self.waiting_since = now
+        return now - self.waiting_since > limit
+
+    def has_progressed(self) -> bool:
+        """Return whether bytes have been transferred since the last call, as far as the system tells."""
+        before, self._acknowledged = self._acknowledged, progress(self.sock)[0]
+        return self._acknowledged != before
 
     def measure_rate(self, now: float, elapsed: float) -> None:
         """Update ``rate`` with what has been transferred in the last ``elapsed`` seconds.
@@ -9619,14 +9674,10 @@ class ClientConnection:
         except OSError:
             return b""
 
-    def send(self, data: bytes) -> int | None:
-        """Send as many bytes as possible without blocking; return how many, None if the client has closed."""
-        try:
-            return self.sock.send(data)
-        except (BlockingIOError, InterruptedError):
-            return 0
-        except OSError:
-            return None
+    def send(self, data: bytes) -> None:
+        """Send as many bytes as possible without blocking; a failure shows when the close is read."""
+        with contextlib.suppress(OSError):
+            self.sock.send(data)
 
 
 class ConnectionLimiter:
@@ -9668,7 +9719,6 @@ class ConnectionLimiter:
         self._abandoned: set[ClientConnection] = set()  # the same, but their places are free already
         self._measured = time.monotonic()
         self._released_at = 0.0  # monotonic: when a place last became free
-        self._tunnels: collections.Counter[str] = collections.Counter()  # open ones, by network
 
     def busy_count(self) -> int:
         """Return the number of connections that are not waiting for a request."""
@@ -9678,11 +9728,14 @@ class ConnectionLimiter:
     def admit(self, connection: ClientConnection) -> ClientConnection | None:
         """Admit an accepted connection, or park it; return one to be refused if too many are parked."""
         with self._lock:
-            if not self._may_have_more(connection.network) or not self._make_room(connection.network):
+            if not self._make_room(connection.network):
                 self.crowded = True
                 self._parked.append(connection)
-                is_full = len(self._parked) > self.max_connections
-                return self._parked.pop(self._last_of_most()) if is_full else None
+                if len(self._parked) <= self.max_connections:
+                    return None
+                counts = collections.Counter(each.network for each in self._parked)
+                return self._parked.pop(max(  # the latest of the client that has the most
+                    range(len(self._parked)), key=lambda index: (counts[self._parked[index].network], index)))
             self._register(connection)
         connection.on_admitted(connection)
         return None
@@ -9722,7 +9775,7 @@ class ConnectionLimiter:
                 is_next = network not in blocked
                 if is_next and connection.receive(socket.MSG_PEEK) == b"":
                     connection.sock.close()
-                elif is_next and self._may_have_more(network) and self._make_room(network, len(blocked) + 1):
+                elif is_next and self._make_room(network, len(blocked) + 1):
                     self._register(connection)
                     admitted.append(connection)
                 else:
@@ -9734,27 +9787,19 @@ class ConnectionLimiter:
         for connection in admitted:
             connection.on_admitted(connection)
 
-    @contextlib.contextmanager
-    def tunnel(self, client: str) -> Iterator[None]:
-        """Count a tunnel of a client as long as it is open; ProxyError if the limits allow no further one."""
-        network = client_network(client)
+    def open_tunnel(self, connection: ClientConnection) -> None:
+        """Count a connection as a tunnel from now on; ProxyError if the limits allow no further one."""
         with self._lock:
-            share = max(1, self.max_tunnels // 2)
-            if sum(self._tunnels.values()) >= self.max_tunnels or self._tunnels[network] >= share:
+            tunnels = [each.network for each in self._connections if each.is_tunnel]
+            if self.max_tunnels <= max(len(tunnels), 2 * tunnels.count(connection.network)):
                 raise ProxyError("Too many tunnels are open.", 503)
-            self._tunnels[network] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._tunnels -= collections.Counter([network])  # drops zeros, so it cannot grow for ever
+            connection.is_tunnel = True
 
     def close(self) -> None:
         """Close the parked connections."""
         with self._lock:
-            parked, self._parked = self._parked, []
-        for connection in parked:
-            connection.sock.close()
+            while self._parked:
+                self._parked.pop().sock.close()
 
     def _per_client_limit(self) -> int:
         return max(4, self.max_connections // 2)
@@ -9772,13 +9817,10 @@ class ConnectionLimiter:
             self._connections.remove(connection)
             self._per_client -= collections.Counter([connection.network])  # drops zeros
 
-    def _last_of_most(self) -> int:
-        """Return the index of the latest parked connection of the client that has the most of them."""
-        counts = collections.Counter(connection.network for connection in self._parked)
-        return max(range(len(self._parked)), key=lambda index: (counts[self._parked[index].network], index))
-
     def _make_room(self, network: str, count: int = 1) -> bool:
         """Make room for ``count`` new connections, if needed; return whether ``network`` has room now."""
+        if not self._may_have_more(network):
+            return False
         if len(self._connections) >= self.max_connections and self._attempts < PLACES_PER_TURN:
             self._attempts += 1  # it takes long, since it looks at all connections
             heaviest, most = self._per_client.most_common(1)[0]
@@ -9815,53 +9857,6 @@ class ConnectionLimiter:
                     self._abandoned.add(connection)
 
 
-def usable_processors() -> list[int]:
-    """Return the numbers of the fast processors that this process may use.
-
-    Slow ones are the efficiency cores of a hybrid processor.  AttributeError on some systems.
-    """
-    speeds = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0)
-    for number in speeds:
-        with contextlib.suppress(OSError, ValueError), open(
-                "/sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq" % number, encoding="ascii") as file:
-            speeds[number] = int(file.read())
-    return [number for number, speed in speeds.items() if speed >= 0.8 * max(speeds.values())]
-
-
-def pin_threads(number: int) -> tuple[set[int], set[int]]:
-    """Keep threads started from now on on one processor; instances with other numbers use other ones.
-
-    Return what unpinned() needs: all processors, and the one; both are empty if none could be chosen.
-
-    Only one thread runs Python code at a time, so a second processor is of little use.  If they run on two,
-    nearly every system call of one thread passes the interpreter lock to a thread on the other processor,
-    which must be woken first: eight clients took twice as long for files not yet stored.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # AttributeError: the system offers no choice
-        usable = usable_processors()
-        if usable:
-            everywhere, pinned = os.sched_getaffinity(0), {usable[number % len(usable)]}
-            os.sched_setaffinity(0, pinned)
-            return everywhere, pinned
-    return set(), set()
-
-
-def _move_thread(processors: set[int]) -> None:
-    if processors:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, processors)
-
-
-@contextlib.contextmanager
-def unpinned(everywhere: set[int], pinned: set[int]) -> Iterator[None]:
-    """Let the calling thread use any processor, while the kernel works for it for long."""
-    _move_thread(everywhere)
-    try:
-        yield
-    finally:
-        _move_thread(pinned)
-
-
 def format_timings(timings: dict[str, float]) -> str:
     """Format the steps of a request for the log, in milliseconds since it began to arrive; see mark().
 
@@ -9872,7 +9867,7 @@ def format_timings(timings: dict[str, float]) -> str:
     return " [%s ms]" % ", ".join(["%s %.1f" % (name, 1000 * (at - steps[0][1])) for name, at in steps[1:]])
 
 
-_SIMPLE_REQUESTS = (("GET", 0), ("HEAD", 0))  # method and length of the body: a small hit can answer them
+_SIMPLE_REQUESTS = (("GET", 0), ("HEAD", 0))  # method and length of the body: a hit can answer them
 
 
 class Dispatcher:
@@ -9882,12 +9877,10 @@ class Dispatcher:
     """
 
     def __init__(self, proxy: Proxy, statistics: StatusCollector, limiter: ConnectionLimiter,
-                 write_log: Callable[[list[str]], None],
-                 affinity: tuple[set[int], set[int]] | None = None) -> None:
+                 write_log: Callable[[list[str]], None]) -> None:
         self.proxy = proxy
         self.statistics = statistics
         self.limiter = limiter
-        self.affinity = affinity or (set(), set())  # the result of pin_threads()
         self._write_log = write_log
         # Writes to the access log: request, status, outcome and what was sent to whom.  None: there is none.
         self.log_access: Callable[[Request, int, Outcome, list[tuple[str, SendResult]]], None] | None = None
@@ -9920,6 +9913,7 @@ class Dispatcher:
         body = b"%s\n" % str(error).encode()
         quiet = not self._refused.note_first(connection.host, REFUSAL_LOG_INTERVAL)
         result = SendResult(len(body), 0, 0.0, True, quiet)
+        self.count(response, len(body))
         self.record_results(request, 403, response.cache_status, [(connection.host, result)])
         head, status = with_date(response.head, time.time()), response.cache_status
         return render_response_head(request, head, len(body), status, True, self.proxy.config) + body
@@ -9982,9 +9976,10 @@ class Dispatcher:
             return "All %d connections are busy." % self.limiter.max_connections
         return self.statistics.health_problem()
 
-    # Small hits, in the event loop
+    # Hits, in the event loop
 
-    def try_hot_path(self, connection: ClientConnection, size: int, hot_cache: HotCache) -> HotEntry | None:
+    def try_hot_path(self, connection: ClientConnection, size: int,
+                     hot_cache: HotCache) -> PreparedHit | None:
         """Return the response to a buffered head of ``size`` bytes, if nothing has to be waited for.
 
         None sends the request to a thread.  ``connection.known_missing`` saves that thread the look-up if
@@ -9994,33 +9989,41 @@ class Dispatcher:
         if size > MAX_MEMOIZED_HEAD or connection.access_key is None:
             return None
         key = connection.buffered[:size], connection.access_key
-        entry = hot_cache.get(key, self.proxy.config)
+        hit = hot_cache.get(key)
         with contextlib.suppress(ProxyError, ValueError):  # the thread that gets the request sends the error
-            request = None if entry else parse_request_head(key[0], *key[1])
+            request = None if hit else parse_request_head(key[0], *key[1])
             if request and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
                 self._check_name(request)
-                entry, connection.known_missing = self.proxy.prepare_hit(request, connection.host)
-                if entry is not None:
-                    hot_cache.put(key, entry)
-        return entry
+                hit, connection.known_missing = self.proxy.prepare_hit(request)
+                if hit is not None:
+                    hot_cache.put(key, hit)
+        if hit is not None and connection.host not in hit.clients:  # its first time in this second
+            if self.proxy.doubts.is_due(hit.request, connection.host, hit.stored.head):
+                return None
+            hit.clients.add(connection.host)
+            self.proxy.doubts.note_delivered(hit.request, connection.host, hit.status)
+        return hit
 
     # Counting and logging
 
-    def record(self, request: Request, response: Response, sent: int, began: float, whole: bool) -> None:
-        """Count and log a response, ``sent`` bytes of its body since ``began`` (monotonic), or a tunnel."""
-        if response.cache_status.outcome is Outcome.TUNNEL:
-            self.statistics.counters.add_tunnel(sent)
+    def count(self, response: Response, sent: int) -> None:
+        """Count a response with ``sent`` bytes of its body."""
+        self.statistics.counters.add(response.cache_status.outcome, self._cached_bytes(response, sent))
+
+    def _cached_bytes(self, response: Response, sent: int) -> int:
         from_cache = response.counts_as_cached and response.head.status in (200, 206)
-        cached = max(0, sent - response.body.origin_bytes) if from_cache else 0
-        result = SendResult(sent, cached, time.monotonic() - began, whole)
+        return max(0, sent - response.body.origin_bytes) if from_cache else 0
+
+    def record(self, request: Request, response: Response, sent: int, began: float, whole: bool) -> None:
+        """Log a response, ``sent`` bytes of its body since ``began`` (monotonic), and add it to the pages."""
+        result = SendResult(sent, self._cached_bytes(response, sent), time.monotonic() - began, whole)
         self.proxy.doubts.note_delivered(request, request.client, response.head.status if whole else 0)
         self.record_results(request, response.head.status, response.cache_status, [(request.client, result)])
 
     def record_results(self, request: Request, status: int, cache_status: CacheStatus,
                        results: list[tuple[str, SendResult]], text: str = "") -> None:
-        """Count and log one response that was sent to several clients; ``text`` is log_text(), if known."""
+        """Log one response that was sent to several clients; ``text`` is log_text(), if known."""
         outcome = cache_status.outcome
-        self.statistics.counters.add(outcome, sum([result.cached for _, result in results]), len(results))
         if self.log_access:
             self.log_access(request, status, outcome, results)
         if outcome is not Outcome.OWN:
@@ -10035,24 +10038,35 @@ class Dispatcher:
 
 
 class WakeableSelector(selectors.DefaultSelector):
-    """A selector that other threads can wake up."""
+    """A selector that other threads can wake up, and give connections to."""
 
-    def __init__(self, on_wake: Callable[[], None]) -> None:
+    def __init__(self, on_given: Callable[[ClientConnection], None]) -> None:
+        """``on_given`` is called for each connection that was given, by take()."""
         super().__init__()
+        self._on_given = on_given
+        self._given: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        self.register(self._reader, selectors.EVENT_READ, on_wake)
+        self.register(self._reader, selectors.EVENT_READ, self.take)
 
     def wake(self) -> None:
-        """Let select() return now, with ``on_wake`` among the data; from any thread."""
+        """Let select() return now, with ``take`` among the data; from any thread."""
         with contextlib.suppress(OSError):  # full, so that it wakes anyway; or closed
             self._writer.send(b"\0")
 
-    def drain(self) -> None:
-        """Discard the wake-ups so far."""
+    def give(self, connection: ClientConnection) -> None:
+        """Give a connection to the thread that calls select(); from any thread."""
+        self._given.put(connection)
+        self.wake()
+
+    def take(self) -> None:
+        """Discard the wake-ups so far, and take the connections that were given."""
         with contextlib.suppress(OSError):
             self._reader.recv(4096)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._on_given(self._given.get_nowait())
 
     def close(self) -> None:
         """Close the selector and its sockets."""
@@ -10062,46 +10076,52 @@ class WakeableSelector(selectors.DefaultSelector):
 
 
 class EventLoop:
-    """Waits for requests on idle connections; answers small hits, hands the rest to threads.
+    """Waits for requests on idle connections; answers hits, hands the rest to threads.
 
     A connection comes with add(), and leaves when it is handed to a thread (ProxyServer.serve_in_thread),
     which adds it again, or when it is closed.  add() may be called from any thread; all other methods
     belong to one.
 
-    A turn is one call of run_once(): all connections that are ready are served once.  Stored files are
-    checked once a turn, not once a request (see HotCache), and responses are counted and logged once a
+    A turn is one call of run_once().  Each connection that is ready gets some bytes of its hit sent, or one
+    request answered; further requests that it has buffered are postponed to the next turn.
+
+    The path of a hit: run_once → _serve → _read_request → Dispatcher.try_hot_path → HotCache.get, or
+    Proxy.prepare_hit → _send → HitTransfer.send_some → _finish.
+
+    Stored files are checked once a turn, not once a request (see HotCache), and responses are logged once a
     turn.  That must not be noticed: a client that removes a file, or changes the settings, and *then* sends
-    a request must not get the old response.  So wherever bytes may have arrived after the turn began,
+    a request must not get the old response.  So where a request may have arrived after the turn began,
     HotCache.recheck() comes first.
     """
 
     def __init__(self, server: ProxyServer) -> None:
         self._server = server
         self._dispatcher = server.dispatcher
+        self._counters = server.dispatcher.statistics.counters
         self._connections: set[ClientConnection] = set()
-        self._added: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()  # by other threads
-        self._postponed: list[ClientConnection] = []  # have buffered more requests than one turn allows
-        self._sent: dict[HotEntry, list[tuple[str, SendResult]]] = {}  # in this turn, not recorded yet
+        self._postponed: list[ClientConnection] = []  # have answered one request and buffered another
+        self._sent: dict[PreparedHit, list[tuple[str, SendResult]]] = {}  # in this turn, not recorded yet
         self._closed = False
         self._thread = 0  # the one that calls run_once()
         self._hot_cache = HotCache()
-        self.selector = WakeableSelector(self._take_added)
+        self.selector = WakeableSelector(
+            lambda given: (server.close_connection if self._closed else self._add)(given))
 
     def add(self, connection: ClientConnection) -> None:
         """Wait for the next request of a connection."""
         if self._thread == threading.get_ident() and not self._closed:
             self._add(connection)
-            return
-        # close() sets _closed before it empties the queue, so one of the two finds the connection.
-        self._added.put(connection)
-        (self._take_added if self._closed else self.selector.wake)()
+        else:
+            self.selector.give(connection)
+            if self._closed:  # set before close() takes what was given: one of the two finds the connection
+                self.selector.take()
 
     def run_once(self, timeout: float) -> None:
         """Serve all connections that are ready now, or as soon as one is, within ``timeout`` seconds."""
         self._thread = threading.get_ident()
         postponed, self._postponed = self._postponed, []
         ready = self.selector.select(0 if postponed else timeout)
-        self._hot_cache.start_turn((int(time.time()), self._dispatcher.proxy.config))
+        self._hot_cache.recheck(self._dispatcher.proxy.config)
         for key, _ in ready:
             if not isinstance(key.data, ClientConnection):
                 key.data()  # a client waits to be accepted, or another thread has called wake()
@@ -10109,13 +10129,13 @@ class EventLoop:
                 self._serve(key.data)
         for connection in postponed:
             if connection.waiting:
-                self._serve(connection, buffered_only=True)
+                self._serve(connection, is_readable=False)
         self._record()
 
     @property
     def sending(self) -> int:
-        """Hits that are being sent."""
-        return sum(connection.pending is not None for connection in tuple(self._connections))
+        """Connections that a hit is being sent to, or that have buffered another request."""
+        return len(self._postponed) + sum(each.pending is not None for each in tuple(self._connections))
 
     def close_timed_out(self, now: float) -> None:
         """Close connections that have exceeded their timeout; ``now`` is monotonic.
@@ -10123,58 +10143,54 @@ class EventLoop:
         An incomplete head goes to a thread instead, which sends the error.
         """
         for connection in tuple(self._connections):
-            if now - connection.waiting_since > connection.timeout():
+            if connection.has_timed_out(now):
                 incomplete = connection.buffered and not connection.pending
                 (self._hand_to_thread if incomplete else self._close)(connection)
 
     def close(self) -> None:
         """Close all connections that no thread serves, and those that come later."""
         self._closed = True
-        self._take_added()
+        self.selector.take()
         for connection in tuple(self._connections):
             self._close(connection)
         self._record()
-        self._hot_cache.clear()
+        self._hot_cache = HotCache()  # closes the files
         self.selector.close()
 
     # Connections come and go
-
-    def _take_added(self) -> None:
-        self.selector.drain()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                connection = self._added.get_nowait()
-                (self._server.shutdown_request if self._closed else self._add)(connection)
 
     def _add(self, connection: ClientConnection) -> None:
         """Serve a connection at once, since a new one has usually sent its request; then wait for more."""
         self._connections.add(connection)
         # The time begins now, not when the connection was accepted: it may have been parked for long.
         connection.waiting, connection.waiting_since = True, time.monotonic()
-        self._hot_cache.recheck()  # its request may be younger than this turn
+        self._hot_cache.recheck(self._dispatcher.proxy.config)  # its request may be younger than this turn
         self._serve(connection)
-        if connection.waiting and not connection.pending:
+        if connection.waiting:
             self._watch(connection)
 
     def _watch(self, connection: ClientConnection) -> None:
+        """Wait until the rest of a hit can be sent, or else until the next request comes."""
         events = selectors.EVENT_WRITE if connection.pending else selectors.EVENT_READ
+        if events == connection.watched:
+            return
         try:
             set_events(self.selector, connection.sock, events, connection)
+            connection.watched = events
         except OSError as error:  # fs.epoll.max_user_watches, say
             log.warning("Cannot watch a connection: %s", error)
             self._close(connection)
 
     def _remove(self, connection: ClientConnection) -> None:
-        connection.waiting = False
+        connection.waiting, connection.watched = False, 0
         self._connections.discard(connection)
         set_events(self.selector, connection.sock, 0)
 
     def _close(self, connection: ClientConnection) -> None:
         if connection.pending:
-            (entry, left, began), connection.pending = connection.pending, None
-            self._note_sent(connection, entry, left, began)
+            self._note_sent(connection, connection.pending)
         self._remove(connection)
-        self._server.shutdown_request(connection)
+        self._server.close_connection(connection)
 
     def _hand_to_thread(self, connection: ClientConnection) -> None:
         self._remove(connection)
@@ -10182,115 +10198,346 @@ class EventLoop:
 
     # Requests
 
-    def _serve(self, connection: ClientConnection, buffered_only: bool = False) -> None:
-        """Do whatever is possible for a connection.  A bug costs this connection, not the others."""
+    def _serve(self, connection: ClientConnection, is_readable: bool = True) -> None:
+        """Do for a connection what one turn allows.  A bug costs this connection, not the others."""
         try:
-            if connection.pending:
-                self._send(connection, *connection.pending)
-            elif not buffered_only:
-                self._on_readable(connection)
-                return
-            self._serve_buffered(connection)
+            if connection.pending is None:
+                self._read_request(connection, is_readable)
+            if connection.pending is not None:
+                self._send(connection, connection.pending)
         except Exception:  # noqa: BLE001
-            self._server.handle_error(connection, connection.address)
+            self._server.handle_error(connection)
             if connection.waiting:
                 self._close(connection)
 
-    def _on_readable(self, connection: ClientConnection) -> None:
-        began, data = time.monotonic(), connection.receive()
-        if not data:
-            if data is not None:
-                self._close(connection)
-            return
-        access_key = connection.access_key
-        if not access_key and not self._dispatcher.check_access(connection):
-            # Discard what the client sends until it closes, or for LINGER_TIMEOUT: unread bytes would turn
-            # the proxy's close into a reset, which may overtake the response.
-            return
-        if not connection.buffered:
-            connection.waiting_since = began
-            if access_key:  # the usual case: one whole head, the same that somebody sent a moment ago
-                entry = self._hot_cache.get((data, access_key), self._dispatcher.proxy.config)
-                if entry is not None:
-                    self._send(connection, entry, entry.data, began)
-                    return
-        seen, connection.buffered = len(connection.buffered), connection.buffered + data
-        self._hot_cache.recheck()  # a second request in ``data`` may be younger than this turn
-        self._serve_buffered(connection, seen)
+    def _read_request(self, connection: ClientConnection, is_readable: bool) -> None:
+        """Find the hit that answers the next request, or hand the connection to a thread.
 
-    def _serve_buffered(self, connection: ClientConnection, seen: int = 0) -> None:
-        """Answer buffered requests one after another, as many as one turn allows.
-
-        The first request that may block takes the connection, with all that is buffered, to a thread:
-        responses must leave in the order of the requests (RFC 9112 §9.3.2).  After REQUESTS_PER_TURN, the
-        other clients come first.  The first ``seen`` bytes are known to contain no end of a head.
+        A request that may block takes the connection, with all that is buffered, to a thread: responses must
+        leave in the order of the requests (RFC 9112 §9.3.2).
         """
-        for _ in range(REQUESTS_PER_TURN):
-            began, free = time.monotonic(), connection.waiting and not connection.pending
-            size = find_head_end(connection.buffered, seen) if free else 0
-            if not size:
+        began, seen = time.monotonic(), 0
+        if is_readable:
+            data = self._receive(connection)
+            if not data:
                 return
-            entry = self._dispatcher.try_hot_path(connection, size, self._hot_cache) if size > 0 else None
-            if entry is None:
-                self._hand_to_thread(connection)
-                return
-            connection.buffered, seen = connection.buffered[size:], 0
-            self._send(connection, entry, entry.data, began)
-        self._postponed.append(connection)
+            if not connection.buffered:
+                connection.waiting_since = began
+                hit = self._hot_cache.get((data, connection.access_key))
+                if hit is not None:  # mostly: one whole head, the same that somebody sent a moment ago
+                    connection.pending = HitTransfer(hit, began, self._counters)
+                    return
+            seen, connection.buffered = len(connection.buffered), connection.buffered + data
+        size = find_head_end(connection.buffered, seen)
+        hit = self._dispatcher.try_hot_path(connection, size, self._hot_cache) if size > 0 else None
+        if hit is not None:
+            connection.buffered = connection.buffered[size:]
+            connection.pending = HitTransfer(hit, began, self._counters)
+        elif size:
+            self._hand_to_thread(connection)
 
-    def _send(self, connection: ClientConnection, entry: HotEntry, data: bytes, began: float) -> None:
-        """Send what is possible of ``data``, the rest of an entry; note when the entry has been sent."""
-        was_pending, count = connection.pending is not None, connection.send(data)
-        is_pending = count != len(data)
-        connection.pending = (entry, data[count or 0:], began) if is_pending else None
-        if count is None:
+    def _receive(self, connection: ClientConnection) -> bytes | None:
+        """Return what a client that may use the proxy has sent; close the connection if the client has."""
+        data = connection.receive()
+        if data == b"":
+            self._close(connection)
+        # Discard what a refused client sends until it closes, or for LINGER_TIMEOUT: unread bytes would turn
+        # the proxy's close into a reset, which may overtake the response.
+        is_allowed = connection.access_key or (data and self._dispatcher.check_access(connection))
+        return data if is_allowed else None
+
+    def _send(self, connection: ClientConnection, transfer: HitTransfer) -> None:
+        """Send the next bytes of a hit; a thread goes on if they are not in memory."""
+        try:
+            for _ in range(SENDS_PER_TURN):
+                if not transfer.unsent and transfer.must_wait_for_disk():
+                    self._hand_to_thread(connection)
+                    return
+                if transfer.send_some(connection.sock):
+                    self._finish(connection, transfer)
+                    return
+        except BlockingIOError:
+            connection.has_progressed()  # from now on
+        except (OSError, StorageError):
             self._close(connection)
             return
         connection.waiting_since = time.monotonic()
-        if is_pending != was_pending:  # wait for writing instead of reading, or the reverse
-            self._watch(connection)
-        if not is_pending:
-            connection.answered = True
-            self._note_sent(connection, entry, b"", began)
-            if entry.close:
-                self._close(connection)
+        self._watch(connection)
 
-    def _note_sent(self, connection: ClientConnection, entry: HotEntry, left: bytes, began: float) -> None:
-        """Note that an entry has been sent, but for the bytes that are ``left`` of head and body."""
-        size = max(0, entry.body_size - len(left))
-        result = SendResult(size, size, time.monotonic() - began, not left)
-        self._sent.setdefault(entry, []).append((connection.host, result))
+    def _finish(self, connection: ClientConnection, transfer: HitTransfer) -> None:
+        """Go on with a connection to which a hit has been sent."""
+        connection.answered = True
+        self._note_sent(connection, transfer)
+        if transfer.hit.close:
+            self._close(connection)
+            return
+        if connection.watched == selectors.EVENT_WRITE:
+            connection.waiting_since = time.monotonic()
+            self._watch(connection)
+        if connection.buffered:
+            self._postponed.append(connection)
+
+    def _note_sent(self, connection: ClientConnection, transfer: HitTransfer) -> None:
+        connection.pending = None
+        self._sent.setdefault(transfer.hit, []).append((connection.host, transfer.result()))
 
     def _record(self) -> None:
-        """Count and log what was sent in this turn: once per entry, which is cheaper than once per client."""
+        """Log what was sent in this turn: once per hit, which is cheaper than once per client."""
         sent, self._sent = self._sent, {}
-        for entry, results in sent.items():
-            self._dispatcher.record_results(
-                entry.request, entry.status, entry.cache_status, results, entry.text)
+        for hit, results in sent.items():
+            self._dispatcher.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
 
 
-class RequestReader:
-    """Reads the requests of a connection that the event loop has handed to a thread.
+class ResponseWriter:
+    """Writes one response to a client, in a thread, and counts it before its last bytes leave.
+
+    So a client that has a whole response finds it counted.
+    """
+
+    def __init__(self, sock: socket.socket, request: Request, response: Response,
+                 dispatcher: Dispatcher) -> None:
+        self.begun = self.whole = self._is_counted = False  # any byte has been sent, and all bytes
+        self._sock = sock
+        self._request = request
+        self._response = response
+        self._dispatcher = dispatcher
+        self._sent = 0  # bytes of the body
+
+    def send(self, close: bool) -> bool:
+        """Send the response; return whether the connection stays open.
+
+        ProxyError or StorageError if its body fails; OSError or socket.timeout if the client does.
+        """
+        request, response = self._request, self._response
+        framing = response_framing(request, response.head, response.body.length)
+        unread = getattr(request.body, "unread", False)  # it would be taken for the next request
+        close = close or unread or framing is Framing.CLOSE or not wants_keep_alive(request)
+        head = render_response_head(request, with_date(response.head, time.time()), response.body.length,
+                                    response.cache_status, close, self._dispatcher.proxy.config)
+        try:
+            if request.method == "HEAD" or framing is Framing.NONE:
+                self._count(0)
+                self._write(head)
+            else:
+                self._write_body(head, response.body, framing)
+        except Exception:
+            if framing is Framing.CLOSE and self.begun:
+                # A normal close would mark the end of the body (invariant 7), so reset the connection.
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self._sock.close()
+            raise
+        self.whole = True
+        return not close
+
+    def finish(self, started: float) -> None:
+        """Close the body, and record what has been sent since ``started`` (monotonic)."""
+        self._response.body.close()
+        self._count(self._sent)
+        self._dispatcher.record(self._request, self._response, self._sent, started, self.whole)
+
+    def _count(self, sent: int) -> None:
+        if not self._is_counted:
+            self._is_counted = True
+            self._dispatcher.count(self._response, sent)
+
+    def _write_body(self, head: bytes, body: ResponseBody, framing: Framing) -> None:
+        """Write head and body.
+
+        Small parts are collected, so that the head and a small body leave in one segment; large slices of
+        files are sent by the kernel.  A body of a declared length must have it (invariant 7): one that is
+        longer would be taken for the next response, one that is shorter would leave the client waiting.
+        """
+        # Bytes to be written, the number of those that belong to the body, and the size of the body so far.
+        waiting, count, total = head, 0, 0
+        for part in body.chunks():
+            total += part.size if isinstance(part, FileSlice) else len(part)
+            if body.length is not None and total > body.length:
+                raise ConnectionAbortedError(errno.EIO, "the body is longer than declared")
+            if isinstance(part, FileSlice) and part.size > SMALL_BODY:
+                if not self.begun:  # an unreadable file can still become an error response
+                    read_file_slice(FileSlice(part.file, part.start, part.start + 1))
+                self._write(waiting, count)
+                waiting, count = b"", 0
+                self._send_file(part, total == body.length)
+                continue
+            data = read_file_slice(part) if isinstance(part, FileSlice) else part
+            waiting += b"%x\r\n%s\r\n" % (len(data), data) if framing is Framing.CHUNKED and data else data
+            count += len(data)
+            if len(waiting) > SMALL_BODY or body.live:  # the next bytes may be long in coming
+                if total == body.length:
+                    self._count(total)
+                self._write(waiting, count)
+                waiting, count = b"", 0
+        if body.length not in (None, total):
+            raise ConnectionAbortedError(errno.EIO, "the body is shorter than declared")
+        self._count(total)
+        self._write(waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
+
+    def _write(self, data: bytes, count: int = 0) -> None:
+        """Send bytes, ``count`` of which belong to the body."""
+        if data and not self.begun:
+            self.begun = True
+            mark(self._request.timings, "first byte")
+        send_all(self._sock, data)
+        self._sent += count
+
+    def _send_file(self, part: FileSlice, is_last: bool) -> None:
+        """Send a file slice; if it cannot be read to its end, the slice's fallback provides the rest.
+
+        ``is_last``: it completes the body.
+        """
+        offset = part.start
+        try:
+            while offset < part.stop:
+                if is_last and part.stop - offset <= SEND_SIZE:
+                    self._count(self._sent + part.stop - offset)
+                count = send_patiently(self._sock, send_some, self._sock, part, offset)
+                self._sent += count
+                offset += count
+        except StorageError:
+            if part.fallback is None:
+                raise
+            for data in part.fallback(offset, part.stop):
+                self._write(data, len(data))
+
+
+class ProxyHandler:
+    """Reads requests from one connection and writes the responses, in a thread.  It decides nothing.
 
     The event loop waits for heads, so there is only one place that does.  When a request comes here, its
     head is complete in ``connection.buffered``, or never will be: then it is invalid, or it was not
-    complete in time, and next() raises the error to send.  Only bodies are waited for.
+    complete in time, and the error is sent.  Only bodies are waited for.
     """
 
-    def __init__(self, connection: ClientConnection) -> None:
-        self.line = "?"  # the request line, where only the rest of the head is wrong
+    def __init__(self, server: ProxyServer, connection: ClientConnection) -> None:
+        self._server = server
         self._connection = connection
-        self._timed = DeadlineReader(connection.sock, CLIENT_TIMEOUT, connection.buffered)
-        self.file = io.BufferedReader(self._timed, 64 * 1024)
 
-    def next(self) -> Request:
+    def handle(self) -> bool:
+        """Answer the buffered requests, and those that come within a moment after a miss; return whether the
+        connection stays open.
+
+        After a hit, the connection returns to the event loop at once, which may answer the next one itself.
+        """
+        connection = self._connection
+        with contextlib.suppress(ConnectionError, socket.timeout, TimeoutError, StorageError):
+            while self._answer_one():
+                connection.answered, connection.buffered = True, self._buffered()
+                if self._lingers and not connection.buffered and \
+                        wait_until_ready(connection.sock, THREAD_IDLE_TIMEOUT):
+                    connection.buffered = connection.receive() or b""
+                connection.waiting_since = time.monotonic()
+                if not find_head_end(connection.buffered):
+                    return True
+        return False
+
+    def _answer_one(self) -> bool:
+        """Answer one request; return whether the connection stays open."""
+        connection, self._lingers = self._connection, False  # whether the next request may be a miss, too
+        self._line = "?"  # the request line, where only the rest of the head is wrong
+        self._timed = DeadlineReader(connection.sock, CLIENT_TIMEOUT, connection.buffered)
+        self._file = io.BufferedReader(self._timed, 64 * 1024)
+        if connection.pending is not None:
+            return self._finish_hit(connection.pending)
+        self._started = time.monotonic()
+        try:
+            request = self._next()
+        except ProxyError as error:
+            return self._answer(self._failed_request(), error_response(error), close=True)
+        if request.method == "CONNECT":
+            return self._handle_connect(request)
+        return self._answer(request, self._respond(request))
+
+    def _finish_hit(self, transfer: HitTransfer) -> bool:
+        """Send the rest of a hit that the event loop has begun; return whether the connection stays open."""
+        hit, connection, dispatcher = transfer.hit, self._connection, self._server.dispatcher
+        try:
+            while not send_patiently(connection.sock, transfer.send_some, connection.sock):
+                pass
+        finally:
+            connection.pending = None
+            results = [(connection.host, transfer.result())]
+            dispatcher.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
+        return not hit.close
+
+    def _handle_connect(self, request: Request) -> bool:
+        """Serve a tunnel until it ends; return False: nothing can follow it."""
+        head, dispatcher = ResponseHead(200, "Connection established", ()), self._server.dispatcher
+        response, count, whole = Response(head, bytes_body(b""), CacheStatus(Outcome.TUNNEL)), 0, False
+        try:
+            self._server.limiter.open_tunnel(self._connection)
+            with dispatcher.proxy.connect_tunnel(request) as origin:
+                try:
+                    fields = (("Via", via_value((), (1, 1), dispatcher.proxy.config)),)
+                    send_all(self._connection.sock, render_head(head, fields))
+                    mark(request.timings, "first byte")
+                    count, whole = relay_tunnel(self._connection.sock, origin, self._buffered()), True
+                finally:
+                    dispatcher.count(response, 0)
+                    dispatcher.statistics.counters.add_tunnel(count)
+                    dispatcher.record(request, response, count, self._started, whole)
+        except ProxyError as error:
+            return self._answer(request, error_response(error), close=True)
+        return False
+
+    def _respond(self, request: Request) -> Response:
+        """Return the dispatcher's response, or an error response.
+
+        This is the one place where a bug becomes a status 500.
+        """
+        try:
+            return self._server.dispatcher.respond(request, self._server.server_address[1])
+        except ProxyError as error:
+            return error_response(error)
+        except Exception:
+            log.exception("%s %s failed: this is a bug", request.method, loggable_uri(request.uri))
+            return error_response(ProxyError("Internal error of the proxy; see its log.", 500))
+
+    def _answer(self, request: Request, response: Response, close: bool = False) -> bool:
+        """Send a response and record it; return whether the connection stays open.
+
+        If it fails before its first byte, another takes its place: a stale one, and at last an error, which
+        cannot fail.  After the first byte, the only honest error is closing the connection (invariant 7).
+        """
+        sock, dispatcher, stays_open = self._connection.sock, self._server.dispatcher, False
+        writer = ResponseWriter(sock, request, response, dispatcher)
+        try:
+            while not writer.whole:
+                try:
+                    stays_open = writer.send(close)
+                except (ProxyError, StorageError) as error:
+                    if writer.begun:
+                        return False
+                    response.body.close()
+                    response = self._fallback(response, error)
+                    writer = ResponseWriter(sock, request, response, dispatcher)
+            unread = getattr(request.body, "unread", False)
+            if not stays_open and (close or unread or wants_keep_alive(request)):
+                self._drain_and_close()  # the client may still be sending
+            return stays_open
+        finally:
+            self._lingers = response.cache_status.outcome is not Outcome.HIT
+            writer.finish(self._started)
+
+    def _fallback(self, response: Response, error: ProxyError | StorageError) -> Response:
+        """Return the response that takes the place of one that failed before its first byte."""
+        try:
+            if response.fallback:
+                return response.fallback(error)
+        except ProxyError as other:
+            error = other
+        return error_response(error if isinstance(error, ProxyError) else ProxyError(str(error), 500))
+
+    # Reading
+
+    def _next(self) -> Request:
         """Return the request whose head is buffered; BadRequestError."""
         connection = self._connection
         request = self._parse_head(connection.buffered)
         body = None
         if request.length != 0:
             expects = list_members(request.fields, "Expect") == ["100-continue"] and request.version >= (1, 1)
-            body = RequestBody(self.file, request.length, self._timed, connection.sock if expects else None)
+            body = RequestBody(self._file, request.length, self._timed, connection.sock if expects else None)
         timings = {"received": connection.waiting_since} if log.isEnabledFor(logging.DEBUG) else None
         mark(timings, "dispatched")
         missing, connection.known_missing = connection.known_missing, False
@@ -10313,29 +10560,29 @@ class RequestReader:
         except ValueError as error:
             raise BadRequestError("Invalid head: %s." % error, getattr(error, "status", 400)) from None
         except ProxyError:
-            self.line = data.lstrip(b"\r\n").partition(b"\r\n")[0].decode("latin-1")
+            self._line = data.lstrip(b"\r\n").partition(b"\r\n")[0].decode("latin-1")
             raise
-        self.file.read(size)
+        self._file.read(size)
         return request
 
-    def failed_request(self) -> Request:
+    def _failed_request(self) -> Request:
         """Return what is known of a request whose head was invalid, for the log."""
-        method, _, uri = self.line.partition(" ")
+        method, _, uri = self._line.partition(" ")
         # Before they are shortened: the @ behind a long password may be in the part that is left out.
         method, uri = cut_userinfo(method), cut_userinfo(uri)
         uri = (uri.rpartition(" ")[0] or uri)[:200]
         return Request(method[:200], uri, Target("", "", 0, "/"), (), client=self._connection.host,
                        server_address=self._connection.server_address[0])
 
-    def buffered(self) -> bytes:
+    def _buffered(self) -> bytes:
         """Return the bytes that have been received but not read, without waiting for more."""
         self._timed.set_deadline(0.0)
         data = b""
         with contextlib.suppress(socket.timeout):
-            data = self.file.peek(1)
+            data = self._file.peek(1)
         return data + self._timed.prefetched
 
-    def drain_and_close(self) -> None:
+    def _drain_and_close(self) -> None:
         """Close for writing, and read until the client closes, for LINGER_TIMEOUT at most.
 
         Unread bytes would turn the close into a reset, which may overtake the response.
@@ -10343,300 +10590,36 @@ class RequestReader:
         with contextlib.suppress(OSError):
             self._connection.sock.shutdown(socket.SHUT_WR)
             self._timed.set_deadline(LINGER_TIMEOUT)
-            while self.file.read1(COPY_SIZE):
+            while self._file.read1(COPY_SIZE):
                 pass
 
 
-class ProxyHandler(http.server.BaseHTTPRequestHandler):
-    """Reads requests from one connection and writes the responses.  It decides nothing.
-
-    It has the shape of every handler of http.server: one object per connection, whose setup(), handle() and
-    finish() are called by the constructor.  These three are overridden.  The parser and send_response() of
-    http.server are not used: the parser accepts heads that RFC 9112 wants refused, and responses leave as
-    rendered by section 2.
-
-    Unlike other handlers, this one does not keep its connection: when no further request is buffered, it ends
-    with ``keep_alive`` set, and the connection waits in the event loop, without a thread.
-    """
-
-    server: ProxyServer
-
-    def setup(self) -> None:
-        """Prepare to read a connection; ``self.request`` is a ClientConnection here, not a socket."""
-        self._connection: ClientConnection = self.request
-        self._reader = RequestReader(self._connection)
-
-    def handle(self) -> None:
-        """Answer the buffered request, and those that the client has sent with it (RFC 9112 §9.3.2)."""
-        connection = self._connection
-        with contextlib.suppress(ConnectionError, socket.timeout, TimeoutError):
-            while not connection.keep_alive and self._answer_one():
-                connection.answered, connection.waiting_since = True, time.monotonic()
-                connection.buffered = self._reader.buffered()
-                connection.keep_alive = not find_head_end(connection.buffered)
-
-    def finish(self) -> None:
-        """Close the reader; the connection may go back to the event loop."""
-        self._reader.file.close()
-
-    def _answer_one(self) -> bool:
-        """Answer one request; return whether the connection stays open."""
-        self._body_sent = 0  # bytes of the response's body
-        self._response_begun = False  # any byte of the response has been sent
-        self._started = time.monotonic()
-        try:
-            request = self._reader.next()
-        except ProxyError as error:
-            return self._answer(self._reader.failed_request(), error_response(error), close=True)
-        if request.method == "CONNECT":
-            return self._handle_connect(request)
-        return self._answer(request, self._respond(request))
-
-    def _handle_connect(self, request: Request) -> bool:
-        """Serve a tunnel until it ends; return False: nothing can follow it."""
-        head, dispatcher = ResponseHead(200, "Connection established", ()), self.server.dispatcher
-        response, count, whole = Response(head, bytes_body(b""), CacheStatus(Outcome.TUNNEL)), 0, False
-        proxy = dispatcher.proxy
-        try:
-            with self.server.limiter.tunnel(request.client), proxy.connect_tunnel(request) as origin:
-                self._connection.is_tunnel = True
-                try:
-                    self._write(request, render_head(head, (("Via", via_value((), (1, 1), proxy.config)),)))
-                    count, whole = relay_tunnel(self._connection.sock, origin, self._reader.buffered()), True
-                finally:
-                    dispatcher.record(request, response, count, self._started, whole)
-        except ProxyError as error:
-            return self._answer(request, error_response(error), close=True)
-        return False
-
-    def _respond(self, request: Request) -> Response:
-        """Return the dispatcher's response, or an error response.
-
-        This is the one place where a bug becomes a status 500.
-        """
-        try:
-            return self.server.dispatcher.respond(request, self.server.server_address[1])
-        except ProxyError as error:
-            return error_response(error)
-        except Exception:
-            log.exception("%s %s failed: this is a bug", request.method, loggable_uri(request.uri))
-            return error_response(ProxyError("Internal error of the proxy; see its log.", 500))
-
-    def _answer(self, request: Request, response: Response, close: bool = False) -> bool:
-        """Send a response and record it; return whether the connection stays open.
-
-        If it fails before its first byte, another takes its place: a stale one, and at last an error, which
-        cannot fail.  After the first byte, the only honest error is closing the connection (invariant 7).
-        """
-        whole, stays_open = False, False
-        try:
-            while not whole:
-                try:
-                    stays_open = self._send(request, response, close)
-                    whole = True
-                except (ProxyError, StorageError) as error:
-                    if self._response_begun:
-                        return False
-                    response.body.close()
-                    response = self._fallback(response, error)
-            unread = getattr(request.body, "unread", False)
-            if not stays_open and (close or unread or wants_keep_alive(request)):
-                self._reader.drain_and_close()  # the client may still be sending
-            return stays_open
-        finally:
-            response.body.close()
-            self.server.dispatcher.record(request, response, self._body_sent, self._started, whole)
-
-    def _fallback(self, response: Response, error: ProxyError | StorageError) -> Response:
-        """Return the response that takes the place of one that failed before its first byte."""
-        try:
-            if response.fallback:
-                return response.fallback(error)
-        except ProxyError as other:
-            error = other
-        return error_response(error if isinstance(error, ProxyError) else ProxyError(str(error), 500))
-
-    # Writing
-
-    def _send(self, request: Request, response: Response, close: bool) -> bool:
-        """Send a response; return whether the connection stays open.
-
-        ProxyError or StorageError if its body fails; OSError or socket.timeout if the client does.
-        """
-        framing = response_framing(request, response.head, response.body.length)
-        unread = getattr(request.body, "unread", False)  # it would be taken for the next request
-        close = close or unread or framing is Framing.CLOSE or not wants_keep_alive(request)
-        head = render_response_head(request, with_date(response.head, time.time()), response.body.length,
-                                    response.cache_status, close, self.server.dispatcher.proxy.config)
-        if request.method == "HEAD" or framing is Framing.NONE:
-            self._write(request, head)
-            return not close
-        try:
-            self._write_body(request, head, response.body, framing)
-        except Exception:
-            if framing is Framing.CLOSE and self._response_begun:
-                # A normal close would mark the end of the body (invariant 7), so reset the connection.
-                self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self._connection.sock.close()
-            raise
-        return not close
-
-    def _write_body(self, request: Request, head: bytes, body: ResponseBody, framing: Framing) -> None:
-        """Write head and body.
-
-        Small parts are collected, so that the head and a small body leave in one segment; large slices of
-        files are sent by the kernel.  A body of a declared length must have it (invariant 7): one that is
-        longer would be taken for the next response, one that is shorter would leave the client waiting.
-        """
-        # Bytes to be written, the number of those that belong to the body, and the size of the body so far.
-        waiting, count, total = head, 0, 0
-        for part in body.chunks():
-            total += part.size if isinstance(part, FileSlice) else len(part)
-            if body.length is not None and total > body.length:
-                raise ConnectionAbortedError(errno.EIO, "the body is longer than declared")
-            if isinstance(part, FileSlice) and part.size > SMALL_BODY:
-                if not self._response_begun:  # an unreadable file can still become an error response
-                    read_file_slice(FileSlice(part.file, part.start, part.start + 1))
-                self._write(request, waiting, count)
-                waiting, count = b"", 0
-                self._send_file(request, part)
-                continue
-            data = read_file_slice(part) if isinstance(part, FileSlice) else part
-            waiting += b"%x\r\n%s\r\n" % (len(data), data) if framing is Framing.CHUNKED and data else data
-            count += len(data)
-            if len(waiting) > SMALL_BODY or body.live:  # the next bytes may be long in coming
-                self._write(request, waiting, count)
-                waiting, count = b"", 0
-        if body.length not in (None, total):
-            raise ConnectionAbortedError(errno.EIO, "the body is shorter than declared")
-        self._write(request, waiting + (b"0\r\n\r\n" if framing is Framing.CHUNKED else b""), count)
-
-    def _write(self, request: Request, data: bytes, count: int = 0) -> None:
-        """Send bytes, ``count`` of which belong to the body."""
-        if data and not self._response_begun:
-            self._response_begun = True
-            mark(request.timings, "first byte")
-        send_all(self._connection.sock, data)
-        self._body_sent += count
-
-    def _send_file(self, request: Request, part: FileSlice) -> None:
-        """Send a file slice; if it cannot be read to its end, the slice's fallback provides the rest."""
-        dispatcher, offset = self.server.dispatcher, part.start
-        try:
-            with unpinned(*dispatcher.affinity) if part.size > LARGE_SEND else contextlib.nullcontext():
-                while offset < part.stop:
-                    count = send_some(self._connection.sock, part, offset)
-                    self._body_sent += count
-                    offset += count
-        except StorageError:
-            if part.fallback is None:
-                raise
-            for data in part.fallback(offset, part.stop):
-                self._write(request, data, len(data))
-
-
-class ThreadPool:
-    """Reuses idle daemon threads; unlike ThreadPoolExecutor it never delays the exit.
-
-    ThreadPoolExecutor joins its threads at exit: with an open tunnel, the end after SIGTERM took 40 s
-    instead of SHUTDOWN_GRACE.  It also limits threads, which is ConnectionLimiter's task here.
-
-    Starting a thread costs as much as several hits, so up to MAX_IDLE_THREADS wait THREAD_IDLE_TIMEOUT for
-    more work.  How submit() and a thread that stops waiting agree:
-
-    1. submit() reserves an idle thread by decrementing _unreserved_idle, *before* it enqueues the task.
-    2. A thread that times out while the count is above 0 decrements it, and ends: it was not reserved, or
-       another one can do the reserved work instead.
-    3. A thread that times out and finds 0 is reserved: its task is about to be enqueued, and it waits for it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _unreserved_idle and _closed
-        self._tasks: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]]] = queue.SimpleQueue()
-        self._unreserved_idle = 0
-        self._closed = False
-
-    def submit(self, work: Callable[..., object], *arguments: Any) -> None:
-        """Run ``work`` in a thread, where it must handle its own errors.
-
-        RuntimeError if the system has no more threads.
-        """
-        with self._lock:
-            reserved = self._unreserved_idle > 0
-            self._unreserved_idle -= reserved
-        if reserved:
-            self._tasks.put((work, arguments))
-        else:
-            threading.Thread(target=self._run, args=(work, arguments), daemon=True).start()
-
-    def close(self) -> None:
-        """Stop idle workers now, and busy ones when they finish."""
-        with self._lock:
-            self._closed, count, self._unreserved_idle = True, self._unreserved_idle, 0
-        for _ in range(count):
-            self._tasks.put((int, ()))
-
-    def _run(self, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-        while True:
-            work(*arguments)
-            del work, arguments  # an idle thread must not keep a connection alive
-            with self._lock:
-                if self._closed or self._unreserved_idle >= MAX_IDLE_THREADS:
-                    return
-                self._unreserved_idle += 1
-            try:
-                work, arguments = self._tasks.get(timeout=THREAD_IDLE_TIMEOUT)
-            except queue.Empty:
-                with self._lock:
-                    if self._unreserved_idle:
-                        self._unreserved_idle -= 1
-                        return
-                work, arguments = self._tasks.get()  # step 3
-
-
-class ProxyServer(http.server.ThreadingHTTPServer):
+class ProxyServer:
     """Listens on one address and serves its connections.
-
-    It has the interface of every server of socketserver, but waits differently.  Overridden are:
-
-    ======================  ====================================================================
-    serve_forever           the event loop takes the place of socketserver's selector
-    shutdown                socketserver's own would wait for its own loop
-    service_actions         socketserver's hook for periodic work, several times a second
-    process_request         a connection starts in the event loop, not in a thread
-    process_request_thread  afterwards the connection returns to the event loop
-    shutdown_request        frees the connection's place
-    server_close            closes the event loop, too
-    handle_error            writes to the log instead of stderr
-    ======================  ====================================================================
-
-    ``request`` is a ClientConnection in all of them but process_request, where it is still a socket.
 
     The end comes in four steps: stop() of all servers (nothing is accepted any more); the caller waits until
     replies_running is 0, or for SHUTDOWN_GRACE; serve_forever() returns; server_close().
     """
 
     def __init__(self, listening: socket.socket, dispatcher: Dispatcher) -> None:
+        self.socket = listening
+        self.server_address: tuple[str, int] = listening.getsockname()[:2]
         self.dispatcher = dispatcher
         self.limiter = dispatcher.limiter
         self._in_threads: set[ClientConnection] = set()  # served by threads; add() and discard() are atomic
-        self.last_iteration = time.monotonic()  # last call of service_actions, also for the watchdog
+        self.last_iteration = time.monotonic()  # last call of do_periodic_work, also for the watchdog
         self._stop_at = math.inf  # monotonic: when serve_forever() returns at the latest
-        self._act_soon = True  # call service_actions at once: there may be a place for a waiting client
+        self._act_soon = True  # call do_periodic_work at once: there may be a place for a waiting client
         self._resume_at = 0.0  # monotonic: accept nothing until then
         self._ended = threading.Event()
         self._ended.set()
-        super().__init__(listening.getsockname()[:2], ProxyHandler, bind_and_activate=False)
-        self.socket.close()  # socketserver has made one of its own
-        self.socket = listening
         self.event_loop = EventLoop(self)
-        self._thread_pool = ThreadPool()
         dispatcher.proxy.add_listening_port(self.server_address[1])
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown(), and then until the event loop has sent its responses, or SHUTDOWN_GRACE.
 
-        ``poll_interval``: seconds between two calls of service_actions().
+        ``poll_interval``: seconds between two calls of do_periodic_work().
         """
         self._ended.clear()
         while time.monotonic() < self._stop_at and (self._stop_at == math.inf or self.event_loop.sending):
@@ -10644,7 +10627,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 self.event_loop.run_once(0.0 if self._act_soon else poll_interval)
                 if self._act_soon or time.monotonic() - self.last_iteration >= poll_interval:
                     self._act_soon = False
-                    self.service_actions()
+                    self.do_periodic_work()
             except Exception:  # a bug must not end the service of all clients
                 log.exception("The event loop failed: this is a bug")
                 time.sleep(poll_interval)
@@ -10652,23 +10635,21 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Stop accepting connections."""
-        self._stop_at = time.monotonic() + SHUTDOWN_GRACE
+        self._stop_at = min(self._stop_at, time.monotonic() + SHUTDOWN_GRACE)
         self.limiter.close()
         self.event_loop.selector.wake()
 
     def shutdown(self) -> None:
         """Stop, and wait until serve_forever() has returned."""
-        if self._stop_at == math.inf:
-            self.stop()
+        self.stop()
         self._ended.wait()
 
     def server_close(self) -> None:
         """Close the listening socket, and all connections that are not being served by a thread."""
-        super().server_close()
+        self.socket.close()
         self.event_loop.close()
-        self._thread_pool.close()
 
-    def service_actions(self) -> None:
+    def do_periodic_work(self) -> None:
         """Do what is due several times a second.
 
         That includes watching the listening socket again, after a lack of descriptors has stopped it: while
@@ -10689,39 +10670,38 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         If the process is out of file descriptors, or so many connections wait that no further one can be
         parked, the clients wait in the system's queue.
         """
-        for _ in range(REQUESTS_PER_TURN):
+        for _ in range(ACCEPTS_PER_TURN):
             try:
                 if self.limiter.should_pause():
                     raise OSError(errno.ENOBUFS, "too many connections wait")
-                sock, address = self.get_request()
+                sock, address = self.socket.accept()
             except OSError as error:  # nobody waits (any more), mostly
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     set_events(self.event_loop.selector, self.socket, 0)
                     self._resume_at = time.monotonic() + 0.1
                 return
-            self.process_request(sock, address)
+            self._admit(ClientConnection(sock, address, self.event_loop.add))
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Let the event loop serve a new socket.
+    def _admit(self, connection: ClientConnection) -> None:
+        """Let the event loop serve a new connection, now or when the limits allow it.
 
         If so many connections wait that no further one can even be parked, one of the client that has the
         most of them is refused, without reading a request.
         """
-        connection = self.limiter.admit(ClientConnection(request, client_address, self.event_loop.add))
-        if not connection:
-            return
-        head = error_response(ProxyError("%s has too many connections open." % connection.host, 503)).head
-        connection.send(render_head(head, (*head.fields, ("Connection", "close"))))
-        self.shutdown_request(connection)
+        refused = self.limiter.admit(connection)
+        if refused:
+            head = error_response(ProxyError("%s has too many connections open." % refused.host, 503)).head
+            refused.send(render_head(head, (*head.fields, ("Connection", "close"))))
+            self.close_connection(refused)
 
-    def shutdown_request(self, request: Any) -> None:
+    def close_connection(self, connection: ClientConnection) -> None:
         """Close a connection; wake the loop if another client waits for its place.
 
         Called by the event loop and by worker threads.
         """
-        request.sock.close()
-        self._in_threads.discard(request)
-        self.limiter.release(request)
+        connection.sock.close()
+        self._in_threads.discard(connection)
+        self.limiter.release(connection)
         if self.limiter.crowded:
             self._act_soon = True
             self.event_loop.selector.wake()
@@ -10729,38 +10709,39 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     # Worker threads
 
     def serve_in_thread(self, connection: ClientConnection) -> None:
-        """Let a thread answer the buffered requests of a connection."""
+        """Let a thread answer the buffered requests of a connection.
+
+        A thread of its own for each, since a pool saves little: a thread answers all requests that its client
+        sends in quick succession.  ThreadPoolExecutor would also delay the exit until its threads end.
+        """
         self._in_threads.add(connection)
         try:
-            self._thread_pool.submit(self.process_request_thread, connection, connection.address)
-        except RuntimeError:  # the system has no more threads
-            self.handle_error(connection, connection.address)
-            self.shutdown_request(connection)
+            start_thread(self._answer_requests, connection)
+        except StorageError:
+            self.handle_error(connection)
+            self.close_connection(connection)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def _answer_requests(self, connection: ClientConnection) -> None:
         """Answer requests in a worker thread; then return the connection to the event loop, or close it.
 
         From add() on, the event loop owns the connection: nothing here may touch it any more.
         """
-        request.keep_alive = False
         try:
-            self.finish_request(request, client_address)
+            stays_open = ProxyHandler(self, connection).handle()
         except Exception:  # noqa: BLE001
-            self.handle_error(request, client_address)
-        if request.keep_alive:
-            self._in_threads.discard(request)
-            self.event_loop.add(request)
-        else:
-            self.shutdown_request(request)
+            self.handle_error(connection)
+            stays_open = False
+        self._in_threads.discard(connection)
+        (self.event_loop.add if stays_open else self.close_connection)(connection)
 
     @property
     def replies_running(self) -> int:
         """The number of responses that are being prepared or sent, for which SIGTERM waits."""
         return len(self._in_threads) + self.event_loop.sending
 
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+    def handle_error(self, connection: ClientConnection) -> None:
         """Log a bug, or the lack of threads; other connections are not affected."""
-        log.error("A connection from %s failed.", client_address, exc_info=True)
+        log.error("A connection from %s failed.", connection.address, exc_info=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -11379,6 +11360,12 @@ def serve(servers: list[ProxyServer], proxy: Proxy, signals: queue.SimpleQueue[s
 # Log ------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(1)
+def _timestamp(second: int) -> str:
+    """Return a local time in the format of the original's log."""
+    return time.strftime("%Y/%m/%d %H:%M:%S ", time.localtime(second))
+
+
 class QueueLogHandler(logging.Handler):
     """Writes log lines to stderr in a thread of its own, several at a time.
 
@@ -11391,7 +11378,6 @@ class QueueLogHandler(logging.Handler):
         super().__init__()
         self._write_some = write_some  # returns how many bytes it has written; OSError
         self._with_timestamps = with_timestamps
-        self._timestamp = (0, "")  # whole seconds, and their text: formatted once a second
         self._queue: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()  # Event: set when written
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -11401,7 +11387,8 @@ class QueueLogHandler(logging.Handler):
 
     def write(self, lines: list[str]) -> None:
         """Write lines of the access log.  A LogRecord for each would cost as much as serving a hit."""
-        timestamp, put = self._current_timestamp(), self._queue.put
+        timestamp = _timestamp(int(time.time())) if self._with_timestamps else ""
+        put = self._queue.put
         for line in lines[:max(0, MAX_LOG_LINES - self._queue.qsize())]:
             put("%s%s\n" % (timestamp, line))
 
@@ -11410,15 +11397,6 @@ class QueueLogHandler(logging.Handler):
         written = threading.Event()
         self._queue.put(written)
         written.wait(1.0)
-
-    def _current_timestamp(self) -> str:
-        """Return the local time in the format of the original's log, or "" if the journal adds it."""
-        if not self._with_timestamps:
-            return ""
-        now, timestamp = int(time.time()), self._timestamp  # one read: another thread may replace it
-        if now != timestamp[0]:
-            self._timestamp = timestamp = now, time.strftime("%Y/%m/%d %H:%M:%S ", time.localtime(now))
-        return timestamp[1]
 
     def _run(self) -> None:
         """Write batches of lines forever."""
@@ -11520,9 +11498,7 @@ def run(config: Config, level: int) -> None:
     Everything that can fail is done before the first thread of the proxy starts, and the addresses are
     opened last, so that clients of a proxy that cannot start are refused at once.
     """
-    number = int(config.instance) if re.fullmatch("[0-9]{1,9}", config.instance) else os.getpid()
-    affinity = pin_threads(number)  # before the first thread, because threads inherit it
-    limit_address_space()  # likewise
+    limit_address_space()  # before the first thread, because threads inherit it
     log_handler = start_logging(level)
     store = open_store(config)
     config = with_lan(load_files(config))
@@ -11538,7 +11514,7 @@ def run(config: Config, level: int) -> None:
     statistics = StatusCollector(store, counters, config.instance or ",".join(config.addrs), proxy.snapshot)
     proxy.start()
     statistics.history.start()
-    dispatcher = Dispatcher(proxy, statistics, make_connection_limiter(), log_handler.write, affinity)
+    dispatcher = Dispatcher(proxy, statistics, make_connection_limiter(), log_handler.write)
     if config.access_log:
         with contextlib.suppress(OSError):  # it is logged, now instead of with the first request
             append_to_file(config.access_log, b"")
