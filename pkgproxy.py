@@ -6951,8 +6951,8 @@ class HotEntry:
 class HotCache:
     """Rendered small responses of the current second, for clients that ask for the same at the same time.
 
-    An entry may be used until the second ends (its Age field is right for that long), and while its file is
-    unchanged.  One look at the file serves all requests that had arrived by then:
+    An entry may be used until the second ends (its Age field is right for that long), and while its file, and
+    what the indexes say, are unchanged.  One look at the file serves all requests that had arrived by then:
 
     1. The event loop wakes with requests from many clients: ``start_turn``.
     2. ``get`` for the first of them looks at the file, and for the others does not.
@@ -6962,11 +6962,11 @@ class HotCache:
 
     def __init__(self) -> None:
         self._entries: dict[Any, HotEntry] = {}  # by the bytes of the request's head, and the client's access
-        self._valid_for: tuple[int, Config | None] = (0, None)  # the second, and the configuration
+        self._valid_for: tuple[Any, ...] = (0, None)  # the second, the configuration, and the knowledge
         self._verified: set[HotEntry] = set()  # entries whose files were looked at since the last recheck
 
-    def start_turn(self, valid_for: tuple[int, Config]) -> None:
-        """Begin a turn of the event loop, in this second and with this configuration."""
+    def start_turn(self, valid_for: tuple[Any, ...]) -> None:
+        """Begin a turn of the event loop, in this second and with this configuration and knowledge."""
         if valid_for != self._valid_for:
             self.clear()
             self._valid_for = valid_for
@@ -7750,6 +7750,10 @@ class Proxy:
     def add_listening_port(self, port: int) -> None:
         """Treat requests that lead back to a port of this proxy as loops."""
         self._origin.guard.listening_ports.add(port)
+
+    def knowledge_version(self) -> tuple[int, ...]:
+        """Return what changes when the indexes may say something else; see Store."""
+        return self._store.knowledge_version()
 
     def snapshot(self) -> dict[str, Any]:
         """Describe what goes on now, for the status page: plain data of bounded size."""
@@ -9381,7 +9385,8 @@ class EventLoop:
         self._thread = threading.get_ident()
         postponed, self._postponed = self._postponed, []
         ready = self.selector.select(0 if postponed else timeout)
-        self._hot_cache.start_turn((int(time.time()), self._dispatcher.proxy.config))
+        proxy = self._dispatcher.proxy
+        self._hot_cache.start_turn((int(time.time()), proxy.config, proxy.knowledge_version()))
         for key, _ in ready:
             if not isinstance(key.data, ClientConnection):
                 key.data()  # a client waits to be accepted, or another thread has called wake()
