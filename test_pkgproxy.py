@@ -498,7 +498,7 @@ class ProxyCase(unittest.TestCase):
             self.stop_proxy()
         else:
             self.addCleanup(self.stop_proxy)
-        self.server = self.make_server(make_dispatcher(config or self.config, pkgproxy.Store(self.root)))
+        self.server = self.make_server(make_dispatcher(config or self.config, pkgproxy.IndexedStore(self.root)))
         self.proxy = self.server.dispatcher.proxy
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
@@ -2646,27 +2646,29 @@ class SharedFileTest(StoreCase):
 
 
 class NameIndexTest(StoreCase):
-    """The index of stored files by name."""
+    """The index of stored files by digest."""
 
     DIGEST = "by-hash/SHA256/" + hashlib.sha256(b"x").hexdigest()
     KEYS = ("http://a/debian/dists/x/" + DIGEST, "http://b/" + DIGEST)
 
     def find(self, name=None):
-        return self.store.names.lookup(name or pkgproxy.shareable_name(self.KEYS[0]))
+        return self.store.names.lookup(name or sha256(b"x"))
 
     def test_the_newest_file_comes_first_and_none_twice(self):
         self.assertEqual(self.find(), [])
         for key in (*self.KEYS, self.KEYS[0], "http://c/y_1.0_all.deb", "http://c/dists/x/InRelease"):
             self.store_response(key, b"x")
-        self.assertEqual(self.find(), list(self.KEYS))
+        self.assertEqual(self.find(), ["http://c/y_1.0_all.deb", *self.KEYS])
         for number in range(9):
             self.store_response("http://h%d/%s" % (number, self.DIGEST), b"x")
         self.assertEqual(self.find(), ["http://h%d/%s" % (number, self.DIGEST) for number in range(8, 0, -1)])
 
-    def test_only_files_with_a_digest_in_their_name_are_listed(self):
-        self.store_response("http://c/y_1.0_all.deb", b"x")
+    def test_only_packages_and_files_with_a_digest_in_their_name_are_listed(self):
         self.store_response("http://c/dists/x/InRelease", b"x")
+        self.store_response("http://c/page", b"x")
         self.assertFalse(os.path.exists(self.path(".pkgproxy/names")))
+        self.store_response("http://c/y_1.0_all.deb", b"x")
+        self.assertEqual(self.find(), ["http://c/y_1.0_all.deb"])
 
     def test_a_lookup_reads_one_small_file_however_many_names_there_are(self):
         self.store.names.rebuild(("x%d_1.0_all.deb" % number, "http://mirror.test/debian/pool/main/x/x/x%d_1.0_all.deb" % number)
@@ -4952,7 +4954,7 @@ class MirrorSharingTest(ProxyCase):
         with self.assertLogs("pkgproxy", "WARNING") as logged:
             self.assertEqual(self.request(path).body, b"another index")
             self.wait_until_idle()
-        self.assertIn("its bytes have another digest than its name", logged.output[0])
+        self.assertIn("and its index or name says", logged.output[0])
         self.assertEqual(self.visible_files(), {})
         self.assertEqual([self.request(path).body, self.request(path).body], [self.INDEX_BODY] * 2)
         self.assertEqual(len(self.origin.log), 2)
@@ -5272,6 +5274,560 @@ class MirrorSharingTest(ProxyCase):
         for adopt in ((), (os.path.join(self.folder, "arch"),)):
             self.start_proxy(dataclasses.replace(self.config, adopt=adopt))
             self.assertFalse(self.proxy._mirrors.has_candidates(make_request(self.other.url(self.THERE))))
+
+
+def for_each(*kinds):
+    """Run a test method of IndexedCacheTest once for each of these package managers, with an empty cache."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def run(self):
+            for kind in kinds:
+                with self.subTest(kind):
+                    self.empty_the_cache()
+                    test(self, kind)
+
+        return run
+
+    return decorate
+
+
+class IndexedCacheTest(ProxyCase):
+    """Packages are what the stored indexes of their repository say, whatever mirrors and disks do (invariant 13)."""
+
+    PACKAGES = {"apt": "/debian/pool/h/hello_1.0_all.deb", "rpm": "/fedora/Packages/h/hello-1.0-1.noarch.rpm",
+                "pacman": "/arch/core/os/x86_64/hello-1.0-1-any.pkg.tar.zst", "apk": "/alpine/main/x86_64/hello-1.0-r1.apk"}
+    ALL, DIGESTS = tuple(PACKAGES), ("apt", "rpm", "pacman")  # an APKINDEX tells only sizes
+    OLD, NEW, LONGER = b"old package" * 9, b"new package" * 9, b"longer package" * 9
+    MISS = "pkgproxy; fwd=uri-miss; fwd-status=200; stored"
+
+    def setUp(self):
+        super().setUp()
+        self.other = ScriptedOrigin()
+        self.addCleanup(self.other.close)
+        self.age = itertools.count(1)
+
+    @property
+    def store(self):
+        return self.proxy._store
+
+    def empty_the_cache(self):
+        self.root = tempfile.mkdtemp(dir=self.folder)
+        self.start_proxy()
+        for origin in (self.origin, self.other):
+            origin.log.clear()
+            origin.pages.clear()
+
+    def index_of(self, kind, body):
+        """Return the indexes that tell what the package is: {target: content}, in the order of requests."""
+        digest, size, path = sha256(body), len(body), self.PACKAGES[kind]
+        if kind == "apt":
+            stanza = "Package: hello\nFilename: pool/h/hello_1.0_all.deb\nSize: %d\nSHA256: %s\n\n" % (size, digest)
+            return {"/debian/dists/sid/main/binary-amd64/Packages.gz": gzip.compress(stanza.encode())}
+        if kind == "rpm":
+            entry = SIMPLE["rpm"].decode().replace("p/a&amp;b.rpm", path[len("/fedora/"):]).replace(D1, digest)
+            primary = gzip.compress(entry.replace('"12"', '"%d"' % size).encode())
+            name = "repodata/%s-primary.xml.gz" % sha256(primary)
+            top = ('<repomd><data type="primary"><checksum type="sha256">%s</checksum><location href="%s"/><size>%d</size></data></repomd>'
+                   % (sha256(primary), name, len(primary)))
+            return {"/fedora/repodata/repomd.xml": top.encode(), "/fedora/" + name: primary}
+        if kind == "pacman":
+            return {"/arch/core/os/x86_64/core.db": tar_gz({"hello-1.0-1/desc": desc(path.rpartition("/")[2].encode(), size, digest)})}
+        return {"/alpine/main/x86_64/APKINDEX.tar.gz": tar_gz({"APKINDEX": b"P:hello\nV:1.0-r1\nS:%d\n\n" % size})}
+
+    def publish(self, kind, *bodies, listed=None, origin=None, folder=""):
+        """Publish a package, which the origin sends with one body after the other, and an index that lists one of them.
+
+        Return the URLs of the indexes.
+        """
+        origin = origin or self.origin
+        date = email.utils.formatdate(CLOCK + next(self.age), usegmt=True)
+        origin.pages[folder + self.PACKAGES[kind]] = [ScriptedResponse(body, modified=date) for body in bodies]
+        indexes = self.index_of(kind, bodies[-1] if listed is None else listed)
+        origin.pages.update((folder + target, ScriptedResponse(content, modified=date)) for target, content in indexes.items())
+        return [origin.url(folder + target) for target in indexes]
+
+    def learn(self, urls):
+        """Request indexes as a client does, and wait until they have been read."""
+        for url in urls:
+            self.assertEqual(self.request(url).status, 200)
+            self.wait_until_idle()
+        until(lambda: not self.store._reader._thread.is_alive(), "the end of reading")
+
+    def get(self, kind, origin=None, folder=""):
+        """Request the package; return its body and Cache-Status."""
+        answer = self.request((origin or self.origin).url(folder + self.PACKAGES[kind]))
+        self.assertEqual(answer.status, 200)
+        self.wait_until_idle()
+        return answer.body, self.cache_status(answer)
+
+    def check_hit(self, kind, body):
+        self.assertEqual(self.get(kind), (body, "pkgproxy; hit"))
+
+    def check_requests(self, kind, count, origin=None, folder=""):
+        """Check how many requests for the package an origin got, each of which was a download."""
+        self.assertEqual((origin or self.origin).methods(folder + self.PACKAGES[kind]), ["GET"] * count)
+
+    def name(self, kind):
+        return self.visible_name(self.PACKAGES[kind][1:])
+
+    # Uploaded again
+
+    @for_each(*ALL)
+    def test_a_package_uploaded_again_with_a_new_index_is_downloaded_once_and_at_once(self, kind):
+        for count, body in enumerate((self.OLD, self.LONGER, self.OLD) + (self.NEW,) * (kind != "apk"), 1):
+            self.learn(self.publish(kind, body))
+            self.assertEqual(self.get(kind), (body, self.MISS))
+            self.check_hit(kind, body)
+            self.check_requests(kind, count)
+        self.assertEqual(self.store.checks["refused"], 0)
+        self.assertGreaterEqual(self.store.checks["verified"], count)
+
+    @for_each(*ALL)
+    def test_a_package_without_a_new_index_remains_a_hit(self, kind):
+        indexes = self.publish(kind, self.OLD)
+        self.learn(indexes)
+        self.assertEqual(self.get(kind), (self.OLD, self.MISS))
+        self.learn(indexes)
+        self.check_hit(kind, self.OLD)
+        self.check_requests(kind, 1)
+
+    @for_each(*ALL)
+    def test_twenty_clients_of_a_new_version_cost_one_download(self, kind):
+        for body in (self.OLD, self.LONGER):
+            self.learn(self.publish(kind, body))
+            self.assertEqual({answer.body for answer in self.request_together(self.origin.url(self.PACKAGES[kind]), 20)}, {body})
+        self.wait_until_idle()
+        self.check_requests(kind, 2)
+
+    @for_each(*ALL)
+    def test_a_new_version_that_cannot_be_downloaded_is_not_replaced_by_the_old_one(self, kind):
+        self.learn(self.publish(kind, self.OLD))
+        self.get(kind)
+        self.learn(self.publish(kind, self.LONGER))
+        self.origin.close()
+        answer = self.request(self.PACKAGES[kind])
+        self.assertEqual(answer.status, 502)
+        self.origin.listen()
+
+    # Stored before the index was known
+
+    @for_each(*ALL)
+    def test_a_package_stored_before_its_index_is_checked_by_size_and_digest(self, kind):
+        for listed in (self.LONGER,) + (self.NEW,) * (kind != "apk"):
+            self.empty_the_cache()
+            indexes = self.publish(kind, self.OLD, listed)
+            self.assertEqual(self.get(kind), (self.OLD, self.MISS))
+            self.check_hit(kind, self.OLD)
+            self.learn(indexes)
+            self.assertEqual(self.get(kind), (listed, self.MISS))
+            self.check_hit(kind, listed)
+            self.check_requests(kind, 2)
+
+    @for_each(*ALL)
+    def test_a_right_package_stored_before_its_index_remains_a_hit(self, kind):
+        indexes = self.publish(kind, self.OLD)
+        self.get(kind)
+        self.learn(indexes)
+        self.check_hit(kind, self.OLD)
+        self.check_requests(kind, 1)
+
+    @for_each(*ALL)
+    def test_a_package_without_metadata_is_checked_too(self, kind):
+        for listed, wrong in ((self.LONGER, self.OLD),) + ((self.NEW, self.OLD),) * (kind != "apk"):
+            self.empty_the_cache()
+            indexes = self.publish(kind, wrong, listed)
+            self.get(kind)
+            shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "heads"))
+            self.learn(indexes)
+            self.get(kind)  # the size, and whether the origin has the same, are checked now
+            self.scrub(kind)
+            self.assertEqual(self.get(kind)[0], listed)
+
+    # Garbage
+
+    @for_each(*ALL)
+    def test_garbage_of_another_size_reaches_its_client_and_no_other(self, kind):
+        garbage = b"<html>Please log in</html>"
+        self.learn(self.publish(kind, garbage, self.NEW))
+        with self.assertLogs("pkgproxy", "INFO") as logged:
+            body, status = self.get(kind)
+        self.assertEqual((body, "stored" in status), (garbage, False))
+        self.assertRegex("\n".join(logged.output), r"\b%d bytes\b.*\b%d\b" % (len(garbage), len(self.NEW)))
+        self.assertNotIn(self.name(kind), self.visible_files())
+        self.assertEqual(self.get(kind), (self.NEW, self.MISS))
+        self.check_hit(kind, self.NEW)
+        self.check_requests(kind, 2)
+
+    @for_each(*DIGESTS)
+    def test_garbage_of_the_right_size_reaches_its_client_and_no_other(self, kind):
+        self.learn(self.publish(kind, self.OLD, self.NEW))
+        with self.assertLogs("pkgproxy", "WARNING") as logged:
+            self.assertEqual(self.get(kind)[0], self.OLD)
+        self.assertRegex(logged.output[0], "%s.*%s" % (sha256(self.OLD)[:16], sha256(self.NEW)[:16]))
+        self.assertNotIn(self.name(kind), self.visible_files())
+        self.assertEqual(self.get(kind), (self.NEW, self.MISS))
+        self.check_hit(kind, self.NEW)
+        self.check_requests(kind, 2)
+        self.assertEqual((self.store.checks["refused"], self.store.checks["healed"]), (1, 0))
+
+    @for_each(*ALL)
+    def test_garbage_without_a_declared_length_is_not_kept(self, kind):
+        self.learn(self.publish(kind, self.LONGER, self.NEW))
+        self.origin.pages[self.PACKAGES[kind]][0].chunked = True
+        with self.assertLogs("pkgproxy", "WARNING") as logged:
+            self.assertEqual(self.get(kind)[0], self.LONGER)
+        self.assertRegex(logged.output[0], r"%d bytes.*%d" % (len(self.LONGER), len(self.NEW)))
+        self.assertEqual(self.get(kind), (self.NEW, self.MISS))
+        self.check_requests(kind, 2)
+
+    @for_each(*DIGESTS)
+    def test_all_clients_of_one_download_get_the_garbage_and_the_next_one_the_package(self, kind):
+        gate = Gate()
+        self.addCleanup(gate.open)
+        self.learn(self.publish(kind, self.OLD, self.NEW))
+        garbage = self.origin.pages[self.PACKAGES[kind]][0]
+        garbage.gate, garbage.first = gate, 10
+        with self.assertLogs("pkgproxy", "WARNING"):
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                answers = [pool.submit(self.get, kind) for _ in range(5)]
+                until(lambda: self.server.replies_running == 5)
+                gate.open()
+            self.assertEqual({answer.result()[0] for answer in answers}, {self.OLD})
+        self.assertEqual(self.get(kind)[0], self.NEW)
+        self.check_requests(kind, 2)
+
+    @for_each(*ALL)
+    def test_garbage_does_not_replace_a_right_file(self, kind):
+        self.learn(self.publish(kind, self.NEW))
+        self.get(kind)
+        self.publish(kind, self.LONGER, listed=self.NEW)
+        answer = self.request(self.PACKAGES[kind], Cache_Control="no-cache")
+        self.assertEqual(answer.body, self.LONGER)
+        self.wait_until_idle()
+        self.assertEqual(self.request(self.PACKAGES[kind], Cache_Control="only-if-cached").body, self.NEW)
+
+    # Damaged disks
+
+    def scrub(self, kind):
+        self.proxy._scrubber.check(self.name(kind))
+
+    def flip_byte(self, kind):
+        """Change one byte of the stored package, and nothing else."""
+        path = os.path.join(self.root, self.name(kind))
+        info = os.stat(path)
+        with open(path, "r+b") as file:
+            file.seek(50)
+            file.write(b"?")
+        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+    @for_each(*ALL)
+    def test_a_flipped_byte_is_found_and_the_package_downloaded_again(self, kind):
+        self.learn(self.publish(kind, self.NEW))
+        self.get(kind)
+        self.scrub(kind)
+        self.check_hit(kind, self.NEW)
+        self.flip_byte(kind)
+        with self.assertLogs("pkgproxy", "WARNING") as logged:
+            self.scrub(kind)
+        self.assertIn(os.path.join(self.root, self.name(kind)), logged.output[0])
+        self.assertRegex(logged.output[0], "disk")
+        self.assertEqual(self.get(kind), (self.NEW, self.MISS))
+        self.check_hit(kind, self.NEW)
+        self.check_requests(kind, 2)
+        self.assertEqual(self.store.checks["healed"], 1)
+
+    def test_an_unreadable_sector_counts_as_damage(self):
+        self.learn(self.publish("apt", self.NEW))
+        self.get("apt")
+        with mock.patch.object(pkgproxy.StoredResponse, "read_at", side_effect=OSError(errno.EIO, "Input/output error")), self.assertLogs("pkgproxy", "WARNING"):
+            self.scrub("apt")
+        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+        self.check_requests("apt", 2)
+
+    def test_a_damaged_file_is_not_shared(self):
+        self.learn(self.publish("apt", self.NEW) + self.publish("apt", self.NEW, origin=self.other))
+        self.get("apt")
+        self.flip_byte("apt")
+        self.assertEqual(self.get("apt", self.other), (self.NEW, self.MISS))
+        self.check_requests("apt", 1, self.other)
+
+    def test_a_file_without_a_digest_gets_one_and_is_checked_by_it(self):
+        indexes = self.publish("apt", self.OLD, self.NEW)
+        self.get("apt")
+        head_path = self.store.head_path(self.name("apt"))
+        heads = [pkgproxy.replace_fields(head, sha256="") for head in pkgproxy._read_heads(head_path)]
+        pkgproxy._write_heads(head_path, heads)
+        self.learn(indexes)
+        self.check_hit("apt", self.OLD)
+        self.assertEqual(list(self.store.unhashed), [self.name("apt")])
+        self.scrub("apt")
+        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+        self.check_requests("apt", 2)
+
+    def test_the_scrub_touches_no_file_that_is_not_ours(self):
+        self.publish("apt", self.NEW)
+        self.get("apt")
+        name = self.name("apt").replace("hello", "theirs")
+        Path(self.root, name).write_bytes(b"x")
+        for each in (name, self.name("apt") + "x"):
+            self.proxy._scrubber.check(each)
+        self.assertEqual(self.visible_files(), {self.name("apt"): self.NEW, name: b"x"})
+
+    # Other mirrors
+
+    @for_each(*DIGESTS)
+    def test_a_second_mirror_costs_no_package_byte_and_no_request(self, kind):
+        self.learn(self.publish(kind, self.NEW))
+        self.get(kind)
+        self.learn(self.publish(kind, self.NEW, origin=self.other, folder="/pub/mirror"))
+        body, status = self.get(kind, self.other, "/pub/mirror")
+        self.assertEqual((body, "same as " + self.origin.url(self.PACKAGES[kind]) in status), (self.NEW, True), status)
+        self.assertNotIn("fwd", status)
+        self.assertEqual(self.get(kind, self.other, "/pub/mirror"), (self.NEW, "pkgproxy; hit"))
+        self.check_requests(kind, 0, self.other, "/pub/mirror")
+        self.check_requests(kind, 1)
+        self.assertEqual(self.counters()["statsOutcomes"]["shared"], 1)
+
+    def test_an_https_mirror_costs_no_package_byte_and_no_request(self):
+        certificates = Certificates(os.path.join(self.folder))
+        secure = ScriptedOrigin(context=certificates.context())
+        self.addCleanup(secure.close)
+        self.start_proxy(dataclasses.replace(self.config, ca_file=certificates.authority))
+        self.learn(self.publish("apt", self.NEW))
+        self.get("apt")
+        for url in self.publish("apt", self.NEW, origin=secure):
+            self.get_own_page("/" + url)
+        self.learn([])
+        answer = self.get_own_page("/" + secure.url(self.PACKAGES["apt"]))
+        self.assertEqual((answer.body, secure.methods(self.PACKAGES["apt"])), (self.NEW, []))
+
+    @for_each("apk")
+    def test_a_second_mirror_whose_index_tells_no_digest_is_asked(self, kind):
+        self.learn(self.publish(kind, self.NEW) + self.publish(kind, self.NEW, origin=self.other))
+        self.get(kind)
+        self.assertEqual(self.get(kind, self.other), (self.NEW, self.MISS))
+        self.check_requests(kind, 1, self.other)
+
+    @for_each(*DIGESTS)
+    def test_a_mirror_that_is_down_is_stood_in_for_by_a_file_of_the_digest(self, kind):
+        self.learn(self.publish(kind, self.NEW) + self.publish(kind, self.NEW, origin=self.other))
+        self.get(kind)
+        self.other.close()
+        self.assertEqual(self.get(kind, self.other)[0], self.NEW)
+        self.check_requests(kind, 1)
+        self.other.listen()
+
+    @for_each(*DIGESTS)
+    def test_a_file_of_another_digest_is_not_taken_from_another_mirror(self, kind):
+        self.learn(self.publish(kind, self.OLD) + self.publish(kind, self.NEW, origin=self.other))
+        self.get(kind)
+        self.assertEqual(self.get(kind, self.other), (self.NEW, self.MISS))
+        self.check_hit(kind, self.OLD)
+
+    @for_each(*ALL)
+    def test_a_mirror_that_lags_behind_its_index_is_passed_on_and_not_kept(self, kind):
+        self.learn(self.publish(kind, self.OLD, self.OLD, self.LONGER))
+        for _ in range(2):
+            body, status = self.get(kind)
+            self.assertEqual((body, "stored" in status), (self.OLD, False))
+        self.assertNotIn(self.name(kind), self.visible_files())
+        self.assertEqual(self.get(kind), (self.LONGER, self.MISS))
+        self.check_requests(kind, 3)
+
+    @for_each(*DIGESTS)
+    def test_a_mirror_that_lags_is_not_asked_for_what_another_one_has_sent(self, kind):
+        self.learn(self.publish(kind, self.NEW))
+        self.get(kind)
+        self.learn(self.publish(kind, self.OLD, listed=self.NEW, origin=self.other))
+        self.assertEqual(self.get(kind, self.other)[0], self.NEW)
+        self.check_requests(kind, 0, self.other)
+
+    @for_each(*ALL)
+    def test_a_mirror_whose_old_index_fits_its_old_package_is_believed(self, kind):
+        self.learn(self.publish(kind, self.LONGER) + self.publish(kind, self.OLD, origin=self.other))
+        for origin, body in ((self.origin, self.LONGER), (self.other, self.OLD)):
+            self.assertEqual(self.get(kind, origin), (body, self.MISS))
+            self.assertEqual(self.get(kind, origin), (body, "pkgproxy; hit"))
+
+    @for_each(*DIGESTS)
+    def test_an_adopted_file_of_the_digest_is_used_without_asking_the_origin(self, kind):
+        folder = os.path.join(self.folder, "archives-" + kind)
+        os.mkdir(folder)
+        path = Path(folder, self.PACKAGES[kind].rpartition("/")[2])
+        path.write_bytes(self.NEW)
+        self.start_proxy(dataclasses.replace(self.config, adopt=(folder,)))
+        self.store.adopted.rebuild(pkgproxy.adoptable_packages([folder]))
+        self.learn(self.publish(kind, self.NEW))
+        body, status = self.get(kind)
+        self.assertEqual((body, "same as an adopted file" in status, "fwd" in status), (self.NEW, True, False), status)
+        self.check_requests(kind, 0)
+        self.learn(self.publish(kind, self.LONGER))
+        self.assertEqual(self.get(kind), (self.LONGER, self.MISS))
+        self.check_requests(kind, 1)
+        self.assertEqual(path.read_bytes(), self.NEW)
+
+    # Whose index it is
+
+    def apt_index(self, target, name, body):
+        """Publish a Packages that says what a file is; return its URL."""
+        self.origin.pages[target] = ScriptedResponse(b"Filename: %b\nSize: %d\nSHA256: %b\n\n" % (name.encode(), len(body), sha256(body).encode()))
+        return self.origin.url(target)
+
+    def test_indexes_that_disagree_are_all_right(self):
+        name = "pool/h/hello_1.0_all.deb"
+        both = [self.apt_index("/debian/dists/%s/main/binary-amd64/Packages" % suite, name, body) for suite, body in (("sid", self.NEW), ("stable", self.OLD))]
+        self.learn(both)
+        self.origin.pages[self.PACKAGES["apt"]] = [ScriptedResponse(body) for body in (self.LONGER, self.OLD, self.NEW)]
+        with self.assertLogs("pkgproxy", "INFO"):
+            self.assertEqual(self.get("apt")[0], self.LONGER)
+        self.assertEqual(self.get("apt"), (self.OLD, self.MISS))
+        self.check_hit("apt", self.OLD)
+        self.origin.pages["/debian/dists/stable/main/binary-amd64/Packages"] = ScriptedResponse(b"Filename: x\n\n")
+        self.learn(both[1:])
+        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+        self.check_requests("apt", 3)
+
+    def test_an_index_speaks_only_for_what_is_below_its_base_at_its_origin(self):
+        self.publish("apt", self.OLD)
+        self.publish("apt", self.OLD, origin=self.other)
+        self.learn([self.apt_index("/debian/pool/x/Packages", "../h/hello_1.0_all.deb", self.NEW),
+                    self.apt_index("/debian/dists/sid/main/binary-amd64/Packages", "../debian/pool/h/hello_1.0_all.deb", self.NEW),
+                    self.apt_index("/ubuntu/dists/sid/main/binary-amd64/Packages", "pool/h/hello_1.0_all.deb", self.NEW),
+                    self.apt_index("/Packages", "/debian/pool/h/hello_1.0_all.deb", self.NEW),
+                    self.apt_index("/dists/sid/main/binary-amd64/Packages", self.other.url(self.PACKAGES["apt"]), self.NEW)])
+        for origin in (self.origin, self.other):
+            self.assertEqual(self.get("apt", origin), (self.OLD, self.MISS))
+            self.assertEqual(self.get("apt", origin), (self.OLD, "pkgproxy; hit"))
+
+    @for_each(*ALL)
+    def test_an_index_of_another_origin_says_nothing(self, kind):
+        self.learn(self.publish(kind, self.LONGER, origin=self.other))
+        self.publish(kind, self.OLD)
+        self.assertEqual(self.get(kind), (self.OLD, self.MISS))
+        self.check_hit(kind, self.OLD)
+        self.assertEqual(self.get(kind, self.other), (self.LONGER, self.MISS))
+
+    @for_each(*ALL)
+    def test_a_damaged_index_costs_only_what_it_says(self, kind):
+        bomb = b"".join([zlib.compressobj(9, wbits=31).compress(b"x"), gzip.compress(bytes(50_000_000))])
+        for damage in (lambda data: data[:-9], lambda data: data[:20] + b"??" + data[22:], lambda data: bomb):
+            self.empty_the_cache()
+            *tops, index = self.publish(kind, self.OLD, listed=self.NEW)
+            target = index[len(self.origin.base_url):]
+            if kind != "rpm":  # whose index is not stored if it does not have the digest in its name
+                self.origin.pages[target] = ScriptedResponse(damage(self.origin.pages[target].body))
+                with self.assertLogs("pkgproxy", "WARNING") as logged:
+                    self.learn([index])
+                self.assertEqual(len(logged.output), 1)
+            self.assertEqual(self.get(kind), (self.OLD, self.MISS))
+            self.check_hit(kind, self.OLD)
+            self.check_requests(kind, 1)
+
+    def test_what_was_learnt_lasts_beyond_a_restart(self):
+        self.learn(self.publish("apt", self.OLD, self.NEW))
+        self.start_proxy()
+        with self.assertLogs("pkgproxy", "WARNING"):
+            self.assertEqual(self.get("apt")[0], self.OLD)
+        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+
+    def test_an_index_stored_by_an_earlier_version_is_read_when_it_is_used(self):
+        indexes = self.publish("apt", self.OLD, self.NEW)
+        self.learn(indexes)
+        shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "indexes"))
+        self.start_proxy()
+        self.get("apt")
+        self.learn(indexes)
+        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+
+    # Faults while something is learnt
+
+    def tables(self):
+        return [path for path in Path(self.root, pkgproxy.METADATA_FOLDER, "indexes").rglob("*") if path.is_file()]
+
+    def test_a_full_disk_while_a_table_is_written_costs_the_table(self):
+        replace_file = pkgproxy.replace_file
+
+        def fail(path, data):
+            if "indexes" in path:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace_file(path, data)
+
+        indexes = self.publish("apt", self.OLD, self.NEW)
+        with mock.patch.object(pkgproxy, "replace_file", fail), self.assertLogs("pkgproxy", "WARNING") as logged:
+            self.learn(indexes)
+            self.assertEqual(self.get("apt"), (self.OLD, self.MISS))
+            self.learn(indexes)
+        self.assertEqual([line for line in logged.output if "No space" not in line], [])
+        self.assertEqual((len(logged.output), self.tables()), (1, []))
+        self.store._reader._failed -= pkgproxy.LEARNING_BACKOFF
+        self.learn(indexes)
+        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+
+    def test_an_index_replaced_while_it_is_read_is_read_again(self):
+        gate, started = Gate(), threading.Event()
+        self.addCleanup(gate.open)
+        read_index = pkgproxy.read_index
+
+        def read_slowly(file):
+            started.set()
+            gate.pass_through()
+            return read_index(file)
+
+        indexes = self.publish("apt", self.OLD)
+        with mock.patch.object(pkgproxy, "read_index", read_slowly):
+            self.request(indexes[0])
+            started.wait(PATIENCE)
+            self.publish("apt", self.OLD, self.NEW)
+            self.request(indexes[0])
+            self.wait_until_idle()
+            self.assertEqual(self.get("apt")[0], self.OLD)
+            gate.open()
+            self.learn([])
+        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+        self.assertEqual(len(self.tables()), 1)
+
+    def test_no_client_waits_for_an_index_to_be_read(self):
+        gate, started = Gate(), threading.Event()
+        self.addCleanup(gate.open)
+
+        def read_slowly(file):
+            started.set()
+            gate.pass_through()
+            return iter(())
+
+        indexes = self.publish("apt", self.OLD)
+        with mock.patch.object(pkgproxy, "read_index", read_slowly):
+            self.request(indexes[0])
+            started.wait(PATIENCE)
+            self.assertEqual(self.get("apt"), (self.OLD, self.MISS))
+            self.check_hit("apt", self.OLD)
+            gate.open()
+            self.learn([])
+
+    def test_a_proxy_killed_while_it_reads_an_index_reads_it_later(self):
+        marker = os.path.join(self.folder, "started")
+        stop = "import binascii, os, threading\ndef stop(*_): open(%r, 'w').close(); threading.Event().wait()\n" % marker
+        for moment, code in (("an entry is parsed", "binascii.unhexlify = stop\n"),
+                             ("the table is renamed", "rename = os.replace\nos.replace = lambda old, new: stop() if 'indexes' in new else rename(old, new)\n")):
+            with self.subTest(moment):
+                self.empty_the_cache()
+                indexes = self.publish("apt", self.OLD, self.NEW)
+                killed = ProxyProcess(self.root, command=functools.partial(fast_command, stop + code))
+                self.address = killed.address
+                try:
+                    self.request(indexes[0])
+                    until(lambda: os.path.exists(marker), "the start of reading")
+                    self.assertEqual(self.request(self.PACKAGES["apt"]).body, self.OLD)
+                finally:
+                    killed.kill()
+                os.unlink(marker)
+                self.start_proxy()
+                self.assertEqual(self.get("apt"), (self.OLD, "pkgproxy; hit"))
+                self.learn(indexes)
+                self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+                self.assertEqual([path.name for path in self.tables() if "^" in path.name], [])
+                self.check_requests("apt", 2)
 
 
 class LocalFailureTest(ProxyCase):
@@ -5862,7 +6418,7 @@ class IsolationTest(ProxyCase):
     def test_a_download_with_credentials_is_not_shared(self):
         gate = Gate()
         self.addCleanup(gate.open)
-        other = pkgproxy.Proxy(self.config, pkgproxy.Store(self.root), int)
+        other = pkgproxy.Proxy(self.config, pkgproxy.IndexedStore(self.root), int)
         self.addCleanup(other.close)
         self.require_password("must-revalidate", gate=gate, first=3)
         with self.connection() as one:
@@ -6901,7 +7457,7 @@ class SmallDiskTest(ProxyCase):
         else:
             self.mount()
             self.addCleanup(self.stop_proxy)
-        store = pkgproxy.Store(self.root, min_free=config.min_free, max_size=config.max_size)
+        store = pkgproxy.IndexedStore(self.root, min_free=config.min_free, max_size=config.max_size)
         self.server = self.make_server(make_dispatcher(config, store))
         self.proxy = self.server.dispatcher.proxy
         self.address = self.server.server_address
@@ -7744,7 +8300,7 @@ class FaultsOfTwoTest(FaultTest):
     def start_proxy(self, config=None):
         super().start_proxy(config)
         self.local = threading.local()
-        self.other_server = self.make_server(make_dispatcher(config or self.config, pkgproxy.Store(self.root), 100))
+        self.other_server = self.make_server(make_dispatcher(config or self.config, pkgproxy.IndexedStore(self.root), 100))
         self.other_proxy = self.other_server.dispatcher.proxy
         self.other_address = self.other_server.server_address
         self._other_serving = threading.Thread(target=self.other_server.serve_forever, args=(0.01,))
