@@ -3980,8 +3980,8 @@ class Evictor:
                     info = os.lstat(path)
                     if part == "heads":
                         yield self._response_entry(path, info, used, seen, now)
-                    elif part == "partials" and info.st_mtime < now - DAY:
-                        os.unlink(path)  # nobody has resumed it for a day
+                    elif info.st_mtime < now - DAY and (part == "partials" or "^" in file):
+                        os.unlink(path)  # nobody has resumed it for a day, or a crash left it
                     else:
                         name = "%s/%s/%s" % (METADATA_FOLDER, part, file) if part == "partials" else ""
                         # A lock tells whether a file is in use.  If it has an owner instead, its time does.
@@ -4350,6 +4350,11 @@ class IndexedStore(Store):
         """Store a complete download, and read it if it is an index.  Raises OSError."""
         super().commit(partial)
         self._reader.note(partial.head)
+
+    def link(self, stored: StoredResponse) -> None:
+        """Store a body under another key, and read it if it is an index.  Raises OSError."""
+        super().link(stored)
+        self._reader.note(stored.head)
 
     def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
         """Save a validated head, and read the index that it belongs to if that was never done."""
@@ -7222,11 +7227,11 @@ class FlightLeader:
             self.downloader.failures.origin_answered(request)
         head = partial.head if partial is not None and resumes else replace_fields(
             response.head, key=request.key, vary=selecting_fields(request, response.head))
-        origin_request = full_request(request, self.config)
+        origin_request, wrong_size = full_request(request, self.config), ""
         try:
             reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
-            reason = reason or self._why_wrong_size(response)
-            reason = reason or ("" if response.end_is_known else "no declared length")
+            wrong_size = "" if reason else self._why_wrong_size(response)
+            reason = reason or wrong_size or ("" if response.end_is_known else "no declared length")
             if not reason:
                 partial = partial or self.downloader.locks.acquire(request.key, self.ignores_lock)
                 if partial is None:  # it will replace what is stored, or fail and leave it
@@ -7242,7 +7247,8 @@ class FlightLeader:
             self.downloader.locks.discard(partial)
             raise
         self.downloader.locks.discard(partial)
-        if replaces_stored(decision, response.head) and is_shareable(request, response.head):
+        if reason != wrong_size and replaces_stored(decision, response.head) and is_shareable(
+                request, response.head):
             # What is stored is known to be outdated, and its successor cannot be stored.
             self.downloader.store.delete(request.key)
         if resumes:
@@ -7253,7 +7259,11 @@ class FlightLeader:
     def _why_wrong_size(self, response: OriginResponse) -> str:
         """Return how the declared length of a response contradicts an index; "" if it does not."""
         size = None if response.length is None else response.length + response.start
-        return why_unexpected(self.downloader.store.expected(self.request.key), size, lambda _: "")
+        reason = why_unexpected(self.downloader.store.expected(self.request.key), size, lambda _: "")
+        if reason:
+            self.downloader.store.count_check("refused")
+            log.warning("%s was not stored: %s", loggable_uri(self.request.key), reason)
+        return reason
 
 
 @dataclasses.dataclass(frozen=True)
