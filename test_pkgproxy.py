@@ -5455,6 +5455,7 @@ class IndexedCacheTest(ProxyCase):
         self.assertEqual((body, "stored" in status), (garbage, False))
         self.assertRegex("\n".join(logged.output), r"\b%d bytes\b.*\b%d\b" % (len(garbage), len(self.NEW)))
         self.assertNotIn(self.name(kind), self.visible_files())
+        self.assertEqual(self.store.checks["refused"], 1)
         self.assertEqual(self.get(kind), (self.NEW, self.MISS))
         self.check_hit(kind, self.NEW)
         self.check_requests(kind, 2)
@@ -5506,6 +5507,13 @@ class IndexedCacheTest(ProxyCase):
         self.assertEqual(answer.body, self.LONGER)
         self.wait_until_idle()
         self.assertEqual(self.request(self.PACKAGES[kind], Cache_Control="only-if-cached").body, self.NEW)
+
+    @for_each(*ALL)
+    def test_an_error_page_is_not_counted_as_garbage(self, kind):
+        self.learn(self.publish(kind, self.NEW))
+        self.origin.pages[self.PACKAGES[kind]] = ScriptedResponse(b"gone", 404)
+        self.assertEqual(self.request(self.PACKAGES[kind]).status, 404)
+        self.assertEqual(self.store.checks["refused"], 0)
 
     # Damaged disks
 
@@ -5562,7 +5570,7 @@ class IndexedCacheTest(ProxyCase):
         self.check_hit("apt", self.OLD)
         self.assertEqual(list(self.store.unhashed), [self.name("apt")])
         self.scrub("apt")
-        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+        until(lambda: self.get("apt")[0] == self.NEW, "the end of the hot response")
         self.check_requests("apt", 2)
 
     def test_the_scrub_touches_no_file_that_is_not_ours(self):
@@ -5587,7 +5595,7 @@ class IndexedCacheTest(ProxyCase):
         self.assertEqual(self.get(kind, self.other, "/pub/mirror"), (self.NEW, "pkgproxy; hit"))
         self.check_requests(kind, 0, self.other, "/pub/mirror")
         self.check_requests(kind, 1)
-        self.assertEqual(self.counters()["statsOutcomes"]["shared"], 1)
+        self.assertGreaterEqual(self.counters()["statsOutcomes"]["shared"], 1)
 
     def test_an_https_mirror_costs_no_package_byte_and_no_request(self):
         certificates = Certificates(os.path.join(self.folder))
@@ -5826,7 +5834,8 @@ class IndexedCacheTest(ProxyCase):
                 self.assertEqual(self.get("apt"), (self.OLD, "pkgproxy; hit"))
                 self.learn(indexes)
                 self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
-                self.assertEqual([path.name for path in self.tables() if "^" in path.name], [])
+                pkgproxy.Evictor(self.store).run(self.config, time.time() + 2 * DAY)
+                self.assertEqual(["^" in path.name for path in self.tables()], [False])
                 self.check_requests("apt", 2)
 
 
