@@ -2503,14 +2503,13 @@ def _stanzas(chunks: Iterable[bytes], separator: bytes = b"\n\n") -> Iterator[by
         yield from (b"\n" + stanza for stanza in complete if stanza)
 
 
-_FIELD_VALUE = re.compile(rb".*(?:\n[ \t].*)*")
+_NEXT_FIELD = re.compile(rb"\n(?![ \t])")
 
 
 def _field(stanza: bytes, name: bytes) -> bytes:
     """Return the value of the field that begins with ``name``, and its continuation lines; b"" if absent."""
-    at = stanza.find(b"\n" + name)
-    found = _FIELD_VALUE.match(stanza, at + 1 + len(name)) if at >= 0 else None
-    return found[0].strip(b" \t\r\n\0") if found else b""  # NUL: a tar's padding
+    rest = stanza.partition(b"\n" + name)[2]
+    return _NEXT_FIELD.split(rest, maxsplit=1)[0].strip(b" \t\r\n\0")  # NUL: a tar's padding
 
 
 def _file_lines(stanza: bytes, name: bytes) -> Iterator[list[bytes]]:
@@ -4287,8 +4286,8 @@ class Evictor:
                     info = os.lstat(path)
                     if part == "heads":
                         yield self._response_entry(path, info, used, seen, now)
-                    elif part == "partials" and info.st_mtime < now - DAY:
-                        os.unlink(path)  # nobody has resumed it for a day
+                    elif info.st_mtime < now - DAY and (part == "partials" or "^" in file):
+                        os.unlink(path)  # nobody has resumed it for a day, or a crash left it
                     else:
                         name = "%s/%s/%s" % (METADATA_FOLDER, part, file) if part == "partials" else ""
                         # A lock tells whether a file is in use.  If it has an owner instead, its time does.
@@ -4657,6 +4656,11 @@ class IndexedStore(Store):
         """Store a complete download, and read it if it is an index.  Raises OSError."""
         super().commit(partial)
         self._reader.note(partial.head)
+
+    def link(self, stored: StoredResponse) -> None:
+        """Store a body under another key, and read it if it is an index.  Raises OSError."""
+        super().link(stored)
+        self._reader.note(stored.head)
 
     def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
         """Save a validated head, and read the index that it belongs to if that was never done."""
@@ -6777,7 +6781,8 @@ def _head_by_digest(request: Request, stored: StoredResponse,
 
     It has those of its fields that describe the file and not the mirror it came from.  Raises OSError.
     """
-    if why_unexpected(expected, stored.head.size, functools.partial(digest_of, stored)):
+    # It is read, because the disk may have damaged it since it was stored.
+    if why_unexpected(expected, stored.head.size, lambda name: str(hash_body(name, stored).hexdigest())):
         return None
     fields = tuple(field for field in stored.head.fields
                    if field[0].lower() in ("content-type", "last-modified", "date"))
@@ -7397,8 +7402,8 @@ class PreparedHit:
 class HotCache:
     """Prepared hits of the current second, for clients that ask for the same at the same time.
 
-    An entry may be used until the second ends (its Age field is right for that long), and while its file is
-    unchanged.  One look at the file serves all requests that had arrived by then:
+    An entry may be used until the second ends (its Age field is right for that long), and while its file, and
+    what the indexes say, are unchanged.  One look at the file serves all requests that had arrived by then:
 
     1. The event loop wakes with requests from many clients: ``recheck``.
     2. ``get`` for the first of them looks at the file, and for the others does not.
@@ -7408,12 +7413,14 @@ class HotCache:
 
     def __init__(self) -> None:
         self._entries: dict[Any, PreparedHit] = {}  # by the bytes of the head, and the client's access
-        self._valid_for: tuple[int, Config | None] = (0, None)  # the second, and the configuration
+        self._valid_for: tuple[Any, ...] = ()  # the second, the configuration, and the knowledge of indexes
         self._verified: set[PreparedHit] = set()  # those whose files were looked at since the last recheck
 
-    def recheck(self, config: Config) -> None:
-        """Look at each file again before its entry is used: it may have changed before the next request."""
-        valid_for = int(time.time()), config
+    def recheck(self, valid_for: tuple[Any, ...]) -> None:
+        """Look at each file again before its entry is used: it may have changed before the next request.
+
+        ``valid_for`` is Proxy.hits_valid_for(): when it has changed, all hits are prepared again.
+        """
         if valid_for != self._valid_for:
             self._entries.clear()
             self._valid_for = valid_for
@@ -7666,11 +7673,11 @@ class FlightLeader:
             self.downloader.failures.origin_answered(request)
         head = partial.head if partial is not None and resumes else replace_fields(
             response.head, key=request.key, vary=selecting_fields(request, response.head))
-        origin_request = full_request(request, self.config)
+        origin_request, wrong_size = full_request(request, self.config), ""
         try:
             reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
-            reason = reason or self._why_wrong_size(response)
-            reason = reason or ("" if response.end_is_known else "no declared length")
+            wrong_size = "" if reason else self._why_wrong_size(response)
+            reason = reason or wrong_size or ("" if response.end_is_known else "no declared length")
             if not reason:
                 partial = partial or self.downloader.locks.acquire(request.key, self.ignores_lock)
                 if partial is None:  # it will replace what is stored, or fail and leave it
@@ -7686,7 +7693,7 @@ class FlightLeader:
             self.downloader.locks.discard(partial)
             raise
         self.downloader.locks.discard(partial)
-        if replaces_stored(decision, head) and is_shareable(request, response.head):
+        if reason != wrong_size and replaces_stored(decision, head) and is_shareable(request, response.head):
             # What is stored is known to be outdated, and its successor cannot be stored.
             self.downloader.store.delete(request.key)
         if resumes:
@@ -7699,7 +7706,11 @@ class FlightLeader:
     def _why_wrong_size(self, response: OriginResponse) -> str:
         """Return how the declared length of a response contradicts an index; "" if it does not."""
         size = None if response.length is None else response.length + response.start
-        return why_unexpected(self.downloader.store.expected(self.request.key), size, lambda _: "")
+        reason = why_unexpected(self.downloader.store.expected(self.request.key), size, lambda _: "")
+        if reason:
+            self.downloader.store.count_check("refused")
+            log.warning("%s was not stored: %s", loggable_uri(self.request.key), reason)
+        return reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -8342,6 +8353,10 @@ class Proxy:
     def add_listening_port(self, port: int) -> None:
         """Treat requests that lead back to a port of this proxy as loops."""
         self._origin.guard.listening_ports.add(port)
+
+    def hits_valid_for(self) -> tuple[Any, ...]:
+        """Return what changes when a hit must be prepared again: its age, the filters, what indexes tell."""
+        return int(time.time()), self.config, self._store.knowledge_version()
 
     def snapshot(self) -> dict[str, Any]:
         """Describe what goes on now, for the status page: plain data of bounded size."""
@@ -10121,7 +10136,7 @@ class EventLoop:
         self._thread = threading.get_ident()
         postponed, self._postponed = self._postponed, []
         ready = self.selector.select(0 if postponed else timeout)
-        self._hot_cache.recheck(self._dispatcher.proxy.config)
+        self._hot_cache.recheck(self._dispatcher.proxy.hits_valid_for())
         for key, _ in ready:
             if not isinstance(key.data, ClientConnection):
                 key.data()  # a client waits to be accepted, or another thread has called wake()
@@ -10164,7 +10179,7 @@ class EventLoop:
         self._connections.add(connection)
         # The time begins now, not when the connection was accepted: it may have been parked for long.
         connection.waiting, connection.waiting_since = True, time.monotonic()
-        self._hot_cache.recheck(self._dispatcher.proxy.config)  # its request may be younger than this turn
+        self._hot_cache.recheck(self._dispatcher.proxy.hits_valid_for())  # its request may be younger than this turn
         self._serve(connection)
         if connection.waiting:
             self._watch(connection)

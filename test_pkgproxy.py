@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import atexit
 import base64
+import bz2
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -86,6 +87,8 @@ from pkgproxy import (
     BadRequestError,
     CacheStatus,
     Config,
+    DamagedIndexError,
+    FileFacts,
     NameClass,
     OriginError,
     OriginTimeoutError,
@@ -498,7 +501,7 @@ class ProxyCase(unittest.TestCase):
             self.stop_proxy()
         else:
             self.addCleanup(self.stop_proxy)
-        self.server = self.make_server(make_dispatcher(config or self.config, pkgproxy.Store(self.root)))
+        self.server = self.make_server(make_dispatcher(config or self.config, pkgproxy.IndexedStore(self.root)))
         self.proxy = self.server.dispatcher.proxy
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
@@ -1138,8 +1141,12 @@ class RegularExpressionTest(unittest.TestCase):
             for pattern in self.compiled(thing):
                 for method in set(re.findall(r"\b%s\.(search|match|fullmatch|findall|finditer|sub)\(" % name, SOURCE)) or {"search", "fullmatch"}:
                     yield name, pattern, method
+        for name, (_, _, text) in pkgproxy._INDEX_TYPES.items():
+            yield name, re.compile(text), "fullmatch"
         for node in ast.walk(ast.parse(SOURCE)):
             if isinstance(node, ast.Call) and re.fullmatch(r"re\.(?!compile|escape)[a-z]+", ast.unparse(node.func)):
+                if ast.unparse(node) == "re.fullmatch(pattern, key)":  # one of the above
+                    continue
                 self.assertIsInstance(node.args[0], ast.Constant, "line %d makes a pattern that cannot be tested" % node.lineno)
                 flags = [eval(ast.unparse(argument), {"re": re}) for argument in node.args if "re." in ast.unparse(argument)]
                 yield "line %d" % node.lineno, re.compile(node.args[0].value, *flags), node.func.attr
@@ -2693,27 +2700,29 @@ class SharedFileTest(StoreCase):
 
 
 class NameIndexTest(StoreCase):
-    """The index of stored files by name."""
+    """The index of stored files by digest."""
 
     DIGEST = "by-hash/SHA256/" + hashlib.sha256(b"x").hexdigest()
     KEYS = ("http://a/debian/dists/x/" + DIGEST, "http://b/" + DIGEST)
 
     def find(self, name=None):
-        return self.store.names.lookup(name or pkgproxy.shareable_name(self.KEYS[0]))
+        return self.store.names.lookup(name or sha256(b"x"))
 
     def test_the_newest_file_comes_first_and_none_twice(self):
         self.assertEqual(self.find(), [])
         for key in (*self.KEYS, self.KEYS[0], "http://c/y_1.0_all.deb", "http://c/dists/x/InRelease"):
             self.store_response(key, b"x")
-        self.assertEqual(self.find(), list(self.KEYS))
+        self.assertEqual(self.find(), ["http://c/y_1.0_all.deb", *self.KEYS])
         for number in range(9):
             self.store_response("http://h%d/%s" % (number, self.DIGEST), b"x")
         self.assertEqual(self.find(), ["http://h%d/%s" % (number, self.DIGEST) for number in range(8, 0, -1)])
 
-    def test_only_files_with_a_digest_in_their_name_are_listed(self):
-        self.store_response("http://c/y_1.0_all.deb", b"x")
+    def test_only_packages_and_files_with_a_digest_in_their_name_are_listed(self):
         self.store_response("http://c/dists/x/InRelease", b"x")
+        self.store_response("http://c/page", b"x")
         self.assertFalse(os.path.exists(self.path(".pkgproxy/names")))
+        self.store_response("http://c/y_1.0_all.deb", b"x")
+        self.assertEqual(self.find(), ["http://c/y_1.0_all.deb"])
 
     def test_a_lookup_reads_one_small_file_however_many_names_there_are(self):
         self.store.names.rebuild(("x%d_1.0_all.deb" % number, "http://mirror.test/debian/pool/main/x/x/x%d_1.0_all.deb" % number)
@@ -2768,7 +2777,841 @@ class NameIndexTest(StoreCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# 6 Barrier
+# 6 What indexes tell
+# ---------------------------------------------------------------------------------------------
+
+
+DEBIAN = "http://a/debian/dists/sid/main/binary-amd64/Packages"
+URLS = {"apt": DEBIAN, "release": "http://a/debian/dists/sid/InRelease", "rpm": "http://a/f/repodata/primary.xml",
+        "pacman": "http://a/arch/core/os/x86_64/core.db", "apk": "http://a/alpine/main/x86_64/APKINDEX.tar.gz",
+        "npm": "http://a/foo", "pypi": "http://a/simple/foo/", "repomd": "http://a/f/repodata/repomd.xml"}
+D1, D2, D3 = (hashlib.sha256(b"%d" % number).hexdigest() for number in range(3))
+TABLE_SOURCE = pkgproxy.TableSource(DEBIAN, "http://a/debian/", 5, 7, D1)
+SHA512 = hashlib.sha512(b"").hexdigest()
+
+
+def sha256_facts(hexadecimal, size=None):
+    """Return what an index says about a file with this digest."""
+    return FileFacts(size, "sha256", bytes.fromhex(hexadecimal))
+
+
+def tar(*members, kind=tarfile.USTAR_FORMAT):
+    """A tar of (name, content) or (name, content, type)."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=kind) as archive:
+        for name, content, *rest in members:
+            info = tarfile.TarInfo(name)
+            info.type = rest[0] if rest else tarfile.REGTYPE
+            info.size = len(content) if info.type == tarfile.REGTYPE else 0
+            info.linkname = rest[1] if len(rest) > 1 else ""
+            archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def desc(name, size=7, digest=D1):
+    """Return the desc file of a package in a pacman database."""
+    return b"%%FILENAME%%\n%b\n\n%%NAME%%\nfoo\n\n%%CSIZE%%\n%d\n\n%%SHA256SUM%%\n%b\n\n" % (name, size, digest.encode())
+
+
+APKINDEX = (b"C:Q1abc=\nP:busybox\nV:1.36.1-r5\nA:x86_64\nS:509600\nI:962560\nT:Size optimized toolbox\nU:https://busybox.net/\n"
+            b"L:GPL-2.0-only\no:busybox\nm:A <a@b.c>\nt:1\nc:1\nD:so:libc.musl\np:cmd:busybox=1.36.1-r5\n\n"
+            b"C:Q1abd=\nP:gcc-c++\nV:13.2.1_git-r0\nA:x86_64\nS:17\nI:1\n\n")
+SIMPLE = {  # one valid index of each kind, decompressed
+    "apt": ("Package: g++\nDescription: x\n Size: 1\nFilename: pool/g++_1.deb\nSize: 12\nMD5sum: 0\nSHA256: %s\n\n"
+            "Package: b\nFilename: ./pool/b_1.deb\nSize: 13\nSHA512: %s\n\n" % (D1, SHA512)).encode(),
+    "release": ("Suite: sid\nMD5Sum:\n 0 1 main/Contents\nSHA256:\n %s 100 main/binary-amd64/Packages.xz\n %s 5 main/Contents-all.gz\n"
+                % (D1, D2)).encode(),
+    "rpm": ('<?xml version="1.0"?>\n<metadata xmlns:rpm="r"><package type="rpm"><name>a</name><checksum type="sha256" pkgid="YES">%s</checksum>'
+            '<summary>&lt;location href="x"/&gt;</summary><size package="12" installed="9" archive="1"/><location href="p/a&amp;b.rpm"/>'
+            "<format><rpm:entry/></format></package></metadata>" % D1).encode(),
+    "repomd": ('<?xml version="1.0"?>\n<repomd><revision>1</revision><data type="primary"><checksum type="sha256">%s</checksum><open-checksum type="sha256">%s</open-checksum>'
+               '<location href="repodata/%s-primary.xml.gz"/><timestamp>1</timestamp><size>99</size><open-size>12345</open-size></data></repomd>' % (D1, D2, D1)).encode(),
+    "pacman": tar(("foo-1/", b"", tarfile.DIRTYPE), ("foo-1/desc", desc(b"foo-1.pkg.tar.zst")), ("foo-1/files", b"%FILES%\netc/\n")),
+    "apk": tar((".SIGN.RSA.a", b"\n\nP:x\nV:1\n\0")) + tar(("DESCRIPTION", b"v3"), ("APKINDEX", APKINDEX)),
+    "npm": json.dumps({"versions": {"1.0.0": {"name": "foo", "dist": {
+        "tarball": "http://a/foo/-/foo-1.0.0.tgz", "signatures": [{"sig": "x"}], "unpackedSize": 5.5,
+        "integrity": "sha512-" + base64.b64encode(bytes.fromhex(SHA512)).decode()}}}}).encode(),
+    "pypi": ('<html><a class="x" href="../../f/foo-1.whl#sha256=%s" data-requires-python="&gt;=3">foo</a></html>' % D1).encode()}
+
+
+def parse(kind, chunks, url):
+    """What parse_index() yields, with the base that index_type() finds for the URL."""
+    _, base, _ = pkgproxy.index_type(url, "application/json")
+    return pkgproxy.parse_index(kind, chunks, base, url)
+
+
+class ParserCase(unittest.TestCase):
+    """A folder for indexes, and no pauses while they are read."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        pauses = mock.patch("time.sleep")
+        pauses.start()
+        self.addCleanup(pauses.stop)
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def parse(self, kind, data, url=None, size=100):
+        chunks = (data[at:at + size] for at in range(0, len(data), size))
+        return dict(parse(kind, chunks, url or URLS[kind]))
+
+    def write(self, data, name="index"):
+        with open(self.path(name), "wb") as file:
+            file.write(data)
+        return self.path(name)
+
+    def read(self, kind, data, url=None):
+        with io.FileIO(self.write(data)) as file:
+            return dict(parse(kind, pkgproxy.read_index(file), url or URLS[kind]))
+
+    def read_path(self, path, url):
+        with io.FileIO(path) as file:
+            return dict(parse(pkgproxy.index_type(url)[0], pkgproxy.read_index(file), url))
+
+    def run_tool(self, *command, **options):
+        if not shutil.which(command[0]):
+            self.skipTest("no " + command[0])
+        return subprocess.run(command, check=True, cwd=self.folder, capture_output=True, timeout=60,
+                              **options).stdout
+
+    def facts_of(self, name):
+        with open(self.path(name), "rb") as file:
+            data = file.read()
+        return FileFacts(len(data), "sha256", hashlib.sha256(data).digest())
+
+
+class IndexNameTest(ParserCase):
+    """URLs that lead to an index, and from a package to its indexes."""
+
+    def test_a_url_tells_parser_base_and_place_of_an_index(self):
+        digest = "0" * 64
+        for url, kind, base, place in (
+                ("http://a/debian/dists/sid/main/binary-amd64/Packages.xz", "apt", "http://a/debian/", ""),
+                ("http://a/debian/dists/sid/main/source/Sources", "apt", "http://a/debian/", ""),
+                ("http://a/debian/dists/sid/main/binary-amd64/by-hash/SHA256/" + digest, "apt", "http://a/debian/", ""),
+                ("http://a/debian/dists/sid/Packages", "apt", "http://a/debian/", ""),
+                ("http://dists/debian/dists/dists/Packages", "apt", "http://dists/debian/", ""),
+                ("http://a/x/flat/Packages.gz", "apt", "http://a/x/flat/", ""),
+                ("http://a/x/flat/by-hash/SHA512/" + digest, "apt", "http://a/x/flat/", ""),
+                ("http://a/debian/dists/sid/InRelease", "release", "http://a/debian/dists/sid/", "top http://a/debian/dists/sid/"),
+                ("http://a/f/repodata/%s-primary.xml.zst" % digest, "rpm", "http://a/f/", ""),
+                ("http://a/f/repodata/repomd.xml", "repomd", "http://a/f/", "top http://a/f/"),
+                ("http://a/arch/core/os/x86_64/core.db", "pacman", "http://a/arch/core/os/x86_64/", ""),
+                ("http://a/arch/core/os/x86_64/core.files.tar.zst", "pacman", "http://a/arch/core/os/x86_64/", ""),
+                ("http://a/v3/main/x86_64/APKINDEX.tar.gz", "apk", "http://a/v3/main/x86_64/", ""),
+                ("http://a/repo/simple/foo/", "pypi", "http://a/repo/", "http://a/repo/simple/foo/"),
+                ("http://a/root/pypi/+simple/foo/", "pypi", "http://a/root/pypi/", "http://a/root/pypi/simple/foo/")):
+            with self.subTest(url):
+                self.assertEqual(pkgproxy.index_type(url), (kind, base, place or base))
+        for content_type in ("application/json", "application/vnd.npm.install-v1+json"):
+            self.assertEqual(pkgproxy.index_type("http://a/@b%2Fc", content_type), ("npm", "http://a/@b/c/", "http://a/@b/c/"))
+
+    def test_other_files_are_not_indexes(self):
+        for path in ("/pool/a_1.deb", "/dists/sid/main/Contents-amd64.gz", "/repodata/filelists.xml.gz", "/repodata/x-primary.xml.zck", "/core.db.sig", "/core.db?x",
+                     "/Packages.diff/Index", "/dists/sid/main/i18n/Translation-en.xz", "/by-hash/MD5Sum/" + "0" * 32, "/foo", "/InRelease.gpg", "", "/" + "x/" * 2000 + "Packages"):
+            self.assertIsNone(pkgproxy.index_type("http://a" + path), path)
+        self.assertIsNone(pkgproxy.index_type("http://a/conda-forge/noarch/repodata.json", "application/json"))
+
+    def test_a_file_leads_to_the_places_of_its_indexes(self):
+        for url, base_of in (("http://a/debian/pool/main/a/a_1.deb", DEBIAN), ("http://a/x/flat/a_1.deb", "http://a/x/flat/Packages"),
+                             ("http://a/f/Packages/a/a.rpm", "http://a/f/repodata/primary.xml"), ("http://a/debian/dists/sid/main/Packages", "http://a/debian/dists/sid/Release"),
+                             ("http://a/@b/c/-/c-1.tgz", "http://a/@b%2Fc"), ("http://a/r/packages/x/Foo.bar_baz-1.0-py3-none-any.whl", "http://a/r/simple/foo-bar-baz/"),
+                             ("http://a/r/+f/0/foo-bar-1.0.tar.gz", "http://a/r/+simple/foo-bar/")):
+            place = pkgproxy.index_type(base_of, "application/json")[2]
+            self.assertIn(place.replace("top ", ""), list(pkgproxy.index_places(url)))
+        self.assertEqual(list(pkgproxy.index_places("http://a" + "/x" * 8000)), [])
+
+    def test_names_of_any_length_cost_little(self):
+        for unit in ("dists/", "Packages/", "by-hash/SHA256/", "repodata/", "simple/", "x/"):
+            url = "http://a/" + unit * (2000 // len(unit)) + "-"
+            started = time.process_time()
+            pkgproxy.index_type(url)
+            list(pkgproxy.index_places(url))
+            self.assertLess(time.process_time() - started, 0.1, unit)
+
+    def test_a_url_has_one_name_below_a_base(self):
+        for url, name in (("http://a/d/p/g%2B%2b.deb", b"p/g++.deb"), ("http://a/d/p/g++.deb", b"p/g++.deb"), ("http://a/e/x", None),
+                          ("http://a/d/x?y", None), ("http://b/d/x", None), ("http://a/d/%FF", b"\xff")):
+            self.assertEqual(pkgproxy.name_below("http://a/d/", url), name)
+
+
+class FormatTest(ParserCase):
+    """Each format, and each compression."""
+
+    def test_each_format_is_parsed_in_chunks_of_any_size(self):
+        npm = FileFacts(None, "sha512", bytes.fromhex(SHA512)[:32])
+        expected = {
+            "apt": {b"pool/g++_1.deb": sha256_facts(D1, 12), b"pool/b_1.deb": npm._replace(size=13)},
+            "repomd": {b"repodata/%b-primary.xml.gz" % D1.encode(): sha256_facts(D1, 99)},
+            "release": {b"main/binary-amd64/Packages.xz": sha256_facts(D1, 100), b"main/binary-amd64/by-hash/SHA256/" + D1.encode(): sha256_facts(D1, 100)},
+            "rpm": {b"p/a&b.rpm": sha256_facts(D1, 12)}, "pacman": {b"foo-1.pkg.tar.zst": sha256_facts(D1, 7)},
+            "apk": {b"busybox-1.36.1-r5.apk": FileFacts(509600, "", b""), b"gcc-c++-13.2.1_git-r0.apk": FileFacts(17, "", b"")},
+            "npm": {b"-/foo-1.0.0.tgz": npm}, "pypi": {b"f/foo-1.whl": sha256_facts(D1)}}
+        for (kind, entries), size in itertools.product(expected.items(), (1, 7, 512, 100_000)):
+            with self.subTest(kind, size=size):
+                self.assertEqual(self.parse(kind, SIMPLE[kind], size=size), entries)
+
+    def test_each_compression_is_recognised_by_its_first_bytes_and_members_may_follow_each_other(self):
+        plain = SIMPLE["apt"]
+        half = len(plain) // 2
+        for name, compress in (("plain", bytes), ("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress),
+                               ("lzma", lambda data: lzma.compress(data, lzma.FORMAT_ALONE))):
+            with self.subTest(name):
+                self.assertEqual(len(self.read("apt", compress(plain))), 2)
+                two = compress(plain[:half]) + (b"\0" * 8 if name in ("gz", "xz") else b"") + compress(plain[half:])
+                self.assertEqual(self.read("apt", two), self.parse("apt", plain))
+        with mock.patch.object(pkgproxy, "READ_SIZE", 9):
+            self.assertEqual(len(self.read("apt", gzip.compress(plain[:half]) + gzip.compress(plain[half:]))), 2)
+
+    def test_zstd_is_read_by_the_module_or_the_program_and_without_both_it_is_said(self):
+        data = self.run_tool("zstd", "-qc", input=SIMPLE["rpm"])
+        self.assertEqual(len(self.read("rpm", data)), 1)
+        with self.assertRaisesRegex(DamagedIndexError, "."):
+            self.read("rpm", data[:-9])
+        with self.assertRaises(DamagedIndexError):
+            self.read("rpm", data[:4] + os.urandom(100))
+        with mock.patch.dict(os.environ, {"PATH": self.folder}), mock.patch.dict("sys.modules", {"compression": None}), self.assertRaisesRegex(DamagedIndexError, "PATH"):
+            self.read("rpm", data)
+
+    def test_the_module_of_python_3_14_is_preferred_to_the_program(self):
+        class Decompressor:
+            def __init__(self):
+                self._inner, self._skipped = bz2.BZ2Decompressor(), False
+
+            def decompress(self, data, max_length):
+                data, self._skipped = data if self._skipped else data[4:], True
+                return self._inner.decompress(data, max_length)
+
+            def __getattr__(self, name):
+                return getattr(self._inner, name)
+
+        module = types.ModuleType("compression.zstd")
+        module.ZstdDecompressor, module.ZstdError = Decompressor, type("ZstdError", (Exception,), {})
+        data = b"\x28\xb5\x2f\xfd" + bz2.compress(SIMPLE["rpm"])
+        with mock.patch.dict("sys.modules", {"compression": types.ModuleType("compression"), "compression.zstd": module}), mock.patch.object(pkgproxy, "_run_zstd") as run:
+            self.assertEqual(len(self.read("rpm", data)), 1)
+        run.assert_not_called()
+
+    def test_a_python_without_a_module_says_so(self):
+        with mock.patch.dict("sys.modules", {"lzma": None}), mock.patch.dict(os.environ, {"PATH": self.folder}), self.assertRaisesRegex(DamagedIndexError, "neither lzma"):
+            self.read("apt", lzma.compress(b"x"))
+
+    def test_names_in_a_flat_repository_may_begin_with_its_folder(self):
+        data = (b"Filename: ./a_1.deb\nSize: 1\n\nFilename: binary/b_1.deb\nSize: 2\n\n")
+        names = self.parse("apt", data, "http://a/debian-stable/binary/Packages")
+        self.assertEqual(set(names), {b"a_1.deb", b"b_1.deb"})
+
+    def test_sources_name_several_files(self):
+        data = ("Package: a\nDirectory: pool/a\nFiles:\n 0 1 a.dsc\nChecksums-Sha1:\n 00 3 a.dsc\nChecksums-Sha256:\n %s 3 a.dsc\n %s 4 a.tar.xz\n" % (D1, D2)).encode()
+        self.assertEqual(self.parse("apt", data), {b"pool/a/a.dsc": sha256_facts(D1, 3), b"pool/a/a.tar.xz": sha256_facts(D2, 4)})
+
+    def test_a_signed_release_is_read_without_its_signature(self):
+        data = b"-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA256\n\n" + SIMPLE["release"] + b"-----BEGIN PGP SIGNATURE-----\n\niQ\n"
+        self.assertEqual(self.parse("release", data), self.parse("release", SIMPLE["release"]))
+
+    def test_pages_in_json_and_links_elsewhere(self):
+        page = {"meta": {"api-version": "1.0"}, "name": "foo", "files": [
+            {"filename": "a", "url": "/f/a.whl", "hashes": {"sha256": D1}, "size": 5, "core-metadata": {"sha256": D2}, "yanked": False},
+            {"filename": "b", "url": "https://files.example/b.whl", "hashes": {"sha256": D1}},
+            {"filename": "c", "url": "c.whl", "hashes": {"md5": "0"}}, {"filename": "d", "url": "d.whl", "hashes": {}, "size": 9}]}
+        self.assertEqual(self.parse("pypi", json.dumps(page).encode()), {b"f/a.whl": sha256_facts(D1, 5), b"simple/foo/d.whl": FileFacts(9, "", b"")})
+
+    def test_an_npm_document_speaks_for_its_own_package_only(self):
+        integrity = "sha512-" + base64.b64encode(bytes.fromhex(SHA512)).decode()
+        page = {"versions": {"1": {"dist": {"tarball": "http://a/bar/-/bar-1.tgz", "integrity": integrity}},
+                             "2": {"dist": {"tarball": "http://a/foo/-/foo-2.tgz", "integrity": "sha1-xx sha512-?"}}}}
+        self.assertEqual(self.parse("npm", json.dumps(page).encode()), {})
+
+    def test_a_location_with_another_base_is_left_out(self):
+        data = SIMPLE["rpm"].replace(b"<location ", b'<location xml:base="http://b/" ')
+        self.assertEqual(self.parse("rpm", data), {})
+
+
+class RealToolTest(ParserCase):
+    """Indexes that the programs of distributions have written."""
+
+    def _deb(self, name):
+        os.makedirs(self.path("root/DEBIAN"), exist_ok=True)
+        with open(self.path("root/DEBIAN/control"), "w") as file:
+            file.write("Package: %s\nVersion: 1:1.0\nArchitecture: all\nMaintainer: A <a@b.c>\nDescription: x\n y\n .\n z\n" % name)
+        os.makedirs(self.path("pool"), exist_ok=True)
+        self.run_tool("dpkg-deb", "-b", "root", "pool/%s_1.0_all.deb" % name)
+        return "pool/%s_1.0_all.deb" % name
+
+    def test_apt_ftparchive_and_dpkg_scanpackages(self):
+        names = [self._deb("libfoo++"), self._deb("bar")]
+        for command in (("apt-ftparchive", "packages", "pool"), ("apt-ftparchive", "packages", "./pool"), ("dpkg-scanpackages", "-m", "pool")):
+            with self.subTest(command[0]):
+                data = self.run_tool(*command)
+                self.assertEqual(self.parse("apt", data), {name.encode(): self.facts_of(name) for name in names})
+
+    def test_apt_ftparchive_release_and_sources(self):
+        os.makedirs(self.path("main/binary-amd64"))
+        with gzip.open(self.path("main/binary-amd64/Packages.gz"), "wb") as file:
+            file.write(SIMPLE["apt"])
+        data = self.run_tool("apt-ftparchive", "release", ".")
+        facts = self.facts_of("main/binary-amd64/Packages.gz")
+        entries = list(parse("release", iter([data]), URLS["release"]))
+        self.assertIn((b"main/binary-amd64/Packages.gz", facts), entries)
+        self.assertIn((b"main/binary-amd64/by-hash/SHA256/" + facts.digest.hex().encode(), facts), entries)
+        os.makedirs(self.path("src"))
+        self.write(b"x" * 10, "src/a_1.tar.gz")
+        self.write(("Format: 1.0\nSource: a\nBinary: a\nArchitecture: all\nVersion: 1\nMaintainer: A <a@b.c>\nChecksums-Sha256:\n %s 10 a_1.tar.gz\n"
+                    "Files:\n %s 10 a_1.tar.gz\n" % (hashlib.sha256(b"x" * 10).hexdigest(), "0" * 32)).encode(), "src/a_1.dsc")
+        for command in (("apt-ftparchive", "sources", "src"), ("dpkg-scansources", "src")):
+            with self.subTest(command[0]):
+                self.assertEqual(self.parse("apt", self.run_tool(*command)), {name.encode(): self.facts_of(name) for name in ("src/a_1.dsc", "src/a_1.tar.gz")})
+
+    def test_createrepo_c(self):
+        self.write(b"Name: foo\nVersion: 1\nRelease: 1\nSummary: a <location href=\"x\"/> & b\nLicense: x\nBuildArch: noarch\n%description\n]]> <!-- x -->\n%files\n", "foo.spec")
+        self.run_tool("rpmbuild", "-bb", "--define", "_topdir " + self.folder, "--define", "_rpmdir " + self.path("p"), "foo.spec")
+        os.rename(self.path("p/noarch/foo-1-1.noarch.rpm"), self.path("p/foo&+-1-1.noarch.rpm"))
+        expected = {b"foo&+-1-1.noarch.rpm": self.facts_of("p/foo&+-1-1.noarch.rpm")}
+        for compression in ("gz", "xz", "bz2", "zstd"):
+            with self.subTest(compression):
+                shutil.rmtree(self.path("p/repodata"), ignore_errors=True)
+                try:
+                    self.run_tool("createrepo_c", "--general-compress-type", compression, "p")
+                except subprocess.CalledProcessError:
+                    self.skipTest("createrepo_c without " + compression)
+                name = next((name for name in os.listdir(self.path("p/repodata")) if re.search(r"primary\.xml\.", name)), None)
+                self.assertEqual(self.read_path(self.path("p/repodata/" + name), "http://a/f/repodata/" + name), expected)
+
+    def test_repo_add(self):
+        info = b"pkgname = foo%d\npkgbase = foo%d\npkgver = 1.0-1\npkgdesc = d\nbuilddate = 1\npackager = me\nsize = 1\narch = any\n"
+        self.write(b"x", "etc-file")
+        names = []
+        for number in range(3):
+            names.append("foo%d-1.0-1-any.pkg.tar.gz" % number)
+            self.write(info % (number, number), ".PKGINFO")
+            self.run_tool("bsdtar", "-czf", names[-1], ".PKGINFO", "etc-file")
+        for suffix in ("gz", "xz", "bz2", "zst"):
+            with self.subTest(suffix):
+                self.run_tool("repo-add", "core.db.tar." + suffix, *names)
+                for name in ("core.db", "core.files"):
+                    self.assertEqual(self.read_path(self.path(name), "http://a/arch/" + name), {name.encode(): self.facts_of(name) for name in names})
+
+    def test_an_apkindex_as_alpine_writes_it(self):
+        """A signature's tar without an end mark, and the index's tar, each compressed for itself."""
+        signature = tar((".SIGN.RSA.alpine-devel@lists.alpinelinux.org-6165ee59.rsa.pub", os.urandom(256)), kind=tarfile.PAX_FORMAT)[:1024]
+        index = tar(("DESCRIPTION", b"v3.19.1"), ("APKINDEX", APKINDEX), kind=tarfile.PAX_FORMAT)
+        entries = self.read("apk", gzip.compress(signature) + gzip.compress(index))
+        self.assertEqual(entries[b"busybox-1.36.1-r5.apk"], FileFacts(509600, "", b""))
+        self.assertEqual(len(entries), 2)
+
+
+class HostileTest(ParserCase):
+    """Damaged and malicious indexes cost little, and teach nothing wrong."""
+
+    MEMORY = 40 * 1024 * 1024
+    SECONDS = 20.0
+
+    @contextlib.contextmanager
+    def bounded(self, memory=MEMORY, damaged=True):
+        tracemalloc.start()
+        started = time.process_time()
+        try:
+            with self.assertRaises(DamagedIndexError) if damaged else contextlib.nullcontext():
+                yield
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        self.assertLess(peak, memory)
+        self.assertLess(time.process_time() - started, self.SECONDS)
+
+    def test_compressed_bombs_are_given_up(self):
+        block = b"\0" * 1024 * 1024
+        for name, compressor in (("gz", zlib.compressobj(9, wbits=31)), ("bz2", bz2.BZ2Compressor()), ("xz", lzma.LZMACompressor(preset=0))):
+            data = b"".join([compressor.compress(block) for _ in range(100)]) + compressor.flush()
+            for kind in ("apt", "rpm", "pacman", "apk", "pypi", "release"):
+                with self.subTest(name, kind=kind), self.bounded():
+                    self.read(kind, data)
+
+    def test_a_bomb_of_zstd_is_given_up_and_its_process_ends(self):
+        data = self.run_tool("zstd", "-qc", input=b"a\n" * 50_000_000)
+        with self.bounded():
+            self.read("apt", data)
+        with self.assertRaises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+
+    def test_a_window_of_gigabytes_is_refused(self):
+        data = bytearray(lzma.compress(b"a" * 100, filters=[{"id": lzma.FILTER_LZMA2, "preset": 0}]))
+        data[data.index(b"\x21\x01") + 2] = 39  # the dictionary's size in the block's header: 3 GiB
+        end = 12 + (data[12] + 1) * 4
+        data[end - 4:end] = zlib.crc32(data[12:end - 4]).to_bytes(4, "little")
+        with self.bounded():
+            self.read("apt", bytes(data))
+        with self.assertRaisesRegex(DamagedIndexError, "limit"):
+            self.read("apt", bytes(data))
+
+    def test_a_million_members_without_content_end_by_the_deadline(self):
+        with mock.patch.object(pkgproxy, "INDEX_TIMEOUT", 0.3), self.bounded():
+            self.read("apt", gzip.compress(b"") * 300_000)
+
+    def test_slow_streams_end_by_the_deadline(self):
+        with mock.patch.object(pkgproxy, "INDEX_TIMEOUT", -1), self.bounded():
+            self.read("apt", SIMPLE["apt"])
+
+    def test_members_of_a_byte_cost_no_more_than_large_ones(self):
+        data = b"".join([gzip.compress(b"x", 0)] * 100_000)
+        with self.bounded(damaged=False):
+            self.assertEqual(self.read("apt", data), {})
+
+    def test_entries_without_end_are_given_up(self):
+        for kind, start in (("apt", b"Filename: "), ("release", b"SHA256:\n"), ("rpm", b"<package>"), ("pypi", b"<a href='"), ("pypi", b'{"files": [{"'), ("npm", b'{"dist":{"'),
+                            ("pacman", tar(("a/desc", desc(b"x") + b"x" * 20_000_000))), ("apk", tar(("APKINDEX", b"P:" + b"x" * 20_000_000)))):
+            with self.subTest(kind, start=start[:10]), self.bounded(80 * 1024 * 1024):
+                self.read(kind, start + b"x" * 20_000_000)
+
+    def test_entries_that_name_nothing_count_too(self):
+        with mock.patch.object(pkgproxy, "MAX_ENTRIES", 1000), self.bounded():
+            self.parse("apt", b"a\n\n" * 1001)
+
+    def test_a_million_entries_are_given_up_within_bounds(self):
+        stream = (b"".join(b"Filename: %d\nSize: 1\n\n" % number for number in range(at, at + 1000)) for at in range(0, 1_000_000, 1000))
+        with mock.patch.object(pkgproxy, "MAX_ENTRIES", 100_000), self.bounded(12 * 1024 * 1024):
+            pkgproxy.write_table(self.path("table"), TABLE_SOURCE, parse("apt", stream, DEBIAN))
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_names_that_lead_out_or_are_none_are_left_out(self):
+        names = [b"../x", b"a/../../x", b"/x", b"..", b"a/..", b"", b"a/", b"a\0b", b"a\x1fb", b"x" * 5000, b"//x"]
+        for name in names:
+            with self.subTest(name[:20]):
+                self.assertEqual(self.parse("apt", b"Filename: %b\nSize: 1\n" % name), {})
+                self.assertEqual(self.parse("pacman", tar(("a/desc", desc(name)))), {})
+                self.assertEqual(self.parse("rpm", SIMPLE["rpm"].replace(b"p/a&amp;b.rpm", name)), {})
+        for link in ("%2e%2e/x", "..%2Fx", "%00", "/%2Fx", "http://[/x", "//b/x", "a?b", "https://a/x", "javascript:x"):
+            self.assertEqual(self.parse("pypi", ("<a href='%s#sha256=%s'>" % (link, D1)).encode(), "http://a/simple/foo/"), {}, link)
+        self.assertEqual(list(self.parse("apt", b"Filename: ././a/./..b/.c\nSize: 1\n")), [b"a/..b/.c"])
+
+    def test_values_that_are_none_are_left_out(self):
+        for size, digest, facts in (("-1", "", None), ("1" * 30, "", None), ("x", "zz", None), ("1", "0" * 63, FileFacts(1, "", b"")), ("", D1, sha256_facts(D1)),
+                                    ("1", " ".join(["00"] * 32), FileFacts(1, "", b"")), ("\u0663", "", None)):
+            data = ("Filename: a\nSize: %s\nSHA256: %s\n" % (size, digest)).encode()
+            self.assertEqual(self.parse("apt", data).get(b"a"), facts, (size, digest))
+
+    def test_xml_with_a_document_type_or_entities_is_refused(self):
+        bomb = b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>' + SIMPLE["rpm"].partition(b"?>")[2]
+        for data in (bomb, SIMPLE["rpm"].replace(b"<summary>", b"<summary><![CDATA[<location href='evil'/>]]>"), SIMPLE["rpm"].replace(b"<name>", b"<!-- --><name>")):
+            with self.assertRaises(DamagedIndexError):
+                self.parse("rpm", data)
+        self.assertEqual(list(self.parse("rpm", SIMPLE["rpm"].replace(b"a&amp;b", b"&evil;&#x26;"))), [b"p/&evil;&.rpm"])
+
+    def test_links_and_headers_of_gigabytes_in_a_tar_are_skipped(self):
+        members = [("a/desc", b"", tarfile.SYMTYPE, "/etc/passwd"), ("b/desc", b"", tarfile.LNKTYPE, "a/desc"), ("c/desc", b"", tarfile.CHRTYPE), ("d/desc", desc(b"d.pkg"))]
+        self.assertEqual(list(self.parse("pacman", tar(*members))), [b"d.pkg"])
+        for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.GNUTYPE_SPARSE):
+            info = tarfile.TarInfo("x")
+            info.type, info.size = kind, 8 ** 11 - 1
+            data = gzip.compress(info.tobuf(tarfile.USTAR_FORMAT) + b"%FILENAME%\n" + b"\0" * 10_000_000)
+            with self.subTest(kind), self.bounded():
+                self.read("pacman", data)
+        long_name = tar(("x" * 150 + "/desc", desc(b"d.pkg")))
+        self.assertEqual(list(self.parse("pacman", long_name)), [b"d.pkg"])
+
+    def test_sizes_in_a_tar_that_are_none_are_refused(self):
+        data = tar(("a/desc", desc(b"a")))
+        for size in (b"-0000000001\0", b"\x80" + b"\xff" * 11, b"99999999999\0", b"\0" * 12):
+            with self.assertRaises(DamagedIndexError):
+                self.parse("pacman", data[:124] + size + data[136:])
+
+    def test_json_of_any_shape_is_survived(self):
+        for text in ("{}", '{"files": [1, {"url": 5, "hashes": {"sha256": 5}}]}', '{"files": {"url": [], "hashes": []}}', '{"a": 1e999999}', '{"dist": {"tarball": null, "integrity": {}}}',
+                     '{"tarball": "http://[", "integrity": "sha512-abc"}', '{"size": %s}' % ("9" * 10_000), '{"url": "\\ud800", "hashes": {"sha256": "\\ud800"}}'):
+            with self.subTest(text[:40]):
+                self.assertEqual(self.parse("npm", text.encode()), {})
+        for text in ('{"dist": {"', '{"dist": {"a": ' + "[" * 100_000, '{"dist": {"a"}}', '{"dist": {"a": "%s"}}' % ("x" * 2_000_000), '{"dist": {"a": "\x01"}}'):
+            with self.subTest(text[:40]), self.assertRaises(DamagedIndexError):
+                self.parse("npm", text.encode("latin-1"), size=100_000)
+
+    def test_json_costs_no_memory_for_its_length(self):
+        for kind, text in (("npm", '{"a":[' + "0," * 2_000_000), ("npm", '{"a":[' + "{}," * 1_000_000), ("npm", '{"dist":{}' * 100_000), ("pypi", '{"files":[' + '{"url":"","hashes":0},' * 50_000 + "{}]}"),
+                           ("npm", '{"a":' + "[" * 2_000_000)):
+            with self.subTest(text[:20]), self.bounded(8 * 1024 * 1024, damaged=False):
+                chunks = (text[at:at + 100_000].encode() for at in range(0, len(text), 100_000))
+                self.assertEqual(list(parse(kind, chunks, URLS[kind])), [])
+        text = '{"dist":{"a":[' + "0," * 2_000_000
+        with self.bounded(40 * 1024 * 1024):
+            list(parse("npm", (text[at:at + 256_000].encode() for at in range(0, len(text), 256_000)), URLS["npm"]))
+
+    def test_no_text_costs_more_than_its_length(self):
+        size = 1_000_000
+        for kind, unit in (("rpm", b"<size "), ("rpm", b"<checksum "), ("rpm", b"<location href='"), ("rpm", b"<location "), ("rpm", b"<size package="), ("rpm", b"<checksum>0"),
+                           ("pypi", b"<a href "), ("pypi", b"<a href="), ("pypi", b"href= "), ("apt", b"Filename: x\n "), ("apt", b"Filename: a\n\n"), ("apt", b"./"), ("apt", b"\n\n"), ("apt", b"a\n\n"), ("release", b"SHA256:\n a 1 b\n"),
+                           ("npm", b'{"dist" '), ("pypi", b'{"files" '), ("pypi", b'{,')):
+            for lead in (b"", b"Filename: ", b"<a "):
+                data = lead + unit * (size // len(unit))
+                with self.subTest(kind, unit=unit, lead=lead):
+                    started = time.process_time()
+                    with contextlib.suppress(DamagedIndexError):
+                        self.parse(kind, data, size=100_000)
+                    self.assertLess(time.process_time() - started, 6)
+        wanted = desc(b"x") + b"x" * 3_900_000
+        members = tar(("a", wanted)).rstrip(b"\0") + bytes(-len(wanted) % 512)
+        for data in (b"", b"x"):
+            packed = gzip.compress(members + tar(("b", data))[:1024 if data else 512] * 10_000)
+            with self.subTest("pacman", data=data), self.bounded(damaged=False):
+                self.read("pacman", packed)
+
+    PIECES = (b"\0", b"\n\n", b"\xff", b"../", b"%2e", b"<!", b"&#0;", b'"', b"9" * 30, b"{", b"\x1f\x8b", b"</package>")
+
+    def _mutate(self, rng, data):
+        data = bytearray(data)
+        for _ in range(rng.randrange(1, 6)):
+            at, start = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)
+            stop, new = rng.choice(((at + 1, bytes([rng.randrange(256)])), (at + rng.randrange(1, 50), b""), (at, rng.choice(self.PIECES)),
+                                    (at, data[start:start + 100]), (len(data), b"x")))
+            data[at:stop] = new
+        return bytes(data)
+
+    def test_a_damaged_index_raises_one_exception_and_keeps_within_bounds(self):
+        seed = int(os.environ.get("SEED", "18"))
+        rng = random.Random(seed)
+        deadline = time.monotonic() + float(os.environ.get("FUZZ", "4"))
+        for rounds in itertools.count():
+            if time.monotonic() > deadline:
+                break
+            kind = rng.choice(sorted(SIMPLE))
+            compress = rng.choice((bytes, bytes, gzip.compress, bz2.compress, lzma.compress))
+            data = self._mutate(rng, compress(self._mutate(rng, SIMPLE[kind]) if rng.random() < 0.3 else SIMPLE[kind]))
+            entries = {}
+            try:
+                entries = self.read(kind, data)
+            except DamagedIndexError:
+                pass
+            except BaseException as error:
+                raise AssertionError("seed %d, round %d: %s %r" % (seed, rounds, kind, data)) from error
+            self.assertLess(len(entries), 50)
+            for name, facts in entries.items():
+                self.assertNotIn(b"..", name.split(b"/"))
+                self.assertIn(len(facts.digest), (0, 32))
+        self.assertGreater(rounds, 100)
+
+
+class TableTest(ParserCase):
+    """What an index says, on disk."""
+
+    ENTRIES = [(b"a", sha256_facts(D1, 5)), (b"b", sha256_facts(D2)), (b"c", FileFacts(0, "", b"")), (b"d", FileFacts(10 ** 14 - 1, "sha512", bytes.fromhex(SHA512)[:32])), (b"\xff", sha256_facts(D3, 1))]
+
+    def open(self, path):
+        return pkgproxy.IndexTable(path)
+
+    def make(self, entries, name="table"):
+        pkgproxy.write_table(self.path(name), TABLE_SOURCE, iter(entries))
+        return self.path(name)
+
+    def test_every_entry_is_found_as_it_was_written(self):
+        table = self.open(self.make(self.ENTRIES + self.ENTRIES))
+        self.assertEqual(table.source, TABLE_SOURCE)
+        for name, facts in self.ENTRIES:
+            self.assertEqual(table.look_up(name), [facts])
+        self.assertEqual(table.look_up(b"e"), [])
+
+    def test_tables_of_any_size_answer_for_all_their_names_and_no_other(self):
+        rng = random.Random(1)
+        for count in (0, 1, 2, 31, 32, 33, 63, 64, 65, 1000, 20_000):
+            with self.subTest(count):
+                table = self.open(self.make((b"%d" % number, FileFacts(number, "", b"")) for number in range(count)))
+                for number in {0, count - 1, *rng.sample(range(count), min(count, 500))} if count else ():
+                    self.assertEqual(table.look_up(b"%d" % number), [FileFacts(number, "", b"")])
+                self.assertEqual([table.look_up(b"x%d" % number) for number in range(300)], [[]] * 300)
+
+    def test_an_index_that_contradicts_itself_gives_all_that_it_says(self):
+        table = self.open(self.make([*((b"%d" % number, sha256_facts(D3)) for number in range(300)), (b"a", sha256_facts(D1, 1)), (b"a", sha256_facts(D2, 1)), (b"a", sha256_facts(D1, 1))]))
+        self.assertEqual(sorted(table.look_up(b"a")), sorted([sha256_facts(D1, 1), sha256_facts(D2, 1)]))
+
+    def test_keys_within_digests_are_not_taken_for_rows(self):
+        key = hashlib.sha256(b"a").digest()[:10]
+        table = self.open(self.make([(b"%d" % number, FileFacts(1, "sha256", (key * 4)[:32])) for number in range(100)]))
+        self.assertEqual(table.look_up(b"a"), [])
+
+    def test_a_file_that_is_not_a_complete_table_is_refused(self):
+        with open(self.make(self.ENTRIES), "rb") as file:
+            good = file.read()
+        self.open(self.write(good))
+        cases = [good[:size] for size in range(len(good))]
+        cases += [good[:at] + bytes([good[at] ^ 1]) + good[at + 1:] for at in range(len(good))]
+        cases += [good + b"\0", b"\0" * 10_000, os.urandom(10_000), b"{}\n" + bytes(4), good.replace(b"table 1", b"table 2"), b"x" * 200_000 + b"\n"]
+        for data in cases:
+            with self.assertRaises(DamagedIndexError):
+                pkgproxy.IndexTable(self.write(data))
+        with self.assertRaises(FileNotFoundError):
+            pkgproxy.IndexTable(self.path("absent"))
+
+    def test_a_table_of_an_unexpected_header_is_refused(self):
+        for header in (b"[]\n", b"5\n", b"null\n", b'"abc"\n', b'[1,2,3]\n', b"[" * 50_000 + b"\n"):
+            data = header + zlib.crc32(header).to_bytes(4, "big")
+            with self.subTest(header[:9]), self.assertRaises(DamagedIndexError):
+                pkgproxy.IndexTable(self.write(data))
+
+    def test_a_damaged_index_leaves_the_table_before_and_no_litter(self):
+        path = self.make(self.ENTRIES)
+
+        def broken():
+            yield b"z", sha256_facts(D1)
+            raise DamagedIndexError("x")
+
+        with self.assertRaises(DamagedIndexError):
+            self.make(broken())
+        with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")), self.assertRaises(OSError):
+            self.make([])
+        self.assertEqual(os.listdir(self.folder), ["table"])
+        self.assertEqual(self.open(path).look_up(b"a"), [sha256_facts(D1, 5)])
+
+    def test_a_table_that_is_replaced_or_removed_is_not_misread(self):
+        many = [(b"%d" % number, FileFacts(number, "", b"")) for number in range(1000)]
+        path = self.make(many)
+        table = self.open(path)
+        for entries in ([], many[:1], many[:500], self.ENTRIES):
+            self.make(entries)
+            for name, facts in many:
+                self.assertIn(table.look_up(name), ([], [facts]))
+        os.unlink(path)
+        with self.assertRaises(FileNotFoundError):
+            table.look_up(b"1")
+
+    def test_debians_main_fits_the_budgets(self):
+        """60,000 packages: 4 MB, 5 s of processor time, 20 MB of memory; a look-up 50 µs."""
+        names = [b"pool/main/l/lib%d/lib%d_1.0-1_amd64.deb" % (number, number) for number in range(60_000)]
+        text = b"".join(b"Package: x\nDescription: %b\nFilename: %b\nSize: %d\nSHA256: %b\n\n" % (os.urandom(100).hex().encode() * 3, name, len(name), hashlib.sha256(name).hexdigest().encode()) for name in names)
+        path = self.write(lzma.compress(text, preset=1))
+        del text
+        started = time.thread_time()
+        with io.FileIO(path) as file:
+            pkgproxy.write_table(self.path("table"), TABLE_SOURCE, parse("apt", pkgproxy.read_index(file), DEBIAN))
+        self.assertLess(time.thread_time() - started, 5)
+        self.assertLess(os.path.getsize(self.path("table")), 4_000_000)
+        table = self.open(self.path("table"))
+        started = time.thread_time()
+        for name in names[::60]:
+            self.assertEqual(table.look_up(name)[0].size, len(name))
+        self.assertLess((time.thread_time() - started) / 1000, 50e-6)
+        tracemalloc.start()
+        try:
+            with io.FileIO(path) as file:
+                entries = itertools.islice(parse("apt", pkgproxy.read_index(file), DEBIAN), 20_000)
+                pkgproxy.write_table(self.path("part"), TABLE_SOURCE, entries)
+            now, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        self.assertLess(peak, 20_000_000 / 2)
+        self.assertLess(now, 200_000)
+
+
+class IndexReaderTest(StoreCase):
+    """The thread that reads stored indexes, and what it answers about packages."""
+
+    PACKAGE = "http://a/debian/pool/g++_1.deb"
+
+    def setUp(self):
+        super().setUp()
+        self.reader = pkgproxy.IndexReader(self.store)
+        self.addCleanup(self.settle)
+        pauses = mock.patch("time.sleep")
+        pauses.start()
+        self.addCleanup(pauses.stop)
+        self.count = itertools.count(1)
+
+    def put(self, url, data, content_type="", note=True):
+        """Store an index as pkgproxy does, and tell the reader."""
+        _, path, head_path = self.store._places(url)[0]
+        pkgproxy.replace_file(path, data)
+        os.utime(path, ns=(0, 10**18 + next(self.count)))
+        info = os.stat(path)
+        head = pkgproxy.ResponseHead(200, "OK", (("Content-Type", content_type),), url, url, (), 1.0, 1.0, info.st_size, info.st_mtime_ns)
+        pkgproxy._write_heads(head_path, [head])
+        if note:
+            self.reader.note(head)
+            self.settle()
+        return head
+
+    def settle(self):
+        thread = self.reader._thread
+        if thread.is_alive():
+            thread.join(60)
+
+    def facts(self, url=PACKAGE):
+        self.reader.generation += 1  # as if CHECK_INTERVAL had passed
+        return self.reader.facts_for(url)
+
+    def tables(self):
+        return sorted(name for _, _, names in os.walk(os.path.join(self.root, ".pkgproxy", "indexes")) for name in names)
+
+    def packages(self, digest=D1, size=12):
+        return ("Package: g++\nFilename: pool/g++_1.deb\nSize: %d\nSHA256: %s\n\n" % (size, digest)).encode()
+
+    def release(self, *indexes):
+        """A Release that names these Packages, and the URLs of their by-hash names."""
+        digests = [hashlib.sha256(data).hexdigest() for data in indexes]
+        text = "Suite: sid\nSHA256:\n" + "".join(" %s %d main/binary-amd64/Packages\n" % (digest, len(data)) for digest, data in zip(digests, indexes))
+        return text.encode(), ["http://a/debian/dists/sid/main/binary-amd64/by-hash/SHA256/" + digest for digest in digests]
+
+    def test_an_index_that_was_stored_tells_about_its_packages_and_no_others(self):
+        self.put(DEBIAN, self.packages())
+        self.assertEqual(self.facts(), [sha256_facts(D1, 12)])
+        for url in ("http://a/debian/pool/other_1.deb", "http://b/debian/pool/g++_1.deb", "https://a/debian/pool/g++_1.deb", "http://a/pool/g++_1.deb", "http://a/debian/pool/g++_1.deb?x"):
+            self.assertEqual(self.facts(url), [], url)
+
+    def test_an_index_that_is_replaced_or_gone_tells_nothing_more(self):
+        old = self.put(DEBIAN, self.packages(D1))
+        self.assertEqual(self.facts(), [sha256_facts(D1, 12)])
+        self.put(DEBIAN, self.packages(D2), note=False)
+        self.assertEqual(self.facts(), [])
+        self.reader.note(old)
+        self.settle()
+        self.assertEqual(self.facts(), [sha256_facts(D2, 12)])
+        self.assertEqual(len(self.tables()), 1)
+        self.store.delete(DEBIAN)
+        self.assertEqual((self.facts(), self.tables()), ([], []))
+
+    def test_indexes_that_disagree_are_all_right(self):
+        self.put(DEBIAN, self.packages(D1))
+        self.put(DEBIAN.replace("sid", "stable"), self.packages(D2))
+        self.assertEqual(sorted(self.facts()), sorted([sha256_facts(D1, 12), sha256_facts(D2, 12)]))
+
+    def test_a_by_hash_name_counts_while_a_release_names_it(self):
+        first, second = self.packages(D1), self.packages(D2)
+        release, urls = self.release(first, second)
+        self.put(urls[0], first)
+        self.assertEqual((self.facts(), self.tables()), ([], []))  # what it is, nobody knows
+        self.put("http://a/debian/dists/sid/InRelease", self.release(first)[0])
+        self.put(urls[0], first)
+        self.assertEqual(self.facts(), [sha256_facts(D1, 12)])
+        self.put("http://a/debian/dists/sid/InRelease", self.release(second)[0])
+        self.assertEqual(self.facts(), [])
+        self.put(urls[1], second)
+        self.assertEqual(self.facts(), [sha256_facts(D2, 12)])
+        self.put("http://a/debian/dists/sid/InRelease", release)
+        self.assertEqual(len(self.facts()), 2)
+
+    def test_an_index_that_its_release_contradicts_tells_nothing(self):
+        self.put(DEBIAN, self.packages(D1))
+        for data, known in ((self.packages(D2), []), (self.packages(D1), [sha256_facts(D1, 12)])):
+            self.put("http://a/debian/dists/sid/Release", self.release(data)[0])
+            self.assertEqual(self.facts(), known)
+
+    def test_an_rpm_index_counts_while_repomd_names_it(self):
+        data = gzip.compress(SIMPLE["rpm"])
+        digest = hashlib.sha256(data).hexdigest()
+        url, package = "http://a/f/repodata/%s-primary.xml.gz" % digest, "http://a/f/p/a&b.rpm"
+        repomd = '<repomd><data type="primary"><checksum type="sha256">%s</checksum><location href="repodata/%s-primary.xml.gz"/><size>%d</size></data></repomd>'
+        self.put("http://a/f/repodata/repomd.xml", (repomd % (digest, digest, len(data))).encode())
+        self.put(url, data)
+        self.assertEqual(self.facts(package), [sha256_facts(D1, 12)])
+        self.put("http://a/f/repodata/repomd.xml", (repomd % (D2, D2, 5)).encode())
+        self.assertEqual(self.facts(package), [])
+
+    def test_pages_and_documents_are_found_by_the_names_of_their_files(self):
+        for number, project in enumerate(("foo", "foo-bar", "foo-bar-baz")):
+            self.put("http://a/r/simple/%s/" % project, ('<a href="../../packages/%s-1.0.tar.gz#sha256=%s">' % (project.replace("-", "_"), (D1, D2, D3)[number])).encode(), "text/html")
+        self.assertEqual(self.facts("http://a/r/packages/foo_bar-1.0.tar.gz"), [sha256_facts(D2)])
+        page = {"files": [{"filename": "x", "url": "../../packages/Foo.Bar-2.0-py3-none-any.whl", "hashes": {"sha256": D3}, "size": 4}]}
+        self.put("http://a/r/simple/foo-bar/", json.dumps(page).encode(), "application/vnd.pypi.simple.v1+json")
+        self.assertEqual(self.facts("http://a/r/packages/Foo.Bar-2.0-py3-none-any.whl"), [sha256_facts(D3, 4)])
+        self.put("http://a/foo", SIMPLE["npm"], "application/json; charset=utf-8")
+        self.assertEqual(self.facts("http://a/foo/-/foo-1.0.0.tgz")[0].algorithm, "sha512")
+
+    def test_a_damaged_index_is_read_once_and_one_line_says_so(self):
+        with self.assertLogs("pkgproxy", "WARNING") as logged:
+            head = self.put(DEBIAN, gzip.compress(self.packages())[:-9])
+            for _ in range(3):
+                self.reader.note(head)
+                self.settle()
+        self.assertEqual((len(logged.output), self.facts(), len(self.tables())), (1, [], 1))
+
+    def test_tables_that_are_lost_or_damaged_are_made_again(self):
+        head = self.put(DEBIAN, self.packages())
+        shutil.rmtree(os.path.join(self.root, ".pkgproxy", "indexes"))
+        self.assertEqual(pkgproxy.IndexReader(self.store).facts_for(self.PACKAGE), [])
+        self.reader.note(head)
+        self.settle()
+        self.assertEqual(self.facts(), [sha256_facts(D1, 12)])
+        for folder, _, names in os.walk(os.path.join(self.root, ".pkgproxy", "indexes")):
+            for name in names:
+                os.truncate(os.path.join(folder, name), 50)
+        other = pkgproxy.IndexReader(self.store)  # as after a crash
+        self.assertEqual((other.facts_for(self.PACKAGE), self.tables()), ([], []))
+        other.note(head)
+        other._thread.join(60)
+        self.assertEqual(self.facts(), [sha256_facts(D1, 12)])
+
+    def test_a_full_disk_costs_the_knowledge_and_pauses_the_reading(self):
+        head = self.put(DEBIAN, self.packages(), note=False)
+        with self.assertLogs("pkgproxy", "WARNING") as logged:
+            with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")) as replace:
+                for _ in range(3):
+                    self.reader.note(head)
+                    self.settle()
+            self.assertEqual(replace.call_count, 1)
+        self.assertEqual((len(logged.output), self.facts(), self.tables()), (1, [], []))
+        self.reader._failed -= pkgproxy.LEARNING_BACKOFF
+        self.reader.note(head)
+        self.settle()
+        self.assertEqual(self.facts(), [sha256_facts(D1, 12)])
+
+    def test_an_index_that_is_replaced_while_it_is_read_is_not_believed(self):
+        write_table = pkgproxy.write_table
+
+        def write_late(path, source, entries):
+            entries = list(entries)
+            if source.size == len(self.packages(D1, 1)):
+                self.put(DEBIAN, self.packages(D2, 222), note=False)
+            write_table(path, source, entries)
+
+        with mock.patch.object(pkgproxy, "write_table", write_late):
+            head = self.put(DEBIAN, self.packages(D1, 1))
+        self.assertEqual((self.facts(), self.tables()), ([], []))
+        self.reader.note(head)
+        self.settle()
+        self.assertEqual(self.facts(), [sha256_facts(D2, 222)])
+
+    def test_a_process_killed_while_it_reads_leaves_nothing_that_is_believed(self):
+        head = self.put(DEBIAN, self.packages(), note=False)
+        code = ("import os, signal, sys\nsys.path.insert(0, sys.argv[3])\nimport pkgproxy\n"
+                "os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)\n"  # the table is written, but not renamed
+                "r = pkgproxy.IndexReader(pkgproxy.Store(sys.argv[1]))\n"
+                "r.note(r._store.lookup(sys.argv[2]).head)\nr._thread.join()\n")
+        process = subprocess.run([sys.executable, "-c", code, self.root, DEBIAN, compiled_folder()], timeout=60)
+        self.assertEqual(process.returncode, -9)
+        self.assertEqual([name[32:33] for name in self.tables()], ["^"])
+        self.assertEqual(self.facts(), [])
+        self.reader.note(head)
+        self.settle()
+        self.assertEqual(self.facts(), [sha256_facts(D1, 12)])
+
+    def test_one_thread_reads_one_index_at_a_time_and_few_wait(self):
+        gate, started, running, most = threading.Event(), threading.Event(), [], []
+
+        def read(key, *_found):
+            running.append(key)
+            most.append(len(running))
+            started.set()
+            gate.wait(30)
+            running.remove(key)
+
+        with mock.patch.object(self.reader, "_read", read), mock.patch.object(pkgproxy, "MAX_QUEUED_INDEXES", 3):
+            for number in range(10):
+                self.reader.note(pkgproxy.ResponseHead(200, "OK", (), "http://a/%d/core.db" % number))
+                started.wait(30)
+            gate.set()
+            self.settle()
+        self.assertEqual(most, [1] * 4)
+        self.assertFalse(self.reader._thread.is_alive())
+
+    def test_a_look_up_costs_little(self):
+        for number in range(20):
+            self.put(DEBIAN.replace("sid", "sid%d" % number), self.packages())
+        self.assertEqual(self.facts(), [sha256_facts(D1, 12)])
+        started = time.thread_time()
+        for _ in range(200):
+            self.reader.facts_for(self.PACKAGE)
+        self.assertLess((time.thread_time() - started) / 200 / 20, 100e-6)
+
+
+# ---------------------------------------------------------------------------------------------
+# 7 Barrier
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2818,7 +3661,7 @@ class SingleFlightTest(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# 7-8 Sockets and origin client
+# 8-9 Sockets and origin client
 # ---------------------------------------------------------------------------------------------
 
 
@@ -3085,7 +3928,7 @@ class OriginTest(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# 9-10 Downloads and proxy
+# 10-11 Downloads and proxy
 # ---------------------------------------------------------------------------------------------
 
 
@@ -4635,7 +5478,7 @@ class MirrorSharingTest(ProxyCase):
         with self.assertLogs("pkgproxy", "WARNING") as logged:
             self.assertEqual(self.request(path).body, b"another index")
             self.wait_until_idle()
-        self.assertIn("its bytes have another digest than its name", logged.output[0])
+        self.assertIn("and its index or name says", logged.output[0])
         self.assertEqual(self.visible_files(), {})
         self.assertEqual([self.request(path).body, self.request(path).body], [self.INDEX_BODY] * 2)
         self.assertEqual(len(self.origin.log), 2)
@@ -4955,6 +5798,569 @@ class MirrorSharingTest(ProxyCase):
         for adopt in ((), (os.path.join(self.folder, "arch"),)):
             self.start_proxy(dataclasses.replace(self.config, adopt=adopt))
             self.assertFalse(self.proxy._mirrors.has_candidates(make_request(self.other.url(self.THERE))))
+
+
+def for_each(*kinds):
+    """Run a test method of IndexedCacheTest once for each of these package managers, with an empty cache."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def run(self):
+            for kind in kinds:
+                with self.subTest(kind):
+                    self.empty_the_cache()
+                    test(self, kind)
+
+        return run
+
+    return decorate
+
+
+class IndexedCacheTest(ProxyCase):
+    """Packages are what the stored indexes of their repository say, whatever mirrors and disks do (invariant 13)."""
+
+    PACKAGES = {"apt": "/debian/pool/h/hello_1.0_all.deb", "rpm": "/fedora/Packages/h/hello-1.0-1.noarch.rpm",
+                "pacman": "/arch/core/os/x86_64/hello-1.0-1-any.pkg.tar.zst", "apk": "/alpine/main/x86_64/hello-1.0-r1.apk"}
+    ALL, DIGESTS = tuple(PACKAGES), ("apt", "rpm", "pacman")  # an APKINDEX tells only sizes
+    OLD, NEW, LONGER = b"old package" * 9, b"new package" * 9, b"longer package" * 9
+    MISS = "pkgproxy; fwd=uri-miss; fwd-status=200; stored"
+
+    def setUp(self):
+        super().setUp()
+        self.other = ScriptedOrigin()
+        self.addCleanup(self.other.close)
+        self.age = itertools.count(1)
+
+    @property
+    def store(self):
+        return self.proxy._store
+
+    def empty_the_cache(self):
+        self.root = tempfile.mkdtemp(dir=self.folder)
+        self.start_proxy()
+        for origin in (self.origin, self.other):
+            origin.log.clear()
+            origin.pages.clear()
+
+    def index_of(self, kind, body):
+        """Return the indexes that tell what the package is: {target: content}, in the order of requests."""
+        digest, size, path = sha256(body), len(body), self.PACKAGES[kind]
+        if kind == "apt":
+            stanza = "Package: hello\nFilename: pool/h/hello_1.0_all.deb\nSize: %d\nSHA256: %s\n\n" % (size, digest)
+            return {"/debian/dists/sid/main/binary-amd64/Packages.gz": gzip.compress(stanza.encode())}
+        if kind == "rpm":
+            entry = SIMPLE["rpm"].decode().replace("p/a&amp;b.rpm", path[len("/fedora/"):]).replace(D1, digest)
+            primary = gzip.compress(entry.replace('"12"', '"%d"' % size).encode())
+            name = "repodata/%s-primary.xml.gz" % sha256(primary)
+            top = ('<repomd><data type="primary"><checksum type="sha256">%s</checksum><location href="%s"/><size>%d</size></data></repomd>'
+                   % (sha256(primary), name, len(primary)))
+            return {"/fedora/repodata/repomd.xml": top.encode(), "/fedora/" + name: primary}
+        if kind == "pacman":
+            return {"/arch/core/os/x86_64/core.db": tar_gz({"hello-1.0-1/desc": desc(path.rpartition("/")[2].encode(), size, digest)})}
+        return {"/alpine/main/x86_64/APKINDEX.tar.gz": tar_gz({"APKINDEX": b"P:hello\nV:1.0-r1\nS:%d\n\n" % size})}
+
+    def publish(self, kind, *bodies, listed=None, origin=None, folder=""):
+        """Publish a package, which the origin sends with one body after the other, and an index that lists one of them.
+
+        Return the URLs of the indexes.
+        """
+        origin = origin or self.origin
+        date = email.utils.formatdate(CLOCK + next(self.age), usegmt=True)
+        origin.pages[folder + self.PACKAGES[kind]] = [ScriptedResponse(body, modified=date) for body in bodies]
+        indexes = self.index_of(kind, bodies[-1] if listed is None else listed)
+        origin.pages.update((folder + target, ScriptedResponse(content, modified=date)) for target, content in indexes.items())
+        return [origin.url(folder + target) for target in indexes]
+
+    def learn(self, urls):
+        """Request indexes as a client does, and wait until they have been read."""
+        for url in urls:
+            self.assertEqual(self.request(url).status, 200)
+            self.wait_until_idle()
+        until(lambda: not self.store._reader._thread.is_alive(), "the end of reading")
+
+    def get(self, kind, origin=None, folder=""):
+        """Request the package; return its body and Cache-Status."""
+        answer = self.request((origin or self.origin).url(folder + self.PACKAGES[kind]))
+        self.assertEqual(answer.status, 200)
+        self.wait_until_idle()
+        return answer.body, self.cache_status(answer)
+
+    def check_hit(self, kind, body):
+        self.assertEqual(self.get(kind), (body, "pkgproxy; hit"))
+
+    def check_requests(self, kind, count, origin=None, folder=""):
+        """Check how many requests for the package an origin got, each of which was a download."""
+        self.assertEqual((origin or self.origin).methods(folder + self.PACKAGES[kind]), ["GET"] * count)
+
+    def name(self, kind):
+        return self.visible_name(self.PACKAGES[kind][1:])
+
+    # Uploaded again
+
+    @for_each(*ALL)
+    def test_a_package_uploaded_again_with_a_new_index_is_downloaded_once_and_at_once(self, kind):
+        for count, body in enumerate((self.OLD, self.LONGER, self.OLD) + (self.NEW,) * (kind != "apk"), 1):
+            self.learn(self.publish(kind, body))
+            self.assertEqual(self.get(kind), (body, self.MISS))
+            self.check_hit(kind, body)
+            self.check_requests(kind, count)
+        self.assertEqual(self.store.checks["refused"], 0)
+        self.assertGreaterEqual(self.store.checks["verified"], count)
+
+    @for_each(*ALL)
+    def test_a_package_without_a_new_index_remains_a_hit(self, kind):
+        indexes = self.publish(kind, self.OLD)
+        self.learn(indexes)
+        self.assertEqual(self.get(kind), (self.OLD, self.MISS))
+        self.learn(indexes)
+        self.check_hit(kind, self.OLD)
+        self.check_requests(kind, 1)
+
+    @for_each(*ALL)
+    def test_twenty_clients_of_a_new_version_cost_one_download(self, kind):
+        for body in (self.OLD, self.LONGER):
+            self.learn(self.publish(kind, body))
+            self.assertEqual({answer.body for answer in self.request_together(self.origin.url(self.PACKAGES[kind]), 20)}, {body})
+        self.wait_until_idle()
+        self.check_requests(kind, 2)
+
+    @for_each(*ALL)
+    def test_a_new_version_that_cannot_be_downloaded_is_not_replaced_by_the_old_one(self, kind):
+        self.learn(self.publish(kind, self.OLD))
+        self.get(kind)
+        self.learn(self.publish(kind, self.LONGER))
+        self.origin.close()
+        answer = self.request(self.PACKAGES[kind])
+        self.assertEqual(answer.status, 502)
+        self.origin.listen()
+
+    # Stored before the index was known
+
+    @for_each(*ALL)
+    def test_a_package_stored_before_its_index_is_checked_by_size_and_digest(self, kind):
+        for listed in (self.LONGER,) + (self.NEW,) * (kind != "apk"):
+            self.empty_the_cache()
+            indexes = self.publish(kind, self.OLD, listed)
+            self.assertEqual(self.get(kind), (self.OLD, self.MISS))
+            self.check_hit(kind, self.OLD)
+            self.learn(indexes)
+            self.assertEqual(self.get(kind), (listed, self.MISS))
+            self.check_hit(kind, listed)
+            self.check_requests(kind, 2)
+
+    @for_each(*ALL)
+    def test_a_right_package_stored_before_its_index_remains_a_hit(self, kind):
+        indexes = self.publish(kind, self.OLD)
+        self.get(kind)
+        self.learn(indexes)
+        self.check_hit(kind, self.OLD)
+        self.check_requests(kind, 1)
+
+    @for_each(*ALL)
+    def test_a_package_without_metadata_is_checked_too(self, kind):
+        for listed, wrong in ((self.LONGER, self.OLD),) + ((self.NEW, self.OLD),) * (kind != "apk"):
+            self.empty_the_cache()
+            indexes = self.publish(kind, wrong, listed)
+            self.get(kind)
+            shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "heads"))
+            self.learn(indexes)
+            self.get(kind)  # the size, and whether the origin has the same, are checked now
+            self.scrub(kind)
+            self.assertEqual(self.get(kind)[0], listed)
+
+    # Garbage
+
+    @for_each(*ALL)
+    def test_garbage_of_another_size_reaches_its_client_and_no_other(self, kind):
+        garbage = b"<html>Please log in</html>"
+        self.learn(self.publish(kind, garbage, self.NEW))
+        with self.assertLogs("pkgproxy", "INFO") as logged:
+            body, status = self.get(kind)
+        self.assertEqual((body, "stored" in status), (garbage, False))
+        self.assertRegex("\n".join(logged.output), r"\b%d bytes\b.*\b%d\b" % (len(garbage), len(self.NEW)))
+        self.assertNotIn(self.name(kind), self.visible_files())
+        self.assertEqual(self.store.checks["refused"], 1)
+        self.assertEqual(self.get(kind), (self.NEW, self.MISS))
+        self.check_hit(kind, self.NEW)
+        self.check_requests(kind, 2)
+
+    @for_each(*DIGESTS)
+    def test_garbage_of_the_right_size_reaches_its_client_and_no_other(self, kind):
+        self.learn(self.publish(kind, self.OLD, self.NEW))
+        with self.assertLogs("pkgproxy", "WARNING") as logged:
+            self.assertEqual(self.get(kind)[0], self.OLD)
+        self.assertRegex(logged.output[0], "%s.*%s" % (sha256(self.OLD)[:16], sha256(self.NEW)[:16]))
+        self.assertNotIn(self.name(kind), self.visible_files())
+        self.assertEqual(self.get(kind), (self.NEW, self.MISS))
+        self.check_hit(kind, self.NEW)
+        self.check_requests(kind, 2)
+        self.assertEqual((self.store.checks["refused"], self.store.checks["healed"]), (1, 0))
+
+    @for_each(*ALL)
+    def test_garbage_without_a_declared_length_is_not_kept(self, kind):
+        self.learn(self.publish(kind, self.LONGER, self.NEW))
+        self.origin.pages[self.PACKAGES[kind]][0].chunked = True
+        with self.assertLogs("pkgproxy", "WARNING") as logged:
+            self.assertEqual(self.get(kind)[0], self.LONGER)
+        self.assertRegex(logged.output[0], r"%d bytes.*%d" % (len(self.LONGER), len(self.NEW)))
+        self.assertEqual(self.get(kind), (self.NEW, self.MISS))
+        self.check_requests(kind, 2)
+
+    @for_each(*DIGESTS)
+    def test_all_clients_of_one_download_get_the_garbage_and_the_next_one_the_package(self, kind):
+        gate = Gate()
+        self.addCleanup(gate.open)
+        self.learn(self.publish(kind, self.OLD, self.NEW))
+        garbage = self.origin.pages[self.PACKAGES[kind]][0]
+        garbage.gate, garbage.first = gate, 10
+        with self.assertLogs("pkgproxy", "WARNING"):
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                answers = [pool.submit(self.get, kind) for _ in range(5)]
+                until(lambda: self.server.replies_running == 5)
+                gate.open()
+            self.assertEqual({answer.result()[0] for answer in answers}, {self.OLD})
+        self.assertEqual(self.get(kind)[0], self.NEW)
+        self.check_requests(kind, 2)
+
+    @for_each(*ALL)
+    def test_garbage_does_not_replace_a_right_file(self, kind):
+        self.learn(self.publish(kind, self.NEW))
+        self.get(kind)
+        self.publish(kind, self.LONGER, listed=self.NEW)
+        answer = self.request(self.PACKAGES[kind], Cache_Control="no-cache")
+        self.assertEqual(answer.body, self.LONGER)
+        self.wait_until_idle()
+        self.assertEqual(self.request(self.PACKAGES[kind], Cache_Control="only-if-cached").body, self.NEW)
+
+    @for_each(*ALL)
+    def test_an_error_page_is_not_counted_as_garbage(self, kind):
+        self.learn(self.publish(kind, self.NEW))
+        self.origin.pages[self.PACKAGES[kind]] = ScriptedResponse(b"gone", 404)
+        self.assertEqual(self.request(self.PACKAGES[kind]).status, 404)
+        self.assertEqual(self.store.checks["refused"], 0)
+
+    # Damaged disks
+
+    def scrub(self, kind):
+        self.proxy._scrubber.check(self.name(kind))
+
+    def flip_byte(self, kind):
+        """Change one byte of the stored package, and nothing else."""
+        path = os.path.join(self.root, self.name(kind))
+        info = os.stat(path)
+        with open(path, "r+b") as file:
+            file.seek(50)
+            file.write(b"?")
+        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+    @for_each(*ALL)
+    def test_a_flipped_byte_is_found_and_the_package_downloaded_again(self, kind):
+        self.learn(self.publish(kind, self.NEW))
+        self.get(kind)
+        self.scrub(kind)
+        self.check_hit(kind, self.NEW)
+        self.flip_byte(kind)
+        with self.assertLogs("pkgproxy", "WARNING") as logged:
+            self.scrub(kind)
+        self.assertIn(os.path.join(self.root, self.name(kind)), logged.output[0])
+        self.assertRegex(logged.output[0], "disk")
+        self.assertEqual(self.get(kind), (self.NEW, self.MISS))
+        self.check_hit(kind, self.NEW)
+        self.check_requests(kind, 2)
+        self.assertEqual(self.store.checks["healed"], 1)
+
+    def test_an_unreadable_sector_counts_as_damage(self):
+        self.learn(self.publish("apt", self.NEW))
+        self.get("apt")
+        with mock.patch.object(pkgproxy.StoredResponse, "read_at", side_effect=OSError(errno.EIO, "Input/output error")), self.assertLogs("pkgproxy", "WARNING"):
+            self.scrub("apt")
+        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+        self.check_requests("apt", 2)
+
+    def test_a_damaged_file_is_not_shared(self):
+        self.learn(self.publish("apt", self.NEW) + self.publish("apt", self.NEW, origin=self.other))
+        self.get("apt")
+        self.flip_byte("apt")
+        self.assertEqual(self.get("apt", self.other), (self.NEW, self.MISS))
+        self.check_requests("apt", 1, self.other)
+
+    def test_a_file_without_a_digest_gets_one_and_is_checked_by_it(self):
+        indexes = self.publish("apt", self.OLD, self.NEW)
+        self.get("apt")
+        head_path = self.store.head_path(self.name("apt"))
+        heads = [pkgproxy.replace_fields(head, sha256="") for head in pkgproxy._read_heads(head_path)]
+        pkgproxy._write_heads(head_path, heads)
+        self.learn(indexes)
+        self.check_hit("apt", self.OLD)
+        self.assertEqual(list(self.store.unhashed), [self.name("apt")])
+        self.scrub("apt")
+        until(lambda: self.get("apt")[0] == self.NEW, "the end of the hot response")
+        self.check_requests("apt", 2)
+
+    def test_the_scrub_touches_no_file_that_is_not_ours(self):
+        self.publish("apt", self.NEW)
+        self.get("apt")
+        name = self.name("apt").replace("hello", "theirs")
+        Path(self.root, name).write_bytes(b"x")
+        for each in (name, self.name("apt") + "x"):
+            self.proxy._scrubber.check(each)
+        self.assertEqual(self.visible_files(), {self.name("apt"): self.NEW, name: b"x"})
+
+    # Other mirrors
+
+    @for_each(*DIGESTS)
+    def test_a_second_mirror_costs_no_package_byte_and_no_request(self, kind):
+        self.learn(self.publish(kind, self.NEW))
+        self.get(kind)
+        self.learn(self.publish(kind, self.NEW, origin=self.other, folder="/pub/mirror"))
+        body, status = self.get(kind, self.other, "/pub/mirror")
+        self.assertEqual((body, "same as " + self.origin.url(self.PACKAGES[kind]) in status), (self.NEW, True), status)
+        self.assertNotIn("fwd", status)
+        self.assertEqual(self.get(kind, self.other, "/pub/mirror"), (self.NEW, "pkgproxy; hit"))
+        self.check_requests(kind, 0, self.other, "/pub/mirror")
+        self.check_requests(kind, 1)
+        self.assertGreaterEqual(self.counters()["statsOutcomes"]["shared"], 1)
+
+    def test_an_https_mirror_costs_no_package_byte_and_no_request(self):
+        certificates = Certificates(os.path.join(self.folder))
+        secure = ScriptedOrigin(context=certificates.context())
+        self.addCleanup(secure.close)
+        self.start_proxy(dataclasses.replace(self.config, ca_file=certificates.authority))
+        self.learn(self.publish("apt", self.NEW))
+        self.get("apt")
+        for url in self.publish("apt", self.NEW, origin=secure):
+            self.get_own_page("/" + url)
+        self.learn([])
+        answer = self.get_own_page("/" + secure.url(self.PACKAGES["apt"]))
+        self.assertEqual((answer.body, secure.methods(self.PACKAGES["apt"])), (self.NEW, []))
+
+    @for_each("apk")
+    def test_a_second_mirror_whose_index_tells_no_digest_is_asked(self, kind):
+        self.learn(self.publish(kind, self.NEW) + self.publish(kind, self.NEW, origin=self.other))
+        self.get(kind)
+        self.assertEqual(self.get(kind, self.other), (self.NEW, self.MISS))
+        self.check_requests(kind, 1, self.other)
+
+    @for_each(*DIGESTS)
+    def test_a_mirror_that_is_down_is_stood_in_for_by_a_file_of_the_digest(self, kind):
+        self.learn(self.publish(kind, self.NEW) + self.publish(kind, self.NEW, origin=self.other))
+        self.get(kind)
+        self.other.close()
+        self.assertEqual(self.get(kind, self.other)[0], self.NEW)
+        self.check_requests(kind, 1)
+        self.other.listen()
+
+    @for_each(*DIGESTS)
+    def test_a_file_of_another_digest_is_not_taken_from_another_mirror(self, kind):
+        self.learn(self.publish(kind, self.OLD) + self.publish(kind, self.NEW, origin=self.other))
+        self.get(kind)
+        self.assertEqual(self.get(kind, self.other), (self.NEW, self.MISS))
+        self.check_hit(kind, self.OLD)
+
+    @for_each(*ALL)
+    def test_a_mirror_that_lags_behind_its_index_is_passed_on_and_not_kept(self, kind):
+        self.learn(self.publish(kind, self.OLD, self.OLD, self.LONGER))
+        for _ in range(2):
+            body, status = self.get(kind)
+            self.assertEqual((body, "stored" in status), (self.OLD, False))
+        self.assertNotIn(self.name(kind), self.visible_files())
+        self.assertEqual(self.get(kind), (self.LONGER, self.MISS))
+        self.check_requests(kind, 3)
+
+    @for_each(*DIGESTS)
+    def test_a_mirror_that_lags_is_not_asked_for_what_another_one_has_sent(self, kind):
+        self.learn(self.publish(kind, self.NEW))
+        self.get(kind)
+        self.learn(self.publish(kind, self.OLD, listed=self.NEW, origin=self.other))
+        self.assertEqual(self.get(kind, self.other)[0], self.NEW)
+        self.check_requests(kind, 0, self.other)
+
+    @for_each(*ALL)
+    def test_a_mirror_whose_old_index_fits_its_old_package_is_believed(self, kind):
+        self.learn(self.publish(kind, self.LONGER) + self.publish(kind, self.OLD, origin=self.other))
+        for origin, body in ((self.origin, self.LONGER), (self.other, self.OLD)):
+            self.assertEqual(self.get(kind, origin), (body, self.MISS))
+            self.assertEqual(self.get(kind, origin), (body, "pkgproxy; hit"))
+
+    @for_each(*DIGESTS)
+    def test_an_adopted_file_of_the_digest_is_used_without_asking_the_origin(self, kind):
+        folder = os.path.join(self.folder, "archives-" + kind)
+        os.mkdir(folder)
+        path = Path(folder, self.PACKAGES[kind].rpartition("/")[2])
+        path.write_bytes(self.NEW)
+        self.start_proxy(dataclasses.replace(self.config, adopt=(folder,)))
+        self.store.adopted.rebuild(pkgproxy.adoptable_packages([folder]))
+        self.learn(self.publish(kind, self.NEW))
+        body, status = self.get(kind)
+        self.assertEqual((body, "same as an adopted file" in status, "fwd" in status), (self.NEW, True, False), status)
+        self.check_requests(kind, 0)
+        self.learn(self.publish(kind, self.LONGER))
+        self.assertEqual(self.get(kind), (self.LONGER, self.MISS))
+        self.check_requests(kind, 1)
+        self.assertEqual(path.read_bytes(), self.NEW)
+
+    # Whose index it is
+
+    def apt_index(self, target, name, body):
+        """Publish a Packages that says what a file is; return its URL."""
+        self.origin.pages[target] = ScriptedResponse(b"Filename: %b\nSize: %d\nSHA256: %b\n\n" % (name.encode(), len(body), sha256(body).encode()))
+        return self.origin.url(target)
+
+    def test_indexes_that_disagree_are_all_right(self):
+        name = "pool/h/hello_1.0_all.deb"
+        both = [self.apt_index("/debian/dists/%s/main/binary-amd64/Packages" % suite, name, body) for suite, body in (("sid", self.NEW), ("stable", self.OLD))]
+        self.learn(both)
+        self.origin.pages[self.PACKAGES["apt"]] = [ScriptedResponse(body) for body in (self.LONGER, self.OLD, self.NEW)]
+        with self.assertLogs("pkgproxy", "INFO"):
+            self.assertEqual(self.get("apt")[0], self.LONGER)
+        self.assertEqual(self.get("apt"), (self.OLD, self.MISS))
+        self.check_hit("apt", self.OLD)
+        self.origin.pages["/debian/dists/stable/main/binary-amd64/Packages"] = ScriptedResponse(b"Filename: x\n\n")
+        self.learn(both[1:])
+        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+        self.check_requests("apt", 3)
+
+    def test_an_index_speaks_only_for_what_is_below_its_base_at_its_origin(self):
+        self.publish("apt", self.OLD)
+        self.publish("apt", self.OLD, origin=self.other)
+        self.learn([self.apt_index("/debian/pool/x/Packages", "../h/hello_1.0_all.deb", self.NEW),
+                    self.apt_index("/debian/dists/sid/main/binary-amd64/Packages", "../debian/pool/h/hello_1.0_all.deb", self.NEW),
+                    self.apt_index("/ubuntu/dists/sid/main/binary-amd64/Packages", "pool/h/hello_1.0_all.deb", self.NEW),
+                    self.apt_index("/Packages", "/debian/pool/h/hello_1.0_all.deb", self.NEW),
+                    self.apt_index("/dists/sid/main/binary-amd64/Packages", self.other.url(self.PACKAGES["apt"]), self.NEW)])
+        for origin in (self.origin, self.other):
+            self.assertEqual(self.get("apt", origin), (self.OLD, self.MISS))
+            self.assertEqual(self.get("apt", origin), (self.OLD, "pkgproxy; hit"))
+
+    @for_each(*ALL)
+    def test_an_index_of_another_origin_says_nothing(self, kind):
+        self.learn(self.publish(kind, self.LONGER, origin=self.other))
+        self.publish(kind, self.OLD)
+        self.assertEqual(self.get(kind), (self.OLD, self.MISS))
+        self.check_hit(kind, self.OLD)
+        self.assertEqual(self.get(kind, self.other), (self.LONGER, self.MISS))
+
+    @for_each(*ALL)
+    def test_a_damaged_index_costs_only_what_it_says(self, kind):
+        bomb = b"".join([zlib.compressobj(9, wbits=31).compress(b"x"), gzip.compress(bytes(50_000_000))])
+        for damage in (lambda data: data[:-9], lambda data: data[:20] + b"??" + data[22:], lambda data: bomb):
+            self.empty_the_cache()
+            *tops, index = self.publish(kind, self.OLD, listed=self.NEW)
+            target = index[len(self.origin.base_url):]
+            if kind != "rpm":  # whose index is not stored if it does not have the digest in its name
+                self.origin.pages[target] = ScriptedResponse(damage(self.origin.pages[target].body))
+                with self.assertLogs("pkgproxy", "WARNING") as logged:
+                    self.learn([index])
+                self.assertEqual(len(logged.output), 1)
+            self.assertEqual(self.get(kind), (self.OLD, self.MISS))
+            self.check_hit(kind, self.OLD)
+            self.check_requests(kind, 1)
+
+    def test_what_was_learnt_lasts_beyond_a_restart(self):
+        self.learn(self.publish("apt", self.OLD, self.NEW))
+        self.start_proxy()
+        with self.assertLogs("pkgproxy", "WARNING"):
+            self.assertEqual(self.get("apt")[0], self.OLD)
+        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+
+    def test_an_index_stored_by_an_earlier_version_is_read_when_it_is_used(self):
+        indexes = self.publish("apt", self.OLD, self.NEW)
+        self.learn(indexes)
+        shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "indexes"))
+        self.start_proxy()
+        self.get("apt")
+        self.learn(indexes)
+        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+
+    # Faults while something is learnt
+
+    def tables(self):
+        return [path for path in Path(self.root, pkgproxy.METADATA_FOLDER, "indexes").rglob("*") if path.is_file()]
+
+    def test_a_full_disk_while_a_table_is_written_costs_the_table(self):
+        replace_file = pkgproxy.replace_file
+
+        def fail(path, data):
+            if "indexes" in path:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace_file(path, data)
+
+        indexes = self.publish("apt", self.OLD, self.NEW)
+        with mock.patch.object(pkgproxy, "replace_file", fail), self.assertLogs("pkgproxy", "WARNING") as logged:
+            self.learn(indexes)
+            self.assertEqual(self.get("apt"), (self.OLD, self.MISS))
+            self.learn(indexes)
+        self.assertEqual([line for line in logged.output if "No space" not in line], [])
+        self.assertEqual((len(logged.output), self.tables()), (1, []))
+        self.store._reader._failed -= pkgproxy.LEARNING_BACKOFF
+        self.learn(indexes)
+        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+
+    def test_an_index_replaced_while_it_is_read_is_read_again(self):
+        gate, started = Gate(), threading.Event()
+        self.addCleanup(gate.open)
+        read_index = pkgproxy.read_index
+
+        def read_slowly(file):
+            started.set()
+            gate.pass_through()
+            return read_index(file)
+
+        indexes = self.publish("apt", self.OLD)
+        with mock.patch.object(pkgproxy, "read_index", read_slowly):
+            self.request(indexes[0])
+            started.wait(PATIENCE)
+            self.publish("apt", self.OLD, self.NEW)
+            self.request(indexes[0])
+            self.wait_until_idle()
+            self.assertEqual(self.get("apt")[0], self.OLD)
+            gate.open()
+            self.learn([])
+        self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+        self.assertEqual(len(self.tables()), 1)
+
+    def test_no_client_waits_for_an_index_to_be_read(self):
+        gate, started = Gate(), threading.Event()
+        self.addCleanup(gate.open)
+
+        def read_slowly(file):
+            started.set()
+            gate.pass_through()
+            return iter(())
+
+        indexes = self.publish("apt", self.OLD)
+        with mock.patch.object(pkgproxy, "read_index", read_slowly):
+            self.request(indexes[0])
+            started.wait(PATIENCE)
+            self.assertEqual(self.get("apt"), (self.OLD, self.MISS))
+            self.check_hit("apt", self.OLD)
+            gate.open()
+            self.learn([])
+
+    def test_a_proxy_killed_while_it_reads_an_index_reads_it_later(self):
+        marker = os.path.join(self.folder, "started")
+        stop = "import binascii, os, threading\ndef stop(*_): open(%r, 'w').close(); threading.Event().wait()\n" % marker
+        for moment, code in (("an entry is parsed", "binascii.unhexlify = stop\n"),
+                             ("the table is renamed", "rename = os.replace\nos.replace = lambda old, new: stop() if 'indexes' in new else rename(old, new)\n")):
+            with self.subTest(moment):
+                self.empty_the_cache()
+                indexes = self.publish("apt", self.OLD, self.NEW)
+                killed = ProxyProcess(self.root, command=functools.partial(fast_command, stop + code))
+                self.address = killed.address
+                try:
+                    self.request(indexes[0])
+                    until(lambda: os.path.exists(marker), "the start of reading")
+                    self.assertEqual(self.request(self.PACKAGES["apt"]).body, self.OLD)
+                finally:
+                    killed.kill()
+                os.unlink(marker)
+                self.start_proxy()
+                self.assertEqual(self.get("apt"), (self.OLD, "pkgproxy; hit"))
+                self.learn(indexes)
+                self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
+                pkgproxy.Evictor(self.store).run(self.config, time.time() + 2 * DAY)
+                self.assertEqual(["^" in path.name for path in self.tables()], [False])
+                self.check_requests("apt", 2)
 
 
 class LocalFailureTest(ProxyCase):
@@ -5971,7 +7377,7 @@ class IsolationTest(ProxyCase):
     def test_a_download_with_credentials_is_not_shared(self):
         gate = Gate()
         self.addCleanup(gate.open)
-        other = pkgproxy.Proxy(self.config, pkgproxy.Store(self.root), int)
+        other = pkgproxy.Proxy(self.config, pkgproxy.IndexedStore(self.root), int)
         self.addCleanup(other.close)
         self.require_password("must-revalidate", gate=gate, first=3)
         with self.connection() as one:
@@ -7010,7 +8416,7 @@ class SmallDiskTest(ProxyCase):
         else:
             self.mount()
             self.addCleanup(self.stop_proxy)
-        store = pkgproxy.Store(self.root, min_free=config.min_free, max_size=config.max_size)
+        store = pkgproxy.IndexedStore(self.root, min_free=config.min_free, max_size=config.max_size)
         self.server = self.make_server(make_dispatcher(config, store))
         self.proxy = self.server.dispatcher.proxy
         self.address = self.server.server_address
@@ -7853,7 +9259,7 @@ class FaultsOfTwoTest(FaultTest):
     def start_proxy(self, config=None):
         super().start_proxy(config)
         self.local = threading.local()
-        self.other_server = self.make_server(make_dispatcher(config or self.config, pkgproxy.Store(self.root), 100))
+        self.other_server = self.make_server(make_dispatcher(config or self.config, pkgproxy.IndexedStore(self.root), 100))
         self.other_proxy = self.other_server.dispatcher.proxy
         self.other_address = self.other_server.server_address
         self._other_serving = threading.Thread(target=self.other_server.serve_forever, args=(0.01,))
@@ -8719,7 +10125,7 @@ class UnexpectedExceptionTest(ProxyCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# 11-13 Statistics, pages, server
+# 12-14 Statistics, pages, server
 # ---------------------------------------------------------------------------------------------
 
 
@@ -11180,7 +12586,7 @@ class ConnectionLimiterTest(ProxyCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# 14 Command line
+# 15 Command line
 # ---------------------------------------------------------------------------------------------
 
 
