@@ -706,6 +706,18 @@ class StorageError(Exception):
         self.code = error.errno
 
 
+class DamagedIndexError(Exception):
+    """An index cannot be read to its end; the message is for the log."""
+
+
+class FileFacts(NamedTuple):
+    """What an index says about one file."""
+
+    size: int | None
+    algorithm: str  # "sha256", "sha512", or "" if no digest is known
+    digest: bytes  # the first 32 bytes, which are all of a SHA-256
+
+
 # ---------------------------------------------------------------------------------------------
 # 2 HTTP messages: pure functions, without clock, disk or socket
 # ---------------------------------------------------------------------------------------------
@@ -2452,18 +2464,6 @@ MAX_JSON_OBJECT = 64 * 1024  # bytes about one file in JSON; npm's have 1 KB
 MAX_ENTRIES = 400_000  # files that one index names: Debian's Sources 130,000
 
 
-class DamagedIndexError(Exception):
-    """An index cannot be read to its end; the message is for the log."""
-
-
-class FileFacts(NamedTuple):
-    """What an index says about one file."""
-
-    size: int | None
-    algorithm: str  # "sha256", "sha512", or "" if no digest is known
-    digest: bytes  # the first 32 bytes, which are all of a SHA-256
-
-
 _RawEntry = tuple[bytes, bytes, bytes]  # name, decimal size or b"", hexadecimal digest or b""
 _PROJECT = re.compile(r"([^-]+(?:-(?!\d)[^-]*)*)-\d")  # the name in foo-bar-1.0.tar.gz
 
@@ -2675,7 +2675,7 @@ def index_type(key: str, content_type: str = "") -> tuple[str, str, str] | None:
         is_by_hash = above.endswith("/by-hash")
         if name[0].islower() and not is_by_hash:
             return None
-        at = key.find("/dists/")
+        at = key.find("/dists/", key.find("/", len("https://")))
         base = key[:at + 1] if at >= 0 else above[:-len("by-hash")] if is_by_hash else base
     elif kind in ("rpm", "repomd"):
         if last != "repodata":
@@ -3631,7 +3631,7 @@ def _rename(path: str, place: str) -> None:
     os.replace(path, place)
 
 
-def digest_of(body: StoredResponse | PartialFile, algorithm: str) -> str:
+def body_digest(body: StoredResponse | PartialFile, algorithm: str) -> str:
     """Return the hexadecimal digest of a body, which is read unless the digest is known.  Raises OSError."""
     known = body.sha256() if isinstance(body, PartialFile) else body.head.sha256
     return known if known and algorithm == "sha256" else str(hash_body(algorithm, body).hexdigest())
@@ -4597,7 +4597,7 @@ class IndexReader:
         with contextlib.closing(stored):
             version = stored.head.size, stored.head.mtime_ns
             path = self._path(place, key, version)
-            source = TableSource(key, base, *version, digest_of(stored, "sha256"))
+            source = TableSource(key, base, *version, body_digest(stored, "sha256"))
             try:
                 write_table(path, source, parse_index(kind, read_index(stored.file), base, key))
             except DamagedIndexError as error:
@@ -6786,7 +6786,7 @@ def _head_by_digest(request: Request, stored: StoredResponse,
         return None
     fields = tuple(field for field in stored.head.fields
                    if field[0].lower() in ("content-type", "last-modified", "date"))
-    return replace_fields(stored.head, fields=fields, key=request.key, sha256=digest_of(stored, "sha256"))
+    return replace_fields(stored.head, fields=fields, key=request.key, sha256=body_digest(stored, "sha256"))
 
 
 class MirrorDeduplicator:
@@ -7161,7 +7161,7 @@ class Downloader:
         """Return whether a complete body contradicts what is known about it; StorageError."""
         expected = self.store.expected(partial.head.key)
         try:
-            reason = why_unexpected(expected, partial.size, functools.partial(digest_of, partial))
+            reason = why_unexpected(expected, partial.size, functools.partial(body_digest, partial))
         except OSError as error:
             raise StorageError(error) from error
         if expected:
@@ -10179,7 +10179,7 @@ class EventLoop:
         self._connections.add(connection)
         # The time begins now, not when the connection was accepted: it may have been parked for long.
         connection.waiting, connection.waiting_since = True, time.monotonic()
-        self._hot_cache.recheck(self._dispatcher.proxy.hits_valid_for())  # its request may be younger than this turn
+        self._hot_cache.recheck(self._dispatcher.proxy.hits_valid_for())  # it may be younger than this turn
         self._serve(connection)
         if connection.waiting:
             self._watch(connection)
