@@ -4031,7 +4031,7 @@ class Store:
         return True, _matching_head(heads, key, info)
 
     def version_of(self, key: str) -> tuple[int, int] | None:
-        """Return size and modification time (ns) of the stored body for a key; this is no use of it."""
+        """Return size and modification time (ns) of the stored body for a key, without using it."""
         for _, path, _ in self._places(key):
             with contextlib.suppress(OSError):
                 info = os.lstat(path)

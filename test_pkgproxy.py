@@ -806,7 +806,7 @@ class StructureTest(unittest.TestCase):
     def test_store_and_single_flight_do_not_depend_on_each_other(self):
         sections = self._sections()
         for section, foreign in ((5, r"\b(SingleFlight|Flight)\b"), (7, r"\b(Store|StoredResponse|PartialStore)\b"),
-                                 (8, r"\b(Store|SingleFlight|Flight|PartialFile)\b")):
+                                 (9, r"\b(Store|SingleFlight|Flight|PartialFile)\b")):
             text = "\n".join(self.lines[sections[section][0]:sections[section][1] - 2])
             self.assertIsNone(re.search(foreign, text), "section %d" % section)
 
