@@ -2416,7 +2416,8 @@ def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> b
 
 def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
     """Return whether the answer to a validation shows that the stored response is outdated."""
-    return decision.action is Action.VALIDATE and response.status == 200
+    is_whole = response.status == 200 and not is_implausible(response.key, content_length(response.fields))
+    return decision.action is Action.VALIDATE and is_whole
 
 
 # What is not believed -------------------------------------------------------------------------
@@ -2436,8 +2437,8 @@ def why_not_believed(request: Request, stored: ResponseHead, response: ResponseH
     ================================  =================================================================
     """
     follows = POLICIES[classify_name(request.key)].redirects
-    if response.status in (408, 429) or response.status >= 500 \
-            or request.doubt and response.status != 200:
+    is_suspicion = request.doubt and "no-cache" not in cache_directives(request.fields)
+    if response.status in (408, 429) or response.status >= 500 or is_suspicion and response.status != 200:
         return str(response.status)
     # OriginClient.fetch returns a redirect that can be followed only if a page is at its end.
     if follows and redirect_target(response, parse_target(response.final_uri)):

@@ -4257,7 +4257,7 @@ class CollapsedRequestsTest(ProxyCase):
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 400_000)
         leases = self.proxy._locks.leases
-        acquire = lambda key: pkgproxy.Lease("", pkgproxy.LeaseState.OURS)  # noqa: E731
+        acquire = lambda key: pkgproxy.Lease("", True)  # noqa: E731
         with mock.patch.object(pkgproxy.LeaseManager, "release", lambda *what: (gate.pass_through(), release(*what))), \
                 mock.patch.object(leases, "uses_memcached", True), mock.patch.object(leases, "acquire", acquire):
             self.assertEqual(len(self.request("/x_1.0_all.deb").body), 400_000)
@@ -4632,6 +4632,7 @@ class PairTest(ProxyCase):
         self.assertEqual([entry.path for entry in self.origin.log], ["/core.db", "/core.db.sig", "/core.db", "/core.db"])
 
 
+@mock.patch.object(pkgproxy, "DOUBT_PERIOD", 0.0)  # one client asks for the same package again and again
 class ImplausibleFileTest(ProxyCase):
     """Too little to be true, or with another digest than its name has: passed on, but not kept."""
 
@@ -10505,12 +10506,14 @@ class PagesTest(ProxyCase):
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full on this machine")
     def test_a_full_disk_is_unhealthy_and_the_check_leaves_no_file(self):
+        create_file = pkgproxy.create_file
+
         def full(path, flags):
             """The empty file is there, and nothing can be put into it."""
-            os.close(os.open(path, flags, 0o600))
+            os.close(create_file(path, flags))
             return os.open("/dev/full", os.O_WRONLY)
 
-        with mock.patch.object(pkgproxy, "_private_opener", full):
+        with mock.patch.object(pkgproxy, "create_file", full):
             answer = self.get_own_page("/healthz")
             self.assertEqual((answer.status, answer.body), (503, b"Cannot write to the cache root: No space left on device.\n"))
             with self.assertRaises(OSError):
@@ -10616,7 +10619,7 @@ class PagesForPeopleTest(ProxyCase):
         client.start()
         until(lambda: self.view()["downloads"])
         self.note("10.9.8.7", Outcome.STALE, path="/secret_2.0_all.deb", detail="http://a/secret failed")
-        self.proxy._failures.origin_failed(make_request("http://a/secret"), pkgproxy.OriginError("a answers 503.", status=503))
+        self.proxy._failures.origin_failed(make_request("http://a/secret"), pkgproxy.OriginError("a answers 503.", status=503), 0.0)
         for private in (False, True):
             self.proxy.config = pkgproxy.replace_fields(self.proxy.config, private=private)
             for path, accept in (("/status.json", "*/*"), ("/", "text/html"), ("/metrics", "*/*")):
