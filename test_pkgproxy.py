@@ -13434,6 +13434,74 @@ class ReadmeTest(unittest.TestCase):
                 self.assertEqual(process.wait(PATIENCE), 0)
 
 
+@unittest.skipUnless(README.exists(), "no README.md beside the test file")
+@mock.patch.object(pkgproxy, "DOUBT_PERIOD", 0.0)  # one client asks for the same package again and again
+class ReadmeCommandsTest(ProxyCase):
+    """The commands of the README do what it says; an origin of the test stands in for the mirror."""
+
+    HELLO = "/debian/pool/main/h/hello/hello_2.10-3_amd64.deb"
+
+    def setUp(self):
+        super().setUp()
+        self.text = README.read_text(encoding="utf-8")
+        os.symlink(self.root, os.path.join(self.folder, "packages"))
+        self.origin.pages[self.HELLO] = ScriptedResponse(b"hello", fields=[("ETag", '"1"')])
+        self.origin.pages["/debian/dists/bullseye/InRelease"] = ScriptedResponse(b"old")
+
+    def run_command(self, command, **environment):
+        """Run a command of the README with the test's addresses in place of those that it names."""
+        for old, new in (("127.0.0.1:9999", "%s:%d" % self.address), ("ftp.debian.org", "127.0.0.1:%d" % self.origin.port),
+                         (" URL", " " + self.origin.url(self.HELLO)), ("backup:packages/", self.folder + "/backup/"), ("\\|", "|")):
+            command = command.replace(old, new)
+        tool = command.split()[0]
+        if not shutil.which(tool):
+            self.skipTest("%s is not installed" % tool)
+        ran = subprocess.run(["sh", "-c", command], cwd=self.folder, capture_output=True, text=True, timeout=PATIENCE * 3,
+                             env={**os.environ, "no_proxy": "", **environment})
+        self.assertEqual((ran.returncode, ran.stderr), (0, ""), command)
+        return ran.stdout
+
+    def everyday_command(self, task):
+        """Return the command of a row in the table of everyday jobs."""
+        return re.search(r"(?m)^\| %s \| `(.+?)`" % re.escape(task), self.text)[1]
+
+    def outcomes(self):
+        counted = self.counters()["statsOutcomes"]
+        return {word: count for word, count in counted.items() if count and word != "own"}
+
+    def test_the_first_commands_show_a_miss_and_a_hit(self):
+        first = self.text.partition("## Install")[0]
+        commands = re.findall("(?m)^curl .*$", first)
+        self.assertEqual(len(commands), 2)
+        for command in commands:
+            self.run_command(command)
+        self.assertEqual(self.outcomes(), {"miss": 1, "hit": 1})
+
+    def test_files_are_listed_removed_and_fetched_anew_by_common_tools(self):
+        self.request(self.HELLO)
+        self.request("/debian/dists/bullseye/InRelease")
+        self.assertEqual(self.run_command(self.everyday_command("list what is cached")).count("hello_2.10-3_amd64.deb"), 1)
+        self.assertIn("packages/", self.run_command(self.everyday_command("see what is largest")))
+        self.run_command(self.everyday_command("fetch one file anew"))
+        self.assertEqual(self.origin.log[-1].fields["if-none-match"], '"1"')
+        self.run_command(self.everyday_command("remove an old release"))
+        self.run_command(self.everyday_command("remove one package"))
+        self.assertEqual(self.visible_files(), {})
+        sent = len(self.origin.log)
+        self.assertEqual(self.request(self.HELLO).body, b"hello")
+        self.assertEqual(len(self.origin.log), sent + 1)
+        self.run_command(self.everyday_command("empty it"))
+        self.assertEqual(self.visible_files(), {})
+
+    def test_a_cache_is_warmed_up_and_copied_by_common_tools(self):
+        Path(self.folder, "urls.txt").write_text(self.origin.url(self.HELLO) + "\n", encoding="utf-8")
+        self.run_command(self.everyday_command("warm it up"))
+        self.assertEqual(self.outcomes(), {"miss": 1})
+        self.run_command(self.everyday_command("move or copy it, back it up"))
+        copied = Path(self.folder, "backup", "127.0.0.1:%d" % self.origin.port + self.HELLO)
+        self.assertEqual(copied.read_bytes(), b"hello")
+
+
 # ---------------------------------------------------------------------------------------------
 # Real clients
 #
