@@ -2361,11 +2361,13 @@ def _tar_contents(chunks: Iterator[bytes], end: bytes) -> Iterator[bytes]:
     """
     rest, blocks, wanted = b"", 0, False  # blocks: of the present file, still to come
     for chunk in chunks:
-        rest += chunk
-        for at in range(0, len(rest) - 511, 512):
-            block = rest[at:at + 512]
+        rest, at = rest + chunk, 0
+        while len(rest) - at >= 512:
+            count = min(max(1, blocks), (len(rest) - at) // 512)
+            block = rest[at:at + 512 * count]
+            at += 512 * count
             if blocks:
-                blocks -= 1
+                blocks -= count
                 yield block if wanted else b""
             elif block.strip(b"\0"):  # not an end mark: apk's index is a tar behind another
                 size = re.fullmatch(rb"[ \0]*([0-7]{1,12})[ \0]*", block[124:136])
@@ -2375,7 +2377,7 @@ def _tar_contents(chunks: Iterator[bytes], end: bytes) -> Iterator[bytes]:
                 # Not a link, a folder or a longer header.
                 wanted = block[156] in b"0\0" and block[:100].partition(b"\0")[0].endswith(end)
                 yield b"\n\n"
-        rest = rest[len(rest) // 512 * 512:]
+        rest = rest[at:]
     if blocks:
         raise DamagedIndexError("the tar archive ends early")
 
