@@ -3070,7 +3070,7 @@ class HostileTest(ParserCase):
     def test_compressed_bombs_are_given_up(self):
         block = b"\0" * 1024 * 1024
         for name, compressor in (("gz", zlib.compressobj(9, wbits=31)), ("bz2", bz2.BZ2Compressor()), ("xz", lzma.LZMACompressor(preset=0))):
-            data = b"".join([compressor.compress(block) for _ in range(100)]) + compressor.flush()
+            data = b"".join([compressor.compress(block) for _ in range(40)]) + compressor.flush()
             for kind in ("apt", "rpm", "pacman", "apk", "pypi", "release"):
                 with self.subTest(name, kind=kind), self.bounded():
                     self.read(kind, data)
@@ -3101,15 +3101,15 @@ class HostileTest(ParserCase):
             self.read("apt", SIMPLE["apt"])
 
     def test_members_of_a_byte_cost_no_more_than_large_ones(self):
-        data = b"".join([gzip.compress(b"x", 0)] * 100_000)
+        data = b"".join([gzip.compress(b"x", 0)] * 20_000)
         with self.bounded(damaged=False):
             self.assertEqual(self.read("apt", data), {})
 
     def test_entries_without_end_are_given_up(self):
         for kind, start in (("apt", b"Filename: "), ("release", b"SHA256:\n"), ("rpm", b"<package>"), ("pypi", b"<a href='"), ("pypi", b'{"files": [{"'), ("npm", b'{"dist":{"'),
-                            ("pacman", tar(("a/desc", desc(b"x") + b"x" * 20_000_000))), ("apk", tar(("APKINDEX", b"P:" + b"x" * 20_000_000)))):
+                            ("pacman", tar(("a/desc", desc(b"x") + b"x" * 5_000_000))), ("apk", tar(("APKINDEX", b"P:" + b"x" * 5_000_000)))):
             with self.subTest(kind, start=start[:10]), self.bounded(80 * 1024 * 1024):
-                self.read(kind, start + b"x" * 20_000_000)
+                self.read(kind, start + b"x" * 5_000_000)
 
     def test_entries_that_name_nothing_count_too(self):
         with mock.patch.object(pkgproxy, "MAX_ENTRIES", 1000), self.bounded():
@@ -3117,7 +3117,7 @@ class HostileTest(ParserCase):
 
     def test_a_million_entries_are_given_up_within_bounds(self):
         stream = (b"".join(b"Filename: %d\nSize: 1\n\n" % number for number in range(at, at + 1000)) for at in range(0, 1_000_000, 1000))
-        with mock.patch.object(pkgproxy, "MAX_ENTRIES", 100_000), self.bounded(12 * 1024 * 1024):
+        with mock.patch.object(pkgproxy, "MAX_ENTRIES", 20_000), self.bounded(3 * 1024 * 1024):
             pkgproxy.write_table(self.path("table"), TABLE_SOURCE, parse("apt", stream, DEBIAN))
         self.assertEqual(os.listdir(self.folder), [])
 
@@ -3173,7 +3173,7 @@ class HostileTest(ParserCase):
                 self.parse("npm", text.encode("latin-1"), size=100_000)
 
     def test_json_costs_no_memory_for_its_length(self):
-        for kind, text in (("npm", '{"a":[' + "0," * 2_000_000), ("npm", '{"a":[' + "{}," * 1_000_000), ("npm", '{"dist":{}' * 100_000), ("pypi", '{"files":[' + '{"url":"","hashes":0},' * 50_000 + "{}]}"),
+        for kind, text in (("npm", '{"a":[' + "0," * 2_000_000), ("npm", '{"a":[' + "{}," * 1_000_000), ("npm", '{"dist":{}' * 100_000), ("pypi", '{"files":[' + '{"url":"","hashes":0},' * 10_000 + "{}]}"),
                            ("npm", '{"a":' + "[" * 2_000_000)):
             with self.subTest(text[:20]), self.bounded(8 * 1024 * 1024, damaged=False):
                 chunks = (text[at:at + 100_000].encode() for at in range(0, len(text), 100_000))
@@ -3183,7 +3183,7 @@ class HostileTest(ParserCase):
             list(parse("npm", (text[at:at + 256_000].encode() for at in range(0, len(text), 256_000)), URLS["npm"]))
 
     def test_no_text_costs_more_than_its_length(self):
-        size = 1_000_000
+        size = 400_000
         for kind, unit in (("rpm", b"<size "), ("rpm", b"<checksum "), ("rpm", b"<location href='"), ("rpm", b"<location "), ("rpm", b"<size package="), ("rpm", b"<checksum>0"),
                            ("pypi", b"<a href "), ("pypi", b"<a href="), ("pypi", b"href= "), ("apt", b"Filename: x\n "), ("apt", b"Filename: a\n\n"), ("apt", b"./"), ("apt", b"\n\n"), ("apt", b"a\n\n"), ("release", b"SHA256:\n a 1 b\n"),
                            ("npm", b'{"dist" '), ("pypi", b'{"files" '), ("pypi", b'{,')):
@@ -3193,7 +3193,7 @@ class HostileTest(ParserCase):
                     started = time.process_time()
                     with contextlib.suppress(DamagedIndexError):
                         self.parse(kind, data, size=100_000)
-                    self.assertLess(time.process_time() - started, 6)
+                    self.assertLess(time.process_time() - started, 2.5)
         wanted = desc(b"x") + b"x" * 3_900_000
         members = tar(("a", wanted)).rstrip(b"\0") + bytes(-len(wanted) % 512)
         for data in (b"", b"x"):
@@ -3213,9 +3213,9 @@ class HostileTest(ParserCase):
         return bytes(data)
 
     def test_a_damaged_index_raises_one_exception_and_keeps_within_bounds(self):
-        seed = int(os.environ.get("SEED", "18"))
-        rng = random.Random(seed)
-        deadline = time.monotonic() + float(os.environ.get("FUZZ", "4"))
+        seed = os.environ.get("PKGPROXY_CHAOS_SEED", "1")
+        rng = random.Random("indexes " + seed)
+        deadline = time.monotonic() + float(os.environ.get("PKGPROXY_CHAOS_SECONDS", "1.5"))
         for rounds in itertools.count():
             if time.monotonic() > deadline:
                 break
@@ -3228,7 +3228,7 @@ class HostileTest(ParserCase):
             except DamagedIndexError:
                 pass
             except BaseException as error:
-                raise AssertionError("seed %d, round %d: %s %r" % (seed, rounds, kind, data)) from error
+                raise AssertionError("seed %s, round %d: %s %r" % (seed, rounds, kind, data)) from error
             self.assertLess(len(entries), 50)
             for name, facts in entries.items():
                 self.assertNotIn(b"..", name.split(b"/"))
@@ -3320,9 +3320,10 @@ class TableTest(ParserCase):
 
     def test_debians_main_fits_the_budgets(self):
         """60,000 packages: 4 MB, 5 s of processor time, 20 MB of memory; a look-up 50 µs."""
+        descriptions = [os.urandom(100).hex().encode() for _ in range(50)]
         names = [b"pool/main/l/lib%d/lib%d_1.0-1_amd64.deb" % (number, number) for number in range(60_000)]
-        text = b"".join(b"Package: x\nDescription: %b\nFilename: %b\nSize: %d\nSHA256: %b\n\n" % (os.urandom(100).hex().encode() * 3, name, len(name), hashlib.sha256(name).hexdigest().encode()) for name in names)
-        path = self.write(lzma.compress(text, preset=1))
+        text = b"".join(b"Package: x\nDescription: %b\nFilename: %b\nSize: %d\nSHA256: %b\n\n" % (descriptions[len(name) % 50] * 3, name, len(name), hashlib.sha256(name).hexdigest().encode()) for name in names)
+        path = self.write(lzma.compress(text, preset=0))
         del text
         started = time.thread_time()
         with io.FileIO(path) as file:
@@ -3337,12 +3338,12 @@ class TableTest(ParserCase):
         tracemalloc.start()
         try:
             with io.FileIO(path) as file:
-                entries = itertools.islice(parse("apt", pkgproxy.read_index(file), DEBIAN), 20_000)
+                entries = itertools.islice(parse("apt", pkgproxy.read_index(file), DEBIAN), 10_000)
                 pkgproxy.write_table(self.path("part"), TABLE_SOURCE, entries)
             now, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        self.assertLess(peak, 20_000_000 / 2)
+        self.assertLess(peak, 20_000_000 / 3)
         self.assertLess(now, 200_000)
 
 
