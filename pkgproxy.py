@@ -2403,13 +2403,12 @@ _INTEGRITY = re.compile(r"\bsha(?:512|256)-([\w+/]+=*)")
 _JSON_FILE = re.compile(r'(?:"dist"\s*:|"files"\s*:\s*\[|\}\s*,)\s*(?=\{\s*")')
 
 
-def _parse_page(chunks: Iterator[bytes], base: str, key: str) -> Iterator[_RawEntry]:
-    """Parse PyPI's pages in HTML (PEP 503) and JSON (PEP 691), and npm's documents."""
-    first = next(chunks, b"")
-    parse_links = _json_links if first.lstrip()[:1] == b"{" else _html_links
-    for link, size, digest in parse_links(itertools.chain([first], chunks)):
-        with contextlib.suppress(ValueError):  # of urljoin
-            yield name_below(base, urllib.parse.urljoin(key, link)) or b"", size.encode(), digest.encode()
+def _json_link(item: dict[str, Any]) -> tuple[str, str, str]:
+    hashes, integrity = item.get("hashes"), _INTEGRITY.search(str(item.get("integrity")))
+    digest = hashes.get("sha256", hashes.get("sha512")) if isinstance(hashes, dict) else ""
+    with contextlib.suppress(ValueError):  # of Base64
+        digest = binascii.a2b_base64(integrity[1]).hex() if integrity else digest
+    return str(item.get("tarball", item.get("url"))), str(item.get("size")), str(digest)
 
 
 def _html_links(chunks: Iterator[bytes]) -> Iterator[tuple[str, str, str]]:
@@ -2435,12 +2434,13 @@ def _json_links(chunks: Iterator[bytes]) -> Iterator[tuple[str, str, str]]:
         text = text[found.start() if found else max(0, at - 1, len(text) - 100):]
 
 
-def _json_link(item: dict[str, Any]) -> tuple[str, str, str]:
-    hashes, integrity = item.get("hashes"), _INTEGRITY.search(str(item.get("integrity")))
-    digest = hashes.get("sha256", hashes.get("sha512")) if isinstance(hashes, dict) else ""
-    with contextlib.suppress(ValueError):  # of Base64
-        digest = binascii.a2b_base64(integrity[1]).hex() if integrity else digest
-    return str(item.get("tarball", item.get("url"))), str(item.get("size")), str(digest)
+def _parse_page(chunks: Iterator[bytes], base: str, key: str) -> Iterator[_RawEntry]:
+    """Parse PyPI's pages in HTML (PEP 503) and JSON (PEP 691), and npm's documents."""
+    first = next(chunks, b"")
+    parse_links = _json_links if first.lstrip()[:1] == b"{" else _html_links
+    for link, size, digest in parse_links(itertools.chain([first], chunks)):
+        with contextlib.suppress(ValueError):  # of urljoin
+            yield name_below(base, urllib.parse.urljoin(key, link)) or b"", size.encode(), digest.encode()
 
 
 # To add a format, add a line: parser, place, and the pattern of its names, whose first group is the base.
@@ -3327,7 +3327,7 @@ def _rename(path: str, place: str) -> None:
     os.replace(path, place)
 
 
-def digest_of(body: StoredResponse | PartialFile, algorithm: str) -> str:
+def hex_digest(body: StoredResponse | PartialFile, algorithm: str) -> str:
     """Return the hexadecimal digest of a body, which is read unless the digest is known.  Raises OSError."""
     known = body.sha256() if isinstance(body, PartialFile) else body.head.sha256
     return known if known and algorithm == "sha256" else str(hash_body(algorithm, body).hexdigest())
@@ -3727,7 +3727,7 @@ class Store:
         return True, _matching_head(heads, key, info)
 
     def version_of(self, key: str) -> tuple[int, int] | None:
-        """Return size and modification time (ns) of the stored body for a key; this is no use of it."""
+        """Return size and modification time (ns) of the stored body for a key, which is not a use."""
         for _, path, _ in self._places(key):
             with contextlib.suppress(OSError):
                 info = os.lstat(path)
@@ -4049,60 +4049,6 @@ MAX_WINDOW = 72 * 1024 * 1024  # bytes of a decoder: `xz -9` needs 65 MiB, `xz -
 INDEX_TIMEOUT = 120.0  # seconds to read one index, pauses included; Debian's takes 4
 
 
-def read_index(file: io.FileIO) -> Iterator[bytes]:
-    """Decompress a stored index from its first byte, in chunks that are not small, because each costs time.
-
-    The pauses leave the interpreter lock to requests.  A low priority would do the opposite: while the thread
-    holds the lock and waits for a processor, every other thread of the process waits, too.
-
-    Raises OSError, and DamagedIndexError, also if the index is larger or slower to read than allowed.
-    """
-    limit = min(MAX_INDEX, 16 * 1024 * 1024 + MAX_RATIO * file.seek(0, io.SEEK_END))
-    file.seek(0)
-    deadline, worked = time.monotonic() + INDEX_TIMEOUT, time.thread_time()
-    total, joined = 0, bytearray()
-    for chunk in _decompress(file):
-        total += len(chunk)
-        joined += chunk
-        if total > limit or time.monotonic() > deadline:
-            raise DamagedIndexError("reading it takes more than %d bytes or %d s" % (limit, INDEX_TIMEOUT))
-        if len(joined) >= READ_SIZE:
-            yield bytes(joined)
-            joined.clear()
-            time.sleep(min(1.0, time.thread_time() - worked))
-            worked = time.thread_time()
-    yield bytes(joined)
-
-
-_DECODERS: tuple[tuple[bytes, str, str, str, dict[str, Any]], ...] = (
-    (b"\x1f\x8b", "zlib", "decompressobj", "error", {"wbits": 31}),
-    (b"BZh", "bz2", "BZ2Decompressor", "", {}),
-    (b"\xfd7zXZ\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
-    (b"\x5d\0\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
-    (b"\x28\xb5\x2f\xfd", "compression.zstd", "ZstdDecompressor", "ZstdError", {}))  # windows up to 128 MiB
-
-
-def _decompress(file: io.FileIO) -> Iterator[bytes]:
-    """Yield the contents of a file, whose first bytes tell the compression; more parts may follow."""
-    data = file.read(READ_SIZE)
-    while data:
-        known = [row[1:] for row in _DECODERS if data.startswith(row[0])]
-        if not known:
-            yield data
-            yield from iter(lambda: file.read(READ_SIZE), b"")
-            return
-        module, decoder, error, options = known[0]
-        try:
-            imported: Any = importlib.import_module(module)  # Python may have been built without it
-        except ImportError:
-            yield from _run_zstd(file, module)
-            return
-        try:
-            data = yield from _decode(file, data, getattr(imported, decoder)(**options))
-        except (getattr(imported, error, OSError), EOFError, ValueError) as failure:  # type: ignore[misc]
-            raise DamagedIndexError("cannot decompress it: %s" % failure) from None
-
-
 def _decode(file: io.FileIO, data: bytes, decoder: Any) -> Generator[bytes, None, bytes]:
     """Decompress one part of a file.  Returns the beginning of the next part, without padding."""
     output = data
@@ -4137,6 +4083,60 @@ def _run_zstd(file: io.FileIO, module: str) -> Iterator[bytes]:
                 raise DamagedIndexError("zstd cannot decompress it")
         finally:
             process.kill()
+
+
+_DECODERS: tuple[tuple[bytes, str, str, str, dict[str, Any]], ...] = (
+    (b"\x1f\x8b", "zlib", "decompressobj", "error", {"wbits": 31}),
+    (b"BZh", "bz2", "BZ2Decompressor", "", {}),
+    (b"\xfd7zXZ\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
+    (b"\x5d\0\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
+    (b"\x28\xb5\x2f\xfd", "compression.zstd", "ZstdDecompressor", "ZstdError", {}))  # windows up to 128 MiB
+
+
+def _decompress(file: io.FileIO) -> Iterator[bytes]:
+    """Yield the contents of a file, whose first bytes tell the compression; more parts may follow."""
+    data = file.read(READ_SIZE)
+    while data:
+        known = [row[1:] for row in _DECODERS if data.startswith(row[0])]
+        if not known:
+            yield data
+            yield from iter(lambda: file.read(READ_SIZE), b"")
+            return
+        module, decoder, error, options = known[0]
+        try:
+            imported: Any = importlib.import_module(module)  # Python may have been built without it
+        except ImportError:
+            yield from _run_zstd(file, module)
+            return
+        try:
+            data = yield from _decode(file, data, getattr(imported, decoder)(**options))
+        except (getattr(imported, error, OSError), EOFError, ValueError) as failure:  # type: ignore[misc]
+            raise DamagedIndexError("cannot decompress it: %s" % failure) from None
+
+
+def read_index(file: io.FileIO) -> Iterator[bytes]:
+    """Decompress a stored index from its first byte, in chunks that are not small, because each costs time.
+
+    The pauses leave the interpreter lock to requests.  A low priority would do the opposite: while the thread
+    holds the lock and waits for a processor, every other thread of the process waits, too.
+
+    Raises OSError, and DamagedIndexError, also if the index is larger or slower to read than allowed.
+    """
+    limit = min(MAX_INDEX, 16 * 1024 * 1024 + MAX_RATIO * file.seek(0, io.SEEK_END))
+    file.seek(0)
+    deadline, worked = time.monotonic() + INDEX_TIMEOUT, time.thread_time()
+    total, joined = 0, bytearray()
+    for chunk in _decompress(file):
+        total += len(chunk)
+        joined += chunk
+        if total > limit or time.monotonic() > deadline:
+            raise DamagedIndexError("reading it takes more than %d bytes or %d s" % (limit, INDEX_TIMEOUT))
+        if len(joined) >= READ_SIZE:
+            yield bytes(joined)
+            joined.clear()
+            time.sleep(min(1.0, time.thread_time() - worked))
+            worked = time.thread_time()
+    yield bytes(joined)
 
 
 # A table holds what one index says.
@@ -4293,7 +4293,7 @@ class IndexReader:
         with contextlib.closing(stored):
             version = stored.head.size, stored.head.mtime_ns
             path = self._path(place, key, version)
-            source = TableSource(key, base, *version, digest_of(stored, "sha256"))
+            source = TableSource(key, base, *version, hex_digest(stored, "sha256"))
             try:
                 write_table(path, source, parse_index(kind, read_index(stored.file), base, key))
             except DamagedIndexError as error:
@@ -6420,7 +6420,7 @@ def _head_by_digest(request: Request, stored: StoredResponse,
         return None
     fields = tuple(field for field in stored.head.fields
                    if field[0].lower() in ("content-type", "last-modified", "date"))
-    return replace_fields(stored.head, fields=fields, key=request.key, sha256=digest_of(stored, "sha256"))
+    return replace_fields(stored.head, fields=fields, key=request.key, sha256=hex_digest(stored, "sha256"))
 
 
 class MirrorDeduplicator:
@@ -6559,6 +6559,21 @@ class DownloadLocks:
     def close(self) -> None:
         """Stop renewing leases."""
         self.leases.close()
+
+
+def why_refused(store: Store, key: str, size: int | None, digest: Callable[[str], str]) -> str:
+    """Return how a body contradicts what is known about it; "" if it does not.  Count and log that.
+
+    For ``size`` and ``digest``, see why_unexpected().  Raises what ``digest`` does.
+    """
+    expected = store.expected(key)
+    reason = why_unexpected(expected, size, digest)
+    if reason:
+        store.count_check("refused")
+        log.warning("%s was not stored: %s", loggable_uri(key), reason)
+    elif expected and digest("sha256"):
+        store.count_check("verified")
+    return reason
 
 
 class Downloader:
@@ -6730,16 +6745,12 @@ class Downloader:
 
     def _is_refused(self, partial: PartialFile) -> bool:
         """Return whether a complete body contradicts what is known about it; StorageError."""
-        expected = self.store.expected(partial.head.key)
         try:
-            reason = why_unexpected(expected, partial.size, functools.partial(digest_of, partial))
+            digest = functools.partial(hex_digest, partial)
+            return bool(why_refused(self.store, partial.head.key, partial.size, digest))
         except OSError as error:
             raise StorageError(error) from error
-        if expected:
-            self.store.count_check("refused" if reason else "verified")
-        if reason:
-            log.warning("%s was not stored: %s", loggable_uri(partial.head.key), reason)
-        return bool(reason)
+
 
 
 class PeerFollower:
@@ -7232,7 +7243,8 @@ class FlightLeader:
         origin_request, wrong_size = full_request(request, self.config), ""
         try:
             reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
-            wrong_size = "" if reason else self._why_wrong_size(response)
+            size = None if response.length is None else response.length + response.start
+            wrong_size = "" if reason else why_refused(self.downloader.store, request.key, size, lambda _: "")
             reason = reason or wrong_size or ("" if response.end_is_known else "no declared length")
             if not reason:
                 partial = partial or self.downloader.locks.acquire(request.key, self.ignores_lock)
@@ -7257,15 +7269,6 @@ class FlightLeader:
             response.close()
             response = fetch_full(self.downloader.origin, origin_request)
         return response_from_origin(request, response, decision, reason), FlightResult.ALONE
-
-    def _why_wrong_size(self, response: OriginResponse) -> str:
-        """Return how the declared length of a response contradicts an index; "" if it does not."""
-        size = None if response.length is None else response.length + response.start
-        reason = why_unexpected(self.downloader.store.expected(self.request.key), size, lambda _: "")
-        if reason:
-            self.downloader.store.count_check("refused")
-            log.warning("%s was not stored: %s", loggable_uri(self.request.key), reason)
-        return reason
 
 
 @dataclasses.dataclass(frozen=True)
