@@ -826,9 +826,9 @@ class StructureTest(unittest.TestCase):
             self.assertTrue(origin in ("built-in", "frozen") or os.path.realpath(origin).startswith(folder), module)
             self.assertNotIn("site-packages", origin)
 
-    # Code lines of sections 1 to 14.  Sections 5, 9 and 10 still exceed what they should have: 690, 690 and 517.
+    # Code lines of sections 1 to 15.  Sections 5, 10 and 11 still exceed what they should have: 690, 690 and 517.
     # The module should have 5,700 code lines and 85 classes.
-    SECTION_LIMITS = (322, 517, 402, 115, 788, 250, 138, 598, 693, 549, 230, 414, 920, 517)
+    SECTION_LIMITS = (322, 517, 402, 115, 788, 223, 250, 138, 598, 693, 549, 230, 414, 920, 517)
     MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 6150, 94, 40, 150, 0.25
     RULE = "A limit is only ever lowered: when something does not fit, something else goes first."
 
