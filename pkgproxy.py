@@ -7459,6 +7459,7 @@ class Scrubber:
             if self._stopped.is_set() or found == head.sha256:
                 return None
             if not head.sha256 and len(found) == 64:
+                self._store.names.add(found, head.key)
                 return self._store.update_head(stored, replace_fields(head, sha256=found))
             with contextlib.suppress(OSError):  # else it has been replaced, changed or removed meanwhile
                 if os.path.samestat(os.lstat(self._store.body_path(name)), info):
@@ -7509,7 +7510,7 @@ class Scrubber:
         while data := stored.read_at(SMALL_BODY, offset):
             found.update(data)
             offset += len(data)
-            self._stopped.wait(len(data) / SCRUB_RATE)
+            self._stopped.wait(max(0.02, len(data) / SCRUB_RATE))  # a small file costs 0.2 ms of a processor
             while time.time() - self._store.used_at > SCRUB_PAUSE and not self._stopped.wait(5.0):
                 pass
             if self._stopped.is_set():
