@@ -5539,6 +5539,11 @@ class IndexedCacheTest(ProxyCase):
             file.write(b"?")
         os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
 
+    def forget_digest(self, kind):
+        """Make the stored package one that an earlier version has stored."""
+        head_path = self.store.head_path(self.name(kind))
+        pkgproxy._write_heads(head_path, [pkgproxy.replace_fields(head, sha256="") for head in pkgproxy._read_heads(head_path)])
+
     @for_each(*ALL)
     def test_a_flipped_byte_is_found_and_the_package_downloaded_again(self, kind):
         self.learn(self.publish(kind, self.NEW))
@@ -5573,15 +5578,31 @@ class IndexedCacheTest(ProxyCase):
     def test_a_file_without_a_digest_gets_one_and_is_checked_by_it(self):
         indexes = self.publish("apt", self.OLD, self.NEW)
         self.get("apt")
-        head_path = self.store.head_path(self.name("apt"))
-        heads = [pkgproxy.replace_fields(head, sha256="") for head in pkgproxy._read_heads(head_path)]
-        pkgproxy._write_heads(head_path, heads)
+        self.forget_digest("apt")
         self.learn(indexes)
         self.check_hit("apt", self.OLD)
         self.assertEqual(list(self.store.unhashed), [self.name("apt")])
         self.scrub("apt")
         until(lambda: self.get("apt")[0] == self.NEW, "the end of the hot response")
         self.check_requests("apt", 2)
+
+    def test_a_file_without_a_digest_is_shared_after_it_got_one(self):
+        self.learn(self.publish("apt", self.NEW) + self.publish("apt", self.NEW, origin=self.other))
+        self.get("apt")
+        self.check_hit("apt", self.NEW)  # the scrub rests while nothing is used
+        self.forget_digest("apt")
+        shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "names"))
+        self.scrub("apt")
+        self.assertIn("same as", self.get("apt", self.other)[1])
+        self.check_requests("apt", 0, self.other)
+
+    def test_the_scrub_rests_after_each_small_file(self):
+        self.publish("apt", self.NEW)
+        self.get("apt")
+        self.check_hit("apt", self.NEW)
+        with mock.patch.object(self.proxy._scrubber._stopped, "wait", return_value=False) as wait:
+            self.scrub("apt")
+        self.assertEqual([call.args[0] >= 0.02 for call in wait.call_args_list], [True])
 
     def test_the_scrub_touches_no_file_that_is_not_ours(self):
         self.publish("apt", self.NEW)
