@@ -12533,7 +12533,7 @@ class PackageManagerScenarios(Mixin):
             damaged.seek(100_000)
             damaged.write(b"?")
         os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
-        proxy = ProxyProcess(self.root, (), self.environment(), functools.partial(pkgproxy_command, SCRUB_PAUSE=0.5, SCRUB_RATE=10**9))
+        proxy = ProxyProcess(self.root, (), self.environment(), functools.partial(pkgproxy_command, SCRUB_PAUSE=3.0, SCRUB_RATE=10**9))
         self.addCleanup(self.stop_proxy, proxy)
         self.proxies.append(proxy)
         self.proxy_url = proxy.url
