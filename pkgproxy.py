@@ -2566,11 +2566,13 @@ def _tar_contents(chunks: Iterator[bytes], end: bytes) -> Iterator[bytes]:
     """
     rest, blocks, wanted = b"", 0, False  # blocks: of the present file, still to come
     for chunk in chunks:
-        rest += chunk
-        for at in range(0, len(rest) - 511, 512):
-            block = rest[at:at + 512]
+        rest, at = rest + chunk, 0
+        while len(rest) - at >= 512:
+            count = min(max(1, blocks), (len(rest) - at) // 512)
+            block = rest[at:at + 512 * count]
+            at += 512 * count
             if blocks:
-                blocks -= 1
+                blocks -= count
                 yield block if wanted else b""
             elif block.strip(b"\0"):  # not an end mark: apk's index is a tar behind another
                 size = re.fullmatch(rb"[ \0]*([0-7]{1,12})[ \0]*", block[124:136])
@@ -2580,7 +2582,7 @@ def _tar_contents(chunks: Iterator[bytes], end: bytes) -> Iterator[bytes]:
                 # Not a link, a folder or a longer header.
                 wanted = block[156] in b"0\0" and block[:100].partition(b"\0")[0].endswith(end)
                 yield b"\n\n"
-        rest = rest[len(rest) // 512 * 512:]
+        rest = rest[at:]
     if blocks:
         raise DamagedIndexError("the tar archive ends early")
 
@@ -2606,13 +2608,12 @@ _INTEGRITY = re.compile(r"\bsha(?:512|256)-([\w+/]+=*)")
 _JSON_FILE = re.compile(r'(?:"dist"\s*:|"files"\s*:\s*\[|\}\s*,)\s*(?=\{\s*")')
 
 
-def _parse_page(chunks: Iterator[bytes], base: str, key: str) -> Iterator[_RawEntry]:
-    """Parse PyPI's pages in HTML (PEP 503) and JSON (PEP 691), and npm's documents."""
-    first = next(chunks, b"")
-    parse_links = _json_links if first.lstrip()[:1] == b"{" else _html_links
-    for link, size, digest in parse_links(itertools.chain([first], chunks)):
-        with contextlib.suppress(ValueError):  # of urljoin
-            yield name_below(base, urllib.parse.urljoin(key, link)) or b"", size.encode(), digest.encode()
+def _json_link(item: dict[str, Any]) -> tuple[str, str, str]:
+    hashes, integrity = item.get("hashes"), _INTEGRITY.search(str(item.get("integrity")))
+    digest = hashes.get("sha256", hashes.get("sha512")) if isinstance(hashes, dict) else ""
+    with contextlib.suppress(ValueError):  # of Base64
+        digest = binascii.a2b_base64(integrity[1]).hex() if integrity else digest
+    return str(item.get("tarball", item.get("url"))), str(item.get("size")), str(digest)
 
 
 def _html_links(chunks: Iterator[bytes]) -> Iterator[tuple[str, str, str]]:
@@ -2638,12 +2639,13 @@ def _json_links(chunks: Iterator[bytes]) -> Iterator[tuple[str, str, str]]:
         text = text[found.start() if found else max(0, at - 1, len(text) - 100):]
 
 
-def _json_link(item: dict[str, Any]) -> tuple[str, str, str]:
-    hashes, integrity = item.get("hashes"), _INTEGRITY.search(str(item.get("integrity")))
-    digest = hashes.get("sha256", hashes.get("sha512")) if isinstance(hashes, dict) else ""
-    with contextlib.suppress(ValueError):  # of Base64
-        digest = binascii.a2b_base64(integrity[1]).hex() if integrity else digest
-    return str(item.get("tarball", item.get("url"))), str(item.get("size")), str(digest)
+def _parse_page(chunks: Iterator[bytes], base: str, key: str) -> Iterator[_RawEntry]:
+    """Parse PyPI's pages in HTML (PEP 503) and JSON (PEP 691), and npm's documents."""
+    first = next(chunks, b"")
+    parse_links = _json_links if first.lstrip()[:1] == b"{" else _html_links
+    for link, size, digest in parse_links(itertools.chain([first], chunks)):
+        with contextlib.suppress(ValueError):  # of urljoin
+            yield name_below(base, urllib.parse.urljoin(key, link)) or b"", size.encode(), digest.encode()
 
 
 # To add a format, add a line here, and a group to the pattern.
@@ -3632,7 +3634,7 @@ def _rename(path: str, place: str) -> None:
     os.replace(path, place)
 
 
-def body_digest(body: StoredResponse | PartialFile, algorithm: str) -> str:
+def hex_digest(body: StoredResponse | PartialFile, algorithm: str) -> str:
     """Return the hexadecimal digest of a body, which is read unless the digest is known.  Raises OSError."""
     known = body.sha256() if isinstance(body, PartialFile) else body.head.sha256
     return known if known and algorithm == "sha256" else str(hash_body(algorithm, body).hexdigest())
@@ -4354,60 +4356,6 @@ MAX_WINDOW = 72 * 1024 * 1024  # bytes of a decoder: `xz -9` needs 65 MiB, `xz -
 INDEX_TIMEOUT = 120.0  # seconds to read one index, pauses included; Debian's takes 4
 
 
-def read_index(file: io.FileIO) -> Iterator[bytes]:
-    """Decompress a stored index from its first byte, in chunks that are not small, because each costs time.
-
-    The pauses leave the interpreter lock to requests.  A low priority would do the opposite: while the thread
-    holds the lock and waits for a processor, every other thread of the process waits, too.
-
-    Raises OSError, and DamagedIndexError, also if the index is larger or slower to read than allowed.
-    """
-    limit = min(MAX_INDEX, 16 * 1024 * 1024 + MAX_RATIO * file.seek(0, io.SEEK_END))
-    file.seek(0)
-    deadline, worked = time.monotonic() + INDEX_TIMEOUT, time.thread_time()
-    total, joined = 0, bytearray()
-    for chunk in _decompress(file):
-        total += len(chunk)
-        joined += chunk
-        if total > limit or time.monotonic() > deadline:
-            raise DamagedIndexError("reading it takes more than %d bytes or %d s" % (limit, INDEX_TIMEOUT))
-        if len(joined) >= READ_SIZE:
-            yield bytes(joined)
-            joined.clear()
-            time.sleep(min(1.0, time.thread_time() - worked))
-            worked = time.thread_time()
-    yield bytes(joined)
-
-
-_DECODERS: tuple[tuple[bytes, str, str, str, dict[str, Any]], ...] = (
-    (b"\x1f\x8b", "zlib", "decompressobj", "error", {"wbits": 31}),
-    (b"BZh", "bz2", "BZ2Decompressor", "", {}),
-    (b"\xfd7zXZ\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
-    (b"\x5d\0\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
-    (b"\x28\xb5\x2f\xfd", "compression.zstd", "ZstdDecompressor", "ZstdError", {}))  # windows up to 128 MiB
-
-
-def _decompress(file: io.FileIO) -> Iterator[bytes]:
-    """Yield the contents of a file, whose first bytes tell the compression; more parts may follow."""
-    data = file.read(READ_SIZE)
-    while data:
-        known = [row[1:] for row in _DECODERS if data.startswith(row[0])]
-        if not known:
-            yield data
-            yield from iter(lambda: file.read(READ_SIZE), b"")
-            return
-        module, decoder, error, options = known[0]
-        try:
-            imported: Any = importlib.import_module(module)  # Python may have been built without it
-        except ImportError:
-            yield from _run_zstd(file, module)
-            return
-        try:
-            data = yield from _decode(file, data, getattr(imported, decoder)(**options))
-        except (getattr(imported, error, OSError), EOFError, ValueError) as failure:  # type: ignore[misc]
-            raise DamagedIndexError("cannot decompress it: %s" % failure) from None
-
-
 def _decode(file: io.FileIO, data: bytes, decoder: Any) -> Generator[bytes, None, bytes]:
     """Decompress one part of a file.  Returns the beginning of the next part, without padding."""
     output = data
@@ -4442,6 +4390,60 @@ def _run_zstd(file: io.FileIO, module: str) -> Iterator[bytes]:
                 raise DamagedIndexError("zstd cannot decompress it")
         finally:
             process.kill()
+
+
+_DECODERS: tuple[tuple[bytes, str, str, str, dict[str, Any]], ...] = (
+    (b"\x1f\x8b", "zlib", "decompressobj", "error", {"wbits": 31}),
+    (b"BZh", "bz2", "BZ2Decompressor", "", {}),
+    (b"\xfd7zXZ\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
+    (b"\x5d\0\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
+    (b"\x28\xb5\x2f\xfd", "compression.zstd", "ZstdDecompressor", "ZstdError", {}))  # windows up to 128 MiB
+
+
+def _decompress(file: io.FileIO) -> Iterator[bytes]:
+    """Yield the contents of a file, whose first bytes tell the compression; more parts may follow."""
+    data = file.read(READ_SIZE)
+    while data:
+        known = [row[1:] for row in _DECODERS if data.startswith(row[0])]
+        if not known:
+            yield data
+            yield from iter(lambda: file.read(READ_SIZE), b"")
+            return
+        module, decoder, error, options = known[0]
+        try:
+            imported: Any = importlib.import_module(module)  # Python may have been built without it
+        except ImportError:
+            yield from _run_zstd(file, module)
+            return
+        try:
+            data = yield from _decode(file, data, getattr(imported, decoder)(**options))
+        except (getattr(imported, error, OSError), EOFError, ValueError) as failure:  # type: ignore[misc]
+            raise DamagedIndexError("cannot decompress it: %s" % failure) from None
+
+
+def read_index(file: io.FileIO) -> Iterator[bytes]:
+    """Decompress a stored index from its first byte, in chunks that are not small, because each costs time.
+
+    The pauses leave the interpreter lock to requests.  A low priority would do the opposite: while the thread
+    holds the lock and waits for a processor, every other thread of the process waits, too.
+
+    Raises OSError, and DamagedIndexError, also if the index is larger or slower to read than allowed.
+    """
+    limit = min(MAX_INDEX, 16 * 1024 * 1024 + MAX_RATIO * file.seek(0, io.SEEK_END))
+    file.seek(0)
+    deadline, worked = time.monotonic() + INDEX_TIMEOUT, time.thread_time()
+    total, joined = 0, bytearray()
+    for chunk in _decompress(file):
+        total += len(chunk)
+        joined += chunk
+        if total > limit or time.monotonic() > deadline:
+            raise DamagedIndexError("reading it takes more than %d bytes or %d s" % (limit, INDEX_TIMEOUT))
+        if len(joined) >= READ_SIZE:
+            yield bytes(joined)
+            joined.clear()
+            time.sleep(min(1.0, time.thread_time() - worked))
+            worked = time.thread_time()
+    yield bytes(joined)
 
 
 # A table holds what one index says.
@@ -4598,7 +4600,7 @@ class IndexReader:
         with contextlib.closing(stored):
             version = stored.head.size, stored.head.mtime_ns
             path = self._path(place, key, version)
-            source = TableSource(key, base, *version, body_digest(stored, "sha256"))
+            source = TableSource(key, base, *version, hex_digest(stored, "sha256"))
             try:
                 write_table(path, source, parse_index(kind, read_index(stored.file), base, key))
             except DamagedIndexError as error:
@@ -6787,7 +6789,7 @@ def _head_by_digest(request: Request, stored: StoredResponse,
         return None
     fields = tuple(field for field in stored.head.fields
                    if field[0].lower() in ("content-type", "last-modified", "date"))
-    return replace_fields(stored.head, fields=fields, key=request.key, sha256=body_digest(stored, "sha256"))
+    return replace_fields(stored.head, fields=fields, key=request.key, sha256=hex_digest(stored, "sha256"))
 
 
 class MirrorDeduplicator:
@@ -6969,6 +6971,21 @@ class DownloadLocks:
     def invalidate(self, key: str) -> None:
         """Prevent other instances from storing what they are downloading under a key."""
         self.partials.unlink(key, self.leases.holder(key))
+
+
+def why_refused(store: Store, key: str, size: int | None, digest: Callable[[str], str]) -> str:
+    """Return how a body contradicts what is known about it; "" if it does not.  Count and log that.
+
+    For ``size`` and ``digest``, see why_unexpected().  Raises what ``digest`` does.
+    """
+    expected = store.expected(key)
+    reason = why_unexpected(expected, size, digest)
+    if reason:
+        store.count_check("refused")
+        log.warning("%s was not stored: %s", loggable_uri(key), reason)
+    elif expected and digest("sha256"):
+        store.count_check("verified")
+    return reason
 
 
 class Downloader:
@@ -7160,16 +7177,12 @@ class Downloader:
 
     def _is_refused(self, partial: PartialFile) -> bool:
         """Return whether a complete body contradicts what is known about it; StorageError."""
-        expected = self.store.expected(partial.head.key)
         try:
-            reason = why_unexpected(expected, partial.size, functools.partial(body_digest, partial))
+            digest = functools.partial(hex_digest, partial)
+            return bool(why_refused(self.store, partial.head.key, partial.size, digest))
         except OSError as error:
             raise StorageError(error) from error
-        if expected:
-            self.store.count_check("refused" if reason else "verified")
-        if reason:
-            log.warning("%s was not stored: %s", loggable_uri(partial.head.key), reason)
-        return bool(reason)
+
 
 
 class PeerFollower:
@@ -7677,7 +7690,8 @@ class FlightLeader:
         origin_request, wrong_size = full_request(request, self.config), ""
         try:
             reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
-            wrong_size = "" if reason else self._why_wrong_size(response)
+            size = None if response.length is None else response.length + response.start
+            wrong_size = "" if reason else why_refused(self.downloader.store, request.key, size, lambda _: "")
             reason = reason or wrong_size or ("" if response.end_is_known else "no declared length")
             if not reason:
                 partial = partial or self.downloader.locks.acquire(request.key, self.ignores_lock)
@@ -7703,15 +7717,6 @@ class FlightLeader:
         answer = response_from_origin(request, response, decision, reason)
         answer = self.downloader.small_answers.keep(self.flight, request, response, head, answer)
         return answer, FlightResult.AGAIN if answer.cache_status.stored else FlightResult.ALONE
-
-    def _why_wrong_size(self, response: OriginResponse) -> str:
-        """Return how the declared length of a response contradicts an index; "" if it does not."""
-        size = None if response.length is None else response.length + response.start
-        reason = why_unexpected(self.downloader.store.expected(self.request.key), size, lambda _: "")
-        if reason:
-            self.downloader.store.count_check("refused")
-            log.warning("%s was not stored: %s", loggable_uri(self.request.key), reason)
-        return reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -7903,6 +7908,7 @@ class Scrubber:
             if self._stopped.is_set() or found == head.sha256:
                 return None
             if not head.sha256 and len(found) == 64:
+                self._store.names.add(found, head.key)
                 return self._store.update_head(stored, replace_fields(head, sha256=found))
             with contextlib.suppress(OSError):  # else it has been replaced, changed or removed meanwhile
                 if os.path.samestat(os.lstat(self._store.body_path(name)), info):
@@ -7953,7 +7959,7 @@ class Scrubber:
         while data := stored.read_at(SMALL_BODY, offset):
             found.update(data)
             offset += len(data)
-            self._stopped.wait(len(data) / SCRUB_RATE)
+            self._stopped.wait(max(0.02, len(data) / SCRUB_RATE))  # a small file costs 0.2 ms of a processor
             while time.time() - self._store.used_at > SCRUB_PAUSE and not self._stopped.wait(5.0):
                 pass
             if self._stopped.is_set():

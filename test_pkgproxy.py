@@ -777,7 +777,7 @@ class StructureTest(unittest.TestCase):
         """Return the first and last line of each section, by its number."""
         titles = [(int(match[1]), at) for at, line in enumerate(self.lines, 1) if (match := re.match(r"# (\d+) [A-Z]", line))]
         self.assertEqual([number for number, _ in titles], list(range(1, 16)))
-        return {number: (start, stop) for (number, start), (_, stop) in zip(titles, [*titles[1:], (15, len(self.lines) + 1)])}
+        return {number: (start, stop) for (number, start), (_, stop) in zip(titles, [*titles[1:], (16, len(self.lines) + 1)])}
 
     def _code_lines(self):
         docs = set()
@@ -805,7 +805,7 @@ class StructureTest(unittest.TestCase):
 
     def test_store_and_single_flight_do_not_depend_on_each_other(self):
         sections = self._sections()
-        for section, foreign in ((5, r"\b(SingleFlight|Flight)\b"), (7, r"\b(Store|StoredResponse|PartialStore)\b"),
+        for section, foreign in ((5, r"\b(SingleFlight|Flight)\b"), (6, r"\b(SingleFlight|Flight)\b"), (7, r"\b(Store|StoredResponse|PartialStore)\b"),
                                  (9, r"\b(Store|SingleFlight|Flight|PartialFile)\b")):
             text = "\n".join(self.lines[sections[section][0]:sections[section][1] - 2])
             self.assertIsNone(re.search(foreign, text), "section %d" % section)
@@ -816,7 +816,7 @@ class StructureTest(unittest.TestCase):
         names = {use.id for node in rules for use in ast.walk(node) if isinstance(use, ast.Name)}
         self.assertEqual(names & {"time", "os", "open", "socket", "log", "threading", "random", "print"}, set())
         classes = [node.name for node in rules if isinstance(node, ast.ClassDef)]
-        self.assertEqual(classes, ["SelectedResponse", "Framing"], "data without behaviour")
+        self.assertEqual(classes, ["SelectedResponse", "Framing", "DamagedIndexError", "FileFacts"], "data without behaviour")
 
     def test_only_the_standard_library_is_imported(self):
         modules = {alias.name.partition(".")[0] for node in ast.walk(self.tree)
@@ -829,9 +829,9 @@ class StructureTest(unittest.TestCase):
             self.assertTrue(origin in ("built-in", "frozen") or os.path.realpath(origin).startswith(folder), module)
             self.assertNotIn("site-packages", origin)
 
-    # Code lines of sections 1 to 14.  Sections 5, 9 and 10 still exceed what they should have: 690, 690 and 517.
+    # Code lines of sections 1 to 15.  Sections 5, 10 and 11 still exceed what they should have: 690, 690 and 517.
     # The module should have 5,700 code lines and 85 classes.
-    SECTION_LIMITS = (310, 517, 400, 104, 788, 420, 250, 138, 598, 624, 549, 214, 400, 920, 486)
+    SECTION_LIMITS = (310, 517, 400, 104, 788, 223, 250, 138, 598, 624, 549, 214, 400, 920, 486)
     MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 6150, 94, 40, 150, 0.25
     RULE = "A limit is only ever lowered: when something does not fit, something else goes first."
 
@@ -3124,7 +3124,7 @@ class HostileTest(ParserCase):
     def test_compressed_bombs_are_given_up(self):
         block = b"\0" * 1024 * 1024
         for name, compressor in (("gz", zlib.compressobj(9, wbits=31)), ("bz2", bz2.BZ2Compressor()), ("xz", lzma.LZMACompressor(preset=0))):
-            data = b"".join([compressor.compress(block) for _ in range(100)]) + compressor.flush()
+            data = b"".join([compressor.compress(block) for _ in range(40)]) + compressor.flush()
             for kind in ("apt", "rpm", "pacman", "apk", "pypi", "release"):
                 with self.subTest(name, kind=kind), self.bounded():
                     self.read(kind, data)
@@ -3155,15 +3155,15 @@ class HostileTest(ParserCase):
             self.read("apt", SIMPLE["apt"])
 
     def test_members_of_a_byte_cost_no_more_than_large_ones(self):
-        data = b"".join([gzip.compress(b"x", 0)] * 100_000)
+        data = b"".join([gzip.compress(b"x", 0)] * 20_000)
         with self.bounded(damaged=False):
             self.assertEqual(self.read("apt", data), {})
 
     def test_entries_without_end_are_given_up(self):
         for kind, start in (("apt", b"Filename: "), ("release", b"SHA256:\n"), ("rpm", b"<package>"), ("pypi", b"<a href='"), ("pypi", b'{"files": [{"'), ("npm", b'{"dist":{"'),
-                            ("pacman", tar(("a/desc", desc(b"x") + b"x" * 20_000_000))), ("apk", tar(("APKINDEX", b"P:" + b"x" * 20_000_000)))):
+                            ("pacman", tar(("a/desc", desc(b"x") + b"x" * 5_000_000))), ("apk", tar(("APKINDEX", b"P:" + b"x" * 5_000_000)))):
             with self.subTest(kind, start=start[:10]), self.bounded(80 * 1024 * 1024):
-                self.read(kind, start + b"x" * 20_000_000)
+                self.read(kind, start + b"x" * 5_000_000)
 
     def test_entries_that_name_nothing_count_too(self):
         with mock.patch.object(pkgproxy, "MAX_ENTRIES", 1000), self.bounded():
@@ -3171,7 +3171,7 @@ class HostileTest(ParserCase):
 
     def test_a_million_entries_are_given_up_within_bounds(self):
         stream = (b"".join(b"Filename: %d\nSize: 1\n\n" % number for number in range(at, at + 1000)) for at in range(0, 1_000_000, 1000))
-        with mock.patch.object(pkgproxy, "MAX_ENTRIES", 100_000), self.bounded(12 * 1024 * 1024):
+        with mock.patch.object(pkgproxy, "MAX_ENTRIES", 20_000), self.bounded(3 * 1024 * 1024):
             pkgproxy.write_table(self.path("table"), TABLE_SOURCE, parse("apt", stream, DEBIAN))
         self.assertEqual(os.listdir(self.folder), [])
 
@@ -3227,7 +3227,7 @@ class HostileTest(ParserCase):
                 self.parse("npm", text.encode("latin-1"), size=100_000)
 
     def test_json_costs_no_memory_for_its_length(self):
-        for kind, text in (("npm", '{"a":[' + "0," * 2_000_000), ("npm", '{"a":[' + "{}," * 1_000_000), ("npm", '{"dist":{}' * 100_000), ("pypi", '{"files":[' + '{"url":"","hashes":0},' * 50_000 + "{}]}"),
+        for kind, text in (("npm", '{"a":[' + "0," * 2_000_000), ("npm", '{"a":[' + "{}," * 1_000_000), ("npm", '{"dist":{}' * 100_000), ("pypi", '{"files":[' + '{"url":"","hashes":0},' * 10_000 + "{}]}"),
                            ("npm", '{"a":' + "[" * 2_000_000)):
             with self.subTest(text[:20]), self.bounded(8 * 1024 * 1024, damaged=False):
                 chunks = (text[at:at + 100_000].encode() for at in range(0, len(text), 100_000))
@@ -3237,7 +3237,7 @@ class HostileTest(ParserCase):
             list(parse("npm", (text[at:at + 256_000].encode() for at in range(0, len(text), 256_000)), URLS["npm"]))
 
     def test_no_text_costs_more_than_its_length(self):
-        size = 1_000_000
+        size = 400_000
         for kind, unit in (("rpm", b"<size "), ("rpm", b"<checksum "), ("rpm", b"<location href='"), ("rpm", b"<location "), ("rpm", b"<size package="), ("rpm", b"<checksum>0"),
                            ("pypi", b"<a href "), ("pypi", b"<a href="), ("pypi", b"href= "), ("apt", b"Filename: x\n "), ("apt", b"Filename: a\n\n"), ("apt", b"./"), ("apt", b"\n\n"), ("apt", b"a\n\n"), ("release", b"SHA256:\n a 1 b\n"),
                            ("npm", b'{"dist" '), ("pypi", b'{"files" '), ("pypi", b'{,')):
@@ -3247,7 +3247,7 @@ class HostileTest(ParserCase):
                     started = time.process_time()
                     with contextlib.suppress(DamagedIndexError):
                         self.parse(kind, data, size=100_000)
-                    self.assertLess(time.process_time() - started, 6)
+                    self.assertLess(time.process_time() - started, 2.5)
         wanted = desc(b"x") + b"x" * 3_900_000
         members = tar(("a", wanted)).rstrip(b"\0") + bytes(-len(wanted) % 512)
         for data in (b"", b"x"):
@@ -3267,9 +3267,9 @@ class HostileTest(ParserCase):
         return bytes(data)
 
     def test_a_damaged_index_raises_one_exception_and_keeps_within_bounds(self):
-        seed = int(os.environ.get("SEED", "18"))
-        rng = random.Random(seed)
-        deadline = time.monotonic() + float(os.environ.get("FUZZ", "4"))
+        seed = os.environ.get("PKGPROXY_CHAOS_SEED", "1")
+        rng = random.Random("indexes " + seed)
+        deadline = time.monotonic() + float(os.environ.get("PKGPROXY_CHAOS_SECONDS", "1.5"))
         for rounds in itertools.count():
             if time.monotonic() > deadline:
                 break
@@ -3282,7 +3282,7 @@ class HostileTest(ParserCase):
             except DamagedIndexError:
                 pass
             except BaseException as error:
-                raise AssertionError("seed %d, round %d: %s %r" % (seed, rounds, kind, data)) from error
+                raise AssertionError("seed %s, round %d: %s %r" % (seed, rounds, kind, data)) from error
             self.assertLess(len(entries), 50)
             for name, facts in entries.items():
                 self.assertNotIn(b"..", name.split(b"/"))
@@ -3374,9 +3374,10 @@ class TableTest(ParserCase):
 
     def test_debians_main_fits_the_budgets(self):
         """60,000 packages: 4 MB, 5 s of processor time, 20 MB of memory; a look-up 50 µs."""
+        descriptions = [os.urandom(100).hex().encode() for _ in range(50)]
         names = [b"pool/main/l/lib%d/lib%d_1.0-1_amd64.deb" % (number, number) for number in range(60_000)]
-        text = b"".join(b"Package: x\nDescription: %b\nFilename: %b\nSize: %d\nSHA256: %b\n\n" % (os.urandom(100).hex().encode() * 3, name, len(name), hashlib.sha256(name).hexdigest().encode()) for name in names)
-        path = self.write(lzma.compress(text, preset=1))
+        text = b"".join(b"Package: x\nDescription: %b\nFilename: %b\nSize: %d\nSHA256: %b\n\n" % (descriptions[len(name) % 50] * 3, name, len(name), hashlib.sha256(name).hexdigest().encode()) for name in names)
+        path = self.write(lzma.compress(text, preset=0))
         del text
         started = time.thread_time()
         with io.FileIO(path) as file:
@@ -3391,12 +3392,12 @@ class TableTest(ParserCase):
         tracemalloc.start()
         try:
             with io.FileIO(path) as file:
-                entries = itertools.islice(parse("apt", pkgproxy.read_index(file), DEBIAN), 20_000)
+                entries = itertools.islice(parse("apt", pkgproxy.read_index(file), DEBIAN), 10_000)
                 pkgproxy.write_table(self.path("part"), TABLE_SOURCE, entries)
             now, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        self.assertLess(peak, 20_000_000 / 2)
+        self.assertLess(peak, 20_000_000 / 3)
         self.assertLess(now, 200_000)
 
 
@@ -5252,7 +5253,7 @@ class TlsOriginTest(ProxyCase):
             self.assertEqual(self.request(secure).body, b"secure")
             with mock.patch.object(pkgproxy, "resolve_addresses", return_value=place):
                 self.assertEqual(self.request(plain).body, b"plain")
-        self.assertEqual([len(self.origin.methods()), len(self.secure.methods())], [1, 1])
+        self.assertEqual((self.origin.methods(), self.secure.methods()), (["GET"], ["GET"]))
         self.assertEqual(sorted(self.visible_files().values()), [b"plain", b"secure"])
 
     def test_a_certificate_that_is_refused_is_named_in_a_sentence(self):
@@ -5821,8 +5822,9 @@ class IndexedCacheTest(ProxyCase):
     """Packages are what the stored indexes of their repository say, whatever mirrors and disks do (invariant 13)."""
 
     PACKAGES = {"apt": "/debian/pool/h/hello_1.0_all.deb", "rpm": "/fedora/Packages/h/hello-1.0-1.noarch.rpm",
-                "pacman": "/arch/core/os/x86_64/hello-1.0-1-any.pkg.tar.zst", "apk": "/alpine/main/x86_64/hello-1.0-r1.apk"}
-    ALL, DIGESTS = tuple(PACKAGES), ("apt", "rpm", "pacman")  # an APKINDEX tells only sizes
+                "pacman": "/arch/core/os/x86_64/hello-1.0-1-any.pkg.tar.zst", "apk": "/alpine/main/x86_64/hello-1.0-r1.apk",
+                "pypi": "/pypi/files/ab/hello-1.0.tar.gz"}
+    ALL, DIGESTS, SIZES = tuple(PACKAGES), ("apt", "rpm", "pacman", "pypi"), ("apt", "rpm", "pacman", "apk")  # what their indexes tell
     OLD, NEW, LONGER = b"old package" * 9, b"new package" * 9, b"longer package" * 9
     MISS = "pkgproxy; fwd=uri-miss; fwd-status=200; stored"
 
@@ -5858,6 +5860,8 @@ class IndexedCacheTest(ProxyCase):
             return {"/fedora/repodata/repomd.xml": top.encode(), "/fedora/" + name: primary}
         if kind == "pacman":
             return {"/arch/core/os/x86_64/core.db": tar_gz({"hello-1.0-1/desc": desc(path.rpartition("/")[2].encode(), size, digest)})}
+        if kind == "pypi":
+            return {"/pypi/simple/hello/": b'<!DOCTYPE html><a href="../../files/ab/hello-1.0.tar.gz#sha256=%b">hello-1.0.tar.gz</a>' % digest.encode()}
         return {"/alpine/main/x86_64/APKINDEX.tar.gz": tar_gz({"APKINDEX": b"P:hello\nV:1.0-r1\nS:%d\n\n" % size})}
 
     def publish(self, kind, *bodies, listed=None, origin=None, folder=""):
@@ -5869,7 +5873,9 @@ class IndexedCacheTest(ProxyCase):
         date = email.utils.formatdate(CLOCK + next(self.age), usegmt=True)
         origin.pages[folder + self.PACKAGES[kind]] = [ScriptedResponse(body, modified=date) for body in bodies]
         indexes = self.index_of(kind, bodies[-1] if listed is None else listed)
-        origin.pages.update((folder + target, ScriptedResponse(content, modified=date)) for target, content in indexes.items())
+        for target, content in indexes.items():
+            fields = [("Content-Type", "text/html" if kind == "pypi" else "application/octet-stream")]
+            origin.pages[folder + target] = ScriptedResponse(content, modified=date, fields=fields)
         return [origin.url(folder + target) for target in indexes]
 
     def learn(self, urls):
@@ -5971,7 +5977,7 @@ class IndexedCacheTest(ProxyCase):
 
     # Garbage
 
-    @for_each(*ALL)
+    @for_each(*SIZES)
     def test_garbage_of_another_size_reaches_its_client_and_no_other(self, kind):
         garbage = b"<html>Please log in</html>"
         self.learn(self.publish(kind, garbage, self.NEW))
@@ -5997,7 +6003,7 @@ class IndexedCacheTest(ProxyCase):
         self.check_requests(kind, 2)
         self.assertEqual((self.store.checks["refused"], self.store.checks["healed"]), (1, 0))
 
-    @for_each(*ALL)
+    @for_each(*SIZES)
     def test_garbage_without_a_declared_length_is_not_kept(self, kind):
         self.learn(self.publish(kind, self.LONGER, self.NEW))
         self.origin.pages[self.PACKAGES[kind]][0].chunked = True
@@ -6014,12 +6020,16 @@ class IndexedCacheTest(ProxyCase):
         self.learn(self.publish(kind, self.OLD, self.NEW))
         garbage = self.origin.pages[self.PACKAGES[kind]][0]
         garbage.gate, garbage.first = gate, 10
-        with self.assertLogs("pkgproxy", "WARNING"):
-            with concurrent.futures.ThreadPoolExecutor() as pool:
-                answers = [pool.submit(self.get, kind) for _ in range(5)]
-                until(lambda: self.server.replies_running == 5)
-                gate.open()
-            self.assertEqual({answer.result()[0] for answer in answers}, {self.OLD})
+        with self.assertLogs("pkgproxy", "WARNING"), contextlib.ExitStack() as stack:
+            answers = []
+            for _ in range(5):
+                client = stack.enter_context(self.connection())
+                client.request("GET", self.origin.url(self.PACKAGES[kind]))
+                answers.append(client.getresponse())
+            self.assertEqual({answer.read(10) for answer in answers}, {self.OLD[:10]})
+            gate.open()
+            self.assertEqual({answer.read() for answer in answers}, {self.OLD[10:]})
+            self.wait_until_idle()
         self.assertEqual(self.get(kind)[0], self.NEW)
         self.check_requests(kind, 2)
 
@@ -6053,6 +6063,11 @@ class IndexedCacheTest(ProxyCase):
             file.seek(50)
             file.write(b"?")
         os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+    def forget_digest(self, kind):
+        """Make the stored package one that an earlier version has stored."""
+        head_path = self.store.head_path(self.name(kind))
+        pkgproxy._write_heads(head_path, [pkgproxy.replace_fields(head, sha256="") for head in pkgproxy._read_heads(head_path)])
 
     @for_each(*ALL)
     def test_a_flipped_byte_is_found_and_the_package_downloaded_again(self, kind):
@@ -6088,15 +6103,31 @@ class IndexedCacheTest(ProxyCase):
     def test_a_file_without_a_digest_gets_one_and_is_checked_by_it(self):
         indexes = self.publish("apt", self.OLD, self.NEW)
         self.get("apt")
-        head_path = self.store.head_path(self.name("apt"))
-        heads = [pkgproxy.replace_fields(head, sha256="") for head in pkgproxy._read_heads(head_path)]
-        pkgproxy._write_heads(head_path, heads)
+        self.forget_digest("apt")
         self.learn(indexes)
         self.check_hit("apt", self.OLD)
         self.assertEqual(list(self.store.unhashed), [self.name("apt")])
         self.scrub("apt")
         until(lambda: self.get("apt")[0] == self.NEW, "the end of the hot response")
         self.check_requests("apt", 2)
+
+    def test_a_file_without_a_digest_is_shared_after_it_got_one(self):
+        self.learn(self.publish("apt", self.NEW) + self.publish("apt", self.NEW, origin=self.other))
+        self.get("apt")
+        self.check_hit("apt", self.NEW)  # the scrub rests while nothing is used
+        self.forget_digest("apt")
+        shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "names"))
+        self.scrub("apt")
+        self.assertIn("same as", self.get("apt", self.other)[1])
+        self.check_requests("apt", 0, self.other)
+
+    def test_the_scrub_rests_after_each_small_file(self):
+        self.publish("apt", self.NEW)
+        self.get("apt")
+        self.check_hit("apt", self.NEW)
+        with mock.patch.object(self.proxy._scrubber._stopped, "wait", return_value=False) as wait:
+            self.scrub("apt")
+        self.assertEqual([call.args[0] >= 0.02 for call in wait.call_args_list], [True])
 
     def test_the_scrub_touches_no_file_that_is_not_ours(self):
         self.publish("apt", self.NEW)
@@ -6158,7 +6189,7 @@ class IndexedCacheTest(ProxyCase):
         self.assertEqual(self.get(kind, self.other), (self.NEW, self.MISS))
         self.check_hit(kind, self.OLD)
 
-    @for_each(*ALL)
+    @for_each(*SIZES)
     def test_a_mirror_that_lags_behind_its_index_is_passed_on_and_not_kept(self, kind):
         self.learn(self.publish(kind, self.OLD, self.OLD, self.LONGER))
         for _ in range(2):
@@ -6199,6 +6230,20 @@ class IndexedCacheTest(ProxyCase):
         self.assertEqual(self.get(kind), (self.LONGER, self.MISS))
         self.check_requests(kind, 1)
         self.assertEqual(path.read_bytes(), self.NEW)
+
+    def test_an_adopted_file_of_another_size_is_not_used_although_a_lagging_origin_has_it(self):
+        folder = os.path.join(self.folder, "archives")
+        os.mkdir(folder)
+        path = Path(folder, self.PACKAGES["apk"].rpartition("/")[2])
+        path.write_bytes(self.OLD)
+        self.learn(self.publish("apk", self.OLD, self.LONGER))
+        date = pkgproxy.parse_date(self.origin.pages[self.PACKAGES["apk"]][0].modified)
+        os.utime(path, (date, date))
+        self.start_proxy(dataclasses.replace(self.config, adopt=(folder,)))
+        self.store.adopted.rebuild(pkgproxy.adoptable_packages([folder]))
+        self.assertNotIn("stored", self.get("apk")[1])
+        self.assertEqual(self.get("apk"), (self.LONGER, self.MISS))
+        self.check_requests("apk", 2)
 
     # Whose index it is
 
@@ -6241,7 +6286,7 @@ class IndexedCacheTest(ProxyCase):
         self.check_hit(kind, self.OLD)
         self.assertEqual(self.get(kind, self.other), (self.LONGER, self.MISS))
 
-    @for_each(*ALL)
+    @for_each(*SIZES)
     def test_a_damaged_index_costs_only_what_it_says(self, kind):
         bomb = b"".join([zlib.compressobj(9, wbits=31).compress(b"x"), gzip.compress(bytes(50_000_000))])
         for damage in (lambda data: data[:-9], lambda data: data[:20] + b"??" + data[22:], lambda data: bomb):
@@ -6256,6 +6301,35 @@ class IndexedCacheTest(ProxyCase):
             self.assertEqual(self.get(kind), (self.OLD, self.MISS))
             self.check_hit(kind, self.OLD)
             self.check_requests(kind, 1)
+
+    def test_an_npm_package_is_checked_by_its_integrity_as_it_arrives(self):
+        self.origin.pages["/hello"] = ScriptedResponse(json.dumps({"versions": {"1.0.0": {"dist": {
+            "tarball": self.origin.url("/hello/-/hello-1.0.0.tgz"),
+            "integrity": "sha512-" + base64.b64encode(hashlib.sha512(self.NEW).digest()).decode()}}}}).encode(), fields=[("Content-Type", "application/json")])
+        self.origin.pages["/hello/-/hello-1.0.0.tgz"] = [ScriptedResponse(self.OLD), ScriptedResponse(self.NEW)]
+        self.learn([self.origin.url("/hello")])
+        with self.assertLogs("pkgproxy", "WARNING"):
+            self.assertEqual(self.request("/hello/-/hello-1.0.0.tgz").body, self.OLD)
+            self.wait_until_idle()
+        for _ in range(2):
+            self.assertEqual(self.request("/hello/-/hello-1.0.0.tgz").body, self.NEW)
+            self.wait_until_idle()
+        self.assertEqual(self.origin.methods("/hello/-/hello-1.0.0.tgz"), ["GET", "GET"])
+
+    def test_other_instances_see_what_one_has_learnt_after_some_seconds(self):
+        indexes = self.publish("apt", self.OLD, self.NEW)
+        with mock.patch.object(pkgproxy, "CHECK_INTERVAL", 0.1):
+            other = pkgproxy.IndexedStore(self.root)
+
+            def is_stored():
+                stored = other.lookup(self.origin.url(self.PACKAGES["apt"]))
+                pkgproxy._close(stored)
+                return stored is not None
+
+            self.get("apt")
+            self.assertTrue(is_stored())
+            self.learn(indexes)
+            until(lambda: not is_stored(), "a look at the tables")
 
     def test_what_was_learnt_lasts_beyond_a_restart(self):
         self.learn(self.publish("apt", self.OLD, self.NEW))
@@ -13677,6 +13751,10 @@ class Repository:
     def publish(self, date):
         raise NotImplementedError
 
+    def index(self):
+        """Return the current index as clients receive it."""
+        raise NotImplementedError
+
     def stamp(self, date, *paths):
         """Set the modification time of files, which becomes their Last-Modified."""
         for path in paths:
@@ -13736,6 +13814,9 @@ class AptRepository(Repository):
         self.stamp(date, *self.fresh)
         self.fresh.clear()
 
+    def index(self):
+        return (self.folder / self.INDEX / "Packages.xz").read_bytes()
+
     def source(self, url):
         """Return the line for sources.list."""
         return f"deb [arch=amd64 signed-by={self.folder}/key.gpg] {url} stable main"
@@ -13787,6 +13868,9 @@ class PacmanRepository(Repository):
         self.write("core/os/x86_64/core.db", tar_gz(database))
         self.stamp(date, "core/os/x86_64/core.db", *self.packages.values())
 
+    def index(self):
+        return (self.folder / "core/os/x86_64/core.db").read_bytes()
+
 
 class RpmRepository(Repository):
     """An rpm-md repository with a signed repomd.xml."""
@@ -13823,6 +13907,10 @@ class RpmRepository(Repository):
         self.write("repodata/repomd.xml.key", self.signer.gpg("--armor", "--export"))
         self.stamp(date, "repodata/repomd.xml", "repodata/repomd.xml.asc",
                    "repodata/repomd.xml.key", *self.packages.values())
+
+    def index(self):
+        names = (self.folder / "repodata/repomd.xml").read_text()
+        return (self.folder / re.search(r"repodata/[^/]*-primary\.xml\.gz", names)[0]).read_bytes()
 
     def build_pending(self):
         """Build all pending packages in one run of rpmbuild, as subpackages of one source."""
@@ -14036,6 +14124,7 @@ class PackageManagerScenarios(Mixin):
     def setUp(self):
         super().setUp()
         self.long_ago = int(time.time()) - 9 * DAY
+        self.count = itertools.count(1)
         self.repository = self.make_repository()
         self.repository.add_all()
         self.repository.publish(self.long_ago)
@@ -14067,13 +14156,6 @@ class PackageManagerScenarios(Mixin):
         """Start a mirror of the same repository at another address and path; return it and its URL."""
         other = self.serve(self.repository.folder.parent)
         return other, f"{other.base_url}/{self.repository.folder.name}"
-
-    def check_each_package_is_sent_once(self, mirror, names=NAMES):
-        """Check that a mirror has sent each of these packages once, and that nothing else was asked for it."""
-        for name in names:
-            path = self.repository.packages[name]
-            requests = mirror.requests(Path(path).name)
-            self.assertEqual([(entry.method, entry.status) for entry in requests], [("GET", 200)], path)
 
     def test_on_a_cold_cache_every_package_arrives_and_is_stored_under_its_own_name(self):
         machine = self.machine("first")
@@ -14109,6 +14191,93 @@ class PackageManagerScenarios(Mixin):
         first.fetch("hello")
         self.assertIn(self.repository.digests(["hello"])[0], first.digests())
         self.assertEqual(self.origin.paths_sent(self.package), new, "the second machine fetched it for both")
+
+    # What indexes tell
+
+    def learn(self, source=None):
+        """Let a machine update its indexes, and wait until the proxy has read the current one."""
+        machine = self.make_client(self, f"learner{next(self.count)}", self.proxy_url, source or self.source())
+        machine.fetch("hello-common")
+        host = urllib.parse.urlsplit(next(word for word in machine.source.split() if "://" in word)).netloc
+        until(lambda: any(host in head and sha256(self.repository.index()) in head for head in (
+            path.read_bytes().partition(b"\n")[0].decode() for path in self.root.glob(".pkgproxy/indexes/*/*") if "^" not in path.name)))
+
+    def upload_again(self, name="hello-data"):
+        """Publish other bytes under the name and version of a package, with a new index; return its path."""
+        path, original = self.repository.packages[name], random_bytes
+        RpmRepository.built.pop(path, None)
+        with mock.patch(f"{__name__}.random_bytes", lambda name, size: original(f"{name} again", size)):
+            self.repository.add(name, *next(rest for each, *rest in PACKAGES if each == name))
+            self.repository.publish(self.long_ago + DAY)
+        RpmRepository.built.pop(path, None)  # other tests need the usual one
+        return f"/{path}"
+
+    def test_a_package_uploaded_again_is_downloaded_at_once_and_once(self):
+        self.fill_the_cache()
+        path = self.upload_again()
+        self.learn()
+        for name in ("second", "third"):
+            machine = self.machine(name)
+            machine.fetch(*NAMES)
+            self.check_all_arrived(machine)
+        self.assertEqual(self.origin.paths_sent(self.package), [path])
+
+    def test_garbage_that_a_mirror_sends_once_is_not_kept(self):
+        self.learn()
+        file = self.repository.folder / self.repository.packages["hello-data"]
+        right, garbage = file.read_bytes(), random_bytes("garbage", file.stat().st_size)
+        file.write_bytes(garbage)
+        os.utime(file, (self.long_ago, self.long_ago))
+        with contextlib.suppress(AssertionError):  # zypper ends with 0
+            self.machine("first").fetch("hello-data")
+        self.assertNotIn(garbage, self.stored(self.origin).values())
+        file.write_bytes(right)
+        os.utime(file, (self.long_ago, self.long_ago))
+        self.origin.log.clear()
+        for name in ("second", "third"):
+            machine = self.machine(name)
+            machine.fetch("hello-data")
+            self.assertEqual(machine.digests(), self.repository.digests(["hello-data"]))
+        self.assertEqual(len(self.origin.paths_sent(file.name)), 1)
+        self.assertIn("was not stored: its sha256 is", self.proxies[-1].log())
+
+    def test_a_flipped_byte_on_the_disk_is_found_before_a_client_gets_it(self):
+        self.fill_the_cache()
+        self.stop_proxy(self.proxies.pop())
+        file = next(path for path in self.root.rglob("hello*data*") if self.package.strip("/") in str(path) and path.is_file() and ".pkgproxy" not in path.parts)
+        info = file.stat()
+        with file.open("r+b") as damaged:
+            damaged.seek(100_000)
+            damaged.write(b"?")
+        os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
+        proxy = ProxyProcess(self.root, (), self.environment(), functools.partial(pkgproxy_command, SCRUB_PAUSE=3.0, SCRUB_RATE=10**9))
+        self.addCleanup(self.stop_proxy, proxy)
+        self.proxies.append(proxy)
+        self.proxy_url = proxy.url
+        kept = self.origin.base_url + urllib.parse.quote("/" + self.repository.packages["hello-doc"])
+
+        def is_found():
+            urllib.request.urlopen(f"{proxy.url}/{kept}").close()  # so that the proxy is in use
+            return f"{file} was damaged" in proxy.log()
+
+        until(is_found)
+        machine = self.machine("second")
+        machine.fetch(*NAMES)
+        self.check_all_arrived(machine)
+        self.assertEqual(self.origin.paths_sent(self.package), ["/" + self.repository.packages["hello-data"]])
+
+    def test_another_mirror_costs_no_package_byte_and_no_request(self):
+        self.fill_the_cache()
+        other, url = self.other_mirror()
+        self.learn(self.source(url))
+        machine = self.make_client(self, "second", self.proxy_url, self.source(url))
+        machine.fetch(*NAMES)
+        self.check_all_arrived(machine)
+        other.close()
+        third = self.make_client(self, "third", self.proxy_url, self.source(url))
+        third.fetch(*NAMES)
+        self.check_all_arrived(third)
+        self.assertEqual(other.requests(self.package), [], "only indexes")
 
     def test_a_second_machine_gets_everything_without_the_origin(self):
         self.fill_the_cache()
@@ -14160,13 +14329,12 @@ class AptTest(PackageManagerScenarios, SignedCase):
     def source(self, url=None):
         return self.repository.source(url or self.origin.base_url)
 
-    def test_another_mirror_sends_no_index_and_each_package_once(self):
+    def test_another_mirror_sends_no_index(self):
         self.fill_the_cache(options=["Acquire::By-Hash=force"])
         other, url = self.other_mirror()
         machine = self.make_client(self, "second", self.proxy_url, self.source(url))
         machine.fetch(*NAMES, options=["Acquire::By-Hash=force"])
         self.check_all_arrived(machine)
-        self.check_each_package_is_sent_once(other)
         self.assertEqual([entry.path for entry in other.log if entry.status == 200 and "/pool/" not in entry.path],
                          ["/repository/dists/stable/InRelease"])
 
@@ -14181,12 +14349,13 @@ class AptTest(PackageManagerScenarios, SignedCase):
         self.origin.log.clear()
         proxy_url = self.start_proxy("--adopt", str(archives))
         until(lambda: (self.root / ".pkgproxy/adopted").exists())
+        self.proxy_url = proxy_url
+        self.learn()
         second = self.make_client(self, "second", proxy_url, self.source())
         second.fetch(*names)
         self.assertEqual(second.digests(), self.repository.digests(names))
         for name in names:
-            requests = self.origin.requests(Path(self.repository.packages[name]).name)
-            self.assertEqual([entry.method for entry in requests], ["HEAD"], name)
+            self.assertEqual(self.origin.requests(Path(self.repository.packages[name]).name), [], name)
         self.assertEqual(first.digests(), second.digests())
 
     def test_with_by_hash_forced_only_the_release_file_is_requested_by_name(self):
@@ -15225,15 +15394,6 @@ class PacmanTest(PackageManagerScenarios, ClientCase):
         self.assertEqual([entry.status for entry in signatures], [404, 404])
         self.assertEqual([path for path in self.stored(self.origin) if path.endswith(".sig")], [])
 
-    def test_another_mirror_in_another_folder_sends_each_package_once(self):
-        self.fill_the_cache()
-        other, url = self.other_mirror()
-        for name in ("second", "third"):
-            machine = self.make_client(self, name, self.proxy_url, url)
-            machine.fetch(*NAMES)
-            self.check_all_arrived(machine)
-        self.check_each_package_is_sent_once(other)
-
     def test_an_unchanged_database_is_not_sent_to_pacman(self):
         machine = self.machine("first")
         machine.pacman("-Sy")
@@ -15295,9 +15455,7 @@ class DnfTest(RpmScenarios, SignedCase):
             machine.point_to(place)
             machine.fetch(*NAMES, options=["--setopt=max_parallel_downloads=1"])
             self.check_all_arrived(machine)
-        sent = [name for name in NAMES if other.requests(Path(self.repository.packages[name]).name)]
-        self.assertTrue(sent)
-        self.check_each_package_is_sent_once(other, sent)
+        self.assertTrue(other.requests("repomd.xml"))
         self.assertEqual([path for path in other.paths_sent("-primary.xml")], [])
 
     def test_a_mirror_list_is_requested_each_time(self):
@@ -15310,7 +15468,7 @@ class DnfTest(RpmScenarios, SignedCase):
         second = self.machine("second")
         second.point_to(f"mirrorlist={self.origin.base_url}/mirrorlist")
         second.fetch("hello")
-        self.assertEqual(len(set(other.paths_sent(".rpm"))), 1)
+        self.assertTrue(other.requests("repomd.xml"))
 
 
 class ZypperTest(RpmScenarios, SignedCase):
