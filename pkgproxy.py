@@ -3722,13 +3722,15 @@ class Space:
     corrects the size that is assumed here.  Other instances and people change the root, too.  So with
     --max-size the files are also counted whenever 1 % of it, or COUNT_STEP if that is more, has landed.
 
-    PartialFile calls reserve() and release(); Store calls add() and snapshot(); Evictor calls take_demand()
-    and correct().
+    PartialFile calls reserve() and release(); Store calls add(); Evictor calls free_bytes(), free_inodes(),
+    take_demand() and correct().
     """
 
-    def __init__(self, free: Callable[[], tuple[int, int]], max_size: int | None) -> None:
+    def __init__(self, root: str, min_free: int | None, max_size: int | None) -> None:
         self.scarce = threading.Event()
-        self._free = free  # returns free bytes and inodes without the reserve; raises OSError
+        self._root = root
+        self._min_free = min_free  # bytes
+        self._inodes = functools.lru_cache(1)(lambda _second: self.free_inodes())  # their reserve is large
         self._max_size = sys.maxsize if max_size is None else max_size
         self._count_step = max(COUNT_STEP, self._max_size // 100)
         self._lock = threading.RLock()  # guards all below
@@ -3746,7 +3748,7 @@ class Space:
 
         Returns the size up to which it may be written before the next call.  Raises OSError (ENOSPC).
         """
-        free, inodes = self._free()
+        free, inodes = self.free_bytes(), self._inodes(int(time.monotonic()))
         key, overhead = partial.head.key, head_size(partial.head)
         with self._lock:
             starts = partial not in self._running
@@ -3789,11 +3791,31 @@ class Space:
             if self._used() > self._max_size or self._landed > self._count_step:
                 self.scarce.set()
 
+    def free_bytes(self) -> int:
+        """Return the free bytes without the reserve, which may be negative.  Raises OSError."""
+        usage = shutil.disk_usage(self._root)
+        reserve = min(usage.total // 20, 10 * 10**9) if self._min_free is None else self._min_free
+        return usage.free - reserve
+
+    def free_inodes(self) -> int:
+        """Return the free inodes without a reserve of 5 %, at most 10,000.  Raises OSError.
+
+        File systems that allocate inodes on demand report none at all: there is no limit.
+        """
+        found = os.statvfs(self._root) if hasattr(os, "statvfs") else None
+        return found.f_favail - min(found.f_files // 20, 10_000) if found and found.f_files else sys.maxsize
+
     def snapshot(self) -> dict[str, int | None]:
-        """Return the assumed bytes and files below the root, and the limit for bytes (None: none)."""
+        """Describe the size of the cache for the status page, current to the last stored file.
+
+        ``bytes`` and ``files`` are pkgproxy's own, ``limit`` is --max-size (None: not set), and ``free`` are
+        the free bytes on the disk (None: unknown).
+        """
+        limit, free = self._max_size if self._max_size < sys.maxsize else None, None
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self._root).free
         with self._lock:
-            limit = self._max_size if self._max_size < sys.maxsize else None
-            return {"bytes": max(0, self._used()), "files": max(0, self._files), "limit": limit}
+            return {"bytes": max(0, self._used()), "files": max(0, self._files), "limit": limit, "free": free}
 
     def take_demand(self) -> tuple[int, int, int]:
         """Return the assumed bytes and files, and the free bytes needed since the last call."""
@@ -3826,11 +3848,9 @@ class Store:
         self.metadata_folder = os.path.join(self.root, METADATA_FOLDER)
         self.boot = boot_id()
         self.remote = is_remote(self.root)
-        inodes = functools.lru_cache(1)(lambda _second: self.free_inodes())  # their reserve is large
-        self.space = Space(lambda: (self.free_space(), inodes(int(time.monotonic()))), max_size)
+        self.space = Space(self.root, min_free, max_size)
         self.names = NameIndex(os.path.join(self.metadata_folder, "names"))  # of stored files: cache keys
         self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of --adopt: paths
-        self._min_free = min_free  # bytes
         self.trust_bare = trust_bare  # whether the root holds nothing but the cache
         self._places = memoize(self._find_places)
         self._why_wrong = functools.lru_cache(LARGE_MEMO)(self._compare)
@@ -4047,31 +4067,6 @@ class Store:
             used, self._used = self._used, {}
         return used
 
-    def snapshot(self) -> dict[str, int | None]:
-        """Describe the size of the cache for the status page, current to the last stored file.
-
-        ``bytes`` and ``files`` are pkgproxy's own, ``limit`` is --max-size (None: not set), and ``free`` are
-        the free bytes on the disk (None: unknown).
-        """
-        free = None
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(self.root).free
-        return {**self.space.snapshot(), "free": free}
-
-    def free_space(self) -> int:
-        """Return the free bytes without the reserve, which may be negative.  Raises OSError."""
-        usage = shutil.disk_usage(self.root)
-        reserve = min(usage.total // 20, 10 * 10**9) if self._min_free is None else self._min_free
-        return usage.free - reserve
-
-    def free_inodes(self) -> int:
-        """Return the free inodes without a reserve of 5 %, at most 10,000.  Raises OSError.
-
-        File systems that allocate inodes on demand report none at all: there is no limit.
-        """
-        found = os.statvfs(self.root) if hasattr(os, "statvfs") else None
-        return found.f_favail - min(found.f_files // 20, 10_000) if found and found.f_files else sys.maxsize
-
     def list_hosts(self) -> list[str]:
         """Return the hosts with stored responses.  Raises OSError if the root cannot be read."""
         with contextlib.suppress(FileNotFoundError):
@@ -4229,7 +4224,7 @@ class Evictor:
         assumed, assumed_files, demand = self._store.space.take_demand()
         entries = list(self._walk(self._store.take_access_times(), now))
         total = sum(entry.size for entry in entries)
-        spare, free = min(total // 20, MAX_SPARE), self._store.free_space()
+        spare, free = min(total // 20, MAX_SPARE), self._store.space.free_bytes()
         if config.max_size is not None:
             free = min(free, config.max_size - total)
         # A download that would not fit into an empty cache evicts nothing.
@@ -4260,7 +4255,7 @@ class Evictor:
 
     def _evict(self, entries: list[Entry], max_age: float | None, excess: int, now: float) -> tuple[int, int]:
         """Evict until ``excess`` bytes and enough inodes are free; return removed responses and bytes."""
-        removed, freed, inodes = 0, 0, self._store.free_inodes()
+        removed, freed, inodes = 0, 0, self._store.space.free_inodes()
         if excess <= 0 and inodes >= SPARE_INODES and max_age is None:
             return 0, 0  # sorting a large cache takes a while
         for entry in sorted(entries, key=Entry.eviction_order):
@@ -4270,7 +4265,7 @@ class Evictor:
             wanted = expired or freed < excess or inodes < SPARE_INODES
             if unused and wanted and self._remove(entry):
                 removed, freed = removed + entry.is_response, freed + entry.size
-                inodes = self._store.free_inodes()
+                inodes = self._store.space.free_inodes()
         return removed, freed
 
     def _walk(self, used: dict[str, float], now: float) -> Iterator[Entry]:
@@ -8362,7 +8357,7 @@ class Proxy:
         """Describe what goes on now, for the status page: plain data of bounded size."""
         return {"downloads": self._downloader.snapshot(), "troubles": self._failures.snapshot(),
                 "swept": self.evictor.last_report, "unstored": self._failures.disk_error(),
-                "checks": self._store.checks, "cache": self._store.snapshot()}
+                "checks": self._store.checks, "cache": self._store.space.snapshot()}
 
     def start(self) -> None:
         """Start the background work."""

@@ -2486,7 +2486,7 @@ class EvictionTest(StoreCase):
     def setUp(self):
         super().setUp()
         self.evictor = pkgproxy.Evictor(self.store)
-        free = mock.patch.object(self.store, "free_space", lambda: 2**40)
+        free = mock.patch.object(self.store.space, "free_bytes", lambda: 2**40)
         free.start()
         self.addCleanup(free.stop)
         # The sizes of metadata and folders depend on the file system: only bodies count here.
@@ -2552,14 +2552,14 @@ class EvictionTest(StoreCase):
 
     def test_the_free_space_reserve_is_kept(self):
         self.store_packages()
-        with mock.patch.object(self.store, "free_space", lambda: -1500):
+        with mock.patch.object(self.store.space, "free_bytes", lambda: -1500):
             self.assertEqual(self.evict().removed, 2)
 
     def test_the_reserve_is_5_percent_but_at_most_10_gb(self):
         for total, min_free, expected in ((10**12, None, 90 * 10**9), (10**11, None, 95 * 10**9), (10**11, 10**9, 99 * 10**9)):
             store = pkgproxy.Store(self.root, min_free=min_free)
             with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=100 * 10**9, total=total)):
-                self.assertEqual(store.free_space(), expected)
+                self.assertEqual(store.space.free_bytes(), expected)
 
     def test_foreign_files_are_never_evicted(self):
         self.store_packages()
@@ -2590,10 +2590,10 @@ class EvictionTest(StoreCase):
         for length, expected in ((0, 0), (2500, 3), (6000, 6), (7000, 0)):
             with self.subTest(length=length):
                 self.store_packages()
-                with mock.patch.object(self.store, "free_space", lambda: 0), mock.patch.object(pkgproxy, "head_size", lambda head: 0):
+                with mock.patch.object(self.store.space, "free_bytes", lambda: 0), mock.patch.object(pkgproxy, "head_size", lambda head: 0):
                     if length:
                         self.assertRaises(pkgproxy.StorageError, start_partial, self.store, make_stored_head("http://a/new"), length)
-                    with mock.patch.object(self.store, "free_space", lambda: 300):
+                    with mock.patch.object(self.store.space, "free_bytes", lambda: 300):
                         self.assertEqual(self.evict().removed, expected, "no more than needed, and nothing for a download that can never fit")
                         self.assertEqual(self.evict().removed, 0, "once")
 
@@ -2601,7 +2601,7 @@ class EvictionTest(StoreCase):
         head = ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE)
         for max_size, fits in ((1_100_000, True), (990_000, False)):
             with self.subTest(max_size), mock.patch.object(pkgproxy, "head_size", lambda head: 0):
-                self.store.space = pkgproxy.Space(lambda: (2**40, 2**40), max_size)
+                self.store.space = pkgproxy.Space(self.root, 0, max_size)
                 left = start_partial(self.store, head, 900_000)
                 left.write(b"1" * 400_000)
                 left.keep_for_resume()
@@ -7894,7 +7894,7 @@ class CacheSizeTest(StoreCase):
     """The size that is known without a walk over all files."""
 
     def snapshot(self):
-        found = self.store.snapshot()
+        found = self.store.space.snapshot()
         return found["bytes"], found["files"], found["limit"]
 
     def setUp(self):
@@ -7911,7 +7911,7 @@ class CacheSizeTest(StoreCase):
 
     def test_the_snapshot_is_current_to_the_last_landing(self):
         self.assertEqual(self.snapshot(), (0, 0, 100_000))
-        self.assertEqual(self.store.snapshot()["free"] // 10**10, shutil.disk_usage(self.root).free // 10**10)
+        self.assertEqual(self.store.space.snapshot()["free"] // 10**10, shutil.disk_usage(self.root).free // 10**10)
         for number in range(3):
             self.store_response("http://a/x_%d_all.deb" % number, b"x" * 1000)
             self.assertEqual(self.snapshot(), ((number + 1) * 1000, number + 1, 100_000))
@@ -7922,7 +7922,7 @@ class CacheSizeTest(StoreCase):
         self.store.delete("http://a/x_0_all.deb")
         self.count()
         self.assertEqual(self.snapshot(), (2000, 2, 100_000))
-        self.assertIsNone(pkgproxy.Store(self.root).snapshot()["limit"])
+        self.assertIsNone(pkgproxy.Store(self.root).space.snapshot()["limit"])
 
     def test_a_file_that_becomes_pkgproxys_own_is_counted(self):
         self.write("a/pool/x_1.0_all.deb", b"x" * 1000)
@@ -8963,7 +8963,7 @@ class FaultTest(ProxyCase):
         self.origin.pages[self.NEW].chunked = True
         if not self.small_disk((5 << 19) + 200_000):
             self.patch(pkgproxy.PartialFile, "write", mock.Mock(side_effect=OSError(28, "No space left on device")))
-        self.patch(pkgproxy.Store, "free_space", lambda store: 1 << 30)
+        self.patch(pkgproxy.Space, "free_bytes", lambda space: 1 << 30)
         return self.download()
 
     def limit_files(self, size):
