@@ -3085,31 +3085,32 @@ def make_directory(path: str) -> None:
 
     os.makedirs() would give the parents the umask's mode.
     """
-    for attempt in (1, 2, 3):
-        missing, folder = [], path
-        while not os.path.isdir(folder):
-            missing.append(folder)
-            folder = os.path.dirname(folder)
-        try:
-            for folder in reversed(missing):
-                with contextlib.suppress(FileExistsError):  # another thread made it, or it is a file
-                    os.mkdir(folder, 0o755)
-            return
-        except FileNotFoundError:  # a parent was removed meanwhile, by "rm -rf" for example
-            if attempt == 3:
-                raise
+    missing, folder = [], path
+    while not os.path.isdir(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another thread made it, or it is a file
+            os.mkdir(folder, 0o755)
+
+
+def create_in_folder(path: str, create: Callable[[], _T]) -> _T:
+    """Call ``create``, which gives a file the name ``path``, and make the folder if necessary; OSError.
+
+    That the folder is missing is found out by trying: mostly it exists, and looking costs a system call.  A
+    new folder may be removed before the file is in it, by eviction or "rm -rf" for example.
+    """
+    for _ in range(2):
+        with contextlib.suppress(FileNotFoundError):
+            return create()
+        with contextlib.suppress(FileNotFoundError):
+            make_directory(os.path.dirname(path))
+    return create()
 
 
 def create_file(path: str, flags: int) -> int:
-    """Open a file for writing, and create it if necessary, with its folder; return its descriptor; OSError.
-
-    That the folder is missing is found out by trying: mostly it exists, and looking costs a system call.
-    """
-    try:
-        return os.open(path, flags | _WRITABLE, 0o644)
-    except FileNotFoundError:
-        make_directory(os.path.dirname(path))
-        return os.open(path, flags | _WRITABLE, 0o644)
+    """Open a file for writing, and create it if necessary, with its folder; return its descriptor; OSError."""
+    return create_in_folder(path, lambda: os.open(path, flags | _WRITABLE, 0o644))
 
 
 def store_bytes(path: str, data: bytes, flags: int) -> None:
@@ -3946,13 +3947,11 @@ class Store:
         if not stored.described:
             raise OSError(errno.EPERM, "the file was not stored by pkgproxy")
         own = os.path.join(self.metadata_folder, "partials", "own^" + secrets.token_hex(8))
-        make_directory(os.path.dirname(own))
-        os.link(self.body_path(stored.name), own)
+        create_in_folder(own, lambda: os.link(self.body_path(stored.name), own))
         try:
             self._publish(own, stored, stored.head)
         finally:
-            if own:
-                _unlink(own)
+            _unlink(own)
 
     def _publish(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead) -> None:
         """Rename a body to its natural name, or to its hashed one if that is impossible.  Raises OSError."""
@@ -3988,18 +3987,13 @@ class Store:
         3. if they are not the same, rename the other instance's file back to ``path``.
         """
         place, head_path = self.body_path(name), self.head_path(name)
-        for attempt in (1, 2, 3):
-            try:
-                _write_heads(head_path, [head, old] if old and old.verified else [head])
-                if attempt > 1:
-                    make_directory(os.path.dirname(place))
-                _rename(path, place)
-                break
-            except OSError as error:
-                if error.errno in _NAME_REFUSED:
-                    return False
-                if attempt == 3 or error.errno != errno.ENOENT:  # a new folder, or one that was removed again
-                    raise
+        try:
+            _write_heads(head_path, [head, old] if old and old.verified else [head])
+            create_in_folder(place, lambda: _rename(path, place))
+        except OSError as error:
+            if error.errno in _NAME_REFUSED:
+                return False
+            raise
         if os.name != "nt" and not os.path.samestat(os.lstat(place), os.fstat(file.fileno())):
             os.replace(place, path)
             raise OSError(errno.ESTALE, "the partial file was replaced")

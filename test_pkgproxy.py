@@ -2024,8 +2024,8 @@ class StoreTest(StoreCase):
                 mkdir(path, *mode)
 
             with mock.patch.object(os, "mkdir", removed_once):
-                pkgproxy.make_directory(os.path.join(above, "below"))
-            self.assertTrue(os.path.isdir(os.path.join(above, "below")))
+                pkgproxy.replace_file(os.path.join(above, "below", "x"), "x")
+            self.assertEqual(os.listdir(os.path.join(above, "below")), ["x"])
 
     def test_a_stored_response_is_found_with_its_head(self):
         self.store_response(self.PACKAGE, b"body", Last_Modified=DATE, ETag='"x"', X="1")
