@@ -3263,9 +3263,8 @@ def _matching_head(heads: Iterable[ResponseHead], key: str | None,
     - It is any other: a copy has lost it (``cp -r``, ``scp -r``).  The head is returned as not verified.
     - If only the fraction differs and the head has no digest by which to verify that, it is another body.
     """
-    fitting = [head for head in heads if head.size == info.st_size and key in (None, head.key)]
-    fitting.sort(key=lambda head: abs(head.mtime_ns - info.st_mtime_ns))
-    head = fitting[0] if fitting else None
+    fitting = (head for head in heads if head.size == info.st_size and key in (None, head.key))
+    head = min(fitting, key=lambda head: abs(head.mtime_ns - info.st_mtime_ns), default=None)
     if head is None or head.mtime_ns == info.st_mtime_ns:
         return head
     same_second = head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
@@ -3355,10 +3354,6 @@ class RefCountedFile:
         except FileNotFoundError:
             return False
 
-    def has_readers(self) -> bool:
-        """Check whether anybody but the writer uses the file."""
-        return self.reader_count() > 0
-
     def reader_count(self) -> int:
         """Return the number of users besides the writer."""
         with self._lock:
@@ -3420,8 +3415,7 @@ class PartialFile(RefCountedFile):
         self.size = 0  # bytes written; of a leftover or another instance's file, bytes that may be read
         self._hash: Any = None  # SHA-256 of the bytes written; None: of a leftover, not yet computed
         self._store = store
-        self._writer_is_local = True  # whether another instance that writes the file is on this machine
-        self._writer_left = False  # whether that instance has finished with the file
+        self._writer_boot_id = store.boot  # of another instance that writes the file, as in its metadata
         self._published_at = 0.0  # monotonic time of the last publish()
         self._may_have_metadata = True  # whether a head file may lie beside the file
         self._granted_size = 0  # size up to which Space has granted disk space
@@ -3569,15 +3563,15 @@ class PartialFile(RefCountedFile):
             matches = info.st_size and (head.key, row["inode"]) == (self.head.key, info.st_ino)
             if valid and matches and self.still_exists():
                 self.head, self.length = head, length
-                self._writer_left = not row["writer_boot_id"]
-                self._writer_is_local = row["writer_boot_id"] == self._store.boot
-                self.size = info.st_size if self._writer_is_local else min(info.st_size, flushed_size)
+                self._writer_boot_id = row["writer_boot_id"]
+                is_local = self._writer_boot_id == self._store.boot
+                self.size = info.st_size if is_local else min(info.st_size, flushed_size)
                 return True
         return False
 
     def refresh_size(self) -> None:
         """Update ``size`` to the bytes that the other instance has written by now.  Raises OSError."""
-        if self._writer_is_local:
+        if self._writer_boot_id == self._store.boot:
             self.size = os.fstat(self.fileno()).st_size
         else:
             self.load_metadata()
@@ -3591,14 +3585,14 @@ class PartialFile(RefCountedFile):
         self.status = None
         if isinstance(other, PartialFile):
             self.path, self.owner, self.size = other.path, other.owner, other.size
-            self._writer_is_local = other._writer_is_local
+            self._writer_boot_id = other._writer_boot_id
             other.release()
         else:
             self.size = other.head.size
 
     def is_abandoned(self) -> bool:
         """Check whether the writer has left the file or has not written for a while.  Raises OSError."""
-        return self._writer_left or time.time() - os.fstat(self.fileno()).st_mtime > MIN_EVICTION_AGE
+        return not self._writer_boot_id or time.time() - os.fstat(self.fileno()).st_mtime > MIN_EVICTION_AGE
 
     def is_stored_as(self, stored: StoredResponse) -> bool:
         """Check whether a stored body is this file, or has all its bytes; then all of it may be read."""
@@ -3853,9 +3847,10 @@ class Store:
         self.names = NameIndex(os.path.join(self.metadata_folder, "names"))  # of stored files: cache keys
         self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of --adopt: paths
         self.trust_bare = trust_bare  # whether the root holds nothing but the cache
-        self._places = memoize(self._find_places)
+        # The names that a key's body may have: the preferred one first, the hashed one last.
+        self._names_of = memoize(lambda key: [name for name in cache_file_names(key, os.name == "nt") if name])
         self._why_wrong = functools.lru_cache(LARGE_MEMO)(self._compare)
-        self._lock = threading.Lock()  # guards _used and checks
+        self._lock = threading.Lock()  # guards checks
         # Packages that had the size and digest in their index, or not, and damaged files that were removed.
         self.checks = collections.Counter(verified=0, refused=0, healed=0)
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last eviction
@@ -3876,22 +3871,20 @@ class Store:
         - A body under the hashed name that only made way for a foreign file is not used once that is removed:
           people expect that a file which they have removed is fetched anew.
         """
-        bare, places = None, self._places(key)
-        for name, path, head_path in places:
-            file, info = _open(path)
+        bare, names = None, self._names_of(key)
+        for name in names:
+            file, info = _open(self.body_path(name))
             if file is None:
                 continue
-            heads = _read_heads(head_path)
+            heads = _read_heads(self.head_path(name))
             head = _matching_head(heads, key, info)
-            if head is not None and self._why_wrong(key, head.size, head.sha256, self.knowledge_version()):
-                file.close()
-                continue
-            if head is not None and not (head.displaced and not os.path.lexists(places[0][1])):
+            if head is not None and not (
+                    head.displaced and not os.path.lexists(self.body_path(names[0]))
+                    or self._why_wrong(key, head.size, head.sha256, self.knowledge_version())):
                 _close(bare)
                 if not head.sha256 and name not in self.unhashed and self.expected(key):
                     self.unhashed.append(name)
-                with self._lock:
-                    self._used[name] = self.used_at = time.time()
+                self._used[name] = self.used_at = time.time()
                 return StoredResponse(file, head, name, True)
             immutable = classify_name(key) in (NameClass.CONTENT, NameClass.PACKAGE)
             if self.trust_bare and immutable and not (heads or bare) and _has_exact_name(self.root, name):
@@ -3911,8 +3904,7 @@ class Store:
 
     def _compare(self, key: str, size: int, sha256: str, _memo: tuple[int, ...]) -> str:
         """Return why a stored body is not used; see why_unexpected()."""
-        known = {"sha256": sha256}
-        reason = why_unexpected(self.expected(key), size, lambda algorithm: known.get(algorithm, ""))
+        reason = why_unexpected(self.expected(key), size, lambda name: sha256 if name == "sha256" else "")
         if reason:
             log.info("The stored file of %s is not used: %s", loggable_uri(key), reason)
         return reason
@@ -3958,15 +3950,15 @@ class Store:
         if classify_name(head.key) in (NameClass.CONTENT, NameClass.PACKAGE):
             for digest in {head.sha256, *(facts.digest.hex() for facts in Store.expected(self, head.key))}:
                 self.names.add(digest, head.key)
-        places = self._places(head.key)
-        hashed = places[-1][0]
-        for name, _, _ in places:
+        names = self._names_of(head.key)
+        hashed = names[-1]
+        for name in names:
             exists, old = self.find_head(name, head.key)
             if exists and not old and name != hashed:  # a foreign file stays (invariant 11)
                 head = replace_fields(head, displaced=True)
             elif self._rename_into_place(path, file, name, head, old):
                 self.space.add(-old.size if old else 0, 0 if old else 1)
-                if name != hashed and os.path.lexists(places[-1][1]):
+                if name != hashed and os.path.lexists(self.body_path(hashed)):
                     self.delete_file(hashed, head.key)
                 return
         raise OSError(errno.EEXIST, "a file that pkgproxy did not store has its name")
@@ -4017,7 +4009,7 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Delete the stored response for a key; other files are left alone (invariant 11)."""
-        for name, _, _ in self._places(key):
+        for name in self._names_of(key):
             self.delete_file(name, key)
 
     def delete_file(self, name: str, key: str | None = None) -> bool:
@@ -4046,19 +4038,19 @@ class Store:
 
     def version_of(self, key: str) -> tuple[int, int] | None:
         """Return size and modification time (ns) of the stored body for a key, without using it."""
-        for _, path, _ in self._places(key):
+        for name in self._names_of(key):
             with contextlib.suppress(OSError):
-                info = os.lstat(path)
+                info = os.lstat(self.body_path(name))
                 return info.st_size, info.st_mtime_ns
         return None
 
     def take_access_times(self) -> dict[str, float]:
         """Return the clock times of the last uses since the last call, by name.
 
-        They are kept in memory, so that a hit writes nothing to the disk.
+        They are kept in memory, so that a hit writes nothing to the disk.  One that is noted just now may get
+        lost, which is harmless.
         """
-        with self._lock:
-            used, self._used = self._used, {}
+        used, self._used = self._used, {}
         return used
 
     def list_hosts(self) -> list[str]:
@@ -4067,14 +4059,6 @@ class Store:
             names = os.listdir(self.head_path("")[:-len("^head")])
             return sorted(name for name in names if os.path.isdir(self.body_path(name)))
         return []
-
-    def _find_places(self, key: str) -> list[tuple[str, str, str]]:
-        """Return the names that a key's body may have, with the paths of body and head file.
-
-        The preferred name comes first, the hashed one last.
-        """
-        names = cache_file_names(key, os.name == "nt")
-        return [(name, self.body_path(name), self.head_path(name)) for name in names if name is not None]
 
     def body_path(self, name: str) -> str:
         """Return the path of a name's body."""
@@ -5047,7 +5031,7 @@ class OrphanLimiter:
 
     def may_continue(self, partial: PartialFile) -> bool:
         """Return whether a download may continue: it has clients, or it is one of the permitted orphans."""
-        has_readers, now = partial.has_readers(), time.monotonic()
+        has_readers, now = partial.reader_count() > 0, time.monotonic()
         with self._lock:
             since, size = self._orphans.get(id(partial), (now, partial.size))
             check_due = now - since > RATE_WINDOW
@@ -7113,7 +7097,7 @@ class Downloader:
         if not self._orphans.may_continue(partial):
             # A client may join between the two checks, so first let nobody join, then look again.
             self.flights.remove(flight)
-            if not partial.has_readers():
+            if not partial.reader_count():
                 raise DownloadAbandonedError("its clients have left, and it was too slow or one of too many "
                                              "such downloads.")
         if partial.length is not None and partial.size + len(data) > partial.length:

@@ -3416,7 +3416,8 @@ class IndexReaderTest(StoreCase):
 
     def put(self, url, data, content_type="", note=True):
         """Store an index as pkgproxy does, and tell the reader."""
-        _, path, head_path = self.store._places(url)[0]
+        name, _ = self.store._names_of(url)
+        path, head_path = self.store.body_path(name), self.store.head_path(name)
         pkgproxy.replace_file(path, data)
         os.utime(path, ns=(0, 10**18 + next(self.count)))
         info = os.stat(path)
@@ -6016,7 +6017,7 @@ class IndexedCacheTest(ProxyCase):
         with self.assertLogs("pkgproxy", "WARNING"):
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 answers = [pool.submit(self.get, kind) for _ in range(5)]
-                until(lambda: self.server.replies_running == 5)
+                until(lambda: [row["clients"] for row in self.proxy._downloader.snapshot()] == [5])
                 gate.open()
             self.assertEqual({answer.result()[0] for answer in answers}, {self.OLD})
         self.assertEqual(self.get(kind)[0], self.NEW)
@@ -8205,27 +8206,27 @@ class OrphanTest(ProxyCase):
     """Downloads that continue after all their clients have left."""
 
     def test_the_oldest_orphans_continue_and_newer_ones_stop(self):
-        read, first, second = (mock.Mock(**{"has_readers.return_value": value}) for value in (True, False, False))
+        read, first, second = (mock.Mock(**{"reader_count.return_value": value}) for value in (True, False, False))
         orphans = pkgproxy.OrphanLimiter(1)
         self.assertEqual([orphans.may_continue(partial) for partial in (read, first, second, read, first)], [True, True, False, True, True])
-        second.has_readers.return_value = True  # a client follows it
+        second.reader_count.return_value = True  # a client follows it
         self.assertTrue(orphans.may_continue(second))
         orphans.remove(first)
-        second.has_readers.return_value = False
+        second.reader_count.return_value = False
         self.assertEqual([orphans.may_continue(partial) for partial in (second, first)], [True, False])
 
     def test_an_orphan_beyond_the_limit_stops_and_is_resumed_later(self):
         self.start_proxy(Config(max_orphans=0, pseudonym="tested"))
         body, gate = os.urandom(1 << 20), Gate()
         self.origin.pages["/x_1_all.deb"] = ScriptedResponse(body, gate=gate, first=400_000)
-        with mock.patch.object(pkgproxy.PartialFile, "has_readers", lambda partial: partial.size < 400_000):
+        with mock.patch.object(pkgproxy.PartialFile, "reader_count", lambda partial: partial.size < 400_000):
             with self.connection() as one:
                 one.request("GET", self.origin.url("/x_1_all.deb"))
                 one.getresponse().read(400_000)
             gate.open()
             self.wait_until_idle()
         self.assertEqual(self.visible_files(), {})
-        with mock.patch.object(pkgproxy.PartialFile, "has_readers", return_value=True):
+        with mock.patch.object(pkgproxy.PartialFile, "reader_count", return_value=True):
             self.assertEqual(self.request("/x_1_all.deb").body, body)
         self.assertEqual(self.origin.log[-1].fields["range"], "bytes=400000-")
 
@@ -8254,7 +8255,7 @@ class OrphanTest(ProxyCase):
         self.assertIn("too slow", caught.output[0])
 
     def test_a_fast_orphan_continues(self):
-        orphans, partial = pkgproxy.OrphanLimiter(1), mock.Mock(**{"has_readers.return_value": False}, size=0)
+        orphans, partial = pkgproxy.OrphanLimiter(1), mock.Mock(**{"reader_count.return_value": False}, size=0)
         with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.0):
             for _ in range(9):
                 self.assertTrue(orphans.may_continue(partial))
