@@ -3009,6 +3009,7 @@ _WRITABLE = os.O_RDWR | os.O_CREAT | _REGULAR
 _NAME_REFUSED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 # Errors that reading a damaged JSON file may raise.
 _DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+_IMMUTABLE = (NameClass.CONTENT, NameClass.PACKAGE)  # these names do not stand for other content later
 _NO_STAT = os.stat_result((0,) * 10)
 MIN_RESUMABLE_SIZE = 256 * 1024  # bytes: a smaller download is restarted instead of resumed
 FLUSH_INTERVAL = 0.5  # seconds between two flushes of a partial file that other machines may read
@@ -3109,7 +3110,7 @@ def create_in_folder(path: str, create: Callable[[], _T]) -> _T:
 
 
 def create_file(path: str, flags: int) -> int:
-    """Open a file for writing, and create it if necessary, with its folder; return its descriptor; OSError."""
+    """Return the descriptor of a file that is open for writing, and created if necessary.  Raises OSError."""
     return create_in_folder(path, lambda: os.open(path, flags | _WRITABLE, 0o644))
 
 
@@ -3647,9 +3648,14 @@ class NameIndex:
         self._folder = folder
 
     def add(self, name: str, place: str) -> None:
-        """Record that a file of this name is at ``place``."""
-        with contextlib.suppress(OSError):
-            self._append(name, place)
+        """Record that a file of this name is at ``place``.  Raises OSError.
+
+        A list of names that grows too long loses its older half.
+        """
+        path, prefix = self._bucket(name)
+        store_bytes(path, b"%s%s\n" % (prefix, place.encode("utf-8", "surrogateescape")), os.O_APPEND)
+        if os.stat(path).st_size > _MAX_NAMES:
+            replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
 
     def lookup(self, name: str) -> list[str]:
         """Return up to MAX_CANDIDATES places of a name, the newest first."""
@@ -3666,7 +3672,7 @@ class NameIndex:
         try:
             make_directory(new._folder)
             for name, place in entries:
-                new._append(name, place)
+                new.add(name, place)
             shutil.rmtree(self._folder, ignore_errors=True)
             os.rename(new._folder, self._folder)
         finally:
@@ -3681,13 +3687,6 @@ class NameIndex:
         """Return the content of a bucket.  Raises OSError."""
         with io.FileIO(path, "rb", opener=_private_opener) as file:
             return file.readall() or b""
-
-    def _append(self, name: str, place: str) -> None:
-        """Append a line to its bucket; drop the older half of one that grows too long.  Raises OSError."""
-        path, prefix = self._bucket(name)
-        store_bytes(path, b"%s%s\n" % (prefix, place.encode("utf-8", "surrogateescape")), os.O_APPEND)
-        if os.stat(path).st_size > _MAX_NAMES:
-            replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
 
 
 def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -3839,7 +3838,6 @@ class Store:
     def __init__(self, root: str, trust_bare: bool = True, min_free: int | None = None,
                  max_size: int | None = None) -> None:
         self.root = os.path.abspath(root)
-        self._top = os.path.join(self.root, "")
         self.metadata_folder = os.path.join(self.root, METADATA_FOLDER)
         self.boot = boot_id()
         self.remote = is_remote(self.root)
@@ -3848,7 +3846,7 @@ class Store:
         self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of --adopt: paths
         self.trust_bare = trust_bare  # whether the root holds nothing but the cache
         # The names that a key's body may have: the preferred one first, the hashed one last.
-        self._names_of = memoize(lambda key: [name for name in cache_file_names(key, os.name == "nt") if name])
+        self._names_of = memoize(lambda key: list(filter(None, cache_file_names(key, os.name == "nt"))))
         self._why_wrong = functools.lru_cache(LARGE_MEMO)(self._compare)
         self._lock = threading.Lock()  # guards checks
         # Packages that had the size and digest in their index, or not, and damaged files that were removed.
@@ -3886,7 +3884,7 @@ class Store:
                     self.unhashed.append(name)
                 self._used[name] = self.used_at = time.time()
                 return StoredResponse(file, head, name, True)
-            immutable = classify_name(key) in (NameClass.CONTENT, NameClass.PACKAGE)
+            immutable = classify_name(key) in _IMMUTABLE
             if self.trust_bare and immutable and not (heads or bare) and _has_exact_name(self.root, name):
                 bare = StoredResponse(file, _bare_head(key, info), name, False)
             else:
@@ -3927,9 +3925,8 @@ class Store:
         if info.st_size != partial.size or partial.length not in (None, partial.size):
             raise OSError(errno.EIO, "the partial file has %d bytes, not the %d received of %s" % (
                 info.st_size, partial.size, partial.length))
-        head = replace_fields(
-            partial.head, size=partial.size, mtime_ns=info.st_mtime_ns, sha256=partial.sha256())
-        self._publish(partial.path, partial, head)
+        self._publish(partial.path, partial, replace_fields(
+            partial.head, size=partial.size, mtime_ns=info.st_mtime_ns, sha256=partial.sha256()))
 
     def link(self, stored: StoredResponse) -> None:
         """Store a body under the key of its head as well, as a hard link.
@@ -3947,11 +3944,11 @@ class Store:
 
     def _publish(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead) -> None:
         """Rename a body to its natural name, or to its hashed one if that is impossible.  Raises OSError."""
-        if classify_name(head.key) in (NameClass.CONTENT, NameClass.PACKAGE):
-            for digest in {head.sha256, *(facts.digest.hex() for facts in Store.expected(self, head.key))}:
+        digests = {head.sha256, *(facts.digest.hex() for facts in Store.expected(self, head.key))}
+        with contextlib.suppress(OSError):
+            for digest in digests if classify_name(head.key) in _IMMUTABLE else ():
                 self.names.add(digest, head.key)
-        names = self._names_of(head.key)
-        hashed = names[-1]
+        *_, hashed = names = self._names_of(head.key)
         for name in names:
             exists, old = self.find_head(name, head.key)
             if exists and not old and name != hashed:  # a foreign file stays (invariant 11)
@@ -4062,7 +4059,7 @@ class Store:
 
     def body_path(self, name: str) -> str:
         """Return the path of a name's body."""
-        return self._top + name
+        return "%s/%s" % (self.root, name)
 
     def head_path(self, name: str) -> str:
         """Return the path of a name's head file."""
@@ -4214,7 +4211,7 @@ class Evictor:
 
     def log_foreign_files(self) -> None:
         """Log how many visible files are not pkgproxy's own, and why.  Raises OSError."""
-        store, counts = self._store, collections.Counter[str]()
+        store, counts, size = self._store, collections.Counter[str](), 0
         hosts = [""] if store.trust_bare else store.list_hosts()
         for folder, subfolders, files in itertools.chain(*(os.walk(store.body_path(host)) for host in hosts)):
             subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
@@ -4223,8 +4220,7 @@ class Evictor:
                 if store.find_head(name, None) == (True, None):
                     has_head = os.path.exists(store.head_path(name))
                     counts["another size than .pkgproxy says" if has_head else "no head in .pkgproxy"] += 1
-                    counts["bytes"] += os.lstat(path).st_size
-        size = counts.pop("bytes", 0)
+                    size += os.lstat(path).st_size
         if counts:
             log.info("%d files (%d MB) in %s are not under pkgproxy's care, and are never deleted: %s. "
                      "Packages without a head are checked when they are requested.",
@@ -4808,8 +4804,7 @@ class SingleFlight:
 
     def is_in_flight(self, key: str) -> bool:
         """Check whether a key is being downloaded."""
-        with self._lock:
-            return key in self._flights
+        return key in self._flights
 
 
 class MemcachedClient:
@@ -4820,8 +4815,8 @@ class MemcachedClient:
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._address = address
-        self._lock = threading.Lock()  # guards all below
-        self._idle: list[Any] = []  # buffered files of idle connections
+        self._idle = collections.deque[Any]()  # buffered files of idle connections; its methods are atomic
+        self._lock = threading.Lock()  # guards _backoff_until
         self._backoff_until = 0.0  # monotonic time; 0: the last call succeeded
 
     def add(self, key: str, owner: str) -> bool:
@@ -4834,7 +4829,7 @@ class MemcachedClient:
     def holder(self, key: str) -> tuple[str, str]:
         """Return the owner of a key, "" for none, and the unique number for cas().  Raises OSError."""
         words = self._ask("gets %s" % key)
-        return (words[-1], words[4]) if words[0] == "VALUE" and len(words) > 5 else ("", "")
+        return (words[5], words[4]) if len(words) == 7 else ("", "")
 
     def cas(self, key: str, owner: str, unique: str, seconds: int) -> bool:
         """Extend a key by ``seconds`` (negative: delete it) if nobody has written it since holder().
@@ -4846,42 +4841,39 @@ class MemcachedClient:
 
     def close(self) -> None:
         """Close idle connections."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for file in idle:
-            file.close()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
     def _ask(self, command: str, data: str | None = None) -> list[str]:
-        """Send a command; return the words of the response line, and the value if there is one.
+        """Send a command; return the words of the response, which ends with the data and END if it has data.
 
         Raises OSError.
         """
         if time.monotonic() < self._backoff_until:
             raise OSError(errno.EHOSTUNREACH, "memcached was unreachable a moment ago")
         message = (command + "\r\n" + ("" if data is None else data + "\r\n")).encode("ascii")
-        failure: Exception | None = None
         try:
             words = self._exchange(message)
-        except (OSError, ValueError, IndexError) as error:
-            words, failure = [], error
-        with self._lock:
-            failed_before = self._backoff_until > 0
-            self._backoff_until = time.monotonic() + MEMCACHED_BACKOFF if failure else 0.0
-        if failure:
-            log.log(logging.DEBUG if failed_before else logging.WARNING,
-                    "Cannot reach memcached at %s:%d (%s). Each instance downloads on its own.",
-                    *self._address, failure)
-            raise OSError(errno.EHOSTUNREACH, str(failure))
-        if failed_before:
+        except OSError as error:
+            if not self._set_backoff(time.monotonic() + MEMCACHED_BACKOFF):
+                log.warning("Cannot reach memcached at %s:%d (%s). Each instance downloads on its own.",
+                            *self._address, error)
+            raise
+        if self._set_backoff(0.0):
             log.warning("memcached at %s:%d works again.", *self._address)
         return words
 
-    def _exchange(self, message: bytes) -> list[str]:
+    def _set_backoff(self, until: float) -> bool:
+        """Leave the server alone until a monotonic time; return whether the call before has failed."""
         with self._lock:
-            idle = self._idle.pop() if self._idle else None
-        if idle is not None:
-            with contextlib.suppress(OSError):  # the server may have closed it: try a new connection
-                return self._exchange_on(idle, message)
+            before, self._backoff_until = self._backoff_until, until
+        return before > 0
+
+    def _exchange(self, message: bytes) -> list[str]:
+        # The server may have closed an idle connection: then a new one is tried.
+        with contextlib.suppress(IndexError, OSError):
+            return self._exchange_on(self._idle.pop(), message)
         with socket.create_connection(self._address, MEMCACHED_TIMEOUT) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return self._exchange_on(sock.makefile("rwb"), message)
@@ -4894,14 +4886,12 @@ class MemcachedClient:
             file.flush()
             words = self._read_words(file)
             if words[0] == "VALUE":
-                data = self._read_words(file)
-                words += data if data != ["END"] and self._read_words(file) == ["END"] else []
-            if words[0] not in ("STORED", "NOT_STORED", "EXISTS", "NOT_FOUND", "END", "VALUE"):
+                words += self._read_words(file) + self._read_words(file)  # the data, END
+            if words[-1] not in ("STORED", "NOT_STORED", "EXISTS", "NOT_FOUND", "END"):
                 raise OSError(errno.EPROTO, "memcached says %s" % " ".join(words))
-            with self._lock:
-                if len(self._idle) < POOL_SIZE:
-                    self._idle.append(file)
-                    stack.pop_all()
+            if len(self._idle) < POOL_SIZE:
+                self._idle.append(file)
+                stack.pop_all()
         return words
 
     def _read_words(self, file: Any) -> list[str]:
@@ -4982,8 +4972,7 @@ class LeaseManager:
 
     def is_lost(self, owner: str) -> bool:
         """Check whether another instance has taken this owner's lease."""
-        with self._lock:
-            return owner in self._held and self._held[owner] is None
+        return self._held.get(owner, "") is None
 
     def close(self) -> None:
         """Stop renewing leases."""
@@ -4998,9 +4987,7 @@ class LeaseManager:
 
     def _renew_all(self) -> None:
         while not self._stop.wait(LEASE_RENEWAL_INTERVAL):
-            with self._lock:
-                held = list(self._held.items())
-            for owner, key in held:
+            for owner, key in self._held.copy().items():
                 with contextlib.suppress(OSError):
                     if key is not None and not self._renew(key, owner, LEASE_DURATION):
                         with self._lock:

@@ -4258,7 +4258,7 @@ class CollapsedRequestsTest(ProxyCase):
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 400_000)
         leases = self.proxy._locks.leases
-        acquire = lambda key: pkgproxy.Lease("", pkgproxy.LeaseState.OURS)  # noqa: E731
+        acquire = lambda key: pkgproxy.Lease("", True)  # noqa: E731
         with mock.patch.object(pkgproxy.LeaseManager, "release", lambda *what: (gate.pass_through(), release(*what))), \
                 mock.patch.object(leases, "uses_memcached", True), mock.patch.object(leases, "acquire", acquire):
             self.assertEqual(len(self.request("/x_1.0_all.deb").body), 400_000)
