@@ -3357,8 +3357,7 @@ class RefCountedFile:
 
     def reader_count(self) -> int:
         """Return the number of users besides the writer."""
-        with self._lock:
-            return max(0, self._refcount - 1)
+        return max(0, self._refcount - 1)
 
     def acquire(self) -> bool:
         """Add a user.  Returns False if the file is closed already."""
@@ -3802,14 +3801,11 @@ class Space:
     def snapshot(self) -> dict[str, int | None]:
         """Describe the size of the cache for the status page, current to the last stored file.
 
-        ``bytes`` and ``files`` are pkgproxy's own, ``limit`` is --max-size (None: not set), and ``free`` are
-        the free bytes on the disk (None: unknown).
+        ``bytes`` and ``files`` are pkgproxy's own, and ``limit`` is --max-size (None: not set).
         """
-        limit, free = self._max_size if self._max_size < sys.maxsize else None, None
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(self._root).free
         with self._lock:
-            return {"bytes": max(0, self._used()), "files": max(0, self._files), "limit": limit, "free": free}
+            limit = self._max_size if self._max_size < sys.maxsize else None
+            return {"bytes": max(0, self._used()), "files": max(0, self._files), "limit": limit}
 
     def take_demand(self) -> tuple[int, int, int]:
         """Return the assumed bytes and files, and the free bytes needed since the last call."""
@@ -8531,8 +8527,7 @@ class TrafficHistory:
     def _load(self) -> None:
         # The file may be damaged, or from another version: check each value before using it.
         try:
-            with open(self._path, encoding="utf-8", opener=_private_opener) as file:
-                saved = json.loads(file.read(_MAX_HEAD_FILE))
+            saved = _read_json(self._path)
             since = _parse_count(saved["since"])
             counts = {str(name): _parse_count(count) for name, count in saved["all"].items()}
             slots = {name: {int(number): [_parse_count(row[0]), _parse_count(row[1])]
@@ -9207,7 +9202,7 @@ def page_view(snapshot: dict[str, Any]) -> dict[str, Any]:
             "swept checks").split()
     cache = snapshot["cache"]
     view = {"version": __version__, "cached_bytes": cache["bytes"], "cached_files": cache["files"],
-            "free_bytes": cache["free"] or 0, "max_bytes": cache["limit"]}
+            "free_bytes": snapshot["disk"].get("free", 0), "max_bytes": cache["limit"]}
     view.update({key: snapshot[key] for key in keys})
     view["health"] = ", ".join(word for word, _ in problems(view) if word) or "OK"
     if snapshot["config"].private:
