@@ -3116,11 +3116,8 @@ def create_file(path: str, flags: int) -> int:
 
 def store_bytes(path: str, data: bytes, flags: int) -> None:
     """Write ``data`` to a file opened with ``flags``.  Raises OSError."""
-    descriptor = create_file(path, flags)
-    try:
-        write_all(descriptor, data)
-    finally:
-        os.close(descriptor)
+    with io.FileIO(create_file(path, flags), "r+b") as file:
+        write_all(file.fileno(), data)
 
 
 def replace_file(path: str, data: str | bytes) -> None:
@@ -3333,7 +3330,6 @@ class RefCountedFile:
         self._file = file
         self._lock = threading.Lock()  # guards _refcount
         self._refcount = 1  # the writer and the readers
-        self.status: os.stat_result | None = None  # when still_exists() was called first
 
     def fileno(self) -> int:
         """Return the file's descriptor."""
@@ -3349,9 +3345,8 @@ class RefCountedFile:
 
     def still_exists(self) -> bool:
         """Check whether the file's name still leads to the open file.  Raises OSError."""
-        self.status = self.status or os.fstat(self.fileno())
         try:
-            return os.path.samestat(os.stat(self.path), self.status)
+            return os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
         except FileNotFoundError:
             return False
 
@@ -3417,7 +3412,6 @@ class PartialFile(RefCountedFile):
         self._store = store
         self._writer_boot_id = store.boot  # of another instance that writes the file, as in its metadata
         self._published_at = 0.0  # monotonic time of the last publish()
-        self._may_have_metadata = True  # whether a head file may lie beside the file
         self._granted_size = 0  # size up to which Space has granted disk space
 
     def start(self, head: ResponseHead, length: int | None, offset: int = 0) -> None:
@@ -3426,10 +3420,9 @@ class PartialFile(RefCountedFile):
         Raises StorageError.
         """
         self.head, self.length, self.size = head, length, offset
-        seen = None if offset or self._granted_size else self.status  # not written since it was locked
         try:
             self._granted_size = self._store.space.reserve(self, 1 if length is None else length - offset)
-            found = (seen or os.fstat(self.fileno())).st_size
+            found = os.fstat(self.fileno()).st_size
             if found < offset:
                 raise OSError(errno.ESTALE, "the partial file was truncated")
             if not offset:
@@ -3458,7 +3451,7 @@ class PartialFile(RefCountedFile):
             self._file.close()
             os.replace(temporary, self.path)
         finally:
-            self._file, self.status = file, None
+            self._file = file
 
     def write(self, data: bytes) -> int:
         """Append all of ``data`` and return its length.  Raises OSError (disk full ...)."""
@@ -3582,7 +3575,6 @@ class PartialFile(RefCountedFile):
         dup2() exchanges the file under the descriptor, which the readers keep using.
         """
         os.dup2(other.fileno(), self.fileno(), inheritable=False)
-        self.status = None
         if isinstance(other, PartialFile):
             self.path, self.owner, self.size = other.path, other.owner, other.size
             self._writer_boot_id = other._writer_boot_id
@@ -3603,7 +3595,6 @@ class PartialFile(RefCountedFile):
 
     def _write_metadata(self, writer_boot_id: str) -> None:
         """Write the head file.  Raises OSError."""
-        self._may_have_metadata = True
         row = {"head": vars(self.head),  # as the response will be stored; without size and mtime_ns
                "inode": os.fstat(self.fileno()).st_ino,  # a head file may survive its partial file
                "length": self.length, "writer_boot_id": writer_boot_id,
@@ -3612,10 +3603,8 @@ class PartialFile(RefCountedFile):
 
     def _remove_metadata(self) -> None:
         """Remove the head file.  Raises OSError: metadata of another response must not stay."""
-        if self._may_have_metadata:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path + "^head")
-            self._may_have_metadata = False
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path + "^head")
 
 
 def _rename(path: str, place: str) -> None:
@@ -3723,7 +3712,6 @@ class Space:
         self.scarce = threading.Event()
         self._root = root
         self._min_free = min_free  # bytes
-        self._inodes = functools.lru_cache(1)(lambda _second: self.free_inodes())  # their reserve is large
         self._max_size = sys.maxsize if max_size is None else max_size
         self._count_step = max(COUNT_STEP, self._max_size // 100)
         self._lock = threading.RLock()  # guards all below
@@ -3741,7 +3729,7 @@ class Space:
 
         Returns the size up to which it may be written before the next call.  Raises OSError (ENOSPC).
         """
-        free, inodes = self.free_bytes(), self._inodes(int(time.monotonic()))
+        free, inodes = self.free_bytes(), self.free_inodes()
         key, overhead = partial.head.key, head_size(partial.head)
         with self._lock:
             starts = partial not in self._running
@@ -4101,8 +4089,7 @@ class PartialStore:
                     if not owner and not partial.try_lock():
                         return None
                     if partial.still_exists():
-                        is_empty = partial.status is not None and not partial.status.st_size  # mostly
-                        if (is_empty or not partial.load_metadata()) and owner:
+                        if not partial.load_metadata() and owner:
                             self._adopt_leftovers(partial, exclusive)
                         partial.acquire()
                         return partial

@@ -10505,12 +10505,14 @@ class PagesTest(ProxyCase):
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full on this machine")
     def test_a_full_disk_is_unhealthy_and_the_check_leaves_no_file(self):
+        create_file = pkgproxy.create_file
+
         def full(path, flags):
             """The empty file is there, and nothing can be put into it."""
-            os.close(os.open(path, flags, 0o600))
+            os.close(create_file(path, flags))
             return os.open("/dev/full", os.O_WRONLY)
 
-        with mock.patch.object(pkgproxy, "_private_opener", full):
+        with mock.patch.object(pkgproxy, "create_file", full):
             answer = self.get_own_page("/healthz")
             self.assertEqual((answer.status, answer.body), (503, b"Cannot write to the cache root: No space left on device.\n"))
             with self.assertRaises(OSError):
