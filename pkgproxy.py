@@ -4799,7 +4799,6 @@ class MemcachedClient:
     def __init__(self, address: tuple[str, int]) -> None:
         self._address = address
         self._idle = collections.deque[Any]()  # buffered files of idle connections; its methods are atomic
-        self._lock = threading.Lock()  # guards _backoff_until
         self._backoff_until = 0.0  # monotonic time; 0: the last call succeeded
 
     def add(self, key: str, owner: str) -> bool:
@@ -4807,7 +4806,7 @@ class MemcachedClient:
 
         Returns whether the owner was set.  Raises OSError.
         """
-        return self._ask("add %s 0 %d %d" % (key, LEASE_DURATION, len(owner)), owner)[0] == "STORED"
+        return self._ask("add %s 0 %d %d\r\n%s" % (key, LEASE_DURATION, len(owner), owner))[0] == "STORED"
 
     def holder(self, key: str) -> tuple[str, str]:
         """Return the owner of a key, "" for none, and the unique number for cas().  Raises OSError."""
@@ -4819,8 +4818,7 @@ class MemcachedClient:
 
         Returns whether the key was written.  Raises OSError.
         """
-        command = "cas %s 0 %d %d %s" % (key, seconds, len(owner), unique)
-        return self._ask(command, owner)[0] == "STORED"
+        return self._ask("cas %s 0 %d %d %s\r\n%s" % (key, seconds, len(owner), unique, owner))[0] == "STORED"
 
     def close(self) -> None:
         """Close idle connections."""
@@ -4828,30 +4826,26 @@ class MemcachedClient:
             while True:
                 self._idle.pop().close()
 
-    def _ask(self, command: str, data: str | None = None) -> list[str]:
+    def _ask(self, command: str) -> list[str]:
         """Send a command; return the words of the response, which ends with the data and END if it has data.
 
         Raises OSError.
         """
         if time.monotonic() < self._backoff_until:
             raise OSError(errno.EHOSTUNREACH, "memcached was unreachable a moment ago")
-        message = (command + "\r\n" + ("" if data is None else data + "\r\n")).encode("ascii")
         try:
-            words = self._exchange(message)
+            words = self._exchange((command + "\r\n").encode("ascii"))
         except OSError as error:
-            if not self._set_backoff(time.monotonic() + MEMCACHED_BACKOFF):
+            until = time.monotonic() + MEMCACHED_BACKOFF
+            failed_before, self._backoff_until = self._backoff_until > 0, until
+            if not failed_before:
                 log.warning("Cannot reach memcached at %s:%d (%s). Each instance downloads on its own.",
                             *self._address, error)
             raise
-        if self._set_backoff(0.0):
+        failed_before, self._backoff_until = self._backoff_until > 0, 0.0
+        if failed_before:
             log.warning("memcached at %s:%d works again.", *self._address)
         return words
-
-    def _set_backoff(self, until: float) -> bool:
-        """Leave the server alone until a monotonic time; return whether the call before has failed."""
-        with self._lock:
-            before, self._backoff_until = self._backoff_until, until
-        return before > 0
 
     def _exchange(self, message: bytes) -> list[str]:
         # The server may have closed an idle connection: then a new one is tried.
@@ -5014,8 +5008,7 @@ class OrphanLimiter:
 
     def remove(self, partial: PartialFile) -> None:
         """Forget a download that has ended."""
-        with self._lock:
-            self._orphans.pop(id(partial), None)
+        self._orphans.pop(id(partial), None)
 
 
 def start_thread(work: Callable[..., object], *arguments: Any) -> None:
@@ -6994,14 +6987,15 @@ class Downloader:
         A miss of one read needs these system calls, besides those of its threads' locks; a test counts them:
 
         - read the request, and hand the connection to a thread and back                               5
-        - look in the store, again as leader (invariant 4), and in the index of names                  5
-        - create the partial file, lock it, and check that the name still leads to it                  5
+        - look in the store, and again as leader (invariant 4)                                         4
+        - create the partial file, lock it, check that its name still leads to it, and its size        6
         - the origin: check that the pooled connection is open, send, receive                          3
-        - ask for the free space, and remove metadata that may be left of another download             2
-        - write and flush the body, set its times and read them back                                   4
-        - link it, compare the link, check that no other file has the name in the cache, add the
-          name to the index, write the head and rename it, rename the body                            13
-        - check that nothing has invalidated it meanwhile, remove the partial's name, unlock, close    4
+        - ask for free space and inodes, and remove what may be left of another download               4
+        - write and flush the body, remove metadata, set its times and read them back                  5
+        - add the digest to the index of names                                                         5
+        - check that no other file has the name in the cache, write the head and rename it, rename
+          the body, compare it with the open file, look for a file under the hashed name              10
+        - unlock and close                                                                             2
         - send head and body                                                                           1
         """
         partial, flight = download.partial, download.flight
