@@ -4079,7 +4079,6 @@ class PartialStore:
 
         Returns None if another process writes the file.  Raises StorageError.
         """
-        path = self.path(key, owner)
         try:
             # Between open and lock another process may commit or remove the file.  Then the lock is one on a
             # file without a name, and the next attempt opens the new file.
@@ -4095,7 +4094,7 @@ class PartialStore:
                         return partial
                 finally:
                     partial.release()
-            raise OSError(errno.EAGAIN, "another process keeps replacing it", path)
+            raise OSError(errno.EAGAIN, "another process keeps replacing its file", key)
         except OSError as error:
             raise StorageError(error) from error
 
@@ -4925,19 +4924,16 @@ class LeaseManager:
     def try_acquire(self, key: str) -> tuple[str, bool]:
         """Return the owner of a key's lease, and whether the caller has just become it.
 
-        Raises OSError if memcached cannot be reached.
+        The owner is "" if another one's lease has lapsed at this moment: the next attempt may get it.  Raises
+        OSError if memcached cannot be reached.
         """
         server, name = self._server(key)
         owner = secrets.token_hex(8)
-        for _ in range(3):  # the lease may lapse between add() and holder()
-            if server.add(name, owner):
-                with self._lock:
-                    self._held[owner] = key
-                return owner, True
-            holder, _ = server.holder(name)
-            if holder:
-                return holder, False
-        raise OSError(errno.EAGAIN, "the lease comes and goes")
+        if not server.add(name, owner):
+            return server.holder(name)[0], False
+        with self._lock:
+            self._held[owner] = key
+        return owner, True
 
     def release(self, key: str, owner: str) -> None:
         """Give up a lease, if the caller has it."""
