@@ -7206,7 +7206,7 @@ class PeerFollower:
             return self._partial is None or not self._partial.still_exists()
         if is_ours:
             self._own_lease = owner
-        elif owner != self._owner:
+        elif owner not in ("", self._owner):
             self._switch_writer(owner)
         return is_ours
 
