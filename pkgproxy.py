@@ -3012,6 +3012,7 @@ _WRITABLE = os.O_RDWR | os.O_CREAT | _REGULAR
 _NAME_REFUSED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 # Errors that reading a damaged JSON file may raise.
 _DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+_IMMUTABLE = (NameClass.CONTENT, NameClass.PACKAGE)  # these names do not stand for other content later
 _NO_STAT = os.stat_result((0,) * 10)
 MIN_RESUMABLE_SIZE = 256 * 1024  # bytes: a smaller download is restarted instead of resumed
 FLUSH_INTERVAL = 0.5  # seconds between two flushes of a partial file that other machines may read
@@ -3088,40 +3089,38 @@ def make_directory(path: str) -> None:
 
     os.makedirs() would give the parents the umask's mode.
     """
-    for attempt in (1, 2, 3):
-        missing, folder = [], path
-        while not os.path.isdir(folder):
-            missing.append(folder)
-            folder = os.path.dirname(folder)
-        try:
-            for folder in reversed(missing):
-                with contextlib.suppress(FileExistsError):  # another thread made it, or it is a file
-                    os.mkdir(folder, 0o755)
-            return
-        except FileNotFoundError:  # a parent was removed meanwhile, by "rm -rf" for example
-            if attempt == 3:
-                raise
+    missing, folder = [], path
+    while not os.path.isdir(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another thread made it, or it is a file
+            os.mkdir(folder, 0o755)
+
+
+def create_in_folder(path: str, create: Callable[[], _T]) -> _T:
+    """Call ``create``, which gives a file the name ``path``, and make the folder if necessary; OSError.
+
+    That the folder is missing is found out by trying: mostly it exists, and looking costs a system call.  A
+    new folder may be removed before the file is in it, by eviction or "rm -rf" for example.
+    """
+    for _ in range(2):
+        with contextlib.suppress(FileNotFoundError):
+            return create()
+        with contextlib.suppress(FileNotFoundError):
+            make_directory(os.path.dirname(path))
+    return create()
 
 
 def create_file(path: str, flags: int) -> int:
-    """Open a file for writing, and create it if necessary, with its folder; return its descriptor; OSError.
-
-    That the folder is missing is found out by trying: mostly it exists, and looking costs a system call.
-    """
-    try:
-        return os.open(path, flags | _WRITABLE, 0o644)
-    except FileNotFoundError:
-        make_directory(os.path.dirname(path))
-        return os.open(path, flags | _WRITABLE, 0o644)
+    """Return the descriptor of a file that is open for writing, and created if necessary.  Raises OSError."""
+    return create_in_folder(path, lambda: os.open(path, flags | _WRITABLE, 0o644))
 
 
 def store_bytes(path: str, data: bytes, flags: int) -> None:
     """Write ``data`` to a file opened with ``flags``.  Raises OSError."""
-    descriptor = create_file(path, flags)
-    try:
-        write_all(descriptor, data)
-    finally:
-        os.close(descriptor)
+    with io.FileIO(create_file(path, flags), "r+b") as file:
+        write_all(file.fileno(), data)
 
 
 def replace_file(path: str, data: str | bytes) -> None:
@@ -3265,9 +3264,8 @@ def _matching_head(heads: Iterable[ResponseHead], key: str | None,
     - It is any other: a copy has lost it (``cp -r``, ``scp -r``).  The head is returned as not verified.
     - If only the fraction differs and the head has no digest by which to verify that, it is another body.
     """
-    fitting = [head for head in heads if head.size == info.st_size and key in (None, head.key)]
-    fitting.sort(key=lambda head: abs(head.mtime_ns - info.st_mtime_ns))
-    head = fitting[0] if fitting else None
+    fitting = (head for head in heads if head.size == info.st_size and key in (None, head.key))
+    head = min(fitting, key=lambda head: abs(head.mtime_ns - info.st_mtime_ns), default=None)
     if head is None or head.mtime_ns == info.st_mtime_ns:
         return head
     same_second = head.mtime_ns // 10**9 == info.st_mtime_ns // 10**9
@@ -3335,7 +3333,6 @@ class RefCountedFile:
         self._file = file
         self._lock = threading.Lock()  # guards _refcount
         self._refcount = 1  # the writer and the readers
-        self.status: os.stat_result | None = None  # when still_exists() was called first
 
     def fileno(self) -> int:
         """Return the file's descriptor."""
@@ -3351,20 +3348,14 @@ class RefCountedFile:
 
     def still_exists(self) -> bool:
         """Check whether the file's name still leads to the open file.  Raises OSError."""
-        self.status = self.status or os.fstat(self.fileno())
         try:
-            return os.path.samestat(os.stat(self.path), self.status)
+            return os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
         except FileNotFoundError:
             return False
 
-    def has_readers(self) -> bool:
-        """Check whether anybody but the writer uses the file."""
-        return self.reader_count() > 0
-
     def reader_count(self) -> int:
         """Return the number of users besides the writer."""
-        with self._lock:
-            return max(0, self._refcount - 1)
+        return max(0, self._refcount - 1)
 
     def acquire(self) -> bool:
         """Add a user.  Returns False if the file is closed already."""
@@ -3422,10 +3413,8 @@ class PartialFile(RefCountedFile):
         self.size = 0  # bytes written; of a leftover or another instance's file, bytes that may be read
         self._hash: Any = None  # SHA-256 of the bytes written; None: of a leftover, not yet computed
         self._store = store
-        self._writer_is_local = True  # whether another instance that writes the file is on this machine
-        self._writer_left = False  # whether that instance has finished with the file
+        self._writer_boot_id = store.boot  # of another instance that writes the file, as in its metadata
         self._published_at = 0.0  # monotonic time of the last publish()
-        self._may_have_metadata = True  # whether a head file may lie beside the file
         self._granted_size = 0  # size up to which Space has granted disk space
 
     def start(self, head: ResponseHead, length: int | None, offset: int = 0) -> None:
@@ -3434,10 +3423,9 @@ class PartialFile(RefCountedFile):
         Raises StorageError.
         """
         self.head, self.length, self.size = head, length, offset
-        seen = None if offset or self._granted_size else self.status  # not written since it was locked
         try:
             self._granted_size = self._store.space.reserve(self, 1 if length is None else length - offset)
-            found = (seen or os.fstat(self.fileno())).st_size
+            found = os.fstat(self.fileno()).st_size
             if found < offset:
                 raise OSError(errno.ESTALE, "the partial file was truncated")
             if not offset:
@@ -3466,7 +3454,7 @@ class PartialFile(RefCountedFile):
             self._file.close()
             os.replace(temporary, self.path)
         finally:
-            self._file, self.status = file, None
+            self._file = file
 
     def write(self, data: bytes) -> int:
         """Append all of ``data`` and return its length.  Raises OSError (disk full ...)."""
@@ -3571,15 +3559,15 @@ class PartialFile(RefCountedFile):
             matches = info.st_size and (head.key, row["inode"]) == (self.head.key, info.st_ino)
             if valid and matches and self.still_exists():
                 self.head, self.length = head, length
-                self._writer_left = not row["writer_boot_id"]
-                self._writer_is_local = row["writer_boot_id"] == self._store.boot
-                self.size = info.st_size if self._writer_is_local else min(info.st_size, flushed_size)
+                self._writer_boot_id = row["writer_boot_id"]
+                is_local = self._writer_boot_id == self._store.boot
+                self.size = info.st_size if is_local else min(info.st_size, flushed_size)
                 return True
         return False
 
     def refresh_size(self) -> None:
         """Update ``size`` to the bytes that the other instance has written by now.  Raises OSError."""
-        if self._writer_is_local:
+        if self._writer_boot_id == self._store.boot:
             self.size = os.fstat(self.fileno()).st_size
         else:
             self.load_metadata()
@@ -3590,17 +3578,16 @@ class PartialFile(RefCountedFile):
         dup2() exchanges the file under the descriptor, which the readers keep using.
         """
         os.dup2(other.fileno(), self.fileno(), inheritable=False)
-        self.status = None
         if isinstance(other, PartialFile):
             self.path, self.owner, self.size = other.path, other.owner, other.size
-            self._writer_is_local = other._writer_is_local
+            self._writer_boot_id = other._writer_boot_id
             other.release()
         else:
             self.size = other.head.size
 
     def is_abandoned(self) -> bool:
         """Check whether the writer has left the file or has not written for a while.  Raises OSError."""
-        return self._writer_left or time.time() - os.fstat(self.fileno()).st_mtime > MIN_EVICTION_AGE
+        return not self._writer_boot_id or time.time() - os.fstat(self.fileno()).st_mtime > MIN_EVICTION_AGE
 
     def is_stored_as(self, stored: StoredResponse) -> bool:
         """Check whether a stored body is this file, or has all its bytes; then all of it may be read."""
@@ -3611,7 +3598,6 @@ class PartialFile(RefCountedFile):
 
     def _write_metadata(self, writer_boot_id: str) -> None:
         """Write the head file.  Raises OSError."""
-        self._may_have_metadata = True
         row = {"head": vars(self.head),  # as the response will be stored; without size and mtime_ns
                "inode": os.fstat(self.fileno()).st_ino,  # a head file may survive its partial file
                "length": self.length, "writer_boot_id": writer_boot_id,
@@ -3620,10 +3606,8 @@ class PartialFile(RefCountedFile):
 
     def _remove_metadata(self) -> None:
         """Remove the head file.  Raises OSError: metadata of another response must not stay."""
-        if self._may_have_metadata:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path + "^head")
-            self._may_have_metadata = False
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path + "^head")
 
 
 def _rename(path: str, place: str) -> None:
@@ -3655,9 +3639,14 @@ class NameIndex:
         self._folder = folder
 
     def add(self, name: str, place: str) -> None:
-        """Record that a file of this name is at ``place``."""
-        with contextlib.suppress(OSError):
-            self._append(name, place)
+        """Record that a file of this name is at ``place``.  Raises OSError.
+
+        A list of names that grows too long loses its older half.
+        """
+        path, prefix = self._bucket(name)
+        store_bytes(path, b"%s%s\n" % (prefix, place.encode("utf-8", "surrogateescape")), os.O_APPEND)
+        if os.stat(path).st_size > _MAX_NAMES:
+            replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
 
     def lookup(self, name: str) -> list[str]:
         """Return up to MAX_CANDIDATES places of a name, the newest first."""
@@ -3674,7 +3663,7 @@ class NameIndex:
         try:
             make_directory(new._folder)
             for name, place in entries:
-                new._append(name, place)
+                new.add(name, place)
             shutil.rmtree(self._folder, ignore_errors=True)
             os.rename(new._folder, self._folder)
         finally:
@@ -3689,13 +3678,6 @@ class NameIndex:
         """Return the content of a bucket.  Raises OSError."""
         with io.FileIO(path, "rb", opener=_private_opener) as file:
             return file.readall() or b""
-
-    def _append(self, name: str, place: str) -> None:
-        """Append a line to its bucket; drop the older half of one that grows too long.  Raises OSError."""
-        path, prefix = self._bucket(name)
-        store_bytes(path, b"%s%s\n" % (prefix, place.encode("utf-8", "surrogateescape")), os.O_APPEND)
-        if os.stat(path).st_size > _MAX_NAMES:
-            replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
 
 
 def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -3725,13 +3707,14 @@ class Space:
     corrects the size that is assumed here.  Other instances and people change the root, too.  So with
     --max-size the files are also counted whenever 1 % of it, or COUNT_STEP if that is more, has landed.
 
-    PartialFile calls reserve() and release(); Store calls add() and snapshot(); Evictor calls take_demand()
-    and correct().
+    PartialFile calls reserve() and release(); Store calls add(); Evictor calls free_bytes(), free_inodes(),
+    take_demand() and correct().
     """
 
-    def __init__(self, free: Callable[[], tuple[int, int]], max_size: int | None) -> None:
+    def __init__(self, root: str, min_free: int | None, max_size: int | None) -> None:
         self.scarce = threading.Event()
-        self._free = free  # returns free bytes and inodes without the reserve; raises OSError
+        self._root = root
+        self._min_free = min_free  # bytes
         self._max_size = sys.maxsize if max_size is None else max_size
         self._count_step = max(COUNT_STEP, self._max_size // 100)
         self._lock = threading.RLock()  # guards all below
@@ -3749,7 +3732,7 @@ class Space:
 
         Returns the size up to which it may be written before the next call.  Raises OSError (ENOSPC).
         """
-        free, inodes = self._free()
+        free, inodes = self.free_bytes(), self.free_inodes()
         key, overhead = partial.head.key, head_size(partial.head)
         with self._lock:
             starts = partial not in self._running
@@ -3792,8 +3775,25 @@ class Space:
             if self._used() > self._max_size or self._landed > self._count_step:
                 self.scarce.set()
 
+    def free_bytes(self) -> int:
+        """Return the free bytes without the reserve, which may be negative.  Raises OSError."""
+        usage = shutil.disk_usage(self._root)
+        reserve = min(usage.total // 20, 10 * 10**9) if self._min_free is None else self._min_free
+        return usage.free - reserve
+
+    def free_inodes(self) -> int:
+        """Return the free inodes without a reserve of 5 %, at most 10,000.  Raises OSError.
+
+        File systems that allocate inodes on demand report none at all: there is no limit.
+        """
+        found = os.statvfs(self._root) if hasattr(os, "statvfs") else None
+        return found.f_favail - min(found.f_files // 20, 10_000) if found and found.f_files else sys.maxsize
+
     def snapshot(self) -> dict[str, int | None]:
-        """Return the assumed bytes and files below the root, and the limit for bytes (None: none)."""
+        """Describe the size of the cache for the status page, current to the last stored file.
+
+        ``bytes`` and ``files`` are pkgproxy's own, and ``limit`` is --max-size (None: not set).
+        """
         with self._lock:
             limit = self._max_size if self._max_size < sys.maxsize else None
             return {"bytes": max(0, self._used()), "files": max(0, self._files), "limit": limit}
@@ -3825,19 +3825,17 @@ class Store:
     def __init__(self, root: str, trust_bare: bool = True, min_free: int | None = None,
                  max_size: int | None = None) -> None:
         self.root = os.path.abspath(root)
-        self._top = os.path.join(self.root, "")
         self.metadata_folder = os.path.join(self.root, METADATA_FOLDER)
         self.boot = boot_id()
         self.remote = is_remote(self.root)
-        inodes = functools.lru_cache(1)(lambda _second: self.free_inodes())  # their reserve is large
-        self.space = Space(lambda: (self.free_space(), inodes(int(time.monotonic()))), max_size)
+        self.space = Space(self.root, min_free, max_size)
         self.names = NameIndex(os.path.join(self.metadata_folder, "names"))  # of stored files: cache keys
         self.adopted = NameIndex(os.path.join(self.metadata_folder, "adopted"))  # of --adopt: paths
-        self._min_free = min_free  # bytes
         self.trust_bare = trust_bare  # whether the root holds nothing but the cache
-        self._places = memoize(self._find_places)
+        # The names that a key's body may have: the preferred one first, the hashed one last.
+        self._names_of = memoize(lambda key: list(filter(None, cache_file_names(key, os.name == "nt"))))
         self._why_wrong = functools.lru_cache(LARGE_MEMO)(self._compare)
-        self._lock = threading.Lock()  # guards _used and checks
+        self._lock = threading.Lock()  # guards checks
         # Packages that had the size and digest in their index, or not, and damaged files that were removed.
         self.checks = collections.Counter(verified=0, refused=0, healed=0)
         self._used: dict[str, float] = {}  # by name: clock time of the last use since the last eviction
@@ -3858,24 +3856,22 @@ class Store:
         - A body under the hashed name that only made way for a foreign file is not used once that is removed:
           people expect that a file which they have removed is fetched anew.
         """
-        bare, places = None, self._places(key)
-        for name, path, head_path in places:
-            file, info = _open(path)
+        bare, names = None, self._names_of(key)
+        for name in names:
+            file, info = _open(self.body_path(name))
             if file is None:
                 continue
-            heads = _read_heads(head_path)
+            heads = _read_heads(self.head_path(name))
             head = _matching_head(heads, key, info)
-            if head is not None and self._why_wrong(key, head.size, head.sha256, self.knowledge_version()):
-                file.close()
-                continue
-            if head is not None and not (head.displaced and not os.path.lexists(places[0][1])):
+            if head is not None and not (
+                    head.displaced and not os.path.lexists(self.body_path(names[0]))
+                    or self._why_wrong(key, head.size, head.sha256, self.knowledge_version())):
                 _close(bare)
                 if not head.sha256 and name not in self.unhashed and self.expected(key):
                     self.unhashed.append(name)
-                with self._lock:
-                    self._used[name] = self.used_at = time.time()
+                self._used[name] = self.used_at = time.time()
                 return StoredResponse(file, head, name, True)
-            immutable = classify_name(key) in (NameClass.CONTENT, NameClass.PACKAGE)
+            immutable = classify_name(key) in _IMMUTABLE
             if self.trust_bare and immutable and not (heads or bare) and _has_exact_name(self.root, name):
                 bare = StoredResponse(file, _bare_head(key, info), name, False)
             else:
@@ -3893,8 +3889,7 @@ class Store:
 
     def _compare(self, key: str, size: int, sha256: str, _memo: tuple[int, ...]) -> str:
         """Return why a stored body is not used; see why_unexpected()."""
-        known = {"sha256": sha256}
-        reason = why_unexpected(self.expected(key), size, lambda algorithm: known.get(algorithm, ""))
+        reason = why_unexpected(self.expected(key), size, lambda name: sha256 if name == "sha256" else "")
         if reason:
             log.info("The stored file of %s is not used: %s", loggable_uri(key), reason)
         return reason
@@ -3917,9 +3912,8 @@ class Store:
         if info.st_size != partial.size or partial.length not in (None, partial.size):
             raise OSError(errno.EIO, "the partial file has %d bytes, not the %d received of %s" % (
                 info.st_size, partial.size, partial.length))
-        head = replace_fields(
-            partial.head, size=partial.size, mtime_ns=info.st_mtime_ns, sha256=partial.sha256())
-        self._publish(partial.path, partial, head)
+        self._publish(partial.path, partial, replace_fields(
+            partial.head, size=partial.size, mtime_ns=info.st_mtime_ns, sha256=partial.sha256()))
 
     def link(self, stored: StoredResponse) -> None:
         """Store a body under the key of its head as well, as a hard link.
@@ -3929,28 +3923,26 @@ class Store:
         if not stored.described:
             raise OSError(errno.EPERM, "the file was not stored by pkgproxy")
         own = os.path.join(self.metadata_folder, "partials", "own^" + secrets.token_hex(8))
-        make_directory(os.path.dirname(own))
-        os.link(self.body_path(stored.name), own)
+        create_in_folder(own, lambda: os.link(self.body_path(stored.name), own))
         try:
             self._publish(own, stored, stored.head)
         finally:
-            if own:
-                _unlink(own)
+            _unlink(own)
 
     def _publish(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead) -> None:
         """Rename a body to its natural name, or to its hashed one if that is impossible.  Raises OSError."""
-        if classify_name(head.key) in (NameClass.CONTENT, NameClass.PACKAGE):
-            for digest in {head.sha256, *(facts.digest.hex() for facts in Store.expected(self, head.key))}:
+        digests = {head.sha256, *(facts.digest.hex() for facts in Store.expected(self, head.key))}
+        with contextlib.suppress(OSError):
+            for digest in digests if classify_name(head.key) in _IMMUTABLE else ():
                 self.names.add(digest, head.key)
-        places = self._places(head.key)
-        hashed = places[-1][0]
-        for name, _, _ in places:
+        *_, hashed = names = self._names_of(head.key)
+        for name in names:
             exists, old = self.find_head(name, head.key)
             if exists and not old and name != hashed:  # a foreign file stays (invariant 11)
                 head = replace_fields(head, displaced=True)
             elif self._rename_into_place(path, file, name, head, old):
                 self.space.add(-old.size if old else 0, 0 if old else 1)
-                if name != hashed and os.path.lexists(places[-1][1]):
+                if name != hashed and os.path.lexists(self.body_path(hashed)):
                     self.delete_file(hashed, head.key)
                 return
         raise OSError(errno.EEXIST, "a file that pkgproxy did not store has its name")
@@ -3971,18 +3963,13 @@ class Store:
         3. if they are not the same, rename the other instance's file back to ``path``.
         """
         place, head_path = self.body_path(name), self.head_path(name)
-        for attempt in (1, 2, 3):
-            try:
-                _write_heads(head_path, [head, old] if old and old.verified else [head])
-                if attempt > 1:
-                    make_directory(os.path.dirname(place))
-                _rename(path, place)
-                break
-            except OSError as error:
-                if error.errno in _NAME_REFUSED:
-                    return False
-                if attempt == 3 or error.errno != errno.ENOENT:  # a new folder, or one that was removed again
-                    raise
+        try:
+            _write_heads(head_path, [head, old] if old and old.verified else [head])
+            create_in_folder(place, lambda: _rename(path, place))
+        except OSError as error:
+            if error.errno in _NAME_REFUSED:
+                return False
+            raise
         if os.name != "nt" and not os.path.samestat(os.lstat(place), os.fstat(file.fileno())):
             os.replace(place, path)
             raise OSError(errno.ESTALE, "the partial file was replaced")
@@ -4006,7 +3993,7 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Delete the stored response for a key; other files are left alone (invariant 11)."""
-        for name, _, _ in self._places(key):
+        for name in self._names_of(key):
             self.delete_file(name, key)
 
     def delete_file(self, name: str, key: str | None = None) -> bool:
@@ -4035,45 +4022,20 @@ class Store:
 
     def version_of(self, key: str) -> tuple[int, int] | None:
         """Return size and modification time (ns) of the stored body for a key, without using it."""
-        for _, path, _ in self._places(key):
+        for name in self._names_of(key):
             with contextlib.suppress(OSError):
-                info = os.lstat(path)
+                info = os.lstat(self.body_path(name))
                 return info.st_size, info.st_mtime_ns
         return None
 
     def take_access_times(self) -> dict[str, float]:
         """Return the clock times of the last uses since the last call, by name.
 
-        They are kept in memory, so that a hit writes nothing to the disk.
+        They are kept in memory, so that a hit writes nothing to the disk.  One that is noted just now may get
+        lost, which is harmless.
         """
-        with self._lock:
-            used, self._used = self._used, {}
+        used, self._used = self._used, {}
         return used
-
-    def snapshot(self) -> dict[str, int | None]:
-        """Describe the size of the cache for the status page, current to the last stored file.
-
-        ``bytes`` and ``files`` are pkgproxy's own, ``limit`` is --max-size (None: not set), and ``free`` are
-        the free bytes on the disk (None: unknown).
-        """
-        free = None
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(self.root).free
-        return {**self.space.snapshot(), "free": free}
-
-    def free_space(self) -> int:
-        """Return the free bytes without the reserve, which may be negative.  Raises OSError."""
-        usage = shutil.disk_usage(self.root)
-        reserve = min(usage.total // 20, 10 * 10**9) if self._min_free is None else self._min_free
-        return usage.free - reserve
-
-    def free_inodes(self) -> int:
-        """Return the free inodes without a reserve of 5 %, at most 10,000.  Raises OSError.
-
-        File systems that allocate inodes on demand report none at all: there is no limit.
-        """
-        found = os.statvfs(self.root) if hasattr(os, "statvfs") else None
-        return found.f_favail - min(found.f_files // 20, 10_000) if found and found.f_files else sys.maxsize
 
     def list_hosts(self) -> list[str]:
         """Return the hosts with stored responses.  Raises OSError if the root cannot be read."""
@@ -4082,17 +4044,9 @@ class Store:
             return sorted(name for name in names if os.path.isdir(self.body_path(name)))
         return []
 
-    def _find_places(self, key: str) -> list[tuple[str, str, str]]:
-        """Return the names that a key's body may have, with the paths of body and head file.
-
-        The preferred name comes first, the hashed one last.
-        """
-        names = cache_file_names(key, os.name == "nt")
-        return [(name, self.body_path(name), self.head_path(name)) for name in names if name is not None]
-
     def body_path(self, name: str) -> str:
         """Return the path of a name's body."""
-        return self._top + name
+        return "%s/%s" % (self.root, name)
 
     def head_path(self, name: str) -> str:
         """Return the path of a name's head file."""
@@ -4128,7 +4082,6 @@ class PartialStore:
 
         Returns None if another process writes the file.  Raises StorageError.
         """
-        path = self.path(key, owner)
         try:
             # Between open and lock another process may commit or remove the file.  Then the lock is one on a
             # file without a name, and the next attempt opens the new file.
@@ -4138,14 +4091,13 @@ class PartialStore:
                     if not owner and not partial.try_lock():
                         return None
                     if partial.still_exists():
-                        is_empty = partial.status is not None and not partial.status.st_size  # mostly
-                        if (is_empty or not partial.load_metadata()) and owner:
+                        if not partial.load_metadata() and owner:
                             self._adopt_leftovers(partial, exclusive)
                         partial.acquire()
                         return partial
                 finally:
                     partial.release()
-            raise OSError(errno.EAGAIN, "another process keeps replacing it", path)
+            raise OSError(errno.EAGAIN, "another process keeps replacing its file", key)
         except OSError as error:
             raise StorageError(error) from error
 
@@ -4232,7 +4184,7 @@ class Evictor:
         assumed, assumed_files, demand = self._store.space.take_demand()
         entries = list(self._walk(self._store.take_access_times(), now))
         total = sum(entry.size for entry in entries)
-        spare, free = min(total // 20, MAX_SPARE), self._store.free_space()
+        spare, free = min(total // 20, MAX_SPARE), self._store.space.free_bytes()
         if config.max_size is not None:
             free = min(free, config.max_size - total)
         # A download that would not fit into an empty cache evicts nothing.
@@ -4244,7 +4196,7 @@ class Evictor:
 
     def log_foreign_files(self) -> None:
         """Log how many visible files are not pkgproxy's own, and why.  Raises OSError."""
-        store, counts = self._store, collections.Counter[str]()
+        store, counts, size = self._store, collections.Counter[str](), 0
         hosts = [""] if store.trust_bare else store.list_hosts()
         for folder, subfolders, files in itertools.chain(*(os.walk(store.body_path(host)) for host in hosts)):
             subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
@@ -4253,8 +4205,7 @@ class Evictor:
                 if store.find_head(name, None) == (True, None):
                     has_head = os.path.exists(store.head_path(name))
                     counts["another size than .pkgproxy says" if has_head else "no head in .pkgproxy"] += 1
-                    counts["bytes"] += os.lstat(path).st_size
-        size = counts.pop("bytes", 0)
+                    size += os.lstat(path).st_size
         if counts:
             log.info("%d files (%d MB) in %s are not under pkgproxy's care, and are never deleted: %s. "
                      "Packages without a head are checked when they are requested.",
@@ -4263,7 +4214,7 @@ class Evictor:
 
     def _evict(self, entries: list[Entry], max_age: float | None, excess: int, now: float) -> tuple[int, int]:
         """Evict until ``excess`` bytes and enough inodes are free; return removed responses and bytes."""
-        removed, freed, inodes = 0, 0, self._store.free_inodes()
+        removed, freed, inodes = 0, 0, self._store.space.free_inodes()
         if excess <= 0 and inodes >= SPARE_INODES and max_age is None:
             return 0, 0  # sorting a large cache takes a while
         for entry in sorted(entries, key=Entry.eviction_order):
@@ -4273,7 +4224,7 @@ class Evictor:
             wanted = expired or freed < excess or inodes < SPARE_INODES
             if unused and wanted and self._remove(entry):
                 removed, freed = removed + entry.is_response, freed + entry.size
-                inodes = self._store.free_inodes()
+                inodes = self._store.space.free_inodes()
         return removed, freed
 
     def _walk(self, used: dict[str, float], now: float) -> Iterator[Entry]:
@@ -4838,8 +4789,7 @@ class SingleFlight:
 
     def is_in_flight(self, key: str) -> bool:
         """Check whether a key is being downloaded."""
-        with self._lock:
-            return key in self._flights
+        return key in self._flights
 
 
 class MemcachedClient:
@@ -4850,8 +4800,7 @@ class MemcachedClient:
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._address = address
-        self._lock = threading.Lock()  # guards all below
-        self._idle: list[Any] = []  # buffered files of idle connections
+        self._idle = collections.deque[Any]()  # buffered files of idle connections; its methods are atomic
         self._backoff_until = 0.0  # monotonic time; 0: the last call succeeded
 
     def add(self, key: str, owner: str) -> bool:
@@ -4859,59 +4808,51 @@ class MemcachedClient:
 
         Returns whether the owner was set.  Raises OSError.
         """
-        return self._ask("add %s 0 %d %d" % (key, LEASE_DURATION, len(owner)), owner)[0] == "STORED"
+        return self._ask("add %s 0 %d %d\r\n%s" % (key, LEASE_DURATION, len(owner), owner))[0] == "STORED"
 
     def holder(self, key: str) -> tuple[str, str]:
         """Return the owner of a key, "" for none, and the unique number for cas().  Raises OSError."""
         words = self._ask("gets %s" % key)
-        return (words[-1], words[4]) if words[0] == "VALUE" and len(words) > 5 else ("", "")
+        return (words[5], words[4]) if len(words) == 7 else ("", "")
 
     def cas(self, key: str, owner: str, unique: str, seconds: int) -> bool:
         """Extend a key by ``seconds`` (negative: delete it) if nobody has written it since holder().
 
         Returns whether the key was written.  Raises OSError.
         """
-        command = "cas %s 0 %d %d %s" % (key, seconds, len(owner), unique)
-        return self._ask(command, owner)[0] == "STORED"
+        return self._ask("cas %s 0 %d %d %s\r\n%s" % (key, seconds, len(owner), unique, owner))[0] == "STORED"
 
     def close(self) -> None:
         """Close idle connections."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for file in idle:
-            file.close()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
-    def _ask(self, command: str, data: str | None = None) -> list[str]:
-        """Send a command; return the words of the response line, and the value if there is one.
+    def _ask(self, command: str) -> list[str]:
+        """Send a command; return the words of the response, which ends with the data and END if it has data.
 
         Raises OSError.
         """
         if time.monotonic() < self._backoff_until:
             raise OSError(errno.EHOSTUNREACH, "memcached was unreachable a moment ago")
-        message = (command + "\r\n" + ("" if data is None else data + "\r\n")).encode("ascii")
-        failure: Exception | None = None
         try:
-            words = self._exchange(message)
-        except (OSError, ValueError, IndexError) as error:
-            words, failure = [], error
-        with self._lock:
-            failed_before = self._backoff_until > 0
-            self._backoff_until = time.monotonic() + MEMCACHED_BACKOFF if failure else 0.0
-        if failure:
-            log.log(logging.DEBUG if failed_before else logging.WARNING,
-                    "Cannot reach memcached at %s:%d (%s). Each instance downloads on its own.",
-                    *self._address, failure)
-            raise OSError(errno.EHOSTUNREACH, str(failure))
+            words = self._exchange((command + "\r\n").encode("ascii"))
+        except OSError as error:
+            until = time.monotonic() + MEMCACHED_BACKOFF
+            failed_before, self._backoff_until = self._backoff_until > 0, until
+            if not failed_before:
+                log.warning("Cannot reach memcached at %s:%d (%s). Each instance downloads on its own.",
+                            *self._address, error)
+            raise
+        failed_before, self._backoff_until = self._backoff_until > 0, 0.0
         if failed_before:
             log.warning("memcached at %s:%d works again.", *self._address)
         return words
 
     def _exchange(self, message: bytes) -> list[str]:
-        with self._lock:
-            idle = self._idle.pop() if self._idle else None
-        if idle is not None:
-            with contextlib.suppress(OSError):  # the server may have closed it: try a new connection
-                return self._exchange_on(idle, message)
+        # The server may have closed an idle connection: then a new one is tried.
+        with contextlib.suppress(IndexError, OSError):
+            return self._exchange_on(self._idle.pop(), message)
         with socket.create_connection(self._address, MEMCACHED_TIMEOUT) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return self._exchange_on(sock.makefile("rwb"), message)
@@ -4924,14 +4865,12 @@ class MemcachedClient:
             file.flush()
             words = self._read_words(file)
             if words[0] == "VALUE":
-                data = self._read_words(file)
-                words += data if data != ["END"] and self._read_words(file) == ["END"] else []
-            if words[0] not in ("STORED", "NOT_STORED", "EXISTS", "NOT_FOUND", "END", "VALUE"):
+                words += self._read_words(file) + self._read_words(file)  # the data, END
+            if words[-1] not in ("STORED", "NOT_STORED", "EXISTS", "NOT_FOUND", "END"):
                 raise OSError(errno.EPROTO, "memcached says %s" % " ".join(words))
-            with self._lock:
-                if len(self._idle) < POOL_SIZE:
-                    self._idle.append(file)
-                    stack.pop_all()
+            if len(self._idle) < POOL_SIZE:
+                self._idle.append(file)
+                stack.pop_all()
         return words
 
     def _read_words(self, file: Any) -> list[str]:
@@ -4988,19 +4927,16 @@ class LeaseManager:
     def try_acquire(self, key: str) -> tuple[str, bool]:
         """Return the owner of a key's lease, and whether the caller has just become it.
 
-        Raises OSError if memcached cannot be reached.
+        The owner is "" if another one's lease has lapsed at this moment: the next attempt may get it.  Raises
+        OSError if memcached cannot be reached.
         """
         server, name = self._server(key)
         owner = secrets.token_hex(8)
-        for _ in range(3):  # the lease may lapse between add() and holder()
-            if server.add(name, owner):
-                with self._lock:
-                    self._held[owner] = key
-                return owner, True
-            holder, _ = server.holder(name)
-            if holder:
-                return holder, False
-        raise OSError(errno.EAGAIN, "the lease comes and goes")
+        if not server.add(name, owner):
+            return server.holder(name)[0], False
+        with self._lock:
+            self._held[owner] = key
+        return owner, True
 
     def release(self, key: str, owner: str) -> None:
         """Give up a lease, if the caller has it."""
@@ -5012,8 +4948,7 @@ class LeaseManager:
 
     def is_lost(self, owner: str) -> bool:
         """Check whether another instance has taken this owner's lease."""
-        with self._lock:
-            return owner in self._held and self._held[owner] is None
+        return self._held.get(owner, "") is None
 
     def close(self) -> None:
         """Stop renewing leases."""
@@ -5028,9 +4963,7 @@ class LeaseManager:
 
     def _renew_all(self) -> None:
         while not self._stop.wait(LEASE_RENEWAL_INTERVAL):
-            with self._lock:
-                held = list(self._held.items())
-            for owner, key in held:
+            for owner, key in self._held.copy().items():
                 with contextlib.suppress(OSError):
                     if key is not None and not self._renew(key, owner, LEASE_DURATION):
                         with self._lock:
@@ -5061,7 +4994,7 @@ class OrphanLimiter:
 
     def may_continue(self, partial: PartialFile) -> bool:
         """Return whether a download may continue: it has clients, or it is one of the permitted orphans."""
-        has_readers, now = partial.has_readers(), time.monotonic()
+        has_readers, now = partial.reader_count() > 0, time.monotonic()
         with self._lock:
             since, size = self._orphans.get(id(partial), (now, partial.size))
             check_due = now - since > RATE_WINDOW
@@ -5074,8 +5007,7 @@ class OrphanLimiter:
 
     def remove(self, partial: PartialFile) -> None:
         """Forget a download that has ended."""
-        with self._lock:
-            self._orphans.pop(id(partial), None)
+        self._orphans.pop(id(partial), None)
 
 
 def start_thread(work: Callable[..., object], *arguments: Any) -> None:
@@ -7069,14 +7001,15 @@ class Downloader:
         A miss of one read needs these system calls, besides those of its threads' locks; a test counts them:
 
         - read the request, and hand the connection to a thread and back                               5
-        - look in the store, again as leader (invariant 4), and in the index of names                  5
-        - create the partial file, lock it, and check that the name still leads to it                  5
+        - look in the store, and again as leader (invariant 4)                                         4
+        - create the partial file, lock it, check that its name still leads to it, and its size        6
         - the origin: check that the pooled connection is open, send, receive                          3
-        - ask for the free space, and remove metadata that may be left of another download             2
-        - write and flush the body, set its times and read them back                                   4
-        - link it, compare the link, check that no other file has the name in the cache, add the
-          name to the index, write the head and rename it, rename the body                            13
-        - check that nothing has invalidated it meanwhile, remove the partial's name, unlock, close    4
+        - ask for free space and inodes, and remove what may be left of another download               4
+        - write and flush the body, remove metadata, set its times and read them back                  5
+        - add the digest to the index of names                                                         5
+        - check that no other file has the name in the cache, write the head and rename it, rename
+          the body, compare it with the open file, look for a file under the hashed name              10
+        - unlock and close                                                                             2
         - send head and body                                                                           1
         """
         partial, flight = download.partial, download.flight
@@ -7142,7 +7075,7 @@ class Downloader:
         if not self._orphans.may_continue(partial):
             # A client may join between the two checks, so first let nobody join, then look again.
             self.flights.remove(flight)
-            if not partial.has_readers():
+            if not partial.reader_count():
                 raise DownloadAbandonedError("its clients have left, and it was too slow or one of too many "
                                              "such downloads.")
         if partial.length is not None and partial.size + len(data) > partial.length:
@@ -7287,7 +7220,7 @@ class PeerFollower:
             return self._partial is None or not self._partial.still_exists()
         if is_ours:
             self._own_lease = owner
-        elif owner != self._owner:
+        elif owner not in ("", self._owner):
             self._switch_writer(owner)
         return is_ours
 
@@ -8369,7 +8302,7 @@ class Proxy:
         """Describe what goes on now, for the status page: plain data of bounded size."""
         return {"downloads": self._downloader.snapshot(), "troubles": self._failures.snapshot(),
                 "swept": self.evictor.last_report, "unstored": self._failures.disk_error(),
-                "checks": self._store.checks, "cache": self._store.snapshot()}
+                "checks": self._store.checks, "cache": self._store.space.snapshot()}
 
     def start(self) -> None:
         """Start the background work."""
@@ -8578,8 +8511,7 @@ class TrafficHistory:
     def _load(self) -> None:
         # The file may be damaged, or from another version: check each value before using it.
         try:
-            with open(self._path, encoding="utf-8", opener=_private_opener) as file:
-                saved = json.loads(file.read(_MAX_HEAD_FILE))
+            saved = _read_json(self._path)
             since = _parse_count(saved["since"])
             counts = {str(name): _parse_count(count) for name, count in saved["all"].items()}
             slots = {name: {int(number): [_parse_count(row[0]), _parse_count(row[1])]
@@ -9254,7 +9186,7 @@ def page_view(snapshot: dict[str, Any]) -> dict[str, Any]:
             "swept checks").split()
     cache = snapshot["cache"]
     view = {"version": __version__, "cached_bytes": cache["bytes"], "cached_files": cache["files"],
-            "free_bytes": cache["free"] or 0, "max_bytes": cache["limit"]}
+            "free_bytes": snapshot["disk"].get("free", 0), "max_bytes": cache["limit"]}
     view.update({key: snapshot[key] for key in keys})
     view["health"] = ", ".join(word for word, _ in problems(view) if word) or "OK"
     if snapshot["config"].private:

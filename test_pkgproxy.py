@@ -2024,8 +2024,8 @@ class StoreTest(StoreCase):
                 mkdir(path, *mode)
 
             with mock.patch.object(os, "mkdir", removed_once):
-                pkgproxy.make_directory(os.path.join(above, "below"))
-            self.assertTrue(os.path.isdir(os.path.join(above, "below")))
+                pkgproxy.replace_file(os.path.join(above, "below", "x"), "x")
+            self.assertEqual(os.listdir(os.path.join(above, "below")), ["x"])
 
     def test_a_stored_response_is_found_with_its_head(self):
         self.store_response(self.PACKAGE, b"body", Last_Modified=DATE, ETag='"x"', X="1")
@@ -2486,7 +2486,7 @@ class EvictionTest(StoreCase):
     def setUp(self):
         super().setUp()
         self.evictor = pkgproxy.Evictor(self.store)
-        free = mock.patch.object(self.store, "free_space", lambda: 2**40)
+        free = mock.patch.object(self.store.space, "free_bytes", lambda: 2**40)
         free.start()
         self.addCleanup(free.stop)
         # The sizes of metadata and folders depend on the file system: only bodies count here.
@@ -2552,14 +2552,14 @@ class EvictionTest(StoreCase):
 
     def test_the_free_space_reserve_is_kept(self):
         self.store_packages()
-        with mock.patch.object(self.store, "free_space", lambda: -1500):
+        with mock.patch.object(self.store.space, "free_bytes", lambda: -1500):
             self.assertEqual(self.evict().removed, 2)
 
     def test_the_reserve_is_5_percent_but_at_most_10_gb(self):
         for total, min_free, expected in ((10**12, None, 90 * 10**9), (10**11, None, 95 * 10**9), (10**11, 10**9, 99 * 10**9)):
             store = pkgproxy.Store(self.root, min_free=min_free)
             with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=100 * 10**9, total=total)):
-                self.assertEqual(store.free_space(), expected)
+                self.assertEqual(store.space.free_bytes(), expected)
 
     def test_foreign_files_are_never_evicted(self):
         self.store_packages()
@@ -2590,10 +2590,10 @@ class EvictionTest(StoreCase):
         for length, expected in ((0, 0), (2500, 3), (6000, 6), (7000, 0)):
             with self.subTest(length=length):
                 self.store_packages()
-                with mock.patch.object(self.store, "free_space", lambda: 0), mock.patch.object(pkgproxy, "head_size", lambda head: 0):
+                with mock.patch.object(self.store.space, "free_bytes", lambda: 0), mock.patch.object(pkgproxy, "head_size", lambda head: 0):
                     if length:
                         self.assertRaises(pkgproxy.StorageError, start_partial, self.store, make_stored_head("http://a/new"), length)
-                    with mock.patch.object(self.store, "free_space", lambda: 300):
+                    with mock.patch.object(self.store.space, "free_bytes", lambda: 300):
                         self.assertEqual(self.evict().removed, expected, "no more than needed, and nothing for a download that can never fit")
                         self.assertEqual(self.evict().removed, 0, "once")
 
@@ -2601,7 +2601,7 @@ class EvictionTest(StoreCase):
         head = ResponseHead(200, "OK", (("ETag", '"x"'),), key=self.PACKAGE)
         for max_size, fits in ((1_100_000, True), (990_000, False)):
             with self.subTest(max_size), mock.patch.object(pkgproxy, "head_size", lambda head: 0):
-                self.store.space = pkgproxy.Space(lambda: (2**40, 2**40), max_size)
+                self.store.space = pkgproxy.Space(self.root, 0, max_size)
                 left = start_partial(self.store, head, 900_000)
                 left.write(b"1" * 400_000)
                 left.keep_for_resume()
@@ -3417,7 +3417,8 @@ class IndexReaderTest(StoreCase):
 
     def put(self, url, data, content_type="", note=True):
         """Store an index as pkgproxy does, and tell the reader."""
-        _, path, head_path = self.store._places(url)[0]
+        name, _ = self.store._names_of(url)
+        path, head_path = self.store.body_path(name), self.store.head_path(name)
         pkgproxy.replace_file(path, data)
         os.utime(path, ns=(0, 10**18 + next(self.count)))
         info = os.stat(path)
@@ -7969,7 +7970,7 @@ class CacheSizeTest(StoreCase):
     """The size that is known without a walk over all files."""
 
     def snapshot(self):
-        found = self.store.snapshot()
+        found = self.store.space.snapshot()
         return found["bytes"], found["files"], found["limit"]
 
     def setUp(self):
@@ -7986,7 +7987,6 @@ class CacheSizeTest(StoreCase):
 
     def test_the_snapshot_is_current_to_the_last_landing(self):
         self.assertEqual(self.snapshot(), (0, 0, 100_000))
-        self.assertEqual(self.store.snapshot()["free"] // 10**10, shutil.disk_usage(self.root).free // 10**10)
         for number in range(3):
             self.store_response("http://a/x_%d_all.deb" % number, b"x" * 1000)
             self.assertEqual(self.snapshot(), ((number + 1) * 1000, number + 1, 100_000))
@@ -7997,7 +7997,7 @@ class CacheSizeTest(StoreCase):
         self.store.delete("http://a/x_0_all.deb")
         self.count()
         self.assertEqual(self.snapshot(), (2000, 2, 100_000))
-        self.assertIsNone(pkgproxy.Store(self.root).snapshot()["limit"])
+        self.assertIsNone(pkgproxy.Store(self.root).space.snapshot()["limit"])
 
     def test_a_file_that_becomes_pkgproxys_own_is_counted(self):
         self.write("a/pool/x_1.0_all.deb", b"x" * 1000)
@@ -8280,27 +8280,27 @@ class OrphanTest(ProxyCase):
     """Downloads that continue after all their clients have left."""
 
     def test_the_oldest_orphans_continue_and_newer_ones_stop(self):
-        read, first, second = (mock.Mock(**{"has_readers.return_value": value}) for value in (True, False, False))
+        read, first, second = (mock.Mock(**{"reader_count.return_value": value}) for value in (True, False, False))
         orphans = pkgproxy.OrphanLimiter(1)
         self.assertEqual([orphans.may_continue(partial) for partial in (read, first, second, read, first)], [True, True, False, True, True])
-        second.has_readers.return_value = True  # a client follows it
+        second.reader_count.return_value = True  # a client follows it
         self.assertTrue(orphans.may_continue(second))
         orphans.remove(first)
-        second.has_readers.return_value = False
+        second.reader_count.return_value = False
         self.assertEqual([orphans.may_continue(partial) for partial in (second, first)], [True, False])
 
     def test_an_orphan_beyond_the_limit_stops_and_is_resumed_later(self):
         self.start_proxy(Config(max_orphans=0, pseudonym="tested"))
         body, gate = os.urandom(1 << 20), Gate()
         self.origin.pages["/x_1_all.deb"] = ScriptedResponse(body, gate=gate, first=400_000)
-        with mock.patch.object(pkgproxy.PartialFile, "has_readers", lambda partial: partial.size < 400_000):
+        with mock.patch.object(pkgproxy.PartialFile, "reader_count", lambda partial: partial.size < 400_000):
             with self.connection() as one:
                 one.request("GET", self.origin.url("/x_1_all.deb"))
                 one.getresponse().read(400_000)
             gate.open()
             self.wait_until_idle()
         self.assertEqual(self.visible_files(), {})
-        with mock.patch.object(pkgproxy.PartialFile, "has_readers", return_value=True):
+        with mock.patch.object(pkgproxy.PartialFile, "reader_count", return_value=True):
             self.assertEqual(self.request("/x_1_all.deb").body, body)
         self.assertEqual(self.origin.log[-1].fields["range"], "bytes=400000-")
 
@@ -8329,7 +8329,7 @@ class OrphanTest(ProxyCase):
         self.assertIn("too slow", caught.output[0])
 
     def test_a_fast_orphan_continues(self):
-        orphans, partial = pkgproxy.OrphanLimiter(1), mock.Mock(**{"has_readers.return_value": False}, size=0)
+        orphans, partial = pkgproxy.OrphanLimiter(1), mock.Mock(**{"reader_count.return_value": False}, size=0)
         with mock.patch.object(pkgproxy, "RATE_WINDOW", 0.0):
             for _ in range(9):
                 self.assertTrue(orphans.may_continue(partial))
@@ -9038,7 +9038,7 @@ class FaultTest(ProxyCase):
         self.origin.pages[self.NEW].chunked = True
         if not self.small_disk((5 << 19) + 200_000):
             self.patch(pkgproxy.PartialFile, "write", mock.Mock(side_effect=OSError(28, "No space left on device")))
-        self.patch(pkgproxy.Store, "free_space", lambda store: 1 << 30)
+        self.patch(pkgproxy.Space, "free_bytes", lambda space: 1 << 30)
         return self.download()
 
     def limit_files(self, size):
@@ -10725,7 +10725,7 @@ class PagesForPeopleTest(ProxyCase):
                 (21_000_000_000, 20_000_000_000, "21 of 20 GB, 1,234 files, 83 GB free on the disk", "h100.00v"))
         for size, limit, text, bar in rows:
             with self.subTest(size=size, limit=limit):
-                figures = {"cache": {"bytes": size, "files": 1234, "free": 83_000_000_000, "limit": limit}}
+                figures = {"cache": {"bytes": size, "files": 1234, "limit": limit}, "disk": {"size": 10**12, "free": 83_000_000_000}}
                 shown = pkgproxy.status_html(pkgproxy.page_view({**self.server.dispatcher.snapshot(), **figures}))["disk"]
                 self.assertIn("<b>%s</b>" % text, shown)
                 self.assertIn(bar, shown)
