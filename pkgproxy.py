@@ -465,6 +465,7 @@ class ResponseHead:
     behind_login: bool = False  # a redirect on the way, to a request with a password, did not permit sharing
     displaced: bool = False  # stored under the hashed name because a foreign file has the natural one
     sha256: str = ""  # of the stored body; "" if it was stored by an earlier version
+    sha512: str = ""  # of the stored body, if an index or its name has one
     verified: bool = True  # False: the body file was copied, so its origin is asked; never saved
 
     def __hash__(self) -> int:
@@ -2526,7 +2527,8 @@ def _parse_apt(chunks: Iterator[bytes], base: str, _key: str) -> Iterator[_RawEn
         for digest, size, name in _file_lines(stanza, b"Checksums-Sha256:"):
             yield directory + name, size, digest
         digest = _field(stanza, b"SHA256:") or _field(stanza, b"SHA512:")
-        yield _field(stanza, b"Filename:").removeprefix(own), _field(stanza, b"Size:"), digest
+        name = _field(stanza, b"Filename:").removeprefix(b"./").removeprefix(own)
+        yield name, _field(stanza, b"Size:"), digest
 
 
 def _parse_release(chunks: Iterator[bytes], _base: str, _key: str) -> Iterator[_RawEntry]:
@@ -2668,6 +2670,7 @@ def index_type(key: str, content_type: str = "") -> tuple[str, str, str] | None:
     >>> index_type("http://a/debian/dists/sid/main/binary-amd64/Packages.xz")
     ('apt', 'http://a/debian/', 'http://a/debian/')
     """
+    key = key.partition("#")[0]  # each form of a page tells the same
     folder, _, name = key.removesuffix("index.html").rpartition("/")
     above, _, last = folder.rpartition("/")
     found = _INDEX_NAME.fullmatch(name) if "?" not in key and len(key) <= 2048 else None
@@ -3620,8 +3623,12 @@ def _rename(path: str, place: str) -> None:
 
 def hex_digest(body: StoredResponse | PartialFile, algorithm: str) -> str:
     """Return the hexadecimal digest of a body, which is read unless the digest is known.  Raises OSError."""
-    known = body.sha256() if isinstance(body, PartialFile) else body.head.sha256
-    return known if known and algorithm == "sha256" else str(hash_body(algorithm, body).hexdigest())
+    if isinstance(body, PartialFile) and algorithm == "sha256":
+        return body.sha256()
+    known = str(getattr(body.head, algorithm)) or str(hash_body(algorithm, body).hexdigest())
+    if isinstance(body, PartialFile):
+        body.head = replace_fields(body.head, sha512=known)  # to be kept with it
+    return known
 
 
 class NameIndex:
@@ -3865,7 +3872,7 @@ class Store:
             head = _matching_head(heads, key, info)
             if head is not None and not (
                     head.displaced and not os.path.lexists(self.body_path(names[0]))
-                    or self._why_wrong(key, head.size, head.sha256, self.knowledge_version())):
+                    or self._why_wrong(key, head.size, head.sha256, head.sha512, self.knowledge_version())):
                 _close(bare)
                 if not head.sha256 and name not in self.unhashed and self.expected(key):
                     self.unhashed.append(name)
@@ -3887,12 +3894,16 @@ class Store:
         """Return what changes when expected() may return something else than before."""
         return ()
 
-    def _compare(self, key: str, size: int, sha256: str, _memo: tuple[int, ...]) -> str:
+    def _compare(self, key: str, size: int, sha256: str, sha512: str, _memo: tuple[int, ...]) -> str:
         """Return why a stored body is not used; see why_unexpected()."""
-        reason = why_unexpected(self.expected(key), size, lambda name: sha256 if name == "sha256" else "")
+        reason = why_unexpected(self.expected(key), size, {"sha256": sha256, "sha512": sha512}.__getitem__)
         if reason:
             log.info("The stored file of %s is not used: %s", loggable_uri(key), reason)
         return reason
+
+    def awaits_index(self, head: ResponseHead) -> bool:
+        """Return whether an index that may name a body is newer than its validation, and not read yet."""
+        return False
 
     def count_check(self, result: str) -> None:
         """Count a package as "verified", "refused" or "healed"."""
@@ -3931,9 +3942,9 @@ class Store:
 
     def _publish(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead) -> None:
         """Rename a body to its natural name, or to its hashed one if that is impossible.  Raises OSError."""
-        digests = {head.sha256, *(facts.digest.hex() for facts in Store.expected(self, head.key))}
+        digests = {head.sha256, head.sha512[:64], *(fact.digest.hex() for fact in Store.expected(self, head.key))}
         with contextlib.suppress(OSError):
-            for digest in digests if classify_name(head.key) in _IMMUTABLE else ():
+            for digest in filter(None, digests if classify_name(head.key) in _IMMUTABLE else ()):
                 self.names.add(digest, head.key)
         *_, hashed = names = self._names_of(head.key)
         for name in names:
@@ -4500,17 +4511,21 @@ class IndexReader:
         self._lock = threading.Lock()  # guards what follows
         self._thread = threading.Thread()
         self._queue: collections.OrderedDict[str, tuple[str, str, str]] = collections.OrderedDict()
+        self._pending: dict[str, tuple[str, float]] = {}  # by key: place, and clock time, of what is not read
+        self._unnamed: dict[str, int] = {}  # by key: the generation in which no index named this index
         self._failed = -LEARNING_BACKOFF  # monotonic time of the last failure of the disk
         self.generation = 0  # of the answers: while it is the same, only other processes can change them
 
     def note(self, head: ResponseHead) -> None:
         """Queue an index that was stored, or is used, to be read unless it has been; ignore other files."""
         found = index_type(head.key, media_type(head))
-        if found is None or os.path.exists(self._path(found[2], head.key, self._store.version_of(head.key))):
+        if found is None or self._unnamed.get(head.key) == self.generation or os.path.exists(
+                self._path(found[2], head.key, self._store.version_of(head.key))):
             return
         with self._lock:
             if len(self._queue) < MAX_QUEUED_INDEXES and time.monotonic() - self._failed > LEARNING_BACKOFF:
                 self._queue[head.key] = found
+                self._pending[head.key] = found[2].removeprefix("top "), time.time()
                 self.generation += 1
                 if not self._thread.is_alive():
                     self._thread = threading.Thread(target=self._run, daemon=True)
@@ -4542,10 +4557,25 @@ class IndexReader:
             except OSError as error:
                 log.warning("Cannot learn from %s: %s", loggable_uri(key), error)
                 self._failed = time.monotonic()
+            with self._lock:
+                if key not in self._queue:
+                    self._pending.pop(key, None)
+
+    def awaits(self, head: ResponseHead) -> bool:
+        """Return whether an index above a file is newer than the file's validation, and not read yet."""
+        if not self._pending:
+            return False
+        with self._lock:
+            pending = dict(self._pending.values())
+        return any(pending.get(place, 0.0) > head.response_time for place in index_places(head.key))
 
     def _read(self, key: str, kind: str, base: str, place: str) -> None:
-        is_unnamed = classify_name(key) is NameClass.CONTENT and not self.facts_for(key, "top ")
-        stored = None if is_unnamed else self._store.lookup(key)
+        if classify_name(key) is NameClass.CONTENT and not self.facts_for(key, "top "):
+            if len(self._unnamed) > MAX_QUEUED_INDEXES:
+                self._unnamed.clear()
+            self._unnamed[key] = self.generation
+            return
+        stored = Store.lookup(self._store, key)
         if stored is None:
             return
         with contextlib.closing(stored):
@@ -4601,6 +4631,17 @@ class IndexedStore(Store):
         """Return what is known about a body: the digest in its name, or what each index says about it."""
         known = super().expected(key)
         return known if known or classify_name(key) is NameClass.INDEX else self._reader.facts_for(key)
+
+    def lookup(self, key: str) -> StoredResponse | None:
+        """Open a stored response; read it if it is an index that is never validated, and was never read."""
+        stored = super().lookup(key)
+        if stored is not None and classify_name(key) is NameClass.CONTENT:
+            self._reader.note(stored.head)
+        return stored
+
+    def awaits_index(self, head: ResponseHead) -> bool:
+        """Return whether an index that may name a package is newer than its validation, and not read yet."""
+        return classify_name(head.key) is NameClass.PACKAGE and self._reader.awaits(head)
 
     def knowledge_version(self) -> tuple[int, ...]:
         """Return what changes when expected() may return something else; so do other processes, at times."""
@@ -8134,7 +8175,7 @@ class Proxy:
         mark(request.timings, "looked up")
         began = time.monotonic()
         if stored is not None:
-            if self._revalidator.is_older_than_signed(stored.head):
+            if self._revalidator.is_older_than_signed(stored.head) or self._store.awaits_index(stored.head):
                 request = replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
             request = self.doubts.assess(request, stored.head)
         decision = decide(request, stored.head if stored else None, config, time.time())
@@ -8273,7 +8314,7 @@ class Proxy:
         # Whether a client on another host may have a body file without a head takes a DNS lookup; whether a
         # signature is of its file's generation, another lookup in the store.
         is_open = request.client_is_local or (stored.described and not stored.head.local_clients_only)
-        is_sure = is_open and not signed_keys(request.key)
+        is_sure = is_open and not signed_keys(request.key) and not self._store.awaits_index(stored.head)
         # The end of this second, so that no Age is too low.
         hit = render_hit(request, stored, self.config, float(int(time.time()) + 1)) if is_sure else None
         if hit is None:

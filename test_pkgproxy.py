@@ -2902,11 +2902,13 @@ class IndexNameTest(ParserCase):
                 ("http://a/arch/core/os/x86_64/core.files.tar.zst", "pacman", "http://a/arch/core/os/x86_64/", ""),
                 ("http://a/v3/main/x86_64/APKINDEX.tar.gz", "apk", "http://a/v3/main/x86_64/", ""),
                 ("http://a/repo/simple/foo/", "pypi", "http://a/repo/", "http://a/repo/simple/foo/"),
+                ("http://a/repo/simple/foo/#json", "pypi", "http://a/repo/", "http://a/repo/simple/foo/"),
                 ("http://a/root/pypi/+simple/foo/", "pypi", "http://a/root/pypi/", "http://a/root/pypi/simple/foo/")):
             with self.subTest(url):
                 self.assertEqual(pkgproxy.index_type(url), (kind, base, place or base))
         for content_type in ("application/json", "application/vnd.npm.install-v1+json"):
-            self.assertEqual(pkgproxy.index_type("http://a/@b%2Fc", content_type), ("npm", "http://a/@b/c/", "http://a/@b/c/"))
+            for form in ("", "#npm"):
+                self.assertEqual(pkgproxy.index_type("http://a/@b%2Fc" + form, content_type), ("npm", "http://a/@b/c/", "http://a/@b/c/"))
 
     def test_other_files_are_not_indexes(self):
         for path in ("/pool/a_1.deb", "/dists/sid/main/Contents-amd64.gz", "/repodata/filelists.xml.gz", "/repodata/x-primary.xml.zck", "/core.db.sig", "/core.db?x",
@@ -5904,6 +5906,49 @@ class IndexedCacheTest(ProxyCase):
         return self.visible_name(self.PACKAGES[kind][1:])
 
     # Uploaded again
+
+    @for_each(*DIGESTS)
+    def test_a_package_is_validated_while_a_newer_index_is_being_read(self, kind):
+        """Reading Debian's takes seconds; the client that has just got it asks for its packages at once."""
+        self.learn(self.publish(kind, self.OLD))
+        self.get(kind)
+        gate, read_index = Gate(), pkgproxy.read_index
+        self.addCleanup(gate.open)
+        with mock.patch.object(pkgproxy, "read_index", lambda file: (gate.pass_through(), read_index(file))[1]):
+            for url in self.publish(kind, self.NEW):
+                self.request(url)
+            self.assertEqual(self.request(self.PACKAGES[kind]).body, self.NEW)
+            self.assertEqual(self.cache_status(self.request(self.PACKAGES[kind])), "pkgproxy; hit", "validated since the index came")
+            gate.open()
+            self.learn([])
+        self.check_hit(kind, self.NEW)
+
+    def test_a_package_that_is_known_by_sha_512_is_compared_too(self):
+        known = [pkgproxy.FileFacts(None, "sha512", hashlib.sha512(self.OLD).digest()[:32])]
+        with mock.patch.object(pkgproxy.IndexReader, "facts_for", lambda *_: list(known)):
+            self.publish("apt", self.OLD, self.NEW)
+            self.get("apt")
+            self.check_hit("apt", self.OLD)
+            known[0] = pkgproxy.FileFacts(None, "sha512", hashlib.sha512(self.NEW).digest()[:32])
+            self.store._reader.generation += 1
+            self.assertEqual(self.get("apt")[0], self.NEW)
+            self.check_hit("apt", self.NEW)
+
+    def test_an_index_by_hash_is_read_again_when_it_is_used_and_its_table_is_lost(self):
+        content = b"Package: hello\nFilename: ./pool/h/hello_1.0_all.deb\nSize: %d\nSHA256: %s\n\n" % (len(self.NEW), sha256(self.NEW).encode())
+        index = "/debian/dists/sid/main/binary-amd64/by-hash/SHA256/" + sha256(content)
+        release = "SHA256:\n %s %d main/binary-amd64/Packages\n" % (sha256(content), len(content))
+        self.origin.pages["/debian/dists/sid/InRelease"] = ScriptedResponse(release.encode(), modified=email.utils.formatdate(CLOCK, usegmt=True))
+        self.origin.pages[index] = ScriptedResponse(content)
+        urls = [self.origin.url(path) for path in ("/debian/dists/sid/InRelease", index)]
+        url = self.origin.url(self.PACKAGES["apt"])
+        for reader_is_new in (False, True):
+            with self.subTest(reader_is_new=reader_is_new):
+                self.learn(urls)
+                self.assertEqual([facts.size for facts in self.store.expected(url)], [len(self.NEW)])
+                shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "indexes"))
+                if not reader_is_new:
+                    self.start_proxy()
 
     @for_each(*ALL)
     def test_a_package_uploaded_again_with_a_new_index_is_downloaded_once_and_at_once(self, kind):
