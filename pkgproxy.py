@@ -6281,7 +6281,7 @@ class OriginClient:
 class IterableBody:
     """A response body whose chunks come from an iterable: bytes, file slices, or an origin's response.
 
-    TailingBody is the one kind of body that must wait for its chunks, and LinkRewritingBody changes them.
+    TailingBody is the other kind of body, which must wait for its chunks.
     """
 
     length: int | None
@@ -6447,44 +6447,21 @@ _BODY_FIELDS = ("content-length", "accept-ranges", "etag", "last-modified", "con
                 "content-digest", "repr-digest")
 
 
-class LinkRewritingBody:
-    """A response body whose links are rewritten on the way, so that they lead through the proxy."""
-
-    length: int | None = None
-    live = False
-
-    def __init__(self, body: ResponseBody, links: re.Pattern[bytes], base: str, page: Target) -> None:
-        self._body = body
-        self._links = links
-        self._base_and_page = base, page
-
-    @property
-    def origin_bytes(self) -> int:
-        """Bytes of the original body that did not come from the cache."""
-        return self._body.origin_bytes
-
-    def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield the rewritten body as it arrives."""
-        return rewrite_links(self._pieces(), self._links, *self._base_and_page)
-
-    def _pieces(self) -> Iterator[bytes]:
-        for part in self._body.chunks():
-            if isinstance(part, bytes):
-                yield part
-                continue
-            for start in range(part.start, part.stop, COPY_SIZE):
-                try:
-                    data = read_file_slice(FileSlice(part.file, start, min(start + COPY_SIZE, part.stop)))
-                except StorageError:
-                    if part.fallback is None:
-                        raise
-                    yield from part.fallback(start, part.stop)
-                    break
-                yield data
-
-    def close(self) -> None:
-        """Close the original body."""
-        self._body.close()
+def read_in_memory(body: ResponseBody) -> Iterator[bytes]:
+    """Yield a body in order, with its file slices read."""
+    for part in body.chunks():
+        if isinstance(part, bytes):
+            yield part
+            continue
+        for start in range(part.start, part.stop, COPY_SIZE):
+            try:
+                data = read_file_slice(FileSlice(part.file, start, min(start + COPY_SIZE, part.stop)))
+            except StorageError:
+                if part.fallback is None:
+                    raise
+                yield from part.fallback(start, part.stop)
+                break
+            yield data
 
 
 def rewrite_for_prefix(request: Request, response: Response) -> Response:
@@ -6494,8 +6471,15 @@ def rewrite_for_prefix(request: Request, response: Response) -> Response:
     if links is None:
         return response
     head = replace_fields(response.head, fields=without_fields(response.head.fields, _BODY_FIELDS))
-    host = field_value(request.fields, "Host")
-    body = LinkRewritingBody(response.body, links, "http://%s/" % host if host else "/", request.target)
+    host, original = field_value(request.fields, "Host"), response.body
+
+    def pieces() -> Iterator[bytes]:
+        for data in read_in_memory(original):
+            body.origin_bytes = original.origin_bytes
+            yield data
+
+    body = IterableBody(None, (), original.close)
+    body.parts = rewrite_links(pieces(), links, "http://%s/" % host if host else "/", request.target)
     return replace_fields(response, head=head, body=body)
 
 
