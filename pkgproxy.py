@@ -2416,7 +2416,8 @@ def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> b
 
 def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
     """Return whether the answer to a validation shows that the stored response is outdated."""
-    return decision.action is Action.VALIDATE and response.status == 200
+    is_empty = is_implausible(response.key, content_length(response.fields))
+    return decision.action is Action.VALIDATE and response.status == 200 and not is_empty
 
 
 # What is not believed -------------------------------------------------------------------------
@@ -6646,9 +6647,7 @@ class RecentFailures:
         # By scheme and authority, by cache key, or by _same_request(): in the future if it is not asked until
         # then.  All are shown on the status page.
         self._events = RecentEvents()
-        self._lock = threading.Lock()  # guards all below
-        self._disk_error: StorageError | None = None  # the last that was logged; None: something was stored
-        self._disk_failed_at = 0.0  # monotonic
+        self._disk = RecentEvents()  # "": the last disk error, until something is stored
 
     def reason_not_to_ask(self, request: Request) -> str:
         """Return why a request is not sent to its origin if a stored copy can answer; "" if it is."""
@@ -6689,9 +6688,9 @@ class RecentFailures:
         """Log a disk error once for each kind, and return the reason for Cache-Status."""
         if error.code == errno.EAGAIN:
             return "another download is storing it"
-        with self._lock:
-            is_new = self._disk_error is None or self._disk_error.code != error.code
-            self._disk_error, self._disk_failed_at = error, time.monotonic()
+        last = self._disk.find("", math.inf)
+        is_new = last is None or last[1] != str(error)
+        self._disk.note("", str(error))
         if error.code == errno.ENOSPC:
             self._on_full_disk()
         remedy = {errno.ENOSPC: " Free some space.", errno.EACCES: " Let this user write the cache root.",
@@ -6702,9 +6701,8 @@ class RecentFailures:
 
     def disk_recovered(self) -> None:
         """Record that a response was stored."""
-        with self._lock:
-            recovered, self._disk_error = self._disk_error is not None, None
-        if recovered:
+        if self._disk.find("", math.inf):
+            self._disk.forget("")
             log.warning("The cache can be written again.")
 
     def disk_error(self) -> str:
@@ -6712,9 +6710,8 @@ class RecentFailures:
 
         An old error does not count: another process may have stored something since.
         """
-        with self._lock:
-            is_recent = time.monotonic() - self._disk_failed_at < EVICTION_INTERVAL
-            return truncate_middle(str(self._disk_error), 150) if self._disk_error and is_recent else ""
+        last = self._disk.find("", EVICTION_INTERVAL)
+        return truncate_middle(last[1], 150) if last else ""
 
     def snapshot(self) -> list[dict[str, Any]]:
         """Describe the last failures of origins for the status page, the newest last."""
@@ -7000,7 +6997,9 @@ class Downloader:
         # What is left of an earlier download is kept only if this response continues it (start > 0).
         length = None if response.length is None else response.length + response.start
         partial.start(stored_head, length, response.start)
-        outcome = Outcome.UPDATED if download.replaces else Outcome.MISS
+        # What contradicts its index is stored, but is not found.
+        replaces = download.replaces or self.store.expected(head.key) and self.store.version_of(head.key)
+        outcome = Outcome.UPDATED if replaces else Outcome.MISS
         status = CacheStatus(outcome, decision.forward, response.head.status, stored=True)
         status = shared_cache_status(decision, head) if head.same_as else status
         # Only this client gets the fields that are not stored, such as Set-Cookie.
@@ -7128,10 +7127,11 @@ class Downloader:
         """
         partial, flight, key = download.partial, download.flight, download.partial.head.key
         # A lease that was not renewed in time is lost: another instance has taken over.
-        may_store = flight.finish_receiving() and not self.locks.leases.is_lost(partial.owner)
-        client_is_local = download.origin_request.client_is_local
-        if not may_store or self._is_refused(partial) or is_implausible(key, partial.size) or \
-                not self._may_store(key, client_is_local, download.replaces):
+        may_store = flight.finish_receiving() and not self.locks.leases.is_lost(partial.owner) and not (
+            self.why_refused(key, partial.size, functools.partial(body_digest, partial))
+            or is_implausible(key, partial.size))
+        if not may_store or not self._may_store(key, download.origin_request.client_is_local,
+                                                download.replaces):
             partial.discard()
             return FlightResult.WHOLE
         partial.commit()
@@ -7141,18 +7141,21 @@ class Downloader:
             self.store.delete(partial.head.key)
         return FlightResult.STORED
 
-    def _is_refused(self, partial: PartialFile) -> bool:
-        """Return whether a complete body contradicts what is known about it; StorageError."""
-        expected = self.store.expected(partial.head.key)
+    def why_refused(self, key: str, size: int | None, digest: Callable[[str], str] | None = None) -> str:
+        """Return how a body contradicts what is known about it; "" if it does not; StorageError.
+
+        ``digest`` is that of why_unexpected(); None if the body has not come yet.
+        """
+        expected = self.store.expected(key)
         try:
-            reason = why_unexpected(expected, partial.size, functools.partial(body_digest, partial))
+            reason = why_unexpected(expected, size, digest or (lambda _: ""))
         except OSError as error:
             raise StorageError(error) from error
-        if expected:
+        if expected and (reason or digest):
             self.store.count_check("refused" if reason else "verified")
         if reason:
-            log.warning("%s was not stored: %s", loggable_uri(partial.head.key), reason)
-        return bool(reason)
+            log.warning("%s was not stored: %s", loggable_uri(key), reason)
+        return reason
 
 
 class PeerFollower:
@@ -7659,9 +7662,11 @@ class FlightLeader:
             response.head, key=request.key, vary=selecting_fields(request, response.head))
         origin_request, wrong_size = full_request(request, self.config), ""
         try:
-            reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
-            wrong_size = "" if reason else self._why_wrong_size(response)
-            reason = reason or wrong_size or ("" if response.end_is_known else "no declared length")
+            reason = why_not_storable(replace_fields(request, method="GET"), head, self.config) or (
+                "" if response.end_is_known else "no declared length")
+            if not reason and response.length is not None:
+                reason = wrong_size = self.downloader.why_refused(
+                    request.key, response.length + response.start)
             if not reason:
                 partial = partial or self.downloader.locks.acquire(request.key, self.ignores_lock)
                 if partial is None:  # it will replace what is stored, or fail and leave it
@@ -7677,7 +7682,7 @@ class FlightLeader:
             self.downloader.locks.discard(partial)
             raise
         self.downloader.locks.discard(partial)
-        if reason != wrong_size and replaces_stored(decision, head) and is_shareable(request, response.head):
+        if not wrong_size and replaces_stored(decision, head) and is_shareable(request, response.head):
             # What is stored is known to be outdated, and its successor cannot be stored.
             self.downloader.store.delete(request.key)
         if resumes:
@@ -7686,15 +7691,6 @@ class FlightLeader:
         answer = response_from_origin(request, response, decision, reason)
         answer = self.downloader.small_answers.keep(self.flight, request, response, head, answer)
         return answer, FlightResult.AGAIN if answer.cache_status.stored else FlightResult.ALONE
-
-    def _why_wrong_size(self, response: OriginResponse) -> str:
-        """Return how the declared length of a response contradicts an index; "" if it does not."""
-        size = None if response.length is None else response.length + response.start
-        reason = why_unexpected(self.downloader.store.expected(self.request.key), size, lambda _: "")
-        if reason:
-            self.downloader.store.count_check("refused")
-            log.warning("%s was not stored: %s", loggable_uri(self.request.key), reason)
-        return reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -7990,7 +7986,11 @@ class BackgroundRevalidator:
         if signed and not is_recent and key not in self._renewing:
             self._start(self._running, self._renew, [*signed_keys(key), key], client_is_local)
             return not replaces
-        return not replaces or self._renew(signature_keys(key), client_is_local)
+        may_store = not replaces or self._renew(signature_keys(key), client_is_local)
+        if not may_store:
+            log.warning("%s was not stored: its signature cannot be renewed, and the old pair stays.",
+                        loggable_uri(key))
+        return may_store
 
     def watch(self, request: Request) -> None:
         """If a request's origin is slow, ask it for the same in the background, every PROBE_INTERVAL seconds
