@@ -2416,8 +2416,8 @@ def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> b
 
 def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
     """Return whether the answer to a validation shows that the stored response is outdated."""
-    is_empty = is_implausible(response.key, content_length(response.fields))
-    return decision.action is Action.VALIDATE and response.status == 200 and not is_empty
+    is_whole = response.status == 200 and not is_implausible(response.key, content_length(response.fields))
+    return decision.action is Action.VALIDATE and is_whole
 
 
 # What is not believed -------------------------------------------------------------------------
@@ -6951,6 +6951,21 @@ class DownloadLocks:
         self.partials.unlink(key, self.leases.holder(key))
 
 
+def why_refused(store: Store, key: str, size: int | None, digest: Callable[[str], str]) -> str:
+    """Return how a body contradicts what is known about it; "" if it does not.  Count and log that.
+
+    For ``size`` and ``digest``, see why_unexpected().  Raises what ``digest`` does.
+    """
+    expected = store.expected(key)
+    reason = why_unexpected(expected, size, digest)
+    if reason:
+        store.count_check("refused")
+        log.warning("%s was not stored: %s", loggable_uri(key), reason)
+    elif expected and digest("sha256"):
+        store.count_check("verified")
+    return reason
+
+
 class Downloader:
     """The tee: downloads responses into partial files, from which all their clients read.
 
@@ -6968,21 +6983,20 @@ class Downloader:
         self.origin = origin
         self.failures = failures
         self.locks = DownloadLocks(store, config)
+        self.mirrors = MirrorDeduplicator(store, origin, config)
         self._may_store = may_store  # see BackgroundRevalidator
         self.small_answers = SmallAnswers()
         self._orphans = OrphanLimiter(config.max_orphans)
-        self._lock = threading.Lock()  # guards _running
-        self._running: dict[PartialFile, tuple[float, int]] = {}  # start (monotonic), first offset
+        # Start (monotonic) and first offset; each use is one operation, so there is no lock.
+        self._running: dict[PartialFile, tuple[float, int]] = {}
 
     def snapshot(self) -> list[dict[str, Any]]:
         """Describe the running downloads for the status page, the oldest first; rates are in bytes/s."""
         now = time.monotonic()
-        with self._lock:
-            running = list(itertools.islice(self._running.items(), MAX_ROWS))
         return [{"uri": displayable_uri(partial.head.key), "bytes": partial.size, "length": partial.length,
                  "rate": int((partial.size - start) / max(now - since, 0.001)),
                  "clients": partial.reader_count()}
-                for partial, (since, start) in running]
+                for partial, (since, start) in list(self._running.items())[:MAX_ROWS]]
 
     def start(self, request: Request, decision: CacheDecision, head: ResponseHead,
               download: Download) -> Response:
@@ -7068,16 +7082,14 @@ class Downloader:
             partial.keep_for_resume()
         finally:
             self._orphans.remove(partial)
-            with self._lock:
-                self._running.pop(partial, None)
+            self._running.pop(partial, None)
             self.flights.finish(flight, result, error, partial.size)
             self.locks.release(partial)
 
     def _receive(self, download: Download) -> None:
         """Write the whole body, over as many connections as it takes; OriginError, StorageError."""
         partial, response = download.partial, download.response
-        with self._lock:
-            self._running[partial] = time.monotonic(), partial.size
+        self._running[partial] = time.monotonic(), partial.size
         if response is None and partial.size == partial.length:
             return  # the instance that died had received everything
 
@@ -7127,11 +7139,10 @@ class Downloader:
         """
         partial, flight, key = download.partial, download.flight, download.partial.head.key
         # A lease that was not renewed in time is lost: another instance has taken over.
-        may_store = flight.finish_receiving() and not self.locks.leases.is_lost(partial.owner) and not (
-            self.why_refused(key, partial.size, functools.partial(body_digest, partial))
-            or is_implausible(key, partial.size))
-        if not may_store or not self._may_store(key, download.origin_request.client_is_local,
-                                                download.replaces):
+        may_store = flight.finish_receiving() and not self.locks.leases.is_lost(partial.owner)
+        is_local = download.origin_request.client_is_local
+        if not may_store or self._is_refused(partial) or is_implausible(key, partial.size) or \
+                not self._may_store(key, is_local, download.replaces):
             partial.discard()
             return FlightResult.WHOLE
         partial.commit()
@@ -7141,21 +7152,13 @@ class Downloader:
             self.store.delete(partial.head.key)
         return FlightResult.STORED
 
-    def why_refused(self, key: str, size: int | None, digest: Callable[[str], str] | None = None) -> str:
-        """Return how a body contradicts what is known about it; "" if it does not; StorageError.
-
-        ``digest`` is that of why_unexpected(); None if the body has not come yet.
-        """
-        expected = self.store.expected(key)
+    def _is_refused(self, partial: PartialFile) -> bool:
+        """Return whether a complete body contradicts what is known about it; StorageError."""
         try:
-            reason = why_unexpected(expected, size, digest or (lambda _: ""))
+            digest = functools.partial(body_digest, partial)
+            return bool(why_refused(self.store, partial.head.key, partial.size, digest))
         except OSError as error:
             raise StorageError(error) from error
-        if expected and (reason or digest):
-            self.store.count_check("refused" if reason else "verified")
-        if reason:
-            log.warning("%s was not stored: %s", loggable_uri(key), reason)
-        return reason
 
 
 class PeerFollower:
@@ -7497,7 +7500,6 @@ class FlightLeader:
     """
 
     downloader: Downloader
-    mirrors: MirrorDeduplicator
     request: Request
     flight: Flight
     config: Config
@@ -7569,7 +7571,7 @@ class FlightLeader:
         decision, origin = decide(request, None, self.config, time.time()), self.downloader.origin
         origin_request = full_request(request, self.config, time.monotonic() + RESPONSE_HEAD_TIMEOUT)
         try:
-            found = self.mirrors.find_identical(request, self.config, origin_request)
+            found = self.downloader.mirrors.find_identical(request, self.config, origin_request)
             if found is not None:
                 return self._serve_identical(decision, found, partial)
             response = self._resume(origin_request, partial) or fetch_full(origin, origin_request)
@@ -7662,18 +7664,18 @@ class FlightLeader:
             response.head, key=request.key, vary=selecting_fields(request, response.head))
         origin_request, wrong_size = full_request(request, self.config), ""
         try:
+            size = None if response.length is None else response.length + response.start
             reason = why_not_storable(replace_fields(request, method="GET"), head, self.config) or (
                 "" if response.end_is_known else "no declared length")
-            if not reason and response.length is not None:
-                reason = wrong_size = self.downloader.why_refused(
-                    request.key, response.length + response.start)
+            wrong_size = "" if reason else why_refused(self.downloader.store, request.key, size, lambda _: "")
+            reason = reason or wrong_size
             if not reason:
                 partial = partial or self.downloader.locks.acquire(request.key, self.ignores_lock)
                 if partial is None:  # it will replace what is stored, or fail and leave it
                     return response_from_origin(
                         request, response, decision, "another download is storing it"), FlightResult.ALONE
-                replaces = decision.action is Action.VALIDATE
-                download = Download(partial, self.flight, origin_request, response, replaces)
+                download = Download(partial, self.flight, origin_request, response,
+                                    replaces=decision.action is Action.VALIDATE)
                 return self.downloader.start(request, decision, head, download), None
         except StorageError as error:
             reason = self.downloader.failures.disk_failed(error)
@@ -7718,7 +7720,6 @@ class SharedFetch:
     """
 
     downloader: Downloader
-    mirrors: MirrorDeduplicator
     request: Request
     decision: CacheDecision
     config: Config
@@ -7739,8 +7740,7 @@ class SharedFetch:
               ignores_lock: bool = False) -> Response | None:
         """Ask the origin in a flight; without one, in a new flight that no other request can join."""
         request, own_flight = without_private_fields(self.request), flight or Flight(self.request.key)
-        leader = FlightLeader(
-            self.downloader, self.mirrors, request, own_flight, self.config, deadline, ignores_lock)
+        leader = FlightLeader(self.downloader, request, own_flight, self.config, deadline, ignores_lock)
         return leader.lead(missing, alone=flight is None)
 
     def _share(self, deadline: float) -> Response | FlightResult | None:
@@ -7795,6 +7795,17 @@ class SharedFetch:
 # Background work
 
 
+@contextlib.contextmanager
+def failures_logged(what: str) -> Iterator[None]:
+    """Log what goes wrong in a background thread, which goes on."""
+    try:
+        yield
+    except (ProxyError, OSError) as error:
+        log.debug("%s failed: %s", what, error)
+    except Exception:
+        log.exception("%s failed: this is a bug", what)
+
+
 class EvictionThread:
     """Keeps the cache within its bounds, in a thread of its own.
 
@@ -7802,28 +7813,20 @@ class EvictionThread:
     reader closes it.  Partial files that are being written are locked, and stay.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, stopped: threading.Event) -> None:
+        """``stopped`` ends the thread after the current run; ``store.space.scarce`` ends its pause."""
         self._store = store
         self._evictor = Evictor(store)
         # For the status page: what the last run found, and what all runs have removed.
         self.last_report = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
-        self._wake = store.space.scarce  # the disk is full, or will soon be: run now
-        self._stopped = threading.Event()
+        self._stopped = stopped
 
-    def start(self, config: Config) -> None:
+    def run(self, config: Config) -> None:
         """Run now, and then every EVICTION_INTERVAL seconds."""
-        threading.Thread(target=self._run, args=(config,), daemon=True).start()
-
-    def stop(self) -> None:
-        """End the thread after the current run."""
-        self._stopped.set()
-        self._wake.set()
-
-    def _run(self, config: Config) -> None:
         scanned_at = -ADOPT_SCAN_INTERVAL
         while not self._stopped.is_set():
-            self._wake.clear()
-            try:
+            self._store.space.scarce.clear()  # set when the disk is full, or will soon be: run now
+            with failures_logged("The eviction"):
                 if config.adopt and time.monotonic() - scanned_at > ADOPT_SCAN_INTERVAL:
                     self._store.adopted.rebuild(adoptable_packages(config.adopt))
                     scanned_at = time.monotonic()
@@ -7831,12 +7834,8 @@ class EvictionThread:
                 self._record(self._evictor.run(config, time.time()))
                 if is_first:
                     self._evictor.log_foreign_files()
-            except OSError as error:
-                log.debug("The eviction failed: %s", error)
-            except Exception:
-                log.exception("The eviction failed: this is a bug")
             self._stopped.wait(MIN_EVICTION_PAUSE)  # a disk that stays full must not keep this thread busy
-            self._wake.wait(EVICTION_INTERVAL)
+            self._store.space.scarce.wait(EVICTION_INTERVAL)
 
     def _record(self, report: EvictionReport) -> None:
         if report.removed:
@@ -7855,64 +7854,58 @@ class Scrubber:
     The name of the last file is kept on the disk: the next one is always that which was not read for longest.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, stopped: threading.Event) -> None:
+        """``stopped`` ends the thread, also in the middle of a file."""
         self._store = store
         self._last_path = os.path.join(store.metadata_folder, "scrubbed")
-        self._stopped = threading.Event()
+        self._stopped = stopped
 
-    def start(self) -> None:
-        """Start the thread."""
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def stop(self) -> None:
-        """End the thread, also in the middle of a file."""
-        self._stopped.set()
+    def run(self) -> None:
+        """Check all stored files, again and again."""
+        while not self._stopped.wait(SCRUB_PAUSE):
+            with failures_logged("The scrub"):
+                for name in self._names():
+                    self.check(name)
 
     def check(self, name: str) -> None:
         """Compare a stored body with its digest, and remove it if it is damaged or unreadable."""
-        file, info = _open(self._store.body_path(name))
-        head = self._store.find_head(name, None)[1] if file is not None else None
-        if file is None or head is None:
-            return None if file is None else file.close()
-        with contextlib.closing(StoredResponse(file, head, name, True)) as stored:
+        path = self._store.body_path(name)
+        file, info = _open(path)
+        head = self._store.find_head(name, None)[1]
+        with file or contextlib.nullcontext():
+            if file is None or head is None:
+                return
+            stored = StoredResponse(file, head, name, True)
             try:
                 found = self._hash(stored)
             except OSError as error:
                 found = str(error.strerror)
             if self._stopped.is_set() or found == head.sha256:
-                return None
+                return
             if not head.sha256 and len(found) == 64:
-                return self._store.update_head(stored, replace_fields(head, sha256=found))
+                self._store.update_head(stored, replace_fields(head, sha256=found))
+                return
             with contextlib.suppress(OSError):  # else it has been replaced, changed or removed meanwhile
-                if os.path.samestat(os.lstat(self._store.body_path(name)), info):
+                if os.path.samestat(os.lstat(path), info):
                     self._store.delete_file(name)
                     self._store.count_check("healed")
                     log.warning("%s was damaged, and is removed: it no longer has the digest with which it "
-                                "was stored (%s). Check its disk.", self._store.body_path(name), found[:16])
-        return None
-
-    def _run(self) -> None:
-        while not self._stopped.wait(SCRUB_PAUSE):
-            try:
-                for name in self._names():
-                    self.check(name)
-            except OSError as error:
-                log.debug("The scrub failed: %s", error)
-            except Exception:
-                log.exception("The scrub failed: this is a bug")
+                                "was stored (%s). Check its disk.", path, found[:16])
 
     def _names(self) -> Iterator[str]:
-        """Yield names to check: those whose digests are needed, and all others in order after the last."""
-        last, saved_at, top = self._load_last(), time.monotonic(), self._store.head_path("")[:-len("^head")]
+        """Yield names to check: those whose digests are needed, and all others in order from the last on."""
+        last, saved_at, top = "", time.monotonic(), self._store.head_path("")[:-len("^head")]
+        with contextlib.suppress(OSError, ValueError), open(self._last_path, encoding="utf-8") as saved:
+            last = saved.read()
         for folder, subfolders, files in os.walk(top):
             subfolders.sort()
             for file in sorted(files):
                 while self._store.unhashed:
                     yield self._store.unhashed.popleft()
                 name = os.path.relpath(os.path.join(folder, file), top)[:-len("^head")].replace(os.sep, "/")
-                if last:
-                    last = "" if name == last else last
+                if last not in ("", name):
                     continue
+                last = ""
                 yield name
                 if self._stopped.is_set():
                     return
@@ -7920,11 +7913,6 @@ class Scrubber:
                     replace_file(self._last_path, name)
                     saved_at = time.monotonic()
         replace_file(self._last_path, "")
-
-    def _load_last(self) -> str:
-        with contextlib.suppress(OSError, ValueError), open(self._last_path, encoding="utf-8") as file:
-            return file.read()
-        return ""
 
     def _hash(self, stored: StoredResponse) -> str:
         """Return the SHA-256 of a body, read at SCRUB_RATE while the proxy is in use.  Raises OSError."""
@@ -7948,7 +7936,7 @@ class BackgroundRevalidator:
     """
 
     def __init__(self, respond: Callable[[Request], Response], store: Store, flights: SingleFlight,
-                 failures: RecentFailures) -> None:
+                 failures: RecentFailures, stopped: threading.Event) -> None:
         self._respond = respond
         self._store = store
         self._flights = flights
@@ -7957,7 +7945,7 @@ class BackgroundRevalidator:
         self._attempts = RecentEvents()  # by cache key; of watch(), by what is slow
         self._renewing: set[str] = set()  # keys that are being renewed; one operation each, so without lock
         self._watching = threading.BoundedSemaphore(MAX_WATCHED)
-        self._stopped = threading.Event()
+        self._stopped = stopped
 
     def revalidate(self, key: str, client_is_local: bool) -> None:
         """Revalidate a stored response, unless that was tried lately, or too many revalidations run."""
@@ -7999,10 +7987,6 @@ class BackgroundRevalidator:
         if slow and self._attempts.note_first("watch " + slow, 2 * ORIGIN_BACKOFF):
             self._start(self._watching, self._watch, request)
 
-    def stop(self) -> None:
-        """Stop asking origins again."""
-        self._stopped.set()
-
     def _start(self, slots: threading.BoundedSemaphore, run: Callable[..., object], *arguments: Any) -> None:
         if slots.acquire(blocking=False):
             try:
@@ -8011,12 +7995,9 @@ class BackgroundRevalidator:
                 slots.release()
 
     def _run(self, slots: threading.BoundedSemaphore, run: Callable[..., object], *arguments: Any) -> None:
-        try:
+        with failures_logged("A revalidation"):
             run(*arguments)
-        except (ProxyError, OSError) as error:
-            log.debug("A revalidation failed: %s", error)
-        finally:
-            slots.release()
+        slots.release()
 
     def _watch(self, watched: Request) -> None:
         """Ask for the same as a request while its origin is slow."""
@@ -8144,15 +8125,17 @@ class Proxy:
         self.config = config  # replaced as a whole when the filters are read again
         self._store = store
         self._origin = OriginClient(count_received, config)
-        self.evictor = EvictionThread(store)
-        self._scrubber = Scrubber(store)
+        self._stopped = threading.Event()
+        self.evictor = EvictionThread(store, self._stopped)
+        self._scrubber = Scrubber(store, self._stopped)
         self._failures = RecentFailures(store.space.scarce.set)
         self._barrier = SingleFlight()
-        self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier, self._failures)
+        self._revalidator = BackgroundRevalidator(
+            self.respond, store, self._barrier, self._failures, self._stopped)
         self._downloader = Downloader(config, store, self._barrier, self._origin, self._failures,
                                       self._revalidator.may_store)
         self._locks = self._downloader.locks
-        self._mirrors = MirrorDeduplicator(store, self._origin, config)
+        self._mirrors = self._downloader.mirrors
         self.doubts = PackageDoubts(self._barrier)
 
     def respond(self, request: Request) -> Response:
@@ -8216,7 +8199,7 @@ class Proxy:
             return self._respond_despite(request, decision, time.monotonic(), error)
         if decision.action is Action.PASS or self._should_pass_range(request, decision):
             return self._pass(request, decision, config)
-        result = SharedFetch(self._downloader, self._mirrors, request, decision, config).fetch()
+        result = SharedFetch(self._downloader, request, decision, config).fetch()
         if isinstance(result, Response):
             return result
         if result is FlightResult.AGAIN:
@@ -8350,9 +8333,9 @@ class Proxy:
 
     def start(self) -> None:
         """Start the background work."""
-        self.evictor.start(self.config)
+        start_thread(self.evictor.run, self.config)
         if self.config.scrub:
-            self._scrubber.start()
+            start_thread(self._scrubber.run)
 
     def close_idle(self) -> None:
         """Close connections to origins that have been idle for too long; cheap if called often."""
@@ -8360,9 +8343,8 @@ class Proxy:
 
     def close(self) -> None:
         """End the background work, and close idle connections."""
-        self.evictor.stop()
-        self._scrubber.stop()
-        self._revalidator.stop()
+        self._stopped.set()
+        self._store.space.scarce.set()  # on which the evictor waits
         self._locks.leases.close()
         self._origin.close()
 

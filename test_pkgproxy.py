@@ -7876,11 +7876,12 @@ class MovedCacheTest(ProxyCase):
         for trust_bare, expected in ((True, "3 have no head in .pkgproxy"), (False, "2 have no head in .pkgproxy")):
             with self.subTest(trust_bare), self.assertLogs("pkgproxy", "INFO") as logged:
                 self.proxy._store.trust_bare = trust_bare
-                evictor = pkgproxy.EvictionThread(self.proxy._store)
+                stopped = threading.Event()
                 with mock.patch.object(pkgproxy, "MIN_EVICTION_PAUSE", 0.0):
-                    evictor.start(self.config)
+                    pkgproxy.start_thread(pkgproxy.EvictionThread(self.proxy._store, stopped).run, self.config)
                     until(lambda logged=logged: [line for line in logged.output if "care" in line])
-                    evictor.stop()
+                    stopped.set()
+                    self.proxy._store.space.scarce.set()
             [line] = [line for line in logged.output if "care" in line]
             self.assertIn("%d files (%d MB)" % (4 if trust_bare else 3, size // 10**6), line)
             self.assertIn("1 have another size than .pkgproxy says, " + expected, line)
@@ -8427,7 +8428,7 @@ class SmallDiskTest(ProxyCase):
         self.address = self.server.server_address
         self._serving = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self._serving.start()
-        self.proxy.evictor.start(config)
+        pkgproxy.start_thread(self.proxy.evictor.run, config)
 
     def mount(self):
         options = "size=%d,nr_inodes=%d" % (self.SIZE, self.INODES)
