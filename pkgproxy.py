@@ -6569,6 +6569,16 @@ def fetch_full(origin: OriginClient, origin_request: OriginRequest) -> OriginRes
     return response
 
 
+def fetch_rest(origin: OriginClient, origin_request: OriginRequest, request: Request,
+               partial: PartialFile | None) -> OriginResponse | None:
+    """Ask for what an earlier download lacks; None if nothing is left of one, or if it does not fit."""
+    if partial is not None and partial.size and resume_validator(partial.head) \
+            and may_share_download(request, partial.head):
+        with contextlib.suppress(CannotResumeError):
+            return origin.fetch_remainder(origin_request, partial.head, partial.length, partial.size)
+    return None
+
+
 def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, request: Request,
                       stored: StoredResponse, config: Config) -> ResponseHead | None:
     """Return the origin's head for a body file without one, if size and date show that it is the same.
@@ -6935,16 +6945,16 @@ class DownloadLocks:
 
     def is_downloading_elsewhere(self, key: str) -> bool:
         """Return whether another instance downloads a key."""
-        holder = self.leases.holder(key)
-        partial = None if holder or self.leases.uses_memcached else self.partials.open_for_reading(key)
-        if partial is None:
-            return bool(holder)
-        with contextlib.suppress(OSError):
-            try:
-                return not partial.try_lock()
-            finally:
+        if self.leases.uses_memcached:
+            return bool(self.leases.holder(key))
+        partial = self.partials.open_for_reading(key)
+        try:
+            return partial is not None and not partial.try_lock()
+        except OSError:
+            return False
+        finally:
+            if partial is not None:
                 partial.release()
-        return False
 
     def invalidate(self, key: str) -> None:
         """Prevent other instances from storing what they are downloading under a key."""
@@ -7196,18 +7206,15 @@ class PeerFollower:
         except (OSError, StorageError) as error:
             log.debug("%s cannot be followed: %s", self._flight.key, error)
         finally:
+            partial = self._partial
             if result is not None:
-                self._close(result)
-
-    def _close(self, result: FlightResult) -> None:
-        partial = self._partial
-        if partial is not None:
-            partial.unlock()
-        received = partial.size if partial is not None and self._published else None
-        self._downloader.flights.finish(self._flight, result, received=received)
-        if partial is not None:
-            partial.release()
-        self._locks.leases.release(self._flight.key, self._own_lease)
+                received = partial.size if partial is not None and self._published else None
+                if partial is not None:
+                    partial.unlock()
+                self._downloader.flights.finish(self._flight, result, received=received)
+                if partial is not None:
+                    partial.release()
+                self._locks.leases.release(self._flight.key, self._own_lease)
 
     def _follow(self) -> bool:
         """Announce what the other instance has written until it finishes; False if it stands still."""
@@ -7575,7 +7582,8 @@ class FlightLeader:
             found = self.downloader.mirrors.find_identical(request, self.config, origin_request)
             if found is not None:
                 return self._serve_identical(decision, found, partial)
-            response = self._resume(origin_request, partial) or fetch_full(origin, origin_request)
+            rest = fetch_rest(origin, origin_request, request, partial)
+            response = rest or fetch_full(origin, origin_request)
         except BaseException:
             self.downloader.locks.discard(partial)
             raise
@@ -7596,15 +7604,6 @@ class FlightLeader:
         self.downloader.failures.disk_recovered()
         status = shared_cache_status(decision, stored.head)
         return response_from_store(self.request, stored, status), FlightResult.STORED
-
-    def _resume(self, origin_request: OriginRequest, partial: PartialFile | None) -> OriginResponse | None:
-        """Ask for what an earlier download lacks; None if nothing is left of one, or if it does not fit."""
-        is_resumable = partial is not None and partial.size and resume_validator(partial.head)
-        if partial is not None and is_resumable and may_share_download(self.request, partial.head):
-            with contextlib.suppress(CannotResumeError):
-                return self.downloader.origin.fetch_remainder(
-                    origin_request, partial.head, partial.length, partial.size)
-        return None
 
     def _validate(self, decision: CacheDecision,
                   stored: StoredResponse) -> tuple[Response, FlightResult | None]:
@@ -7724,6 +7723,22 @@ class SharedFetch:
     request: Request
     decision: CacheDecision
     config: Config
+
+    def wants_only_part(self) -> bool:
+        """Return whether a range is too short, or too far from the start, to download a whole file for it.
+
+        A download that is already running serves the range.  It may end while this looks for it, so the store
+        is looked in last.
+        """
+        key, downloader = self.request.key, self.downloader
+        if self.decision.action is not Action.FETCH or field_value(self.request.fields, "Range") is None \
+                or is_worth_full_download(self.request, FULL_DOWNLOAD_RANGE) \
+                or downloader.flights.is_in_flight(key) or downloader.locks.is_downloading_elsewhere(key) \
+                or downloader.mirrors.has_candidates(self.request):
+            return False
+        stored = look_up_for_client(downloader.store, downloader.origin, self.request)
+        _close(stored)
+        return stored is None
 
     def fetch(self) -> Response | FlightResult:
         """Return a response; ALONE if this request cannot share one, AGAIN if it must be decided anew;
@@ -7953,10 +7968,13 @@ class BackgroundRevalidator:
         if self._attempts.note_first(key, REVALIDATION_INTERVAL) and not self._flights.is_in_flight(key):
             self._start(self._running, self._renew, [*signed_keys(key), key], client_is_local)
 
-    def is_older_than_signed(self, head: ResponseHead) -> bool:
-        """Return whether what a stored signature signs was validated, or stored, after the signature was."""
+    def assess(self, request: Request, head: ResponseHead) -> Request:
+        """Return the request; it demands a validation if what a stored signature signs was validated, or
+        stored, after the signature was."""
         signed = filter(None, map(self._stored_head, signed_keys(head.key)))
-        return any(other.response_time > head.response_time for other in signed)
+        if any(other.response_time > head.response_time for other in signed):
+            return replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
+        return request
 
     def may_store(self, key: str, client_is_local: bool, replaces: bool) -> bool:
         """Return whether a file that has arrived, perhaps to replace a stored one, may be stored now.
@@ -8052,14 +8070,6 @@ class BackgroundRevalidator:
         return response
 
 
-def _slot(request: Request, client: str) -> str:
-    return "%s %d" % (client, hash(request.key) % DOUBTS_PER_CLIENT)
-
-
-def _version(head: ResponseHead) -> str:
-    return "%s %d %s" % (head.key, head.size, validators(head))
-
-
 class PackageDoubts:
     """Notices clients that doubt a package: they ask for it again within DOUBT_PERIOD seconds of getting it.
 
@@ -8076,7 +8086,7 @@ class PackageDoubts:
     def __init__(self, flights: SingleFlight) -> None:
         self._flights = flights
         self._delivered = RecentEvents()  # by client and cache key
-        self._validated = RecentEvents()  # by cache key, and by _slot(): the last validation for a doubt
+        self._validated = RecentEvents()  # by each of _names(): the last validation for a doubt
         self._confirmed = RecentEvents()  # by cache key: the last 304 to a doubt or to no-cache
         self._refetched = RecentEvents()  # by cache key, size and validators
 
@@ -8090,7 +8100,7 @@ class PackageDoubts:
         asked."""
         if self._delivered.find("%s %s" % (client, request.key), DOUBT_PERIOD) is None or not (
                 self._flights.is_in_flight(request.key) or self._may_refetch(head)
-                or not self._validated.gather(DOUBT_INTERVAL, request.key, _slot(request, client))):
+                or not self._validated.gather(DOUBT_INTERVAL, *self._names(request, client))):
             return False
         # The others would be passed through as a whole, or refused.
         return request.method == "GET" and field_value(request.fields, "Range") is None and not (
@@ -8099,18 +8109,23 @@ class PackageDoubts:
     def assess(self, request: Request, head: ResponseHead) -> Request:
         """Return the request with its ``doubt`` of the stored response that has this head."""
         is_doubted = self.is_due(request, request.client, head)
-        never_changes = POLICIES[classify_name(request.key)].lifetime
         if is_doubted:
-            for name in (request.key, _slot(request, request.client)):
+            for name in self._names(request, request.client):
                 self._validated.note_first(name, DOUBT_INTERVAL)
-        elif not never_changes or "no-cache" not in cache_directives(request.fields):
+        elif not POLICIES[classify_name(request.key)].lifetime or \
+                "no-cache" not in cache_directives(request.fields):
             return request
-        is_last = self._may_refetch(head) and self._refetched.note_first(_version(head), DAY)
-        return replace_fields(request, doubt=2 if is_last else int(is_doubted))
+        return replace_fields(request, doubt=2 if self._may_refetch(head, True) else int(is_doubted))
 
-    def _may_refetch(self, head: ResponseHead) -> bool:
+    def _may_refetch(self, head: ResponseHead, note: bool = False) -> bool:
+        """Return whether a package may be fetched without conditions; with ``note``, it will be."""
+        version = "%s %d %s" % (head.key, head.size, validators(head))
         return self._confirmed.find(head.key, DOUBT_PERIOD) is not None and (
-            self._refetched.find(_version(head), DAY) is None)
+            self._refetched.note_first(version, DAY) if note else not self._refetched.gather(DAY, version))
+
+    def _names(self, request: Request, client: str) -> tuple[str, str]:
+        """Return what a validation is limited by: the package, and one of the client's slots."""
+        return request.key, "%s %d" % (client, hash(request.key) % DOUBTS_PER_CLIENT)
 
     def note_answer(self, request: Request, outcome: Outcome) -> None:
         """Record that the origin has confirmed a stored response that a client doubted."""
@@ -8135,8 +8150,6 @@ class Proxy:
             self.respond, store, self._barrier, self._failures, self._stopped)
         self._downloader = Downloader(config, store, self._barrier, self._origin, self._failures,
                                       self._revalidator.may_store)
-        self._locks = self._downloader.locks
-        self._mirrors = self._downloader.mirrors
         self.doubts = PackageDoubts(self._barrier)
 
     def respond(self, request: Request) -> Response:
@@ -8162,8 +8175,7 @@ class Proxy:
         mark(request.timings, "looked up")
         began = time.monotonic()
         if stored is not None:
-            if self._revalidator.is_older_than_signed(stored.head):
-                request = replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
+            request = self._revalidator.assess(request, stored.head)
             request = self.doubts.assess(request, stored.head)
         decision = decide(request, stored.head if stored else None, config, time.time())
         try:
@@ -8173,7 +8185,11 @@ class Proxy:
         except OriginError as error:
             return self._respond_despite(request, decision, began, error)
         self.doubts.note_answer(request, response.cache_status.outcome)
-        return replace_fields(response, fallback=functools.partial(self.fallback, request, decision, began))
+
+        def fallback(error: Exception) -> Response:
+            return rewrite_for_prefix(request, self._respond_despite(request, decision, began, error))
+
+        return replace_fields(response, fallback=fallback)
 
     def _serve(self, request: Request, decision: CacheDecision, stored: StoredResponse) -> Response | None:
         """Serve a hit, or a stale response without asking an origin that is known to be down; None if
@@ -8182,25 +8198,26 @@ class Proxy:
             if decision.refresh:
                 self._revalidator.revalidate(request.key, request.client_is_local)
             return response_from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl))
-        if decision.action is Action.VALIDATE and may_serve_stale_on_error(decision, stored.head):
-            reason = self._failures.reason_not_to_ask(request)
-            if reason:
-                return self._serve_stale(request, decision, stored, reason)
+        if decision.action is Action.VALIDATE and may_serve_stale_on_error(decision, stored.head) \
+                and (reason := self._failures.reason_not_to_ask(request)):
+            return self._serve_stale(request, decision, stored, reason)
         stored.close()
         return None
 
     def _forward(self, request: Request, decision: CacheDecision, config: Config) -> Response:
         """Respond to a request for which nothing stored can be used as it is."""
         if decision.action is Action.REFUSE:
-            found = self._mirrors.find_identical(request, config) if decision.forward == "uri-miss" else None
+            is_missing = decision.forward == "uri-miss"
+            found = self._downloader.mirrors.find_identical(request, config) if is_missing else None
             if found is not None:
                 return response_from_store(request, found, shared_cache_status(decision, found.head))
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
             error = ProxyError("No stored response fits, and %s." % reason, 504)
             return self._respond_despite(request, decision, time.monotonic(), error)
-        if decision.action is Action.PASS or self._should_pass_range(request, decision):
+        shared = SharedFetch(self._downloader, request, decision, config)
+        if decision.action is Action.PASS or shared.wants_only_part():
             return self._pass(request, decision, config)
-        result = SharedFetch(self._downloader, request, decision, config).fetch()
+        result = shared.fetch()
         if isinstance(result, Response):
             return result
         if result is FlightResult.AGAIN:
@@ -8221,32 +8238,12 @@ class Proxy:
         for key in invalidated_keys(request, response.head):
             # In this order: a download that is stored between two of these steps is deleted by the last.
             self._barrier.invalidate(key)
-            self._locks.invalidate(key)
+            self._downloader.locks.invalidate(key)
             self._store.delete(key)
             self._downloader.small_answers.pop(key)
         return response_from_origin(request, response, decision, detail)
 
-    def _should_pass_range(self, request: Request, decision: CacheDecision) -> bool:
-        """Return whether a range is too short, or too far from the start, to download a whole file for it.
-
-        A download that is already running serves the range.  It may end while this looks for it, so the store
-        is looked in last.
-        """
-        key = request.key
-        if decision.action is not Action.FETCH or field_value(request.fields, "Range") is None \
-                or is_worth_full_download(request, FULL_DOWNLOAD_RANGE) or self._barrier.is_in_flight(key) \
-                or self._locks.is_downloading_elsewhere(key) or self._mirrors.has_candidates(request):
-            return False
-        stored = look_up_for_client(self._store, self._origin, request)
-        _close(stored)
-        return stored is None
-
     # When a response fails
-
-    def fallback(self, request: Request, decision: CacheDecision, began: float,
-                 error: Exception) -> Response:
-        """Respond to a request whose response has failed before its first byte; ProxyError."""
-        return rewrite_for_prefix(request, self._respond_despite(request, decision, began, error))
 
     def _respond_despite(self, request: Request, decision: CacheDecision, began: float,
                          error: Exception) -> Response:
@@ -8346,7 +8343,7 @@ class Proxy:
         """End the background work, and close idle connections."""
         self._stopped.set()
         self._store.space.scarce.set()  # on which the evictor waits
-        self._locks.leases.close()
+        self._downloader.locks.leases.close()
         self._origin.close()
 
 

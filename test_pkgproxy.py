@@ -4256,7 +4256,7 @@ class CollapsedRequestsTest(ProxyCase):
         gate, release = Gate(), pkgproxy.LeaseManager.release
         self.addCleanup(gate.open)
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 400_000)
-        leases = self.proxy._locks.leases
+        leases = self.proxy._downloader.locks.leases
         acquire = lambda key: pkgproxy.Lease("", pkgproxy.LeaseState.OURS)  # noqa: E731
         with mock.patch.object(pkgproxy.LeaseManager, "release", lambda *what: (gate.pass_through(), release(*what))), \
                 mock.patch.object(leases, "uses_memcached", True), mock.patch.object(leases, "acquire", acquire):
@@ -5609,8 +5609,8 @@ class MirrorSharingTest(ProxyCase):
         asked = dataclasses.replace(make_request(url), key=pkgproxy.cache_key(pkgproxy.parse_target(url)))
         for is_local in (False, True):
             asked = dataclasses.replace(asked, client_is_local=is_local)
-            self.assertEqual(self.proxy._mirrors.has_candidates(asked), is_local)
-        with contextlib.closing(self.proxy._mirrors.find_identical(asked, self.config)) as stored:
+            self.assertEqual(self.proxy._downloader.mirrors.has_candidates(asked), is_local)
+        with contextlib.closing(self.proxy._downloader.mirrors.find_identical(asked, self.config)) as stored:
             self.assertTrue(stored.head.local_clients_only)
 
     def test_a_file_without_metadata_is_confirmed_for_the_clients_that_may_reach_its_mirror(self):
@@ -5631,7 +5631,7 @@ class MirrorSharingTest(ProxyCase):
             self.origin.pages[path] = ScriptedResponse(body, fields=[field])
             self.request(path, Accept="1")
             asked = make_request(self.other.url(path))
-            self.assertEqual(self.proxy._mirrors.has_candidates(dataclasses.replace(asked, client_is_local=True)), field[0] == "X", field)
+            self.assertEqual(self.proxy._downloader.mirrors.has_candidates(dataclasses.replace(asked, client_is_local=True)), field[0] == "X", field)
 
     def adopt(self, modified=LATER, **files):
         """Start a proxy that adopts these files, with the time at which the other mirror says they were modified."""
@@ -5800,7 +5800,7 @@ class MirrorSharingTest(ProxyCase):
         self.adopt(**{"x_1.0_all": self.BODY})
         for adopt in ((), (os.path.join(self.folder, "arch"),)):
             self.start_proxy(dataclasses.replace(self.config, adopt=adopt))
-            self.assertFalse(self.proxy._mirrors.has_candidates(make_request(self.other.url(self.THERE))))
+            self.assertFalse(self.proxy._downloader.mirrors.has_candidates(make_request(self.other.url(self.THERE))))
 
 
 def for_each(*kinds):
@@ -9102,7 +9102,7 @@ class FaultTest(ProxyCase):
     def test_a_partial_file_is_a_symlink_that_leaves_the_root(self):
         precious = Path(self.folder, "precious")
         precious.write_bytes(b"precious")
-        link = Path(self.proxy._locks.partials.path(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.NEW))), ""))
+        link = Path(self.proxy._downloader.locks.partials.path(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.NEW))), ""))
         link.symlink_to(precious)
         self.cleanups.callback(link.unlink)
         got = self.download()
@@ -9772,7 +9772,7 @@ class InstancesTest(InstancesCase):
 
     def make_empty_partial(self, key):
         """Create an empty partial file; return its path."""
-        path = Path(self.proxy._locks.partials.path(key, ""))
+        path = Path(self.proxy._downloader.locks.partials.path(key, ""))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         return str(path)
@@ -10064,7 +10064,7 @@ class MemcachedTest(InstancesCase):
         gate = self.pause_origin()
         response = self.start_download(self.address)
         self.memcached.say("set %s 0 5 5\r\nother\r\n" % self.lease())
-        leases = self.proxy._locks.leases
+        leases = self.proxy._downloader.locks.leases
         until(lambda: any(leases.is_lost(owner) for owner in list(leases._held)), "the loss of a lease")
         gate.open()
         self.assertEqual(response.read(), self.body[1:])
@@ -10097,7 +10097,7 @@ class MemcachedTest(InstancesCase):
         self.assertEqual(self.origin.methods(self.BIG), ["GET"])
         self.assertEqual(set(self.visible_files()), {self.visible_name(self.BIG[1:]), self.visible_name("y_1.0_all.deb")})
         self.memcached.start()
-        for server in self.proxy._locks.leases._servers:
+        for server in self.proxy._downloader.locks.leases._servers:
             until(lambda server=server: time.monotonic() > server._backoff_until, "the end of the backoff")
         with self.assertLogs("pkgproxy", "WARNING") as caught:
             self.assertEqual(self.request("/z_1.0_all.deb").body, b"z")
