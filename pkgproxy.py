@@ -8004,21 +8004,21 @@ class BackgroundRevalidator:
         until it answers, but for ORIGIN_BACKOFF seconds at most."""
         slow = self._failures.slow_origin(request)[0]
         if slow and self._attempts.note_first("watch " + slow, 2 * ORIGIN_BACKOFF):
-            self._start(self._watching, self._watch, request)
+            self._start(self._watching, self._watch, request, slow)
 
     def _start(self, slots: threading.BoundedSemaphore, run: Callable[..., object], *arguments: Any) -> None:
+        def work() -> None:
+            with failures_logged("A revalidation"):
+                run(*arguments)
+            slots.release()
+
         if slots.acquire(blocking=False):
             try:
-                start_thread(self._run, slots, run, *arguments)
+                start_thread(work)
             except StorageError:  # no more threads: later, then
                 slots.release()
 
-    def _run(self, slots: threading.BoundedSemaphore, run: Callable[..., object], *arguments: Any) -> None:
-        with failures_logged("A revalidation"):
-            run(*arguments)
-        slots.release()
-
-    def _watch(self, watched: Request) -> None:
+    def _watch(self, watched: Request, slow: str) -> None:
         """Ask for the same as a request while its origin is slow."""
         until = time.monotonic() + ORIGIN_BACKOFF
         try:
@@ -8027,7 +8027,7 @@ class BackgroundRevalidator:
                 head = self._stored_head(watched.key)
                 self._ask(watched.key, head.vary if head else (), watched.client_is_local)
         finally:
-            self._attempts.forget(*("watch " + name for name in (_site(watched.target), watched.key)))
+            self._attempts.forget("watch " + slow)
 
     def _stored_head(self, key: str) -> ResponseHead | None:
         stored = self._store.lookup(key)
