@@ -6287,7 +6287,7 @@ class IterableBody:
 
     length: int | None
     parts: Iterable[bytes | FileSlice]
-    release: Callable[[], object] | None = None  # closes the file or the connection behind ``parts``
+    release: Callable[[], object] = lambda: None  # closes the file or the connection behind ``parts``
     origin_bytes: int = 0
     live: bool = False
 
@@ -6297,8 +6297,7 @@ class IterableBody:
 
     def close(self) -> None:
         """Release the file or the connection."""
-        if self.release is not None:
-            self.release()
+        self.release()
 
 
 def bytes_body(data: bytes) -> IterableBody:
@@ -7006,7 +7005,7 @@ class Downloader:
         return [{"uri": displayable_uri(partial.head.key), "bytes": partial.size, "length": partial.length,
                  "rate": int((partial.size - start) / max(now - since, 0.001)),
                  "clients": partial.reader_count()}
-                for partial, (since, start) in list(self._running.items())[:MAX_ROWS]]
+                for partial, (since, start) in list(self._running.copy().items())[:MAX_ROWS]]
 
     def start(self, request: Request, decision: CacheDecision, head: ResponseHead,
               download: Download) -> Response:

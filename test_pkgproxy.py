@@ -6102,6 +6102,19 @@ class IndexedCacheTest(ProxyCase):
         until(lambda: self.get("apt")[0] == self.NEW, "the end of the hot response")
         self.check_requests("apt", 2)
 
+    def test_the_scrub_goes_on_where_it_ended(self):
+        paths = ["/%s_1.0_all.deb" % letter for letter in "abcd"]
+        self.origin.pages.update({path: ScriptedResponse(b"x") for path in paths})
+        for path in paths:
+            self.request(path)
+        self.wait_until_idle()
+        names = [self.visible_name(path[1:]) for path in paths]
+        with mock.patch.object(pkgproxy, "SCRUB_PAUSE", -1.0):  # the place is saved after each file
+            self.assertEqual(list(itertools.islice(self.proxy._scrubber._names(), 3)), names[:3])
+            self.store.unhashed.append(names[0])
+            self.assertEqual(list(self.proxy._scrubber._names()), [names[0], *names[1:]], "first that without a digest, then the rest")
+            self.assertEqual(list(self.proxy._scrubber._names()), names, "a new round")
+
     def test_the_scrub_touches_no_file_that_is_not_ours(self):
         self.publish("apt", self.NEW)
         self.get("apt")
