@@ -7389,8 +7389,7 @@ class PreparedHit:
     stored: StoredResponse  # open: its descriptor tells whether the file is still the same
     version: tuple[int, int, int]  # of that file
     text: str  # for the log
-    # How often each client got it, up to 2: it may doubt it now.
-    clients: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    clients: set[str] = dataclasses.field(default_factory=set)  # that got it, and may doubt it now
 
     def __del__(self) -> None:
         self.stored.close()
@@ -9975,11 +9974,10 @@ class Dispatcher:
                 hit, connection.known_missing = self.proxy.prepare_hit(request)
                 if hit is not None:
                     hot_cache.put(key, hit)
-        # The second time in this second may be a doubt; if it is not, neither are all further ones.
-        if hit is not None and hit.clients[connection.host] < 2:
+        if hit is not None and connection.host not in hit.clients:  # its first time in this second
             if self.proxy.doubts.is_due(hit.request, connection.host, hit.stored.head):
                 return None
-            hit.clients[connection.host] += 1
+            hit.clients.add(connection.host)
             self.proxy.doubts.note_delivered(hit.request, connection.host, hit.status)
         return hit
 
