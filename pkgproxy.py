@@ -8004,10 +8004,10 @@ class BackgroundRevalidator:
         if slow and self._attempts.note_first("watch " + slow, 2 * ORIGIN_BACKOFF):
             self._start(self._watching, self._watch, request, slow)
 
-    def _start(self, slots: threading.BoundedSemaphore, run: Callable[..., object], *arguments: Any) -> None:
+    def _start(self, slots: threading.BoundedSemaphore, task: Callable[..., object], *arguments: Any) -> None:
         def work() -> None:
             with failures_logged("A revalidation"):
-                run(*arguments)
+                task(*arguments)
             slots.release()
 
         if slots.acquire(blocking=False):
