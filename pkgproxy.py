@@ -3942,7 +3942,8 @@ class Store:
 
     def _publish(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead) -> None:
         """Rename a body to its natural name, or to its hashed one if that is impossible.  Raises OSError."""
-        digests = {head.sha256, head.sha512[:64], *(fact.digest.hex() for fact in Store.expected(self, head.key))}
+        named = (fact.digest.hex() for fact in Store.expected(self, head.key))
+        digests = {head.sha256, head.sha512[:64], *named}
         with contextlib.suppress(OSError):
             for digest in filter(None, digests if classify_name(head.key) in _IMMUTABLE else ()):
                 self.names.add(digest, head.key)
@@ -6257,12 +6258,12 @@ class OriginClient:
 class IterableBody:
     """A response body whose chunks come from an iterable: bytes, file slices, or an origin's response.
 
-    TailingBody is the one kind of body that must wait for its chunks, and LinkRewritingBody changes them.
+    TailingBody is the other kind of body, which must wait for its chunks.
     """
 
     length: int | None
     parts: Iterable[bytes | FileSlice]
-    release: Callable[[], object] | None = None  # closes the file or the connection behind ``parts``
+    release: Callable[[], object] = lambda: None  # closes the file or the connection behind ``parts``
     origin_bytes: int = 0
     live: bool = False
 
@@ -6272,8 +6273,7 @@ class IterableBody:
 
     def close(self) -> None:
         """Release the file or the connection."""
-        if self.release is not None:
-            self.release()
+        self.release()
 
 
 def bytes_body(data: bytes) -> IterableBody:
@@ -6423,44 +6423,21 @@ _BODY_FIELDS = ("content-length", "accept-ranges", "etag", "last-modified", "con
                 "content-digest", "repr-digest")
 
 
-class LinkRewritingBody:
-    """A response body whose links are rewritten on the way, so that they lead through the proxy."""
-
-    length: int | None = None
-    live = False
-
-    def __init__(self, body: ResponseBody, links: re.Pattern[bytes], base: str, page: Target) -> None:
-        self._body = body
-        self._links = links
-        self._base_and_page = base, page
-
-    @property
-    def origin_bytes(self) -> int:
-        """Bytes of the original body that did not come from the cache."""
-        return self._body.origin_bytes
-
-    def chunks(self) -> Iterator[bytes | FileSlice]:
-        """Yield the rewritten body as it arrives."""
-        return rewrite_links(self._pieces(), self._links, *self._base_and_page)
-
-    def _pieces(self) -> Iterator[bytes]:
-        for part in self._body.chunks():
-            if isinstance(part, bytes):
-                yield part
-                continue
-            for start in range(part.start, part.stop, COPY_SIZE):
-                try:
-                    data = read_file_slice(FileSlice(part.file, start, min(start + COPY_SIZE, part.stop)))
-                except StorageError:
-                    if part.fallback is None:
-                        raise
-                    yield from part.fallback(start, part.stop)
-                    break
-                yield data
-
-    def close(self) -> None:
-        """Close the original body."""
-        self._body.close()
+def read_in_memory(body: ResponseBody) -> Iterator[bytes]:
+    """Yield a body in order, with its file slices read."""
+    for part in body.chunks():
+        if isinstance(part, bytes):
+            yield part
+            continue
+        for start in range(part.start, part.stop, COPY_SIZE):
+            try:
+                data = read_file_slice(FileSlice(part.file, start, min(start + COPY_SIZE, part.stop)))
+            except StorageError:
+                if part.fallback is None:
+                    raise
+                yield from part.fallback(start, part.stop)
+                break
+            yield data
 
 
 def rewrite_for_prefix(request: Request, response: Response) -> Response:
@@ -6470,8 +6447,15 @@ def rewrite_for_prefix(request: Request, response: Response) -> Response:
     if links is None:
         return response
     head = replace_fields(response.head, fields=without_fields(response.head.fields, _BODY_FIELDS))
-    host = field_value(request.fields, "Host")
-    body = LinkRewritingBody(response.body, links, "http://%s/" % host if host else "/", request.target)
+    host, original = field_value(request.fields, "Host"), response.body
+
+    def pieces() -> Iterator[bytes]:
+        for data in read_in_memory(original):
+            body.origin_bytes = original.origin_bytes
+            yield data
+
+    body = IterableBody(None, (), original.close)
+    body.parts = rewrite_links(pieces(), links, "http://%s/" % host if host else "/", request.target)
     return replace_fields(response, head=head, body=body)
 
 
@@ -6560,6 +6544,16 @@ def fetch_full(origin: OriginClient, origin_request: OriginRequest) -> OriginRes
     return response
 
 
+def fetch_rest(origin: OriginClient, origin_request: OriginRequest, request: Request,
+               partial: PartialFile | None) -> OriginResponse | None:
+    """Ask for what an earlier download lacks; None if nothing is left of one, or if it does not fit."""
+    if partial is not None and partial.size and resume_validator(partial.head) \
+            and may_share_download(request, partial.head):
+        with contextlib.suppress(CannotResumeError):
+            return origin.fetch_remainder(origin_request, partial.head, partial.length, partial.size)
+    return None
+
+
 def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, request: Request,
                       stored: StoredResponse, config: Config) -> ResponseHead | None:
     """Return the origin's head for a body file without one, if size and date show that it is the same.
@@ -6638,9 +6632,7 @@ class RecentFailures:
         # By scheme and authority, by cache key, or by _same_request(): in the future if it is not asked until
         # then.  All are shown on the status page.
         self._events = RecentEvents()
-        self._lock = threading.Lock()  # guards all below
-        self._disk_error: StorageError | None = None  # the last that was logged; None: something was stored
-        self._disk_failed_at = 0.0  # monotonic
+        self._disk = RecentEvents()  # "": the last disk error, until something is stored
 
     def reason_not_to_ask(self, request: Request) -> str:
         """Return why a request is not sent to its origin if a stored copy can answer; "" if it is."""
@@ -6681,9 +6673,9 @@ class RecentFailures:
         """Log a disk error once for each kind, and return the reason for Cache-Status."""
         if error.code == errno.EAGAIN:
             return "another download is storing it"
-        with self._lock:
-            is_new = self._disk_error is None or self._disk_error.code != error.code
-            self._disk_error, self._disk_failed_at = error, time.monotonic()
+        last = self._disk.find("", math.inf)
+        is_new = last is None or last[1] != str(error)
+        self._disk.note("", str(error))
         if error.code == errno.ENOSPC:
             self._on_full_disk()
         remedy = {errno.ENOSPC: " Free some space.", errno.EACCES: " Let this user write the cache root.",
@@ -6694,9 +6686,8 @@ class RecentFailures:
 
     def disk_recovered(self) -> None:
         """Record that a response was stored."""
-        with self._lock:
-            recovered, self._disk_error = self._disk_error is not None, None
-        if recovered:
+        if self._disk.find("", math.inf):
+            self._disk.forget("")
             log.warning("The cache can be written again.")
 
     def disk_error(self) -> str:
@@ -6704,9 +6695,8 @@ class RecentFailures:
 
         An old error does not count: another process may have stored something since.
         """
-        with self._lock:
-            is_recent = time.monotonic() - self._disk_failed_at < EVICTION_INTERVAL
-            return truncate_middle(str(self._disk_error), 150) if self._disk_error and is_recent else ""
+        last = self._disk.find("", EVICTION_INTERVAL)
+        return truncate_middle(last[1], 150) if last else ""
 
     def snapshot(self) -> list[dict[str, Any]]:
         """Describe the last failures of origins for the status page, the newest last."""
@@ -6930,16 +6920,16 @@ class DownloadLocks:
 
     def is_downloading_elsewhere(self, key: str) -> bool:
         """Return whether another instance downloads a key."""
-        holder = self.leases.holder(key)
-        partial = None if holder or self.leases.uses_memcached else self.partials.open_for_reading(key)
-        if partial is None:
-            return bool(holder)
-        with contextlib.suppress(OSError):
-            try:
-                return not partial.try_lock()
-            finally:
+        if self.leases.uses_memcached:
+            return bool(self.leases.holder(key))
+        partial = self.partials.open_for_reading(key)
+        try:
+            return partial is not None and not partial.try_lock()
+        except OSError:
+            return False
+        finally:
+            if partial is not None:
                 partial.release()
-        return False
 
     def invalidate(self, key: str) -> None:
         """Prevent other instances from storing what they are downloading under a key."""
@@ -6978,21 +6968,20 @@ class Downloader:
         self.origin = origin
         self.failures = failures
         self.locks = DownloadLocks(store, config)
+        self.mirrors = MirrorDeduplicator(store, origin, config)
         self._may_store = may_store  # see BackgroundRevalidator
         self.small_answers = SmallAnswers()
         self._orphans = OrphanLimiter(config.max_orphans)
-        self._lock = threading.Lock()  # guards _running
-        self._running: dict[PartialFile, tuple[float, int]] = {}  # start (monotonic), first offset
+        # Start (monotonic) and first offset; each use is one operation, so there is no lock.
+        self._running: dict[PartialFile, tuple[float, int]] = {}
 
     def snapshot(self) -> list[dict[str, Any]]:
         """Describe the running downloads for the status page, the oldest first; rates are in bytes/s."""
         now = time.monotonic()
-        with self._lock:
-            running = list(itertools.islice(self._running.items(), MAX_ROWS))
         return [{"uri": displayable_uri(partial.head.key), "bytes": partial.size, "length": partial.length,
                  "rate": int((partial.size - start) / max(now - since, 0.001)),
                  "clients": partial.reader_count()}
-                for partial, (since, start) in running]
+                for partial, (since, start) in list(self._running.copy().items())[:MAX_ROWS]]
 
     def start(self, request: Request, decision: CacheDecision, head: ResponseHead,
               download: Download) -> Response:
@@ -7007,7 +6996,9 @@ class Downloader:
         # What is left of an earlier download is kept only if this response continues it (start > 0).
         length = None if response.length is None else response.length + response.start
         partial.start(stored_head, length, response.start)
-        outcome = Outcome.UPDATED if download.replaces else Outcome.MISS
+        # What contradicts its index is stored, but is not found.
+        replaces = download.replaces or self.store.expected(head.key) and self.store.version_of(head.key)
+        outcome = Outcome.UPDATED if replaces else Outcome.MISS
         status = CacheStatus(outcome, decision.forward, response.head.status, stored=True)
         status = shared_cache_status(decision, head) if head.same_as else status
         # Only this client gets the fields that are not stored, such as Set-Cookie.
@@ -7077,16 +7068,14 @@ class Downloader:
             partial.keep_for_resume()
         finally:
             self._orphans.remove(partial)
-            with self._lock:
-                self._running.pop(partial, None)
+            self._running.pop(partial, None)
             self.flights.finish(flight, result, error, partial.size)
             self.locks.release(partial)
 
     def _receive(self, download: Download) -> None:
         """Write the whole body, over as many connections as it takes; OriginError, StorageError."""
         partial, response = download.partial, download.response
-        with self._lock:
-            self._running[partial] = time.monotonic(), partial.size
+        self._running[partial] = time.monotonic(), partial.size
         if response is None and partial.size == partial.length:
             return  # the instance that died had received everything
 
@@ -7137,9 +7126,9 @@ class Downloader:
         partial, flight, key = download.partial, download.flight, download.partial.head.key
         # A lease that was not renewed in time is lost: another instance has taken over.
         may_store = flight.finish_receiving() and not self.locks.leases.is_lost(partial.owner)
-        client_is_local = download.origin_request.client_is_local
+        is_local = download.origin_request.client_is_local
         if not may_store or self._is_refused(partial) or is_implausible(key, partial.size) or \
-                not self._may_store(key, client_is_local, download.replaces):
+                not self._may_store(key, is_local, download.replaces):
             partial.discard()
             return FlightResult.WHOLE
         partial.commit()
@@ -7194,18 +7183,15 @@ class PeerFollower:
         except (OSError, StorageError) as error:
             log.debug("%s cannot be followed: %s", self._flight.key, error)
         finally:
+            partial = self._partial
             if result is not None:
-                self._close(result)
-
-    def _close(self, result: FlightResult) -> None:
-        partial = self._partial
-        if partial is not None:
-            partial.unlock()
-        received = partial.size if partial is not None and self._published else None
-        self._downloader.flights.finish(self._flight, result, received=received)
-        if partial is not None:
-            partial.release()
-        self._locks.leases.release(self._flight.key, self._own_lease)
+                received = partial.size if partial is not None and self._published else None
+                if partial is not None:
+                    partial.unlock()
+                self._downloader.flights.finish(self._flight, result, received=received)
+                if partial is not None:
+                    partial.release()
+                self._locks.leases.release(self._flight.key, self._own_lease)
 
     def _follow(self) -> bool:
         """Announce what the other instance has written until it finishes; False if it stands still."""
@@ -7498,7 +7484,6 @@ class FlightLeader:
     """
 
     downloader: Downloader
-    mirrors: MirrorDeduplicator
     request: Request
     flight: Flight
     config: Config
@@ -7570,10 +7555,11 @@ class FlightLeader:
         decision, origin = decide(request, None, self.config, time.time()), self.downloader.origin
         origin_request = full_request(request, self.config, time.monotonic() + RESPONSE_HEAD_TIMEOUT)
         try:
-            found = self.mirrors.find_identical(request, self.config, origin_request)
+            found = self.downloader.mirrors.find_identical(request, self.config, origin_request)
             if found is not None:
                 return self._serve_identical(decision, found, partial)
-            response = self._resume(origin_request, partial) or fetch_full(origin, origin_request)
+            rest = fetch_rest(origin, origin_request, request, partial)
+            response = rest or fetch_full(origin, origin_request)
         except BaseException:
             self.downloader.locks.discard(partial)
             raise
@@ -7594,15 +7580,6 @@ class FlightLeader:
         self.downloader.failures.disk_recovered()
         status = shared_cache_status(decision, stored.head)
         return response_from_store(self.request, stored, status), FlightResult.STORED
-
-    def _resume(self, origin_request: OriginRequest, partial: PartialFile | None) -> OriginResponse | None:
-        """Ask for what an earlier download lacks; None if nothing is left of one, or if it does not fit."""
-        is_resumable = partial is not None and partial.size and resume_validator(partial.head)
-        if partial is not None and is_resumable and may_share_download(self.request, partial.head):
-            with contextlib.suppress(CannotResumeError):
-                return self.downloader.origin.fetch_remainder(
-                    origin_request, partial.head, partial.length, partial.size)
-        return None
 
     def _validate(self, decision: CacheDecision,
                   stored: StoredResponse) -> tuple[Response, FlightResult | None]:
@@ -7663,17 +7640,18 @@ class FlightLeader:
             response.head, key=request.key, vary=selecting_fields(request, response.head))
         origin_request, wrong_size = full_request(request, self.config), ""
         try:
-            reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
             size = None if response.length is None else response.length + response.start
+            reason = why_not_storable(replace_fields(request, method="GET"), head, self.config) or (
+                "" if response.end_is_known else "no declared length")
             wrong_size = "" if reason else why_refused(self.downloader.store, request.key, size, lambda _: "")
-            reason = reason or wrong_size or ("" if response.end_is_known else "no declared length")
+            reason = reason or wrong_size
             if not reason:
                 partial = partial or self.downloader.locks.acquire(request.key, self.ignores_lock)
                 if partial is None:  # it will replace what is stored, or fail and leave it
                     return response_from_origin(
                         request, response, decision, "another download is storing it"), FlightResult.ALONE
-                replaces = decision.action is Action.VALIDATE
-                download = Download(partial, self.flight, origin_request, response, replaces)
+                download = Download(partial, self.flight, origin_request, response,
+                                    replaces=decision.action is Action.VALIDATE)
                 return self.downloader.start(request, decision, head, download), None
         except StorageError as error:
             reason = self.downloader.failures.disk_failed(error)
@@ -7682,7 +7660,7 @@ class FlightLeader:
             self.downloader.locks.discard(partial)
             raise
         self.downloader.locks.discard(partial)
-        if reason != wrong_size and replaces_stored(decision, head) and is_shareable(request, response.head):
+        if not wrong_size and replaces_stored(decision, head) and is_shareable(request, response.head):
             # What is stored is known to be outdated, and its successor cannot be stored.
             self.downloader.store.delete(request.key)
         if resumes:
@@ -7718,10 +7696,25 @@ class SharedFetch:
     """
 
     downloader: Downloader
-    mirrors: MirrorDeduplicator
     request: Request
     decision: CacheDecision
     config: Config
+
+    def wants_only_part(self) -> bool:
+        """Return whether a range is too short, or too far from the start, to download a whole file for it.
+
+        A download that is already running serves the range.  It may end while this looks for it, so the store
+        is looked in last.
+        """
+        key, downloader = self.request.key, self.downloader
+        if self.decision.action is not Action.FETCH or field_value(self.request.fields, "Range") is None \
+                or is_worth_full_download(self.request, FULL_DOWNLOAD_RANGE) \
+                or downloader.flights.is_in_flight(key) or downloader.locks.is_downloading_elsewhere(key) \
+                or downloader.mirrors.has_candidates(self.request):
+            return False
+        stored = look_up_for_client(downloader.store, downloader.origin, self.request)
+        _close(stored)
+        return stored is None
 
     def fetch(self) -> Response | FlightResult:
         """Return a response; ALONE if this request cannot share one, AGAIN if it must be decided anew;
@@ -7739,8 +7732,7 @@ class SharedFetch:
               ignores_lock: bool = False) -> Response | None:
         """Ask the origin in a flight; without one, in a new flight that no other request can join."""
         request, own_flight = without_private_fields(self.request), flight or Flight(self.request.key)
-        leader = FlightLeader(
-            self.downloader, self.mirrors, request, own_flight, self.config, deadline, ignores_lock)
+        leader = FlightLeader(self.downloader, request, own_flight, self.config, deadline, ignores_lock)
         return leader.lead(missing, alone=flight is None)
 
     def _share(self, deadline: float) -> Response | FlightResult | None:
@@ -7795,6 +7787,17 @@ class SharedFetch:
 # Background work
 
 
+@contextlib.contextmanager
+def failures_logged(what: str) -> Iterator[None]:
+    """Log what goes wrong in a background thread, which goes on."""
+    try:
+        yield
+    except (ProxyError, OSError) as error:
+        log.debug("%s failed: %s", what, error)
+    except Exception:
+        log.exception("%s failed: this is a bug", what)
+
+
 class EvictionThread:
     """Keeps the cache within its bounds, in a thread of its own.
 
@@ -7802,28 +7805,20 @@ class EvictionThread:
     reader closes it.  Partial files that are being written are locked, and stay.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, stopped: threading.Event) -> None:
+        """``stopped`` ends the thread after the current run; ``store.space.scarce`` ends its pause."""
         self._store = store
         self._evictor = Evictor(store)
         # For the status page: what the last run found, and what all runs have removed.
         self.last_report = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
-        self._wake = store.space.scarce  # the disk is full, or will soon be: run now
-        self._stopped = threading.Event()
+        self._stopped = stopped
 
-    def start(self, config: Config) -> None:
+    def run(self, config: Config) -> None:
         """Run now, and then every EVICTION_INTERVAL seconds."""
-        threading.Thread(target=self._run, args=(config,), daemon=True).start()
-
-    def stop(self) -> None:
-        """End the thread after the current run."""
-        self._stopped.set()
-        self._wake.set()
-
-    def _run(self, config: Config) -> None:
         scanned_at = -ADOPT_SCAN_INTERVAL
         while not self._stopped.is_set():
-            self._wake.clear()
-            try:
+            self._store.space.scarce.clear()  # set when the disk is full, or will soon be: run now
+            with failures_logged("The eviction"):
                 if config.adopt and time.monotonic() - scanned_at > ADOPT_SCAN_INTERVAL:
                     self._store.adopted.rebuild(adoptable_packages(config.adopt))
                     scanned_at = time.monotonic()
@@ -7831,12 +7826,8 @@ class EvictionThread:
                 self._record(self._evictor.run(config, time.time()))
                 if is_first:
                     self._evictor.log_foreign_files()
-            except OSError as error:
-                log.debug("The eviction failed: %s", error)
-            except Exception:
-                log.exception("The eviction failed: this is a bug")
             self._stopped.wait(MIN_EVICTION_PAUSE)  # a disk that stays full must not keep this thread busy
-            self._wake.wait(EVICTION_INTERVAL)
+            self._store.space.scarce.wait(EVICTION_INTERVAL)
 
     def _record(self, report: EvictionReport) -> None:
         if report.removed:
@@ -7855,65 +7846,59 @@ class Scrubber:
     The name of the last file is kept on the disk: the next one is always that which was not read for longest.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, stopped: threading.Event) -> None:
+        """``stopped`` ends the thread, also in the middle of a file."""
         self._store = store
         self._last_path = os.path.join(store.metadata_folder, "scrubbed")
-        self._stopped = threading.Event()
+        self._stopped = stopped
 
-    def start(self) -> None:
-        """Start the thread."""
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def stop(self) -> None:
-        """End the thread, also in the middle of a file."""
-        self._stopped.set()
+    def run(self) -> None:
+        """Check all stored files, again and again."""
+        while not self._stopped.wait(SCRUB_PAUSE):
+            with failures_logged("The scrub"):
+                for name in self._names():
+                    self.check(name)
 
     def check(self, name: str) -> None:
         """Compare a stored body with its digest, and remove it if it is damaged or unreadable."""
-        file, info = _open(self._store.body_path(name))
-        head = self._store.find_head(name, None)[1] if file is not None else None
-        if file is None or head is None:
-            return None if file is None else file.close()
-        with contextlib.closing(StoredResponse(file, head, name, True)) as stored:
+        path = self._store.body_path(name)
+        file, info = _open(path)
+        head = self._store.find_head(name, None)[1]
+        with file or contextlib.nullcontext():
+            if file is None or head is None:
+                return
+            stored = StoredResponse(file, head, name, True)
             try:
                 found = self._hash(stored)
             except OSError as error:
                 found = str(error.strerror)
             if self._stopped.is_set() or found == head.sha256:
-                return None
+                return
             if not head.sha256 and len(found) == 64:
                 self._store.names.add(found, head.key)
-                return self._store.update_head(stored, replace_fields(head, sha256=found))
+                self._store.update_head(stored, replace_fields(head, sha256=found))
+                return
             with contextlib.suppress(OSError):  # else it has been replaced, changed or removed meanwhile
-                if os.path.samestat(os.lstat(self._store.body_path(name)), info):
+                if os.path.samestat(os.lstat(path), info):
                     self._store.delete_file(name)
                     self._store.count_check("healed")
                     log.warning("%s was damaged, and is removed: it no longer has the digest with which it "
-                                "was stored (%s). Check its disk.", self._store.body_path(name), found[:16])
-        return None
-
-    def _run(self) -> None:
-        while not self._stopped.wait(SCRUB_PAUSE):
-            try:
-                for name in self._names():
-                    self.check(name)
-            except OSError as error:
-                log.debug("The scrub failed: %s", error)
-            except Exception:
-                log.exception("The scrub failed: this is a bug")
+                                "was stored (%s). Check its disk.", path, found[:16])
 
     def _names(self) -> Iterator[str]:
-        """Yield names to check: those whose digests are needed, and all others in order after the last."""
-        last, saved_at, top = self._load_last(), time.monotonic(), self._store.head_path("")[:-len("^head")]
+        """Yield names to check: those whose digests are needed, and all others in order from the last on."""
+        last, saved_at, top = "", time.monotonic(), self._store.head_path("")[:-len("^head")]
+        with contextlib.suppress(OSError, ValueError), open(self._last_path, encoding="utf-8") as saved:
+            last = saved.read()
         for folder, subfolders, files in os.walk(top):
             subfolders.sort()
             for file in sorted(files):
                 while self._store.unhashed:
                     yield self._store.unhashed.popleft()
                 name = os.path.relpath(os.path.join(folder, file), top)[:-len("^head")].replace(os.sep, "/")
-                if last:
-                    last = "" if name == last else last
+                if last not in ("", name):
                     continue
+                last = ""
                 yield name
                 if self._stopped.is_set():
                     return
@@ -7921,11 +7906,6 @@ class Scrubber:
                     replace_file(self._last_path, name)
                     saved_at = time.monotonic()
         replace_file(self._last_path, "")
-
-    def _load_last(self) -> str:
-        with contextlib.suppress(OSError, ValueError), open(self._last_path, encoding="utf-8") as file:
-            return file.read()
-        return ""
 
     def _hash(self, stored: StoredResponse) -> str:
         """Return the SHA-256 of a body, read at SCRUB_RATE while the proxy is in use.  Raises OSError."""
@@ -7949,7 +7929,7 @@ class BackgroundRevalidator:
     """
 
     def __init__(self, respond: Callable[[Request], Response], store: Store, flights: SingleFlight,
-                 failures: RecentFailures) -> None:
+                 failures: RecentFailures, stopped: threading.Event) -> None:
         self._respond = respond
         self._store = store
         self._flights = flights
@@ -7958,17 +7938,20 @@ class BackgroundRevalidator:
         self._attempts = RecentEvents()  # by cache key; of watch(), by what is slow
         self._renewing: set[str] = set()  # keys that are being renewed; one operation each, so without lock
         self._watching = threading.BoundedSemaphore(MAX_WATCHED)
-        self._stopped = threading.Event()
+        self._stopped = stopped
 
     def revalidate(self, key: str, client_is_local: bool) -> None:
         """Revalidate a stored response, unless that was tried lately, or too many revalidations run."""
         if self._attempts.note_first(key, REVALIDATION_INTERVAL) and not self._flights.is_in_flight(key):
             self._start(self._running, self._renew, [*signed_keys(key), key], client_is_local)
 
-    def is_older_than_signed(self, head: ResponseHead) -> bool:
-        """Return whether what a stored signature signs was validated, or stored, after the signature was."""
+    def assess(self, request: Request, head: ResponseHead) -> Request:
+        """Return the request; it demands a validation if something newer than the stored response tells about
+        it: an index that is not read yet, or what a stored signature signs."""
         signed = filter(None, map(self._stored_head, signed_keys(head.key)))
-        return any(other.response_time > head.response_time for other in signed)
+        if self._store.awaits_index(head) or any(other.response_time > head.response_time for other in signed):
+            return replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
+        return request
 
     def may_store(self, key: str, client_is_local: bool, replaces: bool) -> bool:
         """Return whether a file that has arrived, perhaps to replace a stored one, may be stored now.
@@ -7987,35 +7970,32 @@ class BackgroundRevalidator:
         if signed and not is_recent and key not in self._renewing:
             self._start(self._running, self._renew, [*signed_keys(key), key], client_is_local)
             return not replaces
-        return not replaces or self._renew(signature_keys(key), client_is_local)
+        may_store = not replaces or self._renew(signature_keys(key), client_is_local)
+        if not may_store:
+            log.warning("%s was not stored: its signature cannot be renewed, and the old pair stays.",
+                        loggable_uri(key))
+        return may_store
 
     def watch(self, request: Request) -> None:
         """If a request's origin is slow, ask it for the same in the background, every PROBE_INTERVAL seconds
         until it answers, but for ORIGIN_BACKOFF seconds at most."""
         slow = self._failures.slow_origin(request)[0]
         if slow and self._attempts.note_first("watch " + slow, 2 * ORIGIN_BACKOFF):
-            self._start(self._watching, self._watch, request)
+            self._start(self._watching, self._watch, request, slow)
 
-    def stop(self) -> None:
-        """Stop asking origins again."""
-        self._stopped.set()
+    def _start(self, slots: threading.BoundedSemaphore, task: Callable[..., object], *arguments: Any) -> None:
+        def work() -> None:
+            with failures_logged("A revalidation"):
+                task(*arguments)
+            slots.release()
 
-    def _start(self, slots: threading.BoundedSemaphore, run: Callable[..., object], *arguments: Any) -> None:
         if slots.acquire(blocking=False):
             try:
-                start_thread(self._run, slots, run, *arguments)
+                start_thread(work)
             except StorageError:  # no more threads: later, then
                 slots.release()
 
-    def _run(self, slots: threading.BoundedSemaphore, run: Callable[..., object], *arguments: Any) -> None:
-        try:
-            run(*arguments)
-        except (ProxyError, OSError) as error:
-            log.debug("A revalidation failed: %s", error)
-        finally:
-            slots.release()
-
-    def _watch(self, watched: Request) -> None:
+    def _watch(self, watched: Request, slow: str) -> None:
         """Ask for the same as a request while its origin is slow."""
         until = time.monotonic() + ORIGIN_BACKOFF
         try:
@@ -8024,7 +8004,7 @@ class BackgroundRevalidator:
                 head = self._stored_head(watched.key)
                 self._ask(watched.key, head.vary if head else (), watched.client_is_local)
         finally:
-            self._attempts.forget(*("watch " + name for name in (_site(watched.target), watched.key)))
+            self._attempts.forget("watch " + slow)
 
     def _stored_head(self, key: str) -> ResponseHead | None:
         stored = self._store.lookup(key)
@@ -8067,14 +8047,6 @@ class BackgroundRevalidator:
         return response
 
 
-def _slot(request: Request, client: str) -> str:
-    return "%s %d" % (client, hash(request.key) % DOUBTS_PER_CLIENT)
-
-
-def _version(head: ResponseHead) -> str:
-    return "%s %d %s" % (head.key, head.size, validators(head))
-
-
 class PackageDoubts:
     """Notices clients that doubt a package: they ask for it again within DOUBT_PERIOD seconds of getting it.
 
@@ -8091,7 +8063,7 @@ class PackageDoubts:
     def __init__(self, flights: SingleFlight) -> None:
         self._flights = flights
         self._delivered = RecentEvents()  # by client and cache key
-        self._validated = RecentEvents()  # by cache key, and by _slot(): the last validation for a doubt
+        self._validated = RecentEvents()  # by each of _names(): the last validation for a doubt
         self._confirmed = RecentEvents()  # by cache key: the last 304 to a doubt or to no-cache
         self._refetched = RecentEvents()  # by cache key, size and validators
 
@@ -8105,7 +8077,7 @@ class PackageDoubts:
         asked."""
         if self._delivered.find("%s %s" % (client, request.key), DOUBT_PERIOD) is None or not (
                 self._flights.is_in_flight(request.key) or self._may_refetch(head)
-                or not self._validated.gather(DOUBT_INTERVAL, request.key, _slot(request, client))):
+                or not self._validated.gather(DOUBT_INTERVAL, *self._names(request, client))):
             return False
         # The others would be passed through as a whole, or refused.
         return request.method == "GET" and field_value(request.fields, "Range") is None and not (
@@ -8114,18 +8086,23 @@ class PackageDoubts:
     def assess(self, request: Request, head: ResponseHead) -> Request:
         """Return the request with its ``doubt`` of the stored response that has this head."""
         is_doubted = self.is_due(request, request.client, head)
-        never_changes = POLICIES[classify_name(request.key)].lifetime
         if is_doubted:
-            for name in (request.key, _slot(request, request.client)):
+            for name in self._names(request, request.client):
                 self._validated.note_first(name, DOUBT_INTERVAL)
-        elif not never_changes or "no-cache" not in cache_directives(request.fields):
+        elif not POLICIES[classify_name(request.key)].lifetime or \
+                "no-cache" not in cache_directives(request.fields):
             return request
-        is_last = self._may_refetch(head) and self._refetched.note_first(_version(head), DAY)
-        return replace_fields(request, doubt=2 if is_last else int(is_doubted))
+        return replace_fields(request, doubt=2 if self._may_refetch(head, True) else int(is_doubted))
 
-    def _may_refetch(self, head: ResponseHead) -> bool:
+    def _may_refetch(self, head: ResponseHead, note: bool = False) -> bool:
+        """Return whether a package may be fetched without conditions; with ``note``, it will be."""
+        version = "%s %d %s" % (head.key, head.size, validators(head))
         return self._confirmed.find(head.key, DOUBT_PERIOD) is not None and (
-            self._refetched.find(_version(head), DAY) is None)
+            self._refetched.note_first(version, DAY) if note else not self._refetched.gather(DAY, version))
+
+    def _names(self, request: Request, client: str) -> tuple[str, str]:
+        """Return what a validation is limited by: the package, and one of the client's slots."""
+        return request.key, "%s %d" % (client, hash(request.key) % DOUBTS_PER_CLIENT)
 
     def note_answer(self, request: Request, outcome: Outcome) -> None:
         """Record that the origin has confirmed a stored response that a client doubted."""
@@ -8141,15 +8118,15 @@ class Proxy:
         self.config = config  # replaced as a whole when the filters are read again
         self._store = store
         self._origin = OriginClient(count_received, config)
-        self.evictor = EvictionThread(store)
-        self._scrubber = Scrubber(store)
+        self._stopped = threading.Event()
+        self.evictor = EvictionThread(store, self._stopped)
+        self._scrubber = Scrubber(store, self._stopped)
         self._failures = RecentFailures(store.space.scarce.set)
         self._barrier = SingleFlight()
-        self._revalidator = BackgroundRevalidator(self.respond, store, self._barrier, self._failures)
+        self._revalidator = BackgroundRevalidator(
+            self.respond, store, self._barrier, self._failures, self._stopped)
         self._downloader = Downloader(config, store, self._barrier, self._origin, self._failures,
                                       self._revalidator.may_store)
-        self._locks = self._downloader.locks
-        self._mirrors = MirrorDeduplicator(store, self._origin, config)
         self.doubts = PackageDoubts(self._barrier)
 
     def respond(self, request: Request) -> Response:
@@ -8175,8 +8152,7 @@ class Proxy:
         mark(request.timings, "looked up")
         began = time.monotonic()
         if stored is not None:
-            if self._revalidator.is_older_than_signed(stored.head) or self._store.awaits_index(stored.head):
-                request = replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
+            request = self._revalidator.assess(request, stored.head)
             request = self.doubts.assess(request, stored.head)
         decision = decide(request, stored.head if stored else None, config, time.time())
         try:
@@ -8186,7 +8162,11 @@ class Proxy:
         except OriginError as error:
             return self._respond_despite(request, decision, began, error)
         self.doubts.note_answer(request, response.cache_status.outcome)
-        return replace_fields(response, fallback=functools.partial(self.fallback, request, decision, began))
+
+        def fallback(error: Exception) -> Response:
+            return rewrite_for_prefix(request, self._respond_despite(request, decision, began, error))
+
+        return replace_fields(response, fallback=fallback)
 
     def _serve(self, request: Request, decision: CacheDecision, stored: StoredResponse) -> Response | None:
         """Serve a hit, or a stale response without asking an origin that is known to be down; None if
@@ -8195,25 +8175,26 @@ class Proxy:
             if decision.refresh:
                 self._revalidator.revalidate(request.key, request.client_is_local)
             return response_from_store(request, stored, CacheStatus(Outcome.HIT, ttl=decision.ttl))
-        if decision.action is Action.VALIDATE and may_serve_stale_on_error(decision, stored.head):
-            reason = self._failures.reason_not_to_ask(request)
-            if reason:
-                return self._serve_stale(request, decision, stored, reason)
+        if decision.action is Action.VALIDATE and may_serve_stale_on_error(decision, stored.head) \
+                and (reason := self._failures.reason_not_to_ask(request)):
+            return self._serve_stale(request, decision, stored, reason)
         stored.close()
         return None
 
     def _forward(self, request: Request, decision: CacheDecision, config: Config) -> Response:
         """Respond to a request for which nothing stored can be used as it is."""
         if decision.action is Action.REFUSE:
-            found = self._mirrors.find_identical(request, config) if decision.forward == "uri-miss" else None
+            is_missing = decision.forward == "uri-miss"
+            found = self._downloader.mirrors.find_identical(request, config) if is_missing else None
             if found is not None:
                 return response_from_store(request, found, shared_cache_status(decision, found.head))
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
             error = ProxyError("No stored response fits, and %s." % reason, 504)
             return self._respond_despite(request, decision, time.monotonic(), error)
-        if decision.action is Action.PASS or self._should_pass_range(request, decision):
+        shared = SharedFetch(self._downloader, request, decision, config)
+        if decision.action is Action.PASS or shared.wants_only_part():
             return self._pass(request, decision, config)
-        result = SharedFetch(self._downloader, self._mirrors, request, decision, config).fetch()
+        result = shared.fetch()
         if isinstance(result, Response):
             return result
         if result is FlightResult.AGAIN:
@@ -8234,32 +8215,12 @@ class Proxy:
         for key in invalidated_keys(request, response.head):
             # In this order: a download that is stored between two of these steps is deleted by the last.
             self._barrier.invalidate(key)
-            self._locks.invalidate(key)
+            self._downloader.locks.invalidate(key)
             self._store.delete(key)
             self._downloader.small_answers.pop(key)
         return response_from_origin(request, response, decision, detail)
 
-    def _should_pass_range(self, request: Request, decision: CacheDecision) -> bool:
-        """Return whether a range is too short, or too far from the start, to download a whole file for it.
-
-        A download that is already running serves the range.  It may end while this looks for it, so the store
-        is looked in last.
-        """
-        key = request.key
-        if decision.action is not Action.FETCH or field_value(request.fields, "Range") is None \
-                or is_worth_full_download(request, FULL_DOWNLOAD_RANGE) or self._barrier.is_in_flight(key) \
-                or self._locks.is_downloading_elsewhere(key) or self._mirrors.has_candidates(request):
-            return False
-        stored = look_up_for_client(self._store, self._origin, request)
-        _close(stored)
-        return stored is None
-
     # When a response fails
-
-    def fallback(self, request: Request, decision: CacheDecision, began: float,
-                 error: Exception) -> Response:
-        """Respond to a request whose response has failed before its first byte; ProxyError."""
-        return rewrite_for_prefix(request, self._respond_despite(request, decision, began, error))
 
     def _respond_despite(self, request: Request, decision: CacheDecision, began: float,
                          error: Exception) -> Response:
@@ -8347,9 +8308,9 @@ class Proxy:
 
     def start(self) -> None:
         """Start the background work."""
-        self.evictor.start(self.config)
+        start_thread(self.evictor.run, self.config)
         if self.config.scrub:
-            self._scrubber.start()
+            start_thread(self._scrubber.run)
 
     def close_idle(self) -> None:
         """Close connections to origins that have been idle for too long; cheap if called often."""
@@ -8357,10 +8318,9 @@ class Proxy:
 
     def close(self) -> None:
         """End the background work, and close idle connections."""
-        self.evictor.stop()
-        self._scrubber.stop()
-        self._revalidator.stop()
-        self._locks.leases.close()
+        self._stopped.set()
+        self._store.space.scarce.set()  # on which the evictor waits
+        self._downloader.locks.leases.close()
         self._origin.close()
 
 
