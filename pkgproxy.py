@@ -1827,13 +1827,6 @@ def storable_fields(fields: Fields) -> Fields:
     return without_fields(end_to_end(fields), ("set-cookie",))
 
 
-def complete_head(request: Request, part: ResponseHead) -> ResponseHead:
-    """Return the head of the complete response, given that of a 206 (RFC 9110 §15.3.7)."""
-    fields = without_fields(storable_fields(part.fields), ("content-range", "content-length"))
-    return replace_fields(part, status=200, reason="OK", fields=fields, key=request.key,
-                          vary=selecting_fields(request, part))
-
-
 # Pages that origins send in two forms by Accept, often without Vary: PyPI's (PEP 691), npm's documents.
 # A mark at the end of its cache key tells one form from the other.
 FORMS = {
@@ -1851,15 +1844,15 @@ def with_chosen_form(request: Request) -> Request:
     accepted = [match for match in map(_ACCEPTED.fullmatch, list_members(request.fields, "Accept")) if match]
     weights = collections.defaultdict(float, {match[1]: float(match[2] or 1) for match in accepted})
     path = request.target.path.partition("?")[0]
-    is_json = max(weights["application/vnd.pypi.simple.%s+json" % version] for version in ("v1", "latest"))
-    is_html = max(weights[name] for name in (
+    json_weight = max(weights["application/vnd.pypi.simple.%s+json" % version] for version in ("v1", "latest"))
+    html_weight = max(weights[name] for name in (
         "application/vnd.pypi.simple.v1+html", "text/html", "text/*", "*/*"))
     if request.method not in ("GET", "HEAD") or not request.key or path.endswith(".tgz"):
         return request
     if weights["application/vnd.npm.install-v1+json"] > weights["application/json"]:
         mark = "#npm"
-    elif path.endswith("/") and (is_json or "simple/" in path) and (is_json or is_html or not accepted):
-        mark = "#json" if is_json and is_json >= is_html else ""
+    elif path.endswith("/") and (json_weight or "simple/" in path and (html_weight or not accepted)):
+        mark = "#json" if json_weight and json_weight >= html_weight else ""
     else:
         return request
     fields = without_fields(request.fields, ("accept",)) + (("Accept", FORMS[mark]),)
@@ -2097,28 +2090,22 @@ def is_html(head: ResponseHead) -> bool:
     return media_type(head).startswith(("text/html", "application/xhtml"))
 
 
-def can_be_page(key: str) -> bool:
-    """Return whether a name can be that of an HTML page, so that it is not a captive portal's or error page.
-
-    >>> [can_be_page("http://a" + path) for path in ("/simple/x/", "/x.iso", "/InRelease", "/x-1.0.rpm")]
-    [True, False, False, False]
-    """
-    name_class, path = classify_name(key), key.partition("?")[0]
-    pages = {NameClass.OTHER: _PAGE, NameClass.INDEX: _INDEX_PAGE}.get(name_class)
-    return pages is not None and pages.search(path) is not None
-
-
 def is_misplaced_page(request: Request, stored: ResponseHead | None, response: ResponseHead) -> bool:
     """Return whether a response is HTML in the place of a file: from a captive portal or a parked mirror.
 
-    What is ``stored``, if anything, tells whether it is a file; else the name does.
+    What is ``stored``, if anything, tells whether it is a file; else the name does.  A browser may get a page
+    in the place of another type if the name allows it.
+
+    >>> page = ResponseHead(200, "", (("Content-Type", "text/html"),))
+    >>> [is_misplaced_page(parse_request(["GET http://a%s HTTP/1.0" % path]), None, page)
+    ...     for path in ("/simple/x/", "/x.iso", "/InRelease", "/x-1.0.rpm")]
+    [False, True, True, True]
     """
-    if not is_html(response) or response.status >= 300:
+    if not is_html(response) or response.status >= 300 or stored is not None and is_html(stored):
         return False
-    if stored is None:
-        return not can_be_page(request.key)
-    prefers_html = (field_value(request.fields, "Accept") or "").lower().startswith("text/html")
-    return not is_html(stored) and not (prefers_html and can_be_page(request.key))
+    pages = {NameClass.OTHER: _PAGE, NameClass.INDEX: _INDEX_PAGE}.get(classify_name(request.key))
+    expects_page = stored is None or (field_value(request.fields, "Accept") or "").lower().startswith("text/html")
+    return not (pages and expects_page and pages.search(request.key.partition("?")[0]))
 
 
 # Freshness (RFC 9111 §4.2) --------------------------------------------------------------------
@@ -2214,19 +2201,18 @@ def is_same_version(stored: ResponseHead, response: ResponseHead) -> bool:
 # What may be stored (RFC 9111 §3, §4.4) --------------------------------------------------------
 
 
-def _who_forbids_storing(request: Request, head: ResponseHead) -> str:
-    """Return the directive or field that forbids storing a response; "" if none does."""
+def _prohibitions(request: Request, head: ResponseHead) -> tuple[tuple[bool, str], ...]:
+    """Return the directives and fields that forbid storing a response, each with whether it applies."""
     control = cache_directives(head.fields)
     # §5.2.2.3: must-understand overrides no-store, but allows only statuses whose caching rules are known.
     understood = "must-understand" in control and head.status in http.client.responses
-    reasons = (
+    return (
         ("no-store" in cache_directives(request.fields), "no-store"),
         ("no-store" in control and not understood, "no-store"),
         ("must-understand" in control and not understood, "must-understand"),
         ("private" in control, "private"),
         ("*" in list_members(head.fields, "Vary"), "Vary: *"),
         (not is_shareable(request, head), "Authorization"))
-    return next((reason for applies, reason in reasons if applies), "")
 
 
 def is_implausible(key: str, size: int | None) -> bool:
@@ -2242,7 +2228,7 @@ def why_not_storable(request: Request, head: ResponseHead, config: Config) -> st
     reasons = (
         (request.method != "GET", "only GET is stored"),
         (head.status != 200, "status %d is not stored" % head.status),
-        (bool(reason := _who_forbids_storing(request, head)), reason),
+        *_prohibitions(request, head),
         (is_misplaced_page(request, None, head), "text/html for a name that is not a page's"),
         (is_implausible(request.key, content_length(head.fields)), "no bytes"),
         (not of_use, "no lifetime and no validator"))
@@ -2258,7 +2244,7 @@ def is_small_answer(request: Request, head: ResponseHead) -> bool:
     may_appear = classify_name(request.key) is NameClass.CONTENT or request.key.endswith(".narinfo")
     of_use = freshness_lifetime(head) and "no-cache" not in cache_directives(head.fields)  # never validated
     return bool(of_use and not may_appear and head.status not in (200, 206, 304, 401, 407, 412, 416)
-                and not _who_forbids_storing(request, head))
+                and not any(applies for applies, _ in _prohibitions(request, head)))
 
 
 def is_worth_full_download(request: Request, size_limit: int) -> bool:
@@ -2301,8 +2287,8 @@ _NEVER_STALE = frozenset(("must-revalidate", "proxy-revalidate", "no-cache", "s-
 def _client_wants_validation(control: dict[str, str | None], policy: CachePolicy, age: int,
                              ttl: float) -> bool:
     """Return whether a client's directives demand a validation (RFC 9111 §5.2.1.1, §5.2.1.3, §5.2.1.4)."""
-    too_old = (policy.heeds_max_age and "max-age" in control
-               and age >= parse_delta_seconds(control["max-age"]))
+    heeded = policy.heeds_max_age and "max-age" in control
+    too_old = heeded and age >= parse_delta_seconds(control["max-age"])
     too_short = "min-fresh" in control and ttl < parse_delta_seconds(control["min-fresh"])
     return "no-cache" in control or too_old or too_short
 
@@ -2360,11 +2346,6 @@ def _pass_if_private(request: Request, stored: ResponseHead | None, decision: Ca
     return decision
 
 
-def _decide_offline(request: Request, matches: bool, name_class: NameClass) -> CacheDecision:
-    usable = matches and request.method in ("GET", "HEAD")
-    return CacheDecision(Action.SERVE if usable else Action.REFUSE, name_class, "" if usable else "uri-miss")
-
-
 def decide(request: Request, stored: ResponseHead | None, config: Config, now: float) -> CacheDecision:
     """Decide what to do with a request, given the head that is stored for its key (RFC 9111 §4).
 
@@ -2388,11 +2369,13 @@ def decide(request: Request, stored: ResponseHead | None, config: Config, now: f
     # Only a file changes as its name tells; any other answer, such as a 404, as its fields say.
     name_class = classify_name(request.key) if stored is None or stored.status == 200 else NameClass.OTHER
     matches = stored is not None and selecting_fields(request, stored) == stored.vary  # RFC 9111 §4.1
+    is_read = request.method in ("GET", "HEAD")
+    if config.offline and matches and is_read:
+        return CacheDecision(Action.SERVE, name_class)
     if config.offline:
-        return _decide_offline(request, matches, name_class)
+        return CacheDecision(Action.REFUSE, name_class, "uri-miss")
     if any(pattern.search(request.uri) for pattern in config.filters):
         return CacheDecision(Action.PASS, name_class, "bypass")
-    is_read = request.method in ("GET", "HEAD")
     if not is_read or request.length != 0:  # only the origin knows what a GET's body means (RFC 9110 §9.3.1)
         return CacheDecision(Action.PASS, name_class, "bypass" if is_read else "method")
     if stored is None or not matches:
@@ -2412,11 +2395,6 @@ def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> b
     """Return whether a stored response may be served because its origin is unavailable (RFC 9111 §4.2.4)."""
     allowed = decision.policy.always_stale or _NEVER_STALE.isdisjoint(cache_directives(stored.fields))
     return allowed and decision.forward != "vary-miss"
-
-
-def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
-    """Return whether the answer to a validation shows that the stored response is outdated."""
-    return decision.action is Action.VALIDATE and response.status == 200
 
 
 # What is not believed -------------------------------------------------------------------------
@@ -2605,20 +2583,20 @@ _INTEGRITY = re.compile(r"\bsha(?:512|256)-([\w+/]+=*)")
 _JSON_FILE = re.compile(r'(?:"dist"\s*:|"files"\s*:\s*\[|\}\s*,)\s*(?=\{\s*")')
 
 
-def _parse_page(chunks: Iterator[bytes], base: str, key: str) -> Iterator[_RawEntry]:
-    """Parse PyPI's pages in HTML (PEP 503) and JSON (PEP 691), and npm's documents."""
-    first = next(chunks, b"")
-    parse_links = _json_links if first.lstrip()[:1] == b"{" else _html_links
-    for link, size, digest in parse_links(itertools.chain([first], chunks)):
-        with contextlib.suppress(ValueError):  # of urljoin
-            yield name_below(base, urllib.parse.urljoin(key, link)) or b"", size.encode(), digest.encode()
-
-
 def _html_links(chunks: Iterator[bytes]) -> Iterator[tuple[str, str, str]]:
     for stanza in _stanzas(chunks, b"<a"):
         anchor = _ANCHOR.match(stanza[1:].decode("utf-8", "replace"))
         if anchor:
             yield unescape(anchor[1]), "", anchor[2].rpartition("=")[2]
+
+
+def _json_digest(item: dict[str, Any]) -> str:
+    """Return the digest in an object about a file: PyPI's in hexadecimal, or npm's in Base64."""
+    hashes, integrity = item.get("hashes"), _INTEGRITY.search(str(item.get("integrity")))
+    if integrity:
+        with contextlib.suppress(ValueError):
+            return binascii.a2b_base64(integrity[1]).hex()
+    return str(hashes.get("sha256", hashes.get("sha512"))) if isinstance(hashes, dict) else ""
 
 
 def _json_links(chunks: Iterator[bytes]) -> Iterator[tuple[str, str, str]]:
@@ -2632,27 +2610,41 @@ def _json_links(chunks: Iterator[bytes]) -> Iterator[tuple[str, str, str]]:
                 item, at = json.JSONDecoder().raw_decode(text, found.end())
             except (ValueError, RecursionError):
                 raise DamagedIndexError("its JSON is damaged, or an object in it is too long") from None
-            yield _json_link(item)
+            yield str(item.get("tarball", item.get("url"))), str(item.get("size")), _json_digest(item)
             found = _JSON_FILE.search(text, at - 1)
         text = text[found.start() if found else max(0, at - 1, len(text) - 100):]
 
 
-def _json_link(item: dict[str, Any]) -> tuple[str, str, str]:
-    hashes, integrity = item.get("hashes"), _INTEGRITY.search(str(item.get("integrity")))
-    digest = hashes.get("sha256", hashes.get("sha512")) if isinstance(hashes, dict) else ""
-    with contextlib.suppress(ValueError):  # of Base64
-        digest = binascii.a2b_base64(integrity[1]).hex() if integrity else digest
-    return str(item.get("tarball", item.get("url"))), str(item.get("size")), str(digest)
+def _parse_page(chunks: Iterator[bytes], base: str, key: str) -> Iterator[_RawEntry]:
+    """Parse PyPI's pages in HTML (PEP 503) and JSON (PEP 691), and npm's documents."""
+    first = next(chunks, b"")
+    parse_links = _json_links if first.lstrip()[:1] == b"{" else _html_links
+    for link, size, digest in parse_links(itertools.chain([first], chunks)):
+        with contextlib.suppress(ValueError):  # of urljoin
+            yield name_below(base, urllib.parse.urljoin(key, link)) or b"", size.encode(), digest.encode()
 
 
 # To add a format, add a line here, and a group to the pattern.
 _PARSERS: dict[str, Callable[..., Iterator[_RawEntry]]] = {
     "release": _parse_release, "apt": _parse_apt, "repomd": _parse_rpm, "rpm": _parse_rpm,
     "pacman": _parse_pacman, "apk": _parse_apk, "pypi": _parse_page, "npm": _parse_page}
-_INDEX_NAME = re.compile(
-    r"(?P<release>(?:In)?Release)|(?P<apt>(?:Packages|Sources)(?:\.\w+)?|(?:[0-9a-f]{64}){1,2})"
-    r"|(?P<repomd>repomd\.xml)|(?P<rpm>(?:[\w-]*-)?primary\.xml(?:\.(?:gz|xz|bz2|zst))?)"
-    r"|(?P<pacman>[^/]+\.(?:db|files)(?:\.tar(?:\.\w+)?)?)|(?P<apk>APKINDEX\.tar\.gz)")
+_INDEX_NAME = re.compile(  # with the folder in which it must be
+    r"/(?:(?P<release>(?:In)?Release)|(?P<apt>(?:Packages|Sources)(?:\.\w+)?|by-hash/[^/]+/(?:[0-9a-f]{64}){1,2})"
+    r"|(?P<repomd>repodata/repomd\.xml)|(?P<rpm>repodata/(?:[\w-]*-)?primary\.xml(?:\.(?:gz|xz|bz2|zst))?)"
+    r"|(?P<pacman>[^/]+\.(?:db|files)(?:\.tar(?:\.\w+)?)?)|(?P<apk>APKINDEX\.tar\.gz))$")
+
+
+def _page_type(key: str, content_type: str) -> tuple[str, str, str] | None:
+    """Return what index_type() does, for a page of PyPI or a document of npm."""
+    folder = key.removesuffix("index.html").rstrip("/")
+    above, _, project = folder.rpartition("/")
+    if folder != key and above.endswith(("/simple", "/+simple")):
+        base = above.rpartition("/")[0] + "/"
+        return "pypi", base, "%ssimple/%s/" % (base, project)
+    base = key.replace("%2F", "/") + "/"  # an author wrote the document: it speaks for one package
+    is_npm = (content_type in ("application/json", "application/vnd.npm.install-v1+json")
+              and classify_name(key) is NameClass.OTHER)  # conda's repodata.json, for one, is an index
+    return ("npm", base, base) if is_npm else None
 
 
 def index_type(key: str, content_type: str = "") -> tuple[str, str, str] | None:
@@ -2665,36 +2657,14 @@ def index_type(key: str, content_type: str = "") -> tuple[str, str, str] | None:
     >>> index_type("http://a/debian/dists/sid/main/binary-amd64/Packages.xz")
     ('apt', 'http://a/debian/', 'http://a/debian/')
     """
-    folder, _, name = key.removesuffix("index.html").rpartition("/")
-    above, _, last = folder.rpartition("/")
-    found = _INDEX_NAME.fullmatch(name) if "?" not in key and len(key) <= 2048 else None
+    if "?" in key or len(key) > MAX_CLASSIFIED_PATH:
+        return None
+    found = _INDEX_NAME.search(key, key.find("/", len("https://")))
     if found is None:
-        return _page_type(key, content_type) if "?" not in key else None
-    kind, base = found.lastgroup or "", folder + "/"
-    if kind == "apt":
-        is_by_hash = above.endswith("/by-hash")
-        if name[0].islower() and not is_by_hash:
-            return None
-        at = key.find("/dists/", key.find("/", len("https://")))
-        base = key[:at + 1] if at >= 0 else above[:-len("by-hash")] if is_by_hash else base
-    elif kind in ("rpm", "repomd"):
-        if last != "repodata":
-            return None
-        base = above + "/"
-    return kind, base, "top " + base if kind in ("release", "repomd") else base
-
-
-def _page_type(key: str, content_type: str) -> tuple[str, str, str] | None:
-    """Return the same for a page of PyPI, or a document of npm."""
-    folder = key.removesuffix("index.html").rstrip("/")
-    above, _, project = folder.rpartition("/")
-    if folder != key and above.endswith(("/simple", "/+simple")):
-        base = above.rpartition("/")[0] + "/"
-        return "pypi", base, "%ssimple/%s/" % (base, project)
-    base = key.replace("%2F", "/") + "/"  # an author wrote the document: it speaks for one package
-    is_npm = (content_type in ("application/json", "application/vnd.npm.install-v1+json")
-              and classify_name(key) is NameClass.OTHER)  # conda's repodata.json, for one, is an index
-    return ("npm", base, base) if is_npm else None
+        return _page_type(key, content_type)
+    dists = key.find("/dists/", found.pos) if found.lastgroup == "apt" else -1
+    base = key[:(dists if dists >= 0 else found.start()) + 1]
+    return str(found.lastgroup), base, "top " * (found.lastgroup in ("release", "repomd")) + base
 
 
 _NOT_BELOW = re.compile(rb"(?<![^/])\.\.(?![^/])|[\0-\x1f\x7f]|^/|/$|^$")
@@ -7693,7 +7663,8 @@ class FlightLeader:
             self.downloader.locks.discard(partial)
             raise
         self.downloader.locks.discard(partial)
-        if reason != wrong_size and replaces_stored(decision, head) and is_shareable(request, response.head):
+        is_update = decision.action is Action.VALIDATE and head.status == 200
+        if is_update and reason != wrong_size and is_shareable(request, response.head):
             # What is stored is known to be outdated, and its successor cannot be stored.
             self.downloader.store.delete(request.key)
         if resumes:
