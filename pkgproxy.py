@@ -837,11 +837,6 @@ def parse_date(text: str | None) -> float | None:
     return None
 
 
-def format_http_date(clock: float) -> str:
-    """Format clock seconds as an IMF-fixdate (RFC 9110 §5.6.7)."""
-    return formatdate(int(clock), usegmt=True)
-
-
 # Messages (RFC 9112) -------------------------------------------------------------------------
 
 
@@ -892,10 +887,9 @@ def content_length(fields: Fields) -> int | None:
 
 def is_chunked(fields: Fields) -> bool:
     """Return whether the body is chunked (RFC 9112 §6.1); raise ValueError for any other coding."""
-    codings = list_members(fields, "Transfer-Encoding")
-    if not codings and field_value(fields, "Transfer-Encoding") is None:
+    if field_value(fields, "Transfer-Encoding") is None:
         return False
-    if codings != ["chunked"]:
+    if list_members(fields, "Transfer-Encoding") != ["chunked"]:
         raise ValueError("Transfer-Encoding other than chunked")
     return True
 
@@ -942,7 +936,6 @@ def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
 _HOST = re.compile(r"(?!\.)(?!.*\.\.)[a-z0-9._-]{1,253}")
 _USERINFO = re.compile(r"[A-Za-z0-9\-._~!$&'()*+,;=:%]*")
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-_ODD = re.compile(r"[^A-Za-z0-9\-._~!$&'()*+,;=:@/?%\[\]]")  # not allowed in a URI (RFC 3986)
 _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
 
 
@@ -974,10 +967,6 @@ def is_address(host: str) -> bool:
         return bool(ipaddress.ip_address(host))
     except ValueError:
         return False
-
-
-def _percent_encode(match: re.Match[str]) -> str:
-    return "".join("%%%02X" % byte for byte in match[0].encode("latin-1", "replace"))
 
 
 def _normalize_escape(match: re.Match[str]) -> str:
@@ -1014,7 +1003,9 @@ def parse_target(uri: str) -> Target:
         raise BadRequestError("The request target is not an http or https URL.")
     scheme = match[1].lower()
     host, port = split_authority(match[2], 443 if scheme == "https" else 80)
-    path, mark, query = _ODD.sub(_percent_encode, match[3]).partition("?")
+    # Encode what is not allowed in a URI (RFC 3986).
+    allowed = urllib.parse.quote(match[3], "!$&'()*+,;=:@/?%[]", "latin-1", "replace")
+    path, mark, query = allowed.partition("?")
     path = _PERCENT.sub(_normalize_escape, path if path.startswith("/") else "/" + path)
     return Target(scheme, host, port, _without_dots(path) + mark + query)
 
@@ -1371,8 +1362,8 @@ def _partial_content(head: ResponseHead, size: int, ranges: list[tuple[int, int]
     else:
         part = "\r\n--%s\r\nContent-Type: %s\r\nContent-Range: %s\r\n\r\n"
         media = field_value(head.fields, "Content-Type") or "application/octet-stream"
-        delimiters = [(part % (boundary, media, label)).encode("latin-1") for label in labels]
-        spans = [span for pair in zip(delimiters, ranges) for span in pair]
+        spans = [span for label, pair in zip(labels, ranges)
+                 for span in ((part % (boundary, media, label)).encode("latin-1"), pair)]
         spans.append(("\r\n--%s--\r\n" % boundary).encode("latin-1"))
         fields = without_fields(fields, ("content-type",))
         fields += (("Content-Type", "multipart/byteranges; boundary=" + boundary),)
@@ -1471,17 +1462,14 @@ def cache_status_field(status: CacheStatus) -> str:
     >>> cache_status_field(CacheStatus(Outcome.MISS, "uri-miss", stored=True))
     'pkgproxy; fwd=uri-miss; stored'
     """
-    parts, outcome = ["pkgproxy"], status.outcome
-    if outcome is Outcome.HIT or outcome in (Outcome.STALE, Outcome.SHARED) and not status.forward:
-        parts.append("hit")
-    elif status.forward:
-        parts.append("fwd=" + status.forward)
-    parts += ["fwd-status=%d" % status.forward_status] if status.forward_status else []
-    parts += ["stored"] if status.stored else []
-    parts += ["collapsed"] if outcome is Outcome.COLLAPSED else []
-    parts += ["ttl=%d" % status.ttl] if status.ttl is not None else []
-    parts += ['detail="%s"' % re.sub(r'[^ !#-\[\]-~]', "", status.detail)] if status.detail else []
-    return "; ".join(parts)
+    outcome = status.outcome
+    is_hit = outcome is Outcome.HIT or outcome in (Outcome.STALE, Outcome.SHARED) and not status.forward
+    parts = (
+        ("hit", is_hit), ("fwd=" + status.forward, status.forward and not is_hit),
+        ("fwd-status=%d" % status.forward_status, status.forward_status), ("stored", status.stored),
+        ("collapsed", outcome is Outcome.COLLAPSED), ("ttl=%s" % status.ttl, status.ttl is not None),
+        ('detail="%s"' % re.sub(r'[^ !#-\[\]-~]', "", status.detail), status.detail))
+    return "; ".join(["pkgproxy", *(text for text, applies in parts if applies)])
 
 
 def render_head(head: ResponseHead, fields: Fields) -> bytes:
@@ -1569,7 +1557,7 @@ def rewrite_links(chunks: Iterable[bytes], links: re.Pattern[bytes], base: str, 
 
 def with_date(head: ResponseHead, now: float) -> ResponseHead:
     """Return a head with Date (RFC 9110 §6.6.1): the one it has, or ``now``."""
-    date = field_value(head.fields, "Date") or format_http_date(now)
+    date = field_value(head.fields, "Date") or formatdate(now, usegmt=True)
     return replace_fields(head, fields=without_fields(head.fields, ("date",)) + (("Date", date),))
 
 
@@ -1844,9 +1832,9 @@ def with_chosen_form(request: Request) -> Request:
     accepted = [match for match in map(_ACCEPTED.fullmatch, list_members(request.fields, "Accept")) if match]
     weights = collections.defaultdict(float, {match[1]: float(match[2] or 1) for match in accepted})
     path = request.target.path.partition("?")[0]
-    json_weight = max(weights["application/vnd.pypi.simple.%s+json" % version] for version in ("v1", "latest"))
-    html_weight = max(weights[name] for name in (
-        "application/vnd.pypi.simple.v1+html", "text/html", "text/*", "*/*"))
+    pypi = "application/vnd.pypi.simple."
+    json_weight = max(weights[pypi + name] for name in ("v1+json", "latest+json"))
+    html_weight = max(weights[name] for name in (pypi + "v1+html", "text/html", "text/*", "*/*"))
     if request.method not in ("GET", "HEAD") or not request.key or path.endswith(".tgz"):
         return request
     if weights["application/vnd.npm.install-v1+json"] > weights["application/json"]:
@@ -2104,8 +2092,9 @@ def is_misplaced_page(request: Request, stored: ResponseHead | None, response: R
     if not is_html(response) or response.status >= 300 or stored is not None and is_html(stored):
         return False
     pages = {NameClass.OTHER: _PAGE, NameClass.INDEX: _INDEX_PAGE}.get(classify_name(request.key))
-    expects_page = stored is None or (field_value(request.fields, "Accept") or "").lower().startswith("text/html")
-    return not (pages and expects_page and pages.search(request.key.partition("?")[0]))
+    accepted = field_value(request.fields, "Accept") or ""
+    is_expected = stored is None or accepted.lower().startswith("text/html")
+    return not (pages and is_expected and pages.search(request.key.partition("?")[0]))
 
 
 # Freshness (RFC 9111 §4.2) --------------------------------------------------------------------
@@ -2370,10 +2359,9 @@ def decide(request: Request, stored: ResponseHead | None, config: Config, now: f
     name_class = classify_name(request.key) if stored is None or stored.status == 200 else NameClass.OTHER
     matches = stored is not None and selecting_fields(request, stored) == stored.vary  # RFC 9111 §4.1
     is_read = request.method in ("GET", "HEAD")
-    if config.offline and matches and is_read:
-        return CacheDecision(Action.SERVE, name_class)
     if config.offline:
-        return CacheDecision(Action.REFUSE, name_class, "uri-miss")
+        action, forward = (Action.SERVE, "") if matches and is_read else (Action.REFUSE, "uri-miss")
+        return CacheDecision(action, name_class, forward)
     if any(pattern.search(request.uri) for pattern in config.filters):
         return CacheDecision(Action.PASS, name_class, "bypass")
     if not is_read or request.length != 0:  # only the origin knows what a GET's body means (RFC 9110 §9.3.1)
@@ -2744,8 +2732,7 @@ def lan_networks(interfaces: Iterable[str]) -> tuple[str, ...]:
     found = {ipaddress.ip_interface(text).network for text in interfaces}
     return tuple(sorted(str(network) for network in found
                         if network.prefixlen >= (16 if network.version == 4 else 48)
-                        and not any(other.supernet_of(network) for other in known  # type: ignore[arg-type]
-                                    if other.version == network.version)))
+                        and not any(network.network_address in other for other in known)))
 
 
 def not_allowed_error(address: str) -> ProxyError:
@@ -2790,7 +2777,7 @@ def is_client_allowed(address: str, allow: Iterable[str]) -> bool:
     except ValueError:
         return False
     ip = getattr(ip, "ipv4_mapped", None) or ip  # also in hexadecimal, which unmap_ipv4() leaves alone
-    return any(ip.version == network.version and ip in network for network in parse_networks(allow))
+    return any(ip in network for network in parse_networks(allow))
 
 
 # Which origins are protected from clients on other hosts ----------------------------------------
@@ -2818,7 +2805,7 @@ def is_protected_address(address: str) -> bool:
     [True, True, True, False]
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if any(ip.version == network.version and ip in network for network in _METADATA):
+    if any(ip in network for network in _METADATA):
         return True
     if isinstance(ip, ipaddress.IPv6Address):
         own = ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip.is_multicast or ip.is_site_local
@@ -2949,11 +2936,9 @@ def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
 
     This host and its link are always reached directly, and the origins in no_proxy.
     """
-    parent = dict(config.parents).get(target.scheme)
-    if parent is None or is_protected_host(target.host) or any(
-            _matches_no_proxy(target, entry) for entry in config.no_proxy if entry):
-        return None
-    return parent
+    is_direct = is_protected_host(target.host) or any(
+        _matches_no_proxy(target, entry) for entry in config.no_proxy if entry)
+    return None if is_direct else dict(config.parents).get(target.scheme)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3247,7 +3232,8 @@ def _matching_head(heads: Iterable[ResponseHead], key: str | None,
 def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
     """Make a head for a body that has none, from its file's status."""
     modified = info.st_mtime
-    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", format_http_date(modified)))
+    date = formatdate(modified, usegmt=True)
+    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", date))
     return ResponseHead(200, "OK", fields, key, key, (), modified, modified, info.st_size, info.st_mtime_ns,
                         verified=False)
 
@@ -7644,6 +7630,7 @@ class FlightLeader:
         head = partial.head if partial is not None and resumes else replace_fields(
             response.head, key=request.key, vary=selecting_fields(request, response.head))
         origin_request, wrong_size = full_request(request, self.config), ""
+        replaces = decision.action is Action.VALIDATE and head.status == 200
         try:
             reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
             wrong_size = "" if reason else self._why_wrong_size(response)
@@ -7653,7 +7640,6 @@ class FlightLeader:
                 if partial is None:  # it will replace what is stored, or fail and leave it
                     return response_from_origin(
                         request, response, decision, "another download is storing it"), FlightResult.ALONE
-                replaces = decision.action is Action.VALIDATE
                 download = Download(partial, self.flight, origin_request, response, replaces)
                 return self.downloader.start(request, decision, head, download), None
         except StorageError as error:
@@ -7663,8 +7649,7 @@ class FlightLeader:
             self.downloader.locks.discard(partial)
             raise
         self.downloader.locks.discard(partial)
-        is_update = decision.action is Action.VALIDATE and head.status == 200
-        if is_update and reason != wrong_size and is_shareable(request, response.head):
+        if replaces and reason != wrong_size and is_shareable(request, response.head):
             # What is stored is known to be outdated, and its successor cannot be stored.
             self.downloader.store.delete(request.key)
         if resumes:
