@@ -920,8 +920,7 @@ def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
     except ValueError as error:
         raise BadRequestError("The length of the body is ambiguous: %s." % error) from None
     # Step 5: repeated lengths, even equal ones.
-    lengths = field_values(fields, "Content-Length")
-    if len(lengths) > 1 or "," in "".join(lengths):
+    if "," in ",".join(field_values(fields, "Content-Length")):
         raise BadRequestError("The length of the body is ambiguous: more than one Content-Length.")
     # Step 3: Transfer-Encoding would override the length.  HTTP/1.0 has no Transfer-Encoding (§6.1).
     if chunked and (length is not None or version < (1, 1)):
@@ -1004,10 +1003,17 @@ def parse_target(uri: str) -> Target:
     scheme = match[1].lower()
     host, port = split_authority(match[2], 443 if scheme == "https" else 80)
     # Encode what is not allowed in a URI (RFC 3986).
-    allowed = urllib.parse.quote(match[3], "!$&'()*+,;=:@/?%[]", "latin-1", "replace")
+    allowed = urllib.parse.quote(match[3], "!$&'()*+,;=:@/?%[]", "latin-1", "backslashreplace")
     path, mark, query = allowed.partition("?")
     path = _PERCENT.sub(_normalize_escape, path if path.startswith("/") else "/" + path)
     return Target(scheme, host, port, _without_dots(path) + mark + query)
+
+
+def resolve_reference(base: str, reference: str) -> Target | None:
+    """Return the target of a URI reference (RFC 3986 §5); None if it is invalid, or not for http or https."""
+    with contextlib.suppress(BadRequestError, ValueError):
+        return parse_target(urllib.parse.urljoin(base, reference))
+    return None
 
 
 # A client that uses the proxy as a mirror writes a prefix before the origin's URL, or replaces its scheme:
@@ -1420,15 +1426,11 @@ def redirect_target(head: ResponseHead, target: Target) -> Target | None:
     the client must learn the folder's URL, because links are relative to it.
     """
     location = field_value(head.fields, "Location")
-    if head.status not in (301, 302, 303, 307, 308) or not location:
+    is_redirect = head.status in (301, 302, 303, 307, 308)
+    new_target = resolve_reference(target.uri, location) if is_redirect and location else None
+    if new_target is None or new_target.uri == target.uri + "/":
         return None
-    try:
-        new_target = parse_target(urllib.parse.urljoin(target.uri, location))
-    except (BadRequestError, ValueError):
-        return None
-    if target.scheme == "https" and new_target.scheme != "https" or new_target.uri == target.uri + "/":
-        return None
-    return new_target
+    return None if target.scheme == "https" and new_target.scheme != "https" else new_target
 
 
 def via_value(fields: Fields, version: tuple[int, int], config: Config) -> str:
@@ -1515,11 +1517,10 @@ def client_fields(head: ResponseHead, request: Request) -> Fields:
         return head.fields
     fields = without_fields(head.fields, ("set-cookie",)) + (("Content-Security-Policy", "sandbox"),)
     location = field_value(fields, "Location")
-    if location:
-        with contextlib.suppress(BadRequestError, ValueError):
-            new_target = parse_target(urllib.parse.urljoin(head.final_uri or request.target.uri, location))
-            moved = with_client_prefix(request.client_prefix, new_target)
-            fields = without_fields(fields, ("location",)) + (("Location", moved),)
+    new_target = resolve_reference(head.final_uri or request.target.uri, location) if location else None
+    if new_target is not None:
+        moved = with_client_prefix(request.client_prefix, new_target)
+        fields = without_fields(fields, ("location",)) + (("Location", moved),)
     return fields
 
 
@@ -1542,8 +1543,7 @@ def rewrite_links(chunks: Iterable[bytes], links: re.Pattern[bytes], base: str, 
     for chunk in itertools.chain(chunks, [b""]):
         rest += chunk
         tag = _BASE_TAG.search(rest)
-        with contextlib.suppress(BadRequestError, ValueError):
-            origin = parse_target(urllib.parse.urljoin(page.uri, tag[1].decode("latin-1"))) if tag else origin
+        origin = (resolve_reference(page.uri, tag[1].decode("latin-1")) if tag else None) or origin
         # A match may continue in the next chunk, so keep as many bytes as the longest has.
         done = end = max(0, len(rest) - (_LONGEST_LINK if chunk else 0))
         for match in links.finditer(rest):
@@ -2030,13 +2030,11 @@ def shareable_name(key: str) -> str:
     digest = digest_in_name(key)
     if digest is not None:
         return digest[1]
-    name_class = classify_name(key)
-    if name_class is NameClass.OTHER:
-        return ""  # at once: the name may be long
-    path = urllib.parse.unquote(key, "latin-1")
+    if "?" in key or classify_name(key) in (NameClass.OTHER, NameClass.INDEX):
+        return ""
     name = urllib.parse.unquote(key.rpartition("/")[2], "latin-1")
-    is_package = name_class is not NameClass.INDEX and _has_package_name(_SIGNATURE.sub("", "/" + name))
-    is_unique = is_package and "?" not in key and not _VERSION_IN_PATH.search(path)
+    is_package = _has_package_name(_SIGNATURE.sub("", "/" + name))
+    is_unique = is_package and not _VERSION_IN_PATH.search(urllib.parse.unquote(key, "latin-1"))
     return _EPOCH.sub("_", name) if is_unique else ""
 
 
@@ -2258,11 +2256,9 @@ def invalidated_keys(request: Request, response: ResponseHead) -> list[str]:
         return []
     keys = [request.key]
     for name in ("Location", "Content-Location"):
-        with contextlib.suppress(BadRequestError, ValueError):
-            location = field_value(response.fields, name) or ""
-            target = parse_target(urllib.parse.urljoin(request.target.uri, location))
-            if (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
-                keys.append(cache_key(target))
+        target = resolve_reference(request.target.uri, field_value(response.fields, name) or "")
+        if target and (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
+            keys.append(cache_key(target))
     return [key + mark for key in keys for mark in FORMS]
 
 
@@ -2926,9 +2922,8 @@ def _matches_no_proxy(target: Target, entry: str) -> bool:
         return is_address(target.host) and ipaddress.ip_address(target.host) in network
     name, port = re.fullmatch(r"\[?(.*?)\]?(?::(\d+))?", entry, re.S).groups()  # type: ignore[union-attr]
     name = name[1:] if name.startswith("*.") else name
-    if port and int(port) != target.port:
-        return False
-    return name in ("*", target.host) or target.host.endswith(name if name.startswith(".") else "." + name)
+    covers = name in ("*", target.host) or target.host.endswith(name if name.startswith(".") else "." + name)
+    return covers and (not port or int(port) == target.port)
 
 
 def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
@@ -5322,10 +5317,9 @@ def resolve_addresses(host: str, port: int) -> list[Address]:
     """Return the addresses of a host name, alternating between the families (RFC 8305 §4); OSError."""
     # As bytes: given a str, Python loads a megabyte of tables for names that are not ASCII.
     found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
-    preferred = [address for address in found if address[0] == found[0][0]]
-    others = [address for address in found if address[0] != found[0][0]]
-    pairs = itertools.zip_longest(preferred, others)
-    return [address for pair in pairs for address in pair if address is not None]
+    families = [[address for address in found if (address[0] == found[0][0]) is is_first]
+                for is_first in (True, False)]
+    return [address for pair in itertools.zip_longest(*families) for address in pair if address]
 
 
 class Resolver:
@@ -5337,11 +5331,12 @@ class Resolver:
     MAX_LOOKUP_WAITERS requests of one client wait for lookups: each holds a thread, even if its client has
     left.  The limit is high, because a whole fleet behind one address may ask for the same mirror at once.
 
-    Methods for the caller: resolve, mark_failed.  Attribute: failures.
+    Method for the caller: resolve.  Attribute: failures, which also the users of an address record.
     """
 
     def __init__(self) -> None:
-        self.failures = RecentEvents()  # by address, or by the URL of a parent proxy
+        # Refused and broken connections, and silence: by address, or by the URL of a parent proxy.
+        self.failures = RecentEvents()
         self._lock = threading.Lock()  # guards _lookups and _waiters
         self._waiters: collections.Counter[str] = collections.Counter()  # requests, by client network
         # Lookups in progress, by host and port, and the client network that started each.
@@ -5364,15 +5359,9 @@ class Resolver:
             finally:
                 with self._lock:
                     self._waiters -= collections.Counter([network])  # drops zeros
-        return sorted(addresses, key=self._rank)
-
-    def mark_failed(self, address: str) -> None:
-        """Remember that an address refused a connection, broke it or was silent."""
-        self.failures.note(address)
-
-    def _rank(self, address: Address) -> float:
-        failure = self.failures.find(address[4][0], ADDRESS_PENALTY)
-        return -math.inf if failure is None else -failure[0]  # after all others, the latest failure last
+        failed = self.failures.gather(ADDRESS_PENALTY, *[address[4][0] for address in addresses])
+        ages = {name: age for name, age, _ in failed}
+        return sorted(addresses, key=lambda address: -ages.get(address[4][0], math.inf))  # the latest last
 
     def _look_up(self, name: tuple[str, int], network: str) -> concurrent.futures.Future[list[Address]]:
         """Return the lookup of a name that is in progress, or start one, and count a waiter; OriginError."""
@@ -5440,9 +5429,6 @@ def is_near(address: Address) -> bool:
     return is_protected_address(address[0]) or is_local_address(address)
 
 
-_LOCAL_ONLY = "is an address that only clients on the proxy's own host may reach"
-
-
 class AddressPolicy:
     """Decides which addresses the proxy may connect to (no loops, no internal hosts).
 
@@ -5483,17 +5469,18 @@ class AddressPolicy:
         listens_there = address[1] in self.listening_ports
         if client_is_local and not listens_there:
             return None
+        is_local, is_refused = False, not client_is_local and is_protected_address(address[0])
         try:
             is_local = is_local_address(address)
         except OSError as error:  # an address family that this machine lacks, or no descriptor is left
-            if not client_is_local and is_protected_address(address[0]):
-                return 403, _LOCAL_ONLY
-            return 502 if error.errno == errno.EAFNOSUPPORT else 503, "cannot be checked: %s" % error.strerror
+            if not is_refused:
+                status = 502 if error.errno == errno.EAFNOSUPPORT else 503
+                return status, "cannot be checked: %s" % error.strerror
         if is_local and listens_there:
             return 508, "leads back to this proxy"
-        if client_is_local or not (is_local or is_protected_address(address[0])):
-            return None
-        return 403, _LOCAL_ONLY
+        if is_refused or is_local and not client_is_local:
+            return 403, "is an address that only clients on the proxy's own host may reach"
+        return None
 
 
 def _start_connecting(address: Address, attempts: list[socket.socket]) -> None:
@@ -5530,8 +5517,8 @@ def connect_fastest(addresses: list[Address], timeout: float) -> socket.socket:
                         failure = error
                         continue
                     selector.register(attempts[-1], selectors.EVENT_WRITE)
-                left = max(0.0, deadline - time.monotonic())
-                for key, _ in selector.select(min(left, CONNECT_ATTEMPT_DELAY) if untried else left):
+                patience = time_left(deadline, CONNECT_ATTEMPT_DELAY if untried else timeout)
+                for key, _ in selector.select(patience):
                     sock: socket.socket = key.fileobj  # type: ignore[assignment]
                     selector.unregister(sock)
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -5540,8 +5527,6 @@ def connect_fastest(addresses: list[Address], timeout: float) -> socket.socket:
                         sock.settimeout(timeout)
                         return sock
                     failure = OSError(code, os.strerror(code))
-                if time.monotonic() >= deadline:
-                    raise socket.timeout("timed out")
         raise failure
     finally:
         for sock in attempts:
@@ -5583,17 +5568,13 @@ def explain_error(error: Exception) -> str:
     return re.sub(r"^\[[A-Z0-9_: ]+\] |^_ssl\.c:\d+: | \(_ssl\.c:\d+\)", "", text)
 
 
-# Characters of a request's head that end a line, or are invalid in a field (RFC 9110 §5.5).
-_UNSAFE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-
-
 def render_request_head(method: str, target: str, fields: Fields) -> bytes:
     """Return a request's head as sent (RFC 9112 §3, §5).
 
     ValueError if a part contains what would end it: then the origin would read another request, or two.
     """
     lines = ["%s %s HTTP/1.1" % (method, target.encode("ascii").decode() or "/"), *map(": ".join, fields)]
-    if _UNSAFE.search("".join(lines)) or lines[0].count(" ") != 2:
+    if _NO_TEXT.search("".join(lines)) or lines[0].count(" ") != 2:
         raise ValueError("a control character in the request")
     return "\r\n".join((*lines, "", "")).encode("latin-1")
 
@@ -5615,10 +5596,9 @@ def is_answered_before_body(sock: socket.socket, origin_request: OriginRequest) 
 
     An origin that does not answer may not know the field: after CONTINUE_TIMEOUT, it gets the body.
     """
-    if list_members(origin_request.fields, "Expect") != ["100-continue"] or hasattr(sock, "pending"):
+    is_asked = list_members(origin_request.fields, "Expect") == ["100-continue"]
+    if not is_asked or hasattr(sock, "pending") or not wait_until_ready(sock, CONTINUE_TIMEOUT):
         return False  # TLS has no MSG_PEEK
-    if not wait_until_ready(sock, CONTINUE_TIMEOUT):
-        return False
     status = sock.recv(len("HTTP/1.1 1"), socket.MSG_PEEK)[9:]
     return status not in (b"1", b"")
 
@@ -5629,22 +5609,18 @@ class OriginResponse:
     The response owns its connection: 1. The constructor reads the head.  2. The caller reads the body.
     3. At its end, or when close() is called before, the connection goes back to the pool or is closed, once.
 
-    Methods for the caller: read, read_ahead, set_deadline, on_idle, set_length, close.  Attributes: head,
-    length, start, end_is_known.
+    Methods for the caller: read, read_ahead, on_idle, set_length, close.  Attributes: head, length, start,
+    end_is_known.
     """
 
     start = 0  # offset of the first byte in the representation; not 0 only for a verified remainder
-    _left: int | None = None  # bytes of the body that are unread; None: unknown
 
     def __init__(self, connection: OriginConnection) -> None:
         """Read the final head; ValueError, OSError."""
         sock, origin_request = connection.sock, connection.origin_request
-        self.length: int | None = None  # bytes of the body; None: unknown
         self._connection = connection
         self._reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
         self._file = io.BufferedReader(self._reader, 64 * 1024)
-        self._chunks: ChunkedReader | None = None
-        self._is_persistent = False  # whether another response may follow on this connection
         self._is_open = True
         if sock.gettimeout() and not hasattr(sock, "pending"):  # not TLS
             sock.setblocking(False)  # DeadlineReader waits instead
@@ -5677,23 +5653,20 @@ class OriginResponse:
         4. Content-Length: so many bytes.
         5. Neither: up to the end of the connection.  Such a body is passed on, but never stored.
         """
-        chunked, length = is_chunked(fields), field_value(fields, "Content-Length")
-        if chunked and (version < (1, 1) or length is not None):
+        chunked, declared = is_chunked(fields), content_length(fields)
+        if chunked and (version < (1, 1) or declared is not None):
             raise ValueError("Transfer-Encoding with HTTP/1.0 or with Content-Length")
-        self.length = None if chunked else content_length(fields)
         has_no_body = self._connection.origin_request.method == "HEAD" or self.head.status in (204, 304)
-        # If a response without body declares one, some origins send it all the same.
-        is_doubtful = has_no_body and (chunked or self.length)
-        if has_no_body:
-            self.length = 0
-        elif chunked:
-            self._chunks = ChunkedReader(self._file)
-        self._left = self.length
+        self.length = 0 if has_no_body else declared  # bytes of the body; None: unknown
+        self._left = self.length  # of these, unread
+        self._chunks = ChunkedReader(self._file) if chunked and not has_no_body else None
         # Whether a complete body can be told from one that was cut off; not so in case 5.
         self.end_is_known = self._chunks is not None or self.length is not None
         options = list_members(fields, "Connection")
         is_kept = "close" not in options and (version >= (1, 1) or "keep-alive" in options)
-        self._is_persistent = is_kept and self.end_is_known and not is_doubtful
+        # If a response without body declares one, some origins send it all the same.
+        is_doubtful = has_no_body and (chunked or declared)
+        self._is_persistent = is_kept and self.end_is_known and not is_doubtful  # another response may follow
 
     def read(self, size: int = COPY_SIZE) -> bytes:
         """Return up to ``size`` bytes of the body as they arrive, b"" at its end.
@@ -5703,30 +5676,22 @@ class OriginResponse:
         if not self._is_open or self._left == 0:
             self.close()
             return b""
-        try:
-            data = self._read(size)
-        except OriginError:
-            self._connection.origin_client.resolver.mark_failed(self._connection.peer_address)
-            raise
-        self._connection.origin_client.count(len(data))
-        if not data:
-            self._left = 0
-        elif self._left is not None:
-            self._left -= len(data)
-        if self._left == 0:
-            self.close()  # at once: others can use the connection before the caller asks for more
-        return data
-
-    def _read(self, size: int) -> bytes:
         limit = size if self._left is None else min(size, self._left)
         try:
             data = self._chunks.read(limit) if self._chunks else self._file.read1(limit)
-        except (socket.timeout, TimeoutError):
-            raise OriginTimeoutError("The origin stopped sending.") from None
+            if not data and self._left:
+                raise ValueError("it ended %d bytes early" % self._left)
         except (OSError, ValueError) as error:
+            self._connection.origin_client.resolver.failures.note(self._connection.peer_address)
+            if isinstance(error, (socket.timeout, TimeoutError)):
+                raise OriginTimeoutError("The origin stopped sending.") from None
             raise TruncatedBodyError("The response from the origin broke off: %s." % error) from None
-        if not data and self._left:
-            raise TruncatedBodyError("The origin closed the connection %d bytes early." % self._left)
+        self._connection.origin_client.count(len(data))
+        if self._left is not None:
+            self._left -= len(data)
+        if self._left == 0 or not data:
+            self._left = 0
+            self.close()  # at once: others can use the connection before the caller asks for more
         return data
 
     def read_ahead(self, limit: int, timeout: float) -> bytes:
@@ -5745,10 +5710,6 @@ class OriginResponse:
         self._reader.set_deadline(None)
         self._reader.prefetched = b"".join(pieces)
         return b"" if missing else self._reader.prefetched
-
-    def set_deadline(self, seconds_left: float) -> None:
-        """Limit the time of all further reads together."""
-        self._reader.set_deadline(seconds_left)
 
     def on_idle(self, call: Callable[[], object]) -> None:
         """Set a function to be called if nothing arrives for PUBLISH_DELAY seconds."""
@@ -5771,7 +5732,7 @@ class OriginResponse:
 class OriginConnection:
     """A connection to an origin server, direct or through a parent proxy.
 
-    Methods for the caller: exchange, connect_tcp, bypass_parent, is_idle, release, close.  Attribute: sock.
+    Methods for the caller: exchange, connect_tcp, bypass_parent, release, close.  Attribute: sock.
     """
 
     def __init__(self, origin_client: OriginClient, origin_request: OriginRequest) -> None:
@@ -5802,9 +5763,12 @@ class OriginConnection:
             if self.sock is None:
                 self.connect()
                 mark(origin_request.timings, "connected")
-            request_target, parent_fields = self._request_line(origin_request.target)
-            self._send(render_request_head(
-                origin_request.method, request_target, origin_request.fields + parent_fields))
+            target, fields = origin_request.target.path, origin_request.fields
+            # A parent that is not a tunnel gets the absolute form (RFC 9112 §3.2.2).
+            if self.parent is not None and origin_request.target.scheme == "http":
+                uri, fields = origin_request.target.uri, fields + self.parent.fields
+                target = uri.rstrip("*") if target == "*" else uri
+            self._send(render_request_head(origin_request.method, target, fields))
             if body is not None and not is_answered_before_body(self.sock, origin_request):
                 # An origin that rejects the body (413, say) may respond and close before it has read all.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -5851,7 +5815,7 @@ class OriginConnection:
                 return
             except (OSError, ValueError) as error:
                 if self.sock is None:  # the parent itself failed, not the origin behind it
-                    self.origin_client.resolver.mark_failed(self.parent.place.uri)
+                    self.origin_client.resolver.failures.note(self.parent.place.uri)
                 if not self.bypass_parent(error):
                     raise
         self._open(self._resolve(self.origin_request), CONNECT_TIMEOUT)
@@ -5882,7 +5846,7 @@ class OriginConnection:
         self.sock = connect_fastest(addresses, self.origin_request.timeout_for(limit))
         self.peer_address = self.sock.getpeername()[0]
         for slower in itertools.takewhile(lambda address: address[4][0] != self.peer_address, addresses):
-            self.origin_client.resolver.mark_failed(slower[4][0])
+            self.origin_client.resolver.failures.note(slower[4][0])
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _connect_parent(self, parent: ParentProxy) -> None:
@@ -5921,19 +5885,6 @@ class OriginConnection:
         self.guarded = client_is_local and (unchecked or any(is_near(address[4]) for address in addresses))
         # Without a tunnel, the parent resolves the name again for the next request: it must be checked again.
         self._is_reusable = client_is_local or not unchecked or target.scheme == "https"
-
-    def _request_line(self, target: Target) -> tuple[str, Fields]:
-        """Return the target as it is written in the request line, and fields for the parent proxy.
-
-        A parent that is not a tunnel gets the absolute form (RFC 9112 §3.2.2).
-        """
-        if self.parent is None or target.scheme == "https":
-            return target.path, ()
-        return target.uri.rstrip("*") if target.path == "*" else target.uri, self.parent.fields
-
-    def is_idle(self) -> bool:
-        """Return whether the connection is open and the origin has sent nothing since the last response."""
-        return self.sock is not None and is_open_and_silent(self.sock)
 
     def close(self) -> None:
         """Close the connection."""
@@ -5977,7 +5928,7 @@ class ConnectionPool:
                 if connection is None:
                     return None
                 self._idle.remove(connection)
-            if now - connection.idle_since < POOL_IDLE_TIMEOUT and connection.is_idle():
+            if now - connection.idle_since < POOL_IDLE_TIMEOUT and is_open_and_silent(connection.sock):
                 return connection
             connection.close()
 
@@ -6065,7 +6016,7 @@ class OriginClient:
     ``count`` is called with the number of body bytes that arrive.  The resolver, the pool and the other
     attributes are shared by all connections.
 
-    Methods for the caller: fetch, fetch_remainder, connect, is_open, close_idle, close.
+    Methods for the caller: fetch, fetch_remainder, connect, is_open.
     """
 
     def __init__(self, count: Callable[[int], object], config: Config) -> None:
@@ -6109,9 +6060,8 @@ class OriginClient:
                 local_clients_only = local_clients_only or response.head.local_clients_only
                 response.head = replace_fields(
                     response.head, local_clients_only=local_clients_only, behind_login=behind_login)
-                location = None
-                if origin_request.follow_redirects:
-                    location = redirect_target(response.head, origin_request.target)
+                follows = origin_request.follow_redirects
+                location = redirect_target(response.head, origin_request.target) if follows else None
                 if location is None:
                     is_page = response.head.status < 300 and is_html(response.head)
                     if first is not None and is_page:
@@ -6169,21 +6119,19 @@ class OriginClient:
         """Turn errors of a request into OriginTimeoutError (504) or OriginError (502)."""
         try:
             yield
-        except (socket.timeout, TimeoutError) as error:
-            self.resolver.mark_failed(connection.peer_address)
-            reason = "" if str(error) in ("", "timed out") else ": " + explain_error(error)
-            sentence = "No answer from %s in time%s." % (connection.blamed_name, reason)
-            raise OriginTimeoutError(sentence, target, unreachable=not connection.established) from None
         except (OSError, ValueError) as error:
-            self.resolver.mark_failed(connection.peer_address)
+            self.resolver.failures.note(connection.peer_address)
             failure = "The request to %s failed" if connection.reached else "Cannot connect to %s"
-            sentence = failure % connection.blamed_name + ": %s." % explain_error(error)
-            if isinstance(error, socket.gaierror):
-                reason = "" if error.errno == socket.EAI_NONAME else ": " + explain_error(error)
-                sentence = "Cannot resolve %s%s." % (connection.blamed_name, reason)
+            kind, unreachable, reason = OriginError, not connection.reached, ": " + explain_error(error)
+            if isinstance(error, (socket.timeout, TimeoutError)):
+                kind, unreachable = OriginTimeoutError, not connection.established
+                failure = "No answer from %s in time"
+                reason = "" if str(error) in ("", "timed out") else reason
+            elif isinstance(error, socket.gaierror):
+                failure, reason = "Cannot resolve %s", "" if error.errno == socket.EAI_NONAME else reason
             elif getattr(error, "reason", "") in _NO_TLS:
-                sentence = "%s does not speak TLS." % connection.blamed_name
-            raise OriginError(sentence, target, unreachable=not connection.reached) from None
+                failure, reason = "%s does not speak TLS", ""
+            raise kind("%s%s." % (failure % connection.blamed_name, reason), target, unreachable) from None
 
     def fetch_remainder(self, origin_request: OriginRequest, head: ResponseHead, size: int | None,
                         offset: int) -> OriginResponse:
@@ -6205,14 +6153,6 @@ class OriginClient:
             response.set_length(part[1] - offset)
         response.start = offset
         return response
-
-    def close_idle(self) -> None:
-        """Close connections that were idle for too long; cheap enough to be called several times a second."""
-        self.pool.close_expired(time.monotonic())
-
-    def close(self) -> None:
-        """Close idle connections."""
-        self.pool.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8328,7 +8268,7 @@ class Proxy:
 
     def close_idle(self) -> None:
         """Close connections to origins that have been idle for too long; cheap if called often."""
-        self._origin.close_idle()
+        self._origin.pool.close_expired(time.monotonic())
 
     def close(self) -> None:
         """End the background work, and close idle connections."""
@@ -8336,7 +8276,7 @@ class Proxy:
         self._scrubber.stop()
         self._revalidator.stop()
         self._locks.leases.close()
-        self._origin.close()
+        self._origin.pool.close()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3669,7 +3669,7 @@ class OriginTest(unittest.TestCase):
         self.addCleanup(self.origin.close)
         self.counted = []
         self.client = pkgproxy.OriginClient(self.counted.append, Config())
-        self.addCleanup(self.client.close)
+        self.addCleanup(self.client.pool.close)
 
     def fetch(self, path="/x", method="GET", **more):
         target = pkgproxy.parse_target(self.origin.url(path))
@@ -3700,7 +3700,7 @@ class OriginTest(unittest.TestCase):
         until(lambda: not self.origin.open_connections)
         self.assertEqual(self.fetch_body(), b"x")
         # The same if it closes the connection when the request arrives.
-        with mock.patch.object(pkgproxy.OriginConnection, "is_idle", return_value=True):
+        with mock.patch.object(pkgproxy, "is_open_and_silent", return_value=True):
             self.origin.drop()
             until(lambda: not self.origin.open_connections)
             self.assertEqual(self.fetch_body(), b"x")
@@ -3757,7 +3757,7 @@ class OriginTest(unittest.TestCase):
     def test_a_request_is_retried_when_an_idle_connection_contains_garbage(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
         self.fetch_body()
-        with mock.patch.object(pkgproxy.OriginConnection, "is_idle", return_value=True):
+        with mock.patch.object(pkgproxy, "is_open_and_silent", return_value=True):
             for connection in list(self.origin.open_connections):
                 connection.sendall(b"<html>garbage")
             self.assertEqual(self.fetch_body(), b"x")
@@ -3817,7 +3817,7 @@ class OriginTest(unittest.TestCase):
                 with mock.patch.object(pkgproxy.Resolver, "resolve", return_value=list(addresses)), \
                         mock.patch.object(pkgproxy, "CONNECT_ATTEMPT_DELAY", 0.02):
                     self.assertEqual(self.fetch_body(), b"x")
-                    self.client.close()
+                    self.client.pool.close()
             for addresses, error in (([refused, refused], "refused"), ([dead], "in time")):
                 with mock.patch.object(pkgproxy.Resolver, "resolve", return_value=list(addresses)), \
                         mock.patch.object(pkgproxy, "CONNECT_ATTEMPT_DELAY", 0.02), self.assertRaisesRegex(OriginError, error):
@@ -3835,13 +3835,13 @@ class OriginTest(unittest.TestCase):
         with mock.patch.object(socket, "getaddrinfo", return_value=found):
             for lame, order in ((None, "123"), ("1", "231"), ("2", "312"), ("3", "123"), ("2", "132")):
                 if lame:
-                    addresses.mark_failed("127.0.0." + lame)
+                    addresses.failures.note("127.0.0." + lame)
                 self.assertEqual("".join(row[4][0][-1] for row in addresses.resolve("a", 80, 1)), order)
 
     def test_an_interrupted_download_marks_its_address_as_failed(self):
         for steps in ([b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"], [b""], [b"garbage\r\n\r\n"]):
             self.origin.pages["/x"] = ScriptedResponse(steps=steps)
-            with mock.patch.object(self.client.resolver, "mark_failed") as failed:
+            with mock.patch.object(self.client.resolver.failures, "note") as failed:
                 self.assertRaises(OriginError, self.fetch_body)
             failed.assert_called_with("127.0.0.1")
 
@@ -3869,10 +3869,10 @@ class OriginTest(unittest.TestCase):
     def test_idle_connections_are_closed_after_a_while(self):
         self.origin.pages["/x"] = ScriptedResponse(b"x")
         self.fetch_body()
-        self.client.close_idle()
+        self.client.pool.close_expired(time.monotonic())
         self.assertEqual(len(self.client.pool._idle), 1)
         with mock.patch.object(pkgproxy, "POOL_IDLE_TIMEOUT", 0.0):
-            self.client.close_idle()
+            self.client.pool.close_expired(time.monotonic())
         until(lambda: not self.origin.open_connections)
 
     def test_an_unknown_name_is_a_502(self):
