@@ -156,7 +156,6 @@ import functools
 import glob
 import hashlib
 import http.client
-import importlib
 import io
 import ipaddress
 import itertools
@@ -174,7 +173,6 @@ import signal
 import socket
 import stat
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -4304,6 +4302,72 @@ MAX_WINDOW = 72 * 1024 * 1024  # bytes of a decoder: `xz -9` needs 65 MiB, `xz -
 INDEX_TIMEOUT = 120.0  # seconds to read one index, pauses included; Debian's takes 4
 
 
+def _decode(file: io.FileIO, data: bytes, decoder: Any) -> Generator[bytes, None, bytes]:
+    """Decompress one part of a file.  Returns the beginning of the next part, without padding."""
+    output = data
+    while not decoder.eof:
+        if not data and not output:
+            raise EOFError("it ends early")
+        output = decoder.decompress(data, COPY_SIZE)
+        yield output  # even if empty, because each chunk is a chance to look at the clock
+        data = getattr(decoder, "unconsumed_tail", b"")  # zlib has this instead of needs_input
+        if not data and not decoder.eof and getattr(decoder, "needs_input", True):
+            data = file.read(READ_SIZE)
+    rest: bytes = decoder.unused_data.lstrip(b"\0")
+    while len(rest) < 8 and (data := file.read(READ_SIZE)):  # enough to recognize the next part
+        rest = (rest + data).lstrip(b"\0")
+    return rest
+
+
+def _run_zstd(file: io.FileIO, module: str) -> Iterator[bytes]:
+    """Decompress a file with the zstd program, which knows the other formats, too.
+
+    It waits for nothing but a complete file and its reader, which kills it when a limit is reached.
+    """
+    import subprocess  # costs a millisecond, and few indexes need it
+
+    program = shutil.which("zstd")
+    if not program:
+        raise DamagedIndexError("there is neither %s in Python nor zstd on PATH" % module)
+    file.seek(0)
+    with subprocess.Popen([program, "-dcq", "--memory=%d" % MAX_WINDOW], stdin=file,  # noqa: S603
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as process:
+        try:
+            yield from iter(lambda: process.stdout.read(COPY_SIZE) if process.stdout else b"", b"")
+            if process.wait():
+                raise DamagedIndexError("zstd cannot decompress it")
+        finally:
+            process.kill()
+
+
+_DECODERS: tuple[tuple[bytes, str, str, str, dict[str, Any]], ...] = (
+    (b"\x1f\x8b", "zlib", "decompressobj", "error", {"wbits": 31}),
+    (b"BZh", "bz2", "BZ2Decompressor", "", {}),
+    (b"\xfd7zXZ\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
+    (b"\x5d\0\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
+    (b"\x28\xb5\x2f\xfd", "compression.zstd", "ZstdDecompressor", "ZstdError", {}))  # windows up to 128 MiB
+
+
+def _decompress(file: io.FileIO) -> Iterator[bytes]:
+    """Yield the contents of a file, whose first bytes tell the compression; more parts may follow."""
+    data = file.read(READ_SIZE)
+    while data:
+        known = [row[1:] for row in _DECODERS if data.startswith(row[0])]
+        if not known:
+            yield from itertools.chain([data], iter(lambda: file.read(READ_SIZE), b""))
+            return
+        module, decoder, error, options = known[0]
+        try:
+            imported: Any = __import__(module, fromlist=[decoder])  # Python may have been built without it
+        except ImportError:
+            yield from _run_zstd(file, module)
+            return
+        try:
+            data = yield from _decode(file, data, getattr(imported, decoder)(**options))
+        except (getattr(imported, error, OSError), EOFError, ValueError) as failure:  # type: ignore[misc]
+            raise DamagedIndexError("cannot decompress it: %s" % failure) from None
+
+
 def read_index(file: io.FileIO) -> Iterator[bytes]:
     """Decompress a stored index from its first byte, in chunks that are not small, because each costs time.
 
@@ -4327,71 +4391,6 @@ def read_index(file: io.FileIO) -> Iterator[bytes]:
             time.sleep(min(1.0, time.thread_time() - worked))
             worked = time.thread_time()
     yield bytes(joined)
-
-
-_DECODERS: tuple[tuple[bytes, str, str, str, dict[str, Any]], ...] = (
-    (b"\x1f\x8b", "zlib", "decompressobj", "error", {"wbits": 31}),
-    (b"BZh", "bz2", "BZ2Decompressor", "", {}),
-    (b"\xfd7zXZ\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
-    (b"\x5d\0\0", "lzma", "LZMADecompressor", "LZMAError", {"memlimit": MAX_WINDOW}),
-    (b"\x28\xb5\x2f\xfd", "compression.zstd", "ZstdDecompressor", "ZstdError", {}))  # windows up to 128 MiB
-
-
-def _decompress(file: io.FileIO) -> Iterator[bytes]:
-    """Yield the contents of a file, whose first bytes tell the compression; more parts may follow."""
-    data = file.read(READ_SIZE)
-    while data:
-        known = [row[1:] for row in _DECODERS if data.startswith(row[0])]
-        if not known:
-            yield data
-            yield from iter(lambda: file.read(READ_SIZE), b"")
-            return
-        module, decoder, error, options = known[0]
-        try:
-            imported: Any = importlib.import_module(module)  # Python may have been built without it
-        except ImportError:
-            yield from _run_zstd(file, module)
-            return
-        try:
-            data = yield from _decode(file, data, getattr(imported, decoder)(**options))
-        except (getattr(imported, error, OSError), EOFError, ValueError) as failure:  # type: ignore[misc]
-            raise DamagedIndexError("cannot decompress it: %s" % failure) from None
-
-
-def _decode(file: io.FileIO, data: bytes, decoder: Any) -> Generator[bytes, None, bytes]:
-    """Decompress one part of a file.  Returns the beginning of the next part, without padding."""
-    output = data
-    while not decoder.eof:
-        if not data and not output:
-            raise EOFError("it ends early")
-        output = decoder.decompress(data, COPY_SIZE)
-        yield output  # even if empty, because each chunk is a chance to look at the clock
-        data = getattr(decoder, "unconsumed_tail", b"")  # zlib has this instead of needs_input
-        if not data and not decoder.eof and getattr(decoder, "needs_input", True):
-            data = file.read(READ_SIZE)
-    rest: bytes = decoder.unused_data.lstrip(b"\0")
-    while len(rest) < 8 and (data := file.read(READ_SIZE)):  # enough to recognize the next part
-        rest = (rest + data).lstrip(b"\0")
-    return rest
-
-
-def _run_zstd(file: io.FileIO, module: str) -> Iterator[bytes]:
-    """Decompress a file with the zstd program, which knows the other formats, too.
-
-    It waits for nothing but a complete file and its reader, which kills it when a limit is reached.
-    """
-    program = shutil.which("zstd")
-    if not program:
-        raise DamagedIndexError("there is neither %s in Python nor zstd on PATH" % module)
-    file.seek(0)
-    with subprocess.Popen([program, "-dcq", "--memory=%d" % MAX_WINDOW], stdin=file,  # noqa: S603
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as process:
-        try:
-            yield from iter(lambda: process.stdout.read(COPY_SIZE) if process.stdout else b"", b"")
-            if process.wait():
-                raise DamagedIndexError("zstd cannot decompress it")
-        finally:
-            process.kill()
 
 
 # A table holds what one index says.
@@ -4565,8 +4564,8 @@ class IndexReader:
         """Return the tables of a place that are believed."""
         with contextlib.suppress(OSError):
             paths = [entry.path for entry in os.scandir(self._path(place)) if "^" not in entry.name]
-            tables = [table for table in map(self._open_current, paths) if table is not None]
-            return [table for table in tables if place.startswith("top ") or self._is_named(table.source)]
+            return [table for table in map(self._open_current, paths) if table and (
+                place.startswith("top ") or self._is_named(table.source))]
         return []
 
     def _open_current(self, path: str) -> IndexTable | None:
@@ -4603,15 +4602,10 @@ class IndexedStore(Store):
         """Return what changes when expected() may return something else; so do other processes, at times."""
         return self._reader.generation, int(time.monotonic() / CHECK_INTERVAL)
 
-    def commit(self, partial: PartialFile) -> None:
-        """Store a complete download, and read it if it is an index.  Raises OSError."""
-        super().commit(partial)
-        self._reader.note(partial.head)
-
-    def link(self, stored: StoredResponse) -> None:
-        """Store a body under another key, and read it if it is an index.  Raises OSError."""
-        super().link(stored)
-        self._reader.note(stored.head)
+    def _publish(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead) -> None:
+        """Store a body, and read it if it is an index.  Raises OSError."""
+        super()._publish(path, file, head)
+        self._reader.note(head)
 
     def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
         """Save a validated head, and read the index that it belongs to if that was never done."""
@@ -5614,6 +5608,7 @@ class OriginResponse:
     """
 
     start = 0  # offset of the first byte in the representation; not 0 only for a verified remainder
+    _left: int | None = None  # bytes of the body that are unread; None: unknown
 
     def __init__(self, connection: OriginConnection) -> None:
         """Read the final head; ValueError, OSError."""
@@ -5658,7 +5653,7 @@ class OriginResponse:
             raise ValueError("Transfer-Encoding with HTTP/1.0 or with Content-Length")
         has_no_body = self._connection.origin_request.method == "HEAD" or self.head.status in (204, 304)
         self.length = 0 if has_no_body else declared  # bytes of the body; None: unknown
-        self._left = self.length  # of these, unread
+        self._left = self.length
         self._chunks = ChunkedReader(self._file) if chunked and not has_no_body else None
         # Whether a complete body can be told from one that was cut off; not so in case 5.
         self.end_is_known = self._chunks is not None or self.length is not None
@@ -8320,8 +8315,8 @@ def usage_hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
     were not stored ("" if they were), as in Cache-Status.
     """
     # Pages of the proxy and refused requests say nothing about the repositories that the clients use.
-    counts: dict[Outcome, int] = {outcome: outcomes[outcome.value] for outcome in Outcome
-                                  if outcome not in (Outcome.OWN, Outcome.REFUSED)}
+    rated = [outcome for outcome in Outcome if outcome not in (Outcome.OWN, Outcome.REFUSED)]
+    counts = {outcome: outcomes[outcome.value] for outcome in rated}
     total, tunnels = sum(counts.values()), counts[Outcome.TUNNEL]
     if total and tunnels >= 0.9 * total:
         return ("%d of %d requests used CONNECT: https passes through unseen and cannot be cached. Use "
@@ -8353,15 +8348,10 @@ class Counters:
                         **{outcome.value: 0 for outcome in Outcome}}
         self._started = time.time(), time.monotonic()
 
-    def add_down(self, count: int) -> None:
-        """Add body bytes received from an origin."""
+    def add_bytes(self, count: int, name: str = "statsDownBytes") -> None:
+        """Add body bytes from an origin or, as ``statsTunnelBytes``, those of a tunnel in both directions."""
         with self._lock:
-            self._totals["statsDownBytes"] += count
-
-    def add_tunnel(self, count: int) -> None:
-        """Add bytes that passed through a tunnel, in both directions together."""
-        with self._lock:
-            self._totals["statsTunnelBytes"] += count
+            self._totals[name] += count
 
     def add(self, outcome: Outcome, cached: int = 0, count: int = 1) -> None:
         """Add ``count`` requests with this outcome, answered with ``cached`` body bytes from the cache."""
@@ -8884,13 +8874,10 @@ SETUP_CHOICE = """<input type="radio" name="setup" id="to-%s" %s><label for="to-
 <div><pre>%s</pre><span class="soft">To undo it:</span><pre>%s</pre></div>"""
 
 
-def _hash(text: str) -> str:
-    """Return the CSP source that allows exactly this inline text (W3C CSP Level 3 §2.3.1)."""
-    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-POLICY = ("default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; "
-          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (_hash(STYLE), _hash(SCRIPT)))
+# A hash allows exactly this inline text (W3C CSP Level 3 §2.3.1).
+POLICY = ("default-src 'none'; style-src 'sha256-%s'; script-src 'sha256-%s'; connect-src 'self'; "
+          "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % tuple(
+              base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (STYLE, SCRIPT)))
 
 
 def problems(view: dict[str, Any]) -> list[tuple[str, str]]:
@@ -8937,11 +8924,11 @@ def _figures_html(view: dict[str, Any]) -> str:
         counts = view[key]
         saved, down = counts.get("statsCacheBytes", 0), counts.get("statsDownBytes", 0)
         share, (found, asked) = format_percent(saved, saved + down), hit_counts(counts)
-        text += "<div><dt>Saved %s</dt><dd>%s</dd><dd>%s</dd></div>" % (
-            title, format_bytes(saved), "no traffic yet" if saved + down == 0 else
-            "%s came from the cache, %s from origins" % (share, format_bytes(down)))
-        text += "<div><dt>Hits %s</dt><dd>%s</dd><dd>%s of %s</dd></div>" % (
-            title, format_percent(found, asked), f"{found:,}", format_count(asked, "request"))
+        sources = "%s came from the cache, %s from origins" % (share, format_bytes(down))
+        for name, figure, meaning in (
+                ("Saved", format_bytes(saved), sources if saved + down else "no traffic yet"),
+                ("Hits", format_percent(found, asked), f"{found:,} of {format_count(asked, 'request')}")):
+            text += "<div><dt>%s %s</dt><dd>%s</dd><dd>%s</dd></div>" % (name, title, figure, meaning)
     return text
 
 
@@ -9000,11 +8987,11 @@ def _downloads_html(view: dict[str, Any]) -> str:
     text = ""
     for row in view["downloads"]:
         length = row["length"]  # None if the origin did not declare it: a bar without a value, which moves
-        bar = "" if length is None else ' max="%d" value="%d"' % (length or 1, row["bytes"])
-        text += ('<li class="name">%s<progress aria-label="%s"%s></progress>%s%s, %s/s, %s</li>' % (
-            _uri_html(row["uri"]), escape(row["uri"]), bar, format_bytes(row["bytes"]),
-            "" if length is None else " of " + format_bytes(length), format_bytes(row["rate"]),
-            format_count(row["clients"], "client")))
+        bar, whole = ("", "") if length is None else (
+            ' max="%d" value="%d"' % (length or 1, row["bytes"]), " of " + format_bytes(length))
+        text += '<li class="name">%s<progress aria-label="%s"%s></progress>%s%s, %s/s, %s</li>' % (
+            _uri_html(row["uri"]), escape(row["uri"]), bar, format_bytes(row["bytes"]), whole,
+            format_bytes(row["rate"]), format_count(row["clients"], "client"))
     return "<ul>%s</ul>" % text if text else '<p class="soft">None at the moment.</p>'
 
 
@@ -9099,21 +9086,19 @@ def _metrics(view: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[tuple[st
     yield "start_time_seconds", "Time of the start, in seconds since 1970.", [("", view["since"])]
     yield "requests_total outcome", "Requests answered, by outcome.", [
         (outcome.value, counts[outcome.value]) for outcome in Outcome]
-    for name, key, meaning in (("cache", "statsCacheBytes", "Body bytes served from the cache."),
-                               ("downloaded", "statsDownBytes", "Body bytes downloaded from origins."),
-                               ("tunnel", "statsTunnelBytes", "Bytes through tunnels, in both directions.")):
-        yield name + "_bytes_total", meaning, [("", counts[key])]
+    yield "cache_bytes_total", "Body bytes served from the cache.", [("", counts["statsCacheBytes"])]
+    yield "downloaded_bytes_total", "Body bytes downloaded from origins.", [("", counts["statsDownBytes"])]
+    yield "tunnel_bytes_total", "Bytes through tunnels, both ways.", [("", counts["statsTunnelBytes"])]
     for name, key, meaning in (("requests", "requests", "Requests, by origin (the busiest ones)."),
                                ("sent_bytes", "bytes", "Body bytes sent to clients, by origin."),
                                ("cached_bytes", "cached", "Body bytes served from the cache, by origin.")):
         yield "origin_%s_total origin" % name, meaning, [(o, row[key]) for o, row in view["origins"].items()]
     yield "downloads", "Running downloads.", [("", len(view["downloads"]))]
     yield "troubled_origins", "Origins that failed a moment ago.", [("", len(view["troubles"]))]
-    for name, key, meaning in (("stored_files", "files", "Stored files, when they were last counted."),
-                               ("stored_bytes", "bytes", "Bytes on disk at that time, with metadata."),
-                               ("swept_files_total", "removedFiles", "Files removed by eviction."),
-                               ("swept_bytes_total", "removedBytes", "Bytes freed by eviction.")):
-        yield name, meaning, [("", eviction.get(key, 0))]
+    yield "stored_files", "Stored files, when they were last counted.", [("", eviction.get("files", 0))]
+    yield "stored_bytes", "Bytes on disk at that time, with metadata.", [("", eviction.get("bytes", 0))]
+    yield "swept_files_total", "Files removed by eviction.", [("", eviction.get("removedFiles", 0))]
+    yield "swept_bytes_total", "Bytes freed by eviction.", [("", eviction.get("removedBytes", 0))]
     yield "packages_total check", "Packages that were compared with their index, or with their digest.", [
         *view["checks"].items()]
     for key, count in view["disk"].items():
@@ -9143,8 +9128,8 @@ def page_view(snapshot: dict[str, Any]) -> dict[str, Any]:
             "swept checks").split()
     cache = snapshot["cache"]
     view = {"version": __version__, "cached_bytes": cache["bytes"], "cached_files": cache["files"],
-            "free_bytes": cache["free"] or 0, "max_bytes": cache["limit"]}
-    view.update({key: snapshot[key] for key in keys})
+            "free_bytes": cache["free"] or 0, "max_bytes": cache["limit"],
+            **{key: snapshot[key] for key in keys}}
     view["health"] = ", ".join(word for word, _ in problems(view) if word) or "OK"
     if snapshot["config"].private:
         for row in view["recent"] + view["downloads"] + view["clients"] + view["troubles"]:
@@ -10385,7 +10370,7 @@ class ProxyHandler:
                     count, whole = relay_tunnel(self._connection.sock, origin, self._buffered()), True
                 finally:
                     dispatcher.count(response, 0)
-                    dispatcher.statistics.counters.add_tunnel(count)
+                    dispatcher.statistics.counters.add_bytes(count, "statsTunnelBytes")
                     dispatcher.record(request, response, count, self._started, whole)
         except ProxyError as error:
             return self._answer(request, error_response(error), close=True)
@@ -11421,7 +11406,7 @@ def run(config: Config, level: int) -> None:
     signals = install_signal_handlers()  # before "Starting" is logged, after which a SIGTERM may come
     sockets = open_sockets(config, os.environ)
     counters = Counters()
-    proxy = Proxy(config, store, counters.add_down)
+    proxy = Proxy(config, store, counters.add_bytes)
     statistics = StatusCollector(store, counters, config.instance or ",".join(config.addrs), proxy.snapshot)
     proxy.start()
     statistics.history.start()

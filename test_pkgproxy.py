@@ -474,7 +474,7 @@ def log_lines(lines):
 def make_dispatcher(config, store, connections=0):
     """A proxy with its statistics, ready for a server."""
     counters = pkgproxy.Counters()
-    proxy = pkgproxy.Proxy(config, store, counters.add_down)
+    proxy = pkgproxy.Proxy(config, store, counters.add_bytes)
     statistics = pkgproxy.StatusCollector(store, counters, "test", proxy.snapshot)
     return pkgproxy.Dispatcher(proxy, statistics, pkgproxy.ConnectionLimiter(connections or pkgproxy.MAX_CONNECTIONS), log_lines)
 
