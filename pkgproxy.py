@@ -1464,12 +1464,12 @@ def cache_status_field(status: CacheStatus) -> str:
     """
     outcome = status.outcome
     is_hit = outcome is Outcome.HIT or outcome in (Outcome.STALE, Outcome.SHARED) and not status.forward
-    parts = (
-        ("hit", is_hit), ("fwd=" + status.forward, status.forward and not is_hit),
-        ("fwd-status=%d" % status.forward_status, status.forward_status), ("stored", status.stored),
-        ("collapsed", outcome is Outcome.COLLAPSED), ("ttl=%s" % status.ttl, status.ttl is not None),
-        ('detail="%s"' % re.sub(r'[^ !#-\[\]-~]', "", status.detail), status.detail))
-    return "; ".join(["pkgproxy", *(text for text, applies in parts if applies)])
+    detail = status.detail and re.sub(r'[^ !#-\[\]-~]', "", status.detail)
+    return "; ".join([part for part in (
+        "pkgproxy", is_hit and "hit", not is_hit and status.forward and "fwd=" + status.forward,
+        status.forward_status and "fwd-status=%d" % status.forward_status, status.stored and "stored",
+        outcome is Outcome.COLLAPSED and "collapsed", status.ttl is not None and "ttl=%d" % status.ttl,
+        detail and 'detail="%s"' % detail) if part])
 
 
 def render_head(head: ResponseHead, fields: Fields) -> bytes:
@@ -2009,13 +2009,10 @@ def digest_in_name(key: str) -> tuple[str, str] | None:
     >>> digest_in_name("http://a/by-hash/SHA256/" + "0" * 64)[0]
     'sha256'
     """
-    if classify_name(key) is not NameClass.CONTENT or _SIGNATURE.search(key):
-        return None
-    match = _DIGEST.search(urllib.parse.unquote(key, "latin-1"))
-    if match is None:
-        return None
-    digest = (match[1] or match[2]).replace("/", "")
-    return "sha256" if len(digest) == 64 else "sha512", digest
+    is_content = classify_name(key) is NameClass.CONTENT and not _SIGNATURE.search(key)
+    match = _DIGEST.search(urllib.parse.unquote(key, "latin-1")) if is_content else None
+    digest = (match[1] or match[2]).replace("/", "") if match else ""
+    return ("sha256" if len(digest) == 64 else "sha512", digest) if match else None
 
 
 @memoize
@@ -2049,8 +2046,8 @@ def signed_keys(key: str) -> list[str]:
     while _SIGNATURE.search(key) and len(signed) < 2:  # a checksum may have a signature
         key = _SIGNATURE.sub("", key)
         signed.append(key)
-    is_list = signed and key.endswith("/Packages")
-    return signed + [key + suffix for suffix in (".gz", ".xz", ".zst", ".bz2") if is_list]
+    suffixes = (".gz", ".xz", ".zst", ".bz2") if signed and key.endswith("/Packages") else ()
+    return signed + [key + suffix for suffix in suffixes]
 
 
 def signature_keys(key: str) -> list[str]:
@@ -2799,16 +2796,15 @@ def is_protected_address(address: str) -> bool:
     [True, True, True, False]
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if any(ip in network for network in _METADATA):
+    if ip.is_loopback or ip.is_link_local or ip.is_multicast or any(ip in network for network in _METADATA):
         return True
     if isinstance(ip, ipaddress.IPv6Address):
-        own = ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip.is_multicast or ip.is_site_local
         inner = [ipaddress.IPv4Address(int(ip) >> shift & 0xFFFFFFFF) for network, shift in _EMBEDDED
                  if ip in network]
         inner += ip.teredo or ()  # server and client (RFC 4380)
-        return own or any(is_protected_address(str(other)) for other in inner)
-    zero = int(ip) >> 24 == 0 or int(ip) == 0xFFFFFFFF  # this network (RFC 1122 §3.2.1.3), broadcast
-    return zero or ip.is_loopback or ip.is_link_local or ip.is_multicast
+        embeds_one = any(is_protected_address(str(other)) for other in inner)
+        return embeds_one or ip.is_unspecified or ip.is_site_local
+    return int(ip) >> 24 == 0 or int(ip) == 0xFFFFFFFF  # this network (RFC 1122 §3.2.1.3), broadcast
 
 
 def is_numeric_host(host: str) -> bool:
@@ -2929,9 +2925,10 @@ def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
 
     This host and its link are always reached directly, and the origins in no_proxy.
     """
-    is_direct = is_protected_host(target.host) or any(
+    parent = dict(config.parents).get(target.scheme)
+    is_direct = parent is None or is_protected_host(target.host) or any(
         _matches_no_proxy(target, entry) for entry in config.no_proxy if entry)
-    return None if is_direct else dict(config.parents).get(target.scheme)
+    return None if is_direct else parent
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5951,20 +5948,6 @@ class ConnectionPool:
         self.close_expired(math.inf)
 
 
-def remainder_request(origin_request: OriginRequest, head: ResponseHead, offset: int) -> OriginRequest:
-    """Return the request for the rest of a representation, from ``offset`` (RFC 9110 §13.1.5, §14.2).
-
-    Raise CannotResumeError if the response had no strong validator: without one, the origin could not say
-    that the file has changed, and bytes of two files would be joined.
-    """
-    validator = strong_validator(head)
-    if offset and validator is None:
-        raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
-    more = (("Range", "bytes=%d-" % offset), ("If-Range", validator or "")) if offset else ()
-    fields = without_fields(origin_request.fields, ("range", "if-range")) + more
-    return replace_fields(origin_request, fields=fields)
-
-
 def redirected_request(origin_request: OriginRequest, location: Target) -> OriginRequest:
     """Return the request that follows a redirect; credentials never go to another host.  ProxyError."""
     check_target_allowed(location, origin_request.client_is_local, origin_request.origins)
@@ -6062,9 +6045,8 @@ class OriginClient:
                     if first is not None and is_page:
                         first, response = response, first
                     return response
-                if first is None:
-                    first = response
-                else:
+                first = first or response
+                if response is not first:
                     response.close()
                 has_password = field_value(origin_request.fields, "Authorization") is not None
                 behind_login = behind_login or has_password and not permits_sharing(response.head)
@@ -6133,9 +6115,15 @@ class OriginClient:
         """Return the response with the rest, from ``offset``, of the representation that ``head`` describes.
 
         ``size`` is the representation's length, if known.  Raise OriginError if the origin cannot send it
-        now, CannotResumeError if the response does not fit the bytes before ``offset``.
+        now, CannotResumeError if the response does not fit the bytes before ``offset``, or if ``head`` has no
+        strong validator: then the origin could not say that the file has changed (RFC 9110 §13.1.5).
         """
-        response = self.fetch(remainder_request(origin_request, head, offset))
+        validator = strong_validator(head)
+        if offset and validator is None:
+            raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
+        more = (("Range", "bytes=%d-" % offset), ("If-Range", validator or "")) if offset else ()
+        fields = without_fields(origin_request.fields, ("range", "if-range")) + more
+        response = self.fetch(replace_fields(origin_request, fields=fields))
         status = response.head.status
         if status in (408, 429) or status >= 500:
             response.close()
