@@ -5322,7 +5322,7 @@ class Resolver:
     MAX_LOOKUP_WAITERS requests of one client wait for lookups: each holds a thread, even if its client has
     left.  The limit is high, because a whole fleet behind one address may ask for the same mirror at once.
 
-    Method for the caller: resolve.  Attribute: failures, which also the users of an address record.
+    Method for the caller: resolve.  Attribute: failures, to which connections add the addresses that failed.
     """
 
     def __init__(self) -> None:
