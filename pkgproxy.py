@@ -2376,6 +2376,11 @@ def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> b
     return allowed and decision.forward != "vary-miss"
 
 
+def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
+    """Return whether the answer to a validation shows that the stored response is outdated."""
+    return decision.action is Action.VALIDATE and response.status == 200
+
+
 # What is not believed -------------------------------------------------------------------------
 
 
@@ -7553,7 +7558,6 @@ class FlightLeader:
         head = partial.head if partial is not None and resumes else replace_fields(
             response.head, key=request.key, vary=selecting_fields(request, response.head))
         origin_request, wrong_size = full_request(request, self.config), ""
-        replaces = decision.action is Action.VALIDATE and head.status == 200
         try:
             reason = why_not_storable(replace_fields(request, method="GET"), head, self.config)
             wrong_size = "" if reason else self._why_wrong_size(response)
@@ -7563,6 +7567,7 @@ class FlightLeader:
                 if partial is None:  # it will replace what is stored, or fail and leave it
                     return response_from_origin(
                         request, response, decision, "another download is storing it"), FlightResult.ALONE
+                replaces = decision.action is Action.VALIDATE
                 download = Download(partial, self.flight, origin_request, response, replaces)
                 return self.downloader.start(request, decision, head, download), None
         except StorageError as error:
@@ -7572,7 +7577,7 @@ class FlightLeader:
             self.downloader.locks.discard(partial)
             raise
         self.downloader.locks.discard(partial)
-        if replaces and reason != wrong_size and is_shareable(request, response.head):
+        if reason != wrong_size and replaces_stored(decision, head) and is_shareable(request, response.head):
             # What is stored is known to be outdated, and its successor cannot be stored.
             self.downloader.store.delete(request.key)
         if resumes:
