@@ -156,7 +156,6 @@ import functools
 import glob
 import hashlib
 import http.client
-import importlib
 import io
 import ipaddress
 import itertools
@@ -174,7 +173,6 @@ import signal
 import socket
 import stat
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -838,11 +836,6 @@ def parse_date(text: str | None) -> float | None:
     return None
 
 
-def format_http_date(clock: float) -> str:
-    """Format clock seconds as an IMF-fixdate (RFC 9110 §5.6.7)."""
-    return formatdate(int(clock), usegmt=True)
-
-
 # Messages (RFC 9112) -------------------------------------------------------------------------
 
 
@@ -893,10 +886,9 @@ def content_length(fields: Fields) -> int | None:
 
 def is_chunked(fields: Fields) -> bool:
     """Return whether the body is chunked (RFC 9112 §6.1); raise ValueError for any other coding."""
-    codings = list_members(fields, "Transfer-Encoding")
-    if not codings and field_value(fields, "Transfer-Encoding") is None:
+    if field_value(fields, "Transfer-Encoding") is None:
         return False
-    if codings != ["chunked"]:
+    if list_members(fields, "Transfer-Encoding") != ["chunked"]:
         raise ValueError("Transfer-Encoding other than chunked")
     return True
 
@@ -927,8 +919,7 @@ def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
     except ValueError as error:
         raise BadRequestError("The length of the body is ambiguous: %s." % error) from None
     # Step 5: repeated lengths, even equal ones.
-    lengths = field_values(fields, "Content-Length")
-    if len(lengths) > 1 or "," in "".join(lengths):
+    if "," in ",".join(field_values(fields, "Content-Length")):
         raise BadRequestError("The length of the body is ambiguous: more than one Content-Length.")
     # Step 3: Transfer-Encoding would override the length.  HTTP/1.0 has no Transfer-Encoding (§6.1).
     if chunked and (length is not None or version < (1, 1)):
@@ -943,7 +934,6 @@ def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
 _HOST = re.compile(r"(?!\.)(?!.*\.\.)[a-z0-9._-]{1,253}")
 _USERINFO = re.compile(r"[A-Za-z0-9\-._~!$&'()*+,;=:%]*")
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-_ODD = re.compile(r"[^A-Za-z0-9\-._~!$&'()*+,;=:@/?%\[\]]")  # not allowed in a URI (RFC 3986)
 _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
 
 
@@ -975,10 +965,6 @@ def is_address(host: str) -> bool:
         return bool(ipaddress.ip_address(host))
     except ValueError:
         return False
-
-
-def _percent_encode(match: re.Match[str]) -> str:
-    return "".join("%%%02X" % byte for byte in match[0].encode("latin-1", "replace"))
 
 
 def _normalize_escape(match: re.Match[str]) -> str:
@@ -1015,9 +1001,18 @@ def parse_target(uri: str) -> Target:
         raise BadRequestError("The request target is not an http or https URL.")
     scheme = match[1].lower()
     host, port = split_authority(match[2], 443 if scheme == "https" else 80)
-    path, mark, query = _ODD.sub(_percent_encode, match[3]).partition("?")
+    # Encode what is not allowed in a URI (RFC 3986).
+    allowed = urllib.parse.quote(match[3], "!$&'()*+,;=:@/?%[]", "latin-1", "backslashreplace")
+    path, mark, query = allowed.partition("?")
     path = _PERCENT.sub(_normalize_escape, path if path.startswith("/") else "/" + path)
     return Target(scheme, host, port, _without_dots(path) + mark + query)
+
+
+def resolve_reference(base: str, reference: str) -> Target | None:
+    """Return the target of a URI reference (RFC 3986 §5); None if it is invalid, or not for http or https."""
+    with contextlib.suppress(BadRequestError, ValueError):
+        return parse_target(urllib.parse.urljoin(base, reference))
+    return None
 
 
 # A client that uses the proxy as a mirror writes a prefix before the origin's URL, or replaces its scheme:
@@ -1372,8 +1367,8 @@ def _partial_content(head: ResponseHead, size: int, ranges: list[tuple[int, int]
     else:
         part = "\r\n--%s\r\nContent-Type: %s\r\nContent-Range: %s\r\n\r\n"
         media = field_value(head.fields, "Content-Type") or "application/octet-stream"
-        delimiters = [(part % (boundary, media, label)).encode("latin-1") for label in labels]
-        spans = [span for pair in zip(delimiters, ranges) for span in pair]
+        spans = [span for label, pair in zip(labels, ranges)
+                 for span in ((part % (boundary, media, label)).encode("latin-1"), pair)]
         spans.append(("\r\n--%s--\r\n" % boundary).encode("latin-1"))
         fields = without_fields(fields, ("content-type",))
         fields += (("Content-Type", "multipart/byteranges; boundary=" + boundary),)
@@ -1430,15 +1425,11 @@ def redirect_target(head: ResponseHead, target: Target) -> Target | None:
     the client must learn the folder's URL, because links are relative to it.
     """
     location = field_value(head.fields, "Location")
-    if head.status not in (301, 302, 303, 307, 308) or not location:
+    is_redirect = head.status in (301, 302, 303, 307, 308)
+    new_target = resolve_reference(target.uri, location) if is_redirect and location else None
+    if new_target is None or new_target.uri == target.uri + "/":
         return None
-    try:
-        new_target = parse_target(urllib.parse.urljoin(target.uri, location))
-    except (BadRequestError, ValueError):
-        return None
-    if target.scheme == "https" and new_target.scheme != "https" or new_target.uri == target.uri + "/":
-        return None
-    return new_target
+    return None if target.scheme == "https" and new_target.scheme != "https" else new_target
 
 
 def via_value(fields: Fields, version: tuple[int, int], config: Config) -> str:
@@ -1472,17 +1463,14 @@ def cache_status_field(status: CacheStatus) -> str:
     >>> cache_status_field(CacheStatus(Outcome.MISS, "uri-miss", stored=True))
     'pkgproxy; fwd=uri-miss; stored'
     """
-    parts, outcome = ["pkgproxy"], status.outcome
-    if outcome is Outcome.HIT or outcome in (Outcome.STALE, Outcome.SHARED) and not status.forward:
-        parts.append("hit")
-    elif status.forward:
-        parts.append("fwd=" + status.forward)
-    parts += ["fwd-status=%d" % status.forward_status] if status.forward_status else []
-    parts += ["stored"] if status.stored else []
-    parts += ["collapsed"] if outcome is Outcome.COLLAPSED else []
-    parts += ["ttl=%d" % status.ttl] if status.ttl is not None else []
-    parts += ['detail="%s"' % re.sub(r'[^ !#-\[\]-~]', "", status.detail)] if status.detail else []
-    return "; ".join(parts)
+    outcome = status.outcome
+    is_hit = outcome is Outcome.HIT or outcome in (Outcome.STALE, Outcome.SHARED) and not status.forward
+    detail = status.detail and re.sub(r'[^ !#-\[\]-~]', "", status.detail)
+    return "; ".join([part for part in (
+        "pkgproxy", is_hit and "hit", not is_hit and status.forward and "fwd=" + status.forward,
+        status.forward_status and "fwd-status=%d" % status.forward_status, status.stored and "stored",
+        outcome is Outcome.COLLAPSED and "collapsed", status.ttl is not None and "ttl=%d" % status.ttl,
+        detail and 'detail="%s"' % detail) if part])
 
 
 def render_head(head: ResponseHead, fields: Fields) -> bytes:
@@ -1528,11 +1516,10 @@ def client_fields(head: ResponseHead, request: Request) -> Fields:
         return head.fields
     fields = without_fields(head.fields, ("set-cookie",)) + (("Content-Security-Policy", "sandbox"),)
     location = field_value(fields, "Location")
-    if location:
-        with contextlib.suppress(BadRequestError, ValueError):
-            new_target = parse_target(urllib.parse.urljoin(head.final_uri or request.target.uri, location))
-            moved = with_client_prefix(request.client_prefix, new_target)
-            fields = without_fields(fields, ("location",)) + (("Location", moved),)
+    new_target = resolve_reference(head.final_uri or request.target.uri, location) if location else None
+    if new_target is not None:
+        moved = with_client_prefix(request.client_prefix, new_target)
+        fields = without_fields(fields, ("location",)) + (("Location", moved),)
     return fields
 
 
@@ -1555,8 +1542,7 @@ def rewrite_links(chunks: Iterable[bytes], links: re.Pattern[bytes], base: str, 
     for chunk in itertools.chain(chunks, [b""]):
         rest += chunk
         tag = _BASE_TAG.search(rest)
-        with contextlib.suppress(BadRequestError, ValueError):
-            origin = parse_target(urllib.parse.urljoin(page.uri, tag[1].decode("latin-1"))) if tag else origin
+        origin = (resolve_reference(page.uri, tag[1].decode("latin-1")) if tag else None) or origin
         # A match may continue in the next chunk, so keep as many bytes as the longest has.
         done = end = max(0, len(rest) - (_LONGEST_LINK if chunk else 0))
         for match in links.finditer(rest):
@@ -1570,7 +1556,7 @@ def rewrite_links(chunks: Iterable[bytes], links: re.Pattern[bytes], base: str, 
 
 def with_date(head: ResponseHead, now: float) -> ResponseHead:
     """Return a head with Date (RFC 9110 §6.6.1): the one it has, or ``now``."""
-    date = field_value(head.fields, "Date") or format_http_date(now)
+    date = field_value(head.fields, "Date") or formatdate(now, usegmt=True)
     return replace_fields(head, fields=without_fields(head.fields, ("date",)) + (("Date", date),))
 
 
@@ -1828,13 +1814,6 @@ def storable_fields(fields: Fields) -> Fields:
     return without_fields(end_to_end(fields), ("set-cookie",))
 
 
-def complete_head(request: Request, part: ResponseHead) -> ResponseHead:
-    """Return the head of the complete response, given that of a 206 (RFC 9110 §15.3.7)."""
-    fields = without_fields(storable_fields(part.fields), ("content-range", "content-length"))
-    return replace_fields(part, status=200, reason="OK", fields=fields, key=request.key,
-                          vary=selecting_fields(request, part))
-
-
 # Pages that origins send in two forms by Accept, often without Vary: PyPI's (PEP 691), npm's documents.
 # A mark at the end of its cache key tells one form from the other.
 FORMS = {
@@ -1852,15 +1831,15 @@ def with_chosen_form(request: Request) -> Request:
     accepted = [match for match in map(_ACCEPTED.fullmatch, list_members(request.fields, "Accept")) if match]
     weights = collections.defaultdict(float, {match[1]: float(match[2] or 1) for match in accepted})
     path = request.target.path.partition("?")[0]
-    is_json = max(weights["application/vnd.pypi.simple.%s+json" % version] for version in ("v1", "latest"))
-    is_html = max(weights[name] for name in (
-        "application/vnd.pypi.simple.v1+html", "text/html", "text/*", "*/*"))
+    pypi = "application/vnd.pypi.simple."
+    json_weight = max(weights[pypi + name] for name in ("v1+json", "latest+json"))
+    html_weight = max(weights[name] for name in (pypi + "v1+html", "text/html", "text/*", "*/*"))
     if request.method not in ("GET", "HEAD") or not request.key or path.endswith(".tgz"):
         return request
     if weights["application/vnd.npm.install-v1+json"] > weights["application/json"]:
         mark = "#npm"
-    elif path.endswith("/") and (is_json or "simple/" in path) and (is_json or is_html or not accepted):
-        mark = "#json" if is_json and is_json >= is_html else ""
+    elif path.endswith("/") and (json_weight or "simple/" in path and (html_weight or not accepted)):
+        mark = "#json" if json_weight and json_weight >= html_weight else ""
     else:
         return request
     fields = without_fields(request.fields, ("accept",)) + (("Accept", FORMS[mark]),)
@@ -2031,13 +2010,10 @@ def digest_in_name(key: str) -> tuple[str, str] | None:
     >>> digest_in_name("http://a/by-hash/SHA256/" + "0" * 64)[0]
     'sha256'
     """
-    if classify_name(key) is not NameClass.CONTENT or _SIGNATURE.search(key):
-        return None
-    match = _DIGEST.search(urllib.parse.unquote(key, "latin-1"))
-    if match is None:
-        return None
-    digest = (match[1] or match[2]).replace("/", "")
-    return "sha256" if len(digest) == 64 else "sha512", digest
+    is_content = classify_name(key) is NameClass.CONTENT and not _SIGNATURE.search(key)
+    match = _DIGEST.search(urllib.parse.unquote(key, "latin-1")) if is_content else None
+    digest = (match[1] or match[2]).replace("/", "") if match else ""
+    return ("sha256" if len(digest) == 64 else "sha512", digest) if match else None
 
 
 @memoize
@@ -2050,13 +2026,11 @@ def shareable_name(key: str) -> str:
     digest = digest_in_name(key)
     if digest is not None:
         return digest[1]
-    name_class = classify_name(key)
-    if name_class is NameClass.OTHER:
-        return ""  # at once: the name may be long
-    path = urllib.parse.unquote(key, "latin-1")
+    if "?" in key or classify_name(key) in (NameClass.OTHER, NameClass.INDEX):
+        return ""
     name = urllib.parse.unquote(key.rpartition("/")[2], "latin-1")
-    is_package = name_class is not NameClass.INDEX and _has_package_name(_SIGNATURE.sub("", "/" + name))
-    is_unique = is_package and "?" not in key and not _VERSION_IN_PATH.search(path)
+    is_package = _has_package_name(_SIGNATURE.sub("", "/" + name))
+    is_unique = is_package and not _VERSION_IN_PATH.search(urllib.parse.unquote(key, "latin-1"))
     return _EPOCH.sub("_", name) if is_unique else ""
 
 
@@ -2073,8 +2047,8 @@ def signed_keys(key: str) -> list[str]:
     while _SIGNATURE.search(key) and len(signed) < 2:  # a checksum may have a signature
         key = _SIGNATURE.sub("", key)
         signed.append(key)
-    is_list = signed and key.endswith("/Packages")
-    return signed + [key + suffix for suffix in (".gz", ".xz", ".zst", ".bz2") if is_list]
+    suffixes = (".gz", ".xz", ".zst", ".bz2") if signed and key.endswith("/Packages") else ()
+    return signed + [key + suffix for suffix in suffixes]
 
 
 def signature_keys(key: str) -> list[str]:
@@ -2098,28 +2072,23 @@ def is_html(head: ResponseHead) -> bool:
     return media_type(head).startswith(("text/html", "application/xhtml"))
 
 
-def can_be_page(key: str) -> bool:
-    """Return whether a name can be that of an HTML page, so that it is not a captive portal's or error page.
-
-    >>> [can_be_page("http://a" + path) for path in ("/simple/x/", "/x.iso", "/InRelease", "/x-1.0.rpm")]
-    [True, False, False, False]
-    """
-    name_class, path = classify_name(key), key.partition("?")[0]
-    pages = {NameClass.OTHER: _PAGE, NameClass.INDEX: _INDEX_PAGE}.get(name_class)
-    return pages is not None and pages.search(path) is not None
-
-
 def is_misplaced_page(request: Request, stored: ResponseHead | None, response: ResponseHead) -> bool:
     """Return whether a response is HTML in the place of a file: from a captive portal or a parked mirror.
 
-    What is ``stored``, if anything, tells whether it is a file; else the name does.
+    What is ``stored``, if anything, tells whether it is a file; else the name does.  A browser may get a page
+    in the place of another type if the name allows it.
+
+    >>> page = ResponseHead(200, "", (("Content-Type", "text/html"),))
+    >>> [is_misplaced_page(parse_request(["GET http://a%s HTTP/1.0" % path]), None, page)
+    ...     for path in ("/simple/x/", "/x.iso", "/InRelease", "/x-1.0.rpm")]
+    [False, True, True, True]
     """
-    if not is_html(response) or response.status >= 300:
+    if not is_html(response) or response.status >= 300 or stored is not None and is_html(stored):
         return False
-    if stored is None:
-        return not can_be_page(request.key)
-    prefers_html = (field_value(request.fields, "Accept") or "").lower().startswith("text/html")
-    return not is_html(stored) and not (prefers_html and can_be_page(request.key))
+    pages = {NameClass.OTHER: _PAGE, NameClass.INDEX: _INDEX_PAGE}.get(classify_name(request.key))
+    accepted = field_value(request.fields, "Accept") or ""
+    is_expected = stored is None or accepted.lower().startswith("text/html")
+    return not (pages and is_expected and pages.search(request.key.partition("?")[0]))
 
 
 # Freshness (RFC 9111 §4.2) --------------------------------------------------------------------
@@ -2215,19 +2184,18 @@ def is_same_version(stored: ResponseHead, response: ResponseHead) -> bool:
 # What may be stored (RFC 9111 §3, §4.4) --------------------------------------------------------
 
 
-def _who_forbids_storing(request: Request, head: ResponseHead) -> str:
-    """Return the directive or field that forbids storing a response; "" if none does."""
+def _prohibitions(request: Request, head: ResponseHead) -> tuple[tuple[bool, str], ...]:
+    """Return the directives and fields that forbid storing a response, each with whether it applies."""
     control = cache_directives(head.fields)
     # §5.2.2.3: must-understand overrides no-store, but allows only statuses whose caching rules are known.
     understood = "must-understand" in control and head.status in http.client.responses
-    reasons = (
+    return (
         ("no-store" in cache_directives(request.fields), "no-store"),
         ("no-store" in control and not understood, "no-store"),
         ("must-understand" in control and not understood, "must-understand"),
         ("private" in control, "private"),
         ("*" in list_members(head.fields, "Vary"), "Vary: *"),
         (not is_shareable(request, head), "Authorization"))
-    return next((reason for applies, reason in reasons if applies), "")
 
 
 def is_implausible(key: str, size: int | None) -> bool:
@@ -2243,7 +2211,7 @@ def why_not_storable(request: Request, head: ResponseHead, config: Config) -> st
     reasons = (
         (request.method != "GET", "only GET is stored"),
         (head.status != 200, "status %d is not stored" % head.status),
-        (bool(reason := _who_forbids_storing(request, head)), reason),
+        *_prohibitions(request, head),
         (is_misplaced_page(request, None, head), "text/html for a name that is not a page's"),
         (is_implausible(request.key, content_length(head.fields)), "no bytes"),
         (not of_use, "no lifetime and no validator"))
@@ -2259,7 +2227,7 @@ def is_small_answer(request: Request, head: ResponseHead) -> bool:
     may_appear = classify_name(request.key) is NameClass.CONTENT or request.key.endswith(".narinfo")
     of_use = freshness_lifetime(head) and "no-cache" not in cache_directives(head.fields)  # never validated
     return bool(of_use and not may_appear and head.status not in (200, 206, 304, 401, 407, 412, 416)
-                and not _who_forbids_storing(request, head))
+                and not any(applies for applies, _ in _prohibitions(request, head)))
 
 
 def is_worth_full_download(request: Request, size_limit: int) -> bool:
@@ -2284,11 +2252,9 @@ def invalidated_keys(request: Request, response: ResponseHead) -> list[str]:
         return []
     keys = [request.key]
     for name in ("Location", "Content-Location"):
-        with contextlib.suppress(BadRequestError, ValueError):
-            location = field_value(response.fields, name) or ""
-            target = parse_target(urllib.parse.urljoin(request.target.uri, location))
-            if (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
-                keys.append(cache_key(target))
+        target = resolve_reference(request.target.uri, field_value(response.fields, name) or "")
+        if target and (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
+            keys.append(cache_key(target))
     return [key + mark for key in keys for mark in FORMS]
 
 
@@ -2302,8 +2268,8 @@ _NEVER_STALE = frozenset(("must-revalidate", "proxy-revalidate", "no-cache", "s-
 def _client_wants_validation(control: dict[str, str | None], policy: CachePolicy, age: int,
                              ttl: float) -> bool:
     """Return whether a client's directives demand a validation (RFC 9111 §5.2.1.1, §5.2.1.3, §5.2.1.4)."""
-    too_old = (policy.heeds_max_age and "max-age" in control
-               and age >= parse_delta_seconds(control["max-age"]))
+    heeded = policy.heeds_max_age and "max-age" in control
+    too_old = heeded and age >= parse_delta_seconds(control["max-age"])
     too_short = "min-fresh" in control and ttl < parse_delta_seconds(control["min-fresh"])
     return "no-cache" in control or too_old or too_short
 
@@ -2361,11 +2327,6 @@ def _pass_if_private(request: Request, stored: ResponseHead | None, decision: Ca
     return decision
 
 
-def _decide_offline(request: Request, matches: bool, name_class: NameClass) -> CacheDecision:
-    usable = matches and request.method in ("GET", "HEAD")
-    return CacheDecision(Action.SERVE if usable else Action.REFUSE, name_class, "" if usable else "uri-miss")
-
-
 def decide(request: Request, stored: ResponseHead | None, config: Config, now: float) -> CacheDecision:
     """Decide what to do with a request, given the head that is stored for its key (RFC 9111 §4).
 
@@ -2389,11 +2350,12 @@ def decide(request: Request, stored: ResponseHead | None, config: Config, now: f
     # Only a file changes as its name tells; any other answer, such as a 404, as its fields say.
     name_class = classify_name(request.key) if stored is None or stored.status == 200 else NameClass.OTHER
     matches = stored is not None and selecting_fields(request, stored) == stored.vary  # RFC 9111 §4.1
+    is_read = request.method in ("GET", "HEAD")
     if config.offline:
-        return _decide_offline(request, matches, name_class)
+        action, forward = (Action.SERVE, "") if matches and is_read else (Action.REFUSE, "uri-miss")
+        return CacheDecision(action, name_class, forward)
     if any(pattern.search(request.uri) for pattern in config.filters):
         return CacheDecision(Action.PASS, name_class, "bypass")
-    is_read = request.method in ("GET", "HEAD")
     if not is_read or request.length != 0:  # only the origin knows what a GET's body means (RFC 9110 §9.3.1)
         return CacheDecision(Action.PASS, name_class, "bypass" if is_read else "method")
     if stored is None or not matches:
@@ -2610,19 +2572,20 @@ _INTEGRITY = re.compile(r"\bsha(?:512|256)-([\w+/]+=*)")
 _JSON_FILE = re.compile(r'(?:"dist"\s*:|"files"\s*:\s*\[|\}\s*,)\s*(?=\{\s*")')
 
 
-def _json_link(item: dict[str, Any]) -> tuple[str, str, str]:
-    hashes, integrity = item.get("hashes"), _INTEGRITY.search(str(item.get("integrity")))
-    digest = hashes.get("sha256", hashes.get("sha512")) if isinstance(hashes, dict) else ""
-    with contextlib.suppress(ValueError):  # of Base64
-        digest = binascii.a2b_base64(integrity[1]).hex() if integrity else digest
-    return str(item.get("tarball", item.get("url"))), str(item.get("size")), str(digest)
-
-
 def _html_links(chunks: Iterator[bytes]) -> Iterator[tuple[str, str, str]]:
     for stanza in _stanzas(chunks, b"<a"):
         anchor = _ANCHOR.match(stanza[1:].decode("utf-8", "replace"))
         if anchor:
             yield unescape(anchor[1]), "", anchor[2].rpartition("=")[2]
+
+
+def _json_digest(item: dict[str, Any]) -> str:
+    """Return the digest in an object about a file: PyPI's in hexadecimal, or npm's in Base64."""
+    hashes, integrity = item.get("hashes"), _INTEGRITY.search(str(item.get("integrity")))
+    if integrity:
+        with contextlib.suppress(ValueError):
+            return binascii.a2b_base64(integrity[1]).hex()
+    return str(hashes.get("sha256", hashes.get("sha512"))) if isinstance(hashes, dict) else ""
 
 
 def _json_links(chunks: Iterator[bytes]) -> Iterator[tuple[str, str, str]]:
@@ -2636,7 +2599,7 @@ def _json_links(chunks: Iterator[bytes]) -> Iterator[tuple[str, str, str]]:
                 item, at = json.JSONDecoder().raw_decode(text, found.end())
             except (ValueError, RecursionError):
                 raise DamagedIndexError("its JSON is damaged, or an object in it is too long") from None
-            yield _json_link(item)
+            yield str(item.get("tarball", item.get("url"))), str(item.get("size")), _json_digest(item)
             found = _JSON_FILE.search(text, at - 1)
         text = text[found.start() if found else max(0, at - 1, len(text) - 100):]
 
@@ -2654,10 +2617,23 @@ def _parse_page(chunks: Iterator[bytes], base: str, key: str) -> Iterator[_RawEn
 _PARSERS: dict[str, Callable[..., Iterator[_RawEntry]]] = {
     "release": _parse_release, "apt": _parse_apt, "repomd": _parse_rpm, "rpm": _parse_rpm,
     "pacman": _parse_pacman, "apk": _parse_apk, "pypi": _parse_page, "npm": _parse_page}
-_INDEX_NAME = re.compile(
-    r"(?P<release>(?:In)?Release)|(?P<apt>(?:Packages|Sources)(?:\.\w+)?|(?:[0-9a-f]{64}){1,2})"
-    r"|(?P<repomd>repomd\.xml)|(?P<rpm>(?:[\w-]*-)?primary\.xml(?:\.(?:gz|xz|bz2|zst))?)"
-    r"|(?P<pacman>[^/]+\.(?:db|files)(?:\.tar(?:\.\w+)?)?)|(?P<apk>APKINDEX\.tar\.gz)")
+_INDEX_NAME = re.compile(  # with the folder in which it must be
+    r"/(?:(?P<release>(?:In)?Release)|(?P<apt>(?:Packages|Sources)(?:\.\w+)?|by-hash/[^/]+/(?:[0-9a-f]{64}){1,2})"
+    r"|(?P<repomd>repodata/repomd\.xml)|(?P<rpm>repodata/(?:[\w-]*-)?primary\.xml(?:\.(?:gz|xz|bz2|zst))?)"
+    r"|(?P<pacman>[^/]+\.(?:db|files)(?:\.tar(?:\.\w+)?)?)|(?P<apk>APKINDEX\.tar\.gz))$")
+
+
+def _page_type(key: str, content_type: str) -> tuple[str, str, str] | None:
+    """Return what index_type() does, for a page of PyPI or a document of npm."""
+    folder = key.removesuffix("index.html").rstrip("/")
+    above, _, project = folder.rpartition("/")
+    if folder != key and above.endswith(("/simple", "/+simple")):
+        base = above.rpartition("/")[0] + "/"
+        return "pypi", base, "%ssimple/%s/" % (base, project)
+    base = key.replace("%2F", "/") + "/"  # an author wrote the document: it speaks for one package
+    is_npm = (content_type in ("application/json", "application/vnd.npm.install-v1+json")
+              and classify_name(key) is NameClass.OTHER)  # conda's repodata.json, for one, is an index
+    return ("npm", base, base) if is_npm else None
 
 
 def index_type(key: str, content_type: str = "") -> tuple[str, str, str] | None:
@@ -2671,36 +2647,14 @@ def index_type(key: str, content_type: str = "") -> tuple[str, str, str] | None:
     ('apt', 'http://a/debian/', 'http://a/debian/')
     """
     key = key.partition("#")[0]  # each form of a page tells the same
-    folder, _, name = key.removesuffix("index.html").rpartition("/")
-    above, _, last = folder.rpartition("/")
-    found = _INDEX_NAME.fullmatch(name) if "?" not in key and len(key) <= 2048 else None
+    if "?" in key or len(key) > MAX_CLASSIFIED_PATH:
+        return None
+    found = _INDEX_NAME.search(key, key.find("/", len("https://")))
     if found is None:
-        return _page_type(key, content_type) if "?" not in key else None
-    kind, base = found.lastgroup or "", folder + "/"
-    if kind == "apt":
-        is_by_hash = above.endswith("/by-hash")
-        if name[0].islower() and not is_by_hash:
-            return None
-        at = key.find("/dists/", key.find("/", len("https://")))
-        base = key[:at + 1] if at >= 0 else above[:-len("by-hash")] if is_by_hash else base
-    elif kind in ("rpm", "repomd"):
-        if last != "repodata":
-            return None
-        base = above + "/"
-    return kind, base, "top " + base if kind in ("release", "repomd") else base
-
-
-def _page_type(key: str, content_type: str) -> tuple[str, str, str] | None:
-    """Return the same for a page of PyPI, or a document of npm."""
-    folder = key.removesuffix("index.html").rstrip("/")
-    above, _, project = folder.rpartition("/")
-    if folder != key and above.endswith(("/simple", "/+simple")):
-        base = above.rpartition("/")[0] + "/"
-        return "pypi", base, "%ssimple/%s/" % (base, project)
-    base = key.replace("%2F", "/") + "/"  # an author wrote the document: it speaks for one package
-    is_npm = (content_type in ("application/json", "application/vnd.npm.install-v1+json")
-              and classify_name(key) is NameClass.OTHER)  # conda's repodata.json, for one, is an index
-    return ("npm", base, base) if is_npm else None
+        return _page_type(key, content_type)
+    dists = key.find("/dists/", found.pos) if found.lastgroup == "apt" else -1
+    base = key[:(dists if dists >= 0 else found.start()) + 1]
+    return str(found.lastgroup), base, "top " * (found.lastgroup in ("release", "repomd")) + base
 
 
 _NOT_BELOW = re.compile(rb"(?<![^/])\.\.(?![^/])|[\0-\x1f\x7f]|^/|/$|^$")
@@ -2780,8 +2734,7 @@ def lan_networks(interfaces: Iterable[str]) -> tuple[str, ...]:
     found = {ipaddress.ip_interface(text).network for text in interfaces}
     return tuple(sorted(str(network) for network in found
                         if network.prefixlen >= (16 if network.version == 4 else 48)
-                        and not any(other.supernet_of(network) for other in known  # type: ignore[arg-type]
-                                    if other.version == network.version)))
+                        and not any(network.network_address in other for other in known)))
 
 
 def not_allowed_error(address: str) -> ProxyError:
@@ -2826,7 +2779,7 @@ def is_client_allowed(address: str, allow: Iterable[str]) -> bool:
     except ValueError:
         return False
     ip = getattr(ip, "ipv4_mapped", None) or ip  # also in hexadecimal, which unmap_ipv4() leaves alone
-    return any(ip.version == network.version and ip in network for network in parse_networks(allow))
+    return any(ip in network for network in parse_networks(allow))
 
 
 # Which origins are protected from clients on other hosts ----------------------------------------
@@ -2854,16 +2807,15 @@ def is_protected_address(address: str) -> bool:
     [True, True, True, False]
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if any(ip.version == network.version and ip in network for network in _METADATA):
+    if ip.is_loopback or ip.is_link_local or ip.is_multicast or any(ip in network for network in _METADATA):
         return True
     if isinstance(ip, ipaddress.IPv6Address):
-        own = ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip.is_multicast or ip.is_site_local
         inner = [ipaddress.IPv4Address(int(ip) >> shift & 0xFFFFFFFF) for network, shift in _EMBEDDED
                  if ip in network]
         inner += ip.teredo or ()  # server and client (RFC 4380)
-        return own or any(is_protected_address(str(other)) for other in inner)
-    zero = int(ip) >> 24 == 0 or int(ip) == 0xFFFFFFFF  # this network (RFC 1122 §3.2.1.3), broadcast
-    return zero or ip.is_loopback or ip.is_link_local or ip.is_multicast
+        embeds_one = any(is_protected_address(str(other)) for other in inner)
+        return embeds_one or ip.is_unspecified or ip.is_site_local
+    return int(ip) >> 24 == 0 or int(ip) == 0xFFFFFFFF  # this network (RFC 1122 §3.2.1.3), broadcast
 
 
 def is_numeric_host(host: str) -> bool:
@@ -2975,9 +2927,8 @@ def _matches_no_proxy(target: Target, entry: str) -> bool:
         return is_address(target.host) and ipaddress.ip_address(target.host) in network
     name, port = re.fullmatch(r"\[?(.*?)\]?(?::(\d+))?", entry, re.S).groups()  # type: ignore[union-attr]
     name = name[1:] if name.startswith("*.") else name
-    if port and int(port) != target.port:
-        return False
-    return name in ("*", target.host) or target.host.endswith(name if name.startswith(".") else "." + name)
+    covers = name in ("*", target.host) or target.host.endswith(name if name.startswith(".") else "." + name)
+    return covers and (not port or int(port) == target.port)
 
 
 def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
@@ -2986,10 +2937,9 @@ def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
     This host and its link are always reached directly, and the origins in no_proxy.
     """
     parent = dict(config.parents).get(target.scheme)
-    if parent is None or is_protected_host(target.host) or any(
-            _matches_no_proxy(target, entry) for entry in config.no_proxy if entry):
-        return None
-    return parent
+    is_direct = parent is None or is_protected_host(target.host) or any(
+        _matches_no_proxy(target, entry) for entry in config.no_proxy if entry)
+    return None if is_direct else parent
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3281,7 +3231,8 @@ def _matching_head(heads: Iterable[ResponseHead], key: str | None,
 def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
     """Make a head for a body that has none, from its file's status."""
     modified = info.st_mtime
-    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", format_http_date(modified)))
+    date = formatdate(modified, usegmt=True)
+    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", date))
     return ResponseHead(200, "OK", fields, key, key, (), modified, modified, info.st_size, info.st_mtime_ns,
                         verified=False)
 
@@ -4341,6 +4292,8 @@ def _run_zstd(file: io.FileIO, module: str) -> Iterator[bytes]:
 
     It waits for nothing but a complete file and its reader, which kills it when a limit is reached.
     """
+    import subprocess  # costs a millisecond, and few indexes need it
+
     program = shutil.which("zstd")
     if not program:
         raise DamagedIndexError("there is neither %s in Python nor zstd on PATH" % module)
@@ -4369,12 +4322,11 @@ def _decompress(file: io.FileIO) -> Iterator[bytes]:
     while data:
         known = [row[1:] for row in _DECODERS if data.startswith(row[0])]
         if not known:
-            yield data
-            yield from iter(lambda: file.read(READ_SIZE), b"")
+            yield from itertools.chain([data], iter(lambda: file.read(READ_SIZE), b""))
             return
         module, decoder, error, options = known[0]
         try:
-            imported: Any = importlib.import_module(module)  # Python may have been built without it
+            imported: Any = __import__(module, fromlist=[decoder])  # Python may have been built without it
         except ImportError:
             yield from _run_zstd(file, module)
             return
@@ -4599,8 +4551,8 @@ class IndexReader:
         """Return the tables of a place that are believed."""
         with contextlib.suppress(OSError):
             paths = [entry.path for entry in os.scandir(self._path(place)) if "^" not in entry.name]
-            tables = [table for table in map(self._open_current, paths) if table is not None]
-            return [table for table in tables if place.startswith("top ") or self._is_named(table.source)]
+            return [table for table in map(self._open_current, paths) if table and (
+                place.startswith("top ") or self._is_named(table.source))]
         return []
 
     def _open_current(self, path: str) -> IndexTable | None:
@@ -4648,15 +4600,10 @@ class IndexedStore(Store):
         """Return what changes when expected() may return something else; so do other processes, at times."""
         return self._reader.generation, int(time.monotonic() / CHECK_INTERVAL)
 
-    def commit(self, partial: PartialFile) -> None:
-        """Store a complete download, and read it if it is an index.  Raises OSError."""
-        super().commit(partial)
-        self._reader.note(partial.head)
-
-    def link(self, stored: StoredResponse) -> None:
-        """Store a body under another key, and read it if it is an index.  Raises OSError."""
-        super().link(stored)
-        self._reader.note(stored.head)
+    def _publish(self, path: str, file: StoredResponse | PartialFile, head: ResponseHead) -> None:
+        """Store a body, and read it if it is an index.  Raises OSError."""
+        super()._publish(path, file, head)
+        self._reader.note(head)
 
     def update_head(self, stored: StoredResponse, head: ResponseHead) -> None:
         """Save a validated head, and read the index that it belongs to if that was never done."""
@@ -5343,10 +5290,9 @@ def resolve_addresses(host: str, port: int) -> list[Address]:
     """Return the addresses of a host name, alternating between the families (RFC 8305 §4); OSError."""
     # As bytes: given a str, Python loads a megabyte of tables for names that are not ASCII.
     found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
-    preferred = [address for address in found if address[0] == found[0][0]]
-    others = [address for address in found if address[0] != found[0][0]]
-    pairs = itertools.zip_longest(preferred, others)
-    return [address for pair in pairs for address in pair if address is not None]
+    families = [[address for address in found if (address[0] == found[0][0]) is is_first]
+                for is_first in (True, False)]
+    return [address for pair in itertools.zip_longest(*families) for address in pair if address]
 
 
 class Resolver:
@@ -5358,11 +5304,12 @@ class Resolver:
     MAX_LOOKUP_WAITERS requests of one client wait for lookups: each holds a thread, even if its client has
     left.  The limit is high, because a whole fleet behind one address may ask for the same mirror at once.
 
-    Methods for the caller: resolve, mark_failed.  Attribute: failures.
+    Method for the caller: resolve.  Attribute: failures, to which connections add the addresses that failed.
     """
 
     def __init__(self) -> None:
-        self.failures = RecentEvents()  # by address, or by the URL of a parent proxy
+        # Refused and broken connections, and silence: by address, or by the URL of a parent proxy.
+        self.failures = RecentEvents()
         self._lock = threading.Lock()  # guards _lookups and _waiters
         self._waiters: collections.Counter[str] = collections.Counter()  # requests, by client network
         # Lookups in progress, by host and port, and the client network that started each.
@@ -5385,15 +5332,9 @@ class Resolver:
             finally:
                 with self._lock:
                     self._waiters -= collections.Counter([network])  # drops zeros
-        return sorted(addresses, key=self._rank)
-
-    def mark_failed(self, address: str) -> None:
-        """Remember that an address refused a connection, broke it or was silent."""
-        self.failures.note(address)
-
-    def _rank(self, address: Address) -> float:
-        failure = self.failures.find(address[4][0], ADDRESS_PENALTY)
-        return -math.inf if failure is None else -failure[0]  # after all others, the latest failure last
+        failed = self.failures.gather(ADDRESS_PENALTY, *[address[4][0] for address in addresses])
+        ages = {name: age for name, age, _ in failed}
+        return sorted(addresses, key=lambda address: -ages.get(address[4][0], math.inf))  # the latest last
 
     def _look_up(self, name: tuple[str, int], network: str) -> concurrent.futures.Future[list[Address]]:
         """Return the lookup of a name that is in progress, or start one, and count a waiter; OriginError."""
@@ -5461,9 +5402,6 @@ def is_near(address: Address) -> bool:
     return is_protected_address(address[0]) or is_local_address(address)
 
 
-_LOCAL_ONLY = "is an address that only clients on the proxy's own host may reach"
-
-
 class AddressPolicy:
     """Decides which addresses the proxy may connect to (no loops, no internal hosts).
 
@@ -5504,17 +5442,18 @@ class AddressPolicy:
         listens_there = address[1] in self.listening_ports
         if client_is_local and not listens_there:
             return None
+        is_local, is_refused = False, not client_is_local and is_protected_address(address[0])
         try:
             is_local = is_local_address(address)
         except OSError as error:  # an address family that this machine lacks, or no descriptor is left
-            if not client_is_local and is_protected_address(address[0]):
-                return 403, _LOCAL_ONLY
-            return 502 if error.errno == errno.EAFNOSUPPORT else 503, "cannot be checked: %s" % error.strerror
+            if not is_refused:
+                status = 502 if error.errno == errno.EAFNOSUPPORT else 503
+                return status, "cannot be checked: %s" % error.strerror
         if is_local and listens_there:
             return 508, "leads back to this proxy"
-        if client_is_local or not (is_local or is_protected_address(address[0])):
-            return None
-        return 403, _LOCAL_ONLY
+        if is_refused or is_local and not client_is_local:
+            return 403, "is an address that only clients on the proxy's own host may reach"
+        return None
 
 
 def _start_connecting(address: Address, attempts: list[socket.socket]) -> None:
@@ -5551,8 +5490,8 @@ def connect_fastest(addresses: list[Address], timeout: float) -> socket.socket:
                         failure = error
                         continue
                     selector.register(attempts[-1], selectors.EVENT_WRITE)
-                left = max(0.0, deadline - time.monotonic())
-                for key, _ in selector.select(min(left, CONNECT_ATTEMPT_DELAY) if untried else left):
+                patience = time_left(deadline, CONNECT_ATTEMPT_DELAY if untried else timeout)
+                for key, _ in selector.select(patience):
                     sock: socket.socket = key.fileobj  # type: ignore[assignment]
                     selector.unregister(sock)
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -5561,8 +5500,6 @@ def connect_fastest(addresses: list[Address], timeout: float) -> socket.socket:
                         sock.settimeout(timeout)
                         return sock
                     failure = OSError(code, os.strerror(code))
-                if time.monotonic() >= deadline:
-                    raise socket.timeout("timed out")
         raise failure
     finally:
         for sock in attempts:
@@ -5604,17 +5541,13 @@ def explain_error(error: Exception) -> str:
     return re.sub(r"^\[[A-Z0-9_: ]+\] |^_ssl\.c:\d+: | \(_ssl\.c:\d+\)", "", text)
 
 
-# Characters of a request's head that end a line, or are invalid in a field (RFC 9110 §5.5).
-_UNSAFE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-
-
 def render_request_head(method: str, target: str, fields: Fields) -> bytes:
     """Return a request's head as sent (RFC 9112 §3, §5).
 
     ValueError if a part contains what would end it: then the origin would read another request, or two.
     """
     lines = ["%s %s HTTP/1.1" % (method, target.encode("ascii").decode() or "/"), *map(": ".join, fields)]
-    if _UNSAFE.search("".join(lines)) or lines[0].count(" ") != 2:
+    if _NO_TEXT.search("".join(lines)) or lines[0].count(" ") != 2:
         raise ValueError("a control character in the request")
     return "\r\n".join((*lines, "", "")).encode("latin-1")
 
@@ -5636,10 +5569,9 @@ def is_answered_before_body(sock: socket.socket, origin_request: OriginRequest) 
 
     An origin that does not answer may not know the field: after CONTINUE_TIMEOUT, it gets the body.
     """
-    if list_members(origin_request.fields, "Expect") != ["100-continue"] or hasattr(sock, "pending"):
+    is_asked = list_members(origin_request.fields, "Expect") == ["100-continue"]
+    if not is_asked or hasattr(sock, "pending") or not wait_until_ready(sock, CONTINUE_TIMEOUT):
         return False  # TLS has no MSG_PEEK
-    if not wait_until_ready(sock, CONTINUE_TIMEOUT):
-        return False
     status = sock.recv(len("HTTP/1.1 1"), socket.MSG_PEEK)[9:]
     return status not in (b"1", b"")
 
@@ -5650,8 +5582,8 @@ class OriginResponse:
     The response owns its connection: 1. The constructor reads the head.  2. The caller reads the body.
     3. At its end, or when close() is called before, the connection goes back to the pool or is closed, once.
 
-    Methods for the caller: read, read_ahead, set_deadline, on_idle, set_length, close.  Attributes: head,
-    length, start, end_is_known.
+    Methods for the caller: read, read_ahead, on_idle, set_length, close.  Attributes: head, length, start,
+    end_is_known.
     """
 
     start = 0  # offset of the first byte in the representation; not 0 only for a verified remainder
@@ -5660,12 +5592,9 @@ class OriginResponse:
     def __init__(self, connection: OriginConnection) -> None:
         """Read the final head; ValueError, OSError."""
         sock, origin_request = connection.sock, connection.origin_request
-        self.length: int | None = None  # bytes of the body; None: unknown
         self._connection = connection
         self._reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
         self._file = io.BufferedReader(self._reader, 64 * 1024)
-        self._chunks: ChunkedReader | None = None
-        self._is_persistent = False  # whether another response may follow on this connection
         self._is_open = True
         if sock.gettimeout() and not hasattr(sock, "pending"):  # not TLS
             sock.setblocking(False)  # DeadlineReader waits instead
@@ -5698,23 +5627,20 @@ class OriginResponse:
         4. Content-Length: so many bytes.
         5. Neither: up to the end of the connection.  Such a body is passed on, but never stored.
         """
-        chunked, length = is_chunked(fields), field_value(fields, "Content-Length")
-        if chunked and (version < (1, 1) or length is not None):
+        chunked, declared = is_chunked(fields), content_length(fields)
+        if chunked and (version < (1, 1) or declared is not None):
             raise ValueError("Transfer-Encoding with HTTP/1.0 or with Content-Length")
-        self.length = None if chunked else content_length(fields)
         has_no_body = self._connection.origin_request.method == "HEAD" or self.head.status in (204, 304)
-        # If a response without body declares one, some origins send it all the same.
-        is_doubtful = has_no_body and (chunked or self.length)
-        if has_no_body:
-            self.length = 0
-        elif chunked:
-            self._chunks = ChunkedReader(self._file)
+        self.length = 0 if has_no_body else declared  # bytes of the body; None: unknown
         self._left = self.length
+        self._chunks = ChunkedReader(self._file) if chunked and not has_no_body else None
         # Whether a complete body can be told from one that was cut off; not so in case 5.
         self.end_is_known = self._chunks is not None or self.length is not None
         options = list_members(fields, "Connection")
         is_kept = "close" not in options and (version >= (1, 1) or "keep-alive" in options)
-        self._is_persistent = is_kept and self.end_is_known and not is_doubtful
+        # If a response without body declares one, some origins send it all the same.
+        is_doubtful = has_no_body and (chunked or declared)
+        self._is_persistent = is_kept and self.end_is_known and not is_doubtful  # another response may follow
 
     def read(self, size: int = COPY_SIZE) -> bytes:
         """Return up to ``size`` bytes of the body as they arrive, b"" at its end.
@@ -5724,30 +5650,22 @@ class OriginResponse:
         if not self._is_open or self._left == 0:
             self.close()
             return b""
-        try:
-            data = self._read(size)
-        except OriginError:
-            self._connection.origin_client.resolver.mark_failed(self._connection.peer_address)
-            raise
-        self._connection.origin_client.count(len(data))
-        if not data:
-            self._left = 0
-        elif self._left is not None:
-            self._left -= len(data)
-        if self._left == 0:
-            self.close()  # at once: others can use the connection before the caller asks for more
-        return data
-
-    def _read(self, size: int) -> bytes:
         limit = size if self._left is None else min(size, self._left)
         try:
             data = self._chunks.read(limit) if self._chunks else self._file.read1(limit)
-        except (socket.timeout, TimeoutError):
-            raise OriginTimeoutError("The origin stopped sending.") from None
+            if not data and self._left:
+                raise ValueError("it ended %d bytes early" % self._left)
         except (OSError, ValueError) as error:
+            self._connection.origin_client.resolver.failures.note(self._connection.peer_address)
+            if isinstance(error, (socket.timeout, TimeoutError)):
+                raise OriginTimeoutError("The origin stopped sending.") from None
             raise TruncatedBodyError("The response from the origin broke off: %s." % error) from None
-        if not data and self._left:
-            raise TruncatedBodyError("The origin closed the connection %d bytes early." % self._left)
+        self._connection.origin_client.count(len(data))
+        if self._left is not None:
+            self._left -= len(data)
+        if self._left == 0 or not data:
+            self._left = 0
+            self.close()  # at once: others can use the connection before the caller asks for more
         return data
 
     def read_ahead(self, limit: int, timeout: float) -> bytes:
@@ -5766,10 +5684,6 @@ class OriginResponse:
         self._reader.set_deadline(None)
         self._reader.prefetched = b"".join(pieces)
         return b"" if missing else self._reader.prefetched
-
-    def set_deadline(self, seconds_left: float) -> None:
-        """Limit the time of all further reads together."""
-        self._reader.set_deadline(seconds_left)
 
     def on_idle(self, call: Callable[[], object]) -> None:
         """Set a function to be called if nothing arrives for PUBLISH_DELAY seconds."""
@@ -5792,7 +5706,7 @@ class OriginResponse:
 class OriginConnection:
     """A connection to an origin server, direct or through a parent proxy.
 
-    Methods for the caller: exchange, connect_tcp, bypass_parent, is_idle, release, close.  Attribute: sock.
+    Methods for the caller: exchange, connect_tcp, bypass_parent, release, close.  Attribute: sock.
     """
 
     def __init__(self, origin_client: OriginClient, origin_request: OriginRequest) -> None:
@@ -5823,9 +5737,12 @@ class OriginConnection:
             if self.sock is None:
                 self.connect()
                 mark(origin_request.timings, "connected")
-            request_target, parent_fields = self._request_line(origin_request.target)
-            self._send(render_request_head(
-                origin_request.method, request_target, origin_request.fields + parent_fields))
+            target, fields = origin_request.target.path, origin_request.fields
+            # A parent that is not a tunnel gets the absolute form (RFC 9112 §3.2.2).
+            if self.parent is not None and origin_request.target.scheme == "http":
+                uri, fields = origin_request.target.uri, fields + self.parent.fields
+                target = uri.rstrip("*") if target == "*" else uri
+            self._send(render_request_head(origin_request.method, target, fields))
             if body is not None and not is_answered_before_body(self.sock, origin_request):
                 # An origin that rejects the body (413, say) may respond and close before it has read all.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -5872,7 +5789,7 @@ class OriginConnection:
                 return
             except (OSError, ValueError) as error:
                 if self.sock is None:  # the parent itself failed, not the origin behind it
-                    self.origin_client.resolver.mark_failed(self.parent.place.uri)
+                    self.origin_client.resolver.failures.note(self.parent.place.uri)
                 if not self.bypass_parent(error):
                     raise
         self._open(self._resolve(self.origin_request), CONNECT_TIMEOUT)
@@ -5903,7 +5820,7 @@ class OriginConnection:
         self.sock = connect_fastest(addresses, self.origin_request.timeout_for(limit))
         self.peer_address = self.sock.getpeername()[0]
         for slower in itertools.takewhile(lambda address: address[4][0] != self.peer_address, addresses):
-            self.origin_client.resolver.mark_failed(slower[4][0])
+            self.origin_client.resolver.failures.note(slower[4][0])
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _connect_parent(self, parent: ParentProxy) -> None:
@@ -5942,19 +5859,6 @@ class OriginConnection:
         self.guarded = client_is_local and (unchecked or any(is_near(address[4]) for address in addresses))
         # Without a tunnel, the parent resolves the name again for the next request: it must be checked again.
         self._is_reusable = client_is_local or not unchecked or target.scheme == "https"
-
-    def _request_line(self, target: Target) -> tuple[str, Fields]:
-        """Return the target as it is written in the request line, and fields for the parent proxy.
-
-        A parent that is not a tunnel gets the absolute form (RFC 9112 §3.2.2).
-        """
-        if self.parent is None or target.scheme == "https":
-            return target.path, ()
-        return target.uri.rstrip("*") if target.path == "*" else target.uri, self.parent.fields
-
-    def is_idle(self) -> bool:
-        """Return whether the connection is open and the origin has sent nothing since the last response."""
-        return self.sock is not None and is_open_and_silent(self.sock)
 
     def close(self) -> None:
         """Close the connection."""
@@ -5998,7 +5902,7 @@ class ConnectionPool:
                 if connection is None:
                     return None
                 self._idle.remove(connection)
-            if now - connection.idle_since < POOL_IDLE_TIMEOUT and connection.is_idle():
+            if now - connection.idle_since < POOL_IDLE_TIMEOUT and is_open_and_silent(connection.sock):
                 return connection
             connection.close()
 
@@ -6024,20 +5928,6 @@ class ConnectionPool:
     def close(self) -> None:
         """Close all connections."""
         self.close_expired(math.inf)
-
-
-def remainder_request(origin_request: OriginRequest, head: ResponseHead, offset: int) -> OriginRequest:
-    """Return the request for the rest of a representation, from ``offset`` (RFC 9110 §13.1.5, §14.2).
-
-    Raise CannotResumeError if the response had no strong validator: without one, the origin could not say
-    that the file has changed, and bytes of two files would be joined.
-    """
-    validator = strong_validator(head)
-    if offset and validator is None:
-        raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
-    more = (("Range", "bytes=%d-" % offset), ("If-Range", validator or "")) if offset else ()
-    fields = without_fields(origin_request.fields, ("range", "if-range")) + more
-    return replace_fields(origin_request, fields=fields)
 
 
 def redirected_request(origin_request: OriginRequest, location: Target) -> OriginRequest:
@@ -6086,7 +5976,7 @@ class OriginClient:
     ``count`` is called with the number of body bytes that arrive.  The resolver, the pool and the other
     attributes are shared by all connections.
 
-    Methods for the caller: fetch, fetch_remainder, connect, is_open, close_idle, close.
+    Methods for the caller: fetch, fetch_remainder, connect, is_open.
     """
 
     def __init__(self, count: Callable[[int], object], config: Config) -> None:
@@ -6130,17 +6020,15 @@ class OriginClient:
                 local_clients_only = local_clients_only or response.head.local_clients_only
                 response.head = replace_fields(
                     response.head, local_clients_only=local_clients_only, behind_login=behind_login)
-                location = None
-                if origin_request.follow_redirects:
-                    location = redirect_target(response.head, origin_request.target)
+                follows = origin_request.follow_redirects
+                location = redirect_target(response.head, origin_request.target) if follows else None
                 if location is None:
                     is_page = response.head.status < 300 and is_html(response.head)
                     if first is not None and is_page:
                         first, response = response, first
                     return response
-                if first is None:
-                    first = response
-                else:
+                first = first or response
+                if response is not first:
                     response.close()
                 has_password = field_value(origin_request.fields, "Authorization") is not None
                 behind_login = behind_login or has_password and not permits_sharing(response.head)
@@ -6190,30 +6078,34 @@ class OriginClient:
         """Turn errors of a request into OriginTimeoutError (504) or OriginError (502)."""
         try:
             yield
-        except (socket.timeout, TimeoutError) as error:
-            self.resolver.mark_failed(connection.peer_address)
-            reason = "" if str(error) in ("", "timed out") else ": " + explain_error(error)
-            sentence = "No answer from %s in time%s." % (connection.blamed_name, reason)
-            raise OriginTimeoutError(sentence, target, unreachable=not connection.established) from None
         except (OSError, ValueError) as error:
-            self.resolver.mark_failed(connection.peer_address)
+            self.resolver.failures.note(connection.peer_address)
             failure = "The request to %s failed" if connection.reached else "Cannot connect to %s"
-            sentence = failure % connection.blamed_name + ": %s." % explain_error(error)
-            if isinstance(error, socket.gaierror):
-                reason = "" if error.errno == socket.EAI_NONAME else ": " + explain_error(error)
-                sentence = "Cannot resolve %s%s." % (connection.blamed_name, reason)
+            kind, unreachable, reason = OriginError, not connection.reached, ": " + explain_error(error)
+            if isinstance(error, (socket.timeout, TimeoutError)):
+                kind, unreachable = OriginTimeoutError, not connection.established
+                failure = "No answer from %s in time"
+                reason = "" if str(error) in ("", "timed out") else reason
+            elif isinstance(error, socket.gaierror):
+                failure, reason = "Cannot resolve %s", "" if error.errno == socket.EAI_NONAME else reason
             elif getattr(error, "reason", "") in _NO_TLS:
-                sentence = "%s does not speak TLS." % connection.blamed_name
-            raise OriginError(sentence, target, unreachable=not connection.reached) from None
+                failure, reason = "%s does not speak TLS", ""
+            raise kind("%s%s." % (failure % connection.blamed_name, reason), target, unreachable) from None
 
     def fetch_remainder(self, origin_request: OriginRequest, head: ResponseHead, size: int | None,
                         offset: int) -> OriginResponse:
         """Return the response with the rest, from ``offset``, of the representation that ``head`` describes.
 
         ``size`` is the representation's length, if known.  Raise OriginError if the origin cannot send it
-        now, CannotResumeError if the response does not fit the bytes before ``offset``.
+        now, CannotResumeError if the response does not fit the bytes before ``offset``, or if ``head`` has no
+        strong validator: then the origin could not say that the file has changed (RFC 9110 §13.1.5).
         """
-        response = self.fetch(remainder_request(origin_request, head, offset))
+        validator = strong_validator(head)
+        if offset and validator is None:
+            raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
+        more = (("Range", "bytes=%d-" % offset), ("If-Range", validator or "")) if offset else ()
+        fields = without_fields(origin_request.fields, ("range", "if-range")) + more
+        response = self.fetch(replace_fields(origin_request, fields=fields))
         status = response.head.status
         if status in (408, 429) or status >= 500:
             response.close()
@@ -6226,14 +6118,6 @@ class OriginClient:
             response.set_length(part[1] - offset)
         response.start = offset
         return response
-
-    def close_idle(self) -> None:
-        """Close connections that were idle for too long; cheap enough to be called several times a second."""
-        self.pool.close_expired(time.monotonic())
-
-    def close(self) -> None:
-        """Close idle connections."""
-        self.pool.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7949,7 +7833,8 @@ class BackgroundRevalidator:
         """Return the request; it demands a validation if something newer than the stored response tells about
         it: an index that is not read yet, or what a stored signature signs."""
         signed = filter(None, map(self._stored_head, signed_keys(head.key)))
-        if self._store.awaits_index(head) or any(other.response_time > head.response_time for other in signed):
+        is_older = any(other.response_time > head.response_time for other in signed)
+        if is_older or self._store.awaits_index(head):
             return replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
         return request
 
@@ -8314,14 +8199,14 @@ class Proxy:
 
     def close_idle(self) -> None:
         """Close connections to origins that have been idle for too long; cheap if called often."""
-        self._origin.close_idle()
+        self._origin.pool.close_expired(time.monotonic())
 
     def close(self) -> None:
         """End the background work, and close idle connections."""
         self._stopped.set()
         self._store.space.scarce.set()  # on which the evictor waits
         self._downloader.locks.leases.close()
-        self._origin.close()
+        self._origin.pool.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8365,8 +8250,8 @@ def usage_hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
     were not stored ("" if they were), as in Cache-Status.
     """
     # Pages of the proxy and refused requests say nothing about the repositories that the clients use.
-    counts: dict[Outcome, int] = {outcome: outcomes[outcome.value] for outcome in Outcome
-                                  if outcome not in (Outcome.OWN, Outcome.REFUSED)}
+    rated = [outcome for outcome in Outcome if outcome not in (Outcome.OWN, Outcome.REFUSED)]
+    counts = {outcome: outcomes[outcome.value] for outcome in rated}
     total, tunnels = sum(counts.values()), counts[Outcome.TUNNEL]
     if total and tunnels >= 0.9 * total:
         return ("%d of %d requests used CONNECT: https passes through unseen and cannot be cached. Use "
@@ -8398,15 +8283,10 @@ class Counters:
                         **{outcome.value: 0 for outcome in Outcome}}
         self._started = time.time(), time.monotonic()
 
-    def add_down(self, count: int) -> None:
-        """Add body bytes received from an origin."""
+    def add_bytes(self, count: int, name: str = "statsDownBytes") -> None:
+        """Add body bytes from an origin or, as ``statsTunnelBytes``, those of a tunnel in both directions."""
         with self._lock:
-            self._totals["statsDownBytes"] += count
-
-    def add_tunnel(self, count: int) -> None:
-        """Add bytes that passed through a tunnel, in both directions together."""
-        with self._lock:
-            self._totals["statsTunnelBytes"] += count
+            self._totals[name] += count
 
     def add(self, outcome: Outcome, cached: int = 0, count: int = 1) -> None:
         """Add ``count`` requests with this outcome, answered with ``cached`` body bytes from the cache."""
@@ -8928,13 +8808,10 @@ SETUP_CHOICE = """<input type="radio" name="setup" id="to-%s" %s><label for="to-
 <div><pre>%s</pre><span class="soft">To undo it:</span><pre>%s</pre></div>"""
 
 
-def _hash(text: str) -> str:
-    """Return the CSP source that allows exactly this inline text (W3C CSP Level 3 §2.3.1)."""
-    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-POLICY = ("default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; "
-          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (_hash(STYLE), _hash(SCRIPT)))
+# A hash allows exactly this inline text (W3C CSP Level 3 §2.3.1).
+POLICY = ("default-src 'none'; style-src 'sha256-%s'; script-src 'sha256-%s'; connect-src 'self'; "
+          "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % tuple(
+              base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (STYLE, SCRIPT)))
 
 
 def problems(view: dict[str, Any]) -> list[tuple[str, str]]:
@@ -8981,11 +8858,11 @@ def _figures_html(view: dict[str, Any]) -> str:
         counts = view[key]
         saved, down = counts.get("statsCacheBytes", 0), counts.get("statsDownBytes", 0)
         share, (found, asked) = format_percent(saved, saved + down), hit_counts(counts)
-        text += "<div><dt>Saved %s</dt><dd>%s</dd><dd>%s</dd></div>" % (
-            title, format_bytes(saved), "no traffic yet" if saved + down == 0 else
-            "%s came from the cache, %s from origins" % (share, format_bytes(down)))
-        text += "<div><dt>Hits %s</dt><dd>%s</dd><dd>%s of %s</dd></div>" % (
-            title, format_percent(found, asked), f"{found:,}", format_count(asked, "request"))
+        sources = "%s came from the cache, %s from origins" % (share, format_bytes(down))
+        for name, figure, meaning in (
+                ("Saved", format_bytes(saved), sources if saved + down else "no traffic yet"),
+                ("Hits", format_percent(found, asked), f"{found:,} of {format_count(asked, 'request')}")):
+            text += "<div><dt>%s %s</dt><dd>%s</dd><dd>%s</dd></div>" % (name, title, figure, meaning)
     return text
 
 
@@ -9044,11 +8921,11 @@ def _downloads_html(view: dict[str, Any]) -> str:
     text = ""
     for row in view["downloads"]:
         length = row["length"]  # None if the origin did not declare it: a bar without a value, which moves
-        bar = "" if length is None else ' max="%d" value="%d"' % (length or 1, row["bytes"])
-        text += ('<li class="name">%s<progress aria-label="%s"%s></progress>%s%s, %s/s, %s</li>' % (
-            _uri_html(row["uri"]), escape(row["uri"]), bar, format_bytes(row["bytes"]),
-            "" if length is None else " of " + format_bytes(length), format_bytes(row["rate"]),
-            format_count(row["clients"], "client")))
+        bar, whole = ("", "") if length is None else (
+            ' max="%d" value="%d"' % (length or 1, row["bytes"]), " of " + format_bytes(length))
+        text += '<li class="name">%s<progress aria-label="%s"%s></progress>%s%s, %s/s, %s</li>' % (
+            _uri_html(row["uri"]), escape(row["uri"]), bar, format_bytes(row["bytes"]), whole,
+            format_bytes(row["rate"]), format_count(row["clients"], "client"))
     return "<ul>%s</ul>" % text if text else '<p class="soft">None at the moment.</p>'
 
 
@@ -9143,21 +9020,19 @@ def _metrics(view: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[tuple[st
     yield "start_time_seconds", "Time of the start, in seconds since 1970.", [("", view["since"])]
     yield "requests_total outcome", "Requests answered, by outcome.", [
         (outcome.value, counts[outcome.value]) for outcome in Outcome]
-    for name, key, meaning in (("cache", "statsCacheBytes", "Body bytes served from the cache."),
-                               ("downloaded", "statsDownBytes", "Body bytes downloaded from origins."),
-                               ("tunnel", "statsTunnelBytes", "Bytes through tunnels, in both directions.")):
-        yield name + "_bytes_total", meaning, [("", counts[key])]
+    yield "cache_bytes_total", "Body bytes served from the cache.", [("", counts["statsCacheBytes"])]
+    yield "downloaded_bytes_total", "Body bytes downloaded from origins.", [("", counts["statsDownBytes"])]
+    yield "tunnel_bytes_total", "Bytes through tunnels, both ways.", [("", counts["statsTunnelBytes"])]
     for name, key, meaning in (("requests", "requests", "Requests, by origin (the busiest ones)."),
                                ("sent_bytes", "bytes", "Body bytes sent to clients, by origin."),
                                ("cached_bytes", "cached", "Body bytes served from the cache, by origin.")):
         yield "origin_%s_total origin" % name, meaning, [(o, row[key]) for o, row in view["origins"].items()]
     yield "downloads", "Running downloads.", [("", len(view["downloads"]))]
     yield "troubled_origins", "Origins that failed a moment ago.", [("", len(view["troubles"]))]
-    for name, key, meaning in (("stored_files", "files", "Stored files, when they were last counted."),
-                               ("stored_bytes", "bytes", "Bytes on disk at that time, with metadata."),
-                               ("swept_files_total", "removedFiles", "Files removed by eviction."),
-                               ("swept_bytes_total", "removedBytes", "Bytes freed by eviction.")):
-        yield name, meaning, [("", eviction.get(key, 0))]
+    yield "stored_files", "Stored files, when they were last counted.", [("", eviction.get("files", 0))]
+    yield "stored_bytes", "Bytes on disk at that time, with metadata.", [("", eviction.get("bytes", 0))]
+    yield "swept_files_total", "Files removed by eviction.", [("", eviction.get("removedFiles", 0))]
+    yield "swept_bytes_total", "Bytes freed by eviction.", [("", eviction.get("removedBytes", 0))]
     yield "packages_total check", "Packages that were compared with their index, or with their digest.", [
         *view["checks"].items()]
     for key, count in view["disk"].items():
@@ -10429,7 +10304,7 @@ class ProxyHandler:
                     count, whole = relay_tunnel(self._connection.sock, origin, self._buffered()), True
                 finally:
                     dispatcher.count(response, 0)
-                    dispatcher.statistics.counters.add_tunnel(count)
+                    dispatcher.statistics.counters.add_bytes(count, "statsTunnelBytes")
                     dispatcher.record(request, response, count, self._started, whole)
         except ProxyError as error:
             return self._answer(request, error_response(error), close=True)
@@ -11465,7 +11340,7 @@ def run(config: Config, level: int) -> None:
     signals = install_signal_handlers()  # before "Starting" is logged, after which a SIGTERM may come
     sockets = open_sockets(config, os.environ)
     counters = Counters()
-    proxy = Proxy(config, store, counters.add_down)
+    proxy = Proxy(config, store, counters.add_bytes)
     statistics = StatusCollector(store, counters, config.instance or ",".join(config.addrs), proxy.snapshot)
     proxy.start()
     statistics.history.start()
