@@ -9642,8 +9642,7 @@ class ClientConnection:
 
         A client with a large buffer makes room in it seldom, but is alive as long as its system takes bytes.
         """
-        idle = IDLE_TIMEOUT if self.access_key else LINGER_TIMEOUT  # None: it has been refused
-        head = REQUEST_HEAD_TIMEOUT if self.buffered or not self.answered else idle
+        head = REQUEST_HEAD_TIMEOUT if self.buffered or not self.answered else IDLE_TIMEOUT
         limit = CLIENT_TIMEOUT if self.pending else head
         if now - self.waiting_since > limit and self.pending and self.has_progressed():
             self.waiting_since = now
@@ -9906,32 +9905,14 @@ class Dispatcher:
     # Access
 
     def check_access(self, connection: ClientConnection) -> bool:
-        """Return whether the client may connect; if not, send it one response.
+        """Return whether the client may connect; if so, ``connection.access_key`` is set.
 
         The address is checked before anything is parsed.
         """
         host, own_address, config = connection.host, connection.server_address, self.proxy.config
         if host == own_address[0] or is_client_allowed(host, config.allow + config.lan):
             connection.access_key = connection.is_local, own_address
-            return True
-        if not connection.answered:
-            connection.answered, connection.waiting_since = True, time.monotonic()
-            connection.send(self._refuse(connection))
-            with contextlib.suppress(OSError):  # from now on, only the client's close is awaited
-                connection.sock.shutdown(socket.SHUT_WR)
-        return False
-
-    def _refuse(self, connection: ClientConnection) -> bytes:
-        """Return the response to a client that may not connect; count it, and log it once in a while."""
-        error = not_allowed_error(connection.host)
-        response, request = error_response(error), Request("?", "?", Target("", "", 0, "/"), ())
-        body = b"%s\n" % str(error).encode()
-        quiet = not self._refused.note_first(connection.host, REFUSAL_LOG_INTERVAL)
-        result = SendResult(len(body), 0, 0.0, True, quiet)
-        self.count(response, len(body))
-        self.record_results(request, 403, response.cache_status, [(connection.host, result)])
-        head, status = with_date(response.head, time.time()), response.cache_status
-        return render_response_head(request, head, len(body), status, True, self.proxy.config) + body
+        return connection.access_key is not None
 
     def host_names(self) -> tuple[str, str]:
         """Return this host's short and full name without waiting; the full name is "" while it is unknown.
@@ -10031,7 +10012,10 @@ class Dispatcher:
 
     def record(self, request: Request, response: Response, sent: int, began: float, whole: bool) -> None:
         """Log a response, ``sent`` bytes of its body since ``began`` (monotonic), and add it to the pages."""
-        result = SendResult(sent, self._cached_bytes(response, sent), time.monotonic() - began, whole)
+        # A client that may not connect, so that its request was not even read, is logged once in a while.
+        quiet = request.method == "?" and response.head.status == 403 and not self._refused.note_first(
+            request.client, REFUSAL_LOG_INTERVAL)
+        result = SendResult(sent, self._cached_bytes(response, sent), time.monotonic() - began, whole, quiet)
         self.proxy.doubts.note_delivered(request, request.client, response.head.status if whole else 0)
         self.record_results(request, response.head.status, response.cache_status, [(request.client, result)])
 
@@ -10101,7 +10085,7 @@ class EventLoop:
     request answered; further requests that it has buffered are postponed to the next turn.
 
     The path of a hit: run_once → _serve → _read_request → Dispatcher.try_hot_path → HotCache.get, or
-    Proxy.prepare_hit → _send → HitTransfer.send_some → _finish.
+    Proxy.prepare_hit → _send → HitTransfer.send_some → _record.
 
     Stored files are checked once a turn, not once a request (see HotCache), and responses are logged once a
     turn.  That must not be noticed: a client that removes a file, or changes the settings, and *then* sends
@@ -10233,33 +10217,21 @@ class EventLoop:
         """
         began, seen = time.monotonic(), 0
         if is_readable:
-            data = self._receive(connection)
+            data = connection.receive()
+            if data == b"":
+                self._close(connection)
             if not data:
                 return
-            if not connection.buffered:
-                connection.waiting_since = began
-                hit = self._hot_cache.get((data, connection.access_key))
-                if hit is not None:  # mostly: one whole head, the same that somebody sent a moment ago
-                    connection.pending = HitTransfer(hit, began, self._counters)
-                    return
             seen, connection.buffered = len(connection.buffered), connection.buffered + data
-        size = find_head_end(connection.buffered, seen)
+            connection.waiting_since = connection.waiting_since if seen else began
+        is_allowed = connection.access_key or self._dispatcher.check_access(connection)
+        size = find_head_end(connection.buffered, seen) if is_allowed else -1  # a thread refuses it
         hit = self._dispatcher.try_hot_path(connection, size, self._hot_cache) if size > 0 else None
         if hit is not None:
             connection.buffered = connection.buffered[size:]
             connection.pending = HitTransfer(hit, began, self._counters)
         elif size:
             self._hand_to_thread(connection)
-
-    def _receive(self, connection: ClientConnection) -> bytes | None:
-        """Return what a client that may use the proxy has sent; close the connection if the client has."""
-        data = connection.receive()
-        if data == b"":
-            self._close(connection)
-        # Discard what a refused client sends until it closes, or for LINGER_TIMEOUT: unread bytes would turn
-        # the proxy's close into a reset, which may overtake the response.
-        is_allowed = connection.access_key or (data and self._dispatcher.check_access(connection))
-        return data if is_allowed else None
 
     def _send(self, connection: ClientConnection, transfer: HitTransfer) -> None:
         """Send the next bytes of a hit; a thread goes on if they are not in memory."""
@@ -10269,27 +10241,20 @@ class EventLoop:
                     self._hand_to_thread(connection)
                     return
                 if transfer.send_some(connection.sock):
-                    self._finish(connection, transfer)
-                    return
+                    connection.answered = True
+                    self._note_sent(connection, transfer)
+                    break
         except BlockingIOError:
             connection.has_progressed()  # from now on
         except (OSError, StorageError):
             self._close(connection)
             return
-        connection.waiting_since = time.monotonic()
-        self._watch(connection)
-
-    def _finish(self, connection: ClientConnection, transfer: HitTransfer) -> None:
-        """Go on with a connection to which a hit has been sent."""
-        connection.answered = True
-        self._note_sent(connection, transfer)
-        if transfer.hit.close:
+        if transfer.hit.close and not connection.pending:
             self._close(connection)
             return
-        if connection.watched == selectors.EVENT_WRITE:
-            connection.waiting_since = time.monotonic()
-            self._watch(connection)
-        if connection.buffered:
+        connection.waiting_since = time.monotonic()
+        self._watch(connection)
+        if connection.buffered and not connection.pending:
             self._postponed.append(connection)
 
     def _note_sent(self, connection: ClientConnection, transfer: HitTransfer) -> None:
@@ -10546,8 +10511,10 @@ class ProxyHandler:
     # Reading
 
     def _next(self) -> Request:
-        """Return the request whose head is buffered; BadRequestError."""
+        """Return the request whose head is buffered; ProxyError if it is invalid, or its client not allowed."""
         connection = self._connection
+        if connection.access_key is None:
+            raise not_allowed_error(connection.host)
         request = self._parse_head(connection.buffered)
         body = None
         if request.length != 0:
