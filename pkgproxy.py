@@ -9632,11 +9632,6 @@ class ClientConnection:
         name = self.sock.getsockname()
         return unmap_ipv4(name[0]), name[1]
 
-    @functools.cached_property
-    def is_local(self) -> bool:
-        """Whether the client is on this host."""
-        return self.host == self.server_address[0] or is_local_client(self.host)
-
     def has_timed_out(self, now: float) -> bool:
         """Return whether the event loop has waited too long for the client, at the monotonic time ``now``.
 
@@ -9687,11 +9682,6 @@ class ClientConnection:
             return None
         except OSError:
             return b""
-
-    def send(self, data: bytes) -> None:
-        """Send as many bytes as possible without blocking; a failure shows when the close is read."""
-        with contextlib.suppress(OSError):
-            self.sock.send(data)
 
 
 class ConnectionLimiter:
@@ -9910,8 +9900,9 @@ class Dispatcher:
         The address is checked before anything is parsed.
         """
         host, own_address, config = connection.host, connection.server_address, self.proxy.config
-        if host == own_address[0] or is_client_allowed(host, config.allow + config.lan):
-            connection.access_key = connection.is_local, own_address
+        is_this_host = host == own_address[0]
+        if is_this_host or is_client_allowed(host, config.allow + config.lan):
+            connection.access_key = is_this_host or is_local_client(host), own_address
         return connection.access_key is not None
 
     def host_names(self) -> tuple[str, str]:
@@ -10037,35 +10028,23 @@ class Dispatcher:
 
 
 class WakeableSelector(selectors.DefaultSelector):
-    """A selector that other threads can wake up, and give connections to."""
+    """A selector that other threads can wake up."""
 
-    def __init__(self, on_given: Callable[[ClientConnection], None]) -> None:
-        """``on_given`` is called for each connection that was given, by take()."""
+    def __init__(self) -> None:
         super().__init__()
-        self._on_given = on_given
-        self._given: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        self.register(self._reader, selectors.EVENT_READ, self.take)
+        self.register(self._reader, selectors.EVENT_READ, self._discard)
 
     def wake(self) -> None:
-        """Let select() return now, with ``take`` among the data; from any thread."""
+        """Let select() return now, with a function to be called among the data; from any thread."""
         with contextlib.suppress(OSError):  # full, so that it wakes anyway; or closed
             self._writer.send(b"\0")
 
-    def give(self, connection: ClientConnection) -> None:
-        """Give a connection to the thread that calls select(); from any thread."""
-        self._given.put(connection)
-        self.wake()
-
-    def take(self) -> None:
-        """Discard the wake-ups so far, and take the connections that were given."""
+    def _discard(self) -> None:
         with contextlib.suppress(OSError):
             self._reader.recv(4096)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._on_given(self._given.get_nowait())
 
     def close(self) -> None:
         """Close the selector and its sockets."""
@@ -10103,17 +10082,18 @@ class EventLoop:
         self._closed = False
         self._thread = 0  # the one that calls run_once()
         self._hot_cache = HotCache()
-        self.selector = WakeableSelector(
-            lambda given: (server.close_connection if self._closed else self._add)(given))
+        self._given: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()  # by other threads
+        self.selector = WakeableSelector()
 
     def add(self, connection: ClientConnection) -> None:
         """Wait for the next request of a connection."""
         if self._thread == threading.get_ident() and not self._closed:
             self._add(connection)
         else:
-            self.selector.give(connection)
+            self._given.put(connection)
+            self.selector.wake()
             if self._closed:  # set before close() takes what was given: one of the two finds the connection
-                self.selector.take()
+                self._take(self._server.close_connection)
 
     def run_once(self, timeout: float) -> None:
         """Serve all connections that are ready now, or as soon as one is, within ``timeout`` seconds."""
@@ -10129,6 +10109,7 @@ class EventLoop:
         for connection in postponed:
             if connection.waiting:
                 self._serve(connection, is_readable=False)
+        self._take(self._add)
         self._record()
 
     @property
@@ -10149,7 +10130,7 @@ class EventLoop:
     def close(self) -> None:
         """Close all connections that no thread serves, and those that come later."""
         self._closed = True
-        self.selector.take()
+        self._take(self._server.close_connection)
         for connection in tuple(self._connections):
             self._close(connection)
         self._record()
@@ -10157,6 +10138,12 @@ class EventLoop:
         self.selector.close()
 
     # Connections come and go
+
+    def _take(self, function: Callable[[ClientConnection], None]) -> None:
+        """Call a function for each connection that other threads have given."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                function(self._given.get_nowait())
 
     def _add(self, connection: ClientConnection) -> None:
         """Serve a connection at once, since a new one has usually sent its request; then wait for more."""
@@ -10538,7 +10525,7 @@ class ProxyHandler:
             parse = parse_request_head if 0 < size <= MAX_MEMOIZED_HEAD else parse_request_head.__wrapped__
             # An invalid head is parsed for its error; the line end makes an overlong last line a whole one.
             head = data[:size] if size > 0 else data + b"\r\n"
-            request = parse(head, self._connection.is_local, self._connection.server_address)
+            request = parse(head, *self._connection.access_key)
         except ValueError as error:
             raise BadRequestError("Invalid head: %s." % error, getattr(error, "status", 400)) from None
         except ProxyError:
@@ -10673,7 +10660,8 @@ class ProxyServer:
         refused = self.limiter.admit(connection)
         if refused:
             head = error_response(ProxyError("%s has too many connections open." % refused.host, 503)).head
-            refused.send(render_head(head, (*head.fields, ("Connection", "close"))))
+            with contextlib.suppress(OSError):
+                refused.sock.send(render_head(head, (*head.fields, ("Connection", "close"))))
             self.close_connection(refused)
 
     def close_connection(self, connection: ClientConnection) -> None:
