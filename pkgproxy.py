@@ -9447,7 +9447,7 @@ class HitTransfer:
     def result(self) -> SendResult:
         """Return what has been sent in the end, and count it if it is not counted yet."""
         left = len(self.unsent) + self._left
-        size = max(0, self.hit.body_size - left) if left else self.hit.body_size
+        size = max(0, self.hit.body_size - left)
         if not self._is_counted:
             self._counters.add(self.hit.cache_status.outcome, size)
         return SendResult(size, size, time.monotonic() - self.began, not left)
@@ -9713,7 +9713,6 @@ class ConnectionLimiter:
     def __init__(self, max_connections: int) -> None:
         self.max_connections = max_connections
         self.max_tunnels = max(2, max_connections // 2)
-        self.crowded = False  # clients wait for a place: a closed connection should wake the server
         self._lock = threading.Lock()  # guards all below
         self._connections: set[ClientConnection] = set()
         self._per_client: collections.Counter[str] = collections.Counter()  # by network
@@ -9733,7 +9732,6 @@ class ConnectionLimiter:
         """Admit an accepted connection, or park it; return one to be refused if too many are parked."""
         with self._lock:
             if not self._make_room(connection.network):
-                self.crowded = True
                 self._parked.append(connection)
                 if len(self._parked) <= self.max_connections:
                     return None
@@ -9752,12 +9750,13 @@ class ConnectionLimiter:
             is_full = len(self._parked) >= self.max_connections and len(self._per_client) == 1
             return is_full and time.monotonic() - self._released_at < 1.0
 
-    def release(self, connection: ClientConnection) -> None:
-        """Free the place of a closed connection."""
+    def release(self, connection: ClientConnection) -> bool:
+        """Free the place of a closed connection; return whether others wait for it."""
         with self._lock:
             self._released_at = time.monotonic()
             self._abandoned.discard(connection)
             self._unregister(connection)
+            return bool(self._parked)
 
     def admit_parked(self) -> None:
         """Admit parked connections as far as the limits allow: the clients with the fewest first.
@@ -9785,7 +9784,6 @@ class ConnectionLimiter:
                 else:
                     blocked.add(network)
                     self._parked.append(connection)
-            self.crowded = bool(self._parked)
             for network in itertools.filterfalse(self._may_have_more, blocked):
                 self._close_spare(sum(each.network == network for each in self._parked), network)
         for connection in admitted:
@@ -10152,20 +10150,6 @@ class EventLoop:
         connection.waiting, connection.waiting_since = True, time.monotonic()
         self._hot_cache.recheck(self._dispatcher.proxy.hits_valid_for())  # it may be younger than this turn
         self._serve(connection)
-        if connection.waiting:
-            self._watch(connection)
-
-    def _watch(self, connection: ClientConnection) -> None:
-        """Wait until the rest of a hit can be sent, or else until the next request comes."""
-        events = selectors.EVENT_WRITE if connection.pending else selectors.EVENT_READ
-        if events == connection.watched:
-            return
-        try:
-            set_events(self.selector, connection.sock, events, connection)
-            connection.watched = events
-        except OSError as error:  # fs.epoll.max_user_watches, say
-            log.warning("Cannot watch a connection: %s", error)
-            self._close(connection)
 
     def _remove(self, connection: ClientConnection) -> None:
         connection.waiting, connection.watched = False, 0
@@ -10185,12 +10169,21 @@ class EventLoop:
     # Requests
 
     def _serve(self, connection: ClientConnection, is_readable: bool = True) -> None:
-        """Do for a connection what one turn allows.  A bug costs this connection, not the others."""
+        """Do for a connection what one turn allows, and watch it until the next one.
+
+        A bug, or a lack of memory to watch it (fs.epoll.max_user_watches, say), costs this connection, not
+        the others.
+        """
         try:
             if connection.pending is None:
                 self._read_request(connection, is_readable)
             if connection.pending is not None:
                 self._send(connection, connection.pending)
+            # Wait until the rest of a hit can be sent, or else until the next request comes.
+            events = selectors.EVENT_WRITE if connection.pending else selectors.EVENT_READ
+            if connection.waiting and events != connection.watched:
+                set_events(self.selector, connection.sock, events, connection)
+                connection.watched = events
         except Exception:  # noqa: BLE001
             self._server.handle_error(connection)
             if connection.waiting:
@@ -10236,12 +10229,10 @@ class EventLoop:
         except (OSError, StorageError):
             self._close(connection)
             return
-        if transfer.hit.close and not connection.pending:
-            self._close(connection)
-            return
         connection.waiting_since = time.monotonic()
-        self._watch(connection)
-        if connection.buffered and not connection.pending:
+        if not connection.pending and transfer.hit.close:
+            self._close(connection)
+        elif not connection.pending and connection.buffered:
             self._postponed.append(connection)
 
     def _note_sent(self, connection: ClientConnection, transfer: HitTransfer) -> None:
@@ -10671,8 +10662,7 @@ class ProxyServer:
         """
         connection.sock.close()
         self._in_threads.discard(connection)
-        self.limiter.release(connection)
-        if self.limiter.crowded:
+        if self.limiter.release(connection):
             self._act_soon = True
             self.event_loop.selector.wake()
 
