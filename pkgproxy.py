@@ -7426,10 +7426,12 @@ class HotCache:
             self._valid_for = valid_for
         self._verified.clear()
 
-    def get(self, asked: Any) -> PreparedHit | None:
-        """Return the entry for a request, if it may still be used."""
+    def get(self, asked: Any, client: str = "") -> PreparedHit | None:
+        """Return the entry for a request, if it may still be used; with ``client``, if that has got it before."""
         entry = self._entries.get(asked)
-        if entry is None or entry in self._verified:
+        if entry is None or client and client not in entry.clients:
+            return None
+        if entry in self._verified:
             return entry
         with contextlib.suppress(OSError):
             if file_version(entry.stored) == entry.version:
@@ -8831,6 +8833,7 @@ FIXED_PAGES = {  # media type and text by path
     "robots.txt": (TEXT, "User-agent: *\nDisallow: /\n")}
 
 
+@functools.lru_cache(LARGE_MEMO)  # hits need the same ones again and again
 def format_bytes(count: float) -> str:
     """Format a number of bytes for people, in decimal units.
 
@@ -9975,13 +9978,14 @@ class Dispatcher:
             return None
         key = connection.buffered[:size], connection.access_key
         hit = hot_cache.get(key)
-        with contextlib.suppress(ProxyError, ValueError):  # the thread that gets the request sends the error
-            request = None if hit else parse_request_head(key[0], *key[1])
-            if request and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
-                self._check_name(request)
-                hit, connection.known_missing = self.proxy.prepare_hit(request)
-                if hit is not None:
-                    hot_cache.put(key, hit)
+        if hit is None:
+            with contextlib.suppress(ProxyError, ValueError):  # the thread that gets it sends the error
+                request = parse_request_head(key[0], *key[1])
+                if not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
+                    self._check_name(request)
+                    hit, connection.known_missing = self.proxy.prepare_hit(request)
+                    if hit is not None:
+                        hot_cache.put(key, hit)
         if hit is not None and connection.host not in hit.clients:  # its first time in this second
             if self.proxy.doubts.is_due(hit.request, connection.host, hit.stored.head):
                 return None
@@ -10202,8 +10206,13 @@ class EventLoop:
                 self._close(connection)
             if not data:
                 return
+            if not connection.buffered:
+                connection.waiting_since = began
+                hit = self._hot_cache.get((data, connection.access_key), connection.host)
+                if hit is not None:  # mostly: the bytes of a whole head that this client has sent a moment ago
+                    connection.pending = HitTransfer(hit, began, self._counters)
+                    return
             seen, connection.buffered = len(connection.buffered), connection.buffered + data
-            connection.waiting_since = connection.waiting_since if seen else began
         is_allowed = connection.access_key or self._dispatcher.check_access(connection)
         size = find_head_end(connection.buffered, seen) if is_allowed else -1  # a thread refuses it
         hit = self._dispatcher.try_hot_path(connection, size, self._hot_cache) if size > 0 else None
