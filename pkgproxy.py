@@ -7393,7 +7393,8 @@ class PreparedHit:
     stored: StoredResponse  # open: its descriptor tells whether the file is still the same
     version: tuple[int, int, int]  # of that file
     text: str  # for the log
-    clients: set[str] = dataclasses.field(default_factory=set)  # that got it, and may doubt it now
+    # How often each client has got it, up to 2: from then on, it is known not to doubt it in this second.
+    clients: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def __del__(self) -> None:
         self.stored.close()
@@ -7427,9 +7428,9 @@ class HotCache:
         self._verified.clear()
 
     def get(self, asked: Any, client: str = "") -> PreparedHit | None:
-        """Return the entry for a request, if it may still be used; with ``client``, if that has got it before."""
+        """Return the entry for a request, if it may still be used; with ``client``, if that does not doubt it."""
         entry = self._entries.get(asked)
-        if entry is None or client and client not in entry.clients:
+        if entry is None or client and entry.clients[client] < 2:
             return None
         if entry in self._verified:
             return entry
@@ -9986,11 +9987,9 @@ class Dispatcher:
                     hit, connection.known_missing = self.proxy.prepare_hit(request)
                     if hit is not None:
                         hot_cache.put(key, hit)
-        if hit is not None and connection.host not in hit.clients:  # its first time in this second
-            if self.proxy.doubts.is_due(hit.request, connection.host, hit.stored.head):
-                return None
-            hit.clients.add(connection.host)
-            self.proxy.doubts.note_delivered(hit.request, connection.host, hit.status)
+        if hit is not None and hit.clients[connection.host] < 2 and self.proxy.doubts.is_due(
+                hit.request, connection.host, hit.stored.head):
+            return None
         return hit
 
     # Counting and logging
@@ -10011,6 +10010,14 @@ class Dispatcher:
         result = SendResult(sent, self._cached_bytes(response, sent), time.monotonic() - began, whole, quiet)
         self.proxy.doubts.note_delivered(request, request.client, response.head.status if whole else 0)
         self.record_results(request, response.head.status, response.cache_status, [(request.client, result)])
+
+    def record_hit(self, hit: PreparedHit, results: list[tuple[str, SendResult]]) -> None:
+        """Log a hit that was sent to several clients, which may doubt it from now on; its bytes are counted."""
+        for client, result in results:
+            if hit.clients[client] < 2 and result.whole:
+                hit.clients[client] += 1
+                self.proxy.doubts.note_delivered(hit.request, client, hit.status)
+        self.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
 
     def record_results(self, request: Request, status: int, cache_status: CacheStatus,
                        results: list[tuple[str, SendResult]], text: str = "") -> None:
@@ -10252,7 +10259,7 @@ class EventLoop:
         """Log what was sent in this turn: once per hit, which is cheaper than once per client."""
         sent, self._sent = self._sent, {}
         for hit, results in sent.items():
-            self._dispatcher.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
+            self._dispatcher.record_hit(hit, results)
 
 
 class ResponseWriter:
@@ -10417,15 +10424,14 @@ class ProxyHandler:
 
     def _finish_hit(self, transfer: HitTransfer) -> bool:
         """Send the rest of a hit that the event loop has begun; return whether the connection stays open."""
-        hit, connection, dispatcher = transfer.hit, self._connection, self._server.dispatcher
+        connection = self._connection
         try:
             while not send_patiently(connection.sock, transfer.send_some, connection.sock):
                 pass
         finally:
             connection.pending = None
-            results = [(connection.host, transfer.result())]
-            dispatcher.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
-        return not hit.close
+            self._server.dispatcher.record_hit(transfer.hit, [(connection.host, transfer.result())])
+        return not transfer.hit.close
 
     def _handle_connect(self, request: Request) -> bool:
         """Serve a tunnel until it ends; return False: nothing can follow it."""

@@ -7174,6 +7174,7 @@ class DoubtedPackageTest(ProxyCase):
                 stored.head, request_time=stored.head.request_time - 10, response_time=stored.head.response_time - 10))
         url = self.origin.url(path)
         self.proxy.doubts._validated.forget(url, "127.0.0.1 %d" % (hash(url) % pkgproxy.DOUBTS_PER_CLIENT))
+        self.server.event_loop._hot_cache.recheck(())  # hits are prepared again each second
 
     def start(self, path, client):
         """Store a package in its old version, for a machine at another address."""
@@ -12008,8 +12009,8 @@ class EventLoopTest(ProxyCase):
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
         early, late, find = self.open_client(), [], self.server.event_loop._hot_cache.get
 
-        def found(asked):
-            copy = find(asked)
+        def found(*asked):
+            copy = find(*asked)
             if copy is not None and not late:  # just found valid: the file is removed, and then a new client connects
                 os.unlink(path)
                 late.append(self.open_client(self.raw_request()))
@@ -12034,8 +12035,8 @@ class EventLoopTest(ProxyCase):
                 return len(there.recv(65536, socket.MSG_PEEK))
             return 0
 
-        def found(asked):
-            copy = find(asked)
+        def found(*asked):
+            copy = find(*asked)
             if copy is not None and not late:  # just found valid: the file is removed, and then a client sends another request
                 os.unlink(path)
                 client, there = next(pair for pair in pairs if come(pair[1]))
