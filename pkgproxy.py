@@ -7428,7 +7428,10 @@ class HotCache:
         self._verified.clear()
 
     def get(self, asked: Any, client: str = "") -> PreparedHit | None:
-        """Return the entry for a request, if it may still be used; with ``client``, if that does not doubt it."""
+        """Return the entry for a request, if it may still be used.
+
+        With ``client``, only if that client is known not to doubt it.
+        """
         entry = self._entries.get(asked)
         if entry is None or client and entry.clients[client] < 2:
             return None
@@ -10012,7 +10015,7 @@ class Dispatcher:
         self.record_results(request, response.head.status, response.cache_status, [(request.client, result)])
 
     def record_hit(self, hit: PreparedHit, results: list[tuple[str, SendResult]]) -> None:
-        """Log a hit that was sent to several clients, which may doubt it from now on; its bytes are counted."""
+        """Log a hit that was sent to several clients; from now on, they may doubt it."""
         for client, result in results:
             if hit.clients[client] < 2 and result.whole:
                 hit.clients[client] += 1
@@ -10216,7 +10219,7 @@ class EventLoop:
             if not connection.buffered:
                 connection.waiting_since = began
                 hit = self._hot_cache.get((data, connection.access_key), connection.host)
-                if hit is not None:  # mostly: the bytes of a whole head that this client has sent a moment ago
+                if hit is not None:  # mostly: a whole head, the same that this client sent a moment ago
                     connection.pending = HitTransfer(hit, began, self._counters)
                     return
             seen, connection.buffered = len(connection.buffered), connection.buffered + data
@@ -10504,11 +10507,11 @@ class ProxyHandler:
     # Reading
 
     def _next(self) -> Request:
-        """Return the request whose head is buffered; ProxyError if it is invalid, or its client not allowed."""
+        """Return the request whose head is buffered; ProxyError for an invalid head or an unwanted client."""
         connection = self._connection
         if connection.access_key is None:
             raise not_allowed_error(connection.host)
-        request = self._parse_head(connection.buffered)
+        request = self._parse_head(connection.buffered, connection.access_key)
         body = None
         if request.length != 0:
             expects = list_members(request.fields, "Expect") == ["100-continue"] and request.version >= (1, 1)
@@ -10520,7 +10523,7 @@ class ProxyHandler:
             request, body=body, received=time.time(), client=connection.host, timings=timings,
             server_address=connection.server_address[0], known_missing=missing)
 
-    def _parse_head(self, data: bytes) -> Request:
+    def _parse_head(self, data: bytes, access_key: AccessKey) -> Request:
         """Parse the head at the start of ``data``, and consume it."""
         size = find_head_end(data)
         if not size:
@@ -10531,7 +10534,7 @@ class ProxyHandler:
             parse = parse_request_head if 0 < size <= MAX_MEMOIZED_HEAD else parse_request_head.__wrapped__
             # An invalid head is parsed for its error; the line end makes an overlong last line a whole one.
             head = data[:size] if size > 0 else data + b"\r\n"
-            request = parse(head, *self._connection.access_key)
+            request = parse(head, *access_key)
         except ValueError as error:
             raise BadRequestError("Invalid head: %s." % error, getattr(error, "status", 400)) from None
         except ProxyError:
@@ -11143,16 +11146,6 @@ def inherited_socket(descriptor: int) -> socket.socket:
     return NonblockingListener(listening)
 
 
-def inherited_descriptors(environment: Mapping[str, str]) -> range:
-    """Return the descriptors of sockets passed by systemd socket activation (sd_listen_fds(3)).
-
-    LISTEN_PID tells them from variables that were inherited by mistake.
-    """
-    count = environment.get("LISTEN_FDS", "")
-    is_for_us = environment.get("LISTEN_PID") == str(os.getpid()) and count.isdecimal()
-    return range(3, 3 + int(count)) if is_for_us else range(0)
-
-
 def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.socket]:
     """Listen on each configured address, or take over the sockets that systemd passed instead.
 
@@ -11161,7 +11154,10 @@ def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.
     if config.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
         raise StartupError("This system does not support SO_REUSEPORT; remove --reuse-port and --instance.")
     sockets: list[socket.socket] = []
-    descriptors = inherited_descriptors(environment)
+    # Those of systemd's socket activation (sd_listen_fds(3)).  LISTEN_PID tells them from variables that were
+    # inherited by mistake.
+    count = environment.get("LISTEN_FDS", "") if environment.get("LISTEN_PID") == str(os.getpid()) else ""
+    descriptors = range(3, 3 + int(count)) if count.isdecimal() else range(0)
     for addr in descriptors or config.addrs:
         try:
             sockets.append(inherited_socket(addr) if isinstance(addr, int)
