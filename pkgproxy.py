@@ -10981,12 +10981,10 @@ EPILOG = """Defaults are in parentheses.  Formats:
   ADDR   :9999, 192.168.0.1:9999 or [::1]:9999; PORTS 443,8443 or none
   NET    all, or 203.0.113.0/24; "--allow none" first: without the defaults
   SIZE   500M, 20G or 1.5T; TIME 90m, 12h, 30d or 8w
-  FILE   for -f: one regular expression a line, searched in each URI
-         for --origins: one host name a line, or *.example.org
+  FILE   a line each: for -f expressions, for --origins hosts or *.example.org
   URL    for --barrier memcached://HOST:PORT[,HOST:PORT]
          for --parent http://[NAME:PASSWORD@]HOST:PORT[,direct]
-Clients need only http_proxy=http://this-host:9999/, which also shows a page.
-Files can be removed from the cache with rm at any time."""
+Clients need only http_proxy=http://this-host:9999/, which also shows a page."""
 
 
 def _parse_argument(parse: Callable[[str], Any], text: str) -> Any:
