@@ -7251,7 +7251,8 @@ class PreparedHit:
     stored: StoredResponse  # open: its descriptor tells whether the file is still the same
     version: tuple[int, int, int]  # of that file
     text: str  # for the log
-    clients: set[str] = dataclasses.field(default_factory=set)  # that got it, and may doubt it now
+    # How often each client has got it, up to 2: from then on, it is known not to doubt it in this second.
+    clients: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def __del__(self) -> None:
         self.stored.close()
@@ -7284,10 +7285,15 @@ class HotCache:
             self._valid_for = valid_for
         self._verified.clear()
 
-    def get(self, asked: Any) -> PreparedHit | None:
-        """Return the entry for a request, if it may still be used."""
+    def get(self, asked: Any, client: str = "") -> PreparedHit | None:
+        """Return the entry for a request, if it may still be used.
+
+        With ``client``, only if that client is known not to doubt it.
+        """
         entry = self._entries.get(asked)
-        if entry is None or entry in self._verified:
+        if entry is None or client and entry.clients[client] < 2:
+            return None
+        if entry in self._verified:
             return entry
         with contextlib.suppress(OSError):
             if file_version(entry.stored) == entry.version:
@@ -8651,6 +8657,7 @@ FIXED_PAGES = {  # media type and text by path
     "robots.txt": (TEXT, "User-agent: *\nDisallow: /\n")}
 
 
+@functools.lru_cache(LARGE_MEMO)  # hits need the same ones again and again
 def format_bytes(count: float) -> str:
     """Format a number of bytes for people, in decimal units.
 
@@ -9262,7 +9269,7 @@ class HitTransfer:
     def result(self) -> SendResult:
         """Return what has been sent in the end, and count it if it is not counted yet."""
         left = len(self.unsent) + self._left
-        size = max(0, self.hit.body_size - left) if left else self.hit.body_size
+        size = max(0, self.hit.body_size - left)
         if not self._is_counted:
             self._counters.add(self.hit.cache_status.outcome, size)
         return SendResult(size, size, time.monotonic() - self.began, not left)
@@ -9447,18 +9454,12 @@ class ClientConnection:
         name = self.sock.getsockname()
         return unmap_ipv4(name[0]), name[1]
 
-    @functools.cached_property
-    def is_local(self) -> bool:
-        """Whether the client is on this host."""
-        return self.host == self.server_address[0] or is_local_client(self.host)
-
     def has_timed_out(self, now: float) -> bool:
         """Return whether the event loop has waited too long for the client, at the monotonic time ``now``.
 
         A client with a large buffer makes room in it seldom, but is alive as long as its system takes bytes.
         """
-        idle = IDLE_TIMEOUT if self.access_key else LINGER_TIMEOUT  # None: it has been refused
-        head = REQUEST_HEAD_TIMEOUT if self.buffered or not self.answered else idle
+        head = REQUEST_HEAD_TIMEOUT if self.buffered or not self.answered else IDLE_TIMEOUT
         limit = CLIENT_TIMEOUT if self.pending else head
         if now - self.waiting_since > limit and self.pending and self.has_progressed():
             self.waiting_since = now
@@ -9504,11 +9505,6 @@ class ClientConnection:
         except OSError:
             return b""
 
-    def send(self, data: bytes) -> None:
-        """Send as many bytes as possible without blocking; a failure shows when the close is read."""
-        with contextlib.suppress(OSError):
-            self.sock.send(data)
-
 
 class ConnectionLimiter:
     """Limits open connections, in total and per client.
@@ -9539,7 +9535,6 @@ class ConnectionLimiter:
     def __init__(self, max_connections: int) -> None:
         self.max_connections = max_connections
         self.max_tunnels = max(2, max_connections // 2)
-        self.crowded = False  # clients wait for a place: a closed connection should wake the server
         self._lock = threading.Lock()  # guards all below
         self._connections: set[ClientConnection] = set()
         self._per_client: collections.Counter[str] = collections.Counter()  # by network
@@ -9559,7 +9554,6 @@ class ConnectionLimiter:
         """Admit an accepted connection, or park it; return one to be refused if too many are parked."""
         with self._lock:
             if not self._make_room(connection.network):
-                self.crowded = True
                 self._parked.append(connection)
                 if len(self._parked) <= self.max_connections:
                     return None
@@ -9578,12 +9572,13 @@ class ConnectionLimiter:
             is_full = len(self._parked) >= self.max_connections and len(self._per_client) == 1
             return is_full and time.monotonic() - self._released_at < 1.0
 
-    def release(self, connection: ClientConnection) -> None:
-        """Free the place of a closed connection."""
+    def release(self, connection: ClientConnection) -> bool:
+        """Free the place of a closed connection; return whether others wait for it."""
         with self._lock:
             self._released_at = time.monotonic()
             self._abandoned.discard(connection)
             self._unregister(connection)
+            return bool(self._parked)
 
     def admit_parked(self) -> None:
         """Admit parked connections as far as the limits allow: the clients with the fewest first.
@@ -9611,7 +9606,6 @@ class ConnectionLimiter:
                 else:
                     blocked.add(network)
                     self._parked.append(connection)
-            self.crowded = bool(self._parked)
             for network in itertools.filterfalse(self._may_have_more, blocked):
                 self._close_spare(sum(each.network == network for each in self._parked), network)
         for connection in admitted:
@@ -9721,32 +9715,15 @@ class Dispatcher:
     # Access
 
     def check_access(self, connection: ClientConnection) -> bool:
-        """Return whether the client may connect; if not, send it one response.
+        """Return whether the client may connect; if so, ``connection.access_key`` is set.
 
         The address is checked before anything is parsed.
         """
         host, own_address, config = connection.host, connection.server_address, self.proxy.config
-        if host == own_address[0] or is_client_allowed(host, config.allow + config.lan):
-            connection.access_key = connection.is_local, own_address
-            return True
-        if not connection.answered:
-            connection.answered, connection.waiting_since = True, time.monotonic()
-            connection.send(self._refuse(connection))
-            with contextlib.suppress(OSError):  # from now on, only the client's close is awaited
-                connection.sock.shutdown(socket.SHUT_WR)
-        return False
-
-    def _refuse(self, connection: ClientConnection) -> bytes:
-        """Return the response to a client that may not connect; count it, and log it once in a while."""
-        error = not_allowed_error(connection.host)
-        response, request = error_response(error), Request("?", "?", Target("", "", 0, "/"), ())
-        body = b"%s\n" % str(error).encode()
-        quiet = not self._refused.note_first(connection.host, REFUSAL_LOG_INTERVAL)
-        result = SendResult(len(body), 0, 0.0, True, quiet)
-        self.count(response, len(body))
-        self.record_results(request, 403, response.cache_status, [(connection.host, result)])
-        head, status = with_date(response.head, time.time()), response.cache_status
-        return render_response_head(request, head, len(body), status, True, self.proxy.config) + body
+        is_this_host = host == own_address[0]
+        if is_this_host or is_client_allowed(host, config.allow + config.lan):
+            connection.access_key = is_this_host or is_local_client(host), own_address
+        return connection.access_key is not None
 
     def host_names(self) -> tuple[str, str]:
         """Return this host's short and full name without waiting; the full name is "" while it is unknown.
@@ -9820,18 +9797,17 @@ class Dispatcher:
             return None
         key = connection.buffered[:size], connection.access_key
         hit = hot_cache.get(key)
-        with contextlib.suppress(ProxyError, ValueError):  # the thread that gets the request sends the error
-            request = None if hit else parse_request_head(key[0], *key[1])
-            if request and not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
-                self._check_name(request)
-                hit, connection.known_missing = self.proxy.prepare_hit(request)
-                if hit is not None:
-                    hot_cache.put(key, hit)
-        if hit is not None and connection.host not in hit.clients:  # its first time in this second
-            if self.proxy.doubts.is_due(hit.request, connection.host, hit.stored.head):
-                return None
-            hit.clients.add(connection.host)
-            self.proxy.doubts.note_delivered(hit.request, connection.host, hit.status)
+        if hit is None:
+            with contextlib.suppress(ProxyError, ValueError):  # the thread that gets it sends the error
+                request = parse_request_head(key[0], *key[1])
+                if not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
+                    self._check_name(request)
+                    hit, connection.known_missing = self.proxy.prepare_hit(request)
+                    if hit is not None:
+                        hot_cache.put(key, hit)
+        if hit is not None and hit.clients[connection.host] < 2 and self.proxy.doubts.is_due(
+                hit.request, connection.host, hit.stored.head):
+            return None
         return hit
 
     # Counting and logging
@@ -9846,9 +9822,20 @@ class Dispatcher:
 
     def record(self, request: Request, response: Response, sent: int, began: float, whole: bool) -> None:
         """Log a response, ``sent`` bytes of its body since ``began`` (monotonic), and add it to the pages."""
-        result = SendResult(sent, self._cached_bytes(response, sent), time.monotonic() - began, whole)
+        # A client that may not connect, so that its request was not even read, is logged once in a while.
+        quiet = request.method == "?" and response.head.status == 403 and not self._refused.note_first(
+            request.client, REFUSAL_LOG_INTERVAL)
+        result = SendResult(sent, self._cached_bytes(response, sent), time.monotonic() - began, whole, quiet)
         self.proxy.doubts.note_delivered(request, request.client, response.head.status if whole else 0)
         self.record_results(request, response.head.status, response.cache_status, [(request.client, result)])
+
+    def record_hit(self, hit: PreparedHit, results: list[tuple[str, SendResult]]) -> None:
+        """Log a hit that was sent to several clients; from now on, they may doubt it."""
+        for client, result in results:
+            if hit.clients[client] < 2 and result.whole:
+                hit.clients[client] += 1
+                self.proxy.doubts.note_delivered(hit.request, client, hit.status)
+        self.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
 
     def record_results(self, request: Request, status: int, cache_status: CacheStatus,
                        results: list[tuple[str, SendResult]], text: str = "") -> None:
@@ -9868,35 +9855,23 @@ class Dispatcher:
 
 
 class WakeableSelector(selectors.DefaultSelector):
-    """A selector that other threads can wake up, and give connections to."""
+    """A selector that other threads can wake up."""
 
-    def __init__(self, on_given: Callable[[ClientConnection], None]) -> None:
-        """``on_given`` is called for each connection that was given, by take()."""
+    def __init__(self) -> None:
         super().__init__()
-        self._on_given = on_given
-        self._given: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        self.register(self._reader, selectors.EVENT_READ, self.take)
+        self.register(self._reader, selectors.EVENT_READ, self._discard)
 
     def wake(self) -> None:
-        """Let select() return now, with ``take`` among the data; from any thread."""
+        """Let select() return now, with a function to be called among the data; from any thread."""
         with contextlib.suppress(OSError):  # full, so that it wakes anyway; or closed
             self._writer.send(b"\0")
 
-    def give(self, connection: ClientConnection) -> None:
-        """Give a connection to the thread that calls select(); from any thread."""
-        self._given.put(connection)
-        self.wake()
-
-    def take(self) -> None:
-        """Discard the wake-ups so far, and take the connections that were given."""
+    def _discard(self) -> None:
         with contextlib.suppress(OSError):
             self._reader.recv(4096)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._on_given(self._given.get_nowait())
 
     def close(self) -> None:
         """Close the selector and its sockets."""
@@ -9916,7 +9891,7 @@ class EventLoop:
     request answered; further requests that it has buffered are postponed to the next turn.
 
     The path of a hit: run_once → _serve → _read_request → Dispatcher.try_hot_path → HotCache.get, or
-    Proxy.prepare_hit → _send → HitTransfer.send_some → _finish.
+    Proxy.prepare_hit → _send → HitTransfer.send_some → _record.
 
     Stored files are checked once a turn, not once a request (see HotCache), and responses are logged once a
     turn.  That must not be noticed: a client that removes a file, or changes the settings, and *then* sends
@@ -9934,17 +9909,18 @@ class EventLoop:
         self._closed = False
         self._thread = 0  # the one that calls run_once()
         self._hot_cache = HotCache()
-        self.selector = WakeableSelector(
-            lambda given: (server.close_connection if self._closed else self._add)(given))
+        self._given: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()  # by other threads
+        self.selector = WakeableSelector()
 
     def add(self, connection: ClientConnection) -> None:
         """Wait for the next request of a connection."""
         if self._thread == threading.get_ident() and not self._closed:
             self._add(connection)
         else:
-            self.selector.give(connection)
+            self._given.put(connection)
+            self.selector.wake()
             if self._closed:  # set before close() takes what was given: one of the two finds the connection
-                self.selector.take()
+                self._take(self._server.close_connection)
 
     def run_once(self, timeout: float) -> None:
         """Serve all connections that are ready now, or as soon as one is, within ``timeout`` seconds."""
@@ -9960,6 +9936,7 @@ class EventLoop:
         for connection in postponed:
             if connection.waiting:
                 self._serve(connection, is_readable=False)
+        self._take(self._add)
         self._record()
 
     @property
@@ -9980,7 +9957,7 @@ class EventLoop:
     def close(self) -> None:
         """Close all connections that no thread serves, and those that come later."""
         self._closed = True
-        self.selector.take()
+        self._take(self._server.close_connection)
         for connection in tuple(self._connections):
             self._close(connection)
         self._record()
@@ -9989,6 +9966,12 @@ class EventLoop:
 
     # Connections come and go
 
+    def _take(self, function: Callable[[ClientConnection], None]) -> None:
+        """Call a function for each connection that other threads have given."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                function(self._given.get_nowait())
+
     def _add(self, connection: ClientConnection) -> None:
         """Serve a connection at once, since a new one has usually sent its request; then wait for more."""
         self._connections.add(connection)
@@ -9996,20 +9979,6 @@ class EventLoop:
         connection.waiting, connection.waiting_since = True, time.monotonic()
         self._hot_cache.recheck(self._dispatcher.proxy.hits_valid_for())  # it may be younger than this turn
         self._serve(connection)
-        if connection.waiting:
-            self._watch(connection)
-
-    def _watch(self, connection: ClientConnection) -> None:
-        """Wait until the rest of a hit can be sent, or else until the next request comes."""
-        events = selectors.EVENT_WRITE if connection.pending else selectors.EVENT_READ
-        if events == connection.watched:
-            return
-        try:
-            set_events(self.selector, connection.sock, events, connection)
-            connection.watched = events
-        except OSError as error:  # fs.epoll.max_user_watches, say
-            log.warning("Cannot watch a connection: %s", error)
-            self._close(connection)
 
     def _remove(self, connection: ClientConnection) -> None:
         connection.waiting, connection.watched = False, 0
@@ -10029,12 +9998,21 @@ class EventLoop:
     # Requests
 
     def _serve(self, connection: ClientConnection, is_readable: bool = True) -> None:
-        """Do for a connection what one turn allows.  A bug costs this connection, not the others."""
+        """Do for a connection what one turn allows, and watch it until the next one.
+
+        A bug, or a lack of memory to watch it (fs.epoll.max_user_watches, say), costs this connection, not
+        the others.
+        """
         try:
             if connection.pending is None:
                 self._read_request(connection, is_readable)
             if connection.pending is not None:
                 self._send(connection, connection.pending)
+            # Wait until the rest of a hit can be sent, or else until the next request comes.
+            events = selectors.EVENT_WRITE if connection.pending else selectors.EVENT_READ
+            if connection.waiting and events != connection.watched:
+                set_events(self.selector, connection.sock, events, connection)
+                connection.watched = events
         except Exception:  # noqa: BLE001
             self._server.handle_error(connection)
             if connection.waiting:
@@ -10048,33 +10026,26 @@ class EventLoop:
         """
         began, seen = time.monotonic(), 0
         if is_readable:
-            data = self._receive(connection)
+            data = connection.receive()
+            if data == b"":
+                self._close(connection)
             if not data:
                 return
             if not connection.buffered:
                 connection.waiting_since = began
-                hit = self._hot_cache.get((data, connection.access_key))
-                if hit is not None:  # mostly: one whole head, the same that somebody sent a moment ago
+                hit = self._hot_cache.get((data, connection.access_key), connection.host)
+                if hit is not None:  # mostly: a whole head, the same that this client sent a moment ago
                     connection.pending = HitTransfer(hit, began, self._counters)
                     return
             seen, connection.buffered = len(connection.buffered), connection.buffered + data
-        size = find_head_end(connection.buffered, seen)
+        is_allowed = connection.access_key or self._dispatcher.check_access(connection)
+        size = find_head_end(connection.buffered, seen) if is_allowed else -1  # a thread refuses it
         hit = self._dispatcher.try_hot_path(connection, size, self._hot_cache) if size > 0 else None
         if hit is not None:
             connection.buffered = connection.buffered[size:]
             connection.pending = HitTransfer(hit, began, self._counters)
         elif size:
             self._hand_to_thread(connection)
-
-    def _receive(self, connection: ClientConnection) -> bytes | None:
-        """Return what a client that may use the proxy has sent; close the connection if the client has."""
-        data = connection.receive()
-        if data == b"":
-            self._close(connection)
-        # Discard what a refused client sends until it closes, or for LINGER_TIMEOUT: unread bytes would turn
-        # the proxy's close into a reset, which may overtake the response.
-        is_allowed = connection.access_key or (data and self._dispatcher.check_access(connection))
-        return data if is_allowed else None
 
     def _send(self, connection: ClientConnection, transfer: HitTransfer) -> None:
         """Send the next bytes of a hit; a thread goes on if they are not in memory."""
@@ -10084,27 +10055,18 @@ class EventLoop:
                     self._hand_to_thread(connection)
                     return
                 if transfer.send_some(connection.sock):
-                    self._finish(connection, transfer)
-                    return
+                    connection.answered = True
+                    self._note_sent(connection, transfer)
+                    break
         except BlockingIOError:
             connection.has_progressed()  # from now on
         except (OSError, StorageError):
             self._close(connection)
             return
         connection.waiting_since = time.monotonic()
-        self._watch(connection)
-
-    def _finish(self, connection: ClientConnection, transfer: HitTransfer) -> None:
-        """Go on with a connection to which a hit has been sent."""
-        connection.answered = True
-        self._note_sent(connection, transfer)
-        if transfer.hit.close:
+        if not connection.pending and transfer.hit.close:
             self._close(connection)
-            return
-        if connection.watched == selectors.EVENT_WRITE:
-            connection.waiting_since = time.monotonic()
-            self._watch(connection)
-        if connection.buffered:
+        elif not connection.pending and connection.buffered:
             self._postponed.append(connection)
 
     def _note_sent(self, connection: ClientConnection, transfer: HitTransfer) -> None:
@@ -10115,7 +10077,7 @@ class EventLoop:
         """Log what was sent in this turn: once per hit, which is cheaper than once per client."""
         sent, self._sent = self._sent, {}
         for hit, results in sent.items():
-            self._dispatcher.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
+            self._dispatcher.record_hit(hit, results)
 
 
 class ResponseWriter:
@@ -10280,15 +10242,14 @@ class ProxyHandler:
 
     def _finish_hit(self, transfer: HitTransfer) -> bool:
         """Send the rest of a hit that the event loop has begun; return whether the connection stays open."""
-        hit, connection, dispatcher = transfer.hit, self._connection, self._server.dispatcher
+        connection = self._connection
         try:
             while not send_patiently(connection.sock, transfer.send_some, connection.sock):
                 pass
         finally:
             connection.pending = None
-            results = [(connection.host, transfer.result())]
-            dispatcher.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
-        return not hit.close
+            self._server.dispatcher.record_hit(transfer.hit, [(connection.host, transfer.result())])
+        return not transfer.hit.close
 
     def _handle_connect(self, request: Request) -> bool:
         """Serve a tunnel until it ends; return False: nothing can follow it."""
@@ -10361,9 +10322,11 @@ class ProxyHandler:
     # Reading
 
     def _next(self) -> Request:
-        """Return the request whose head is buffered; BadRequestError."""
+        """Return the request whose head is buffered; ProxyError for an invalid head or an unwanted client."""
         connection = self._connection
-        request = self._parse_head(connection.buffered)
+        if connection.access_key is None:
+            raise not_allowed_error(connection.host)
+        request = self._parse_head(connection.buffered, connection.access_key)
         body = None
         if request.length != 0:
             expects = list_members(request.fields, "Expect") == ["100-continue"] and request.version >= (1, 1)
@@ -10375,7 +10338,7 @@ class ProxyHandler:
             request, body=body, received=time.time(), client=connection.host, timings=timings,
             server_address=connection.server_address[0], known_missing=missing)
 
-    def _parse_head(self, data: bytes) -> Request:
+    def _parse_head(self, data: bytes, access_key: AccessKey) -> Request:
         """Parse the head at the start of ``data``, and consume it."""
         size = find_head_end(data)
         if not size:
@@ -10386,7 +10349,7 @@ class ProxyHandler:
             parse = parse_request_head if 0 < size <= MAX_MEMOIZED_HEAD else parse_request_head.__wrapped__
             # An invalid head is parsed for its error; the line end makes an overlong last line a whole one.
             head = data[:size] if size > 0 else data + b"\r\n"
-            request = parse(head, self._connection.is_local, self._connection.server_address)
+            request = parse(head, *access_key)
         except ValueError as error:
             raise BadRequestError("Invalid head: %s." % error, getattr(error, "status", 400)) from None
         except ProxyError:
@@ -10521,7 +10484,8 @@ class ProxyServer:
         refused = self.limiter.admit(connection)
         if refused:
             head = error_response(ProxyError("%s has too many connections open." % refused.host, 503)).head
-            refused.send(render_head(head, (*head.fields, ("Connection", "close"))))
+            with contextlib.suppress(OSError):
+                refused.sock.send(render_head(head, (*head.fields, ("Connection", "close"))))
             self.close_connection(refused)
 
     def close_connection(self, connection: ClientConnection) -> None:
@@ -10531,8 +10495,7 @@ class ProxyServer:
         """
         connection.sock.close()
         self._in_threads.discard(connection)
-        self.limiter.release(connection)
-        if self.limiter.crowded:
+        if self.limiter.release(connection):
             self._act_soon = True
             self.event_loop.selector.wake()
 
@@ -10833,12 +10796,10 @@ EPILOG = """Defaults are in parentheses.  Formats:
   ADDR   :9999, 192.168.0.1:9999 or [::1]:9999; PORTS 443,8443 or none
   NET    all, or 203.0.113.0/24; "--allow none" first: without the defaults
   SIZE   500M, 20G or 1.5T; TIME 90m, 12h, 30d or 8w
-  FILE   for -f: one regular expression a line, searched in each URI
-         for --origins: one host name a line, or *.example.org
+  FILE   a line each: for -f expressions, for --origins hosts or *.example.org
   URL    for --barrier memcached://HOST:PORT[,HOST:PORT]
          for --parent http://[NAME:PASSWORD@]HOST:PORT[,direct]
-Clients need only http_proxy=http://this-host:9999/, which also shows a page.
-Files can be removed from the cache with rm at any time."""
+Clients need only http_proxy=http://this-host:9999/, which also shows a page."""
 
 
 def _parse_argument(parse: Callable[[str], Any], text: str) -> Any:
@@ -10998,16 +10959,6 @@ def inherited_socket(descriptor: int) -> socket.socket:
     return NonblockingListener(listening)
 
 
-def inherited_descriptors(environment: Mapping[str, str]) -> range:
-    """Return the descriptors of sockets passed by systemd socket activation (sd_listen_fds(3)).
-
-    LISTEN_PID tells them from variables that were inherited by mistake.
-    """
-    count = environment.get("LISTEN_FDS", "")
-    is_for_us = environment.get("LISTEN_PID") == str(os.getpid()) and count.isdecimal()
-    return range(3, 3 + int(count)) if is_for_us else range(0)
-
-
 def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.socket]:
     """Listen on each configured address, or take over the sockets that systemd passed instead.
 
@@ -11016,7 +10967,10 @@ def open_sockets(config: Config, environment: Mapping[str, str]) -> list[socket.
     if config.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
         raise StartupError("This system does not support SO_REUSEPORT; remove --reuse-port and --instance.")
     sockets: list[socket.socket] = []
-    descriptors = inherited_descriptors(environment)
+    # Those of systemd's socket activation (sd_listen_fds(3)).  LISTEN_PID tells them from variables that were
+    # inherited by mistake.
+    count = environment.get("LISTEN_FDS", "") if environment.get("LISTEN_PID") == str(os.getpid()) else ""
+    descriptors = range(3, 3 + int(count)) if count.isdecimal() else range(0)
     for addr in descriptors or config.addrs:
         try:
             sockets.append(inherited_socket(addr) if isinstance(addr, int)

@@ -7308,6 +7308,7 @@ class DoubtedPackageTest(ProxyCase):
                 stored.head, request_time=stored.head.request_time - 10, response_time=stored.head.response_time - 10))
         url = self.origin.url(path)
         self.proxy.doubts._validated.forget(url, "127.0.0.1 %d" % (hash(url) % pkgproxy.DOUBTS_PER_CLIENT))
+        self.server.event_loop._hot_cache.recheck(())  # hits are prepared again each second
 
     def start(self, path, client):
         """Store a package in its old version, for a machine at another address."""
@@ -7330,6 +7331,17 @@ class DoubtedPackageTest(ProxyCase):
                 self.assertEqual(self.fetch(path, client).body, self.body(path, b"new"))
                 self.assertEqual(len(self.origin.log), 1)
                 self.assertIn("if-none-match", self.origin.log[0].fields)
+
+    def test_a_doubt_is_seen_while_the_hit_is_ready_for_others(self):
+        path, client = self.PACKAGES[0]
+        self.start(path, client)
+        self.publish(path, b"new")
+        with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
+            self.proxy.doubts._delivered.note("127.0.0.3 " + self.origin.url(path))  # it has got it before
+            for source, is_hit in (("127.0.0.1", True), ("127.0.0.2", True), ("127.0.0.3", False)):
+                with self.subTest(source):
+                    data = self.read_response(self.open_client(self.raw_request(path), source), 30)
+                    self.assertEqual(b"; hit" in data, is_hit)
 
     def test_the_clients_behind_one_address_cost_one_validation_and_one_download(self):
         for path, client in self.PACKAGES:
@@ -12116,13 +12128,13 @@ class EventLoopTest(ProxyCase):
 
     def test_a_removed_file_is_not_served_to_a_later_request_on_the_same_connection(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
-        answer = self.patch(self.server.dispatcher, "try_hot_path", mock.Mock(wraps=self.server.dispatcher.try_hot_path))
+        prepared = self.patch(self.proxy, "prepare_hit", mock.Mock(wraps=self.proxy.prepare_hit))
         with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
             one = self.open_client()
             for _ in range(3):
                 one.sendall(self.raw_request())
                 self.assertIn(b"; hit", self.read_response(one, 4096))
-            self.assertEqual(answer.call_count, 1, "the others are recognized by their bytes")
+            self.assertEqual(prepared.call_count, 1, "the others are recognized by their bytes")
             self.page.body, self.page.etag = b"n" * 4096, '"new"'
             os.unlink(path)
             one.sendall(self.raw_request())
@@ -12133,8 +12145,8 @@ class EventLoopTest(ProxyCase):
         self.page.body, self.page.etag = b"n" * 4096, '"new"'
         early, late, find = self.open_client(), [], self.server.event_loop._hot_cache.get
 
-        def found(asked):
-            copy = find(asked)
+        def found(*asked):
+            copy = find(*asked)
             if copy is not None and not late:  # just found valid: the file is removed, and then a new client connects
                 os.unlink(path)
                 late.append(self.open_client(self.raw_request()))
@@ -12159,8 +12171,8 @@ class EventLoopTest(ProxyCase):
                 return len(there.recv(65536, socket.MSG_PEEK))
             return 0
 
-        def found(asked):
-            copy = find(asked)
+        def found(*asked):
+            copy = find(*asked)
             if copy is not None and not late:  # just found valid: the file is removed, and then a client sends another request
                 os.unlink(path)
                 client, there = next(pair for pair in pairs if come(pair[1]))
@@ -12347,6 +12359,7 @@ class EventLoopTest(ProxyCase):
                     self.assertEqual(max(pieces, default=0), end)
 
 
+@mock.patch.object(pkgproxy, "DOUBT_PERIOD", 0.0)  # one client asks for the same package again and again
 class LargeHitTest(ProxyCase):
     """Hits of any size, which the event loop sends in pieces as long as the file is in memory."""
 
