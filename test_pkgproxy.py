@@ -4104,29 +4104,27 @@ class SmallDownloadTest(ProxyCase):
 
     PACKAGE = "/x_1.0_all.deb"
 
-    def threads_of_downloads(self, body, **patches):
-        """Fetch a body; return the threads in which it was stored."""
-        threads, download = [], pkgproxy.Downloader.download
+    def stored_by_its_client_thread(self, body):
+        """Fetch a body; return whether the thread that answered its client stored it."""
+        threads, download, respond = [], pkgproxy.Downloader.download, pkgproxy.Proxy.respond
         self.origin.pages[self.PACKAGE] = ScriptedResponse(body)
-        with mock.patch.object(pkgproxy.Downloader, "download", lambda *what: (threads.append(threading.current_thread()), download(*what))):
+        note = lambda: threads.append(threading.current_thread())  # noqa: E731
+        with mock.patch.object(pkgproxy.Downloader, "download", lambda *what: (note(), download(*what))), \
+                mock.patch.object(pkgproxy.Proxy, "respond", lambda *what: (note(), respond(*what))[1]):
             self.assertEqual(self.request(self.PACKAGE).body, body)
-        self.wait_until_idle()
+            self.wait_until_idle()
         self.assertEqual(list(self.visible_files().values()), [body])
-        return threads
+        self.assertEqual(len(threads), 2)
+        return threads[0] is threads[1]
 
     def test_a_small_body_needs_no_thread_of_its_own(self):
-        with mock.patch.object(pkgproxy, "start_thread", side_effect=AssertionError("a thread was started")):
-            self.assertEqual(len(self.threads_of_downloads(os.urandom(100_000))), 1)
+        self.assertTrue(self.stored_by_its_client_thread(os.urandom(100_000)))
 
     def test_others_get_one(self):
-        start, started = pkgproxy.start_thread, []
-        with mock.patch.object(pkgproxy, "start_thread", lambda *what: (started.append(what), start(*what))):
-            for why, patched in (("it is large", (pkgproxy, "SMALL_DOWNLOAD", 99_999)), ("the disk may hang", (self.proxy._store, "remote", True))):
-                with self.subTest(why), mock.patch.object(*patched):
-                    started.clear()
-                    self.threads_of_downloads(os.urandom(100_000))
-                    self.assertEqual(len(started), 1)
-                    self.proxy._store.delete(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.PACKAGE))))
+        for why, patched in (("it is large", (pkgproxy, "SMALL_DOWNLOAD", 99_999)), ("the disk may hang", (self.proxy._store, "remote", True))):
+            with self.subTest(why), mock.patch.object(*patched):
+                self.assertFalse(self.stored_by_its_client_thread(os.urandom(100_000)))
+                self.proxy._store.delete(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.PACKAGE))))
 
     def test_a_small_body_that_comes_slowly_is_followed_while_it_comes(self):
         gate, head = Gate(), b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n"
