@@ -7963,6 +7963,10 @@ class PackageDoubts:
         if (request.method, status) == ("GET", 200) and classify_name(request.key) is NameClass.PACKAGE:
             self._delivered.note("%s %s" % (client, request.key))
 
+    def forget(self, request: Request) -> None:
+        """Record that the client of a request has not got all of its response."""
+        self._delivered.forget("%s %s" % (request.client, request.key))
+
     def is_due(self, request: Request, client: str, head: ResponseHead) -> bool:
         """Return whether a request doubts a stored package, and the origin is to be asked now, or is being
         asked."""
@@ -9812,9 +9816,11 @@ class Dispatcher:
 
     # Counting and logging
 
-    def count(self, response: Response, sent: int) -> None:
-        """Count a response with ``sent`` bytes of its body."""
+    def count(self, request: Request, response: Response, sent: int, whole: bool) -> None:
+        """Count a response with ``sent`` bytes of its body; if ``whole``, its last bytes leave next."""
         self.statistics.counters.add(response.cache_status.outcome, self._cached_bytes(response, sent))
+        if whole:
+            self.proxy.doubts.note_delivered(request, request.client, response.head.status)
 
     def _cached_bytes(self, response: Response, sent: int) -> int:
         from_cache = response.counts_as_cached and response.head.status in (200, 206)
@@ -9826,7 +9832,8 @@ class Dispatcher:
         quiet = request.method == "?" and response.head.status == 403 and not self._refused.note_first(
             request.client, REFUSAL_LOG_INTERVAL)
         result = SendResult(sent, self._cached_bytes(response, sent), time.monotonic() - began, whole, quiet)
-        self.proxy.doubts.note_delivered(request, request.client, response.head.status if whole else 0)
+        if not whole:
+            self.proxy.doubts.forget(request)
         self.record_results(request, response.head.status, response.cache_status, [(request.client, result)])
 
     def record_hit(self, hit: PreparedHit, results: list[tuple[str, SendResult]]) -> None:
@@ -10124,13 +10131,13 @@ class ResponseWriter:
     def finish(self, started: float) -> None:
         """Close the body, and record what has been sent since ``started`` (monotonic)."""
         self._response.body.close()
-        self._count(self._sent)
+        self._count(self._sent, self.whole)
         self._dispatcher.record(self._request, self._response, self._sent, started, self.whole)
 
-    def _count(self, sent: int) -> None:
+    def _count(self, sent: int, whole: bool = True) -> None:
         if not self._is_counted:
             self._is_counted = True
-            self._dispatcher.count(self._response, sent)
+            self._dispatcher.count(self._request, self._response, sent, whole)
 
     def _write_body(self, head: bytes, body: ResponseBody, framing: Framing) -> None:
         """Write head and body.
@@ -10264,7 +10271,7 @@ class ProxyHandler:
                     mark(request.timings, "first byte")
                     count, whole = relay_tunnel(self._connection.sock, origin, self._buffered()), True
                 finally:
-                    dispatcher.count(response, 0)
+                    dispatcher.count(request, response, 0, False)
                     dispatcher.statistics.counters.add_bytes(count, "statsTunnelBytes")
                     dispatcher.record(request, response, count, self._started, whole)
         except ProxyError as error:
