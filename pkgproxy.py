@@ -7837,12 +7837,11 @@ class BackgroundRevalidator:
 
     def assess(self, request: Request, head: ResponseHead) -> Request:
         """Return the request; it demands a validation if something newer than the stored response tells about
-        it: an index that is not read yet, or what a stored signature signs."""
+        it: what a stored signature signs, or an index that is not read yet, which is a reason for doubt."""
         signed = filter(None, map(self._stored_head, signed_keys(head.key)))
-        is_older = any(other.response_time > head.response_time for other in signed)
-        if is_older or self._store.awaits_index(head):
+        if any(other.response_time > head.response_time for other in signed):
             return replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
-        return request
+        return replace_fields(request, doubt=1) if self._store.awaits_index(head) else request
 
     def may_store(self, key: str, client_is_local: bool, replaces: bool) -> bool:
         """Return whether a file that has arrived, perhaps to replace a stored one, may be stored now.
