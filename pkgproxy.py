@@ -352,7 +352,8 @@ class Target:
         """``host[:port]`` as in the Host field; the default port is omitted, except for CONNECT."""
         host = "[%s]" % self.host if ":" in self.host else self.host
         default = 443 if self.scheme == "https" else 80
-        return host if self.port == default and self.path else "%s:%d" % (host, self.port)
+        is_tunnel = self.scheme == "https" and not self.path
+        return host if self.port == default and not is_tunnel else "%s:%d" % (host, self.port)
 
     @property
     def uri(self) -> str:
@@ -11111,7 +11112,7 @@ def open_store(config: Config) -> Store:
     try:
         make_directory(store.root)
         hosts = store.list_hosts()
-        is_used = store.trust_bare and set(os.listdir(store.root)) - {METADATA_FOLDER}
+        is_used = not hosts and store.trust_bare and set(os.listdir(store.root)) - {METADATA_FOLDER}
     except OSError as error:
         raise StartupError("Cannot use the cache root %s: %s. Choose another directory with -r." % (
             store.root, error.strerror)) from None
