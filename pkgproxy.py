@@ -8612,8 +8612,7 @@ class TrafficHistory:
             with contextlib.suppress(OSError, ValueError):  # it was removed, or damaged
                 if self._saved and not self._is_shared and self._read() != self._saved:
                     self._is_shared = True
-                    log.warning("Another process also counts in %s, so counts get lost. Give each process "
-                                "on this cache root an --instance NAME of its own.", self._path)
+                    log.warning("Another process writes %s, too: give each an --instance.", self._path)
             with contextlib.suppress(OSError):
                 replace_file(self._path, text)
                 self._saved = text

@@ -10280,7 +10280,7 @@ class HistoryTest(unittest.TestCase):
             os.unlink(self.path)  # that is somebody else's right
             pkgproxy.log.warning("end")
         self.assertEqual(len(logged.output), 3, "one warning from each")
-        self.assertIn("Another process also counts in %s, so counts get lost." % self.path, logged.output[0])
+        self.assertIn("Another process writes %s, too: give each an --instance." % self.path, logged.output[0])
 
     def test_a_history_that_nobody_else_writes_is_no_reason_to_warn(self):
         with self.assertLogs("pkgproxy", "WARNING") as logged:
