@@ -141,6 +141,7 @@ Names in code, log and pages are those of the RFCs:
 from __future__ import annotations
 
 import argparse
+import array
 import base64
 import binascii
 import bisect
@@ -346,10 +347,11 @@ class Target:
 
     @property
     def authority(self) -> str:
-        """``host[:port]`` as in the Host field; the default port is omitted."""
+        """``host[:port]`` as in the Host field; the default port is omitted, except for CONNECT."""
         host = "[%s]" % self.host if ":" in self.host else self.host
         default = 443 if self.scheme == "https" else 80
-        return host if self.port == default else "%s:%d" % (host, self.port)
+        is_tunnel = self.scheme == "https" and not self.path
+        return host if self.port == default and not is_tunnel else "%s:%d" % (host, self.port)
 
     @property
     def uri(self) -> str:
@@ -956,7 +958,8 @@ def split_authority(authority: str, default_port: int) -> tuple[str, int]:
         raise BadRequestError("The host is not a valid name.")
     if not 0 < port < 65536:
         raise BadRequestError("The port is not between 1 and 65535.")
-    return host, port
+    # The dot after a full name is for DNS (RFC 3986 §3.2.2): neither /etc/hosts nor certificates have it.
+    return host.removesuffix("."), port
 
 
 def is_address(host: str) -> bool:
@@ -1640,6 +1643,17 @@ def truncate_middle(text: str, most: int) -> str:
     """
     text = escape_control(text).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= most else text[:most // 2] + "..." + text[-(most // 2 - 1):]
+
+
+@functools.lru_cache(LARGE_MEMO)  # hits need the same ones again and again
+def format_bytes(count: float) -> str:
+    """Format a number of bytes for people, in decimal units.
+
+    >>> format_bytes(999), format_bytes(53080), format_bytes(999_950)
+    ('999 B', '53.1 kB', '1.0 MB')
+    """
+    power = next((power for power in range(1, 5) if count < 999.95 * 1000**power), 5)
+    return "%d B" % count if count < 1000 else "%.1f %sB" % (count / 1000**power, " kMGTP"[power])
 
 
 def reason_phrase(message: str) -> str:
@@ -2717,9 +2731,12 @@ NETWORKS = {
 def parse_networks(names: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     """Return the networks that names of NETWORKS and CIDR texts stand for; raise ValueError with advice."""
     try:
-        return [ipaddress.ip_network(text) for name in names for text in NETWORKS.get(name, (name,))]
+        networks = [ipaddress.ip_network(text) for name in names for text in NETWORKS.get(name, (name,))]
     except ValueError as error:
         raise ValueError("%s; write %s or 203.0.113.0/24" % (error, ", ".join(NETWORKS))) from None
+    # IPv4-mapped networks become IPv4, as the clients' addresses do.
+    return [ipaddress.ip_network((int(each[0]) & 0xFFFFFFFF, each.prefixlen - 96))
+            if each.prefixlen >= 96 and getattr(each[0], "ipv4_mapped", None) else each for each in networks]
 
 
 def lan_networks(interfaces: Iterable[str]) -> tuple[str, ...]:
@@ -2843,7 +2860,8 @@ def parse_origins(text: str) -> tuple[list[str], list[str]]:
     lines = [line.partition("#")[0].strip().lower() for line in text.splitlines()]
     for number, line in enumerate(lines, 1):
         if line and not is_address(line) and not re.fullmatch(r"(\*\.)?[\w-]+(\.[\w-]+)*\.?", line, re.A):
-            raise ValueError("line %d is not a host name; write deb.example.org or *.example.org" % number)
+            raise ValueError("line %d is not a host name; write deb.example.org or *.example.org, "
+                             "without port; non-ASCII names as xn--" % number)
     if not any(lines):  # a file that was just being written, say
         raise ValueError("it has no line with a host name")
     return [line.rstrip(".") for line in lines if line], []
@@ -2896,7 +2914,7 @@ def called_name(request: Request) -> str:
     is_wpad = request.is_own_page and request.uri.startswith("/wpad.dat")
     if is_wpad or not (request.is_own_page or request.client_prefix):
         return ""
-    return split_authority(field_value(request.fields, "Host") or "localhost", 80)[0].rstrip(".")
+    return split_authority(field_value(request.fields, "Host") or "localhost", 80)[0]
 
 
 def is_own_name(name: str, names: tuple[str, ...]) -> bool:
@@ -4170,10 +4188,10 @@ class Evictor:
                     counts["another size than .pkgproxy says" if has_head else "no head in .pkgproxy"] += 1
                     size += os.lstat(path).st_size
         if counts:
-            log.info("%d files (%d MB) in %s are not under pkgproxy's care, and are never deleted: %s. "
-                     "Packages without a head are checked when they are requested.",
-                     sum(counts.values()), size // 10**6, store.root,
-                     ", ".join("%d have %s" % (number, reason) for reason, number in sorted(counts.items())))
+            log.info("Files in %s that are not under pkgproxy's care, and are never deleted: %s (%s in all). "
+                     "Packages without a head are checked when they are requested.", store.root, ", ".join(
+                         "%d with %s" % (number, reason) for reason, number in sorted(counts.items())),
+                     format_bytes(size))
 
     def _evict(self, entries: list[Entry], max_age: float | None, excess: int, now: float) -> tuple[int, int]:
         """Evict until ``excess`` bytes and enough inodes are free; return removed responses and bytes."""
@@ -5776,8 +5794,7 @@ class OriginConnection:
         self.reached = True
         if self.origin_request.target.scheme == "https":
             self.sock.settimeout(self.origin_request.timeout_for(CONNECT_TIMEOUT))
-            # Certificates and SNI have no trailing dot (RFC 6066 §3).
-            name = self.origin_request.target.host.rstrip(".")
+            name = self.origin_request.target.host  # without a trailing dot, as RFC 6066 §3 demands
             self.sock = self.origin_client.tls_context.wrap_socket(self.sock, server_hostname=name)
         self.established = True
 
@@ -7721,8 +7738,8 @@ class EvictionThread:
 
     def _record(self, report: EvictionReport) -> None:
         if report.removed:
-            log.info("Evicted %d of %d stored files, %d of %d MB", report.removed, report.files,
-                     report.freed // 10**6, report.size // 10**6)
+            log.info("Evicted %d of %d stored files, %s of %s", report.removed, report.files,
+                     format_bytes(report.freed), format_bytes(report.size))
         self.last_report = {
             "at": time.time(), "files": report.files - report.removed, "bytes": report.size - report.freed,
             "removedFiles": self.last_report["removedFiles"] + report.removed,
@@ -8346,7 +8363,8 @@ class TrafficHistory:
         self._counters = counters
         self._stop = threading.Event()
         self._saver = threading.Thread(target=self._save_periodically, daemon=True)
-        self._saved = ""  # text of the file
+        self._saved = ""  # text of the file, as this process has written it
+        self._is_shared = False  # another process writes it, too; this has been logged
         self._lock = threading.Lock()  # guards all below
         self._since = int(time.time())  # clock time of the very first start
         self._all: collections.Counter[str] = collections.Counter()  # over all time, as of the last record()
@@ -8398,10 +8416,14 @@ class TrafficHistory:
                 for name, (width, most) in PLOTS.items()}
             return {"allTime": {"since": self._since, **self._all}, "plots": plots}
 
+    def _read(self) -> str:
+        with open(self._path, encoding="utf-8", opener=_private_opener) as file:
+            return file.read(_MAX_HEAD_FILE)
+
     def _load(self) -> None:
         # The file may be damaged, or from another version: check each value before using it.
         try:
-            saved = _read_json(self._path)
+            saved = json.loads(self._read())
             since = _parse_count(saved["since"])
             counts = {str(name): _parse_count(count) for name, count in saved["all"].items()}
             slots = {name: {int(number): [_parse_count(row[0]), _parse_count(row[1])]
@@ -8417,6 +8439,10 @@ class TrafficHistory:
         with self._lock:
             text = json.dumps({"since": self._since, "all": self._all, "slots": self._slots})
         if text != self._saved and any(self._all.values()):
+            with contextlib.suppress(OSError, ValueError):  # it was removed, or damaged
+                if self._saved and not self._is_shared and self._read() != self._saved:
+                    self._is_shared = True
+                    log.warning("Another process writes %s, too: give each an --instance.", self._path)
             with contextlib.suppress(OSError):
                 replace_file(self._path, text)
                 self._saved = text
@@ -8608,9 +8634,9 @@ SETUP = {
     "zypper": (r"f=/etc/sysconfig/proxy; [ -e $f.old ] || cp -p $f $f.old; sed -i -e 's|^PROXY_ENABLED=.*|"
                r"""PROXY_ENABLED="yes"|' -e 's|^HTTP_PROXY=.*|HTTP_PROXY="http://%(proxy)s"|' $f""", "",
                "mv /etc/sysconfig/proxy.old /etc/sysconfig/proxy"),
-    "pacman": ("d=/etc/pacman.d; sed -n 's|^Server *= *|CacheServer = http://%(proxy)s/|p' $d/mirrorlist > "
-               "$d/pkgproxy; grep -q $d/pkgproxy /etc/pacman.conf || sed -i "
-               r"'\|^Include.*/mirrorlist|i Include = /etc/pacman.d/pkgproxy' /etc/pacman.conf", "",
+    "pacman": (r"d=/etc/pacman.d; sed -n 's|^\s*Server *= *|CacheServer = http://%(proxy)s/|p' $d/mirrorlist "
+               "> $d/pkgproxy; grep -q $d/pkgproxy /etc/pacman.conf || sed -i "
+               r"'\|^\s*Include.*/mirrorlist|i Include = /etc/pacman.d/pkgproxy' /etc/pacman.conf", "",
                "sed -i '/pacman.d.pkgproxy$/d' /etc/pacman.conf; rm /etc/pacman.d/pkgproxy"),
     **dict.fromkeys(("apk", "xbps", "podman", "env"), (
         "export http_proxy=http://%(proxy)s", "/etc/profile.d/pkgproxy.sh", "")),
@@ -8619,7 +8645,7 @@ SETUP = {
     "portage": ('http_proxy="http://%(proxy)s"', "+/etc/portage/make.conf", ""),
     "apt-https": (r"sed -i 's| \(https://download.docker.com\)| http://%(proxy)s/\1|' "
                   "/etc/apt/sources.list.d/*", "",
-                  "sed -i 's| http://[^ ]*/https://| https://|' /etc/apt/sources.list.d/*"),
+                  "sed -i 's| http://%(pattern)s/https://| https://|' /etc/apt/sources.list.d/*"),
     "pip": ("pip config set global.index-url http://%(proxy)s/https://pypi.org/simple/; "
             "pip config set global.trusted-host %(host)s", "",
             "pip config unset global.index-url; pip config unset global.trusted-host"),
@@ -8628,7 +8654,8 @@ SETUP = {
     "github-runner": ("http_proxy=http://%(proxy)s", "+.env", ""),
     "gitlab-runner": ("f=/etc/gitlab-runner/config.toml; grep -q '^ *environment *=' $f || sed -i "
                       r"""'/^\[\[runners]]/a\  environment = ["http_proxy=http://%(proxy)s"]' $f""", "",
-                      "sed -i '/^  environment = ..http_proxy=[^,]*]$/d' /etc/gitlab-runner/config.toml"),
+                      r"""sed -i '\|^  environment = \["http_proxy=http://%(pattern)s"]$|d' """
+                      "/etc/gitlab-runner/config.toml"),
 }
 DETECT = """#!/bin/sh
 # Tells apt to use the proxy if it is reachable and healthy, else to connect directly. In apt.conf:
@@ -8647,9 +8674,11 @@ AVAHI = """<!DOCTYPE service-group SYSTEM "avahi-service.dtd">
 <service><type>_apt_proxy._tcp</type><port>%(port)d</port></service></service-group>
 """
 AUTOCONFIG = r"""function FindProxyForURL(url, host) {
-    if (url.substring(0, 5) != "http:" || host == "%(host)s" || host.indexOf(".") < 0
-            || /\.(local|lan|internal|localhost|home\.arpa)$/i.test(host)
-            || /^(10|127|169\.254|172\.(1[6-9]|2\d|3[01])|192\.168)\.[\d.]+$/.test(host))
+    host = host.replace(/\.$/, "");
+    if (!/^http:/i.test(url) || host == "%(host)s" || !/^[^:]+\.[^:]+$/.test(host)
+            || /(^|\.)(local|lan|internal|localhost|home\.arpa|fritz\.box)$/i.test(host)
+            || /^(0|10|127|169\.254|172\.(1[6-9]|2\d|3[01])|192\.168)\.[\d.]+$/.test(host)
+            || /^100\.(6[4-9]|[7-9]\d|1[01]\d|12[0-7])\.[\d.]+$/.test(host))
         return "DIRECT";
     return "PROXY %(proxy)s; DIRECT";
 }
@@ -8658,17 +8687,6 @@ FIXED_PAGES = {  # media type and text by path
     **dict.fromkeys(("wpad.dat", "proxy.pac"), ("application/x-ns-proxy-autoconfig", AUTOCONFIG)),
     "setup/detect.sh": (TEXT, DETECT), "setup/avahi": (TEXT, AVAHI), "favicon.ico": ("image/x-icon", ""),
     "robots.txt": (TEXT, "User-agent: *\nDisallow: /\n")}
-
-
-@functools.lru_cache(LARGE_MEMO)  # hits need the same ones again and again
-def format_bytes(count: float) -> str:
-    """Format a number of bytes for people, in decimal units.
-
-    >>> format_bytes(999), format_bytes(53080), format_bytes(999_950)
-    ('999 B', '53.1 kB', '1.0 MB')
-    """
-    power = next((power for power in range(1, 5) if count < 999.95 * 1000**power), 5)
-    return "%d B" % count if count < 1000 else "%.1f %sB" % (count / 1000**power, " kMGTP"[power])
 
 
 def format_duration(seconds: float) -> str:
@@ -8979,12 +8997,16 @@ def setup_commands(name: str, names: dict[str, Any]) -> tuple[str, str]:
     Run twice, the first does what it does when it is run once.  ``name``: a key of SETUP.  ``names``: the
     proxy's address, as the texts use it.
     """
+    # An undo must not remove another proxy's address, so in sed's patterns only itself matches the proxy's.
+    names = {**names, "pattern": re.sub(r"[.[]", r"\\\g<0>", names["proxy"])}
     text, file, undo = (part % names for part in SETUP[name])
     words, path = "'%s'" % text, file.lstrip("+")
     if not file:
         return text, undo
     if file != path:
-        return ("grep -sqxF %s %s || echo %s >> %s" % (words, path, words, path),
+        # A line that is appended to one without its final newline would become a part of it.
+        return ('f=%s; grep -sqxF %s $f || { [ -z "$(tail -c1 $f 2>&-)" ] || echo >> $f; echo %s >> $f; }' % (
+                    path, words, words),
                 "f=%s; grep -vxF %s $f > $f.new; cat $f.new > $f && rm $f.new" % (path, words))
     now, later = (" && . " + path, "; unset http_proxy") if path.endswith(".sh") else ("", "")
     return "echo %s > %s%s" % (words, path, now), "rm -f %s%s" % (path, later)
@@ -9728,6 +9750,14 @@ class Dispatcher:
             connection.access_key = is_this_host or is_local_client(host), own_address
         return connection.access_key is not None
 
+    def refuse(self, connection: ClientConnection, error: ProxyError) -> bytes:
+        """Return the response to a client for which there is no room; count it, and log it at times."""
+        request = Request("?", "?", Target("", "", 0, "/"), (), client=connection.host)
+        response = error_response(error)
+        self.count(request, response, 0, False)
+        self.record(request, response, 0, time.monotonic(), True)
+        return render_head(response.head, (*response.head.fields, ("Connection", "close")))
+
     def host_names(self) -> tuple[str, str]:
         """Return this host's short and full name without waiting; the full name is "" while it is unknown.
 
@@ -9828,7 +9858,7 @@ class Dispatcher:
     def record(self, request: Request, response: Response, sent: int, began: float, whole: bool) -> None:
         """Log a response, ``sent`` bytes of its body since ``began`` (monotonic), and add it to the pages."""
         # A client that may not connect, so that its request was not even read, is logged once in a while.
-        quiet = request.method == "?" and response.head.status == 403 and not self._refused.note_first(
+        quiet = request.method == "?" and response.head.status in (403, 503) and not self._refused.note_first(
             request.client, REFUSAL_LOG_INTERVAL)
         result = SendResult(sent, self._cached_bytes(response, sent), time.monotonic() - began, whole, quiet)
         if not whole:
@@ -10489,9 +10519,9 @@ class ProxyServer:
         """
         refused = self.limiter.admit(connection)
         if refused:
-            head = error_response(ProxyError("%s has too many connections open." % refused.host, 503)).head
+            error = ProxyError("%s has too many connections open." % refused.host, 503)
             with contextlib.suppress(OSError):
-                refused.sock.send(render_head(head, (*head.fields, ("Connection", "close"))))
+                refused.sock.send(self.dispatcher.refuse(refused, error))
             self.close_connection(refused)
 
     def close_connection(self, connection: ClientConnection) -> None:
@@ -10848,6 +10878,8 @@ def parse_options(arguments: list[str]) -> tuple[Config, int]:
     level = logging.INFO + 10 * given.pop("quiet", 0) - 10 * given.pop("verbose", 0)
     values: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in given.items()}
     more = values.get("allow", ())
+    if "none" in more[1:]:
+        parser.error("'none' must be the first --allow")
     values["allow"] = more[1:] if more[:1] == ("none",) else Config.allow + more
     try:
         values["parents"] = parent_proxies(values.get("parents"), os.environ)
@@ -10870,11 +10902,13 @@ def open_store(config: Config) -> Store:
     try:
         make_directory(store.root)
         hosts = store.list_hosts()
+        is_used = not hosts and store.trust_bare and set(os.listdir(store.root)) - {METADATA_FOLDER}
     except OSError as error:
         raise StartupError("Cannot use the cache root %s: %s. Choose another directory with -r." % (
             store.root, error.strerror)) from None
-    content = format_count(len(hosts), "host") if hosts else "nothing"
-    log.info("Cache root at %s (%s stored%s)", store.root, content, "" if hosts else " yet")
+    content = "files without metadata" if is_used else "nothing stored yet"
+    log.info("Cache root at %s (%s)", store.root,
+             format_count(len(hosts), "host") + " stored" if hosts else content)
     if not os.access(store.root, os.W_OK):
         log.warning("The cache root is not writable. Requests are forwarded, but nothing is stored.")
     for directory in config.adopt:
@@ -11057,15 +11091,15 @@ def reload_files(proxy: Proxy, notifier: SystemdNotifier) -> None:
     notifier.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
     try:
         proxy.config = config = load_files(proxy.config)
-        if not (config.filters_file or config.origins_file):
+        if not (config.filters_file or config.origins_file or config.access_log):
             log.info("Nothing to read again: neither --filters nor --origins is given")
     except StartupError as error:
         log.error("%s The previous filters and origins remain in force.", error)
     notifier.notify("READY=1")
 
 
-# Linux's requests for the address and the netmask of an interface (netdevice(7)).
-_SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
+# Linux's requests for the addresses of all interfaces, and for the netmask of one (netdevice(7)).
+_SIOCGIFCONF, _SIOCGIFNETMASK = 0x8912, 0x891B
 
 
 def interface_addresses() -> Iterator[str]:
@@ -11080,12 +11114,16 @@ def interface_addresses() -> Iterator[str]:
             yield probe.getsockname()[0] + "/64"
         return
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # socket.if_nameindex() needs AF_NETLINK, which pkgproxy.service does not permit.
-        for path in glob.glob("/sys/class/net/*"):
-            with contextlib.suppress(OSError):  # it has no IPv4 address
-                request = struct.pack("256s", os.path.basename(path).encode())
-                yield "/".join(socket.inet_ntoa(fcntl.ioctl(probe, code, request)[20:24])
-                               for code in (_SIOCGIFADDR, _SIOCGIFNETMASK))
+        # SIOCGIFADDR would tell only the first address of an interface, and socket.if_nameindex() needs
+        # AF_NETLINK, which pkgproxy.service does not permit.
+        size = struct.calcsize("16sLLH6x")  # of a struct ifreq: a name, and at most a struct ifmap
+        buffer = array.array("B", bytes(1024 * size))
+        reply = fcntl.ioctl(probe, _SIOCGIFCONF, struct.pack("iP", len(buffer), buffer.buffer_info()[0]))
+        for start in range(0, struct.unpack_from("i", reply)[0], size):
+            request = bytes(buffer[start:start + size])
+            with contextlib.suppress(OSError):  # it has gone meanwhile
+                mask = fcntl.ioctl(probe, _SIOCGIFNETMASK, request)  # of the address in the request
+                yield "/".join(socket.inet_ntoa(each[20:24]) for each in (request, mask))
     with open("/proc/self/net/if_inet6", encoding="ascii") as file:  # missing if IPv6 is disabled
         for words in map(str.split, file):
             yield "%s/%d" % (ipaddress.IPv6Address(bytes.fromhex(words[0])), int(words[2], 16))
@@ -11292,6 +11330,8 @@ def run(config: Config, level: int) -> None:
     log_handler = start_logging(level)
     store = open_store(config)
     config = with_lan(load_files(config))
+    if os.path.isdir(config.access_log or ""):
+        raise StartupError("The access log %s is a directory; name a file in it." % config.access_log)
     if not config.filters_file:
         log.info("No filters file given")
     if hasattr(os, "geteuid") and os.geteuid() == 0:

@@ -8012,7 +8012,7 @@ class MovedCacheTest(ProxyCase):
             os.unlink(heads + path + "^head")
         Path(self.root, "notes.txt").write_bytes(b"somebody's")
         size = 7 + sum(len(path) for path in paths[1:]) * 1000
-        for trust_bare, expected in ((True, "3 have no head in .pkgproxy"), (False, "2 have no head in .pkgproxy")):
+        for trust_bare, expected in ((True, "3 with no head in .pkgproxy"), (False, "2 with no head in .pkgproxy")):
             with self.subTest(trust_bare), self.assertLogs("pkgproxy", "INFO") as logged:
                 self.proxy._store.trust_bare = trust_bare
                 stopped = threading.Event()
@@ -8022,8 +8022,8 @@ class MovedCacheTest(ProxyCase):
                     stopped.set()
                     self.proxy._store.space.scarce.set()
             [line] = [line for line in logged.output if "care" in line]
-            self.assertIn("%d files (%d MB)" % (4 if trust_bare else 3, size // 10**6), line)
-            self.assertIn("1 have another size than .pkgproxy says, " + expected, line)
+            total = pkgproxy.format_bytes(size + (len("somebody's") if trust_bare else 0))
+            self.assertIn("1 with another size than .pkgproxy says, %s (%s in all)" % (expected, total), line)
         self.fill(*paths)
 
     def test_a_cache_in_order_has_nothing_to_log_at_the_start(self):
@@ -8850,6 +8850,7 @@ class FaultTest(ProxyCase):
         for path in (self.KEPT, self.NEW, self.INDEX, self.KEPT, self.NEW):
             self.assertEqual(self.request(path).body, self.bodies[path], path)
             self.wait_until_idle()
+        until(lambda: not self.proxy._store._reader._pending, "the end of reading the index")
         self.assertEqual([self.request(path)["Cache-Status"] for path in (self.KEPT, self.NEW)], ["pkgproxy; hit"] * 2)
         partials = os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")
         self.assertEqual(os.listdir(partials) if os.path.isdir(partials) else [], [])
@@ -10415,6 +10416,31 @@ class HistoryTest(unittest.TestCase):
         history.record(now + 7200)
         self.assertEqual(history._slots["hour"], {})
 
+    def test_two_processes_with_one_history_are_warned(self):
+        first, second = self.start_history(), self.start_history()
+        with self.assertLogs("pkgproxy", "WARNING") as logged:
+            for number, history in enumerate((first, first, second, first, second, first), 1):
+                self.totals["hit"] = number
+                history.save()
+            os.unlink(self.path)  # that is somebody else's right
+            pkgproxy.log.warning("end")
+        self.assertEqual(len(logged.output), 3, "one warning from each")
+        self.assertIn("Another process writes %s, too: give each an --instance." % self.path, logged.output[0])
+
+    def test_a_history_that_nobody_else_writes_is_no_reason_to_warn(self):
+        with self.assertLogs("pkgproxy", "WARNING") as logged:
+            for _ in range(2):
+                history = self.start_history()
+                for number in range(3):
+                    self.totals["hit"] = number
+                    history.save()
+                os.unlink(self.path)
+                self.totals["hit"] = 9
+                history.stop()
+            pkgproxy.log.warning("end")
+        self.assertEqual(len(logged.output), 1)
+        self.assertTrue(os.path.exists(self.path))
+
     def test_a_damaged_history_file_is_ignored(self):
         os.makedirs(os.path.dirname(self.path))
         good = {"since": 1, "all": {"hit": 7}, "slots": {name: {} for name in pkgproxy.PLOTS}}
@@ -10925,6 +10951,58 @@ class SetupCommandsTest(ProxyCase):
         for line in pkgproxy.setup_commands("gitlab-runner", self.ADDRESSES[0]):
             self.run_line(line)
             self.assertEqual(path.read_text(), '[[runners]]\n  environment = ["A=b"]\n')
+
+    def test_a_line_is_no_part_of_a_last_line_without_its_newline(self):
+        for name, (text, place, _) in pkgproxy.SETUP.items():
+            path = self.top / place[1:].lstrip("/")
+            for before in (b"[main]\ngpgcheck=True", b"a=b\n", b"\n", b"", None) if place.startswith("+") else ():
+                with self.subTest(name, before=before):
+                    path.unlink()
+                    if before is not None:
+                        path.write_bytes(before)
+                    command, undo = pkgproxy.setup_commands(name, self.ADDRESSES[0])
+                    whole = (before or b"") + b"\n" * (before is not None and before[-1:] not in (b"\n", b""))
+                    for _ in range(2):
+                        self.run_line(command)
+                        self.assertEqual(path.read_bytes(), whole + b"%s\n" % (text % self.ADDRESSES[0]).encode())
+                    self.run_line(undo)
+                    self.assertEqual(path.read_bytes(), whole)
+
+    def test_an_undo_leaves_other_proxies_alone(self):
+        listed, runner = self.top / "etc/apt/sources.list.d/docker.list", self.top / "etc/gitlab-runner/config.toml"
+        for proxy, other in (("10.0.0.1:9999", "10x0.0.1:9999"), ("[::1]:9999", ":9999"), ("[::1]:9999", "1:9999"), ("my-proxy:9999", "cache:3142")):
+            with self.subTest(proxy=proxy, other=other):
+                listed.write_text("deb http://%s/https://a.test/ x main\ndeb https://download.docker.com/linux/debian x stable\n" % other)
+                runner.write_text('[[runners]]\n  environment = ["http_proxy=http://%s"]\n' % other)
+                before = self.files()
+                for name in ("apt-https", "gitlab-runner"):
+                    command, undo = pkgproxy.setup_commands(name, {"proxy": proxy, "host": "", "port": 9999})
+                    self.run_line(command)
+                    self.run_line(undo)
+                self.assertEqual(self.files(), before)
+
+    def test_pacman_lines_may_be_indented(self):
+        (self.top / "etc/pacman.d/mirrorlist").write_text("# Server = https://off.test/\n  Server = https://on.test/$repo\n\tServer=https://too.test/\n")
+        (self.top / "etc/pacman.conf").write_text(self.moved("[core]\n  Include = /etc/pacman.d/mirrorlist\n"))
+        before = self.files()
+        command, undo = pkgproxy.setup_commands("pacman", self.ADDRESSES[0])
+        self.run_line(command)
+        self.assertEqual((self.top / "etc/pacman.d/pkgproxy").read_text(),
+                         "CacheServer = http://proxy:9999/https://on.test/$repo\nCacheServer = http://proxy:9999/https://too.test/\n")
+        self.assertIn("pacman.d/pkgproxy\n", (self.top / "etc/pacman.conf").read_text())
+        self.run_line(undo)
+        self.assertEqual(self.files(), before)
+
+    @unittest.skipUnless(shutil.which("node"), "node is not installed")
+    def test_autoconfiguration_knows_which_hosts_are_near(self):
+        script = self.get_own_page("/wpad.dat").body.decode()
+        direct = ("nas", "nas.", "nas.local.", "NAS.Local", "fritz.box", "nas.fritz.box", "100.64.0.1", "100.127.255.255", "0.0.0.0", "::1", "fd00::1",
+                  "::ffff:192.168.1.1", "::ffff:8.8.8.8", "127.0.0.1.", "192.168.0.1")
+        proxied = ("deb.example.org", "deb.example.org.", "myfritz.box", "100.63.0.1", "100.128.0.1", "192.169.0.1", "100.64.example.org", "8.8.8.8")
+        urls = [("http", host) for host in direct + proxied] + [("HTTP", "deb.example.org"), ("https", "deb.example.org"), ("HTTPS", "deb.example.org")]
+        code = "%s;console.log(JSON.stringify(%s.map(row => FindProxyForURL(row[0] + '://x/', row[1]) == 'DIRECT')))" % (script, json.dumps(urls))
+        found = json.loads(subprocess.run(["node", "-e", code], check=True, capture_output=True, timeout=60).stdout)
+        self.assertEqual(dict(zip(urls, found)), dict(zip(urls, [True] * len(direct) + [False] * len(proxied) + [False, True, True])))
 
     def test_a_shell_uses_the_proxy_at_once(self):
         self.assertEqual(self.run_line(pkgproxy.setup_commands("env", self.ADDRESSES[0])[0] + "; echo $http_proxy"), "http://proxy:9999\n")
@@ -12644,7 +12722,11 @@ class ConnectionLimiterTest(ProxyCase):
         self.open_client(line, "127.0.0.2")
         until(lambda: len(self.server.limiter._connections) == 2)
         self.open_client(line, "127.0.0.2")
-        self.assertEqual(read_to_end(waiting)[:12], b"HTTP/1.1 503")
+        with self.assertLogs("pkgproxy", "INFO") as logged:
+            self.assertEqual(read_to_end(waiting)[:12], b"HTTP/1.1 503")
+            until(lambda: self.server.dispatcher.statistics.counters.snapshot()["statsOutcomes"]["refused"])
+            until(lambda: logged.output)
+        self.assertRegex(logged.output[0], r"127\.0\.0\.1 +refused 503 .* \(127\.0\.0\.1 has too many connections open\.?\)")
 
     def test_parked_slow_clients_do_not_block_others_for_long(self):
         self.server.limiter.max_connections = 8
@@ -12909,6 +12991,7 @@ class CommandLineTest(unittest.TestCase):
                 (["-f", ""], 2, "--filters: Invalid path ''"), (["--ca-file", ""], 2, "--ca-file: Invalid path ''"),
                 (["--connect-ports", "0"], 2, "--connect-ports: Invalid port list '0'; use 443,8443 or none"), (["--allow", "home"], 2, "write loopback, private, lan, all, none or 203"), (["--name", "a b"], 2, "--name: 'a b' is not a host name; write proxy.example.org"),
                 (["--name", "http://a/"], 2, "is not a host name"), (["--allow", "10.0.0.1/8"], 2, "write loopback"),
+                (["--allow", "lan", "--allow", "none"], 2, "'none' must be the first --allow"), (["--access-log", "."], 1, "The access log . is a directory"),
                 (["--max-orphans", "x"], 2, "--max-orphans: Invalid number 'x'; use 0 to 10000"), (["--max-orphans", "-1"], 2, "use 0 to 10000"), (["--unknown"], 2, "unknown"),
                 (["--max-size", "much"], 2, "--max-size: Invalid size 'much'; use 500M, 20G or 1.5T"), (["--min-free", "5%"], 2, "--min-free: Invalid size '5%'"),
                 (["--max-age", "5"], 2, "--max-age: Invalid time '5'; use 90m, 12h, 30d or 8w"))
@@ -13045,6 +13128,41 @@ class ErrorTextTest(ProxyCase):
             answer = self.send_raw(hello.read())
         self.assertEqual(answer.partition(b"\r\n")[0], b"HTTP/1.1 400 The proxy's address must start with http://, not https://")
 
+    def test_a_tunnels_error_names_its_port(self):
+        for authority in ("127.0.0.1:443", "127.0.0.1:80", "[::1]:443"):
+            self.assertEqual(pkgproxy.parse_request_target("CONNECT", authority, "", ("127.0.0.1", 9))[0].authority, authority)
+        with mock.patch.object(pkgproxy, "resolve_addresses", side_effect=socket.gaierror(socket.EAI_NONAME, "unknown")):
+            answer = self.send_raw(b"CONNECT nosuch.invalid:443 HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.assertIn(b"Cannot resolve nosuch.invalid:443", answer)
+
+    def test_the_dot_after_a_full_name_is_removed(self):
+        for authority, expected in (("localhost.:8101", ("localhost", 8101)), ("deb.Example.org.", ("deb.example.org", 80)), ("127.0.0.1.", ("127.0.0.1", 80))):
+            self.assertEqual(pkgproxy.split_authority(authority, 80), expected)
+        for authority in (".", "a..", ".:80"):
+            self.assertRaises(pkgproxy.BadRequestError, pkgproxy.split_authority, authority, 80)
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(b"x")
+        self.assertEqual([self.request("http://localhost%s:%d/x_1.0.deb" % (dot, self.origin.port)).body for dot in (".", "")], [b"x", b"x"])
+        self.assertEqual(len(self.origin.log), 1)
+
+    def test_an_invalid_origin_is_told_how_to_write_it(self):
+        for text in ("deb.example.org:80", "m\xfcnchen.example"):
+            with self.assertRaisesRegex(ValueError, "without port; non-ASCII names as xn--"):
+                pkgproxy.parse_origins(text)
+
+    def test_reopening_the_access_log_is_not_nothing(self):
+        for config, expected in ((Config(access_log="access.log"), 0), (Config(), 1)):
+            with self.assertLogs("pkgproxy", "INFO") as logged:
+                pkgproxy.reload_files(mock.Mock(config=config), mock.Mock())
+                pkgproxy.log.info("end")
+            self.assertEqual(len(logged.output) - 1, expected)
+
+    def test_a_root_with_files_is_not_called_empty(self):
+        for root, expected in ((self.root, "files without metadata"), (None, "nothing stored yet")):
+            Path(self.root, "a.test").mkdir(exist_ok=True)
+            with mock.patch.object(os, "getcwd", lambda: self.root), self.assertLogs("pkgproxy", "INFO") as logged:
+                pkgproxy.open_store(Config(root=root))
+            self.assertIn("(%s)" % expected, logged.output[0])
+
     def test_nothing_from_outside_is_unescaped_in_a_reason_phrase(self):
         for text in ("a\r\nSet-Cookie: b", "\x00\x1b[31m\x7f\x85", "caf\xe9 \u2713 \U0001f600", "x" * 500, "\n" * 500, "\u2713" * 200, "", ".", "; x", "a. b"):
             with self.subTest(text=text):
@@ -13131,6 +13249,16 @@ class LanTest(unittest.TestCase):
             digits, _, length = line.split()[:3]
             self.assertIn("%s/%d" % (pkgproxy.ipaddress.ip_address(int(digits, 16).to_bytes(16, "big")), int(length, 16)), found)
 
+    @unittest.skipUnless(sys.platform == "linux" and shutil.which("unshare") and shutil.which("ip"), "needs network namespaces")
+    def test_every_address_of_an_interface(self):
+        networks = ["192.0.2.1/24", "198.51.100.1/25", "198.51.100.129/25", "203.0.113.1/32"]
+        code = "import sys; sys.path[0] = %r; import pkgproxy; print(*pkgproxy.lan_networks(pkgproxy.interface_addresses()))" % str(HERE)
+        script = "ip link set lo up; for n; do ip addr add $n dev lo; done; exec %s -c '%s'" % (sys.executable, code.replace("'", '"'))
+        ran = subprocess.run(["unshare", "-rn", "sh", "-c", "set -e; " + script, "sh", *networks], capture_output=True, text=True, timeout=60)
+        if ran.returncode and "unshare" in ran.stderr:
+            self.skipTest("network namespaces are not permitted")
+        self.assertEqual((ran.stdout.split(), ran.stderr), (["192.0.2.0/24", "198.51.100.0/25", "198.51.100.128/25", "203.0.113.1/32"], ""))
+
     def test_elsewhere_the_network_of_the_address_that_reaches_the_internet(self):
         probe = mock.MagicMock()
         probe.return_value.__enter__.return_value.getsockname.return_value = ("2001:db8:5::9", 1, 0, 0)
@@ -13170,6 +13298,20 @@ class LanTest(unittest.TestCase):
         with mock.patch.object(pkgproxy, "interface_addresses", interfaces), mock.patch.object(pkgproxy, "LAN_INTERVAL", 0.0):
             pkgproxy.wait_for_shutdown([types.SimpleNamespace(last_iteration=0.0)], proxy, signals, manager)
         self.assertEqual(proxy.config.lan, ("2001:db8:6::/64",))
+
+    def test_an_ipv4_network_may_be_written_as_ipv6(self):
+        for text, inside, outside in (("::ffff:192.0.2.0/120", "192.0.2.9", "192.0.3.1"), ("::ffff:c000:201", "::ffff:192.0.2.1", "192.0.2.2"), ("::ffff:0:0/96", "8.8.8.8", "::1")):
+            with self.subTest(text):
+                self.assertEqual([pkgproxy.is_client_allowed(address, (text,)) for address in (inside, outside)], [True, False])
+        self.assertEqual(list(map(str, pkgproxy.parse_networks(["::/0", "2001:db8::/32", "fd00::1"]))), ["::/0", "2001:db8::/32", "fd00::1/128"])
+
+    def test_private_networks_that_come_and_go_are_not_logged(self):
+        names = ["192.0.2.1/24"]
+        with mock.patch.object(pkgproxy, "interface_addresses", lambda: iter(names)), self.assertLogs("pkgproxy", "INFO") as caught:
+            config = pkgproxy.with_lan(Config())
+            names.append("172.18.0.1/255.255.0.0")  # docker's
+            self.assertIs(pkgproxy.with_lan(config), config)
+        self.assertEqual(len(caught.output), 1)
 
     def test_allow_adds_to_the_default_unless_it_begins_with_none(self):
         for words, expected in (([], ("loopback", "private", "lan")), (["10.0.0.0/8"], ("loopback", "private", "lan", "10.0.0.0/8")), (["none"], ()),
