@@ -429,7 +429,9 @@ class Request:
     client_prefix: str = ""  # what the client wrote before the target: "/", or HTTPS_HOST
     client_is_local: bool = False  # the client runs on this host
     known_missing: bool = False  # the event loop has just found nothing stored
-    doubt: int = 0  # of a stored package that this client has just got: 1, validate it; 2, fetch it anew
+    # Whether a stored package is doubted: 1, its client has just got it, so validate it; 2, a validation has
+    # confirmed it, so fetch it anew; 3, an index that is newer waits to be read, so validate it.
+    doubt: int = 0
     timings: dict[str, float] | None = None  # monotonic time of each step, by name; None: they are not logged
 
     def __hash__(self) -> int:
@@ -2315,7 +2317,7 @@ def _decide_stored(request: Request, stored: ResponseHead, name_class: NameClass
     # 2. The client demands a validation, or sends one of the two conditions that only the origin can
     #    evaluate (§4.3.2).
     strict = field_values(request.fields, "If-Match") + field_values(request.fields, "If-Unmodified-Since")
-    doubted = request.doubt == 2 or request.doubt and now - stored.response_time > DOUBT_INTERVAL
+    doubted = request.doubt > 1 or request.doubt and now - stored.response_time > DOUBT_INTERVAL
     if strict or doubted or _client_wants_validation(control, policy, age, ttl):
         return CacheDecision(Action.VALIDATE, name_class, "request", known_ttl)
     # 3. Names that do not change: serve, and look once a day whether they did after all.
@@ -7518,10 +7520,10 @@ class FlightLeader:
             return head
         # A client that doubts a file found at another mirror gets the file that this mirror has.
         is_doubted = request.doubt == 2 or not stored.described or stored.head.same_as and (
-            request.doubt or "no-cache" in cache_directives(request.fields))
+            request.doubt == 1 or "no-cache" in cache_directives(request.fields))
         more = () if is_doubted or decision.forward == "vary-miss" else validators(stored.head)
         response = fetch_full(origin, replace_fields(origin_request, fields=origin_request.fields + more))
-        is_same = request.doubt == 1 and not is_doubted and is_same_version(stored.head, response.head)
+        is_same = request.doubt in (1, 3) and not is_doubted and is_same_version(stored.head, response.head)
         if response.head.status == 304 or is_same:
             response.close()
             if is_same or is_304_for(stored.head, response.head):
@@ -7858,7 +7860,7 @@ class BackgroundRevalidator:
         signed = filter(None, map(self._stored_head, signed_keys(head.key)))
         if any(other.response_time > head.response_time for other in signed):
             return replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
-        return replace_fields(request, doubt=1) if self._store.awaits_index(head) else request
+        return replace_fields(request, doubt=3) if self._store.awaits_index(head) else request
 
     def may_store(self, key: str, client_is_local: bool, replaces: bool) -> bool:
         """Return whether a file that has arrived, perhaps to replace a stored one, may be stored now.
