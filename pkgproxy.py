@@ -8005,7 +8005,8 @@ class PackageDoubts:
         elif not POLICIES[classify_name(request.key)].lifetime or \
                 "no-cache" not in cache_directives(request.fields):
             return request
-        return replace_fields(request, doubt=2 if self._may_refetch(head, True) else int(is_doubted))
+        doubt = 2 if self._may_refetch(head, True) else request.doubt or int(is_doubted)
+        return replace_fields(request, doubt=doubt)
 
     def _may_refetch(self, head: ResponseHead, note: bool = False) -> bool:
         """Return whether a package may be fetched without conditions; with ``note``, it will be."""

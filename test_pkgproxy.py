@@ -12721,8 +12721,8 @@ class ConnectionLimiterTest(ProxyCase):
         until(lambda: len(self.server.limiter._parked) == 4)
         self.open_client(line, "127.0.0.2")
         until(lambda: len(self.server.limiter._connections) == 2)
-        self.open_client(line, "127.0.0.2")
         with self.assertLogs("pkgproxy", "INFO") as logged:
+            self.open_client(line, "127.0.0.2")
             self.assertEqual(read_to_end(waiting)[:12], b"HTTP/1.1 503")
             until(lambda: self.server.dispatcher.statistics.counters.snapshot()["statsOutcomes"]["refused"])
             until(lambda: logged.output)
