@@ -1933,7 +1933,8 @@ _CONTENT = re.compile(
 _DATED = re.compile(r"/\d{8}T\d{6}Z/|/repos/\d{4}/\d\d/\d\d/|/history/\d{8}/"
                     r"|-SNAPSHOT/[^/]*-\d{8}\.\d{6}-\d")
 _MOVING = re.compile(r"/(?:current|latest|latest-stable|snapshots|rawhide|nightly|[^/]+-SNAPSHOT)/", re.I)
-_SIGNATURE = re.compile(r"\.(?:sig2?|asc|gpg|sign|signature|minisig|md5|rmd160|sha(?:1|256|512)(?:sum)?)$")
+_SIGNATURE = re.compile(
+    r"\.(?:sig2?|asc|gpg|sign|signature|minisig|prov|md5|rmd160|sha(?:1|256|512)(?:sum)?)$")
 # Files that change in place.
 _INDEX_FOLDER = re.compile(
     r"/(?:project/trace|indices|media\.1|boot/[^/]+|media_info|refs/heads|delta-indexes)/")
@@ -2050,7 +2051,7 @@ def shareable_name(key: str) -> str:
     return _EPOCH.sub("_", name) if is_unique else ""
 
 
-_COMPRESSED_LIST = re.compile(r"(?<=/Packages)\.\w+$")  # opkg signs the list that is in it
+_COMPRESSED = re.compile(r"(?:(?<=/Packages)|(?<=\.tar))\.\w+$")  # opkg and others sign what is in it
 
 
 def signed_keys(key: str) -> list[str]:
@@ -2063,16 +2064,16 @@ def signed_keys(key: str) -> list[str]:
     while _SIGNATURE.search(key) and len(signed) < 2:  # a checksum may have a signature
         key = _SIGNATURE.sub("", key)
         signed.append(key)
-    suffixes = (".gz", ".xz", ".zst", ".bz2") if signed and key.endswith("/Packages") else ()
+    suffixes = (".gz", ".xz", ".zst", ".bz2") if signed and key.endswith(("/Packages", ".tar")) else ()
     return signed + [key + suffix for suffix in suffixes]
 
 
 def signature_keys(key: str) -> list[str]:
     """Return the possible signatures and checksums of a file, which have to be of its generation."""
     suffixes = () if "?" in key or _SIGNATURE.search(key) else (
-        "sig", "sig2", "asc", "gpg", "key", "sign", "signature", "minisig", "md5", "sha1", "sha256", "sha512",
-        "rmd160", "sha1sum", "sha256sum", "sha512sum", "sha256.asc", "sha512.asc")
-    names = dict.fromkeys((key, _COMPRESSED_LIST.sub("", key)))
+        "sig", "sig2", "asc", "gpg", "key", "sign", "signature", "minisig", "prov", "md5", "sha1", "sha256",
+        "sha512", "rmd160", "sha1sum", "sha256sum", "sha512sum", "sha256.asc", "sha512.asc")
+    names = dict.fromkeys((key, _COMPRESSED.sub("", key)))
     return [name + "." + suffix for name in names for suffix in suffixes]
 
 
@@ -2133,8 +2134,9 @@ def freshness_lifetime(head: ResponseHead) -> int | None:
 
 _TEXT_TYPE = re.compile(r"^text/|json|ya?ml|xml|html|script|toml|csv|urlencoded|x-sh")
 _BINARY_NAME = re.compile(
-    r"\w+://[^?]*/[^/?]*[^/?.]\.(?!(?:json|ya?ml|xml|x?html?|txt|toml|csv|md|[cm]?js|css|ini|cfg|conf|php\d?|aspx?"
-    r"|jsp|cgi|rss|atom|list|repo|log|asc|pem|sh|ps1|py)$)\w{1,12}", re.I)
+    r"\w+://[^?]*/[^/?]*[^/?.]\.(?!(?:(?:geo|nd)?json[cl]?|ya?ml|xml|x?html?|txt|toml|[ct]sv|md|[cm]?js|css|ini|cfg"
+    r"|conf|php\d?|aspx?|jsp|cgi|rss|atom|list|repo|log|asc|pem|sh|ps1|py|properties|lock|sql|plist|map|appcast"
+    r"|sha\d+|version)$)\w{1,12}", re.I)
 
 
 def heuristic_lifetime(head: ResponseHead, config: Config) -> int:
@@ -2215,8 +2217,10 @@ def _prohibitions(request: Request, head: ResponseHead) -> tuple[tuple[bool, str
 
 
 def is_implausible(key: str, size: int | None) -> bool:
-    """Return whether a body's size cannot be true: no package is empty, nor what a digest names."""
-    return size == 0 and POLICIES[classify_name(key)].lifetime == math.inf
+    """Return whether a body's size cannot be true: no package is empty, nor what a digest names, nor an index
+    that is compressed, an archive, signed or in XML."""
+    never_empty = key.endswith((".gz", ".xz", ".bz2", ".zst", ".db", ".files", "Release", "/repomd.xml"))
+    return size == 0 and (never_empty or POLICIES[classify_name(key)].lifetime == math.inf)
 
 
 def why_not_storable(request: Request, head: ResponseHead, config: Config) -> str:
@@ -2416,9 +2420,10 @@ def why_not_believed(request: Request, stored: ResponseHead, response: ResponseH
     ================================  =================================================================
     """
     follows = POLICIES[classify_name(request.key)].redirects
+    status = response.status
     is_suspicion = request.doubt and "no-cache" not in cache_directives(request.fields)
-    if response.status in (408, 429) or response.status >= 500 or is_suspicion and response.status != 200:
-        return str(response.status)
+    if status in (408, 425, 429) or status >= 500 or is_suspicion and status != 200:
+        return str(status)
     # OriginClient.fetch returns a redirect that can be followed only if a page is at its end.
     if follows and redirect_target(response, parse_target(response.final_uri)):
         return "a redirect to an HTML page"
@@ -6126,7 +6131,7 @@ class OriginClient:
         fields = without_fields(origin_request.fields, ("range", "if-range")) + more
         response = self.fetch(replace_fields(origin_request, fields=fields))
         status = response.head.status
-        if status in (408, 429) or status >= 500:
+        if status in (408, 425, 429) or status >= 500:
             response.close()
             raise OriginError("%s answers %d." % (origin_request.target.authority, status))
         if not is_remainder(response.head, head, size, offset):
@@ -8020,7 +8025,8 @@ class PackageDoubts:
 
     def note_answer(self, request: Request, outcome: Outcome) -> None:
         """Record that the origin has confirmed a stored response that a client doubted."""
-        if outcome is Outcome.VALIDATED and (request.doubt or "no-cache" in cache_directives(request.fields)):
+        is_doubted = request.doubt in (1, 2) or "no-cache" in cache_directives(request.fields)
+        if outcome is Outcome.VALIDATED and is_doubted:
             self._confirmed.note(request.key)
 
 
