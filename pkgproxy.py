@@ -116,7 +116,9 @@ Code and tests cite these by number.
  8. A client's Request is never modified.  Hop-by-hop fields are removed before any field is added.
  9. No request can name a path outside the root, a metadata file, or the file of another key.
 10. Every wait has a deadline, after which the waiter contacts the origin itself.
-11. pkgproxy deletes only files that it stored itself: those of the name and size that a head says.
+11. pkgproxy deletes and replaces only files that it stored itself: those of the name and size that a
+    head says.  In a root given with -r, which holds nothing but the cache, a file without a head counts as
+    a copy of a stored one if it has exactly the name of a requested key: what the origin sends replaces it.
 12. Clients are independent: no client's speed, error or departure changes what another one receives.
 13. What a stored index says about a package (its size, its digest) is never contradicted by a hit.
 
@@ -312,6 +314,7 @@ DOUBTS_PER_CLIENT = 64  # packages that one address doubts in that time; a bench
 EVICTION_INTERVAL = 300.0  # between two checks of the disk; a walk over a large cache takes seconds
 SCRUB_PAUSE = 60.0  # between two rounds, and after the last use of a stored file; a disk may sleep then
 SCRUB_RATE = 500_000  # bytes a second that are read to find damaged files; 43 GB a day
+RECOVERY_PERIOD = 60.0  # without a disk error, until a stored file shows that the cache works again
 MIN_EVICTION_PAUSE = 10.0  # between two runs of the evictor, however often the disk is full
 MIN_EVICTION_AGE = 60.0  # a file used more recently is kept: a client may be about to ask for it again
 OPEN_FOR = 3600.0  # a host's protection is rechecked this seldom if a bare file is all that could leak
@@ -3275,10 +3278,13 @@ def _matching_head(heads: Iterable[ResponseHead], key: str | None,
     return replace_fields(head, mtime_ns=info.st_mtime_ns, verified=same_second and truncated)
 
 
-def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
-    """Make a head for a body that has none, from its file's status."""
-    modified = info.st_mtime
-    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", format_http_date(modified)))
+def _bare_head(key: str, info: os.stat_result, first: bytes = b"") -> ResponseHead:
+    """Make a head for a body that has none, from its file's status, and from its first byte: pip accepts a
+    page of the right type only, and an HTML page may replace only another one."""
+    (page, mark, form), modified = key.partition("#"), info.st_mtime
+    kind = re.split("[,;]", FORMS[mark + form])[0] if mark else "application/octet-stream"
+    kind = "text/html" if first == b"<" and can_be_page(page) else kind
+    fields = (("Content-Type", kind), ("Last-Modified", format_http_date(modified)))
     return ResponseHead(200, "OK", fields, key, key, (), modified, modified, info.st_size, info.st_mtime_ns,
                         verified=False)
 
@@ -3757,7 +3763,8 @@ class Space:
             if end > self._running.get(partial, 0):  # otherwise the bytes have been granted already
                 needed += overhead + sum(max(0, granted - other.size)
                                          for other, granted in self._running.items() if other is not partial)
-            left = min(free, self._max_size - self._used()) - needed
+            below_limit = self._max_size - self._used()
+            left = min(free, below_limit) - needed
             fits = left >= 0 and (not starts or inodes >= inodes_for(key))
             likely = min(count, MAX_SPARE, 5 * self._spare)  # the next download is often as large
             if left < max(likely, self._spare // 2) or not fits:
@@ -3769,8 +3776,11 @@ class Space:
                 return min(self._running[partial] - overhead, partial.size + SPACE_STEP)
             if partial.length is None and len(self._outgrown) < LARGE_MEMO:
                 self._outgrown[key] = partial.size + count
-        raise OSError(errno.ENOSPC, "not enough free %s" % (
-            "space for %d bytes" % count if left < 0 else "inodes"))
+        if partial.length is not None and end > self._max_size:
+            raise OSError(errno.EFBIG, "this file is larger than --max-size")
+        place = "room below --max-size" if below_limit < min(free, needed) else "free space"
+        raise OSError(errno.ENOSPC, "not enough " + (
+            "%s for %d bytes" % (place, count) if left < 0 else "free inodes"))
 
     def release(self, partial: PartialFile, kept: bool = True) -> None:
         """End a download's grant; ``kept`` says whether its bytes stay on the disk."""
@@ -3849,8 +3859,7 @@ class Store:
 
         - A body without its time is used, but not ``verified``: either verify_copy() finds that it has the
           digest in its head, or decide() has its origin asked.  Then update_head() saves the new time.
-        - A body without a head, the same, if its name cannot stand for other content later (content-named,
-          package) and the root holds nothing but the cache (``trust_bare``).
+        - A body without a head, the same, if the root holds nothing but the cache (``trust_bare``).
         - A body of another size than its head says was changed, or only partly copied: it is never used.
         - A body that contradicts what an index says about it is not used (invariant 13).
         - A body under the hashed name that only made way for a foreign file is not used once that is removed:
@@ -3861,9 +3870,10 @@ class Store:
             file, info = _open(path)
             if file is None:
                 continue
-            heads = _read_heads(head_path)
-            head = _matching_head(heads, key, info)
-            if head is not None and self._why_wrong(key, head.size, head.sha256, self.knowledge_version()):
+            head = _matching_head(_read_heads(head_path), key, info)
+            is_bare = head is None and not bare and self._is_bare(name)
+            if (head or is_bare) and self._why_wrong(
+                    key, info.st_size, head.sha256 if head else "", self.knowledge_version()):
                 file.close()
                 continue
             if head is not None and not (head.displaced and not os.path.lexists(places[0][1])):
@@ -3873,12 +3883,18 @@ class Store:
                 with self._lock:
                     self._used[name] = self.used_at = time.time()
                 return StoredResponse(file, head, name, True)
-            immutable = classify_name(key) in (NameClass.CONTENT, NameClass.PACKAGE)
-            if self.trust_bare and immutable and not (heads or bare) and _has_exact_name(self.root, name):
-                bare = StoredResponse(file, _bare_head(key, info), name, False)
+            if is_bare:
+                bare = StoredResponse(file, _bare_head(key, info, file.read(1)), name, False)
+                file.seek(0)
             else:
                 file.close()
         return bare
+
+    def _is_bare(self, name: str) -> bool:
+        """Check whether a file counts as a copy of a stored one that has lost its head (invariant 11)."""
+        path = self.body_path(name)
+        return (self.trust_bare and os.path.isfile(path) and not os.path.islink(path)
+                and not _read_heads(self.head_path(name)) and _has_exact_name(self.root, name))
 
     def expected(self, key: str) -> list[FileFacts]:
         """Return what is known about a body in advance; each is right.  Here: the digest in its name."""
@@ -3944,7 +3960,7 @@ class Store:
         hashed = places[-1][0]
         for name, _, _ in places:
             exists, old = self.find_head(name, head.key)
-            if exists and not old and name != hashed:  # a foreign file stays (invariant 11)
+            if exists and not old and name != hashed and not self._is_bare(name):  # it stays (invariant 11)
                 head = replace_fields(head, displaced=True)
             elif self._rename_into_place(path, file, name, head, old):
                 self.space.add(-old.size if old else 0, 0 if old else 1)
@@ -3980,6 +3996,8 @@ class Store:
                 if error.errno in _NAME_REFUSED:
                     return False
                 if attempt == 3 or error.errno != errno.ENOENT:  # a new folder, or one that was removed again
+                    # A body without a head must not get one that does not fit: it would never be replaced.
+                    _unlink("" if old else head_path)
                     raise
         if os.name != "nt" and not os.path.samestat(os.lstat(place), os.fstat(file.fileno())):
             os.replace(place, path)
@@ -4254,8 +4272,8 @@ class Evictor:
                     counts["bytes"] += os.lstat(path).st_size
         size = counts.pop("bytes", 0)
         if counts:
-            log.info("%d files (%d MB) in %s are not under pkgproxy's care, and are never deleted: %s. "
-                     "Packages without a head are checked when they are requested.",
+            log.info("%d files (%d MB) in %s are not under pkgproxy's care, and are not evicted: %s. "
+                     "With -r, those without a head are checked when they are requested.",
                      sum(counts.values()), size // 10**6, store.root,
                      ", ".join("%d have %s" % (number, reason) for reason, number in sorted(counts.items())))
 
@@ -6589,7 +6607,7 @@ def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, reque
                       stored: StoredResponse, config: Config) -> ResponseHead | None:
     """Return the origin's head for a body file without one, if size and date show that it is the same.
 
-    The answer to a HEAD tells them, so the file is not read.  Below the root, where names tell versions
+    The answer to a HEAD tells them, so the file is not read.  Below the root, if its name tells versions
     apart, a file with a later date than the origin's is a copy that has lost its time.
     """
     response = origin.fetch(replace_fields(origin_request, method="HEAD"))
@@ -6597,7 +6615,8 @@ def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, reque
     head, size = response.head, content_length(response.head.fields)
     modified = parse_date(field_value(head.fields, "Last-Modified"))
     written = stored.head.mtime_ns // 10**9
-    same_date = modified == written or bool(stored.name) and modified is not None and modified < written
+    is_fixed = bool(stored.name) and classify_name(request.key) in (NameClass.CONTENT, NameClass.PACKAGE)
+    same_date = modified is not None and (modified == written or is_fixed and modified < written)
     same = size == stored.head.size and same_date
     if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
         return None
@@ -6706,6 +6725,8 @@ class RecentFailures:
         """Log a disk error once for each kind, and return the reason for Cache-Status."""
         if error.code == errno.EAGAIN:
             return "another download is storing it"
+        if error.code == errno.EFBIG:  # others can be stored
+            return "not stored: %s" % error
         with self._lock:
             is_new = self._disk_error is None or self._disk_error.code != error.code
             self._disk_error, self._disk_failed_at = error, time.monotonic()
@@ -6713,14 +6734,18 @@ class RecentFailures:
             self._on_full_disk()
         remedy = {errno.ENOSPC: " Free some space.", errno.EACCES: " Let this user write the cache root.",
                   errno.EROFS: " Mount the cache root for writing."}.get(error.code or 0, "")
+        remedy = " Raise --max-size if this lasts." if "--max-size" in str(error) else remedy
         log.log(logging.WARNING if is_new else logging.DEBUG,
                 "Nothing can be stored: %s. Requests are still passed to the origins.%s", error, remedy)
         return "not stored: %s" % error
 
     def disk_recovered(self) -> None:
-        """Record that a response was stored."""
+        """Record that a response was stored, which is a recovery if nothing has failed for a while: when
+        space is short, large files fail and small ones do not."""
         with self._lock:
-            recovered, self._disk_error = self._disk_error is not None, None
+            is_calm = time.monotonic() - self._disk_failed_at >= RECOVERY_PERIOD
+            recovered = self._disk_error is not None and is_calm
+            self._disk_error = None if recovered else self._disk_error
         if recovered:
             log.warning("The cache can be written again.")
 
@@ -9002,7 +9027,8 @@ def problems(view: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what is wrong at the moment: for each problem a few words, and sentences that explain it."""
     found = [] if view["disk"] else [("disk unreadable", "Cannot read the cache directory.")]
     if view["unstored"]:
-        found.append(("disk full" if " space" in view["unstored"] else "cannot store",
+        word = "disk full" if " space" in view["unstored"] else "cannot store"
+        found.append(("cache full" if "--max-size" in view["unstored"] else word,
                       "Cannot store anything: %s." % view["unstored"]))
     # What is known about a whole origin has no path; an error is known for one file only.
     sites = [row["origin"].partition("://")[2].partition("/") for row in view["troubles"]]
