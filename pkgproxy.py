@@ -116,7 +116,9 @@ Code and tests cite these by number.
  8. A client's Request is never modified.  Hop-by-hop fields are removed before any field is added.
  9. No request can name a path outside the root, a metadata file, or the file of another key.
 10. Every wait has a deadline, after which the waiter contacts the origin itself.
-11. pkgproxy deletes only files that it stored itself: those of the name and size that a head says.
+11. pkgproxy deletes and replaces only files that it stored itself: those of the name and size that a
+    head says.  In a root given with -r, which holds nothing but the cache, a file without a head counts as
+    a copy of a stored one if it has exactly the name of a requested key: what the origin sends replaces it.
 12. Clients are independent: no client's speed, error or departure changes what another one receives.
 13. What a stored index says about a package (its size, its digest) is never contradicted by a hit.
 
@@ -311,6 +313,7 @@ DOUBTS_PER_CLIENT = 64  # packages that one address doubts in that time; a bench
 EVICTION_INTERVAL = 300.0  # between two checks of the disk; a walk over a large cache takes seconds
 SCRUB_PAUSE = 60.0  # between two rounds, and after the last use of a stored file; a disk may sleep then
 SCRUB_RATE = 500_000  # bytes a second that are read to find damaged files; 43 GB a day
+RECOVERY_PERIOD = 60.0  # without a disk error, until a stored file shows that the cache works again
 MIN_EVICTION_PAUSE = 10.0  # between two runs of the evictor, however often the disk is full
 MIN_EVICTION_AGE = 60.0  # a file used more recently is kept: a client may be about to ask for it again
 OPEN_FOR = 3600.0  # a host's protection is rechecked this seldom if a bare file is all that could leak
@@ -2089,6 +2092,12 @@ def is_html(head: ResponseHead) -> bool:
     return media_type(head).startswith(("text/html", "application/xhtml"))
 
 
+def can_be_page(key: str) -> bool:
+    """Return whether a name may be that of a page: a folder, or another that does not look like a file."""
+    pages = {NameClass.OTHER: _PAGE, NameClass.INDEX: _INDEX_PAGE}.get(classify_name(key))
+    return bool(pages and pages.search(key.partition("?")[0]))
+
+
 def is_misplaced_page(request: Request, stored: ResponseHead | None, response: ResponseHead) -> bool:
     """Return whether a response is HTML in the place of a file: from a captive portal or a parked mirror.
 
@@ -2102,10 +2111,9 @@ def is_misplaced_page(request: Request, stored: ResponseHead | None, response: R
     """
     if not is_html(response) or response.status >= 300 or stored is not None and is_html(stored):
         return False
-    pages = {NameClass.OTHER: _PAGE, NameClass.INDEX: _INDEX_PAGE}.get(classify_name(request.key))
     accepted = field_value(request.fields, "Accept") or ""
     is_expected = stored is None or accepted.lower().startswith("text/html")
-    return not (pages and is_expected and pages.search(request.key.partition("?")[0]))
+    return not (is_expected and can_be_page(request.key))
 
 
 # Freshness (RFC 9111 §4.2) --------------------------------------------------------------------
@@ -3253,11 +3261,13 @@ def _matching_head(heads: Iterable[ResponseHead], key: str | None,
     return replace_fields(head, mtime_ns=info.st_mtime_ns, verified=same_second and truncated)
 
 
-def _bare_head(key: str, info: os.stat_result) -> ResponseHead:
-    """Make a head for a body that has none, from its file's status."""
-    modified = info.st_mtime
-    date = formatdate(modified, usegmt=True)
-    fields = (("Content-Type", "application/octet-stream"), ("Last-Modified", date))
+def _bare_head(key: str, info: os.stat_result, first: bytes = b"") -> ResponseHead:
+    """Make a head for a body that has none, from its file's status, and from its first byte: pip accepts a
+    page of the right type only, and an HTML page may replace only another one."""
+    (page, mark, form), modified = key.partition("#"), info.st_mtime
+    kind = re.split("[,;]", FORMS[mark + form])[0] if mark else "application/octet-stream"
+    kind = "text/html" if first == b"<" and can_be_page(page) else kind
+    fields = (("Content-Type", kind), ("Last-Modified", formatdate(modified, usegmt=True)))
     return ResponseHead(200, "OK", fields, key, key, (), modified, modified, info.st_size, info.st_mtime_ns,
                         verified=False)
 
@@ -3725,7 +3735,8 @@ class Space:
             if end > self._running.get(partial, 0):  # otherwise the bytes have been granted already
                 needed += overhead + sum(max(0, granted - other.size)
                                          for other, granted in self._running.items() if other is not partial)
-            left = min(free, self._max_size - self._used()) - needed
+            below_limit = self._max_size - self._used()
+            left = min(free, below_limit) - needed
             fits = left >= 0 and (not starts or inodes >= inodes_for(key))
             likely = min(count, MAX_SPARE, 5 * self._spare)  # the next download is often as large
             if left < max(likely, self._spare // 2) or not fits:
@@ -3737,8 +3748,11 @@ class Space:
                 return min(self._running[partial] - overhead, partial.size + SPACE_STEP)
             if partial.length is None and len(self._outgrown) < LARGE_MEMO:
                 self._outgrown[key] = partial.size + count
-        raise OSError(errno.ENOSPC, "not enough free %s" % (
-            "space for %d bytes" % count if left < 0 else "inodes"))
+        if partial.length is not None and end > self._max_size:
+            raise OSError(errno.EFBIG, "this file is larger than --max-size")
+        place = "room below --max-size" if below_limit < min(free, needed) else "free space"
+        raise OSError(errno.ENOSPC, "not enough " + (
+            "%s for %d bytes" % (place, count) if left < 0 else "free inodes"))
 
     def release(self, partial: PartialFile, kept: bool = True) -> None:
         """End a download's grant; ``kept`` says whether its bytes stay on the disk."""
@@ -3832,8 +3846,7 @@ class Store:
 
         - A body without its time is used, but not ``verified``: either verify_copy() finds that it has the
           digest in its head, or decide() has its origin asked.  Then update_head() saves the new time.
-        - A body without a head, the same, if its name cannot stand for other content later (content-named,
-          package) and the root holds nothing but the cache (``trust_bare``).
+        - A body without a head, the same, if the root holds nothing but the cache (``trust_bare``).
         - A body of another size than its head says was changed, or only partly copied: it is never used.
         - A body that contradicts what an index says about it is not used (invariant 13).
         - A body under the hashed name that only made way for a foreign file is not used once that is removed:
@@ -3844,22 +3857,30 @@ class Store:
             file, info = _open(self.body_path(name))
             if file is None:
                 continue
-            heads = _read_heads(self.head_path(name))
-            head = _matching_head(heads, key, info)
-            if head is not None and not (
-                    head.displaced and not os.path.lexists(self.body_path(names[0]))
-                    or self._why_wrong(key, head.size, head.sha256, head.sha512, self.knowledge_version())):
+            head = _matching_head(_read_heads(self.head_path(name)), key, info)
+            is_bare = head is None and not bare and self._is_bare(name)
+            digests = (head.sha256, head.sha512) if head else ("", "")
+            if (head or is_bare) and self._why_wrong(key, info.st_size, *digests, self.knowledge_version()):
+                file.close()
+                continue
+            if head is not None and not (head.displaced and not os.path.lexists(self.body_path(names[0]))):
                 _close(bare)
                 if not head.sha256 and name not in self.unhashed and self.expected(key):
                     self.unhashed.append(name)
                 self._used[name] = self.used_at = time.time()
                 return StoredResponse(file, head, name, True)
-            immutable = classify_name(key) in _IMMUTABLE
-            if self.trust_bare and immutable and not (heads or bare) and _has_exact_name(self.root, name):
-                bare = StoredResponse(file, _bare_head(key, info), name, False)
+            if is_bare:
+                bare = StoredResponse(file, _bare_head(key, info, file.read(1)), name, False)
+                file.seek(0)
             else:
                 file.close()
         return bare
+
+    def _is_bare(self, name: str) -> bool:
+        """Check whether a file counts as a copy of a stored one that has lost its head (invariant 11)."""
+        path = self.body_path(name)
+        return (self.trust_bare and os.path.isfile(path) and not os.path.islink(path)
+                and not _read_heads(self.head_path(name)) and _has_exact_name(self.root, name))
 
     def expected(self, key: str) -> list[FileFacts]:
         """Return what is known about a body in advance; each is right.  Here: the digest in its name."""
@@ -3926,7 +3947,7 @@ class Store:
         *_, hashed = names = self._names_of(head.key)
         for name in names:
             exists, old = self.find_head(name, head.key)
-            if exists and not old and name != hashed:  # a foreign file stays (invariant 11)
+            if exists and not old and name != hashed and not self._is_bare(name):  # it stays (invariant 11)
                 head = replace_fields(head, displaced=True)
             elif self._rename_into_place(path, file, name, head, old):
                 self.space.add(-old.size if old else 0, 0 if old else 1)
@@ -3957,6 +3978,8 @@ class Store:
         except OSError as error:
             if error.errno in _NAME_REFUSED:
                 return False
+            # A body without a head must not get one that does not fit: it would never be replaced.
+            _unlink("" if old else head_path)
             raise
         if os.name != "nt" and not os.path.samestat(os.lstat(place), os.fstat(file.fileno())):
             os.replace(place, path)
@@ -4195,8 +4218,8 @@ class Evictor:
                     counts["another size than .pkgproxy says" if has_head else "no head in .pkgproxy"] += 1
                     size += os.lstat(path).st_size
         if counts:
-            log.info("Files in %s that are not under pkgproxy's care, and are never deleted: %s (%s in all). "
-                     "Packages without a head are checked when they are requested.", store.root, ", ".join(
+            log.info("Files in %s that are not under pkgproxy's care, and are not evicted: %s (%s in all). "
+                     "With -r, those without a head are checked when they are requested.", store.root, ", ".join(
                          "%d with %s" % (number, reason) for reason, number in sorted(counts.items())),
                      format_bytes(size))
 
@@ -6466,7 +6489,7 @@ def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, reque
                       stored: StoredResponse, config: Config) -> ResponseHead | None:
     """Return the origin's head for a body file without one, if size and date show that it is the same.
 
-    The answer to a HEAD tells them, so the file is not read.  Below the root, where names tell versions
+    The answer to a HEAD tells them, so the file is not read.  Below the root, if its name tells versions
     apart, a file with a later date than the origin's is a copy that has lost its time.
     """
     response = origin.fetch(replace_fields(origin_request, method="HEAD"))
@@ -6474,7 +6497,8 @@ def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, reque
     head, size = response.head, content_length(response.head.fields)
     modified = parse_date(field_value(head.fields, "Last-Modified"))
     written = stored.head.mtime_ns // 10**9
-    same_date = modified == written or bool(stored.name) and modified is not None and modified < written
+    is_fixed = bool(stored.name) and classify_name(request.key) in (NameClass.CONTENT, NameClass.PACKAGE)
+    same_date = modified is not None and (modified == written or is_fixed and modified < written)
     same = size == stored.head.size and same_date
     if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
         return None
@@ -6540,6 +6564,7 @@ class RecentFailures:
         # By scheme and authority, by cache key, or by _same_request(): in the future if it is not asked until
         # then.  All are shown on the status page.
         self._events = RecentEvents()
+        self._disk_code: int | None = None  # the errno of the last failure
         self._disk = RecentEvents()  # "": the last disk error, until something is stored
 
     def reason_not_to_ask(self, request: Request) -> str:
@@ -6581,20 +6606,25 @@ class RecentFailures:
         """Log a disk error once for each kind, and return the reason for Cache-Status."""
         if error.code == errno.EAGAIN:
             return "another download is storing it"
-        last = self._disk.find("", math.inf)
-        is_new = last is None or last[1] != str(error)
+        if error.code == errno.EFBIG:  # others can be stored
+            return "not stored: %s" % error
+        is_new = self._disk.find("", math.inf) is None or self._disk_code != error.code
         self._disk.note("", str(error))
+        self._disk_code = error.code
         if error.code == errno.ENOSPC:
             self._on_full_disk()
         remedy = {errno.ENOSPC: " Free some space.", errno.EACCES: " Let this user write the cache root.",
                   errno.EROFS: " Mount the cache root for writing."}.get(error.code or 0, "")
+        remedy = " Raise --max-size if this lasts." if "--max-size" in str(error) else remedy
         log.log(logging.WARNING if is_new else logging.DEBUG,
                 "Nothing can be stored: %s. Requests are still passed to the origins.%s", error, remedy)
         return "not stored: %s" % error
 
     def disk_recovered(self) -> None:
-        """Record that a response was stored."""
-        if self._disk.find("", math.inf):
+        """Record that a response was stored, which is a recovery if nothing has failed for a while: when
+        space is short, large files fail and small ones do not."""
+        last = self._disk.find("", math.inf)
+        if last and last[0] >= RECOVERY_PERIOD:
             self._disk.forget("")
             log.warning("The cache can be written again.")
 
@@ -8855,7 +8885,8 @@ def problems(view: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what is wrong at the moment: for each problem a few words, and sentences that explain it."""
     found = [] if view["disk"] else [("disk unreadable", "Cannot read the cache directory.")]
     if view["unstored"]:
-        found.append(("disk full" if " space" in view["unstored"] else "cannot store",
+        word = "disk full" if " space" in view["unstored"] else "cannot store"
+        found.append(("cache full" if "--max-size" in view["unstored"] else word,
                       "Cannot store anything: %s." % view["unstored"]))
     # What is known about a whole origin has no path; an error is known for one file only.
     sites = [row["origin"].partition("://")[2].partition("/") for row in view["troubles"]]

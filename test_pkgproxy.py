@@ -594,8 +594,6 @@ class ProxyCase(unittest.TestCase):
 
     def counters(self):
         self.wait_until_idle()
-        now = time.monotonic()
-        until(lambda: self.server.last_iteration > now, "an iteration of the loop")  # it counts after it has sent
         return self.server.dispatcher.statistics.counters.snapshot()
 
     def visible_files(self):
@@ -2097,6 +2095,7 @@ class StoreTest(StoreCase):
         self.assertTrue(os.path.islink(self.path("a/pool/x_1.0_all.deb")))
 
     def test_a_file_that_was_stored_beside_a_foreign_one_is_not_used_once_that_is_removed(self):
+        self.store = pkgproxy.Store(self.root, trust_bare=False)
         for key, foreign in ((self.INDEX, b"somebody's"), (self.PACKAGE, b"somebody's")):
             with self.subTest(key):
                 name, hashed = pkgproxy.cache_file_names(key)
@@ -2124,16 +2123,40 @@ class StoreTest(StoreCase):
         with contextlib.closing(found):
             self.assertEqual((found.file.read(), dict(found.head.fields)["ETag"]), (b"old one", '"old"'))
 
-    def test_a_package_without_metadata_is_served_but_an_index_is_not(self):
-        self.store_response(self.PACKAGE, b"body", Last_Modified=DATE)
-        self.store_response(self.INDEX, b"index")
-        shutil.rmtree(self.path(pkgproxy.METADATA_FOLDER))
-        found = self.store.lookup(self.PACKAGE)
-        with contextlib.closing(found):
-            self.assertEqual(found.file.read(), b"body")
-            self.assertEqual(dict(found.head.fields)["Last-Modified"], DATE)
-            self.assertFalse(found.described)
-        self.assertIsNone(self.lookup(self.INDEX))
+    def test_a_file_without_metadata_is_found_and_has_to_be_verified(self):
+        for key in (self.PACKAGE, self.INDEX):
+            with self.subTest(key):
+                self.store_response(key, b"body", Last_Modified=DATE)
+                shutil.rmtree(self.path(pkgproxy.METADATA_FOLDER))
+                with contextlib.closing(self.store.lookup(key)) as found:
+                    self.assertEqual(found.file.read(), b"body")
+                    self.assertEqual(dict(found.head.fields)["Last-Modified"], DATE)
+                    self.assertFalse(found.described or found.head.verified)
+
+    def test_a_file_without_metadata_is_replaced_in_its_place_only_if_it_has_exactly_the_keys_name(self):
+        real = pkgproxy.Store.body_path
+        for name, at_its_place in (("a/pool/x_1.0_all.deb", True), ("a/Pool/x_1.0_all.deb", False)):
+            with self.subTest(name):
+                self.write(name, b"a copy")
+                with mock.patch.object(pkgproxy.Store, "body_path", lambda store, found, name=name: real(
+                        store, name if found.lower() == name.lower() else found)):  # as if case did not matter
+                    self.store_response(self.PACKAGE, b"origin's")
+                self.assertEqual(Path(self.path(name)).read_bytes() == b"origin's", at_its_place)
+                shutil.rmtree(self.root)
+
+    def test_a_link_at_the_place_of_a_key_is_not_replaced(self):
+        self.write("target", b"somebody's")
+        self.write("a/pool/y", b"")
+        os.symlink(self.path("target"), self.path("a/pool/x_1.0_all.deb"))
+        self.store_response(self.PACKAGE, b"origin's")
+        self.assertTrue(os.path.islink(self.path("a/pool/x_1.0_all.deb")))
+        self.assertEqual(self.lookup(self.PACKAGE), b"origin's")
+
+    def test_a_file_without_metadata_that_cannot_be_replaced_gets_no_head(self):
+        self.write("a/pool/x_1.0_all.deb", b"a copy")
+        with mock.patch.object(pkgproxy, "_rename", side_effect=OSError(errno.EACCES, "refused")):
+            self.assertRaises(pkgproxy.StorageError, self.store_response, self.PACKAGE, b"new")
+        self.assertEqual(self.lookup(self.PACKAGE), b"a copy")
 
     def test_a_cache_written_by_version_1_0_is_served_with_its_fields(self):
         self.write("a/pool/x_1.0_all.deb", b"body")
@@ -2198,6 +2221,7 @@ class StoreTest(StoreCase):
             self.assertEqual(self.lookup(key), key.encode())
 
     def test_foreign_files_are_neither_replaced_nor_removed(self):
+        self.store = pkgproxy.Store(self.root, trust_bare=False)
         self.write("a/dists/x/InRelease", b"somebody's")
         self.store_response(self.INDEX, b"origin's")
         self.assertEqual(Path(self.path("a/dists/x/InRelease")).read_bytes(), b"somebody's")
@@ -8035,6 +8059,192 @@ class MovedCacheTest(ProxyCase):
         self.assertEqual(len(logged.output), 1)
 
 
+class LostMetadataTest(ProxyCase):
+    """A root given with -r whose .pkgproxy was lost, or whose folders were renamed: its files are copies."""
+
+    PATHS = ("/dists/x/InRelease", "/readme.txt", "/simple/foo/", "/pool/n_1.0_all.deb", "/pool/x_1.0_all.deb")
+    move, outcomes, outcome, own_names, evict_all = (
+        vars(MovedCacheTest)[name] for name in ("move", "outcomes", "outcome", "own_names", "evict_all"))
+
+    def fill(self, text="", **more):
+        for path in self.PATHS:
+            if path == "/pool/x_1.0_all.deb":
+                more = {}
+            page = path == "/simple/foo/"
+            self.origin.pages[path] = ScriptedResponse(
+                (b"<html>" if page else b"") + (path + text).encode() * 9, fields=[("Content-Type", "text/html")] * page, **more)
+        self.bodies = [self.origin.pages[path].body for path in self.PATHS]
+        if not text:
+            shutil.rmtree(self.root)
+            os.mkdir(self.root)
+            self.start_proxy()
+            self.assertEqual(self.fetch(), self.bodies)
+            self.names = self.own_names()
+
+    def fetch(self):
+        bodies = []
+        for path in self.PATHS:
+            answer = self.request(path)
+            bodies.append(answer.body)
+            self.assertEqual("html" in (answer["Content-Type"] or ""), path == "/simple/foo/")
+            self.wait_until_idle()
+        return bodies
+
+    def test_each_file_is_requested_once_and_is_then_pkgproxys_own_in_its_place(self):
+        for more in ({"modified": ""}, {}):
+            for with_times in (True, False):
+                for text in ("", "new"):
+                    with self.subTest(more, with_times=with_times, text=text):
+                        self.fill(**more)
+                        self.move(with_times, with_metadata=False)
+                        if text:
+                            self.fill(text, **more)
+                        self.assertEqual(self.fetch(), self.bodies)
+                        self.assertEqual((self.own_names(), [name for name in self.own_names() if "^" in name.replace("foo/^", "")]), (self.names, []))
+                        self.assertEqual(self.proxy._store.snapshot()["files"], len(self.PATHS))
+                        self.assertEqual(pkgproxy.Evictor(self.proxy._store).run(self.config, time.time()).files, len(self.PATHS))
+                        self.assertEqual(self.proxy._store.snapshot()["files"], len(self.PATHS))
+                        self.start_proxy(dataclasses.replace(self.config, offline=True))
+                        self.assertEqual(self.fetch(), self.bodies)
+                        self.assertEqual(self.evict_all(), [])
+
+    def test_files_that_have_their_times_are_confirmed_by_a_head_request(self):
+        self.fill()
+        self.move(with_times=True, with_metadata=False)
+        self.origin.log.clear()
+        self.fetch()
+        self.assertEqual([(entry.method, entry.target) for entry in self.origin.log], [("HEAD", path) for path in self.PATHS])
+
+    def test_an_index_of_the_same_size_and_an_older_time_than_the_copys_is_replaced(self):
+        self.fill()
+        self.move(with_metadata=False)
+        path = self.PATHS[0]
+        self.origin.pages[path] = ScriptedResponse(bytes(len(self.bodies[0])))
+        self.assertEqual(self.request(path).body, bytes(len(self.bodies[0])))
+
+    def test_they_are_served_offline_and_without_their_origin(self):
+        for offline in (True, False):
+            with self.subTest(offline=offline):
+                self.fill(modified="")
+                self.move(with_metadata=False, config=dataclasses.replace(self.config, offline=offline))
+                if not offline:
+                    self.origin.close()
+                self.assertEqual(self.fetch(), self.bodies)
+                self.assertIn("hit" if offline else "stale", self.cache_status(self.request(self.PATHS[0])))
+                self.assertEqual(self.own_names(), self.names)
+
+    def test_a_json_page_keeps_its_type(self):
+        accept = {"Accept": "application/vnd.pypi.simple.v1+json"}
+        self.origin.pages["/simple/foo/"] = ScriptedResponse(b'{"files": []}', fields=[("Content-Type", accept["Accept"])])
+        self.request("/simple/foo/", **accept)
+        self.wait_until_idle()
+        self.move(with_metadata=False, config=dataclasses.replace(self.config, offline=True))
+        self.assertEqual(self.request("/simple/foo/", **accept)["Content-Type"], accept["Accept"])
+
+    def test_a_portals_page_replaces_no_file(self):
+        self.fill()
+        self.move(with_metadata=False)
+        for path in self.PATHS[:2] + self.PATHS[3:]:
+            self.origin.pages[path] = ScriptedResponse(b"<html>login", fields=[("Content-Type", "text/html")])
+        self.assertEqual(self.fetch(), self.bodies)
+
+    def test_a_file_and_its_signature_are_taken_over(self):
+        paths = ("/dists/x/Release", "/dists/x/Release.gpg")
+        for text in ("old", "new"):
+            for path in paths:
+                self.origin.pages[path] = ScriptedResponse((path + text).encode())
+            for path in paths * (1 + (text == "new")):
+                self.assertEqual(self.request(path).body, (path + text).encode())
+                self.wait_until_idle()
+            if text == "old":
+                names = self.own_names()
+                self.move(with_metadata=False)
+        self.assertEqual(self.own_names(), names)
+        self.assertEqual(self.evict_all(), [])
+
+    def test_a_renamed_folder_of_a_host_is_taken_over(self):
+        self.fill()
+        folder = os.path.join(self.root, self.origin.name)
+        os.rename(folder, os.path.join(self.root, "other"))
+        with mock.patch.object(pkgproxy.OriginClient, "is_open", return_value=True):
+            os.rename(os.path.join(self.root, "other"), folder)
+            os.rename(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "heads", self.origin.name),
+                      os.path.join(self.root, pkgproxy.METADATA_FOLDER, "heads", "other"))
+            self.start_proxy()
+            self.assertEqual(self.fetch(), self.bodies)
+        self.assertEqual(self.own_names(), self.names)
+        self.assertEqual(self.evict_all(), [])
+
+    def test_clients_elsewhere_get_no_copy_from_a_protected_host(self):
+        self.fill()
+        self.move(with_metadata=False)
+        for path in self.PATHS:
+            target = pkgproxy.parse_target(self.origin.url(path))
+            request = make_request(target.uri, client_is_local=False)
+            self.assertIsNone(pkgproxy.look_up_for_client(self.proxy._store, self.proxy._origin, request))
+
+    def test_without_r_they_stay_and_are_not_served(self):
+        self.fill()
+        self.move(with_metadata=False, config=dataclasses.replace(self.config, offline=True))
+        self.proxy._store.trust_bare = False
+        self.assertEqual([self.request(path).status for path in self.PATHS], [504] * len(self.PATHS))
+        self.start_proxy()
+        self.proxy._store.trust_bare = False
+        old = self.visible_files()
+        self.fill("new")
+        self.assertEqual(self.fetch(), self.bodies)
+        self.assertEqual({name: body for name, body in self.visible_files().items() if name in old}, old)
+
+
+class CacheLimitTest(ProxyCase):
+    """What is said if --max-size leaves no room, and how often."""
+
+    def setUp(self):
+        super().setUp()
+        self.proxy._store.space._max_size = 1_000_000
+
+    def store(self, size, **more):
+        self.origin.pages["/%d_1.0_all.deb" % size] = ScriptedResponse(bytes(size), **more)
+        answer = self.request("/%d_1.0_all.deb" % size)
+        self.wait_until_idle()
+        return answer["Cache-Status"]
+
+    def view(self):
+        return json.loads(self.get_own_page("/status.json").body)
+
+    def test_a_file_above_the_limit_is_no_problem_of_the_cache(self):
+        with self.assertLogs("pkgproxy", "INFO") as logged:
+            self.assertIn("not stored: this file is larger than --max-size", self.store(3_000_000))
+        self.assertEqual([record for record in logged.records if record.levelname == "WARNING"], [])
+        self.assertEqual(self.view()["health"], "OK")
+
+    def test_a_full_cache_is_not_called_a_full_disk(self):
+        self.store(600_000)
+        with self.assertLogs("pkgproxy", "WARNING") as logged:
+            self.assertIn("not stored: not enough room below --max-size for 700000 bytes", self.store(700_000))
+        self.assertIn("Raise --max-size", logged.output[0])
+        self.assertNotIn("Free some space", logged.output[0])
+        self.assertEqual(self.view()["health"], "cache full")
+        with mock.patch.object(pkgproxy.shutil, "disk_usage", return_value=mock.Mock(free=10, total=1000)):
+            self.assertIn("not stored: not enough free space", self.store(700_001))
+
+    def test_an_incident_and_its_end_are_logged_once_each(self):
+        self.store(600_000)
+        now, monotonic = [0.0], time.monotonic
+        clock = mock.patch.object(pkgproxy.time, "monotonic", lambda: monotonic() + now[0])
+        with clock, self.assertLogs("pkgproxy", "WARNING") as logged:
+            for number in range(10):
+                self.store(500_000 + number)
+                self.store(1000 + number)
+            self.assertEqual(self.view()["health"], "cache full")
+            now[0] = 61.0
+            self.store(2000)
+            self.store(2001)
+            self.assertEqual(self.view()["health"], "OK")
+        self.assertEqual([line.partition(":pkgproxy:")[2][:27] for line in logged.output],
+                         ["Nothing can be stored: not ", "The cache can be written ag"])
+
+
 class CacheSizeTest(StoreCase):
     """The size that is known without a walk over all files."""
 
@@ -10631,8 +10841,9 @@ class PagesTest(ProxyCase):
         self.assertEqual(self.view()["health"], "disk full")
         with mock.patch.object(pkgproxy, "EVICTION_INTERVAL", 0.0):  # as later, when another process stores everything
             self.assertEqual(self.view()["unstored"], "")
-        self.request("/x_1.0_all.deb")
-        self.wait_until_idle()
+        with mock.patch.object(pkgproxy, "RECOVERY_PERIOD", 0.0):
+            self.request("/x_1.0_all.deb")
+            self.wait_until_idle()
         self.assertEqual((self.view()["health"], self.view()["html"]["problems"]), ("OK", ""))
 
     def test_the_newest_request_and_the_busiest_origin_are_listed_first(self):
