@@ -2225,10 +2225,8 @@ def _prohibitions(request: Request, head: ResponseHead) -> tuple[tuple[bool, str
 
 
 def is_implausible(key: str, size: int | None) -> bool:
-    """Return whether a body's size cannot be true: no package is empty, nor what a digest names, nor an index
-    that is compressed, an archive, signed or in XML."""
-    never_empty = key.endswith((".gz", ".xz", ".bz2", ".zst", ".db", ".files", "Release", "/repomd.xml"))
-    return size == 0 and (never_empty or POLICIES[classify_name(key)].lifetime == math.inf)
+    """Return whether a body's size cannot be true: no package is empty, nor what a digest names."""
+    return size == 0 and POLICIES[classify_name(key)].lifetime == math.inf
 
 
 def why_not_storable(request: Request, head: ResponseHead, config: Config) -> str:
@@ -4031,14 +4029,6 @@ class Store:
         heads = _read_heads(self.head_path(name)) if stat.S_ISREG(info.st_mode) else ()
         return True, _matching_head(heads, key, info)
 
-    def version_of(self, key: str) -> tuple[int, int] | None:
-        """Return size and modification time (ns) of the stored body for a key, without using it."""
-        for name in self._names_of(key):
-            with contextlib.suppress(OSError):
-                info = os.lstat(self.body_path(name))
-                return info.st_size, info.st_mtime_ns
-        return None
-
     def take_access_times(self) -> dict[str, float]:
         """Return the clock times of the last uses since the last call, by name.
 
@@ -4048,13 +4038,6 @@ class Store:
         used, self._used = self._used, {}
         return used
 
-    def list_hosts(self) -> list[str]:
-        """Return the hosts with stored responses.  Raises OSError if the root cannot be read."""
-        with contextlib.suppress(FileNotFoundError):
-            names = os.listdir(self.head_path("")[:-len("^head")])
-            return sorted(name for name in names if os.path.isdir(self.body_path(name)))
-        return []
-
     def body_path(self, name: str) -> str:
         """Return the path of a name's body."""
         return "%s/%s" % (self.root, name)
@@ -4062,6 +4045,23 @@ class Store:
     def head_path(self, name: str) -> str:
         """Return the path of a name's head file."""
         return "%s/heads/%s^head" % (self.metadata_folder, name)
+
+
+def version_of(store: Store, key: str) -> tuple[int, int] | None:
+    """Return size and modification time (ns) of the stored body for a key, which is not a use."""
+    for path in map(store.body_path, store._names_of(key)):
+        with contextlib.suppress(OSError):
+            info = os.lstat(path)
+            return info.st_size, info.st_mtime_ns
+    return None
+
+
+def list_hosts(store: Store) -> list[str]:
+    """Return the hosts with stored responses.  Raises OSError if the root cannot be read."""
+    with contextlib.suppress(FileNotFoundError):
+        names = os.listdir(store.head_path("")[:-len("^head")])
+        return sorted(name for name in names if os.path.isdir(store.body_path(name)))
+    return []
 
 
 def verify_copy(store: Store, stored: StoredResponse) -> StoredResponse | None:
@@ -4208,7 +4208,7 @@ class Evictor:
     def log_foreign_files(self) -> None:
         """Log how many visible files are not pkgproxy's own, and why.  Raises OSError."""
         store, counts, size = self._store, collections.Counter[str](), 0
-        hosts = [""] if store.trust_bare else store.list_hosts()
+        hosts = [""] if store.trust_bare else list_hosts(store)
         for folder, subfolders, files in itertools.chain(*(os.walk(store.body_path(host)) for host in hosts)):
             subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
             for path in (os.path.join(folder, file) for file in files):
@@ -4218,10 +4218,10 @@ class Evictor:
                     counts["another size than .pkgproxy says" if has_head else "no head in .pkgproxy"] += 1
                     size += os.lstat(path).st_size
         if counts:
+            reasons = ", ".join("%d with %s" % (number, reason) for reason, number in sorted(counts.items()))
             log.info("Files in %s that are not under pkgproxy's care, and are not evicted: %s (%s in all). "
-                     "With -r, those without a head are checked when they are requested.", store.root, ", ".join(
-                         "%d with %s" % (number, reason) for reason, number in sorted(counts.items())),
-                     format_bytes(size))
+                     "With -r, those without a head are checked when they are requested.",
+                     store.root, reasons, format_bytes(size))
 
     def _evict(self, entries: list[Entry], max_age: float | None, excess: int, now: float) -> tuple[int, int]:
         """Evict until ``excess`` bytes and enough inodes are free; return removed responses and bytes."""
@@ -4521,7 +4521,7 @@ class IndexReader:
         """Queue an index that was stored, or is used, to be read unless it has been; ignore other files."""
         found = index_type(head.key, media_type(head))
         if found is None or self._unnamed.get(head.key) == self.generation or os.path.exists(
-                self._path(found[2], head.key, self._store.version_of(head.key))):
+                self._path(found[2], head.key, version_of(self._store, head.key))):
             return
         with self._lock:
             if len(self._queue) < MAX_QUEUED_INDEXES and time.monotonic() - self._failed > LEARNING_BACKOFF:
@@ -4607,7 +4607,7 @@ class IndexReader:
         """Open a table; delete it if the version of the index from which it was made is no longer stored."""
         with contextlib.suppress(OSError, DamagedIndexError):
             table = self._open_table(path)
-            if self._store.version_of(table.source.key) == (table.source.size, table.source.mtime_ns):
+            if version_of(self._store, table.source.key) == (table.source.size, table.source.mtime_ns):
                 return table
         _unlink(path)
         return None
@@ -6935,7 +6935,7 @@ class Downloader:
         length = None if response.length is None else response.length + response.start
         partial.start(stored_head, length, response.start)
         # What contradicts its index is stored, but is not found.
-        replaces = download.replaces or self.store.expected(head.key) and self.store.version_of(head.key)
+        replaces = download.replaces or self.store.expected(head.key) and version_of(self.store, head.key)
         outcome = Outcome.UPDATED if replaces else Outcome.MISS
         status = CacheStatus(outcome, decision.forward, response.head.status, stored=True)
         status = shared_cache_status(decision, head) if head.same_as else status
@@ -10941,7 +10941,7 @@ def open_store(config: Config) -> Store:
     store = IndexedStore(config.root or ".", config.root is not None, config.min_free, config.max_size)
     try:
         make_directory(store.root)
-        hosts = store.list_hosts()
+        hosts = list_hosts(store)
         is_used = not hosts and store.trust_bare and set(os.listdir(store.root)) - {METADATA_FOLDER}
     except OSError as error:
         raise StartupError("Cannot use the cache root %s: %s. Choose another directory with -r." % (
