@@ -519,7 +519,7 @@ class ProxyCase(unittest.TestCase):
 
     def wait_until_idle(self):
         """Wait until no response, no flight and no background validation is in progress."""
-        until(lambda: not self.server.replies_running and not self.downloads_in_flight() and not self.proxy._store._reader._pending
+        until(lambda: not self.server.replies_running and not self.downloads_in_flight()
               and self.proxy._revalidator._running._value == pkgproxy.MAX_BACKGROUND_VALIDATIONS, "the end of all responses")
 
     def downloads_in_flight(self, proxy=None):
@@ -7496,6 +7496,7 @@ class IsolationTest(ProxyCase):
                 ("public", (("Vary", "Authorization"),), False), ("s-maxage=60", (("Vary", "Accept, authorization"),), False)):
             for path in (self.PACKAGE, self.INDEX):
                 with self.subTest(control=control, more=more, path=path):
+                    until(lambda: not self.proxy._store._reader._pending, "the end of reading")
                     shutil.rmtree(self.root)
                     os.mkdir(self.root)
                     self.require_password(control, *more)
