@@ -300,6 +300,7 @@ MEMCACHED_BACKOFF = 5.0  # before a failed memcached is tried again; less than a
 COMMIT_TIMEOUT = 900.0  # for a complete body to reach the disk: 10 GB at 12 MB/s
 SHUTDOWN_GRACE = 8.0  # for running responses after SIGTERM; docker kills after 10 s
 NOTIFY_INTERVAL = 10.0  # between two status texts to the service manager
+RECORD_DELAY = 0.01  # a hit that was sent waits to be logged together with others of the same file
 LOG_BATCH_DELAY = 0.02  # a log line waits for others, so that a burst is one write
 
 # Intervals of the cache, in seconds.
@@ -9906,11 +9907,7 @@ class Dispatcher:
         self.record_results(request, response.head.status, response.cache_status, [(request.client, result)])
 
     def record_hit(self, hit: PreparedHit, results: list[tuple[str, SendResult]]) -> None:
-        """Log a hit that was sent to several clients; from now on, they may doubt it."""
-        for client, result in results:
-            if hit.clients[client] < 2 and result.whole:
-                hit.clients[client] += 1
-                self.proxy.doubts.note_delivered(hit.request, client, hit.status)
+        """Log a hit that was sent to several clients."""
         self.record_results(hit.request, hit.status, hit.cache_status, results, hit.text)
 
     def record_results(self, request: Request, status: int, cache_status: CacheStatus,
@@ -9969,9 +9966,9 @@ class EventLoop:
     The path of a hit: run_once → _serve → _read_request → Dispatcher.try_hot_path → HotCache.get, or
     Proxy.prepare_hit → _send → HitTransfer.send_some → _record.
 
-    Stored files are checked once a turn, not once a request (see HotCache), and responses are logged once a
-    turn.  That must not be noticed: a client that removes a file, or changes the settings, and *then* sends
-    a request must not get the old response.  So where a request may have arrived after the turn began,
+    Stored files are checked once a turn, not once a request (see HotCache), and responses are logged once in
+    some turns.  That must not be noticed: a client that removes a file, or changes the settings, and *then*
+    sends a request must not get the old response.  So where a request may have arrived after the turn began,
     HotCache.recheck() comes first.
     """
 
@@ -9981,7 +9978,8 @@ class EventLoop:
         self._counters = server.dispatcher.statistics.counters
         self._connections: set[ClientConnection] = set()
         self._postponed: list[ClientConnection] = []  # have answered one request and buffered another
-        self._sent: dict[PreparedHit, list[tuple[str, SendResult]]] = {}  # in this turn, not recorded yet
+        self._sent: dict[PreparedHit, list[tuple[str, SendResult]]] = {}  # not recorded yet
+        self._recorded_at = 0.0  # monotonic
         self._closed = False
         self._thread = 0  # the one that calls run_once()
         self._hot_cache = HotCache()
@@ -10002,6 +10000,7 @@ class EventLoop:
         """Serve all connections that are ready now, or as soon as one is, within ``timeout`` seconds."""
         self._thread = threading.get_ident()
         postponed, self._postponed = self._postponed, []
+        timeout = min(timeout, RECORD_DELAY) if self._sent else timeout
         ready = self.selector.select(0 if postponed else timeout)
         self._hot_cache.recheck(self._dispatcher.proxy.hits_valid_for())
         for key, _ in ready:
@@ -10013,12 +10012,15 @@ class EventLoop:
             if connection.waiting:
                 self._serve(connection, is_readable=False)
         self._take(self._add)
-        self._record()
+        if not ready or time.monotonic() - self._recorded_at > RECORD_DELAY:
+            self._record()
 
     @property
     def sending(self) -> int:
-        """Connections that a hit is being sent to, or that have buffered another request."""
-        return len(self._postponed) + sum(each.pending is not None for each in tuple(self._connections))
+        """Connections that a hit is being sent to, or that have buffered another request; and hits that were
+        sent, but are not logged yet."""
+        busy = sum(each.pending is not None for each in tuple(self._connections))
+        return busy + len(self._postponed) + len(self._sent)
 
     def close_timed_out(self, now: float) -> None:
         """Close connections that have exceeded their timeout; ``now`` is monotonic.
@@ -10147,11 +10149,15 @@ class EventLoop:
 
     def _note_sent(self, connection: ClientConnection, transfer: HitTransfer) -> None:
         connection.pending = None
-        self._sent.setdefault(transfer.hit, []).append((connection.host, transfer.result()))
+        hit, result = transfer.hit, transfer.result()
+        self._sent.setdefault(hit, []).append((connection.host, result))
+        if hit.clients[connection.host] < 2 and result.whole:  # from now on, it may doubt it
+            hit.clients[connection.host] += 1
+            self._dispatcher.proxy.doubts.note_delivered(hit.request, connection.host, hit.status)
 
     def _record(self) -> None:
-        """Log what was sent in this turn: once per hit, which is cheaper than once per client."""
-        sent, self._sent = self._sent, {}
+        """Log what was sent in the last turns: once per hit, which is cheaper than once per client."""
+        sent, self._sent, self._recorded_at = self._sent, {}, time.monotonic()
         for hit, results in sent.items():
             self._dispatcher.record_hit(hit, results)
 
