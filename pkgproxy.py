@@ -4527,7 +4527,8 @@ class IndexReader:
         with self._lock:
             if len(self._queue) < MAX_QUEUED_INDEXES and time.monotonic() - self._failed > LEARNING_BACKOFF:
                 self._queue[head.key] = found
-                self._pending[head.key] = found[2].removeprefix("top "), time.time()
+                if not found[2].startswith("top "):  # those name indexes, and are read in milliseconds
+                    self._pending[head.key] = found[2], time.time()
                 self.generation += 1
                 if not self._thread.is_alive():
                     self._thread = threading.Thread(target=self._run, daemon=True)
