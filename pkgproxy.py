@@ -1247,14 +1247,14 @@ def resume_validator(head: ResponseHead) -> str | None:
 
 # Content codings (RFC 9110 §8.4.1) ---------------------------------------------------------------
 
-# Origins send large text indexes gzipped if they are asked to: conda's is 440 MB of JSON.  Whatever coding has
-# come is stored, under the one cache key, and decoded for clients that do not take it.
+# Origins send large text indexes gzipped if they are asked to: conda's is 440 MB of JSON.  Whatever coding
+# has come is stored, under the one cache key, and gzip is decoded for clients that do not take it.
 
 
 def has_coded_form(key: str) -> bool:
     """Return whether a cache key names a large text index: conda's, npm's, or a page that pip reads."""
     path = key.partition("?")[0]
-    is_page = path.endswith("/") and "simple/" in path
+    is_page = "simple/" in path and path.endswith("/")
     return is_page or path.endswith("/repodata.json") or key.endswith(("#json", "#npm"))
 
 
@@ -1295,13 +1295,11 @@ _LONGEST_LINK = 512  # bytes; more than any match of these patterns
 
 def link_pattern_for(request: Request, head: ResponseHead) -> re.Pattern[bytes] | None:
     """Return the pattern of the links to rewrite in a response; None: leave it unchanged."""
-    is_coded = field_value(head.fields, "Content-Encoding") is not None
-    if request.client_prefix != "/" or head.status != 200 or is_coded and not is_decodable(request, head):
-        return None
     path, media = request.target.path.partition("?")[0], media_type(head)
+    is_coded = field_value(head.fields, "Content-Encoding") is not None and not is_decodable(request, head)
+    if request.client_prefix != "/" or head.status != 200 or is_coded or path.endswith("/repodata.json"):
+        return None  # conda's index has no links
     for_pip = "pypi.simple" in (field_value(request.fields, "Accept") or "") or "simple/" in path
-    if path.endswith("/repodata.json"):
-        return None  # conda's has no links
     if path.endswith("/config.json") or for_pip and path.endswith("/"):  # whatever their Content-Type says
         return _PAGE_LINK if for_pip else _TARBALL_LINK
     return _LINKS.get(media) if for_pip or media != "text/html" else None
@@ -1309,8 +1307,7 @@ def link_pattern_for(request: Request, head: ResponseHead) -> re.Pattern[bytes] 
 
 def is_adapted(request: Request, head: ResponseHead) -> bool:
     """Return whether the client gets other bytes than those of the stored body: see adapt_body()."""
-    is_decoded = is_decodable(request, head) and not accepts_gzip(request)
-    return is_decoded or link_pattern_for(request, head) is not None
+    return bool(link_pattern_for(request, head)) or is_decodable(request, head) and not accepts_gzip(request)
 
 
 # Preconditions and ranges (RFC 9110 §13, §14) -------------------------------------------------
@@ -1618,7 +1615,7 @@ def rewrite_links(chunks: Iterable[bytes], links: re.Pattern[bytes], base: str, 
 
 
 def decode_gzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield a gzipped body decoded (RFC 1952), up to COPY_SIZE bytes at once: few bytes may stand for many.
+    """Yield a gzipped body decoded (RFC 1952), 0 to COPY_SIZE bytes at once: few bytes may stand for many.
 
     Raise TruncatedBodyError if it is damaged or ends early.
     """
@@ -1626,23 +1623,19 @@ def decode_gzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
     try:
         for data in chunks:
             while data:
-                if decoder.eof:  # another member follows
-                    decoder = zlib.decompressobj(31)
-                if piece := decoder.decompress(data, COPY_SIZE):
-                    yield piece
+                decoder = zlib.decompressobj(31) if decoder.eof else decoder  # another member follows
+                yield decoder.decompress(data, COPY_SIZE)
                 data = decoder.unconsumed_tail or decoder.unused_data
+        if not decoder.eof:
+            raise zlib.error("it ends early")
     except zlib.error as error:
         raise TruncatedBodyError("The gzipped body is damaged: %s." % error) from None
-    if not decoder.eof:
-        raise TruncatedBodyError("The gzipped body ends early.")
 
 
 def encode_gzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield a body gzipped, fast rather than small."""
+    """Return an iterator over a body gzipped, fast rather than small."""
     encoder = zlib.compressobj(1, wbits=31)
-    for data in chunks:
-        yield encoder.compress(data)
-    yield encoder.flush()
+    return itertools.chain(map(encoder.compress, chunks), map(encoder.flush, [zlib.Z_FINISH]))
 
 
 def with_date(head: ResponseHead, now: float) -> ResponseHead:
@@ -1867,9 +1860,8 @@ def origin_request_fields(request: Request, config: Config, identity: bool) -> F
     if hops is not None:
         fields += (("Max-Forwards", str(hops - 1)),)
     if identity:
-        is_whole = request.method == "GET" and field_value(request.fields, "Range") is None
-        may_code = is_whole and request.client_prefix == "/" and has_coded_form(request.key)
-        fields += (("Accept-Encoding", "gzip" if may_code and accepts_gzip(request) else "identity"),)
+        coded = accepts_gzip(request) and has_coded_form(request.key) and not field_value(request.fields, "Range")
+        fields += (("Accept-Encoding", "gzip" if coded and request.client_prefix == "/" else "identity"),)
     elif request.length is None:
         fields += (("Transfer-Encoding", "chunked"),)
     elif request.length or field_value(request.fields, "Content-Length") is not None:
@@ -1931,8 +1923,7 @@ def with_chosen_form(request: Request) -> Request:
     So clients that choose the same in other words share one stored response.  Other requests stay as they
     are.
     """
-    weights = member_weights(request.fields, "Accept")
-    takes_any = not weights
+    weights = member_weights(request.fields, "Accept") or collections.defaultdict(float, {"*/*": 1.0})
     path = request.target.path.partition("?")[0]
     pypi = "application/vnd.pypi.simple."
     json_weight = max(weights[pypi + name] for name in ("v1+json", "latest+json"))
@@ -1941,7 +1932,7 @@ def with_chosen_form(request: Request) -> Request:
         return request
     if weights["application/vnd.npm.install-v1+json"] > weights["application/json"]:
         mark = "#npm"
-    elif path.endswith("/") and (json_weight or "simple/" in path and (html_weight or takes_any)):
+    elif path.endswith("/") and (json_weight or "simple/" in path and html_weight):
         mark = "#json" if json_weight and json_weight >= html_weight else ""
     else:
         return request
@@ -6477,14 +6468,13 @@ def adapt_body(request: Request, response: Response) -> Response:
             yield data
 
     body = IterableBody(None, (), original.close)
-    chunks = decode_gzip(pieces()) if is_gzipped else pieces()
+    chunks = filter(None, decode_gzip(pieces())) if is_gzipped else pieces()
     fields = without_fields(old.fields, _BODY_FIELDS if takes_gzip else (*_BODY_FIELDS, "content-encoding"))
     if links is None:
         fields += (("ETag", "W/" + tag.removeprefix("W/")),) if tag else ()
     else:
         fields = without_fields(fields, ("last-modified",))
-        base = "http://%s/" % host if host else "/"
-        chunks = rewrite_links(chunks, links, base, request.target)
+        chunks = rewrite_links(chunks, links, "http://%s/" % host if host else "/", request.target)
     body.parts = encode_gzip(chunks) if is_gzipped and takes_gzip else chunks
     return replace_fields(response, head=replace_fields(old, fields=fields), body=body)
 
@@ -6555,10 +6545,17 @@ def look_up_for_client(store: Store, origin: OriginClient, request: Request) -> 
     return stored
 
 
-def full_request(request: Request, config: Config, deadline: float | None = None) -> OriginRequest:
-    """Make the request for a whole representation that may be stored, whatever part the client asked for."""
+def full_request(request: Request, config: Config, deadline: float | None = None,
+                 stored: StoredResponse | None = None) -> OriginRequest:
+    """Make the request for a whole representation that may be stored, whatever part the client asked for.
+
+    ``stored`` is what it will validate.  If that is not coded, a gzipped form may replace it.
+    """
+    fields = origin_request_fields(request, config, identity=True)
+    if stored is not None and (field_value(stored.head.fields, "Content-Encoding") or not stored.described):
+        fields = with_coding_of(fields, stored.head)
     return OriginRequest(
-        "GET", request.target, origin_request_fields(request, config, identity=True), origins=config.origins,
+        "GET", request.target, fields, origins=config.origins,
         client_is_local=request.client_is_local, client=request.client, deadline=deadline,
         follow_redirects=POLICIES[classify_name(request.key)].redirects, timings=request.timings)
 
@@ -7648,10 +7645,7 @@ class FlightLeader:
         """Return the head that confirms a stored response, or the response that replaces it; OriginError."""
         request, may_be_stale = self.request, may_serve_stale_on_error(decision, stored.head)
         deadline = max(self.deadline, time.monotonic() + 1) if may_be_stale else None
-        origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline)
-        if not stored.described or field_value(stored.head.fields, "Content-Encoding"):
-            origin_request = replace_fields(
-                origin_request, fields=with_coding_of(origin_request.fields, stored.head))
+        origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline, stored)
         if not stored.described and (
                 head := confirm_bare_file(origin, origin_request, request, stored, self.config)):
             return head

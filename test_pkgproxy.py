@@ -4859,21 +4859,25 @@ class CodedIndexTest(ProxyCase):
 
     def test_concurrent_clients_share_one_download_in_both_forms(self):
         for path in (self.CONDA, self.PIP):
-            gate, answers = Gate(), []
-            self.more = {"gate": gate, "first": 30_000}
-            clients = [threading.Thread(target=lambda fields: answers.append(self.get(path, fields)), args=(fields,))
-                       for fields in (self.GZIP, self.PLAIN, self.GZIP, self.PLAIN)]
-            clients[0].start()
-            until(lambda: self.origin.methods(path), "the first request")
-            for client in clients[1:]:
-                client.start()
-            until(lambda: self.server.replies_running == len(clients), "the other requests")
-            gate.open()
-            for client in clients:
-                client.join(PATIENCE)
-            self.assertEqual([body == self.our_links(path) for _, body in answers], [True] * 4)
-            self.assertEqual(sorted(answer["Content-Encoding"] or "" for answer, _ in answers), ["", "", "gzip", "gzip"])
-            self.assertEqual(len([entry for entry in self.origin.requests(path) if entry.status == 200]), 1)
+            with self.subTest(path):
+                self.share_one_download(path)
+
+    def share_one_download(self, path):
+        gate, answers = Gate(), []
+        self.more = {"gate": gate, "first": 30_000}
+        clients = [threading.Thread(target=lambda fields: answers.append(self.get(path, fields)), args=(fields,))
+                   for fields in (self.GZIP, self.PLAIN, self.GZIP, self.PLAIN)]
+        clients[0].start()
+        until(lambda: self.origin.methods(path), "the first request")
+        for client in clients[1:]:
+            client.start()
+        until(lambda: self.server.replies_running == len(clients), "the other requests")
+        gate.open()
+        for client in clients:
+            client.join(PATIENCE)
+        self.assertEqual([body == self.our_links(path) for _, body in answers], [True] * 4)
+        self.assertEqual(sorted(answer["Content-Encoding"] or "" for answer, _ in answers), ["", "", "gzip", "gzip"])
+        self.assertEqual(len([entry for entry in self.origin.requests(path) if entry.status == 200]), 1)
 
     def test_a_download_that_breaks_off_is_resumed_in_its_coding(self):
         self.same_tag, self.more = True, {"limit": 500_000}
@@ -4903,7 +4907,7 @@ class CodedIndexTest(ProxyCase):
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         sizes = [len(piece) for piece in pkgproxy.decode_gzip([bomb + gzip.compress(b"") + bomb[:99], bomb[99:]])]
-        self.assertEqual((sum(sizes), max(sizes) <= pkgproxy.COPY_SIZE, 0 in sizes), (60_000_000, True, False))
+        self.assertEqual((sum(sizes), max(sizes)), (60_000_000, pkgproxy.COPY_SIZE))
         self.assertLess(tracemalloc.get_traced_memory()[1], 4_000_000)
         text = gzip.compress(b"abc") * 3
         self.assertEqual(b"".join(pkgproxy.decode_gzip([text[at:at + 1] for at in range(len(text))])), b"abc" * 3)
