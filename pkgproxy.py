@@ -1860,8 +1860,9 @@ def origin_request_fields(request: Request, config: Config, identity: bool) -> F
     if hops is not None:
         fields += (("Max-Forwards", str(hops - 1)),)
     if identity:
-        coded = accepts_gzip(request) and has_coded_form(request.key) and not field_value(request.fields, "Range")
-        fields += (("Accept-Encoding", "gzip" if coded and request.client_prefix == "/" else "identity"),)
+        is_whole = request.client_prefix == "/" and field_value(request.fields, "Range") is None
+        may_code = is_whole and has_coded_form(request.key) and accepts_gzip(request)
+        fields += (("Accept-Encoding", "gzip" if may_code else "identity"),)
     elif request.length is None:
         fields += (("Transfer-Encoding", "chunked"),)
     elif request.length or field_value(request.fields, "Content-Length") is not None:
