@@ -437,6 +437,8 @@ class Request:
     # confirmed it, so fetch it anew; 3, an index that is newer waits to be read, so validate it.
     doubt: int = 0
     timings: dict[str, float] | None = None  # monotonic time of each step, by name; None: they are not logged
+    # Sends the client a head of an interim response (RFC 9110 §15.2).
+    send_interim: Callable[[bytes], object] | None = dataclasses.field(default=None, compare=False)
 
     def __hash__(self) -> int:
         """Hash the URI only: it tells most requests apart, and hashing all fields takes long."""
@@ -5401,6 +5403,7 @@ class OriginRequest:
     client: str = ""  # the client's address
     timings: dict[str, float] | None = None  # those of the client's request (see mark())
     origins: tuple[str, ...] | None = None  # to which redirects may lead; None: all
+    send_interim: Callable[[bytes], object] | None = None  # of the client's request; None: they are discarded
 
     def timeout_for(self, limit: float) -> float:
         """Return the seconds that a step with its own ``limit`` may take; socket.timeout."""
@@ -5736,6 +5739,9 @@ class OriginResponse:
                 break
             if status == 101:
                 raise ValueError("it switched protocols without being asked")
+            if status > 101 and origin_request.send_interim:
+                fields = without_fields(end_to_end(fields), ("set-cookie",))
+                origin_request.send_interim(render_head(ResponseHead(status, reason, ()), fields))
         self._reader.set_deadline(None)
         now = time.time()
         self.head = with_date(ResponseHead(
@@ -6558,7 +6564,8 @@ def full_request(request: Request, config: Config, deadline: float | None = None
     return OriginRequest(
         "GET", request.target, fields, origins=config.origins,
         client_is_local=request.client_is_local, client=request.client, deadline=deadline,
-        follow_redirects=POLICIES[classify_name(request.key)].redirects, timings=request.timings)
+        follow_redirects=POLICIES[classify_name(request.key)].redirects, timings=request.timings,
+        send_interim=request.send_interim)
 
 
 def fetch_full(origin: OriginClient, origin_request: OriginRequest) -> OriginResponse:
@@ -8258,7 +8265,7 @@ class Proxy:
             detail = "for this client alone: " + ", ".join(private)
         response = self._origin.fetch(OriginRequest(
             request.method, request.target, fields, request.body, request.length, request.client_is_local,
-            follow, client=request.client, timings=request.timings, origins=self.config.origins))
+            follow, None, request.client, request.timings, config.origins, request.send_interim))
         for key in invalidated_keys(request, response.head):
             # In this order: a download that is stored between two of these steps is deleted by the last.
             self._barrier.invalidate(key)
@@ -10399,7 +10406,9 @@ class ProxyHandler:
     def _answer_one(self) -> bool:
         """Answer one request; return whether the connection stays open."""
         connection, self._lingers = self._connection, False  # whether the next request may be a miss, too
-        self._line = "?"  # the request line, where only the rest of the head is wrong
+        # The request line, where only the rest of the head is wrong, and the thread that may send interim
+        # responses (0: none).
+        self._line, self._awaiting_head = "?", threading.get_ident()
         self._timed = DeadlineReader(connection.sock, CLIENT_TIMEOUT, connection.buffered)
         self._file = io.BufferedReader(self._timed, 64 * 1024)
         if connection.pending is not None:
@@ -10464,6 +10473,7 @@ class ProxyHandler:
         cannot fail.  After the first byte, the only honest error is closing the connection (invariant 7).
         """
         sock, dispatcher, stays_open = self._connection.sock, self._server.dispatcher, False
+        self._awaiting_head = 0
         writer = ResponseWriter(sock, request, response, dispatcher)
         try:
             while not writer.whole:
@@ -10509,7 +10519,19 @@ class ProxyHandler:
         missing, connection.known_missing = connection.known_missing, False
         return replace_fields(
             request, body=body, received=time.time(), client=connection.host, timings=timings,
-            server_address=connection.server_address[0], known_missing=missing)
+            server_address=connection.server_address[0], known_missing=missing,
+            send_interim=None if request.version < (1, 1) else self._send_interim)
+
+    def _send_interim(self, head: bytes) -> None:
+        """Send an interim response, unless the client does not take it now.
+
+        Only this thread may do that, and only while it waits for the head of the final response: a download
+        that goes on in another thread, or for the rest of a body, may meet interim responses as well.
+        """
+        sock = self._connection.sock
+        if threading.get_ident() == self._awaiting_head and wait_until_ready(sock, 0.0, writing=True):
+            with contextlib.suppress(OSError):  # the final response will meet the error again
+                send_all(sock, head)
 
     def _parse_head(self, data: bytes, access_key: AccessKey) -> Request:
         """Parse the head at the start of ``data``, and consume it."""

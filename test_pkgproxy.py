@@ -420,6 +420,17 @@ def read_to_end(connection):
     return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
+class FinalResponse(http.client.HTTPResponse):
+    """A response that is not taken for final while it is a 102 or 103, as http.client does."""
+
+    def _read_status(self):
+        found = super()._read_status()
+        while found[1] in (102, 103):
+            http.client.parse_headers(self.fp)
+            found = super()._read_status()
+        return found
+
+
 class ClientResponse:
     """A response as a client received it."""
 
@@ -536,6 +547,7 @@ class ProxyCase(unittest.TestCase):
     @contextlib.contextmanager
     def connection(self):
         connection = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
+        connection.response_class = FinalResponse
         try:
             yield connection
         finally:
@@ -4933,6 +4945,58 @@ class CodedIndexTest(ProxyCase):
             with self.subTest(text):
                 self.assertEqual(pkgproxy.accepts_gzip(make_request("http://a/x", Accept_Encoding=text)), expected)
         self.assertFalse(pkgproxy.accepts_gzip(make_request("http://a/x")))
+
+
+class InterimResponseTest(ProxyCase):
+    """1xx responses of origins go to the client that waits for the final one (RFC 9110 §15.2)."""
+
+    HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nConnection: X-Hop\r\nX-Hop: 1\r\nSet-Cookie: a=b\r\n\r\n"
+    SENT = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\n"
+    FINAL = b"HTTP/1.1 200 OK\r\nETag: \"x\"\r\nContent-Length: 6\r\n\r\n"
+
+    def ask(self, path="/x_1.0.deb", version=b"1.1", more=b"", method=b"GET"):
+        data = self.send_raw(self.raw_request(path, b"Connection: close\r\n" + more, method, version))
+        self.wait_until_idle()
+        return data
+
+    def test_they_are_passed_on_before_the_final_response(self):
+        for path, more, method in (("/x_1.0.deb", b"", b"GET"), ("/x", b"Cookie: private=1\r\n", b"GET"), ("/y", b"Content-Length: 0\r\n", b"POST")):
+            with self.subTest(path):
+                self.origin.pages[path] = ScriptedResponse(steps=[b"HTTP/1.1 100 Continue\r\n\r\n" + self.HINTS + self.FINAL + b"abcdef"])
+                answer = self.ask(path, more=more, method=method)
+                self.assertTrue(answer.startswith(self.SENT), answer)
+                self.assertTrue(answer.endswith(b"\r\n\r\nabcdef"), answer)
+        self.assertTrue(self.ask().startswith(b"HTTP/1.1 200"))  # a hit has none
+
+    def test_they_come_at_once(self):
+        gate = Gate()
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(steps=[self.HINTS, gate, self.FINAL + b"abcdef"])
+        with self.open_client(self.raw_request()) as client:
+            self.assertEqual(client.recv(999), self.SENT[:-17])
+            gate.open()
+            self.assertTrue(client.recv(999).startswith(b"HTTP/1.1 200"))
+        self.wait_until_idle()
+
+    def test_an_http_1_0_client_gets_none(self):
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(steps=[self.HINTS + self.FINAL + b"abcdef"])
+        self.assertTrue(self.ask(version=b"1.0").startswith(b"HTTP/1.1 200"))
+
+    def test_those_of_a_resumed_download_are_discarded(self):
+        rest = b"HTTP/1.1 206 Partial\r\nETag: \"x\"\r\nContent-Range: bytes 3-5/6\r\nContent-Length: 3\r\n\r\ndef"
+        self.origin.pages["/x_1.0.deb"] = [ScriptedResponse(steps=[self.FINAL + b"abc"]), ScriptedResponse(steps=[self.HINTS + rest])]
+        answer = self.ask()
+        self.assertNotIn(b" 103 ", answer)
+        self.assertTrue(answer.endswith(b"\r\n\r\nabcdef"), answer)
+
+    def test_a_client_that_has_left_does_not_harm_the_download(self):
+        gate = Gate()
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(steps=[gate, self.HINTS * 50 + self.FINAL + b"abcdef"])
+        with self.open_client(self.raw_request()) as client:
+            until(lambda: self.origin.log, "the request")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gate.open()
+        self.wait_until_idle()
+        self.assertEqual(list(self.visible_files().values()), [b"abcdef"])
 
 
 class SmallAnswerTest(ProxyCase):
