@@ -4934,10 +4934,34 @@ class CodedIndexTest(ProxyCase):
 
     def test_a_coded_index_without_its_metadata_is_still_decoded(self):
         self.get(self.CONDA, self.GZIP)
+        self.assertEqual(list(self.visible_files().values()) == [self.coded[self.CONDA]], True)
         shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
         self.start_proxy(dataclasses.replace(self.config, offline=True))
         for fields in (self.PLAIN, self.GZIP):
             self.assertEqual(self.get(self.CONDA, fields)[1] == self.texts[self.CONDA], True)
+
+    def test_what_a_coded_index_says_about_packages_is_learned(self):
+        digest = hashlib.sha256(b"wheel").hexdigest().encode()
+        self.texts[self.PIP] = b'<a href="/f/x-1.0-py3-none-any.whl#sha256=%s">x</a>' % digest
+        self.coded[self.PIP] = gzip.compress(self.texts[self.PIP])
+        self.get(self.PIP, self.GZIP)
+        self.assertEqual(list(self.visible_files().values()), [self.coded[self.PIP]])
+        [facts] = self.proxy._store.expected(self.origin.url("/f/x-1.0-py3-none-any.whl"))
+        self.assertEqual(facts.digest.hex().encode(), digest)
+
+    def test_a_bomb_is_sent_decoded_in_little_memory(self):
+        body = gzip.compress(bytes(100_000_000))
+        self.origin.pages[self.CONDA] = ScriptedResponse(body, fields=[("Content-Encoding", "gzip"), ("Content-Type", "application/json")])
+        self.get(self.CONDA, self.GZIP)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        path = "/http://%s%s" % (self.name, self.CONDA)
+        with self.open_client(b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % path.encode()) as client:
+            found = 0
+            while data := client.recv(1 << 20):
+                found += len(data)
+        self.assertGreater(found, 100_000_000)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 8_000_000)
 
     def test_what_a_client_says_about_gzip_counts_by_weight(self):
         for text, expected in (("gzip", True), ("GZIP", True), ("br, gzip;q=0.1", True), ("gzip; q=0", False), ("gzip;q=0.000", False), ("*", True),
