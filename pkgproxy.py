@@ -181,6 +181,7 @@ import threading
 import time
 import urllib.parse
 import weakref
+import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from email.utils import formatdate
 from html import escape, unescape
@@ -437,6 +438,8 @@ class Request:
     # confirmed it, so fetch it anew; 3, an index that is newer waits to be read, so validate it.
     doubt: int = 0
     timings: dict[str, float] | None = None  # monotonic time of each step, by name; None: they are not logged
+    # Sends the client a head of an interim response (RFC 9110 §15.2).
+    send_interim: Callable[[bytes], object] | None = dataclasses.field(default=None, compare=False)
 
     def __hash__(self) -> int:
         """Hash the URI only: it tells most requests apart, and hashing all fields takes long."""
@@ -764,6 +767,15 @@ def list_members(fields: Fields, name: str) -> list[str]:
     """Return the lower-cased members of a list-valued field without quoted strings (RFC 9110 §5.6.1)."""
     members = ",".join(field_values(fields, name)).lower().split(",")
     return [member for text in members if (member := text.strip(" \t"))]
+
+
+_WEIGHTED = re.compile(r"([^;\s]+)\s*(?:;\s*q\s*=\s*([01](?:\.\d{0,3})?)\s*)?(?:;.*)?")
+
+
+def member_weights(fields: Fields, name: str) -> collections.defaultdict[str, float]:
+    """Return the weights of the members of Accept or Accept-Encoding (RFC 9110 §12.4.2), 0.0 for others."""
+    accepted = [match for match in map(_WEIGHTED.fullmatch, list_members(fields, name)) if match]
+    return collections.defaultdict(float, {match[1]: float(match[2] or 1) for match in accepted})
 
 
 def without_fields(fields: Fields, names: Iterable[str]) -> Fields:
@@ -1236,6 +1248,40 @@ def resume_validator(head: ResponseHead) -> str | None:
     return None if head.same_as else strong_validator(head)
 
 
+# Content codings (RFC 9110 §8.4.1) ---------------------------------------------------------------
+
+# Origins send large text indexes gzipped if they are asked to: conda's is 440 MB of JSON.  Whatever coding
+# has come is stored, under the one cache key, and gzip is decoded for clients that do not take it.
+
+
+def has_coded_form(key: str) -> bool:
+    """Return whether a cache key names a large text index: conda's, npm's, or a page that pip reads."""
+    path = key.partition("?")[0]
+    is_page = "simple/" in path and path.endswith("/")
+    return is_page or path.endswith("/repodata.json") or key.endswith(("#json", "#npm"))
+
+
+def accepts_gzip(request: Request) -> bool:
+    """Return whether a client says that it takes gzip (RFC 9110 §12.5.3)."""
+    weights = member_weights(request.fields, "Accept-Encoding")
+    return (weights["gzip"] if "gzip" in weights else weights["*"]) > 0
+
+
+def is_decodable(request: Request, head: ResponseHead) -> bool:
+    """Return whether a response is gzipped for the way only; other names may be gzip files themselves."""
+    coding = (field_value(head.fields, "Content-Encoding") or "").lower()
+    return head.status == 200 and coding in ("gzip", "x-gzip") and has_coded_form(request.key)
+
+
+def with_coding_of(fields: Fields, head: ResponseHead) -> Fields:
+    """Return the fields of a request that asks for the coding that a stored body has.
+
+    Another one has other bytes, and often another ETag: it neither confirms nor continues that body.
+    """
+    coding = field_value(head.fields, "Content-Encoding") or "identity"
+    return without_fields(fields, ("accept-encoding",)) + (("Accept-Encoding", coding),)
+
+
 # Links behind a prefix ------------------------------------------------------------------------
 
 # A client that writes a prefix leaves the proxy by an absolute link.  Two kinds of pages consist of such
@@ -1252,14 +1298,19 @@ _LONGEST_LINK = 512  # bytes; more than any match of these patterns
 
 def link_pattern_for(request: Request, head: ResponseHead) -> re.Pattern[bytes] | None:
     """Return the pattern of the links to rewrite in a response; None: leave it unchanged."""
-    is_coded = field_value(head.fields, "Content-Encoding") is not None
-    if request.client_prefix != "/" or head.status != 200 or is_coded:
-        return None
     path, media = request.target.path.partition("?")[0], media_type(head)
+    is_coded = field_value(head.fields, "Content-Encoding") is not None and not is_decodable(request, head)
+    if request.client_prefix != "/" or head.status != 200 or is_coded or path.endswith("/repodata.json"):
+        return None  # conda's index has no links
     for_pip = "pypi.simple" in (field_value(request.fields, "Accept") or "") or "simple/" in path
     if path.endswith("/config.json") or for_pip and path.endswith("/"):  # whatever their Content-Type says
         return _PAGE_LINK if for_pip else _TARBALL_LINK
     return _LINKS.get(media) if for_pip or media != "text/html" else None
+
+
+def is_adapted(request: Request, head: ResponseHead) -> bool:
+    """Return whether the client gets other bytes than those of the stored body: see adapt_body()."""
+    return bool(link_pattern_for(request, head)) or is_decodable(request, head) and not accepts_gzip(request)
 
 
 # Preconditions and ranges (RFC 9110 §13, §14) -------------------------------------------------
@@ -1327,11 +1378,11 @@ def parse_range(text: str, size: int) -> list[tuple[int, int]] | None:
 def requested_ranges(request: Request, head: ResponseHead, size: int) -> list[tuple[int, int]] | None:
     """Return the ranges of a representation to send; None: all of it (RFC 9110 §14.2).
 
-    Range is ignored if If-Range does not match (§13.1.5), and for pages with rewritten links, whose bytes
-    have other positions.
+    Range is ignored if If-Range does not match (§13.1.5), and for bodies that are decoded or whose links are
+    rewritten: their bytes have other positions.
     """
     text = field_value(request.fields, "Range")
-    if text is None or request.method != "GET" or link_pattern_for(request, head):
+    if text is None or request.method != "GET" or is_adapted(request, head):
         return None
     condition = field_value(request.fields, "If-Range")
     if condition is not None and condition not in (strong_validator(head), strong_date(head)):
@@ -1521,9 +1572,12 @@ def client_fields(head: ResponseHead, request: Request) -> Fields:
     For a client that writes a prefix, a redirect leads through the proxy again.  To a browser, all origins
     behind the prefix are one site, so none may set a cookie, or run a script that could read the others.
     """
+    fields = head.fields
+    if has_coded_form(request.key) and "accept-encoding" not in list_members(fields, "Vary"):
+        fields += (("Vary", "Accept-Encoding"),)
     if not request.client_prefix:
-        return head.fields
-    fields = without_fields(head.fields, ("set-cookie",)) + (("Content-Security-Policy", "sandbox"),)
+        return fields
+    fields = without_fields(fields, ("set-cookie",)) + (("Content-Security-Policy", "sandbox"),)
     location = field_value(fields, "Location")
     new_target = resolve_reference(head.final_uri or request.target.uri, location) if location else None
     if new_target is not None:
@@ -1561,6 +1615,30 @@ def rewrite_links(chunks: Iterable[bytes], links: re.Pattern[bytes], base: str, 
         if done:
             yield links.sub(rewrite, rest[:done])
         rest = rest[done:]
+
+
+def decode_gzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield a gzipped body decoded (RFC 1952), 0 to COPY_SIZE bytes at once: few bytes may stand for many.
+
+    Raise TruncatedBodyError if it is damaged or ends early.
+    """
+    decoder = zlib.decompressobj(31)
+    try:
+        for data in chunks:
+            while data:
+                decoder = zlib.decompressobj(31) if decoder.eof else decoder  # another member follows
+                yield decoder.decompress(data, COPY_SIZE)
+                data = decoder.unconsumed_tail or decoder.unused_data
+        if not decoder.eof:
+            raise zlib.error("it ends early")
+    except zlib.error as error:
+        raise TruncatedBodyError("The gzipped body is damaged: %s." % error) from None
+
+
+def encode_gzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Return an iterator over a body gzipped, fast rather than small."""
+    encoder = zlib.compressobj(1, wbits=31)
+    return itertools.chain(map(encoder.compress, chunks), map(encoder.flush, [zlib.Z_FINISH]))
 
 
 def with_date(head: ResponseHead, now: float) -> ResponseHead:
@@ -1734,10 +1812,10 @@ def cache_directives(fields: Fields, name: str = "Cache-Control") -> dict[str, s
 SHARED_FIELDS = frozenset(
     ("accept", "accept-language", "authorization", "cache-control", "pragma", "user-agent"))
 _OWN_FIELDS = frozenset(("host", "via", "range", "if-range", "if-match", "if-none-match", "if-modified-since",
-                         "if-unmodified-since"))
+                         "if-unmodified-since", "accept-encoding"))
 # The last two lines: npm, bundler, cargo, NuGet, zypper, flatpak and Go.
 _NEEDLESS = re.compile(
-    r"accept-(?:encoding|charset)|expect|content-type|date|expires|cache-store|from|referer|dnt|max-forwards"
+    r"accept-charset|expect|content-type|date|expires|cache-store|from|referer|dnt|max-forwards"
     r"|priority|save-data|upgrade-insecure-requests|sec-(?:ch|fetch|gpc)(?:-[a-z-]+)?|forwarded|x-real-ip"
     r"|want-(?:(?:content|repr)-)?digest|x-forwarded-[a-z]+|x-(?:request|correlation)-id|traceparent"
     r"|tracestate|x-b3-[a-z]+|baggage"
@@ -1771,7 +1849,7 @@ def origin_request_fields(request: Request, config: Config, identity: bool) -> F
     """Return the fields of a request to an origin (RFC 9110 §7.6).
 
     ``identity``: the response may be stored.  Then send SHARED_FIELDS only, and ask for no content coding,
-    because one stored body serves all clients.
+    because one stored body serves all clients; but for gzip if the proxy can decode it for the others.
     """
     hops = max_forwards(request)
     # 1. Remove hop-by-hop fields (§7.6.1), those that the proxy writes itself, a browser's cookie for
@@ -1785,7 +1863,9 @@ def origin_request_fields(request: Request, config: Config, identity: bool) -> F
     if hops is not None:
         fields += (("Max-Forwards", str(hops - 1)),)
     if identity:
-        fields += (("Accept-Encoding", "identity"),)
+        is_whole = request.client_prefix == "/" and field_value(request.fields, "Range") is None
+        may_code = is_whole and has_coded_form(request.key) and accepts_gzip(request)
+        fields += (("Accept-Encoding", "gzip" if may_code else "identity"),)
     elif request.length is None:
         fields += (("Transfer-Encoding", "chunked"),)
     elif request.length or field_value(request.fields, "Content-Length") is not None:
@@ -1839,7 +1919,6 @@ def storable_fields(fields: Fields) -> Fields:
 FORMS = {
     "": "text/html", "#npm": "application/vnd.npm.install-v1+json; q=1.0, application/json; q=0.8, */*",
     "#json": "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html"}
-_ACCEPTED = re.compile(r"([^;\s]+)\s*(?:;\s*q\s*=\s*([01](?:\.\d{0,3})?)\s*)?(?:;.*)?")
 
 
 def with_chosen_form(request: Request) -> Request:
@@ -1848,8 +1927,7 @@ def with_chosen_form(request: Request) -> Request:
     So clients that choose the same in other words share one stored response.  Other requests stay as they
     are.
     """
-    accepted = [match for match in map(_ACCEPTED.fullmatch, list_members(request.fields, "Accept")) if match]
-    weights = collections.defaultdict(float, {match[1]: float(match[2] or 1) for match in accepted})
+    weights = member_weights(request.fields, "Accept") or collections.defaultdict(float, {"*/*": 1.0})
     path = request.target.path.partition("?")[0]
     pypi = "application/vnd.pypi.simple."
     json_weight = max(weights[pypi + name] for name in ("v1+json", "latest+json"))
@@ -1858,7 +1936,7 @@ def with_chosen_form(request: Request) -> Request:
         return request
     if weights["application/vnd.npm.install-v1+json"] > weights["application/json"]:
         mark = "#npm"
-    elif path.endswith("/") and (json_weight or "simple/" in path and (html_weight or not accepted)):
+    elif path.endswith("/") and (json_weight or "simple/" in path and html_weight):
         mark = "#json" if json_weight and json_weight >= html_weight else ""
     else:
         return request
@@ -3262,11 +3340,13 @@ def _matching_head(heads: Iterable[ResponseHead], key: str | None,
 
 def _bare_head(key: str, info: os.stat_result, first: bytes = b"") -> ResponseHead:
     """Make a head for a body that has none, from its file's status, and from its first byte: pip accepts a
-    page of the right type only, and an HTML page may replace only another one."""
+    page of the right type only, an HTML page may replace only another one, and an index may be gzipped."""
     (page, mark, form), modified = key.partition("#"), info.st_mtime
     kind = re.split("[,;]", FORMS[mark + form])[0] if mark else "application/octet-stream"
     kind = "text/html" if first == b"<" and can_be_page(page) else kind
-    fields = (("Content-Type", kind), ("Last-Modified", formatdate(modified, usegmt=True)))
+    fields: Fields = (("Content-Type", kind), ("Last-Modified", formatdate(modified, usegmt=True)))
+    if first == b"\x1f" and has_coded_form(key):
+        fields += (("Content-Encoding", "gzip"),)
     return ResponseHead(200, "OK", fields, key, key, (), modified, modified, info.st_size, info.st_mtime_ns,
                         verified=False)
 
@@ -5325,6 +5405,7 @@ class OriginRequest:
     client: str = ""  # the client's address
     timings: dict[str, float] | None = None  # those of the client's request (see mark())
     origins: tuple[str, ...] | None = None  # to which redirects may lead; None: all
+    send_interim: Callable[[bytes], object] | None = None  # of the client's request; None: they are discarded
 
     def timeout_for(self, limit: float) -> float:
         """Return the seconds that a step with its own ``limit`` may take; socket.timeout."""
@@ -5660,6 +5741,9 @@ class OriginResponse:
                 break
             if status == 101:
                 raise ValueError("it switched protocols without being asked")
+            if status > 101 and origin_request.send_interim:
+                fields = without_fields(end_to_end(fields), ("set-cookie",))
+                origin_request.send_interim(render_head(ResponseHead(status, reason, ()), fields))
         self._reader.set_deadline(None)
         now = time.time()
         self.head = with_date(ResponseHead(
@@ -6153,7 +6237,7 @@ class OriginClient:
         if offset and validator is None:
             raise CannotResumeError("The download cannot be resumed: the origin sent no strong validator.")
         more = (("Range", "bytes=%d-" % offset), ("If-Range", validator or "")) if offset else ()
-        fields = without_fields(origin_request.fields, ("range", "if-range")) + more
+        fields = without_fields(with_coding_of(origin_request.fields, head), ("range", "if-range")) + more
         response = self.fetch(replace_fields(origin_request, fields=fields))
         status = response.head.status
         if status in (408, 425, 429) or status >= 500:
@@ -6351,9 +6435,9 @@ class TailingBody:
             self._download.partial.release()
 
 
-# Fields that describe the very bytes of a body, and so not those of a body with rewritten links.
-_BODY_FIELDS = ("content-length", "accept-ranges", "etag", "last-modified", "content-md5", "digest",
-                "content-digest", "repr-digest")
+# Fields that describe the very bytes of a body, and so not those of the same body in another form.
+_BODY_FIELDS = ("content-length", "accept-ranges", "etag", "content-md5", "digest", "content-digest",
+                "repr-digest")
 
 
 def read_in_memory(body: ResponseBody) -> Iterator[bytes]:
@@ -6373,14 +6457,19 @@ def read_in_memory(body: ResponseBody) -> Iterator[bytes]:
             yield data
 
 
-def rewrite_for_prefix(request: Request, response: Response) -> Response:
-    """Make the links of a response lead through the proxy, if its client put the proxy's address before the
-    URL; else return the response as it is."""
-    links = link_pattern_for(request, response.head)
-    if links is None:
+def adapt_body(request: Request, response: Response) -> Response:
+    """Return a response as its client can use it; the one place where other bytes are sent than are stored.
+
+    - A gzipped index is decoded for a client that does not take gzip.  It is the same to that client, so its
+      validators stay, the ETag as a weak one.
+    - Links lead through the proxy if the client put the proxy's address before the URL.  A page with
+      rewritten links has no validators, because the client may come by another address next time.
+    """
+    old, links = response.head, link_pattern_for(request, response.head)
+    if not is_adapted(request, old):
         return response
-    head = replace_fields(response.head, fields=without_fields(response.head.fields, _BODY_FIELDS))
-    host, original = field_value(request.fields, "Host"), response.body
+    is_gzipped, takes_gzip = is_decodable(request, old), accepts_gzip(request)
+    host, original, tag = field_value(request.fields, "Host"), response.body, field_value(old.fields, "ETag")
 
     def pieces() -> Iterator[bytes]:
         for data in read_in_memory(original):
@@ -6388,8 +6477,15 @@ def rewrite_for_prefix(request: Request, response: Response) -> Response:
             yield data
 
     body = IterableBody(None, (), original.close)
-    body.parts = rewrite_links(pieces(), links, "http://%s/" % host if host else "/", request.target)
-    return replace_fields(response, head=head, body=body)
+    chunks = filter(None, decode_gzip(pieces())) if is_gzipped else pieces()
+    fields = without_fields(old.fields, _BODY_FIELDS if takes_gzip else (*_BODY_FIELDS, "content-encoding"))
+    if links is None:
+        fields += (("ETag", "W/" + tag.removeprefix("W/")),) if tag else ()
+    else:
+        fields = without_fields(fields, ("last-modified",))
+        chunks = rewrite_links(chunks, links, "http://%s/" % host if host else "/", request.target)
+    body.parts = encode_gzip(chunks) if is_gzipped and takes_gzip else chunks
+    return replace_fields(response, head=replace_fields(old, fields=fields), body=body)
 
 
 # Responses to clients, by where their bodies come from
@@ -6458,12 +6554,20 @@ def look_up_for_client(store: Store, origin: OriginClient, request: Request) -> 
     return stored
 
 
-def full_request(request: Request, config: Config, deadline: float | None = None) -> OriginRequest:
-    """Make the request for a whole representation that may be stored, whatever part the client asked for."""
+def full_request(request: Request, config: Config, deadline: float | None = None,
+                 stored: StoredResponse | None = None) -> OriginRequest:
+    """Make the request for a whole representation that may be stored, whatever part the client asked for.
+
+    ``stored`` is what it will validate.  If that is not coded, a gzipped form may replace it.
+    """
+    fields = origin_request_fields(request, config, identity=True)
+    if stored is not None and (field_value(stored.head.fields, "Content-Encoding") or not stored.described):
+        fields = with_coding_of(fields, stored.head)
     return OriginRequest(
-        "GET", request.target, origin_request_fields(request, config, identity=True), origins=config.origins,
+        "GET", request.target, fields, origins=config.origins,
         client_is_local=request.client_is_local, client=request.client, deadline=deadline,
-        follow_redirects=POLICIES[classify_name(request.key)].redirects, timings=request.timings)
+        follow_redirects=POLICIES[classify_name(request.key)].redirects, timings=request.timings,
+        send_interim=request.send_interim)
 
 
 def fetch_full(origin: OriginClient, origin_request: OriginRequest) -> OriginResponse:
@@ -7402,7 +7506,7 @@ def render_hit(request: Request, stored: StoredResponse, config: Config, now: fl
         spans = () if request.method == "HEAD" else selection.spans
         span = spans[0] if spans else (0, 0)
         if decision.action is not Action.SERVE or decision.refresh or \
-                link_pattern_for(request, selection.head) or len(spans) > 1 or isinstance(span, bytes):
+                is_adapted(request, selection.head) or len(spans) > 1 or isinstance(span, bytes):
             return None
         part = FileSlice(stored, *span)
         is_small = part.size <= SMALL_BODY
@@ -7551,7 +7655,7 @@ class FlightLeader:
         """Return the head that confirms a stored response, or the response that replaces it; OriginError."""
         request, may_be_stale = self.request, may_serve_stale_on_error(decision, stored.head)
         deadline = max(self.deadline, time.monotonic() + 1) if may_be_stale else None
-        origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline)
+        origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline, stored)
         if not stored.described and (
                 head := confirm_bare_file(origin, origin_request, request, stored, self.config)):
             return head
@@ -8093,7 +8197,7 @@ class Proxy:
         If the response's body fails before its first byte, the caller calls ``response.fallback(error)`` for
         another response.
         """
-        return rewrite_for_prefix(request, self._respond(request))
+        return adapt_body(request, self._respond(request))
 
     def _respond(self, request: Request) -> Response:
         config = self.config
@@ -8116,7 +8220,7 @@ class Proxy:
         self.doubts.note_answer(request, response.cache_status.outcome)
 
         def fallback(error: Exception) -> Response:
-            return rewrite_for_prefix(request, self._respond_despite(request, decision, began, error))
+            return adapt_body(request, self._respond_despite(request, decision, began, error))
 
         return replace_fields(response, fallback=fallback)
 
@@ -8163,7 +8267,7 @@ class Proxy:
             detail = "for this client alone: " + ", ".join(private)
         response = self._origin.fetch(OriginRequest(
             request.method, request.target, fields, request.body, request.length, request.client_is_local,
-            follow, client=request.client, timings=request.timings, origins=self.config.origins))
+            follow, None, request.client, request.timings, config.origins, request.send_interim))
         for key in invalidated_keys(request, response.head):
             # In this order: a download that is stored between two of these steps is deleted by the last.
             self._barrier.invalidate(key)
@@ -10309,7 +10413,9 @@ class ProxyHandler:
     def _answer_one(self) -> bool:
         """Answer one request; return whether the connection stays open."""
         connection, self._lingers = self._connection, False  # whether the next request may be a miss, too
-        self._line = "?"  # the request line, where only the rest of the head is wrong
+        # The request line, where only the rest of the head is wrong, and the thread that may send interim
+        # responses (0: none).
+        self._line, self._awaiting_head = "?", threading.get_ident()
         self._timed = DeadlineReader(connection.sock, CLIENT_TIMEOUT, connection.buffered)
         self._file = io.BufferedReader(self._timed, 64 * 1024)
         if connection.pending is not None:
@@ -10374,6 +10480,7 @@ class ProxyHandler:
         cannot fail.  After the first byte, the only honest error is closing the connection (invariant 7).
         """
         sock, dispatcher, stays_open = self._connection.sock, self._server.dispatcher, False
+        self._awaiting_head = 0
         writer = ResponseWriter(sock, request, response, dispatcher)
         try:
             while not writer.whole:
@@ -10419,7 +10526,19 @@ class ProxyHandler:
         missing, connection.known_missing = connection.known_missing, False
         return replace_fields(
             request, body=body, received=time.time(), client=connection.host, timings=timings,
-            server_address=connection.server_address[0], known_missing=missing)
+            server_address=connection.server_address[0], known_missing=missing,
+            send_interim=None if request.version < (1, 1) else self._send_interim)
+
+    def _send_interim(self, head: bytes) -> None:
+        """Send an interim response, unless the client does not take it now.
+
+        Only this thread may do that, and only while it waits for the head of the final response: a download
+        that goes on in another thread, or for the rest of a body, may meet interim responses as well.
+        """
+        sock = self._connection.sock
+        if threading.get_ident() == self._awaiting_head and wait_until_ready(sock, 0.0, writing=True):
+            with contextlib.suppress(OSError):  # the final response will meet the error again
+                send_all(sock, head)
 
     def _parse_head(self, data: bytes, access_key: AccessKey) -> Request:
         """Parse the head at the start of ``data``, and consume it."""

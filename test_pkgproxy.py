@@ -420,6 +420,17 @@ def read_to_end(connection):
     return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
+class FinalResponse(http.client.HTTPResponse):
+    """A response that is not taken for final while it is a 102 or 103, as http.client does."""
+
+    def _read_status(self):
+        found = super()._read_status()
+        while found[1] in (102, 103):
+            http.client.parse_headers(self.fp)
+            found = super()._read_status()
+        return found
+
+
 class ClientResponse:
     """A response as a client received it."""
 
@@ -536,6 +547,7 @@ class ProxyCase(unittest.TestCase):
     @contextlib.contextmanager
     def connection(self):
         connection = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
+        connection.response_class = FinalResponse
         try:
             yield connection
         finally:
@@ -4759,6 +4771,256 @@ class NegotiatedPageTest(ProxyCase):
             self.request("/simple/six/", Accept=accept)
         self.origin.close()
         self.assertEqual([self.request("/simple/six/", Accept=accept).body for accept in (self.UV, self.EASY_INSTALL)], [b"json", b"html"])
+
+
+class CodedIndexTest(ProxyCase):
+    """Large text indexes behind a prefix: gzipped on the wire and in the cache, decoded for who does not take that."""
+
+    GZIP, PLAIN = {"Accept-Encoding": "deflate, gzip;q=0.5"}, {"Accept-Encoding": "gzip;q=0, *"}
+    CONDA, PIP, NPM = "/conda/noarch/repodata.json", "/simple/x/", "/lodash"
+    TYPES = {CONDA: "application/json", PIP: "text/html", NPM: "application/vnd.npm.install-v1+json"}
+
+    def setUp(self):
+        super().setUp()
+        self.name = "127.0.0.1:%d" % self.origin.port
+        self.same_tag, self.more = False, {}
+        repodata = json.dumps({"x-%d.conda" % n: {"url": "https://a/", "sha256": hashlib.sha256(b"%d" % n).hexdigest()} for n in range(30_000)})
+        self.texts = {self.CONDA: repodata.encode(), self.PIP: b"".join(b'<a href="https://f.test/x-%d.whl">' % n for n in range(9_000)),
+                      self.NPM: b'{"dist": {"tarball": "https://f.test/x.tgz"}}' * 3}
+        self.ours = {self.CONDA: self.texts[self.CONDA]}
+        for path in (self.PIP, self.NPM):
+            self.ours[path] = self.texts[path].replace(b"https://f.test", b"http://127.0.0.1:%d/https://f.test")
+        self.coded = {path: gzip.compress(text, 1, mtime=0) for path, text in self.texts.items()}
+        for path in self.texts:
+            self.origin.pages[path] = ScriptedResponse(respond=functools.partial(self.respond, path))
+
+    def respond(self, path, fields):
+        coded = fields.get("accept-encoding") == "gzip"
+        more = [("Content-Type", self.TYPES[path])] + [("Content-Encoding", "gzip")] * coded
+        body = self.coded[path] if coded else self.texts[path]
+        return ScriptedResponse(body, fields=more, **{"etag": '"%s"' % ("gz" if coded and not self.same_tag else "id"), **self.more})
+
+    def get(self, path, fields, method="GET", **more):
+        """Return the response to a request behind the prefix, and its decoded body."""
+        form = {"Accept": "application/vnd.npm.install-v1+json; q=1.0, application/json; q=0.8"} if path == self.NPM else {}
+        with self.connection() as connection:
+            connection.request(method, "/http://%s%s" % (self.name, path), headers={"Connection": "close", **form, **fields, **more})
+            answer = ClientResponse(connection.getresponse())
+        self.wait_until_idle()
+        return answer, gzip.decompress(answer.body) if answer["Content-Encoding"] == "gzip" and answer.body else answer.body
+
+    def our_links(self, path):
+        return self.ours[path].replace(b"%d", b"%d" % self.address[1])
+
+    def test_one_coded_body_serves_clients_with_and_without_gzip_whoever_comes_first(self):
+        for same_tag in (False, True):
+            for path in self.texts:
+                for first in (self.GZIP, self.PLAIN):
+                    with self.subTest(path=path, first=first, same_tag=same_tag):
+                        self.same_tag = same_tag
+                        shutil.rmtree(self.root)
+                        os.mkdir(self.root)
+                        self.start_proxy()
+                        self.origin.log.clear()
+                        second = self.PLAIN if first is self.GZIP else self.GZIP
+                        for fields in (first, second, first, second, {}):
+                            answer, body = self.get(path, fields)
+                            self.assertEqual((answer.status, body == self.our_links(path)), (200, True))
+                            self.assertIn("accept-encoding", answer["Vary"].lower())
+                            if first is self.GZIP:
+                                self.assertEqual(answer["Content-Encoding"], "gzip" if fields is self.GZIP else None)
+                        # A gzipped form replaces the other one if the origin tells them apart, and never the other way round.
+                        found = [entry.status for entry in self.origin.requests() if entry.method == "GET"].count(200)
+                        self.assertEqual(found, 1 if first is self.GZIP or same_tag else 2)
+                        is_coded = first is self.GZIP or not same_tag
+                        self.assertEqual(list(self.visible_files().values()), [self.coded[path] if is_coded else self.texts[path]])
+
+    def test_other_names_and_clients_that_are_not_behind_a_prefix_are_asked_for_as_they_are(self):
+        self.origin.pages["/x_1.0.tar.gz"] = ScriptedResponse(b"package" * 9, fields=[("Content-Encoding", "gzip")])
+        for fields in (self.GZIP, self.PLAIN):  # such a mirror means the file's format
+            answer = self.get_own_page("/http://%s/x_1.0.tar.gz" % self.name, **fields)
+            self.assertEqual((answer.body, answer["Content-Encoding"], answer["ETag"][:1]), (b"package" * 9, "gzip", '"'))
+        answer = self.get_own_page("/http://%s/x_1.0.tar.gz" % self.name, Range="bytes=7-13", **self.PLAIN)
+        self.assertEqual((answer.status, answer.body), (206, b"package"))
+        self.assertEqual(self.request(self.CONDA, **self.GZIP).body, self.texts[self.CONDA])
+        self.assertEqual([entry.fields["accept-encoding"] for entry in self.origin.log], ["identity"] * 2)
+        self.get(self.CONDA, self.GZIP)
+        for fields in (self.GZIP, self.PLAIN):  # what is stored gzipped is decoded for them as well
+            answer = self.request(self.CONDA, **fields)
+            body = gzip.decompress(answer.body) if answer["Content-Encoding"] else answer.body
+            self.assertEqual((answer["Content-Encoding"], body), ("gzip" if fields is self.GZIP else None, self.texts[self.CONDA]))
+
+    def test_heads_ranges_and_conditions_fit_the_form_that_the_client_gets(self):
+        whole, text = self.get(self.CONDA, self.GZIP)
+        part, _ = self.get(self.CONDA, self.PLAIN, Range="bytes=5-9")
+        self.assertEqual((part.status, part.body == text, part["ETag"]), (200, True, 'W/"gz"'))
+        self.assertEqual(part["Last-Modified"], whole["Last-Modified"])
+        part = self.get_own_page("/http://%s%s" % (self.name, self.CONDA), Range="bytes=5-9", **self.GZIP)
+        self.assertEqual((part.status, part.body, part["Content-Encoding"], part["ETag"]), (206, whole.body[5:10], "gzip", '"gz"'))
+        for fields in (self.GZIP, self.PLAIN):
+            head, _ = self.get(self.CONDA, fields, "HEAD")
+            full, _ = self.get(self.CONDA, fields)
+            names = ("ETag", "Last-Modified", "Content-Encoding", "Content-Length", "Content-Type", "Vary")
+            self.assertEqual([head[name] for name in names], [full[name] for name in names])
+            self.assertEqual(self.get(self.CONDA, {"If-None-Match": full["ETag"], **fields})[0].status, 304)
+        self.assertEqual(self.get(self.PIP, self.GZIP)[0]["ETag"], None)
+
+    def test_a_range_of_what_is_not_stored_is_asked_for_as_it_is(self):
+        self.get(self.CONDA, self.GZIP, Range="bytes=0-")
+        self.assertEqual(self.origin.log[-1].fields["accept-encoding"], "identity")
+
+    def test_concurrent_clients_share_one_download_in_both_forms(self):
+        for path in (self.CONDA, self.PIP):
+            with self.subTest(path):
+                self.share_one_download(path)
+
+    def share_one_download(self, path):
+        gate, answers = Gate(), []
+        self.more = {"gate": gate, "first": 30_000}
+        clients = [threading.Thread(target=lambda fields: answers.append(self.get(path, fields)), args=(fields,))
+                   for fields in (self.GZIP, self.PLAIN, self.GZIP, self.PLAIN)]
+        clients[0].start()
+        until(lambda: self.origin.methods(path), "the first request")
+        for client in clients[1:]:
+            client.start()
+        until(lambda: self.server.replies_running == len(clients), "the other requests")
+        gate.open()
+        for client in clients:
+            client.join(PATIENCE)
+        self.assertEqual([body == self.our_links(path) for _, body in answers], [True] * 4)
+        self.assertEqual(sorted(answer["Content-Encoding"] or "" for answer, _ in answers), ["", "", "gzip", "gzip"])
+        self.assertEqual(len([entry for entry in self.origin.requests(path) if entry.status == 200]), 1)
+
+    def test_a_download_that_breaks_off_is_resumed_in_its_coding(self):
+        self.same_tag, self.more = True, {"limit": 500_000}
+        for fields in (self.GZIP, self.PLAIN):
+            with self.subTest(fields):
+                answer, body = self.get(self.CONDA, fields)
+                self.assertEqual((answer.status, body == self.texts[self.CONDA]), (200, True))
+                self.assertEqual({entry.fields["accept-encoding"] for entry in self.origin.log}, {"gzip"})
+
+    def test_damaged_gzip_never_ends_cleanly_for_a_client_that_needs_it_decoded(self):
+        good = self.coded[self.CONDA]
+        for bad in (good[:-1], good[:9], good[:5000] + bytes(99) + good[5099:], good[:-8] + bytes(8), b"no gzip", good + b"more", b""):
+            with self.subTest(size=len(bad), end=bad[-8:]):
+                self.origin.pages[self.CONDA] = ScriptedResponse(bad, fields=[("Content-Encoding", "gzip"), ("Content-Type", "application/json")])
+                for version in (b"1.0", b"1.1"):
+                    asked = b"GET /http://%s%s HTTP/%s\r\nHost: a\r\nConnection: close\r\n" % (self.name.encode(), self.CONDA.encode(), version)
+                    self.assertTrue(self.send_raw(asked + b"Accept-Encoding: gzip\r\n\r\n").endswith(b"\r\n\r\n" + bad))
+                    try:
+                        answer = self.send_raw(asked + b"\r\n")
+                    except ConnectionResetError:
+                        continue
+                    is_whole = answer.startswith(b"HTTP/1.1 200") and (version == b"1.0" or answer.endswith(b"\r\n0\r\n\r\n"))
+                    self.assertFalse(is_whole, answer[:300])
+
+    def test_several_members_and_bombs_are_decoded_piece_by_piece(self):
+        bomb = gzip.compress(bytes(30_000_000))
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        sizes = [len(piece) for piece in pkgproxy.decode_gzip([bomb + gzip.compress(b"") + bomb[:99], bomb[99:]])]
+        self.assertEqual((sum(sizes), max(sizes)), (60_000_000, pkgproxy.COPY_SIZE))
+        self.assertLess(tracemalloc.get_traced_memory()[1], 4_000_000)
+        text = gzip.compress(b"abc") * 3
+        self.assertEqual(b"".join(pkgproxy.decode_gzip([text[at:at + 1] for at in range(len(text))])), b"abc" * 3)
+
+    def test_a_filter_passes_the_clients_own_choice_on(self):
+        self.start_proxy(Config(filters=(re.compile("repodata|simple"),)))
+        for path in (self.CONDA, self.PIP):
+            for fields in ({"Accept-Encoding": "gzip"}, {}):
+                self.assertEqual(self.get(path, fields)[1], self.our_links(path))
+        self.assertEqual([entry.fields["accept-encoding"] for entry in self.origin.log], ["gzip", "identity"] * 2)
+        self.assertEqual(self.visible_files(), {})
+
+    def test_a_coded_index_without_its_metadata_is_still_decoded(self):
+        self.get(self.CONDA, self.GZIP)
+        self.assertEqual(list(self.visible_files().values()) == [self.coded[self.CONDA]], True)
+        shutil.rmtree(os.path.join(self.root, pkgproxy.METADATA_FOLDER))
+        self.start_proxy(dataclasses.replace(self.config, offline=True))
+        for fields in (self.PLAIN, self.GZIP):
+            self.assertEqual(self.get(self.CONDA, fields)[1] == self.texts[self.CONDA], True)
+
+    def test_what_a_coded_index_says_about_packages_is_learned(self):
+        digest = hashlib.sha256(b"wheel").hexdigest().encode()
+        self.texts[self.PIP] = b'<a href="/f/x-1.0-py3-none-any.whl#sha256=%s">x</a>' % digest
+        self.coded[self.PIP] = gzip.compress(self.texts[self.PIP])
+        self.get(self.PIP, self.GZIP)
+        self.assertEqual(list(self.visible_files().values()), [self.coded[self.PIP]])
+        [facts] = self.proxy._store.expected(self.origin.url("/f/x-1.0-py3-none-any.whl"))
+        self.assertEqual(facts.digest.hex().encode(), digest)
+
+    def test_a_bomb_is_sent_decoded_in_little_memory(self):
+        body = gzip.compress(bytes(100_000_000))
+        self.origin.pages[self.CONDA] = ScriptedResponse(body, fields=[("Content-Encoding", "gzip"), ("Content-Type", "application/json")])
+        self.get(self.CONDA, self.GZIP)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        path = "/http://%s%s" % (self.name, self.CONDA)
+        with self.open_client(b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % path.encode()) as client:
+            found = 0
+            while data := client.recv(1 << 20):
+                found += len(data)
+        self.assertGreater(found, 100_000_000)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 8_000_000)
+
+    def test_what_a_client_says_about_gzip_counts_by_weight(self):
+        for text, expected in (("gzip", True), ("GZIP", True), ("br, gzip;q=0.1", True), ("gzip; q=0", False), ("gzip;q=0.000", False), ("*", True),
+                               ("*;q=0", False), ("gzip;q=0, *", False), ("gzip, *;q=0", True), ("identity", False), ("", False), ("x-gzipped", False), ("br", False)):
+            with self.subTest(text):
+                self.assertEqual(pkgproxy.accepts_gzip(make_request("http://a/x", Accept_Encoding=text)), expected)
+        self.assertFalse(pkgproxy.accepts_gzip(make_request("http://a/x")))
+
+
+class InterimResponseTest(ProxyCase):
+    """1xx responses of origins go to the client that waits for the final one (RFC 9110 §15.2)."""
+
+    HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nConnection: X-Hop\r\nX-Hop: 1\r\nSet-Cookie: a=b\r\n\r\n"
+    SENT = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\n"
+    FINAL = b"HTTP/1.1 200 OK\r\nETag: \"x\"\r\nContent-Length: 6\r\n\r\n"
+
+    def ask(self, path="/x_1.0.deb", version=b"1.1", more=b"", method=b"GET"):
+        data = self.send_raw(self.raw_request(path, b"Connection: close\r\n" + more, method, version))
+        self.wait_until_idle()
+        return data
+
+    def test_they_are_passed_on_before_the_final_response(self):
+        for path, more, method in (("/x_1.0.deb", b"", b"GET"), ("/x", b"Cookie: private=1\r\n", b"GET"), ("/y", b"Content-Length: 0\r\n", b"POST")):
+            with self.subTest(path):
+                self.origin.pages[path] = ScriptedResponse(steps=[b"HTTP/1.1 100 Continue\r\n\r\n" + self.HINTS + self.FINAL + b"abcdef"])
+                answer = self.ask(path, more=more, method=method)
+                self.assertTrue(answer.startswith(self.SENT), answer)
+                self.assertTrue(answer.endswith(b"\r\n\r\nabcdef"), answer)
+        self.assertTrue(self.ask().startswith(b"HTTP/1.1 200"))  # a hit has none
+
+    def test_they_come_at_once(self):
+        gate = Gate()
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(steps=[self.HINTS, gate, self.FINAL + b"abcdef"])
+        with self.open_client(self.raw_request()) as client:
+            self.assertEqual(client.recv(999), self.SENT[:-17])
+            gate.open()
+            self.assertTrue(client.recv(999).startswith(b"HTTP/1.1 200"))
+        self.wait_until_idle()
+
+    def test_an_http_1_0_client_gets_none(self):
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(steps=[self.HINTS + self.FINAL + b"abcdef"])
+        self.assertTrue(self.ask(version=b"1.0").startswith(b"HTTP/1.1 200"))
+
+    def test_those_of_a_resumed_download_are_discarded(self):
+        rest = b"HTTP/1.1 206 Partial\r\nETag: \"x\"\r\nContent-Range: bytes 3-5/6\r\nContent-Length: 3\r\n\r\ndef"
+        self.origin.pages["/x_1.0.deb"] = [ScriptedResponse(steps=[self.FINAL + b"abc"]), ScriptedResponse(steps=[self.HINTS + rest])]
+        answer = self.ask()
+        self.assertNotIn(b" 103 ", answer)
+        self.assertTrue(answer.endswith(b"\r\n\r\nabcdef"), answer)
+
+    def test_a_client_that_has_left_does_not_harm_the_download(self):
+        gate = Gate()
+        self.origin.pages["/x_1.0.deb"] = ScriptedResponse(steps=[gate, self.HINTS * 50 + self.FINAL + b"abcdef"])
+        with self.open_client(self.raw_request()) as client:
+            until(lambda: self.origin.log, "the request")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gate.open()
+        self.wait_until_idle()
+        self.assertEqual(list(self.visible_files().values()), [b"abcdef"])
 
 
 class SmallAnswerTest(ProxyCase):
