@@ -16148,15 +16148,17 @@ class SignedPacmanTest(SignedCase):
         packages = [path for path in self.origin.paths_sent(".pkg.tar.gz") if not path.endswith(".sig")]
         self.assertEqual(packages, ["/" + self.repository.packages["hello-data"]])
 
-    def test_a_new_signature_that_is_fetched_first_brings_its_package(self):
+    def test_a_signature_is_not_the_old_one_if_its_package_is_not_what_the_new_database_says(self):
         self.machine("first").fetch("hello-data")
+        path = self.origin.requests(".pkg.tar.gz.sig")[0].target  # as pacman escapes it
         self.publish(310_000)
         machine = self.machine("second")
         machine.pacman("-Sy")
-        signature = self.origin.requests(".pkg.tar.gz.sig")[0].target  # as pacman escapes it
-        urllib.request.urlopen(f"{self.proxy_url}/{self.origin.url(signature)}").close()
-        until(lambda: self.repository.digests()[0] in map(sha256, self.stored(self.origin).values()))
-        self.origin.close()
+        until(lambda: any(sha256(self.repository.index()).encode() in file.read_bytes().partition(b"\n")[0]
+                          for file in self.root.glob(".pkgproxy/indexes/*/*")))
+        with urllib.request.urlopen(f"{self.proxy_url}/{self.origin.url(path)}", timeout=PATIENCE) as answer:
+            signature = answer.read()
+        self.assertEqual(signature, (self.repository.folder / f"{self.repository.packages['hello-data']}.sig").read_bytes())
         machine.pacman("-Sw", "hello-data")
         self.check_pair(machine)
 
