@@ -14902,7 +14902,7 @@ class UnreliableMirror(FileOrigin):
     """A mirror of a folder, in whose place something else may answer for a while."""
 
     def __init__(self, folder):
-        self.instead = {}  # {part of a path: ScriptedResponse}; "" is a part of each
+        self.instead = {}  # {part of a path: ScriptedResponse, or None for the file}; "" is a part of each
         super().__init__(folder)
 
     def response_for(self, entry):
@@ -15201,7 +15201,7 @@ class PipAndNpmTest(ClientCase):
 
 
 class ClientsInTurnTest(ClientCase):
-    """pip, uv and npm with indexes that are of two forms by Accept, and do not say so in Vary."""
+    """pip and npm with indexes that are of two forms by Accept, and do not say so in Vary."""
 
     def setUp(self):
         super().setUp()
@@ -15232,13 +15232,13 @@ class ClientsInTurnTest(ClientCase):
                         "--no-input", "--retries", "0", "--dest", folder, "--index-url", f"{self.prefix}/simple/", "hello")
         return (folder / "hello-1.0-py3-none-any.whl").read_bytes()
 
-    def read_html(self):
-        """Return the page that a client gets which knows only HTML."""
-        asked = urllib.request.Request(f"{self.prefix}/simple/hello/", headers={"Accept": "text/html"})
+    def read_page(self, accept):
+        """Return the page that another client gets."""
+        asked = urllib.request.Request(f"{self.prefix}/simple/hello/", headers={"Accept": accept})
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=PATIENCE) as answer:
             return answer.read()
 
-    def test_pip_and_clients_that_know_only_html_cost_the_origin_one_body_each(self):
+    def test_pip_and_others_that_take_turns_cost_the_origin_one_body_of_each_form(self):
         data, media = wheel("hello", "1.0", 50_000), "application/vnd.pypi.simple.v1+json"
         path = f"packages/{sha256(data)}/hello-1.0-py3-none-any.whl"
         file = self.origin.folder / path
@@ -15250,9 +15250,10 @@ class ClientsInTurnTest(ClientCase):
         self.publish("/simple/hello/", media, json.dumps(form).encode(), ("text/html", link.encode()))
         for turn in range(3):
             self.assertEqual(self.pip(self.folder / f"pip{turn}"), data)
-            self.assertIn(f">{file.name}</a>".encode(), self.read_html())
+            self.assertIn(f">{file.name}</a>".encode(), self.read_page(NegotiatedPageTest.EASY_INSTALL))
+            self.assertEqual(json.loads(self.read_page(NegotiatedPageTest.UV))["name"], "hello")
         self.assertIn(media, self.origin.requests("/simple/")[0].fields["accept"])
-        self.check_forms("/simple/hello/", 6)
+        self.check_forms("/simple/hello/", 9)
         self.assertEqual(len(self.origin.paths_sent(".whl")), 1)
         self.origin.close()
         self.assertEqual(self.pip(self.folder / "offline"), data)
@@ -15268,29 +15269,27 @@ class ClientsInTurnTest(ClientCase):
         """Which command asks for which document depends on npm's version; npm pack always asks for the short one."""
         if not shutil.which("npm"):
             self.skipTest("npm is not installed")
-        media = "application/vnd.npm.install-v1+json"
-        for number, (name, path) in enumerate((("hello", "/hello"), ("@test/hello", "/@test/hello"))):
-            data = tar_gz({"package/package.json": json.dumps({"name": name, "version": "1.0.0"}).encode(),
-                           "package/data": random_bytes(name, 50_000).hex().encode()})
-            file = self.origin.folder / path.lstrip("/") / "-/hello-1.0.0.tgz"
-            file.parent.mkdir(parents=True)
-            file.write_bytes(data)
-            integrity = "sha512-" + base64.b64encode(hashlib.sha512(data).digest()).decode()
-            dist = {"tarball": self.origin.url(f"{path}/-/hello-1.0.0.tgz"), "shasum": hashlib.sha1(data).hexdigest(), "integrity": integrity}
-            short = {"name": name, "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": {"name": name, "version": "1.0.0", "dist": dist}}}
-            long = {**short, "readme": "It says hello."}
-            self.origin.instead = {"/-/": None}
-            self.publish(path, media, json.dumps(short).encode(), ("application/json", json.dumps(long).encode()))
-            with self.subTest(name):
-                folder, _ = self.npm("install", name)
-                self.assertEqual(json.loads((folder / "node_modules" / name / "package.json").read_text())["name"], name)
-                _, output = self.npm("view", name, "readme")
-                self.assertIn("It says hello.", output)
-                for _ in range(2):
-                    folder, _ = self.npm("pack", name)
-                    self.assertEqual([file.read_bytes() for file in folder.glob("*.tgz")], [data])
-                self.check_forms(path, 4)
-                self.assertEqual(len(self.origin.paths_sent(".tgz")), number + 1)
+        name, path, media = "@test/hello", "/@test/hello", "application/vnd.npm.install-v1+json"
+        data = tar_gz({"package/package.json": json.dumps({"name": name, "version": "1.0.0"}).encode(),
+                       "package/data": random_bytes(name, 50_000).hex().encode()})
+        file = self.origin.folder / path.lstrip("/") / "-/hello-1.0.0.tgz"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(data)
+        integrity = "sha512-" + base64.b64encode(hashlib.sha512(data).digest()).decode()
+        dist = {"tarball": self.origin.url(f"{path}/-/{file.name}"), "shasum": hashlib.sha1(data).hexdigest(), "integrity": integrity}
+        short = {"name": name, "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": {"name": name, "version": "1.0.0", "dist": dist}}}
+        long = {**short, "readme": "It says hello."}
+        self.origin.instead["/-/"] = None  # the package itself
+        self.publish(path, media, json.dumps(short).encode(), ("application/json", json.dumps(long).encode()))
+        folder, _ = self.npm("install", name)
+        self.assertEqual(json.loads((folder / "node_modules" / name / "package.json").read_text())["name"], name)
+        _, output = self.npm("view", name, "readme")
+        self.assertIn("It says hello.", output)
+        for _ in range(2):
+            folder, _ = self.npm("pack", name)
+            self.assertEqual([file.read_bytes() for file in folder.glob("*.tgz")], [data])
+        self.check_forms(path, 4)
+        self.assertEqual(len(self.origin.paths_sent(".tgz")), 1)
 
 
 class Browser:
