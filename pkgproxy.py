@@ -7997,9 +7997,11 @@ class BackgroundRevalidator:
 
     def assess(self, request: Request, head: ResponseHead) -> Request:
         """Return the request; it demands a validation if something newer than the stored response tells about
-        it: what a stored signature signs, or an index that is not read yet, which is a reason for doubt."""
-        signed = filter(None, map(self._stored_head, signed_keys(head.key)))
-        if any(other.response_time > head.response_time for other in signed):
+        it: what a stored signature signs, or an index that says that this is another file now, or an index
+        that is not read yet, which is a reason for doubt."""
+        signed = [(self._stored_head(key), key) for key in signed_keys(head.key)]
+        if any(other.response_time > head.response_time if other else self._store.expected(key)
+               for other, key in signed):
             return replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
         return replace_fields(request, doubt=3) if self._store.awaits_index(head) else request
 

@@ -15161,6 +15161,182 @@ class PlainMirrorTest(SignedCase):
         self.assertEqual([entry.path for entry in origin.log], ["/dists/stable/InRelease"])
 
 
+class UnreliableMirror(FileOrigin):
+    """A mirror of a folder, in whose place something else may answer for a while."""
+
+    def __init__(self, folder):
+        self.instead = {}  # {part of a path: ScriptedResponse, or None for the file}; "" is a part of each
+        super().__init__(folder)
+
+    def response_for(self, entry):
+        page = next((page for part, page in self.instead.items() if part in entry.path), None)
+        return page or super().response_for(entry)
+
+
+class AptTroubleTest(SignedCase):
+    """apt-get behind a captive portal, and with a mirror that has no time, goes away and comes back."""
+
+    needs = ("apt-get", "gpg")
+    BY_NAME = ("Acquire::By-Hash=no",)  # so that Packages.xz is an index, too
+
+    def setUp(self):
+        super().setUp()
+        self.date = int(time.time()) - 9 * DAY
+        self.version = itertools.count(2)
+        self.count = itertools.count(1)
+        self.repository = AptRepository(self.folder / "repository", self.signer)
+        self.repository.add("hello", "1.0", 2_000)
+        self.repository.add("hello-data", "1.0", 300_000)
+        self.repository.publish(self.date)
+        self.proxy_url = self.start_proxy()
+        self.start_mirror()
+
+    def start_mirror(self):
+        """Start another mirror of the repository, of which nothing is stored."""
+        self.origin = UnreliableMirror(self.repository.folder)
+        self.addCleanup(self.origin.close)
+
+    def machine(self):
+        return AptClient(self, f"machine{next(self.count)}", self.proxy_url, self.repository.source(self.origin.base_url))
+
+    def publish(self, name="hello", version="", size=2_500):
+        """Publish a package, of a new version if none is given, with new indexes."""
+        self.date += 3600
+        self.repository.add(name, version or f"{next(self.version)}.0", size)
+        self.repository.publish(self.date)
+
+    def check_fetch(self, machine, *names):
+        machine.fetch(*names, options=self.BY_NAME)
+        self.assertEqual(set(self.repository.digests(names)) - set(machine.digests()), set())
+
+    def test_a_mirror_that_says_not_now_in_mid_update_is_left_alone_and_apt_succeeds(self):
+        for part, status, seconds, asked in (
+                ("InRelease", 429, "60", 1), ("/Packages", 429, "60", 1), ("", 503, "60", 2), ("InRelease", 408, "", 2)):
+            with self.subTest(part=part, status=status):
+                self.start_mirror()
+                self.check_fetch(self.machine(), "hello")
+                fields = [("Retry-After", seconds)] if seconds else []
+                self.origin.instead[part] = ScriptedResponse(b"later\n", status, fields, etag="", modified="")
+                self.origin.log.clear()
+                for _ in range(2):
+                    self.check_fetch(self.machine(), "hello")
+                self.assertEqual([entry.status for entry in self.origin.log].count(status), asked)
+
+    def test_a_mirror_is_asked_again_when_the_time_that_it_named_is_over(self):
+        machine = self.machine()
+        self.check_fetch(machine, "hello")
+        self.origin.instead["InRelease"] = ScriptedResponse(b"", 429, [("Retry-After", "1")], etag="", modified="")
+        machine.update(self.BY_NAME)
+        asked = time.monotonic()
+        self.origin.instead.clear()
+        self.publish()
+        until(lambda: time.monotonic() > asked + 1)
+        self.check_fetch(machine, "hello")
+
+    def portals(self):
+        """Return what captive portals and parked names answer, by name."""
+        login = ScriptedOrigin()
+        self.addCleanup(login.close)
+        html, bare = [("Content-Type", "text/html; charset=utf-8")], {"etag": "", "modified": ""}
+        login.pages["/login"] = ScriptedResponse(b"<html>Pay here.</html>", fields=html)
+        return {"page": ScriptedResponse(b"<html>Pay here.</html>", fields=html),
+                "no-store": ScriptedResponse(b"<html>Pay here.</html>", fields=[*html, ("Cache-Control", "no-store")], **bare),
+                "login": ScriptedResponse(b"", 302, [("Location", login.url("/login"))], **bare)}
+
+    def test_a_portal_and_then_no_network_leave_apt_what_is_stored(self):
+        for what, page in self.portals().items():
+            with self.subTest(what):
+                self.start_mirror()
+                self.check_fetch(self.machine(), "hello")
+                self.origin.instead[""] = page
+                machine = self.machine()
+                self.check_fetch(machine, "hello")
+                self.origin.close()
+                self.check_fetch(self.machine(), "hello")
+                self.publish()
+                self.origin.instead.clear()
+                self.origin.listen()
+                self.check_fetch(machine, "hello")
+
+    def check_no_page_is_stored(self):
+        place = self.root / self.origin.name
+        self.assertEqual([file for file in place.rglob("*") if file.is_file() and b"<html>" in file.read_bytes()], [])
+
+    def test_what_a_portal_answers_first_is_not_kept(self):
+        for what, page in self.portals().items():
+            with self.subTest(what):
+                self.publish()  # what another mirror has sent would be used
+                self.start_mirror()
+                self.origin.instead[""] = page
+                with self.assertRaises(AssertionError):
+                    self.machine().update(self.BY_NAME)
+                self.check_no_page_is_stored()
+                self.origin.instead.clear()
+                machine = self.machine()
+                machine.update(self.BY_NAME)
+                self.origin.instead[""] = page
+                with self.assertRaises(AssertionError):
+                    machine.download("hello")
+                self.check_no_page_is_stored()
+                self.origin.instead.clear()
+                self.check_fetch(machine, "hello")
+
+    def test_a_mirror_that_is_back_is_believed_at_once(self):
+        busy = ScriptedResponse(b"busy\n", 503, etag="", modified="")
+        for what, begin, end in (("it refused connections", lambda: self.origin.close(), lambda: self.origin.listen()),
+                                 ("it said 503", lambda: self.origin.instead.update({"": busy}), lambda: self.origin.instead.clear())):
+            with self.subTest(what):
+                self.start_mirror()
+                machine = self.machine()
+                self.check_fetch(machine, "hello")
+                begin()
+                machine.update(self.BY_NAME)
+                self.check_fetch(self.machine(), "hello")
+                self.publish()
+                end()
+                self.check_fetch(machine, "hello")
+                self.check_fetch(self.machine(), "hello")
+
+    def upload_again(self, size):
+        """Publish other bytes of a package under the same name and version."""
+        original, date = random_bytes, self.date
+        with mock.patch(f"{__name__}.random_bytes", lambda name, size: original(f"{name} {date}", size)):
+            self.publish("hello-data", "1.0", size)
+        self.origin.log.clear()
+
+    def check_package(self, machine):
+        """Check that a machine has the current package, and that it was sent once."""
+        self.assertEqual(machine.digests(), self.repository.digests(["hello-data"]))
+        self.assertEqual(len(self.origin.paths_sent("/pool/")), 1)
+
+    def test_a_package_uploaded_again_arrives_although_the_proxy_may_still_read_the_new_index(self):
+        self.check_fetch(self.machine(), "hello-data")
+        for size in (310_000, 290_000, 290_000):
+            self.upload_again(size)
+            for _ in range(2):
+                machine = self.machine()
+                machine.fetch("hello-data", options=["Acquire::Retries=3"])
+                self.check_package(machine)
+
+    def test_a_package_uploaded_again_arrives_at_the_second_attempt_if_the_proxy_has_not_seen_the_new_index(self):
+        self.stop_proxy(self.proxies.pop())
+        proxy = ProxyProcess(self.root, (), self.environment(), functools.partial(pkgproxy_command, DOUBT_INTERVAL=0.01))
+        self.addCleanup(self.stop_proxy, proxy)
+        self.proxies.append(proxy)
+        self.proxy_url = proxy.url
+        self.publish("hello-data", "1.0", 20_000)
+        self.check_fetch(self.machine(), "hello-data")
+        for size in (21_000, 19_000, 19_000):
+            with self.subTest(size):
+                self.upload_again(size)
+                machine = self.machine()
+                machine.update(["Acquire::http::Proxy=DIRECT"])
+                with contextlib.suppress(AssertionError):  # the first attempt may get the old one
+                    machine.download("hello-data", options=["Acquire::Retries=3"])
+                machine.download("hello-data", options=["Acquire::Retries=3"])
+                self.check_package(machine)
+
+
 class HttpsTest(SignedCase):
     """An https repository: requests through CONNECT are not cached, the other request forms are."""
 
@@ -15285,6 +15461,98 @@ class PipAndNpmTest(ClientCase):
                             "--pack-destination", self.folder / name)
             self.assertEqual((self.folder / name / "test-hello-1.0.0.tgz").read_bytes(), data)
         self.assertEqual(len(self.files.paths_sent(".tgz")), 1)
+
+
+class ClientsInTurnTest(ClientCase):
+    """pip and npm with indexes that are of two forms by Accept, and do not say so in Vary."""
+
+    def setUp(self):
+        super().setUp()
+        (self.folder / "origin").mkdir()
+        self.origin = UnreliableMirror(self.folder / "origin")
+        self.addCleanup(self.origin.close)
+        self.proxy_url = self.start_proxy()
+        self.prefix = f"{self.proxy_url}/{self.origin.base_url}"
+
+    def publish(self, path, media, asked, other):
+        """Publish a page that is of one form for those who accept this media type, and of another for all others."""
+        def respond(fields):
+            name, body = (media, asked) if media in fields.get("accept", "") else other
+            return ScriptedResponse(body, fields=[("Content-Type", name)])
+
+        self.origin.instead[path] = ScriptedResponse(respond=respond)
+
+    def check_forms(self, path, times):
+        """Check that each of the two forms was sent once, although clients asked at least this often."""
+        statuses = [entry.status for entry in self.origin.log if entry.path == path]
+        self.assertGreaterEqual(len(statuses), times)
+        self.assertEqual(sorted(statuses), [200] * 2 + [304] * (len(statuses) - 2))
+
+    def pip(self, folder):
+        if importlib.util.find_spec("pip") is None:
+            self.skipTest("pip is not installed")
+        self.run_client(sys.executable, "-m", "pip", "--isolated", "download", "--no-cache-dir", "--no-deps", "--disable-pip-version-check",
+                        "--no-input", "--retries", "0", "--dest", folder, "--index-url", f"{self.prefix}/simple/", "hello")
+        return (folder / "hello-1.0-py3-none-any.whl").read_bytes()
+
+    def read_page(self, accept):
+        """Return the page that another client gets."""
+        asked = urllib.request.Request(f"{self.prefix}/simple/hello/", headers={"Accept": accept})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=PATIENCE) as answer:
+            return answer.read()
+
+    def test_pip_and_others_that_take_turns_cost_the_origin_one_body_of_each_form(self):
+        data, media = wheel("hello", "1.0", 50_000), "application/vnd.pypi.simple.v1+json"
+        path = f"packages/{sha256(data)}/hello-1.0-py3-none-any.whl"
+        file = self.origin.folder / path
+        file.parent.mkdir(parents=True)
+        file.write_bytes(data)
+        about = {"filename": file.name, "url": self.origin.url(f"/{path}"), "hashes": {"sha256": sha256(data)}}
+        form = {"meta": {"api-version": "1.0"}, "name": "hello", "files": [about]}
+        link = f'<a href="/{path}#sha256={sha256(data)}">{file.name}</a>'
+        self.publish("/simple/hello/", media, json.dumps(form).encode(), ("text/html", link.encode()))
+        for turn in range(3):
+            self.assertEqual(self.pip(self.folder / f"pip{turn}"), data)
+            self.assertIn(f">{file.name}</a>".encode(), self.read_page(NegotiatedPageTest.EASY_INSTALL))
+            self.assertEqual(json.loads(self.read_page(NegotiatedPageTest.UV))["name"], "hello")
+        self.assertIn(media, self.origin.requests("/simple/")[0].fields["accept"])
+        self.check_forms("/simple/hello/", 9)
+        self.assertEqual(len(self.origin.paths_sent(".whl")), 1)
+        self.origin.close()
+        self.assertEqual(self.pip(self.folder / "offline"), data)
+
+    def npm(self, *words):
+        """Run npm as a user who has nothing yet; return the folder in which it ran, and its output."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        output = self.run_client("npm", *words, "--registry", f"{self.prefix}/", "--cache", folder / "cache", "--prefix", folder,
+                                 "--pack-destination", folder, "--no-audit", "--no-fund", "--no-update-notifier")
+        return folder, output
+
+    def test_npm_and_its_two_documents_cost_the_origin_one_body_each(self):
+        """Which command asks for which document depends on npm's version; npm pack always asks for the short one."""
+        if not shutil.which("npm"):
+            self.skipTest("npm is not installed")
+        name, path, media = "@test/hello", "/@test/hello", "application/vnd.npm.install-v1+json"
+        data = tar_gz({"package/package.json": json.dumps({"name": name, "version": "1.0.0"}).encode(),
+                       "package/data": random_bytes(name, 50_000).hex().encode()})
+        file = self.origin.folder / path.lstrip("/") / "-/hello-1.0.0.tgz"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(data)
+        integrity = "sha512-" + base64.b64encode(hashlib.sha512(data).digest()).decode()
+        dist = {"tarball": self.origin.url(f"{path}/-/{file.name}"), "shasum": hashlib.sha1(data).hexdigest(), "integrity": integrity}
+        short = {"name": name, "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": {"name": name, "version": "1.0.0", "dist": dist}}}
+        long = {**short, "readme": "It says hello."}
+        self.origin.instead["/-/"] = None  # the package itself
+        self.publish(path, media, json.dumps(short).encode(), ("application/json", json.dumps(long).encode()))
+        folder, _ = self.npm("install", name)
+        self.assertEqual(json.loads((folder / "node_modules" / name / "package.json").read_text())["name"], name)
+        _, output = self.npm("view", name, "readme")
+        self.assertIn("It says hello.", output)
+        for _ in range(2):
+            folder, _ = self.npm("pack", name)
+            self.assertEqual([file.read_bytes() for file in folder.glob("*.tgz")], [data])
+        self.check_forms(path, 4)
+        self.assertEqual(len(self.origin.paths_sent(".tgz")), 1)
 
 
 class Browser:
@@ -16094,6 +16362,74 @@ class PacmanTest(PackageManagerScenarios, ClientCase):
             self.assertEqual(after[counter], before[counter])
 
 
+class SignedPacmanTest(SignedCase):
+    """pacman with packages that have a detached signature, which it checks."""
+
+    needs = ("pacman", "gpg")
+    needs_root = True
+
+    def setUp(self):
+        super().setUp()
+        self.date = int(time.time()) - 9 * DAY
+        self.repository = PacmanRepository(self.folder / "repository")
+        self.publish(300_000)
+        self.origin = self.serve(self.repository.folder)
+        self.proxy_url = self.start_proxy()
+
+    def publish(self, size):
+        """Upload a package of this size under the same name, with its signature and a new database."""
+        self.repository.add("hello-data", "1.0", size)
+        path = self.repository.packages["hello-data"]
+        package = (self.repository.folder / path).read_bytes()
+        self.repository.write(f"{path}.sig", self.signer.gpg("--detach-sign", data=package))
+        self.date += 3600
+        self.repository.publish(self.date)
+        self.repository.stamp(self.date, f"{path}.sig")
+
+    def machine(self, name):
+        machine = PacmanClient(self, name, self.proxy_url, self.origin.base_url)
+        machine.write_settings("Required TrustAll DatabaseNever")
+        keys = machine.folder / "gpg"
+        keys.mkdir(mode=0o700)
+        (keys / "pubring.gpg").touch()
+        tool_output("gpg", "--batch", "--quiet", "--homedir", keys, "--import", data=self.signer.public)
+        return machine
+
+    def check_pair(self, machine):
+        """Check that the machine got the current package, and a signature of it."""
+        self.assertEqual(machine.digests(), self.repository.digests())
+        signature, = machine.folder.glob("cache/*.sig")
+        self.signer.gpg("--verify", signature, signature.with_suffix(""))
+
+    def test_a_package_uploaded_again_comes_with_its_new_signature(self):
+        first = self.machine("first")
+        first.fetch("hello-data")
+        self.check_pair(first)
+        self.publish(310_000)
+        self.origin.log.clear()
+        for name in ("second", "third"):
+            machine = self.machine(name)
+            machine.fetch("hello-data")
+            self.check_pair(machine)
+            self.origin.close()  # the third client has to work without it
+        packages = [path for path in self.origin.paths_sent(".pkg.tar.gz") if not path.endswith(".sig")]
+        self.assertEqual(packages, ["/" + self.repository.packages["hello-data"]])
+
+    def test_a_signature_is_not_the_old_one_if_its_package_is_not_what_the_new_database_says(self):
+        self.machine("first").fetch("hello-data")
+        path = self.origin.requests(".pkg.tar.gz.sig")[0].target  # as pacman escapes it
+        self.publish(310_000)
+        machine = self.machine("second")
+        machine.pacman("-Sy")
+        until(lambda: any(sha256(self.repository.index()).encode() in file.read_bytes().partition(b"\n")[0]
+                          for file in self.root.glob(".pkgproxy/indexes/*/*")))
+        with urllib.request.urlopen(f"{self.proxy_url}/{self.origin.url(path)}", timeout=PATIENCE) as answer:
+            signature = answer.read()
+        self.assertEqual(signature, (self.repository.folder / f"{self.repository.packages['hello-data']}.sig").read_bytes())
+        machine.pacman("-Sw", "hello-data")
+        self.check_pair(machine)
+
+
 class RpmScenarios(PackageManagerScenarios):
     """What dnf and zypper have in common."""
 
@@ -16158,6 +16494,27 @@ class DnfTest(RpmScenarios, SignedCase):
         second.point_to(f"mirrorlist={self.origin.base_url}/mirrorlist")
         second.fetch("hello")
         self.assertTrue(other.requests("repomd.xml"))
+
+    def sign_package(self, name, signer):
+        """Upload a package again with the signature of this key, and new metadata."""
+        file = self.repository.folder / self.repository.packages[name]
+        macros = {"_gpg_name": "Nobody", "_gpg_path": signer.folder, "__gpg": shutil.which("gpg")}
+        defines = [word for name, value in macros.items() for word in ("--define", f"{name} {value}")]
+        tool_output("rpmsign", *defines, "--resign", file, environment=signer.environment)
+        self.repository.publish(self.repository.date + 3600)
+
+    def test_a_package_that_was_signed_again_arrives_with_its_new_signature(self):
+        other = Signer(tempfile.mkdtemp(prefix="gpg-"))
+        self.addCleanup(shutil.rmtree, other.folder, ignore_errors=True)
+        self.addCleanup(other.close)
+        path = "/" + self.repository.packages["hello-data"]
+        for signer in (self.signer, other):
+            self.sign_package("hello-data", signer)
+            for turn in ("first", "second"):
+                machine = self.machine(f"{turn}-{signer.folder[-4:]}")
+                machine.fetch("hello-data")
+                self.assertEqual(machine.digests(), self.repository.digests(["hello-data"]))
+        self.assertEqual(self.origin.paths_sent(self.package), [path] * 2, "once for each signature")
 
 
 class ZypperTest(RpmScenarios, SignedCase):
