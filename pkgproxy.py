@@ -3977,7 +3977,7 @@ class Store:
             log.info("The stored file of %s is not used: %s", loggable_uri(key), reason)
         return reason
 
-    def awaits_index(self, head: ResponseHead) -> bool:
+    def awaits_index(self, head: ResponseHead) -> bool:  # noqa: ARG002 (see IndexedStore)
         """Return whether an index that may name a body is newer than its validation, and not read yet."""
         return False
 
@@ -4459,9 +4459,10 @@ def _decompress(file: io.FileIO) -> Iterator[bytes]:
         except ImportError:
             yield from _run_zstd(file, module)
             return
+        own_error: Any = getattr(imported, error, OSError)
         try:
             data = yield from _decode(file, data, getattr(imported, decoder)(**options))
-        except (getattr(imported, error, OSError), EOFError, ValueError) as failure:  # type: ignore[misc]
+        except (own_error, EOFError, ValueError) as failure:
             raise DamagedIndexError("cannot decompress it: %s" % failure) from None
 
 
@@ -8625,7 +8626,9 @@ class RecentRequests:
                     number, now, client, request.method, target, request.uri, status, sent, cache_status))
             # Any client can invent host names: only those that gave a response take a row.
             found = target.host and outcome not in (Outcome.REFUSED, Outcome.FAILED)
-            origin = self._row(self._origins, (target.host, target.port)) if found else [0, 0, 0, 0]
+            origin: list[float] = [0, 0, 0, 0]
+            if found:
+                origin = self._row(self._origins, (target.host, target.port))
             for client, sent in answers if outcome is not Outcome.REFUSED else ():
                 for row in (origin, self._clients.get(client) or self._row(self._clients, client)):
                     row[:] = row[0] + 1, row[1] + sent.size, row[2] + sent.cached, now
