@@ -4133,7 +4133,8 @@ def version_of(store: Store, key: str) -> tuple[int, int] | None:
     for path in map(store.body_path, store._names_of(key)):
         with contextlib.suppress(OSError):
             info = os.lstat(path)
-            return info.st_size, info.st_mtime_ns
+            if stat.S_ISREG(info.st_mode):  # else a folder, so that the body has its hashed name
+                return info.st_size, info.st_mtime_ns
     return None
 
 
@@ -4595,14 +4596,15 @@ class IndexReader:
         self._thread = threading.Thread()
         self._queue: collections.OrderedDict[str, tuple[str, str, str]] = collections.OrderedDict()
         self._pending: dict[str, tuple[str, float]] = {}  # by key: place, and clock time, of what is not read
-        self._unnamed: dict[str, int] = {}  # by key: the generation in which no index named this index
+        self._unnamed: dict[str, int] = {}  # by key: the value of _written at which no index named this index
+        self._written = 0  # tables: each may name indexes
         self._failed = -LEARNING_BACKOFF  # monotonic time of the last failure of the disk
         self.generation = 0  # of the answers: while it is the same, only other processes can change them
 
     def note(self, head: ResponseHead) -> None:
         """Queue an index that was stored, or is used, to be read unless it has been; ignore other files."""
         found = index_type(head.key, media_type(head))
-        if found is None or self._unnamed.get(head.key) == self.generation or os.path.exists(
+        if found is None or self._unnamed.get(head.key) == self._written or os.path.exists(
                 self._path(found[2], head.key, version_of(self._store, head.key))):
             return
         with self._lock:
@@ -4650,14 +4652,14 @@ class IndexReader:
         if not self._pending:
             return False
         with self._lock:
-            pending = dict(self._pending.values())
+            pending = dict(sorted(self._pending.values()))  # of each place, the newest time
         return any(pending.get(place, 0.0) > head.response_time for place in index_places(head.key))
 
     def _read(self, key: str, kind: str, base: str, place: str) -> None:
         if classify_name(key) is NameClass.CONTENT and not self.facts_for(key, "top "):
             if len(self._unnamed) > MAX_QUEUED_INDEXES:
                 self._unnamed.clear()
-            self._unnamed[key] = self.generation
+            self._unnamed[key] = self._written
             return
         stored = Store.lookup(self._store, key)
         if stored is None:
@@ -4671,7 +4673,8 @@ class IndexReader:
             except DamagedIndexError as error:
                 log.warning("Cannot learn from %s: %s", loggable_uri(key), error)
                 write_table(path, source, ())
-            self.generation += 1
+            with self._lock:  # or else one of two simultaneous changes would get lost
+                self.generation, self._written = self.generation + 1, self._written + 1
 
     def _path(self, place: str, *index: object) -> str:
         """Return the path of the table for key and version of an index, or of the folder with its like."""
@@ -6996,6 +6999,14 @@ def why_refused(store: Store, key: str, size: int | None, digest: Callable[[str]
     return reason
 
 
+def agrees_with_index(store: Store, key: str, stored: StoredResponse) -> bool:
+    """Return whether a body agrees with what is known about it, for which it is read (invariant 13)."""
+    with contextlib.suppress(OSError):
+        digest = functools.partial(hex_digest, stored)
+        return not why_unexpected(store.expected(key), stored.head.size, digest)
+    return False
+
+
 class Downloader:
     """The tee: downloads responses into partial files, from which all their clients read.
 
@@ -7657,7 +7668,7 @@ class FlightLeader:
         request, may_be_stale = self.request, may_serve_stale_on_error(decision, stored.head)
         deadline = max(self.deadline, time.monotonic() + 1) if may_be_stale else None
         origin, origin_request = self.downloader.origin, full_request(request, self.config, deadline, stored)
-        if not stored.described and (
+        if not stored.described and agrees_with_index(self.downloader.store, request.key, stored) and (
                 head := confirm_bare_file(origin, origin_request, request, stored, self.config)):
             return head
         # A client that doubts a file found at another mirror gets the file that this mirror has.

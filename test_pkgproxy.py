@@ -6206,6 +6206,26 @@ class IndexedCacheTest(ProxyCase):
             self.learn([])
         self.check_hit(kind, self.NEW)
 
+    @for_each(*DIGESTS)
+    def test_a_file_without_a_head_that_contradicts_its_index_is_fetched_anew(self, kind):
+        """A copy of the cache may bring a file of the same size and a later date."""
+        self.learn(self.publish(kind, self.NEW))
+        path = os.path.join(self.root, self.name(kind))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Path(path).write_bytes(self.OLD)
+        self.assertEqual(self.get(kind)[0], self.NEW)
+        self.check_hit(kind, self.NEW)
+        self.check_requests(kind, 1)
+
+    def test_indexes_by_hash_that_nothing_names_change_nothing_when_they_are_used(self):
+        path = "/debian/dists/sid/main/binary-amd64/by-hash/SHA256/" + sha256(b"Package: x\n")
+        self.origin.pages[path] = ScriptedResponse(b"Package: x\n")
+        for _ in range(3):
+            self.learn([self.origin.url(path)])
+            generations = self.store._reader.generation
+        self.learn([self.origin.url(path)])
+        self.assertEqual(self.store._reader.generation, generations)
+
     def test_a_package_that_is_known_by_sha_512_is_compared_too(self):
         known = [pkgproxy.FileFacts(None, "sha512", hashlib.sha512(self.OLD).digest()[:32])]
         with mock.patch.object(pkgproxy.IndexReader, "facts_for", lambda *_: list(known)):
