@@ -3109,7 +3109,8 @@ class RealToolTest(ParserCase):
                 try:
                     self.run_tool("createrepo_c", "--general-compress-type", compression, "p")
                 except subprocess.CalledProcessError:
-                    self.skipTest("createrepo_c without " + compression)
+                    self.assertEqual(compression, "zstd", "which older versions do not have")
+                    continue
                 name = next((name for name in os.listdir(self.path("p/repodata")) if re.search(r"primary\.xml\.", name)), None)
                 self.assertEqual(self.read_path(self.path("p/repodata/" + name), "http://a/f/repodata/" + name), expected)
 
@@ -7778,7 +7779,7 @@ class IsolationTest(ProxyCase):
                 ("public", (("Vary", "Authorization"),), False), ("s-maxage=60", (("Vary", "Accept, authorization"),), False)):
             for path in (self.PACKAGE, self.INDEX):
                 with self.subTest(control=control, more=more, path=path):
-                    until(lambda: not self.proxy._store._reader._pending, "the end of reading")
+                    until(lambda: not self.proxy._store._reader._thread.is_alive(), "the end of reading")
                     shutil.rmtree(self.root)
                     os.mkdir(self.root)
                     self.require_password(control, *more)
@@ -9920,6 +9921,7 @@ class FaultsOfTwoTest(FaultTest):
     def connection(self):
         address = getattr(self.local, "address", self.address)
         with contextlib.closing(http.client.HTTPConnection(*address, timeout=PATIENCE)) as connection:
+            connection.response_class = FinalResponse
             yield connection
 
     def other_downloads(self):
