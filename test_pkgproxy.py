@@ -4947,6 +4947,7 @@ class CodedIndexTest(ProxyCase):
         self.coded[self.PIP] = gzip.compress(self.texts[self.PIP])
         self.get(self.PIP, self.GZIP)
         self.assertEqual(list(self.visible_files().values()), [self.coded[self.PIP]])
+        until(lambda: self.proxy._store.expected(self.origin.url("/f/x-1.0-py3-none-any.whl")), "the end of reading")
         [facts] = self.proxy._store.expected(self.origin.url("/f/x-1.0-py3-none-any.whl"))
         self.assertEqual(facts.digest.hex().encode(), digest)
 
