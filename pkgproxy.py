@@ -3931,21 +3931,18 @@ class Store:
         - A body under the hashed name that only made way for a foreign file is not used once that is removed:
           people expect that a file which they have removed is fetched anew.
         """
-        bare, names = None, self._names_of(key)
+        bare, names, version = None, self._names_of(key), self.knowledge_version()
         for name in names:
             file, info = _open(self.body_path(name))
             if file is None:
                 continue
             head = _matching_head(_read_heads(self.head_path(name)), key, info)
             is_bare = head is None and not bare and self._is_bare(name)
-            digests = (head.sha256, head.sha512) if head else ("", "")
-            if (head or is_bare) and self._why_wrong(key, info.st_size, *digests, self.knowledge_version()):
+            if (head or is_bare) and self._why_wrong(key, name, info.st_size, head, *version):
                 file.close()
                 continue
             if head is not None and not (head.displaced and not os.path.lexists(self.body_path(names[0]))):
                 _close(bare)
-                if not head.sha256 and name not in self.unhashed and self.expected(key):
-                    self.unhashed.append(name)
                 self._used[name] = self.used_at = time.time()
                 return StoredResponse(file, head, name, True)
             if is_bare:
@@ -3970,11 +3967,14 @@ class Store:
         """Return what changes when expected() may return something else than before."""
         return ()
 
-    def _compare(self, key: str, size: int, sha256: str, sha512: str, _memo: tuple[int, ...]) -> str:
-        """Return why a stored body is not used; see why_unexpected()."""
-        reason = why_unexpected(self.expected(key), size, {"sha256": sha256, "sha512": sha512}.__getitem__)
+    def _compare(self, key: str, name: str, size: int, head: ResponseHead | None, *_memo: int) -> str:
+        """Return why a stored body is not used; see why_unexpected().  Have a missing digest computed."""
+        expected = self.expected(key)
+        reason = why_unexpected(expected, size, lambda algorithm: getattr(head, algorithm, ""))
         if reason:
             log.info("The stored file of %s is not used: %s", loggable_uri(key), reason)
+        elif expected and head and not head.sha256 and name not in self.unhashed:
+            self.unhashed.append(name)
         return reason
 
     def awaits_index(self, head: ResponseHead) -> bool:  # noqa: ARG002 (see IndexedStore)
@@ -4594,8 +4594,8 @@ class IndexReader:
         self._tables = functools.lru_cache(MAX_PLACES)(self._find_tables)
         self._lock = threading.Lock()  # guards what follows
         self._thread = threading.Thread()
-        self._queue: collections.OrderedDict[str, tuple[str, str, str]] = collections.OrderedDict()
-        self._pending: dict[str, tuple[str, float]] = {}  # by key: place, and clock time, of what is not read
+        # By key: kind, base and place of an index, and the clock time; also of the one that is being read.
+        self._queue: dict[str, tuple[str, str, str, float]] = {}
         self._unnamed: dict[str, int] = {}  # by key: the value of _written at which no index named this index
         self._written = 0  # tables: each may name indexes
         self._failed = -LEARNING_BACKOFF  # monotonic time of the last failure of the disk
@@ -4608,10 +4608,8 @@ class IndexReader:
                 self._path(found[2], head.key, version_of(self._store, head.key))):
             return
         with self._lock:
-            if len(self._queue) < MAX_QUEUED_INDEXES and time.monotonic() - self._failed > LEARNING_BACKOFF:
-                self._queue[head.key] = found
-                if not found[2].startswith("top "):  # those name indexes, and are read in milliseconds
-                    self._pending[head.key] = found[2], time.time()
+            if len(self._queue) <= MAX_QUEUED_INDEXES and time.monotonic() - self._failed > LEARNING_BACKOFF:
+                self._queue[head.key] = *found, time.time()
                 self.generation += 1
                 if not self._thread.is_alive():
                     self._thread = threading.Thread(target=self._run, daemon=True)
@@ -4637,23 +4635,24 @@ class IndexReader:
                 if not self._queue:
                     self._thread = threading.Thread()  # this one still lives, but looks at the queue no more
                     return
-                key, found = self._queue.popitem(last=False)
+                key, queued = next(iter(self._queue.items()))
             try:
-                self._read(key, *found)
+                self._read(key, *queued[:3])
             except OSError as error:
                 log.warning("Cannot learn from %s: %s", loggable_uri(key), error)
                 self._failed = time.monotonic()
-            with self._lock:
-                if key not in self._queue:
-                    self._pending.pop(key, None)
+            finally:
+                with self._lock:
+                    if self._queue[key] is queued:  # else it has been replaced, and is read again
+                        del self._queue[key]
 
     def awaits(self, head: ResponseHead) -> bool:
-        """Return whether an index above a file is newer than the file's validation, and not read yet."""
-        if not self._pending:
+        """Return whether an index that may name a file is newer than its validation, and not read yet."""
+        if not self._queue:
             return False
         with self._lock:
-            pending = dict(sorted(self._pending.values()))  # of each place, the newest time
-        return any(pending.get(place, 0.0) > head.response_time for place in index_places(head.key))
+            newest = dict(sorted(queued[2:] for queued in self._queue.values()))  # by place
+        return any(newest.get(place, 0.0) > head.response_time for place in index_places(head.key))
 
     def _read(self, key: str, kind: str, base: str, place: str) -> None:
         if classify_name(key) is NameClass.CONTENT and not self.facts_for(key, "top "):
@@ -4713,11 +4712,16 @@ class IndexedStore(Store):
                  max_size: int | None = None) -> None:
         super().__init__(root, trust_bare, min_free, max_size)
         self._reader = IndexReader(self)
+        self._facts = functools.lru_cache(LARGE_MEMO)(lambda key, *_memo: self._reader.facts_for(key))
 
     def expected(self, key: str) -> list[FileFacts]:
-        """Return what is known about a body: the digest in its name, or what each index says about it."""
+        """Return what is known about a body: the digest in its name, or what each index says about it.
+
+        A miss asks several times, and each answer may take a read from every table of the repository.
+        """
         known = super().expected(key)
-        return known if known or classify_name(key) is NameClass.INDEX else self._reader.facts_for(key)
+        may_be_named = not known and classify_name(key) is not NameClass.INDEX
+        return self._facts(key, *self.knowledge_version()) if may_be_named else known
 
     def lookup(self, key: str) -> StoredResponse | None:
         """Open a stored response; read it if it is an index that is never validated, and was never read."""
@@ -8637,9 +8641,8 @@ class RecentRequests:
                     number, now, client, request.method, target, request.uri, status, sent, cache_status))
             # Any client can invent host names: only those that gave a response take a row.
             found = target.host and outcome not in (Outcome.REFUSED, Outcome.FAILED)
-            origin: list[float] = [0, 0, 0, 0]
-            if found:
-                origin = self._row(self._origins, (target.host, target.port))
+            origin: list[float] = [0, 0, 0, 0] if not found else self._row(
+                self._origins, (target.host, target.port))
             for client, sent in answers if outcome is not Outcome.REFUSED else ():
                 for row in (origin, self._clients.get(client) or self._row(self._clients, client)):
                     row[:] = row[0] + 1, row[1] + sent.size, row[2] + sent.cached, now

@@ -9351,7 +9351,7 @@ class FaultTest(ProxyCase):
         for path in (self.KEPT, self.NEW, self.INDEX, self.KEPT, self.NEW):
             self.assertEqual(self.request(path).body, self.bodies[path], path)
             self.wait_until_idle()
-        until(lambda: not self.proxy._store._reader._pending, "the end of reading the index")
+        until(lambda: not self.proxy._store._reader._queue, "the end of reading the index")
         self.assertEqual([self.request(path)["Cache-Status"] for path in (self.KEPT, self.NEW)], ["pkgproxy; hit"] * 2)
         partials = os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")
         self.assertEqual(os.listdir(partials) if os.path.isdir(partials) else [], [])
