@@ -165,7 +165,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import queue
 import re
@@ -354,9 +353,8 @@ class Target:
     def authority(self) -> str:
         """``host[:port]`` as in the Host field; the default port is omitted, except for CONNECT."""
         host = "[%s]" % self.host if ":" in self.host else self.host
-        default = 443 if self.scheme == "https" else 80
-        is_tunnel = self.scheme == "https" and not self.path
-        return host if self.port == default and not is_tunnel else "%s:%d" % (host, self.port)
+        default = 80 if self.scheme == "http" else 443 if self.path else None  # None: of a tunnel
+        return host if self.port == default else "%s:%d" % (host, self.port)
 
     @property
     def uri(self) -> str:
@@ -415,6 +413,12 @@ class Readable(Protocol):
         """Return up to ``size`` bytes; b"" at the end."""
 
 
+# Why a stored package is doubted: its client has just got it, so it is validated, unless that was done a moment
+# ago; that has confirmed it, and the client asks once more, so it is fetched anew; or an index that is newer is
+# not read yet, so it is validated.
+DOUBT_OF_CLIENT, DOUBT_PERSISTS, DOUBT_UNREAD = 1, 2, 3
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A client's request, as received; never modified (invariant 8)."""
@@ -434,9 +438,7 @@ class Request:
     client_prefix: str = ""  # what the client wrote before the target: "/", or HTTPS_HOST
     client_is_local: bool = False  # the client runs on this host
     known_missing: bool = False  # the event loop has just found nothing stored
-    # Whether a stored package is doubted: 1, its client has just got it, so validate it; 2, a validation has
-    # confirmed it, so fetch it anew; 3, an index that is newer waits to be read, so validate it.
-    doubt: int = 0
+    doubt: int = 0  # of a stored package: 0, or one of the DOUBT_ constants
     timings: dict[str, float] | None = None  # monotonic time of each step, by name; None: they are not logged
     # Sends the client a head of an interim response (RFC 9110 §15.2).
     send_interim: Callable[[bytes], object] | None = dataclasses.field(default=None, compare=False)
@@ -2406,7 +2408,7 @@ def _decide_stored(request: Request, stored: ResponseHead, name_class: NameClass
     # 2. The client demands a validation, or sends one of the two conditions that only the origin can
     #    evaluate (§4.3.2).
     strict = field_values(request.fields, "If-Match") + field_values(request.fields, "If-Unmodified-Since")
-    doubted = request.doubt > 1 or request.doubt and now - stored.response_time > DOUBT_INTERVAL
+    doubted = request.doubt > DOUBT_OF_CLIENT or request.doubt and now - stored.response_time > DOUBT_INTERVAL
     if strict or doubted or _client_wants_validation(control, policy, age, ttl):
         return CacheDecision(Action.VALIDATE, name_class, "request", known_ttl)
     # 3. Names that do not change: serve, and look once a day whether they did after all.
@@ -6629,7 +6631,7 @@ def _site(target: Target) -> str:
 
 
 def is_site_down(request: Request, error: OriginError) -> bool:
-    """Return whether there is no connection to a request's own origin, and not just where a redirect led."""
+    """Return whether a request's own origin, not one that a redirect led to, cannot be connected to."""
     is_here = error.target is None or _site(error.target) == _site(request.target)
     return error.unreachable and is_here
 
@@ -7207,7 +7209,6 @@ class Downloader:
             raise StorageError(error) from error
 
 
-
 class PeerFollower:
     """Follows another instance's download, and takes it over if that instance dies.
 
@@ -7676,11 +7677,11 @@ class FlightLeader:
                 head := confirm_bare_file(origin, origin_request, request, stored, self.config)):
             return head
         # A client that doubts a file found at another mirror gets the file that this mirror has.
-        is_doubted = request.doubt == 2 or not stored.described or stored.head.same_as and (
-            request.doubt == 1 or "no-cache" in cache_directives(request.fields))
+        is_doubted = request.doubt == DOUBT_PERSISTS or not stored.described or stored.head.same_as and (
+            request.doubt == DOUBT_OF_CLIENT or "no-cache" in cache_directives(request.fields))
         more = () if is_doubted or decision.forward == "vary-miss" else validators(stored.head)
         response = fetch_full(origin, replace_fields(origin_request, fields=origin_request.fields + more))
-        is_same = request.doubt in (1, 3) and not is_doubted and is_same_version(stored.head, response.head)
+        is_same = request.doubt and not is_doubted and is_same_version(stored.head, response.head)
         if response.head.status == 304 or is_same:
             response.close()
             if is_same or is_304_for(stored.head, response.head):
@@ -7941,8 +7942,8 @@ class Scrubber:
             if self._stopped.is_set() or found == head.sha256:
                 return
             if not head.sha256 and len(found) == 64:
-                self._store.names.add(found, head.key)
                 self._store.update_head(stored, replace_fields(head, sha256=found))
+                self._store.names.add(found, head.key)
                 return
             with contextlib.suppress(OSError):  # else it has been replaced, changed or removed meanwhile
                 if os.path.samestat(os.lstat(path), info):
@@ -8019,7 +8020,7 @@ class BackgroundRevalidator:
         if any(other.response_time > head.response_time if other else self._store.expected(key)
                for other, key in signed):
             return replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
-        return replace_fields(request, doubt=3) if self._store.awaits_index(head) else request
+        return replace_fields(request, doubt=DOUBT_UNREAD) if self._store.awaits_index(head) else request
 
     def may_store(self, key: str, client_is_local: bool, replaces: bool) -> bool:
         """Return whether a file that has arrived, perhaps to replace a stored one, may be stored now.
@@ -8157,15 +8158,15 @@ class PackageDoubts:
 
     def assess(self, request: Request, head: ResponseHead) -> Request:
         """Return the request with its ``doubt`` of the stored response that has this head."""
-        is_doubted = self.is_due(request, request.client, head)
-        if is_doubted:
+        doubt = request.doubt
+        if self.is_due(request, request.client, head):
+            doubt = doubt or DOUBT_OF_CLIENT
             for name in self._names(request, request.client):
                 self._validated.note_first(name, DOUBT_INTERVAL)
         elif not POLICIES[classify_name(request.key)].lifetime or \
                 "no-cache" not in cache_directives(request.fields):
             return request
-        doubt = 2 if self._may_refetch(head, True) else request.doubt or int(is_doubted)
-        return replace_fields(request, doubt=doubt)
+        return replace_fields(request, doubt=DOUBT_PERSISTS if self._may_refetch(head, True) else doubt)
 
     def _may_refetch(self, head: ResponseHead, note: bool = False) -> bool:
         """Return whether a package may be fetched without conditions; with ``note``, it will be."""
@@ -8179,8 +8180,8 @@ class PackageDoubts:
 
     def note_answer(self, request: Request, outcome: Outcome) -> None:
         """Record that the origin has confirmed a stored response that a client doubted."""
-        is_doubted = request.doubt in (1, 2) or "no-cache" in cache_directives(request.fields)
-        if outcome is Outcome.VALIDATED and is_doubted:
+        is_client = request.doubt in (DOUBT_OF_CLIENT, DOUBT_PERSISTS)
+        if outcome is Outcome.VALIDATED and (is_client or "no-cache" in cache_directives(request.fields)):
             self._confirmed.note(request.key)
 
 
@@ -8677,7 +8678,7 @@ class RecentRequests:
         Everything here came from clients: it is shortened, and stripped of control characters and of queries.
         """
         with self._lock:
-            newest = sorted(itertools.chain(*self._recent.values()), key=operator.itemgetter(0), reverse=True)
+            newest = sorted(itertools.chain(*self._recent.values()), key=lambda row: row[0], reverse=True)
             hosts, addresses = [sorted([(name, *row) for name, row in table.items()], key=lambda row: -row[2])
                                 for table in (self._origins, self._clients)]
         origins: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
