@@ -413,9 +413,9 @@ class Readable(Protocol):
         """Return up to ``size`` bytes; b"" at the end."""
 
 
-# Why a stored package is doubted: its client has just got it, so it is validated, unless that was done a moment
-# ago; that has confirmed it, and the client asks once more, so it is fetched anew; or an index that is newer is
-# not read yet, so it is validated.
+# Why a stored package is doubted: its client has just got it, so it is validated, unless that was just done;
+# that has confirmed it, and the client asks once more, so it is fetched anew; or an index that is newer waits
+# to be read, so it is validated.
 DOUBT_OF_CLIENT, DOUBT_PERSISTS, DOUBT_UNREAD = 1, 2, 3
 
 
