@@ -3607,6 +3607,12 @@ class PartialFile(RefCountedFile):
             with contextlib.suppress(OSError, ValueError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)
 
+    def __enter__(self) -> PartialFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     # Methods for following another instance's download
 
     def try_lock(self) -> bool:
@@ -4181,8 +4187,7 @@ class PartialStore:
             # Between open and lock another process may commit or remove the file.  Then the lock is one on a
             # file without a name, and the next attempt opens the new file.
             for _ in range(10):
-                partial = self._open(key, owner, create=True)
-                try:
+                with self._open(key, owner, create=True) as partial:
                     if not owner and not partial.try_lock():
                         return None
                     if partial.still_exists():
@@ -4190,8 +4195,6 @@ class PartialStore:
                             self._adopt_leftovers(partial, exclusive)
                         partial.acquire()
                         return partial
-                finally:
-                    partial.release()
             raise OSError(errno.EAGAIN, "another process keeps replacing its file", key)
         except OSError as error:
             raise StorageError(error) from error
@@ -4227,15 +4230,12 @@ class PartialStore:
             owner = os.path.basename(path).partition(".")[2]
             old = None if owner == partial.owner or "^" in owner else self.open_for_reading(
                 partial.head.key, owner)
-            if old is not None:
-                try:
-                    if old.load_metadata() and (exclusive or old.is_abandoned()) and not partial.size:
-                        while data := old.read_at(min(COPY_SIZE, old.size - partial.size), partial.size):
-                            partial.write(data)
-                        partial.head, partial.length = old.head, old.length
-                        old.discard()
-                finally:
-                    old.release()
+            with old or contextlib.nullcontext():
+                if old and old.load_metadata() and (exclusive or old.is_abandoned()) and not partial.size:
+                    while data := old.read_at(min(COPY_SIZE, old.size - partial.size), partial.size):
+                        partial.write(data)
+                    partial.head, partial.length = old.head, old.length
+                    old.discard()
 
 
 class Entry(NamedTuple):
@@ -6977,13 +6977,9 @@ class DownloadLocks:
         if self.leases.uses_memcached:
             return bool(self.leases.holder(key))
         partial = self.partials.open_for_reading(key)
-        try:
+        with contextlib.suppress(OSError), partial or contextlib.nullcontext():
             return partial is not None and not partial.try_lock()
-        except OSError:
-            return False
-        finally:
-            if partial is not None:
-                partial.release()
+        return False
 
     def invalidate(self, key: str) -> None:
         """Prevent other instances from storing what they are downloading under a key."""
@@ -7334,16 +7330,19 @@ class PeerFollower:
     def _finish(self) -> FlightResult | None:
         """Return how the other instance's download ended; None if it was continued here."""
         partial, stored = self._partial, self._downloader.store.lookup(self._flight.key)
+        if partial is None or not partial.still_exists():
+            is_whole = partial is not None and self._published and partial.size == partial.length
+            result = FlightResult.WHOLE if is_whole else FlightResult.ALONE
+        elif self._published or partial.load_metadata():
+            result = None
+        else:  # its writer died before it had anything, or had yet to lock it, and follows this download now
+            partial.discard()
+            result = FlightResult.AGAIN
         if stored is not None:
             with contextlib.closing(stored):
                 if stored.head.verified:  # else it was there before, copied or changed by hand
                     return self._finish_stored(stored)
-        if partial is None or not partial.still_exists():
-            is_whole = partial is not None and self._published and partial.size == partial.length
-            return FlightResult.WHOLE if is_whole else FlightResult.ALONE
-        if not self._published and not partial.load_metadata():
-            return FlightResult.AGAIN  # it died before it had anything
-        return self._continue_download(partial)
+        return self._continue_download(partial) if partial and not result else result
 
     def _finish_stored(self, stored: StoredResponse) -> FlightResult:
         """Let clients that have a part already continue in the stored file, if it is the same.
@@ -7580,7 +7579,6 @@ class FlightLeader:
 
     def _fetch(self, missing: bool, alone: bool) -> tuple[Response | None, FlightResult | None]:
         """Look in the store again (invariant 4), then validate or fetch.
-
 
         1. Request A looks in the store, and finds nothing.
         2. Request B, which leads a flight for the same key, stores the response and leaves the barrier.

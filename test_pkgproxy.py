@@ -538,8 +538,12 @@ class ProxyCase(unittest.TestCase):
         return self.waits_for_reader and proxy._store._reader._thread.is_alive()
 
     def downloads_in_flight(self, proxy=None):
-        """Return how many downloads are in progress: the only look into a proxy's SingleFlight."""
+        """Return how many downloads are in progress: a look into a proxy's SingleFlight, as the next one is."""
         return len((proxy or self.proxy)._barrier._flights)
+
+    def followers_waiting(self):
+        """Return how many requests wait for the head or the next bytes of downloads in progress."""
+        return sum(len(flight._changed._waiters) for flight in list(self.proxy._barrier._flights.values()))
 
     def drop_idle_connections(self):
         """Close the proxy's idle connections to origins."""
@@ -10411,6 +10415,23 @@ class InstancesTest(InstancesCase):
             self.assertIn("not collapsed", self.request(self.BIG)["Cache-Status"])
             self.wait_until_idle()
             self.assertIn("stored", self.request(self.BIG)["Cache-Status"])
+
+    def test_an_empty_file_locked_by_a_follower_of_an_ended_download_does_not_stay(self):
+        self.origin.pages[self.BIG] = ScriptedResponse(self.body)
+        key = pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.BIG)))
+        path, answers = self.make_empty_partial(key), []
+        follower = threading.Thread(target=lambda: answers.append(self.request(self.BIG)))
+        with contextlib.closing(io.FileIO(path, "r+b")) as file, self.start_instance_here() as address:
+            self.assertTrue(pkgproxy.try_lock_file(file))
+            follower.start()
+            until(lambda: self.followers_waiting() == 1)
+            os.unlink(path)
+            self.assertEqual(self.start_download(address).read(), self.body[1:])
+            self.make_empty_partial(key)  # as a third instance does before it locks it
+        follower.join(PATIENCE)
+        self.wait_until_idle()
+        self.assertEqual((answers[0].body, self.origin.methods()), (self.body, ["GET"]))
+        self.assertEqual(os.listdir(os.path.dirname(path)), [])
 
     def make_empty_partial(self, key):
         """Create an empty partial file; return its path."""
