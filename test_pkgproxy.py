@@ -7956,7 +7956,7 @@ class IsolationTest(ProxyCase):
         threads[0].start()
         until(lambda: len(self.origin.log) > asked)
         threads[1].start()
-        until(lambda: self.server.replies_running == 2)
+        until(lambda: self.followers_waiting() == 1)
         gate.open()
         for thread in threads:
             thread.join(PATIENCE)
@@ -7986,7 +7986,7 @@ class IsolationTest(ProxyCase):
             until(lambda: self.origin.methods(path))
             for thread in threads[1:]:
                 thread.start()
-            until(lambda: self.server.replies_running == count + 1 or answers)
+            until(lambda: self.followers_waiting() == count or answers)
             if not patched:
                 gate.open()
             for thread in threads[1:]:
@@ -8036,9 +8036,10 @@ class IsolationTest(ProxyCase):
         self.addCleanup(gate.open)
         self.origin.pages[self.PACKAGE] = ScriptedResponse(respond=lambda _: (gate.pass_through(), ScriptedResponse(body))[1])
         threads = [threading.Thread(target=lambda: answers.append(self.request(self.PACKAGE).body)) for _ in range(12)]
-        with mock.patch.object(pkgproxy, "FOLLOWER_PATIENCE", 2.0):
+        with mock.patch.object(pkgproxy, "FOLLOWER_PATIENCE", 5.0):
             for thread in threads:
                 thread.start()
+            until(lambda: self.followers_waiting() == 11)
             until(lambda: len(self.origin.log) == 2)
             gate.open()
             for thread in threads:
@@ -8068,7 +8069,7 @@ class IsolationTest(ProxyCase):
         with mock.patch.object(pkgproxy, "connect_fastest", refuse):
             for thread in threads:
                 thread.start()
-            until(lambda: self.server.replies_running == 3 and calls)
+            until(lambda: self.followers_waiting() == 2)
             gate.open()
             for thread in threads:
                 thread.join(PATIENCE)
@@ -16029,18 +16030,19 @@ while True:
     def find_proxy(self, *setup):
         """Return what auto-apt-proxy finds after these shell commands, in new namespaces."""
         lines = ["mount --bind hosts /etc/hosts; mount --bind resolv.conf /etc/resolv.conf", "hostname client; ip link set lo up", *setup,
-                 "AUTO_APT_PROXY_NO_CACHE=1 auto-apt-proxy", '[ -z "$!" ] || kill $!']
+                 "AUTO_APT_PROXY_NO_CACHE=1 auto-apt-proxy"]
         (self.folder / "hosts").write_text("127.0.0.1 localhost\n127.0.0.1 client.example.lan client\n")
         (self.folder / "resolv.conf").write_text("nameserver 127.0.0.1\noptions attempts:1 timeout:5\n")
+        unshare = "unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child"  # its end is that of all its processes
         try:
-            tool_output("unshare", "--net", "--mount", "--uts", "true")
+            tool_output(*unshare, "true")
         except RuntimeError as failure:
             self.skipTest(f"no namespaces here: {failure}")
-        return self.run_client("unshare", "--net", "--mount", "--uts", "sh", "-c", "cd %s\n%s" % (self.folder, "\n".join(lines)), TMPDIR=str(self.folder))
+        return self.run_client(*unshare, "sh", "-c", "cd %s\n%s" % (self.folder, "\n".join(lines)), TMPDIR=str(self.folder))
 
     def test_it_finds_the_proxy_on_the_port_of_apt_cacher_ng(self):
         start = "%s -a 127.0.0.1:3142 -r cache 2>log &" % shlex.join(map(str, pkgproxy_command()))
-        wait = "for i in $(seq 100); do grep -q 'Starting proxy' log && break; sleep .1; done"
+        wait = "for i in $(seq 100); do grep -qs 'Starting proxy' log && break; sleep .1; done"
         self.assertEqual(self.find_proxy(start, wait), "http://127.0.0.1:3142\n")
         self.assertEqual(self.find_proxy(), "", "without a proxy")
 
