@@ -181,7 +181,7 @@ import time
 import urllib.parse
 import weakref
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping
 from email.utils import formatdate
 from html import escape, unescape
 from typing import Any, Callable, NamedTuple, Protocol, TypeVar, Union
@@ -334,10 +334,10 @@ def replace_fields(original: _T, **changes: Any) -> _T:
     return copy
 
 
-def memoize(function: Callable[[str], _T]) -> Callable[[str], _T]:
+def memoize(pure: Callable[[Any], _T]) -> Callable[[Any], _T]:
     """Memoize a pure function for the most recent arguments of up to MAX_MEMOIZED characters."""
-    known = functools.lru_cache(LARGE_MEMO)(function)
-    return functools.wraps(function)(lambda text: (known if len(text) <= MAX_MEMOIZED else function)(text))
+    memo = functools.lru_cache(LARGE_MEMO)(pure)
+    return functools.wraps(pure)(lambda text: (memo if len(text or "") <= MAX_MEMOIZED else pure)(text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -746,23 +746,27 @@ HOP_BY_HOP = frozenset(
      "proxy-authentication-info", "te", "trailer", "transfer-encoding", "upgrade"))
 
 
+@functools.lru_cache(32)  # a miss looks fields up fifty times, in five heads; more would hold long ones
+def _values_by_name(fields: Fields) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for name, text in fields:
+        found[name.lower()] = (*found.get(name.lower(), ()), text)
+    return found
+
+
 def field_values(fields: Fields, name: str) -> tuple[str, ...]:
     """Return all values of a field, in order.
 
     >>> field_values((("Via", "1.1 a"), ("via", "1.1 b")), "Via")
     ('1.1 a', '1.1 b')
     """
-    name = name.lower()
-    return tuple([text for other, text in fields if other.lower() == name])
+    return _values_by_name(fields).get(name.lower(), ())
 
 
 def field_value(fields: Fields, name: str) -> str | None:
     """Return the first value of a field; None, and not "", if the field is absent."""
-    name = name.lower()
-    for other, text in fields:
-        if other.lower() == name:
-            return text
-    return None
+    values = _values_by_name(fields).get(name.lower())
+    return values[0] if values else None
 
 
 def list_members(fields: Fields, name: str) -> list[str]:
@@ -780,12 +784,12 @@ def member_weights(fields: Fields, name: str) -> collections.defaultdict[str, fl
     return collections.defaultdict(float, {match[1]: float(match[2] or 1) for match in accepted})
 
 
-def without_fields(fields: Fields, names: Iterable[str]) -> Fields:
+def without_fields(fields: Fields, names: Container[str]) -> Fields:
     """Return the fields whose names are not among ``names`` (lower case)."""
-    drop = frozenset(names)
-    return tuple((name, text) for name, text in fields if name.lower() not in drop)
+    return tuple([field for field in fields if field[0].lower() not in names])
 
 
+@functools.lru_cache(32)
 def end_to_end(fields: Fields) -> Fields:
     """Return the fields that a proxy forwards (RFC 9110 §7.6.1), without Content-Length.
 
@@ -821,9 +825,7 @@ def parse_delta_seconds(text: str | None) -> int:
     >>> [parse_delta_seconds(text) for text in ("60", "-1", None, "9" * 30, "1.5")]
     [60, 0, 0, 2147483648, 0]
     """
-    if text is None or not (text.isascii() and text.isdigit()):
-        return 0
-    return min(int(text[:12]), 2**31)
+    return min(int(text[:12]), 2**31) if text and text.isascii() and text.isdigit() else 0
 
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -835,6 +837,7 @@ _DATES = tuple(
         r"\w{3} (?P<m>\w{3}) (?P<d>[ \d]\d) (?P<t>\d\d:\d\d:\d\d) (?P<y>\d{4})"))  # asctime
 
 
+@memoize
 def parse_date(text: str | None) -> float | None:
     """Parse an HTTP-date in any of its three formats (RFC 9110 §5.6.7).
 
@@ -1145,11 +1148,9 @@ def cache_key(target: Target) -> str:
     >>> cache_key(parse_target("http://A:80/x/../b%2b+%7e%2fc?q=%2b"))
     'http://a/b%2B+~%2Fc?q=%2B'
     """
-    path, mark, query = target.path.partition("?")
+    path, mark, query = _PERCENT.sub(_normalize_escape, target.path).partition("?")
     # parse_target() has normalized the path; again here, because no key may lead out of the cache directory.
-    path = _without_dots(_PERCENT.sub(_normalize_escape, path))
-    query = _PERCENT.sub(_normalize_escape, query)
-    return "%s://%s%s%s%s" % (target.scheme, target.authority, path, mark, query)
+    return "%s://%s%s%s%s" % (target.scheme, target.authority, _without_dots(path), mark, query)
 
 
 def parse_request(lines: list[str], local: tuple[str, int] = ("", 0)) -> Request:
@@ -1333,6 +1334,8 @@ def _tag_among(tag: str | None, lists: Iterable[str], strong: bool) -> bool:
 
 def evaluate_preconditions(request: Request, head: ResponseHead) -> int:
     """Evaluate the preconditions of a request in the order of RFC 9110 §13.2.2: return 200, 304 or 412."""
+    if not any(name.startswith("if-") for name in _values_by_name(request.fields)):
+        return 200
     tag, modified = field_value(head.fields, "ETag"), parse_date(field_value(head.fields, "Last-Modified"))
     match, none_match = (field_values(request.fields, name) for name in ("If-Match", "If-None-Match"))
     unmodified_since = parse_date(field_value(request.fields, "If-Unmodified-Since"))
@@ -1348,8 +1351,7 @@ def evaluate_preconditions(request: Request, head: ResponseHead) -> int:
     if none_match:
         return 304 if _tag_among(tag, none_match, strong=False) else 200
     # Step 4: If-Modified-Since, without If-None-Match.  Step 5, If-Range, is for requested_ranges().
-    unmodified = modified_since is not None and modified is not None and modified <= modified_since
-    return 304 if unmodified else 200
+    return 304 if modified_since is not None and modified is not None and modified <= modified_since else 200
 
 
 def parse_range(text: str, size: int) -> list[tuple[int, int]] | None:
@@ -9566,7 +9568,7 @@ def relay_tunnel(client: socket.socket, origin: socket.socket, early: bytes) -> 
     return count
 
 
-@functools.lru_cache(LARGE_MEMO // 4)
+@functools.lru_cache(LARGE_MEMO)
 def parse_request_head(data: bytes, is_local: bool, server_address: tuple[str, int]) -> Request:
     """Parse a complete request head; BadRequestError or ValueError.
 
