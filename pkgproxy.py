@@ -57,7 +57,7 @@ reads it at its own speed while it arrives.  The download continues if its clien
 Threads
 -------
     main              starts the rest, waits for signals, sends watchdog messages
-    event loop        one per listening address: waits on idle connections, sends hits
+    event loop        one per listening address: waits on idle connections, sends hits that are not large
     worker            one per connection that needs one: answers requests, returns the connection to the loop
     download          Downloader: one per download that takes a while; it never waits for a client
     peer follower     PeerFollower: one per download that another instance runs
@@ -230,7 +230,9 @@ HOT_CACHE_SIZE = 32  # hits ready to be sent again; each holds a descriptor and 
 SMALL_BODY = 64 * 1024  # bytes; a body up to this is sent together with its head
 COPY_SIZE = 256 * 1024  # bytes per read or write where sendfile() is not used
 SEND_SIZE = 256 * 1024  # bytes of a file sent at a time; larger pieces take more processor time, not less
-SMALL_DOWNLOAD = 512 * 1024  # bytes; a body up to this that comes at once is stored by its client's thread
+# Bytes.  A larger body is downloaded, or sent as a hit, by a thread of its own: several use several
+# processors, and each wakes its client less often than the event loop does.
+LARGE_BODY = 512 * 1024
 MAX_EVENTS = 10_000  # failures or attempts remembered; bounds the memory that unknown hosts can take
 MAX_LOG_LINES = 10_000  # log lines waiting for a slow disk; more are dropped, because requests go first
 MAX_ROWS = 20  # requests of a colour, and downloads, on the status page; about a screenful
@@ -7066,7 +7068,7 @@ class Downloader:
         download.flight.publish(partial)
         # A network file system or memcached may hang, and that must not keep the client from its bytes.
         if not (response.start or self.store.remote or self.locks.leases.uses_memcached):
-            download = replace_fields(download, body=response.read_ahead(SMALL_DOWNLOAD, PUBLISH_DELAY))
+            download = replace_fields(download, body=response.read_ahead(LARGE_BODY, PUBLISH_DELAY))
         partial.acquire()
         result = response_from_partial(request, download, self.origin, status, own_head)
         try:
@@ -7409,7 +7411,7 @@ def answer_as_final_recipient(request: Request) -> Response:
     return Response(generated_head(200, "message/http"), bytes_body(text), CacheStatus(Outcome.OWN))
 
 
-# Hits, which the event loop sends without a thread
+# Hits, which the event loop sends without a thread unless they are large
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -9333,10 +9335,10 @@ def make_page(path: str, address: tuple[str, int], fields: Fields,
 # Which thread does what:
 #
 # 1. The thread of ProxyServer.serve_forever() accepts a connection and gives it to its EventLoop.
-# 2. The event loop, in the same thread, waits for requests on all idle connections.  It sends hits itself, as
-#    long as their files are in memory, since that takes less time than starting another thread.
+# 2. The event loop, in the same thread, waits for requests on all idle connections.  It sends hits itself if
+#    they are not large and their files are in memory, since starting another thread takes more time.
 # 3. Everything that may block goes to a worker thread: ProxyHandler reads the request, has the Dispatcher
-#    answer it, and sends the response.  It also sends the rest of a hit that must be read from the disk.
+#    answer it, and sends the response.  It also sends large hits, and those that must be read from the disk.
 # 4. The worker returns the connection to the event loop, or closes it.
 #
 # So a connection always has one owner, and needs no lock.  ConnectionLimiter and Dispatcher are shared by all
@@ -9418,8 +9420,8 @@ def send_some(sock: socket.socket, part: FileSlice, start: int) -> int:
 class HitTransfer:
     """A hit on its way to one client, some bytes at a time.
 
-    Begun by the event loop, and continued by a thread if the file has to be read from the disk.  The request
-    is counted before the last bytes leave, so that a client that has them finds it counted.
+    Begun by the event loop, and continued by a thread if it is large or has to be read from the disk.  The
+    request is counted before the last bytes leave, so that a client that has them finds it counted.
     """
 
     __slots__ = ("_counters", "_is_counted", "_left", "began", "hit", "unsent")
@@ -9427,19 +9429,19 @@ class HitTransfer:
     def __init__(self, hit: PreparedHit, began: float, counters: Counters) -> None:
         """``began``: monotonic."""
         self._counters = counters
-        self.hit = hit
         self.began = began
-        self.unsent = hit.data
+        self.hit, self.unsent = hit, hit.data
         self._left, self._is_counted = hit.part.size if hit.part else 0, False  # bytes of the file
 
-    def must_wait_for_disk(self) -> bool:
-        """Return whether the next bytes are not in memory, as far as the system tells.
+    def needs_thread(self) -> bool:
+        """Return whether the rest is large, or the next bytes are not in memory, as far as the system tells.
 
         One byte tells it of all that are sent with it: the system reads ahead, and keeps and drops files in
         large pieces.
         """
-        stop = self.hit.part.stop - max(0, self._left - SEND_SIZE) if self.hit.part else 0
-        return bool(stop) and read_without_blocking(self.hit.stored.file, stop - 1, stop) is None
+        stop = self.hit.part.stop - max(0, self._left - SEND_SIZE) if self.hit.part and not self.unsent else 0
+        return self._left > LARGE_BODY or bool(stop) and read_without_blocking(
+            self.hit.stored.file, stop - 1, stop) is None
 
     def send_some(self, sock: socket.socket) -> bool:
         """Send the next bytes; return whether they were the last.
@@ -10124,16 +10126,15 @@ class EventLoop:
     def run_once(self, timeout: float) -> None:
         """Serve all connections that are ready now, or as soon as one is, within ``timeout`` seconds."""
         self._thread = threading.get_ident()
-        postponed, self._postponed = self._postponed, []
-        timeout = min(timeout, RECORD_DELAY) if self._sent else timeout
-        ready = self.selector.select(0 if postponed else timeout)
+        again, self._postponed = self._postponed, []
+        ready = self.selector.select(0 if again else min(timeout, RECORD_DELAY if self._sent else timeout))
         self._hot_cache.recheck(self._dispatcher.proxy.hits_valid_for())
         for key, _ in ready:
             if not isinstance(key.data, ClientConnection):
                 key.data()  # a client waits to be accepted, or another thread has called wake()
-            elif key.data.waiting and key.data not in postponed:
+            elif key.data.waiting and key.data not in again:
                 self._serve(key.data)
-        for connection in postponed:
+        for connection in again:
             if connection.waiting:
                 self._serve(connection, is_readable=False)
         self._take(self._add)
@@ -10251,10 +10252,10 @@ class EventLoop:
             self._hand_to_thread(connection)
 
     def _send(self, connection: ClientConnection, transfer: HitTransfer) -> None:
-        """Send the next bytes of a hit; a thread goes on if they are not in memory."""
+        """Send the next bytes of a hit, or let a thread do that."""
         try:
             for _ in range(SENDS_PER_TURN):
-                if not transfer.unsent and transfer.must_wait_for_disk():
+                if transfer.needs_thread():
                     self._hand_to_thread(connection)
                     return
                 if transfer.send_some(connection.sock):
@@ -10451,13 +10452,14 @@ class ProxyHandler:
 
     def _finish_hit(self, transfer: HitTransfer) -> bool:
         """Send the rest of a hit that the event loop has begun; return whether the connection stays open."""
-        connection = self._connection
+        connection, dispatcher = self._connection, self._server.dispatcher
         try:
             while not send_patiently(connection.sock, transfer.send_some, connection.sock):
                 pass
         finally:
             connection.pending = None
-            self._server.dispatcher.record_hit(transfer.hit, [(connection.host, transfer.result())])
+            dispatcher.record_hit(transfer.hit, [(connection.host, transfer.result())])
+        dispatcher.proxy.doubts.note_delivered(transfer.hit.request, connection.host, transfer.hit.status)
         return not transfer.hit.close
 
     def _handle_connect(self, request: Request) -> bool:
@@ -10592,10 +10594,9 @@ class ProxyHandler:
     def _buffered(self) -> bytes:
         """Return the bytes that have been received but not read, without waiting for more."""
         self._timed.set_deadline(0.0)
-        data = b""
         with contextlib.suppress(socket.timeout):
-            data = self._file.peek(1)
-        return data + self._timed.prefetched
+            return self._file.peek(1) + self._timed.prefetched
+        return self._timed.prefetched
 
     def _drain_and_close(self) -> None:
         """Close for writing, and read until the client closes, for LINGER_TIMEOUT at most.

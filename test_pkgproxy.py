@@ -4166,7 +4166,7 @@ class SmallDownloadTest(ProxyCase):
         self.assertTrue(self.stored_by_its_client_thread(os.urandom(100_000)))
 
     def test_others_get_one(self):
-        for why, patched in (("it is large", (pkgproxy, "SMALL_DOWNLOAD", 99_999)), ("the disk may hang", (self.proxy._store, "remote", True))):
+        for why, patched in (("it is large", (pkgproxy, "LARGE_BODY", 99_999)), ("the disk may hang", (self.proxy._store, "remote", True))):
             with self.subTest(why), mock.patch.object(*patched):
                 self.assertFalse(self.stored_by_its_client_thread(os.urandom(100_000)))
                 self.proxy._store.delete(pkgproxy.cache_key(pkgproxy.parse_target(self.origin.url(self.PACKAGE))))
@@ -6865,7 +6865,7 @@ class LocalFailureTest(ProxyCase):
                 raise RuntimeError("can't start new thread")
             real(thread)
 
-        with mock.patch.object(threading.Thread, "start", refuse), mock.patch.object(pkgproxy, "SMALL_DOWNLOAD", 0):
+        with mock.patch.object(threading.Thread, "start", refuse), mock.patch.object(pkgproxy, "LARGE_BODY", 0):
             with self.assertLogs("pkgproxy", "WARNING") as caught:
                 for fields in ({}, {"Range": "bytes=1-"}):
                     answer = self.request("/x_1.0_all.deb", **fields)
@@ -7603,10 +7603,10 @@ class DoubtedPackageTest(ProxyCase):
 
     PACKAGES = (("/pool/x_1.0_amd64.deb", APT_PACKAGE), ("/All/curl-8.9.1.pkg", PKG), ("/Packages/c/curl-8.9.1-1.fc40.x86_64.rpm", DNF),
                 ("/packages/base_1.0-r1_x86_64.ipk", OPKG), ("/core/curl-8.9.1-1-x86_64.pkg.tar.zst", PACMAN),
-                ("/pool/large_1.0_amd64.deb", APT_PACKAGE))
+                ("/pool/large_1.0_amd64.deb", APT_PACKAGE), ("/pool/huge_1.0_amd64.deb", APT_PACKAGE))
 
     def body(self, path, text):
-        return text * (100_000 if "large" in path else 10)
+        return text * (100_000 if "large" in path else pkgproxy.LARGE_BODY if "huge" in path else 10)
 
     def publish(self, path, text, **more):
         self.origin.pages[path] = ScriptedResponse(self.body(path, text), **more)
@@ -12619,7 +12619,7 @@ class EventLoopTest(ProxyCase):
         self.origin.pages["/y_1.0.deb"] = ScriptedResponse(b"y")
         one = self.open_client()
         for path, length, threads in (("/x_1.0.deb", 4096, 0), ("/y_1.0.deb", 1, 1), ("/x_1.0.deb", 4096, 1),
-                                      ("/big_1.0.deb", 3_000_000, 1), ("/x_1.0.deb", 4096, 1)):
+                                      ("/big_1.0.deb", 3_000_000, 2), ("/x_1.0.deb", 4096, 2)):
             one.sendall(self.raw_request(path))
             self.read_response(one, length)
             self.assertEqual(len(seen), threads)
@@ -12964,12 +12964,18 @@ class EventLoopTest(ProxyCase):
 
 @mock.patch.object(pkgproxy, "DOUBT_PERIOD", 0.0)  # one client asks for the same package again and again
 class LargeHitTest(ProxyCase):
-    """Hits of any size, which the event loop sends in pieces as long as the file is in memory."""
+    """Hits of several pieces, which the event loop sends itself unless they are large or not in memory.
+
+    (Here, 8 MB are not large, so that a client's buffers do not take all of it.)
+    """
 
     PATH, SIZE = "/large_1.0_all.deb", 8_000_000
 
     def setUp(self):
         super().setUp()
+        patch = mock.patch.object(pkgproxy, "LARGE_BODY", self.SIZE)
+        patch.start()
+        self.addCleanup(patch.stop)
         self.body = random.Random(1).randbytes(self.SIZE)
         self.origin.pages[self.PATH] = ScriptedResponse(self.body)
         self.request(self.PATH)
@@ -13009,12 +13015,21 @@ class LargeHitTest(ProxyCase):
         self.assertEqual(read_to_end(slow).count(self.body), 2)
         self.in_thread.assert_not_called()
 
+    def test_a_thread_sends_a_large_file_and_its_connection_returns(self):
+        with mock.patch.object(pkgproxy, "LARGE_BODY", self.SIZE - 1), self.connection() as connection:
+            for threads, field in ((1, "bytes=0-"), (1, "bytes=1-"), (2, "bytes=0-"), (2, "bytes=0-9")):
+                connection.request("GET", self.origin.url(self.PATH), headers={"Range": field})
+                start, _, stop = field[6:].partition("-")
+                self.assertEqual(connection.getresponse().read(), self.body[int(start):int(stop or self.SIZE) + 1])
+                until(lambda: not self.server.replies_running)
+                self.assertEqual(self.in_thread.call_count, threads, field)
+
     def test_a_thread_sends_the_rest_of_a_file_that_has_to_be_read_from_the_disk(self):
         for pieces in (0, 2):
             with self.subTest(pieces=pieces):
                 self.in_thread.reset_mock()
                 answers = itertools.chain([False] * pieces, itertools.repeat(True))
-                with mock.patch.object(pkgproxy.HitTransfer, "must_wait_for_disk", lambda _: next(answers)):  # noqa: B023
+                with mock.patch.object(pkgproxy.HitTransfer, "needs_thread", lambda _: next(answers)):  # noqa: B023
                     one = self.open_client(self.raw_request(self.PATH) + self.raw_request(self.PATH, b"Connection: close\r\n"))
                     self.assertEqual(read_to_end(one).count(self.body), 2)
                 self.in_thread.assert_called_once()
@@ -13036,7 +13051,7 @@ class LargeHitTest(ProxyCase):
         name = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, self.PATH[1:])
         for in_thread in (False, True):
             with self.subTest(in_thread=in_thread), self.assertLogs("pkgproxy", "INFO") as caught, mock.patch.object(
-                    pkgproxy.HitTransfer, "must_wait_for_disk", return_value=in_thread):
+                    pkgproxy.HitTransfer, "needs_thread", return_value=in_thread):
                 slow = self.open_slow_client(self.raw_request(self.PATH))
                 os.truncate(name, 10)
                 self.assertLess(len(read_to_end(slow)), self.SIZE)
@@ -13049,7 +13064,7 @@ class LargeHitTest(ProxyCase):
     def test_a_slow_client_with_large_buffers_is_alive_as_long_as_its_system_takes_bytes(self):
         for in_thread in (False, True):
             with self.subTest(in_thread=in_thread), mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.5), mock.patch.object(
-                    pkgproxy.HitTransfer, "must_wait_for_disk", return_value=in_thread):
+                    pkgproxy.HitTransfer, "needs_thread", return_value=in_thread):
                 slow = self.open_slow_client(self.raw_request(self.PATH, b"Connection: close\r\n"))
                 received, end = bytearray(), time.monotonic() + 2
                 while time.monotonic() < end:  # so little that the proxy cannot send any more
@@ -13062,7 +13077,7 @@ class LargeHitTest(ProxyCase):
     def test_a_client_whose_system_takes_no_bytes_is_cut_off(self):
         for in_thread in (False, True):
             with self.subTest(in_thread=in_thread), mock.patch.object(pkgproxy, "CLIENT_TIMEOUT", 0.1), mock.patch.object(
-                    pkgproxy.HitTransfer, "must_wait_for_disk", return_value=in_thread):
+                    pkgproxy.HitTransfer, "needs_thread", return_value=in_thread):
                 slow = self.open_slow_client(self.raw_request(self.PATH))
                 until(lambda: not self.server.replies_running)
                 self.assertLess(len(read_to_end(slow)), self.SIZE)
@@ -13070,7 +13085,7 @@ class LargeHitTest(ProxyCase):
     def test_a_client_that_leaves_in_the_middle_is_counted_with_what_it_got(self):
         before = self.server.dispatcher.statistics.counters.totals()
         for in_thread in (False, True):
-            with mock.patch.object(pkgproxy.HitTransfer, "must_wait_for_disk", return_value=in_thread):
+            with mock.patch.object(pkgproxy.HitTransfer, "needs_thread", return_value=in_thread):
                 self.open_slow_client(self.raw_request(self.PATH)).close()
                 until(lambda: not self.server.replies_running)
         totals = self.server.dispatcher.statistics.counters.totals()
@@ -13143,7 +13158,7 @@ class ExactCountTest(ProxyCase):
         with mock.patch.object(os, "sendfile", slowly(sendfile)), mock.patch.object(pkgproxy, "send_all", slowly(send)):
             for path, outcome, in_thread in [*cases, ("/chunked", "relayed", False)]:
                 with self.subTest(path, outcome=outcome, in_thread=in_thread), mock.patch.object(
-                        pkgproxy.HitTransfer, "must_wait_for_disk", return_value=in_thread), self.connection() as connection:
+                        pkgproxy.HitTransfer, "needs_thread", return_value=in_thread), self.connection() as connection:
                     before = counters.totals()
                     connection.request("GET", self.origin.url(path))
                     size = len(connection.getresponse().read())
