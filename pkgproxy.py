@@ -3207,7 +3207,7 @@ def replace_file(path: str, data: str | bytes) -> None:
 
 
 def _open(path: str) -> tuple[io.FileIO | None, os.stat_result]:
-    """Open a body and return it with its status; None if there is no regular file of this name."""
+    """Open a regular file; return it with its status, or (None, _NO_STAT) if there is none of this name."""
     try:
         descriptor = os.open(path, _REGULAR)
     except (OSError, ValueError):
@@ -4210,7 +4210,7 @@ class PartialStore:
         return None
 
     def unlink(self, key: str, owner: str) -> None:
-        """Keep another process from storing its download, which is no longer valid."""
+        """Remove a partial file, so that the process that writes it cannot store what is outdated."""
         _unlink(self.path(key, owner))
 
     def path(self, key: str, owner: str) -> str:
@@ -4695,7 +4695,7 @@ class IndexReader:
         return []
 
     def _open_current(self, path: str) -> IndexTable | None:
-        """Open a table; delete it if the version of the index from which it was made is no longer stored."""
+        """Open a table; delete it, and return None, if its index has been replaced or removed since."""
         with contextlib.suppress(OSError, DamagedIndexError):
             table = self._open_table(path)
             if version_of(self._store, table.source.key) == (table.source.size, table.source.mtime_ns):
@@ -4836,7 +4836,7 @@ class Flight:
             return not self._storing_forbidden
 
     def forbid_storing(self) -> None:
-        """Keep the response from being stored: it is no longer valid.  Followers still get it."""
+        """Do not store the response, because it is outdated.  Followers still get it."""
         with self._changed:
             self._storing_forbidden = True
 
@@ -5529,7 +5529,7 @@ def is_local_address(address: Address) -> bool:
             # To an own address, the kernel uses the same as source (RFC 6724 §5, rule 1).
             probe.connect(address)
             return ipaddress.ip_address(probe.getsockname()[0].partition("%")[0]) == ip
-        except OSError as error:  # IPv6: there is no route to the address
+        except OSError as error:  # with IPv6: no route leads there, so the address is not of this machine
             if ip.version == 4 and error.errno != errno.EADDRNOTAVAIL:
                 raise
             return False
