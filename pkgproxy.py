@@ -554,8 +554,7 @@ class Outcome(enum.Enum):
     COLLAPSED = "collapsed", "cache", True, True  # from a download started for another client
     SHARED = "shared", "cache", True, True  # from an identical file of another mirror
     MISS = ("miss", "origin", True, False,  # downloaded and stored
-            "each was for another file. That is normal while the cache fills; otherwise let all machines use"
-            " the same mirror")
+            "each was for another file: normal at first; otherwise let all machines use the same mirror")
     UPDATED = "updated", "origin", True, False  # downloaded to replace an outdated stored file
     RELAYED = "relayed", "origin", True, False  # not stored: the response forbids it, or the disk failed
     BYPASS = ("bypass", "origin", True, False,  # not stored: because of a filter or the method
@@ -2379,8 +2378,7 @@ _NEVER_STALE = frozenset(("must-revalidate", "proxy-revalidate", "no-cache", "s-
 def _client_wants_validation(control: dict[str, str | None], policy: CachePolicy, age: int,
                              ttl: float) -> bool:
     """Return whether a client's directives demand a validation (RFC 9111 §5.2.1.1, §5.2.1.3, §5.2.1.4)."""
-    heeded = policy.heeds_max_age and "max-age" in control
-    too_old = heeded and age >= parse_delta_seconds(control["max-age"])
+    too_old = policy.heeds_max_age and "max-age" in control and age >= parse_delta_seconds(control["max-age"])
     too_short = "min-fresh" in control and ttl < parse_delta_seconds(control["min-fresh"])
     return "no-cache" in control or too_old or too_short
 
@@ -2686,8 +2684,7 @@ _JSON_FILE = re.compile(r'(?:"dist"\s*:|"files"\s*:\s*\[|\}\s*,)\s*(?=\{\s*")')
 
 def _html_links(chunks: Iterator[bytes]) -> Iterator[tuple[str, str, str]]:
     for stanza in _stanzas(chunks, b"<a"):
-        anchor = _ANCHOR.match(stanza[1:].decode("utf-8", "replace"))
-        if anchor:
+        if anchor := _ANCHOR.match(stanza[1:].decode("utf-8", "replace")):
             yield unescape(anchor[1]), "", anchor[2].rpartition("=")[2]
 
 
@@ -5740,7 +5737,6 @@ class OriginResponse:
         self._connection = connection
         self._reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
         self._file = io.BufferedReader(self._reader, 64 * 1024)
-        self._is_open = True
         if sock.gettimeout() and not hasattr(sock, "pending"):  # not TLS
             sock.setblocking(False)  # DeadlineReader waits instead
         # The deadline is for the whole head, interim responses included: each line could arrive just in time.
@@ -5779,8 +5775,7 @@ class OriginResponse:
         if chunked and (version < (1, 1) or declared is not None):
             raise ValueError("Transfer-Encoding with HTTP/1.0 or with Content-Length")
         has_no_body = self._connection.origin_request.method == "HEAD" or self.head.status in (204, 304)
-        self.length = 0 if has_no_body else declared  # bytes of the body; None: unknown
-        self._left = self.length
+        self.length = self._left = 0 if has_no_body else declared  # bytes of the body; None: unknown
         self._chunks = ChunkedReader(self._file) if chunked and not has_no_body else None
         # Whether a complete body can be told from one that was cut off; not so in case 5.
         self.end_is_known = self._chunks is not None or self.length is not None
@@ -5795,7 +5790,7 @@ class OriginResponse:
 
         Raise OriginTimeoutError, or TruncatedBodyError if the body ends early or its framing is invalid.
         """
-        if not self._is_open or self._left == 0:
+        if self._file.closed or self._left == 0:
             self.close()
             return b""
         limit = size if self._left is None else min(size, self._left)
@@ -5823,15 +5818,14 @@ class OriginResponse:
         """
         if self._left is None or self._left > limit:
             return b""
-        pieces, missing = [], self._left
+        body, missing = b"", self._left
         self._reader.set_deadline(timeout)
         with contextlib.suppress(OSError):  # the next read meets a failure again
             while missing and (data := self._file.read1(missing)):
-                pieces.append(data)
-                missing -= len(data)
+                body, missing = body + data, missing - len(data)
         self._reader.set_deadline(None)
-        self._reader.prefetched = b"".join(pieces)
-        return b"" if missing else self._reader.prefetched
+        self._reader.prefetched = body
+        return b"" if missing else body
 
     def on_idle(self, call: Callable[[], object]) -> None:
         """Set a function to be called if nothing arrives for PUBLISH_DELAY seconds."""
@@ -5844,8 +5838,7 @@ class OriginResponse:
 
     def close(self) -> None:
         """Give the connection back; it is closed if it has unread bytes."""
-        if self._is_open:
-            self._is_open = False
+        if not self._file.closed:
             self._file.close()
             at_end = self._left == 0 and (self._chunks is None or self._chunks.ended)
             self._connection.release(at_end and self._is_persistent)
@@ -5856,6 +5849,8 @@ class OriginConnection:
 
     Methods for the caller: exchange, connect_tcp, bypass_parent, release, close.  Attribute: sock.
     """
+
+    reached = established = False  # whether it is connected: without TLS, and with TLS if the URL has https
 
     def __init__(self, origin_client: OriginClient, origin_request: OriginRequest) -> None:
         target = origin_request.target
@@ -5869,8 +5864,6 @@ class OriginConnection:
         self.blamed_name = target.authority  # the party to name in an error
         self.peer_address = ""  # IP address of the origin or parent
         self.guarded = False  # whether only clients on this host may reach the origin's address
-        self.reached = False  # whether the connection was established, before TLS
-        self.established = False  # the same, with TLS
         self.idle_since = 0.0  # monotonic
         self._is_reusable = True  # whether the check of the target is valid for the next request, too
 
@@ -6294,17 +6287,13 @@ class IterableBody:
 
     length: int | None
     parts: Iterable[bytes | FileSlice]
-    release: Callable[[], object] = lambda: None  # closes the file or the connection behind ``parts``
+    close: Callable[[], None] = lambda: None  # releases the file or the connection behind ``parts``
     origin_bytes: int = 0
     live: bool = False
 
     def chunks(self) -> Iterator[bytes | FileSlice]:
         """Yield the body in order."""
         return iter(self.parts)
-
-    def close(self) -> None:
-        """Release the file or the connection."""
-        self.release()
 
 
 def bytes_body(data: bytes) -> IterableBody:
@@ -6636,8 +6625,7 @@ def _site(target: Target) -> str:
 
 def is_site_down(request: Request, error: OriginError) -> bool:
     """Return whether a request's own origin, not one that a redirect led to, cannot be connected to."""
-    is_here = error.target is None or _site(error.target) == _site(request.target)
-    return error.unreachable and is_here
+    return error.unreachable and (error.target is None or _site(error.target) == _site(request.target))
 
 
 def _same_request(request: Request) -> str:
@@ -6743,8 +6731,7 @@ class RecentFailures:
     def disk_recovered(self) -> None:
         """Record that a response was stored, which is a recovery if nothing has failed for a while: when
         space is short, large files fail and small ones do not."""
-        last = self._disk.find("", math.inf)
-        if last and last[0] >= RECOVERY_PERIOD:
+        if (last := self._disk.find("", math.inf)) and last[0] >= RECOVERY_PERIOD:
             self._disk.forget("")
             log.warning("The cache can be written again.")
 
@@ -6808,8 +6795,7 @@ def _head_by_digest(request: Request, stored: StoredResponse,
     # It is read, because the disk may have damaged it since it was stored.
     if why_unexpected(expected, stored.head.size, lambda name: str(hash_body(name, stored).hexdigest())):
         return None
-    fields = tuple(field for field in stored.head.fields
-                   if field[0].lower() in ("content-type", "last-modified", "date"))
+    fields = _only(stored.head.fields, frozenset(("content-type", "last-modified", "date")))
     return replace_fields(stored.head, fields=fields, key=request.key, sha256=hex_digest(stored, "sha256"))
 
 
@@ -6832,14 +6818,13 @@ class MirrorDeduplicator:
         Without ``origin_request``, the origin is not asked.
         """
         expected = [facts for facts in self._store.expected(request.key) if facts.algorithm]
+        timely = origin_request and replace_fields(
+            origin_request, deadline=time.monotonic() + VALIDATION_TIMEOUT)
         for stored in self._candidates(request):
             head = None
             with contextlib.suppress(OSError, OriginError):
-                if expected:
-                    head = _head_by_digest(request, stored, expected)
-                elif origin_request is not None:
-                    timely = replace_fields(origin_request, deadline=time.monotonic() + VALIDATION_TIMEOUT)
-                    head = confirm_bare_file(self._origin, timely, request, stored, config)
+                head = _head_by_digest(request, stored, expected) if expected else (
+                    timely and confirm_bare_file(self._origin, timely, request, stored, config))
             if head is not None:
                 return replace_fields(stored, head=head)
             stored.close()
@@ -6855,8 +6840,7 @@ class MirrorDeduplicator:
         """Open files of an expected digest, or to adopt, that the client may have, one after the other."""
         name, expected = shareable_name(request.key), self._store.expected(request.key)
         # A client that says no-cache doubts what the proxy has: it may have seen a wrong digest, say.
-        doubted = "no-cache" in cache_directives(request.fields)
-        if doubted or field_value(request.fields, "Authorization") is not None:
+        if "no-cache" in cache_directives(request.fields) or field_value(request.fields, "Authorization"):
             return
         digests = [facts.digest.hex() for facts in expected if facts.algorithm]
         for key in itertools.chain(*map(self._store.names.lookup, digests)):
