@@ -480,6 +480,7 @@ class ResponseHead:
     sha256: str = ""  # of the stored body; "" if it was stored by an earlier version
     sha512: str = ""  # of the stored body, if an index or its name has one
     verified: bool = True  # False: the body file was copied, so its origin is asked; never saved
+    is_page: bool = False  # the body begins like HTML, or a redirect leads to such a page
 
     def __hash__(self) -> int:
         """Hash what tells two stored heads apart; hashing all fields takes long."""
@@ -2169,11 +2170,14 @@ def signature_keys(key: str) -> list[str]:
 # A page's name, without the query.  An index is a page only as a folder's listing, or if its name says so.
 _PAGE = re.compile(r"/[^/.]*$|\.(?:x?html?|php|aspx?|jsp|cgi)$", re.I)
 _INDEX_PAGE = re.compile(r"/$|\.x?html?$", re.I)
+# The first bytes of a page, after the size of its first chunk, a byte order mark, white space and comments.
+HTML_START = re.compile(rb"(?:[0-9a-f]{1,8}[^\r\n]{0,99}\r\n)?(?:\xef\xbb\xbf)?(?:\s|<!--(?:(?!-->).)*-->)*"
+                        rb"<(?:!doctype\s+html|html|head)(?:[\s>]|\Z)", re.I | re.S)
 
 
 def is_html(head: ResponseHead) -> bool:
-    """Return whether a response is an HTML page."""
-    return media_type(head).startswith(("text/html", "application/xhtml"))
+    """Return whether a response is an HTML page, by its media type or its first bytes."""
+    return head.is_page or media_type(head).startswith(("text/html", "application/xhtml"))
 
 
 def can_be_page(key: str) -> bool:
@@ -2196,7 +2200,9 @@ def is_misplaced_page(request: Request, stored: ResponseHead | None, response: R
     if not is_html(response) or response.status >= 300 or stored is not None and is_html(stored):
         return False
     accepted = field_value(request.fields, "Accept") or ""
-    is_expected = stored is None or accepted.lower().startswith("text/html")
+    # A stored response of the same wrong type may be a page as well.
+    is_same = stored is not None and media_type(stored) == media_type(response)
+    is_expected = stored is None or is_same or accepted.lower().startswith("text/html")
     return not (is_expected and can_be_page(request.key))
 
 
@@ -2322,7 +2328,7 @@ def why_not_storable(request: Request, head: ResponseHead, config: Config) -> st
         (request.method != "GET", "only GET is stored"),
         (head.status != 200, "status %d is not stored" % head.status),
         *_prohibitions(request, head),
-        (is_misplaced_page(request, None, head), "text/html for a name that is not a page's"),
+        (is_misplaced_page(request, None, head), "an HTML page for a name that is not a page's"),
         (is_implausible(request.key, content_length(head.fields)), "no bytes"),
         (not of_use, "no lifetime and no validator"))
     return next((reason for applies, reason in reasons if applies), "")
@@ -2337,7 +2343,7 @@ def is_small_answer(request: Request, head: ResponseHead) -> bool:
     may_appear = classify_name(request.key) is NameClass.CONTENT or request.key.endswith(".narinfo")
     of_use = freshness_lifetime(head) and "no-cache" not in cache_directives(head.fields)  # never validated
     return bool(of_use and not may_appear and head.status not in (200, 206, 304, 401, 407, 412, 416)
-                and not any(applies for applies, _ in _prohibitions(request, head)))
+                and not head.is_page and not any(applies for applies, _ in _prohibitions(request, head)))
 
 
 def is_worth_full_download(request: Request, size_limit: int) -> bool:
@@ -2508,13 +2514,11 @@ def why_not_believed(request: Request, stored: ResponseHead, response: ResponseH
     403, 404, 410 and others          is not: that is the origin's answer.  It stays stored
     ================================  =================================================================
     """
-    follows = POLICIES[classify_name(request.key)].redirects
     status = response.status
     is_suspicion = request.doubt and "no-cache" not in cache_directives(request.fields)
     if status in (408, 425, 429) or status >= 500 or is_suspicion and status != 200:
         return str(status)
-    # OriginClient.fetch returns a redirect that can be followed only if a page is at its end.
-    if follows and redirect_target(response, parse_target(response.final_uri)):
+    if response.is_page and status >= 300:
         return "a redirect to an HTML page"
     return "an HTML page instead of the file" if is_misplaced_page(request, stored, response) else ""
 
@@ -3314,7 +3318,8 @@ def _read_heads(path: str) -> tuple[ResponseHead, ...]:
 
 
 def _write_heads(path: str, heads: list[ResponseHead]) -> None:
-    rows = [{name: value for name, value in vars(head).items() if name != "verified"} for head in heads]
+    rows = [{name: value for name, value in vars(head).items()  # earlier versions do not know is_page
+             if name != "verified" and (value or name != "is_page")} for head in heads]
     replace_file(path, json.dumps(rows, ensure_ascii=False))
 
 
@@ -5398,6 +5403,7 @@ class ChunkedReader:
 # ORIGIN_TIMEOUT of silence for each read of the body.
 # ---------------------------------------------------------------------------------------------
 
+FIRST_BYTES_TIMEOUT = 1.0  # seconds; they mostly come with the head, and tell whether a body is a page
 Address = tuple[Any, ...]  # family, type, protocol, canonical name and socket address, as of getaddrinfo()
 
 
@@ -5754,12 +5760,16 @@ class OriginResponse:
             if status > 101 and origin_request.send_interim:
                 fields = without_fields(end_to_end(fields), ("set-cookie",))
                 origin_request.send_interim(render_head(ResponseHead(status, reason, ()), fields))
-        self._reader.set_deadline(None)
         now = time.time()
         self.head = with_date(ResponseHead(
             status, reason, fields, final_uri=origin_request.target.uri, request_time=connection.request_time,
             response_time=now, local_clients_only=connection.guarded), now)
         self._find_body(version, fields)
+        if status < 300 and self._left != 0:
+            self._reader.set_deadline(FIRST_BYTES_TIMEOUT)
+            with contextlib.suppress(OSError):  # the next read meets a failure again
+                self.head = replace_fields(self.head, is_page=bool(HTML_START.match(self._file.peek(1))))
+        self._reader.set_deadline(None)
 
     def _find_body(self, version: tuple[int, int], fields: Fields) -> None:
         """Determine where the body ends (RFC 9112 §6.3) and whether the connection persists (§9.3).
@@ -6163,9 +6173,9 @@ class OriginClient:
                 follows = origin_request.follow_redirects
                 location = redirect_target(response.head, origin_request.target) if follows else None
                 if location is None:
-                    is_page = response.head.status < 300 and is_html(response.head)
-                    if first is not None and is_page:
+                    if first is not None and response.head.status < 300 and is_html(response.head):
                         first, response = response, first
+                        response.head = replace_fields(response.head, is_page=True)
                     return response
                 first = first or response
                 if response is not first:

@@ -1820,7 +1820,7 @@ class CacheRulesTest(unittest.TestCase):
                 (package, {"Cache_Control": "no-store"}, {}, "no-store"), (package, {"Authorization": "x"}, {}, "Authorization"),
                 (package, {"Authorization": "x"}, {"Cache_Control": "public"}, ""),
                 (package, {"Authorization": "x"}, {"Cache_Control": "s-maxage=5"}, ""),
-                (package, {}, {"Content_Type": "Text/HTML; charset=x"}, "text/html for a name that is not a page's"),
+                (package, {}, {"Content_Type": "Text/HTML; charset=x"}, "an HTML page for a name that is not a page's"),
                 (other, {}, {"Content_Type": "text/html", "ETag": '"x"'}, ""),
                 (other, {}, {"Cache_Control": "max-age=0"}, "no lifetime and no validator"),
                 (other, {}, {"Cache_Control": "max-age=0", "ETag": '"x"'}, ""), ("http://a/x.bin", {}, {}, ""), (other, {}, {}, "no lifetime and no validator"),
@@ -1832,6 +1832,17 @@ class CacheRulesTest(unittest.TestCase):
         for method, status in (("HEAD", 200), ("POST", 200), ("GET", 206), ("GET", 404), ("GET", 203), ("GET", 302)):
             head = pkgproxy.dataclasses.replace(make_stored_head(package), status=status)
             self.assertTrue(pkgproxy.why_not_storable(make_request(package, method), head, Config()))
+
+    def test_the_first_bytes_tell_a_page(self):
+        for data in (b"<html>", b"<HTML lang=en>", b"<html", b"<head>", b"<Head\n>", b"<!DOCTYPE html>", b"<!doctype  HTML PUBLIC", b" \r\n\t<html>",
+                     b"\xef\xbb\xbf<html>", b"\xef\xbb\xbf\n <!doctype html>", b"<!-- a -->\n<!----><html>", b"<!-- <a> -- b\n --><!DOCTYPE html>",
+                     b"1f\r\n<html>", b"1000;x=y\r\n\n<html>"):
+            with self.subTest(data):
+                self.assertTrue(pkgproxy.HTML_START.match(data))
+        for data in (b"", b"<", b"<!DOCTYPE htmlx>", b"<!DOCTYPE metalink>", b"<?xml version='1.0'?><repomd>", b"<repomd><html>", b"<header>", b"<!-- <html>",
+                     b"text <html>", b"Origin: <html>", b"{}", b"<htm>", b"\x1f\x8b<html>", b"!<arch>\n", b"12<html>", b"<!-- a -->x<html>"):
+            with self.subTest(data):
+                self.assertIsNone(pkgproxy.HTML_START.match(data))
 
     def test_freshness_lifetime(self):
         for fields, expected in (
@@ -7447,6 +7458,105 @@ class UnbelievedResponseTest(ProxyCase):
                     self.check_stale(path, client, "503 from origin")
                     self.publish(path, b"new")
                     self.assertEqual(self.request(path, **client).body, b"new")
+
+    FILES = (*INDEXES[:5], ("/x_1.0_all.deb", APT), ("/x_1.0_all.deb.sha256", APT), ("/repodata/%s-primary.xml.gz" % ("0" * 32), DNF), ("/tool.zip", PACMAN),
+             ("/archive.key", APT), ("/archive.gpg", APT))
+
+    def store_for_validation(self, path, client):
+        """Store a file, and return what a client sends to have it validated."""
+        self.wait_until_idle()  # another version of it may be renewed in the background
+        self.publish(path, media="application/json" if path == "/lodash" else "application/octet-stream", **{"Cache-Control": "max-age=0"})
+        self.assertEqual(self.request(path, **client).body, b"stored")
+        self.wait_until_idle()
+        return {**client, "Cache_Control": "no-cache"}
+
+    def test_a_page_without_the_type_of_one_does_not_replace_a_stored_file(self):
+        page = b"<!-- pay -->\n<!DOCTYPE html><html>pay"
+        pages = [("no type", ScriptedResponse(page)), ("203", ScriptedResponse(page, 203)), ("chunked", ScriptedResponse(page, chunked=True)),
+                 ("to the end of the connection", ScriptedResponse(page, length=False)),
+                 ("HTTP/1.0", ScriptedResponse(steps=[b"HTTP/1.0 200 OK\r\n\r\n\xef\xbb\xbf \n<HTML>pay"])),
+                 *((media, ScriptedResponse(page, fields=[("Content-Type", media), ("Cache-Control", "max-age=999")]))
+                   for media in ("application/octet-stream", "text/plain", "application/vnd.debian.binary-package"))]
+        for path, client in self.FILES:
+            for what, response in pages:
+                with self.subTest(path=path, what=what):
+                    client = self.store_for_validation(path, client)
+                    self.origin.pages[path] = response
+                    for _ in range(2):
+                        self.check_stale(path, client, "an HTML page instead of the file from origin")
+                    self.assertIn(b"stored", self.visible_files().values())
+                    for status, fields in ((200, {"method": "HEAD"}), (206, {"Range": "bytes=1-2"}), (304, {"If_None_Match": ScriptedResponse(b"stored").etag}),
+                                           (304, {"If_Modified_Since": DATE})):
+                        answer = self.request(path, **client, **fields)
+                        self.assertEqual((answer.status, answer.body), (status, b"to" if status == 206 else b""))
+                    self.publish(path, b"new")
+                    self.assertEqual(self.request(path, **client).body, b"new")
+
+    def test_a_page_without_the_type_of_one_is_stored_only_under_the_name_of_a_page(self):
+        for media in ("", "text/plain", "application/octet-stream"):
+            for path, is_page in (*((path, path == "/lodash") for path, _ in self.FILES), ("/simple/requests/", True), ("/", True), ("/current/", True), ("/x.html", True)):
+                with self.subTest(path=path, media=media):
+                    self.publish(path, b"<html>one", media=media)
+                    answers = [self.request(path, **PACMAN) for _ in range(2)]
+                    self.assertEqual([answer.body for answer in answers], [b"<html>one"] * 2)
+                    self.wait_until_idle()
+                    self.assertEqual(list(self.visible_files().values()), [b"<html>one"] * is_page)
+                    if is_page:
+                        self.publish(path, b"<html>two", media="text/html")
+                        self.assertEqual(self.request(path, **PACMAN, Cache_Control="no-cache").body, b"<html>two", "a page replaces a page")
+                    else:
+                        self.assertIn("an HTML page for a name", self.cache_status(answers[0]))
+                    self.wait_until_idle()
+                    shutil.rmtree(self.root)
+
+    def test_a_page_that_was_stored_without_a_mark_is_replaced_by_one_of_the_same_type(self):
+        self.publish("/simple/x", b"<html>one", media="text/plain")
+        with mock.patch.object(pkgproxy, "HTML_START", re.compile(rb"\Znever")):  # as by an earlier version
+            self.request("/simple/x")
+            self.wait_until_idle()
+        self.publish("/simple/x", b"<html>two", media="text/plain")
+        self.assertEqual(self.request("/simple/x", Cache_Control="no-cache").body, b"<html>two")
+
+    def test_only_the_head_of_a_page_has_a_mark_that_earlier_versions_do_not_know(self):
+        for path, body in (("/simple/x", b"<html>"), ("/tool.zip", b"zip")):
+            self.publish(path, body)
+            self.request(path)
+            self.wait_until_idle()
+            head = Path(self.root, pkgproxy.METADATA_FOLDER, "heads", self.visible_name(path[1:]) + "^head").read_text(encoding="utf-8")
+            self.assertEqual("is_page" in head, body == b"<html>")
+
+    def test_the_first_bytes_of_a_page_may_come_after_its_head(self):
+        for path, client in self.FILES:
+            with self.subTest(path), mock.patch.object(pkgproxy, "FIRST_BYTES_TIMEOUT", PATIENCE), concurrent.futures.ThreadPoolExecutor(1) as pool:
+                client, gate = self.store_for_validation(path, client), Gate()
+                self.origin.log.clear()
+                self.origin.pages[path] = ScriptedResponse(steps=[b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", gate, b"<html>pay"])
+                answer = pool.submit(self.check_stale, path, client, "an HTML page instead of the file from origin")
+                until(lambda: self.origin.log)
+                gate.open()
+                answer.result(PATIENCE)
+
+    def test_a_file_whose_first_bytes_do_not_come_is_waited_for_as_before(self):
+        gate = Gate()
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"file", gate=gate)
+        with mock.patch.object(pkgproxy, "FIRST_BYTES_TIMEOUT", 0.01), concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(self.request, "/x_1.0_all.deb")
+            until(self.proxy._downloader.snapshot)
+            gate.open()
+            self.assertEqual(answer.result(PATIENCE).body, b"file")
+        self.wait_until_idle()
+        self.assertEqual(list(self.visible_files().values()), [b"file"])
+
+    def test_a_portals_redirect_is_not_kept_in_memory(self):
+        portal = ScriptedOrigin()
+        self.addCleanup(portal.close)
+        portal.pages["/login"] = ScriptedResponse(b"<html>pay", fields=[("Content-Type", "text/html")])
+        for path, client in self.INDEXES[:4]:
+            with self.subTest(path):
+                self.origin.pages[path] = ScriptedResponse(b"", 302, [("Location", portal.url("/login")), ("Cache-Control", "max-age=99")], etag="", modified="")
+                self.assertEqual(self.request(path, **client).status, 302)
+                self.publish(path, b"new")
+                self.assertEqual(self.request(path, **client).body, b"new")
 
     def test_a_page_does_not_replace_a_file_that_must_be_validated_or_has_lost_its_metadata(self):
         self.publish("/x.json", media="application/json", **{"Cache-Control": "max-age=0, must-revalidate"})
