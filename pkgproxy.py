@@ -6647,12 +6647,24 @@ def _same_request(request: Request) -> str:
 _REFUSED_FIELDS = SHARED_FIELDS - {"authorization", "cache-control", "pragma"}
 
 
-def not_believed_error(request: Request, head: ResponseHead, reason: str) -> OriginError:
-    """Make the error for an answer that is not believed: see why_not_believed()."""
-    final, wait = parse_target(head.final_uri), parse_retry_after(head)
-    name = "origin" if _site(final) == _site(request.target) else final.authority
-    pause = ", retry after %d s" % wait if wait else ""
-    return OriginError("%s from %s%s." % (reason, name, pause), final, retry_after=wait)
+def check_believed(origin: OriginClient, look: OriginRequest, request: Request, stored: ResponseHead,
+                   response: OriginResponse) -> None:
+    """Raise OriginError, and close the response, if it is not believed: see why_not_believed().
+
+    First, ``look`` follows a redirect that its client would follow: a captive portal's leads to a page at
+    another host.  If that cannot be reached, the redirect is believed, because the client may reach it.
+    """
+    location = redirect_target(response.head, request.target)
+    if location and not (response.head.is_page or is_html(stored) or is_same_site(request.target, location)):
+        with contextlib.suppress(ProxyError), contextlib.closing(
+                origin.fetch(redirected_request(look, location))) as end:
+            response.head = replace_fields(response.head, is_page=is_html(end.head) and end.head.status < 400)
+    if reason := why_not_believed(request, stored, response.head):
+        response.close()
+        final, wait = parse_target(response.head.final_uri), parse_retry_after(response.head)
+        name = "origin" if _site(final) == _site(request.target) else final.authority
+        pause = ", retry after %d s" % wait if wait else ""
+        raise OriginError("%s from %s%s." % (reason, name, pause), final, retry_after=wait)
 
 
 class RecentFailures:
@@ -7683,10 +7695,10 @@ class FlightLeader:
             if is_same or is_304_for(stored.head, response.head):
                 return freshen_head(stored.head, response.head)
             response = fetch_full(origin, origin_request)
-        reason = why_not_believed(request, stored.head, response.head) if may_be_stale else ""
-        if reason:
-            response.close()
-            raise not_believed_error(request, response.head, reason)
+        if may_be_stale:
+            look = replace_fields(
+                origin_request, follow_redirects=True, deadline=time.monotonic() + QUICK_FAILURE)
+            check_believed(origin, look, request, stored.head, response)
         return response
 
     def _store_or_relay(self, response: OriginResponse, decision: CacheDecision,

@@ -7547,6 +7547,42 @@ class UnbelievedResponseTest(ProxyCase):
         self.wait_until_idle()
         self.assertEqual(list(self.visible_files().values()), [b"file"])
 
+    def test_a_redirect_to_a_page_at_another_host_does_not_hide_a_stored_file_of_any_name(self):
+        portal = ScriptedOrigin()
+        self.addCleanup(portal.close)
+        html = [("Content-Type", "text/html")]
+        portal.pages = {"/login": ScriptedResponse(b"<html>pay", fields=html), "/bare": ScriptedResponse(b"<html>pay"), "/file": ScriptedResponse(b"file"),
+                        "/on": ScriptedResponse(b"", 302, [("Location", "/login")]), "/gone": ScriptedResponse(b"<html>no", 404, html)}
+        self.origin.pages["/moved"] = portal.pages["/login"]
+        for path, client in (("/tool.zip", PACMAN), ("/lodash", NPM), ("/archive.gpg", APT), ("/simple/requests/", PIP)):
+            for location, is_stale in ((portal.url("/login"), True), (portal.url("/bare"), True), (portal.url("/on"), True), (portal.url("/file"), False),
+                                       (portal.url("/gone"), False), (self.origin.url("/moved"), False), ("http://127.0.0.1:1/", False), ("ftp://a/", False)):
+                for status, fields in ((302, []), (303, []), (307, [("Cache-Control", "max-age=99")]), (301, [])):
+                    with self.subTest(path=path, location=location, status=status):
+                        self.store(path, {**client, "Cache_Control": "no-cache"})
+                        self.origin.pages[path] = ScriptedResponse(b"", status, [("Location", location), *fields], etag="", modified="")
+                        if is_stale:
+                            self.check_stale(path, client, "a redirect to an HTML page from origin")
+                        else:
+                            answer = self.request(path, **client)
+                            self.assertEqual((answer.status, answer["Location"]), (status, location))
+                        self.origin.pages[path] = ScriptedResponse(b"", 503)
+                        self.check_stale(path, client, "503 from origin")
+
+    def test_a_redirect_to_a_page_is_relayed_if_nothing_or_a_page_is_stored(self):
+        portal = ScriptedOrigin()
+        self.addCleanup(portal.close)
+        portal.pages["/login"] = ScriptedResponse(b"<html>pay", fields=[("Content-Type", "text/html")])
+        redirect = ScriptedResponse(b"", 302, [("Location", portal.url("/login"))], etag="", modified="")
+        for path, is_stored in (("/tool.zip", False), ("/lodash", False), ("/wiki/page", True), ("/x.html", True)):
+            with self.subTest(path):
+                self.publish(path, b"<html>one", media="text/html", **{"Cache-Control": "max-age=0"})
+                if is_stored:
+                    self.request(path)
+                    self.wait_until_idle()
+                self.origin.pages[path] = redirect
+                self.assertEqual(self.request(path)["Location"], portal.url("/login"))
+
     def test_a_portals_redirect_is_not_kept_in_memory(self):
         portal = ScriptedOrigin()
         self.addCleanup(portal.close)
