@@ -8242,7 +8242,7 @@ class Proxy:
             response = self._serve(request, decision, stored) if stored is not None else (
                 self._downloader.small_answers.respond(request, config))
             response = response or self._forward(request, decision, config)
-        except OriginError as error:
+        except ProxyError as error:
             return self._respond_despite(request, decision, began, error)
         self.doubts.note_answer(request, response.cache_status.outcome)
 

@@ -7583,6 +7583,16 @@ class UnbelievedResponseTest(ProxyCase):
                 self.origin.pages[path] = redirect
                 self.assertEqual(self.request(path)["Location"], portal.url("/login"))
 
+    def test_a_redirect_to_where_nobody_may_go_does_not_hide_a_stored_file(self):
+        for path, client in self.INDEXES[:4]:
+            with self.subTest(path):
+                self.store(path, client)
+                loop = "http://%s:%d/x" % self.address
+                self.origin.pages[path] = ScriptedResponse(b"", 302, [("Location", loop)], etag="", modified="")
+                self.check_stale(path, client, "%s:%d leads back to this proxy" % self.address)
+                self.origin.pages["/new" + path] = self.origin.pages[path]
+                self.assertEqual(self.request("/new" + path, **client).status, 508)
+
     def test_a_portals_redirect_is_not_kept_in_memory(self):
         portal = ScriptedOrigin()
         self.addCleanup(portal.close)
