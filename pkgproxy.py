@@ -5399,8 +5399,9 @@ class ChunkedReader:
 #         OriginResponse              reads the head; the caller reads the body from it
 #
 # Its time limits, each within OriginRequest.deadline if that is set: DNS_TIMEOUT (getaddrinfo() has none),
-# CONNECT_TIMEOUT for all addresses together and again for TLS, ORIGIN_TIMEOUT of silence for the head, and
-# ORIGIN_TIMEOUT of silence for each read of the body.
+# CONNECT_TIMEOUT for all addresses together and again for TLS, ORIGIN_TIMEOUT of silence for the head,
+# FIRST_BYTES_TIMEOUT for a look at the beginning of the body, and ORIGIN_TIMEOUT of silence for each read of
+# the body.
 # ---------------------------------------------------------------------------------------------
 
 FIRST_BYTES_TIMEOUT = 1.0  # seconds; they mostly come with the head, and tell whether a body is a page
@@ -6259,7 +6260,7 @@ class OriginClient:
         status = response.head.status
         if status in (408, 425, 429) or status >= 500:
             response.close()
-            raise OriginError("%s answers %d." % (origin_request.target.authority, status))
+            raise OriginError("%s answers %d." % (origin_request.target.authority, status), status=status)
         if not is_remainder(response.head, head, size, offset):
             response.close()
             raise CannotResumeError("The download cannot be resumed: the file has changed on the origin.")
@@ -6971,10 +6972,13 @@ class DownloadLocks:
             self.leases.release(key, lease.owner)
             raise
 
-    def discard(self, partial: PartialFile | None) -> None:
-        """Remove a partial file that was not written, and unlock its key."""
+    def discard(self, partial: PartialFile | None, keep: bool = False) -> None:
+        """Remove a partial file that was not written, and unlock its key.
+
+        With ``keep``, what is left in it of an earlier download stays: it has not become wrong.
+        """
         if partial is not None:
-            partial.discard()
+            (partial.keep_for_resume if keep else partial.discard)()
             self.release(partial)
 
     def release(self, partial: PartialFile) -> None:
@@ -7636,7 +7640,7 @@ class FlightLeader:
             rest = fetch_rest(origin, origin_request, request, partial)
             response = rest or fetch_full(origin, origin_request)
         except BaseException:
-            self.downloader.locks.discard(partial)
+            self.downloader.locks.discard(partial, keep=True)
             raise
         return self._store_or_relay(response, decision, partial)
 
@@ -7734,7 +7738,7 @@ class FlightLeader:
             response.close()
             self.downloader.locks.discard(partial)
             raise
-        self.downloader.locks.discard(partial)
+        self.downloader.locks.discard(partial, keep=is_html(response.head))
         if not wrong_size and replaces_stored(decision, head) and is_shareable(request, response.head):
             # What is stored is known to be outdated, and its successor cannot be stored.
             self.downloader.store.delete(request.key)

@@ -8993,6 +8993,31 @@ class ResumeTest(ProxyCase):
         self.assertEqual(self.request(self.path)["Cache-Status"], "pkgproxy; hit")
         self.assertEqual(os.listdir(os.path.join(self.root, pkgproxy.METADATA_FOLDER, "partials")), [])
 
+    def test_a_leftover_outlives_an_origin_that_fails_and_a_portal(self):
+        html, page = [("Content-Type", "text/html")], b"<!DOCTYPE html><html>pay"
+        portal = ScriptedOrigin()
+        self.addCleanup(portal.close)
+        portal.pages["/login"] = ScriptedResponse(page)
+        for what, status, response in (
+                ("503", 503, ScriptedResponse(b"later", 503)), ("429", 429, ScriptedResponse(b"later", 429)), ("garbage", 502, ScriptedResponse(steps=[b"garbage"])), ("a page", 200, ScriptedResponse(page, fields=html)),
+                ("a page without its type", 200, ScriptedResponse(page)),
+                ("a redirect to a page", 302, ScriptedResponse(b"", 302, [("Location", portal.url("/login"))], etag="", modified=""))):
+            with self.subTest(what):
+                self.origin.pages[self.path] = [self.broken_response(300_000), ScriptedResponse(b"no", 503)]
+                with self.connection() as one:
+                    one.request("GET", self.origin.url(self.path))
+                    self.assertRaises(http.client.IncompleteRead, one.getresponse().read)
+                self.wait_until_idle()
+                self.origin.pages[self.path] = response
+                for _ in range(2):
+                    self.assertEqual(self.request(self.path).status, status)
+                    self.wait_until_idle()
+                self.origin.pages[self.path] = ScriptedResponse(self.body, etag='"x"')
+                self.assertEqual(self.request(self.path).body, self.body)
+                self.assertEqual(self.origin.log[-1].fields.get("range"), "bytes=300000-")
+                self.wait_until_idle()
+                shutil.rmtree(self.root)
+
     def test_a_leftover_of_another_version_is_discarded(self):
         self.test_a_later_request_resumes_a_leftover()
         shutil.rmtree(self.root)
