@@ -5829,14 +5829,14 @@ class OriginResponse:
         """
         if self._left is None or self._left > limit:
             return b""
-        body, missing = b"", self._left
+        body = bytearray()
         self._reader.set_deadline(timeout)
         with contextlib.suppress(OSError):  # the next read meets a failure again
-            while missing and (data := self._file.read1(missing)):
-                body, missing = body + data, missing - len(data)
+            while len(body) < self._left and (data := self._file.read1(self._left - len(body))):
+                body += data
         self._reader.set_deadline(None)
-        self._reader.prefetched = body
-        return b"" if missing else body
+        self._reader.prefetched = bytes(body)
+        return self._reader.prefetched if len(body) == self._left else b""
 
     def on_idle(self, call: Callable[[], object]) -> None:
         """Set a function to be called if nothing arrives for PUBLISH_DELAY seconds."""
