@@ -41,6 +41,7 @@ import logging
 import lzma
 import math
 import os
+import plistlib
 import py_compile
 import queue
 import random
@@ -14406,6 +14407,12 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(ran.returncode, 0, ran.stderr)
         self.assertIn("OK (skipped=", ran.stderr)
 
+    def test_the_launchd_service_keeps_byte_code(self):
+        service = plistlib.loads(re.search(r"(?s)```xml\n(.*?)```", self.text)[1].encode())
+        self.assertEqual(service["ProgramArguments"][:4], ["/usr/bin/python3", "-m", "pkgproxy", "-r"])
+        self.assertEqual(service["WorkingDirectory"], "/usr/local/lib/pkgproxy")
+        self.assertTrue(service["KeepAlive"])
+
     @unittest.skipUnless(shutil.which("nohup") and shutil.which("sh"), "nohup is not installed")
     def test_the_recipes_without_systemd_keep_byte_code(self):
         line = re.search(r"(?m)^nohup python3 .*$", self.text)[0]
@@ -14510,6 +14517,16 @@ class ReadmeCommandsTest(ProxyCase):
         self.run_command(self.everyday_command("move or copy it, back it up"))
         copied = Path(self.folder, "backup", "127.0.0.1:%d" % self.origin.port + self.HELLO)
         self.assertEqual(copied.read_bytes(), b"hello")
+
+    @unittest.skipUnless(shutil.which("logrotate"), "logrotate is not installed")
+    def test_the_access_log_is_rotated(self):
+        os.chmod(self.folder, 0o755)
+        log, rules = Path(self.folder, "access.log"), os.path.join(self.folder, "rules")
+        log.write_text("one\n", encoding="utf-8")
+        command = self.everyday_command("rotate the access log")
+        self.run_command(command.replace("/var/log/pkgproxy", self.folder).replace("/etc/logrotate.d/pkgproxy", rules))
+        subprocess.run(["logrotate", "-f", "-s", os.path.join(self.folder, "state"), rules], check=True, timeout=60)
+        self.assertEqual((log.exists(), Path(self.folder, "access.log.1").read_text(encoding="utf-8")), (False, "one\n"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -16243,7 +16260,7 @@ while True:
         self.assertEqual(self.find_proxy(), "", "without a proxy")
 
     def test_it_finds_the_proxy_through_the_srv_record_of_the_readme(self):
-        record = re.search(r"(?m)^(_apt_proxy\._tcp\.\S+) +IN +SRV +(\d+) +(\d+) +(\d+) +(\S+)$", README.read_text(encoding="utf-8"))
+        record = re.search(r"(?<=`)(_apt_proxy\._tcp\.\S+) +IN +SRV +(\d+) +(\d+) +(\d+) +(\S+)(?=`)", README.read_text(encoding="utf-8"))
         (self.folder / "names.py").write_text(self.NAME_SERVER)
         words = [sys.executable, "names.py", *record[0].split()]
         start = "%s & until grep -q ':0035 ' /proc/net/udp; do sleep .1; done" % shlex.join(words)
