@@ -6353,7 +6353,7 @@ class IndexedCacheTest(ProxyCase):
 
     @for_each(*SIZES)
     def test_garbage_of_another_size_reaches_its_client_and_no_other(self, kind):
-        garbage = b"<html>Please log in</html>"
+        garbage = b"Please log in"
         self.learn(self.publish(kind, garbage, self.NEW))
         with self.assertLogs("pkgproxy", "INFO") as logged:
             body, status = self.get(kind)
