@@ -1909,8 +1909,7 @@ def selecting_fields(request: Request, head: ResponseHead) -> Fields:
     """
     selected = []
     for name in sorted(set(list_members(head.fields, "Vary")) - {"accept-encoding"}):
-        members = ",".join(field_values(request.fields, name)).split(",")
-        text = ", ".join(member.strip() for member in members)
+        text = ", ".join(map(str.strip, ",".join(field_values(request.fields, name)).split(",")))
         selected.append((name, text.lower() if name == "accept-language" else text))
     return tuple(selected)
 
@@ -2018,8 +2017,7 @@ _CONTENT = re.compile(
     r"|/packages/[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{60}/[^/]+$"  # PyPI
     r"|/core/guids/[0-9a-f]{64}/")  # Amazon Linux
 # Dated archives and Maven's timestamped snapshots: nothing in them changes, whatever their names say.
-_DATED = re.compile(r"/\d{8}T\d{6}Z/|/repos/\d{4}/\d\d/\d\d/|/history/\d{8}/"
-                    r"|-SNAPSHOT/[^/]*-\d{8}\.\d{6}-\d")
+_DATED = re.compile(r"/\d{8}T\d{6}Z/|/repos/\d{4}/\d\d/\d\d/|/history/\d{8}/|-SNAPSHOT/[^/]*-\d{8}\.\d{6}-\d")
 _MOVING = re.compile(r"/(?:current|latest|latest-stable|snapshots|rawhide|nightly|[^/]+-SNAPSHOT)/", re.I)
 _SIGNATURE = re.compile(
     r"\.(?:sig2?|asc|gpg|sign|signature|minisig|prov|md5|rmd160|sha(?:1|256|512)(?:sum)?)$")
@@ -2314,9 +2312,14 @@ def _prohibitions(request: Request, head: ResponseHead) -> tuple[tuple[bool, str
         (not is_shareable(request, head), "Authorization"))
 
 
+# Files that are never empty, besides packages and what a digest names.
+_NEVER_EMPTY = re.compile(r"/(?:(?:In)?Release|repomd\.xml|APKINDEX[^/]*|[^/]+\.(?:db|files|adb|pkg|[gx]z|bz2"
+                          r"|zst|lzma|tar|tgz|txz|zip|jar|gpg|sig|asc|key))(?:\?|$)")
+
+
 def is_implausible(key: str, size: int | None) -> bool:
-    """Return whether a body's size cannot be true: no package is empty, nor what a digest names."""
-    return size == 0 and POLICIES[classify_name(key)].lifetime == math.inf
+    """Return whether a body's size cannot be true: no package is empty, for example."""
+    return size == 0 and (POLICIES[classify_name(key)].lifetime == math.inf or bool(_NEVER_EMPTY.search(key)))
 
 
 def why_not_storable(request: Request, head: ResponseHead, config: Config) -> str:

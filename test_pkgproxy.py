@@ -1826,7 +1826,7 @@ class CacheRulesTest(unittest.TestCase):
                 (other, {}, {"Cache_Control": "max-age=0"}, "no lifetime and no validator"),
                 (other, {}, {"Cache_Control": "max-age=0", "ETag": '"x"'}, ""), ("http://a/x.bin", {}, {}, ""), (other, {}, {}, "no lifetime and no validator"),
                 (package, {}, {"Content_Length": "0"}, "no bytes"), ("http://a/by-hash/SHA256/" + "0" * 64, {}, {"Content_Length": "0"}, "no bytes"),
-                (package + ".sha256", {}, {"Content_Length": "0"}, "no bytes"), ("http://a/InRelease", {}, {"Content_Length": "0"}, ""),
+                (package + ".sha256", {}, {"Content_Length": "0"}, "no bytes"), ("http://a/InRelease", {}, {"Content_Length": "0"}, "no bytes"), ("http://a/Packages", {}, {"Content_Length": "0"}, ""),
                 ("http://a/x?y", {}, {}, "no lifetime and no validator")):
             with self.subTest(uri=uri, fields=fields, head=head):
                 self.assertEqual(pkgproxy.why_not_storable(make_request(uri, **fields), make_stored_head(uri, **head), Config()), reason)
@@ -4695,6 +4695,19 @@ class ImplausibleFileTest(ProxyCase):
     """Too little to be true, or with another digest than its name has: passed on, but not kept."""
 
     NAMES = ("/x_1.0_all.deb", "/gradle-8.9-bin.zip", "/x-1.0.pkg.tar.zst.sig", "/FreeBSD:14:amd64/latest/All/Hashed/x-1.0~0a1b2c.pkg", "/nar/%s.nar.xz" % ("a1" * 26))
+    INDEXES = ("/dists/x/InRelease", "/dists/x/Release.gpg", "/dists/x/main/binary-amd64/Packages.xz", "/repodata/repomd.xml", "/core.db", "/core.files.sig",
+               "/APKINDEX.tar.gz", "/packagesite.pkg", "/tool.zip", "/archive.key")
+
+    def test_only_what_can_be_empty_is_kept_empty(self):
+        for path, is_kept in (*((path, False) for path in (*self.NAMES, *self.INDEXES)), ("/dists/x/main/binary-amd64/Packages", True), ("/x.json", True)):
+            self.assertEqual(pkgproxy.is_implausible("http://a" + path, 0), not is_kept, path)
+            self.assertFalse(pkgproxy.is_implausible("http://a" + path, 1), path)
+
+    def test_an_empty_index_does_not_replace_a_stored_one(self):
+        for path in self.INDEXES:
+            with self.subTest(path):
+                self.origin.pages[path] = [ScriptedResponse(b"real"), ScriptedResponse(b""), ScriptedResponse(steps=[b""])]
+                self.assertEqual([self.request(path, Cache_Control="no-cache").body for _ in range(3)], [b"real", b"", b"real"])
 
     def test_an_empty_package_is_not_kept(self):
         for path in self.NAMES:
