@@ -5838,7 +5838,8 @@ class OriginResponse:
             while len(body) < self._left and (data := self._file.read1(self._left - len(body))):
                 body += data
         self._reader.set_deadline(None)
-        self._reader.prefetched = bytes(body)
+        self._file.detach()  # which may have buffered bytes beyond the body: they must not come before it
+        self._file, self._reader.prefetched = io.BufferedReader(self._reader, 64 * 1024), bytes(body)
         return self._reader.prefetched if len(body) == self._left else b""
 
     def on_idle(self, call: Callable[[], object]) -> None:

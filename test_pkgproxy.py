@@ -4177,6 +4177,17 @@ class SmallDownloadTest(ProxyCase):
     def test_a_small_body_needs_no_thread_of_its_own(self):
         self.assertTrue(self.stored_by_its_client_thread(os.urandom(100_000)))
 
+    def test_bytes_beyond_the_declared_length_belong_to_no_file(self):
+        for number, (size, more) in enumerate(itertools.product(
+                (1, 3000, 65_000, 200_000, 600_000), (b"\r\n", b"EXTRA", b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx" * 2000))):
+            with self.subTest(size=size, more=more[:9]):
+                path, body = "/x%d_1.0_all.deb" % number, os.urandom(size)
+                head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: \"x\"\r\n\r\n" % size
+                self.origin.pages[path] = ScriptedResponse(steps=[head + body + more])
+                answers = [(self.request(path), self.wait_until_idle())[0] for _ in range(2)]
+                self.assertEqual([answer.body for answer in answers], [body] * 2)
+                self.assertIn("; hit", answers[1]["Cache-Status"])
+
     def test_others_get_one(self):
         for why, patched in (("it is large", (pkgproxy, "LARGE_BODY", 99_999)), ("the disk may hang", (self.proxy._store, "remote", True))):
             with self.subTest(why), mock.patch.object(*patched):
