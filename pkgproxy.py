@@ -9406,6 +9406,7 @@ _MORE = getattr(socket, "MSG_MORE", 0)  # the body follows: send the head with i
 # What sendfile() fails with if the system or the file system does not support it.
 _NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
+HIT_THREADS = 16  # threads of the process up to which another one is started to send a large hit
 
 def send_some(sock: socket.socket, part: FileSlice, start: int) -> int:
     """Send the next bytes of a file slice, up to SEND_SIZE, with sendfile() if possible.
@@ -9454,8 +9455,10 @@ class HitTransfer:
         large pieces.
         """
         stop = self.hit.part.stop - max(0, self._left - SEND_SIZE) if self.hit.part and not self.unsent else 0
-        return self._left > LARGE_BODY or bool(stop) and read_without_blocking(
-            self.hit.stored.file, stop - 1, stop) is None
+        Beyond HIT_THREADS threads, size does not matter: many slow clients must not take all threads.
+
+        is_large = self._left > LARGE_BODY and threading.active_count() < HIT_THREADS
+        return is_large or bool(stop) and read_without_blocking(self.hit.stored.file, stop - 1, stop) is None
 
     def send_some(self, sock: socket.socket) -> bool:
         """Send the next bytes; return whether they were the last.

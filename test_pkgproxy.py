@@ -13265,6 +13265,13 @@ class LargeHitTest(ProxyCase):
                 os.unlink(name)
                 self.request(self.PATH)
                 self.wait_until_idle()
+    def test_many_slow_clients_of_large_files_do_not_take_all_threads(self):
+        with mock.patch.object(pkgproxy, "LARGE_BODY", self.SIZE - 1), mock.patch.object(pkgproxy, "HIT_THREADS", 1):
+            clients = [self.open_slow_client(self.raw_request(self.PATH, b"Connection: close\r\n")) for _ in range(5)]
+            for client in clients:
+                self.assertTrue(read_to_end(client).endswith(self.body))
+        self.in_thread.assert_not_called()
+
 
     @unittest.skipUnless(sys.platform == "linux", "this system does not tell what a client has acknowledged")
     def test_a_slow_client_with_large_buffers_is_alive_as_long_as_its_system_takes_bytes(self):
