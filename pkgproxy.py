@@ -2064,10 +2064,9 @@ _VERSION_IN_PATH = re.compile(r"/@v/v\d[^/]*\.(?:info|mod|zip)|/crates/[^/]+/\d[
 
 def _has_package_name(path: str) -> bool:
     """Return whether the last segment of a path is a package's file name with a version."""
-    start = path.rfind("/")
-    match = _PACKAGE.fullmatch(path, start)
-    versioned = match is not None and _VERSION.search(_PLATFORM.sub("", match[1]))
-    return bool(versioned and not _VERSIONLESS.search(path, start))
+    at = path.rfind("/")
+    match = _PACKAGE.fullmatch(path, at)
+    return bool(match and _VERSION.search(_PLATFORM.sub("", match[1])) and not _VERSIONLESS.search(path, at))
 
 
 @memoize
@@ -2169,8 +2168,13 @@ def signature_keys(key: str) -> list[str]:
 _PAGE = re.compile(r"/[^/.]*$|\.(?:x?html?|php|aspx?|jsp|cgi)$", re.I)
 _INDEX_PAGE = re.compile(r"/$|\.x?html?$", re.I)
 # The first bytes of a page, after the size of its first chunk, a byte order mark, white space and comments.
-HTML_START = re.compile(rb"(?:[0-9a-f]{1,8}[^\r\n]{0,99}\r\n)?(?:\xef\xbb\xbf)?(?:\s|<!--(?:(?!-->).)*-->)*"
+_HTML_START = re.compile(rb"(?:[0-9a-f]{1,8}[^\r\n]{0,99}\r\n)?(?:\xef\xbb\xbf)?(?:\s|<!--(?:(?!-->).)*-->)*"
                         rb"<(?:!doctype\s+html|html|head)(?:[\s>]|\Z)", re.I | re.S)
+
+
+def begins_page(data: bytes) -> bool:
+    """Return whether a body begins like an HTML page."""
+    return bool(_HTML_START.match(data[:4096]))
 
 
 def is_html(head: ResponseHead) -> bool:
@@ -2201,7 +2205,9 @@ def is_misplaced_page(request: Request, stored: ResponseHead | None, response: R
     # A stored response of the same wrong type may be a page as well.
     is_same = stored is not None and media_type(stored) == media_type(response)
     is_expected = stored is None or is_same or accepted.lower().startswith("text/html")
-    return not (is_expected and can_be_page(request.key))
+    # A text may begin like a page: README.md, a template.
+    is_text = is_same and "text/" in media_type(response) and classify_name(request.key) is NameClass.OTHER
+    return not (is_text or is_expected and can_be_page(request.key))
 
 
 # Freshness (RFC 9111 §4.2) --------------------------------------------------------------------
@@ -2255,15 +2261,13 @@ def current_age(head: ResponseHead, now: float) -> int:
     first = (field_value(head.fields, "Age") or "").partition(",")[0].strip(" \t")
     age_value = parse_delta_seconds(first) if head.response_time - now < 60 else 2**31
     corrected_age = age_value + max(0.0, head.response_time - head.request_time)  # plus response_delay
-    resident_time = max(0.0, now - head.response_time)
-    return int(max(apparent_age, corrected_age) + resident_time)
+    return int(max(apparent_age, corrected_age) + max(0.0, now - head.response_time))  # plus resident_time
 
 
 def with_age(head: ResponseHead, now: float) -> ResponseHead:
     """Return a stored response's head with Age as served now (RFC 9111 §5.1), and with Accept-Ranges."""
-    fields = without_fields(head.fields, ("accept-ranges", "age"))
-    return replace_fields(head, fields=fields + (
-        ("Accept-Ranges", "bytes"), ("Age", str(current_age(head, now)))))
+    fields = (*without_fields(head.fields, ("accept-ranges", "age")), ("Accept-Ranges", "bytes"))
+    return replace_fields(head, fields=(*fields, ("Age", str(current_age(head, now)))))
 
 
 def freshen_head(stored: ResponseHead, response: ResponseHead) -> ResponseHead:
@@ -5764,15 +5768,15 @@ class OriginResponse:
             if status > 101 and origin_request.send_interim:
                 fields = without_fields(end_to_end(fields), ("set-cookie",))
                 origin_request.send_interim(render_head(ResponseHead(status, reason, ()), fields))
-        now = time.time()
         self.head = with_date(ResponseHead(
             status, reason, fields, final_uri=origin_request.target.uri, request_time=connection.request_time,
-            response_time=now, local_clients_only=connection.guarded), now)
+            response_time=time.time(), local_clients_only=connection.guarded), time.time())
         self._find_body(version, fields)
         if status < 300 and self._left != 0:
             self._reader.set_deadline(FIRST_BYTES_TIMEOUT)
-            with contextlib.suppress(OSError):  # the next read meets a failure again
-                self.head = replace_fields(self.head, is_page=bool(HTML_START.match(self._file.peek(1))))
+            # A reset is reported only once: a body that ends with it would seem complete.
+            with contextlib.suppress(OSError if self.end_is_known else socket.timeout):
+                self.head = replace_fields(self.head, is_page=begins_page(self._file.peek(1)))
         self._reader.set_deadline(None)
 
     def _find_body(self, version: tuple[int, int], fields: Fields) -> None:
@@ -5792,7 +5796,7 @@ class OriginResponse:
         self.length = self._left = 0 if has_no_body else declared  # bytes of the body; None: unknown
         self._chunks = ChunkedReader(self._file) if chunked and not has_no_body else None
         # Whether a complete body can be told from one that was cut off; not so in case 5.
-        self.end_is_known = self._chunks is not None or self.length is not None
+        self.end_is_known: bool = self._chunks is not None or self.length is not None
         options = list_members(fields, "Connection")
         is_kept = "close" not in options and (version >= (1, 1) or "keep-alive" in options)
         # If a response without body declares one, some origins send it all the same.
@@ -6663,13 +6667,13 @@ def check_believed(origin: OriginClient, look: OriginRequest, request: Request, 
     if location and not (response.head.is_page or is_html(stored) or is_same_site(request.target, location)):
         with contextlib.suppress(ProxyError), contextlib.closing(
                 origin.fetch(redirected_request(look, location))) as end:
-            response.head = replace_fields(response.head, is_page=is_html(end.head) and end.head.status < 400)
+            is_page = end.head.is_page or end.head.status < 300 and is_html(end.head)
+            response.head = replace_fields(response.head, is_page=is_page)
     if reason := why_not_believed(request, stored, response.head):
         response.close()
         final, wait = parse_target(response.head.final_uri), parse_retry_after(response.head)
-        name = "origin" if _site(final) == _site(request.target) else final.authority
-        pause = ", retry after %d s" % wait if wait else ""
-        raise OriginError("%s from %s%s." % (reason, name, pause), final, retry_after=wait)
+        reason += " from " + ("origin" if _site(final) == _site(request.target) else final.authority)
+        raise OriginError(reason + (", retry after %d s." % wait if wait else "."), final, retry_after=wait)
 
 
 class RecentFailures:
@@ -9402,11 +9406,11 @@ def send_all(sock: socket.socket, data: bytes) -> None:
         left = left[send_patiently(sock, sock.send, left):]
 
 
+HIT_THREADS = 16  # threads of the process up to which another one is started to send a large hit
 _MORE = getattr(socket, "MSG_MORE", 0)  # the body follows: send the head with its first bytes
 # What sendfile() fails with if the system or the file system does not support it.
 _NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
-HIT_THREADS = 16  # threads of the process up to which another one is started to send a large hit
 
 def send_some(sock: socket.socket, part: FileSlice, start: int) -> int:
     """Send the next bytes of a file slice, up to SEND_SIZE, with sendfile() if possible.
@@ -9451,12 +9455,12 @@ class HitTransfer:
     def needs_thread(self) -> bool:
         """Return whether the rest is large, or the next bytes are not in memory, as far as the system tells.
 
+        Beyond HIT_THREADS threads, size does not matter: many slow clients must not take all threads.
+
         One byte tells it of all that are sent with it: the system reads ahead, and keeps and drops files in
         large pieces.
         """
         stop = self.hit.part.stop - max(0, self._left - SEND_SIZE) if self.hit.part and not self.unsent else 0
-        Beyond HIT_THREADS threads, size does not matter: many slow clients must not take all threads.
-
         is_large = self._left > LARGE_BODY and threading.active_count() < HIT_THREADS
         return is_large or bool(stop) and read_without_blocking(self.hit.stored.file, stop - 1, stop) is None
 

@@ -548,7 +548,7 @@ class ProxyCase(unittest.TestCase):
 
     def drop_idle_connections(self):
         """Close the proxy's idle connections to origins."""
-        self.proxy._origin._pool.close()
+        self.proxy._origin.pool.close()
 
     def _no_threads_left(self):
         until(lambda: threading.active_count() <= self.threads, "the end of all threads")
@@ -1839,11 +1839,11 @@ class CacheRulesTest(unittest.TestCase):
                      b"\xef\xbb\xbf<html>", b"\xef\xbb\xbf\n <!doctype html>", b"<!-- a -->\n<!----><html>", b"<!-- <a> -- b\n --><!DOCTYPE html>",
                      b"1f\r\n<html>", b"1000;x=y\r\n\n<html>"):
             with self.subTest(data):
-                self.assertTrue(pkgproxy.HTML_START.match(data))
+                self.assertTrue(pkgproxy.begins_page(data))
         for data in (b"", b"<", b"<!DOCTYPE htmlx>", b"<!DOCTYPE metalink>", b"<?xml version='1.0'?><repomd>", b"<repomd><html>", b"<header>", b"<!-- <html>",
                      b"text <html>", b"Origin: <html>", b"{}", b"<htm>", b"\x1f\x8b<html>", b"!<arch>\n", b"12<html>", b"<!-- a -->x<html>"):
             with self.subTest(data):
-                self.assertIsNone(pkgproxy.HTML_START.match(data))
+                self.assertFalse(pkgproxy.begins_page(data))
 
     def test_freshness_lifetime(self):
         for fields, expected in (
@@ -7536,11 +7536,44 @@ class UnbelievedResponseTest(ProxyCase):
 
     def test_a_page_that_was_stored_without_a_mark_is_replaced_by_one_of_the_same_type(self):
         self.publish("/simple/x", b"<html>one", media="text/plain")
-        with mock.patch.object(pkgproxy, "HTML_START", re.compile(rb"\Znever")):  # as by an earlier version
+        with mock.patch.object(pkgproxy, "begins_page", return_value=False):  # as by an earlier version
             self.request("/simple/x")
             self.wait_until_idle()
         self.publish("/simple/x", b"<html>two", media="text/plain")
         self.assertEqual(self.request("/simple/x", Cache_Control="no-cache").body, b"<html>two")
+
+    def test_a_text_that_begins_like_a_page_replaces_its_stored_version(self):
+        for path, media, is_replaced in (("/README.md", "text/plain", True), ("/x.vue", "text/x-vue", True), ("/tool.zip", "application/zip", False),
+                                         ("/InRelease", "text/plain", False), ("/x_1.0_all.deb", "text/plain", False)):
+            with self.subTest(path):
+                self.publish(path, b"text", media=media)
+                self.request(path)
+                self.wait_until_idle()
+                self.publish(path, b"<html>text", media=media)
+                self.assertEqual(self.request(path, Cache_Control="no-cache").body, b"<html>text" if is_replaced else b"text")
+
+    def test_an_answer_that_is_reset_before_its_first_byte_is_no_empty_file(self):
+        for head in (b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nETag: \"n\"\r\n\r\n"):
+            for path, stored in (("/new.json", None), ("/data.json", b"stored")):
+                with self.subTest(path, head=head):
+                    self.publish(path)
+                    if stored:
+                        self.request(path)
+                        self.wait_until_idle()
+                    gate = Gate()
+                    self.drop_idle_connections()  # one that is used again would be replaced silently
+                    until(lambda: not self.origin.open_connections)
+                    self.origin.log.clear()
+                    self.origin.pages[path] = ScriptedResponse(steps=[head, gate])
+                    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                        asking = pool.submit(self.request, path, Cache_Control="no-cache")
+                        until(lambda: self.origin.log)
+                        for connection in list(self.origin.open_connections):
+                            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        time.sleep(0.05)  # until the proxy waits for the body
+                        gate.open()
+                        answer = asking.result(PATIENCE)
+                    self.assertEqual((answer.status, stored and answer.body), (200 if stored else 502, stored))
 
     def test_only_the_head_of_a_page_has_a_mark_that_earlier_versions_do_not_know(self):
         for path, body in (("/simple/x", b"<html>"), ("/tool.zip", b"zip")):
@@ -7577,11 +7610,13 @@ class UnbelievedResponseTest(ProxyCase):
         self.addCleanup(portal.close)
         html = [("Content-Type", "text/html")]
         portal.pages = {"/login": ScriptedResponse(b"<html>pay", fields=html), "/bare": ScriptedResponse(b"<html>pay"), "/file": ScriptedResponse(b"file"),
-                        "/on": ScriptedResponse(b"", 302, [("Location", "/login")]), "/gone": ScriptedResponse(b"<html>no", 404, html)}
+                        "/on": ScriptedResponse(b"", 302, [("Location", "/login")]), "/gone": ScriptedResponse(b"<html>no", 404, html),
+                        "/folder": ScriptedResponse(b"<html>moved", 301, [*html, ("Location", "/folder/")]),
+                        "/choice": ScriptedResponse(b"<html>choose", 300, html)}
         self.origin.pages["/moved"] = portal.pages["/login"]
         for path, client in (("/tool.zip", PACMAN), ("/lodash", NPM), ("/archive.gpg", APT), ("/simple/requests/", PIP)):
             for location, is_stale in ((portal.url("/login"), True), (portal.url("/bare"), True), (portal.url("/on"), True), (portal.url("/file"), False),
-                                       (portal.url("/gone"), False), (self.origin.url("/moved"), False), ("http://127.0.0.1:1/", False), ("ftp://a/", False)):
+                                       (portal.url("/gone"), False), (portal.url("/folder"), False), (portal.url("/choice"), False), (self.origin.url("/moved"), False), ("http://127.0.0.1:1/", False), ("ftp://a/", False)):
                 for status, fields in ((302, []), (303, []), (307, [("Cache-Control", "max-age=99")]), (301, [])):
                     with self.subTest(path=path, location=location, status=status):
                         self.store(path, {**client, "Cache_Control": "no-cache"})
@@ -13230,6 +13265,13 @@ class LargeHitTest(ProxyCase):
                 until(lambda: not self.server.replies_running)
                 self.assertEqual(self.in_thread.call_count, threads, field)
 
+    def test_many_slow_clients_of_large_files_do_not_take_all_threads(self):
+        with mock.patch.object(pkgproxy, "LARGE_BODY", self.SIZE - 1), mock.patch.object(pkgproxy, "HIT_THREADS", 1):
+            clients = [self.open_slow_client(self.raw_request(self.PATH, b"Connection: close\r\n")) for _ in range(5)]
+            for client in clients:
+                self.assertTrue(read_to_end(client).endswith(self.body))
+        self.in_thread.assert_not_called()
+
     def test_a_thread_sends_the_rest_of_a_file_that_has_to_be_read_from_the_disk(self):
         for pieces in (0, 2):
             with self.subTest(pieces=pieces):
@@ -13265,13 +13307,6 @@ class LargeHitTest(ProxyCase):
                 os.unlink(name)
                 self.request(self.PATH)
                 self.wait_until_idle()
-    def test_many_slow_clients_of_large_files_do_not_take_all_threads(self):
-        with mock.patch.object(pkgproxy, "LARGE_BODY", self.SIZE - 1), mock.patch.object(pkgproxy, "HIT_THREADS", 1):
-            clients = [self.open_slow_client(self.raw_request(self.PATH, b"Connection: close\r\n")) for _ in range(5)]
-            for client in clients:
-                self.assertTrue(read_to_end(client).endswith(self.body))
-        self.in_thread.assert_not_called()
-
 
     @unittest.skipUnless(sys.platform == "linux", "this system does not tell what a client has acknowledged")
     def test_a_slow_client_with_large_buffers_is_alive_as_long_as_its_system_takes_bytes(self):
