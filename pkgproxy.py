@@ -6849,13 +6849,14 @@ class MirrorDeduplicator:
         Without ``origin_request``, the origin is not asked.
         """
         expected = [facts for facts in self._store.expected(request.key) if facts.algorithm]
-        timely = origin_request and replace_fields(
-            origin_request, deadline=time.monotonic() + VALIDATION_TIMEOUT)
         for stored in self._candidates(request):
             head = None
             with contextlib.suppress(OSError, OriginError):
-                head = _head_by_digest(request, stored, expected) if expected else (
-                    timely and confirm_bare_file(self._origin, timely, request, stored, config))
+                if expected:
+                    head = _head_by_digest(request, stored, expected)
+                elif origin_request is not None:
+                    timely = replace_fields(origin_request, deadline=time.monotonic() + VALIDATION_TIMEOUT)
+                    head = confirm_bare_file(self._origin, timely, request, stored, config)
             if head is not None:
                 return replace_fields(stored, head=head)
             stored.close()
@@ -7023,11 +7024,10 @@ def why_refused(store: Store, key: str, size: int | None, digest: Callable[[str]
     return reason
 
 
-def agrees_with_index(store: Store, key: str, stored: StoredResponse) -> bool:
+def agrees_with_index(store: Store, key: str, body: StoredResponse) -> bool:
     """Return whether a body agrees with what is known about it, for which it is read (invariant 13)."""
     with contextlib.suppress(OSError):
-        digest = functools.partial(hex_digest, stored)
-        return not why_unexpected(store.expected(key), stored.head.size, digest)
+        return not why_unexpected(store.expected(key), body.head.size, functools.partial(hex_digest, body))
     return False
 
 
