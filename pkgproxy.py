@@ -3301,17 +3301,17 @@ def _head_from(row: dict[Any, Any]) -> ResponseHead:
     return head
 
 
-def _read_json(path: str) -> Any:
-    """Return the content of a JSON file.  Raises one of _DAMAGED if it is missing or damaged."""
+def read_metadata(path: str) -> bytes:
+    """Return the content of a file that pkgproxy keeps for itself.  Raises OSError."""
     with open(path, "rb", opener=_private_opener) as file:
-        return json.loads(file.read(_MAX_HEAD_FILE))
+        return file.read(_MAX_HEAD_FILE)
 
 
 @functools.lru_cache(LARGE_MEMO)
 def _parsed_heads(path: str, *_identity: int) -> tuple[ResponseHead, ...]:
     """Return the heads in a head file.  A head file is only ever replaced, so that inode, size and times
     identify its content."""
-    return tuple(_head_from(row) for row in _read_json(path))
+    return tuple(_head_from(row) for row in json.loads(read_metadata(path)))
 
 
 def _read_heads(path: str) -> tuple[ResponseHead, ...]:
@@ -3641,7 +3641,7 @@ class PartialFile(RefCountedFile):
             if self._store.remote:  # opening the file makes an NFS client ask the server for its present size
                 os.close(_private_opener(self.path, os.O_RDONLY))
             info = os.fstat(self.fileno())
-            row = _read_json(self.path + "^head") if info.st_size else {}
+            row = json.loads(read_metadata(self.path + "^head")) if info.st_size else {}
             head, length, flushed_size = _head_from(row["head"]), row["length"], row["flushed_size"] or 0
             valid = all(isinstance(size, int) and size >= 0 for size in (length or 0, flushed_size))
             # A new, empty file may have the inode number of a removed one whose metadata is left.
@@ -8547,7 +8547,7 @@ class TrafficHistory:
         self._counters = counters
         self._stop = threading.Event()
         self._saver = threading.Thread(target=self._save_periodically, daemon=True)
-        self._saved = ""  # text of the file, as this process has written it
+        self._saved = b""  # content of the file, as this process has written it
         self._is_shared = False  # another process writes it, too; this has been logged
         self._lock = threading.Lock()  # guards all below
         self._since = int(time.time())  # clock time of the very first start
@@ -8600,14 +8600,10 @@ class TrafficHistory:
                 for name, (width, most) in PLOTS.items()}
             return {"allTime": {"since": self._since, **self._all}, "plots": plots}
 
-    def _read(self) -> str:
-        with open(self._path, encoding="utf-8", opener=_private_opener) as file:
-            return file.read(_MAX_HEAD_FILE)
-
     def _load(self) -> None:
         # The file may be damaged, or from another version: check each value before using it.
         try:
-            saved = json.loads(self._read())
+            saved = json.loads(read_metadata(self._path))
             since = _parse_count(saved["since"])
             counts = {str(name): _parse_count(count) for name, count in saved["all"].items()}
             slots = {name: {int(number): [_parse_count(row[0]), _parse_count(row[1])]
@@ -8621,15 +8617,15 @@ class TrafficHistory:
         """Write the history file, if there is anything to save that has changed; errors are ignored."""
         self.record(time.time())
         with self._lock:
-            text = json.dumps({"since": self._since, "all": self._all, "slots": self._slots})
-        if text != self._saved and any(self._all.values()):
-            with contextlib.suppress(OSError, ValueError):  # it was removed, or damaged
-                if self._saved and not self._is_shared and self._read() != self._saved:
+            data = json.dumps({"since": self._since, "all": self._all, "slots": self._slots}).encode()
+        if data != self._saved and any(self._all.values()):
+            with contextlib.suppress(OSError):  # it was removed
+                if self._saved and not self._is_shared and read_metadata(self._path) != self._saved:
                     self._is_shared = True
                     log.warning("Another process writes %s, too: give each an --instance.", self._path)
             with contextlib.suppress(OSError):
-                replace_file(self._path, text)
-                self._saved = text
+                replace_file(self._path, data)
+                self._saved = data
 
 
 class RecentRequests:
