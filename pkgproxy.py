@@ -2328,8 +2328,7 @@ def is_implausible(key: str, size: int | None) -> bool:
 
 def why_not_storable(request: Request, head: ResponseHead, config: Config) -> str:
     """Return why a response must not be stored (RFC 9111 §3); "" if it may be."""
-    policy = POLICIES[classify_name(request.key)]
-    lifetime = freshness_lifetime(head) if policy.lifetime is None else 1
+    lifetime = freshness_lifetime(head) if POLICIES[classify_name(request.key)].lifetime is None else 1
     of_use = validators(head) or (heuristic_lifetime(head, config) if lifetime is None else lifetime)
     reasons = (
         (request.method != "GET", "only GET is stored"),
@@ -2508,24 +2507,28 @@ def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
 # What is not believed -------------------------------------------------------------------------
 
 
+def says_not_now(status: int) -> bool:
+    """Return whether a status means that the same request may succeed later."""
+    return status in (408, 425, 429) or status >= 500
+
+
 def why_not_believed(request: Request, stored: ResponseHead, response: ResponseHead) -> str:
     """Return why a stored response is better than the origin's answer to its validation; "" if it is not.
 
     ================================  =================================================================
     the answer                        the stored response
     ================================  =================================================================
-    408, 429 or 5xx                   is better: the origin says "not now" (RFC 9111 §4.2.4)
+    408, 425, 429 or 5xx              is better: the origin says "not now" (RFC 9111 §4.2.4)
     HTML in the place of a file,      is better: a captive portal or a parked mirror has answered
     or a redirect to it
     any other, to a doubt             is better, unless it is a 200: the package may have been removed
     403, 404, 410 and others          is not: that is the origin's answer.  It stays stored
     ================================  =================================================================
     """
-    status = response.status
     is_suspicion = request.doubt and "no-cache" not in cache_directives(request.fields)
-    if status in (408, 425, 429) or status >= 500 or is_suspicion and status != 200:
-        return str(status)
-    if response.is_page and status >= 300:
+    if says_not_now(response.status) or is_suspicion and response.status != 200:
+        return str(response.status)
+    if response.is_page and response.status >= 300:
         return "a redirect to an HTML page"
     return "an HTML page instead of the file" if is_misplaced_page(request, stored, response) else ""
 
@@ -6266,7 +6269,7 @@ class OriginClient:
         fields = without_fields(with_coding_of(origin_request.fields, head), ("range", "if-range")) + more
         response = self.fetch(replace_fields(origin_request, fields=fields))
         status = response.head.status
-        if status in (408, 425, 429) or status >= 500:
+        if says_not_now(status):
             response.close()
             raise OriginError("%s answers %d." % (origin_request.target.authority, status), status=status)
         if not is_remainder(response.head, head, size, offset):
