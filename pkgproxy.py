@@ -7841,8 +7841,8 @@ class SharedFetch:
                 patience = max(0.0, min(FOLLOWER_PATIENCE, give_up_at - time.monotonic()))
                 partial, result = flight.wait_for_head(patience)
             except OriginError as error:
-                # It is also this request's error if there is no connection to the origin, or no time left to
-                # ask it because a stored response must answer.
+                # This request fails as well if the origin cannot be reached, or if no time is left to ask it,
+                # because a stored response must be served by then.
                 is_late = self.decision.action is Action.VALIDATE and time.monotonic() >= deadline
                 failures = self.downloader.failures
                 if is_late or is_site_down(self.request, error) or failures.reason_not_to_ask(self.request):
@@ -9919,7 +9919,7 @@ class Dispatcher:
         self.statistics = statistics
         self.limiter = limiter
         self._write_log = write_log
-        # Writes to the access log: request, status, outcome and what was sent to whom.  None: there is none.
+        # Logs a response that was sent to some clients in the access log; None without --access-log.
         self.log_access: Callable[[Request, int, Outcome, list[tuple[str, SendResult]]], None] | None = None
         self._refused = RecentEvents()  # clients, by address
         self._full_name = ""  # of this host; "" until it is known
