@@ -8255,7 +8255,8 @@ class IsolationTest(ProxyCase):
             for thread in threads:
                 thread.start()
             until(lambda: self.followers_waiting() == 11)
-            until(lambda: len(self.origin.log) == 2)
+            # One of them asks as well, and the others wait for its answer: the first one counts no more.
+            until(lambda: len(self.origin.log) == 2 and self.followers_waiting() == 10)
             gate.open()
             for thread in threads:
                 thread.join(PATIENCE)
