@@ -7851,9 +7851,10 @@ class SharedFetch:
                     return self._lead(deadline, missing)
                 has_failed = True
                 continue
-            if partial is not None or result is not None:
+            if partial is not None or result not in (None, FlightResult.WHOLE):
                 return self._response_of(flight, partial, result)
-            overdue = flight
+            # WHOLE: nothing was stored, and this thread woke too late to read the partial file: join anew.
+            overdue = overdue if result else flight
         return None
 
     def _response_of(self, flight: Flight, partial: PartialFile | None,

@@ -8217,6 +8217,30 @@ class IsolationTest(ProxyCase):
         self.assertEqual(self.origin.methods(self.PACKAGE), ["GET"] * 2)
         self.assertNotIn("instance", str([self.cache_status(answer) for answer in answers]))
 
+    def test_followers_that_wake_after_an_unstored_download_join_one_new_download(self):
+        body, gate, waiting, wait = os.urandom(20_000), Gate(), [], pkgproxy.Flight.wait_for_head
+        self.addCleanup(gate.open)
+        first = ScriptedResponse(steps=[gate, b"HTTP/1.1 200 OK\r\nContent-Length: 20000\r\n\r\n" + body])
+        self.origin.pages[self.PACKAGE] = [first, ScriptedResponse(b"", 204), ScriptedResponse(body)]
+
+        def wait_late(flight, timeout):
+            waiting.append(flight)
+            if flight is waiting[0]:
+                until(lambda: flight._result and not flight._partial._refcount)  # all that read the partial file have left
+            return wait(flight, timeout)
+
+        answers = []
+        threads = [threading.Thread(target=lambda: answers.append(self.request(self.PACKAGE).body)) for _ in range(9)]
+        with mock.patch.object(pkgproxy.Flight, "wait_for_head", wait_late):
+            for thread in threads:
+                thread.start()
+            until(lambda: len(waiting) == 8)
+            self.assertEqual(self.request(self.PACKAGE, "POST").status, 204)  # what is on its way is outdated
+            gate.open()
+            for thread in threads:
+                thread.join(PATIENCE)
+        self.assertEqual((answers, self.origin.methods(self.PACKAGE)), ([body] * 9, ["GET", "POST", "GET"]))
+
     def test_followers_do_not_wait_long_for_a_request_that_hangs(self):
         body = os.urandom(200_000)
         answers = self.start_followers(self.PACKAGE, 12, ScriptedResponse(body), FOLLOWER_PATIENCE=0.5)
