@@ -226,7 +226,9 @@ STACK_SIZE = 2 * 1024 * 1024  # bytes for a thread, instead of 8 MB; recursion i
 SENDS_PER_TURN = 2  # of one hit, its head included, before the next client has its turn
 ACCEPTS_PER_TURN = 4  # connections accepted before the open ones have their turn
 THREAD_IDLE_TIMEOUT = 0.1  # seconds that a thread waits for its client's next request after a miss
-HOT_CACHE_SIZE = 32  # hits ready to be sent again; each holds a descriptor and up to SMALL_BODY bytes
+# Hits of the current second, ready to be sent again; each holds a descriptor and up to SMALL_BODY bytes.  As
+# many as a fleet asks for in a second: with fewer, machines that are some files apart prepare each one anew.
+HOT_CACHE_SIZE = 512
 SMALL_BODY = 64 * 1024  # bytes; a body up to this is sent together with its head
 COPY_SIZE = 256 * 1024  # bytes per read or write where sendfile() is not used
 SEND_SIZE = 256 * 1024  # bytes of a file sent at a time; larger pieces take more processor time, not less
@@ -7471,7 +7473,8 @@ class HotCache:
        another ``recheck``, so the file is looked at again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = HOT_CACHE_SIZE) -> None:
+        self._size = size
         self._entries: dict[Any, PreparedHit] = {}  # by the bytes of the head, and the client's access
         self._valid_for: tuple[Any, ...] = ()  # the second, the configuration, and the knowledge of indexes
         self._verified: set[PreparedHit] = set()  # those whose files were looked at since the last recheck
@@ -7509,9 +7512,9 @@ class HotCache:
         preparing it again.  Nothing is kept on Windows, where an open file cannot be removed.
         """
         self._entries.pop(asked, None)
-        if entry.version[0] and not entry.part and os.name != "nt":
+        if entry.version[0] and entry.body_size <= LARGE_BODY and os.name != "nt":
             self._entries[asked] = entry
-            if len(self._entries) > HOT_CACHE_SIZE:
+            if len(self._entries) > self._size:
                 del self._entries[next(iter(self._entries))]
 
 
@@ -10130,7 +10133,7 @@ class EventLoop:
         self._recorded_at = 0.0  # monotonic
         self._closed = False
         self._thread = 0  # the one that calls run_once()
-        self._hot_cache = HotCache()
+        self._hot_cache = HotCache(min(HOT_CACHE_SIZE, server.dispatcher.limiter.max_connections))
         self._given: queue.SimpleQueue[ClientConnection] = queue.SimpleQueue()  # by other threads
         self.selector = WakeableSelector()
 
@@ -11149,8 +11152,8 @@ def make_connection_limiter() -> ConnectionLimiter:
     """Limit connections by the file descriptors that this process may open, after raising that limit.
 
     A connection uses up to four descriptors (client, origin, stored file, partial file).  For each one,
-    another may be parked until the limit allows it; for every fourth, an abandoned one may still use its
-    four.  40 are left for everything else.
+    another may be parked until the limit allows it, and a hit be kept ready; for every fourth, an abandoned
+    one may still use its four.  40 are left for everything else.
     """
     if resource is None:
         return ConnectionLimiter(MAX_CONNECTIONS)
@@ -11158,7 +11161,7 @@ def make_connection_limiter() -> ConnectionLimiter:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: unlimited
-    return ConnectionLimiter(max(4, min(MAX_CONNECTIONS, (soft - 40) // 6 if soft > 0 else MAX_CONNECTIONS)))
+    return ConnectionLimiter(max(4, min(MAX_CONNECTIONS, (soft - 40) // 7 if soft > 0 else MAX_CONNECTIONS)))
 
 
 class NonblockingListener(socket.socket):

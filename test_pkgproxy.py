@@ -13121,12 +13121,13 @@ class EventLoopTest(ProxyCase):
 
     def test_the_hot_cache_keeps_few_files_open_and_briefly(self):
         self.origin.pages.update({"/n%d_1.0.deb" % number: ScriptedResponse(b"n") for number in range(40)})
-        for _ in range(2):
-            for number in range(40):
-                self.request("/n%d_1.0.deb" % number)
-            self.wait_until_idle()
-        before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-        self.assertLessEqual(len(self.server.event_loop._hot_cache._entries), pkgproxy.HOT_CACHE_SIZE)
+        with mock.patch.object(self.server.event_loop._hot_cache, "_size", 32):
+            for _ in range(2):
+                for number in range(40):
+                    self.request("/n%d_1.0.deb" % number)
+                self.wait_until_idle()
+            before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+            self.assertLessEqual(len(self.server.event_loop._hot_cache._entries), 32)
         until(lambda: not self.server.event_loop._hot_cache._entries)
         if before:
             self.assertLess(len(os.listdir("/proc/self/fd")), before + 10)
