@@ -455,7 +455,25 @@ class Request:
 def mark(timings: dict[str, float] | None, step: str) -> None:
     """Record when a request first reached a step, for the log line that ``-v`` writes.
 
-    Another thread may be adding a step: copy ``timings`` before iterating over it.
+    ===============  ==================================================================================
+    step             until then, since the step before
+    ===============  ==================================================================================
+    received         (its first bytes are there: all else is counted from here)
+    dispatched       the client sent the rest of its head, and a thread was started
+    looked up        the store was looked in: the disk
+    joined           (another client's download is waited for)
+    locked           no other instance downloads it: the lock on its partial file, or memcached
+    connected        names, TCP, TLS, the parent proxy; not marked for a connection from the pool
+    origin head      the request was sent; the origin took its time
+    redirected head  the same, of the servers that the origin's redirects lead to
+    broke off        a part of the body came; then the rest was asked for, perhaps more than once
+    first byte       the client got its first byte; a small body was waited for a moment
+    origin end       the rest of the body came; where it is not stored, at the client's speed
+    stored           digest, fsync and rename: the disk
+    ===============  ==================================================================================
+
+    What is left up to the seconds in the log line is the client's time.  Another thread may be adding a
+    step: copy ``timings`` before iterating over it.
     """
     if timings is not None:
         timings.setdefault(step, time.monotonic())
@@ -5783,6 +5801,7 @@ class OriginResponse:
             with contextlib.suppress(OSError if self.end_is_known else socket.timeout):
                 self.head = replace_fields(self.head, is_page=begins_page(self._file.peek(1)))
         self._reader.set_deadline(None)
+        mark(origin_request.timings, "origin head")
 
     def _find_body(self, version: tuple[int, int], fields: Fields) -> None:
         """Determine where the body ends (RFC 9112 §6.3) and whether the connection persists (§9.3).
@@ -5841,6 +5860,7 @@ class OriginResponse:
         """
         if self._left is None or self._left > limit:
             return b""
+            mark(self._connection.origin_request.timings, "origin end")
         body = bytearray()
         self._reader.set_deadline(timeout)
         with contextlib.suppress(OSError):  # the next read meets a failure again
@@ -5915,7 +5935,6 @@ class OriginConnection:
                         self._send(b"%x\r\n%s\r\n" % (len(data), data) if length is None else data)
                     self._send(b"0\r\n\r\n" if length is None else b"")
             response = OriginResponse(self)
-            mark(origin_request.timings, "origin head")
             if response.head.status == 407 and self.parent is not None:
                 self.blamed_name = "the parent proxy " + self.parent.place.authority
                 raise PermissionError(errno.EACCES, "it requires another user name or password")
@@ -6200,6 +6219,7 @@ class OriginClient:
         finally:
             if first is not None:
                 first.close()
+                    mark(origin_request.timings if first else None, "redirected head")
         raise OriginError("%s: more than %d redirects." % (origin_request.target.authority, MAX_REDIRECTS))
 
     def _send_with_retry(self, origin_request: OriginRequest) -> OriginResponse:
@@ -7175,6 +7195,7 @@ class Downloader:
         # Other instances can read the partial file once its metadata is written.  That costs a file, which
         # most downloads do not need: it is written if the origin pauses, or if the download takes a while.
         publish_at = time.monotonic() + PUBLISH_DELAY
+            mark(download.origin_request.timings, "broke off")
         if response is not None:
             response.on_idle(partial.publish)
         pieces = resumable_body(partial.head, partial.length, partial.size, ask, response)
@@ -7211,9 +7232,8 @@ class Downloader:
         partial, flight, key = download.partial, download.flight, download.partial.head.key
         # A lease that was not renewed in time is lost: another instance has taken over.
         may_store = flight.finish_receiving() and not self.locks.leases.is_lost(partial.owner)
-        is_local = download.origin_request.client_is_local
         if not may_store or self._is_refused(partial) or is_implausible(key, partial.size) or \
-                not self._may_store(key, is_local, download.replaces):
+                not self._may_store(key, download.origin_request.client_is_local, download.replaces):
             partial.discard()
             return FlightResult.WHOLE
         partial.commit()
@@ -7830,7 +7850,7 @@ class SharedFetch:
 
     def _share(self, deadline: float) -> Response | FlightResult | None:
         """Lead a flight, or follow one; another one if it fails or if its head takes too long."""
-        missing, has_failed = self.decision.action is Action.FETCH, False
+        missing, has_failed, failures = self.decision.action is Action.FETCH, False, self.downloader.failures
         overdue: Flight | None = None
         give_up_at = time.monotonic() + FOLLOWER_HEAD_TIMEOUT
         while time.monotonic() < give_up_at:
@@ -7847,9 +7867,9 @@ class SharedFetch:
                 # This request fails as well if the origin cannot be reached, or if no time is left to ask it,
                 # because a stored response must be served by then.
                 is_late = self.decision.action is Action.VALIDATE and time.monotonic() >= deadline
-                failures = self.downloader.failures
                 if is_late or is_site_down(self.request, error) or failures.reason_not_to_ask(self.request):
                     raise
+            mark(self.request.timings, "joined")
                 if has_failed:
                     return self._lead(deadline, missing)
                 has_failed = True

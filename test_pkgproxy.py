@@ -4148,12 +4148,80 @@ class TimingsTest(ProxyCase):
     def test_a_miss_and_a_hit_record_when_they_reach_each_step(self):
         self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000)
         url = self.origin.url("/x_1.0_all.deb")
-        for steps in (["looked up", "locked", "connected", "origin head", "stored"], ["looked up"]):
+        for steps in (["looked up", "locked", "connected", "origin head", "origin end", "stored"], ["looked up"]):
             asked = dataclasses.replace(make_request(url), key=url, client_is_local=True, timings={})
             with contextlib.closing(self.proxy.respond(asked).body) as body:
                 self.assertEqual(sum(part.size if isinstance(part, pkgproxy.FileSlice) else len(part) for part in body.chunks()), 1000)
             self.wait_until_idle()
             self.assertEqual(sorted(asked.timings, key=asked.timings.get), steps)
+
+    def start_timed(self, path, timings):
+        """Start a request whose body is read to its end; return its thread."""
+        asked = dataclasses.replace(make_request(self.origin.url(path)), key=self.origin.url(path), client_is_local=True, timings=timings)
+
+        def respond():
+            with contextlib.suppress(pkgproxy.ProxyError), contextlib.closing(self.proxy.respond(asked).body) as body:
+                for _ in body.chunks():
+                    pass
+
+        thread = threading.Thread(target=respond)
+        self.addCleanup(thread.join, PATIENCE)
+        thread.start()
+        return thread
+
+    def test_waiting_is_charged_to_the_step_that_waits(self):
+        """Each wait ends at a gate: the step before it is marked, the step after it is not."""
+        head, body = b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\nETag: \"a\"\r\n\r\n", b"x" * 2000
+        moved = b"HTTP/1.1 302 Found\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % self.origin.url("/elsewhere").encode()
+        rest = b"HTTP/1.1 206 Part\r\nContent-Range: bytes 1000-1999/2000\r\nContent-Length: 1000\r\nETag: \"a\"\r\n\r\n"
+        gates = [Gate() for _ in range(5)]
+        for gate in gates:
+            self.addCleanup(gate.open)
+        cases = (("a slow head", {"/a_1.0_all.deb": ScriptedResponse(steps=[gates[0], head + body])}, "connected", "origin head"),
+                 ("a slow body", {"/b_1.0_all.deb": ScriptedResponse(steps=[head, gates[1], body])}, "origin head", "origin end"),
+                 ("a slow end", {"/c_1.0_all.deb": ScriptedResponse(steps=[head + body[1:], gates[2], b"x"])}, "origin head", "origin end"),
+                 ("a redirect to a slow server", {"/d_1.0_all.deb": ScriptedResponse(steps=[moved]), "/elsewhere": ScriptedResponse(steps=[gates[3], head + body])},
+                  "origin head", "redirected head"),
+                 ("a body that breaks off", {"/e_1.0_all.deb": [ScriptedResponse(steps=[head + body[:1000]]), ScriptedResponse(steps=[gates[4], rest + body[:1000]])]},
+                  "broke off", "origin end"))
+        with mock.patch.object(pkgproxy, "FIRST_BYTES_TIMEOUT", 2.0 * PATIENCE), mock.patch.object(pkgproxy, "RESUME_BACKOFF", (0.0,)):
+            for gate, (why, pages, before, after) in zip(gates, cases):
+                with self.subTest(why):
+                    self.origin.pages.update(pages)
+                    timings = {}
+                    thread = self.start_timed(next(iter(pages)), timings)
+                    until(functools.partial(timings.__contains__, before))
+                    self.assertNotIn(after, timings)
+                    gate.open()
+                    thread.join(PATIENCE)
+                    self.wait_until_idle()
+                    self.assertIn(after, timings)
+                    self.assertEqual(max(timings, key=timings.get), "stored")
+
+    def test_the_disk_is_not_taken_for_the_origin(self):
+        gate, timings, commit = Gate(), {}, pkgproxy.PartialFile.commit
+        self.addCleanup(gate.open)
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 1000)
+        with mock.patch.object(pkgproxy.PartialFile, "commit", lambda partial: (gate.pass_through(), commit(partial))):
+            thread = self.start_timed("/x_1.0_all.deb", timings)
+            until(lambda: "origin end" in timings)
+            self.assertNotIn("stored", timings)
+            gate.open()
+            thread.join(PATIENCE)
+        self.assertIn("stored", timings)
+
+    def test_waiting_for_another_clients_download_has_a_name(self):
+        gate, leader, follower = Gate(), {}, {}
+        self.addCleanup(gate.open)
+        self.origin.pages["/x_1.0_all.deb"] = [ScriptedResponse(steps=[gate, b""]), ScriptedResponse(b"x")]
+        threads = [self.start_timed("/x_1.0_all.deb", leader)]
+        until(lambda: self.origin.log)
+        threads.append(self.start_timed("/x_1.0_all.deb", follower))
+        until(lambda: self.followers_waiting() == 1)
+        self.assertEqual(sorted(follower, key=follower.get), ["looked up", "joined"])
+        gate.open()
+        threads[1].join(PATIENCE)
+        self.assertNotIn("joined", leader)
 
 
 class SmallDownloadTest(ProxyCase):
