@@ -2518,6 +2518,16 @@ def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> b
     return allowed and decision.forward != "vary-miss"
 
 
+def why_not_from_cache(request: Request, decision: CacheDecision) -> str:
+    """Return why a request cannot be answered from the cache, whatever is stored; "" if it can."""
+    if request.method not in ("GET", "HEAD"):
+        return "only GET and HEAD are answered from the cache"
+    private = sorted(private_fields(request))
+    if private and decision.forward == "request" and decision.action in (Action.PASS, Action.REFUSE):
+        return "for this client alone: " + ", ".join(private)
+    return "the request bypasses the cache" if decision.action is Action.PASS else ""
+
+
 def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
     """Return whether the answer to a validation shows that the stored response is outdated."""
     is_whole = response.status == 200 and not is_implausible(response.key, content_length(response.fields))
@@ -5791,6 +5801,7 @@ class OriginResponse:
             if status > 101 and origin_request.send_interim:
                 fields = without_fields(end_to_end(fields), ("set-cookie",))
                 origin_request.send_interim(render_head(ResponseHead(status, reason, ()), fields))
+        mark(origin_request.timings, "origin head")
         self.head = with_date(ResponseHead(
             status, reason, fields, final_uri=origin_request.target.uri, request_time=connection.request_time,
             response_time=time.time(), local_clients_only=connection.guarded), time.time())
@@ -5801,7 +5812,6 @@ class OriginResponse:
             with contextlib.suppress(OSError if self.end_is_known else socket.timeout):
                 self.head = replace_fields(self.head, is_page=begins_page(self._file.peek(1)))
         self._reader.set_deadline(None)
-        mark(origin_request.timings, "origin head")
 
     def _find_body(self, version: tuple[int, int], fields: Fields) -> None:
         """Determine where the body ends (RFC 9112 §6.3) and whether the connection persists (§9.3).
@@ -5850,6 +5860,7 @@ class OriginResponse:
             self._left -= len(data)
         if self._left == 0 or not data:
             self._left = 0
+            mark(self._connection.origin_request.timings, "origin end")
             self.close()  # at once: others can use the connection before the caller asks for more
         return data
 
@@ -5860,7 +5871,6 @@ class OriginResponse:
         """
         if self._left is None or self._left > limit:
             return b""
-            mark(self._connection.origin_request.timings, "origin end")
         body = bytearray()
         self._reader.set_deadline(timeout)
         with contextlib.suppress(OSError):  # the next read meets a failure again
@@ -6209,6 +6219,7 @@ class OriginClient:
                     if first is not None and response.head.status < 300 and is_html(response.head):
                         first, response = response, first
                         response.head = replace_fields(response.head, is_page=True)
+                    mark(origin_request.timings if first else None, "redirected head")
                     return response
                 first = first or response
                 if response is not first:
@@ -6219,7 +6230,6 @@ class OriginClient:
         finally:
             if first is not None:
                 first.close()
-                    mark(origin_request.timings if first else None, "redirected head")
         raise OriginError("%s: more than %d redirects." % (origin_request.target.authority, MAX_REDIRECTS))
 
     def _send_with_retry(self, origin_request: OriginRequest) -> OriginResponse:
@@ -7185,6 +7195,7 @@ class Downloader:
             return  # the instance that died had received everything
 
         def ask(offset: int) -> OriginResponse:
+            mark(download.origin_request.timings, "broke off")
             if partial.size:
                 partial.publish()
             request = replace_fields(download.origin_request, deadline=time.monotonic() + RESUME_TIMEOUT)
@@ -7195,7 +7206,6 @@ class Downloader:
         # Other instances can read the partial file once its metadata is written.  That costs a file, which
         # most downloads do not need: it is written if the origin pauses, or if the download takes a while.
         publish_at = time.monotonic() + PUBLISH_DELAY
-            mark(download.origin_request.timings, "broke off")
         if response is not None:
             response.on_idle(partial.publish)
         pieces = resumable_body(partial.head, partial.length, partial.size, ask, response)
@@ -7448,9 +7458,8 @@ def answer_as_final_recipient(request: Request) -> Response:
         allow = ("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE, CONNECT")
         return Response(generated_head(200, more=(allow,)), bytes_body(b""), CacheStatus(Outcome.OWN))
     fields = without_fields(request.fields, ("authorization", "cookie", "proxy-authorization"))
-    lines = ["%s %s HTTP/%d.%d" % (request.method, request.uri, *request.version)]
-    lines += ["%s: %s" % field for field in fields]
-    text = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    start = "%s %s HTTP/%d.%d" % (request.method, request.uri, *request.version)
+    text = "\r\n".join([start, *("%s: %s" % field for field in fields), "", ""]).encode("latin-1")
     return Response(generated_head(200, "message/http"), bytes_body(text), CacheStatus(Outcome.OWN))
 
 
@@ -7833,10 +7842,13 @@ class SharedFetch:
         """Return a response; ALONE if this request cannot share one, AGAIN if it must be decided anew;
         ProxyError."""
         deadline = time.monotonic() + VALIDATION_TIMEOUT
-        result = self._share(deadline) if field_value(self.request.fields, "Authorization") is None else (
-            self._lead(deadline, self.decision.action is Action.FETCH))
-        if self.decision.action is Action.VALIDATE and isinstance(result, Response) and isinstance(
-                result.body, TailingBody):
+        is_validation = self.decision.action is Action.VALIDATE
+        is_shared = field_value(self.request.fields, "Authorization") is None
+        result = self._share(deadline) if is_shared else None
+        if result in (None, FlightResult.ALONE) and (is_validation or not is_shared):
+            # Not passed through: the answer may have to be compared with what is stored.
+            result = self._lead(deadline, not is_validation)
+        if is_validation and isinstance(result, Response) and isinstance(result.body, TailingBody):
             # The stored copy could answer, so do not wait long for a first byte: a second at least.
             result.body.first_byte_deadline = max(deadline, time.monotonic() + 1)
         return result or FlightResult.ALONE
@@ -7855,11 +7867,10 @@ class SharedFetch:
         give_up_at = time.monotonic() + FOLLOWER_HEAD_TIMEOUT
         while time.monotonic() < give_up_at:
             flight, is_leader = self.downloader.flights.join(self.request.key, overdue)
-            if is_leader:
-                response = self._lead(deadline, missing, flight, ignores_lock=overdue is not None)
-                if response is not None:
-                    return response
+            if is_leader and (response := self._lead(deadline, missing, flight, overdue is not None)):
+                return response
             missing = False  # another flight may have stored it
+            mark(self.request.timings, "joined")
             try:
                 patience = max(0.0, min(FOLLOWER_PATIENCE, give_up_at - time.monotonic()))
                 partial, result = flight.wait_for_head(patience)
@@ -7869,7 +7880,6 @@ class SharedFetch:
                 is_late = self.decision.action is Action.VALIDATE and time.monotonic() >= deadline
                 if is_late or is_site_down(self.request, error) or failures.reason_not_to_ask(self.request):
                     raise
-            mark(self.request.timings, "joined")
                 if has_failed:
                     return self._lead(deadline, missing)
                 has_failed = True
@@ -8024,14 +8034,12 @@ class Scrubber:
     def _hash(self, stored: StoredResponse) -> str:
         """Return the SHA-256 of a body, read at SCRUB_RATE while the proxy is in use.  Raises OSError."""
         found, offset = hashlib.sha256(), 0
-        while data := stored.read_at(SMALL_BODY, offset):
+        while not self._stopped.is_set() and (data := stored.read_at(SMALL_BODY, offset)):
             found.update(data)
             offset += len(data)
             self._stopped.wait(max(0.02, len(data) / SCRUB_RATE))  # a small file costs 0.2 ms of a processor
             while time.time() - self._store.used_at > SCRUB_PAUSE and not self._stopped.wait(5.0):
                 pass
-            if self._stopped.is_set():
-                break
         return found.hexdigest()
 
 
@@ -8152,9 +8160,8 @@ class BackgroundRevalidator:
 
     def _ask(self, key: str, vary: Fields, client_is_local: bool) -> Response:
         """Send the request that validates a stored response; ``vary``: the request fields that select it."""
-        target, mark = parse_target(key), key.partition("#")[2]
-        accept = ("Accept", FORMS["#" + mark] if mark else "")
-        fields = (("Host", target.authority), ("Cache-Control", "max-age=0"), accept, *vary)
+        target, accept = parse_target(key), FORMS.get("#" + key.partition("#")[2], "")
+        fields = (("Host", target.authority), ("Cache-Control", "max-age=0"), ("Accept", accept), *vary)
         fields = tuple(pair for pair in fields if pair[1])
         response = self._respond(Request("GET", target.uri, target, fields, received=time.time(), key=key,
                                          client="", client_is_local=client_is_local))
@@ -8281,9 +8288,9 @@ class Proxy:
             response = self._serve(request, decision, stored) if stored is not None else (
                 self._downloader.small_answers.respond(request, config))
             response = response or self._forward(request, decision, config)
+            self.doubts.note_answer(request, response.cache_status.outcome)
         except ProxyError as error:
-            return self._respond_despite(request, decision, began, error)
-        self.doubts.note_answer(request, response.cache_status.outcome)
+            response = self._respond_despite(request, decision, began, error)
 
         def fallback(error: Exception) -> Response:
             return adapt_body(request, self._respond_despite(request, decision, began, error))
@@ -8307,8 +8314,7 @@ class Proxy:
         """Respond to a request for which nothing stored can be used as it is."""
         if decision.action is Action.REFUSE:
             is_missing = decision.forward == "uri-miss"
-            found = self._downloader.mirrors.find_identical(request, config) if is_missing else None
-            if found is not None:
+            if is_missing and (found := self._downloader.mirrors.find_identical(request, config)):
                 return response_from_store(request, found, shared_cache_status(decision, found.head))
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
             error = ProxyError("No stored response fits, and %s." % reason, 504)
@@ -8327,10 +8333,10 @@ class Proxy:
         """Ask the origin for this client alone.  A method that changes things invalidates stored responses
         (RFC 9111 §4.4)."""
         fields = origin_request_fields(request, config, identity=False)
-        private = sorted(private_fields(request))
+        private = private_fields(request)
         follow = decision.forward not in ("bypass", "method") and decision.policy.redirects and not private
         if private and decision.forward == "request":
-            detail = "for this client alone: " + ", ".join(private)
+            detail = why_not_from_cache(request, decision)
         response = self._origin.fetch(OriginRequest(
             request.method, request.target, fields, request.body, request.length, request.client_is_local,
             follow, None, request.client, request.timings, config.origins, request.send_interim))
@@ -8358,7 +8364,10 @@ class Proxy:
             log.warning("The stored file of %s cannot be read: %s", loggable_uri(request.uri), error)
             if self.config.offline or "only-if-cached" in cache_directives(request.fields):
                 raise ProxyError("The stored file cannot be read: %s." % error, 504)
-            return self._pass(request, decision, self.config, "not read: %s" % error)
+            try:
+                return self._pass(request, decision, self.config, "not read: %s" % error)
+            except ProxyError as failure:
+                raise failure.with_reason(decision.forward, "the stored copy cannot be read") from None
         stored = self._find_stale(request, decision)
         if isinstance(stored, str):
             raise error.with_reason("" if decision.action is Action.REFUSE else decision.forward, stored)
@@ -8368,10 +8377,11 @@ class Proxy:
 
     def _find_stale(self, request: Request, decision: CacheDecision) -> StoredResponse | str:
         """Return a stored response that may be served instead of an error, or why there is none."""
-        is_pass = decision.action is Action.PASS
-        stored = None if is_pass else look_up_for_client(self._store, self._origin, request)
+        if reason := why_not_from_cache(request, decision):
+            return reason
+        stored = look_up_for_client(self._store, self._origin, request)
         if stored is None:
-            return "the request bypasses the cache" if is_pass else "no stored copy"
+            return "no usable stored copy"
         if selecting_fields(request, stored.head) != stored.head.vary:
             reason = "the stored copy is for other request fields"
         elif decision.action is Action.REFUSE or not may_serve_stale_on_error(decision, stored.head):

@@ -7282,12 +7282,14 @@ class FailureReasonTest(ProxyCase):
         self.wait_until_idle()
         self.origin.close()
         for path, fields, status, forward, reason in (
-                ("/new_1.0_all.deb", {}, 502, "fwd=uri-miss; ", "no stored copy"),
+                ("/new_1.0_all.deb", {}, 502, "fwd=uri-miss; ", "no usable stored copy"),
                 ("/page", {}, 502, "fwd=stale; ", "the stored copy must be revalidated"),
                 ("/vary", {"Accept": "b"}, 502, "fwd=vary-miss; ", "the stored copy is for other request fields"),
                 ("/vary", {"Cache-Control": "no-store", "Accept": "c"}, 502, "fwd=vary-miss; ", "the request bypasses the cache"),
                 ("/page", {"Cache-Control": "only-if-cached"}, 504, "", "the stored copy must be revalidated"),
-                ("/new_1.0_all.deb", {"Cache-Control": "only-if-cached"}, 504, "", "no stored copy")):
+                ("/page", {"Cache-Control": "only-if-cached", "X-Some": "1", "Cookie": "2"}, 504, "", "for this client alone: cookie, x-some"),
+                ("/page", {"X-Some": "1"}, 502, "fwd=request; ", "for this client alone: x-some"),
+                ("/new_1.0_all.deb", {"Cache-Control": "only-if-cached"}, 504, "", "no usable stored copy")):
             with self.subTest(path=path, fields=fields), self.assertLogs("pkgproxy", "INFO") as logged:
                 answer = self.request(path, **{name.replace("-", "_"): text for name, text in fields.items()})
                 self.wait_until_idle()
@@ -7295,6 +7297,28 @@ class FailureReasonTest(ProxyCase):
                 self.assertRegex(self.cache_status(answer), r'\Apkgproxy; %sdetail="[^"]+; %s"\Z' % (forward, reason))
                 self.assertIn("; %s)" % reason, logged.output[-1])
                 self.assertNotIn(reason.encode(), answer.body, "a client's user needs one sentence")
+
+    def test_offline_another_method_is_told_from_a_stored_copy_that_does_not_fit(self):
+        self.origin.pages["/page"] = ScriptedResponse(b"x")
+        self.request("/page")
+        self.start_proxy(Config(offline=True))
+        self.assertIn("; only GET and HEAD are answered from the cache", self.cache_status(self.request("/page", "POST")))
+
+    def test_an_unreadable_copy_is_named_when_the_origin_fails_too(self):
+        self.origin.pages["/InRelease"] = ScriptedResponse(b"i" * 100_000)
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"x" * 100_000)
+        for path in tuple(self.origin.pages):
+            self.request(path)
+        self.wait_until_idle()
+        self.origin.close()
+        broken = OSError(errno.EIO, "Input/output error")
+        with mock.patch.object(pkgproxy.StoredResponse, "read_at", side_effect=broken), mock.patch.object(os, "sendfile", side_effect=broken, create=True), \
+                mock.patch.object(pkgproxy, "read_without_blocking", return_value=None):
+            for path, forward in (("/x_1.0_all.deb", ""), ("/InRelease", "fwd=stale; ")):
+                with self.subTest(path), self.assertLogs("pkgproxy", "WARNING"):
+                    answer = self.request(path)
+                    self.assertEqual(answer.status, 502, "what the origin did, not what the disk did")
+                    self.assertRegex(self.cache_status(answer), r'\Apkgproxy; %sdetail="[^"]+; the stored copy cannot be read"\Z' % forward)
 
 
 class OriginBackoffTest(ProxyCase):
@@ -8362,6 +8386,18 @@ class IsolationTest(ProxyCase):
         down = b"HTTP/1.1 503 Down\r\nContent-Length: 0\r\n\r\n"
         leader, follower = self.request_as_follower(self.INDEX, [down], ScriptedResponse(b"new"))
         self.assertEqual((leader.body, follower.body), (b"old", b"new"))
+
+    def test_a_follower_of_an_answer_that_is_not_shared_still_has_the_stored_copy(self):
+        """Its own request gets an answer that is not believed."""
+        gone = b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n"
+        for status in (503, 504, 429):
+            with self.subTest(status=status):
+                path = "/%d/InRelease" % status
+                self.origin.pages[path] = ScriptedResponse(b"release")
+                self.request(path)
+                leader, follower = self.request_as_follower(path, [gone], ScriptedResponse(b"", status))
+                self.assertEqual((leader.status, follower.status, follower.body), (404, 200, b"release"))
+                self.assertIn("%d from origin" % status, self.cache_status(follower))
 
     def test_followers_of_an_unreachable_origin_do_not_wait_for_it_again(self):
         gate, calls = Gate(), []
