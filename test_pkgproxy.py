@@ -13084,11 +13084,14 @@ class EventLoopTest(ProxyCase):
         def invalidated():
             self.request("/x_1.0.deb", "POST", body=b"")
 
-        for what, change in (("removed", lambda: os.unlink(path)), ("invalidated", invalidated),
-                             ("with one name less", lambda: (os.link(path, other), os.unlink(path))),
-                             ("cut", lambda: os.truncate(path, 100)), ("kept out by a filter", filtered)):
-            with self.subTest(what), mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
+        changes = (("removed", lambda: os.unlink(path)), ("invalidated", invalidated),
+                   ("with one name less", lambda: (os.link(path, other), os.unlink(path))),
+                   ("cut", lambda: os.truncate(path, 100)), ("kept out by a filter", filtered))
+        for size, (what, change) in itertools.product((4096, pkgproxy.SMALL_BODY + 1, pkgproxy.LARGE_BODY), changes):
+            with self.subTest(what, size=size), mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
                 shutil.rmtree(self.root)
+                self.proxy.config = dataclasses.replace(self.proxy.config, filters=())
+                self.page.body = os.urandom(size)
                 self.request("/x_1.0.deb")
                 self.wait_until_idle()
                 lookup = self.patch(self.proxy._store, "lookup", mock.Mock(wraps=self.proxy._store.lookup))
@@ -13097,6 +13100,19 @@ class EventLoopTest(ProxyCase):
                 self.assertEqual(lookup.call_count, 1)
                 change()
                 self.assertNotIn("; hit", self.request("/x_1.0.deb")["Cache-Status"])
+
+    def test_a_fleet_that_asks_for_the_same_files_has_each_prepared_once_in_a_second(self):
+        paths = ["/n%d_1.0.deb" % number for number in range(100)]
+        self.origin.pages.update({path: ScriptedResponse(b"n" * (number + 1) * 3000) for number, path in enumerate(paths)})
+        for path in paths:
+            self.request(path)
+        self.wait_until_idle()
+        prepared = self.patch(self.proxy, "prepare_hit", mock.Mock(wraps=self.proxy.prepare_hit))
+        with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
+            for _ in range(3):
+                for path in paths:
+                    self.assertEqual(self.request(path).body, self.origin.pages[path].body)
+        self.assertEqual(prepared.call_count, 100)
 
     def test_a_removed_file_is_not_served_to_a_later_request_on_the_same_connection(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
