@@ -9579,11 +9579,11 @@ def error_response(error: ProxyError) -> Response:
 def set_events(selector: selectors.BaseSelector, sock: socket.socket, events: int, data: Any = None) -> None:
     """Let a selector report ``events`` of a socket from now on, with ``data``.
 
-    0 means no events; the socket may be unknown to the selector, before and after.  OSError if the system
-    cannot watch more sockets.
+    0 means no events; the socket may be unknown to the selector, before and after, or closed by then.
+    OSError if the system cannot watch more sockets.
     """
     # By number: the map's KeyError for an unknown socket would contain the socket's repr(), which is slow.
-    if sock.fileno() in selector.get_map():
+    if 0 <= sock.fileno() in selector.get_map():
         selector.unregister(sock)
     if events:
         selector.register(sock, events, data)
@@ -9872,11 +9872,8 @@ class ConnectionLimiter:
             while self._parked:
                 self._parked.pop().sock.close()
 
-    def _per_client_limit(self) -> int:
-        return max(4, self.max_connections // 2)
-
     def _may_have_more(self, network: str) -> bool:
-        return self._per_client[network] < self._per_client_limit()
+        return self._per_client[network] < max(4, self.max_connections // 2)
 
     def _register(self, connection: ClientConnection) -> None:
         self._connections.add(connection)
@@ -9972,10 +9969,10 @@ class Dispatcher:
             connection.access_key = is_this_host or is_local_client(host), own_address
         return connection.access_key is not None
 
-    def refuse(self, connection: ClientConnection, error: ProxyError) -> bytes:
+    def refuse(self, connection: ClientConnection) -> bytes:
         """Return the response to a client for which there is no room; count it, and log it at times."""
         request = Request("?", "?", Target("", "", 0, "/"), (), client=connection.host)
-        response = error_response(error)
+        response = error_response(ProxyError("%s has too many connections open." % connection.host, 503))
         self.count(request, response, 0, False)
         self.record(request, response, 0, time.monotonic(), True)
         return render_head(response.head, (*response.head.fields, ("Connection", "close")))
@@ -10197,10 +10194,11 @@ class EventLoop:
 
     @property
     def sending(self) -> int:
-        """Connections that a hit is being sent to, or that have buffered another request; and hits that were
-        sent, but are not logged yet."""
-        busy = sum(each.pending is not None for each in tuple(self._connections))
-        return busy + len(self._postponed) + len(self._sent)
+        """Connections that a hit is being sent to, or that have buffered another request; new ones, whose
+        first request is probably on its way; and hits that were sent, but are not logged yet."""
+        busy = [each for each in tuple(self._connections)
+                if each.pending or not each.answered and time.monotonic() - each.waiting_since < 0.1]
+        return len(busy) + len(self._postponed) + len(self._sent)
 
     def close_timed_out(self, now: float) -> None:
         """Close connections that have exceeded their timeout; ``now`` is monotonic.
@@ -10641,9 +10639,8 @@ class ProxyHandler:
         method, _, uri = self._line.partition(" ")
         # Before they are shortened: the @ behind a long password may be in the part that is left out.
         method, uri = cut_userinfo(method), cut_userinfo(uri)
-        uri = (uri.rpartition(" ")[0] or uri)[:200]
-        return Request(method[:200], uri, Target("", "", 0, "/"), (), client=self._connection.host,
-                       server_address=self._connection.server_address[0])
+        return Request(method[:200], (uri.rpartition(" ")[0] or uri)[:200], Target("", "", 0, "/"), (),
+                       client=self._connection.host, server_address=self._connection.server_address[0])
 
     def _buffered(self) -> bytes:
         """Return the bytes that have been received but not read, without waiting for more."""
@@ -10668,7 +10665,8 @@ class ProxyServer:
     """Listens on one address and serves its connections.
 
     The end comes in four steps: stop() of all servers (nothing is accepted any more); the caller waits until
-    replies_running is 0, or for SHUTDOWN_GRACE; serve_forever() returns; server_close().
+    replies_running is 0, or for SHUTDOWN_GRACE; serve_forever() returns; server_close().  Clients that have
+    just connected still get a response: unlike after one, they do not expect a close, and may not try again.
     """
 
     def __init__(self, listening: socket.socket, dispatcher: Dispatcher) -> None:
@@ -10692,7 +10690,7 @@ class ProxyServer:
         ``poll_interval``: seconds between two calls of do_periodic_work().
         """
         self._ended.clear()
-        while time.monotonic() < self._stop_at and (self._stop_at == math.inf or self.event_loop.sending):
+        while time.monotonic() < self._stop_at and (self.socket.fileno() >= 0 or self.event_loop.sending):
             try:
                 self.event_loop.run_once(0.0 if self._act_soon else poll_interval)
                 if self._act_soon or time.monotonic() - self.last_iteration >= poll_interval:
@@ -10707,6 +10705,7 @@ class ProxyServer:
         """Stop accepting connections."""
         self._stop_at = min(self._stop_at, time.monotonic() + SHUTDOWN_GRACE)
         self.limiter.close()
+        self._act_soon = True
         self.event_loop.selector.wake()
 
     def shutdown(self) -> None:
@@ -10728,6 +10727,8 @@ class ProxyServer:
         now = self.last_iteration = time.monotonic()
         events = selectors.EVENT_READ if self._stop_at == math.inf and now >= self._resume_at else 0
         set_events(self.event_loop.selector, self.socket, events, self._accept)
+        if self._stop_at < math.inf:
+            self.socket.close()  # at once: what is in its queue then is lost, or waits for the next process
         self.event_loop.close_timed_out(now)
         self.limiter.admit_parked()
         self.dispatcher.proxy.close_idle()
@@ -10760,9 +10761,8 @@ class ProxyServer:
         """
         refused = self.limiter.admit(connection)
         if refused:
-            error = ProxyError("%s has too many connections open." % refused.host, 503)
             with contextlib.suppress(OSError):
-                refused.sock.send(self.dispatcher.refuse(refused, error))
+                refused.sock.send(self.dispatcher.refuse(refused))
             self.close_connection(refused)
 
     def close_connection(self, connection: ClientConnection) -> None:

@@ -13074,6 +13074,48 @@ class EventLoopTest(ProxyCase):
             gate.open()
             self.assertEqual(connection.getresponse().status, 404)
 
+    @contextlib.contextmanager
+    def stopping(self):
+        """Stop the server in the background; wait at the end until the event loop has finished."""
+        thread = threading.Thread(target=self.server.shutdown)
+        thread.start()
+        try:
+            with mock.patch.object(pkgproxy.log, "exception") as complain:
+                until(lambda: self.server.socket.fileno() < 0, "the end of accepting")
+                yield
+        finally:
+            thread.join(PATIENCE)
+        self.assertFalse(thread.is_alive() or complain.called)
+
+    def test_a_client_that_has_just_connected_is_served_during_shutdown(self):
+        client = self.open_client()
+
+        def accepted():
+            return [each for each in tuple(self.server.event_loop._connections) if each.address == client.getsockname()]
+
+        until(accepted)
+        accepted()[0].waiting_since = math.inf  # it stays new until its request has come
+        with self.stopping():
+            client.sendall(self.raw_request("/new_1.0.deb"))
+            self.assertIn(b" 404 ", client.recv(4096))
+
+    def test_a_silent_client_does_not_delay_shutdown(self):
+        client = self.open_client()
+        until(lambda: self.server.event_loop._connections)
+        began = time.monotonic()
+        with self.stopping():
+            pass
+        self.server.server_close()
+        self.assertEqual(read_to_end(client), b"")
+        self.assertLess(time.monotonic() - began, pkgproxy.SHUTDOWN_GRACE / 2)
+
+    def test_nobody_waits_in_the_accept_queue_while_the_last_hits_are_sent(self):
+        client = self.open_blocked_client()
+        with self.stopping():
+            self.assertTrue(self.server.event_loop.sending)
+            self.assertRaises(ConnectionRefusedError, socket.create_connection, self.address, PATIENCE)
+            client.close()
+
     def test_the_hot_cache_is_used_only_while_it_is_valid(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
         other = os.path.join(self.root, "other")
@@ -13645,7 +13687,7 @@ class ConnectionLimiterTest(ProxyCase):
 
     def test_parking_is_shared_out_too(self):
         self.server.limiter.max_connections = 4
-        self.server.limiter._per_client_limit = lambda: 1
+        self.server.limiter._may_have_more = lambda network: not self.server.limiter._per_client[network]
         line, gate = self.raw_request("/slow_1.0.deb"), Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
@@ -13730,7 +13772,7 @@ class ConnectionLimiterTest(ProxyCase):
         gate = Gate()
         self.addCleanup(gate.open)
         self.origin.pages["/slow_1.0.deb"] = ScriptedResponse(b"slow", gate=gate, first=1)
-        self.server.limiter._per_client_limit = lambda: 1
+        self.server.limiter._may_have_more = lambda network: not self.server.limiter._per_client[network]
         line = self.raw_request("/slow_1.0.deb")
         for _ in range(5):
             self.open_client(line)
