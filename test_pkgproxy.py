@@ -14610,6 +14610,249 @@ class ServiceTest(unittest.TestCase):
         proxy.stop()
 
 
+class SystemdInNamespaces:
+    """A systemd of its own: PID 1 of new namespaces.
+
+    It sees this machine's files, read-only, and its network.  ``folder`` is /run/test there.  All that it mounts and
+    writes elsewhere vanishes with it: its cgroup, too, and the kernel ends all its processes.  SkipTest if this machine
+    does not permit that, or if it takes too long.
+    """
+
+    BOOT = r"""set -e
+        mount --make-rprivate /
+        mount -t tmpfs -o mode=755 tmpfs /run
+        mkdir -p /run/test /run/python
+        mount --bind "$1" /run/test
+        mount --rbind "$2" /run/python
+        mount -t tmpfs -o mode=755 tmpfs /var
+        mkdir -p /var/cache /var/lib /var/log /var/tmp
+        mount -t tmpfs -o mode=1777 tmpfs /tmp
+        mount --bind /proc/sys /proc/sys
+        mount -o remount,bind,ro /proc/sys
+        mount -t cgroup2 cgroup2 /sys/fs/cgroup
+        mount -o remount,bind,ro /
+        touch /run/test/mounted
+        exec "$3" --unit=basic.target --log-target=null --show-status=no"""
+    START = """echo $$ >"$1/cgroup.procs" && exec setpriv --pdeathsig KILL \
+        unshare --mount --pid --fork --cgroup --uts --ipc --mount-proc --kill-child sh -c "$2" sh "$3" "$4" "$5" """
+    NEEDS = ("unshare", "nsenter", "setpriv", "mount", "systemctl")
+    BOOT_SECONDS = 10.0
+
+    def __init__(self, folder):
+        self.folder, self.process, self.cgroup = folder, None, ""
+        self.python = os.path.relpath(os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix))  # below /run/python
+        missing = [tool for tool in self.NEEDS if not shutil.which(tool)]
+        program = next(filter(os.path.exists, ("/lib/systemd/systemd", "/usr/lib/systemd/systemd")), "")
+        if missing or not program or os.geteuid() != 0 or self.python.startswith(".."):
+            raise unittest.SkipTest("no live systemd: missing %s" % (", ".join(missing) or "root, systemd, or a Python below its prefix"))
+        os.mkdir(os.path.join(folder, "units"))
+        for name in ("sysinit", "basic", "shutdown", "network-online"):
+            self.write("units/%s.target" % name, "[Unit]\nDefaultDependencies=no\n")
+        # In a user namespace, say, systemd runs, but cannot create accounts.
+        self.write("units/probe.service", "[Service]\nType=oneshot\nDynamicUser=yes\nPrivateUsers=yes\nPrivateDevices=yes\nCacheDirectory=probe\n"
+                   "Environment=LD_LIBRARY_PATH=/run/python/lib\nExecStart=/run/python/%s -c pass\n" % self.python)
+        try:
+            self._boot(program)
+        except (OSError, subprocess.SubprocessError, AssertionError) as error:
+            self.close()
+            raise unittest.SkipTest("no live systemd: %s: %s" % (error, Path(folder, "boot.log").read_text("utf-8", "replace"))) from None
+
+    def _boot(self, program):
+        log, mounts = Path(self.folder, "boot.log"), Path("/proc/self/mounts").read_text("utf-8")
+        log.touch()
+        groups = [line.split()[1] for line in mounts.splitlines() if line.split()[2] == "cgroup2"]
+        if not groups:
+            raise OSError("no cgroup2")
+        group = os.path.join(groups[0], "pkgproxy-test-%d-%d" % (os.getpid(), time.monotonic_ns()))
+        os.mkdir(group)
+        self.cgroup = group
+        command = ("sh", "-c", self.START, "sh", group, self.BOOT, self.folder, os.path.realpath(sys.base_prefix), program)
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+                                            env={"PATH": os.environ["PATH"], "container": "test", "SYSTEMD_UNIT_PATH": "/run/test/units"})
+        deadline = time.monotonic() + self.BOOT_SECONDS
+        # Before all is mounted, its systemctl would talk to the systemd of this machine.
+        while not os.path.exists(os.path.join(self.folder, "mounted")) or self._run("is-active", "basic.target").returncode:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError("it did not start in time")
+            time.sleep(0.05)
+        self.systemctl("start", "probe")
+
+    def write(self, name, text):
+        path = Path(self.folder, name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+    def _run(self, *arguments):
+        pid = self.process.pid  # of unshare, which is in all new namespaces but that of processes
+        return subprocess.run(["nsenter", "-t", str(pid), "--mount", "--uts", "--ipc", "--cgroup", "--pid=/proc/%d/ns/pid_for_children" % pid,
+                               "systemctl", "--no-pager", *arguments], capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
+
+    def systemctl(self, *arguments):
+        """Run systemctl, and return what it prints; if it fails, the message contains the log of the services."""
+        ran = self._run(*arguments)
+        if ran.returncode:
+            logs = [path.read_text("utf-8", "replace") for path in Path(self.folder).glob("*.log")]
+            raise AssertionError("systemctl %s: %s" % (" ".join(arguments), "\n".join([ran.stdout, ran.stderr, *logs])))
+        return ran.stdout
+
+    def show(self, unit, name):
+        """Return a property of a unit."""
+        return self.systemctl("show", "--property=" + name, "--value", unit).strip()
+
+    def path(self, name):
+        """Return the path at which this process finds a file of that machine."""
+        return Path("/proc/%d/root" % self.process.pid, name)
+
+    def close(self):
+        """End all its processes, and remove its cgroup."""
+        if self.process:
+            self.process.kill()
+            self.process.wait(PATIENCE)
+
+        def is_removed():
+            for folder, _, _ in os.walk(self.cgroup, topdown=False):
+                with contextlib.suppress(OSError):  # a process of it has not ended yet
+                    os.rmdir(folder)
+            return not os.path.exists(self.cgroup)
+
+        until(is_removed, "the end of all processes in %s" % self.cgroup)
+
+
+@unittest.skipUnless(sys.platform == "linux" and (HERE / "pkgproxy.service").exists(), "systemd is on Linux only")
+class LiveSystemdTest(unittest.TestCase):
+    """pkgproxy.service under a real systemd, with the sandbox that it asks for."""
+
+    BODY = random.Random(1).randbytes(1_000_000)
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.mkdtemp(prefix="pkgproxy-test-")
+        cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
+        os.chmod(folder, 0o755)  # the service's account enters it
+        cls.machine = machine = SystemdInNamespaces(folder)
+        cls.addClassCleanup(machine.close)
+        os.mkdir(os.path.join(folder, "lib"))
+        shutil.copy(HERE / "pkgproxy.py", os.path.join(folder, "lib"))
+        py_compile.compile(os.path.join(folder, "lib", "pkgproxy.py"), doraise=True)
+        cls.address, cls.own = free_address(), free_address()[1]
+        for name in ("pkgproxy.service", "pkgproxy@.service"):
+            shutil.copy(HERE / "pkgproxy.service", os.path.join(folder, "units", name))
+        cls.configure("pkgproxy.service", "-a %s:%d -f /run/test/filters" % cls.address)
+        cls.configure("pkgproxy@.service", "-a %s:%d -a 127.0.0.%%i:%d" % (*cls.address, cls.own))
+
+    @classmethod
+    def configure(cls, unit, options, *lines):
+        """Write what `systemctl edit` would write: another Python, addresses, and no pause before a restart."""
+        text = ("[Unit]", "StartLimitIntervalSec=0", "[Service]", "ExecStart=", "ExecStart=/run/python/%s -m pkgproxy -r ${CACHE_DIRECTORY} --instance=%%i %s" % (cls.machine.python, options),
+                "WorkingDirectory=/run/test/lib", "Environment=LD_LIBRARY_PATH=/run/python/lib", "RestartSec=100ms",
+                "StandardError=append:/run/test/service.log", *lines)
+        cls.machine.write("units/%s.d/test.conf" % unit, "\n".join([*text, ""]))
+        cls.machine.systemctl("daemon-reload")
+
+    def setUp(self):
+        self.origin = ScriptedOrigin()
+        self.addCleanup(self.origin.close)
+        self.machine.write("filters", "")
+        Path(self.machine.folder, "service.log").write_bytes(b"")
+
+    def start(self, *units):
+        self.addCleanup(self.machine.systemctl, "stop", *units)
+        self.machine.systemctl("start", *units)
+
+    def open_request(self, target, address=None):
+        client = http.client.HTTPConnection(*(address or self.address), timeout=PATIENCE)
+        self.addCleanup(client.close)
+        client.request("GET", target, headers={"Connection": "close"})
+        return client.getresponse()
+
+    def request(self, target):
+        return ClientResponse(self.open_request(self.origin.url(target)))
+
+    def log(self):
+        """Return the log of the services."""
+        return Path(self.machine.folder, "service.log").read_text(encoding="utf-8")
+
+    def wait_for_restart(self, unit, address):
+        """Wait until systemd has restarted the service, and it serves again."""
+        until(lambda: int(self.machine.show(unit, "NRestarts")) > 0 and self.machine.show(unit, "ActiveState") == "active", "the restart of " + unit)
+        self.assertEqual(self.open_request("/healthz", address).read(), b"ok\n")
+
+    def test_the_service_starts_serves_reads_files_again_and_stops(self):
+        self.origin.pages["/curl_8.0_amd64.deb"] = ScriptedResponse(b"curl")
+        self.start("pkgproxy")
+        self.assertRegex(self.machine.show("pkgproxy", "StatusText"), r"\A\d+ requests?, ")
+        statuses = [self.request("/curl_8.0_amd64.deb")["Cache-Status"] for _ in range(2)]
+        self.assertEqual(statuses, ["pkgproxy; fwd=uri-miss; fwd-status=200; stored", "pkgproxy; hit"])
+        self.machine.write("filters", "curl_")
+        self.machine.systemctl("reload", "pkgproxy")
+        until(lambda: "bypass" in self.request("/curl_8.0_amd64.deb")["Cache-Status"])
+        self.machine.systemctl("stop", "pkgproxy")
+        self.assertEqual([self.machine.show("pkgproxy", name) for name in ("ActiveState", "Result", "ExecMainStatus", "NRestarts")], ["inactive", "success", "0", "0"])
+        self.assertNotRegex(self.log(), "Traceback|bug|not permitted|denied|not writable")
+
+    def test_indexes_are_read_in_the_sandbox(self):
+        index = b"Package: a\nVersion: 1\nFilename: pool/a_1_all.deb\nSize: 5\nSHA256: %s\n\n" % hashlib.sha256(b"right").hexdigest().encode()
+        pages = {"xz": lzma.compress(index)}
+        if shutil.which("zstd"):  # in a process of its own, before Python 3.14
+            pages["zst"] = subprocess.run(["zstd", "-c"], input=index, capture_output=True, check=True, timeout=60).stdout
+        self.start("pkgproxy")
+        for kind, body in pages.items():
+            with self.subTest(kind):
+                self.origin.pages["/%s/dists/sid/main/binary-all/Packages.%s" % (kind, kind)] = ScriptedResponse(body)
+                self.origin.pages["/%s/pool/a_1_all.deb" % kind] = ScriptedResponse(b"wrong")
+                self.assertEqual(self.request("/%s/dists/sid/main/binary-all/Packages.%s" % (kind, kind)).body, body)
+                until(functools.partial(self.is_known_as_wrong, "/%s/pool/a_1_all.deb" % kind), "a look into the index")
+
+    def is_known_as_wrong(self, path):
+        self.assertEqual(self.request(path).body, b"wrong")
+        return path + " was not stored: its sha256 is" in self.log()
+
+    def start_download(self, path, address):
+        """Request a file of which the origin sends the first bytes; return the response after these, and the gate for the rest."""
+        if path not in self.origin.pages:
+            gate = Gate()
+            self.addCleanup(gate.open)
+            self.origin.pages[path] = ScriptedResponse(self.BODY, gate=gate, first=400_000)
+        response = self.open_request(self.origin.url(path), address)
+        self.assertEqual(response.read(400_000), self.BODY[:400_000])
+        partials = self.machine.path("var/cache/private/pkgproxy/.pkgproxy/partials")
+        until(lambda: any(file.name.endswith("^head") for file in partials.iterdir()), "the metadata of the partial file")
+        return response, self.origin.pages[path].gate
+
+    def ranges_requested(self, path):
+        return [entry.fields.get("range") for entry in self.origin.requests(path)]
+
+    def test_a_service_that_hangs_is_restarted_and_resumes_its_downloads(self):
+        options = "-a %s:%d -f /run/test/filters" % self.address
+        self.addCleanup(self.configure, "pkgproxy.service", options)
+        self.configure("pkgproxy.service", options, "WatchdogSec=3")  # a busy machine may take two to start it
+        self.start("pkgproxy")
+        _, gate = self.start_download("/hung_1.0_all.deb", self.address)
+        self.machine.systemctl("kill", "--signal=STOP", "pkgproxy")
+        self.wait_for_restart("pkgproxy", self.address)
+        gate.open()
+        self.assertEqual(self.request("/hung_1.0_all.deb").body, self.BODY)
+        self.assertEqual(self.ranges_requested("/hung_1.0_all.deb"), [None, "bytes=400000-"])
+
+    def test_an_instance_that_is_killed_costs_only_its_own_clients_their_connections(self):
+        self.start("pkgproxy@1", "pkgproxy@2")
+        for killed, ranges in ((1, [None, "bytes=400000-"]), (2, [None])):
+            with self.subTest("the one that downloads" if killed == 1 else "the other one"):
+                path, responses = "/big_%d.0_all.deb" % killed, {}
+                for number in (1, 2):
+                    responses[number], gate = self.start_download(path, ("127.0.0.%d" % number, self.own))
+                self.machine.systemctl("kill", "--signal=KILL", "pkgproxy@%d" % killed)
+                self.assertRaises((http.client.IncompleteRead, ConnectionError), responses.pop(killed).read)
+                gate.open()
+                for response in responses.values():
+                    self.assertEqual(response.read(), self.BODY[400_000:])
+                self.assertEqual(self.ranges_requested(path), ranges)
+                self.wait_for_restart("pkgproxy@%d" % killed, ("127.0.0.%d" % killed, self.own))
+                again = {self.open_request(self.origin.url(path)).getheader("Cache-Status") for _ in range(8)}
+                self.assertEqual(again, {"pkgproxy; hit"}, "at the address that they share")
+
+
 @unittest.skipUnless(README.exists(), "no README.md beside the test file")
 class ReadmeTest(unittest.TestCase):
     """The README matches the program."""
@@ -14653,7 +14896,7 @@ class ReadmeTest(unittest.TestCase):
                 self.assertEqual((ran.returncode, ran.stderr), (0, ""))
 
     def test_tests_that_need_a_missing_tool_are_skipped(self):
-        names = ("TlsOriginTest", "HttpsTest", "InterceptionTest", "MemcachedTest", "MirrorSharingTest.test_a_file_fetched_over_http_is_used_for_https_only_with_a_digest",
+        names = ("TlsOriginTest", "HttpsTest", "InterceptionTest", "MemcachedTest", "LiveSystemdTest", "MirrorSharingTest.test_a_file_fetched_over_http_is_used_for_https_only_with_a_digest",
                  "ReadmeTest.test_the_systemd_unit_runs_byte_code_and_permits_the_system_calls_in_use")
         with tempfile.TemporaryDirectory(prefix="pkgproxy-test-") as empty:
             ran = subprocess.run([sys.executable, __file__, *names], env={**os.environ, "PATH": empty}, capture_output=True, text=True, timeout=60)
