@@ -10727,7 +10727,7 @@ class ProxyServer:
         now = self.last_iteration = time.monotonic()
         events = selectors.EVENT_READ if self._stop_at == math.inf and now >= self._resume_at else 0
         set_events(self.event_loop.selector, self.socket, events, self._accept)
-        if self._stop_at < math.inf:
+        if not events and self._stop_at < math.inf:
             self.socket.close()  # at once: what is in its queue then is lost, or waits for the next process
         self.event_loop.close_timed_out(now)
         self.limiter.admit_parked()
