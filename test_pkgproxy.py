@@ -14835,6 +14835,13 @@ class LiveSystemdTest(unittest.TestCase):
         self.assertEqual(self.request("/hung_1.0_all.deb").body, self.BODY)
         self.assertEqual(self.ranges_requested("/hung_1.0_all.deb"), [None, "bytes=400000-"])
 
+    def test_a_service_with_an_invalid_option_is_not_started_again(self):
+        self.addCleanup(self.configure, "pkgproxy.service", "-a %s:%d -f /run/test/filters" % self.address)
+        self.configure("pkgproxy.service", "--max-size plenty")
+        self.assertRaises(AssertionError, self.start, "pkgproxy")
+        self.assertEqual([self.machine.show("pkgproxy", name) for name in ("ActiveState", "ExecMainStatus", "NRestarts")], ["failed", "2", "0"])
+        self.assertIn("plenty", self.log())
+
     def test_an_instance_that_is_killed_costs_only_its_own_clients_their_connections(self):
         self.start("pkgproxy@1", "pkgproxy@2")
         for killed, ranges in ((1, [None, "bytes=400000-"]), (2, [None])):
