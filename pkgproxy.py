@@ -3129,7 +3129,7 @@ FLUSH_INTERVAL = 0.5  # seconds between two flushes of a partial file that other
 _REMOTE = ("nfs", "cifs", "smb", "ceph", "fuse.", "9p", "virtiofs", "lustre", "glusterfs", "afs")
 _MAX_NAMES = 1024 * 1024  # bytes in one bucket of a NameIndex: 10,000 names, 2 million in 256 buckets
 COUNT_STEP = 128 * 1024 * 1024  # bytes, or 1 % of --max-size if more, that land until all files are counted
-_MAX_HEAD_FILE = 16 * MAX_HEAD  # bytes: two heads with every byte escaped; a larger file is not a head file
+_MAX_METADATA = 2 * _MAX_NAMES  # bytes; no bucket is larger, nor are two heads with every byte escaped
 # Names that version 1.0 used in head files, and today's; None: no longer stored.
 _NAMES_IN_1_0: dict[str, str | None] = {
     "final": "final_uri", "requested": "request_time", "received": "response_time",
@@ -3165,11 +3165,6 @@ class StoredResponse:
 def _close(stored: StoredResponse | None) -> None:
     if stored is not None:
         stored.close()
-
-
-def _private_opener(path: str, flags: int) -> int:
-    """Open a file for open(): writable for this user only, whatever the umask, and without blocking."""
-    return os.open(path, flags | _REGULAR, 0o644)
 
 
 # Temporary names have a random part for each process and a number for each file: no system call for a name.
@@ -3336,8 +3331,8 @@ def _head_from(row: dict[Any, Any]) -> ResponseHead:
 
 def read_metadata(path: str) -> bytes:
     """Return the content of a file that pkgproxy keeps for itself.  Raises OSError."""
-    with open(path, "rb", opener=_private_opener) as file:
-        return file.read(_MAX_HEAD_FILE)
+    with open(path, "rb", opener=lambda path, _flags: os.open(path, _REGULAR)) as file:
+        return file.read(_MAX_METADATA)
 
 
 @functools.lru_cache(LARGE_MEMO)
@@ -3672,7 +3667,7 @@ class PartialFile(RefCountedFile):
         """
         with contextlib.suppress(*_DAMAGED):
             if self._store.remote:  # opening the file makes an NFS client ask the server for its present size
-                os.close(_private_opener(self.path, os.O_RDONLY))
+                os.close(os.open(self.path, _REGULAR))
             info = os.fstat(self.fileno())
             row = json.loads(read_metadata(self.path + "^head")) if info.st_size else {}
             head, length, flushed_size = _head_from(row["head"]), row["length"], row["flushed_size"] or 0
@@ -3772,13 +3767,13 @@ class NameIndex:
         path, prefix = self._bucket(name)
         store_bytes(path, b"%s%s\n" % (prefix, place.encode("utf-8", "surrogateescape")), os.O_APPEND)
         if os.stat(path).st_size > _MAX_NAMES:
-            replace_file(path, self._read(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
+            replace_file(path, read_metadata(path)[-_MAX_NAMES // 2:].partition(b"\n")[2])
 
     def lookup(self, name: str) -> list[str]:
         """Return up to MAX_CANDIDATES places of a name, the newest first."""
         path, prefix = self._bucket(name)
         with contextlib.suppress(OSError):
-            lines = reversed(self._read(path).split(b"\n")[:-1])
+            lines = reversed(read_metadata(path).split(b"\n")[:-1])
             newest_first = dict.fromkeys(line[len(prefix):] for line in lines if line.startswith(prefix))
             return [place.decode("utf-8", "surrogateescape") for place in newest_first][:MAX_CANDIDATES]
         return []
@@ -3799,11 +3794,6 @@ class NameIndex:
         """Return the path of a name's bucket, and how the name's lines in it begin."""
         digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
         return os.path.join(self._folder, digest[:2]), b"%s " % digest[:18].encode()
-
-    def _read(self, path: str) -> bytes:
-        """Return the content of a bucket.  Raises OSError."""
-        with io.FileIO(path, "rb", opener=_private_opener) as file:
-            return file.readall() or b""
 
 
 def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
