@@ -3194,13 +3194,10 @@ def make_directory(path: str) -> None:
 
     os.makedirs() would give the parents the umask's mode.
     """
-    missing, folder = [], path
-    while not os.path.isdir(folder):
-        missing.append(folder)
-        folder = os.path.dirname(folder)
-    for folder in reversed(missing):
+    if not os.path.isdir(path):
+        make_directory(os.path.dirname(path))
         with contextlib.suppress(FileExistsError):  # another thread made it, or it is a file
-            os.mkdir(folder, 0o755)
+            os.mkdir(path, 0o755)
 
 
 def create_in_folder(path: str, create: Callable[[], _T]) -> _T:
