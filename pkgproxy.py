@@ -6061,13 +6061,13 @@ class ConnectionPool:
     """Idle connections to origins, at most POOL_SIZE to one and POOL_TOTAL in all.
 
     A list is searched instead of a dictionary by key: it has few entries, and its order says which one to
-    close.  Connections are closed after the lock is released (invariant 5).
+    close.  Each use of it is one operation, so there is no lock: of several threads that choose a connection,
+    the one that removes it has it.
 
     Methods for the caller: acquire, release, close_expired, close.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _idle
         self._idle: list[OriginConnection] = []  # the longest idle first
 
     def acquire(self, key: tuple[Any, ...], now: float) -> OriginConnection | None:
@@ -6076,38 +6076,39 @@ class ConnectionPool:
         The most recently used comes first: it is the least likely to be closed by the origin at this moment,
         and the others can expire.
         """
-        while True:
-            with self._lock:
-                connection = next((other for other in reversed(self._idle) if other.pool_key == key), None)
-                if connection is None:
-                    return None
-                self._idle.remove(connection)
-            if now - connection.idle_since < POOL_IDLE_TIMEOUT and is_open_and_silent(connection.sock):
-                return connection
-            connection.close()
+        for connection in reversed(self._idle.copy()):
+            if connection.pool_key == key and self._remove(connection):
+                if now - connection.idle_since < POOL_IDLE_TIMEOUT and is_open_and_silent(connection.sock):
+                    return connection
+                connection.close()
+        return None
 
     def release(self, connection: OriginConnection, now: float) -> None:
         """Put in a connection; if there are too many, the longest idle one is closed."""
         connection.idle_since = now
-        with self._lock:
-            self._idle.append(connection)
-            same_origin = [other for other in self._idle if other.pool_key == connection.pool_key]
-            surplus = same_origin[:-POOL_SIZE] or self._idle[:-POOL_TOTAL]
-            self._idle = [other for other in self._idle if other not in surplus]
-        for other in surplus:
-            other.close()
+        self._idle.append(connection)
+        idle = self._idle.copy()
+        same_origin = [other for other in idle if other.pool_key == connection.pool_key]
+        self._close(same_origin[:-POOL_SIZE] or idle[:-POOL_TOTAL])
 
     def close_expired(self, now: float) -> None:
         """Close connections that were idle for POOL_IDLE_TIMEOUT seconds; ``now`` is monotonic."""
-        with self._lock:
-            expired = [other for other in self._idle if now - other.idle_since >= POOL_IDLE_TIMEOUT]
-            self._idle = [connection for connection in self._idle if connection not in expired]
-        for connection in expired:
-            connection.close()
+        self._close([other for other in self._idle.copy() if now - other.idle_since >= POOL_IDLE_TIMEOUT])
 
     def close(self) -> None:
         """Close all connections."""
-        self.close_expired(math.inf)
+        self._close(self._idle.copy())
+
+    def _close(self, connections: list[OriginConnection]) -> None:
+        for connection in filter(self._remove, connections):
+            connection.close()
+
+    def _remove(self, connection: OriginConnection) -> bool:
+        """Take out a connection; False if another thread was faster."""
+        with contextlib.suppress(ValueError):
+            self._idle.remove(connection)
+            return True
+        return False
 
 
 def redirected_request(origin_request: OriginRequest, location: Target) -> OriginRequest:
