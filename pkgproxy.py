@@ -3978,19 +3978,17 @@ class Store:
             if file is None:
                 continue
             head = _matching_head(_read_heads(self.head_path(name)), key, info)
-            is_bare = head is None and not bare and self._is_bare(name)
-            if (head or is_bare) and self._why_wrong(key, name, info.st_size, head, *version):
+            is_ours = not bare and self._is_bare(name) if head is None else (
+                not head.displaced or os.path.lexists(self.body_path(names[0])))
+            if not is_ours or self._why_wrong(key, name, info.st_size, head, *version):
                 file.close()
-                continue
-            if head is not None and not (head.displaced and not os.path.lexists(self.body_path(names[0]))):
+            elif head is not None:
                 _close(bare)
                 self._used[name] = self.used_at = time.time()
                 return StoredResponse(file, head, name, True)
-            if is_bare:
+            else:
                 bare = StoredResponse(file, _bare_head(key, info, file.read(1)), name, False)
                 file.seek(0)
-            else:
-                file.close()
         return bare
 
     def _is_bare(self, name: str) -> bool:
