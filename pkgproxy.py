@@ -3113,11 +3113,10 @@ def parent_proxy_for(target: Target, config: Config) -> ParentProxy | None:
 #   ...^RANDOM                         a temporary file, before it is renamed
 
 METADATA_FOLDER = ".pkgproxy"
-_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 # O_NONBLOCK: opening a FIFO must not block.  O_NOFOLLOW: bodies are never symbolic links, which could lead
 # out of the root.
-_REGULAR = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | _FLAGS
-_WRITABLE = os.O_RDWR | os.O_CREAT | _REGULAR
+_REGULAR = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
+_WRITABLE = os.O_RDWR | _REGULAR
 # Errors by which a file system says that it cannot have a file of this name.
 _NAME_REFUSED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 # Errors that reading a damaged JSON file may raise.
@@ -3216,7 +3215,7 @@ def create_in_folder(path: str, create: Callable[[], _T]) -> _T:
 
 def create_file(path: str, flags: int) -> int:
     """Return the descriptor of a file that is open for writing, and created if necessary.  Raises OSError."""
-    return create_in_folder(path, lambda: os.open(path, flags | _WRITABLE, 0o644))
+    return create_in_folder(path, lambda: os.open(path, flags | _WRITABLE | os.O_CREAT, 0o644))
 
 
 def store_bytes(path: str, data: bytes, flags: int) -> None:
@@ -3513,8 +3512,8 @@ class PartialFile(RefCountedFile):
     ======================  ==============  ============  ===================
     """
 
-    def __init__(self, store: Store, key: str, owner: str, path: str, file: io.FileIO) -> None:
-        super().__init__(path, file)
+    def __init__(self, store: Store, key: str, owner: str, path: str, descriptor: int) -> None:
+        super().__init__(path, io.FileIO(descriptor, "r+b"))
         self.head = ResponseHead(0, "", (), key)  # of the response as it will be stored, or of a leftover
         self.length: int | None = None  # declared bytes of the body; None: unknown
         self.owner = owner
@@ -3556,7 +3555,7 @@ class PartialFile(RefCountedFile):
         if not self.still_exists():
             raise OSError(errno.ESTALE, "the partial file was removed")
         temporary = _temporary_name(self.path)
-        file = io.FileIO(os.open(temporary, _WRITABLE | os.O_EXCL, 0o644), "r+b")
+        file = io.FileIO(os.open(temporary, _WRITABLE | os.O_CREAT | os.O_EXCL, 0o644), "r+b")
         try:
             try_lock_file(file)
             self._file.close()
@@ -3564,8 +3563,8 @@ class PartialFile(RefCountedFile):
         finally:
             self._file = file
 
-    def write(self, data: bytes) -> int:
-        """Append all of ``data`` and return its length.  Raises OSError (disk full ...)."""
+    def write(self, data: bytes) -> None:
+        """Append all of ``data``.  Raises OSError (disk full ...)."""
         if self.size + len(data) > self._granted_size:
             self._granted_size = self._store.space.reserve(self, len(data))
         if self._hash is None:  # not in start(): nobody waits here, because readers have the leftover's bytes
@@ -3573,7 +3572,6 @@ class PartialFile(RefCountedFile):
         write_all(self.fileno(), data)
         self._hash.update(data)
         self.size += len(data)
-        return len(data)
 
     def sha256(self) -> str:
         """Return the digest of the bytes written.  Raises OSError."""
@@ -4214,11 +4212,12 @@ class PartialStore:
 
         Returns None if another process writes the file.  Raises StorageError.
         """
+        path = self.path(key, owner)
         try:
             # Between open and lock another process may commit or remove the file.  Then the lock is one on a
             # file without a name, and the next attempt opens the new file.
             for _ in range(10):
-                with self._open(key, owner, create=True) as partial:
+                with PartialFile(self._store, key, owner, path, create_file(path, 0)) as partial:
                     if not owner and not partial.try_lock():
                         return None
                     if partial.still_exists():
@@ -4232,8 +4231,9 @@ class PartialStore:
 
     def open_for_reading(self, key: str, owner: str = "") -> PartialFile | None:
         """Open the partial file that another instance writes, or has written; None if there is none."""
+        path = self.path(key, owner)
         with contextlib.suppress(OSError):
-            return self._open(key, owner, create=False)
+            return PartialFile(self._store, key, owner, path, os.open(path, _WRITABLE))
         return None
 
     def unlink(self, key: str, owner: str) -> None:
@@ -4244,11 +4244,6 @@ class PartialStore:
         """Return the path of a key's partial file."""
         name = hashlib.sha256(key.encode()).hexdigest() + ("." + owner if owner else "")
         return "%s/partials/%s" % (self._store.metadata_folder, name)
-
-    def _open(self, key: str, owner: str, create: bool) -> PartialFile:
-        path = self.path(key, owner)
-        descriptor = create_file(path, 0) if create else os.open(path, _WRITABLE & ~os.O_CREAT)
-        return PartialFile(self._store, key, owner, path, io.FileIO(descriptor, "r+b"))
 
     def _adopt_leftovers(self, partial: PartialFile, exclusive: bool) -> None:
         """Copy the bytes that another owner has left of the same download.  Raises OSError.
@@ -4411,7 +4406,7 @@ class Evictor:
                         os.rmdir(folder)
                         folder = os.path.dirname(folder)
             return removed
-        with contextlib.suppress(OSError), io.FileIO(os.open(path, _WRITABLE & ~os.O_CREAT), "r+b") as file:
+        with contextlib.suppress(OSError), io.FileIO(os.open(path, _WRITABLE), "r+b") as file:
             if try_lock_file(file):
                 os.unlink(path)
                 _unlink(path + "^head")
