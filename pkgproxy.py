@@ -4788,7 +4788,9 @@ class IndexedStore(Store):
 class FlightResult(enum.Enum):
     """The result of a flight, by which its followers decide how to go on."""
 
-    STORED = "stored"  # the response is in the store, and all bytes of the partial file may be read
+    # The response is in the store, and all bytes of the partial file may be read, if there is one.  There is
+    # none after a 304, or if the response was stored as a link to another mirror's file.
+    STORED = "stored"
     AGAIN = "again"  # the origin was not asked: decide anew
     WHOLE = "whole"  # all bytes have arrived, but were not stored: read them from the partial file
     ALONE = "alone"  # the response cannot be shared: ask the origin without joining
@@ -4872,18 +4874,18 @@ class Flight:
                 self._changed.notify_all()
 
     def wait_for_head(self, timeout: float) -> tuple[PartialFile | None, FlightResult | None]:
-        """Wait for the partial file, which the caller must release(), or for the result without one.
+        """Wait for the partial file, which the caller must release(), or for the result.
 
-        Both are None after ``timeout`` seconds.  Raises the flight's error if it failed.
+        Returns both as far as they are known: the result is None while the download runs, and the partial
+        file is None if there was none or its last user has closed it.  After ``timeout`` seconds both may be
+        None.  Raises the flight's error if it failed.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._partial or self._result, timeout)
             partial, result, error = self._partial, self._result, self._error
         if result is FlightResult.FAILED and error:
             raise error
-        if partial and partial.acquire():
-            return partial, FlightResult.STORED
-        return None, result
+        return (partial if partial and partial.acquire() else None), result
 
     def wait_for_bytes(self, offset: int, timeout: float) -> int:
         """Wait for bytes beyond ``offset``, and return how many may be read.

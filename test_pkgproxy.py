@@ -3705,6 +3705,15 @@ class SingleFlightTest(unittest.TestCase):
         self.assertEqual(flight.wait_for_head(1), (None, pkgproxy.FlightResult.STORED))
         self.assertEqual(flight.wait_for_bytes(5, 1), 5)
 
+    def test_the_head_comes_with_the_result_once_there_is_one(self):
+        flight, partial = pkgproxy.Flight("k"), mock.Mock(size=0, length=5)
+        flight.publish(partial)
+        self.assertEqual(flight.wait_for_head(1), (partial, None))
+        flight.finish(pkgproxy.FlightResult.WHOLE, received=5)
+        self.assertEqual(flight.wait_for_head(1), (partial, pkgproxy.FlightResult.WHOLE))
+        partial.acquire.return_value = False  # all its users have left
+        self.assertEqual(flight.wait_for_head(1), (None, pkgproxy.FlightResult.WHOLE))
+
     def test_waits_have_deadlines(self):
         flight = pkgproxy.Flight("k")
         self.assertEqual(flight.wait_for_head(0.01), (None, None))
