@@ -4919,11 +4919,10 @@ class SingleFlight:
             # It must not store what a POST may invalidate, once it is not known here any more.
             overdue.forbid_storing()
             self.remove(overdue)
+        own = Flight(key)
         with self._lock:
-            leads = key not in self._flights
-            if leads:
-                self._flights[key] = Flight(key)
-            return self._flights[key], leads
+            flight = self._flights.setdefault(key, own)
+        return flight, flight is own
 
     def finish(self, flight: Flight, result: FlightResult, error: Exception | None = None,
                received: int | None = None) -> None:
