@@ -3791,17 +3791,21 @@ class NameIndex:
         return os.path.join(self._folder, digest[:2]), b"%s " % digest[:18].encode()
 
 
+def _visible_files(top: str, root: str) -> Iterator[tuple[str, str]]:
+    """Yield the paths of the files below ``top``, and their names below ``root``.  Links are not followed."""
+    for folder, subfolders, files in os.walk(top):
+        subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
+        for path in (os.path.join(folder, file) for file in files):
+            yield path, os.path.relpath(path, root).replace(os.sep, "/")
+
+
 def adoptable_packages(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield the names and paths of packages below the folders of --adopt.  Links are not followed."""
-    for top in folders:
-        for folder, subfolders, files in os.walk(top):
-            subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
-            for path in (os.path.join(folder, file) for file in files):
-                relative = os.path.relpath(path, top).replace(os.sep, "/")
-                # "%" is not quoted: apt and others write %3a into file names where the URL has it too.
-                name = shareable_name("http://a/" + urllib.parse.quote(os.fsencode(relative), "/%:+~"))
-                if name and "\n" not in path:
-                    yield name, path
+    """Yield the names and paths of packages below the folders of --adopt."""
+    for path, relative in itertools.chain(*(_visible_files(top, top) for top in folders)):
+        # "%" is not quoted: apt and others write %3a into file names where the URL has it too.
+        name = shareable_name("http://a/" + urllib.parse.quote(os.fsencode(relative), "/%:+~"))
+        if name and "\n" not in path:
+            yield name, path
 
 
 class Space:
@@ -4319,14 +4323,12 @@ class Evictor:
         """Log how many visible files are not pkgproxy's own, and why.  Raises OSError."""
         store, counts, size = self._store, collections.Counter[str](), 0
         hosts = [""] if store.trust_bare else list_hosts(store)
-        for folder, subfolders, files in itertools.chain(*(os.walk(store.body_path(host)) for host in hosts)):
-            subfolders[:] = [name for name in subfolders if name != METADATA_FOLDER]
-            for path in (os.path.join(folder, file) for file in files):
-                name = os.path.relpath(path, store.root).replace(os.sep, "/")
-                if store.find_head(name, None) == (True, None):
-                    has_head = os.path.exists(store.head_path(name))
-                    counts["another size than .pkgproxy says" if has_head else "no head in .pkgproxy"] += 1
-                    size += os.lstat(path).st_size
+        visible = (_visible_files(store.body_path(host), store.root) for host in hosts)
+        for path, name in itertools.chain(*visible):
+            if store.find_head(name, None) == (True, None):
+                has_head = os.path.exists(store.head_path(name))
+                counts["another size than .pkgproxy says" if has_head else "no head in .pkgproxy"] += 1
+                size += os.lstat(path).st_size
         if counts:
             reasons = ", ".join("%d with %s" % (number, reason) for reason, number in sorted(counts.items()))
             log.info("Files in %s that are not under pkgproxy's care, and are not evicted: %s (%s in all). "
