@@ -319,7 +319,7 @@ EVICTION_INTERVAL = 300.0  # between two checks of the disk; a walk over a large
 SCRUB_PAUSE = 60.0  # between two rounds, and after the last use of a stored file; a disk may sleep then
 SCRUB_RATE = 500_000  # bytes a second that are read to find damaged files; 43 GB a day
 RECOVERY_PERIOD = 60.0  # without a disk error, until a stored file shows that the cache works again
-MIN_EVICTION_PAUSE = 10.0  # between two runs of the evictor, however often the disk is full
+MIN_EVICTION_PAUSE = 10.0  # between two evictions, however often the disk is full
 MIN_EVICTION_AGE = 60.0  # a file used more recently is kept: a client may be about to ask for it again
 OPEN_FOR = 3600.0  # a host's protection is rechecked this seldom if a bare file is all that could leak
 ADOPT_SCAN_INTERVAL = 6 * 3600.0  # between two scans of the --adopt folders, which may be large
@@ -3822,7 +3822,7 @@ class Space:
     corrects the size that is assumed here.  Other instances and people change the root, too.  So with
     --max-size the files are also counted whenever 1 % of it, or COUNT_STEP if that is more, has landed.
 
-    PartialFile calls reserve() and release(); Store calls add(); Evictor calls free_bytes(), free_inodes(),
+    PartialFile calls reserve() and release(); Store calls add(); evict() calls free_bytes(), free_inodes(),
     take_demand() and correct().
     """
 
@@ -4286,7 +4286,7 @@ class Entry(NamedTuple):
 
 
 class EvictionReport(NamedTuple):
-    """The result of a run of the evictor."""
+    """The result of evict()."""
 
     files: int  # stored responses found
     size: int  # bytes on the disk of bodies, metadata and partial files
@@ -4294,126 +4294,126 @@ class EvictionReport(NamedTuple):
     freed: int  # bytes
 
 
-class Evictor:
-    """Evicts stored responses to keep the cache within --max-size, --min-free and --max-age."""
+def _response_entry(store: Store, path: str, head: os.stat_result, used: dict[str, float],
+                    seen: set[tuple[int, int]], now: float) -> Entry:
+    """Return the entry of the response that a head file belongs to.  Raises OSError."""
+    top, size = os.path.join(store.metadata_folder, "heads"), size_on_disk(head)
+    name = os.path.relpath(path, top)[:-len("^head")].replace(os.sep, "/")
+    body, info = store.body_path(name), _NO_STAT
+    try:
+        info = os.lstat(body)
+    except (FileNotFoundError, NotADirectoryError):
+        if head.st_mtime < now - DAY:  # else a download may be about to rename the body into place
+            _unlink(path)
+    if not (path.endswith("^head") and stat.S_ISREG(info.st_mode)):
+        return Entry(head.st_mtime, size)
+    if name in used:
+        # If another body takes the place just now, it gets a wrong time, and is verified by its digest.
+        with contextlib.suppress(OSError):
+            os.utime(body, ns=(int(used[name] * 10**9), info.st_mtime_ns))
+    if (info.st_dev, info.st_ino) not in seen:  # links to one file take its space once
+        size += size_on_disk(info)
+    if info.st_nlink > 1:
+        seen.add((info.st_dev, info.st_ino))
+    return Entry(max(used.get(name, 0.0), info.st_atime), size, name, True)
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
 
-    def run(self, config: Config, now: float) -> EvictionReport:
-        """Count all files of the cache, and evict expired and excess ones.
-
-        Also removes old leftovers.  Files that pkgproxy did not store stay.  Raises OSError if the root
-        cannot be read.
-        """
-        assumed, assumed_files, demand = self._store.space.take_demand()
-        entries = list(self._walk(self._store.take_access_times(), now))
-        total = sum(entry.size for entry in entries)
-        spare, free = min(total // 20, MAX_SPARE), self._store.space.free_bytes()
-        if config.max_size is not None:
-            free = min(free, config.max_size - total)
-        # A download that would not fit into an empty cache evicts nothing.
-        excess = max(spare, demand if demand - free <= total else 0) - free
-        removed, freed = self._evict([entry for entry in entries if entry.name], config.max_age, excess, now)
-        files = sum(entry.is_response for entry in entries)
-        self._store.space.correct(total - freed - assumed, files - removed - assumed_files, spare)
-        return EvictionReport(files, total, removed, freed)
-
-    def log_foreign_files(self) -> None:
-        """Log how many visible files are not pkgproxy's own, and why.  Raises OSError."""
-        store, counts, size = self._store, collections.Counter[str](), 0
-        hosts = [""] if store.trust_bare else list_hosts(store)
-        visible = (_visible_files(store.body_path(host), store.root) for host in hosts)
-        for path, name in itertools.chain(*visible):
-            if store.find_head(name, None) == (True, None):
-                has_head = os.path.exists(store.head_path(name))
-                counts["another size than .pkgproxy says" if has_head else "no head in .pkgproxy"] += 1
-                size += os.lstat(path).st_size
-        if counts:
-            reasons = ", ".join("%d with %s" % (number, reason) for reason, number in sorted(counts.items()))
-            log.info("Files in %s that are not under pkgproxy's care, and are not evicted: %s (%s in all). "
-                     "With -r, those without a head are checked when they are requested.",
-                     store.root, reasons, format_bytes(size))
-
-    def _evict(self, entries: list[Entry], max_age: float | None, excess: int, now: float) -> tuple[int, int]:
-        """Evict until ``excess`` bytes and enough inodes are free; return removed responses and bytes."""
-        removed, freed, inodes = 0, 0, self._store.space.free_inodes()
-        if excess <= 0 and inodes >= SPARE_INODES and max_age is None:
-            return 0, 0  # sorting a large cache takes a while
-        for entry in sorted(entries, key=Entry.eviction_order):
-            expired = max_age is not None and now - entry.used > max_age
-            # A time in the future comes from a clock that has been set back since.
-            unused = abs(now - entry.used) > MIN_EVICTION_AGE
-            wanted = expired or freed < excess or inodes < SPARE_INODES
-            if unused and wanted and self._remove(entry):
-                removed, freed = removed + entry.is_response, freed + entry.size
-                inodes = self._store.space.free_inodes()
-        return removed, freed
-
-    def _walk(self, used: dict[str, float], now: float) -> Iterator[Entry]:
-        """Yield everything below the root that is pkgproxy's, by walking the metadata folder only."""
-        seen: set[tuple[int, int]] = set()
-        for folder, _, files in os.walk(self._store.metadata_folder):
-            part = folder[len(self._store.metadata_folder) + 1:].partition(os.sep)[0]
-            with contextlib.suppress(OSError):  # each folder of heads has a counterpart with bodies
-                yield Entry(now, size_on_disk(os.lstat(folder)) * (2 if part == "heads" else 1))
-            for file in files:
-                with contextlib.suppress(OSError):
-                    path = os.path.join(folder, file)
-                    info = os.lstat(path)
-                    if part == "heads":
-                        yield self._response_entry(path, info, used, seen, now)
-                    elif info.st_mtime < now - DAY and (part == "partials" or "^" in file):
-                        os.unlink(path)  # nobody has resumed it for a day, or a crash left it
-                    else:
-                        name = "%s/%s/%s" % (METADATA_FOLDER, part, file) if part == "partials" else ""
-                        # A lock tells whether a file is in use.  If it has an owner instead, its time does.
-                        last = math.inf if "." in file else now - MIN_EVICTION_AGE - 1
-                        yield Entry(min(info.st_mtime, last), size_on_disk(info), "" if "^" in file else name)
-
-    def _response_entry(self, path: str, head: os.stat_result, used: dict[str, float],
-                        seen: set[tuple[int, int]], now: float) -> Entry:
-        """Return the entry of the response that a head file belongs to.  Raises OSError."""
-        top, size = os.path.join(self._store.metadata_folder, "heads"), size_on_disk(head)
-        name = os.path.relpath(path, top)[:-len("^head")].replace(os.sep, "/")
-        body, info = self._store.body_path(name), _NO_STAT
-        try:
-            info = os.lstat(body)
-        except (FileNotFoundError, NotADirectoryError):
-            if head.st_mtime < now - DAY:  # else a download may be about to rename the body into place
-                _unlink(path)
-        if not (path.endswith("^head") and stat.S_ISREG(info.st_mode)):
-            return Entry(head.st_mtime, size)
-        if name in used:
-            # If another body takes the place just now, it gets a wrong time, and is verified by its digest.
+def _own_files(store: Store, used: dict[str, float], now: float) -> Iterator[Entry]:
+    """Yield everything below the root that is pkgproxy's, by walking the metadata folder only."""
+    seen: set[tuple[int, int]] = set()
+    for folder, _, files in os.walk(store.metadata_folder):
+        part = folder[len(store.metadata_folder) + 1:].partition(os.sep)[0]
+        with contextlib.suppress(OSError):  # each folder of heads has a counterpart with bodies
+            yield Entry(now, size_on_disk(os.lstat(folder)) * (2 if part == "heads" else 1))
+        for file in files:
             with contextlib.suppress(OSError):
-                os.utime(body, ns=(int(used[name] * 10**9), info.st_mtime_ns))
-        if (info.st_dev, info.st_ino) not in seen:  # links to one file take its space once
-            size += size_on_disk(info)
-        if info.st_nlink > 1:
-            seen.add((info.st_dev, info.st_ino))
-        return Entry(max(used.get(name, 0.0), info.st_atime), size, name, True)
+                path = os.path.join(folder, file)
+                info = os.lstat(path)
+                if part == "heads":
+                    yield _response_entry(store, path, info, used, seen, now)
+                elif info.st_mtime < now - DAY and (part == "partials" or "^" in file):
+                    os.unlink(path)  # nobody has resumed it for a day, or a crash left it
+                else:
+                    name = "%s/%s/%s" % (METADATA_FOLDER, part, file) if part == "partials" else ""
+                    # A lock tells whether a file is in use.  If it has an owner instead, its time does.
+                    last = math.inf if "." in file else now - MIN_EVICTION_AGE - 1
+                    yield Entry(min(info.st_mtime, last), size_on_disk(info), "" if "^" in file else name)
 
-    def _remove(self, entry: Entry) -> bool:
-        """Remove an entry's files, and the folders that become empty.
 
-        Returns False if it is locked or gone.
-        """
-        path = self._store.body_path(entry.name)
-        if entry.is_response:
-            removed = self._store.delete_file(entry.name)
-            for folder in map(os.path.dirname, (path, self._store.head_path(entry.name)) if removed else ()):
-                with contextlib.suppress(OSError):  # the folder is not empty
-                    while folder not in (self._store.root, self._store.metadata_folder):
-                        os.rmdir(folder)
-                        folder = os.path.dirname(folder)
-            return removed
-        with contextlib.suppress(OSError), io.FileIO(os.open(path, _WRITABLE), "r+b") as file:
-            if try_lock_file(file):
-                os.unlink(path)
-                _unlink(path + "^head")
-                return True
-        return False
+def _remove_entry(store: Store, entry: Entry) -> bool:
+    """Remove an entry's files, and the folders that become empty.
+
+    Returns False if it is locked or gone.
+    """
+    path = store.body_path(entry.name)
+    if entry.is_response:
+        removed = store.delete_file(entry.name)
+        for folder in map(os.path.dirname, (path, store.head_path(entry.name)) if removed else ()):
+            with contextlib.suppress(OSError):  # the folder is not empty
+                while folder not in (store.root, store.metadata_folder):
+                    os.rmdir(folder)
+                    folder = os.path.dirname(folder)
+        return removed
+    with contextlib.suppress(OSError), io.FileIO(os.open(path, _WRITABLE), "r+b") as file:
+        if try_lock_file(file):
+            os.unlink(path)
+            _unlink(path + "^head")
+            return True
+    return False
+
+
+def _evict_entries(store: Store, entries: list[Entry], max_age: float | None, excess: int,
+                   now: float) -> tuple[int, int]:
+    """Evict until ``excess`` bytes and enough inodes are free; return removed responses and bytes."""
+    removed, freed, inodes = 0, 0, store.space.free_inodes()
+    if excess <= 0 and inodes >= SPARE_INODES and max_age is None:
+        return 0, 0  # sorting a large cache takes a while
+    for entry in sorted((entry for entry in entries if entry.name), key=Entry.eviction_order):
+        expired = max_age is not None and now - entry.used > max_age
+        # A time in the future comes from a clock that has been set back since.
+        unused = abs(now - entry.used) > MIN_EVICTION_AGE
+        wanted = expired or freed < excess or inodes < SPARE_INODES
+        if unused and wanted and _remove_entry(store, entry):
+            removed, freed = removed + entry.is_response, freed + entry.size
+            inodes = store.space.free_inodes()
+    return removed, freed
+
+
+def evict(store: Store, config: Config, now: float) -> EvictionReport:
+    """Count all files of the cache, and evict expired and excess ones.
+
+    Also removes old leftovers.  Files that pkgproxy did not store stay.  Raises OSError if the root cannot be
+    read.
+    """
+    assumed, assumed_files, demand = store.space.take_demand()
+    entries = list(_own_files(store, store.take_access_times(), now))
+    total = sum(entry.size for entry in entries)
+    spare, free = min(total // 20, MAX_SPARE), store.space.free_bytes()
+    if config.max_size is not None:
+        free = min(free, config.max_size - total)
+    # A download that would not fit into an empty cache evicts nothing.
+    excess = max(spare, demand if demand - free <= total else 0) - free
+    removed, freed = _evict_entries(store, entries, config.max_age, excess, now)
+    files = sum(entry.is_response for entry in entries)
+    store.space.correct(total - freed - assumed, files - removed - assumed_files, spare)
+    return EvictionReport(files, total, removed, freed)
+
+
+def log_foreign_files(store: Store) -> None:
+    """Log how many visible files are not pkgproxy's own, and why.  Raises OSError."""
+    counts, size = collections.Counter[str](), 0
+    hosts = [""] if store.trust_bare else list_hosts(store)
+    visible = (_visible_files(store.body_path(host), store.root) for host in hosts)
+    for path, name in itertools.chain(*visible):
+        if store.find_head(name, None) == (True, None):
+            has_head = os.path.exists(store.head_path(name))
+            counts["another size than .pkgproxy says" if has_head else "no head in .pkgproxy"] += 1
+            size += os.lstat(path).st_size
+    if counts:
+        reasons = ", ".join("%d with %s" % (number, reason) for reason, number in sorted(counts.items()))
+        log.info("Files in %s that are not under pkgproxy's care, and are not evicted: %s (%s in all). "
+                 "With -r, those without a head are checked when they are requested.",
+                 store.root, reasons, format_bytes(size))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7916,7 +7916,6 @@ class EvictionThread:
     def __init__(self, store: Store, stopped: threading.Event) -> None:
         """``stopped`` ends the thread after the current run; ``store.space.scarce`` ends its pause."""
         self._store = store
-        self._evictor = Evictor(store)
         # For the status page: what the last run found, and what all runs have removed.
         self.last_report = {"at": 0.0, "removedFiles": 0, "removedBytes": 0}
         self._stopped = stopped
@@ -7931,9 +7930,9 @@ class EvictionThread:
                     self._store.adopted.rebuild(adoptable_packages(config.adopt))
                     scanned_at = time.monotonic()
                 is_first = not self.last_report["at"]
-                self._record(self._evictor.run(config, time.time()))
+                self._record(evict(self._store, config, time.time()))
                 if is_first:
-                    self._evictor.log_foreign_files()
+                    log_foreign_files(self._store)
             self._stopped.wait(MIN_EVICTION_PAUSE)  # a disk that stays full must not keep this thread busy
             self._store.space.scarce.wait(EVICTION_INTERVAL)
 
@@ -8435,7 +8434,7 @@ class Proxy:
     def close(self) -> None:
         """End the background work, and close idle connections."""
         self._stopped.set()
-        self._store.space.scarce.set()  # on which the evictor waits
+        self._store.space.scarce.set()  # on which the eviction waits
         self._downloader.locks.leases.close()
         self._origin.pool.close()
 

@@ -2537,7 +2537,6 @@ class EvictionTest(StoreCase):
 
     def setUp(self):
         super().setUp()
-        self.evictor = pkgproxy.Evictor(self.store)
         free = mock.patch.object(self.store.space, "free_bytes", lambda: 2**40)
         free.start()
         self.addCleanup(free.stop)
@@ -2560,7 +2559,7 @@ class EvictionTest(StoreCase):
         os.utime(self.path(name), ns=(int((time.time() - days * 86400) * 10**9), info.st_mtime_ns))
 
     def evict(self, **config):
-        return self.evictor.run(Config(**config), time.time())
+        return pkgproxy.evict(self.store, Config(**config), time.time())
 
     def names(self):
         return sorted(path.name for path in Path(self.root).rglob("*") if path.is_file() and pkgproxy.METADATA_FOLDER not in path.parts)
@@ -2795,7 +2794,7 @@ class NameIndexTest(StoreCase):
             path.write_bytes(b"\xff\n../x 1\n" + path.read_bytes() + b"half a li")
         files, found = sorted(os.listdir(folder)), [self.find("x%d_1.0_all.deb" % number) for number in range(300)]
         self.assertEqual((found[0], found[1], found[299]), ([keys[0]], [keys[300], keys[1]], [keys[299]]))
-        pkgproxy.Evictor(self.store).run(Config(), time.time())
+        pkgproxy.evict(self.store, Config(), time.time())
         self.assertEqual(sorted(os.listdir(folder)), files)
         self.assertEqual([self.find("x%d_1.0_all.deb" % number) for number in range(300)], found)
 
@@ -6920,7 +6919,7 @@ class IndexedCacheTest(ProxyCase):
                 self.assertEqual(self.get("apt"), (self.OLD, "pkgproxy; hit"))
                 self.learn(indexes)
                 self.assertEqual(self.get("apt"), (self.NEW, self.MISS))
-                pkgproxy.Evictor(self.store).run(self.config, time.time() + 2 * DAY)
+                pkgproxy.evict(self.store, self.config, time.time() + 2 * DAY)
                 self.assertEqual(["^" in path.name for path in self.tables()], [False])
                 self.check_requests("apt", 2)
 
@@ -8572,7 +8571,7 @@ class MovedCacheTest(ProxyCase):
 
     def evict_all(self):
         with mock.patch.object(pkgproxy, "MIN_EVICTION_AGE", -1.0):
-            pkgproxy.Evictor(self.proxy._store).run(Config(max_size=0), time.time())
+            pkgproxy.evict(self.proxy._store, Config(max_size=0), time.time())
         return self.own_names()
 
     def test_a_copy_without_times_is_checked_by_its_digest_and_is_then_pkgproxys_own_again(self):
@@ -8703,7 +8702,7 @@ class MovedCacheTest(ProxyCase):
         self.fill()
         self.move()
         with self.assertLogs("pkgproxy", "INFO") as logged:
-            pkgproxy.Evictor(self.proxy._store).log_foreign_files()
+            pkgproxy.log_foreign_files(self.proxy._store)
             pkgproxy.log.info("end")
         self.assertEqual(len(logged.output), 1)
 
@@ -8751,7 +8750,7 @@ class LostMetadataTest(ProxyCase):
                         self.assertEqual(self.fetch(), self.bodies)
                         self.assertEqual((self.own_names(), [name for name in self.own_names() if "^" in name.replace("foo/^", "")]), (self.names, []))
                         self.assertEqual(self.proxy._store.space.snapshot()["files"], len(self.PATHS))
-                        self.assertEqual(pkgproxy.Evictor(self.proxy._store).run(self.config, time.time()).files, len(self.PATHS))
+                        self.assertEqual(pkgproxy.evict(self.proxy._store, self.config, time.time()).files, len(self.PATHS))
                         self.assertEqual(self.proxy._store.space.snapshot()["files"], len(self.PATHS))
                         self.start_proxy(dataclasses.replace(self.config, offline=True))
                         self.assertEqual(self.fetch(), self.bodies)
@@ -8911,7 +8910,7 @@ class CacheSizeTest(StoreCase):
         self.store = pkgproxy.Store(self.root, max_size=100_000)
 
     def count(self, store=None):
-        return pkgproxy.Evictor(store or self.store).run(Config(max_size=100_000), time.time())
+        return pkgproxy.evict(store or self.store, Config(max_size=100_000), time.time())
 
     def test_the_snapshot_is_current_to_the_last_landing(self):
         self.assertEqual(self.snapshot(), (0, 0, 100_000))
@@ -8957,7 +8956,7 @@ class CacheSizeTest(StoreCase):
                     self.store_response("http://a/x_%d_all.deb" % number, b"x" * 500)
                 if self.store.space.scarce.is_set():
                     self.store.space.scarce.clear()
-                    pkgproxy.Evictor(self.store).run(Config(max_size=10_000), time.time())
+                    pkgproxy.evict(self.store, Config(max_size=10_000), time.time())
                 largest = max(largest, sum(path.stat().st_size for path in Path(self.root, "a").iterdir()))
         self.assertLessEqual(largest, 10_000 + 2 * 1500)
         self.assertGreater(largest, 9000)
@@ -11508,7 +11507,7 @@ class PagesTest(ProxyCase):
         self.origin.pages["/dists/x/InRelease"] = ScriptedResponse(b"", 503)
         self.assertIn("stale", self.cache_status(self.request("/dists/x/InRelease")))
         self.wait_until_idle()
-        self.proxy.evictor._record(self.proxy.evictor._evictor.run(self.config, time.time()))
+        self.proxy.evictor._record(pkgproxy.evict(self.proxy._store, self.config, time.time()))
         view = self.view()
         self.assertEqual([(row["origin"], row["reason"]) for row in view["troubles"]],
                          [(self.origin.url("/dists/x/InRelease"), "503 from origin.")])
