@@ -3312,8 +3312,7 @@ def _head_from(row: dict[Any, Any]) -> ResponseHead:
 
     Raises ValueError, TypeError or KeyError if the object is damaged.
     """
-    row = {_NAMES_IN_1_0.get(name, name): value for name, value in row.items()}
-    row.pop(None, None)
+    row = {new: value for name, value in row.items() if (new := _NAMES_IN_1_0.get(name, name))}
     for name in ("fields", "vary"):
         row[name] = parse_fields(["%s: %s" % (field, text) for field, text in row[name]])
     head = ResponseHead(**row)
