@@ -3291,7 +3291,7 @@ def is_remote(path: str) -> bool:
         device = os.stat(path).st_dev
         name = "%d:%d" % (os.major(device), os.minor(device))
         types = [line.rpartition(" - ")[2].split()[0] for line in file if line.split()[2] == name]
-        return bool(types) and types[-1].startswith(_REMOTE)
+        return types[-1].startswith(_REMOTE)
     return False
 
 
@@ -3667,7 +3667,7 @@ class PartialFile(RefCountedFile):
             head, length, flushed_size = _head_from(row["head"]), row["length"], row["flushed_size"] or 0
             valid = all(isinstance(size, int) and size >= 0 for size in (length or 0, flushed_size))
             # A new, empty file may have the inode number of a removed one whose metadata is left.
-            matches = info.st_size and (head.key, row["inode"]) == (self.head.key, info.st_ino)
+            matches = (head.key, row["inode"]) == (self.head.key, info.st_ino)
             if valid and matches and self.still_exists():
                 self.head, self.length = head, length
                 self._writer_boot_id = row["writer_boot_id"]
