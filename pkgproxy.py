@@ -5147,24 +5147,25 @@ class OrphanLimiter:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()  # guards _orphans
-        self._orphans: dict[int, tuple[float, int]] = {}  # time (monotonic) and size at the last speed check
+        # Time (monotonic) and size of each at its last speed check.
+        self._orphans: dict[PartialFile, tuple[float, int]] = {}
 
     def may_continue(self, partial: PartialFile) -> bool:
         """Return whether a download may continue: it has clients, or it is one of the permitted orphans."""
         has_readers, now = partial.reader_count() > 0, time.monotonic()
         with self._lock:
-            since, size = self._orphans.get(id(partial), (now, partial.size))
+            since, size = self._orphans.get(partial, (now, partial.size))
             check_due = now - since > RATE_WINDOW
             if has_readers or check_due and partial.size - size < MIN_RATE * (now - since):
-                self._orphans.pop(id(partial), None)
+                self._orphans.pop(partial, None)
                 return has_readers
-            if check_due or id(partial) not in self._orphans and len(self._orphans) < self._limit:
-                self._orphans[id(partial)] = now, partial.size
-            return id(partial) in self._orphans
+            if check_due or partial not in self._orphans and len(self._orphans) < self._limit:
+                self._orphans[partial] = now, partial.size
+            return partial in self._orphans
 
     def remove(self, partial: PartialFile) -> None:
         """Forget a download that has ended."""
-        self._orphans.pop(id(partial), None)
+        self._orphans.pop(partial, None)
 
 
 def start_thread(work: Callable[..., object], *arguments: Any) -> None:
