@@ -5726,7 +5726,7 @@ def render_request_head(method: str, target: str, fields: Fields) -> bytes:
 
 def connect_through_parent(sock: socket.socket, parent: ParentProxy, target: Target) -> None:
     """Make a parent proxy open a tunnel to an origin (RFC 9110 §9.3.6); OSError, ValueError."""
-    authority = "%s:%d" % ("[%s]" % target.host if ":" in target.host else target.host, target.port)
+    authority = replace_fields(target, path="").authority  # that of a tunnel always has a port
     sock.sendall(render_request_head("CONNECT", authority, (("Host", authority), *parent.fields)))
     reader = DeadlineReader(sock, ORIGIN_TIMEOUT)
     reader.set_deadline(sock.gettimeout())
