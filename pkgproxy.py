@@ -3270,7 +3270,7 @@ def why_locks_fail(folder: str) -> str:
 
     Also "" if nothing can be written there: then nothing has to be locked either.
     """
-    path, reason = os.path.join(folder, "lock-" + secrets.token_hex(8)), ""
+    path, reason = _temporary_name(os.path.join(folder, "lock")), ""
     with contextlib.suppress(OSError):
         make_directory(folder)
         with io.FileIO(path, "x+b") as first, io.FileIO(path, "r+b") as second:
@@ -4049,7 +4049,7 @@ class Store:
         """
         if not stored.described:
             raise OSError(errno.EPERM, "the file was not stored by pkgproxy")
-        own = os.path.join(self.metadata_folder, "partials", "own^" + secrets.token_hex(8))
+        own = _temporary_name(os.path.join(self.metadata_folder, "partials", "own"))
         create_in_folder(own, lambda: os.link(self.body_path(stored.name), own))
         try:
             self._publish(own, stored, stored.head)
