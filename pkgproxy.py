@@ -3395,9 +3395,9 @@ def _has_exact_name(root: str, name: str) -> bool:
     File systems that ignore case, or know short names, open other files too.  A head would tell them apart;
     this check is for bodies without one.
     """
-    folder, *parts = root, *name.split("/")
+    parts = name.split("/")
     with contextlib.suppress(OSError):
-        return all(part in os.listdir("/".join((folder, *parts[:depth]))) for depth, part in enumerate(parts))
+        return all(part in os.listdir("/".join((root, *parts[:depth]))) for depth, part in enumerate(parts))
     return False
 
 
