@@ -9754,7 +9754,7 @@ class ConnectionLimiter:
     The life of a connection, as the limiter sees it:
 
     1. admit(), when it has been accepted.  The connection is registered, or parked without a place.
-    2. admit_parked(), twice a second: parked connections get the places that have become free, those of the
+    2. admit_parked(), several times a second: parked connections get the places that have become free, those of the
        client with the fewest connections first.
     3. release(), when it has been closed.
 
@@ -10647,9 +10647,10 @@ class ProxyHandler:
 class ProxyServer:
     """Listens on one address and serves its connections.
 
-    The end comes in four steps: stop() of all servers (nothing is accepted any more); the caller waits until
-    replies_running is 0, or for SHUTDOWN_GRACE; serve_forever() returns; server_close().  Clients that have
-    just connected still get a response: unlike after one, they do not expect a close, and may not try again.
+    The end comes in two steps: after stop(), nothing is accepted any more, and serve_forever() returns when
+    the event loop has sent its responses.  Those of worker threads may take longer: see replies_running.
+    Clients that have just connected still get a response: unlike after one, they do not expect a close, and
+    may not try again.
     """
 
     def __init__(self, listening: socket.socket, dispatcher: Dispatcher) -> None:
@@ -10662,17 +10663,15 @@ class ProxyServer:
         self._stop_at = math.inf  # monotonic: when serve_forever() returns at the latest
         self._act_soon = True  # call do_periodic_work at once: there may be a place for a waiting client
         self._resume_at = 0.0  # monotonic: accept nothing until then
-        self._ended = threading.Event()
-        self._ended.set()
         self.event_loop = EventLoop(self)
         dispatcher.proxy.add_listening_port(self.server_address[1])
 
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve until shutdown(), and then until the event loop has sent its responses, or SHUTDOWN_GRACE.
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        """Serve until stop(), and then until the event loop has sent its responses, or SHUTDOWN_GRACE.
 
+        At the end, close the listening socket and all connections that no worker thread serves.
         ``poll_interval``: seconds between two calls of do_periodic_work().
         """
-        self._ended.clear()
         while time.monotonic() < self._stop_at and (self.socket.fileno() >= 0 or self.event_loop.sending):
             try:
                 self.event_loop.run_once(0.0 if self._act_soon else poll_interval)
@@ -10682,24 +10681,15 @@ class ProxyServer:
             except Exception:  # a bug must not end the service of all clients
                 log.exception("The event loop failed: this is a bug")
                 time.sleep(poll_interval)
-        self._ended.set()
+        self.socket.close()
+        self.event_loop.close()
 
     def stop(self) -> None:
-        """Stop accepting connections."""
+        """Stop accepting connections, and let serve_forever() end; from any thread."""
         self._stop_at = min(self._stop_at, time.monotonic() + SHUTDOWN_GRACE)
         self.limiter.close()
         self._act_soon = True
         self.event_loop.selector.wake()
-
-    def shutdown(self) -> None:
-        """Stop, and wait until serve_forever() has returned."""
-        self.stop()
-        self._ended.wait()
-
-    def server_close(self) -> None:
-        """Close the listening socket, and all connections that are not being served by a thread."""
-        self.socket.close()
-        self.event_loop.close()
 
     def do_periodic_work(self) -> None:
         """Do what is due several times a second.
@@ -11392,8 +11382,9 @@ def serve(servers: list[ProxyServer], proxy: Proxy, signals: queue.SimpleQueue[s
     SHUTDOWN_GRACE seconds for all servers together; 3. close the proxy.
     Threads that are still busy are daemons and end with the process.
     """
-    for server in servers:
-        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+    threads = [threading.Thread(target=server.serve_forever, daemon=True) for server in servers]
+    for thread in threads:
+        thread.start()
     notifier.notify("READY=1")
     wait_for_shutdown(servers, proxy, signals, notifier)
     notifier.notify("STOPPING=1")
@@ -11401,9 +11392,8 @@ def serve(servers: list[ProxyServer], proxy: Proxy, signals: queue.SimpleQueue[s
     deadline = time.monotonic() + SHUTDOWN_GRACE
     for server in servers:
         server.stop()
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    for thread in threads:
+        thread.join()
     while any(server.replies_running for server in servers) and time.monotonic() < deadline:
         time.sleep(0.05)
     proxy.close()

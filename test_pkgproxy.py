@@ -524,8 +524,7 @@ class ProxyCase(unittest.TestCase):
         return pkgproxy.ProxyServer(pkgproxy.open_socket("127.0.0.1", 0), dispatcher)
 
     def stop_proxy(self):
-        self.server.shutdown()
-        self.server.server_close()
+        self.server.stop()
         self._serving.join(PATIENCE)
         self.wait_until_idle()
         self.proxy.close()
@@ -5704,8 +5703,7 @@ class TlsOriginTest(ProxyCase):
                 yield "127.0.0.1:%d" % server.server_address[1], server.dispatcher.statistics
         finally:
             self.proxy._origin.pool.close()
-            server.shutdown()
-            server.server_close()
+            server.stop()
             thread.join(PATIENCE)
             server.dispatcher.proxy.close()
 
@@ -10294,8 +10292,7 @@ class FaultsOfTwoTest(FaultTest):
         self._other_serving.start()
 
     def stop_proxy(self):
-        self.other_server.shutdown()
-        self.other_server.server_close()
+        self.other_server.stop()
         self._other_serving.join(PATIENCE)
         self.wait_until_idle()
         self.other_proxy.close()
@@ -10854,8 +10851,7 @@ class InstancesTest(InstancesCase):
         try:
             yield server.server_address
         finally:
-            server.shutdown()
-            server.server_close()
+            server.stop()
             serving.join(PATIENCE)
             until(lambda: not self.downloads_in_flight(other), "the end of the other instance's flights")
             other.close()
@@ -13077,8 +13073,8 @@ class EventLoopTest(ProxyCase):
         with self.connection() as connection:
             connection.request("GET", self.origin.url("/new_1.0.deb"))
             came.pass_through()
-            self.server.shutdown()
-            self.server.server_close()
+            self.server.stop()
+            self._serving.join(PATIENCE)
             gate.open()
             self.assertEqual(connection.getresponse().status, 404)
 
@@ -13259,8 +13255,8 @@ class EventLoopTest(ProxyCase):
         logged = self.stack.enter_context(self.assertLogs("pkgproxy", "INFO"))
         self.open_blocked_client()
         with mock.patch.object(pkgproxy, "SHUTDOWN_GRACE", 0.05), self.assertLogs("pkgproxy", "INFO") as caught:
-            self.server.shutdown()
-            self.server.server_close()
+            self.server.stop()
+            self._serving.join(PATIENCE)
         self.assertEqual(sum("incomplete" in line for line in caught.output), 1)
         hits = [line for line in logged.output + caught.output if " hit " in line]
         self.assertGreater(len(hits), 1)
@@ -13364,8 +13360,7 @@ class EventLoopTest(ProxyCase):
                 one.sendall(self.raw_request())
                 self.read_response(one, 4096)
         finally:
-            server.shutdown()
-            server.server_close()
+            server.stop()
             serving.join()
 
     def test_an_exception_in_the_loop_does_not_end_it(self):
