@@ -9346,8 +9346,7 @@ def make_page(path: str, address: tuple[str, int], fields: Fields,
     reached the proxy, and which therefore works in its configuration.  ``fields``: of the request; they tell
     a browser from apt and curl.  ``snapshot``, ``health_problem``: called only for the pages that need them.
     """
-    host, port = address
-    names = {"host": host, "port": port, "proxy": ("[%s]:%d" if ":" in host else "%s:%d") % address}
+    names = {"host": address[0], "port": address[1], "proxy": Target("", *address, "").authority}
     page = path.partition("?")[0][1:].rstrip("/")
     if page in FIXED_PAGES:
         media, text = FIXED_PAGES[page]
@@ -9994,12 +9993,12 @@ class Dispatcher:
             return answer_as_final_recipient(request)
         if request.method not in ("GET", "HEAD"):
             raise ProxyError("The proxy's own pages support only GET and HEAD.", 405)
-        listening = Target("", request.server_address, port, "").authority
-        host, port = split_authority(field_value(request.fields, "Host") or listening, 80)
-        page = make_page(request.uri, (host, port), request.fields, self.snapshot, self.health_problem)
+        host = field_value(request.fields, "Host")
+        address = split_authority(host, 80) if host else (request.server_address, port)
+        page = make_page(request.uri, address, request.fields, self.snapshot, self.health_problem)
         if page is None:
             raise ProxyError("No such page. To fetch through this proxy, set http_proxy=http://%s/ or request"
-                             " /http://host/path" % Target("", host, port, "").authority, 404)
+                             " /http://host/path" % Target("", *address, "").authority, 404)
         head = generated_head(page.status, page.media, (("Vary", "Accept"),), page.policy)
         return Response(replace_fields(head, reason=page.reason or head.reason),
                         bytes_body(page.text.encode()), CacheStatus(Outcome.OWN))
@@ -11200,8 +11199,7 @@ def open_socket(host: str, port: int, reuse_port: bool = False) -> socket.socket
 def display_address(listening: socket.socket) -> str:
     """Return host:port of a listening socket, without the host if it listens on all addresses."""
     host, port = listening.getsockname()[:2]
-    shown = "[%s]" % host if ":" in host else host
-    return "%s:%d" % ("" if ipaddress.ip_address(host).is_unspecified else shown, port)
+    return Target("", "" if ipaddress.ip_address(host).is_unspecified else host, port, "").authority
 
 
 def inherited_socket(descriptor: int) -> socket.socket:
