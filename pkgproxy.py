@@ -10657,7 +10657,6 @@ class ProxyServer:
         self.server_address: tuple[str, int] = listening.getsockname()[:2]
         self.dispatcher = dispatcher
         self.limiter = dispatcher.limiter
-        self._in_threads: set[ClientConnection] = set()  # served by threads; add() and discard() are atomic
         self.last_iteration = time.monotonic()  # last call of do_periodic_work, also for the watchdog
         self._stop_at = math.inf  # monotonic: when serve_forever() returns at the latest
         self._act_soon = True  # call do_periodic_work at once: there may be a place for a waiting client
@@ -10743,7 +10742,6 @@ class ProxyServer:
         Called by the event loop and by worker threads.
         """
         connection.sock.close()
-        self._in_threads.discard(connection)
         if self.limiter.release(connection):
             self._act_soon = True
             self.event_loop.selector.wake()
@@ -10756,7 +10754,6 @@ class ProxyServer:
         A thread of its own for each, since a pool saves little: a thread answers all requests that its client
         sends in quick succession.  ThreadPoolExecutor would also delay the exit until its threads end.
         """
-        self._in_threads.add(connection)
         try:
             start_thread(self._answer_requests, connection)
         except StorageError:
@@ -10773,13 +10770,15 @@ class ProxyServer:
         except Exception:  # noqa: BLE001
             self.handle_error(connection)
             stays_open = False
-        self._in_threads.discard(connection)
         (self.event_loop.add if stays_open else self.close_connection)(connection)
 
     @property
     def replies_running(self) -> int:
-        """The number of responses that are being prepared or sent, for which SIGTERM waits."""
-        return len(self._in_threads) + self.event_loop.sending
+        """The number of responses that are being prepared or sent, for which SIGTERM waits.
+
+        Those of worker threads are counted for all servers of the process together.
+        """
+        return self.limiter.busy_count() + self.event_loop.sending
 
     def handle_error(self, connection: ClientConnection) -> None:
         """Log a bug, or the lack of threads; other connections are not affected."""
