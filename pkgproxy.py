@@ -10890,17 +10890,14 @@ def parse_parent_proxy(text: str) -> ParentProxy | None:
     if text in ("", "none"):
         return None
     match = re.fullmatch(r"(?:http://(?:([^/?#@]*)@)?)?([^/?#@,]+)/?(,direct)?", text, re.I)
-    try:
-        target = parse_target("http://" + match[2]) if match else None
-    except BadRequestError:
-        target = None
-    if match is None or target is None:
-        raise ValueError("Invalid parent proxy; use http://[name:password@]host:port[,direct], or none")
-    name, _, password = (match[1] or "").partition(":")
-    # RFC 7617 §2: the colon is required even if there is no password.
-    credentials = urllib.parse.unquote_to_bytes("%s:%s" % (name, password))
-    basic = "Basic " + base64.b64encode(credentials).decode()
-    return ParentProxy(target, (("Proxy-Authorization", basic),) if match[1] else (), bool(match[3]))
+    with contextlib.suppress(BadRequestError):
+        if match:
+            target = parse_target("http://" + match[2])
+            # RFC 7617 §2: the colon is required even if there is no password.
+            credentials = urllib.parse.unquote_to_bytes("%s:%s" % (match[1] or "").partition(":")[::2])
+            basic = "Basic " + base64.b64encode(credentials).decode()
+            return ParentProxy(target, (("Proxy-Authorization", basic),) if match[1] else (), bool(match[3]))
+    raise ValueError("Invalid parent proxy; use http://[name:password@]host:port[,direct], or none")
 
 
 def parent_proxies(option: str | None, environment: Mapping[str, str]) -> tuple[tuple[str, ParentProxy], ...]:
