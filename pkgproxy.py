@@ -8961,8 +8961,7 @@ font-size:.875rem;font-weight:400}
 b.cache{color:var(--cache)}.origin>:first-child,b.origin{color:var(--origin)}
 .stale>:first-child{color:var(--stale)}path{fill:var(--cache)}path.origin{fill:var(--origin)}
 path.grid{fill:none;stroke:var(--line);vector-effect:non-scaling-stroke}
-svg{display:block;width:100%;height:9rem;border-bottom:1px solid var(--soft)}.size{height:.75rem;
-margin:.5rem 0;border:0;border-radius:.375rem;background:var(--line)}figure{margin:0;display:none}
+svg{display:block;width:100%;height:9rem;border-bottom:1px solid var(--soft)}figure{margin:0;display:none}
 figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1rem}figure>div{position:relative;
 margin:.5rem 5rem 0 0}figure i{position:absolute;left:100%;top:-.375rem;padding-left:.5rem;
 font:.75rem/1 system-ui;white-space:nowrap;color:var(--soft)}.half{margin-top:4.5rem}
@@ -9023,9 +9022,8 @@ PAGE = """<!doctype html>
 <a href="/metrics">/metrics</a>, <a href="/debug/vars">/debug/vars</a>, <a href="/healthz">/healthz</a>.</p>
 </main><script>%(script)s</script></body></html>
 """
-SIZE = """<b>%s, %s, %s free on the disk</b><svg class="size" viewBox="0 0 100 1" preserveAspectRatio="none"
-role="img" aria-label="Space in use"><path d="M0 0h%.2fv1H0z"/></svg>
-<span class="soft">Since the start: %s evicted (%s), %s.</span>"""
+SIZE = """<b>%s, %s, %s free on the disk</b><progress aria-label="Space in use" max="100" value="%.2f">
+</progress><span class="soft">Since the start: %s evicted (%s), %s.</span>"""
 SETUP_SECTION = """
 <section id="setup"><h2>Set up clients</h2><p>Run a line on the client, as root where it changes the system.
 Repositories are cached if their addresses start with http:// or http://%(proxy)s/https://, not with https://.
