@@ -8476,7 +8476,7 @@ def usage_hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
     Two situations are reported: almost all requests are tunnels, whose content cannot be cached, and none of
     the first hundred requests was a hit.
 
-    ``outcomes``: number of requests by outcome, in the words of Outcome.  ``details``: why recent responses
+    ``outcomes``: number of requests by outcome (and further counts, which do not matter).  ``details``: why recent responses
     were not stored ("" if they were), as in Cache-Status.
     """
     # Pages of the proxy and refused requests say nothing about the repositories that the clients use.
@@ -8586,11 +8586,10 @@ class TrafficHistory:
         self._saver.start()
 
     def stop(self) -> None:
-        """Stop the thread and save for the last time, if start() has been called."""
+        """Stop the thread and save for the last time."""
         self._stop.set()
-        if self._saver.ident is not None:
-            self._saver.join(1.0)
-            self.save()
+        self._saver.join(1.0)
+        self.save()
 
     def _save_periodically(self) -> None:
         while not self._stop.wait(HISTORY_SAVE_INTERVAL):
@@ -8686,7 +8685,7 @@ class RecentRequests:
         if before < HINT_AFTER_REQUESTS[-1] and any(before < due <= seen for due in HINT_AFTER_REQUESTS):
             with self._lock:
                 details = [row[-1].detail for rows in self._recent.values() for row in rows]
-            self._warn_once("outcomes", usage_hint(self._counters.snapshot()["statsOutcomes"], details))
+            self._warn_once("outcomes", usage_hint(self._counters.totals(), details))
         elif cache_status.forward == "bypass" and classify_name(request.key) in (
                 NameClass.PACKAGE, NameClass.CONTENT):
             self._warn_once("filters", "A filter excludes a package from the cache: %s." %
@@ -11282,11 +11281,11 @@ class SystemdNotifier:
         now = time.monotonic()
         if self._address and now >= self._next and now - last_iteration < self._max_silence:
             self._next = now + min(self._max_silence / 2, NOTIFY_INTERVAL)
-            counted = self._counters.snapshot()
-            hits, requests = hit_counts(counted["statsOutcomes"])
+            counts = self._counters.totals()
+            hits, requests = hit_counts(counts)
             self.notify("WATCHDOG=1\nSTATUS=%s, %s hits, %s saved" % (
                 format_count(requests, "request"), format_percent(hits, requests),
-                format_bytes(counted["statsCacheBytes"])))
+                format_bytes(counts["statsCacheBytes"])))
 
 
 def reload_files(proxy: Proxy, notifier: SystemdNotifier) -> None:
