@@ -14871,12 +14871,13 @@ class ReadmeTest(unittest.TestCase):
         self.text = README.read_text(encoding="utf-8")
 
     def test_the_readme_quotes_the_help(self):
-        """The layout is that of Python 3.13; the options are compared in every version."""
+        """The layout of the options is that of Python 3.13; the rest is compared in every version."""
         ran = subprocess.run([*SCRIPT, "--help"], capture_output=True, text=True, timeout=60,
                              env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"})
         quoted = re.search(r"```text\n(usage: .*?)```", self.text, re.S)[1]
         words = [re.findall(r"-{1,2}[a-z][\w-]*", text) for text in (ran.stdout, quoted)]
         self.assertEqual(set(words[0]), set(words[1]))
+        self.assertIn(pkgproxy.EPILOG, quoted)
         if sys.version_info[:2] == (3, 13):
             self.assertEqual(ran.stdout, quoted)
 
