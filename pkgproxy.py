@@ -435,7 +435,6 @@ class Request:
     body: Readable | None = None
     length: int | None = 0  # bytes of the body; None: chunked
     client: str = "127.0.0.1"
-    server_address: str = ""  # local address of the client's connection
     received: float = 0.0  # wall clock
     key: str = ""  # cache key (RFC 9111 §2); "" if the target cannot be cached
     is_own_page: bool = False  # for a page of the proxy itself
@@ -9981,8 +9980,8 @@ class Dispatcher:
 
     # Requests, in worker threads
 
-    def respond(self, request: Request, port: int) -> Response:
-        """Return the response to a request that came to this port of the server; ProxyError."""
+    def respond(self, request: Request, server_address: tuple[str, int]) -> Response:
+        """Return the response to a request that came to this address and port of the proxy; ProxyError."""
         self._check_name(request)
         if not request.is_own_page:
             return self.proxy.respond(request)
@@ -9991,7 +9990,7 @@ class Dispatcher:
         if request.method not in ("GET", "HEAD"):
             raise ProxyError("The proxy's own pages support only GET and HEAD.", 405)
         host = field_value(request.fields, "Host")
-        address = split_authority(host, 80) if host else (request.server_address, port)
+        address = split_authority(host, 80) if host else server_address
         page = make_page(request.uri, address, request.fields, self.snapshot, self.health_problem)
         if page is None:
             raise ProxyError("No such page. To fetch through this proxy, set http_proxy=http://%s/ or request"
@@ -10519,7 +10518,7 @@ class ProxyHandler:
         This is the one place where a bug becomes a status 500.
         """
         try:
-            return self._server.dispatcher.respond(request, self._server.server_address[1])
+            return self._server.dispatcher.respond(request, self._connection.server_address)
         except ProxyError as error:
             return error_response(error)
         except Exception:
@@ -10579,8 +10578,7 @@ class ProxyHandler:
         missing, connection.known_missing = connection.known_missing, False
         return replace_fields(
             request, body=body, received=time.time(), client=connection.host, timings=timings,
-            server_address=connection.server_address[0], known_missing=missing,
-            send_interim=None if request.version < (1, 1) else self._send_interim)
+            known_missing=missing, send_interim=None if request.version < (1, 1) else self._send_interim)
 
     def _send_interim(self, head: bytes) -> None:
         """Send an interim response, unless the client does not take it now.
@@ -10618,8 +10616,8 @@ class ProxyHandler:
         method, _, uri = self._line.partition(" ")
         # Before they are shortened: the @ behind a long password may be in the part that is left out.
         method, uri = cut_userinfo(method), cut_userinfo(uri)
-        return Request(method[:200], (uri.rpartition(" ")[0] or uri)[:200], Target("", "", 0, "/"), (),
-                       client=self._connection.host, server_address=self._connection.server_address[0])
+        uri = (uri.rpartition(" ")[0] or uri)[:200]
+        return Request(method[:200], uri, Target("", "", 0, "/"), (), client=self._connection.host)
 
     def _buffered(self) -> bytes:
         """Return the bytes that have been received but not read, without waiting for more."""
