@@ -8651,9 +8651,9 @@ class RecentRequests:
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
+        self._warned = RecentEvents()  # topics about which a warning has been logged
         self._lock = threading.Lock()  # guards all below
         self._seen = 0  # requests, except those for pages of the proxy
-        self._warned: set[str] = set()  # topics about which a warning has been logged
         # The last requests by Outcome.colour, so that a burst of hits does not displace the failures.
         self._recent: dict[str, Any] = {each.colour: collections.deque(maxlen=MAX_ROWS) for each in Outcome}
         # By host and port, and by address: requests, bytes sent, bytes of these from the cache, time of the
@@ -8700,11 +8700,8 @@ class RecentRequests:
         return table.setdefault(key, [0, 0, 0, 0])
 
     def _warn_once(self, topic: str, text: str) -> None:
-        with self._lock:
-            if not text or topic in self._warned:
-                return
-            self._warned.add(topic)
-        log.warning("%s", text)
+        if text and self._warned.note_first(topic, math.inf):
+            log.warning("%s", text)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the newest request, and the client and origin with most bytes, first, in bounded size.
