@@ -9910,9 +9910,6 @@ def format_timings(timings: dict[str, float]) -> str:
     return " [%s ms]" % ", ".join(["%s %.1f" % (name, 1000 * (at - steps[0][1])) for name, at in steps[1:]])
 
 
-_SIMPLE_REQUESTS = (("GET", 0), ("HEAD", 0))  # method and length of the body: a hit can answer them
-
-
 class Dispatcher:
     """Checks access, routes a request to a status page or the proxy, and logs it.
 
@@ -10027,7 +10024,7 @@ class Dispatcher:
         if hit is None:
             with contextlib.suppress(ProxyError, ValueError):  # the thread that gets it sends the error
                 request = parse_request_head(key[0], *key[1])
-                if not request.is_own_page and (request.method, request.length) in _SIMPLE_REQUESTS:
+                if request.method in ("GET", "HEAD") and request.length == 0 and not request.is_own_page:
                     self._check_name(request)
                     hit, connection.known_missing = self.proxy.prepare_hit(request)
                     if hit is not None:
