@@ -11492,16 +11492,7 @@ def stderr_is_journal(stream: str) -> bool:
 
     ``stream`` is $JOURNAL_STREAM: device and inode of the journal's socket (systemd.exec(5)).
     """
-    with contextlib.suppress(OSError, ValueError):
-        return stream == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
-    return False
-
-
-def start_logging(level: int) -> QueueLogHandler:
-    """Send log messages of at least ``level`` to stderr.  Returns the handler."""
-    handler = QueueLogHandler(not stderr_is_journal(os.environ.get("JOURNAL_STREAM", "")))
-    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
-    return handler
+    return stream == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
 
 
 # Main -----------------------------------------------------------------------------------------
@@ -11528,7 +11519,8 @@ def run(config: Config, level: int) -> None:
     opened last, so that clients of a proxy that cannot start are refused at once.
     """
     limit_address_space()  # before the first thread, because threads inherit it
-    log_handler = start_logging(level)
+    log_handler = QueueLogHandler(not stderr_is_journal(os.environ.get("JOURNAL_STREAM", "")))
+    logging.basicConfig(level=level, format="%(message)s", handlers=[log_handler])
     store = open_store(config)
     config = with_lan(load_files(config))
     if os.path.isdir(config.access_log or ""):
