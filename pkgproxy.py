@@ -8475,8 +8475,8 @@ def usage_hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
     Two situations are reported: almost all requests are tunnels, whose content cannot be cached, and none of
     the first hundred requests was a hit.
 
-    ``outcomes``: number of requests by outcome (and further counts, which do not matter).  ``details``: why recent responses
-    were not stored ("" if they were), as in Cache-Status.
+    ``outcomes``: number of requests by outcome, besides other counts.  ``details``: why recent responses were
+    not stored ("" if they were), as in Cache-Status.
     """
     # Pages of the proxy and refused requests say nothing about the repositories that the clients use.
     rated = [outcome for outcome in Outcome if outcome not in (Outcome.OWN, Outcome.REFUSED)]
@@ -9289,8 +9289,8 @@ def page_view(snapshot: dict[str, Any]) -> dict[str, Any]:
             "swept checks").split()
     cache = snapshot["cache"]
     view = {"version": __version__, "cached_bytes": cache["bytes"], "cached_files": cache["files"],
-            "free_bytes": snapshot["disk"].get("free", 0), "max_bytes": cache["limit"]}
-    view.update({key: snapshot[key] for key in keys})
+            "free_bytes": snapshot["disk"].get("free", 0), "max_bytes": cache["limit"],
+            **{key: snapshot[key] for key in keys}}
     view["health"] = ", ".join(word for word, _ in problems(view) if word) or "OK"
     if snapshot["config"].private:
         for row in view["recent"] + view["downloads"] + view["clients"] + view["troubles"]:
@@ -9746,8 +9746,8 @@ class ConnectionLimiter:
     The life of a connection, as the limiter sees it:
 
     1. admit(), when it has been accepted.  The connection is registered, or parked without a place.
-    2. admit_parked(), several times a second: parked connections get the places that have become free, those of the
-       client with the fewest connections first.
+    2. admit_parked(), several times a second: parked connections get the places that have become free, those
+       of the client with the fewest connections first.
     3. release(), when it has been closed.
 
     A thread notices only after a while that its connection has been closed, if it waits for an origin.  Up
@@ -10967,8 +10967,8 @@ def load_files(config: Config) -> Config:
 # fit two screens: one line for each option, and 48 lines of 80 columns in all.  With Python 3.9 to 3.12,
 # which break two of the lines, it has 48 already, so a new row must take the place of a line of EPILOG.
 #
-# Tests check this.  CommandLineTest also needs: for a new metavar (ADDR, NET ...), a valid value; if the value
-# is parsed, what becomes of it, and a row for an invalid value; and the default, if the help shows it.
+# Tests check this.  CommandLineTest also needs: for a new metavar (ADDR, NET ...), a valid value; if the
+# value is parsed, what becomes of it, and a row for an invalid value; and the default, if the help shows it.
 
 
 class Option(NamedTuple):
