@@ -9650,9 +9650,9 @@ class ClientConnection:
 
     def __init__(self, sock: socket.socket, address: Any,
                  on_admitted: Callable[[ClientConnection], None]) -> None:
+        """``sock``, ``address``: as returned by accept().  ``on_admitted``: called when it may be served."""
         sock.setblocking(False)
         self.sock = sock
-        self.address = address  # as returned by accept()
         self.host = unmap_ipv4(address[0])
         self.network = client_network(self.host)
         self.on_admitted = on_admitted  # each connection knows its event loop: servers share one limiter
@@ -10771,7 +10771,7 @@ class ProxyServer:
 
     def handle_error(self, connection: ClientConnection) -> None:
         """Log a bug, or the lack of threads; other connections are not affected."""
-        log.error("A connection from %s failed.", connection.address, exc_info=True)
+        log.error("A connection from %s failed.", connection.host, exc_info=True)
 
 
 # ---------------------------------------------------------------------------------------------

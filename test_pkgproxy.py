@@ -13220,7 +13220,7 @@ class EventLoopTest(ProxyCase):
             for client in clients:
                 client.sendall(self.raw_request())
                 self.assertIn(b"; hit", self.read_response(client, 4096))
-            there = {each.address: each.sock for each in self.server.event_loop._connections}
+            there = {each.sock.getpeername(): each.sock for each in self.server.event_loop._connections}
             pairs = [(client, there[client.getsockname()]) for client in clients]
             self.patch(self.server.event_loop.selector, "select", lambda timeout: (came.open(), gate.pass_through(), select(timeout))[2])
             came.pass_through()
@@ -13321,7 +13321,7 @@ class EventLoopTest(ProxyCase):
         def noted(connection, transfer):
             if not order:  # another client connects while the first of fifty requests is answered
                 others.append(self.open_client(self.raw_request()))
-            order.append(connection.address == greedy.getsockname())
+            order.append(connection.sock.getpeername() == greedy.getsockname())
             return send(connection, transfer)
 
         self.patch(loop, "_send", noted)
