@@ -9528,10 +9528,7 @@ class RequestBody:
                 send_all(self._awaiting, b"HTTP/1.1 100 Continue\r\n\r\n")
                 self._awaiting = None
             self._timed.set_deadline(self._deadline - time.monotonic())
-            if self._chunks:
-                data = self._chunks.read(size)
-            else:
-                data = self._file.read1(min(self._left, size)) if self._left else b""
+            data = self._chunks.read(size) if self._chunks else self._file.read1(min(self._left, size))
         except (socket.timeout, TimeoutError):
             raise BadRequestError("The request body did not arrive in time.", 408) from None
         except (OSError, ValueError) as error:  # the connection broke, or the framing of chunks is invalid
