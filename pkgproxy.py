@@ -8479,8 +8479,7 @@ def usage_hint(outcomes: dict[str, int], details: Iterable[str]) -> str:
     not stored ("" if they were), as in Cache-Status.
     """
     # Pages of the proxy and refused requests say nothing about the repositories that the clients use.
-    rated = [outcome for outcome in Outcome if outcome not in (Outcome.OWN, Outcome.REFUSED)]
-    counts = {outcome: outcomes[outcome.value] for outcome in rated}
+    counts = {each: outcomes[each.value] for each in Outcome if each not in (Outcome.OWN, Outcome.REFUSED)}
     total, tunnels = sum(counts.values()), counts[Outcome.TUNNEL]
     if total and tunnels >= 0.9 * total:
         return ("%d of %d requests used CONNECT: https passes through unseen and cannot be cached. Use "
@@ -8517,10 +8516,10 @@ class Counters:
         with self._lock:
             self._totals[name] += count
 
-    def add(self, outcome: Outcome, cached: int = 0, count: int = 1) -> None:
-        """Add ``count`` requests with this outcome, answered with ``cached`` body bytes from the cache."""
+    def add(self, outcome: Outcome, cached: int = 0) -> None:
+        """Add a request with this outcome, answered with ``cached`` body bytes from the cache."""
         with self._lock:
-            self._totals[outcome._value_] += count  # a plain attribute; .value is a slow property
+            self._totals[outcome._value_] += 1  # a plain attribute; .value is a slow property
             self._totals["statsCacheBytes"] += cached
 
     def start_time(self, now: float) -> float:
