@@ -11413,9 +11413,8 @@ class QueueLogHandler(logging.Handler):
     def write(self, lines: list[str]) -> None:
         """Write lines of the access log.  A LogRecord for each would cost as much as serving a hit."""
         timestamp = _timestamp(int(time.time())) if self._with_timestamps else ""
-        put = self._queue.put
         for line in lines[:max(0, MAX_LOG_LINES - self._queue.qsize())]:
-            put("%s%s\n" % (timestamp, line))
+            self._queue.put("%s%s\n" % (timestamp, line))
 
     def flush(self) -> None:
         """Wait until all queued lines are written, at most one second."""
