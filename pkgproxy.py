@@ -11351,10 +11351,9 @@ def wait_for_shutdown(servers: list[ProxyServer], proxy: Proxy, signals: queue.S
         notifier.send_watchdog(min(server.last_iteration for server in servers))
         with contextlib.suppress(queue.Empty):
             name = signals.get(timeout=notifier.pause)  # Windows delivers signals only between two waits
-            if name in ("SIGTERM", "SIGINT"):
+            if name != "SIGHUP":
                 return
-            if name == "SIGHUP":
-                reload_files(proxy, notifier)
+            reload_files(proxy, notifier)
 
 
 def serve(servers: list[ProxyServer], proxy: Proxy, signals: queue.SimpleQueue[str],
