@@ -9415,8 +9415,6 @@ def send_all(sock: socket.socket, data: bytes) -> None:
 
 HIT_THREADS = 16  # threads of the process up to which another one is started to send a large hit
 _MORE = getattr(socket, "MSG_MORE", 0)  # the body follows: send the head with its first bytes
-# What sendfile() fails with if the system or the file system does not support it.
-_NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def send_some(sock: socket.socket, part: FileSlice, start: int) -> int:
@@ -9431,7 +9429,8 @@ def send_some(sock: socket.socket, part: FileSlice, start: int) -> int:
         try:
             count = os.sendfile(sock.fileno(), part.file.fileno(), start, size)
         except (AttributeError, OSError) as error:  # AttributeError: no sendfile in Python on this system
-            if getattr(error, "errno", errno.ENOSYS) not in _NO_SENDFILE:
+            # The system or the file system may not support it.
+            if getattr(error, "errno", errno.ENOSYS) not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                 raise
             count = sock.send(part.file.read_at(min(COPY_SIZE, size), start))
     except (BlockingIOError, ConnectionError, TimeoutError, socket.timeout):
