@@ -11379,6 +11379,12 @@ class PagesTest(ProxyCase):
     def view(self):
         return json.loads(self.get_own_page("/status.json").body)
 
+    def test_without_host_the_page_names_the_address_that_the_client_reached(self):
+        for address, shown in ((("fe80::1%eth0", 9999), b"http://[fe80::1%eth0]:9999/"), (("10.0.0.1", 80), b"http://10.0.0.1:80/")):
+            with self.subTest(address):
+                request = pkgproxy.parse_request(["GET / HTTP/1.0"], address)
+                self.assertIn(shown, b"".join(self.server.dispatcher.respond(request, address).body.chunks()))
+
     def test_debug_vars_is_compatible_with_the_original(self):
         answer = self.get_own_page("/debug/vars")
         self.assertEqual((answer.status, answer["Content-Type"]), (200, "application/json; charset=utf-8"))
