@@ -11019,7 +11019,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {  # by their heading in --help
     ),
     "log and help": (
         Option("--access-log FILE", "log for GoAccess and others (none)", "access_log", parse_path),
-        Option("-v --verbose", "log more, with the steps of each request", "verbose", more={"action": "count"}),
+        Option("-v --verbose", "log more, and the steps of requests", "verbose", more={"action": "count"}),
         Option("-q --quiet", "do not log requests; twice: only errors", "quiet", more={"action": "count"}),
         Option("-V --version", "show the version and exit", more=VERSION),
         Option("-h --help", "show this help and exit", more={"action": "help"}),

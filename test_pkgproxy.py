@@ -13086,22 +13086,21 @@ class EventLoopTest(ProxyCase):
 
     @contextlib.contextmanager
     def stopping(self):
-        """Stop the server in the background; wait at the end until the event loop has finished."""
-        thread = threading.Thread(target=self.server.shutdown)
-        thread.start()
+        """Stop the server; wait at the end until the event loop has finished."""
+        self.server.stop()
         try:
             with mock.patch.object(pkgproxy.log, "exception") as complain:
                 until(lambda: self.server.socket.fileno() < 0, "the end of accepting")
                 yield
         finally:
-            thread.join(PATIENCE)
-        self.assertFalse(thread.is_alive() or complain.called)
+            self._serving.join(PATIENCE)
+        self.assertFalse(self._serving.is_alive() or complain.called)
 
     def test_a_client_that_has_just_connected_is_served_during_shutdown(self):
         client = self.open_client()
 
         def accepted():
-            return [each for each in tuple(self.server.event_loop._connections) if each.address == client.getsockname()]
+            return [each for each in tuple(self.server.event_loop._connections) if each.sock.getpeername() == client.getsockname()]
 
         until(accepted)
         accepted()[0].waiting_since = math.inf  # it stays new until its request has come
@@ -13115,7 +13114,6 @@ class EventLoopTest(ProxyCase):
         began = time.monotonic()
         with self.stopping():
             pass
-        self.server.server_close()
         self.assertEqual(read_to_end(client), b"")
         self.assertLess(time.monotonic() - began, pkgproxy.SHUTDOWN_GRACE / 2)
 
