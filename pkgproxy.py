@@ -679,7 +679,6 @@ class Response:
     head: ResponseHead
     body: ResponseBody
     cache_status: CacheStatus
-    counts_as_cached: bool = False  # count the bytes of its body as sent from the cache
     fallback: Callable[[Exception], Response] | None = None  # if the body fails before its first byte
 
 
@@ -6537,7 +6536,7 @@ def response_from_store(request: Request, stored: StoredResponse, status: CacheS
     selection = select_response(request, head, head.size, MULTIPART_BOUNDARY)
     parts = [span if isinstance(span, bytes) else FileSlice(stored, *span) for span in selection.spans]
     body = IterableBody(selection.length, parts, stored.close, selection.overhead)
-    return Response(selection.head, body, status, counts_as_cached=True)
+    return Response(selection.head, body, status)
 
 
 def response_from_partial(request: Request, download: Download, origin: OriginClient, status: CacheStatus,
@@ -6549,8 +6548,7 @@ def response_from_partial(request: Request, download: Download, origin: OriginCl
     fields = without_fields(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
     head = replace_fields(head, fields=fields)
     selection = select_response(request, head, download.partial.length, MULTIPART_BOUNDARY)
-    counts_as_cached = status.outcome in (Outcome.COLLAPSED, Outcome.SHARED)
-    return Response(selection.head, TailingBody(download, selection, origin), status, counts_as_cached)
+    return Response(selection.head, TailingBody(download, selection, origin), status)
 
 
 def response_from_origin(request: Request, response: OriginResponse, decision: CacheDecision,
@@ -6931,7 +6929,7 @@ class SmallAnswers:
         self._put(request.key, head, data)
         aged = without_fields(head.fields, ("age",)) + (("Age", str(current_age(head, now))),)
         status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
-        return Response(replace_fields(head, fields=aged), bytes_body(data), status, counts_as_cached=True)
+        return Response(replace_fields(head, fields=aged), bytes_body(data), status)
 
     def keep(self, flight: Flight, request: Request, response: OriginResponse, head: ResponseHead,
              answer: Response) -> Response:
@@ -10038,7 +10036,7 @@ class Dispatcher:
             self.proxy.doubts.note_delivered(request, request.client, response.head.status)
 
     def _cached_bytes(self, response: Response, sent: int) -> int:
-        from_cache = response.counts_as_cached and response.head.status in (200, 206)
+        from_cache = response.cache_status.outcome.from_cache and response.head.status in (200, 206)
         return max(0, sent - response.body.origin_bytes) if from_cache else 0
 
     def record(self, request: Request, response: Response, sent: int, began: float, whole: bool) -> None:
