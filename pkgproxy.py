@@ -435,7 +435,6 @@ class Request:
     body: Readable | None = None
     length: int | None = 0  # bytes of the body; None: chunked
     client: str = "127.0.0.1"
-    received: float = 0.0  # wall clock
     key: str = ""  # cache key (RFC 9111 §2); "" if the target cannot be cached
     is_own_page: bool = False  # for a page of the proxy itself
     client_prefix: str = ""  # what the client wrote before the target: "/", or HTTPS_HOST
@@ -8143,8 +8142,8 @@ class BackgroundRevalidator:
         target, accept = parse_target(key), FORMS.get("#" + key.partition("#")[2], "")
         fields = (("Host", target.authority), ("Cache-Control", "max-age=0"), ("Accept", accept), *vary)
         fields = tuple(pair for pair in fields if pair[1])
-        response = self._respond(Request("GET", target.uri, target, fields, received=time.time(), key=key,
-                                         client="", client_is_local=client_is_local))
+        response = self._respond(Request("GET", target.uri, target, fields, key=key, client="",
+                                         client_is_local=client_is_local))
         with contextlib.closing(response.body) as body:
             collections.deque(body.chunks(), maxlen=0)  # so that the limit counts running downloads
         return response
@@ -10564,8 +10563,8 @@ class ProxyHandler:
         mark(timings, "dispatched")
         missing, connection.known_missing = connection.known_missing, False
         return replace_fields(
-            request, body=body, received=time.time(), client=connection.host, timings=timings,
-            known_missing=missing, send_interim=None if request.version < (1, 1) else self._send_interim)
+            request, body=body, client=connection.host, timings=timings, known_missing=missing,
+            send_interim=None if request.version < (1, 1) else self._send_interim)
 
     def _send_interim(self, head: bytes) -> None:
         """Send an interim response, unless the client does not take it now.

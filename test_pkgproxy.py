@@ -732,11 +732,11 @@ def free_address():
         return closed.getsockname()
 
 
-def make_request(uri="http://a/x", method="GET", received=CLOCK, **fields):
+def make_request(uri="http://a/x", method="GET", **fields):
     """Return a Request as the server makes it."""
     pairs = (("Host", "a"),) + tuple((name.replace("_", "-"), text) for name, text in fields.items())
     target = pkgproxy.parse_target(uri)
-    return Request(method, uri, target, pairs, received=received, key=pkgproxy.cache_key(target))
+    return Request(method, uri, target, pairs, key=pkgproxy.cache_key(target))
 
 
 def connect_except(refused):
