@@ -2006,7 +2006,19 @@ def cache_file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
 
 # Name classes: index and package names of every package manager --------------------------------
 
-# To add a package manager's names, add its patterns to these tables and examples to the test of name classes.
+# To add a package manager's names, go through this list:
+#   _INDEX, or _INDEX_FOLDER   a file that changes in place
+#   _PACKAGE                   the suffix of its packages, whose names have a version; _VERSION_IN_PATH if the
+#                              version is in the folder; _PLATFORM if a platform with digits looks like one
+#   _DATED, _MOVING            a folder in which nothing changes, or in which even versioned names do
+#   _CONTENT, and _DIGEST      a name with a digest.  A version does not make a name CONTENT, because some
+#                              repositories upload a version again
+#   _SIGNATURES                the suffix of a signature or checksum, from which signed_keys() and
+#                              signature_keys() are derived.  Add it to _NEVER_EMPTY if an empty one is an
+#                              error, and the signed file to _COMPRESSED if its content is what is signed
+#   _INDEX_NAME, _PARSERS      an index that tells the sizes or digests of packages, to be read
+# Examples belong in the tests: NameRulesTest.CLASSES and DATED, its tests of digest_in_name() and
+# shareable_name(), and PairTest.PAIRS for each kind of signature.  A page in two forms: FORMS.
 # Clients choose the names, so each pattern must match in linear time (a test measures them all): do not
 # let an unbounded repetition follow something that can begin at many places of one segment.
 
@@ -2036,8 +2048,10 @@ _CONTENT = re.compile(
 # Dated archives and Maven's timestamped snapshots: nothing in them changes, whatever their names say.
 _DATED = re.compile(r"/\d{8}T\d{6}Z/|/repos/\d{4}/\d\d/\d\d/|/history/\d{8}/|-SNAPSHOT/[^/]*-\d{8}\.\d{6}-\d")
 _MOVING = re.compile(r"/(?:current|latest|latest-stable|snapshots|rawhide|nightly|[^/]+-SNAPSHOT)/", re.I)
-_SIGNATURE = re.compile(
-    r"\.(?:sig2?|asc|gpg|sign|signature|minisig|prov|md5|rmd160|sha(?:1|256|512)(?:sum)?)$")
+# Suffixes of signatures and checksums, which are renewed together with what they sign.
+_SIGNATURES = ("sig", "sig2", "asc", "gpg", "sign", "signature", "minisig", "prov",
+               "md5", "rmd160", "sha1", "sha256", "sha512", "sha1sum", "sha256sum", "sha512sum")
+_SIGNATURE = re.compile(r"\.(?:%s)$" % "|".join(_SIGNATURES))
 # Files that change in place.
 _INDEX_FOLDER = re.compile(
     r"/(?:project/trace|indices|media\.1|boot/[^/]+|media_info|refs/heads|delta-indexes)/")
@@ -2115,7 +2129,8 @@ def classify_name(key: str) -> NameClass:
     return NameClass.PACKAGE if _has_package_name(path) or _VERSION_IN_PATH.search(path) else NameClass.OTHER
 
 
-# Only digests of the body itself: ostree's .filez, for one, is named after its uncompressed content.
+# Only digests of the body itself: ostree's .filez, for one, is named after its uncompressed content.  A new
+# shape belongs to the first alternative: otherwise digest_in_name() has to know its group.
 _DIGEST = re.compile(
     r"/(?:by-hash/SHA(?:256|512)/|repodata/|(?:blobs|manifests)/sha256:)"
     r"([0-9a-f]{128}|[0-9a-f]{64})(?:-[^/]+)?$"
@@ -2172,9 +2187,10 @@ def signed_keys(key: str) -> list[str]:
 
 def signature_keys(key: str) -> list[str]:
     """Return the possible signatures and checksums of a file, which have to be of its generation."""
-    suffixes = () if "?" in key or _SIGNATURE.search(key) else (
-        "sig", "sig2", "asc", "gpg", "key", "sign", "signature", "minisig", "prov", "md5", "sha1", "sha256",
-        "sha512", "rmd160", "sha1sum", "sha256sum", "sha512sum", "sha256.asc", "sha512.asc")
+    if "?" in key or _SIGNATURE.search(key):
+        return []
+    # A new file may need a new key, but not the reverse: so only this list has "key" (repomd.xml.key).
+    suffixes = (*_SIGNATURES, "key", "sha256.asc", "sha512.asc")
     names = dict.fromkeys((key, _COMPRESSED.sub("", key)))
     return [name + "." + suffix for name in names for suffix in suffixes]
 
