@@ -547,7 +547,11 @@ class ResponseBody(Protocol):
 
 
 class Outcome(enum.Enum):
-    """How a request was answered: the word for log, counters and pages, and all that depends on it.
+    """How a request was answered: the word for log, counters and pages, and most of what depends on it.
+
+    Members are also named one by one in cache_status_field(), in BackgroundRevalidator._renew() and in the
+    README's table of words; and STYLE has rules for each colour: in both themes, of a row, and of the filter
+    of the last requests.  Tests compare the README and STYLE with the members.
 
     >>> Outcome("shared").from_cache, Outcome.FAILED.value, Outcome.FAILED.colour
     (True, 'failed', 'bad')
@@ -607,13 +611,15 @@ class CachePolicy(NamedTuple):
     """How one class of names is cached, whatever the origin's headers say."""
 
     lifetime: float | None  # seconds of freshness; None: by the response's fields (RFC 9111 §4.2)
-    refresh: float | None = None  # seconds since the last validation, after which a hit starts another
-    heeds_max_age: bool = True  # the client's max-age can force a validation
+    refresh: float = math.inf  # seconds since the last validation, after which a hit starts another
+    heeds_max_age: bool = True  # a max-age can force a validation; BackgroundRevalidator sends max-age=0
     redirects: bool = True  # follow redirects, and store the file under the requested name
     always_stale: bool = True  # may be served stale if the origin is unavailable, whatever its fields say
 
 
 # Mirrors send the same max-age for packages and indexes, so this table is the one place that overrides it.
+# Two clocks: `lifetime` and max-age are compared with the age, which counts from the origin (RFC 9111 §4.2.3)
+# even if other caches were in between; `refresh` with the time since this proxy's own last validation.
 POLICIES = {
     NameClass.CONTENT: CachePolicy(math.inf, heeds_max_age=False),  # a max-age could only confirm the file
     NameClass.PACKAGE: CachePolicy(math.inf, refresh=DAY),  # some repositories do upload a version again
@@ -2443,7 +2449,10 @@ def _may_serve_stale(control: dict[str, str | None], stored: ResponseHead, ttl: 
 
 def _decide_stored(request: Request, stored: ResponseHead, name_class: NameClass, config: Config,
                    now: float) -> CacheDecision:
-    """Decide about a stored response that matches the request: SERVE or VALIDATE (RFC 9111 §4)."""
+    """Decide about a stored response that matches the request: SERVE or VALIDATE (RFC 9111 §4).
+
+    ``age`` counts from the origin's response (§4.2.3), ``now - response_time`` from the last validation here.
+    """
     control, policy, age = cache_directives(request.fields), POLICIES[name_class], current_age(stored, now)
     if not control and "no-cache" in list_members(request.fields, "Pragma"):  # §5.4
         control = {"no-cache": None}
@@ -2452,15 +2461,15 @@ def _decide_stored(request: Request, stored: ResponseHead, name_class: NameClass
     ttl = (heuristic_lifetime(stored, config) if lifetime is None else lifetime) - age
     ttl = ttl if stored.verified else -math.inf
     known_ttl = None if math.isinf(ttl) else int(ttl)
-    # 2. The client demands a validation, or sends one of the two conditions that only the origin can
-    #    evaluate (§4.3.2).
+    # 2. The client demands a validation (or BackgroundRevalidator, with max-age=0), or sends one of the two
+    #    conditions that only the origin can evaluate (§4.3.2).
     strict = field_values(request.fields, "If-Match") + field_values(request.fields, "If-Unmodified-Since")
     doubted = request.doubt > DOUBT_OF_CLIENT or request.doubt and now - stored.response_time > DOUBT_INTERVAL
     if strict or doubted or _client_wants_validation(control, policy, age, ttl):
         return CacheDecision(Action.VALIDATE, name_class, "request", known_ttl)
     # 3. Names that do not change: serve, and look once a day whether they did after all.
     if policy.lifetime is not None and ttl > 0:
-        due = policy.refresh is not None and abs(now - stored.response_time) > policy.refresh  # clocks jump
+        due = abs(now - stored.response_time) > policy.refresh  # abs(): clocks jump
         return CacheDecision(Action.SERVE, name_class, refresh=due)
     # 4. Fresh, or allowed to be stale while it is validated in the background (§4.2.4).
     fresh = ttl > 0 and "no-cache" not in cache_directives(stored.fields)

@@ -11559,10 +11559,16 @@ class PagesTest(ProxyCase):
         self.assertEqual(len(schemes), 2)
         for scheme in schemes:
             hues = {name: luminance("".join(c * 2 for c in hue) if len(hue) == 3 else hue) for name, hue in scheme.items()}
-            for front in ("text", "soft", "cache", "origin", "stale", "bad", "good"):
+            for front in {"text", "soft", "good"} | {outcome.colour for outcome in Outcome}:
                 for ground in ("card", "back"):
                     low, high = sorted((hues[front], hues[ground]))
                     self.assertGreaterEqual((high + 0.05) / (low + 0.05), 4.5, (front, ground))  # WCAG 1.4.3
+
+    def test_each_colour_of_an_outcome_has_its_rules(self):
+        for colour in {outcome.colour for outcome in Outcome}:
+            with self.subTest(colour):
+                self.assertRegex(pkgproxy.STYLE, r"(?s)[,}\n]\.%s>:first-child[^{}]*\{color:var\(--%s\)\}" % (colour, colour))  # of a row
+                self.assertIn(":checked~* tbody :not(.%s,td,span)" % colour, pkgproxy.STYLE)  # of the filter
 
     def test_health_covers_the_root_and_the_threads(self):
         answer = self.get_own_page("/healthz")
