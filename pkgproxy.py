@@ -445,10 +445,6 @@ class Request:
     # Sends the client a head of an interim response (RFC 9110 §15.2).
     send_interim: Callable[[bytes], object] | None = dataclasses.field(default=None, compare=False)
 
-    def __hash__(self) -> int:
-        """Hash the URI only: it tells most requests apart, and hashing all fields takes long."""
-        return hash(self.uri)
-
 
 def mark(timings: dict[str, float] | None, step: str) -> None:
     """Record when a request first reached a step, for the log line that ``-v`` writes.
@@ -812,6 +808,11 @@ def member_weights(fields: Fields, name: str) -> collections.defaultdict[str, fl
 def without_fields(fields: Fields, names: Container[str]) -> Fields:
     """Return the fields whose names are not among ``names`` (lower case)."""
     return tuple([field for field in fields if field[0].lower() not in names])
+
+
+def with_field(fields: Fields, name: str, text: str) -> Fields:
+    """Return the fields with one of them set: any that have its name are replaced."""
+    return without_fields(fields, (name.lower(),)) + ((name, text),)
 
 
 @functools.lru_cache(32)
@@ -1306,8 +1307,7 @@ def with_coding_of(fields: Fields, head: ResponseHead) -> Fields:
 
     Another one has other bytes, and often another ETag: it neither confirms nor continues that body.
     """
-    coding = field_value(head.fields, "Content-Encoding") or "identity"
-    return without_fields(fields, ("accept-encoding",)) + (("Accept-Encoding", coding),)
+    return with_field(fields, "Accept-Encoding", field_value(head.fields, "Content-Encoding") or "identity")
 
 
 # Links behind a prefix ------------------------------------------------------------------------
@@ -1449,18 +1449,16 @@ def _partial_content(head: ResponseHead, size: int, ranges: list[tuple[int, int]
                      ) -> SelectedResponse:
     """Make a 206: with one range, or as multipart/byteranges (RFC 9110 §15.3.7)."""
     labels = ["bytes %d-%d/%d" % (start, stop - 1, size) for start, stop in ranges]
-    fields = without_fields(head.fields, ("content-range",))
+    fields = with_field(head.fields, "Content-Range", labels[0])
     spans: list[Span] = [*ranges]
-    if len(ranges) == 1:
-        fields += (("Content-Range", labels[0]),)
-    else:
+    if len(ranges) > 1:
         part = "\r\n--%s\r\nContent-Type: %s\r\nContent-Range: %s\r\n\r\n"
         media = field_value(head.fields, "Content-Type") or "application/octet-stream"
         spans = [span for label, pair in zip(labels, ranges)
                  for span in ((part % (boundary, media, label)).encode("latin-1"), pair)]
         spans.append(("\r\n--%s--\r\n" % boundary).encode("latin-1"))
-        fields = without_fields(fields, ("content-type",))
-        fields += (("Content-Type", "multipart/byteranges; boundary=" + boundary),)
+        fields = without_fields(head.fields, ("content-range",))
+        fields = with_field(fields, "Content-Type", "multipart/byteranges; boundary=" + boundary)
     head = replace_fields(head, status=206, reason="Partial Content", fields=fields)
     return SelectedResponse(head, tuple(spans))
 
@@ -1610,8 +1608,7 @@ def client_fields(head: ResponseHead, request: Request) -> Fields:
     location = field_value(fields, "Location")
     new_target = resolve_reference(head.final_uri or request.target.uri, location) if location else None
     if new_target is not None:
-        moved = with_client_prefix(request.client_prefix, new_target)
-        fields = without_fields(fields, ("location",)) + (("Location", moved),)
+        fields = with_field(fields, "Location", with_client_prefix(request.client_prefix, new_target))
     return fields
 
 
@@ -1673,7 +1670,7 @@ def encode_gzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
 def with_date(head: ResponseHead, now: float) -> ResponseHead:
     """Return a head with Date (RFC 9110 §6.6.1): the one it has, or ``now``."""
     date = field_value(head.fields, "Date") or formatdate(now, usegmt=True)
-    return replace_fields(head, fields=without_fields(head.fields, ("date",)) + (("Date", date),))
+    return replace_fields(head, fields=with_field(head.fields, "Date", date))
 
 
 def render_response_head(request: Request, head: ResponseHead, length: int | None, cache_status: CacheStatus,
@@ -1968,7 +1965,7 @@ def with_chosen_form(request: Request) -> Request:
         mark = "#json" if json_weight and json_weight >= html_weight else ""
     else:
         return request
-    fields = without_fields(request.fields, ("accept",)) + (("Accept", FORMS[mark]),)
+    fields = with_field(request.fields, "Accept", FORMS[mark])
     return replace_fields(request, fields=fields, key=request.key + mark)
 
 
@@ -6569,8 +6566,7 @@ def response_from_partial(request: Request, download: Download, origin: OriginCl
 
     The caller has acquired the partial file, and the body releases it.
     """
-    fields = without_fields(head.fields, ("accept-ranges",)) + (("Accept-Ranges", "bytes"),)
-    head = replace_fields(head, fields=fields)
+    head = replace_fields(head, fields=with_field(head.fields, "Accept-Ranges", "bytes"))
     selection = select_response(request, head, download.partial.length, MULTIPART_BOUNDARY)
     return Response(selection.head, TailingBody(download, selection, origin), status)
 
@@ -6951,7 +6947,7 @@ class SmallAnswers:
         if decision.action is not Action.SERVE or decision.refresh:
             return None
         self._put(request.key, head, data)
-        aged = without_fields(head.fields, ("age",)) + (("Age", str(current_age(head, now))),)
+        aged = with_field(head.fields, "Age", str(current_age(head, now)))
         status = CacheStatus(Outcome.HIT, ttl=decision.ttl)
         return Response(replace_fields(head, fields=aged), bytes_body(data), status)
 
