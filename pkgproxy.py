@@ -1498,10 +1498,8 @@ def select_response(request: Request, head: ResponseHead, size: int | None, boun
     if ranges is None or size is None:
         return SelectedResponse(head, ((0, UNKNOWN_END if size is None else size),))
     if not ranges:  # RFC 9110 §15.5.17
-        unsatisfied = error_head(416)
-        fields = unsatisfied.fields + (("Content-Range", "bytes */%d" % size),)
         text = b"The file has %d bytes, and the requested range is beyond its end.\n" % size
-        return SelectedResponse(replace_fields(unsatisfied, fields=fields), (text,))
+        return SelectedResponse(generated_head(416, more=(("Content-Range", "bytes */%d" % size),)), (text,))
     return _partial_content(head, size, ranges, boundary)
 
 
@@ -1532,8 +1530,8 @@ def is_same_site(target: Target, new_target: Target) -> bool:
 
 def max_forwards(request: Request) -> int | None:
     """Return how many proxies may forward a TRACE or OPTIONS (RFC 9110 §7.6.2); None: any number."""
-    found = field_values(request.fields, "Max-Forwards") if request.method in ("TRACE", "OPTIONS") else []
-    return min(map(parse_delta_seconds, found)) if found else None
+    found = field_values(request.fields, "Max-Forwards") if request.method in ("TRACE", "OPTIONS") else ()
+    return min(map(parse_delta_seconds, found), default=None)
 
 
 def is_loop(request: Request, config: Config) -> bool:
@@ -2588,8 +2586,8 @@ def parse_retry_after(response: ResponseHead) -> float:
     >>> parse_retry_after(ResponseHead(429, "", (("Retry-After", "60"),)))
     60.0
     """
-    text = field_value(response.fields, "Retry-After") or "0"
-    date = None if text.isdigit() else parse_date(text)
+    text = field_value(response.fields, "Retry-After")
+    date = parse_date(text)
     seconds = parse_delta_seconds(text) if date is None else date - response.response_time
     return min(max(0.0, float(seconds)), MAX_RETRY_AFTER)
 
