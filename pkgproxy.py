@@ -2957,9 +2957,12 @@ def is_client_allowed(address: str, allow: Iterable[str]) -> bool:
 
 # Which origins are protected from clients on other hosts ----------------------------------------
 
-# Metadata services of clouds at addresses that are not link-local.  They give a machine's secrets to
+# Addresses of this host and its link, and of clouds' metadata services, which give a machine's secrets to
 # anything that connects from it.
-_METADATA = tuple(map(ipaddress.ip_network, (
+_PROTECTED = tuple(map(ipaddress.ip_network, (
+    "127.0.0.0/8", "::1", "0.0.0.0/8", "::",  # loopback; this network (RFC 1122 §3.2.1.3), unspecified
+    "169.254.0.0/16", "fe80::/10", "fec0::/10",  # link-local, site-local
+    "224.0.0.0/4", "ff00::/8", "255.255.255.255",  # multicast, broadcast
     "168.63.129.16", "100.100.100.200", "fd00:100::100:200", "192.0.0.192",  # Azure, Alibaba, Alibaba, Oracle
     "fd00:ec2::/32", "fd20:ce::254", "fd00:c1::a9fe:a9fe",  # AWS (all local services), Google, Oracle
     "fd00:42::42", "fd00:a9fe:a9fe::1")))  # Scaleway, Akamai
@@ -2973,22 +2976,17 @@ _EMBEDDED = tuple((ipaddress.IPv6Network(network), shift) for network, shift in 
 def is_protected_address(address: str) -> bool:
     """Return whether only clients on this host may reach an address: one of this host or its link.
 
-    These are loopback, link-local, cloud metadata, unspecified, multicast and broadcast addresses, also when
-    embedded in an IPv6 address.
+    An address that is embedded in an IPv6 address counts as well.
 
     >>> [is_protected_address(a) for a in ("127.9.9.9", "::ffff:169.254.1.1", "2002:7f00:1::", "10.0.0.1")]
     [True, True, True, False]
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if ip.is_loopback or ip.is_link_local or ip.is_multicast or any(ip in network for network in _METADATA):
-        return True
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = [ipaddress.IPv4Address(int(ip) >> shift & 0xFFFFFFFF) for network, shift in _EMBEDDED
-                 if ip in network]
-        inner += ip.teredo or ()  # server and client (RFC 4380)
-        embeds_one = any(is_protected_address(str(other)) for other in inner)
-        return embeds_one or ip.is_unspecified or ip.is_site_local
-    return int(ip) >> 24 == 0 or int(ip) == 0xFFFFFFFF  # this network (RFC 1122 §3.2.1.3), broadcast
+    inner = [ipaddress.IPv4Address(int(ip) >> shift & 0xFFFFFFFF) for network, shift in _EMBEDDED
+             if ip in network]
+    inner += getattr(ip, "teredo", None) or ()  # server and client (RFC 4380)
+    return any(ip in network for network in _PROTECTED) or any(
+        is_protected_address(str(other)) for other in inner)
 
 
 def is_numeric_host(host: str) -> bool:
