@@ -443,7 +443,7 @@ class Request:
     doubt: int = 0  # of a stored package: 0, or one of the DOUBT_ constants
     timings: dict[str, float] | None = None  # monotonic time of each step, by name; None: they are not logged
     # Sends the client a head of an interim response (RFC 9110 §15.2).
-    send_interim: Callable[[bytes], object] | None = dataclasses.field(default=None, compare=False)
+    send_interim: Callable[[bytes], object] | None = None
 
 
 def mark(timings: dict[str, float] | None, step: str) -> None:
@@ -1293,7 +1293,7 @@ def has_coded_form(key: str) -> bool:
 def accepts_gzip(request: Request) -> bool:
     """Return whether a client says that it takes gzip (RFC 9110 §12.5.3)."""
     weights = member_weights(request.fields, "Accept-Encoding")
-    return (weights["gzip"] if "gzip" in weights else weights["*"]) > 0
+    return weights.get("gzip", weights["*"]) > 0
 
 
 def is_decodable(request: Request, head: ResponseHead) -> bool:
@@ -1445,8 +1445,7 @@ class SelectedResponse:
         return sum(len(span) if isinstance(span, bytes) else span[1] - span[0] for span in self.spans)
 
 
-def _partial_content(head: ResponseHead, size: int, ranges: list[tuple[int, int]], boundary: str
-                     ) -> SelectedResponse:
+def _partial_content(head: ResponseHead, size: int, ranges: list[tuple[int, int]]) -> SelectedResponse:
     """Make a 206: with one range, or as multipart/byteranges (RFC 9110 §15.3.7)."""
     labels = ["bytes %d-%d/%d" % (start, stop - 1, size) for start, stop in ranges]
     fields = with_field(head.fields, "Content-Range", labels[0])
@@ -1455,10 +1454,10 @@ def _partial_content(head: ResponseHead, size: int, ranges: list[tuple[int, int]
         part = "\r\n--%s\r\nContent-Type: %s\r\nContent-Range: %s\r\n\r\n"
         media = field_value(head.fields, "Content-Type") or "application/octet-stream"
         spans = [span for label, pair in zip(labels, ranges)
-                 for span in ((part % (boundary, media, label)).encode("latin-1"), pair)]
-        spans.append(("\r\n--%s--\r\n" % boundary).encode("latin-1"))
+                 for span in ((part % (MULTIPART_BOUNDARY, media, label)).encode("latin-1"), pair)]
+        spans.append(("\r\n--%s--\r\n" % MULTIPART_BOUNDARY).encode("latin-1"))
         fields = without_fields(head.fields, ("content-range",))
-        fields = with_field(fields, "Content-Type", "multipart/byteranges; boundary=" + boundary)
+        fields = with_field(fields, "Content-Type", "multipart/byteranges; boundary=" + MULTIPART_BOUNDARY)
     head = replace_fields(head, status=206, reason="Partial Content", fields=fields)
     return SelectedResponse(head, tuple(spans))
 
@@ -1481,8 +1480,7 @@ def error_head(status: int) -> ResponseHead:
     return generated_head(status, more=more.get(status, ()))
 
 
-def select_response(request: Request, head: ResponseHead, size: int | None, boundary: str
-                    ) -> SelectedResponse:
+def select_response(request: Request, head: ResponseHead, size: int | None) -> SelectedResponse:
     """Apply the preconditions and ranges of a request to a representation of ``size`` bytes.
 
     Ranges are ignored while the size is unknown (None); RFC 9110 §14.2 always allows that.
@@ -1500,7 +1498,7 @@ def select_response(request: Request, head: ResponseHead, size: int | None, boun
     if not ranges:  # RFC 9110 §15.5.17
         text = b"The file has %d bytes, and the requested range is beyond its end.\n" % size
         return SelectedResponse(generated_head(416, more=(("Content-Range", "bytes */%d" % size),)), (text,))
-    return _partial_content(head, size, ranges, boundary)
+    return _partial_content(head, size, ranges)
 
 
 def redirect_target(head: ResponseHead, target: Target) -> Target | None:
@@ -1799,7 +1797,7 @@ _DIRECTIVE = re.compile(
     re.S)
 
 
-def cache_directives(fields: Fields, name: str = "Cache-Control") -> dict[str, str | None]:
+def cache_directives(fields: Fields) -> dict[str, str | None]:
     """Parse Cache-Control (RFC 9111 §5.2).
 
     Of a repeated directive the smallest number counts, which is the most cautious reading (§4.2.1).  A field
@@ -1809,7 +1807,7 @@ def cache_directives(fields: Fields, name: str = "Cache-Control") -> dict[str, s
     {'max-age': '3', 'private': 'a, b'}
     """
     found: dict[str, str | None] = {}
-    text = ",".join(field_values(fields, name))
+    text = ",".join(field_values(fields, "Cache-Control"))
     if len(text) > MAX_CACHE_CONTROL:
         return {"no-store": None, "no-cache": None}
     for match in _DIRECTIVE.finditer(text):
@@ -2386,17 +2384,17 @@ def is_small_answer(request: Request, head: ResponseHead) -> bool:
                 and not head.is_page and not any(applies for applies, _ in _prohibitions(request, head)))
 
 
-def is_worth_full_download(request: Request, size_limit: int) -> bool:
+def is_worth_full_download(request: Request) -> bool:
     """Return whether to download a whole file although a range was requested.
 
-    It is if the range starts within ``size_limit`` bytes and is at least as long: then the client probably
+    It is if the range starts within FULL_DOWNLOAD_RANGE and is at least as long: then the client probably
     resumes or reads on.  An invalid Range is ignored, so it asks for the whole file; several ranges do not.
     """
     ranges = parse_range(field_value(request.fields, "Range") or "", 2**60)
     if not ranges or len(ranges) > 1:
         return ranges is None
     start, stop = ranges[0]
-    return start <= size_limit and stop - start >= size_limit
+    return start <= FULL_DOWNLOAD_RANGE <= stop - start
 
 
 def invalidated_keys(request: Request, response: ResponseHead) -> list[str]:
@@ -6550,7 +6548,7 @@ def adapt_body(request: Request, response: Response) -> Response:
 def response_from_store(request: Request, stored: StoredResponse, status: CacheStatus) -> Response:
     """Answer with a stored response, which the body closes: preconditions, ranges, Age (RFC 9111 §5.1)."""
     head = with_age(stored.head, time.time())
-    selection = select_response(request, head, head.size, MULTIPART_BOUNDARY)
+    selection = select_response(request, head, head.size)
     parts = [span if isinstance(span, bytes) else FileSlice(stored, *span) for span in selection.spans]
     body = IterableBody(selection.length, parts, stored.close, selection.overhead)
     return Response(selection.head, body, status)
@@ -6563,7 +6561,7 @@ def response_from_partial(request: Request, download: Download, origin: OriginCl
     The caller has acquired the partial file, and the body releases it.
     """
     head = replace_fields(head, fields=with_field(head.fields, "Accept-Ranges", "bytes"))
-    selection = select_response(request, head, download.partial.length, MULTIPART_BOUNDARY)
+    selection = select_response(request, head, download.partial.length)
     return Response(selection.head, TailingBody(download, selection, origin), status)
 
 
@@ -7572,7 +7570,7 @@ def render_hit(request: Request, stored: StoredResponse, config: Config, now: fl
     with contextlib.suppress(ProxyError):
         check_request_allowed(request, config)
         decision = decide(request, stored.head, config, now)
-        selection = select_response(request, with_age(stored.head, now), stored.head.size, "")
+        selection = select_response(request, with_age(stored.head, now), stored.head.size)
         spans = () if request.method == "HEAD" else selection.spans
         span = spans[0] if spans else (0, 0)
         if decision.action is not Action.SERVE or decision.refresh or \
@@ -7827,7 +7825,7 @@ class SharedFetch:
         """
         key, downloader = self.request.key, self.downloader
         if self.decision.action is not Action.FETCH or field_value(self.request.fields, "Range") is None \
-                or is_worth_full_download(self.request, FULL_DOWNLOAD_RANGE) \
+                or is_worth_full_download(self.request) \
                 or downloader.flights.is_in_flight(key) or downloader.locks.is_downloading_elsewhere(key) \
                 or downloader.mirrors.has_candidates(self.request):
             return False

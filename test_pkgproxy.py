@@ -1959,7 +1959,8 @@ class RangeRulesTest(unittest.TestCase):
 
     def select(self, size=10, **fields):
         head = make_stored_head(ETag='"x"', Last_Modified=DATE, Content_Type="a/b")
-        return pkgproxy.select_response(make_request(**fields), head, size, "SEP")
+        with mock.patch.object(pkgproxy, "MULTIPART_BOUNDARY", "SEP"):
+            return pkgproxy.select_response(make_request(**fields), head, size)
 
     def test_one_range_is_a_206_with_content_range(self):
         selection = self.select(Range="bytes=2-4")
@@ -1991,7 +1992,8 @@ class RangeRulesTest(unittest.TestCase):
     def test_ranges_that_start_a_full_download(self):
         for text, expected in (("bytes=0-", True), ("bytes=500-", True), ("bytes=0-4999", True), ("bytes=0-9", False),
                                ("bytes=5000-", False), ("bytes=-5", False), ("bytes=0-0,9-", False), ("nonsense", True)):
-            self.assertEqual(pkgproxy.is_worth_full_download(make_request(Range=text), 1000), expected, text)
+            with mock.patch.object(pkgproxy, "FULL_DOWNLOAD_RANGE", 1000):
+                self.assertEqual(pkgproxy.is_worth_full_download(make_request(Range=text)), expected, text)
 
 
 # ---------------------------------------------------------------------------------------------
