@@ -1969,13 +1969,11 @@ def with_chosen_form(request: Request) -> Request:
 
 
 def _file_name(segment: str, windows: bool) -> str:
-    if not segment or segment == "?":
-        return "^" + segment.replace("?", "^3F" if windows else "?")
     if windows:
         segment = re.sub(r'[<>:"|?*\\]|[. ]$', lambda match: "^%02X" % ord(match[0]), segment)
         if re.match(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)", segment, re.I):
             segment = "^%02X%s" % (ord(segment[0]), segment[1:])
-    return segment
+    return "^" + segment if segment in ("", "?", "^3F") else segment
 
 
 def cache_file_names(key: str, windows: bool = False) -> tuple[str | None, str]:
@@ -2128,6 +2126,11 @@ def classify_name(key: str) -> NameClass:
     return NameClass.PACKAGE if _has_package_name(path) or _VERSION_IN_PATH.search(path) else NameClass.OTHER
 
 
+def is_immutable_name(key: str) -> bool:
+    """Return whether a name never stands for other content: a package's, or a content-named file's."""
+    return POLICIES[classify_name(key)].lifetime == math.inf
+
+
 # Only digests of the body itself: ostree's .filez, for one, is named after its uncompressed content.  A new
 # shape belongs to the first alternative: otherwise digest_in_name() has to know its group.
 _DIGEST = re.compile(
@@ -2159,7 +2162,7 @@ def shareable_name(key: str) -> str:
     digest = digest_in_name(key)
     if digest is not None:
         return digest[1]
-    if "?" in key or classify_name(key) in (NameClass.OTHER, NameClass.INDEX):
+    if "?" in key or not is_immutable_name(key):
         return ""
     name = urllib.parse.unquote(key.rpartition("/")[2], "latin-1")
     is_package = _has_package_name(_SIGNATURE.sub("", "/" + name))
@@ -2355,7 +2358,7 @@ _NEVER_EMPTY = re.compile(r"/(?:(?:In)?Release|repomd\.xml|APKINDEX[^/]*|[^/]+\.
 
 def is_implausible(key: str, size: int | None) -> bool:
     """Return whether a body's size cannot be true: no package is empty, for example."""
-    return size == 0 and (POLICIES[classify_name(key)].lifetime == math.inf or bool(_NEVER_EMPTY.search(key)))
+    return size == 0 and (is_immutable_name(key) or bool(_NEVER_EMPTY.search(key)))
 
 
 def why_not_storable(request: Request, head: ResponseHead, config: Config) -> str:
@@ -3134,7 +3137,6 @@ _WRITABLE = os.O_RDWR | _REGULAR
 _NAME_REFUSED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 # Errors that reading a damaged JSON file may raise.
 _DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
-_IMMUTABLE = (NameClass.CONTENT, NameClass.PACKAGE)  # these names do not stand for other content later
 _NO_STAT = os.stat_result((0,) * 10)
 MIN_RESUMABLE_SIZE = 256 * 1024  # bytes: a smaller download is restarted instead of resumed
 FLUSH_INTERVAL = 0.5  # seconds between two flushes of a partial file that other machines may read
@@ -4074,7 +4076,7 @@ class Store:
         named = (fact.digest.hex() for fact in Store.expected(self, head.key))
         digests = {head.sha256, head.sha512[:64], *named}
         with contextlib.suppress(OSError):
-            for digest in filter(None, digests if classify_name(head.key) in _IMMUTABLE else ()):
+            for digest in filter(None, digests if is_immutable_name(head.key) else ()):
                 self.names.add(digest, head.key)
         *_, hashed = names = self._names_of(head.key)
         for name in names:
@@ -6655,7 +6657,7 @@ def confirm_bare_file(origin: OriginClient, origin_request: OriginRequest, reque
     head, size = response.head, content_length(response.head.fields)
     modified = parse_date(field_value(head.fields, "Last-Modified"))
     written = stored.head.mtime_ns // 10**9
-    is_fixed = bool(stored.name) and classify_name(request.key) in (NameClass.CONTENT, NameClass.PACKAGE)
+    is_fixed = bool(stored.name) and is_immutable_name(request.key)
     same_date = modified is not None and (modified == written or is_fixed and modified < written)
     same = size == stored.head.size and same_date
     if not same or why_not_storable(replace_fields(request, method="GET"), head, config):
@@ -8696,8 +8698,7 @@ class RecentRequests:
             with self._lock:
                 details = [row[-1].detail for rows in self._recent.values() for row in rows]
             self._warn_once("outcomes", usage_hint(self._counters.totals(), details))
-        elif cache_status.forward == "bypass" and classify_name(request.key) in (
-                NameClass.PACKAGE, NameClass.CONTENT):
+        elif cache_status.forward == "bypass" and is_immutable_name(request.key):
             self._warn_once("filters", "A filter excludes a package from the cache: %s." %
                             displayable_uri(request.uri))
 
