@@ -889,6 +889,8 @@ def parse_date(text: str | None) -> float | None:
 
 # Messages (RFC 9112) -------------------------------------------------------------------------
 
+_REQUEST_LINE = re.compile(r"(%s) ([^\x00-\x20\x7f]+) HTTP/(\d)\.(\d)" % TOKEN)
+
 
 def parse_request_line(line: str) -> tuple[str, str, tuple[int, int]]:
     """Parse a request line without its CRLF into method, target and version (RFC 9112 §3).
@@ -896,17 +898,12 @@ def parse_request_line(line: str) -> tuple[str, str, tuple[int, int]]:
     >>> parse_request_line("GET http://a/b HTTP/1.1")
     ('GET', 'http://a/b', (1, 1))
     """
-    parts = line.split(" ")
-    if len(parts) != 3 or not _TOKEN.fullmatch(parts[0]) or not parts[1]:
-        raise BadRequestError("The request line is not 'METHOD target HTTP/1.1'.")
-    if re.search(r"[\x00-\x20\x7f]", parts[1]):
-        raise BadRequestError("The request target contains a control character.")
-    match = re.fullmatch(r"HTTP/(\d)\.(\d)", parts[2])
+    match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        raise BadRequestError("The request line does not end in an HTTP version.")
-    if match[1] != "1":
-        raise BadRequestError("%s is not supported; use HTTP/1.1." % match[0], 505)
-    return parts[0], parts[1], (1, min(int(match[2]), 1))  # a later minor version is read as 1.1 (§2.3)
+        raise BadRequestError("The request line is not 'METHOD target HTTP/1.1'.")
+    if match[3] != "1":
+        raise BadRequestError("HTTP/%s.%s is not supported; use HTTP/1.1." % (match[3], match[4]), 505)
+    return match[1], match[2], (1, min(int(match[4]), 1))  # a later minor version is read as 1.1 (§2.3)
 
 
 def parse_status_line(line: str) -> tuple[tuple[int, int], int, str]:
