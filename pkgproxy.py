@@ -1057,10 +1057,13 @@ def parse_target(uri: str) -> Target:
     return Target(scheme, host, port, _without_dots(path) + mark + query)
 
 
-def resolve_reference(base: str, reference: str) -> Target | None:
-    """Return the target of a URI reference (RFC 3986 §5); None if it is invalid, or not for http or https."""
+def resolve_reference(base: str, reference: str | None) -> Target | None:
+    """Return the target of a URI reference (RFC 3986 §5).
+
+    None if there is none, or if it is invalid, or not for http or https.
+    """
     with contextlib.suppress(BadRequestError, ValueError):
-        return parse_target(urllib.parse.urljoin(base, reference))
+        return parse_target(urllib.parse.urljoin(base, reference)) if reference else None
     return None
 
 
@@ -1504,10 +1507,9 @@ def redirect_target(head: ResponseHead, target: Target) -> Target | None:
     Not followed are redirects from https to http, which lose protection, and those that only add a slash:
     the client must learn the folder's URL, because links are relative to it.
     """
-    location = field_value(head.fields, "Location")
+    new_target = resolve_reference(target.uri, field_value(head.fields, "Location"))
     is_redirect = head.status in (301, 302, 303, 307, 308)
-    new_target = resolve_reference(target.uri, location) if is_redirect and location else None
-    if new_target is None or new_target.uri == target.uri + "/":
+    if not is_redirect or new_target is None or new_target.uri == target.uri + "/":
         return None
     return None if target.scheme == "https" and new_target.scheme != "https" else new_target
 
@@ -1598,8 +1600,7 @@ def client_fields(head: ResponseHead, request: Request) -> Fields:
     if not request.client_prefix:
         return fields
     fields = without_fields(fields, ("set-cookie",)) + (("Content-Security-Policy", "sandbox"),)
-    location = field_value(fields, "Location")
-    new_target = resolve_reference(head.final_uri or request.target.uri, location) if location else None
+    new_target = resolve_reference(head.final_uri or request.target.uri, field_value(fields, "Location"))
     if new_target is not None:
         fields = with_field(fields, "Location", with_client_prefix(request.client_prefix, new_target))
     return fields
@@ -2406,7 +2407,7 @@ def invalidated_keys(request: Request, response: ResponseHead) -> list[str]:
         return []
     keys = [request.key]
     for name in ("Location", "Content-Location"):
-        target = resolve_reference(request.target.uri, field_value(response.fields, name) or "")
+        target = resolve_reference(request.target.uri, field_value(response.fields, name))
         if target and (target.scheme, target.authority) == (request.target.scheme, request.target.authority):
             keys.append(cache_key(target))
     return [key + mark for key in keys for mark in FORMS]
