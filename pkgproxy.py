@@ -964,15 +964,14 @@ def request_framing(version: tuple[int, int], fields: Fields) -> int | None:
     """
     try:
         length, chunked = content_length(fields), is_chunked(fields)
+        # Step 5: repeated lengths, even equal ones.
+        if "," in ",".join(field_values(fields, "Content-Length")):
+            raise ValueError("more than one Content-Length")
+        # Step 3: Transfer-Encoding would override the length.  HTTP/1.0 has no Transfer-Encoding (§6.1).
+        if chunked and (length is not None or version < (1, 1)):
+            raise ValueError("Transfer-Encoding with Content-Length, or with HTTP/1.0")
     except ValueError as error:
         raise BadRequestError("The length of the body is ambiguous: %s." % error) from None
-    # Step 5: repeated lengths, even equal ones.
-    if "," in ",".join(field_values(fields, "Content-Length")):
-        raise BadRequestError("The length of the body is ambiguous: more than one Content-Length.")
-    # Step 3: Transfer-Encoding would override the length.  HTTP/1.0 has no Transfer-Encoding (§6.1).
-    if chunked and (length is not None or version < (1, 1)):
-        raise BadRequestError("The length of the body is ambiguous: Transfer-Encoding with Content-Length, or"
-                              " with HTTP/1.0.")
     # Step 4: chunked.  Step 6: the declared length.  Step 7: a request without either has no body.
     return None if chunked else length or 0
 
@@ -1812,7 +1811,7 @@ def cache_directives(fields: Fields) -> dict[str, str | None]:
         if match[1] is None:
             continue  # a quoted string without a name
         key = match[1].lower()
-        argument = match[2] if match[2] is not None else match[3]
+        argument = match[2] or match[3]
         is_number = (argument or "0").isdigit()
         if key not in found or is_number and parse_delta_seconds(argument) < parse_delta_seconds(found[key]):
             found[key] = argument
@@ -2435,10 +2434,9 @@ def _may_serve_stale(control: dict[str, str | None], stored: ResponseHead, ttl: 
     (RFC 5861 §3).
     """
     response_control = cache_directives(stored.fields)
-    if not _NEVER_STALE.isdisjoint(response_control):
-        return False
-    allowed = parse_delta_seconds(control["max-stale"] or str(2**31)) if "max-stale" in control else 0
-    return -ttl < max(allowed, parse_delta_seconds(response_control.get("stale-while-revalidate")))
+    by_client = parse_delta_seconds(control["max-stale"] or str(2**31)) if "max-stale" in control else 0
+    by_origin = parse_delta_seconds(response_control.get("stale-while-revalidate"))
+    return -ttl < max(by_client, by_origin) and _NEVER_STALE.isdisjoint(response_control)
 
 
 def _decide_stored(request: Request, stored: ResponseHead, name_class: NameClass, config: Config,
@@ -3097,8 +3095,8 @@ def _matches_no_proxy(target: Target, entry: str) -> bool:
         network = ipaddress.ip_network(entry, strict=False)
         return is_address(target.host) and ipaddress.ip_address(target.host) in network
     name, port = re.fullmatch(r"\[?(.*?)\]?(?::(\d+))?", entry, re.S).groups()  # type: ignore[union-attr]
-    name = name[1:] if name.startswith("*.") else name
-    covers = name in ("*", target.host) or target.host.endswith(name if name.startswith(".") else "." + name)
+    domain = "." + name.removeprefix("*.").removeprefix(".")
+    covers = name in ("*", target.host) or target.host.endswith(domain)
     return covers and (not port or int(port) == target.port)
 
 
