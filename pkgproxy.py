@@ -873,18 +873,15 @@ def parse_date(text: str | None) -> float | None:
     ...     "Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994", "0")]
     [784111777.0, 784111777.0, 784111777.0, None]
     """
-    for pattern in _DATES:
-        match = pattern.fullmatch(text or "")
-        if not match or match["m"].lower() not in _MONTHS:
-            continue
-        year = int(match["y"])
-        year += 0 if year > 99 else 2000 if year < 70 else 1900  # RFC 850 has two digits
-        hour, minute, second = (int(part) for part in match["t"].split(":"))
-        day, month = int(match["d"]), _MONTHS.index(match["m"].lower()) + 1
-        if not (1 <= day <= 31 and hour < 24 and minute < 60 and second <= 60):  # 60: a leap second
-            return None
-        return float(calendar.timegm((year, month, day, hour, minute, second)))
-    return None
+    match = next(filter(None, (pattern.fullmatch(text or "") for pattern in _DATES)), None)
+    if match is None or match["m"].lower() not in _MONTHS:
+        return None
+    year = int(match["y"])
+    year += 0 if year > 99 else 2000 if year < 70 else 1900  # RFC 850 has two digits
+    hour, minute, second = (int(part) for part in match["t"].split(":"))
+    day, month = int(match["d"]), _MONTHS.index(match["m"].lower()) + 1
+    is_valid = 1 <= day <= 31 and hour < 24 and minute < 60 and second <= 60  # 60: a leap second
+    return float(calendar.timegm((year, month, day, hour, minute, second))) if is_valid else None
 
 
 # Messages (RFC 9112) -------------------------------------------------------------------------
@@ -4739,10 +4736,9 @@ class IndexReader:
 
     def _is_named(self, source: TableSource) -> bool:
         facts = self.facts_for(source.key, "top ")
-        if not facts:
-            return classify_name(source.key) is not NameClass.CONTENT
-        return any(size in (None, source.size) and (algorithm != "sha256" or digest.hex() == source.sha256)
-                   for size, algorithm, digest in facts)
+        may_be_named = facts or classify_name(source.key) is not NameClass.CONTENT
+        return bool(may_be_named) and not why_unexpected(
+            facts, source.size, lambda algorithm: source.sha256 if algorithm == "sha256" else "")
 
 
 class IndexedStore(Store):
