@@ -545,9 +545,9 @@ class ResponseBody(Protocol):
 class Outcome(enum.Enum):
     """How a request was answered: the word for log, counters and pages, and most of what depends on it.
 
-    Members are also named one by one in cache_status_field(), in BackgroundRevalidator._renew() and in the
-    README's table of words; and STYLE has rules for each colour: in both themes, of a row, and of the filter
-    of the last requests.  Tests compare the README and STYLE with the members.
+    Some members are also named in cache_status_field(), in BackgroundRevalidator._renew() and in Statistics,
+    and all of them in the README's table of words.  STYLE has rules for each colour: in both themes, of rows,
+    and of the filter of the last requests.  Tests compare the README and STYLE with the members.
 
     >>> Outcome("shared").from_cache, Outcome.FAILED.value, Outcome.FAILED.colour
     (True, 'failed', 'bad')
@@ -1542,7 +1542,7 @@ def cache_status_field(status: CacheStatus) -> str:
     'pkgproxy; fwd=uri-miss; stored'
     """
     outcome = status.outcome
-    is_hit = outcome is Outcome.HIT or outcome in (Outcome.STALE, Outcome.SHARED) and not status.forward
+    is_hit = outcome.from_cache and not status.forward
     detail = status.detail and re.sub(r'[^ !#-\[\]-~]', "", status.detail)
     return "; ".join([part for part in (
         "pkgproxy", is_hit and "hit", not is_hit and status.forward and "fwd=" + status.forward,
@@ -1871,13 +1871,12 @@ def origin_request_fields(request: Request, config: Config, identity: bool) -> F
     # 1. Remove hop-by-hop fields (§7.6.1), those that the proxy writes itself, a browser's cookie for
     #    another service on the proxy's host, and Expect from HTTP/1.0 (§10.1.1).
     removed = ["host", "via"] + (["cookie"] if request.client_prefix else [])
-    removed += ["max-forwards"] if hops is not None else []
     removed += ["expect"] if request.version < (1, 1) else []
     kept = without_fields(end_to_end(request.fields), removed)
     # 2. Add: Host first (§7.2), Max-Forwards (§7.6.2), the framing of the body, Via last (§7.6.3).
     fields = (("Host", request.target.authority),) + (_only(kept, SHARED_FIELDS) if identity else kept)
     if hops is not None:
-        fields += (("Max-Forwards", str(hops - 1)),)
+        fields = with_field(fields, "Max-Forwards", str(hops - 1))
     if identity:
         is_whole = request.client_prefix == "/" and field_value(request.fields, "Range") is None
         may_code = is_whole and has_coded_form(request.key) and accepts_gzip(request)
@@ -2456,14 +2455,13 @@ def _decide_stored(request: Request, stored: ResponseHead, name_class: NameClass
     doubted = request.doubt > DOUBT_OF_CLIENT or request.doubt and now - stored.response_time > DOUBT_INTERVAL
     if strict or doubted or _client_wants_validation(control, policy, age, ttl):
         return CacheDecision(Action.VALIDATE, name_class, "request", known_ttl)
-    # 3. Names that do not change: serve, and look once a day whether they did after all.
-    if policy.lifetime is not None and ttl > 0:
-        due = abs(now - stored.response_time) > policy.refresh  # abs(): clocks jump
-        return CacheDecision(Action.SERVE, name_class, refresh=due)
-    # 4. Fresh, or allowed to be stale while it is validated in the background (§4.2.4).
-    fresh = ttl > 0 and "no-cache" not in cache_directives(stored.fields)
-    if fresh or policy.lifetime is None and _may_serve_stale(control, stored, ttl):
-        return CacheDecision(Action.SERVE, name_class, ttl=known_ttl, refresh=not fresh)
+    # 3. Fresh, or allowed to be stale while it is validated in the background (§4.2.4).  A package is fresh
+    #    whatever its fields say, but once a day it is validated as well: it may have changed after all.
+    by_fields = policy.lifetime is None
+    fresh = ttl > 0 and not (by_fields and "no-cache" in cache_directives(stored.fields))
+    if fresh or by_fields and _may_serve_stale(control, stored, ttl):
+        due = not fresh or abs(now - stored.response_time) > policy.refresh  # abs(): clocks jump
+        return CacheDecision(Action.SERVE, name_class, ttl=known_ttl, refresh=due)
     return CacheDecision(Action.VALIDATE, name_class, "stale", known_ttl)
 
 
