@@ -1436,9 +1436,8 @@ class SelectedResponse:
     @property
     def length(self) -> int | None:
         """Bytes of the body, None if unknown."""
-        if any(span[1] == UNKNOWN_END for span in self.spans if isinstance(span, tuple)):
-            return None
-        return sum(len(span) if isinstance(span, bytes) else span[1] - span[0] for span in self.spans)
+        total = self.overhead + sum(span[1] - span[0] for span in self.spans if isinstance(span, tuple))
+        return total if total < UNKNOWN_END else None
 
 
 def _partial_content(head: ResponseHead, size: int, ranges: list[tuple[int, int]]) -> SelectedResponse:
