@@ -4630,15 +4630,14 @@ class IndexReader:
         self._thread = threading.Thread()
         # By key: kind, base and place of an index, and the clock time; also of the one that is being read.
         self._queue: dict[str, tuple[str, str, str, float]] = {}
-        self._unnamed: dict[str, int] = {}  # by key: the value of _written at which no index named this index
-        self._written = 0  # tables: each may name indexes
+        self._unnamed: set[str] = set()  # keys of indexes that no index has named; each new table may do so
         self._failed = -LEARNING_BACKOFF  # monotonic time of the last failure of the disk
         self.generation = 0  # of the answers: while it is the same, only other processes can change them
 
     def note(self, head: ResponseHead) -> None:
         """Queue an index that was stored, or is used, to be read unless it has been; ignore other files."""
         found = index_type(head.key, media_type(head))
-        if found is None or self._unnamed.get(head.key) == self._written or os.path.exists(
+        if found is None or head.key in self._unnamed or os.path.exists(
                 self._path(found[2], head.key, version_of(self._store, head.key))):
             return
         with self._lock:
@@ -4692,7 +4691,7 @@ class IndexReader:
         if classify_name(key) is NameClass.CONTENT and not self.facts_for(key, "top "):
             if len(self._unnamed) > MAX_QUEUED_INDEXES:
                 self._unnamed.clear()
-            self._unnamed[key] = self._written
+            self._unnamed.add(key)
             return
         stored = Store.lookup(self._store, key)
         if stored is None:
@@ -4706,8 +4705,9 @@ class IndexReader:
             except DamagedIndexError as error:
                 log.warning("Cannot learn from %s: %s", loggable_uri(key), error)
                 write_table(path, source, ())
+            self._unnamed.clear()
             with self._lock:  # or else one of two simultaneous changes would get lost
-                self.generation, self._written = self.generation + 1, self._written + 1
+                self.generation += 1
 
     def _path(self, place: str, *index: object) -> str:
         """Return the path of the table for key and version of an index, or of the folder with its like."""
