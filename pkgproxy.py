@@ -1207,6 +1207,24 @@ def media_type(head: ResponseHead) -> str:
     return (field_value(head.fields, "Content-Type") or "").partition(";")[0].strip().lower()
 
 
+# The first bytes of a page, after the size of its first chunk, a byte order mark, an XML declaration, white
+# space and comments.  No list of packages begins with one of these elements.
+_HTML_START = re.compile(
+    rb"(?:[0-9a-f]{1,8}[^\r\n]{0,99}\r\n)?(?:\xef\xbb\xbf)?(?:<\?xml\s[^>]{0,200}>)?(?:\s|<!--(?:(?!-->).)*-->)*"
+    rb"<(?:(?:!doctype\s+html|html|head)(?:[\s>]|\Z)|(?:body|title|script|meta|link|style|center)[\s>])",
+    re.I | re.S)
+
+
+def begins_page(data: bytes) -> bool:
+    """Return whether a body begins like an HTML page."""
+    return bool(_HTML_START.match(data[:4096]))
+
+
+def is_html(head: ResponseHead) -> bool:
+    """Return whether a response is an HTML page, by its media type or its first bytes."""
+    return head.is_page or media_type(head).startswith(("text/html", "application/xhtml"))
+
+
 def validators(head: ResponseHead) -> Fields:
     """Return the preconditions that validate a stored response (RFC 9111 §4.3.1)."""
     tag, date = field_value(head.fields, "ETag"), field_value(head.fields, "Last-Modified")
@@ -2194,21 +2212,6 @@ def signature_keys(key: str) -> list[str]:
 # A page's name, without the query.  An index is a page only as a folder's listing, or if its name says so.
 _PAGE = re.compile(r"/[^/.]*$|\.(?:x?html?|php|aspx?|jsp|cgi)$", re.I)
 _INDEX_PAGE = re.compile(r"/$|\.x?html?$", re.I)
-# The first bytes of a page, after the size of its first chunk, a byte order mark, white space and comments.
-_HTML_START = re.compile(rb"(?:[0-9a-f]{1,8}[^\r\n]{0,99}\r\n)?(?:\xef\xbb\xbf)?(?:\s|<!--(?:(?!-->).)*-->)*"
-                        rb"<(?:!doctype\s+html|html|head)(?:[\s>]|\Z)", re.I | re.S)
-
-
-def begins_page(data: bytes) -> bool:
-    """Return whether a body begins like an HTML page."""
-    return bool(_HTML_START.match(data[:4096]))
-
-
-def is_html(head: ResponseHead) -> bool:
-    """Return whether a response is an HTML page, by its media type or its first bytes."""
-    return head.is_page or media_type(head).startswith(("text/html", "application/xhtml"))
-
-
 def can_be_page(key: str) -> bool:
     """Return whether a name may be that of a page: a folder, or another that does not look like a file."""
     pages = {NameClass.OTHER: _PAGE, NameClass.INDEX: _INDEX_PAGE}.get(classify_name(key))
@@ -2528,12 +2531,12 @@ def may_serve_stale_on_error(decision: CacheDecision, stored: ResponseHead) -> b
 
 def why_not_from_cache(request: Request, decision: CacheDecision) -> str:
     """Return why a request cannot be answered from the cache, whatever is stored; "" if it can."""
-    if request.method not in ("GET", "HEAD"):
-        return "only GET and HEAD are answered from the cache"
-    private = sorted(private_fields(request))
-    if private and decision.forward == "request" and decision.action in (Action.PASS, Action.REFUSE):
-        return "for this client alone: " + ", ".join(private)
-    return "the request bypasses the cache" if decision.action is Action.PASS else ""
+    private = ", ".join(sorted(private_fields(request)))
+    reasons = (
+        (request.method not in ("GET", "HEAD"), "only GET and HEAD are answered from the cache"),
+        (private and decision.forward == "request", "for this client alone: " + private),
+        (decision.action is Action.PASS, "the request bypasses the cache"))
+    return next((reason for applies, reason in reasons if applies), "")
 
 
 def replaces_stored(decision: CacheDecision, response: ResponseHead) -> bool:
