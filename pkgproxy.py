@@ -8279,11 +8279,8 @@ class Proxy:
             self.doubts.note_answer(request, response.cache_status.outcome)
         except ProxyError as error:
             response = self._respond_despite(request, decision, began, error)
-
-        def fallback(error: Exception) -> Response:
-            return adapt_body(request, self._respond_despite(request, decision, began, error))
-
-        return replace_fields(response, fallback=fallback)
+        return replace_fields(response, fallback=lambda error: adapt_body(
+            request, self._respond_despite(request, decision, began, error)))
 
     def _serve(self, request: Request, decision: CacheDecision, stored: StoredResponse) -> Response | None:
         """Serve a hit, or a stale response without asking an origin that is known to be down; None if
@@ -8305,8 +8302,7 @@ class Proxy:
             if is_missing and (found := self._downloader.mirrors.find_identical(request, config)):
                 return response_from_store(request, found, shared_cache_status(decision, found.head))
             reason = "this proxy is offline" if config.offline else "the request is only-if-cached"
-            error = ProxyError("No stored response fits, and %s." % reason, 504)
-            return self._respond_despite(request, decision, time.monotonic(), error)
+            raise ProxyError("No stored response fits, and %s." % reason, 504)
         shared = SharedFetch(self._downloader, request, decision, config)
         if decision.action is Action.PASS or shared.wants_only_part():
             return self._pass(request, decision, config)
@@ -8365,11 +8361,10 @@ class Proxy:
 
     def _find_stale(self, request: Request, decision: CacheDecision) -> StoredResponse | str:
         """Return a stored response that may be served instead of an error, or why there is none."""
-        if reason := why_not_from_cache(request, decision):
-            return reason
-        stored = look_up_for_client(self._store, self._origin, request)
+        reason = why_not_from_cache(request, decision)
+        stored = None if reason else look_up_for_client(self._store, self._origin, request)
         if stored is None:
-            return "no usable stored copy"
+            return reason or "no usable stored copy"
         if selecting_fields(request, stored.head) != stored.head.vary:
             reason = "the stored copy is for other request fields"
         elif decision.action is Action.REFUSE or not may_serve_stale_on_error(decision, stored.head):
@@ -8382,8 +8377,8 @@ class Proxy:
     def _serve_stale(self, request: Request, decision: CacheDecision, stored: StoredResponse,
                      reason: str) -> Response:
         self._revalidator.watch(request)
-        status = CacheStatus(Outcome.STALE, decision.forward, detail=reason)
-        return response_from_store(request, stored, status)
+        return response_from_store(
+            request, stored, CacheStatus(Outcome.STALE, decision.forward, detail=reason))
 
     # For the event loop, for tunnels, and for the operator
 
