@@ -10533,13 +10533,13 @@ class ProxyHandler:
                     response.body.close()
                     response = self._fallback(response, error)
                     writer = ResponseWriter(sock, request, response, dispatcher)
-            unread = getattr(request.body, "unread", False)
-            if not stays_open and (close or unread or wants_keep_alive(request)):
-                self._drain_and_close()  # the client may still be sending
-            return stays_open
         finally:
             self._lingers = response.cache_status.outcome is not Outcome.HIT
             writer.finish(self._started)
+        unread = getattr(request.body, "unread", False)
+        if not stays_open and (close or unread or wants_keep_alive(request)):
+            self._drain_and_close()  # the client may still be sending; the log line leaves this time out
+        return stays_open
 
     def _fallback(self, response: Response, error: ProxyError | StorageError) -> Response:
         """Return the response that takes the place of one that failed before its first byte."""

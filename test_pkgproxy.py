@@ -12119,6 +12119,12 @@ class ServerTest(ProxyCase):
         self.assertRegex(lines[0], r"\A127\.0\.0\.1    miss   200    100 B  \d\.\d\ds GET http://127\.0\.0\.1:\d+/x_1\.deb\Z")
         self.assertRegex(lines[1], r"\A127\.0\.0\.1    hit    200    100 B ")
 
+    def test_waiting_for_a_client_to_close_is_not_counted_as_time_of_its_request(self):
+        with mock.patch.object(pkgproxy, "LINGER_TIMEOUT", 2.0 * PATIENCE), self.assertLogs("pkgproxy", "INFO") as caught, self.open_client() as client:
+            client.sendall(b"BAD\r\n\r\n")
+            self.assertIn(b" 400 ", client.recv(4096))
+            until(lambda: caught.records)  # although the client has not closed
+
     def test_a_verbose_log_shows_where_the_time_of_a_request_went(self):
         with self.assertLogs("pkgproxy", "DEBUG") as caught:
             self.request("/x_1.deb")
