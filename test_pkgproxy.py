@@ -4681,7 +4681,7 @@ class PairTest(ProxyCase):
                 self.assertEqual(self.generations(path, signature), [1, 1])
                 self.publish(2, path, signature)
                 self.assertEqual(self.generations(path, Cache_Control="max-age=0"), [2])
-                self.assertEqual(self.bodies_of(signature), 2)  # nobody has asked for it
+                self.assertEqual(self.bodies_of(signature), 2, "the signature was not renewed: is its suffix in signature_keys()?")
                 self.assertEqual(self.generations(signature, path), [2, 2])
                 self.assertEqual((self.bodies_of(signature), self.bodies_of(path)), (2, 2))
 
