@@ -229,6 +229,7 @@ THREAD_IDLE_TIMEOUT = 0.1  # seconds that a thread waits for its client's next r
 # Hits of the current second, ready to be sent again; each holds a descriptor and up to SMALL_BODY bytes.  As
 # many as a fleet asks for in a second: with fewer, machines that are some files apart prepare each one anew.
 HOT_CACHE_SIZE = 512
+HOT_CACHE_BYTES = 8 * 1024 * 1024  # of heads and small bodies in them
 SMALL_BODY = 64 * 1024  # bytes; a body up to this is sent together with its head
 COPY_SIZE = 256 * 1024  # bytes per read or write where sendfile() is not used
 SEND_SIZE = 256 * 1024  # bytes of a file sent at a time; larger pieces take more processor time, not less
@@ -1207,12 +1208,10 @@ def media_type(head: ResponseHead) -> str:
     return (field_value(head.fields, "Content-Type") or "").partition(";")[0].strip().lower()
 
 
-# The first bytes of a page, after the size of its first chunk, a byte order mark, an XML declaration, white
-# space and comments.  No list of packages begins with one of these elements.
-_HTML_START = re.compile(
-    rb"(?:[0-9a-f]{1,8}[^\r\n]{0,99}\r\n)?(?:\xef\xbb\xbf)?(?:<\?xml\s[^>]{0,200}>)?(?:\s|<!--(?:(?!-->).)*-->)*"
-    rb"<(?:(?:!doctype\s+html|html|head)(?:[\s>]|\Z)|(?:body|title|script|meta|link|style|center)[\s>])",
-    re.I | re.S)
+# The first bytes of a page, after the size of its first chunk, a byte order mark, white space and comments.
+# Not <script>, <body> or an XML declaration: templates and components begin with these, too.
+_HTML_START = re.compile(rb"(?:[0-9a-f]{1,8}[^\r\n]{0,99}\r\n)?(?:\xef\xbb\xbf)?(?:\s|<!--(?:(?!-->).)*-->)*"
+                        rb"<(?:!doctype\s+html|html|head)(?:[\s>]|\Z)", re.I | re.S)
 
 
 def begins_page(data: bytes) -> bool:
@@ -2212,6 +2211,8 @@ def signature_keys(key: str) -> list[str]:
 # A page's name, without the query.  An index is a page only as a folder's listing, or if its name says so.
 _PAGE = re.compile(r"/[^/.]*$|\.(?:x?html?|php|aspx?|jsp|cgi)$", re.I)
 _INDEX_PAGE = re.compile(r"/$|\.x?html?$", re.I)
+
+
 def can_be_page(key: str) -> bool:
     """Return whether a name may be that of a page: a folder, or another that does not look like a file."""
     pages = {NameClass.OTHER: _PAGE, NameClass.INDEX: _INDEX_PAGE}.get(classify_name(key))
@@ -3161,6 +3162,8 @@ class StoredResponse:
 
     def read_at(self, size: int, offset: int) -> bytes:
         """Return up to ``size`` bytes from ``offset``.  Raises OSError."""
+        if hasattr(os, "pread"):  # connections that get one hit of the HotCache share the file's position
+            return os.pread(self.fileno(), size, offset)
         self.file.seek(offset)
         return self.file.read(size) or b""
 
@@ -3201,7 +3204,7 @@ def make_directory(path: str) -> None:
 
     os.makedirs() would give the parents the umask's mode.
     """
-    if not os.path.isdir(path):
+    if not os.path.isdir(path) and os.path.dirname(path) != path:  # a missing drive is its own parent
         make_directory(os.path.dirname(path))
         with contextlib.suppress(FileExistsError):  # another thread made it, or it is a file
             os.mkdir(path, 0o755)
@@ -4005,6 +4008,11 @@ class Store:
         path = self.body_path(name)
         return (self.trust_bare and os.path.isfile(path) and not os.path.islink(path)
                 and not _read_heads(self.head_path(name)) and _has_exact_name(self.root, name))
+
+    def why_not_found(self, key: str) -> str:
+        """Return why lookup() finds nothing."""
+        is_there = any(os.path.lexists(self.body_path(name)) for name in self._names_of(key))
+        return "the stored copy cannot be used" if is_there else "no stored copy"
 
     def expected(self, key: str) -> list[FileFacts]:
         """Return what is known about a body in advance; each is right.  Here: the digest in its name."""
@@ -7441,6 +7449,15 @@ def check_request_allowed(request: Request, config: Config) -> None:
     check_target_allowed(request.target, request.client_is_local, config.origins)
 
 
+def own_request(request: Request, decision: CacheDecision, config: Config) -> OriginRequest:
+    """Return the request to the origin whose response is for one client alone."""
+    follow = decision.forward not in ("bypass", "method") and decision.policy.redirects
+    return OriginRequest(
+        request.method, request.target, origin_request_fields(request, config, identity=False), request.body,
+        request.length, request.client_is_local, follow and not private_fields(request), None, request.client,
+        request.timings, config.origins, request.send_interim)
+
+
 def answer_as_final_recipient(request: Request) -> Response:
     """Answer a TRACE or OPTIONS that may go no further (RFC 9110 §7.6.2, §9.3.7, §9.3.8)."""
     if request.method == "OPTIONS":
@@ -7492,7 +7509,7 @@ class HotCache:
     """
 
     def __init__(self, size: int = HOT_CACHE_SIZE) -> None:
-        self._size = size
+        self._size, self._bytes = size, 0
         self._entries: dict[Any, PreparedHit] = {}  # by the bytes of the head, and the client's access
         self._valid_for: tuple[Any, ...] = ()  # the second, the configuration, and the knowledge of indexes
         self._verified: set[PreparedHit] = set()  # those whose files were looked at since the last recheck
@@ -7504,7 +7521,7 @@ class HotCache:
         """
         if valid_for != self._valid_for:
             self._entries.clear()
-            self._valid_for = valid_for
+            self._valid_for, self._bytes = valid_for, 0
         self._verified.clear()
 
     def get(self, asked: Any, client: str = "") -> PreparedHit | None:
@@ -7524,16 +7541,17 @@ class HotCache:
         return None
 
     def put(self, asked: Any, entry: PreparedHit) -> None:
-        """Keep an entry, unless its file has already been removed; the oldest one makes room for it.
+        """Keep an entry, unless its file has already been removed; if there are too many, begin anew.
 
         Large files are not kept: an evicted one would go on taking space, and sending it costs far more than
         preparing it again.  Nothing is kept on Windows, where an open file cannot be removed.
         """
+        if len(self._entries) >= self._size or self._bytes > HOT_CACHE_BYTES:
+            self.recheck(())
         self._entries.pop(asked, None)
         if entry.version[0] and entry.body_size <= LARGE_BODY and os.name != "nt":
             self._entries[asked] = entry
-            if len(self._entries) > self._size:
-                del self._entries[next(iter(self._entries))]
+            self._bytes += len(entry.data)
 
 
 def read_without_blocking(file: io.FileIO, start: int, stop: int) -> bytes | None:
@@ -7831,13 +7849,10 @@ class SharedFetch:
         """Return a response; ALONE if this request cannot share one, AGAIN if it must be decided anew;
         ProxyError."""
         deadline = time.monotonic() + VALIDATION_TIMEOUT
-        is_validation = self.decision.action is Action.VALIDATE
-        is_shared = field_value(self.request.fields, "Authorization") is None
-        result = self._share(deadline) if is_shared else None
-        if result in (None, FlightResult.ALONE) and (is_validation or not is_shared):
-            # Not passed through: the answer may have to be compared with what is stored.
-            result = self._lead(deadline, not is_validation)
-        if is_validation and isinstance(result, Response) and isinstance(result.body, TailingBody):
+        result = self._share(deadline) if field_value(self.request.fields, "Authorization") is None else (
+            self._lead(deadline, self.decision.action is Action.FETCH))
+        if self.decision.action is Action.VALIDATE and isinstance(result, Response) and isinstance(
+                result.body, TailingBody):
             # The stored copy could answer, so do not wait long for a first byte: a second at least.
             result.body.first_byte_deadline = max(deadline, time.monotonic() + 1)
         return result or FlightResult.ALONE
@@ -8059,9 +8074,8 @@ class BackgroundRevalidator:
         """Return the request; it demands a validation if something newer than the stored response tells about
         it: what a stored signature signs, or an index that says that this is another file now, or an index
         that is not read yet, which is a reason for doubt."""
-        signed = [(self._stored_head(key), key) for key in signed_keys(head.key)]
         if any(other.response_time > head.response_time if other else self._store.expected(key)
-               for other, key in signed):
+               for key in signed_keys(head.key) for other in (self._stored_head(key),)):
             return replace_fields(request, fields=request.fields + (("Cache-Control", "max-age=0"),))
         return replace_fields(request, doubt=DOUBT_UNREAD) if self._store.awaits_index(head) else request
 
@@ -8311,19 +8325,19 @@ class Proxy:
             return result
         if result is FlightResult.AGAIN:
             return self._respond(replace_fields(request, known_missing=False))
-        return self._pass(request, decision, config, "not collapsed")
+        response = self._pass(request, decision, config, "not collapsed")
+        if decision.action is Action.VALIDATE and says_not_now(response.head.status) and isinstance(
+                stored := self._find_stale(request, decision), StoredResponse):
+            response.body.close()
+            return self._serve_stale(request, decision, stored, "%d from origin." % response.head.status)
+        return response
 
     def _pass(self, request: Request, decision: CacheDecision, config: Config, detail: str = "") -> Response:
         """Ask the origin for this client alone.  A method that changes things invalidates stored responses
         (RFC 9111 §4.4)."""
-        fields = origin_request_fields(request, config, identity=False)
-        private = private_fields(request)
-        follow = decision.forward not in ("bypass", "method") and decision.policy.redirects and not private
-        if private and decision.forward == "request":
+        if decision.forward == "request" and private_fields(request):
             detail = why_not_from_cache(request, decision)
-        response = self._origin.fetch(OriginRequest(
-            request.method, request.target, fields, request.body, request.length, request.client_is_local,
-            follow, None, request.client, request.timings, config.origins, request.send_interim))
+        response = self._origin.fetch(own_request(request, decision, config))
         for key in invalidated_keys(request, response.head):
             # In this order: a download that is stored between two of these steps is deleted by the last.
             self._barrier.invalidate(key)
@@ -8364,7 +8378,7 @@ class Proxy:
         reason = why_not_from_cache(request, decision)
         stored = None if reason else look_up_for_client(self._store, self._origin, request)
         if stored is None:
-            return reason or "no usable stored copy"
+            return reason or self._store.why_not_found(request.key)
         if selecting_fields(request, stored.head) != stored.head.vary:
             reason = "the stored copy is for other request fields"
         elif decision.action is Action.REFUSE or not may_serve_stale_on_error(decision, stored.head):
@@ -10632,8 +10646,8 @@ class ProxyServer:
 
     The end comes in two steps: after stop(), nothing is accepted any more, and serve_forever() returns when
     the event loop has sent its responses.  Those of worker threads may take longer: see replies_running.
-    Clients that have just connected still get a response: unlike after one, they do not expect a close, and
-    may not try again.
+    Clients whose connections were accepted a moment ago still get a response: unlike after one, they do not
+    expect a close, and may not try again.
     """
 
     def __init__(self, listening: socket.socket, dispatcher: Dispatcher) -> None:
@@ -10683,7 +10697,12 @@ class ProxyServer:
         events = selectors.EVENT_READ if self._stop_at == math.inf and now >= self._resume_at else 0
         set_events(self.event_loop.selector, self.socket, events, self._accept)
         if not events and self._stop_at < math.inf:
-            self.socket.close()  # at once: what is in its queue then is lost, or waits for the next process
+            # At once: what is in its queue then waits for the next process, if that has the same socket, or
+            # is lost.  With --reuse-port each process has a queue of its own, so it is emptied first.
+            for _ in range(LISTEN_BACKLOG // ACCEPTS_PER_TURN):
+                if self.dispatcher.proxy.config.reuse_port and self.socket.fileno() >= 0:
+                    self._accept()
+            self.socket.close()
         self.event_loop.close_timed_out(now)
         self.limiter.admit_parked()
         self.dispatcher.proxy.close_idle()
@@ -11134,12 +11153,12 @@ def check_access_settings(config: Config) -> None:
                 config.ca_file, explain_error(error))) from None
 
 
-def make_connection_limiter() -> ConnectionLimiter:
+def make_connection_limiter(addresses: int) -> ConnectionLimiter:
     """Limit connections by the file descriptors that this process may open, after raising that limit.
 
     A connection uses up to four descriptors (client, origin, stored file, partial file).  For each one,
-    another may be parked until the limit allows it, and a hit be kept ready; for every fourth, an abandoned
-    one may still use its four.  40 are left for everything else.
+    another may be parked until the limit allows it, and each of the listening addresses may keep a hit ready;
+    for every fourth, an abandoned one may still use its four.  40 are left for everything else.
     """
     if resource is None:
         return ConnectionLimiter(MAX_CONNECTIONS)
@@ -11147,7 +11166,8 @@ def make_connection_limiter() -> ConnectionLimiter:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: unlimited
-    return ConnectionLimiter(max(4, min(MAX_CONNECTIONS, (soft - 40) // 7 if soft > 0 else MAX_CONNECTIONS)))
+    places = (soft - 40) // (6 + addresses) if soft > 0 else MAX_CONNECTIONS
+    return ConnectionLimiter(max(4, min(MAX_CONNECTIONS, places)))
 
 
 class NonblockingListener(socket.socket):
@@ -11530,7 +11550,7 @@ def run(config: Config, level: int) -> None:
     statistics = StatusCollector(store, counters, config.instance or ",".join(config.addrs), proxy.snapshot)
     proxy.start()
     statistics.history.start()
-    dispatcher = Dispatcher(proxy, statistics, make_connection_limiter(), log_handler.write)
+    dispatcher = Dispatcher(proxy, statistics, make_connection_limiter(len(sockets)), log_handler.write)
     if config.access_log:
         with contextlib.suppress(OSError):  # it is logged, now instead of with the first request
             append_to_file(config.access_log, b"")

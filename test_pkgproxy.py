@@ -849,7 +849,7 @@ class StructureTest(unittest.TestCase):
 
     # Code lines of sections 1 to 15, as they are: what mirrors and package managers do, what indexes tell, and what people
     # need took more than was planned (5,700 lines and 85 classes, or 6,000 with what indexes tell).
-    SECTION_LIMITS = (331, 536, 581, 106, 794, 247, 224, 138, 574, 690, 692, 210, 399, 895, 476)
+    SECTION_LIMITS = (331, 534, 581, 106, 794, 247, 224, 138, 574, 690, 692, 210, 399, 895, 476)
     MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 6947, 99, 40, 150, 0.25
     RULE = "A limit is only ever lowered: when something does not fit, something else goes first."
 
@@ -1836,13 +1836,12 @@ class CacheRulesTest(unittest.TestCase):
     def test_the_first_bytes_tell_a_page(self):
         for data in (b"<html>", b"<HTML lang=en>", b"<html", b"<head>", b"<Head\n>", b"<!DOCTYPE html>", b"<!doctype  HTML PUBLIC", b" \r\n\t<html>",
                      b"\xef\xbb\xbf<html>", b"\xef\xbb\xbf\n <!doctype html>", b"<!-- a -->\n<!----><html>", b"<!-- <a> -- b\n --><!DOCTYPE html>",
-                     b"1f\r\n<html>", b"1000;x=y\r\n\n<html>", b"<script>location='/login'", b"<META HTTP-EQUIV=refresh content=0>", b"<title>Sign in",
-                     b"<body\n>", b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC', b"<?xml version='1.0' encoding='utf-8'?><html xmlns="):
+                     b"1f\r\n<html>", b"1000;x=y\r\n\n<html>"):
             with self.subTest(data):
                 self.assertTrue(pkgproxy.begins_page(data))
         for data in (b"", b"<", b"<!DOCTYPE htmlx>", b"<!DOCTYPE metalink>", b"<?xml version='1.0'?><repomd>", b"<repomd><html>", b"<header>", b"<!-- <html>",
                      b"text <html>", b"Origin: <html>", b"{}", b"<htm>", b"\x1f\x8b<html>", b"!<arch>\n", b"12<html>", b"<!-- a -->x<html>",
-                     b"<metadata xmlns=", b"<metalink>", b"<meta", b"<titles>", b"<scripts>", b"<?xml version='1.0'?><metadata>", b"<?xml version='1.0'?><!-- x --><links>"):
+                     b"<metadata xmlns=", b"<script setup>", b"<center>", b"<?xml version='1.0'?><html xmlns="):
             with self.subTest(data):
                 self.assertFalse(pkgproxy.begins_page(data))
 
@@ -7292,14 +7291,14 @@ class FailureReasonTest(ProxyCase):
         self.wait_until_idle()
         self.origin.close()
         for path, fields, status, forward, reason in (
-                ("/new_1.0_all.deb", {}, 502, "fwd=uri-miss; ", "no usable stored copy"),
+                ("/new_1.0_all.deb", {}, 502, "fwd=uri-miss; ", "no stored copy"),
                 ("/page", {}, 502, "fwd=stale; ", "the stored copy must be revalidated"),
                 ("/vary", {"Accept": "b"}, 502, "fwd=vary-miss; ", "the stored copy is for other request fields"),
                 ("/vary", {"Cache-Control": "no-store", "Accept": "c"}, 502, "fwd=vary-miss; ", "the request bypasses the cache"),
                 ("/page", {"Cache-Control": "only-if-cached"}, 504, "", "the stored copy must be revalidated"),
                 ("/page", {"Cache-Control": "only-if-cached", "X-Some": "1", "Cookie": "2"}, 504, "", "for this client alone: cookie, x-some"),
                 ("/page", {"X-Some": "1"}, 502, "fwd=request; ", "for this client alone: x-some"),
-                ("/new_1.0_all.deb", {"Cache-Control": "only-if-cached"}, 504, "", "no usable stored copy")):
+                ("/new_1.0_all.deb", {"Cache-Control": "only-if-cached"}, 504, "", "no stored copy")):
             with self.subTest(path=path, fields=fields), self.assertLogs("pkgproxy", "INFO") as logged:
                 answer = self.request(path, **{name.replace("-", "_"): text for name, text in fields.items()})
                 self.wait_until_idle()
@@ -7307,6 +7306,15 @@ class FailureReasonTest(ProxyCase):
                 self.assertRegex(self.cache_status(answer), r'\Apkgproxy; %sdetail="[^"]+; %s"\Z' % (forward, reason))
                 self.assertIn("; %s)" % reason, logged.output[-1])
                 self.assertNotIn(reason.encode(), answer.body, "a client's user needs one sentence")
+
+    def test_a_file_that_cannot_be_used_is_told_from_none(self):
+        self.origin.pages["/x_1.0_all.deb"] = ScriptedResponse(b"whole")
+        self.request("/x_1.0_all.deb")
+        self.wait_until_idle()
+        os.truncate(os.path.join(self.root, self.visible_name("x_1.0_all.deb")), 3)
+        self.origin.close()
+        for path, reason in (("/x_1.0_all.deb", "the stored copy cannot be used"), ("/y_1.0_all.deb", "no stored copy")):
+            self.assertIn("; %s\"" % reason, self.cache_status(self.request(path)))
 
     def test_offline_another_method_is_told_from_a_stored_copy_that_does_not_fit(self):
         self.origin.pages["/page"] = ScriptedResponse(b"x")
@@ -13179,6 +13187,44 @@ class EventLoopTest(ProxyCase):
                 for path in paths:
                     self.assertEqual(self.request(path).body, self.origin.pages[path].body)
         self.assertEqual(prepared.call_count, 100)
+
+    def test_the_hot_cache_holds_few_bytes(self):
+        paths = ["/n%d_1.0.deb" % number for number in range(20)]
+        self.origin.pages.update({path: ScriptedResponse(b"n" * 3000) for path in paths})
+        cache, held = self.server.event_loop._hot_cache, []
+        with mock.patch.object(pkgproxy.time, "time", return_value=time.time()), mock.patch.object(pkgproxy, "HOT_CACHE_BYTES", 10_000):
+            for path in 2 * paths:
+                self.request(path)
+                self.wait_until_idle()
+                held.append(sum(len(entry.data) for entry in list(cache._entries.values())))
+        self.assertTrue(6000 < max(held) < 14_000, held)
+
+    @unittest.skipUnless(hasattr(os, "pread"), "this system cannot read a file without moving its position")
+    def test_those_who_share_a_hit_do_not_share_its_files_position(self):
+        self.request("/x_1.0.deb")
+        self.wait_until_idle()
+        with contextlib.closing(self.proxy._store.lookup(self.origin.url("/x_1.0.deb"))) as stored:
+            stored.file.seek(7)
+            self.assertEqual((stored.read_at(10, 100), stored.file.tell()), (self.page.body[100:110], 7))
+
+    def test_each_address_may_keep_hits_ready_within_the_limit_of_descriptors(self):
+        for soft, addresses in ((64, 1), (1024, 1), (1024, 8), (4096, 3)):
+            with mock.patch.object(pkgproxy, "resource", mock.Mock(getrlimit=lambda _, soft=soft: (soft, soft))):
+                places = pkgproxy.make_connection_limiter(addresses).max_connections
+            self.assertLessEqual(min(places, pkgproxy.HOT_CACHE_SIZE) * addresses + 6 * places + 40, max(soft, 40 + 4 * (6 + addresses)))
+
+    def test_a_process_that_has_an_accept_queue_of_its_own_empties_it_when_it_stops(self):
+        dispatcher = make_dispatcher(dataclasses.replace(self.config, reuse_port=True), self.proxy._store)
+        server = self.make_server(dispatcher)
+        self.addCleanup(dispatcher.proxy.close)
+        clients = [socket.create_connection(server.server_address, PATIENCE) for _ in range(30)]
+        for client in clients:
+            self.addCleanup(client.close)
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        server.stop()
+        server.serve_forever(0.01)
+        for client in clients:
+            self.assertIn(b" 200 OK", client.recv(4096))
 
     def test_a_removed_file_is_not_served_to_a_later_request_on_the_same_connection(self):
         path = os.path.join(self.root, "127.0.0.1:%d" % self.origin.port, "x_1.0.deb")
