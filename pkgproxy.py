@@ -3338,7 +3338,7 @@ def _head_from(row: dict[Any, Any]) -> ResponseHead:
 def read_metadata(path: str) -> bytes:
     """Return the content of a file that pkgproxy keeps for itself.  Raises OSError."""
     with open(path, "rb", opener=lambda path, _flags: os.open(path, _REGULAR)) as file:
-        return file.read(_MAX_METADATA)
+        return file.read(min(os.fstat(file.fileno()).st_size, _MAX_METADATA))
 
 
 @functools.lru_cache(LARGE_MEMO)
