@@ -7520,8 +7520,7 @@ class HotCache:
         ``valid_for`` is Proxy.hits_valid_for(): when it has changed, all hits are prepared again.
         """
         if valid_for != self._valid_for:
-            self._entries.clear()
-            self._valid_for, self._bytes = valid_for, 0
+            self._entries, self._bytes, self._valid_for = {}, 0, valid_for
         self._verified.clear()
 
     def get(self, asked: Any, client: str = "") -> PreparedHit | None:
@@ -7547,7 +7546,7 @@ class HotCache:
         preparing it again.  Nothing is kept on Windows, where an open file cannot be removed.
         """
         if len(self._entries) >= self._size or self._bytes > HOT_CACHE_BYTES:
-            self.recheck(())
+            self._entries, self._bytes = {}, 0
         self._entries.pop(asked, None)
         if entry.version[0] and entry.body_size <= LARGE_BODY and os.name != "nt":
             self._entries[asked] = entry
