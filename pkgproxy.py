@@ -8288,7 +8288,7 @@ class Proxy:
         try:
             response = self._serve(request, decision, stored) if stored is not None else (
                 self._downloader.small_answers.respond(request, config))
-            response = response or self._forward(request, decision, config)
+            response = response or self._forward(request, decision, config, stored)
             self.doubts.note_answer(request, response.cache_status.outcome)
         except ProxyError as error:
             response = self._respond_despite(request, decision, began, error)
@@ -8308,8 +8308,9 @@ class Proxy:
         stored.close()
         return None
 
-    def _forward(self, request: Request, decision: CacheDecision, config: Config) -> Response:
-        """Respond to a request for which nothing stored can be used as it is."""
+    def _forward(self, request: Request, decision: CacheDecision, config: Config,
+                 stored: StoredResponse | None) -> Response:
+        """Respond to a request for which ``stored``, if there is any, cannot be used as it is."""
         if decision.action is Action.REFUSE:
             is_missing = decision.forward == "uri-miss"
             if is_missing and (found := self._downloader.mirrors.find_identical(request, config)):
@@ -8325,10 +8326,9 @@ class Proxy:
         if result is FlightResult.AGAIN:
             return self._respond(replace_fields(request, known_missing=False))
         response = self._pass(request, decision, config, "not collapsed")
-        if decision.action is Action.VALIDATE and says_not_now(response.head.status) and isinstance(
-                stored := self._find_stale(request, decision), StoredResponse):
+        if stored and says_not_now(response.head.status) and may_serve_stale_on_error(decision, stored.head):
             response.body.close()
-            return self._serve_stale(request, decision, stored, "%d from origin." % response.head.status)
+            raise OriginError("%d from origin." % response.head.status, request.target)
         return response
 
     def _pass(self, request: Request, decision: CacheDecision, config: Config, detail: str = "") -> Response:

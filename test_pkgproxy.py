@@ -849,8 +849,8 @@ class StructureTest(unittest.TestCase):
 
     # Code lines of sections 1 to 15, as they are: what mirrors and package managers do, what indexes tell, and what people
     # need took more than was planned (5,700 lines and 85 classes, or 6,000 with what indexes tell).
-    SECTION_LIMITS = (331, 534, 581, 106, 794, 247, 224, 138, 574, 690, 692, 210, 399, 895, 476)
-    MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 6947, 99, 40, 150, 0.25
+    SECTION_LIMITS = (331, 534, 581, 106, 794, 247, 224, 138, 574, 690, 691, 210, 399, 895, 476)
+    MAX_CODE_LINES, MAX_CLASSES, MAX_FUNCTION, MAX_CLASS, MIN_COMMENTS = 6946, 99, 40, 150, 0.25
     RULE = "A limit is only ever lowered: when something does not fit, something else goes first."
 
     def assert_within(self, sizes):
