@@ -8344,7 +8344,7 @@ class IsolationTest(ProxyCase):
         with mock.patch.object(pkgproxy.Flight, "wait_for_head", wait_late):
             for thread in threads:
                 thread.start()
-            until(lambda: len(waiting) == 8)
+            until(lambda: len(waiting) == 8 and self.origin.log)  # the GET must reach the origin before the POST
             self.assertEqual(self.request(self.PACKAGE, "POST").status, 204)  # what is on its way is outdated
             gate.open()
             for thread in threads:
@@ -13162,7 +13162,9 @@ class EventLoopTest(ProxyCase):
                    ("with one name less", lambda: (os.link(path, other), os.unlink(path))),
                    ("cut", lambda: os.truncate(path, 100)), ("kept out by a filter", filtered))
         for size, (what, change) in itertools.product((4096, pkgproxy.SMALL_BODY + 1, pkgproxy.LARGE_BODY), changes):
-            with self.subTest(what, size=size), mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
+            # In this second, and before the tables of indexes are looked for again.
+            with self.subTest(what, size=size), mock.patch.object(pkgproxy.time, "time", return_value=time.time()), \
+                    mock.patch.object(self.proxy._store, "knowledge_version", return_value=()):
                 shutil.rmtree(self.root)
                 self.proxy.config = dataclasses.replace(self.proxy.config, filters=())
                 self.page.body = os.urandom(size)
@@ -13182,7 +13184,9 @@ class EventLoopTest(ProxyCase):
             self.request(path)
         self.wait_until_idle()
         prepared = self.patch(self.proxy, "prepare_hit", mock.Mock(wraps=self.proxy.prepare_hit))
-        with mock.patch.object(pkgproxy.time, "time", return_value=time.time()):
+        # In this second, and before the tables of indexes are looked for again.
+        with mock.patch.object(pkgproxy.time, "time", return_value=time.time()), \
+                mock.patch.object(self.proxy._store, "knowledge_version", return_value=()):
             for _ in range(3):
                 for path in paths:
                     self.assertEqual(self.request(path).body, self.origin.pages[path].body)
